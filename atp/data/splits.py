@@ -1,0 +1,113 @@
+"""Examples, and splits that never share a document."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from atp.errors import InputError
+
+SPLITS = ("train", "calibration", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One piece of text: a prompt and its completion, or plain text with no completion.
+
+    document: id of the source document (`document_id`); examples of one document stay in one split.
+    label: the right answer when the completion is one of a fixed set.
+    """
+
+    document: str
+    prompt: str
+    completion: str = ""
+    label: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Prompt and completion as one string."""
+        return self.prompt + self.completion
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three disjoint parts of a data set.
+
+    description: one sentence for the report. labels: the answer set of labelled examples, empty when there is none.
+    qa_name: under which name their scores are reported.
+    Raises `InputError` when a part is empty or when two parts share a document.
+    """
+
+    train: list[Example]
+    calibration: list[Example]
+    test: list[Example]
+    description: str
+    labels: tuple[str, ...] = ()
+    qa_name: str = "qa"
+
+    def __post_init__(self) -> None:
+        for name in SPLITS:
+            if not getattr(self, name):
+                raise InputError(f"the {name} split is empty: give more documents or change data.{name}")
+        for first, second in combinations(SPLITS, 2):
+            _check_disjoint(first, getattr(self, first), second, getattr(self, second))
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 over the examples of each split in order: equal only for the same data in the same order."""
+        return {name: _fingerprint(getattr(self, name)) for name in SPLITS}
+
+
+def document_id(text: str) -> str:
+    """Id of a document: a hash of its words, blind to case, spacing, punctuation and Unicode form."""
+    words = re.sub(r"\W+", " ", unicodedata.normalize("NFKC", text).lower()).strip()
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def shuffled(documents: Iterable[str], key: str) -> list[str]:
+    """The distinct documents in an order that depends on the key and their ids only, not on the order given.
+
+    Orders under different keys are independent: a draw from what another draw left must use a key of its own.
+    """
+    return sorted(set(documents), key=lambda document: hashlib.sha256(f"{key}:{document}".encode()).digest())
+
+
+def take(examples: Iterable[Example], documents: Collection[str], key: str) -> list[Example]:
+    """The examples of these documents, by document in the order of `key` (those of one document keep their order)."""
+    rank = {document: position for position, document in enumerate(shuffled(documents, key))}
+    return sorted((e for e in examples if e.document in rank), key=lambda e: rank[e.document])
+
+
+def split_off(
+    examples: Sequence[Example], share: float, key: str, *, of: int | None = None
+) -> tuple[list[Example], list[Example]]:
+    """Splits whole documents off: (the rest, a share of the documents), both in the order of `key`.
+
+    The share counts against `of` documents (default: those of `examples`) and takes at least one.
+    """
+    documents = shuffled((e.document for e in examples), key)
+    count = max(1, round(share * (of or len(documents))))
+    return take(examples, documents[count:], key), take(examples, documents[:count], key)
+
+
+def _check_disjoint(first: str, one: list[Example], second: str, two: list[Example]) -> None:
+    shared = {e.document for e in one} & {e.document for e in two}
+    if shared:
+        sample = next(e for e in two if e.document in shared).text[:60]
+        raise InputError(
+            f"{len(shared)} document(s) are in both the {first} and the {second} data (for example {sample!r}): "
+            f"remove them from one, or give a single file and let it be split by document"
+        )
+
+
+def _fingerprint(examples: list[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        for part in (example.document, example.prompt, example.completion, example.label or ""):
+            # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+            digest.update(f"{len(part)}:{part}".encode())
+    return digest.hexdigest()

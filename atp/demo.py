@@ -1,0 +1,41 @@
+"""The main job on an embedded model and embedded data, sized for two CPU cores and a quarter of an hour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atp.config import ATPConfig
+from atp.data.packages import smollm2_gguf
+
+_QUESTION = (
+    "Abstract: We followed 412 adults with mild hypertension for two years. Those who walked 30 minutes a day had a "
+    "lower blood pressure at the end than those who did not (p < 0.01).\n"
+    "Question: Does daily walking lower blood pressure in mild hypertension?\nAnswer:"
+)
+
+
+def demo_config(output_dir: Path) -> ATPConfig:
+    """Settings of the demo. Raises `InputError` with the install command when a package is missing."""
+    gguf = smollm2_gguf()
+    return ATPConfig.parse(
+        {
+            "model": {"path": str(gguf.parent), "gguf_file": gguf.name},
+            "output_dir": str(output_dir),
+            "data": {"recipe": "health-mini", "length": 192},
+            "decisions": {"multiples": {"mlp": 32, "vo": 8, "qk": 4}},
+            "evaluation": {"dense_baseline": True},
+        }
+    )
+
+
+def ask(folder: Path) -> tuple[str, str]:
+    """A question and what the cut model in `folder` answers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = tokenizer(_QUESTION, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return _QUESTION, answer.strip().splitlines()[0] if answer.strip() else "(nothing)"

@@ -1,0 +1,39 @@
+"""Versions, devices and kernel backends: what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import atp_kernels
+
+_PACKAGES = ("atp-kernels", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "safetensors", "gguf")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions by package, `absent` where there is none, with Python's."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def describe() -> dict[str, str]:
+    """Versions, platform, devices and, for each kernel backend, whether it is there or why not."""
+    facts = versions() | {"platform": platform.platform(), "executable": Path(sys.executable).name}
+    facts["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts["cuda"] = f"{torch.version.cuda}: {', '.join(devices)}"
+    else:
+        facts["cuda"] = "no device"
+    for name, reason in atp_kernels.available_backends().items():
+        facts[f"backend {name}"] = reason or "available"
+    return facts

@@ -1,0 +1,30 @@
+"""How an evaluation runs a model: no gradients, eval mode, optional autocast, everything put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) after each batch."""
+
+
+@contextmanager
+def inference(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[torch.device]:
+    """Yields the model's device inside a no-grad, eval-mode, autocast (if a dtype is given) context.
+
+    Each module's own training flag is restored, also when parts of the model were in different modes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        # no_grad rather than inference_mode: what a model caches here must stay usable in training.
+        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            yield device
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,151 @@
+"""Question answering by likelihood: the answer is the label that the model finds most probable after the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from atp.data.encoding import common_prefix, encode, start_ids
+from atp.data.splits import Example
+from atp.errors import InputError
+from atp.evaluation.inference import Progress, inference
+from atp.evaluation.metrics import accuracy, confusion_table, macro_f1
+
+
+@dataclass(frozen=True)
+class Question:
+    """A tokenised prompt and, for every label, the tokens that continue it."""
+
+    prompt: list[int]
+    continuations: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One sequence to run, and which log-probabilities to collect from it.
+
+    wanted: (position, token, question, label): the log-probability of `token` after `position` is added to the score
+    of `label` for `question`.
+    """
+
+    ids: list[int]
+    wanted: list[tuple[int, int, int, int]]
+
+
+def label_accuracy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    labels: Sequence[str] = ("yes", "no", "maybe"),
+    batch_size: int = 8,
+    *,
+    max_length: int = 1024,
+    max_examples: int | None = None,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> dict[str, object]:
+    """Scores labelled examples: {accuracy, macro_f1, n, confusion}; confusion counts by truth, then prediction.
+
+    A label is scored by the summed log-probability of its tokens after the prompt. max_length: tokens of prompt and
+    label; longer prompts lose their left end, so the question stays. max_examples: score the first ones only.
+    Raises `InputError` when there is no example or an example's label is not in `labels`.
+    """
+    examples = examples[:max_examples]
+    if not examples:
+        raise InputError("no labelled examples to score: give a test split with labels")
+    unknown = sorted({str(e.label) for e in examples} - set(labels))
+    if unknown:
+        raise InputError(f"label(s) {', '.join(unknown)} are not among {', '.join(labels)}: correct data.labels")
+    questions = tokenize_questions(tokenizer, examples, labels, max_length)
+    scores = score_labels(model, questions, batch_size, autocast=autocast, progress=progress)
+    predicted = [labels[index] for index in scores.argmax(dim=1).tolist()]
+    table = confusion_table([str(e.label) for e in examples], predicted, labels)
+    return {"accuracy": accuracy(table), "macro_f1": macro_f1(table), "n": len(examples), "confusion": table}
+
+
+def tokenize_questions(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], labels: Sequence[str], max_length: int
+) -> list[Question]:
+    """Tokenises every prompt with every label, and parts them where the labels begin to differ from the prompt."""
+    start = start_ids(tokenizer)
+    prompts = encode(tokenizer, (e.prompt for e in examples))
+    answered = encode(tokenizer, (e.prompt + _gap(e) + label for e in examples for label in labels))
+    questions = []
+    for index, prompt in enumerate(prompts):
+        full = answered[index * len(labels) : (index + 1) * len(labels)]
+        # One border for all labels, so that their scores are conditioned on the same tokens.
+        border = common_prefix([prompt, *full])
+        continuations = [ids[border:] for ids in full]
+        room = max_length - len(start) - max(map(len, continuations))
+        if room < 1:
+            raise InputError(f"max_length {max_length} leaves no room for the prompt: raise it")
+        questions.append(Question(start + prompt[:border][-room:], continuations))
+    return questions
+
+
+def score_labels(
+    model: nn.Module,
+    questions: Sequence[Question],
+    batch_size: int,
+    *,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Log-probability of every label of every question, float64 [questions, labels]."""
+    queries = [query for index, question in enumerate(questions) for query in _queries(index, question)]
+    # Longest first: a batch holds similar lengths, and one that is too big for memory fails at once.
+    queries.sort(key=lambda query: -len(query.ids))
+    scores = torch.zeros(len(questions), len(questions[0].continuations), dtype=torch.float64)
+    with inference(model, autocast) as device:
+        for start in range(0, len(queries), batch_size):
+            batch = queries[start : start + batch_size]
+            for question, label, log_prob in _run(model, batch, device):
+                scores[question, label] += log_prob
+            if progress is not None:
+                progress(min(start + batch_size, len(queries)), len(queries))
+    return scores
+
+
+def _gap(example: Example) -> str:
+    """White space between prompt and answer, as the example's own completion has it."""
+    completion = example.completion
+    return completion[: len(completion) - len(completion.lstrip())] if completion else " "
+
+
+def _queries(index: int, question: Question) -> list[Query]:
+    """One query for all labels when each is a single token, else one a label."""
+    last = len(question.prompt) - 1
+    if all(len(continuation) == 1 for continuation in question.continuations):
+        wanted = [(last, tokens[0], index, label) for label, tokens in enumerate(question.continuations)]
+        return [Query(question.prompt, wanted)]
+    return [
+        Query(
+            question.prompt + tokens[:-1],
+            [(last + offset, token, index, label) for offset, token in enumerate(tokens)],
+        )
+        for label, tokens in enumerate(question.continuations)
+    ]
+
+
+def _run(model: nn.Module, batch: list[Query], device: torch.device) -> list[tuple[int, int, float]]:
+    """Runs one batch and returns (question, label, log-probability) for everything it wants."""
+    # Padding on the right needs no attention mask in a causal model: no wanted position looks that far.
+    input_ids = torch.zeros(len(batch), max(len(query.ids) for query in batch), dtype=torch.long)
+    for row, query in enumerate(batch):
+        input_ids[row, : len(query.ids)] = torch.tensor(query.ids)
+    positions = sorted({position for query in batch for position, *_ in query.wanted})
+    column = {position: index for index, position in enumerate(positions)}
+    kept = torch.tensor(positions, device=device)
+    logits = model(input_ids=input_ids.to(device), use_cache=False, logits_to_keep=kept).logits
+    found = []
+    for row, query in enumerate(batch):
+        wanted_columns = [column[position] for position, *_ in query.wanted]
+        tokens = [token for _, token, _, _ in query.wanted]
+        log_probs = logits[row, wanted_columns].float().log_softmax(dim=-1)
+        values = log_probs[range(len(tokens)), tokens].tolist()
+        found += [(q, label, value) for (_, _, q, label), value in zip(query.wanted, values, strict=True)]
+    return found

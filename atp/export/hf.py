@@ -1,0 +1,53 @@
+"""The files a run leaves: the cut, merged model for transformers, its adapter, the decisions and the certificate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from atp.masks.space import MaskSpace
+from atp.removal.certify import compare, reference_logits
+from atp.removal.cut import merge_adapter
+
+
+def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
+    """Writes decisions.safetensors (the flat mask) and decisions.json (kept indices a layer)."""
+    save_file({"mask": mask.to(torch.uint8)}, folder / "decisions.safetensors", metadata={"space": space.name})
+    layer = space.layer(0)
+    content = {"space": space.name, "sizes": {s.name: s.size for s in layer}, "layers": space.kept_indices(mask)}
+    write_json(folder / "decisions.json", content)
+
+
+def export_model(
+    model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, tokens: Tensor, card: str
+) -> float:
+    """Saves adapter/ and the merged model/ under `folder`, reloads the latter and compares.
+
+    tokens int64 [windows, length]. Returns the largest logit difference between the cut model with its adapter and
+    the reloaded one, as a share of the logit scale, in float32. No pickle is written.
+    """
+    from transformers import AutoModelForCausalLM
+
+    reference = reference_logits(model, tokens)
+    model.save_pretrained(folder / "adapter", safe_serialization=True)
+    merged = merge_adapter(model)
+    merged.save_pretrained(folder / "model", safe_serialization=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "model")
+    (folder / "model" / "README.md").write_text(card, encoding="utf-8")
+    reloaded = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=merged.dtype)
+    return compare(reference, reloaded.to(tokens.device), tokens).relative
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, replacing the file in one step."""
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,92 @@
+"""From a config to the objects of a run: model, tokenizer, splits and packed windows; every check before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+
+from atp.config import ATPConfig, ModelConfig
+from atp.data import DataSettings, PackedDataset, Splits, load_recipe, pack
+from atp.errors import InputError
+from atp.masks.space import MaskSpace, SpaceName
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Examples of the three splits and their packed windows."""
+
+    splits: Splits
+    train: PackedDataset
+    calibration: PackedDataset
+    test: PackedDataset
+
+
+def check_output_dir(folder: Path, *, resume: bool) -> None:
+    """Refuses to write into a folder that holds anything, or to resume from one that holds nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file: choose another output_dir")
+    filled = folder.is_dir() and any(folder.iterdir())
+    if filled and not resume:
+        raise InputError(f"output_dir {folder} is not empty: choose another output_dir, or continue it with --resume")
+    if resume and not filled:
+        raise InputError(f"nothing to resume in {folder}: start the run without --resume")
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises `InputError` when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(config.path, **_gguf(config))
+    except (OSError, ValueError) as error:
+        raise InputError(_not_found("tokenizer", config, error)) from None
+
+
+def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
+    """The causal LM to prune in the dtype of the config, after its family was checked against the mask space."""
+    try:
+        MaskSpace.from_config(AutoConfig.from_pretrained(config.path, **_gguf(config)), space)
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, InputError) else InputError(_not_found("model", config, error)) from None
+    return load_any_model(config)
+
+
+def load_any_model(config: ModelConfig) -> nn.Module:
+    """A causal LM of any family, in the dtype of the config. Raises `InputError` when there is none."""
+    source = _gguf(config)
+    try:
+        if config.gguf_file:
+            # Without dequantize the model counts as quantized and can be neither trained nor saved.
+            source["quantization_config"] = GgufConfig(dequantize=True)
+        return AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype), **source)
+    except (OSError, ValueError) as error:
+        raise InputError(_not_found("model", config, error)) from None
+
+
+def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """Splits by recipe, packed to windows. Raises `InputError` for whatever is wrong with the data."""
+    data = config.data
+    splits = load_recipe(DataSettings(seed=config.seed, **data.model_dump(exclude={"length", "loss_on"})))
+    windows = {
+        name: pack(getattr(splits, name), tokenizer, data.length, loss_on=data.loss_on)
+        for name in ("train", "calibration", "test")
+    }
+    needed = config.training.batch_size * config.training.gradient_accumulation
+    if len(windows["train"]) < needed:
+        raise InputError(
+            f"the training split has {len(windows['train'])} windows of {data.length} tokens and one step takes "
+            f"{needed}: give more text, or lower data.length or training.batch_size"
+        )
+    return RunData(splits, **windows)
+
+
+def _gguf(config: ModelConfig) -> dict[str, Any]:
+    return {"gguf_file": config.gguf_file} if config.gguf_file else {}
+
+
+def _not_found(what: str, config: ModelConfig, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return f"cannot load the {what} from model.path '{config.path}': give a model folder or a Hub name ({reason})"

@@ -1,0 +1,51 @@
+"""Group lasso and proximal shrinkage over the LoRA part of removed decisions (1-method.md section 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from atp.masks.space import MaskSpace
+from atp_kernels import group_lasso, group_prox_
+
+
+class LoraGroups:
+    """All LoRA factors that cuts touch, with the group each of their rows or columns belongs to.
+
+    An output cut owns rows of B, an input cut columns of A. For the lasso every cut of a decision is a group of its
+    own (the paper's sum of norms); for the prox all factors of one decision form one joint group.
+    """
+
+    def __init__(self, model: nn.Module, space: MaskSpace) -> None:
+        parameters = {name.split(".layers.")[-1]: p for name, p in model.named_parameters() if ".lora_" in name}
+        self.factors: list[nn.Parameter] = []
+        self._cut_groups: list[tuple[int, Tensor]] = []
+        self._joint_groups: list[tuple[int, Tensor]] = []
+        decisions, start = [], 0
+        for structure in space.structures:
+            for cut in structure.cuts:
+                factor = "lora_A" if cut.axis else "lora_B"
+                self.factors.append(parameters[f"{structure.layer}.{cut.module}.{factor}.default.weight"])
+                self._cut_groups.append((cut.axis, cut.owner + start))
+                self._joint_groups.append((cut.axis, cut.owner + structure.start))
+                decisions.append(torch.arange(structure.start, structure.start + structure.size))
+                start += structure.size
+        self._decision_of_cut = torch.cat(decisions)
+
+    def lasso(self, mask: Tensor) -> Tensor:
+        """L_GL: sum over removed cuts of sqrt(sum of squares + 1e-8), scalar float32. mask bool [space.size]."""
+        return group_lasso(self.factors, self._cut_groups, ~mask[self._decision_of_cut])
+
+    @torch.no_grad()
+    def prox_(self, mask: Tensor, threshold: float) -> None:
+        """Shrinks the joint norm of every removed decision by `threshold`, in place, down to exact zeros."""
+        group_prox_(self.factors, self._joint_groups, ~mask, threshold)
+
+    @torch.no_grad()
+    def largest_removed_norm(self, mask: Tensor) -> float:
+        """The largest joint 2-norm left on a removed decision."""
+        squares = torch.zeros(mask.numel())
+        for factor, (axis, owner) in zip(self.factors, self._joint_groups, strict=True):
+            squares.index_add_(0, owner, factor.detach().float().square().sum(1 - axis).cpu())
+        removed = squares[~mask]
+        return float(removed.max().sqrt()) if removed.numel() else 0.0

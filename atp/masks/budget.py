@@ -1,0 +1,72 @@
+"""How many parameters a mask keeps, and the loss that drives the share to a target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp.masks.space import MaskSpace
+
+
+class Budget:
+    """Counts the decoder parameters (linears and norms) that a mask keeps; embeddings and lm_head are left out.
+
+    A linear keeps rows * cols (+ rows for its bias), each side proportional to the kept decisions of the structure
+    that cuts it, so the count is exact for spaces that cut one or both sides. Differentiable in the mask.
+    """
+
+    def __init__(self, space: MaskSpace) -> None:
+        self.space = space
+        owner = torch.empty(space.size, dtype=torch.long)
+        for index, structure in enumerate(space.structures):
+            owner[structure.span] = index
+        self._structure_of = owner
+        sides = self._sides()
+        self._row_structure, self._row_scale, self._row_fixed = sides[0]
+        self._col_structure, self._col_scale, self._col_fixed = sides[1]
+        self._bias = torch.tensor([float(linear.bias) for linear in space.linears.values()] * space.num_layers)
+        self._norms = space.norm_params * space.num_layers
+        self.total = int(self._count(torch.ones(space.size, dtype=torch.float64)))
+
+    def _sides(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For rows and columns: (structure of each linear, axis size a kept decision, axis size where uncut)."""
+        names = list(self.space.linears)
+        linears = list(self.space.linears.values()) * self.space.num_layers
+        sides = []
+        for axis in (0, 1):
+            structure_of = torch.zeros(len(linears), dtype=torch.long)
+            scale = torch.zeros(len(linears), dtype=torch.float64)
+            fixed = torch.tensor([float(m.in_features if axis else m.out_features) for m in linears]).double()
+            for index, structure in enumerate(self.space.structures):
+                for cut in structure.cuts:
+                    if cut.axis == axis:
+                        position = structure.layer * len(names) + names.index(cut.module)
+                        structure_of[position], fixed[position] = index, 0.0
+                        scale[position] = len(cut.owner) / structure.size
+            sides.append((structure_of, scale, fixed))
+        return sides
+
+    def _count(self, mask: Tensor) -> Tensor:
+        counts = torch.zeros(len(self.space.structures), dtype=torch.float64)
+        counts = counts.index_add(0, self._structure_of, mask.double())
+        rows = self._row_fixed + self._row_scale * counts[self._row_structure]
+        cols = self._col_fixed + self._col_scale * counts[self._col_structure]
+        return (rows * (cols + self._bias)).sum() + self._norms
+
+    def cost(self) -> Tensor:
+        """Parameters that removing each decision alone from the whole model saves, float32 [size]."""
+        ones = torch.ones(self.space.size, dtype=torch.float64, requires_grad=True)
+        (cost,) = torch.autograd.grad(self._count(ones), ones)
+        return cost.float()
+
+    def kept(self, mask: Tensor) -> int:
+        """Decoder parameters that a hard mask [size] keeps."""
+        return round(float(self._count(mask.detach().cpu())))
+
+    def share(self, mask: Tensor) -> float:
+        """Share of the decoder parameters that a hard mask [size] keeps, in (0, 1]."""
+        return float(self._count(mask.detach().cpu())) / self.total
+
+    def loss(self, mask: Tensor, target: float) -> Tensor:
+        """|log(p / p*)| of the share p that the mask keeps, scalar, differentiable (1-method.md section 4)."""
+        return (self._count(mask.cpu()) / self.total / target).log().abs().float()

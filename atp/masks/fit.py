@@ -1,0 +1,83 @@
+"""Meeting a budget exactly: the offset on all logits during search, and the fit with width rules at the freeze."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp.masks.budget import Budget
+from atp.masks.sampling import keep_one
+from atp.masks.space import MaskSpace
+
+
+def exact_offset(logits: Tensor, share: float, budget: Budget) -> float:
+    """The offset b for which the mask 1[logits + b >= 0] keeps just under `share` of the decoder parameters.
+
+    Bisection over the sorted logits, so the answer is one of size + 1 thresholds; structures never become empty.
+    """
+    logits = logits.detach()
+    order = logits.sort().values
+    low, high = 0, len(order) - 1  # a threshold at index i removes every logit below order[i]
+    while low < high:
+        middle = (low + high) // 2
+        kept = budget.share(keep_one(logits >= order[middle], logits, budget.space).float())
+        low, high = (low, middle) if kept <= share else (middle + 1, high)
+    below = order[low - 1] if low > 0 else order[low] - 1.0
+    return -float((order[low] + below) / 2)
+
+
+def exact_mask(logits: Tensor, share: float, budget: Budget) -> Tensor:
+    """The noise-free mask that keeps just under `share` of the decoder parameters, bool [size]."""
+    return keep_one(logits.detach() + exact_offset(logits, share, budget) >= 0, logits.detach(), budget.space)
+
+
+def fit_mask(logits: Tensor, target: float, budget: Budget, multiples: dict[str, int]) -> Tensor:
+    """The noise-free decision, trimmed or grown by logit until the budget and the width rules hold.
+
+    logits float [size], target share of decoder parameters. multiples: for a structure name the number its kept
+    count must be a multiple of (default 1). Each count is first rounded; then whole blocks of `multiple` decisions
+    are removed (lowest mean logit first) or added (highest first) until the share is as close to the target as one
+    block allows. Returns bool [size] with at least one block in every structure.
+    """
+    logits = logits.detach().cpu()
+    mask = exact_mask(logits, target, budget)
+    counts = []
+    for structure in budget.space.structures:
+        step = multiples.get(structure.name, 1)
+        counts.append(min(max(round(int(mask[structure.span].sum()) / step), 1) * step, structure.size))
+    ranked = [logits[s.span].sort(descending=True) for s in budget.space.structures]
+    best = _top(ranked, counts, budget.space)
+    while True:
+        gap = budget.share(best) - target
+        move = _next_block(ranked, counts, budget.space, multiples, shrink=gap > 0)
+        if move is None:
+            return best
+        index, count = move
+        candidate = _top(ranked, counts[:index] + [count] + counts[index + 1 :], budget.space)
+        if abs(budget.share(candidate) - target) >= abs(gap):
+            return best
+        counts[index], best = count, candidate
+
+
+def _top(ranked: list, counts: list[int], space: MaskSpace) -> Tensor:
+    mask = torch.zeros(space.size, dtype=torch.bool)
+    for structure, order, count in zip(space.structures, ranked, counts, strict=True):
+        mask[structure.start + order.indices[:count]] = True
+    return mask
+
+
+def _next_block(
+    ranked: list, counts: list[int], space: MaskSpace, multiples: dict[str, int], *, shrink: bool
+) -> tuple[int, int] | None:
+    """The cheapest block to remove or the most valuable one to add: (structure index, its new count)."""
+    best, best_value = None, float("inf")
+    for index, (structure, order, count) in enumerate(zip(space.structures, ranked, counts, strict=True)):
+        step = multiples.get(structure.name, 1)
+        new = count - step if shrink else min(count + step, structure.size)
+        if new < min(step, structure.size) or new == count:
+            continue
+        block = order.values[min(new, count) : max(new, count)].mean()
+        value = float(block if shrink else -block)
+        if value < best_value:
+            best, best_value = (index, new), value
+    return best

@@ -1,0 +1,58 @@
+"""The pruning-decision generator: a small network whose only input is a fixed code of each layer.
+
+It sees no weights and no data and learns only through gradients of the masks (1-method.md section 2).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from atp.masks.space import MaskSpace
+
+GeneratorKind = Literal["transformer", "gru"]
+
+
+class DecisionGenerator(nn.Module):
+    """Maps a fixed orthogonal code a layer [num_layers, width] to one logit a decision, float32 [space.size].
+
+    kind: `transformer` (2 blocks, 4 heads, FFN 256, dropout 0.1; the paper's) or `gru` (bidirectional, as DISP-LLM).
+    prior: float32 [space.size] or None, a constant added to the logits (saliency warm start); None is the paper's.
+    """
+
+    def __init__(
+        self,
+        space: MaskSpace,
+        *,
+        kind: GeneratorKind = "transformer",
+        width: int = 64,
+        dropout: float = 0.1,
+        prior: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            code = nn.init.orthogonal_(torch.empty(space.num_layers, width))
+            self.encoder = _encoder(kind, width, dropout)
+            self.norm = nn.LayerNorm(width)
+            self.heads = nn.ModuleList(nn.Linear(width, s.size, bias=False) for s in space.structures)
+        self.layer_of_head = [s.layer for s in space.structures]
+        self.register_buffer("code", code)
+        self.register_buffer("prior", torch.zeros(space.size) if prior is None else prior.float().clone())
+
+    def forward(self) -> Tensor:
+        """Logits of all decisions in the order of the space, float32 [space.size]; larger keeps."""
+        hidden = self.encoder(self.code.unsqueeze(0))
+        hidden = self.norm(hidden[0] if isinstance(hidden, tuple) else hidden).squeeze(0)
+        logits = [head(hidden[layer]) for head, layer in zip(self.heads, self.layer_of_head, strict=True)]
+        return torch.cat(logits) + self.prior
+
+
+def _encoder(kind: GeneratorKind, width: int, dropout: float) -> nn.Module:
+    if kind == "gru":
+        return nn.GRU(width, width // 2, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout)
+    block = nn.TransformerEncoderLayer(width, nhead=4, dim_feedforward=4 * width, dropout=dropout, batch_first=True)
+    return nn.TransformerEncoder(block, num_layers=2, enable_nested_tensor=False)

@@ -1,0 +1,46 @@
+"""From logits to masks: Gumbel-sigmoid samples and straight-through hard masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp.masks.space import MaskSpace
+
+_TINY = 1e-9
+
+
+def gumbel_noise(size: int, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise -log(-log(u)), float32 [size] (1-method.md section 2)."""
+    uniform = torch.rand(size, generator=generator).clamp(_TINY, 1 - 1e-7)
+    return -torch.log(-torch.log(uniform))
+
+
+def logistic_noise(size: int, generator: torch.Generator) -> Tensor:
+    """Zero-centred logistic noise log(u / (1 - u)), float32 [size]: the difference of two Gumbel draws."""
+    uniform = torch.rand(size, generator=generator).clamp(1e-7, 1 - 1e-7)
+    return torch.log(uniform) - torch.log1p(-uniform)
+
+
+def soft_mask(logits: Tensor, offset: Tensor | float, temperature: float, noise: Tensor | None = None) -> Tensor:
+    """s = sigmoid((logits + noise + offset) / temperature), float32 [size] in (0, 1), differentiable in the logits."""
+    shifted = logits + offset if noise is None else logits + noise + offset
+    return torch.sigmoid(shifted / temperature)
+
+
+def keep_one(mask: Tensor, logits: Tensor, space: MaskSpace) -> Tensor:
+    """Returns the bool mask [size] with the largest logit of every structure kept: a layer never loses a whole one."""
+    mask = mask.clone()
+    for structure in space.structures:
+        mask[structure.start + int(logits[structure.span].argmax())] = True
+    return mask
+
+
+def hard_mask(logits: Tensor, soft: Tensor, space: MaskSpace) -> Tensor:
+    """m = 1[s >= 0.5], bool [size], never empty in any structure."""
+    return keep_one(soft.detach() >= 0.5, logits.detach(), space)
+
+
+def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
+    """The value of the hard mask with the gradient of the soft one, float32 [size]."""
+    return hard.to(soft.dtype) + soft - soft.detach()

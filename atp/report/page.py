@@ -1,0 +1,38 @@
+"""The page: sections in order, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from atp.report import sections
+from atp.report.files import read_run
+from atp.report.markup import escape
+from atp.report.style import CSS
+
+_SECTIONS = (
+    sections.notes, sections.headline, sections.scores, sections.training, sections.widths, sections.certificate,
+    sections.settings,
+)  # fmt: skip
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes `report.html` into a run folder and returns its path; a run that stopped early gives a shorter page.
+
+    The page is self-contained (inline style and SVG, no script) and replaces an earlier one in one step. Raises
+    `InputError` when the folder holds no run.
+    """
+    run_dir = Path(run_dir)
+    run = read_run(run_dir)
+    body = "".join(part(run) for part in _SECTIONS)
+    title = escape(f"ATP run {run.name}")
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{CSS}</style></head>"
+        f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
+    )
+    path, temporary = run_dir / "report.html", run_dir / "report.html.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path

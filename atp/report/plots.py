@@ -1,0 +1,158 @@
+"""Plots as inline SVG that takes its colours and font from the page, so that it fits light and dark."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import re
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that stand for the page's own: replaced in the finished SVG.
+_INK, _GRID = "#010101", "#020202"
+_SERIES = ("#030301", "#030302", "#030303", "#030304")
+_PAGE_COLORS = {_INK: "currentColor", _GRID: "var(--line)"} | {
+    color: f"var(--series-{index})" for index, color in enumerate(_SERIES, start=1)
+}
+_STYLE = {
+    "svg.fonttype": "none", "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _GRID,
+    "xtick.color": _INK, "ytick.color": _INK, "grid.color": _GRID, "axes.grid": True, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0,
+    "legend.frameon": False, "lines.linewidth": 1.6, "axes.titlesize": 10, "axes.titlelocation": "left",
+}  # fmt: skip
+_WIDTH = 5.4  # inches; small enough that the text stays readable on a phone
+
+Records = list[dict[str, Any]]
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def losses(metrics: Records) -> str:
+    """Training loss over steps, one colour a phase, with the decision loss while it is learnt."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for color, (phase, records) in zip(_SERIES, _by_phase(metrics), strict=False):
+            steps, values = _points(records, "loss")
+            axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+            axes.plot(steps, _smooth(values), color=color, label=phase)
+        steps, values = _points(metrics, "decision_loss")
+        if steps:
+            axes.plot(steps, _smooth(values), color=_SERIES[3], linestyle=":", label="decision loss")
+        _finish(axes, "cross-entropy (nats)")
+
+    return _svg("losses", draw) if _points(metrics, "loss")[0] else ""
+
+
+def kept_share(metrics: Records) -> str:
+    """Share of the decoder parameters kept, against the scheduled target."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(*_points(metrics, "keep"), color=_SERIES[0], label="kept")
+        axes.plot(*_points(metrics, "target_keep"), color=_SERIES[1], linestyle="--", label="target")
+        _finish(axes, "share of decoder parameters")
+
+    return _svg("kept", draw) if _points(metrics, "keep")[0] else ""
+
+
+def changed_decisions(metrics: Records) -> str:
+    """Share of the decisions that flipped from one decision step to the next."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        steps, values = _points(metrics, "changed")
+        axes.fill_between(steps, [100 * value for value in values], color=_SERIES[2], alpha=0.35, linewidth=0)
+        axes.plot(steps, [100 * value for value in values], color=_SERIES[2], linewidth=1)
+        axes.set_ylim(bottom=0)
+        _finish(axes, "decisions changed (%)")
+
+    return _svg("changed", draw) if _points(metrics, "changed")[0] else ""
+
+
+def lasso(metrics: Records) -> str:
+    """Group lasso over the removed groups, on a log scale; exact zeros cannot be drawn and end the line."""
+    steps, values = _points(metrics, "lasso")
+    points = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(*zip(*points, strict=True), color=_SERIES[3])
+        axes.set_yscale("log")
+        _finish(axes, "group lasso")
+
+    return _svg("lasso", draw) if points else ""
+
+
+def widths(shares: dict[str, list[float]]) -> str:
+    """Kept share by layer, one row of bars a structure; shares: structure name -> one value in [0, 1] a layer."""
+
+    def draw(figure: Figure) -> None:
+        rows = figure.subplots(len(shares), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        for axes, (name, values), color in zip(rows, shares.items(), _SERIES * len(shares), strict=False):
+            axes.bar(range(len(values)), [100 * value for value in values], color=color, width=0.8)
+            axes.set_ylim(0, 100)
+            axes.set_title(name)
+            axes.grid(False, axis="x")
+        rows[-1].set_xlabel("layer")
+        rows[len(rows) // 2].set_ylabel("kept (%)")
+        rows[-1].xaxis.get_major_locator().set_params(integer=True)
+
+    return _svg("widths", draw, height=0.7 + 1.1 * len(shares)) if shares else ""
+
+
+def _points(records: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and finite values of the records that have `key`."""
+    found = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _by_phase(metrics: Records) -> list[tuple[str, Records]]:
+    return [(phase, list(records)) for phase, records in groupby(metrics, key=lambda record: record["phase"])]
+
+
+def _smooth(values: list[float], window: int = 10) -> list[float]:
+    """Mean of the last `window` values at each point."""
+    return [sum(part) / len(part) for part in (values[max(0, end - window) : end] for end in range(1, len(values) + 1))]
+
+
+def _finish(axes: Axes, label: str) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def _svg(name: str, draw: Callable[[Figure], None], height: float = 2.9) -> str:
+    """The drawing as an `<svg>` element; empty without matplotlib. name keeps the element ids of a page apart."""
+    if not available():
+        return ""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(buffer.getvalue())
+
+
+def _inline(svg: str) -> str:
+    """The bare `<svg>` element: sized and coloured by the page, without metadata or ids that would clash."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    tag, rest = svg.split(">", maxsplit=1)
+    tag = re.sub(r' (width|height)="[^"]*"', "", tag)
+    svg = f'{tag} role="img">' + re.sub(r'<g id="[^"]*"', "<g", rest)
+    for color, page_color in _PAGE_COLORS.items():
+        svg = svg.replace(color, page_color)
+    return re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", svg)

@@ -1,0 +1,164 @@
+"""A whole run: load, score the original, tune the dense baseline, train, export, score, write summary and report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from atp.baselines.dense_lora import PHASE, DenseLoraTrainer
+from atp.config import ATPConfig
+from atp.environment import versions
+from atp.errors import NotReached
+from atp.evaluation import evaluate_model, model_size, throughput
+from atp.export.hf import write_json
+from atp.loading import RunData, check_output_dir, load_data, load_model, load_tokenizer
+from atp.masks.budget import Budget
+from atp.masks.space import MaskSpace
+from atp.report import write_report
+from atp.training.callbacks import ProgressCallback, make_progress
+from atp.training.precision import autocast_dtype
+from atp.training.trainer import ATPTrainer
+
+CERTIFICATE_TOLERANCE = 1e-3  # of the logit scale, in float32
+BUDGET_TOLERANCE = 0.002
+
+
+class Run:
+    """One run folder and the steps that fill it. Steps that are done are not repeated on resume."""
+
+    def __init__(self, config: ATPConfig, *, resume: bool, command: str, say: Callable[[str], None] = print) -> None:
+        self.config, self.resume, self.command, self.say = config, resume, command, say
+        self.folder = Path(config.output_dir)
+        self.started = time.perf_counter()
+        self.autocast = autocast_dtype(config.training.precision)
+
+    def execute(self) -> dict[str, Any]:
+        """Does everything and returns the summary. Raises `InputError`, `NotReached` or `Interrupted`."""
+        config = self.config
+        check_output_dir(self.folder, resume=self.resume)
+        tokenizer = load_tokenizer(config.model)
+        data = load_data(config, tokenizer)
+        self.say(data.splits.description)
+        model = load_model(config.model, config.decisions.space)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+        self._score("original", model, tokenizer, data)
+        if config.evaluation.dense_baseline and "tuned_dense" not in self._scores():
+            model = self._tune_dense(model, tokenizer, data)
+        trainer = self._train(model, tokenizer, data)
+        self.say("exporting and certifying")
+        trainer.export(self.folder)
+        final = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
+        self._score("final", final, tokenizer, data)
+        summary = self._summarise(trainer, data)
+        write_json(self.folder / "summary.json", summary)
+        write_report(self.folder)
+        _check_promises(summary)
+        return summary
+
+    def _tune_dense(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> nn.Module:
+        self.say("tuning the uncut model with stock LoRA, for comparison")
+        names = sorted({n.rsplit(".", 1)[-1] for n in MaskSpace.from_config(model.config).linears})
+        with make_progress() as progress:
+            bar = ProgressCallback(lambda step: PHASE, self.config.training.total, progress)
+            trainer = DenseLoraTrainer(self.config, model, data.train, names, callbacks=[bar])
+            _quiet(trainer)
+            trainer.train()
+        self._score("tuned_dense", trainer.model, tokenizer, data)
+        self._record(
+            "dense_lora", {"seconds": trainer.clock.seconds[PHASE], "tokens_per_second": trainer.clock.rate(PHASE)}
+        )
+        return trainer.restore()
+
+    def _train(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> ATPTrainer:
+        with make_progress() as progress:
+            trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
+            trainer.add_callback(ProgressCallback(trainer.phases.of, trainer.phases.total, progress))
+            _quiet(trainer)
+            resume = self.resume and trainer.checkpoint_root.is_dir()
+            trainer.train(resume=resume)
+        return trainer
+
+    def _score(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
+        """Scores a model once; the result is kept in evaluation.json."""
+        if name in self._scores():
+            return
+        settings = self.config.evaluation
+        labels = data.splits.labels if settings.questions else ()
+        with Progress(transient=True) as progress:
+            task = progress.add_task(f"scoring the {name.replace('_', ' ')} model")
+            scores = evaluate_model(
+                model, tokenizer, data.test, data.splits.test, labels=labels, batch_size=settings.batch_size,
+                max_windows=settings.windows, max_examples=settings.questions, autocast=self.autocast,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )  # fmt: skip
+        scores |= {"size": model_size(model, torch.float32)}
+        if name != "tuned_dense":
+            scores["speed"] = throughput(model, autocast=self.autocast)
+        self._record(name, scores)
+
+    def _scores(self) -> dict[str, Any]:
+        path = self.folder / "evaluation.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _record(self, name: str, value: dict[str, Any]) -> None:
+        write_json(self.folder / "evaluation.json", self._scores() | {name: value})
+
+    def _summarise(self, trainer: ATPTrainer, data: RunData) -> dict[str, Any]:
+        scores, budget = self._scores(), Budget(trainer.space)
+        models = [name for name in ("original", "tuned_dense", "final") if name in scores]
+        before, after = scores["original"]["size"], scores["final"]["size"]
+        clock = trainer.clock
+        rates = {phase: clock.rate(phase) for phase in ("search", "settle", "tune")}
+        if "dense_lora" in scores:
+            rates["dense_lora"] = scores["dense_lora"]["tokens_per_second"]
+        return {
+            "target_keep": self.config.decisions.target_keep,
+            "keep_decoder": budget.share(trainer.decisions.mask),
+            "keep_total": after["params"] / before["params"],
+            "params_before": before["params"],
+            "params_after": after["params"],
+            "megabytes": {"original": before["megabytes"], "final": after["megabytes"]},
+            "perplexity": {name: scores[name]["perplexity"] for name in models},
+            data.splits.qa_name: {name: scores[name]["qa"] for name in models if "qa" in scores[name]},
+            "speed": {name: scores[name]["speed"] for name in ("original", "final")},
+            "train_tokens_per_second": rates,
+            "seconds": clock.seconds | {"total": time.perf_counter() - self.started},
+            "certificate": trainer.certificate,
+            "skipped_steps": trainer.finite.skipped,
+            "seed": self.config.seed,
+            "data": data.splits.fingerprints | {"description": data.splits.description},
+            "versions": versions(),
+            "command": self.command,
+        }
+
+
+def _quiet(trainer: Any) -> None:
+    """Leaves the terminal to our own bar."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _check_promises(summary: dict[str, Any]) -> None:
+    """Raises `NotReached` when budget or certificate were missed; everything was written by then."""
+    certificate = summary["certificate"]
+    for name in ("masked_vs_cut", "cut_vs_reloaded"):
+        if certificate[name] > CERTIFICATE_TOLERANCE:
+            raise NotReached(f"certificate: {name} is {certificate[name]:.2e} of the logit scale, above 1e-3")
+    if certificate["removed_lora_norm"] > 0:
+        raise NotReached(f"certificate: a removed LoRA group kept norm {certificate['removed_lora_norm']:.2e}")
+    missed = abs(summary["keep_decoder"] - summary["target_keep"])
+    if missed > BUDGET_TOLERANCE:
+        raise NotReached(
+            f"budget: {summary['keep_decoder']:.4f} of the decoder is kept, target {summary['target_keep']}: the "
+            "width rules (decisions.multiples) are too coarse for this model, lower them"
+        )

@@ -1,0 +1,33 @@
+"""The `TrainingArguments` that a config stands for."""
+
+from __future__ import annotations
+
+import torch
+from transformers import TrainingArguments
+
+from atp.config import ATPConfig
+
+
+def training_arguments(config: ATPConfig) -> TrainingArguments:
+    """Arguments for Trainer's loop. Precision is not among them: the trainers enter autocast themselves."""
+    training = config.training
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=training.total,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.lr,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.schedule, training.schedule),
+        warmup_steps=training.warmup,
+        max_grad_norm=training.clip,
+        logging_steps=training.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=training.save_every,
+        report_to=training.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,96 @@
+"""Callbacks of the training loop: phases and guards, the clock, the progress bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from atp.training.metrics import PhaseClock
+
+if TYPE_CHECKING:
+    from atp.training.trainer import ATPTrainer
+
+
+class PhaseCallback(TrainerCallback):
+    """Shrinks removed groups in settle, stops the loop at the cut and on signals, drops non-finite gradients."""
+
+    def __init__(self, trainer: ATPTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.finite.check(self.trainer.model.parameters(), f"step {state.global_step + 1}")
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.phases.of(state.global_step) == "settle":
+            self.trainer.settle_step(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if state.global_step == trainer.phases.cut_step:
+            # The checkpoint of this step is written after the cut, by the trainer.
+            control.should_training_stop, control.should_save = True, False
+        elif trainer.signals.received is not None:
+            control.should_save = control.should_training_stop = True
+
+
+class ClockCallback(TrainerCallback):
+    """Counts seconds and tokens of each step towards its phase."""
+
+    def __init__(self, clock: PhaseClock, phase_of: Callable[[int], str], tokens_per_step: int) -> None:
+        self.clock, self.phase_of, self.tokens_per_step = clock, phase_of, tokens_per_step
+        self._started = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.clock.add(self.phase_of(state.global_step - 1), time.perf_counter() - self._started, self.tokens_per_step)
+
+
+class ProgressCallback(TrainerCallback):
+    """One bar for the whole run: phase, loss, share kept, tokens/s and time left."""
+
+    def __init__(self, phase_of: Callable[[int], str], total: int, progress: Progress) -> None:
+        """phase_of names the phase of a LoRA step counted from 0; total is the number of LoRA steps."""
+        self.phase_of, self.progress = phase_of, progress
+        self._task = progress.add_task(phase_of(0), total=total, note="")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        note = f"loss {logs['loss']:.3f}"
+        if "keep" in logs:
+            note += f"  kept {logs['keep']:.3f}"
+        note += f"  {logs['tokens_per_second']:,.0f} tok/s"
+        phase = self.phase_of(state.global_step - 1)
+        self.progress.update(self._task, completed=state.global_step, description=phase, note=note)
+
+
+def make_progress() -> Progress:
+    """The bar that `ProgressCallback` fills."""
+    return Progress(
+        TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""The decision step: one update of the generator, and the mask that the LoRA step then sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atp.config import DecisionsConfig
+from atp.masks.budget import Budget
+from atp.masks.fit import exact_mask, exact_offset, fit_mask
+from atp.masks.generator import DecisionGenerator
+from atp.masks.sampling import gumbel_noise, hard_mask, logistic_noise, soft_mask, straight_through
+from atp.masks.space import MaskSpace
+
+_LATE_SEARCH = 0.8  # after this share of the search the generator's learning rate falls ...
+_LATE_FACTOR = 0.2  # ... to this factor of itself (1-method.md section 5)
+
+
+@dataclass(frozen=True)
+class DecisionOutcome:
+    """What one decision step did: its losses, gradient norm, and whether it was applied."""
+
+    loss: float
+    budget_loss: float
+    applied: bool
+
+
+class DecisionMaker:
+    """Owns the generator, its optimizer, its noise and the current hard mask bool [space.size].
+
+    Budget `penalty` is the paper's: Gumbel-sigmoid samples with a fixed offset, alpha * |log(p / p*)| in the loss, and
+    a freshly sampled hard mask for every LoRA step. Budget `exact` solves the offset each time so that exactly p_t of
+    the parameters stay, p_t falling on a cubic schedule; noise is drawn in the decision step alone, and the LoRA step
+    sees the noise-free mask, because LoRA cannot settle while its masks flip.
+    """
+
+    def __init__(
+        self, space: MaskSpace, config: DecisionsConfig, *, search_steps: int, prior: Tensor | None, seed: int
+    ) -> None:
+        self.space, self.config, self.search_steps = space, config, search_steps
+        self.budget = Budget(space)
+        self.generator = DecisionGenerator(space, kind=config.generator, prior=prior, seed=seed)
+        self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=config.lr)
+        self.noise = torch.Generator().manual_seed(seed)
+        self.mask = torch.ones(space.size, dtype=torch.bool)
+        self.frozen = False
+        self.changed = 0.0
+
+    def target_at(self, step: int) -> float:
+        """Share of parameters to keep after `step` search steps: a cubic fall (`exact`) or the target at once."""
+        target = self.config.target_keep
+        if self.config.budget == "penalty":
+            return target
+        done = min(step / max(self.config.reach * self.search_steps, 1), 1.0)
+        return target + (1 - target) * (1 - done) ** 3
+
+    def update(self, step: int, loss_of: Callable[[Tensor], Tensor]) -> DecisionOutcome:
+        """One optimizer step of the generator. loss_of maps a soft mask [space.size] to the calibration loss."""
+        self.generator.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * (_LATE_FACTOR if step >= _LATE_SEARCH * self.search_steps else 1.0)
+        logits = self.generator()
+        soft = self._soft(logits, step, noise=True)
+        loss = loss_of(soft)
+        budget_loss = torch.zeros(())
+        if self.config.budget == "penalty":
+            hard = hard_mask(logits, soft, self.space)
+            budget_loss = self.config.alpha * self.budget.loss(straight_through(soft, hard), self.config.target_keep)
+        (loss + budget_loss).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), self.config.clip)
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return DecisionOutcome(float(loss.detach()), float(budget_loss.detach()), applied)
+
+    @torch.no_grad()
+    def refresh(self, step: int) -> Tensor:
+        """Draws the hard mask that the LoRA step with this number sees, bool [space.size]."""
+        exact = self.config.budget == "exact"
+        self.generator.train(not exact)
+        logits = self.generator()
+        if exact:
+            mask = exact_mask(logits, self.target_at(step + 1), self.budget)
+        else:
+            mask = hard_mask(logits, self._soft(logits, step, noise=True), self.space)
+        self._replace(mask)
+        return mask
+
+    @torch.no_grad()
+    def freeze(self) -> Tensor:
+        """Takes the noise-free decision and fits it to budget and width rules; the mask never changes again."""
+        self.generator.eval()
+        target = self.config.target_keep
+        self._replace(fit_mask(self.generator(), target, self.budget, self.config.multiples))
+        self.frozen = True
+        return self.mask
+
+    def _replace(self, mask: Tensor) -> None:
+        self.changed = float((mask != self.mask).float().mean())
+        self.mask = mask
+
+    def _soft(self, logits: Tensor, step: int, *, noise: bool) -> Tensor:
+        size = self.space.size
+        if self.config.budget == "penalty":
+            drawn = gumbel_noise(size, self.noise) if noise else None
+            return soft_mask(logits, self.config.offset, self.config.temperature, drawn)
+        drawn = self.config.noise * logistic_noise(size, self.noise) if noise else None
+        offset = exact_offset(logits, self.target_at(step + 1), self.budget)
+        return soft_mask(logits, offset, self.config.temperature, drawn)

@@ -1,0 +1,51 @@
+"""What a run records while it trains: one JSON line a logged step, and time and tokens by phase."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl; resuming first drops records past the checkpoint's step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Keeps the records up to and including `step`."""
+        if not self.path.is_file():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class PhaseClock:
+    """Seconds and trained tokens by phase; survives a resume through `state`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
+
+    def add(self, phase: str, seconds: float, tokens: int = 0) -> None:
+        """Counts time and tokens towards a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.tokens[phase] = self.tokens.get(phase, 0) + tokens
+
+    def rate(self, phase: str) -> float:
+        """Trained tokens a second in a phase, 0 where nothing was trained."""
+        return self.tokens.get(phase, 0) / self.seconds[phase] if self.seconds.get(phase) else 0.0
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """JSON-able copy."""
+        return {"seconds": dict(self.seconds), "tokens": dict(self.tokens)}
+
+    def load(self, state: dict[str, dict[str, Any]]) -> None:
+        """The inverse of `state`."""
+        self.seconds, self.tokens = dict(state["seconds"]), dict(state["tokens"])

@@ -1,0 +1,39 @@
+"""Warm start of the generator's logits from the data: how much the loss depends on each decision.
+
+The gradient of the loss with respect to a mask value at 1 is the first-order Taylor effect of removing that decision;
+its mean square over samples is the diagonal Fisher information of the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from atp.masks.budget import Budget
+from atp.masks.space import MaskSpace
+
+
+def fisher_saliency(space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss_of: Callable) -> Tensor:
+    """Mean over batches of (dL/ds)^2 at s = 1, float32 [space.size].
+
+    loss_of(batch, mask) is the calibration loss under a soft mask; batches of one sample give the Fisher information
+    of samples, larger ones that of batch means.
+    """
+    total, count = torch.zeros(space.size), 0
+    for batch in batches:
+        mask = torch.ones(space.size, requires_grad=True)
+        (gradient,) = torch.autograd.grad(loss_of(batch, mask), mask)
+        total += gradient.square()
+        count += 1
+    return total / max(count, 1)
+
+
+def saliency_logits(saliency: Tensor, space: MaskSpace, scale: float) -> Tensor:
+    """Logits whose order is saliency per parameter: standardised log scores times `scale`, float32 [space.size].
+
+    Decisions compete across structures and layers for the same parameters, hence the division by their cost.
+    """
+    scores = (saliency / Budget(space).cost()).clamp_min(torch.finfo(torch.float32).tiny).log()
+    return scale * (scores - scores.mean()) / scores.std().clamp_min(1e-6)

@@ -1,0 +1,387 @@
+"""`ATPTrainer`: the one-stage job on top of `transformers.Trainer`.
+
+Read it top to bottom: `train` runs search and settle, cuts, and tunes. Trainer's loop does the LoRA steps; its hooks
+are where the decision step, the masks, the regularizer and the prox come in. The cut is a checkpoint rewritten for the
+smaller model, so a resumed run and an unbroken one take the same path.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+from transformers import Trainer, TrainerCallback, set_seed
+
+from atp.config import ATPConfig
+from atp.errors import InputError, Interrupted
+from atp.export.card import model_card
+from atp.export.hf import export_model, save_decisions, write_json
+from atp.lora.lasso import LoraGroups
+from atp.lora.layer import MaskController, add_lora
+from atp.masks.space import MaskSpace
+from atp.removal.certify import compare, reference_logits
+from atp.removal.cut import cut_model, cut_state_dict
+from atp.training import checkpoint as checkpoints
+from atp.training.arguments import training_arguments
+from atp.training.callbacks import ClockCallback, PhaseCallback
+from atp.training.checkpoint import Checkpoint
+from atp.training.decisions import DecisionMaker
+from atp.training.guards import FiniteGuard, SignalGuard
+from atp.training.metrics import MetricsLog, PhaseClock
+from atp.training.order import RunOrder
+from atp.training.phases import Phases
+from atp.training.precision import autocast_dtype
+from atp.training.saliency import fisher_saliency, saliency_logits
+
+_CERTIFICATE_WINDOWS = 4
+
+
+class ATPTrainer(Trainer):
+    """Tunes a causal LM with LoRA and removes structures in the same run.
+
+    model: a Llama-like causal LM (stock transformers). train_dataset and calibration_dataset yield dictionaries with
+    `input_ids` and `labels` int64 [length]. Raises `InputError` for a model that the mask space does not cover.
+    """
+
+    def __init__(
+        self,
+        config: ATPConfig,
+        model: nn.Module,
+        train_dataset: Dataset,
+        calibration_dataset: Dataset,
+        *,
+        tokenizer: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        set_seed(config.seed)
+        self.config = config
+        self.space = MaskSpace.from_config(model.config, config.decisions.space)
+        self.phases = Phases.from_config(config.training)
+        self.params_before = sum(p.numel() for p in model.parameters())
+        self.calibration_dataset = calibration_dataset
+        self.metrics = MetricsLog(Path(config.output_dir) / "metrics.jsonl")
+        self.clock = PhaseClock()
+        self.finite = FiniteGuard(config.training.max_bad_steps)
+        self.signals = SignalGuard()
+        self.autocast_dtype = autocast_dtype(config.training.precision)
+        self.certificate: dict[str, float] = {}
+        self.decisions: DecisionMaker | None = None
+        self.last: dict[str, Tensor | float] = {}
+        self._decided = -1
+        lora = config.lora
+        wrapped = add_lora(model, self.space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=config.seed)
+        if config.training.gradient_checkpointing:
+            wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            wrapped.enable_input_require_grads()
+        super().__init__(
+            model=wrapped,
+            args=training_arguments(config),
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self.add_callback(PhaseCallback(self))
+        self.add_callback(ClockCallback(self.clock, self.phases.of, self.tokens_per_step))
+        self._bind(wrapped)
+
+    # The run, phase by phase
+
+    def train(self, resume: bool = False, **_: Any) -> None:
+        """Runs what is left of search -> settle -> cut -> tune. resume continues the newest complete checkpoint.
+
+        Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite.
+        """
+        path = checkpoints.newest(self.checkpoint_root) if resume else None
+        if resume and path is None:
+            raise InputError(f"nothing to resume: {self.checkpoint_root} holds no complete checkpoint")
+        self._restore(checkpoints.load(path)) if path else self._start()
+        step = checkpoints.load(path).step if path else 0
+        with self.signals:
+            if step < self.phases.cut_step:
+                self._segment(path)
+                path = self._cut()
+                step = self.phases.cut_step
+            if step < self.phases.total:
+                self._segment(path)
+
+    def export(self, folder: str | Path) -> dict[str, float]:
+        """Writes adapter/, model/, the decisions and certificate.json under `folder`; returns the certificate."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_decisions(folder, self.space, self.decisions.mask)
+        before, after = self.params_before, sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
+        card = model_card(self.config, before, after)
+        tokens = self._certificate_tokens()
+        self.certificate["cut_vs_reloaded"] = export_model(self.model, folder, self.processing_class, tokens, card)
+        write_json(folder / "certificate.json", self.certificate | {"tokens": tokens.numel(), "dtype": "float32"})
+        return self.certificate
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one LoRA step over all processes."""
+        length = len(self.train_dataset[0]["input_ids"])
+        return length * self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    @property
+    def checkpoint_root(self) -> Path:
+        """Where checkpoints lie."""
+        return Path(self.config.output_dir) / "checkpoints"
+
+    def _start(self) -> None:
+        started = time.perf_counter()
+        prior = None
+        if self.config.decisions.init == "saliency":
+            count = min(self.config.decisions.saliency_windows, len(self.calibration_dataset))
+            batches = (self._calibration_batch(i, 1) for i in range(count))
+            saliency = fisher_saliency(self.space, batches, self._calibration_loss)
+            self.controller.clear()
+            prior = saliency_logits(saliency, self.space, self.config.decisions.saliency_scale)
+        self._make_decisions(prior)
+        self.clock.add("saliency", time.perf_counter() - started)
+
+    def _make_decisions(self, prior: Tensor | None) -> None:
+        config = self.config
+        self.decisions = DecisionMaker(
+            self.space, config.decisions, search_steps=self.phases.search, prior=prior, seed=config.seed
+        )
+
+    def _segment(self, path: Path | None) -> None:
+        """Trainer's loop up to the cut or to the end."""
+        super().train(resume_from_checkpoint=str(path) if path else None)
+        if self.signals.received is not None:
+            raise Interrupted(self.signals.received, str(checkpoints.newest(self.checkpoint_root)))
+
+    def _cut(self) -> Path:
+        """Cuts the settled model, measures that nothing changed, and writes the checkpoint that tune starts from."""
+        started = time.perf_counter()
+        mask = self.decisions.mask
+        tokens = self._certificate_tokens()
+        self.certificate["removed_lora_norm"] = self.groups.largest_removed_norm(mask)
+        with self.controller.masks(mask, "hard"):
+            reference = reference_logits(self.model, tokens)
+        state = self._checkpoint()
+        self._become_cut()
+        self.certificate["masked_vs_cut"] = compare(reference, self.model, tokens).relative
+        for prefix in ("model", "lora_optimizer"):
+            part = cut_state_dict(state.part(prefix), self.space, mask)
+            state.tensors.update({f"{prefix}.{name}": tensor for name, tensor in part.items()})
+        self.clock.add("cut", time.perf_counter() - started)
+        state.meta.update(certificate=self.certificate, clock=self.clock.state())
+        return checkpoints.save(self.checkpoint_root, state, keep=self.config.training.keep_checkpoints)
+
+    def _become_cut(self) -> None:
+        """Swaps in the smaller model; optimizer and scheduler are made anew around its parameters."""
+        self.model = self.model_wrapped = cut_model(self.model, self.space, self.decisions.mask)
+        self.optimizer = self.lr_scheduler = None
+        self._bind(self.model)
+
+    def _bind(self, model: PeftModel) -> None:
+        """Points the mask controller and the lasso table at the model's layers (none of them is used after the cut)."""
+        cut = self.decisions is not None and self.decisions.frozen and model.config.model_type == "atp_llama"
+        self.controller = None if cut else MaskController(model, self.space)
+        self.groups = None if cut else LoraGroups(model, self.space)
+
+    # One step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        step = self.state.global_step
+        phase = self.phases.of(step)
+        if phase == "tune":
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._decided != step:
+            self._decide(step, phase)
+        with self.controller.masks(self.decisions.mask, "hard"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _decide(self, step: int, phase: str) -> None:
+        """Once a LoRA step: a decision step and a new mask while searching, the freeze at the start of settle."""
+        self._decided = step
+        if phase == "settle":
+            if not self.decisions.frozen:
+                self.decisions.freeze()
+            return
+        if step % self.config.decisions.every == 0:
+            batch = self._calibration_batch(step // self.config.decisions.every, self.config.decisions.batch_size)
+            frozen = [p for p in self.model.parameters() if p.requires_grad]
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            try:
+                outcome = self.decisions.update(step, lambda mask: self._calibration_loss(batch, mask))
+            finally:
+                self.controller.clear()
+                for parameter in frozen:
+                    parameter.requires_grad_(True)
+            self.last.update(decision_loss=outcome.loss, budget_loss=outcome.budget_loss)
+            self.decisions.refresh(step)
+
+    def _calibration_loss(self, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
+        self.controller.set(mask.to(self.args.device), "soft")
+        with self.compute_loss_context_manager():
+            return self.model(**batch).loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.last["loss"] = loss.detach()
+        phase = self.phases.of(self.state.global_step)
+        training = self.config.training
+        beta = {"search": training.beta, "settle": training.settle_beta}.get(phase, 0.0)
+        if beta and model.training:
+            lasso = self.groups.lasso(self.decisions.mask.to(loss.device))
+            self.last["lasso"] = lasso.detach()
+            loss = loss + beta * lasso / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> Any:
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.args.device.type, dtype=self.autocast_dtype, enabled=enabled)
+
+    def settle_step(self, step: int) -> None:
+        """Shrinks removed LoRA groups after the optimizer step `step`, so that the last settle step zeroes them."""
+        left = self.phases.cut_step - step
+        mask = self.decisions.mask
+        largest = self.groups.largest_removed_norm(mask)
+        # The last threshold is doubled: rounding in the norm must not leave a remainder.
+        self.groups.prox_(mask.to(self.args.device), largest / left if left > 1 else 2 * largest)
+
+    # Data, optimizer, records
+
+    def _calibration_batch(self, index: int, size: int) -> dict[str, Tensor]:
+        order = RunOrder(len(self.calibration_dataset), 0, self.config.seed + 1)
+        rows = [self.calibration_dataset[i] for i in order.at(index * size, size)]
+        return {name: value.to(self.args.device) for name, value in default_collate(rows).items()}
+
+    def _certificate_tokens(self) -> Tensor:
+        rows = range(min(_CERTIFICATE_WINDOWS, len(self.calibration_dataset)))
+        return torch.stack([self.calibration_dataset[i]["input_ids"] for i in rows]).to(self.args.device)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunOrder:
+        total = self.phases.total * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return RunOrder(len(self.train_dataset), total * self.args.world_size, self.config.seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            self._trained = list(named)
+            self.optimizer = torch.optim.AdamW(list(named.values()), lr=self.args.learning_rate, weight_decay=0.0)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            step = self.state.global_step
+            phase = self.phases.of(step - 1)
+            record = {name: float(value) for name, value in self.last.items()}
+            if phase != "tune":
+                record |= {
+                    "keep": self.decisions.budget.share(self.decisions.mask),
+                    "target_keep": self.decisions.target_at(step),
+                    "changed": self.decisions.changed,
+                }
+            record |= {"lr": logs["learning_rate"], "tokens_per_second": self.clock.rate(phase)}
+            self.metrics.write({"step": step, "phase": phase, **record, "seconds": sum(self.clock.seconds.values())})
+            logs |= record
+            self.last.clear()
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "frozen": self.decisions.frozen,
+            "certificate": self.certificate,
+            "clock": self.clock.state(),
+            "skipped": self.finite.skipped,
+            "scheduler": self.lr_scheduler.state_dict(),
+        }
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
+        tensors |= {f"generator.{n}": t for n, t in self.decisions.generator.state_dict().items()}
+        tensors |= _prefixed("lora_optimizer", checkpoints.optimizer_tensors(self.optimizer, self._trained))
+        names = [n for n, _ in self.decisions.generator.named_parameters()]
+        tensors |= _prefixed("decision_optimizer", checkpoints.optimizer_tensors(self.decisions.optimizer, names))
+        tensors |= {"mask": self.decisions.mask, "rng.decision": self.decisions.noise.get_state()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.args.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.args.device)
+        return Checkpoint(self.state.global_step, tensors, self._meta(), _trainer_state_json(self.state))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        if self.args.should_save:
+            checkpoints.save(self.checkpoint_root, self._checkpoint(), keep=self.config.training.keep_checkpoints)
+
+    def _restore(self, state: Checkpoint) -> None:
+        """Brings generator, decisions, certificate and records to the checkpoint; cuts the model when it was cut."""
+        _refuse_changed_config(state.meta["config"], self.config)
+        generator = state.part("generator")
+        self._make_decisions(generator["prior"])
+        self.decisions.generator.load_state_dict(generator)
+        names = [n for n, _ in self.decisions.generator.named_parameters()]
+        checkpoints.load_optimizer_tensors(self.decisions.optimizer, names, state.part("decision_optimizer"))
+        self.decisions.noise.set_state(state.tensors["rng.decision"])
+        self.decisions.mask = state.tensors["mask"].bool()
+        self.decisions.frozen = state.meta["frozen"]
+        self.certificate = state.meta["certificate"]
+        self.clock.load(state.meta["clock"])
+        self.finite.skipped = state.meta["skipped"]
+        self.metrics.rewind(state.step)
+        if "masked_vs_cut" in self.certificate:
+            self._become_cut()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = checkpoints.load(Path(resume_from_checkpoint)).part("model")
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = checkpoints.load(Path(checkpoint))
+            checkpoints.load_optimizer_tensors(self.optimizer, self._trained, state.part("lora_optimizer"))
+            self.lr_scheduler.load_state_dict(state.meta["scheduler"])
+            for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            rng = checkpoints.load(Path(checkpoint)).part("rng")
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self.args.device)
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _trainer_state_json(state: Any) -> str:
+    values = {k: v for k, v in asdict(state).items() if k not in ("log_history", "stateful_callbacks")}
+    return json.dumps(values | {"log_history": [], "stateful_callbacks": {}})
+
+
+def _refuse_changed_config(saved: dict[str, Any], config: ATPConfig) -> None:
+    now = config.model_dump(mode="json")
+    changed = [
+        f"{section}{'.' + key if key else ''}: {old!r} -> {new!r}"
+        for section in now
+        for key, old, new in _differences(saved.get(section), now[section])
+    ]
+    if changed:
+        raise InputError(f"cannot resume under a changed config ({'; '.join(changed)}): restore it or start a new run")
+
+
+def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [(k, old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)]
+    return [("", old, new)] if old != new else []

@@ -1,0 +1,105 @@
+"""Which backend takes a call, and why.
+
+A backend is a module that implements some of the functions of `backends.reference` under the same names, and says
+with `AVAILABLE` and `REASON` whether it can run here. Adding one touches `_MODULES` and `_preference`.
+"""
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+ENVIRONMENT = "ATP_KERNELS_BACKEND"
+
+_MODULES = {
+    "reference": "atp_kernels.backends.reference",
+    "triton": "atp_kernels.backends.triton",
+    "native": "atp_kernels.backends.native",
+}
+_ENTRY = {
+    "masked_lora_linear": "masked_lora_linear_forward",
+    "masked_lora_linear_with_norms": "masked_lora_linear_forward",
+    "group_lasso": "group_lasso_forward",
+    "group_prox_": "group_prox_",
+    "compact": "compact",
+}
+_DTYPES = {
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "native": (torch.float32, torch.bfloat16),
+}
+OPS = tuple(_ENTRY)
+NAMES = ("auto", *_MODULES)
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's name, with None where it can run here and else the reason why not."""
+    return {name: _load(name)[1] for name in _MODULES}
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> tuple[ModuleType, str, str]:
+    """Return (module, backend name, reason) for one call of `op` on tensors of this device and dtype.
+
+    Raises ValueError for an unknown name, RuntimeError for a named backend that cannot take the call.
+    """
+    return _select(op, device.type, dtype, backend, os.environ.get(ENVIRONMENT, ""))
+
+
+@cache
+def _select(op: str, device: str, dtype: torch.dtype, backend: str, override: str) -> tuple[ModuleType, str, str]:
+    if op not in _ENTRY:
+        raise ValueError(f"unknown operation {op!r}: use one of {', '.join(OPS)}.")
+    origin = "backend="
+    if backend == "auto" and override:
+        backend, origin = override, f"{ENVIRONMENT}="
+    if backend not in NAMES:
+        raise ValueError(f"{origin}{backend!r} is not a backend: use one of {', '.join(NAMES)}.")
+    if backend != "auto":
+        problem = _problem(backend, op, device, dtype)
+        if problem:
+            raise RuntimeError(f"{origin}{backend!r} cannot take {op}: {problem}; use backend='auto' to let it choose.")
+        return _load(backend)[0], backend, f"{origin}{backend!r} names it"
+    passed_over = []
+    for name in _preference(op, device):
+        problem = _problem(name, op, device, dtype)
+        if problem is None:
+            why = f"first choice on {device}" if not passed_over else "; ".join(passed_over)
+            return _load(name)[0], name, why
+        passed_over.append(f"{name}: {problem}")
+    raise RuntimeError(f"no backend takes {op} on {device}: {'; '.join(passed_over)}.")
+
+
+def _preference(op: str, device: str) -> tuple[str, ...]:
+    linear = op.startswith("masked_lora_linear")
+    if device == "cuda":
+        return ("triton", "reference") if linear else ("native", "reference")
+    if device == "cpu" and not linear:
+        return ("native", "reference")
+    # On a CPU the linear is its vendor GEMM, which the reference backend calls with nothing around it.
+    return ("reference",)
+
+
+def _problem(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+    module, reason = _load(name)
+    if module is None:
+        return reason
+    if not hasattr(module, _ENTRY[op]):
+        return f"the {name} backend does not implement {op}"
+    if name in _DTYPES and dtype not in _DTYPES[name]:
+        accepted = ", ".join(str(accepted).removeprefix("torch.") for accepted in _DTYPES[name])
+        return f"the {name} backend takes {accepted}, not {str(dtype).removeprefix('torch.')}"
+    if name == "native" and device != "cpu" and not (device == "cuda" and module.build_info()["cuda_archs"]):
+        return f"the native backend was built without support for {device}; reinstall with ATP_BUILD_CUDA=1 for cuda"
+    if name == "triton" and device != "cuda" and not module.INTERPRETED:
+        return f"the triton backend runs on cuda, not on {device} (TRITON_INTERPRET=1 emulates it on a cpu)"
+    return None
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError as error:
+        return None, f"the {name} backend cannot be imported here ({error}); reinstall atp-kernels with it"
+    return (module, None) if module.AVAILABLE else (None, module.REASON)

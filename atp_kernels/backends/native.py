@@ -1,0 +1,123 @@
+"""The `native` backend: C++ operations over all factors of a model at once, from the optional extension atp_kernels._C.
+
+Results do not depend on the number of threads or on the processor's instruction set. All functions are numerics only:
+they record no gradient. Non-contiguous tensors are copied, and copied back where the operation works in place.
+"""
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp_kernels.reference import Groups
+
+__all__ = [
+    "AVAILABLE",
+    "REASON",
+    "build_info",
+    "compact",
+    "group_lasso_backward",
+    "group_lasso_forward",
+    "group_prox_",
+]
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("atp_kernels._C"), None
+    except ModuleNotFoundError:
+        return None, (
+            "the extension atp_kernels._C was not built; with torch>=2.10 and a C++ compiler at hand, reinstall with "
+            "`ATP_BUILD=1 pip install --no-build-isolation` to build it or see why not"
+        )
+    except ImportError as error:
+        return None, f"the extension atp_kernels._C does not load ({error}); reinstall atp-kernels to rebuild it"
+
+
+_extension, REASON = _load()
+AVAILABLE = _extension is not None
+_ops = torch.ops.atp_kernels_native
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built with, and the instruction set it picked on this processor.
+
+    Keys: compiler, isa_compiled, isa, cuda_archs, stable_abi_target (the oldest torch it runs under), torch_built_with.
+    Raises RuntimeError where the extension is missing.
+    """
+    if _extension is None:
+        raise RuntimeError(f"No build information: {REASON}.")
+    return _extension.build_info()
+
+
+@torch.no_grad()
+def group_lasso_forward(
+    factors: Sequence[Tensor], groups: Groups, removed: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (value [], norms [n_groups]), float32: norms = sqrt(sum of squares + eps) of every group, value their sum
+    over removed groups that own at least one row or column.
+
+    factors: 2-D float32 or bfloat16, summed in float32 within a row and in float64 within a group; groups as in
+    `functional.group_lasso`; removed bool [n_groups]. Raises RuntimeError for a group id out of range and for wrong
+    dtypes or shapes.
+    """
+    return _call(_ops.group_lasso_forward, *_arguments(factors, groups, removed), eps)
+
+
+@torch.no_grad()
+def group_lasso_backward(
+    factors: Sequence[Tensor], groups: Groups, removed: Tensor, norms: Tensor, grad_out: Tensor
+) -> list[Tensor]:
+    """Return one gradient a factor, in its dtype: grad_out * entry / norm of its group if removed, else exactly zero.
+
+    norms [n_groups] float32 from `group_lasso_forward`; grad_out: one floating element. Where a norm is zero (eps = 0)
+    the gradient is zero. Raises RuntimeError as `group_lasso_forward` does.
+    """
+    arguments = _arguments(factors, groups, removed)
+    return _call(_ops.group_lasso_backward, *arguments, norms.contiguous(), grad_out.float())
+
+
+@torch.no_grad()
+def group_prox_(factors: Sequence[Tensor], groups: Groups, removed: Tensor, threshold: Tensor) -> None:
+    """In place: each removed group <- group * max(0, 1 - threshold / ||group||).
+
+    threshold: floating [n_groups], used in float32; a group at or below it becomes exactly zero. Raises RuntimeError as
+    `group_lasso_forward` does, and for a tensor that is given twice.
+    """
+    held, axes, index, removed = _arguments(factors, groups, removed)
+    _call(_ops.group_prox_, held, axes, index, removed, threshold.float().contiguous())
+    for factor, copy in zip(factors, held, strict=True):
+        if factor is not copy:
+            factor.copy_(copy)
+    # The extension writes behind autograd's back: tell it, so that a stale saved tensor raises instead of lying.
+    torch.autograd.graph.increment_version(factors)
+
+
+@torch.no_grad()
+def compact(weight: Tensor, rows: Tensor | None = None, cols: Tensor | None = None, pad_to: int = 1) -> Tensor:
+    """Return the kept rows and columns of a weight, each gathered side zero-padded to a multiple of `pad_to`.
+
+    weight [n, k] of any dtype of 1 to 8 bytes; rows, cols: int64 vectors or None for all. Raises RuntimeError for an
+    index out of range.
+    """
+    rows, cols = (index if index is None else index.contiguous() for index in (rows, cols))
+    return _call(_ops.compact, weight.contiguous(), rows, cols, pad_to)
+
+
+def _arguments(
+    factors: Sequence[Tensor], groups: Groups, removed: Tensor
+) -> tuple[list[Tensor], list[int], list[Tensor], Tensor]:
+    held = [factor.contiguous() for factor in factors]
+    return held, [axis for axis, _ in groups], [index.contiguous() for _, index in groups], removed.contiguous()
+
+
+def _call(operator: Any, *arguments: Any) -> Any:
+    """Call an operator of the extension; on CUDA, on the device of its tensors and on that device's current stream."""
+    device = next(a.device for a in reversed(arguments) if isinstance(a, Tensor))
+    if device.type != "cuda":
+        return operator(*arguments)
+    with torch.cuda.device(device):
+        return operator(*arguments, stream=torch.cuda.current_stream().cuda_stream)

@@ -1,0 +1,16 @@
+"""The `triton` backend: the masked LoRA linear on CUDA, and on a CPU under TRITON_INTERPRET=1."""
+
+from importlib.util import find_spec
+
+AVAILABLE = find_spec("triton") is not None
+REASON = None if AVAILABLE else "the triton package is not installed; run pip install triton"
+INTERPRETED = False
+
+if AVAILABLE:
+    from atp_kernels.backends.triton.masked_lora_linear import (
+        INTERPRETED,
+        masked_lora_linear_backward,
+        masked_lora_linear_forward,
+    )
+
+__all__ = ["AVAILABLE", "INTERPRETED", "REASON", "masked_lora_linear_backward", "masked_lora_linear_forward"]

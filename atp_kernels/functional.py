@@ -1,0 +1,202 @@
+"""What a user calls: checks, automatic casting and the choice between eager and compiled execution."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from atp_kernels import ops
+from atp_kernels.backends.dispatch import select
+from atp_kernels.reference import Groups
+
+
+def masked_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float,
+    out_mask: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    mask_lora: bool = False,
+    bias: Tensor | None = None,
+    lora_input: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """y = m_out * ((m_in * x) W^T + bias) + scaling * (lora_input A^T) B^T, with all its gradients.
+
+    With `mask_lora` the output mask covers the sum and the adapter reads the in-masked input too.
+
+    x [..., in]; weight [out, in]; lora_a [r, in]; lora_b [out, r]; out_mask [out]; in_mask [in]; bias [out];
+    lora_input like x (x after dropout; default x). Returns [..., out] in the dtype of x. Masks are bool (hard,
+    constant) or floating (soft, differentiable, used in float32 whatever x is). x and weight share a dtype; the
+    factors, bias and lora_input are cast to it. Under autocast all but the masks are cast to the autocast dtype.
+    Differentiable once in every floating input that requires it. Raises ValueError for wrong shapes, dtypes or
+    devices and RuntimeError for a named backend that cannot take the call.
+    Source: arXiv 2412.14426, section 3.
+    """
+    tensors = _prepare(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    return ops.linear(tensors, float(scaling), mask_lora, False, backend)
+
+
+def masked_lora_linear_with_norms(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float,
+    out_mask: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    mask_lora: bool = False,
+    bias: Tensor | None = None,
+    lora_input: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`masked_lora_linear`, and the squared norms of B's rows and A's columns from the same pass.
+
+    Returns (y [..., out], b_row_sq [out], a_col_sq [in]); the norms are float32 (float64 in float64), of the factors
+    as the pass reads them (after any cast), and differentiable in A and B. Errors as in `masked_lora_linear`.
+    """
+    tensors = _prepare(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    return ops.linear(tensors, float(scaling), mask_lora, True, backend)
+
+
+def group_lasso(
+    factors: Sequence[Tensor], groups: Groups, removed: Tensor, *, eps: float = 1e-8, backend: str = "auto"
+) -> Tensor:
+    """Sum over removed groups of sqrt(sum of squares of the group + eps), for all factors in one call.
+
+    factors: 2-D floating tensors. groups[i] = (axis, index): axis 0 groups the rows of factors[i], 1 its columns;
+    index int64 [factors[i].shape[axis]] maps each to a group id in [0, n_groups). Equal ids in several factors form
+    one joint group. removed: bool [n_groups]; a group that owns nothing counts nothing. Returns a float32 scalar
+    (float64 if a factor is), differentiable once in the factors. Raises ValueError for wrong shapes, dtypes, devices.
+    Source: arXiv 2412.14426, section 3 (the L_GL term).
+    """
+    _check_groups(factors, groups, removed)
+    return ops.lasso(factors, groups, removed, float(eps), backend)
+
+
+def group_prox_(
+    factors: Sequence[Tensor],
+    groups: Groups,
+    removed: Tensor,
+    threshold: float | Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """In place, without gradient: each removed group <- group * max(0, 1 - threshold / ||group||).
+
+    factors, groups and removed as in `group_lasso`; threshold: a number or a floating tensor [n_groups]. A group whose
+    norm is at or below its threshold becomes exactly zero. Raises ValueError for wrong shapes, dtypes or devices.
+    Source: the proximal operator of the group 2-norm.
+    """
+    _check_groups(factors, groups, removed)
+    if isinstance(threshold, Tensor):
+        if threshold.shape != removed.shape:
+            given, needed = list(threshold.shape), list(removed.shape)
+            raise ValueError(f"threshold has shape {given}: give a number, or one for each group, {needed}.")
+    else:
+        threshold = torch.full(removed.shape, float(threshold), device=removed.device)
+    axes, indices = zip(*groups, strict=True)
+    with torch.no_grad():
+        ops.group_prox_op(list(factors), list(axes), list(indices), removed, threshold.float(), backend)
+
+
+def compact(
+    weight: Tensor,
+    rows: Tensor | None = None,
+    cols: Tensor | None = None,
+    pad_to: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The kept rows and columns of a weight as a new tensor, without gradient.
+
+    weight [n, k]; rows and cols: int64 index vectors, None for all. Returns [n', k'], where a gathered side is padded
+    with zeros to a multiple of `pad_to` and the other side is as it was. Raises ValueError for wrong shapes or dtypes.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"compact takes a 2-D weight, not one of shape {list(weight.shape)}.")
+    for name, index in (("rows", rows), ("cols", cols)):
+        if index is not None and (index.ndim != 1 or index.dtype != torch.int64 or index.device != weight.device):
+            raise ValueError(f"{name} must be a 1-D int64 tensor on {weight.device}, or None for all.")
+    if pad_to < 1:
+        raise ValueError(f"pad_to is {pad_to}: give a positive multiple, 1 for no padding.")
+    return ops.compact_op(weight.detach(), rows, cols, pad_to, backend)
+
+
+def explain(op: str, *tensors: Tensor, backend: str = "auto") -> str:
+    """One sentence on which backend takes a call of `op` on tensors like these, and why.
+
+    The first tensor's device and the tensors' common dtype decide; with none given a float32 CPU call is explained.
+    """
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = ops.common_dtype(tensors) if tensors else torch.float32
+    _, name, why = select(op, device, dtype, backend)
+    return f"{op} on {device.type} in {str(dtype).removeprefix('torch.')} runs on {name} ({why})."
+
+
+def _prepare(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> tuple[Tensor | None, ...]:
+    """Check the operands of a linear and cast them as autocast and the dtype rules ask."""
+    _check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    elif weight.dtype != dtype:
+        raise ValueError(f"weight is {weight.dtype} and x is {dtype}: cast one of them, or run under torch.autocast.")
+    lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    lora_input = None if lora_input is None or lora_input is x else lora_input.to(dtype)
+    return x, weight, lora_a, lora_b, bias, lora_input, _as_mask(out_mask, dtype), _as_mask(in_mask, dtype)
+
+
+def _as_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Hard masks stay bool; soft ones are used in float32 (float64 beside float64)."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def _check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> None:
+    if weight.ndim != 2 or lora_a.ndim != 2 or lora_b.ndim != 2:
+        raise ValueError("weight, lora_a and lora_b must be 2-D: [out, in], [r, in] and [out, r].")
+    (n_out, n_in), rank = weight.shape, lora_a.shape[0]
+    expected = (
+        ("lora_a", lora_a, (rank, n_in)),
+        ("lora_b", lora_b, (n_out, rank)),
+        ("bias", bias, (n_out,)),
+        ("out_mask", out_mask, (n_out,)),
+        ("in_mask", in_mask, (n_in,)),
+        ("lora_input", lora_input, x.shape),
+    )
+    if x.ndim == 0 or x.shape[-1] != n_in:
+        raise ValueError(f"x has shape {list(x.shape)}, but weight {list(weight.shape)} needs [..., {n_in}].")
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but weight and x need {list(shape)}.")
+    for name, tensor in (("x", x), ("weight", weight), *((name, tensor) for name, tensor, _ in expected)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device.")
+        if not (tensor.is_floating_point() or (tensor.dtype == torch.bool and name.endswith("mask"))):
+            kind = "bool or floating mask" if name.endswith("mask") else "floating tensor"
+            raise ValueError(f"{name} is {tensor.dtype}: give a {kind}.")
+
+
+def _check_groups(factors: Sequence[Tensor], groups: Groups, removed: Tensor) -> None:
+    if not factors or len(factors) != len(groups):
+        raise ValueError(f"{len(factors)} factors and {len(groups)} groups: give one (axis, index) for each factor.")
+    if removed.dtype != torch.bool or removed.ndim != 1:
+        raise ValueError(f"removed must be a 1-D bool tensor, not {removed.dtype} of shape {list(removed.shape)}.")
+    for i, (factor, (axis, index)) in enumerate(zip(factors, groups, strict=True)):
+        if factor.ndim != 2 or not factor.is_floating_point():
+            given = f"{factor.dtype} of shape {list(factor.shape)}"
+            raise ValueError(f"factors[{i}] must be a 2-D floating tensor, not {given}.")
+        if axis not in (0, 1) or index.dtype != torch.int64 or index.shape != factor.shape[axis : axis + 1]:
+            raise ValueError(f"groups[{i}] must be (0 or 1, int64 index as long as that side of factors[{i}]).")
+        if factor.device != removed.device or index.device != removed.device:
+            raise ValueError(f"factors[{i}], its index and removed must be on one device, {removed.device}.")

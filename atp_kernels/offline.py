@@ -1,0 +1,206 @@
+"""Compile every Triton kernel for GPU generations that are not here, and read what the compiler made of it.
+
+    python -m atp_kernels.offline --arch 80 --arch 90 --gate
+
+Registers, stack and local memory come from the cuobjdump in the triton wheel, tensor-core and memory instructions from
+the PTX. No GPU and no driver is needed. With `--gate` the exit status is 1 when a limit of `problems` is broken.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from atp_kernels.backends.triton import kernels, tiles
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Shared memory one program may use, bytes, by compute capability."""
+SPILL_LIMIT = 64
+"""Bytes of stack or local memory that count as no spill: a few addresses, never a tile."""
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as one call would launch it: argument types (None for an absent operand) and constants."""
+
+    name: str
+    kernel: triton.runtime.JITFunction
+    dtype: torch.dtype
+    rank: int
+    arguments: dict[str, str | None]
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int
+    tensor_core_loop: bool
+    """Whether the loop must use this generation's tensor cores and 16-byte copies: a full GEMM tile of 16-bit data."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes: registers a thread, bytes of memory, and instruction counts in the PTX."""
+
+    registers: int
+    shared: int
+    stack: int
+    local: int
+    tensor_core: int
+    wide_copies: int
+    narrow_loads: int
+    """2-byte global loads inside loops; in an epilogue they cost nothing."""
+
+
+def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+    """Every kernel in the variants that a training step launches, with the tiles its table gives."""
+    for name, m, n, absent in (
+        ("gemm fwd split", _SIZE, _SIZE, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+        ("gemm fwd narrow", _SIZE, 128, "sum_ptr other_ptr dot_ptr"),
+        ("gemm dx", _SIZE, _SIZE, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm fwd decode", 16, _SIZE, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+    ):
+        config = tiles.gemm_config(m, n, rank, dtype)
+        constants = {
+            "MASK_LORA": False, "ONE_PASS": config.one_pass, "EVEN_K": True, "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+        }  # fmt: skip
+        wide_tile = dtype != torch.float32 and config.block_m >= 64
+        yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
+    config = tiles.down_config(_SIZE, dtype)
+    constants = {"EVEN_K": True, "BLOCK_M": config.block_wide, "BLOCK_K": config.block_long}
+    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, config)
+    config = tiles.reduce_config(dtype)
+    constants = {"BLOCK_M": config.block_long, "BLOCK_C": config.block_wide}
+    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, config)
+    constants = {"BLOCK_C": 64}
+    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, config)
+
+
+def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop=False) -> Case:
+    single = "fp32"
+    float32 = {"out_mask_ptr", "in_mask_ptr", "mask_ptr", "dot_ptr", "b_sq_ptr", "a_sq_ptr", "part_ptr"}
+    if kernel is kernels.column_reduce_kernel:
+        float32 |= {"factor_ptr", "sum_ptr"}
+    every = {
+        "WIDE": False, "UPCAST": False, "PRECISION": "ieee", "RANK": rank, "R": rank, "BLOCK_R": tiles.rank_block(rank),
+        "STEP_R": tiles.rank_step(rank, dtype), **constants,
+    }  # fmt: skip
+    # A contiguous operand has stride 1 on its last axis; the JIT makes that a constant, and so does this.
+    every |= {"stride_xk": 1, "stride_wk": 1, "stride_ak": 1, "stride_br": 1, "stride_lk": 1, "stride_on": 1}
+    every |= {"stride_gc": 1, "stride_zc": 1, "stride_or": 1}
+    if name == "gemm dx":
+        # weight.t() and lora_a.t(): contiguous along the output, not along the reduced side.
+        every |= {"stride_wn": 1, "stride_bn": 1}
+        del every["stride_wk"], every["stride_br"]
+    arguments = {}
+    for argument in kernel.arg_names:
+        if argument in absent:
+            arguments[argument] = None
+        elif argument in every:
+            continue
+        elif argument.endswith("_ptr"):
+            arguments[argument] = "*" + (single if argument in float32 else _TYPES[dtype])
+        else:
+            arguments[argument] = "fp32" if argument == "scaling" else "i32"
+    used = {name: value for name, value in every.items() if name in kernel.arg_names}
+    return Case(name, kernel, dtype, rank, arguments, used, config.num_warps, config.num_stages, tensor_core_loop)
+
+
+def compile_case(case: Case, arch: int) -> Usage:
+    """Compile for one architecture (80, 90, 100, 120) and measure. Raises what the compiler raises."""
+    absent = {name: None for name, kind in case.arguments.items() if kind is None}
+    constants = {**absent, **case.constants}
+    signature = {
+        name: "constexpr" if name in constants else case.arguments[name] for name in case.kernel.arg_names
+    }
+    # The JIT specialises pointers and sizes that 16 divides; the number of splits seldom is.
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(case.kernel.arg_names)
+        if name not in constants and name not in ("scaling", "SPLITS")
+    }
+    source = ASTSource(case.kernel, signature, constants, attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return Usage(
+        **_resources(compiled.asm["cubin"]),
+        shared=compiled.metadata.shared,
+        tensor_core=ptx.count(TENSOR_CORE[arch]),
+        wide_copies=len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx)),
+        narrow_loads=sum(len(re.findall(r"ld\.global[.\w:]*\.[bu]16", body)) for _, body in _loops(ptx)),
+    )
+
+
+def _loops(ptx: str) -> list[tuple[str, str]]:
+    """(label, body) of each innermost loop: from a label to a branch back to it, with no other label between."""
+    return re.findall(r"^(\$L__BB\w+):((?:(?!^\$L__BB)[\s\S])*?)bra(?:\.uni)?\s+\1;", ptx, re.MULTILINE)
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump.stdout)}
+    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
+
+
+def problems(case: Case, arch: int, usage: Usage) -> list[str]:
+    """The limits this compiled kernel breaks, in words; empty when it is fit to launch."""
+    found = []
+    if max(usage.stack, usage.local) > SPILL_LIMIT:
+        found.append(f"spills {max(usage.stack, usage.local)} bytes")
+    if usage.shared > SHARED_LIMIT[arch]:
+        found.append(f"needs {usage.shared} bytes of shared memory of {SHARED_LIMIT[arch]}")
+    if case.tensor_core_loop and usage.tensor_core == 0:
+        found.append(f"uses no {TENSOR_CORE[arch]}")
+    if case.tensor_core_loop and usage.wide_copies == 0:
+        found.append("has no 16-byte asynchronous copy")
+    if case.dtype != torch.float32 and usage.narrow_loads > 0:
+        found.append(f"has {usage.narrow_loads} 2-byte global loads")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; return 1 when `--gate` is given and a limit is broken, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m atp_kernels.offline", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: 80 and 90")
+    parser.add_argument("--rank", type=int, action="append", help="LoRA rank; default: 8 and 64")
+    parser.add_argument("--dtype", action="append", choices=sorted(_TYPES.values()), help="default: all three")
+    parser.add_argument("--gate", action="store_true", help="fail when a limit is broken")
+    options = parser.parse_args(arguments)
+    if not isinstance(kernels.masked_lora_gemm_kernel, triton.runtime.JITFunction):
+        parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
+    dtypes = [dtype for dtype, name in _TYPES.items() if not options.dtype or name in options.dtype]
+    broken = 0
+    print(f"{'kernel':18} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
+    for dtype in dtypes:
+        for rank in options.rank or (8, 64):
+            for case in cases(dtype, rank):
+                for arch in options.arch or (80, 90):
+                    usage = compile_case(case, arch)
+                    verdict = problems(case, arch, usage)
+                    broken += bool(verdict)
+                    print(
+                        f"{case.name:18} {_TYPES[dtype]:5} {rank:4} {arch:4} {usage.registers:5} {usage.shared:7} "
+                        f"{usage.stack:5} {usage.local:5} {usage.tensor_core:6} {usage.wide_copies:7} "
+                        f"{usage.narrow_loads:6}  {'; '.join(verdict)}"
+                    )
+    return 1 if broken and options.gate else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

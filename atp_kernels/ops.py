@@ -1,0 +1,323 @@
+"""torch.library registration (schema, fake, autograd) of every operation, and its eager short cut.
+
+A compiled or exported program sees the registered operators `torch.ops.atp_kernels.*`. Eager code takes an
+`autograd.Function` over the same backend functions instead: the trainer makes hundreds of calls a step, and the
+dispatcher's Python layer would cost each of them more than the function does.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from atp_kernels.backends.dispatch import select
+from atp_kernels.reference import Groups, round_up
+
+
+def linear(
+    tensors: tuple[Tensor | None, ...], scaling: float, mask_lora: bool, with_norms: bool, backend: str
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Masked LoRA linear of (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask), checked and cast."""
+    if not torch.compiler.is_compiling():
+        return MaskedLoraLinear.apply(*tensors, scaling, mask_lora, with_norms, backend)
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = tensors
+    keep_sum = out_mask is not None and out_mask.requires_grad and torch.is_grad_enabled()
+    rows = x.reshape(-1, x.shape[-1])
+    adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
+    y, _, _, *norms = masked_lora_linear_op(
+        rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask,
+        scaling, mask_lora, keep_sum, with_norms, backend,
+    )  # fmt: skip
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return (y, *norms) if with_norms else y
+
+
+def lasso(factors: Sequence[Tensor], groups: Groups, removed: Tensor, eps: float, backend: str) -> Tensor:
+    """Group lasso of all factors, checked."""
+    axes, indices = zip(*groups, strict=True)
+    if not torch.compiler.is_compiling():
+        return GroupLasso.apply(axes, indices, removed, eps, backend, *factors)
+    return group_lasso_op(list(factors), list(axes), list(indices), removed, eps, backend)[0]
+
+
+@torch.library.custom_op("atp_kernels::masked_lora_linear", mutates_args=())
+def masked_lora_linear_op(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    lora_input: Tensor | None,
+    out_mask: Tensor | None,
+    in_mask: Tensor | None,
+    scaling: float,
+    mask_lora: bool,
+    keep_sum: bool,
+    with_norms: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """2-D masked LoRA linear: (y, S, un-masked sum, row squares of B, column squares of A), empty where not asked."""
+    module = select("masked_lora_linear", x.device, x.dtype, backend)[0]
+    tensors = (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    results = module.masked_lora_linear_forward(*tensors, scaling, mask_lora, keep_sum, with_norms)
+    return tuple(x.new_empty(0) if result is None else result for result in results)
+
+
+@masked_lora_linear_op.register_fake
+def _(
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask, scaling, mask_lora, keep_sum, with_norms, backend
+):  # fmt: skip
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        y,
+        x.new_empty(x.shape[0], lora_a.shape[0]),
+        torch.empty_like(y) if keep_sum else x.new_empty(0),
+        x.new_empty(weight.shape[0], dtype=wide) if with_norms else x.new_empty(0),
+        x.new_empty(weight.shape[1], dtype=wide) if with_norms else x.new_empty(0),
+    )
+
+
+@torch.library.custom_op("atp_kernels::masked_lora_linear_backward", mutates_args=())
+def masked_lora_linear_backward_op(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    lora_input: Tensor | None,
+    out_mask: Tensor | None,
+    in_mask: Tensor | None,
+    down: Tensor | None,
+    total: Tensor | None,
+    scaling: float,
+    mask_lora: bool,
+    shared_input: bool,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    """The wanted gradients, in the order of the forward's tensors."""
+    module = select("masked_lora_linear", grad_y.device, grad_y.dtype, backend)[0]
+    saved = (x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total)
+    grads = module.masked_lora_linear_backward(grad_y, *saved, scaling, mask_lora, shared_input, needs)
+    return [grad for grad in grads if grad is not None]
+
+
+@masked_lora_linear_backward_op.register_fake
+def _(
+    grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total,
+    scaling, mask_lora, shared_input, needs, backend,
+):  # fmt: skip
+    (n_out, n_in), rows = weight.shape, grad_y.shape[0]
+    shapes = ((rows, n_in), (n_out, n_in), lora_a.shape, lora_b.shape, (n_out,), (rows, n_in), (n_out,), (n_in,))
+    wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
+    dtypes = (grad_y.dtype,) * 6 + (wide,) * 2
+    return [
+        grad_y.new_empty(shape, dtype=dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+        if need
+    ]
+
+
+def _linear_setup(ctx, inputs, output) -> None:
+    *tensors, scaling, mask_lora, _, _, backend = inputs
+    _save_linear(ctx, tensors, output[1], output[2], (scaling, mask_lora, backend))
+
+
+def _linear_backward(ctx, grad_y, grad_down, grad_total, grad_rows, grad_cols):
+    saved = ctx.saved_tensors
+    wanted = iter(
+        masked_lora_linear_backward_op(
+            grad_y, *saved, ctx.scaling, ctx.mask_lora, ctx.shared_input, list(ctx.needs), ctx.backend
+        )
+    )
+    grads = [next(wanted) if need else None for need in ctx.needs]
+    if grad_rows.numel():
+        _add_norm_gradients(grads, saved, grad_rows, grad_cols)
+    return (*grads, None, None, None, None, None)
+
+
+masked_lora_linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("atp_kernels::group_lasso", mutates_args=())
+def group_lasso_op(
+    factors: Sequence[Tensor],
+    axes: Sequence[int],
+    indices: Sequence[Tensor],
+    removed: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(value, norms [n_groups]) of all factors together."""
+    module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
+    return module.group_lasso_forward(factors, list(zip(axes, indices, strict=True)), removed, eps)
+
+
+@group_lasso_op.register_fake
+def _(factors, axes, indices, removed, eps, backend):
+    wide = torch.float64 if common_dtype(factors) == torch.float64 else torch.float32
+    return removed.new_empty((), dtype=wide), removed.new_empty(removed.shape, dtype=wide)
+
+
+@torch.library.custom_op("atp_kernels::group_lasso_backward", mutates_args=())
+def group_lasso_backward_op(
+    factors: Sequence[Tensor],
+    axes: Sequence[int],
+    indices: Sequence[Tensor],
+    removed: Tensor,
+    norms: Tensor,
+    grad_value: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    """The gradient of every factor."""
+    module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
+    return module.group_lasso_backward(factors, list(zip(axes, indices, strict=True)), removed, norms, grad_value)
+
+
+@group_lasso_backward_op.register_fake
+def _(factors, axes, indices, removed, norms, grad_value, backend):
+    return [torch.empty_like(factor) for factor in factors]
+
+
+def _lasso_setup(ctx, inputs, output) -> None:
+    factors, ctx.axes, indices, removed, _, ctx.backend = inputs
+    ctx.n_factors = len(factors)
+    ctx.save_for_backward(*factors, *indices, removed, output[1])
+
+
+def _lasso_backward(ctx, grad_value, grad_norms):
+    *tensors, removed, norms = ctx.saved_tensors
+    factors, indices = tensors[: ctx.n_factors], tensors[ctx.n_factors :]
+    grads = group_lasso_backward_op(factors, ctx.axes, indices, removed, norms, grad_value, ctx.backend)
+    return grads, None, [None] * len(indices), None, None, None
+
+
+group_lasso_op.register_autograd(_lasso_backward, setup_context=_lasso_setup)
+
+
+@torch.library.custom_op("atp_kernels::group_prox_", mutates_args=("factors",))
+def group_prox_op(
+    factors: Sequence[Tensor],
+    axes: Sequence[int],
+    indices: Sequence[Tensor],
+    removed: Tensor,
+    threshold: Tensor,
+    backend: str,
+) -> None:
+    """Shrink removed groups in place by a threshold each, [n_groups]."""
+    module = select("group_prox_", removed.device, common_dtype(factors), backend)[0]
+    module.group_prox_(factors, list(zip(axes, indices, strict=True)), removed, threshold)
+
+
+@group_prox_op.register_fake
+def _(factors, axes, indices, removed, threshold, backend):
+    return None
+
+
+@torch.library.custom_op("atp_kernels::compact", mutates_args=())
+def compact_op(weight: Tensor, rows: Tensor | None, cols: Tensor | None, pad_to: int, backend: str) -> Tensor:
+    """The kept rows and columns, gathered sides padded with zeros."""
+    return select("compact", weight.device, weight.dtype, backend)[0].compact(weight, rows, cols, pad_to)
+
+
+@compact_op.register_fake
+def _(weight, rows, cols, pad_to, backend):
+    n_rows = weight.shape[0] if rows is None else round_up(rows.shape[0], pad_to)
+    n_cols = weight.shape[1] if cols is None else round_up(cols.shape[0], pad_to)
+    return weight.new_empty(n_rows, n_cols)
+
+
+def _save_linear(ctx, tensors: Sequence[Tensor | None], down: Tensor, total: Tensor | None, options) -> None:
+    """Keep what the wanted gradients read, and nothing else: x and S, and the un-masked sum for a soft output mask."""
+    x, weight, lora_a, lora_b, _, lora_input, out_mask, in_mask = tensors
+    ctx.scaling, ctx.mask_lora, ctx.backend = options
+    ctx.shared_input = lora_input is None
+    ctx.needs = need_x, need_w, need_a, need_b, _, _, need_out, need_in = tuple(ctx.needs_input_grad[:8])
+    read_adapter = need_a or (need_in and ctx.mask_lora)
+    ctx.save_for_backward(
+        x if need_w or need_in or (ctx.shared_input and read_adapter) else None,
+        weight,
+        lora_a,
+        lora_b,
+        lora_input if read_adapter else None,
+        out_mask,
+        in_mask,
+        down if need_b else None,
+        total if need_out else None,
+    )
+
+
+def _add_norm_gradients(
+    grads: list[Tensor | None], saved: Sequence[Tensor], grad_rows: Tensor | None, grad_cols: Tensor | None
+) -> None:
+    """Add d(row squares)/dB = 2 B and d(column squares)/dA = 2 A, in plain ATen: the factors are small."""
+    lora_a, lora_b = saved[2:4]
+    if grads[2] is not None and grad_cols is not None:
+        grads[2] = grads[2] + (2 * grad_cols * lora_a).to(lora_a.dtype)
+    if grads[3] is not None and grad_rows is not None:
+        grads[3] = grads[3] + (2 * grad_rows.unsqueeze(1) * lora_b).to(lora_b.dtype)
+
+
+class MaskedLoraLinear(torch.autograd.Function):
+    """Eager masked LoRA linear: y, or (y, row squares of B, column squares of A) with `with_norms`."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = arguments[:8]
+        scaling, mask_lora, with_norms, backend = arguments[8:]
+        module = select("masked_lora_linear", x.device, x.dtype, backend)[0]
+        rows = x.reshape(-1, x.shape[-1])
+        adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
+        tensors = (rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
+        keep_sum = ctx.needs_input_grad[6]
+        y, down, total, *norms = module.masked_lora_linear_forward(*tensors, scaling, mask_lora, keep_sum, with_norms)
+        _save_linear(ctx, tensors, down, total, (scaling, mask_lora, module))
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+        y = y.view(*x.shape[:-1], weight.shape[0])
+        return (y, *norms) if with_norms else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_rows=None, grad_cols=None):
+        saved = ctx.saved_tensors
+        weight = saved[1]
+        if grad_y is None:
+            grad_y = weight.new_zeros(*ctx.shape[:-1], weight.shape[0])
+        grad_y = grad_y.reshape(-1, weight.shape[0])
+        options = (ctx.scaling, ctx.mask_lora, ctx.shared_input, ctx.needs)
+        grads = list(ctx.backend.masked_lora_linear_backward(grad_y, *saved, *options))
+        _add_norm_gradients(grads, saved, grad_rows, grad_cols)
+        for i in (0, 5):
+            if grads[i] is not None:
+                grads[i] = grads[i].view(ctx.shape)
+        return (*grads, None, None, None, None)
+
+
+class GroupLasso(torch.autograd.Function):
+    """Eager group lasso over all factors at once."""
+
+    @staticmethod
+    def forward(ctx, axes, indices, removed, eps, backend, *factors):
+        module = select("group_lasso", factors[0].device, common_dtype(factors), backend)[0]
+        ctx.groups, ctx.module = list(zip(axes, indices, strict=True)), module
+        value, norms = module.group_lasso_forward(factors, ctx.groups, removed, eps)
+        ctx.save_for_backward(removed, norms, *factors)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_value):
+        removed, norms, *factors = ctx.saved_tensors
+        grads = ctx.module.group_lasso_backward(factors, ctx.groups, removed, norms, grad_value)
+        return (None, None, None, None, None, *grads)
+
+
+def common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that decides the backend: the widest of the factors."""
+    dtype = factors[0].dtype
+    for factor in factors[1:]:
+        dtype = torch.promote_types(dtype, factor.dtype)
+    return dtype

@@ -1,0 +1,25 @@
+#include "loops.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+
+namespace atp::cpu::avx2 {
+#include "loops_impl.h"
+}  // namespace atp::cpu::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,8 @@
+#include "loops.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace atp::cpu::baseline {
+#include "loops_impl.h"
+}  // namespace atp::cpu::baseline

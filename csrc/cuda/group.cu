@@ -1,0 +1,263 @@
+// Group lasso and its proximal step over all factors of a model, in a fixed number of launches.
+//
+// Deterministic without atomics: every slot (a row or column of a factor) is summed by one thread, slots are sorted by
+// group, and one thread adds up the slots of each group in that order. A slot with a group id out of range is ignored.
+
+#include "../factors.h"
+#include "launch.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cuda_bf16.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace atp::cuda {
+namespace {
+
+__device__ float load(const Factor& factor, int64_t at) {
+  return factor.is_bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(factor.data)[at])
+                            : static_cast<const float*>(factor.data)[at];
+}
+
+__device__ void store(const Factor& factor, int64_t at, float value) {
+  if (factor.is_bfloat16) {
+    static_cast<__nv_bfloat16*>(factor.out)[at] = __float2bfloat16_rn(value);
+  } else {
+    static_cast<float*>(factor.out)[at] = value;
+  }
+}
+
+// Grid: x over the slots of a factor, y over factors. Columns are read coalesced; rows of LoRA factors are a few
+// sectors long, which one thread uses whole.
+__global__ void slot_squares_kernel(
+    const Factor* factors, int64_t n_factors, int64_t n_groups, int64_t* ids, float* squares) {
+  for (int64_t f = blockIdx.y; f < n_factors; f += gridDim.y) {
+    const Factor factor = factors[f];
+    const int64_t slot = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (slot >= factor.slots()) continue;
+    const int64_t length = factor.by_row ? factor.cols : factor.rows;
+    const int64_t start = factor.by_row ? slot * factor.cols : slot;
+    const int64_t step = factor.by_row ? 1 : factor.cols;
+    float sum = 0;
+    for (int64_t i = 0; i < length; ++i) {
+      const float value = load(factor, start + i * step);
+      sum += value * value;
+    }
+    const int64_t id = factor.index[slot];
+    ids[factor.first_slot + slot] = id >= 0 && id < n_groups ? id : n_groups;
+    squares[factor.first_slot + slot] = sum;
+  }
+}
+
+__device__ int64_t lower_bound(const int64_t* sorted, int64_t count, int64_t value) {
+  int64_t low = 0;
+  while (count > 0) {
+    const int64_t half = count / 2;
+    if (sorted[low + half] < value) {
+      low += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return low;
+}
+
+__global__ void group_squares_kernel(
+    const int64_t* sorted_ids, const int64_t* order, const float* squares, int64_t n_slots, int64_t n_groups,
+    double* sums, bool* owned) {
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (group >= n_groups) return;
+  double sum = 0;
+  const int64_t first = lower_bound(sorted_ids, n_slots, group);
+  int64_t i = first;
+  for (; i < n_slots && sorted_ids[i] == group; ++i) sum += squares[order[i]];
+  sums[group] = sum;
+  owned[group] = i > first;
+}
+
+// One block: each thread adds a fixed share, then a fixed tree adds the threads.
+__global__ void lasso_kernel(
+    const double* sums, const bool* owned, const bool* removed, double eps, int64_t n_groups, float* norms,
+    float* value) {
+  __shared__ double partial[kThreads];
+  double total = 0;
+  for (int64_t group = threadIdx.x; group < n_groups; group += kThreads) {
+    const double norm = sqrt(sums[group] + eps);
+    norms[group] = static_cast<float>(norm);
+    if (removed[group] && owned[group]) total += norm;
+  }
+  partial[threadIdx.x] = total;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) *value = static_cast<float>(partial[0]);
+}
+
+__global__ void slope_kernel(
+    const bool* removed, const float* norms, const float* grad_out, int64_t n_groups, float* scale) {
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (group >= n_groups) return;
+  scale[group] = removed[group] && norms[group] != 0 ? *grad_out / norms[group] : 0.0f;
+}
+
+__global__ void shrink_kernel(
+    const bool* removed, const double* sums, const float* threshold, int64_t n_groups, float* scale) {
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (group >= n_groups) return;
+  const double norm = sqrt(sums[group]);
+  const float shrunk = norm <= threshold[group] ? 0.0f : static_cast<float>(1 - threshold[group] / norm);
+  scale[group] = removed[group] ? shrunk : 1.0f;
+}
+
+__global__ void scale_kernel(const Factor* factors, int64_t n_factors, int64_t n_groups, const float* scale) {
+  for (int64_t f = blockIdx.y; f < n_factors; f += gridDim.y) {
+    const Factor factor = factors[f];
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < factor.rows * factor.cols;
+         at += step) {
+      const int64_t id = factor.index[factor.by_row ? at / factor.cols : at % factor.cols];
+      const float by = id >= 0 && id < n_groups ? scale[id] : 0.0f;
+      store(factor, at, by == 0 ? 0.0f : load(factor, at) * by);
+    }
+  }
+}
+
+// The factor table on the device. The copy is ordered on the stream, and pageable memory is staged before it returns.
+Tensor upload(const FactorList& list, const Tensor& like, cudaStream_t stream) {
+  const int64_t bytes = static_cast<int64_t>(list.factors.size() * sizeof(Factor));
+  Tensor table = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  const cudaError_t error =
+      cudaMemcpyAsync(table.mutable_data_ptr(), list.factors.data(), bytes, cudaMemcpyHostToDevice, stream);
+  check(error == cudaSuccess, "the factor table was not copied: ", cudaGetErrorString(error), ".");
+  return table;
+}
+
+// x covers the largest factor, y the factors; both kernels stride over what a full grid leaves.
+dim3 grid_for(const FactorList& list, int64_t largest) {
+  const size_t factors = list.factors.size() < 65535 ? list.factors.size() : 65535;
+  return dim3(blocks_for(largest), static_cast<unsigned>(factors));
+}
+
+std::tuple<Tensor, Tensor> stable_sort(const Tensor& ids) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(ids), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
+  check(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION) == 0, "aten::sort failed.");
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+struct GroupSquares {
+  Tensor sums;   // float64 [n_groups]
+  Tensor owned;  // bool [n_groups]
+};
+
+GroupSquares group_squares(const FactorList& list, const Tensor& table, const Tensor& removed, cudaStream_t stream) {
+  const int64_t n_groups = removed.numel();
+  const Tensor ids = torch::stable::new_empty(removed, {list.slots}, ScalarType::Long);
+  const Tensor squares = torch::stable::new_empty(removed, {list.slots}, ScalarType::Float);
+  int64_t largest = 0;
+  for (const Factor& factor : list.factors) largest = std::max(largest, factor.slots());
+  if (largest > 0) {
+    slot_squares_kernel<<<grid_for(list, largest), kThreads, 0, stream>>>(
+        static_cast<const Factor*>(table.const_data_ptr()), static_cast<int64_t>(list.factors.size()), n_groups,
+        static_cast<int64_t*>(ids.mutable_data_ptr()), static_cast<float*>(squares.mutable_data_ptr()));
+    check_launch("slot_squares_kernel");
+  }
+  const auto [sorted, order] = stable_sort(ids);
+  GroupSquares result{torch::stable::new_empty(removed, {n_groups}, ScalarType::Double),
+                      torch::stable::new_empty(removed, {n_groups}, ScalarType::Bool)};
+  if (n_groups > 0) {
+    group_squares_kernel<<<blocks_for(n_groups), kThreads, 0, stream>>>(
+        static_cast<const int64_t*>(sorted.const_data_ptr()), static_cast<const int64_t*>(order.const_data_ptr()),
+        static_cast<const float*>(squares.const_data_ptr()), list.slots, n_groups,
+        static_cast<double*>(result.sums.mutable_data_ptr()), static_cast<bool*>(result.owned.mutable_data_ptr()));
+    check_launch("group_squares_kernel");
+  }
+  return result;
+}
+
+void scale_by_group(const FactorList& list, const Tensor& table, const Tensor& scale, cudaStream_t stream) {
+  int64_t largest = 0;
+  for (const Factor& factor : list.factors) largest = std::max(largest, factor.rows * factor.cols);
+  if (largest == 0) return;
+  scale_kernel<<<grid_for(list, std::min<int64_t>(largest, 1 << 20)), kThreads, 0, stream>>>(
+      static_cast<const Factor*>(table.const_data_ptr()), static_cast<int64_t>(list.factors.size()), scale.numel(),
+      static_cast<const float*>(scale.const_data_ptr()));
+  check_launch("scale_kernel");
+}
+
+std::tuple<Tensor, Tensor> group_lasso_forward(
+    std::vector<Tensor> factors, std::vector<int64_t> axes, std::vector<Tensor> index, Tensor removed, double eps,
+    int64_t stream_handle) {
+  const int64_t n_groups = removed.numel();
+  const cudaStream_t stream = as_stream(stream_handle);
+  check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
+  const FactorList list = describe(factors, axes, index);
+  const Tensor table = upload(list, removed, stream);
+  const GroupSquares squares = group_squares(list, table, removed, stream);
+  Tensor value = torch::stable::new_empty(removed, {}, ScalarType::Float);
+  Tensor norms = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
+  lasso_kernel<<<1, kThreads, 0, stream>>>(
+      static_cast<const double*>(squares.sums.const_data_ptr()),
+      static_cast<const bool*>(squares.owned.const_data_ptr()), static_cast<const bool*>(removed.const_data_ptr()),
+      eps, n_groups, static_cast<float*>(norms.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()));
+  check_launch("lasso_kernel");
+  return {value, norms};
+}
+
+std::vector<Tensor> group_lasso_backward(
+    std::vector<Tensor> factors, std::vector<int64_t> axes, std::vector<Tensor> index, Tensor removed, Tensor norms,
+    Tensor grad_out, int64_t stream_handle) {
+  const int64_t n_groups = removed.numel();
+  const cudaStream_t stream = as_stream(stream_handle);
+  check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
+  check_group_vector(norms, ScalarType::Float, n_groups, "norms");
+  check(grad_out.scalar_type() == ScalarType::Float && grad_out.numel() == 1, "grad_out must be one float32.");
+  FactorList list = describe(factors, axes, index);
+  std::vector<Tensor> grads = write_to_new(list, factors);
+  if (n_groups == 0) return grads;
+  const Tensor table = upload(list, removed, stream);
+  const Tensor slope = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
+  slope_kernel<<<blocks_for(n_groups), kThreads, 0, stream>>>(
+      static_cast<const bool*>(removed.const_data_ptr()), static_cast<const float*>(norms.const_data_ptr()),
+      static_cast<const float*>(grad_out.const_data_ptr()), n_groups, static_cast<float*>(slope.mutable_data_ptr()));
+  check_launch("slope_kernel");
+  scale_by_group(list, table, slope, stream);
+  return grads;
+}
+
+void group_prox_(
+    std::vector<Tensor> factors, std::vector<int64_t> axes, std::vector<Tensor> index, Tensor removed,
+    Tensor threshold, int64_t stream_handle) {
+  const int64_t n_groups = removed.numel();
+  const cudaStream_t stream = as_stream(stream_handle);
+  check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
+  check_group_vector(threshold, ScalarType::Float, n_groups, "threshold");
+  FactorList list = describe(factors, axes, index);
+  write_in_place(list);
+  if (n_groups == 0) return;
+  const Tensor table = upload(list, removed, stream);
+  const GroupSquares squares = group_squares(list, table, removed, stream);
+  const Tensor scale = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
+  shrink_kernel<<<blocks_for(n_groups), kThreads, 0, stream>>>(
+      static_cast<const bool*>(removed.const_data_ptr()), static_cast<const double*>(squares.sums.const_data_ptr()),
+      static_cast<const float*>(threshold.const_data_ptr()), n_groups, static_cast<float*>(scale.mutable_data_ptr()));
+  check_launch("shrink_kernel");
+  scale_by_group(list, table, scale, stream);
+}
+
+}  // namespace
+}  // namespace atp::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(atp_kernels_native, CUDA, m) {
+  m.impl("group_lasso_forward", TORCH_BOX(&atp::cuda::group_lasso_forward));
+  m.impl("group_lasso_backward", TORCH_BOX(&atp::cuda::group_lasso_backward));
+  m.impl("group_prox_", TORCH_BOX(&atp::cuda::group_prox_));
+}

@@ -1,0 +1,68 @@
+// The Python module atp_kernels._C: importing it defines the operators, and build_info() says what was built.
+
+#include "cpu/loops.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#ifndef ATP_CUDA_ARCHS
+#define ATP_CUDA_ARCHS ""
+#endif
+
+// `stream` is the raw CUDA stream of the call, 0 on a CPU: handed in, the binary needs no CUDA library of torch.
+STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
+  m.def(
+      "group_lasso_forward(Tensor[] factors, int[] axes, Tensor[] index, Tensor removed, float eps, int stream=0)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "group_lasso_backward(Tensor[] factors, int[] axes, Tensor[] index, Tensor removed, Tensor norms,"
+      " Tensor grad_out, int stream=0) -> Tensor[]");
+  m.def(
+      "group_prox_(Tensor(a!)[] factors, int[] axes, Tensor[] index, Tensor removed, Tensor threshold, int stream=0)"
+      " -> ()");
+  m.def("compact(Tensor weight, Tensor? rows, Tensor? cols, int pad_to, int stream=0) -> Tensor");
+}
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "gcc " __VERSION__;
+#endif
+}
+
+std::string stable_abi_target() {
+  return std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
+}
+
+pybind11::dict build_info() {
+  std::vector<std::string> isas;
+  for (const auto& set : atp::cpu::compiled_loops()) isas.emplace_back(set.isa);
+  pybind11::list archs;
+  for (const auto& arch : pybind11::str(ATP_CUDA_ARCHS).attr("split")()) archs.append(arch);
+
+  pybind11::dict info;
+  info["compiler"] = compiler();
+  info["isa_compiled"] = isas;
+  info["isa"] = atp::cpu::loops().isa;
+  info["cuda_archs"] = archs;
+  info["stable_abi_target"] = stable_abi_target();
+  info["torch_built_with"] = TORCH_VERSION;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native operations of atp_kernels, registered as torch.ops.atp_kernels_native.";
+  m.def("build_info", &build_info, "What this binary was built with and which instruction set it picked.");
+  atp::cpu::loops();  // a bad ATP_KERNELS_ISA fails the import instead of the first call
+}

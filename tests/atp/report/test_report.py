@@ -1,0 +1,196 @@
+"""The report: everything a run left is on the page, escaped, and a partial run gives a partial page."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from atp.errors import InputError
+from atp.report import plots, write_report
+from atp.report.markup import number
+
+VOID = {"meta", "br", "use", "path"}
+
+
+class Structure(HTMLParser):
+    """Visible text, tags and attributes; fails on tags that do not nest."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+
+
+def parse(path):
+    structure = Structure()
+    structure.feed(path.read_text(encoding="utf-8"))
+    assert not structure.open
+    return structure, " ".join(" ".join(structure.text).split())
+
+
+def metrics():
+    for step in range(1, 61):
+        phase = "search" if step <= 25 else "settle" if step <= 30 else "tune"
+        record = {"step": step, "phase": phase, "loss": 3.5 - step / 100, "lr": 1e-3, "tokens_per_second": 500.0 + step}
+        if phase == "search":
+            record |= {
+                "decision_loss": 3.6 - step / 90, "lasso": 10.0 / step, "keep": 1 - 0.4 * step / 25,
+                "target_keep": 1 - 0.4 * step / 25, "changed": 0.1 / step,
+            }  # fmt: skip
+        yield record
+
+
+SUMMARY = {
+    "target_keep": 0.6, "keep_decoder": 0.5998, "keep_total": 0.684, "params_before": 134515008,
+    "params_after": 92016384, "perplexity": {"original": 23.41, "tuned_dense": 15.52, "final": 30.17},
+    "pubmedqa": {
+        "original": {"accuracy": 0.48, "macro_f1": 0.317}, "tuned_dense": {"accuracy": 0.61, "macro_f1": 0.426},
+        "final": {"accuracy": 0.57, "macro_f1": 0.389},
+    },
+    "speed": {
+        "original": {"prefill_tokens_per_second": 1800.4, "decode_tokens_per_second": 40.0},
+        "final": {"prefill_tokens_per_second": 2512.8, "decode_tokens_per_second": 52.0},
+    },
+    "megabytes": {"original": 538.06, "final": 368.07},
+    "train_tokens_per_second": {"dense_lora": 611.0, "search": 402.0, "tune": 866.0},
+    "seconds": {"search": 120.0, "settle": 9.0, "cut": 1.5, "tune": 110.0, "total": 777.0},
+    "seed": 7, "versions": {"torch": "2.13.0"}, "command": "atp demo", "data": {"train": "0a1b2c"},
+}  # fmt: skip
+CERTIFICATE = {"masked_vs_cut": 2.4e-6, "cut_vs_reloaded": 0.0, "removed_lora_norm": 0.0, "dtype": "float32"}
+DECISIONS = {
+    "space": "head_dim", "sizes": {"qk": 32, "mlp": 96},
+    "layers": [{"qk": list(range(16)), "mlp": list(range(48))}, {"qk": list(range(32)), "mlp": [3]}],
+}  # fmt: skip
+
+
+def write_run(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    contents = {"summary": SUMMARY, "certificate": CERTIFICATE, "decisions": DECISIONS} | changes
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics()))
+    (folder / "config.yaml").write_text("seed: 7\nmodel:\n  path: somewhere\n")
+    return folder
+
+
+def test_full_page_shows_every_figure(tmp_path):
+    path = write_report(write_run(tmp_path / "run"))
+    assert path == tmp_path / "run" / "report.html" and not list(path.parent.glob("*.tmp"))
+    _, text = parse(path)
+    for figure in ("92.02 M", "134.52 M", "68.4%", "60.0%", "23.41", "15.52", "30.17", "0.426", "1.30 ×", "2 512.8",
+                   "866", "777", "atp demo", "2.13.0", "0a1b2c", "path: somewhere", "qk (of 32)"):  # fmt: skip
+        assert figure in text, figure
+    assert "missing" not in text and "FAIL" not in text and text.count("pass") == 4
+
+
+def test_page_needs_nothing_from_outside(tmp_path):
+    structure, _ = parse(write_report(write_run(tmp_path / "run")))
+    assert not {"script", "link", "img", "iframe", "object"} & set(structure.tags)
+    targets = [value for name, value in structure.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert all(target.startswith("#") for target in targets)
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert not re.search(r"@import|url\((?!#)", text)
+
+
+def test_plots_take_their_colours_from_the_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    structure, _ = parse(write_report(write_run(tmp_path / "run")))
+    assert structure.tags.count("svg") == 5
+    text = (tmp_path / "run" / "report.html").read_text()
+    drawn = text[text.index("<svg") :]
+    assert "var(--series-1)" in drawn and "currentColor" in drawn and not re.search(r"#0[123]0[123]0\d", drawn)
+    ids = [value for name, value in structure.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_without_matplotlib_the_tables_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
+    structure, text = parse(write_report(write_run(tmp_path / "run")))
+    assert "svg" not in structure.tags and "pip install matplotlib" in text
+    assert "30.17" in text and "qk (of 32)" in text
+
+
+def test_text_of_the_run_is_escaped(tmp_path):
+    evil = "<script>alert('x')</script>&\"<b>"
+    changed = SUMMARY | {"command": evil, "versions": {evil: evil}, "data": {"train": evil}, "seed": evil}
+    changed["train_tokens_per_second"] = {evil: 1.0}
+    decisions = DECISIONS | {"space": evil, "sizes": {evil: 4}, "layers": [{evil: [1]}]}
+    run = write_run(tmp_path / "a<script>b", summary=changed, decisions=decisions, certificate={evil: evil})
+    (run / "config.yaml").write_text(evil)
+    record = {"step": 1, "phase": evil, "loss": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    structure, text = parse(write_report(run))
+    assert "script" not in structure.tags
+    assert text.count(evil) >= 7 and "a<script>b" in text
+
+
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "decisions.json", "certificate.json", "config.yaml"])
+def test_missing_file_leaves_the_rest(tmp_path, missing):
+    run = write_run(tmp_path / "run")
+    (run / missing).unlink()
+    _, text = parse(write_report(run))
+    assert f"{missing} is missing" in text and "30.17" in text
+
+
+def test_interrupted_run_shows_what_there_is(tmp_path):
+    run = write_run(tmp_path / "run")
+    for name in ("summary.json", "certificate.json", "decisions.json"):
+        (run / name).unlink()
+    scores = {"perplexity": 23.41, "qa": {"accuracy": 0.5, "macro_f1": 0.4}, "size": {"params": 9, "megabytes": 36.0}}
+    (run / "evaluation.json").write_text(json.dumps({"original": scores, "dense_lora": {"seconds": 1.0}}))
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 61, "pha')
+    _, text = parse(write_report(run))
+    assert "did not finish" in text and "1 unreadable line" in text
+    assert "23.41" in text and "search" in text and "Certificate" not in text
+
+
+def test_damaged_summary_is_named(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "summary.json").write_text('{"perplexity": {')
+    _, text = parse(write_report(run))
+    assert "summary.json is damaged" in text and "Certificate" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("masked_vs_cut", 0.0011), ("removed_lora_norm", 1e-12), ("cut_vs_reloaded", float("nan"))]
+)
+def test_certificate_fails_above_its_limit(tmp_path, key, value):
+    _, text = parse(write_report(write_run(tmp_path / "run", certificate=CERTIFICATE | {key: value})))
+    assert text.count("FAIL") == 2
+
+
+def test_same_run_gives_the_same_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not a run folder"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_for_people():
+    assert number(134515008) == "134\u202f515\u202f008"
+    assert number(1234.567, 1) == "1\u202f234.6"
+    assert number(2.4e-6, 3) == "2.4e-06" and number(0.0, 3) == "0"
+    assert number(None) == "–" and number(float("nan")) == "nan" and number("<") == "&lt;"

@@ -1,0 +1,223 @@
+"""The masked LoRA linear on the reference backend, its autograd and its checks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linear_cases import Shape, assert_as_good_as_unfused, every_combination, operands, unfused, with_gradients
+from torch.utils.checkpoint import checkpoint
+
+import atp_kernels
+from atp_kernels import masked_lora_linear, masked_lora_linear_with_norms, ops
+
+COMBINATIONS = every_combination(Shape())
+SOFT = Shape(mask_lora=True)
+
+
+def run(shape, tensors, **options):
+    results = masked_lora_linear_with_norms(**tensors, scaling=shape.scaling, mask_lora=shape.mask_lora, **options)
+    return with_gradients(results, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
+def test_error_is_no_worse_than_unfused(shape, dtype):
+    tensors = operands(shape, dtype)
+    assert_as_good_as_unfused(run(shape, tensors), shape, tensors)
+
+
+@pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
+def test_gradcheck(shape):
+    tensors = operands(shape_of(shape, m=3, n=4, k=5, rank=2), torch.float64)
+
+    def call(*values):
+        given = dict(zip(tensors, values, strict=True))
+        return masked_lora_linear_with_norms(**given, scaling=shape.scaling, mask_lora=shape.mask_lora)
+
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()))
+
+
+def shape_of(shape, **sizes):
+    return Shape(**{**shape.__dict__, **sizes})
+
+
+masks = st.sampled_from([None, "soft", "hard", "empty", "full"])
+shapes = st.builds(
+    Shape,
+    m=st.sampled_from([1, 5, 33]),
+    n=st.integers(1, 70),
+    k=st.integers(1, 70),
+    rank=st.sampled_from([1, 8, 16, 64]),
+    out_mask=masks,
+    in_mask=masks,
+    mask_lora=st.booleans(),
+    bias=st.booleans(),
+    dropout=st.booleans(),
+    scaling=st.sampled_from([0.25, 1.0, 2.0]),
+)
+
+
+@given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_any_shape(shape, dtype):
+    tensors = operands(shape, dtype)
+    assert_as_good_as_unfused(run(shape, tensors), shape, tensors)
+
+
+def test_leading_dimensions_and_non_contiguous_inputs():
+    shape = Shape(m=12)
+    tensors = operands(shape, torch.float64)
+    expected = with_gradients(unfused(shape, tensors), tensors)["y"]
+    strided = {name: torch.stack([tensor, tensor], -1)[..., 0] for name, tensor in tensors.items()}
+    strided["weight"] = tensors["weight"].t().contiguous().t()
+    for name in ("x", "lora_input"):
+        strided[name] = strided[name].reshape(4, 3, -1).transpose(0, 1)
+    y = masked_lora_linear(**strided, scaling=shape.scaling)
+    torch.testing.assert_close(y.transpose(0, 1).reshape(12, -1), expected)
+    y.sum().backward()
+    assert tensors["x"].grad.shape == (12, shape.k)
+
+
+def test_kept_slice_equals_masked():
+    shape = Shape(out_mask="hard", in_mask="hard", bias=False, dropout=False, mask_lora=True)
+    t = operands(shape, torch.float64)
+    y = masked_lora_linear(**t, scaling=2.0, mask_lora=True)
+    rows, cols = t["out_mask"].nonzero().squeeze(1), t["in_mask"].nonzero().squeeze(1)
+    kept = masked_lora_linear(
+        t["x"][:, cols],
+        atp_kernels.compact(t["weight"], rows, cols),
+        atp_kernels.compact(t["lora_a"], None, cols),
+        atp_kernels.compact(t["lora_b"], rows),
+        scaling=2.0,
+    )
+    torch.testing.assert_close(y[:, rows], kept)
+    assert (y[:, ~t["out_mask"]] == 0).all()
+
+
+def test_uninitialised_memory_is_never_read():
+    shape = Shape(m=7, n=19, k=31, rank=3)
+    tensors = operands(shape, torch.float32)
+    expected = run(shape, tensors)
+    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
+    try:
+        got = run(shape, tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_bitwise_deterministic():
+    tensors = operands(SOFT, torch.bfloat16)
+    first = run(SOFT, tensors)
+    for _ in range(9):
+        assert all(torch.equal(value, first[name]) for name, value in run(SOFT, tensors).items())
+
+
+def test_float32_mask_beside_bfloat16_keeps_its_precision():
+    n = 64
+    mask = torch.full((n,), 1 - 2**-9).requires_grad_()
+    x = torch.ones(256, 8, dtype=torch.bfloat16)
+    weight = torch.eye(n, 8, dtype=torch.bfloat16)
+    zeros = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(n, 1, dtype=torch.bfloat16)
+    y = masked_lora_linear(x, weight, *zeros, scaling=1.0, out_mask=mask)
+    assert y.dtype == torch.bfloat16
+    assert (y[:, :8] == torch.tensor(1 - 2**-9).bfloat16()).all()
+    y.sum().backward()
+    assert mask.grad.dtype == torch.float32 and torch.equal(mask.grad[:8], torch.full((8,), 256.0))
+
+
+def test_only_what_is_needed_is_kept():
+    tensors = operands(Shape(out_mask="hard", in_mask=None), torch.float32)
+    tensors["weight"].requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        masked_lora_linear(**tensors, scaling=1.0)
+    operand_shapes = [tensors[name].shape for name in ("weight", "lora_a", "lora_b", "lora_input", "out_mask")]
+    assert sorted(kept) == sorted([*operand_shapes, torch.Size((12, 4))])
+
+
+def test_frozen_operands_get_no_gradient():
+    tensors = operands(SOFT, torch.float32)
+    for name in ("weight", "lora_a", "lora_b", "bias"):
+        tensors[name].requires_grad_(False)
+    masked_lora_linear(**tensors, scaling=1.0, mask_lora=True).sum().backward()
+    assert {name for name, tensor in tensors.items() if tensor.grad is not None} == {
+        "x", "lora_input", "out_mask", "in_mask",
+    }  # fmt: skip
+
+
+def test_autocast_casts_all_but_the_masks():
+    tensors = operands(SOFT, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = masked_lora_linear(**tensors, scaling=1.0, mask_lora=True)
+    cast = {name: tensor if "mask" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    expected = masked_lora_linear(**cast, scaling=1.0, mask_lora=True)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    y.float().sum().backward()
+    assert all(tensor.grad.dtype == torch.float32 for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    def block(x, **others):
+        hidden = masked_lora_linear(x, **others, scaling=1.0, mask_lora=True)
+        return masked_lora_linear(hidden.tanh(), **others, scaling=1.0)
+
+    tensors = operands(Shape(n=28, dropout=False), torch.float64)
+    x, others = tensors.pop("x"), tensors
+    plain = torch.autograd.grad(block(x, **others).square().sum(), [x, *others.values()])
+
+    def rerun(x):
+        return block(x, **others)
+
+    checkpoint(rerun, x, use_reentrant=use_reentrant).square().sum().backward()
+    for tensor, grad in zip([x, *others.values()], plain, strict=True):
+        torch.testing.assert_close(tensor.grad, grad)
+
+
+def test_second_backward_with_retain_graph():
+    tensors = operands(SOFT, torch.float32)
+    y = masked_lora_linear(**tensors, scaling=1.0, mask_lora=True)
+    leaves = list(tensors.values())
+    first = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(y.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_double_backward_is_refused():
+    tensors = operands(SOFT, torch.float32)
+    (grad,) = torch.autograd.grad(
+        masked_lora_linear(**tensors, scaling=1.0).square().sum(), tensors["x"], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
+        grad.sum().backward()
+
+
+def test_compiled_operator_equals_eager():
+    tensors = operands(SOFT, torch.float32)
+    arguments = [tensors[name] for name in ("x", "weight", "lora_a", "lora_b", "bias", "lora_input")]
+    arguments += [tensors["out_mask"], tensors["in_mask"], SOFT.scaling, True, True, True, "reference"]
+    y, _, _, *norms = ops.masked_lora_linear_op(*arguments)
+    got = with_gradients((y, *norms), tensors)
+    expected = run(SOFT, tensors)
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
+
+
+BAD = [
+    ({"x": torch.ones(3, 4)}, r"x has shape \[3, 4\], but weight"),
+    ({"lora_b": torch.ones(20, 3)}, r"lora_b has shape \[20, 3\]"),
+    ({"bias": torch.ones(3)}, "bias has shape"),
+    ({"out_mask": torch.ones(28)}, "out_mask has shape"),
+    ({"in_mask": torch.ones(28, dtype=torch.int64)}, "in_mask is torch.int64: give a bool or floating mask"),
+    ({"x": torch.ones(12, 28).bfloat16()}, "weight is torch.float32 and x is torch.bfloat16"),
+    ({"weight": torch.ones(28)}, "must be 2-D"),
+    ({"lora_a": torch.ones(4, 28, device="meta")}, "lora_a is on meta and x on cpu"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), BAD)
+def test_wrong_operands_are_one_clear_sentence(changed, message):
+    with pytest.raises(ValueError, match=message):
+        masked_lora_linear(**{**operands(Shape(), torch.float32), **changed}, scaling=1.0)

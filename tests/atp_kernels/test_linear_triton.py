@@ -1,0 +1,182 @@
+"""The Triton kernels: natively on a GPU, else in Triton's interpreter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linear_cases import (
+    Shape,
+    assert_as_good_as_unfused,
+    every_combination,
+    operands,
+    with_gradients,
+)
+
+from atp_kernels import masked_lora_linear_with_norms
+from atp_kernels.backends import triton as backend
+
+if not backend.AVAILABLE:
+    pytest.skip(backend.REASON, allow_module_level=True)
+
+from atp_kernels.backends.triton import masked_lora_linear as launcher
+from atp_kernels.backends.triton.tiles import GemmConfig, gemm_config, reduce_config, row_splits
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# Small tiles, so that small shapes have several of them with ragged edges in every direction.
+TILE = GemmConfig(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2)
+ONE_PASS = replace(TILE, one_pass=True, block_n=32)
+COMBINATIONS = every_combination(Shape(m=19, n=23, k=35, rank=5))
+FACTOR = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if ON_GPU else 3.0}
+
+
+class KernelLinear(torch.autograd.Function):
+    """The backend's forward and backward with a chosen tile, as `ops.MaskedLoraLinear` calls them."""
+
+    @staticmethod
+    def forward(ctx, config, shape, *tensors):
+        ctx.tensors, ctx.config, ctx.shape = tensors, config, shape
+        keep_sum = tensors[6] is not None and ctx.needs_input_grad[8]
+        y, ctx.down, ctx.total, *norms = backend.masked_lora_linear_forward(
+            *tensors, shape.scaling, shape.mask_lora, keep_sum, True, config=config
+        )
+        return y, *norms
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_rows, grad_cols):
+        x, weight, lora_a, lora_b, _, lora_input, out_mask, in_mask = ctx.tensors
+        grads = list(
+            backend.masked_lora_linear_backward(
+                grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, ctx.down, ctx.total,
+                ctx.shape.scaling, ctx.shape.mask_lora, lora_input is None, ctx.needs_input_grad[2:],
+                config=ctx.config,
+            )
+        )  # fmt: skip
+        grads[2] = grads[2] + (2 * grad_cols * lora_a).to(lora_a.dtype)
+        grads[3] = grads[3] + (2 * grad_rows[:, None] * lora_b).to(lora_b.dtype)
+        return None, None, *grads
+
+
+ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
+
+
+def run(shape, tensors, config):
+    return with_gradients(KernelLinear.apply(config, shape, *(tensors.get(name) for name in ORDER)), tensors)
+
+
+def on_device(tensors):
+    return {name: t.detach().to(DEVICE).requires_grad_(t.requires_grad) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])
+@pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
+def test_every_combination_in_float32(shape, config):
+    tensors = on_device(operands(shape, torch.float32))
+    assert_as_good_as_unfused(run(shape, tensors, config), shape, tensors)
+
+
+@pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask_lora", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_half_precision(dtype, config, mask_lora, dropout):
+    shape = Shape(m=19, n=23, k=35, rank=8, mask_lora=mask_lora, dropout=dropout)
+    tensors = on_device(operands(shape, dtype))
+    assert_as_good_as_unfused(run(shape, tensors, config), shape, tensors, FACTOR[dtype])
+
+
+masks = st.sampled_from([None, "soft", "hard", "empty", "full"])
+shapes = st.builds(
+    Shape,
+    m=st.sampled_from([1, 16, 20]),
+    n=st.integers(1, 40),
+    k=st.integers(1, 40),
+    rank=st.sampled_from([1, 8, 16, 64]),
+    out_mask=masks,
+    in_mask=masks,
+    mask_lora=st.booleans(),
+    bias=st.booleans(),
+    dropout=st.booleans(),
+    scaling=st.sampled_from([0.25, 1.0, 2.0]),
+)
+
+
+@given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.float16]), one_pass=st.booleans())
+@settings(max_examples=25, derandomize=True, deadline=None)
+def test_any_shape(shape, dtype, one_pass):
+    tensors = on_device(operands(shape, dtype))
+    assert_as_good_as_unfused(run(shape, tensors, ONE_PASS if one_pass else TILE), shape, tensors, 2.0)
+
+
+@pytest.mark.parametrize("mask_lora", [False, True])
+@pytest.mark.parametrize("sizes", [dict(m=70, n=150, k=140), dict(m=150, n=40, k=300)], ids=str)
+def test_tiles_of_the_table_through_the_public_function(sizes, mask_lora):
+    shape = Shape(**sizes, rank=8, mask_lora=mask_lora)
+    tensors = on_device(operands(shape, torch.float32))
+    results = masked_lora_linear_with_norms(
+        **tensors, scaling=shape.scaling, mask_lora=mask_lora, backend="triton"
+    )
+    assert_as_good_as_unfused(with_gradients(results, tensors), shape, tensors)
+
+
+@pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])
+def test_nothing_is_read_outside_the_operands_or_before_it_is_written(config):
+    shape = Shape(m=19, n=23, k=35, rank=3, mask_lora=True)
+    tensors = on_device(operands(shape, torch.float32))
+    expected = run(shape, tensors, config)
+
+    def padded(tensor):
+        """The same values inside a buffer of NaN: an out-of-bounds read shows in the result."""
+        if not tensor.is_floating_point():
+            return tensor
+        buffer = torch.full([size + 40 for size in tensor.shape], torch.nan, device=DEVICE)
+        inside = buffer[tuple(slice(20, 20 + size) for size in tensor.shape)]
+        return inside.copy_(tensor.detach()).requires_grad_()
+
+    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
+    try:
+        got = run(shape, {name: padded(tensor) for name, tensor in tensors.items()}, config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_64_bit_offsets_give_the_same_result(monkeypatch):
+    shape = Shape(m=19, n=23, k=35, rank=3)
+    tensors = on_device(operands(shape, torch.float32))
+    expected = run(shape, tensors, TILE)
+    monkeypatch.setattr(launcher, "_INT32_LIMIT", 1)
+    for name, value in run(shape, tensors, TILE).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_bitwise_deterministic():
+    shape = Shape(m=150, n=11, k=13, mask_lora=True)
+    tensors = on_device(operands(shape, torch.float32))
+    first = run(shape, tensors, TILE)
+    for _ in range(9):
+        assert all(torch.equal(value, first[name]) for name, value in run(shape, tensors, TILE).items())
+
+
+def test_unmasked_calls_and_empty_batches_go_to_the_vendor_gemm():
+    plain, masked = Shape(out_mask=None, in_mask=None), Shape()
+    unfit = replace(masked, m=0), replace(masked, rank=200)
+    for shape, pays in ((plain, False), (masked, True), *((shape, False) for shape in unfit)):
+        t = operands(shape, torch.float32)
+        assert launcher._fusion_pays(t["x"], t["lora_a"], t.get("out_mask"), t.get("in_mask")) is pays
+
+
+def test_table_takes_the_one_pass_form_only_for_narrow_outputs():
+    assert gemm_config(4096, 256, 8, torch.bfloat16).one_pass
+    assert not gemm_config(4096, 257, 8, torch.bfloat16).one_pass
+    assert not gemm_config(4096, 64, 64, torch.float32).one_pass
+
+
+def test_row_splits_cover_all_rows_and_depend_on_shapes_alone():
+    config = reduce_config(torch.bfloat16)
+    for m in (1, 63, 257, 8192):
+        splits = row_splits(m, 4096, config)
+        assert splits * -(-m // splits) >= m and splits <= 4

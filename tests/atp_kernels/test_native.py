@@ -1,0 +1,271 @@
+"""The native backend against float64 formulas and against the reference backend."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atp_kernels import reference
+from atp_kernels.backends import native
+from atp_kernels.backends import reference as reference_backend
+
+pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+
+EPS = 1e-8
+DTYPES = [torch.float32, torch.bfloat16]
+dtypes = st.sampled_from(DTYPES)
+common = settings(max_examples=40, derandomize=True, deadline=None)
+
+
+def problem(seed, sizes, n_groups, dtype, removed="some", strided=False):
+    """Factors with random ids, so that ids repeat within a factor and across factors: joint groups."""
+    rng = torch.Generator().manual_seed(seed)
+    factors, groups = [], []
+    for rows, cols, axis in sizes:
+        values = torch.randn((rows, 2 * cols) if strided else (rows, cols), generator=rng).to(dtype)
+        factors.append(values[:, ::2] if strided else values)
+        groups.append((axis, torch.randint(n_groups, ((rows, cols)[axis],), generator=rng)))
+    masks = {"some": torch.rand(n_groups, generator=rng) < 0.4}
+    masks |= {"none": torch.zeros(n_groups, dtype=torch.bool), "all": torch.ones(n_groups, dtype=torch.bool)}
+    return factors, groups, masks[removed]
+
+
+sizes = st.lists(
+    st.tuples(st.integers(0, 70), st.sampled_from([1, 3, 8, 16, 29, 64, 131]), st.sampled_from([0, 1])),
+    min_size=1,
+    max_size=5,
+)
+problems = st.builds(
+    problem,
+    seed=st.integers(0, 1000),
+    sizes=sizes,
+    n_groups=st.integers(1, 90),
+    dtype=dtypes,
+    removed=st.sampled_from(["some", "none", "all"]),
+    strided=st.booleans(),
+)
+
+
+def exact(factors, groups, removed):
+    """Value, norms and gradients of the definition, in float64 by autograd."""
+    wide = [factor.double().requires_grad_() for factor in factors]
+    value = reference.group_lasso(wide, groups, removed, eps=EPS)
+    norms = (reference.group_squares(wide, groups, removed.numel()) + EPS).sqrt()
+    return value.detach(), norms.detach(), torch.autograd.grad(value, wide)
+
+
+def worst(actual, expected):
+    pairs = zip(actual, expected, strict=True)
+    return max(((a.double() - e).abs().max().item() for a, e in pairs if e.numel()), default=0)
+
+
+@common
+@given(problems)
+def test_lasso_is_as_close_to_float64_as_the_reference(case):
+    factors, groups, removed = case
+    value, norms, grads = exact(factors, groups, removed)
+    ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-8}[factors[0].dtype]
+    errors = {}
+    for backend in (native, reference_backend):
+        got, got_norms = backend.group_lasso_forward(factors, groups, removed, EPS)
+        got_grads = backend.group_lasso_backward(factors, groups, removed, got_norms, torch.ones(()))
+        assert got.dtype == got_norms.dtype == torch.float32 and got.shape == ()
+        assert [g.dtype for g in got_grads] == [f.dtype for f in factors]
+        errors[backend] = [worst([got], [value]), worst([got_norms], [norms]), worst(got_grads, grads)]
+    # One unit in the last place of the largest possible entry is the floor that a correct rounding can reach.
+    floors = [2**-23 * value.item(), 2**-23 * norms.max().item(), ulp]
+    for mine, theirs, floor in zip(errors[native], errors[reference_backend], floors, strict=True):
+        assert mine <= 2 * theirs + floor
+
+
+@common
+@given(problems, st.floats(-3, 3, width=32))
+def test_gradient_is_linear_in_grad_out_and_zero_off_removed_groups(case, upstream):
+    factors, groups, removed = case
+    _, norms = native.group_lasso_forward(factors, groups, removed, EPS)
+    grads = native.group_lasso_backward(factors, groups, removed, norms, torch.tensor(upstream))
+    for factor, (axis, index), grad in zip(factors, groups, grads, strict=True):
+        slope = torch.where(removed, torch.tensor(upstream) / norms, 0)[index].unsqueeze(1 - axis)
+        assert torch.equal(grad, (factor.float() * slope).to(factor.dtype))
+        assert not grad.index_select(axis, (~removed[index]).nonzero().flatten()).any()
+
+
+@common
+@given(problems, st.sampled_from([0.0, 0.3, 4.0, 1e4]))
+def test_prox_matches_float64(case, scale):
+    factors, groups, removed = case
+    threshold = torch.linspace(0, scale, removed.numel())
+    wide = [factor.double() for factor in factors]
+    norms = reference.group_squares(wide, groups, removed.numel()).sqrt()
+    reference.group_prox_(wide, groups, removed, threshold.double())
+    mine = [factor.clone(memory_format=torch.preserve_format) for factor in factors]
+    native.group_prox_(mine, groups, removed, threshold)
+    ulp = {torch.float32: 2**-21, torch.bfloat16: 2**-8}[factors[0].dtype]
+    for before, after, want, (axis, index) in zip(factors, mine, wide, groups, strict=True):
+        assert torch.allclose(after.double(), want, rtol=ulp, atol=2**-20)
+        zero = (removed & (threshold > norms * 1.0001))[index].unsqueeze(1 - axis)
+        kept = ~removed[index].unsqueeze(1 - axis)
+        assert not after[zero.expand_as(after)].any()
+        assert torch.equal(after[kept.expand_as(after)], before[kept.expand_as(after)])
+
+
+def test_prox_writes_a_strided_factor_in_place_and_bumps_its_version():
+    base = torch.ones(6, 8)
+    factor = base[:, ::2]
+    version = factor._version
+    native.group_prox_([factor], [(0, torch.arange(6))], torch.arange(6) < 2, torch.full((6,), 1.0))
+    assert torch.equal(factor[:2], torch.full((2, 4), 0.5)) and torch.equal(base[:, 1::2], torch.ones(6, 4))
+    assert torch.equal(factor[2:], torch.ones(4, 4)) and factor._version > version
+
+
+def test_joint_group_over_rows_and_columns_by_hand():
+    rows, columns = torch.tensor([[3.0], [1.0]]), torch.tensor([[4.0, 2.0]])
+    groups = [(0, torch.tensor([0, 1])), (1, torch.tensor([0, 2]))]
+    removed = torch.tensor([True, False, False, True])  # group 3 owns nothing and counts nothing
+    value, norms = native.group_lasso_forward([rows, columns], groups, removed, 0.0)
+    assert value == 5 and torch.equal(norms, torch.tensor([5.0, 1.0, 2.0, 0.0]))
+    d_rows, d_columns = native.group_lasso_backward([rows, columns], groups, removed, norms, torch.tensor(2.0))
+    assert torch.allclose(d_rows, torch.tensor([[1.2], [0.0]]))
+    assert torch.allclose(d_columns, torch.tensor([[1.6, 0.0]]))
+    native.group_prox_([rows, columns], groups, removed, torch.full((4,), 2.5))
+    assert torch.equal(rows, torch.tensor([[1.5], [1.0]])) and torch.equal(columns, torch.tensor([[2.0, 2.0]]))
+
+
+def test_zero_group_has_zero_gradient_even_without_eps():
+    factor, groups, removed = torch.zeros(2, 3), [(0, torch.arange(2))], torch.ones(2, dtype=torch.bool)
+    _, norms = native.group_lasso_forward([factor], groups, removed, 0.0)
+    assert not native.group_lasso_backward([factor], groups, removed, norms, torch.ones(()))[0].any()
+
+
+index_of = st.one_of(st.none(), st.lists(st.integers(0, 36), max_size=80))
+
+
+@common
+@given(
+    index_of,
+    index_of,
+    st.sampled_from([1, 8, 64]),
+    st.sampled_from([*DTYPES, torch.float64, torch.int8]),
+    st.booleans(),
+)
+def test_compact_is_an_exact_gather(rows, cols, pad_to, dtype, transposed):
+    weight = torch.arange(37 * 37).remainder(101).view(37, 37).to(dtype)
+    weight = weight.t() if transposed else weight
+    rows, cols = (index if index is None else torch.tensor(index, dtype=torch.int64) for index in (rows, cols))
+    got = native.compact(weight, rows, cols, pad_to)
+    assert got.dtype == dtype and got.is_contiguous()
+    assert torch.equal(got, reference.compact(weight, rows, cols, pad_to))
+
+
+def large_problem(dtype):
+    return problem(5, [(1536, 8, 0), (8, 1536, 1), (576, 64, 0), (300, 577, 1)] * 3, 1700, dtype)
+
+
+def everything(case):
+    factors, groups, removed = case
+    value, norms = native.group_lasso_forward(factors, groups, removed, EPS)
+    grads = native.group_lasso_backward(factors, groups, removed, norms, torch.ones(()))
+    shrunk = [factor.clone() for factor in factors]
+    native.group_prox_(shrunk, groups, removed, torch.full(removed.shape, 0.7))
+    kept = torch.arange(0, 1536, 3)
+    compacted = [native.compact(factors[0], kept, None, 64), native.compact(factors[1], None, kept, 64)]
+    return [value, norms, *grads, *shrunk, *compacted]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_run_or_the_threads(dtype):
+    case = large_problem(dtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = everything(case)
+        for run in range(10):
+            torch.set_num_threads(1 + run % 2)
+            assert all(map(torch.equal, everything(case), expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+CHECKSUM = """
+import hashlib, torch
+from tests.atp_kernels import test_native as t
+digest = hashlib.sha256()
+for dtype in t.DTYPES:
+    for tensor in t.everything(t.large_problem(dtype)):
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+print(t.native.build_info()["isa"], digest.hexdigest())
+"""
+
+
+def run_with_isa(isa, code):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "ATP_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+def test_bits_do_not_depend_on_the_instruction_set():
+    compiled = native.build_info()["isa_compiled"]
+    best = native.build_info()["isa"]
+    results = [run_with_isa(isa, CHECKSUM) for isa in compiled[: compiled.index(best) + 1]]
+    assert [result.returncode for result in results] == [0] * len(results), results[-1].stderr
+    names, digests = zip(*(result.stdout.split() for result in results), strict=True)
+    assert list(names) == compiled[: compiled.index(best) + 1]
+    assert len(set(digests)) == 1
+
+
+def test_unknown_isa_is_refused_with_its_name():
+    said = run_with_isa("mmx", "from atp_kernels.backends import native; print(native.REASON)").stdout
+    assert "ATP_KERNELS_ISA='mmx'" in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_values_stay_in_their_group(value):
+    for dtype in DTYPES:
+        factor = torch.ones(4, 10, dtype=dtype)
+        factor[1, 3] = value
+        removed = torch.tensor([True, True, False, True])
+        total, norms = native.group_lasso_forward([factor], [(0, torch.arange(4))], removed, EPS)
+        assert not total.isfinite() and norms.isfinite().tolist() == [True, False, True, True]
+        native.group_prox_([factor], [(0, torch.arange(4))], removed, torch.ones(4))
+        assert factor[[0, 2, 3]].isfinite().all() and not factor[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("factor", "axis", "index", "message"),
+    [
+        (torch.ones(3, 2), 0, torch.tensor([0, 1, 4]), r"group id outside \[0, 4\)"),
+        (torch.ones(3, 2), 0, torch.tensor([0, -1, 2]), r"group id outside \[0, 4\)"),
+        (torch.ones(3, 2), 1, torch.tensor([0, 1, 2]), "length 2"),
+        (torch.ones(3, 2), 2, torch.tensor([0, 1, 2]), "axis of factor 0 is 2"),
+        (torch.ones(3, 2, dtype=torch.float16), 0, torch.tensor([0, 1, 2]), "float32 or bfloat16"),
+        (torch.ones(3), 0, torch.tensor([0, 1, 2]), "2-D"),
+    ],
+)
+def test_wrong_input_is_one_sentence(factor, axis, index, message):
+    with pytest.raises(RuntimeError, match=message):
+        native.group_lasso_forward([factor], [(axis, index)], torch.ones(4, dtype=torch.bool), EPS)
+
+
+def test_prox_refuses_a_factor_given_twice():
+    factor = torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match="appears twice"):
+        native.group_prox_([factor, factor], [(0, torch.arange(3))] * 2, torch.ones(3, dtype=torch.bool), torch.ones(3))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [([5], None), (None, [-1])])
+def test_compact_refuses_an_index_out_of_range(rows, cols):
+    rows, cols = (index if index is None else torch.tensor(index) for index in (rows, cols))
+    with pytest.raises(RuntimeError, match=r"outside \[0, [45]\)"):
+        native.compact(torch.ones(5, 4), rows, cols, 1)
+
+
+def test_build_info_names_what_was_built():
+    info = native.build_info()
+    assert info["isa"] in info["isa_compiled"] and info["stable_abi_target"] == "2.10"
+    assert {"compiler", "cuda_archs", "torch_built_with"} < info.keys()

@@ -1,0 +1,168 @@
+"""Packaging as a user meets it: sdist, wheel with the extension, and installs that go without it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("atp", "atp_kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+BUILD_VARIABLES = ("ATP_BUILD", "ATP_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CC", "CXX")
+
+has_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A clean copy of the tree: no build folder and no binary of an earlier build."""
+    target = tmp_path / "source"
+    target.mkdir()
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, target)
+    return target
+
+
+def run(command, cwd, **variables):
+    clean = {key: value for key, value in os.environ.items() if key not in (*BUILD_VARIABLES, "PYTHONPATH")}
+    return subprocess.run(command, cwd=cwd, env={**clean, **variables}, capture_output=True, text=True)
+
+
+def pip_wheel(what, out, **variables):
+    """The wheel of a folder or an sdist, and all that pip and setup.py said."""
+    options = ["-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", str(out)]
+    result = run([sys.executable, "-m", "pip", "wheel", str(what), *options], out.parent, **variables)
+    wheels = sorted(out.glob("*.whl"))
+    return (wheels[0] if wheels else None), result.returncode, result.stdout + result.stderr
+
+
+def files_of(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def use(wheel, folder, code):
+    """Run code with the wheel's contents as the only copy: -S keeps an editable install of this tree out of sight."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    paths = dict.fromkeys([str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    return run([sys.executable, "-S", "-c", code], folder, PYTHONPATH=os.pathsep.join(paths))
+
+
+REPORT = "import atp_kernels; from atp_kernels.backends import native; print(atp_kernels.__file__, native.REASON)"
+
+
+@pytest.mark.slow
+@has_compiler
+def test_sdist_builds_a_wheel_whose_extension_runs(source, tmp_path):
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    made = run([sys.executable, "-c", build, str(tmp_path)], source)
+    assert made.returncode == 0, made.stderr
+    (sdist,) = tmp_path.glob("atp_kernels-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert shipped <= names and not any(name.endswith((".so", ".pyc")) for name in names)
+
+    wheel, status, said = pip_wheel(sdist, tmp_path / "wheels", ATP_BUILD="1")
+    assert status == 0, said
+    assert [name for name in files_of(wheel) if re.match(r"atp_kernels/_C\..*\.so$", name)]
+    assert not [name for name in files_of(wheel) if name.startswith(("csrc", "tests"))]
+    used = use(wheel, tmp_path / "site", REPORT + "; print(native.build_info())")
+    assert used.returncode == 0, used.stderr
+    assert str(tmp_path / "site") in used.stdout and "None" in used.stdout and "stable_abi_target" in used.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"ATP_BUILD": "0"}, "ATP_BUILD=0 says so"),
+        ({"CC": "/nonexistent", "CXX": "/nonexistent"}, "no C++ compiler named '/nonexistent'"),
+    ],
+)
+def test_install_without_extension_is_pure_and_says_why_once(source, tmp_path, variables, reason):
+    wheel, status, said = pip_wheel(source, tmp_path / "wheels", **variables)
+    assert status == 0, said
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in files_of(wheel) if name.endswith(".so")]
+    messages = {line.strip() for line in said.splitlines() if "installing without the extension" in line}
+    assert len(messages) == 1 and reason in messages.pop()
+    used = use(wheel, tmp_path / "site", REPORT)
+    assert used.returncode == 0, used.stderr
+    assert "was not built" in used.stdout and "ATP_BUILD=1" in used.stdout
+
+
+@has_compiler
+@pytest.mark.slow
+def test_failed_compile_installs_unless_forced(source, tmp_path):
+    (source / "csrc" / "cpu" / "compact.cpp").write_text("#error deliberately broken\n")
+    wheel, status, said = pip_wheel(source, tmp_path / "wheels", MAX_JOBS="1")
+    assert status == 0 and not [name for name in files_of(wheel) if name.endswith(".so")], said
+    assert "the compiler failed" in said and "deliberately broken" in said
+    wheel, status, said = pip_wheel(source, tmp_path / "forced", ATP_BUILD="1", MAX_JOBS="1")
+    assert status != 0 and wheel is None and "cannot be built" in said
+
+
+@pytest.mark.parametrize("variable", ["ATP_BUILD", "ATP_BUILD_CUDA"])
+def test_a_switch_that_is_neither_0_nor_1_is_refused(source, variable):
+    result = run([sys.executable, "setup.py", "--version"], source, **{variable: "yes"})
+    assert result.returncode != 0 and f"{variable}='yes': use 0 or 1" in result.stderr
+
+
+def test_wheel_holds_the_command_the_licence_and_one_version(source, tmp_path):
+    import atp_kernels._version
+
+    wheel, status, said = pip_wheel(source, tmp_path / "wheels", ATP_BUILD="0")
+    assert status == 0, said
+    assert wheel.name.startswith(f"atp_kernels-{atp_kernels._version.__version__}-")
+    with zipfile.ZipFile(wheel) as archive:
+        texts = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+    assert "atp = atp.cli:main" in texts["entry_points.txt"]
+    assert "License-Expression: Apache-2.0" in texts["METADATA"] and "Apache License" in texts["LICENSE"]
+    kept = [p for p in (ROOT / "atp").rglob("*") if p.suffix in (".html", ".jinja", ".yaml", ".css", ".js")]
+    assert {str(path.relative_to(ROOT)) for path in kept} <= set(files_of(wheel))
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_extension_uses_only_the_stable_abi_of_torch():
+    from atp_kernels.backends import native
+
+    if not native.AVAILABLE:
+        pytest.skip(native.REASON)
+    import atp_kernels._C as extension
+
+    listed = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", extension.__file__], capture_output=True, text=True, check=True
+    )
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert [s for s in symbols if s.startswith(("aoti_torch_", "torch_"))]
+    assert not [s for s in symbols if re.match(r"_ZNK?(2at|3c10|5torch)", s)]
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
+def test_cuda_source_compiles_for_every_architecture(name, tmp_path):
+    from torch.utils.cpp_extension import include_paths
+
+    archs = {"80": "sm_80", "90a": "sm_90a", "100a": "sm_100a"}
+    target = tmp_path / "object.o"
+    command = ["nvcc", "-c", str(ROOT / "csrc" / "cuda" / name), "-o", str(target), "-std=c++17", "--threads=2"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-Xptxas=-v"]
+    command += [f"-I{path}" for path in include_paths()]
+    command += [f"-gencode=arch=compute_{number},code={code}" for number, code in archs.items()]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    spills = re.findall(r"(\d+) bytes spill", result.stderr)
+    assert spills and set(spills) == {"0"}
+    assert target.stat().st_size > 0
