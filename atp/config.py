@@ -147,6 +147,19 @@ class ATPConfig(_Section):
         except ValidationError as error:
             raise InputError(_explain(error)) from None
 
+    def refuse_change_of(self, saved: dict[str, Any]) -> None:
+        """Raises `InputError` with the differences when a run was started under another config (`model_dump` form)."""
+        now = self.model_dump(mode="json")
+        changed = [
+            f"{section}{'.' + key if key else ''}: {old!r} -> {new!r}"
+            for section in now
+            for key, old, new in _differences(saved.get(section), now[section])
+        ]
+        if changed:
+            raise InputError(
+                f"cannot resume under a changed config ({'; '.join(changed)}): restore it or start a new run"
+            )
+
     def dump(self) -> str:
         """The resolved config as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -199,3 +212,9 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"config key '{key}' is missing: add it to the YAML file or as {key}=VALUE"
     return f"config key '{key}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [("", old, new)] if old != new else []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.progress import Progress
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from atp.baselines.dense_lora import PHASE, DenseLoraTrainer
 from atp.config import ATPConfig
 from atp.environment import versions
-from atp.errors import NotReached
+from atp.errors import Interrupted, NotReached
 from atp.evaluation import evaluate_model, model_size, throughput
 from atp.export.hf import write_json
 from atp.loading import RunData, check_output_dir, load_data, load_model, load_tokenizer
@@ -24,6 +26,7 @@ from atp.masks.budget import Budget
 from atp.masks.space import MaskSpace
 from atp.report import write_report
 from atp.training.callbacks import ProgressCallback, make_progress
+from atp.training.checkpoint import newest
 from atp.training.precision import autocast_dtype
 from atp.training.trainer import ATPTrainer
 
@@ -42,14 +45,24 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Does everything and returns the summary. Raises `InputError`, `NotReached` or `Interrupted`."""
+        try:
+            return self._execute()
+        except KeyboardInterrupt:
+            # Outside the training loop, which catches signals itself; what is scored and tuned so far is on disk.
+            raise Interrupted(signal.SIGINT, str(newest(self.folder / "checkpoints") or "none yet")) from None
+
+    def _execute(self) -> dict[str, Any]:
         config = self.config
         check_output_dir(self.folder, resume=self.resume)
+        started_under = self.folder / "config.yaml"
+        if started_under.is_file():
+            config.refuse_change_of(yaml.safe_load(started_under.read_text(encoding="utf-8")))
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer)
         self.say(data.splits.description)
         model = load_model(config.model, config.decisions.space)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+        started_under.write_text(config.dump(), encoding="utf-8")
         self._score("original", model, tokenizer, data)
         if config.evaluation.dense_baseline and "tuned_dense" not in self._scores():
             model = self._tune_dense(model, tokenizer, data)
@@ -83,8 +96,7 @@ class Run:
             trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
             trainer.add_callback(ProgressCallback(trainer.phases.of, trainer.phases.total, progress))
             _quiet(trainer)
-            resume = self.resume and trainer.checkpoint_root.is_dir()
-            trainer.train(resume=resume)
+            trainer.train(resume=newest(trainer.checkpoint_root) is not None)
         return trainer
 
     def _score(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:

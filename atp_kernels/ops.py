@@ -19,10 +19,10 @@ def linear(
     tensors: tuple[Tensor | None, ...], scaling: float, mask_lora: bool, with_norms: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Masked LoRA linear of (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask), checked and cast."""
-    if not torch.compiler.is_compiling():
-        return MaskedLoraLinear.apply(*tensors, scaling, mask_lora, with_norms, backend)
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = tensors
     keep_sum = out_mask is not None and out_mask.requires_grad and torch.is_grad_enabled()
+    if not torch.compiler.is_compiling():
+        return MaskedLoraLinear.apply(*tensors, scaling, mask_lora, keep_sum, with_norms, backend)
     rows = x.reshape(-1, x.shape[-1])
     adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
     y, _, _, *norms = masked_lora_linear_op(
@@ -138,7 +138,12 @@ def _linear_backward(ctx, grad_y, grad_down, grad_total, grad_rows, grad_cols):
     return (*grads, None, None, None, None, None)
 
 
+def _refuse(ctx, *grads):
+    raise RuntimeError("atp_kernels operations can be differentiated once: drop create_graph=True for them.")
+
+
 masked_lora_linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
+masked_lora_linear_backward_op.register_autograd(_refuse)
 
 
 @torch.library.custom_op("atp_kernels::group_lasso", mutates_args=())
@@ -195,6 +200,7 @@ def _lasso_backward(ctx, grad_value, grad_norms):
 
 
 group_lasso_op.register_autograd(_lasso_backward, setup_context=_lasso_setup)
+group_lasso_backward_op.register_autograd(_refuse)
 
 
 @torch.library.custom_op("atp_kernels::group_prox_", mutates_args=("factors",))
@@ -266,12 +272,11 @@ class MaskedLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = arguments[:8]
-        scaling, mask_lora, with_norms, backend = arguments[8:]
+        scaling, mask_lora, keep_sum, with_norms, backend = arguments[8:]
         module = select("masked_lora_linear", x.device, x.dtype, backend)[0]
         rows = x.reshape(-1, x.shape[-1])
         adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
         tensors = (rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
-        keep_sum = ctx.needs_input_grad[6]
         y, down, total, *norms = module.masked_lora_linear_forward(*tensors, scaling, mask_lora, keep_sum, with_norms)
         _save_linear(ctx, tensors, down, total, (scaling, mask_lora, module))
         ctx.shape = x.shape
@@ -293,7 +298,7 @@ class MaskedLoraLinear(torch.autograd.Function):
         for i in (0, 5):
             if grads[i] is not None:
                 grads[i] = grads[i].view(ctx.shape)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class GroupLasso(torch.autograd.Function):

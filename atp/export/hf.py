@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.masks.space import MaskSpace
 from atp.removal.certify import compare, reference_logits
@@ -27,14 +27,12 @@ def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
 
 def export_model(
     model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, tokens: Tensor, card: str
-) -> float:
-    """Saves adapter/ and the merged model/ under `folder`, reloads the latter and compares.
+) -> tuple[PreTrainedModel, float]:
+    """Saves adapter/ and the merged model/ under `folder`, reloads the latter and compares. No pickle is written.
 
-    tokens int64 [windows, length]. Returns the largest logit difference between the cut model with its adapter and
-    the reloaded one, as a share of the logit scale, in float32. No pickle is written.
+    tokens: int64 [windows, length]. Returns the merged model (it uses up `model`) and the largest logit difference
+    between the cut model with its adapter and the reloaded one, as a share of the logit scale, in float32.
     """
-    from transformers import AutoModelForCausalLM
-
     reference = reference_logits(model, tokens)
     model.save_pretrained(folder / "adapter", safe_serialization=True)
     merged = merge_adapter(model)
@@ -43,7 +41,7 @@ def export_model(
         tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "README.md").write_text(card, encoding="utf-8")
     reloaded = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=merged.dtype)
-    return compare(reference, reloaded.to(tokens.device), tokens).relative
+    return merged, compare(reference, reloaded.to(tokens.device), tokens).relative
 
 
 def write_json(path: Path, content: Any) -> None:

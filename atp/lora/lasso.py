@@ -13,7 +13,8 @@ class LoraGroups:
     """All LoRA factors that cuts touch, with the group each of their rows or columns belongs to.
 
     An output cut owns rows of B, an input cut columns of A. For the lasso every cut of a decision is a group of its
-    own (the paper's sum of norms); for the prox all factors of one decision form one joint group.
+    own (the paper's sum of norms); for the prox all factors of one decision form one joint group. Build it where the
+    model will train: the tables lie on the device of their factors.
     """
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
@@ -25,9 +26,11 @@ class LoraGroups:
         for structure in space.structures:
             for cut in structure.cuts:
                 factor = "lora_A" if cut.axis else "lora_B"
-                self.factors.append(parameters[f"{structure.layer}.{cut.module}.{factor}.default.weight"])
-                self._cut_groups.append((cut.axis, cut.owner + start))
-                self._joint_groups.append((cut.axis, cut.owner + structure.start))
+                parameter = parameters[f"{structure.layer}.{cut.module}.{factor}.default.weight"]
+                owner = cut.owner.to(parameter.device)
+                self.factors.append(parameter)
+                self._cut_groups.append((cut.axis, owner + start))
+                self._joint_groups.append((cut.axis, owner + structure.start))
                 decisions.append(torch.arange(structure.start, structure.start + structure.size))
                 start += structure.size
         self._decision_of_cut = torch.cat(decisions)
@@ -46,6 +49,6 @@ class LoraGroups:
         """The largest joint 2-norm left on a removed decision."""
         squares = torch.zeros(mask.numel())
         for factor, (axis, owner) in zip(self.factors, self._joint_groups, strict=True):
-            squares.index_add_(0, owner, factor.detach().float().square().sum(1 - axis).cpu())
-        removed = squares[~mask]
+            squares.index_add_(0, owner.cpu(), factor.detach().float().square().sum(1 - axis).cpu())
+        removed = squares[~mask.cpu()]
         return float(removed.max().sqrt()) if removed.numel() else 0.0

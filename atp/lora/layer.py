@@ -39,6 +39,8 @@ class MaskedLoraLinear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
         dropout = self.lora_dropout[ADAPTER]
+        # Decisions are judged on the whole adapter: no dropout where the mask covers the sum.
+        drops = self.training and isinstance(dropout, nn.Dropout) and not self.mask_lora
         return masked_lora_linear(
             x,
             base.weight,
@@ -49,7 +51,7 @@ class MaskedLoraLinear(PeftLinear):
             in_mask=self.in_mask,
             mask_lora=self.mask_lora,
             bias=base.bias,
-            lora_input=dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None,
+            lora_input=dropout(x) if drops else None,
         )
 
 

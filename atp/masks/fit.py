@@ -13,7 +13,8 @@ from atp.masks.space import MaskSpace
 def exact_offset(logits: Tensor, share: float, budget: Budget) -> float:
     """The offset b for which the mask 1[logits + b >= 0] keeps just under `share` of the decoder parameters.
 
-    Bisection over the sorted logits, so the answer is one of size + 1 thresholds; structures never become empty.
+    Bisection over the sorted logits, so that -b is one of them and the comparison is exact; structures never become
+    empty.
     """
     logits = logits.detach()
     order = logits.sort().values
@@ -22,8 +23,7 @@ def exact_offset(logits: Tensor, share: float, budget: Budget) -> float:
         middle = (low + high) // 2
         kept = budget.share(keep_one(logits >= order[middle], logits, budget.space).float())
         low, high = (low, middle) if kept <= share else (middle + 1, high)
-    below = order[low - 1] if low > 0 else order[low] - 1.0
-    return -float((order[low] + below) / 2)
+    return -float(order[low])
 
 
 def exact_mask(logits: Tensor, share: float, budget: Budget) -> Tensor:
@@ -35,9 +35,10 @@ def fit_mask(logits: Tensor, target: float, budget: Budget, multiples: dict[str,
     """The noise-free decision, trimmed or grown by logit until the budget and the width rules hold.
 
     logits float [size], target share of decoder parameters. multiples: for a structure name the number its kept
-    count must be a multiple of (default 1). Each count is first rounded; then whole blocks of `multiple` decisions
-    are removed (lowest mean logit first) or added (highest first) until the share is as close to the target as one
-    block allows. Returns bool [size] with at least one block in every structure.
+    count must be a multiple of (default 1), unless the structure is kept whole. Each count is first rounded; then whole
+    blocks of `multiple` decisions are removed (lowest mean logit first) or added (highest first), passing over blocks
+    too large to help, until no single block brings the share closer to the target. Returns bool [size] with at least
+    one block in every structure.
     """
     logits = logits.detach().cpu()
     mask = exact_mask(logits, target, budget)
@@ -49,14 +50,13 @@ def fit_mask(logits: Tensor, target: float, budget: Budget, multiples: dict[str,
     best = _top(ranked, counts, budget.space)
     while True:
         gap = budget.share(best) - target
-        move = _next_block(ranked, counts, budget.space, multiples, shrink=gap > 0)
-        if move is None:
+        for index, count in _blocks(ranked, counts, budget.space, multiples, shrink=gap > 0):
+            candidate = _top(ranked, counts[:index] + [count] + counts[index + 1 :], budget.space)
+            if abs(budget.share(candidate) - target) < abs(gap):
+                counts[index], best = count, candidate
+                break
+        else:
             return best
-        index, count = move
-        candidate = _top(ranked, counts[:index] + [count] + counts[index + 1 :], budget.space)
-        if abs(budget.share(candidate) - target) >= abs(gap):
-            return best
-        counts[index], best = count, candidate
 
 
 def _top(ranked: list, counts: list[int], space: MaskSpace) -> Tensor:
@@ -66,18 +66,17 @@ def _top(ranked: list, counts: list[int], space: MaskSpace) -> Tensor:
     return mask
 
 
-def _next_block(
+def _blocks(
     ranked: list, counts: list[int], space: MaskSpace, multiples: dict[str, int], *, shrink: bool
-) -> tuple[int, int] | None:
-    """The cheapest block to remove or the most valuable one to add: (structure index, its new count)."""
-    best, best_value = None, float("inf")
+) -> list[tuple[int, int]]:
+    """Blocks to remove, the cheapest first, or to add, the most valuable first: (structure index, its new count)."""
+    blocks = []
     for index, (structure, order, count) in enumerate(zip(space.structures, ranked, counts, strict=True)):
         step = multiples.get(structure.name, 1)
-        new = count - step if shrink else min(count + step, structure.size)
-        if new < min(step, structure.size) or new == count:
+        # A structure kept whole may not be a multiple; its last block is then the smaller rest.
+        new = (count - 1) // step * step if shrink else min(count + step, structure.size)
+        if new == 0 or new == count:
             continue
         block = order.values[min(new, count) : max(new, count)].mean()
-        value = float(block if shrink else -block)
-        if value < best_value:
-            best, best_value = (index, new), value
-    return best
+        blocks.append((float(block if shrink else -block), index, new))
+    return [(index, new) for _, index, new in sorted(blocks)]

@@ -43,4 +43,4 @@ def hard_mask(logits: Tensor, soft: Tensor, space: MaskSpace) -> Tensor:
 
 def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
     """The value of the hard mask with the gradient of the soft one, float32 [size]."""
-    return hard.to(soft.dtype) + soft - soft.detach()
+    return hard.to(soft.dtype) + (soft - soft.detach())

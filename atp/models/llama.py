@@ -1,169 +1,188 @@
-"""A Llama whose layers have widths of their own: kept KV groups, RoPE pairs, value dimensions and MLP channels.
+"""A Llama or Mistral causal LM whose layers differ in width, on transformers' own modules.
 
-Everything that is not a width is stock transformers: embeddings, norms, rotary frequencies, masks, cache, loss.
+Only what a cut changes is here: linears of any width, RoPE on the kept pairs, value heads of another width than query
+and key heads. The model's forward is transformers' (`MistralModel`, which is `LlamaModel` plus sliding_window).
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.activations import ACT2FN
+from torch.nn.functional import pad
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, MistralModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
     LlamaDecoderLayer,
-    LlamaForCausalLM,
     LlamaMLP,
-    LlamaModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
+from atp.models.config import ATPLlamaConfig
 
-class ATPLlamaConfig(LlamaConfig):
-    """A Llama config with one entry a layer in `layer_widths`.
-
-    Each entry holds `kv_heads` (int; every KV group keeps all its query heads), `qk_pairs` (kept RoPE pair numbers, or
-    None for all), `v_head_dim` (int) and `intermediate_size` (int). `head_dim`, `num_attention_heads` and
-    `num_key_value_heads` stay the source model's: they fix the RoPE frequencies, the softmax scale
-    1/sqrt(head_dim) and the number of query heads in a KV group. None for `layer_widths` means nothing was cut.
-    """
-
-    model_type = "atp_llama"
-    layer_widths: list[dict[str, Any]] | None = None
-
-    def widths(self, layer: int) -> dict[str, Any]:
-        """The widths of one layer."""
-        if self.layer_widths is not None:
-            return self.layer_widths[layer]
-        return {
-            "kv_heads": self.num_key_value_heads,
-            "qk_pairs": None,
-            "v_head_dim": self.head_dim,
-            "intermediate_size": self.intermediate_size,
-        }
+# Fused attention takes one width for all heads, and runs best on whole vector registers and tensor-core tiles.
+_HEAD_DIM_MULTIPLE = 8
 
 
-class ATPLlamaAttention(LlamaAttention):
-    """Attention with its own head count, kept RoPE pairs and value dimension."""
+class ATPLlamaAttention(nn.Module):
+    """Grouped-query attention with its own number of heads, RoPE pairs and value width in each layer."""
 
     def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
-        nn.Module.__init__(self)
-        widths = config.widths(layer_idx)
+        super().__init__()
+        shape = config.layer_shape(layer_idx)
         self.config = config
         self.layer_idx = layer_idx
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.qk_head_dim = shape.qk_head_dim(config.head_dim)
+        self.v_head_dim = shape.v_head_dim
+        self.num_key_value_groups = shape.num_attention_heads // shape.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        self.sliding_window = config.sliding_window
         self.is_causal = True
-        pairs = widths["qk_pairs"]
-        self.rope_dims = None if pairs is None else [*pairs, *(p + config.head_dim // 2 for p in pairs)]
-        self.head_dim = config.head_dim if pairs is None else 2 * len(pairs)
-        self.v_head_dim = widths["v_head_dim"]
-        kv_heads, heads = widths["kv_heads"], widths["kv_heads"] * self.num_key_value_groups
-        hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias)
-        self._rope_index: Tensor | None = None
+
+        hidden, heads, kv_heads = config.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
+        self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.qk_head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.attention_bias)
+        self.register_buffer("rope_index", self.kept_rope_index(), persistent=False)
+
+    def kept_rope_index(self) -> Tensor | None:
+        """Positions of the kept pairs in the cos and sin of the uncut model, int64 [qk_head_dim]; None keeps all."""
+        pairs = self.config.layer_shape(self.layer_idx).qk_pairs
+        if pairs is None:
+            return None
+        half = self.config.head_dim // 2
+        return torch.tensor(pairs + [half + pair for pair in pairs])
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        # transformers 5.24 calls the cache `cache`, earlier releases `past_key_values`.
-        caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
-        cache = next((c for c in caches if c is not None), None)
-        shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *self._kept_rotation(position_embeddings))
+        """hidden_states [batch, tokens, hidden]; position_embeddings: cos and sin [batch or 1, tokens, head_dim].
+
+        The cache is `cache` in newer transformers and `past_key_values` in older ones. Returns the output
+        [batch, tokens, hidden] and the attention weights, None where the implementation does not form them.
+        """
+        tokens = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*tokens, -1, self.qk_head_dim).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(*tokens, -1, self.qk_head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*tokens, -1, self.v_head_dim).transpose(1, 2)
+
+        cos, sin = position_embeddings
+        if self.rope_index is not None:
+            cos, sin = cos.index_select(-1, self.rope_index), sin.index_select(-1, self.rope_index)
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+
+        cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+
         implementation = self.config._attn_implementation
-        if implementation != "eager" and self.head_dim != self.v_head_dim:
-            # Fused attention wants one head dimension; zeros change neither the scores nor the kept values.
-            width = max(self.head_dim, self.v_head_dim)
-            query, key, value = (F.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        if implementation != "eager":
+            # Zeros change neither scores nor outputs; unequal widths would fall to the slow, unfused path.
+            width = -(-max(self.qk_head_dim, self.v_head_dim) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
+            query, key, value = (_pad_heads(heads, width) for heads in (query, key, value))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
         )
-        output = output[..., : self.v_head_dim].reshape(*shape, -1)
-        return self.o_proj(output), weights
-
-    def _kept_rotation(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        cos, sin = position_embeddings
-        if self.rope_dims is None:
-            return cos, sin
-        if self._rope_index is None or self._rope_index.device != cos.device:
-            self._rope_index = torch.tensor(self.rope_dims, device=cos.device)
-        return cos[..., self._rope_index], sin[..., self._rope_index]
+        return self.o_proj(output[..., : self.v_head_dim].reshape(*tokens, -1)), weights
 
 
-class ATPLlamaMLP(LlamaMLP):
-    """Gated MLP with its own width."""
-
-    def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
-        nn.Module.__init__(self)
-        self.config = config
-        self.hidden_size = config.hidden_size
-        self.intermediate_size = config.widths(layer_idx)["intermediate_size"]
-        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+def _pad_heads(heads: Tensor, width: int) -> Tensor:
+    missing = width - heads.shape[-1]
+    return pad(heads, (0, missing)) if missing else heads
 
 
 class ATPLlamaDecoderLayer(LlamaDecoderLayer):
-    """The stock layer around the two blocks above."""
+    """Llama's decoder layer around attention and MLP of its own widths."""
 
     def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
-        super(LlamaDecoderLayer, self).__init__()
+        super(LlamaDecoderLayer, self).__init__()  # the parent would first build both at full width
+        mlp_config = copy.copy(config)
+        mlp_config.intermediate_size = config.layer_shape(layer_idx).intermediate_size
         self.hidden_size = config.hidden_size
         self.self_attn = ATPLlamaAttention(config, layer_idx)
-        self.mlp = ATPLlamaMLP(config, layer_idx)
+        self.mlp = LlamaMLP(mlp_config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class ATPLlamaModel(LlamaModel):
-    """The stock decoder stack over layers of different widths."""
+class ATPLlamaPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the class to load, initialise, split and checkpoint it."""
 
+    config: ATPLlamaConfig
     config_class = ATPLlamaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ATPLlamaDecoderLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ATPLlamaDecoderLayer, "attentions": ATPLlamaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # from_pretrained builds on the meta device, and no file holds the non-persistent buffers.
+        if isinstance(module, ATPLlamaAttention) and module.rope_index is not None:
+            init.copy_(module.rope_index, module.kept_rope_index())
+
+
+class ATPLlamaModel(ATPLlamaPreTrainedModel, MistralModel):
+    """The decoder without its head."""
 
     def __init__(self, config: ATPLlamaConfig) -> None:
-        super(LlamaModel, self).__init__(config)
+        super(MistralModel, self).__init__(config)  # the parent would first build every layer at full width
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(ATPLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
 
-class ATPLlamaForCausalLM(LlamaForCausalLM):
-    """A cut causal LM: loads, generates and trains like any other transformers model."""
-
-    config_class = ATPLlamaConfig
+class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, LlamaForCausalLM):
+    """The cut model: loads, trains, generates and saves like any causal LM of transformers."""
 
     def __init__(self, config: ATPLlamaConfig) -> None:
-        super(LlamaForCausalLM, self).__init__(config)
+        super(LlamaForCausalLM, self).__init__(config)  # the parent would first build a full-width model
         self.model = ATPLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _get_static_cache_init_shape(self) -> None:
+        # Key and value widths differ, so a static cache takes its shapes from the first states it sees.
+        return None
+
+
+def register() -> None:
+    """Makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know the class; calling it again changes nothing."""
+    AutoConfig.register(ATPLlamaConfig.model_type, ATPLlamaConfig, exist_ok=True)
+    AutoModel.register(ATPLlamaConfig, ATPLlamaModel, exist_ok=True)
+    AutoModelForCausalLM.register(ATPLlamaConfig, ATPLlamaForCausalLM, exist_ok=True)

@@ -1,38 +1,127 @@
-"""The certificate: logits before the cut, after it, and after saving and loading, compared over real tokens."""
+"""The certificate: how far the logits of masked, cut and reloaded model lie apart on real tokens.
+
+The masked model is gone once it is cut, so its logits are taken before: `reference_logits`, cut, `compare`. The saved
+model is compared with the one in memory: `reload_gap`. The caller puts the results into a `Certificate`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from atp.lora.lasso import LoraGroups
+from atp.masks.space import MaskSpace
 
 
 @dataclass(frozen=True)
 class LogitGap:
-    """Largest absolute logit difference, and the same as a share of the largest reference logit."""
+    """Largest absolute difference of two models' logits; scale: the largest |logit| of the reference."""
 
     absolute: float
-    relative: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        """The difference as a share of the logit scale."""
+        return self.absolute / self.scale if self.scale else self.absolute
 
 
-def reference_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Float32 logits [windows, length, vocab] on the CPU, in eval mode. tokens: int64 [windows, length]."""
-    return torch.stack([_logits(model, window) for window in tokens])
+@dataclass(frozen=True)
+class Certificate:
+    """What removal and saving changed.
+
+    removed_lora_norm: largest 2-norm that was left on a removed LoRA group. tokens: number of tokens compared.
+    dtype: of the weights; the logits are compared in float32.
+    """
+
+    masked_vs_cut: LogitGap
+    cut_vs_reloaded: LogitGap
+    removed_lora_norm: float
+    tokens: int
+    dtype: str
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        """The form of certificate.json: gaps as shares of the logit scale, beside them the absolute differences."""
+        return {
+            "masked_vs_cut": self.masked_vs_cut.relative,
+            "masked_vs_cut_absolute": self.masked_vs_cut.absolute,
+            "cut_vs_reloaded": self.cut_vs_reloaded.relative,
+            "cut_vs_reloaded_absolute": self.cut_vs_reloaded.absolute,
+            "logit_scale": self.masked_vs_cut.scale,
+            "removed_lora_norm": self.removed_lora_norm,
+            "tokens": self.tokens,
+            "dtype": self.dtype,
+        }
 
 
-def compare(reference: Tensor, model: nn.Module, tokens: Tensor) -> LogitGap:
-    """Compares `reference_logits` of another model with this one's, one window at a time."""
-    scale = float(reference.abs().max())
-    gaps = [float((_logits(model, window) - part).abs().max()) for window, part in zip(tokens, reference, strict=True)]
-    return LogitGap(max(gaps), max(gaps) / scale)
+def reference_logits(model: nn.Module, input_ids: Tensor, batch_size: int = 4) -> Tensor:
+    """Logits of a causal LM in evaluation mode, without autocast, kept on the CPU: float32 [windows, tokens, vocab].
+
+    input_ids: int64 [windows, tokens], without padding. The result takes 4 bytes x windows x tokens x vocab.
+    """
+    return torch.cat([logits.cpu() for logits in _logits(model, input_ids, batch_size)])
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, window: Tensor) -> Tensor:
-    was_training = model.training
+def compare(reference: Tensor, model: nn.Module, input_ids: Tensor, batch_size: int = 4) -> LogitGap:
+    """The gap between `reference_logits` [windows, tokens, vocab] and a model on the same input_ids [windows, tokens].
+
+    Raises ValueError when the reference was made for other tokens.
+    """
+    if reference.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"reference logits are for tokens {list(reference.shape[:2])} and the comparison is on "
+            f"{list(input_ids.shape)}: pass the same input_ids to both"
+        )
+    return _gap(reference.split(batch_size), _logits(model, input_ids, batch_size))
+
+
+def logit_gap(reference: nn.Module, model: nn.Module, input_ids: Tensor, batch_size: int = 4) -> LogitGap:
+    """The gap between two models in memory, batch by batch. input_ids: int64 [windows, tokens], without padding."""
+    return _gap(_logits(reference, input_ids, batch_size), _logits(model, input_ids, batch_size))
+
+
+def reload_gap(model: nn.Module, folder: str | Path, input_ids: Tensor, batch_size: int = 4) -> LogitGap:
+    """The gap between a model in memory and the merged model saved in a folder, loaded as any user would load it."""
+    device = next(model.parameters()).device
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device)
+    return logit_gap(model, reloaded, input_ids, batch_size)
+
+
+def removed_lora_norm(model: nn.Module, space: MaskSpace, mask: Tensor) -> float:
+    """Largest joint 2-norm left on the LoRA factors of a removed decision, before the cut. mask: bool [space.size]."""
+    return LoraGroups(model, space).largest_removed_norm(mask)
+
+
+def _gap(reference: Iterator[Tensor] | tuple[Tensor, ...], logits: Iterator[Tensor]) -> LogitGap:
+    absolute = scale = 0.0
+    for expected, actual in zip(reference, logits, strict=True):
+        expected = expected.to(actual.device)
+        difference = float((expected - actual).abs().max())
+        # max() would drop a NaN, and a model that yields one must never pass.
+        absolute = difference if difference != difference else max(absolute, difference)
+        scale = max(scale, float(expected.abs().max()))
+    return LogitGap(absolute, scale)
+
+
+def _logits(model: nn.Module, input_ids: Tensor, batch_size: int) -> Iterator[Tensor]:
+    device = next(model.parameters()).device
+    for batch in input_ids.split(batch_size):
+        with _evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            logits = model(input_ids=batch.to(device), use_cache=False).logits.float()
+        yield logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
     model.eval()
     try:
-        return model(input_ids=window.unsqueeze(0), use_cache=False).logits[0].float().cpu()
+        yield
     finally:
-        model.train(was_training)
+        model.train(training)

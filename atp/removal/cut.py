@@ -1,144 +1,215 @@
-"""The cut: removed rows and columns leave the weights and the LoRA factors for good."""
+"""The physical cut: removed rows and columns leave base weights, biases and LoRA factors; the rest is kept bit by bit.
+
+Everything follows the table of `MaskSpace`: a cut on axis 0 of a linear takes rows of its weight, bias and LoRA B, a
+cut on axis 1 takes columns of its weight and LoRA A.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
+from dataclasses import asdict
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import PretrainedConfig, PreTrainedModel
 
-from atp.errors import InputError
 from atp.masks.space import MaskSpace
-from atp.models import ATPLlamaConfig, ATPLlamaForCausalLM
-from atp_kernels import compact
+from atp.models.config import ATPLlamaConfig, LayerShape
+from atp.models.llama import ATPLlamaForCausalLM
+from atp_kernels.functional import compact
 
-_LINEAR = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.\w+_proj)\.(.+)$")
-_SHARED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
-    "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout",
-    "head_dim",
-)  # fmt: skip
-
-
-def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPLlamaConfig:
-    """The config of the cut model. mask: bool [space.size]. Raises `InputError` where the cut would not be exact."""
-    if getattr(config, "sliding_window", None) is not None:
-        raise InputError(
-            f"the model uses sliding_window {config.sliding_window}, which the cut model does not: set it to null in "
-            "the source's config.json if your texts are shorter than the window"
-        )
-    widths = []
-    for layer, kept in enumerate(space.kept_indices(mask)):
-        empty = [name for name, indices in kept.items() if not indices]
-        if empty:
-            raise ValueError(f"layer {layer} would lose all of '{empty[0]}': keep at least one decision of each")
-        widths.append(
-            {
-                "kv_heads": len(kept["kv_group"]) if "kv_group" in kept else config.num_key_value_heads,
-                "qk_pairs": kept.get("qk"),
-                "v_head_dim": len(kept["vo"]) if "vo" in kept else config.head_dim,
-                "intermediate_size": len(kept["mlp"]),
-            }
-        )
-    return ATPLlamaConfig(
-        **{name: copy.deepcopy(getattr(config, name)) for name in _SHARED},
-        attention_bias=getattr(config, "attention_bias", False),
-        mlp_bias=getattr(config, "mlp_bias", False),
-        layer_widths=widths,
-        name_or_path=config.name_or_path,
-    )
+_LINEAR = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?P<module>(?:self_attn|mlp)\.\w+?)\.(?P<parameter>.+)$")
+# Which axes of a parameter are cut: rows (outputs of the linear) and columns (inputs).
+_PARAMETERS = (
+    (r"(?:base_layer\.)?weight", (True, True)),
+    (r"(?:base_layer\.)?bias", (True, False)),
+    (r"lora_A(?:\.\w+)?\.weight", (False, True)),
+    (r"lora_B(?:\.\w+)?\.weight", (True, False)),
+)
+# The end of the name of an optimizer state of the parameter; `step` is the same for all its rows.
+_OPTIMIZER_STATE = r"(?:\.\w+)?"
+_Kept = tuple[Tensor | None, Tensor | None]
 
 
 def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> dict[str, Tensor]:
-    """Slices every tensor that a cut touches; the order of kept rows and columns is preserved.
+    """The state dict of the cut model, under the same keys.
 
-    state: weights, biases and LoRA factors of a causal LM, wrapped by PEFT or not, or optimizer moments under the same
-    names plus a suffix. Output cuts take rows of weights, biases and LoRA B; input cuts columns of weights and LoRA A.
+    state: of a causal LM, plain or inside a PEFT model with LoRA; what no decision touches is shared, not copied. The
+    state of an optimizer, named `<parameter name>.<state name>`, is cut alike.
+    mask: bool [space.size], True keeps. The order of the kept rows and columns stays, so RoPE pairs stay paired.
+    Raises ValueError for a mask that empties a structure, an unknown parameter of a cut linear, or a wrong size.
     """
-    kept: dict[tuple[int, str], list[Tensor | None]] = {}
-    for structure in space.structures:
-        keep = mask[structure.span].cpu()
-        for cut in structure.cuts:
-            kept.setdefault((structure.layer, cut.module), [None, None])[cut.axis] = keep[cut.owner].nonzero().flatten()
-    result = {}
-    for name, tensor in state.items():
-        match = _LINEAR.search(name)
-        sides = kept.get((int(match[1]), match[2])) if match else None
-        result[name] = tensor if sides is None or tensor.ndim == 0 else _slice(tensor, match[3], *sides)
-    return result
+    kept = _kept_indices(space, mask)
+    return {name: _cut_parameter(name, tensor, space, kept) for name, tensor in state.items()}
 
 
-def _slice(tensor: Tensor, parameter: str, rows: Tensor | None, cols: Tensor | None) -> Tensor:
-    if "lora_A" in parameter:
-        rows = None
-    elif "lora_B" in parameter:
-        cols = None
-    rows, cols = (None if index is None else index.to(tensor.device) for index in (rows, cols))
-    if tensor.ndim == 1:
-        return tensor if rows is None else tensor[rows]
-    return tensor if rows is None and cols is None else compact(tensor.detach(), rows, cols)
+def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPLlamaConfig:
+    """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`."""
+    _check_mask(space, mask)
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version"):
+        values.pop(key, None)
+    sides: list[dict[str, _Kept]] = [{} for _ in range(space.num_layers)]
+    for layer, module, out_mask, in_mask in space.module_masks(mask):
+        sides[layer][module] = (out_mask, in_mask)
+    shapes = [_layer_shape(layer, masks, space, config) for layer, masks in enumerate(sides)]
+    cut = ATPLlamaConfig(**values, layer_shapes=[asdict(shape) for shape in shapes])
+    cut._attn_implementation = config._attn_implementation
+    return cut
 
 
-def cut_model(model: nn.Module, space: MaskSpace, mask: Tensor) -> nn.Module:
-    """The smaller model: an `ATPLlamaForCausalLM`, wrapped in the same kind of PEFT adapter as the given one.
+@torch.no_grad()
+def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor) -> ATPLlamaForCausalLM | PeftModel:
+    """A smaller model that computes what `model` computes under `mask` on the sums, LoRA included.
 
-    model: a causal LM or a `PeftModel` around one, adapter `default`. Weights that no cut touches are shared with it,
-    the others are new and smaller, so the peak is far below two models. dtypes, devices and requires_grad are kept.
+    model: a Llama or Mistral causal LM, plain or with one LoRA adapter, which comes back wrapped by the same LoRA
+    config and layer classes. Dtypes, devices, requires_grad and training mode are kept; hooks, masks and gradient
+    checkpointing are not, set them again. Only cut weights are new memory: the result shares every other tensor with
+    `model`, so drop `model` afterwards. Raises ValueError as `cut_state_dict`.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    state = cut_state_dict(_plain_state(base), space, mask)
-    cut = _build(cut_config(base.config, space, mask), state, base.generation_config)
-    if not isinstance(model, PeftModel):
-        return cut
-    factors = {n: p for n, p in model.named_parameters() if ".lora_" in n}
-    with torch.random.fork_rng(devices=[]):  # the new factors are overwritten: their init must not move the run's RNG
-        wrapped = get_peft_model(cut, model.peft_config["default"])
-    smaller = cut_state_dict({n: p.detach() for n, p in factors.items()}, space, mask)
-    for name, parameter in wrapped.named_parameters():
-        if name in smaller:
-            parameter.data = smaller[name].contiguous().clone()
-            parameter.requires_grad_(factors[name].requires_grad)
-    return wrapped
-
-
-def merge_adapter(model: PeftModel) -> ATPLlamaForCausalLM:
-    """A plain model whose weights hold W + scaling * B A, summed in float32; the given model stays as it is."""
-    base = model.get_base_model()
-    state = _plain_state(base)
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer):
-            delta = module.get_delta_weight("default").float()
-            weight = state[f"{name}.weight"]
-            state[f"{name}.weight"] = (weight.float() + delta.to(weight.device)).to(weight.dtype)
-    return _build(base.config, state, base.generation_config)
-
-
-def _plain_state(base: nn.Module) -> dict[str, Tensor]:
-    """Weights of a causal LM under stock names, without LoRA factors."""
-    state = base.state_dict()
-    return {n.replace(".base_layer.", "."): t.detach() for n, t in state.items() if ".lora_" not in n}
-
-
-def _build(config: ATPLlamaConfig, state: dict[str, Tensor], generation_config: object) -> ATPLlamaForCausalLM:
-    """A model around given tensors: made on the meta device, so that nothing is allocated twice."""
-    config = copy.deepcopy(config)
+    source = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = cut_config(source.config, space, mask)
     with torch.device("meta"):
-        model = ATPLlamaForCausalLM(config)
+        base = ATPLlamaForCausalLM(config)
+        cut = _wrap_like(model, base) if isinstance(model, PeftModel) else base
+    cut.load_state_dict(cut_state_dict(model.state_dict(), space, mask), assign=True)
     if config.tie_word_embeddings:
-        state = {n: t for n, t in state.items() if n != "lm_head.weight"}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    if set(missing) - {"lm_head.weight"} or unexpected:
-        raise RuntimeError(f"the cut weights do not fit the cut model: missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
-    device = model.model.embed_tokens.weight.device
-    model.model.rotary_emb = LlamaRotaryEmbedding(config=config).to(device)  # its buffers are in no state dict
-    model.generation_config = copy.deepcopy(generation_config)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
+        base.tie_weights()
+    _fill_buffers(base, source)
+
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in cut.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    if source.can_generate() and source.generation_config is not None:
+        base.generation_config = copy.deepcopy(source.generation_config)
+    return cut.train(model.training)
+
+
+@torch.no_grad()
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """Adds the LoRA adapter into the base weights and returns the plain model, using up `model`.
+
+    The sum is formed in float32 (float64 for such weights) and rounded once to the dtype of the base weight. Raises
+    ValueError for anything but plain LoRA with one adapter.
+    """
+    _adapter_config(model)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            _merge_layer(layer)
+    return model.unload()
+
+
+def _check_mask(space: MaskSpace, mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape != (space.size,):
+        raise ValueError(f"mask must be bool [{space.size}] for this space, not {mask.dtype} {list(mask.shape)}")
+    for structure in space.structures:
+        if not mask[structure.span].any():
+            raise ValueError(
+                f"layer {structure.layer} would keep none of its {structure.size} {structure.name} decisions: "
+                "a structure is never removed as a whole, keep at least one"
+            )
+
+
+def _kept_indices(space: MaskSpace, mask: Tensor) -> dict[tuple[int, str], tuple[_Kept, tuple[int, int]]]:
+    """For every linear its kept rows and columns (None: all), and its shape before the cut."""
+    _check_mask(space, mask)
+    kept = {}
+    for layer, module, *masks in space.module_masks(mask):
+        rows, columns = (None if side is None or bool(side.all()) else side.nonzero().flatten() for side in masks)
+        linear = space.linears[module]
+        kept[layer, module] = (rows, columns), (linear.out_features, linear.in_features)
+    return kept
+
+
+def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> Tensor:
+    match = _LINEAR.search(name)
+    if match is None or match["module"] not in space.linears or tensor.ndim == 0:
+        return tensor
+    parameter = match["parameter"]
+    axes = next((axes for pattern, axes in _PARAMETERS if re.fullmatch(pattern + _OPTIMIZER_STATE, parameter)), None)
+    if axes is None:
+        raise ValueError(f"cannot cut '{name}': only weights, biases and plain LoRA factors are known, merge it first")
+    indices, sizes = kept[int(match["layer"]), match["module"]]
+    # A vector has no columns, and the rank axis of a LoRA factor is never cut.
+    for axis in range(tensor.ndim):
+        if axes[axis] and tensor.shape[axis] != sizes[axis]:
+            raise ValueError(
+                f"'{name}' has shape {list(tensor.shape)} and the mask space expects {sizes[axis]} on axis {axis}: "
+                "build the space from the config of this model"
+            )
+    rows, columns = (
+        index.to(tensor.device) if cuts and index is not None else None
+        for index, cuts in zip(indices, axes, strict=True)
+    )
+    if rows is None and columns is None:
+        return tensor
+    return tensor.detach()[rows] if tensor.ndim == 1 else compact(tensor, rows, columns)
+
+
+def _layer_shape(layer: int, masks: dict[str, _Kept], space: MaskSpace, config: PretrainedConfig) -> LayerShape:
+    """Reads the widths of a cut layer off the masks of its linears, so that no space needs a case of its own."""
+
+    def grid(module: str, axis: int) -> tuple[Tensor, Tensor]:
+        """Kept heads and kept dimensions of a linear, if its mask is the product of the two."""
+        linear = space.linears[module]
+        mask = masks[module][axis]
+        if mask is None:
+            mask = torch.ones((linear.out_features, linear.in_features)[axis], dtype=torch.bool)
+        by_head = mask.cpu().view(-1, config.head_dim)
+        heads, dims = by_head.any(1), by_head.any(0)
+        if not torch.equal(by_head, heads[:, None] & dims):
+            raise ValueError(f"layer {layer}: the heads of {module} keep different dimensions, which no model can hold")
+        return heads, dims
+
+    (q_heads, q_dims), (k_heads, k_dims) = grid("self_attn.q_proj", 0), grid("self_attn.k_proj", 0)
+    (v_heads, v_dims), (o_heads, o_dims) = grid("self_attn.v_proj", 0), grid("self_attn.o_proj", 1)
+    pairs = q_dims[: config.head_dim // 2]
+    groups = k_heads.repeat_interleave(config.num_attention_heads // config.num_key_value_heads)
+    agree = ((q_dims, k_dims), (v_dims, o_dims), (k_heads, v_heads), (q_heads, o_heads), (q_heads, groups))
+    if not all(torch.equal(a, b) for a, b in agree) or not torch.equal(q_dims, pairs.repeat(2)):
+        raise ValueError(f"layer {layer}: the attention linears keep different heads, dimensions or half RoPE pairs")
+    inner = masks["mlp.down_proj"][1]
+    return LayerShape(
+        num_attention_heads=int(q_heads.sum()),
+        num_key_value_heads=int(k_heads.sum()),
+        qk_pairs=None if bool(pairs.all()) else pairs.nonzero().flatten().tolist(),
+        v_head_dim=int(v_dims.sum()),
+        intermediate_size=config.intermediate_size if inner is None else int(inner.sum()),
+    )
+
+
+def _adapter_config(model: PeftModel):
+    if len(model.peft_config) != 1:
+        raise ValueError(f"the model has the adapters {', '.join(model.peft_config)}: keep one, delete the others")
+    ((adapter, config),) = model.peft_config.items()
+    if config.peft_type != "LORA" or config.use_dora or config.lora_bias:
+        raise ValueError(f"adapter '{adapter}' is not plain LoRA: cut and merge know LoRA without DoRA and LoRA biases")
+    return adapter, config
+
+
+def _wrap_like(model: PeftModel, base: ATPLlamaForCausalLM) -> PeftModel:
+    adapter, config = _adapter_config(model)
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = None  # no model on the Hub has these widths
+    return get_peft_model(base, config, adapter_name=adapter, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+
+
+def _fill_buffers(base: ATPLlamaForCausalLM, source: PreTrainedModel) -> None:
+    """Sets what no state dict holds, where the parameters beside it live."""
+    # A copy, not computed anew: a cast of the source may have rounded its frequencies, and the cut must change nothing.
+    base.model.rotary_emb = copy.deepcopy(source.base_model.rotary_emb)
+    for layer in base.model.layers:
+        attention = layer.self_attn
+        if attention.rope_index is not None:
+            attention.rope_index = attention.kept_rope_index().to(attention.q_proj.weight.device)
+
+
+def _merge_layer(layer: nn.Module) -> None:
+    weight = layer.get_base_layer().weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    for adapter in layer.active_adapters:
+        delta = layer.lora_B[adapter].weight.to(wide) @ layer.lora_A[adapter].weight.to(wide)
+        weight.data = weight.data.to(wide).add_(delta, alpha=layer.scaling[adapter]).to(weight.dtype)

@@ -22,6 +22,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

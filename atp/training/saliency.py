@@ -31,9 +31,10 @@ def fisher_saliency(space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss
 
 
 def saliency_logits(saliency: Tensor, space: MaskSpace, scale: float) -> Tensor:
-    """Logits whose order is saliency per parameter: standardised log scores times `scale`, float32 [space.size].
+    """Logits whose order is saliency against cost: standardised log scores times `scale`, float32 [space.size].
 
-    Decisions compete across structures and layers for the same parameters, hence the division by their cost.
+    Decisions compete across structures and layers for the same parameters. The score is divided by the square root of
+    the parameters a decision saves: dividing by all of them or by none measured worse (docs/measured.md).
     """
-    scores = (saliency / Budget(space).cost()).clamp_min(torch.finfo(torch.float32).tiny).log()
+    scores = (saliency / Budget(space).cost().sqrt()).clamp_min(torch.finfo(torch.float32).tiny).log()
     return scale * (scores - scores.mean()) / scores.std().clamp_min(1e-6)

@@ -17,12 +17,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, default_data_collator, set_seed
 
 from atp.config import ATPConfig
 from atp.errors import InputError, Interrupted
 from atp.export.card import model_card
 from atp.export.hf import export_model, save_decisions, write_json
+from atp.loading import load_data, load_model, load_tokenizer
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import MaskController, add_lora
 from atp.masks.space import MaskSpace
@@ -60,7 +61,6 @@ class ATPTrainer(Trainer):
         tokenizer: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        set_seed(config.seed)
         self.config = config
         self.space = MaskSpace.from_config(model.config, config.decisions.space)
         self.phases = Phases.from_config(config.training)
@@ -77,19 +77,25 @@ class ATPTrainer(Trainer):
         self._decided = -1
         lora = config.lora
         wrapped = add_lora(model, self.space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=config.seed)
-        if config.training.gradient_checkpointing:
-            wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            wrapped.enable_input_require_grads()
         super().__init__(
             model=wrapped,
             args=training_arguments(config),
             train_dataset=train_dataset,
             processing_class=tokenizer,
+            data_collator=default_data_collator,  # with a tokenizer Trainer would pad, and windows are full
             callbacks=callbacks,
         )
         self.add_callback(PhaseCallback(self))
         self.add_callback(ClockCallback(self.clock, self.phases.of, self.tokens_per_step))
         self._bind(wrapped)
+
+    @classmethod
+    def from_config(cls, config: ATPConfig, callbacks: list[TrainerCallback] | None = None) -> ATPTrainer:
+        """Loads tokenizer, data and model that the config names. Raises `InputError` for what is wrong with them."""
+        tokenizer = load_tokenizer(config.model)
+        data = load_data(config, tokenizer)
+        model = load_model(config.model, config.decisions.space)
+        return cls(config, model, data.train, data.calibration, tokenizer=tokenizer, callbacks=callbacks)
 
     # The run, phase by phase
 
@@ -112,14 +118,19 @@ class ATPTrainer(Trainer):
                 self._segment(path)
 
     def export(self, folder: str | Path) -> dict[str, float]:
-        """Writes adapter/, model/, the decisions and certificate.json under `folder`; returns the certificate."""
+        """Writes adapter/, model/, the decisions and certificate.json under `folder`; returns the certificate.
+
+        The adapter is merged on the way: afterwards `self.model` is the plain, cut model.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_decisions(folder, self.space, self.decisions.mask)
         before, after = self.params_before, sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
         card = model_card(self.config, before, after)
         tokens = self._certificate_tokens()
-        self.certificate["cut_vs_reloaded"] = export_model(self.model, folder, self.processing_class, tokens, card)
+        self.model, gap = export_model(self.model, folder, self.processing_class, tokens, card)
+        self.model_wrapped = self.model
+        self.certificate["cut_vs_reloaded"] = gap
         write_json(folder / "certificate.json", self.certificate | {"tokens": tokens.numel(), "dtype": "float32"})
         return self.certificate
 
@@ -135,6 +146,7 @@ class ATPTrainer(Trainer):
         return Path(self.config.output_dir) / "checkpoints"
 
     def _start(self) -> None:
+        set_seed(self.config.seed)  # whatever this process drew before must not matter
         started = time.perf_counter()
         prior = None
         if self.config.decisions.init == "saliency":
@@ -183,8 +195,11 @@ class ATPTrainer(Trainer):
         self._bind(self.model)
 
     def _bind(self, model: PeftModel) -> None:
-        """Points the mask controller and the lasso table at the model's layers (none of them is used after the cut)."""
+        """Points the mask controller and the lasso table at the model's layers; neither is used after the cut."""
         cut = self.decisions is not None and self.decisions.frozen and model.config.model_type == "atp_llama"
+        if self.config.training.gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         self.controller = None if cut else MaskController(model, self.space)
         self.groups = None if cut else LoraGroups(model, self.space)
 
@@ -322,7 +337,7 @@ class ATPTrainer(Trainer):
 
     def _restore(self, state: Checkpoint) -> None:
         """Brings generator, decisions, certificate and records to the checkpoint; cuts the model when it was cut."""
-        _refuse_changed_config(state.meta["config"], self.config)
+        self.config.refuse_change_of(state.meta["config"])
         generator = state.part("generator")
         self._make_decisions(generator["prior"])
         self.decisions.generator.load_state_dict(generator)
@@ -368,20 +383,3 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _trainer_state_json(state: Any) -> str:
     values = {k: v for k, v in asdict(state).items() if k not in ("log_history", "stateful_callbacks")}
     return json.dumps(values | {"log_history": [], "stateful_callbacks": {}})
-
-
-def _refuse_changed_config(saved: dict[str, Any], config: ATPConfig) -> None:
-    now = config.model_dump(mode="json")
-    changed = [
-        f"{section}{'.' + key if key else ''}: {old!r} -> {new!r}"
-        for section in now
-        for key, old, new in _differences(saved.get(section), now[section])
-    ]
-    if changed:
-        raise InputError(f"cannot resume under a changed config ({'; '.join(changed)}): restore it or start a new run")
-
-
-def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [(k, old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)]
-    return [("", old, new)] if old != new else []

@@ -100,7 +100,10 @@ def assert_as_good_as_unfused(got, shape: Shape, tensors: dict[str, Tensor], fac
     exact by luck. The summands' size is the same formula over absolute values.
     """
     exact_tensors = upcast(tensors)
-    sizes_of = {name: t.detach().abs().requires_grad_(t.requires_grad) for name, t in exact_tensors.items()}
+    sizes_of = {
+        name: tensor.detach().abs().requires_grad_() if tensor.is_floating_point() else tensor
+        for name, tensor in exact_tensors.items()
+    }
     exact = with_gradients(unfused(shape, exact_tensors), exact_tensors)
     sizes = with_gradients(unfused(shape, sizes_of), sizes_of, absolute=True)
     plain = with_gradients(unfused(shape, tensors), tensors)

@@ -1,0 +1,101 @@
+"""The budget against counting parameters, and its loss against finite differences."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import INNER, LAYERS, config, decoder_params
+from torch.autograd import gradcheck
+from transformers import LlamaForCausalLM
+
+from atp.masks.budget import Budget
+from atp.masks.sampling import keep_one
+from atp.masks.space import MaskSpace
+from atp.removal.cut import cut_model
+
+SPACES = ["head_dim", "kv_group"]
+
+
+def random_mask(space, seed, keep=0.5):
+    values = torch.rand(space.size, generator=torch.Generator().manual_seed(seed))
+    return keep_one(values < keep, -values, space)
+
+
+def real_decoder_params(model):
+    return sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+
+
+@pytest.mark.parametrize("biases", [{}, {"attention_bias": True}, {"mlp_bias": True}], ids=str)
+@pytest.mark.parametrize("space_name", SPACES)
+def test_kept_counts_the_parameters_of_the_cut_model(space_name, biases):
+    model = LlamaForCausalLM(config(**biases))
+    space = MaskSpace.from_config(model.config, space_name)
+    budget = Budget(space)
+    assert budget.total == real_decoder_params(model)
+    for seed in range(4):
+        mask = random_mask(space, seed)
+        cut = real_decoder_params(cut_model(model, space, mask))
+        assert budget.kept(mask) == cut
+        assert budget.share(mask) == cut / budget.total
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(st.sampled_from(SPACES), st.booleans(), st.booleans(), st.integers(0, 10**6), st.floats(0.05, 0.95))
+def test_kept_is_the_textbook_formula(space_name, attention_bias, mlp_bias, seed, keep):
+    biases = {"attention_bias": attention_bias, "mlp_bias": mlp_bias}
+    space = MaskSpace.from_config(config(**biases), space_name)
+    mask = random_mask(space, seed, keep)
+    counts = [{name: len(kept) for name, kept in layer.items()} for layer in space.kept_indices(mask)]
+    assert Budget(space).kept(mask) == decoder_params(counts, **biases)
+
+
+@pytest.mark.parametrize("space_name", SPACES)
+def test_cost_is_what_removing_one_decision_saves(space_name):
+    space = MaskSpace.from_config(config(attention_bias=True), space_name)
+    budget = Budget(space)
+    saved = []
+    for decision in range(space.size):
+        mask = torch.ones(space.size, dtype=torch.bool)
+        mask[decision] = False
+        saved.append(float(budget.total - budget.kept(mask)))
+    assert budget.cost().tolist() == saved
+
+
+def test_loss_is_the_log_ratio():
+    space = MaskSpace.from_config(config())
+    budget = Budget(space)
+    whole = torch.ones(space.size)
+    assert float(budget.loss(whole, 0.6)) == pytest.approx(-math.log(0.6), rel=1e-6)
+    mask = random_mask(space, 3)
+    assert float(budget.loss(mask.float(), 0.9)) == pytest.approx(abs(math.log(budget.share(mask) / 0.9)), rel=1e-6)
+    assert float(budget.loss(mask.float(), budget.share(mask))) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.95], ids=["above", "below"])
+@pytest.mark.parametrize("space_name", SPACES)
+def test_gradient_by_finite_differences(space_name, target):
+    """`loss` returns float32, which is too coarse to difference, so the share is; the chain rule gives the rest."""
+    space = MaskSpace.from_config(config(mlp_bias=True), space_name)
+    budget = Budget(space)
+    soft = torch.rand(space.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
+    assert gradcheck(budget._count, soft.clone().requires_grad_())
+    leaf = soft.clone().requires_grad_()
+    budget.loss(leaf, target).backward()
+    step, differences = 1e-5, []
+    for decision in range(space.size):
+        ends = []
+        for sign in (1, -1):
+            moved = soft.clone()
+            moved[decision] += sign * step
+            ends.append(abs(math.log(budget.share(moved) / target)))
+        differences.append((ends[0] - ends[1]) / (2 * step))
+    torch.testing.assert_close(leaf.grad, torch.tensor(differences, dtype=torch.float64), rtol=1e-5, atol=1e-8)
+
+
+def test_norms_stay_in_the_count():
+    space = MaskSpace.from_config(config())
+    mask = keep_one(torch.zeros(space.size, dtype=torch.bool), torch.zeros(space.size), space)
+    assert Budget(space).kept(mask) == decoder_params([{"qk": 1, "vo": 1, "mlp": 1}] * LAYERS)
+    assert Budget(space).total == decoder_params([{"mlp": INNER}] * LAYERS)

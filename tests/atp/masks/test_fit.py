@@ -1,0 +1,118 @@
+"""Exact budgets: the search offset and the fit with width rules."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import config, larger
+
+from atp.masks.budget import Budget
+from atp.masks.fit import exact_mask, exact_offset, fit_mask
+from atp.masks.sampling import soft_mask
+from atp.masks.space import MaskSpace
+
+BUDGETS = {name: Budget(MaskSpace.from_config(larger(), name)) for name in ("head_dim", "kv_group")}
+
+
+def random_logits(budget, seed=0, scale=1.0):
+    return scale * torch.randn(budget.space.size, generator=torch.Generator().manual_seed(seed))
+
+
+def removing_next(logits, mask):
+    """The mask one threshold higher."""
+    grown = mask.clone()
+    grown[torch.where(mask, -torch.inf, logits).argmax()] = True
+    return grown
+
+
+@pytest.mark.parametrize("share", [0.95, 0.6, 0.3])
+@pytest.mark.parametrize("space_name", BUDGETS)
+def test_exact_mask_is_the_largest_under_the_share(space_name, share):
+    budget = BUDGETS[space_name]
+    logits = random_logits(budget)
+    mask = exact_mask(logits, share, budget)
+    assert budget.share(mask) <= share < budget.share(removing_next(logits, mask))
+    for structure in budget.space.structures:
+        kept, removed = logits[structure.span][mask[structure.span]], logits[structure.span][~mask[structure.span]]
+        assert len(kept) >= 1 and (not len(removed) or kept.min() > removed.max())
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 1e4])
+def test_exact_offset_is_the_threshold_of_the_soft_mask(scale):
+    budget = BUDGETS["head_dim"]
+    logits = random_logits(budget, scale=scale)
+    offset = exact_offset(logits, 0.5, budget)
+    assert torch.equal(soft_mask(logits, offset, 0.4) >= 0.5, exact_mask(logits, 0.5, budget))
+
+
+def test_neighbouring_floats_are_told_apart():
+    """A threshold between two logits one float apart must not round onto the lower one."""
+    budget = Budget(MaskSpace.from_config(config()))
+    logits, values = torch.empty(budget.space.size), [torch.tensor(1.0)]
+    for _ in range(budget.space.size - 1):
+        values.append(torch.nextafter(values[-1], torch.tensor(2.0)))
+    logits[torch.randperm(budget.space.size, generator=torch.Generator().manual_seed(0))] = torch.stack(values)
+    for share in torch.linspace(0.4, 0.95, 23).tolist():
+        mask = exact_mask(logits, share, budget)
+        assert budget.share(mask) <= share < budget.share(removing_next(logits, mask))
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(st.sampled_from(sorted(BUDGETS)), st.integers(0, 10**6), st.floats(0.2, 0.99), st.floats(0.2, 0.99))
+def test_masks_are_nested_in_the_share(space_name, seed, one, other):
+    budget = BUDGETS[space_name]
+    logits = random_logits(budget, seed)
+    low, high = sorted((one, other))
+    smaller, larger_mask = exact_mask(logits, low, budget), exact_mask(logits, high, budget)
+    assert not (smaller & ~larger_mask).any()
+    assert exact_offset(logits, low, budget) <= exact_offset(logits, high, budget)
+
+
+def test_logits_are_only_read():
+    budget = BUDGETS["head_dim"]
+    logits = random_logits(budget).requires_grad_()
+    before = logits.detach().clone()
+    assert not exact_mask(logits, 0.5, budget).requires_grad
+    assert not fit_mask(logits, 0.5, budget, {}).requires_grad
+    assert torch.equal(logits.detach(), before)
+
+
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(st.sampled_from(sorted(BUDGETS)), st.integers(0, 10**6), st.floats(0.25, 0.95))
+def test_fit_is_within_two_permille_and_never_empty(space_name, seed, target):
+    budget = BUDGETS[space_name]
+    mask = fit_mask(random_logits(budget, seed), target, budget, {})
+    assert abs(budget.share(mask) - target) < 0.002
+    assert all(mask[s.span].any() for s in budget.space.structures)
+
+
+@pytest.mark.parametrize("multiples", [{"mlp": 8}, {"mlp": 8, "qk": 2, "vo": 4}, {"mlp": 64}], ids=str)
+@pytest.mark.parametrize("target", [0.35, 0.6, 0.9])
+def test_fit_keeps_the_width_rules(target, multiples):
+    budget = BUDGETS["head_dim"]
+    logits = random_logits(budget, 5)
+    mask = fit_mask(logits, target, budget, multiples)
+    for structure in budget.space.structures:
+        count = int(mask[structure.span].sum())
+        assert count > 0 and count % multiples.get(structure.name, 1) == 0
+        top = logits[structure.span].sort(descending=True).indices[:count]
+        assert mask[structure.span][top].all(), "the largest logits are the ones that stay"
+    # One block of 8 columns is 0.2 % of this small decoder, one of 64 columns 1.5 %.
+    assert abs(budget.share(mask) - target) < (0.002 if multiples["mlp"] == 8 else 0.008)
+
+
+def test_blocks_too_large_to_help_are_passed_over():
+    """A KV group is 1.3 % of this decoder, an MLP channel 0.02 %: the next best block is not always one that helps."""
+    budget = BUDGETS["kv_group"]
+    assert abs(budget.share(fit_mask(random_logits(budget, 598094), 0.75, budget, {})) - 0.75) < 0.0005
+
+
+@pytest.mark.parametrize("target", [0.75, 0.9, 0.97])
+def test_a_width_that_is_no_multiple_is_kept_whole_or_rounded(target):
+    """Whole MLPs of 512 shrink to 400 and 200, never to 312; head_dim 16 to 12; 8 pairs hold no block of 100."""
+    budget = BUDGETS["head_dim"]
+    logits = random_logits(budget, 7)
+    for structure in budget.space.structures:
+        logits[structure.span] -= {"qk": 10, "vo": 5, "mlp": 0}[structure.name]
+    counts = budget.space.describe(fit_mask(logits, target, budget, {"vo": 12, "mlp": 200, "qk": 100}))
+    assert set(counts["vo"]) <= {12, 16} and set(counts["mlp"]) <= {200, 400, 512} and set(counts["qk"]) == {8}

@@ -1,0 +1,85 @@
+"""The decision generator: a function of its seed alone, trained through encoder and heads."""
+
+import pytest
+import torch
+from tiny import LAYERS, config
+
+from atp.masks.generator import DecisionGenerator
+from atp.masks.space import MaskSpace
+
+SPACE = MaskSpace.from_config(config())
+KINDS = ["transformer", "gru"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+def test_one_float32_logit_a_decision(kind, space_name):
+    space = MaskSpace.from_config(config(), space_name)
+    logits = DecisionGenerator(space, kind=kind)()
+    assert logits.shape == (space.size,) and logits.dtype == torch.float32 and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seed_decides_and_the_global_generator_is_left_alone(kind):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = DecisionGenerator(SPACE, kind=kind, seed=1).eval()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    again, other = (DecisionGenerator(SPACE, kind=kind, seed=seed).eval() for seed in (1, 2))
+    assert torch.equal(first(), again())
+    assert not torch.allclose(first(), other())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_encoder_norm_and_heads_learn(kind):
+    generator = DecisionGenerator(SPACE, kind=kind)
+    assert {name.split(".")[0] for name, _ in generator.named_parameters()} == {"encoder", "norm", "heads"}
+    assert {name for name, _ in generator.named_buffers()} == {"code", "prior"}
+    fixed = {name: buffer.clone() for name, buffer in generator.named_buffers()}
+    before = {name: p.detach().clone() for name, p in generator.named_parameters()}
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=1e-2)
+    (generator() * torch.randn(SPACE.size, generator=torch.Generator().manual_seed(0))).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in generator.named_parameters())
+    assert all(torch.equal(buffer, fixed[name]) for name, buffer in generator.named_buffers())
+
+
+def test_code_is_orthonormal():
+    code = DecisionGenerator(SPACE).code
+    torch.testing.assert_close(code @ code.T, torch.eye(LAYERS), rtol=0, atol=1e-6)
+
+
+def test_prior_is_added_to_the_logits():
+    prior = torch.linspace(-2, 2, SPACE.size)
+    plain, warm = DecisionGenerator(SPACE, seed=3).eval(), DecisionGenerator(SPACE, seed=3, prior=prior).eval()
+    torch.testing.assert_close(warm(), plain() + prior)
+    prior.zero_()
+    assert warm.prior[0] == -2, "the generator keeps its own copy"
+
+
+def test_dropout_is_active_only_in_training():
+    generator = DecisionGenerator(SPACE)
+    torch.manual_seed(0)
+    assert not torch.equal(generator.train()(), generator.train()())
+    assert torch.equal(generator.eval()(), generator.eval()())
+
+
+def test_heads_read_the_code_of_their_layer():
+    """With both layers' codes equal, a head's logits depend only on its own weight."""
+    generator = DecisionGenerator(SPACE, kind="gru").eval()
+    logits = generator()
+    generator.heads[4].weight.data.zero_()
+    changed = generator()
+    span = SPACE.structures[4].span
+    assert changed[span].abs().max() == 0 and torch.equal(changed[: span.start], logits[: span.start])
+
+
+def test_paper_sizes():
+    """1-method.md section 2: 2 blocks, width 64, 4 heads, FFN 256, dropout 0.1, bias-free heads from width 64."""
+    generator = DecisionGenerator(SPACE)
+    blocks = generator.encoder.layers
+    assert [b.self_attn.num_heads for b in blocks] == [4, 4] and blocks[0].linear1.weight.shape == (256, 64)
+    assert {m.p for m in generator.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
+    assert [tuple(h.weight.shape) for h in generator.heads] == [(s.size, 64) for s in SPACE.structures]
+    assert all(head.bias is None for head in generator.heads)

@@ -1,0 +1,169 @@
+"""The per-layer model class as a citizen of transformers: uncut equal to stock, any widths load, train and save."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from atp.models import ATPLlamaConfig, ATPLlamaForCausalLM, ATPLlamaModel, register
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
+}  # fmt: skip
+SHAPES = [
+    {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "qk_pairs": [0, 2, 3],
+        "v_head_dim": 5,
+        "intermediate_size": 7,
+    },
+    {"num_attention_heads": 3, "num_key_value_heads": 1, "qk_pairs": None, "v_head_dim": 8, "intermediate_size": 33},
+]
+register()
+
+
+def uneven(seed=0, **overrides):
+    torch.manual_seed(seed)
+    return ATPLlamaForCausalLM(ATPLlamaConfig(**SIZES | {"layer_shapes": SHAPES} | overrides)).eval()
+
+
+def tokens(windows=2, length=12):
+    return torch.randint(1, 61, (windows, length), generator=torch.Generator().manual_seed(4))
+
+
+STOCK = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama-tied-biases": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "attention_bias": True}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mistral-sliding": (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", STOCK)
+def test_uncut_equals_stock_exactly(name, attention):
+    config_class, model_class, options = STOCK[name]
+    torch.manual_seed(0)
+    stock = model_class(config_class(**SIZES | options)).eval()
+    ours = ATPLlamaForCausalLM(ATPLlamaConfig(**SIZES | options)).eval()
+    ours.load_state_dict(stock.state_dict())
+    stock.set_attn_implementation(attention)
+    ours.set_attn_implementation(attention)
+    ids = tokens()
+    expected, actual = stock(ids, labels=ids), ours(ids, labels=ids)
+    assert torch.equal(actual.logits, expected.logits)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(ours(ids, logits_to_keep=3).logits, stock(ids, logits_to_keep=3).logits)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in stock.parameters())
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+
+
+def test_linears_have_the_widths_of_their_layer():
+    first, second = uneven().model.layers
+    assert first.self_attn.q_proj.weight.shape == (4 * 6, 32) and first.self_attn.k_proj.weight.shape == (2 * 6, 32)
+    assert first.self_attn.v_proj.weight.shape == (2 * 5, 32) and first.self_attn.o_proj.weight.shape == (32, 4 * 5)
+    assert second.self_attn.q_proj.weight.shape == (3 * 8, 32) and second.self_attn.o_proj.weight.shape == (32, 3 * 8)
+    assert first.mlp.down_proj.weight.shape == (32, 7) and second.mlp.up_proj.weight.shape == (33, 32)
+
+
+def test_sdpa_equals_eager_and_attentions_come_out():
+    model = uneven()
+    ids = tokens()
+    fused = model(ids).logits
+    model.set_attn_implementation("eager")
+    output = model(ids, output_attentions=True, output_hidden_states=True)
+    assert_close(output.logits, fused, rtol=0, atol=1e-5)
+    assert [a.shape for a in output.attentions] == [(2, 4, 12, 12), (2, 3, 12, 12)]
+    assert len(output.hidden_states) == 3
+
+
+def test_cache_holds_the_cut_widths():
+    output = uneven()(tokens(), use_cache=True)
+    cache = getattr(output, "cache", None) or output.past_key_values
+    assert cache.layers[0].keys.shape == (2, 2, 12, 6) and cache.layers[0].values.shape == (2, 2, 12, 5)
+    assert cache.layers[1].keys.shape == (2, 1, 12, 8)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_reload_is_identical(tmp_path, tied):
+    model = uneven(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert json.loads((tmp_path / "config.json").read_text())["layer_shapes"] == SHAPES
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(reloaded) is ATPLlamaForCausalLM
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == model.config.to_dict() | {
+        "_name_or_path": str(tmp_path),
+        "transformers_version": model.config.to_dict()["transformers_version"],
+    }
+    ids = tokens()
+    assert torch.equal(reloaded(ids).logits, model(ids).logits)
+    decoder = AutoModel.from_pretrained(tmp_path)
+    assert type(decoder) is ATPLlamaModel
+    assert torch.equal(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_register_twice_and_build_from_config():
+    register()
+    config = AutoConfig.for_model("atp_llama", **SIZES, layer_shapes=SHAPES)
+    assert type(AutoModelForCausalLM.from_config(config)) is ATPLlamaForCausalLM
+
+
+def test_bfloat16_reload(tmp_path):
+    uneven().save_pretrained(tmp_path / "wide")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "narrow")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype="auto")
+    assert {p.dtype for p in reloaded.parameters()} == {torch.bfloat16}
+    assert reloaded.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(reloaded(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_equal_gradients(reentrant):
+    plain, checkpointed = uneven().train(), uneven().train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids = tokens()
+    calls = []
+    checkpointed.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for model in (plain, checkpointed):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(calls) == 2, "the layer must run again in the backward pass"
+    for (name, expected), actual in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert expected.grad.abs().max() > 0, name
+        assert torch.equal(actual.grad, expected.grad), name
+
+
+@pytest.mark.parametrize(
+    ("layer", "change", "message"),
+    [
+        (0, {"intermediate_size": 0}, r"layer_shapes\[0\].intermediate_size is 0"),
+        (1, {"num_attention_heads": 3, "num_key_value_heads": 2}, r"layer_shapes\[1\].num_attention_heads is 3"),
+        (0, {"qk_pairs": []}, r"layer_shapes\[0\].qk_pairs is \[\]: a layer keeps at least one"),
+        (1, {"qk_pairs": [1, 4]}, r"below head_dim / 2 = 4"),
+        (1, {"qk_pairs": [2, 1]}, r"rising"),
+        (0, {"width": 3}, r"layer_shapes\[0\] must hold exactly the keys"),
+    ],
+)
+def test_wrong_shapes_are_refused(layer, change, message):
+    shapes = [dict(shape) for shape in SHAPES]
+    shapes[layer].update(change)
+    with pytest.raises(Exception, match=message):
+        ATPLlamaConfig(**SIZES, layer_shapes=shapes)
+
+
+def test_number_of_layers_must_agree():
+    with pytest.raises(Exception, match="layer_shapes describes 1 layers and num_hidden_layers is 2"):
+        ATPLlamaConfig(**SIZES, layer_shapes=SHAPES[:1])

@@ -1,0 +1,208 @@
+"""The one-stage job on a tiny model: phases, certificate, resume, interruption, guards."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from atp.config import ATPConfig
+from atp.data import PackedDataset
+from atp.errors import InputError, Interrupted, NotReached
+from atp.masks.budget import Budget
+from atp.training import checkpoint as checkpoints
+from atp.training.trainer import ATPTrainer
+
+SEARCH, SETTLE, TUNE = 4, 2, 4
+CUT, TOTAL = SEARCH + SETTLE, SEARCH + SETTLE + TUNE
+
+
+def windows(count, seed):
+    ids = torch.randint(0, 64, (count, 16), generator=torch.Generator().manual_seed(seed))
+    return PackedDataset(ids, ids.clone())
+
+
+def make(folder, model_seed=0, callbacks=None, **overrides):
+    torch.manual_seed(model_seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+            intermediate_size=48, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    config = {
+        "model": {"path": "tiny"},
+        "output_dir": str(folder),
+        "seed": 3,
+        "training": {"search": SEARCH, "settle": SETTLE, "tune": TUNE, "batch_size": 2, "save_every": 1,
+                     "keep_checkpoints": 20, "precision": "float32", "warmup": 2, "lr": 1e-2},
+    }  # fmt: skip
+    for key, value in overrides.items():
+        config[key] = config.get(key, {}) | value
+    folder.mkdir(parents=True, exist_ok=True)
+    return ATPTrainer(ATPConfig.parse(config), model, windows(20, 1), windows(6, 2), callbacks=callbacks)
+
+
+def trained_tensors(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+class StopAt(TrainerCallback):
+    """Sends this process a signal at the end of one LoRA step."""
+
+    def __init__(self, step, signum=signal.SIGINT):
+        self.step, self.signum = step, signum
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    trainer = make(folder)
+    trainer.train()
+    return trainer, folder, trained_tensors(trainer)
+
+
+def test_run_meets_budget_and_certificate(unbroken, tmp_path):
+    trainer, _, _ = unbroken
+    assert abs(Budget(trainer.space).share(trainer.decisions.mask) - 0.6) < 0.02  # one block of a tiny model is coarse
+    certificate = trainer.export(tmp_path / "out")
+    assert certificate["removed_lora_norm"] == 0.0
+    assert certificate["masked_vs_cut"] < 1e-5 and certificate["cut_vs_reloaded"] < 1e-5
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    budget = Budget(trainer.space)
+    removed = budget.total - budget.kept(trainer.decisions.mask)
+    assert sum(p.numel() for p in reloaded.parameters()) == trainer.params_before - removed
+    suffixes = {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".md"}
+
+
+def test_metrics_cover_every_step_and_phase(unbroken):
+    _, folder, _ = unbroken
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, TOTAL + 1))
+    assert [r["phase"] for r in records] == ["search"] * SEARCH + ["settle"] * SETTLE + ["tune"] * TUNE
+    assert records[0]["keep"] > records[SEARCH]["keep"] and "decision_loss" in records[0]
+    assert all(r["loss"] > 0 for r in records)
+
+
+@pytest.mark.parametrize("step", [2, SEARCH, SEARCH + 1, CUT, CUT + 2])
+def test_resume_is_bit_exact(unbroken, tmp_path, step):
+    """k steps + resume + (N - k) steps equal N steps, from any checkpoint: search, settle, the cut, tune."""
+    trainer, folder, expected = unbroken
+    saved = folder / "checkpoints" / f"checkpoint-{step:08d}"
+    loaded = checkpoints.load(saved)
+    loaded.meta["config"]["output_dir"] = str(tmp_path)
+    checkpoints.save(tmp_path / "checkpoints", loaded, keep=1)
+    resumed = make(tmp_path, model_seed=0)
+    torch.manual_seed(999)  # what the process did before must not matter
+    resumed.train(resume=True)
+    assert torch.equal(resumed.decisions.mask, trainer.decisions.mask)
+    for name, tensor in trained_tensors(resumed).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("step", [2, CUT + 2])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_writes_checkpoint_and_resume_ends_the_same(unbroken, tmp_path, step, signum):
+    trainer, _, expected = unbroken
+    with pytest.raises(Interrupted) as caught:
+        make(tmp_path, callbacks=[StopAt(step, signum)]).train()
+    assert caught.value.signum == signum
+    assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == step
+    resumed = make(tmp_path)
+    resumed.train(resume=True)
+    assert torch.equal(resumed.decisions.mask, trainer.decisions.mask)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_tensors(resumed).items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, TOTAL + 1))
+
+
+def test_resume_refuses_a_changed_config(unbroken, tmp_path):
+    _, folder, _ = unbroken
+    loaded = checkpoints.load(folder / "checkpoints" / "checkpoint-00000002")
+    loaded.meta["config"]["output_dir"] = str(tmp_path)
+    checkpoints.save(tmp_path / "checkpoints", loaded, keep=1)
+    with pytest.raises(InputError, match=r"lora\.r: 8 -> 4"):
+        make(tmp_path, lora={"r": 4}).train(resume=True)
+
+
+def test_resume_without_checkpoint_is_refused(tmp_path):
+    with pytest.raises(InputError, match="nothing to resume"):
+        make(tmp_path).train(resume=True)
+
+
+def test_checkpoints_hold_no_pickle_and_few_bytes(unbroken):
+    _, folder, _ = unbroken
+    names = {path.name for path in (folder / "checkpoints").rglob("*") if path.is_file()}
+    assert names == {"LATEST", "state.safetensors", "state.json", "trainer_state.json"}
+    after = load_file(folder / "checkpoints" / f"checkpoint-{TOTAL:08d}" / "state.safetensors")
+    before = load_file(folder / "checkpoints" / "checkpoint-00000002" / "state.safetensors")
+    lora_bytes = [
+        sum(t.numel() for n, t in state.items() if n.startswith(("model.", "lora_optimizer.")))
+        for state in (before, after)
+    ]
+    assert lora_bytes[1] < lora_bytes[0]  # rows and moments of removed structures are gone
+
+
+class Poison(TrainerCallback):
+    """Makes gradients non-finite from one step on."""
+
+    def __init__(self, first, last):
+        self.first, self.last = first, last
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.handles = []
+        if self.first <= state.global_step + 1 <= self.last:
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            self.handles.append(parameter.register_hook(lambda grad: grad * float("nan")))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for handle in self.handles:
+            handle.remove()
+
+
+def test_non_finite_steps_are_skipped_and_counted(tmp_path):
+    trainer = make(tmp_path, callbacks=[Poison(CUT + 1, CUT + 2)])
+    trainer.train()
+    assert trainer.finite.skipped == 2
+    assert all(torch.isfinite(t).all() for t in trained_tensors(trainer).values())
+
+
+def test_run_stops_after_k_non_finite_steps_and_names_the_step(tmp_path):
+    trainer = make(tmp_path, callbacks=[Poison(2, TOTAL)], training={"max_bad_steps": 2})
+    with pytest.raises(NotReached, match="step 3"):
+        trainer.train()
+    assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == 2
+
+
+def test_paper_preset_keeps_its_budget_at_the_freeze(tmp_path):
+    """The penalty form is far from its budget after a few steps; the freeze fits it all the same."""
+    trainer = make(tmp_path, decisions={"init": "paper", "budget": "penalty"})
+    trainer.train()
+    assert abs(Budget(trainer.space).share(trainer.decisions.mask) - 0.6) < 0.02
+
+
+def test_kv_group_space_and_gradient_checkpointing(tmp_path):
+    plain = make(tmp_path / "a", decisions={"space": "kv_group"})
+    saving = make(tmp_path / "b", decisions={"space": "kv_group"}, training={"gradient_checkpointing": True})
+    for trainer in (plain, saving):
+        trainer.train()
+    expected = trained_tensors(plain)
+    for name, tensor in trained_tensors(saving).items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_gradient_accumulation_runs_one_decision_step_per_lora_step(tmp_path):
+    trainer = make(tmp_path, training={"gradient_accumulation": 2, "batch_size": 1})
+    calls = []
+    original = trainer._decide
+    trainer._decide = lambda step, phase: (calls.append(step), original(step, phase))
+    trainer.train()
+    assert calls == list(range(CUT))

@@ -1,0 +1,88 @@
+"""Which backend takes a call: the choice, its explanation and its errors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import atp_kernels
+from atp_kernels.backends import dispatch, native
+from atp_kernels.backends import reference as reference_backend
+
+CPU = torch.device("cpu")
+
+
+def test_every_backend_is_listed_with_none_or_a_reason():
+    listed = atp_kernels.available_backends()
+    assert list(listed) == ["reference", "triton", "native"] and listed["reference"] is None
+    assert listed["native"] == native.REASON
+
+
+def test_linear_on_a_cpu_takes_the_vendor_gemm():
+    assert atp_kernels.explain("masked_lora_linear", torch.ones(1)) == (
+        "masked_lora_linear on cpu in float32 runs on reference (first choice on cpu)."
+    )
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+def test_group_operations_on_a_cpu_take_the_native_extension():
+    for op in ("group_lasso", "group_prox_", "compact"):
+        assert dispatch.select(op, CPU, torch.bfloat16)[1] == "native"
+        module, name, why = dispatch.select(op, CPU, torch.float64)
+        assert (module, name) == (reference_backend, "reference") and "takes float32, bfloat16, not float64" in why
+
+
+def test_a_backend_that_is_not_there_is_passed_over_and_refused_by_name(monkeypatch):
+    monkeypatch.setattr(native, "AVAILABLE", False)
+    monkeypatch.setattr(native, "REASON", "the extension was not built")
+    for cached in (dispatch._load, dispatch._select):
+        cached.cache_clear()
+    try:
+        _, name, why = dispatch.select("compact", CPU, torch.float32)
+        assert (name, why) == ("reference", "native: the extension was not built")
+        with pytest.raises(RuntimeError, match="'native' cannot take compact: the extension was not built"):
+            atp_kernels.compact(torch.ones(2, 2), backend="native")
+    finally:
+        for cached in (dispatch._load, dispatch._select):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "backend", "error", "message"),
+    [
+        ("masked_lora_linear", torch.float32, "cuda", ValueError, "backend='cuda' is not a backend: use one of auto"),
+        ("masked_linear", torch.float32, "auto", ValueError, "unknown operation 'masked_linear': use one of"),
+        ("compact", torch.float32, "triton", RuntimeError, "triton"),
+        ("masked_lora_linear", torch.float64, "triton", RuntimeError, "triton"),
+    ],
+)
+def test_named_backends_that_cannot_take_a_call(op, dtype, backend, error, message):
+    with pytest.raises(error, match=message):
+        dispatch.select(op, CPU, dtype, backend)
+
+
+def test_environment_overrides_auto_but_not_a_name(monkeypatch):
+    monkeypatch.setenv("ATP_KERNELS_BACKEND", "reference")
+    module, name, why = dispatch.select("compact", CPU, torch.float32)
+    assert (module, name, why) == (reference_backend, "reference", "ATP_KERNELS_BACKEND='reference' names it")
+    monkeypatch.setenv("ATP_KERNELS_BACKEND", "nothing")
+    assert dispatch.select("compact", CPU, torch.float32, "reference")[1] == "reference"
+    with pytest.raises(ValueError, match="ATP_KERNELS_BACKEND='nothing' is not a backend"):
+        atp_kernels.explain("compact")
+
+
+def test_import_needs_torch_alone():
+    """With triton hidden, the package imports, says so, and the other backends work."""
+    code = (
+        "import sys, importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "import atp_kernels, torch\n"
+        "assert 'triton' not in sys.modules\n"
+        "assert 'pip install triton' in atp_kernels.available_backends()['triton']\n"
+        "print(atp_kernels.compact(torch.ones(2, 2), torch.tensor([0]), backend='reference').shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.stdout == "torch.Size([1, 2])\n", done.stderr

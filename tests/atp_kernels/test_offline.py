@@ -1,0 +1,68 @@
+"""Every kernel compiles for the GPU generations in the gate, within their limits, on a machine without a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def offline(*arguments):
+    command = [sys.executable, "-m", "atp_kernels.offline", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def rows(output):
+    header, *lines = output.splitlines()
+    names = ["dtype", "rank", "arch", "regs", "shared", "stack", "local", "tensor", "16-byte", "2-byte"]
+    return [dict(zip(["kernel", *names], [line[:18].strip(), *line[18:].split()], strict=False)) for line in lines]
+
+
+def check(*arguments):
+    done = offline("--gate", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = rows(done.stdout)
+    assert {row["kernel"] for row in table} >= {"gemm fwd split", "gemm fwd narrow", "gemm dx", "down", "column reduce"}
+    hopper = [row for row in table if row["arch"] == "90" and row["kernel"] == "gemm fwd split"]
+    assert all(int(row["tensor"]) > 0 for row in hopper if row["dtype"] != "fp32")
+    return table
+
+
+def test_gate_for_ampere_and_hopper():
+    check("--dtype", "bf16", "--rank", "8")
+
+
+@pytest.mark.slow
+def test_gate_for_every_dtype_and_rank():
+    assert len(check("--rank", "8", "--rank", "64")) == 3 * 2 * 7 * 2
+
+
+@pytest.mark.slow
+def test_gate_for_blackwell():
+    check("--arch", "100", "--arch", "120", "--dtype", "bf16")
+
+
+def test_the_gate_fails_when_a_limit_is_broken():
+    code = (
+        "import torch\n"
+        "from dataclasses import replace\n"
+        "from atp_kernels import offline\n"
+        "case = next(iter(offline.cases(torch.bfloat16, 8)))\n"
+        "good = offline.Usage(registers=128, shared=1, stack=0, local=0,\n"
+        "                     tensor_core=1, wide_copies=1, narrow_loads=0)\n"
+        "assert offline.problems(case, 90, good) == []\n"
+        "for change in (dict(stack=65), dict(local=99), dict(shared=2**20), dict(tensor_core=0), dict(wide_copies=0),\n"
+        "               dict(narrow_loads=1)):\n"
+        "    assert len(offline.problems(case, 90, replace(good, **change))) == 1, change\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_interpreter_is_refused():
+    command = [sys.executable, "-m", "atp_kernels.offline"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 2 and "unset it" in done.stderr

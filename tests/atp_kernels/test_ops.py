@@ -1,0 +1,114 @@
+"""The operators as torch.library, torch.compile and autocast see them."""
+
+import pytest
+import torch
+from linear_cases import Shape, every_combination, operands, with_gradients
+
+import atp_kernels
+from atp_kernels import ops
+
+ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
+SHAPES = every_combination(Shape(m=5, n=6, k=7, rank=2))[::3]
+
+
+def groups():
+    rng = torch.Generator().manual_seed(0)
+    factors = [torch.randn(6, 2, generator=rng).requires_grad_(), torch.randn(3, 6, generator=rng).requires_grad_()]
+    index = torch.tensor([0, 0, 1, 1, 2, 2])
+    return factors, [(0, index), (1, index)], torch.tensor([True, False, True, True])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_opcheck_linear(shape):
+    tensors = operands(shape, torch.float32)
+    arguments = [tensors.get(name) for name in ORDER]
+    arguments += [shape.scaling, shape.mask_lora, shape.out_mask == "soft", True, "reference"]
+    torch.library.opcheck(ops.masked_lora_linear_op, tuple(arguments))
+
+
+def test_opcheck_linear_backward():
+    t = operands(Shape(m=5, n=6, k=7, rank=2), torch.float32)
+    t = {name: tensor.detach() for name, tensor in t.items()}
+    saved = [t[name] for name in ("x", "weight", "lora_a", "lora_b", "lora_input", "out_mask", "in_mask")]
+    options = (1.5, False, False, [True] * 8, "reference")
+    arguments = (torch.randn(5, 6), *saved, torch.randn(5, 2), torch.randn(5, 6), *options)
+    torch.library.opcheck(ops.masked_lora_linear_backward_op, arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_opcheck_groups(backend):
+    factors, described, removed = groups()
+    axes, indices = [axis for axis, _ in described], [index for _, index in described]
+    torch.library.opcheck(ops.group_lasso_op, (factors, axes, indices, removed, 1e-8, backend))
+    detached = [factor.detach() for factor in factors]
+    norms, value = torch.ones(4), torch.tensor(1.0)
+    torch.library.opcheck(ops.group_lasso_backward_op, (detached, axes, indices, removed, norms, value, backend))
+    torch.library.opcheck(ops.group_prox_op, (detached, axes, indices, removed, torch.ones(4), backend))
+    torch.library.opcheck(ops.compact_op, (torch.randn(5, 6), torch.tensor([1, 2]), None, 4, backend))
+
+
+def step(factors, described, removed, scaling, tensors):
+    y, rows, cols = atp_kernels.masked_lora_linear_with_norms(**tensors, scaling=scaling)
+    hidden = atp_kernels.masked_lora_linear(y[:, : tensors["x"].shape[1]], **block(tensors), scaling=scaling)
+    return hidden, rows, cols, atp_kernels.group_lasso(factors, described, removed)
+
+
+def block(tensors):
+    return {name: tensor for name, tensor in tensors.items() if name not in ("x", "lora_input")}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_whole_graph(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    factors, described, removed = groups()
+    for m in (5, 9, 12):
+        tensors = operands(Shape(m=m, n=30, k=28), torch.float32)
+        leaves = tensors | {f"factor {i}": factor for i, factor in enumerate(factors)}
+        expected = with_gradients(step(factors, described, removed, 1.5, tensors), leaves)
+        got = with_gradients(compiled(factors, described, removed, 1.5, tensors), leaves)
+        for name, value in got.items():
+            torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_compile_under_autocast_and_in_place_prox():
+    torch._dynamo.reset()
+
+    def train(factors, described, removed, tensors):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = atp_kernels.masked_lora_linear(**tensors, scaling=1.0)
+        atp_kernels.group_prox_(factors, described, removed, 0.5)
+        return y, atp_kernels.compact(tensors["weight"], torch.tensor([0, 2]), None, 4)
+
+    tensors = operands(Shape(), torch.float32)
+    factors, described, removed = groups()
+    plain = [factor.detach().clone() for factor in factors]
+    shrunk = [factor.detach().clone() for factor in factors]
+    y, kept = train(plain, described, removed, tensors)
+    compiled_y, compiled_kept = torch.compile(train, fullgraph=True, backend="aot_eager")(
+        shrunk, described, removed, tensors
+    )
+    assert y.dtype == compiled_y.dtype == torch.bfloat16
+    assert torch.equal(y, compiled_y) and torch.equal(kept, compiled_kept)
+    assert all(torch.equal(a, b) for a, b in zip(plain, shrunk, strict=True))
+
+
+@pytest.mark.slow
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    factors, described, removed = groups()
+    tensors = operands(Shape(n=30), torch.float32)
+    leaves = tensors | {f"factor {i}": factor for i, factor in enumerate(factors)}
+    expected = with_gradients(step(factors, described, removed, 1.5, tensors), leaves)
+    got = with_gradients(torch.compile(step, fullgraph=True)(factors, described, removed, 1.5, tensors), leaves)
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_double_backward_through_the_operator_is_refused():
+    tensors = operands(Shape(), torch.float32)
+    arguments = [tensors.get(name) for name in ORDER] + [1.0, False, True, False, "reference"]
+    y = ops.masked_lora_linear_op(*arguments)[0]
+    (grad,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        grad.sum().backward()

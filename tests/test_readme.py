@@ -1,0 +1,63 @@
+"""What the README shows runs, and the example configs parse."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from atp.config import ATPConfig
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+WORDS = "the heart rate of patients fell after treatment in both groups".split()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with `my-model`, `texts.jsonl` and the examples, as the README assumes."""
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", *WORDS, *map(str, range(80))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    fast.save_pretrained(tmp_path / "my-model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=64, eos_token_id=1, bos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "my-model")
+    lines = [f'{{"text": "{number} {" ".join(WORDS * 4)}"}}' for number in range(80)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_use_of_the_readme(workplace):
+    """The ten lines train, and the next block loads what they left; only the number of steps is made small."""
+    train, load = BLOCKS[0], BLOCKS[1]
+    short = '"output_dir=runs/mine", "training.search=4", "training.settle=2", "training.tune=3", "data.length=32"'
+    (workplace / "train.py").write_text(train.replace('"output_dir=runs/mine"', short), encoding="utf-8")
+    (workplace / "load.py").write_text(load, encoding="utf-8")
+    certificate = runpy.run_path("train.py")["trainer"].certificate
+    assert certificate["masked_vs_cut"] < 1e-5 and certificate["removed_lora_norm"] == 0
+    model = runpy.run_path("load.py")["model"]
+    original = AutoModelForCausalLM.from_pretrained("my-model")
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in original.parameters())
+
+
+def test_kernel_example_of_the_readme(tmp_path):
+    (tmp_path / "kernels.py").write_text(BLOCKS[2], encoding="utf-8")
+    names = runpy.run_path(str(tmp_path / "kernels.py"))
+    keep, x = names["keep"], names["x"]
+    expected = (x @ names["weight"].T) * keep + (x @ names["lora_a"].T) @ names["lora_b"].T
+    torch.testing.assert_close(names["y"], expected)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_example_configs_are_valid(path):
+    assert ATPConfig.load(path).output_dir.startswith("runs/")
