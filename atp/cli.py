@@ -48,18 +48,19 @@ def train(
 
 @app.command()
 def demo(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the demo's settings.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest complete checkpoint.")] = False,
     debug: _Debug = False,
 ) -> None:
     """Make SmolLM2-135M 40 % smaller and better at medicine, on a CPU, from packages alone.
 
-    Example: atp demo --output-dir runs/demo
+    Example: atp demo decisions.space=head_dim --output-dir runs/head-dim
     """
     from atp.demo import ask, demo_config
     from atp.run import Run
 
-    settings = demo_config(output_dir)
+    settings = demo_config(output_dir, overrides)
     show(Run(settings, resume=resume, command=_command(), say=console.print).execute())
     console.print(f"report: {output_dir / 'report.html'}")
     question, answer = ask(output_dir / "model")

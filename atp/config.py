@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Any, Literal
@@ -134,13 +135,14 @@ class ATPConfig(_Section):
             raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise InputError(f"{path} holds no mapping: it needs at least the keys model and output_dir")
-        for override in overrides or []:
-            _apply(values, override)
-        return cls.parse(values)
+        return cls.parse(values, overrides)
 
     @classmethod
-    def parse(cls, values: dict[str, Any]) -> ATPConfig:
-        """Validates a nested dictionary on top of its preset. Raises `InputError`."""
+    def parse(cls, values: dict[str, Any], overrides: list[str] | None = None) -> ATPConfig:
+        """Validates a nested dictionary, with `key.path=value` overrides, on top of its preset. Raises `InputError`."""
+        values = copy.deepcopy(values)
+        for override in overrides or []:
+            _apply(values, override)
         try:
             preset = values.get("preset", "quick")
             return cls.model_validate(_merge(_PRESETS.get(preset, {}), values))
