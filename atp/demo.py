@@ -18,7 +18,10 @@ _QUESTION = (
 
 
 def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConfig:
-    """Settings of the demo, with `key.path=value` overrides. Raises `InputError` with the install command when a package is missing."""
+    """Settings of the demo, with `key.path=value` overrides.
+
+    Raises `InputError` with the install command when a package is missing.
+    """
     gguf = smollm2_gguf()
     return ATPConfig.parse(
         {
