@@ -10,11 +10,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from atp.masks.space import MaskSpace
-from atp.removal.certify import compare, reference_logits
-from atp.removal.cut import merge_adapter
+from atp.removal import LogitGap, merge_adapter, reload_gap
 
 
 def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
@@ -27,21 +26,17 @@ def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
 
 def export_model(
     model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, tokens: Tensor, card: str
-) -> tuple[PreTrainedModel, float]:
+) -> LogitGap:
     """Saves adapter/ and the merged model/ under `folder`, reloads the latter and compares. No pickle is written.
 
-    tokens: int64 [windows, length]. Returns the merged model (it uses up `model`) and the largest logit difference
-    between the cut model with its adapter and the reloaded one, as a share of the logit scale, in float32.
+    tokens: int64 [windows, length]. Returns the gap between the cut model with its adapter and the reloaded one.
     """
-    reference = reference_logits(model, tokens)
     model.save_pretrained(folder / "adapter", safe_serialization=True)
-    merged = merge_adapter(model)
-    merged.save_pretrained(folder / "model", safe_serialization=True)
+    merge_adapter(model).save_pretrained(folder / "model", safe_serialization=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "README.md").write_text(card, encoding="utf-8")
-    reloaded = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=merged.dtype)
-    return merged, compare(reference, reloaded.to(tokens.device), tokens).relative
+    return reload_gap(model, folder / "model", tokens)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,18 +1,15 @@
 """The physical cut of removed structures and its certificate."""
 
 from atp.removal.certify import (
-    Certificate,
     LogitGap,
     compare,
     logit_gap,
     reference_logits,
     reload_gap,
-    removed_lora_norm,
 )
 from atp.removal.cut import cut_config, cut_model, cut_state_dict, merge_adapter
 
 __all__ = [
-    "Certificate",
     "LogitGap",
     "compare",
     "cut_config",
@@ -22,5 +19,4 @@ __all__ = [
     "merge_adapter",
     "reference_logits",
     "reload_gap",
-    "removed_lora_norm",
 ]

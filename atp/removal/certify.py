@@ -1,7 +1,7 @@
 """The certificate: how far the logits of masked, cut and reloaded model lie apart on real tokens.
 
 The masked model is gone once it is cut, so its logits are taken before: `reference_logits`, cut, `compare`. The saved
-model is compared with the one in memory: `reload_gap`. The caller puts the results into a `Certificate`.
+model is compared with the one in memory: `reload_gap`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from atp.lora.lasso import LoraGroups
-from atp.masks.space import MaskSpace
-
 
 @dataclass(frozen=True)
 class LogitGap:
@@ -30,34 +27,6 @@ class LogitGap:
     def relative(self) -> float:
         """The difference as a share of the logit scale."""
         return self.absolute / self.scale if self.scale else self.absolute
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What removal and saving changed.
-
-    removed_lora_norm: largest 2-norm that was left on a removed LoRA group. tokens: number of tokens compared.
-    dtype: of the weights; the logits are compared in float32.
-    """
-
-    masked_vs_cut: LogitGap
-    cut_vs_reloaded: LogitGap
-    removed_lora_norm: float
-    tokens: int
-    dtype: str
-
-    def to_dict(self) -> dict[str, float | int | str]:
-        """The form of certificate.json: gaps as shares of the logit scale, beside them the absolute differences."""
-        return {
-            "masked_vs_cut": self.masked_vs_cut.relative,
-            "masked_vs_cut_absolute": self.masked_vs_cut.absolute,
-            "cut_vs_reloaded": self.cut_vs_reloaded.relative,
-            "cut_vs_reloaded_absolute": self.cut_vs_reloaded.absolute,
-            "logit_scale": self.masked_vs_cut.scale,
-            "removed_lora_norm": self.removed_lora_norm,
-            "tokens": self.tokens,
-            "dtype": self.dtype,
-        }
 
 
 def reference_logits(model: nn.Module, input_ids: Tensor, batch_size: int = 4) -> Tensor:
@@ -91,11 +60,6 @@ def reload_gap(model: nn.Module, folder: str | Path, input_ids: Tensor, batch_si
     device = next(model.parameters()).device
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device)
     return logit_gap(model, reloaded, input_ids, batch_size)
-
-
-def removed_lora_norm(model: nn.Module, space: MaskSpace, mask: Tensor) -> float:
-    """Largest joint 2-norm left on the LoRA factors of a removed decision, before the cut. mask: bool [space.size]."""
-    return LoraGroups(model, space).largest_removed_norm(mask)
 
 
 def _gap(reference: Iterator[Tensor] | tuple[Tensor, ...], logits: Iterator[Tensor]) -> LogitGap:

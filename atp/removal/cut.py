@@ -11,14 +11,14 @@ import re
 from dataclasses import asdict
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.masks.space import MaskSpace
 from atp.models.config import ATPLlamaConfig, LayerShape
-from atp.models.llama import ATPLlamaForCausalLM
+from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
 from atp_kernels.functional import compact
 
 _LINEAR = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?P<module>(?:self_attn|mlp)\.\w+?)\.(?P<parameter>.+)$")
@@ -76,30 +76,31 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
         base = ATPLlamaForCausalLM(config)
         cut = _wrap_like(model, base) if isinstance(model, PeftModel) else base
     cut.load_state_dict(cut_state_dict(model.state_dict(), space, mask), assign=True)
-    if config.tie_word_embeddings:
-        base.tie_weights()
-    _fill_buffers(base, source)
-
+    _complete(base, source)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in cut.named_parameters():
         parameter.requires_grad_(trainable[name])
-    if source.can_generate() and source.generation_config is not None:
-        base.generation_config = copy.deepcopy(source.generation_config)
     return cut.train(model.training)
 
 
 @torch.no_grad()
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """Adds the LoRA adapter into the base weights and returns the plain model, using up `model`.
+    """A plain model of the base's class whose weights hold W + scaling * B A; `model` stays as it is.
 
-    The sum is formed in float32 (float64 for such weights) and rounded once to the dtype of the base weight. Raises
-    ValueError for anything but plain LoRA with one adapter.
+    The sum is formed in float32 (float64 for such weights) and rounded once to the dtype of W. Only merged weights
+    are new memory, other tensors are shared with `model`. Raises ValueError for anything but one plain LoRA adapter.
     """
-    _adapter_config(model)
-    for layer in model.modules():
+    adapter, _ = _adapter_config(model)
+    source = model.get_base_model()
+    state = {n.replace(".base_layer.", "."): t for n, t in source.state_dict().items() if ".lora_" not in n}
+    for name, layer in source.named_modules():
         if isinstance(layer, LoraLayer):
-            _merge_layer(layer)
-    return model.unload()
+            state[f"{name}.weight"] = _merged_weight(layer, adapter)
+    with torch.device("meta"):
+        merged = type(source)(copy.deepcopy(source.config))
+    merged.load_state_dict(state, assign=True)
+    _complete(merged, source)
+    return merged.train(model.training)
 
 
 def _check_mask(space: MaskSpace, mask: Tensor) -> None:
@@ -181,12 +182,14 @@ def _layer_shape(layer: int, masks: dict[str, _Kept], space: MaskSpace, config: 
     )
 
 
-def _adapter_config(model: PeftModel):
+def _adapter_config(model: PeftModel) -> tuple[str, LoraConfig]:
     if len(model.peft_config) != 1:
         raise ValueError(f"the model has the adapters {', '.join(model.peft_config)}: keep one, delete the others")
     ((adapter, config),) = model.peft_config.items()
-    if config.peft_type != "LORA" or config.use_dora or config.lora_bias:
-        raise ValueError(f"adapter '{adapter}' is not plain LoRA: cut and merge know LoRA without DoRA and LoRA biases")
+    if config.peft_type != "LORA" or config.use_dora or config.lora_bias or config.modules_to_save:
+        raise ValueError(
+            f"adapter '{adapter}' is not plain LoRA: cut and merge know it without use_dora, lora_bias, modules_to_save"
+        )
     return adapter, config
 
 
@@ -197,19 +200,21 @@ def _wrap_like(model: PeftModel, base: ATPLlamaForCausalLM) -> PeftModel:
     return get_peft_model(base, config, adapter_name=adapter, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
 
 
-def _fill_buffers(base: ATPLlamaForCausalLM, source: PreTrainedModel) -> None:
-    """Sets what no state dict holds, where the parameters beside it live."""
-    # A copy, not computed anew: a cast of the source may have rounded its frequencies, and the cut must change nothing.
-    base.model.rotary_emb = copy.deepcopy(source.base_model.rotary_emb)
+def _complete(base: PreTrainedModel, source: PreTrainedModel) -> None:
+    """Sets what no state dict holds: tied weights, non-persistent buffers and the generation config."""
+    if base.config.tie_word_embeddings:
+        base.tie_weights()
+    # A copy, not computed anew: a cast of the source may have rounded its frequencies, which must not change here.
+    base.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
     for layer in base.model.layers:
         attention = layer.self_attn
-        if attention.rope_index is not None:
+        if isinstance(attention, ATPLlamaAttention) and attention.rope_index is not None:
             attention.rope_index = attention.kept_rope_index().to(attention.q_proj.weight.device)
+    base.generation_config = copy.deepcopy(source.generation_config)
 
 
-def _merge_layer(layer: nn.Module) -> None:
+def _merged_weight(layer: LoraLayer, adapter: str) -> Tensor:
     weight = layer.get_base_layer().weight
     wide = torch.promote_types(weight.dtype, torch.float32)
-    for adapter in layer.active_adapters:
-        delta = layer.lora_B[adapter].weight.to(wide) @ layer.lora_A[adapter].weight.to(wide)
-        weight.data = weight.data.to(wide).add_(delta, alpha=layer.scaling[adapter]).to(weight.dtype)
+    delta = layer.lora_B[adapter].weight.to(wide) @ layer.lora_A[adapter].weight.to(wide)
+    return torch.add(weight.to(wide), delta, alpha=layer.scaling[adapter]).to(weight.dtype)

@@ -27,8 +27,7 @@ from atp.loading import load_data, load_model, load_tokenizer
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import MaskController, add_lora
 from atp.masks.space import MaskSpace
-from atp.removal.certify import compare, reference_logits
-from atp.removal.cut import cut_model, cut_state_dict
+from atp.removal import compare, cut_model, cut_state_dict, reference_logits
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import training_arguments
 from atp.training.callbacks import ClockCallback, PhaseCallback
@@ -118,19 +117,15 @@ class ATPTrainer(Trainer):
                 self._segment(path)
 
     def export(self, folder: str | Path) -> dict[str, float]:
-        """Writes adapter/, model/, the decisions and certificate.json under `folder`; returns the certificate.
-
-        The adapter is merged on the way: afterwards `self.model` is the plain, cut model.
-        """
+        """Writes adapter/, model/, the decisions and certificate.json under `folder`; returns the certificate."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_decisions(folder, self.space, self.decisions.mask)
         before, after = self.params_before, sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
         card = model_card(self.config, before, after)
         tokens = self._certificate_tokens()
-        self.model, gap = export_model(self.model, folder, self.processing_class, tokens, card)
-        self.model_wrapped = self.model
-        self.certificate["cut_vs_reloaded"] = gap
+        gap = export_model(self.model, folder, self.processing_class, tokens, card)
+        self.certificate |= {"cut_vs_reloaded": gap.relative, "cut_vs_reloaded_absolute": gap.absolute}
         write_json(folder / "certificate.json", self.certificate | {"tokens": tokens.numel(), "dtype": "float32"})
         return self.certificate
 
@@ -180,7 +175,8 @@ class ATPTrainer(Trainer):
             reference = reference_logits(self.model, tokens)
         state = self._checkpoint()
         self._become_cut()
-        self.certificate["masked_vs_cut"] = compare(reference, self.model, tokens).relative
+        gap = compare(reference, self.model, tokens)
+        self.certificate |= {"masked_vs_cut": gap.relative, "masked_vs_cut_absolute": gap.absolute}
         for prefix in ("model", "lora_optimizer"):
             part = cut_state_dict(state.part(prefix), self.space, mask)
             state.tensors.update({f"{prefix}.{name}": tensor for name, tensor in part.items()})

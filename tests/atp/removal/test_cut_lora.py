@@ -12,6 +12,7 @@ from zeroed import HEAD_DIM, HEADS, INNER, KV_HEADS, random_mask, stock_model, t
 
 from atp.lora.layer import MaskController, MaskedLoraLinear, add_lora
 from atp.masks.space import MaskSpace
+from atp.models import ATPLlamaForCausalLM
 from atp.removal.cut import cut_model, cut_state_dict, merge_adapter
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -145,8 +146,9 @@ def test_merge_equals_adapter_and_rounds_once():
     assert_close(weight, expected, rtol=2**-8, atol=0)
 
 
-def test_merged_cut_model_equals_cut_with_adapter():
-    model = stock_lora()
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_cut_model_equals_cut_with_adapter(tied):
+    model = stock_lora(tie_word_embeddings=tied)
     space = MaskSpace.from_config(model.config)
     cut = cut_model(model, space, random_mask(space))
     ids = tokens()
@@ -154,7 +156,9 @@ def test_merged_cut_model_equals_cut_with_adapter():
         expected = cut(input_ids=ids).logits
         merged = merge_adapter(cut)
         assert_close(merged(input_ids=ids).logits, expected, rtol=0, atol=1e-10)
-    assert not any("lora" in name for name in merged.state_dict())
+        assert torch.equal(cut(input_ids=ids).logits, expected), "merging must leave the given model as it is"
+    assert type(merged) is ATPLlamaForCausalLM and not any("lora" in name for name in merged.state_dict())
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
 
 
 def test_other_adapters_are_refused():
