@@ -33,7 +33,7 @@ def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConf
             "decisions": {"space": "kv_group", "multiples": {"mlp": 32}, "saliency_windows": 24},
             # Dropout costs a fifth of a step on a CPU and does nothing in so few steps.
             "lora": {"dropout": 0.0},
-            "training": {"search": 40, "settle": 10, "tune": 100, "lr": 2e-3},
+            "training": {"search": 24, "settle": 6, "tune": 70, "lr": 2e-3},
             "evaluation": {"dense_baseline": True, "windows": 40, "questions": 50},
         },
         overrides,
