@@ -92,5 +92,5 @@ def make_progress() -> Progress:
     """The bar that `ProgressCallback` fills."""
     return Progress(
         TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip

@@ -156,9 +156,10 @@ def test_64_bit_offsets_give_the_same_result(monkeypatch):
 def test_bitwise_deterministic():
     shape = Shape(m=150, n=11, k=13, mask_lora=True)
     tensors = on_device(operands(shape, torch.float32))
-    first = run(shape, tensors, TILE)
+    config = replace(TILE, block_m=64)
+    first = run(shape, tensors, config)
     for _ in range(9):
-        assert all(torch.equal(value, first[name]) for name, value in run(shape, tensors, TILE).items())
+        assert all(torch.equal(value, first[name]) for name, value in run(shape, tensors, config).items())
 
 
 def test_unmasked_calls_and_empty_batches_go_to_the_vendor_gemm():

@@ -1,0 +1,146 @@
+"""Lasso, prox and norms of removed LoRA groups against plain loops over named parameters."""
+
+import math
+
+import pytest
+import torch
+from tiny_lora import masked, random_mask, stock
+
+from atp.lora.lasso import LoraGroups
+from atp.masks.space import MaskSpace
+
+# What a decision of a structure touches, as (linear, factor): rows of B or columns of A.
+TOUCHED = {
+    "qk": [("self_attn.q_proj", "lora_B"), ("self_attn.k_proj", "lora_B")],
+    "vo": [("self_attn.v_proj", "lora_B"), ("self_attn.o_proj", "lora_A")],
+    "mlp": [("mlp.gate_proj", "lora_B"), ("mlp.up_proj", "lora_B"), ("mlp.down_proj", "lora_A")],
+    "kv_group": [("self_attn.q_proj", "lora_B"), ("self_attn.k_proj", "lora_B"), ("self_attn.v_proj", "lora_B"),
+                 ("self_attn.o_proj", "lora_A")],
+}  # fmt: skip
+HEAD_DIM = 4
+
+
+def owned(structure, decision, linear):
+    """Rows or columns of a linear that a decision owns, for head_dim 4 with 4 query and 2 kv heads."""
+    heads = 4 if linear.endswith(("q_proj", "o_proj")) else 2
+    if structure == "qk":
+        return [head * HEAD_DIM + decision + half for head in range(heads) for half in (0, HEAD_DIM // 2)]
+    if structure == "vo":
+        return [head * HEAD_DIM + decision for head in range(heads)]
+    if structure == "kv_group":
+        width = heads * HEAD_DIM // 2
+        return list(range(decision * width, (decision + 1) * width))
+    return [decision]
+
+
+def removed_parts(model, space, mask):
+    """For every removed decision, its views into the LoRA factors, one a cut."""
+    parameters = dict(model.named_parameters())
+    for structure in space.structures:
+        for decision in range(structure.size):
+            if mask[structure.start + decision]:
+                continue
+            parts = []
+            for linear, factor in TOUCHED[structure.name]:
+                name = f"base_model.model.model.layers.{structure.layer}.{linear}.{factor}.default.weight"
+                parts.append((parameters[name], owned(structure.name, decision, linear), factor == "lora_B"))
+            yield parts
+
+
+def values(part):
+    parameter, index, rows = part
+    return (parameter[index] if rows else parameter[:, index]).detach().double()
+
+
+def joint_norm(parts):
+    return math.sqrt(sum(float(values(part).square().sum()) for part in parts))
+
+
+@pytest.fixture(params=["head_dim", "kv_group"])
+def case(request):
+    model, space = masked(space_name=request.param)
+    return model, space, random_mask(space)
+
+
+def test_lasso_is_a_sum_of_norms_over_removed_cuts(case):
+    model, space, mask = case
+    expected = sum(
+        math.sqrt(float(values(part).square().sum()) + 1e-8)
+        for parts in removed_parts(model, space, mask)
+        for part in parts
+    )
+    assert float(LoraGroups(model, space).lasso(mask).detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_lasso_gradient_is_the_unit_vector_of_each_removed_cut(case):
+    model, space, mask = case
+    LoraGroups(model, space).lasso(mask).backward()
+    expected = {id(p): torch.zeros_like(p) for n, p in model.named_parameters() if "lora_" in n}
+    for parts in removed_parts(model, space, mask):
+        for parameter, index, rows in parts:
+            part = values((parameter, index, rows))
+            unit = (part / (part.square().sum() + 1e-8).sqrt()).float()
+            if rows:
+                expected[id(parameter)][index] = unit
+            else:
+                expected[id(parameter)][:, index] = unit
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[id(parameter)], rtol=1e-4, atol=1e-6, msg=name)
+        elif "lora_" in name:
+            assert not expected[id(parameter)].any(), name
+
+
+def test_prox_shrinks_the_joint_norm_of_every_removed_decision(case):
+    model, space, mask = case
+    groups = LoraGroups(model, space)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    norms = [joint_norm(parts) for parts in removed_parts(model, space, mask)]
+    threshold = sorted(norms)[len(norms) // 2] * 1.0001
+    groups.prox_(mask, threshold)
+    zeros = 0
+    for parts, norm in zip(removed_parts(model, space, mask), norms, strict=True):
+        left = joint_norm(parts)
+        assert left == pytest.approx(max(0.0, norm - threshold), abs=1e-5)
+        zeros += left == 0.0
+    assert 0 < zeros < len(norms)
+    touched = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    names = {id(p): n for n, p in model.named_parameters()}
+    for parts in removed_parts(model, space, mask):
+        for parameter, index, rows in parts:
+            region = touched[names[id(parameter)]]
+            region[index if rows else (slice(None), index)] = True
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter[~touched[name]], before[name][~touched[name]]), name
+
+
+def test_prox_of_the_largest_norm_leaves_exact_zeros(case):
+    model, space, mask = case
+    groups = LoraGroups(model, space)
+    groups.prox_(mask, 2 * groups.largest_removed_norm(mask))
+    assert groups.largest_removed_norm(mask) == 0.0
+    assert all(not values(part).any() for parts in removed_parts(model, space, mask) for part in parts)
+
+
+def test_largest_removed_norm(case):
+    model, space, mask = case
+    expected = max(joint_norm(parts) for parts in removed_parts(model, space, mask))
+    groups = LoraGroups(model, space)
+    assert groups.largest_removed_norm(mask) == pytest.approx(expected, rel=1e-6)
+    assert groups.largest_removed_norm(torch.ones_like(mask)) == 0.0
+    assert groups.lasso(torch.ones_like(mask)).item() == 0.0
+
+
+def test_stock_lora_has_the_same_groups():
+    model, space = masked()
+    mask = random_mask(space)
+    theirs = stock()
+    ours, others = LoraGroups(model, space), LoraGroups(theirs, MaskSpace.from_config(theirs.config))
+    torch.testing.assert_close(others.lasso(mask), ours.lasso(mask))
+
+
+def test_tables_lie_where_the_factors_do():
+    model, space = masked()
+    groups = LoraGroups(model.to("meta"), space)
+    for table in (groups._cut_groups, groups._joint_groups):
+        assert {owner.device.type for _, owner in table} == {"meta"}

@@ -1,0 +1,220 @@
+"""Masked LoRA layers against stock PEFT, a float64 formula, and a stock model with zeroed weights."""
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as StockLora
+from tiny_lora import ALPHA, RANK, base_model, masked, random_mask, stock, tokens
+from torch.testing import assert_close
+
+from atp.lora.layer import MaskController, MaskedLoraLinear, add_lora
+from atp.masks.space import MaskSpace
+
+SCALING = ALPHA / RANK
+
+
+def loss_and_gradients(model, seed=0):
+    torch.manual_seed(seed)
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("ones", [False, True], ids=["no masks", "all-ones masks"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_equals_stock_lora_in_training(dropout, ones):
+    """Same weights and same RNG state: forward and every gradient agree, dropout included."""
+    ours, space = masked(dropout)
+    theirs = stock(dropout)
+    if ones:
+        MaskController(ours, space).set(torch.ones(space.size, dtype=torch.bool), "hard")
+    loss, gradients = loss_and_gradients(ours.train())
+    expected_loss, expected = loss_and_gradients(theirs.train())
+    assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == expected.keys() and all("lora_" in name for name in gradients)
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_dropout_draws_as_stock_lora_does():
+    ours, _ = masked(0.4)
+    theirs = stock(0.4)
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        model.train()(input_ids=tokens())
+        model.after = torch.get_rng_state()
+    assert torch.equal(ours.after, theirs.after)
+
+
+def test_initial_adapter_is_that_of_stock_peft():
+    base = base_model()
+    space = MaskSpace.from_config(base.config)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    ours = add_lora(base, space, r=RANK, alpha=ALPHA, dropout=0.1, seed=5)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+    again = add_lora(base_model(), space, r=RANK, alpha=ALPHA, dropout=0.1, seed=5)
+    other = add_lora(base_model(), space, r=RANK, alpha=ALPHA, dropout=0.1, seed=6)
+    named = [{n: p for n, p in m.named_parameters() if "lora_" in n} for m in (ours, again, other)]
+    assert all(torch.equal(p, named[1][n]) for n, p in named[0].items())
+    assert all(bool(p.any()) == ("lora_A" in n) for n, p in named[0].items())
+    assert not any(torch.equal(p, named[2][n]) for n, p in named[0].items() if "lora_A" in n)
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == set(named[0])
+
+
+def test_every_linear_of_the_space_and_no_other_is_wrapped():
+    model, space = masked()
+    wrapped = [n.split(".layers.")[1] for n, m in model.named_modules() if isinstance(m, MaskedLoraLinear)]
+    assert sorted(wrapped) == sorted(f"{layer}.{name}" for layer in range(2) for name in space.linears)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("mask_lora", [False, True])
+@pytest.mark.parametrize("sides", ["out", "in", "both"])
+def test_one_layer_against_the_formula(sides, mask_lora, soft):
+    """1-method.md section 3, in float64 on plain matrices."""
+    generator = torch.Generator().manual_seed(0)
+    layer = masked()[0].eval().get_base_model().model.layers[0].self_attn.k_proj
+    torch.nn.init.normal_(layer.base_layer.bias, generator=generator)
+    x = torch.randn(3, 16, generator=generator)
+    out_mask, in_mask = (torch.rand(n, generator=generator) for n in (8, 16))
+    if not soft:
+        out_mask, in_mask = out_mask > 0.4, in_mask > 0.4
+    out_mask, in_mask = out_mask if sides != "in" else None, in_mask if sides != "out" else None
+    layer.set_masks(out_mask, in_mask, mask_lora=mask_lora)
+    w, b = layer.base_layer.weight.double(), layer.base_layer.bias.double()
+    lora_a, lora_b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    m_out = torch.ones(8).double() if out_mask is None else out_mask.double()
+    m_in = torch.ones(16).double() if in_mask is None else in_mask.double()
+    base, x64 = (x.double() * m_in) @ w.T + b, x.double()
+    if mask_lora:
+        expected = (base + SCALING * (x64 * m_in) @ lora_a.T @ lora_b.T) * m_out
+    else:
+        expected = base * m_out + SCALING * x64 @ lora_a.T @ lora_b.T
+    assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["soft", "hard", "sum"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+def test_forms_set_the_sides_of_the_method(form, space_name):
+    """soft: sum, output side only. hard: base path, both sides. sum: sum, both sides."""
+    model, space = masked(space_name=space_name)
+    flat = random_mask(space).float() if form == "soft" else random_mask(space)
+    controller = MaskController(model, space)
+    layers = model.get_base_model().model.layers
+    with controller.masks(flat, form):
+        for layer, module, out_mask, in_mask in space.module_masks(flat):
+            found = layers[layer].get_submodule(module)
+            assert found.mask_lora == (form != "hard")
+            for mask, expected in ((found.out_mask, out_mask), (found.in_mask, None if form == "soft" else in_mask)):
+                assert (mask is None) == (expected is None) and (mask is None or torch.equal(mask, expected))
+    cleared = [m for m in model.modules() if isinstance(m, MaskedLoraLinear)]
+    assert all(m.out_mask is None and m.in_mask is None and not m.mask_lora for m in cleared)
+
+
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+def test_soft_zeros_and_ones_compute_what_the_sum_computes(space_name):
+    """Output masks alone silence a structure: its o and down inputs are then zero already."""
+    model, space = masked(space_name=space_name, attention_bias=False)
+    model.eval()
+    mask, controller = random_mask(space), MaskController(model, space)
+    outputs = {}
+    with torch.no_grad():
+        for form, value in (("soft", mask.float()), ("sum", mask)):
+            with controller.masks(value, form):
+                outputs[form] = model(input_ids=tokens()).logits
+        assert (model(input_ids=tokens()).logits - outputs["sum"]).abs().max() > 1e-2
+    assert_close(outputs["soft"], outputs["sum"], rtol=1e-4, atol=1e-5)
+
+
+def test_soft_gradient_reaches_every_decision_and_is_the_derivative():
+    model, space = masked(attention_bias=False)
+    model.eval()
+    controller = MaskController(model, space)
+    soft = torch.rand(space.size, generator=torch.Generator().manual_seed(4)) * 0.5 + 0.5
+
+    def loss_of(value):
+        controller.set(value, "soft")
+        return model(input_ids=tokens(), labels=tokens()).loss
+
+    leaf = soft.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(leaf), leaf)
+    assert (gradient != 0).all()
+    direction = torch.randn(space.size, generator=torch.Generator().manual_seed(5))
+    step = 1e-3
+    with torch.no_grad():
+        slope = (loss_of(soft + step * direction) - loss_of(soft - step * direction)).double() / (2 * step)
+    assert_close(slope, (gradient * direction).sum().double(), rtol=2e-2, atol=1e-3)
+
+
+def test_hard_mask_keeps_the_lora_gradient_of_removed_outputs():
+    """1-method.md section 3: LoRA of a removed structure still learns, so that the structure can come back."""
+    model, space = masked()
+    mask = torch.ones(space.size, dtype=torch.bool)
+    structure = next(s for s in space.layer(0) if s.name == "mlp")
+    mask[structure.start + 3] = False
+    factor = model.get_base_model().model.layers[0].mlp.up_proj.lora_B["default"].weight
+    rows = {}
+    for form in ("hard", "sum"):
+        model.zero_grad()
+        with MaskController(model, space).masks(mask, form):
+            model(input_ids=tokens(), labels=tokens()).loss.backward()
+        rows[form] = factor.grad[3].abs().max()
+    assert rows["hard"] > 0 and rows["sum"] == 0
+
+
+def test_adapter_loads_into_stock_peft(tmp_path):
+    model, _ = masked(dropout=0.1)
+    model.eval().save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} <= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert "atp" not in (tmp_path / "adapter_config.json").read_text().lower()
+    reloaded = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    assert type(reloaded.get_base_model().model.layers[0].mlp.up_proj) is StockLora
+    with torch.no_grad():
+        assert_close(reloaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_disabled_and_merged_layers_are_those_of_stock_peft():
+    model, _ = masked()
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).logits
+        with model.disable_adapter():
+            assert_close(model(input_ids=tokens()).logits, base_model().eval()(tokens()).logits)
+        model.merge_adapter()
+        assert_close(model(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_on_a_merged_or_disabled_layer_are_refused():
+    model, space = masked()
+    with MaskController(model, space).masks(random_mask(space), "sum"):
+        with model.disable_adapter(), pytest.raises(RuntimeError, match="masks are set on a merged or disabled"):
+            model(input_ids=tokens())
+
+
+def test_controller_refuses_a_model_without_masked_layers():
+    model = stock()
+    space = MaskSpace.from_config(model.config)
+    with pytest.raises(RuntimeError, match="14 linears .* carry no MaskedLoraLinear: wrap with add_lora"):
+        MaskController(model, space)
+
+
+def test_controller_clears_after_an_error():
+    model, space = masked()
+    controller = MaskController(model, space)
+    with pytest.raises(KeyError), controller.masks(random_mask(space), "hard"):
+        raise KeyError
+    assert model.get_base_model().model.layers[0].mlp.up_proj.out_mask is None
+
+
+@pytest.mark.parametrize("form", ["soft", "hard", "sum"])
+def test_bfloat16_autocast(form):
+    model, space = masked()
+    model.eval()
+    mask = random_mask(space)
+    with torch.no_grad(), MaskController(model, space).masks(mask.float() if form == "soft" else mask, form):
+        expected = model(input_ids=tokens()).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(input_ids=tokens()).logits
+    assert found.dtype == torch.bfloat16
+    assert_close(found.float(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))

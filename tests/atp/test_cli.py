@@ -1,0 +1,193 @@
+"""The command line: one sentence and exit code 2 for bad input, and help that shows an example."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+import transformers
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from atp.cli import main
+
+COMMANDS = ("train", "demo", "eval", "report", "env")
+WORDS = "the cat sat on a mat and it was not there again".split()
+
+
+def save_tokenizer(folder):
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "</s>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with a tiny Llama, a tiny GPT-2 and data."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(folder / "llama")
+    gpt2 = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1, n_positions=32, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
+    for name in ("llama", "gpt2"):
+        save_tokenizer(folder / name)
+    rows = [json.dumps({"text": " ".join(WORDS[i % 5 :] * 6) + f" {'mat ' * i}"}) for i in range(40)]
+    (folder / "data.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "empty.jsonl").write_text("", encoding="utf-8")
+    (folder / "columns.jsonl").write_text('{"body": "the cat"}\n', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def atp(monkeypatch, capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    # rich asks the environment for the width of the terminal.
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["atp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main()
+        output = capsys.readouterr()
+        return done.value.code, output.out, output.err
+
+    yield run
+    transformers.utils.logging.set_verbosity(verbosity)
+    if bars:
+        transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def config(shared, tmp_path):
+    values = {
+        "model": {"path": str(shared / "llama")},
+        "output_dir": str(tmp_path / "out"),
+        "data": {"train": str(shared / "data.jsonl"), "length": 16, "general_share": 0.0},
+        "training": {"batch_size": 1},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def is_one_sentence(err):
+    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decisions.target_kep=0.5", r"unknown config key 'decisions.target_kep': did you mean 'target_keep'\?"),
+        ("decisions.target_keep=1.5", "config key 'decisions.target_keep' is 1.5: input should be less than 1"),
+        ("decisions.target_keep=0", "config key 'decisions.target_keep' is 0: input should be greater than 0"),
+        ("training.search=lots", "config key 'training.search' is 'lots': input should be a valid integer"),
+        ("data.train={shared}/columns.jsonl", "columns.jsonl, line 1: neither column 'text' nor"),
+        ("data.train={shared}/empty.jsonl", "empty.jsonl is empty: give a file with at least one row"),
+        ("data.train={shared}/absent.jsonl", "absent.jsonl does not exist: check the path"),
+        ("data.train=null", "data.train is not set"),
+        ("training.batch_size=4096", "the training split has .* windows of 16 tokens and one step takes 4096"),
+        ("model.path={shared}/gpt2", "model family 'gpt2' is not supported: use one of llama, mistral"),
+        ("model.path={shared}/nowhere", "cannot load the tokenizer from model.path"),
+        ("nonsense", "override 'nonsense' is not of the form key.path=value"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(atp, config, shared, tmp_path, override, message):
+    code, _, err = atp("train", config, override.format(shared=shared))
+    assert code == 2
+    assert is_one_sentence(err) and re.search(message, err), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_in_use_is_left_alone(atp, config, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "summary.json").write_text("precious")
+    code, _, err = atp("train", config)
+    assert code == 2 and is_one_sentence(err)
+    assert f"output_dir {out} is not empty: choose another output_dir, or continue it with --resume" in err
+    assert [p.name for p in out.iterdir()] == ["summary.json"] and (out / "summary.json").read_text() == "precious"
+
+
+def test_output_folder_that_is_a_file_is_left_alone(atp, config, tmp_path):
+    (tmp_path / "out").write_text("precious")
+    code, _, err = atp("train", config)
+    assert code == 2 and is_one_sentence(err) and "is a file" in err
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_resume_of_nothing(atp, config, tmp_path):
+    code, _, err = atp("train", config, "--resume")
+    assert code == 2 and is_one_sentence(err) and "nothing to resume" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_config_file(atp, tmp_path):
+    code, _, err = atp("train", tmp_path / "absent.yaml")
+    assert code == 2 and is_one_sentence(err) and "absent.yaml does not exist" in err
+
+
+def test_debug_shows_the_error_itself(atp, config):
+    from atp.errors import InputError
+
+    with pytest.raises(InputError, match="unknown config key"):
+        atp("train", config, "lora.rank=2", "--debug")
+
+
+def test_eval_refuses_an_unknown_model_and_an_existing_output(atp, shared, tmp_path):
+    code, _, err = atp("eval", shared / "nowhere", "--suite", shared / "data.jsonl")
+    assert code == 2 and is_one_sentence(err) and "cannot load the tokenizer" in err
+    code, _, err = atp("eval", shared / "llama", "--suite", shared / "empty.jsonl")
+    assert code == 2 and is_one_sentence(err) and "is empty" in err
+    output = tmp_path / "scores.json"
+    output.write_text("precious")
+    options = ("--suite", shared / "data.jsonl", "--length", 16, "--windows", 2, "--questions", 0)
+    code, _, err = atp("eval", shared / "llama", *options, "--output", output)
+    assert code == 2 and is_one_sentence(err) and "exists already: choose another --output" in err
+    assert output.read_text() == "precious"
+
+
+def test_eval_prints_and_writes_scores(atp, shared, tmp_path):
+    output = tmp_path / "scores.json"
+    options = ("--suite", shared / "data.jsonl", "--length", 16, "--windows", 2, "--questions", 0)
+    code, out, _ = atp("eval", shared / "llama", *options, "--output", output)
+    assert code == 0 and "perplexity" in out
+    scores = json.loads(output.read_text())
+    params = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(shared / "llama").parameters())
+    assert scores["params"] == params and scores["perplexity"] > 1
+
+
+def test_report_of_no_run(atp, tmp_path):
+    code, _, err = atp("report", tmp_path / "absent")
+    assert code == 2 and is_one_sentence(err) and "does not exist: give the output_dir of a run" in err
+
+
+def test_env_names_versions_and_backends(atp):
+    code, out, err = atp("env")
+    assert code == 0 and not err
+    facts = dict(line.split(": ", 1) for line in out.splitlines())
+    assert facts["torch"] == torch.__version__.split("+")[0] or facts["torch"] == torch.__version__
+    assert facts["transformers"] == transformers.__version__
+    assert {"python", "platform", "cpu", "cuda", "backend reference"} <= facts.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(atp, command):
+    code, out, _ = atp(command, "--help")
+    assert code == 0 and f"Example: atp {command}" in out
+
+
+def test_help_lists_every_command(atp):
+    code, out, _ = atp("--help")
+    assert code == 0
+    assert all(re.search(rf"^\W*{command}\b", out, flags=re.MULTILINE) for command in COMMANDS)

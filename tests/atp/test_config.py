@@ -1,0 +1,182 @@
+"""The config: strict keys, messages that name path and remedy, overrides, presets."""
+
+import pytest
+import yaml
+
+from atp.config import ATPConfig
+from atp.errors import InputError
+
+MINIMAL = {"model": {"path": "some-model"}, "output_dir": "runs/x"}
+
+
+def parse(**sections):
+    return ATPConfig.parse(MINIMAL | sections)
+
+
+def refused(**sections):
+    with pytest.raises(InputError) as caught:
+        parse(**sections)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL | {"decisions": {"target_keep": 0.5}}), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "nearest"),
+    [
+        ({"decisions": {"target_kep": 0.5}}, "decisions.target_kep", "target_keep"),
+        ({"training": {"sarch": 5}}, "training.sarch", "search"),
+        ({"lora": {"rank": 8, "drop_out": 0.1}}, "lora.rank", None),
+        ({"evaluations": {}}, "evaluations", "evaluation"),
+        ({"model": {"path": "x", "gguf": "y"}}, "model.gguf", "gguf_file"),
+    ],
+)
+def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest):
+    message = refused(**sections)
+    assert message.startswith(f"unknown config key '{key}': did you mean '")
+    assert nearest is None or message.endswith(f"'{nearest}'?")
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"training": {"search": "many"}}, "config key 'training.search' is 'many': input should be a valid integer"),
+        ({"training": {"search": 1.5}}, "config key 'training.search' is 1.5: input should be a valid integer"),
+        ({"decisions": {"space": "heads"}}, "config key 'decisions.space' is 'heads': input should be 'head_dim' or"),
+        ({"lora": 8}, "config key 'lora' is 8: input should be a valid dictionary"),
+        ({"data": {"length": 8}}, "config key 'data.length' is 8: input should be greater than or equal to 16"),
+        ({"training": {"gradient_checkpointing": "maybe"}}, "config key 'training.gradient_checkpointing' is 'maybe'"),
+        ({"decisions": {"multiples": {"mlp": "x"}}}, "config key 'decisions.multiples.mlp' is 'x': input should be a"),
+        ({"preset": "fast"}, "config key 'preset' is 'fast': input should be 'quick' or 'paper'"),
+    ],
+)
+def test_wrong_values_name_path_and_expectation(sections, expected):
+    assert refused(**sections).startswith(expected)
+
+
+@pytest.mark.parametrize("target", [0, 1, -0.1, 1.2, 60, float("nan")])
+def test_target_lies_inside_zero_and_one(target):
+    assert refused(decisions={"target_keep": target}).startswith(f"config key 'decisions.target_keep' is {target!r}: ")
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(InputError, match="config key 'model' is missing: add it to the YAML file or as model=VALUE"):
+        ATPConfig.parse({"output_dir": "x"})
+    assert "config key 'model.path' is missing" in refused(model={})
+
+
+def test_values_are_checked_on_assignment_too():
+    config = parse()
+    with pytest.raises(ValueError):
+        config.decisions.target_keep = 2.0
+
+
+def test_file_and_overrides(path):
+    config = ATPConfig.load(
+        path,
+        ["decisions.target_keep=0.7", "training.lr=1e-3", "data.labels=[a, b]", "output_dir=runs/a=b",
+         "decisions.multiples.mlp=64", "lora.dropout=0", "data.train=null"],
+    )  # fmt: skip
+    assert config.decisions.target_keep == 0.7 and config.training.lr == 1e-3 and config.lora.dropout == 0.0
+    assert config.output_dir == "runs/a=b" and config.data.train is None
+    assert config.decisions.multiples == {"mlp": 64} and config.data.labels == ("a", "b")
+    assert ATPConfig.load(path).decisions.target_keep == 0.5
+
+
+def test_parse_leaves_its_argument_alone():
+    values = {"model": {"path": "m"}, "output_dir": "x"}
+    ATPConfig.parse(values, ["model.path=n", "lora.r=4"])
+    assert values == {"model": {"path": "m"}, "output_dir": "x"}
+
+
+@pytest.mark.parametrize("override", ["decisions.target_keep", "=3", "--flag"])
+def test_malformed_overrides_are_refused(path, override):
+    with pytest.raises(InputError, match=f"override '{override}' is not of the form key.path=value"):
+        ATPConfig.load(path, [override])
+
+
+def test_override_below_a_value_is_refused(path):
+    with pytest.raises(InputError, match="'output_dir' is not a section of the config"):
+        ATPConfig.load(path, ["output_dir.name=3"])
+
+
+def test_unknown_override_is_refused(path):
+    with pytest.raises(InputError, match=r"unknown config key 'training.serch': did you mean 'search'\?"):
+        ATPConfig.load(path, ["training.serch=3"])
+
+
+@pytest.mark.xfail(strict=True, reason="YAML 1.1 reads a bare yes and no as booleans")
+def test_yes_and_no_are_labels_not_booleans(path):
+    assert ATPConfig.load(path, ["data.labels=[yes, no, maybe]"]).data.labels == ("yes", "no", "maybe")
+
+
+@pytest.mark.xfail(strict=True, reason="a value that is not YAML is not yet turned into an InputError")
+def test_override_that_is_no_yaml_is_refused(path):
+    with pytest.raises(InputError, match="data.labels"):
+        ATPConfig.load(path, ["data.labels=[yes"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: [unclosed", "is not valid YAML"),
+        (b"", "holds no mapping"),
+        (b"- a\n- b\n", "holds no mapping"),
+        (b"just text", "holds no mapping"),
+        pytest.param(b"output_dir: caf\xe9\n", "is not valid YAML|not UTF-8", marks=pytest.mark.xfail(strict=True)),
+        pytest.param(b"preset: [paper]\n", "config key 'preset' is", marks=pytest.mark.xfail(strict=True)),
+    ],
+)
+def test_bad_files_are_refused_in_a_sentence(tmp_path, content, message):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        ATPConfig.load(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "."])
+def test_missing_file_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="does not exist: give the path of a YAML file"):
+        ATPConfig.load(tmp_path / name)
+
+
+def test_paper_preset_holds_the_recorded_values():
+    """1-method.md sections 2 to 5."""
+    config = parse(preset="paper")
+    decisions, training, lora = config.decisions, config.training, config.lora
+    assert (decisions.space, decisions.generator, decisions.init) == ("head_dim", "transformer", "paper")
+    assert (decisions.budget, decisions.alpha, decisions.offset, decisions.temperature) == ("penalty", 5.0, 3.0, 0.4)
+    assert (decisions.lr, decisions.clip, decisions.every, decisions.batch_size) == (1e-3, 3.0, 1, 20)
+    assert (lora.r, lora.alpha / lora.r, lora.dropout) == (8, 1.0, 0.1)
+    assert (training.lr, training.clip, training.beta, training.batch_size) == (1e-4, 1.0, 0.3, 20)
+    assert 100 <= training.settle_beta <= 1000
+    assert training.search == 750 and training.total == 2 * 750
+    assert (training.schedule, training.warmup) == ("constant", 0)
+
+
+def test_own_values_win_over_the_preset(path):
+    config = ATPConfig.load(path, ["preset=paper", "training.search=10", "decisions.lr=0.5"])
+    assert config.training.search == 10 and config.decisions.lr == 0.5 and config.decisions.target_keep == 0.5
+    assert config.decisions.budget == "penalty" and config.training.batch_size == 20
+
+
+def test_dump_reads_back_as_the_same_config(tmp_path):
+    config = parse(preset="paper", data={"labels": ["yes", "no"]}, decisions={"multiples": {"mlp": 8}})
+    file = tmp_path / "dumped.yaml"
+    file.write_text(config.dump(), encoding="utf-8")
+    assert ATPConfig.load(file) == config
+
+
+def test_changed_config_is_refused_with_its_differences():
+    started = parse()
+    started.refuse_change_of(started.model_dump(mode="json"))
+    with pytest.raises(InputError, match=r"\(seed: 0 -> 1; lora\.r: 8 -> 4\): restore it or start a new run"):
+        parse(seed=1, lora={"r": 4}).refuse_change_of(started.model_dump(mode="json"))

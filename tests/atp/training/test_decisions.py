@@ -1,0 +1,170 @@
+"""The decision step: schedule, budgets, freeze and the generator's loss."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from atp.config import DecisionsConfig
+from atp.masks.budget import Budget
+from atp.masks.space import MaskSpace
+from atp.training.decisions import DecisionMaker
+
+SPACE = MaskSpace.from_config(
+    LlamaConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16,
+    )
+)  # fmt: skip
+BUDGET = Budget(SPACE)
+STEPS = 20
+
+
+def maker(prior=None, seed=0, **config):
+    return DecisionMaker(SPACE, DecisionsConfig(**config), search_steps=STEPS, prior=prior, seed=seed)
+
+
+def prior():
+    return torch.randn(SPACE.size, generator=torch.Generator().manual_seed(9))
+
+
+def test_exact_target_falls_on_a_cubic_and_stays():
+    decisions = maker(target_keep=0.6, reach=0.5)
+    assert decisions.target_at(0) == 1.0
+    for step in range(11):
+        assert decisions.target_at(step) == pytest.approx(0.6 + 0.4 * (1 - step / 10) ** 3)
+    assert decisions.target_at(10) == decisions.target_at(STEPS) == 0.6
+    targets = [decisions.target_at(step) for step in range(STEPS)]
+    assert targets == sorted(targets, reverse=True)
+
+
+def test_reach_zero_and_penalty_ask_for_the_target_at_once():
+    assert maker(target_keep=0.7, reach=0.0).target_at(1) == 0.7
+    assert maker(target_keep=0.7, budget="penalty").target_at(0) == 0.7
+
+
+@pytest.mark.parametrize("step", [0, 2, 7, 15])
+def test_refresh_meets_the_exact_budget_from_below(step):
+    decisions = maker(prior(), target_keep=0.5)
+    mask = decisions.refresh(step)
+    assert mask is decisions.mask and mask.dtype == torch.bool
+    target = decisions.target_at(step + 1)
+    assert target - 0.005 < BUDGET.share(mask) <= target
+    assert torch.equal(decisions.refresh(step), mask), "the mask that LoRA sees is free of noise"
+    assert decisions.changed == 0.0
+
+
+def test_changed_is_the_share_of_decisions_that_flipped():
+    decisions = maker(prior(), target_keep=0.5)
+    before = decisions.mask
+    mask = decisions.refresh(15)
+    flipped = sum(a != b for a, b in zip(before.tolist(), mask.tolist(), strict=True))
+    assert flipped > 0 and decisions.changed == pytest.approx(flipped / SPACE.size, rel=1e-6)
+
+
+@pytest.mark.parametrize("budget", ["exact", "penalty"])
+@pytest.mark.parametrize("target", [0.4, 0.8])
+def test_freeze_fits_target_and_width_rules(budget, target):
+    decisions = maker(prior(), target_keep=target, budget=budget, multiples={"mlp": 8})
+    decisions.refresh(3)
+    mask = decisions.freeze()
+    assert decisions.frozen and mask is decisions.mask
+    assert abs(BUDGET.share(mask) - target) < 0.002
+    assert all(count % 8 == 0 and count > 0 for count in SPACE.describe(mask)["mlp"])
+
+
+def test_penalty_loss_is_alpha_times_the_log_ratio_of_the_hard_mask():
+    """Under a very large offset the hard mask keeps all, so p = 1."""
+    decisions = maker(target_keep=0.6, budget="penalty", alpha=5.0, offset=1e3)
+    outcome = decisions.update(0, lambda soft: soft.sum() * 0 + 2.5)
+    assert outcome.applied and outcome.loss == 2.5
+    assert outcome.budget_loss == pytest.approx(5 * math.log(1 / 0.6), rel=1e-6)
+
+
+def test_penalty_loss_of_a_sampled_mask():
+    """The soft mask handed to the loss tells which decisions the sample keeps; the share follows by counting."""
+    seen = []
+    decisions = maker(prior(), target_keep=0.3, budget="penalty", alpha=2.0, offset=0.0)
+
+    def loss_of(soft):
+        seen.append(soft.detach())
+        return soft.mean()
+
+    outcome = decisions.update(0, loss_of)
+    kept = seen[0] >= 0.5
+    for structure in SPACE.structures:
+        assert kept[structure.span].any(), "otherwise keep_one would have to be counted too"
+    assert 0.3 < BUDGET.share(kept) < 1
+    assert outcome.budget_loss == pytest.approx(2 * math.log(BUDGET.share(kept) / 0.3), rel=1e-5)
+
+
+def test_soft_mask_of_the_exact_form_centres_on_the_budget():
+    seen = []
+    decisions = maker(prior(), target_keep=0.5, noise=0.0)
+
+    def loss_of(soft):
+        seen.append(soft.detach())
+        return soft.mean()
+
+    outcome = decisions.update(15, loss_of)
+    assert outcome.budget_loss == 0.0
+    assert abs(BUDGET.share(seen[0] >= 0.5) - 0.5) < 0.01
+    assert seen[0].dtype == torch.float32 and 0 < seen[0].min() and seen[0].max() <= 1
+
+
+@pytest.mark.parametrize("budget", ["exact", "penalty"])
+def test_update_lowers_what_the_loss_punishes(budget):
+    """A loss that wants decision 0 gone and decision 1 kept moves their logits apart."""
+    decisions = maker(target_keep=0.6, budget=budget, lr=1e-2, alpha=0.0, offset=0.0)
+
+    def gap():
+        logits = decisions.generator.eval()().detach()
+        return float(logits[0] - logits[1])
+
+    before = gap()
+    for step in range(10):
+        decisions.update(step, lambda soft: soft[0] - soft[1])
+    assert gap() < before - 0.1
+
+
+def test_late_search_learns_at_a_fifth():
+    decisions = maker(lr=1e-2)
+    rates = []
+    for step in (0, 15, 16, 19):
+        decisions.update(step, lambda soft: soft.mean())
+        rates.append(decisions.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-2, 1e-2, 2e-3, 2e-3])
+
+
+def test_non_finite_gradients_are_not_applied():
+    decisions = maker()
+    before = {n: p.detach().clone() for n, p in decisions.generator.named_parameters()}
+    outcome = decisions.update(0, lambda soft: soft.sum() * float("nan"))
+    assert not outcome.applied
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in decisions.generator.named_parameters())
+    assert decisions.update(1, lambda soft: soft.sum()).applied
+
+
+def test_gradient_is_clipped():
+    """AdamW's first moment after one step is 0.1 times the clipped gradient."""
+    decisions = maker(clip=0.5)
+    decisions.update(0, lambda soft: 1e4 * soft.sum())
+    squares = sum(float(s["exp_avg"].square().sum()) for s in decisions.optimizer.state.values())
+    assert math.sqrt(squares) == pytest.approx(0.1 * 0.5, rel=1e-3)
+
+
+def test_noise_is_its_own_seeded_stream():
+    masks = []
+    for seed in (1, 1, 2):
+        decisions = maker(budget="penalty", offset=0.0, seed=seed)
+        torch.manual_seed(0)
+        masks.append(decisions.refresh(0))
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+def test_penalty_draws_a_new_mask_each_time():
+    decisions = maker(budget="penalty", offset=0.0)
+    first = decisions.refresh(0).clone()
+    assert not torch.equal(decisions.refresh(1), first)
+    assert torch.equal(decisions.freeze(), decisions.freeze())

@@ -1,0 +1,121 @@
+"""The layers of the house: imports run downwards only, files stay short, nothing is pickled."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("atp_kernels", "atp")
+# From top to bottom. A module belongs to the longest name here that it starts with, and may import from its own layer
+# and those below. Entries of one line are one layer.
+LAYERS = (
+    ("atp.cli",),
+    ("atp.run", "atp.demo", "atp.scoring"),
+    ("atp.training", "atp.baselines", "atp.export", "atp.report", "atp.plan"),
+    ("atp.loading",),
+    ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
+    ("atp.models",),
+    ("atp.config",),
+    ("atp.masks",),
+    ("atp.errors", "atp.environment"),
+    ("atp_kernels",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# `import atp` registers the model class, so that a cut model loads; that is all the package itself may reach for.
+ROOT_MAY_IMPORT = {"atp.models", "atp_kernels"}
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def layer(module):
+    """The name in LAYERS that a module belongs to."""
+    parts = module.split(".")
+    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((name for name in names if name in RANK), None)
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported(path, *, everywhere=True):
+    """Names of the modules a file imports, also inside functions if `everywhere`, without those for type checkers."""
+    found, stack = set(), list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while stack:
+        node = stack.pop()
+        if is_type_checking(node) or (not everywhere and isinstance(node, ast.FunctionDef)):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layer"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in SOURCES else node.module for name in names}
+        stack.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def ours(path, **options):
+    return {name for name in imported(path, **options) if name.split(".")[0] in PACKAGES}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_run_downwards(module):
+    for target in ours(SOURCES[module]):
+        assert target in SOURCES, f"{module} imports {target}, which does not exist"
+        if module == "atp":
+            assert layer(target) in ROOT_MAY_IMPORT, f"atp itself imports {target}"
+            continue
+        assert target != "atp", f"{module} imports the package instead of a module of it"
+        assert layer(module) and layer(target), f"{module} or {target} has no place in LAYERS"
+        assert RANK[layer(target)] >= RANK[layer(module)], f"{module} imports {target}, which lies above it"
+
+
+def test_no_import_cycles():
+    """Python runs the packages above a module first, so importing a module counts as importing those too."""
+    graph = {name: ours(path, everywhere=False) & SOURCES.keys() for name, path in SOURCES.items()}
+    done = set()
+
+    def visit(name, trail):
+        assert name not in trail, "import cycle: " + " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_kernels_know_no_model_and_no_method():
+    for module, path in SOURCES.items():
+        if module.split(".")[0] == "atp_kernels":
+            roots = {name.split(".")[0] for name in imported(path)}
+            assert not roots & {"transformers", "peft", "accelerate", "datasets", "atp"}, module
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "csrc"])
+def test_no_file_is_longer_than_400_lines(folder):
+    files = [p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".cpp", ".cu", ".cuh", ".h", ".hpp"}]
+    assert files
+    lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
+FORBIDDEN = {
+    "pickled files": r"torch\.(save|load)\(|\bimport (pickle|cloudpickle|joblib|dill)\b|\bfrom pickle\b",
+    "code from a model repository": r"trust_remote_code\s*=\s*True",
+    "unsafe serialization": r"safe_serialization\s*=\s*False|weights_only\s*=\s*False",
+    "running text": r"(?<![\w.])(eval|exec)\(",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_nothing_unsafe(what):
+    found = [name for name, path in SOURCES.items() if re.search(FORBIDDEN[what], path.read_text(encoding="utf-8"))]
+    assert found == []
