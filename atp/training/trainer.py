@@ -171,7 +171,7 @@ class ATPTrainer(Trainer):
         mask = self.decisions.mask
         tokens = self._certificate_tokens()
         self.certificate["removed_lora_norm"] = self.groups.largest_removed_norm(mask)
-        with self.controller.masks(mask, "hard"):
+        with self.controller.masks(mask.to(self.args.device), "hard"):
             reference = reference_logits(self.model, tokens)
         state = self._checkpoint()
         self._become_cut()
@@ -208,7 +208,7 @@ class ATPTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         if self._decided != step:
             self._decide(step, phase)
-        with self.controller.masks(self.decisions.mask, "hard"):
+        with self.controller.masks(self.decisions.mask.to(self.args.device), "hard"):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _decide(self, step: int, phase: str) -> None:

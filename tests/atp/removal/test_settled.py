@@ -1,4 +1,4 @@
-"""After settle, cutting changes nothing: hard masks on the base path, removed LoRA groups at zero, and the cut agree."""
+"""After settle cutting changes nothing: hard masks with removed LoRA groups at zero equal the cut model."""
 
 import pytest
 import torch
