@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +17,7 @@ from atp.masks.space import SpaceName
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -62,7 +63,9 @@ class DecisionsConfig(_Section):
     reach: float = Field(0.4, ge=0, le=1, description="share of the search after which the exact budget is at target")
     saliency_windows: int = Field(32, ge=1, description="calibration windows behind init: saliency")
     saliency_scale: float = Field(1.0, gt=0, description="standard deviation of the warm-started logits")
-    multiples: dict[str, int] = Field(default_factory=dict, description="width rules: structure name -> multiple")
+    multiples: dict[Literal["qk", "vo", "kv_group", "mlp"], Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="width rules: structure name -> multiple"
+    )
 
 
 class LoraSection(_Section):
@@ -129,10 +132,7 @@ class ATPConfig(_Section):
         path = Path(path)
         if not path.is_file():
             raise InputError(f"config file {path} does not exist: give the path of a YAML file")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = _read_yaml(path.read_bytes(), str(path))
         if not isinstance(values, dict):
             raise InputError(f"{path} holds no mapping: it needs at least the keys model and output_dir")
         return cls.parse(values, overrides)
@@ -145,7 +145,8 @@ class ATPConfig(_Section):
             _apply(values, override)
         try:
             preset = values.get("preset", "quick")
-            return cls.model_validate(_merge(_PRESETS.get(preset, {}), values))
+            defaults = _PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+            return cls.model_validate(_merge(defaults, values))
         except ValidationError as error:
             raise InputError(_explain(error)) from None
 
@@ -179,6 +180,28 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which only true and false are booleans: `labels: [yes, no]` means these words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
+
+
+def _read_yaml(source: str | bytes, where: str) -> Any:
+    try:
+        loader = _Loader(source)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
@@ -196,7 +219,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise InputError(f"override '{override}': '{parent}' is not a section of the config")
-    values[last] = yaml.safe_load(text)
+    values[last] = _read_yaml(text, f"override '{override}'")
 
 
 def _explain(error: ValidationError) -> str:

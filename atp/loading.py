@@ -54,6 +54,13 @@ def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
     return load_any_model(config)
 
 
+def check_length(model: nn.Module, length: int) -> None:
+    """Refuses windows longer than the positions that the model was trained for."""
+    limit = model.config.max_position_embeddings
+    if length > limit:
+        raise InputError(f"data.length is {length} and the model reaches {limit} positions: lower data.length")
+
+
 def load_any_model(config: ModelConfig) -> nn.Module:
     """A causal LM of any family, in the dtype of the config. Raises `InputError` when there is none."""
     source = _gguf(config)

@@ -21,7 +21,7 @@ from atp.environment import versions
 from atp.errors import Interrupted, NotReached
 from atp.evaluation import evaluate_model, model_size, throughput
 from atp.export.hf import write_json
-from atp.loading import RunData, check_output_dir, load_data, load_model, load_tokenizer
+from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
 from atp.masks.budget import Budget
 from atp.masks.space import MaskSpace
 from atp.report import write_report
@@ -61,6 +61,7 @@ class Run:
         data = load_data(config, tokenizer)
         self.say(data.splits.description)
         model = load_model(config.model, config.decisions.space)
+        check_length(model, config.data.length)
         self.folder.mkdir(parents=True, exist_ok=True)
         started_under.write_text(config.dump(), encoding="utf-8")
         self._score("original", model, tokenizer, data)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from atp.masks.space import MaskSpace
+from atp.rng import seeded
 from atp_kernels import masked_lora_linear
 
 ADAPTER = "default"
@@ -68,8 +68,7 @@ def add_lora(model: nn.Module, space: MaskSpace, *, r: int, alpha: float, dropou
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({nn.Linear: MaskedLoraLinear})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return get_peft_model(model, config)
 
 

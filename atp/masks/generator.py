@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.masks.space import MaskSpace
+from atp.rng import seeded
 
 GeneratorKind = Literal["transformer", "gru"]
 
@@ -33,8 +34,7 @@ class DecisionGenerator(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             code = nn.init.orthogonal_(torch.empty(space.num_layers, width))
             self.encoder = _encoder(kind, width, dropout)
             self.norm = nn.LayerNorm(width)

@@ -50,14 +50,15 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     # safetensors refuses shared or strided storage; clones are small (adapter, moments, generator).
     save_file({n: t.detach().cpu().contiguous().clone() for n, t in checkpoint.tensors.items()}, temporary / _TENSORS)
     (temporary / _TRAINER).write_text(checkpoint.trainer_state, encoding="utf-8")
-    meta = {"step": checkpoint.step, "sha256": _digest(temporary / _TENSORS), "values": checkpoint.meta}
+    digests = {name: _digest(temporary / name) for name in (_TENSORS, _TRAINER)}
+    meta = {"step": checkpoint.step, "sha256": digests, "values": checkpoint.meta}
     (temporary / _META).write_text(json.dumps(meta), encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
         _flush(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     _write_pointer(root, final.name)
-    _prune(root, keep)
+    _prune(root, final, keep)
     return final
 
 
@@ -112,7 +113,10 @@ def _problem(folder: Path) -> str | None:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     except json.JSONDecodeError:
         return f"{_META} is not JSON"
-    return None if meta.get("sha256") == _digest(folder / _TENSORS) else f"{_TENSORS} does not match its checksum"
+    if not isinstance(meta.get("sha256"), dict):
+        return f"{_META} has no checksums"
+    torn = [name for name in (_TENSORS, _TRAINER) if meta["sha256"].get(name) != _digest(folder / name)]
+    return f"{torn[0]} does not match its checksum" if torn else None
 
 
 def _flush(path: Path) -> None:
@@ -131,7 +135,10 @@ def _write_pointer(root: Path, name: str) -> None:
     _flush(root)
 
 
-def _prune(root: Path, keep: int) -> None:
-    folders = sorted(p for p in root.glob(f"{_PREFIX}*") if p.is_dir())
+def _prune(root: Path, newest: Path, keep: int) -> None:
+    """Removes what a crash left half-written and all but `keep` checkpoints, never the one just written."""
+    for leftover in root.glob(".writing-*"):
+        shutil.rmtree(leftover)
+    folders = sorted((p for p in root.glob(f"{_PREFIX}*") if p.is_dir()), key=lambda p: (p == newest, p.name))
     for folder in folders[:-keep]:
         shutil.rmtree(folder)

@@ -23,7 +23,7 @@ from atp.config import ATPConfig
 from atp.errors import InputError, Interrupted
 from atp.export.card import model_card
 from atp.export.hf import export_model, save_decisions, write_json
-from atp.loading import load_data, load_model, load_tokenizer
+from atp.loading import check_length, load_data, load_model, load_tokenizer
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import MaskController, add_lora
 from atp.masks.space import MaskSpace
@@ -94,6 +94,7 @@ class ATPTrainer(Trainer):
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer)
         model = load_model(config.model, config.decisions.space)
+        check_length(model, config.data.length)
         return cls(config, model, data.train, data.calibration, tokenizer=tokenizer, callbacks=callbacks)
 
     # The run, phase by phase

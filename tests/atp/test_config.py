@@ -112,12 +112,10 @@ def test_unknown_override_is_refused(path):
         ATPConfig.load(path, ["training.serch=3"])
 
 
-@pytest.mark.xfail(strict=True, reason="YAML 1.1 reads a bare yes and no as booleans")
 def test_yes_and_no_are_labels_not_booleans(path):
     assert ATPConfig.load(path, ["data.labels=[yes, no, maybe]"]).data.labels == ("yes", "no", "maybe")
 
 
-@pytest.mark.xfail(strict=True, reason="a value that is not YAML is not yet turned into an InputError")
 def test_override_that_is_no_yaml_is_refused(path):
     with pytest.raises(InputError, match="data.labels"):
         ATPConfig.load(path, ["data.labels=[yes"])
@@ -130,8 +128,8 @@ def test_override_that_is_no_yaml_is_refused(path):
         (b"", "holds no mapping"),
         (b"- a\n- b\n", "holds no mapping"),
         (b"just text", "holds no mapping"),
-        pytest.param(b"output_dir: caf\xe9\n", "is not valid YAML|not UTF-8", marks=pytest.mark.xfail(strict=True)),
-        pytest.param(b"preset: [paper]\n", "config key 'preset' is", marks=pytest.mark.xfail(strict=True)),
+        (b"output_dir: caf\xe9\n", "is not valid YAML|not UTF-8"),
+        (b"model: {path: x}\noutput_dir: y\npreset: [paper]\n", "config key 'preset' is"),
     ],
 )
 def test_bad_files_are_refused_in_a_sentence(tmp_path, content, message):
@@ -180,3 +178,12 @@ def test_changed_config_is_refused_with_its_differences():
     started.refuse_change_of(started.model_dump(mode="json"))
     with pytest.raises(InputError, match=r"\(seed: 0 -> 1; lora\.r: 8 -> 4\): restore it or start a new run"):
         parse(seed=1, lora={"r": 4}).refuse_change_of(started.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("multiples", [{"mlp": 0}, {"mlp": -8}, {"mlps": 8}])
+def test_width_rules_name_a_structure_and_a_positive_multiple(multiples):
+    assert "decisions.multiples" in refused(decisions={"multiples": multiples})
+
+
+def test_infinite_learning_rate_is_refused():
+    assert "training.lr" in refused(training={"lr": float("inf")})

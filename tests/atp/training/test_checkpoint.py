@@ -144,7 +144,6 @@ def test_pointer_wins_over_a_higher_step(tmp_path):
     assert load(newest(tmp_path)).step == 7
 
 
-@pytest.mark.xfail(strict=True, reason="pruning keeps the highest step, torn or not, and removes what was just saved")
 def test_a_checkpoint_written_after_a_torn_one_outlives_pruning(tmp_path):
     """Resumed from step 8 because 10 was torn, the run must keep the 9 it writes, not the torn 10."""
     for step in (8, 10):
