@@ -321,8 +321,7 @@ class GroupLasso(torch.autograd.Function):
 
 
 def common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype that decides the backend: the widest of the factors."""
-    dtype = factors[0].dtype
-    for factor in factors[1:]:
-        dtype = torch.promote_types(dtype, factor.dtype)
-    return dtype
+    """The dtype that decides the backend: the one among the factors' that the fewest backends take."""
+    present = {factor.dtype for factor in factors}
+    rare_first = (torch.float64, torch.float16, torch.float32, torch.bfloat16)
+    return next((dtype for dtype in rare_first if dtype in present), factors[0].dtype)

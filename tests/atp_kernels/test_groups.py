@@ -150,3 +150,11 @@ def test_wrong_groups_are_one_clear_sentence():
         compact(torch.ones(3, 3), torch.tensor([True, False, True]))
     with pytest.raises(ValueError, match="pad_to is 0"):
         compact(torch.ones(3, 3), pad_to=0)
+
+
+def test_factors_of_mixed_dtypes_find_a_backend():
+    """Half and bfloat16 together: native takes no half, so the call must not go there."""
+    factors = [torch.full((2, 3), 2.0, dtype=torch.float16), torch.full((2, 3), 1.0, dtype=torch.bfloat16)]
+    groups = [(0, torch.tensor([0, 1])), (0, torch.tensor([0, 1]))]
+    value = group_lasso(factors, groups, torch.tensor([True, False]))
+    assert float(value) == pytest.approx((3 * 4 + 3 * 1) ** 0.5, rel=1e-6)
