@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from typing import Literal
 
 import torch
@@ -17,8 +18,12 @@ def autocast_dtype(precision: Literal["auto", "float32", "bfloat16"]) -> torch.d
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
+@cache
 def bfloat16_is_quicker() -> bool:
-    """True on a CUDA device with bfloat16; on a CPU, whether a bfloat16 matmul beats the float32 one by a fifth."""
+    """True on a CUDA device with bfloat16; on a CPU, whether a bfloat16 matmul beats the float32 one by a fifth.
+
+    Asked once a process, so that all parts of a run agree.
+    """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return _matmul_seconds(torch.bfloat16) < 0.8 * _matmul_seconds(torch.float32)

@@ -313,6 +313,7 @@ class ATPTrainer(Trainer):
             "certificate": self.certificate,
             "clock": self.clock.state(),
             "skipped": self.finite.skipped,
+            "precision": "float32" if self.autocast_dtype is None else "bfloat16",
             "scheduler": self.lr_scheduler.state_dict(),
         }
 
@@ -346,6 +347,7 @@ class ATPTrainer(Trainer):
         self.certificate = state.meta["certificate"]
         self.clock.load(state.meta["clock"])
         self.finite.skipped = state.meta["skipped"]
+        self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
         self.metrics.rewind(state.step)
         if "masked_vs_cut" in self.certificate:
             self._become_cut()
