@@ -86,3 +86,19 @@ def test_import_needs_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.stdout == "torch.Size([1, 2])\n", done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_triton_named_without_a_gpu_is_one_sentence():
+    code = (
+        "import torch, atp_kernels as k\n"
+        "print(k.available_backends()['triton'])\n"
+        "x, w, a, b = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)\n"
+        "try: k.masked_lora_linear(x, w, a, b, scaling=1.0)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"ATP_KERNELS_BACKEND": "triton"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
+    listed, error = done.stdout.splitlines()
+    assert "no CUDA device" in listed and "no CUDA device" in error, done.stderr
+    assert "ATP_KERNELS_BACKEND='triton' cannot take masked_lora_linear" in error

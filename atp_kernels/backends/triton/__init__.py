@@ -2,6 +2,8 @@
 
 from importlib.util import find_spec
 
+import torch
+
 AVAILABLE = find_spec("triton") is not None
 REASON = None if AVAILABLE else "the triton package is not installed; run pip install triton"
 INTERPRETED = False
@@ -12,5 +14,9 @@ if AVAILABLE:
         masked_lora_linear_backward,
         masked_lora_linear_forward,
     )
+
+    if not INTERPRETED and not torch.cuda.is_available():
+        AVAILABLE = False
+        REASON = "there is no CUDA device; TRITON_INTERPRET=1, set before the start, emulates one on a CPU"
 
 __all__ = ["AVAILABLE", "INTERPRETED", "REASON", "masked_lora_linear_backward", "masked_lora_linear_forward"]
