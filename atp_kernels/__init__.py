@@ -9,13 +9,16 @@ from atp_kernels.functional import (
     masked_lora_linear,
     masked_lora_linear_with_norms,
 )
+from atp_kernels.kept import KeptSlice, kept_lora_linear
 
 __all__ = [
+    "KeptSlice",
     "available_backends",
     "compact",
     "explain",
     "group_lasso",
     "group_prox_",
+    "kept_lora_linear",
     "masked_lora_linear",
     "masked_lora_linear_with_norms",
 ]

@@ -1,9 +1,11 @@
 """Compile every Triton kernel for GPU generations that are not here, and read what the compiler made of it.
 
-    python -m atp_kernels.offline --arch 80 --arch 90 --gate
+    python -m atp_kernels.offline --gate          bfloat16, the smallest and the widest common rank, every generation
+    python -m atp_kernels.offline --gate --all    every dtype and rank
 
 Registers, stack and local memory come from the cuobjdump in the triton wheel, tensor-core and memory instructions from
-the PTX. No GPU and no driver is needed. With `--gate` the exit status is 1 when a limit of `problems` is broken.
+the PTX: wgmma on Hopper (90), tcgen05 on data-centre Blackwell (100), mma.sync on Ampere (80) and consumer Blackwell
+(120). No GPU and no driver is needed. With `--gate` the exit status is 1 when a limit of `problems` is broken.
 """
 
 import argparse
@@ -27,6 +29,10 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SPILL_LIMIT = 64
 """Bytes of stack or local memory that count as no spill: a few addresses, never a tile."""
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+
+ARCHS = tuple(SHARED_LIMIT)
+QUICK_RANKS = (8, 64)
+ALL_RANKS = (8, 16, 32, 64)
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SIZE = 4096
@@ -64,15 +70,17 @@ class Usage:
 
 def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
     """Every kernel in the variants that a training step launches, with the tiles its table gives."""
-    for name, m, n, absent in (
-        ("gemm fwd split", _SIZE, _SIZE, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd narrow", _SIZE, 128, "sum_ptr other_ptr dot_ptr"),
-        ("gemm dx", _SIZE, _SIZE, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm fwd decode", 16, _SIZE, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+    for name, m, n, mask_lora, absent in (
+        ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+        ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+        ("gemm fwd narrow", _SIZE, 128, False, "sum_ptr other_ptr dot_ptr"),
+        ("gemm fwd decode", 16, _SIZE, False, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
     ):
         config = tiles.gemm_config(m, n, rank, dtype)
         constants = {
-            "MASK_LORA": False, "ONE_PASS": config.one_pass, "EVEN_K": True, "BLOCK_M": config.block_m,
+            "MASK_LORA": mask_lora, "ONE_PASS": config.one_pass, "EVEN_K": True, "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
         }  # fmt: skip
         wide_tile = dtype != torch.float32 and config.block_m >= 64
@@ -99,7 +107,7 @@ def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop
     # A contiguous operand has stride 1 on its last axis; the JIT makes that a constant, and so does this.
     every |= {"stride_xk": 1, "stride_wk": 1, "stride_ak": 1, "stride_br": 1, "stride_lk": 1, "stride_on": 1}
     every |= {"stride_gc": 1, "stride_zc": 1, "stride_or": 1}
-    if name == "gemm dx":
+    if name.startswith("gemm dx"):
         # weight.t() and lora_a.t(): contiguous along the output, not along the reduced side.
         every |= {"stride_wn": 1, "stride_bn": 1}
         del every["stride_wk"], every["stride_br"]
@@ -177,20 +185,22 @@ def problems(case: Case, arch: int, usage: Usage) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; return 1 when `--gate` is given and a limit is broken, else 0."""
     parser = argparse.ArgumentParser(prog="python -m atp_kernels.offline", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: 80 and 90")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all four")
     parser.add_argument("--rank", type=int, action="append", help="LoRA rank; default: 8 and 64")
-    parser.add_argument("--dtype", action="append", choices=sorted(_TYPES.values()), help="default: all three")
+    parser.add_argument("--all", action="store_true", help="default to every dtype and every rank of 8, 16, 32, 64")
+    parser.add_argument("--dtype", action="append", choices=sorted(_TYPES.values()), help="default: bf16")
     parser.add_argument("--gate", action="store_true", help="fail when a limit is broken")
     options = parser.parse_args(arguments)
     if not isinstance(kernels.masked_lora_gemm_kernel, triton.runtime.JITFunction):
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
-    dtypes = [dtype for dtype, name in _TYPES.items() if not options.dtype or name in options.dtype]
+    names = options.dtype or (list(_TYPES.values()) if options.all else ["bf16"])
+    ranks = options.rank or (ALL_RANKS if options.all else QUICK_RANKS)
     broken = 0
     print(f"{'kernel':18} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
-    for dtype in dtypes:
-        for rank in options.rank or (8, 64):
+    for dtype in (dtype for dtype, name in _TYPES.items() if name in names):
+        for rank in ranks:
             for case in cases(dtype, rank):
-                for arch in options.arch or (80, 90):
+                for arch in options.arch or ARCHS:
                     usage = compile_case(case, arch)
                     verdict = problems(case, arch, usage)
                     broken += bool(verdict)

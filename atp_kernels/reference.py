@@ -69,7 +69,8 @@ def group_prox_(factors: Sequence[Tensor], groups: Groups, removed: Tensor, thre
     """group <- group * max(0, 1 - threshold / ||group||) in place, for removed groups; exact zeros at the bottom."""
     with torch.no_grad():
         norms = group_squares(factors, groups, removed.numel()).sqrt()
-        shrunk = torch.where(norms > threshold, 1 - threshold / norms, 0)
+        # Asked this way round a NaN norm stays visible as NaN instead of becoming a clean zero.
+        shrunk = torch.where(norms <= threshold, 0, 1 - threshold / norms)
         scale = torch.where(removed, shrunk, 1)
         for factor, (axis, index) in zip(factors, groups, strict=True):
             by_group = scale[index].unsqueeze(1 - axis)

@@ -149,20 +149,60 @@ def test_extension_uses_only_the_stable_abi_of_torch():
     assert not [s for s in symbols if re.match(r"_ZNK?(2at|3c10|5torch)", s)]
 
 
+CUDA_ARCHS = ("80", "90a", "100a", "120a")
+
+
+def compile_cuda(source, target, *options):
+    """Compile for every generation that this nvcc knows: (architectures, what it said about each kernel)."""
+    from torch.utils.cpp_extension import include_paths
+
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch.removesuffix('a')}" in known]
+    command = ["nvcc", "-c", str(source), "-o", str(target), "-std=c++17", "--threads=2", "--resource-usage"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", *options]
+    command += [f"-I{path}" for path in include_paths()]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return archs, result.stderr
+
+
+def resource_usage(said):
+    """(kernel, architecture, bytes of spill stores and loads) of every kernel that nvcc reports."""
+    entry = r"entry function '(\w+)' for '(sm_\w+)'(?:(?!entry function)[\s\S])*?"
+    spills = r"(\d+) bytes spill stores, (\d+) bytes spill loads"
+    return [(name, arch, int(stores) + int(loads)) for name, arch, stores, loads in re.findall(entry + spills, said)]
+
+
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
-def test_cuda_source_compiles_for_every_architecture(name, tmp_path):
-    from torch.utils.cpp_extension import include_paths
-
-    archs = {"80": "sm_80", "90a": "sm_90a", "100a": "sm_100a"}
-    target = tmp_path / "object.o"
-    command = ["nvcc", "-c", str(ROOT / "csrc" / "cuda" / name), "-o", str(target), "-std=c++17", "--threads=2"]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-Xptxas=-v"]
-    command += [f"-I{path}" for path in include_paths()]
-    command += [f"-gencode=arch=compute_{number},code={code}" for number, code in archs.items()]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    spills = re.findall(r"(\d+) bytes spill", result.stderr)
-    assert spills and set(spills) == {"0"}
+def test_cuda_source_compiles_for_every_architecture_without_spills(name, tmp_path):
+    source, target = ROOT / "csrc" / "cuda" / name, tmp_path / "object.o"
+    archs, said = compile_cuda(source, target)
+    usage = resource_usage(said)
+    assert {"80", "90a"} <= set(archs) and {arch for _, arch, _ in usage} == {f"sm_{arch}" for arch in archs}
+    kernels = re.findall(r"__global__ void (\w+)\(", source.read_text(encoding="utf-8"))
+    assert kernels and all(any(kernel in mangled for mangled, _, _ in usage) for kernel in kernels)
+    assert [report for report in usage if report[2]] == []
     assert target.stat().st_size > 0
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_a_spill_is_seen(tmp_path):
+    """64 values that live across a barrier do not fit in 24 registers."""
+    source = tmp_path / "spill.cu"
+    source.write_text(
+        "__global__ void crowded(float* x) {\n"
+        "  float v[64];\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 64; ++i) v[i] = x[i * 256 + threadIdx.x];\n"
+        "  __syncthreads();\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 64; ++i) x[i * 256 + threadIdx.x] = v[63 - i];\n"
+        "}\n"
+    )
+    archs, said = compile_cuda(source, tmp_path / "object.o", "-maxrregcount=24")
+    usage = resource_usage(said)
+    assert len(usage) == len(archs) and all("crowded" in name and spilled > 0 for name, _, spilled in usage)

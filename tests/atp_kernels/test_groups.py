@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import compact, group_lasso, group_prox_, reference
+from atp_kernels import available_backends, compact, group_lasso, group_prox_, reference
 
 REFERENCE = {"backend": "reference"}
 
@@ -40,9 +40,10 @@ def by_hand(factors, groups, removed, eps):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_group_lasso_is_the_sum_of_joint_norms(dtype, eps):
     factors, groups, removed = problem(dtype)
-    value = group_lasso(factors, groups, removed, eps=eps)
-    assert value.dtype == dtype and value.shape == ()
-    assert value.item() == pytest.approx(by_hand(factors, groups, removed, eps), rel=4 * torch.finfo(dtype).eps)
+    for lasso in (group_lasso, reference.group_lasso):
+        value = lasso(factors, groups, removed, eps=eps)
+        assert value.dtype == dtype and value.shape == ()
+        assert value.item() == pytest.approx(by_hand(factors, groups, removed, eps), rel=4 * torch.finfo(dtype).eps)
 
 
 def test_group_lasso_gradient():
@@ -51,6 +52,14 @@ def test_group_lasso_gradient():
     group_lasso(factors, groups, removed).backward()
     kept = ~removed[groups[0][1]]
     assert (factors[0].grad[kept] == 0).all() and (factors[0].grad[~kept] != 0).all()
+
+
+def test_group_lasso_gradient_is_linear_in_the_upstream_gradient():
+    factors, groups, removed = problem()
+    plain = torch.autograd.grad(group_lasso(factors, groups, removed), factors)
+    scaled = torch.autograd.grad(-2.5 * group_lasso(factors, groups, removed), factors)
+    for grad, expected in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(grad, -2.5 * expected)
 
 
 def test_group_lasso_gradient_at_zero_is_zero():
@@ -158,3 +167,12 @@ def test_factors_of_mixed_dtypes_find_a_backend():
     groups = [(0, torch.tensor([0, 1])), (0, torch.tensor([0, 1]))]
     value = group_lasso(factors, groups, torch.tensor([True, False]))
     assert float(value) == pytest.approx((3 * 4 + 3 * 1) ** 0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("reference", "native") if available_backends()[name] is None])
+def test_prox_keeps_a_nan_visible(backend):
+    """A group that went wrong must not turn into a clean zero, whose cut the certificate would pass."""
+    factor = torch.tensor([[float("nan"), 1.0], [3.0, 4.0]])
+    group_prox_([factor], [(0, torch.tensor([0, 1]))], torch.tensor([True, True]), 2.5, backend=backend)
+    assert factor[0].isnan().any()
+    torch.testing.assert_close(factor[1], torch.tensor([1.5, 2.0]))

@@ -1,0 +1,95 @@
+"""docs/kernels says what the code does: a page for every operation, its tile tables and its FLOPs."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from linear_cases import Shape, operands
+from torch.utils.flop_counter import FlopCounterMode
+
+import atp_kernels
+from atp_kernels.backends.triton import tiles
+
+FOLDER = Path(__file__).parents[2] / "docs" / "kernels"
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md") if path.name != "README.md"}
+SECTIONS = ["Formula", "Saved for backward", "Gradients", "FLOPs", "Bytes", "Backends", "Tiles"]
+NOT_OPERATIONS = {"available_backends", "explain"}
+LINEAR = PAGES["masked_lora_linear.md"]
+
+
+def test_every_public_operation_has_a_page():
+    titles = " ".join(page.splitlines()[0] for page in PAGES.values())
+    assert set(re.findall(r"`(\w+)`", titles)) == set(atp_kernels.__all__) - NOT_OPERATIONS
+    index = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == set(PAGES)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_has_every_section(name):
+    assert re.findall(r"^## (.+)$", PAGES[name], re.MULTILINE) == SECTIONS
+
+
+def table_after(page, sentence):
+    """The body of the first table after a sentence, cell by cell; whole numbers as such."""
+    lines = page[page.index(sentence) :].split("\n\n")[1].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [[int(cell) if cell.isdigit() else cell for cell in row] for row in cells]
+
+
+def shape_of(config):
+    return [config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "dtype"),
+    [("GEMM tiles of 16-bit data", torch.bfloat16), ("GEMM tiles of float32", torch.float32)],
+)
+def test_tile_tables_are_those_of_the_code(sentence, dtype):
+    table = table_after(LINEAR, sentence)
+    previous = 0
+    for limit, *tile in table:
+        largest = 10**6 if limit == "any" else limit
+        for m in (previous + 1, largest):
+            assert shape_of(tiles.gemm_config(m, 4096, 8, dtype)) == tile
+        previous = largest
+    assert previous == 10**6
+
+
+def test_one_pass_tiles_are_those_of_the_code():
+    (half, *half_tile), (single, *single_tile) = table_after(LINEAR, "One-pass tiles")
+    assert (half, single) == ("16-bit", "float32")
+    for dtype, tile in ((torch.bfloat16, half_tile), (torch.float16, half_tile), (torch.float32, single_tile)):
+        config = tiles.gemm_config(4096, 2 * tile[1], 16, dtype)
+        assert config.one_pass and shape_of(config) == tile
+        assert not tiles.gemm_config(4096, 2 * tile[1] + 1, 16, dtype).one_pass
+    assert not tiles.gemm_config(4096, 64, 17, torch.float32).one_pass
+
+
+def evaluated(formula, sizes):
+    """A sum of products such as 2MNK + 4MKr."""
+    products = re.findall(r"(\d+)([MNKr]+)", formula)
+    assert " + ".join(number + letters for number, letters in products) == formula
+    return sum(int(number) * math.prod(sizes[letter] for letter in letters) for number, letters in products)
+
+
+def counting():
+    """torch's counter, taught the in-place product, which it leaves out."""
+    in_place = {torch.ops.aten.addmm_: lambda own, left, right, **_: 2 * left[0] * left[1] * right[1]}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
+
+
+@pytest.mark.parametrize("mask_lora", [False, True])
+def test_flops_are_those_that_the_reference_backend_spends(mask_lora):
+    forward, frozen, full = (row[1].strip("`") for row in table_after(LINEAR, "## FLOPs"))
+    sizes = {"M": 12, "N": 20, "K": 28, "r": 4}
+    for trained, backward in ((False, frozen), (True, full)):
+        tensors = operands(Shape(dropout=False, mask_lora=mask_lora), torch.float32)
+        tensors["weight"].requires_grad_(trained)
+        with counting() as counter:
+            y = atp_kernels.masked_lora_linear(**tensors, scaling=1.0, mask_lora=mask_lora, backend="reference")
+        assert counter.get_total_flops() == evaluated(forward, sizes)
+        with counting() as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == evaluated(backward, sizes)

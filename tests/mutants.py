@@ -1,0 +1,199 @@
+"""The table of `mutations.py`: lines that apply a mask, a scaling, a bias or a norm, and each of them broken.
+
+Every old text occurs exactly once in its file. A changed kernel line needs its entry changed too: `test_mutations.py`
+says which. The C++ and CUDA sources have no entries, since each mutant of them would take a rebuild.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One broken line: `old` becomes `new` in `file`, and the pytest selection `tests` must then fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def __str__(self) -> str:
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"{self.file}: {old} -> {new}"
+
+
+_LINEAR = "tests/atp_kernels/test_linear.py -k no_worse_than_unfused"
+_NORMS = "tests/atp_kernels/test_linear.py -k gradcheck"
+_GROUPS = "tests/atp_kernels/test_groups.py"
+_KEPT = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
+_TILED = "tests/atp_kernels/test_linear_triton.py -k 'every_combination and soft-soft'"
+_FENCED = "tests/atp_kernels/test_linear_triton.py -k nothing_is_read_outside"
+_SPLIT = "tests/atp_kernels/test_linear_triton.py -k tiles_of_the_table"
+
+_DEFINITION = "atp_kernels/reference.py"
+_REFERENCE = "atp_kernels/backends/reference.py"
+_SLICE = "atp_kernels/kept.py"
+_OPS = "atp_kernels/ops.py"
+_KERNELS = "atp_kernels/backends/triton/kernels.py"
+_LAUNCHER = "atp_kernels/backends/triton/masked_lora_linear.py"
+
+_TABLE = {
+    (_DEFINITION, _LINEAR): (
+        ("adapter_input = _masked(adapter_input, in_mask)", "pass"),
+        ("base = _masked(x, in_mask) @ weight.T", "base = x @ weight.T"),
+        ("base = base + bias", "pass"),
+        ("adapter = scaling * (", "adapter = ("),
+        ("_masked(base + adapter, out_mask) if mask_lora", "base + adapter if mask_lora"),
+        ("else _masked(base, out_mask) + adapter", "else base + adapter"),
+        ("else (values * mask).to(values.dtype)", "else values"),
+    ),
+    (_DEFINITION, _NORMS): (
+        ("_wide(lora_b).square().sum(1)", "_wide(lora_b).abs().sum(1)"),
+        ("_wide(lora_a).square().sum(0)", "_wide(lora_a).abs().sum(0)"),
+    ),
+    (_DEFINITION, _GROUPS): (
+        ("factor.to(dtype).square().sum(1 - axis)", "factor.to(dtype).abs().sum(1 - axis)"),
+        ("counted = removed & owned_groups(groups, removed)", "counted = removed"),
+        ("counted = removed & owned_groups(groups, removed)", "counted = owned_groups(groups, removed)"),
+        ("(squares + eps).sqrt()", "squares.sqrt()"),
+        ("removed.numel()).sqrt()", "removed.numel())"),
+        ("torch.where(norms <= threshold, 0, 1 - threshold / norms)", "1 - threshold / norms"),
+        ("0, 1 - threshold / norms", "0, 1 - threshold"),
+        ("scale = torch.where(removed, shrunk, 1)", "scale = shrunk"),
+        ("factor.copy_(torch.where(by_group == 0, 0, factor * by_group))", "factor.mul_(1)"),
+        ("weight[rows]", "weight"),
+        ("kept[:, cols]", "kept"),
+        ("round_up(kept.shape[0], pad_to)", "kept.shape[0]"),
+        ("round_up(kept.shape[1], pad_to)", "kept.shape[1]"),
+        ("padded = weight.new_zeros(n_rows, n_cols)", "padded = weight.new_ones(n_rows, n_cols)"),
+    ),
+    (_REFERENCE, _LINEAR): (
+        ("base_input = masked(x, in_mask)", "base_input = x"),
+        ("adapter_input = base_input if mask_lora else x", "adapter_input = x"),
+        ("adapter_input = base_input if mask_lora else x", "adapter_input = base_input"),
+        ("adapter_input = masked(lora_input, in_mask) if mask_lora else lora_input", "adapter_input = lora_input"),
+        ("masked(lora_input, in_mask) if mask_lora else lora_input", "masked(lora_input, in_mask)"),
+        ("scaled_mm(adapter_input, lora_a.t(), scaling)", "scaled_mm(adapter_input, lora_a.t(), 1.0)"),
+        ("base_input @ weight.t() if bias is None else torch.addmm(bias,", "torch.addmm(x.new_zeros(()),"),
+        ("if mask_lora:\n        total.addmm_(", "if True:\n        total.addmm_("),
+        ("if mask_lora:\n        total.addmm_(", "if False:\n        total.addmm_("),
+        ("masked(total, out_mask) if keep_sum", "total if keep_sum"),
+        ("if keep_sum else mask_(total, out_mask)", "if keep_sum else total"),
+        ("if not mask_lora:\n        y.addmm_(", "if True:\n        y.addmm_("),
+        ("if not mask_lora:\n        y.addmm_(", "if False:\n        y.addmm_("),
+        ("factor_norms(lora_a, lora_b) if with_norms", "factor_norms(2 * lora_a, lora_b) if with_norms"),
+        ("factor_norms(lora_a, lora_b) if with_norms", "factor_norms(lora_a, 2 * lora_b) if with_norms"),
+        ("grad_base = masked(grad_y, out_mask)", "grad_base = grad_y"),
+        ("grad_lora = grad_base if mask_lora else grad_y", "grad_lora = grad_y"),
+        ("grad_lora = grad_base if mask_lora else grad_y", "grad_lora = grad_base"),
+        ("column_dot(grad_y, total)", "column_dot(grad_base, total)"),
+        ("d_bias = grad_base.sum(0)", "d_bias = grad_y.sum(0)"),
+        ("grad_base.t() @ masked(x, in_mask)", "grad_base.t() @ x"),
+        ("grad_base.t() @ masked(x, in_mask)", "grad_y.t() @ masked(x, in_mask)"),
+        ("d_b = grad_lora.t() @ down", "d_b = grad_base.t() @ down"),
+        ("scaled_mm(grad_lora, lora_b, scaling)", "scaled_mm(grad_lora, lora_b, 1.0)"),
+        ("(masked(adapter_input, in_mask) if mask_lora else adapter_input)", "adapter_input"),
+        ("d_x = grad_base @ weight", "d_x = grad_y @ weight"),
+        ("elif need_adapter and mask_lora:", "elif False:"),
+        ("if mask_lora and not shared_input:", "if False:"),
+        ("mask_(d_x, in_mask)", "pass"),
+        ("if shared_input and not mask_lora:", "if shared_input:"),
+        ("if shared_input and not mask_lora:", "if False:"),
+        ("mask_(d_adapter, in_mask)", "pass"),
+        ("beta=0, alpha=scaling", "beta=0"),
+        ("torch.mul(source, mask, out=target)", "target.copy_(source)"),
+        ("block.mul_(mask)", "pass"),
+        ("(some.to(total.dtype) * others)", "some.to(total.dtype)"),
+    ),
+    (_REFERENCE, _GROUPS): (
+        (".add_(eps)", ""),
+        ("norms.mul(removed & owned_groups(groups, removed))", "norms.mul(removed)"),
+        ("norms.mul(removed & owned_groups(groups, removed))", "norms.mul(owned_groups(groups, removed))"),
+        ("removed & (norms > 0)", "norms > 0"),
+        ("removed & (norms > 0)", "removed"),
+        ("grad_out / norms, 0", "1 / norms, 0"),
+        ("grad_out / norms, 0", "grad_out, 0"),
+        ("slope[index].unsqueeze(1 - axis)", "1"),
+    ),
+    (_OPS, _LINEAR): (
+        ("(2 * grad_cols * lora_a)", "(grad_cols * lora_a)"),
+        ("(2 * grad_rows.unsqueeze(1) * lora_b)", "(grad_rows.unsqueeze(1) * lora_b)"),
+        ("keep_sum = out_mask is not None and out_mask.requires_grad", "keep_sum = False"),
+    ),
+    (_SLICE, _KEPT): (
+        ("base = x @ weight if self._bias is None else torch.addmm(self._bias.to(x.dtype), x, weight)",
+         "base = x @ weight"),
+        ("kept.index_fill_(axis, side.silent, 0)", "pass"),
+        ("scaled_mm(adapter, lora_a.t(), scaling)", "scaled_mm(adapter, lora_a.t(), 1.0)"),
+        ("kept.product(rows).addmm_(down, lora_b.t())", "kept.product(rows)"),
+        ("scaled_mm(grad_y, lora_b, ctx.scaling)", "scaled_mm(grad_y, lora_b, 1.0)"),
+        ("d_x.addmm_(up, lora_a)", "pass"),
+    ),
+    (_KERNELS, _TILED): (
+        ("acc = _dot(part, b, acc, UPCAST, PRECISION)", "acc = acc"),
+        ("tl.sum(b * b, axis=1), mask=ok", "tl.sum(b, axis=1), mask=ok"),
+        ("x_masked = (x.to(tl.float32) * in_mask[None, :]).to(x.dtype)", "x_masked = x"),
+        ("adapter = (adapter.to(tl.float32) * in_mask[None, :]).to(x.dtype)", "adapter = adapter"),
+        ("if MASK_LORA and in_mask_ptr is not None:", "if in_mask_ptr is not None:"),
+        ("adapter = tl.load(l_ptrs, mask=x_ok, other=0.0)", "adapter = x"),
+        ("tl.sum(a_wide * a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))\n            a_ptrs",
+         "tl.sum(a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))\n            a_ptrs"),
+        ("tl.sum(a_wide * a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))\n        x_ptrs",
+         "tl.sum(a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))\n        x_ptrs"),
+        ("if bias_ptr is not None:", "if False:"),
+        ("s = (s_acc * scaling)", "s = (s_acc * 1.0)"),
+        ("if s_ptr is not None and MASK_LORA:", "if False:"),
+        ("if s_ptr is not None and MASK_LORA:", "if s_ptr is not None:"),
+        ("if s_ptr is not None and not MASK_LORA:", "if False:"),
+        ("if s_ptr is not None and not MASK_LORA:", "if s_ptr is not None:"),
+        ("tl.store(sum_ptr + rows[:, None] * N + cols[None, :], acc.to(", "tl.store(sum_ptr + rows[:, None] * N + "
+         "cols[None, :], (2 * acc).to("),
+        ("tl.sum(other.to(tl.float32) * acc, axis=0)", "tl.sum(other.to(tl.float32), axis=0)"),
+        ("if out_mask_ptr is not None:", "if False:"),
+        ("x = (x.to(tl.float32) * mask[None, :]).to(x.dtype)", "x = x"),
+        ("(acc * scaling).to(s_ptr", "acc.to(s_ptr"),
+        ("tl.sum(g.to(tl.float32) * z.to(tl.float32), axis=0)", "tl.sum(g.to(tl.float32), axis=0)"),
+        ("total += tl.sum(g.to(tl.float32), axis=0)", "total += 0"),
+        ("if mask_ptr is not None:\n        total *=", "if False:\n        total *="),
+    ),
+    (_KERNELS, _FENCED): (
+        ("mask=col_ok[None, :] & (ranks < RANK)[:, None]", "mask=col_ok[None, :]"),
+        ("x_ok = row_ok[:, None] & (ks < K - k)[None, :]\n            w_ok",
+         "x_ok = row_ok[:, None]\n            w_ok"),
+        ("w_ok = col_ok[None, :] & (ks < K - k)[:, None]", "w_ok = col_ok[None, :]"),
+        ("(in_mask_ptr + k + ks, mask=ks < K - k, other=0)", "(in_mask_ptr + k + ks)"),
+        ("x_ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & (ks < K - k)[None, :]", "x_ok = row_ok[:, None]"),
+        ("g_ok = row_ok[:, None] & col_ok[None, :]", "g_ok = col_ok[None, :]"),
+    ),
+    (_KERNELS, _SPLIT): (
+        ("row_ok = rows < last", "row_ok = rows < M"),
+        ("last = min(first + rows_per_split, M)", "last = M"),
+        ("part_ptr += C * R", "part_ptr += 0"),
+    ),
+    (_LAUNCHER, _TILED): (
+        ("_down(adapter_input, lora_a, in_mask if mask_lora else None,", "_down(adapter_input, lora_a, None,"),
+        ("_down(adapter_input, lora_a, in_mask if mask_lora else None,", "_down(adapter_input, lora_a, in_mask,"),
+        ("x if lora_input is None else lora_input\n            _down", "x\n            _down"),
+        ("out_mask, in_mask, y, config, mask_lora", "None, in_mask, y, config, mask_lora"),
+        ("out_mask, in_mask, y, config, mask_lora", "out_mask, None, y, config, mask_lora"),
+        ("bias=bias, total=total", "bias=None, total=total"),
+        ("lora_out_mask = out_mask if mask_lora else None", "lora_out_mask = None"),
+        ("lora_out_mask = out_mask if mask_lora else None", "lora_out_mask = out_mask"),
+        ("lora_in_mask = in_mask if mask_lora else None", "lora_in_mask = None"),
+        ("lora_in_mask = in_mask if mask_lora else None", "lora_in_mask = in_mask"),
+        ("factor_mask=lora_out_mask, sum_mask=out_mask", "factor_mask=None, sum_mask=out_mask"),
+        ("factor_mask=lora_out_mask, sum_mask=out_mask", "factor_mask=lora_out_mask"),
+        ("_down(grad_y, lora_b.t(), lora_out_mask, scaling, up)", "_down(grad_y, lora_b.t(), lora_out_mask, 1.0, up)"),
+        ("_down(grad_y, lora_b.t(), lora_out_mask, scaling, up)", "_down(grad_y, lora_b.t(), None, scaling, up)"),
+        ("factor_mask=lora_in_mask, transpose=True", "transpose=True"),
+        ("reference.mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))", "pass"),
+        ("reference.mask_(d_weight, in_mask)", "pass"),
+        ("d_in += _reduce_rows(lora_input, z=d_adapter)[1]", "pass"),
+        ("reference.mask_(d_adapter, lora_in_mask)", "pass"),
+        ("up, in_mask, out_mask, d_x, config", "up, None, out_mask, d_x, config"),
+        ("up, in_mask, out_mask, d_x, config", "up, in_mask, None, d_x, config"),
+    ),
+}  # fmt: skip
+
+MUTANTS = tuple(
+    Mutant(file, old, new, tests) for (file, tests), changes in _TABLE.items() for old, new in changes
+)

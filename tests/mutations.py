@@ -1,0 +1,144 @@
+"""Break every line of `mutants.py` in turn and see that a test fails: what no test notices is not tested.
+
+    python tests/mutations.py                  run all of them and write tests/mutations.json
+    python tests/mutations.py --only triton    those whose description has this text; keeps the report on the others
+    python tests/mutations.py --jobs 4         as many at once
+
+Each mutant lives in a temporary copy of its own, so this tree never changes, not even when the run is interrupted, and
+is tested in a fork of a process that has imported torch already. Exit status 1 when a mutant survives.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from mutants import MUTANTS, Mutant
+
+ROOT = Path(__file__).parents[1]
+REPORT = ROOT / "tests" / "mutations.json"
+COPIED = ("atp_kernels", "tests/conftest.py", "tests/atp_kernels", "pyproject.toml")
+Row = dict[str, str | float | None]
+
+
+class FirstFailure:
+    """A pytest plugin that keeps the name of the first failing test."""
+
+    name: str | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and self.name is None:
+            self.name = report.nodeid
+
+
+def copy_tree(target: Path) -> None:
+    """Copy what the kernels' tests need, without bytecode that a mutant of equal size and second would be taken for."""
+    for name in COPIED:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target / name)
+
+
+def failing_test(tests: str) -> str | None:
+    """The first test of a selection that fails in this folder, None where all pass; call it once a process.
+
+    Raises RuntimeError where pytest cannot collect or run them, or runs them on another copy of the kernels.
+    """
+    sys.path.insert(0, os.getcwd())
+    failure, said = FirstFailure(), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)], plugins=[failure])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"pytest {tests} stopped with status {status}: {said.getvalue()}")
+    tested = sys.modules["atp_kernels"].__file__
+    if not Path(tested).is_relative_to(os.getcwd()):
+        raise RuntimeError(f"the tests ran on {tested} instead of the copy in {os.getcwd()}: unset PYTHONPATH.")
+    return failure.name
+
+
+def try_selection(folder: str, tests: str) -> tuple[str, str | None]:
+    """A selection and its first failure without any mutant."""
+    os.chdir(tempfile.mkdtemp(dir=folder))
+    copy_tree(Path.cwd())
+    return tests, failing_test(tests)
+
+
+def try_mutant(folder: str, mutant: Mutant) -> Row:
+    """One row of the report: the mutant, the test that killed it (None: it survives) and the seconds that took."""
+    start = time.monotonic()
+    os.chdir(tempfile.mkdtemp(dir=folder))
+    copy_tree(Path.cwd())
+    path = Path(mutant.file)
+    source = path.read_text(encoding="utf-8")
+    if source.count(mutant.old) != 1:
+        raise RuntimeError(f"{mutant.file} does not have {mutant.old!r} exactly once: bring mutants.py up to date.")
+    path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+    killer = failing_test(mutant.tests)
+    return {"mutant": str(mutant), "killed by": killer, "seconds": round(time.monotonic() - start, 1)}
+
+
+def run(mutants: list[Mutant], jobs: int) -> list[Row]:
+    """Rows of all mutants, printed as they come. Raises RuntimeError where the tests fail without any mutant."""
+    # Forked workers of one task each: none sees what another has imported, and none imports torch again.
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder, fork.Pool(jobs, maxtasksperchild=1) as pool:
+        selections = dict.fromkeys(mutant.tests for mutant in mutants)
+        for tests, failed in pool.imap(functools.partial(try_selection, folder), selections):
+            if failed:
+                raise RuntimeError(f"{failed} fails without any mutant: repair it first (pytest {tests}).")
+        rows = []
+        for row in pool.imap(functools.partial(try_mutant, folder), mutants):
+            print(f"{row['seconds']:6.1f} s  {row['mutant']}\n{'':10}{row['killed by'] or 'SURVIVES'}", flush=True)
+            rows.append(row)
+        return rows
+
+
+def write_report(rows: list[Row]) -> None:
+    """Put these rows into the report, in the order of the table and without mutants that have left it."""
+    before = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else []
+    known = {row["mutant"]: row for row in [*before, *rows]}
+    ordered = [known[str(mutant)] for mutant in MUTANTS if str(mutant) in known]
+    REPORT.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def import_heavy_packages() -> None:
+    """What every test imports, except the kernels."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a CUDA context would not survive the fork
+    sys.dont_write_bytecode = True
+    import conftest  # noqa: F401  chooses Triton's interpreter before triton is imported
+    import hypothesis  # noqa: F401
+    import torch.library  # noqa: F401
+    import torch.utils.checkpoint  # noqa: F401
+
+    with contextlib.suppress(ModuleNotFoundError):
+        import triton.language  # noqa: F401
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="take the mutants with this text in their description")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at once")
+    options = parser.parse_args()
+    import_heavy_packages()
+    rows = run([mutant for mutant in MUTANTS if options.only in str(mutant)], options.jobs)
+    survivors = [row["mutant"] for row in rows if row["killed by"] is None]
+    print(f"{len(rows) - len(survivors)} of {len(rows)} mutants killed", *survivors, sep="\n  ")
+    write_report(rows)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
