@@ -32,7 +32,7 @@ _SPLIT = "tests/atp_kernels/test_linear_triton.py -k tiles_of_the_table"
 _DEFINITION = "atp_kernels/reference.py"
 _REFERENCE = "atp_kernels/backends/reference.py"
 _SLICE = "atp_kernels/kept.py"
-_OPS = "atp_kernels/ops.py"
+_OPS = "atp_kernels/ops/linear.py"
 _KERNELS = "atp_kernels/backends/triton/kernels.py"
 _LAUNCHER = "atp_kernels/backends/triton/masked_lora_linear.py"
 

@@ -1,0 +1,22 @@
+"""torch.library registration (schema, fake, autograd) of every operation, and its eager short cut.
+
+A compiled or exported program sees the registered operators `torch.ops.atp_kernels.*`. Eager code takes an
+`autograd.Function` over the same backend functions instead: the trainer makes hundreds of calls a step, and the
+dispatcher's Python layer would cost each of them more than the function does.
+"""
+
+from atp_kernels.ops.common import common_dtype
+from atp_kernels.ops.groups import compact_op, group_lasso_backward_op, group_lasso_op, group_prox_op, lasso
+from atp_kernels.ops.linear import linear, masked_lora_linear_backward_op, masked_lora_linear_op
+
+__all__ = [
+    "common_dtype",
+    "compact_op",
+    "group_lasso_backward_op",
+    "group_lasso_op",
+    "group_prox_op",
+    "lasso",
+    "linear",
+    "masked_lora_linear_backward_op",
+    "masked_lora_linear_op",
+]

@@ -1,0 +1,18 @@
+"""What every operation shares."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def refuse_twice(ctx, *grads):
+    """The backward of every backward."""
+    raise RuntimeError("atp_kernels operations can be differentiated once: drop create_graph=True for them.")
+
+
+def common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that decides the backend: the one among the factors' that the fewest backends take."""
+    present = {factor.dtype for factor in factors}
+    rare_first = (torch.float64, torch.float16, torch.float32, torch.bfloat16)
+    return next((dtype for dtype in rare_first if dtype in present), factors[0].dtype)
