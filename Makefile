@@ -21,7 +21,9 @@ test: $(VENV)/.demo
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
 bench: $(VENV)/.package
-	@if [ -d benchmarks ]; then $(BIN)/python -m pytest benchmarks --benchmark-only; else echo "There are no benchmarks yet."; fi
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks run --variants unfused addmm ours floor
+	$(BIN)/python -m benchmarks plot
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -1,0 +1,104 @@
+"""What must hold of the kernels on a CPU, measured side by side in one run.
+
+    python -m benchmarks.cpu_ops
+
+Forward and backward of one linear at 1024 tokens with LLaMA2-7B's shapes, LoRA r 8 and 16, float32 and bfloat16, two
+threads; and the group lasso over SmolLM2-135M's 210 LoRA modules. p50 of interleaved rounds. Rows are appended to
+RESULTS/OP.csv. Exit status 1 if a mark is missed. Takes under ten minutes on two cores.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.gate import Mark, allow, conclude
+from benchmarks.records import RESULTS, Row, append, environment
+from benchmarks.registry import cases, find_ops
+from benchmarks.run import LimitsOf, measure_case, table
+
+ONE_SIDE = {"float32": 1.5, "bfloat16": 1.25}
+BOTH_SIDES = {"float32": 2.3}
+OVER_ADDMM, LASSO = 0.98, 20.0
+MEMORY = 1.001  # not above, but for a scalar here or there
+# The output side is cut in gate and up, the input side in o and down; a square linear shows either.
+LINEARS = {
+    "linear_hard_out": ("q_proj", "gate_proj"),
+    "linear_hard_in": ("q_proj", "down_proj"),
+    "linear_hard_both": ("q_proj", "gate_proj"),
+    "linear_unmasked": ("q_proj", "gate_proj", "down_proj"),
+}
+VARIANTS = ["unfused", "addmm", "ours"]
+
+
+def linear_marks(rows: list[Row]) -> list[Mark]:
+    """The marks of one linear case: speed by regime, and peak memory against the `addmm_` idiom."""
+    by_name = {row["variant"]: row for row in rows}
+    ours, addmm, unfused = by_name["ours"], by_name["addmm"], by_name["unfused"]
+    op, dtype = ours["op"], ours["dtype"]
+    what = f"{op} {ours['part']} r{ours['rank']} {dtype}"
+    if op == "linear_unmasked":
+        marks = [Mark(f"{what}, times as fast as addmm_", addmm["p50_ms"] / ours["p50_ms"], OVER_ADDMM)]
+    else:
+        bounds = BOTH_SIDES if op == "linear_hard_both" else ONE_SIDE
+        faster = unfused["p50_ms"] / ours["p50_ms"]
+        marks = [Mark(f"{what}, times as fast as unfused", faster, bounds[dtype])] if dtype in bounds else []
+    memory = ours["peak_mib"] / addmm["peak_mib"]
+    return [*marks, Mark(f"{what}, peak memory over addmm_'s", memory, MEMORY, at_most=True)]
+
+
+def lasso_marks(rows: list[Row]) -> list[Mark]:
+    """The mark of the group lasso with its gradient against a loop over modules."""
+    by_name = {row["variant"]: row["p50_ms"] for row in rows}
+    return [Mark("group_lasso r8 float32, times as fast as the loop", by_name["unfused"] / by_name["ours"], LASSO)]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the script; the defaults are what must hold."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--rank", type=int, nargs="+", default=[8, 16])
+    options.add_argument("--dtype", nargs="+", default=list(ONE_SIDE))
+    options.add_argument("--op", nargs="+", default=[*LINEARS, "group_lasso"], choices=[*LINEARS, "group_lasso"])
+    options.add_argument("--part", nargs="+", help="linears; default those whose marks are asked for")
+    options.add_argument("--model", default="llama2-7b")
+    options.add_argument("--tokens", type=int, default=1024)
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--no-verify", action="store_true")
+    options.add_argument("--out", type=Path, default=RESULTS)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures every case, prints each mark and returns the exit status."""
+    options, started = parser().parse_args(arguments), time.perf_counter()
+    torch.set_num_threads(options.threads)
+    ops = find_ops(options.op)
+    gate = allow(ops, skip=options.no_verify)
+    where = environment("cpu") | {"gate": gate}
+    limits_of, marks = LimitsOf(), []
+    for op in ops:
+        lasso = op.name == "group_lasso"
+        for case in cases(
+            op,
+            models=["smollm2-135m" if lasso and options.model == "llama2-7b" else options.model],
+            dtypes=["float32"] if lasso else options.dtype,
+            ranks=[8] if lasso else options.rank,
+            tokens=[options.tokens],
+            parts=() if lasso else options.part or LINEARS[op.name],
+        ):
+            rounds = 5 * options.rounds if lasso else options.rounds
+            rows, skipped = measure_case(
+                op, case, passes=["full"], rounds=rounds, limits=limits_of(case), wanted=VARIANTS
+            )
+            append(options.out / f"{op.name}.csv", [where | row for row in rows])
+            print(table(case, rows, skipped), flush=True)
+            marks += lasso_marks(rows) if lasso else linear_marks(rows)
+    print(f"{time.perf_counter() - started:.0f} s, {gate}")
+    return conclude(marks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# What there is to see on a machine with a GPU, by stages of under ten minutes each; a table comes last.
+#
+#   benchmarks/gpu_check.sh [--dry] [build] [test] [sanitize] [ops] [train]      all of them by default
+#
+# Needs the repository, torch with triton, nvcc, compute-sanitizer, pytest, transformers and peft; no network, no data.
+# Python packages that are missing can lie as wheels in the folder $WHEELS. Everything goes under $OUT
+# (benchmarks/results/gpu): a log a stage, rows of measurements in rows/, the same packed in rows.tar.gz, summary.txt.
+# --dry runs the stages on a CPU with tiny sizes. Other variables: PYTHON (python3), MODELS, RANKS and TOKENS of the
+# operations, ROWS (another folder for rows), STAGE_SECONDS (590).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+STAGES=(build test sanitize ops train)
+OPERATIONS=('linear_*' 'group_*' compact)
+dry=0 chosen=()
+for argument in "$@"; do
+  case " ${STAGES[*]} " in
+    *" $argument "*) chosen+=("$argument") ;;
+    *) [[ $argument == --dry ]] || { echo "unknown stage '$argument': use some of ${STAGES[*]}, or --dry" >&2; exit 2; }
+       dry=1 ;;
+  esac
+done
+((${#chosen[@]})) || chosen=("${STAGES[@]}")
+
+export PYTHON=${PYTHON:-python3} STAGE_SECONDS=${STAGE_SECONDS:-590}
+export OUT=${OUT:-$PWD/benchmarks/results/gpu}
+export ROWS=${ROWS:-$OUT/rows}
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+unset TRITON_INTERPRET
+# shellcheck disable=SC2206  # MODELS and RANKS are lists of words
+if ((dry)); then
+  device=cpu tests=(tests/atp_kernels/test_dispatch.py) limits=(--threads 1 --rounds 2 --dtype float32)
+  sizes=(--model ${MODELS:-tiny} --rank ${RANKS:-8} --tokens "${TOKENS:-64}")
+  trained=("--model tiny --length 32 --batch 2 --rounds 2 --threads 1 --no-verify")
+else
+  device=cuda tests=(tests/atp_kernels) limits=()
+  sizes=(--model ${MODELS:-llama2-7b} --rank ${RANKS:-16} --tokens "${TOKENS:-8192}")
+  trained=("--model 1b --batch 8" "--model 7b --batch 2 --checkpointing --rounds 3 --no-verify")
+fi
+
+prepare() {
+  mkdir -p "$OUT" "$ROWS" || return 1
+  PYTHONPATH=$PWD
+  if [[ -n ${WHEELS:-} ]]; then
+    local site
+    site=$(mktemp -d)
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl || return 1
+    PYTHONPATH=$site:$PWD
+  fi
+  export PYTHONPATH
+  "$PYTHON" - "$device" <<'END'
+import importlib.util
+import sys
+
+needed = "torch numpy pytest hypothesis expecttest transformers peft accelerate pydantic yaml".split()
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"missing Python packages: {', '.join(missing)}; put their wheels into a folder and name it in WHEELS")
+import torch
+
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("torch sees no GPU here; --dry runs the stages on the CPU")
+END
+}
+
+# The variants of every operation on the device against its unfused form; $1 goes before the command, the rest are sizes.
+agree() {
+  local before=$1
+  shift
+  # shellcheck disable=SC2086  # words of a command
+  $before "$PYTHON" -m benchmarks check --device "$device" --op "${OPERATIONS[@]}" --dtype float32 bfloat16 \
+    --variants addmm ours ours_dense ours:reference ours:triton ours:native "$@"
+}
+
+run_build() {
+  local arch
+  arch=$("$PYTHON" -c '
+import torch
+major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+print(f"{major}.{minor}" + "a" * (major > 8))')
+  ATP_BUILD=1 ATP_BUILD_CUDA=$((1 - dry)) TORCH_CUDA_ARCH_LIST=$arch "$PYTHON" setup.py build_ext --inplace || return 1
+  "$PYTHON" -c '
+import sys
+from atp_kernels.backends import native
+print(native.build_info())
+sys.exit(sys.argv[1] == "cuda" and not native.build_info()["cuda_archs"])' "$device"
+}
+
+run_test() {
+  "$PYTHON" -m pytest -q "${tests[@]}" || return 1
+  agree "" --model tiny --tokens 1 37 --rank 8 64 || return 1
+  ((dry)) || agree "" --model smollm2-135m --tokens 777 --rank 16
+}
+
+run_sanitize() {
+  local tool status=0 sanitizer
+  # Without torch's cache every tensor is an allocation of its own, whose end memcheck knows.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck; do
+    sanitizer="compute-sanitizer --tool $tool --error-exitcode 1 --print-limit 20"
+    ((dry)) && { echo "not run on a CPU: $sanitizer"; sanitizer=; }
+    agree "timeout --foreground $((STAGE_SECONDS / 2)) $sanitizer" --model tiny --tokens 37 --rank 8 || status=1
+  done
+  return $status
+}
+
+run_ops() {
+  local status=0 pattern
+  for pattern in 'linear_*' 'group_*' compact; do
+    "$PYTHON" -m benchmarks run --op "$pattern" --device "$device" --out "$ROWS" "${sizes[@]}" "${limits[@]}" || status=1
+  done
+  "$PYTHON" -m benchmarks plot --op "${OPERATIONS[@]}" --out "$ROWS" || status=1
+  return $status
+}
+
+run_train() {
+  local options status=0
+  for options in "${trained[@]}"; do
+    # shellcheck disable=SC2086  # words of a command
+    "$PYTHON" -m benchmarks.training --lenient --device "$device" --out "$ROWS" $options || status=1
+  done
+  return $status
+}
+
+# A stage runs in a process of its own, so that it can be stopped as a whole.
+if [[ -n ${GPU_CHECK_STAGE:-} ]]; then
+  "run_$GPU_CHECK_STAGE"
+  exit
+fi
+
+prepare || exit 1
+failed=0 summary=$OUT/summary.txt
+"$PYTHON" -c '
+import sys
+from benchmarks.records import environment
+print(*(f"{name} {value}" for name, value in environment(sys.argv[1]).items()), sep=", ")' "$device" > "$summary"
+for stage in "${chosen[@]}"; do
+  started=$SECONDS
+  GPU_CHECK_STAGE=$stage timeout "$STAGE_SECONDS" bash benchmarks/gpu_check.sh "$@" 2>&1 | tee "$OUT/$stage.log"
+  case ${PIPESTATUS[0]} in
+    0) result=ok ;;
+    124) result="stopped after $STAGE_SECONDS s" failed=1 ;;
+    *) result=FAILED failed=1 ;;
+  esac
+  printf '%-9s %4d s  %s\n' "$stage" $((SECONDS - started)) "$result" >> "$summary"
+done
+"$PYTHON" -m benchmarks table --out "$ROWS" >> "$summary" || failed=1
+tar -czf "$OUT/rows.tar.gz" -C "$ROWS" .
+printf '\n'
+cat "$summary"
+exit $failed

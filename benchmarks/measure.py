@@ -1,0 +1,105 @@
+"""Time and memory of calls: interleaved rounds on a CPU or a GPU, and the peak of what was allocated."""
+
+import time
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from types import FunctionType, ModuleType
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.case import Variant
+
+Call = Callable[[], object]
+
+
+def clock(device: str) -> Callable[[Call], float]:
+    """A function that runs a call and returns its milliseconds.
+
+    On a GPU between two events on the stream, with the L2 cache flushed before; on a CPU by the wall clock, where
+    caches are as the variant before left them.
+    """
+    if device == "cpu":
+        return _on_cpu
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    scratch = torch.empty(size, dtype=torch.int8, device=device)
+
+    def on_gpu(call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        scratch.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    return on_gpu
+
+
+def _on_cpu(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def interleave(variants: dict[str, Variant], pass_: str, rounds: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of every variant in rising order, taken round by round; each must have run before."""
+    timed = clock(device)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, variant in variants.items():
+            times[name].append(timed(variant.prepare(pass_)))
+    return {name: sorted(values) for name, values in times.items()}
+
+
+def quantile(ordered: list[float], share: float) -> float:
+    """The value that `share` of the ordered list lies below, nearest rank."""
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+def peak_bytes(variant: Variant, pass_: str, device: str) -> int:
+    """The most that one pass holds at a time beyond what lived before it.
+
+    On a GPU the caching allocator's own count. On a CPU every allocation and release of torch's allocator, in order,
+    as its profiler records them: exact, unlike the resident size, which holds freed pages too. Scratch memory that a
+    vendor GEMM takes outside torch is not in it.
+    """
+    call = variant.prepare(pass_)
+    if device == "cpu":
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            result = call()
+        del result
+        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+        return max(held, default=0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def held_bytes(roots: tuple[object, ...]) -> int:
+    """Bytes of all tensors that can be reached from these objects through containers and attributes, each once."""
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    stack: list[object] = list(roots)
+    while stack:
+        owner = stack.pop()
+        if id(owner) in seen or isinstance(owner, type | ModuleType | FunctionType):
+            continue
+        seen.add(id(owner))
+        if isinstance(owner, Tensor):
+            storage = owner.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            stack.append(owner.grad if owner.is_leaf else None)
+        elif isinstance(owner, Mapping):
+            stack.extend(owner.values())
+        elif isinstance(owner, list | tuple | set):
+            stack.extend(owner)
+        else:
+            stack.extend(getattr(owner, "__dict__", {}).values())
+    return sum(sizes.values())

@@ -1,0 +1,194 @@
+"""Whole training steps by phase, with the product's own classes: decision, LoRA step in search, tune after the cut.
+
+A random-weight Llama of the named sizes trains on random tokens; LoRA sits on all seven linears. `part` is the mask
+space. Weights are float32 on a CPU and of the case's dtype on a GPU; a 16-bit dtype means autocast. All variants of
+a case share the frozen base weights.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from atp.config import DecisionsConfig
+from atp.lora.lasso import LoraGroups
+from atp.lora.layer import ADAPTER, MaskController, MaskedLoraLinear, add_lora
+from atp.masks.budget import Budget
+from atp.masks.fit import fit_mask
+from atp.masks.space import MaskSpace
+from atp.removal import cut_model
+from atp.training.decisions import DecisionMaker
+from atp_kernels import reference
+from benchmarks.case import Case, Variant
+
+_BETA = 0.3
+_WIDTHS = {"cpu": {"mlp": 32}, "cuda": {"mlp": 128}}
+
+
+class UnfusedMaskedLinear(MaskedLoraLinear):
+    """The masked LoRA layer in plain PyTorch operations, as one would write it on top of PEFT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.masked_lora_linear(
+            x, self.get_base_layer().weight, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight,
+            scaling=self.scaling[ADAPTER], out_mask=self.out_mask, in_mask=self.in_mask, mask_lora=self.mask_lora,
+        )  # fmt: skip
+
+
+class Scene:
+    """What the steps of one case share: base model, tokens, mask space and masks at the share to keep."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, sizes = case, case.sizes
+        config = LlamaConfig(
+            vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=sizes.inner,
+            num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim, tie_word_embeddings=sizes.tied, max_position_embeddings=max(2048, case.length),
+        )  # fmt: skip
+        torch.manual_seed(0)
+        with torch.device(case.device):
+            self.base = AutoModelForCausalLM.from_config(config, dtype=self._weight_dtype())
+        self.base.requires_grad_(False).train()
+        ids = torch.randint(sizes.vocab, (case.tokens // case.length, case.length), device=case.device)
+        self.batch = {"input_ids": ids, "labels": ids}
+        self.space = MaskSpace.from_config(config, case.part)
+        budget, widths = Budget(self.space), _WIDTHS[case.device]
+        self.masks = [fit_mask(torch.randn(self.space.size), case.keep, budget, widths) for _ in range(2)]
+
+    def _weight_dtype(self) -> torch.dtype:
+        return torch.float32 if self.case.device == "cpu" else self.case.torch_dtype
+
+    def copy(self) -> nn.Module:
+        """The base model as a new module tree over the same weights, with activation checkpointing if asked."""
+        shared = {id(tensor): tensor for tensor in self.base.parameters()}
+        return self.checkpointed(copy.deepcopy(self.base, shared))
+
+    def checkpointed(self, model: nn.Module) -> nn.Module:
+        """Turns activation checkpointing on where the case asks for it."""
+        if self.case.checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        return model
+
+    def with_lora(self, layer: type[nn.Module] | None) -> nn.Module:
+        """Base and LoRA on all linears of the space, with layers of a class or PEFT's own, all of the same values."""
+        names = sorted({name.rsplit(".", 1)[-1] for name in self.space.linears})
+        config = LoraConfig(r=self.case.rank, lora_alpha=self.case.rank, target_modules=names, task_type="CAUSAL_LM")
+        if layer is MaskedLoraLinear:
+            model = add_lora(self.copy(), self.space, r=self.case.rank, alpha=self.case.rank, dropout=0.0)
+        else:
+            if layer is not None:
+                config._register_custom_module({nn.Linear: layer})
+            model = get_peft_model(self.copy(), config)
+        rng = torch.Generator(self.case.device).manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data.normal_(0, 0.01, generator=rng)
+        return model.train()
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of forward passes."""
+        return torch.autocast(self.case.device, self.case.torch_dtype, enabled=self.case.dtype != "float32")
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Cross-entropy of the batch."""
+        with self.autocast():
+            return model(**self.batch).loss
+
+    def lora_step(
+        self,
+        model: nn.Module,
+        masked: Callable[[], AbstractContextManager] = nullcontext,
+        penalty: Callable[[], Tensor] | None = None,
+        holds: tuple[object, ...] = (),
+        same: bool = True,
+    ) -> Variant:
+        """Forward, backward, gradient clip and AdamW over the adapter, with masks on the layers and a penalty."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+        def step() -> Tensor:
+            with masked():
+                loss = self.loss(model)
+                (loss if penalty is None else loss + _BETA * penalty()).backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return Variant(step, same=same, holds=(model, optimizer, *holds))
+
+    def masked_step(self, layer: type[nn.Module], masks: list[Tensor]) -> Variant:
+        """The LoRA step of the search under hard masks, which alternate if there are several."""
+        model = self.with_lora(layer)
+        controller, groups = MaskController(model, self.space), LoraGroups(model, self.space)
+        masks = [mask.to(self.case.device) for mask in masks]
+
+        def masked() -> AbstractContextManager:
+            masks.append(masks.pop(0))
+            return controller.masks(masks[-1], "hard")
+
+        return self.lora_step(
+            model, masked, lambda: groups.lasso(masks[-1]), holds=(controller, groups), same=len(masks) == 1
+        )
+
+
+def decision(case: Case) -> dict[str, Variant]:
+    """One update of the generator; the floor is a dense forward and backward to activations without any LoRA."""
+    scene = Scene(case)
+    floor = scene.copy()
+    floor.enable_input_require_grads()
+
+    def dense() -> Tensor:
+        loss = scene.loss(floor)
+        loss.backward()
+        return loss.detach()
+
+    def decide(layer: type[nn.Module]) -> Variant:
+        model = scene.with_lora(layer).requires_grad_(False)
+        controller = MaskController(model, scene.space)
+        config = DecisionsConfig(space=case.part, target_keep=case.keep)
+        maker = DecisionMaker(scene.space, config, search_steps=100, prior=None, seed=0)
+
+        def loss_of(mask: Tensor) -> Tensor:
+            controller.set(mask.to(case.device), "soft")
+            return scene.loss(model)
+
+        def step() -> Tensor:
+            torch.manual_seed(0)  # the generator's dropout, so that all variants decide alike
+            outcome = maker.update(0, loss_of)
+            maker.refresh(0)
+            return torch.tensor(outcome.loss)
+
+        return Variant(step, holds=(model, maker.generator, maker.optimizer))
+
+    return {
+        "unfused": decide(UnfusedMaskedLinear),
+        "ours": decide(MaskedLoraLinear),
+        "floor": Variant(dense, same=False, holds=(floor,)),
+    }
+
+
+def search(case: Case) -> dict[str, Variant]:
+    """The LoRA step under hard masks; `ours_moving` meets another decision at every step."""
+    scene = Scene(case)
+    return {
+        "unfused": scene.masked_step(UnfusedMaskedLinear, scene.masks[:1]),
+        "stock": scene.lora_step(scene.with_lora(None), same=False),
+        "ours": scene.masked_step(MaskedLoraLinear, scene.masks[:1]),
+        "ours_moving": scene.masked_step(MaskedLoraLinear, scene.masks),
+    }
+
+
+def tune(case: Case) -> dict[str, Variant]:
+    """The step of the really cut model, against stock PEFT LoRA on the dense one."""
+    scene = Scene(case)
+    cut = cut_model(scene.with_lora(MaskedLoraLinear), scene.space, scene.masks[0])
+    return {
+        "stock": scene.lora_step(scene.with_lora(None)),
+        "ours": scene.lora_step(scene.checkpointed(cut), same=False),
+    }

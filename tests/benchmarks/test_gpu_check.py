@@ -1,0 +1,59 @@
+"""The script for a machine with a GPU: its shell logic, on a CPU."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.records import append
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
+
+
+def gpu_check(out, *arguments, **variables):
+    environment = {**os.environ, "OUT": str(out), "PYTHON": sys.executable, **variables}
+    return subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_an_unknown_stage_is_one_sentence(tmp_path):
+    result = gpu_check(tmp_path / "out", "biuld")
+    assert result.returncode == 2
+    assert "unknown stage 'biuld': use some of build test sanitize ops train, or --dry" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_it_names_dry(tmp_path):
+    result = gpu_check(tmp_path, "build")
+    assert result.returncode == 1 and "torch sees no GPU here; --dry runs the stages on the CPU" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_dry_stage_leaves_log_rows_and_table(tmp_path):
+    earlier = {"op": "compact", "pass": "forward", "variant": "ours", "model": "tiny", "part": "q_proj", "tokens": 0,
+               "rank": 0, "dtype": "float32", "keep": 0.6, "p50_ms": 2.5, "speedup": 1.5, "base": "unfused",
+               "peak_mib": 1, "held_mib": 2, "share_of_limit": 0.5, "gate": "verified"}  # fmt: skip
+    append(tmp_path / "rows" / "compact.csv", [earlier])
+    result = gpu_check(tmp_path, "--dry", "sanitize")
+    assert result.returncode == 0, result.stdout + result.stderr
+    log = (tmp_path / "sanitize.log").read_text()
+    assert "compute-sanitizer --tool racecheck" in log and log.count("all variants agree") == 2
+    stage, row = (tmp_path / "summary.txt").read_text().splitlines()[1:]
+    assert stage.split()[0] == "sanitize" and stage.split()[-1] == "ok"
+    assert row.split()[:3] == ["compact", "tiny", "q_proj"] and "1.5x unfused" in row
+    with tarfile.open(tmp_path / "rows.tar.gz") as packed:
+        assert "./compact.csv" in packed.getnames()
+
+
+@pytest.mark.slow
+def test_a_failing_stage_is_told_and_the_others_go_on(tmp_path):
+    result = gpu_check(tmp_path, "--dry", "sanitize", "ops", STAGE_SECONDS="1")
+    assert result.returncode == 1
+    stages = (tmp_path / "summary.txt").read_text().splitlines()[1:]
+    assert [line.split()[0] for line in stages] == ["sanitize", "ops"]
+    assert all("stopped after 1 s" in line for line in stages)

@@ -1,0 +1,85 @@
+"""Time and memory as the benchmarks take them."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.case import Variant
+from benchmarks.measure import held_bytes, interleave, peak_bytes, quantile
+
+
+def test_rounds_are_interleaved_and_sorted():
+    order = []
+
+    def variant(name, seconds):
+        def call():
+            order.append(name)
+            time.sleep(seconds)
+
+        return Variant(call)
+
+    times = interleave({"slow": variant("slow", 0.02), "quick": variant("quick", 0.001)}, "forward", 3, "cpu")
+    assert order == ["slow", "quick"] * 3
+    assert times["slow"] == sorted(times["slow"]) and len(times["slow"]) == 3
+    assert times["slow"][0] >= 20 > times["quick"][0] >= 1
+
+
+def test_backward_is_timed_without_its_forward():
+    calls = []
+    x = torch.ones(3, requires_grad=True)
+
+    def forward():
+        calls.append("forward")
+        return 2 * x
+
+    variant = Variant(forward, (x,), torch.ones(3))
+    backward = variant.prepare("backward")
+    assert calls == ["forward"]
+    assert torch.equal(backward()[0], torch.full((3,), 2.0)) and calls == ["forward"]
+    full = variant.prepare("full")
+    assert calls == ["forward"]
+    full()
+    assert calls == ["forward", "forward"]
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.2, 2), (0.5, 3), (0.8, 4), (0.0, 1), (1.0, 5)])
+def test_quantiles(share, value):
+    assert quantile([1, 2, 3, 4, 5], share) == value
+
+
+def test_peak_counts_what_lives_at_a_time():
+    """a and b live together, then b and c; the result is released after the peak was taken."""
+    mib = 2**20
+
+    def call():
+        a = torch.empty(mib, dtype=torch.uint8)
+        b = torch.empty(2 * mib, dtype=torch.uint8)
+        del a
+        c = torch.empty(4 * mib, dtype=torch.uint8)
+        del b
+        return c
+
+    assert peak_bytes(Variant(call), "forward", "cpu") == pytest.approx(6 * mib, abs=1024)
+
+
+def test_peak_of_a_pass_holds_what_autograd_saves():
+    x = torch.randn(256, 1024, requires_grad=True)  # 1 MiB
+    variant = Variant(lambda: x.exp().exp(), (x,), torch.ones_like(x))
+    # Forward saves both results; backward then holds at least one gradient beside them.
+    assert peak_bytes(variant, "forward", "cpu") == pytest.approx(2 * 2**20, abs=4096)
+    assert peak_bytes(variant, "full", "cpu") >= 3 * 2**20
+
+
+def test_held_bytes_follows_containers_attributes_and_gradients_once():
+    layer = nn.Linear(8, 4, bias=False)  # 128 bytes
+    twin = nn.Linear(8, 4, bias=False)
+    twin.weight = layer.weight
+    assert held_bytes((layer, twin)) == 128
+    layer.weight.grad = torch.zeros(4, 8)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer.step()
+    step = optimizer.state[layer.weight]["step"].untyped_storage().nbytes()
+    assert held_bytes(({"any": [layer]}, optimizer)) == 4 * 128 + step  # weight, gradient, two moments
+    assert held_bytes((torch.zeros(10)[2:4],)) == 40  # a view keeps all of its storage

@@ -1,0 +1,102 @@
+"""The registry: what a choice of options stands for, and that variants which claim to compute the same do."""
+
+import pytest
+import torch
+
+from benchmarks.agreement import disagreements
+from benchmarks.case import Case, Op, Variant, Work, ready
+from benchmarks.registry import OPS, cases, find_ops
+from benchmarks.shapes import find_model
+
+CHOICE = {"models": ["tiny"], "dtypes": ["float32"], "ranks": [8], "tokens": [32]}
+
+
+def test_names_are_distinct_and_patterns_choose_among_them():
+    names = [op.name for op in OPS]
+    assert len(set(names)) == len(names)
+    assert [op.name for op in find_ops(["linear_hard_*", "compact"])] == [
+        "linear_hard_out", "linear_hard_in", "linear_hard_both", "compact",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no operation matches 'linera': use one of linear_decision"):
+        find_ops(["linear_*", "linera"])
+
+
+@pytest.mark.parametrize(
+    ("model", "linears", "total"),
+    [
+        # hidden, inner, layers and heads as in the published configs; totals of all decoder linears, computed by hand.
+        ("SmolLM2-135M", {"q_proj": (576, 576), "k_proj": (192, 576), "down_proj": (576, 1536)}, 106_168_320),
+        ("7b", {"k_proj": (4096, 4096), "gate_proj": (11008, 4096)}, 6_476_005_376),
+        ("LLaMA3-8B", {"k_proj": (1024, 4096), "up_proj": (14336, 4096)}, 6_979_321_856),
+        ("70b", {"v_proj": (1024, 8192), "o_proj": (8192, 8192), "down_proj": (8192, 28672)}, 68_451_041_280),
+    ],
+)
+def test_model_shapes(model, linears, total):
+    sizes = find_model(model)
+    assert linears.items() <= sizes.linears.items() and len(sizes.linears) == 7
+    assert sizes.linear_params == total
+
+
+def test_unknown_model_names_the_known_ones():
+    with pytest.raises(ValueError, match="unknown model '9b': use one of tiny, smollm2-135m"):
+        find_model("9b")
+
+
+def test_cases_are_one_a_distinct_shape_and_a_number_that_matters():
+    (linear,), (lasso,) = find_ops(["linear_unmasked"]), find_ops(["group_lasso"])
+    many = {"models": ["llama3-8b"], "dtypes": ["float32", "bfloat16"], "ranks": [8, 16], "tokens": [1, 64]}
+    found = cases(linear, **many)
+    assert len(found) == 4 * 2 * 2 * 2  # q and o are of one shape, k and v, gate and up
+    assert {case.part for case in found} == {"q_proj", "k_proj", "gate_proj", "down_proj"}
+    assert len(cases(lasso, **many)) == 2 * 2 and cases(lasso, **many)[0].tokens == 0
+    assert {case.part for case in cases(linear, **many, parts=["k_proj"])} == {"k_proj"}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_variants_compute_the_same(op):
+    """On a tiny model, every backend included; also says that each operation can be built and run."""
+    if op.name.startswith("train_"):
+        pytest.importorskip("peft")
+    for case in cases(op, **CHOICE, length=16, keep=0.6)[-1:]:
+        wanted = [name for name in op.build(case) if name != "compile"]
+        assert disagreements(op, case, wanted) == []
+
+
+def toy(second):
+    """An operation whose second variant multiplies by a number of its own."""
+    x = torch.arange(1.0, 4.0, requires_grad=True)
+
+    def build(case):
+        names = ("unfused", "ours", "floor")
+        factors = (2.0, second, 7.0)
+        return {
+            name: Variant(lambda factor=factor: factor * x, (x,), torch.ones(3), same=name != "floor")
+            for name, factor in zip(names, factors, strict=True)
+        }
+
+    work = {"forward": Work(3, 24), "backward": Work(3, 24)}
+    return Op("toy", build, lambda case: work, lambda model: ("model",), ())
+
+
+def test_a_variant_that_computes_something_else_is_found():
+    case = Case("toy", "tiny", "model", 1, 1, "float32")
+    assert disagreements(toy(2.0), case) == []
+    found = disagreements(toy(2.1), case)
+    assert [text.split(" by ")[0] for text in found] == [
+        "result 0 of ours differs from unfused", "result 1 of ours differs from unfused",
+    ]  # fmt: skip
+
+
+def test_variants_that_cannot_run_are_left_out_with_the_reason():
+    case = Case("toy", "tiny", "model", 1, 1, "float32")
+
+    def refuse():
+        raise RuntimeError("no such backend here.\nmore lines")
+
+    whole = toy(2.0)
+    added = {"ours:a": Variant(refuse), "ours:b": whole.build(case)["ours"]}
+    op = Op("toy", lambda case: whole.build(case) | added, whole.work, whole.parts, ())
+    found, skipped = ready(op, case)
+    assert list(found) == ["unfused", "ours", "floor"]
+    assert skipped == {"ours:a": "no such backend here.", "ours:b": "the same as ours"}
+    assert list(ready(op, case, ["ours:b"])[0]) == ["ours:b"]
