@@ -31,6 +31,7 @@ _SPLIT = "tests/atp_kernels/test_linear_triton.py -k tiles_of_the_table"
 
 _DEFINITION = "atp_kernels/reference.py"
 _REFERENCE = "atp_kernels/backends/reference.py"
+_PRIMITIVES = "atp_kernels/backends/primitives.py"
 _SLICE = "atp_kernels/kept.py"
 _OPS = "atp_kernels/ops/linear.py"
 _KERNELS = "atp_kernels/backends/triton/kernels.py"
@@ -67,42 +68,48 @@ _TABLE = {
         ("padded = weight.new_zeros(n_rows, n_cols)", "padded = weight.new_ones(n_rows, n_cols)"),
     ),
     (_REFERENCE, _LINEAR): (
-        ("base_input = masked(x, in_mask)", "base_input = x"),
-        ("adapter_input = base_input if mask_lora else x", "adapter_input = x"),
-        ("adapter_input = base_input if mask_lora else x", "adapter_input = base_input"),
-        ("adapter_input = masked(lora_input, in_mask) if mask_lora else lora_input", "adapter_input = lora_input"),
-        ("masked(lora_input, in_mask) if mask_lora else lora_input", "masked(lora_input, in_mask)"),
+        ("base_input = primitives.masked(x, in_mask)", "base_input = x"),
+        ("adapter_input = base_input", "adapter_input = x"),
+        ("if mask_lora and lora_input is None and dropout is None:", "if lora_input is None and dropout is None:"),
+        ("lora_input, in_mask if mask_lora else None,", "lora_input, None,"),
+        ("lora_input, in_mask if mask_lora else None,", "lora_input, in_mask,"),
         ("scaled_mm(adapter_input, lora_a.t(), scaling)", "scaled_mm(adapter_input, lora_a.t(), 1.0)"),
         ("base_input @ weight.t() if bias is None else torch.addmm(bias,", "torch.addmm(x.new_zeros(()),"),
         ("if mask_lora:\n        total.addmm_(", "if True:\n        total.addmm_("),
         ("if mask_lora:\n        total.addmm_(", "if False:\n        total.addmm_("),
-        ("masked(total, out_mask) if keep_sum", "total if keep_sum"),
-        ("if keep_sum else mask_(total, out_mask)", "if keep_sum else total"),
+        ("primitives.masked(total, out_mask) if keep_sum", "total if keep_sum"),
+        ("if keep_sum else primitives.mask_(total, out_mask)", "if keep_sum else total"),
         ("if not mask_lora:\n        y.addmm_(", "if True:\n        y.addmm_("),
         ("if not mask_lora:\n        y.addmm_(", "if False:\n        y.addmm_("),
         ("factor_norms(lora_a, lora_b) if with_norms", "factor_norms(2 * lora_a, lora_b) if with_norms"),
         ("factor_norms(lora_a, lora_b) if with_norms", "factor_norms(lora_a, 2 * lora_b) if with_norms"),
-        ("grad_base = masked(grad_y, out_mask)", "grad_base = grad_y"),
+        ("lora_in_mask = in_mask if mask_lora else None", "lora_in_mask = None"),
+        ("lora_in_mask = in_mask if mask_lora else None", "lora_in_mask = in_mask"),
+        ("grad_base = primitives.masked(grad_y, out_mask)", "grad_base = grad_y"),
         ("grad_lora = grad_base if mask_lora else grad_y", "grad_lora = grad_y"),
         ("grad_lora = grad_base if mask_lora else grad_y", "grad_lora = grad_base"),
-        ("column_dot(grad_y, total)", "column_dot(grad_base, total)"),
+        ("mask_and_dot(grad_y, total, out_mask)", "mask_and_dot(grad_y, grad_y, out_mask)"),
         ("d_bias = grad_base.sum(0)", "d_bias = grad_y.sum(0)"),
-        ("grad_base.t() @ masked(x, in_mask)", "grad_base.t() @ x"),
-        ("grad_base.t() @ masked(x, in_mask)", "grad_y.t() @ masked(x, in_mask)"),
+        ("grad_base.t() @ primitives.masked(x, in_mask)", "grad_base.t() @ x"),
+        ("grad_base.t() @ primitives.masked(x, in_mask)", "grad_y.t() @ primitives.masked(x, in_mask)"),
         ("d_b = grad_lora.t() @ down", "d_b = grad_base.t() @ down"),
         ("scaled_mm(grad_lora, lora_b, scaling)", "scaled_mm(grad_lora, lora_b, 1.0)"),
-        ("(masked(adapter_input, in_mask) if mask_lora else adapter_input)", "adapter_input"),
         ("d_x = grad_base @ weight", "d_x = grad_y @ weight"),
         ("elif need_adapter and mask_lora:", "elif False:"),
         ("if mask_lora and not shared_input:", "if False:"),
-        ("mask_(d_x, in_mask)", "pass"),
+        ("primitives.mask_(d_x, in_mask)", "pass"),
         ("if shared_input and not mask_lora:", "if shared_input:"),
         ("if shared_input and not mask_lora:", "if False:"),
-        ("mask_(d_adapter, in_mask)", "pass"),
+        ("primitives.mask_(d_adapter, lora_in_mask)", "pass"),
+        ("primitives.masked(x if lora_input is None else lora_input, mask)", "x if lora_input is None else lora_input"),
+        ("primitives.masked(x if lora_input is None else lora_input, mask)", "primitives.masked(x, mask)"),
+    ),
+    (_PRIMITIVES, _LINEAR): (
         ("beta=0, alpha=scaling", "beta=0"),
         ("torch.mul(source, mask, out=target)", "target.copy_(source)"),
         ("block.mul_(mask)", "pass"),
         ("(some.to(total.dtype) * others)", "some.to(total.dtype)"),
+        ("return masked(grad, mask), column_dot", "return grad, column_dot"),
     ),
     (_REFERENCE, _GROUPS): (
         (".add_(eps)", ""),
@@ -185,15 +192,13 @@ _TABLE = {
         ("_down(grad_y, lora_b.t(), lora_out_mask, scaling, up)", "_down(grad_y, lora_b.t(), lora_out_mask, 1.0, up)"),
         ("_down(grad_y, lora_b.t(), lora_out_mask, scaling, up)", "_down(grad_y, lora_b.t(), None, scaling, up)"),
         ("factor_mask=lora_in_mask, transpose=True", "transpose=True"),
-        ("reference.mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))", "pass"),
-        ("reference.mask_(d_weight, in_mask)", "pass"),
+        ("primitives.mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))", "pass"),
+        ("primitives.mask_(d_weight, in_mask)", "pass"),
         ("d_in += _reduce_rows(lora_input, z=d_adapter)[1]", "pass"),
-        ("reference.mask_(d_adapter, lora_in_mask)", "pass"),
+        ("primitives.mask_(d_adapter, lora_in_mask)", "pass"),
         ("up, in_mask, out_mask, d_x, config", "up, None, out_mask, d_x, config"),
         ("up, in_mask, out_mask, d_x, config", "up, in_mask, None, d_x, config"),
     ),
 }  # fmt: skip
 
-MUTANTS = tuple(
-    Mutant(file, old, new, tests) for (file, tests), changes in _TABLE.items() for old, new in changes
-)
+MUTANTS = tuple(Mutant(file, old, new, tests) for (file, tests), changes in _TABLE.items() for old, new in changes)

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from atp_kernels.backends import reference
+from atp_kernels.backends import primitives, reference
 from atp_kernels.backends.triton import kernels, tiles
 
 INTERPRETED = not isinstance(kernels.masked_lora_gemm_kernel, triton.runtime.JITFunction)
@@ -105,13 +105,13 @@ def masked_lora_linear_backward(
             )  # fmt: skip
         if need_w:
             d_weight = grad_y.t() @ x
-            reference.mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))
-            reference.mask_(d_weight, in_mask)
+            primitives.mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))
+            primitives.mask_(d_weight, in_mask)
         if need_adapter and not shared_input:
             d_adapter = up @ lora_a
             if mask_lora and need_in:
                 d_in += _reduce_rows(lora_input, z=d_adapter)[1]
-            reference.mask_(d_adapter, lora_in_mask)
+            primitives.mask_(d_adapter, lora_in_mask)
     found = (d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in)
     return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
@@ -127,9 +127,7 @@ def _grad_input(grad_y, x, weight, lora_a, up, out_mask, in_mask, mask_lora, con
     config = config or tiles.gemm_config(m, k, lora_a.shape[0], grad_y.dtype)
     d_x = grad_y.new_empty(m, k)
     parts = None if x is None else grad_y.new_empty(triton.cdiv(m, config.block_m), k, dtype=torch.float32)
-    _gemm(
-        grad_y, weight.t(), lora_a.t(), up, in_mask, out_mask, d_x, config, mask_lora=mask_lora, other=x, parts=parts
-    )
+    _gemm(grad_y, weight.t(), lora_a.t(), up, in_mask, out_mask, d_x, config, mask_lora=mask_lora, other=x, parts=parts)
     return d_x, None if parts is None else _sum_partials(parts.unsqueeze(-1), None, parts.new_empty(k, 1)).squeeze(-1)
 
 

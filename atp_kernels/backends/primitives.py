@@ -1,0 +1,81 @@
+"""What the linear does around its matrix products, in plain ATen; a backend that does better hands in its own."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atp_kernels import reference
+from atp_kernels.reference import Dropout
+
+_BLOCK_ELEMENTS = 2**17
+
+
+def scaled_mm(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """scaling * (left @ right), rounded once."""
+    unread = left.new_empty(1, 1)
+    return torch.addmm(unread, left, right, beta=0, alpha=scaling)
+
+
+def masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """values * mask in the dtype of `values`; `values` itself when there is no mask."""
+    if mask is None:
+        return values
+    result = torch.empty_like(values)
+    for source, target in zip(_blocks(values, mask), _blocks(result, mask), strict=True):
+        torch.mul(source, mask, out=target)
+    return result
+
+
+def mask_(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`masked` in place."""
+    for block in () if mask is None else _blocks(values, mask):
+        block.mul_(mask)
+    return values
+
+
+def column_dot(left: Tensor, right: Tensor) -> Tensor:
+    """Column sums of left * right, in float32 or better."""
+    total = torch.zeros(left.shape[1], dtype=torch.promote_types(left.dtype, torch.float32), device=left.device)
+    for some, others in zip(_blocks(left, total), _blocks(right, total), strict=True):
+        total += (some.to(total.dtype) * others).sum(0)
+    return total
+
+
+def mask_and_dot(grad: Tensor, total: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`masked(grad, mask)` and `column_dot(grad, total)`: what the decision step's backward reads both tensors for."""
+    return masked(grad, mask), column_dot(grad, total)
+
+
+def dropped(values: Tensor, dropout: Dropout) -> Tensor:
+    """`reference.dropped`, with its random words in blocks of rows that stay in cache."""
+    result = torch.empty_like(values)
+    step = max(1, _BLOCK_ELEMENTS // max(1, values.shape[1]))
+    for first in range(0, values.shape[0], step):
+        rows = slice(first, first + step)
+        result[rows] = reference.dropped(values[rows], dropout, first)
+    return result
+
+
+def _blocks(values: Tensor, operand: Tensor) -> Sequence[Tensor]:
+    """`values` in blocks of rows that stay in cache where ATen would make a wide copy of all of it.
+
+    On a CPU, 16-bit values times a float32 mask took 5.3 ms whole and 0.6 ms in blocks (768 x 1536, one thread).
+    """
+    if values.device.type != "cpu" or operand.dtype in (torch.bool, values.dtype):
+        return (values,)
+    return values.split(max(1, _BLOCK_ELEMENTS // max(1, values.shape[1])))
+
+
+class Primitives(NamedTuple):
+    """Each is called as the function of its name in this module, and returns what that returns."""
+
+    masked: Callable[[Tensor, Tensor | None], Tensor] = masked
+    mask_: Callable[[Tensor, Tensor | None], Tensor] = mask_
+    column_dot: Callable[[Tensor, Tensor], Tensor] = column_dot
+    mask_and_dot: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = mask_and_dot
+    dropped: Callable[[Tensor, Dropout], Tensor] = dropped
+
+
+ATEN = Primitives()
