@@ -9,10 +9,13 @@ from atp_kernels.functional import (
     masked_lora_linear,
     masked_lora_linear_with_norms,
 )
-from atp_kernels.kept import KeptSlice, kept_lora_linear
+from atp_kernels.kept import kept_lora_linear
+from atp_kernels.slices import KeptFirst, KeptSlice, Scratch
 
 __all__ = [
+    "KeptFirst",
     "KeptSlice",
+    "Scratch",
     "available_backends",
     "compact",
     "explain",

@@ -21,6 +21,7 @@ _MODULES = {
 _ENTRY = {
     "masked_lora_linear": "masked_lora_linear_forward",
     "masked_lora_linear_with_norms": "masked_lora_linear_forward",
+    "kept_lora_linear": "kept_lora_linear_forward",
     "group_lasso": "group_lasso_forward",
     "group_prox_": "group_prox_",
     "compact": "compact",
@@ -71,6 +72,9 @@ def _select(op: str, device: str, dtype: torch.dtype, backend: str, override: st
 
 
 def _preference(op: str, device: str) -> tuple[str, ...]:
+    if op == "kept_lora_linear":
+        # Its products are the vendor's on any device.
+        return ("reference",)
     linear = op.startswith("masked_lora_linear")
     if device == "cuda":
         return ("triton", "reference") if linear else ("native", "reference")

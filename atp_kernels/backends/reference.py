@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atp_kernels.backends.kept import kept_lora_linear_backward, kept_lora_linear_forward
 from atp_kernels.backends.primitives import ATEN, Primitives, scaled_mm
 from atp_kernels.reference import Dropout, Groups, compact, factor_norms, group_prox_, group_squares, owned_groups
 
@@ -17,6 +18,8 @@ __all__ = [
     "group_lasso_backward",
     "group_lasso_forward",
     "group_prox_",
+    "kept_lora_linear_backward",
+    "kept_lora_linear_forward",
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",
 ]

@@ -20,9 +20,10 @@ def test_every_backend_is_listed_with_none_or_a_reason():
     assert listed["native"] == native.REASON
 
 
-def test_linear_on_a_cpu_takes_the_vendor_gemm():
-    assert atp_kernels.explain("masked_lora_linear", torch.ones(1)) == (
-        "masked_lora_linear on cpu in float32 runs on reference (first choice on cpu)."
+@pytest.mark.parametrize("op", ["masked_lora_linear", "kept_lora_linear"])
+def test_linear_on_a_cpu_takes_the_vendor_gemm(op):
+    assert atp_kernels.explain(op, torch.ones(1)) == (
+        f"{op} on cpu in float32 runs on reference (first choice on cpu)."
     )
 
 

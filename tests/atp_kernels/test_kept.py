@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from atp_kernels import KeptSlice, kept_lora_linear, masked_lora_linear, reference
+from atp_kernels import KeptSlice, Scratch, kept_lora_linear, masked_lora_linear, reference
 
 KINDS = (None, "hard", "empty", "full")
 BOTH = Shape(m=12, n=44, k=52, out_mask="hard", in_mask="hard")
@@ -54,12 +54,12 @@ def test_error_is_no_worse_than_unfused(shape, dtype):
     assert_error_rule(run(shape, tensors, pad_to=8), shape, tensors)
 
 
-@pytest.mark.parametrize("cache", ["persistent", "scratch"])
+@pytest.mark.parametrize("scratch", [False, True])
 @pytest.mark.parametrize("pad_to", [1, 8, 32])
 @pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
-def test_equals_masked_lora_linear(shape, pad_to, cache):
+def test_equals_masked_lora_linear(shape, pad_to, scratch):
     tensors = operands(shape, torch.float64)
-    got = run(shape, tensors, pad_to=pad_to, cache=cache)
+    got = run(shape, tensors, pad_to=pad_to, scratch=Scratch() if scratch else None)
     y = masked_lora_linear(**tensors, scaling=shape.scaling)
     norms = reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
     expected = with_gradients((y, *norms), tensors)
@@ -99,12 +99,12 @@ shapes = st.builds(
     shape=shapes,
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     pad_to=st.sampled_from([1, 7, 32]),
-    cache=st.sampled_from(["persistent", "scratch"]),
+    scratch=st.booleans(),
 )
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_any_shape(shape, dtype, pad_to, cache):
+def test_any_shape(shape, dtype, pad_to, scratch):
     tensors = operands(shape, dtype)
-    assert_error_rule(run(shape, tensors, pad_to=pad_to, cache=cache), shape, tensors)
+    assert_error_rule(run(shape, tensors, pad_to=pad_to, scratch=Scratch() if scratch else None), shape, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -162,15 +162,18 @@ def test_padding_never_widens_the_work():
     assert padded.get_total_flops() == whole.get_total_flops()
 
 
-def test_persistent_holds_the_slice_and_scratch_gathers_it_again():
+def test_a_slice_holds_its_weight_and_a_scratch_holds_the_last_one():
     tensors = operands(replace(BOTH, bias=False), torch.float32)
-    held, again = (slice_of(tensors, cache=cache) for cache in ("persistent", "scratch"))
+    scratch = Scratch()
+    held, shared, other = (slice_of(tensors, scratch=given) for given in (None, scratch, scratch))
     before = call_of(tensors, held, 1.0)
-    assert torch.equal(call_of(tensors, again, 1.0), before)
+    assert torch.equal(call_of(tensors, shared, 1.0), before)
     with torch.no_grad():
         tensors["weight"].zero_()
-    assert torch.equal(call_of(tensors, held, 1.0), before)
-    assert_close(call_of(tensors, again, 1.0), tensors["lora_input"] @ tensors["lora_a"].T @ tensors["lora_b"].T)
+    adapter = tensors["lora_input"] @ tensors["lora_a"].T @ tensors["lora_b"].T
+    assert torch.equal(call_of(tensors, held, 1.0), before) and torch.equal(call_of(tensors, shared, 1.0), before)
+    assert_close(call_of(tensors, other, 1.0), adapter)
+    assert_close(call_of(tensors, shared, 1.0), adapter)
 
 
 def test_counts_are_those_of_the_masks():
@@ -209,12 +212,12 @@ def test_uninitialised_memory_is_never_read():
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("cache", ["persistent", "scratch"])
-def test_bitwise_deterministic(cache):
+@pytest.mark.parametrize("scratch", [None, Scratch()])
+def test_bitwise_deterministic(scratch):
     tensors = operands(BOTH, torch.bfloat16)
     first = run(BOTH, tensors, pad_to=8)
     for _ in range(9):
-        again = run(BOTH, tensors, pad_to=8, cache=cache)
+        again = run(BOTH, tensors, pad_to=8, scratch=scratch)
         assert all(torch.equal(value, first[name]) for name, value in again.items())
 
 
@@ -242,10 +245,10 @@ def test_each_gradient_alone(wanted):
     assert torch.equal(grad, expected)
 
 
-@pytest.mark.parametrize("cache", ["persistent", "scratch"])
-def test_autocast_casts_everything(cache):
+@pytest.mark.parametrize("scratch", [False, True])
+def test_autocast_casts_everything(scratch):
     tensors = operands(BOTH, torch.float32)
-    kept = slice_of(tensors, cache=cache)
+    kept = slice_of(tensors, scratch=Scratch() if scratch else None)
     before = call_of(tensors, kept, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
         y = call_of(tensors, kept, 1.0)
@@ -270,7 +273,7 @@ def test_fits_its_own_masks_only():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant):
     tensors = operands(replace(BOTH, n=52, dropout=False), torch.float64)
-    kept = slice_of(tensors, cache="scratch", pad_to=8)
+    kept = slice_of(tensors, scratch=Scratch(), pad_to=8)
     factors = tensors["lora_a"], tensors["lora_b"]
 
     def block(x):
@@ -309,7 +312,6 @@ BAD_SLICES = [
     ({"out_mask": torch.ones(20)}, "out_mask is torch.float32: a slice takes a bool mask"),
     ({"in_mask": torch.ones(20, dtype=torch.bool)}, r"in_mask has shape \[20\]"),
     ({"out_mask": torch.ones(20, dtype=torch.bool, device="meta")}, "out_mask has shape .* on meta"),
-    ({"cache": "disk"}, "cache is 'disk': use 'persistent' or 'scratch'"),
     ({"pad_to": 0}, "pad_to is 0"),
 ]
 

@@ -1,0 +1,236 @@
+"""The kept part of a frozen weight, and the order in which a masked side may lie.
+
+A row or column mask is a smaller dense matrix product. What is made here is made once a decision: host-side counts,
+index vectors, and at the first use the gathered weight.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atp_kernels.backends.dispatch import select
+from atp_kernels.backends.kept import Side
+from atp_kernels.reference import round_up
+
+_BLOCK_ELEMENTS = 2**20
+
+
+class KeptFirst:
+    """A hard mask whose side lies in the order [kept, removed], shared by all producers and consumers of that side.
+
+    mask [size]: bool, True keeps. `index` [size] lists the old positions in the new order (kept ones rising, then
+    removed ones rising), `place` [size] is the inverse: values[..., index] brings activations into the order,
+    values[..., place] back. `kept` counts kept positions, `width` those that a slice multiplies: `kept` rounded up to
+    `pad_to`, at most size; weights of the removed ones among them count as zero. Making one waits for the device.
+    Raises ValueError for a wrong shape or dtype.
+    """
+
+    def __init__(self, mask: Tensor, *, pad_to: int = 32) -> None:
+        if mask.ndim != 1 or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be a 1-D bool tensor, not {mask.dtype} of shape {list(mask.shape)}.")
+        _check_padding(pad_to)
+        self.mask, self.size = mask, mask.numel()
+        kept = mask.nonzero().squeeze(1)
+        self.kept = kept.numel()
+        self.width = min(round_up(self.kept, pad_to), self.size)
+        self.index = torch.cat([kept, (~mask).nonzero().squeeze(1)])
+        places = torch.arange(self.size, device=mask.device)
+        self.place = torch.empty_like(places).index_copy_(0, self.index, places)
+
+    def __repr__(self) -> str:
+        return f"KeptFirst(kept {self.kept}/{self.size}, width {self.width}, {self.mask.device})"
+
+
+class Scratch:
+    """A buffer for gathered weights that grows to the largest of the slices it is given to.
+
+    One for all slices holds one of them at a time, gathered again for every pass that finds another. One for each
+    linear, given to its slice of every decision, saves the pages of a fresh allocation. Not for several threads.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self._holder: KeptSlice | None = None
+
+    def _buffer(self, holder: "KeptSlice", shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """A tensor of this shape in the buffer, and whether the holder's weight lies in it already."""
+        n, memory = shape[0] * shape[1], self._memory
+        fits = memory is not None and (memory.dtype, memory.device) == (dtype, holder.device)
+        if not fits or memory.numel() < n:
+            fits, memory = False, torch.empty(n, dtype=dtype, device=holder.device)
+        held = fits and self._holder is holder
+        self._memory, self._holder = memory, holder
+        return memory[:n].view(shape), held
+
+
+class KeptSlice:
+    """The kept rows and columns of a frozen base weight, made once a decision and read by many `kept_lora_linear`.
+
+    weight [out, in] and bias [out]: floating, without gradient. out_mask [out], in_mask [in]: bool, True keeps, None
+    keeps all, or a `KeptFirst`, which says that outputs or inputs lie in its order. Without `scratch` the slice is held
+    from its first use, and gathered again for another dtype; with one it lies there, for as long as no other slice
+    takes the place. pad_to: multiple to which kept counts of bool masks are padded (vendor GEMMs are slow on odd
+    widths), never visible in results. Make a new slice when a mask or the weight changed. Making one waits for the
+    device, using it does not. Raises ValueError for wrong shapes, dtypes, devices or options.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        out_mask: Tensor | KeptFirst | None = None,
+        in_mask: Tensor | KeptFirst | None = None,
+        scratch: Scratch | None = None,
+        pad_to: int = 32,
+    ) -> None:
+        _check_slice(weight, bias, out_mask, in_mask)
+        _check_padding(pad_to)
+        self.out_features, self.in_features = weight.shape
+        self.dtype, self.device = weight.dtype, weight.device
+        self.out_mask, self.in_mask = out_mask, in_mask
+        self._rows, self._cols = _Gather.of(out_mask, pad_to), _Gather.of(in_mask, pad_to)
+        self.kept_out = self.out_features if self._rows is None else self._rows.count
+        self.kept_in = self.in_features if self._cols is None else self._cols.count
+        self._weight = weight.detach()
+        self._bias = None if bias is None else _gathered(bias.detach().unsqueeze(1), self._rows, None).squeeze(1)
+        self._scratch, self._held = scratch, None
+
+    def __repr__(self) -> str:
+        kept = f"kept {self.kept_out}/{self.out_features} x {self.kept_in}/{self.in_features}"
+        return f"KeptSlice({kept}, {self.dtype}, {self.device})"
+
+    @property
+    def sides(self) -> tuple[Side | None, Side | None]:
+        """How outputs and inputs relate to the slice."""
+        return self._rows and self._rows.side, self._cols and self._cols.side
+
+    def fits(self, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None) -> bool:
+        """Whether these are the masks that the slice was made for, on the same device and in the same order."""
+        return _same(self.out_mask, out_mask) and _same(self.in_mask, in_mask)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The kept part [N", K"] in this dtype, gathered unless it is there: valid until the scratch changes hands.
+
+        Raises RuntimeError where a compiler would have to trace the gathering.
+        """
+        if self._held is not None and self._held.dtype == dtype:
+            return self._held
+        if torch.compiler.is_compiling():
+            advice = f"make it without scratch and call weight({dtype}) before compiling"
+            raise RuntimeError(f"this KeptSlice holds no {dtype} weight: {advice}.")
+        if self._scratch is None:
+            self._held = _gathered(self._weight, self._rows, self._cols).to(dtype)
+            return self._held
+        shape = tuple(
+            size if gather is None or gather.index is None else gather.index.numel()
+            for gather, size in zip((self._rows, self._cols), self._weight.shape, strict=True)
+        )
+        buffer, held = self._scratch._buffer(self, shape, dtype)
+        if not held:
+            self._gather_into(buffer)
+        return buffer
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The kept part [N"] of the bias in this dtype."""
+        return None if self._bias is None else self._bias.to(dtype)
+
+    def _gather_into(self, buffer: Tensor) -> None:
+        """Through blocks of rows that stay in cache: one whole copy would touch as much fresh memory as it saves."""
+        rows = self._rows and self._rows.index
+        n, width = buffer.shape
+        step = max(1, _BLOCK_ELEMENTS // max(1, width)) if buffer.device.type == "cpu" else max(1, n)
+        for start in range(0, n, step):
+            block = slice(start, start + step)
+            source = self._weight[block] if rows is None else self._weight
+            buffer[block] = _selected(source, None if rows is None else rows[block], self._cols and self._cols.index)
+        _silence_(buffer, self._rows, self._cols)
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """How one side of the weight becomes that of the slice.
+
+    count: kept positions. index [width]: what the slice takes, None for the whole side. silent: the positions of the
+    slice whose weight is zero. side: what the product must know, None where the whole side lies in the slice as it is.
+    """
+
+    count: int
+    index: Tensor | None
+    silent: Tensor
+    side: Side | None
+
+    @classmethod
+    def of(cls, mask: Tensor | KeptFirst | None, pad_to: int) -> "_Gather | None":
+        if isinstance(mask, KeptFirst):
+            if mask.kept == mask.size:
+                return None
+            silent = torch.arange(mask.kept, mask.width, device=mask.mask.device)
+            return cls(mask.kept, mask.index[: mask.width], silent, Side(mask.index, mask.place, True))
+        kept = None if mask is None else mask.nonzero().squeeze(1)
+        if mask is None or kept.numel() == mask.numel():
+            return None
+        # One filler at least: what it multiplies to is the zero that removed positions read.
+        size, count = mask.numel(), kept.numel()
+        width = round_up(count + 1, pad_to)
+        if width >= size:
+            return cls(count, None, (~mask).nonzero().squeeze(1), None)
+        # Fillers repeat a kept position, so that they bring no value of a removed one near the product.
+        filler = kept[-1:] if count else kept.new_zeros(1)
+        places = torch.arange(width, device=mask.device)
+        place = torch.full_like(mask, count, dtype=torch.int64).index_copy_(0, kept, places[:count])
+        index = torch.cat([kept, filler.expand(width - count)])
+        return cls(count, index, places[count:], Side(index, place, False))
+
+
+def _gathered(matrix: Tensor, rows: _Gather | None, cols: _Gather | None) -> Tensor:
+    """The slice of a matrix; the matrix itself where nothing is removed."""
+    if rows is None and cols is None:
+        return matrix
+    kept = _selected(matrix, rows and rows.index, cols and cols.index)
+    _silence_(kept, rows, cols)
+    return kept
+
+
+def _selected(matrix: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    return select("compact", matrix.device, matrix.dtype)[0].compact(matrix, rows, cols)
+
+
+def _silence_(kept: Tensor, rows: _Gather | None, cols: _Gather | None) -> None:
+    for axis, gather in enumerate((rows, cols)):
+        if gather is not None:
+            kept.index_fill_(axis, gather.silent, 0)
+
+
+def _same(old: Tensor | KeptFirst | None, new: Tensor | KeptFirst | None) -> bool:
+    if old is new or type(old) is not type(new):
+        return old is new
+    if isinstance(old, KeptFirst):
+        old, new = old.mask, new.mask
+    return old.device == new.device and torch.equal(old, new)
+
+
+def _check_padding(pad_to: int) -> None:
+    if pad_to < 1:
+        raise ValueError(f"pad_to is {pad_to}: give a positive multiple, 1 for no padding.")
+
+
+def _check_slice(
+    weight: Tensor, bias: Tensor | None, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None
+) -> None:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a 2-D floating tensor, not {weight.dtype} of shape {list(weight.shape)}.")
+    n_out, n_in = weight.shape
+    for name, given, size in (("bias", bias, n_out), ("out_mask", out_mask, n_out), ("in_mask", in_mask, n_in)):
+        tensor = given.mask if isinstance(given, KeptFirst) else given
+        if tensor is None:
+            continue
+        if tensor.shape != (size,) or tensor.device != weight.device:
+            has = f"shape {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} has {has}, but weight {list(weight.shape)} needs [{size}] on {weight.device}.")
+        if name != "bias" and tensor.dtype != torch.bool:
+            raise ValueError(f"{name} is {tensor.dtype}: a slice takes a bool mask, masked_lora_linear a soft one.")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient and a slice is frozen: freeze it or use masked_lora_linear.")

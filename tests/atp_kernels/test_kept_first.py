@@ -1,0 +1,275 @@
+"""Kept slices whose sides lie kept first, from producer to consumer, and the registered operators of kept slices."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linear_cases import Shape, assert_as_good_as_unfused, operands, unfused, with_gradients
+from torch.nn.functional import silu
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atp_kernels import KeptFirst, KeptSlice, Scratch, kept_lora_linear, ops, reference
+
+BOTH = Shape(m=12, n=44, k=52, out_mask="hard", in_mask="hard")
+FROZEN = ("weight", "bias", "out_mask", "in_mask")
+ORDERS = [(True, True), (True, False), (False, True)]
+
+
+def slice_of(tensors, first=(True, True), pad_to=8, **options):
+    """The slice of operands; first says which of outputs and inputs lie kept first."""
+    masks = {name: tensors.get(name) for name in ("out_mask", "in_mask")}
+    for name, ordered in zip(masks, first, strict=True):
+        if ordered and masks[name] is not None:
+            masks[name] = KeptFirst(masks[name], pad_to=pad_to)
+    bias = tensors["bias"].detach() if "bias" in tensors else None
+    return KeptSlice(tensors["weight"].detach(), bias, **masks, pad_to=pad_to, **options)
+
+
+def call_of(tensors, kept, scaling):
+    """The linear on operands in the model's order, permuted on the way in and back on the way out."""
+    trained = {name: tensor for name, tensor in tensors.items() if name not in FROZEN}
+    if isinstance(kept.in_mask, KeptFirst):
+        for name in trained.keys() & {"x", "lora_input"}:
+            trained[name] = trained[name][..., kept.in_mask.index]
+    y = kept_lora_linear(**trained, kept=kept, scaling=scaling)
+    return y[..., kept.out_mask.place] if isinstance(kept.out_mask, KeptFirst) else y
+
+
+def run(shape, tensors, first, **options):
+    y = call_of(tensors, slice_of(tensors, first, **options), shape.scaling)
+    norms = reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
+    return with_gradients((y, *norms), {name: tensor for name, tensor in tensors.items() if name not in FROZEN})
+
+
+def assert_error_rule(got, shape, tensors):
+    assert_as_good_as_unfused(with_gradients(unfused(shape, tensors), tensors) | got, shape, tensors)
+
+
+KINDS = (None, "hard", "empty", "full")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", ORDERS)
+@pytest.mark.parametrize(("out_mask", "in_mask"), [(o, i) for o in KINDS for i in KINDS])
+@pytest.mark.parametrize(("bias", "dropout"), [(False, True), (True, False)])
+def test_error_is_no_worse_than_unfused(out_mask, in_mask, bias, dropout, first, dtype):
+    shape = replace(BOTH, out_mask=out_mask, in_mask=in_mask, bias=bias, dropout=dropout)
+    tensors = operands(shape, dtype)
+    assert_error_rule(run(shape, tensors, first), shape, tensors)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("first", ORDERS)
+def test_gradcheck(first, dropout):
+    shape = Shape(m=3, n=6, k=7, rank=2, out_mask="hard", in_mask="hard", dropout=dropout)
+    tensors = operands(shape, torch.float64)
+    kept = slice_of(tensors, first, pad_to=1)
+    trained = {name: tensor for name, tensor in tensors.items() if name not in FROZEN}
+
+    def call(*values):
+        return kept_lora_linear(**dict(zip(trained, values, strict=True)), kept=kept, scaling=1.7)
+
+    assert torch.autograd.gradcheck(call, tuple(trained.values()))
+
+
+@given(
+    shape=st.builds(
+        Shape,
+        m=st.sampled_from([1, 5, 33]),
+        n=st.integers(1, 70),
+        k=st.integers(1, 70),
+        rank=st.sampled_from([1, 8, 64]),
+        out_mask=st.sampled_from(KINDS),
+        in_mask=st.sampled_from(KINDS),
+        bias=st.booleans(),
+        dropout=st.booleans(),
+    ),
+    first=st.sampled_from(ORDERS),
+    pad_to=st.sampled_from([1, 7, 32]),
+    scratch=st.booleans(),
+)
+@settings(max_examples=40, derandomize=True, deadline=None)
+def test_any_shape(shape, first, pad_to, scratch):
+    tensors = operands(shape, torch.float32)
+    got = run(shape, tensors, first, pad_to=pad_to, scratch=Scratch() if scratch else None)
+    assert_error_rule(got, shape, tensors)
+
+
+def test_order_lists_kept_then_removed_positions():
+    order = KeptFirst(torch.tensor([False, True, False, True, True]), pad_to=4)
+    assert order.index.tolist() == [1, 3, 4, 0, 2] and order.place.tolist() == [3, 0, 4, 1, 2]
+    assert (order.size, order.kept, order.width) == (5, 3, 4)
+    assert KeptFirst(order.mask, pad_to=32).width == 5
+
+
+def test_fits_an_equal_order_and_no_plain_mask():
+    mask = torch.arange(20) % 3 > 0
+    kept = KeptSlice(torch.ones(20, 28), out_mask=KeptFirst(mask))
+    assert kept.fits(KeptFirst(mask.clone()), None)
+    assert not kept.fits(mask, None) and not kept.fits(KeptFirst(~mask), None)
+
+
+def test_removed_weights_are_never_read():
+    tensors = operands(replace(BOTH, dropout=False), torch.float32)
+    expected = run(BOTH, tensors, (True, True))
+    with torch.no_grad():
+        for name, index in (("weight", ~tensors["out_mask"]), ("bias", ~tensors["out_mask"])):
+            tensors[name][index] = torch.nan
+        tensors["weight"][:, ~tensors["in_mask"]] = torch.nan
+    for name, value in run(BOTH, tensors, (True, True)).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("first", ORDERS)
+def test_uninitialised_memory_is_never_read(first):
+    tensors = operands(BOTH, torch.float32)
+    expected = run(BOTH, tensors, first)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        got = run(BOTH, tensors, first, scratch=Scratch())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def mlp(x, gate, up, down, slices):
+    g, u = (kept_lora_linear(x, kept, *linear, scaling=1.5) for kept, linear in zip(slices, (gate, up), strict=False))
+    return kept_lora_linear(silu(g) * u, slices[2], *down, scaling=1.5)
+
+
+def mlp_operands(first):
+    rng = torch.Generator().manual_seed(0)
+    randn = lambda *size: torch.randn(size, generator=rng) / size[-1] ** 0.5  # noqa: E731
+    hidden, channels, rank = 24, 96, 4
+    mask = torch.rand(channels, generator=rng) < 0.5
+    weights = randn(channels, hidden), randn(channels, hidden), randn(hidden, channels)
+    factors = [
+        (randn(rank, k).requires_grad_(), randn(n, rank).requires_grad_()) for n, k in map(torch.Tensor.size, weights)
+    ]
+    order = KeptFirst(mask, pad_to=8) if first else mask
+    masks = {"out_mask": order}, {"out_mask": order}, {"in_mask": order}
+    slices = [KeptSlice(w, **m, pad_to=8) for w, m in zip(weights, masks, strict=True)]
+    return randn(3, 5, hidden).requires_grad_(), factors, slices, weights, mask
+
+
+def test_producer_to_consumer_needs_no_permutation():
+    x, factors, slices, weights, mask = mlp_operands(first=True)
+    y = mlp(x, *factors, slices)
+    wide = {"x": x, **{str(i): f for i, f in enumerate(f for pair in factors for f in pair)}}
+    got = with_gradients((y,), wide)
+
+    def linear(x, i, **masks):
+        return reference.masked_lora_linear(x, weights[i], *factors[i], scaling=1.5, **masks)
+
+    h = silu(linear(x, 0, out_mask=mask)) * linear(x, 1, out_mask=mask)
+    for name, value in with_gradients((linear(h, 2, in_mask=mask),), wide).items():
+        assert_close(got[name], value, msg=name)
+
+
+class _NoGather(TorchDispatchMode):
+    """Refuses to permute, gather or scatter anything as long as the activations."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("gather", "index", "scatter")):
+            assert 15 not in args[0].shape, f"{func} of {list(args[0].shape)}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_activation_is_gathered():
+    for first in (True, False):
+        x, factors, slices, *_ = mlp_operands(first)
+        x = x.detach().reshape(15, -1).requires_grad_()
+        try:
+            with _NoGather():
+                mlp(x, *factors, slices).sum().backward()
+            gathered = False
+        except AssertionError:
+            gathered = True
+        assert gathered != first
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("first", [*ORDERS, (False, False)])
+def test_opcheck(first, dropout):
+    tensors = operands(replace(BOTH, m=5, dropout=dropout), torch.float32)
+    kept = slice_of(tensors, first)
+    slices = kept.weight(torch.float32), kept.bias(torch.float32)
+    factors = tensors["lora_a"], tensors["lora_b"]
+    sides = ops.flat(kept.sides)
+    torch.library.opcheck(
+        ops.kept_lora_linear_op, (tensors["x"], *slices, *factors, tensors.get("lora_input"), *sides, 1.5)
+    )
+    detached = [factor.detach() for factor in factors]
+    saved = slices[0], *detached, tensors["x"].detach(), torch.randn(5, 4)
+    needs = [True, True, True, dropout]
+    torch.library.opcheck(
+        ops.kept_lora_linear_backward_op, (torch.randn(5, BOTH.n), *saved, *sides, 1.5, not dropout, needs)
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_whole_graph(dynamic, first):
+    torch._dynamo.reset()
+    x, factors, slices, *_ = mlp_operands(first)
+    for kept in slices:
+        kept.weight(torch.float32)
+    leaves = {str(i): f for i, f in enumerate(f for pair in factors for f in pair)}
+    compiled = torch.compile(mlp, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (5, 9, 12):
+        x = torch.randn(2, tokens, 24).requires_grad_()
+        expected = with_gradients((mlp(x, *factors, slices),), leaves | {"x": x})
+        for name, value in with_gradients((compiled(x, *factors, slices),), leaves | {"x": x}).items():
+            assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("scratch", [None, Scratch()])
+def test_compiling_before_the_slice_is_gathered_says_what_to_do(scratch):
+    torch._dynamo.reset()
+    kept = KeptSlice(torch.ones(8, 8), scratch=scratch)
+    compiled = torch.compile(
+        lambda x: kept_lora_linear(x, kept, torch.ones(2, 8), torch.ones(8, 2), scaling=1.0),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with pytest.raises(Exception, match="make it without scratch and call weight"):
+        compiled(torch.ones(3, 8))
+
+
+def test_double_backward_through_the_operator_is_refused():
+    tensors = operands(BOTH, torch.float32)
+    kept = slice_of(tensors)
+    slices = kept.weight(torch.float32), None
+    y, _ = ops.kept_lora_linear_op(
+        tensors["x"], *slices, tensors["lora_a"], tensors["lora_b"], None, *ops.flat(kept.sides), 1.0
+    )
+    (grad,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        grad.sum().backward()
+
+
+def test_a_scratch_grows_and_serves_slices_of_all_sizes():
+    scratch = Scratch()
+    rng = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, k, generator=rng) for n, k in ((8, 40), (70, 30), (20, 20), (70, 30))]
+    slices = [
+        KeptSlice(w, out_mask=torch.rand(len(w), generator=rng) < 0.5, pad_to=1, scratch=scratch) for w in weights
+    ]
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        for kept, weight in zip(slices, weights, strict=True):
+            expected = weight[kept.out_mask].to(dtype)
+            assert torch.equal(kept.weight(dtype)[: len(expected)], expected)
+            assert not kept.weight(dtype)[len(expected) :].any()
+
+
+def test_a_scratch_is_filled_through_many_blocks():
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(2100, 1100, generator=rng)
+    masks = {"out_mask": torch.rand(2100, generator=rng) < 0.9, "in_mask": torch.rand(1100, generator=rng) < 0.9}
+    kept = KeptSlice(weight, **masks, scratch=Scratch())
+    assert kept.weight(torch.float32).numel() > 2**20
+    assert torch.equal(kept.weight(torch.float32), KeptSlice(weight, **masks).weight(torch.float32))
