@@ -22,6 +22,8 @@ def masked_lora_linear(
     mask_lora: bool = False,
     bias: Tensor | None = None,
     lora_input: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y = m_out * ((m_in * x) W^T + bias) + scaling * (lora_input A^T) B^T, with all its gradients.
@@ -29,15 +31,21 @@ def masked_lora_linear(
     With `mask_lora` the output mask covers the sum and the adapter reads the in-masked input too.
 
     x [..., in]; weight [out, in]; lora_a [r, in]; lora_b [out, r]; out_mask [out]; in_mask [in]; bias [out];
-    lora_input like x (x after dropout; default x). Returns [..., out] in the dtype of x. Masks are bool (hard,
-    constant) or floating (soft, differentiable, used in float32 whatever x is). x and weight share a dtype; the
-    factors, bias and lora_input are cast to it. Under autocast all but the masks are cast to the autocast dtype.
-    Differentiable once in every floating input that requires it. Raises ValueError for wrong shapes, dtypes or
-    devices and RuntimeError for a named backend that cannot take the call.
-    Source: arXiv 2412.14426, section 3.
+    lora_input like x (default x). Returns [..., out] in the dtype of x. Masks are bool (hard, constant) or floating
+    (soft, differentiable, used in float32 whatever x is). x and weight share a dtype; the factors, bias and lora_input
+    are cast to it. Under autocast all but the masks are cast to the autocast dtype.
+    `dropout` p in [0, 1) makes lora_input = keep * x / (1 - p), in place of a given one, and gradients flow to x
+    through the same keep. Seeing x as a matrix, element (m, k) is kept where word k % 4 of Philox-4x32-7 with counter
+    (m, k // 4, 0, 0) and key `seed` is at least floor(p * 2^32), so that backward draws it again and nothing of it is
+    stored. `seed`: an int64 as an int, or as a 0-d CPU tensor, for which torch.compile compiles once; a seed drops the
+    same elements each time, so give each call of a step one of its own, and leave a tensor as it is until backward.
+    Differentiable once in every floating input that requires it. Raises ValueError for wrong shapes, dtypes, devices or
+    dropout and RuntimeError for a named backend that cannot take the call.
+    Source: arXiv 2412.14426, section 3; Philox: Salmon et al. 2011.
     """
+    _check_dropout(dropout, seed, lora_input)
     tensors = _prepare(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
-    return ops.linear(tensors, float(scaling), mask_lora, False, backend)
+    return ops.linear(tensors, float(scaling), mask_lora, False, float(dropout), seed, backend)
 
 
 def masked_lora_linear_with_norms(
@@ -52,6 +60,8 @@ def masked_lora_linear_with_norms(
     mask_lora: bool = False,
     bias: Tensor | None = None,
     lora_input: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`masked_lora_linear`, and the squared norms of B's rows and A's columns from the same pass.
@@ -59,8 +69,9 @@ def masked_lora_linear_with_norms(
     Returns (y [..., out], b_row_sq [out], a_col_sq [in]); the norms are float32 (float64 in float64), of the factors
     as the pass reads them (after any cast), and differentiable in A and B. Errors as in `masked_lora_linear`.
     """
+    _check_dropout(dropout, seed, lora_input)
     tensors = _prepare(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
-    return ops.linear(tensors, float(scaling), mask_lora, True, backend)
+    return ops.linear(tensors, float(scaling), mask_lora, True, float(dropout), seed, backend)
 
 
 def group_lasso(
@@ -185,6 +196,23 @@ def _check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask
         if not (tensor.is_floating_point() or (tensor.dtype == torch.bool and name.endswith("mask"))):
             kind = "bool or floating mask" if name.endswith("mask") else "floating tensor"
             raise ValueError(f"{name} is {tensor.dtype}: give a {kind}.")
+
+
+def _check_dropout(dropout: float, seed: int | Tensor | None, lora_input: Tensor | None) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}: give a probability of at least 0 and below 1.")
+    if dropout == 0:
+        return
+    if lora_input is not None:
+        raise ValueError("dropout makes the adapter's input from x: leave lora_input out, or dropout at 0.")
+    if seed is None:
+        raise ValueError("dropout needs a seed: give an int or a 0-d int64 CPU tensor, a new one for each call.")
+    if isinstance(seed, Tensor):
+        if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device.type != "cpu":
+            given = f"{seed.dtype} tensor of shape {list(seed.shape)} on {seed.device}"
+            raise ValueError(f"seed is a {given}: give an int or a 0-d int64 CPU tensor.")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}: give one that fits into int64.")
 
 
 def _check_groups(factors: Sequence[Tensor], groups: Groups, removed: Tensor) -> None:

@@ -16,7 +16,6 @@ Groups = Sequence[tuple[int, Tensor]]
 PHILOX_ROUNDS = 7
 """The fewest that pass Crush (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", table 2)."""
 
-
 _UINT32 = 0xFFFFFFFF
 
 
@@ -54,12 +53,16 @@ def masked_lora_linear(
     mask_lora: bool = False,
     bias: Tensor | None = None,
     lora_input: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """y = m_out * ((m_in * x) W^T + bias) + scaling * (lora_input A^T) B^T; `mask_lora` masks the sum.
 
-    x [..., in], weight [out, in], lora_a [r, in], lora_b [out, r], out_mask [out], in_mask [in], bias [out].
+    x [..., in], weight [out, in], lora_a [r, in], lora_b [out, r], out_mask [out], in_mask [in], bias [out];
+    lora_input is x where it is not given, after `dropout` of x seen as a matrix.
     Source: arXiv 2412.14426, section 3; the masked sum is its decision step, the masked base path its LoRA step.
     """
+    if dropout is not None:
+        lora_input = dropped(x.reshape(-1, x.shape[-1]), dropout).view(x.shape)
     adapter_input = x if lora_input is None else lora_input
     if mask_lora:
         adapter_input = _masked(adapter_input, in_mask)

@@ -8,21 +8,32 @@ from torch.autograd.function import once_differentiable
 
 from atp_kernels.backends.dispatch import select
 from atp_kernels.ops.common import refuse_twice
+from atp_kernels.reference import Dropout
 
 
 def linear(
-    tensors: tuple[Tensor | None, ...], scaling: float, mask_lora: bool, with_norms: bool, backend: str
+    tensors: tuple[Tensor | None, ...],
+    scaling: float,
+    mask_lora: bool,
+    with_norms: bool,
+    dropout: float,
+    seed: int | Tensor | None,
+    backend: str,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Masked LoRA linear of (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask), checked and cast."""
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = tensors
     keep_sum = out_mask is not None and out_mask.requires_grad and torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
-        return MaskedLoraLinear.apply(*tensors, scaling, mask_lora, keep_sum, with_norms, backend)
+        return MaskedLoraLinear.apply(
+            *tensors, scaling, mask_lora, keep_sum, with_norms, _dropout(dropout, seed), backend
+        )
+    # A tensor, so that a graph is compiled once for all seeds; on the CPU, so that reading it waits for no device.
+    seed = torch.tensor(seed) if dropout and not isinstance(seed, Tensor) else seed
     rows = x.reshape(-1, x.shape[-1])
     adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
     y, _, _, *norms = masked_lora_linear_op(
         rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask,
-        scaling, mask_lora, keep_sum, with_norms, backend,
+        scaling, mask_lora, keep_sum, with_norms, dropout, seed if dropout else None, backend,
     )  # fmt: skip
     y = y.view(*x.shape[:-1], weight.shape[0])
     return (y, *norms) if with_norms else y
@@ -42,18 +53,22 @@ def masked_lora_linear_op(
     mask_lora: bool,
     keep_sum: bool,
     with_norms: bool,
+    dropout: float,
+    seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """2-D masked LoRA linear: (y, S, un-masked sum, row squares of B, column squares of A), empty where not asked."""
     module = select("masked_lora_linear", x.device, x.dtype, backend)[0]
     tensors = (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
-    results = module.masked_lora_linear_forward(*tensors, scaling, mask_lora, keep_sum, with_norms)
+    options = (scaling, mask_lora, keep_sum, with_norms, _dropout(dropout, seed))
+    results = module.masked_lora_linear_forward(*tensors, *options)
     return tuple(x.new_empty(0) if result is None else result for result in results)
 
 
 @masked_lora_linear_op.register_fake
 def _(
-    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask, scaling, mask_lora, keep_sum, with_norms, backend
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask,
+    scaling, mask_lora, keep_sum, with_norms, dropout, seed, backend,
 ):  # fmt: skip
     y = x.new_empty(x.shape[0], weight.shape[0])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -82,19 +97,22 @@ def masked_lora_linear_backward_op(
     mask_lora: bool,
     shared_input: bool,
     needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
     backend: str,
 ) -> list[Tensor]:
     """The wanted gradients, in the order of the forward's tensors."""
     module = select("masked_lora_linear", grad_y.device, grad_y.dtype, backend)[0]
     saved = (x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total)
-    grads = module.masked_lora_linear_backward(grad_y, *saved, scaling, mask_lora, shared_input, needs)
+    options = (scaling, mask_lora, shared_input, needs, _dropout(dropout, seed))
+    grads = module.masked_lora_linear_backward(grad_y, *saved, *options)
     return [grad for grad in grads if grad is not None]
 
 
 @masked_lora_linear_backward_op.register_fake
 def _(
     grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total,
-    scaling, mask_lora, shared_input, needs, backend,
+    scaling, mask_lora, shared_input, needs, dropout, seed, backend,
 ):  # fmt: skip
     (n_out, n_in), rows = weight.shape, grad_y.shape[0]
     shapes = ((rows, n_in), (n_out, n_in), lora_a.shape, lora_b.shape, (n_out,), (rows, n_in), (n_out,), (n_in,))
@@ -108,31 +126,33 @@ def _(
 
 
 def _linear_setup(ctx, inputs, output) -> None:
-    *tensors, scaling, mask_lora, _, _, backend = inputs
-    _save_linear(ctx, tensors, output[1], output[2], (scaling, mask_lora, backend))
+    *tensors, ctx.scaling, ctx.mask_lora, _, _, ctx.dropout, seed, ctx.backend = inputs
+    _save_linear(ctx, tensors, output[1], output[2], seed)
 
 
 def _linear_backward(ctx, grad_y, grad_down, grad_total, grad_rows, grad_cols):
-    saved = ctx.saved_tensors
-    wanted = iter(
-        masked_lora_linear_backward_op(
-            grad_y, *saved, ctx.scaling, ctx.mask_lora, ctx.shared_input, list(ctx.needs), ctx.backend
-        )
-    )
+    *saved, seed = ctx.saved_tensors
+    options = (ctx.scaling, ctx.mask_lora, ctx.shared_input, list(ctx.needs), ctx.dropout, seed, ctx.backend)
+    wanted = iter(masked_lora_linear_backward_op(grad_y, *saved, *options))
     grads = [next(wanted) if need else None for need in ctx.needs]
     if grad_rows.numel():
         _add_norm_gradients(grads, saved, grad_rows, grad_cols)
-    return (*grads, None, None, None, None, None)
+    return (*grads, *[None] * 7)
 
 
 masked_lora_linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
 masked_lora_linear_backward_op.register_autograd(refuse_twice)
 
 
-def _save_linear(ctx, tensors: Sequence[Tensor | None], down: Tensor, total: Tensor | None, options) -> None:
+def _dropout(p: float, seed: int | Tensor | None) -> Dropout | None:
+    return Dropout(p, int(seed)) if p else None
+
+
+def _save_linear(
+    ctx, tensors: Sequence[Tensor | None], down: Tensor, total: Tensor | None, seed: Tensor | None
+) -> None:
     """Keep what the wanted gradients read, and nothing else: x and S, and the un-masked sum for a soft output mask."""
     x, weight, lora_a, lora_b, _, lora_input, out_mask, in_mask = tensors
-    ctx.scaling, ctx.mask_lora, ctx.backend = options
     ctx.shared_input = lora_input is None
     ctx.needs = need_x, need_w, need_a, need_b, _, _, need_out, need_in = tuple(ctx.needs_input_grad[:8])
     read_adapter = need_a or (need_in and ctx.mask_lora)
@@ -146,6 +166,7 @@ def _save_linear(ctx, tensors: Sequence[Tensor | None], down: Tensor, total: Ten
         in_mask,
         down if need_b else None,
         total if need_out else None,
+        seed,
     )
 
 
@@ -166,13 +187,15 @@ class MaskedLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = arguments[:8]
-        scaling, mask_lora, keep_sum, with_norms, backend = arguments[8:]
-        module = select("masked_lora_linear", x.device, x.dtype, backend)[0]
+        ctx.scaling, ctx.mask_lora, keep_sum, with_norms, ctx.dropout, backend = arguments[8:]
+        ctx.module = select("masked_lora_linear", x.device, x.dtype, backend)[0]
         rows = x.reshape(-1, x.shape[-1])
         adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
         tensors = (rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
-        y, down, total, *norms = module.masked_lora_linear_forward(*tensors, scaling, mask_lora, keep_sum, with_norms)
-        _save_linear(ctx, tensors, down, total, (scaling, mask_lora, module))
+        y, down, total, *norms = ctx.module.masked_lora_linear_forward(
+            *tensors, ctx.scaling, ctx.mask_lora, keep_sum, with_norms, ctx.dropout
+        )
+        _save_linear(ctx, tensors, down, total, seed=None)
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         y = y.view(*x.shape[:-1], weight.shape[0])
@@ -181,15 +204,15 @@ class MaskedLoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_rows=None, grad_cols=None):
-        saved = ctx.saved_tensors
+        saved = ctx.saved_tensors[:-1]
         weight = saved[1]
         if grad_y is None:
             grad_y = weight.new_zeros(*ctx.shape[:-1], weight.shape[0])
         grad_y = grad_y.reshape(-1, weight.shape[0])
-        options = (ctx.scaling, ctx.mask_lora, ctx.shared_input, ctx.needs)
-        grads = list(ctx.backend.masked_lora_linear_backward(grad_y, *saved, *options))
+        options = (ctx.scaling, ctx.mask_lora, ctx.shared_input, ctx.needs, ctx.dropout)
+        grads = list(ctx.module.masked_lora_linear_backward(grad_y, *saved, *options))
         _add_norm_gradients(grads, saved, grad_rows, grad_cols)
         for i in (0, 5):
             if grads[i] is not None:
                 grads[i] = grads[i].view(ctx.shape)
-        return (*grads, None, None, None, None, None)
+        return (*grads, *[None] * 6)

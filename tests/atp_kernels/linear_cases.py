@@ -7,6 +7,9 @@ from torch import Tensor
 
 from atp_kernels import reference
 
+SEED = 0x9876_5432_1234_5678 - 2**64
+"""Of any dropout; both halves have their high bit set or are large, and the whole is negative."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -19,22 +22,36 @@ class Shape:
     mask_lora: bool = False
     bias: bool = True
     dropout: bool = True
+    """Whether there is a lora_input of its own; there is none where the linear itself drops, with probability p."""
+    p: float = 0.0
     scaling: float = 1.7
 
+    @property
+    def options(self) -> dict[str, object]:
+        """The arguments of a call that are no operands."""
+        drawn = {"dropout": self.p, "seed": SEED} if self.p else {}
+        return {"scaling": self.scaling, "mask_lora": self.mask_lora, **drawn}
+
+    @property
+    def drawn(self) -> reference.Dropout | None:
+        """The dropout of `options`, as backends take it."""
+        return reference.Dropout(self.p, SEED) if self.p else None
+
     def __str__(self) -> str:
-        extras = [name for name in ("mask_lora", "bias", "dropout") if getattr(self, name)]
+        extras = [name for name in ("mask_lora", "bias", "dropout", "p") if getattr(self, name)]
         return "-".join([f"{self.m}x{self.n}x{self.k}r{self.rank}", str(self.out_mask), str(self.in_mask), *extras])
 
 
 def every_combination(base: Shape) -> list[Shape]:
     """All masks and options on one size."""
     kinds = (None, "soft", "hard")
+    others = ((True, False),) if base.p else ((False, True), (True, False))
     return [
         replace(base, out_mask=out_mask, in_mask=in_mask, mask_lora=mask_lora, bias=bias, dropout=dropout)
         for out_mask in kinds
         for in_mask in kinds
         for mask_lora in (False, True)
-        for bias, dropout in ((False, True), (True, False))
+        for bias, dropout in others
     ]
 
 
@@ -55,7 +72,7 @@ def operands(shape: Shape, dtype: torch.dtype, seed: int = 0) -> dict[str, Tenso
         "lora_a": randn(shape.rank, shape.k) / shape.k**0.5,
         "lora_b": randn(shape.n, shape.rank),
         "bias": randn(shape.n) if shape.bias else None,
-        "lora_input": randn(shape.m, shape.k) if shape.dropout else None,
+        "lora_input": randn(shape.m, shape.k) if shape.dropout and not shape.p else None,
         "out_mask": mask(shape.out_mask, shape.n),
         "in_mask": mask(shape.in_mask, shape.k),
     }
@@ -76,7 +93,9 @@ def upcast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def unfused(shape: Shape, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, by autograd, in the dtype of the operands."""
-    y = reference.masked_lora_linear(**tensors, scaling=shape.scaling, mask_lora=shape.mask_lora)
+    y = reference.masked_lora_linear(
+        **tensors, scaling=shape.scaling, mask_lora=shape.mask_lora, dropout=shape.drawn
+    )
     return y, *reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
 
 

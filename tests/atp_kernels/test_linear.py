@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 import atp_kernels
 from atp_kernels import masked_lora_linear, masked_lora_linear_with_norms, ops
 
-COMBINATIONS = every_combination(Shape())
+COMBINATIONS = every_combination(Shape()) + every_combination(Shape(p=0.4))
 SOFT = Shape(mask_lora=True)
 
 
 def run(shape, tensors, **options):
-    results = masked_lora_linear_with_norms(**tensors, scaling=shape.scaling, mask_lora=shape.mask_lora, **options)
+    results = masked_lora_linear_with_norms(**tensors, **shape.options, **options)
     return with_gradients(results, tensors)
 
 
@@ -32,7 +32,7 @@ def test_gradcheck(shape):
 
     def call(*values):
         given = dict(zip(tensors, values, strict=True))
-        return masked_lora_linear_with_norms(**given, scaling=shape.scaling, mask_lora=shape.mask_lora)
+        return masked_lora_linear_with_norms(**given, **shape.options)
 
     assert torch.autograd.gradcheck(call, tuple(tensors.values()))
 
@@ -53,6 +53,7 @@ shapes = st.builds(
     mask_lora=st.booleans(),
     bias=st.booleans(),
     dropout=st.booleans(),
+    p=st.sampled_from([0.0, 0.5]),
     scaling=st.sampled_from([0.25, 1.0, 2.0]),
 )
 
@@ -197,7 +198,7 @@ def test_double_backward_is_refused():
 def test_compiled_operator_equals_eager():
     tensors = operands(SOFT, torch.float32)
     arguments = [tensors[name] for name in ("x", "weight", "lora_a", "lora_b", "bias", "lora_input")]
-    arguments += [tensors["out_mask"], tensors["in_mask"], SOFT.scaling, True, True, True, "reference"]
+    arguments += [tensors["out_mask"], tensors["in_mask"], SOFT.scaling, True, True, True, 0.0, None, "reference"]
     y, _, _, *norms = ops.masked_lora_linear_op(*arguments)
     got = with_gradients((y, *norms), tensors)
     expected = run(SOFT, tensors)
