@@ -24,8 +24,9 @@ from atp.errors import InputError, Interrupted
 from atp.export.card import model_card
 from atp.export.hf import export_model, save_decisions, write_json
 from atp.loading import check_length, load_data, load_model, load_tokenizer
+from atp.lora.controller import MaskController
 from atp.lora.lasso import LoraGroups
-from atp.lora.layer import MaskController, add_lora
+from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.removal import compare, cut_model, cut_state_dict, reference_logits
 from atp.training import checkpoint as checkpoints

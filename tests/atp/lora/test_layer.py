@@ -7,7 +7,8 @@ from peft.tuners.lora import Linear as StockLora
 from tiny_lora import ALPHA, RANK, base_model, masked, random_mask, stock, tokens
 from torch.testing import assert_close
 
-from atp.lora.layer import MaskController, MaskedLoraLinear, add_lora
+from atp.lora.controller import MaskController
+from atp.lora.layer import MaskedLoraLinear, add_lora
 from atp.masks.space import MaskSpace
 
 SCALING = ALPHA / RANK

@@ -10,7 +10,8 @@ from peft.tuners.lora import Linear as StockLora
 from torch.testing import assert_close
 from zeroed import HEAD_DIM, HEADS, INNER, KV_HEADS, random_mask, stock_model, tokens, zeroed
 
-from atp.lora.layer import MaskController, MaskedLoraLinear, add_lora
+from atp.lora.controller import MaskController
+from atp.lora.layer import MaskedLoraLinear, add_lora
 from atp.masks.space import MaskSpace
 from atp.models import ATPLlamaForCausalLM
 from atp.removal.cut import cut_model, cut_state_dict, merge_adapter

@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 from zeroed import random_mask, stock_model, tokens
 
+from atp.lora.controller import MaskController
 from atp.lora.lasso import LoraGroups
-from atp.lora.layer import MaskController, add_lora
+from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.removal.cut import cut_model, cut_state_dict
 

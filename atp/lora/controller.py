@@ -1,0 +1,91 @@
+"""Hands the masks of the whole model to its LoRA layers, and the kept slices that hard masks are computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from atp.lora.layer import MaskedLoraLinear
+from atp.masks.space import MaskSpace
+from atp_kernels import KeptFirst, KeptSlice
+
+# Nothing but element-wise work lies between gate, up and down, so their channels may lie in any order.
+_KEPT_FIRST = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}
+
+
+class MaskController:
+    """Hands the masks of a flat vector to the LoRA layers of a model, in one of the three forms of the method."""
+
+    def __init__(self, model: nn.Module, space: MaskSpace) -> None:
+        self.space = space
+        self._layers: dict[tuple[int, str], MaskedLoraLinear] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, MaskedLoraLinear):
+                layer, local = name.split(".layers.")[-1].split(".", 1)
+                self._layers[int(layer), local] = module
+        missing = space.num_layers * len(space.linears) - len(self._layers)
+        if missing:
+            raise RuntimeError(f"{missing} linears of the mask space carry no MaskedLoraLinear: wrap with add_lora")
+        self._slices: dict[tuple[int, str], KeptSlice] = {}
+        self._sliced: Tensor | None = None  # the mask they were made for, on the host
+
+    def clear(self) -> None:
+        """Back to the plain LoRA model. Slices are held for the next hard mask."""
+        for layer in self._layers.values():
+            layer.set_masks(None, None)
+
+    def set(self, mask: Tensor, form: Literal["soft", "hard", "sum"]) -> None:
+        """mask [space.size]; see `masks` for the forms."""
+        if form == "hard":
+            self._slice(mask)
+        for layer, module, out_mask, in_mask in self._module_masks(mask):
+            if form == "soft":
+                # Producers are masked at their output, so the input side of o and down is masked already.
+                in_mask = None
+            kept = self._slices[layer, module] if form == "hard" else None
+            self._layers[layer, module].set_masks(out_mask, in_mask, mask_lora=form != "hard", kept=kept)
+
+    @contextmanager
+    def masks(self, mask: Tensor, form: Literal["soft", "hard", "sum"]) -> Iterator[None]:
+        """Applies a mask for the duration of a with block.
+
+        soft: decision step, float mask on the sum, output side only. hard: LoRA step, bool mask on the base path only,
+        both sides. sum: evaluation before the cut, bool mask on the sum, which is what the cut model computes.
+        """
+        self.set(mask, form)
+        try:
+            yield
+        finally:
+            self.clear()
+
+    def _module_masks(self, mask: Tensor) -> Iterator[tuple[int, str, Tensor | None, Tensor | None]]:
+        device = next(iter(self._layers.values())).get_base_layer().weight.device
+        return self.space.module_masks(mask.to(device))
+
+    def _slice(self, mask: Tensor) -> None:
+        """Makes the slices of the base weights under a hard mask, where it differs from that of the last call."""
+        host = mask.cpu()
+        stale = {
+            (structure.layer, cut.module)
+            for structure in self.space.structures
+            if self._sliced is None or not torch.equal(host[structure.span], self._sliced[structure.span])
+            for cut in structure.cuts
+        }
+        if not stale:
+            return
+        orders: dict[int, KeptFirst] = {}
+        for layer, module, *masks in self._module_masks(mask):
+            if (layer, module) not in stale:
+                continue
+            if module in _KEPT_FIRST:
+                side = _KEPT_FIRST[module]
+                if layer not in orders:
+                    orders[layer] = KeptFirst(masks[side])
+                masks[side] = orders[layer]
+            base = self._layers[layer, module].get_base_layer()
+            self._slices[layer, module] = KeptSlice(base.weight, base.bias, out_mask=masks[0], in_mask=masks[1])
+        self._sliced = host.clone()
