@@ -1,6 +1,7 @@
 """Masked LoRA linears, group lasso and compaction for training that prunes: numerics only, on torch alone."""
 
 from atp_kernels.backends.dispatch import available_backends
+from atp_kernels.blocks import masked_lora_qkv, masked_lora_swiglu, stack_weights
 from atp_kernels.functional import (
     compact,
     explain,
@@ -10,11 +11,13 @@ from atp_kernels.functional import (
     masked_lora_linear_with_norms,
 )
 from atp_kernels.kept import kept_lora_linear
+from atp_kernels.reference import Projection
 from atp_kernels.slices import KeptFirst, KeptSlice, Scratch
 
 __all__ = [
     "KeptFirst",
     "KeptSlice",
+    "Projection",
     "Scratch",
     "available_backends",
     "compact",
@@ -24,4 +27,7 @@ __all__ = [
     "kept_lora_linear",
     "masked_lora_linear",
     "masked_lora_linear_with_norms",
+    "masked_lora_qkv",
+    "masked_lora_swiglu",
+    "stack_weights",
 ]

@@ -44,7 +44,7 @@ def masked_lora_linear(
     Source: arXiv 2412.14426, section 3; Philox: Salmon et al. 2011.
     """
     _check_dropout(dropout, seed, lora_input)
-    tensors = _prepare(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    tensors = prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     return ops.linear(tensors, float(scaling), mask_lora, False, float(dropout), seed, backend)
 
 
@@ -70,7 +70,7 @@ def masked_lora_linear_with_norms(
     as the pass reads them (after any cast), and differentiable in A and B. Errors as in `masked_lora_linear`.
     """
     _check_dropout(dropout, seed, lora_input)
-    tensors = _prepare(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    tensors = prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     return ops.linear(tensors, float(scaling), mask_lora, True, float(dropout), seed, backend)
 
 
@@ -149,7 +149,7 @@ def explain(op: str, *tensors: Tensor, backend: str = "auto") -> str:
     return f"{op} on {device.type} in {str(dtype).removeprefix('torch.')} runs on {name} ({why})."
 
 
-def _prepare(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> tuple[Tensor | None, ...]:
+def prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> tuple[Tensor | None, ...]:
     """Check the operands of a linear and cast them as autocast and the dtype rules ask."""
     _check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     dtype = x.dtype

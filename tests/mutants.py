@@ -25,6 +25,10 @@ _LINEAR = "tests/atp_kernels/test_linear.py -k no_worse_than_unfused"
 _NORMS = "tests/atp_kernels/test_linear.py -k gradcheck"
 _GROUPS = "tests/atp_kernels/test_groups.py"
 _KEPT = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
+_KEPT_FIRST = "tests/atp_kernels/test_kept_first.py -k no_worse_than_unfused"
+_MLP = "tests/atp_kernels/test_blocks.py -k swiglu_is_no_worse_than_unfused"
+_MLP_KEPT = "tests/atp_kernels/test_blocks.py -k swiglu_on_kept_slices_is_no_worse"
+_QKV = "tests/atp_kernels/test_blocks.py -k qkv_is_no_worse_than_unfused"
 _TILED = "tests/atp_kernels/test_linear_triton.py -k 'every_combination and soft-soft'"
 _FENCED = "tests/atp_kernels/test_linear_triton.py -k nothing_is_read_outside"
 _SPLIT = "tests/atp_kernels/test_linear_triton.py -k tiles_of_the_table"
@@ -32,7 +36,10 @@ _SPLIT = "tests/atp_kernels/test_linear_triton.py -k tiles_of_the_table"
 _DEFINITION = "atp_kernels/reference.py"
 _REFERENCE = "atp_kernels/backends/reference.py"
 _PRIMITIVES = "atp_kernels/backends/primitives.py"
-_SLICE = "atp_kernels/kept.py"
+_SLICE = "atp_kernels/slices.py"
+_KEPT_MATH = "atp_kernels/backends/kept.py"
+_SWIGLU = "atp_kernels/ops/swiglu.py"
+_BLOCKS = "atp_kernels/blocks.py"
 _OPS = "atp_kernels/ops/linear.py"
 _KERNELS = "atp_kernels/backends/triton/kernels.py"
 _LAUNCHER = "atp_kernels/backends/triton/masked_lora_linear.py"
@@ -46,6 +53,14 @@ _TABLE = {
         ("_masked(base + adapter, out_mask) if mask_lora", "base + adapter if mask_lora"),
         ("else _masked(base, out_mask) + adapter", "else base + adapter"),
         ("else (values * mask).to(values.dtype)", "else values"),
+    ),
+    (_DEFINITION, _MLP): (
+        ("in_mask = None if mask_lora else mask", "in_mask = None"),
+        ("masks=(mask, mask), mask_lora=mask_lora", "masks=(mask, None), mask_lora=mask_lora"),
+        ("masks=(mask, mask), mask_lora=mask_lora", "masks=(mask, mask)"),
+        ("act(g) * u, weight", "act(g), weight"),
+        ("scaling=scaling, in_mask=in_mask, bias=bias)", "scaling=scaling, in_mask=in_mask)"),
+        ("scaling=scaling, in_mask=in_mask, bias=bias)", "scaling=1.0, in_mask=in_mask, bias=bias)"),
     ),
     (_DEFINITION, _NORMS): (
         ("_wide(lora_b).square().sum(1)", "_wide(lora_b).abs().sum(1)"),
@@ -127,13 +142,63 @@ _TABLE = {
         ("keep_sum = out_mask is not None and out_mask.requires_grad", "keep_sum = False"),
     ),
     (_SLICE, _KEPT): (
-        ("base = x @ weight if self._bias is None else torch.addmm(self._bias.to(x.dtype), x, weight)",
-         "base = x @ weight"),
-        ("kept.index_fill_(axis, side.silent, 0)", "pass"),
-        ("scaled_mm(adapter, lora_a.t(), scaling)", "scaled_mm(adapter, lora_a.t(), 1.0)"),
-        ("kept.product(rows).addmm_(down, lora_b.t())", "kept.product(rows)"),
-        ("scaled_mm(grad_y, lora_b, ctx.scaling)", "scaled_mm(grad_y, lora_b, 1.0)"),
-        ("d_x.addmm_(up, lora_a)", "pass"),
+        ("kept.index_fill_(axis, gather.silent, 0)", "pass"),
+        ("places[count:], Side(index, place, False)", "places[:0], Side(index, place, False)"),
+        ("cls(count, None, (~mask).nonzero().squeeze(1), None)", "cls(count, None, kept[:0], None)"),
+    ),
+    (_SLICE, _KEPT_FIRST): (
+        ("silent = torch.arange(mask.kept, mask.width,", "silent = torch.arange(mask.width, mask.width,"),
+        ("Side(mask.index, mask.place, True)", "Side(mask.index, mask.place, False)"),
+    ),
+    (_KEPT_MATH, _KEPT): (
+        ("base = values @ matrix if bias is None else torch.addmm(bias, values, matrix)", "base = values @ matrix"),
+        ("_ordered(lora_a, ins, 1).t(), scaling)", "_ordered(lora_a, ins, 1).t(), 1.0)"),
+        ("result if low is None else result.addmm_(low, high)", "result"),
+        ("scaled_mm(grad_y, _ordered(lora_b, outs, 0), scaling)", "scaled_mm(grad_y, _ordered(lora_b, outs, 0), 1.0)"),
+        ("_columns(values, source.index)", "values[:, : matrix.shape[0]]"),
+        ("up if shared_input else None", "up"),
+        ("up if shared_input else None", "None"),
+    ),
+    (_KEPT_MATH, _KEPT_FIRST): (
+        ("torch.addmm(bias, values, matrix, out=head)", "torch.mm(values, matrix, out=head)"),
+        ("head.addmm_(low, high[:, :width])", "pass"),
+        ("torch.mm(low, high[:, width:], out=tail)", "tail.zero_()"),
+        ("down = scaled_mm(x if lora_input is None else lora_input, _ordered(lora_a, ins, 1)",
+         "down = scaled_mm(x if lora_input is None else lora_input, lora_a"),
+        ("down, _ordered(lora_b, outs, 0).t())", "down, lora_b.t())"),
+        ("_restored(grad_y.t() @ down, outs, 0)", "grad_y.t() @ down"),
+        ("_restored(up.t() @ adapter_input, ins, 1)", "up.t() @ adapter_input"),
+        ("lora_a = _ordered(lora_a, ins, 1)", "pass"),
+    ),
+    (_KEPT_MATH, "tests/atp_kernels/test_kept_first.py -k uninitialised"): (("tail.zero_()", "pass"),),
+    (_SWIGLU, _MLP): (
+        ("(None, in_mask) if last else (out_mask, None)", "(None, None) if last else (out_mask, None)"),
+        ("(None, in_mask) if last else (out_mask, None)", "(None, in_mask) if last else (None, None)"),
+        ("[0](gate).mul_(up)", "[0](gate)"),
+        ("masked(total, out_mask) if y is None else y", "total if y is None else y"),
+        ("torch.mul(act, d_h, out=d_up)", "d_up.copy_(d_h)"),
+        ("activation_backward(d_h.mul_(up), gate", "activation_backward(d_h, gate"),
+        ("term if total is None else total.add_(term)", "term"),
+        ("masked_later = total is not None and spec.mask_lora", "masked_later = total is not None"),
+    ),
+    (_SWIGLU, _MLP_KEPT): (
+        ("*self.kept.sides, self.scaling), None", "*self.kept.sides, 1.0), None"),
+        ("(grad, *saved, self.scaling, True, wanted)", "(grad, *saved, 1.0, True, wanted)"),
+        ("(grad, *saved, self.scaling, True, wanted)", "(grad, *saved, self.scaling, False, wanted)"),
+        ("slices = self.kept.weight(x.dtype), self.kept.bias(x.dtype)", "slices = self.kept.weight(x.dtype), None"),
+    ),
+    (_BLOCKS, _MLP): (
+        ("down_mask = None if mask_lora else mask", "down_mask = None"),
+        ("mask if mask is None or stacked is None else mask.repeat(2)", "None"),
+        ("p.lora_b, p.bias, None, *masks)", "p.lora_b, None, None, *masks)"),
+    ),
+    (_BLOCKS, _QKV): (
+        ("masks = torch.cat(masks)", "masks = None"),
+        ('options = {"scaling": scaling, "bias": bias,', 'options = {"scaling": 1.0, "bias": bias,'),
+        ('options = {"scaling": scaling, "bias": bias,', 'options = {"scaling": scaling, "bias": None,'),
+        ("w.new_zeros(len(w)) if p.bias is None else p.bias", "w.new_zeros(len(w))"),
+        ("lora_b, first.scaling, bias)", "lora_b, first.scaling)"),
+        ("lora_b, first.scaling, bias)", "lora_b, 1.0, bias)"),
     ),
     (_KERNELS, _TILED): (
         ("acc = _dot(part, b, acc, UPCAST, PRECISION)", "acc = acc"),

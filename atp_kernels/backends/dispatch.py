@@ -21,6 +21,8 @@ _MODULES = {
 _ENTRY = {
     "masked_lora_linear": "masked_lora_linear_forward",
     "masked_lora_linear_with_norms": "masked_lora_linear_forward",
+    "masked_lora_swiglu": "masked_lora_linear_forward",
+    "masked_lora_qkv": "masked_lora_linear_forward",
     "kept_lora_linear": "kept_lora_linear_forward",
     "group_lasso": "group_lasso_forward",
     "group_prox_": "group_prox_",
@@ -75,7 +77,7 @@ def _preference(op: str, device: str) -> tuple[str, ...]:
     if op == "kept_lora_linear":
         # Its products are the vendor's on any device.
         return ("reference",)
-    linear = op.startswith("masked_lora_linear")
+    linear = _ENTRY[op] == "masked_lora_linear_forward"
     if device == "cuda":
         return ("triton", "reference") if linear else ("native", "reference")
     if device == "cpu" and not linear:

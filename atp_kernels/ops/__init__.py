@@ -9,8 +9,12 @@ from atp_kernels.ops.common import common_dtype
 from atp_kernels.ops.groups import compact_op, group_lasso_backward_op, group_lasso_op, group_prox_op, lasso
 from atp_kernels.ops.kept import flat, kept_linear, kept_lora_linear_backward_op, kept_lora_linear_op
 from atp_kernels.ops.linear import linear, masked_lora_linear_backward_op, masked_lora_linear_op
+from atp_kernels.ops.swiglu import ACTIVATIONS, MlpSpec, Swiglu
 
 __all__ = [
+    "ACTIVATIONS",
+    "MlpSpec",
+    "Swiglu",
     "common_dtype",
     "compact_op",
     "flat",

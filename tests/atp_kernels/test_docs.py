@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from block_cases import Case
 from linear_cases import Shape, operands
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,7 +70,7 @@ def test_one_pass_tiles_are_those_of_the_code():
 
 def evaluated(formula, sizes):
     """A sum of products such as 2MNK + 4MKr."""
-    products = re.findall(r"(\d+)([MNKr]+)", formula)
+    products = re.findall(r"(\d+)([MNKCr]+)", formula)
     assert " + ".join(number + letters for number, letters in products) == formula
     return sum(int(number) * math.prod(sizes[letter] for letter in letters) for number, letters in products)
 
@@ -93,3 +94,30 @@ def test_flops_are_those_that_the_reference_backend_spends(mask_lora):
         with counting() as counter:
             y.sum().backward()
         assert counter.get_total_flops() == evaluated(backward, sizes)
+
+
+def spent(call):
+    """FLOPs of a forward pass, then those of its backward."""
+    with counting() as forward:
+        y = call()
+    with counting() as backward:
+        y.sum().backward()
+    return [forward.get_total_flops(), backward.get_total_flops()]
+
+
+def test_flops_of_the_gated_mlp():
+    formulas = [row[1].strip("`") for row in table_after(PAGES["masked_lora_swiglu.md"], "Those of three linears")]
+    sizes = {"M": 12, "K": 20, "C": 28, "N": 24, "r": 4}
+    case = Case(((28, 20), (28, 20), (24, 28)), rows=(12,), rank=4, frozen=True)
+    flops = spent(lambda: atp_kernels.masked_lora_swiglu(case.x, *case.linears()))
+    assert flops == [evaluated(formula, sizes) for formula in formulas]
+
+
+def test_flops_of_three_projections():
+    table = table_after(PAGES["masked_lora_qkv.md"], "With N the sum")
+    sizes = {"M": 12, "K": 20, "N": 40, "r": 4}
+    case = Case(((24, 20), (8, 20), (8, 20)), rows=(12,), rank=4, frozen=True)
+    for column in (1, 2):
+        flops = spent(lambda: torch.cat(atp_kernels.masked_lora_qkv(case.x, *case.linears((1.0,) * 3)), -1))
+        assert flops == [evaluated(row[column].strip("`"), sizes) for row in table]
+        atp_kernels.stack_weights(*(linear.weight for linear in case.linears()))

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import Shape, assert_as_good_as_unfused, operands, unfused, with_gradients
-from torch.nn.functional import silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atp_kernels import KeptFirst, KeptSlice, Scratch, kept_lora_linear, ops, reference
+from atp_kernels import KeptFirst, KeptSlice, Projection, Scratch, kept_lora_linear, masked_lora_qkv, ops, reference
 
 BOTH = Shape(m=12, n=44, k=52, out_mask="hard", in_mask="hard")
 FROZEN = ("weight", "bias", "out_mask", "in_mask")
@@ -168,6 +168,32 @@ def test_producer_to_consumer_needs_no_permutation():
     h = silu(linear(x, 0, out_mask=mask)) * linear(x, 1, out_mask=mask)
     for name, value in with_gradients((linear(h, 2, in_mask=mask),), wide).items():
         assert_close(got[name], value, msg=name)
+
+
+def test_whole_heads_go_from_q_k_v_to_o_without_a_permutation():
+    rng = torch.Generator().manual_seed(0)
+    randn = lambda *size: torch.randn(size, generator=rng) / size[-1] ** 0.5  # noqa: E731
+    heads, groups, width, hidden = 6, 3, 4, 16
+    group = torch.tensor([False, True, True])
+    mask, kv_mask = group.repeat_interleave(heads // groups * width), group.repeat_interleave(width)
+    sizes = ((heads * width, hidden), (groups * width, hidden), (groups * width, hidden), (hidden, heads * width))
+    q, k, v, o = (Projection(randn(n, m), randn(3, m), randn(n, 3), 1.5) for n, m in sizes)
+    x = randn(2, 5, hidden).requires_grad_()
+
+    def attend(q, k, v):
+        parts = (value.unflatten(-1, (-1, width)).transpose(1, 2) for value in (q, k, v))
+        return scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+
+    order, kv_order = KeptFirst(mask, pad_to=8), KeptFirst(kv_mask, pad_to=8)
+    orders = zip((q, k, v), (order, kv_order, kv_order), strict=True)
+    kept = tuple(KeptSlice(p.weight, out_mask=some) for p, some in orders)
+    attention = attend(*masked_lora_qkv(x, q, k, v, kept=kept))
+    y = kept_lora_linear(attention, KeptSlice(o.weight, in_mask=order), o.lora_a, o.lora_b, scaling=1.5)
+
+    attention = attend(*reference.masked_lora_qkv(x, q, k, v, masks=(mask, kv_mask, kv_mask)))
+    expected = reference.masked_lora_linear(attention, o.weight, o.lora_a, o.lora_b, scaling=1.5, in_mask=mask)
+    assert_close(y, expected)
+    assert_close(*(torch.autograd.grad(value.square().sum(), x) for value in (y, expected)))
 
 
 class _NoGather(TorchDispatchMode):
