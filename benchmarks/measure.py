@@ -45,12 +45,17 @@ def _on_cpu(call: Call) -> float:
 
 
 def interleave(variants: dict[str, Variant], pass_: str, rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of every variant in rising order, taken round by round; each must have run before."""
+    """Milliseconds of every variant in rising order, taken round by round; each must have run before.
+
+    Every other round goes through the variants backwards, so that none always follows the same one.
+    """
     timed = clock(device)
     times: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
     for _ in range(rounds):
-        for name, variant in variants.items():
-            times[name].append(timed(variant.prepare(pass_)))
+        for name in names:
+            times[name].append(timed(variants[name].prepare(pass_)))
+        names.reverse()
     return {name: sorted(values) for name, values in times.items()}
 
 

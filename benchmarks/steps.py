@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from atp.config import DecisionsConfig
+from atp.lora.controller import MaskController
 from atp.lora.lasso import LoraGroups
-from atp.lora.layer import ADAPTER, MaskController, MaskedLoraLinear, add_lora
+from atp.lora.layer import ADAPTER, MaskedLoraLinear, add_lora
 from atp.masks.budget import Budget
 from atp.masks.fit import fit_mask
 from atp.masks.space import MaskSpace

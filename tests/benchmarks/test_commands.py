@@ -19,7 +19,7 @@ GIVEN = ["--tflops", "1", "--tbps", "0.0001", "--model", "tiny", "--threads", "1
 COMPACT = ["run", "--op", "compact", "--part", "q_proj", "--dtype", "float32", *GIVEN]
 
 
-def tested_by(path):
+def op_tested_by(path):
     return Op("toy", lambda case: {}, lambda case: {}, lambda model: (), (str(path),))
 
 
@@ -27,14 +27,14 @@ def tested_by(path):
 def green(tmp_path):
     path = tmp_path / "test_green.py"
     path.write_text("def test():\n    assert True\n")
-    return tested_by(path)
+    return op_tested_by(path)
 
 
 @pytest.fixture
 def red(tmp_path):
     path = tmp_path / "test_red.py"
     path.write_text("def test():\n    assert False\n")
-    return tested_by(path)
+    return op_tested_by(path)
 
 
 def test_verify_runs_the_tests(green, red):
@@ -145,7 +145,7 @@ def test_marks_of_the_cpu_operations():
     def marks(op, dtype, ours, peak=1.0):
         same = {"op": op, "dtype": dtype}
         rows = [row("unfused", 3.0, **same), row("addmm", 2.0, **same), row("ours", ours, peak, **same)]
-        return values(cpu_ops.linear_marks(rows))
+        return values(cpu_ops.linear_marks(rows, addmm_mib=1.0))
 
     assert marks("linear_hard_out", "float32", 2.0) == [(1.5, 1.5, True), (1.0, 1.001, True)]
     assert marks("linear_hard_in", "bfloat16", 2.5, 1.2) == [(1.2, 1.25, False), (1.2, 1.001, False)]
