@@ -70,6 +70,7 @@ class Usage:
 
 def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
     """Every kernel in the variants that a training step launches, with the tiles its table gives."""
+    drawn = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
     for name, m, n, mask_lora, absent in (
         ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
@@ -77,20 +78,30 @@ def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         ("gemm fwd decode", 16, _SIZE, False, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx dropout", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx decision dropout", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx narrow dropout", _SIZE, 128, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
     ):
         config = tiles.gemm_config(m, n, rank, dtype)
         constants = {
-            "MASK_LORA": mask_lora, "ONE_PASS": config.one_pass, "EVEN_K": True, "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+            "MASK_LORA": mask_lora, "ONE_PASS": config.one_pass and "fwd" in name, "EVEN_K": True,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+            **(drawn if name.endswith("dropout") else {}),
         }  # fmt: skip
         wide_tile = dtype != torch.float32 and config.block_m >= 64
         yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
     config = tiles.down_config(_SIZE, dtype)
     constants = {"EVEN_K": True, "BLOCK_M": config.block_wide, "BLOCK_K": config.block_long}
     yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, config)
+    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | drawn, config)
     config = tiles.reduce_config(dtype)
     constants = {"BLOCK_M": config.block_long, "BLOCK_C": config.block_wide}
     yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, config)
+    factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
+    constants |= drawn
+    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, config)
+    constants = drawn | {"BLOCK_M": tiles.DROPOUT.block_long, "BLOCK_K": tiles.DROPOUT.block_wide}
+    yield _case("dropout", kernels.dropout_kernel, dtype, rank, [], constants, tiles.DROPOUT)
     constants = {"BLOCK_C": 64}
     yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, config)
 
@@ -102,7 +113,7 @@ def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop
         float32 |= {"factor_ptr", "sum_ptr"}
     every = {
         "WIDE": False, "UPCAST": False, "PRECISION": "ieee", "RANK": rank, "R": rank, "BLOCK_R": tiles.rank_block(rank),
-        "STEP_R": tiles.rank_step(rank, dtype), **constants,
+        "STEP_R": tiles.rank_step(rank, dtype), "THRESHOLD": 0, "SCALE": 1.0, **constants,
     }  # fmt: skip
     # A contiguous operand has stride 1 on its last axis; the JIT makes that a constant, and so does this.
     every |= {"stride_xk": 1, "stride_wk": 1, "stride_ak": 1, "stride_br": 1, "stride_lk": 1, "stride_on": 1}
@@ -120,7 +131,7 @@ def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop
         elif argument.endswith("_ptr"):
             arguments[argument] = "*" + (single if argument in float32 else _TYPES[dtype])
         else:
-            arguments[argument] = "fp32" if argument == "scaling" else "i32"
+            arguments[argument] = {"scaling": "fp32", "seed": "i64"}.get(argument, "i32")
     used = {name: value for name, value in every.items() if name in kernel.arg_names}
     return Case(name, kernel, dtype, rank, arguments, used, config.num_warps, config.num_stages, tensor_core_loop)
 
@@ -136,7 +147,7 @@ def compile_case(case: Case, arch: int) -> Usage:
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(case.kernel.arg_names)
-        if name not in constants and name not in ("scaling", "SPLITS")
+        if name not in constants and name not in ("scaling", "SPLITS", "seed")
     }
     source = ASTSource(case.kernel, signature, constants, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
@@ -196,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.dtype or (list(_TYPES.values()) if options.all else ["bf16"])
     ranks = options.rank or (ALL_RANKS if options.all else QUICK_RANKS)
     broken = 0
-    print(f"{'kernel':18} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
+    print(f"{'kernel':24} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
     for dtype in (dtype for dtype, name in _TYPES.items() if name in names):
         for rank in ranks:
             for case in cases(dtype, rank):
@@ -205,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
                     verdict = problems(case, arch, usage)
                     broken += bool(verdict)
                     print(
-                        f"{case.name:18} {_TYPES[dtype]:5} {rank:4} {arch:4} {usage.registers:5} {usage.shared:7} "
+                        f"{case.name:24} {_TYPES[dtype]:5} {rank:4} {arch:4} {usage.registers:5} {usage.shared:7} "
                         f"{usage.stack:5} {usage.local:5} {usage.tensor_core:6} {usage.wide_copies:7} "
                         f"{usage.narrow_loads:6}  {'; '.join(verdict)}"
                     )

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import (
+    SEED,
     Shape,
     assert_as_good_as_unfused,
     every_combination,
@@ -16,6 +17,7 @@ from linear_cases import (
 
 from atp_kernels import masked_lora_linear_with_norms
 from atp_kernels.backends import triton as backend
+from atp_kernels.reference import Dropout, dropped
 
 if not backend.AVAILABLE:
     pytest.skip(backend.REASON, allow_module_level=True)
@@ -28,7 +30,8 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 # Small tiles, so that small shapes have several of them with ragged edges in every direction.
 TILE = GemmConfig(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2)
 ONE_PASS = replace(TILE, one_pass=True, block_n=32)
-COMBINATIONS = every_combination(Shape(m=19, n=23, k=35, rank=5))
+SMALL = Shape(m=19, n=23, k=35, rank=5)
+COMBINATIONS = every_combination(SMALL)
 FACTOR = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if ON_GPU else 3.0}
 
 
@@ -40,7 +43,7 @@ class KernelLinear(torch.autograd.Function):
         ctx.tensors, ctx.config, ctx.shape = tensors, config, shape
         keep_sum = tensors[6] is not None and ctx.needs_input_grad[8]
         y, ctx.down, ctx.total, *norms = backend.masked_lora_linear_forward(
-            *tensors, shape.scaling, shape.mask_lora, keep_sum, True, config=config
+            *tensors, shape.scaling, shape.mask_lora, keep_sum, True, shape.drawn, config=config
         )
         return y, *norms
 
@@ -50,7 +53,7 @@ class KernelLinear(torch.autograd.Function):
         grads = list(
             backend.masked_lora_linear_backward(
                 grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, ctx.down, ctx.total,
-                ctx.shape.scaling, ctx.shape.mask_lora, lora_input is None, ctx.needs_input_grad[2:],
+                ctx.shape.scaling, ctx.shape.mask_lora, lora_input is None, ctx.needs_input_grad[2:], ctx.shape.drawn,
                 config=ctx.config,
             )
         )  # fmt: skip
@@ -77,12 +80,29 @@ def test_every_combination_in_float32(shape, config):
     assert_as_good_as_unfused(run(shape, tensors, config), shape, tensors)
 
 
+@pytest.mark.parametrize("shape", every_combination(replace(SMALL, p=0.4)), ids=str)
+def test_every_combination_with_dropout(shape):
+    """The definition's bits, drawn in S, dA and dx: one word that differs is an error hundreds of times the limit."""
+    tensors = on_device(operands(shape, torch.float32))
+    assert_as_good_as_unfused(run(shape, tensors, TILE), shape, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 2**31, SEED])
+def test_dropout_kernel_gives_the_definition_in_every_bit(seed, dtype):
+    x = torch.rand(37, 523, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype).t().contiguous().t()
+    for p in (0.1, 0.75):
+        dropout = Dropout(p, seed)
+        assert torch.equal(launcher._dropped(x, dropout), dropped(x, dropout))
+    assert launcher._dropped(x[:0], dropout).shape == (0, 523)
+
+
 @pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask_lora", [False, True])
-@pytest.mark.parametrize("dropout", [False, True])
-def test_half_precision(dtype, config, mask_lora, dropout):
-    shape = Shape(m=19, n=23, k=35, rank=8, mask_lora=mask_lora, dropout=dropout)
+@pytest.mark.parametrize(("dropout", "p"), [(False, 0.0), (True, 0.0), (False, 0.4)])
+def test_half_precision(dtype, config, mask_lora, dropout, p):
+    shape = Shape(m=19, n=23, k=35, rank=8, mask_lora=mask_lora, dropout=dropout, p=p)
     tensors = on_device(operands(shape, dtype))
     assert_as_good_as_unfused(run(shape, tensors, config), shape, tensors, FACTOR[dtype])
 
@@ -99,6 +119,7 @@ shapes = st.builds(
     mask_lora=st.booleans(),
     bias=st.booleans(),
     dropout=st.booleans(),
+    p=st.sampled_from([0.0, 0.5]),
     scaling=st.sampled_from([0.25, 1.0, 2.0]),
 )
 
@@ -110,20 +131,18 @@ def test_any_shape(shape, dtype, one_pass):
     assert_as_good_as_unfused(run(shape, tensors, ONE_PASS if one_pass else TILE), shape, tensors, 2.0)
 
 
-@pytest.mark.parametrize("mask_lora", [False, True])
+@pytest.mark.parametrize(("mask_lora", "p"), [(False, 0.0), (True, 0.0), (True, 0.3)])
 @pytest.mark.parametrize("sizes", [dict(m=70, n=150, k=140), dict(m=150, n=40, k=300)], ids=str)
-def test_tiles_of_the_table_through_the_public_function(sizes, mask_lora):
-    shape = Shape(**sizes, rank=8, mask_lora=mask_lora)
+def test_tiles_of_the_table_through_the_public_function(sizes, mask_lora, p):
+    shape = Shape(**sizes, rank=8, mask_lora=mask_lora, p=p)
     tensors = on_device(operands(shape, torch.float32))
-    results = masked_lora_linear_with_norms(
-        **tensors, scaling=shape.scaling, mask_lora=mask_lora, backend="triton"
-    )
+    results = masked_lora_linear_with_norms(**tensors, **shape.options, backend="triton")
     assert_as_good_as_unfused(with_gradients(results, tensors), shape, tensors)
 
 
-@pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])
-def test_nothing_is_read_outside_the_operands_or_before_it_is_written(config):
-    shape = Shape(m=19, n=23, k=35, rank=3, mask_lora=True)
+@pytest.mark.parametrize(("config", "p"), [(TILE, 0.0), (ONE_PASS, 0.0), (TILE, 0.4)], ids=str)
+def test_nothing_is_read_outside_the_operands_or_before_it_is_written(config, p):
+    shape = Shape(m=19, n=23, k=35, rank=3, mask_lora=True, p=p)
     tensors = on_device(operands(shape, torch.float32))
     expected = run(shape, tensors, config)
 
@@ -144,8 +163,9 @@ def test_nothing_is_read_outside_the_operands_or_before_it_is_written(config):
         assert torch.equal(value, expected[name]), name
 
 
-def test_64_bit_offsets_give_the_same_result(monkeypatch):
-    shape = Shape(m=19, n=23, k=35, rank=3)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_64_bit_offsets_give_the_same_result(monkeypatch, p):
+    shape = Shape(m=19, n=23, k=35, rank=3, p=p)
     tensors = on_device(operands(shape, torch.float32))
     expected = run(shape, tensors, TILE)
     monkeypatch.setattr(launcher, "_INT32_LIMIT", 1)
@@ -154,7 +174,7 @@ def test_64_bit_offsets_give_the_same_result(monkeypatch):
 
 
 def test_bitwise_deterministic():
-    shape = Shape(m=150, n=11, k=13, mask_lora=True)
+    shape = Shape(m=150, n=11, k=13, mask_lora=True, p=0.4)
     tensors = on_device(operands(shape, torch.float32))
     config = replace(TILE, block_m=64)
     first = run(shape, tensors, config)
@@ -168,6 +188,13 @@ def test_unmasked_calls_and_empty_batches_go_to_the_vendor_gemm():
     for shape, pays in ((plain, False), (masked, True), *((shape, False) for shape in unfit)):
         t = operands(shape, torch.float32)
         assert launcher._fusion_pays(t["x"], t["lora_a"], t.get("out_mask"), t.get("in_mask")) is pays
+
+
+def test_without_masks_dropout_goes_beside_the_vendor_gemm():
+    shape = replace(SMALL, out_mask=None, in_mask=None, p=0.4)
+    tensors = on_device(operands(shape, torch.float32))
+    results = masked_lora_linear_with_norms(**tensors, **shape.options, backend="triton")
+    assert_as_good_as_unfused(with_gradients(results, tensors), shape, tensors)
 
 
 def test_table_takes_the_one_pass_form_only_for_narrow_outputs():

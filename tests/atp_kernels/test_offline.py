@@ -18,11 +18,13 @@ def offline(*arguments):
 def rows(output):
     header, *lines = output.splitlines()
     names = ["dtype", "rank", "arch", "regs", "shared", "stack", "local", "tensor", "16-byte", "2-byte"]
-    return [dict(zip(["kernel", *names], [line[:18].strip(), *line[18:].split()], strict=False)) for line in lines]
+    return [dict(zip(["kernel", *names], [line[:24].strip(), *line[24:].split()], strict=False)) for line in lines]
 
 
 GEMMS = {"gemm fwd split", "gemm fwd decision", "gemm fwd narrow", "gemm dx", "gemm dx decision"}
+GEMMS |= {f"{name} dropout" for name in ("gemm dx", "gemm dx decision", "gemm dx narrow")}
 KERNELS = GEMMS | {"gemm fwd decode", "down", "column reduce", "sum partials"}
+KERNELS |= {"down dropout", "column reduce dropout", "dropout"}
 ARCHS = {"80", "90", "100", "120"}
 
 

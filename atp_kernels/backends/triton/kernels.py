@@ -5,10 +5,17 @@ One GEMM kernel serves the forward pass and dx, because they are the same formul
     dx = m_in  * ((m_out * G) W  ) + P A        reduces over out, P = scaling * (G B)
 and one reduction serves the factors:  dB = m_out * (G^T S),  dA^T = m_in * (lora_input^T P).  Folding `scaling` into
 S and P keeps a multiplication, and a second accumulator, out of the GEMM.
+
+With dropout D, which is that of `atp_kernels.reference.dropped`, S = scaling * ((D x) A^T), dA^T = m_in * ((D x)^T P)
+and dx has D (P A): each kernel that comes by an element draws its bit again.
 """
 
 import triton
 import triton.language as tl
+
+from atp_kernels.reference import PHILOX_ROUNDS
+
+_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
 
 @triton.jit
@@ -21,11 +28,27 @@ def _dot(left, right, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _dropped(values, rows, first_col, seed, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
+    """A tile after dropout; its first column is a multiple of four, so that each Philox call serves four elements."""
+    quads = first_col // 4 + tl.arange(0, values.shape[1] // 4)
+    w0, w1, w2, w3 = tl.philox(seed, rows.to(tl.uint32)[:, None], quads[None, :], 0, 0, n_rounds=_ROUNDS)
+    # Joined twice, the last axis counts the words as w0 w1 w2 w3.
+    even = tl.join(w0 >= THRESHOLD, w2 >= THRESHOLD)
+    odd = tl.join(w1 >= THRESHOLD, w3 >= THRESHOLD)
+    keep = tl.reshape(tl.join(even, odd), values.shape)
+    return tl.where(keep, values.to(tl.float32) * SCALE, 0.0).to(values.dtype)
+
+
+@triton.jit
 def _add_adapter(
-    acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br, first_col, seed,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + s b^T, with s from registers or, when it is None, from memory in steps of the rank."""
+    """acc + D (s b^T), with s from registers or, when it is None, from memory in steps of the rank."""
+    total = acc
+    if THRESHOLD > 0:
+        total = tl.zeros_like(acc)
     # Without tensor cores every thread holds whole rows of both operands: float32 takes a wide rank in steps.
     STEP: tl.constexpr = STEP_R if s is None else BLOCK_R
     for start in tl.static_range(0, BLOCK_R, STEP):
@@ -37,8 +60,10 @@ def _add_adapter(
             part = tl.load(s_ptr + rows[:, None] * RANK + ranks[None, :], mask=s_ok, other=0.0)
         else:
             part = s
-        acc = _dot(part, b, acc, UPCAST, PRECISION)
-    return acc
+        total = _dot(part, b, total, UPCAST, PRECISION)
+    if THRESHOLD > 0:
+        total = acc + _dropped(total, rows, first_col, seed, THRESHOLD, SCALE)
+    return total
 
 
 @triton.jit
@@ -51,23 +76,24 @@ def _store_row_squares(
     tl.store(b_sq_ptr + cols, tl.sum(b * b, axis=1), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def masked_lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, l_ptr, s_ptr,
     bias_ptr, out_mask_ptr, in_mask_ptr,
     y_ptr, sum_ptr, other_ptr, dot_ptr, b_sq_ptr, a_sq_ptr,
-    M, N, K, scaling,
+    M, N, K, scaling, seed: tl.int64,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_lm, stride_lk, stride_om, stride_on,
     MASK_LORA: tl.constexpr, ONE_PASS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr, GROUP_M: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out_mask * ((in_mask * x) w^T + bias) + s b^T; absent operands are None and cost nothing.
+    """One tile of out_mask * ((in_mask * x) w^T + bias) + D (s b^T); absent operands are None and cost nothing.
 
     x [M, K], w [N, K], a [RANK, K], b [N, RANK], l [M, K]; s [M, RANK] and y, sum [M, N] are contiguous.
     ONE_PASS computes s = scaling * (l a^T) on the way, and the squared norms of a's columns with it; else s is read.
+    A THRESHOLD above zero is that of D.
     sum takes the result before the output mask; dot [M tiles, N] takes the column sums of other * that result.
     """
     pid = tl.program_id(0)
@@ -141,8 +167,8 @@ def masked_lora_gemm_kernel(
         _store_row_squares(b_ptr, b_sq_ptr, cols, b_sq_ok, stride_bn, stride_br, RANK, BLOCK_R)
     if s_ptr is not None and MASK_LORA:
         acc = _add_adapter(
-            acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br,
-            RANK, BLOCK_R, STEP_R, UPCAST, PRECISION,
+            acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br, pid_n * BLOCK_N, seed,
+            RANK, BLOCK_R, STEP_R, THRESHOLD, SCALE, UPCAST, PRECISION,
         )  # fmt: skip
 
     tile_ok = row_ok[:, None] & col_ok[None, :]
@@ -155,22 +181,22 @@ def masked_lora_gemm_kernel(
         acc *= tl.load(out_mask_ptr + cols, mask=col_ok, other=0).to(tl.float32)[None, :]
     if s_ptr is not None and not MASK_LORA:
         acc = _add_adapter(
-            acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br,
-            RANK, BLOCK_R, STEP_R, UPCAST, PRECISION,
+            acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br, pid_n * BLOCK_N, seed,
+            RANK, BLOCK_R, STEP_R, THRESHOLD, SCALE, UPCAST, PRECISION,
         )  # fmt: skip
     tl.store(y_ptr + rows[:, None] * N + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=tile_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def lora_down_kernel(
     x_ptr, a_ptr, mask_ptr, s_ptr, a_sq_ptr,
-    M, K, scaling,
+    M, K, scaling, seed: tl.int64,
     stride_xm, stride_xk, stride_ar, stride_ak,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s = scaling * ((mask * x) a^T), contiguous [M, RANK], and the squared norms of a's columns when asked."""
+    """s = scaling * ((mask * D x) a^T), contiguous [M, RANK], and the squared norms of a's columns when asked."""
     pid = tl.program_id(0)
     rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     ks = tl.arange(0, BLOCK_K)
@@ -185,6 +211,8 @@ def lora_down_kernel(
         x_ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & (ks < K - k)[None, :]
         x = tl.load(x_ptrs, mask=x_ok, other=0.0)
         a = tl.load(a_ptrs, mask=(ranks < RANK)[None, :] & (ks < K - k)[:, None], other=0.0)
+        if THRESHOLD > 0:
+            x = _dropped(x, rows, k, seed, THRESHOLD, SCALE)
         if mask_ptr is not None:
             mask = tl.load(mask_ptr + k + ks, mask=ks < K - k, other=0).to(tl.float32)
             x = (x.to(tl.float32) * mask[None, :]).to(x.dtype)
@@ -198,15 +226,15 @@ def lora_down_kernel(
     tl.store(s_ptr + rows[:, None] * RANK + ranks[None, :], (acc * scaling).to(s_ptr.dtype.element_ty), mask=s_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def column_reduce_kernel(
     g_ptr, s_ptr, z_ptr, factor_ptr, dot_ptr, sum_ptr,
-    M, C, rows_per_split,
+    M, C, rows_per_split, seed: tl.int64,
     stride_gm, stride_gc, stride_zm, stride_zc,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First stage of every reduction over rows of g [M, C], one split of the rows a program, in float32.
+    """First stage of every reduction over rows of D g [M, C], one split of the rows a program, in float32.
 
     factor [splits, C, RANK] = g^T s with s [M, RANK] contiguous; dot [splits, C] = column sums of g * z;
     sum [splits, C] = column sums of g. One read of g serves whichever of the three are not None.
@@ -228,6 +256,8 @@ def column_reduce_kernel(
             rows = rows.to(tl.int64)
         g_ok = row_ok[:, None] & col_ok[None, :]
         g = tl.load(g_ptr + rows[:, None] * stride_gm + cols[None, :] * stride_gc, mask=g_ok, other=0.0)
+        if THRESHOLD > 0:
+            g = _dropped(g, rows, pid_c * BLOCK_C, seed, THRESHOLD, SCALE)
         if factor_ptr is not None:
             s_ok = row_ok[:, None] & (ranks < RANK)[None, :]
             s = tl.load(s_ptr + rows[:, None] * RANK + ranks[None, :], mask=s_ok, other=0.0)
@@ -265,3 +295,23 @@ def sum_partials_kernel(
         total *= tl.load(mask_ptr + cols, mask=cols < C, other=0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + cols[:, None] * stride_oc + ranks[None, :] * stride_or
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def dropout_kernel(
+    x_ptr, y_ptr,
+    M, K, seed: tl.int64,
+    stride_xm, stride_xk,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """y = D x, contiguous [M, K], for the calls whose products the vendor GEMM takes."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = tl.program_id(1) * BLOCK_K
+    cols = first_col + tl.arange(0, BLOCK_K)
+    ok = (rows < M)[:, None] & (cols < K)[None, :]
+    if WIDE:
+        rows = rows.to(tl.int64)
+        cols = cols.to(tl.int64)
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=ok, other=0.0)
+    y = _dropped(x, rows, first_col, seed, THRESHOLD, SCALE)
+    tl.store(y_ptr + rows[:, None] * K + cols[None, :], y, mask=ok)

@@ -2,7 +2,7 @@
 
 Where a piece has nothing to fuse, the vendor GEMM takes it: a call without masks (Triton reaches about 0.87 of cuBLAS
 on H100, which costs more than an `addmm_` of the adapter), dW, whose masks scale rows and columns of the result, and
-the gradient of a separate lora_input, which is all memory traffic.
+the gradient of a separate lora_input, which is all memory traffic. Dropout then has a kernel of its own.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from atp_kernels.backends import primitives, reference
+from atp_kernels.backends import reference
+from atp_kernels.backends.primitives import Primitives, mask_
 from atp_kernels.backends.triton import kernels, tiles
+from atp_kernels.reference import Dropout
 
 INTERPRETED = not isinstance(kernels.masked_lora_gemm_kernel, triton.runtime.JITFunction)
 
@@ -32,29 +34,33 @@ def masked_lora_linear_forward(
     mask_lora: bool,
     keep_sum: bool,
     with_norms: bool,
+    dropout: Dropout | None = None,
     *,
     config: tiles.GemmConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.masked_lora_linear_forward`; a `config` forces the kernels and their tile."""
     if config is None and not _fusion_pays(x, lora_a, out_mask, in_mask):
         return reference.masked_lora_linear_forward(
-            x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask, scaling, mask_lora, keep_sum, with_norms
-        )
+            x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask,
+            scaling, mask_lora, keep_sum, with_norms, dropout, primitives=_PRIMITIVES,
+        )  # fmt: skip
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
     config = config or tiles.gemm_config(m, n, rank, x.dtype)
+    # With the random words on top, recomputing S takes more registers than there are.
+    one_pass = config.one_pass and dropout is None
     y = x.new_empty(m, n)
     down = x.new_empty(m, rank)
     total = x.new_empty(m, n) if keep_sum else None
     b_sq = x.new_empty(n, dtype=torch.float32) if with_norms else None
     a_sq = x.new_empty(k, dtype=torch.float32) if with_norms else None
     with torch.cuda.device_of(x):
-        if not config.one_pass:
+        if not one_pass:
             adapter_input = x if lora_input is None else lora_input
-            _down(adapter_input, lora_a, in_mask if mask_lora else None, scaling, down, a_sq)
+            _down(adapter_input, lora_a, in_mask if mask_lora else None, scaling, down, a_sq, dropout)
         _gemm(
             x, weight, lora_b, down, out_mask, in_mask, y, config, mask_lora=mask_lora, scaling=scaling,
-            lora_a=lora_a if config.one_pass else None, lora_input=lora_input if config.one_pass else None,
-            bias=bias, total=total, b_sq=b_sq, a_sq=a_sq if config.one_pass else None,
+            lora_a=lora_a if one_pass else None, lora_input=lora_input if one_pass else None,
+            bias=bias, total=total, b_sq=b_sq, a_sq=a_sq if one_pass else None,
         )  # fmt: skip
     return y, down, total, b_sq, a_sq
 
@@ -74,6 +80,7 @@ def masked_lora_linear_backward(
     mask_lora: bool,
     shared_input: bool,
     needs: Sequence[bool],
+    dropout: Dropout | None = None,
     *,
     config: tiles.GemmConfig | None = None,
 ) -> tuple[Tensor | None, ...]:
@@ -81,7 +88,7 @@ def masked_lora_linear_backward(
     if config is None and not _fusion_pays(grad_y, lora_a, out_mask, in_mask):
         return reference.masked_lora_linear_backward(
             grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total,
-            scaling, mask_lora, shared_input, needs,
+            scaling, mask_lora, shared_input, needs, dropout, primitives=_PRIMITIVES,
         )  # fmt: skip
     need_x, need_w, need_a, need_b, need_bias, need_adapter, need_out, need_in = needs
     need_adapter = need_adapter or (shared_input and need_x) or (mask_lora and need_in)
@@ -97,21 +104,23 @@ def masked_lora_linear_backward(
             up = grad_y.new_empty(grad_y.shape[0], lora_a.shape[0])
             _down(grad_y, lora_b.t(), lora_out_mask, scaling, up)
         if need_a:
-            d_a = _reduce_rows(x if shared_input else lora_input, s=up, factor_mask=lora_in_mask, transpose=True)[0]
+            d_a = _reduce_rows(
+                x if shared_input else lora_input, s=up, factor_mask=lora_in_mask, transpose=True, dropout=dropout
+            )[0]
         if need_x or need_in:
             d_x, d_in = _grad_input(
                 grad_y, x if need_in else None, weight, lora_a, up if shared_input and need_adapter else None,
-                out_mask, in_mask, mask_lora, config,
+                out_mask, in_mask, mask_lora, dropout, config,
             )  # fmt: skip
         if need_w:
             d_weight = grad_y.t() @ x
-            primitives.mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))
-            primitives.mask_(d_weight, in_mask)
+            mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))
+            mask_(d_weight, in_mask)
         if need_adapter and not shared_input:
             d_adapter = up @ lora_a
             if mask_lora and need_in:
                 d_in += _reduce_rows(lora_input, z=d_adapter)[1]
-            primitives.mask_(d_adapter, lora_in_mask)
+            mask_(d_adapter, lora_in_mask)
     found = (d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in)
     return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
@@ -121,48 +130,55 @@ def _fusion_pays(x: Tensor, lora_a: Tensor, out_mask: Tensor | None, in_mask: Te
     return masked and x.numel() > 0 and 0 < lora_a.shape[0] <= tiles.LARGEST_RANK
 
 
-def _grad_input(grad_y, x, weight, lora_a, up, out_mask, in_mask, mask_lora, config):
+def _grad_input(grad_y, x, weight, lora_a, up, out_mask, in_mask, mask_lora, dropout, config):
     """dx, and the in-mask's gradient when x is given: the forward's kernel with inputs and outputs exchanged."""
     m, k = grad_y.shape[0], weight.shape[1]
     config = config or tiles.gemm_config(m, k, lora_a.shape[0], grad_y.dtype)
     d_x = grad_y.new_empty(m, k)
     parts = None if x is None else grad_y.new_empty(triton.cdiv(m, config.block_m), k, dtype=torch.float32)
-    _gemm(grad_y, weight.t(), lora_a.t(), up, in_mask, out_mask, d_x, config, mask_lora=mask_lora, other=x, parts=parts)
+    _gemm(
+        grad_y, weight.t(), lora_a.t(), up, in_mask, out_mask, d_x, config,
+        mask_lora=mask_lora, other=x, parts=parts, dropout=dropout,
+    )  # fmt: skip
     return d_x, None if parts is None else _sum_partials(parts.unsqueeze(-1), None, parts.new_empty(k, 1)).squeeze(-1)
 
 
 def _gemm(
     x, weight, lora_b, down, out_mask, in_mask, y, config, *, mask_lora, scaling=1.0,
     lora_a=None, lora_input=None, bias=None, total=None, other=None, parts=None, b_sq=None, a_sq=None,
+    dropout=None,
 ):  # fmt: skip
     (m, n), k, rank = y.shape, x.shape[1], lora_b.shape[1]
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     kernels.masked_lora_gemm_kernel[grid](
         x, weight, lora_a, lora_b, lora_input, down, bias, _bytes(out_mask), _bytes(in_mask),
-        y, total, other, parts, b_sq, a_sq, m, n, k, scaling,
+        y, total, other, parts, b_sq, a_sq, m, n, k, scaling, _seed(dropout),
         *x.stride(), *weight.stride(), *_strides(lora_a), *lora_b.stride(), *_strides(lora_input), *_strides(other),
         MASK_LORA=mask_lora, ONE_PASS=lora_a is not None, EVEN_K=k % config.block_k == 0, WIDE=_wide(x, weight, y),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         RANK=rank, BLOCK_R=tiles.rank_block(rank), STEP_R=tiles.rank_step(rank, x.dtype), GROUP_M=config.group_m,
-        **_numerics(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        **_drawn(dropout), **_numerics(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _down(x, lora_a, mask, scaling, down, a_sq=None):
-    """down = scaling * ((mask * x) A^T), and the column squares of A."""
+def _down(x, lora_a, mask, scaling, down, a_sq=None, dropout=None):
+    """down = scaling * ((mask * x after dropout) A^T), and the column squares of A."""
     (m, k), rank = x.shape, lora_a.shape[0]
     config = tiles.down_config(m, x.dtype)
     kernels.lora_down_kernel[(triton.cdiv(m, config.block_wide),)](
-        x, lora_a, _bytes(mask), down, a_sq, m, k, scaling, *x.stride(), *lora_a.stride(),
+        x, lora_a, _bytes(mask), down, a_sq, m, k, scaling, _seed(dropout), *x.stride(), *lora_a.stride(),
         EVEN_K=k % config.block_long == 0, WIDE=_wide(x),
         BLOCK_M=config.block_wide, BLOCK_K=config.block_long,
-        RANK=rank, BLOCK_R=tiles.rank_block(rank), **_numerics(x.dtype),
+        RANK=rank, BLOCK_R=tiles.rank_block(rank), **_drawn(dropout), **_numerics(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=None, transpose=False):
-    """(mask * g^T s, column sums of g * z, mask * column sums of g) from one read of g; None where not asked."""
+def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=None, transpose=False, dropout=None):
+    """(mask * g^T s, column sums of g * z, mask * column sums of g) from one read of g; None where not asked.
+
+    With dropout g is what it leaves of the given one.
+    """
     if s is None and z is None and not want_sum:
         return None, None, None
     (m, c), rank = g.shape, 1 if s is None else s.shape[1]
@@ -173,9 +189,9 @@ def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=N
     dot = None if z is None else part(1)
     total = part(1) if want_sum else None
     kernels.column_reduce_kernel[(triton.cdiv(c, config.block_wide), splits)](
-        g, s, z, factor, dot, total, m, c, triton.cdiv(m, splits), *g.stride(), *_strides(z),
+        g, s, z, factor, dot, total, m, c, triton.cdiv(m, splits), _seed(dropout), *g.stride(), *_strides(z),
         WIDE=_wide(g), BLOCK_M=config.block_long, BLOCK_C=config.block_wide, RANK=rank, BLOCK_R=tiles.rank_block(rank),
-        **_numerics(g.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        **_drawn(dropout), **_numerics(g.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     d_factor = None
     if factor is not None:
@@ -192,6 +208,33 @@ def _sum_partials(parts, mask, out):
         parts, _bytes(mask), out, splits, c, *out.stride(), R=r, BLOCK_C=64, BLOCK_R=triton.next_power_of_2(r)
     )
     return out
+
+
+def _dropped(values: Tensor, dropout: Dropout) -> Tensor:
+    (m, k), config = values.shape, tiles.DROPOUT
+    result = values.new_empty(m, k)
+    if values.numel() > 0:
+        with torch.cuda.device_of(values):
+            kernels.dropout_kernel[(triton.cdiv(m, config.block_long), triton.cdiv(k, config.block_wide))](
+                values, result, m, k, _seed(dropout), *values.stride(), WIDE=_wide(values),
+                BLOCK_M=config.block_long, BLOCK_K=config.block_wide, **_drawn(dropout), num_warps=config.num_warps,
+            )  # fmt: skip
+    return result
+
+
+_PRIMITIVES = Primitives(dropped=_dropped)
+
+
+def _seed(dropout: Dropout | None) -> int:
+    return 0 if dropout is None else dropout.seed
+
+
+def _drawn(dropout: Dropout | None) -> dict[str, object]:
+    """A threshold of zero keeps every element, so the kernels take it for no dropout and draw nothing."""
+    return {
+        "THRESHOLD": 0 if dropout is None else dropout.threshold,
+        "SCALE": 1.0 if dropout is None else dropout.scale,
+    }
 
 
 def _numerics(dtype: torch.dtype) -> dict[str, object]:
