@@ -1,4 +1,4 @@
-"""The LoRA layer that knows masks: a stock PEFT `Linear` whose forward is one call into `atp_kernels`."""
+"""The LoRA layers that know masks: a PEFT `Linear`, and an MLP of three, whose forward is one call of `atp_kernels`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from atp.masks.space import MaskSpace
 from atp.rng import seeded
-from atp_kernels import KeptSlice, kept_lora_linear, masked_lora_linear
+from atp_kernels import KeptSlice, Projection, kept_lora_linear, masked_lora_linear, masked_lora_swiglu
 
 ADAPTER = "default"
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # by the names of transformers
 
 
 class MaskedLoraLinear(PeftLinear):
@@ -43,33 +44,95 @@ class MaskedLoraLinear(PeftLinear):
         """Whether this is neither merged nor disabled: one adapter beside its frozen base."""
         return not (self.disable_adapters or self.merged) and self.active_adapters == [ADAPTER]
 
+    @property
+    def drops(self) -> bool:
+        """Whether LoRA dropout works now. Decisions are judged on the whole adapter: none where masks cover the sum."""
+        return self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout) and not self.mask_lora
+
+    @property
+    def projection(self) -> Projection:
+        """The frozen base and its adapter, as `atp_kernels` takes them."""
+        base, lora_a, lora_b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        return Projection(base.weight, lora_a, lora_b, self.scaling[ADAPTER], base.bias)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.plain:
             if self.out_mask is not None or self.in_mask is not None or self.kept is not None:
                 raise RuntimeError("masks are set on a merged or disabled LoRA layer: clear them with set_masks first")
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
-        dropout = self.lora_dropout[ADAPTER]
-        # Decisions are judged on the whole adapter: no dropout where the mask covers the sum.
-        drops = self.training and isinstance(dropout, nn.Dropout) and not self.mask_lora
-        factors = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        adapter = {"scaling": self.scaling[ADAPTER], "lora_input": dropout(x) if drops else None}
+        weight, lora_a, lora_b, scaling, bias = self.projection
+        lora_input = self.lora_dropout[ADAPTER](x) if self.drops else None
         if self.kept is not None:
-            return kept_lora_linear(x, self.kept, *factors, **adapter)
+            return kept_lora_linear(x, self.kept, lora_a, lora_b, scaling=scaling, lora_input=lora_input)
         return masked_lora_linear(
             x,
-            base.weight,
-            *factors,
-            **adapter,
+            weight,
+            lora_a,
+            lora_b,
+            scaling=scaling,
             out_mask=self.out_mask,
             in_mask=self.in_mask,
             mask_lora=self.mask_lora,
-            bias=base.bias,
+            bias=bias,
+            lora_input=lora_input,
         )
 
 
+class MaskedMLP(nn.Module):
+    """Takes the place of a Llama MLP whose three linears are `MaskedLoraLinear`: same submodules, same names.
+
+    The fused block saves less for backward than the three linears apart. Where they do not all train plain LoRA without
+    dropout, or the activation is another one, the MLP is what it was.
+    """
+
+    def __init__(self, mlp: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
+        self.activation = _ACTIVATIONS.get(activation)
+        self.train(mlp.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = linears = self.gate_proj, self.up_proj, self.down_proj
+        if self.activation is None or not all(linear.plain and not linear.drops for linear in linears):
+            return self._apart(x)
+        options = {"activation": self.activation}
+        if all(linear.kept is not None for linear in linears):
+            options["kept"] = tuple(linear.kept for linear in linears)
+        elif self._one_mask():
+            options |= {"mask": gate.out_mask, "mask_lora": gate.mask_lora}
+        else:
+            return self._apart(x)
+        return masked_lora_swiglu(x, gate.projection, up.projection, down.projection, **options)
+
+    def _apart(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def _one_mask(self) -> bool:
+        """Whether one mask of the channels, in one form, is all that is set."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        return (
+            gate.out_mask is up.out_mask
+            and gate.in_mask is up.in_mask is down.out_mask is None
+            and gate.mask_lora == up.mask_lora == down.mask_lora
+            # Where the mask covers the sums, removed channels are zero before down sees them.
+            and (down.in_mask is gate.out_mask or (gate.mask_lora and down.in_mask is None))
+        )
+
+
+def fuse_mlps(model: PeftModel) -> PeftModel:
+    """Puts a `MaskedMLP` in the place of every MLP whose linears are masked LoRA layers; returns the model."""
+    activation = model.get_base_model().config.hidden_act
+    for parent in list(model.modules()):
+        mlp = getattr(parent, "mlp", None)
+        linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if not isinstance(mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
+            parent.mlp = MaskedMLP(mlp, activation)
+    return model
+
+
 def add_lora(model: nn.Module, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0) -> PeftModel:
-    """Wraps a causal LM in a stock PEFT LoRA adapter on all linears of the space, with masked layers.
+    """Wraps a causal LM in a stock PEFT LoRA adapter on all linears of the space, with masked layers and MLPs.
 
     The adapter that is saved is plain LoRA: the custom layer is registered on the config, not written to it.
     """
@@ -82,4 +145,4 @@ def add_lora(model: nn.Module, space: MaskSpace, *, r: int, alpha: float, dropou
     )
     config._register_custom_module({nn.Linear: MaskedLoraLinear})
     with seeded(seed):
-        return get_peft_model(model, config)
+        return fuse_mlps(get_peft_model(model, config))

@@ -119,14 +119,17 @@ class MaskSpace:
     def module_masks(self, mask: Tensor) -> Iterator[tuple[int, str, Tensor | None, Tensor | None]]:
         """Yields (layer, module, out_mask [out] or None, in_mask [in] or None), expanded from a flat mask [size].
 
-        Differentiable: gradients of the expanded masks are summed back onto their decisions.
+        Differentiable: gradients of the expanded masks are summed back onto their decisions. Cuts of one owner table
+        get one tensor, so that whoever meets it twice knows that it is the same mask.
         """
         for layer, structures in self.by_layer():
             sides: dict[str, list[Tensor | None]] = {name: [None, None] for name in self.linears}
             for structure in structures:
                 values = mask[structure.span]
+                owners = {id(cut.owner): cut.owner for cut in structure.cuts}
+                expanded = {key: values[owner.to(mask.device)] for key, owner in owners.items()}
                 for cut in structure.cuts:
-                    sides[cut.module][cut.axis] = values[cut.owner.to(mask.device)]
+                    sides[cut.module][cut.axis] = expanded[id(cut.owner)]
             for module, (out_mask, in_mask) in sides.items():
                 yield layer, module, out_mask, in_mask
 

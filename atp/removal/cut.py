@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from atp.lora.layer import fuse_mlps
 from atp.masks.space import MaskSpace
 from atp.models.config import ATPLlamaConfig, LayerShape
 from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
@@ -197,7 +198,8 @@ def _wrap_like(model: PeftModel, base: ATPLlamaForCausalLM) -> PeftModel:
     adapter, config = _adapter_config(model)
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # no model on the Hub has these widths
-    return get_peft_model(base, config, adapter_name=adapter, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    options = {"adapter_name": adapter, "autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+    return fuse_mlps(get_peft_model(base, config, **options))
 
 
 def _complete(base: PreTrainedModel, source: PreTrainedModel) -> None:

@@ -1,0 +1,109 @@
+"""Kept slices and the fused MLP compute what separate masked layers compute; slices are made again only when needed."""
+
+import pytest
+import torch
+from tiny_lora import masked, random_mask, tokens
+from torch.testing import assert_close
+
+from atp.lora.controller import MaskController
+from atp.lora.layer import MaskedLoraLinear, MaskedMLP
+from atp.removal import cut_model
+
+
+def loss_and_gradients(model):
+    model.zero_grad()
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def apart(model):
+    """The same model with three linears in each MLP and masks in the place of slices."""
+    for mlp in (m for m in model.modules() if isinstance(m, MaskedMLP)):
+        mlp.activation = None
+    for linear in (m for m in model.modules() if isinstance(m, MaskedLoraLinear)):
+        linear.kept = None
+    return model
+
+
+@pytest.mark.parametrize("form", [None, "soft", "hard", "sum"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+def test_forms_equal_the_separate_masked_layers(space_name, form):
+    model, space = masked(space_name=space_name, intermediate_size=70)
+    controller, mask = MaskController(model, space), random_mask(space)
+    if form is not None:
+        controller.set(mask.float() * 0.7 if form == "soft" else mask, form)
+    found = loss_and_gradients(model)
+    expected = loss_and_gradients(apart(model))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_soft_mask_gradient_equals_that_of_the_separate_layers():
+    model, space = masked()
+    controller, gradients = MaskController(model.eval(), space), []
+    for fused in (True, False):
+        soft = (random_mask(space) * 0.3 + 0.5).requires_grad_()
+        controller.set(soft, "soft")
+        loss = (model if fused else apart(model))(input_ids=tokens(), labels=tokens()).loss
+        gradients += torch.autograd.grad(loss, soft)
+    assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_runs_on_slices_and_draws_what_the_separate_layers_draw():
+    """All channels stay: kept first, they would lie in another order under the same draws."""
+    model, space = masked(dropout=0.4)
+    mask = random_mask(space)
+    for structure in (s for s in space.structures if s.name == "mlp"):
+        mask[structure.span] = True
+    MaskController(model.train(), space).set(mask, "hard")
+    torch.manual_seed(5)
+    found = loss_and_gradients(model)
+    torch.manual_seed(5)
+    expected = loss_and_gradients(apart(model))
+    for name, value in found.items():
+        assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_masks_that_the_block_does_not_know_take_the_separate_layers():
+    """One mask on one of the three linears alone."""
+    model, _ = masked()
+    mlp = model.get_base_model().model.layers[0].mlp
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    mlp.up_proj.set_masks(torch.arange(20) % 3 > 0, None)
+    with torch.no_grad():
+        expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+        assert torch.equal(mlp(x), expected)
+        mlp.up_proj.set_masks(None, None)
+        assert (mlp(x) - expected).abs().max() > 1e-3
+
+
+def slices(model):
+    return {name: m.kept for name, m in model.named_modules() if isinstance(m, MaskedLoraLinear)}
+
+
+def test_slices_are_made_again_only_where_decisions_changed():
+    model, space = masked()
+    controller, mask = MaskController(model, space), random_mask(space)
+    controller.set(mask, "hard")
+    first = slices(model)
+    controller.clear()
+    assert not any(slices(model).values())
+    controller.set(mask.clone(), "hard")
+    assert slices(model) == first
+    structure = next(s for s in space.layer(1) if s.name == "vo")
+    mask[structure.start + 1] ^= True
+    controller.set(mask, "hard")
+    changed = {name.split(".layers.")[1] for name, kept in slices(model).items() if kept is not first[name]}
+    assert changed == {"1.self_attn.v_proj", "1.self_attn.o_proj"}
+
+
+def test_cut_model_keeps_the_fused_mlp():
+    model, space = masked()
+    cut = cut_model(model, space, random_mask(space))
+    fused = [name for name, module in cut.named_modules() if isinstance(module, MaskedMLP)]
+    assert len(fused) == space.num_layers
+    found, expected = loss_and_gradients(cut), loss_and_gradients(apart(cut))
+    for name, value in found.items():
+        assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
