@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -70,29 +69,49 @@ def demo(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder or Hub name.")],
-    suite: Annotated[str, typer.Option(help="A data recipe, or a .jsonl/.csv file of test data.")] = "health-mini",
+    suite: Annotated[
+        str, typer.Option(help="A data recipe, a run's config.yaml, or a .jsonl/.csv/.parquet file of test data.")
+    ] = "health-mini",
+    labels: Annotated[str, typer.Option(help="Answer set of a file's questions, parted by commas.")] = "",
     gguf_file: Annotated[str | None, typer.Option(help="File name, when the model is a GGUF file.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows for perplexity.")] = 60,
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
-    questions: Annotated[int, typer.Option(help="Labelled examples; 0 skips them.")] = 100,
-    output: Annotated[Path | None, typer.Option(help="Also write the scores as JSON.")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Examples for perplexity.")] = 60,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; default half a window.")] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Examples of each task; 0 skips them.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences run at once.")] = 8,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the split and of the bootstrap.")] = 0,
+    harness: Annotated[bool, typer.Option("--harness", help="Also run the tasks through lm-eval.")] = False,
+    dense: Annotated[
+        str | None, typer.Option(help="Scores of the tuned dense model (its --output), for relative performance.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the scores, item by item, as JSON.")] = None,
     debug: _Debug = False,
 ) -> None:
-    """Score a model: perplexity, question answering, size and speed.
+    """Score a model with 95 % intervals: perplexity, answers, summaries, size and speed.
 
-    Example: atp eval runs/demo/model --suite health-mini
+    Example: atp eval runs/demo/model --suite health-mini --output scores.json
     """
-    from atp.scoring import score_folder
+    from atp.export.hf import write_json
+    from atp.scoring import Scoring, flat_scores, score_folder
 
-    scores = score_folder(model, suite, gguf_file=gguf_file, windows=windows, length=length, questions=questions)
-    table = Table("score", "value")
-    for name, value in scores.items():
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
+    if output is not None and output.exists():
+        raise InputError(f"{output} exists already: choose another --output")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
+    options = Scoring(
+        suite=suite, labels=tuple(label.strip() for label in labels.split(",") if label.strip()), documents=documents,
+        length=length, stride=stride, questions=questions, batch_size=batch_size, precision=precision, seed=seed,
+        harness=harness, dense=dense,
+    )  # fmt: skip
+    scores = score_folder(model, options, gguf_file)
+    table = Table("score", "value", "95 % interval")
+    for name, value, interval in flat_scores(scores):
+        bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", bounds)
     console.print(table)
     if output is not None:
-        if output.exists():
-            raise InputError(f"{output} exists already: choose another --output")
-        output.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(output, scores)
 
 
 @app.command()
@@ -127,11 +146,16 @@ def show(summary: dict) -> None:
     """Prints the table of a finished run."""
     models = list(summary["perplexity"])
     table = Table("", *(name.replace("_", " ") for name in models), title="What one stage did")
-    table.add_row("held-out perplexity", *(f"{summary['perplexity'][m]:.2f}" for m in models))
-    for task in ("pubmedqa", "qa"):
-        for metric in ("accuracy", "macro_f1"):
-            if summary.get(task):
-                table.add_row(f"{task} {metric}", *(f"{summary[task][m][metric]:.3f}" for m in models))
+    perplexities = zip(summary["perplexity"].values(), summary["perplexity_interval"].values(), strict=True)
+    table.add_row("held-out perplexity", *(_with_interval(*score, digits=2) for score in perplexities))
+    for task in summary["tasks"]:
+        scores = [summary[task][m] for m in models]
+        for metric in (name for name in scores[0] if f"{name}_interval" in scores[0]):
+            cells = (_with_interval(s[metric], s[f"{metric}_interval"], digits=3) for s in scores)
+            table.add_row(f"{task} {metric}", *cells)
+    if "relative_performance" in summary:
+        kept = _with_interval(summary["relative_performance"], summary["relative_performance_interval"], digits=3)
+        table.add_row("of tuned dense", *(kept if m == "final" else "" for m in models))
     ends = {"original": "params_before", "tuned_dense": "params_before", "final": "params_after"}
     table.add_row("parameters", *(f"{summary[ends[m]]:,}" for m in models))
     keep = {"final": summary["keep_decoder"]}
@@ -164,6 +188,11 @@ def main() -> None:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         code = 2 if isinstance(error, InputError) else 3 if isinstance(error, NotReached) else 128 + error.signum
         sys.exit(code)
+
+
+def _with_interval(value: float, interval: list[float], digits: int) -> str:
+    low, high = interval
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _command() -> str:

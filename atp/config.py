@@ -108,7 +108,8 @@ class EvaluationConfig(_Section):
     """What is scored at the end."""
 
     windows: int = Field(60, ge=1, description="held-out windows for perplexity")
-    questions: int = Field(100, ge=0, description="held-out labelled examples; 0 skips them")
+    questions: int = Field(100, ge=0, description="held-out examples of each task; 0 skips them")
+    generate: bool = Field(False, description="also score free-text answers, by greedy generation and ROUGE (slow)")
     batch_size: int = Field(8, ge=1)
     dense_baseline: bool = Field(False, description="also tune the uncut model on the same tokens")
 

@@ -73,10 +73,15 @@ def load_any_model(config: ModelConfig) -> nn.Module:
         raise InputError(_not_found("model", config, error)) from None
 
 
+def data_settings(config: ATPConfig) -> DataSettings:
+    """What the recipe of a run takes."""
+    return DataSettings(seed=config.seed, **config.data.model_dump(exclude={"length", "loss_on"}))
+
+
 def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     """Splits by recipe, packed to windows. Raises `InputError` for whatever is wrong with the data."""
     data = config.data
-    splits = load_recipe(DataSettings(seed=config.seed, **data.model_dump(exclude={"length", "loss_on"})))
+    splits = load_recipe(data_settings(config))
     windows = {
         name: pack(getattr(splits, name), tokenizer, data.length, loss_on=data.loss_on)
         for name in ("train", "calibration", "test")

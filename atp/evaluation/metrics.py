@@ -1,34 +1,54 @@
-"""Metrics of classification, from a confusion table."""
+"""Metrics as functions of sums over items: a point score and its bootstrap take the same code."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-Confusion = dict[str, dict[str, int]]
-"""Counts by truth, then by prediction."""
+import numpy as np
 
 
-def confusion_table(truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> Confusion:
-    """Counts of every (truth, prediction) pair of labels."""
-    table = {true: {guess: 0 for guess in labels} for true in labels}
-    for true, guess in zip(truth, predicted, strict=True):
-        table[true][guess] += 1
-    return table
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """First column over second: accuracy from [right, 1], mean from [value, 1]."""
+    return sums[..., 0] / sums[..., 1]
 
 
-def accuracy(table: Confusion) -> float:
-    """Share of right predictions, in [0, 1]."""
-    return sum(table[label][label] for label in table) / sum(sum(row.values()) for row in table.values())
+def perplexity_of(sums: np.ndarray) -> np.ndarray:
+    """exp(nll / tokens) from columns [nll (nats), tokens]; infinite instead of an overflow."""
+    with np.errstate(over="ignore"):
+        return np.exp(ratio(sums))
 
 
-def macro_f1(table: Confusion) -> float:
+def macro_f1(sums: np.ndarray) -> np.ndarray:
     """Unweighted mean over labels of F1 = 2 TP / (truths + predictions), in [0, 1].
 
-    A label that is neither true nor predicted anywhere is left out, as scikit-learn does.
+    sums: a flattened confusion table [..., labels * labels], truth by prediction. A label that is neither true nor
+    predicted anywhere is left out, as scikit-learn does.
     """
-    scores = []
-    for label, row in table.items():
-        total = sum(row.values()) + sum(other[label] for other in table.values())
-        if total:
-            scores.append(2 * row[label] / total)
-    return sum(scores) / len(scores)
+    labels = round(sums.shape[-1] ** 0.5)
+    table = sums.reshape(*sums.shape[:-1], labels, labels)
+    hits = np.diagonal(table, axis1=-2, axis2=-1)
+    total = table.sum(axis=-1) + table.sum(axis=-2)
+    seen = total > 0
+    scores = np.where(seen, 2 * hits / np.maximum(total, 1), 0.0)
+    return scores.sum(axis=-1) / seen.sum(axis=-1)
+
+
+def right_items(truth: Sequence[str], predicted: Sequence[str]) -> np.ndarray:
+    """[right, 1] of every item, float64 [items, 2]."""
+    return np.array([[float(true == guess), 1.0] for true, guess in zip(truth, predicted, strict=True)])
+
+
+def confusion_items(truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """The one-hot confusion table of every item, float64 [items, labels * labels]."""
+    place = {label: index for index, label in enumerate(labels)}
+    cells = [place[true] * len(labels) + place[guess] for true, guess in zip(truth, predicted, strict=True)]
+    return np.eye(len(labels) ** 2)[cells]
+
+
+def confusion_table(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Counts by truth, then by prediction, from `confusion_items`."""
+    counts = confusion.sum(axis=0).reshape(len(labels), len(labels))
+    return {
+        true: {guess: int(counts[row, column]) for column, guess in enumerate(labels)}
+        for row, true in enumerate(labels)
+    }

@@ -1,42 +1,117 @@
-"""Perplexity over packed windows."""
+"""Perplexity by document: of whole documents under a sliding window, or of the windows that training packs."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
+from atp.data.encoding import encode, start_ids
 from atp.data.packing import IGNORE, PackedDataset
+from atp.data.splits import Example
+from atp.errors import InputError
+from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import Progress, inference
+from atp.evaluation.metrics import perplexity_of
+
+
+@dataclass(frozen=True)
+class ScoredWindows:
+    """Windows to run and which of their tokens count towards which document.
+
+    input_ids, labels, documents: int64 [windows, length]; a label is the token at its own position, or -100 where it
+    is not scored (the model shifts). documents: index of the document that a position belongs to.
+    protocol: how the windows were made, for the record.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    documents: Tensor
+    protocol: dict[str, object]
+
+
+def sliding_windows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, stride: int | None = None
+) -> ScoredWindows:
+    """Windows over each example by itself, so that every token is scored once, after up to length - 1 others.
+
+    Consecutive windows begin `stride` tokens apart (default: half a window); each scores what the one before has not.
+    A tokenizer that begins its encodings with BOS gets it in front of each example; without, the first token of an
+    example is context only. No EOS is scored. Examples of one document count as one document.
+    """
+    stride = length // 2 if stride is None else stride
+    if not 1 <= stride < length:
+        raise InputError(f"stride {stride} does not fit windows of {length} tokens: choose one from 1 to length - 1")
+    start = start_ids(tokenizer)
+    place = {document: index for index, document in enumerate(dict.fromkeys(e.document for e in examples))}
+    ids, labels, documents = [], [], []
+    for example, text_ids in zip(examples, encode(tokenizer, (e.text for e in examples)), strict=True):
+        tokens = start + text_ids
+        scored = 0
+        # The window before the last one must not reach the end already.
+        for begin in range(0, max(len(tokens) - length + stride, 1), stride):
+            window = tokens[begin : begin + length]
+            padding = [0] * (length - len(window))
+            seen = scored - begin if begin else len(start)
+            ids.append(window + padding)
+            labels.append([IGNORE] * seen + window[seen:] + [IGNORE] * len(padding))
+            documents.append([place[example.document]] * length)
+            scored = begin + len(window)
+    protocol = {"bos": bool(start), "length": length, "stride": stride}
+    return ScoredWindows(torch.tensor(ids), torch.tensor(labels), torch.tensor(documents), protocol)
+
+
+def packed_windows(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> ScoredWindows:
+    """Windows as training packs them, without overlap: a document ends with its EOS, which is scored too."""
+    ends = (dataset.input_ids == tokenizer.eos_token_id).long().flatten()
+    documents = (ends.cumsum(0) - ends).view_as(dataset.input_ids)
+    length = dataset.input_ids.shape[1]
+    protocol = {"bos": bool(start_ids(tokenizer)), "length": length, "stride": length}
+    return ScoredWindows(dataset.input_ids, dataset.labels, documents, protocol)
 
 
 def perplexity(
     model: nn.Module,
-    dataset: PackedDataset,
+    windows: ScoredWindows,
     batch_size: int = 8,
     *,
     max_windows: int | None = None,
+    seed: int = 0,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> dict[str, float]:
-    """exp of the mean negative log-likelihood over all tokens that bear a label: {perplexity, nll (nats), tokens}.
+) -> dict[str, object]:
+    """exp of the mean negative log-likelihood over all scored tokens, whatever document they are from.
 
     max_windows: score the first windows only. autocast: dtype to run the model in; the loss is float32 always.
+    Returns {perplexity, perplexity_interval (documents resampled), nll (nats), tokens, documents, the protocol,
+    items: [nll, tokens] of each document}.
     """
-    windows = len(dataset) if max_windows is None else min(max_windows, len(dataset))
-    nll, tokens = 0.0, 0
+    count = len(windows.input_ids) if max_windows is None else min(max_windows, len(windows.input_ids))
+    items = torch.zeros(int(windows.documents.max()) + 1, 2, dtype=torch.float64)
     with inference(model, autocast) as device:
-        for start in range(0, windows, batch_size):
-            batch = slice(start, min(start + batch_size, windows))
-            logits = model(input_ids=dataset.input_ids[batch].to(device), use_cache=False).logits
-            targets = dataset.labels[batch, 1:].to(device)
+        for start in range(0, count, batch_size):
+            batch = slice(start, min(start + batch_size, count))
+            logits = model(input_ids=windows.input_ids[batch].to(device), use_cache=False).logits
+            targets, documents = windows.labels[batch, 1:], windows.documents[batch, 1:]
             # One row at a time: a float32 copy of one window's logits, never of the whole batch's.
-            for row, target in zip(logits[:, :-1], targets, strict=True):
-                nll += F.cross_entropy(row.float(), target, ignore_index=IGNORE, reduction="sum").item()
-            tokens += int((targets != IGNORE).sum())
+            for row, target, document in zip(logits[:, :-1], targets, documents, strict=True):
+                kept = target != IGNORE
+                nll = F.cross_entropy(row.float(), target.to(device), ignore_index=IGNORE, reduction="none")
+                pairs = torch.stack([nll.cpu().double(), torch.ones_like(nll, device="cpu", dtype=torch.float64)], 1)
+                items.index_add_(0, document[kept], pairs[kept])
             if progress is not None:
-                progress(batch.stop, windows)
-    mean = nll / tokens
-    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "nll": mean, "tokens": tokens}
+                progress(batch.stop, count)
+    items = items[items[:, 1] > 0]
+    nll, tokens = items.sum(0).tolist()
+    return {
+        **score_with_interval("perplexity", items.numpy(), perplexity_of, seed),
+        "nll": nll / tokens,
+        "tokens": int(tokens),
+        "documents": len(items),
+        **windows.protocol,
+        "items": items.tolist(),
+    }

@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from atp.data.packing import PackedDataset
 from atp.data.splits import Example
+from atp.data.tasks import Task
+from atp.evaluation.generation import rouge_scores
 from atp.evaluation.inference import Progress
-from atp.evaluation.perplexity import perplexity
-from atp.evaluation.tasks import label_accuracy
+from atp.evaluation.perplexity import ScoredWindows, perplexity
+from atp.evaluation.tasks import label_scores
 
 
 def evaluate_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    windows: PackedDataset,
+    windows: ScoredWindows,
     examples: Sequence[Example] = (),
     *,
-    labels: Sequence[str] = (),
+    tasks: Sequence[Task] = (),
     batch_size: int = 8,
     max_windows: int | None = None,
     max_examples: int | None = None,
     max_length: int = 1024,
+    seed: int = 0,
     autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, object]:
-    """Perplexity over packed windows, and answers to the labelled examples when `labels` is given.
+    """Perplexity over windows, and each task's score over the first `max_examples` examples that name it.
 
-    Works for any causal LM that takes `logits_to_keep`: stock, PEFT-wrapped, masked or cut.
-    Returns {perplexity, nll, tokens} and, with labels, qa: {accuracy, macro_f1, n, confusion}.
+    Works for any causal LM that takes `logits_to_keep`: stock, PEFT-wrapped, masked or cut. Prompts are cut to
+    `max_length` tokens or the positions the model has. progress: gives the bar of a named part.
+    Returns what `perplexity` returns, and tasks: {name: what `label_scores` or `rouge_scores` returns}.
     """
-    scores: dict[str, object] = dict(
-        perplexity(model, windows, batch_size, max_windows=max_windows, autocast=autocast, progress=progress)
-    )
-    if labels:
-        labelled = [example for example in examples if example.label is not None]
-        scores["qa"] = label_accuracy(
-            model, tokenizer, labelled, labels, batch_size,
-            max_length=max_length, max_examples=max_examples, autocast=autocast, progress=progress,
-        )  # fmt: skip
-    return scores
+    bar = progress or (lambda name: None)
+    common = {"seed": seed, "autocast": autocast}
+    scores = perplexity(model, windows, batch_size, max_windows=max_windows, progress=bar("perplexity"), **common)
+    common["max_length"] = min(max_length, model.config.max_position_embeddings)
+    scored: dict[str, object] = {}
+    for task in tasks:
+        chosen = task_examples(examples, task)[:max_examples]
+        common["progress"] = bar(task.name)
+        if task.labels:
+            scored[task.name] = label_scores(model, tokenizer, chosen, task.labels, batch_size, **common)
+        else:
+            scored[task.name] = rouge_scores(
+                model, tokenizer, chosen, batch_size, max_new_tokens=task.max_new_tokens, **common
+            )
+    return {**scores, "tasks": scored}
+
+
+def task_examples(examples: Sequence[Example], task: Task) -> list[Example]:
+    """The examples that a task scores, in order."""
+    return [example for example in examples if example.task == task.name]

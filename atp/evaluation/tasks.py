@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from atp.data.encoding import common_prefix, encode, start_ids
 from atp.data.splits import Example
 from atp.errors import InputError
+from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import Progress, inference
-from atp.evaluation.metrics import accuracy, confusion_table, macro_f1
+from atp.evaluation.metrics import confusion_items, confusion_table, macro_f1, ratio, right_items
 
 
 @dataclass(frozen=True)
@@ -36,25 +37,26 @@ class Query:
     wanted: list[tuple[int, int, int, int]]
 
 
-def label_accuracy(
+def label_scores(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    labels: Sequence[str] = ("yes", "no", "maybe"),
+    labels: Sequence[str],
     batch_size: int = 8,
     *,
     max_length: int = 1024,
-    max_examples: int | None = None,
+    seed: int = 0,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
-    """Scores labelled examples: {accuracy, macro_f1, n, confusion}; confusion counts by truth, then prediction.
+    """Scores labelled examples by the most probable label.
 
     A label is scored by the summed log-probability of its tokens after the prompt. max_length: tokens of prompt and
-    label; longer prompts lose their left end, so the question stays. max_examples: score the first ones only.
+    label; longer prompts lose their left end, so the question stays.
+    Returns {accuracy, macro_f1, each with _interval (examples resampled), n, confusion (by truth, then prediction),
+    items: [truth, prediction] of each example}.
     Raises `InputError` when there is no example or an example's label is not in `labels`.
     """
-    examples = examples[:max_examples]
     if not examples:
         raise InputError("no labelled examples to score: give a test split with labels")
     unknown = sorted({str(e.label) for e in examples} - set(labels))
@@ -63,8 +65,15 @@ def label_accuracy(
     questions = tokenize_questions(tokenizer, examples, labels, max_length)
     scores = score_labels(model, questions, batch_size, autocast=autocast, progress=progress)
     predicted = [labels[index] for index in scores.argmax(dim=1).tolist()]
-    table = confusion_table([str(e.label) for e in examples], predicted, labels)
-    return {"accuracy": accuracy(table), "macro_f1": macro_f1(table), "n": len(examples), "confusion": table}
+    truth = [str(e.label) for e in examples]
+    confusion = confusion_items(truth, predicted, labels)
+    return {
+        **score_with_interval("accuracy", right_items(truth, predicted), ratio, seed),
+        **score_with_interval("macro_f1", confusion, macro_f1, seed),
+        "n": len(examples),
+        "confusion": confusion_table(confusion, labels),
+        "items": [list(pair) for pair in zip(truth, predicted, strict=True)],
+    }
 
 
 def tokenize_questions(

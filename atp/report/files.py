@@ -87,10 +87,13 @@ def _partial_summary(evaluation: dict[str, Any]) -> dict[str, Any]:
     models = {name: scores for name, scores in evaluation.items() if "perplexity" in scores}
     if not models:
         return {}
+    tasks = list(next(iter(models.values())).get("tasks", {}))
     sizes = {name: scores["size"] for name, scores in models.items() if "size" in scores}
     return {
         "perplexity": {name: scores["perplexity"] for name, scores in models.items()},
-        "qa": {name: scores["qa"] for name, scores in models.items() if "qa" in scores},
+        "perplexity_interval": {name: scores.get("perplexity_interval") for name, scores in models.items()},
+        "tasks": tasks,
+        **{task: {name: scores["tasks"][task] for name, scores in models.items()} for task in tasks},
         "speed": {name: scores["speed"] for name, scores in models.items() if "speed" in scores},
         "megabytes": {name: size["megabytes"] for name, size in sizes.items()},
         "params_before": sizes.get("original", {}).get("params"),

@@ -12,7 +12,9 @@ from atp.report.files import RunFiles
 from atp.report.markup import DASH, card, definition, details, escape, figure, number, paragraph, section, table
 
 MODELS = {"original": "original", "tuned_dense": "tuned dense", "final": "cut and tuned"}
-TASKS = {"pubmedqa": "PubMedQA", "qa": "QA"}
+METRICS = {
+    "accuracy": "accuracy", "macro_f1": "macro-F1", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"
+}  # fmt: skip
 # Largest value that passes, and what the check says.
 CHECKS = {
     "masked_vs_cut": (1e-3, "masked model = cut model (largest logit difference, share of logit scale)"),
@@ -40,11 +42,16 @@ def scores(run: RunFiles) -> str:
     names = [name for name in MODELS if name in summary.get("perplexity", {})]
     params = {"original": "params_before", "tuned_dense": "params_before", "final": "params_after"}
     decoder = {"final": summary.get("keep_decoder")}
-    rows = [("held-out perplexity ↓", [number(summary["perplexity"][name]) for name in names])] if names else []
-    for task, title in TASKS.items():
-        for metric, label in (("accuracy", "accuracy"), ("macro_f1", "macro-F1")):
-            if summary.get(task):
-                rows.append((f"{title} {label} ↑", [number(_get(summary, task, n, metric), 3) for n in names]))
+    rows = []
+    if names:
+        bounds = summary.get("perplexity_interval") or {}
+        cells = [_with_interval(summary["perplexity"][name], bounds.get(name), 2) for name in names]
+        rows.append(("held-out perplexity ↓", cells))
+    for task in summary.get("tasks", ()):
+        for metric, label in METRICS.items():
+            scored = [summary[task].get(name, {}) for name in names]
+            cells = [_with_interval(s.get(metric), s.get(f"{metric}_interval"), 3) for s in scored]
+            rows.append((f"{escape(task)} {label} ↑", cells))
     rows.append(("parameters", [_millions(summary.get(params[name])) for name in names]))
     rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in names]))
     rows.append(("megabytes", [number(_size(summary, name), 0) for name in names]))
@@ -53,7 +60,8 @@ def scores(run: RunFiles) -> str:
             (f"{kind}, tokens/s ↑", [number(_get(summary, "speed", n, f"{kind}_tokens_per_second"), 1) for n in names])
         )
     shown = [[label, *cells] for label, cells in rows if any(cell != DASH for cell in cells)]
-    return section("Scores", table(["", *(MODELS[name] for name in names)], shown))
+    note = paragraph("In brackets: 95 % bootstrap intervals over documents and questions.") if names else ""
+    return section("Scores", table(["", *(MODELS[name] for name in names)], shown), note)
 
 
 def training(run: RunFiles) -> str:
@@ -115,15 +123,26 @@ def _cards(run: RunFiles) -> Iterator[str]:
         yield card("decoder kept", f"{summary['keep_decoder']:.1%}", f"target {number(summary.get('target_keep'), 3)}")
     if summary.get("perplexity"):
         yield _score_card("perplexity", summary["perplexity"], 2)
-    for task, title in TASKS.items():
-        if summary.get(task):
-            yield _score_card(f"{title} macro-F1", {n: s.get("macro_f1") for n, s in summary[task].items()}, 3)
+    if summary.get("relative_performance") is not None:
+        low, high = summary["relative_performance_interval"]
+        note = f"of the tuned dense model's scores (95 %: {low:.1%} to {high:.1%})"
+        yield card("relative performance", f"{summary['relative_performance']:.1%}", note)
+    for task in summary.get("tasks", ()):
+        metric = "macro_f1" if any("macro_f1" in s for s in summary[task].values()) else "rougeL"
+        yield _score_card(f"{task} {METRICS[metric]}", {n: s.get(metric) for n, s in summary[task].items()}, 3)
     old, new = (_get(summary, "speed", name, "decode_tokens_per_second") for name in ("original", "final"))
     if old and new:
         yield card("decode speed", f"{new / old:.2f} ×", f"{number(new, 1)} against {number(old, 1)} tokens/s")
     if run.certificate:
         good = all(_passes(run.certificate.get(key), limit) for key, (limit, _) in CHECKS.items())
         yield card("certificate", "pass" if good else "FAIL", "details below", "pass" if good else "fail")
+
+
+def _with_interval(value: object, bounds: list[float] | None, digits: int) -> str:
+    """A score and, in brackets, its interval."""
+    if value is None or not bounds:
+        return number(value, digits)
+    return f"{number(value, digits)} ({number(bounds[0], digits)} – {number(bounds[1], digits)})"
 
 
 def _score_card(label: str, values: dict[str, Any], digits: int) -> str:

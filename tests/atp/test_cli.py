@@ -151,7 +151,7 @@ def test_eval_refuses_an_unknown_model_and_an_existing_output(atp, shared, tmp_p
     assert code == 2 and is_one_sentence(err) and "is empty" in err
     output = tmp_path / "scores.json"
     output.write_text("precious")
-    options = ("--suite", shared / "data.jsonl", "--length", 16, "--windows", 2, "--questions", 0)
+    options = ("--suite", shared / "data.jsonl", "--length", 16, "--documents", 2)
     code, _, err = atp("eval", shared / "llama", *options, "--output", output)
     assert code == 2 and is_one_sentence(err) and "exists already: choose another --output" in err
     assert output.read_text() == "precious"
@@ -159,7 +159,7 @@ def test_eval_refuses_an_unknown_model_and_an_existing_output(atp, shared, tmp_p
 
 def test_eval_prints_and_writes_scores(atp, shared, tmp_path):
     output = tmp_path / "scores.json"
-    options = ("--suite", shared / "data.jsonl", "--length", 16, "--windows", 2, "--questions", 0)
+    options = ("--suite", shared / "data.jsonl", "--length", 16, "--documents", 2)
     code, out, _ = atp("eval", shared / "llama", *options, "--output", output)
     assert code == 0 and "perplexity" in out
     scores = json.loads(output.read_text())

@@ -100,7 +100,7 @@ def test_custom_labels_come_from_the_column_or_the_completion(tmp_path):
     rows = [{"prompt": f"q{n}", "completion": " yes" if n % 2 else " no"} for n in range(10)]
     source = write(tmp_path / "a.jsonl", rows)
     splits = load_recipe(DataSettings(recipe="custom", train=source, labels=("yes", "no")))
-    assert splits.labels == ("yes", "no")
+    assert [(task.name, task.labels) for task in splits.tasks] == [("qa", ("yes", "no"))]
     assert all(e.label == e.completion.strip() for e in splits.train)
     with pytest.raises(InputError, match=r"a.jsonl, line 1: label 'no' is not one of yes, maybe"):
         load_recipe(DataSettings(recipe="custom", train=source, labels=("yes", "maybe")))

@@ -1,26 +1,67 @@
-"""Metrics against values worked out by hand."""
+"""Metrics and their bootstrap against values worked out by hand, and against normal theory."""
 
+import math
+
+import numpy as np
 import pytest
 
-from atp.evaluation.metrics import accuracy, confusion_table, macro_f1
+from atp.evaluation.bootstrap import percentile_interval, resampled, score_with_interval
+from atp.evaluation.metrics import confusion_items, confusion_table, macro_f1, perplexity_of, ratio, right_items
+
+
+def f1(truth, guess, labels):
+    return float(macro_f1(confusion_items(truth, guess, labels).sum(axis=0)))
 
 
 def test_three_classes_by_hand():
     truth = ["yes", "yes", "yes", "no", "no", "maybe"]
     guess = ["yes", "yes", "no", "no", "maybe", "yes"]
-    table = confusion_table(truth, guess, ("yes", "no", "maybe"))
-    assert table["yes"] == {"yes": 2, "no": 1, "maybe": 0}
-    assert accuracy(table) == pytest.approx(3 / 6)
+    labels = ("yes", "no", "maybe")
+    assert confusion_table(confusion_items(truth, guess, labels), labels)["yes"] == {"yes": 2, "no": 1, "maybe": 0}
+    assert ratio(right_items(truth, guess).sum(axis=0)) == pytest.approx(3 / 6)
     # F1: yes 2*2/(3+3), no 2*1/(2+2), maybe 0.
-    assert macro_f1(table) == pytest.approx((4 / 6 + 2 / 4 + 0) / 3)
+    assert f1(truth, guess, labels) == pytest.approx((4 / 6 + 2 / 4 + 0) / 3)
 
 
 def test_label_that_never_occurs_is_left_out():
-    table = confusion_table(["a", "b"], ["a", "a"], ("a", "b", "c"))
-    assert macro_f1(table) == pytest.approx((2 / 3 + 0) / 2)
+    assert f1(["a", "b"], ["a", "a"], ("a", "b", "c")) == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_constant_guess_has_high_accuracy_and_low_f1():
-    table = confusion_table(["yes"] * 9 + ["no"], ["yes"] * 10, ("yes", "no"))
-    assert accuracy(table) == pytest.approx(0.9)
-    assert macro_f1(table) == pytest.approx(18 / 19 / 2)
+    truth, guess = ["yes"] * 9 + ["no"], ["yes"] * 10
+    assert ratio(right_items(truth, guess).sum(axis=0)) == pytest.approx(0.9)
+    assert f1(truth, guess, ("yes", "no")) == pytest.approx(18 / 19 / 2)
+
+
+def test_perplexity_weighs_documents_by_tokens():
+    documents = np.array([[10.0, 5.0], [1.0, 20.0]])
+    assert perplexity_of(documents.sum(axis=0)) == pytest.approx(math.exp(11 / 25))
+    assert perplexity_of(np.array([1e6, 1.0])) == math.inf
+
+
+def test_interval_of_a_mean_is_that_of_normal_theory():
+    values = np.random.default_rng(3).normal(5.0, 2.0, size=400)
+    low, high = score_with_interval("mean", np.stack([values, np.ones(400)], axis=1), ratio)["mean_interval"]
+    error = values.std() / math.sqrt(400)
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        right = (rng.random(120) < 0.7).astype(float)
+        draws = resampled(np.stack([right, np.ones(120)], axis=1), ratio, seed=trial, resamples=300)
+        low, high = percentile_interval(draws)
+        covered += low <= 0.7 <= high
+    # Binomial(200, 0.95): below 180 with probability 0.2 %.
+    assert covered >= 180
+
+
+def test_draws_resample_whole_items_and_depend_on_the_seed_alone():
+    items = np.eye(6)
+    sums = resampled(items, lambda sums: sums, seed=1, resamples=50)
+    assert sums.shape == (50, 6) and (sums.sum(axis=1) == 6).all() and (sums == sums.round()).all()
+    assert np.array_equal(sums, resampled(items, lambda sums: sums, seed=1, resamples=50))
+    assert not np.array_equal(sums, resampled(items, lambda sums: sums, seed=2, resamples=50))

@@ -61,9 +61,11 @@ def metrics():
 SUMMARY = {
     "target_keep": 0.6, "keep_decoder": 0.5998, "keep_total": 0.684, "params_before": 134515008,
     "params_after": 92016384, "perplexity": {"original": 23.41, "tuned_dense": 15.52, "final": 30.17},
+    "perplexity_interval": {"original": [22.0, 25.0], "tuned_dense": [14.0, 17.0], "final": [28.5, 32.25]},
+    "tasks": ["pubmedqa"], "relative_performance": 0.913, "relative_performance_interval": [0.821, 1.002],
     "pubmedqa": {
         "original": {"accuracy": 0.48, "macro_f1": 0.317}, "tuned_dense": {"accuracy": 0.61, "macro_f1": 0.426},
-        "final": {"accuracy": 0.57, "macro_f1": 0.389},
+        "final": {"accuracy": 0.57, "macro_f1": 0.389, "macro_f1_interval": [0.301, 0.477]},
     },
     "speed": {
         "original": {"prefill_tokens_per_second": 1800.4, "decode_tokens_per_second": 40.0},
@@ -154,13 +156,14 @@ def test_interrupted_run_shows_what_there_is(tmp_path):
     run = write_run(tmp_path / "run")
     for name in ("summary.json", "certificate.json", "decisions.json"):
         (run / name).unlink()
-    scores = {"perplexity": 23.41, "qa": {"accuracy": 0.5, "macro_f1": 0.4}, "size": {"params": 9, "megabytes": 36.0}}
+    qa = {"accuracy": 0.5, "macro_f1": 0.437}
+    scores = {"perplexity": 23.41, "tasks": {"qa": qa}, "size": {"params": 9, "megabytes": 36.0}}
     (run / "evaluation.json").write_text(json.dumps({"original": scores, "dense_lora": {"seconds": 1.0}}))
     with (run / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 61, "pha')
     _, text = parse(write_report(run))
     assert "did not finish" in text and "1 unreadable line" in text
-    assert "23.41" in text and "search" in text and "Certificate" not in text
+    assert "23.41" in text and "qa macro-F1 ↑ 0.437" in text and "search" in text and "Certificate" not in text
 
 
 def test_damaged_summary_is_named(tmp_path):

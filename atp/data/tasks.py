@@ -1,0 +1,32 @@
+"""The tasks that examples belong to, and how each is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How the examples that name it are scored.
+
+    labels: the answer set, scored by likelihood; empty for free text, which is generated and scored by ROUGE.
+    metrics: those that count in relative performance (1-method.md section 6).
+    max_new_tokens: length of a generated answer.
+    """
+
+    name: str
+    labels: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("macro_f1",)
+    max_new_tokens: int = 128
+
+
+MEDNLI = Task("mednli", ("entailment", "neutral", "contradiction"), ("accuracy",))
+PUBMEDQA = Task("pubmedqa", ("yes", "no", "maybe"))
+HQS = Task("hqs", metrics=ROUGE, max_new_tokens=48)
+CASEHOLD = Task("casehold", ("A", "B", "C", "D", "E"))
+BILLSUM = Task("billsum", metrics=ROUGE, max_new_tokens=256)
+PRIVACY = Task("privacy", ("yes", "no"))
+MULTILEXSUM = Task("multilexsum", metrics=ROUGE, max_new_tokens=160)
+XSUM = Task("xsum", metrics=ROUGE, max_new_tokens=48)

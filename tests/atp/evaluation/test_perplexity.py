@@ -1,0 +1,100 @@
+"""Perplexity by document on a tiny Llama, against float64 recomputation."""
+
+import math
+
+import pytest
+import torch
+from tiny_scored import WORDS, float64_log_probs, tiny_model, word_tokenizer
+
+from atp.data.packing import IGNORE, PackedDataset, pack
+from atp.data.splits import Example
+from atp.errors import InputError
+from atp.evaluation import packed_windows, perplexity, sliding_windows
+from atp.evaluation.perplexity import ScoredWindows
+
+TEXTS = ["the cat sat on the mat", "it is", "not sure the cat is on the mat ? yes it is the cat on the mat : no", "cat"]
+EXAMPLES = [Example(str(number), text) for number, text in enumerate(TEXTS)]
+
+
+def test_packed_windows_equal_float64(model, tokenizer):
+    ids = torch.randint(0, 32, (5, 16), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, 3:9] = IGNORE
+    labels[4] = IGNORE
+    nll = [
+        -float64_log_probs(model, ids[row].tolist())[position - 1, ids[row, position]].item()
+        for row in range(5)
+        for position in range(1, 16)
+        if labels[row, position] != IGNORE
+    ]
+    for batch_size in (1, 3, 8):
+        result = perplexity(model, packed_windows(PackedDataset(ids, labels), tokenizer), batch_size)
+        assert result["tokens"] == len(nll) == 3 * 15 + 9
+        assert result["nll"] == pytest.approx(sum(nll) / len(nll), rel=1e-6)
+        assert result["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+
+
+def test_packed_tokens_count_towards_their_own_document(model, tokenizer):
+    windows = packed_windows(pack(EXAMPLES, tokenizer, 8), tokenizer)
+    result = perplexity(model, windows)
+    lengths = [len(text.split()) + 1 for text in TEXTS]
+    stream = [document for document, length in enumerate(lengths) for _ in range(length)]
+    scored = [document for position, document in enumerate(stream[: len(stream) // 8 * 8]) if position % 8]
+    assert [tokens for _, tokens in result["items"]] == [scored.count(d) for d in range(4) if d in scored]
+    assert (result["length"], result["stride"], result["bos"]) == (8, 8, False)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(("length", "stride"), [(64, None), (8, None), (8, 7), (8, 1), (5, 3)])
+def test_sliding_windows_score_every_token_once(model, bos, length, stride):
+    tokenizer = word_tokenizer(bos)
+    windows = sliding_windows(EXAMPLES, tokenizer, length, stride)
+    result = perplexity(model, windows, batch_size=3)
+    step = length // 2 if stride is None else stride
+    items = []
+    for text in TEXTS:
+        ids = [WORDS.index("<s>")] * bos + [WORDS.index(word) for word in text.split()]
+        nll = 0.0
+        for position in range(1, len(ids)):
+            # The first window that reaches this token scores it: the one with the most context before it.
+            begin = 0 if position < length else math.ceil((position - length + 1) / step) * step
+            nll -= float64_log_probs(model, ids[begin : position + 1])[-2, ids[position]].item()
+        items.append([nll, len(ids) - 1])
+    items = [item for item in items if item[1]]
+    assert result["documents"] == len(items) == 3 + bos
+    for found, expected in zip(result["items"], items, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    total = math.exp(sum(nll for nll, _ in items) / sum(count for _, count in items))
+    assert result["perplexity"] == pytest.approx(total, rel=1e-5)
+    low, high = result["perplexity_interval"]
+    assert low < result["perplexity"] < high
+    assert (result["bos"], result["length"], result["stride"]) == (bos, length, step)
+
+
+def test_examples_of_one_document_count_once(model, tokenizer):
+    same = [Example("one", text) for text in TEXTS]
+    result = perplexity(model, sliding_windows(same, tokenizer, 16))
+    apart = perplexity(model, sliding_windows(EXAMPLES, tokenizer, 16))
+    assert result["documents"] == 1 and result["perplexity"] == pytest.approx(apart["perplexity"])
+
+
+def test_first_windows_and_progress(model):
+    ids = torch.arange(96).view(6, 16) % 32
+    documents = torch.arange(6)[:, None].expand(6, 16)
+    seen = []
+    windows = ScoredWindows(ids, ids, documents, {})
+    few = perplexity(model, windows, 3, max_windows=4, progress=lambda *at: seen.append(at))
+    assert few == perplexity(model, ScoredWindows(ids[:4], ids[:4], documents[:4], {}), 3)
+    assert seen == [(3, 4), (4, 4)] and few["documents"] == 4
+
+
+@pytest.mark.parametrize("stride", [0, 16, 20])
+def test_stride_that_leaves_tokens_out_is_refused(tokenizer, stride):
+    with pytest.raises(InputError, match=f"stride {stride} does not fit windows of 16"):
+        sliding_windows(EXAMPLES, tokenizer, 16, stride)
+
+
+def test_worse_model_has_higher_perplexity(model, tokenizer):
+    uniform = tiny_model(layers=1)
+    torch.nn.init.zeros_(uniform.model.embed_tokens.weight)
+    assert perplexity(uniform, sliding_windows(EXAMPLES, tokenizer, 16))["perplexity"] == pytest.approx(32)

@@ -1,0 +1,62 @@
+"""Answers by likelihood on a tiny Llama, against float64 recomputation."""
+
+import pytest
+import torch
+from tiny_scored import LABELS, WORDS, float64_log_probs
+
+from atp.data.splits import Example
+from atp.errors import InputError
+from atp.evaluation.tasks import Question, label_scores, score_labels, tokenize_questions
+
+
+def test_multi_token_labels_equal_float64(model, tokenizer, examples):
+    labels = ("yes", "not sure", "no")
+    scores = score_labels(model, tokenize_questions(tokenizer, examples, labels, 64), batch_size=4)
+    for row, example in enumerate(examples):
+        prompt = tokenizer(example.prompt).input_ids
+        for column, label in enumerate(labels):
+            tokens = tokenizer(label).input_ids
+            log_probs = float64_log_probs(model, prompt + tokens)
+            expected = sum(log_probs[len(prompt) - 1 + n, token] for n, token in enumerate(tokens))
+            assert scores[row, column].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_general_path_equals_one_token_path(model, tokenizer, examples):
+    questions = tokenize_questions(tokenizer, examples, LABELS, 64)
+    assert all(len(tokens) == 1 for question in questions for tokens in question.continuations)
+    # A second token that every label shares a question forces one sequence a label; take its share off again.
+    suffix = WORDS.index("</s>")
+    longer = [Question(q.prompt, [[*tokens, suffix] for tokens in q.continuations]) for q in questions]
+    tails = torch.stack([
+        torch.stack([float64_log_probs(model, q.prompt + tokens)[-1, suffix] for tokens in q.continuations])
+        for q in questions
+    ])  # fmt: skip
+    fast, general = score_labels(model, questions, 4), score_labels(model, longer, 4)
+    torch.testing.assert_close(general - tails, fast, atol=1e-5, rtol=0)
+
+
+def test_accuracy_counts_the_most_probable_label(model, tokenizer, examples):
+    columns = [WORDS.index(label) for label in LABELS]
+    best = [LABELS[float64_log_probs(model, tokenizer(e.prompt).input_ids)[-1, columns].argmax()] for e in examples]
+    result = label_scores(model, tokenizer, examples, LABELS, batch_size=4)
+    assert result["n"] == 9
+    assert result["accuracy"] == pytest.approx(sum(e.label == b for e, b in zip(examples, best, strict=True)) / 9)
+    assert sum(result["confusion"][t][p] for t in LABELS for p in LABELS) == 9
+    assert all(result["confusion"][e.label][b] > 0 for e, b in zip(examples, best, strict=True))
+    relabelled = [Example(e.document, e.prompt, f" {b}", b) for e, b in zip(examples, best, strict=True)]
+    assert label_scores(model, tokenizer, relabelled, LABELS)["accuracy"] == 1.0
+    assert result["items"] == [[e.label, b] for e, b in zip(examples, best, strict=True)]
+
+
+def test_long_prompts_lose_their_left_end(model, tokenizer, examples):
+    question = tokenize_questions(tokenizer, [examples[-1]], LABELS, max_length=6)[0]
+    assert question.prompt == tokenizer(examples[-1].prompt).input_ids[-5:]
+    with pytest.raises(InputError, match="max_length 1"):
+        tokenize_questions(tokenizer, examples, LABELS, max_length=1)
+
+
+def test_label_refusals(model, tokenizer, examples):
+    with pytest.raises(InputError, match="maybe are not among yes, no"):
+        label_scores(model, tokenizer, examples, ("yes", "no"))
+    with pytest.raises(InputError, match="no labelled examples"):
+        label_scores(model, tokenizer, [], LABELS)
