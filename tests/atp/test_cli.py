@@ -165,6 +165,13 @@ def test_eval_prints_and_writes_scores(atp, shared, tmp_path):
     scores = json.loads(output.read_text())
     params = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(shared / "llama").parameters())
     assert scores["params"] == params and scores["perplexity"] > 1
+    low, high = scores["perplexity_interval"]
+    assert "95 % interval" in out and f"{low:,.4g} to {high:,.4g}" in out
+
+
+def test_eval_refuses_an_unknown_precision(atp, shared):
+    code, _, err = atp("eval", shared / "llama", "--suite", shared / "data.jsonl", "--precision", "int4")
+    assert code == 2 and is_one_sentence(err) and "--precision int4 is unknown: use auto, float32 or bfloat16" in err
 
 
 def test_report_of_no_run(atp, tmp_path):

@@ -1,0 +1,100 @@
+"""`atp eval` end to end on a tiny model: suites, intervals, relative performance, refusals before the model runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from atp.errors import InputError
+from atp.scoring import Scoring, flat_scores, score_folder
+
+WORDS = "the cat sat on a mat is it there ? yes no".split()
+OPTIONS = Scoring(suite="", documents=4, length=16, questions=6, precision="float32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two tiny models and a file of questions."""
+    folder = tmp_path_factory.mktemp("scoring")
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "</s>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, eos_token_id=1, bos_token_id=1,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder / f"model{seed}")
+        PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>").save_pretrained(
+            folder / f"model{seed}"
+        )
+    rows = [
+        {"prompt": f"{'the cat ' * n}sat on a mat ? is it there ?", "completion": f" {'no' if n % 3 else 'yes'}"}
+        for n in range(30)
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def scored(folder, seed=0, **options):
+    return score_folder(
+        str(folder / f"model{seed}"), replace(OPTIONS, suite=str(folder / "data.jsonl"), **options)
+    )
+
+
+def test_a_file_of_labelled_questions(folder):
+    scores = scored(folder, labels=("yes", "no"))
+    qa = scores["tasks"]["qa"]
+    assert qa["n"] == 6 and [truth for truth, _ in qa["items"]] == ["yes", "no", "no"] * 2
+    assert qa["accuracy"] == sum(a == b for a, b in qa["items"]) / 6
+    assert scores["documents"] == 4 and scores["stride"] == 8
+    assert scores["settings"]["precision"] == "float32"
+    flat = {name: (value, interval) for name, value, interval in flat_scores(scores)}
+    assert flat["qa accuracy"] == (qa["accuracy"], qa["accuracy_interval"])
+    assert flat["perplexity"][1] == scores["perplexity_interval"] and "decode_tokens_per_second" in flat
+    json.dumps(scores)
+
+
+def test_completions_without_labels_are_generated(folder):
+    pytest.importorskip("rouge_score")
+    scores = scored(folder, questions=2)
+    assert scores["tasks"]["answers"]["n"] == 2 and 0 <= scores["tasks"]["answers"]["rouge1"] <= 1
+    assert scored(folder, questions=0)["tasks"] == {}
+
+
+def test_relative_to_the_dense_model(folder, tmp_path):
+    dense = scored(folder, labels=("yes", "no"))
+    path = tmp_path / "dense.json"
+    path.write_text(json.dumps(dense))
+    same = scored(folder, labels=("yes", "no"), dense=str(path))
+    assert same["relative_performance"] == 1 and same["perplexity_ratio"] == 1
+    other = scored(folder, seed=1, labels=("yes", "no"), dense=str(path))
+    expected = other["tasks"]["qa"]["macro_f1"] / dense["tasks"]["qa"]["macro_f1"]
+    assert other["relative_performance"] == pytest.approx(expected)
+    assert other["perplexity_ratio"] == pytest.approx(other["perplexity"] / dense["perplexity"])
+    with pytest.raises(InputError, match="not scored on the same items"):
+        scored(folder, labels=("yes", "no"), documents=3, dense=str(path))
+
+
+def test_a_config_of_a_run_gives_the_split_of_that_run(folder, tmp_path):
+    values = {
+        "model": {"path": "unused"}, "output_dir": "unused", "seed": 3,
+        "data": {"train": str(folder / "data.jsonl"), "labels": ["yes", "no"], "test_share": 0.2, "general_share": 0},
+    }  # fmt: skip
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    scores = score_folder(str(folder / "model0"), replace(OPTIONS, suite=str(config), questions=30))
+    assert scores["tasks"]["qa"]["n"] == 6, "a fifth of 30 documents is held out"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"perplexity": 3}'])
+def test_scores_that_are_none_are_refused(folder, tmp_path, content):
+    path = tmp_path / "dense.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="give what --output wrote"):
+        scored(folder, dense=str(path))
