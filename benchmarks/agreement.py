@@ -26,6 +26,7 @@ def disagreements(op: Op, case: Case, wanted: list[str] | None = None) -> list[s
 
 
 def _results(variant: Variant) -> list[Tensor]:
-    y = variant.forward()
-    gradients = torch.autograd.grad(y, variant.inputs, variant.grad) if variant.inputs else ()
-    return [y.detach(), *gradients]
+    result = variant.forward()
+    outputs = result if isinstance(result, tuple) else (result,)
+    gradients = torch.autograd.grad(result, variant.inputs, variant.grad) if variant.inputs else ()
+    return [*(output.detach() for output in outputs), *gradients]

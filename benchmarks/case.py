@@ -57,9 +57,9 @@ class Variant:
     holds: objects that own the tensors which live between calls: operands, models, optimizers.
     """
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Tensor | tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...] = ()
-    grad: Tensor | None = None
+    grad: Tensor | tuple[Tensor, ...] | None = None
     same: bool = True
     holds: tuple[object, ...] = ()
 
@@ -71,6 +71,9 @@ class Variant:
             y = self.forward()
             return lambda: torch.autograd.grad(y, self.inputs, self.grad)
         return lambda: torch.autograd.grad(self.forward(), self.inputs, self.grad)
+
+
+Variants = dict[str, Variant | str]
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,13 @@ class Work:
 class Op:
     """A benchmarked operation. Registering one is such an entry in `benchmarks.registry`.
 
-    build: the variants of a case by name, on random data. work: forward and, if there is one, backward. parts: those
-    of a model. tests: what must be green before a speed-up is printed, relative to the repository. ignores: numbers of
-    a case that change nothing. base: the variant that speed-ups are counted from.
+    build: the variants of a case by name, on random data, or why there is none of that name here. work: forward and, if
+    there is one, backward. parts: those of a model. tests: what must be green before a speed-up is printed, relative to
+    the repository. ignores: numbers of a case that change nothing. base: the variant that speed-ups are counted from.
     """
 
     name: str
-    build: Callable[[Case], dict[str, Variant]]
+    build: Callable[[Case], Variants]
     work: Callable[[Case], dict[str, Work]]
     parts: Callable[[Model], tuple[str, ...]]
     tests: tuple[str, ...]
@@ -112,16 +115,22 @@ def ready(op: Op, case: Case, wanted: list[str] | None = None) -> tuple[dict[str
     """The variants that work here, each called once, and for the others the reason why they do not.
 
     The first call is never timed: it compiles, gathers and fills caches. A backend that is the only one to take the
-    call is `ours` itself and is not listed twice.
+    call is `ours` itself and is not listed twice. Where the compiler fails that is a reason too; any other failure is
+    raised.
     """
     found, skipped = {}, {}
     for name, variant in op.build(case).items():
         if wanted and name not in wanted:
             continue
+        if isinstance(variant, str):
+            skipped[name] = variant
+            continue
         try:
             variant.prepare("full")()
             found[name] = variant
         except RuntimeError as error:
+            if name != "compile":
+                raise
             skipped[name] = str(error).strip().splitlines()[0]
     backends = [name for name in found if name.startswith("ours:")]
     if len(backends) == 1 and "ours" in found:

@@ -24,7 +24,7 @@ from atp.masks.space import MaskSpace
 from atp.removal import cut_model
 from atp.training.decisions import DecisionMaker
 from atp_kernels import reference
-from benchmarks.case import Case, Variant
+from benchmarks.case import Case, Variant, Variants
 
 _BETA = 0.3
 _WIDTHS = {"cpu": {"mlp": 32}, "cuda": {"mlp": 128}}
@@ -138,7 +138,7 @@ class Scene:
         )
 
 
-def decision(case: Case) -> dict[str, Variant]:
+def decision(case: Case) -> Variants:
     """One update of the generator; the floor is a dense forward and backward to activations without any LoRA."""
     scene = Scene(case)
     floor = scene.copy()
@@ -174,7 +174,7 @@ def decision(case: Case) -> dict[str, Variant]:
     }
 
 
-def search(case: Case) -> dict[str, Variant]:
+def search(case: Case) -> Variants:
     """The LoRA step under hard masks; `ours_moving` meets another decision at every step."""
     scene = Scene(case)
     return {
@@ -185,7 +185,7 @@ def search(case: Case) -> dict[str, Variant]:
     }
 
 
-def tune(case: Case) -> dict[str, Variant]:
+def tune(case: Case) -> Variants:
     """The step of the really cut model, against stock PEFT LoRA on the dense one."""
     scene = Scene(case)
     cut = cut_model(scene.with_lora(MaskedLoraLinear), scene.space, scene.masks[0])

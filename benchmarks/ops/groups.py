@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atp_kernels import compact, group_lasso, group_prox_
-from benchmarks.case import Case, Op, Variant, Work
+from benchmarks.case import Case, Op, Variant, Variants, Work
 from benchmarks.ops.linear import by_backend
 from benchmarks.shapes import Model
 
@@ -38,7 +38,7 @@ def problem(case: Case) -> tuple[list[Tensor], _Groups, Tensor]:
     return factors, groups, torch.rand(start, generator=rng, device=case.device) >= case.keep
 
 
-def lasso(case: Case) -> dict[str, Variant]:
+def lasso(case: Case) -> Variants:
     """The norms of removed groups and their gradient; the floor is one norm over as much memory."""
     factors, groups, removed = problem(case)
     inputs = tuple(factor.requires_grad_() for factor in factors)
@@ -57,12 +57,12 @@ def lasso(case: Case) -> dict[str, Variant]:
 
     return {
         "unfused": Variant(loop, inputs, grad, holds=(factors, groups)),
-        **by_backend(ours),
+        **by_backend("group_lasso", inputs, ours),
         "floor": Variant(flat.norm, (flat,), grad.to(flat.dtype), same=False, holds=(flat,)),
     }
 
 
-def prox(case: Case) -> dict[str, Variant]:
+def prox(case: Case) -> Variants:
     """Shrinking in place; every variant has factors of its own, and the floor scales as much memory once."""
     factors, groups, removed = problem(case)
     flat = torch.cat([factor.flatten() for factor in factors])
@@ -89,22 +89,26 @@ def prox(case: Case) -> dict[str, Variant]:
     own = copies()
     return {
         "unfused": Variant(partial(loop, own), holds=(own, groups)),
-        **by_backend(ours),
+        **by_backend("group_prox_", tuple(factors), ours),
         "floor": Variant(partial(flat.mul_, 0.999), same=False, holds=(flat,)),
     }
 
 
-def gather(case: Case) -> dict[str, Variant]:
+def gather(case: Case) -> Variants:
     """Kept rows and columns of one weight; the floor copies a matrix of the kept size."""
     rng = torch.Generator(case.device).manual_seed(0)
     weight = torch.randn(*case.linear, generator=rng, device=case.device).to(case.torch_dtype)
     rows, columns = (
         (torch.rand(size, generator=rng, device=case.device) < case.keep).nonzero().flatten() for size in case.linear
     )
+
+    def ours(backend: str) -> Variant:
+        return Variant(partial(compact, weight, rows, columns, backend=backend), holds=(weight,))
+
     small = torch.randn(rows.numel(), columns.numel(), device=case.device).to(weight.dtype)
     return {
         "unfused": Variant(lambda: weight[rows][:, columns], holds=(weight,)),
-        **by_backend(lambda name: Variant(partial(compact, weight, rows, columns, backend=name), holds=(weight,))),
+        **by_backend("compact", (weight,), ours),
         "floor": Variant(small.clone, same=False, holds=(small,)),
     }
 

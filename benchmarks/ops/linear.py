@@ -6,18 +6,28 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atp_kernels import KeptSlice, available_backends, kept_lora_linear, masked_lora_linear
+from atp_kernels import KeptSlice, available_backends, explain, kept_lora_linear, masked_lora_linear
 from benchmarks.baselines import AddmmLora, unfused
-from benchmarks.case import Case, Op, Variant, Work
+from benchmarks.case import Case, Op, Variant, Variants, Work
 
 _TESTS = tuple(f"tests/atp_kernels/test_{name}.py" for name in ("linear", "linear_triton", "kept", "ops"))
 _FLOOR_MULTIPLE = 64  # widths that a vendor GEMM likes
 
 
-def by_backend(variant: Callable[[str], Variant]) -> dict[str, Variant]:
-    """`ours` as a user gets it, and `ours:NAME` on every backend that can run here."""
-    names = [name for name, reason in available_backends().items() if reason is None]
-    return {"ours": variant("auto")} | {f"ours:{name}": variant(name) for name in names}
+def by_backend(op: str, tensors: tuple[Tensor, ...], variant: Callable[[str], Variant]) -> Variants:
+    """`ours` as a user gets it, and `ours:NAME` on every backend that takes the call, for others the reason."""
+    found: Variants = {"ours": variant("auto")}
+    for name, reason in available_backends().items():
+        found[f"ours:{name}"] = reason or _refusal(op, tensors, name) or variant(name)
+    return found
+
+
+def _refusal(op: str, tensors: tuple[Tensor, ...], backend: str) -> str | None:
+    try:
+        explain(op, *tensors, backend=backend)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def operands(case: Case, *, train_factors: bool) -> tuple[tuple[Tensor, ...], Tensor, torch.Generator]:
@@ -39,7 +49,7 @@ def floor(case: Case, n_out: int, n_in: int) -> Variant:
     return Variant(lambda: x @ weight.T, (x,), grad, same=False, holds=(x, weight))
 
 
-def decision(case: Case) -> dict[str, Variant]:
+def decision(case: Case) -> Variants:
     """Soft mask with gradient over the sum, factors frozen."""
     tensors, grad, rng = operands(case, train_factors=False)
     x, weight, lora_a, lora_b = tensors
@@ -51,12 +61,12 @@ def decision(case: Case) -> dict[str, Variant]:
 
     return {
         **_marks(case, tensors, (x, mask), grad, {"out_mask": mask, "mask_sum": True}),
-        **by_backend(ours),
+        **by_backend("masked_lora_linear", tensors, ours),
         "floor": floor(case, *case.linear),
     }
 
 
-def hard(case: Case, sides: tuple[str, ...]) -> dict[str, Variant]:
+def hard(case: Case, sides: tuple[str, ...]) -> Variants:
     """Hard masks on the base path, LoRA on the whole width; `ours_dense` masks the whole product."""
     tensors, grad, rng = operands(case, train_factors=True)
     x, weight, lora_a, lora_b = tensors
@@ -75,7 +85,7 @@ def hard(case: Case, sides: tuple[str, ...]) -> dict[str, Variant]:
     }
 
 
-def unmasked(case: Case) -> dict[str, Variant]:
+def unmasked(case: Case) -> Variants:
     """LoRA with no mask, as after the cut."""
     tensors, grad, _ = operands(case, train_factors=True)
     inputs = (tensors[0], *tensors[2:])
@@ -83,7 +93,11 @@ def unmasked(case: Case) -> dict[str, Variant]:
     def ours(backend: str) -> Variant:
         return Variant(partial(masked_lora_linear, *tensors, scaling=1.0, backend=backend), inputs, grad, holds=tensors)
 
-    return {**_marks(case, tensors, inputs, grad, {}), **by_backend(ours), "floor": floor(case, *case.linear)}
+    return {
+        **_marks(case, tensors, inputs, grad, {}),
+        **by_backend("masked_lora_linear", tensors, ours),
+        "floor": floor(case, *case.linear),
+    }
 
 
 def _marks(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.case import Case, Op, Variant, Work
+from benchmarks.case import Case, Op, Variants, Work
 
 _TESTS = ("tests/atp/lora", "tests/atp/masks", "tests/atp/removal", "tests/atp/training/test_decisions.py")
 
@@ -20,19 +20,19 @@ def step_work(case: Case, *, keep: float | None = None) -> dict[str, Work]:
     return {"forward": once, "backward": once}
 
 
-def _decision(case: Case) -> dict[str, Variant]:
+def _decision(case: Case) -> Variants:
     from benchmarks.steps import decision  # the kernels' benchmarks need neither transformers nor peft
 
     return decision(case)
 
 
-def _search(case: Case) -> dict[str, Variant]:
+def _search(case: Case) -> Variants:
     from benchmarks.steps import search
 
     return search(case)
 
 
-def _tune(case: Case) -> dict[str, Variant]:
+def _tune(case: Case) -> Variants:
     from benchmarks.steps import tune
 
     return tune(case)

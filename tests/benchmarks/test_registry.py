@@ -90,13 +90,24 @@ def test_a_variant_that_computes_something_else_is_found():
 def test_variants_that_cannot_run_are_left_out_with_the_reason():
     case = Case("toy", "tiny", "model", 1, 1, "float32")
 
-    def refuse():
-        raise RuntimeError("no such backend here.\nmore lines")
+    def fail():
+        raise RuntimeError("no compiler here.\nmore lines")
 
     whole = toy(2.0)
-    added = {"ours:a": Variant(refuse), "ours:b": whole.build(case)["ours"]}
+    added = {"compile": Variant(fail), "ours:a": "no such backend here.", "ours:b": whole.build(case)["ours"]}
     op = Op("toy", lambda case: whole.build(case) | added, whole.work, whole.parts, ())
     found, skipped = ready(op, case)
     assert list(found) == ["unfused", "ours", "floor"]
-    assert skipped == {"ours:a": "no such backend here.", "ours:b": "the same as ours"}
+    assert skipped == {
+        "compile": "no compiler here.", "ours:a": "no such backend here.", "ours:b": "the same as ours",
+    }  # fmt: skip
     assert list(ready(op, case, ["ours:b"])[0]) == ["ours:b"]
+
+
+def test_a_failure_of_ours_is_no_reason_to_leave_it_out():
+    def fail():
+        raise RuntimeError("illegal memory access")
+
+    op = Op("toy", lambda case: {"ours": Variant(fail)}, toy(2.0).work, lambda model: (), ())
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ready(op, Case("toy", "tiny", "model", 1, 1, "float32"))
