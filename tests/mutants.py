@@ -31,6 +31,9 @@ _MLP_KEPT = "tests/atp_kernels/test_blocks.py -k swiglu_on_kept_slices_is_no_wor
 _QKV = "tests/atp_kernels/test_blocks.py -k qkv_is_no_worse_than_unfused"
 _TILED = "tests/atp_kernels/test_linear_triton.py -k 'every_combination and soft-soft'"
 _FENCED = "tests/atp_kernels/test_linear_triton.py -k nothing_is_read_outside"
+_DRAWN = "tests/atp_kernels/test_linear_dropout.py -k 'published or definition or blocks or given'"
+_DROPPED = "tests/atp_kernels/test_linear_triton.py -k 'combination_with_dropout and soft-soft'"
+_BESIDE = "tests/atp_kernels/test_linear_triton.py -k without_masks"
 _SPLIT = "tests/atp_kernels/test_linear_triton.py -k tiles_of_the_table"
 
 _DEFINITION = "atp_kernels/reference.py"
@@ -53,6 +56,17 @@ _TABLE = {
         ("_masked(base + adapter, out_mask) if mask_lora", "base + adapter if mask_lora"),
         ("else _masked(base, out_mask) + adapter", "else base + adapter"),
         ("else (values * mask).to(values.dtype)", "else values"),
+        ("lora_input = dropped(x.reshape(-1, x.shape[-1]), dropout).view(x.shape)", "pass"),
+    ),
+    (_DEFINITION, _DRAWN): (
+        ("PHILOX_ROUNDS = 7", "PHILOX_ROUNDS = 6"),
+        ("return int(self.p * 2**32)", "return int(self.p * 2**31)"),
+        ("return 1 / (1 - self.p)", "return 1.0"),
+        ("self.seed >> 32 & _UINT32", "0"),
+        ("torch.arange(first_row, first_row + rows,", "torch.arange(0, rows,"),
+        ("^ c1 ^ k0", "^ c1"),
+        ("^ c3 ^ k1", "^ c3"),
+        ("torch.where(keep, values * dropout.scale, 0)", "values * dropout.scale"),
     ),
     (_DEFINITION, _MLP): (
         ("in_mask = None if mask_lora else mask", "in_mask = None"),
@@ -86,6 +100,10 @@ _TABLE = {
         ("base_input = primitives.masked(x, in_mask)", "base_input = x"),
         ("adapter_input = base_input", "adapter_input = x"),
         ("if mask_lora and lora_input is None and dropout is None:", "if lora_input is None and dropout is None:"),
+        ("if mask_lora and lora_input is None and dropout is None:", "if mask_lora and lora_input is None:"),
+        ("primitives.mask_(primitives.dropped(x, dropout), mask)", "primitives.dropped(x, dropout)"),
+        ("primitives.mask_(primitives.dropped(x, dropout), mask)", "primitives.masked(x, mask)"),
+        ("d_x += primitives.dropped(up @ lora_a, dropout)", "d_x += up @ lora_a"),
         ("lora_input, in_mask if mask_lora else None,", "lora_input, None,"),
         ("lora_input, in_mask if mask_lora else None,", "lora_input, in_mask,"),
         ("scaled_mm(adapter_input, lora_a.t(), scaling)", "scaled_mm(adapter_input, lora_a.t(), 1.0)"),
@@ -126,6 +144,9 @@ _TABLE = {
         ("(some.to(total.dtype) * others)", "some.to(total.dtype)"),
         ("return masked(grad, mask), column_dot", "return grad, column_dot"),
     ),
+    (_PRIMITIVES, _DRAWN): (
+        ("reference.dropped(values[rows], dropout, first)", "reference.dropped(values[rows], dropout)"),
+    ),
     (_REFERENCE, _GROUPS): (
         (".add_(eps)", ""),
         ("norms.mul(removed & owned_groups(groups, removed))", "norms.mul(removed)"),
@@ -140,6 +161,7 @@ _TABLE = {
         ("(2 * grad_cols * lora_a)", "(grad_cols * lora_a)"),
         ("(2 * grad_rows.unsqueeze(1) * lora_b)", "(grad_rows.unsqueeze(1) * lora_b)"),
         ("keep_sum = out_mask is not None and out_mask.requires_grad", "keep_sum = False"),
+        ("Dropout(p, int(seed)) if p else None", "None"),
     ),
     (_SLICE, _KEPT): (
         ("kept.index_fill_(axis, gather.silent, 0)", "pass"),
@@ -201,7 +223,7 @@ _TABLE = {
         ("lora_b, first.scaling, bias)", "lora_b, 1.0, bias)"),
     ),
     (_KERNELS, _TILED): (
-        ("acc = _dot(part, b, acc, UPCAST, PRECISION)", "acc = acc"),
+        ("total = _dot(part, b, total, UPCAST, PRECISION)", "pass"),
         ("tl.sum(b * b, axis=1), mask=ok", "tl.sum(b, axis=1), mask=ok"),
         ("x_masked = (x.to(tl.float32) * in_mask[None, :]).to(x.dtype)", "x_masked = x"),
         ("adapter = (adapter.to(tl.float32) * in_mask[None, :]).to(x.dtype)", "adapter = adapter"),
@@ -227,6 +249,18 @@ _TABLE = {
         ("total += tl.sum(g.to(tl.float32), axis=0)", "total += 0"),
         ("if mask_ptr is not None:\n        total *=", "if False:\n        total *="),
     ),
+    (_KERNELS, _DROPPED): (
+        ("quads = first_col // 4 + tl.arange", "quads = tl.arange"),
+        ("n_rounds=_ROUNDS", "n_rounds=10"),
+        ("tl.join(w0 >= THRESHOLD, w2 >= THRESHOLD)", "tl.join(w0 >= THRESHOLD, w1 >= THRESHOLD)"),
+        ("tl.join(even, odd)", "tl.join(odd, even)"),
+        ("values.to(tl.float32) * SCALE, 0.0)", "values.to(tl.float32), 0.0)"),
+        ("total = tl.zeros_like(acc)", "pass"),
+        ("total = acc + _dropped(total, rows, first_col, seed, THRESHOLD, SCALE)", "total = acc + total"),
+        ("x = _dropped(x, rows, k, seed, THRESHOLD, SCALE)", "pass"),
+        ("g = _dropped(g, rows, pid_c * BLOCK_C, seed, THRESHOLD, SCALE)", "pass"),
+    ),
+    (_KERNELS, _BESIDE): (("y = _dropped(x, rows, first_col, seed, THRESHOLD, SCALE)", "y = x"),),
     (_KERNELS, _FENCED): (
         ("mask=col_ok[None, :] & (ranks < RANK)[:, None]", "mask=col_ok[None, :]"),
         ("x_ok = row_ok[:, None] & (ks < K - k)[None, :]\n            w_ok",
@@ -257,12 +291,24 @@ _TABLE = {
         ("_down(grad_y, lora_b.t(), lora_out_mask, scaling, up)", "_down(grad_y, lora_b.t(), lora_out_mask, 1.0, up)"),
         ("_down(grad_y, lora_b.t(), lora_out_mask, scaling, up)", "_down(grad_y, lora_b.t(), None, scaling, up)"),
         ("factor_mask=lora_in_mask, transpose=True", "transpose=True"),
-        ("primitives.mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))", "pass"),
-        ("primitives.mask_(d_weight, in_mask)", "pass"),
+        ("mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))", "pass"),
+        ("mask_(d_weight, in_mask)", "pass"),
         ("d_in += _reduce_rows(lora_input, z=d_adapter)[1]", "pass"),
-        ("primitives.mask_(d_adapter, lora_in_mask)", "pass"),
+        ("mask_(d_adapter, lora_in_mask)", "pass"),
         ("up, in_mask, out_mask, d_x, config", "up, None, out_mask, d_x, config"),
         ("up, in_mask, out_mask, d_x, config", "up, in_mask, None, d_x, config"),
+    ),
+    (_LAUNCHER, _DROPPED): (
+        ("scaling, down, a_sq, dropout)", "scaling, down, a_sq)"),
+        ("transpose=True, dropout=dropout", "transpose=True"),
+        ("parts=parts, dropout=dropout", "parts=parts"),
+    ),
+    (_LAUNCHER, "tests/atp_kernels/test_linear_triton.py -k half_precision"): (
+        ("one_pass = config.one_pass and dropout is None", "one_pass = config.one_pass"),
+    ),
+    (_LAUNCHER, _BESIDE): (
+        ("keep_sum, with_norms, dropout, primitives=_PRIMITIVES", "keep_sum, with_norms, primitives=_PRIMITIVES"),
+        ("shared_input, needs, dropout, primitives=_PRIMITIVES", "shared_input, needs, primitives=_PRIMITIVES"),
     ),
 }  # fmt: skip
 
