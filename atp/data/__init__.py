@@ -1,5 +1,6 @@
 """Data: recipes that give disjoint train, calibration and test examples, and packing into token windows."""
 
+from atp.data.batches import collate
 from atp.data.packing import PackedDataset, pack
 from atp.data.recipes import DataSettings, load_recipe, read_examples, tasks_of
 from atp.data.splits import Example, Splits
@@ -11,6 +12,7 @@ __all__ = [
     "PackedDataset",
     "Splits",
     "Task",
+    "collate",
     "load_recipe",
     "pack",
     "read_examples",

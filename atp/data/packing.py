@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from atp.data.batches import IGNORE
 from atp.data.encoding import common_prefix, encode, start_ids
 from atp.data.splits import Example
 from atp.errors import InputError
-
-IGNORE = -100
 
 
 class PackedDataset(Dataset):

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
-from transformers import Trainer, TrainerCallback, default_data_collator, set_seed
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, set_seed
 
 from atp.config import ATPConfig
+from atp.data import collate
 from atp.errors import InputError, Interrupted
 from atp.export.card import model_card
 from atp.export.hf import export_model, save_decisions, write_json
@@ -35,6 +36,7 @@ from atp.training.callbacks import ClockCallback, PhaseCallback
 from atp.training.checkpoint import Checkpoint
 from atp.training.decisions import DecisionMaker
 from atp.training.guards import FiniteGuard, SignalGuard
+from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.order import RunOrder
 from atp.training.phases import Phases
@@ -82,7 +84,7 @@ class ATPTrainer(Trainer):
             args=training_arguments(config),
             train_dataset=train_dataset,
             processing_class=tokenizer,
-            data_collator=default_data_collator,  # with a tokenizer Trainer would pad, and windows are full
+            data_collator=collate,
             callbacks=callbacks,
         )
         self.add_callback(PhaseCallback(self))
@@ -238,12 +240,14 @@ class ATPTrainer(Trainer):
         """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
         self.controller.set(mask.to(self.args.device), "soft")
         with self.compute_loss_context_manager():
-            return self.model(**batch).loss
+            return causal_lm_loss(self.model, batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = causal_lm_loss(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the count is that of all processes, the gradients' mean too
         self.last["loss"] = loss.detach()
         phase = self.phases.of(self.state.global_step)
         training = self.config.training
@@ -252,7 +256,7 @@ class ATPTrainer(Trainer):
             lasso = self.groups.lasso(self.decisions.mask.to(loss.device))
             self.last["lasso"] = lasso.detach()
             loss = loss + beta * lasso / self.args.gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:
         enabled = self.autocast_dtype is not None
@@ -271,7 +275,7 @@ class ATPTrainer(Trainer):
     def _calibration_batch(self, index: int, size: int) -> dict[str, Tensor]:
         order = RunOrder(len(self.calibration_dataset), 0, self.config.seed + 1)
         rows = [self.calibration_dataset[i] for i in order.at(index * size, size)]
-        return {name: value.to(self.args.device) for name, value in default_collate(rows).items()}
+        return {name: value.to(self.args.device) for name, value in collate(rows).items()}
 
     def _certificate_tokens(self) -> Tensor:
         rows = range(min(_CERTIFICATE_WINDOWS, len(self.calibration_dataset)))

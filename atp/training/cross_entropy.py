@@ -1,0 +1,85 @@
+"""Cross-entropy straight from hidden states: the logits of a batch never exist, those of a few tokens at a time do.
+
+They are a batch's largest tensor by far: 4 x 256 tokens of a 49,152-word vocabulary take 200 MB in float32, several
+times over with softmax and gradient. Here loss and gradients are formed together, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Memory for the logits of one chunk. A CPU's GEMM wants some 300 rows, a GPU's more; beyond that nothing is gained.
+_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over tokens of -log softmax(hidden @ weight^T)[target], scalar in float32 or wider.
+
+    hidden [tokens, hidden_size], weight [vocab, hidden_size], targets int64 [tokens], all of them scored. Products are
+    in the dtype of autocast where it is on, else in that of hidden; softmax and sum are in float32 (float64 for float64
+    inputs). Differentiable in hidden, and in weight if it requires a gradient. On CUDA liger-kernel does it where it is
+    installed; it reads its count of targets back to the host.
+    """
+    if hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """With p = softmax(h W^T): dh = (p - onehot) W and dW = (p - onehot)^T h, formed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        total = hidden.new_zeros((), dtype=wide)
+        rows = _rows(hidden, weight, 2 * wide.itemsize + (dtype.itemsize if dtype != wide else 0))
+        # Made once: fresh memory of this size costs a CPU more in page faults than the softmax does.
+        products, log_p = (hidden.new_empty(rows, len(weight), dtype=kind) for kind in (dtype, wide))
+        logits = products if dtype == wide else torch.empty_like(log_p)
+        with torch.autocast(device, enabled=False):
+            head = weight.to(dtype)
+            for start in range(0, len(hidden), rows):
+                span = slice(start, start + rows)
+                states, index = hidden[span].to(dtype), targets[span, None]
+                here = slice(len(states))
+                torch.mm(states, head.T, out=products[here])
+                if logits is not products:
+                    logits[here].copy_(products[here])
+                torch.log_softmax(logits[here], dim=-1, out=log_p[here])
+                total -= log_p[here].gather(1, index).sum()
+                slope = log_p[here].exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
+                if logits is not products:
+                    slope = products[here].copy_(slope)
+                if d_hidden is not None:
+                    d_hidden[span] = slope @ head
+                if d_weight is not None:
+                    d_weight += slope.T @ states
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = (d_hidden.to(grad.dtype) * grad).to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * grad).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None
+
+
+def _rows(hidden: Tensor, weight: Tensor, bytes_a_logit: int) -> int:
+    """Tokens in a chunk."""
+    budget = _CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
+    return max(min(budget // (bytes_a_logit * len(weight)), len(hidden)), 1)

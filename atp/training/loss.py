@@ -1,0 +1,35 @@
+"""The loss of one batch, for every kind of step: decision, LoRA before and after the cut, dense baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from atp.training.cross_entropy import linear_cross_entropy
+
+
+def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int | None = None) -> Tensor:
+    """Mean cross-entropy over the scored tokens of a batch that `atp.data.collate` made, scalar float32.
+
+    model: a causal LM, also inside PEFT or a distributed wrapper. count: what the sum over tokens is divided by when a
+    step has several batches, default the scored tokens of this one. Positions without a label cost nothing.
+    """
+    inner = getattr(model, "module", model)  # DistributedDataParallel
+    causal = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    hidden = _final_hidden(model, causal.get_decoder(), batch)
+    scored = hidden.flatten(0, 1).index_select(0, batch["scored"])
+    total = linear_cross_entropy(scored, causal.get_output_embeddings().weight, batch["targets"])
+    return total / (len(batch["targets"]) if count is None else count)
+
+
+def _final_hidden(model: nn.Module, decoder: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """What the head would see, [batch, tokens, hidden]. The pass goes through the wrappers: they count on it."""
+    caught: list[Tensor] = []
+    handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output.last_hidden_state))
+    input_ids = batch["input_ids"]
+    try:
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=input_ids.new_empty(0))
+    finally:
+        handle.remove()
+    return caught[0]

@@ -1,0 +1,136 @@
+"""Chunked cross-entropy against float64, against plain PyTorch, and against its promise on memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from atp.training import cross_entropy
+from atp.training.cross_entropy import linear_cross_entropy
+
+TOKENS, HIDDEN, VOCAB = 23, 12, 41
+ROWS = cross_entropy._rows  # before the fixture below replaces it
+
+
+@pytest.fixture(params=[1, 5, 64], ids="{} rows".format, autouse=True)
+def chunk_rows(request, monkeypatch):
+    """Chunks of one token, of a number that does not divide the tokens, and of all."""
+    monkeypatch.setattr(cross_entropy, "_rows", lambda hidden, *_: max(min(request.param, len(hidden)), 1))
+
+
+def inputs(dtype=torch.float64, tokens=TOKENS, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = scale * torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64)
+    targets = torch.randint(VOCAB, (tokens,), generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def plain(hidden, weight, targets):
+    logits = F.linear(hidden, weight)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, reduction="sum")
+
+
+def results(loss_of, hidden, weight, targets, scale=1.0):
+    hidden, weight = (t.detach().clone().requires_grad_() for t in (hidden, weight))
+    loss = loss_of(hidden, weight, targets)
+    return loss.detach(), *torch.autograd.grad(scale * loss, (hidden, weight))
+
+
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(tokens=st.integers(0, 40), seed=st.integers(0, 5), scale=st.sampled_from([0.0, 1.0, 300.0]))
+def test_equals_the_plain_form_in_float64(tokens, seed, scale):
+    case = inputs(tokens=tokens, seed=seed, scale=scale)
+    for ours, theirs in zip(results(linear_cross_entropy, *case, 0.3), results(plain, *case, 0.3), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    hidden, weight, targets = inputs(tokens=7)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (hidden, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_error_is_at_most_twice_that_of_the_plain_form(dtype, autocast):
+    hidden, weight, targets = inputs(dtype)
+    exact = results(plain, hidden.double(), weight.double(), targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        ours, theirs = (results(f, hidden, weight, targets) for f in (linear_cross_entropy, plain))
+    for mine, other, truth in zip(ours, theirs, exact, strict=True):
+        assert mine.dtype == other.dtype
+        error, allowed = (float((value.double() - truth).norm()) for value in (mine, other))
+        assert error <= 2 * allowed + 1e-6 * float(truth.norm())
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    *both, targets = inputs()
+    expected = results(linear_cross_entropy, *both, targets)[2 - frozen]
+    both[frozen].requires_grad_(False)
+    linear_cross_entropy(*both, targets).backward()
+    assert both[frozen].grad is None and torch.equal(both[1 - frozen].grad, expected)
+
+
+def test_backward_twice_and_repeats_are_bitwise_equal():
+    hidden, weight, targets = inputs(torch.float32)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for _ in range(3):
+        repeat = results(linear_cross_entropy, hidden, weight, targets)
+        assert all(torch.equal(a, b) for a, b in zip(repeat, (loss.detach(), *first), strict=True))
+
+
+def test_second_derivatives_are_refused():
+    hidden, weight, targets = inputs(tokens=4)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    loss = scale * linear_cross_entropy(hidden, weight, targets)
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_non_contiguous_inputs():
+    hidden, weight, targets = inputs()
+    strided = (hidden.detach().T.contiguous().T, weight.detach().T.contiguous().T, targets)
+    for ours, theirs in zip(results(linear_cross_entropy, *strided), results(plain, *strided), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest storage that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return result
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_tensor_holds_the_logits_of_the_batch(monkeypatch, autocast):
+    monkeypatch.setattr(cross_entropy, "_rows", lambda *_: 4)
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(512, 8)
+    targets = torch.arange(64)
+    with LargestTensor() as largest, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        linear_cross_entropy(hidden, weight, targets).backward()
+    assert largest.numel <= weight.numel() < 64 * 512 // 4
+
+
+def test_chunks_fill_their_memory_and_no_more():
+    def rows(tokens, vocab):
+        return ROWS(torch.empty(tokens, 1, device="meta"), torch.empty(vocab, 1, device="meta"), 8)
+
+    assert rows(10_000, 49_152) * 49_152 * 8 <= 128 * 2**20 < (rows(10_000, 49_152) + 1) * 49_152 * 8
+    assert rows(3, 49_152) == 3 and rows(3, 10**9) == 1
