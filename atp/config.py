@@ -41,6 +41,10 @@ class DataConfig(_Section):
     calibration_share: float = Field(0.1, gt=0, lt=1)
     general_share: float = Field(1 / 3, ge=0, lt=1, description="share of general text in the calibration set")
     length: int = Field(256, ge=16, description="tokens in one packed window")
+    packing: Literal["joined", "separate", "padded"] = Field(
+        "joined",
+        description="samples of a training window: seen by those after them, kept apart, or one a row, padded",
+    )
     loss_on: Literal["all", "completion"] = "all"
 
 

@@ -11,18 +11,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from atp.config import ATPConfig, ModelConfig
-from atp.data import DataSettings, PackedDataset, Splits, load_recipe, pack
+from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, load_recipe, pack, unpacked
 from atp.errors import InputError
 from atp.masks.space import MaskSpace, SpaceName
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Examples of the three splits and their packed windows."""
+    """Examples of the three splits, and the samples that training, decisions and perplexity read."""
 
     splits: Splits
-    train: PackedDataset
-    calibration: PackedDataset
+    train: PackedDataset | RaggedDataset
+    calibration: PackedDataset | RaggedDataset
     test: PackedDataset
 
 
@@ -82,17 +82,20 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     """Splits by recipe, packed to windows. Raises `InputError` for whatever is wrong with the data."""
     data = config.data
     splits = load_recipe(data_settings(config))
-    windows = {
-        name: pack(getattr(splits, name), tokenizer, data.length, loss_on=data.loss_on)
-        for name in ("train", "calibration", "test")
-    }
+    train, calibration = (
+        unpacked(part, tokenizer, data.length, loss_on=data.loss_on)
+        if data.packing == "padded"
+        else pack(part, tokenizer, data.length, loss_on=data.loss_on, separate=data.packing == "separate")
+        for part in (splits.train, splits.calibration)
+    )
     needed = config.training.batch_size * config.training.gradient_accumulation
-    if len(windows["train"]) < needed:
+    if len(train) < needed:
         raise InputError(
-            f"the training split has {len(windows['train'])} windows of {data.length} tokens and one step takes "
+            f"the training split has {len(train)} windows of {data.length} tokens and one step takes "
             f"{needed}: give more text, or lower data.length or training.batch_size"
         )
-    return RunData(splits, **windows)
+    # Perplexity is over joined windows whatever training reads, so that runs compare.
+    return RunData(splits, train, calibration, pack(splits.test, tokenizer, data.length, loss_on=data.loss_on))
 
 
 def _gguf(config: ModelConfig) -> dict[str, Any]:

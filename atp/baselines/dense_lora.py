@@ -11,17 +11,20 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from atp.config import ATPConfig
+from atp.data import collate
+from atp.models.attention import use_training_attention
 from atp.training.arguments import training_arguments
 from atp.training.callbacks import ClockCallback
+from atp.training.loss import causal_lm_loss
 from atp.training.metrics import PhaseClock
-from atp.training.order import RunOrder
+from atp.training.order import RunOrder, run_order
 from atp.training.precision import autocast_dtype
 
 PHASE = "dense_lora"
 
 
 class DenseLoraTrainer(Trainer):
-    """Stock LoRA on the linears that ATP tunes, with ATP's optimizer settings, order of samples and precision."""
+    """Stock LoRA on the linears that ATP tunes, with ATP's optimizer settings, order of samples, loss and precision."""
 
     def __init__(
         self,
@@ -31,11 +34,9 @@ class DenseLoraTrainer(Trainer):
         linears: list[str],
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.order = RunOrder(
-            len(train_dataset),
-            config.training.total * config.training.batch_size * config.training.gradient_accumulation,
-            config.seed,
-        )
+        size = config.training.batch_size
+        total = config.training.total * size * config.training.gradient_accumulation
+        self.order = run_order(train_dataset, size, total, config.seed)
         self.autocast = autocast_dtype(config.training.precision)
         lora = config.lora
         torch.manual_seed(config.seed)
@@ -44,10 +45,13 @@ class DenseLoraTrainer(Trainer):
         )
         args = training_arguments(config)
         args.save_strategy = "no"
-        super().__init__(model=get_peft_model(model, settings), args=args, train_dataset=train_dataset)
+        super().__init__(
+            model=get_peft_model(model, settings), args=args, train_dataset=train_dataset, data_collator=collate
+        )
+        use_training_attention(model)
         self.clock = PhaseClock()
-        tokens = len(train_dataset[0]["input_ids"]) * config.training.batch_size * config.training.gradient_accumulation
-        self.add_callback(ClockCallback(self.clock, lambda step: PHASE, tokens))
+        self._counter = ClockCallback(self.clock, lambda step: PHASE)
+        self.add_callback(self._counter)
         for callback in callbacks or []:
             self.add_callback(callback)
 
@@ -58,6 +62,13 @@ class DenseLoraTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunOrder:
         return self.order
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        self._counter.count(inputs["tokens"])
+        loss = causal_lm_loss(model, inputs, num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:
         return torch.autocast(self.args.device.type, dtype=self.autocast, enabled=self.autocast is not None)

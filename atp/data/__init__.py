@@ -1,7 +1,7 @@
 """Data: recipes that give disjoint train, calibration and test examples, and packing into token windows."""
 
 from atp.data.batches import collate
-from atp.data.packing import PackedDataset, pack
+from atp.data.packing import PackedDataset, RaggedDataset, pack, unpacked
 from atp.data.recipes import DataSettings, load_recipe, read_examples, tasks_of
 from atp.data.splits import Example, Splits
 from atp.data.tasks import Task
@@ -10,6 +10,7 @@ __all__ = [
     "DataSettings",
     "Example",
     "PackedDataset",
+    "RaggedDataset",
     "Splits",
     "Task",
     "collate",
@@ -17,4 +18,5 @@ __all__ = [
     "pack",
     "read_examples",
     "tasks_of",
+    "unpacked",
 ]

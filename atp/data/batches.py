@@ -8,22 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """A batch of samples with `input_ids` and `labels` int64 [length].
+    """A batch of samples with `input_ids` and `labels` int64 [length], and `position_ids` where several share a row.
 
-    Returns input_ids and labels [batch, length], and where the loss lies: `scored` int64 [n], the positions in the
-    flattened batch whose next token bears a label, and `targets` int64 [n], those labels.
+    Returns those, [batch, longest] each; `scored` int64 [n], the positions in the flattened batch whose next token
+    bears a label, and `targets` int64 [n], those labels; `tokens`, how many tokens are not padding. Shorter rows are
+    padded on the right, where no token of a causal model looks.
     """
-    input_ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
-    following = labels.numpy()[:, 1:]
-    row, position = np.nonzero(following != IGNORE)
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "scored": torch.from_numpy(row * labels.shape[1] + position),
-        "targets": torch.from_numpy(following[row, position]),
+    fill = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}
+    batch: dict[str, Any] = {
+        name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill[name])
+        for name in fill.keys() & rows[0].keys()
     }
+    following = batch["labels"].numpy()[:, 1:]
+    row, position = np.nonzero(following != IGNORE)
+    batch["scored"] = torch.from_numpy(row * batch["labels"].shape[1] + position)
+    batch["targets"] = torch.from_numpy(following[row, position])
+    batch["tokens"] = sum(len(row["input_ids"]) for row in rows)
+    return batch

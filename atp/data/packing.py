@@ -1,8 +1,9 @@
-"""Packing documents into windows of equal length, so that no training step pays for padding."""
+"""From documents to samples: windows of equal length, joined or with boundaries, or one document a row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -15,23 +16,30 @@ from atp.data.encoding import common_prefix, encode, start_ids
 from atp.data.splits import Example
 from atp.errors import InputError
 
+Packing = Literal["joined", "separate", "padded"]
+LossOn = Literal["all", "completion"]
+_Document = tuple[list[int], list[int]]
+
 
 class PackedDataset(Dataset):
-    """Windows of tokens, ready for the default collator.
+    """Windows of tokens, ready for `atp.data.collate`.
 
     input_ids, labels: int64 [windows, length]; a label is the token at the same position (the model shifts), or -100
-    where no loss is taken. Items are dicts of both, [length] each.
+    where no loss is taken. position_ids: int64 [windows, length], starting anew with every document that is to see
+    itself alone; None where documents see their forerunners. Items are dicts of what there is, [length] each.
     """
 
-    def __init__(self, input_ids: Tensor, labels: Tensor):
+    def __init__(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None):
         self.input_ids = input_ids
         self.labels = labels
+        self.position_ids = position_ids
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        item = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        return item if self.position_ids is None else item | {"position_ids": self.position_ids[index]}
 
     @property
     def tokens(self) -> int:
@@ -39,53 +47,96 @@ class PackedDataset(Dataset):
         return self.input_ids.numel()
 
 
+class RaggedDataset(Dataset):
+    """One document a sample, as long as it is: dicts of input_ids and labels, int64 [its length]."""
+
+    def __init__(self, documents: Sequence[_Document]):
+        self._documents = [tuple(torch.tensor(part) for part in document) for document in documents]
+        self.lengths = [len(ids) for ids, _ in self._documents]
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        input_ids, labels = self._documents[index]
+        return {"input_ids": input_ids, "labels": labels}
+
+
 def pack(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     *,
-    loss_on: Literal["all", "completion"] = "all",
+    loss_on: LossOn = "all",
+    separate: bool = False,
 ) -> PackedDataset:
     """Tokenises the examples in order, ends each with EOS, joins them and cuts windows of `length` tokens.
 
     loss_on "completion" takes the loss on completions (and their EOS) only; plain text, which has no completion, is
-    learnt whole. The last partial window is dropped, or padded if it is the only one.
+    learnt whole. separate: positions start anew with every document and every window, and no loss crosses a border.
+    The last partial window is dropped, or padded if it is the only one.
     Raises `InputError` for no examples, a tokenizer without EOS, or windows in which no token bears a loss.
     """
+    documents = _documents(examples, tokenizer, length, loss_on)
+    ids = [token for document, _ in documents for token in document]
+    labels = [label for _, document in documents for label in document]
+    starts = list(accumulate((len(document) for document, _ in documents), initial=0))
+    if len(ids) < length:
+        missing = length - len(ids)
+        ids += [tokenizer.eos_token_id] * missing
+        labels += [IGNORE] * missing
+    windows = len(ids) // length
+    packed_ids, packed_labels = (torch.tensor(part[: windows * length]).view(windows, length) for part in (ids, labels))
+    positions = None
+    if separate:
+        positions = _positions(starts, windows, length)
+        packed_labels = packed_labels.masked_fill(positions == 0, IGNORE)
+    if (packed_labels[:, 1:] == IGNORE).all():
+        raise InputError("no token bears a loss: give completions, or use loss_on 'all'")
+    return PackedDataset(packed_ids, packed_labels, positions)
+
+
+def unpacked(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, *, loss_on: LossOn = "all"
+) -> RaggedDataset:
+    """One example a sample, ended with EOS; one longer than `length` tokens loses its left end.
+
+    Examples in which no token bears a loss are left out. Raises `InputError` as `pack`.
+    """
+    documents = [(ids[-length:], labels[-length:]) for ids, labels in _documents(examples, tokenizer, length, loss_on)]
+    scored = [document for document in documents if any(label != IGNORE for label in document[1][1:])]
+    if not scored:
+        raise InputError("no token bears a loss: give completions, or use loss_on 'all'")
+    return RaggedDataset(scored)
+
+
+def _documents(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, loss_on: LossOn
+) -> list[_Document]:
+    """Ids and labels of every document, its BOS (if the tokenizer has one) and EOS included."""
     if not examples:
         raise InputError("nothing to pack: the split has no examples")
     if length < 2:
         raise InputError(f"a window of {length} token(s) has nothing to predict: make data.length at least 2")
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token to part documents: set tokenizer.eos_token")
-    ids, labels = _stream(examples, tokenizer, loss_on)
-    if len(ids) < length:
-        missing = length - len(ids)
-        ids += [tokenizer.eos_token_id] * missing
-        labels += [IGNORE] * missing
-    windows = len(ids) // length
-    packed_ids = torch.tensor(ids[: windows * length]).view(windows, length)
-    packed_labels = torch.tensor(labels[: windows * length]).view(windows, length)
-    if (packed_labels[:, 1:] == IGNORE).all():
-        raise InputError("no token bears a loss: give completions, or use loss_on 'all'")
-    return PackedDataset(packed_ids, packed_labels)
-
-
-def _stream(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, loss_on: str
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of all documents in a row."""
     start = start_ids(tokenizer)
-    documents = encode(tokenizer, (e.text for e in examples))
+    texts = encode(tokenizer, (e.text for e in examples))
     skip = [0] * len(examples)
     if loss_on == "completion":
         prompts = encode(tokenizer, (e.prompt for e in examples))
-        for index, (example, prompt, document) in enumerate(zip(examples, prompts, documents, strict=True)):
-            skip[index] = common_prefix([prompt, document]) if example.completion else 0
-    ids: list[int] = []
-    labels: list[int] = []
-    for document, skipped in zip(documents, skip, strict=True):
-        ended = [*document, tokenizer.eos_token_id]
-        ids += start + ended
-        labels += [IGNORE] * (len(start) + skipped) + ended[skipped:]
-    return ids, labels
+        for index, (example, prompt, text) in enumerate(zip(examples, prompts, texts, strict=True)):
+            skip[index] = common_prefix([prompt, text]) if example.completion else 0
+    documents = []
+    for text, skipped in zip(texts, skip, strict=True):
+        ended = [*text, tokenizer.eos_token_id]
+        documents.append((start + ended, [IGNORE] * (len(start) + skipped) + ended[skipped:]))
+    return documents
+
+
+def _positions(starts: list[int], windows: int, length: int) -> Tensor:
+    """Position of every token in its document, or in the part of it that its window holds: int64 [windows, length]."""
+    index = torch.arange(windows * length)
+    begins = index % length == 0
+    begins[[start for start in starts if start < len(index)]] = True
+    return (index - torch.where(begins, index, 0).cummax(0).values).view(windows, length)

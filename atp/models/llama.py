@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from atp.models import attention
 from atp.models.config import ATPLlamaConfig
 
 # Fused attention takes one width for all heads, and runs best on whole vector registers and tensor-core tiles.
@@ -182,7 +183,8 @@ class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, LlamaForCausalLM):
 
 
 def register() -> None:
-    """Makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know the class; calling it again changes nothing."""
+    """Makes transformers know the class and the training attention; calling it again changes nothing."""
+    attention.register()
     AutoConfig.register(ATPLlamaConfig.model_type, ATPLlamaConfig, exist_ok=True)
     AutoModel.register(ATPLlamaConfig, ATPLlamaModel, exist_ok=True)
     AutoModelForCausalLM.register(ATPLlamaConfig, ATPLlamaForCausalLM, exist_ok=True)

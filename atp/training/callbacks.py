@@ -42,19 +42,25 @@ class PhaseCallback(TrainerCallback):
 
 
 class ClockCallback(TrainerCallback):
-    """Counts seconds and tokens of each step towards its phase."""
+    """Counts seconds and tokens of each step towards its phase: all that happens but logging and saving."""
 
-    def __init__(self, clock: PhaseClock, phase_of: Callable[[int], str], tokens_per_step: int) -> None:
-        self.clock, self.phase_of, self.tokens_per_step = clock, phase_of, tokens_per_step
-        self._started = 0.0
+    def __init__(self, clock: PhaseClock, phase_of: Callable[[int], str]) -> None:
+        self.clock, self.phase_of = clock, phase_of
+        self._since, self._tokens = 0.0, 0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._started = time.perf_counter()
+    def count(self, tokens: int) -> None:
+        """Adds the tokens of a batch to the step under way."""
+        self._tokens += tokens
+
+    def _restart(self, *_: Any, **__: Any) -> None:
+        self._since = time.perf_counter()
+
+    on_train_begin = on_log = on_save = _restart
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.clock.add(self.phase_of(state.global_step - 1), time.perf_counter() - self._started, self.tokens_per_step)
+        self.clock.add(self.phase_of(state.global_step - 1), time.perf_counter() - self._since, self._tokens)
+        self._tokens = 0
+        self._restart()
 
 
 class ProgressCallback(TrainerCallback):

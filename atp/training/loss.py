@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from atp.models.attention import NAME, training_mask
 from atp.training.cross_entropy import linear_cross_entropy
 
 
@@ -17,19 +18,28 @@ def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int 
     """
     inner = getattr(model, "module", model)  # DistributedDataParallel
     causal = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    hidden = _final_hidden(model, causal.get_decoder(), batch)
+    hidden = _final_hidden(model, causal, batch)
     scored = hidden.flatten(0, 1).index_select(0, batch["scored"])
     total = linear_cross_entropy(scored, causal.get_output_embeddings().weight, batch["targets"])
     return total / (len(batch["targets"]) if count is None else count)
 
 
-def _final_hidden(model: nn.Module, decoder: nn.Module, batch: dict[str, Any]) -> Tensor:
+def _final_hidden(model: nn.Module, causal: nn.Module, batch: dict[str, Any]) -> Tensor:
     """What the head would see, [batch, tokens, hidden]. The pass goes through the wrappers: they count on it."""
+    input_ids, position_ids = batch["input_ids"], batch.get("position_ids")
+    mask = None
+    if causal.config._attn_implementation == NAME:
+        mask = training_mask(input_ids, position_ids, getattr(causal.config, "sliding_window", None))
     caught: list[Tensor] = []
-    handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output.last_hidden_state))
-    input_ids = batch["input_ids"]
+    handle = causal.get_decoder().register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
     try:
-        model(input_ids=input_ids, use_cache=False, logits_to_keep=input_ids.new_empty(0))
+        model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=input_ids.new_empty(0),
+        )
     finally:
         handle.remove()
     return caught[0]

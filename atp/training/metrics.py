@@ -28,7 +28,7 @@ class MetricsLog:
 
 
 class PhaseClock:
-    """Seconds and trained tokens by phase; survives a resume through `state`."""
+    """Seconds and trained tokens (padding left out) by phase; survives a resume through `state`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

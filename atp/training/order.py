@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+
+_POOL = 50  # batches that are sorted by length together: long enough to be alike, short enough to stay mixed
 
 
 class RunOrder(Sampler[int]):
@@ -29,5 +31,34 @@ class RunOrder(Sampler[int]):
         return [orders[p // self.size][p % self.size] for p in range(start, start + count)]
 
     def _epoch(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.size, generator=generator).tolist()
+        return torch.randperm(self.size, generator=self._generator(epoch)).tolist()
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+
+
+class GroupedOrder(RunOrder):
+    """`RunOrder` in which the samples of a batch have similar lengths, so that little of it is padding.
+
+    An epoch is whole batches; the samples left over are others in the next one.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, total: int, seed: int) -> None:
+        self.lengths, self.batch_size = lengths, min(batch_size, len(lengths))
+        super().__init__(len(lengths) // self.batch_size * self.batch_size, total, seed)
+
+    def _epoch(self, epoch: int) -> list[int]:
+        generator = self._generator(epoch)
+        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()[: self.size]
+        batches: list[list[int]] = []
+        for start in range(0, self.size, _POOL * self.batch_size):
+            pool = sorted(shuffled[start : start + _POOL * self.batch_size], key=self.lengths.__getitem__)
+            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        mixed = torch.randperm(len(batches), generator=generator).tolist()
+        return [index for batch in mixed for index in batches[batch]]
+
+
+def run_order(dataset: Dataset, batch_size: int, total: int, seed: int) -> RunOrder:
+    """The order of `total` samples of a run: by length in batches where the samples differ in it, else by chance."""
+    lengths = getattr(dataset, "lengths", None)
+    return RunOrder(len(dataset), total, seed) if lengths is None else GroupedOrder(lengths, batch_size, total, seed)

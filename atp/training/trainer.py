@@ -29,6 +29,7 @@ from atp.lora.controller import MaskController
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
+from atp.models.attention import use_training_attention
 from atp.removal import compare, cut_model, cut_state_dict, reference_logits
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import training_arguments
@@ -38,7 +39,7 @@ from atp.training.decisions import DecisionMaker
 from atp.training.guards import FiniteGuard, SignalGuard
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
-from atp.training.order import RunOrder
+from atp.training.order import RunOrder, run_order
 from atp.training.phases import Phases
 from atp.training.precision import autocast_dtype
 from atp.training.saliency import fisher_saliency, saliency_logits
@@ -50,7 +51,8 @@ class ATPTrainer(Trainer):
     """Tunes a causal LM with LoRA and removes structures in the same run.
 
     model: a Llama-like causal LM (stock transformers). train_dataset and calibration_dataset yield dictionaries with
-    `input_ids` and `labels` int64 [length]. Raises `InputError` for a model that the mask space does not cover.
+    `input_ids` and `labels` int64 [length], as the datasets of `atp.data` do. Raises `InputError` for a model that the
+    mask space does not cover.
     """
 
     def __init__(
@@ -88,7 +90,8 @@ class ATPTrainer(Trainer):
             callbacks=callbacks,
         )
         self.add_callback(PhaseCallback(self))
-        self.add_callback(ClockCallback(self.clock, self.phases.of, self.tokens_per_step))
+        self._counter = ClockCallback(self.clock, self.phases.of)
+        self.add_callback(self._counter)
         self._bind(wrapped)
 
     @classmethod
@@ -132,12 +135,6 @@ class ATPTrainer(Trainer):
         self.certificate |= {"cut_vs_reloaded": gap.relative, "cut_vs_reloaded_absolute": gap.absolute}
         write_json(folder / "certificate.json", self.certificate | {"tokens": tokens.numel(), "dtype": "float32"})
         return self.certificate
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one LoRA step over all processes."""
-        length = len(self.train_dataset[0]["input_ids"])
-        return length * self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     @property
     def checkpoint_root(self) -> Path:
@@ -196,6 +193,7 @@ class ATPTrainer(Trainer):
 
     def _bind(self, model: PeftModel) -> None:
         """Points the mask controller and the lasso table at the model's layers; neither is used after the cut."""
+        use_training_attention(model)
         cut = self.decisions is not None and self.decisions.frozen and model.config.model_type == "atp_llama"
         if self.config.training.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -208,6 +206,7 @@ class ATPTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         step = self.state.global_step
         phase = self.phases.of(step)
+        self._counter.count(inputs["tokens"] * self.args.world_size)
         if phase == "tune":
             return super().training_step(model, inputs, num_items_in_batch)
         if self._decided != step:
@@ -273,17 +272,17 @@ class ATPTrainer(Trainer):
     # Data, optimizer, records
 
     def _calibration_batch(self, index: int, size: int) -> dict[str, Tensor]:
-        order = RunOrder(len(self.calibration_dataset), 0, self.config.seed + 1)
-        rows = [self.calibration_dataset[i] for i in order.at(index * size, size)]
-        return {name: value.to(self.args.device) for name, value in collate(rows).items()}
+        order = run_order(self.calibration_dataset, size, 0, self.config.seed + 1)
+        return self._prepare_inputs(collate([self.calibration_dataset[i] for i in order.at(index * size, size)]))
 
     def _certificate_tokens(self) -> Tensor:
         rows = range(min(_CERTIFICATE_WINDOWS, len(self.calibration_dataset)))
-        return torch.stack([self.calibration_dataset[i]["input_ids"] for i in rows]).to(self.args.device)
+        return collate([self.calibration_dataset[i] for i in rows])["input_ids"].to(self.args.device)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunOrder:
-        total = self.phases.total * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return RunOrder(len(self.train_dataset), total * self.args.world_size, self.config.seed)
+        size = self.args.train_batch_size
+        total = self.phases.total * size * self.args.gradient_accumulation_steps * self.args.world_size
+        return run_order(self.train_dataset, size, total, self.config.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, default_data_collator
+from transformers import PreTrainedTokenizerFast
 
-from atp.data.packing import IGNORE, pack
+from atp.data import collate
+from atp.data.packing import IGNORE, pack, unpacked
 from atp.data.splits import Example
 from atp.errors import InputError
 
@@ -67,11 +68,58 @@ def test_single_short_window_is_padded_without_loss():
     assert (packed.labels[0, length:] == IGNORE).all() and (packed.labels[0, :length] != IGNORE).all()
 
 
-def test_batches_with_the_default_collator():
+def test_batch_of_windows():
     packed = pack(DATA, byte_tokenizer(), 8)
-    batch = default_data_collator([packed[0], packed[2]])
-    assert batch["input_ids"].shape == batch["labels"].shape == (2, 8)
+    batch = collate([packed[0], packed[2]])
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 8) and batch["tokens"] == 16
     assert torch.equal(batch["input_ids"][1], packed.input_ids[2])
+    assert batch["scored"].tolist() == [*range(7), *range(8, 15)]
+    assert torch.equal(batch["targets"], batch["labels"][:, 1:].flatten())
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_separate_windows_start_anew_with_every_document(bos):
+    tokenizer = byte_tokenizer(bos)
+    joined, packed = pack(DATA, tokenizer, 8), pack(DATA, tokenizer, 8, separate=True)
+    assert torch.equal(packed.input_ids, joined.input_ids)
+    expected, at = [], 0
+    for window in packed.input_ids.tolist():
+        for column, _ in enumerate(window):
+            previous = window[column - 1] if column else tokenizer.eos_token_id
+            at = 0 if column == 0 or previous == tokenizer.eos_token_id else at + 1
+            expected.append(at)
+    assert packed.position_ids.flatten().tolist() == expected and expected.count(0) > len(packed)
+    first = packed.position_ids == 0
+    assert (packed.labels[first] == IGNORE).all(), "no loss crosses a border"
+    assert torch.equal(packed.labels[~first], joined.labels[~first])
+    assert collate([packed[1], packed[0]])["position_ids"].equal(packed.position_ids[[1, 0]])
+
+
+def test_unpacked_examples_are_whole_or_lose_their_left_end():
+    tokenizer = byte_tokenizer()
+    whole = [tokenizer(e.text).input_ids + [tokenizer.eos_token_id] for e in DATA]
+    samples = unpacked(DATA, tokenizer, 100, loss_on="completion")
+    assert [row["input_ids"].tolist() for row in samples] == whole and samples.lengths == [len(ids) for ids in whole]
+    answer = samples[1]["labels"]
+    assert tokenizer.decode(answer[answer != IGNORE]) == " no</s>"
+    short = unpacked(DATA, tokenizer, 5, loss_on="completion")
+    assert [row["input_ids"].tolist() for row in short] == [ids[-5:] for ids in whole]
+
+
+def test_ragged_batches_are_padded_where_no_loss_is():
+    samples = unpacked(DATA, byte_tokenizer(), 100)
+    batch = collate([samples[1], samples[0]])
+    assert batch["input_ids"].shape == (2, max(samples.lengths[:2])) and batch["tokens"] == sum(samples.lengths[:2])
+    short, longest = samples.lengths[0], max(samples.lengths[:2])
+    assert short < longest and (batch["labels"][1, short:] == IGNORE).all()
+    assert len(batch["targets"]) == sum(samples.lengths[:2]) - 2
+
+
+def test_examples_without_a_scored_token_are_left_out():
+    tokenizer = byte_tokenizer()
+    with pytest.raises(InputError, match="no token bears a loss"):
+        unpacked(examples(("", "")), tokenizer, 8)
+    assert len(unpacked([*examples(("", "")), *DATA], tokenizer, 8)) == len(DATA)
 
 
 def test_refusals():

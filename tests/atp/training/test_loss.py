@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from atp.data import collate
 from atp.lora.layer import MaskController, add_lora
 from atp.masks.space import MaskSpace
+from atp.models.attention import use_training_attention
 from atp.removal import cut_model
 from atp.training.loss import causal_lm_loss
 
@@ -126,6 +127,23 @@ def test_count_divides_the_sum_over_several_batches():
     total = len(first["targets"]) + len(second["targets"])
     parts = sum(causal_lm_loss(model, batch, total) for batch in (first, second))
     torch.testing.assert_close(parts, causal_lm_loss(model, collate(rows(0) + rows(1, ignored=0.8))))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "training"])
+def test_packed_samples_cost_what_they_cost_alone(attention):
+    """Neither attention nor loss crosses the border, and padding adds nothing."""
+    model, _ = with_lora(stock())
+    model.double()
+    if attention == "training":
+        use_training_attention(model)
+    long, short = rows(0, length=9, count=1)[0], rows(1, length=4, count=1)[0]
+    packed = {name: torch.cat([long[name], short[name]]) for name in long}
+    packed["position_ids"] = torch.cat([torch.arange(9), torch.arange(4)])
+    packed["labels"] = packed["labels"].masked_fill(packed["position_ids"] == 0, IGNORE)
+    losses = [causal_lm_loss(model, collate(batch)) for batch in ([long, short], [packed])]
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=0)
+    for padded, joined in zip(*(gradients(loss, model) for loss in losses), strict=True):
+        torch.testing.assert_close(padded, joined, rtol=1e-8, atol=1e-12)
 
 
 def test_answers_only_cost_only_the_answers():

@@ -1,8 +1,10 @@
 """The reading order: permutations, and the same answer from any position."""
 
 import pytest
+import torch
 
-from atp.training.order import RunOrder
+from atp.data.packing import PackedDataset, RaggedDataset
+from atp.training.order import GroupedOrder, RunOrder, run_order
 
 
 @pytest.mark.parametrize(("size", "total"), [(7, 21), (7, 17), (5, 3), (1, 4), (6, 0)])
@@ -30,3 +32,46 @@ def test_seed_and_epoch_decide():
     assert read[:50] != read[50:]
     assert read != list(RunOrder(50, 100, seed=2))
     assert RunOrder(50, 0, seed=1).at(75, 20) == read[75:95]
+
+
+LENGTHS = torch.randint(1, 500, (403,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def batches(order, size):
+    read = list(order)
+    return [read[i : i + size] for i in range(0, len(read), size)]
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_grouped_batches_are_alike_in_length_and_cover_each_epoch(size):
+    whole = len(LENGTHS) // size
+    order = batches(GroupedOrder(LENGTHS, size, 2 * whole * size, seed=3), size)
+    for epoch in (order[:whole], order[whole:]):
+        assert len({index for batch in epoch for index in batch}) == whole * size
+    padded = sum(size * max(LENGTHS[i] for i in batch) for batch in order)
+    used = sum(LENGTHS[i] for batch in order for i in batch)
+    by_chance = batches(RunOrder(len(LENGTHS), 2 * whole * size, seed=3), size)
+    assert padded <= 1.05 * used
+    if size > 1:
+        assert padded < 0.8 * sum(size * max(LENGTHS[i] for i in batch) for batch in by_chance)
+    longest = [max(LENGTHS[i] for i in batch) for batch in order[:whole]]
+    assert longest != sorted(longest), "batches come in a mixed order"
+
+
+def test_grouped_order_is_a_function_of_seed_and_position():
+    order = GroupedOrder(LENGTHS, 4, 900, seed=3)
+    read = list(order)
+    assert read == list(GroupedOrder(LENGTHS, 4, 900, seed=3)) != list(GroupedOrder(LENGTHS, 4, 900, seed=4))
+    assert read[:400] != read[400:800]
+    for start in (0, 4, 398, 399, 401, 872):
+        assert order.at(start, 28) == read[start : start + 28]
+
+
+def test_grouped_order_of_fewer_samples_than_a_batch():
+    assert sorted(GroupedOrder([5, 3, 9], 8, 3, seed=0)) == [0, 1, 2]
+
+
+def test_datasets_choose_their_order():
+    ragged = RaggedDataset([([1] * n, [1] * n) for n in (2, 5, 3)])
+    windows = PackedDataset(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4, dtype=torch.long))
+    assert type(run_order(ragged, 1, 3, 0)) is GroupedOrder and type(run_order(windows, 1, 3, 0)) is RunOrder

@@ -1,0 +1,57 @@
+"""Attention for training windows: block-diagonal over packed samples, and no question to the device in a step.
+
+transformers finds packed samples by looking at the values of position_ids in every pass, which halts the host until the
+device has caught up. A 4-D mask is taken as it is, so `training_mask` always gives one; where plain causal attention is
+meant it has no elements, and the attention registered here then takes the fused causal kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "atp_sdpa"
+
+
+def use_training_attention(model: nn.Module) -> None:
+    """Makes a causal LM accept what `training_mask` returns; in all other passes it is transformers' sdpa."""
+    model.config._attn_implementation = NAME
+
+
+def training_mask(input_ids: Tensor, position_ids: Tensor | None, sliding_window: int | None) -> Tensor:
+    """Who sees whom in windows of input_ids [batch, tokens]: bool [batch or 1, 1, tokens, tokens], or empty for causal.
+
+    position_ids [batch, tokens] start anew with every packed sample, and no sample sees another; None is one sample a
+    row. sliding_window: how far back a token sees, None for all the way.
+    """
+    tokens = input_ids.shape[1]
+    if sliding_window is not None and sliding_window >= tokens:
+        sliding_window = None
+    if position_ids is None and sliding_window is None:
+        return input_ids.new_empty(1, 1, 0, 0)
+    mask = input_ids.new_ones(tokens, tokens, dtype=torch.bool).tril()[None]
+    if sliding_window is not None:
+        mask = mask.triu(1 - sliding_window)
+    if position_ids is not None:
+        sample = (position_ids == 0).cumsum(-1)
+        mask = mask & (sample[:, :, None] == sample[:, None, :])
+    return mask[:, None]
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if attention_mask is not None and attention_mask.numel() == 0:
+        attention_mask = None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def register() -> None:
+    """Makes transformers know the attention by name; calling it again changes nothing."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

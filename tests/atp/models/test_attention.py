@@ -1,0 +1,89 @@
+"""Training attention: packed samples see themselves alone, and nothing else differs from transformers' sdpa."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from atp.masks.space import MaskSpace
+from atp.models.attention import NAME, training_mask, use_training_attention
+from atp.removal import cut_model
+
+LENGTHS = ((3, 1, 6), (10,), (2, 8), (5, 5))  # samples of each window of 10 tokens
+POSITIONS = torch.tensor([[position for n in row for position in range(n)] for row in LENGTHS])
+
+
+def build(kind):
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "pad_token_id": 0,
+    }  # fmt: skip
+    if kind in ("sliding", "mistral"):
+        window = 4 if kind == "sliding" else None
+        return MistralForCausalLM(MistralConfig(**shape, sliding_window=window)).double().eval()
+    model = LlamaForCausalLM(LlamaConfig(**shape)).double().eval()
+    if kind == "cut":
+        space = MaskSpace.from_config(model.config)
+        model = cut_model(model, space, torch.arange(space.size) % 3 > 0)
+    return model
+
+
+def ids(seed=1):
+    return torch.randint(1, 61, (4, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def training_logits(model, input_ids, position_ids):
+    mask = training_mask(input_ids, position_ids, getattr(model.config, "sliding_window", None))
+    return model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "sliding", "cut"])
+@torch.no_grad()
+def test_packed_samples_give_the_logits_of_each_alone(kind):
+    model, input_ids = build(kind), ids()
+    alone = [model(input_ids=part[None], use_cache=False).logits[0]
+             for row, lengths in zip(input_ids, LENGTHS, strict=True) for part in row.split(lengths)]  # fmt: skip
+    joined = model(input_ids=input_ids, use_cache=False).logits
+    use_training_attention(model)
+    packed = training_logits(model, input_ids, POSITIONS)
+    torch.testing.assert_close(packed.flatten(0, 1), torch.cat(alone), rtol=1e-9, atol=1e-9)
+    assert (packed - joined).abs().max() > 0.01, "the samples of a joined window see each other"
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "sliding", "cut"])
+@torch.no_grad()
+def test_one_sample_a_row_is_plain_causal_attention(kind):
+    model, input_ids = build(kind), ids()
+    stock = model(input_ids=input_ids, use_cache=False).logits
+    use_training_attention(model)
+    torch.testing.assert_close(training_logits(model, input_ids, None), stock, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["llama", "sliding", "cut"])
+@torch.no_grad()
+def test_other_passes_are_those_of_sdpa(kind):
+    """Padding masks and generation do not notice."""
+    model, input_ids = build(kind), ids()
+    padding = (torch.arange(10) >= torch.tensor([[0], [3], [1], [6]])).long()
+    inputs = {"input_ids": input_ids * padding, "attention_mask": padding}
+    options = {"max_new_tokens": 4, "do_sample": False}
+    stock = model(**inputs).logits, model.generate(**inputs, **options)
+    use_training_attention(model)
+    assert model.config._attn_implementation == NAME
+    assert torch.equal(model(**inputs).logits, stock[0])
+    assert torch.equal(model.generate(**inputs, **options), stock[1])
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 10])
+@pytest.mark.parametrize("positions", [None, POSITIONS])
+def test_mask_entry_by_entry(positions, window):
+    mask = training_mask(ids(), positions, window)
+    if positions is None and window in (None, 10):
+        assert mask.shape == (1, 1, 0, 0), "the fused causal kernel takes no mask"
+        return
+    sample = torch.arange(4)[:, None] * 0 if positions is None else (positions == 0).cumsum(1)
+    for row in range(4):
+        for q in range(10):
+            for k in range(10):
+                seen = k <= q and (positions is None or sample[row, q] == sample[row, k])
+                assert mask.expand(4, -1, -1, -1)[row, 0, q, k] == (seen and (window is None or q - k < window))

@@ -1,0 +1,59 @@
+"""A run on a model so small that ten steps take a second."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from atp.config import ATPConfig
+from atp.data import PackedDataset, RaggedDataset
+from atp.training.trainer import ATPTrainer
+
+SEARCH, SETTLE, TUNE = 4, 2, 4
+CUT, TOTAL = SEARCH + SETTLE, SEARCH + SETTLE + TUNE
+
+
+def windows(count, seed):
+    ids = torch.randint(0, 64, (count, 16), generator=torch.Generator().manual_seed(seed))
+    return PackedDataset(ids, ids.clone())
+
+
+def separate(count, seed):
+    """Windows of three documents each, kept apart."""
+    joined = windows(count, seed)
+    positions = torch.cat([torch.arange(n) for n in (5, 1, 10)]).expand(count, -1)
+    return PackedDataset(joined.input_ids, joined.labels.masked_fill(positions == 0, -100), positions)
+
+
+def ragged(count, seed):
+    """Documents of 4 to 16 tokens, the loss on their last three."""
+    documents = []
+    for row, ids in enumerate(windows(count, seed).input_ids.tolist()):
+        kept = ids[: 4 + row * 5 % 13]
+        documents.append((kept, [-100] * (len(kept) - 3) + kept[-3:]))
+    return RaggedDataset(documents)
+
+
+def make(folder, model_seed=0, callbacks=None, **overrides):
+    torch.manual_seed(model_seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+            intermediate_size=48, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    config = {
+        "model": {"path": "tiny"},
+        "output_dir": str(folder),
+        "seed": 3,
+        "training": {"search": SEARCH, "settle": SETTLE, "tune": TUNE, "batch_size": 2, "save_every": 1,
+                     "keep_checkpoints": 20, "precision": "float32", "warmup": 2, "lr": 1e-2},
+    }  # fmt: skip
+    for key, value in overrides.items():
+        config[key] = config.get(key, {}) | value
+    folder.mkdir(parents=True, exist_ok=True)
+    packing = config.get("data", {}).get("packing", "joined")
+    make_data = {"joined": windows, "separate": separate, "padded": ragged}[packing]
+    return ATPTrainer(ATPConfig.parse(config), model, make_data(20, 1), make_data(6, 2), callbacks=callbacks)
+
+
+def trained_tensors(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
