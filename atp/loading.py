@@ -75,7 +75,7 @@ def load_any_model(config: ModelConfig) -> nn.Module:
 
 def data_settings(config: ATPConfig) -> DataSettings:
     """What the recipe of a run takes."""
-    return DataSettings(seed=config.seed, **config.data.model_dump(exclude={"length", "loss_on"}))
+    return DataSettings(seed=config.seed, **config.data.model_dump(exclude={"length", "loss_on", "packing"}))
 
 
 def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:

@@ -6,7 +6,8 @@ from tiny_scored import LABELS, tiny_model
 
 from atp.data.tasks import ROUGE, Task
 from atp.evaluation import evaluate_model, sliding_windows
-from atp.lora.layer import MaskController, add_lora
+from atp.lora.controller import MaskController
+from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.removal import cut_model, merge_adapter
 

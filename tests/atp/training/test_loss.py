@@ -8,7 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from atp.data import collate
-from atp.lora.layer import MaskController, add_lora
+from atp.lora.controller import MaskController
+from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.models.attention import use_training_attention
 from atp.removal import cut_model
