@@ -30,8 +30,9 @@ class MaskController:
         missing = space.num_layers * len(space.linears) - len(self._layers)
         if missing:
             raise RuntimeError(f"{missing} linears of the mask space carry no MaskedLoraLinear: wrap with add_lora")
-        self._slices: dict[tuple[int, str], KeptSlice] = {}
-        self._sliced: Tensor | None = None  # the mask they were made for, on the host
+        # The last hard mask, on the host, and what it gives each linear: (out_mask, in_mask, slice).
+        self._hard: Tensor | None = None
+        self._sides: dict[tuple[int, str], tuple[Tensor | None, Tensor | None, KeptSlice]] = {}
 
     def clear(self) -> None:
         """Back to the plain LoRA model. Slices are held for the next hard mask."""
@@ -39,15 +40,16 @@ class MaskController:
             layer.set_masks(None, None)
 
     def set(self, mask: Tensor, form: Literal["soft", "hard", "sum"]) -> None:
-        """mask [space.size]; see `masks` for the forms."""
+        """mask [space.size], on the host if the device should not be waited for; see `masks` for the forms."""
         if form == "hard":
-            self._slice(mask)
+            self._slice(mask.cpu())
+            for key, (out_mask, in_mask, kept) in self._sides.items():
+                self._layers[key].set_masks(out_mask, in_mask, kept=kept)
+            return
         for layer, module, out_mask, in_mask in self._module_masks(mask):
-            if form == "soft":
-                # Producers are masked at their output, so the input side of o and down is masked already.
-                in_mask = None
-            kept = self._slices[layer, module] if form == "hard" else None
-            self._layers[layer, module].set_masks(out_mask, in_mask, mask_lora=form != "hard", kept=kept)
+            # Soft producers are masked at their output, so the input side of o and down is masked already.
+            in_mask = None if form == "soft" else in_mask
+            self._layers[layer, module].set_masks(out_mask, in_mask, mask_lora=True)
 
     @contextmanager
     def masks(self, mask: Tensor, form: Literal["soft", "hard", "sum"]) -> Iterator[None]:
@@ -68,24 +70,23 @@ class MaskController:
 
     def _slice(self, mask: Tensor) -> None:
         """Makes the slices of the base weights under a hard mask, where it differs from that of the last call."""
-        host = mask.cpu()
         stale = {
             (structure.layer, cut.module)
             for structure in self.space.structures
-            if self._sliced is None or not torch.equal(host[structure.span], self._sliced[structure.span])
+            if self._hard is None or not torch.equal(mask[structure.span], self._hard[structure.span])
             for cut in structure.cuts
         }
-        if not stale:
-            return
         orders: dict[int, KeptFirst] = {}
-        for layer, module, *masks in self._module_masks(mask):
+        for layer, module, out_mask, in_mask in self._module_masks(mask) if stale else ():
             if (layer, module) not in stale:
                 continue
+            masks = [out_mask, in_mask]
             if module in _KEPT_FIRST:
                 side = _KEPT_FIRST[module]
                 if layer not in orders:
                     orders[layer] = KeptFirst(masks[side])
                 masks[side] = orders[layer]
             base = self._layers[layer, module].get_base_layer()
-            self._slices[layer, module] = KeptSlice(base.weight, base.bias, out_mask=masks[0], in_mask=masks[1])
-        self._sliced = host.clone()
+            kept = KeptSlice(base.weight, base.bias, out_mask=masks[0], in_mask=masks[1])
+            self._sides[layer, module] = out_mask, in_mask, kept
+        self._hard = mask.clone()

@@ -172,7 +172,7 @@ class ATPTrainer(Trainer):
         mask = self.decisions.mask
         tokens = self._certificate_tokens()
         self.certificate["removed_lora_norm"] = self.groups.largest_removed_norm(mask)
-        with self.controller.masks(mask.to(self.args.device), "hard"):
+        with self.controller.masks(mask, "hard"):
             reference = reference_logits(self.model, tokens)
         state = self._checkpoint()
         self._become_cut()
@@ -211,7 +211,7 @@ class ATPTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         if self._decided != step:
             self._decide(step, phase)
-        with self.controller.masks(self.decisions.mask.to(self.args.device), "hard"):
+        with self.controller.masks(self.decisions.mask, "hard"):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _decide(self, step: int, phase: str) -> None:
@@ -237,7 +237,7 @@ class ATPTrainer(Trainer):
 
     def _calibration_loss(self, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
         """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
-        self.controller.set(mask.to(self.args.device), "soft")
+        self.controller.set(mask, "soft")
         with self.compute_loss_context_manager():
             return causal_lm_loss(self.model, batch)
 
