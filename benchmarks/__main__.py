@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("models:    ", *MODELS)
         return
     if options.command == "table":
-        print(*(overview(op, read(options.out / f"{op.name}.csv")) for op in OPS), sep="")
+        print(*(overview(op, read(options.out / f"{op.name}.csv")) for op in OPS), sep="", end="")
         return
     try:
         ops = find_ops(options.op)
