@@ -21,6 +21,7 @@ from benchmarks.registry import OPS, cases, find_ops
 from benchmarks.run import LimitsOf, measure_case, overview, table
 from benchmarks.shapes import MODELS
 
+KERNELS = [op.name for op in OPS if not op.name.startswith("train_")]
 CUDA = torch.cuda.is_available()
 
 
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     commands = root.add_subparsers(dest="command", required=True)
     chosen = argparse.ArgumentParser(add_help=False)
-    chosen.add_argument("--op", nargs="+", default=["linear_*", "group_*", "compact"], help="names or patterns")
+    chosen.add_argument("--op", nargs="+", default=KERNELS, help="names or patterns")
     which = argparse.ArgumentParser(add_help=False)
     which.add_argument("--model", nargs="+", default=["llama2-7b"] if CUDA else ["smollm2-135m"])
     which.add_argument("--part", nargs="+", default=[], help="linears or other parts of the model; default all")

@@ -12,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 STAGES=(build test sanitize ops train)
-OPERATIONS=('linear_*' 'group_*' compact)
+OPERATIONS=('linear_*' 'swiglu_*' 'qkv_*' 'group_*' compact)
 dry=0 chosen=()
 for argument in "$@"; do
   case " ${STAGES[*]} " in
@@ -107,7 +107,7 @@ run_sanitize() {
 
 run_ops() {
   local status=0 pattern
-  for pattern in 'linear_*' 'group_*' compact; do
+  for pattern in "${OPERATIONS[@]}"; do
     "$PYTHON" -m benchmarks run --op "$pattern" --device "$device" --out "$ROWS" "${sizes[@]}" "${limits[@]}" || status=1
   done
   "$PYTHON" -m benchmarks plot --op "${OPERATIONS[@]}" --out "$ROWS" || status=1

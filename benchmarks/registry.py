@@ -6,12 +6,13 @@ from fnmatch import fnmatch
 from itertools import product
 
 from benchmarks.case import Case, Op
+from benchmarks.ops.blocks import BLOCKS
 from benchmarks.ops.groups import GROUPS
 from benchmarks.ops.linear import LINEARS
 from benchmarks.ops.training import TRAINING
 from benchmarks.shapes import find_model
 
-OPS: tuple[Op, ...] = (*LINEARS, *GROUPS, *TRAINING)
+OPS: tuple[Op, ...] = (*LINEARS, *BLOCKS, *GROUPS, *TRAINING)
 
 
 def find_ops(patterns: Iterable[str]) -> list[Op]:

@@ -2,7 +2,7 @@
 
 A random-weight Llama of the named sizes trains on random tokens; LoRA sits on all seven linears. `part` is the mask
 space. Weights are float32 on a CPU and of the case's dtype on a GPU; a 16-bit dtype means autocast. All variants of
-a case share the frozen base weights.
+a case share the frozen base weights, and all but stock PEFT compute the loss as the trainer does.
 """
 
 import copy
@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from atp.config import DecisionsConfig
+from atp.data import collate
 from atp.lora.controller import MaskController
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import ADAPTER, MaskedLoraLinear, add_lora
 from atp.masks.budget import Budget
 from atp.masks.fit import fit_mask
 from atp.masks.space import MaskSpace
+from atp.models.attention import use_training_attention
 from atp.removal import cut_model
 from atp.training.decisions import DecisionMaker
+from atp.training.loss import causal_lm_loss
 from atp_kernels import reference
 from benchmarks.case import Case, Variant, Variants
 
@@ -54,8 +57,9 @@ class Scene:
         with torch.device(case.device):
             self.base = AutoModelForCausalLM.from_config(config, dtype=self._weight_dtype())
         self.base.requires_grad_(False).train()
-        ids = torch.randint(sizes.vocab, (case.tokens // case.length, case.length), device=case.device)
-        self.batch = {"input_ids": ids, "labels": ids}
+        ids = torch.randint(sizes.vocab, (case.tokens // case.length, case.length))
+        batch = collate([{"input_ids": row, "labels": row} for row in ids])
+        self.batch = {k: v.to(case.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         self.space = MaskSpace.from_config(config, case.part)
         budget, widths = Budget(self.space), _WIDTHS[case.device]
         self.masks = [fit_mask(torch.randn(self.space.size), case.keep, budget, widths) for _ in range(2)]
@@ -96,13 +100,20 @@ class Scene:
         return torch.autocast(self.case.device, self.case.torch_dtype, enabled=self.case.dtype != "float32")
 
     def loss(self, model: nn.Module) -> Tensor:
-        """Cross-entropy of the batch."""
+        """Cross-entropy of the batch, as the trainer computes it."""
+        use_training_attention(model)
         with self.autocast():
-            return model(**self.batch).loss
+            return causal_lm_loss(model, self.batch)
+
+    def stock_loss(self, model: nn.Module) -> Tensor:
+        """The same from transformers."""
+        with self.autocast():
+            return model(input_ids=self.batch["input_ids"], labels=self.batch["labels"]).loss
 
     def lora_step(
         self,
         model: nn.Module,
+        loss_of: Callable[[nn.Module], Tensor],
         masked: Callable[[], AbstractContextManager] = nullcontext,
         penalty: Callable[[], Tensor] | None = None,
         holds: tuple[object, ...] = (),
@@ -114,7 +125,7 @@ class Scene:
 
         def step() -> Tensor:
             with masked():
-                loss = self.loss(model)
+                loss = loss_of(model)
                 (loss if penalty is None else loss + _BETA * penalty()).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -134,8 +145,17 @@ class Scene:
             return controller.masks(masks[-1], "hard")
 
         return self.lora_step(
-            model, masked, lambda: groups.lasso(masks[-1]), holds=(controller, groups), same=len(masks) == 1
+            model,
+            self.loss,
+            masked,
+            penalty=lambda: groups.lasso(masks[-1]),
+            holds=(controller, groups),
+            same=len(masks) == 1,
         )
+
+    def stock_step(self, *, same: bool) -> Variant:
+        """The step of stock PEFT LoRA on the dense model."""
+        return self.lora_step(self.with_lora(None), self.stock_loss, same=same)
 
 
 def decision(case: Case) -> Variants:
@@ -179,7 +199,7 @@ def search(case: Case) -> Variants:
     scene = Scene(case)
     return {
         "unfused": scene.masked_step(UnfusedMaskedLinear, scene.masks[:1]),
-        "stock": scene.lora_step(scene.with_lora(None), same=False),
+        "stock": scene.stock_step(same=False),
         "ours": scene.masked_step(MaskedLoraLinear, scene.masks[:1]),
         "ours_moving": scene.masked_step(MaskedLoraLinear, scene.masks),
     }
@@ -190,6 +210,6 @@ def tune(case: Case) -> Variants:
     scene = Scene(case)
     cut = cut_model(scene.with_lora(MaskedLoraLinear), scene.space, scene.masks[0])
     return {
-        "stock": scene.lora_step(scene.with_lora(None)),
-        "ours": scene.lora_step(scene.checkpointed(cut), same=False),
+        "stock": scene.stock_step(same=True),
+        "ours": scene.lora_step(scene.checkpointed(cut), scene.loss, same=False),
     }

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.case import ready
 from benchmarks.registry import cases, find_ops
 
-OPS = find_ops(["linear_*", "group_prox", "compact"])
+OPS = find_ops(["linear_*", "swiglu_*", "qkv_*", "group_prox", "compact"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
