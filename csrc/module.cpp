@@ -18,14 +18,14 @@
 // `stream` is the raw CUDA stream of the call, 0 on a CPU: handed in, the binary needs no CUDA library of torch.
 STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
   m.def(
-      "group_lasso_forward(Tensor[] factors, int[] axes, Tensor[] index, Tensor removed, float eps, int stream=0)"
-      " -> (Tensor, Tensor)");
+      "group_lasso_forward(Tensor[] factors, int[] axes, Tensor index, Tensor order, Tensor starts, Tensor removed,"
+      " float eps, int stream=0) -> (Tensor, Tensor)");
   m.def(
-      "group_lasso_backward(Tensor[] factors, int[] axes, Tensor[] index, Tensor removed, Tensor norms,"
-      " Tensor grad_out, int stream=0) -> Tensor[]");
+      "group_lasso_backward(Tensor[] factors, int[] axes, Tensor index, Tensor removed, Tensor norms, Tensor grad_out,"
+      " int stream=0) -> Tensor[]");
   m.def(
-      "group_prox_(Tensor(a!)[] factors, int[] axes, Tensor[] index, Tensor removed, Tensor threshold, int stream=0)"
-      " -> ()");
+      "group_prox_(Tensor(a!)[] factors, int[] axes, Tensor index, Tensor order, Tensor starts, Tensor removed,"
+      " Tensor threshold, int stream=0) -> ()");
   m.def("compact(Tensor weight, Tensor? rows, Tensor? cols, int pad_to, int stream=0) -> Tensor");
 }
 

@@ -10,73 +10,68 @@
 
 #include <cmath>
 #include <memory>
+#include <numeric>
 #include <tuple>
 
 namespace atp::cpu {
 namespace {
 
-// Elements a thread takes at once: large against the cost of a task, small against the second-level cache.
+// Elements of a tile: large against the cost of a call, small against the second-level cache. No tile has more slots.
 constexpr int64_t kTileElements = 16384;
 constexpr int64_t kMinTileColumns = 64;
+// Groups that are summed together; the value of the lasso is the sum of such blocks, whoever summed them.
+constexpr int64_t kGroupBlock = 1024;
 
 struct Tile {
   const Factor* factor;
   int64_t begin;  // slots of the factor
   int64_t end;
+  int64_t first_element;  // counted over all tiles
 };
 
 std::vector<Tile> tiles(const FactorList& list) {
   std::vector<Tile> result;
+  int64_t elements = 0;
   for (const Factor& factor : list.factors) {
     const int64_t across = std::max<int64_t>(1, factor.by_row ? factor.cols : factor.rows);
     const int64_t step = std::max(kTileElements / across, factor.by_row ? int64_t{1} : kMinTileColumns);
     for (int64_t begin = 0; begin < factor.slots(); begin += step) {
-      result.push_back({&factor, begin, std::min(begin + step, factor.slots())});
+      const int64_t end = std::min(begin + step, factor.slots());
+      result.push_back({&factor, begin, end, elements});
+      elements += (end - begin) * across;
     }
   }
+  result.push_back({nullptr, 0, 0, elements});
   return result;
 }
 
-// Calls body(tile, type tag) for every tile, on torch's own threads.
+// Calls body(tile, type tag) for every tile on torch's threads, which share the elements equally: a tile goes to the
+// thread whose share holds its first element.
 template <typename Body>
 void for_each_tile(const FactorList& list, const Body& body) {
   const std::vector<Tile> work = tiles(list);
-  torch::stable::parallel_for(0, static_cast<int64_t>(work.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (work[i].factor->is_bfloat16) {
-        body(work[i], bfloat16{});
+  torch::stable::parallel_for(0, work.back().first_element, kTileElements, [&](int64_t begin, int64_t end) {
+    const auto starts_before = [](const Tile& tile, int64_t element) { return tile.first_element < element; };
+    auto tile = std::lower_bound(work.begin(), work.end() - 1, begin, starts_before);
+    for (; tile->first_element < end; ++tile) {
+      if (tile->factor->is_bfloat16) {
+        body(*tile, bfloat16{});
       } else {
-        body(work[i], float{});
+        body(*tile, float{});
       }
     }
   });
 }
 
-void check_ids(const FactorList& list, int64_t n_groups) {
-  for (size_t i = 0; i < list.factors.size(); ++i) {
-    const Factor& factor = list.factors[i];
-    bool outside = false;
-    for (int64_t slot = 0; slot < factor.slots(); ++slot) {
-      outside |= static_cast<uint64_t>(factor.index[slot]) >= static_cast<uint64_t>(n_groups);  // catches negative ids
-    }
-    check(!outside, "index of factor ", i, " has a group id outside [0, ", n_groups, ").");
-  }
-}
-
-// Sum of squares of every group, and which groups own anything.
-struct GroupSquares {
-  std::vector<double> sum;
-  std::vector<uint8_t> owned;
-};
-
-GroupSquares group_squares(const FactorList& list, int64_t n_groups) {
-  const std::unique_ptr<float[]> slots(new float[list.slots]);
+// Sum of squares of every slot.
+std::unique_ptr<float[]> slot_squares(const FactorList& list) {
+  std::unique_ptr<float[]> squares(new float[list.slots]);
   const Loops& set = loops();
   for_each_tile(list, [&](const Tile& tile, auto tag) {
     using T = decltype(tag);
     const Factor& factor = *tile.factor;
     const T* data = static_cast<const T*>(factor.data);
-    float* out = slots.get() + factor.first_slot + tile.begin;
+    float* out = squares.get() + factor.first_slot + tile.begin;
     const int64_t count = tile.end - tile.begin;
     if (factor.by_row) {
       loops_for<T>(set).row_squares(data + tile.begin * factor.cols, count, factor.cols, out);
@@ -84,27 +79,34 @@ GroupSquares group_squares(const FactorList& list, int64_t n_groups) {
       loops_for<T>(set).column_squares(data + tile.begin, factor.rows, count, factor.cols, out);
     }
   });
-  GroupSquares squares{std::vector<double>(n_groups), std::vector<uint8_t>(n_groups)};
-  for (const Factor& factor : list.factors) {
-    const float* from = slots.get() + factor.first_slot;
-    for (int64_t slot = 0; slot < factor.slots(); ++slot) {
-      squares.sum[factor.index[slot]] += from[slot];
-      squares.owned[factor.index[slot]] = 1;
-    }
-  }
   return squares;
 }
 
-// out = x * scale of its group.
-void scale_by_group(const FactorList& list, const std::vector<float>& group_scale) {
-  const std::unique_ptr<float[]> slots(new float[list.slots]);
+// Calls body(first group, number of groups, their sums of squares) for every block of groups.
+template <typename Body>
+void for_each_group_block(const FactorList& list, const GroupSlots& slots, int64_t n_groups, const Body& body) {
+  const std::unique_ptr<float[]> squares = slot_squares(list);
+  const int64_t n_blocks = (n_groups + kGroupBlock - 1) / kGroupBlock;
+  torch::stable::parallel_for(0, n_blocks, 4, [&](int64_t begin, int64_t end) {
+    double sums[kGroupBlock];
+    for (int64_t first = begin * kGroupBlock; first < std::min(end * kGroupBlock, n_groups); first += kGroupBlock) {
+      const int64_t count = std::min(kGroupBlock, n_groups - first);
+      loops().group_sums(squares.get(), slots.order, slots.starts + first, count, sums);
+      body(first, count, sums);
+    }
+  });
+}
+
+// out = x * scale of its slot, where fill(index, count, scale) looks up the scales of `count` slots.
+template <typename Fill>
+void scale_slots(const FactorList& list, const Fill& fill) {
   const Loops& set = loops();
   for_each_tile(list, [&](const Tile& tile, auto tag) {
     using T = decltype(tag);
     const Factor& factor = *tile.factor;
-    float* scale = slots.get() + factor.first_slot + tile.begin;
     const int64_t count = tile.end - tile.begin;
-    for (int64_t i = 0; i < count; ++i) scale[i] = group_scale[factor.index[tile.begin + i]];
+    float scale[kTileElements];
+    fill(factor.index + tile.begin, count, scale);
     const int64_t start = tile.begin * (factor.by_row ? factor.cols : 1);
     const T* data = static_cast<const T*>(factor.data) + start;
     T* out = static_cast<T*>(factor.out) + start;
@@ -119,26 +121,27 @@ void scale_by_group(const FactorList& list, const std::vector<float>& group_scal
 std::tuple<Tensor, Tensor> group_lasso_forward(
     std::vector<Tensor> factors,
     std::vector<int64_t> axes,
-    std::vector<Tensor> index,
+    Tensor index,
+    Tensor order,
+    Tensor starts,
     Tensor removed,
     double eps,
     int64_t /*stream*/) {
   const int64_t n_groups = removed.numel();
   check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
   const FactorList list = describe(factors, axes, index);
-  check_ids(list, n_groups);
-  const GroupSquares squares = group_squares(list, n_groups);
+  const GroupSlots slots = group_slots(list, order, starts, n_groups);
 
   Tensor value = torch::stable::new_empty(removed, {}, ScalarType::Float);
   Tensor norms = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
   const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
   float* norm = static_cast<float*>(norms.mutable_data_ptr());
-  double total = 0;
-  for (int64_t group = 0; group < n_groups; ++group) {
-    const double exact = std::sqrt(squares.sum[group] + eps);
-    norm[group] = static_cast<float>(exact);
-    if (is_removed[group] && squares.owned[group]) total += exact;
-  }
+  std::vector<double> totals(n_groups / kGroupBlock + 1);
+  for_each_group_block(list, slots, n_groups, [&](int64_t first, int64_t count, const double* sums) {
+    totals[first / kGroupBlock] =
+        loops().group_norms(sums, slots.starts + first, is_removed + first, count, eps, norm + first);
+  });
+  const double total = std::accumulate(totals.begin(), totals.end(), 0.0);
   *static_cast<float*>(value.mutable_data_ptr()) = static_cast<float>(total);
   return {value, norms};
 }
@@ -146,7 +149,7 @@ std::tuple<Tensor, Tensor> group_lasso_forward(
 std::vector<Tensor> group_lasso_backward(
     std::vector<Tensor> factors,
     std::vector<int64_t> axes,
-    std::vector<Tensor> index,
+    Tensor index,
     Tensor removed,
     Tensor norms,
     Tensor grad_out,
@@ -156,25 +159,23 @@ std::vector<Tensor> group_lasso_backward(
   check_group_vector(norms, ScalarType::Float, n_groups, "norms");
   check(grad_out.scalar_type() == ScalarType::Float && grad_out.numel() == 1, "grad_out must be one float32.");
   FactorList list = describe(factors, axes, index);
-  check_ids(list, n_groups);
 
   const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
   const float* norm = static_cast<const float*>(norms.const_data_ptr());
   const float upstream = *static_cast<const float*>(grad_out.const_data_ptr());
-  std::vector<float> slope(n_groups);
-  for (int64_t group = 0; group < n_groups; ++group) {
-    // At the origin (possible only with eps = 0) zero is the subgradient of least norm.
-    slope[group] = is_removed[group] && norm[group] != 0 ? upstream / norm[group] : 0.0f;
-  }
   std::vector<Tensor> grads = write_to_new(list, factors);
-  scale_by_group(list, slope);
+  scale_slots(list, [&](const int32_t* ids, int64_t count, float* scale) {
+    loops().slot_slopes(ids, count, is_removed, norm, upstream, scale);
+  });
   return grads;
 }
 
 void group_prox_(
     std::vector<Tensor> factors,
     std::vector<int64_t> axes,
-    std::vector<Tensor> index,
+    Tensor index,
+    Tensor order,
+    Tensor starts,
     Tensor removed,
     Tensor threshold,
     int64_t /*stream*/) {
@@ -182,19 +183,23 @@ void group_prox_(
   check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
   check_group_vector(threshold, ScalarType::Float, n_groups, "threshold");
   FactorList list = describe(factors, axes, index);
-  check_ids(list, n_groups);
+  const GroupSlots slots = group_slots(list, order, starts, n_groups);
   write_in_place(list);
 
-  const GroupSquares squares = group_squares(list, n_groups);
   const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
   const float* limit = static_cast<const float*>(threshold.const_data_ptr());
-  std::vector<float> scale(n_groups, 1.0f);
-  for (int64_t group = 0; group < n_groups; ++group) {
-    if (!is_removed[group]) continue;
-    const double norm = std::sqrt(squares.sum[group]);
-    scale[group] = norm <= limit[group] ? 0.0f : static_cast<float>(1 - limit[group] / norm);
-  }
-  scale_by_group(list, scale);
+  const std::unique_ptr<float[]> shrink(new float[n_groups]);
+  for_each_group_block(list, slots, n_groups, [&](int64_t first, int64_t count, const double* sums) {
+    for (int64_t i = 0; i < count; ++i) {
+      const double norm = std::sqrt(sums[i]);
+      const float bound = limit[first + i];
+      const float shrunk = norm <= bound ? 0.0f : static_cast<float>(1 - bound / norm);
+      shrink[first + i] = is_removed[first + i] ? shrunk : 1.0f;
+    }
+  });
+  scale_slots(list, [&](const int32_t* ids, int64_t count, float* scale) {
+    for (int64_t i = 0; i < count; ++i) scale[i] = shrink[ids[i]];
+  });
 }
 
 }  // namespace

@@ -22,6 +22,18 @@ struct GroupLoops {
 
 struct Loops {
   const char* isa;
+
+  // Squares of slots -> sums of `count` groups, whose slots are order[starts[group]] to order[starts[group + 1] - 1].
+  void (*group_sums)(const float* squares, const int32_t* order, const int32_t* starts, int64_t count, double* sums);
+
+  // norms[group] = sqrt(sums[group] + eps); returns the sum of those of removed groups that own a slot.
+  double (*group_norms)(
+      const double* sums, const int32_t* starts, const bool* removed, int64_t count, double eps, float* norms);
+
+  // out[slot] = upstream / norms[group of the slot] where that group is removed and its norm is not 0, else 0.
+  void (*slot_slopes)(
+      const int32_t* index, int64_t count, const bool* removed, const float* norms, float upstream, float* out);
+
   GroupLoops<float> float32;
   GroupLoops<bfloat16> bfloat16_;
 };

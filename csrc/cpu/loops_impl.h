@@ -7,7 +7,17 @@
 typedef float float8 __attribute__((vector_size(32)));
 typedef uint32_t uint8x32 __attribute__((vector_size(32)));
 typedef int32_t int8x32 __attribute__((vector_size(32)));
+typedef double double8 __attribute__((vector_size(64)));
+typedef int8_t int8x8 __attribute__((vector_size(8)));
 typedef uint16_t uint8x16 __attribute__((vector_size(16)));
+
+#ifndef ATP_SHUFFLE
+#ifdef __clang__
+#define ATP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ATP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, int8x32{__VA_ARGS__})
+#endif
+#endif
 
 constexpr int64_t kLanes = 8;
 constexpr int64_t kColumnVectors = 4;
@@ -42,6 +52,11 @@ inline __attribute__((always_inline)) float8 scaled(float8 value, float8 scale) 
   return (float8)((int8x32)(value * scale) & (int8x32)(scale != 0.0f));
 }
 
+// At the origin (norm 0, possible only with eps = 0) zero is the subgradient of least norm.
+inline __attribute__((always_inline)) float8 slope8(float upstream, float8 norm) {
+  return (float8)((int8x32)(upstream / norm) & (int8x32)(norm != 0.0f));
+}
+
 // The last 1 to 7 elements travel through a zero-filled vector, so they round exactly as the others do.
 template <typename T>
 inline __attribute__((always_inline)) float8 load_tail(const T* from, int64_t count) {
@@ -57,30 +72,67 @@ inline __attribute__((always_inline)) void store_tail(T* to, float8 value, int64
   std::memcpy(to, buffer, count * sizeof(T));
 }
 
-inline __attribute__((always_inline)) float sum8(float8 v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+inline __attribute__((always_inline)) int8x32 load_ids(const int32_t* from, int64_t count) {
+  int8x32 ids = {};
+  std::memcpy(&ids, from, count == kLanes ? sizeof ids : count * sizeof(int32_t));
+  return ids;
+}
+
+// All ones in the lanes whose flag is set.
+inline __attribute__((always_inline)) int8x32 load_flags(const bool* from, int64_t count) {
+  int8x8 flags = {};
+  std::memcpy(&flags, from, count == kLanes ? sizeof flags : count);
+  return -__builtin_convertvector(flags, int8x32);
+}
+
+// Lane k of the result is the sum of the lanes of v[k]: ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)).
+inline __attribute__((always_inline)) float8 sum_lanes(const float8* v) {
+  float8 fours[4], twos[2];
+  for (int64_t k = 0; k < 4; ++k) {
+    fours[k] = ATP_SHUFFLE(v[k], v[k + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+               ATP_SHUFFLE(v[k], v[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int64_t k = 0; k < 2; ++k) {
+    twos[k] = ATP_SHUFFLE(fours[k], fours[k + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+              ATP_SHUFFLE(fours[k], fours[k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return ATP_SHUFFLE(twos[0], twos[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+         ATP_SHUFFLE(twos[0], twos[1], 1, 9, 3, 11, 5, 13, 7, 15);
+}
+
+template <typename T>
+inline __attribute__((always_inline)) float8 lane_squares(const T* x, int64_t cols) {
+  float8 even = {}, odd = {};
+  int64_t col = 0;
+  for (; col + 2 * kLanes <= cols; col += 2 * kLanes) {
+    const float8 left = load8(x + col), right = load8(x + col + kLanes);
+    even += left * left;
+    odd += right * right;
+  }
+  if (col + kLanes <= cols) {
+    const float8 value = load8(x + col);
+    even += value * value;
+    col += kLanes;
+  }
+  if (col < cols) {
+    const float8 value = load_tail(x + col, cols - col);
+    odd += value * value;
+  }
+  return even + odd;
 }
 
 template <typename T>
 void row_squares(const T* x, int64_t rows, int64_t cols, float* out) {
-  for (int64_t row = 0; row < rows; ++row, x += cols) {
-    float8 even = {}, odd = {};
-    int64_t col = 0;
-    for (; col + 2 * kLanes <= cols; col += 2 * kLanes) {
-      const float8 left = load8(x + col), right = load8(x + col + kLanes);
-      even += left * left;
-      odd += right * right;
-    }
-    if (col + kLanes <= cols) {
-      const float8 value = load8(x + col);
-      even += value * value;
-      col += kLanes;
-    }
-    if (col < cols) {
-      const float8 value = load_tail(x + col, cols - col);
-      odd += value * value;
-    }
-    out[row] = sum8(even + odd);
+  int64_t row = 0;
+  for (; row + kLanes <= rows; row += kLanes) {
+    float8 lanes[kLanes];
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] = lane_squares(x + (row + k) * cols, cols);
+    store8(out + row, sum_lanes(lanes));
+  }
+  if (row < rows) {
+    float8 lanes[kLanes] = {};
+    for (int64_t k = 0; k < rows - row; ++k) lanes[k] = lane_squares(x + (row + k) * cols, cols);
+    store_tail(out + row, sum_lanes(lanes), rows - row);
   }
 }
 
@@ -141,11 +193,52 @@ void scale_columns(const T* x, int64_t rows, int64_t cols, int64_t stride, const
   }
 }
 
+void group_sums(const float* squares, const int32_t* order, const int32_t* starts, int64_t count, double* sums) {
+  for (int64_t group = 0; group < count; ++group) {
+    double sum = 0;
+    for (int32_t i = starts[group]; i < starts[group + 1]; ++i) sum += squares[order[i]];
+    sums[group] = sum;
+  }
+}
+
+// No branch on `removed` here and below: which groups are removed is as good as random to the processor.
+double group_norms(
+    const double* sums, const int32_t* starts, const bool* removed, int64_t count, double eps, float* norms) {
+  for (int64_t group = 0; group < count; ++group) {
+    norms[group] = __builtin_sqrtf(static_cast<float>(sums[group] + eps));
+  }
+  double8 total = {};
+  for (int64_t group = 0; group < count; group += kLanes) {
+    const int64_t here = std::min(kLanes, count - group);
+    const int8x32 begin = load_ids(starts + group, here), end = load_ids(starts + group + 1, here);
+    const int8x32 counted = (end > begin) & load_flags(removed + group, here);
+    const float8 norm = here == kLanes ? load8(norms + group) : load_tail(norms + group, here);
+    total += __builtin_convertvector((float8)((int8x32)norm & counted), double8);
+  }
+  double sum = 0;
+  for (int64_t k = 0; k < kLanes; ++k) sum += total[k];
+  return sum;
+}
+
+void slot_slopes(
+    const int32_t* index, int64_t count, const bool* removed, const float* norms, float upstream, float* out) {
+  for (int64_t slot = 0; slot < count; ++slot) {
+    const int32_t group = index[slot];
+    uint32_t bits;
+    std::memcpy(&bits, norms + group, sizeof bits);
+    bits &= 0u - removed[group];
+    std::memcpy(out + slot, &bits, sizeof bits);
+  }
+  int64_t slot = 0;
+  for (; slot + kLanes <= count; slot += kLanes) store8(out + slot, slope8(upstream, load8(out + slot)));
+  if (slot < count) store_tail(out + slot, slope8(upstream, load_tail(out + slot, count - slot)), count - slot);
+}
+
 template <typename T>
 GroupLoops<T> group_loops() {
   return {row_squares<T>, column_squares<T>, scale_rows<T>, scale_columns<T>};
 }
 
 Loops make_loops(const char* isa) {
-  return {isa, group_loops<float>(), group_loops<bfloat16>()};
+  return {isa, group_sums, group_norms, slot_slopes, group_loops<float>(), group_loops<bfloat16>()};
 }
