@@ -11,10 +11,12 @@ from atp_kernels.functional import (
     masked_lora_linear_with_norms,
 )
 from atp_kernels.kept import kept_lora_linear
+from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Projection
 from atp_kernels.slices import KeptFirst, KeptSlice, Scratch
 
 __all__ = [
+    "GroupPlan",
     "KeptFirst",
     "KeptSlice",
     "Projection",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from atp_kernels import ops
 from atp_kernels.backends.dispatch import select
+from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Groups
 
 
@@ -75,23 +76,28 @@ def masked_lora_linear_with_norms(
 
 
 def group_lasso(
-    factors: Sequence[Tensor], groups: Groups, removed: Tensor, *, eps: float = 1e-8, backend: str = "auto"
+    factors: Sequence[Tensor],
+    groups: Groups | GroupPlan,
+    removed: Tensor,
+    *,
+    eps: float = 1e-8,
+    backend: str = "auto",
 ) -> Tensor:
     """Sum over removed groups of sqrt(sum of squares of the group + eps), for all factors in one call.
 
     factors: 2-D floating tensors. groups[i] = (axis, index): axis 0 groups the rows of factors[i], 1 its columns;
     index int64 [factors[i].shape[axis]] maps each to a group id in [0, n_groups). Equal ids in several factors form
-    one joint group. removed: bool [n_groups]; a group that owns nothing counts nothing. Returns a float32 scalar
-    (float64 if a factor is), differentiable once in the factors. Raises ValueError for wrong shapes, dtypes, devices.
+    one joint group; a `GroupPlan` of them spares each call the checks and the sorting. removed: bool [n_groups]; a
+    group that owns nothing counts nothing. Returns a float32 scalar (float64 if a factor is), differentiable once in
+    the factors. Raises ValueError for wrong shapes, dtypes, devices, or a plan of other shapes or another device.
     Source: arXiv 2412.14426, section 3 (the L_GL term).
     """
-    _check_groups(factors, groups, removed)
-    return ops.lasso(factors, groups, removed, float(eps), backend)
+    return ops.lasso(factors, _plan(factors, groups, removed), removed, float(eps), backend)
 
 
 def group_prox_(
     factors: Sequence[Tensor],
-    groups: Groups,
+    groups: Groups | GroupPlan,
     removed: Tensor,
     threshold: float | Tensor,
     *,
@@ -103,16 +109,15 @@ def group_prox_(
     norm is at or below its threshold becomes exactly zero. Raises ValueError for wrong shapes, dtypes or devices.
     Source: the proximal operator of the group 2-norm.
     """
-    _check_groups(factors, groups, removed)
+    plan = _plan(factors, groups, removed)
     if isinstance(threshold, Tensor):
         if threshold.shape != removed.shape:
             given, needed = list(threshold.shape), list(removed.shape)
             raise ValueError(f"threshold has shape {given}: give a number, or one for each group, {needed}.")
     else:
         threshold = torch.full(removed.shape, float(threshold), device=removed.device)
-    axes, indices = zip(*groups, strict=True)
     with torch.no_grad():
-        ops.group_prox_op(list(factors), list(axes), list(indices), removed, threshold.float(), backend)
+        ops.prox_(factors, plan, removed, threshold.float(), backend)
 
 
 def compact(
@@ -215,16 +220,17 @@ def _check_dropout(dropout: float, seed: int | Tensor | None, lora_input: Tensor
         raise ValueError(f"seed is {seed}: give one that fits into int64.")
 
 
-def _check_groups(factors: Sequence[Tensor], groups: Groups, removed: Tensor) -> None:
-    if not factors or len(factors) != len(groups):
-        raise ValueError(f"{len(factors)} factors and {len(groups)} groups: give one (axis, index) for each factor.")
+def _plan(factors: Sequence[Tensor], groups: Groups | GroupPlan, removed: Tensor) -> GroupPlan:
+    """The plan of a call, checked against its factors and its `removed`."""
     if removed.dtype != torch.bool or removed.ndim != 1:
         raise ValueError(f"removed must be a 1-D bool tensor, not {removed.dtype} of shape {list(removed.shape)}.")
-    for i, (factor, (axis, index)) in enumerate(zip(factors, groups, strict=True)):
-        if factor.ndim != 2 or not factor.is_floating_point():
-            given = f"{factor.dtype} of shape {list(factor.shape)}"
-            raise ValueError(f"factors[{i}] must be a 2-D floating tensor, not {given}.")
-        if axis not in (0, 1) or index.dtype != torch.int64 or index.shape != factor.shape[axis : axis + 1]:
-            raise ValueError(f"groups[{i}] must be (0 or 1, int64 index as long as that side of factors[{i}]).")
-        if factor.device != removed.device or index.device != removed.device:
-            raise ValueError(f"factors[{i}], its index and removed must be on one device, {removed.device}.")
+    if isinstance(groups, GroupPlan):
+        plan = groups
+        plan.check(factors)
+        if removed.shape[0] != plan.n_groups:
+            raise ValueError(f"removed has {removed.shape[0]} entries, but the plan has {plan.n_groups} groups.")
+    else:
+        plan = GroupPlan.of(factors, groups, removed.shape[0])
+    if removed.device != plan.index.device:
+        raise ValueError(f"removed is on {removed.device} and the factors on {plan.index.device}: use one device.")
+    return plan

@@ -59,11 +59,16 @@ class GroupPlan:
         """The number of groups, those that own nothing included."""
         return self.starts.shape[0] - 1
 
-    def by_factor(self, values: Tensor) -> list[Tensor]:
-        """[n_groups] values of the groups, for each factor in the shape that broadcasts against it."""
+    @property
+    def groups(self) -> list[tuple[int, Tensor]]:
+        """(axis, int32 index) of every factor: the plan as the plain list it came from."""
         sizes = [shape[axis] for shape, axis in zip(self.shapes, self.axes, strict=True)]
-        pieces = values[self.index].split(sizes)
-        return [piece.unsqueeze(1 - axis) for piece, axis in zip(pieces, self.axes, strict=True)]
+        return list(zip(self.axes, self.index.split(sizes), strict=True))
+
+    @property
+    def owned(self) -> Tensor:
+        """bool [n_groups]: which groups own at least one slot."""
+        return self.starts.diff() > 0
 
     def check(self, factors: Sequence[Tensor]) -> None:
         """Raises ValueError for factors that the plan was not made for: their number, a shape or the device differs."""

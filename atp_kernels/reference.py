@@ -195,7 +195,7 @@ def compact(weight: Tensor, rows: Tensor | None = None, cols: Tensor | None = No
 
 def owned_groups(groups: Groups, removed: Tensor) -> Tensor:
     """bool [n_groups]: which groups own at least one row or column of a factor."""
-    return torch.zeros_like(removed).index_fill_(0, torch.cat([index for _, index in groups]), True)
+    return torch.zeros_like(removed).index_fill_(0, torch.cat([index for _, index in groups]).long(), True)
 
 
 def round_up(size: int, multiple: int) -> int:

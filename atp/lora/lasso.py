@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.masks.space import MaskSpace
-from atp_kernels import group_lasso, group_prox_
+from atp_kernels import GroupPlan, group_lasso, group_prox_
 
 
 class LoraGroups:
@@ -14,14 +14,14 @@ class LoraGroups:
 
     An output cut owns rows of B, an input cut columns of A. For the lasso every cut of a decision is a group of its
     own (the paper's sum of norms); for the prox all factors of one decision form one joint group. Build it where the
-    model will train: the tables lie on the device of their factors.
+    model will train: the plans lie on the device of their factors, and factors that moved or changed shape raise.
     """
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
         parameters = {name.split(".layers.")[-1]: p for name, p in model.named_parameters() if ".lora_" in name}
         self.factors: list[nn.Parameter] = []
-        self._cut_groups: list[tuple[int, Tensor]] = []
-        self._joint_groups: list[tuple[int, Tensor]] = []
+        cuts: list[tuple[int, Tensor]] = []
+        joint: list[tuple[int, Tensor]] = []
         decisions, start = [], 0
         for structure in space.structures:
             for cut in structure.cuts:
@@ -29,26 +29,28 @@ class LoraGroups:
                 parameter = parameters[f"{structure.layer}.{cut.module}.{factor}.default.weight"]
                 owner = cut.owner.to(parameter.device)
                 self.factors.append(parameter)
-                self._cut_groups.append((cut.axis, owner + start))
-                self._joint_groups.append((cut.axis, owner + structure.start))
+                cuts.append((cut.axis, owner + start))
+                joint.append((cut.axis, owner + structure.start))
                 decisions.append(torch.arange(structure.start, structure.start + structure.size))
                 start += structure.size
         self._decision_of_cut = torch.cat(decisions)
+        self._cuts = GroupPlan.of(self.factors, cuts, start)
+        self._joint = GroupPlan.of(self.factors, joint, space.size)
 
     def lasso(self, mask: Tensor) -> Tensor:
         """L_GL: sum over removed cuts of sqrt(sum of squares + 1e-8), scalar float32. mask bool [space.size]."""
-        return group_lasso(self.factors, self._cut_groups, ~mask[self._decision_of_cut])
+        return group_lasso(self.factors, self._cuts, ~mask[self._decision_of_cut])
 
     @torch.no_grad()
     def prox_(self, mask: Tensor, threshold: float) -> None:
         """Shrinks the joint norm of every removed decision by `threshold`, in place, down to exact zeros."""
-        group_prox_(self.factors, self._joint_groups, ~mask, threshold)
+        group_prox_(self.factors, self._joint, ~mask, threshold)
 
     @torch.no_grad()
     def largest_removed_norm(self, mask: Tensor) -> float:
         """The largest joint 2-norm left on a removed decision."""
         squares = torch.zeros(mask.numel())
-        for factor, (axis, owner) in zip(self.factors, self._joint_groups, strict=True):
+        for factor, (axis, owner) in zip(self.factors, self._joint.groups, strict=True):
             squares.index_add_(0, owner.cpu(), factor.detach().float().square().sum(1 - axis).cpu())
         removed = squares[~mask.cpu()]
         return float(removed.max().sqrt()) if removed.numel() else 0.0

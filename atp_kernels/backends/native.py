@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_kernels.reference import Groups
+from atp_kernels.plan import GroupPlan
 
 __all__ = [
     "AVAILABLE",
@@ -55,40 +55,43 @@ def build_info() -> dict[str, Any]:
 
 @torch.no_grad()
 def group_lasso_forward(
-    factors: Sequence[Tensor], groups: Groups, removed: Tensor, eps: float
+    factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return (value [], norms [n_groups]), float32: norms = sqrt(sum of squares + eps) of every group, value their sum
     over removed groups that own at least one row or column.
 
-    factors: 2-D float32 or bfloat16, summed in float32 within a row and in float64 within a group; groups as in
-    `functional.group_lasso`; removed bool [n_groups]. Raises RuntimeError for a group id out of range and for wrong
-    dtypes or shapes.
+    factors: 2-D float32 or bfloat16, summed in float32 within a row and in float64 within a group, whose norm is then
+    rounded to float32; removed bool [n_groups]. Raises RuntimeError for wrong dtypes or shapes.
     """
-    return _call(_ops.group_lasso_forward, *_arguments(factors, groups, removed), eps)
+    held = [factor.contiguous() for factor in factors]
+    packed = (plan.axes, plan.index, plan.order, plan.starts)
+    return _call(_ops.group_lasso_forward, held, *packed, removed.contiguous(), eps)
 
 
 @torch.no_grad()
 def group_lasso_backward(
-    factors: Sequence[Tensor], groups: Groups, removed: Tensor, norms: Tensor, grad_out: Tensor
+    factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, norms: Tensor, grad_out: Tensor
 ) -> list[Tensor]:
     """Return one gradient a factor, in its dtype: grad_out * entry / norm of its group if removed, else exactly zero.
 
     norms [n_groups] float32 from `group_lasso_forward`; grad_out: one floating element. Where a norm is zero (eps = 0)
-    the gradient is zero. Raises RuntimeError as `group_lasso_forward` does.
+    the gradient is zero. The gradients are pieces of one allocation. Raises RuntimeError as `group_lasso_forward` does.
     """
-    arguments = _arguments(factors, groups, removed)
-    return _call(_ops.group_lasso_backward, *arguments, norms.contiguous(), grad_out.float())
+    held = [factor.contiguous() for factor in factors]
+    vectors = (removed.contiguous(), norms.contiguous(), grad_out.float())
+    return _call(_ops.group_lasso_backward, held, plan.axes, plan.index, *vectors)
 
 
 @torch.no_grad()
-def group_prox_(factors: Sequence[Tensor], groups: Groups, removed: Tensor, threshold: Tensor) -> None:
+def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor) -> None:
     """In place: each removed group <- group * max(0, 1 - threshold / ||group||).
 
     threshold: floating [n_groups], used in float32; a group at or below it becomes exactly zero. Raises RuntimeError as
     `group_lasso_forward` does, and for a tensor that is given twice.
     """
-    held, axes, index, removed = _arguments(factors, groups, removed)
-    _call(_ops.group_prox_, held, axes, index, removed, threshold.float().contiguous())
+    held = [factor.contiguous() for factor in factors]
+    packed = (plan.axes, plan.index, plan.order, plan.starts)
+    _call(_ops.group_prox_, held, *packed, removed.contiguous(), threshold.float().contiguous())
     for factor, copy in zip(factors, held, strict=True):
         if factor is not copy:
             factor.copy_(copy)
@@ -105,13 +108,6 @@ def compact(weight: Tensor, rows: Tensor | None = None, cols: Tensor | None = No
     """
     rows, cols = (index if index is None else index.contiguous() for index in (rows, cols))
     return _call(_ops.compact, weight.contiguous(), rows, cols, pad_to)
-
-
-def _arguments(
-    factors: Sequence[Tensor], groups: Groups, removed: Tensor
-) -> tuple[list[Tensor], list[int], list[Tensor], Tensor]:
-    held = [factor.contiguous() for factor in factors]
-    return held, [axis for axis, _ in groups], [index.contiguous() for _, index in groups], removed.contiguous()
 
 
 def _call(operator: Any, *arguments: Any) -> Any:

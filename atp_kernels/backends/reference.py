@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atp_kernels import reference
 from atp_kernels.backends.kept import kept_lora_linear_backward, kept_lora_linear_forward
 from atp_kernels.backends.primitives import ATEN, Primitives, scaled_mm
-from atp_kernels.reference import Dropout, Groups, compact, factor_norms, group_prox_, group_squares, owned_groups
+from atp_kernels.plan import GroupPlan
+from atp_kernels.reference import Dropout, compact, factor_norms, group_squares
 
 __all__ = [
     "compact",
@@ -145,19 +147,24 @@ def _add_adapter_grad(d_x: Tensor, up: Tensor, lora_a: Tensor, dropout: Dropout 
 
 
 def group_lasso_forward(
-    factors: Sequence[Tensor], groups: Groups, removed: Tensor, eps: float
+    factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return (value, norms [n_groups]) with norms = sqrt(sum of squares + eps)."""
-    norms = group_squares(factors, groups, removed.numel()).add_(eps).sqrt_()
-    return norms.mul(removed & owned_groups(groups, removed)).sum(), norms
+    norms = group_squares(factors, plan.groups, plan.n_groups).add_(eps).sqrt_()
+    return norms.mul(removed & plan.owned).sum(), norms
 
 
 def group_lasso_backward(
-    factors: Sequence[Tensor], groups: Groups, removed: Tensor, norms: Tensor, grad_out: Tensor
+    factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, norms: Tensor, grad_out: Tensor
 ) -> list[Tensor]:
     """d value / d factor = factor / norm of its group, for removed groups; zero elsewhere."""
     slope = torch.where(removed & (norms > 0), grad_out / norms, 0)
     return [
         (factor * slope[index].unsqueeze(1 - axis)).to(factor.dtype)
-        for factor, (axis, index) in zip(factors, groups, strict=True)
+        for factor, (axis, index) in zip(factors, plan.groups, strict=True)
     ]
+
+
+def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor) -> None:
+    """The definition itself: see `reference.group_prox_`."""
+    reference.group_prox_(factors, plan.groups, removed, threshold)

@@ -6,7 +6,7 @@ dispatcher's Python layer would cost each of them more than the function does.
 """
 
 from atp_kernels.ops.common import common_dtype
-from atp_kernels.ops.groups import compact_op, group_lasso_backward_op, group_lasso_op, group_prox_op, lasso
+from atp_kernels.ops.groups import compact_op, group_lasso_backward_op, group_lasso_op, group_prox_op, lasso, prox_
 from atp_kernels.ops.kept import flat, kept_linear, kept_lora_linear_backward_op, kept_lora_linear_op
 from atp_kernels.ops.linear import linear, masked_lora_linear_backward_op, masked_lora_linear_op
 from atp_kernels.ops.swiglu import ACTIVATIONS, MlpSpec, Swiglu
@@ -28,4 +28,5 @@ __all__ = [
     "linear",
     "masked_lora_linear_backward_op",
     "masked_lora_linear_op",
+    "prox_",
 ]

@@ -8,33 +8,49 @@ from torch.autograd.function import once_differentiable
 
 from atp_kernels.backends.dispatch import select
 from atp_kernels.ops.common import common_dtype, refuse_twice
-from atp_kernels.reference import Groups, round_up
+from atp_kernels.plan import GroupPlan
+from atp_kernels.reference import round_up
 
 
-def lasso(factors: Sequence[Tensor], groups: Groups, removed: Tensor, eps: float, backend: str) -> Tensor:
+def lasso(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: float, backend: str) -> Tensor:
     """Group lasso of all factors, checked."""
-    axes, indices = zip(*groups, strict=True)
     if not torch.compiler.is_compiling():
-        return GroupLasso.apply(axes, indices, removed, eps, backend, *factors)
-    return group_lasso_op(list(factors), list(axes), list(indices), removed, eps, backend)[0]
+        return GroupLasso.apply(plan, removed, eps, backend, *factors)
+    return group_lasso_op(list(factors), *_packed(plan), removed, eps, backend)[0]
+
+
+def prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor, backend: str) -> None:
+    """Shrinkage of all factors in place, checked."""
+    group_prox_op(list(factors), *_packed(plan), removed, threshold, backend)
+
+
+def _packed(plan: GroupPlan) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """A plan as the operators take it; `_unpacked` is its inverse."""
+    return list(plan.axes), plan.index, plan.order, plan.starts
+
+
+def _unpacked(factors: Sequence[Tensor], axes: Sequence[int], *tensors: Tensor) -> GroupPlan:
+    return GroupPlan(tuple(axes), tuple(factor.shape for factor in factors), *tensors)
 
 
 @torch.library.custom_op("atp_kernels::group_lasso", mutates_args=())
 def group_lasso_op(
     factors: Sequence[Tensor],
     axes: Sequence[int],
-    indices: Sequence[Tensor],
+    index: Tensor,
+    order: Tensor,
+    starts: Tensor,
     removed: Tensor,
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(value, norms [n_groups]) of all factors together."""
     module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
-    return module.group_lasso_forward(factors, list(zip(axes, indices, strict=True)), removed, eps)
+    return module.group_lasso_forward(factors, _unpacked(factors, axes, index, order, starts), removed, eps)
 
 
 @group_lasso_op.register_fake
-def _(factors, axes, indices, removed, eps, backend):
+def _(factors, axes, index, order, starts, removed, eps, backend):
     wide = torch.float64 if common_dtype(factors) == torch.float64 else torch.float32
     return removed.new_empty((), dtype=wide), removed.new_empty(removed.shape, dtype=wide)
 
@@ -43,33 +59,34 @@ def _(factors, axes, indices, removed, eps, backend):
 def group_lasso_backward_op(
     factors: Sequence[Tensor],
     axes: Sequence[int],
-    indices: Sequence[Tensor],
+    index: Tensor,
+    order: Tensor,
+    starts: Tensor,
     removed: Tensor,
     norms: Tensor,
     grad_value: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    """The gradient of every factor."""
+    """The gradient of every factor, each in memory of its own, as torch.library asks."""
     module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
-    return module.group_lasso_backward(factors, list(zip(axes, indices, strict=True)), removed, norms, grad_value)
+    plan = _unpacked(factors, axes, index, order, starts)
+    return [grad.clone() for grad in module.group_lasso_backward(factors, plan, removed, norms, grad_value)]
 
 
 @group_lasso_backward_op.register_fake
-def _(factors, axes, indices, removed, norms, grad_value, backend):
+def _(factors, axes, index, order, starts, removed, norms, grad_value, backend):
     return [torch.empty_like(factor) for factor in factors]
 
 
 def _lasso_setup(ctx, inputs, output) -> None:
-    factors, ctx.axes, indices, removed, _, ctx.backend = inputs
-    ctx.n_factors = len(factors)
-    ctx.save_for_backward(*factors, *indices, removed, output[1])
+    factors, ctx.axes, *plan, removed, _, ctx.backend = inputs
+    ctx.save_for_backward(*plan, removed, output[1], *factors)
 
 
 def _lasso_backward(ctx, grad_value, grad_norms):
-    *tensors, removed, norms = ctx.saved_tensors
-    factors, indices = tensors[: ctx.n_factors], tensors[ctx.n_factors :]
-    grads = group_lasso_backward_op(factors, ctx.axes, indices, removed, norms, grad_value, ctx.backend)
-    return grads, None, [None] * len(indices), None, None, None
+    index, order, starts, removed, norms, *factors = ctx.saved_tensors
+    grads = group_lasso_backward_op(factors, ctx.axes, index, order, starts, removed, norms, grad_value, ctx.backend)
+    return grads, None, None, None, None, None, None, None
 
 
 group_lasso_op.register_autograd(_lasso_backward, setup_context=_lasso_setup)
@@ -80,18 +97,20 @@ group_lasso_backward_op.register_autograd(refuse_twice)
 def group_prox_op(
     factors: Sequence[Tensor],
     axes: Sequence[int],
-    indices: Sequence[Tensor],
+    index: Tensor,
+    order: Tensor,
+    starts: Tensor,
     removed: Tensor,
     threshold: Tensor,
     backend: str,
 ) -> None:
     """Shrink removed groups in place by a threshold each, [n_groups]."""
     module = select("group_prox_", removed.device, common_dtype(factors), backend)[0]
-    module.group_prox_(factors, list(zip(axes, indices, strict=True)), removed, threshold)
+    module.group_prox_(factors, _unpacked(factors, axes, index, order, starts), removed, threshold)
 
 
 @group_prox_op.register_fake
-def _(factors, axes, indices, removed, threshold, backend):
+def _(factors, axes, index, order, starts, removed, threshold, backend):
     return None
 
 
@@ -112,10 +131,10 @@ class GroupLasso(torch.autograd.Function):
     """Eager group lasso over all factors at once."""
 
     @staticmethod
-    def forward(ctx, axes, indices, removed, eps, backend, *factors):
-        module = select("group_lasso", factors[0].device, common_dtype(factors), backend)[0]
-        ctx.groups, ctx.module = list(zip(axes, indices, strict=True)), module
-        value, norms = module.group_lasso_forward(factors, ctx.groups, removed, eps)
+    def forward(ctx, plan, removed, eps, backend, *factors):
+        module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
+        ctx.plan, ctx.module = plan, module
+        value, norms = module.group_lasso_forward(factors, plan, removed, eps)
         ctx.save_for_backward(removed, norms, *factors)
         return value
 
@@ -123,5 +142,5 @@ class GroupLasso(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_value):
         removed, norms, *factors = ctx.saved_tensors
-        grads = ctx.module.group_lasso_backward(factors, ctx.groups, removed, norms, grad_value)
-        return (None, None, None, None, None, *grads)
+        grads = ctx.module.group_lasso_backward(factors, ctx.plan, removed, norms, grad_value)
+        return None, None, None, None, *grads

@@ -1,7 +1,7 @@
 // Group lasso and its proximal step over all factors of a model, in a fixed number of launches.
 //
-// Deterministic without atomics: every slot (a row or column of a factor) is summed by one thread, slots are sorted by
-// group, and one thread adds up the slots of each group in that order. A slot with a group id out of range is ignored.
+// Deterministic without atomics: every slot (a row or column of a factor) is summed by one thread, and one thread adds
+// up the slots of each group in the order of the plan. A slot with a group id out of range is ignored.
 
 #include "../factors.h"
 #include "launch.h"
@@ -11,8 +11,6 @@
 #include <cuda_bf16.h>
 
 #include <algorithm>
-#include <array>
-#include <optional>
 #include <tuple>
 
 namespace atp::cuda {
@@ -33,8 +31,7 @@ __device__ void store(const Factor& factor, int64_t at, float value) {
 
 // Grid: x over the slots of a factor, y over factors. Columns are read coalesced; rows of LoRA factors are a few
 // sectors long, which one thread uses whole.
-__global__ void slot_squares_kernel(
-    const Factor* factors, int64_t n_factors, int64_t n_groups, int64_t* ids, float* squares) {
+__global__ void slot_squares_kernel(const Factor* factors, int64_t n_factors, float* squares) {
   for (int64_t f = blockIdx.y; f < n_factors; f += gridDim.y) {
     const Factor factor = factors[f];
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -47,49 +44,28 @@ __global__ void slot_squares_kernel(
       const float value = load(factor, start + i * step);
       sum += value * value;
     }
-    const int64_t id = factor.index[slot];
-    ids[factor.first_slot + slot] = id >= 0 && id < n_groups ? id : n_groups;
     squares[factor.first_slot + slot] = sum;
   }
 }
 
-__device__ int64_t lower_bound(const int64_t* sorted, int64_t count, int64_t value) {
-  int64_t low = 0;
-  while (count > 0) {
-    const int64_t half = count / 2;
-    if (sorted[low + half] < value) {
-      low += half + 1;
-      count -= half + 1;
-    } else {
-      count = half;
-    }
-  }
-  return low;
-}
-
-__global__ void group_squares_kernel(
-    const int64_t* sorted_ids, const int64_t* order, const float* squares, int64_t n_slots, int64_t n_groups,
-    double* sums, bool* owned) {
+__global__ void group_squares_kernel(GroupSlots slots, const float* squares, int64_t n_groups, double* sums) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (group >= n_groups) return;
   double sum = 0;
-  const int64_t first = lower_bound(sorted_ids, n_slots, group);
-  int64_t i = first;
-  for (; i < n_slots && sorted_ids[i] == group; ++i) sum += squares[order[i]];
+  for (int32_t i = slots.starts[group]; i < slots.starts[group + 1]; ++i) sum += squares[slots.order[i]];
   sums[group] = sum;
-  owned[group] = i > first;
 }
 
 // One block: each thread adds a fixed share, then a fixed tree adds the threads.
 __global__ void lasso_kernel(
-    const double* sums, const bool* owned, const bool* removed, double eps, int64_t n_groups, float* norms,
+    const double* sums, const int32_t* starts, const bool* removed, double eps, int64_t n_groups, float* norms,
     float* value) {
   __shared__ double partial[kThreads];
   double total = 0;
   for (int64_t group = threadIdx.x; group < n_groups; group += kThreads) {
     const double norm = sqrt(sums[group] + eps);
     norms[group] = static_cast<float>(norm);
-    if (removed[group] && owned[group]) total += norm;
+    if (removed[group] && starts[group + 1] > starts[group]) total += norm;
   }
   partial[threadIdx.x] = total;
   __syncthreads();
@@ -145,42 +121,27 @@ dim3 grid_for(const FactorList& list, int64_t largest) {
   return dim3(blocks_for(largest), static_cast<unsigned>(factors));
 }
 
-std::tuple<Tensor, Tensor> stable_sort(const Tensor& ids) {
-  std::array<StableIValue, 4> stack{
-      torch::stable::detail::from(ids), torch::stable::detail::from(std::optional<bool>(true)),
-      torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
-  check(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION) == 0, "aten::sort failed.");
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
-struct GroupSquares {
-  Tensor sums;   // float64 [n_groups]
-  Tensor owned;  // bool [n_groups]
-};
-
-GroupSquares group_squares(const FactorList& list, const Tensor& table, const Tensor& removed, cudaStream_t stream) {
+// Sum of squares of every group, float64 [n_groups].
+Tensor group_squares(
+    const FactorList& list, const GroupSlots& slots, const Tensor& table, const Tensor& removed, cudaStream_t stream) {
   const int64_t n_groups = removed.numel();
-  const Tensor ids = torch::stable::new_empty(removed, {list.slots}, ScalarType::Long);
   const Tensor squares = torch::stable::new_empty(removed, {list.slots}, ScalarType::Float);
   int64_t largest = 0;
   for (const Factor& factor : list.factors) largest = std::max(largest, factor.slots());
   if (largest > 0) {
     slot_squares_kernel<<<grid_for(list, largest), kThreads, 0, stream>>>(
-        static_cast<const Factor*>(table.const_data_ptr()), static_cast<int64_t>(list.factors.size()), n_groups,
-        static_cast<int64_t*>(ids.mutable_data_ptr()), static_cast<float*>(squares.mutable_data_ptr()));
+        static_cast<const Factor*>(table.const_data_ptr()), static_cast<int64_t>(list.factors.size()),
+        static_cast<float*>(squares.mutable_data_ptr()));
     check_launch("slot_squares_kernel");
   }
-  const auto [sorted, order] = stable_sort(ids);
-  GroupSquares result{torch::stable::new_empty(removed, {n_groups}, ScalarType::Double),
-                      torch::stable::new_empty(removed, {n_groups}, ScalarType::Bool)};
+  const Tensor sums = torch::stable::new_empty(removed, {n_groups}, ScalarType::Double);
   if (n_groups > 0) {
     group_squares_kernel<<<blocks_for(n_groups), kThreads, 0, stream>>>(
-        static_cast<const int64_t*>(sorted.const_data_ptr()), static_cast<const int64_t*>(order.const_data_ptr()),
-        static_cast<const float*>(squares.const_data_ptr()), list.slots, n_groups,
-        static_cast<double*>(result.sums.mutable_data_ptr()), static_cast<bool*>(result.owned.mutable_data_ptr()));
+        slots, static_cast<const float*>(squares.const_data_ptr()), n_groups,
+        static_cast<double*>(sums.mutable_data_ptr()));
     check_launch("group_squares_kernel");
   }
-  return result;
+  return sums;
 }
 
 void scale_by_group(const FactorList& list, const Tensor& table, const Tensor& scale, cudaStream_t stream) {
@@ -194,26 +155,26 @@ void scale_by_group(const FactorList& list, const Tensor& table, const Tensor& s
 }
 
 std::tuple<Tensor, Tensor> group_lasso_forward(
-    std::vector<Tensor> factors, std::vector<int64_t> axes, std::vector<Tensor> index, Tensor removed, double eps,
-    int64_t stream_handle) {
+    std::vector<Tensor> factors, std::vector<int64_t> axes, Tensor index, Tensor order, Tensor starts, Tensor removed,
+    double eps, int64_t stream_handle) {
   const int64_t n_groups = removed.numel();
   const cudaStream_t stream = as_stream(stream_handle);
   check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
   const FactorList list = describe(factors, axes, index);
+  const GroupSlots slots = group_slots(list, order, starts, n_groups);
   const Tensor table = upload(list, removed, stream);
-  const GroupSquares squares = group_squares(list, table, removed, stream);
+  const Tensor sums = group_squares(list, slots, table, removed, stream);
   Tensor value = torch::stable::new_empty(removed, {}, ScalarType::Float);
   Tensor norms = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
   lasso_kernel<<<1, kThreads, 0, stream>>>(
-      static_cast<const double*>(squares.sums.const_data_ptr()),
-      static_cast<const bool*>(squares.owned.const_data_ptr()), static_cast<const bool*>(removed.const_data_ptr()),
-      eps, n_groups, static_cast<float*>(norms.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()));
+      static_cast<const double*>(sums.const_data_ptr()), slots.starts,
+      static_cast<const bool*>(removed.const_data_ptr()), eps, n_groups, static_cast<float*>(norms.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()));
   check_launch("lasso_kernel");
   return {value, norms};
 }
 
 std::vector<Tensor> group_lasso_backward(
-    std::vector<Tensor> factors, std::vector<int64_t> axes, std::vector<Tensor> index, Tensor removed, Tensor norms,
+    std::vector<Tensor> factors, std::vector<int64_t> axes, Tensor index, Tensor removed, Tensor norms,
     Tensor grad_out, int64_t stream_handle) {
   const int64_t n_groups = removed.numel();
   const cudaStream_t stream = as_stream(stream_handle);
@@ -234,20 +195,21 @@ std::vector<Tensor> group_lasso_backward(
 }
 
 void group_prox_(
-    std::vector<Tensor> factors, std::vector<int64_t> axes, std::vector<Tensor> index, Tensor removed,
+    std::vector<Tensor> factors, std::vector<int64_t> axes, Tensor index, Tensor order, Tensor starts, Tensor removed,
     Tensor threshold, int64_t stream_handle) {
   const int64_t n_groups = removed.numel();
   const cudaStream_t stream = as_stream(stream_handle);
   check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
   check_group_vector(threshold, ScalarType::Float, n_groups, "threshold");
   FactorList list = describe(factors, axes, index);
+  const GroupSlots slots = group_slots(list, order, starts, n_groups);
   write_in_place(list);
   if (n_groups == 0) return;
   const Tensor table = upload(list, removed, stream);
-  const GroupSquares squares = group_squares(list, table, removed, stream);
+  const Tensor sums = group_squares(list, slots, table, removed, stream);
   const Tensor scale = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
   shrink_kernel<<<blocks_for(n_groups), kThreads, 0, stream>>>(
-      static_cast<const bool*>(removed.const_data_ptr()), static_cast<const double*>(squares.sums.const_data_ptr()),
+      static_cast<const bool*>(removed.const_data_ptr()), static_cast<const double*>(sums.const_data_ptr()),
       static_cast<const float*>(threshold.const_data_ptr()), n_groups, static_cast<float*>(scale.mutable_data_ptr()));
   check_launch("shrink_kernel");
   scale_by_group(list, table, scale, stream);

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import available_backends, compact, group_lasso, group_prox_, reference
+from atp_kernels import GroupPlan, available_backends, compact, group_lasso, group_prox_, reference
 
 REFERENCE = {"backend": "reference"}
 
@@ -153,6 +153,9 @@ def test_wrong_groups_are_one_clear_sentence():
     ):
         with pytest.raises(ValueError, match=message):
             group_lasso(*changed)
+    for id_ in (6, -1):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 6\)"):
+            group_lasso(factors, [(0, torch.full_like(index, id_)), *groups[1:]], removed)
     with pytest.raises(ValueError, match="threshold has shape"):
         group_prox_(factors, groups, removed, torch.ones(2))
     with pytest.raises(ValueError, match="rows must be a 1-D int64"):
@@ -176,3 +179,45 @@ def test_prox_keeps_a_nan_visible(backend):
     group_prox_([factor], [(0, torch.tensor([0, 1]))], torch.tensor([True, True]), 2.5, backend=backend)
     assert factor[0].isnan().any()
     torch.testing.assert_close(factor[1], torch.tensor([1.5, 2.0]))
+
+
+@pytest.mark.parametrize("backend", [name for name in ("reference", "native") if available_backends()[name] is None])
+def test_a_plan_gives_what_the_plain_list_gives(backend):
+    factors, groups, removed = problem(torch.float32)
+    plan = GroupPlan.of(factors, groups, len(removed))
+    results = []
+    for described in (groups, plan):
+        value = group_lasso(factors, described, removed, backend=backend)
+        shrunk = [factor.detach().clone() for factor in factors]
+        group_prox_(shrunk, described, removed, 1.0, backend=backend)
+        results.append([value, *torch.autograd.grad(value, factors, retain_graph=True), *shrunk])
+        results.append([value, *torch.autograd.grad(value, factors), *shrunk])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_a_plan_lists_the_slots_of_every_group():
+    factors, groups, removed = problem()
+    plan = GroupPlan.of(factors, groups, len(removed))
+    ids = torch.cat([index for _, index in groups]).tolist()
+    starts = plan.starts.tolist()
+    for group in range(len(removed)):
+        slots = plan.order[starts[group] : starts[group + 1]].tolist()
+        assert slots == [slot for slot, owner in enumerate(ids) if owner == group]
+    assert plan.owned.tolist() == [group in ids for group in range(len(removed))]
+    assert all(torch.equal(a[1], b[1].int()) for a, b in zip(plan.groups, groups, strict=True))
+    assert repr(plan) == "GroupPlan(3 factors, 6 groups, cpu)"
+
+
+def test_a_stale_plan_is_refused():
+    factors, groups, removed = problem()
+    plan = GroupPlan.of(factors, groups, len(removed))
+    for changed in ([*factors[:2], factors[2][:, :1]], factors[:2], [factors[0][:7], *factors[1:]]):
+        with pytest.raises(ValueError, match="made for 3 factors of other shapes"):
+            group_lasso(changed, plan, removed)
+    with pytest.raises(ValueError, match="plan lies on cpu and factors elsewhere"):
+        group_lasso([factor.to("meta") for factor in factors], plan, removed)
+    with pytest.raises(ValueError, match="removed has 5 entries, but the plan has 6"):
+        group_lasso(factors, plan, removed[:5])
+    with pytest.raises(ValueError, match="removed is on meta"):
+        group_lasso(factors, plan, removed.to("meta"))

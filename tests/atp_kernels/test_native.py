@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import reference
+from atp_kernels import GroupPlan, reference
 from atp_kernels.backends import native
 from atp_kernels.backends import reference as reference_backend
 
@@ -32,7 +32,7 @@ def problem(seed, sizes, n_groups, dtype, removed="some", strided=False):
         groups.append((axis, torch.randint(n_groups, ((rows, cols)[axis],), generator=rng)))
     masks = {"some": torch.rand(n_groups, generator=rng) < 0.4}
     masks |= {"none": torch.zeros(n_groups, dtype=torch.bool), "all": torch.ones(n_groups, dtype=torch.bool)}
-    return factors, groups, masks[removed]
+    return factors, GroupPlan.of(factors, groups, n_groups), masks[removed]
 
 
 sizes = st.lists(
@@ -51,8 +51,9 @@ problems = st.builds(
 )
 
 
-def exact(factors, groups, removed):
+def exact(factors, plan, removed):
     """Value, norms and gradients of the definition, in float64 by autograd."""
+    groups = plan.groups
     wide = [factor.double().requires_grad_() for factor in factors]
     value = reference.group_lasso(wide, groups, removed, eps=EPS)
     norms = (reference.group_squares(wide, groups, removed.numel()) + EPS).sqrt()
@@ -67,13 +68,13 @@ def worst(actual, expected):
 @common
 @given(problems)
 def test_lasso_is_as_close_to_float64_as_the_reference(case):
-    factors, groups, removed = case
-    value, norms, grads = exact(factors, groups, removed)
+    factors, plan, removed = case
+    value, norms, grads = exact(factors, plan, removed)
     ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-8}[factors[0].dtype]
     errors = {}
     for backend in (native, reference_backend):
-        got, got_norms = backend.group_lasso_forward(factors, groups, removed, EPS)
-        got_grads = backend.group_lasso_backward(factors, groups, removed, got_norms, torch.ones(()))
+        got, got_norms = backend.group_lasso_forward(factors, plan, removed, EPS)
+        got_grads = backend.group_lasso_backward(factors, plan, removed, got_norms, torch.ones(()))
         assert got.dtype == got_norms.dtype == torch.float32 and got.shape == ()
         assert [g.dtype for g in got_grads] == [f.dtype for f in factors]
         errors[backend] = [worst([got], [value]), worst([got_norms], [norms]), worst(got_grads, grads)]
@@ -86,10 +87,10 @@ def test_lasso_is_as_close_to_float64_as_the_reference(case):
 @common
 @given(problems, st.floats(-3, 3, width=32))
 def test_gradient_is_linear_in_grad_out_and_zero_off_removed_groups(case, upstream):
-    factors, groups, removed = case
-    _, norms = native.group_lasso_forward(factors, groups, removed, EPS)
-    grads = native.group_lasso_backward(factors, groups, removed, norms, torch.tensor(upstream))
-    for factor, (axis, index), grad in zip(factors, groups, grads, strict=True):
+    factors, plan, removed = case
+    _, norms = native.group_lasso_forward(factors, plan, removed, EPS)
+    grads = native.group_lasso_backward(factors, plan, removed, norms, torch.tensor(upstream))
+    for factor, (axis, index), grad in zip(factors, plan.groups, grads, strict=True):
         slope = torch.where(removed, torch.tensor(upstream) / norms, 0)[index].unsqueeze(1 - axis)
         assert torch.equal(grad, (factor.float() * slope).to(factor.dtype))
         assert not grad.index_select(axis, (~removed[index]).nonzero().flatten()).any()
@@ -98,15 +99,15 @@ def test_gradient_is_linear_in_grad_out_and_zero_off_removed_groups(case, upstre
 @common
 @given(problems, st.sampled_from([0.0, 0.3, 4.0, 1e4]))
 def test_prox_matches_float64(case, scale):
-    factors, groups, removed = case
+    factors, plan, removed = case
     threshold = torch.linspace(0, scale, removed.numel())
     wide = [factor.double() for factor in factors]
-    norms = reference.group_squares(wide, groups, removed.numel()).sqrt()
-    reference.group_prox_(wide, groups, removed, threshold.double())
+    norms = reference.group_squares(wide, plan.groups, removed.numel()).sqrt()
+    reference.group_prox_(wide, plan.groups, removed, threshold.double())
     mine = [factor.clone(memory_format=torch.preserve_format) for factor in factors]
-    native.group_prox_(mine, groups, removed, threshold)
+    native.group_prox_(mine, plan, removed, threshold)
     ulp = {torch.float32: 2**-21, torch.bfloat16: 2**-8}[factors[0].dtype]
-    for before, after, want, (axis, index) in zip(factors, mine, wide, groups, strict=True):
+    for before, after, want, (axis, index) in zip(factors, mine, wide, plan.groups, strict=True):
         assert torch.allclose(after.double(), want, rtol=ulp, atol=2**-20)
         zero = (removed & (threshold > norms * 1.0001))[index].unsqueeze(1 - axis)
         kept = ~removed[index].unsqueeze(1 - axis)
@@ -118,28 +119,30 @@ def test_prox_writes_a_strided_factor_in_place_and_bumps_its_version():
     base = torch.ones(6, 8)
     factor = base[:, ::2]
     version = factor._version
-    native.group_prox_([factor], [(0, torch.arange(6))], torch.arange(6) < 2, torch.full((6,), 1.0))
+    plan = GroupPlan.of([factor], [(0, torch.arange(6))], 6)
+    native.group_prox_([factor], plan, torch.arange(6) < 2, torch.full((6,), 1.0))
     assert torch.equal(factor[:2], torch.full((2, 4), 0.5)) and torch.equal(base[:, 1::2], torch.ones(6, 4))
     assert torch.equal(factor[2:], torch.ones(4, 4)) and factor._version > version
 
 
 def test_joint_group_over_rows_and_columns_by_hand():
     rows, columns = torch.tensor([[3.0], [1.0]]), torch.tensor([[4.0, 2.0]])
-    groups = [(0, torch.tensor([0, 1])), (1, torch.tensor([0, 2]))]
+    plan = GroupPlan.of([rows, columns], [(0, torch.tensor([0, 1])), (1, torch.tensor([0, 2]))], 4)
     removed = torch.tensor([True, False, False, True])  # group 3 owns nothing and counts nothing
-    value, norms = native.group_lasso_forward([rows, columns], groups, removed, 0.0)
+    value, norms = native.group_lasso_forward([rows, columns], plan, removed, 0.0)
     assert value == 5 and torch.equal(norms, torch.tensor([5.0, 1.0, 2.0, 0.0]))
-    d_rows, d_columns = native.group_lasso_backward([rows, columns], groups, removed, norms, torch.tensor(2.0))
+    d_rows, d_columns = native.group_lasso_backward([rows, columns], plan, removed, norms, torch.tensor(2.0))
     assert torch.allclose(d_rows, torch.tensor([[1.2], [0.0]]))
     assert torch.allclose(d_columns, torch.tensor([[1.6, 0.0]]))
-    native.group_prox_([rows, columns], groups, removed, torch.full((4,), 2.5))
+    native.group_prox_([rows, columns], plan, removed, torch.full((4,), 2.5))
     assert torch.equal(rows, torch.tensor([[1.5], [1.0]])) and torch.equal(columns, torch.tensor([[2.0, 2.0]]))
 
 
 def test_zero_group_has_zero_gradient_even_without_eps():
-    factor, groups, removed = torch.zeros(2, 3), [(0, torch.arange(2))], torch.ones(2, dtype=torch.bool)
-    _, norms = native.group_lasso_forward([factor], groups, removed, 0.0)
-    assert not native.group_lasso_backward([factor], groups, removed, norms, torch.ones(()))[0].any()
+    factor, removed = torch.zeros(2, 3), torch.ones(2, dtype=torch.bool)
+    plan = GroupPlan.of([factor], [(0, torch.arange(2))], 2)
+    _, norms = native.group_lasso_forward([factor], plan, removed, 0.0)
+    assert not native.group_lasso_backward([factor], plan, removed, norms, torch.ones(()))[0].any()
 
 
 index_of = st.one_of(st.none(), st.lists(st.integers(0, 36), max_size=80))
@@ -167,11 +170,11 @@ def large_problem(dtype):
 
 
 def everything(case):
-    factors, groups, removed = case
-    value, norms = native.group_lasso_forward(factors, groups, removed, EPS)
-    grads = native.group_lasso_backward(factors, groups, removed, norms, torch.ones(()))
+    factors, plan, removed = case
+    value, norms = native.group_lasso_forward(factors, plan, removed, EPS)
+    grads = native.group_lasso_backward(factors, plan, removed, norms, torch.ones(()))
     shrunk = [factor.clone() for factor in factors]
-    native.group_prox_(shrunk, groups, removed, torch.full(removed.shape, 0.7))
+    native.group_prox_(shrunk, plan, removed, torch.full(removed.shape, 0.7))
     kept = torch.arange(0, 1536, 3)
     compacted = [native.compact(factors[0], kept, None, 64), native.compact(factors[1], None, kept, 64)]
     return [value, norms, *grads, *shrunk, *compacted]
@@ -230,32 +233,38 @@ def test_bad_values_stay_in_their_group(value):
         factor = torch.ones(4, 10, dtype=dtype)
         factor[1, 3] = value
         removed = torch.tensor([True, True, False, True])
-        total, norms = native.group_lasso_forward([factor], [(0, torch.arange(4))], removed, EPS)
+        plan = GroupPlan.of([factor], [(0, torch.arange(4))], 4)
+        total, norms = native.group_lasso_forward([factor], plan, removed, EPS)
         assert not total.isfinite() and norms.isfinite().tolist() == [True, False, True, True]
         native.group_prox_([factor], [(0, torch.arange(4))], removed, torch.ones(4))
         assert factor[[0, 2, 3]].isfinite().all() and not factor[1].isfinite().all()
 
 
+def hand_made(axis, index):
+    """A plan that no `GroupPlan.of` has checked."""
+    index = torch.tensor(index, dtype=torch.int32)
+    return GroupPlan((axis,), (), index, index, torch.zeros(5, dtype=torch.int32))
+
+
 @pytest.mark.parametrize(
-    ("factor", "axis", "index", "message"),
+    ("factor", "plan", "message"),
     [
-        (torch.ones(3, 2), 0, torch.tensor([0, 1, 4]), r"group id outside \[0, 4\)"),
-        (torch.ones(3, 2), 0, torch.tensor([0, -1, 2]), r"group id outside \[0, 4\)"),
-        (torch.ones(3, 2), 1, torch.tensor([0, 1, 2]), "length 2"),
-        (torch.ones(3, 2), 2, torch.tensor([0, 1, 2]), "axis of factor 0 is 2"),
-        (torch.ones(3, 2, dtype=torch.float16), 0, torch.tensor([0, 1, 2]), "float32 or bfloat16"),
-        (torch.ones(3), 0, torch.tensor([0, 1, 2]), "2-D"),
+        (torch.ones(3, 2), hand_made(1, [0, 1, 2]), "index must be .* length 2"),
+        (torch.ones(3, 2), hand_made(2, [0, 1, 2]), "axis of factor 0 is 2"),
+        (torch.ones(3, 2, dtype=torch.float16), hand_made(0, [0, 1, 2]), "float32 or bfloat16"),
+        (torch.ones(3), hand_made(0, [0, 1, 2]), "2-D"),
     ],
 )
-def test_wrong_input_is_one_sentence(factor, axis, index, message):
+def test_wrong_input_is_one_sentence(factor, plan, message):
     with pytest.raises(RuntimeError, match=message):
-        native.group_lasso_forward([factor], [(axis, index)], torch.ones(4, dtype=torch.bool), EPS)
+        native.group_lasso_forward([factor], plan, torch.ones(4, dtype=torch.bool), EPS)
 
 
 def test_prox_refuses_a_factor_given_twice():
-    factor = torch.ones(3, 2)
+    factors = [torch.ones(3, 2)] * 2
+    plan = GroupPlan.of(factors, [(0, torch.arange(3))] * 2, 3)
     with pytest.raises(RuntimeError, match="appears twice"):
-        native.group_prox_([factor, factor], [(0, torch.arange(3))] * 2, torch.ones(3, dtype=torch.bool), torch.ones(3))
+        native.group_prox_(factors, plan, torch.ones(3, dtype=torch.bool), torch.ones(3))
 
 
 @pytest.mark.parametrize(("rows", "cols"), [([5], None), (None, [-1])])

@@ -38,12 +38,13 @@ def test_opcheck_linear_backward():
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_opcheck_groups(backend):
     factors, described, removed = groups()
-    axes, indices = [axis for axis, _ in described], [index for _, index in described]
-    torch.library.opcheck(ops.group_lasso_op, (factors, axes, indices, removed, 1e-8, backend))
+    plan = atp_kernels.GroupPlan.of(factors, described, 4)
+    packed = (list(plan.axes), plan.index, plan.order, plan.starts)
+    torch.library.opcheck(ops.group_lasso_op, (factors, *packed, removed, 1e-8, backend))
     detached = [factor.detach() for factor in factors]
     norms, value = torch.ones(4), torch.tensor(1.0)
-    torch.library.opcheck(ops.group_lasso_backward_op, (detached, axes, indices, removed, norms, value, backend))
-    torch.library.opcheck(ops.group_prox_op, (detached, axes, indices, removed, torch.ones(4), backend))
+    torch.library.opcheck(ops.group_lasso_backward_op, (detached, *packed, removed, norms, value, backend))
+    torch.library.opcheck(ops.group_prox_op, (detached, *packed, removed, torch.ones(4), backend))
     torch.library.opcheck(ops.compact_op, (torch.randn(5, 6), torch.tensor([1, 2]), None, 4, backend))
 
 
@@ -57,11 +58,14 @@ def block(tensors):
     return {name: tensor for name, tensor in tensors.items() if name not in ("x", "lora_input")}
 
 
+@pytest.mark.parametrize("planned", [False, True], ids=["list", "plan"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_whole_graph(dynamic):
+def test_compile_whole_graph(dynamic, planned):
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     factors, described, removed = groups()
+    if planned:
+        described = atp_kernels.GroupPlan.of(factors, described, 4)
     for m in (5, 9, 12):
         tensors = operands(Shape(m=m, n=30, k=28), torch.float32)
         leaves = tensors | {f"factor {i}": factor for i, factor in enumerate(factors)}
