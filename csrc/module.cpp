@@ -26,6 +26,11 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
   m.def(
       "group_prox_(Tensor(a!)[] factors, int[] axes, Tensor index, Tensor order, Tensor starts, Tensor removed,"
       " Tensor threshold, int stream=0) -> ()");
+  m.def("masked(Tensor values, Tensor mask) -> Tensor");
+  m.def("mask_(Tensor(a!) values, Tensor mask) -> ()");
+  m.def("column_dot(Tensor left, Tensor right) -> Tensor");
+  m.def("mask_and_dot(Tensor grad, Tensor total, Tensor mask) -> (Tensor, Tensor)");
+  m.def("dropped(Tensor values, int threshold, float scale, int seed) -> Tensor");
   m.def("compact(Tensor weight, Tensor? rows, Tensor? cols, int pad_to, int stream=0) -> Tensor");
 }
 

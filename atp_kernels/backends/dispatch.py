@@ -80,9 +80,8 @@ def _preference(op: str, device: str) -> tuple[str, ...]:
     linear = _ENTRY[op] == "masked_lora_linear_forward"
     if device == "cuda":
         return ("triton", "reference") if linear else ("native", "reference")
-    if device == "cpu" and not linear:
+    if device == "cpu":
         return ("native", "reference")
-    # On a CPU the linear is its vendor GEMM, which the reference backend calls with nothing around it.
     return ("reference",)
 
 
@@ -95,6 +94,8 @@ def _problem(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     if name in _DTYPES and dtype not in _DTYPES[name]:
         accepted = ", ".join(str(accepted).removeprefix("torch.") for accepted in _DTYPES[name])
         return f"the {name} backend takes {accepted}, not {str(dtype).removeprefix('torch.')}"
+    if name == "native" and device != "cpu" and op.startswith("masked_lora_linear"):
+        return f"the native backend has {op} for cpu only"
     if name == "native" and device != "cpu" and not (device == "cuda" and module.build_info()["cuda_archs"]):
         return f"the native backend was built without support for {device}; reinstall with ATP_BUILD_CUDA=1 for cuda"
     if name == "triton" and device != "cuda" and not module.INTERPRETED:

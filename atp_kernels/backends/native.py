@@ -1,4 +1,7 @@
-"""The `native` backend: C++ operations over all factors of a model at once, from the optional extension atp_kernels._C.
+"""The `native` backend: C++ operations from the optional extension atp_kernels._C.
+
+Group operations take all factors of a model at once; the linear is the reference backend's around the vendor's matrix
+products, with its masks, column sums and dropout in C++ (on a CPU).
 
 Results do not depend on the number of threads or on the processor's instruction set. All functions are numerics only:
 they record no gradient. Non-contiguous tensors are copied, and copied back where the operation works in place.
@@ -6,13 +9,17 @@ they record no gradient. Non-contiguous tensors are copied, and copied back wher
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atp_kernels.backends import reference
+from atp_kernels.backends.primitives import Primitives
 from atp_kernels.plan import GroupPlan
+from atp_kernels.reference import Dropout
 
 __all__ = [
     "AVAILABLE",
@@ -22,6 +29,8 @@ __all__ = [
     "group_lasso_backward",
     "group_lasso_forward",
     "group_prox_",
+    "masked_lora_linear_backward",
+    "masked_lora_linear_forward",
 ]
 
 
@@ -108,6 +117,40 @@ def compact(weight: Tensor, rows: Tensor | None = None, cols: Tensor | None = No
     """
     rows, cols = (index if index is None else index.contiguous() for index in (rows, cols))
     return _call(_ops.compact, weight.contiguous(), rows, cols, pad_to)
+
+
+def masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`primitives.masked` for 2-D float32 or bfloat16 values and a float32 or bool mask [columns]."""
+    return values if mask is None else _ops.masked(values.contiguous(), mask.contiguous())
+
+
+def mask_(values: Tensor, mask: Tensor | None) -> Tensor:
+    """`primitives.mask_`, as `masked`; the values must be contiguous."""
+    if mask is not None:
+        _ops.mask_(values, mask.contiguous())
+    return values
+
+
+def column_dot(left: Tensor, right: Tensor) -> Tensor:
+    """`primitives.column_dot`: float32 over blocks of 64 rows, float64 over the blocks."""
+    return _ops.column_dot(left.contiguous(), right.contiguous())
+
+
+def mask_and_dot(grad: Tensor, total: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`masked(grad, mask)` and `column_dot(grad, total)`, reading both once."""
+    return _ops.mask_and_dot(grad.contiguous(), total.contiguous(), mask.contiguous())
+
+
+def dropped(values: Tensor, dropout: Dropout) -> Tensor:
+    """`reference.dropped`, to the last bit."""
+    low, high = dropout.key
+    seed = low | (high - (high >> 31 << 32)) << 32  # the same 64 bits as a signed integer
+    return _ops.dropped(values.contiguous(), dropout.threshold, dropout.scale, seed)
+
+
+_PRIMITIVES = Primitives(masked, mask_, column_dot, mask_and_dot, dropped)
+masked_lora_linear_forward = partial(reference.masked_lora_linear_forward, primitives=_PRIMITIVES)
+masked_lora_linear_backward = partial(reference.masked_lora_linear_backward, primitives=_PRIMITIVES)
 
 
 def _call(operator: Any, *arguments: Any) -> Any:

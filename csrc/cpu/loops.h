@@ -1,4 +1,4 @@
-// The inner loops of the group operations, compiled once per instruction set and picked at run time.
+// The inner loops, compiled once per instruction set and picked at run time.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,24 @@ struct GroupLoops {
   void (*scale_columns)(const T* x, int64_t rows, int64_t cols, int64_t stride, const float* scale, T* out);
 };
 
+// Dropout of one call: an element is kept where its random word is at least `threshold`, and then scaled.
+struct Drop {
+  uint32_t threshold;
+  float scale;
+  uint32_t key_low;
+  uint32_t key_high;
+};
+
+// Contiguous rows. `mask` and `sums` have one entry per column; sums are those of these rows alone.
+template <typename T>
+struct ColumnLoops {
+  void (*mask_rows)(const T* x, int64_t rows, int64_t cols, const float* mask, T* out);
+  void (*dot_rows)(const T* left, const T* right, int64_t rows, int64_t cols, float* sums);
+  void (*mask_and_dot_rows)(
+      const T* grad, const T* total, int64_t rows, int64_t cols, const float* mask, T* out, float* sums);
+  void (*drop_row)(const T* x, int64_t cols, uint32_t row, const Drop& drop, T* out);
+};
+
 struct Loops {
   const char* isa;
 
@@ -36,6 +54,8 @@ struct Loops {
 
   GroupLoops<float> float32;
   GroupLoops<bfloat16> bfloat16_;
+  ColumnLoops<float> float32_columns;
+  ColumnLoops<bfloat16> bfloat16_columns;
 };
 
 template <typename T>
@@ -44,6 +64,15 @@ const GroupLoops<T>& loops_for(const Loops& loops) {
     return loops.float32;
   } else {
     return loops.bfloat16_;
+  }
+}
+
+template <typename T>
+const ColumnLoops<T>& columns_for(const Loops& loops) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return loops.float32_columns;
+  } else {
+    return loops.bfloat16_columns;
   }
 }
 

@@ -14,6 +14,7 @@
 
 namespace atp::cpu::avx2 {
 #include "loops_impl.h"
+#include "columns_impl.h"
 }  // namespace atp::cpu::avx2
 
 #if defined(__clang__)

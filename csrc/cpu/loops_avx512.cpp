@@ -14,6 +14,7 @@
 
 namespace atp::cpu::avx512 {
 #include "loops_impl.h"
+#include "columns_impl.h"
 }  // namespace atp::cpu::avx512
 
 #if defined(__clang__)

@@ -5,4 +5,5 @@
 
 namespace atp::cpu::baseline {
 #include "loops_impl.h"
+#include "columns_impl.h"
 }  // namespace atp::cpu::baseline

@@ -238,7 +238,3 @@ template <typename T>
 GroupLoops<T> group_loops() {
   return {row_squares<T>, column_squares<T>, scale_rows<T>, scale_columns<T>};
 }
-
-Loops make_loops(const char* isa) {
-  return {isa, group_sums, group_norms, slot_slopes, group_loops<float>(), group_loops<bfloat16>()};
-}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from atp_kernels import GroupPlan, reference
 from atp_kernels.backends import native
 from atp_kernels.backends import reference as reference_backend
+from atp_kernels.reference import Dropout
 
 pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
 
@@ -177,7 +178,10 @@ def everything(case):
     native.group_prox_(shrunk, plan, removed, torch.full(removed.shape, 0.7))
     kept = torch.arange(0, 1536, 3)
     compacted = [native.compact(factors[0], kept, None, 64), native.compact(factors[1], None, kept, 64)]
-    return [value, norms, *grads, *shrunk, *compacted]
+    grad, total, mask = factors[3], factors[7], torch.linspace(0, 1, 577)
+    columns = [*native.mask_and_dot(grad, total, mask), native.masked(grad, mask)]
+    columns.append(native.dropped(grad, Dropout(0.3, 5)))
+    return [value, norms, *grads, *shrunk, *compacted, *columns]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

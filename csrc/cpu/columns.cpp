@@ -1,0 +1,180 @@
+// What the masked linear does around its matrix products: column masks, column sums and dropout, over a whole matrix.
+//
+// A column sum is made in two stages: float32 over blocks of rows, float64 over the blocks in their order. Blocks do not
+// depend on the threads, so neither do the results.
+
+#include "../common.h"
+#include "loops.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace atp::cpu {
+namespace {
+
+constexpr int64_t kBlockRows = 64;
+constexpr int64_t kGrainElements = 16384;
+
+struct Matrix {
+  int64_t rows;
+  int64_t cols;
+};
+
+Matrix matrix(const Tensor& values, const char* name) {
+  const ScalarType dtype = values.scalar_type();
+  check(values.dim() == 2 && values.is_contiguous(), name, " must be 2-D and contiguous.");
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name, " must be float32 or bfloat16.");
+  return {values.size(0), values.size(1)};
+}
+
+Matrix pair(const Tensor& left, const Tensor& right) {
+  const Matrix size = matrix(left, "left");
+  matrix(right, "right");
+  check(right.size(0) == size.rows && right.size(1) == size.cols && right.scalar_type() == left.scalar_type(),
+        "left and right must agree in shape and dtype.");
+  return size;
+}
+
+// A mask of float32 or bool as float32.
+std::vector<float> widened(const Tensor& mask, int64_t cols) {
+  const ScalarType dtype = mask.scalar_type();
+  check((dtype == ScalarType::Float || dtype == ScalarType::Bool) && mask.is_contiguous() && mask.numel() == cols,
+        "mask must be a contiguous float32 or bool vector of length ", cols, ".");
+  std::vector<float> wide(cols);
+  if (dtype == ScalarType::Float) {
+    std::copy_n(static_cast<const float*>(mask.const_data_ptr()), cols, wide.begin());
+  } else {
+    std::copy_n(static_cast<const bool*>(mask.const_data_ptr()), cols, wide.begin());
+  }
+  return wide;
+}
+
+// Calls body(T{}) for the element type of `values`.
+template <typename Body>
+void with_type(const Tensor& values, const Body& body) {
+  if (values.scalar_type() == ScalarType::BFloat16) {
+    body(bfloat16{});
+  } else {
+    body(float{});
+  }
+}
+
+// Calls body(first row, number of rows) on torch's threads.
+template <typename Body>
+void for_rows(const Matrix& size, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, size.cols));
+  torch::stable::parallel_for(0, size.rows, grain, [&](int64_t begin, int64_t end) { body(begin, end - begin); });
+}
+
+// body(first row, number of rows, sums) fills the sums of a block of rows; returns the sums of all blocks, [cols].
+template <typename Body>
+Tensor column_sums(const Matrix& size, const Tensor& like, const Body& body) {
+  const int64_t n_blocks = (size.rows + kBlockRows - 1) / kBlockRows;
+  const std::unique_ptr<float[]> parts(new float[n_blocks * size.cols]);
+  torch::stable::parallel_for(0, n_blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kBlockRows;
+      body(first, std::min(kBlockRows, size.rows - first), parts.get() + block * size.cols);
+    }
+  });
+  std::vector<double> totals(size.cols);
+  for (int64_t block = 0; block < n_blocks; ++block) {
+    for (int64_t col = 0; col < size.cols; ++col) totals[col] += parts[block * size.cols + col];
+  }
+  Tensor sums = torch::stable::new_empty(like, {size.cols}, ScalarType::Float);
+  std::copy(totals.begin(), totals.end(), static_cast<float*>(sums.mutable_data_ptr()));
+  return sums;
+}
+
+void write_masked(const Tensor& values, const Tensor& mask, void* result) {
+  const Matrix size = matrix(values, "values");
+  const std::vector<float> wide = widened(mask, size.cols);
+  with_type(values, [&](auto tag) {
+    using T = decltype(tag);
+    const T* from = static_cast<const T*>(values.const_data_ptr());
+    T* to = static_cast<T*>(result);
+    for_rows(size, [&](int64_t first, int64_t count) {
+      const int64_t at = first * size.cols;
+      columns_for<T>(loops()).mask_rows(from + at, count, size.cols, wide.data(), to + at);
+    });
+  });
+}
+
+Tensor masked(Tensor values, Tensor mask) {
+  Tensor result = torch::stable::empty_like(values);
+  write_masked(values, mask, result.mutable_data_ptr());
+  return result;
+}
+
+void mask_(Tensor values, Tensor mask) {
+  write_masked(values, mask, values.mutable_data_ptr());
+}
+
+Tensor column_dot(Tensor left, Tensor right) {
+  const Matrix size = pair(left, right);
+  std::optional<Tensor> sums;
+  with_type(left, [&](auto tag) {
+    using T = decltype(tag);
+    const T* a = static_cast<const T*>(left.const_data_ptr());
+    const T* b = static_cast<const T*>(right.const_data_ptr());
+    sums = column_sums(size, left, [&](int64_t first, int64_t count, float* out) {
+      const int64_t at = first * size.cols;
+      columns_for<T>(loops()).dot_rows(a + at, b + at, count, size.cols, out);
+    });
+  });
+  return *sums;
+}
+
+std::tuple<Tensor, Tensor> mask_and_dot(Tensor grad, Tensor total, Tensor mask) {
+  const Matrix size = pair(grad, total);
+  const std::vector<float> wide = widened(mask, size.cols);
+  Tensor result = torch::stable::empty_like(grad);
+  std::optional<Tensor> sums;
+  with_type(grad, [&](auto tag) {
+    using T = decltype(tag);
+    const T* a = static_cast<const T*>(grad.const_data_ptr());
+    const T* b = static_cast<const T*>(total.const_data_ptr());
+    T* to = static_cast<T*>(result.mutable_data_ptr());
+    sums = column_sums(size, grad, [&](int64_t first, int64_t count, float* out) {
+      const int64_t at = first * size.cols;
+      columns_for<T>(loops()).mask_and_dot_rows(a + at, b + at, count, size.cols, wide.data(), to + at, out);
+    });
+  });
+  return {result, *sums};
+}
+
+Tensor dropped(Tensor values, int64_t threshold, double scale, int64_t seed) {
+  const Matrix size = matrix(values, "values");
+  const uint64_t key = static_cast<uint64_t>(seed);
+  const Drop drop{static_cast<uint32_t>(threshold), static_cast<float>(scale), static_cast<uint32_t>(key),
+                  static_cast<uint32_t>(key >> 32)};
+  Tensor result = torch::stable::empty_like(values);
+  with_type(values, [&](auto tag) {
+    using T = decltype(tag);
+    const T* from = static_cast<const T*>(values.const_data_ptr());
+    T* to = static_cast<T*>(result.mutable_data_ptr());
+    for_rows(size, [&](int64_t first, int64_t count) {
+      for (int64_t row = first; row < first + count; ++row) {
+        const int64_t at = row * size.cols;
+        columns_for<T>(loops()).drop_row(from + at, size.cols, static_cast<uint32_t>(row), drop, to + at);
+      }
+    });
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace atp::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(atp_kernels_native, CPU, m) {
+  m.impl("masked", TORCH_BOX(&atp::cpu::masked));
+  m.impl("mask_", TORCH_BOX(&atp::cpu::mask_));
+  m.impl("column_dot", TORCH_BOX(&atp::cpu::column_dot));
+  m.impl("mask_and_dot", TORCH_BOX(&atp::cpu::mask_and_dot));
+  m.impl("dropped", TORCH_BOX(&atp::cpu::dropped));
+}
