@@ -94,7 +94,7 @@ def _problem(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     if name in _DTYPES and dtype not in _DTYPES[name]:
         accepted = ", ".join(str(accepted).removeprefix("torch.") for accepted in _DTYPES[name])
         return f"the {name} backend takes {accepted}, not {str(dtype).removeprefix('torch.')}"
-    if name == "native" and device != "cpu" and op.startswith("masked_lora_linear"):
+    if name == "native" and device != "cpu" and _ENTRY[op] == "masked_lora_linear_forward":
         return f"the native backend has {op} for cpu only"
     if name == "native" and device != "cpu" and not (device == "cuda" and module.build_info()["cuda_archs"]):
         return f"the native backend was built without support for {device}; reinstall with ATP_BUILD_CUDA=1 for cuda"

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atp_kernels import compact, group_lasso, group_prox_
+from atp_kernels import GroupPlan, compact, group_lasso, group_prox_
 from benchmarks.case import Case, Op, Variant, Variants, Work
 from benchmarks.ops.linear import by_backend
 from benchmarks.shapes import Model
@@ -42,6 +42,7 @@ def lasso(case: Case) -> Variants:
     """The norms of removed groups and their gradient; the floor is one norm over as much memory."""
     factors, groups, removed = problem(case)
     inputs = tuple(factor.requires_grad_() for factor in factors)
+    plan = GroupPlan.of(factors, groups, removed.numel())
     grad = torch.ones((), device=case.device)
     flat = torch.cat([factor.detach().flatten() for factor in factors]).requires_grad_()
 
@@ -52,8 +53,8 @@ def lasso(case: Case) -> Variants:
         return total
 
     def ours(backend: str) -> Variant:
-        call = partial(group_lasso, factors, groups, removed, eps=_EPS, backend=backend)
-        return Variant(call, inputs, grad, holds=(factors, groups))
+        call = partial(group_lasso, factors, plan, removed, eps=_EPS, backend=backend)
+        return Variant(call, inputs, grad, holds=(factors, plan))
 
     return {
         "unfused": Variant(loop, inputs, grad, holds=(factors, groups)),

@@ -156,8 +156,9 @@ def test_double_backward_is_refused():
 
 @pytest.mark.parametrize("op", ["masked_lora_swiglu", "masked_lora_qkv"])
 def test_explain(op):
-    said = f"{op} on cpu in float32 runs on reference (first choice on cpu)."
-    assert atp_kernels.explain(op, torch.ones(1)) == said
+    missing = atp_kernels.available_backends()["native"]
+    runs = "native (first choice on cpu)" if missing is None else f"reference (native: {missing})"
+    assert atp_kernels.explain(op, torch.ones(1)) == f"{op} on cpu in float32 runs on {runs}."
 
 
 def linear(n, k, r=2):
