@@ -43,6 +43,7 @@ _SLICE = "atp_kernels/slices.py"
 _KEPT_MATH = "atp_kernels/backends/kept.py"
 _SWIGLU = "atp_kernels/ops/swiglu.py"
 _BLOCKS = "atp_kernels/blocks.py"
+_PLAN = "atp_kernels/plan.py"
 _OPS = "atp_kernels/ops/linear.py"
 _KERNELS = "atp_kernels/backends/triton/kernels.py"
 _LAUNCHER = "atp_kernels/backends/triton/masked_lora_linear.py"
@@ -149,13 +150,21 @@ _TABLE = {
     ),
     (_REFERENCE, _GROUPS): (
         (".add_(eps)", ""),
-        ("norms.mul(removed & owned_groups(groups, removed))", "norms.mul(removed)"),
-        ("norms.mul(removed & owned_groups(groups, removed))", "norms.mul(owned_groups(groups, removed))"),
+        ("norms.mul(removed & plan.owned)", "norms.mul(removed)"),
+        ("norms.mul(removed & plan.owned)", "norms.mul(plan.owned)"),
         ("removed & (norms > 0)", "norms > 0"),
         ("removed & (norms > 0)", "removed"),
         ("grad_out / norms, 0", "1 / norms, 0"),
         ("grad_out / norms, 0", "grad_out, 0"),
         ("slope[index].unsqueeze(1 - axis)", "1"),
+    ),
+    (_PLAN, _GROUPS): (
+        ("self.starts.diff() > 0", "self.starts.diff() >= 0"),
+        ("index_add_(0, index + 1, ones)", "index_add_(0, index, ones)"),
+        ("torch.argsort(index, stable=True)", "torch.argsort(index, descending=True)"),
+        ("if shapes != self.shapes:", "if False:"),
+        ("if low < 0 or high >= n_groups:", "if high >= n_groups:"),
+        ("if low < 0 or high >= n_groups:", "if low < 0:"),
     ),
     (_OPS, _LINEAR): (
         ("(2 * grad_cols * lora_a)", "(grad_cols * lora_a)"),
