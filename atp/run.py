@@ -15,7 +15,8 @@ from rich.progress import Progress
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from atp.baselines.dense_lora import PHASE, DenseLoraTrainer
+from atp.baselines.dense_lora import PHASE, stock_lora
+from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.data import Task
 from atp.environment import versions
@@ -26,7 +27,6 @@ from atp.evaluation.inference import bars
 from atp.export.hf import write_json
 from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
 from atp.masks.budget import Budget
-from atp.masks.space import MaskSpace
 from atp.report import write_report
 from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
@@ -55,6 +55,22 @@ class Run:
             raise Interrupted(signal.SIGINT, str(newest(self.folder / "checkpoints") or "none yet")) from None
 
     def _execute(self) -> dict[str, Any]:
+        model, tokenizer, data = self._prepare()
+        if self.config.evaluation.dense_baseline and "tuned_dense" not in self._scores():
+            model = self._tune_dense(model, tokenizer, data)
+        trainer = self._train(model, tokenizer, data)
+        self.say("exporting and certifying")
+        trainer.export(self.folder)
+        final = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
+        self._score("final", final, tokenizer, data)
+        summary = self._summarise(trainer, data)
+        write_json(self.folder / "summary.json", summary)
+        write_report(self.folder)
+        _check_promises(summary)
+        return summary
+
+    def _prepare(self) -> tuple[nn.Module, PreTrainedTokenizerBase, RunData]:
+        """Checks everything before anything is written, then opens the folder and scores the original."""
         config = self.config
         check_output_dir(self.folder, resume=self.resume)
         started_under = self.folder / "config.yaml"
@@ -70,38 +86,27 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         started_under.write_text(config.dump(), encoding="utf-8")
         self._score("original", model, tokenizer, data)
-        if config.evaluation.dense_baseline and "tuned_dense" not in self._scores():
-            model = self._tune_dense(model, tokenizer, data)
-        trainer = self._train(model, tokenizer, data)
-        self.say("exporting and certifying")
-        trainer.export(self.folder)
-        final = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
-        self._score("final", final, tokenizer, data)
-        summary = self._summarise(trainer, data)
-        write_json(self.folder / "summary.json", summary)
-        write_report(self.folder)
-        _check_promises(summary)
-        return summary
+        return model, tokenizer, data
 
     def _tune_dense(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> nn.Module:
         self.say("tuning the uncut model with stock LoRA, for comparison")
-        names = sorted({n.rsplit(".", 1)[-1] for n in MaskSpace.from_config(model.config).linears})
+        folder = self.folder / PHASE
         with make_progress() as progress:
             bar = ProgressCallback(lambda step: PHASE, self.config.training.total, progress)
-            trainer = DenseLoraTrainer(self.config, model, data.train, names, callbacks=[bar])
-            _quiet(trainer)
-            trainer.train()
-        self._score("tuned_dense", trainer.model, tokenizer, data)
-        self._record(
-            "dense_lora", {"seconds": trainer.clock.seconds[PHASE], "tokens_per_second": trainer.clock.rate(PHASE)}
-        )
-        return trainer.restore()
+            tuner = LoraTuner(
+                self.config, stock_lora(model, self.config), data.train, folder, phase=PHASE, callbacks=[bar]
+            )
+            quiet(tuner)
+            tuner.train(resume=self.resume)
+        self._score("tuned_dense", tuner.model, tokenizer, data)
+        self._record(PHASE, {"seconds": tuner.clock.seconds[PHASE], "tokens_per_second": tuner.clock.rate(PHASE)})
+        return tuner.model.unload()
 
     def _train(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> ATPTrainer:
         with make_progress() as progress:
             trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
             trainer.add_callback(ProgressCallback(trainer.phases.of, trainer.phases.total, progress))
-            _quiet(trainer)
+            quiet(trainer)
             trainer.train(resume=newest(trainer.checkpoint_root) is not None)
         return trainer
 
@@ -177,7 +182,7 @@ def _without_items(scores: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in scores.items() if key != "items"}
 
 
-def _quiet(trainer: Any) -> None:
+def quiet(trainer: Any) -> None:
     """Leaves the terminal to our own bar."""
     from transformers import PrinterCallback
 

@@ -32,13 +32,15 @@ class ATPLlamaConfig(LlamaConfig):
 
     layer_shapes: one `LayerShape` a layer as a dict, None for a model without cuts. The inherited head counts, head_dim
     and intermediate_size stay those of the model before the cut: head_dim sets the RoPE frequencies and the softmax
-    scale. sliding_window: as in `MistralConfig`, None for full attention.
+    scale. sliding_window: as in `MistralConfig`, None for full attention. shortcuts: a matrix on each residual
+    connection, as SliceGPT needs; hidden_size is then the width that is left of the residual stream.
     """
 
     model_type = "atp_llama"
 
     layer_shapes: list[dict[str, Any]] | None = None
     sliding_window: int | None = None
+    shortcuts: bool = False
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)

@@ -130,6 +130,21 @@ class ATPLlamaDecoderLayer(LlamaDecoderLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+class ShortcutDecoderLayer(ATPLlamaDecoderLayer):
+    """A layer whose two residual connections pass through a matrix: the next block reads other coordinates."""
+
+    def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.attention_shortcut = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.mlp_shortcut = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """hidden_states [batch, tokens, hidden]; kwargs are those of the attention."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = self.attention_shortcut(hidden_states) + attended
+        return self.mlp_shortcut(hidden_states) + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
 class ATPLlamaPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of the class to load, initialise, split and checkpoint it."""
 
@@ -137,7 +152,7 @@ class ATPLlamaPreTrainedModel(PreTrainedModel):
     config_class = ATPLlamaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ATPLlamaDecoderLayer"]
+    _no_split_modules = ["ATPLlamaDecoderLayer", "ShortcutDecoderLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -160,7 +175,8 @@ class ATPLlamaModel(ATPLlamaPreTrainedModel, MistralModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(ATPLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        layer = ShortcutDecoderLayer if config.shortcuts else ATPLlamaDecoderLayer
+        self.layers = nn.ModuleList(layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False

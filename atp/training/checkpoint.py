@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerState
 
 from atp.errors import InputError
 
@@ -98,6 +99,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
         name, _, field = key.rpartition(".")
         state.setdefault(index[name], {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def trainer_state_json(state: TrainerState) -> str:
+    """Trainer's own state as JSON, without its copy of the logs."""
+    values = {k: v for k, v in asdict(state).items() if k not in ("log_history", "stateful_callbacks")}
+    return json.dumps(values | {"log_history": [], "stateful_callbacks": {}})
 
 
 def _digest(path: Path) -> str:

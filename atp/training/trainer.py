@@ -7,9 +7,7 @@ smaller model, so a resumed run and an unbroken one take the same path.
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +329,7 @@ class ATPTrainer(Trainer):
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.args.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.args.device)
-        return Checkpoint(self.state.global_step, tensors, self._meta(), _trainer_state_json(self.state))
+        return Checkpoint(self.state.global_step, tensors, self._meta(), checkpoints.trainer_state_json(self.state))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         if self.args.should_save:
@@ -382,7 +380,3 @@ class ATPTrainer(Trainer):
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
-
-def _trainer_state_json(state: Any) -> str:
-    values = {k: v for k, v in asdict(state).items() if k not in ("log_history", "stateful_callbacks")}
-    return json.dumps(values | {"log_history": [], "stateful_callbacks": {}})

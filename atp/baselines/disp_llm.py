@@ -1,0 +1,32 @@
+"""Decisions learned by a generator with frozen weights, as DISP-LLM does (Gao et al. 2024, arXiv 2410.11988).
+
+Only what is learned when is taken from the paper: the mask space, the generator and the budget are those of the config,
+so that against ATP one thing differs, that the weights do not learn beside the decisions.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from atp.baselines.masked import masked_loss
+from atp.baselines.weights import calibration_batches
+from atp.config import ATPConfig
+from atp.data import PackedDataset
+from atp.masks.space import MaskSpace
+from atp.training.decisions import DecisionMaker
+from atp.training.saliency import fisher_saliency, saliency_logits
+
+
+def disp_mask(model: nn.Module, space: MaskSpace, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+    """The decision after as many decision steps as ATP's search takes, fitted to the budget; bool [space.size]."""
+    decisions, steps = config.decisions, range(0, config.training.search, config.decisions.every)
+    device, prior = next(model.parameters()).device, None
+    with masked_loss(model, space, config) as loss_of:
+        if decisions.init == "saliency":
+            saliency = fisher_saliency(space, calibration_batches(calibration, config, device), loss_of)
+            prior = saliency_logits(saliency, space, decisions.saliency_scale)
+        maker = DecisionMaker(space, decisions, search_steps=config.training.search, prior=prior, seed=config.seed)
+        batches = calibration_batches(calibration, config, device, count=len(steps), size=decisions.batch_size)
+        for step, batch in zip(steps, batches, strict=True):
+            maker.update(step, lambda mask, batch=batch: loss_of(batch, mask))
+    return maker.freeze()

@@ -1,0 +1,39 @@
+"""The calibration loss of a frozen model under a soft mask, for baselines that learn or differentiate the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from atp.config import ATPConfig
+from atp.lora.layer import MaskController, add_lora
+from atp.masks.space import MaskSpace
+from atp.training.precision import autocast_dtype
+
+
+@contextmanager
+def masked_loss(
+    model: nn.Module, space: MaskSpace, config: ATPConfig
+) -> Iterator[Callable[[dict[str, Tensor], Tensor], Tensor]]:
+    """Yields loss_of(batch, mask), differentiable in the mask [space.size] alone; the model comes back as it was.
+
+    Uses ATP's own masked layers, with an adapter that adds nothing (its B is zero) and learns nothing.
+    """
+    training = model.training
+    wrapped = add_lora(model, space, r=1, alpha=1.0, dropout=0.0, seed=config.seed).eval()
+    wrapped.requires_grad_(False)
+    controller = MaskController(wrapped, space)
+    device, dtype = next(wrapped.parameters()).device, autocast_dtype(config.training.precision)
+
+    def loss_of(batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+        controller.set(mask.to(device), "soft")
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            return wrapped(**batch).loss
+
+    try:
+        yield loss_of
+    finally:
+        wrapped.unload().train(training)

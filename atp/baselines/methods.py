@@ -1,0 +1,71 @@
+"""The systems that ATP is compared with: each makes one choice on the pretrained model, which is then applied to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atp.baselines.disp_llm import disp_mask
+from atp.baselines.llm_pruner import taylor_mask
+from atp.baselines.simple import magnitude_mask, random_mask, static_mask
+from atp.baselines.slicegpt import choose_bases, slice_model
+from atp.baselines.wanda_sp import wanda_mask
+from atp.config import ATPConfig
+from atp.data import PackedDataset
+from atp.masks.space import MaskSpace, SpaceName
+from atp.removal import cut_model
+
+
+@dataclass(frozen=True)
+class MaskBaseline:
+    """A rule that picks decisions of a mask space; the cut is ATP's own.
+
+    rule: (model, space, calibration, config) -> bool [space.size]. space: the space that the method is defined on,
+    None for the one of the config.
+    """
+
+    rule: Callable[[PreTrainedModel, MaskSpace, PackedDataset, ATPConfig], Tensor]
+    space: SpaceName | None = None
+
+    def space_of(self, model: PreTrainedModel, config: ATPConfig) -> MaskSpace:
+        """The table of what each decision removes from this model."""
+        return MaskSpace.from_config(model.config, self.space or config.decisions.space)
+
+    def choose(self, model: PreTrainedModel, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+        """The mask, bool [size of the space]."""
+        return self.rule(model, self.space_of(model, config), calibration, config)
+
+    def apply(self, model: PreTrainedModel, choice: Tensor, config: ATPConfig) -> PreTrainedModel:
+        """The smaller model, ready to be tuned."""
+        return cut_model(model, self.space_of(model, config), choice)
+
+
+class SliceBaseline:
+    """SliceGPT: the choice is the bases of the residual stream."""
+
+    def choose(self, model: PreTrainedModel, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+        """The bases, float32 [2 layers + 1, hidden, width]."""
+        return choose_bases(model, calibration, config)
+
+    def apply(self, model: PreTrainedModel, choice: Tensor, config: ATPConfig) -> PreTrainedModel:
+        """The smaller model, ready to be tuned."""
+        return slice_model(model, choice)
+
+
+BASELINES: dict[str, MaskBaseline | SliceBaseline | None] = {
+    "dense_lora": None,
+    "random": MaskBaseline(random_mask),
+    "magnitude": MaskBaseline(magnitude_mask),
+    "static": MaskBaseline(static_mask),
+    "llm_pruner": MaskBaseline(taylor_mask, "kv_group"),
+    "llm_pruner_second": MaskBaseline(partial(taylor_mask, order="second"), "kv_group"),
+    "llm_pruner_mixed": MaskBaseline(partial(taylor_mask, order="mixed"), "kv_group"),
+    "wanda_sp": MaskBaseline(wanda_mask, "kv_group"),
+    "slicegpt": SliceBaseline(),
+    "disp_llm": MaskBaseline(disp_mask),
+}
+"""By name; `dense_lora` removes nothing."""

@@ -1,0 +1,188 @@
+"""SliceGPT (Ashkboos et al. 2024, arXiv 2401.15024): the residual stream rotated to its principal axes and sliced.
+
+An RMSNorm without weights commutes with rotations. So each norm's weights move into the linears behind it, the stream
+before every block is expressed in the principal axes of its calibration signals, the axes of least variance are cut,
+and a shortcut matrix on each residual connection carries the stream from one block's axes to the next one's.
+
+Here `bases` [2 layers + 1, hidden, width] holds the kept axes as columns: before each attention, before each MLP, and
+before the head. In the original coordinates slicing is the projection x -> x P P^T in front of each block, which is how
+the calibration signals are computed: through the blocks sliced so far, with the model's own modules.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from atp.baselines.weights import calibration_batches
+from atp.config import ATPConfig
+from atp.data import PackedDataset
+from atp.errors import InputError
+from atp.evaluation.inference import inference
+from atp.masks.budget import Budget
+from atp.masks.space import MaskSpace
+from atp.models.config import ATPLlamaConfig
+from atp.models.llama import ATPLlamaForCausalLM
+
+_MULTIPLE = 8
+_DAMPING = 0.01  # share of the mean variance that is added to all of them
+
+
+def choose_bases(model: PreTrainedModel, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+    """The bases for the width at which the sliced model holds the budget, float32 [2 layers + 1, hidden, width]."""
+    width = sliced_width(model.config, config.decisions.target_keep)
+    batches = calibration_batches(calibration, config, next(model.parameters()).device)
+    return residual_bases(model, batches, width)
+
+
+def sliced_width(config: PretrainedConfig, target: float) -> int:
+    """The width, a multiple of 8, whose decoder has the share of parameters nearest to `target`.
+
+    Shortcut matrices count. Raises `InputError` for a stream so narrow that nothing could be cut.
+    """
+    space = MaskSpace.from_config(config)
+    wanted = target * Budget(space).total
+    widths = range(_MULTIPLE, config.hidden_size, _MULTIPLE)
+    if not widths:
+        raise InputError(f"slicegpt cuts multiples of {_MULTIPLE} off hidden_size {config.hidden_size}: too narrow")
+    return min(widths, key=lambda width: abs(_decoder_params(space, width) - wanted))
+
+
+def _decoder_params(space: MaskSpace, width: int) -> int:
+    """Decoder parameters with `width` channels of the residual stream left, shortcuts included."""
+    layer = 2 * width + 2 * width * width
+    for name, linear in space.linears.items():
+        writes = name in ("self_attn.o_proj", "mlp.down_proj")
+        rows = width if writes else linear.out_features
+        columns = linear.in_features if writes else width
+        layer += rows * (columns + linear.bias)
+    return layer * space.num_layers
+
+
+@torch.no_grad()
+def residual_bases(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], width: int) -> Tensor:
+    """The `width` leading principal axes of the stream before every block, float32 [2 layers + 1, hidden, width].
+
+    model: a stock Llama or Mistral. A block's axes are the eigenvectors of the uncentred covariance of the normalised
+    signals that reach it through the blocks sliced before it, 1 % of the mean variance added, in float64.
+    """
+    decoder = model.model
+    with inference(model):
+        states, arguments = zip(*(_layer_inputs(decoder, batch["input_ids"]) for batch in batches), strict=True)
+        states = list(states)
+        bases = [_principal_axes(states, width)]
+        for layer in decoder.layers:
+            states = [_project(x, bases[-1]) for x in states]
+            for i, kwargs in enumerate(arguments):
+                states[i] = states[i] + layer.self_attn(hidden_states=layer.input_layernorm(states[i]), **kwargs)[0]
+            bases.append(_principal_axes(states, width))
+            states = [_project(x, bases[-1]) for x in states]
+            states = [x + layer.mlp(layer.post_attention_layernorm(x)) for x in states]
+            bases.append(_principal_axes(states, width))
+    return torch.stack([basis.float().cpu() for basis in bases])
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+def _layer_inputs(decoder: nn.Module, input_ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """What the first layer is called with: hidden states, and the keyword arguments that every layer gets."""
+    captured = []
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        captured.append((args[0], kwargs))
+        raise _Stop
+
+    hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(_Stop):
+            decoder(input_ids=input_ids, use_cache=False)
+    finally:
+        hook.remove()
+    return captured[0]
+
+
+def _principal_axes(states: list[Tensor], width: int) -> Tensor:
+    """Leading eigenvectors of the damped covariance of the normalised states, float64 [hidden, width]."""
+    hidden = states[0].shape[-1]
+    covariance = torch.zeros(hidden, hidden, dtype=torch.float64, device=states[0].device)
+    for state in states:
+        x = state.double().flatten(0, -2)
+        x = x * x.square().mean(-1, keepdim=True).rsqrt()
+        covariance += x.T @ x
+    covariance.diagonal().add_(_DAMPING * covariance.diagonal().mean())
+    return torch.linalg.eigh(covariance).eigenvectors.flip(-1)[:, :width]
+
+
+def _project(x: Tensor, basis: Tensor) -> Tensor:
+    basis = basis.to(x.dtype)
+    return x @ basis @ basis.T
+
+
+@torch.no_grad()
+def slice_model(model: PreTrainedModel, bases: Tensor) -> ATPLlamaForCausalLM:
+    """The model in the coordinates of `bases` [2 layers + 1, hidden, width]; `model` stays as it is.
+
+    With width = hidden it computes what `model` does. Weights are formed in float64 and rounded once. Tied embeddings
+    come apart, since the first and the last basis differ.
+    """
+    source, hidden, width = model.config, bases.shape[1], bases.shape[2]
+    values = source.to_dict()
+    for key in ("model_type", "architectures", "transformers_version"):
+        values.pop(key, None)
+    # The norm must divide by the original width; with sqrt(hidden / width) as its weight the stock one does.
+    values |= {
+        "hidden_size": width, "head_dim": source.head_dim, "tie_word_embeddings": False, "shortcuts": True,
+        "rms_norm_eps": source.rms_norm_eps * hidden / width,
+    }  # fmt: skip
+    config = ATPLlamaConfig(**values)
+    config._attn_implementation = source._attn_implementation
+    with torch.device("meta"):
+        sliced = ATPLlamaForCausalLM(config)
+    dtype = model.lm_head.weight.dtype
+    state = _sliced_weights(model, bases.to(model.lm_head.weight.device).double())
+    sliced.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    sliced.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    sliced.generation_config = copy.deepcopy(model.generation_config)
+    return sliced.train(model.training)
+
+
+def _sliced_weights(model: PreTrainedModel, bases: Tensor) -> dict[str, Tensor]:
+    """Every tensor of the sliced model by name: inputs take the norm's weights and the basis, outputs the next one."""
+    decoder, (_, hidden, width) = model.model, bases.shape
+    norm = torch.full((width,), (hidden / width) ** 0.5, dtype=bases.dtype, device=bases.device)
+    state = {
+        "model.embed_tokens.weight": decoder.embed_tokens.weight.double() @ bases[0],
+        "model.norm.weight": norm,
+        "lm_head.weight": model.lm_head.weight.double() * decoder.norm.weight.double() @ bases[-1],
+    }
+    for index, layer in enumerate(decoder.layers):
+        start = f"model.layers.{index}."
+        before, middle, after = bases[2 * index : 2 * index + 3]
+        blocks = (
+            ("input_layernorm", "attention_shortcut", ("q_proj", "k_proj", "v_proj"), "o_proj", before, middle),
+            ("post_attention_layernorm", "mlp_shortcut", ("gate_proj", "up_proj"), "down_proj", middle, after),
+        )
+        for (norm_name, shortcut, readers, writer, this, following), block in zip(
+            blocks, ("self_attn", "mlp"), strict=True
+        ):
+            linears, gain = layer.get_submodule(block), layer.get_submodule(norm_name).weight.double()
+            state[f"{start}{norm_name}.weight"] = norm.clone()
+            state[f"{start}{shortcut}.weight"] = following.T @ this
+            for name in readers:
+                linear = linears.get_submodule(name)
+                state[f"{start}{block}.{name}.weight"] = linear.weight.double() * gain @ this
+                if linear.bias is not None:
+                    state[f"{start}{block}.{name}.bias"] = linear.bias.double()
+            linear = linears.get_submodule(writer)
+            state[f"{start}{block}.{writer}.weight"] = following.T @ linear.weight.double()
+            if linear.bias is not None:
+                state[f"{start}{block}.{writer}.bias"] = following.T @ linear.bias.double()
+    return state

@@ -1,0 +1,76 @@
+"""The budget of methods that rank inside a layer: every layer loses the same share, its lowest scores go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from atp.errors import InputError
+from atp.masks.budget import Budget
+from atp.masks.space import Structure
+
+
+def uniform_mask(
+    scores: Tensor,
+    target: float,
+    budget: Budget,
+    multiples: dict[str, int],
+    layers: Collection[int] | None = None,
+) -> Tensor:
+    """The highest scores of each structure, with equal counts in all layers and `target` of the decoder kept.
+
+    scores [space.size]; multiples: as in `fit_mask`; layers: those that may lose anything (None: all). Attention keeps
+    the share nearest to the uniform one that its few groups allow; the MLP, the last structure of a layer, makes up for
+    it, some layers one block wider than others so that the budget holds to a block. Returns bool [space.size].
+    Raises `InputError` when these layers cannot lose that much.
+    """
+    space = budget.space
+    free = [s for s in space.structures if layers is None or s.layer in layers]
+    share = _uniform_share(free, target, budget)
+    steps = [multiples.get(s.name, 1) for s in free]
+    counts = [min(max(round(share * s.size / step), 1) * step, s.size) for s, step in zip(free, steps, strict=True)]
+    per_layer = len(space.structures) // space.num_layers
+    last = slice(per_layer - 1, None, per_layer)
+    widest, step = free[per_layer - 1].size, steps[per_layer - 1]
+    blocks = len(free[last])
+
+    def mask_with(extra: int) -> Tensor:
+        """The mask whose MLPs keep one block each and `extra` more, spread evenly from the first layer on."""
+        widths = [1 + extra // blocks + (i < extra % blocks) for i in range(blocks)]
+        counts[last] = [min(width * step, widest) for width in widths]
+        mask = torch.ones(space.size, dtype=torch.bool)
+        for structure, count in zip(free, counts, strict=True):
+            kept = scores[structure.span].topk(count).indices
+            mask[structure.span] = False
+            mask[structure.start + kept.cpu()] = True
+        return mask
+
+    if budget.share(mask_with(0)) > target:
+        raise InputError(
+            f"decisions.target_keep {target} is out of reach when only {blocks} of {space.num_layers} layers may be "
+            "pruned and each keeps something: raise it"
+        )
+    low, high = 0, blocks * (-(-widest // step) - 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if budget.share(mask_with(middle)) <= target else (low, middle - 1)
+    nearest = min((low, low + 1), key=lambda extra: abs(budget.share(mask_with(extra)) - target))
+    return mask_with(nearest)
+
+
+def _uniform_share(free: list[Structure], target: float, budget: Budget) -> float:
+    """The share f of every free structure for which `target` of the decoder is kept, were counts not whole."""
+    mask = torch.ones(budget.space.size, dtype=torch.float64)
+
+    def kept(share: float) -> float:
+        for structure in free:
+            mask[structure.span] = share
+        return budget.share(mask)
+
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(middle) <= target else (low, middle)
+    return low

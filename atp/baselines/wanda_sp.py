@@ -1,0 +1,55 @@
+"""Wanda-sp: Wanda's |W| * ||X|| made structured, as the FLAP paper compares with (An et al. 2023, arXiv 2312.11983).
+
+An input of o_proj or down_proj counts the sum over outputs of |w| times the 2-norm of that input over all calibration
+tokens; a group counts the sum over its inputs. Every layer loses the same share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from atp.baselines.uniform import uniform_mask
+from atp.baselines.weights import LinearName, calibration_batches, group_sums, prunable_linears
+from atp.config import ATPConfig
+from atp.data import PackedDataset
+from atp.evaluation.inference import inference
+from atp.masks.budget import Budget
+from atp.masks.space import MaskSpace
+from atp.training.precision import autocast_dtype
+
+
+def wanda_mask(model: nn.Module, space: MaskSpace, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+    """The groups of the highest score in every layer; bool [space.size]."""
+    batches = calibration_batches(calibration, config, next(model.parameters()).device)
+    scores = wanda_scores(model, space, batches, autocast=autocast_dtype(config.training.precision))
+    return uniform_mask(scores, config.decisions.target_keep, Budget(space), config.decisions.multiples)
+
+
+def wanda_scores(
+    model: nn.Module, space: MaskSpace, batches: Iterable[dict[str, Tensor]], *, autocast: torch.dtype | None = None
+) -> Tensor:
+    """Sum over a group of |w| * ||x||, over the linears that it cuts on their inputs, float64 [space.size]."""
+    linears = prunable_linears(model, space)
+    consumers = {cut.module for structure in space.layer(0) for cut in structure.cuts if cut.axis == 1}
+    squares = {
+        name: torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+        for name, linear in linears.items()
+        if name[1] in consumers
+    }
+
+    def add(name: LinearName, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        squares[name] += inputs[0].double().square().flatten(0, -2).sum(0)
+
+    hooks = [linears[name].register_forward_pre_hook(partial(add, name)) for name in squares]
+    try:
+        with inference(model, autocast):
+            for batch in batches:
+                model(input_ids=batch["input_ids"], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return group_sums(space, lambda name: linears[name].weight.detach().abs() * squares[name].sqrt(), axes=(1,))

@@ -1,0 +1,203 @@
+"""Every baseline's choice against its own definition, worked out by hand in float64, and at the same budget."""
+
+import pytest
+import torch
+from small_llama import HEAD_DIM, HEADS, INNER, KV_HEADS, config, model, windows
+from torch.nn import functional as F
+
+from atp.baselines.llm_pruner import taylor_mask, taylor_scores, unprotected_layers
+from atp.baselines.methods import BASELINES, MaskBaseline
+from atp.baselines.simple import magnitude_mask, magnitude_scores, random_mask, static_mask
+from atp.baselines.uniform import uniform_mask
+from atp.baselines.wanda_sp import wanda_scores
+from atp.baselines.weights import calibration_batches
+from atp.errors import InputError
+from atp.lora.layer import MaskController, add_lora
+from atp.masks.budget import Budget
+from atp.masks.space import MaskSpace
+
+CPU = torch.device("cpu")
+
+
+def batches(settings=None):
+    return list(calibration_batches(windows(), settings or config(), CPU))
+
+
+def loss_of(llama, batch):
+    logits = llama(batch["input_ids"]).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def group_by_hand(weights, group):
+    """Sum over the weights of a KV group; weights: importance by linear of one layer, [out, in]."""
+    wide = HEADS // KV_HEADS * HEAD_DIM
+    queries, keys = slice(group * wide, (group + 1) * wide), slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
+    total = weights["self_attn.q_proj"][queries].sum() + weights["self_attn.o_proj"][:, queries].sum()
+    return total + weights["self_attn.k_proj"][keys].sum() + weights["self_attn.v_proj"][keys].sum()
+
+
+def channel_by_hand(weights, channel):
+    rows = weights["mlp.gate_proj"][channel].sum() + weights["mlp.up_proj"][channel].sum()
+    return rows + weights["mlp.down_proj"][:, channel].sum()
+
+
+def scores_by_hand(space, weights_of_layer):
+    """Scores of the kv_group space from each layer's importances, without the table of cuts."""
+    scores = []
+    for layer in range(space.num_layers):
+        weights = weights_of_layer(layer)
+        scores += [group_by_hand(weights, group) for group in range(KV_HEADS)]
+        scores += [channel_by_hand(weights, channel) for channel in range(INNER)]
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("order", ["first", "second", "mixed"])
+def test_llm_pruner_score_is_weight_times_gradient_summed_by_hand(order):
+    llama = model()
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    gradients = []
+    for batch in batches():
+        llama.zero_grad()
+        loss_of(llama, batch).backward()
+        gradients.append({name: p.grad.clone() for name, p in llama.named_parameters()})
+
+    def importance(layer):
+        found = {}
+        for name in space.linears:
+            key = f"model.layers.{layer}.{name}.weight"
+            w, g = llama.get_parameter(key).detach(), torch.stack([grads[key] for grads in gradients])
+            first, second = w * g.mean(0), w**2 * (g**2).mean(0)
+            found[name] = {"first": first, "second": second, "mixed": first - second / 2}[order].abs()
+        return found
+
+    expected = scores_by_hand(space, importance)
+    # transformers takes the cross-entropy of float32 logits, whatever the model's dtype.
+    torch.testing.assert_close(taylor_scores(llama, space, batches(), order), expected, rtol=1e-5, atol=0)
+
+
+def test_magnitude_is_the_joint_norm_of_the_group():
+    llama = model()
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    expected = scores_by_hand(
+        space, lambda i: {n: llama.get_parameter(f"model.layers.{i}.{n}.weight").detach() ** 2 for n in space.linears}
+    )
+    torch.testing.assert_close(magnitude_scores(llama, space), expected)
+
+
+def test_wanda_sp_is_weight_times_input_norm_by_hand():
+    llama = model()
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    seen = {}
+    consumers = ("self_attn.o_proj", "mlp.down_proj")
+    hooks = [
+        llama.model.layers[i].get_submodule(n).register_forward_hook(
+            lambda m, inputs, out, key=(i, n): seen.setdefault(key, []).append(inputs[0])
+        )
+        for i in range(2) for n in consumers
+    ]  # fmt: skip
+    with torch.no_grad():
+        for batch in batches():
+            llama(batch["input_ids"])
+    for hook in hooks:
+        hook.remove()
+
+    def importance(layer):
+        found = {name: torch.zeros(linear.out_features, linear.in_features) for name, linear in space.linears.items()}
+        for name in consumers:
+            norm = torch.cat([x.flatten(0, 1) for x in seen[layer, name]]).norm(dim=0)
+            found[name] = llama.get_parameter(f"model.layers.{layer}.{name}.weight").detach().abs() * norm
+        return found
+
+    torch.testing.assert_close(wanda_scores(llama, space, batches()), scores_by_hand(space, importance))
+
+
+def test_static_is_the_fisher_information_of_the_masks_by_finite_differences():
+    """The order of the kept decisions follows (dL/ds)^2 / sqrt(cost), the derivative taken by differences."""
+    llama = model(dtype=torch.float32)
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    settings = config()
+    before = {name: p.detach().clone() for name, p in llama.named_parameters()}
+    mask = static_mask(llama, space, windows(), settings)
+    assert {n: p.shape for n, p in llama.named_parameters()} == {n: p.shape for n, p in before.items()}
+    assert all(torch.equal(p, before[n]) for n, p in llama.named_parameters())
+
+    double = add_lora(model(), space, r=1, alpha=1.0, dropout=0.0).eval()
+    controller, step = MaskController(double, space), 1e-5
+    fisher = torch.zeros(space.size, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in batches(settings):
+            for index in range(space.size):
+                losses = []
+                for value in (1 + step, 1 - step):
+                    soft = torch.ones(space.size, dtype=torch.float64)
+                    soft[index] = value
+                    with controller.masks(soft, "soft"):
+                        losses.append(loss_of(double, batch))
+                fisher[index] += ((losses[0] - losses[1]) / (2 * step)) ** 2
+    score = fisher / Budget(space).cost().double().sqrt()
+    structures = [space.structures[1], space.structures[3]]  # MLP channels, where many of them compete
+    for structure in structures:
+        kept = mask[structure.span]
+        assert score[structure.span][kept].min() >= score[structure.span][~kept].max() * (1 - 1e-3)
+
+
+def test_random_follows_the_seed():
+    llama = model()
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    masks = [random_mask(llama, space, windows(), config(seed=seed)) for seed in (0, 0, 1)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("name", [n for n, b in BASELINES.items() if isinstance(b, MaskBaseline)])
+@pytest.mark.parametrize("space_name", ["kv_group", "head_dim"])
+def test_every_mask_holds_the_budget(name, space_name):
+    llama = model(layers=8, dtype=torch.float32, intermediate_size=96)
+    settings = config(decisions={"space": space_name, "target_keep": 0.7})
+    baseline = BASELINES[name]
+    space = baseline.space_of(llama, settings)
+    mask = baseline.choose(llama, windows(), settings)
+    block = 3 * llama.config.hidden_size / Budget(space).total
+    assert abs(Budget(space).share(mask) - 0.7) <= block
+    pruned = baseline.apply(llama, mask, settings)
+    kept = sum(p.numel() for n, p in pruned.named_parameters() if ".layers." in n)
+    assert kept == Budget(space).kept(mask)
+
+
+def test_uniform_mask_keeps_the_best_of_each_structure_in_equal_numbers():
+    llama = model(layers=3)
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    scores = torch.rand(space.size, generator=torch.Generator().manual_seed(3))
+    mask = uniform_mask(scores, 0.6, Budget(space), {"mlp": 4})
+    counts = space.describe(mask)
+    assert len(set(counts["kv_group"])) == 1 and max(counts["mlp"]) - min(counts["mlp"]) <= 4
+    assert all(count % 4 == 0 for count in counts["mlp"])
+    for structure in space.structures:
+        kept, values = mask[structure.span], scores[structure.span]
+        assert kept.all() or values[kept].min() > values[~kept].max()
+
+
+def test_llm_pruner_protects_first_and_last_layers():
+    assert unprotected_layers(32) == range(4, 30)
+    assert unprotected_layers(16) == range(2, 15)
+    llama = model(layers=16, dtype=torch.float32)
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    counts = space.describe(taylor_mask(llama, space, windows(), config()))
+    assert counts["mlp"][:2] == [INNER] * 2 and counts["mlp"][-1] == INNER
+    assert max(counts["mlp"][2:-1]) < INNER and max(counts["kv_group"][2:-1]) <= 1
+
+
+def test_a_budget_that_the_free_layers_cannot_meet_is_refused():
+    space = MaskSpace.from_config(model(layers=4).config, "kv_group")
+    with pytest.raises(InputError, match="only 1 of 4 layers may be pruned"):
+        uniform_mask(torch.rand(space.size), 0.5, Budget(space), {}, layers=range(2, 3))
+
+
+def test_magnitude_removes_what_is_small():
+    llama = model()
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    with torch.no_grad():
+        for linear in ("gate_proj", "up_proj"):
+            llama.model.layers[1].mlp.get_submodule(linear).weight[7] *= 1e-3
+        llama.model.layers[1].mlp.down_proj.weight[:, 7] *= 1e-3
+    mask = magnitude_mask(llama, space, windows(), config(decisions={"target_keep": 0.95}))
+    assert not mask[space.structures[3].start + 7]

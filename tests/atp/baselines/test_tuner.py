@@ -1,0 +1,100 @@
+"""Tuning of what a baseline leaves: the adapter alone learns, on ATP's samples, and a broken run ends the same."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from small_llama import config, model, windows
+from transformers import TrainerCallback
+
+from atp.baselines.methods import BASELINES
+from atp.baselines.tuner import LoraTuner
+from atp.errors import InputError, Interrupted
+from atp.lora.layer import add_lora
+from atp.masks.space import MaskSpace
+from atp.training import checkpoint as checkpoints
+from atp.training.trainer import ATPTrainer
+
+STEPS = 8
+
+
+def make(folder, method="random", callbacks=(), **training):
+    settings = config(folder, training={"save_every": 1, "keep_checkpoints": 20} | training)
+    llama = model(dtype=torch.float32)
+    space = MaskSpace.from_config(llama.config)
+    if baseline := BASELINES[method]:
+        llama = baseline.apply(llama, baseline.choose(llama, windows(), settings), settings)
+    wrapped = add_lora(llama, space, r=4, alpha=4.0, dropout=0.1, seed=settings.seed)
+    return LoraTuner(settings, wrapped, windows(20, seed=2), folder, callbacks=callbacks)
+
+
+def trained(tuner):
+    return {n: p.detach().clone() for n, p in tuner.model.named_parameters() if p.requires_grad}
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    tuner = make(folder)
+    tuner.train()
+    return tuner, folder
+
+
+@pytest.mark.parametrize("method", ["random", "slicegpt", "dense_lora"])
+def test_only_the_adapter_learns_and_the_loss_falls(tmp_path, method):
+    tuner = make(tmp_path, method, lr=1e-2)
+    before = {n: p.detach().clone() for n, p in tuner.model.named_parameters()}
+    tuner.train()
+    changed = {n for n, p in tuner.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if ".lora_" in n}
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+
+
+def test_reads_the_samples_that_atp_reads(tmp_path):
+    tuner = make(tmp_path / "tuner")
+    atp = ATPTrainer(config(tmp_path / "atp"), model(dtype=torch.float32), windows(20, seed=2), windows())
+    assert list(tuner._get_train_sampler()) == list(atp._get_train_sampler())
+    tuner.train()
+    assert tuner.clock.tokens == {"tune": STEPS * atp.tokens_per_step}
+
+
+@pytest.mark.parametrize("step", [1, 5, STEPS])
+def test_resume_is_bit_exact(unbroken, tmp_path, step):
+    tuner, folder = unbroken
+    saved = checkpoints.load(folder / "checkpoints" / f"checkpoint-{step:08d}")
+    saved.meta["config"]["output_dir"] = str(tmp_path)
+    checkpoints.save(tmp_path / "checkpoints", saved, keep=1)
+    resumed = make(tmp_path)
+    resumed.train(resume=True)
+    assert all(torch.equal(tensor, trained(tuner)[name]) for name, tensor in trained(resumed).items())
+
+
+def test_signal_writes_a_checkpoint_and_resume_ends_the_same(unbroken, tmp_path):
+    tuner, _ = unbroken
+    with pytest.raises(Interrupted):
+        make(tmp_path, callbacks=[StopAt(3)]).train()
+    assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == 3
+    resumed = make(tmp_path)
+    resumed.train(resume=True)
+    assert all(torch.equal(tensor, trained(tuner)[name]) for name, tensor in trained(resumed).items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_resume_refuses_a_changed_config(tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path, callbacks=[StopAt(2)]).train()
+    with pytest.raises(InputError, match=r"training\.lr"):
+        make(tmp_path, lr=0.5).train(resume=True)
