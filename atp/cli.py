@@ -115,6 +115,43 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file.")] = None,
+    methods: Annotated[str, typer.Option(help="Methods, parted by commas.")] = (
+        "dense_lora,atp,static,llm_pruner,slicegpt,random"
+    ),
+    seeds: Annotated[str, typer.Option(help="Seeds, parted by commas.")] = "0",
+    out: Annotated[Path | None, typer.Option(help="Folder; default the config's output_dir with -compare.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a comparison that was broken off.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Train ATP and other systems on the same data, tokens, LoRA and share of parameters, and compare them.
+
+    Example: atp compare examples/health-mini.yaml --methods dense_lora,atp,static,random --seeds 0,1
+    """
+    from atp.compare import Comparison
+    from atp.compare.table import remarks, table
+    from atp.config import ATPConfig
+
+    settings = ATPConfig.load(config, overrides)
+    folder = out or Path(f"{settings.output_dir}-compare")
+    comparison = Comparison(
+        settings, _listed(methods), [_whole(seed) for seed in _listed(seeds)], folder, resume=resume,
+        command=_command(), say=console.print,
+    )  # fmt: skip
+    content = comparison.execute()
+    head, rows = table(content)
+    shown = Table(*head, title=f"At {content['target_keep']:.0%} of the decoder")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    for remark in remarks(content):
+        console.print(remark, markup=False, highlight=False)
+    console.print(f"page: {folder / 'comparison.html'}")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     debug: _Debug = False,
@@ -193,6 +230,16 @@ def main() -> None:
 def _with_interval(value: float, interval: list[float], digits: int) -> str:
     low, high = interval
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise InputError(f"seed '{text}' is not a whole number: give for example --seeds 0,1")
+    return int(text)
 
 
 def _command() -> str:

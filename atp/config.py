@@ -32,6 +32,7 @@ class DataConfig(_Section):
     """Which data; the meaning of each key is that of `atp.data.DataSettings`."""
 
     recipe: str = "custom"
+    seed: int | None = Field(None, description="which documents go to which split; null takes the seed of the run")
     train: str | None = None
     calibration: str | None = None
     test: str | None = None

@@ -75,7 +75,8 @@ def load_any_model(config: ModelConfig) -> nn.Module:
 
 def data_settings(config: ATPConfig) -> DataSettings:
     """What the recipe of a run takes."""
-    return DataSettings(seed=config.seed, **config.data.model_dump(exclude={"length", "loss_on", "packing"}))
+    values = config.data.model_dump(exclude={"length", "loss_on", "packing"})
+    return DataSettings(**values | {"seed": config.seed if config.data.seed is None else config.data.seed})
 
 
 def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from atp.baselines.dense_lora import PHASE, stock_lora
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
-from atp.data import Task
+from atp.data import Splits, Task
 from atp.environment import versions
 from atp.errors import Interrupted, NotReached
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
@@ -26,10 +26,10 @@ from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import bars
 from atp.export.hf import write_json
 from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
-from atp.masks.budget import Budget
 from atp.report import write_report
 from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
+from atp.training.metrics import PhaseClock
 from atp.training.precision import autocast_dtype
 from atp.training.trainer import ATPTrainer
 
@@ -61,12 +61,9 @@ class Run:
         trainer = self._train(model, tokenizer, data)
         self.say("exporting and certifying")
         trainer.export(self.folder)
-        final = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
-        self._score("final", final, tokenizer, data)
-        summary = self._summarise(trainer, data)
-        write_json(self.folder / "summary.json", summary)
-        write_report(self.folder)
-        _check_promises(summary)
+        facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped}
+        summary = self._conclude(tokenizer, data, trainer.clock, facts)
+        check_promises(summary)
         return summary
 
     def _prepare(self) -> tuple[nn.Module, PreTrainedTokenizerBase, RunData]:
@@ -78,7 +75,7 @@ class Run:
             config.refuse_change_of(yaml.safe_load(started_under.read_text(encoding="utf-8")))
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer)
-        if any(not task.labels for task in self._tasks(data)):
+        if any(not task.labels for task in scored_tasks(self.config, data.splits)):
             check_rouge()
         self.say(data.splits.description)
         model = load_model(config.model, config.decisions.space)
@@ -117,8 +114,9 @@ class Run:
         settings = self.config.evaluation
         with Progress(transient=True) as progress:
             scores = evaluate_model(
-                model, tokenizer, packed_windows(data.test, tokenizer), data.splits.test, tasks=self._tasks(data),
-                batch_size=settings.batch_size, max_windows=settings.windows, max_examples=settings.questions,
+                model, tokenizer, packed_windows(data.test, tokenizer), data.splits.test,
+                tasks=scored_tasks(self.config, data.splits), batch_size=settings.batch_size,
+                max_windows=settings.windows, max_examples=settings.questions,
                 seed=self.config.seed, autocast=self.autocast,
                 progress=bars(progress, f"scoring the {name.replace('_', ' ')} model"),
             )  # fmt: skip
@@ -127,11 +125,6 @@ class Run:
             scores["speed"] = throughput(model, autocast=self.autocast)
         self._record(name, scores)
 
-    def _tasks(self, data: RunData) -> list[Task]:
-        """The tasks that this run scores."""
-        settings = self.config.evaluation
-        return [task for task in data.splits.tasks if settings.questions and (task.labels or settings.generate)]
-
     def _scores(self) -> dict[str, Any]:
         path = self.folder / "evaluation.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -139,21 +132,31 @@ class Run:
     def _record(self, name: str, value: dict[str, Any]) -> None:
         write_json(self.folder / "evaluation.json", self._scores() | {name: value})
 
-    def _summarise(self, trainer: ATPTrainer, data: RunData) -> dict[str, Any]:
-        scores, budget = self._scores(), Budget(trainer.space)
+    def _conclude(
+        self, tokenizer: PreTrainedTokenizerBase, data: RunData, clock: PhaseClock, facts: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Scores the exported model, writes summary and report, and returns the summary, `facts` among it."""
+        final = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
+        self._score("final", final, tokenizer, data)
+        summary = self._summarise(data, clock) | facts
+        write_json(self.folder / "summary.json", summary)
+        write_report(self.folder)
+        return summary
+
+    def _summarise(self, data: RunData, clock: PhaseClock) -> dict[str, Any]:
+        scores = self._scores()
         models = [name for name in ("original", "tuned_dense", "final") if name in scores]
         before, after = scores["original"]["size"], scores["final"]["size"]
-        clock = trainer.clock
-        rates = {phase: clock.rate(phase) for phase in ("search", "settle", "tune")}
+        rates = {phase: clock.rate(phase) for phase, tokens in clock.tokens.items() if tokens}
         if "dense_lora" in scores:
             rates["dense_lora"] = scores["dense_lora"]["tokens_per_second"]
-        tasks = self._tasks(data)
+        tasks = scored_tasks(self.config, data.splits)
         relative = {}
         if "tuned_dense" in scores:
             relative = relative_performance(scores["final"], scores["tuned_dense"], tasks, self.config.seed)
         return {
             "target_keep": self.config.decisions.target_keep,
-            "keep_decoder": budget.share(trainer.decisions.mask),
+            "keep_decoder": after["decoder_params"] / before["decoder_params"],
             "keep_total": after["params"] / before["params"],
             "params_before": before["params"],
             "params_after": after["params"],
@@ -166,15 +169,20 @@ class Run:
             },
             **relative,
             "speed": {name: scores[name]["speed"] for name in ("original", "final")},
+            "train_tokens": sum(clock.tokens.values()),
             "train_tokens_per_second": rates,
             "seconds": clock.seconds | {"total": time.perf_counter() - self.started},
-            "certificate": trainer.certificate,
-            "skipped_steps": trainer.finite.skipped,
             "seed": self.config.seed,
             "data": data.splits.fingerprints | {"description": data.splits.description},
             "versions": versions(),
             "command": self.command,
         }
+
+
+def scored_tasks(config: ATPConfig, splits: Splits) -> list[Task]:
+    """The tasks that a run scores."""
+    settings = config.evaluation
+    return [task for task in splits.tasks if settings.questions and (task.labels or settings.generate)]
 
 
 def _without_items(scores: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +197,7 @@ def quiet(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _check_promises(summary: dict[str, Any]) -> None:
+def check_promises(summary: dict[str, Any]) -> None:
     """Raises `NotReached` when budget or certificate were missed; everything was written by then."""
     certificate = summary["certificate"]
     for name in ("masked_vs_cut", "cut_vs_reloaded"):

@@ -26,23 +26,17 @@ def relative_performance(
     relative_performance_interval, ratios: {task metric: ratio}}.
     Raises `InputError` when the two were not scored on the same items.
     """
-    documents = (np.asarray(model["items"], dtype=np.float64) for model in (scores, dense))
-    against, draws = _ratio(*documents, perplexity_of, "perplexity", seed)
-    found: dict[str, object] = {"perplexity_ratio": against, "perplexity_ratio_interval": percentile_interval(draws)}
-    ratios: dict[str, float] = {}
-    samples = []
-    for task in tasks:
-        ours, theirs = scores["tasks"][task.name]["items"], dense["tasks"][task.name]["items"]
-        if task.labels and [truth for truth, _ in ours] != [truth for truth, _ in theirs]:
-            raise InputError(_mismatch(task.name))
-        for metric in task.metrics:
-            name = f"{task.name} {metric}"
-            kept, drawn = _ratio(
-                _items(ours, task, metric), _items(theirs, task, metric), _STATISTICS.get(metric, ratio), name, seed
-            )
-            if math.isfinite(kept):
-                ratios[name] = kept
-                samples.append(drawn)
+    _check_same_items(scores, dense, tasks)
+    ours, theirs = score_samples(scores, tasks, seed), score_samples(dense, tasks, seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = {name: tuple(a / b for a, b in zip(ours[name], theirs[name], strict=True)) for name in ours}
+    against, draws = kept.pop("perplexity")
+    found: dict[str, object] = {
+        "perplexity_ratio": float(against),
+        "perplexity_ratio_interval": percentile_interval(draws),
+    }
+    ratios = {name: float(ratio) for name, (ratio, _) in kept.items() if math.isfinite(ratio)}
+    samples = [kept[name][1] for name in ratios]
     if ratios:
         means = np.mean(samples, axis=0)
         found |= {
@@ -52,6 +46,25 @@ def relative_performance(
             "ratios": ratios,
         }
     return found
+
+
+def score_samples(
+    scores: dict[str, Any], tasks: Sequence[Task], seed: int = 0
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For perplexity and every `<task> <metric>`: the score over all items, and resampled scores float64 [resamples].
+
+    scores: from `evaluate_model`. Models scored on the same items are resampled alike, so that their samples can be
+    compared one by one.
+    """
+    tables = {"perplexity": (np.asarray(scores["items"], dtype=np.float64), perplexity_of)}
+    for task in tasks:
+        items = scores["tasks"][task.name]["items"]
+        for metric in task.metrics:
+            tables[f"{task.name} {metric}"] = _items(items, task, metric), _STATISTICS.get(metric, ratio)
+    return {
+        name: (statistic(items.sum(axis=0)), resampled(items, statistic, seed))
+        for name, (items, statistic) in tables.items()
+    }
 
 
 _STATISTICS: dict[str, Statistic] = {"macro_f1": macro_f1}
@@ -65,16 +78,15 @@ def _items(items: list[list[Any]], task: Task, metric: str) -> np.ndarray:
     return confusion_items(truth, predicted, task.labels) if metric == "macro_f1" else right_items(truth, predicted)
 
 
-def _ratio(
-    ours: np.ndarray, theirs: np.ndarray, statistic: Statistic, name: str, seed: int
-) -> tuple[float, np.ndarray]:
-    """Ratio of the two scores over all items, and over resampled ones."""
-    if ours.shape != theirs.shape or (name == "perplexity" and (ours[:, 1] != theirs[:, 1]).any()):
-        raise InputError(_mismatch(name))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        whole = statistic(ours.sum(axis=0)) / statistic(theirs.sum(axis=0))
-        return float(whole), resampled(ours, statistic, seed) / resampled(theirs, statistic, seed)
-
-
-def _mismatch(name: str) -> str:
-    return f"{name}: the two models were not scored on the same items: score both with the same suite and settings"
+def _check_same_items(scores: dict[str, Any], dense: dict[str, Any], tasks: Sequence[Task]) -> None:
+    tokens = [[count for _, count in model["items"]] for model in (scores, dense)]
+    differing = ["perplexity"] if tokens[0] != tokens[1] else []
+    for task in tasks:
+        ours, theirs = scores["tasks"][task.name]["items"], dense["tasks"][task.name]["items"]
+        truths = [[item[0] for item in items] if task.labels else len(items) for items in (ours, theirs)]
+        differing += [task.name] if truths[0] != truths[1] else []
+    if differing:
+        raise InputError(
+            f"{differing[0]}: the two models were not scored on the same items: score both with the same suite and "
+            "settings"
+        )

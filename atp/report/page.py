@@ -25,14 +25,24 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     run = read_run(run_dir)
     body = "".join(part(run) for part in _SECTIONS)
-    title = escape(f"ATP run {run.name}")
-    page = (
+    path = run_dir / "report.html"
+    write_text(path, html_page(f"ATP run {run.name}", body))
+    return path
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page around finished HTML; title is plain text."""
+    title = escape(title)
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{CSS}</style></head>"
         f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
     )
-    path, temporary = run_dir / "report.html", run_dir / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, replacing an earlier one in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-    return path

@@ -11,6 +11,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -28,7 +30,12 @@ _STYLE = {
 }  # fmt: skip
 _WIDTH = 5.4  # inches; small enough that the text stays readable on a phone
 
+_LIGHT = {_INK: "#1d2126", _GRID: "#dfe2e5"}  # for pictures that stand alone
+_LIGHT_SERIES = "#2563b8"
+
 Records = list[dict[str, Any]]
+Panels = dict[str, dict[str, tuple[float, float, float]]]
+"""Title of a panel -> name of a row -> (value, low, high)."""
 
 
 def available() -> bool:
@@ -108,6 +115,44 @@ def widths(shares: dict[str, list[float]]) -> str:
         rows[-1].xaxis.get_major_locator().set_params(integer=True)
 
     return _svg("widths", draw, height=0.7 + 1.1 * len(shares)) if shares else ""
+
+
+def intervals(panels: Panels) -> str:
+    """Values with their intervals, one panel a figure of merit, the same rows in each."""
+    return _svg("intervals", _intervals(panels, _SERIES[0]), _intervals_height(panels)) if panels else ""
+
+
+def intervals_png(path: Path, panels: Panels) -> None:
+    """The same picture as a PNG file on white; needs matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {key: _LIGHT.get(value, value) if isinstance(value, str) else value for key, value in _STYLE.items()}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(1.6 * _WIDTH, _intervals_height(panels)), dpi=150, layout="constrained")
+        _intervals(panels, _LIGHT_SERIES)(figure)
+        figure.savefig(path)
+
+
+def _intervals(panels: Panels, color: str) -> Callable[[Figure], None]:
+    def draw(figure: Figure) -> None:
+        rows = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+        for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            for place, name in enumerate(rows):
+                if name in panel:
+                    value, low, high = panel[name]
+                    axes.plot([low, high], [place, place], color=color, linewidth=3, alpha=0.4)
+                    axes.plot([value], [place], color=color, marker="o", linestyle="")
+            axes.axvline(1.0, color=color, linewidth=0.8, linestyle=":")
+            axes.set_yticks(range(len(rows)), rows if axes.get_subplotspec().is_first_col() else [""] * len(rows))
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.set_title(title)
+
+    return draw
+
+
+def _intervals_height(panels: Panels) -> float:
+    return 0.8 + 0.35 * max(len(panel) for panel in panels.values())
 
 
 def _points(records: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

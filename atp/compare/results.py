@@ -1,0 +1,104 @@
+"""What the members of a comparison add up to: means over seeds, with intervals over seeds and test items."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from atp.data import Task
+from atp.evaluation.bootstrap import percentile_interval
+from atp.evaluation.relative import score_samples
+
+DENSE, ORIGINAL = "dense_lora", "original"
+Samples = tuple[float, np.ndarray]
+"""A score, and the same score on resampled test items [resamples]."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One finished run: its summary.json and evaluation.json."""
+
+    method: str
+    seed: int
+    summary: dict[str, Any]
+    scores: dict[str, Any]
+
+
+def results(members: Sequence[Member], tasks: Sequence[Task]) -> dict[str, Any]:
+    """For the original model and every method what the table shows; members come method by method.
+
+    relative_performance is the mean over the tasks' metrics of score / tuned dense score, perplexity_ratio the
+    perplexity over that of tuned dense (below 1 is better), both against the dense member of the same seed and on the
+    same resampled items; they are left out where there is none.
+    """
+    if not members:
+        return {}
+    dense = {m.seed: score_samples(m.scores["final"], tasks) for m in members if m.method == DENSE}
+    original = score_samples(members[0].scores["original"], tasks)
+    before = members[0].summary["params_before"]
+    found: dict[str, Any] = {
+        ORIGINAL: {"keep_decoder": 1.0, "keep_total": 1.0, "params": before}
+        | _figures({seed: original for seed in dense} or {0: original}, dense)
+    }
+    for method in dict.fromkeys(m.method for m in members):
+        own = [m for m in members if m.method == method]
+        samples = {m.seed: score_samples(m.scores["final"], tasks) for m in own}
+        found[method] = {"seeds": list(samples)} | _size_and_cost(own) | _figures(samples, dense)
+    return found
+
+
+def over_seeds(samples: Sequence[Samples]) -> dict[str, Any]:
+    """{value: mean over seeds, interval: 95 %}; with one seed the interval is over test items alone.
+
+    A resample draws the seeds with replacement and averages their scores on the same resampled items.
+    """
+    draws = np.stack([drawn for _, drawn in samples])
+    count, resamples = draws.shape
+    chosen = np.random.default_rng(0).integers(count, size=(resamples, count))
+    means = draws[chosen, np.arange(resamples)[:, None]].mean(axis=1)
+    value = statistics.fmean(float(point) for point, _ in samples)
+    # A resample in which the dense model has nothing right says nothing about a ratio.
+    return {"value": value, "interval": percentile_interval(means[np.isfinite(means)])}
+
+
+def _size_and_cost(members: Sequence[Member]) -> dict[str, Any]:
+    """Parameters kept and training cost, means over the members."""
+
+    def mean(key: str) -> float:
+        return statistics.fmean(m.summary[key] for m in members)
+
+    seconds = statistics.fmean(
+        sum(value for phase, value in m.summary["seconds"].items() if phase != "total") for m in members
+    )
+    return {
+        "keep_decoder": mean("keep_decoder"),
+        "keep_total": mean("keep_total"),
+        "params": round(mean("params_after")),
+        "train_tokens": round(mean("train_tokens")),
+        "train_seconds": seconds,
+        "train_tokens_per_second": mean("train_tokens") / seconds,
+    }
+
+
+def _figures(samples: dict[int, dict[str, Samples]], dense: dict[int, dict[str, Samples]]) -> dict[str, Any]:
+    """Scores over all seeds, and relative figures over the seeds that have a dense member."""
+    names = list(next(iter(samples.values())))
+    found: dict[str, Any] = {"scores": {name: over_seeds([s[name] for s in samples.values()]) for name in names}}
+    paired = [(samples[seed], dense[seed]) for seed in samples if seed in dense]
+    if paired:
+        found["perplexity_ratio"] = over_seeds([_mean_ratio(*pair, ["perplexity"]) for pair in paired])
+        metrics = [n for n in names if n != "perplexity" and all(theirs[n][0] > 0 for _, theirs in paired)]
+        if metrics:
+            found["relative_performance"] = over_seeds([_mean_ratio(*pair, metrics) for pair in paired])
+    return found
+
+
+def _mean_ratio(ours: dict[str, Samples], theirs: dict[str, Samples], names: list[str]) -> Samples:
+    """Mean over the named scores of ours / theirs, point by point and resample by resample."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = [[a / b for a, b in zip(ours[name], theirs[name], strict=True)] for name in names]
+    return float(np.mean([point for point, _ in ratios])), np.mean([drawn for _, drawn in ratios], axis=0)

@@ -1,0 +1,65 @@
+"""The table of a comparison as text cells, for the terminal, Markdown and HTML alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atp.report.markup import DASH
+
+BEST_FIRST = {"perplexity": "perplexity ↓", "perplexity_ratio": "perplexity / dense ↓",
+              "relative_performance": "relative performance ↑"}  # fmt: skip
+
+
+def table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of the content of comparison.json; intervals stand in brackets."""
+    methods = content["methods"]
+    scores = list(next(iter(methods.values()))["scores"]) if methods else []
+    head = ["method", "decoder kept", "all kept", "parameters"]
+    head += [BEST_FIRST.get(name, f"{name.replace('_', ' ')} ↑") for name in scores]
+    head += [BEST_FIRST["perplexity_ratio"], BEST_FIRST["relative_performance"]]
+    head += ["training tokens", "training s", "tokens/s", "seeds"]
+    return head, [_row(name, row, scores) for name, row in methods.items()]
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The table with a heading and what it stands on."""
+    head, rows = table(content)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    notes = [f"* {note}" for note in remarks(content)]
+    return "\n".join(
+        [f"# Comparison at {content['target_keep']:.0%} of the decoder", ""]
+        + [f"| {' | '.join(line)} |" for line in lines]
+        + ["", *notes, "", f"`{content['command']}`", ""]
+    )
+
+
+def remarks(content: dict[str, Any]) -> list[str]:
+    """What a reader must know to read the table, one sentence or two each."""
+    found = [
+        "In brackets: 95 % bootstrap intervals over test documents and questions (the same ones for all methods) and "
+        "over seeds.",
+        "Relative performance: mean over the tasks' metrics of score / score of the tuned dense model with the same "
+        "seed.",
+        "Training seconds include choosing what to remove; all methods train on the same tokens with the same LoRA.",
+        content["data"]["description"],
+    ]
+    if content["missing"]:
+        found.append(f"Not finished: {'; '.join(content['missing'])}.")
+    return found + [f"{name}: {reason}." for name, reason in content["notes"].items()]
+
+
+def _row(name: str, row: dict[str, Any], scores: list[str]) -> list[str]:
+    cells = [name, f"{row['keep_decoder']:.3f}", f"{row['keep_total']:.3f}", f"{row['params'] / 1e6:,.1f} M"]
+    cells += [_score(row["scores"][score], 2 if score == "perplexity" else 3) for score in scores]
+    cells += [_score(row.get(key), 3) for key in ("perplexity_ratio", "relative_performance")]
+    if "seeds" not in row:
+        return cells + [DASH] * 4
+    cost = [row["train_tokens"], row["train_seconds"], row["train_tokens_per_second"]]
+    return cells + [f"{value:,.0f}" for value in cost] + [", ".join(map(str, row["seeds"]))]
+
+
+def _score(figure: dict[str, Any] | None, digits: int) -> str:
+    if figure is None:
+        return DASH
+    low, high = figure["interval"]
+    return f"{figure['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

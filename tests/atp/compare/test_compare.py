@@ -1,0 +1,203 @@
+"""`atp compare` on a tiny model: equal conditions, an interruption, the artifacts, and figures worked out by hand."""
+
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from atp.compare import Comparison, baseline_run
+from atp.compare.results import Member, over_seeds, results
+from atp.compare.table import markdown, table
+from atp.config import ATPConfig
+from atp.data import Task
+from atp.errors import InputError, Interrupted
+
+WORDS = "the heart rate of patients fell after treatment in both groups yes no".split()
+METHODS = ["dense_lora", "atp", "slicegpt"]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A tiny model and labelled questions whose answer is in the text."""
+    folder = tmp_path_factory.mktemp("inputs")
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", *WORDS, *map(str, range(60))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=96, eos_token_id=1, bos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(folder)
+    rows = [
+        {"prompt": f"{i} {' '.join(WORDS[:11])} {'yes' if i % 2 else 'no'} the", "completion": "yes" if i % 2 else "no"}
+        for i in range(60)
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return ATPConfig.parse(
+        {
+            "model": {"path": str(folder)},
+            "output_dir": "unused",
+            "data": {"train": str(folder / "data.jsonl"), "labels": ["yes", "no"], "length": 16, "general_share": 0},
+            "decisions": {"space": "kv_group", "saliency_windows": 2, "target_keep": 0.6},
+            "training": {"search": 2, "settle": 1, "tune": STEPS - 3, "batch_size": 2, "save_every": 1, "warmup": 1,
+                         "lr": 5e-3, "precision": "float32"},
+            "evaluation": {"windows": 20, "questions": 10, "dense_baseline": True},
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def wide_budget(monkeypatch):
+    """One channel of the tiny model is more than ATP's tolerance on the budget."""
+    monkeypatch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+
+
+def compare(config, folder, methods=METHODS, seeds=(0, 1), resume=False):
+    return Comparison(config, methods, seeds, folder, resume=resume, command="atp compare", say=lambda text: None)
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+        return folder, compare(config, folder).execute()
+
+
+def test_conditions_are_equal(finished):
+    folder, content = finished
+    summaries = [read(folder, f"{method}-seed{seed}/summary.json") for method in METHODS for seed in (0, 1)]
+    assert len({json.dumps(s["data"]) for s in summaries}) == 1
+    assert {s["train_tokens"] for s in summaries} == {STEPS * 2 * 16}
+    adapters = [read(folder, f"{method}-seed0/adapter/adapter_config.json") for method in METHODS]
+    assert len({(a["r"], a["lora_alpha"], tuple(sorted(a["target_modules"]))) for a in adapters}) == 1
+    kept = {name: row["keep_decoder"] for name, row in content["methods"].items()}
+    assert kept["dense_lora"] == kept["original"] == 1
+    assert abs(kept["atp"] - 0.6) < 0.02
+    assert abs(kept["slicegpt"] - 0.6) < 0.2  # multiples of 8 out of 32 are coarse
+
+
+def test_artifacts(finished):
+    folder, content = finished
+    assert read(folder, "comparison.json") == content
+    rows = (folder / "comparison.md").read_text(encoding="utf-8")
+    assert all(re.search(rf"^\| {name} \| \d\.\d", rows, flags=re.MULTILINE) for name in ["original", *METHODS])
+    page = (folder / "comparison.html").read_text(encoding="utf-8")
+    assert "<svg" in page and 'src="http' not in page
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
+
+
+def test_dense_against_itself_is_one(finished):
+    _, content = finished
+    row = content["methods"]["dense_lora"]
+    assert row["relative_performance"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert row["perplexity_ratio"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert content["methods"]["original"]["perplexity_ratio"]["value"] > 1
+
+
+class StopAt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_the_same(config, finished, tmp_path, monkeypatch):
+    whole, expected = finished
+    folder, tuner = tmp_path / "out", baseline_run.LoraTuner
+    methods = ["dense_lora", "slicegpt"]
+
+    def stopping(settings, model, data, run, *, callbacks):
+        stop = [StopAt()] if run.name == "slicegpt-seed0" else []
+        return tuner(settings, model, data, run, callbacks=[*callbacks, *stop])
+
+    monkeypatch.setattr(baseline_run, "LoraTuner", stopping)
+    with pytest.raises(Interrupted):
+        compare(config, folder, methods, seeds=[0]).execute()
+    broken = read(folder, "comparison.json")
+    assert broken["missing"] == ["slicegpt, seed 0"] and "Not finished: slicegpt" in markdown(broken)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="--resume"):
+        compare(config, folder, methods, seeds=[0]).execute()
+    untouched = (folder / "dense_lora-seed0" / "summary.json").stat().st_mtime_ns
+    content = compare(config, folder, methods, seeds=[0], resume=True).execute()
+    assert (folder / "dense_lora-seed0" / "summary.json").stat().st_mtime_ns == untouched
+    assert not content["missing"]
+    member = "slicegpt-seed0/evaluation.json"
+    for key in ("perplexity", "items", "tasks"):
+        assert read(folder, member)["final"][key] == read(whole, member)["final"][key]
+    steps = [
+        json.loads(line)["step"] for line in (folder / "slicegpt-seed0" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(1, STEPS + 1))
+    assert expected["methods"]["slicegpt"]["keep_decoder"] == content["methods"]["slicegpt"]["keep_decoder"]
+
+
+def test_resume_refuses_another_config(config, finished):
+    folder, _ = finished
+    changed = config.model_copy(deep=True)
+    changed.training.lr = 1.0
+    with pytest.raises(InputError, match=r"training\.lr: 0\.005 -> 1\.0"):
+        compare(changed, folder, resume=True).execute()
+
+
+def test_unknown_method_names_the_nearest(config, tmp_path):
+    with pytest.raises(InputError, match="'slice_gpt' is unknown: did you mean 'slicegpt'"):
+        compare(config, tmp_path / "out", ["slice_gpt"])
+    assert not (tmp_path / "out").exists()
+
+
+QA = Task("qa", ("yes", "no"), ("accuracy",))
+
+
+def member(method, seed, right, nll=1.0):
+    """A finished run that answered `right` of ten questions and has this loss on five documents."""
+    items = [["yes", "yes" if i < right else "no"] for i in range(10)]
+    scores = {"items": [[nll * 8, 8]] * 5, "tasks": {"qa": {"items": items}}}
+    summary = {"params_before": 100, "params_after": 70, "keep_decoder": 0.6, "keep_total": 0.7, "train_tokens": 640,
+               "seconds": {"choose": 1.0, "tune": 4.0 - seed, "total": 99.0}}  # fmt: skip
+    return Member(method, seed, summary, {"original": scores, "final": scores})
+
+
+def test_figures_by_hand():
+    found = results([member("dense_lora", 0, 8), member("dense_lora", 1, 10), member("static", 0, 4, nll=2.0),
+                     member("static", 1, 10, nll=1.5)], [QA])  # fmt: skip
+    row = found["static"]
+    assert row["scores"]["qa accuracy"]["value"] == pytest.approx((0.4 + 1.0) / 2)
+    assert row["relative_performance"]["value"] == pytest.approx((4 / 8 + 10 / 10) / 2)
+    assert row["perplexity_ratio"]["value"] == pytest.approx((np.e + np.exp(0.5)) / 2)
+    assert row["perplexity_ratio"]["interval"] == pytest.approx([np.exp(0.5), np.e])  # equal documents: seeds alone
+    assert row["train_seconds"] == pytest.approx(4.5) and row["train_tokens_per_second"] == pytest.approx(640 / 4.5)
+    assert row["seeds"] == [0, 1]
+
+
+def test_without_dense_there_is_nothing_relative():
+    content = {"methods": results([member("static", 0, 4)], [QA])}
+    assert "relative_performance" not in content["methods"]["static"]
+    head, rows = table(content)
+    assert all(len(row) == len(head) for row in rows)
+    assert rows[1][head.index("relative performance ↑")] == "–"
+
+
+def test_interval_over_seeds_and_items_matches_the_analytic_spread():
+    """Means over two seeds of normal draws: seed resampling adds the spread between the seeds to that of the items."""
+    rng = np.random.default_rng(2)
+    noise = rng.normal(size=(2, 20000))
+    low, high = over_seeds([(0.0, noise[0]), (4.0, 4.0 + noise[1])])["interval"]
+    # Of the resampled means a quarter is N(0, 1), a quarter N(4, 1) and half N(2, 1/2).
+    mixture = np.concatenate([noise[0], 4 + noise[1], 2 + rng.normal(scale=0.5**0.5, size=40000)])
+    assert (low, high) == pytest.approx(tuple(np.quantile(mixture, [0.025, 0.975])), abs=0.1)
