@@ -69,8 +69,8 @@ def _decoder_params(space: MaskSpace, width: int) -> int:
 def residual_bases(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], width: int) -> Tensor:
     """The `width` leading principal axes of the stream before every block, float32 [2 layers + 1, hidden, width].
 
-    model: a stock Llama or Mistral. A block's axes are the eigenvectors of the uncentred covariance of the normalised
-    signals that reach it through the blocks sliced before it, 1 % of the mean variance added, in float64.
+    model: a stock Llama or Mistral. A block's axes are the eigenvectors of the uncentred covariance of the hidden
+    states that reach it through the blocks sliced before it, 1 % of the mean variance added, in float64.
     """
     decoder = model.model
     with inference(model):
@@ -110,12 +110,11 @@ def _layer_inputs(decoder: nn.Module, input_ids: Tensor) -> tuple[Tensor, dict[s
 
 
 def _principal_axes(states: list[Tensor], width: int) -> Tensor:
-    """Leading eigenvectors of the damped covariance of the normalised states, float64 [hidden, width]."""
+    """Leading eigenvectors of the damped uncentred covariance of the states, float64 [hidden, width]."""
     hidden = states[0].shape[-1]
     covariance = torch.zeros(hidden, hidden, dtype=torch.float64, device=states[0].device)
     for state in states:
         x = state.double().flatten(0, -2)
-        x = x * x.square().mean(-1, keepdim=True).rsqrt()
         covariance += x.T @ x
     covariance.diagonal().add_(_DAMPING * covariance.diagonal().mean())
     return torch.linalg.eigh(covariance).eigenvectors.flip(-1)[:, :width]

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from atp.cli import main
 
-COMMANDS = ("train", "demo", "eval", "report", "env")
+COMMANDS = ("train", "demo", "eval", "compare", "report", "env")
 WORDS = "the cat sat on a mat and it was not there again".split()
 
 
@@ -177,6 +177,29 @@ def test_eval_refuses_an_unknown_precision(atp, shared):
 def test_report_of_no_run(atp, tmp_path):
     code, _, err = atp("report", tmp_path / "absent")
     assert code == 2 and is_one_sentence(err) and "does not exist: give the output_dir of a run" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--methods", "atp,magnitud"), "method 'magnitud' is unknown: did you mean 'magnitude'"),
+        (("--methods", ","), "nothing to compare"),
+        (("--seeds", "one"), "seed 'one' is not a whole number"),
+        (("--resume",), "nothing to resume"),
+    ],
+)
+def test_compare_refuses_bad_input(atp, config, tmp_path, options, message):
+    code, _, err = atp("compare", config, *options)
+    assert code == 2 and is_one_sentence(err) and message in err
+    assert not (tmp_path / "out-compare").exists()
+
+
+def test_compare_prints_a_row_a_method(atp, config, tmp_path):
+    short = ("training.search=1", "training.settle=1", "training.tune=1", "evaluation.windows=2")
+    options = ("--methods", "dense_lora,random", "--out", tmp_path / "both")
+    code, out, err = atp("compare", config, *short, "decisions.space=kv_group", "decisions.target_keep=0.8", *options)
+    assert code == 0, err
+    assert all(name in out for name in ("dense_lora", "random", "original", "perplexity"))
 
 
 def test_env_names_versions_and_backends(atp):
