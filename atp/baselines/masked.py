@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from atp.config import ATPConfig
-from atp.lora.layer import MaskController, add_lora
+from atp.lora.controller import MaskController
+from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.training.precision import autocast_dtype
 

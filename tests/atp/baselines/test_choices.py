@@ -12,7 +12,8 @@ from atp.baselines.uniform import uniform_mask
 from atp.baselines.wanda_sp import wanda_scores
 from atp.baselines.weights import calibration_batches
 from atp.errors import InputError
-from atp.lora.layer import MaskController, add_lora
+from atp.lora.controller import MaskController
+from atp.lora.layer import add_lora
 from atp.masks.budget import Budget
 from atp.masks.space import MaskSpace
 
