@@ -143,6 +143,8 @@ def _intervals(panels: Panels, color: str) -> Callable[[Figure], None]:
                     value, low, high = panel[name]
                     axes.plot([low, high], [place, place], color=color, linewidth=3, alpha=0.4)
                     axes.plot([value], [place], color=color, marker="o", linestyle="")
+            if max(high for _, _, high in panel.values()) > 10 * min(low for _, low, _ in panel.values()) > 0:
+                axes.set_xscale("log")
             axes.axvline(1.0, color=color, linewidth=0.8, linestyle=":")
             axes.set_yticks(range(len(rows)), rows if axes.get_subplotspec().is_first_col() else [""] * len(rows))
             axes.set_ylim(len(rows) - 0.5, -0.5)
