@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from atp.baselines.calibration import calibration_batches
 from atp.baselines.masked import masked_loss
-from atp.baselines.weights import calibration_batches
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 from atp.masks.space import MaskSpace

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from atp.baselines.calibration import calibration_batches, calibration_loss
 from atp.baselines.uniform import uniform_mask
-from atp.baselines.weights import LinearName, calibration_batches, group_sums, prunable_linears
+from atp.baselines.weights import LinearName, group_sums, prunable_linears
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 from atp.masks.budget import Budget
@@ -80,10 +81,9 @@ def _gradient_moments(
     """Mean and mean square over batches of dL/dw."""
     mean = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     square = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    device, count = next(model.parameters()).device, 0
+    count = 0
     for batch in batches:
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            loss = model(**batch).loss
+        loss = calibration_loss(model, batch, autocast)
         for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
             mean[name] += gradient
             square[name] += gradient.square()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
+from atp.baselines.calibration import calibration_loss
 from atp.config import ATPConfig
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
@@ -31,8 +31,7 @@ def masked_loss(
 
     def loss_of(batch: dict[str, Tensor], mask: Tensor) -> Tensor:
         controller.set(mask.to(device), "soft")
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            return wrapped(**batch).loss
+        return calibration_loss(wrapped, batch, dtype)
 
     try:
         yield loss_of

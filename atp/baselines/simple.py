@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from atp.baselines.calibration import calibration_batches
 from atp.baselines.masked import masked_loss
 from atp.baselines.uniform import uniform_mask
-from atp.baselines.weights import calibration_batches, group_sums, prunable_linears
+from atp.baselines.weights import group_sums, prunable_linears
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 from atp.masks.budget import Budget

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from atp.baselines.weights import calibration_batches
+from atp.baselines.calibration import calibration_batches
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 from atp.errors import InputError

@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from atp.baselines.calibration import calibration_batches
 from atp.baselines.uniform import uniform_mask
-from atp.baselines.weights import LinearName, calibration_batches, group_sums, prunable_linears
+from atp.baselines.weights import LinearName, group_sums, prunable_linears
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 from atp.evaluation.inference import inference

@@ -1,17 +1,13 @@
-"""What the scores of the baselines share: the prunable linears, calibration windows, and sums over coupled groups."""
+"""What scores of weights share: the prunable linears, and sums over coupled groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
-from atp.config import ATPConfig
-from atp.data import PackedDataset
 from atp.masks.space import MaskSpace
-from atp.training.order import RunOrder
 
 LinearName = tuple[int, str]
 """Layer, and name of a linear inside it."""
@@ -41,19 +37,3 @@ def group_sums(
                 by_line = importance_of((structure.layer, cut.module)).double().sum(1 - cut.axis)
                 scores[structure.span].index_add_(0, cut.owner, by_line.cpu())
     return scores
-
-
-def calibration_batches(
-    calibration: PackedDataset, config: ATPConfig, device: torch.device, *, count: int | None = None, size: int = 1
-) -> Iterator[dict[str, Tensor]]:
-    """`count` batches of `size` calibration windows, in the order in which ATP reads them with this seed.
-
-    count None takes as many single windows as ATP's saliency: `decisions.saliency_windows`, each at most once.
-    """
-    if count is None:
-        count = min(config.decisions.saliency_windows, len(calibration))
-    order = RunOrder(len(calibration), count * size, config.seed + 1)
-    rows = iter(order)
-    for _ in range(count):
-        batch = default_collate([calibration[next(rows)] for _ in range(size)])
-        yield {name: value.to(device) for name, value in batch.items()}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from atp.baselines.calibration import first_tokens
 from atp.baselines.methods import BASELINES, MaskBaseline
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
@@ -78,5 +79,5 @@ class BaselineRun(Run):
         """Writes adapter/ and model/; returns the largest logit difference after reloading, as a share of the scale."""
         after = sum(p.numel() for n, p in tuner.model.named_parameters() if "lora_" not in n)
         card = baseline_card(self.config, self.method, params_before, after)
-        tokens = data.calibration.input_ids[:_CHECKED_WINDOWS].to(tuner.args.device)
+        tokens = first_tokens(data.calibration, _CHECKED_WINDOWS).to(tuner.args.device)
         return export_model(tuner.model, self.folder, tokenizer, tokens, card).relative

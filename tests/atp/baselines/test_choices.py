@@ -5,12 +5,12 @@ import torch
 from small_llama import HEAD_DIM, HEADS, INNER, KV_HEADS, config, model, windows
 from torch.nn import functional as F
 
+from atp.baselines.calibration import calibration_batches
 from atp.baselines.llm_pruner import taylor_mask, taylor_scores, unprotected_layers
 from atp.baselines.methods import BASELINES, MaskBaseline
 from atp.baselines.simple import magnitude_mask, magnitude_scores, random_mask, static_mask
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.wanda_sp import wanda_scores
-from atp.baselines.weights import calibration_batches
 from atp.errors import InputError
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
