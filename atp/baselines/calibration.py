@@ -1,39 +1,49 @@
-"""The calibration windows that baselines choose by, and their loss: the ones that ATP's saliency reads."""
+"""The calibration samples that baselines choose by, and their loss: the ones that ATP's saliency reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset
 
 from atp.config import ATPConfig
-from atp.data import PackedDataset
-from atp.training.order import RunOrder
+from atp.data import collate
+from atp.training.loss import causal_lm_loss
+from atp.training.order import run_order
+
+Batch = dict[str, Any]
+"""What `atp.data.collate` makes."""
 
 
 def calibration_batches(
-    calibration: PackedDataset, config: ATPConfig, device: torch.device, *, count: int | None = None, size: int = 1
-) -> Iterator[dict[str, Tensor]]:
-    """`count` batches of `size` calibration windows, in the order in which ATP reads them with this seed.
+    calibration: Dataset, config: ATPConfig, device: torch.device, *, count: int | None = None, size: int = 1
+) -> Iterator[Batch]:
+    """`count` batches of `size` calibration samples, in the order in which ATP reads them with this seed.
 
-    count None takes as many single windows as ATP's saliency: `decisions.saliency_windows`, each at most once.
+    count None takes as many single samples as ATP's saliency: `decisions.saliency_windows`, each at most once.
     """
     if count is None:
         count = min(config.decisions.saliency_windows, len(calibration))
-    rows = iter(RunOrder(len(calibration), count * size, config.seed + 1))
-    for _ in range(count):
-        batch = default_collate([calibration[next(rows)] for _ in range(size)])
-        yield {name: value.to(device) for name, value in batch.items()}
+    order = run_order(calibration, size, 0, config.seed + 1)
+    for index in range(count):
+        batch = collate([calibration[row] for row in order.at(index * size, size)])
+        yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def calibration_loss(model: nn.Module, batch: dict[str, Tensor], autocast: torch.dtype | None) -> Tensor:
+def calibration_loss(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
     """Mean cross-entropy of a batch, scalar float32, with the model run in `autocast` if it is a dtype."""
     with torch.autocast(batch["input_ids"].device.type, dtype=autocast, enabled=autocast is not None):
-        return model(**batch).loss
+        return causal_lm_loss(model, batch)
 
 
-def first_tokens(calibration: PackedDataset, count: int) -> Tensor:
-    """The first windows, int64 [count, length], on which a saved model is compared with the one in memory."""
-    return torch.stack([calibration[i]["input_ids"] for i in range(min(count, len(calibration)))])
+def hidden_arguments(batch: Batch) -> dict[str, Tensor | None]:
+    """Arguments for a pass whose loss nobody asks for; samples that share a row do not see each other."""
+    return {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids"), "use_cache": False}
+
+
+def first_tokens(calibration: Dataset, count: int) -> Tensor:
+    """The first samples, int64 [count, length], on which a saved model is compared with the one in memory."""
+    return collate([calibration[i] for i in range(min(count, len(calibration)))])["input_ids"]

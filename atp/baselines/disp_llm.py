@@ -7,17 +7,17 @@ so that against ATP one thing differs, that the weights do not learn beside the 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from atp.baselines.calibration import calibration_batches
 from atp.baselines.masked import masked_loss
 from atp.config import ATPConfig
-from atp.data import PackedDataset
 from atp.masks.space import MaskSpace
 from atp.training.decisions import DecisionMaker
 from atp.training.saliency import fisher_saliency, saliency_logits
 
 
-def disp_mask(model: nn.Module, space: MaskSpace, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+def disp_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
     """The decision after as many decision steps as ATP's search takes, fitted to the budget; bool [space.size]."""
     decisions, steps = config.decisions, range(0, config.training.search, config.decisions.every)
     device, prior = next(model.parameters()).device, None

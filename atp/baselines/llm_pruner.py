@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from atp.baselines.calibration import calibration_batches, calibration_loss
+from atp.baselines.calibration import Batch, calibration_batches, calibration_loss
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.weights import LinearName, group_sums, prunable_linears
 from atp.config import ATPConfig
-from atp.data import PackedDataset
 from atp.masks.budget import Budget
 from atp.masks.space import MaskSpace
 from atp.training.precision import autocast_dtype
@@ -26,7 +26,7 @@ _PROTECTED_FIRST, _PROTECTED_LAST, _DEPTH = 4, 2, 32  # the paper's layers of LL
 
 
 def taylor_mask(
-    model: nn.Module, space: MaskSpace, calibration: PackedDataset, config: ATPConfig, order: Order = "first"
+    model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig, order: Order = "first"
 ) -> Tensor:
     """The groups of the highest importance in every layer that is not protected; bool [space.size]."""
     device = next(model.parameters()).device
@@ -42,7 +42,7 @@ def taylor_mask(
 def taylor_scores(
     model: nn.Module,
     space: MaskSpace,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[Batch],
     order: Order,
     *,
     autocast: torch.dtype | None = None,
@@ -75,7 +75,7 @@ def unprotected_layers(depth: int) -> range:
 def _gradient_moments(
     model: nn.Module,
     weights: dict[LinearName, Tensor],
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[Batch],
     autocast: torch.dtype | None,
 ) -> tuple[dict[LinearName, Tensor], dict[LinearName, Tensor]]:
     """Mean and mean square over batches of dL/dw."""

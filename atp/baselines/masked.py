@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from atp.baselines.calibration import calibration_loss
+from atp.baselines.calibration import Batch, calibration_loss
 from atp.config import ATPConfig
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
@@ -16,9 +16,7 @@ from atp.training.precision import autocast_dtype
 
 
 @contextmanager
-def masked_loss(
-    model: nn.Module, space: MaskSpace, config: ATPConfig
-) -> Iterator[Callable[[dict[str, Tensor], Tensor], Tensor]]:
+def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
     """Yields loss_of(batch, mask), differentiable in the mask [space.size] alone; the model comes back as it was.
 
     Uses ATP's own masked layers, with an adapter that adds nothing (its B is zero) and learns nothing.
@@ -29,7 +27,7 @@ def masked_loss(
     controller = MaskController(wrapped, space)
     device, dtype = next(wrapped.parameters()).device, autocast_dtype(config.training.precision)
 
-    def loss_of(batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+    def loss_of(batch: Batch, mask: Tensor) -> Tensor:
         controller.set(mask.to(device), "soft")
         return calibration_loss(wrapped, batch, dtype)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from atp.baselines.disp_llm import disp_mask
@@ -15,7 +16,6 @@ from atp.baselines.simple import magnitude_mask, random_mask, static_mask
 from atp.baselines.slicegpt import choose_bases, slice_model
 from atp.baselines.wanda_sp import wanda_mask
 from atp.config import ATPConfig
-from atp.data import PackedDataset
 from atp.masks.space import MaskSpace, SpaceName
 from atp.removal import cut_model
 
@@ -28,14 +28,14 @@ class MaskBaseline:
     None for the one of the config.
     """
 
-    rule: Callable[[PreTrainedModel, MaskSpace, PackedDataset, ATPConfig], Tensor]
+    rule: Callable[[PreTrainedModel, MaskSpace, Dataset, ATPConfig], Tensor]
     space: SpaceName | None = None
 
     def space_of(self, model: PreTrainedModel, config: ATPConfig) -> MaskSpace:
         """The table of what each decision removes from this model."""
         return MaskSpace.from_config(model.config, self.space or config.decisions.space)
 
-    def choose(self, model: PreTrainedModel, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+    def choose(self, model: PreTrainedModel, calibration: Dataset, config: ATPConfig) -> Tensor:
         """The mask, bool [size of the space]."""
         return self.rule(model, self.space_of(model, config), calibration, config)
 
@@ -47,7 +47,7 @@ class MaskBaseline:
 class SliceBaseline:
     """SliceGPT: the choice is the bases of the residual stream."""
 
-    def choose(self, model: PreTrainedModel, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+    def choose(self, model: PreTrainedModel, calibration: Dataset, config: ATPConfig) -> Tensor:
         """The bases, float32 [2 layers + 1, hidden, width]."""
         return choose_bases(model, calibration, config)
 

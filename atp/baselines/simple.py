@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from atp.baselines.calibration import calibration_batches
 from atp.baselines.masked import masked_loss
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.weights import group_sums, prunable_linears
 from atp.config import ATPConfig
-from atp.data import PackedDataset
 from atp.masks.budget import Budget
 from atp.masks.fit import fit_mask
 from atp.masks.space import MaskSpace
 from atp.training.saliency import fisher_saliency, saliency_logits
 
 
-def random_mask(model: nn.Module, space: MaskSpace, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+def random_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
     """Decisions drawn by the seed, the same number in every layer; bool [space.size]."""
     scores = torch.rand(space.size, generator=torch.Generator().manual_seed(config.seed))
     return uniform_mask(scores, config.decisions.target_keep, Budget(space), config.decisions.multiples)
 
 
-def magnitude_mask(model: nn.Module, space: MaskSpace, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+def magnitude_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
     """In every layer the groups whose weights have the largest joint 2-norm; bool [space.size]."""
     scores = magnitude_scores(model, space)
     return uniform_mask(scores, config.decisions.target_keep, Budget(space), config.decisions.multiples)
@@ -35,7 +35,7 @@ def magnitude_scores(model: nn.Module, space: MaskSpace) -> Tensor:
     return group_sums(space, lambda name: linears[name].weight.detach().double().square())
 
 
-def static_mask(model: nn.Module, space: MaskSpace, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+def static_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
     """ATP's decision before it learns anything: its warm start, fitted to budget and width rules; bool [space.size]."""
     device = next(model.parameters()).device
     with masked_loss(model, space, config) as loss_of:

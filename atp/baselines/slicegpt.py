@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 
-from atp.baselines.calibration import calibration_batches
+from atp.baselines.calibration import Batch, calibration_batches, hidden_arguments
 from atp.config import ATPConfig
-from atp.data import PackedDataset
 from atp.errors import InputError
 from atp.evaluation.inference import inference
 from atp.masks.budget import Budget
@@ -34,7 +34,7 @@ _MULTIPLE = 8
 _DAMPING = 0.01  # share of the mean variance that is added to all of them
 
 
-def choose_bases(model: PreTrainedModel, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+def choose_bases(model: PreTrainedModel, calibration: Dataset, config: ATPConfig) -> Tensor:
     """The bases for the width at which the sliced model holds the budget, float32 [2 layers + 1, hidden, width]."""
     width = sliced_width(model.config, config.decisions.target_keep)
     batches = calibration_batches(calibration, config, next(model.parameters()).device)
@@ -66,7 +66,7 @@ def _decoder_params(space: MaskSpace, width: int) -> int:
 
 
 @torch.no_grad()
-def residual_bases(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], width: int) -> Tensor:
+def residual_bases(model: PreTrainedModel, batches: Iterable[Batch], width: int) -> Tensor:
     """The `width` leading principal axes of the stream before every block, float32 [2 layers + 1, hidden, width].
 
     model: a stock Llama or Mistral. A block's axes are the eigenvectors of the uncentred covariance of the hidden
@@ -74,7 +74,7 @@ def residual_bases(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]],
     """
     decoder = model.model
     with inference(model):
-        states, arguments = zip(*(_layer_inputs(decoder, batch["input_ids"]) for batch in batches), strict=True)
+        states, arguments = zip(*(_layer_inputs(decoder, batch) for batch in batches), strict=True)
         states = list(states)
         bases = [_principal_axes(states, width)]
         for layer in decoder.layers:
@@ -92,7 +92,7 @@ class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
-def _layer_inputs(decoder: nn.Module, input_ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def _layer_inputs(decoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
     """What the first layer is called with: hidden states, and the keyword arguments that every layer gets."""
     captured = []
 
@@ -103,7 +103,7 @@ def _layer_inputs(decoder: nn.Module, input_ids: Tensor) -> tuple[Tensor, dict[s
     hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with suppress(_Stop):
-            decoder(input_ids=input_ids, use_cache=False)
+            decoder(**hidden_arguments(batch))
     finally:
         hook.remove()
     return captured[0]

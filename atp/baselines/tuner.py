@@ -10,27 +10,30 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, default_data_collator, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from atp.config import ATPConfig
+from atp.data import collate
 from atp.errors import Interrupted
+from atp.models.attention import use_training_attention
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import training_arguments
 from atp.training.callbacks import ClockCallback, PhaseCallback
 from atp.training.checkpoint import Checkpoint
 from atp.training.guards import FiniteGuard, SignalGuard
+from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
-from atp.training.order import RunOrder
+from atp.training.order import RunOrder, run_order
 from atp.training.phases import Phases
 from atp.training.precision import autocast_dtype
 
 
 class LoraTuner(Trainer):
-    """Trains the adapter of a PEFT model with ATP's optimizer, order of samples, precision, guards and checkpoints.
+    """Trains the adapter of a PEFT model with ATP's optimizer, samples, loss, precision, guards and checkpoints.
 
     The number of LoRA steps is that of a whole ATP run (`training.total`), so both see the same samples. folder holds
     metrics.jsonl and checkpoints/; phase names the steps in the records. train_dataset yields dictionaries with
-    `input_ids` and `labels` int64 [length].
+    `input_ids` and `labels` int64 [length], as the datasets of `atp.data` do.
     """
 
     def __init__(
@@ -52,10 +55,11 @@ class LoraTuner(Trainer):
         self.signals = SignalGuard()
         self.autocast_dtype = autocast_dtype(config.training.precision)
         args = training_arguments(config)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=default_data_collator)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate)
+        use_training_attention(model)
         self.add_callback(PhaseCallback(self))
-        tokens = len(train_dataset[0]["input_ids"]) * args.train_batch_size * args.gradient_accumulation_steps
-        self.add_callback(ClockCallback(self.clock, lambda step: phase, tokens * args.world_size))
+        self._counter = ClockCallback(self.clock, lambda step: phase)
+        self.add_callback(self._counter)
         for callback in callbacks:
             self.add_callback(callback)
         if config.training.gradient_checkpointing:
@@ -91,8 +95,18 @@ class LoraTuner(Trainer):
         return torch.autocast(self.args.device.type, dtype=self.autocast_dtype, enabled=enabled)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunOrder:
-        total = self.phases.total * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return RunOrder(len(self.train_dataset), total * self.args.world_size, self.config.seed)
+        size = self.args.train_batch_size
+        total = self.phases.total * size * self.args.gradient_accumulation_steps * self.args.world_size
+        return run_order(self.train_dataset, size, total, self.config.seed)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        self._counter.count(inputs["tokens"] * self.args.world_size)
+        loss = causal_lm_loss(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the count is that of all processes, the gradients' mean too
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

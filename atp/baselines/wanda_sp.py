@@ -11,19 +11,19 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from atp.baselines.calibration import calibration_batches
+from atp.baselines.calibration import Batch, calibration_batches, hidden_arguments
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.weights import LinearName, group_sums, prunable_linears
 from atp.config import ATPConfig
-from atp.data import PackedDataset
 from atp.evaluation.inference import inference
 from atp.masks.budget import Budget
 from atp.masks.space import MaskSpace
 from atp.training.precision import autocast_dtype
 
 
-def wanda_mask(model: nn.Module, space: MaskSpace, calibration: PackedDataset, config: ATPConfig) -> Tensor:
+def wanda_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
     """The groups of the highest score in every layer; bool [space.size]."""
     batches = calibration_batches(calibration, config, next(model.parameters()).device)
     scores = wanda_scores(model, space, batches, autocast=autocast_dtype(config.training.precision))
@@ -31,7 +31,7 @@ def wanda_mask(model: nn.Module, space: MaskSpace, calibration: PackedDataset, c
 
 
 def wanda_scores(
-    model: nn.Module, space: MaskSpace, batches: Iterable[dict[str, Tensor]], *, autocast: torch.dtype | None = None
+    model: nn.Module, space: MaskSpace, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
 ) -> Tensor:
     """Sum over a group of |w| * ||x||, over the linears that it cuts on their inputs, float64 [space.size]."""
     linears = prunable_linears(model, space)
@@ -49,7 +49,7 @@ def wanda_scores(
     try:
         with inference(model, autocast):
             for batch in batches:
-                model(input_ids=batch["input_ids"], use_cache=False)
+                model(**hidden_arguments(batch))
     finally:
         for hook in hooks:
             hook.remove()

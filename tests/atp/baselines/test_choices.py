@@ -11,6 +11,7 @@ from atp.baselines.methods import BASELINES, MaskBaseline
 from atp.baselines.simple import magnitude_mask, magnitude_scores, random_mask, static_mask
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.wanda_sp import wanda_scores
+from atp.data import PackedDataset
 from atp.errors import InputError
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
@@ -110,6 +111,18 @@ def test_wanda_sp_is_weight_times_input_norm_by_hand():
         return found
 
     torch.testing.assert_close(wanda_scores(llama, space, batches()), scores_by_hand(space, importance))
+
+
+def test_samples_that_share_a_row_do_not_see_each_other():
+    llama, ids = model(), windows().input_ids
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    together = PackedDataset(ids, ids.clone(), torch.arange(8).repeat(2).expand_as(ids))
+    apart = PackedDataset(ids.view(-1, 8), ids.view(-1, 8).clone())
+    scores = [
+        wanda_scores(llama, space, calibration_batches(data, config(), CPU, count=len(data)))
+        for data in (together, apart)
+    ]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-6, atol=0)
 
 
 def test_static_is_the_fisher_information_of_the_masks_by_finite_differences():

@@ -67,7 +67,7 @@ def test_reads_the_samples_that_atp_reads(tmp_path):
     atp = ATPTrainer(config(tmp_path / "atp"), model(dtype=torch.float32), windows(20, seed=2), windows())
     assert list(tuner._get_train_sampler()) == list(atp._get_train_sampler())
     tuner.train()
-    assert tuner.clock.tokens == {"tune": STEPS * atp.tokens_per_step}
+    assert tuner.clock.tokens == {"tune": STEPS * 2 * 16}
 
 
 @pytest.mark.parametrize("step", [1, 5, STEPS])
