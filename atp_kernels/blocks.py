@@ -47,37 +47,8 @@ def masked_lora_swiglu(
     _check_kept(kept, (mask,), mask_lora)
     if kept is not None and not (kept[0].out_mask is kept[1].out_mask is kept[2].in_mask):
         raise ValueError("the slices of gate and up and the input of down must share one mask or KeptFirst object.")
-    down_mask = None if mask_lora else mask
-    if torch.compiler.is_compiling():
-        # The compiler decides what is saved, and fuses what lies between the linears.
-        slices = kept or (None, None, None)
-        common = {"mask_lora": mask_lora, "backend": backend}
-        g, u = (_linear(x, p, s, out_mask=mask, **common) for p, s in ((gate, slices[0]), (up, slices[1])))
-        h = ops.ACTIVATIONS[activation][0](g) * u
-        return _linear(h, down, slices[2], in_mask=down_mask, **common)
-    x = _cast(x)
-    hidden = x.new_empty(()).expand(*x.shape[:-1], gate.weight.shape[0])  # a shape and a dtype for the checks
-    if kept is not None:
-        linears, out_mask, in_mask = (gate, up, down), None, None
-        operands = [
-            (None, *kept_slices.prepare(source, slice_, linear.lora_a, linear.lora_b, None)[2:4], None)
-            for source, slice_, linear in zip((x, x, hidden), kept, linears, strict=True)
-        ]
-    else:
-        stacked = _stacked((gate, up))
-        producers = (gate, up) if stacked is None else (stacked,)
-        linears = (*producers, down)
-        out_mask = mask if mask is None or stacked is None else mask.repeat(2)
-        sides = [(x, out_mask, None)] * len(producers) + [(hidden, None, down_mask)]
-        prepared = [
-            prepare_linear(source, p.weight, p.lora_a, p.lora_b, p.bias, None, *masks)
-            for p, (source, *masks) in zip(linears, sides, strict=True)
-        ]
-        operands, (out_mask, in_mask) = [tensors[1:5] for tensors in prepared], (prepared[0][6], prepared[-1][7])
-    module = select("masked_lora_swiglu", x.device, x.dtype, backend)[0]
-    keep_sum = out_mask is not None and out_mask.requires_grad and torch.is_grad_enabled()
-    spec = ops.MlpSpec(activation, tuple(float(p.scaling) for p in linears), mask_lora, keep_sum, kept, module)
-    return ops.Swiglu.apply(spec, x, out_mask, in_mask, *(tensor for tensors in operands for tensor in tensors))
+    options = {"activation": activation, "mask": mask, "mask_lora": mask_lora, "kept": kept, "backend": backend}
+    return (_composed if torch.compiler.is_compiling() else _fused)(x, gate, up, down, **options)
 
 
 def masked_lora_qkv(
@@ -133,6 +104,42 @@ def stack_weights(*weights: Tensor) -> None:
     storage = torch.cat([weight.detach() for weight in weights])
     for weight, rows in zip(weights, storage.split([weight.shape[0] for weight in weights]), strict=True):
         weight.data = rows
+
+
+def _composed(x, gate, up, down, *, activation, mask, mask_lora, kept, backend) -> Tensor:
+    """For a compiler, which decides what is saved, and fuses what lies between the linears."""
+    common = {"mask_lora": mask_lora, "backend": backend}
+    *slices, down_slice = kept or (None, None, None)
+    g, u = (_linear(x, p, s, out_mask=mask, **common) for p, s in zip((gate, up), slices, strict=True))
+    h = ops.ACTIVATIONS[activation][0](g) * u
+    return _linear(h, down, down_slice, in_mask=None if mask_lora else mask, **common)
+
+
+def _fused(x, gate, up, down, *, activation, mask, mask_lora, kept, backend) -> Tensor:
+    """One autograd Function of checked and cast operands."""
+    x = _cast(x)
+    hidden = x.new_empty(()).expand(*x.shape[:-1], gate.weight.shape[0])  # a shape and a dtype for the checks
+    linears, out_mask, in_mask = (gate, up, down), None, None
+    if kept is not None:
+        operands = [
+            (None, *kept_slices.prepare(source, slice_, linear.lora_a, linear.lora_b, None)[2:4], None)
+            for source, slice_, linear in zip((x, x, hidden), kept, linears, strict=True)
+        ]
+    else:
+        stacked = _stacked((gate, up))
+        if stacked is not None:
+            linears = (stacked, down)
+        out_mask = mask if mask is None or stacked is None else mask.repeat(2)
+        sides = [(x, out_mask, None)] * (len(linears) - 1) + [(hidden, None, None if mask_lora else mask)]
+        prepared = [
+            prepare_linear(source, p.weight, p.lora_a, p.lora_b, p.bias, None, *masks)
+            for p, (source, *masks) in zip(linears, sides, strict=True)
+        ]
+        operands, (out_mask, in_mask) = [tensors[1:5] for tensors in prepared], (prepared[0][6], prepared[-1][7])
+    module = select("masked_lora_swiglu", x.device, x.dtype, backend)[0]
+    keep_sum = out_mask is not None and out_mask.requires_grad and torch.is_grad_enabled()
+    spec = ops.MlpSpec(activation, tuple(float(p.scaling) for p in linears), mask_lora, keep_sum, kept, module)
+    return ops.Swiglu.apply(spec, x, out_mask, in_mask, *(tensor for tensors in operands for tensor in tensors))
 
 
 def _linear(

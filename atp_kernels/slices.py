@@ -95,7 +95,8 @@ class KeptSlice:
         self.kept_in = self.in_features if self._cols is None else self._cols.count
         self._weight = weight.detach()
         self._bias = None if bias is None else _gathered(bias.detach().unsqueeze(1), self._rows, None).squeeze(1)
-        self._scratch, self._held = scratch, None
+        self._scratch = scratch
+        self._held = self._weight if self._rows is None and self._cols is None else None
 
     def __repr__(self) -> str:
         kept = f"kept {self.kept_out}/{self.out_features} x {self.kept_in}/{self.in_features}"

@@ -175,6 +175,8 @@ _TABLE = {
     (_SLICE, _KEPT): (
         ("kept.index_fill_(axis, gather.silent, 0)", "pass"),
         ("places[count:], Side(index, place, False)", "places[:0], Side(index, place, False)"),
+    ),
+    (_SLICE, "tests/atp_kernels/test_kept.py -k equals_masked"): (
         ("cls(count, None, (~mask).nonzero().squeeze(1), None)", "cls(count, None, kept[:0], None)"),
     ),
     (_SLICE, _KEPT_FIRST): (
@@ -219,7 +221,7 @@ _TABLE = {
         ("slices = self.kept.weight(x.dtype), self.kept.bias(x.dtype)", "slices = self.kept.weight(x.dtype), None"),
     ),
     (_BLOCKS, _MLP): (
-        ("down_mask = None if mask_lora else mask", "down_mask = None"),
+        ("(hidden, None, None if mask_lora else mask)", "(hidden, None, None)"),
         ("mask if mask is None or stacked is None else mask.repeat(2)", "None"),
         ("p.lora_b, p.bias, None, *masks)", "p.lora_b, None, None, *masks)"),
     ),

@@ -256,7 +256,7 @@ def test_compile_whole_graph(dynamic, first):
 @pytest.mark.parametrize("scratch", [None, Scratch()])
 def test_compiling_before_the_slice_is_gathered_says_what_to_do(scratch):
     torch._dynamo.reset()
-    kept = KeptSlice(torch.ones(8, 8), scratch=scratch)
+    kept = KeptSlice(torch.ones(8, 8), in_mask=torch.arange(8) < 4, scratch=scratch, pad_to=1)
     compiled = torch.compile(
         lambda x: kept_lora_linear(x, kept, torch.ones(2, 8), torch.ones(8, 2), scaling=1.0),
         fullgraph=True,
@@ -290,6 +290,14 @@ def test_a_scratch_grows_and_serves_slices_of_all_sizes():
             expected = weight[kept.out_mask].to(dtype)
             assert torch.equal(kept.weight(dtype)[: len(expected)], expected)
             assert not kept.weight(dtype)[len(expected) :].any()
+
+
+def test_a_slice_of_everything_is_the_weight_itself():
+    weight = torch.ones(8, 12)
+    for mask in (None, torch.ones(8, dtype=torch.bool), KeptFirst(torch.ones(8, dtype=torch.bool))):
+        kept = KeptSlice(weight, out_mask=mask, scratch=Scratch())
+        assert kept.weight(torch.float32).data_ptr() == weight.data_ptr()
+        assert torch.equal(kept.weight(torch.bfloat16), weight.bfloat16())
 
 
 def test_a_scratch_is_filled_through_many_blocks():
