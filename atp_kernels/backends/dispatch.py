@@ -81,6 +81,8 @@ def _preference(op: str, device: str) -> tuple[str, ...]:
     if device == "cuda":
         return ("triton", "reference") if linear else ("native", "reference")
     if device == "cpu":
+        # Both call the same vendor GEMM; around it, native masks and sums took 0.13 to 1.0 of the time, without a mask
+        # there is nothing to do for either (768 x 576 to 768 x 1536, two threads).
         return ("native", "reference")
     return ("reference",)
 

@@ -240,7 +240,7 @@ def test_bad_values_stay_in_their_group(value):
         plan = GroupPlan.of([factor], [(0, torch.arange(4))], 4)
         total, norms = native.group_lasso_forward([factor], plan, removed, EPS)
         assert not total.isfinite() and norms.isfinite().tolist() == [True, False, True, True]
-        native.group_prox_([factor], [(0, torch.arange(4))], removed, torch.ones(4))
+        native.group_prox_([factor], plan, removed, torch.ones(4))
         assert factor[[0, 2, 3]].isfinite().all() and not factor[1].isfinite().all()
 
 

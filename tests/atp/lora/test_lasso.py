@@ -139,11 +139,14 @@ def test_stock_lora_has_the_same_groups():
     torch.testing.assert_close(others.lasso(mask), ours.lasso(mask))
 
 
-def test_plans_lie_where_the_factors_do_and_refuse_factors_that_moved():
+def test_plans_lie_where_the_factors_do_and_refuse_factors_that_changed():
     model, space = masked()
     groups = LoraGroups(model, space)
     on_meta = LoraGroups(model.to("meta"), space)
     assert {plan.index.device.type for plan in (on_meta._cuts, on_meta._joint)} == {"meta"}
-    for call in (groups.lasso, lambda mask: groups.prox_(mask, 1.0)):
-        with pytest.raises(ValueError, match="plan lies on cpu and factors elsewhere"):
-            call(random_mask(space))
+    wrong = ((on_meta.factors, "factors elsewhere"), (groups.factors[:-1], "factors of other shapes"))
+    for changed, message in wrong:
+        groups.factors = changed
+        for call in (groups.lasso, lambda mask: groups.prox_(mask, 1.0)):
+            with pytest.raises(ValueError, match=message):
+                call(random_mask(space))
