@@ -22,7 +22,7 @@ test: $(VENV)/.demo
 
 bench: $(VENV)/.package
 	$(BIN)/python -m pytest benchmarks --benchmark-only
-	$(BIN)/python -m benchmarks run --variants unfused addmm ours floor
+	$(BIN)/python -m benchmarks run --passes full --rounds 7 --variants unfused addmm ours floor
 	$(BIN)/python -m benchmarks plot
 
 lint: $(VENV)/.lint
