@@ -6,8 +6,8 @@
 # Needs the repository, torch with triton, nvcc, compute-sanitizer, pytest, transformers and peft; no network, no data.
 # Python packages that are missing can lie as wheels in the folder $WHEELS. Everything goes under $OUT
 # (benchmarks/results/gpu): a log a stage, rows of measurements in rows/, the same packed in rows.tar.gz, summary.txt.
-# --dry runs the stages on a CPU with tiny sizes, timings unverified. Other variables: PYTHON (python3), MODELS, RANKS and TOKENS of the
-# operations, ROWS (another folder for rows), STAGE_SECONDS (590).
+# --dry runs the stages on a CPU with tiny sizes and does not verify what it times. Other variables: PYTHON (python3),
+# MODELS, RANKS and TOKENS of the operations, ROWS (another folder for rows), STAGE_SECONDS (590).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
