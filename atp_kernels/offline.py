@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atp_kernels.backends.triton import kernels, tiles
+from atp_kernels.backends.triton import group_kernels, kernels, tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Shared memory one program may use, bytes, by compute capability."""
@@ -44,7 +44,8 @@ class Case:
 
     name: str
     kernel: triton.runtime.JITFunction
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    """None where one compiled kernel takes every dtype."""
     rank: int
     arguments: dict[str, str | None]
     constants: dict[str, object]
@@ -69,12 +70,14 @@ class Usage:
 
 
 def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
-    """Every kernel in the variants that a training step launches, with the tiles its table gives."""
+    """Every kernel in the variants that a training step launches, with every tile of its table."""
     drawn = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
     for name, m, n, mask_lora, absent in (
         ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd narrow", _SIZE, 128, False, "sum_ptr other_ptr dot_ptr"),
+        ("gemm fwd 1024 rows", 1024, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+        ("gemm fwd 128 rows", 128, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd decode", 16, _SIZE, False, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
@@ -104,6 +107,32 @@ def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
     yield _case("dropout", kernels.dropout_kernel, dtype, rank, [], constants, tiles.DROPOUT)
     constants = {"BLOCK_C": 64}
     yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, config)
+
+
+def group_cases(rank: int) -> Iterator[Case]:
+    """The kernels over all factors of a model, whose slots are as long as the rank: one compilation for all dtypes."""
+    config = tiles.slot_config(rank)
+    walk = {"ALIGNED": True, "BLOCK_S": config.block_wide, "BLOCK_L": config.block_long}
+    yield _group_case("slot squares", group_kernels.slot_squares_kernel, rank, walk, config)
+    for name, prox in (("group slope", False), ("group shrink", True)):
+        yield _group_case(name, group_kernels.scale_kernel, rank, {"PROX": prox, **walk}, config)
+    for name, slots in (("slot norms", 1), ("joint norms", 256)):
+        config = tiles.group_norms_config(slots * _SIZE, _SIZE)
+        constants = {"BLOCK_G": config.block_wide, "BLOCK_S": config.block_long}
+        yield _group_case(name, group_kernels.group_norms_kernel, rank, constants, config)
+    yield _group_case("lasso total", group_kernels.total_kernel, rank, {"BLOCK": 1024}, config)
+
+
+def _group_case(name, kernel, rank, constants, config) -> Case:
+    pointers = {"table_ptr": "i64", "removed_ptr": "u8", "part_ptr": "fp64"}
+    pointers |= dict.fromkeys(("index_ptr", "order_ptr", "starts_ptr"), "i32")
+    numbers = {"eps": "fp32", "n_groups": "i32", "n_parts": "i32"}
+    arguments = {
+        argument: numbers.get(argument) or "*" + pointers.get(argument, "fp32")
+        for argument in kernel.arg_names
+        if argument not in constants
+    }
+    return Case(name, kernel, None, rank, arguments, constants, config.num_warps, config.num_stages, False)
 
 
 def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop=False) -> Case:
@@ -147,7 +176,7 @@ def compile_case(case: Case, arch: int) -> Usage:
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(case.kernel.arg_names)
-        if name not in constants and name not in ("scaling", "SPLITS", "seed")
+        if name not in constants and name not in ("scaling", "SPLITS", "seed", "eps", "n_groups", "n_parts")
     }
     source = ASTSource(case.kernel, signature, constants, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
@@ -206,20 +235,21 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
     names = options.dtype or (list(_TYPES.values()) if options.all else ["bf16"])
     ranks = options.rank or (ALL_RANKS if options.all else QUICK_RANKS)
+    every = [case for dtype, name in _TYPES.items() if name in names for rank in ranks for case in cases(dtype, rank)]
+    every += [case for rank in ranks for case in group_cases(rank)]
     broken = 0
     print(f"{'kernel':24} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
-    for dtype in (dtype for dtype, name in _TYPES.items() if name in names):
-        for rank in ranks:
-            for case in cases(dtype, rank):
-                for arch in options.arch or ARCHS:
-                    usage = compile_case(case, arch)
-                    verdict = problems(case, arch, usage)
-                    broken += bool(verdict)
-                    print(
-                        f"{case.name:24} {_TYPES[dtype]:5} {rank:4} {arch:4} {usage.registers:5} {usage.shared:7} "
-                        f"{usage.stack:5} {usage.local:5} {usage.tensor_core:6} {usage.wide_copies:7} "
-                        f"{usage.narrow_loads:6}  {'; '.join(verdict)}"
-                    )
+    for case in every:
+        for arch in options.arch or ARCHS:
+            usage = compile_case(case, arch)
+            verdict = problems(case, arch, usage)
+            broken += bool(verdict)
+            print(
+                f"{case.name:24} {_TYPES.get(case.dtype, 'any'):5} {case.rank:4} {arch:4} {usage.registers:5} "
+                f"{usage.shared:7} {usage.stack:5} {usage.local:5} {usage.tensor_core:6} {usage.wide_copies:7} "
+                f"{usage.narrow_loads:6}  {'; '.join(verdict)}",
+                flush=True,
+            )
     return 1 if broken and options.gate else 0
 
 

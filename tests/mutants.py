@@ -36,6 +36,9 @@ _DROPPED = "tests/atp_kernels/test_linear_triton.py -k 'combination_with_dropout
 _BESIDE = "tests/atp_kernels/test_linear_triton.py -k without_masks"
 _SPLIT = "tests/atp_kernels/test_linear_triton.py -k tiles_of_the_table"
 
+_MULTI = "tests/atp_kernels/test_groups_triton.py -k 'joint or kept_groups or any_shape'"
+_MULTI_FENCED = "tests/atp_kernels/test_groups_triton.py -k nothing_is_read"
+
 _DEFINITION = "atp_kernels/reference.py"
 _REFERENCE = "atp_kernels/backends/reference.py"
 _PRIMITIVES = "atp_kernels/backends/primitives.py"
@@ -46,6 +49,8 @@ _BLOCKS = "atp_kernels/blocks.py"
 _PLAN = "atp_kernels/plan.py"
 _OPS = "atp_kernels/ops/linear.py"
 _KERNELS = "atp_kernels/backends/triton/kernels.py"
+_GROUP_KERNELS = "atp_kernels/backends/triton/group_kernels.py"
+_GROUP_LAUNCHER = "atp_kernels/backends/triton/groups.py"
 _LAUNCHER = "atp_kernels/backends/triton/masked_lora_linear.py"
 
 _TABLE = {
@@ -285,6 +290,38 @@ _TABLE = {
         ("row_ok = rows < last", "row_ok = rows < M"),
         ("last = min(first + rows_per_split, M)", "last = M"),
         ("part_ptr += C * R", "part_ptr += 0"),
+    ),
+    (_GROUP_KERNELS, _MULTI): (
+        ("squares += tl.sum(values * values,", "squares += tl.sum(values,"),
+        ("first = tl.program_id(1).to(tl.int64) * BLOCK_S\n    if first < slots:\n        slot = first + "
+         "tl.arange(0, BLOCK_S)\n        for", "first = 0\n    if first < slots:\n        slot = first + "
+         "tl.arange(0, BLOCK_S)\n        for"),
+        ("squares_ptr + tl.load(line_ptr + 4) + slot", "squares_ptr + slot"),
+        ("owned = at[None, :] < count[:, None]", "owned = at[None, :] <= count[:, None]"),
+        ("for start in range(0, tl.max(count, axis=0), BLOCK_S):", "for start in range(0, 1, BLOCK_S):"),
+        ("tl.sum(sums, axis=1) + eps", "tl.sum(sums, axis=1)"),
+        ("tl.sqrt(", "("),
+        ("removed & (count > 0)", "removed"),
+        ("removed & (count > 0)", "count > 0"),
+        ("removed = tl.load(removed_ptr + group) != 0", "removed = group >= 0"),
+        ("index_ptr + tl.load(line_ptr + 4) + slot", "index_ptr + slot"),
+        ("tl.where(removed, tl.where(norm <= by, 0.0, 1.0 - ratio), 1.0)", "tl.where(norm <= by, 0.0, 1.0 - ratio)"),
+        ("tl.where(norm <= by, 0.0, 1.0 - ratio)", "1.0 - ratio"),
+        ("0.0, 1.0 - ratio", "0.0, ratio"),
+        ("ratio = tl.div_rn(by, tl.where(norm == 0, 1.0, norm))", "ratio = by"),
+        ("scale = tl.where(norm > 0, ratio, 0.0)", "scale = tl.where(norm > 0, ratio / by, 0.0)"),
+        ("scaled = tl.where(factor == 0, 0.0, values * factor)", "scaled = values"),
+    ),
+    (_GROUP_KERNELS, _MULTI_FENCED): (
+        ("ok = (slot < slots)[:, None] & (entry < length)[None, :]", "ok = (slot < slots)[:, None]"),
+        ("ok = (entry < length)[:, None] & (slot < slots)[None, :]", "ok = (slot < slots)[None, :]"),
+    ),
+    (_GROUP_LAUNCHER, _MULTI): (
+        ("_group_norms(_walk(held, held, plan), plan, removed, eps)",
+         "_group_norms(_walk(held, held, plan), plan, removed, 0.0)"),
+        ("grad_out.float(), prox=False", "grad_out.float().abs(), prox=False"),
+        ("kind = 2 * _DTYPES.index(factor.dtype) + axis", "kind = 2 * _DTYPES.index(factor.dtype)"),
+        ("first_slot += slots", "first_slot += length"),
     ),
     (_LAUNCHER, _TILED): (
         ("_down(adapter_input, lora_a, in_mask if mask_lora else None,", "_down(adapter_input, lora_a, None,"),

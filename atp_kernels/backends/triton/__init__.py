@@ -1,4 +1,4 @@
-"""The `triton` backend: the masked LoRA linear on CUDA, and on a CPU under TRITON_INTERPRET=1."""
+"""The `triton` backend: the masked LoRA linear and the group lasso on CUDA, and on a CPU under TRITON_INTERPRET=1."""
 
 from importlib.util import find_spec
 
@@ -9,6 +9,7 @@ REASON = None if AVAILABLE else "the triton package is not installed; run pip in
 INTERPRETED = False
 
 if AVAILABLE:
+    from atp_kernels.backends.triton.groups import group_lasso_backward, group_lasso_forward, group_prox_
     from atp_kernels.backends.triton.masked_lora_linear import (
         INTERPRETED,
         masked_lora_linear_backward,
@@ -19,4 +20,13 @@ if AVAILABLE:
         AVAILABLE = False
         REASON = "there is no CUDA device; TRITON_INTERPRET=1, set before the start, emulates one on a CPU"
 
-__all__ = ["AVAILABLE", "INTERPRETED", "REASON", "masked_lora_linear_backward", "masked_lora_linear_forward"]
+__all__ = [
+    "AVAILABLE",
+    "INTERPRETED",
+    "REASON",
+    "group_lasso_backward",
+    "group_lasso_forward",
+    "group_prox_",
+    "masked_lora_linear_backward",
+    "masked_lora_linear_forward",
+]
