@@ -1,5 +1,6 @@
 """Masked LoRA linears, group lasso and compaction for training that prunes: numerics only, on torch alone."""
 
+from atp_kernels import nn
 from atp_kernels.backends.dispatch import available_backends
 from atp_kernels.blocks import masked_lora_qkv, masked_lora_swiglu, stack_weights
 from atp_kernels.functional import (
@@ -31,5 +32,6 @@ __all__ = [
     "masked_lora_linear_with_norms",
     "masked_lora_qkv",
     "masked_lora_swiglu",
+    "nn",
     "stack_weights",
 ]

@@ -16,7 +16,7 @@ from atp_kernels.backends.triton import tiles
 FOLDER = Path(__file__).parents[2] / "docs" / "kernels"
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md") if path.name != "README.md"}
 SECTIONS = ["Formula", "Saved for backward", "Gradients", "FLOPs", "Bytes", "Backends", "Tiles"]
-NOT_OPERATIONS = {"available_backends", "explain"}
+NOT_OPERATIONS = {"available_backends", "explain", "nn"}
 LINEAR = PAGES["masked_lora_linear.md"]
 
 

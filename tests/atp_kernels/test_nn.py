@@ -1,0 +1,149 @@
+"""The module over the masked LoRA linear, against stock PEFT and the definition."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import atp_kernels
+from atp_kernels import reference
+from atp_kernels.nn import MaskedLoRALinear
+
+N_OUT, N_IN, OPTIONS = 10, 7, {"r": 3, "alpha": 6}
+
+
+def layer(dtype=torch.float64, *, bias=True, masks=(), seed=0, **options):
+    torch.manual_seed(seed)
+    linear = nn.Linear(N_IN, N_OUT, bias=bias, dtype=dtype)
+    made = MaskedLoRALinear.from_linear(linear, **OPTIONS, **options)
+    nn.init.normal_(made.lora_B)
+    for name, size in (("out_mask", N_OUT), ("in_mask", N_IN)):
+        if name in masks:
+            setattr(made, name, torch.rand(size, dtype=made.lora_B.dtype))
+    return made
+
+
+def defined(made, x):
+    return reference.masked_lora_linear(
+        x, made.weight, made.lora_A, made.lora_B, scaling=2.0, out_mask=made.out_mask, in_mask=made.in_mask,
+        mask_lora=made.mask_lora, bias=made.bias,
+    )  # fmt: skip
+
+
+MASKS = [(), ("out_mask",), ("in_mask",), ("out_mask", "in_mask")]
+
+
+@pytest.mark.parametrize("mask_lora", [False, True])
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_computes_the_definition_and_merges_into_it(masks, mask_lora, bias):
+    made = layer(bias=bias, masks=masks, mask_lora=mask_lora)
+    for name in masks:
+        getattr(made, name).requires_grad_()
+    x = torch.randn(2, 5, N_IN, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *(p for p in made.parameters() if p.requires_grad), *(getattr(made, name) for name in masks)]
+    assert len(wanted) == 3 + len(masks), "weight and bias are frozen"
+    y, expected = made(x), defined(made, x)
+    assert_close(y, expected)
+    upstream = torch.randn_like(y)
+    for got, true in zip(*(torch.autograd.grad(z, wanted, upstream) for z in (y, expected)), strict=True):
+        assert_close(got, true)
+    merged = made.merge()
+    assert type(merged) is nn.Linear and (merged.in_features, merged.out_features) == (N_IN, N_OUT)
+    assert_close(merged(x), expected)
+    assert merged.weight.data_ptr() != made.weight.data_ptr()
+
+
+def test_starts_and_trains_as_stock_peft():
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.Linear(N_IN, N_OUT))
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
+    stock = peft.get_peft_model(base, config).base_model.model[0]
+    torch.manual_seed(3)
+    stock.reset_lora_parameters("default", True)
+    torch.manual_seed(3)
+    ours = MaskedLoRALinear.from_linear(stock.base_layer, **OPTIONS)
+    for mine, theirs in ((ours.lora_A, stock.lora_A), (ours.lora_B, stock.lora_B)):
+        assert torch.equal(mine, theirs["default"].weight)
+    x = torch.randn(4, N_IN)
+    results = []
+    for module in (ours, stock):
+        for _ in range(2):  # the first step moves B, the second one A
+            module(x).square().sum().backward()
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    if parameter.requires_grad:
+                        parameter -= 0.01 * parameter.grad
+                        parameter.grad = None
+        results.append(module(x))
+    assert_close(*results)
+
+
+def test_dropout_falls_in_training_alone_and_follows_the_generator():
+    made = layer(dropout=0.5)
+    x = torch.randn(64, N_IN, dtype=torch.float64)
+    assert_close(made.eval()(x), defined(made, x))
+    made.train()
+    torch.manual_seed(1)
+    seed = int(torch.randint(2**62, (), dtype=torch.int64))
+    torch.manual_seed(1)
+    first = made(x)
+    expected = atp_kernels.masked_lora_linear(
+        x, made.weight, made.lora_A, made.lora_B, scaling=2.0, bias=made.bias, dropout=0.5, seed=seed
+    )
+    assert torch.equal(first, expected) and not torch.equal(first, made(x))
+
+
+def test_dropout_is_drawn_again_under_checkpointing():
+    made = layer(dropout=0.5)
+    x = torch.randn(6, N_IN, dtype=torch.float64)
+    torch.manual_seed(1)
+    plain = torch.autograd.grad(made(x).square().sum(), made.lora_A)
+    torch.manual_seed(1)
+    y = torch.utils.checkpoint.checkpoint(made, x, use_reentrant=False)
+    assert torch.equal(plain[0], torch.autograd.grad(y.square().sum(), made.lora_A)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_factors_of_a_16_bit_weight_are_float32(dtype):
+    made = layer(dtype, masks=("out_mask",))
+    x = torch.randn(5, N_IN, dtype=dtype)
+    y = made(x)
+    assert made.lora_A.dtype == made.lora_B.dtype == torch.float32 and y.dtype == made.merge().weight.dtype == dtype
+    assert_close(made.merge()(x), y, rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+def test_state_dict_round_trip(masks):
+    made = layer(masks=masks)
+    other = layer(masks=("out_mask",), seed=1)
+    other.load_state_dict(made.state_dict())
+    x = torch.randn(4, N_IN, dtype=torch.float64)
+    assert torch.equal(other(x), made(x))
+    assert [name for name in ("out_mask", "in_mask") if getattr(other, name) is not None] == list(masks)
+
+
+def test_shares_the_weight_leaves_the_linear_alone_and_says_what_it_is():
+    linear = nn.Linear(N_IN, N_OUT)
+    made = MaskedLoRALinear.from_linear(linear, **OPTIONS)
+    assert made.weight.data_ptr() == linear.weight.data_ptr() and linear.weight.requires_grad
+    made.in_mask = torch.ones(N_IN, dtype=torch.bool)
+    assert repr(made) == (
+        "MaskedLoRALinear(in_features=7, out_features=10, bias=True, r=3, alpha=6, dropout=0.0, mask_lora=False, "
+        "in_mask)"
+    )
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    made = layer(torch.float32, masks=("out_mask",))
+    x = torch.randn(4, N_IN)
+    assert_close(torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"r": 0, "alpha": 1}, "r is 0"), ({**OPTIONS, "dropout": 1.0}, "dropout is 1.0")]
+)
+def test_wrong_options_are_one_clear_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedLoRALinear(torch.ones(2, 2), **options)
