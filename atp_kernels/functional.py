@@ -143,14 +143,15 @@ def compact(
     return ops.compact_op(weight.detach(), rows, cols, pad_to, backend)
 
 
-def explain(op: str, *tensors: Tensor, backend: str = "auto") -> str:
+def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = False) -> str:
     """One sentence on which backend takes a call of `op` on tensors like these, and why.
 
     The first tensor's device and the tensors' common dtype decide; with none given a float32 CPU call is explained.
+    `plain`: of a masked LoRA linear, a call with neither masks nor dropout.
     """
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = ops.common_dtype(tensors) if tensors else torch.float32
-    _, name, why = select(op, device, dtype, backend)
+    _, name, why = select(op, device, dtype, backend, plain=plain)
     return f"{op} on {device.type} in {str(dtype).removeprefix('torch.')} runs on {name} ({why})."
 
 
@@ -163,10 +164,14 @@ def prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mas
         x, weight = x.to(dtype), weight.to(dtype)
     elif weight.dtype != dtype:
         raise ValueError(f"weight is {weight.dtype} and x is {dtype}: cast one of them, or run under torch.autocast.")
-    lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    lora_input = None if lora_input is None or lora_input is x else lora_input.to(dtype)
+    lora_a, lora_b, bias = _cast(lora_a, dtype), _cast(lora_b, dtype), _cast(bias, dtype)
+    lora_input = None if lora_input is x else _cast(lora_input, dtype)
     return x, weight, lora_a, lora_b, bias, lora_input, _as_mask(out_mask, dtype), _as_mask(in_mask, dtype)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # Asked first, because a `to` that does nothing is a call into ATen all the same.
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _as_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -180,24 +185,25 @@ def _check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask
     if weight.ndim != 2 or lora_a.ndim != 2 or lora_b.ndim != 2:
         raise ValueError("weight, lora_a and lora_b must be 2-D: [out, in], [r, in] and [out, r].")
     (n_out, n_in), rank = weight.shape, lora_a.shape[0]
-    expected = (
+    if x.ndim == 0 or x.shape[-1] != n_in:
+        raise ValueError(f"x has shape {list(x.shape)}, but weight {list(weight.shape)} needs [..., {n_in}].")
+    device = x.device
+    for name, tensor, shape in (
+        ("x", x, x.shape),
+        ("weight", weight, weight.shape),
         ("lora_a", lora_a, (rank, n_in)),
         ("lora_b", lora_b, (n_out, rank)),
         ("bias", bias, (n_out,)),
         ("out_mask", out_mask, (n_out,)),
         ("in_mask", in_mask, (n_in,)),
         ("lora_input", lora_input, x.shape),
-    )
-    if x.ndim == 0 or x.shape[-1] != n_in:
-        raise ValueError(f"x has shape {list(x.shape)}, but weight {list(weight.shape)} needs [..., {n_in}].")
-    for name, tensor, shape in expected:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, but weight and x need {list(shape)}.")
-    for name, tensor in (("x", x), ("weight", weight), *((name, tensor) for name, tensor, _ in expected)):
+    ):
         if tensor is None:
             continue
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device.")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but weight and x need {list(shape)}.")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device.")
         if not (tensor.is_floating_point() or (tensor.dtype == torch.bool and name.endswith("mask"))):
             kind = "bool or floating mask" if name.endswith("mask") else "floating tensor"
             raise ValueError(f"{name} is {tensor.dtype}: give a {kind}.")

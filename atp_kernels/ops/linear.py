@@ -1,6 +1,7 @@
 """torch.library registration and eager short cut of the masked LoRA linear."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def masked_lora_linear_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """2-D masked LoRA linear: (y, S, un-masked sum, row squares of B, column squares of A), empty where not asked."""
-    module = select("masked_lora_linear", x.device, x.dtype, backend)[0]
+    module = _select(x, out_mask, in_mask, dropout, backend)
     tensors = (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     options = (scaling, mask_lora, keep_sum, with_norms, _dropout(dropout, seed))
     results = module.masked_lora_linear_forward(*tensors, *options)
@@ -102,7 +103,7 @@ def masked_lora_linear_backward_op(
     backend: str,
 ) -> list[Tensor]:
     """The wanted gradients, in the order of the forward's tensors."""
-    module = select("masked_lora_linear", grad_y.device, grad_y.dtype, backend)[0]
+    module = _select(grad_y, out_mask, in_mask, dropout, backend)
     saved = (x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total)
     options = (scaling, mask_lora, shared_input, needs, _dropout(dropout, seed))
     grads = module.masked_lora_linear_backward(grad_y, *saved, *options)
@@ -144,8 +145,20 @@ masked_lora_linear_op.register_autograd(_linear_backward, setup_context=_linear_
 masked_lora_linear_backward_op.register_autograd(refuse_twice)
 
 
+def _select(
+    tensor: Tensor, out_mask: Tensor | None, in_mask: Tensor | None, dropout: float | Dropout | None, backend: str
+) -> ModuleType:
+    plain = out_mask is None and in_mask is None and not dropout
+    return select("masked_lora_linear", tensor.device, tensor.dtype, backend, plain=plain)[0]
+
+
 def _dropout(p: float, seed: int | Tensor | None) -> Dropout | None:
     return Dropout(p, int(seed)) if p else None
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    # Not even a view where nothing changes: eager code makes hundreds of calls a step.
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _save_linear(
@@ -188,9 +201,9 @@ class MaskedLoraLinear(torch.autograd.Function):
     def forward(ctx, *arguments):
         x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = arguments[:8]
         ctx.scaling, ctx.mask_lora, keep_sum, with_norms, ctx.dropout, backend = arguments[8:]
-        ctx.module = select("masked_lora_linear", x.device, x.dtype, backend)[0]
-        rows = x.reshape(-1, x.shape[-1])
-        adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
+        ctx.module = _select(x, out_mask, in_mask, ctx.dropout, backend)
+        rows = _matrix(x)
+        adapter = None if lora_input is None else _matrix(lora_input)
         tensors = (rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
         y, down, total, *norms = ctx.module.masked_lora_linear_forward(
             *tensors, ctx.scaling, ctx.mask_lora, keep_sum, with_norms, ctx.dropout
@@ -198,7 +211,7 @@ class MaskedLoraLinear(torch.autograd.Function):
         _save_linear(ctx, tensors, down, total, seed=None)
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
-        y = y.view(*x.shape[:-1], weight.shape[0])
+        y = y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
         return (y, *norms) if with_norms else y
 
     @staticmethod
@@ -208,11 +221,11 @@ class MaskedLoraLinear(torch.autograd.Function):
         weight = saved[1]
         if grad_y is None:
             grad_y = weight.new_zeros(*ctx.shape[:-1], weight.shape[0])
-        grad_y = grad_y.reshape(-1, weight.shape[0])
+        grad_y = _matrix(grad_y)
         options = (ctx.scaling, ctx.mask_lora, ctx.shared_input, ctx.needs, ctx.dropout)
         grads = list(ctx.module.masked_lora_linear_backward(grad_y, *saved, *options))
         _add_norm_gradients(grads, saved, grad_rows, grad_cols)
         for i in (0, 5):
-            if grads[i] is not None:
+            if grads[i] is not None and len(ctx.shape) != 2:
                 grads[i] = grads[i].view(ctx.shape)
         return (*grads, *[None] * 6)

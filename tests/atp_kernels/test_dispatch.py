@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import atp_kernels
-from atp_kernels.backends import dispatch, native
+from atp_kernels.backends import dispatch, native, triton
 from atp_kernels.backends import reference as reference_backend
 
 CPU = torch.device("cpu")
@@ -24,6 +24,42 @@ def test_kept_linear_on_a_cpu_takes_the_vendor_gemm():
     assert atp_kernels.explain("kept_lora_linear", torch.ones(1)) == (
         "kept_lora_linear on cpu in float32 runs on reference (first choice on cpu)."
     )
+
+
+@pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
+def test_linear_on_cuda_takes_triton_only_where_there_is_something_to_fuse():
+    cuda = torch.device("cuda")
+    assert dispatch.select("masked_lora_linear", cuda, torch.bfloat16)[1] == "triton"
+    _, name, why = dispatch.select("masked_lora_linear", cuda, torch.bfloat16, plain=True)
+    assert name == "reference" and "the addmm_ chain" in why
+    assert dispatch.select("masked_lora_linear", cuda, torch.bfloat16, "triton", plain=True)[1] == "triton"
+    assert "first choice on cpu" in atp_kernels.explain("masked_lora_linear", torch.ones(1), plain=True)
+
+
+@pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
+def test_group_operations_on_cuda_take_native_then_triton_then_reference():
+    for op in ("group_lasso", "group_prox_"):
+        assert dispatch._preference(op, "cuda") == ("native", "triton", "reference")
+        name, why = dispatch.select(op, torch.device("cuda"), torch.float16)[1:]
+        assert name == "triton" and why.startswith("native: ")
+        assert dispatch.select(op, torch.device("cuda"), torch.float64)[1] == "reference"
+
+
+def test_calls_say_whether_they_are_plain(monkeypatch):
+    """Masks or dropout make a call that a fused kernel may take; each of them alone is enough."""
+    asked = []
+
+    def noting(*arguments, plain):
+        asked.append(plain)
+        return reference_backend, "reference", ""
+
+    monkeypatch.setattr(sys.modules["atp_kernels.ops.linear"], "select", noting)
+    x, weight, lora_a, lora_b = (torch.ones(size) for size in ((2, 4), (3, 4), (1, 4), (3, 1)))
+    for options in (
+        {}, {"out_mask": torch.ones(3)}, {"in_mask": torch.ones(4)}, {"dropout": 0.5, "seed": 1}
+    ):  # fmt: skip
+        atp_kernels.masked_lora_linear(x, weight, lora_a, lora_b, scaling=1.0, **options)
+    assert asked == [True, False, False, False]
 
 
 @pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
