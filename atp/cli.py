@@ -30,6 +30,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the newest complete checkpoint.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace a few steps of each phase into profile/ of the run folder.")
+    ] = False,
     debug: _Debug = False,
 ) -> None:
     """Run the one-stage job: search, settle, cut, tune, export, score.
@@ -41,7 +44,7 @@ def train(
 
     settings = ATPConfig.load(config, overrides)
     console.print(settings.dump(), markup=False, highlight=False)
-    show(Run(settings, resume=resume, command=_command(), say=console.print).execute())
+    show(Run(settings, resume=resume, command=_command(), say=console.print, profile=profile).execute())
     console.print(f"report: {Path(settings.output_dir) / 'report.html'}")
 
 

@@ -31,6 +31,7 @@ from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
 from atp.training.metrics import PhaseClock
 from atp.training.precision import autocast_dtype
+from atp.training.profiling import ProfileCallback, format_table
 from atp.training.trainer import ATPTrainer
 
 CERTIFICATE_TOLERANCE = 1e-3  # of the logit scale, in float32
@@ -40,8 +41,17 @@ BUDGET_TOLERANCE = 0.002
 class Run:
     """One run folder and the steps that fill it. Steps that are done are not repeated on resume."""
 
-    def __init__(self, config: ATPConfig, *, resume: bool, command: str, say: Callable[[str], None] = print) -> None:
-        self.config, self.resume, self.command, self.say = config, resume, command, say
+    def __init__(
+        self,
+        config: ATPConfig,
+        *,
+        resume: bool,
+        command: str,
+        say: Callable[[str], None] = print,
+        profile: bool = False,
+    ) -> None:
+        """say prints one line. profile: also trace a few steps of each phase into the run folder's profile/."""
+        self.config, self.resume, self.command, self.say, self.profile = config, resume, command, say, profile
         self.folder = Path(config.output_dir)
         self.started = time.perf_counter()
         self.autocast = autocast_dtype(config.training.precision)
@@ -58,7 +68,9 @@ class Run:
         model, tokenizer, data = self._prepare()
         if self.config.evaluation.dense_baseline and "tuned_dense" not in self._scores():
             model = self._tune_dense(model, tokenizer, data)
-        trainer = self._train(model, tokenizer, data)
+        trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
+        del model  # the trainer lets go of the uncut weights at the cut, and nobody else may hold them then
+        self._train(trainer)
         self.say("exporting and certifying")
         trainer.export(self.folder)
         facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped}
@@ -99,13 +111,17 @@ class Run:
         self._record(PHASE, {"seconds": tuner.clock.seconds[PHASE], "tokens_per_second": tuner.clock.rate(PHASE)})
         return tuner.model.unload()
 
-    def _train(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> ATPTrainer:
+    def _train(self, trainer: ATPTrainer) -> None:
+        phases = trainer.phases
+        profile = ProfileCallback(self.folder / "profile", phases.of, phases.total)
+        if self.profile:
+            trainer.add_callback(profile)
         with make_progress() as progress:
-            trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
-            trainer.add_callback(ProgressCallback(trainer.phases.of, trainer.phases.total, progress))
+            trainer.add_callback(ProgressCallback(phases.of, phases.total, progress))
             quiet(trainer)
             trainer.train(resume=newest(trainer.checkpoint_root) is not None)
-        return trainer
+        if profile.rows:
+            self.say(format_table(profile.rows))
 
     def _score(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
         """Scores a model once; the result is kept in evaluation.json."""

@@ -78,7 +78,7 @@ class LoraTuner(Trainer):
             state = checkpoints.load(path)
             self.config.refuse_change_of(state.meta["config"])
             self.clock.load(state.meta["clock"])
-            self.finite.skipped = state.meta["skipped"]
+            self.finite.restore(state.meta["skipped"])
             self.autocast_dtype = autocast_dtype(state.meta["precision"])
             step = state.step
         self.metrics.rewind(step)
@@ -112,11 +112,13 @@ class LoraTuner(Trainer):
         if self.optimizer is None:
             named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
             self._trained = list(named)
-            self.optimizer = torch.optim.AdamW(list(named.values()), lr=self.args.learning_rate, weight_decay=0.0)
+            self.adamw = torch.optim.AdamW(named.values(), lr=self.args.learning_rate, weight_decay=0.0, fused=True)
+            self.optimizer = self.adamw
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self.finite.report()
             logs["tokens_per_second"] = self.clock.rate(self.phase)
             record = {"loss": logs["loss"], "lr": logs["learning_rate"], "tokens_per_second": logs["tokens_per_second"]}
             seconds = sum(self.clock.seconds.values())

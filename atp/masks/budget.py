@@ -17,10 +17,6 @@ class Budget:
 
     def __init__(self, space: MaskSpace) -> None:
         self.space = space
-        owner = torch.empty(space.size, dtype=torch.long)
-        for index, structure in enumerate(space.structures):
-            owner[structure.span] = index
-        self._structure_of = owner
         sides = self._sides()
         self._row_structure, self._row_scale, self._row_fixed = sides[0]
         self._col_structure, self._col_scale, self._col_fixed = sides[1]
@@ -48,7 +44,7 @@ class Budget:
 
     def _count(self, mask: Tensor) -> Tensor:
         counts = torch.zeros(len(self.space.structures), dtype=torch.float64)
-        counts = counts.index_add(0, self._structure_of, mask.double())
+        counts = counts.index_add(0, self.space.structure_of, mask.double())
         rows = self._row_fixed + self._row_scale * counts[self._row_structure]
         cols = self._col_fixed + self._col_scale * counts[self._col_structure]
         return (rows * (cols + self._bias)).sum() + self._norms
@@ -65,8 +61,12 @@ class Budget:
 
     def share(self, mask: Tensor) -> float:
         """Share of the decoder parameters that a hard mask [size] keeps, in (0, 1]."""
-        return float(self._count(mask.detach().cpu())) / self.total
+        return float(self.portion(mask.detach()))
+
+    def portion(self, mask: Tensor) -> Tensor:
+        """`share` as a scalar float64 tensor on the CPU, differentiable in the mask."""
+        return self._count(mask.cpu()) / self.total
 
     def loss(self, mask: Tensor, target: float) -> Tensor:
         """|log(p / p*)| of the share p that the mask keeps, scalar, differentiable (1-method.md section 4)."""
-        return (self._count(mask.cpu()) / self.total / target).log().abs().float()
+        return (self.portion(mask) / target).log().abs().float()

@@ -10,20 +10,22 @@ from atp.masks.sampling import keep_one
 from atp.masks.space import MaskSpace
 
 
-def exact_offset(logits: Tensor, share: float, budget: Budget) -> float:
+def exact_offset(logits: Tensor, share: float, budget: Budget) -> Tensor:
     """The offset b for which the mask 1[logits + b >= 0] keeps just under `share` of the decoder parameters.
 
-    Bisection over the sorted logits, so that -b is one of them and the comparison is exact; structures never become
-    empty.
+    A scalar tensor, found by bisection over the sorted logits, so that -b is one of them and the comparison is exact;
+    structures never become empty.
     """
     logits = logits.detach()
     order = logits.sort().values
-    low, high = 0, len(order) - 1  # a threshold at index i removes every logit below order[i]
-    while low < high:
+    always = keep_one(torch.zeros_like(logits, dtype=torch.bool), logits, budget.space)
+    # A threshold at index i removes every logit below order[i]. Tensors throughout: no value is read in a step.
+    low, high = torch.tensor([0]), torch.tensor([len(order) - 1])
+    for _ in range(len(order).bit_length()):
         middle = (low + high) // 2
-        kept = budget.share(keep_one(logits >= order[middle], logits, budget.space).float())
-        low, high = (low, middle) if kept <= share else (middle + 1, high)
-    return -float(order[low])
+        fits = budget.portion((logits >= order[middle]) | always) <= share
+        low, high = torch.where(fits, low, torch.minimum(middle + 1, high)), torch.where(fits, middle, high)
+    return -order[low].squeeze(0)
 
 
 def exact_mask(logits: Tensor, share: float, budget: Budget) -> Tensor:

@@ -74,13 +74,18 @@ class MaskSpace:
     """
 
     def __init__(self, name: str, structures: list[Structure], linears: dict[str, Linear], norm_params: int):
-        """structures in layer order; linears by name inside a layer; norm_params: unprunable parameters a layer."""
+        """structures in layer order; linears by name inside a layer; norm_params: unprunable parameters a layer.
+
+        `structure_of`, int64 [size], tells for every decision which structure (by its place in the list) it belongs to.
+        """
         self.name = name
         self.structures = structures
         self.linears = linears
         self.norm_params = norm_params
         self.num_layers = structures[-1].layer + 1
         self.size = structures[-1].start + structures[-1].size
+        sizes = torch.tensor([structure.size for structure in structures])
+        self.structure_of = torch.arange(len(structures)).repeat_interleave(sizes)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, space: SpaceName = "head_dim") -> MaskSpace:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atp.training.metrics import PhaseClock
+from atp.training.profiling import scope
 
 if TYPE_CHECKING:
     from atp.training.trainer import ATPTrainer
@@ -24,13 +25,14 @@ class PhaseCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.finite.check(self.trainer.model.parameters(), f"step {state.global_step + 1}")
+        self.trainer.finite.check(self.trainer.adamw, state.global_step + 1)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.trainer.phases.of(state.global_step) == "settle":
-            self.trainer.settle_step(state.global_step)
+            with scope("optimizer"):
+                self.trainer.settle_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer

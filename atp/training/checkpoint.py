@@ -85,6 +85,12 @@ def newest(root: Path) -> Path | None:
     return next((folder for folder in folders if _problem(folder) is None), None)
 
 
+def trainer_state_json(state: TrainerState) -> str:
+    """Trainer's own state without its log, as JSON text."""
+    values = {k: v for k, v in asdict(state).items() if k not in ("log_history", "stateful_callbacks")}
+    return json.dumps(values | {"log_history": [], "stateful_callbacks": {}})
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     """Optimizer state as `<parameter name>.<state name>` -> tensor; names follow the optimizer's parameter order."""
     state = optimizer.state_dict()["state"]
@@ -99,12 +105,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
         name, _, field = key.rpartition(".")
         state.setdefault(index[name], {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def trainer_state_json(state: TrainerState) -> str:
-    """Trainer's own state as JSON, without its copy of the logs."""
-    values = {k: v for k, v in asdict(state).items() if k not in ("log_history", "stateful_callbacks")}
-    return json.dumps(values | {"log_history": [], "stateful_callbacks": {}})
 
 
 def _digest(path: Path) -> str:

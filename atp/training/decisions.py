@@ -21,11 +21,11 @@ _LATE_FACTOR = 0.2  # ... to this factor of itself (1-method.md section 5)
 
 @dataclass(frozen=True)
 class DecisionOutcome:
-    """What one decision step did: its losses, gradient norm, and whether it was applied."""
+    """What one decision step did: its losses, and whether it was applied. Scalar tensors: reading one may wait."""
 
-    loss: float
-    budget_loss: float
-    applied: bool
+    loss: Tensor
+    budget_loss: Tensor
+    applied: Tensor
 
 
 class DecisionMaker:
@@ -43,11 +43,11 @@ class DecisionMaker:
         self.space, self.config, self.search_steps = space, config, search_steps
         self.budget = Budget(space)
         self.generator = DecisionGenerator(space, kind=config.generator, prior=prior, seed=seed)
-        self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=config.lr)
+        self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=config.lr, fused=True)
         self.noise = torch.Generator().manual_seed(seed)
         self.mask = torch.ones(space.size, dtype=torch.bool)
         self.frozen = False
-        self.changed = 0.0
+        self.changed = torch.zeros(())
 
     def target_at(self, step: int) -> float:
         """Share of parameters to keep after `step` search steps: a cubic fall (`exact`) or the target at once."""
@@ -71,11 +71,11 @@ class DecisionMaker:
             budget_loss = self.config.alpha * self.budget.loss(straight_through(soft, hard), self.config.target_keep)
         (loss + budget_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), self.config.clip)
-        applied = bool(torch.isfinite(norm))
-        if applied:
-            self.optimizer.step()
+        applied = torch.isfinite(norm)
+        self.optimizer.found_inf = 1 - applied.float()  # a fused optimizer then leaves weights and moments alone
+        self.optimizer.step()
         self.optimizer.zero_grad()
-        return DecisionOutcome(float(loss.detach()), float(budget_loss.detach()), applied)
+        return DecisionOutcome(loss.detach(), budget_loss.detach(), applied)
 
     @torch.no_grad()
     def refresh(self, step: int) -> Tensor:
@@ -100,7 +100,7 @@ class DecisionMaker:
         return self.mask
 
     def _replace(self, mask: Tensor) -> None:
-        self.changed = float((mask != self.mask).float().mean())
+        self.changed = (mask != self.mask).float().mean()
         self.mask = mask
 
     def _soft(self, logits: Tensor, step: int, *, noise: bool) -> Tensor:

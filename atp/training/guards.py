@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
 from types import FrameType
 from typing import Self
 
 import torch
-from torch import nn
 
 from atp.errors import NotReached
 
@@ -39,25 +37,40 @@ class SignalGuard:
 
 
 class FiniteGuard:
-    """Drops the gradients of a step when any is not finite, counts such steps, and ends the run after K in a row."""
+    """Keeps non-finite gradients out of weights and moments, counts such steps, and ends the run after K in a row.
+
+    The counts are tensors on the device: a step writes them, and only `report`, `skipped` and `restore` read.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.skipped = 0
-        self._in_a_row = 0
+        self.restore(0)
 
-    def check(self, parameters: Iterable[nn.Parameter], where: str) -> bool:
-        """True when the optimizer may step. With gradients set to None AdamW leaves weights and moments alone."""
-        owners = [p for p in parameters if p.grad is not None]
-        finite = bool(torch.isfinite(torch.stack(torch._foreach_norm([p.grad for p in owners])).sum()))
-        self._in_a_row = 0 if finite else self._in_a_row + 1
-        if not finite:
-            self.skipped += 1
-            for parameter in owners:
-                parameter.grad = None
-            if self._in_a_row >= self.limit:
-                raise NotReached(
-                    f"{self._in_a_row} steps in a row had a non-finite gradient, the last one at {where}: lower "
-                    "training.lr or check that batch; the last checkpoint is good"
-                )
-        return finite
+    def restore(self, skipped: int) -> None:
+        """Starts from a number of skipped steps."""
+        self._skipped = torch.tensor(skipped)
+        self._in_a_row = self._longest = self._last = torch.tensor(0)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not applied so far."""
+        return int(self._skipped)
+
+    def check(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Before the step of a fused optimizer: makes it a step that changes nothing if a gradient is not finite."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        bad = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())
+        optimizer.found_inf = bad.float()
+        self._skipped = self._skipped + bad
+        self._in_a_row = (self._in_a_row + 1) * bad
+        self._longest = torch.maximum(self._longest, self._in_a_row)
+        self._last = torch.where(bad, step, self._last)
+
+    def report(self) -> None:
+        """Raises `NotReached` if since the last report K steps in a row were skipped."""
+        if int(self._longest) >= self.limit:
+            raise NotReached(
+                f"{int(self._longest)} steps in a row had a non-finite gradient, the last one at step "
+                f"{int(self._last)}: lower training.lr or check that batch; the last checkpoint is good"
+            )
+        self._longest = self._in_a_row

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from atp.models.attention import NAME, training_mask
 from atp.training.cross_entropy import linear_cross_entropy
+from atp.training.profiling import scope
 
 
 def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int | None = None) -> Tensor:
@@ -19,9 +20,10 @@ def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int 
     inner = getattr(model, "module", model)  # DistributedDataParallel
     causal = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     hidden = _final_hidden(model, causal, batch)
-    scored = hidden.flatten(0, 1).index_select(0, batch["scored"])
-    total = linear_cross_entropy(scored, causal.get_output_embeddings().weight, batch["targets"])
-    return total / (len(batch["targets"]) if count is None else count)
+    with scope("loss"):
+        scored = hidden.flatten(0, 1).index_select(0, batch["scored"])
+        total = linear_cross_entropy(scored, causal.get_output_embeddings().weight, batch["targets"])
+        return total / (len(batch["targets"]) if count is None else count)
 
 
 def _final_hidden(model: nn.Module, causal: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -33,13 +35,14 @@ def _final_hidden(model: nn.Module, causal: nn.Module, batch: dict[str, Any]) ->
     caught: list[Tensor] = []
     handle = causal.get_decoder().register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
     try:
-        model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=False,
-            logits_to_keep=input_ids.new_empty(0),
-        )
+        with scope("other"):
+            model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                use_cache=False,
+                logits_to_keep=input_ids.new_empty(0),
+            )
     finally:
         handle.remove()
     return caught[0]

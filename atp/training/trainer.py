@@ -40,6 +40,7 @@ from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.order import RunOrder, run_order
 from atp.training.phases import Phases
 from atp.training.precision import autocast_dtype
+from atp.training.profiling import scope
 from atp.training.saliency import fisher_saliency, saliency_logits
 
 _CERTIFICATE_WINDOWS = 4
@@ -209,8 +210,12 @@ class ATPTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         if self._decided != step:
             self._decide(step, phase)
-        with self.controller.masks(self.decisions.mask, "hard"):
+        with scope("masks"):
+            self.controller.set(self.decisions.mask, "hard")
+        try:
             return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.controller.clear()
 
     def _decide(self, step: int, phase: str) -> None:
         """Once a LoRA step: a decision step and a new mask while searching, the freeze at the start of settle."""
@@ -225,13 +230,14 @@ class ATPTrainer(Trainer):
             for parameter in frozen:
                 parameter.requires_grad_(False)
             try:
-                outcome = self.decisions.update(step, lambda mask: self._calibration_loss(batch, mask))
+                with scope("masks"):
+                    outcome = self.decisions.update(step, lambda mask: self._calibration_loss(batch, mask))
+                    self.decisions.refresh(step)
             finally:
                 self.controller.clear()
                 for parameter in frozen:
                     parameter.requires_grad_(True)
             self.last.update(decision_loss=outcome.loss, budget_loss=outcome.budget_loss)
-            self.decisions.refresh(step)
 
     def _calibration_loss(self, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
         """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
@@ -250,7 +256,8 @@ class ATPTrainer(Trainer):
         training = self.config.training
         beta = {"search": training.beta, "settle": training.settle_beta}.get(phase, 0.0)
         if beta and model.training:
-            lasso = self.groups.lasso(self.decisions.mask.to(loss.device))
+            with scope("loss"):
+                lasso = self.groups.lasso(self.decisions.mask.to(loss.device))
             self.last["lasso"] = lasso.detach()
             loss = loss + beta * lasso / self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -271,7 +278,8 @@ class ATPTrainer(Trainer):
 
     def _calibration_batch(self, index: int, size: int) -> dict[str, Tensor]:
         order = run_order(self.calibration_dataset, size, 0, self.config.seed + 1)
-        return self._prepare_inputs(collate([self.calibration_dataset[i] for i in order.at(index * size, size)]))
+        with scope("data"):
+            return self._prepare_inputs(collate([self.calibration_dataset[i] for i in order.at(index * size, size)]))
 
     def _certificate_tokens(self) -> Tensor:
         rows = range(min(_CERTIFICATE_WINDOWS, len(self.calibration_dataset)))
@@ -286,11 +294,14 @@ class ATPTrainer(Trainer):
         if self.optimizer is None:
             named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
             self._trained = list(named)
-            self.optimizer = torch.optim.AdamW(list(named.values()), lr=self.args.learning_rate, weight_decay=0.0)
+            # Fused: it reads nothing back to the host, and can be told to skip a step by a tensor.
+            self.adamw = torch.optim.AdamW(named.values(), lr=self.args.learning_rate, weight_decay=0.0, fused=True)
+            self.optimizer = self.adamw
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self.finite.report()
             step = self.state.global_step
             phase = self.phases.of(step - 1)
             record = {name: float(value) for name, value in self.last.items()}
@@ -298,9 +309,14 @@ class ATPTrainer(Trainer):
                 record |= {
                     "keep": self.decisions.budget.share(self.decisions.mask),
                     "target_keep": self.decisions.target_at(step),
-                    "changed": self.decisions.changed,
+                    "changed": float(self.decisions.changed),
                 }
-            record |= {"lr": logs["learning_rate"], "tokens_per_second": self.clock.rate(phase)}
+            record |= {
+                "lr": logs["learning_rate"],
+                "tokens_per_second": self.clock.rate(phase),
+                "phase_tokens": self.clock.tokens[phase],
+                "phase_seconds": self.clock.seconds[phase],
+            }
             self.metrics.write({"step": step, "phase": phase, **record, "seconds": sum(self.clock.seconds.values())})
             logs |= record
             self.last.clear()
@@ -348,7 +364,7 @@ class ATPTrainer(Trainer):
         self.decisions.frozen = state.meta["frozen"]
         self.certificate = state.meta["certificate"]
         self.clock.load(state.meta["clock"])
-        self.finite.skipped = state.meta["skipped"]
+        self.finite.restore(state.meta["skipped"])
         self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
         self.metrics.rewind(state.step)
         if "masked_vs_cut" in self.certificate:

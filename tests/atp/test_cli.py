@@ -1,8 +1,10 @@
 """The command line: one sentence and exit code 2 for bad input, and help that shows an example."""
 
+import gc
 import json
 import re
 import sys
+import weakref
 
 import pytest
 import torch
@@ -107,6 +109,37 @@ def test_bad_input_is_one_sentence_and_writes_nothing(atp, config, shared, tmp_p
     assert code == 2
     assert is_one_sentence(err) and re.search(message, err), err
     assert not (tmp_path / "out").exists()
+
+
+def test_profile_traces_every_phase_and_the_uncut_weights_are_gone_in_tune(atp, config, tmp_path, monkeypatch):
+    """Exit code 3 is allowed: so small a model cannot meet the budget within 0.2 %."""
+    import atp.run as run
+
+    weights, alive = [], {}
+
+    def load_model(*arguments):
+        model = load(*arguments)
+        weights.append(weakref.ref(model.model.layers[0].mlp.gate_proj.weight))
+        return model
+
+    class Look(run.ProgressCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            gc.collect()
+            alive[self.phase_of(state.global_step - 1)] = weights[0]() is not None
+
+    load = run.load_model
+    monkeypatch.setattr(run, "load_model", load_model)
+    monkeypatch.setattr(run, "ProgressCallback", Look)
+    small = ["training.search=3", "training.settle=2", "training.tune=3", "training.precision=float32"]
+    small += ["evaluation.windows=2", "evaluation.questions=0", "decisions.saliency_windows=2"]
+    code, out, _ = atp("train", config, "--profile", *small)
+    assert code in (0, 3)
+    assert re.search(r"ms a step +search +settle +tune\n *matmul ", out)
+    folder = tmp_path / "out" / "profile"
+    assert {path.name for path in folder.iterdir()} == {
+        "search.json.gz", "settle.json.gz", "tune.json.gz", "table.json", "table.txt"
+    }  # fmt: skip
+    assert alive == {"search": True, "settle": True, "tune": False}
 
 
 def test_output_folder_in_use_is_left_alone(atp, config, tmp_path):

@@ -78,6 +78,11 @@ def test_keep_one_restores_the_largest_logit_of_an_empty_structure_only():
     assert torch.equal(keep_one(kept, logits, SPACE), kept)
 
 
+def test_of_equal_logits_the_first_is_kept():
+    kept = keep_one(torch.zeros(SPACE.size, dtype=torch.bool), torch.full((SPACE.size,), -2.0), SPACE)
+    assert kept.nonzero().flatten().tolist() == [structure.start for structure in SPACE.structures]
+
+
 def test_straight_through_has_the_exact_hard_value_and_the_soft_gradient():
     logits = torch.randn(SPACE.size, generator=seeded(6)).requires_grad_()
     soft = soft_mask(logits, 0.0, 0.4)

@@ -60,7 +60,7 @@ def test_changed_is_the_share_of_decisions_that_flipped():
     before = decisions.mask
     mask = decisions.refresh(15)
     flipped = sum(a != b for a, b in zip(before.tolist(), mask.tolist(), strict=True))
-    assert flipped > 0 and decisions.changed == pytest.approx(flipped / SPACE.size, rel=1e-6)
+    assert flipped > 0 and float(decisions.changed) == pytest.approx(flipped / SPACE.size, rel=1e-6)
 
 
 @pytest.mark.parametrize("budget", ["exact", "penalty"])
@@ -79,7 +79,7 @@ def test_penalty_loss_is_alpha_times_the_log_ratio_of_the_hard_mask():
     decisions = maker(target_keep=0.6, budget="penalty", alpha=5.0, offset=1e3)
     outcome = decisions.update(0, lambda soft: soft.sum() * 0 + 2.5)
     assert outcome.applied and outcome.loss == 2.5
-    assert outcome.budget_loss == pytest.approx(5 * math.log(1 / 0.6), rel=1e-6)
+    assert float(outcome.budget_loss) == pytest.approx(5 * math.log(1 / 0.6), rel=1e-6)
 
 
 def test_penalty_loss_of_a_sampled_mask():
@@ -96,7 +96,7 @@ def test_penalty_loss_of_a_sampled_mask():
     for structure in SPACE.structures:
         assert kept[structure.span].any(), "otherwise keep_one would have to be counted too"
     assert 0.3 < BUDGET.share(kept) < 1
-    assert outcome.budget_loss == pytest.approx(2 * math.log(BUDGET.share(kept) / 0.3), rel=1e-5)
+    assert float(outcome.budget_loss) == pytest.approx(2 * math.log(BUDGET.share(kept) / 0.3), rel=1e-5)
 
 
 def test_soft_mask_of_the_exact_form_centres_on_the_budget():

@@ -140,6 +140,14 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     assert all(torch.isfinite(t).all() for t in trained_tensors(trainer).values())
 
 
+def test_bad_steps_between_two_logs_end_the_run_at_the_next(tmp_path):
+    """The log comes at step 5; three of the steps before it were bad, the last of them step 4."""
+    trainer = make(tmp_path, callbacks=[Poison(2, 4)], training={"max_bad_steps": 3, "log_every": 5})
+    with pytest.raises(NotReached, match="3 steps in a row .* the last one at step 4"):
+        trainer.train()
+    assert all(torch.isfinite(tensor).all() for tensor in trained_tensors(trainer).values())
+
+
 def test_run_stops_after_k_non_finite_steps_and_names_the_step(tmp_path):
     trainer = make(tmp_path, callbacks=[Poison(2, TOTAL)], training={"max_bad_steps": 2})
     with pytest.raises(NotReached, match="step 3"):

@@ -1,0 +1,100 @@
+"""After the cut nothing of the removed structures is left in memory, and the clock tells the truth."""
+
+import gc
+import json
+import time
+import weakref
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+from tiny_run import CUT, SEARCH, TOTAL, make
+from transformers import TrainerCallback
+
+from atp.training.callbacks import ProgressCallback
+
+
+class InTune(TrainerCallback):
+    """Calls a function at the begin of the second tune step."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == CUT + 1:
+            self.look(**kwargs)
+
+
+@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+def test_weights_and_moments_of_removed_structures_are_gone(tmp_path, space):
+    seen = {}
+
+    def look(model, **_):
+        gc.collect()
+        seen["alive"] = [name for name, ref in uncut.items() if ref() is not None]
+        seen["state"] = {p: state for p, state in trainer.adamw.state.items()}
+        seen["trained"] = [p for p in model.parameters() if p.requires_grad]
+
+    trainer = make(tmp_path, callbacks=[InTune(look)], decisions={"space": space})
+    uncut = {name: weakref.ref(p) for name, p in trainer.model.named_parameters()
+             if "_proj" in name and ("base_layer" in name or "lora_" in name)}  # fmt: skip
+    sizes = {name: ref().numel() for name, ref in uncut.items()}
+    trainer.train()
+    untouched = {name for name, p in trainer.model.named_parameters() if p.numel() == sizes.get(name)}
+    assert set(seen["alive"]) <= untouched, "every weight that was cut exists in its cut form alone"
+    assert set(seen["state"]) == set(seen["trained"])
+    for parameter, state in seen["state"].items():
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+    after = sum(p.numel() for n, p in trainer.model.named_parameters() if n in sizes)
+    assert after < sum(sizes.values()) and untouched != set(sizes)
+
+
+class Slow(TrainerCallback):
+    """Makes steps long enough to time, and notes when each begins and ends, saving and logging aside."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+        time.sleep(0.15)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+@pytest.mark.parametrize("packing", ["joined", "padded"])
+def test_bar_and_log_agree_on_tokens_a_second(tmp_path, packing):
+    """Within 2 %: the bar's text, the log's tokens over its seconds, and the tokens of the batches over a stopwatch."""
+    slow = Slow()
+    trainer = make(tmp_path, callbacks=[slow], data={"packing": packing}, training={"save_every": 100})
+    console = Console(file=(tmp_path / "bar.txt").open("w"), force_terminal=False)
+    shown, tokens = [], []
+
+    class Bar(ProgressCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            super().on_log(args, state, control, logs=logs, **kwargs)
+            note = self.progress.tasks[0].fields["note"]
+            if logs and "loss" in logs:
+                shown.append(float(note.split()[-2].replace(",", "")))
+
+    original = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: (
+        tokens.append(int((inputs["labels"] != -100).sum()) if packing == "joined" else inputs["tokens"]),
+        original(model, inputs, *rest),
+    )[1]
+    with Progress(TextColumn("{task.fields[note]}"), console=console) as progress:
+        trainer.add_callback(Bar(trainer.phases.of, trainer.phases.total, progress))
+        trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == len(shown) == len(tokens) == TOTAL
+    if packing == "joined":
+        assert tokens == [2 * 16] * TOTAL
+    assert sum(tokens) == sum(trainer.clock.tokens.values())
+    for record, rate in zip(records, shown, strict=True):
+        assert rate == pytest.approx(record["phase_tokens"] / record["phase_seconds"], rel=0.02)
+    for first, last in ((0, SEARCH), (SEARCH, CUT), (CUT, TOTAL)):
+        stopwatch = sum(tokens[first:last]) / sum(slow.seconds[first:last])
+        assert shown[last - 1] == pytest.approx(stopwatch, rel=0.02)
+    assert torch.tensor(shown).min() > 0

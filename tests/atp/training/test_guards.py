@@ -1,0 +1,62 @@
+"""A non-finite gradient changes nothing, is counted without being read, and ends the run after K in a row."""
+
+import copy
+
+import pytest
+import torch
+
+from atp.errors import NotReached
+from atp.training.guards import FiniteGuard
+
+
+def step(model, optimizer, guard, number, poison=None):
+    model(torch.linspace(-1, 1, 6).view(2, 3)).square().sum().backward()
+    if poison is not None:
+        model.weight.grad[0, 1] = poison
+    guard.check(optimizer, number)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def parts():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), FiniteGuard(limit=2)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_step_leaves_weights_moments_and_step_count_alone(parts, poison):
+    model, optimizer, guard = parts
+    step(model, optimizer, guard, 1)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    step(model, optimizer, guard, 2, poison)
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    assert guard.skipped == 1
+    step(model, optimizer, guard, 3)
+    assert guard.skipped == 1 and not torch.equal(model.weight, before[0]["weight"])
+
+
+def test_good_steps_between_start_the_count_anew(parts):
+    model, optimizer, guard = parts
+    for number, poison in enumerate([float("nan"), None, float("nan"), None]):
+        step(model, optimizer, guard, number, poison)
+    guard.report()
+    assert guard.skipped == 2
+
+
+def test_report_names_the_last_bad_step_and_counts_across_reports(parts):
+    model, optimizer, guard = parts
+    step(model, optimizer, guard, 7, float("nan"))
+    guard.report()
+    step(model, optimizer, guard, 8, float("nan"))
+    step(model, optimizer, guard, 9)
+    with pytest.raises(NotReached, match="2 steps in a row had a non-finite gradient, the last one at step 8"):
+        guard.report()
+
+
+def test_restored_count_goes_on(parts):
+    model, optimizer, guard = parts
+    guard.restore(5)
+    step(model, optimizer, guard, 1, float("nan"))
+    assert guard.skipped == 6

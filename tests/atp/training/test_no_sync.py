@@ -1,0 +1,107 @@
+"""Between two log points no step reads a value back: on a GPU each such read would halt the host."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tiny_run import CUT, SEARCH, make
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import TrainerCallback
+
+# What torch runs, at any depth, to bring a value or a size that depends on values to the host.
+READS = {
+    "aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
+    "aten::equal", "aten::allclose", "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave",
+}  # fmt: skip
+SLICES = "hard masks"
+
+
+class Lists(TorchFunctionMode):
+    """Notes conversions that are no operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy):
+            self.seen[func.__name__] = self.seen.get(func.__name__, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def on_the_host_by_design(event):
+    """The CPU's fused AdamW looks at its step counters (CUDA's does on the device), and hard masks lie on the host."""
+    while event is not None and event.name not in ("aten::_fused_adamw_", SLICES):
+        event = event.cpu_parent
+    return event is not None
+
+
+class HostReads:
+    """Counts reads inside a with block."""
+
+    def __enter__(self):
+        self.lists = Lists().__enter__()
+        self.profile = profile(activities=[ProfilerActivity.CPU]).__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.profile.__exit__(*error)
+        self.lists.__exit__(*error)
+        names = [event.name for event in self.profile.events() if not on_the_host_by_design(event)]
+        self.counts = {name: names.count(name) for name in READS.intersection(names)} | self.lists.seen
+        self.operators = len(names)
+
+
+class Watch(TrainerCallback):
+    """Counts reads from the begin to the end of chosen steps."""
+
+    def __init__(self, steps):
+        self.steps, self.found, self.operators = steps, {}, {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.reads = HostReads().__enter__() if state.global_step in self.steps else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.reads is not None:
+            self.reads.__exit__(None, None, None)
+            self.found[state.global_step - 1], self.operators[state.global_step - 1] = (
+                self.reads.counts, self.reads.operators
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("read", [
+    lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: float(x[0]), lambda x: x.tolist(), lambda x: x[x > 1],
+    lambda x: x.nonzero(), lambda x: torch.equal(x, x), lambda x: int(x.argmax()),
+])  # fmt: skip
+def test_the_count_sees_every_kind_of_read(read):
+    with HostReads() as reads:
+        read(torch.arange(3.0))
+    assert sum(reads.counts.values()) > 0
+    with HostReads() as reads:
+        (torch.arange(3.0) > 1).float().sum()
+    assert reads.counts == {}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("budget", ["exact", "penalty"])
+def test_no_step_reads_a_value(tmp_path, monkeypatch, precision, budget):
+    """One search step (decision, new mask, LoRA) and one tune step, data loading aside: that is the host's own work."""
+    steps = (1, SEARCH - 1, CUT + 1)
+    watch = Watch(steps)
+    training = {"precision": precision, "log_every": 100, "save_every": 100}
+    trainer = make(tmp_path, callbacks=[watch], training=training, decisions={"budget": budget})
+    size = trainer.config.decisions.batch_size
+    ready = {step: trainer._calibration_batch(step, size) for step in range(SEARCH)}
+    original = trainer._calibration_batch
+    monkeypatch.setattr(trainer, "_calibration_batch", lambda i, n: ready[i] if n == size else original(i, n))
+    set_masks = trainer.controller.set
+
+    def set_marked(mask, form):
+        with record_function(SLICES) if form == "hard" else nullcontext():
+            set_masks(mask, form)
+
+    monkeypatch.setattr(trainer.controller, "set", set_marked)
+    trainer.train()
+    assert watch.found == {step: {} for step in steps}
+    assert all(count > 200 for count in watch.operators.values())
