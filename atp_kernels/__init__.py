@@ -8,6 +8,7 @@ from atp_kernels.functional import (
     explain,
     group_lasso,
     group_prox_,
+    lora_dropout,
     masked_lora_linear,
     masked_lora_linear_with_norms,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "group_lasso",
     "group_prox_",
     "kept_lora_linear",
+    "lora_dropout",
     "masked_lora_linear",
     "masked_lora_linear_with_norms",
     "masked_lora_qkv",

@@ -75,6 +75,20 @@ def masked_lora_linear_with_norms(
     return ops.linear(tensors, float(scaling), mask_lora, True, float(dropout), seed, backend)
 
 
+def lora_dropout(x: Tensor, p: float, seed: int | Tensor, *, backend: str = "auto") -> Tensor:
+    """keep * x / (1 - p): what `masked_lora_linear` with this dropout and seed hands to its adapter, on its own.
+
+    x [..., K], floating; p in [0, 1); `keep` and `seed` as in `masked_lora_linear`. Returns a tensor like x.
+    Differentiable: the gradient is the same dropout of the gradient, drawn again, and nothing of x or keep is stored.
+    Raises ValueError for a wrong dtype, p or seed and RuntimeError for a named backend that cannot take the call.
+    Source: Srivastava et al. 2014; Philox: Salmon et al. 2011.
+    """
+    _check_dropout(p, seed, None)
+    if x.ndim == 0 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}: give a floating tensor [..., K].")
+    return ops.dropped(x, float(p), seed, backend) if p else x
+
+
 def group_lasso(
     factors: Sequence[Tensor],
     groups: Groups | GroupPlan,

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from atp.masks.space import MaskSpace
 from atp.rng import seeded
-from atp_kernels import KeptSlice, Projection, kept_lora_linear, masked_lora_linear, masked_lora_swiglu
+from atp_kernels import (
+    KeptSlice,
+    Projection,
+    kept_lora_linear,
+    lora_dropout,
+    masked_lora_linear,
+    masked_lora_swiglu,
+)
 
 ADAPTER = "default"
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # by the names of transformers
@@ -61,8 +69,12 @@ class MaskedLoraLinear(PeftLinear):
                 raise RuntimeError("masks are set on a merged or disabled LoRA layer: clear them with set_masks first")
             return super().forward(x, *args, **kwargs)
         weight, lora_a, lora_b, scaling, bias = self.projection
-        lora_input = self.lora_dropout[ADAPTER](x) if self.drops else None
+        p, seed = 0.0, None
+        if self.drops:
+            # From torch's generator, so that activation checkpointing draws the same one again.
+            p, seed = self.lora_dropout[ADAPTER].p, torch.randint(2**62, (), dtype=torch.int64)
         if self.kept is not None:
+            lora_input = lora_dropout(x, p, seed) if p else None
             return kept_lora_linear(x, self.kept, lora_a, lora_b, scaling=scaling, lora_input=lora_input)
         return masked_lora_linear(
             x,
@@ -74,7 +86,8 @@ class MaskedLoraLinear(PeftLinear):
             in_mask=self.in_mask,
             mask_lora=self.mask_lora,
             bias=bias,
-            lora_input=lora_input,
+            dropout=p,
+            seed=seed,
         )
 
 

@@ -24,6 +24,7 @@ _ENTRY = {
     "masked_lora_swiglu": "masked_lora_linear_forward",
     "masked_lora_qkv": "masked_lora_linear_forward",
     "kept_lora_linear": "kept_lora_linear_forward",
+    "lora_dropout": "dropped",
     "group_lasso": "group_lasso_forward",
     "group_prox_": "group_prox_",
     "compact": "compact",
@@ -32,6 +33,8 @@ _DTYPES = {
     "triton": (torch.float32, torch.float16, torch.bfloat16),
     "native": (torch.float32, torch.bfloat16),
 }
+# What the native backend has for the CPU alone.
+_CPU_NATIVE = ("masked_lora_linear_forward", "dropped")
 OPS = tuple(_ENTRY)
 NAMES = ("auto", *_MODULES)
 
@@ -85,8 +88,7 @@ def _preference(op: str, device: str) -> tuple[str, ...]:
     if op == "kept_lora_linear":
         # Its products are the vendor's on any device.
         return ("reference",)
-    linear = _ENTRY[op] == "masked_lora_linear_forward"
-    if device == "cuda" and linear:
+    if device == "cuda" and _ENTRY[op] in _CPU_NATIVE:
         return ("triton", "reference")
     if device == "cuda":
         return ("native", "reference") if op == "compact" else ("native", "triton", "reference")
@@ -106,7 +108,7 @@ def _problem(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     if name in _DTYPES and dtype not in _DTYPES[name]:
         accepted = ", ".join(str(accepted).removeprefix("torch.") for accepted in _DTYPES[name])
         return f"the {name} backend takes {accepted}, not {str(dtype).removeprefix('torch.')}"
-    if name == "native" and device != "cpu" and _ENTRY[op] == "masked_lora_linear_forward":
+    if name == "native" and device != "cpu" and _ENTRY[op] in _CPU_NATIVE:
         return f"the native backend has {op} for cpu only"
     if name == "native" and device != "cpu" and not (device == "cuda" and module.build_info()["cuda_archs"]):
         return f"the native backend was built without support for {device}; reinstall with ATP_BUILD_CUDA=1 for cuda"

@@ -26,6 +26,7 @@ __all__ = [
     "REASON",
     "build_info",
     "compact",
+    "dropped",
     "group_lasso_backward",
     "group_lasso_forward",
     "group_prox_",

@@ -6,6 +6,7 @@ dispatcher's Python layer would cost each of them more than the function does.
 """
 
 from atp_kernels.ops.common import common_dtype
+from atp_kernels.ops.dropout import dropped, lora_dropout_op
 from atp_kernels.ops.groups import compact_op, group_lasso_backward_op, group_lasso_op, group_prox_op, lasso, prox_
 from atp_kernels.ops.kept import flat, kept_linear, kept_lora_linear_backward_op, kept_lora_linear_op
 from atp_kernels.ops.linear import linear, masked_lora_linear_backward_op, masked_lora_linear_op
@@ -17,6 +18,7 @@ __all__ = [
     "Swiglu",
     "common_dtype",
     "compact_op",
+    "dropped",
     "flat",
     "group_lasso_backward_op",
     "group_lasso_op",
@@ -26,6 +28,7 @@ __all__ = [
     "kept_lora_linear_op",
     "lasso",
     "linear",
+    "lora_dropout_op",
     "masked_lora_linear_backward_op",
     "masked_lora_linear_op",
     "prox_",

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atp_kernels.reference import Dropout
+
 
 def refuse_twice(ctx, *grads):
     """The backward of every backward."""
@@ -16,3 +18,8 @@ def common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
     present = {factor.dtype for factor in factors}
     rare_first = (torch.float64, torch.float16, torch.float32, torch.bfloat16)
     return next((dtype for dtype in rare_first if dtype in present), factors[0].dtype)
+
+
+def dropout_of(p: float, seed: int | Tensor | None) -> Dropout | None:
+    """Probability and seed as backends take them, None where nothing is dropped."""
+    return Dropout(p, int(seed)) if p else None

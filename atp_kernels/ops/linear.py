@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.backends.dispatch import select
-from atp_kernels.ops.common import refuse_twice
+from atp_kernels.ops.common import dropout_of, refuse_twice
 from atp_kernels.reference import Dropout
 
 
@@ -26,7 +26,7 @@ def linear(
     keep_sum = out_mask is not None and out_mask.requires_grad and torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
         return MaskedLoraLinear.apply(
-            *tensors, scaling, mask_lora, keep_sum, with_norms, _dropout(dropout, seed), backend
+            *tensors, scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed), backend
         )
     # A tensor, so that a graph is compiled once for all seeds; on the CPU, so that reading it waits for no device.
     seed = torch.tensor(seed) if dropout and not isinstance(seed, Tensor) else seed
@@ -61,7 +61,7 @@ def masked_lora_linear_op(
     """2-D masked LoRA linear: (y, S, un-masked sum, row squares of B, column squares of A), empty where not asked."""
     module = _select(x, out_mask, in_mask, dropout, backend)
     tensors = (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
-    options = (scaling, mask_lora, keep_sum, with_norms, _dropout(dropout, seed))
+    options = (scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed))
     results = module.masked_lora_linear_forward(*tensors, *options)
     return tuple(x.new_empty(0) if result is None else result for result in results)
 
@@ -105,7 +105,7 @@ def masked_lora_linear_backward_op(
     """The wanted gradients, in the order of the forward's tensors."""
     module = _select(grad_y, out_mask, in_mask, dropout, backend)
     saved = (x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total)
-    options = (scaling, mask_lora, shared_input, needs, _dropout(dropout, seed))
+    options = (scaling, mask_lora, shared_input, needs, dropout_of(dropout, seed))
     grads = module.masked_lora_linear_backward(grad_y, *saved, *options)
     return [grad for grad in grads if grad is not None]
 
@@ -150,10 +150,6 @@ def _select(
 ) -> ModuleType:
     plain = out_mask is None and in_mask is None and not dropout
     return select("masked_lora_linear", tensor.device, tensor.dtype, backend, plain=plain)[0]
-
-
-def _dropout(p: float, seed: int | Tensor | None) -> Dropout | None:
-    return Dropout(p, int(seed)) if p else None
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ if AVAILABLE:
     from atp_kernels.backends.triton.groups import group_lasso_backward, group_lasso_forward, group_prox_
     from atp_kernels.backends.triton.masked_lora_linear import (
         INTERPRETED,
+        dropped,
         masked_lora_linear_backward,
         masked_lora_linear_forward,
     )
@@ -24,6 +25,7 @@ __all__ = [
     "AVAILABLE",
     "INTERPRETED",
     "REASON",
+    "dropped",
     "group_lasso_backward",
     "group_lasso_forward",
     "group_prox_",

@@ -22,11 +22,10 @@ def loss_and_gradients(model, seed=0):
 
 
 @pytest.mark.parametrize("ones", [False, True], ids=["no masks", "all-ones masks"])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_equals_stock_lora_in_training(dropout, ones):
-    """Same weights and same RNG state: forward and every gradient agree, dropout included."""
-    ours, space = masked(dropout)
-    theirs = stock(dropout)
+def test_equals_stock_lora_in_training(ones):
+    """Same weights: forward and every gradient agree."""
+    ours, space = masked()
+    theirs = stock()
     if ones:
         MaskController(ours, space).set(torch.ones(space.size, dtype=torch.bool), "hard")
     loss, gradients = loss_and_gradients(ours.train())
@@ -37,14 +36,24 @@ def test_equals_stock_lora_in_training(dropout, ones):
         assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_dropout_draws_as_stock_lora_does():
-    ours, _ = masked(0.4)
-    theirs = stock(0.4)
-    for model in (ours, theirs):
-        torch.manual_seed(0)
-        model.train()(input_ids=tokens())
-        model.after = torch.get_rng_state()
-    assert torch.equal(ours.after, theirs.after)
+@pytest.mark.parametrize("sliced", [False, True])
+def test_dropout_is_that_of_stock_lora_on_average(sliced):
+    """Bits are drawn by seed and not by `bernoulli_`: the mean output over many draws is that without dropout."""
+    ours, space = masked(dropout=0.4)
+    layer = ours.train().get_base_model().model.layers[0].self_attn.o_proj
+    if sliced:
+        MaskController(ours, space).set(random_mask(space), "hard")
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draws = torch.stack([layer(x) for _ in range(2000)])
+        expected = layer.eval()(x)
+        assert torch.equal(layer(x), expected)
+    assert not torch.equal(draws[0], draws[1])
+    error = (draws.mean(0) - expected).abs() / (draws.std(0) / len(draws) ** 0.5)
+    assert error.max() < 5
+    torch.manual_seed(0)
+    assert torch.equal(layer.train()(x), draws[0])
 
 
 def test_initial_adapter_is_that_of_stock_peft():

@@ -1,0 +1,56 @@
+"""torch.library registration and eager short cut of the adapter's dropout by seed."""
+
+import torch
+from torch import Tensor
+
+from atp_kernels.backends.dispatch import select
+from atp_kernels.ops.common import dropout_of
+from atp_kernels.reference import Dropout
+
+
+def dropped(x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:
+    """x [..., K] after dropout, checked."""
+    if not torch.compiler.is_compiling():
+        return LoraDropout.apply(x, dropout_of(p, seed), backend)
+    seed = seed if isinstance(seed, Tensor) else torch.tensor(seed)
+    return lora_dropout_op(x.reshape(-1, x.shape[-1]), p, seed, backend).view(x.shape)
+
+
+@torch.library.custom_op("atp_kernels::lora_dropout", mutates_args=())
+def lora_dropout_op(x: Tensor, p: float, seed: Tensor, backend: str) -> Tensor:
+    """Dropout of a matrix by position and seed. Its gradient is the same dropout of the gradient."""
+    return _dropped(x, dropout_of(p, seed), backend)
+
+
+@lora_dropout_op.register_fake
+def _(x, p, seed, backend):
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, ctx.p, seed, ctx.backend = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx, grad):
+    return lora_dropout_op(grad, ctx.p, *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+lora_dropout_op.register_autograd(_backward, setup_context=_setup)
+
+
+class LoraDropout(torch.autograd.Function):
+    """Eager dropout by seed: nothing is saved but probability and seed."""
+
+    @staticmethod
+    def forward(ctx, x, dropout, backend):
+        ctx.dropout, ctx.backend = dropout, backend
+        return _dropped(x.reshape(-1, x.shape[-1]), dropout, backend).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return LoraDropout.apply(grad, ctx.dropout, ctx.backend), None, None
+
+
+def _dropped(x: Tensor, dropout: Dropout, backend: str) -> Tensor:
+    return select("lora_dropout", x.device, x.dtype, backend)[0].dropped(x, dropout)
