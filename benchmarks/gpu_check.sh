@@ -130,7 +130,7 @@ if [[ -n ${GPU_CHECK_STAGE:-} ]]; then
 fi
 
 prepare || exit 1
-failed=0 summary=$OUT/summary.txt
+failed=0 told=() summary=$OUT/summary.txt
 "$PYTHON" -c '
 import sys
 from benchmarks.records import environment
@@ -143,9 +143,10 @@ for stage in "${chosen[@]}"; do
     124) result="stopped after $STAGE_SECONDS s" failed=1 ;;
     *) result=FAILED failed=1 ;;
   esac
-  printf '%-9s %4d s  %s\n' "$stage" $((SECONDS - started)) "$result" >> "$summary"
+  told+=("$(printf '%-9s %4d s  %s' "$stage" $((SECONDS - started)) "$result")")
 done
 "$PYTHON" -m benchmarks table --out "$ROWS" >> "$summary" || failed=1
+printf '%s\n' "${told[@]}" >> "$summary"
 tar -czf "$OUT/rows.tar.gz" -C "$ROWS" .
 printf '\n'
 cat "$summary"

@@ -53,18 +53,22 @@ def measure_case(
 
 
 def overview(op: Op, rows: list[dict[str, str]]) -> str:
-    """One line a case and variant of rows read from a file: the newest, in the operation's last pass."""
-    newest = {}
+    """One line a case of rows read from a file: its variants in the operation's last pass, the newest of each."""
+    newest: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
         if row["pass"] == op.passes[-1]:
-            shown = ("model", "part", "tokens", "rank", "dtype", "keep", "variant")
-            newest[tuple(row[name] for name in shown)] = row
-    lines = [
-        f"{op.name:<16} {' '.join(key[:-1]):<46} {key[-1]:<14} {float(row['p50_ms']):>11.3f} ms "
-        f"{row['speedup'] or '-':>7}x {row['base']:<7} peak {float(row['peak_mib']):>9.1f} MiB "
-        f"+ held {float(row['held_mib']):>9.1f}  {float(row['share_of_limit']):>6.1%} of the limit  {row['gate']}\n"
-        for key, row in newest.items()
-    ]
+            case = tuple(row[name] for name in ("model", "part", "tokens", "rank", "dtype", "keep"))
+            newest.setdefault(case, {})[row["variant"]] = row
+    lines = []
+    for (model, part, tokens, rank, dtype, keep), variants in newest.items():
+        shown = [
+            f"{name} {float(row['p50_ms']):.3f} ms {row['speedup'] or '-'}x {float(row['share_of_limit']):.0%} "
+            f"{float(row['peak_mib']):.0f}+{float(row['held_mib']):.0f} MiB"
+            for name, row in variants.items()
+        ]
+        gates = "/".join(sorted({row["gate"] for row in variants.values()}))
+        where = f"{op.name} {model} {part} M {tokens} r {rank} {dtype} keep {keep}, {gates}"
+        lines.append(f"{where}\n    {' | '.join(shown)}\n")
     return "".join(lines)
 
 
