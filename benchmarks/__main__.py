@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("check", parents=[chosen, which], help="see that all variants of a case compute the same")
     drawn = commands.add_parser("plot", parents=[chosen], help="draw a PNG an operation from the rows (matplotlib)")
     drawn.add_argument("--out", type=Path, default=RESULTS)
-    shown = commands.add_parser("table", help="print a folder's newest rows: p50, speed-up, share of limit, peak + held")
+    shown = commands.add_parser("table", help="print the newest rows: p50, speed-up, share of limit, peak + held")
     shown.add_argument("--out", type=Path, default=RESULTS)
     commands.add_parser("list", help="operations and models")
     return root

@@ -53,7 +53,8 @@ prepare() {
 import importlib.util
 import sys
 
-needed = "torch numpy pytest hypothesis expecttest transformers peft accelerate pydantic yaml".split()
+needed = "torch triton numpy pytest hypothesis expecttest transformers peft accelerate yaml".split()
+needed += "pydantic pydantic_core annotated_types typing_inspection".split()
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit(f"missing Python packages: {', '.join(missing)}; put their wheels into a folder and name it in WHEELS")
