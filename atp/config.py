@@ -40,13 +40,16 @@ class DataConfig(_Section):
     labels: tuple[str, ...] = ()
     test_share: float = Field(0.2, gt=0, lt=1)
     calibration_share: float = Field(0.1, gt=0, lt=1)
-    general_share: float = Field(1 / 3, ge=0, lt=1, description="share of general text in the calibration set")
+    general_share: float | None = Field(None, ge=0, lt=1, description="share of general text in the calibration set")
+    limit: int | None = Field(None, ge=1, description="rows read of each source of recipe custom")
+    sources: dict[str, str] = Field(default_factory=dict, description="data set of a recipe -> file or Hub name")
+    scale: float = Field(1.0, gt=0, description="times the paper's counts, in recipes health, legal and general")
     length: int = Field(256, ge=16, description="tokens in one packed window")
     packing: Literal["joined", "separate", "padded"] = Field(
         "joined",
         description="samples of a training window: seen by those after them, kept apart, or one a row, padded",
     )
-    loss_on: Literal["all", "completion"] = "all"
+    loss_on: Literal["all", "completion"] = Field("completion", description="plain text is learnt whole either way")
 
 
 class DecisionsConfig(_Section):

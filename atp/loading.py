@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from atp.config import ATPConfig, ModelConfig
-from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, load_recipe, pack, unpacked
+from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
 from atp.errors import InputError
 from atp.masks.space import MaskSpace, SpaceName
 
@@ -73,16 +73,17 @@ def load_any_model(config: ModelConfig) -> nn.Module:
         raise InputError(_not_found("model", config, error)) from None
 
 
-def data_settings(config: ATPConfig) -> DataSettings:
+def data_settings(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> DataSettings:
     """What the recipe of a run takes."""
     values = config.data.model_dump(exclude={"length", "loss_on", "packing"})
-    return DataSettings(**values | {"seed": config.seed if config.data.seed is None else config.data.seed})
+    seed = config.seed if config.data.seed is None else config.data.seed
+    return DataSettings(**values | {"seed": seed, "chat": chat_of(tokenizer)})
 
 
 def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     """Splits by recipe, packed to windows. Raises `InputError` for whatever is wrong with the data."""
     data = config.data
-    splits = load_recipe(data_settings(config))
+    splits = load_recipe(data_settings(config, tokenizer))
     train, calibration = (
         unpacked(part, tokenizer, data.length, loss_on=data.loss_on)
         if data.packing == "padded"

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
 
 from atp.config import ATPConfig, ModelConfig
-from atp.data import DataSettings, Example, Task, load_recipe, read_examples, tasks_of
+from atp.data import DataSettings, Example, Task, chat_of, load_recipe, read_examples, tasks_of
 from atp.data.recipes import RECIPES
 from atp.errors import InputError
 from atp.evaluation import evaluate_model, model_size, relative_performance, sliding_windows, throughput
@@ -53,9 +54,11 @@ def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> 
     """
     source = ModelConfig(path=model, gguf_file=gguf_file)
     tokenizer = load_tokenizer(source)
-    examples, tasks = _load_suite(options)
+    examples, tasks = _load_suite(options, tokenizer)
     dense = _read_scores(Path(options.dense)) if options.dense else None
-    windows = sliding_windows(examples[: options.documents], tokenizer, options.length, options.stride)
+    # Plain text, where a recipe holds some out for this, else everything that is held out.
+    texts = [example for example in examples if not example.completion] or examples
+    windows = sliding_windows(texts[: options.documents], tokenizer, options.length, options.stride)
     tasks = tasks if options.questions else ()
     if any(not task.labels for task in tasks):
         check_rouge()
@@ -93,17 +96,17 @@ def flat_scores(scores: dict[str, Any], prefix: str = "") -> list[tuple[str, Any
     return rows
 
 
-def _load_suite(options: Scoring) -> tuple[list[Example], tuple[Task, ...]]:
+def _load_suite(options: Scoring, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[Task, ...]]:
     """The test examples of a suite and the tasks that score them."""
     suite = Path(options.suite)
     if suite.suffix in (".yaml", ".yml"):
         config = ATPConfig.load(suite)
-        splits = load_recipe(data_settings(config))
+        splits = load_recipe(data_settings(config, tokenizer))
         return splits.test, splits.tasks
     if options.suite in RECIPES and options.suite != "custom":
         splits = load_recipe(DataSettings(recipe=options.suite, seed=options.seed, general_share=0.0))
         return splits.test, splits.tasks
-    examples = read_examples(options.suite, options.labels)
+    examples = read_examples(options.suite, options.labels, chat=chat_of(tokenizer))
     return examples, tasks_of(examples, options.labels)
 
 

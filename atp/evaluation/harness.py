@@ -98,5 +98,5 @@ def _lm_eval() -> tuple[Any, Any, Any]:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError("--harness needs package lm-eval: run pip install 'lm-eval[hf]>=0.4.9'") from error
+        raise InputError("--harness needs package lm-eval: run pip install 'lm-eval>=0.4.9'") from error
     return simple_evaluate, TaskManager, HFLM

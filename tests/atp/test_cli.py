@@ -2,6 +2,7 @@
 
 import gc
 import json
+import random
 import re
 import sys
 import weakref
@@ -40,7 +41,8 @@ def shared(tmp_path_factory):
     GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
     for name in ("llama", "gpt2"):
         save_tokenizer(folder / name)
-    rows = [json.dumps({"text": " ".join(WORDS[i % 5 :] * 6) + f" {'mat ' * i}"}) for i in range(40)]
+    draw = random.Random(0)
+    rows = [json.dumps({"text": " ".join(draw.choices(WORDS, k=50))}) for _ in range(40)]
     (folder / "data.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     (folder / "empty.jsonl").write_text("", encoding="utf-8")
     (folder / "columns.jsonl").write_text('{"body": "the cat"}\n', encoding="utf-8")

@@ -42,9 +42,7 @@ def folder(tmp_path_factory):
 
 
 def scored(folder, seed=0, **options):
-    return score_folder(
-        str(folder / f"model{seed}"), replace(OPTIONS, suite=str(folder / "data.jsonl"), **options)
-    )
+    return score_folder(str(folder / f"model{seed}"), replace(OPTIONS, suite=str(folder / "data.jsonl"), **options))
 
 
 def test_a_file_of_labelled_questions(folder):

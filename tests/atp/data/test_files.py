@@ -53,6 +53,43 @@ def test_wrong_encoding_and_missing_file(tmp_path):
         read_rows(str(tmp_path / "none.jsonl"))
 
 
+def test_parquet_gives_rows_and_nested_columns(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    values = [{"text": f"t{n}", "context": {"contexts": ["a", f"b{n}"]}} for n in range(600)]
+    path = tmp_path / "a.parquet"
+    write_table(pyarrow.Table.from_pylist(values), path)
+    rows = read_rows(str(path))
+    assert [row.values for row in rows] == values and rows[-1].where.endswith("a.parquet, row 599")
+    assert rows[1].texts("context.contexts", 2) == ["a", "b1"]
+    assert len(read_rows(str(path), limit=300)) == 300
+    path.write_bytes(b"not a table")
+    with pytest.raises(InputError, match="a.parquet: not a Parquet file"):
+        read_rows(str(path))
+
+
+def test_nested_column_errors(tmp_path):
+    row = read_rows(write(tmp_path / "a.jsonl", '{"a": {"b": ["x", 1], "c": ["x"]}, "t": "x"}'))[0]
+    with pytest.raises(InputError, match=r"column 'a.d' is missing \(found: b, c\)"):
+        row.text("a.d")
+    with pytest.raises(InputError, match=r"column 't.b' is missing \(found: none\)"):
+        row.text("t.b")
+    with pytest.raises(InputError, match=r"column 'a.b' holds \['x', 1\], not a list of texts"):
+        row.texts("a.b")
+    with pytest.raises(InputError, match="column 'a.c' holds 1 texts, not 2"):
+        row.texts("a.c", 2)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_limit_leaves_the_rest_unread(tmp_path, name):
+    text = '{"text": "a"}\n{"text": "b"}\nbroken' if name.endswith("jsonl") else 'text\na\nb\n"broken\n'
+    path = write(tmp_path / name, text)
+    assert [row.values["text"] for row in read_rows(path, limit=2)] == ["a", "b"]
+    with pytest.raises(InputError):
+        read_rows(path)
+
+
 def test_column_errors_name_the_columns_found(tmp_path):
     row = read_rows(write(tmp_path / "a.jsonl", '{"x": "1", "y": 2}'))[0]
     with pytest.raises(InputError, match=r"a.jsonl, line 1: column 'text' is missing \(found: x, y\)"):
@@ -67,6 +104,7 @@ def test_folder_goes_through_datasets(tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     write(tmp_path / "set" / "train.jsonl", '{"text": "a"}\n{"text": "b"}\n')
     assert [row.values["text"] for row in read_rows(f"{tmp_path / 'set'}:train")] == ["a", "b"]
+    assert [row.values["text"] for row in read_rows(f"{tmp_path / 'set'}:train", limit=1)] == ["a"]
     with pytest.raises(InputError, match="cannot load"):
         read_rows(f"{tmp_path / 'set'}:validation")
 

@@ -8,7 +8,8 @@ from itertools import combinations
 
 import pytest
 
-from atp.data.recipes import DataSettings, load_recipe
+from atp.data.recipes import load_recipe
+from atp.data.settings import DataSettings
 from atp.errors import InputError
 
 needs_data = pytest.mark.skipif(
@@ -140,3 +141,57 @@ def test_custom_overlap_between_files_is_refused(tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(InputError, match=message):
         load_recipe(DataSettings(**settings))
+
+
+MINI = ("health-mini", "legal-mini", "finance-mini", "news-mini")
+
+
+@needs_data
+@pytest.mark.parametrize("recipe", MINI)
+def test_mini_parts_share_no_document(recipe):
+    """By the text of the passage itself, and by runs of words, not by the ids that the recipes give."""
+    splits = load_recipe(DataSettings(recipe=recipe))
+    parts = [
+        {" ".join(re.findall(r"\w+", e.source.lower())) for e in part}
+        for part in (splits.train, splits.calibration, splits.test)
+    ]
+    for one, two in combinations(parts, 2):
+        assert not one & two
+    held_out = {run for text in parts[2] for run in zip(*(text.split()[n:] for n in range(30)), strict=False)}
+    for text in parts[0] | parts[1]:
+        runs = set(zip(*(text.split()[n:] for n in range(30)), strict=False))
+        assert len(runs & held_out) <= len(runs) / 2, text[:100]
+
+
+@needs_data
+@pytest.mark.parametrize("recipe", MINI)
+def test_mini_recipes_are_fixed_by_the_seed_and_scored_by_their_tasks(recipe):
+    splits, again = (load_recipe(DataSettings(recipe=recipe)) for _ in range(2))
+    other = load_recipe(DataSettings(recipe=recipe, seed=1))
+    assert splits.fingerprints == again.fingerprints
+    assert all(splits.fingerprints[name] != other.fingerprints[name] for name in splits.fingerprints)
+    tasks = {task.name: task for task in splits.tasks}
+    for part in (splits.train, splits.test):
+        assert {e.task for e in part} - {""} == set(tasks)
+    for example in splits.train + splits.test:
+        assert example.completion.startswith(" ") and not example.completion.startswith("  ")
+        if example.task:
+            labels = tasks[example.task].labels
+            assert example.label in labels if labels else example.label is None
+    general = [e for e in splits.calibration if not e.completion]
+    assert len(general) == pytest.approx(len(splits.calibration) / 3, abs=1)
+
+
+@needs_data
+def test_legal_mini_asks_few_questions_a_clause_and_mixes_both_sets():
+    splits = load_recipe(DataSettings(recipe="legal-mini"))
+    clauses = Counter(e.document for e in splits.train if e.task == "privacy")
+    assert max(clauses.values()) == 4 and len(clauses) > 600
+    answers = Counter(e.label for e in splits.test if e.task == "privacy")
+    assert 0.35 < answers["yes"] / sum(answers.values()) < 0.65
+    cases = [index for index, e in enumerate(splits.train) if e.task == "multilexsum"]
+    assert cases[0] < 100 and cases[-1] > len(splits.train) - 100
+    sample = next(e for e in splits.test if e.task == "privacy")
+    assert re.fullmatch(
+        r"Clause: .+\nQuestion: .+\nDoes the clause help to answer the question\? (yes|no)", sample.text
+    )

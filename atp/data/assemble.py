@@ -1,0 +1,132 @@
+"""The one place where examples become train, calibration and test: by document, without near-duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from atp.data.custom import read_examples
+from atp.data.duplicates import near_duplicates
+from atp.data.packages import openwebtext_passages
+from atp.data.settings import DataSettings
+from atp.data.splits import Example, Splits, document_id, shuffled, split_off, take
+from atp.data.tasks import Task
+from atp.errors import InputError
+
+Passages = Callable[[int], list[str]]
+"""Gives general text; the number says how many passages will be drawn from it."""
+
+
+@dataclass
+class Parts:
+    """Examples of the three splits while they are put together."""
+
+    train: list[Example] = field(default_factory=list)
+    calibration: list[Example] = field(default_factory=list)
+    test: list[Example] = field(default_factory=list)
+
+    def add(self, other: Parts) -> None:
+        """Appends the examples of another data set."""
+        self.train += other.train
+        self.calibration += other.calibration
+        self.test += other.test
+
+
+def by_share(examples: Sequence[Example], settings: DataSettings, name: str = "") -> Parts:
+    """Splits documents off by `test_share` and `calibration_share`; name keeps the draws of data sets apart."""
+    total = len({e.document for e in examples})
+    prefix = f"{settings.seed} {name}".strip()
+    rest, test = split_off(examples, settings.test_share, f"{prefix} test", of=total)
+    train, calibration = split_off(rest, settings.calibration_share, f"{prefix} calibration", of=total)
+    return Parts(train, calibration, test)
+
+
+def by_count(examples: Sequence[Example], train: int, calibration: int, test: int, key: str) -> Parts:
+    """Draws whole documents until each split has its count of examples, test first.
+
+    Where there are fewer examples than asked for, every split gets its share of what there is.
+    """
+    scale = min(1.0, len(examples) / max(train + calibration + test, 1))
+    documents: dict[str, list[Example]] = {}
+    for example in examples:
+        documents.setdefault(example.document, []).append(example)
+    order = iter(shuffled(documents, key))
+    parts = Parts()
+    for part, count in ((parts.test, test), (parts.calibration, calibration), (parts.train, train)):
+        while len(part) < scaled(count, scale) and (document := next(order, None)) is not None:
+            part += documents[document]
+    return parts
+
+
+def scaled(count: int, scale: float) -> int:
+    """A count times a scale, and never nothing of something."""
+    return max(1, round(scale * count)) if count else 0
+
+
+def assemble(
+    parts: Parts,
+    settings: DataSettings,
+    tasks: Iterable[Task],
+    source: str,
+    *,
+    passages: Passages = lambda count: [],
+    general_share: float = 1 / 3,
+    mix: bool = True,
+) -> Splits:
+    """Adds general text to the calibration examples, drops near-duplicates of held-out documents, and checks.
+
+    A near-duplicate of a test document leaves train and calibration, one of a calibration document leaves train: what
+    is held out stays as it is. mix: shuffle documents, which a recipe of several data sets needs.
+    source: what the data is, for the description. Raises `InputError` when a split ends up empty.
+    """
+    share = general_share if settings.general_share is None else settings.general_share
+    everything = [*parts.train, *parts.calibration, *parts.test]
+    calibration, dropped = _apart(parts.calibration, parts.test, everything)
+    calibration, general = _add_general(settings, calibration, parts, share, passages)
+    train, dropped_train = _apart(parts.train, [*parts.test, *calibration], everything)
+    removed = dropped + dropped_train
+    if removed and not (train and calibration):
+        raise InputError(
+            "all documents left for training or calibration are near-duplicates of held-out ones: give more text"
+        )
+    test = parts.test
+    if mix:
+        train, test = (take(part, {e.document for e in part}, f"{settings.seed} mix") for part in (train, test))
+    return Splits(
+        train=train,
+        calibration=calibration,
+        test=test,
+        description=(
+            f"{source}: {len(train)} train, {len(calibration)} calibration ({general} of them general text), "
+            f"{len(test)} test" + (f"; {removed} near-duplicate documents of held-out ones left out" if removed else "")
+        ),
+        tasks=tuple(tasks),
+    )
+
+
+def _apart(examples: list[Example], held_out: list[Example], background: list[Example]) -> tuple[list[Example], int]:
+    """The examples without near-duplicates of what is held out, and how many documents went."""
+    near = near_duplicates(examples, held_out, background)
+    return [e for e in examples if e.document not in near], len(near)
+
+
+def _add_general(
+    settings: DataSettings, domain: list[Example], parts: Parts, share: float, passages: Passages
+) -> tuple[list[Example], int]:
+    """Mixes general text into calibration examples up to its share; returns the mix and how many were added."""
+    count = round(len(domain) * share / (1 - share))
+    if count == 0:
+        return domain, 0
+    if settings.general is None:
+        texts = passages(count)
+    elif settings.general.endswith(".whl"):
+        texts = openwebtext_passages(Path(settings.general))
+    else:
+        texts = [example.text for example in read_examples(settings.general, limit=settings.limit)]
+    known = {e.document for part in (domain, parts.train, parts.test) for e in part}
+    by_document = {document: text for text in texts if (document := document_id(text)) not in known}
+    drawn = [Example(document, by_document[document]) for document in shuffled(by_document, f"{settings.seed} general")]
+    drawn, _ = _apart(drawn[:count], parts.test, parts.train)
+    mixed = domain + drawn
+    return take(mixed, {e.document for e in mixed}, f"{settings.seed} mix"), len(drawn)
