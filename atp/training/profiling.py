@@ -48,7 +48,7 @@ def step_table(events: Iterable[FunctionEvent]) -> dict[str, float]:
     # A backward node bears the number of its forward operator: the last one to start with it, as others only peek.
     forward: dict[int, str] = {}
     for event in events:
-        if event.sequence_nr >= 0 and not event.name.startswith(_BACKWARD):
+        if event.sequence_nr >= 0 and not any(e.name.startswith(_BACKWARD) for e in (event, event.cpu_parent) if e):
             forward[event.sequence_nr] = _heading(event, {})
     table = dict.fromkeys(HEADINGS, 0.0)
     for event in events:
