@@ -106,6 +106,8 @@ def masked_lora_linear_backward(
         grad_base = primitives.masked(grad_y, out_mask)
     grad_lora = grad_base if mask_lora else grad_y
 
+    # First of all products: the vendor's scratch memory then meets no other gradient.
+    d_x = grad_base @ weight if need_x or need_in else None
     d_bias = grad_base.sum(0) if need_bias else None
     d_weight = grad_base.t() @ primitives.masked(x, in_mask) if need_w else None
     d_b = grad_lora.t() @ down if need_b else None
@@ -113,7 +115,6 @@ def masked_lora_linear_backward(
     if need_a:
         d_a = up.t() @ _adapter_input(x, lora_input, lora_in_mask, dropout, primitives)
 
-    d_x = grad_base @ weight if need_x or need_in else None
     if need_adapter and not shared_input:
         d_adapter = up @ lora_a
     elif need_adapter and mask_lora:

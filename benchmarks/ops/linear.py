@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atp_kernels import KeptSlice, available_backends, explain, kept_lora_linear, masked_lora_linear
+from atp_kernels import KeptFirst, KeptSlice, available_backends, explain, kept_lora_linear, masked_lora_linear
 from benchmarks.baselines import AddmmLora, unfused
 from benchmarks.case import Case, Op, Variant, Variants, Work
 
@@ -67,7 +67,11 @@ def decision(case: Case) -> Variants:
 
 
 def hard(case: Case, sides: tuple[str, ...]) -> Variants:
-    """Hard masks on the base path, LoRA on the whole width; `ours_dense` masks the whole product."""
+    """Hard masks on the base path, LoRA on the whole width; `ours_dense` masks the whole product.
+
+    `ours` takes and returns activations in the order of the model, `ours_kept_first` in the order that a producer and
+    its consumer share, so that nothing is gathered.
+    """
     tensors, grad, rng = operands(case, train_factors=True)
     x, weight, lora_a, lora_b = tensors
     sizes = dict(zip(("out_mask", "in_mask"), case.linear, strict=True))
@@ -75,11 +79,14 @@ def hard(case: Case, sides: tuple[str, ...]) -> Variants:
     inputs = (x, lora_a, lora_b)
     kept = KeptSlice(weight, **masks)
     sliced = partial(kept_lora_linear, x, kept, lora_a, lora_b, scaling=1.0)
+    first = KeptSlice(weight, **{name: KeptFirst(mask) for name, mask in masks.items()})
+    permuted = partial(kept_lora_linear, x, first, lora_a, lora_b, scaling=1.0)
     padded = (-(-count // _FLOOR_MULTIPLE) * _FLOOR_MULTIPLE for count in _kept(case, sides))
     widths = map(min, case.linear, padded)
     return {
         **_marks(case, tensors, inputs, grad, masks),
         "ours": Variant(sliced, inputs, grad, holds=(tensors, kept)),
+        "ours_kept_first": Variant(permuted, inputs, grad, same=False, holds=(tensors, first)),
         "ours_dense": Variant(partial(masked_lora_linear, *tensors, scaling=1.0, **masks), inputs, grad, holds=tensors),
         "floor": floor(case, *widths),
     }
