@@ -187,7 +187,10 @@ class ATPTrainer(Trainer):
     def _become_cut(self) -> None:
         """Swaps in the smaller model; optimizer and scheduler are made anew around its parameters."""
         self.model = self.model_wrapped = cut_model(self.model, self.space, self.decisions.mask)
-        self.optimizer = self.lr_scheduler = None
+        self.optimizer = self.adamw = self.lr_scheduler = None
+        # Trainer collects garbage before it tells its handler of the new model: the old one must be garbage by then.
+        handler = self.callback_handler
+        handler.model, handler.optimizer, handler.lr_scheduler = self.model, None, None
         self._bind(self.model)
 
     def _bind(self, model: PeftModel) -> None:
