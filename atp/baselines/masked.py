@@ -21,7 +21,7 @@ def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterat
 
     Uses ATP's own masked layers, with an adapter that adds nothing (its B is zero) and learns nothing.
     """
-    training = model.training
+    training, mlps = model.training, [layer.mlp for layer in model.model.layers]
     wrapped = add_lora(model, space, r=1, alpha=1.0, dropout=0.0, seed=config.seed).eval()
     wrapped.requires_grad_(False)
     controller = MaskController(wrapped, space)
@@ -34,4 +34,9 @@ def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterat
     try:
         yield loss_of
     finally:
-        wrapped.unload().train(training)
+        plain = wrapped.unload()
+        for layer, mlp in zip(plain.model.layers, mlps, strict=True):
+            # add_lora puts a fused MLP in the place of each, and unload gives back linears, not modules around them.
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
+            layer.mlp = mlp
+        plain.train(training)
