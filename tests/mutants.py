@@ -175,8 +175,8 @@ _TABLE = {
         ("(2 * grad_cols * lora_a)", "(grad_cols * lora_a)"),
         ("(2 * grad_rows.unsqueeze(1) * lora_b)", "(grad_rows.unsqueeze(1) * lora_b)"),
         ("keep_sum = out_mask is not None and out_mask.requires_grad", "keep_sum = False"),
-        ("Dropout(p, int(seed)) if p else None", "None"),
     ),
+    ("atp_kernels/ops/common.py", _LINEAR): (("Dropout(p, int(seed)) if p else None", "None"),),
     (_SLICE, _KEPT): (
         ("kept.index_fill_(axis, gather.silent, 0)", "pass"),
         ("places[count:], Side(index, place, False)", "places[:0], Side(index, place, False)"),

@@ -55,7 +55,7 @@ def test_error_is_no_worse_than_unfused(shape, dtype):
 
 
 @pytest.mark.parametrize("scratch", [False, True])
-@pytest.mark.parametrize("pad_to", [1, 8, 32])
+@pytest.mark.parametrize("pad_to", [1, 8, 32, 64])
 @pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
 def test_equals_masked_lora_linear(shape, pad_to, scratch):
     tensors = operands(shape, torch.float64)
