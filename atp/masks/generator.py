@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from atp.masks.space import MaskSpace
 from atp.rng import seeded
 
-GeneratorKind = Literal["transformer", "gru"]
+GeneratorKind = Literal["transformer", "gru", "free"]
 
 
 class DecisionGenerator(nn.Module):
     """Maps a fixed orthogonal code a layer [num_layers, width] to one logit a decision, float32 [space.size].
 
-    kind: `transformer` (2 blocks, 4 heads, FFN 256, dropout 0.1; the paper's) or `gru` (bidirectional, as DISP-LLM).
+    kind: `transformer` (2 blocks, 4 heads, FFN 256, dropout 0.1; the paper's), `gru` (bidirectional, as DISP-LLM) or
+    `free` (one parameter a decision and no network, which shows what the network is good for).
     prior: float32 [space.size] or None, a constant added to the logits (saliency warm start); None is the paper's.
     """
 
@@ -34,6 +35,10 @@ class DecisionGenerator(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.register_buffer("prior", torch.zeros(space.size) if prior is None else prior.float().clone())
+        self.free = nn.Parameter(torch.zeros(space.size)) if kind == "free" else None
+        if kind == "free":
+            return
         with seeded(seed):
             code = nn.init.orthogonal_(torch.empty(space.num_layers, width))
             self.encoder = _encoder(kind, width, dropout)
@@ -41,10 +46,11 @@ class DecisionGenerator(nn.Module):
             self.heads = nn.ModuleList(nn.Linear(width, s.size, bias=False) for s in space.structures)
         self.layer_of_head = [s.layer for s in space.structures]
         self.register_buffer("code", code)
-        self.register_buffer("prior", torch.zeros(space.size) if prior is None else prior.float().clone())
 
     def forward(self) -> Tensor:
         """Logits of all decisions in the order of the space, float32 [space.size]; larger keeps."""
+        if self.free is not None:
+            return self.free + self.prior
         hidden = self.encoder(self.code.unsqueeze(0))
         hidden = self.norm(hidden[0] if isinstance(hidden, tuple) else hidden).squeeze(0)
         logits = [head(hidden[layer]) for head, layer in zip(self.heads, self.layer_of_head, strict=True)]

@@ -121,6 +121,14 @@ class MaskSpace:
         """The structures of one layer."""
         return [s for s in self.structures if s.layer == index]
 
+    def kept_by_layer(self, mask: Tensor) -> dict[str, list[float]]:
+        """Share of the decisions of each structure that a hard mask [size] keeps, one value in [0, 1] a layer."""
+        kept = torch.bincount(self.structure_of, mask.cpu(), minlength=len(self.structures))
+        shares: dict[str, list[float]] = {}
+        for structure, count in zip(self.structures, kept.tolist(), strict=True):
+            shares.setdefault(structure.name, []).append(round(count / structure.size, 4))
+        return shares
+
     def module_masks(self, mask: Tensor) -> Iterator[tuple[int, str, Tensor | None, Tensor | None]]:
         """Yields (layer, module, out_mask [out] or None, in_mask [in] or None), expanded from a flat mask [size].
 

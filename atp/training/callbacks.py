@@ -13,13 +13,13 @@ from atp.training.metrics import PhaseClock
 from atp.training.profiling import scope
 
 if TYPE_CHECKING:
-    from atp.training.trainer import ATPTrainer
+    from atp.training.lora_trainer import LoraTrainer
 
 
 class PhaseCallback(TrainerCallback):
     """Shrinks removed groups in settle, stops the loop at the cut and on signals, drops non-finite gradients."""
 
-    def __init__(self, trainer: ATPTrainer) -> None:
+    def __init__(self, trainer: LoraTrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(

@@ -1,6 +1,6 @@
 """`ATPTrainer`: the one-stage job on top of `transformers.Trainer`.
 
-Read it top to bottom: `train` runs search and settle, cuts, and tunes. Trainer's loop does the LoRA steps; its hooks
+Read it top to bottom: `train` runs search and settle, cuts, and tunes. `LoraTrainer` does the LoRA steps; its hooks
 are where the decision step, the masks, the regularizer and the prox come in. The cut is a checkpoint rewritten for the
 smaller model, so a resumed run and an unbroken one take the same path.
 """
@@ -11,15 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from atp.config import ATPConfig
 from atp.data import collate
-from atp.errors import InputError, Interrupted
+from atp.errors import InputError
 from atp.export.card import model_card
 from atp.export.hf import export_model, save_decisions, write_json
 from atp.loading import check_length, load_data, load_model, load_tokenizer
@@ -27,26 +26,21 @@ from atp.lora.controller import MaskController
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
-from atp.models.attention import use_training_attention
 from atp.removal import compare, cut_model, cut_state_dict, reference_logits
 from atp.training import checkpoint as checkpoints
-from atp.training.arguments import training_arguments
-from atp.training.callbacks import ClockCallback, PhaseCallback
 from atp.training.checkpoint import Checkpoint
 from atp.training.decisions import DecisionMaker
-from atp.training.guards import FiniteGuard, SignalGuard
+from atp.training.lora_trainer import LoraTrainer, prefixed
 from atp.training.loss import causal_lm_loss
-from atp.training.metrics import MetricsLog, PhaseClock
-from atp.training.order import RunOrder, run_order
+from atp.training.order import run_order
 from atp.training.phases import Phases
-from atp.training.precision import autocast_dtype
 from atp.training.profiling import scope
 from atp.training.saliency import fisher_saliency, saliency_logits
 
 _CERTIFICATE_WINDOWS = 4
 
 
-class ATPTrainer(Trainer):
+class ATPTrainer(LoraTrainer):
     """Tunes a causal LM with LoRA and removes structures in the same run.
 
     model: a Llama-like causal LM (stock transformers). train_dataset and calibration_dataset yield dictionaries with
@@ -64,34 +58,19 @@ class ATPTrainer(Trainer):
         tokenizer: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.config = config
         self.space = MaskSpace.from_config(model.config, config.decisions.space)
-        self.phases = Phases.from_config(config.training)
         self.params_before = sum(p.numel() for p in model.parameters())
         self.calibration_dataset = calibration_dataset
-        self.metrics = MetricsLog(Path(config.output_dir) / "metrics.jsonl")
-        self.clock = PhaseClock()
-        self.finite = FiniteGuard(config.training.max_bad_steps)
-        self.signals = SignalGuard()
-        self.autocast_dtype = autocast_dtype(config.training.precision)
         self.certificate: dict[str, float] = {}
         self.decisions: DecisionMaker | None = None
         self.last: dict[str, Tensor | float] = {}
         self._decided = -1
         lora = config.lora
         wrapped = add_lora(model, self.space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=config.seed)
+        phases = Phases.from_config(config.training)
         super().__init__(
-            model=wrapped,
-            args=training_arguments(config),
-            train_dataset=train_dataset,
-            processing_class=tokenizer,
-            data_collator=collate,
-            callbacks=callbacks,
+            config, wrapped, train_dataset, Path(config.output_dir), phases, tokenizer=tokenizer, callbacks=callbacks
         )
-        self.add_callback(PhaseCallback(self))
-        self._counter = ClockCallback(self.clock, self.phases.of)
-        self.add_callback(self._counter)
-        self._bind(wrapped)
 
     @classmethod
     def from_config(cls, config: ATPConfig, callbacks: list[TrainerCallback] | None = None) -> ATPTrainer:
@@ -135,11 +114,6 @@ class ATPTrainer(Trainer):
         write_json(folder / "certificate.json", self.certificate | {"tokens": tokens.numel(), "dtype": "float32"})
         return self.certificate
 
-    @property
-    def checkpoint_root(self) -> Path:
-        """Where checkpoints lie."""
-        return Path(self.config.output_dir) / "checkpoints"
-
     def _start(self) -> None:
         set_seed(self.config.seed)  # whatever this process drew before must not matter
         started = time.perf_counter()
@@ -158,12 +132,6 @@ class ATPTrainer(Trainer):
         self.decisions = DecisionMaker(
             self.space, config.decisions, search_steps=self.phases.search, prior=prior, seed=config.seed
         )
-
-    def _segment(self, path: Path | None) -> None:
-        """Trainer's loop up to the cut or to the end."""
-        super().train(resume_from_checkpoint=str(path) if path else None)
-        if self.signals.received is not None:
-            raise Interrupted(self.signals.received, str(checkpoints.newest(self.checkpoint_root)))
 
     def _cut(self) -> Path:
         """Cuts the settled model, measures that nothing changed, and writes the checkpoint that tune starts from."""
@@ -195,11 +163,8 @@ class ATPTrainer(Trainer):
 
     def _bind(self, model: PeftModel) -> None:
         """Points the mask controller and the lasso table at the model's layers; neither is used after the cut."""
-        use_training_attention(model)
+        super()._bind(model)
         cut = self.decisions is not None and self.decisions.frozen and model.config.model_type == "atp_llama"
-        if self.config.training.gradient_checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable()
         self.controller = None if cut else MaskController(model, self.space)
         self.groups = None if cut else LoraGroups(model, self.space)
 
@@ -225,7 +190,7 @@ class ATPTrainer(Trainer):
         self._decided = step
         if phase == "settle":
             if not self.decisions.frozen:
-                self.decisions.freeze()
+                self._gap_at_freeze(self.decisions.freeze())
             return
         if step % self.config.decisions.every == 0:
             batch = self._calibration_batch(step // self.config.decisions.every, self.config.decisions.batch_size)
@@ -241,6 +206,15 @@ class ATPTrainer(Trainer):
                 for parameter in frozen:
                     parameter.requires_grad_(True)
             self.last.update(decision_loss=outcome.loss, budget_loss=outcome.budget_loss)
+
+    def _gap_at_freeze(self, mask: Tensor) -> None:
+        """How far a cut would move the logits before removed LoRA groups are settled: what settling is for."""
+        tokens = self._certificate_tokens()
+        with self.controller.masks(mask, "hard"):
+            reference = reference_logits(self.model, tokens)
+        with self.controller.masks(mask, "sum"):
+            gap = compare(reference, self.model, tokens)
+        self.certificate["frozen_vs_cut"] = gap.relative
 
     def _calibration_loss(self, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
         """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
@@ -265,10 +239,6 @@ class ATPTrainer(Trainer):
             loss = loss + beta * lasso / self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def compute_loss_context_manager(self) -> Any:
-        enabled = self.autocast_dtype is not None
-        return torch.autocast(self.args.device.type, dtype=self.autocast_dtype, enabled=enabled)
-
     def settle_step(self, step: int) -> None:
         """Shrinks removed LoRA groups after the optimizer step `step`, so that the last settle step zeroes them."""
         left = self.phases.cut_step - step
@@ -288,20 +258,6 @@ class ATPTrainer(Trainer):
         rows = range(min(_CERTIFICATE_WINDOWS, len(self.calibration_dataset)))
         return collate([self.calibration_dataset[i] for i in rows])["input_ids"].to(self.args.device)
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunOrder:
-        size = self.args.train_batch_size
-        total = self.phases.total * size * self.args.gradient_accumulation_steps * self.args.world_size
-        return run_order(self.train_dataset, size, total, self.config.seed)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            self._trained = list(named)
-            # Fused: it reads nothing back to the host, and can be told to skip a step by a tensor.
-            self.adamw = torch.optim.AdamW(named.values(), lr=self.args.learning_rate, weight_decay=0.0, fused=True)
-            self.optimizer = self.adamw
-        return self.optimizer
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.finite.report()
@@ -320,43 +276,28 @@ class ATPTrainer(Trainer):
                 "phase_tokens": self.clock.tokens[phase],
                 "phase_seconds": self.clock.seconds[phase],
             }
-            self.metrics.write({"step": step, "phase": phase, **record, "seconds": sum(self.clock.seconds.values())})
+            seconds = sum(self.clock.seconds.values())
+            kept = {} if phase == "tune" else {"kept_by_layer": self.space.kept_by_layer(self.decisions.mask)}
+            self.metrics.write({"step": step, "phase": phase, **record, **kept, "seconds": seconds})
             logs |= record
             self.last.clear()
         super().log(logs, start_time)
 
     # Checkpoints
 
-    def _meta(self) -> dict[str, Any]:
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "frozen": self.decisions.frozen,
-            "certificate": self.certificate,
-            "clock": self.clock.state(),
-            "skipped": self.finite.skipped,
-            "precision": "float32" if self.autocast_dtype is None else "bfloat16",
-            "scheduler": self.lr_scheduler.state_dict(),
-        }
-
     def _checkpoint(self) -> Checkpoint:
-        tensors = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
-        tensors |= {f"generator.{n}": t for n, t in self.decisions.generator.state_dict().items()}
-        tensors |= _prefixed("lora_optimizer", checkpoints.optimizer_tensors(self.optimizer, self._trained))
+        state = super()._checkpoint()
+        state.tensors.update(prefixed("generator", self.decisions.generator.state_dict()))
         names = [n for n, _ in self.decisions.generator.named_parameters()]
-        tensors |= _prefixed("decision_optimizer", checkpoints.optimizer_tensors(self.decisions.optimizer, names))
-        tensors |= {"mask": self.decisions.mask, "rng.decision": self.decisions.noise.get_state()}
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.args.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.args.device)
-        return Checkpoint(self.state.global_step, tensors, self._meta(), checkpoints.trainer_state_json(self.state))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        if self.args.should_save:
-            checkpoints.save(self.checkpoint_root, self._checkpoint(), keep=self.config.training.keep_checkpoints)
+        moments = checkpoints.optimizer_tensors(self.decisions.optimizer, names)
+        state.tensors.update(prefixed("decision_optimizer", moments))
+        state.tensors.update({"mask": self.decisions.mask, "rng.decision": self.decisions.noise.get_state()})
+        state.meta.update(frozen=self.decisions.frozen, certificate=self.certificate)
+        return state
 
     def _restore(self, state: Checkpoint) -> None:
         """Brings generator, decisions, certificate and records to the checkpoint; cuts the model when it was cut."""
-        self.config.refuse_change_of(state.meta["config"])
+        super()._restore(state)
         generator = state.part("generator")
         self._make_decisions(generator["prior"])
         self.decisions.generator.load_state_dict(generator)
@@ -366,35 +307,5 @@ class ATPTrainer(Trainer):
         self.decisions.mask = state.tensors["mask"].bool()
         self.decisions.frozen = state.meta["frozen"]
         self.certificate = state.meta["certificate"]
-        self.clock.load(state.meta["clock"])
-        self.finite.restore(state.meta["skipped"])
-        self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
-        self.metrics.rewind(state.step)
         if "masked_vs_cut" in self.certificate:
             self._become_cut()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = checkpoints.load(Path(resume_from_checkpoint)).part("model")
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(saved[name])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state = checkpoints.load(Path(checkpoint))
-            checkpoints.load_optimizer_tensors(self.optimizer, self._trained, state.part("lora_optimizer"))
-            self.lr_scheduler.load_state_dict(state.meta["scheduler"])
-            for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-                group["lr"] = lr
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            rng = checkpoints.load(Path(checkpoint)).part("rng")
-            torch.set_rng_state(rng["cpu"])
-            if "cuda" in rng:
-                torch.cuda.set_rng_state(rng["cuda"], self.args.device)
-
-
-def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}

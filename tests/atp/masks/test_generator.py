@@ -8,7 +8,8 @@ from atp.masks.generator import DecisionGenerator
 from atp.masks.space import MaskSpace
 
 SPACE = MaskSpace.from_config(config())
-KINDS = ["transformer", "gru"]
+NETWORKS = ["transformer", "gru"]
+KINDS = [*NETWORKS, "free"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -19,7 +20,7 @@ def test_one_float32_logit_a_decision(kind, space_name):
     assert logits.shape == (space.size,) and logits.dtype == torch.float32 and torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_seed_decides_and_the_global_generator_is_left_alone(kind):
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -31,7 +32,7 @@ def test_seed_decides_and_the_global_generator_is_left_alone(kind):
     assert not torch.allclose(first(), other())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_only_encoder_norm_and_heads_learn(kind):
     generator = DecisionGenerator(SPACE, kind=kind)
     assert {name.split(".")[0] for name, _ in generator.named_parameters()} == {"encoder", "norm", "heads"}
@@ -43,6 +44,15 @@ def test_only_encoder_norm_and_heads_learn(kind):
     optimizer.step()
     assert all(not torch.equal(p, before[name]) for name, p in generator.named_parameters())
     assert all(torch.equal(buffer, fixed[name]) for name, buffer in generator.named_buffers())
+
+
+def test_free_logits_are_one_parameter_a_decision():
+    prior = torch.linspace(-2, 2, SPACE.size)
+    generator = DecisionGenerator(SPACE, kind="free", prior=prior)
+    assert {name: p.shape for name, p in generator.named_parameters()} == {"free": (SPACE.size,)}
+    weights = torch.randn(SPACE.size, generator=torch.Generator().manual_seed(0))
+    (generator() * weights).sum().backward()
+    assert torch.equal(generator(), prior) and torch.equal(generator.free.grad, weights)
 
 
 def test_code_is_orthonormal():

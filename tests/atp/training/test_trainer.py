@@ -40,6 +40,7 @@ def test_run_meets_budget_and_certificate(unbroken, tmp_path):
     certificate = trainer.export(tmp_path / "out")
     assert certificate["removed_lora_norm"] == 0.0
     assert certificate["masked_vs_cut"] < 1e-5 and certificate["cut_vs_reloaded"] < 1e-5
+    assert certificate["frozen_vs_cut"] > 1e-4, "removed LoRA groups had learnt something before they were settled"
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     budget = Budget(trainer.space)
     removed = budget.total - budget.kept(trainer.decisions.mask)
@@ -49,12 +50,16 @@ def test_run_meets_budget_and_certificate(unbroken, tmp_path):
 
 
 def test_metrics_cover_every_step_and_phase(unbroken):
-    _, folder, _ = unbroken
+    trainer, folder, _ = unbroken
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(1, TOTAL + 1))
     assert [r["phase"] for r in records] == ["search"] * SEARCH + ["settle"] * SETTLE + ["tune"] * TUNE
     assert records[0]["keep"] > records[SEARCH]["keep"] and "decision_loss" in records[0]
     assert all(r["loss"] > 0 for r in records)
+    assert ["kept_by_layer" in r for r in records] == [True] * CUT + [False] * TUNE
+    layers, size = trainer.space.kept_indices(trainer.decisions.mask), {s.name: s.size for s in trainer.space.layer(0)}
+    final = {name: [round(len(kept[name]) / n, 4) for kept in layers] for name, n in size.items()}
+    assert records[CUT - 1]["kept_by_layer"] == final
 
 
 @pytest.mark.parametrize("step", [2, SEARCH, SEARCH + 1, CUT, CUT + 2])

@@ -1,0 +1,158 @@
+"""`LoraTrainer`: transformers' Trainer with what every run of this project shares, whatever it trains towards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from atp.config import ATPConfig
+from atp.data import collate
+from atp.errors import Interrupted
+from atp.models.attention import use_training_attention
+from atp.training import checkpoint as checkpoints
+from atp.training.arguments import training_arguments
+from atp.training.callbacks import ClockCallback, PhaseCallback
+from atp.training.checkpoint import Checkpoint
+from atp.training.guards import FiniteGuard, SignalGuard
+from atp.training.metrics import MetricsLog, PhaseClock
+from atp.training.order import RunOrder, run_order
+from atp.training.phases import Phases
+from atp.training.precision import autocast_dtype
+
+
+class LoraTrainer(Trainer):
+    """Trains the adapter of a PEFT model: one optimizer, order of samples, precision, guards, records and checkpoints.
+
+    phases says how many LoRA steps there are; phase_of names a step in records, by default as phases does. folder holds
+    metrics.jsonl and checkpoints/. train_dataset yields dictionaries with `input_ids` and `labels` int64 [length], as
+    the datasets of `atp.data` do.
+    """
+
+    def __init__(
+        self,
+        config: ATPConfig,
+        model: PeftModel,
+        train_dataset: Dataset,
+        folder: Path,
+        phases: Phases,
+        *,
+        phase_of: Callable[[int], str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.config, self.phases = config, phases
+        self.checkpoint_root = folder / "checkpoints"
+        self.metrics = MetricsLog(folder / "metrics.jsonl")
+        self.clock = PhaseClock()
+        self.finite = FiniteGuard(config.training.max_bad_steps)
+        self.signals = SignalGuard()
+        self.autocast_dtype = autocast_dtype(config.training.precision)
+        super().__init__(
+            model=model,
+            args=training_arguments(config),
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        self.add_callback(PhaseCallback(self))
+        self._counter = ClockCallback(self.clock, phase_of or phases.of)
+        self.add_callback(self._counter)
+        self._bind(model)
+
+    def _bind(self, model: PeftModel) -> None:
+        """Makes a model ready to be trained."""
+        use_training_attention(model)
+        if self.config.training.gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+
+    def _segment(self, path: Path | None) -> None:
+        """Trainer's loop, from a checkpoint if there is one, until it ends. Raises `Interrupted` after a signal."""
+        super().train(resume_from_checkpoint=str(path) if path else None)
+        if self.signals.received is not None:
+            raise Interrupted(self.signals.received, str(checkpoints.newest(self.checkpoint_root)))
+
+    def compute_loss_context_manager(self) -> Any:
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.args.device.type, dtype=self.autocast_dtype, enabled=enabled)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RunOrder:
+        size = self.args.train_batch_size
+        total = self.phases.total * size * self.args.gradient_accumulation_steps * self.args.world_size
+        return run_order(self.train_dataset, size, total, self.config.seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            self._trained = list(named)
+            # Fused: it reads nothing back to the host, and can be told to skip a step by a tensor.
+            self.adamw = torch.optim.AdamW(named.values(), lr=self.args.learning_rate, weight_decay=0.0, fused=True)
+            self.optimizer = self.adamw
+        return self.optimizer
+
+    def settle_step(self, step: int) -> None:
+        """Called after the optimizer step `step` of a settle phase; there is none unless a subclass has one."""
+
+    # Checkpoints, in a format of our own
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        if self.args.should_save:
+            checkpoints.save(self.checkpoint_root, self._checkpoint(), keep=self.config.training.keep_checkpoints)
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
+        tensors |= prefixed("lora_optimizer", checkpoints.optimizer_tensors(self.optimizer, self._trained))
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.args.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.args.device)
+        meta = {
+            "config": self.config.model_dump(mode="json"),
+            "clock": self.clock.state(),
+            "skipped": self.finite.skipped,
+            "precision": "float32" if self.autocast_dtype is None else "bfloat16",
+            "scheduler": self.lr_scheduler.state_dict(),
+        }
+        return Checkpoint(self.state.global_step, tensors, meta, checkpoints.trainer_state_json(self.state))
+
+    def _restore(self, state: Checkpoint) -> None:
+        """Brings what is not a tensor of the loop to the checkpoint. Raises `InputError` under a changed config."""
+        self.config.refuse_change_of(state.meta["config"])
+        self.clock.load(state.meta["clock"])
+        self.finite.restore(state.meta["skipped"])
+        self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
+        self.metrics.rewind(state.step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = checkpoints.load(Path(resume_from_checkpoint)).part("model")
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = checkpoints.load(Path(checkpoint))
+            checkpoints.load_optimizer_tensors(self.optimizer, self._trained, state.part("lora_optimizer"))
+            self.lr_scheduler.load_state_dict(state.meta["scheduler"])
+            for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = lr
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            rng = checkpoints.load(Path(checkpoint)).part("rng")
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng:
+                torch.cuda.set_rng_state(rng["cuda"], self.args.device)
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under `prefix.name`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
