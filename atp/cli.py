@@ -9,6 +9,7 @@ from typing import Annotated
 
 import transformers
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -134,7 +135,7 @@ def compare(
     Example: atp compare examples/health-mini.yaml --methods dense_lora,atp,static,random --seeds 0,1
     """
     from atp.compare import Comparison
-    from atp.compare.table import remarks, table
+    from atp.compare.table import brief, remarks
     from atp.config import ATPConfig
 
     settings = ATPConfig.load(config, overrides)
@@ -144,8 +145,10 @@ def compare(
         command=_command(), say=console.print,
     )  # fmt: skip
     content = comparison.execute()
-    head, rows = table(content)
-    shown = Table(*head, title=f"At {content['target_keep']:.0%} of the decoder")
+    head, rows = brief(content)
+    shown = Table(title=f"At {content['target_keep']:.0%} of the decoder", box=SIMPLE_HEAD, pad_edge=False)
+    for column, name in enumerate(head):
+        shown.add_column(name, justify="right" if column else "left")
     for row in rows:
         shown.add_row(*row)
     console.print(shown)

@@ -9,6 +9,8 @@ from atp.report.markup import DASH
 BEST_FIRST = {"perplexity": "perplexity ↓", "perplexity_ratio": "perplexity / dense ↓",
               "relative_performance": "relative performance ↑"}  # fmt: skip
 
+_WIDE = ("all kept", "parameters", "training tokens", "tokens/s", "seeds")
+
 
 def table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(head, rows) of the content of comparison.json; intervals stand in brackets."""
@@ -19,6 +21,13 @@ def table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head += [BEST_FIRST["perplexity_ratio"], BEST_FIRST["relative_performance"]]
     head += ["training tokens", "training s", "tokens/s", "seeds"]
     return head, [_row(name, row, scores) for name, row in methods.items()]
+
+
+def brief(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of the same without intervals and sizes, narrow enough for a terminal."""
+    head, rows = table(content)
+    shown = [i for i, name in enumerate(head) if name not in _WIDE]
+    return [head[i] for i in shown], [[row[i].partition(" (")[0] for i in shown] for row in rows]
 
 
 def markdown(content: dict[str, Any]) -> str:

@@ -229,12 +229,14 @@ def test_compare_refuses_bad_input(atp, config, tmp_path, options, message):
     assert not (tmp_path / "out-compare").exists()
 
 
-def test_compare_prints_a_row_a_method(atp, config, tmp_path):
+def test_compare_prints_a_row_a_method(atp, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("atp.cli.console.width", 80)
     short = ("training.search=1", "training.settle=1", "training.tune=1", "evaluation.windows=2")
     options = ("--methods", "dense_lora,random", "--out", tmp_path / "both")
     code, out, err = atp("compare", config, *short, "decisions.space=kv_group", "decisions.target_keep=0.8", *options)
     assert code == 0, err
     assert all(name in out for name in ("dense_lora", "random", "original", "perplexity"))
+    assert "…" not in out, "a terminal of 80 columns shows every figure"
 
 
 def test_env_names_versions_and_backends(atp):
