@@ -158,6 +158,37 @@ def compare(
 
 
 @app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="YAML file, or the name of one in experiments/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value, over the settings of all runs.")
+    ] = None,
+    domains: Annotated[str, typer.Option(help="Data recipes in place of the file's, parted by commas.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds in place of the file's, parted by commas.")] = "",
+    runs: Annotated[Path, typer.Option(help="Where run folders lie, for all experiments.")] = Path("runs/experiments"),
+    out: Annotated[Path, typer.Option(help="Where CSV, JSON and PNG go.")] = Path("experiments/results"),
+    debug: _Debug = False,
+) -> None:
+    """Answer one question with runs; a call that was broken off goes on where it stopped.
+
+    Example: atp experiment stages training.search=60 --domains health-mini
+    """
+    from atp.experiments import Experiment
+
+    question = Experiment(
+        name, overrides or [], runs=runs, out=out, domains=_listed(domains),
+        seeds=[_whole(seed) for seed in _listed(seeds)], command=_command(), say=console.print,
+    )  # fmt: skip
+    content = question.execute()
+    shown = Table("arm", *content["domains"], title=f"{content['question']} Perplexity:")
+    for label in dict.fromkeys(label for found in content["domains"].values() for label in found):
+        figures = [found[label]["scores"]["perplexity"] for found in content["domains"].values()]
+        shown.add_row(label, *(_with_interval(f["value"], f["interval"], digits=2) for f in figures))
+    console.print(shown)
+    console.print(f"results: {out / question.name}.csv, .json and .png")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     debug: _Debug = False,

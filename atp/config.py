@@ -6,7 +6,7 @@ import copy
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -141,7 +141,7 @@ class ATPConfig(_Section):
         path = Path(path)
         if not path.is_file():
             raise InputError(f"config file {path} does not exist: give the path of a YAML file")
-        values = _read_yaml(path.read_bytes(), str(path))
+        values = read_yaml(path.read_bytes(), str(path))
         if not isinstance(values, dict):
             raise InputError(f"{path} holds no mapping: it needs at least the keys model and output_dir")
         return cls.parse(values, overrides)
@@ -157,7 +157,7 @@ class ATPConfig(_Section):
             defaults = _PRESETS.get(preset, {}) if isinstance(preset, str) else {}
             return cls.model_validate(_merge(defaults, values))
         except ValidationError as error:
-            raise InputError(_explain(error)) from None
+            raise InputError(explain(error, cls)) from None
 
     def refuse_change_of(self, saved: dict[str, Any]) -> None:
         """Raises `InputError` with the differences when a run was started under another config (`model_dump` form)."""
@@ -200,7 +200,8 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
 
 
-def _read_yaml(source: str | bytes, where: str) -> Any:
+def read_yaml(source: str | bytes, where: str) -> Any:
+    """The content of a YAML text, in which yes and no are words. Raises `InputError` with `where` in it."""
     try:
         loader = _Loader(source)
         try:
@@ -228,18 +229,20 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise InputError(f"override '{override}': '{parent}' is not a section of the config")
-    values[last] = _read_yaml(text, f"override '{override}'")
+    values[last] = read_yaml(text, f"override '{override}'")
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem as one sentence: the key's path, what was found, what was expected or the nearest name."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        section: Any = ATPConfig
+        section: Any = root
         for part in path[:-1]:
-            section = section.model_fields[part].annotation
+            # A list is of one kind of section: its indices lead no further down.
+            section = section if part.isdecimal() else section.model_fields[part].annotation
+            section = (*get_args(section), section)[0]
         near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.0)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(section.model_fields)}"
         return f"unknown config key '{key}': {hint}"

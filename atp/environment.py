@@ -25,6 +25,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device_name() -> str:
+    """The device that training runs on here: the GPU's name, or the processor's with its threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+
+
 def describe() -> dict[str, str]:
     """Versions, platform, devices and, for each kernel backend, whether it is there or why not."""
     facts = versions() | {"platform": platform.platform(), "executable": Path(sys.executable).name}

@@ -12,6 +12,7 @@ PACKAGES = ("atp_kernels", "atp")
 # and those below. Entries of one line are one layer.
 LAYERS = (
     ("atp.cli",),
+    ("atp.experiments",),
     ("atp.compare",),
     ("atp.run", "atp.demo", "atp.scoring"),
     ("atp.training", "atp.baselines", "atp.export", "atp.report", "atp.plan"),

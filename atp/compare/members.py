@@ -81,8 +81,10 @@ class Members:
         return Member(arm.name, seed, *map(json.loads, texts))
 
     def path(self, arm: Arm, seed: int) -> Path:
-        """The run folder of a member."""
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9._=,+-]', '_', arm.name)}-seed{seed}"
+        """The run folder of a member. What an arm sets to the common value is no part of its name."""
+        values = self.config.model_dump(mode="json")
+        telling = tuple(o for o in arm.overrides if ATPConfig.parse(values, [o]) != self.config)
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9._=,+-]', '_', Arm(arm.method, telling).name)}-seed{seed}"
 
     def config_of(self, arm: Arm, seed: int) -> ATPConfig:
         """The config of a member. Raises `InputError` for an override that does not fit."""

@@ -31,7 +31,7 @@ _STYLE = {
 _WIDTH = 5.4  # inches; small enough that the text stays readable on a phone
 
 _LIGHT = {_INK: "#1d2126", _GRID: "#dfe2e5"}  # for pictures that stand alone
-_LIGHT_SERIES = "#2563b8"
+_LIGHT_SERIES = ("#2563b8", "#c2571a", "#2a8a4a", "#8a4fb0", "#6b7280", "#b03060")
 
 Records = list[dict[str, Any]]
 Panels = dict[str, dict[str, tuple[float, float, float]]]
@@ -124,14 +124,68 @@ def intervals(panels: Panels) -> str:
 
 def intervals_png(path: Path, panels: Panels) -> None:
     """The same picture as a PNG file on white; needs matplotlib."""
+    _png(path, _intervals(panels, _LIGHT_SERIES[0]), _intervals_height(panels))
+
+
+def curves_png(path: Path, panels: dict[str, dict[str, list[tuple[float, ...]]]], x: str, y: str) -> None:
+    """Lines through (x, value, low, high) with a band from low to high, one panel a domain, on a log scale.
+
+    panels: title of a panel -> name of a line -> its points in order.
+    """
+
+    def draw(figure: Figure) -> None:
+        names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+        colors = dict(zip(names, _LIGHT_SERIES * len(names), strict=False))
+        for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            for name, points in lines.items():
+                at, values, low, high = zip(*points, strict=True)
+                axes.plot(at, values, color=colors[name], marker="o", markersize=3, label=name)
+                axes.fill_between(at, low, high, color=colors[name], alpha=0.15, linewidth=0)
+            axes.set_yscale("log")
+            axes.set_title(title)
+            axes.set_xlabel(x)
+        axes.figure.axes[0].set_ylabel(y)
+        axes.legend()
+
+    _png(path, draw, 3.4)
+
+
+def decisions_png(path: Path, runs: dict[str, Records]) -> None:
+    """For each run how decisions moved: share of every layer's MLP channels kept over steps, and share that flipped.
+
+    runs: title -> records of metrics.jsonl.
+    """
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(2, len(runs), squeeze=False, sharex="col", height_ratios=(2, 1))
+        for (above, below), (title, records) in zip(grid.T, runs.items(), strict=True):
+            decided = [record for record in records if "kept_by_layer" in record]
+            steps = [record["step"] for record in decided]
+            shares = [[100 * share for share in record["kept_by_layer"]["mlp"]] for record in decided]
+            layers = len(shares[0]) if shares else 0
+            image = above.pcolormesh(steps, range(layers), list(zip(*shares, strict=True)), vmin=0, vmax=100)
+            above.set_title(title)
+            above.set_ylabel("layer")
+            figure.colorbar(image, ax=above, label="MLP channels kept (%)")
+            below.plot(steps, [100 * record["changed"] for record in decided], color=_LIGHT_SERIES[0])
+            below.set_ylabel("flipped (%)")
+            below.set_xlabel("step")
+
+    _png(path, draw, 4.6)
+
+
+def _png(path: Path, draw: Callable[[Figure], None], height: float) -> None:
+    """The drawing as a PNG file on white, replaced in one step; needs matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
 
     style = {key: _LIGHT.get(value, value) if isinstance(value, str) else value for key, value in _STYLE.items()}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(1.6 * _WIDTH, _intervals_height(panels)), dpi=150, layout="constrained")
-        _intervals(panels, _LIGHT_SERIES)(figure)
-        figure.savefig(path)
+        figure = Figure(figsize=(1.6 * _WIDTH, height), dpi=150, layout="constrained")
+        draw(figure)
+        fresh = path.with_suffix(".writing.png")
+        figure.savefig(fresh)
+        fresh.replace(path)
 
 
 def _intervals(panels: Panels, color: str) -> Callable[[Figure], None]:

@@ -1,0 +1,110 @@
+"""An experiment: its runs domain by domain, and a record that grows after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atp.compare.members import Members
+from atp.compare.results import Member, results
+from atp.data import load_recipe
+from atp.environment import device_name, versions
+from atp.errors import NotReached
+from atp.experiments.pictures import draw
+from atp.experiments.rows import append_rows, member_row
+from atp.experiments.spec import ExperimentSpec
+from atp.export.hf import write_json
+from atp.loading import data_settings, load_tokenizer
+from atp.run import scored_tasks
+
+
+class Experiment:
+    """Runs an experiment file and writes NAME.csv, NAME.json and NAME.png to a results folder.
+
+    Run folders lie in `runs`/DOMAIN/ARM-seedN and are shared by all experiments with the same settings: a run that one
+    of them made is read by the others. Repeating a call goes on where the last one stopped.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        overrides: list[str],
+        *,
+        runs: Path,
+        out: Path,
+        domains: list[str] | None = None,
+        seeds: list[int] | None = None,
+        command: str,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """domains and seeds replace those of the file. Raises `InputError` for whatever is wrong with the file."""
+        self.spec, path = ExperimentSpec.load(name)
+        self.name, self.runs, self.out, self.command, self.say = path.stem, runs, out, command, say
+        self.arms = self.spec.labelled_arms()
+        self.seeds = seeds or self.spec.seeds
+        self.configs = {domain: self.spec.config(path, domain, overrides) for domain in domains or self.spec.domains}
+
+    def execute(self) -> dict[str, Any]:
+        """Runs what is missing and returns the content of NAME.json.
+
+        Raises `InputError`, `Interrupted`, and at the end `NotReached` when a run kept no promise (its row stays).
+        """
+        self.members = {
+            d: Members(c, self.runs / d, command=self.command, say=self.say) for d, c in self.configs.items()
+        }
+        self.splits = {d: load_recipe(data_settings(m.config, load_tokenizer(m.config.model)))
+                       for d, m in self.members.items()}  # fmt: skip
+        for members in self.members.values():
+            for arm in self.arms.values():
+                members.config_of(arm, 0)  # a wrong setting is found before the first run
+        broken: list[str] = []
+        content: dict[str, Any] = {}
+        for seed in self.seeds:
+            for domain, members in self.members.items():
+                for label, arm in self.arms.items():
+                    try:
+                        members.run(arm, seed)
+                    except NotReached as error:
+                        broken.append(f"{domain}, {label}, seed {seed}: {error}")
+                    content = self._write(broken)
+        if broken:
+            raise NotReached("; ".join(broken))
+        return content
+
+    def _write(self, broken: list[str]) -> dict[str, Any]:
+        self.out.mkdir(parents=True, exist_ok=True)
+        rows, missing, domains = [], [], {}
+        for domain, members in self.members.items():
+            found = self._finished(members)
+            missing += [f"{domain}, {label}, seed {seed}" for (label, seed), member in found.items() if member is None]
+            finished = {key: member for key, member in found.items() if member is not None}
+            domains[domain] = results(self._by_label(finished), self._tasks(domain))
+            for (label, seed), member in finished.items():
+                row = member_row(member, members.path(self.arms[label], seed), self._tasks(domain), members.config)
+                rows.append({"experiment": self.name, "domain": domain, "arm": label, "seed": seed} | row)
+        content = {
+            "question": self.spec.question,
+            "steps": next(iter(self.configs.values())).training.model_dump(include={"search", "settle", "tune"}),
+            "domains": domains,
+            "missing": missing,
+            "notes": broken,
+            "device": device_name(),
+            "versions": versions(),
+            "command": self.command,
+        }
+        append_rows(self.out / f"{self.name}.csv", rows)
+        write_json(self.out / f"{self.name}.json", content)
+        paths = {d: {label: m.path(arm, self.seeds[0]) for label, arm in self.arms.items()}
+                 for d, m in self.members.items()}  # fmt: skip
+        draw(self.out / f"{self.name}.png", self.spec, domains, self.arms, paths)
+        return content
+
+    def _finished(self, members: Members) -> dict[tuple[str, int], Member | None]:
+        return {(label, seed): members.read(arm, seed) for label, arm in self.arms.items() for seed in self.seeds}
+
+    def _by_label(self, finished: dict[tuple[str, int], Member]) -> list[Member]:
+        return [Member(label, seed, m.summary, m.scores) for (label, seed), m in finished.items()]
+
+    def _tasks(self, domain: str) -> list[Any]:
+        return scored_tasks(self.configs[domain], self.splits[domain])

@@ -1,0 +1,70 @@
+"""The picture of an experiment; needs matplotlib, and is left out without it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from atp.compare.members import ATP, Arm
+from atp.compare.results import ORIGINAL
+from atp.experiments.spec import ExperimentSpec
+from atp.report import plots
+
+Domains = dict[str, dict[str, Any]]
+"""Domain -> what `atp.compare.results.results` says of it."""
+
+
+def draw(path: Path, spec: ExperimentSpec, domains: Domains, arms: dict[str, Arm], runs: dict[str, dict[str, Path]]):
+    """Writes the picture that the experiment asks for, of what is there so far. runs: domain -> label -> run folder."""
+    if not plots.available():
+        return
+    if spec.picture == "decisions":
+        records = {
+            f"{domain}: {label}": _metrics(folder)
+            for domain, folders in runs.items()
+            for label, folder in folders.items()
+            if arms[label].method == ATP and (folder / "metrics.jsonl").is_file()
+        }
+        if records:
+            plots.decisions_png(path, records)
+    elif spec.picture == "curve":
+        panels = {domain: _lines(found, arms, spec.x) for domain, found in domains.items() if found}
+        if panels:
+            plots.curves_png(path, panels, spec.x, "held-out perplexity")
+    else:
+        panels = {domain: _perplexities(found) for domain, found in domains.items() if len(found) > 1}
+        if panels:
+            plots.intervals_png(path, panels)
+
+
+def _perplexities(found: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Perplexity of every arm over that of the tuned dense model, or as it is where there is no such arm."""
+    key = "perplexity_ratio"
+    if any(key in row for row in found.values()):
+        return {label: _interval(row[key]) for label, row in found.items() if key in row and label != ORIGINAL}
+    return {label: _interval(row["scores"]["perplexity"]) for label, row in found.items() if label != ORIGINAL}
+
+
+def _lines(found: dict[str, Any], arms: dict[str, Arm], key: str) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Method -> (x, perplexity, low, high) of the arms that vary the key, and a flat line for those that do not."""
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    for label, row in found.items():
+        arm = arms.get(label)
+        values = dict(override.split("=", 1) for override in arm.overrides) if arm else {}
+        if key in values:
+            lines.setdefault(arm.method, []).append((float(values[key]), *_interval(row["scores"]["perplexity"])))
+    ends = [x for points in lines.values() for x, *_ in points]
+    for label, row in found.items():
+        if ends and (label not in arms or not arms[label].overrides):
+            flat = _interval(row["scores"]["perplexity"])
+            lines[label] = [(x, *flat) for x in (min(ends), max(ends))]
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def _interval(figure: dict[str, Any]) -> tuple[float, float, float]:
+    return (figure["value"], *figure["interval"])
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,79 @@
+"""The CSV of an experiment: one row a run, and a file that only grows."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atp.compare.results import Member
+from atp.config import ATPConfig
+from atp.data import Task
+from atp.environment import device_name
+from atp.evaluation.bootstrap import percentile_interval
+from atp.evaluation.relative import score_samples
+from atp.report.page import write_text
+
+_SAME_RUN = ("experiment", "domain", "arm", "seed", "config")
+
+Row = dict[str, Any]
+
+
+def member_row(member: Member, folder: Path, tasks: Sequence[Task], common: ATPConfig) -> Row:
+    """What one run came to: size, scores with 95 % intervals, cost, and what its decisions and its cut did."""
+    summary, scores = member.summary, member.scores
+    row: Row = {"config": fingerprint(common), "target_keep": summary["target_keep"]}
+    row |= {key: summary[key] for key in ("keep_decoder", "keep_total", "params_after")}
+    for name, (value, draws) in score_samples(scores["final"], tasks).items():
+        low, high = percentile_interval(draws)
+        row |= {name: round(float(value), 4), f"{name} low": round(low, 4), f"{name} high": round(high, 4)}
+    row["original perplexity"] = round(scores["original"]["perplexity"], 4)
+    seconds = sum(value for phase, value in summary["seconds"].items() if phase != "total")
+    row |= {"train_tokens": summary["train_tokens"], "train_seconds": round(seconds, 1)}
+    certificate = summary.get("certificate", {})
+    row |= {key: certificate.get(key, "") for key in ("frozen_vs_cut", "masked_vs_cut")}
+    row["changed"] = changed_share(folder)
+    finished = time.gmtime((folder / "summary.json").stat().st_mtime)
+    row |= {
+        "device": device_name(),
+        "torch": summary["versions"]["torch"],
+        "finished": time.strftime("%F %R", finished),
+    }
+    return row
+
+
+def fingerprint(config: ATPConfig) -> str:
+    """Eight hex digits of everything that a run's result depends on but arm and seed."""
+    values = config.model_dump(mode="json", exclude={"output_dir": True, "model": {"path"}})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def changed_share(folder: Path) -> float | str:
+    """Mean share of decisions that a decision step flips once the budget is reached, "" where nothing is decided."""
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    searched = [r for r in records if r["phase"] == "search"]
+    reached = [r["changed"] for r in searched if r["target_keep"] == searched[-1]["target_keep"]]
+    return round(statistics.fmean(reached), 6) if reached else ""
+
+
+def append_rows(path: Path, rows: list[Row]) -> None:
+    """Puts rows into a CSV file in place of those of the same runs; all others stay, columns are added as needed."""
+    old = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = list(csv.DictReader(file))
+    fresh = {tuple(str(row[key]) for key in _SAME_RUN) for row in rows}
+    merged = [row for row in old if tuple(row[key] for key in _SAME_RUN) not in fresh] + rows
+    columns = list(dict.fromkeys(name for row in merged for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(merged)
+    write_text(path, text.getvalue())

@@ -1,0 +1,85 @@
+"""What an experiment file says: a question, the common settings, and the arms that answer it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atp.compare.members import Arm
+from atp.config import ATPConfig, explain, read_yaml
+from atp.data.packages import smollm2_gguf
+from atp.errors import InputError
+
+
+class ArmSpec(BaseModel):
+    """One or more arms: each method with each combination of the values that `vary` lists, on top of `set`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str | list[str]
+    label: str | None = Field(None, description="name in tables and pictures; the method and its settings by default")
+    set: dict[str, Any] = Field(default_factory=dict, description="config key -> value")
+    vary: dict[str, list[Any]] = Field(default_factory=dict, description="config key -> values")
+
+
+class ExperimentSpec(BaseModel):
+    """One question. All its runs share the settings of `base` and differ by domain (a data recipe), arm and seed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: str
+    base: str = Field("base.yaml", description="config of all runs, beside the experiment's file")
+    domains: list[str] = Field(min_length=1)
+    seeds: list[int] = Field([0], min_length=1)
+    arms: list[ArmSpec] = Field(min_length=1)
+    picture: Literal["intervals", "curve", "decisions"] = "intervals"
+    x: str | None = Field(None, description="the varied key on the x axis of a curve")
+
+    @classmethod
+    def load(cls, name: str) -> tuple[ExperimentSpec, Path]:
+        """(spec, its file) for the path of a YAML file or the name of one in experiments/. Raises `InputError`."""
+        path = Path(name) if name.endswith((".yaml", ".yml")) else Path("experiments") / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in Path("experiments").glob("*.yaml") if p.stem != "base")) or "none"
+            raise InputError(f"experiment file {path} does not exist: give a file, or a name (here: {known})")
+        try:
+            spec = cls.model_validate(read_yaml(path.read_bytes(), str(path)))
+        except ValidationError as error:
+            raise InputError(f"{path}: {explain(error, cls)}") from None
+        if spec.picture == "curve" and not any(spec.x in arm.vary for arm in spec.arms):
+            raise InputError(f"{path}: a curve needs x, one of the keys that an arm varies")
+        return spec, path
+
+    def config(self, path: Path, domain: str, overrides: list[str]) -> ATPConfig:
+        """The settings of all runs in a domain; without a model the packaged SmolLM2-135M. Raises `InputError`."""
+        base = path.parent / self.base
+        if not base.is_file():
+            raise InputError(f"{path}: base {base} does not exist")
+        values = read_yaml(base.read_bytes(), str(base))
+        if "model" not in values and not any(o.startswith("model.") for o in overrides):
+            gguf = smollm2_gguf()
+            values["model"] = {"path": str(gguf.parent), "gguf_file": gguf.name}
+        return ATPConfig.parse(values | {"output_dir": "set later"}, [*overrides, f"data.recipe={domain}"])
+
+    def labelled_arms(self) -> dict[str, Arm]:
+        """Label -> arm. Raises `InputError` for an unknown method or a label that two arms share."""
+        found: dict[str, Arm] = {}
+        for spec in self.arms:
+            methods = [spec.method] if isinstance(spec.method, str) else spec.method
+            for method, values in itertools.product(methods, itertools.product(*spec.vary.values())):
+                varied = dict(zip(spec.vary, values, strict=True))
+                # The settings of an arm name its folder: sorted, so that one setting is one run in all experiments.
+                settings = sorted((spec.set | varied).items())
+                arm = Arm(method, tuple(f"{key}={_text(value)}" for key, value in settings))
+                label = " ".join([spec.label or method, *(f"{k.split('.')[-1]}={_text(v)}" for k, v in varied.items())])
+                if label in found:
+                    raise InputError(f"two arms are called '{label}': give one of them a label of its own")
+                found[label] = arm
+        return found
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
