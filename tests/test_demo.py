@@ -37,7 +37,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     assert sum(p.numel() for p in model.parameters()) == summary["params_after"]
     page = (folder / "report.html").read_text()
-    assert "<svg" in page and "src=\"http" not in page
+    assert "<svg" in page and 'src="http' not in page
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
     assert "the cut model:" in capsys.readouterr().out

@@ -29,7 +29,8 @@ def draw(path: Path, spec: ExperimentSpec, domains: Domains, arms: dict[str, Arm
         if records:
             plots.decisions_png(path, records)
     elif spec.picture == "curve":
-        panels = {domain: _lines(found, arms, spec.x) for domain, found in domains.items() if found}
+        curves = {domain: _lines(found, arms, spec.x) for domain, found in domains.items()}
+        panels = {domain: lines for domain, lines in curves.items() if lines}
         if panels:
             plots.curves_png(path, panels, spec.x, "held-out perplexity")
     else:

@@ -93,9 +93,7 @@ def upcast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def unfused(shape: Shape, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, by autograd, in the dtype of the operands."""
-    y = reference.masked_lora_linear(
-        **tensors, scaling=shape.scaling, mask_lora=shape.mask_lora, dropout=shape.drawn
-    )
+    y = reference.masked_lora_linear(**tensors, scaling=shape.scaling, mask_lora=shape.mask_lora, dropout=shape.drawn)
     return y, *reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
 
 

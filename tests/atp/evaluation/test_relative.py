@@ -52,9 +52,7 @@ def test_shared_items_narrow_the_interval():
     rng = np.random.default_rng(1)
     dense = (rng.random(300) < 0.6).astype(int)
     pruned = dense * (rng.random(300) < 0.9)
-    found = relative_performance(
-        scores([[1.0, 1]], qa=answers(*pruned)), scores([[1.0, 1]], qa=answers(*dense)), [QA]
-    )
+    found = relative_performance(scores([[1.0, 1]], qa=answers(*pruned)), scores([[1.0, 1]], qa=answers(*dense)), [QA])
     low, high = found["relative_performance_interval"]
     assert low < found["relative_performance"] < high
     apart = [rng.choice(pruned, 300).mean() / rng.choice(dense, 300).mean() for _ in range(500)]

@@ -1,0 +1,153 @@
+"""Experiment files, their runs on a tiny model, and the record that they leave."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from atp.compare.members import Arm, Members
+from atp.errors import InputError
+from atp.experiments import Experiment, ExperimentSpec
+from atp.experiments.rows import append_rows, changed_share
+
+SPEC = {
+    "question": "Which?",
+    "domains": ["custom"],
+    "arms": [{"method": "dense_lora"}, {"method": ["atp", "static"], "vary": {"decisions.target_keep": [0.6, 0.8]}}],
+    "picture": "curve",
+    "x": "decisions.target_keep",
+}
+
+
+@pytest.fixture(autouse=True)
+def wide_budget(monkeypatch):
+    """One channel of the tiny model is more than ATP's tolerance on the budget."""
+    monkeypatch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+
+
+@pytest.fixture
+def write(config, tmp_path):
+    """Writes an experiment file, and base.yaml beside it; returns the path."""
+    base = config.model_dump(mode="json", exclude={"output_dir"})
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+
+    def file(**changes):
+        path = tmp_path / "which.yaml"
+        path.write_text(yaml.safe_dump(SPEC | changes), encoding="utf-8")
+        return str(path)
+
+    return file
+
+
+def experiment(path, folder, overrides=(), **options):
+    places = {"runs": folder / "runs", "out": folder / "out"}
+    return Experiment(path, list(overrides), command="atp experiment", say=lambda text: None, **places, **options)
+
+
+def rows_of(folder, name="which"):
+    with (folder / "out" / f"{name}.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_record_of_an_experiment(write, tmp_path):
+    path = write()
+    content = experiment(path, tmp_path).execute()
+    labels = ["dense_lora", "atp target_keep=0.6", "atp target_keep=0.8", "static target_keep=0.6",
+              "static target_keep=0.8"]  # fmt: skip
+    assert list(content["domains"]["custom"]) == ["original", *labels] and not content["missing"]
+    rows = rows_of(tmp_path)
+    assert [row["arm"] for row in rows] == labels
+    for row in rows:
+        kept = 1.0 if row["arm"] == "dense_lora" else float(row["target_keep"])
+        assert float(row["keep_decoder"]) == pytest.approx(kept, abs=0.02)
+        summary = json.loads((tmp_path / "runs/custom" / folder_of(row["arm"]) / "summary.json").read_text())
+        assert float(row["perplexity"]) == pytest.approx(summary["perplexity"]["final"], abs=1e-3)
+        assert float(row["perplexity low"]) <= float(row["perplexity"]) <= float(row["perplexity high"])
+        assert (row["frozen_vs_cut"] != "") == row["arm"].startswith("atp") == (row["changed"] != "")
+    assert (tmp_path / "out" / "which.png").read_bytes().startswith(b"\x89PNG")
+
+    # The same settings are the same run, in whichever experiment; what is there is read.
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("summary.json")}
+    again = experiment(write(arms=[{"method": ["dense_lora", "atp"]}], picture="intervals", x=None), tmp_path).execute()
+    assert list(again["domains"]["custom"]) == ["original", "dense_lora", "atp"]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("summary.json")} == before
+    assert [row["arm"] for row in rows_of(tmp_path)] == [*labels[1:], "dense_lora", "atp"], "rows of old are kept"
+
+    curve = (tmp_path / "out" / "which.png").read_bytes()
+    experiment(write(arms=[{"method": ["atp", "static"]}], picture="decisions", x=None), tmp_path).execute()
+    assert (tmp_path / "out" / "which.png").read_bytes() != curve
+    with pytest.raises(InputError, match="cannot resume under a changed config .*lora.r: 8 -> 4"):
+        experiment(path, tmp_path, ["lora.r=4"]).execute()
+
+
+def folder_of(label):
+    method, _, setting = label.partition(" target_keep=")
+    return f"{method}-seed0" if setting in ("", "0.6") else f"{method},decisions.target_keep={setting}-seed0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"arms": [{"method": "atb"}]}, "method 'atb' is unknown: did you mean 'atp'"),
+        ({"arms": [{"method": "atp", "sett": {}}]}, "unknown config key 'arms.0.sett': did you mean 'set'"),
+        ({"arms": [{"method": "atp", "set": {"lora.q": 1}}]}, "unknown config key 'lora.q'"),
+        ({"arms": [{"method": ["atp", "atp"]}], "picture": "intervals"}, "two arms are called 'atp'"),
+        ({"x": "lora.r"}, "a curve needs x"),
+        ({"base": "none.yaml"}, "none.yaml does not exist"),
+        ({"domains": []}, "domains"),
+        ({"seeds": ["one"]}, "seeds.0"),
+    ],
+)
+def test_bad_files_are_one_sentence_before_any_run(write, tmp_path, changes, sentence):
+    with pytest.raises(InputError, match=sentence.replace("'", ".")):
+        experiment(write(**{"picture": "intervals", "x": None} | changes if "x" not in changes else changes),
+                   tmp_path).execute()  # fmt: skip
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_unknown_name_lists_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "curve.yaml").write_text("question: x", encoding="utf-8")
+    with pytest.raises(InputError, match="curves.yaml does not exist.*here: curve"):
+        ExperimentSpec.load("curves")
+
+
+def test_what_an_arm_leaves_as_it_is_does_not_name_its_folder(config, tmp_path):
+    members = Members(config, tmp_path, command="")
+    assert members.path(Arm("atp", ("decisions.target_keep=0.6",)), 1).name == "atp-seed1"
+    assert members.path(Arm("atp", ("training.lr=1e-4",)), 1).name == "atp,training.lr=1e-4-seed1"
+    assert members.config_of(Arm("atp", ("training.lr=1e-4",)), 7).training.lr == 1e-4
+
+
+def test_rows_of_the_same_run_are_replaced_and_all_others_stay(tmp_path):
+    path = tmp_path / "x.csv"
+    same = {"experiment": "x", "domain": "d", "arm": "a", "config": "c"}
+    append_rows(path, [same | {"seed": 0, "perplexity": 5.0}, same | {"seed": 1, "perplexity": 6.0}])
+    append_rows(path, [same | {"seed": 0, "perplexity": 4.0, "accuracy": 0.5}])
+    with path.open(encoding="utf-8") as file:
+        found = [(row["seed"], row["perplexity"], row["accuracy"]) for row in csv.DictReader(file)]
+    assert found == [("1", "6.0", ""), ("0", "4.0", "0.5")]
+
+
+def test_changed_share_is_the_mean_after_the_budget_is_reached(tmp_path):
+    shares = [(0.9, 0.5), (0.6, 0.2), (0.6, 0.1)]
+    records = [{"phase": "search", "target_keep": keep, "changed": changed} for keep, changed in shares]
+    text = "".join(json.dumps(record) + "\n" for record in [*records, {"phase": "tune"}])
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert changed_share(tmp_path) == pytest.approx(0.15)
+    assert changed_share(tmp_path / "none") == ""
+
+
+@pytest.mark.parametrize("name", ["stages", "dynamic", "lora_aware", "balance", "calibration", "regularizer", "curve",
+                                  "domains", "generator"])  # fmt: skip
+def test_files_in_the_repository_can_be_run(name, pytestconfig, monkeypatch):
+    monkeypatch.chdir(pytestconfig.rootpath)
+    spec, path = ExperimentSpec.load(name)
+    overrides = ["model.path=tiny"]
+    for domain in spec.domains:
+        config = spec.config(path, domain, overrides)
+        assert config.data.recipe == domain
+        for arm in spec.labelled_arms().values():
+            type(config).parse(config.model_dump(mode="json"), list(arm.overrides))
