@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 import torch
@@ -85,6 +86,17 @@ def peak_bytes(variant: Variant, pass_: str, device: str) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def resident_peak_bytes() -> int:
+    """The most resident memory that this process has had since `reset_resident_peak`, or since its start. Linux."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def reset_resident_peak() -> None:
+    """Lets the peak start from what is resident now. Linux; raises OSError where the kernel does not allow it."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def held_bytes(roots: tuple[object, ...]) -> int:

@@ -28,9 +28,10 @@ from atp.training.decisions import DecisionMaker
 from atp.training.loss import causal_lm_loss
 from atp_kernels import reference
 from benchmarks.case import Case, Variant, Variants
+from benchmarks.shapes import Model
 
 _BETA = 0.3
-_WIDTHS = {"cpu": {"mlp": 32}, "cuda": {"mlp": 128}}
+WIDTHS = {"cpu": {"mlp": 32}, "cuda": {"mlp": 128}}  # what the kept widths are a multiple of
 
 
 class UnfusedMaskedLinear(MaskedLoraLinear):
@@ -43,25 +44,30 @@ class UnfusedMaskedLinear(MaskedLoraLinear):
         )  # fmt: skip
 
 
+def random_model(sizes: Model, length: int, dtype: torch.dtype) -> nn.Module:
+    """A Llama of these sizes with random weights of a dtype, for windows of at least `length` tokens."""
+    config = LlamaConfig(
+        vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=sizes.inner,
+        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim, tie_word_embeddings=sizes.tied, max_position_embeddings=max(2048, length),
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 class Scene:
     """What the steps of one case share: base model, tokens, mask space and masks at the share to keep."""
 
     def __init__(self, case: Case) -> None:
         self.case, sizes = case, case.sizes
-        config = LlamaConfig(
-            vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=sizes.inner,
-            num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
-            head_dim=sizes.head_dim, tie_word_embeddings=sizes.tied, max_position_embeddings=max(2048, case.length),
-        )  # fmt: skip
         torch.manual_seed(0)
         with torch.device(case.device):
-            self.base = AutoModelForCausalLM.from_config(config, dtype=self._weight_dtype())
+            self.base = random_model(sizes, case.length, self._weight_dtype())
         self.base.requires_grad_(False).train()
         ids = torch.randint(sizes.vocab, (case.tokens // case.length, case.length))
         batch = collate([{"input_ids": row, "labels": row} for row in ids])
         self.batch = {k: v.to(case.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        self.space = MaskSpace.from_config(config, case.part)
-        budget, widths = Budget(self.space), _WIDTHS[case.device]
+        self.space = MaskSpace.from_config(self.base.config, case.part)
+        budget, widths = Budget(self.space), WIDTHS[case.device]
         self.masks = [fit_mask(torch.randn(self.space.size), case.keep, budget, widths) for _ in range(2)]
 
     def _weight_dtype(self) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Time and memory as the benchmarks take them."""
 
+import sys
 import time
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from torch import nn
 
 from benchmarks.case import Variant
-from benchmarks.measure import held_bytes, interleave, peak_bytes, quantile
+from benchmarks.measure import (
+    held_bytes,
+    interleave,
+    peak_bytes,
+    quantile,
+    reset_resident_peak,
+    resident_peak_bytes,
+)
 
 
 def test_rounds_are_interleaved_and_sorted():
@@ -70,6 +78,18 @@ def test_peak_of_a_pass_holds_what_autograd_saves():
     # Forward saves both results; backward then holds at least one gradient beside them.
     assert peak_bytes(variant, "forward", "cpu") == pytest.approx(2 * 2**20, abs=4096)
     assert peak_bytes(variant, "full", "cpu") >= 3 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_peak_is_that_since_the_reset():
+    mib = 2**20
+    reset_resident_peak()
+    before = resident_peak_bytes()
+    torch.ones(64 * mib, dtype=torch.uint8)
+    peak = resident_peak_bytes()
+    assert peak - before == pytest.approx(64 * mib, abs=8 * mib)
+    reset_resident_peak()
+    assert resident_peak_bytes() < peak - 56 * mib
 
 
 def test_held_bytes_follows_containers_attributes_and_gradients_once():

@@ -1,0 +1,224 @@
+"""A whole one-stage run beside LoRA on the dense model for as many steps, each in a process of its own, on a CPU.
+
+    python -m benchmarks.whole_run --steps 30
+    python -m benchmarks.whole_run --side atp --dtype bfloat16 --decision-every 4
+
+A random-weight Llama trains on random tokens, the same on both sides: `atp` is `ATPTrainer` from the saliency to the
+end of tune, `dense` is `LoraTuner` over stock PEFT layers. Phases are in the ratio of the default config, so is all
+that no option names. Each side runs in each dtype, the quicker one stands for it, and rows are appended to
+RESULTS/whole_run.csv. Exit status 1 if a mark is missed, unless --lenient.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from atp.baselines.dense_lora import stock_lora
+from atp.baselines.tuner import LoraTuner
+from atp.config import ATPConfig, TrainingConfig
+from atp.data import PackedDataset
+from atp.training.trainer import ATPTrainer
+from benchmarks.gate import Mark, conclude
+from benchmarks.measure import reset_resident_peak, resident_peak_bytes
+from benchmarks.records import RESULTS, Row, append, environment
+from benchmarks.run import MIB
+from benchmarks.shapes import find_model
+from benchmarks.steps import WIDTHS, random_model
+
+SIDES = ("atp", "dense")
+_CALIBRATION_WINDOWS = 64
+
+
+class ResidentPeaks(TrainerCallback):
+    """Peak resident memory of the process by phase, in MiB: `start` until a phase is entered, `cut` between two."""
+
+    def __init__(self, phase_of: Callable[[int], str]) -> None:
+        """phase_of names the phase of a LoRA step counted from 0."""
+        self.phase_of, self.phase = phase_of, "start"
+        self.mib: dict[str, float] = {}
+
+    def enter(self, phase: str) -> None:
+        """Counts from here towards a phase."""
+        if phase != self.phase:
+            self.close()
+            self.phase = phase
+            reset_resident_peak()
+
+    def close(self) -> None:
+        """Notes the peak of the phase under way."""
+        self.mib[self.phase] = resident_peak_bytes() / MIB
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.enter(self.phase_of(state.global_step))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.phase != "tune" and self.phase_of(state.global_step) == "tune":
+            self.enter("cut")
+
+
+def phases(steps: int) -> dict[str, int]:
+    """So many LoRA steps, 3 at least, by phase in the ratio of the default config."""
+    default = TrainingConfig()
+    search, settle = (max(1, round(steps * part / default.total)) for part in (default.search, default.settle))
+    return {"search": search, "settle": settle, "tune": steps - search - settle}
+
+
+def config_of(options: argparse.Namespace, dtype: str, folder: str) -> ATPConfig:
+    """What both sides run under; the dense one takes its LoRA, its number of steps and its optimizer."""
+    return ATPConfig.parse(
+        {
+            "model": {"path": options.model},
+            "output_dir": folder,
+            "decisions": {
+                "space": options.space,
+                "target_keep": options.keep,
+                "every": options.decision_every,
+                "multiples": WIDTHS["cpu"],
+            },
+            "lora": {"r": options.rank, "alpha": options.rank, "dropout": options.dropout},
+            "training": phases(options.steps) | {"batch_size": options.batch, "precision": dtype},
+        }
+    )
+
+
+def windows(count: int, options: argparse.Namespace) -> PackedDataset:
+    """Random tokens, int64 [count, length]."""
+    ids = torch.randint(find_model(options.model).vocab, (count, options.length))
+    return PackedDataset(ids, ids)
+
+
+def trainer_of(options: argparse.Namespace, side: str, config: ATPConfig) -> ATPTrainer | LoraTuner:
+    """The trainer of one side. No name is left for the uncut model, so that the cut can release it."""
+    torch.manual_seed(0)
+    train, calibration = windows(options.steps * options.batch, options), windows(_CALIBRATION_WINDOWS, options)
+    model = random_model(find_model(options.model), options.length, torch.float32)
+    if side == "atp":
+        return ATPTrainer(config, model, train, calibration)
+    return LoraTuner(config, stock_lora(model, config), train, Path(config.output_dir))
+
+
+def measure(options: argparse.Namespace, side: str, dtype: str) -> list[Row]:
+    """One row a phase of a run of one side in this process, one for what lies outside phases, and one for it all.
+
+    `start` is the process before the run: libraries, model, data. `other` is the rest of the run's seconds, mostly
+    checkpoints.
+    """
+    torch.set_num_threads(options.threads)
+    with TemporaryDirectory() as folder:
+        trainer = trainer_of(options, side, config_of(options, dtype, folder))
+        trainer.remove_callback(PrinterCallback)
+        peaks = ResidentPeaks(trainer.phases.of)
+        trainer.add_callback(peaks)
+        if side == "atp":
+            peaks.enter("saliency")
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        peaks.close()
+    clock = trainer.clock
+    spent = clock.seconds | {"other": seconds - sum(clock.seconds.values()), "run": seconds}
+    tokens = clock.tokens | {"run": sum(clock.tokens.values())}
+    reached = peaks.mib | {"run": max(peaks.mib.values())}
+    names = ("steps", "batch", "length", "model", "space", "rank", "keep", "dropout", "decision_every")
+    given = {name: getattr(options, name) for name in names} | {"dtype": dtype, "side": side}
+    return [
+        given
+        | {
+            "phase": phase,
+            "seconds": round(spent[phase], 3) if phase in spent else "",
+            "tokens": tokens.get(phase, 0),
+            "tokens_per_second": round(tokens.get(phase, 0) / spent[phase], 1) if phase in spent else "",
+            "peak_mib": round(reached[phase], 1) if phase in reached else "",
+        }
+        for phase in dict.fromkeys(["start", *spent])
+    ]
+
+
+def apart(function: Callable[..., list[Row]], *arguments: object) -> list[Row]:
+    """The result of a call in a fresh process, whose memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def quickest(rows: list[Row], side: str) -> dict[str, Row]:
+    """The rows of one side by phase, in the dtype of its shortest run."""
+    rows = [row for row in rows if row["side"] == side]
+    best = min((row for row in rows if row["phase"] == "run"), key=lambda row: float(row["seconds"]))
+    return {row["phase"]: row for row in rows if row["dtype"] == best["dtype"]}
+
+
+def marks(rows: list[Row]) -> list[Mark]:
+    """What must hold of the two sides."""
+    ours, dense = (quickest(rows, side) for side in SIDES)
+
+    def ratio(column: str, phase: str) -> float:
+        return float(ours[phase][column]) / float(dense["run"][column])
+
+    which = f"atp {ours['run']['dtype']}, dense {dense['run']['dtype']}"
+    return [
+        Mark(f"seconds of the whole run over dense LoRA ({which})", ratio("seconds", "run"), 1.6, at_most=True),
+        Mark("peak resident memory of the whole run over dense", ratio("peak_mib", "run"), 1.1, at_most=True),
+        Mark("peak resident memory after the cut over dense", ratio("peak_mib", "tune"), 1.0, at_most=True),
+    ]
+
+
+def line(row: Row) -> str:
+    """One phase for a reader."""
+    rate = row["tokens_per_second"] or ""
+    return (
+        f"{row['side']:<6} {row['dtype']:<9} {row['phase']:<9} {row['seconds']:>9} s {rate:>8} tokens/s "
+        f"peak {row['peak_mib']:>8} MiB"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the script."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--steps", type=int, default=30, help="LoRA steps of each side, 3 at least")
+    options.add_argument("--model", default="smollm2-135m")
+    options.add_argument("--space", default="kv_group", choices=("kv_group", "head_dim"), help="mask space")
+    options.add_argument("--keep", type=float, default=0.6, help="share of decoder parameters that stays")
+    options.add_argument("--decision-every", type=int, default=1, help="LoRA steps of the search a decision step")
+    options.add_argument("--batch", type=int, default=4)
+    options.add_argument("--length", type=int, default=256)
+    options.add_argument("--rank", type=int, default=8)
+    options.add_argument("--dropout", type=float, default=0.0, help="of LoRA; PEFT's own is slow on a CPU")
+    options.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    options.add_argument("--side", nargs="+", default=list(SIDES), choices=SIDES, help="without both no marks")
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--lenient", action="store_true", help="exit with 0 though a mark is missed")
+    options.add_argument("--out", type=Path, default=RESULTS)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures both sides, prints them and the marks, and returns the exit status."""
+    options = parser().parse_args(arguments)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Trainer takes a GPU where it sees one, and resident memory is the host's
+    torch.set_num_threads(options.threads)
+    where, rows = environment("cpu"), []
+    for dtype in options.dtype:
+        for side in options.side:
+            measured = apart(measure, options, side, dtype)
+            append(options.out / "whole_run.csv", [where | row for row in measured])
+            print(*map(line, measured), sep="\n", flush=True)
+            rows += measured
+    if len(set(options.side)) < len(SIDES):
+        return 0
+    return conclude(marks(rows)) and not options.lenient
+
+
+if __name__ == "__main__":
+    sys.exit(main())
