@@ -1,7 +1,8 @@
 """The certificate: how far the logits of masked, cut and reloaded model lie apart on real tokens.
 
 The masked model is gone once it is cut, so its logits are taken before: `reference_logits`, cut, `compare`. The saved
-model is compared with the one in memory: `reload_gap`.
+model is compared with the one in memory: `reload_gap`. Beside the reference the logits of one batch exist at a time, by
+default of one window: at the cut they would be the largest tensors of a whole run.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ class LogitGap:
         return self.absolute / self.scale if self.scale else self.absolute
 
 
-def reference_logits(model: nn.Module, input_ids: Tensor, batch_size: int = 4) -> Tensor:
+def reference_logits(model: nn.Module, input_ids: Tensor, batch_size: int = 1) -> Tensor:
     """Logits of a causal LM in evaluation mode, without autocast, kept on the CPU: float32 [windows, tokens, vocab].
 
     input_ids: int64 [windows, tokens], without padding. The result takes 4 bytes x windows x tokens x vocab.
     """
-    return torch.cat([logits.cpu() for logits in _logits(model, input_ids, batch_size)])
+    reference = torch.empty(*input_ids.shape, model.config.vocab_size)
+    for rows, logits in zip(reference.split(batch_size), _logits(model, input_ids, batch_size), strict=True):
+        rows.copy_(logits)
+    return reference
 
 
-def compare(reference: Tensor, model: nn.Module, input_ids: Tensor, batch_size: int = 4) -> LogitGap:
+def compare(reference: Tensor, model: nn.Module, input_ids: Tensor, batch_size: int = 1) -> LogitGap:
     """The gap between `reference_logits` [windows, tokens, vocab] and a model on the same input_ids [windows, tokens].
 
     Raises ValueError when the reference was made for other tokens.
@@ -50,12 +54,12 @@ def compare(reference: Tensor, model: nn.Module, input_ids: Tensor, batch_size: 
     return _gap(reference.split(batch_size), _logits(model, input_ids, batch_size))
 
 
-def logit_gap(reference: nn.Module, model: nn.Module, input_ids: Tensor, batch_size: int = 4) -> LogitGap:
+def logit_gap(reference: nn.Module, model: nn.Module, input_ids: Tensor, batch_size: int = 1) -> LogitGap:
     """The gap between two models in memory, batch by batch. input_ids: int64 [windows, tokens], without padding."""
     return _gap(_logits(reference, input_ids, batch_size), _logits(model, input_ids, batch_size))
 
 
-def reload_gap(model: nn.Module, folder: str | Path, input_ids: Tensor, batch_size: int = 4) -> LogitGap:
+def reload_gap(model: nn.Module, folder: str | Path, input_ids: Tensor, batch_size: int = 1) -> LogitGap:
     """The gap between a model in memory and the merged model saved in a folder, loaded as any user would load it."""
     device = next(model.parameters()).device
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device)

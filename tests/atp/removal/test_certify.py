@@ -20,6 +20,8 @@ from atp.removal import (
     reference_logits,
     reload_gap,
 )
+from benchmarks.case import Variant
+from benchmarks.measure import peak_bytes
 
 
 def with_scaled_head(factor):
@@ -54,6 +56,17 @@ def test_gap_covers_every_window():
         spoiled.model.embed_tokens.weight[VOCAB - 1] += 1
     assert logit_gap(model, spoiled, ids[:4], batch_size=2).absolute == 0
     assert logit_gap(model, spoiled, ids, batch_size=2).absolute > 0.1
+
+
+def test_few_logits_live_beside_the_reference():
+    model, ids = stock_model(dtype=torch.float32, vocab_size=5000), tokens(5)
+    window = 4 * ids.shape[1] * 5000
+    made = []
+    reference = Variant(lambda: made.append(reference_logits(model, ids)))
+    # The loop lets go of a window's logits when it has the next ones.
+    assert peak_bytes(reference, "forward", "cpu") < (5 + 2.5) * window
+    # A window's logits, their difference to the reference, and its absolute values.
+    assert peak_bytes(Variant(lambda: compare(made[0], model, ids)), "forward", "cpu") < 3.5 * window
 
 
 @pytest.mark.parametrize("window", [0, 4])
