@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atp.config import DecisionsConfig
 from atp.masks.budget import Budget
@@ -26,6 +27,19 @@ class DecisionOutcome:
     loss: Tensor
     budget_loss: Tensor
     applied: Tensor
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Takes a model's trained parameters out of autograd for a while, where masks alone need gradients."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 class DecisionMaker:

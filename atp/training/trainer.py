@@ -29,7 +29,7 @@ from atp.masks.space import MaskSpace
 from atp.removal import compare, cut_model, cut_state_dict, reference_logits
 from atp.training import checkpoint as checkpoints
 from atp.training.checkpoint import Checkpoint
-from atp.training.decisions import DecisionMaker
+from atp.training.decisions import DecisionMaker, frozen
 from atp.training.lora_trainer import LoraTrainer, prefixed
 from atp.training.loss import causal_lm_loss
 from atp.training.order import run_order
@@ -121,7 +121,8 @@ class ATPTrainer(LoraTrainer):
         if self.config.decisions.init == "saliency":
             count = min(self.config.decisions.saliency_windows, len(self.calibration_dataset))
             batches = (self._calibration_batch(i, 1) for i in range(count))
-            saliency = fisher_saliency(self.space, batches, self._calibration_loss)
+            with frozen(self.model):
+                saliency = fisher_saliency(self.space, batches, self._calibration_loss)
             self.controller.clear()
             prior = saliency_logits(saliency, self.space, self.config.decisions.saliency_scale)
         self._make_decisions(prior)
@@ -194,17 +195,12 @@ class ATPTrainer(LoraTrainer):
             return
         if step % self.config.decisions.every == 0:
             batch = self._calibration_batch(step // self.config.decisions.every, self.config.decisions.batch_size)
-            frozen = [p for p in self.model.parameters() if p.requires_grad]
-            for parameter in frozen:
-                parameter.requires_grad_(False)
             try:
-                with scope("masks"):
+                with frozen(self.model), scope("masks"):
                     outcome = self.decisions.update(step, lambda mask: self._calibration_loss(batch, mask))
                     self.decisions.refresh(step)
             finally:
                 self.controller.clear()
-                for parameter in frozen:
-                    parameter.requires_grad_(True)
             self.last.update(decision_loss=outcome.loss, budget_loss=outcome.budget_loss)
 
     def _gap_at_freeze(self, mask: Tensor) -> None:

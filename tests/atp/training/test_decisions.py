@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from atp.config import DecisionsConfig
 from atp.masks.budget import Budget
 from atp.masks.space import MaskSpace
-from atp.training.decisions import DecisionMaker
+from atp.training.decisions import DecisionMaker, frozen
 
 SPACE = MaskSpace.from_config(
     LlamaConfig(
@@ -168,3 +168,12 @@ def test_penalty_draws_a_new_mask_each_time():
     first = decisions.refresh(0).clone()
     assert not torch.equal(decisions.refresh(1), first)
     assert torch.equal(decisions.freeze(), decisions.freeze())
+
+
+def test_frozen_gives_back_what_trained_before():
+    layer = torch.nn.Linear(2, 2)
+    layer.bias.requires_grad_(False)
+    with pytest.raises(KeyError), frozen(layer):
+        assert not layer.weight.requires_grad
+        raise KeyError
+    assert layer.weight.requires_grad and not layer.bias.requires_grad

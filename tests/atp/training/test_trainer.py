@@ -177,6 +177,20 @@ def test_kv_group_space_and_gradient_checkpointing(tmp_path):
         torch.testing.assert_close(tensor, expected[name])
 
 
+def test_adapter_is_frozen_where_masks_alone_need_gradients(tmp_path):
+    trainer, seen = make(tmp_path), []
+    original = trainer._calibration_loss
+
+    def watched(*arguments):
+        seen.append(any(p.requires_grad for p in trainer.model.parameters()))
+        return original(*arguments)
+
+    trainer._calibration_loss = watched
+    trainer.train()
+    assert seen == [False] * (6 + SEARCH)  # windows of the saliency, decision steps
+    assert all(p.requires_grad for n, p in trainer.model.named_parameters() if ".lora_" in n)
+
+
 def test_gradient_accumulation_runs_one_decision_step_per_lora_step(tmp_path):
     trainer = make(tmp_path, training={"gradient_accumulation": 2, "batch_size": 1})
     calls = []
