@@ -14,8 +14,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -147,9 +147,23 @@ def measure(options: argparse.Namespace, side: str, dtype: str) -> list[Row]:
 
 
 def apart(function: Callable[..., list[Row]], *arguments: object) -> list[Row]:
-    """The result of a call in a fresh process, whose memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    """The result of a call in a fresh process, whose memory is its own and which ends with the call.
+
+    Raises EOFError when that process ends without a result.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, *arguments))
+    process.start()
+    sender.close()  # so that only the process holds it, and its end is seen
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def _send(sender: Connection, function: Callable[..., list[Row]], *arguments: object) -> None:
+    sender.send(function(*arguments))
 
 
 def quickest(rows: list[Row], side: str) -> dict[str, Row]:

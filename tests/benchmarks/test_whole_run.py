@@ -1,5 +1,6 @@
 """A whole run beside dense LoRA: both sides on a tiny model, and the marks of given rows."""
 
+import os
 import sys
 
 import pytest
@@ -49,7 +50,9 @@ def test_one_side_has_no_marks(tmp_path, here, capsys):
 
 
 def test_a_side_runs_in_a_fresh_process():
-    assert whole_run.apart(list, "ab") == ["a", "b"]
+    assert whole_run.apart(os.getpid) != os.getpid()
+    with pytest.raises(EOFError):
+        whole_run.apart(os._exit, 3)
 
 
 @pytest.mark.parametrize("steps", [3, 10, 30, 300])
