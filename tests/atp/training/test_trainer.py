@@ -40,7 +40,7 @@ def test_run_meets_budget_and_certificate(unbroken, tmp_path):
     certificate = trainer.export(tmp_path / "out")
     assert certificate["removed_lora_norm"] == 0.0
     assert certificate["masked_vs_cut"] < 1e-5 and certificate["cut_vs_reloaded"] < 1e-5
-    assert certificate["frozen_vs_cut"] > 1e-4, "removed LoRA groups had learnt something before they were settled"
+    assert certificate["frozen_vs_cut"] > 10 * certificate["masked_vs_cut"], "removed LoRA groups had learnt something"
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     budget = Budget(trainer.space)
     removed = budget.total - budget.kept(trainer.decisions.mask)
