@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,10 +20,12 @@ class GroupPlan:
     axes, shapes: axis and shape of every factor. index: int32 [slots], the group of each slot. order: int32 [slots],
     the slots sorted by group, ascending within a group. starts: int32 [n_groups + 1]: the slots of group g are
     order[starts[g]:starts[g + 1]], none for a group that owns nothing. The three lie on the device of the factors.
+    separate: slot i is group i and there are no other groups: one norm a row or column. Told of plans on a CPU alone.
 
     A backend implements `group_lasso_forward(factors, plan, removed, eps)`, `group_lasso_backward(factors, plan,
     removed, norms, grad_out)` and `group_prox_(factors, plan, removed, threshold)`, for factors that `check` has
-    passed. It may trust the values of a plan. Gradients may be pieces of one allocation.
+    passed. It may trust the values of a plan. Gradients may be pieces of one allocation. One that also has
+    `separate_lasso_forward` and `separate_lasso_backward` is called with these for a separate plan and one dtype.
     """
 
     axes: tuple[int, ...]
@@ -30,6 +33,7 @@ class GroupPlan:
     index: Tensor
     order: Tensor
     starts: Tensor
+    separate: bool = False
 
     @classmethod
     def of(cls, factors: Sequence[Tensor], groups: Groups, n_groups: int) -> GroupPlan:
@@ -40,16 +44,19 @@ class GroupPlan:
         """
         _check(factors, groups)
         index = torch.cat([index for _, index in groups])
+        separate = False
         if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in index.aminmax())
             if low < 0 or high >= n_groups:
                 raise ValueError(f"groups hold ids from {low} to {high}: they must lie in [0, {n_groups}).")
+            separate = torch.equal(index, torch.arange(n_groups))
         index = index.int()
         ones = torch.ones(1, dtype=torch.int32, device=index.device).expand_as(index)
         counts = torch.zeros(n_groups + 1, dtype=torch.int32, device=index.device).index_add_(0, index + 1, ones)
         shapes = tuple(factor.shape for factor in factors)
         order = torch.argsort(index, stable=True).int()
-        return cls(tuple(axis for axis, _ in groups), shapes, index, order, counts.cumsum(0, dtype=torch.int32))
+        starts = counts.cumsum(0, dtype=torch.int32)
+        return cls(tuple(axis for axis, _ in groups), shapes, index, order, starts, separate)
 
     def __repr__(self) -> str:
         return f"GroupPlan({len(self.axes)} factors, {self.n_groups} groups, {self.index.device})"
@@ -58,6 +65,11 @@ class GroupPlan:
     def n_groups(self) -> int:
         """The number of groups, those that own nothing included."""
         return self.starts.shape[0] - 1
+
+    @cached_property
+    def sides(self) -> list[int]:
+        """Rows and columns of every factor, one after the other."""
+        return [side for shape in self.shapes for side in shape]
 
     @property
     def groups(self) -> list[tuple[int, Tensor]]:

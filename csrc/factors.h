@@ -42,7 +42,8 @@ inline const int32_t* int32_vector(const Tensor& tensor, int64_t size, const cha
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
-inline FactorList describe(const std::vector<Tensor>& factors, const std::vector<int64_t>& axes, const Tensor& index) {
+// Leaves `index` out, which slots that are groups of their own do not need.
+inline FactorList describe(const std::vector<Tensor>& factors, const std::vector<int64_t>& axes) {
   check(factors.size() == axes.size(), "got ", factors.size(), " factors and ", axes.size(), " axes; give one of each.");
   FactorList list;
   list.factors.reserve(factors.size());
@@ -57,6 +58,11 @@ inline FactorList describe(const std::vector<Tensor>& factors, const std::vector
                             axes[i] == 0, dtype == ScalarType::BFloat16});
     list.slots += list.factors.back().slots();
   }
+  return list;
+}
+
+inline FactorList describe(const std::vector<Tensor>& factors, const std::vector<int64_t>& axes, const Tensor& index) {
+  FactorList list = describe(factors, axes);
   const int32_t* ids = int32_vector(index, list.slots, "index");
   for (Factor& factor : list.factors) factor.index = ids + factor.first_slot;
   return list;
@@ -84,14 +90,25 @@ inline void write_in_place(FactorList& list) {
         "a tensor appears twice among the factors of an in-place call; give each of them once.");
 }
 
+// Elements of a piece of a shared allocation: each piece begins on a cache line.
+inline int64_t piece_size(int64_t rows, int64_t cols) {
+  constexpr int64_t kAlignment = 64;
+  return (rows * cols + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+inline Tensor piece(const Tensor& storage, int64_t rows, int64_t cols, int64_t offset) {
+  const int64_t shape[2] = {rows, cols}, strides[2] = {cols, 1};
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch__reinterpret_tensor(storage.get(), 2, shape, strides, offset, &handle) == 0,
+        "a gradient of ", rows, " x ", cols, " cannot be placed at element ", offset, ".");
+  return Tensor(handle);
+}
+
 // Points `out` at new tensors like the factors, and returns those: pieces of one allocation for each dtype. Hundreds of
 // small allocations would cost more than the arithmetic, and the allocator would give their pages back every time.
 inline std::vector<Tensor> write_to_new(FactorList& list, const std::vector<Tensor>& factors) {
-  constexpr int64_t kAlignment = 64;  // elements
   int64_t sizes[2] = {0, 0};
-  for (const Factor& factor : list.factors) {
-    sizes[factor.is_bfloat16] += (factor.rows * factor.cols + kAlignment - 1) / kAlignment * kAlignment;
-  }
+  for (const Factor& factor : list.factors) sizes[factor.is_bfloat16] += piece_size(factor.rows, factor.cols);
   std::optional<Tensor> storage[2];
   int64_t used[2] = {0, 0};
   std::vector<Tensor> outputs;
@@ -100,15 +117,44 @@ inline std::vector<Tensor> write_to_new(FactorList& list, const std::vector<Tens
     Factor& factor = list.factors[i];
     const int kind = factor.is_bfloat16;
     if (!storage[kind]) storage[kind] = torch::stable::new_empty(factors[i], {sizes[kind]});
-    const int64_t shape[2] = {factor.rows, factor.cols}, strides[2] = {factor.cols, 1};
-    AtenTensorHandle piece = nullptr;
-    check(aoti_torch__reinterpret_tensor(storage[kind]->get(), 2, shape, strides, used[kind], &piece) == 0,
-          "the gradient of factor ", i, " cannot be placed.");
-    outputs.emplace_back(piece);
+    outputs.push_back(piece(*storage[kind], factor.rows, factor.cols, used[kind]));
     factor.out = outputs.back().mutable_data_ptr();
-    used[kind] += (factor.rows * factor.cols + kAlignment - 1) / kAlignment * kAlignment;
+    used[kind] += piece_size(factor.rows, factor.cols);
   }
   return outputs;
+}
+
+// One allocation for all factors, which must share a dtype, or an empty one where it is not `wanted`.
+inline Tensor new_storage(const FactorList& list, const std::vector<Tensor>& factors, bool wanted) {
+  check(!factors.empty(), "give at least one factor.");
+  int64_t size = 0;
+  for (const Factor& factor : list.factors) {
+    check(factor.is_bfloat16 == list.factors[0].is_bfloat16, "factors must share a dtype.");
+    size += piece_size(factor.rows, factor.cols);
+  }
+  return torch::stable::new_empty(factors[0], {wanted ? size : 0});
+}
+
+// Points `out` at the pieces of what new_storage returned.
+inline void write_to_pieces(FactorList& list, const Tensor& storage) {
+  char* next = static_cast<char*>(storage.mutable_data_ptr());
+  for (Factor& factor : list.factors) {
+    factor.out = next;
+    next += piece_size(factor.rows, factor.cols) * (factor.is_bfloat16 ? 2 : 4);
+  }
+}
+
+// Those pieces as tensors; sides: rows and columns of every factor.
+inline std::vector<Tensor> pieces(const Tensor& storage, const std::vector<int64_t>& sides) {
+  std::vector<Tensor> result;
+  result.reserve(sides.size() / 2);
+  int64_t used = 0;
+  for (size_t i = 0; i + 1 < sides.size(); i += 2) {
+    result.push_back(piece(storage, sides[i], sides[i + 1], used));
+    used += piece_size(sides[i], sides[i + 1]);
+  }
+  check(used == storage.numel(), "the pieces fill ", used, " of ", storage.numel(), " elements.");
+  return result;
 }
 
 inline void check_group_vector(const Tensor& tensor, ScalarType dtype, int64_t n_groups, const char* name) {

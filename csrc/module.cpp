@@ -26,6 +26,10 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
   m.def(
       "group_prox_(Tensor(a!)[] factors, int[] axes, Tensor index, Tensor order, Tensor starts, Tensor removed,"
       " Tensor threshold, int stream=0) -> ()");
+  m.def(
+      "separate_lasso_forward(Tensor[] factors, int[] axes, Tensor removed, float eps, bool with_direction)"
+      " -> (Tensor, Tensor)");
+  m.def("separate_lasso_backward(Tensor(a!) direction, int[] sides, Tensor grad_out, bool in_place) -> Tensor[]");
   m.def("masked(Tensor values, Tensor mask) -> Tensor");
   m.def("mask_(Tensor(a!) values, Tensor mask) -> ()");
   m.def("column_dot(Tensor left, Tensor right) -> Tensor");

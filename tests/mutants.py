@@ -24,6 +24,7 @@ class Mutant:
 _LINEAR = "tests/atp_kernels/test_linear.py -k no_worse_than_unfused"
 _NORMS = "tests/atp_kernels/test_linear.py -k gradcheck"
 _GROUPS = "tests/atp_kernels/test_groups.py"
+_SEPARATE = "tests/atp_kernels/test_groups_separate.py"
 _KEPT = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
 _KEPT_FIRST = "tests/atp_kernels/test_kept_first.py -k no_worse_than_unfused"
 _MLP = "tests/atp_kernels/test_blocks.py -k swiglu_is_no_worse_than_unfused"
@@ -48,6 +49,7 @@ _SWIGLU = "atp_kernels/ops/swiglu.py"
 _BLOCKS = "atp_kernels/blocks.py"
 _PLAN = "atp_kernels/plan.py"
 _OPS = "atp_kernels/ops/linear.py"
+_GROUP_OPS = "atp_kernels/ops/groups.py"
 _KERNELS = "atp_kernels/backends/triton/kernels.py"
 _GROUP_KERNELS = "atp_kernels/backends/triton/group_kernels.py"
 _GROUP_LAUNCHER = "atp_kernels/backends/triton/groups.py"
@@ -264,6 +266,17 @@ _TABLE = {
         ("tl.sum(g.to(tl.float32) * z.to(tl.float32), axis=0)", "tl.sum(g.to(tl.float32), axis=0)"),
         ("total += tl.sum(g.to(tl.float32), axis=0)", "total += 0"),
         ("if mask_ptr is not None:\n        total *=", "if False:\n        total *="),
+    ),
+    (_PLAN, _SEPARATE): (
+        ("separate = torch.equal(index, torch.arange(n_groups))", "separate = True"),
+        ("separate = torch.equal(index, torch.arange(n_groups))", "pass"),
+    ),
+    (_GROUP_OPS, _SEPARATE): (
+        ("if plan.separate and len(dtypes) == 1", "if len(dtypes) == 1"),
+        ("if plan.separate and len(dtypes) == 1", "if plan.separate"),
+        ("wanted = grad_enabled and any(ctx.needs_input_grad)", "wanted = any(ctx.needs_input_grad)"),
+        ("wanted = grad_enabled and any(ctx.needs_input_grad)", "wanted = grad_enabled"),
+        ("in_place = not torch", "in_place = torch"),
     ),
     (_KERNELS, _DROPPED): (
         ("quads = first_col // 4 + tl.arange", "quads = tl.arange"),

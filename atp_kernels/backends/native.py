@@ -32,6 +32,8 @@ __all__ = [
     "group_prox_",
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",
+    "separate_lasso_backward",
+    "separate_lasso_forward",
 ]
 
 
@@ -90,6 +92,27 @@ def group_lasso_backward(
     held = [factor.contiguous() for factor in factors]
     vectors = (removed.contiguous(), norms.contiguous(), grad_out.float())
     return _call(_ops.group_lasso_backward, held, plan.axes, plan.index, *vectors)
+
+
+def separate_lasso_forward(
+    factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: float, with_direction: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (value [], direction) of a separate plan: the value of `group_lasso_forward`, and its gradient.
+
+    factors: on a CPU, all float32 or all bfloat16. direction: entry / norm of its row or column if removed (zero at a
+    norm of zero), else exactly zero, of all factors in one 1-D tensor of their dtype, each from a multiple of 64 on; of
+    size 0 unless `with_direction`. Raises RuntimeError for wrong dtypes or shapes.
+    """
+    held = [factor.contiguous() for factor in factors]
+    return _ops.separate_lasso_forward(held, plan.axes, removed.contiguous(), eps, with_direction)
+
+
+def separate_lasso_backward(direction: Tensor, plan: GroupPlan, grad_out: Tensor, in_place: bool) -> list[Tensor]:
+    """Return grad_out * direction as one gradient a factor, pieces of one allocation: `direction` itself if `in_place`.
+
+    grad_out: one floating element. Raises RuntimeError for a `direction` of another plan.
+    """
+    return _ops.separate_lasso_backward(direction, plan.sides, grad_out.float(), in_place)
 
 
 @torch.no_grad()

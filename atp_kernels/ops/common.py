@@ -1,6 +1,6 @@
 """What every operation shares."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +15,13 @@ def refuse_twice(ctx, *grads):
 
 def common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
     """The dtype that decides the backend: the one among the factors' that the fewest backends take."""
-    present = {factor.dtype for factor in factors}
+    return rarest_dtype({factor.dtype for factor in factors})
+
+
+def rarest_dtype(present: Collection[torch.dtype]) -> torch.dtype:
+    """`common_dtype` of factors that have these dtypes."""
     rare_first = (torch.float64, torch.float16, torch.float32, torch.bfloat16)
-    return next((dtype for dtype in rare_first if dtype in present), factors[0].dtype)
+    return next((dtype for dtype in rare_first if dtype in present), next(iter(present)))
 
 
 def dropout_of(p: float, seed: int | Tensor | None) -> Dropout | None:

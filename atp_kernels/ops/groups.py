@@ -7,16 +7,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.backends.dispatch import select
-from atp_kernels.ops.common import common_dtype, refuse_twice
+from atp_kernels.ops.common import common_dtype, rarest_dtype, refuse_twice
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import round_up
 
 
 def lasso(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: float, backend: str) -> Tensor:
     """Group lasso of all factors, checked."""
-    if not torch.compiler.is_compiling():
-        return GroupLasso.apply(plan, removed, eps, backend, *factors)
-    return group_lasso_op(list(factors), *_packed(plan), removed, eps, backend)[0]
+    if torch.compiler.is_compiling():
+        return group_lasso_op(list(factors), *_packed(plan), removed, eps, backend)[0]
+    dtypes = {factor.dtype for factor in factors}
+    module = select("group_lasso", removed.device, rarest_dtype(dtypes), backend)[0]
+    if plan.separate and len(dtypes) == 1 and hasattr(module, "separate_lasso_forward"):
+        return SeparateLasso.apply(module, plan, removed, eps, torch.is_grad_enabled(), *factors)
+    return GroupLasso.apply(module, plan, removed, eps, *factors)
 
 
 def prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor, backend: str) -> None:
@@ -131,8 +135,7 @@ class GroupLasso(torch.autograd.Function):
     """Eager group lasso over all factors at once."""
 
     @staticmethod
-    def forward(ctx, plan, removed, eps, backend, *factors):
-        module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
+    def forward(ctx, module, plan, removed, eps, *factors):
         ctx.plan, ctx.module = plan, module
         value, norms = module.group_lasso_forward(factors, plan, removed, eps)
         ctx.save_for_backward(removed, norms, *factors)
@@ -144,3 +147,27 @@ class GroupLasso(torch.autograd.Function):
         removed, norms, *factors = ctx.saved_tensors
         grads = ctx.module.group_lasso_backward(factors, ctx.plan, removed, norms, grad_value)
         return None, None, None, None, *grads
+
+
+class SeparateLasso(torch.autograd.Function):
+    """Eager group lasso of a separate plan, whose forward pass finds the gradient while it holds the factors.
+
+    The gradient for an upstream gradient of 1 is all that is saved: factors may change before the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, module, plan, removed, eps, grad_enabled, *factors):
+        ctx.plan, ctx.module = plan, module
+        wanted = grad_enabled and any(ctx.needs_input_grad)
+        value, direction = module.separate_lasso_forward(factors, plan, removed, eps, wanted)
+        ctx.save_for_backward(direction)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_value):
+        (direction,) = ctx.saved_tensors
+        # A graph that is kept may come back for the direction, which gradients in its memory would spoil.
+        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = ctx.module.separate_lasso_backward(direction, ctx.plan, grad_value, in_place)
+        return None, None, None, None, None, *grads

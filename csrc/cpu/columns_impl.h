@@ -115,7 +115,7 @@ Loops make_loops(const char* isa) {
   return {isa,
           group_sums,
           group_norms,
-          slot_slopes,
+          slot_slopes, slot_norms,
           group_loops<float>(),
           group_loops<bfloat16>(),
           column_loops<float>(),

@@ -27,6 +27,7 @@ struct Tile {
   int64_t begin;  // slots of the factor
   int64_t end;
   int64_t first_element;  // counted over all tiles
+  size_t number;
 };
 
 std::vector<Tile> tiles(const FactorList& list) {
@@ -37,19 +38,18 @@ std::vector<Tile> tiles(const FactorList& list) {
     const int64_t step = std::max(kTileElements / across, factor.by_row ? int64_t{1} : kMinTileColumns);
     for (int64_t begin = 0; begin < factor.slots(); begin += step) {
       const int64_t end = std::min(begin + step, factor.slots());
-      result.push_back({&factor, begin, end, elements});
+      result.push_back({&factor, begin, end, elements, result.size()});
       elements += (end - begin) * across;
     }
   }
-  result.push_back({nullptr, 0, 0, elements});
+  result.push_back({nullptr, 0, 0, elements, result.size()});
   return result;
 }
 
 // Calls body(tile, type tag) for every tile on torch's threads, which share the elements equally: a tile goes to the
 // thread whose share holds its first element.
 template <typename Body>
-void for_each_tile(const FactorList& list, const Body& body) {
-  const std::vector<Tile> work = tiles(list);
+void for_each_tile(const std::vector<Tile>& work, const Body& body) {
   torch::stable::parallel_for(0, work.back().first_element, kTileElements, [&](int64_t begin, int64_t end) {
     const auto starts_before = [](const Tile& tile, int64_t element) { return tile.first_element < element; };
     auto tile = std::lower_bound(work.begin(), work.end() - 1, begin, starts_before);
@@ -63,21 +63,39 @@ void for_each_tile(const FactorList& list, const Body& body) {
   });
 }
 
+// Sum of squares of every slot of a tile.
+template <typename T>
+void tile_squares(const Tile& tile, float* out) {
+  const Factor& factor = *tile.factor;
+  const T* data = static_cast<const T*>(factor.data);
+  const int64_t count = tile.end - tile.begin;
+  if (factor.by_row) {
+    loops_for<T>(loops()).row_squares(data + tile.begin * factor.cols, count, factor.cols, out);
+  } else {
+    loops_for<T>(loops()).column_squares(data + tile.begin, factor.rows, count, factor.cols, out);
+  }
+}
+
+// out = x * scale of its slot, for the slots of a tile.
+template <typename T>
+void scale_tile(const Tile& tile, const float* scale) {
+  const Factor& factor = *tile.factor;
+  const int64_t count = tile.end - tile.begin;
+  const int64_t start = tile.begin * (factor.by_row ? factor.cols : 1);
+  const T* data = static_cast<const T*>(factor.data) + start;
+  T* out = static_cast<T*>(factor.out) + start;
+  if (factor.by_row) {
+    loops_for<T>(loops()).scale_rows(data, count, factor.cols, scale, out);
+  } else {
+    loops_for<T>(loops()).scale_columns(data, factor.rows, count, factor.cols, scale, out);
+  }
+}
+
 // Sum of squares of every slot.
 std::unique_ptr<float[]> slot_squares(const FactorList& list) {
   std::unique_ptr<float[]> squares(new float[list.slots]);
-  const Loops& set = loops();
-  for_each_tile(list, [&](const Tile& tile, auto tag) {
-    using T = decltype(tag);
-    const Factor& factor = *tile.factor;
-    const T* data = static_cast<const T*>(factor.data);
-    float* out = squares.get() + factor.first_slot + tile.begin;
-    const int64_t count = tile.end - tile.begin;
-    if (factor.by_row) {
-      loops_for<T>(set).row_squares(data + tile.begin * factor.cols, count, factor.cols, out);
-    } else {
-      loops_for<T>(set).column_squares(data + tile.begin, factor.rows, count, factor.cols, out);
-    }
+  for_each_tile(tiles(list), [&](const Tile& tile, auto tag) {
+    tile_squares<decltype(tag)>(tile, squares.get() + tile.factor->first_slot + tile.begin);
   });
   return squares;
 }
@@ -100,21 +118,10 @@ void for_each_group_block(const FactorList& list, const GroupSlots& slots, int64
 // out = x * scale of its slot, where fill(index, count, scale) looks up the scales of `count` slots.
 template <typename Fill>
 void scale_slots(const FactorList& list, const Fill& fill) {
-  const Loops& set = loops();
-  for_each_tile(list, [&](const Tile& tile, auto tag) {
-    using T = decltype(tag);
-    const Factor& factor = *tile.factor;
-    const int64_t count = tile.end - tile.begin;
+  for_each_tile(tiles(list), [&](const Tile& tile, auto tag) {
     float scale[kTileElements];
-    fill(factor.index + tile.begin, count, scale);
-    const int64_t start = tile.begin * (factor.by_row ? factor.cols : 1);
-    const T* data = static_cast<const T*>(factor.data) + start;
-    T* out = static_cast<T*>(factor.out) + start;
-    if (factor.by_row) {
-      loops_for<T>(set).scale_rows(data, count, factor.cols, scale, out);
-    } else {
-      loops_for<T>(set).scale_columns(data, factor.rows, count, factor.cols, scale, out);
-    }
+    fill(tile.factor->index + tile.begin, tile.end - tile.begin, scale);
+    scale_tile<decltype(tag)>(tile, scale);
   });
 }
 
@@ -202,6 +209,54 @@ void group_prox_(
   });
 }
 
+// Lasso of slots that are groups of their own, and its gradient for an upstream gradient of 1 while a tile is in the
+// cache: factors are read from memory once.
+std::tuple<Tensor, Tensor> separate_lasso_forward(
+    std::vector<Tensor> factors, std::vector<int64_t> axes, Tensor removed, double eps, bool with_direction) {
+  FactorList list = describe(factors, axes);
+  check_group_vector(removed, ScalarType::Bool, list.slots, "removed");
+  Tensor direction = new_storage(list, factors, with_direction);
+  if (with_direction) write_to_pieces(list, direction);
+
+  const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
+  const std::vector<Tile> work = tiles(list);
+  std::vector<double> totals(work.size());
+  for_each_tile(work, [&](const Tile& tile, auto tag) {
+    float squares[kTileElements], slopes[kTileElements];
+    const int64_t first = tile.factor->first_slot + tile.begin;
+    tile_squares<decltype(tag)>(tile, squares);
+    totals[tile.number] = loops().slot_norms(squares, is_removed + first, tile.end - tile.begin, eps, slopes);
+    if (with_direction) scale_tile<decltype(tag)>(tile, slopes);
+  });
+  Tensor value = torch::stable::new_empty(removed, {}, ScalarType::Float);
+  *static_cast<float*>(value.mutable_data_ptr()) =
+      static_cast<float>(std::accumulate(totals.begin(), totals.end(), 0.0));
+  return {value, direction};
+}
+
+template <typename T>
+void scale_all(const Tensor& from, float scale, const Tensor& to) {
+  const T* data = static_cast<const T*>(from.const_data_ptr());
+  T* out = static_cast<T*>(to.mutable_data_ptr());
+  torch::stable::parallel_for(0, from.numel(), kTileElements, [&](int64_t begin, int64_t end) {
+    loops_for<T>(loops()).scale_rows(data + begin, 1, end - begin, &scale, out + begin);
+  });
+}
+
+// The pieces of `direction` times the upstream gradient: in its own memory, or in new memory.
+std::vector<Tensor> separate_lasso_backward(
+    Tensor direction, std::vector<int64_t> sides, Tensor grad_out, bool in_place) {
+  check(grad_out.scalar_type() == ScalarType::Float && grad_out.numel() == 1, "grad_out must be one float32.");
+  const float upstream = *static_cast<const float*>(grad_out.const_data_ptr());
+  const Tensor grad = in_place ? direction : torch::stable::empty_like(direction);
+  if (direction.scalar_type() == ScalarType::BFloat16) {
+    scale_all<bfloat16>(direction, upstream, grad);
+  } else {
+    scale_all<float>(direction, upstream, grad);
+  }
+  return pieces(grad, sides);
+}
+
 }  // namespace
 }  // namespace atp::cpu
 
@@ -209,4 +264,6 @@ STABLE_TORCH_LIBRARY_IMPL(atp_kernels_native, CPU, m) {
   m.impl("group_lasso_forward", TORCH_BOX(&atp::cpu::group_lasso_forward));
   m.impl("group_lasso_backward", TORCH_BOX(&atp::cpu::group_lasso_backward));
   m.impl("group_prox_", TORCH_BOX(&atp::cpu::group_prox_));
+  m.impl("separate_lasso_forward", TORCH_BOX(&atp::cpu::separate_lasso_forward));
+  m.impl("separate_lasso_backward", TORCH_BOX(&atp::cpu::separate_lasso_backward));
 }

@@ -52,6 +52,10 @@ struct Loops {
   void (*slot_slopes)(
       const int32_t* index, int64_t count, const bool* removed, const float* norms, float upstream, float* out);
 
+  // For slots that are groups of their own: slopes[slot] = 1 / sqrt(squares[slot] + eps) where the slot is removed and
+  // that norm is not 0, else 0. Returns the sum of the norms of removed slots.
+  double (*slot_norms)(const float* squares, const bool* removed, int64_t count, double eps, float* slopes);
+
   GroupLoops<float> float32;
   GroupLoops<bfloat16> bfloat16_;
   ColumnLoops<float> float32_columns;

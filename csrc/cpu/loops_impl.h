@@ -234,6 +234,26 @@ void slot_slopes(
   if (slot < count) store_tail(out + slot, slope8(upstream, load_tail(out + slot, count - slot)), count - slot);
 }
 
+// The arithmetic of group_norms and slot_slopes in one sweep. A last vector that is not full counts no lane too many,
+// because flags that are not there load as not removed.
+double slot_norms(const float* squares, const bool* removed, int64_t count, double eps, float* slopes) {
+  double8 total = {};
+  for (int64_t slot = 0; slot < count; slot += kLanes) {
+    const int64_t here = std::min(kLanes, count - slot);
+    const float8 square = here == kLanes ? load8(squares + slot) : load_tail(squares + slot, here);
+    const float8 sum = __builtin_convertvector(__builtin_convertvector(square, double8) + eps, float8);
+    float8 root = sum;
+    for (int64_t k = 0; k < kLanes; ++k) root[k] = __builtin_sqrtf(sum[k]);
+    const float8 norm = (float8)((int8x32)root & load_flags(removed + slot, here));
+    total += __builtin_convertvector(norm, double8);
+    const float8 slope = slope8(1.0f, norm);
+    here == kLanes ? store8(slopes + slot, slope) : store_tail(slopes + slot, slope, here);
+  }
+  double sum = 0;
+  for (int64_t k = 0; k < kLanes; ++k) sum += total[k];
+  return sum;
+}
+
 template <typename T>
 GroupLoops<T> group_loops() {
   return {row_squares<T>, column_squares<T>, scale_rows<T>, scale_columns<T>};

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,7 +182,13 @@ def everything(case):
     grad, total, mask = factors[3], factors[7], torch.linspace(0, 1, 577)
     columns = [*native.mask_and_dot(grad, total, mask), native.masked(grad, mask)]
     columns.append(native.dropped(grad, Dropout(0.3, 5)))
-    return [value, norms, *grads, *shrunk, *compacted, *columns]
+    slots = plan.index.numel()
+    one_each = replace(plan, index=torch.arange(slots, dtype=torch.int32), separate=True)
+    chosen = removed.repeat(-(-slots // len(removed)))[:slots]
+    separate = native.separate_lasso_forward(factors, one_each, chosen, EPS, True)
+    separate += tuple(native.separate_lasso_backward(separate[1], one_each, torch.tensor(0.7), False))
+    # What lies between the pieces of the direction is nobody's.
+    return [value, norms, *grads, *shrunk, *compacted, *columns, separate[0], *separate[2:]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

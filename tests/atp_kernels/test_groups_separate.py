@@ -1,0 +1,210 @@
+"""Group lasso of separate plans, whose forward pass finds the gradient: its autograd rules and the native loops."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atp_kernels import GroupPlan, group_lasso, reference
+from atp_kernels.backends import native
+from atp_kernels.backends import reference as reference_backend
+from atp_kernels.ops import groups as ops
+
+EPS = 1e-8
+SIZES = ((13, 8, 0), (8, 37, 1), (5, 3, 0), (300, 2, 1))
+needs_native = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+
+
+def problem(sizes=SIZES, dtype=torch.float32, seed=0, removed="some", strided=False):
+    """Factors, a separate plan and which of its groups are removed."""
+    rng = torch.Generator().manual_seed(seed)
+    factors, groups, start = [], [], 0
+    for rows, cols, axis in sizes:
+        values = torch.randn((rows, 2 * cols) if strided else (rows, cols), generator=rng).to(dtype)
+        factors.append((values[:, ::2] if strided else values).requires_grad_())
+        size = (rows, cols)[axis]
+        groups.append((axis, torch.arange(start, start + size)))
+        start += size
+    masks = {"some": torch.rand(start, generator=rng) < 0.4}
+    masks |= {"none": torch.zeros(start, dtype=torch.bool), "all": torch.ones(start, dtype=torch.bool)}
+    return factors, GroupPlan.of(factors, groups, start), masks[removed]
+
+
+class Plain:
+    """Both ways to the lasso in plain PyTorch, without the extension, and what they were asked."""
+
+    group_lasso_forward = staticmethod(reference_backend.group_lasso_forward)
+    group_lasso_backward = staticmethod(reference_backend.group_lasso_backward)
+
+    def __init__(self):
+        self.asked = []
+
+    def separate_lasso_forward(self, factors, plan, removed, eps, with_direction):
+        self.asked.append(with_direction)
+        value, norms = self.group_lasso_forward(factors, plan, removed, eps)
+        grads = self.group_lasso_backward(factors, plan, removed, norms, torch.ones(()))
+        return value, torch.cat([grad.flatten() for grad in grads]) if with_direction else torch.empty(0)
+
+    def separate_lasso_backward(self, direction, plan, grad_out, in_place):
+        scaled = direction.mul_(grad_out) if in_place else direction * grad_out
+        parts = scaled.split([shape.numel() for shape in plan.shapes])
+        return [part.view(shape) for part, shape in zip(parts, plan.shapes, strict=True)]
+
+
+@pytest.fixture(params=["plain", pytest.param("native", marks=needs_native)])
+def module(request, monkeypatch):
+    """What `group_lasso` runs on."""
+    chosen = Plain() if request.param == "plain" else native
+    monkeypatch.setattr(ops, "select", lambda *_: (chosen, request.param, ""))
+    return chosen
+
+
+def expected(factors, plan, removed, upstream=1.0):
+    value = reference.group_lasso(factors, plan.groups, removed)
+    return torch.autograd.grad(upstream * value, factors)
+
+
+def test_a_plan_knows_whether_its_groups_are_separate():
+    factors, plan, _ = problem()
+    assert plan.separate and plan.sides == [13, 8, 8, 37, 5, 3, 300, 2]
+    groups, n = [(axis, index.long()) for axis, index in plan.groups], plan.n_groups
+    axis, first = groups[0]
+    for other in (first.flip(0), torch.zeros_like(first)):
+        assert not GroupPlan.of(factors, [(axis, other), *groups[1:]], n).separate
+    assert not GroupPlan.of(factors, groups, n + 1).separate  # the last group owns nothing
+
+
+def test_separate_plans_of_one_dtype_take_the_short_way(monkeypatch):
+    plain = Plain()
+    monkeypatch.setattr(ops, "select", lambda *_: (plain, "plain", ""))
+    factors, plan, removed = problem()
+    group_lasso(factors, plan, removed)
+    assert plain.asked == [True]
+    group_lasso(factors, replace(plan, separate=False), removed)
+    group_lasso([factors[0].bfloat16(), *factors[1:]], plan, removed)
+    assert plain.asked == [True]
+    with torch.no_grad():
+        group_lasso(factors, plan, removed)
+    group_lasso([factor.detach() for factor in factors], plan, removed)
+    assert plain.asked == [True, False, False]
+
+
+@pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0])
+def test_gradients_of_graphs_kept_and_freed(module, upstream):
+    factors, plan, removed = problem()
+    wanted = expected(factors, plan, removed, upstream)
+    value = upstream * group_lasso(factors, plan, removed)
+    for keep in (True, True, False):
+        grads = torch.autograd.grad(value, factors, retain_graph=keep)
+        for grad, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, want)
+            grad.fill_(7.0)  # a gradient is its owner's: the next pass must not see this
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(value, factors)
+
+
+def test_gradients_accumulate_and_skip_what_needs_none(module):
+    factors, plan, removed = problem()
+    factors[1].requires_grad_(False)
+    for _ in range(2):
+        group_lasso(factors, plan, removed).backward()
+    factors[1].requires_grad_()
+    wanted = expected(factors, plan, removed, 2.0)
+    assert factors[1].grad is None
+    for i in (0, 2, 3):
+        torch.testing.assert_close(factors[i].grad, wanted[i])
+
+
+def test_the_gradient_is_that_of_the_values_at_the_forward_pass(module):
+    factors, plan, removed = problem()
+    wanted = expected(factors, plan, removed)
+    value = group_lasso(factors, plan, removed)
+    with torch.no_grad():
+        for factor in factors:
+            factor.zero_()
+    for grad, want in zip(torch.autograd.grad(value, factors), wanted, strict=True):
+        torch.testing.assert_close(grad, want)
+
+
+def test_double_backward_is_refused(module):
+    factors, plan, removed = problem()
+    weight = torch.ones((), requires_grad=True)
+    grads = torch.autograd.grad(weight * group_lasso(factors, plan, removed), factors, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
+
+
+sizes = st.lists(
+    st.tuples(st.integers(0, 70), st.sampled_from([1, 3, 8, 16, 29, 64, 131]), st.sampled_from([0, 1])),
+    min_size=1,
+    max_size=5,
+)
+problems = st.builds(
+    problem,
+    sizes=sizes,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+    removed=st.sampled_from(["some", "none", "all"]),
+    strided=st.booleans(),
+)
+
+
+@needs_native
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(problems, st.sampled_from([EPS, 0.0, 0.5]), st.floats(-3, 3, width=32))
+def test_native_agrees_with_its_joint_loops(case, eps, upstream):
+    factors, plan, removed = case
+    factors = [factor.detach() for factor in factors]
+    joint, norms = native.group_lasso_forward(factors, plan, removed, eps)
+    grads = native.group_lasso_backward(factors, plan, removed, norms, torch.ones(()))
+    value, direction = native.separate_lasso_forward(factors, plan, removed, eps, True)
+    torch.testing.assert_close(value, joint, rtol=2**-23, atol=0)
+    for in_place in (False, True):
+        got = native.separate_lasso_backward(direction, plan, torch.tensor(upstream), in_place)
+        for mine, grad in zip(got, grads, strict=True):
+            assert mine.dtype == grad.dtype and mine.data_ptr() % 64 == grad.data_ptr() % 64
+            assert torch.equal(mine, (grad.float() * upstream).to(grad.dtype))
+        same = got[0].untyped_storage().data_ptr() == direction.untyped_storage().data_ptr()
+        assert same == in_place or not direction.numel()
+
+
+@needs_native
+def test_native_without_gradient_makes_nothing_of_the_size_of_the_factors():
+    factors, plan, removed = problem()
+    with torch.no_grad():
+        value, direction = native.separate_lasso_forward(factors, plan, removed, EPS, False)
+    assert direction.numel() == 0
+    assert value == native.group_lasso_forward(factors, plan, removed, EPS)[0]
+
+
+@needs_native
+def test_native_keeps_bad_values_in_their_slot_and_gives_zero_at_a_norm_of_zero():
+    factor = torch.ones(20, 10)
+    factor[1, 3], factor[2] = float("nan"), 0.0
+    plan = GroupPlan.of([factor], [(0, torch.arange(20))], 20)
+    value, direction = native.separate_lasso_forward([factor], plan, torch.ones(20, dtype=torch.bool), 0.0, True)
+    (grad,) = native.separate_lasso_backward(direction, plan, torch.ones(()), True)
+    assert value.isnan() and grad[1].isnan().any() and not grad[2].any()
+    assert torch.equal(grad[3:], torch.full((17, 10), 0.1).sqrt())
+
+
+@needs_native
+def test_native_refuses_what_does_not_fit_in_one_sentence():
+    factors, plan, removed = problem()
+    factors = [factor.detach() for factor in factors]
+    call = native.separate_lasso_forward
+    direction = call(factors, plan, removed, EPS, True)[1]
+    for arguments, message in (
+        (([factors[0].bfloat16(), *factors[1:]], plan, removed), "factors must share a dtype"),
+        ((factors, plan, removed[:-1]), "removed must be contiguous"),
+        (([factor.half() for factor in factors], plan, removed), "float32 or bfloat16"),
+        ((factors, SimpleNamespace(axes=(0,)), removed), "4 factors and 1 axes"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(*arguments, EPS, True)
+    for changed, grad_out in ((direction[:-64], torch.ones(())), (direction, torch.ones(2))):
+        with pytest.raises(RuntimeError, match="cannot be placed|pieces fill|one float32"):
+            native.separate_lasso_backward(changed, plan, grad_out, True)
