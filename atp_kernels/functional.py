@@ -44,7 +44,8 @@ def masked_lora_linear(
     dropout and RuntimeError for a named backend that cannot take the call.
     Source: arXiv 2412.14426, section 3; Philox: Salmon et al. 2011.
     """
-    _check_dropout(dropout, seed, lora_input)
+    if dropout != 0:
+        _check_dropout(dropout, seed, lora_input)
     tensors = prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     return ops.linear(tensors, float(scaling), mask_lora, False, float(dropout), seed, backend)
 
@@ -70,7 +71,8 @@ def masked_lora_linear_with_norms(
     Returns (y [..., out], b_row_sq [out], a_col_sq [in]); the norms are float32 (float64 in float64), of the factors
     as the pass reads them (after any cast), and differentiable in A and B. Errors as in `masked_lora_linear`.
     """
-    _check_dropout(dropout, seed, lora_input)
+    if dropout != 0:
+        _check_dropout(dropout, seed, lora_input)
     tensors = prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     return ops.linear(tensors, float(scaling), mask_lora, True, float(dropout), seed, backend)
 
@@ -171,16 +173,47 @@ def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = Fals
 
 def prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> tuple[Tensor | None, ...]:
     """Check the operands of a linear and cast them as autocast and the dtype rules ask."""
-    _check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    lora_input = None if lora_input is x else lora_input
+    ready = _are_ready(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    if not ready:
+        _check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    elif ready:
+        return x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask
     elif weight.dtype != dtype:
         raise ValueError(f"weight is {weight.dtype} and x is {dtype}: cast one of them, or run under torch.autocast.")
     lora_a, lora_b, bias = _cast(lora_a, dtype), _cast(lora_b, dtype), _cast(bias, dtype)
-    lora_input = None if lora_input is x else _cast(lora_input, dtype)
+    lora_input = _cast(lora_input, dtype)
     return x, weight, lora_a, lora_b, bias, lora_input, _as_mask(out_mask, dtype), _as_mask(in_mask, dtype)
+
+
+def _are_ready(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> bool:
+    """Whether the operands need neither a cast nor a word from `_check_linear`, in as few comparisons as that takes.
+
+    Eager code makes hundreds of calls a step, and nearly all of them pass here.
+    """
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point or x.ndim == 0 or weight.ndim != 2 or lora_a.ndim != 2:
+        return False
+    (n_out, n_in), (rank, adapter_in) = weight.shape, lora_a.shape
+    masks = (torch.bool, torch.float64 if dtype == torch.float64 else torch.float32)
+    return (
+        x.shape[-1] == n_in == adapter_in
+        and lora_b.shape == (n_out, rank)
+        and weight.dtype == lora_a.dtype == lora_b.dtype == dtype
+        and weight.device == lora_a.device == lora_b.device == device
+        and (bias is None or _is(bias, (n_out,), device, (dtype,)))
+        and (lora_input is None or _is(lora_input, x.shape, device, (dtype,)))
+        and (out_mask is None or _is(out_mask, (n_out,), device, masks))
+        and (in_mask is None or _is(in_mask, (n_in,), device, masks))
+    )
+
+
+def _is(tensor: Tensor, shape: Sequence[int], device: torch.device, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return tensor.shape == shape and tensor.device == device and tensor.dtype in dtypes
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -22,6 +22,8 @@ class Mutant:
 
 
 _LINEAR = "tests/atp_kernels/test_linear.py -k no_worse_than_unfused"
+_PLAIN = "tests/atp_kernels/test_plain.py -k no_worse_than_unfused"
+_QUICK = "tests/atp_kernels/test_plain.py -k quick_checks"
 _NORMS = "tests/atp_kernels/test_linear.py -k gradcheck"
 _GROUPS = "tests/atp_kernels/test_groups.py"
 _SEPARATE = "tests/atp_kernels/test_groups_separate.py"
@@ -50,6 +52,8 @@ _BLOCKS = "atp_kernels/blocks.py"
 _PLAN = "atp_kernels/plan.py"
 _OPS = "atp_kernels/ops/linear.py"
 _GROUP_OPS = "atp_kernels/ops/groups.py"
+_PLAIN_MATH = "atp_kernels/ops/plain.py"
+_CALL = "atp_kernels/functional.py"
 _KERNELS = "atp_kernels/backends/triton/kernels.py"
 _GROUP_KERNELS = "atp_kernels/backends/triton/group_kernels.py"
 _GROUP_LAUNCHER = "atp_kernels/backends/triton/groups.py"
@@ -146,6 +150,7 @@ _TABLE = {
         ("primitives.masked(x if lora_input is None else lora_input, mask)", "primitives.masked(x, mask)"),
     ),
     (_PRIMITIVES, _LINEAR): (
+        ("if scaling == 1:", "if True:"),
         ("beta=0, alpha=scaling", "beta=0"),
         ("torch.mul(source, mask, out=target)", "target.copy_(source)"),
         ("block.mul_(mask)", "pass"),
@@ -177,6 +182,45 @@ _TABLE = {
         ("(2 * grad_cols * lora_a)", "(grad_cols * lora_a)"),
         ("(2 * grad_rows.unsqueeze(1) * lora_b)", "(grad_rows.unsqueeze(1) * lora_b)"),
         ("keep_sum = out_mask is not None and out_mask.requires_grad", "keep_sum = False"),
+    ),
+    (_REFERENCE, "tests/atp_kernels/test_linear.py -k compiled_operator"): (
+        ("d_x if need_x else None", "d_x"),
+        ("d_adapter if need_lora_input else None", "d_adapter"),
+    ),
+    (_PLAIN_MATH, _PLAIN): (
+        ("scaled_mm(rows, lora_a.t(), scaling)", "scaled_mm(rows, lora_a.t(), 1.0)"),
+        ("if bias is None else torch.addmm(bias,", "if True else torch.addmm(bias,"),
+        ("y.addmm_(down, lora_b.t())", "pass"),
+        ("d_bias = grad_y.sum(0)", "d_bias = grad_y.sum(0) * 2"),
+        ("torch.mm(grad_y.t(), x)", "torch.mm(grad_y.t(), x).neg()"),
+        ("torch.mm(grad_y.t(), down)", "torch.mm(grad_y.t(), down).neg()"),
+        ("scaled_mm(grad_y, lora_b, ctx.scaling)", "scaled_mm(grad_y, lora_b, 1.0)"),
+        ("torch.mm(up.t(), x)", "torch.mm(up.t(), x).neg()"),
+        ("d_x.addmm_(up, lora_a)", "pass"),
+    ),
+    (_PLAIN_MATH, "tests/atp_kernels/test_plain.py -k last_bit"): (
+        ("if need_x or need_a else None", "if need_a else None"),
+        ("if need_x or need_a else None", "if need_x else None"),
+    ),
+    (_PLAIN_MATH, "tests/atp_kernels/test_plain.py -k 'only_what_is_needed or last_bit'"): (
+        ("rows if need_w or need_a else None", "rows"),
+        ("rows if need_w or need_a else None", "rows if need_a else None"),
+        ("rows if need_w or need_a else None", "rows if need_w else None"),
+        ("down if need_b else None", "down"),
+    ),
+    (_CALL, _QUICK): (
+        ("x.ndim == 0 or weight.ndim != 2 or lora_a.ndim != 2", "weight.ndim != 2 or lora_a.ndim != 2"),
+        ("x.ndim == 0 or weight.ndim != 2 or lora_a.ndim != 2", "x.ndim == 0 or lora_a.ndim != 2"),
+        ("x.ndim == 0 or weight.ndim != 2 or lora_a.ndim != 2", "x.ndim == 0 or weight.ndim != 2"),
+        ("x.shape[-1] == n_in == adapter_in", "x.shape[-1] == n_in"),
+        ("x.shape[-1] == n_in == adapter_in", "adapter_in == n_in"),
+        ("and lora_b.shape == (n_out, rank)", ""),
+        ("and weight.dtype == lora_a.dtype == lora_b.dtype == dtype", ""),
+        ("and weight.device == lora_a.device == lora_b.device == device", ""),
+        ("tensor.shape == shape and tensor.device", "tensor.device"),
+        ("and tensor.device == device and", "and"),
+        ("and tensor.dtype in dtypes", ""),
+        ("masks = (torch.bool, torch.float64 if dtype == torch.float64 else torch.float32)", "masks = (torch.bool,)"),
     ),
     ("atp_kernels/ops/common.py", _LINEAR): (("Dropout(p, int(seed)) if p else None", "None"),),
     (_SLICE, _KEPT): (

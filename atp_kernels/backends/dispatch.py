@@ -1,11 +1,14 @@
 """Which backend takes a call, and why.
 
 A backend is a module that implements some of the functions of `backends.reference` under the same names, and says
-with `AVAILABLE` and `REASON` whether it can run here. Adding one touches `_MODULES` and `_preference`.
+with `AVAILABLE` and `REASON` whether it can run here. `ADDMM_CHAIN` says that a linear without masks and dropout is the
+calls of `reference` there too, which `ops.plain` then makes at less cost. Adding one touches `_MODULES` and
+`_preference`.
 """
 
 import importlib
 import os
+from collections.abc import Mapping, MutableMapping
 from functools import cache
 from types import ModuleType
 
@@ -52,13 +55,28 @@ def select(
     `plain` says of a masked LoRA linear that it has neither masks nor dropout.
     Raises ValueError for an unknown name, RuntimeError for a named backend that cannot take the call.
     """
-    return _select(op, device.type, dtype, backend, os.environ.get(ENVIRONMENT, ""), plain)
+    override = os.environ[ENVIRONMENT] if _RAW_NAME in _RAW_VARIABLES else ""
+    return _select(op, device, dtype, backend, override, plain)
+
+
+def _raw(environ: MutableMapping[str, str]) -> tuple[Mapping, str | bytes]:
+    """The dict behind os.environ and the name of `ENVIRONMENT` there; `environ` itself where there is no such dict.
+
+    os.environ finds a missing name by way of an exception, which took 4 us of an eager call.
+    """
+    if hasattr(environ, "_data") and hasattr(environ, "encodekey"):
+        return environ._data, environ.encodekey(ENVIRONMENT)
+    return environ, ENVIRONMENT
+
+
+_RAW_VARIABLES, _RAW_NAME = _raw(os.environ)
 
 
 @cache
 def _select(
-    op: str, device: str, dtype: torch.dtype, backend: str, override: str, plain: bool
+    op: str, place: torch.device, dtype: torch.dtype, backend: str, override: str, plain: bool
 ) -> tuple[ModuleType, str, str]:
+    device = place.type
     if op not in _ENTRY:
         raise ValueError(f"unknown operation {op!r}: use one of {', '.join(OPS)}.")
     origin = "backend="

@@ -51,6 +51,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 _extension, REASON = _load()
 AVAILABLE = _extension is not None
+ADDMM_CHAIN = True
 _ops = torch.ops.atp_kernels_native
 
 

@@ -14,8 +14,10 @@ _BLOCK_ELEMENTS = 2**17
 
 def scaled_mm(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """scaling * (left @ right), rounded once."""
-    unread = left.new_empty(1, 1)
-    return torch.addmm(unread, left, right, beta=0, alpha=scaling)
+    if scaling == 1:
+        return torch.mm(left, right)
+    unread = left.new_empty(left.shape[0], right.shape[1])
+    return unread.addmm_(left, right, beta=0, alpha=scaling)
 
 
 def masked(values: Tensor, mask: Tensor | None) -> Tensor:

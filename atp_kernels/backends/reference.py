@@ -29,6 +29,7 @@ __all__ = [
 
 AVAILABLE = True
 REASON = None
+ADDMM_CHAIN = True
 
 
 def masked_lora_linear_forward(
@@ -96,8 +97,8 @@ def masked_lora_linear_backward(
     dx = m_in * (Gb W), dB = Gl^T S, d lora_input = P A (in-masked with mask_lora), dA = P^T lora_input,
     d m_out = column sums of G * sum, d m_in = column sums of x * (Gb W) (+ lora_input * (P A) with mask_lora).
     """
-    need_x, need_w, need_a, need_b, need_bias, need_adapter, need_out, need_in = needs
-    need_adapter = need_adapter or (shared_input and need_x) or (mask_lora and need_in)
+    need_x, need_w, need_a, need_b, need_bias, need_lora_input, need_out, need_in = needs
+    need_adapter = need_lora_input or (shared_input and need_x) or (mask_lora and need_in)
     lora_in_mask = in_mask if mask_lora else None
     d_out = d_a = d_adapter = d_in = None
     if need_out:
@@ -129,8 +130,8 @@ def masked_lora_linear_backward(
             _add_adapter_grad(d_x, up, lora_a, dropout, primitives)
     if d_adapter is not None:
         primitives.mask_(d_adapter, lora_in_mask)
-    found = (d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in)
-    return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+    d_x, d_adapter = d_x if need_x else None, d_adapter if need_lora_input else None
+    return d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in
 
 
 def _adapter_input(

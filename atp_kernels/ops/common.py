@@ -24,6 +24,12 @@ def rarest_dtype(present: Collection[torch.dtype]) -> torch.dtype:
     return next((dtype for dtype in rare_first if dtype in present), next(iter(present)))
 
 
+def matrix(tensor: Tensor) -> Tensor:
+    """The tensor as rows of its last dimension."""
+    # Not even a view where nothing changes: eager code makes hundreds of calls a step.
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
 def dropout_of(p: float, seed: int | Tensor | None) -> Dropout | None:
     """Probability and seed as backends take them, None where nothing is dropped."""
     return Dropout(p, int(seed)) if p else None

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.backends.dispatch import select
-from atp_kernels.ops.common import dropout_of, refuse_twice
-from atp_kernels.reference import Dropout
+from atp_kernels.ops.common import dropout_of, matrix, refuse_twice
+from atp_kernels.ops.plain import LoraLinear
 
 
 def linear(
@@ -25,9 +25,12 @@ def linear(
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = tensors
     keep_sum = out_mask is not None and out_mask.requires_grad and torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
-        return MaskedLoraLinear.apply(
-            *tensors, scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed), backend
-        )
+        plain = out_mask is None and in_mask is None and not dropout
+        module = select("masked_lora_linear", x.device, x.dtype, backend, plain=plain)[0]
+        if plain and lora_input is None and not with_norms and module.ADDMM_CHAIN:
+            return LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)
+        drawn = dropout_of(dropout, seed)
+        return MaskedLoraLinear.apply(*tensors, module, scaling, mask_lora, keep_sum, with_norms, drawn)
     # A tensor, so that a graph is compiled once for all seeds; on the CPU, so that reading it waits for no device.
     seed = torch.tensor(seed) if dropout and not isinstance(seed, Tensor) else seed
     rows = x.reshape(-1, x.shape[-1])
@@ -120,9 +123,7 @@ def _(
     wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
     dtypes = (grad_y.dtype,) * 6 + (wide,) * 2
     return [
-        grad_y.new_empty(shape, dtype=dtype)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-        if need
+        grad_y.new_empty(shape, dtype=dtype) for shape, dtype, need in zip(shapes, dtypes, needs, strict=True) if need
     ]
 
 
@@ -146,24 +147,19 @@ masked_lora_linear_backward_op.register_autograd(refuse_twice)
 
 
 def _select(
-    tensor: Tensor, out_mask: Tensor | None, in_mask: Tensor | None, dropout: float | Dropout | None, backend: str
+    tensor: Tensor, out_mask: Tensor | None, in_mask: Tensor | None, dropout: float, backend: str
 ) -> ModuleType:
     plain = out_mask is None and in_mask is None and not dropout
     return select("masked_lora_linear", tensor.device, tensor.dtype, backend, plain=plain)[0]
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    # Not even a view where nothing changes: eager code makes hundreds of calls a step.
-    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
 def _save_linear(
-    ctx, tensors: Sequence[Tensor | None], down: Tensor, total: Tensor | None, seed: Tensor | None
+    ctx, tensors: Sequence[Tensor | None], down: Tensor, total: Tensor | None, *others: Tensor | None
 ) -> None:
     """Keep what the wanted gradients read, and nothing else: x and S, and the un-masked sum for a soft output mask."""
     x, weight, lora_a, lora_b, _, lora_input, out_mask, in_mask = tensors
     ctx.shared_input = lora_input is None
-    ctx.needs = need_x, need_w, need_a, need_b, _, _, need_out, need_in = tuple(ctx.needs_input_grad[:8])
+    ctx.needs = _, need_w, need_a, need_b, _, _, need_out, need_in = ctx.needs_input_grad[:8]
     read_adapter = need_a or (need_in and ctx.mask_lora)
     ctx.save_for_backward(
         x if need_w or need_in or (ctx.shared_input and read_adapter) else None,
@@ -175,7 +171,7 @@ def _save_linear(
         in_mask,
         down if need_b else None,
         total if need_out else None,
-        seed,
+        *others,
     )
 
 
@@ -194,34 +190,36 @@ class MaskedLoraLinear(torch.autograd.Function):
     """Eager masked LoRA linear: y, or (y, row squares of B, column squares of A) with `with_norms`."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = arguments[:8]
-        ctx.scaling, ctx.mask_lora, keep_sum, with_norms, ctx.dropout, backend = arguments[8:]
-        ctx.module = _select(x, out_mask, in_mask, ctx.dropout, backend)
-        rows = _matrix(x)
-        adapter = None if lora_input is None else _matrix(lora_input)
+    def forward(
+        ctx, x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask,
+        module, scaling, mask_lora, keep_sum, with_norms, dropout,
+    ):  # fmt: skip
+        ctx.module, ctx.scaling, ctx.mask_lora, ctx.dropout, ctx.shape = module, scaling, mask_lora, dropout, x.shape
+        rows = matrix(x)
+        adapter = None if lora_input is None else matrix(lora_input)
         tensors = (rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
-        y, down, total, *norms = ctx.module.masked_lora_linear_forward(
-            *tensors, ctx.scaling, ctx.mask_lora, keep_sum, with_norms, ctx.dropout
+        y, down, total, *norms = module.masked_lora_linear_forward(
+            *tensors, scaling, mask_lora, keep_sum, with_norms, dropout
         )
-        _save_linear(ctx, tensors, down, total, seed=None)
-        ctx.shape = x.shape
+        _save_linear(ctx, tensors, down, total)
+        y = y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+        if not with_norms:
+            return y
         ctx.set_materialize_grads(False)
-        y = y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
-        return (y, *norms) if with_norms else y
+        return y, *norms
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_rows=None, grad_cols=None):
-        saved = ctx.saved_tensors[:-1]
-        weight = saved[1]
+        saved, shape = ctx.saved_tensors, ctx.shape
         if grad_y is None:
-            grad_y = weight.new_zeros(*ctx.shape[:-1], weight.shape[0])
-        grad_y = _matrix(grad_y)
+            weight = saved[1]
+            grad_y = weight.new_zeros(*shape[:-1], weight.shape[0])
         options = (ctx.scaling, ctx.mask_lora, ctx.shared_input, ctx.needs, ctx.dropout)
-        grads = list(ctx.module.masked_lora_linear_backward(grad_y, *saved, *options))
-        _add_norm_gradients(grads, saved, grad_rows, grad_cols)
-        for i in (0, 5):
-            if grads[i] is not None and len(ctx.shape) != 2:
-                grads[i] = grads[i].view(ctx.shape)
+        grads = ctx.module.masked_lora_linear_backward(matrix(grad_y), *saved, *options)
+        if grad_rows is not None or grad_cols is not None:
+            grads = list(grads)
+            _add_norm_gradients(grads, saved, grad_rows, grad_cols)
+        if len(shape) != 2:
+            grads = [grad if grad is None or i not in (0, 5) else grad.view(shape) for i, grad in enumerate(grads)]
         return (*grads, *[None] * 6)

@@ -195,8 +195,11 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-def test_compiled_operator_equals_eager():
+@pytest.mark.parametrize("frozen", [(), ("x",), ("lora_input",), ("x", "lora_input")], ids=str)
+def test_compiled_operator_equals_eager(frozen):
     tensors = operands(SOFT, torch.float32)
+    for name in frozen:
+        tensors[name].requires_grad_(False)
     arguments = [tensors[name] for name in ("x", "weight", "lora_a", "lora_b", "bias", "lora_input")]
     arguments += [tensors["out_mask"], tensors["in_mask"], SOFT.scaling, True, True, True, 0.0, None, "reference"]
     y, _, _, *norms = ops.masked_lora_linear_op(*arguments)

@@ -7,6 +7,7 @@ import torch
 AVAILABLE = find_spec("triton") is not None
 REASON = None if AVAILABLE else "the triton package is not installed; run pip install triton"
 INTERPRETED = False
+ADDMM_CHAIN = False
 
 if AVAILABLE:
     from atp_kernels.backends.triton.groups import group_lasso_backward, group_lasso_forward, group_prox_

@@ -1,0 +1,191 @@
+"""The LoRA linear without masks in eager mode: its short way, and the checks that it passes in a few comparisons."""
+
+import itertools
+import os
+
+import pytest
+import torch
+from linear_cases import Shape, assert_as_good_as_unfused, operands, with_gradients
+
+import atp_kernels
+from atp_kernels import functional, masked_lora_linear
+from atp_kernels.backends import dispatch, reference, triton
+
+BARE = Shape(out_mask=None, in_mask=None, bias=False, dropout=False)
+PLAIN = [
+    Shape(out_mask=None, in_mask=None, bias=bias, dropout=False, scaling=scaling)
+    for bias, scaling in itertools.product((False, True), (1.0, 1.7))
+]
+NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
+
+
+def call(shape, tensors, **options):
+    return masked_lora_linear(**tensors, scaling=shape.scaling, **options)
+
+
+def norms(tensors):
+    return atp_kernels.reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+def test_error_is_no_worse_than_unfused(shape, dtype):
+    tensors = operands(shape, dtype)
+    got = with_gradients((call(shape, tensors), *norms(tensors)), tensors)
+    assert_as_good_as_unfused(got, shape, tensors)
+
+
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+def test_gradcheck(shape):
+    tensors = operands(Shape(**{**shape.__dict__, "m": 3, "n": 4, "k": 5, "rank": 2}), torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *values: call(shape, dict(zip(tensors, values, strict=True))), tuple(tensors.values())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+@pytest.mark.parametrize("frozen", [(), *itertools.combinations(NAMES[:4], 2), NAMES[1:4], NAMES[2:4]], ids=str)
+def test_results_are_those_of_the_reference_backend_to_the_last_bit(shape, dtype, frozen):
+    tensors = operands(shape, dtype)
+    for name in frozen:
+        tensors[name].requires_grad_(False)
+    needs = tuple(name in tensors and tensors[name].requires_grad for name in (*NAMES, "", "", ""))
+    values = [tensors[name].detach() if name in tensors else None for name in NAMES]
+    y, down, *_ = reference.masked_lora_linear_forward(*values, None, None, None, shape.scaling, False, False, False)
+    grad = torch.randn_like(y)
+    saved = (*values[:4], None, None, None, down, None)
+    grads = reference.masked_lora_linear_backward(grad, *saved, shape.scaling, False, True, needs)
+    got = call(shape, tensors)
+    assert got.grad_fn.name() == "LoraLinearBackward" and torch.equal(got, y)
+    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    expected = [grad for grad in grads if grad is not None]
+    assert all(map(torch.equal, torch.autograd.grad(got, leaves, grad), expected))
+
+
+def test_leading_dimensions_and_non_contiguous_inputs():
+    shape = PLAIN[-1]
+    tensors = operands(shape, torch.float64)
+    expected = with_gradients((call(shape, tensors),), tensors)
+    rows = tensors["x"].detach().reshape(4, 3, -1).transpose(0, 1).requires_grad_()
+    y = masked_lora_linear(**tensors | {"x": rows}, scaling=shape.scaling)
+    assert y.shape == (3, 4, shape.n)
+    torch.testing.assert_close(y.transpose(0, 1).reshape(12, -1), expected["y"])
+    upstream = torch.randn(12, shape.n, generator=torch.Generator().manual_seed(7)).double()
+    grads = torch.autograd.grad(y, [rows, tensors["lora_a"]], upstream.reshape(4, 3, -1).transpose(0, 1))
+    torch.testing.assert_close(grads[0].transpose(0, 1).reshape(12, -1), expected["d x"])
+    torch.testing.assert_close(grads[1], expected["d lora_a"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"), [(("x",), ()), (("lora_a",), ("x",)), (("lora_b",), ("down",)), (("weight",), ("x",))]
+)
+def test_only_what_is_needed_is_kept(wanted, kept):
+    tensors = operands(BARE, torch.float32)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in wanted)
+    shapes = {"x": (BARE.m, BARE.k), "down": (BARE.m, BARE.rank)}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        call(BARE, tensors)
+    factors = [tuple(tensors[name].shape) for name in ("weight", "lora_a", "lora_b")]
+    assert sorted(saved) == sorted([*factors, *(shapes[name] for name in kept)])
+
+
+def test_uninitialised_memory_is_never_read():
+    tensors = operands(PLAIN[-1], torch.float32)
+    expected = with_gradients((call(PLAIN[-1], tensors),), tensors)
+    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
+    try:
+        got = with_gradients((call(PLAIN[-1], tensors),), tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value, expected[name]) for name, value in got.items())
+
+
+def test_double_backward_is_refused():
+    tensors = operands(BARE, torch.float32)
+    (grad,) = torch.autograd.grad(call(BARE, tensors).square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"out_mask": torch.ones(20)},
+        {"in_mask": torch.ones(28, dtype=torch.bool)},
+        {"lora_input": torch.ones(12, 28)},
+        {"dropout": 0.5, "seed": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_whatever_is_more_takes_the_masked_linear(options):
+    y = call(BARE, operands(BARE, torch.float32), **options)
+    assert y.grad_fn.name() == "MaskedLoraLinearBackward"
+
+
+@pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
+def test_a_named_kernel_is_not_passed_by():
+    y = call(BARE, operands(BARE, torch.float32), backend="triton")
+    assert y.grad_fn.name() == "MaskedLoraLinearBackward"
+
+
+def variations():
+    """Every operand of another shape, dtype and device, one at a time, of a call with all of them and of a bare one."""
+    everything = itertools.product((Shape(), BARE), operands(Shape(), torch.float32).items())
+    for shape, (name, tensor) in everything:
+        tensor = tensor.detach()
+        others = {"none": tensor, "short": tensor[..., :-1], "low": tensor[:-1], "flat": tensor.flatten()}
+        others |= {"unit": tensor[:1], "scalar": tensor.sum(), "deep": tensor.unsqueeze(0)}
+        others |= {str(dtype): tensor.to(dtype) for dtype in (torch.bfloat16, torch.float64, torch.int64, torch.bool)}
+        others["meta"] = tensor.to("meta")
+        for what, other in others.items():
+            yield pytest.param(shape, name, other, id=f"{'bare' if shape is BARE else 'full'}-{name}-{what}")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("shape", "name", "other"), list(variations()))
+def test_quick_checks_change_no_result_and_no_message(shape, name, other, autocast, monkeypatch):
+    tensors = {**operands(shape, torch.float32), name: other}
+
+    def outcome():
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return masked_lora_linear(**tensors, scaling=1.7)
+        except ValueError as error:
+            return str(error)
+
+    quick = outcome()
+    monkeypatch.setattr(functional, "_are_ready", lambda *operands: False)
+    thorough = outcome()
+    assert type(quick) is type(thorough)
+    assert quick == thorough if isinstance(quick, str) else torch.equal(quick, thorough)
+
+
+def test_quick_checks_pass_what_needs_no_cast():
+    for shape, dtype in itertools.product(
+        (BARE, Shape(), Shape(out_mask="hard", in_mask="hard")), (torch.float32, torch.float64)
+    ):
+        tensors = operands(shape, dtype)
+        order = (*NAMES, "lora_input", "out_mask", "in_mask")
+        assert functional._are_ready(*(tensors.get(name) for name in order))
+
+
+def test_dropout_is_checked_whatever_is_given():
+    tensors = operands(BARE, torch.float32)
+    for dropout in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="dropout is"):
+            call(BARE, tensors, dropout=dropout, seed=1)
+
+
+def test_environment_is_looked_up_where_a_missing_name_costs_little():
+    variables, name = dispatch._raw(os.environ)
+    assert (name in variables) == (dispatch.ENVIRONMENT in os.environ)
+    os.environ["ATP_KERNELS_SOME_OTHER_NAME"] = "1"
+    try:
+        assert os.environ.encodekey("ATP_KERNELS_SOME_OTHER_NAME") in variables
+    finally:
+        del os.environ["ATP_KERNELS_SOME_OTHER_NAME"]
+    plain = {}
+    assert dispatch._raw(plain) == (plain, dispatch.ENVIRONMENT)
