@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class LoraTuner(LoraTrainer):
         folder: Path,
         *,
         phase: str = "tune",
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.phase = phase
         steps = Phases(search=0, settle=0, tune=config.training.total)

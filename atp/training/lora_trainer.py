@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class LoraTrainer(Trainer):
         *,
         phase_of: Callable[[int], str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.config, self.phases = config, phases
         self.checkpoint_root = folder / "checkpoints"
@@ -60,7 +60,7 @@ class LoraTrainer(Trainer):
             train_dataset=train_dataset,
             processing_class=tokenizer,
             data_collator=collate,
-            callbacks=callbacks,
+            callbacks=list(callbacks),
         )
         self.add_callback(PhaseCallback(self))
         self._counter = ClockCallback(self.clock, phase_of or phases.of)

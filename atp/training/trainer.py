@@ -8,6 +8,7 @@ smaller model, so a resumed run and an unbroken one take the same path.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class ATPTrainer(LoraTrainer):
         calibration_dataset: Dataset,
         *,
         tokenizer: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.space = MaskSpace.from_config(model.config, config.decisions.space)
         self.params_before = sum(p.numel() for p in model.parameters())
@@ -73,7 +74,7 @@ class ATPTrainer(LoraTrainer):
         )
 
     @classmethod
-    def from_config(cls, config: ATPConfig, callbacks: list[TrainerCallback] | None = None) -> ATPTrainer:
+    def from_config(cls, config: ATPConfig, callbacks: Sequence[TrainerCallback] = ()) -> ATPTrainer:
         """Loads tokenizer, data and model that the config names. Raises `InputError` for what is wrong with them."""
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer)

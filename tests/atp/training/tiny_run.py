@@ -32,7 +32,7 @@ def ragged(count, seed):
     return RaggedDataset(documents)
 
 
-def make(folder, model_seed=0, callbacks=None, **overrides):
+def make(folder, model_seed=0, callbacks=(), **overrides):
     torch.manual_seed(model_seed)
     model = LlamaForCausalLM(
         LlamaConfig(
