@@ -35,6 +35,8 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
   m.def("column_dot(Tensor left, Tensor right) -> Tensor");
   m.def("mask_and_dot(Tensor grad, Tensor total, Tensor mask) -> (Tensor, Tensor)");
   m.def("dropped(Tensor values, int threshold, float scale, int seed) -> Tensor");
+  m.def("swiglu_forward(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor(a!) d_gate, Tensor(b!) d_up) -> ()");
   m.def("compact(Tensor weight, Tensor? rows, Tensor? cols, int pad_to, int stream=0) -> Tensor");
 }
 

@@ -31,6 +31,7 @@ _KEPT = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
 _KEPT_FIRST = "tests/atp_kernels/test_kept_first.py -k no_worse_than_unfused"
 _MLP = "tests/atp_kernels/test_blocks.py -k swiglu_is_no_worse_than_unfused"
 _MLP_KEPT = "tests/atp_kernels/test_blocks.py -k swiglu_on_kept_slices_is_no_worse"
+_ACTIVATIONS = "tests/atp_kernels/test_native_activations.py -k 'any_shape or columns'"
 _QKV = "tests/atp_kernels/test_blocks.py -k qkv_is_no_worse_than_unfused"
 _TILED = "tests/atp_kernels/test_linear_triton.py -k 'every_combination and soft-soft'"
 _FENCED = "tests/atp_kernels/test_linear_triton.py -k nothing_is_read_outside"
@@ -45,6 +46,7 @@ _MULTI_FENCED = "tests/atp_kernels/test_groups_triton.py -k nothing_is_read"
 _DEFINITION = "atp_kernels/reference.py"
 _REFERENCE = "atp_kernels/backends/reference.py"
 _PRIMITIVES = "atp_kernels/backends/primitives.py"
+_NATIVE = "atp_kernels/backends/native.py"
 _SLICE = "atp_kernels/slices.py"
 _KEPT_MATH = "atp_kernels/backends/kept.py"
 _SWIGLU = "atp_kernels/ops/swiglu.py"
@@ -157,6 +159,19 @@ _TABLE = {
         ("(some.to(total.dtype) * others)", "some.to(total.dtype)"),
         ("return masked(grad, mask), column_dot", "return grad, column_dot"),
     ),
+    (_PRIMITIVES, _MLP): (
+        ("[0](gate).mul_(up)", "[0](gate)"),
+        ("forward(gate, out=d_up).mul_(d_h)", "forward(gate, out=d_up)"),
+        ("backward(d_h.mul_(up), gate", "backward(d_h, gate"),
+    ),
+    (_NATIVE, _ACTIVATIONS): (
+        ('if activation != "silu" or not _unit_stride(gate, up):', "if not _unit_stride(gate, up):"),
+        ('if activation != "silu" or not _unit_stride(gate, up):', 'if activation != "silu":'),
+        ("return _ops.swiglu_forward(gate, up)", "return _ops.swiglu_forward(up, gate)"),
+        ('if activation != "silu" or not _unit_stride(d_h,', "if not _unit_stride(d_h,"),
+        ("not _unit_stride(d_h, gate, up, d_gate, d_up):", "False:"),
+        ("_ops.swiglu_backward(d_h, gate, up, d_gate, d_up)", "_ops.swiglu_backward(d_h, up, gate, d_gate, d_up)"),
+    ),
     (_PRIMITIVES, _DRAWN): (
         ("reference.dropped(values[rows], dropout, first)", "reference.dropped(values[rows], dropout)"),
     ),
@@ -258,10 +273,8 @@ _TABLE = {
     (_SWIGLU, _MLP): (
         ("(None, in_mask) if last else (out_mask, None)", "(None, None) if last else (out_mask, None)"),
         ("(None, in_mask) if last else (out_mask, None)", "(None, in_mask) if last else (None, None)"),
-        ("[0](gate).mul_(up)", "[0](gate)"),
         ("masked(total, out_mask) if y is None else y", "total if y is None else y"),
-        ("torch.mul(act, d_h, out=d_up)", "d_up.copy_(d_h)"),
-        ("activation_backward(d_h.mul_(up), gate", "activation_backward(d_h, gate"),
+        ("[d_h, torch.empty_like(d_h)]", "[torch.empty_like(d_h), d_h]"),
         ("term if total is None else total.add_(term)", "term"),
         ("masked_later = total is not None and spec.mask_lora", "masked_later = total is not None"),
     ),

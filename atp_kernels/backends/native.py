@@ -1,7 +1,7 @@
 """The `native` backend: C++ operations from the optional extension atp_kernels._C.
 
 Group operations take all factors of a model at once; the linear is the reference backend's around the vendor's matrix
-products, with its masks, column sums and dropout in C++ (on a CPU).
+products, with its masks, column sums and dropout in C++ (on a CPU), and so is SiLU between the linears of a gated MLP.
 
 Results do not depend on the number of threads or on the processor's instruction set. All functions are numerics only:
 they record no gradient. Non-contiguous tensors are copied, and copied back where the operation works in place.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_kernels.backends import reference
+from atp_kernels.backends import primitives, reference
 from atp_kernels.backends.primitives import Primitives
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Dropout
@@ -27,6 +27,8 @@ __all__ = [
     "build_info",
     "compact",
     "dropped",
+    "gated",
+    "gated_backward",
     "group_lasso_backward",
     "group_lasso_forward",
     "group_prox_",
@@ -171,6 +173,25 @@ def dropped(values: Tensor, dropout: Dropout) -> Tensor:
     low, high = dropout.key
     seed = low | (high - (high >> 31 << 32)) << 32  # the same 64 bits as a signed integer
     return _ops.dropped(values.contiguous(), dropout.threshold, dropout.scale, seed)
+
+
+def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """`primitives.gated`: SiLU of float32 or bfloat16 in one pass, computed in float32 and rounded once."""
+    if activation != "silu" or not _unit_stride(gate, up):
+        return primitives.gated(activation, gate, up)
+    return _ops.swiglu_forward(gate, up)
+
+
+def gated_backward(activation: str, d_h: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """`primitives.gated_backward`, as `gated`; this one leaves d_h as it was unless it is d_gate."""
+    if activation != "silu" or not _unit_stride(d_h, gate, up, d_gate, d_up):
+        primitives.gated_backward(activation, d_h, gate, up, d_gate, d_up)
+    else:
+        _ops.swiglu_backward(d_h, gate, up, d_gate, d_up)
+
+
+def _unit_stride(*matrices: Tensor) -> bool:
+    return all(matrix.stride(1) == 1 for matrix in matrices)
 
 
 _PRIMITIVES = Primitives(masked, mask_, column_dot, mask_and_dot, dropped)

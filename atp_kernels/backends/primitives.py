@@ -1,6 +1,7 @@
-"""What the linear does around its matrix products, in plain ATen; a backend that does better hands in its own."""
+"""What a linear and a gated MLP do around their matrix products, in plain ATen; a backend may have its own."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,16 @@ from torch import Tensor
 
 from atp_kernels import reference
 from atp_kernels.reference import Dropout
+
+ACTIVATIONS = {
+    "silu": (torch.ops.aten.silu, torch.ops.aten.silu_backward),
+    "gelu_tanh": (
+        partial(torch.ops.aten.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+}
+"""Each activation and its gradient as ATen has them: called with (pre-activation) and, where there is a place for the
+result, `out`; with (gradient, pre-activation) and `grad_input`."""
 
 _BLOCK_ELEMENTS = 2**17
 
@@ -58,6 +69,18 @@ def dropped(values: Tensor, dropout: Dropout) -> Tensor:
         rows = slice(first, first + step)
         result[rows] = reference.dropped(values[rows], dropout, first)
     return result
+
+
+def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up of 2-D tensors, whose rows may lie apart."""
+    return ACTIVATIONS[activation][0](gate).mul_(up)
+
+
+def gated_backward(activation: str, d_h: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """Write d_h * up * act'(gate) to d_gate, which may be d_h, and d_h * act(gate) to d_up; d_h is lost either way."""
+    forward, backward = ACTIVATIONS[activation]
+    forward(gate, out=d_up).mul_(d_h)
+    backward(d_h.mul_(up), gate, grad_input=d_gate)
 
 
 def _blocks(values: Tensor, operand: Tensor) -> Sequence[Tensor]:

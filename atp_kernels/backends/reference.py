@@ -11,13 +11,15 @@ from torch import Tensor
 
 from atp_kernels import reference
 from atp_kernels.backends.kept import kept_lora_linear_backward, kept_lora_linear_forward
-from atp_kernels.backends.primitives import ATEN, Primitives, dropped, scaled_mm
+from atp_kernels.backends.primitives import ATEN, Primitives, dropped, gated, gated_backward, scaled_mm
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Dropout, compact, factor_norms, group_squares
 
 __all__ = [
     "compact",
     "dropped",
+    "gated",
+    "gated_backward",
     "group_lasso_backward",
     "group_lasso_forward",
     "group_prox_",

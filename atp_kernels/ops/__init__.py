@@ -5,12 +5,13 @@ A compiled or exported program sees the registered operators `torch.ops.atp_kern
 dispatcher's Python layer would cost each of them more than the function does.
 """
 
+from atp_kernels.backends.primitives import ACTIVATIONS
 from atp_kernels.ops.common import common_dtype
 from atp_kernels.ops.dropout import dropped, lora_dropout_op
 from atp_kernels.ops.groups import compact_op, group_lasso_backward_op, group_lasso_op, group_prox_op, lasso, prox_
 from atp_kernels.ops.kept import flat, kept_linear, kept_lora_linear_backward_op, kept_lora_linear_op
 from atp_kernels.ops.linear import linear, masked_lora_linear_backward_op, masked_lora_linear_op
-from atp_kernels.ops.swiglu import ACTIVATIONS, MlpSpec, Swiglu
+from atp_kernels.ops.swiglu import MlpSpec, Swiglu
 
 __all__ = [
     "ACTIVATIONS",

@@ -5,27 +5,16 @@ of g and u those that the mask was not yet applied to, where its gradient needs 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from atp_kernels.backends.kept import kept_lora_linear_backward, kept_lora_linear_forward
 from atp_kernels.backends.primitives import masked
 from atp_kernels.slices import KeptSlice
-
-ACTIVATIONS = {
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu_tanh": (
-        partial(F.gelu, approximate="tanh"),
-        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    ),
-}
-"""Each activation, and its gradient as ATen has it: called with (gradient, pre-activation) and `grad_input`."""
 
 _OPERANDS = 4
 
@@ -108,19 +97,13 @@ def _halves(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _product(spec: MlpSpec, values: Sequence[Tensor]) -> Tensor:
-    gate, up = _halves(values)
-    return ACTIVATIONS[spec.activation][0](gate).mul_(up)
+    return spec.module.gated(spec.activation, *_halves(values))
 
 
 def _producer_grads(spec: MlpSpec, values: Sequence[Tensor], d_h: Tensor) -> list[Tensor]:
-    """Gradients of the producers' outputs, in the memory of d_h and of act(g) unless they are stacked."""
-    activation, activation_backward = ACTIVATIONS[spec.activation]
-    gate, up = _halves(values)
-    act = activation(gate)
-    grads = [torch.empty_like(values[0])] if len(values) == 1 else [d_h, act]
-    d_gate, d_up = _halves(grads)
-    torch.mul(act, d_h, out=d_up)
-    activation_backward(d_h.mul_(up), gate, grad_input=d_gate)
+    """Gradients of the producers' outputs; that of gate in the memory of d_h unless they are stacked."""
+    grads = [torch.empty_like(values[0])] if len(values) == 1 else [d_h, torch.empty_like(d_h)]
+    spec.module.gated_backward(spec.activation, d_h, *_halves(values), *_halves(grads))
     return grads
 
 

@@ -3,8 +3,7 @@
 // A column sum is made in two stages: float32 over blocks of rows, float64 over the blocks in their order. Blocks do not
 // depend on the threads, so neither do the results.
 
-#include "../common.h"
-#include "loops.h"
+#include "rows.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -18,7 +17,6 @@ namespace atp::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 64;
-constexpr int64_t kGrainElements = 16384;
 
 struct Matrix {
   int64_t rows;
@@ -54,23 +52,6 @@ std::vector<float> widened(const Tensor& mask, int64_t cols) {
   return wide;
 }
 
-// Calls body(T{}) for the element type of `values`.
-template <typename Body>
-void with_type(const Tensor& values, const Body& body) {
-  if (values.scalar_type() == ScalarType::BFloat16) {
-    body(bfloat16{});
-  } else {
-    body(float{});
-  }
-}
-
-// Calls body(first row, number of rows) on torch's threads.
-template <typename Body>
-void for_rows(const Matrix& size, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, size.cols));
-  torch::stable::parallel_for(0, size.rows, grain, [&](int64_t begin, int64_t end) { body(begin, end - begin); });
-}
-
 // body(first row, number of rows, sums) fills the sums of a block of rows; returns the sums of all blocks, [cols].
 template <typename Body>
 Tensor column_sums(const Matrix& size, const Tensor& like, const Body& body) {
@@ -98,7 +79,7 @@ void write_masked(const Tensor& values, const Tensor& mask, void* result) {
     using T = decltype(tag);
     const T* from = static_cast<const T*>(values.const_data_ptr());
     T* to = static_cast<T*>(result);
-    for_rows(size, [&](int64_t first, int64_t count) {
+    for_rows(size.rows, size.cols, [&](int64_t first, int64_t count) {
       const int64_t at = first * size.cols;
       columns_for<T>(loops()).mask_rows(from + at, count, size.cols, wide.data(), to + at);
     });
@@ -158,7 +139,7 @@ Tensor dropped(Tensor values, int64_t threshold, double scale, int64_t seed) {
     using T = decltype(tag);
     const T* from = static_cast<const T*>(values.const_data_ptr());
     T* to = static_cast<T*>(result.mutable_data_ptr());
-    for_rows(size, [&](int64_t first, int64_t count) {
+    for_rows(size.rows, size.cols, [&](int64_t first, int64_t count) {
       for (int64_t row = first; row < first + count; ++row) {
         const int64_t at = row * size.cols;
         columns_for<T>(loops()).drop_row(from + at, size.cols, static_cast<uint32_t>(row), drop, to + at);

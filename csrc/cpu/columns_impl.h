@@ -1,5 +1,5 @@
-// Bodies of the loops around the masked linear, included after loops_impl.h once per instruction set: float32 inside,
-// one rounding at the end, no contraction, so that all sets agree to the last bit.
+// Bodies of the loops around the masked linear, included last and once per instruction set: float32 inside, one rounding
+// at the end, no contraction, so that all sets agree to the last bit.
 
 // Counters whose four words are drawn together.
 constexpr int64_t kQuads = 16;
@@ -119,5 +119,7 @@ Loops make_loops(const char* isa) {
           group_loops<float>(),
           group_loops<bfloat16>(),
           column_loops<float>(),
-          column_loops<bfloat16>()};
+          column_loops<bfloat16>(),
+          activation_loops<float>(),
+          activation_loops<bfloat16>()};
 }

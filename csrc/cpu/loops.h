@@ -38,6 +38,13 @@ struct ColumnLoops {
   void (*drop_row)(const T* x, int64_t cols, uint32_t row, const Drop& drop, T* out);
 };
 
+// One row of silu(gate) * up, or of its gradients; d_gate may be d_h.
+template <typename T>
+struct ActivationLoops {
+  void (*swiglu_row)(const T* gate, const T* up, int64_t cols, T* h);
+  void (*swiglu_backward_row)(const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up);
+};
+
 struct Loops {
   const char* isa;
 
@@ -60,6 +67,8 @@ struct Loops {
   GroupLoops<bfloat16> bfloat16_;
   ColumnLoops<float> float32_columns;
   ColumnLoops<bfloat16> bfloat16_columns;
+  ActivationLoops<float> float32_activations;
+  ActivationLoops<bfloat16> bfloat16_activations;
 };
 
 template <typename T>
@@ -77,6 +86,15 @@ const ColumnLoops<T>& columns_for(const Loops& loops) {
     return loops.float32_columns;
   } else {
     return loops.bfloat16_columns;
+  }
+}
+
+template <typename T>
+const ActivationLoops<T>& activations_for(const Loops& loops) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return loops.float32_activations;
+  } else {
+    return loops.bfloat16_activations;
   }
 }
 

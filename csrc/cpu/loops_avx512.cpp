@@ -13,7 +13,10 @@
 #endif
 
 namespace atp::cpu::avx512 {
+constexpr int64_t kVectorBytes = 64;
+
 #include "loops_impl.h"
+#include "activations_impl.h"
 #include "columns_impl.h"
 }  // namespace atp::cpu::avx512
 

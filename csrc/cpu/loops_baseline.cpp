@@ -4,6 +4,9 @@
 #include <cstring>
 
 namespace atp::cpu::baseline {
+constexpr int64_t kVectorBytes = 16;
+
 #include "loops_impl.h"
+#include "activations_impl.h"
 #include "columns_impl.h"
 }  // namespace atp::cpu::baseline

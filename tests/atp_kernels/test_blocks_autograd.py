@@ -10,6 +10,9 @@ import atp_kernels
 from atp_kernels import KeptFirst, KeptSlice, Projection, Scratch, masked_lora_qkv, masked_lora_swiglu
 
 FORMS = [(None, False), ("soft", True), ("soft", False), ("hard", False)]
+# Compiled and eager code may round the activation differently; gradients here are of order 1000.
+ROUNDING = {"rtol": 1e-5, "atol": 1e-4}
+ROUNDING_OF_GRADIENTS = {"rtol": 1e-5, "atol": 2e-2}
 
 
 def attention(case, **options):
@@ -31,9 +34,9 @@ def test_compile_whole_graph(mask, mask_lora, dynamic):
         arguments = (one.x, one.linears(), other.linears(), one.masks[0], tuple(other.masks))
         leaves = [t for t in (*one.leaves.values(), *list(other.leaves.values())[1:]) if t.requires_grad]
         expected, got = block(*arguments), compiled(*arguments)
-        assert_close(got, expected)
+        assert_close(got, expected, **ROUNDING)
         grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (got, expected)]
-        assert_close(*grads)
+        assert_close(*grads, **ROUNDING_OF_GRADIENTS)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -52,7 +55,7 @@ def test_compile_on_kept_slices(dynamic):
     for rows in (5, 9):
         x = torch.randn(rows, 12).requires_grad_()
         grads = [torch.autograd.grad(call(x).square().sum(), [x, *leaves]) for call in (compiled, block)]
-        assert_close(*grads)
+        assert_close(*grads, **ROUNDING_OF_GRADIENTS)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -4,6 +4,8 @@ from importlib.util import find_spec
 
 import torch
 
+from atp_kernels.backends.primitives import gated, gated_backward
+
 AVAILABLE = find_spec("triton") is not None
 REASON = None if AVAILABLE else "the triton package is not installed; run pip install triton"
 INTERPRETED = False
@@ -27,6 +29,8 @@ __all__ = [
     "INTERPRETED",
     "REASON",
     "dropped",
+    "gated",
+    "gated_backward",
     "group_lasso_backward",
     "group_lasso_forward",
     "group_prox_",

@@ -1,0 +1,89 @@
+// What lies between the linears of a gated MLP: silu(gate) * up and its gradients, in one pass over each matrix.
+//
+// Rows may lie apart, as those of gate and up do where one linear computes both.
+
+#include "rows.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace atp::cpu {
+namespace {
+
+// Throws unless `values` has the shape and dtype of `gate` and rows without gaps.
+void check_like(const Tensor& values, const char* name, const Tensor& gate) {
+  check(values.dim() == 2 && values.size(0) == gate.size(0) && values.size(1) == gate.size(1) &&
+            values.scalar_type() == gate.scalar_type(),
+        name, " and gate must agree in shape and dtype.");
+  check(values.stride(1) == 1, name, " must have contiguous rows.");
+}
+
+void check_gate(const Tensor& gate) {
+  const ScalarType dtype = gate.scalar_type();
+  check(gate.dim() == 2 && gate.stride(1) == 1, "gate must be 2-D with contiguous rows.");
+  check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "gate must be float32 or bfloat16.");
+}
+
+// Rows of a matrix; T is const where they are only read.
+template <typename T>
+struct Rows {
+  T* first;
+  int64_t stride;
+
+  T* operator[](int64_t row) const { return first + row * stride; }
+};
+
+template <typename T>
+Rows<const T> read(const Tensor& values) {
+  return {static_cast<const T*>(values.const_data_ptr()), values.stride(0)};
+}
+
+template <typename T>
+Rows<T> written(const Tensor& values) {
+  return {static_cast<T*>(values.mutable_data_ptr()), values.stride(0)};
+}
+
+Tensor swiglu_forward(Tensor gate, Tensor up) {
+  check_gate(gate);
+  check_like(up, "up", gate);
+  const int64_t cols = gate.size(1);
+  Tensor h = torch::stable::new_empty(gate, {gate.size(0), cols});
+  with_type(gate, [&](auto tag) {
+    using T = decltype(tag);
+    const auto g = read<T>(gate), u = read<T>(up);
+    const auto to = written<T>(h);
+    for_rows(gate.size(0), cols, [&](int64_t first, int64_t count) {
+      const auto forward = activations_for<T>(loops()).swiglu_row;
+      for (int64_t row = first; row < first + count; ++row) forward(g[row], u[row], cols, to[row]);
+    });
+  });
+  return h;
+}
+
+// d_gate may be d_h: an element is read before it is written.
+void swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor d_gate, Tensor d_up) {
+  check_gate(gate);
+  check_like(d_h, "d_h", gate);
+  check_like(up, "up", gate);
+  check_like(d_gate, "d_gate", gate);
+  check_like(d_up, "d_up", gate);
+  const int64_t cols = gate.size(1);
+  with_type(gate, [&](auto tag) {
+    using T = decltype(tag);
+    const auto d = read<T>(d_h), g = read<T>(gate), u = read<T>(up);
+    const auto to_gate = written<T>(d_gate), to_up = written<T>(d_up);
+    for_rows(gate.size(0), cols, [&](int64_t first, int64_t count) {
+      const auto backward = activations_for<T>(loops()).swiglu_backward_row;
+      for (int64_t row = first; row < first + count; ++row) {
+        backward(d[row], g[row], u[row], cols, to_gate[row], to_up[row]);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace atp::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(atp_kernels_native, CPU, m) {
+  m.impl("swiglu_forward", TORCH_BOX(&atp::cpu::swiglu_forward));
+  m.impl("swiglu_backward", TORCH_BOX(&atp::cpu::swiglu_backward));
+}

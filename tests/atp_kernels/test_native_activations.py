@@ -1,0 +1,150 @@
+"""silu(gate) * up and its gradients in C++, against their closed form in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_native import run_with_isa
+
+from atp_kernels.backends import native, primitives
+
+pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+
+DTYPES = [torch.float32, torch.bfloat16]
+# Subnormal exponentials and subnormal results have fewer digits.
+TINY = 1e-40
+
+
+def exact(d_h, gate, up):
+    """silu(gate) * up, its gradients of gate and up, and the size of what the first of these adds up; float64."""
+    d_h, gate, up = (value.double() for value in (d_h, gate, up))
+    sigmoid, rest = gate.sigmoid(), gate.neg().sigmoid()
+    slope, size = sigmoid * (1 + gate * rest), sigmoid * (1 + (gate * rest).abs())
+    return gate * sigmoid * up, d_h * up * slope, d_h * gate * sigmoid, (d_h * up * size).abs()
+
+
+def computed(d_h, gate, up, in_place=False):
+    d_h = d_h.clone(memory_format=torch.preserve_format)
+    before = d_h.clone()
+    d_gate, d_up = (d_h if in_place else torch.empty_like(d_h)), torch.empty_like(d_h)
+    h = native.gated("silu", gate, up)
+    native.gated_backward("silu", d_h, gate, up, d_gate, d_up)
+    assert in_place or torch.equal(d_h, before)
+    return h, d_gate, d_up
+
+
+def assert_close_to_exact(results, operands):
+    h, d_gate, d_up, size = exact(*operands)
+    dtype = operands[0].dtype
+    # A few units of float32, then half a unit of what the result is rounded to.
+    relative = 3 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
+    for value, want, scale in zip(results, (h, d_gate, d_up), (h.abs(), size, d_up.abs()), strict=True):
+        assert value.dtype == dtype
+        assert ((value.double() - want).abs() <= relative * scale + TINY).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_is_a_few_units_over_the_whole_range(dtype):
+    gate = torch.cat([torch.linspace(-130, 130, 40001), torch.linspace(-2, 2, 40001)]).to(dtype).view(2, -1)
+    gate = torch.cat([gate, torch.logspace(-38, 38, gate.shape[1]).to(dtype)[None]])
+    ones, factors = torch.ones_like(gate), torch.linspace(0.5, 2, gate.numel()).to(dtype).view(gate.shape)
+    for operands in ((ones, gate, ones), (factors, gate, factors.flip(0))):
+        assert_close_to_exact(computed(*operands), operands)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits(dtype):
+    inf, nan = float("inf"), float("nan")
+    values = torch.tensor([[inf, -inf, 3e38, -3e38, 0.0, -0.0, 1e-45, nan, -nan]]).to(dtype)
+    for gate in (values, values.repeat(1, 9)):
+        ones = torch.ones_like(gate)
+        h, d_gate, d_up = (result[:, -9:] for result in computed(ones, gate, ones))
+        assert torch.equal(h[0, :6], torch.tensor([inf, 0, 3e38, 0, 0, 0]).to(dtype))
+        assert torch.equal(d_gate[0, :7], torch.tensor([1, 0, 1, 0, 0.5, 0.5, 0.5]).to(dtype))
+        assert torch.equal(d_up[:, :7], h[:, :7])
+        assert all(result[0, 7:].isnan().all() for result in (h, d_gate, d_up))
+
+
+@given(
+    rows=st.sampled_from([0, 1, 3, 70]),
+    cols=st.sampled_from([1, 7, 8, 31, 32, 33, 64, 131, 600]),
+    dtype=st.sampled_from(DTYPES),
+    apart=st.booleans(),
+    in_place=st.booleans(),
+)
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_any_shape_with_rows_that_lie_apart_or_not(rows, cols, dtype, apart, in_place):
+    rng = torch.Generator().manual_seed(rows + cols)
+    gate, up = (4 * torch.randn(rows, 2 * cols, generator=rng)).to(dtype).chunk(2, dim=1)
+    d_h = torch.randn(rows, cols, generator=rng).to(dtype)
+    if not apart:
+        gate, up = gate.contiguous(), up.contiguous()
+    assert_close_to_exact(computed(d_h, gate, up, in_place), (d_h, gate, up))
+    both = torch.full((rows, 2 * cols + 1), 9.0, dtype=dtype)
+    d_gate, d_up = both[:, :cols], both[:, cols:-1]
+    native.gated_backward("silu", d_h.clone(), gate, up, d_gate, d_up)
+    assert all(map(torch.equal, (d_gate, d_up), computed(d_h, gate, up)[1:]))
+    assert (both[:, -1] == 9).all()
+
+
+def test_columns_that_lie_apart_and_gelu_are_those_of_the_primitives():
+    d_h, gate, up = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
+    for activation, operands in (("silu", (d_h.t(), gate.t(), up.t())), ("gelu_tanh", (d_h, gate, up))):
+        assert torch.equal(native.gated(activation, *operands[1:]), primitives.gated(activation, *operands[1:]))
+        results = []
+        for module in (native, primitives):
+            grads = [torch.empty_like(operands[0]) for _ in range(2)]
+            module.gated_backward(activation, operands[0].clone(), *operands[1:], *grads)
+            results.append(grads)
+        assert all(map(torch.equal, *results))
+
+
+def large_problem(dtype):
+    rng = torch.Generator().manual_seed(3)
+    gate, up = (40 * torch.randn(700, 2002, generator=rng)).to(dtype).chunk(2, dim=1)
+    return torch.randn(700, 1001, generator=rng).to(dtype), gate, up
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_the_run_or_the_threads(dtype):
+    operands, threads = large_problem(dtype), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = computed(*operands)
+        for run in range(6):
+            torch.set_num_threads(1 + run % 2)
+            assert all(map(torch.equal, computed(*operands), expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+CHECKSUM = """
+import hashlib, torch
+from tests.atp_kernels import test_native_activations as t
+digest = hashlib.sha256()
+for dtype in t.DTYPES:
+    for tensor in t.computed(*t.large_problem(dtype)):
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+print(t.native.build_info()["isa"], digest.hexdigest())
+"""
+
+
+def test_bits_do_not_depend_on_the_instruction_set():
+    compiled, best = native.build_info()["isa_compiled"], native.build_info()["isa"]
+    names = compiled[: compiled.index(best) + 1]
+    results = [run_with_isa(isa, CHECKSUM) for isa in names]
+    assert [result.returncode for result in results] == [0] * len(results), results[-1].stderr
+    said = [result.stdout.split() for result in results]
+    assert [name for name, _ in said] == names and len({digest for _, digest in said}) == 1
+
+
+def test_wrong_input_is_one_sentence():
+    ops, gate = torch.ops.atp_kernels_native, torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match="gate must be float32 or bfloat16"):
+        ops.swiglu_forward(gate.double(), gate.double())
+    with pytest.raises(RuntimeError, match="gate must be 2-D with contiguous rows"):
+        ops.swiglu_forward(gate.t(), gate.t())
+    with pytest.raises(RuntimeError, match="up and gate must agree in shape and dtype"):
+        ops.swiglu_forward(gate, gate.bfloat16())
+    with pytest.raises(RuntimeError, match="d_up must have contiguous rows"):
+        ops.swiglu_backward(gate, gate, gate, gate, torch.ones(4, 3).t())
