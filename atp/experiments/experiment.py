@@ -8,7 +8,7 @@ from typing import Any
 
 from atp.compare.members import Members
 from atp.compare.results import Member, results
-from atp.data import load_recipe
+from atp.data import Task, load_recipe
 from atp.environment import device_name, versions
 from atp.errors import NotReached
 from atp.experiments.pictures import draw
@@ -50,18 +50,19 @@ class Experiment:
 
         Raises `InputError`, `Interrupted`, and at the end `NotReached` when a run kept no promise (its row stays).
         """
-        self.members = {
+        self._members = {
             d: Members(c, self.runs / d, command=self.command, say=self.say) for d, c in self.configs.items()
         }
-        self.splits = {d: load_recipe(data_settings(m.config, load_tokenizer(m.config.model)))
-                       for d, m in self.members.items()}  # fmt: skip
-        for members in self.members.values():
+        self._splits = {
+            d: load_recipe(data_settings(m.config, load_tokenizer(m.config.model))) for d, m in self._members.items()
+        }
+        for members in self._members.values():
             for arm in self.arms.values():
                 members.config_of(arm, 0)  # a wrong setting is found before the first run
         broken: list[str] = []
         content: dict[str, Any] = {}
         for seed in self.seeds:
-            for domain, members in self.members.items():
+            for domain, members in self._members.items():
                 for label, arm in self.arms.items():
                     try:
                         members.run(arm, seed)
@@ -75,7 +76,7 @@ class Experiment:
     def _write(self, broken: list[str]) -> dict[str, Any]:
         self.out.mkdir(parents=True, exist_ok=True)
         rows, missing, domains = [], [], {}
-        for domain, members in self.members.items():
+        for domain, members in self._members.items():
             found = self._finished(members)
             missing += [f"{domain}, {label}, seed {seed}" for (label, seed), member in found.items() if member is None]
             finished = {key: member for key, member in found.items() if member is not None}
@@ -95,8 +96,9 @@ class Experiment:
         }
         append_rows(self.out / f"{self.name}.csv", rows)
         write_json(self.out / f"{self.name}.json", content)
-        paths = {d: {label: m.path(arm, self.seeds[0]) for label, arm in self.arms.items()}
-                 for d, m in self.members.items()}  # fmt: skip
+        paths = {
+            d: {label: m.path(arm, self.seeds[0]) for label, arm in self.arms.items()} for d, m in self._members.items()
+        }
         draw(self.out / f"{self.name}.png", self.spec, domains, self.arms, paths)
         return content
 
@@ -106,5 +108,5 @@ class Experiment:
     def _by_label(self, finished: dict[tuple[str, int], Member]) -> list[Member]:
         return [Member(label, seed, m.summary, m.scores) for (label, seed), m in finished.items()]
 
-    def _tasks(self, domain: str) -> list[Any]:
-        return scored_tasks(self.configs[domain], self.splits[domain])
+    def _tasks(self, domain: str) -> list[Task]:
+        return scored_tasks(self.configs[domain], self._splits[domain])

@@ -15,7 +15,9 @@ Domains = dict[str, dict[str, Any]]
 """Domain -> what `atp.compare.results.results` says of it."""
 
 
-def draw(path: Path, spec: ExperimentSpec, domains: Domains, arms: dict[str, Arm], runs: dict[str, dict[str, Path]]):
+def draw(
+    path: Path, spec: ExperimentSpec, domains: Domains, arms: dict[str, Arm], runs: dict[str, dict[str, Path]]
+) -> None:
     """Writes the picture that the experiment asks for, of what is there so far. runs: domain -> label -> run folder."""
     if not plots.available():
         return
