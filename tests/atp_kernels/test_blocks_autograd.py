@@ -10,23 +10,25 @@ import atp_kernels
 from atp_kernels import KeptFirst, KeptSlice, Projection, Scratch, masked_lora_qkv, masked_lora_swiglu
 
 FORMS = [(None, False), ("soft", True), ("soft", False), ("hard", False)]
-# Compiled and eager code may round the activation differently; gradients here are of order 1000.
-ROUNDING = {"rtol": 1e-5, "atol": 1e-4}
-ROUNDING_OF_GRADIENTS = {"rtol": 1e-5, "atol": 2e-2}
+# (backend of the eager call, tolerances of values, of gradients of order 1000). Compiled code keeps ATen's
+# activation in every backend, and eager native has its own.
+EAGER = [("reference", {}, {}), ("auto", {"rtol": 1e-5, "atol": 1e-4}, {"rtol": 1e-5, "atol": 2e-2})]
 
 
 def attention(case, **options):
     return masked_lora_qkv(case.x, *case.linears(EQUAL), masks=tuple(case.masks), **options)
 
 
+@pytest.mark.parametrize(("backend", "rounding", "gradient_rounding"), EAGER)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("mask", "mask_lora"), [("soft", True), ("hard", False)])
-def test_compile_whole_graph(mask, mask_lora, dynamic):
+def test_compile_whole_graph(mask, mask_lora, dynamic, backend, rounding, gradient_rounding):
     torch._dynamo.reset()
+    options = {"mask_lora": mask_lora, "backend": backend}
 
     def block(x, mlp_linears, qkv_linears, mlp_mask, qkv_masks):
-        y = masked_lora_swiglu(x, *mlp_linears, mask=mlp_mask, mask_lora=mask_lora)
-        return torch.cat(masked_lora_qkv(y, *qkv_linears, masks=qkv_masks, mask_lora=mask_lora), -1)
+        y = masked_lora_swiglu(x, *mlp_linears, mask=mlp_mask, **options)
+        return torch.cat(masked_lora_qkv(y, *qkv_linears, masks=qkv_masks, **options), -1)
 
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for tokens in (5, 9):
@@ -34,13 +36,14 @@ def test_compile_whole_graph(mask, mask_lora, dynamic):
         arguments = (one.x, one.linears(), other.linears(), one.masks[0], tuple(other.masks))
         leaves = [t for t in (*one.leaves.values(), *list(other.leaves.values())[1:]) if t.requires_grad]
         expected, got = block(*arguments), compiled(*arguments)
-        assert_close(got, expected, **ROUNDING)
+        assert_close(got, expected, **rounding)
         grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (got, expected)]
-        assert_close(*grads, **ROUNDING_OF_GRADIENTS)
+        assert_close(*grads, **gradient_rounding)
 
 
+@pytest.mark.parametrize(("backend", "rounding", "gradient_rounding"), EAGER)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_on_kept_slices(dynamic):
+def test_compile_on_kept_slices(dynamic, backend, rounding, gradient_rounding):
     torch._dynamo.reset()
     case = mlp_case("hard", frozen=True)
     kept = slices_of(case, True)
@@ -48,14 +51,16 @@ def test_compile_on_kept_slices(dynamic):
         slice_.weight(torch.float32)
 
     def block(x):
-        return masked_lora_swiglu(x, *case.linears(), kept=kept)
+        return masked_lora_swiglu(x, *case.linears(), kept=kept, backend=backend)
 
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     leaves = [tensor for tensor in case.leaves.values() if tensor.requires_grad][1:]
     for rows in (5, 9):
         x = torch.randn(rows, 12).requires_grad_()
-        grads = [torch.autograd.grad(call(x).square().sum(), [x, *leaves]) for call in (compiled, block)]
-        assert_close(*grads, **ROUNDING_OF_GRADIENTS)
+        values = [call(x) for call in (compiled, block)]
+        assert_close(*values, **rounding)
+        grads = [torch.autograd.grad(y.square().sum(), [x, *leaves]) for y in values]
+        assert_close(*grads, **gradient_rounding)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
