@@ -35,6 +35,7 @@ class MaskedLoraLinear(PeftLinear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
         self.set_masks(None, None)
+        self.gates: list[Tensor | None] = [None, None]
 
     def set_masks(
         self,
@@ -46,6 +47,10 @@ class MaskedLoraLinear(PeftLinear):
     ) -> None:
         """Sets the masks of the next passes, or the slice that stands for them; they stay until the next call."""
         self.out_mask, self.in_mask, self.mask_lora, self.kept = out_mask, in_mask, mask_lora, kept
+
+    def set_gate(self, axis: int, gate: Tensor | None) -> None:
+        """Multiplies rows of B (axis 0, gate [out_features]) or columns of A (1, [in_features]) until the next call."""
+        self.gates[axis] = gate
 
     @property
     def plain(self) -> bool:
@@ -59,8 +64,11 @@ class MaskedLoraLinear(PeftLinear):
 
     @property
     def projection(self) -> Projection:
-        """The frozen base and its adapter, as `atp_kernels` takes them."""
+        """The frozen base and its adapter with its gates, as `atp_kernels` takes them."""
         base, lora_a, lora_b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        out_gate, in_gate = self.gates
+        lora_a = lora_a if in_gate is None else lora_a * in_gate
+        lora_b = lora_b if out_gate is None else lora_b * out_gate[:, None]
         return Projection(base.weight, lora_a, lora_b, self.scaling[ADAPTER], base.bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
