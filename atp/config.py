@@ -96,8 +96,9 @@ class TrainingConfig(_Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: int = Field(10, ge=0)
     clip: float = Field(1.0, gt=0)
-    beta: float = Field(0.3, ge=0, description="weight of the group lasso while searching")
-    settle_beta: float = Field(100.0, ge=0, description="weight of the group lasso in the settle phase")
+    regularizer: Literal["lasso", "l0"] = Field("lasso", description="what drives LoRA of removed decisions to zero")
+    beta: float = Field(0.3, ge=0, description="weight of the regularizer while searching")
+    settle_beta: float = Field(100.0, ge=0, description="weight of the regularizer in the settle phase")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
     save_every: int = Field(50, ge=1)

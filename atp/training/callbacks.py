@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PhaseCallback(TrainerCallback):
-    """Shrinks removed groups in settle, stops the loop at the cut and on signals, drops non-finite gradients."""
+    """Tells the trainer of optimizer steps, stops the loop at the cut and on signals, drops non-finite gradients."""
 
     def __init__(self, trainer: LoraTrainer) -> None:
         self.trainer = trainer
@@ -30,9 +30,8 @@ class PhaseCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.phases.of(state.global_step) == "settle":
-            with scope("optimizer"):
-                self.trainer.settle_step(state.global_step)
+        with scope("optimizer"):
+            self.trainer.after_optimizer_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer

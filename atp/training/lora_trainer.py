@@ -98,8 +98,8 @@ class LoraTrainer(Trainer):
             self.optimizer = self.adamw
         return self.optimizer
 
-    def settle_step(self, step: int) -> None:
-        """Called after the optimizer step `step` of a settle phase; there is none unless a subclass has one."""
+    def after_optimizer_step(self, step: int) -> None:
+        """Called after the optimizer step `step`; does nothing unless a subclass has something to do."""
 
     # Checkpoints, in a format of our own
 

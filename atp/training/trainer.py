@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from atp.export.card import model_card
 from atp.export.hf import export_model, save_decisions, write_json
 from atp.loading import check_length, load_data, load_model, load_tokenizer
 from atp.lora.controller import MaskController
+from atp.lora.l0 import L0Gates
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
@@ -164,11 +166,13 @@ class ATPTrainer(LoraTrainer):
         self._bind(self.model)
 
     def _bind(self, model: PeftModel) -> None:
-        """Points the mask controller and the lasso table at the model's layers; neither is used after the cut."""
+        """Points mask controller, lasso table and gates at the model's layers; none is used after the cut."""
         super()._bind(model)
         cut = self.decisions is not None and self.decisions.frozen and model.config.model_type == "atp_llama"
         self.controller = None if cut else MaskController(model, self.space)
         self.groups = None if cut else LoraGroups(model, self.space)
+        gated = self.config.training.regularizer == "l0" and not cut
+        self.gates = L0Gates(model, self.space, seed=self.config.seed + 2) if gated else None
 
     # One step
 
@@ -183,9 +187,14 @@ class ATPTrainer(LoraTrainer):
         with scope("masks"):
             self.controller.set(self.decisions.mask, "hard")
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with self._gated(sample=True):
+                return super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.controller.clear()
+
+    def _gated(self, *, sample: bool) -> AbstractContextManager[None]:
+        """The gates of regularizer `l0` on removed LoRA groups, for the duration of a with block."""
+        return nullcontext() if self.gates is None else self.gates.applied(self.decisions.mask, sample=sample)
 
     def _decide(self, step: int, phase: str) -> None:
         """Once a LoRA step: a decision step and a new mask while searching, the freeze at the start of settle."""
@@ -207,7 +216,7 @@ class ATPTrainer(LoraTrainer):
     def _gap_at_freeze(self, mask: Tensor) -> None:
         """How far a cut would move the logits before removed LoRA groups are settled: what settling is for."""
         tokens = self._certificate_tokens()
-        with self.controller.masks(mask, "hard"):
+        with self.controller.masks(mask, "hard"), self._gated(sample=False):
             reference = reference_logits(self.model, tokens)
         with self.controller.masks(mask, "sum"):
             gap = compare(reference, self.model, tokens)
@@ -229,17 +238,30 @@ class ATPTrainer(LoraTrainer):
         phase = self.phases.of(self.state.global_step)
         training = self.config.training
         beta = {"search": training.beta, "settle": training.settle_beta}.get(phase, 0.0)
-        if beta and model.training:
+        if beta and model.training and self.gates is None:
             with scope("loss"):
                 lasso = self.groups.lasso(self.decisions.mask.to(loss.device))
             self.last["lasso"] = lasso.detach()
             loss = loss + beta * lasso / self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def settle_step(self, step: int) -> None:
+    def after_optimizer_step(self, step: int) -> None:
+        """A step of the gates, and in settle one of the removed LoRA groups towards zero."""
+        phase, training = self.phases.of(step), self.config.training
+        if phase == "tune":
+            return
+        if self.gates is not None:
+            beta = training.settle_beta if phase == "settle" else training.beta
+            self.last["l0"] = self.gates.step(self.decisions.mask, beta, skip=self.adamw.found_inf)
+        if phase == "settle":
+            self._settle(step)
+
+    def _settle(self, step: int) -> None:
         """Shrinks removed LoRA groups after the optimizer step `step`, so that the last settle step zeroes them."""
         left = self.phases.cut_step - step
         mask = self.decisions.mask
+        if self.gates is not None:
+            self.gates.fold_closed_(mask)
         largest = self.groups.largest_removed_norm(mask)
         # The last threshold is doubled: rounding in the norm must not leave a remainder.
         self.groups.prox_(mask.to(self.args.device), largest / left if left > 1 else 2 * largest)
@@ -289,6 +311,8 @@ class ATPTrainer(LoraTrainer):
         moments = checkpoints.optimizer_tensors(self.decisions.optimizer, names)
         state.tensors.update(prefixed("decision_optimizer", moments))
         state.tensors.update({"mask": self.decisions.mask, "rng.decision": self.decisions.noise.get_state()})
+        if self.gates is not None:
+            state.tensors.update(prefixed("gates", self.gates.state_dict()))
         state.meta.update(frozen=self.decisions.frozen, certificate=self.certificate)
         return state
 
@@ -306,3 +330,5 @@ class ATPTrainer(LoraTrainer):
         self.certificate = state.meta["certificate"]
         if "masked_vs_cut" in self.certificate:
             self._become_cut()
+        if self.gates is not None:
+            self.gates.load_state_dict(state.part("gates"))

@@ -54,6 +54,7 @@ def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest
         ({"data": {"length": 8}}, "config key 'data.length' is 8: input should be greater than or equal to 16"),
         ({"training": {"gradient_checkpointing": "maybe"}}, "config key 'training.gradient_checkpointing' is 'maybe'"),
         ({"decisions": {"multiples": {"mlp": "x"}}}, "config key 'decisions.multiples.mlp' is 'x': input should be a"),
+        ({"training": {"regularizer": "l1"}}, "config key 'training.regularizer' is 'l1': input should be 'lasso' or"),
         ({"preset": "fast"}, "config key 'preset' is 'fast': input should be 'quick' or 'paper'"),
     ],
 )

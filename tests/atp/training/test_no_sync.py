@@ -84,15 +84,18 @@ def test_the_count_sees_every_kind_of_read(read):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("budget", "dropout"), [("exact", 0.0), ("exact", 0.1), ("penalty", 0.0)])
-def test_no_step_reads_a_value(tmp_path, monkeypatch, precision, budget, dropout):
+@pytest.mark.parametrize(
+    ("budget", "dropout", "regularizer"),
+    [("exact", 0.0, "lasso"), ("exact", 0.1, "lasso"), ("penalty", 0.0, "lasso"), ("exact", 0.0, "l0")],
+)
+def test_no_step_reads_a_value(tmp_path, monkeypatch, precision, budget, dropout, regularizer):
     """One search step (decision, new mask, LoRA) and one tune step, data loading aside: that is the host's own work.
 
     With dropout each of the 14 linears reads its seed, which lies on the host wherever the model is.
     """
     steps = (1, SEARCH - 1, CUT + 1)
     watch = Watch(steps)
-    training = {"precision": precision, "log_every": 100, "save_every": 100}
+    training = {"precision": precision, "log_every": 100, "save_every": 100, "regularizer": regularizer}
     trainer = make(tmp_path, callbacks=[watch], training=training, decisions={"budget": budget},
                    lora={"dropout": dropout})  # fmt: skip
     size = trainer.config.decisions.batch_size
