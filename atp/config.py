@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import re
@@ -163,6 +164,8 @@ class ATPConfig(_Section):
     def refuse_change_of(self, saved: dict[str, Any]) -> None:
         """Raises `InputError` with the differences when a run was started under another config (`model_dump` form)."""
         now = self.model_dump(mode="json")
+        with contextlib.suppress(ValidationError):  # a setting that is newer than the run has its default there
+            saved = type(self).model_validate(saved).model_dump(mode="json")
         changed = [
             f"{section}{'.' + key if key else ''}: {old!r} -> {new!r}"
             for section in now

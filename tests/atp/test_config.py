@@ -181,6 +181,17 @@ def test_changed_config_is_refused_with_its_differences():
         parse(seed=1, lora={"r": 4}).refuse_change_of(started.model_dump(mode="json"))
 
 
+def test_a_run_from_before_a_setting_had_its_default():
+    saved = parse().model_dump(mode="json")
+    del saved["training"]["regularizer"]
+    parse().refuse_change_of(saved)
+    with pytest.raises(InputError, match=r"\(training\.regularizer: 'lasso' -> 'l0'\)"):
+        parse(training={"regularizer": "l0"}).refuse_change_of(saved)
+    saved["training"]["forgotten"] = 1
+    with pytest.raises(InputError, match=r"training\.forgotten: 1 -> None"):
+        parse().refuse_change_of(saved)
+
+
 @pytest.mark.parametrize("multiples", [{"mlp": 0}, {"mlp": -8}, {"mlps": 8}])
 def test_width_rules_name_a_structure_and_a_positive_multiple(multiples):
     assert "decisions.multiples" in refused(decisions={"multiples": multiples})
