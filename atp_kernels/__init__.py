@@ -5,6 +5,7 @@ from atp_kernels.backends.dispatch import available_backends
 from atp_kernels.blocks import masked_lora_qkv, masked_lora_swiglu, stack_weights
 from atp_kernels.functional import (
     compact,
+    cross_entropy_,
     explain,
     group_lasso,
     group_prox_,
@@ -25,6 +26,7 @@ __all__ = [
     "Scratch",
     "available_backends",
     "compact",
+    "cross_entropy_",
     "explain",
     "group_lasso",
     "group_prox_",

@@ -131,8 +131,13 @@ def _fused(x, gate, up, down, *, activation, mask, mask_lora, kept, backend) -> 
             linears = (stacked, down)
         out_mask = mask if mask is None or stacked is None else mask.repeat(2)
         sides = [(x, out_mask, None)] * (len(linears) - 1) + [(hidden, None, None if mask_lora else mask)]
+        alike = mask_lora or mask is None
         prepared = [
-            prepare_linear(source, p.weight, p.lora_a, p.lora_b, p.bias, None, *masks)
+            prepare_linear(
+                *(source, p.weight, p.lora_a, p.lora_b, p.bias, None, *masks),
+                merge=float(p.scaling) if alike else None,
+                backend=backend,
+            )
             for p, (source, *masks) in zip(linears, sides, strict=True)
         ]
         operands, (out_mask, in_mask) = [tensors[1:5] for tensors in prepared], (prepared[0][6], prepared[-1][7])

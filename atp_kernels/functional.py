@@ -10,6 +10,8 @@ from atp_kernels.backends.dispatch import select
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Groups
 
+_NARROWED = (torch.float32, torch.bfloat16)  # the dtypes from which and to which a weight is cast and merged at once
+
 
 def masked_lora_linear(
     x: Tensor,
@@ -34,7 +36,8 @@ def masked_lora_linear(
     x [..., in]; weight [out, in]; lora_a [r, in]; lora_b [out, r]; out_mask [out]; in_mask [in]; bias [out];
     lora_input like x (default x). Returns [..., out] in the dtype of x. Masks are bool (hard, constant) or floating
     (soft, differentiable, used in float32 whatever x is). x and weight share a dtype; the factors, bias and lora_input
-    are cast to it. Under autocast all but the masks are cast to the autocast dtype.
+    are cast to it. Under autocast all but the masks are cast to the autocast dtype; there a constant adapter may be
+    added to a float32 weight before the cast, which rounds once where two paths round twice.
     `dropout` p in [0, 1) makes lora_input = keep * x / (1 - p), in place of a given one, and gradients flow to x
     through the same keep. Seeing x as a matrix, element (m, k) is kept where word k % 4 of Philox-4x32-7 with counter
     (m, k // 4, 0, 0) and key `seed` is at least floor(p * 2^32), so that backward draws it again and nothing of it is
@@ -46,7 +49,11 @@ def masked_lora_linear(
     """
     if dropout != 0:
         _check_dropout(dropout, seed, lora_input)
-    tensors = prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    operands = (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    if dropout == 0 and (mask_lora or (out_mask is None and in_mask is None)):
+        tensors = prepare_linear(*operands, merge=float(scaling), backend=backend)
+    else:
+        tensors = prepare_linear(*operands)
     return ops.linear(tensors, float(scaling), mask_lora, False, float(dropout), seed, backend)
 
 
@@ -159,6 +166,24 @@ def compact(
     return ops.compact_op(weight.detach(), rows, cols, pad_to, backend)
 
 
+def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
+    """-log softmax(logits)[target] of each row; the gradient of their sum takes the place of the logits.
+
+    logits [rows, vocab], floating, becomes softmax(logits) - onehot(target), rounded once; targets int64 [rows], from 0
+    to vocab - 1. Returns [rows], float32 (float64 for float64), and softmax is computed in that dtype. For autograd
+    functions of one's own: this one records nothing. Raises ValueError for wrong shapes, dtypes or devices or for
+    logits that ask for a gradient, RuntimeError for a target out of range on a CPU.
+    """
+    if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+        raise ValueError(f"logits are {logits.dtype} of shape {list(logits.shape)}: give floating ones [rows, vocab].")
+    if targets.shape != logits.shape[:1] or targets.dtype != torch.int64 or targets.device != logits.device:
+        given = f"{targets.dtype} of shape {list(targets.shape)} on {targets.device}"
+        raise ValueError(f"targets are {given}, but the logits need int64 [{logits.shape[0]}] on {logits.device}.")
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError("cross_entropy_ writes over its logits and they require a gradient: call it on detached ones.")
+    return ops.cross_entropy_op(logits, targets, backend)
+
+
 def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = False) -> str:
     """One sentence on which backend takes a call of `op` on tensors like these, and why.
 
@@ -171,8 +196,15 @@ def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = Fals
     return f"{op} on {device.type} in {str(dtype).removeprefix('torch.')} runs on {name} ({why})."
 
 
-def prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> tuple[Tensor | None, ...]:
-    """Check the operands of a linear and cast them as autocast and the dtype rules ask."""
+def prepare_linear(
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask, *, merge: float | None = None, backend: str = "auto"
+) -> tuple[Tensor | None, ...]:
+    """Check the operands of a linear and cast them as autocast and the dtype rules ask.
+
+    `merge` is the scaling of an adapter that reads and feeds what the base does, None of another. Where autocast casts
+    such a linear anyway and the adapter is constant, it becomes part of the weight on the way, if `backend` has a
+    kernel for that, and factors of rank 0 stand for it.
+    """
     lora_input = None if lora_input is x else lora_input
     ready = _are_ready(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     if not ready:
@@ -180,7 +212,10 @@ def prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mas
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x = x.to(dtype)
+        mergeable = merge is not None and lora_input is None
+        merged = _merged(weight, lora_a, lora_b, merge, dtype, backend) if mergeable else None
+        weight, lora_a, lora_b = merged or (weight.to(dtype), lora_a, lora_b)
     elif ready:
         return x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask
     elif weight.dtype != dtype:
@@ -188,6 +223,23 @@ def prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mas
     lora_a, lora_b, bias = _cast(lora_a, dtype), _cast(lora_b, dtype), _cast(bias, dtype)
     lora_input = _cast(lora_input, dtype)
     return x, weight, lora_a, lora_b, bias, lora_input, _as_mask(out_mask, dtype), _as_mask(in_mask, dtype)
+
+
+def _merged(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(weight + scaling * lora_b lora_a in `dtype`, factors of rank 0) of a constant adapter, None of another.
+
+    None too where no kernel makes it at the cost of the cast, and for a compiler, which fuses casts by itself.
+    """
+    if torch.compiler.is_compiling() or weight.device.type != "cpu" or (weight.dtype, dtype) != _NARROWED:
+        return None
+    if torch.is_grad_enabled() and (weight.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
+        return None
+    module = select("masked_lora_linear", weight.device, dtype, backend)[0]
+    if not hasattr(module, "merged_weight"):
+        return None
+    return module.merged_weight(weight, lora_a, lora_b, scaling), lora_a[:0], lora_b[:, :0]
 
 
 def _are_ready(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> bool:

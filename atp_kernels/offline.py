@@ -169,9 +169,7 @@ def compile_case(case: Case, arch: int) -> Usage:
     """Compile for one architecture (80, 90, 100, 120) and measure. Raises what the compiler raises."""
     absent = {name: None for name, kind in case.arguments.items() if kind is None}
     constants = {**absent, **case.constants}
-    signature = {
-        name: "constexpr" if name in constants else case.arguments[name] for name in case.kernel.arg_names
-    }
+    signature = {name: "constexpr" if name in constants else case.arguments[name] for name in case.kernel.arg_names}
     # The JIT specialises pointers and sizes that 16 divides; the number of splits seldom is.
     attrs = {
         (i,): [["tt.divisibility", 16]]

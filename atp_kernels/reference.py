@@ -193,6 +193,15 @@ def compact(weight: Tensor, rows: Tensor | None = None, cols: Tensor | None = No
     return padded
 
 
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of each row, whose gradient softmax(logits) - onehot(target) replaces the logits."""
+    index = targets.unsqueeze(1)
+    log_p = torch.log_softmax(_wide(logits), dim=1)
+    losses = -log_p.gather(1, index).squeeze(1)
+    logits.copy_(log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0)))
+    return losses
+
+
 def owned_groups(groups: Groups, removed: Tensor) -> Tensor:
     """bool [n_groups]: which groups own at least one row or column of a factor."""
     return torch.zeros_like(removed).index_fill_(0, torch.cat([index for _, index in groups]).long(), True)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Memory for the logits of one chunk. A CPU's GEMM wants some 300 rows, a GPU's more; beyond that nothing is gained.
-_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+from atp_kernels import cross_entropy_
+
+# Memory for the logits of one chunk; a GPU's softmax takes twice as much beside it. A CPU's GEMM wants some 300 rows,
+# a GPU's more; beyond that nothing is gained.
+_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -42,24 +45,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=wide)
-        rows = _rows(hidden, weight, 2 * wide.itemsize + (dtype.itemsize if dtype != wide else 0))
+        rows = _rows(hidden, weight, dtype.itemsize)
         # Made once: fresh memory of this size costs a CPU more in page faults than the softmax does.
-        products, log_p = (hidden.new_empty(rows, len(weight), dtype=kind) for kind in (dtype, wide))
-        logits = products if dtype == wide else torch.empty_like(log_p)
+        chunk = hidden.new_empty(rows, len(weight), dtype=dtype)
         with torch.autocast(device, enabled=False):
             head = weight.to(dtype)
             for start in range(0, len(hidden), rows):
                 span = slice(start, start + rows)
-                states, index = hidden[span].to(dtype), targets[span, None]
-                here = slice(len(states))
-                torch.mm(states, head.T, out=products[here])
-                if logits is not products:
-                    logits[here].copy_(products[here])
-                torch.log_softmax(logits[here], dim=-1, out=log_p[here])
-                total -= log_p[here].gather(1, index).sum()
-                slope = log_p[here].exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
-                if logits is not products:
-                    slope = products[here].copy_(slope)
+                states = hidden[span].to(dtype)
+                slope = torch.mm(states, head.T, out=chunk[: len(states)])
+                total += cross_entropy_(slope, targets[span]).sum()
                 if d_hidden is not None:
                     d_hidden[span] = slope @ head
                 if d_weight is not None:

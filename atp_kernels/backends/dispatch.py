@@ -31,13 +31,14 @@ _ENTRY = {
     "group_lasso": "group_lasso_forward",
     "group_prox_": "group_prox_",
     "compact": "compact",
+    "cross_entropy_": "cross_entropy_",
 }
 _DTYPES = {
     "triton": (torch.float32, torch.float16, torch.bfloat16),
     "native": (torch.float32, torch.bfloat16),
 }
 # What the native backend has for the CPU alone.
-_CPU_NATIVE = ("masked_lora_linear_forward", "dropped")
+_CPU_NATIVE = ("masked_lora_linear_forward", "dropped", "cross_entropy_")
 OPS = tuple(_ENTRY)
 NAMES = ("auto", *_MODULES)
 

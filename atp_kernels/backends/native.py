@@ -26,6 +26,7 @@ __all__ = [
     "REASON",
     "build_info",
     "compact",
+    "cross_entropy_",
     "dropped",
     "gated",
     "gated_backward",
@@ -34,6 +35,7 @@ __all__ = [
     "group_prox_",
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",
+    "merged_weight",
     "separate_lasso_backward",
     "separate_lasso_forward",
 ]
@@ -188,6 +190,27 @@ def gated_backward(activation: str, d_h: Tensor, gate: Tensor, up: Tensor, d_gat
         primitives.gated_backward(activation, d_h, gate, up, d_gate, d_up)
     else:
         _ops.swiglu_backward(d_h, gate, up, d_gate, d_up)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """`reference.cross_entropy_` of float32 or bfloat16, a row at a time, its sum in float32 and then in float64.
+
+    Raises RuntimeError for a target outside the vocabulary.
+    """
+    held = logits.contiguous()
+    losses = _ops.cross_entropy_(held, targets.contiguous())
+    if held is not logits:
+        logits.copy_(held)
+    return losses
+
+
+def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """weight + scaling * lora_b lora_a in bfloat16, summed in float32 and rounded once, for little more than a cast.
+
+    On a CPU: weight float32 [out, in]; lora_a [r, in] and lora_b [out, r], used in float32.
+    """
+    held = (tensor.detach().float().contiguous() for tensor in (weight, lora_a, lora_b))
+    return _ops.merged_weight(*held, scaling)
 
 
 def _unit_stride(*matrices: Tensor) -> bool:

@@ -20,7 +20,8 @@ ACTIVATIONS = {
 """Each activation and its gradient as ATen has them: called with (pre-activation) and, where there is a place for the
 result, `out`; with (gradient, pre-activation) and `grad_input`."""
 
-_BLOCK_ELEMENTS = 2**17
+BLOCK_ELEMENTS = 2**17
+"""What stays in a CPU's cache between two passes over it."""
 
 
 def scaled_mm(left: Tensor, right: Tensor, scaling: float) -> Tensor:
@@ -29,6 +30,11 @@ def scaled_mm(left: Tensor, right: Tensor, scaling: float) -> Tensor:
         return torch.mm(left, right)
     unread = left.new_empty(left.shape[0], right.shape[1])
     return unread.addmm_(left, right, beta=0, alpha=scaling)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left @ right, for nothing where the adapter has a rank of 0: it is part of the weight."""
+    return total.addmm_(left, right) if left.shape[1] else total
 
 
 def masked(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -64,7 +70,7 @@ def mask_and_dot(grad: Tensor, total: Tensor, mask: Tensor) -> tuple[Tensor, Ten
 def dropped(values: Tensor, dropout: Dropout) -> Tensor:
     """`reference.dropped`, with its random words in blocks of rows that stay in cache."""
     result = torch.empty_like(values)
-    step = max(1, _BLOCK_ELEMENTS // max(1, values.shape[1]))
+    step = max(1, BLOCK_ELEMENTS // max(1, values.shape[1]))
     for first in range(0, values.shape[0], step):
         rows = slice(first, first + step)
         result[rows] = reference.dropped(values[rows], dropout, first)
@@ -90,7 +96,7 @@ def _blocks(values: Tensor, operand: Tensor) -> Sequence[Tensor]:
     """
     if values.device.type != "cpu" or operand.dtype in (torch.bool, values.dtype):
         return (values,)
-    return values.split(max(1, _BLOCK_ELEMENTS // max(1, values.shape[1])))
+    return values.split(max(1, BLOCK_ELEMENTS // max(1, values.shape[1])))
 
 
 class Primitives(NamedTuple):

@@ -11,12 +11,22 @@ from torch import Tensor
 
 from atp_kernels import reference
 from atp_kernels.backends.kept import kept_lora_linear_backward, kept_lora_linear_forward
-from atp_kernels.backends.primitives import ATEN, Primitives, dropped, gated, gated_backward, scaled_mm
+from atp_kernels.backends.primitives import (
+    ATEN,
+    BLOCK_ELEMENTS,
+    Primitives,
+    add_product_,
+    dropped,
+    gated,
+    gated_backward,
+    scaled_mm,
+)
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Dropout, compact, factor_norms, group_squares
 
 __all__ = [
     "compact",
+    "cross_entropy_",
     "dropped",
     "gated",
     "gated_backward",
@@ -64,10 +74,10 @@ def masked_lora_linear_forward(
     down = scaled_mm(adapter_input, lora_a.t(), scaling)
     total = base_input @ weight.t() if bias is None else torch.addmm(bias, base_input, weight.t())
     if mask_lora:
-        total.addmm_(down, lora_b.t())
+        add_product_(total, down, lora_b.t())
     y = primitives.masked(total, out_mask) if keep_sum else primitives.mask_(total, out_mask)
     if not mask_lora:
-        y.addmm_(down, lora_b.t())
+        add_product_(y, down, lora_b.t())
     norms = factor_norms(lora_a, lora_b) if with_norms else (None, None)
     return y, down, total if keep_sum else None, *norms
 
@@ -146,7 +156,7 @@ def _adapter_input(
 
 def _add_adapter_grad(d_x: Tensor, up: Tensor, lora_a: Tensor, dropout: Dropout | None, primitives: Primitives) -> None:
     if dropout is None:
-        d_x.addmm_(up, lora_a)
+        add_product_(d_x, up, lora_a)
     else:
         d_x += primitives.dropped(up @ lora_a, dropout)
 
@@ -173,3 +183,11 @@ def group_lasso_backward(
 def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor) -> None:
     """The definition itself: see `reference.group_prox_`."""
     reference.group_prox_(factors, plan.groups, removed, threshold)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """The definition, on a CPU in blocks of rows: fresh memory for all of them costs more than the softmax does."""
+    rows, vocab = logits.shape
+    step = max(1, BLOCK_ELEMENTS // vocab) if logits.device.type == "cpu" else max(1, rows)
+    blocks = zip(logits.split(step), targets.split(step), strict=True)
+    return torch.cat([reference.cross_entropy_(some, indices) for some, indices in blocks])

@@ -7,6 +7,7 @@ dispatcher's Python layer would cost each of them more than the function does.
 
 from atp_kernels.backends.primitives import ACTIVATIONS
 from atp_kernels.ops.common import common_dtype
+from atp_kernels.ops.cross_entropy import cross_entropy_op
 from atp_kernels.ops.dropout import dropped, lora_dropout_op
 from atp_kernels.ops.groups import compact_op, group_lasso_backward_op, group_lasso_op, group_prox_op, lasso, prox_
 from atp_kernels.ops.kept import flat, kept_linear, kept_lora_linear_backward_op, kept_lora_linear_op
@@ -19,6 +20,7 @@ __all__ = [
     "Swiglu",
     "common_dtype",
     "compact_op",
+    "cross_entropy_op",
     "dropped",
     "flat",
     "group_lasso_backward_op",

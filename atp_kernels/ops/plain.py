@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from atp_kernels.backends.primitives import scaled_mm
+from atp_kernels.backends.primitives import add_product_, scaled_mm
 from atp_kernels.ops.common import matrix
 
 
@@ -21,7 +21,7 @@ class LoraLinear(torch.autograd.Function):
         rows = matrix(x)
         down = scaled_mm(rows, lora_a.t(), scaling)
         y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-        y.addmm_(down, lora_b.t())
+        add_product_(y, down, lora_b.t())
         ctx.scaling, ctx.shape = scaling, x.shape
         ctx.save_for_backward(rows if need_w or need_a else None, weight, lora_a, lora_b, down if need_b else None)
         return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
@@ -40,6 +40,6 @@ class LoraLinear(torch.autograd.Function):
         up = scaled_mm(grad_y, lora_b, ctx.scaling) if need_x or need_a else None
         d_a = torch.mm(up.t(), x) if need_a else None
         if need_x:
-            d_x.addmm_(up, lora_a)
+            add_product_(d_x, up, lora_a)
             d_x = d_x if len(ctx.shape) == 2 else d_x.view(ctx.shape)
         return d_x, d_weight, d_a, d_b, d_bias, None

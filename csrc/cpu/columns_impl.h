@@ -115,11 +115,15 @@ Loops make_loops(const char* isa) {
   return {isa,
           group_sums,
           group_norms,
-          slot_slopes, slot_norms,
+          slot_slopes,
+          slot_norms,
+          merge_row,
           group_loops<float>(),
           group_loops<bfloat16>(),
           column_loops<float>(),
           column_loops<bfloat16>(),
           activation_loops<float>(),
-          activation_loops<bfloat16>()};
+          activation_loops<bfloat16>(),
+          softmax_loops<float>(),
+          softmax_loops<bfloat16>()};
 }

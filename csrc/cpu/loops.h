@@ -45,6 +45,12 @@ struct ActivationLoops {
   void (*swiglu_backward_row)(const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up);
 };
 
+// One row of logits. The result is the loss; softmax - onehot(target) takes the place of x.
+template <typename T>
+struct SoftmaxLoops {
+  double (*cross_entropy_row)(T* x, int64_t cols, int64_t target);
+};
+
 struct Loops {
   const char* isa;
 
@@ -63,12 +69,18 @@ struct Loops {
   // that norm is not 0, else 0. Returns the sum of the norms of removed slots.
   double (*slot_norms)(const float* squares, const bool* removed, int64_t count, double eps, float* slopes);
 
+  // out = weight + the sum over j < rank of factors[j] * lora_a[j], for one row of a weight; lora_a is [rank, cols].
+  void (*merge_row)(
+      const float* weight, const float* lora_a, const float* factors, int64_t rank, int64_t cols, bfloat16* out);
+
   GroupLoops<float> float32;
   GroupLoops<bfloat16> bfloat16_;
   ColumnLoops<float> float32_columns;
   ColumnLoops<bfloat16> bfloat16_columns;
   ActivationLoops<float> float32_activations;
   ActivationLoops<bfloat16> bfloat16_activations;
+  SoftmaxLoops<float> float32_softmax;
+  SoftmaxLoops<bfloat16> bfloat16_softmax;
 };
 
 template <typename T>
@@ -95,6 +107,15 @@ const ActivationLoops<T>& activations_for(const Loops& loops) {
     return loops.float32_activations;
   } else {
     return loops.bfloat16_activations;
+  }
+}
+
+template <typename T>
+const SoftmaxLoops<T>& softmax_for(const Loops& loops) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return loops.float32_softmax;
+  } else {
+    return loops.bfloat16_softmax;
   }
 }
 

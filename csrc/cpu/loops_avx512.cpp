@@ -1,6 +1,7 @@
 #include "loops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -17,6 +18,8 @@ constexpr int64_t kVectorBytes = 64;
 
 #include "loops_impl.h"
 #include "activations_impl.h"
+#include "softmax_impl.h"
+#include "merge_impl.h"
 #include "columns_impl.h"
 }  // namespace atp::cpu::avx512
 

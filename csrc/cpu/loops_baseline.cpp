@@ -1,6 +1,7 @@
 #include "loops.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace atp::cpu::baseline {
@@ -8,5 +9,7 @@ constexpr int64_t kVectorBytes = 16;
 
 #include "loops_impl.h"
 #include "activations_impl.h"
+#include "softmax_impl.h"
+#include "merge_impl.h"
 #include "columns_impl.h"
 }  // namespace atp::cpu::baseline

@@ -83,7 +83,7 @@ def test_keep_rate_and_independence(p):
 def test_blocks_of_rows_do_not_show(monkeypatch):
     x = torch.rand(50, 13)
     whole = dropped(x, Dropout(0.3, SEED))
-    monkeypatch.setattr(primitives, "_BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(primitives, "BLOCK_ELEMENTS", 40)
     assert torch.equal(primitives.dropped(x, Dropout(0.3, SEED)), whole)
 
 

@@ -1,0 +1,173 @@
+"""Cross-entropy in the place of its logits, on every backend that has it, against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_native import run_with_isa
+
+import atp_kernels
+from atp_kernels import cross_entropy_, ops
+from atp_kernels.backends import native
+
+BACKENDS = ["reference", *(["native"] if native.AVAILABLE else [])]
+DTYPES = [torch.float32, torch.bfloat16]
+INF, NAN = float("inf"), float("nan")
+
+
+def problem(rows, vocab, dtype, scale=3.0, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(rows, vocab, generator=rng)).to(dtype)
+    return logits, torch.randint(vocab, (rows,), generator=rng)
+
+
+def exact(logits, targets):
+    """Losses and gradient by autograd in float64."""
+    logits = logits.detach().clone().double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0]
+
+
+def computed(logits, targets, backend):
+    slope = logits.clone()
+    return cross_entropy_(slope, targets, backend=backend), slope
+
+
+def assert_close_to_exact(logits, targets, backend):
+    (losses, slope), (true_losses, true_slope) = computed(logits, targets, backend), exact(logits, targets)
+    assert losses.dtype == torch.float32 and slope.dtype == logits.dtype
+    # float32 rounds a difference of logits to its own size, which exp makes a relative error.
+    unit, spread = torch.finfo(torch.float32).eps, float((logits.max() - logits.min()).double()) + 8
+    assert ((losses - true_losses).abs() <= 2 * spread * unit).all()
+    allowed = torch.finfo(logits.dtype).eps / 2 * true_slope.abs() + 2 * spread * unit * (true_slope.abs() + 1e-30)
+    rows = torch.arange(len(targets))
+    allowed[rows, targets] += 2 * spread * unit  # 1 is taken off in float32
+    assert ((slope - true_slope).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    rows=st.sampled_from([0, 1, 3, 40]),
+    vocab=st.sampled_from([1, 2, 7, 16, 31, 32, 33, 95, 300, 4095, 4097, 9000]),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([0.0, 3.0, 60.0]),
+)
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_error_is_a_few_units(backend, rows, vocab, dtype, scale):
+    if rows:
+        assert_close_to_exact(*problem(rows, vocab, dtype, scale), backend)
+    else:
+        losses, slope = computed(*problem(rows, vocab, dtype, scale), backend)
+        assert losses.shape == (0,) and slope.shape == (0, vocab)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_a_large_vocabulary_stay_exact(backend):
+    """Equal logits: 300,000 equal terms, of which a float32 sum loses some."""
+    logits, targets = torch.zeros(2, 300_000), torch.tensor([5, 299_999])
+    losses, slope = computed(logits, targets, backend)
+    rounding = {"native": 1e-7, "reference": 1e-6}[backend]
+    torch.testing.assert_close(losses, torch.full((2,), 300_000.0).log(), rtol=rounding, atol=0)
+    torch.testing.assert_close(slope[0, 0], torch.tensor(1 / 300_000), rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits(backend, dtype):
+    row = [0.0] * 40
+    cases = [row[:-1] + [-INF], row[:-1] + [INF], row[:-1] + [NAN], [-INF] * 40, [-3e38] + [3e38] * 39]
+    logits = torch.tensor(cases).to(dtype)
+    losses, slope = computed(logits, torch.zeros(5, dtype=torch.int64), backend)
+    wide = logits.float().log_softmax(1)
+    torch.testing.assert_close(losses, -wide[:, 0], equal_nan=True)
+    expected = wide.exp()
+    expected[:, 0] -= 1
+    torch.testing.assert_close(slope, expected.to(dtype), equal_nan=True)
+
+
+def test_other_dtypes_go_to_the_reference():
+    logits, targets = problem(5, 60, torch.float64)
+    losses, slope = computed(logits, targets, "auto")
+    assert losses.dtype == torch.float64
+    for got, want in zip((losses, slope), exact(logits, targets), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    assert computed(logits.half(), targets, "auto")[0].dtype == torch.float32
+    assert "reference" in atp_kernels.explain("cross_entropy_", logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_and_targets_that_lie_apart(backend):
+    logits, targets = problem(6, 50, torch.float32)
+    wide, far = torch.full((6, 90), NAN), torch.zeros(6, 2, dtype=torch.int64)
+    wide[:, 20:70], far[:, 1] = logits, targets
+    losses = cross_entropy_(wide[:, 20:70], far[:, 1], backend=backend)
+    expected = computed(logits, targets, backend)
+    assert torch.equal(losses, expected[0]) and torch.equal(wide[:, 20:70], expected[1])
+    assert wide[:, :20].isnan().all() and wide[:, 70:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_an_operator(backend):
+    logits, targets = problem(6, 50, torch.float32)
+    torch.library.opcheck(ops.cross_entropy_op, (logits.clone(), targets, backend))
+
+    def call(logits):
+        return cross_entropy_(logits, targets, backend=backend)
+
+    own = logits.clone()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(own), computed(logits, targets, backend)[0])
+    assert torch.equal(own, computed(logits, targets, backend)[1])
+
+
+def test_wrong_input_is_one_sentence():
+    logits, targets = problem(3, 5, torch.float32)
+    with pytest.raises(ValueError, match=r"shape \[5\]: give floating ones \[rows, vocab\]"):
+        cross_entropy_(logits[0], targets)
+    with pytest.raises(ValueError, match="give floating ones"):
+        cross_entropy_(logits.long(), targets)
+    with pytest.raises(ValueError, match="give floating ones"):
+        cross_entropy_(logits[:, :0], targets)
+    with pytest.raises(ValueError, match=r"the logits need int64 \[3\] on cpu"):
+        cross_entropy_(logits, targets[:2])
+    with pytest.raises(ValueError, match="torch.int32"):
+        cross_entropy_(logits, targets.int())
+    with pytest.raises(ValueError, match="call it on detached ones"):
+        cross_entropy_(logits.requires_grad_(), targets)
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+class TestNative:
+    def test_targets_outside_the_vocabulary(self):
+        for target in (-1, 5):
+            logits = problem(2, 5, torch.float32)[0]
+            before = logits.clone()
+            with pytest.raises(RuntimeError, match=f"target {target} is outside a vocabulary of 5"):
+                cross_entropy_(logits, torch.tensor([0, target]))
+            assert torch.equal(logits, before)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_bits_do_not_depend_on_the_run_or_the_threads(self, dtype):
+        case, threads = problem(60, 5003, dtype), torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            expected = computed(*case, "native")
+            for run in range(10):
+                torch.set_num_threads(1 + run % 2)
+                assert all(map(torch.equal, computed(*case, "native"), expected))
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_bits_do_not_depend_on_the_instruction_set(self):
+        code = (
+            "import hashlib\nfrom tests.atp_kernels import test_cross_entropy as t\ndigest = hashlib.sha256()\n"
+            "for dtype in t.DTYPES:\n"
+            "    for vocab in (5003, 4128, 37):\n"
+            "        for tensor in t.computed(*t.problem(30, vocab, dtype), 'native'):\n"
+            "            digest.update(tensor.flatten().view(t.torch.uint8).numpy().tobytes())\n"
+            "print(t.native.build_info()['isa'], digest.hexdigest())"
+        )
+        compiled, best = native.build_info()["isa_compiled"], native.build_info()["isa"]
+        results = [run_with_isa(isa, code) for isa in compiled[: compiled.index(best) + 1]]
+        assert [result.returncode for result in results] == [0] * len(results), results[-1].stderr
+        assert len({result.stdout.split()[1] for result in results}) == 1
