@@ -160,7 +160,7 @@ class TestNative:
 
     def test_bits_do_not_depend_on_the_instruction_set(self):
         code = (
-            "import hashlib\nfrom tests.atp_kernels import test_cross_entropy as t\ndigest = hashlib.sha256()\n"
+            "import hashlib\nfrom tests.atp_kernels import test_cross_entropy_kernel as t\ndigest = hashlib.sha256()\n"
             "for dtype in t.DTYPES:\n"
             "    for vocab in (5003, 4128, 37):\n"
             "        for tensor in t.computed(*t.problem(30, vocab, dtype), 'native'):\n"
