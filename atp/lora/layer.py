@@ -141,15 +141,31 @@ class MaskedMLP(nn.Module):
         )
 
 
-def fuse_mlps(model: PeftModel) -> PeftModel:
-    """Puts a `MaskedMLP` in the place of every MLP whose linears are masked LoRA layers; returns the model."""
+def fuse_layers(model: PeftModel) -> PeftModel:
+    """Makes what the masked LoRA layers of a decoder layer have in common once; returns the model.
+
+    Every MLP of three becomes a `MaskedMLP`, and attention casts its input once for q, k and v.
+    """
     activation = model.get_base_model().config.hidden_act
     for parent in list(model.modules()):
         mlp = getattr(parent, "mlp", None)
-        linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        if not isinstance(mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
+        if not isinstance(mlp, MaskedMLP) and _are_masked(mlp, "gate_proj", "up_proj", "down_proj"):
             parent.mlp = MaskedMLP(mlp, activation)
+        if _are_masked(parent, "q_proj", "k_proj", "v_proj"):
+            parent.register_forward_pre_hook(_cast_input, with_kwargs=True)
     return model
+
+
+def _are_masked(parent: nn.Module | None, *names: str) -> bool:
+    return all(isinstance(getattr(parent, name, None), MaskedLoraLinear) for name in names)
+
+
+def _cast_input(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """What autocast would do for q, k and v each, and with three gradients on the way back."""
+    x = kwargs.get("hidden_states")  # as decoder layers of transformers hand it over
+    if x is not None and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        kwargs["hidden_states"] = x.to(torch.get_autocast_dtype(x.device.type))
+    return args, kwargs
 
 
 def add_lora(model: nn.Module, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0) -> PeftModel:
@@ -166,4 +182,4 @@ def add_lora(model: nn.Module, space: MaskSpace, *, r: int, alpha: float, dropou
     )
     config._register_custom_module({nn.Linear: MaskedLoraLinear})
     with seeded(seed):
-        return fuse_mlps(get_peft_model(model, config))
+        return fuse_layers(get_peft_model(model, config))

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from atp.lora.layer import fuse_mlps
+from atp.lora.layer import fuse_layers
 from atp.masks.space import MaskSpace
 from atp.models.config import ATPLlamaConfig, LayerShape
 from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
@@ -199,7 +199,7 @@ def _wrap_like(model: PeftModel, base: ATPLlamaForCausalLM) -> PeftModel:
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # no model on the Hub has these widths
     options = {"adapter_name": adapter, "autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
-    return fuse_mlps(get_peft_model(base, config, **options))
+    return fuse_layers(get_peft_model(base, config, **options))
 
 
 def _complete(base: PreTrainedModel, source: PreTrainedModel) -> None:
