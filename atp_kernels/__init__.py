@@ -12,6 +12,7 @@ from atp_kernels.functional import (
     lora_dropout,
     masked_lora_linear,
     masked_lora_linear_with_norms,
+    rms_norm,
 )
 from atp_kernels.kept import kept_lora_linear
 from atp_kernels.plan import GroupPlan
@@ -37,5 +38,6 @@ __all__ = [
     "masked_lora_qkv",
     "masked_lora_swiglu",
     "nn",
+    "rms_norm",
     "stack_weights",
 ]

@@ -202,6 +202,13 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """weight * x / sqrt(mean of x squared over the last dimension + eps) (Zhang, Sennrich 2019), rounded to `dtype`."""
+    wide = _wide(x)
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (weight * normed).to(x.dtype if dtype is None else dtype)
+
+
 def owned_groups(groups: Groups, removed: Tensor) -> Tensor:
     """bool [n_groups]: which groups own at least one row or column of a factor."""
     return torch.zeros_like(removed).index_fill_(0, torch.cat([index for _, index in groups]).long(), True)

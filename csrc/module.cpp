@@ -38,6 +38,8 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
   m.def("swiglu_forward(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor(a!) d_gate, Tensor(b!) d_up) -> ()");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets) -> Tensor");
+  m.def("rms_norm_forward(Tensor x, Tensor weight, float eps, bool narrow) -> (Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor d_y, Tensor x, Tensor weight, Tensor scales) -> Tensor");
   m.def("merged_weight(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
   m.def("compact(Tensor weight, Tensor? rows, Tensor? cols, int pad_to, int stream=0) -> Tensor");
 }

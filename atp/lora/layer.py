@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from atp.masks.space import MaskSpace
 from atp.rng import seeded
@@ -18,6 +20,7 @@ from atp_kernels import (
     lora_dropout,
     masked_lora_linear,
     masked_lora_swiglu,
+    rms_norm,
 )
 
 ADAPTER = "default"
@@ -141,31 +144,37 @@ class MaskedMLP(nn.Module):
         )
 
 
-def fuse_layers(model: PeftModel) -> PeftModel:
-    """Makes what the masked LoRA layers of a decoder layer have in common once; returns the model.
+class FusedRMSNorm(nn.Module):
+    """Takes the place of the RMSNorm before attention or MLP: one pass each way, to the dtype that autocast asks for.
 
-    Every MLP of three becomes a `MaskedMLP`, and attention casts its input once for q, k and v.
+    The linears that read it would cast its result, each for itself, and with a gradient each on the way back.
     """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        return rms_norm(x, self.weight, eps=self.variance_epsilon, dtype=dtype)
+
+
+def fuse_layers(model: PeftModel) -> PeftModel:
+    """Fuses norms and MLPs of decoder layers around their masked LoRA layers; returns the model."""
     activation = model.get_base_model().config.hidden_act
     for parent in list(model.modules()):
         mlp = getattr(parent, "mlp", None)
-        if not isinstance(mlp, MaskedMLP) and _are_masked(mlp, "gate_proj", "up_proj", "down_proj"):
+        linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if not isinstance(mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
             parent.mlp = MaskedMLP(mlp, activation)
-        if _are_masked(parent, "q_proj", "k_proj", "v_proj"):
-            parent.register_forward_pre_hook(_cast_input, with_kwargs=True)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm = getattr(parent, name, None)
+            if isinstance(norm, (LlamaRMSNorm, MistralRMSNorm)):
+                setattr(parent, name, FusedRMSNorm(norm))
     return model
-
-
-def _are_masked(parent: nn.Module | None, *names: str) -> bool:
-    return all(isinstance(getattr(parent, name, None), MaskedLoraLinear) for name in names)
-
-
-def _cast_input(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """What autocast would do for q, k and v each, and with three gradients on the way back."""
-    x = kwargs.get("hidden_states")  # as decoder layers of transformers hand it over
-    if x is not None and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        kwargs["hidden_states"] = x.to(torch.get_autocast_dtype(x.device.type))
-    return args, kwargs
 
 
 def add_lora(model: nn.Module, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0) -> PeftModel:

@@ -32,13 +32,14 @@ _ENTRY = {
     "group_prox_": "group_prox_",
     "compact": "compact",
     "cross_entropy_": "cross_entropy_",
+    "rms_norm": "rms_norm_forward",
 }
 _DTYPES = {
     "triton": (torch.float32, torch.float16, torch.bfloat16),
     "native": (torch.float32, torch.bfloat16),
 }
 # What the native backend has for the CPU alone.
-_CPU_NATIVE = ("masked_lora_linear_forward", "dropped", "cross_entropy_")
+_CPU_NATIVE = ("masked_lora_linear_forward", "dropped", "cross_entropy_", "rms_norm_forward")
 OPS = tuple(_ENTRY)
 NAMES = ("auto", *_MODULES)
 

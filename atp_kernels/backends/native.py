@@ -36,6 +36,8 @@ __all__ = [
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",
     "merged_weight",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "separate_lasso_backward",
     "separate_lasso_forward",
 ]
@@ -211,6 +213,21 @@ def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
     """
     held = (tensor.detach().float().contiguous() for tensor in (weight, lora_a, lora_b))
     return _ops.merged_weight(*held, scaling)
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`reference.rms_norm_forward` of float32 or bfloat16, to the dtype of x or to bfloat16, rounded once."""
+    narrow = dtype == torch.bfloat16
+    if dtype != x.dtype and not narrow:
+        return reference.rms_norm_forward(x, weight, eps, dtype)
+    return _ops.rms_norm_forward(x.contiguous(), weight.detach().float().contiguous(), eps, narrow)
+
+
+def rms_norm_backward(d_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """`reference.rms_norm_backward`, as `rms_norm_forward`."""
+    if d_y.dtype not in (torch.float32, torch.bfloat16):
+        return reference.rms_norm_backward(d_y, x, weight, scales)
+    return _ops.rms_norm_backward(d_y.contiguous(), x.contiguous(), weight.detach().float().contiguous(), scales)
 
 
 def _unit_stride(*matrices: Tensor) -> bool:

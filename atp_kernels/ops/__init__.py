@@ -12,6 +12,7 @@ from atp_kernels.ops.dropout import dropped, lora_dropout_op
 from atp_kernels.ops.groups import compact_op, group_lasso_backward_op, group_lasso_op, group_prox_op, lasso, prox_
 from atp_kernels.ops.kept import flat, kept_linear, kept_lora_linear_backward_op, kept_lora_linear_op
 from atp_kernels.ops.linear import linear, masked_lora_linear_backward_op, masked_lora_linear_op
+from atp_kernels.ops.rms_norm import rms_norm
 from atp_kernels.ops.swiglu import MlpSpec, Swiglu
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "masked_lora_linear_backward_op",
     "masked_lora_linear_op",
     "prox_",
+    "rms_norm",
 ]

@@ -125,5 +125,9 @@ Loops make_loops(const char* isa) {
           activation_loops<float>(),
           activation_loops<bfloat16>(),
           softmax_loops<float>(),
-          softmax_loops<bfloat16>()};
+          softmax_loops<bfloat16>(),
+          norm_loops<float, float>(),
+          norm_loops<float, bfloat16>(),
+          norm_loops<bfloat16, float>(),
+          norm_loops<bfloat16, bfloat16>()};
 }

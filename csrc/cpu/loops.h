@@ -51,6 +51,14 @@ struct SoftmaxLoops {
   double (*cross_entropy_row)(T* x, int64_t cols, int64_t target);
 };
 
+// One row of weight * x * scale with scale = 1 / sqrt(mean of x squared + eps), which is returned, or of its gradient.
+template <typename X, typename Y>
+struct NormLoops {
+  float (*rms_norm_row)(const X* x, const float* weight, double eps, int64_t cols, Y* y);
+  void (*rms_norm_backward_row)(
+      const Y* d_y, const X* x, const float* weight, float scale, int64_t cols, X* d_x);
+};
+
 struct Loops {
   const char* isa;
 
@@ -81,6 +89,10 @@ struct Loops {
   ActivationLoops<bfloat16> bfloat16_activations;
   SoftmaxLoops<float> float32_softmax;
   SoftmaxLoops<bfloat16> bfloat16_softmax;
+  NormLoops<float, float> float32_norm;
+  NormLoops<float, bfloat16> narrowing_norm;
+  NormLoops<bfloat16, float> widening_norm;
+  NormLoops<bfloat16, bfloat16> bfloat16_norm;
 };
 
 template <typename T>
@@ -116,6 +128,19 @@ const SoftmaxLoops<T>& softmax_for(const Loops& loops) {
     return loops.float32_softmax;
   } else {
     return loops.bfloat16_softmax;
+  }
+}
+
+template <typename X, typename Y>
+const NormLoops<X, Y>& norm_for(const Loops& loops) {
+  if constexpr (sizeof(X) == sizeof(float) && sizeof(Y) == sizeof(float)) {
+    return loops.float32_norm;
+  } else if constexpr (sizeof(X) == sizeof(float)) {
+    return loops.narrowing_norm;
+  } else if constexpr (sizeof(Y) == sizeof(float)) {
+    return loops.widening_norm;
+  } else {
+    return loops.bfloat16_norm;
   }
 }
 

@@ -20,6 +20,7 @@ constexpr int64_t kVectorBytes = 64;
 #include "activations_impl.h"
 #include "softmax_impl.h"
 #include "merge_impl.h"
+#include "norm_impl.h"
 #include "columns_impl.h"
 }  // namespace atp::cpu::avx512
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny_lora import masked, random_mask, tokens
 from torch.testing import assert_close
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from atp.lora.controller import MaskController
-from atp.lora.layer import MaskedLoraLinear, MaskedMLP
+from atp.lora.layer import FusedRMSNorm, MaskedLoraLinear, MaskedMLP
 from atp.removal import cut_model
 
 
@@ -38,6 +39,31 @@ def test_forms_equal_the_separate_masked_layers(space_name, form):
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_norms_write_what_the_linears_would_cast_to():
+    """Under autocast q, k, v and the MLP get bfloat16; the loss and its gradients are as close to float32 as before."""
+    model, _ = masked()
+    seen = []
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    exact = loss_and_gradients(model)
+    assert set(seen) == {torch.float32}
+    errors = []
+    for norms in (FusedRMSNorm, LlamaRMSNorm):
+        for layer in model.get_base_model().model.layers if norms is LlamaRMSNorm else ():
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                fused, stock = getattr(layer, name), LlamaRMSNorm(16, getattr(layer, name).variance_epsilon)
+                assert isinstance(fused, FusedRMSNorm)
+                stock.weight = fused.weight
+                setattr(layer, name, stock)
+        del seen[:]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss_and_gradients(model)
+        assert set(seen) == ({torch.bfloat16} if norms is FusedRMSNorm else {torch.float32})
+        errors.append(sum(float((found[name] - value).square().sum()) for name, value in exact.items()) ** 0.5)
+    assert errors[0] <= 1.5 * errors[1]
 
 
 def test_soft_mask_gradient_equals_that_of_the_separate_layers():

@@ -1,0 +1,183 @@
+"""RMSNorm with a dtype of its own for the result, on every backend that has it, against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_native import run_with_isa
+from torch.utils.checkpoint import checkpoint
+
+from atp_kernels import explain, reference, rms_norm
+from atp_kernels.backends import native
+
+BACKENDS = ["reference", *(["native"] if native.AVAILABLE else [])]
+PAIRS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+EPS = 1e-5
+
+
+def problem(rows, cols, dtype, result, scale=1.0, seed=0):
+    """x, weight and an upstream gradient."""
+    rng = torch.Generator().manual_seed(seed)
+    x = (scale * torch.randn(rows, cols, generator=rng)).to(dtype).requires_grad_()
+    weight = (torch.rand(cols, generator=rng) + 0.5).requires_grad_()
+    return x, weight, torch.randn(rows, cols, generator=rng).to(result)
+
+
+def plain(x, weight, result):
+    """As transformers' Llama does it: float32 inside, rounded to the dtype of x, times the weight."""
+    wide = x.float()
+    return (weight * (wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)).to(result)
+
+
+def results(y, x, weight, grad):
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), grad)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    rows=st.sampled_from([1, 3, 70]),
+    cols=st.sampled_from([1, 7, 8, 9, 31, 64, 1023, 1024, 1025, 5000]),
+    pair=st.sampled_from(PAIRS),
+    scale=st.sampled_from([1e-4, 1.0, 300.0]),
+)
+@settings(max_examples=50, derandomize=True, deadline=None)
+def test_error_is_no_worse_than_unfused(backend, rows, cols, pair, scale):
+    x, weight, grad = problem(rows, cols, *pair, scale)
+    got = results(rms_norm(x, weight, eps=EPS, dtype=pair[1], backend=backend), x, weight, grad)
+    unfused = results(plain(x, weight, pair[1]), x, weight, grad)
+    wide, w = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = results(reference.rms_norm(wide, w, EPS), wide, w, grad.double())
+    assert [value.dtype for value in got] == [value.dtype for value in unfused]
+    # What cancels in dx is a term of this size.
+    sizes = [exact[0], (w * grad.double()).detach() * (exact[0] / w.detach() / wide.detach()), exact[2]]
+    for value, other, truth, size in zip(got, unfused, exact, sizes, strict=True):
+        error, own = ((some.double() - truth).norm() for some in (value, other))
+        assert error <= max(2 * own, torch.finfo(value.dtype).eps * size.norm())
+
+
+def test_gradcheck_and_other_dtypes():
+    x, weight, _ = problem(4, 6, torch.float64, torch.float64)
+    weight = weight.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, eps=EPS), (x, weight))
+    assert rms_norm(x, weight, eps=EPS, dtype=torch.float32).dtype == torch.float32
+    half = rms_norm(x.half(), weight.half(), eps=EPS)
+    torch.testing.assert_close(half, reference.rms_norm(x, weight, EPS).half(), rtol=2e-3, atol=2e-3)
+    assert rms_norm(x.float(), weight.float(), eps=EPS, dtype=torch.float16).dtype == torch.float16
+    assert "reference" in explain("rms_norm", x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leading_dimensions_strides_and_no_rows(backend):
+    x, weight, grad = problem(6, 40, torch.float32, torch.bfloat16)
+    y = rms_norm(x, weight, eps=EPS, dtype=torch.bfloat16, backend=backend)
+    expected = results(y, x, weight, grad)
+    wide = torch.full((2, 3, 90), float("nan"))
+    wide[..., 20:60] = x.detach().view(2, 3, 40)
+    wide.requires_grad_()
+    y = rms_norm(wide[..., 20:60], weight, eps=EPS, dtype=torch.bfloat16, backend=backend)
+    d_wide, d_weight = torch.autograd.grad(y, (wide, weight), grad.view(2, 3, 40))
+    assert torch.equal(y.view(6, 40), expected[0]) and torch.equal(d_weight, expected[2])
+    assert torch.equal(d_wide[..., 20:60].reshape(6, 40), expected[1]) and not d_wide[..., :20].any()
+    grad = grad.t().contiguous().t()
+    y = rms_norm(x, weight, eps=EPS, dtype=torch.bfloat16, backend=backend)
+    for value, other in zip(results(y, x, weight, grad), expected, strict=True):
+        torch.testing.assert_close(value, other)
+    empty = rms_norm(x[:0], weight, eps=EPS, backend=backend)
+    assert empty.shape == (0, 40) and torch.autograd.grad(empty.sum(), x)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_asked_for_and_what_repeats(backend):
+    x, weight, grad = problem(5, 33, torch.float32, torch.float32)
+    y = rms_norm(x, weight, eps=EPS, backend=backend)
+    first = torch.autograd.grad(y, (x, weight), grad, retain_graph=True)
+    assert all(map(torch.equal, torch.autograd.grad(y, (x, weight), grad), first))
+    frozen = weight.detach()
+    rerun = checkpoint(lambda x: rms_norm(x, frozen, eps=EPS, backend=backend), x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(rerun, x, grad)[0], first[0])
+    (d_weight,) = torch.autograd.grad(rms_norm(x.detach(), weight, eps=EPS, backend=backend), weight, grad)
+    assert torch.equal(d_weight, first[1])
+    upstream = grad.clone().requires_grad_()
+    (d_x,) = torch.autograd.grad(rms_norm(x, weight, eps=EPS, backend=backend), x, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        d_x.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic):
+    def call(x, weight):
+        return rms_norm(x, weight, eps=EPS, dtype=torch.bfloat16)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (4, 9):
+        x, weight, grad = problem(rows, 24, torch.float32, torch.bfloat16)
+        pairs = zip(
+            results(compiled(x, weight), x, weight, grad), results(call(x, weight), x, weight, grad), strict=True
+        )
+        for got, want in pairs:
+            torch.testing.assert_close(got, want)
+
+
+def test_wrong_input_is_one_sentence():
+    x, weight = torch.ones(3, 4), torch.ones(4)
+    with pytest.raises(ValueError, match=r"give a floating tensor \[..., K\]"):
+        rms_norm(x.long(), weight, eps=EPS)
+    with pytest.raises(ValueError, match=r"give a floating tensor \[..., K\]"):
+        rms_norm(x[:, :0], weight[:0], eps=EPS)
+    with pytest.raises(ValueError, match=r"shape \[3\] on cpu, but x needs a floating \[4\] on cpu"):
+        rms_norm(x, weight[:3], eps=EPS)
+    with pytest.raises(ValueError, match="dtype is torch.int64: give a floating one"):
+        rms_norm(x, weight, eps=EPS, dtype=torch.int64)
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+class TestNative:
+    @staticmethod
+    def everything():
+        tensors = []
+        for dtype, result in PAIRS:
+            for cols in (37, 576, 4099):
+                x, weight, grad = problem(50, cols, dtype, result)
+                y, scales = native.rms_norm_forward(x.detach(), weight, EPS, result)
+                tensors += [y, scales, native.rms_norm_backward(grad, x.detach(), weight, scales)]
+        return tensors
+
+    def test_bits_do_not_depend_on_the_run_or_the_threads(self):
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            expected = self.everything()
+            for run in range(10):
+                torch.set_num_threads(1 + run % 2)
+                assert all(map(torch.equal, self.everything(), expected))
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_bits_do_not_depend_on_the_instruction_set(self):
+        code = (
+            "import hashlib\nfrom tests.atp_kernels import test_rms_norm as t\ndigest = hashlib.sha256()\n"
+            "for tensor in t.TestNative.everything():\n"
+            "    digest.update(tensor.flatten().view(t.torch.uint8).numpy().tobytes())\n"
+            "print(digest.hexdigest())"
+        )
+        compiled, best = native.build_info()["isa_compiled"], native.build_info()["isa"]
+        found = [run_with_isa(isa, code) for isa in compiled[: compiled.index(best) + 1]]
+        assert [one.returncode for one in found] == [0] * len(found), found[-1].stderr
+        assert len({one.stdout for one in found}) == 1
+
+    def test_wrong_input_is_one_sentence(self):
+        ops, x, weight = torch.ops.atp_kernels_native, torch.ones(3, 4), torch.ones(4)
+        with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
+            ops.rms_norm_forward(x.double(), weight, EPS, False)
+        with pytest.raises(RuntimeError, match="weight must be a contiguous float32 vector of length 4"):
+            ops.rms_norm_forward(x, torch.ones(3), EPS, False)
+        with pytest.raises(RuntimeError, match=r"d_y must be contiguous \[3, 4\]"):
+            ops.rms_norm_backward(torch.ones(4, 3), x, weight, torch.ones(3))
+        with pytest.raises(RuntimeError, match="scales must be a contiguous float32 vector of length 3"):
+            ops.rms_norm_backward(x, x, weight, torch.ones(4))
