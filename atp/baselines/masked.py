@@ -14,6 +14,8 @@ from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.training.precision import autocast_dtype
 
+_FUSED = ("mlp", "input_layernorm", "post_attention_layernorm")
+
 
 @contextmanager
 def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
@@ -21,7 +23,7 @@ def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterat
 
     Uses ATP's own masked layers, with an adapter that adds nothing (its B is zero) and learns nothing.
     """
-    training, mlps = model.training, [layer.mlp for layer in model.model.layers]
+    training, stock = model.training, [{name: getattr(layer, name) for name in _FUSED} for layer in model.model.layers]
     wrapped = add_lora(model, space, r=1, alpha=1.0, dropout=0.0, seed=config.seed).eval()
     wrapped.requires_grad_(False)
     controller = MaskController(wrapped, space)
@@ -35,8 +37,10 @@ def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterat
         yield loss_of
     finally:
         plain = wrapped.unload()
-        for layer, mlp in zip(plain.model.layers, mlps, strict=True):
-            # add_lora puts a fused MLP in the place of each, and unload gives back linears, not modules around them.
+        for layer, modules in zip(plain.model.layers, stock, strict=True):
+            # add_lora puts fused modules in the place of these, and unload gives back linears, not modules around them.
+            mlp = modules["mlp"]
             mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
-            layer.mlp = mlp
+            for name, module in modules.items():
+                setattr(layer, name, module)
         plain.train(training)
