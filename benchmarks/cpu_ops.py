@@ -48,10 +48,11 @@ def linear_marks(rows: list[Row], addmm_mib: float) -> list[Mark]:
         bounds = BOTH_SIDES if op == "linear_hard_both" else ONE_SIDE
         faster = by_name["unfused"]["p50_ms"] / ours["p50_ms"]
         marks = [Mark(f"{what}, times as fast as unfused", faster, bounds[dtype])] if dtype in bounds else []
-    # Activations in the order of the model are gathered, which takes memory; a producer and its consumer spare that.
-    peak = by_name.get("ours_kept_first", ours)["peak_mib"]
-    memory = Mark(f"{what}, peak memory over addmm_'s", peak / addmm_mib, MEMORY, at_most=True)
-    return [*marks, memory]
+    for name, order in {"ours": "", "ours_kept_first": " kept first"}.items():
+        if name in by_name:
+            peak = by_name[name]["peak_mib"] / addmm_mib
+            marks.append(Mark(f"{what}{order}, peak memory over addmm_'s", peak, MEMORY, at_most=True))
+    return marks
 
 
 def addmm_peak(op: Op, case: Case) -> float:

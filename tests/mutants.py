@@ -29,6 +29,8 @@ _GROUPS = "tests/atp_kernels/test_groups.py"
 _SEPARATE = "tests/atp_kernels/test_groups_separate.py"
 _KEPT = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
 _KEPT_FIRST = "tests/atp_kernels/test_kept_first.py -k no_worse_than_unfused"
+_CHUNKS = "tests/atp_kernels/test_kept_chunks.py -k 'not memory_is'"
+_CHUNKS_MEMORY = "tests/atp_kernels/test_kept_chunks.py -k memory_is"
 _MLP = "tests/atp_kernels/test_blocks.py -k swiglu_is_no_worse_than_unfused"
 _MLP_KEPT = "tests/atp_kernels/test_blocks.py -k swiglu_on_kept_slices_is_no_worse"
 _ACTIVATIONS = "tests/atp_kernels/test_native_activations.py -k 'any_shape or columns'"
@@ -250,24 +252,41 @@ _TABLE = {
         ("Side(mask.index, mask.place, True)", "Side(mask.index, mask.place, False)"),
     ),
     (_KEPT_MATH, _KEPT): (
-        ("base = values @ matrix if bias is None else torch.addmm(bias, values, matrix)", "base = values @ matrix"),
+        ("torch.addmm(bias, rows, matrix, out=target)", "torch.mm(rows, matrix, out=target)"),
         ("_ordered(lora_a, ins, 1).t(), scaling)", "_ordered(lora_a, ins, 1).t(), 1.0)"),
-        ("result if low is None else result.addmm_(low, high)", "result"),
+        ("return result if low is None else result.addmm_(low, high)", "return result"),
         ("scaled_mm(grad_y, _ordered(lora_b, outs, 0), scaling)", "scaled_mm(grad_y, _ordered(lora_b, outs, 0), 1.0)"),
-        ("_columns(values, source.index)", "values[:, : matrix.shape[0]]"),
+        ("_take(values[rows], part, gathered)", "gathered.copy_(values[rows, : len(part)])"),
+        ("later = outs is None or not outs.kept_first", "later = False"),
         ("up if shared_input else None", "up"),
         ("up if shared_input else None", "None"),
     ),
     (_KEPT_MATH, _KEPT_FIRST): (
-        ("torch.addmm(bias, values, matrix, out=head)", "torch.mm(values, matrix, out=head)"),
         ("head.addmm_(low, high[:, :width])", "pass"),
         ("torch.mm(low, high[:, width:], out=tail)", "tail.zero_()"),
         ("down = scaled_mm(x if lora_input is None else lora_input, _ordered(lora_a, ins, 1)",
          "down = scaled_mm(x if lora_input is None else lora_input, lora_a"),
-        ("down, _ordered(lora_b, outs, 0).t())", "down, lora_b.t())"),
-        ("_restored(grad_y.t() @ down, outs, 0)", "grad_y.t() @ down"),
-        ("_restored(up.t() @ adapter_input, ins, 1)", "up.t() @ adapter_input"),
+        ("down, _ordered(lora_b, outs, 0).t(), spare)", "down, lora_b.t(), spare)"),
+        ("(grad_y.t() @ down).index_select(0, outs.place)", "grad_y.t() @ down"),
+        ("_spread_(d_a, d_a.shape[1], ins.place, rows)", "pass"),
         ("lora_a = _ordered(lora_a, ins, 1)", "pass"),
+    ),
+    (_KEPT_MATH, _CHUNKS): (
+        ("_columns(values, source.index)", "values[:, : matrix.shape[0]]"),
+        ("result = _columns(result, target.place)", "result = result[:, target.place.sort()[0]]"),
+        ("later = outs is None or not outs.kept_first", "later = True"),
+        ("memory = result[start + count :].view(-1)", "memory = result[start:].view(-1)"),
+        ("elif by_columns:", "elif True:"),
+        ("matrix[:step], bias, out)", "matrix[:step], None, out)"),
+        ("out.addmm_(gathered, matrix[first : first + step])", "pass"),
+        ("zip(values.split(step), out.split(step), strict=True)", "((values[:step], out[:step]),)"),
+        ("block[:, :width].clone(), place", "block[:, :width], place"),
+    ),
+    (_KEPT_MATH, _CHUNKS_MEMORY): (
+        ("values.view(torch.int16), out.view(torch.int16)", "values, out"),
+        ("spare = need_a * lora_a.numel() + need_b * lora_b.numel()", "spare = grad_y.numel()"),
+        ("room = min(max(spare, _FEW_ROWS * width), n * width)", "room = n * width"),
+        ("target.place, max(_FEW_ROWS, min(spare, _BLOCK_ELEMENTS) // width))", "target.place, len(result))"),
     ),
     (_KEPT_MATH, "tests/atp_kernels/test_kept_first.py -k uninitialised"): (("tail.zero_()", "pass"),),
     (_SWIGLU, _MLP): (

@@ -27,7 +27,7 @@ from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "tests" / "mutations.json"
-COPIED = ("atp_kernels", "tests/conftest.py", "tests/atp_kernels", "pyproject.toml")
+COPIED = ("atp_kernels", "benchmarks", "tests/conftest.py", "tests/atp_kernels", "pyproject.toml")
 Row = dict[str, str | float | None]
 
 

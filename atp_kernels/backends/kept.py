@@ -12,10 +12,10 @@ from torch import Tensor
 
 from atp_kernels.backends.primitives import scaled_mm
 
-_FEW_ROWS = 16
-_LEAST_ROWS = 128
+_FEW_ROWS = 16  # of scratch memory at least
+_LEAST_ROWS = 256  # that a product of their own is worth: it reads the whole weight again
 _ROWS_OF_16_BITS = 512
-_BLOCK_ELEMENTS = 2**17
+_BLOCK_ELEMENTS, _PART_ELEMENTS = 2**17, 2**13  # of activations, of a factor: that stay in cache
 
 
 class Side(NamedTuple):
@@ -49,8 +49,7 @@ def kept_lora_linear_forward(
     lora_input A^T.
     """
     down = scaled_mm(x if lora_input is None else lora_input, _ordered(lora_a, ins, 1).t(), scaling)
-    # Backward needs room for d_x; what is gathered of x takes less of it, while d_x is not there yet.
-    spare = x.numel()
+    spare = x.numel()  # backward will take as much for d_x
     return _product(x, weight.t(), bias, ins, outs, down, _ordered(lora_b, outs, 0).t(), spare), down
 
 
@@ -73,22 +72,26 @@ def kept_lora_linear_backward(
     """
     need_x, need_a, need_b, need_adapter = needs
     d_x = d_a = d_b = d_adapter = up = None
-    permuted = outs is not None and outs.kept_first
+    # d_x needs room, so what can come after it does. Permuting d_b takes it twice.
+    later = outs is None or not outs.kept_first
     lora_a = _ordered(lora_a, ins, 1)
-    if need_b and permuted:
-        d_b = _restored(grad_y.t() @ down, outs, 0)
+    if need_b and not later:
+        d_b = (grad_y.t() @ down).index_select(0, outs.place)
     if need_a or need_adapter or (need_x and shared_input):
         up = scaled_mm(grad_y, _ordered(lora_b, outs, 0), scaling)
     if need_x:
-        # Until d_x is there, the factors' gradients lend it the room that they will take.
+        # What the gradients of the factors will take.
         spare = need_a * lora_a.numel() + need_b * lora_b.numel()
         d_x = _product(grad_y, weight, None, outs, ins, up if shared_input else None, lora_a, spare)
     if need_adapter:
         d_adapter = up @ lora_a
     del lora_a
     if need_a:
-        d_a = _restored(up.t() @ adapter_input, ins, 1)
-    if need_b and not permuted:
+        d_a = up.t() @ adapter_input
+        if ins is not None and ins.kept_first:
+            rows = max(1, _PART_ELEMENTS // d_a.shape[1]) if _on_cpu(d_a) else d_a.shape[0]
+            _spread_(d_a, d_a.shape[1], ins.place, rows)
+    if need_b and later:
         d_b = grad_y.t() @ down
     return d_x, d_a, d_b, d_adapter
 
@@ -105,18 +108,24 @@ def _product(
 ) -> Tensor:
     """values matrix + bias on the kept part plus low high on the whole width, in the order of the target side.
 
-    On a CPU no more than `spare` elements live beside the result, or as many as sixteen rows have.
+    On a CPU no more than `spare` elements live beside the result at a time, or as many as a few rows have.
     """
-    width = matrix.shape[1]
-    result = values.new_empty(values.shape[0], width if target is None else target.place.shape[0])
+    on_cpu, width = _on_cpu(values), matrix.shape[1]
+    spreads = target is not None and not target.kept_first
+    size = width if target is None or (spreads and not on_cpu) else target.place.shape[0]
+    result = values.new_empty(values.shape[0], size)
     head, tail = result[:, :width], result[:, width:]
     if source is None or source.kept_first:
         _multiply(values[:, : matrix.shape[0]], matrix, bias, head)
-    else:
+    elif on_cpu:
         _gather_and_multiply(values, source.index, matrix, bias, result, spare)
-    if target is None or not target.kept_first:
-        if target is not None:
-            _spread_(result, width, target.place, spare)
+    else:
+        _multiply(_columns(values, source.index), matrix, bias, head)
+    if target is None or spreads:
+        if spreads and on_cpu:
+            _spread_(result, width, target.place, max(_FEW_ROWS, min(spare, _BLOCK_ELEMENTS) // width))
+        elif spreads:
+            result = _columns(result, target.place)
         return result if low is None else result.addmm_(low, high)
     if low is None:
         tail.zero_()
@@ -129,8 +138,8 @@ def _product(
 def _multiply(values: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = values matrix + bias."""
     n = values.shape[0]
-    # In bfloat16 oneDNN takes up to 3 MiB for the product of 1024 rows and 0.4 MiB for 512, in the same time.
-    step = _ROWS_OF_16_BITS if values.element_size() == 2 and values.device.type == "cpu" else max(1, n)
+    # In bfloat16 oneDNN takes up to 3 MiB for a product of 1024 rows, 0.4 MiB for one of 512, and the same time.
+    step = _ROWS_OF_16_BITS if values.element_size() == 2 and _on_cpu(values) else max(1, n)
     for rows, target in zip(values.split(step), out.split(step), strict=True):
         if bias is None:
             torch.mm(rows, matrix, out=target)
@@ -143,15 +152,15 @@ def _gather_and_multiply(
 ) -> None:
     """Write values[:, index] matrix + bias to the head of every row of `result`.
 
-    Where `spare` is too little, a chunk of rows is gathered into rows of `result` that come later, then a chunk of
-    those, and so on while that leaves chunks worth a product. The last rows go through scratch memory: all of them a
-    few columns at a time, or, since 16 bits would round the sum every time, a few of them at a time.
+    Where `spare` is too little for all, rows of `result` that are not written yet hold what is gathered for those
+    before them, and then for some of their own, until that would be few. The rest goes through scratch memory: all of
+    its rows, some columns at a time, or, as 16 bits would round every sum of such parts, some rows at a time.
     """
     (n, size), (width, n_out) = result.shape, matrix.shape
-    room = min(_room(values, width, spare), n * width)
+    room = min(max(spare, _FEW_ROWS * width), n * width)
     scratch = values.new_empty(room)
-    sums_in_place = values.element_size() > 2
-    least = _LEAST_ROWS if sums_in_place else room // width
+    by_columns = values.element_size() > 2
+    least = _LEAST_ROWS if by_columns else room // width
     start = 0
     while start < n:
         left, step, memory = n - start, width, scratch
@@ -160,7 +169,7 @@ def _gather_and_multiply(
             count = left
         elif count > least:
             memory = result[start + count :].view(-1)
-        elif sums_in_place:
+        elif by_columns:
             count, step = left, max(1, room // left)
         else:
             count = math.ceil(left / math.ceil(left * width / room))
@@ -177,23 +186,24 @@ def _gather_and_multiply(
         start += count
 
 
-def _spread_(result: Tensor, width: int, place: Tensor, spare: int) -> None:
+def _spread_(values: Tensor, width: int, place: Tensor, rows: int) -> None:
     """Every row from its head of this width to the whole, in place: column j takes what the head has at place[j]."""
-    rows = _room(result, width, min(spare, _BLOCK_ELEMENTS)) // width
-    for block in result.split(max(1, rows)):
+    for block in values.split(max(1, rows)):
         # Spreading is a gather too, so that every element has one writer.
         _take(block[:, :width].clone(), place, block)
 
 
-def _room(values: Tensor, width: int, spare: int) -> int:
-    """Elements of scratch memory for rows of this width: on a GPU, where launches cost more, enough for all rows."""
-    return max(spare, _FEW_ROWS * width) if values.device.type == "cpu" else values.shape[0] * width
+def _columns(values: Tensor, index: Tensor) -> Tensor:
+    """values[:, index]."""
+    result = values.new_empty(values.shape[0], index.shape[0])
+    _take(values, index, result)
+    return result
 
 
 def _take(values: Tensor, index: Tensor, out: Tensor) -> None:
     """out = values[:, index]."""
     if values.element_size() == 2:
-        # ATen makes a float32 copy of all that it gathers from 16-bit floats; the bits alone need none.
+        # ATen makes a float32 copy of all that it gathers from 16-bit floats; bits alone need none.
         values, out = values.view(torch.int16), out.view(torch.int16)
     # On a CPU `gather` took 1.3 ms where `index_select` took 5.7 ms (2432 of 1024 x 4096 in bfloat16, two threads).
     torch.gather(values, 1, index.expand(values.shape[0], -1), out=out)
@@ -204,6 +214,6 @@ def _ordered(factor: Tensor, side: Side | None, axis: int) -> Tensor:
     return factor if side is None or not side.kept_first else factor.index_select(axis, side.index)
 
 
-def _restored(factor: Tensor, side: Side | None, axis: int) -> Tensor:
-    """The inverse of `_ordered`."""
-    return factor if side is None or not side.kept_first else factor.index_select(axis, side.place)
+def _on_cpu(values: Tensor) -> bool:
+    """Whether memory is worth more than launches."""
+    return values.device.type == "cpu"

@@ -152,6 +152,8 @@ def test_marks_of_the_cpu_operations():
     assert marks("linear_hard_both", "float32", 1.5) == [(2.0, 2.3, False), (1.0, 1.001, True)]
     assert marks("linear_hard_both", "bfloat16", 1.5) == [(1.0, 1.001, True)]
     assert marks("linear_unmasked", "bfloat16", 2.05) == [(0.976, 0.98, False), (1.0, 1.001, True)]
+    rows = [row("unfused", 3.0), row("ours", 2.0), row("ours_kept_first", 1.5, 2.0)]
+    assert values(cpu_ops.linear_marks(rows, 1.0)) == [(1.5, 1.5, True), (1.0, 1.001, True), (2.0, 1.001, False)]
     assert values(cpu_ops.lasso_marks([row("unfused", 30.0), row("ours", 1.5)])) == [(20.0, 20.0, True)]
 
 
