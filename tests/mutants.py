@@ -284,7 +284,7 @@ _TABLE = {
     ),
     (_KEPT_MATH, _CHUNKS_MEMORY): (
         ("values.view(torch.int16), out.view(torch.int16)", "values, out"),
-        ("spare = need_a * lora_a.numel() + need_b * lora_b.numel()", "spare = grad_y.numel()"),
+        ("spare = need_a * lora_a.numel() + (need_b and later) * lora_b.numel()", "spare = grad_y.numel()"),
         ("room = min(max(spare, _FEW_ROWS * width), n * width)", "room = n * width"),
         ("target.place, max(_FEW_ROWS, min(spare, _BLOCK_ELEMENTS) // width))", "target.place, len(result))"),
     ),

@@ -80,8 +80,8 @@ def kept_lora_linear_backward(
     if need_a or need_adapter or (need_x and shared_input):
         up = scaled_mm(grad_y, _ordered(lora_b, outs, 0), scaling)
     if need_x:
-        # What the gradients of the factors will take.
-        spare = need_a * lora_a.numel() + need_b * lora_b.numel()
+        # What the gradients of the factors that come later will take.
+        spare = need_a * lora_a.numel() + (need_b and later) * lora_b.numel()
         d_x = _product(grad_y, weight, None, outs, ins, up if shared_input else None, lora_a, spare)
     if need_adapter:
         d_adapter = up @ lora_a
