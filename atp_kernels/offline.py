@@ -114,8 +114,8 @@ def group_cases(rank: int) -> Iterator[Case]:
     config = tiles.slot_config(rank)
     walk = {"ALIGNED": True, "BLOCK_S": config.block_wide, "BLOCK_L": config.block_long}
     yield _group_case("slot squares", group_kernels.slot_squares_kernel, rank, walk, config)
-    for name, prox in (("group slope", False), ("group shrink", True)):
-        yield _group_case(name, group_kernels.scale_kernel, rank, {"PROX": prox, **walk}, config)
+    for name, prox, add in (("group slope", False, False), ("group add", False, True), ("group shrink", True, False)):
+        yield _group_case(name, group_kernels.scale_kernel, rank, {"PROX": prox, "ADD": add, **walk}, config)
     for name, slots in (("slot norms", 1), ("joint norms", 256)):
         config = tiles.group_norms_config(slots * _SIZE, _SIZE)
         constants = {"BLOCK_G": config.block_wide, "BLOCK_S": config.block_long}

@@ -78,16 +78,37 @@ inline GroupSlots group_slots(const FactorList& list, const Tensor& order, const
   return {int32_vector(order, list.slots, "order"), int32_vector(starts, n_groups + 1, "starts")};
 }
 
-// Points `out` at the factors themselves. Two entries over one storage would be scaled twice, by threads that race.
-inline void write_in_place(FactorList& list) {
+// Two entries over one storage would be written twice, by threads that race.
+inline void check_written_once(const FactorList& list) {
   std::vector<const void*> seen;
-  for (Factor& factor : list.factors) {
-    factor.out = const_cast<void*>(factor.data);
-    if (factor.rows * factor.cols > 0) seen.push_back(factor.data);
+  for (const Factor& factor : list.factors) {
+    if (factor.rows * factor.cols > 0) seen.push_back(factor.out);
   }
   std::sort(seen.begin(), seen.end());
   check(std::adjacent_find(seen.begin(), seen.end()) == seen.end(),
         "a tensor appears twice among the factors of an in-place call; give each of them once.");
+}
+
+// Points `out` at the factors themselves.
+inline void write_in_place(FactorList& list) {
+  for (Factor& factor : list.factors) factor.out = const_cast<void*>(factor.data);
+  check_written_once(list);
+}
+
+// Points `out` at gradients that are there already.
+inline void add_to(FactorList& list, const std::vector<Tensor>& grads) {
+  check(grads.size() == list.factors.size(), "got ", list.factors.size(), " factors and ", grads.size(),
+        " gradients; give one of each.");
+  for (size_t i = 0; i < grads.size(); ++i) {
+    Factor& factor = list.factors[i];
+    const Tensor& grad = grads[i];
+    const ScalarType dtype = factor.is_bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+    check(grad.dim() == 2 && grad.size(0) == factor.rows && grad.size(1) == factor.cols && grad.is_contiguous() &&
+              grad.scalar_type() == dtype,
+          "the gradient of factor ", i, " must be contiguous and have its shape and dtype.");
+    factor.out = grad.mutable_data_ptr();
+  }
+  check_written_once(list);
 }
 
 // Elements of a piece of a shared allocation: each piece begins on a cache line.

@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
       "group_lasso_backward(Tensor[] factors, int[] axes, Tensor index, Tensor removed, Tensor norms, Tensor grad_out,"
       " int stream=0) -> Tensor[]");
   m.def(
+      "group_lasso_grad_(Tensor[] factors, Tensor(a!)[] grads, int[] axes, Tensor index, Tensor order, Tensor starts,"
+      " Tensor removed, Tensor weight, float eps, bool separate, int stream=0) -> Tensor");
+  m.def(
       "group_prox_(Tensor(a!)[] factors, int[] axes, Tensor index, Tensor order, Tensor starts, Tensor removed,"
       " Tensor threshold, int stream=0) -> ()");
   m.def(

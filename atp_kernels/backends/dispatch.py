@@ -29,6 +29,7 @@ _ENTRY = {
     "kept_lora_linear": "kept_lora_linear_forward",
     "lora_dropout": "dropped",
     "group_lasso": "group_lasso_forward",
+    "group_lasso_grad_": "group_lasso_grad_",
     "group_prox_": "group_prox_",
     "compact": "compact",
     "cross_entropy_": "cross_entropy_",

@@ -32,6 +32,7 @@ __all__ = [
     "gated_backward",
     "group_lasso_backward",
     "group_lasso_forward",
+    "group_lasso_grad_",
     "group_prox_",
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",
@@ -123,6 +124,25 @@ def separate_lasso_backward(direction: Tensor, plan: GroupPlan, grad_out: Tensor
 
 
 @torch.no_grad()
+def group_lasso_grad_(
+    factors: Sequence[Tensor], grads: Sequence[Tensor], plan: GroupPlan, removed: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """Return the value of `group_lasso_forward`; grads += weight * entry / norm of its group if removed, else nothing.
+
+    grads: one of the shape and dtype of every factor; the sum is rounded once. weight: one floating element. On a CPU a
+    separate plan takes one sweep over factors and gradients, another one over factors and then one over both. Raises
+    RuntimeError as `group_lasso_forward` does, and for a gradient that is given twice.
+    """
+    held = [factor.contiguous() for factor in factors]
+    sums = [grad.contiguous() for grad in grads]
+    packed = (plan.axes, plan.index, plan.order, plan.starts)
+    vectors = (removed.contiguous(), weight.float())
+    value = _call(_ops.group_lasso_grad_, held, sums, *packed, *vectors, eps, plan.separate)
+    _written(grads, sums)
+    return value
+
+
+@torch.no_grad()
 def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor) -> None:
     """In place: each removed group <- group * max(0, 1 - threshold / ||group||).
 
@@ -132,11 +152,7 @@ def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, thr
     held = [factor.contiguous() for factor in factors]
     packed = (plan.axes, plan.index, plan.order, plan.starts)
     _call(_ops.group_prox_, held, *packed, removed.contiguous(), threshold.float().contiguous())
-    for factor, copy in zip(factors, held, strict=True):
-        if factor is not copy:
-            factor.copy_(copy)
-    # The extension writes behind autograd's back: tell it, so that a stale saved tensor raises instead of lying.
-    torch.autograd.graph.increment_version(factors)
+    _written(factors, held)
 
 
 @torch.no_grad()
@@ -237,6 +253,15 @@ def _unit_stride(*matrices: Tensor) -> bool:
 _PRIMITIVES = Primitives(masked, mask_, column_dot, mask_and_dot, dropped)
 masked_lora_linear_forward = partial(reference.masked_lora_linear_forward, primitives=_PRIMITIVES)
 masked_lora_linear_backward = partial(reference.masked_lora_linear_backward, primitives=_PRIMITIVES)
+
+
+def _written(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Bring what an operation wrote to contiguous copies back to the tensors that were not contiguous themselves."""
+    for tensor, copy in zip(tensors, copies, strict=True):
+        if tensor is not copy:
+            tensor.copy_(copy)
+    # The extension writes behind autograd's back: tell it, so that a stale saved tensor raises instead of lying.
+    torch.autograd.graph.increment_version(tensors)
 
 
 def _call(operator: Any, *arguments: Any) -> Any:

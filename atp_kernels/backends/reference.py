@@ -182,6 +182,16 @@ def group_lasso_backward(
     ]
 
 
+def group_lasso_grad_(
+    factors: Sequence[Tensor], grads: Sequence[Tensor], plan: GroupPlan, removed: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """Return the value; grads += weight * d value / d factor, one of the shape and dtype of every factor."""
+    value, norms = group_lasso_forward(factors, plan, removed, eps)
+    for grad, part in zip(grads, group_lasso_backward(factors, plan, removed, norms, weight), strict=True):
+        grad += part
+    return value
+
+
 def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor) -> None:
     """The definition itself: see `reference.group_prox_`."""
     reference.group_prox_(factors, plan.groups, removed, threshold)

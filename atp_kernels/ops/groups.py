@@ -23,6 +23,30 @@ def lasso(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: floa
     return GroupLasso.apply(module, plan, removed, eps, *factors)
 
 
+def lasso_grad_(
+    factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, weight: Tensor, eps: float, backend: str
+) -> Tensor:
+    """Group lasso of all factors, checked, and weight times its gradient added to their `.grad`."""
+    grads = [_grad(factor) for factor in factors]
+    if torch.compiler.is_compiling():
+        # Detached, because the operator has no gradient of its own to offer.
+        factors = [factor.detach() for factor in factors]
+        return group_lasso_grad_op(factors, grads, *_packed(plan), removed, weight, eps, backend)
+    module = select("group_lasso_grad_", removed.device, common_dtype(factors), backend)[0]
+    return module.group_lasso_grad_(factors, grads, plan, removed, weight, eps)
+
+
+def _grad(factor: Tensor) -> Tensor:
+    """Where the gradient of a factor is summed up: its `.grad`, or memory for nobody if it requires none."""
+    if not factor.requires_grad:
+        return torch.zeros_like(factor)
+    if not (factor.is_leaf or factor.retains_grad):
+        raise ValueError("a factor is neither a leaf nor retains its gradient: give parameters, or use group_lasso.")
+    if factor.grad is None:
+        factor.grad = torch.zeros_like(factor)
+    return factor.grad
+
+
 def prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor, backend: str) -> None:
     """Shrinkage of all factors in place, checked."""
     group_prox_op(list(factors), *_packed(plan), removed, threshold, backend)
@@ -95,6 +119,31 @@ def _lasso_backward(ctx, grad_value, grad_norms):
 
 group_lasso_op.register_autograd(_lasso_backward, setup_context=_lasso_setup)
 group_lasso_backward_op.register_autograd(refuse_twice)
+
+
+@torch.library.custom_op("atp_kernels::group_lasso_grad_", mutates_args=("grads",))
+def group_lasso_grad_op(
+    factors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    axes: Sequence[int],
+    index: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    removed: Tensor,
+    weight: Tensor,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """The value of all factors together; weight times its gradient is added to grads."""
+    module = select("group_lasso_grad_", removed.device, common_dtype(factors), backend)[0]
+    plan = _unpacked(factors, axes, index, order, starts)
+    return module.group_lasso_grad_(factors, grads, plan, removed, weight, eps)
+
+
+@group_lasso_grad_op.register_fake
+def _(factors, grads, axes, index, order, starts, removed, weight, eps, backend):
+    wide = torch.float64 if common_dtype(factors) == torch.float64 else torch.float32
+    return removed.new_empty((), dtype=wide)
 
 
 @torch.library.custom_op("atp_kernels::group_prox_", mutates_args=("factors",))

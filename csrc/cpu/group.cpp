@@ -76,18 +76,19 @@ void tile_squares(const Tile& tile, float* out) {
   }
 }
 
-// out = x * scale of its slot, for the slots of a tile.
+// out = x * scale of its slot, or out += that, for the slots of a tile.
 template <typename T>
-void scale_tile(const Tile& tile, const float* scale) {
+void scale_tile(const Tile& tile, const float* scale, bool add = false) {
   const Factor& factor = *tile.factor;
+  const GroupLoops<T>& group = loops_for<T>(loops());
   const int64_t count = tile.end - tile.begin;
   const int64_t start = tile.begin * (factor.by_row ? factor.cols : 1);
   const T* data = static_cast<const T*>(factor.data) + start;
   T* out = static_cast<T*>(factor.out) + start;
   if (factor.by_row) {
-    loops_for<T>(loops()).scale_rows(data, count, factor.cols, scale, out);
+    (add ? group.add_scaled_rows : group.scale_rows)(data, count, factor.cols, scale, out);
   } else {
-    loops_for<T>(loops()).scale_columns(data, factor.rows, count, factor.cols, scale, out);
+    (add ? group.add_scaled_columns : group.scale_columns)(data, factor.rows, count, factor.cols, scale, out);
   }
 }
 
@@ -115,14 +116,47 @@ void for_each_group_block(const FactorList& list, const GroupSlots& slots, int64
   });
 }
 
-// out = x * scale of its slot, where fill(index, count, scale) looks up the scales of `count` slots.
+// out = x * scale of its slot, or out += that, where fill(index, count, scale) looks up the scales of `count` slots.
 template <typename Fill>
-void scale_slots(const FactorList& list, const Fill& fill) {
+void scale_slots(const FactorList& list, const Fill& fill, bool add = false) {
   for_each_tile(tiles(list), [&](const Tile& tile, auto tag) {
     float scale[kTileElements];
     fill(tile.factor->index + tile.begin, tile.end - tile.begin, scale);
-    scale_tile<decltype(tag)>(tile, scale);
+    scale_tile<decltype(tag)>(tile, scale, add);
   });
+}
+
+// The lasso, and sqrt(sum of squares + eps) of every group.
+double group_norms(
+    const FactorList& list, const GroupSlots& slots, int64_t n_groups, const bool* removed, double eps, float* norm) {
+  std::vector<double> totals(n_groups / kGroupBlock + 1);
+  for_each_group_block(list, slots, n_groups, [&](int64_t first, int64_t count, const double* sums) {
+    totals[first / kGroupBlock] =
+        loops().group_norms(sums, slots.starts + first, removed + first, count, eps, norm + first);
+  });
+  return std::accumulate(totals.begin(), totals.end(), 0.0);
+}
+
+// The lasso of slots that are groups of their own. While a tile is in the cache its gradient, times `upstream`, is
+// written or added where `out` of its factor points, unless that is nowhere: factors are read from memory once.
+double separate_lasso(const FactorList& list, const bool* removed, double eps, float upstream, bool add) {
+  const std::vector<Tile> work = tiles(list);
+  std::vector<double> totals(work.size());
+  for_each_tile(work, [&](const Tile& tile, auto tag) {
+    float squares[kTileElements], slopes[kTileElements];
+    const int64_t first = tile.factor->first_slot + tile.begin;
+    tile_squares<decltype(tag)>(tile, squares);
+    totals[tile.number] =
+        loops().slot_norms(squares, removed + first, tile.end - tile.begin, eps, upstream, slopes);
+    if (tile.factor->out != nullptr) scale_tile<decltype(tag)>(tile, slopes, add);
+  });
+  return std::accumulate(totals.begin(), totals.end(), 0.0);
+}
+
+Tensor scalar(const Tensor& like, double value) {
+  Tensor result = torch::stable::new_empty(like, {}, ScalarType::Float);
+  *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(value);
+  return result;
 }
 
 std::tuple<Tensor, Tensor> group_lasso_forward(
@@ -139,18 +173,10 @@ std::tuple<Tensor, Tensor> group_lasso_forward(
   const FactorList list = describe(factors, axes, index);
   const GroupSlots slots = group_slots(list, order, starts, n_groups);
 
-  Tensor value = torch::stable::new_empty(removed, {}, ScalarType::Float);
   Tensor norms = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
   const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
   float* norm = static_cast<float*>(norms.mutable_data_ptr());
-  std::vector<double> totals(n_groups / kGroupBlock + 1);
-  for_each_group_block(list, slots, n_groups, [&](int64_t first, int64_t count, const double* sums) {
-    totals[first / kGroupBlock] =
-        loops().group_norms(sums, slots.starts + first, is_removed + first, count, eps, norm + first);
-  });
-  const double total = std::accumulate(totals.begin(), totals.end(), 0.0);
-  *static_cast<float*>(value.mutable_data_ptr()) = static_cast<float>(total);
-  return {value, norms};
+  return {scalar(removed, group_norms(list, slots, n_groups, is_removed, eps, norm)), norms};
 }
 
 std::vector<Tensor> group_lasso_backward(
@@ -209,8 +235,7 @@ void group_prox_(
   });
 }
 
-// Lasso of slots that are groups of their own, and its gradient for an upstream gradient of 1 while a tile is in the
-// cache: factors are read from memory once.
+// Lasso of slots that are groups of their own, and its gradient for an upstream gradient of 1.
 std::tuple<Tensor, Tensor> separate_lasso_forward(
     std::vector<Tensor> factors, std::vector<int64_t> axes, Tensor removed, double eps, bool with_direction) {
   FactorList list = describe(factors, axes);
@@ -219,19 +244,38 @@ std::tuple<Tensor, Tensor> separate_lasso_forward(
   if (with_direction) write_to_pieces(list, direction);
 
   const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
-  const std::vector<Tile> work = tiles(list);
-  std::vector<double> totals(work.size());
-  for_each_tile(work, [&](const Tile& tile, auto tag) {
-    float squares[kTileElements], slopes[kTileElements];
-    const int64_t first = tile.factor->first_slot + tile.begin;
-    tile_squares<decltype(tag)>(tile, squares);
-    totals[tile.number] = loops().slot_norms(squares, is_removed + first, tile.end - tile.begin, eps, slopes);
-    if (with_direction) scale_tile<decltype(tag)>(tile, slopes);
-  });
-  Tensor value = torch::stable::new_empty(removed, {}, ScalarType::Float);
-  *static_cast<float*>(value.mutable_data_ptr()) =
-      static_cast<float>(std::accumulate(totals.begin(), totals.end(), 0.0));
-  return {value, direction};
+  return {scalar(removed, separate_lasso(list, is_removed, eps, 1.0f, false)), direction};
+}
+
+// The lasso; adds `weight` times its gradient to `grads`. separate: slots are groups of their own.
+Tensor group_lasso_grad_(
+    std::vector<Tensor> factors,
+    std::vector<Tensor> grads,
+    std::vector<int64_t> axes,
+    Tensor index,
+    Tensor order,
+    Tensor starts,
+    Tensor removed,
+    Tensor weight,
+    double eps,
+    bool separate,
+    int64_t /*stream*/) {
+  const int64_t n_groups = removed.numel();
+  check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
+  check(weight.scalar_type() == ScalarType::Float && weight.numel() == 1, "weight must be one float32.");
+  FactorList list = describe(factors, axes, index);
+  const GroupSlots slots = group_slots(list, order, starts, n_groups);
+  add_to(list, grads);
+
+  const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
+  const float upstream = *static_cast<const float*>(weight.const_data_ptr());
+  if (separate) return scalar(removed, separate_lasso(list, is_removed, eps, upstream, true));
+  const std::unique_ptr<float[]> norm(new float[n_groups]);
+  const double total = group_norms(list, slots, n_groups, is_removed, eps, norm.get());
+  scale_slots(list, [&](const int32_t* ids, int64_t count, float* scale) {
+    loops().slot_slopes(ids, count, is_removed, norm.get(), upstream, scale);
+  }, true);
+  return scalar(removed, total);
 }
 
 template <typename T>
@@ -263,6 +307,7 @@ std::vector<Tensor> separate_lasso_backward(
 STABLE_TORCH_LIBRARY_IMPL(atp_kernels_native, CPU, m) {
   m.impl("group_lasso_forward", TORCH_BOX(&atp::cpu::group_lasso_forward));
   m.impl("group_lasso_backward", TORCH_BOX(&atp::cpu::group_lasso_backward));
+  m.impl("group_lasso_grad_", TORCH_BOX(&atp::cpu::group_lasso_grad_));
   m.impl("group_prox_", TORCH_BOX(&atp::cpu::group_prox_));
   m.impl("separate_lasso_forward", TORCH_BOX(&atp::cpu::separate_lasso_forward));
   m.impl("separate_lasso_backward", TORCH_BOX(&atp::cpu::separate_lasso_backward));

@@ -11,13 +11,16 @@ struct bfloat16 {
 };
 
 // Row-major tiles. `stride` is the distance between rows in elements; `scale` has one entry per row or per column.
-// A zero scale writes exact zeros, whatever the input holds.
+// A zero scale writes or adds exact zeros, whatever the input holds.
 template <typename T>
 struct GroupLoops {
   void (*row_squares)(const T* x, int64_t rows, int64_t cols, float* out);
   void (*column_squares)(const T* x, int64_t rows, int64_t cols, int64_t stride, float* out);
   void (*scale_rows)(const T* x, int64_t rows, int64_t cols, const float* scale, T* out);
   void (*scale_columns)(const T* x, int64_t rows, int64_t cols, int64_t stride, const float* scale, T* out);
+  // out += x * scale, rounded once.
+  void (*add_scaled_rows)(const T* x, int64_t rows, int64_t cols, const float* scale, T* out);
+  void (*add_scaled_columns)(const T* x, int64_t rows, int64_t cols, int64_t stride, const float* scale, T* out);
 };
 
 // Dropout of one call: an element is kept where its random word is at least `threshold`, and then scaled.
@@ -73,9 +76,10 @@ struct Loops {
   void (*slot_slopes)(
       const int32_t* index, int64_t count, const bool* removed, const float* norms, float upstream, float* out);
 
-  // For slots that are groups of their own: slopes[slot] = 1 / sqrt(squares[slot] + eps) where the slot is removed and
-  // that norm is not 0, else 0. Returns the sum of the norms of removed slots.
-  double (*slot_norms)(const float* squares, const bool* removed, int64_t count, double eps, float* slopes);
+  // For slots that are groups of their own: slopes[slot] = upstream / sqrt(squares[slot] + eps) where the slot is removed
+  // and that norm is not 0, else 0. Returns the sum of the norms of removed slots.
+  double (*slot_norms)(
+      const float* squares, const bool* removed, int64_t count, double eps, float upstream, float* slopes);
 
   // out = weight + the sum over j < rank of factors[j] * lora_a[j], for one row of a weight; lora_a is [rank, cols].
   void (*merge_row)(

@@ -193,6 +193,35 @@ void scale_columns(const T* x, int64_t rows, int64_t cols, int64_t stride, const
   }
 }
 
+template <typename T>
+inline __attribute__((always_inline)) void add_scaled8(const T* x, float8 scale, T* out) {
+  store8(out, load8(out) + scaled(load8(x), scale));
+}
+
+template <typename T>
+inline __attribute__((always_inline)) void add_scaled_tail(const T* x, float8 scale, T* out, int64_t count) {
+  store_tail(out, load_tail(out, count) + scaled(load_tail(x, count), scale), count);
+}
+
+template <typename T>
+void add_scaled_rows(const T* x, int64_t rows, int64_t cols, const float* scale, T* out) {
+  for (int64_t row = 0; row < rows; ++row, x += cols, out += cols) {
+    const float8 factor = float8{} + scale[row];
+    int64_t col = 0;
+    for (; col + kLanes <= cols; col += kLanes) add_scaled8(x + col, factor, out + col);
+    if (col < cols) add_scaled_tail(x + col, factor, out + col, cols - col);
+  }
+}
+
+template <typename T>
+void add_scaled_columns(const T* x, int64_t rows, int64_t cols, int64_t stride, const float* scale, T* out) {
+  for (int64_t row = 0; row < rows; ++row, x += stride, out += stride) {
+    int64_t col = 0;
+    for (; col + kLanes <= cols; col += kLanes) add_scaled8(x + col, load8(scale + col), out + col);
+    if (col < cols) add_scaled_tail(x + col, load_tail(scale + col, cols - col), out + col, cols - col);
+  }
+}
+
 void group_sums(const float* squares, const int32_t* order, const int32_t* starts, int64_t count, double* sums) {
   for (int64_t group = 0; group < count; ++group) {
     double sum = 0;
@@ -236,7 +265,8 @@ void slot_slopes(
 
 // The arithmetic of group_norms and slot_slopes in one sweep. A last vector that is not full counts no lane too many,
 // because flags that are not there load as not removed.
-double slot_norms(const float* squares, const bool* removed, int64_t count, double eps, float* slopes) {
+double slot_norms(
+    const float* squares, const bool* removed, int64_t count, double eps, float upstream, float* slopes) {
   double8 total = {};
   for (int64_t slot = 0; slot < count; slot += kLanes) {
     const int64_t here = std::min(kLanes, count - slot);
@@ -246,7 +276,7 @@ double slot_norms(const float* squares, const bool* removed, int64_t count, doub
     for (int64_t k = 0; k < kLanes; ++k) root[k] = __builtin_sqrtf(sum[k]);
     const float8 norm = (float8)((int8x32)root & load_flags(removed + slot, here));
     total += __builtin_convertvector(norm, double8);
-    const float8 slope = slope8(1.0f, norm);
+    const float8 slope = slope8(upstream, norm);
     here == kLanes ? store8(slopes + slot, slope) : store_tail(slopes + slot, slope, here);
   }
   double sum = 0;
@@ -256,5 +286,5 @@ double slot_norms(const float* squares, const bool* removed, int64_t count, doub
 
 template <typename T>
 GroupLoops<T> group_loops() {
-  return {row_squares<T>, column_squares<T>, scale_rows<T>, scale_columns<T>};
+  return {row_squares<T>, column_squares<T>, scale_rows<T>, scale_columns<T>, add_scaled_rows<T>, add_scaled_columns<T>};
 }

@@ -16,10 +16,12 @@
 namespace atp::cuda {
 namespace {
 
-__device__ float load(const Factor& factor, int64_t at) {
-  return factor.is_bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(factor.data)[at])
-                            : static_cast<const float*>(factor.data)[at];
+__device__ float load(const Factor& factor, const void* from, int64_t at) {
+  return factor.is_bfloat16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(from)[at])
+                            : static_cast<const float*>(from)[at];
 }
+
+__device__ float load(const Factor& factor, int64_t at) { return load(factor, factor.data, at); }
 
 __device__ void store(const Factor& factor, int64_t at, float value) {
   if (factor.is_bfloat16) {
@@ -92,7 +94,9 @@ __global__ void shrink_kernel(
   scale[group] = removed[group] ? shrunk : 1.0f;
 }
 
-__global__ void scale_kernel(const Factor* factors, int64_t n_factors, int64_t n_groups, const float* scale) {
+// With `add`, what is there already is added to, and a zero scale leaves it as it is.
+__global__ void scale_kernel(
+    const Factor* factors, int64_t n_factors, int64_t n_groups, const float* scale, bool add) {
   for (int64_t f = blockIdx.y; f < n_factors; f += gridDim.y) {
     const Factor factor = factors[f];
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -100,7 +104,11 @@ __global__ void scale_kernel(const Factor* factors, int64_t n_factors, int64_t n
          at += step) {
       const int64_t id = factor.index[factor.by_row ? at / factor.cols : at % factor.cols];
       const float by = id >= 0 && id < n_groups ? scale[id] : 0.0f;
-      store(factor, at, by == 0 ? 0.0f : load(factor, at) * by);
+      if (!add) {
+        store(factor, at, by == 0 ? 0.0f : load(factor, at) * by);
+      } else if (by != 0) {
+        store(factor, at, __fadd_rn(load(factor, factor.out, at), __fmul_rn(load(factor, at), by)));
+      }
     }
   }
 }
@@ -144,14 +152,45 @@ Tensor group_squares(
   return sums;
 }
 
-void scale_by_group(const FactorList& list, const Tensor& table, const Tensor& scale, cudaStream_t stream) {
+void scale_by_group(
+    const FactorList& list, const Tensor& table, const Tensor& scale, cudaStream_t stream, bool add = false) {
   int64_t largest = 0;
   for (const Factor& factor : list.factors) largest = std::max(largest, factor.rows * factor.cols);
   if (largest == 0) return;
   scale_kernel<<<grid_for(list, std::min<int64_t>(largest, 1 << 20)), kThreads, 0, stream>>>(
       static_cast<const Factor*>(table.const_data_ptr()), static_cast<int64_t>(list.factors.size()), scale.numel(),
-      static_cast<const float*>(scale.const_data_ptr()));
+      static_cast<const float*>(scale.const_data_ptr()), add);
   check_launch("scale_kernel");
+}
+
+// (value, norms of all groups)
+std::tuple<Tensor, Tensor> group_norms(
+    const FactorList& list, const GroupSlots& slots, const Tensor& table, const Tensor& removed, double eps,
+    cudaStream_t stream) {
+  const int64_t n_groups = removed.numel();
+  const Tensor sums = group_squares(list, slots, table, removed, stream);
+  Tensor value = torch::stable::new_empty(removed, {}, ScalarType::Float);
+  Tensor norms = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
+  lasso_kernel<<<1, kThreads, 0, stream>>>(
+      static_cast<const double*>(sums.const_data_ptr()), slots.starts,
+      static_cast<const bool*>(removed.const_data_ptr()), eps, n_groups, static_cast<float*>(norms.mutable_data_ptr()),
+      static_cast<float*>(value.mutable_data_ptr()));
+  check_launch("lasso_kernel");
+  return {value, norms};
+}
+
+// Writes the gradient of every factor where its `out` points, or adds it to what is there.
+void write_gradients(
+    const FactorList& list, const Tensor& table, const Tensor& removed, const Tensor& norms, const Tensor& grad_out,
+    cudaStream_t stream, bool add) {
+  const int64_t n_groups = removed.numel();
+  if (n_groups == 0) return;
+  const Tensor slope = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
+  slope_kernel<<<blocks_for(n_groups), kThreads, 0, stream>>>(
+      static_cast<const bool*>(removed.const_data_ptr()), static_cast<const float*>(norms.const_data_ptr()),
+      static_cast<const float*>(grad_out.const_data_ptr()), n_groups, static_cast<float*>(slope.mutable_data_ptr()));
+  check_launch("slope_kernel");
+  scale_by_group(list, table, slope, stream, add);
 }
 
 std::tuple<Tensor, Tensor> group_lasso_forward(
@@ -162,15 +201,7 @@ std::tuple<Tensor, Tensor> group_lasso_forward(
   check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
   const FactorList list = describe(factors, axes, index);
   const GroupSlots slots = group_slots(list, order, starts, n_groups);
-  const Tensor table = upload(list, removed, stream);
-  const Tensor sums = group_squares(list, slots, table, removed, stream);
-  Tensor value = torch::stable::new_empty(removed, {}, ScalarType::Float);
-  Tensor norms = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
-  lasso_kernel<<<1, kThreads, 0, stream>>>(
-      static_cast<const double*>(sums.const_data_ptr()), slots.starts,
-      static_cast<const bool*>(removed.const_data_ptr()), eps, n_groups, static_cast<float*>(norms.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()));
-  check_launch("lasso_kernel");
-  return {value, norms};
+  return group_norms(list, slots, upload(list, removed, stream), removed, eps, stream);
 }
 
 std::vector<Tensor> group_lasso_backward(
@@ -183,15 +214,24 @@ std::vector<Tensor> group_lasso_backward(
   check(grad_out.scalar_type() == ScalarType::Float && grad_out.numel() == 1, "grad_out must be one float32.");
   FactorList list = describe(factors, axes, index);
   std::vector<Tensor> grads = write_to_new(list, factors);
-  if (n_groups == 0) return grads;
-  const Tensor table = upload(list, removed, stream);
-  const Tensor slope = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
-  slope_kernel<<<blocks_for(n_groups), kThreads, 0, stream>>>(
-      static_cast<const bool*>(removed.const_data_ptr()), static_cast<const float*>(norms.const_data_ptr()),
-      static_cast<const float*>(grad_out.const_data_ptr()), n_groups, static_cast<float*>(slope.mutable_data_ptr()));
-  check_launch("slope_kernel");
-  scale_by_group(list, table, slope, stream);
+  write_gradients(list, upload(list, removed, stream), removed, norms, grad_out, stream, false);
   return grads;
+}
+
+Tensor group_lasso_grad_(
+    std::vector<Tensor> factors, std::vector<Tensor> grads, std::vector<int64_t> axes, Tensor index, Tensor order,
+    Tensor starts, Tensor removed, Tensor weight, double eps, bool /*separate*/, int64_t stream_handle) {
+  const int64_t n_groups = removed.numel();
+  const cudaStream_t stream = as_stream(stream_handle);
+  check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
+  check(weight.scalar_type() == ScalarType::Float && weight.numel() == 1, "weight must be one float32.");
+  FactorList list = describe(factors, axes, index);
+  const GroupSlots slots = group_slots(list, order, starts, n_groups);
+  add_to(list, grads);
+  const Tensor table = upload(list, removed, stream);
+  const auto [value, norms] = group_norms(list, slots, table, removed, eps, stream);
+  write_gradients(list, table, removed, norms, weight, stream, true);
+  return value;
 }
 
 void group_prox_(
@@ -221,5 +261,6 @@ void group_prox_(
 STABLE_TORCH_LIBRARY_IMPL(atp_kernels_native, CUDA, m) {
   m.impl("group_lasso_forward", TORCH_BOX(&atp::cuda::group_lasso_forward));
   m.impl("group_lasso_backward", TORCH_BOX(&atp::cuda::group_lasso_backward));
+  m.impl("group_lasso_grad_", TORCH_BOX(&atp::cuda::group_lasso_grad_));
   m.impl("group_prox_", TORCH_BOX(&atp::cuda::group_prox_));
 }

@@ -38,7 +38,7 @@ def test_linear_on_cuda_takes_triton_only_where_there_is_something_to_fuse():
 
 @pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
 def test_group_operations_on_cuda_take_native_then_triton_then_reference():
-    for op in ("group_lasso", "group_prox_"):
+    for op in ("group_lasso", "group_lasso_grad_", "group_prox_"):
         assert dispatch._preference(op, "cuda") == ("native", "triton", "reference")
         name, why = dispatch.select(op, torch.device("cuda"), torch.float16)[1:]
         assert name == "triton" and why.startswith("native: ")
@@ -64,7 +64,7 @@ def test_calls_say_whether_they_are_plain(monkeypatch):
 
 @pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
 def test_a_cpu_takes_the_native_extension():
-    for op in ("masked_lora_linear", "group_lasso", "group_prox_", "compact"):
+    for op in ("masked_lora_linear", "group_lasso", "group_lasso_grad_", "group_prox_", "compact"):
         assert dispatch.select(op, CPU, torch.bfloat16)[1] == "native"
         module, name, why = dispatch.select(op, CPU, torch.float64)
         assert (module, name) == (reference_backend, "reference") and "takes float32, bfloat16, not float64" in why

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, group_lasso, group_prox_, ops
+from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_, ops
 from atp_kernels.backends import triton as backend
 
 if not backend.AVAILABLE:
@@ -45,6 +45,15 @@ def lasso_and_gradients(factors, groups, removed, **options):
     return value, *torch.autograd.grad(-1.5 * value, factors)
 
 
+def direct(factors, groups, removed, **options):
+    """Value and gradients of the call that adds to what is there: half of every factor, so that no sum cancels."""
+    leaves = [factor.detach().requires_grad_() for factor in factors]
+    for leaf in leaves:
+        leaf.grad = leaf.detach() / 2
+    value = group_lasso_grad_(leaves, groups, removed, weight=1.5, **options)
+    return value, *(leaf.grad for leaf in leaves)
+
+
 def after_prox(factors, groups, removed, threshold, **options):
     shrunk = [factor.detach().clone() for factor in factors]
     group_prox_(shrunk, groups, removed, threshold, **options)
@@ -54,6 +63,7 @@ def after_prox(factors, groups, removed, threshold, **options):
 def both(factors, groups, removed):
     return (
         *lasso_and_gradients(factors, groups, removed, **TRITON),
+        *direct(factors, groups, removed, **TRITON),
         *after_prox(factors, groups, removed, 2.0, **TRITON),
     )
 
@@ -70,7 +80,7 @@ def assert_as_good_as_unfused(got, exact, plain):
 def check(factors, groups, removed):
     wide = [factor.detach().double().requires_grad_() for factor in factors]
     threshold = 0.5 + 3 * torch.arange(len(removed), device=DEVICE) / len(removed)
-    for run, options in ((lasso_and_gradients, ()), (after_prox, (threshold,))):
+    for run, options in ((lasso_and_gradients, ()), (direct, ()), (after_prox, (threshold,))):
         got, plain = (run(factors, groups, removed, *options, backend=name) for name in ("triton", "reference"))
         assert_as_good_as_unfused(got, run(wide, groups, removed, *options, backend="reference"), plain)
 
@@ -98,11 +108,13 @@ def test_kept_groups_get_zeros_and_stay_untouched():
     factors, groups, removed = problem(torch.float32, *HALVES)
     factors[0].data[removed.logical_not()[groups[0][1]].nonzero()[0]] = torch.inf  # its group is kept, so nobody minds
     _, *grads = lasso_and_gradients(factors, groups, removed, **TRITON)
+    _, *sums = direct(factors, groups, removed, **TRITON)
     shrunk = after_prox(factors, groups, removed, 0.1, **TRITON)
-    for factor, grad, new, (axis, index) in zip(factors, grads, shrunk, groups, strict=True):
+    for factor, grad, total, new, (axis, index) in zip(factors, grads, sums, shrunk, groups, strict=True):
         kept = ~removed[index]
         along = kept.nonzero().flatten()
         assert (grad.index_select(axis, along) == 0).all()
+        assert torch.equal(total.index_select(axis, along), factor.detach().index_select(axis, along) / 2)
         assert torch.equal(new.index_select(axis, along), factor.index_select(axis, along))
         rest = removed[index].nonzero().flatten()
         assert (grad.index_select(axis, rest) != 0).all()
@@ -139,6 +151,10 @@ def test_nothing_is_read_or_written_outside_the_operands_or_before_it_is_written
         leaves = [factor.detach().requires_grad_() for factor in inside]
         assert group_lasso(leaves, groups, removed, **TRITON).isfinite()
         got = lasso_and_gradients(leaves, groups, removed, **TRITON)
+        for leaf in leaves:
+            leaf.grad = fenced(leaf.detach() / 2, torch.nan)[1]
+        value = group_lasso_grad_(leaves, groups, removed, weight=1.5, **TRITON)
+        got += value, *(leaf.grad for leaf in leaves)
         group_prox_(inside, groups, removed, 2.0, **TRITON)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -153,7 +169,7 @@ def test_non_contiguous_operands():
     expected = both(factors, groups, removed)
     strided = [factor.detach().t().contiguous().t().requires_grad_() for factor in factors]
     spread = [(axis, torch.stack([index, index - 99], 1)[:, 0]) for axis, index in groups]
-    got = lasso_and_gradients(strided, spread, removed, **TRITON)
+    got = lasso_and_gradients(strided, spread, removed, **TRITON) + direct(strided, spread, removed, **TRITON)
     with torch.no_grad():
         group_prox_(strided, spread, removed, 2.0, **TRITON)
     for value, other in zip((*got, *strided), expected, strict=True):
@@ -203,6 +219,11 @@ def test_prox_tells_autograd_and_refuses_a_tensor_given_twice():
         value.backward()
     with pytest.raises(RuntimeError, match="a tensor appears twice"):
         group_prox_([factors[0]] * 2, [groups[0]] * 2, removed, 0.5, **TRITON)
+    with pytest.raises(RuntimeError, match="a tensor appears twice"):
+        group_lasso_grad_([factors[0]] * 2, [groups[0]] * 2, removed, **TRITON)
+    plan, held = GroupPlan.of(factors, groups, len(removed)), [factor.detach() for factor in factors]
+    with pytest.raises(RuntimeError, match="not of the dtype of its factor"):
+        backend.group_lasso_grad_(held, [grad.half() for grad in held], plan, removed, removed.float()[0], 1e-8)
 
 
 def test_opcheck_and_compile():
@@ -213,6 +234,8 @@ def test_opcheck_and_compile():
     detached = [factor.detach() for factor in factors]
     threshold = torch.ones(4, device=DEVICE)
     torch.library.opcheck(ops.group_prox_op, (detached, *packed, removed, threshold, "triton"))
+    grads = [factor.clone() for factor in detached]
+    torch.library.opcheck(ops.group_lasso_grad_op, (detached, grads, *packed, removed, threshold[0], 1e-8, "triton"))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda *factors: group_lasso(factors, groups, removed, **TRITON), fullgraph=True, backend="aot_eager"

@@ -99,6 +99,31 @@ def test_gradient_is_linear_in_grad_out_and_zero_off_removed_groups(case, upstre
 
 
 @common
+@given(problems, st.floats(-3, 3, width=32), st.booleans())
+def test_direct_gradient_is_added_with_one_rounding(case, weight, separate):
+    factors, plan, removed = case
+    if separate:
+        slots = plan.index.numel()
+        plan = GroupPlan.of(factors, [(a, s.long()) for a, s in own_slots(plan)], slots)
+        removed = removed.repeat(slots)[:slots]
+    joint, norms = native.group_lasso_forward(factors, plan, removed, EPS)
+    before = [factor.flip(0) for factor in factors]
+    grads = [grad.clone() for grad in before]
+    value = native.group_lasso_grad_(factors, grads, plan, removed, torch.tensor(weight), EPS)
+    torch.testing.assert_close(value, joint, rtol=2**-23, atol=0)
+    slopes = torch.where(removed, torch.tensor(weight) / norms, 0)
+    for factor, old, grad, (axis, index) in zip(factors, before, grads, plan.groups, strict=True):
+        part = factor.float() * slopes[index].unsqueeze(1 - axis)
+        assert torch.equal(grad, (old.float() + part).to(factor.dtype))
+
+
+def own_slots(plan):
+    """The axes of a plan with an id of its own for every slot."""
+    ids = torch.arange(plan.index.numel())
+    return list(zip(plan.axes, ids.split([index.numel() for _, index in plan.groups]), strict=True))
+
+
+@common
 @given(problems, st.sampled_from([0.0, 0.3, 4.0, 1e4]))
 def test_prox_matches_float64(case, scale):
     factors, plan, removed = case
@@ -183,12 +208,17 @@ def everything(case):
     columns = [*native.mask_and_dot(grad, total, mask), native.masked(grad, mask)]
     columns.append(native.dropped(grad, Dropout(0.3, 5)))
     slots = plan.index.numel()
-    one_each = replace(plan, index=torch.arange(slots, dtype=torch.int32), separate=True)
+    ids = torch.arange(slots + 1, dtype=torch.int32)
+    one_each = replace(plan, index=ids[:-1], order=ids[:-1], starts=ids, separate=True)
     chosen = removed.repeat(-(-slots // len(removed)))[:slots]
     separate = native.separate_lasso_forward(factors, one_each, chosen, EPS, True)
     separate += tuple(native.separate_lasso_backward(separate[1], one_each, torch.tensor(0.7), False))
+    sums = []
+    for described, flags in ((plan, removed), (one_each, chosen)):
+        totals = [factor.clone() for factor in factors]
+        sums += native.group_lasso_grad_(factors, totals, described, flags, torch.tensor(0.3), EPS), *totals
     # What lies between the pieces of the direction is nobody's.
-    return [value, norms, *grads, *shrunk, *compacted, *columns, separate[0], *separate[2:]]
+    return [value, norms, *grads, *shrunk, *compacted, *columns, separate[0], *separate[2:], *sums]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

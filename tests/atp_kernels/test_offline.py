@@ -24,7 +24,7 @@ def rows(output):
 FORWARD = {f"gemm fwd {which}" for which in ("split", "decision", "narrow", "1024 rows", "128 rows")}
 GEMMS = FORWARD | {"gemm dx", "gemm dx decision"}
 GEMMS |= {f"{name} dropout" for name in ("gemm dx", "gemm dx decision", "gemm dx narrow")}
-GROUPS = {"slot squares", "group slope", "group shrink", "slot norms", "joint norms", "lasso total"}
+GROUPS = {"slot squares", "group slope", "group add", "group shrink", "slot norms", "joint norms", "lasso total"}
 KERNELS = GEMMS | GROUPS | {"gemm fwd decode", "down", "column reduce", "sum partials"}
 KERNELS |= {"down dropout", "column reduce dropout", "dropout"}
 ARCHS = {"80", "90", "100", "120"}

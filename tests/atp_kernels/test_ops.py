@@ -44,6 +44,8 @@ def test_opcheck_groups(backend):
     detached = [factor.detach() for factor in factors]
     norms, value = torch.ones(4), torch.tensor(1.0)
     torch.library.opcheck(ops.group_lasso_backward_op, (detached, *packed, removed, norms, value, backend))
+    grads = [factor.clone() for factor in detached]
+    torch.library.opcheck(ops.group_lasso_grad_op, (detached, grads, *packed, removed, value, 1e-8, backend))
     torch.library.opcheck(ops.group_prox_op, (detached, *packed, removed, torch.ones(4), backend))
     torch.library.opcheck(ops.compact_op, (torch.randn(5, 6), torch.tensor([1, 2]), None, 4, backend))
 
@@ -95,6 +97,21 @@ def test_compile_under_autocast_and_in_place_prox():
     assert y.dtype == compiled_y.dtype == torch.bfloat16
     assert torch.equal(y, compiled_y) and torch.equal(kept, compiled_kept)
     assert all(torch.equal(a, b) for a, b in zip(plain, shrunk, strict=True))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_of_the_direct_gradient(dynamic, compiler):
+    """The first call makes every .grad, the others add to it."""
+    torch._dynamo.reset()
+    add = torch.compile(atp_kernels.group_lasso_grad_, fullgraph=True, dynamic=dynamic, backend=compiler)
+    (factors, described, removed), (others, *_) = groups(), groups()
+    for weight in (0.5, 0.25, torch.tensor(0.7)):
+        value = add(factors, described, removed, weight=weight)
+        torch.testing.assert_close(value, atp_kernels.group_lasso_grad_(others, described, removed, weight=weight))
+        assert not value.requires_grad
+        for factor, other in zip(factors, others, strict=True):
+            torch.testing.assert_close(factor.grad, other.grad)
 
 
 @pytest.mark.slow

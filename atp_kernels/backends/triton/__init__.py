@@ -12,7 +12,12 @@ INTERPRETED = False
 ADDMM_CHAIN = False
 
 if AVAILABLE:
-    from atp_kernels.backends.triton.groups import group_lasso_backward, group_lasso_forward, group_prox_
+    from atp_kernels.backends.triton.groups import (
+        group_lasso_backward,
+        group_lasso_forward,
+        group_lasso_grad_,
+        group_prox_,
+    )
     from atp_kernels.backends.triton.masked_lora_linear import (
         INTERPRETED,
         dropped,
@@ -33,6 +38,7 @@ __all__ = [
     "gated_backward",
     "group_lasso_backward",
     "group_lasso_forward",
+    "group_lasso_grad_",
     "group_prox_",
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",

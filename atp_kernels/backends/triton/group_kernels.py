@@ -95,9 +95,9 @@ def total_kernel(part_ptr, value_ptr, n_parts, BLOCK: tl.constexpr):
 @triton.jit
 def scale_kernel(
     table_ptr, index_ptr, removed_ptr, norms_ptr, by_ptr,
-    PROX: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+    PROX: tl.constexpr, ADD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """result = data * scale of the group index[slot], on the grid of `slot_squares_kernel`.
+    """result = data * scale of the group index[slot], on the grid of `slot_squares_kernel`; ADD: result += that.
 
     Without PROX, the gradient: scale = by[0] / norm of removed groups with a norm above zero, 0 of others.
     With PROX, in place: scale = max(0, 1 - by[group] / norm) of removed groups, 1 of others.
@@ -133,5 +133,9 @@ def scale_kernel(
                     # Zero times what is not finite would not be zero.
                     scaled = tl.where(factor == 0, 0.0, values * factor)
                     out_ptrs, _ = _tile(result, slot, entry, slots, length, KIND, ALIGNED)
-                    written = ok & (factor != 1) if PROX and KIND % 2 == 0 else ok
+                    if ADD:
+                        scaled += tl.load(out_ptrs, mask=some, other=0.0).to(tl.float32)
+                        written = some
+                    else:
+                        written = ok & (factor != 1) if PROX and KIND % 2 == 0 else ok
                     tl.store(out_ptrs, scaled.to(out_ptrs.dtype.element_ty), mask=written)

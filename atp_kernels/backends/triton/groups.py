@@ -41,8 +41,31 @@ def group_lasso_backward(
     held, removed = [factor.contiguous() for factor in factors], removed.contiguous()
     grads = [torch.empty_like(factor) for factor in held]
     with torch.cuda.device_of(removed):
-        _scale(_walk(held, grads, plan), plan, removed, norms.contiguous(), grad_out.float(), prox=False)
+        _scale(_walk(held, grads, plan), plan, removed, norms.contiguous(), grad_out.float())
     return grads
+
+
+@torch.no_grad()
+def group_lasso_grad_(
+    factors: Sequence[Tensor], grads: Sequence[Tensor], plan: GroupPlan, removed: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """As `reference.group_lasso_grad_`, each sum rounded once; gradients of kept rows are neither read nor written.
+
+    Raises RuntimeError for a gradient that is given twice, as `group_prox_` does, or is not of its factor's dtype.
+    """
+    _check_written_once(grads)
+    if any(grad.dtype != factor.dtype for factor, grad in zip(factors, grads, strict=True)):
+        raise RuntimeError("a gradient is not of the dtype of its factor: use backend='reference'.")
+    held, removed = [factor.contiguous() for factor in factors], removed.contiguous()
+    sums = [grad.contiguous() for grad in grads]
+    value = removed.new_empty((), dtype=torch.float32)
+    with torch.cuda.device_of(removed):
+        walk = _walk(held, sums, plan)
+        norms, parts = _group_norms(walk, plan, removed, eps)
+        kernels.total_kernel[(1,)](parts, value, parts.numel(), BLOCK=1024)
+        _scale(walk, plan, removed, norms, weight.float(), add=True)
+    _written(grads, sums)
+    return value
 
 
 @torch.no_grad()
@@ -52,19 +75,28 @@ def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, thr
     threshold: floating [n_groups]. Raises RuntimeError for a tensor that is given twice, which two programs would race
     for.
     """
-    addresses = [factor.data_ptr() for factor in factors if factor.numel()]
-    if len(set(addresses)) < len(addresses):
-        raise RuntimeError("a tensor appears twice among the factors of group_prox_: give each of them once.")
+    _check_written_once(factors)
     held, removed = [factor.contiguous() for factor in factors], removed.contiguous()
     with torch.cuda.device_of(removed):
         walk = _walk(held, held, plan)
         norms, _ = _group_norms(walk, plan, removed, eps=0.0)
         _scale(walk, plan, removed, norms, threshold.float().contiguous(), prox=True)
-    for factor, copy in zip(factors, held, strict=True):
-        if factor is not copy:
-            factor.copy_(copy)
+    _written(factors, held)
+
+
+def _check_written_once(tensors: Sequence[Tensor]) -> None:
+    addresses = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+    if len(set(addresses)) < len(addresses):
+        raise RuntimeError("a tensor appears twice among the factors of an in-place call: give each of them once.")
+
+
+def _written(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Bring what a kernel wrote to contiguous copies back to the tensors that were not contiguous themselves."""
+    for tensor, copy in zip(tensors, copies, strict=True):
+        if tensor is not copy:
+            tensor.copy_(copy)
     # The kernel writes behind autograd's back: tell it, so that a stale saved tensor raises instead of lying.
-    torch.autograd.graph.increment_version(factors)
+    torch.autograd.graph.increment_version(tensors)
 
 
 def _group_norms(walk: _Walk, plan: GroupPlan, removed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -84,9 +116,11 @@ def _group_norms(walk: _Walk, plan: GroupPlan, removed: Tensor, eps: float) -> t
     return norms, parts
 
 
-def _scale(walk: _Walk, plan: GroupPlan, removed: Tensor, norms: Tensor, by: Tensor, prox: bool) -> None:
+def _scale(
+    walk: _Walk, plan: GroupPlan, removed: Tensor, norms: Tensor, by: Tensor, *, prox: bool = False, add: bool = False
+) -> None:
     table, grid, tile = walk
-    kernels.scale_kernel[grid](table, plan.index, removed.view(torch.uint8), norms, by, PROX=prox, **tile)
+    kernels.scale_kernel[grid](table, plan.index, removed.view(torch.uint8), norms, by, PROX=prox, ADD=add, **tile)
 
 
 def _walk(factors: list[Tensor], results: list[Tensor], plan: GroupPlan) -> _Walk:
