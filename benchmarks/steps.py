@@ -121,18 +121,19 @@ class Scene:
         model: nn.Module,
         loss_of: Callable[[nn.Module], Tensor],
         masked: Callable[[], AbstractContextManager] = nullcontext,
-        penalty: Callable[[], Tensor] | None = None,
+        regularize: Callable[[], object] = lambda: None,
         holds: tuple[object, ...] = (),
         same: bool = True,
     ) -> Variant:
-        """Forward, backward, gradient clip and AdamW over the adapter, with masks on the layers and a penalty."""
+        """Forward, backward, gradient clip and AdamW over the adapter, under masks; regularize adds to gradients."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
         def step() -> Tensor:
             with masked():
                 loss = loss_of(model)
-                (loss if penalty is None else loss + _BETA * penalty()).backward()
+                loss.backward()
+            regularize()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -154,7 +155,7 @@ class Scene:
             model,
             self.loss,
             masked,
-            penalty=lambda: groups.lasso(masks[-1]),
+            regularize=lambda: groups.lasso_grad_(masks[-1], _BETA),
             holds=(controller, groups),
             same=len(masks) == 1,
         )

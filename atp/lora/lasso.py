@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.masks.space import MaskSpace
-from atp_kernels import GroupPlan, group_lasso, group_prox_
+from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_
 
 
 class LoraGroups:
@@ -40,6 +40,10 @@ class LoraGroups:
     def lasso(self, mask: Tensor) -> Tensor:
         """L_GL: sum over removed cuts of sqrt(sum of squares + 1e-8), scalar float32. mask bool [space.size]."""
         return group_lasso(self.factors, self._cuts, ~mask[self._decision_of_cut])
+
+    def lasso_grad_(self, mask: Tensor, weight: float) -> Tensor:
+        """The same without a graph; weight times its gradient is added to the `.grad` of every factor at once."""
+        return group_lasso_grad_(self.factors, self._cuts, ~mask[self._decision_of_cut], weight=weight)
 
     @torch.no_grad()
     def prox_(self, mask: Tensor, threshold: float) -> None:

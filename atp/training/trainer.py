@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -41,6 +42,7 @@ from atp.training.profiling import scope
 from atp.training.saliency import fisher_saliency, saliency_logits
 
 _CERTIFICATE_WINDOWS = 4
+_WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class ATPTrainer(LoraTrainer):
@@ -188,9 +190,30 @@ class ATPTrainer(LoraTrainer):
             self.controller.set(self.decisions.mask, "hard")
         try:
             with self._gated(sample=True):
-                return super().training_step(model, inputs, num_items_in_batch)
+                loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.controller.clear()
+        weight = self._lasso_weight()
+        if not (weight and self._adds_lasso_to_gradients() and self.accelerator.sync_gradients):
+            return loss
+        # Once a LoRA step, after its last backward pass: neither factors nor mask change between its batches.
+        with scope("loss"):
+            self.last["lasso"] = self.groups.lasso_grad_(self.decisions.mask.to(loss.device), weight)
+        return loss + weight * self.last["lasso"]
+
+    def _lasso_weight(self) -> float:
+        """The weight of the group lasso in this step, 0 where it has none."""
+        training, phase = self.config.training, self.phases.of(self.state.global_step)
+        betas = {"search": training.beta, "settle": training.settle_beta} if self.gates is None else {}
+        return betas.get(phase, 0.0)
+
+    def _adds_lasso_to_gradients(self) -> bool:
+        """Whether the lasso's gradient is added to `.grad` after the backward pass, which spares autograd's work on it.
+
+        Every process of a data-parallel run then adds the same to gradients that are reduced already. Where gradients
+        are sharded or scaled the lasso is a part of the loss instead.
+        """
+        return self.accelerator.scaler is None and self.accelerator.distributed_type in _WHOLE_GRADIENTS
 
     def _gated(self, *, sample: bool) -> AbstractContextManager[None]:
         """The gates of regularizer `l0` on removed LoRA groups, for the duration of a with block."""
@@ -235,14 +258,12 @@ class ATPTrainer(LoraTrainer):
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the count is that of all processes, the gradients' mean too
         self.last["loss"] = loss.detach()
-        phase = self.phases.of(self.state.global_step)
-        training = self.config.training
-        beta = {"search": training.beta, "settle": training.settle_beta}.get(phase, 0.0)
-        if beta and model.training and self.gates is None:
+        weight = self._lasso_weight()
+        if weight and model.training and not self._adds_lasso_to_gradients():
             with scope("loss"):
                 lasso = self.groups.lasso(self.decisions.mask.to(loss.device))
             self.last["lasso"] = lasso.detach()
-            loss = loss + beta * lasso / self.args.gradient_accumulation_steps
+            loss = loss + weight * lasso / self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def after_optimizer_step(self, step: int) -> None:

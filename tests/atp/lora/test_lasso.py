@@ -91,6 +91,20 @@ def test_lasso_gradient_is_the_unit_vector_of_each_removed_cut(case):
             assert not expected[id(parameter)].any(), name
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["none", "existing"])
+def test_lasso_gradient_without_autograd(case, there):
+    model, space, mask = case
+    groups, found = LoraGroups(model, space), []
+    for call in (lambda: (0.3 * groups.lasso(mask)).backward(), lambda: groups.lasso_grad_(mask, 0.3)):
+        for factor in groups.factors:
+            factor.grad = factor.detach().flip(0) if there else None
+        value = call()
+        found.append([factor.grad for factor in groups.factors])
+    torch.testing.assert_close(value, groups.lasso(mask).detach())
+    for grad, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(grad, expected)
+
+
 def test_prox_shrinks_the_joint_norm_of_every_removed_decision(case):
     model, space, mask = case
     groups = LoraGroups(model, space)
@@ -147,6 +161,7 @@ def test_plans_lie_where_the_factors_do_and_refuse_factors_that_changed():
     wrong = ((on_meta.factors, "factors elsewhere"), (groups.factors[:-1], "factors of other shapes"))
     for changed, message in wrong:
         groups.factors = changed
-        for call in (groups.lasso, lambda mask: groups.prox_(mask, 1.0)):
+        calls = (groups.lasso, lambda mask: groups.lasso_grad_(mask, 1.0), lambda mask: groups.prox_(mask, 1.0))
+        for call in calls:
             with pytest.raises(ValueError, match=message):
                 call(random_mask(space))

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file
 from tiny_run import CUT, SEARCH, SETTLE, TOTAL, TUNE, make, trained_tensors
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -198,6 +199,56 @@ def test_gradient_accumulation_runs_one_decision_step_per_lora_step(tmp_path):
     trainer._decide = lambda step, phase: (calls.append(step), original(step, phase))
     trainer.train()
     assert calls == list(range(CUT))
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of every step as they are before clipping."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+
+
+@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_lasso_added_to_gradients_is_the_lasso_in_the_loss(tmp_path, monkeypatch, space, batches):
+    """Gradients, records and losses of every step, with the lasso outside autograd's graph and in it."""
+    training = {"gradient_accumulation": batches, "batch_size": 1, "settle_beta": 2.0}
+    gradients, records, losses = {}, {}, {}
+    for direct in (True, False):
+        watch, losses[direct] = Gradients(), []
+        trainer = make(tmp_path / str(direct), callbacks=[watch], decisions={"space": space}, training=training)
+        monkeypatch.setattr(trainer, "_adds_lasso_to_gradients", lambda direct=direct: direct)
+        step = trainer.training_step
+
+        def noted(*arguments, step=step, losses=losses[direct]):
+            losses.append(step(*arguments))
+            return losses[-1]
+
+        monkeypatch.setattr(trainer, "training_step", noted)
+        trainer.train()
+        gradients[direct] = watch.steps
+        lines = (tmp_path / str(direct) / "metrics.jsonl").read_text().splitlines()
+        records[direct] = [(r["loss"], r.get("lasso", 0.0)) for r in map(json.loads, lines)]
+    assert [lasso > 0 for _, lasso in records[True]] == [True] * CUT + [False] * TUNE
+    summed = [torch.stack(losses[direct]).view(-1, batches).sum(1) for direct in (True, False)]
+    torch.testing.assert_close(*summed, rtol=1e-4, atol=0)
+    torch.testing.assert_close(records[True], records[False], rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-4, atol=1e-6)
+
+
+def test_lasso_is_added_to_gradients_unless_they_are_sharded_or_scaled(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    assert trainer._adds_lasso_to_gradients()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.accelerator, "scaler", object())
+        assert not trainer._adds_lasso_to_gradients()
+    state = type("State", (), {"distributed_type": DistributedType.FSDP})()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.accelerator, "state", state)
+        assert not trainer._adds_lasso_to_gradients()
 
 
 @pytest.mark.parametrize("packing", ["separate", "padded"])
