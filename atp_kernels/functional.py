@@ -139,7 +139,7 @@ def group_lasso_grad_(
     for a factor that is no leaf and retains no gradient; RuntimeError for a factor given twice (native and Triton).
     Source: arXiv 2412.14426, section 3 (the L_GL term), differentiated.
     """
-    plan = _plan(factors, groups, removed)
+    plan = _plan(factors, groups, removed, fits=False)
     if not isinstance(weight, Tensor):
         weight = torch.full((), float(weight), device=removed.device)
     elif weight.ndim != 0 or not weight.is_floating_point() or weight.device != removed.device:
@@ -375,13 +375,14 @@ def _check_dropout(dropout: float, seed: int | Tensor | None, lora_input: Tensor
         raise ValueError(f"seed is {seed}: give one that fits into int64.")
 
 
-def _plan(factors: Sequence[Tensor], groups: Groups | GroupPlan, removed: Tensor) -> GroupPlan:
-    """The plan of a call, checked against its factors and its `removed`."""
+def _plan(factors: Sequence[Tensor], groups: Groups | GroupPlan, removed: Tensor, *, fits: bool = True) -> GroupPlan:
+    """The plan of a call, checked against its `removed` and, with `fits`, against its factors."""
     if removed.dtype != torch.bool or removed.ndim != 1:
         raise ValueError(f"removed must be a 1-D bool tensor, not {removed.dtype} of shape {list(removed.shape)}.")
     if isinstance(groups, GroupPlan):
         plan = groups
-        plan.check(factors)
+        if fits:
+            plan.check(factors)
         if removed.shape[0] != plan.n_groups:
             raise ValueError(f"removed has {removed.shape[0]} entries, but the plan has {plan.n_groups} groups.")
     else:

@@ -26,6 +26,10 @@ def disagreements(op: Op, case: Case, wanted: list[str] | None = None) -> list[s
 
 
 def _results(variant: Variant) -> list[Tensor]:
+    if variant.whole:
+        for tensor in variant.inputs:
+            tensor.grad = None
+        return [variant.forward().detach(), *(tensor.grad for tensor in variant.inputs)]
     result = variant.forward()
     outputs = result if isinstance(result, tuple) else (result,)
     gradients = torch.autograd.grad(result, variant.inputs, variant.grad) if variant.inputs else ()

@@ -53,24 +53,34 @@ class Case:
 class Variant:
     """One way to do the work. inputs: what gradients are asked for, none where the call does all there is.
 
-    grad: dL/dy. same: whether it computes the operation's own function; a floor or a mark without masks does not.
+    grad: dL/dy. adds: the full pass adds to the inputs' `.grad`, as training does; else it returns the gradients.
+    whole: the call itself is such a full pass, and there is no other. same: whether it computes the operation's own
+    function; a floor or a mark without masks does not.
     holds: objects that own the tensors which live between calls: operands, models, optimizers.
     """
 
     forward: Callable[[], Tensor | tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...] = ()
     grad: Tensor | tuple[Tensor, ...] | None = None
+    adds: bool = False
+    whole: bool = False
     same: bool = True
     holds: tuple[object, ...] = ()
 
     def prepare(self, pass_: str) -> Callable[[], object]:
         """The call to time; what a backward pass needs is computed before."""
-        if pass_ == "forward" or not self.inputs:
+        if pass_ == "forward" or self.whole or not self.inputs:
             return self.forward
         if pass_ == "backward":
             y = self.forward()
             return lambda: torch.autograd.grad(y, self.inputs, self.grad)
+        if self.adds:
+            return lambda: torch.autograd.backward(self.forward(), self.grad)
         return lambda: torch.autograd.grad(self.forward(), self.inputs, self.grad)
+
+    def able(self, pass_: str) -> bool:
+        """Whether there is such a pass of this variant."""
+        return pass_ == "full" or not self.whole and (pass_ == "forward" or bool(self.inputs))
 
 
 Variants = dict[str, Variant | str]

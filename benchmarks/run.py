@@ -34,7 +34,7 @@ def measure_case(
     variants, skipped = ready(op, case, wanted)
     rows: list[Row] = []
     for pass_ in (name for name in op.passes if name in passes):
-        able = {name: v for name, v in variants.items() if pass_ != "backward" or v.inputs}
+        able = {name: variant for name, variant in variants.items() if variant.able(pass_)}
         times = interleave(able, pass_, rounds, case.device)
         middle = {name: quantile(ordered, 0.5) for name, ordered in times.items()}
         work = op.work_of(case, pass_)

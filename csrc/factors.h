@@ -95,6 +95,32 @@ inline void write_in_place(FactorList& list) {
   check_written_once(list);
 }
 
+// The tensors, with copies in place of those that are not contiguous.
+inline std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> result;
+  result.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) {
+    result.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  }
+  return result;
+}
+
+// Brings what was written to those copies back.
+inline void write_back(const std::vector<Tensor>& copies, std::vector<Tensor>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (copies[i].get() != tensors[i].get()) torch::stable::copy_(tensors[i], copies[i]);
+  }
+}
+
+// sides: rows and columns of every factor, as the plan knows them.
+inline void check_sides(const FactorList& list, const std::vector<int64_t>& sides) {
+  bool same = sides.size() == 2 * list.factors.size();
+  for (size_t i = 0; same && i < list.factors.size(); ++i) {
+    same = list.factors[i].rows == sides[2 * i] && list.factors[i].cols == sides[2 * i + 1];
+  }
+  check(same, "the plan was made for factors of other shapes.");
+}
+
 // Points `out` at gradients that are there already.
 inline void add_to(FactorList& list, const std::vector<Tensor>& grads) {
   check(grads.size() == list.factors.size(), "got ", list.factors.size(), " factors and ", grads.size(),

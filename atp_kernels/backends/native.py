@@ -131,14 +131,20 @@ def group_lasso_grad_(
 
     grads: one of the shape and dtype of every factor; the sum is rounded once. weight: one floating element. On a CPU a
     separate plan takes one sweep over factors and gradients, another one over factors and then one over both. Raises
-    RuntimeError as `group_lasso_forward` does, and for a gradient that is given twice.
+    ValueError for factors that do not fit the plan, RuntimeError as `group_lasso_forward` does and for a gradient that
+    is given twice.
     """
-    held = [factor.contiguous() for factor in factors]
-    sums = [grad.contiguous() for grad in grads]
     packed = (plan.axes, plan.index, plan.order, plan.starts)
     vectors = (removed.contiguous(), weight.float())
-    value = _call(_ops.group_lasso_grad_, held, sums, *packed, *vectors, eps, plan.separate)
-    _written(grads, sums)
+    if plan.index.is_cuda:
+        plan.check(factors)
+    try:
+        # On a CPU another look at hundreds of tensors would cost a tenth of the call: all are made by the extension.
+        value = _call(_ops.group_lasso_grad_, factors, grads, *packed, plan.sides, *vectors, eps, plan.separate)
+    except RuntimeError:
+        plan.check(factors)  # says it in its own words
+        raise
+    torch.autograd.graph.increment_version(grads)
     return value
 
 
@@ -152,7 +158,11 @@ def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, thr
     held = [factor.contiguous() for factor in factors]
     packed = (plan.axes, plan.index, plan.order, plan.starts)
     _call(_ops.group_prox_, held, *packed, removed.contiguous(), threshold.float().contiguous())
-    _written(factors, held)
+    for factor, copy in zip(factors, held, strict=True):
+        if factor is not copy:
+            factor.copy_(copy)
+    # The extension writes behind autograd's back: tell it, so that a stale saved tensor raises instead of lying.
+    torch.autograd.graph.increment_version(factors)
 
 
 @torch.no_grad()
@@ -253,15 +263,6 @@ def _unit_stride(*matrices: Tensor) -> bool:
 _PRIMITIVES = Primitives(masked, mask_, column_dot, mask_and_dot, dropped)
 masked_lora_linear_forward = partial(reference.masked_lora_linear_forward, primitives=_PRIMITIVES)
 masked_lora_linear_backward = partial(reference.masked_lora_linear_backward, primitives=_PRIMITIVES)
-
-
-def _written(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    """Bring what an operation wrote to contiguous copies back to the tensors that were not contiguous themselves."""
-    for tensor, copy in zip(tensors, copies, strict=True):
-        if tensor is not copy:
-            tensor.copy_(copy)
-    # The extension writes behind autograd's back: tell it, so that a stale saved tensor raises instead of lying.
-    torch.autograd.graph.increment_version(tensors)
 
 
 def _call(operator: Any, *arguments: Any) -> Any:

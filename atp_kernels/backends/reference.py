@@ -186,6 +186,7 @@ def group_lasso_grad_(
     factors: Sequence[Tensor], grads: Sequence[Tensor], plan: GroupPlan, removed: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
     """Return the value; grads += weight * d value / d factor, one of the shape and dtype of every factor."""
+    plan.check(factors)
     value, norms = group_lasso_forward(factors, plan, removed, eps)
     for grad, part in zip(grads, group_lasso_backward(factors, plan, removed, norms, weight), strict=True):
         grad += part

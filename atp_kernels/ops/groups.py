@@ -26,9 +26,10 @@ def lasso(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: floa
 def lasso_grad_(
     factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, weight: Tensor, eps: float, backend: str
 ) -> Tensor:
-    """Group lasso of all factors, checked, and weight times its gradient added to their `.grad`."""
-    grads = [_grad(factor) for factor in factors]
+    """Group lasso of all factors, which the backend checks, and weight times its gradient added to their `.grad`."""
+    grads = _grads(factors)
     if torch.compiler.is_compiling():
+        plan.check(factors)
         # Detached, because the operator has no gradient of its own to offer.
         factors = [factor.detach() for factor in factors]
         return group_lasso_grad_op(factors, grads, *_packed(plan), removed, weight, eps, backend)
@@ -36,8 +37,17 @@ def lasso_grad_(
     return module.group_lasso_grad_(factors, grads, plan, removed, weight, eps)
 
 
+def _grads(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Where the gradients of all factors are summed up, in as few looks at each as that takes where all have one."""
+    if all([factor.requires_grad for factor in factors]):
+        grads = [factor.grad for factor in factors]
+        if all([grad is not None for grad in grads]):
+            return grads
+    return [_grad(factor) for factor in factors]
+
+
 def _grad(factor: Tensor) -> Tensor:
-    """Where the gradient of a factor is summed up: its `.grad`, or memory for nobody if it requires none."""
+    """The `.grad` of a factor, made where it is None; memory for nobody if it requires none."""
     if not factor.requires_grad:
         return torch.zeros_like(factor)
     if not (factor.is_leaf or factor.retains_grad):

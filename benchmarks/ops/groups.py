@@ -1,16 +1,22 @@
 """Operations over all LoRA factors of a model at once, and the gather of a kept weight."""
 
+from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from atp_kernels import GroupPlan, compact, group_lasso, group_prox_
+from atp_kernels import GroupPlan, compact, group_lasso, group_lasso_grad_, group_prox_
 from benchmarks.case import Case, Op, Variant, Variants, Work
 from benchmarks.ops.linear import by_backend
 from benchmarks.shapes import Model
 
-_TESTS = ("tests/atp_kernels/test_groups.py", "tests/atp_kernels/test_native.py")
+_TESTS = (
+    "tests/atp_kernels/test_groups.py",
+    "tests/atp_kernels/test_groups_direct.py",
+    "tests/atp_kernels/test_native.py",
+)
 _INPUT_SIDE = ("o_proj", "down_proj")  # their cuts take columns of A, all others rows of B
 _EPS = 1e-8
 _THRESHOLD = 1e-3  # so small that no group reaches zero however often it is shrunk
@@ -38,27 +44,69 @@ def problem(case: Case) -> tuple[list[Tensor], _Groups, Tensor]:
     return factors, groups, torch.rand(start, generator=rng, device=case.device) >= case.keep
 
 
+def product_problem(case: Case) -> tuple[list[Tensor], GroupPlan, Tensor]:
+    """Random factors, the groups that the product's lasso has in the mask space `case.part`, and which are removed."""
+    from transformers import LlamaConfig
+
+    from atp.lora.lasso import LoraGroups
+    from atp.masks.space import MaskSpace
+
+    sizes, rng = case.sizes, torch.Generator(case.device).manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=sizes.hidden, intermediate_size=sizes.inner, num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, head_dim=sizes.head_dim,
+    )  # fmt: skip
+    space = MaskSpace.from_config(config, case.part)
+
+    def named_parameters() -> Iterator[tuple[str, nn.Parameter]]:
+        for structure in space.structures:
+            for cut in structure.cuts:
+                n_out, n_in = sizes.linears[cut.module.rpartition(".")[2]]
+                shape, name = ((case.rank, n_in), "lora_A") if cut.axis else ((n_out, case.rank), "lora_B")
+                values = torch.randn(shape, generator=rng, device=case.device).to(case.torch_dtype)
+                yield f".layers.{structure.layer}.{cut.module}.{name}.default.weight", nn.Parameter(values)
+
+    groups = LoraGroups(SimpleNamespace(named_parameters=named_parameters), space)
+    mask = torch.rand(space.size, generator=rng, device=case.device) < case.keep
+    return groups.factors, groups._cuts, ~mask[groups._decision_of_cut]
+
+
 def lasso(case: Case) -> Variants:
-    """The norms of removed groups and their gradient; the floor is one norm over as much memory."""
-    factors, groups, removed = problem(case)
+    """The norms of removed groups, and their gradient added to `.grad`; the floor is one norm over as much memory.
+
+    The part `model` has a group for every row or column, a mask space those of the product: rows and columns of a head
+    are one, next to each other.
+    """
+    if case.part == "model":
+        factors, groups, removed = problem(case)
+        plan = GroupPlan.of(factors, groups, removed.numel())
+    else:
+        factors, plan, removed = product_problem(case)
     inputs = tuple(factor.requires_grad_() for factor in factors)
-    plan = GroupPlan.of(factors, groups, removed.numel())
+    for factor in factors:
+        factor.grad = torch.zeros_like(factor)  # in a training step the loss's gradients are there
+    counts = [int(index[-1] - index[0]) + 1 for _, index in plan.groups]
     grad = torch.ones((), device=case.device)
     flat = torch.cat([factor.detach().flatten() for factor in factors]).requires_grad_()
 
     def loop() -> Tensor:
         total = torch.zeros((), device=case.device)
-        for factor, (axis, index) in zip(factors, groups, strict=True):
-            total = total + (factor.square().sum(1 - axis) + _EPS).sqrt()[removed[index]].sum()
+        for factor, axis, count, flags in zip(factors, plan.axes, counts, removed.split(counts), strict=True):
+            squares = factor.square().sum(1 - axis)
+            if count < len(squares):
+                squares = squares.view(count, -1).sum(1)
+            total = total + (squares + _EPS).sqrt()[flags].sum()
         return total
 
     def ours(backend: str) -> Variant:
         call = partial(group_lasso, factors, plan, removed, eps=_EPS, backend=backend)
-        return Variant(call, inputs, grad, holds=(factors, plan))
+        return Variant(call, inputs, grad, adds=True, holds=(factors, plan))
 
+    direct = partial(group_lasso_grad_, factors, plan, removed, eps=_EPS)
     return {
-        "unfused": Variant(loop, inputs, grad, holds=(factors, groups)),
+        "unfused": Variant(loop, inputs, grad, adds=True, holds=(factors,)),
         **by_backend("group_lasso", inputs, ours),
+        "ours_direct": Variant(direct, inputs, whole=True, holds=(factors, plan)),
         "floor": Variant(flat.norm, (flat,), grad.to(flat.dtype), same=False, holds=(flat,)),
     }
 
@@ -137,8 +185,15 @@ def gather_work(case: Case) -> dict[str, Work]:
 
 def _counts(case: Case) -> tuple[int, int]:
     """Entries of all factors and number of groups."""
-    shapes = factor_shapes(case.sizes, case.rank)
-    return sum(rows * columns for rows, columns, _ in shapes), sum(shape[shape[2]] for shape in shapes)
+    shapes, sizes = factor_shapes(case.sizes, case.rank), case.sizes
+    groups = sum(shape[shape[2]] for shape in shapes)
+    if case.part == "kv_group":
+        groups = sizes.layers * (4 * sizes.kv_heads + 3 * sizes.inner)
+    return sum(rows * columns for rows, columns, _ in shapes), groups
+
+
+def _lasso_parts(model: Model) -> tuple[str, ...]:
+    return ("model", "kv_group")
 
 
 def _whole_model(model: Model) -> tuple[str, ...]:
@@ -146,7 +201,7 @@ def _whole_model(model: Model) -> tuple[str, ...]:
 
 
 GROUPS = (
-    Op("group_lasso", lasso, lasso_work, _whole_model, _TESTS, ignores=("tokens",)),
+    Op("group_lasso", lasso, lasso_work, _lasso_parts, _TESTS, ignores=("tokens",)),
     Op("group_prox", prox, prox_work, _whole_model, _TESTS, passes=("forward",), ignores=("tokens",)),
     Op("compact", gather, gather_work, lambda model: model.shapes, _TESTS, ("forward",), ("tokens", "rank")),
 )

@@ -255,6 +255,7 @@ Tensor group_lasso_grad_(
     Tensor index,
     Tensor order,
     Tensor starts,
+    std::vector<int64_t> sides,
     Tensor removed,
     Tensor weight,
     double eps,
@@ -263,18 +264,26 @@ Tensor group_lasso_grad_(
   const int64_t n_groups = removed.numel();
   check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
   check(weight.scalar_type() == ScalarType::Float && weight.numel() == 1, "weight must be one float32.");
-  FactorList list = describe(factors, axes, index);
+  const std::vector<Tensor> held = contiguous(factors), sums = contiguous(grads);
+  FactorList list = describe(held, axes, index);
+  check_sides(list, sides);
   const GroupSlots slots = group_slots(list, order, starts, n_groups);
-  add_to(list, grads);
+  add_to(list, sums);
 
   const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
   const float upstream = *static_cast<const float*>(weight.const_data_ptr());
-  if (separate) return scalar(removed, separate_lasso(list, is_removed, eps, upstream, true));
-  const std::unique_ptr<float[]> norm(new float[n_groups]);
-  const double total = group_norms(list, slots, n_groups, is_removed, eps, norm.get());
-  scale_slots(list, [&](const int32_t* ids, int64_t count, float* scale) {
-    loops().slot_slopes(ids, count, is_removed, norm.get(), upstream, scale);
-  }, true);
+  double total = 0;
+  if (separate) {
+    total = separate_lasso(list, is_removed, eps, upstream, true);
+  } else {
+    const std::unique_ptr<float[]> norm(new float[n_groups]);
+    total = group_norms(list, slots, n_groups, is_removed, eps, norm.get());
+    const auto fill = [&](const int32_t* ids, int64_t count, float* scale) {
+      loops().slot_slopes(ids, count, is_removed, norm.get(), upstream, scale);
+    };
+    scale_slots(list, fill, true);
+  }
+  write_back(sums, grads);
   return scalar(removed, total);
 }
 

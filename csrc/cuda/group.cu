@@ -220,17 +220,22 @@ std::vector<Tensor> group_lasso_backward(
 
 Tensor group_lasso_grad_(
     std::vector<Tensor> factors, std::vector<Tensor> grads, std::vector<int64_t> axes, Tensor index, Tensor order,
-    Tensor starts, Tensor removed, Tensor weight, double eps, bool /*separate*/, int64_t stream_handle) {
+    Tensor starts, std::vector<int64_t> sides, Tensor removed, Tensor weight, double eps, bool /*separate*/,
+    int64_t stream_handle) {
+  check(removed.is_cuda(), "the plan lies on a CPU and factors elsewhere.");
   const int64_t n_groups = removed.numel();
   const cudaStream_t stream = as_stream(stream_handle);
   check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
   check(weight.scalar_type() == ScalarType::Float && weight.numel() == 1, "weight must be one float32.");
-  FactorList list = describe(factors, axes, index);
+  const std::vector<Tensor> held = contiguous(factors), sums = contiguous(grads);
+  FactorList list = describe(held, axes, index);
+  check_sides(list, sides);
   const GroupSlots slots = group_slots(list, order, starts, n_groups);
-  add_to(list, grads);
+  add_to(list, sums);
   const Tensor table = upload(list, removed, stream);
   const auto [value, norms] = group_norms(list, slots, table, removed, eps, stream);
   write_gradients(list, table, removed, norms, weight, stream, true);
+  write_back(sums, grads);
   return value;
 }
 

@@ -154,7 +154,9 @@ def test_marks_of_the_cpu_operations():
     assert marks("linear_unmasked", "bfloat16", 2.05) == [(0.976, 0.98, False), (1.0, 1.001, True)]
     rows = [row("unfused", 3.0), row("ours", 2.0), row("ours_kept_first", 1.5, 2.0)]
     assert values(cpu_ops.linear_marks(rows, 1.0)) == [(1.5, 1.5, True), (1.0, 1.001, True), (2.0, 1.001, False)]
-    assert values(cpu_ops.lasso_marks([row("unfused", 30.0), row("ours", 1.5)])) == [(20.0, 20.0, True)]
+    rows = [row("unfused", 30.0), row("ours", 3.0), row("ours_direct", 1.5)]
+    (mark,) = cpu_ops.lasso_marks([found | {"part": "kv_group"} for found in rows])
+    assert values([mark]) == [(20.0, 20.0, True)] and "kv_group" in mark.what and "autograd 10.0x" in mark.what
 
 
 def test_marks_of_training_take_the_better_dtype_of_each_side():

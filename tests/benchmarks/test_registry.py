@@ -48,7 +48,7 @@ def test_cases_are_one_a_distinct_shape_and_a_number_that_matters():
     found = cases(linear, **many)
     assert len(found) == 4 * 2 * 2 * 2  # q and o are of one shape, k and v, gate and up
     assert {case.part for case in found} == {"q_proj", "k_proj", "gate_proj", "down_proj"}
-    assert len(cases(lasso, **many)) == 2 * 2 and cases(lasso, **many)[0].tokens == 0
+    assert len(cases(lasso, **many)) == 2 * 2 * 2 and cases(lasso, **many)[0].tokens == 0
     assert {case.part for case in cases(linear, **many, parts=["k_proj"])} == {"k_proj"}
 
 
@@ -57,7 +57,8 @@ def test_variants_compute_the_same(op):
     """On a tiny model, every backend included; also says that each operation can be built and run."""
     if op.name.startswith("train_"):
         pytest.importorskip("peft")
-    for case in cases(op, **CHOICE, length=16, keep=0.6)[-1:]:
+    found = cases(op, **CHOICE, length=16, keep=0.6)
+    for case in found if op.name == "group_lasso" else found[-1:]:
         wanted = [name for name in op.build(case) if name != "compile"]
         assert disagreements(op, case, wanted) == []
 

@@ -56,6 +56,8 @@ def test_work_of_groups_by_hand():
     entries, groups = 2 * 480 * 4, 2 * 480
     assert work("group_lasso", "forward") == Work(2 * entries, 4 * entries + 4 * groups)
     assert work("group_lasso", "backward") == Work(entries / 2, 4 * entries * 1.5 + 4 * groups)
+    # kv_group: of a layer 2 groups in each of q, k, v and o, and 3 * 96.
+    assert work("group_lasso", "forward", part="kv_group") == Work(2 * entries, 4 * entries + 4 * 2 * 296)
     assert work("group_prox", "forward") == Work(1.5 * entries, 4 * entries)
 
 

@@ -53,6 +53,7 @@ def group_lasso_grad_(
 
     Raises RuntimeError for a gradient that is given twice, as `group_prox_` does, or is not of its factor's dtype.
     """
+    plan.check(factors)
     _check_written_once(grads)
     if any(grad.dtype != factor.dtype for factor, grad in zip(factors, grads, strict=True)):
         raise RuntimeError("a gradient is not of the dtype of its factor: use backend='reference'.")
