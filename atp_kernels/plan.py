@@ -25,8 +25,8 @@ class GroupPlan:
     A backend implements `group_lasso_forward(factors, plan, removed, eps)`, `group_lasso_backward(factors, plan,
     removed, norms, grad_out)` and `group_prox_(factors, plan, removed, threshold)`, for factors that passed `check`,
     and `group_lasso_grad_(factors, grads, plan, removed, weight, eps)`, which refuses others itself as `check` does. It
-    may trust the values of a plan. Gradients may be pieces of one allocation. One that also has `separate_lasso_forward`
-    and `separate_lasso_backward` is called with these for a separate plan and one dtype.
+    may trust the values of a plan. Gradients may be pieces of one allocation. One that also has
+    `separate_lasso_forward` and `separate_lasso_backward` is called with these for a separate plan and one dtype.
     """
 
     axes: tuple[int, ...]

@@ -115,6 +115,7 @@ Loops make_loops(const char* isa) {
   return {isa,
           group_sums,
           group_norms,
+          group_slopes,
           slot_slopes,
           slot_norms,
           merge_row,

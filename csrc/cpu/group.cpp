@@ -126,13 +126,16 @@ void scale_slots(const FactorList& list, const Fill& fill, bool add = false) {
   });
 }
 
-// The lasso, and sqrt(sum of squares + eps) of every group.
+// The lasso, and sqrt(sum of squares + eps) of every group: body(first group, number of groups) sees a block of them.
+template <typename Body>
 double group_norms(
-    const FactorList& list, const GroupSlots& slots, int64_t n_groups, const bool* removed, double eps, float* norm) {
+    const FactorList& list, const GroupSlots& slots, int64_t n_groups, const bool* removed, double eps, float* norm,
+    const Body& body) {
   std::vector<double> totals(n_groups / kGroupBlock + 1);
   for_each_group_block(list, slots, n_groups, [&](int64_t first, int64_t count, const double* sums) {
     totals[first / kGroupBlock] =
         loops().group_norms(sums, slots.starts + first, removed + first, count, eps, norm + first);
+    body(first, count);
   });
   return std::accumulate(totals.begin(), totals.end(), 0.0);
 }
@@ -176,7 +179,8 @@ std::tuple<Tensor, Tensor> group_lasso_forward(
   Tensor norms = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
   const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
   float* norm = static_cast<float*>(norms.mutable_data_ptr());
-  return {scalar(removed, group_norms(list, slots, n_groups, is_removed, eps, norm)), norms};
+  const auto leave = [](int64_t, int64_t) {};
+  return {scalar(removed, group_norms(list, slots, n_groups, is_removed, eps, norm, leave)), norms};
 }
 
 std::vector<Tensor> group_lasso_backward(
@@ -276,10 +280,13 @@ Tensor group_lasso_grad_(
   if (separate) {
     total = separate_lasso(list, is_removed, eps, upstream, true);
   } else {
-    const std::unique_ptr<float[]> norm(new float[n_groups]);
-    total = group_norms(list, slots, n_groups, is_removed, eps, norm.get());
+    const std::unique_ptr<float[]> slope(new float[n_groups]);  // norms at first
+    const auto divide = [&](int64_t first, int64_t count) {
+      loops().group_slopes(is_removed + first, count, upstream, slope.get() + first);
+    };
+    total = group_norms(list, slots, n_groups, is_removed, eps, slope.get(), divide);
     const auto fill = [&](const int32_t* ids, int64_t count, float* scale) {
-      loops().slot_slopes(ids, count, is_removed, norm.get(), upstream, scale);
+      for (int64_t i = 0; i < count; ++i) scale[i] = slope[ids[i]];
     };
     scale_slots(list, fill, true);
   }

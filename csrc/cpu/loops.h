@@ -72,6 +72,9 @@ struct Loops {
   double (*group_norms)(
       const double* sums, const int32_t* starts, const bool* removed, int64_t count, double eps, float* norms);
 
+  // norms[group] becomes upstream / norms[group] where the group is removed and its norm is not 0, else 0.
+  void (*group_slopes)(const bool* removed, int64_t count, float upstream, float* norms);
+
   // out[slot] = upstream / norms[group of the slot] where that group is removed and its norm is not 0, else 0.
   void (*slot_slopes)(
       const int32_t* index, int64_t count, const bool* removed, const float* norms, float upstream, float* out);

@@ -249,6 +249,15 @@ double group_norms(
   return sum;
 }
 
+void group_slopes(const bool* removed, int64_t count, float upstream, float* norms) {
+  for (int64_t group = 0; group < count; group += kLanes) {
+    const int64_t here = std::min(kLanes, count - group);
+    const float8 norm = here == kLanes ? load8(norms + group) : load_tail(norms + group, here);
+    const float8 slope = slope8(upstream, (float8)((int8x32)norm & load_flags(removed + group, here)));
+    here == kLanes ? store8(norms + group, slope) : store_tail(norms + group, slope, here);
+  }
+}
+
 void slot_slopes(
     const int32_t* index, int64_t count, const bool* removed, const float* norms, float upstream, float* out) {
   for (int64_t slot = 0; slot < count; ++slot) {
