@@ -27,6 +27,7 @@ _QUICK = "tests/atp_kernels/test_plain.py -k quick_checks"
 _NORMS = "tests/atp_kernels/test_linear.py -k gradcheck"
 _GROUPS = "tests/atp_kernels/test_groups.py"
 _SEPARATE = "tests/atp_kernels/test_groups_separate.py"
+_DIRECT = "tests/atp_kernels/test_groups_direct.py"
 _KEPT = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
 _KEPT_FIRST = "tests/atp_kernels/test_kept_first.py -k no_worse_than_unfused"
 _CHUNKS = "tests/atp_kernels/test_kept_chunks.py -k 'not memory_is'"
@@ -354,6 +355,33 @@ _TABLE = {
         ("wanted = grad_enabled and any(ctx.needs_input_grad)", "wanted = grad_enabled"),
         ("in_place = not torch", "in_place = torch"),
     ),
+    (_GROUP_OPS, _DIRECT): (
+        ("if all([factor.requires_grad for factor in factors]):", "if True:"),
+        ("if all([grad is not None for grad in grads]):", "if True:"),
+        ("    if not factor.requires_grad:\n        return torch.zeros_like(factor)\n", ""),
+        ("if not (factor.is_leaf or factor.retains_grad):", "if False:"),
+        ("    if factor.grad is None:\n        factor", "    if True:\n        factor"),
+        ("factor.grad = torch.zeros_like(factor)", "factor.grad = torch.ones_like(factor)"),
+    ),
+    (_REFERENCE, _DIRECT): (
+        ("removed, norms, weight), strict=True)", "removed, norms, weight.abs()), strict=True)"),
+        ("grad += part", "grad.copy_(part)"),
+        ("    plan.check(factors)\n    value, norms", "    value, norms"),
+    ),
+    (_NATIVE, _DIRECT): (
+        ("vectors = (removed.contiguous(), weight.float())", "vectors = (removed.contiguous(), weight.float().abs())"),
+        ("plan.check(factors)  # says it in its own words", "pass"),
+        ("torch.autograd.graph.increment_version(grads)", "pass"),
+    ),
+    (_CALL, _DIRECT): (
+        ("torch.full((), float(weight), device=removed.device)", "torch.ones((), device=removed.device)"),
+        ("elif weight.ndim != 0 or not", "elif not"),
+        ("or not weight.is_floating_point() or", "or"),
+        ("or weight.device != removed.device:", ":"),
+        ("ops.lasso_grad_(factors, plan, removed, weight, float(eps), backend)",
+         "ops.lasso_grad_(factors, plan, removed, weight, 1e-8, backend)"),
+        ("    with torch.no_grad():\n        return ops.lasso_grad_", "    if True:\n        return ops.lasso_grad_"),
+    ),
     (_KERNELS, _DROPPED): (
         ("quads = first_col // 4 + tl.arange", "quads = tl.arange"),
         ("n_rounds=_ROUNDS", "n_rounds=10"),
@@ -400,6 +428,7 @@ _TABLE = {
         ("ratio = tl.div_rn(by, tl.where(norm == 0, 1.0, norm))", "ratio = by"),
         ("scale = tl.where(norm > 0, ratio, 0.0)", "scale = tl.where(norm > 0, ratio / by, 0.0)"),
         ("scaled = tl.where(factor == 0, 0.0, values * factor)", "scaled = values"),
+        ("scaled += tl.load(out_ptrs, mask=some, other=0.0).to(tl.float32)", "pass"),
     ),
     (_GROUP_KERNELS, _MULTI_FENCED): (
         ("ok = (slot < slots)[:, None] & (entry < length)[None, :]", "ok = (slot < slots)[:, None]"),
@@ -408,7 +437,9 @@ _TABLE = {
     (_GROUP_LAUNCHER, _MULTI): (
         ("_group_norms(_walk(held, held, plan), plan, removed, eps)",
          "_group_norms(_walk(held, held, plan), plan, removed, 0.0)"),
-        ("grad_out.float(), prox=False", "grad_out.float().abs(), prox=False"),
+        ("grad_out.float())", "grad_out.float().abs())"),
+        ("weight.float(), add=True)", "weight.float() / 2, add=True)"),
+        ("weight.float(), add=True)", "weight.float())"),
         ("kind = 2 * _DTYPES.index(factor.dtype) + axis", "kind = 2 * _DTYPES.index(factor.dtype)"),
         ("first_slot += slots", "first_slot += length"),
     ),

@@ -191,6 +191,10 @@ def test_frozen_factors_count_and_get_nothing(backend):
     torch.testing.assert_close(group_lasso_grad_(factors, *described, backend=backend), expected.detach())
     assert factors[1].grad is None and torch.equal(factors[2].grad, before)
     assert factors[0].grad.any() and factors[3].grad.any()
+    before = [factor.grad.clone() for factor in with_grads(factors)]  # now all have one
+    group_lasso_grad_(factors, *described, backend=backend)
+    changed = [not torch.equal(factor.grad, old) for factor, old in zip(factors, before, strict=True)]
+    assert changed == [True, False, False, True]
 
 
 @every_backend
@@ -214,8 +218,11 @@ def test_wrong_calls_are_one_clear_sentence():
             group_lasso_grad_(factors, groups, removed, weight=weight)
     with pytest.raises(ValueError, match="neither a leaf nor retains its gradient: give parameters"):
         group_lasso_grad_([2 * factor for factor in factors], groups, removed)
-    with pytest.raises(ValueError, match="made for 4 factors of other shapes"):
-        group_lasso_grad_(factors[:2], plan, removed)
+    narrow = factors[0].detach()[:, :5].requires_grad_()
+    for backend in BACKENDS:
+        for changed in (factors[:2], [narrow, *factors[1:]]):
+            with pytest.raises(ValueError, match="made for 4 factors of other shapes"):
+                group_lasso_grad_(changed, plan, removed, backend=backend)
     with pytest.raises(ValueError, match="removed must be a 1-D bool"):
         group_lasso_grad_(factors, groups, removed.float())
 
