@@ -210,6 +210,7 @@ def test_gradients_keep_their_memory_and_strides_and_say_that_they_changed(backe
     assert all(grad._version > version for grad, version in zip(grads, versions, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_wrong_calls_are_one_clear_sentence():
     factors, groups, removed = problem()
     plan = GroupPlan.of(factors, groups, len(removed))
