@@ -1,5 +1,6 @@
 """What a user calls: checks, automatic casting and the choice between eager and compiled execution."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -141,7 +142,8 @@ def group_lasso_grad_(
     """
     plan = _plan(factors, groups, removed, fits=False)
     if not isinstance(weight, Tensor):
-        weight = torch.full((), float(weight), device=removed.device)
+        make = torch.full if torch.compiler.is_compiling() else _full
+        weight = make((), float(weight), device=removed.device)
     elif weight.ndim != 0 or not weight.is_floating_point() or weight.device != removed.device:
         given = f"{weight.dtype} of shape {list(weight.shape)} on {weight.device}"
         raise ValueError(f"weight is {given}: give a number or a floating 0-d tensor on {removed.device}.")
@@ -232,6 +234,10 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") ->
     if logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("cross_entropy_ writes over its logits and they require a gradient: call it on detached ones.")
     return ops.cross_entropy_op(logits, targets, backend)
+
+
+# The weight of a step is that of the step before.
+_full = functools.lru_cache(maxsize=16)(torch.full)
 
 
 def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = False) -> str:

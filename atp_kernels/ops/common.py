@@ -1,6 +1,7 @@
 """What every operation shares."""
 
 from collections.abc import Collection, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def refuse_twice(ctx, *grads):
 
 def common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
     """The dtype that decides the backend: the one among the factors' that the fewest backends take."""
-    return rarest_dtype({factor.dtype for factor in factors})
+    return rarest_dtype(set(map(attrgetter("dtype"), factors)))
 
 
 def rarest_dtype(present: Collection[torch.dtype]) -> torch.dtype:
