@@ -13,8 +13,10 @@ from atp.lora.layer import MaskedLoraLinear
 from atp.masks.space import MaskSpace
 from atp_kernels import KeptFirst, KeptSlice
 
-# Nothing but element-wise work lies between gate, up and down, so their channels may lie in any order.
-_KEPT_FIRST = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}
+# Nothing but element-wise work lies between gate, up and down, so their channels may lie in any order, ...
+_CHANNELS = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}
+# ... and attention treats all heads alike, so whole heads may, together with the key and value heads that they read.
+_HEADS = {"self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 1}
 
 
 class MaskController:
@@ -22,6 +24,8 @@ class MaskController:
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
         self.space = space
+        # Which side of a linear lies kept first.
+        self._sorted = _CHANNELS | (_HEADS if space.name == "kv_group" else {})
         self._layers: dict[tuple[int, str], MaskedLoraLinear] = {}
         for name, module in model.named_modules():
             if isinstance(module, MaskedLoraLinear):
@@ -76,16 +80,18 @@ class MaskController:
             if self._hard is None or not torch.equal(mask[structure.span], self._hard[structure.span])
             for cut in structure.cuts
         }
-        orders: dict[int, KeptFirst] = {}
+        orders: dict[tuple[int, str, int], KeptFirst] = {}
         for layer, module, out_mask, in_mask in self._module_masks(mask) if stale else ():
             if (layer, module) not in stale:
                 continue
             masks = [out_mask, in_mask]
-            if module in _KEPT_FIRST:
-                side = _KEPT_FIRST[module]
-                if layer not in orders:
-                    orders[layer] = KeptFirst(masks[side])
-                masks[side] = orders[layer]
+            if module in self._sorted:
+                side = self._sorted[module]
+                # Sides of one block and size are cut alike: gate, up and down, q and o, k and v.
+                key = layer, module.split(".")[0], masks[side].numel()
+                if key not in orders:
+                    orders[key] = KeptFirst(masks[side])
+                masks[side] = orders[key]
             base = self._layers[layer, module].get_base_layer()
             kept = KeptSlice(base.weight, base.bias, out_mask=masks[0], in_mask=masks[1])
             self._sides[layer, module] = out_mask, in_mask, kept

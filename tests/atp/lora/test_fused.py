@@ -41,6 +41,17 @@ def test_forms_equal_the_separate_masked_layers(space_name, form):
         assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+def test_whole_heads_and_channels_lie_kept_first(space_name):
+    """No activation is gathered or spread where an order can be kept from producer to consumer."""
+    model, space = masked(space_name=space_name)
+    MaskController(model, space).set(random_mask(space), "hard")
+    for name, linear in model.named_modules():
+        if isinstance(linear, MaskedLoraLinear):
+            sorted_ = [side.kept_first for side in linear.kept.sides if side is not None]
+            assert sorted_ == [space_name == "kv_group" or ".mlp." in name]
+
+
 def test_norms_write_what_the_linears_would_cast_to():
     """Under autocast q, k, v and the MLP get bfloat16; the loss and its gradients are as close to float32 as before."""
     model, _ = masked()
