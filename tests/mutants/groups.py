@@ -1,0 +1,128 @@
+"""Group lasso, its gradient, the proximal step and compaction, in Python and in Triton."""
+
+from mutants.mutant import Table
+
+DEFINITION = "atp_kernels/reference.py"
+REFERENCE = "atp_kernels/backends/reference.py"
+NATIVE = "atp_kernels/backends/native.py"
+PLAN = "atp_kernels/plan.py"
+GROUP_OPS = "atp_kernels/ops/groups.py"
+CALL = "atp_kernels/functional.py"
+GROUP_KERNELS = "atp_kernels/backends/triton/group_kernels.py"
+GROUP_LAUNCHER = "atp_kernels/backends/triton/groups.py"
+
+GROUPS = "tests/atp_kernels/test_groups.py"
+SEPARATE = "tests/atp_kernels/test_groups_separate.py"
+DIRECT = "tests/atp_kernels/test_groups_direct.py"
+MULTI = "tests/atp_kernels/test_groups_triton.py -k 'joint or kept_groups or any_shape'"
+MULTI_FENCED = "tests/atp_kernels/test_groups_triton.py -k nothing_is_read"
+
+TABLE: Table = {
+    (DEFINITION, GROUPS): (
+        ("factor.to(dtype).square().sum(1 - axis)", "factor.to(dtype).abs().sum(1 - axis)"),
+        ("counted = removed & owned_groups(groups, removed)", "counted = removed"),
+        ("counted = removed & owned_groups(groups, removed)", "counted = owned_groups(groups, removed)"),
+        ("(squares + eps).sqrt()", "squares.sqrt()"),
+        ("removed.numel()).sqrt()", "removed.numel())"),
+        ("torch.where(norms <= threshold, 0, 1 - threshold / norms)", "1 - threshold / norms"),
+        ("0, 1 - threshold / norms", "0, 1 - threshold"),
+        ("scale = torch.where(removed, shrunk, 1)", "scale = shrunk"),
+        ("factor.copy_(torch.where(by_group == 0, 0, factor * by_group))", "factor.mul_(1)"),
+        ("weight[rows]", "weight"),
+        ("kept[:, cols]", "kept"),
+        ("round_up(kept.shape[0], pad_to)", "kept.shape[0]"),
+        ("round_up(kept.shape[1], pad_to)", "kept.shape[1]"),
+        ("padded = weight.new_zeros(n_rows, n_cols)", "padded = weight.new_ones(n_rows, n_cols)"),
+    ),
+    (REFERENCE, GROUPS): (
+        (".add_(eps)", ""),
+        ("norms.mul(removed & plan.owned)", "norms.mul(removed)"),
+        ("norms.mul(removed & plan.owned)", "norms.mul(plan.owned)"),
+        ("removed & (norms > 0)", "norms > 0"),
+        ("removed & (norms > 0)", "removed"),
+        ("grad_out / norms, 0", "1 / norms, 0"),
+        ("grad_out / norms, 0", "grad_out, 0"),
+        ("slope[index].unsqueeze(1 - axis)", "1"),
+    ),
+    (PLAN, GROUPS): (
+        ("self.starts.diff() > 0", "self.starts.diff() >= 0"),
+        ("index_add_(0, index + 1, ones)", "index_add_(0, index, ones)"),
+        ("torch.argsort(index, stable=True)", "torch.argsort(index, descending=True)"),
+        ("if shapes != self.shapes:", "if False:"),
+        ("if low < 0 or high >= n_groups:", "if high >= n_groups:"),
+        ("if low < 0 or high >= n_groups:", "if low < 0:"),
+    ),
+    (PLAN, SEPARATE): (
+        ("separate = torch.equal(index, torch.arange(n_groups))", "separate = True"),
+        ("separate = torch.equal(index, torch.arange(n_groups))", "pass"),
+    ),
+    (GROUP_OPS, SEPARATE): (
+        ("if plan.separate and len(dtypes) == 1", "if len(dtypes) == 1"),
+        ("if plan.separate and len(dtypes) == 1", "if plan.separate"),
+        ("wanted = grad_enabled and any(ctx.needs_input_grad)", "wanted = any(ctx.needs_input_grad)"),
+        ("wanted = grad_enabled and any(ctx.needs_input_grad)", "wanted = grad_enabled"),
+        ("in_place = not torch", "in_place = torch"),
+    ),
+    (GROUP_OPS, DIRECT): (
+        ("if all([factor.requires_grad for factor in factors]):", "if True:"),
+        ("if all([grad is not None for grad in grads]):", "if True:"),
+        ("    if not factor.requires_grad:\n        return torch.zeros_like(factor)\n", ""),
+        ("if not (factor.is_leaf or factor.retains_grad):", "if False:"),
+        ("    if factor.grad is None:\n        factor", "    if True:\n        factor"),
+        ("factor.grad = torch.zeros_like(factor)", "factor.grad = torch.ones_like(factor)"),
+    ),
+    (REFERENCE, DIRECT): (
+        ("removed, norms, weight), strict=True)", "removed, norms, weight.abs()), strict=True)"),
+        ("grad += part", "grad.copy_(part)"),
+        ("    plan.check(factors)\n    value, norms", "    value, norms"),
+    ),
+    (NATIVE, DIRECT): (
+        ("vectors = (removed.contiguous(), weight.float())", "vectors = (removed.contiguous(), weight.float().abs())"),
+        ("plan.check(factors)  # says it in its own words", "pass"),
+        ("torch.autograd.graph.increment_version(grads)", "pass"),
+    ),
+    (CALL, DIRECT): (
+        ("torch.full((), float(weight), device=removed.device)", "torch.ones((), device=removed.device)"),
+        ("elif weight.ndim != 0 or not", "elif not"),
+        ("or not weight.is_floating_point() or", "or"),
+        ("or weight.device != removed.device:", ":"),
+        ("ops.lasso_grad_(factors, plan, removed, weight, float(eps), backend)",
+         "ops.lasso_grad_(factors, plan, removed, weight, 1e-8, backend)"),
+        ("    with torch.no_grad():\n        return ops.lasso_grad_", "    if True:\n        return ops.lasso_grad_"),
+    ),
+    (GROUP_KERNELS, MULTI): (
+        ("squares += tl.sum(values * values,", "squares += tl.sum(values,"),
+        ("first = tl.program_id(1).to(tl.int64) * BLOCK_S\n    if first < slots:\n        slot = first + "
+         "tl.arange(0, BLOCK_S)\n        for", "first = 0\n    if first < slots:\n        slot = first + "
+         "tl.arange(0, BLOCK_S)\n        for"),
+        ("squares_ptr + tl.load(line_ptr + 4) + slot", "squares_ptr + slot"),
+        ("owned = at[None, :] < count[:, None]", "owned = at[None, :] <= count[:, None]"),
+        ("for start in range(0, tl.max(count, axis=0), BLOCK_S):", "for start in range(0, 1, BLOCK_S):"),
+        ("tl.sum(sums, axis=1) + eps", "tl.sum(sums, axis=1)"),
+        ("tl.sqrt(", "("),
+        ("removed & (count > 0)", "removed"),
+        ("removed & (count > 0)", "count > 0"),
+        ("removed = tl.load(removed_ptr + group) != 0", "removed = group >= 0"),
+        ("index_ptr + tl.load(line_ptr + 4) + slot", "index_ptr + slot"),
+        ("tl.where(removed, tl.where(norm <= by, 0.0, 1.0 - ratio), 1.0)", "tl.where(norm <= by, 0.0, 1.0 - ratio)"),
+        ("tl.where(norm <= by, 0.0, 1.0 - ratio)", "1.0 - ratio"),
+        ("0.0, 1.0 - ratio", "0.0, ratio"),
+        ("ratio = tl.div_rn(by, tl.where(norm == 0, 1.0, norm))", "ratio = by"),
+        ("scale = tl.where(norm > 0, ratio, 0.0)", "scale = tl.where(norm > 0, ratio / by, 0.0)"),
+        ("scaled = tl.where(factor == 0, 0.0, values * factor)", "scaled = values"),
+        ("scaled += tl.load(out_ptrs, mask=some, other=0.0).to(tl.float32)", "pass"),
+    ),
+    (GROUP_KERNELS, MULTI_FENCED): (
+        ("ok = (slot < slots)[:, None] & (entry < length)[None, :]", "ok = (slot < slots)[:, None]"),
+        ("ok = (entry < length)[:, None] & (slot < slots)[None, :]", "ok = (slot < slots)[None, :]"),
+    ),
+    (GROUP_LAUNCHER, MULTI): (
+        ("_group_norms(_walk(held, held, plan), plan, removed, eps)",
+         "_group_norms(_walk(held, held, plan), plan, removed, 0.0)"),
+        ("grad_out.float())", "grad_out.float().abs())"),
+        ("weight.float(), add=True)", "weight.float() / 2, add=True)"),
+        ("weight.float(), add=True)", "weight.float())"),
+        ("kind = 2 * _DTYPES.index(factor.dtype) + axis", "kind = 2 * _DTYPES.index(factor.dtype)"),
+        ("first_slot += slots", "first_slot += length"),
+    ),
+}  # fmt: skip
