@@ -1,11 +1,13 @@
-"""Break every line of `mutants.py` in turn and see that a test fails: what no test notices is not tested.
+"""Break every line of `mutants` in turn and see that a test fails: what no test notices is not tested.
 
     python tests/mutations.py                  run all of them and write tests/mutations.json
     python tests/mutations.py --only triton    those whose description has this text; keeps the report on the others
     python tests/mutations.py --jobs 4         as many at once
 
 Each mutant lives in a temporary copy of its own, so this tree never changes, not even when the run is interrupted, and
-is tested in a fork of a process that has imported torch already. Exit status 1 when a mutant survives.
+is tested in a fork of a process that has imported torch already. The C++ extension is built once in such a copy, and
+for a mutant of C++ again as far as it reads the changed file; what does not compile is an error. A mutant that crashes
+or does not end counts as killed by the test that ran. Exit status 1 when a mutant survives.
 """
 
 import argparse
@@ -20,46 +22,66 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import native_builds
 import pytest
 from mutants import MUTANTS, Mutant
+from native_builds import Build
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "tests" / "mutations.json"
 COPIED = ("atp_kernels", "benchmarks", "tests/conftest.py", "tests/atp_kernels", "pyproject.toml")
+BUILT_FROM = ("atp_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+LONGEST_TESTS = 600.0  # seconds
+FORK = multiprocessing.get_context("fork")
 Row = dict[str, str | float | None]
 
 
 class FirstFailure:
-    """A pytest plugin that keeps the name of the first failing test."""
+    """A pytest plugin that keeps the name of the first failing test, and calls `start` with each that starts."""
 
     name: str | None = None
+
+    def __init__(self, start: Callable[[str], None]) -> None:
+        self.start = start
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.start(nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and self.name is None:
             self.name = report.nodeid
 
 
-def copy_tree(target: Path) -> None:
-    """Copy what the kernels' tests need, without bytecode that a mutant of equal size and second would be taken for."""
-    for name in COPIED:
+def copy_tree(target: Path, names: tuple[str, ...] = COPIED, build: Build | None = None) -> None:
+    """Copy what the kernels' tests need, without bytecode that a mutant of equal size and second would be taken for.
+
+    The extension is that of `build`, if there is one, in the place of what lies in this tree.
+    """
+    for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, target / name)
+    if build:
+        shutil.copy(build.library, target / build.library.relative_to(build.root))
 
 
-def failing_test(tests: str) -> str | None:
+def failing_test(tests: str, start: Callable[[str], None]) -> str | None:
     """The first test of a selection that fails in this folder, None where all pass; call it once a process.
 
     Raises RuntimeError where pytest cannot collect or run them, or runs them on another copy of the kernels.
     """
     sys.path.insert(0, os.getcwd())
-    failure, said = FirstFailure(), io.StringIO()
+    failure, said = FirstFailure(start), io.StringIO()
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
     with contextlib.redirect_stdout(said):
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)], plugins=[failure])
+        status = pytest.main([*options, *shlex.split(tests)], plugins=[failure])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest {tests} stopped with status {status}: {said.getvalue()}")
     tested = sys.modules["atp_kernels"].__file__
@@ -68,41 +90,83 @@ def failing_test(tests: str) -> str | None:
     return failure.name
 
 
-def try_selection(folder: str, tests: str) -> tuple[str, str | None]:
+def send_failing_test(tests: str, sender: Connection) -> None:
+    """Send `failing_test` as ("failed", name), after ("runs", name) of each test; ("error", text) where it raises."""
+    try:
+        sender.send(("failed", failing_test(tests, lambda name: sender.send(("runs", name)))))
+    except RuntimeError as error:
+        sender.send(("error", str(error)))
+
+
+def first_failure(tests: str) -> str | None:
+    """`failing_test` in a process of its own, which a mutant may end or never leave: that is a failure too."""
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=send_failing_test, args=(tests, sender))
+    process.start()
+    sender.close()
+    end, running = time.monotonic() + LONGEST_TESTS, None
+    try:
+        while receiver.poll(max(0.0, end - time.monotonic())):
+            what, said = receiver.recv()
+            if what == "error":
+                raise RuntimeError(said)
+            if what == "failed":
+                return said
+            running = said
+        how = "does not end"
+    except EOFError:
+        process.join()
+        how = f"ends with exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+    if running is None:
+        raise RuntimeError(f"pytest {tests} {how} before the first test.")
+    return f"{running} ({how})"
+
+
+def try_selection(folder: str, build: Build | None, tests: str) -> tuple[str, str | None]:
     """A selection and its first failure without any mutant."""
     os.chdir(tempfile.mkdtemp(dir=folder))
-    copy_tree(Path.cwd())
-    return tests, failing_test(tests)
+    copy_tree(Path.cwd(), build=build)
+    return tests, first_failure(tests)
 
 
-def try_mutant(folder: str, mutant: Mutant) -> Row:
+def try_mutant(folder: str, build: Build | None, mutant: Mutant) -> Row:
     """One row of the report: the mutant, the test that killed it (None: it survives) and the seconds that took."""
     start = time.monotonic()
     os.chdir(tempfile.mkdtemp(dir=folder))
-    copy_tree(Path.cwd())
+    copy_tree(Path.cwd(), COPIED + ("csrc",) * mutant.compiled, build)
     path = Path(mutant.file)
     source = path.read_text(encoding="utf-8")
     if source.count(mutant.old) != 1:
-        raise RuntimeError(f"{mutant.file} does not have {mutant.old!r} exactly once: bring mutants.py up to date.")
+        raise RuntimeError(f"{mutant.file} does not have {mutant.old!r} exactly once: bring the mutants up to date.")
     path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
-    killer = failing_test(mutant.tests)
+    if mutant.compiled:
+        native_builds.rebuild(build, mutant.file, Path.cwd())
+    killer = first_failure(mutant.tests)
     return {"mutant": str(mutant), "killed by": killer, "seconds": round(time.monotonic() - start, 1)}
 
 
 def run(mutants: list[Mutant], jobs: int) -> list[Row]:
     """Rows of all mutants, printed as they come. Raises RuntimeError where the tests fail without any mutant."""
-    # Forked workers of one task each: none sees what another has imported, and none imports torch again.
-    fork = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder, fork.Pool(jobs, maxtasksperchild=1) as pool:
-        selections = dict.fromkeys(mutant.tests for mutant in mutants)
-        for tests, failed in pool.imap(functools.partial(try_selection, folder), selections):
-            if failed:
-                raise RuntimeError(f"{failed} fails without any mutant: repair it first (pytest {tests}).")
-        rows = []
-        for row in pool.imap(functools.partial(try_mutant, folder), mutants):
-            print(f"{row['seconds']:6.1f} s  {row['mutant']}\n{'':10}{row['killed by'] or 'SURVIVES'}", flush=True)
-            rows.append(row)
-        return rows
+    with tempfile.TemporaryDirectory() as folder:
+        build = None
+        if any(mutant.compiled for mutant in mutants):
+            unchanged = Path(tempfile.mkdtemp(dir=folder))
+            copy_tree(unchanged, BUILT_FROM)
+            build = native_builds.build(unchanged)
+        # Forked, so that no test imports torch again; a fork of its own for each selection keeps their imports apart.
+        with ProcessPoolExecutor(jobs, mp_context=FORK) as pool:
+            selections = dict.fromkeys(mutant.tests for mutant in mutants)
+            for tests, failed in pool.map(functools.partial(try_selection, folder, build), selections):
+                if failed:
+                    raise RuntimeError(f"{failed} fails without any mutant: repair it first (pytest {tests}).")
+            rows = []
+            for row in pool.map(functools.partial(try_mutant, folder, build), mutants):
+                print(f"{row['seconds']:6.1f} s  {row['mutant']}\n{'':10}{row['killed by'] or 'SURVIVES'}", flush=True)
+                rows.append(row)
+            return rows
 
 
 def write_report(rows: list[Row]) -> None:

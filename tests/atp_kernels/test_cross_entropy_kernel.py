@@ -72,6 +72,18 @@ def test_sums_of_a_large_vocabulary_stay_exact(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", [7, 40, 131])
+def test_a_shift_of_all_logits_changes_nothing(backend, vocab):
+    """Integers, which float32 shifts without an error: far from zero exp alone would be zero or infinite."""
+    logits, targets = problem(9, vocab, torch.float32)
+    logits = logits.round()
+    expected = computed(logits, targets, backend)
+    for shift in (-300, 300):
+        for got, want in zip(computed(logits + shift, targets, backend), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_limits(backend, dtype):
     row = [0.0] * 40

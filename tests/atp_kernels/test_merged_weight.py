@@ -150,6 +150,14 @@ def test_the_merged_weight_is_rounded_once(rows, cols, rank, apart):
     assert merged.dtype == torch.bfloat16 and ((merged.double() - exact).abs() <= allowed).all()
 
 
+def test_rounding_is_that_of_the_cast_at_ties_and_for_every_nan():
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000], dtype=torch.int32)  # three NaNs and infinity
+    row = torch.cat([torch.tensor([257.0, 259.0, -257.0, 1.0]), bits.view(torch.float32)]).repeat(6)[:45]
+    merged = native.merged_weight(row[None], torch.zeros(2, 45), torch.zeros(1, 2), 1.0)
+    torch.testing.assert_close(merged, row[None].bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(merged[0, :3].float(), torch.tensor([256.0, 260.0, -256.0]))
+
+
 def large_problem():
     rng = torch.Generator().manual_seed(3)
     return tuple(torch.randn(*size, generator=rng) for size in ((700, 1003), (8, 1003), (700, 8)))

@@ -87,6 +87,12 @@ def test_any_shape_with_rows_that_lie_apart_or_not(rows, cols, dtype, apart, in_
     assert (both[:, -1] == 9).all()
 
 
+def test_ties_are_rounded_to_even():
+    gate = torch.tensor([131.0, 133.0] * 33, dtype=torch.bfloat16).view(2, 33)  # silu is the identity so far out
+    h = native.gated("silu", gate, torch.full_like(gate, 1.5))
+    assert torch.equal(h.float(), torch.tensor([196.0, 200.0] * 33).view(2, 33))
+
+
 def test_columns_that_lie_apart_and_gelu_are_those_of_the_primitives():
     d_h, gate, up = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
     for activation, operands in (("silu", (d_h.t(), gate.t(), up.t())), ("gelu_tanh", (d_h, gate, up))):

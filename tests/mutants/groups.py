@@ -64,7 +64,7 @@ TABLE: Table = {
         ("in_place = not torch", "in_place = torch"),
     ),
     (GROUP_OPS, DIRECT): (
-        ("if all([factor.requires_grad for factor in factors]):", "if True:"),
+        ("if all(map(_REQUIRES_GRAD, factors)):", "if True:"),
         ("if all([grad is not None for grad in grads]):", "if True:"),
         ("    if not factor.requires_grad:\n        return torch.zeros_like(factor)\n", ""),
         ("if not (factor.is_leaf or factor.retains_grad):", "if False:"),
@@ -82,9 +82,9 @@ TABLE: Table = {
         ("torch.autograd.graph.increment_version(grads)", "pass"),
     ),
     (CALL, DIRECT): (
-        ("torch.full((), float(weight), device=removed.device)", "torch.ones((), device=removed.device)"),
+        ("make((), float(weight), device=removed.device)", "torch.ones((), device=removed.device)"),
         ("elif weight.ndim != 0 or not", "elif not"),
-        ("or not weight.is_floating_point() or", "or"),
+        ("weight.ndim != 0 or not weight.is_floating_point() or", "weight.ndim != 0 or"),
         ("or weight.device != removed.device:", ":"),
         ("ops.lasso_grad_(factors, plan, removed, weight, float(eps), backend)",
          "ops.lasso_grad_(factors, plan, removed, weight, 1e-8, backend)"),
