@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -148,8 +148,8 @@ def try_mutant(folder: str, build: Build | None, mutant: Mutant) -> Row:
     return {"mutant": str(mutant), "killed by": killer, "seconds": round(time.monotonic() - start, 1)}
 
 
-def run(mutants: list[Mutant], jobs: int) -> list[Row]:
-    """Rows of all mutants, printed as they come. Raises RuntimeError where the tests fail without any mutant."""
+def run(mutants: list[Mutant], jobs: int) -> Iterator[Row]:
+    """Rows of all mutants, as they come. Raises RuntimeError where the tests fail without any mutant."""
     with tempfile.TemporaryDirectory() as folder:
         build = None
         if any(mutant.compiled for mutant in mutants):
@@ -162,11 +162,7 @@ def run(mutants: list[Mutant], jobs: int) -> list[Row]:
             for tests, failed in pool.map(functools.partial(try_selection, folder, build), selections):
                 if failed:
                     raise RuntimeError(f"{failed} fails without any mutant: repair it first (pytest {tests}).")
-            rows = []
-            for row in pool.map(functools.partial(try_mutant, folder, build), mutants):
-                print(f"{row['seconds']:6.1f} s  {row['mutant']}\n{'':10}{row['killed by'] or 'SURVIVES'}", flush=True)
-                rows.append(row)
-            return rows
+            yield from pool.map(functools.partial(try_mutant, folder, build), mutants)
 
 
 def write_report(rows: list[Row]) -> None:
@@ -183,10 +179,14 @@ def import_heavy_packages() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a CUDA context would not survive the fork
     sys.dont_write_bytecode = True
     import conftest  # noqa: F401  chooses Triton's interpreter before triton is imported
-    import hypothesis  # noqa: F401
+    import hypothesis
     import torch.library  # noqa: F401
     import torch.utils.checkpoint  # noqa: F401
 
+    # The first failing example says enough: none is made smaller.
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("mutations", phases=phases)
+    hypothesis.settings.load_profile("mutations")
     with contextlib.suppress(ModuleNotFoundError):
         import triton.language  # noqa: F401
 
@@ -197,10 +197,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
     options = parser.parse_args()
     import_heavy_packages()
-    rows = run([mutant for mutant in MUTANTS if options.only in str(mutant)], options.jobs)
+    rows = []
+    for row in run([mutant for mutant in MUTANTS if options.only in str(mutant)], options.jobs):
+        print(f"{row['seconds']:6.1f} s  {row['mutant']}\n{'':10}{row['killed by'] or 'SURVIVES'}", flush=True)
+        rows.append(row)
+        write_report(rows)  # each time: what an interrupted run has found is not lost
     survivors = [row["mutant"] for row in rows if row["killed by"] is None]
     print(f"{len(rows) - len(survivors)} of {len(rows)} mutants killed", *survivors, sep="\n  ")
-    write_report(rows)
     return 1 if survivors else 0
 
 
