@@ -172,6 +172,13 @@ def test_zero_group_has_zero_gradient_even_without_eps():
     assert not native.group_lasso_backward([factor], plan, removed, norms, torch.ones(()))[0].any()
 
 
+def test_prox_leaves_a_zero_group_zero_at_a_threshold_of_zero():
+    factor, removed = torch.zeros(2, 3), torch.ones(2, dtype=torch.bool)
+    plan = GroupPlan.of([factor], [(0, torch.arange(2))], 2)
+    native.group_prox_([factor], plan, removed, torch.zeros(2))
+    assert torch.equal(factor, torch.zeros(2, 3))
+
+
 index_of = st.one_of(st.none(), st.lists(st.integers(0, 36), max_size=80))
 
 
@@ -308,11 +315,16 @@ def test_prox_refuses_a_factor_given_twice():
         native.group_prox_(factors, plan, torch.ones(3, dtype=torch.bool), torch.ones(3))
 
 
-@pytest.mark.parametrize(("rows", "cols"), [([5], None), (None, [-1])])
+@pytest.mark.parametrize(("rows", "cols"), [([5], None), (None, [-1]), ([-1], None), (None, [4])])
 def test_compact_refuses_an_index_out_of_range(rows, cols):
     rows, cols = (index if index is None else torch.tensor(index) for index in (rows, cols))
     with pytest.raises(RuntimeError, match=r"outside \[0, [45]\)"):
         native.compact(torch.ones(5, 4), rows, cols, 1)
+
+
+def test_compact_takes_the_last_row_and_column():
+    weight = torch.arange(20.0).view(5, 4)
+    assert torch.equal(native.compact(weight, torch.tensor([4, 0]), torch.tensor([3]), 1), weight[[4, 0], 3:])
 
 
 def test_build_info_names_what_was_built():

@@ -1,0 +1,84 @@
+"""C++ around the masked linear's products, column masks, sums and dropout, and compaction."""
+
+from mutants.mutant import Table
+
+COLUMNS = "csrc/cpu/columns_impl.h"
+WHOLE = "csrc/cpu/columns.cpp"
+COMPACT = "csrc/cpu/compact.cpp"
+
+LINEAR = "tests/atp_kernels/test_native_linear.py -k 'masks_are or column_sums or dropout_is or blocks'"
+GATHER = "tests/atp_kernels/test_native.py -k compact"
+
+TABLE: Table = {
+    (COLUMNS, LINEAR): (
+        ("store8(out + col, load8(x + col) * load8(mask + col));", "store8(out + col, load8(x + col));"),
+        ("load_tail(x + col, count) * load_tail(mask + col, count), count)", "load_tail(x + col, count), count)"),
+        ("row < rows; ++row, x += cols, out += cols", "row < 1; ++row, x += cols, out += cols"),
+        ("float* sums) {\n  std::fill(sums, sums + cols, 0.0f);\n  for (int64_t row = 0; row < rows; ++row, left",
+         "float* sums) {\n  std::fill(sums, sums + cols, 1.0f);\n  for (int64_t row = 0; row < rows; ++row, left"),
+        ("load8(sums + col) + load8(left + col) * load8(right + col)", "load8(left + col) * load8(right + col)"),
+        ("load8(left + col) * load8(right + col)", "load8(left + col)"),
+        ("product = load_tail(left + col, count) * load_tail(right + col, count);",
+         "product = load_tail(left + col, count);"),
+        ("load_tail(sums + col, count) + product, count)", "product, count)"),
+        ("float* sums) {\n  std::fill(sums, sums + cols, 0.0f);\n  for (int64_t row = 0; row < rows; ++row, grad",
+         "float* sums) {\n  std::fill(sums, sums + cols, 1.0f);\n  for (int64_t row = 0; row < rows; ++row, grad"),
+        ("store8(out + col, value * load8(mask + col));", "store8(out + col, value);"),
+        ("load8(sums + col) + value * load8(total + col)", "value * load8(total + col)"),
+        ("value * load8(total + col)", "load8(total + col)"),
+        ("value * load_tail(mask + col, count), count)", "value, count)"),
+        ("load_tail(sums + col, count) + value * load_tail(total + col, count)",
+         "value * load_tail(total + col, count)"),
+        ("value * load_tail(total + col, count)", "load_tail(total + col, count)"),
+        ("kPhiloxRounds = 7", "kPhiloxRounds = 6"),
+        ("c0[i] = row;", "c0[i] = 0;"),
+        ("c1[i] = first + i;", "c1[i] = i;"),
+        ("^ c1[i] ^ key_low", "^ c1[i]"),
+        ("^ c3[i] ^ key_high", "^ c3[i]"),
+        ("key_low += 0x9E3779B9u;", ""),
+        ("key_high += 0xBB67AE85u;", ""),
+        ("words[4 * i + 1] = c1[i];", "words[4 * i + 1] = c2[i];"),
+        ("(int8x32)(drawn >= threshold)", "(int8x32)(drawn < threshold)"),
+        ("start < cols; start += 4 * kQuads", "start < 1; start += 4 * kQuads"),
+        ("static_cast<uint32_t>(start / 4)", "0"),
+        ("kept8(words + col - start, drop.threshold);\n      store8", "kept8(words, drop.threshold);\n      store8"),
+        ("(int8x32)(load8(x + col) * drop.scale) & kept", "(int8x32)load8(x + col) & kept"),
+        ("(int8x32)(load8(x + col) * drop.scale) & kept", "(int8x32)(load8(x + col) * drop.scale)"),
+        ("kept8(words + col - start, drop.threshold);\n      const", "kept8(words, drop.threshold);\n      const"),
+        ("load_tail(x + col, stop - col) * drop.scale;", "load_tail(x + col, stop - col);"),
+        ("(float8)((int8x32)value & kept)", "value"),
+    ),
+    (WHOLE, LINEAR): (
+        ("(size.rows + kBlockRows - 1) / kBlockRows", "size.rows / kBlockRows"),
+        ("std::min(kBlockRows, size.rows - first)", "std::min<int64_t>(1, size.rows - first)"),
+        ("parts.get() + block * size.cols);", "parts.get());"),
+        ("std::vector<double> totals", "std::vector<float> totals"),
+        ("totals[col] += parts", "totals[col] = parts"),
+        ("int64_t at = first * size.cols;\n      columns_for<T>(loops()).mask_rows(",
+         "int64_t at = 0;\n      columns_for<T>(loops()).mask_rows("),
+        ("int64_t at = first * size.cols;\n      columns_for<T>(loops()).dot_rows(",
+         "int64_t at = 0;\n      columns_for<T>(loops()).dot_rows("),
+        ("int64_t at = first * size.cols;\n      columns_for<T>(loops()).mask_and_dot_rows(",
+         "int64_t at = 0;\n      columns_for<T>(loops()).mask_and_dot_rows("),
+        ("static_cast<float>(scale), static", "1.0f, static"),
+        ("static_cast<uint32_t>(key >> 32)", "0"),
+        ("static_cast<uint32_t>(row), drop", "static_cast<uint32_t>(row - first), drop"),
+        ("at = row * size.cols;", "at = first * size.cols;"),
+    ),
+    (COMPACT, GATHER): (
+        ("index[i] >= 0 && index[i] < size", "index[i] < size"),
+        ("index[i] >= 0 && index[i] < size", "index[i] >= 0 && index[i] <= size"),
+        ("plan.rows, weight.size(0), \"rows\"", "plan.rows, weight.size(1), \"rows\""),
+        ("plan.cols, weight.size(1), \"cols\"", "plan.cols, weight.size(0), \"cols\""),
+        ("row < plan.rows ? plan.cols : 0", "0"),
+        ("plan.row_index ? plan.row_index[row] : row", "row"),
+        ("in[plan.col_index[col]]", "in[col]"),
+        ("std::memcpy(out, in, kept * sizeof(T));", "std::memcpy(out, in, kept);"),
+        ("std::fill(out + kept, out + plan.out_cols, T{0});", "std::fill(out + kept, out + plan.out_cols, T{1});"),
+    ),
+    ("csrc/gather.h", GATHER): (
+        ("(size + pad_to - 1) / pad_to * pad_to", "(size / pad_to + 1) * pad_to"),
+        ("plan.out_rows = rows ? padded(plan.rows) : plan.rows;", "plan.out_rows = plan.rows;"),
+        ("plan.out_cols = cols ? padded(plan.cols) : plan.cols;", "plan.out_cols = padded(plan.cols);"),
+    ),
+}  # fmt: skip
