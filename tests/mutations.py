@@ -2,6 +2,7 @@
 
     python tests/mutations.py                  run all of them and write tests/mutations.json
     python tests/mutations.py --only triton    those whose description has this text; keeps the report on the others
+    python tests/mutations.py --missing        those that the report does not have as killed, as after an interruption
     python tests/mutations.py --jobs 4         as many at once
 
 Each mutant lives in a temporary copy of its own, so this tree never changes, not even when the run is interrupted, and
@@ -165,10 +166,13 @@ def run(mutants: list[Mutant], jobs: int) -> Iterator[Row]:
             yield from pool.map(functools.partial(try_mutant, folder, build), mutants)
 
 
+def read_report() -> list[Row]:
+    return json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else []
+
+
 def write_report(rows: list[Row]) -> None:
     """Put these rows into the report, in the order of the table and without mutants that have left it."""
-    before = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else []
-    known = {row["mutant"]: row for row in [*before, *rows]}
+    known = {row["mutant"]: row for row in [*read_report(), *rows]}
     ordered = [known[str(mutant)] for mutant in MUTANTS if str(mutant) in known]
     REPORT.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -194,11 +198,15 @@ def import_heavy_packages() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="take the mutants with this text in their description")
+    parser.add_argument(
+        "--missing", action="store_true", help="take the mutants that the report does not have as killed"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
     options = parser.parse_args()
     import_heavy_packages()
-    rows = []
-    for row in run([mutant for mutant in MUTANTS if options.only in str(mutant)], options.jobs):
+    done = {row["mutant"] for row in read_report() if row["killed by"]} if options.missing else set()
+    rows, wanted = [], [mutant for mutant in MUTANTS if options.only in str(mutant) and str(mutant) not in done]
+    for row in run(wanted, options.jobs):
         print(f"{row['seconds']:6.1f} s  {row['mutant']}\n{'':10}{row['killed by'] or 'SURVIVES'}", flush=True)
         rows.append(row)
         write_report(rows)  # each time: what an interrupted run has found is not lost

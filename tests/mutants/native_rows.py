@@ -38,7 +38,6 @@ TABLE: Table = {
         ("static_cast<float>(1.0 / sum)", "1.0f"),
         ("logit = load_pair(x + target, 1);", "logit = load_pair(x, 1);"),
         ("slope.first = slope.first * inverse - 1.0f;", "slope.first = slope.first * inverse;"),
-        ("slope.first = slope.first * inverse - 1.0f;", "slope.first = slope.first - 1.0f;"),
         ("Pair{terms.first * inverse,", "Pair{terms.first,"),
         ("terms.second * inverse};", "terms.second};"),
         ("if (col < cols) store_pair(x + col, share", "if (false) store_pair(x + col, share"),
@@ -49,7 +48,6 @@ TABLE: Table = {
     ("csrc/cpu/cross_entropy.cpp", LOSS): (
         ("body(values + row * cols, cols, target[row])", "body(values + first * cols, cols, target[row])"),
         ("body(values + row * cols, cols, target[row])", "body(values + row * cols, cols, target[first])"),
-        ("row < first + count; ++row", "row < first + 1; ++row"),
     ),
     ("csrc/cpu/cross_entropy.cpp", TARGETS): (
         ("check(target[row] >= 0 && target[row] < cols,", "check(target[row] < cols,"),
@@ -59,11 +57,9 @@ TABLE: Table = {
     (NORM, RMS): (
         ("stop = std::min(start + kRun * kLanes, cols);", "stop = cols;"),
         ("run += term(col, kLanes);", "run = term(col, kLanes);"),
-        ("run += term(col, stop - col);", "run = term(col, stop - col);"),
         ("if (col < stop) run", "if (false) run"),
         ("total += __builtin_convertvector(run, double8);", "total = __builtin_convertvector(run, double8);"),
         ("k < kLanes; ++k) sum += total[k];", "k < kLanes - 1; ++k) sum += total[k];"),
-        ("count == kLanes ? load8(from) : load_tail(from, count)", "load_tail(from, 1)"),
         ("return value * value;", "return value;"),
         ("squares / static_cast<double>(cols) + eps", "squares + eps"),
         ("squares / static_cast<double>(cols) + eps", "squares / static_cast<double>(cols)"),
@@ -79,12 +75,10 @@ TABLE: Table = {
         ("direct = load_some(d_y + col, count) * load_some(weight + col, count);",
          "direct = load_some(d_y + col, count);"),
         ("(direct - load_some(x + col, count) * pull) * scale", "direct * scale"),
-        ("(direct - load_some(x + col, count) * pull) * scale", "(direct + load_some(x + col, count) * pull) * scale"),
         ("(direct - load_some(x + col, count) * pull) * scale", "(direct - load_some(x + col, count) * pull)"),
     ),
     ("csrc/cpu/norm.cpp", RMS): (
         ("factors, eps, cols, to + row * cols)", "factors, 0.0, cols, to + row * cols)"),
-        ("scale[row] = body(", "scale[first] = body("),
         ("body(from + row * cols, factors", "body(from + first * cols, factors"),
         ("narrow ? ScalarType::BFloat16 : x.scalar_type()", "x.scalar_type()"),
         ("factors, scale[row], cols", "factors, scale[first], cols"),
@@ -93,14 +87,11 @@ TABLE: Table = {
     ("csrc/cpu/rows.h", RMS): (("body(begin, end - begin)", "body(begin, 1)"),),
     (MERGE, MERGED): (
         ("sums[k] = load8(weight + col + k * kLanes);", "sums[k] = float8{};"),
-        ("j < rank; ++j) {", "j < 1; ++j) {"),
         ("float8{} + factors[j];", "float8{} + factors[0];"),
         ("row = lora_a + j * cols + col;", "row = lora_a + col;"),
         ("sums[k] += factor * load8(row", "sums[k] = factor * load8(row"),
         ("sums[k] += factor * load8(row", "sums[k] += load8(row"),
-        ("k < kColumnVectors; ++k) store8", "k < 1; ++k) store8"),
         ("float8 sum = load_tail(weight + col, count);", "float8 sum = {};"),
-        ("j < rank; ++j) sum", "j < 1; ++j) sum"),
         ("sum += factors[j] * load_tail", "sum += load_tail"),
         ("load_tail(lora_a + j * cols + col, count)", "load_tail(lora_a + col, count)"),
     ),
@@ -121,7 +112,6 @@ TABLE: Table = {
         ("sigmoid = (x < 0.0f ? power : one) * inverse;", "sigmoid = inverse;"),
         ("rest = (x < 0.0f ? one : power) * inverse;", "rest = power * inverse;"),
         ("*value = (x < 0.0f ? t : x) * sigmoid;", "*value = x * sigmoid;"),
-        ("*value = (x < 0.0f ? t : x) * sigmoid;", "*value = -t * sigmoid;"),
         ("(1.0f + (x < 0.0f ? t : -t) * rest)", "(1.0f + t * rest)"),
         ("(1.0f + (x < 0.0f ? t : -t) * rest)", "1.0f"),
         ("return value * up;", "return value;"),
@@ -136,7 +126,6 @@ TABLE: Table = {
     ("csrc/cpu/activations.cpp", GATED): (
         ("values.const_data_ptr()), values.stride(0)};", "values.const_data_ptr()), values.size(1)};"),
         ("values.mutable_data_ptr()), values.stride(0)};", "values.mutable_data_ptr()), values.size(1)};"),
-        ("forward(g[row], u[row], cols, to[row]);", "forward(g[row], u[first], cols, to[row]);"),
         ("cols, to_gate[row], to_up[row]);", "cols, to_up[row], to_gate[row]);"),
     ),
 }  # fmt: skip
