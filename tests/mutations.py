@@ -198,9 +198,7 @@ def import_heavy_packages() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="take the mutants with this text in their description")
-    parser.add_argument(
-        "--missing", action="store_true", help="take the mutants that the report does not have as killed"
-    )
+    parser.add_argument("--missing", action="store_true", help="take those not killed in the report")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
     options = parser.parse_args()
     import_heavy_packages()

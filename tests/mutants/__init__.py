@@ -5,10 +5,10 @@ says which. The loops that C++ compiles once per instruction set are broken in t
 sources have no entries: their mutants could be tested on a GPU alone.
 """
 
-from mutants import blocks, groups, kept, linear, linear_triton, native_groups, native_linear, native_rows
+from mutants import blocks, groups, kept, linear, linear_triton, native_groups, native_linear, native_rows, rows
 from mutants.mutant import Mutant, mutants_of
 
 __all__ = ["MUTANTS", "Mutant"]
 
-_TABLES = (linear, blocks, kept, groups, linear_triton, native_groups, native_linear, native_rows)
+_TABLES = (linear, blocks, kept, groups, linear_triton, native_groups, native_linear, native_rows, rows)
 MUTANTS = tuple(mutant for module in _TABLES for mutant in mutants_of(module.TABLE))
