@@ -67,7 +67,13 @@ def test_gradcheck_and_other_dtypes():
     assert rms_norm(x, weight, eps=EPS, dtype=torch.float32).dtype == torch.float32
     half = rms_norm(x.half(), weight.half(), eps=EPS)
     torch.testing.assert_close(half, reference.rms_norm(x, weight, EPS).half(), rtol=2e-3, atol=2e-3)
-    assert rms_norm(x.float(), weight.float(), eps=EPS, dtype=torch.float16).dtype == torch.float16
+    narrow = rms_norm(x.float(), weight.float(), eps=EPS, dtype=torch.float16)
+    assert narrow.dtype == torch.float16
+    upstream = torch.linspace(-1, 1, x.numel()).view(x.shape).half()
+    (d_x,) = torch.autograd.grad(narrow, x, upstream)
+    torch.testing.assert_close(
+        d_x, torch.autograd.grad(reference.rms_norm(x, weight, EPS), x, upstream.double())[0], rtol=1e-5, atol=1e-6
+    )
     assert "reference" in explain("rms_norm", x)
 
 
