@@ -219,9 +219,9 @@ def test_wrong_calls_are_one_clear_sentence():
             group_lasso_grad_(factors, groups, removed, weight=weight)
     with pytest.raises(ValueError, match="neither a leaf nor retains its gradient: give parameters"):
         group_lasso_grad_([2 * factor for factor in factors], groups, removed)
-    narrow = factors[0].detach()[:, :5].requires_grad_()
+    narrow, low = factors[0].detach()[:, :5].requires_grad_(), factors[1].detach()[:5].requires_grad_()
     for backend in BACKENDS:
-        for changed in (factors[:2], [narrow, *factors[1:]]):
+        for changed in (factors[:2], [narrow, *factors[1:]], [factors[0], low, *factors[2:]]):
             with pytest.raises(ValueError, match="made for 4 factors of other shapes"):
                 group_lasso_grad_(changed, plan, removed, backend=backend)
     with pytest.raises(ValueError, match="removed must be a 1-D bool"):

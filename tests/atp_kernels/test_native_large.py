@@ -15,6 +15,14 @@ UNITS = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 WEIGHT = torch.tensor(-1.7)
 
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 def joint(dtype):
     return problem(11, SIZES, 2500, dtype)
 

@@ -6,7 +6,7 @@ COLUMNS = "csrc/cpu/columns_impl.h"
 WHOLE = "csrc/cpu/columns.cpp"
 COMPACT = "csrc/cpu/compact.cpp"
 
-LINEAR = "tests/atp_kernels/test_native_linear.py -k 'masks_are or column_sums or dropout_is or blocks'"
+LINEAR = "tests/atp_kernels/test_native_linear.py -k 'masks_are or column_sums or dropout_is or threads'"
 GATHER = "tests/atp_kernels/test_native.py -k compact"
 
 TABLE: Table = {
