@@ -165,7 +165,7 @@ def test_native_agrees_with_its_joint_loops(case, eps, upstream):
     for in_place in (False, True):
         got = native.separate_lasso_backward(direction, plan, torch.tensor(upstream), in_place)
         for mine, grad in zip(got, grads, strict=True):
-            assert mine.dtype == grad.dtype and mine.data_ptr() % 64 == grad.data_ptr() % 64
+            assert mine.dtype == grad.dtype and mine.data_ptr() % 64 == grad.data_ptr() % 64 == 0
             assert torch.equal(mine, (grad.float() * upstream).to(grad.dtype))
         same = got[0].untyped_storage().data_ptr() == direction.untyped_storage().data_ptr()
         assert same == in_place or not direction.numel()

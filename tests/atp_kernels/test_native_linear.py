@@ -64,6 +64,15 @@ def test_column_sums_are_as_close_to_float64_as_the_primitives(case, hard, strid
     assert ((sums - exact).abs() <= allowed).all()
 
 
+def test_column_sums_of_many_blocks_keep_small_terms():
+    """A block of 64 rows is summed in float32, the blocks in float64: 2^24 + 1 is no float32."""
+    left = torch.zeros(64 * 1001, 9)
+    left[0], left[64::64] = 2.0**24, 1.0
+    expected, ones = torch.full((9,), 2.0**24 + 1000), torch.ones_like(left)
+    assert torch.equal(native.column_dot(left, ones), expected)
+    assert torch.equal(native.mask_and_dot(left, ones, ones[0])[1], expected)
+
+
 @common
 @given(matrices, st.sampled_from([0.0, 0.1, 0.5, 0.999]), st.sampled_from([0, -1, 2**32 + 7, 2**63, -(2**63)]))
 def test_dropout_is_the_definition_to_the_last_bit(case, p, seed):
