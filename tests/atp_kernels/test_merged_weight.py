@@ -94,6 +94,15 @@ def test_gated_mlp(mask, mask_lora, stacked, merges):
     )
 
 
+def test_gated_mlp_whose_adapters_lie_beside_its_masks_is_not_merged(merges):
+    case = Case(((64, 40), (64, 40), (40, 64)), rows=(30,), rank=4, mask="soft", frozen=True)
+    for name, leaf in case.leaves.items():
+        leaf.requires_grad_(name == "x" or "mask" in name)
+    with autocast():
+        masked_lora_swiglu(case.x, *case.linears((1.7, 1.7, 1.3)), mask=case.masks[0], mask_lora=False)
+    assert merges == []
+
+
 def test_only_where_nothing_else_could_be_meant(merges):
     soft, plain = SHAPES[0], SHAPES[4]
 

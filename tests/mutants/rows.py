@@ -23,8 +23,10 @@ TABLE: Table = {
     ),
     (DEFINITION, RMS): (
         ("wide.square().mean(-1, keepdim=True) + eps", "wide.square().mean(-1, keepdim=True)"),
-        ("wide.square().mean(-1, keepdim=True) + eps", "wide.square().sum(-1, keepdim=True) + eps"),
         ("(weight * normed).to", "normed.to"),
+    ),
+    (DEFINITION, RMS_DTYPES): (
+        ("wide.square().mean(-1, keepdim=True) + eps", "wide.square().sum(-1, keepdim=True) + eps"),
     ),
     (REFERENCE, LOSS): (("torch.cat([reference", "torch.cat([2 * reference"),),
     (REFERENCE, RMS): (
