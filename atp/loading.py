@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from atp.config import ATPConfig, ModelConfig
 from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
+from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
 from atp.errors import InputError
 from atp.masks.space import MaskSpace, SpaceName
 
@@ -39,8 +40,9 @@ def check_output_dir(folder: Path, *, resume: bool) -> None:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises `InputError` when there is none."""
+    source = _source(config)
     try:
-        return AutoTokenizer.from_pretrained(config.path, **_gguf(config))
+        return AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError) as error:
         raise InputError(_not_found("tokenizer", config, error)) from None
 
@@ -48,7 +50,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
     """The causal LM to prune in the dtype of the config, after its family was checked against the mask space."""
     try:
-        MaskSpace.from_config(AutoConfig.from_pretrained(config.path, **_gguf(config)), space)
+        MaskSpace.from_config(AutoConfig.from_pretrained(**_source(config)), space)
     except (OSError, ValueError) as error:
         raise error if isinstance(error, InputError) else InputError(_not_found("model", config, error)) from None
     return load_any_model(config)
@@ -63,12 +65,12 @@ def check_length(model: nn.Module, length: int) -> None:
 
 def load_any_model(config: ModelConfig) -> nn.Module:
     """A causal LM of any family, in the dtype of the config. Raises `InputError` when there is none."""
-    source = _gguf(config)
+    source = _source(config)
     try:
-        if config.gguf_file:
+        if "gguf_file" in source:
             # Without dequantize the model counts as quantized and can be neither trained nor saved.
             source["quantization_config"] = GgufConfig(dequantize=True)
-        return AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype), **source)
+        return AutoModelForCausalLM.from_pretrained(dtype=getattr(torch, config.dtype), **source)
     except (OSError, ValueError) as error:
         raise InputError(_not_found("model", config, error)) from None
 
@@ -100,10 +102,16 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     return RunData(splits, train, calibration, pack(splits.test, tokenizer, data.length, loss_on=data.loss_on))
 
 
-def _gguf(config: ModelConfig) -> dict[str, Any]:
-    return {"gguf_file": config.gguf_file} if config.gguf_file else {}
+def _source(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say where the model is. Raises `InputError` for a package that is missing."""
+    if config.path == PACKAGED_MODEL:
+        gguf = smollm2_gguf()
+        return {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    gguf_file = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    return {"pretrained_model_name_or_path": config.path} | gguf_file
 
 
 def _not_found(what: str, config: ModelConfig, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
-    return f"cannot load the {what} from model.path '{config.path}': give a model folder or a Hub name ({reason})"
+    remedy = f"give a model folder, a Hub name or {PACKAGED_MODEL}"
+    return f"cannot load the {what} from model.path '{config.path}': {remedy} ({reason})"

