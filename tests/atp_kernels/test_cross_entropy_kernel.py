@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import run_with_isa
+from repeats import assert_repeats, assert_same_on_every_isa
 
 import atp_kernels
 from atp_kernels import cross_entropy_, ops
@@ -160,26 +160,10 @@ class TestNative:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_bits_do_not_depend_on_the_run_or_the_threads(self, dtype):
-        case, threads = problem(60, 5003, dtype), torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
-            expected = computed(*case, "native")
-            for run in range(10):
-                torch.set_num_threads(1 + run % 2)
-                assert all(map(torch.equal, computed(*case, "native"), expected))
-        finally:
-            torch.set_num_threads(threads)
+        case = problem(60, 5003, dtype)
+        assert_repeats(lambda: computed(*case, "native"))
 
     def test_bits_do_not_depend_on_the_instruction_set(self):
-        code = (
-            "import hashlib\nfrom tests.atp_kernels import test_cross_entropy_kernel as t\ndigest = hashlib.sha256()\n"
-            "for dtype in t.DTYPES:\n"
-            "    for vocab in (5003, 4128, 37):\n"
-            "        for tensor in t.computed(*t.problem(30, vocab, dtype), 'native'):\n"
-            "            digest.update(tensor.flatten().view(t.torch.uint8).numpy().tobytes())\n"
-            "print(t.native.build_info()['isa'], digest.hexdigest())"
-        )
-        compiled, best = native.build_info()["isa_compiled"], native.build_info()["isa"]
-        results = [run_with_isa(isa, code) for isa in compiled[: compiled.index(best) + 1]]
-        assert [result.returncode for result in results] == [0] * len(results), results[-1].stderr
-        assert len({result.stdout.split()[1] for result in results}) == 1
+        cases = "(t.problem(30, vocab, dtype) for dtype in t.DTYPES for vocab in (5003, 4128, 37))"
+        tensors = f"(tensor for case in {cases} for tensor in t.computed(*case, 'native'))"
+        assert_same_on_every_isa("test_cross_entropy_kernel", tensors)

@@ -6,7 +6,7 @@ from block_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import Shape, operands, unfused
-from test_native import run_with_isa
+from repeats import assert_repeats, assert_same_on_every_isa
 
 from atp_kernels import masked_lora_linear, masked_lora_swiglu, stack_weights
 from atp_kernels.backends import native
@@ -173,24 +173,9 @@ def large_problem():
 
 
 def test_bits_do_not_depend_on_the_run_the_threads_or_the_instruction_set():
-    operands, threads = large_problem(), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = native.merged_weight(*operands, 0.7)
-        for run in range(10):
-            torch.set_num_threads(1 + run % 2)
-            assert torch.equal(native.merged_weight(*operands, 0.7), expected)
-    finally:
-        torch.set_num_threads(threads)
-    code = (
-        "import hashlib\nfrom tests.atp_kernels import test_merged_weight as t\n"
-        "merged = t.native.merged_weight(*t.large_problem(), 0.7)\n"
-        "print(hashlib.sha256(merged.view(t.torch.uint8).numpy().tobytes()).hexdigest())"
-    )
-    compiled, best = native.build_info()["isa_compiled"], native.build_info()["isa"]
-    results = [run_with_isa(isa, code) for isa in compiled[: compiled.index(best) + 1]]
-    assert [result.returncode for result in results] == [0] * len(results), results[-1].stderr
-    assert len({result.stdout for result in results}) == 1
+    operands = large_problem()
+    assert_repeats(lambda: [native.merged_weight(*operands, 0.7)])
+    assert_same_on_every_isa("test_merged_weight", "[t.native.merged_weight(*t.large_problem(), 0.7)]")
 
 
 def test_wrong_input_is_one_sentence():

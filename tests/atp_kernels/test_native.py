@@ -1,15 +1,12 @@
 """The native backend against float64 formulas and against the reference backend."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repeats import assert_repeats, assert_same_on_every_isa, run_with_isa
 
 from atp_kernels import GroupPlan, reference
 from atp_kernels.backends import native
@@ -231,43 +228,11 @@ def everything(case):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_run_or_the_threads(dtype):
     case = large_problem(dtype)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = everything(case)
-        for run in range(10):
-            torch.set_num_threads(1 + run % 2)
-            assert all(map(torch.equal, everything(case), expected))
-    finally:
-        torch.set_num_threads(threads)
-
-
-CHECKSUM = """
-import hashlib, torch
-from tests.atp_kernels import test_native as t
-digest = hashlib.sha256()
-for dtype in t.DTYPES:
-    for tensor in t.everything(t.large_problem(dtype)):
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-print(t.native.build_info()["isa"], digest.hexdigest())
-"""
-
-
-def run_with_isa(isa, code):
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "ATP_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert_repeats(lambda: everything(case))
 
 
 def test_bits_do_not_depend_on_the_instruction_set():
-    compiled = native.build_info()["isa_compiled"]
-    best = native.build_info()["isa"]
-    results = [run_with_isa(isa, CHECKSUM) for isa in compiled[: compiled.index(best) + 1]]
-    assert [result.returncode for result in results] == [0] * len(results), results[-1].stderr
-    names, digests = zip(*(result.stdout.split() for result in results), strict=True)
-    assert list(names) == compiled[: compiled.index(best) + 1]
-    assert len(set(digests)) == 1
+    assert_same_on_every_isa("test_native", "(x for dtype in t.DTYPES for x in t.everything(t.large_problem(dtype)))")
 
 
 def test_unknown_isa_is_refused_with_its_name():

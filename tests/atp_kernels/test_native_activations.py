@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import run_with_isa
+from repeats import assert_repeats, assert_same_on_every_isa
 
 from atp_kernels.backends import native, primitives
 
@@ -113,35 +113,13 @@ def large_problem(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_the_run_or_the_threads(dtype):
-    operands, threads = large_problem(dtype), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = computed(*operands)
-        for run in range(6):
-            torch.set_num_threads(1 + run % 2)
-            assert all(map(torch.equal, computed(*operands), expected))
-    finally:
-        torch.set_num_threads(threads)
-
-
-CHECKSUM = """
-import hashlib, torch
-from tests.atp_kernels import test_native_activations as t
-digest = hashlib.sha256()
-for dtype in t.DTYPES:
-    for tensor in t.computed(*t.large_problem(dtype)):
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-print(t.native.build_info()["isa"], digest.hexdigest())
-"""
+    operands = large_problem(dtype)
+    assert_repeats(lambda: computed(*operands))
 
 
 def test_bits_do_not_depend_on_the_instruction_set():
-    compiled, best = native.build_info()["isa_compiled"], native.build_info()["isa"]
-    names = compiled[: compiled.index(best) + 1]
-    results = [run_with_isa(isa, CHECKSUM) for isa in names]
-    assert [result.returncode for result in results] == [0] * len(results), results[-1].stderr
-    said = [result.stdout.split() for result in results]
-    assert [name for name, _ in said] == names and len({digest for _, digest in said}) == 1
+    tensors = "(x for dtype in t.DTYPES for x in t.computed(*t.large_problem(dtype)))"
+    assert_same_on_every_isa("test_native_activations", tensors)
 
 
 def test_wrong_input_is_one_sentence():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import run_with_isa
+from repeats import assert_repeats, assert_same_on_every_isa
 from torch.utils.checkpoint import checkpoint
 
 from atp_kernels import explain, reference, rms_norm
@@ -155,27 +155,10 @@ class TestNative:
         return tensors
 
     def test_bits_do_not_depend_on_the_run_or_the_threads(self):
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
-            expected = self.everything()
-            for run in range(10):
-                torch.set_num_threads(1 + run % 2)
-                assert all(map(torch.equal, self.everything(), expected))
-        finally:
-            torch.set_num_threads(threads)
+        assert_repeats(self.everything)
 
     def test_bits_do_not_depend_on_the_instruction_set(self):
-        code = (
-            "import hashlib\nfrom tests.atp_kernels import test_rms_norm as t\ndigest = hashlib.sha256()\n"
-            "for tensor in t.TestNative.everything():\n"
-            "    digest.update(tensor.flatten().view(t.torch.uint8).numpy().tobytes())\n"
-            "print(digest.hexdigest())"
-        )
-        compiled, best = native.build_info()["isa_compiled"], native.build_info()["isa"]
-        found = [run_with_isa(isa, code) for isa in compiled[: compiled.index(best) + 1]]
-        assert [one.returncode for one in found] == [0] * len(found), found[-1].stderr
-        assert len({one.stdout for one in found}) == 1
+        assert_same_on_every_isa("test_rms_norm", "t.TestNative.everything()")
 
     def test_wrong_input_is_one_sentence(self):
         ops, x, weight = torch.ops.atp_kernels_native, torch.ones(3, 4), torch.ones(4)
