@@ -1,7 +1,6 @@
 """torch.library registration and eager short cut of the operations on groups of many factors, and of `compact`."""
 
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -11,9 +10,6 @@ from atp_kernels.backends.dispatch import select
 from atp_kernels.ops.common import common_dtype, rarest_dtype, refuse_twice
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import round_up
-
-# In C: a comprehension over hundreds of factors takes twice as long.
-_REQUIRES_GRAD, _GRAD = attrgetter("requires_grad"), attrgetter("grad")
 
 
 def lasso(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: float, backend: str) -> Tensor:
@@ -43,8 +39,8 @@ def lasso_grad_(
 
 def _grads(factors: Sequence[Tensor]) -> list[Tensor]:
     """Where the gradients of all factors are summed up, in as few looks at each as that takes where all have one."""
-    if all(map(_REQUIRES_GRAD, factors)):
-        grads = list(map(_GRAD, factors))
+    if all([factor.requires_grad for factor in factors]):
+        grads = [factor.grad for factor in factors]
         if all([grad is not None for grad in grads]):
             return grads
     return [_grad(factor) for factor in factors]

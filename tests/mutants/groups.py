@@ -64,7 +64,7 @@ TABLE: Table = {
         ("in_place = not torch", "in_place = torch"),
     ),
     (GROUP_OPS, DIRECT): (
-        ("if all(map(_REQUIRES_GRAD, factors)):", "if True:"),
+        ("if all([factor.requires_grad for factor in factors]):", "if True:"),
         ("if all([grad is not None for grad in grads]):", "if True:"),
         ("    if not factor.requires_grad:\n        return torch.zeros_like(factor)\n", ""),
         ("if not (factor.is_leaf or factor.retains_grad):", "if False:"),
