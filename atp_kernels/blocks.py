@@ -152,7 +152,7 @@ def _linear(
 ) -> Tensor:
     weight, lora_a, lora_b, scaling, bias = linear
     if kept is not None:
-        return kept_lora_linear(x, kept, lora_a, lora_b, scaling=scaling)
+        return kept_lora_linear(x, kept, lora_a, lora_b, scaling=scaling, backend=backend)
     options = {"scaling": scaling, "bias": bias, "mask_lora": mask_lora, "backend": backend}
     return masked_lora_linear(x, weight, lora_a, lora_b, **options, **masks)
 

@@ -21,6 +21,7 @@ def kept_lora_linear(
     *,
     scaling: float,
     lora_input: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """`masked_lora_linear` with the hard masks of a `KeptSlice` on the base path, at the cost of the kept slice.
 
@@ -29,9 +30,10 @@ def kept_lora_linear(
     autocast dtype. Where a mask of the slice is a `KeptFirst`, x and lora_input, or the result, lie in its order; the
     factors and their gradients never do. Differentiable once in x, lora_a, lora_b and lora_input, deterministic, and
     S [M, r] and what LoRA reads are all that is saved. Under torch.compile the slice must hold its weight already.
-    Raises ValueError for wrong shapes, dtypes or devices. Source: arXiv 2412.14426, section 3 (LoRA step).
+    Raises ValueError for wrong shapes, dtypes or devices, RuntimeError for a named backend that cannot take the call.
+    Source: arXiv 2412.14426, section 3 (LoRA step).
     """
-    return ops.kept_linear(*prepare(x, kept, lora_a, lora_b, lora_input), float(scaling))
+    return ops.kept_linear(*prepare(x, kept, lora_a, lora_b, lora_input), float(scaling), backend)
 
 
 def prepare(

@@ -40,7 +40,13 @@ _DTYPES = {
     "native": (torch.float32, torch.bfloat16),
 }
 # What the native backend has for the CPU alone.
-_CPU_NATIVE = ("masked_lora_linear_forward", "dropped", "cross_entropy_", "rms_norm_forward")
+_CPU_NATIVE = (
+    "masked_lora_linear_forward",
+    "kept_lora_linear_forward",
+    "dropped",
+    "cross_entropy_",
+    "rms_norm_forward",
+)
 OPS = tuple(_ENTRY)
 NAMES = ("auto", *_MODULES)
 
@@ -106,8 +112,8 @@ def _select(
 
 
 def _preference(op: str, device: str) -> tuple[str, ...]:
-    if op == "kept_lora_linear":
-        # Its products are the vendor's on any device.
+    if op == "kept_lora_linear" and device != "cpu":
+        # Its products are the vendor's in every backend; what a CPU does in C++ around them is ATen's elsewhere.
         return ("reference",)
     if device == "cuda" and _ENTRY[op] in _CPU_NATIVE:
         return ("triton", "reference")

@@ -1,6 +1,6 @@
 """The mathematics of a kept slice: the base product on the kept rows and columns, LoRA on the whole width.
 
-Composed ATen calls for any device and dtype; the products are the vendor's.
+The products are the vendor's on any device and in any dtype; a backend's primitives gather around them.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atp_kernels.backends.primitives import scaled_mm
+from atp_kernels.backends.primitives import ATEN, Primitives, scaled_mm
 
 _FEW_ROWS = 16  # of scratch memory at least
 _LEAST_ROWS = 256  # that a product of their own is worth: it reads the whole weight again
@@ -42,6 +42,8 @@ def kept_lora_linear_forward(
     outs: Side | None,
     ins: Side | None,
     scaling: float,
+    *,
+    primitives: Primitives = ATEN,
 ) -> tuple[Tensor, Tensor]:
     """Return (y [M, out], S [M, r]) for x [M, in] and the slice's weight [N", K"] and bias [N"].
 
@@ -50,7 +52,8 @@ def kept_lora_linear_forward(
     """
     down = scaled_mm(x if lora_input is None else lora_input, _ordered(lora_a, ins, 1).t(), scaling)
     spare = x.numel()  # backward will take as much for d_x
-    return _product(x, weight.t(), bias, ins, outs, down, _ordered(lora_b, outs, 0).t(), spare), down
+    lora_b = _ordered(lora_b, outs, 0)
+    return _product(x, weight.t(), bias, ins, outs, down, lora_b.t(), spare, primitives), down
 
 
 def kept_lora_linear_backward(
@@ -65,6 +68,8 @@ def kept_lora_linear_backward(
     scaling: float,
     shared_input: bool,
     needs: Sequence[bool],
+    *,
+    primitives: Primitives = ATEN,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, lora_a, lora_b, lora_input), None where `needs` is False.
 
@@ -82,7 +87,8 @@ def kept_lora_linear_backward(
     if need_x:
         # What the gradients of the factors that come later will take.
         spare = need_a * lora_a.numel() + (need_b and later) * lora_b.numel()
-        d_x = _product(grad_y, weight, None, outs, ins, up if shared_input else None, lora_a, spare)
+        low = up if shared_input else None
+        d_x = _product(grad_y, weight, None, outs, ins, low, lora_a, spare, primitives)
     if need_adapter:
         d_adapter = up @ lora_a
     del lora_a
@@ -90,7 +96,7 @@ def kept_lora_linear_backward(
         d_a = up.t() @ adapter_input
         if ins is not None and ins.kept_first:
             rows = max(1, _PART_ELEMENTS // d_a.shape[1]) if _on_cpu(d_a) else d_a.shape[0]
-            _spread_(d_a, d_a.shape[1], ins.place, rows)
+            primitives.spread_columns_(d_a, d_a.shape[1], ins.place, rows)
     if need_b and later:
         d_b = grad_y.t() @ down
     return d_x, d_a, d_b, d_adapter
@@ -105,6 +111,7 @@ def _product(
     low: Tensor | None,
     high: Tensor,
     spare: int,
+    primitives: Primitives,
 ) -> Tensor:
     """values matrix + bias on the kept part plus low high on the whole width, in the order of the target side.
 
@@ -118,14 +125,15 @@ def _product(
     if source is None or source.kept_first:
         _multiply(values[:, : matrix.shape[0]], matrix, bias, head)
     elif on_cpu:
-        _gather_and_multiply(values, source.index, matrix, bias, result, spare)
+        _gather_and_multiply(values, source.index, matrix, bias, result, spare, primitives)
     else:
-        _multiply(_columns(values, source.index), matrix, bias, head)
+        _multiply(_columns(values, source.index, primitives), matrix, bias, head)
     if target is None or spreads:
         if spreads and on_cpu:
-            _spread_(result, width, target.place, max(_FEW_ROWS, min(spare, _BLOCK_ELEMENTS) // width))
+            rows = max(_FEW_ROWS, min(spare, _BLOCK_ELEMENTS) // width)
+            primitives.spread_columns_(result, width, target.place, rows)
         elif spreads:
-            result = _columns(result, target.place)
+            result = _columns(result, target.place, primitives)
         return result if low is None else result.addmm_(low, high)
     if low is None:
         tail.zero_()
@@ -148,7 +156,13 @@ def _multiply(values: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) 
 
 
 def _gather_and_multiply(
-    values: Tensor, index: Tensor, matrix: Tensor, bias: Tensor | None, result: Tensor, spare: int
+    values: Tensor,
+    index: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    result: Tensor,
+    spare: int,
+    primitives: Primitives,
 ) -> None:
     """Write values[:, index] matrix + bias to the head of every row of `result`.
 
@@ -178,7 +192,7 @@ def _gather_and_multiply(
         for first in range(0, width, step):
             part = index[first : first + step]
             gathered = memory[: count * len(part)].view(count, len(part))
-            _take(values[rows], part, gathered)
+            primitives.take_columns(values[rows], part, gathered)
             if first == 0:
                 _multiply(gathered, matrix[:step], bias, out)
             else:
@@ -186,27 +200,11 @@ def _gather_and_multiply(
         start += count
 
 
-def _spread_(values: Tensor, width: int, place: Tensor, rows: int) -> None:
-    """Every row from its head of this width to the whole, in place: column j takes what the head has at place[j]."""
-    for block in values.split(max(1, rows)):
-        # Spreading is a gather too, so that every element has one writer.
-        _take(block[:, :width].clone(), place, block)
-
-
-def _columns(values: Tensor, index: Tensor) -> Tensor:
+def _columns(values: Tensor, index: Tensor, primitives: Primitives) -> Tensor:
     """values[:, index]."""
     result = values.new_empty(values.shape[0], index.shape[0])
-    _take(values, index, result)
+    primitives.take_columns(values, index, result)
     return result
-
-
-def _take(values: Tensor, index: Tensor, out: Tensor) -> None:
-    """out = values[:, index]."""
-    if values.element_size() == 2:
-        # ATen makes a float32 copy of all that it gathers from 16-bit floats; bits alone need none.
-        values, out = values.view(torch.int16), out.view(torch.int16)
-    # On a CPU `gather` took 1.3 ms where `index_select` took 5.7 ms (2432 of 1024 x 4096 in bfloat16, two threads).
-    torch.gather(values, 1, index.expand(values.shape[0], -1), out=out)
 
 
 def _ordered(factor: Tensor, side: Side | None, axis: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The `native` backend: C++ operations from the optional extension atp_kernels._C.
 
 Group operations take all factors of a model at once; the linear is the reference backend's around the vendor's matrix
-products, with its masks, column sums and dropout in C++ (on a CPU), and so is SiLU between the linears of a gated MLP.
+products, with its masks, column sums, gathers and dropout in C++ (on a CPU), and so is SiLU between the linears of a
+gated MLP.
 
 Results do not depend on the number of threads or on the processor's instruction set. All functions are numerics only:
 they record no gradient. Non-contiguous tensors are copied, and copied back where the operation works in place.
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_kernels.backends import primitives, reference
+from atp_kernels.backends import kept, primitives, reference
 from atp_kernels.backends.primitives import Primitives
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Dropout
@@ -34,6 +35,8 @@ __all__ = [
     "group_lasso_forward",
     "group_lasso_grad_",
     "group_prox_",
+    "kept_lora_linear_backward",
+    "kept_lora_linear_forward",
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",
     "merged_weight",
@@ -205,6 +208,19 @@ def dropped(values: Tensor, dropout: Dropout) -> Tensor:
     return _ops.dropped(values.contiguous(), dropout.threshold, dropout.scale, seed)
 
 
+def take_columns(values: Tensor, index: Tensor, out: Tensor) -> None:
+    """`primitives.take_columns` of elements of 1 to 8 bytes. Raises RuntimeError for an index out of range."""
+    if _unit_stride(values, out):
+        _ops.take_columns(values, index, out)
+    else:
+        primitives.take_columns(values, index, out)
+
+
+def spread_columns_(values: Tensor, width: int, place: Tensor, rows: int) -> None:
+    """`primitives.spread_columns_`, as `take_columns`, through one row a thread, however many rows are allowed."""
+    _ops.spread_columns_(values, width, place)
+
+
 def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
     """`primitives.gated`: SiLU of float32 or bfloat16 in one pass, computed in float32 and rounded once."""
     if activation != "silu" or not _unit_stride(gate, up):
@@ -260,9 +276,11 @@ def _unit_stride(*matrices: Tensor) -> bool:
     return all(matrix.stride(1) == 1 for matrix in matrices)
 
 
-_PRIMITIVES = Primitives(masked, mask_, column_dot, mask_and_dot, dropped)
+_PRIMITIVES = Primitives(masked, mask_, column_dot, mask_and_dot, dropped, take_columns, spread_columns_)
 masked_lora_linear_forward = partial(reference.masked_lora_linear_forward, primitives=_PRIMITIVES)
 masked_lora_linear_backward = partial(reference.masked_lora_linear_backward, primitives=_PRIMITIVES)
+kept_lora_linear_forward = partial(kept.kept_lora_linear_forward, primitives=_PRIMITIVES)
+kept_lora_linear_backward = partial(kept.kept_lora_linear_backward, primitives=_PRIMITIVES)
 
 
 def _call(operator: Any, *arguments: Any) -> Any:

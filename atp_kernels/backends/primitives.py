@@ -89,6 +89,22 @@ def gated_backward(activation: str, d_h: Tensor, gate: Tensor, up: Tensor, d_gat
     backward(d_h.mul_(up), gate, grad_input=d_gate)
 
 
+def take_columns(values: Tensor, index: Tensor, out: Tensor) -> None:
+    """out = values[:, index], for 2-D tensors that share no memory; their rows may lie apart."""
+    if values.element_size() == 2:
+        # ATen makes a float32 copy of all that it gathers from 16-bit floats; bits alone need none.
+        values, out = values.view(torch.int16), out.view(torch.int16)
+    # On a CPU `gather` took 1.3 ms where `index_select` took 5.7 ms (2432 of 1024 x 4096 in bfloat16, two threads).
+    torch.gather(values, 1, index.expand(values.shape[0], -1), out=out)
+
+
+def spread_columns_(values: Tensor, width: int, place: Tensor, rows: int) -> None:
+    """values = values[:, :width][:, place], in place, through a copy of this many rows of the head at a time."""
+    for block in values.split(max(1, rows)):
+        # Spreading is a gather too, so that every element has one writer.
+        take_columns(block[:, :width].clone(), place, block)
+
+
 def _blocks(values: Tensor, operand: Tensor) -> Sequence[Tensor]:
     """`values` in blocks of rows that stay in cache where ATen would make a wide copy of all of it.
 
@@ -107,6 +123,8 @@ class Primitives(NamedTuple):
     column_dot: Callable[[Tensor, Tensor], Tensor] = column_dot
     mask_and_dot: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = mask_and_dot
     dropped: Callable[[Tensor, Dropout], Tensor] = dropped
+    take_columns: Callable[[Tensor, Tensor, Tensor], None] = take_columns
+    spread_columns_: Callable[[Tensor, int, Tensor, int], None] = spread_columns_
 
 
 ATEN = Primitives()

@@ -6,21 +6,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atp_kernels.backends.kept import Side, kept_lora_linear_backward, kept_lora_linear_forward
+from atp_kernels.backends.dispatch import select
+from atp_kernels.backends.kept import Side
 from atp_kernels.ops.common import refuse_twice
 from atp_kernels.slices import KeptSlice
 
 
 def kept_linear(
-    x: Tensor, kept: KeptSlice, lora_a: Tensor, lora_b: Tensor, lora_input: Tensor | None, scaling: float
+    x: Tensor,
+    kept: KeptSlice,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    lora_input: Tensor | None,
+    scaling: float,
+    backend: str,
 ) -> Tensor:
     """LoRA linear on a kept slice, checked and cast."""
     if not torch.compiler.is_compiling():
-        return KeptLoraLinear.apply(x, lora_a, lora_b, lora_input, kept, scaling)
+        module = select("kept_lora_linear", x.device, x.dtype, backend)[0]
+        return KeptLoraLinear.apply(x, lora_a, lora_b, lora_input, kept, module, scaling)
     rows = x.reshape(-1, x.shape[-1])
     adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
     slices = kept.weight(x.dtype), kept.bias(x.dtype)
-    y, _ = kept_lora_linear_op(rows, *slices, lora_a, lora_b, adapter, *flat(kept.sides), scaling)
+    y, _ = kept_lora_linear_op(rows, *slices, lora_a, lora_b, adapter, *flat(kept.sides), scaling, backend)
     return y.view(*x.shape[:-1], kept.out_features)
 
 
@@ -49,10 +57,12 @@ def kept_lora_linear_op(
     in_place: Tensor | None,
     in_kept_first: bool,
     scaling: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """2-D LoRA linear on a kept slice: (y, S)."""
     sides = _sides((out_index, out_place, out_kept_first, in_index, in_place, in_kept_first))
-    return kept_lora_linear_forward(x, weight, bias, lora_a, lora_b, lora_input, *sides, scaling)
+    module = select("kept_lora_linear", x.device, x.dtype, backend)[0]
+    return module.kept_lora_linear_forward(x, weight, bias, lora_a, lora_b, lora_input, *sides, scaling)
 
 
 @kept_lora_linear_op.register_fake
@@ -77,11 +87,13 @@ def kept_lora_linear_backward_op(
     scaling: float,
     shared_input: bool,
     needs: Sequence[bool],
+    backend: str,
 ) -> list[Tensor]:
     """The wanted gradients, in the order (x, lora_a, lora_b, lora_input)."""
     sides = _sides((out_index, out_place, out_kept_first, in_index, in_place, in_kept_first))
     saved = (weight, lora_a, lora_b, adapter_input, down)
-    grads = kept_lora_linear_backward(grad_y, *saved, *sides, scaling, shared_input, needs)
+    module = select("kept_lora_linear", grad_y.device, grad_y.dtype, backend)[0]
+    grads = module.kept_lora_linear_backward(grad_y, *saved, *sides, scaling, shared_input, needs)
     return [grad for grad in grads if grad is not None]
 
 
@@ -89,27 +101,27 @@ def kept_lora_linear_backward_op(
 def _(grad_y, weight, lora_a, lora_b, *rest):
     wide = (grad_y.shape[0], lora_a.shape[1])
     shapes = (wide, lora_a.shape, lora_b.shape, wide)
-    return [grad_y.new_empty(shape) for shape, need in zip(shapes, rest[-1], strict=True) if need]
+    return [grad_y.new_empty(shape) for shape, need in zip(shapes, rest[-2], strict=True) if need]
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, _, lora_a, lora_b, lora_input, *parts, scaling = inputs
+    x, weight, _, lora_a, lora_b, lora_input, *parts, ctx.scaling, ctx.backend = inputs
     need_x, _, _, need_a, need_b, need_adapter = ctx.needs_input_grad[:6]
     ctx.needs = (need_x, need_a, need_b, need_adapter)
     adapter = x if lora_input is None else lora_input
     tensors = (weight, lora_a, lora_b, adapter if need_a else None, output[1] if need_b else None)
     ctx.save_for_backward(*tensors, *(part for part in parts if not isinstance(part, bool)))
-    ctx.kept_first, ctx.scaling, ctx.shared_input = (parts[2], parts[5]), scaling, lora_input is None
+    ctx.kept_first, ctx.shared_input = (parts[2], parts[5]), lora_input is None
 
 
 def _backward(ctx, grad_y, grad_down):
     *saved, out_index, out_place, in_index, in_place = ctx.saved_tensors
     out_first, in_first = ctx.kept_first
     parts = (out_index, out_place, out_first, in_index, in_place, in_first)
-    options = (ctx.scaling, ctx.shared_input, list(ctx.needs))
+    options = (ctx.scaling, ctx.shared_input, list(ctx.needs), ctx.backend)
     wanted = iter(kept_lora_linear_backward_op(grad_y, *saved, *parts, *options))
     d_x, d_a, d_b, d_adapter = (next(wanted) if need else None for need in ctx.needs)
-    return d_x, None, None, d_a, d_b, d_adapter, None, None, None, None, None, None, None
+    return d_x, None, None, d_a, d_b, d_adapter, *[None] * 8
 
 
 kept_lora_linear_op.register_autograd(_backward, setup_context=_setup)
@@ -120,13 +132,14 @@ class KeptLoraLinear(torch.autograd.Function):
     """Eager LoRA linear on a kept slice. The slice itself is not saved: one in a scratch is gathered again."""
 
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, lora_input, kept, scaling):
+    def forward(ctx, x, lora_a, lora_b, lora_input, kept, module, scaling):
         _, need_a, need_b, _ = ctx.needs_input_grad[:4]
-        ctx.kept, ctx.scaling, ctx.shape, ctx.shared_input = kept, scaling, x.shape, lora_input is None
+        ctx.kept, ctx.module, ctx.scaling = kept, module, scaling
+        ctx.shape, ctx.shared_input = x.shape, lora_input is None
         rows = x.reshape(-1, x.shape[-1])
         adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
         slices = kept.weight(x.dtype), kept.bias(x.dtype)
-        y, down = kept_lora_linear_forward(rows, *slices, lora_a, lora_b, adapter, *kept.sides, scaling)
+        y, down = module.kept_lora_linear_forward(rows, *slices, lora_a, lora_b, adapter, *kept.sides, scaling)
         adapter = rows if adapter is None else adapter
         ctx.save_for_backward(lora_a, lora_b, adapter if need_a else None, down if need_b else None)
         return y.view(*x.shape[:-1], kept.out_features)
@@ -137,6 +150,7 @@ class KeptLoraLinear(torch.autograd.Function):
         grad_y = grad_y.reshape(-1, ctx.kept.out_features)
         options = (*ctx.kept.sides, ctx.scaling, ctx.shared_input, ctx.needs_input_grad[:4])
         weight = ctx.kept.weight(grad_y.dtype)
-        d_x, d_a, d_b, d_adapter = kept_lora_linear_backward(grad_y, weight, *ctx.saved_tensors, *options)
+        grads = ctx.module.kept_lora_linear_backward(grad_y, weight, *ctx.saved_tensors, *options)
+        d_x, d_a, d_b, d_adapter = grads
         d_x, d_adapter = (grad if grad is None else grad.view(ctx.shape) for grad in (d_x, d_adapter))
-        return d_x, d_a, d_b, d_adapter, None, None
+        return d_x, d_a, d_b, d_adapter, None, None, None

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atp_kernels.backends.kept import kept_lora_linear_backward, kept_lora_linear_forward
 from atp_kernels.backends.primitives import masked
 from atp_kernels.slices import KeptSlice
 
@@ -60,6 +59,7 @@ class _Masked(NamedTuple):
 class _Kept(NamedTuple):
     """A linear on its kept slice."""
 
+    module: ModuleType
     kept: KeptSlice
     scaling: float
     lora_a: Tensor
@@ -67,13 +67,13 @@ class _Kept(NamedTuple):
 
     def forward(self, x: Tensor, keep_sum: bool) -> tuple[Tensor, Tensor, None]:
         slices = self.kept.weight(x.dtype), self.kept.bias(x.dtype)
-        factors = self.lora_a, self.lora_b
-        return *kept_lora_linear_forward(x, *slices, *factors, None, *self.kept.sides, self.scaling), None
+        tensors = (x, *slices, self.lora_a, self.lora_b, None)
+        return *self.module.kept_lora_linear_forward(*tensors, *self.kept.sides, self.scaling), None
 
     def backward(self, grad: Tensor, x: Tensor | None, down: Tensor | None, total: None, needs: Sequence[bool]):
         saved = (self.kept.weight(grad.dtype), self.lora_a, self.lora_b, x, down, *self.kept.sides)
         wanted = (needs[0], needs[2], needs[3], False)
-        d_x, d_a, d_b, _ = kept_lora_linear_backward(grad, *saved, self.scaling, True, wanted)
+        d_x, d_a, d_b, _ = self.module.kept_lora_linear_backward(grad, *saved, self.scaling, True, wanted)
         return d_x, None, d_a, d_b, None, None, None
 
 
@@ -83,7 +83,7 @@ def _linears(spec: MlpSpec, out_mask: Tensor | None, in_mask: Tensor | None, ope
     for i, scaling in enumerate(spec.scalings):
         own = operands[_OPERANDS * i : _OPERANDS * (i + 1)]
         if spec.kept is not None:
-            linears.append(_Kept(spec.kept[i], scaling, *own[1:3]))
+            linears.append(_Kept(spec.module, spec.kept[i], scaling, *own[1:3]))
         else:
             last = i == len(spec.scalings) - 1
             masks = (None, in_mask) if last else (out_mask, None)

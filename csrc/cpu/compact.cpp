@@ -1,6 +1,8 @@
 // Gathers the kept rows and columns of a weight into a new, zero-padded one.
 
 #include "../gather.h"
+#include "indices.h"
+#include "rows.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,24 +12,13 @@
 namespace atp::cpu {
 namespace {
 
-constexpr int64_t kGrainElements = 16384;
-
-void check_range(const int64_t* index, int64_t count, int64_t size, const char* name) {
-  if (index == nullptr) return;
-  for (int64_t i = 0; i < count; ++i) {
-    check(index[i] >= 0 && index[i] < size, name, "[", i, "] is ", index[i], ", outside [0, ", size, ").");
-  }
-}
-
-// The copy depends on an element's size alone, so T is an unsigned integer standing for every dtype of its size.
 template <typename T>
 void gather(const Tensor& weight, const Gather& plan) {
   const T* from = static_cast<const T*>(weight.const_data_ptr());
   T* to = static_cast<T*>(plan.out.mutable_data_ptr());
   const int64_t stride = weight.size(1);
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, plan.out_cols));
-  torch::stable::parallel_for(0, plan.out_rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
+  for_rows(plan.out_rows, plan.out_cols, [&](int64_t first, int64_t count) {
+    for (int64_t row = first; row < first + count; ++row) {
       T* out = to + row * plan.out_cols;
       const int64_t kept = row < plan.rows ? plan.cols : 0;
       if (kept > 0) {
@@ -35,7 +26,7 @@ void gather(const Tensor& weight, const Gather& plan) {
         if (plan.col_index == nullptr) {
           std::memcpy(out, in, kept * sizeof(T));
         } else {
-          for (int64_t col = 0; col < kept; ++col) out[col] = in[plan.col_index[col]];
+          take(in, plan.col_index, kept, out);
         }
       }
       std::fill(out + kept, out + plan.out_cols, T{0});
@@ -48,13 +39,7 @@ Tensor compact(
   const Gather plan = plan_gather(weight, rows, cols, pad_to);
   check_range(plan.row_index, plan.rows, weight.size(0), "rows");
   check_range(plan.col_index, plan.cols, weight.size(1), "cols");
-  switch (weight.element_size()) {
-    case 1: gather<uint8_t>(weight, plan); break;
-    case 2: gather<uint16_t>(weight, plan); break;
-    case 4: gather<uint32_t>(weight, plan); break;
-    case 8: gather<uint64_t>(weight, plan); break;
-    default: check(false, "compact takes elements of 1, 2, 4 or 8 bytes.");
-  }
+  with_bits(weight, "compact", [&](auto tag) { gather<decltype(tag)>(weight, plan); });
   return plan.out;
 }
 

@@ -20,10 +20,14 @@ def test_every_backend_is_listed_with_none_or_a_reason():
     assert listed["native"] == native.REASON
 
 
-def test_kept_linear_on_a_cpu_takes_the_vendor_gemm():
-    assert atp_kernels.explain("kept_lora_linear", torch.ones(1)) == (
-        "kept_lora_linear on cpu in float32 runs on reference (first choice on cpu)."
-    )
+def test_kept_linear_gathers_natively_on_a_cpu_and_is_the_vendor_s_elsewhere():
+    explained = atp_kernels.explain("kept_lora_linear", torch.ones(1))
+    name = "native" if native.AVAILABLE else "reference"
+    assert explained.startswith(f"kept_lora_linear on cpu in float32 runs on {name} (")
+    assert dispatch.select("kept_lora_linear", CPU, torch.float64)[1] == "reference"
+    assert dispatch.select("kept_lora_linear", torch.device("cuda"), torch.bfloat16)[1] == "reference"
+    with pytest.raises(RuntimeError, match="the native backend has kept_lora_linear for cpu only|was not built"):
+        dispatch.select("kept_lora_linear", torch.device("cuda"), torch.float32, "native")
 
 
 @pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from atp_kernels import KeptSlice, Scratch, kept_lora_linear, masked_lora_linear, reference
+from atp_kernels import KeptSlice, Scratch, available_backends, kept_lora_linear, masked_lora_linear, reference
 
 KINDS = (None, "hard", "empty", "full")
 BOTH = Shape(m=12, n=44, k=52, out_mask="hard", in_mask="hard")
@@ -22,6 +22,7 @@ COMBINATIONS = [
     for bias, dropout in ((False, True), (True, False))
 ]
 FROZEN = ("weight", "bias", "out_mask", "in_mask")
+BACKENDS = [name for name, missing in available_backends().items() if missing is None and name != "reference"]
 
 
 def slice_of(tensors, **options):
@@ -29,14 +30,14 @@ def slice_of(tensors, **options):
     return KeptSlice(**frozen, **options)
 
 
-def call_of(tensors, kept, scaling):
+def call_of(tensors, kept, scaling, backend="auto"):
     trained = {name: tensor for name, tensor in tensors.items() if name not in FROZEN}
-    return kept_lora_linear(**trained, kept=kept, scaling=scaling)
+    return kept_lora_linear(**trained, kept=kept, scaling=scaling, backend=backend)
 
 
-def run(shape, tensors, **options):
+def run(shape, tensors, backend="auto", **options):
     """y and the gradients of what can have one; the factor norms give the error rule all the results it knows."""
-    y = call_of(tensors, slice_of(tensors, **options), shape.scaling)
+    y = call_of(tensors, slice_of(tensors, **options), shape.scaling, backend)
     norms = reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
     return with_gradients((y, *norms), {name: tensor for name, tensor in tensors.items() if name not in FROZEN})
 
@@ -52,6 +53,20 @@ def assert_error_rule(got, shape, tensors):
 def test_error_is_no_worse_than_unfused(shape, dtype):
     tensors = operands(shape, dtype)
     assert_error_rule(run(shape, tensors, pad_to=8), shape, tensors)
+
+
+def assert_same_bits(shape, tensors, backend, **options):
+    """A backend differs in who gathers, so that its results are those of the reference to the bit."""
+    expected = run(shape, tensors, "reference", **options)
+    for name, value in run(shape, tensors, backend, **options).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_agree_to_the_bit(backend, shape, dtype):
+    assert_same_bits(shape, operands(shape, dtype), backend, pad_to=8)
 
 
 @pytest.mark.parametrize("scratch", [False, True])

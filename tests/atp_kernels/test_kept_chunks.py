@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from linear_cases import Shape, operands, unfused, with_gradients
-from test_kept import FROZEN, assert_error_rule, call_of, run, slice_of
+from test_kept import BACKENDS, FROZEN, assert_error_rule, assert_same_bits, call_of, run, slice_of
 
 from atp_kernels import KeptFirst, KeptSlice, kept_lora_linear
 from atp_kernels.backends import kept as backend
@@ -26,6 +26,14 @@ def test_error_is_no_worse_than_unfused(m, out_mask, in_mask, dtype):
     shape = replace(MANY, m=m, out_mask=out_mask, in_mask=in_mask, dropout=m % 2 == 1)
     tensors = operands(shape, dtype)
     assert_error_rule(run(shape, tensors, pad_to=8), shape, tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 300, 513, 1000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_agree_to_the_bit(backend, m, dtype):
+    shape = replace(MANY, m=m, out_mask="hard", in_mask="hard")
+    assert_same_bits(shape, operands(shape, dtype), backend, pad_to=8)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
@@ -118,11 +126,12 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "k"), [(512, 512), (1024, 384), (384, 1024)])
 @pytest.mark.parametrize(("out_mask", "in_mask"), SIDES)
-def test_peak_memory_is_that_of_the_addmm_idiom(out_mask, in_mask, n, k, dtype, first):
+def test_peak_memory_is_that_of_the_addmm_idiom(out_mask, in_mask, n, k, dtype, first, backend):
     shape = Shape(m=2048, n=n, k=k, rank=16, out_mask=out_mask, in_mask=in_mask, bias=False, dropout=False)
     tensors = operands(shape, dtype)
     weight = tensors["weight"].detach()
@@ -137,7 +146,7 @@ def test_peak_memory_is_that_of_the_addmm_idiom(out_mask, in_mask, n, k, dtype, 
         return peak_bytes(variant, "full", "cpu")
 
     x, lora_a, lora_b = leaves
-    ours = peak(lambda: kept_lora_linear(x, kept, lora_a, lora_b, scaling=1.0))
+    ours = peak(lambda: kept_lora_linear(x, kept, lora_a, lora_b, scaling=1.0, backend=backend))
     idiom = peak(lambda: AddmmLora.apply(x, weight, lora_a, lora_b))
     # 16-bit products take vendor memory beside the results, a different one for every shape.
     assert ours <= idiom + (2**19 if dtype == torch.bfloat16 else 2**15)

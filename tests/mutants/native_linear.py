@@ -1,13 +1,16 @@
-"""C++ around the masked linear's products, column masks, sums and dropout, and compaction."""
+"""C++ around the masked linear's products, column masks, sums, dropout and columns in another order, and compaction."""
 
 from mutants.mutant import Table
 
 COLUMNS = "csrc/cpu/columns_impl.h"
 WHOLE = "csrc/cpu/columns.cpp"
 COMPACT = "csrc/cpu/compact.cpp"
+TAKE = "csrc/cpu/take.cpp"
+INDICES = "csrc/cpu/indices.h"
 
 LINEAR = "tests/atp_kernels/test_native_linear.py -k 'masks_are or column_sums or dropout_is or threads'"
 GATHER = "tests/atp_kernels/test_native.py -k compact"
+TAKEN = "tests/atp_kernels/test_native_columns.py"
 
 TABLE: Table = {
     (COLUMNS, LINEAR): (
@@ -60,13 +63,37 @@ TABLE: Table = {
         ("static_cast<uint32_t>(key >> 32)", "0"),
         ("static_cast<uint32_t>(row), drop", "static_cast<uint32_t>(row - first), drop"),
     ),
-    (COMPACT, GATHER): (
+    (TAKE, TAKEN): (
+        ("values.dim() == 2 && values.stride(1) == 1", "values.dim() == 2"),
+        ("values.dim() == 2 && values.stride(1) == 1", "values.stride(1) == 1"),
+        ("out.size(0) == rows && out", "out"),
+        ("out.size(1) == count && out", "out"),
+        ("&& out.scalar_type() == values.scalar_type(),", ","),
+        ("check_range(order, count, values.size(1), \"index\");", ""),
+        ("from_stride = values.stride(0)", "from_stride = values.size(1)"),
+        ("to_stride = out.stride(0)", "to_stride = count"),
+        ("take(from + row * from_stride,", "take(from + (row - first) * from_stride,"),
+        ("count, to + row * to_stride)", "count, to + (row - first) * to_stride)"),
+        ("place.numel() == count && width", "width"),
+        ("width >= 0 && width <= count", "width <= count"),
+        ("width >= 0 && width <= count", "width >= 0"),
+        ("check_range(order, count, width, \"place\");", ""),
+        ("stride = values.stride(0);", "stride = count;"),
+        ("std::copy_n(all + row * stride, width, head.begin());", ""),
+        ("take(head.data(), order, count, all + row * stride);",
+         "take(all + row * stride, order, count, all + row * stride);"),
+    ),
+    (INDICES, TAKEN): (
         ("index[i] >= 0 && index[i] < size", "index[i] < size"),
         ("index[i] >= 0 && index[i] < size", "index[i] >= 0 && index[i] <= size"),
+        ("out[i] = row[index[i]];", "out[i] = row[i];"),
+        ("check(false, op,", "check(true, op,"),
+    ),
+    (COMPACT, GATHER): (
         ("plan.rows, weight.size(0), \"rows\"", "plan.rows, weight.size(1), \"rows\""),
         ("plan.cols, weight.size(1), \"cols\"", "plan.cols, weight.size(0), \"cols\""),
         ("plan.row_index ? plan.row_index[row] : row", "row"),
-        ("in[plan.col_index[col]]", "in[col]"),
+        ("take(in, plan.col_index, kept, out);", "std::copy_n(in, kept, out);"),
         ("std::fill(out + kept, out + plan.out_cols, T{0});", "std::fill(out + kept, out + plan.out_cols, T{1});"),
     ),
     ("csrc/gather.h", GATHER): (

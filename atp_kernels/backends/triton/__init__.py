@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
+from atp_kernels.backends.kept import kept_lora_linear_backward, kept_lora_linear_forward
 from atp_kernels.backends.primitives import gated, gated_backward
 
 AVAILABLE = find_spec("triton") is not None
@@ -40,6 +41,8 @@ __all__ = [
     "group_lasso_forward",
     "group_lasso_grad_",
     "group_prox_",
+    "kept_lora_linear_backward",
+    "kept_lora_linear_forward",
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",
 ]
