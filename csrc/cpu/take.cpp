@@ -20,18 +20,19 @@ void check_matrix(const Tensor& values, const char* name) {
 void take_columns(Tensor values, Tensor index, Tensor out) {
   check_matrix(values, "values");
   check_matrix(out, "out");
-  const int64_t* order = index_pointer(index, "index");
   const int64_t rows = values.size(0), count = index.numel();
   check(out.size(0) == rows && out.size(1) == count && out.scalar_type() == values.scalar_type(),
         "out must be [", rows, ", ", count, "], of the dtype of values.");
-  check_range(order, count, values.size(1), "index");
+  const std::vector<uint32_t> order = columns(index_pointer(index, "index"), count, values.size(1), "index");
   with_bits(values, "take_columns", [&](auto tag) {
     using T = decltype(tag);
     const T* from = static_cast<const T*>(values.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
     const int64_t from_stride = values.stride(0), to_stride = out.stride(0);
     for_rows(rows, count, [&](int64_t first, int64_t n) {
-      for (int64_t row = first; row < first + n; ++row) take(from + row * from_stride, order, count, to + row * to_stride);
+      for (int64_t row = first; row < first + n; ++row) {
+        take(from + row * from_stride, order.data(), count, to + row * to_stride);
+      }
     });
   });
 }
@@ -39,11 +40,10 @@ void take_columns(Tensor values, Tensor index, Tensor out) {
 // values = values[:, :width][:, place], through a copy of one row's head a thread.
 void spread_columns_(Tensor values, int64_t width, Tensor place) {
   check_matrix(values, "values");
-  const int64_t* order = index_pointer(place, "place");
   const int64_t rows = values.size(0), count = values.size(1);
   check(place.numel() == count && width >= 0 && width <= count,
         "place needs ", count, " entries and width lies in [0, ", count, "].");
-  check_range(order, count, width, "place");
+  const std::vector<uint32_t> order = columns(index_pointer(place, "place"), count, width, "place");
   with_bits(values, "spread_columns_", [&](auto tag) {
     using T = decltype(tag);
     T* all = static_cast<T*>(values.mutable_data_ptr());
@@ -52,7 +52,7 @@ void spread_columns_(Tensor values, int64_t width, Tensor place) {
       std::vector<T> head(width);
       for (int64_t row = first; row < first + n; ++row) {
         std::copy_n(all + row * stride, width, head.begin());
-        take(head.data(), order, count, all + row * stride);
+        take(head.data(), order.data(), count, all + row * stride);
       }
     });
   });
