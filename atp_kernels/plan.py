@@ -20,7 +20,8 @@ class GroupPlan:
     axes, shapes: axis and shape of every factor. index: int32 [slots], the group of each slot. order: int32 [slots],
     the slots sorted by group, ascending within a group. starts: int32 [n_groups + 1]: the slots of group g are
     order[starts[g]:starts[g + 1]], none for a group that owns nothing. The three lie on the device of the factors.
-    separate: slot i is group i and there are no other groups: one norm a row or column. Told of plans on a CPU alone.
+    runs: every group is a run of neighbouring slots of one factor, in order, and none owns nothing; told of plans on a
+    CPU alone. separate: even one slot each, so that slot i is group i: one norm a row or column.
 
     A backend implements `group_lasso_forward(factors, plan, removed, eps)`, `group_lasso_backward(factors, plan,
     removed, norms, grad_out)` and `group_prox_(factors, plan, removed, threshold)`, for factors that passed `check`,
@@ -34,7 +35,7 @@ class GroupPlan:
     index: Tensor
     order: Tensor
     starts: Tensor
-    separate: bool = False
+    runs: bool = False
 
     @classmethod
     def of(cls, factors: Sequence[Tensor], groups: Groups, n_groups: int) -> GroupPlan:
@@ -45,19 +46,19 @@ class GroupPlan:
         """
         _check(factors, groups)
         index = torch.cat([index for _, index in groups])
-        separate = False
+        runs = False
         if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in index.aminmax())
             if low < 0 or high >= n_groups:
                 raise ValueError(f"groups hold ids from {low} to {high}: they must lie in [0, {n_groups}).")
-            separate = torch.equal(index, torch.arange(n_groups))
+            runs = _are_runs(index, [len(index) for _, index in groups], n_groups)
         index = index.int()
         ones = torch.ones(1, dtype=torch.int32, device=index.device).expand_as(index)
         counts = torch.zeros(n_groups + 1, dtype=torch.int32, device=index.device).index_add_(0, index + 1, ones)
         shapes = tuple(factor.shape for factor in factors)
         order = torch.argsort(index, stable=True).int()
         starts = counts.cumsum(0, dtype=torch.int32)
-        return cls(tuple(axis for axis, _ in groups), shapes, index, order, starts, separate)
+        return cls(tuple(axis for axis, _ in groups), shapes, index, order, starts, runs)
 
     def __repr__(self) -> str:
         return f"GroupPlan({len(self.axes)} factors, {self.n_groups} groups, {self.index.device})"
@@ -66,6 +67,11 @@ class GroupPlan:
     def n_groups(self) -> int:
         """The number of groups, those that own nothing included."""
         return self.starts.shape[0] - 1
+
+    @cached_property
+    def separate(self) -> bool:
+        """Whether every group is one slot."""
+        return self.runs and self.n_groups == self.index.numel()
 
     @cached_property
     def sides(self) -> list[int]:
@@ -92,6 +98,14 @@ class GroupPlan:
             )
         if {factor.device for factor in factors} != {self.index.device}:
             raise ValueError(f"the plan lies on {self.index.device} and factors elsewhere: make a new one for them.")
+
+
+def _are_runs(index: Tensor, sizes: Sequence[int], n_groups: int) -> bool:
+    """Whether ids never fall or skip one, and never stay the same from one factor to the next."""
+    steps = index.diff(prepend=index.new_tensor([-1]))
+    borders = torch.tensor(sizes[:-1], dtype=torch.int64).cumsum(0)
+    new = steps[borders[borders < len(index)]] == 1
+    return int(index[-1]) == n_groups - 1 and bool(((steps == 0) | (steps == 1)).all() and new.all())
 
 
 def _check(factors: Sequence[Tensor], groups: Groups) -> None:

@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
       " int stream=0) -> Tensor[]");
   m.def(
       "group_lasso_grad_(Tensor[] factors, Tensor(a!)[] grads, int[] axes, Tensor index, Tensor order, Tensor starts,"
-      " int[] sides, Tensor removed, Tensor weight, float eps, bool separate, int stream=0) -> Tensor");
+      " int[] sides, Tensor removed, Tensor weight, float eps, bool runs, int stream=0) -> Tensor");
   m.def(
       "group_prox_(Tensor(a!)[] factors, int[] axes, Tensor index, Tensor order, Tensor starts, Tensor removed,"
       " Tensor threshold, int stream=0) -> ()");

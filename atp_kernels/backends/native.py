@@ -133,7 +133,7 @@ def group_lasso_grad_(
     """Return the value of `group_lasso_forward`; grads += weight * entry / norm of its group if removed, else nothing.
 
     grads: one of the shape and dtype of every factor; the sum is rounded once. weight: one floating element. On a CPU a
-    separate plan takes one sweep over factors and gradients, another one over factors and then one over both. Raises
+    plan of runs takes one sweep over factors and gradients, another one over factors and then one over both. Raises
     ValueError for factors that do not fit the plan, RuntimeError as `group_lasso_forward` does and for a gradient that
     is given twice.
     """
@@ -143,7 +143,7 @@ def group_lasso_grad_(
         plan.check(factors)
     try:
         # On a CPU another look at hundreds of tensors would cost a tenth of the call: all are made by the extension.
-        value = _call(_ops.group_lasso_grad_, factors, grads, *packed, plan.sides, *vectors, eps, plan.separate)
+        value = _call(_ops.group_lasso_grad_, factors, grads, *packed, plan.sides, *vectors, eps, plan.runs)
     except RuntimeError:
         plan.check(factors)  # says it in its own words
         raise

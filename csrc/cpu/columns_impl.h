@@ -114,6 +114,7 @@ ColumnLoops<T> column_loops() {
 Loops make_loops(const char* isa) {
   return {isa,
           group_sums,
+          run_sums,
           group_norms,
           group_slopes,
           slot_slopes,

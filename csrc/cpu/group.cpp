@@ -30,20 +30,34 @@ struct Tile {
   size_t number;
 };
 
-std::vector<Tile> tiles(const FactorList& list) {
+// The tile's last slot: with `whole_groups`, whose slots lie next to each other, no group begun in it is left unfinished.
+int64_t tile_end(const Factor& factor, int64_t begin, int64_t step, bool whole_groups) {
+  int64_t end = std::min(begin + step, factor.slots());
+  while (whole_groups && end < factor.slots() && factor.index[end] == factor.index[end - 1]) ++end;
+  return end;
+}
+
+std::vector<Tile> tiles(const FactorList& list, bool whole_groups = false) {
   std::vector<Tile> result;
   int64_t elements = 0;
   for (const Factor& factor : list.factors) {
     const int64_t across = std::max<int64_t>(1, factor.by_row ? factor.cols : factor.rows);
     const int64_t step = std::max(kTileElements / across, factor.by_row ? int64_t{1} : kMinTileColumns);
-    for (int64_t begin = 0; begin < factor.slots(); begin += step) {
-      const int64_t end = std::min(begin + step, factor.slots());
+    for (int64_t begin = 0, end; begin < factor.slots(); begin = end) {
+      end = tile_end(factor, begin, step, whole_groups);
       result.push_back({&factor, begin, end, elements, result.size()});
       elements += (end - begin) * across;
     }
   }
   result.push_back({nullptr, 0, 0, elements, result.size()});
   return result;
+}
+
+// Tiles with all slots of their groups, or no tiles where a group has more slots than a tile may have.
+std::vector<Tile> tiles_of_runs(const FactorList& list) {
+  std::vector<Tile> work = tiles(list, true);
+  const auto fits = [](const Tile& tile) { return tile.end - tile.begin <= kTileElements; };
+  return std::all_of(work.begin(), work.end(), fits) ? work : std::vector<Tile>();
 }
 
 // Calls body(tile, type tag) for every tile on torch's threads, which share the elements equally: a tile goes to the
@@ -140,20 +154,45 @@ double group_norms(
   return std::accumulate(totals.begin(), totals.end(), 0.0);
 }
 
-// The lasso of slots that are groups of their own. While a tile is in the cache its gradient, times `upstream`, is
-// written or added where `out` of its factor points, unless that is nowhere: factors are read from memory once.
-double separate_lasso(const FactorList& list, const bool* removed, double eps, float upstream, bool add) {
-  const std::vector<Tile> work = tiles(list);
+// The lasso of tiles that hold whole groups, whose norms slopes_of(tile, squares of slots, slopes of slots) sums up. While
+// a tile is in the cache the gradient is written or added where `out` of its factor points, unless that is nowhere:
+// factors are read from memory once.
+template <typename SlopesOf>
+double lasso_in_one_sweep(const std::vector<Tile>& work, bool add, const SlopesOf& slopes_of) {
   std::vector<double> totals(work.size());
   for_each_tile(work, [&](const Tile& tile, auto tag) {
     float squares[kTileElements], slopes[kTileElements];
-    const int64_t first = tile.factor->first_slot + tile.begin;
     tile_squares<decltype(tag)>(tile, squares);
-    totals[tile.number] =
-        loops().slot_norms(squares, removed + first, tile.end - tile.begin, eps, upstream, slopes);
+    totals[tile.number] = slopes_of(tile, squares, slopes);
     if (tile.factor->out != nullptr) scale_tile<decltype(tag)>(tile, slopes, add);
   });
   return std::accumulate(totals.begin(), totals.end(), 0.0);
+}
+
+// Slots are groups of their own.
+double separate_lasso(const FactorList& list, const bool* removed, double eps, float upstream, bool add) {
+  return lasso_in_one_sweep(tiles(list), add, [&](const Tile& tile, const float* squares, float* slopes) {
+    const bool* flags = removed + tile.factor->first_slot + tile.begin;
+    return loops().slot_norms(squares, flags, tile.end - tile.begin, eps, upstream, slopes);
+  });
+}
+
+// Groups are runs of neighbouring slots of one factor, as `work` has them; the gradient is added.
+double lasso_of_runs(
+    const std::vector<Tile>& work, const int32_t* starts, const bool* removed, double eps, float upstream) {
+  return lasso_in_one_sweep(work, true, [&](const Tile& tile, const float* squares, float* slopes) {
+    const int32_t* ids = tile.factor->index + tile.begin;
+    const int64_t n_slots = tile.end - tile.begin, first = ids[0], n_groups = ids[n_slots - 1] - first + 1;
+    if (n_groups == n_slots) return loops().slot_norms(squares, removed + first, n_slots, eps, upstream, slopes);
+    std::vector<double> sums(n_groups);
+    loops().run_sums(squares, starts + first, n_groups, sums.data());
+    // Slopes of groups, which are norms at first, and then of slots: from the last one on, for those of its group or of
+    // one before it are read, which lie no further behind.
+    const double total = loops().group_norms(sums.data(), starts + first, removed + first, n_groups, eps, slopes);
+    loops().group_slopes(removed + first, n_groups, upstream, slopes);
+    for (int64_t i = n_slots - 1; i >= 0; --i) slopes[i] = slopes[ids[i] - first];
+    return total;
+  });
 }
 
 Tensor scalar(const Tensor& like, double value) {
@@ -251,7 +290,8 @@ std::tuple<Tensor, Tensor> separate_lasso_forward(
   return {scalar(removed, separate_lasso(list, is_removed, eps, 1.0f, false)), direction};
 }
 
-// The lasso; adds `weight` times its gradient to `grads`. separate: slots are groups of their own.
+// The lasso; adds `weight` times its gradient to `grads`. runs: groups are runs of neighbouring slots of one factor, in
+// order, and none is empty.
 Tensor group_lasso_grad_(
     std::vector<Tensor> factors,
     std::vector<Tensor> grads,
@@ -263,7 +303,7 @@ Tensor group_lasso_grad_(
     Tensor removed,
     Tensor weight,
     double eps,
-    bool separate,
+    bool runs,
     int64_t /*stream*/) {
   const int64_t n_groups = removed.numel();
   check_group_vector(removed, ScalarType::Bool, n_groups, "removed");
@@ -277,8 +317,10 @@ Tensor group_lasso_grad_(
   const bool* is_removed = static_cast<const bool*>(removed.const_data_ptr());
   const float upstream = *static_cast<const float*>(weight.const_data_ptr());
   double total = 0;
-  if (separate) {
+  if (runs && n_groups == list.slots) {
     total = separate_lasso(list, is_removed, eps, upstream, true);
+  } else if (const std::vector<Tile> work = runs ? tiles_of_runs(list) : std::vector<Tile>(); !work.empty()) {
+    total = lasso_of_runs(work, slots.starts, is_removed, eps, upstream);
   } else {
     const std::unique_ptr<float[]> slope(new float[n_groups]);  // norms at first
     const auto divide = [&](int64_t first, int64_t count) {

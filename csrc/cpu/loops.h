@@ -68,6 +68,9 @@ struct Loops {
   // Squares of slots -> sums of `count` groups, whose slots are order[starts[group]] to order[starts[group + 1] - 1].
   void (*group_sums)(const float* squares, const int32_t* order, const int32_t* starts, int64_t count, double* sums);
 
+  // The same of runs: the slots of groups lie next to each other, and squares begins at the first of them.
+  void (*run_sums)(const float* squares, const int32_t* starts, int64_t count, double* sums);
+
   // norms[group] = sqrt(sums[group] + eps); returns the sum of those of removed groups that own a slot.
   double (*group_norms)(
       const double* sums, const int32_t* starts, const bool* removed, int64_t count, double eps, float* norms);

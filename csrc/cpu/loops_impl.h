@@ -230,6 +230,15 @@ void group_sums(const float* squares, const int32_t* order, const int32_t* start
   }
 }
 
+void run_sums(const float* squares, const int32_t* starts, int64_t count, double* sums) {
+  const float* square = squares;
+  for (int64_t group = 0; group < count; ++group) {
+    double sum = 0;
+    for (int32_t i = starts[group]; i < starts[group + 1]; ++i) sum += *square++;
+    sums[group] = sum;
+  }
+}
+
 // No branch on `removed` here and below: which groups are removed is as good as random to the processor.
 double group_norms(
     const double* sums, const int32_t* starts, const bool* removed, int64_t count, double eps, float* norms) {

@@ -220,7 +220,7 @@ std::vector<Tensor> group_lasso_backward(
 
 Tensor group_lasso_grad_(
     std::vector<Tensor> factors, std::vector<Tensor> grads, std::vector<int64_t> axes, Tensor index, Tensor order,
-    Tensor starts, std::vector<int64_t> sides, Tensor removed, Tensor weight, double eps, bool /*separate*/,
+    Tensor starts, std::vector<int64_t> sides, Tensor removed, Tensor weight, double eps, bool /*runs*/,
     int64_t stream_handle) {
   check(removed.is_cuda(), "the plan lies on a CPU and factors elsewhere.");
   const int64_t n_groups = removed.numel();

@@ -14,20 +14,24 @@ SIZES = ((13, 8, 0), (8, 37, 1), (5, 3, 0), (300, 2, 1))
 WEIGHT = 0.3
 needs_native = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-both_kinds = pytest.mark.parametrize("joint", [True, False], ids=["joint", "separate"])
+KINDS = ("joint", "separate", "runs")
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def problem(sizes=SIZES, dtype=torch.float32, joint=True, strided=False, seed=0):
-    """Factors, their groups (joint: many slots share an id; else none do) and which groups are removed."""
+def problem(sizes=SIZES, dtype=torch.float32, kind="joint", strided=False, seed=0):
+    """Factors, their groups and which are removed. joint: any slots share one; runs: neighbours do, in some factors."""
     rng = torch.Generator().manual_seed(seed)
     factors, groups, start = [], [], 0
-    for rows, cols, axis in sizes:
+    for i, (rows, cols, axis) in enumerate(sizes):
         factors.append(drawn(rng, rows, cols, dtype, strided).requires_grad_())
         size = (rows, cols)[axis]
-        index = torch.randint(7, (size,), generator=rng) if joint else torch.arange(start, start + size)
+        begins = torch.ones(size, dtype=torch.bool)
+        if kind == "runs" and i % 2:
+            begins[1:] = torch.rand(max(0, size - 1), generator=rng) < 0.3
+        index = torch.randint(7, (size,), generator=rng) if kind == "joint" else start - 1 + begins.cumsum(0)
         groups.append((axis, index))
-        start += size
-    return factors, groups, torch.rand(9 if joint else start, generator=rng) < 0.5
+        start += int(begins.sum())
+    return factors, groups, torch.rand(9 if kind == "joint" else start, generator=rng) < 0.5
 
 
 def drawn(rng, rows, cols, dtype, strided):
@@ -71,11 +75,11 @@ def assert_as_good_as_unfused(case, backend):
 
 
 @every_backend
-@both_kinds
+@every_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("there", [True, False], ids=["existing", "none"])
-def test_error_is_no_worse_than_unfused(backend, joint, dtype, there):
-    factors, *described = problem(dtype=dtype, joint=joint)
+def test_error_is_no_worse_than_unfused(backend, kind, dtype, there):
+    factors, *described = problem(dtype=dtype, kind=kind)
     assert_as_good_as_unfused((with_grads(factors) if there else factors, *described), backend)
 
 
@@ -87,7 +91,7 @@ cases = st.builds(
         max_size=5,
     ),
     dtype=st.sampled_from(DTYPES),
-    joint=st.booleans(),
+    kind=st.sampled_from(KINDS),
     strided=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -103,10 +107,10 @@ def test_any_shape_and_stride(case, backend, strided_grads):
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-@both_kinds
-def test_it_is_what_autograd_gives(backend, joint):
+@every_kind
+def test_it_is_what_autograd_gives(backend, kind):
     for weight in (WEIGHT, torch.tensor(WEIGHT), torch.tensor(-2.5, dtype=torch.float64)):
-        (factors, *described), (others, *_) = (problem(joint=joint) for _ in range(2))
+        (factors, *described), (others, *_) = (problem(kind=kind) for _ in range(2))
         for _ in range(2):  # the first time there is no gradient, the second time there is
             got = direct(factors, *described, weight=weight, eps=0.5, backend=backend)
             expected = through_autograd(others, *described, weight=weight, eps=0.5, backend=backend)
@@ -127,9 +131,9 @@ def test_float64_and_mixed_dtypes():
 
 
 @every_backend
-@both_kinds
-def test_what_is_kept_gets_exactly_nothing(backend, joint):
-    factors, groups, removed = problem(joint=joint)
+@every_kind
+def test_what_is_kept_gets_exactly_nothing(backend, kind):
+    factors, groups, removed = problem(kind=kind)
     removed[groups[0][1][0]] = False
     if backend == "native":
         with torch.no_grad():
@@ -143,9 +147,9 @@ def test_what_is_kept_gets_exactly_nothing(backend, joint):
 
 
 @every_backend
-@both_kinds
-def test_a_nan_stays_visible_and_in_its_group(backend, joint):
-    factors, groups, removed = problem(joint=joint)
+@every_kind
+def test_a_nan_stays_visible_and_in_its_group(backend, kind):
+    factors, groups, removed = problem(kind=kind)
     removed[:] = True
     with torch.no_grad():
         factors[0][2, 3] = torch.nan
@@ -159,9 +163,9 @@ def test_a_nan_stays_visible_and_in_its_group(backend, joint):
 
 
 @every_backend
-@both_kinds
-def test_zero_groups_get_a_zero_gradient(backend, joint):
-    factors, *described = problem(joint=joint)
+@every_kind
+def test_zero_groups_get_a_zero_gradient(backend, kind):
+    factors, *described = problem(kind=kind)
     with torch.no_grad():
         for factor in factors:
             factor.zero_()
@@ -170,9 +174,9 @@ def test_zero_groups_get_a_zero_gradient(backend, joint):
 
 
 @every_backend
-@both_kinds
-def test_bitwise_equal_over_runs_and_over_plan_and_list(backend, joint):
-    factors, groups, removed = problem(joint=joint)
+@every_kind
+def test_bitwise_equal_over_runs_and_over_plan_and_list(backend, kind):
+    factors, groups, removed = problem(kind=kind)
     plan = GroupPlan.of(factors, groups, len(removed))
     first = [result.clone() for result in direct(with_grads(factors), groups, removed, backend=backend)]
     for run in range(10):

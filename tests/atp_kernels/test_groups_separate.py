@@ -77,13 +77,32 @@ def test_a_plan_knows_whether_its_groups_are_separate():
     assert not GroupPlan.of(factors, groups, n + 1).separate  # the last group owns nothing
 
 
+def runs(*ids, n_groups):
+    """Whether the plan of such rows is one of runs."""
+    factors = [torch.ones(len(index), 2) for index in ids]
+    plan = GroupPlan.of(factors, [(0, torch.tensor(index, dtype=torch.int64)) for index in ids], n_groups)
+    assert plan.runs or not plan.separate
+    return plan.runs
+
+
+def test_a_plan_knows_whether_its_groups_are_runs():
+    assert runs([0, 0, 1], [2, 3, 3], n_groups=4) and runs([0, 1], [2], n_groups=3)
+    assert runs([], [0, 0], [], [], [1], [], n_groups=2) and runs([0, 0, 0], n_groups=1)
+    assert not runs([0, 0, 1], [1, 2], n_groups=3), "one group in two factors"
+    assert not runs([], [0], [], [0, 1], n_groups=2), "one group in two factors with none between them"
+    assert not runs([0, 1, 0, 1], n_groups=2), "a group in two places"
+    assert not runs([1, 1, 2], n_groups=3) and not runs([0, 0, 2], n_groups=3), "an empty group"
+    assert not runs([0, 0, 1], n_groups=3), "an empty group at the end"
+    assert not GroupPlan.of([torch.ones(2, 3)], [(0, torch.zeros(2, dtype=torch.int64))], 1).separate
+
+
 def test_separate_plans_of_one_dtype_take_the_short_way(monkeypatch):
     plain = Plain()
     monkeypatch.setattr(ops, "select", lambda *_: (plain, "plain", ""))
     factors, plan, removed = problem()
     group_lasso(factors, plan, removed)
     assert plain.asked == [True]
-    group_lasso(factors, replace(plan, separate=False), removed)
+    group_lasso(factors, replace(plan, runs=False), removed)
     group_lasso([factors[0].bfloat16(), *factors[1:]], plan, removed)
     assert plain.asked == [True]
     with torch.no_grad():

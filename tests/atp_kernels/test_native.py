@@ -213,12 +213,17 @@ def everything(case):
     columns.append(native.dropped(grad, Dropout(0.3, 5)))
     slots = plan.index.numel()
     ids = torch.arange(slots + 1, dtype=torch.int32)
-    one_each = replace(plan, index=ids[:-1], order=ids[:-1], starts=ids, separate=True)
+    one_each = replace(plan, index=ids[:-1], order=ids[:-1], starts=ids, runs=True)
     chosen = removed.repeat(-(-slots // len(removed)))[:slots]
+    sizes = [factor.shape[axis] for factor, axis in zip(factors, plan.axes, strict=True)]
+    index = torch.cat([torch.arange(size) // 5 + 4096 * i for i, size in enumerate(sizes)]).unique(return_inverse=True)[
+        1
+    ]
+    fives = GroupPlan.of(factors, list(zip(plan.axes, index.split(sizes), strict=True)), int(index[-1]) + 1)
     separate = native.separate_lasso_forward(factors, one_each, chosen, EPS, True)
     separate += tuple(native.separate_lasso_backward(separate[1], one_each, torch.tensor(0.7), False))
     sums = []
-    for described, flags in ((plan, removed), (one_each, chosen)):
+    for described, flags in ((plan, removed), (one_each, chosen), (fives, chosen[: fives.n_groups])):
         totals = [factor.clone() for factor in factors]
         sums += native.group_lasso_grad_(factors, totals, described, flags, torch.tensor(0.3), EPS), *totals
     # What lies between the pieces of the direction is nobody's.

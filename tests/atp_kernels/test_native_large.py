@@ -35,6 +35,28 @@ def separate(dtype):
     return factors, GroupPlan.of(factors, groups, n), torch.rand(n, generator=torch.Generator().manual_seed(3)) < 0.4
 
 
+def runs(dtype):
+    """Groups of seven slots, which no tile is a multiple of, and every slot of two factors its own."""
+    factors, _, _ = joint(dtype)
+    groups, start = [], 0
+    for i, size in enumerate(SIZES):
+        index = start + torch.arange(size[size[2]]) // (7 if i < 2 else 1)
+        groups.append((size[2], index))
+        start = int(index[-1]) + 1
+    plan = GroupPlan.of(factors, groups, start)
+    assert plan.runs and not plan.separate
+    return factors, plan, torch.rand(start, generator=torch.Generator().manual_seed(3)) < 0.4
+
+
+def long_runs(dtype):
+    """A group of more slots than a tile may have."""
+    factor = torch.randn(50_000, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    index = (torch.arange(50_000) - 29_000).clamp_min(0) // 500
+    plan = GroupPlan.of([factor], [(0, index)], int(index[-1]) + 1)
+    assert plan.runs
+    return [factor], plan, torch.arange(plan.n_groups) % 3 == 0
+
+
 def assert_all_close(got, wanted, dtype):
     for value, want in zip(got, wanted, strict=True):
         torch.testing.assert_close(value.double(), want, rtol=UNITS[dtype], atol=1e-6)
@@ -50,7 +72,7 @@ def test_joint_lasso_and_its_gradient(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("make", [joint, separate])
+@pytest.mark.parametrize("make", [joint, separate, runs, long_runs])
 def test_direct_gradient(make, dtype):
     factors, plan, removed = make(dtype)
     value, _, grads = exact(factors, plan, removed)

@@ -53,8 +53,15 @@ TABLE: Table = {
         ("if low < 0 or high >= n_groups:", "if low < 0:"),
     ),
     (PLAN, SEPARATE): (
-        ("separate = torch.equal(index, torch.arange(n_groups))", "separate = True"),
-        ("separate = torch.equal(index, torch.arange(n_groups))", "pass"),
+        ("runs = _are_runs(index, [len(index) for _, index in groups], n_groups)", "runs = True"),
+        ("runs = _are_runs(index, [len(index) for _, index in groups], n_groups)", "pass"),
+        ("self.runs and self.n_groups == self.index.numel()", "self.runs"),
+        ("self.runs and self.n_groups == self.index.numel()", "self.n_groups == self.index.numel()"),
+        ("borders[borders < len(index)]] == 1", "borders[:0]] == 1"),
+        ("return int(index[-1]) == n_groups - 1 and", "return"),
+        ("((steps == 0) | (steps == 1)).all()", "(steps <= 1).all()"),
+        ("((steps == 0) | (steps == 1)).all()", "(steps >= 0).all()"),
+        ("and new.all()", ""),
     ),
     (GROUP_OPS, SEPARATE): (
         ("if plan.separate and len(dtypes) == 1", "if len(dtypes) == 1"),
