@@ -21,7 +21,8 @@ class DecisionGenerator(nn.Module):
 
     kind: `transformer` (2 blocks, 4 heads, FFN 256, dropout 0.1; the paper's), `gru` (bidirectional, as DISP-LLM) or
     `free` (one parameter a decision and no network, which shows what the network is good for).
-    prior: float32 [space.size] or None, a constant added to the logits (saliency warm start); None is the paper's.
+    prior: float32 [space.size] or None, a constant added to the logits (saliency warm start), which are the prior at
+    first: the last weights start at zero. None is the paper's, whose first logits are as random as its weights.
     """
 
     def __init__(
@@ -44,6 +45,9 @@ class DecisionGenerator(nn.Module):
             self.encoder = _encoder(kind, width, dropout)
             self.norm = nn.LayerNorm(width)
             self.heads = nn.ModuleList(nn.Linear(width, s.size, bias=False) for s in space.structures)
+        if prior is not None:
+            for head in self.heads:
+                nn.init.zeros_(head.weight)
         self.layer_of_head = [s.layer for s in space.structures]
         self.register_buffer("code", code)
 

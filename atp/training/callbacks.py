@@ -25,6 +25,7 @@ class PhaseCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.before_optimizer_step()
         self.trainer.finite.check(self.trainer.adamw, state.global_step + 1)
 
     def on_optimizer_step(

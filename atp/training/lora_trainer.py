@@ -98,6 +98,9 @@ class LoraTrainer(Trainer):
             self.optimizer = self.adamw
         return self.optimizer
 
+    def before_optimizer_step(self) -> None:
+        """Called before each optimizer step, after clipping; does nothing unless a subclass has something to do."""
+
     def after_optimizer_step(self, step: int) -> None:
         """Called after the optimizer step `step`; does nothing unless a subclass has something to do."""
 

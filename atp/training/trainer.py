@@ -190,16 +190,9 @@ class ATPTrainer(LoraTrainer):
             self.controller.set(self.decisions.mask, "hard")
         try:
             with self._gated(sample=True):
-                loss = super().training_step(model, inputs, num_items_in_batch)
+                return super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.controller.clear()
-        weight = self._lasso_weight()
-        if not (weight and self._adds_lasso_to_gradients() and self.accelerator.sync_gradients):
-            return loss
-        # Once a LoRA step, after its last backward pass: neither factors nor mask change between its batches.
-        with scope("loss"):
-            self.last["lasso"] = self.groups.lasso_grad_(self.decisions.mask.to(loss.device), weight)
-        return loss + weight * self.last["lasso"]
 
     def _lasso_weight(self) -> float:
         """The weight of the group lasso in this step, 0 where it has none."""
@@ -265,6 +258,17 @@ class ATPTrainer(LoraTrainer):
             self.last["lasso"] = lasso.detach()
             loss = loss + weight * lasso / self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def before_optimizer_step(self) -> None:
+        """The gradient of the lasso, on top of clipped gradients: its norm is that of the loss many times over.
+
+        Within the clipped norm it left a seventieth of the loss's gradient while searching, so that AdamW's second
+        moments were far too small when the search was over.
+        """
+        weight = self._lasso_weight()
+        if weight and self._adds_lasso_to_gradients():
+            with scope("loss"):
+                self.last["lasso"] = self.groups.lasso_grad_(self.decisions.mask.to(self.args.device), weight)
 
     def after_optimizer_step(self, step: int) -> None:
         """A step of the gates, and in settle one of the removed LoRA groups towards zero."""

@@ -60,12 +60,27 @@ def test_code_is_orthonormal():
     torch.testing.assert_close(code @ code.T, torch.eye(LAYERS), rtol=0, atol=1e-6)
 
 
-def test_prior_is_added_to_the_logits():
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_start_at_the_prior_and_leave_it(kind):
     prior = torch.linspace(-2, 2, SPACE.size)
-    plain, warm = DecisionGenerator(SPACE, seed=3).eval(), DecisionGenerator(SPACE, seed=3, prior=prior).eval()
-    torch.testing.assert_close(warm(), plain() + prior)
+    generator = DecisionGenerator(SPACE, kind=kind, seed=3, prior=prior)
+    assert torch.equal(generator.train()(), prior) and torch.equal(generator.eval()(), prior)
+    before = {name: p.detach().clone() for name, p in generator.named_parameters()}
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=1e-2)
+    weights = torch.randn(SPACE.size, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # the encoder hears of the loss through the heads, which are zero at first
+        optimizer.zero_grad()
+        (generator() * weights).sum().backward()
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in generator.named_parameters())
+    assert ((generator() - prior) * weights < 0).all(), "every logit moved against its gradient"
     prior.zero_()
-    assert warm.prior[0] == -2, "the generator keeps its own copy"
+    assert generator.prior[0] == -2, "the generator keeps its own copy"
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_without_a_prior_the_first_logits_are_random(kind):
+    assert DecisionGenerator(SPACE, kind=kind).eval()().std() > 0.1
 
 
 def test_dropout_is_active_only_in_training():

@@ -201,42 +201,63 @@ def test_gradient_accumulation_runs_one_decision_step_per_lora_step(tmp_path):
     assert calls == list(range(CUT))
 
 
-class Gradients(TrainerCallback):
-    """Keeps the gradients of every step as they are before clipping."""
+class Watch(TrainerCallback):
+    """Keeps what `look` sees before every step of the optimizer, last of all callbacks."""
 
-    def __init__(self):
-        self.steps = []
+    def __init__(self, trainer, look):
+        self.look, self.steps = look, []
+        trainer.add_callback(self)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        self.steps.append(self.look(model))
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("space", ["head_dim", "kv_group"])
 @pytest.mark.parametrize("batches", [1, 2])
 def test_lasso_added_to_gradients_is_the_lasso_in_the_loss(tmp_path, monkeypatch, space, batches):
-    """Gradients, records and losses of every step, with the lasso outside autograd's graph and in it."""
-    training = {"gradient_accumulation": batches, "batch_size": 1, "settle_beta": 2.0}
-    gradients, records, losses = {}, {}, {}
+    """Gradients and records of every step, outside autograd's graph and in it, where nothing is clipped."""
+    training = {"gradient_accumulation": batches, "batch_size": 1, "settle_beta": 2.0, "clip": 1e6}
+    watched, records = {}, {}
     for direct in (True, False):
-        watch, losses[direct] = Gradients(), []
-        trainer = make(tmp_path / str(direct), callbacks=[watch], decisions={"space": space}, training=training)
+        trainer = make(tmp_path / str(direct), decisions={"space": space}, training=training)
+        watched[direct] = Watch(trainer, gradients)
         monkeypatch.setattr(trainer, "_adds_lasso_to_gradients", lambda direct=direct: direct)
-        step = trainer.training_step
-
-        def noted(*arguments, step=step, losses=losses[direct]):
-            losses.append(step(*arguments))
-            return losses[-1]
-
-        monkeypatch.setattr(trainer, "training_step", noted)
         trainer.train()
-        gradients[direct] = watch.steps
         lines = (tmp_path / str(direct) / "metrics.jsonl").read_text().splitlines()
         records[direct] = [(r["loss"], r.get("lasso", 0.0)) for r in map(json.loads, lines)]
     assert [lasso > 0 for _, lasso in records[True]] == [True] * CUT + [False] * TUNE
-    summed = [torch.stack(losses[direct]).view(-1, batches).sum(1) for direct in (True, False)]
-    torch.testing.assert_close(*summed, rtol=1e-4, atol=0)
     torch.testing.assert_close(records[True], records[False], rtol=1e-4, atol=0)
-    torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(watched[True].steps, watched[False].steps, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_is_of_the_gradient_of_the_loss_alone(tmp_path):
+    """However large the lasso's gradient is, that of the loss keeps the norm it is clipped to."""
+    clip = 1e-3
+    trainer = make(tmp_path, training={"clip": clip, "beta": 30.0})
+
+    def norms(model):
+        parts = gradients(model)
+        weight = trainer._lasso_weight()
+        lasso = [torch.zeros(())]
+        if weight:
+            value = weight * trainer.groups.lasso(trainer.decisions.mask)
+            for factor, grad in zip(
+                trainer.groups.factors, torch.autograd.grad(value, trainer.groups.factors), strict=True
+            ):
+                name = next(name for name, p in model.named_parameters() if p is factor)
+                parts[name] -= grad
+                lasso.append(grad)
+        return [float(torch.cat([part.flatten() for part in some]).norm()) for some in (parts.values(), lasso)]
+
+    watch = Watch(trainer, norms)
+    trainer.train()
+    of_the_loss, of_the_lasso = zip(*watch.steps, strict=True)
+    assert of_the_loss == pytest.approx([clip] * len(of_the_loss), rel=0.05)
+    assert min(of_the_lasso[:CUT]) > 10 and not any(of_the_lasso[CUT:])
 
 
 def test_lasso_is_added_to_gradients_unless_they_are_sharded_or_scaled(tmp_path, monkeypatch):
