@@ -260,10 +260,10 @@ class ATPTrainer(LoraTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def before_optimizer_step(self) -> None:
-        """The gradient of the lasso, on top of clipped gradients: its norm is that of the loss many times over.
+        """Adds the gradient of the lasso to clipped gradients.
 
-        Within the clipped norm it left a seventieth of the loss's gradient while searching, so that AdamW's second
-        moments were far too small when the search was over.
+        It is beta for each removed group: a norm of 81 for SmolLM2's 74,000 and beta 0.3, beside a clip of 1. Clipped
+        together, little was left of the loss's gradient until the cut, and AdamW's second moments were too small after.
         """
         weight = self._lasso_weight()
         if weight and self._adds_lasso_to_gradients():
