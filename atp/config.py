@@ -71,6 +71,9 @@ class DecisionsConfig(_Section):
     batch_size: int = Field(2, ge=1)
     reach: float = Field(0.4, ge=0, le=1, description="share of the search after which the exact budget is at target")
     saliency_windows: int = Field(32, ge=1, description="calibration windows behind init: saliency")
+    refit_windows: int = Field(
+        32, ge=0, description="calibration windows on which readers of what is removed are fitted to the rest; 0: not"
+    )
     saliency_scale: float = Field(1.0, gt=0, description="standard deviation of the warm-started logits")
     multiples: dict[Literal["qk", "vo", "kv_group", "mlp"], Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="width rules: structure name -> multiple"
@@ -185,7 +188,7 @@ class ATPConfig(_Section):
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "decisions": {"space": "head_dim", "generator": "transformer", "init": "paper", "budget": "penalty",
-                      "lr": 1e-3, "batch_size": 20, "every": 1},
+                      "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0},
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
         "training": {"search": 750, "settle": 50, "tune": 700, "batch_size": 20, "lr": 1e-4, "schedule": "constant",
                      "warmup": 0},

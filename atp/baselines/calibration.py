@@ -39,11 +39,6 @@ def calibration_loss(model: nn.Module, batch: Batch, autocast: torch.dtype | Non
         return causal_lm_loss(model, batch)
 
 
-def hidden_arguments(batch: Batch) -> dict[str, Tensor | None]:
-    """Arguments for a pass whose loss nobody asks for; samples that share a row do not see each other."""
-    return {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids"), "use_cache": False}
-
-
 def first_tokens(calibration: Dataset, count: int) -> Tensor:
     """The first samples, int64 [count, length], on which a saved model is compared with the one in memory."""
     return collate([calibration[i] for i in range(min(count, len(calibration)))])["input_ids"]

@@ -1,40 +1,39 @@
-"""The calibration loss of a frozen model under a soft mask, for baselines that learn or differentiate the mask."""
+"""A frozen model under masks, for baselines that learn, differentiate or refit: its calibration loss, its refit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from atp.baselines.calibration import Batch, calibration_loss
+from atp.baselines.calibration import Batch, calibration_batches, calibration_loss
 from atp.config import ATPConfig
+from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
+from atp.removal.refit import refit
 from atp.training.precision import autocast_dtype
 
 _FUSED = ("mlp", "input_layernorm", "post_attention_layernorm")
 
 
 @contextmanager
-def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
-    """Yields loss_of(batch, mask), differentiable in the mask [space.size] alone; the model comes back as it was.
+def masked(
+    model: nn.Module, space: MaskSpace, config: ATPConfig
+) -> Iterator[tuple[nn.Module, MaskController, torch.dtype | None]]:
+    """Yields the model inside ATP's own masked layers, their controller, and the dtype to run it in.
 
-    Uses ATP's own masked layers, with an adapter that adds nothing (its B is zero) and learns nothing.
+    The adapter adds nothing (its B is zero) and learns nothing; the model comes back as it was.
     """
     training, stock = model.training, [{name: getattr(layer, name) for name in _FUSED} for layer in model.model.layers]
     wrapped = add_lora(model, space, r=1, alpha=1.0, dropout=0.0, seed=config.seed).eval()
     wrapped.requires_grad_(False)
-    controller = MaskController(wrapped, space)
-    device, dtype = next(wrapped.parameters()).device, autocast_dtype(config.training.precision)
-
-    def loss_of(batch: Batch, mask: Tensor) -> Tensor:
-        controller.set(mask.to(device), "soft")
-        return calibration_loss(wrapped, batch, dtype)
-
     try:
-        yield loss_of
+        yield wrapped, MaskController(wrapped, space), autocast_dtype(config.training.precision)
     finally:
         plain = wrapped.unload()
         for layer, modules in zip(plain.model.layers, stock, strict=True):
@@ -44,3 +43,25 @@ def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterat
             for name, module in modules.items():
                 setattr(layer, name, module)
         plain.train(training)
+
+
+@contextmanager
+def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
+    """Yields loss_of(batch, mask), differentiable in the mask [space.size] alone; the model comes back as it was."""
+    with masked(model, space, config) as (wrapped, controller, dtype):
+        device = next(wrapped.parameters()).device
+
+        def loss_of(batch: Batch, mask: Tensor) -> Tensor:
+            controller.set(mask.to(device), "soft")
+            return calibration_loss(wrapped, batch, dtype)
+
+        yield loss_of
+
+
+def refit_readers(model: nn.Module, space: MaskSpace, mask: Tensor, calibration: Dataset, config: ATPConfig) -> None:
+    """ATP's `refit` of a model without LoRA, in place, on `decisions.refit_windows` of its calibration windows."""
+    count = min(config.decisions.refit_windows, len(calibration))
+    if count:
+        batches = calibration_batches(calibration, config, next(model.parameters()).device, count=count)
+        with masked(model, space, config) as (wrapped, controller, dtype), inference(wrapped, dtype):
+            refit(wrapped.get_base_model().get_decoder(), controller, space, mask, batches)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from atp.baselines.disp_llm import disp_mask
 from atp.baselines.llm_pruner import taylor_mask
+from atp.baselines.masked import refit_readers
 from atp.baselines.simple import magnitude_mask, random_mask, static_mask
 from atp.baselines.slicegpt import choose_bases, slice_model
 from atp.baselines.wanda_sp import wanda_mask
@@ -25,11 +26,12 @@ class MaskBaseline:
     """A rule that picks decisions of a mask space; the cut is ATP's own.
 
     rule: (model, space, calibration, config) -> bool [space.size]. space: the space that the method is defined on,
-    None for the one of the config.
+    None for the one of the config. refits: whether readers of the cut are refitted as in ATP, if the config says so.
     """
 
     rule: Callable[[PreTrainedModel, MaskSpace, Dataset, ATPConfig], Tensor]
     space: SpaceName | None = None
+    refits: bool = False
 
     def space_of(self, model: PreTrainedModel, config: ATPConfig) -> MaskSpace:
         """The table of what each decision removes from this model."""
@@ -39,9 +41,12 @@ class MaskBaseline:
         """The mask, bool [size of the space]."""
         return self.rule(model, self.space_of(model, config), calibration, config)
 
-    def apply(self, model: PreTrainedModel, choice: Tensor, config: ATPConfig) -> PreTrainedModel:
+    def apply(self, model: PreTrainedModel, choice: Tensor, calibration: Dataset, config: ATPConfig) -> PreTrainedModel:
         """The smaller model, ready to be tuned."""
-        return cut_model(model, self.space_of(model, config), choice)
+        space = self.space_of(model, config)
+        if self.refits:
+            refit_readers(model, space, choice, calibration, config)
+        return cut_model(model, space, choice)
 
 
 class SliceBaseline:
@@ -51,7 +56,7 @@ class SliceBaseline:
         """The bases, float32 [2 layers + 1, hidden, width]."""
         return choose_bases(model, calibration, config)
 
-    def apply(self, model: PreTrainedModel, choice: Tensor, config: ATPConfig) -> PreTrainedModel:
+    def apply(self, model: PreTrainedModel, choice: Tensor, calibration: Dataset, config: ATPConfig) -> PreTrainedModel:
         """The smaller model, ready to be tuned."""
         return slice_model(model, choice)
 
@@ -60,7 +65,7 @@ BASELINES: dict[str, MaskBaseline | SliceBaseline | None] = {
     "dense_lora": None,
     "random": MaskBaseline(random_mask),
     "magnitude": MaskBaseline(magnitude_mask),
-    "static": MaskBaseline(static_mask),
+    "static": MaskBaseline(static_mask, refits=True),
     "llm_pruner": MaskBaseline(taylor_mask, "kv_group"),
     "llm_pruner_second": MaskBaseline(partial(taylor_mask, order="second"), "kv_group"),
     "llm_pruner_mixed": MaskBaseline(partial(taylor_mask, order="mixed"), "kv_group"),

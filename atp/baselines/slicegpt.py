@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from contextlib import suppress
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 
-from atp.baselines.calibration import Batch, calibration_batches, hidden_arguments
+from atp.baselines.calibration import Batch, calibration_batches
 from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.evaluation.inference import inference
 from atp.masks.budget import Budget
 from atp.masks.space import MaskSpace
 from atp.models.config import ATPLlamaConfig
+from atp.models.layers import BLOCKS, first_layer_inputs, run_block
 from atp.models.llama import ATPLlamaForCausalLM
 
 _MULTIPLE = 8
@@ -74,39 +73,15 @@ def residual_bases(model: PreTrainedModel, batches: Iterable[Batch], width: int)
     """
     decoder = model.model
     with inference(model):
-        states, arguments = zip(*(_layer_inputs(decoder, batch) for batch in batches), strict=True)
+        states, arguments = zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True)
         states = list(states)
         bases = [_principal_axes(states, width)]
         for layer in decoder.layers:
-            states = [_project(x, bases[-1]) for x in states]
-            for i, kwargs in enumerate(arguments):
-                states[i] = states[i] + layer.self_attn(hidden_states=layer.input_layernorm(states[i]), **kwargs)[0]
-            bases.append(_principal_axes(states, width))
-            states = [_project(x, bases[-1]) for x in states]
-            states = [x + layer.mlp(layer.post_attention_layernorm(x)) for x in states]
-            bases.append(_principal_axes(states, width))
+            for norm, block in BLOCKS:
+                states = [_project(x, bases[-1]) for x in states]
+                states = [run_block(layer, norm, block, x, a) for x, a in zip(states, arguments, strict=True)]
+                bases.append(_principal_axes(states, width))
     return torch.stack([basis.float().cpu() for basis in bases])
-
-
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
-
-
-def _layer_inputs(decoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-    """What the first layer is called with: hidden states, and the keyword arguments that every layer gets."""
-    captured = []
-
-    def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        captured.append((args[0], kwargs))
-        raise _Stop
-
-    hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(_Stop):
-            decoder(**hidden_arguments(batch))
-    finally:
-        hook.remove()
-    return captured[0]
 
 
 def _principal_axes(states: list[Tensor], width: int) -> Tensor:

@@ -63,7 +63,7 @@ class BaselineRun(Run):
             self._record("choice", {"seconds": time.perf_counter() - started})
         if isinstance(self.baseline, MaskBaseline):
             save_decisions(self.folder, self.baseline.space_of(model, self.config), choice)
-        return self.baseline.apply(model, choice, self.config)
+        return self.baseline.apply(model, choice, data.calibration, self.config)
 
     def _tune(self, model: nn.Module, space: MaskSpace, data: RunData) -> LoraTuner:
         lora, steps = self.config.lora, self.config.training.total

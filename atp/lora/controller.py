@@ -43,6 +43,11 @@ class MaskController:
         for layer in self._layers.values():
             layer.set_masks(None, None)
 
+    def forget(self) -> None:
+        """Drops the slices, which are copies: the base weights have changed."""
+        self._hard, self._sides = None, {}
+        self.clear()
+
     def set(self, mask: Tensor, form: Literal["soft", "hard", "sum"]) -> None:
         """mask [space.size], on the host if the device should not be waited for; see `masks` for the forms."""
         if form == "hard":

@@ -66,6 +66,11 @@ class MaskedLoraLinear(PeftLinear):
         return self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout) and not self.mask_lora
 
     @property
+    def fusible(self) -> bool:
+        """Whether a block may take the weights and leave out the call: nothing drops, no hook waits for the input."""
+        return self.plain and not self.drops and not self._forward_pre_hooks
+
+    @property
     def projection(self) -> Projection:
         """The frozen base and its adapter with its gates, as `atp_kernels` takes them."""
         base, lora_a, lora_b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
@@ -106,7 +111,7 @@ class MaskedMLP(nn.Module):
     """Takes the place of a Llama MLP whose three linears are `MaskedLoraLinear`: same submodules, same names.
 
     The fused block saves less for backward than the three linears apart. Where they do not all train plain LoRA without
-    dropout, or the activation is another one, the MLP is what it was.
+    dropout, one of them has a hook before its forward, or the activation is another one, the MLP is what it was.
     """
 
     def __init__(self, mlp: nn.Module, activation: str) -> None:
@@ -118,7 +123,7 @@ class MaskedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = linears = self.gate_proj, self.up_proj, self.down_proj
-        if self.activation is None or not all(linear.plain and not linear.drops for linear in linears):
+        if self.activation is None or not all(linear.fusible for linear in linears):
             return self._apart(x)
         options = {"activation": self.activation}
         if all(linear.kept is not None for linear in linears):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -53,6 +54,15 @@ class ClockCallback(TrainerCallback):
     def count(self, tokens: int) -> None:
         """Adds the tokens of a batch to the step under way."""
         self._tokens += tokens
+
+    @contextmanager
+    def counted_as(self, phase: str) -> Iterator[None]:
+        """Counts the seconds of a with block inside a step towards another phase than the step's."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.clock.add(phase, seconds)
+        self._since += seconds
 
     def _restart(self, *_: Any, **__: Any) -> None:
         self._since = time.perf_counter()

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, set_seed
 from atp.config import ATPConfig
 from atp.data import collate
 from atp.errors import InputError
+from atp.evaluation.inference import inference
 from atp.export.card import model_card
 from atp.export.hf import export_model, save_decisions, write_json
 from atp.loading import check_length, load_data, load_model, load_tokenizer
@@ -31,6 +32,7 @@ from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.removal import compare, cut_model, cut_state_dict, reference_logits
+from atp.removal.refit import refit
 from atp.training import checkpoint as checkpoints
 from atp.training.checkpoint import Checkpoint
 from atp.training.decisions import DecisionMaker, frozen
@@ -42,7 +44,7 @@ from atp.training.profiling import scope
 from atp.training.saliency import fisher_saliency, saliency_logits
 
 _CERTIFICATE_WINDOWS = 4
-_WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class ATPTrainer(LoraTrainer):
@@ -67,6 +69,7 @@ class ATPTrainer(LoraTrainer):
         self.params_before = sum(p.numel() for p in model.parameters())
         self.calibration_dataset = calibration_dataset
         self.certificate: dict[str, float] = {}
+        self.refitted: list[str] = []  # base weights, by their names in the decoder, that a refit changed
         self.decisions: DecisionMaker | None = None
         self.last: dict[str, Tensor | float] = {}
         self._decided = -1
@@ -76,6 +79,8 @@ class ATPTrainer(LoraTrainer):
         super().__init__(
             config, wrapped, train_dataset, Path(config.output_dir), phases, tokenizer=tokenizer, callbacks=callbacks
         )
+        if config.decisions.refit_windows and not self._weights_are_whole():
+            raise InputError("decisions.refit_windows needs whole weights in every process: set it to 0 to shard them")
 
     @classmethod
     def from_config(cls, config: ATPConfig, callbacks: Sequence[TrainerCallback] = ()) -> ATPTrainer:
@@ -151,7 +156,7 @@ class ATPTrainer(LoraTrainer):
         self._become_cut()
         gap = compare(reference, self.model, tokens)
         self.certificate |= {"masked_vs_cut": gap.relative, "masked_vs_cut_absolute": gap.absolute}
-        for prefix in ("model", "lora_optimizer"):
+        for prefix in ("model", "lora_optimizer", "refit"):
             part = cut_state_dict(state.part(prefix), self.space, mask)
             state.tensors.update({f"{prefix}.{name}": tensor for name, tensor in part.items()})
         self.clock.add("cut", time.perf_counter() - started)
@@ -206,7 +211,10 @@ class ATPTrainer(LoraTrainer):
         Every process of a data-parallel run then adds the same to gradients that are reduced already. Where gradients
         are sharded or scaled the lasso is a part of the loss instead.
         """
-        return self.accelerator.scaler is None and self.accelerator.distributed_type in _WHOLE_GRADIENTS
+        return self.accelerator.scaler is None and self._weights_are_whole()
+
+    def _weights_are_whole(self) -> bool:
+        return self.accelerator.distributed_type in _UNSHARDED
 
     def _gated(self, *, sample: bool) -> AbstractContextManager[None]:
         """The gates of regularizer `l0` on removed LoRA groups, for the duration of a with block."""
@@ -218,6 +226,7 @@ class ATPTrainer(LoraTrainer):
         if phase == "settle":
             if not self.decisions.frozen:
                 self._gap_at_freeze(self.decisions.freeze())
+                self._refit()
             return
         if step % self.config.decisions.every == 0:
             batch = self._calibration_batch(step // self.config.decisions.every, self.config.decisions.batch_size)
@@ -237,6 +246,20 @@ class ATPTrainer(LoraTrainer):
         with self.controller.masks(mask, "sum"):
             gap = compare(reference, self.model, tokens)
         self.certificate["frozen_vs_cut"] = gap.relative
+
+    def _refit(self) -> None:
+        """Fits what reads removed inputs to the inputs that stay, once no decision moves any more."""
+        count = min(self.config.decisions.refit_windows, len(self.calibration_dataset))
+        if not count:
+            return
+        batches = (self._calibration_batch(i, 1) for i in range(count))
+        with self._counter.counted_as("refit"), inference(self.model, self.autocast_dtype):
+            self.refitted = list(refit(self._decoder, self.controller, self.space, self.decisions.mask, batches))
+        self.controller.forget()
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return self.model.get_base_model().get_decoder()
 
     def _calibration_loss(self, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
         """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
@@ -336,6 +359,8 @@ class ATPTrainer(LoraTrainer):
         moments = checkpoints.optimizer_tensors(self.decisions.optimizer, names)
         state.tensors.update(prefixed("decision_optimizer", moments))
         state.tensors.update({"mask": self.decisions.mask, "rng.decision": self.decisions.noise.get_state()})
+        weights = dict(self._decoder.named_parameters())
+        state.tensors.update(prefixed("refit", {name: weights[name] for name in self.refitted}))
         if self.gates is not None:
             state.tensors.update(prefixed("gates", self.gates.state_dict()))
         state.meta.update(frozen=self.decisions.frozen, certificate=self.certificate)
@@ -355,5 +380,8 @@ class ATPTrainer(LoraTrainer):
         self.certificate = state.meta["certificate"]
         if "masked_vs_cut" in self.certificate:
             self._become_cut()
+        refitted = state.part("refit")
+        self._decoder.load_state_dict(refitted, strict=False)
+        self.refitted = list(refitted)
         if self.gates is not None:
             self.gates.load_state_dict(state.part("gates"))

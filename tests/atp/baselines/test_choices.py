@@ -180,7 +180,7 @@ def test_every_mask_holds_the_budget(name, space_name):
     mask = baseline.choose(llama, windows(), settings)
     block = 3 * llama.config.hidden_size / Budget(space).total
     assert abs(Budget(space).share(mask) - 0.7) <= block
-    pruned = baseline.apply(llama, mask, settings)
+    pruned = baseline.apply(llama, mask, windows(), settings)
     kept = sum(p.numel() for n, p in pruned.named_parameters() if ".layers." in n)
     assert kept == Budget(space).kept(mask)
 

@@ -26,7 +26,7 @@ def make(folder, method="random", callbacks=(), data=None, **training):
     llama = model(dtype=torch.float32)
     space = MaskSpace.from_config(llama.config)
     if baseline := BASELINES[method]:
-        llama = baseline.apply(llama, baseline.choose(llama, windows(), settings), settings)
+        llama = baseline.apply(llama, baseline.choose(llama, windows(), settings), windows(), settings)
     wrapped = add_lora(llama, space, r=4, alpha=4.0, dropout=0.1, seed=settings.seed)
     return LoraTuner(settings, wrapped, data or windows(20, seed=2), folder, callbacks=callbacks)
 

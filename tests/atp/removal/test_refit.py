@@ -1,0 +1,118 @@
+"""Readers of a cut fitted to the inputs that stay: exact where these tell everything, least squares elsewhere."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from zeroed import HEAD_DIM, INNER, LAYERS, random_mask, stock_model, tokens
+
+from atp.lora.controller import MaskController
+from atp.lora.layer import add_lora
+from atp.masks.space import MaskSpace
+from atp.models.layers import first_layer_inputs, run_block
+from atp.removal.cut import cut_model
+from atp.removal.refit import refit
+
+
+def wrapped(model, space, filled=True):
+    model = add_lora(model, space, r=3, alpha=6.0, dropout=0.0).eval()
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if filled and "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model.to(torch.float64)
+
+
+def batches(count=4, seed=0):
+    return [{"input_ids": tokens(windows=4, length=24, seed=seed + i)} for i in range(count)]
+
+
+def fit(model, space, mask, **options):
+    return refit(model.get_base_model().model, MaskController(model, space), space, mask, batches(), **options)
+
+
+def twins(model):
+    """The second half of the channels, of the value dimensions and of the KV groups say what the first half says."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight[INNER // 2 :] = linear.weight[: INNER // 2]
+            values = layer.self_attn.v_proj.weight.view(-1, HEAD_DIM, linear.in_features)
+            values[:, HEAD_DIM // 2 :] = values[:, : HEAD_DIM // 2]
+    return model
+
+
+def test_removing_what_others_say_too_changes_nothing():
+    model = twins(stock_model())
+    space = MaskSpace.from_config(model.config)
+    mask = torch.ones(space.size, dtype=torch.bool)
+    for structure in space.structures:
+        if structure.name in ("vo", "mlp"):
+            mask[structure.start + structure.size // 2 : structure.start + structure.size] = False
+    ids = tokens(windows=2, length=20, seed=9)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model = wrapped(model, space, filled=False)
+        damaged = cut_model(model, space, mask)(ids).logits
+        fit(model, space, mask, damping=1e-12)
+        mended = cut_model(model, space, mask)(ids).logits
+    assert (damaged - expected).abs().max() > 0.1
+    assert_close(mended, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["head_dim", "kv_group"])
+def test_weights_are_the_ridge_solution_layer_after_layer(name):
+    """Against torch.linalg.lstsq on the inputs and outputs of every reader, gathered by hand from the cut layers."""
+    model = wrapped(stock_model(), MaskSpace.from_config(stock_model().config, name))
+    space = MaskSpace.from_config(model.get_base_model().config, name)
+    mask, controller, decoder = random_mask(space), MaskController(model, space), model.get_base_model().model
+    before = {n: p.clone() for n, p in decoder.named_parameters()}
+    fitted = fit(model, space, mask, damping=0.01)
+    assert {n for n, p in decoder.named_parameters() if not torch.equal(p, before[n])} == set(fitted)
+    runs = [first_layer_inputs(decoder, batch) for batch in batches()]
+    states = [x for x, _ in runs]
+    for index, layer in enumerate(decoder.layers):
+        for norm, block, reader in (
+            ("input_layernorm", "self_attn", "self_attn.o_proj"),
+            ("post_attention_layernorm", "mlp", "mlp.down_proj"),
+        ):
+            structure, cut = next((s, c) for s in space.layer(index) for c in s.cuts if c.module == reader)
+            opened, inputs, linear = mask.clone(), [], layer.get_submodule(reader)
+            opened[structure.span] = True
+            hook = linear.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0].flatten(0, 1)))
+            with torch.no_grad(), controller.masks(opened, "sum"):
+                for x, (_, given) in zip(states, runs, strict=True):
+                    run_block(layer, norm, block, x, given)
+            hook.remove()
+            x, kept = torch.cat(inputs), mask[structure.span][cut.owner]
+            whole = before[f"layers.{index}.{reader}.base_layer.weight"] + linear.get_delta_weight("default")
+            root = (0.01 * x[:, kept].square().sum(0).mean()).sqrt() * torch.eye(int(kept.sum()), dtype=x.dtype)
+            missing = x[:, ~kept] @ whole[:, ~kept].T
+            right = torch.cat([missing, torch.zeros(len(root), len(whole), dtype=x.dtype)])
+            added = torch.linalg.lstsq(torch.cat([x[:, kept], root]), right).solution.T
+            expected = before[f"layers.{index}.{reader}.base_layer.weight"].clone()
+            expected[:, kept] += added
+            assert_close(linear.get_base_layer().weight, expected, atol=1e-4, rtol=1e-4)
+            with torch.no_grad(), controller.masks(mask, "sum"):
+                states = [run_block(layer, norm, block, x, a) for x, (_, a) in zip(states, runs, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["head_dim", "kv_group"])
+def test_the_cut_model_is_nearer_to_the_whole_one_on_other_text(name):
+    model = wrapped(stock_model(), MaskSpace.from_config(stock_model().config, name), filled=False)
+    space = MaskSpace.from_config(model.get_base_model().config, name)
+    mask, ids = random_mask(space, keep=0.8), tokens(windows=4, length=24, seed=50)
+    with torch.no_grad():
+        whole = model(ids).logits
+        before = (cut_model(model, space, mask)(ids).logits - whole).square().mean()
+        fit(model, space, mask)
+        after = (cut_model(model, space, mask)(ids).logits - whole).square().mean()
+    assert after < 0.9 * before
+
+
+def test_nothing_removed_changes_nothing():
+    model = wrapped(stock_model(), MaskSpace.from_config(stock_model().config))
+    space = MaskSpace.from_config(model.get_base_model().config)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    assert fit(model, space, torch.ones(space.size, dtype=torch.bool)) == {}
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert len(space.structures) == 3 * LAYERS
