@@ -20,7 +20,8 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "demo"
     short = ["search=2", "settle=1", "tune=1", "batch_size=1", "warmup=0"]
     overrides = [f"training.{item}" for item in short]
-    overrides += ["decisions.saliency_windows=1", "data.length=64", "evaluation.windows=2", "evaluation.questions=2"]
+    overrides += ["decisions.saliency_windows=1", "decisions.refit_windows=1"]
+    overrides += ["data.length=64", "evaluation.windows=2", "evaluation.questions=2"]
     monkeypatch.setattr(sys, "argv", ["atp", "demo", *overrides, "--output-dir", str(folder)])
     with pytest.raises(SystemExit) as done:
         cli.main()

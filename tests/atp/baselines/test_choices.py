@@ -17,6 +17,7 @@ from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.masks.budget import Budget
 from atp.masks.space import MaskSpace
+from atp.removal import cut_model
 
 CPU = torch.device("cpu")
 
@@ -161,6 +162,26 @@ def test_the_model_comes_back_as_it_was(name):
         BASELINES[name].choose(llama, windows(), config())
     assert {n: type(m) for n, m in llama.named_modules()} == modules
     assert torch.equal(llama(windows().input_ids).logits, logits)
+
+
+@pytest.mark.parametrize(("name", "count", "refits"), [("static", 6, True), ("static", 0, False), ("random", 6, False)])
+def test_static_is_refitted_as_the_config_says(name, count, refits):
+    """The cut model then comes nearer to the whole one; what reads no cut is a slice of the pretrained weights."""
+    settings = config(decisions={"refit_windows": count})
+    whole = model(dtype=torch.float32)
+    mask = BASELINES[name].choose(model(dtype=torch.float32), windows(), settings)
+    space = MaskSpace.from_config(whole.config, "kv_group")
+    pruned = BASELINES[name].apply(model(dtype=torch.float32), mask, windows(), settings)
+    plain = cut_model(whole, space, mask)
+    weights = dict(pruned.named_parameters())
+    changed = {n.split(".")[-2] for n, p in plain.named_parameters() if not torch.equal(p, weights[n])}
+    assert changed <= {"down_proj", "o_proj"} and bool(changed) == refits
+    if refits:
+        ids = windows().input_ids
+        with torch.no_grad():
+            expected = whole(ids).logits
+            gaps = [(each(ids).logits - expected).square().mean() for each in (pruned, plain)]
+        assert gaps[0] < 0.9 * gaps[1]
 
 
 def test_random_follows_the_seed():

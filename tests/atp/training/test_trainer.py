@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from atp.errors import InputError, Interrupted, NotReached
 from atp.masks.budget import Budget
 from atp.training import checkpoint as checkpoints
+from atp.training.trainer import ATPTrainer
 
 
 class StopAt(TrainerCallback):
@@ -93,6 +94,33 @@ def test_signal_writes_checkpoint_and_resume_ends_the_same(unbroken, tmp_path, s
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_tensors(resumed).items())
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, TOTAL + 1))
+
+
+def base_weights(trainer):
+    return {n: p for n, p in trainer.model.get_base_model().model.named_parameters() if "base_layer" in n}
+
+
+def test_readers_are_refitted_at_the_freeze(tmp_path):
+    """What reads removed inputs changes and nothing else, after the decisions, and only if the config asks for it."""
+    trainer, other = make(tmp_path / "one"), make(tmp_path / "other", decisions={"refit_windows": 0})
+    trainer.train()
+    other.train()
+    assert torch.equal(trainer.decisions.mask, other.decisions.mask)
+    readers = {
+        f"layers.{layer}.{module}.base_layer.weight"
+        for layer, module, _, in_mask in trainer.space.module_masks(trainer.decisions.mask)
+        if in_mask is not None and not in_mask.all()
+    }
+    weights = base_weights(other)
+    assert {n for n, p in base_weights(trainer).items() if not torch.equal(p, weights[n])} == readers != set()
+    assert "refit" in trainer.clock.seconds and "refit" not in other.clock.seconds
+
+
+def test_refit_of_sharded_weights_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ATPTrainer, "_weights_are_whole", lambda self: False)
+    with pytest.raises(InputError, match="refit_windows needs whole weights in every process: set it to 0"):
+        make(tmp_path)
+    make(tmp_path / "without", decisions={"refit_windows": 0})
 
 
 def test_resume_refuses_a_changed_config(unbroken, tmp_path):
