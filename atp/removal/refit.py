@@ -94,5 +94,6 @@ def _fit(linear: MaskedLoraLinear, kept: Tensor, run: Callable[[], Iterator[Tens
     finally:
         hook.remove()
     moments = moments.double()
-    moments.diagonal().add_(damping * moments.diagonal().mean())
+    smallest = torch.finfo(wide).tiny  # inputs that are all zero need no fit, and allow none
+    moments.diagonal().add_((damping * moments.diagonal().mean()).clamp_min(smallest))
     weight[:, kept] += torch.linalg.solve(moments, cross.double()).T.to(weight.dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import DistributedType
+from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -254,7 +255,9 @@ class ATPTrainer(LoraTrainer):
             return
         batches = (self._calibration_batch(i, 1) for i in range(count))
         with self._counter.counted_as("refit"), inference(self.model, self.autocast_dtype):
-            self.refitted = list(refit(self._decoder, self.controller, self.space, self.decisions.mask, batches))
+            fitted = refit(self._decoder, self.controller, self.space, self.decisions.mask, batches)
+        broadcast(list(fitted.values()))  # processes must not differ, not even by rounding
+        self.refitted = list(fitted)
         self.controller.forget()
 
     @property

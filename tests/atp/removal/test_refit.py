@@ -116,3 +116,14 @@ def test_nothing_removed_changes_nothing():
     assert fit(model, space, torch.ones(space.size, dtype=torch.bool)) == {}
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert len(space.structures) == 3 * LAYERS
+
+
+def test_inputs_that_are_all_zero_leave_weights_finite():
+    model = stock_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.zero_()
+    model = wrapped(model, MaskSpace.from_config(model.config), filled=False)
+    space = MaskSpace.from_config(model.get_base_model().config)
+    fitted = fit(model, space, random_mask(space))
+    assert all(weight.isfinite().all() for weight in fitted.values())
