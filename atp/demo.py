@@ -27,10 +27,17 @@ def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConf
             "data": {"recipe": "health-mini", "length": 192, "loss_on": "all"},
             # In so short a run whole KV groups measured better than single dimensions (docs/recipe.md); widths that
             # are multiples of 32 suit vendor GEMMs.
-            "decisions": {"space": "kv_group", "multiples": {"mlp": 32}, "saliency_windows": 24, "refit_windows": 96},
+            "decisions": {
+                "space": "kv_group",
+                "multiples": {"mlp": 32},
+                "saliency_windows": 24,
+                "refit_windows": 96,
+                "every": 2,
+            },
             # Dropout costs a fifth of a step on a CPU.
             "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
-            "training": {"search": 24, "settle": 6, "tune": 70, "lr": 2e-3},
+            # At equal tokens more and smaller steps measured better (docs/measured.md).
+            "training": {"batch_size": 2, "search": 48, "settle": 12, "tune": 140, "lr": 2e-3},
             "evaluation": {"dense_baseline": True, "windows": 40, "questions": 50},
         },
         overrides,
