@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,24 +16,31 @@ class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
-def first_layer_inputs(decoder: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+@contextmanager
+def reached(module: nn.Module) -> Iterator[list[Any]]:
+    """Ends the pass that the with block runs where it reaches a module; gives [its first argument, its keywords]."""
+    found: list[Any] = []
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        found.extend((args[0], kwargs))
+        raise _Stop
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(_Stop):
+            yield found
+    finally:
+        hook.remove()
+
+
+def first_layer_inputs(decoder: nn.Module, batch: dict[str, Any]) -> list[Any]:
     """What the first layer is called with for a batch: hidden states, and the arguments that every attention gets.
 
     Samples of a row that has `position_ids` do not see each other.
     """
-    captured = []
-
-    def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        captured.append((args[0], kwargs))
-        raise _Stop
-
-    hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(_Stop):
-            decoder(**hidden_arguments(batch))
-    finally:
-        hook.remove()
-    return captured[0]
+    with reached(decoder.layers[0]) as found:
+        decoder(**hidden_arguments(batch))
+    return found
 
 
 def hidden_arguments(batch: dict[str, Any]) -> dict[str, Tensor | None]:

@@ -8,7 +8,7 @@ nothing (1-method.md section 9).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from atp.lora.controller import MaskController
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
 from atp.masks.space import MaskSpace, Structure
-from atp.models.layers import BLOCKS, first_layer_inputs, run_block
+from atp.models.layers import BLOCKS, first_layer_inputs, reached, run_block
 
 _DAMPING = 0.01
+_ROWS = 4096  # tokens in one product
 
 
 @torch.no_grad()
@@ -36,7 +37,8 @@ def refit(
     """Changes the base weights of o_proj and down_proj where `mask`, bool [space.size], removes inputs of theirs.
 
     decoder: a Llama or Mistral decoder in evaluation mode whose linears are masked LoRA layers; LoRA counts as part of
-    the weight. batches: what `atp.data.collate` makes; the hidden states of all of them are held at once. damping:
+    the weight. batches: what `atp.data.collate` makes; the hidden states of all of them, and one
+    layer's inputs of a reader, are held at once. damping:
     lambda as a share of the mean square of the kept inputs. Columns of removed inputs stay as they were. Masks are
     cleared afterwards, kept slices are stale. Returns the changed weights by their names in the decoder, not copied.
     """
@@ -44,55 +46,59 @@ def refit(
     changed = {}
     for index, layer in enumerate(decoder.layers):
         for norm, block in BLOCKS:
-            run = partial(_outputs, layer, norm, block, states, arguments)
-            for structure, module, kept in _readers(space, index, block, mask):
-                opened = mask.clone()
-                opened[structure.span] = True  # its removed inputs are computed once more, to see what they say
-                controller.set(opened, "sum")
-                linear = layer.get_submodule(module)
-                _fit(linear, kept.to(linear.weight.device), run, damping)
-                changed[f"layers.{index}.{module}.base_layer.weight"] = linear.get_base_layer().weight
+            calls = [
+                partial(run_block, layer, norm, block, x, given) for x, given in zip(states, arguments, strict=True)
+            ]
+            found = _reader(space, index, block, mask)
+            if found is None:
+                controller.set(mask, "sum")
+                states = [call() for call in calls]
+                continue
+            structure, module, kept = found
+            linear = layer.get_submodule(module)
+            opened = mask.clone()
+            opened[structure.span] = True  # its removed inputs are computed once more, to see what they say
+            controller.set(opened, "sum")
+            inputs = [_input(linear, call) for call in calls]
+            _fit(linear, inputs, kept.to(linear.weight.device), damping)
+            changed[f"layers.{index}.{module}.base_layer.weight"] = linear.get_base_layer().weight
             controller.set(mask, "sum")
-            states = list(run())
+            states = [x + linear(read) for x, read in zip(states, inputs, strict=True)]  # the reader ends its block
     controller.clear()
     return changed
 
 
-def _outputs(layer: nn.Module, norm: str, block: str, states: list[Tensor], arguments: list[Any]) -> Iterator[Tensor]:
-    return (run_block(layer, norm, block, x, given) for x, given in zip(states, arguments, strict=True))
-
-
-def _readers(space: MaskSpace, layer: int, block: str, mask: Tensor) -> Iterator[tuple[Structure, str, Tensor]]:
-    """The structures that remove inputs of a linear of this block, that linear, and the inputs that stay, bool [in]."""
+def _reader(space: MaskSpace, layer: int, block: str, mask: Tensor) -> tuple[Structure, str, Tensor] | None:
+    """The structure that removes inputs of the last linear of a block, that linear, and which stay, bool [in]."""
     for structure in space.layer(layer):
         for cut in structure.cuts:
             kept = mask[structure.span][cut.owner]
             if cut.axis == 1 and cut.module.startswith(block) and not kept.all():
-                yield structure, cut.module, kept
+                return structure, cut.module, kept
+    return None
 
 
-def _fit(linear: MaskedLoraLinear, kept: Tensor, run: Callable[[], Iterator[Tensor]], damping: float) -> None:
-    """Sums normal equations over the inputs that the linear sees during `run`, and solves them in float64."""
+def _input(linear: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """What a linear is given in a call, which ends there."""
+    with reached(linear) as found:
+        call()
+    return found[0]
+
+
+def _fit(linear: MaskedLoraLinear, inputs: list[Tensor], kept: Tensor, damping: float) -> None:
+    """Normal equations in float32 or wider, solved in float64."""
     weight = linear.get_base_layer().weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     removed = (weight.to(wide) + linear.get_delta_weight(ADAPTER).to(wide))[:, ~kept].T
     count = int(kept.sum())
     moments = removed.new_zeros(count, count)
     cross = removed.new_zeros(count, len(weight))
-
-    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).to(wide)
-        x_kept = x[:, kept]
-        with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(weight.device.type, enabled=False):
+        for chunk in torch.cat([x.flatten(0, -2) for x in inputs]).split(_ROWS):
+            x = chunk.to(wide)
+            x_kept = x[:, kept]
             moments.addmm_(x_kept.T, x_kept)
             cross.addmm_(x_kept.T, x[:, ~kept] @ removed)
-
-    hook = linear.register_forward_pre_hook(add)
-    try:
-        for _ in run():
-            pass
-    finally:
-        hook.remove()
     moments = moments.double()
     smallest = torch.finfo(wide).tiny  # inputs that are all zero need no fit, and allow none
     moments.diagonal().add_((damping * moments.diagonal().mean()).clamp_min(smallest))
