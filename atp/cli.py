@@ -96,7 +96,7 @@ def evaluate(
 
     Example: atp eval runs/demo/model --suite health-mini --output scores.json
     """
-    from atp.export.hf import write_json
+    from atp.files import write_json
     from atp.scoring import Scoring, flat_scores, score_folder
 
     if output is not None and output.exists():

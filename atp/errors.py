@@ -15,3 +15,9 @@ class Interrupted(RuntimeError):
     def __init__(self, signum: int, checkpoint: str) -> None:
         super().__init__(f"interrupted by signal {signum}: continue with --resume (checkpoint {checkpoint})")
         self.signum = signum
+
+
+def shorten(text: object, limit: int = 200) -> str:
+    """Whatever a message quotes, in at most `limit` characters on one line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."

@@ -24,7 +24,7 @@ from atp.errors import Interrupted, NotReached
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import bars
-from atp.export.hf import write_json
+from atp.files import write_json
 from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
 from atp.report import write_report
 from atp.training.callbacks import ProgressCallback, make_progress

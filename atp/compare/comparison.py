@@ -13,7 +13,7 @@ from atp.config import ATPConfig
 from atp.data import Splits, load_recipe
 from atp.environment import versions
 from atp.errors import InputError, NotReached
-from atp.export.hf import write_json
+from atp.files import write_json
 from atp.loading import check_output_dir, data_settings, load_tokenizer
 from atp.run import scored_tasks
 

@@ -16,7 +16,7 @@ from atp.compare.baseline_run import BaselineRun
 from atp.compare.results import Member
 from atp.config import ATPConfig
 from atp.errors import InputError
-from atp.export.hf import write_json
+from atp.files import write_json
 from atp.run import Run, check_promises
 from atp.training.precision import autocast_dtype
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from atp.compare.table import markdown, remarks, table
+from atp.files import write_text
 from atp.report import markup, plots
-from atp.report.page import html_page, write_text
+from atp.report.page import html_page
 
 _PANELS = {"relative_performance": "relative performance", "perplexity_ratio": "perplexity / dense"}
 

@@ -14,7 +14,7 @@ from atp.errors import NotReached
 from atp.experiments.pictures import draw
 from atp.experiments.rows import append_rows, member_row
 from atp.experiments.spec import ExperimentSpec
-from atp.export.hf import write_json
+from atp.files import write_json
 from atp.loading import data_settings, load_tokenizer
 from atp.run import scored_tasks
 

@@ -18,7 +18,7 @@ from atp.data import Task
 from atp.environment import device_name
 from atp.evaluation.bootstrap import percentile_interval
 from atp.evaluation.relative import score_samples
-from atp.report.page import write_text
+from atp.files import write_text
 
 _SAME_RUN = ("experiment", "domain", "arm", "seed", "config")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from atp.files import write_json
 from atp.masks.space import MaskSpace
 from atp.removal import LogitGap, merge_adapter, reload_gap
 
@@ -37,10 +37,3 @@ def export_model(
         tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "README.md").write_text(card, encoding="utf-8")
     return reload_gap(model, folder / "model", tokens)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, replacing the file in one step."""
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from atp.files import write_text
 from atp.report import sections
 from atp.report.files import read_run
 from atp.report.markup import escape
@@ -39,10 +39,3 @@ def html_page(title: str, body: str) -> str:
         f"<title>{title}</title><style>{CSS}</style></head>"
         f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, replacing an earlier one in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from atp.errors import InputError
+from atp.files import flush, write_text
 
 LATEST = "LATEST"
 _TENSORS, _META, _TRAINER = "state.safetensors", "state.json", "trainer_state.json"
@@ -55,10 +56,10 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     meta = {"step": checkpoint.step, "sha256": digests, "values": checkpoint.meta}
     (temporary / _META).write_text(json.dumps(meta), encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
-        _flush(path)
+        flush(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    _write_pointer(root, final.name)
+    write_text(root / LATEST, final.name + "\n")
     _prune(root, final, keep)
     return final
 
@@ -126,26 +127,10 @@ def _problem(folder: Path) -> str | None:
     return f"{torn[0]} does not match its checksum" if torn else None
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_pointer(root: Path, name: str) -> None:
-    temporary = root / f"{LATEST}.writing"
-    temporary.write_text(name + "\n", encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, root / LATEST)
-    _flush(root)
-
-
 def _prune(root: Path, newest: Path, keep: int) -> None:
     """Removes what a crash left half-written and all but `keep` checkpoints, never the one just written."""
     for leftover in root.glob(".writing-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     folders = sorted((p for p in root.glob(f"{_PREFIX}*") if p.is_dir()), key=lambda p: (p == newest, p.name))
     for folder in folders[:-keep]:
         shutil.rmtree(folder)

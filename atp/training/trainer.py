@@ -25,7 +25,8 @@ from atp.data import collate
 from atp.errors import InputError
 from atp.evaluation.inference import inference
 from atp.export.card import model_card
-from atp.export.hf import export_model, save_decisions, write_json
+from atp.export.hf import export_model, save_decisions
+from atp.files import write_json
 from atp.loading import check_length, load_data, load_model, load_tokenizer
 from atp.lora.controller import MaskController
 from atp.lora.l0 import L0Gates
