@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
 from atp.config import ATPConfig
 from atp.training import checkpoint as checkpoints
 from atp.training.lora_trainer import LoraTrainer
-from atp.training.loss import causal_lm_loss
 from atp.training.phases import Phases
 
 
@@ -60,14 +59,9 @@ class LoraTuner(LoraTrainer):
         else:
             self._load_from_checkpoint(str(path))
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._counter.count(inputs["tokens"] * self.args.world_size)
-        loss = causal_lm_loss(model, inputs, num_items_in_batch)
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the count is that of all processes, the gradients' mean too
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -21,6 +21,7 @@ from atp.training.arguments import training_arguments
 from atp.training.callbacks import ClockCallback, PhaseCallback
 from atp.training.checkpoint import Checkpoint
 from atp.training.guards import FiniteGuard, SignalGuard
+from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.order import RunOrder, run_order
 from atp.training.phases import Phases
@@ -62,6 +63,7 @@ class LoraTrainer(Trainer):
             data_collator=collate,
             callbacks=list(callbacks),
         )
+        self.model_accepts_loss_kwargs = True  # `compute_loss` takes the tokens of a step
         self.add_callback(PhaseCallback(self))
         self._counter = ClockCallback(self.clock, phase_of or phases.of)
         self.add_callback(self._counter)
@@ -79,6 +81,28 @@ class LoraTrainer(Trainer):
         super().train(resume_from_checkpoint=str(path) if path else None)
         if self.signals.received is not None:
             raise Interrupted(self.signals.received, str(checkpoints.newest(self.checkpoint_root)))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One batch; returns its share of the step's mean loss a token, without regularizer, scalar float32.
+
+        Trainer logs the sum over the batches of a step, its mean over processes and over the steps since the last log.
+        """
+        super().training_step(model, inputs, num_items_in_batch)
+        return self._batch_loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = causal_lm_loss(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the count is that of all processes, the gradients' mean too
+        self._batch_loss = loss.detach()
+        loss = self.regularized(loss)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def regularized(self, loss: Tensor) -> Tensor:
+        """The loss of a batch with what a subclass adds to it."""
+        return loss
 
     def compute_loss_context_manager(self) -> Any:
         enabled = self.autocast_dtype is not None

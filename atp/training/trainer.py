@@ -271,20 +271,14 @@ class ATPTrainer(LoraTrainer):
         with self.compute_loss_context_manager():
             return causal_lm_loss(self.model, batch)
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss = causal_lm_loss(model, inputs, num_items_in_batch)
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the count is that of all processes, the gradients' mean too
-        self.last["loss"] = loss.detach()
+    def regularized(self, loss: Tensor) -> Tensor:
         weight = self._lasso_weight()
-        if weight and model.training and not self._adds_lasso_to_gradients():
-            with scope("loss"):
-                lasso = self.groups.lasso(self.decisions.mask.to(loss.device))
-            self.last["lasso"] = lasso.detach()
-            loss = loss + weight * lasso / self.args.gradient_accumulation_steps
-        return (loss, {"loss": loss}) if return_outputs else loss
+        if not weight or not self.model.training or self._adds_lasso_to_gradients():
+            return loss
+        with scope("loss"):
+            lasso = self.groups.lasso(self.decisions.mask.to(loss.device))
+        self.last["lasso"] = lasso.detach()
+        return loss + weight * lasso / self.args.gradient_accumulation_steps
 
     def before_optimizer_step(self) -> None:
         """Adds the gradient of the lasso to clipped gradients.
@@ -334,7 +328,7 @@ class ATPTrainer(LoraTrainer):
             self.finite.report()
             step = self.state.global_step
             phase = self.phases.of(step - 1)
-            record = {name: float(value) for name, value in self.last.items()}
+            record = {"loss": logs["loss"]} | {name: float(value) for name, value in self.last.items()}
             if phase != "tune":
                 record |= {
                     "keep": self.decisions.budget.share(self.decisions.mask),
