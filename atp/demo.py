@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp.config import ATPConfig
 from atp.data.packages import PACKAGED_MODEL
+from atp.models.load import read_model, read_tokenizer
 
 _QUESTION = (
     "Abstract: We followed 412 adults with mild hypertension for two years. Those who walked 30 minutes a day had a "
@@ -46,8 +46,8 @@ def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConf
 
 def ask(folder: Path) -> tuple[str, str]:
     """A question and what the cut model in `folder` answers."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = read_tokenizer(folder)
+    model = read_model(folder, dtype=torch.float32)
     inputs = tokenizer(_QUESTION, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from atp.config import ATPConfig, ModelConfig
 from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
 from atp.errors import InputError
 from atp.masks.space import MaskSpace, SpaceName
+from atp.models.load import read_config, read_model, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,15 @@ def check_output_dir(folder: Path, *, resume: bool) -> None:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises `InputError` when there is none."""
-    source = _source(config)
-    try:
-        return AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError) as error:
-        raise InputError(_not_found("tokenizer", config, error)) from None
+    return read_tokenizer(**_source(config))
 
 
 def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
     """The causal LM to prune in the dtype of the config, after its family was checked against the mask space."""
-    try:
-        MaskSpace.from_config(AutoConfig.from_pretrained(**_source(config)), space)
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, InputError) else InputError(_not_found("model", config, error)) from None
+    found = read_config(**_source(config))
+    MaskSpace.from_config(found, space)
+    if getattr(found, "quantization_config", None) is not None:
+        raise InputError(f"the weights of {config.path} are quantized: give the model in float32, bfloat16 or float16")
     return load_any_model(config)
 
 
@@ -63,16 +60,20 @@ def check_length(model: nn.Module, length: int) -> None:
         raise InputError(f"data.length is {length} and the model reaches {limit} positions: lower data.length")
 
 
+def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer whose tokens reach beyond the model's embedding."""
+    rows = getattr(read_config(**_source(config)).get_text_config(), "vocab_size", None)
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if rows is not None and tokens > rows:
+        raise InputError(
+            f"the tokenizer of {config.path} has {tokens} tokens and the model's embedding {rows} rows: give the "
+            "tokenizer that belongs to the model, or widen the embedding with resize_token_embeddings"
+        )
+
+
 def load_any_model(config: ModelConfig) -> nn.Module:
     """A causal LM of any family, in the dtype of the config. Raises `InputError` when there is none."""
-    source = _source(config)
-    try:
-        if "gguf_file" in source:
-            # Without dequantize the model counts as quantized and can be neither trained nor saved.
-            source["quantization_config"] = GgufConfig(dequantize=True)
-        return AutoModelForCausalLM.from_pretrained(dtype=getattr(torch, config.dtype), **source)
-    except (OSError, ValueError) as error:
-        raise InputError(_not_found("model", config, error)) from None
+    return read_model(**_source(config), dtype=getattr(torch, config.dtype))
 
 
 def data_settings(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> DataSettings:
@@ -85,6 +86,7 @@ def data_settings(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> Data
 def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     """Splits by recipe, packed to windows. Raises `InputError` for whatever is wrong with the data."""
     data = config.data
+    check_vocabulary(config.model, tokenizer)
     splits = load_recipe(data_settings(config, tokenizer))
     train, calibration = (
         unpacked(part, tokenizer, data.length, loss_on=data.loss_on)
@@ -103,15 +105,8 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that say where the model is. Raises `InputError` for a package that is missing."""
+    """Arguments of `atp.models.load` that say where the model is. Raises `InputError` for a package that is missing."""
     if config.path == PACKAGED_MODEL:
         gguf = smollm2_gguf()
-        return {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    gguf_file = {"gguf_file": config.gguf_file} if config.gguf_file else {}
-    return {"pretrained_model_name_or_path": config.path} | gguf_file
-
-
-def _not_found(what: str, config: ModelConfig, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
-    remedy = f"give a model folder, a Hub name or {PACKAGED_MODEL}"
-    return f"cannot load the {what} from model.path '{config.path}': {remedy} ({reason})"
+        return {"path": gguf.parent, "gguf_file": gguf.name}
+    return {"path": config.path, "gguf_file": config.gguf_file}

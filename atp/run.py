@@ -13,7 +13,7 @@ import torch
 import yaml
 from rich.progress import Progress
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from atp.baselines.dense_lora import PHASE, stock_lora
 from atp.baselines.tuner import LoraTuner
@@ -26,6 +26,7 @@ from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import bars
 from atp.files import write_json
 from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
+from atp.models.load import read_model
 from atp.report import write_report
 from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
@@ -152,7 +153,7 @@ class Run:
         self, tokenizer: PreTrainedTokenizerBase, data: RunData, clock: PhaseClock, facts: dict[str, Any]
     ) -> dict[str, Any]:
         """Scores the exported model, writes summary and report, and returns the summary, `facts` among it."""
-        final = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
+        final = read_model(self.folder / "model", dtype=torch.float32)
         self._score("final", final, tokenizer, data)
         summary = self._summarise(data, clock) | facts
         write_json(self.folder / "summary.json", summary)

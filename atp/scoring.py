@@ -19,7 +19,7 @@ from atp.evaluation import evaluate_model, model_size, relative_performance, sli
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.harness import check_harness, harness_scores
 from atp.evaluation.inference import bars
-from atp.loading import data_settings, load_any_model, load_tokenizer
+from atp.loading import check_vocabulary, data_settings, load_any_model, load_tokenizer
 from atp.training.precision import autocast_dtype
 
 
@@ -54,6 +54,7 @@ def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> 
     """
     source = ModelConfig(path=model, gguf_file=gguf_file)
     tokenizer = load_tokenizer(source)
+    check_vocabulary(source, tokenizer)
     examples, tasks = _load_suite(options, tokenizer)
     dense = _read_scores(Path(options.dense)) if options.dense else None
     # Plain text, where a recipe holds some out for this, else everything that is held out.

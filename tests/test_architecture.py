@@ -117,6 +117,13 @@ FORBIDDEN = {
 }
 
 
+def test_models_are_read_in_one_place():
+    """Who loads past `atp.models.load` loads without its checks."""
+    pattern = r"\b(Auto\w+|LlamaForCausalLM|PreTrained\w+|Pretrained\w+)\.from_pretrained\("
+    found = [name for name, path in SOURCES.items() if re.search(pattern, path.read_text(encoding="utf-8"))]
+    assert found == ["atp.export.card", "atp.models.load"], "the card only shows how a user loads"
+
+
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_nothing_unsafe(what):
     found = [name for name, path in SOURCES.items() if re.search(FORBIDDEN[what], path.read_text(encoding="utf-8"))]

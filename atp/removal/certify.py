@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+
+from atp.models.load import read_model
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def logit_gap(reference: nn.Module, model: nn.Module, input_ids: Tensor, batch_s
 def reload_gap(model: nn.Module, folder: str | Path, input_ids: Tensor, batch_size: int = 1) -> LogitGap:
     """The gap between a model in memory and the merged model saved in a folder, loaded as any user would load it."""
     device = next(model.parameters()).device
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).to(device)
+    reloaded = read_model(folder, dtype="auto").to(device)
     return logit_gap(model, reloaded, input_ids, batch_size)
 
 

@@ -1,0 +1,192 @@
+"""The one place that reads models: whole ones, from safetensors or GGUF of their own folder, whose code is never run.
+
+Everything that a folder or a Hub repository names is checked before transformers opens it: `trust_remote_code` is
+False, pickled weights are refused, and a name in an index or a config leads to no other folder. Links are followed,
+because the Hub's cache consists of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from atp.errors import InputError, is_out_of_memory, reason, shorten
+from atp.models.sizes import check_sizes
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_config(path: str | Path, gguf_file: str | None = None) -> PretrainedConfig:
+    """The config of a model folder, a Hub name or a GGUF file in either. Raises `InputError`."""
+    with _explained("model", path):
+        where = _where(path, gguf_file)
+        content, _ = PretrainedConfig.get_config_dict(**where)
+        check_sizes(content)
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
+        attention = str(config._attn_implementation)
+        if "/" in attention:
+            raise InputError(
+                f"{path} asks for attention code '{shorten(attention)}' of the Hub, which is never run: remove "
+                "attn_implementation from its config.json"
+            )
+        return config
+
+
+def read_tokenizer(path: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, a Hub name or a GGUF file in either. Raises `InputError`."""
+    with _explained("tokenizer", path):
+        where = _where(path, gguf_file)
+        if gguf_file is None and (file := _find(path, "tokenizer_config.json")) is not None:
+            for name in json.loads(file.read_text(encoding="utf-8")).get("fast_tokenizer_files", []):
+                _require_inside(name, file)
+        return AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+
+
+def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None = None) -> nn.Module:
+    """The causal LM of a model folder, a Hub name or a GGUF file in either, in evaluation mode.
+
+    dtype: of the loaded weights; "auto" takes that of the file. Raises `InputError` for a model that is not there, not
+    whole, not in safetensors, or that needs code of its own.
+    """
+    config = read_config(path, gguf_file)
+    with _explained("model", path):
+        options: dict[str, Any] = _where(path, gguf_file)
+        if gguf_file is None:
+            _check_files(path, config)
+        else:
+            # Without dequantize the model counts as quantized and can be neither trained nor saved.
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **options, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+            # Shapes that differ are then reported with the rest, and refused below.
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        _require_whole(path, found)
+        return model
+
+
+def _where(path: str | Path, gguf_file: str | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say where the model is."""
+    if gguf_file is None:
+        return {"pretrained_model_name_or_path": path}
+    _require_inside(gguf_file, Path(path) / "gguf_file")
+    if os.path.isdir(path):
+        # transformers takes the weights from a file of that name in the working directory, if there is one.
+        file = Path(path).resolve() / gguf_file
+        if not file.is_file():
+            raise InputError(f"{file} does not exist: check model.path and model.gguf_file")
+        gguf_file = str(file)
+    return {"pretrained_model_name_or_path": path, "gguf_file": gguf_file}
+
+
+def _check_files(path: str | Path, config: PretrainedConfig) -> None:
+    """Refuses weights that transformers would unpickle, take from another folder, or mix with an adapter's."""
+    if _find(path, "adapter_config.json") is not None:
+        raise InputError(
+            f"{path} holds an adapter, which belongs to another model: merge it (PEFT's merge_and_unload) and save the "
+            "result, or remove adapter_config.json"
+        )
+    named = getattr(config, "transformers_weights", None)
+    if named is not None:
+        _require_inside(named, Path(path) / "config.json", (".safetensors", ".safetensors.index.json"))
+    names = (_WEIGHTS, _INDEX) if named is None else (named,)
+    weights = next((file for name in names if (file := _find(path, name)) is not None), None)
+    if weights is None:
+        pickled = next((name for name in _PICKLED if _find(path, name) is not None), None)
+        has = f" but {pickled}, which is never read" if pickled else ""
+        raise InputError(
+            f"cannot load the model from '{path}': it has no {names[0]}{has}: load it once where you trust it and "
+            "write it with save_pretrained(..., safe_serialization=True)"
+        )
+    # A link of the Hub's cache keeps its name; what it points to has none.
+    if weights.name.endswith(".index.json"):
+        _check_index(path, weights)
+
+
+def _check_index(path: str | Path, index: Path) -> None:
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index} is no index of shards ({reason(error)}): fetch the model again") from error
+    if not shards:
+        raise InputError(f"{index} names no shard: fetch the model again")
+    for shard in shards:
+        _require_inside(shard, index, (".safetensors",))
+        if os.path.isdir(path) and not (Path(path) / shard).is_file():
+            raise InputError(f"{index} names {shard}, which is not there: fetch the model again")
+
+
+def _find(path: str | Path, name: str) -> Path | None:
+    """A file of a model folder or a Hub repository, which is then in the cache; None where it has none."""
+    if os.path.isdir(path):
+        file = Path(path) / name
+        return file if file.is_file() else None
+    found = cached_file(
+        str(path), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if found is None else Path(found)
+
+
+def _require_inside(name: object, where: Path, suffixes: tuple[str, ...] = ("",)) -> None:
+    """Refuses a name that leads out of the folder of the file that holds it, or to a file of another kind."""
+    # A Windows path knows both separators and drives.
+    inside = isinstance(name, str) and name and not PureWindowsPath(name).anchor
+    if not inside or ".." in PureWindowsPath(name).parts or not name.endswith(suffixes):
+        kind = f" that ends in {suffixes[0]}" if suffixes[0] else ""
+        raise InputError(f"{where} names {shorten(repr(name))}: give a plain file name in the same folder{kind}")
+
+
+def _require_whole(path: str | Path, found: dict[str, Any]) -> None:
+    """Refuses a model of which transformers drew weights at random or left weights of the file aside."""
+    # Layers of old checkpoints hold a buffer that is computed now.
+    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
+    reshaped = [f"{name} {list(there)} for {list(here)}" for name, there, here in sorted(found["mismatched_keys"])]
+    problems = {
+        "are missing in its files": sorted(found["missing_keys"]),
+        "have another shape in its files": reshaped,
+        "of its files have no place in it": unexpected,
+    }
+    for what, names in problems.items():
+        if names:
+            counted = "1 weight" if len(names) == 1 else f"{len(names)} weights"
+            raise InputError(
+                f"cannot load the model from '{path}': {counted} {what} ({', '.join(names[:3])}"
+                f"{', ...' if len(names) > 3 else ''}): fetch the model again, or correct its config.json"
+            )
+
+
+@contextmanager
+def _explained(what: str, path: str | Path) -> Iterator[None]:
+    """Turns whatever a foreign folder makes transformers raise into one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"cannot load the {what} from '{path}': it needs code of its own, which is never run: give a model of "
+                "a family that transformers knows"
+            ) from error
+        raise InputError(
+            f"cannot load the {what} from '{path}': give the folder of a whole model or a Hub name ({reason(error)})"
+        ) from error

@@ -1,0 +1,357 @@
+"""Only whole models are loaded, from safetensors that lie in their folder, and nothing in a folder is run."""
+
+import builtins
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_folder import edit_json, edit_weights, save
+from transformers import LlamaForCausalLM
+
+from atp.cli import main
+from atp.config import ModelConfig
+from atp.errors import InputError
+from atp.loading import load_any_model, load_model, load_tokenizer
+from atp.removal import reload_gap
+
+
+def refused(folder, load=load_any_model, **where):
+    with pytest.raises(InputError) as refusal:
+        load(ModelConfig(path=str(folder), **where))
+    message = str(refusal.value)
+    assert "\n" not in message and len(message) < 1000
+    return message
+
+
+# Weights
+
+
+def without_layer(tensors):
+    for name in [name for name in tensors if ".layers.1." in name]:
+        del tensors[name]
+
+
+def test_missing_weights_are_named_and_counted(tmp_path):
+    save(tmp_path)
+    edit_weights(tmp_path, without_layer)
+    message = refused(tmp_path)
+    assert "9 weights" in message and "model.layers.1." in message
+    assert refused(tmp_path, lambda config: load_model(config, "kv_group")) == message
+
+
+def test_a_file_without_any_weight_is_refused(tmp_path):
+    save(tmp_path)
+    save_file({}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "21 weights" in refused(tmp_path)
+
+
+def test_more_layers_than_weights_are_refused(tmp_path):
+    save(tmp_path)
+    edit_json(tmp_path / "config.json", num_hidden_layers=3)
+    assert "9 weights" in refused(tmp_path)
+
+
+def test_fewer_layers_than_weights_are_refused(tmp_path):
+    save(tmp_path)
+    edit_json(tmp_path / "config.json", num_hidden_layers=1)
+    assert "9 weights" in refused(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    save(tmp_path)
+    edit_json(tmp_path / "config.json", vocab_size=17)
+    message = refused(tmp_path)
+    assert "model.embed_tokens.weight" in message and "[16, 16]" in message and "[17, 16]" in message
+
+
+def test_a_tied_head_is_not_missed(tmp_path):
+    save(tmp_path, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model = load_any_model(ModelConfig(path=str(tmp_path)))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_untied_head_is_missed(tmp_path):
+    save(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "1 weight " in refused(tmp_path) and "lm_head.weight" in refused(tmp_path)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_fine(tmp_path):
+    save(tmp_path)
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}
+    edit_weights(tmp_path, lambda tensors: tensors.update(old))
+    assert load_any_model(ModelConfig(path=str(tmp_path))).config.num_hidden_layers == 2
+
+
+def test_an_export_with_a_missing_weight_fails_its_certificate(tmp_path):
+    model = LlamaForCausalLM.from_pretrained(save(tmp_path))
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    assert reload_gap(model, tmp_path, tokens).absolute == 0
+    edit_weights(tmp_path, without_layer)
+    with pytest.raises(InputError, match="9 weights"):
+        reload_gap(model, tmp_path, tokens)
+
+
+def write_gguf(path, model, leave_out=()):
+    """A GGUF file of a Llama, in float32 and without a tokenizer."""
+    config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_token_list([str(token) for token in range(config.vocab_size)])
+    for name, tensor in model.state_dict().items():
+        if name not in leave_out:
+            writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_files_are_whole_too(tmp_path):
+    model = LlamaForCausalLM.from_pretrained(save(tmp_path / "source", num_key_value_heads=4))
+    write_gguf(tmp_path / "whole.gguf", model)
+    loaded = load_any_model(ModelConfig(path=str(tmp_path), gguf_file="whole.gguf"))
+    torch.testing.assert_close(loaded.lm_head.weight, model.lm_head.weight)
+    write_gguf(tmp_path / "part.gguf", model, ["model.layers.1.mlp.up_proj.weight"])
+    assert "model.layers.1.mlp.up_proj.weight" in refused(tmp_path, gguf_file="part.gguf")
+
+
+def test_a_gguf_file_is_the_one_in_the_folder(tmp_path, monkeypatch):
+    for name, seed_change in (("here", {}), ("there", {"num_hidden_layers": 1})):
+        model = LlamaForCausalLM.from_pretrained(save(tmp_path / f"{name}-source", **seed_change))
+        (tmp_path / name).mkdir()
+        write_gguf(tmp_path / name / "model.gguf", model)
+    monkeypatch.chdir(tmp_path / "here")
+    model = load_any_model(ModelConfig(path=str(tmp_path / "there"), gguf_file="model.gguf"))
+    assert model.config.num_hidden_layers == 1
+    assert "absent.gguf" in refused(tmp_path / "there", gguf_file="absent.gguf")
+    assert "plain" in refused(tmp_path / "there", gguf_file="../here/model.gguf")
+
+
+# Files
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """A path that whatever is run creates."""
+    return tmp_path / "ran"
+
+
+def evil_module(folder, ran):
+    code = f"open({str(ran)!r}, 'w')\nfrom transformers import *\nclass Evil(LlamaForCausalLM): pass\n"
+    code += "class EvilConfig(LlamaConfig): model_type = 'evil'\nclass EvilTokenizer(PreTrainedTokenizerFast): pass\n"
+    (folder / "evil.py").write_text(code, encoding="utf-8")
+
+
+def tokenizer_code(folder, ran):
+    evil_module(folder, ran)
+    changes = {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}, "tokenizer_class": "EvilTokenizer"}
+    edit_json(folder / "tokenizer_config.json", **changes)
+
+
+def tokenizer_code_beside_ours(folder, ran):
+    evil_module(folder, ran)
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.EvilTokenizer"]})
+
+
+def config_code(folder, ran):
+    evil_module(folder, ran)
+    auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
+    edit_json(folder / "config.json", model_type="evil", architectures=["Evil"], auto_map=auto_map)
+
+
+def model_code_beside_ours(folder, ran):
+    evil_module(folder, ran)
+    edit_json(folder / "config.json", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"})
+
+
+def generation_code(folder, ran):
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(ran)!r}, 'w')\ndef generate(**_): pass\n")
+    edit_json(folder / "generation_config.json", custom_generate=".")
+
+
+def pickled(folder, ran):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(str(ran))))
+
+
+def pickled_shard(folder, ran):
+    save(folder, shards=True)
+    (folder / "model.safetensors").unlink()
+    (folder / "shard.bin").write_bytes(pickle.dumps(Payload(str(ran))))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    edit_json(folder / "model.safetensors.index.json", weight_map=dict.fromkeys(index["weight_map"], "shard.bin"))
+
+
+def pickle_named_by_the_config(folder, ran):
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Payload(str(ran))))
+    edit_json(folder / "config.json", transformers_weights="adapter_model.bin")
+
+
+def pickled_adapter(folder, ran):
+    edit_json(folder / "adapter_config.json", peft_type="LORA", r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Payload(str(ran))))
+
+
+RUNNING = [tokenizer_code, config_code, pickled, pickled_shard, pickle_named_by_the_config, pickled_adapter]
+HARMLESS = [tokenizer_code_beside_ours, model_code_beside_ours, generation_code]
+
+
+@pytest.mark.parametrize("spoil", [*RUNNING, *HARMLESS], ids=lambda spoil: spoil.__name__)
+def test_nothing_in_a_model_folder_is_run(tmp_path, ran, spoil, monkeypatch, capsys):
+    """Whatever the folder holds and whatever is answered to a question: it is left alone or refused in a sentence."""
+    spoil(save(tmp_path / "model"), ran)
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on a mat and it was not there again"}\n')
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    options = ["--suite", str(tmp_path / "texts.jsonl"), "--length", "8", "--documents", "1"]
+    monkeypatch.setattr(sys, "argv", ["atp", "eval", str(tmp_path / "model"), *options])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        main()
+    err = capsys.readouterr().err
+    assert not ran.exists()
+    assert done.value.code == (2 if spoil in RUNNING else 0), err
+    assert err.count("\n") == (1 if spoil in RUNNING else 0)
+
+
+def test_pickled_weights_are_refused_with_the_remedy(tmp_path, ran):
+    pickled(save(tmp_path), ran)
+    message = refused(tmp_path)
+    assert "model.safetensors" in message and "pytorch_model.bin" in message and "save_pretrained" in message
+
+
+def test_shards_lie_in_their_folder(tmp_path):
+    folder = save(tmp_path / "model", shards=True)
+    assert load_any_model(ModelConfig(path=str(folder))).config.num_hidden_layers == 2
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    index = folder / "model.safetensors.index.json"
+    map_before = json.loads(index.read_text())["weight_map"]
+    shutil.move(shards[0], tmp_path / shards[0].name)
+    for place in (f"../{shards[0].name}", str(tmp_path / shards[0].name), f"a/../../{shards[0].name}", 7, ""):
+        moved = {name: place if shard == shards[0].name else shard for name, shard in map_before.items()}
+        edit_json(index, weight_map=moved)
+        message = refused(folder)
+        assert "model.safetensors.index.json" in message and "plain" in message
+    edit_json(index, weight_map=map_before)
+    assert shards[0].name in refused(folder), "a shard that is not there is named"
+    for content in ("[]", "{}", '{"weight_map": []}', "{", '{"weight_map": {}}'):
+        index.write_text(content)
+        assert "model.safetensors.index.json" in refused(folder)
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path):
+    """The Hub's cache keeps contents in blobs/ and names in snapshots/, which are links; a name works offline too."""
+    cached = tmp_path / "hub" / "models--a--b"
+    folder = save(cached / "snapshots" / ("c0ffee00" * 5), shards=True)
+    blobs = cached / "blobs"
+    blobs.mkdir()
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(folder.name)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+    assert load_any_model(ModelConfig(path=str(folder))).config.num_hidden_layers == 2
+    assert load_tokenizer(ModelConfig(path=str(folder))).convert_tokens_to_ids("cat") == 3
+    code = """
+from atp.config import ModelConfig
+from atp.loading import load_any_model, load_tokenizer
+source = ModelConfig(path="a/b")
+print(load_any_model(source).config.num_hidden_layers, load_tokenizer(source).convert_tokens_to_ids("cat"))
+"""
+    offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "3"], done.stderr
+
+
+def test_a_tokenizer_file_lies_in_its_folder(tmp_path):
+    folder = save(tmp_path / "model")
+    shutil.move(folder / "tokenizer.json", tmp_path / "tokenizer.4.0.0.json")
+    edit_json(folder / "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.0.json"])
+    assert "plain" in refused(folder, load_tokenizer)
+
+
+def test_weights_named_by_the_config_lie_in_its_folder(tmp_path):
+    folder = save(tmp_path / "model")
+    shutil.move(folder / "model.safetensors", tmp_path / "other.safetensors")
+    edit_json(folder / "config.json", transformers_weights="../other.safetensors")
+    assert "plain" in refused(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "dangling", "empty"])
+def test_a_damaged_file_is_one_sentence(tmp_path, damage):
+    path = save(tmp_path) / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "dangling":
+        path.symlink_to(tmp_path / "absent")
+    else:
+        path.write_bytes({"cut": content[: len(content) // 2], "noise": bytes(range(256)) * 8, "empty": b""}[damage])
+    assert "cannot load the model" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "null", ""])
+def test_a_damaged_tokenizer_is_one_sentence(tmp_path, name, content):
+    (save(tmp_path) / name).write_text(content)
+    assert "cannot load the tokenizer" in refused(tmp_path, load_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+        ({"hidden_size": 18}, "hidden_size is 18"),
+        ({"intermediate_size": -4}, "intermediate_size is -4"),
+        ({"vocab_size": 3.5}, "vocab_size is 3.5"),
+        ({"head_dim": 5}, "head_dim is 5"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+        ({"hidden_act": "nope"}, "nope"),
+        ({"rope_parameters": 5}, "cannot load the model"),
+        ({"model_type": "nope"}, "nope"),
+        ({"model_type": 3}, "cannot load the model"),
+        ({"_attn_implementation": "a/b", "attn_implementation": "a/b"}, "a/b"),
+    ],
+    ids=str,
+)
+def test_an_odd_config_is_one_sentence(tmp_path, changes, found):
+    edit_json(save(tmp_path) / "config.json", **changes)
+    for load in (load_any_model, lambda config: load_model(config, "head_dim")):
+        assert found in refused(tmp_path, load)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null", "", "\x00"])
+def test_a_config_that_is_no_config_is_one_sentence(tmp_path, content):
+    (save(tmp_path) / "config.json").write_text(content)
+    assert "cannot load the model" in refused(tmp_path)

@@ -1,0 +1,40 @@
+"""A folder with a tiny Llama and its tokenizer, and ways to spoil it."""
+
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "the cat sat on a mat and it was not there again".split()
+
+
+def save(folder, *, shards=False, **changes):
+    """Saves model and tokenizer under `folder` and returns it."""
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**sizes | changes))
+    model.save_pretrained(folder, **({"max_shard_size": "4KB"} if shards else {}))
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "</s>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def edit_json(path, **changes):
+    """Changes keys of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps(content | changes), encoding="utf-8")
+
+
+def edit_weights(folder, change):
+    """Lets `change` alter the dictionary of all tensors in model.safetensors."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
