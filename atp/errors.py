@@ -32,9 +32,9 @@ class Interrupted(RuntimeError):
 def shorten(text: object, limit: int = 200) -> str:
     """Whatever a message quotes, in at most `limit` printable characters on one line.
 
-    A text and an exception say what they say, anything else is shown as `quote` shows it. Never raises.
+    A text, a path and an exception say what they say, anything else is shown as `quote` shows it. Never raises.
     """
-    if not isinstance(text, (str, Exception)):
+    if not isinstance(text, (str, PurePath, Exception)):
         return quote(text, limit)
     try:
         text = str(text)

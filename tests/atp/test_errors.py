@@ -1,6 +1,7 @@
 """What messages quote is short, on one line and safe to build, whatever it is."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,7 +54,8 @@ def test_a_text_is_said_as_it_is_and_a_value_as_code_would_have_it():
     assert shorten("a  b\n c") == "a b c" and shorten("x" * 300) == "x" * 197 + "..."
     assert quote("it's") == '"it\'s"' and quote("a\nb") == r"'a\nb'" and quote("x" * 300) == "'" + "x" * 196 + "..."
     assert quote([1, {"a": (True, None)}]) == "[1, {'a': (True, None)}]" and quote(1.5) == "1.5"
-    assert shorten(ValueError("what\nhappened")) == "what happened" and shorten([1]) == "[1]"
+    assert shorten(ValueError("what\nhappened")) == "what happened" and shorten(Path("a/b")) == "a/b"
+    assert shorten([1]) == "[1]"
 
 
 def test_a_number_too_long_to_print_gives_its_length():
