@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from atp.errors import InputError
+from atp.errors import InputError, quote, shorten
 from atp.masks.generator import GeneratorKind
 from atp.masks.space import SpaceName
+from atp.reading import read_yaml, read_yaml_file
+from atp.unknown_keys import unknown_key
+
+_LARGEST = 2**32 - 1  # what NumPy takes as a seed, and more than any count needs
+_DEEPEST_KEY = 8  # sections of an override's key
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_usable(cls, value: Any) -> Any:
+        """What the type allows and no run can use."""
+        for item in _leaves(value):
+            if isinstance(item, int) and item > _LARGEST:
+                raise ValueError(f"numbers reach {_LARGEST}")
+            if isinstance(item, str):
+                if not item.strip():
+                    raise ValueError("the text is empty: give a value, or leave the key out")
+                if "\0" in item or not _encodes(item):
+                    raise ValueError("the text holds characters that no file or path can hold")
+        return value
 
 
 class ModelConfig(_Section):
@@ -33,7 +50,7 @@ class DataConfig(_Section):
     """Which data; the meaning of each key is that of `atp.data.DataSettings`."""
 
     recipe: str = "custom"
-    seed: int | None = Field(None, description="which documents go to which split; null takes the seed of the run")
+    seed: int | None = Field(None, ge=0, description="which documents go to which split; null: the seed of the run")
     train: str | None = None
     calibration: str | None = None
     test: str | None = None
@@ -133,7 +150,7 @@ class ATPConfig(_Section):
     model: ModelConfig
     output_dir: str
     preset: Literal["quick", "paper"] = "quick"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     data: DataConfig = Field(default_factory=DataConfig)
     decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
     lora: LoraSection = Field(default_factory=LoraSection)
@@ -143,12 +160,9 @@ class ATPConfig(_Section):
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:
         """Reads a YAML file, then `key.path=value` overrides. Raises `InputError` naming key and remedy."""
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"config file {path} does not exist: give the path of a YAML file")
-        values = read_yaml(path.read_bytes(), str(path))
+        values = read_yaml_file(Path(path), "config file")
         if not isinstance(values, dict):
-            raise InputError(f"{path} holds no mapping: it needs at least the keys model and output_dir")
+            raise InputError(f"{shorten(path)} holds no mapping: it needs at least the keys model and output_dir")
         return cls.parse(values, overrides)
 
     @classmethod
@@ -170,7 +184,7 @@ class ATPConfig(_Section):
         with contextlib.suppress(ValidationError):  # a setting that is newer than the run has its default there
             saved = type(self).model_validate(saved).model_dump(mode="json")
         changed = [
-            f"{section}{'.' + key if key else ''}: {old!r} -> {new!r}"
+            f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
             for section in now
             for key, old, new in _differences(saved.get(section), now[section])
         ]
@@ -196,29 +210,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which only true and false are booleans: `labels: [yes, no]` means these words."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
-
-
-def read_yaml(source: str | bytes, where: str) -> Any:
-    """The content of a YAML text, in which yes and no are words. Raises `InputError` with `where` in it."""
-    try:
-        loader = _Loader(source)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
@@ -229,36 +220,46 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    shown = f"override '{shorten(override)}'"
     if not equals or not key:
-        raise InputError(f"override '{override}' is not of the form key.path=value")
+        raise InputError(f"{shown} is not of the form key.path=value")
     *parents, last = key.split(".")
+    if len(parents) > _DEEPEST_KEY:
+        raise InputError(f"{shown}: no key of the config lies that deep")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise InputError(f"override '{override}': '{parent}' is not a section of the config")
-    values[last] = read_yaml(text, f"override '{override}'")
+            raise InputError(f"{shown}: '{shorten(parent)}' is not a section of the config")
+    values[last] = read_yaml(text, shown)
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem as one sentence: the key's path, what was found, what was expected or the nearest name."""
-    first = error.errors()[0]
+    first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
+    key = shorten(".".join(path))
     if first["type"] == "extra_forbidden":
-        section: Any = root
-        for part in path[:-1]:
-            # A list is of one kind of section: its indices lead no further down.
-            section = section if part.isdecimal() else section.model_fields[part].annotation
-            section = (*get_args(section), section)[0]
-        near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.0)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(section.model_fields)}"
-        return f"unknown config key '{key}': {hint}"
+        return unknown_key(path, root)
     if first["type"] == "missing":
         return f"config key '{key}' is missing: add it to the YAML file or as {key}=VALUE"
-    return f"config key '{key}' is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    # pydantic says of a check of ours that it is one.
+    reason = shorten(first["msg"]).removeprefix("Value error, ")
+    return f"config key '{key}' is {quote(first['input'])}: {reason[0].lower()}{reason[1:]}"
 
 
 def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
     return [("", old, new)] if old != new else []
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The single values in a list, tuple or dictionary of such, keys included."""
+    if isinstance(value, dict):
+        return [leaf for pair in value.items() for part in pair for leaf in _leaves(part)]
+    return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, (list, tuple)) else [value]
+
+
+def _encodes(text: str) -> bool:
+    """Whether a text is free of halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

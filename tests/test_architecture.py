@@ -19,9 +19,9 @@ LAYERS = (
     ("atp.loading",),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),
-    ("atp.config",),
+    ("atp.config", "atp.unknown_keys"),
     ("atp.masks",),
-    ("atp.errors", "atp.environment", "atp.files", "atp.processes", "atp.rng"),
+    ("atp.errors", "atp.environment", "atp.files", "atp.processes", "atp.reading", "atp.rng"),
     ("atp_kernels",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -15,7 +15,7 @@ from atp.baselines.methods import BASELINES
 from atp.compare.baseline_run import BaselineRun
 from atp.compare.results import Member
 from atp.config import ATPConfig
-from atp.errors import InputError
+from atp.errors import InputError, shorten
 from atp.files import write_json
 from atp.run import Run, check_promises
 from atp.training.precision import autocast_dtype
@@ -36,8 +36,9 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            near = difflib.get_close_matches(self.method, METHODS, n=1, cutoff=0.0)[0]
-            raise InputError(f"method '{self.method}' is unknown: did you mean '{near}'? ({', '.join(METHODS)})")
+            name = shorten(self.method)
+            near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
+            raise InputError(f"method '{name}' is unknown: did you mean '{near}'? ({', '.join(METHODS)})")
 
     @property
     def name(self) -> str:
@@ -87,9 +88,9 @@ class Members:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9._=,+-]', '_', Arm(arm.method, telling).name)}-seed{seed}"
 
     def config_of(self, arm: Arm, seed: int) -> ATPConfig:
-        """The config of a member. Raises `InputError` for an override that does not fit."""
-        config = ATPConfig.parse(self.config.model_dump(mode="json"), list(arm.overrides))
-        config.seed, config.output_dir = seed, str(self.path(arm, seed))
+        """The config of a member. Raises `InputError` for an override or a seed that does not fit."""
+        config = ATPConfig.parse(self.config.model_dump(mode="json"), [*arm.overrides, f"seed={seed}"])
+        config.output_dir = str(self.path(arm, seed))
         return config
 
     def _common(self, config: ATPConfig) -> ATPConfig:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from atp.data.encoding import start_ids
-from atp.errors import InputError
+from atp.errors import InputError, shorten
 
 Chat = Callable[[Sequence[Mapping[str, str]]], tuple[str, str]]
 """Renders messages of role and content, the last of them the assistant's, as prompt and completion."""
@@ -34,8 +33,8 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
     def render(messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
         try:
             prompt = tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise InputError(f"the chat template refuses the messages ({error}); correct the roles") from error
+        except Exception as error:  # a template is code of the model's, and raises what it likes
+            raise InputError(f"the chat template refuses the messages ({shorten(error)}); correct the roles") from error
         return prompt.removeprefix(bos), messages[-1]["content"].strip()
 
     return render

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from atp.data.chat import Chat, plain_chat
-from atp.data.files import Row, read_rows
+from atp.data.files import Row, names, read_rows
 from atp.data.prompts import entailment
 from atp.data.splits import Example, document_id
 from atp.data.tasks import MEDNLI, ROUGE, Task
-from atp.errors import InputError
+from atp.errors import InputError, quote, shorten
 
 ROLES = ("system", "user", "assistant")
 
@@ -39,7 +39,9 @@ def tasks_of(examples: Iterable[Example], labels: tuple[str, ...] = ()) -> tuple
 def check_label(row: Row, label: str, labels: Sequence[str]) -> str:
     """The label, if it is one of the set."""
     if label not in labels:
-        raise InputError(f"{row.where}: label '{label}' is not one of {', '.join(labels)}; correct the row")
+        raise InputError(
+            f"{row.where}: label '{shorten(label)}' is not one of {shorten(', '.join(labels))}; correct the row"
+        )
     return label
 
 
@@ -49,13 +51,18 @@ def _example(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
             return read(row, labels, chat)
     raise InputError(
         f"{row.where}: neither column 'text' nor columns 'prompt' and 'completion', 'messages', or 'premise', "
-        f"'hypothesis' and 'label' (found: {', '.join(map(str, row.values)) or 'none'}); rename the columns"
+        f"'hypothesis' and 'label' (found: {names(row.values)}); rename the columns"
     )
 
 
 def _entailment(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
-    premise = row.text("premise")
-    label = check_label(row, row.text("label").strip(), labels or MEDNLI.labels)
+    premise, known = row.text("premise"), labels or MEDNLI.labels
+    if type(number := row.get("label")) is int:
+        raise InputError(
+            f"{row.where}: column 'label' holds the number {quote(number)}, and numbers differ between data "
+            f"sets; write the label's name: {shorten(', '.join(known))}"
+        )
+    label = check_label(row, row.text("label").strip(), known)
     prompt = entailment(premise, row.text("hypothesis"))
     return Example(_document(row, premise), prompt, f" {label}", label, "nli", premise)
 
@@ -81,6 +88,11 @@ def _plain(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
 
 
 def _prompted(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
+    if isinstance(row.get("prompt"), list):
+        raise InputError(
+            f"{row.where}: column 'prompt' holds a conversation; put its messages and the answer's, in order, into one "
+            "column 'messages'"
+        )
     return _answered(row, row.text("prompt"), row.text("completion"), labels)
 
 

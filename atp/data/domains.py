@@ -12,7 +12,7 @@ from atp.data.prompts import clip, entailment, health_question, holding_choice, 
 from atp.data.settings import DataSettings
 from atp.data.splits import Example, Splits, document_id
 from atp.data.tasks import BILLSUM, CASEHOLD, HQS, MEDNLI, PUBMEDQA, Task
-from atp.errors import InputError
+from atp.errors import InputError, shorten
 
 BILL_WORDS = 700
 
@@ -123,7 +123,7 @@ def _domain(sets: tuple[DataSet, ...], settings: DataSettings, source: str, *, g
     known = [name for one in sets for name in (one.name, f"{one.name}_test")]
     for name in settings.sources:
         if name not in known:
-            raise InputError(f"data.sources.{name} is unknown: this recipe has {', '.join(known)}")
+            raise InputError(f"data.sources.{shorten(name)} is unknown: this recipe has {', '.join(known)}")
     parts = Parts()
     for one in sets:
         parts.add(_load(one, settings))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from atp.errors import InputError
+from atp.errors import InputError, quote, shorten
+from atp.reading import check_file, parse_json
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+_LARGEST_CELL = 2**31 - 1  # characters; what the csv module can count to everywhere
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Row:
         """The string in a column; `InputError` if the column is missing or holds something else."""
         value = self.get(column)
         if not isinstance(value, str):
-            raise InputError(f"{self.where}: column '{column}' holds {value!r}, not text; make it a string")
+            raise InputError(f"{self.where}: column '{column}' holds {quote(value)}, not text; make it a string")
         return value
 
     def texts(self, column: str, count: int | None = None) -> list[str]:
@@ -34,7 +35,7 @@ class Row:
         value = self.get(column)
         wanted = "a list of texts" if count is None else f"a list of {count} texts"
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise InputError(f"{self.where}: column '{column}' holds {value!r}, not {wanted}; correct the row")
+            raise InputError(f"{self.where}: column '{column}' holds {quote(value)}, not {wanted}; correct the row")
         if count is not None and len(value) != count:
             raise InputError(f"{self.where}: column '{column}' holds {len(value)} texts, not {count}; correct the row")
         return value
@@ -44,12 +45,16 @@ class Row:
         values: Any = self.values
         for name in column.split("."):
             if not isinstance(values, dict) or name not in values:
-                found = ", ".join(map(str, values)) if isinstance(values, dict) and values else "none"
                 raise InputError(
-                    f"{self.where}: column '{column}' is missing (found: {found}); rename or add the column"
+                    f"{self.where}: column '{column}' is missing (found: {names(values)}); rename or add the column"
                 )
             values = values[name]
         return values
+
+
+def names(values: Any) -> str:
+    """The column names of a record for a message: `none` where there are none, or no record."""
+    return shorten(", ".join(map(shorten, islice(values, 50)))) if isinstance(values, dict) and values else "none"
 
 
 def read_rows(source: str, limit: int | None = None) -> list[Row]:
@@ -58,15 +63,20 @@ def read_rows(source: str, limit: int | None = None) -> list[Row]:
     limit: read the first rows only; files and Hub sets are streamed, so that no more than these are loaded.
     Raises `InputError` for a file that is missing, empty or malformed, and for a Hub set that cannot be loaded.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:
+        raise InputError(f"{shorten(source)}: there is no such home folder; write the path out") from None
     if path.suffix.lower() in SUFFIXES:
+        check_file(path, "", f"give a {' or '.join(SUFFIXES)} file")
         rows = list(islice(_read_file(path), limit))
-    elif path.is_file():
-        raise InputError(f"{source}: unknown file type '{path.suffix}'; use one of {', '.join(SUFFIXES)}")
+    elif _is_file(path):
+        suffix = shorten(path.suffix, 20)
+        raise InputError(f"{shorten(source)}: unknown file type '{suffix}'; use one of {', '.join(SUFFIXES)}")
     else:
         rows = _read_hub(source, limit)
     if not rows:
-        raise InputError(f"{source} is empty: give a file with at least one row")
+        raise InputError(f"{shorten(source)} is empty: give a file with at least one row")
     return rows
 
 
@@ -77,33 +87,34 @@ def parse_jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
             continue
         where = f"{name}, line {number}"
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not valid JSON ({error.msg}); write one JSON object a line") from error
+            values = parse_json(line)
+        except ValueError as error:
+            raise InputError(f"{where}: not valid JSON ({error}); write one JSON object a line") from error
         if not isinstance(values, dict):
             raise InputError(f"{where}: a {type(values).__name__}, not an object; write one JSON object a line")
         yield Row(where, values)
 
 
 def _read_file(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: check the path")
+    name = shorten(path)
     if path.suffix.lower() == ".parquet":
-        yield from _parse_parquet(path)
+        yield from _parse_parquet(path, name)
         return
     parse = parse_jsonl if path.suffix.lower() == ".jsonl" else _parse_csv
     try:
         # utf-8-sig also reads the byte-order mark that spreadsheet programs put in front.
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            yield from parse(lines, str(path))
+            yield from parse(lines, name)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
+        raise InputError(f"{name}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
+    except OSError as error:
+        raise InputError(f"cannot read {name} ({shorten(error.strerror)}): check the file and its rights") from error
 
 
 def _parse_csv(lines: Iterable[str], name: str) -> Iterator[Row]:
     reader = csv.DictReader(lines, strict=True)
     try:
-        for values in reader:
+        for values in _with_cells_of_any_size(reader):
             where = f"{name}, line {reader.line_num}"
             if None in values or None in values.values():
                 raise InputError(f"{where}: not {len(reader.fieldnames or ())} fields as in the header; quote the text")
@@ -112,34 +123,61 @@ def _parse_csv(lines: Iterable[str], name: str) -> Iterator[Row]:
         raise InputError(f"{name}, line {reader.line_num}: {error}; write the file as JSONL instead") from error
 
 
-def _parse_parquet(path: Path) -> Iterator[Row]:
+def _with_cells_of_any_size(reader: csv.DictReader) -> Iterator[dict[str, Any]]:
+    """The records of a reader without the csv module's limit of 131,072 characters a cell.
+
+    The limit is the whole module's: it is as it was whenever other code runs.
+    """
+    while True:
+        before = csv.field_size_limit(_LARGEST_CELL)
+        try:
+            values = next(reader, None)
+        finally:
+            csv.field_size_limit(before)
+        if values is None:
+            return
+        yield values
+
+
+def _parse_parquet(path: Path, name: str) -> Iterator[Row]:
     # pyarrow comes with datasets.
-    import pyarrow
     from pyarrow.parquet import ParquetFile
 
+    number = 0
     try:
         with ParquetFile(path) as file:
             records = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=256))
             for number, values in enumerate(records):
-                yield Row(f"{path}, row {number}", values)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path}: not a Parquet file ({error}); write it anew") from error
+                yield Row(f"{name}, row {number}", values)
+    except Exception as error:  # a damaged file raises whatever the part of Arrow raises that meets the damage
+        after = f", after row {number}" if number else ""
+        reason = f"{type(error).__name__}: {shorten(error)}"
+        raise InputError(f"{name}: not a Parquet file, or a damaged one{after} ({reason}); write it anew") from error
 
 
 def _read_hub(source: str, limit: int | None) -> list[Row]:
     name, _, split = source.partition(":")
     name, _, config = name.partition("#")
+    shown = shorten(source)
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"'{source}' needs package 'datasets': run pip install datasets, or give a file") from error
+        raise InputError(f"'{shown}' needs package 'datasets': run pip install datasets, or give a file") from error
     try:
         records = datasets.load_dataset(name, config or None, split=split or "train", streaming=limit is not None)
-        rows = [Row(f"{source}, row {number}", dict(values)) for number, values in enumerate(islice(records, limit))]
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        rows = [Row(f"{shown}, row {number}", dict(values)) for number, values in enumerate(islice(records, limit))]
+    except Exception as error:  # readers of all formats, the network and the Hub stand behind this
+        reason = shorten(str(error).partition("\n")[0]) or type(error).__name__
         raise InputError(
-            f"cannot load '{source}' ({reason}): give a {' or '.join(SUFFIXES)} file, "
+            f"cannot load '{shown}' ({reason}): give a {' or '.join(SUFFIXES)} file, "
             f"or a Hub name as owner/name#config:split"
         ) from error
     return rows
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

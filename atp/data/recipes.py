@@ -11,7 +11,7 @@ from atp.data.domains import DOMAIN_RECIPES
 from atp.data.mini import MINI_RECIPES
 from atp.data.settings import DataSettings
 from atp.data.splits import Splits, split_off
-from atp.errors import InputError
+from atp.errors import InputError, shorten
 
 
 def load_recipe(settings: DataSettings) -> Splits:
@@ -22,7 +22,7 @@ def load_recipe(settings: DataSettings) -> Splits:
     if settings.recipe not in RECIPES:
         near = difflib.get_close_matches(settings.recipe, RECIPES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(RECIPES)}"
-        raise InputError(f"data.recipe '{settings.recipe}' is unknown: {hint}")
+        raise InputError(f"data.recipe '{shorten(settings.recipe)}' is unknown: {hint}")
     for name in ("test_share", "calibration_share"):
         if not 0 < getattr(settings, name) < 1:
             raise InputError(f"data.{name} is {getattr(settings, name)}: choose a number between 0 and 1")

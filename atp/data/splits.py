@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from atp.data.tasks import Task
-from atp.errors import InputError
+from atp.errors import InputError, quote
 
 SPLITS = ("train", "calibration", "test")
 
@@ -60,9 +60,19 @@ class Splits:
     def __post_init__(self) -> None:
         for name in SPLITS:
             if not getattr(self, name):
-                raise InputError(f"the {name} split is empty: give more documents or change data.{name}")
+                raise InputError(
+                    f"the {name} split is empty: {self._counted()}; give more documents or change data.{name}"
+                )
         for first, second in combinations(SPLITS, 2):
             _check_disjoint(first, getattr(self, first), second, getattr(self, second))
+
+    def _counted(self) -> str:
+        """How many documents there are, and how many examples repeat one: all of a document stay in one split."""
+        documents = [example.document for name in SPLITS for example in getattr(self, name)]
+        copies = len(documents) - len(set(documents))
+        if copies:
+            return f"{copies} of {len(documents)} examples repeat the document of another, and these stay together"
+        return f"the data have no more than {len(documents)} document(s)"
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -111,7 +121,7 @@ def _check_disjoint(first: str, one: list[Example], second: str, two: list[Examp
     if shared:
         sample = next(e for e in two if e.document in shared).text[:60]
         raise InputError(
-            f"{len(shared)} document(s) are in both the {first} and the {second} data (for example {sample!r}): "
+            f"{len(shared)} document(s) are in both the {first} and the {second} data (for example {quote(sample)}): "
             f"remove them from one, or give a single file and let it be split by document"
         )
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atp.compare.members import Arm
-from atp.config import ATPConfig, explain, read_yaml
-from atp.errors import InputError
+from atp.config import ATPConfig, explain
+from atp.errors import InputError, shorten
+from atp.reading import check_file, read_yaml_file
+
+_MOST_ARMS = 1000  # of one experiment; a few lists under `vary` multiply fast
 
 
 class ArmSpec(BaseModel):
@@ -32,7 +36,7 @@ class ExperimentSpec(BaseModel):
     question: str
     base: str = Field("base.yaml", description="config of all runs, beside the experiment's file")
     domains: list[str] = Field(min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
     arms: list[ArmSpec] = Field(min_length=1)
     picture: Literal["intervals", "curve", "decisions"] = "intervals"
     x: str | None = Field(None, description="the varied key on the x axis of a curve")
@@ -41,28 +45,33 @@ class ExperimentSpec(BaseModel):
     def load(cls, name: str) -> tuple[ExperimentSpec, Path]:
         """(spec, its file) for the path of a YAML file or the name of one in experiments/. Raises `InputError`."""
         path = Path(name) if name.endswith((".yaml", ".yml")) else Path("experiments") / f"{name}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in Path("experiments").glob("*.yaml") if p.stem != "base")) or "none"
-            raise InputError(f"experiment file {path} does not exist: give a file, or a name (here: {known})")
+        known = ", ".join(sorted(p.stem for p in Path("experiments").glob("*.yaml") if p.stem != "base")) or "none"
+        check_file(path, "experiment file", f"give a file, or a name (here: {known})")
         try:
-            spec = cls.model_validate(read_yaml(path.read_bytes(), str(path)))
+            spec = cls.model_validate(read_yaml_file(path, "experiment file"))
         except ValidationError as error:
-            raise InputError(f"{path}: {explain(error, cls)}") from None
+            raise InputError(f"{shorten(path)}: {explain(error, cls)}") from None
         if spec.picture == "curve" and not any(spec.x in arm.vary for arm in spec.arms):
-            raise InputError(f"{path}: a curve needs x, one of the keys that an arm varies")
+            raise InputError(f"{shorten(path)}: a curve needs x, one of the keys that an arm varies")
         return spec, path
 
     def config(self, path: Path, domain: str, overrides: list[str]) -> ATPConfig:
         """The settings of all runs in a domain. Raises `InputError`."""
         base = path.parent / self.base
-        if not base.is_file():
-            raise InputError(f"{path}: base {base} does not exist")
-        values = read_yaml(base.read_bytes(), str(base))
+        values = read_yaml_file(base, "base")
+        if not isinstance(values, dict):
+            raise InputError(f"base {shorten(base)} holds no mapping: it needs at least the key model")
         return ATPConfig.parse(values | {"output_dir": "set later"}, [*overrides, f"data.recipe={domain}"])
 
     def labelled_arms(self) -> dict[str, Arm]:
-        """Label -> arm. Raises `InputError` for an unknown method or a label that two arms share."""
+        """Label -> arm. Raises `InputError` for an unknown method, a label that two arms share, and too many arms."""
         found: dict[str, Arm] = {}
+        count = sum(
+            (1 if isinstance(spec.method, str) else len(spec.method)) * math.prod(map(len, spec.vary.values()))
+            for spec in self.arms
+        )
+        if count > _MOST_ARMS:
+            raise InputError(f"the experiment has {count:,} arms: vary less, {_MOST_ARMS:,} are the most")
         for spec in self.arms:
             methods = [spec.method] if isinstance(spec.method, str) else spec.method
             for method, values in itertools.product(methods, itertools.product(*spec.vary.values())):
@@ -72,7 +81,7 @@ class ExperimentSpec(BaseModel):
                 arm = Arm(method, tuple(f"{key}={_text(value)}" for key, value in settings))
                 label = " ".join([spec.label or method, *(f"{k.split('.')[-1]}={_text(v)}" for k, v in varied.items())])
                 if label in found:
-                    raise InputError(f"two arms are called '{label}': give one of them a label of its own")
+                    raise InputError(f"two arms are called '{shorten(label)}': give one of them a label of its own")
                 found[label] = arm
         return found
 

@@ -36,12 +36,26 @@ def path(tmp_path):
         ({"lora": {"rank": 8, "drop_out": 0.1}}, "lora.rank", None),
         ({"evaluations": {}}, "evaluations", "evaluation"),
         ({"model": {"path": "x", "gguf": "y"}}, "model.gguf", "gguf_file"),
+        ({"training": {"learning_rate": 1}}, "training.learning_rate", "lr"),
+        ({"lora": {"rank": 8}}, "lora.rank", "r"),
+        ({"lora": {"lora_alpha": 8}}, "lora.lora_alpha", "alpha"),
+        ({"training": {"batch": 8}}, "training.batch", "batch_size"),
+        ({"data": {"max_seq_length": 8}}, "data.max_seq_length", "length"),
+        ({"decisions": {"sparsity": 0.5}}, "decisions.sparsity", "target_keep"),
+        ({"target_keep": 0.5}, "target_keep", "decisions.target_keep"),
+        ({"training": {"rank": 8}}, "training.rank", "lora.r"),
+        ({"learning_rate": 1}, "learning_rate", "decisions.lr' or 'training.lr"),
     ],
 )
 def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest):
     message = refused(**sections)
     assert message.startswith(f"unknown config key '{key}': did you mean '")
     assert nearest is None or message.endswith(f"'{nearest}'?")
+
+
+def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_an_answer():
+    assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': known keys are r, alpha, dropout"
+    assert "search, training.settle and training.tune say, in steps" in refused(training={"num_train_epochs": 3})
 
 
 @pytest.mark.parametrize(
@@ -55,6 +69,18 @@ def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest
         ({"training": {"gradient_checkpointing": "maybe"}}, "config key 'training.gradient_checkpointing' is 'maybe'"),
         ({"decisions": {"multiples": {"mlp": "x"}}}, "config key 'decisions.multiples.mlp' is 'x': input should be a"),
         ({"training": {"regularizer": "l1"}}, "config key 'training.regularizer' is 'l1': input should be 'lasso' or"),
+        ({"seed": -1}, "config key 'seed' is -1: input should be greater than or equal to 0"),
+        ({"seed": 2**32}, "config key 'seed' is 4294967296: numbers reach 4294967295"),
+        ({"seed": 2**64}, "config key 'seed' is 18446744073709551616: numbers reach 4294967295"),
+        ({"data": {"seed": -1}}, "config key 'data.seed' is -1: input should be greater than or equal to 0"),
+        ({"training": {"search": 10**30}}, "config key 'training.search' is 1000000000000000000000000000000: numbers"),
+        ({"decisions": {"multiples": {"mlp": 10**10}}}, "config key 'decisions.multiples' is {'mlp': 10000000000}"),
+        ({"data": {"train": ""}}, "config key 'data.train' is '': the text is empty: give a value, or leave the key"),
+        ({"output_dir": " "}, "config key 'output_dir' is ' ': the text is empty"),
+        ({"output_dir": "a\0b"}, "config key 'output_dir' is 'a\\x00b': the text holds characters that no file"),
+        ({"data": {"labels": ["yes", "\ud800"]}}, "config key 'data.labels' is ['yes', '\\ud800']: the text holds"),
+        ({"data": {"sources": {"\udcff": "x"}}}, "config key 'data.sources' is {'\\udcff': 'x'}: the text holds"),
+        ({"seed": 10**5000}, "config key 'seed' is a number of about 5001 digits: "),
         ({"preset": "fast"}, "config key 'preset' is 'fast': input should be 'quick' or 'paper'"),
     ],
 )
@@ -141,9 +167,9 @@ def test_bad_files_are_refused_in_a_sentence(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["absent.yaml", "."])
-def test_missing_file_is_refused(tmp_path, name):
-    with pytest.raises(InputError, match="does not exist: give the path of a YAML file"):
+@pytest.mark.parametrize(("name", "reason"), [("absent.yaml", "does not exist"), (".", "is a folder")])
+def test_missing_file_is_refused(tmp_path, name, reason):
+    with pytest.raises(InputError, match=f"{reason}: give the path of a YAML file"):
         ATPConfig.load(tmp_path / name)
 
 
@@ -199,3 +225,23 @@ def test_width_rules_name_a_structure_and_a_positive_multiple(multiples):
 
 def test_infinite_learning_rate_is_refused():
     assert "training.lr" in refused(training={"lr": float("inf")})
+
+
+@pytest.mark.timeout(20)
+def test_messages_of_large_and_deep_values_are_short(path):
+    deep = "x"
+    for _ in range(40):
+        deep = [deep] * 2  # 2 ** 40 items to print
+    for section in ({"lora": deep}, {"lora": {"r": "9" * 10**6}}, {"x" * 10**6: 1}, {"lora": {"y" * 10**6: deep}}):
+        assert len(refused(**section)) < 600
+    overrides = ["x" * 10**6, "lora.r=" + "9" * 10**6, "a." * 10**5 + "b=1", "lora.r=" + "[" * 10**4, "a" * 9999 + "=1"]
+    for override in overrides:
+        with pytest.raises(InputError) as caught:
+            ATPConfig.load(path, [override])
+        assert len(str(caught.value)) < 600
+
+
+def test_a_changed_config_says_so_in_short(path):
+    with pytest.raises(InputError) as caught:
+        parse(data={"labels": ["x" * 1000] * 1000}).refuse_change_of(parse().model_dump(mode="json"))
+    assert len(str(caught.value)) < 300

@@ -121,6 +121,32 @@ def test_entailment_labels_are_checked(tmp_path):
         read_examples(write(tmp_path / "a.jsonl", [{"premise": "a", "label": "neutral"}]))
 
 
+def test_numbers_for_labels_and_conversations_for_prompts_are_answered_in_short(tmp_path):
+    row = {"premise": "a", "hypothesis": "b", "label": 1}
+    with pytest.raises(InputError, match="the number 1, .*; write the label's name: entailment, neutral"):
+        read_examples(write(tmp_path / "a.jsonl", [row]))
+    row = {"prompt": [TALK[1] | {"content": "x" * 10**5}], "completion": TALK[2:]}
+    for file in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
+        with pytest.raises(InputError, match="'prompt' holds a conversation; .* one column 'messages'") as caught:
+            read_examples(write(file, [row]))
+        assert len(str(caught.value)) < 400
+
+
+def test_labels_and_columns_in_messages_are_short(tmp_path):
+    many = tuple(f"label {n}" for n in range(10**4))
+    for row in ({"prompt": "a", "completion": "x" * 10**5}, {"x" * 10**5: "a"}):
+        with pytest.raises(InputError) as caught:
+            read_examples(write(tmp_path / "a.jsonl", [row]), many)
+        assert len(str(caught.value)) < 700
+
+
+def test_a_template_that_breaks_names_the_row(tmp_path):
+    tokenizer = chat_tokenizer(False)
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(InputError, match="line 1: the chat template refuses the messages"):
+        read_examples(write(tmp_path / "a.jsonl", [{"messages": TALK}]), chat=chat_of(tokenizer))
+
+
 def test_limit_reads_the_first_rows_only(tmp_path):
     rows = [{"text": f"{n}"} for n in range(1000)]
     for suffix in (".jsonl", ".parquet"):

@@ -1,10 +1,13 @@
 """Reading user files: every mistake is one sentence with file, line and remedy."""
 
+import csv
 import sys
+from pathlib import Path
+from random import Random
 
 import pytest
 
-from atp.data.files import read_rows
+from atp.data.files import _read_file, read_rows
 from atp.errors import InputError
 
 
@@ -44,6 +47,77 @@ def test_byte_order_mark_is_not_part_of_the_first_column(tmp_path):
 def test_malformed_files(tmp_path, name, text, message):
     with pytest.raises(InputError, match=message):
         read_rows(write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": ' + "[" * 10**5, "line 1: not valid JSON .nested too deeply"),
+        ('{"text": ' + "9" * 5000 + "}", "line 1: not valid JSON .a number with thousands of digits"),
+        ('{"text": "a", "other": "\\ud800"}', "line 1: not valid JSON .an escape .* without its other half"),
+        ('{"text": NaN}', "line 1: column 'text' holds nan, not text"),
+        ('{"text": ' + "[" * 900 + "]" * 900 + "}", "line 1: column 'text' holds .*not text"),
+        ('{"text": ["' + "x" * 10**6 + '"]}', "line 1: column 'text' holds .*not text"),
+        ('{"' + "x" * 10**6 + '": 1}', r"line 1: column 'text' is missing \(found: x+\.\.\.\)"),
+        ("{" + ", ".join(f'"{n}": 1' for n in range(10**5)) + "}", r"line 1: column 'text' is missing \(found: 0, 1,"),
+    ],
+    ids=range(8),
+)
+def test_damaged_json_is_one_short_sentence(tmp_path, line, reason):
+    with pytest.raises(InputError, match=f"a.jsonl, {reason}") as caught:
+        read_rows(write(tmp_path / "a.jsonl", line))[0].text("text")
+    assert len(str(caught.value)) < 600
+
+
+def test_damaged_parquet_is_one_short_sentence_that_names_the_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    whole = tmp_path / "whole.parquet"
+    write_table(pyarrow.Table.from_pylist([{"text": f"some text {n}" * 5, "n": n} for n in range(400)]), whole)
+    content, refused = whole.read_bytes(), 0
+    for seed in range(60):
+        random = Random(seed)
+        damaged = bytearray(content[: random.randrange(len(content))] if seed % 4 == 0 else content)
+        for _ in range(8):
+            if damaged:
+                damaged[random.randrange(len(damaged))] = random.randrange(256)
+        path = tmp_path / "a.parquet"
+        path.write_bytes(damaged)
+        try:
+            for row in read_rows(str(path)):
+                row.text("text")
+        except InputError as error:
+            refused += 1
+            assert "a.parquet" in str(error) and len(str(error)) < 600
+    assert refused > 20
+
+
+def test_cells_may_be_long_and_the_limit_of_other_code_stays(tmp_path):
+    before = csv.field_size_limit()
+    path = write(tmp_path / "a.csv", f'text\n{"x" * 200_000}\n"{"y" * 300_000}"\n')
+    assert [len(row.values["text"]) for row in read_rows(path)] == [200_000, 300_000]
+    assert csv.field_size_limit() == before
+    rows = _read_file(Path(path))
+    next(rows)
+    assert csv.field_size_limit() == before, "also between two rows"
+
+
+def test_paths_that_are_no_files_say_what_they_are(tmp_path):
+    (tmp_path / "dir.jsonl").mkdir()
+    for source, reason in {
+        str(tmp_path / "dir.jsonl"): "dir.jsonl is a folder: give a .jsonl or .csv or .parquet file",
+        "~nobody-of-this-name/a.jsonl": "there is no such home folder",
+        "~nobody-of-this-name/a": "there is no such home folder",
+        "x" * 5000 + ".csv": "File name too long",
+        "a\0b.csv": "is no name of a file",
+    }.items():
+        with pytest.raises(InputError, match=reason) as caught:
+            read_rows(source)
+        assert len(str(caught.value)) < 600
+    for source in ("x" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="cannot load"):
+            read_rows(source)
 
 
 def test_wrong_encoding_and_missing_file(tmp_path):

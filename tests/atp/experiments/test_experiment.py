@@ -98,6 +98,12 @@ def folder_of(label):
         ({"base": "none.yaml"}, "none.yaml does not exist"),
         ({"domains": []}, "domains"),
         ({"seeds": ["one"]}, "seeds.0"),
+        ({"seeds": [-1]}, "seeds.0' is -1: input should be greater than or equal to 0"),
+        ({"seeds": [2**32]}, "seeds.0' is 4294967296"),
+        ({"arms": [{"method": "atp", "vary": {f"lora.{n}": list(range(10)) for n in range(6)}}]}, "1,000,000 arms"),
+        ({"arms": [{"method": "m" * 10**4}]}, r"method 'm+\.\.\.' is unknown"),
+        ({"base": "which.yaml"}, "unknown config key 'question'|is missing"),
+        ({"base": "."}, "is a folder"),
     ],
 )
 def test_bad_files_are_one_sentence_before_any_run(write, tmp_path, changes, sentence):
@@ -105,6 +111,32 @@ def test_bad_files_are_one_sentence_before_any_run(write, tmp_path, changes, sen
         experiment(write(**{"picture": "intervals", "x": None} | changes if "x" not in changes else changes),
                    tmp_path).execute()  # fmt: skip
     assert not list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("question: &a [x, x]\narms: [*a, *a]", "an alias"),
+        ("question: x\nseeds: [" + "9" * 5000 + "]", "is not of type int"),
+        ("arms: " + "[" * 99, "nested deeper"),
+        ("just text", "should be a valid dictionary"),
+    ],
+)
+def test_damaged_files_are_one_sentence(write, text, reason):
+    path = Path(write())
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=reason):
+        ExperimentSpec.load(str(path))
+    write()
+    (path.parent / "base.yaml").write_text(text if "text" not in text else "- a", encoding="utf-8")
+    with pytest.raises(InputError, match="an alias|is not of type int|nested deeper|holds no mapping"):
+        ExperimentSpec.load(str(path))[0].config(path, "custom", [])
+
+
+def test_a_seed_that_no_run_can_take_is_a_sentence(config, tmp_path):
+    with pytest.raises(InputError, match="config key 'seed' is 4294967296: numbers reach 4294967295"):
+        Members(config, tmp_path, command="").config_of(Arm("atp"), 2**32)
 
 
 def test_unknown_name_lists_those_there_are(tmp_path, monkeypatch):
