@@ -55,6 +55,23 @@ def quote(value: object, limit: int = 200) -> str:
         return _cut(_name(value), limit)
 
 
+def reason(error: BaseException) -> str:
+    """Why something failed, on one short line: the first line of the message, with the type where that says more."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if lines and isinstance(error, (OSError, ValueError)) and not isinstance(error, UnicodeError):
+        return shorten(lines[0])
+    return shorten(": ".join([type(error).__name__, *lines[:1]]))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on whatever device: Python, a GPU and torch's CPU allocator each say so differently."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
+    )
+
+
 class _Short(reprlib.Repr):
     """`repr` of what fits into `limit` characters: strings keep their beginning, containers a few items."""
 
@@ -89,20 +106,3 @@ def _printable(text: str) -> str:
 
 def _cut(text: str, limit: int, *, more: bool = False) -> str:
     return text if len(text) <= limit and not more else f"{text[: limit - 3]}..."
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, on one short line: the first line of the message, with the type where that says more."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if lines and isinstance(error, (OSError, ValueError)) and not isinstance(error, UnicodeError):
-        return shorten(lines[0])
-    return shorten(": ".join([type(error).__name__, *lines[:1]]))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on whatever device: Python, a GPU and torch's CPU allocator each say so differently."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
-    )
