@@ -13,17 +13,21 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from atp import processes
 from atp.errors import InputError, Interrupted, NotReached
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-console = Console()
+console = Console(quiet=not processes.is_main())
 
+_ONE_PROCESS = ("eval", "report", "env")  # in the others of a launcher's processes these have nothing to do
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.callback()
-def _root() -> None:
+def _root(context: typer.Context) -> None:
     """Make a language model smaller and better at one domain, in a single training stage."""
+    if context.invoked_subcommand in _ONE_PROCESS and not processes.is_main():
+        raise typer.Exit()
 
 
 @app.command()
@@ -259,7 +263,9 @@ def main() -> None:
     except (InputError, NotReached, Interrupted) as error:
         if "--debug" in sys.argv:
             raise
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        if not processes.told_by_main(error):
+            where = "" if processes.is_main() else f"process {processes.rank()}: "
+            Console(stderr=True).print(f"{where}error: {error}", markup=False, highlight=False, soft_wrap=True)
         code = 2 if isinstance(error, InputError) else 3 if isinstance(error, NotReached) else 128 + error.signum
         sys.exit(code)
 

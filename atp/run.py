@@ -15,6 +15,7 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from atp import processes
 from atp.baselines.dense_lora import PHASE, stock_lora
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
@@ -52,10 +53,13 @@ class Run:
         profile: bool = False,
     ) -> None:
         """say prints one line. profile: also trace a few steps of each phase into the run folder's profile/."""
-        self.config, self.resume, self.command, self.say, self.profile = config, resume, command, say, profile
+        self.config, self.resume, self.command = config, resume, command
+        self.say = say if processes.is_main() else lambda line: None
+        self.profile = profile and processes.is_main()
         self.folder = Path(config.output_dir)
         self.started = time.perf_counter()
-        self.autocast = autocast_dtype(config.training.precision)
+        processes.start()
+        self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
 
     def execute(self) -> dict[str, Any]:
         """Does everything and returns the summary. Raises `InputError`, `NotReached` or `Interrupted`."""
@@ -67,7 +71,7 @@ class Run:
 
     def _execute(self) -> dict[str, Any]:
         model, tokenizer, data = self._prepare()
-        if self.config.evaluation.dense_baseline and "tuned_dense" not in self._scores():
+        if self.config.evaluation.dense_baseline and "tuned_dense" not in processes.on_main(self._scores):
             model = self._tune_dense(model, tokenizer, data)
         trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
         del model  # the trainer lets go of the uncut weights at the cut, and nobody else may hold them then
@@ -75,28 +79,34 @@ class Run:
         self.say("exporting and certifying")
         trainer.export(self.folder)
         facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped}
-        summary = self._conclude(tokenizer, data, trainer.clock, facts)
+        summary = processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
         check_promises(summary)
         return summary
 
     def _prepare(self) -> tuple[nn.Module, PreTrainedTokenizerBase, RunData]:
         """Checks everything before anything is written, then opens the folder and scores the original."""
         config = self.config
-        check_output_dir(self.folder, resume=self.resume)
-        started_under = self.folder / "config.yaml"
-        if started_under.is_file():
-            config.refuse_change_of(yaml.safe_load(started_under.read_text(encoding="utf-8")))
-        tokenizer = load_tokenizer(config.model)
-        data = load_data(config, tokenizer)
+        processes.on_main(self._check_folder)
+        tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
+        data = processes.main_first(lambda: load_data(config, tokenizer))
         if any(not task.labels for task in scored_tasks(self.config, data.splits)):
             check_rouge()
         self.say(data.splits.description)
-        model = load_model(config.model, config.decisions.space)
+        model = processes.main_first(lambda: load_model(config.model, config.decisions.space))
         check_length(model, config.data.length)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        started_under.write_text(config.dump(), encoding="utf-8")
+        processes.on_main(self._open_folder)
         self._score("original", model, tokenizer, data)
         return model, tokenizer, data
+
+    def _check_folder(self) -> None:
+        check_output_dir(self.folder, resume=self.resume)
+        started_under = self.folder / "config.yaml"
+        if started_under.is_file():
+            self.config.refuse_change_of(yaml.safe_load(started_under.read_text(encoding="utf-8")))
+
+    def _open_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(self.config.dump(), encoding="utf-8")
 
     def _tune_dense(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> nn.Module:
         self.say("tuning the uncut model with stock LoRA, for comparison")
@@ -109,7 +119,8 @@ class Run:
             quiet(tuner)
             tuner.train(resume=self.resume)
         self._score("tuned_dense", tuner.model, tokenizer, data)
-        self._record(PHASE, {"seconds": tuner.clock.seconds[PHASE], "tokens_per_second": tuner.clock.rate(PHASE)})
+        costs = {"seconds": tuner.clock.seconds[PHASE], "tokens_per_second": tuner.clock.rate(PHASE)}
+        processes.on_main(lambda: self._record(PHASE, costs))
         return tuner.model.unload()
 
     def _train(self, trainer: ATPTrainer) -> None:
@@ -120,12 +131,15 @@ class Run:
         with make_progress() as progress:
             trainer.add_callback(ProgressCallback(phases.of, phases.total, progress))
             quiet(trainer)
-            trainer.train(resume=newest(trainer.checkpoint_root) is not None)
+            trainer.train(resume=processes.on_main(lambda: newest(trainer.checkpoint_root)) is not None)
         if profile.rows:
             self.say(format_table(profile.rows))
 
     def _score(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
-        """Scores a model once; the result is kept in evaluation.json."""
+        """Scores a model once, in the main process; the result is kept in evaluation.json."""
+        processes.on_main(lambda: self._score_once(name, model, tokenizer, data))
+
+    def _score_once(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
         if name in self._scores():
             return
         settings = self.config.evaluation
@@ -147,6 +161,7 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _record(self, name: str, value: dict[str, Any]) -> None:
+        """Adds to evaluation.json, in the main process."""
         write_json(self.folder / "evaluation.json", self._scores() | {name: value})
 
     def _conclude(
@@ -154,7 +169,7 @@ class Run:
     ) -> dict[str, Any]:
         """Scores the exported model, writes summary and report, and returns the summary, `facts` among it."""
         final = read_model(self.folder / "model", dtype=torch.float32)
-        self._score("final", final, tokenizer, data)
+        self._score_once("final", final, tokenizer, data)
         summary = self._summarise(data, clock) | facts
         write_json(self.folder / "summary.json", summary)
         write_report(self.folder)

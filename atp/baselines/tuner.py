@@ -44,7 +44,7 @@ class LoraTuner(LoraTrainer):
 
         Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite.
         """
-        path = checkpoints.newest(self.checkpoint_root) if resume else None
+        path = self._newest() if resume else None
         set_seed(self.config.seed)  # whatever this process drew before must not matter
         if path is None:
             self.metrics.rewind(0)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from atp import processes
 from atp.baselines.calibration import first_tokens
 from atp.baselines.methods import BASELINES, MaskBaseline
 from atp.baselines.tuner import LoraTuner
@@ -45,25 +46,30 @@ class BaselineRun(Run):
         tuner = self._tune(model, space, data)
         gap = self._export(tuner, tokenizer, data, params_before)
         facts = {"method": self.method, "reload_gap": gap, "skipped_steps": tuner.finite.skipped}
-        if "choice" in self._scores():
-            tuner.clock.add("choose", self._scores()["choice"]["seconds"])
-        return self._conclude(tokenizer, data, tuner.clock, facts)
+        chosen = processes.on_main(self._scores).get("choice")
+        if chosen is not None:
+            tuner.clock.add("choose", chosen["seconds"])
+        return processes.on_main(lambda: self._conclude(tokenizer, data, tuner.clock, facts))
 
     def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
         """The smaller model; the choice is made once and kept, so that a resumed run tunes the same one."""
+        model = model.to(training_arguments(self.config).device)
+        choice = processes.on_main(lambda: self._choose(model, data))
+        return self.baseline.apply(model, choice, data.calibration, self.config)
+
+    def _choose(self, model: nn.Module, data: RunData) -> Tensor:
         path = self.folder / "choice.safetensors"
         if path.is_file() and "choice" in self._scores():
             choice = load_file(path)["choice"]
         else:
             self.say(f"{self.method}: choosing what to remove from the pretrained model")
             started = time.perf_counter()
-            model = model.to(training_arguments(self.config).device)
             choice = self.baseline.choose(model, data.calibration, self.config)
             save_file({"choice": choice.contiguous()}, path)
             self._record("choice", {"seconds": time.perf_counter() - started})
         if isinstance(self.baseline, MaskBaseline):
             save_decisions(self.folder, self.baseline.space_of(model, self.config), choice)
-        return self.baseline.apply(model, choice, data.calibration, self.config)
+        return choice
 
     def _tune(self, model: nn.Module, space: MaskSpace, data: RunData) -> LoraTuner:
         lora, steps = self.config.lora, self.config.training.total
@@ -80,4 +86,4 @@ class BaselineRun(Run):
         after = sum(p.numel() for n, p in tuner.model.named_parameters() if "lora_" not in n)
         card = baseline_card(self.config, self.method, params_before, after)
         tokens = first_tokens(data.calibration, _CHECKED_WINDOWS).to(tuner.args.device)
-        return export_model(tuner.model, self.folder, tokenizer, tokens, card).relative
+        return processes.on_main(lambda: export_model(tuner.model, self.folder, tokenizer, tokens, card).relative)

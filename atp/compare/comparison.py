@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from atp import processes
 from atp.compare.members import Arm, Members
 from atp.compare.page import write_pages
 from atp.compare.results import results
@@ -47,9 +48,12 @@ class Comparison:
 
         Raises `InputError`, `Interrupted`, and at the end `NotReached` when a member kept no promise (its row stays).
         """
-        check_output_dir(self.folder, resume=self.resume)
+        processes.start()
+        processes.on_main(lambda: check_output_dir(self.folder, resume=self.resume))
         members = Members(self.config, self.folder, command=self.command, say=self.say)
-        splits = load_recipe(data_settings(members.config, load_tokenizer(self.config.model)))
+        splits = processes.main_first(
+            lambda: load_recipe(data_settings(members.config, load_tokenizer(self.config.model)))
+        )
         broken: dict[str, str] = {}
         content: dict[str, Any] = {}
         for seed in self.seeds:
@@ -58,7 +62,7 @@ class Comparison:
                     members.run(arm, seed)
                 except NotReached as error:
                     broken[f"{arm.name}, seed {seed}"] = str(error)
-                content = self._write(members, splits, broken)
+                content = processes.on_main(lambda: self._write(members, splits, broken))
         if broken:
             raise NotReached("; ".join(f"{name}: {reason}" for name, reason in broken.items()))
         return content

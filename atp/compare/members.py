@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from atp import processes
 from atp.baselines.methods import BASELINES
 from atp.compare.baseline_run import BaselineRun
 from atp.compare.results import Member
@@ -56,20 +57,22 @@ class Members:
 
     def __init__(self, config: ATPConfig, folder: Path, *, command: str, say: Callable[[str], None] = print) -> None:
         """Raises `InputError` where the folder holds members of another config."""
-        self.folder, self.command, self.say = folder, command, say
-        self.config = self._common(config)
+        self.folder, self.command = folder, command
+        self.say = say if processes.is_main() else lambda line: None
+        self.config = processes.on_main(lambda: self._common(config))
 
     def run(self, arm: Arm, seed: int) -> None:
         """Makes the member if it is not there. Raises `InputError`, `Interrupted` and `NotReached`."""
         folder = self.path(arm, seed)
-        if (folder / "summary.json").is_file():
+        finished = processes.on_main(lambda: self.read(arm, seed))
+        if finished is not None:
             if arm.method == ATP:
-                check_promises(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+                check_promises(finished.summary)
             return
         self.say(f"{arm.name}, seed {seed}")
         config = self.config_of(arm, seed)
-        self._share_original(folder)
-        options = {"resume": folder.is_dir() and any(folder.iterdir()), "command": self.command, "say": self.say}
+        resume = processes.on_main(lambda: self._share_original(folder))
+        options = {"resume": resume, "command": self.command, "say": self.say}
         run = Run(config, **options) if arm.method == ATP else BaselineRun(arm.method, config, **options)
         run.execute()
 
@@ -111,13 +114,17 @@ class Members:
             path.write_text(config.dump(), encoding="utf-8")
         return config
 
-    def _share_original(self, folder: Path) -> None:
-        """The original's scores are the same for all: taken from the first member that has them."""
+    def _share_original(self, folder: Path) -> bool:
+        """Takes the original's scores, the same for all, from the first member that has them.
+
+        Returns whether the member's folder holds anything, so that its run goes on from there.
+        """
         if folder.is_dir():
-            return
+            return any(folder.iterdir())
         for path in sorted(self.folder.glob("*/evaluation.json")):
             scores = json.loads(path.read_text(encoding="utf-8"))
             if "original" in scores:
                 folder.mkdir()
                 write_json(folder / "evaluation.json", {"original": scores["original"]})
-                return
+                return True
+        return False

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from atp import processes
 from atp.compare.members import Members
 from atp.compare.results import Member, results
 from atp.data import Task, load_recipe
@@ -50,12 +51,16 @@ class Experiment:
 
         Raises `InputError`, `Interrupted`, and at the end `NotReached` when a run kept no promise (its row stays).
         """
+        processes.start()
         self._members = {
             d: Members(c, self.runs / d, command=self.command, say=self.say) for d, c in self.configs.items()
         }
-        self._splits = {
-            d: load_recipe(data_settings(m.config, load_tokenizer(m.config.model))) for d, m in self._members.items()
-        }
+        self._splits = processes.main_first(
+            lambda: {
+                domain: load_recipe(data_settings(members.config, load_tokenizer(members.config.model)))
+                for domain, members in self._members.items()
+            }
+        )
         for members in self._members.values():
             for arm in self.arms.values():
                 members.config_of(arm, 0)  # a wrong setting is found before the first run
@@ -68,7 +73,7 @@ class Experiment:
                         members.run(arm, seed)
                     except NotReached as error:
                         broken.append(f"{domain}, {label}, seed {seed}: {error}")
-                    content = self._write(broken)
+                    content = processes.on_main(lambda: self._write(broken))
         if broken:
             raise NotReached("; ".join(broken))
         return content

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from atp import processes
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
 from atp.masks.sampling import logistic_noise
 from atp.masks.space import MaskSpace
@@ -97,6 +98,7 @@ class L0Gates:
         The penalty is no function of the model, so its gradient is added here and not in the loss of a batch. skip:
         scalar float32 on the device, 1 where the LoRA step was skipped; then nothing changes here either.
         """
+        processes.average_(self.log_alpha.grad)
         penalty = self.penalty(mask)
         (beta * penalty).backward()
         bad = ~torch.isfinite(self.log_alpha.grad).all()

@@ -29,5 +29,6 @@ def training_arguments(config: ATPConfig) -> TrainingArguments:
         remove_unused_columns=False,
         seed=config.seed,
         dataloader_drop_last=True,
+        use_cpu=not torch.accelerator.is_available(),  # several processes on CPUs are alone together without it
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from atp import processes
 from atp.training.metrics import PhaseClock
 from atp.training.profiling import scope
 
@@ -37,6 +38,8 @@ class PhaseCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
+        # Processes must leave the loop after the same step, and a signal need not reach all of them in one.
+        trainer.signals.received = processes.largest(trainer.signals.received or 0) or None
         if state.global_step == trainer.phases.cut_step:
             # The checkpoint of this step is written after the cut, by the trainer.
             control.should_training_stop, control.should_save = True, False
@@ -110,5 +113,5 @@ def make_progress() -> Progress:
     """The bar that `ProgressCallback` fills."""
     return Progress(
         TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("left"), TimeRemainingColumn(), disable=not processes.is_main(),
     )  # fmt: skip

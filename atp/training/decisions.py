@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from atp import processes
 from atp.config import DecisionsConfig
 from atp.masks.budget import Budget
 from atp.masks.fit import exact_mask, exact_offset, fit_mask
@@ -114,6 +115,8 @@ class DecisionMaker:
         return self.mask
 
     def _replace(self, mask: Tensor) -> None:
+        """Takes the main process's mask: a rounding difference between devices must not cut different shapes."""
+        mask = processes.from_main(mask, "decisions")
         self.changed = (mask != self.mask).float().mean()
         self.mask = mask
 

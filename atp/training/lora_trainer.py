@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from atp import processes
 from atp.config import ATPConfig
 from atp.data import collate
 from atp.errors import Interrupted
@@ -54,7 +55,8 @@ class LoraTrainer(Trainer):
         self.clock = PhaseClock()
         self.finite = FiniteGuard(config.training.max_bad_steps)
         self.signals = SignalGuard()
-        self.autocast_dtype = autocast_dtype(config.training.precision)
+        processes.start()
+        self.autocast_dtype = processes.on_main(lambda: autocast_dtype(config.training.precision))
         super().__init__(
             model=model,
             args=training_arguments(config),
@@ -80,7 +82,11 @@ class LoraTrainer(Trainer):
         """Trainer's loop, from a checkpoint if there is one, until it ends. Raises `Interrupted` after a signal."""
         super().train(resume_from_checkpoint=str(path) if path else None)
         if self.signals.received is not None:
-            raise Interrupted(self.signals.received, str(checkpoints.newest(self.checkpoint_root)))
+            raise Interrupted(self.signals.received, str(self._newest()))
+
+    def _newest(self) -> Path | None:
+        """The newest complete checkpoint, the same for all processes."""
+        return processes.on_main(lambda: checkpoints.newest(self.checkpoint_root))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch; returns its share of the step's mean loss a token, without regularizer, scalar float32.
@@ -131,8 +137,11 @@ class LoraTrainer(Trainer):
     # Checkpoints, in a format of our own
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        if self.args.should_save:
-            checkpoints.save(self.checkpoint_root, self._checkpoint(), keep=self.config.training.keep_checkpoints)
+        self._write(self._checkpoint())
+
+    def _write(self, state: Checkpoint) -> Path:
+        keep = self.config.training.keep_checkpoints
+        return processes.on_main(lambda: checkpoints.save(self.checkpoint_root, state, keep=keep))
 
     def _checkpoint(self) -> Checkpoint:
         tensors = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}

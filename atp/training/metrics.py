@@ -6,22 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+from atp import processes
+
 
 class MetricsLog:
-    """Appends records to metrics.jsonl; resuming first drops records past the checkpoint's step."""
+    """Appends records to metrics.jsonl; resuming first drops records past the checkpoint's step.
+
+    Only the main process touches the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rewind(self, step: int) -> None:
         """Keeps the records up to and including `step`."""
-        if not self.path.is_file():
+        if not processes.is_main() or not self.path.is_file():
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record."""
+        if not processes.is_main():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
+from atp import processes
 from atp.config import ATPConfig
 from atp.data import collate
 from atp.errors import InputError
@@ -100,7 +101,7 @@ class ATPTrainer(LoraTrainer):
 
         Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite.
         """
-        path = checkpoints.newest(self.checkpoint_root) if resume else None
+        path = self._newest() if resume else None
         if resume and path is None:
             raise InputError(f"nothing to resume: {self.checkpoint_root} holds no complete checkpoint")
         self._restore(checkpoints.load(path)) if path else self._start()
@@ -114,8 +115,14 @@ class ATPTrainer(LoraTrainer):
                 self._segment(path)
 
     def export(self, folder: str | Path) -> dict[str, float]:
-        """Writes adapter/, model/, the decisions and certificate.json under `folder`; returns the certificate."""
-        folder = Path(folder)
+        """Writes adapter/, model/, the decisions and certificate.json under `folder`; returns the certificate.
+
+        The main process writes; the others wait for it.
+        """
+        self.certificate = processes.on_main(lambda: self._export(Path(folder)))
+        return self.certificate
+
+    def _export(self, folder: Path) -> dict[str, float]:
         folder.mkdir(parents=True, exist_ok=True)
         save_decisions(folder, self.space, self.decisions.mask)
         before, after = self.params_before, sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
@@ -136,6 +143,7 @@ class ATPTrainer(LoraTrainer):
             with frozen(self.model):
                 saliency = fisher_saliency(self.space, batches, self._calibration_loss)
             self.controller.clear()
+            saliency = processes.from_main(saliency, "saliency")
             prior = saliency_logits(saliency, self.space, self.config.decisions.saliency_scale)
         self._make_decisions(prior)
         self.clock.add("saliency", time.perf_counter() - started)
@@ -163,7 +171,7 @@ class ATPTrainer(LoraTrainer):
             state.tensors.update({f"{prefix}.{name}": tensor for name, tensor in part.items()})
         self.clock.add("cut", time.perf_counter() - started)
         state.meta.update(certificate=self.certificate, clock=self.clock.state())
-        return checkpoints.save(self.checkpoint_root, state, keep=self.config.training.keep_checkpoints)
+        return self._write(state)
 
     def _become_cut(self) -> None:
         """Swaps in the smaller model; optimizer and scheduler are made anew around its parameters."""

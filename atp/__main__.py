@@ -1,0 +1,5 @@
+"""`python -m atp`, as `torchrun -m atp` needs it."""
+
+from atp.cli import main
+
+main()

@@ -1,0 +1,175 @@
+"""The processes of one run: which of them writes, what all of them agree on, and waiting that a signal can end.
+
+torchrun and accelerate start a run in several processes. The main one (rank 0) decides, writes, scores and prints; the
+others train and wait for it. What they tell each other here travels through a gloo group of its own: it needs no
+device sync, and it may wait for as long as the main process scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+from atp.errors import InputError, NotReached
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=30)  # the default of 30 minutes would end a run in which the main process scores for longer
+_POLL_SECONDS = (1e-4, 0.05)  # at first and at last
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"
+}  # fmt: skip
+_control: dist.ProcessGroup | None = None
+
+
+def count() -> int:
+    """How many processes this run has."""
+    return dist.get_world_size() if _started() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process, 0 for the main one."""
+    return dist.get_rank() if _started() else int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes, scores and prints."""
+    return rank() == 0
+
+
+def start() -> None:
+    """Joins the other processes, if there are any. Raises `InputError` where a launcher asks for sharded weights."""
+    global _control
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise InputError(
+                f"{name} shards weights, which pruning does not support yet: start the run with "
+                "`torchrun --nproc_per_node N` or `accelerate launch --multi_gpu`, which keep them whole"
+            )
+    if count() > 1 and _control is None:
+        PartialState(cpu=not torch.accelerator.is_available())
+        _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def wait() -> None:
+    """Returns once every process has come here. Signals are handled meanwhile.
+
+    Raises `NotReached` when another process ended instead.
+    """
+    if count() > 1:
+        _finish(dist.barrier(group=_group(), async_op=True))
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Runs `work` in the main process and returns its result in all. The result must be picklable.
+
+    `InputError` and `NotReached` of the main process are raised in all; after any other exception the rest end with
+    `NotReached`.
+    """
+    if count() == 1:
+        return work()
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if is_main():
+        try:
+            outcome = [(work(), None)]
+        except (InputError, NotReached) as error:
+            outcome = [(None, error)]
+    wait()
+    dist.broadcast_object_list(outcome, src=0, group=_group())
+    result, error = outcome[0]
+    if error is not None:
+        if not is_main():
+            error.told_by_main = True
+        raise error
+    return result
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Runs `work` in the main process and then in the others: what it downloads is there by then.
+
+    `InputError` and `NotReached` of the main process are raised in all, and the others do not start.
+    """
+    kept: list[T] = []
+    on_main(lambda: kept.append(work()))
+    return kept[0] if kept else work()
+
+
+def told_by_main(error: BaseException) -> bool:
+    """Whether an error came here from the main process, which tells the user of it."""
+    return getattr(error, "told_by_main", False)
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' values: how all of them hear of a signal that one of them got."""
+    if count() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64)
+    _finish(dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_group(), async_op=True))
+    return int(tensor)
+
+
+def mean(value: float) -> float:
+    """The mean of the processes' values."""
+    if count() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    _finish(dist.all_reduce(tensor, group=_group(), async_op=True))
+    return float(tensor) / count()
+
+
+def average_(tensor: Tensor | None) -> None:
+    """Replaces a tensor by its mean over the processes, where it lies; None stays None in all."""
+    if tensor is not None and count() > 1:
+        dist.all_reduce(tensor)
+        tensor /= count()
+
+
+def from_main(tensor: Tensor, name: str) -> Tensor:
+    """The main process's tensor in all, on the device of this one's. Any dtype, the same shape everywhere.
+
+    name says what it is in the `NotReached` that is raised should the processes not hold the same afterwards.
+    """
+    if count() == 1:
+        return tensor
+    # Bool travels as bytes, which every backend sends.
+    dtype = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
+    sent = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    _finish(dist.broadcast(sent, src=0, group=_group(), async_op=True))
+    digest = hashlib.sha256(sent.flatten().view(torch.uint8).numpy()).digest()
+    mine = torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
+    found = [torch.empty_like(mine) for _ in range(count())]
+    _finish(dist.all_gather(found, mine, group=_group(), async_op=True))
+    if any(int(other) != int(mine) for other in found):
+        raise NotReached(f"the processes do not hold the same {name}: look for a faulty device or link, then --resume")
+    return sent.to(tensor.device, tensor.dtype)
+
+
+def _started() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _group() -> dist.ProcessGroup:
+    if _control is None:
+        start()
+    return _control
+
+
+def _finish(work: dist.Work) -> None:
+    """Polls, because Python handles signals between its own instructions only."""
+    delay, longest = _POLL_SECONDS
+    try:
+        while not work.is_completed():
+            time.sleep(delay)
+            delay = min(2 * delay, longest)
+        work.wait()
+    except RuntimeError:
+        raise NotReached("another process of this run ended: see its message, then continue with --resume") from None
