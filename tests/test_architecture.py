@@ -11,7 +11,7 @@ PACKAGES = ("atp_kernels", "atp")
 # From top to bottom. A module belongs to the longest name here that it starts with, and may import from its own layer
 # and those below. Entries of one line are one layer.
 LAYERS = (
-    ("atp.cli",),
+    ("atp.__main__", "atp.cli"),
     ("atp.experiments",),
     ("atp.compare",),
     ("atp.run", "atp.demo", "atp.scoring"),

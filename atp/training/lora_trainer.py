@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from atp import processes
 from atp.config import ATPConfig
 from atp.data import collate
-from atp.errors import Interrupted
+from atp.errors import InputError, Interrupted
 from atp.models.attention import use_training_attention
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import training_arguments
@@ -153,6 +153,7 @@ class LoraTrainer(Trainer):
             "config": self.config.model_dump(mode="json"),
             "clock": self.clock.state(),
             "skipped": self.finite.skipped,
+            "processes": processes.count(),
             "precision": "float32" if self.autocast_dtype is None else "bfloat16",
             "scheduler": self.lr_scheduler.state_dict(),
         }
@@ -161,6 +162,11 @@ class LoraTrainer(Trainer):
     def _restore(self, state: Checkpoint) -> None:
         """Brings what is not a tensor of the loop to the checkpoint. Raises `InputError` under a changed config."""
         self.config.refuse_change_of(state.meta["config"])
+        if state.meta["processes"] != processes.count():
+            raise InputError(
+                f"the run has {state.meta['processes']} processes and is resumed in {processes.count()}, which would "
+                "read other samples per step: resume it in as many as before"
+            )
         self.clock.load(state.meta["clock"])
         self.finite.restore(state.meta["skipped"])
         self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
