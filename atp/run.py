@@ -26,6 +26,7 @@ from atp.evaluation import evaluate_model, model_size, packed_windows, relative_
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import bars
 from atp.files import write_json
+from atp.finite import non_finite_figures
 from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
 from atp.models.load import read_model
 from atp.report import write_report
@@ -78,7 +79,8 @@ class Run:
         self._train(trainer)
         self.say("exporting and certifying")
         trainer.export(self.folder)
-        facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped}
+        facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped,
+                 "skipped_decision_steps": trainer.decisions.finite.skipped}  # fmt: skip
         summary = processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
         check_promises(summary)
         return summary
@@ -230,15 +232,21 @@ def quiet(trainer: Any) -> None:
 
 
 def check_promises(summary: dict[str, Any]) -> None:
-    """Raises `NotReached` when budget or certificate were missed; everything was written by then."""
+    """Raises `NotReached` when budget or certificate were missed, or a figure is no number.
+
+    Everything was written by then. Conditions say what must hold, not what must not: NaN then never passes.
+    """
     certificate = summary["certificate"]
     for name in ("masked_vs_cut", "cut_vs_reloaded"):
-        if certificate[name] > CERTIFICATE_TOLERANCE:
+        if not certificate[name] <= CERTIFICATE_TOLERANCE:
             raise NotReached(f"certificate: {name} is {certificate[name]:.2e} of the logit scale, above 1e-3")
-    if certificate["removed_lora_norm"] > 0:
-        raise NotReached(f"certificate: a removed LoRA group kept norm {certificate['removed_lora_norm']:.2e}")
+    if not certificate["removed_lora_norm"] == 0:
+        norm = certificate["removed_lora_norm"]
+        raise NotReached(f"certificate: removed_lora_norm is {norm:.2e}: a removed LoRA group was not settled")
+    for figure, value in non_finite_figures(summary):
+        raise NotReached(f"{figure} of summary.json is {value}, which is no result: check the model that it is of")
     missed = abs(summary["keep_decoder"] - summary["target_keep"])
-    if missed > BUDGET_TOLERANCE:
+    if not missed <= BUDGET_TOLERANCE:
         raise NotReached(
             f"budget: {summary['keep_decoder']:.4f} of the decoder is kept, target {summary['target_keep']}: the "
             "width rules (decisions.multiples) are too coarse for this model, lower them"

@@ -21,7 +21,7 @@ LAYERS = (
     ("atp.models",),
     ("atp.config", "atp.unknown_keys"),
     ("atp.masks",),
-    ("atp.errors", "atp.environment", "atp.files", "atp.processes", "atp.reading", "atp.rng"),
+    ("atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.processes", "atp.reading", "atp.rng"),
     ("atp_kernels",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -16,6 +16,7 @@ from atp import processes
 from atp.config import ATPConfig
 from atp.data import collate
 from atp.errors import InputError, Interrupted
+from atp.finite import refuse_weights
 from atp.models.attention import use_training_attention
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import training_arguments
@@ -57,6 +58,7 @@ class LoraTrainer(Trainer):
         self.signals = SignalGuard()
         processes.start()
         self.autocast_dtype = processes.on_main(lambda: autocast_dtype(config.training.precision))
+        refuse_weights(model)
         super().__init__(
             model=model,
             args=training_arguments(config),
@@ -81,6 +83,7 @@ class LoraTrainer(Trainer):
     def _segment(self, path: Path | None) -> None:
         """Trainer's loop, from a checkpoint if there is one, until it ends. Raises `Interrupted` after a signal."""
         super().train(resume_from_checkpoint=str(path) if path else None)
+        self.check_steps()
         if self.signals.received is not None:
             raise Interrupted(self.signals.received, str(self._newest()))
 
@@ -128,6 +131,17 @@ class LoraTrainer(Trainer):
             self.optimizer = self.adamw
         return self.optimizer
 
+    def trained_beside(self) -> list[nn.Parameter]:
+        """Parameters that a subclass steps with an optimizer of its own, after that of the adapter."""
+        return []
+
+    def check_steps(self) -> None:
+        """Raises `NotReached` for too many non-finite steps: before each checkpoint, and at the end of each phase."""
+        done, cut = self.state.global_step, self.phases.cut_step
+        if done in (cut, self.phases.total):
+            self.finite.finish(done if done <= cut else done - cut)
+        self.finite.report()
+
     def before_optimizer_step(self) -> None:
         """Called before each optimizer step, after clipping; does nothing unless a subclass has something to do."""
 
@@ -137,6 +151,7 @@ class LoraTrainer(Trainer):
     # Checkpoints, in a format of our own
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        self.check_steps()
         self._write(self._checkpoint())
 
     def _write(self, state: Checkpoint) -> Path:
@@ -152,7 +167,7 @@ class LoraTrainer(Trainer):
         meta = {
             "config": self.config.model_dump(mode="json"),
             "clock": self.clock.state(),
-            "skipped": self.finite.skipped,
+            "finite": self.finite.state(),
             "processes": processes.count(),
             "precision": "float32" if self.autocast_dtype is None else "bfloat16",
             "scheduler": self.lr_scheduler.state_dict(),
@@ -168,7 +183,7 @@ class LoraTrainer(Trainer):
                 "read other samples per step: resume it in as many as before"
             )
         self.clock.load(state.meta["clock"])
-        self.finite.restore(state.meta["skipped"])
+        self.finite.restore(state.meta["finite"])
         self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
         self.metrics.rewind(state.step)
 

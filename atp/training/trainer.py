@@ -151,8 +151,9 @@ class ATPTrainer(LoraTrainer):
     def _make_decisions(self, prior: Tensor | None) -> None:
         config = self.config
         self.decisions = DecisionMaker(
-            self.space, config.decisions, search_steps=self.phases.search, prior=prior, seed=config.seed
-        )
+            self.space, config.decisions, search_steps=self.phases.search, prior=prior, seed=config.seed,
+            max_bad_steps=config.training.max_bad_steps,
+        )  # fmt: skip
 
     def _cut(self) -> Path:
         """Cuts the settled model, measures that nothing changed, and writes the checkpoint that tune starts from."""
@@ -248,6 +249,13 @@ class ATPTrainer(LoraTrainer):
                 self.controller.clear()
             self.last.update(decision_loss=outcome.loss, budget_loss=outcome.budget_loss)
 
+    def trained_beside(self) -> list[nn.Parameter]:
+        return [] if self.gates is None else [self.gates.log_alpha]
+
+    def check_steps(self) -> None:
+        super().check_steps()
+        self.decisions.finite.report()
+
     def _gap_at_freeze(self, mask: Tensor) -> None:
         """How far a cut would move the logits before removed LoRA groups are settled: what settling is for."""
         tokens = self._certificate_tokens()
@@ -333,7 +341,7 @@ class ATPTrainer(LoraTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self.finite.report()
+            self.check_steps()
             step = self.state.global_step
             phase = self.phases.of(step - 1)
             record = {"loss": logs["loss"]} | {name: float(value) for name, value in self.last.items()}
@@ -369,7 +377,9 @@ class ATPTrainer(LoraTrainer):
         state.tensors.update(prefixed("refit", {name: weights[name] for name in self.refitted}))
         if self.gates is not None:
             state.tensors.update(prefixed("gates", self.gates.state_dict()))
-        state.meta.update(frozen=self.decisions.frozen, certificate=self.certificate)
+        state.meta.update(
+            frozen=self.decisions.frozen, certificate=self.certificate, finite_decisions=self.decisions.finite.state()
+        )
         return state
 
     def _restore(self, state: Checkpoint) -> None:
@@ -383,6 +393,7 @@ class ATPTrainer(LoraTrainer):
         self.decisions.noise.set_state(state.tensors["rng.decision"])
         self.decisions.mask = state.tensors["mask"].bool()
         self.decisions.frozen = state.meta["frozen"]
+        self.decisions.finite.restore(state.meta["finite_decisions"])
         self.certificate = state.meta["certificate"]
         if "masked_vs_cut" in self.certificate:
             self._become_cut()
