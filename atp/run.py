@@ -29,6 +29,7 @@ from atp.files import write_json
 from atp.finite import non_finite_figures
 from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
 from atp.models.load import read_model
+from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate
 from atp.report import write_report
 from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
@@ -37,7 +38,6 @@ from atp.training.precision import autocast_dtype
 from atp.training.profiling import ProfileCallback, format_table
 from atp.training.trainer import ATPTrainer
 
-CERTIFICATE_TOLERANCE = 1e-3  # of the logit scale, in float32
 BUDGET_TOLERANCE = 0.002
 
 
@@ -236,18 +236,17 @@ def check_promises(summary: dict[str, Any]) -> None:
 
     Everything was written by then. Conditions say what must hold, not what must not: NaN then never passes.
     """
-    certificate = summary["certificate"]
-    for name in ("masked_vs_cut", "cut_vs_reloaded"):
-        if not certificate[name] <= CERTIFICATE_TOLERANCE:
-            raise NotReached(f"certificate: {name} is {certificate[name]:.2e} of the logit scale, above 1e-3")
-    if not certificate["removed_lora_norm"] == 0:
-        norm = certificate["removed_lora_norm"]
-        raise NotReached(f"certificate: removed_lora_norm is {norm:.2e}: a removed LoRA group was not settled")
-    for figure, value in non_finite_figures(summary):
-        raise NotReached(f"{figure} of summary.json is {value}, which is no result: check the model that it is of")
+    check_certificate(summary["certificate"], AT_CUT + AT_EXPORT)
+    check_figures(summary)
     missed = abs(summary["keep_decoder"] - summary["target_keep"])
     if not missed <= BUDGET_TOLERANCE:
         raise NotReached(
             f"budget: {summary['keep_decoder']:.4f} of the decoder is kept, target {summary['target_keep']}: the "
             "width rules (decisions.multiples) are too coarse for this model, lower them"
         )
+
+
+def check_figures(summary: dict[str, Any]) -> None:
+    """Raises `NotReached` for the first figure that is NaN or infinite."""
+    for figure, value in non_finite_figures(summary):
+        raise NotReached(f"{figure} of summary.json is {value}, which is no result: check the model that it is of")

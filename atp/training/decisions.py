@@ -129,6 +129,14 @@ class DecisionMaker:
         self.frozen = True
         return self.mask
 
+    def record(self, step: int) -> dict[str, float]:
+        """What is logged after `step` steps of the search: share kept, share wanted, share of decisions changed."""
+        return {
+            "keep": self.budget.share(self.mask),
+            "target_keep": self.target_at(step),
+            "changed": float(self.changed),
+        }
+
     def _replace(self, mask: Tensor) -> None:
         """Takes the main process's mask: a rounding difference between devices must not cut different shapes."""
         mask = processes.from_main(mask, "decisions")

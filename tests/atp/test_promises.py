@@ -8,8 +8,10 @@ import pytest
 from atp.errors import NotReached
 from atp.run import check_promises
 
+# fmt: off
 KEPT = {
-    "certificate": {"masked_vs_cut": 3e-7, "cut_vs_reloaded": 0.0, "removed_lora_norm": 0.0},
+    "certificate": {"masked_vs_cut": 3e-7, "cut_vs_reloaded": 0.0, "removed_lora_norm": 0.0, "merge_error": 0.9,
+                    "rounding_gap": 2e-7, "dtype": "float32"},
     "keep_decoder": 0.6001,
     "target_keep": 0.6,
     "perplexity": {"original": 20.0, "final": 15.0},
@@ -17,6 +19,7 @@ KEPT = {
     "train_tokens_per_second": {"tune": 500.0},
     "qa": {"final": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}},
 }
+# fmt: on
 
 
 def with_value(path, value):
@@ -38,6 +41,7 @@ def test_a_run_that_kept_everything_passes():
     "path",
     [
         ("certificate", "masked_vs_cut"), ("certificate", "cut_vs_reloaded"), ("certificate", "removed_lora_norm"),
+        ("certificate", "merge_error"), ("certificate", "rounding_gap"),
         ("keep_decoder",), ("perplexity", "final"), ("perplexity", "original"),
         ("speed", "final", "prefill_tokens_per_second"), ("train_tokens_per_second", "tune"),
         ("qa", "final", "accuracy_interval", 1),
@@ -52,6 +56,7 @@ def test_no_figure_passes_that_is_not_finite(path, value):
     ("path", "value"),
     [
         (("certificate", "masked_vs_cut"), 0.01), (("certificate", "cut_vs_reloaded"), 0.01),
+        (("certificate", "merge_error"), 1.5), (("certificate", "rounding_gap"), 0.01),
         (("certificate", "removed_lora_norm"), 1e-9), (("keep_decoder",), 0.61), (("keep_decoder",), 0.59),
     ],
 )  # fmt: skip
