@@ -29,7 +29,7 @@ from atp.files import write_json
 from atp.finite import non_finite_figures
 from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
 from atp.models.load import read_model
-from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate
+from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
 from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
@@ -82,6 +82,9 @@ class Run:
         facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped,
                  "skipped_decision_steps": trainer.decisions.finite.skipped}  # fmt: skip
         summary = processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
+        remark = rounding_remark(summary["certificate"])
+        if remark is not None:
+            self.say(remark)
         check_promises(summary)
         return summary
 
