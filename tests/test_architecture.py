@@ -16,12 +16,12 @@ LAYERS = (
     ("atp.compare",),
     ("atp.run", "atp.demo", "atp.scoring"),
     ("atp.training", "atp.baselines", "atp.export", "atp.report", "atp.plan"),
-    ("atp.loading",),
+    ("atp.loading", "atp.folders"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),
     ("atp.config", "atp.unknown_keys"),
     ("atp.masks",),
-    ("atp.errors", "atp.environment", "atp.files", "atp.processes", "atp.reading", "atp.rng"),
+    ("atp.errors", "atp.environment", "atp.files", "atp.locking", "atp.processes", "atp.reading", "atp.rng"),
     ("atp_kernels",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
