@@ -14,6 +14,7 @@ from atp.config import ATPConfig, ModelConfig
 from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
 from atp.errors import InputError
+from atp.files import check_writable
 from atp.masks.space import MaskSpace, SpaceName
 from atp.models.load import read_config, read_model, read_tokenizer
 
@@ -30,6 +31,7 @@ class RunData:
 
 def check_output_dir(folder: Path, *, resume: bool) -> None:
     """Refuses to write into a folder that holds anything, or to resume from one that holds nothing."""
+    check_writable(folder, "output_dir")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file: choose another output_dir")
     filled = folder.is_dir() and any(folder.iterdir())

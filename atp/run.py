@@ -21,7 +21,7 @@ from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.data import Splits, Task
 from atp.environment import versions
-from atp.errors import Interrupted, NotReached
+from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import bars
@@ -29,8 +29,10 @@ from atp.files import write_json
 from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
 from atp.models.load import read_model
 from atp.report import write_report
+from atp.training.arguments import check_trackers
 from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
+from atp.training.memory import less_memory
 from atp.training.metrics import PhaseClock
 from atp.training.precision import autocast_dtype
 from atp.training.profiling import ProfileCallback, format_table
@@ -68,6 +70,10 @@ class Run:
         except KeyboardInterrupt:
             # Outside the training loop, which catches signals itself; what is scored and tuned so far is on disk.
             raise Interrupted(signal.SIGINT, str(newest(self.folder / "checkpoints") or "none yet")) from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"out of memory ({reason(error)}): {less_memory(self.config)}") from error
 
     def _execute(self) -> dict[str, Any]:
         model, tokenizer, data = self._prepare()
@@ -100,6 +106,7 @@ class Run:
 
     def _check_folder(self) -> None:
         check_output_dir(self.folder, resume=self.resume)
+        check_trackers(self.config.training.report_to)
         started_under = self.folder / "config.yaml"
         if started_under.is_file():
             self.config.refuse_change_of(yaml.safe_load(started_under.read_text(encoding="utf-8")))
