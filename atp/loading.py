@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ class RunData:
 
 def check_output_dir(folder: Path, *, resume: bool) -> None:
     """Refuses to write into a folder that holds anything, or to resume from one that holds nothing."""
-    check_writable(folder, "output_dir")
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):  # pathlib raises where a name is too long
         raise InputError(f"output_dir {folder} is a file: choose another output_dir")
+    check_writable(folder, "output_dir")
     filled = folder.is_dir() and any(folder.iterdir())
     if filled and not resume:
         raise InputError(f"output_dir {folder} is not empty: choose another output_dir, or continue it with --resume")

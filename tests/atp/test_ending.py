@@ -220,6 +220,16 @@ def test_the_place_of_scores_is_checked_before_they_are_made(atp, model, texts, 
     assert not (tmp_path / "nope").exists()
 
 
+@pytest.mark.parametrize("option", ["--runs", "--out"])
+def test_the_places_of_an_experiment_are_checked_first(atp, tmp_path, not_scored, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atp.experiments.experiment.load_tokenizer", fail(AssertionError("a model was read")))
+    file = Path(__file__).parents[2] / "experiments" / "stages.yaml"
+    code, err = atp("experiment", file, option, "/proc/foo")
+    assert code == 2 and one_sentence(err) and f"{option} /proc/foo cannot be written into" in err, err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_eval_refuses_an_impossible_seed(atp, model, texts, seed):
     code, err = atp("eval", model, "--suite", texts, "--length", 16, "--seed", seed)
