@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from atp.errors import InputError, reason, shorten
 
 _MARK = ".writing-"
 
@@ -84,6 +88,27 @@ def remove_leftovers(folder: Path) -> None:
     """Removes what a crash left half-written anywhere under a folder."""
     for leftover in list(folder.rglob(f"{_MARK}*")):
         _remove(leftover)
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Refuses a folder that no file can be made in, before work is done for it. Leaves nothing behind.
+
+    folder: need not exist yet. what: the setting that names it. Raises `InputError`.
+    """
+    made: list[Path] = []
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or reason(error)
+        place = shorten(str(folder).replace("\0", "\\0"))
+        raise InputError(f"{what} {place} cannot be written into ({why}): choose another place") from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError, ValueError):
+                path.rmdir()
 
 
 def flush(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from atp.config import ATPConfig, read_yaml
 from atp.errors import InputError, shorten
-from atp.files import remove_leftovers
+from atp.files import check_writable, remove_leftovers
 from atp.locking import LOCK, locked
 
 CONFIG, COMPARISON, INPUTS = "config.yaml", "comparison.yaml", "inputs.json"
@@ -22,8 +23,9 @@ def check_output_dir(folder: Path, *, resume: bool, started: str = CONFIG) -> No
 
     started: the file in which a run or comparison keeps its config.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):  # pathlib raises where a name is too long
         raise InputError(f"output_dir {folder} is a file: choose another output_dir")
+    check_writable(folder, "output_dir")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     filled = {name for name in names if name not in (LOCK, INPUTS) and not name.startswith(".writing-")}
     if filled and not resume:

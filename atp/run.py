@@ -19,7 +19,7 @@ from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.data import Splits, Task
 from atp.environment import versions
-from atp.errors import Interrupted, NotReached
+from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import bars
@@ -29,11 +29,13 @@ from atp.loading import RunData, check_length, load_data, load_model, load_token
 from atp.models.load import read_model
 from atp.report import write_report
 from atp.training import checkpoint as checkpoints
+from atp.training.arguments import check_trackers
 from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
 from atp.training.fingerprints import fingerprints, of_model_folder, refuse_other_inputs
 from atp.training.guards import SignalGuard
 from atp.training.lora_trainer import LoraTrainer
+from atp.training.memory import less_memory
 from atp.training.metrics import PhaseClock
 from atp.training.precision import autocast_dtype
 from atp.training.profiling import ProfileCallback, format_table
@@ -81,6 +83,10 @@ class Run:
                 summary = processes.on_main(self._look) or self._execute()
         except Interrupted as error:
             raise error if error.remedy else Interrupted(error.signum, self._way_on()) from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"out of memory ({reason(error)}): {less_memory(self.config)}") from error
         self._check(summary)
         return summary
 
@@ -104,6 +110,7 @@ class Run:
     def _look(self) -> dict[str, Any] | None:
         """Checks the folder, and holds it where there is one; returns the summary of a run that is finished."""
         check_output_dir(self.folder, resume=self.resume)
+        check_trackers(self.config.training.report_to)
         refuse_inputs_inside(self.config, self.folder)
         if not self.resume:
             return None

@@ -17,7 +17,7 @@ from atp.errors import Interrupted, NotReached
 from atp.experiments.pictures import draw
 from atp.experiments.rows import append_rows, member_row
 from atp.experiments.spec import ExperimentSpec
-from atp.files import write_json
+from atp.files import check_writable, write_json
 from atp.folders import COMPARISON
 from atp.loading import data_settings, load_tokenizer
 from atp.run import scored_tasks
@@ -56,6 +56,7 @@ class Experiment:
         Raises `InputError`, `Interrupted`, and at the end `NotReached` when a run kept no promise (its row stays).
         """
         processes.start()
+        processes.on_main(self._check_places)
         try:
             with SignalGuard(at_once=True):
                 return self._execute()
@@ -90,6 +91,10 @@ class Experiment:
         if broken:
             raise NotReached("; ".join(broken))
         return content
+
+    def _check_places(self) -> None:
+        check_writable(self.runs, "--runs")
+        check_writable(self.out, "--out")
 
     def _write(self, broken: list[str]) -> dict[str, Any]:
         self.out.mkdir(parents=True, exist_ok=True)
