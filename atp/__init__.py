@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from atp.models import register
-from atp_kernels._version import __version__
+from atp.ending import end_interrupted_imports
+
+end_interrupted_imports()  # before the imports that take seconds
+
+from atp.models import register  # noqa: E402
+from atp_kernels._version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from atp.config import ATPConfig

@@ -1,7 +1,11 @@
-"""The `atp` command. Errors are one sentence; exit codes: 0 done, 2 bad input, 3 not reached, 130/143 interrupted."""
+"""The `atp` command. Errors are one sentence.
+
+Exit codes: 0 done, 1 the system refused or something unforeseen, 2 bad input, 3 not reached, 130/143 interrupted.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,10 +18,17 @@ from rich.console import Console
 from rich.table import Table
 
 from atp import processes
-from atp.errors import InputError, Interrupted, NotReached
+from atp.ending import NobodyReads, ending, flush_output, imports_are_done, interrupted
+from atp.errors import InputError, shorten
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise NobodyReads
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-console = Console(quiet=not processes.is_main())
+console = _Console(quiet=not processes.is_main())
 
 _ONE_PROCESS = ("eval", "report", "env")  # in the others of a launcher's processes these have nothing to do
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -88,7 +99,7 @@ def evaluate(
     questions: Annotated[int, typer.Option(min=0, help="Examples of each task; 0 skips them.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences run at once.")] = 8,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the split and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the split and of the bootstrap.")] = 0,
     harness: Annotated[bool, typer.Option("--harness", help="Also run the tasks through lm-eval.")] = False,
     dense: Annotated[
         str | None, typer.Option(help="Scores of the tuned dense model (its --output), for relative performance.")
@@ -100,11 +111,15 @@ def evaluate(
 
     Example: atp eval runs/demo/model --suite health-mini --output scores.json
     """
-    from atp.files import write_json
+    from atp.files import check_writable, write_json
     from atp.scoring import Scoring, flat_scores, score_folder
 
-    if output is not None and output.exists():
-        raise InputError(f"{output} exists already: choose another --output")
+    if output is not None:
+        if os.path.lexists(output):
+            raise InputError(f"{output} exists already: choose another --output")
+        if not output.parent.is_dir():
+            raise InputError(f"folder {output.parent} of --output does not exist: make it, or choose another --output")
+        check_writable(output.parent, "--output")
     if precision not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
     options = Scoring(
@@ -252,22 +267,32 @@ def show(summary: dict) -> None:
 
 
 def main() -> None:
-    """Entry point: turns our own errors into one sentence and an exit code."""
-    if "--debug" not in sys.argv:
+    """Entry point: whatever ends a command ends it with one sentence and an exit code, unless --debug is given."""
+    imports_are_done()
+    debug = "--debug" in sys.argv
+    if not debug:
         # Our own bar and sentences are what the user reads; libraries' bars and notices would tear them apart.
         warnings.simplefilter("ignore")
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
     try:
-        app()
-    except (InputError, NotReached, Interrupted) as error:
-        if "--debug" in sys.argv:
+        code = app(standalone_mode=False, prog_name="atp") or 0
+        sys.stdout.flush()
+        sentence = interrupted()[0] if code == interrupted()[1] else ""
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # `atp` alone
+            error.show()
+            sys.exit(2)
+        sentence, code = ending(error)
+        if debug and sentence:
             raise
-        if not processes.told_by_main(error):
-            where = "" if processes.is_main() else f"process {processes.rank()}: "
-            Console(stderr=True).print(f"{where}error: {error}", markup=False, highlight=False, soft_wrap=True)
-        code = 2 if isinstance(error, InputError) else 3 if isinstance(error, NotReached) else 128 + error.signum
-        sys.exit(code)
+        if processes.told_by_main(error):
+            sentence = ""
+    if sentence:
+        where = "" if processes.is_main() else f"process {processes.rank()}: "
+        Console(stderr=True).print(f"{where}error: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    flush_output()
+    sys.exit(code)
 
 
 def _with_interval(value: float, interval: list[float], digits: int) -> str:
@@ -280,8 +305,8 @@ def _listed(text: str) -> list[str]:
 
 
 def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise InputError(f"seed '{text}' is not a whole number: give for example --seeds 0,1")
+    if not (text.isdecimal() and len(text) < 11 and int(text) < 2**32):
+        raise InputError(f"seed '{shorten(text)}' is not a whole number below 2^32: give for example --seeds 0,1")
     return int(text)
 
 

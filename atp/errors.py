@@ -21,12 +21,15 @@ class NotReached(RuntimeError):
     """The run ended without keeping a promise (budget, certificate, finite losses). Exit code 3."""
 
 
-class Interrupted(RuntimeError):
-    """A signal stopped the run after a checkpoint was written. Exit code 128 + signal number."""
+class Interrupted(BaseException):
+    """A signal stopped the run, which can go on from what it wrote. Exit code 128 + signal number.
 
-    def __init__(self, signum: int, checkpoint: str) -> None:
-        super().__init__(f"interrupted by signal {signum}: continue with --resume (checkpoint {checkpoint})")
-        self.signum = signum
+    Like KeyboardInterrupt it is no Exception: no library on the way may take it for a failure of its own.
+    """
+
+    def __init__(self, signum: int, remedy: str = "") -> None:
+        super().__init__(f"interrupted by signal {int(signum)}: {remedy or 'repeat the command'}")
+        self.signum, self.remedy = signum, remedy
 
 
 def shorten(text: object, limit: int = 200) -> str:

@@ -1,21 +1,32 @@
-"""Files that are whole or not there: written beside their place, flushed, and moved in one step."""
+"""Files and folders that are whole or not there: written beside their place, flushed, and moved in one step."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
 
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text, replacing an earlier file in one step. A crash leaves the old file or the new one."""
-    temporary = path.with_name(f".writing-{path.name}")
+from atp.errors import InputError, reason, shorten
+
+_MARK = ".writing-"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` in one step once the block has ended without an error."""
+    temporary = path.with_name(f"{_MARK}{path.name}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -23,9 +34,81 @@ def write_text(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill that takes the place of `path` once the block has ended without an error.
+
+    Under the name of `path` there is the old folder, for a moment none, or the new one, and never a part of it.
+    """
+    temporary, old = path.with_name(f"{_MARK}{path.name}"), path.with_name(f"{_MARK}old-{path.name}")
+    try:
+        for folder in (temporary, old):
+            _remove(folder)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for entry in (*temporary.rglob("*"), temporary):
+            flush(entry)
+        if path.exists() or path.is_symlink():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    flush(path.parent)
+    _remove(old)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text, replacing an earlier file in one step. A crash leaves the old file or the new one."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, replacing an earlier file in one step."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, replacing an earlier one in one step."""
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of ours, None where the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a crash left half-written anywhere under a folder."""
+    for leftover in list(folder.rglob(f"{_MARK}*")):
+        _remove(leftover)
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Refuses a folder that no file can be made in, before work is done for it. Leaves nothing behind.
+
+    folder: need not exist yet. what: the setting that names it. Raises `InputError`.
+    """
+    made: list[Path] = []
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or reason(error)
+        place = shorten(str(folder).replace("\0", "\\0"))
+        raise InputError(f"{what} {place} cannot be written into ({why}): choose another place") from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError, ValueError):
+                path.rmdir()
 
 
 def flush(path: Path) -> None:
@@ -35,3 +118,10 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,17 +26,6 @@ class RunData:
     train: PackedDataset | RaggedDataset
     calibration: PackedDataset | RaggedDataset
     test: PackedDataset
-
-
-def check_output_dir(folder: Path, *, resume: bool) -> None:
-    """Refuses to write into a folder that holds anything, or to resume from one that holds nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file: choose another output_dir")
-    filled = folder.is_dir() and any(folder.iterdir())
-    if filled and not resume:
-        raise InputError(f"output_dir {folder} is not empty: choose another output_dir, or continue it with --resume")
-    if resume and not filled:
-        raise InputError(f"nothing to resume in {folder}: start the run without --resume")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.progress import Progress
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from atp import processes
 from atp.baselines.dense_lora import PHASE, stock_lora
@@ -21,21 +19,29 @@ from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.data import Splits, Task
 from atp.environment import versions
-from atp.errors import Interrupted, NotReached
+from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import bars
-from atp.files import write_json
+from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
-from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
+from atp.folders import CONFIG, INPUTS, check_output_dir, opened, refuse_inputs_inside, saved_config
+from atp.loading import RunData, check_length, load_data, load_model, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
+from atp.training import checkpoint as checkpoints
+from atp.training.arguments import check_trackers
 from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
+from atp.training.fingerprints import fingerprints, of_model_folder, refuse_other_inputs
+from atp.training.guards import SignalGuard
+from atp.training.lora_trainer import LoraTrainer
+from atp.training.memory import less_memory
 from atp.training.metrics import PhaseClock
 from atp.training.precision import autocast_dtype
 from atp.training.profiling import ProfileCallback, format_table
+from atp.training.resume import inputs_of, refuse_other_config
 from atp.training.trainer import ATPTrainer
 
 BUDGET_TOLERANCE = 0.002
@@ -52,27 +58,43 @@ class Run:
         command: str,
         say: Callable[[str], None] = print,
         profile: bool = False,
+        original: Callable[[dict[str, str]], dict[str, Any] | None] = lambda inputs: None,
     ) -> None:
-        """say prints one line. profile: also trace a few steps of each phase into the run folder's profile/."""
+        """say prints one line. profile: also trace a few steps of each phase into the run folder's profile/.
+
+        original: asked with the fingerprints of the inputs, in the main process and before anything is written, for
+        scores of the original model that somebody has taken already.
+        """
         self.config, self.resume, self.command = config, resume, command
         self.say = say if processes.is_main() else lambda line: None
         self.profile = profile and processes.is_main()
         self.folder = Path(config.output_dir)
+        self.original = original
         self.started = time.perf_counter()
         processes.start()
         self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
 
     def execute(self) -> dict[str, Any]:
-        """Does everything and returns the summary. Raises `InputError`, `NotReached` or `Interrupted`."""
+        """Does what is left to do and returns the summary. Raises `InputError`, `NotReached` or `Interrupted`.
+
+        A run that is finished is left as it is.
+        """
         try:
-            return self._execute()
-        except KeyboardInterrupt:
-            # Outside the training loop, which catches signals itself; what is scored and tuned so far is on disk.
-            raise Interrupted(signal.SIGINT, str(newest(self.folder / "checkpoints") or "none yet")) from None
+            with SignalGuard(at_once=True), ExitStack() as self._open:
+                summary = processes.on_main(self._look) or self._execute()
+        except Interrupted as error:
+            raise error if error.remedy else Interrupted(error.signum, self._way_on()) from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"out of memory ({reason(error)}): {less_memory(self.config)}") from error
+        self._check(summary)
+        return summary
 
     def _execute(self) -> dict[str, Any]:
         model, tokenizer, data = self._prepare()
-        if self.config.evaluation.dense_baseline and "tuned_dense" not in processes.on_main(self._scores):
+        scores = processes.on_main(self._scores)
+        if self.config.evaluation.dense_baseline and not {"tuned_dense", PHASE} <= scores.keys():
             model = self._tune_dense(model, tokenizer, data)
         trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
         del model  # the trainer lets go of the uncut weights at the cut, and nobody else may hold them then
@@ -81,17 +103,41 @@ class Run:
         trainer.export(self.folder)
         facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped,
                  "skipped_decision_steps": trainer.decisions.finite.skipped}  # fmt: skip
-        summary = processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
-        remark = rounding_remark(summary["certificate"])
+        remark = rounding_remark(trainer.certificate)
         if remark is not None:
             self.say(remark)
+        return processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
+
+    def _check(self, summary: dict[str, Any]) -> None:
+        """Raises `NotReached` where the run kept not all it promised; everything is written by then."""
         check_promises(summary)
+
+    def _look(self) -> dict[str, Any] | None:
+        """Checks the folder, and holds it where there is one; returns the summary of a run that is finished."""
+        check_output_dir(self.folder, resume=self.resume)
+        check_trackers(self.config.training.report_to)
+        refuse_inputs_inside(self.config, self.folder)
+        if not self.resume:
+            return None
+        refuse_other_config(self.config, self.folder)
+        self._open.enter_context(opened(self.folder, resume=True))
+        summary = read_json(self.folder / "summary.json")
+        model = of_model_folder(self.folder / "model")
+        if not summary or not model or summary.get("model_sha256") != model:
+            return None
+        if not (self.folder / "report.html").is_file():
+            write_report(self.folder)
+        self.say(f"{self.folder} is finished and left as it is")
         return summary
+
+    def _way_on(self) -> str:
+        if not (self.folder / CONFIG).is_file():
+            return "nothing was written yet, start again"
+        return f"continue with --resume (checkpoint {newest(self.folder / 'checkpoints') or 'none yet'})"
 
     def _prepare(self) -> tuple[nn.Module, PreTrainedTokenizerBase, RunData]:
         """Checks everything before anything is written, then opens the folder and scores the original."""
         config = self.config
-        processes.on_main(self._check_folder)
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
         if any(not task.labels for task in scored_tasks(self.config, data.splits)):
@@ -99,19 +145,28 @@ class Run:
         self.say(data.splits.description)
         model = processes.main_first(lambda: load_model(config.model, config.decisions.space))
         check_length(model, config.data.length)
-        processes.on_main(self._open_folder)
+        self.inputs = fingerprints(model, tokenizer, train=data.train, calibration=data.calibration)
+        self.inputs["test data"] = data.splits.fingerprints["test"]  # questions too, not only what is packed
+        processes.on_main(self._start)
         self._score("original", model, tokenizer, data)
         return model, tokenizer, data
 
-    def _check_folder(self) -> None:
-        check_output_dir(self.folder, resume=self.resume)
-        started_under = self.folder / "config.yaml"
-        if started_under.is_file():
-            self.config.refuse_change_of(yaml.safe_load(started_under.read_text(encoding="utf-8")))
-
-    def _open_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(self.config.dump(), encoding="utf-8")
+    def _start(self) -> None:
+        """Opens the folder and writes what the run is made from; on resume compares it, or raises `InputError`."""
+        original = self.original(self.inputs)
+        if self.resume:
+            known = inputs_of(self.folder)
+            refuse_other_inputs(known or {}, self.inputs)
+            if known is None and self._scores():
+                self.say(f"{self.folder / INPUTS} is missing or damaged: scoring anew")
+                write_json(self.folder / "evaluation.json", {})
+        else:
+            self._open.enter_context(opened(self.folder, resume=False))
+        write_json(self.folder / INPUTS, self.inputs)
+        if saved_config(self.folder) is None:
+            write_text(self.folder / CONFIG, self.config.dump())
+        if original is not None and "original" not in self._scores():
+            self._record(original=original)
 
     def _tune_dense(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> nn.Module:
         self.say("tuning the uncut model with stock LoRA, for comparison")
@@ -121,11 +176,11 @@ class Run:
             tuner = LoraTuner(
                 self.config, stock_lora(model, self.config), data.train, folder, phase=PHASE, callbacks=[bar]
             )
-            quiet(tuner)
+            self._hand_over(tuner)
             tuner.train(resume=self.resume)
         self._score("tuned_dense", tuner.model, tokenizer, data)
         costs = {"seconds": tuner.clock.seconds[PHASE], "tokens_per_second": tuner.clock.rate(PHASE)}
-        processes.on_main(lambda: self._record(PHASE, costs))
+        processes.on_main(lambda: self._record(**{PHASE: costs}))
         return tuner.model.unload()
 
     def _train(self, trainer: ATPTrainer) -> None:
@@ -135,17 +190,27 @@ class Run:
             trainer.add_callback(profile)
         with make_progress() as progress:
             trainer.add_callback(ProgressCallback(phases.of, phases.total, progress))
-            quiet(trainer)
-            trainer.train(resume=processes.on_main(lambda: newest(trainer.checkpoint_root)) is not None)
+            self._hand_over(trainer)
+            begun = processes.on_main(lambda: checkpoints.exist(trainer.checkpoint_root))
+            trainer.train(resume=self.resume and begun)
         if profile.rows:
             self.say(format_table(profile.rows))
+
+    def _hand_over(self, trainer: LoraTrainer) -> None:
+        """Tells a trainer what it trains from and where its sentences go, and leaves the terminal to our own bar."""
+        trainer.inputs, trainer.say = self.inputs, self.say
+        trainer.remove_callback(PrinterCallback)
 
     def _score(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
         """Scores a model once, in the main process; the result is kept in evaluation.json."""
         processes.on_main(lambda: self._score_once(name, model, tokenizer, data))
 
-    def _score_once(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
-        if name in self._scores():
+    def _score_once(
+        self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData, **facts: Any
+    ) -> None:
+        """Scores a model unless that is done; scores of one with other `facts` are made anew."""
+        known = self._scores().get(name)
+        if known is not None and facts.items() <= known.items():
             return
         settings = self.config.evaluation
         with Progress(transient=True) as progress:
@@ -156,26 +221,31 @@ class Run:
                 seed=self.config.seed, autocast=self.autocast,
                 progress=bars(progress, f"scoring the {name.replace('_', ' ')} model"),
             )  # fmt: skip
-        scores |= {"size": model_size(model, torch.float32)}
+        scores |= {"size": model_size(model, torch.float32)} | facts
         if name != "tuned_dense":
             scores["speed"] = throughput(model, autocast=self.autocast)
-        self._record(name, scores)
+        self._record(**{name: scores})
 
-    def _scores(self) -> dict[str, Any]:
+    def _scores(self) -> dict[str, dict[str, Any]]:
         path = self.folder / "evaluation.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        scores = read_json(path)
+        if scores is None and path.exists():
+            self.say(f"{path} is damaged: scoring anew")
+            write_json(path, {})
+        return {name: values for name, values in (scores or {}).items() if isinstance(values, dict)}
 
-    def _record(self, name: str, value: dict[str, Any]) -> None:
+    def _record(self, **values: dict[str, Any]) -> None:
         """Adds to evaluation.json, in the main process."""
-        write_json(self.folder / "evaluation.json", self._scores() | {name: value})
+        write_json(self.folder / "evaluation.json", self._scores() | values)
 
     def _conclude(
         self, tokenizer: PreTrainedTokenizerBase, data: RunData, clock: PhaseClock, facts: dict[str, Any]
     ) -> dict[str, Any]:
         """Scores the exported model, writes summary and report, and returns the summary, `facts` among it."""
         final = read_model(self.folder / "model", dtype=torch.float32)
-        self._score_once("final", final, tokenizer, data)
-        summary = self._summarise(data, clock) | facts
+        model = {"model_sha256": of_model_folder(self.folder / "model")}
+        self._score_once("final", final, tokenizer, data, **model)
+        summary = self._summarise(data, clock) | facts | model
         write_json(self.folder / "summary.json", summary)
         write_report(self.folder)
         return summary
@@ -225,13 +295,6 @@ def scored_tasks(config: ATPConfig, splits: Splits) -> list[Task]:
 def _without_items(scores: dict[str, Any]) -> dict[str, Any]:
     """What anyone would quote; the single items stay in evaluation.json."""
     return {key: value for key, value in scores.items() if key != "items"}
-
-
-def quiet(trainer: Any) -> None:
-    """Leaves the terminal to our own bar."""
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
 
 
 def check_promises(summary: dict[str, Any]) -> None:

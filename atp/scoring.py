@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from atp.config import ATPConfig, ModelConfig
 from atp.data import DataSettings, Example, Task, chat_of, load_recipe, read_examples, tasks_of
 from atp.data.recipes import RECIPES
-from atp.errors import InputError
+from atp.errors import InputError, is_out_of_memory, reason
 from atp.evaluation import evaluate_model, model_size, relative_performance, sliding_windows, throughput
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.harness import check_harness, harness_scores
@@ -50,8 +50,21 @@ class Scoring:
 def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> dict[str, Any]:
     """Perplexity, answers, size and speed of a model: what `evaluate_model` returns, and how it was obtained.
 
-    Raises `InputError` for whatever is wrong with model, suite or options, before the model is run.
+    Raises `InputError` for whatever is wrong with model, suite or options, before the model is run, and when memory
+    runs out.
     """
+    try:
+        return _score_folder(model, options, gguf_file)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        less = [f"--batch-size {options.batch_size // 2}"] if options.batch_size > 1 else []
+        less += [f"--length {options.length // 2}"] if options.length > 3 else []
+        remedy = f"give {' or '.join(less)}" if less else "take a machine with more memory"
+        raise InputError(f"out of memory ({reason(error)}): {remedy}") from error
+
+
+def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[str, Any]:
     source = ModelConfig(path=model, gguf_file=gguf_file)
     tokenizer = load_tokenizer(source)
     check_vocabulary(source, tokenizer)

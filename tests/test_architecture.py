@@ -16,17 +16,28 @@ LAYERS = (
     ("atp.compare",),
     ("atp.run", "atp.demo", "atp.scoring"),
     ("atp.training", "atp.baselines", "atp.export", "atp.report", "atp.plan"),
-    ("atp.loading",),
+    ("atp.loading", "atp.folders"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),
     ("atp.config", "atp.unknown_keys"),
     ("atp.masks",),
-    ("atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.processes", "atp.reading", "atp.rng"),
+    ("atp.ending",),
+    (
+        "atp.errors",
+        "atp.environment",
+        "atp.files",
+        "atp.finite",
+        "atp.locking",
+        "atp.processes",
+        "atp.reading",
+        "atp.rng",
+    ),
     ("atp_kernels",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# `import atp` registers the model class, so that a cut model loads; that is all the package itself may reach for.
-ROOT_MAY_IMPORT = {"atp.models", "atp_kernels"}
+# `import atp` registers the model class, so that a cut model loads, and lets Ctrl-C end the command meanwhile; that is
+# all the package itself may reach for.
+ROOT_MAY_IMPORT = {"atp.models", "atp.ending", "atp_kernels"}
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in PACKAGES

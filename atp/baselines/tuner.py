@@ -44,18 +44,17 @@ class LoraTuner(LoraTrainer):
 
         Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite.
         """
-        path = self._newest() if resume else None
+        path = self._resume_point(resume)
         set_seed(self.config.seed)  # whatever this process drew before must not matter
-        if path is None:
-            self.metrics.rewind(0)
-            step = 0
-        else:
+        step = 0
+        if path is not None:
             state = checkpoints.load(path)
             self._restore(state)
             step = state.step
         if step < self.phases.total:
             with self.signals:
                 self._segment(path)
+            self._end_on_signal()
         else:
             self._load_from_checkpoint(str(path))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -16,11 +17,12 @@ from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.export.card import baseline_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
+from atp.files import write_tensors
 from atp.loading import RunData
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
-from atp.run import Run, check_figures, quiet
+from atp.run import Run, check_figures
 from atp.training.arguments import training_arguments
 from atp.training.callbacks import ProgressCallback, make_progress
 
@@ -28,11 +30,9 @@ from atp.training.callbacks import ProgressCallback, make_progress
 class BaselineRun(Run):
     """One run folder of a baseline; what is chosen, tuned or scored is not done again on resume."""
 
-    def __init__(
-        self, method: str, config: ATPConfig, *, resume: bool, command: str, say: Callable[[str], None] = print
-    ) -> None:
-        """method: a key of `BASELINES`."""
-        super().__init__(config, resume=resume, command=command, say=say)
+    def __init__(self, method: str, config: ATPConfig, **options: Any) -> None:
+        """method: a key of `BASELINES`. options: those of `Run`."""
+        super().__init__(config, **options)
         self.method, self.baseline = method, BASELINES[method]
 
     def _execute(self) -> dict[str, Any]:
@@ -47,10 +47,12 @@ class BaselineRun(Run):
         chosen = processes.on_main(self._scores).get("choice")
         if chosen is not None:
             tuner.clock.add("choose", chosen["seconds"])
-        summary = processes.on_main(lambda: self._conclude(tokenizer, data, tuner.clock, facts))
-        check_certificate(certificate, AT_EXPORT)
+        return processes.on_main(lambda: self._conclude(tokenizer, data, tuner.clock, facts))
+
+    def _check(self, summary: dict[str, Any]) -> None:
+        """A baseline promises no budget, which is as near as its method comes: only that what is scored was trained."""
+        check_certificate(summary["certificate"], AT_EXPORT)
         check_figures(summary)
-        return summary
 
     def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
         """The smaller model; the choice is made once and kept, so that a resumed run tunes the same one."""
@@ -60,14 +62,13 @@ class BaselineRun(Run):
 
     def _choose(self, model: nn.Module, data: RunData) -> Tensor:
         path = self.folder / "choice.safetensors"
-        if path.is_file() and "choice" in self._scores():
-            choice = load_file(path)["choice"]
-        else:
+        choice = _read_choice(path) if "choice" in self._scores() else None
+        if choice is None:
             self.say(f"{self.method}: choosing what to remove from the pretrained model")
             started = time.perf_counter()
             choice = self.baseline.choose(model, data.calibration, self.config)
-            save_file({"choice": choice.contiguous()}, path)
-            self._record("choice", {"seconds": time.perf_counter() - started})
+            write_tensors(path, {"choice": choice.contiguous()})
+            self._record(choice={"seconds": time.perf_counter() - started})
         if isinstance(self.baseline, MaskBaseline):
             save_decisions(self.folder, self.baseline.space_of(model, self.config), choice)
         return choice
@@ -78,7 +79,7 @@ class BaselineRun(Run):
         with make_progress() as progress:
             bar = ProgressCallback(lambda step: self.method, steps, progress)
             tuner = LoraTuner(self.config, wrapped, data.train, self.folder, callbacks=[bar])
-            quiet(tuner)
+            self._hand_over(tuner)
             tuner.train(resume=self.resume)
         return tuner
 
@@ -97,3 +98,11 @@ class BaselineRun(Run):
             return certificate
 
         return processes.on_main(write)
+
+
+def _read_choice(path: Path) -> Tensor | None:
+    """What was chosen, None where the file is missing or damaged: choosing again gives the same."""
+    try:
+        return load_file(path)["choice"]
+    except (OSError, KeyError, SafetensorError):
+        return None

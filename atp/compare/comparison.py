@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from atp.compare.results import results
 from atp.config import ATPConfig
 from atp.data import Splits, load_recipe
 from atp.environment import versions
-from atp.errors import InputError, NotReached
+from atp.errors import InputError, Interrupted, NotReached
 from atp.files import write_json
-from atp.loading import check_output_dir, data_settings, load_tokenizer
+from atp.folders import COMPARISON, check_output_dir
+from atp.loading import data_settings, load_tokenizer
 from atp.run import scored_tasks
+from atp.training.guards import SignalGuard
 
 
 class Comparison:
@@ -49,15 +52,24 @@ class Comparison:
         Raises `InputError`, `Interrupted`, and at the end `NotReached` when a member kept no promise (its row stays).
         """
         processes.start()
-        processes.on_main(lambda: check_output_dir(self.folder, resume=self.resume))
+        try:
+            with SignalGuard(at_once=True):
+                return self._execute()
+        except Interrupted as error:
+            started = (self.folder / COMPARISON).is_file()
+            way_on = "continue with --resume" if started else "nothing was written yet, start again"
+            raise Interrupted(error.signum, way_on) from None
+
+    def _execute(self) -> dict[str, Any]:
+        processes.on_main(lambda: check_output_dir(self.folder, resume=self.resume, started=COMPARISON))
         members = Members(self.config, self.folder, command=self.command, say=self.say)
         splits = processes.main_first(
             lambda: load_recipe(data_settings(members.config, load_tokenizer(self.config.model)))
         )
         broken: dict[str, str] = {}
         content: dict[str, Any] = {}
-        for seed in self.seeds:
-            for arm in self.arms:
+        with members.opened(resume=self.resume):
+            for seed, arm in itertools.product(self.seeds, self.arms):
                 try:
                     members.run(arm, seed)
                 except NotReached as error:

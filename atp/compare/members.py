@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from atp import processes
 from atp.baselines.methods import BASELINES
@@ -17,9 +16,13 @@ from atp.compare.baseline_run import BaselineRun
 from atp.compare.results import Member
 from atp.config import ATPConfig
 from atp.errors import InputError, shorten
-from atp.files import write_json
+from atp.files import read_json, write_json, write_text
+from atp.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
 from atp.run import Run, check_promises
+from atp.training.fingerprints import refuse_other_inputs
 from atp.training.precision import autocast_dtype
+
+_BEHIND_SCORES = ("base weights", "model config", "tokenizer", "test data")  # what the scores of the original hang on
 
 ATP = "atp"
 METHODS = (ATP, *BASELINES)
@@ -56,33 +59,46 @@ class Members:
     """
 
     def __init__(self, config: ATPConfig, folder: Path, *, command: str, say: Callable[[str], None] = print) -> None:
-        """Raises `InputError` where the folder holds members of another config."""
+        """Raises `InputError` where the folder holds members of another config, or the model or its data."""
         self.folder, self.command = folder, command
         self.say = say if processes.is_main() else lambda line: None
         self.config = processes.on_main(lambda: self._common(config))
 
+    @contextmanager
+    def opened(self, *, resume: bool) -> Iterator[None]:
+        """Holds the folder for this run and keeps the common config there. Raises `InputError`."""
+        with ExitStack() as held:
+            processes.on_main(lambda: self._open(held, resume))
+            yield
+
+    def _open(self, held: ExitStack, resume: bool) -> None:
+        held.enter_context(opened(self.folder, resume=resume, started=COMPARISON))
+        if saved_config(self.folder, COMPARISON) is None:
+            write_text(self.folder / COMPARISON, self.config.dump())
+
     def run(self, arm: Arm, seed: int) -> None:
         """Makes the member if it is not there. Raises `InputError`, `Interrupted` and `NotReached`."""
         folder = self.path(arm, seed)
-        finished = processes.on_main(lambda: self.read(arm, seed))
+        finished = processes.on_main(lambda: self._finished(arm, seed))
         if finished is not None:
             if arm.method == ATP:
                 check_promises(finished.summary)
             return
         self.say(f"{arm.name}, seed {seed}")
         config = self.config_of(arm, seed)
-        resume = processes.on_main(lambda: self._share_original(folder))
-        options = {"resume": resume, "command": self.command, "say": self.say}
+        resume = processes.on_main((folder / CONFIG).is_file)
+        options = {"resume": resume, "command": self.command, "say": self.say, "original": self._original(arm)}
         run = Run(config, **options) if arm.method == ATP else BaselineRun(arm.method, config, **options)
         run.execute()
 
+    def _finished(self, arm: Arm, seed: int) -> Member | None:
+        """The member if nothing of it is left to do."""
+        return self.read(arm, seed) if (self.path(arm, seed) / "report.html").is_file() else None
+
     def read(self, arm: Arm, seed: int) -> Member | None:
         """The member if it is finished."""
-        folder = self.path(arm, seed)
-        if not (folder / "summary.json").is_file():
-            return None
-        texts = ((folder / f"{n}.json").read_text(encoding="utf-8") for n in ("summary", "evaluation"))
-        return Member(arm.name, seed, *map(json.loads, texts))
+        files = [read_json(self.path(arm, seed) / f"{name}.json") for name in ("summary", "evaluation")]
+        return None if None in files else Member(arm.name, seed, *files)
 
     def path(self, arm: Arm, seed: int) -> Path:
         """The run folder of a member. What an arm sets to the common value is no part of its name."""
@@ -98,33 +114,33 @@ class Members:
 
     def _common(self, config: ATPConfig) -> ATPConfig:
         """The config of all members but for seed and folder; precision is probed once, or two of them might differ."""
+        refuse_inputs_inside(config, self.folder)
         config = config.model_copy(deep=True)
         config.output_dir = str(self.folder)
         config.data.seed = config.seed if config.data.seed is None else config.data.seed
         config.evaluation.dense_baseline = False
-        path = self.folder / "comparison.yaml"
-        saved = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        saved = saved_config(self.folder, COMPARISON)
         if config.training.precision == "auto":
             probed = "float32" if autocast_dtype("auto") is None else "bfloat16"
             config.training.precision = saved["training"]["precision"] if saved else probed
         if saved:
             config.refuse_change_of(saved)
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(config.dump(), encoding="utf-8")
         return config
 
-    def _share_original(self, folder: Path) -> bool:
-        """Takes the original's scores, the same for all, from the first member that has them.
+    def _original(self, arm: Arm) -> Callable[[dict[str, str]], dict[str, Any] | None]:
+        """Looks among the other members for scores of the original model on the inputs of a member of this arm.
 
-        Returns whether the member's folder holds anything, so that its run goes on from there.
+        Raises `InputError` where the members of this folder were made from other inputs.
         """
-        if folder.is_dir():
-            return any(folder.iterdir())
-        for path in sorted(self.folder.glob("*/evaluation.json")):
-            scores = json.loads(path.read_text(encoding="utf-8"))
-            if "original" in scores:
-                folder.mkdir()
-                write_json(folder / "evaluation.json", {"original": scores["original"]})
-                return True
-        return False
+
+        def look(inputs: dict[str, str]) -> dict[str, Any] | None:
+            if not any(override.startswith(("model.", "data.")) for override in arm.overrides):
+                refuse_other_inputs(read_json(self.folder / INPUTS) or {}, inputs)
+                write_json(self.folder / INPUTS, inputs)
+            for path in sorted(self.folder.glob(f"*/{INPUTS}")):
+                theirs, scores = read_json(path) or {}, read_json(path.with_name("evaluation.json")) or {}
+                if "original" in scores and all(theirs.get(name) == inputs[name] for name in _BEHIND_SCORES):
+                    return scores["original"]
+            return None
+
+        return look

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ from atp.compare.members import Members
 from atp.compare.results import Member, results
 from atp.data import Task, load_recipe
 from atp.environment import device_name, versions
-from atp.errors import NotReached
+from atp.errors import Interrupted, NotReached
 from atp.experiments.pictures import draw
 from atp.experiments.rows import append_rows, member_row
 from atp.experiments.spec import ExperimentSpec
-from atp.files import write_json
+from atp.files import check_writable, write_json
+from atp.folders import COMPARISON
 from atp.loading import data_settings, load_tokenizer
 from atp.run import scored_tasks
+from atp.training.guards import SignalGuard
 
 
 class Experiment:
@@ -52,6 +56,14 @@ class Experiment:
         Raises `InputError`, `Interrupted`, and at the end `NotReached` when a run kept no promise (its row stays).
         """
         processes.start()
+        processes.on_main(self._check_places)
+        try:
+            with SignalGuard(at_once=True):
+                return self._execute()
+        except Interrupted as error:
+            raise Interrupted(error.signum, "the same command goes on from here") from None
+
+    def _execute(self) -> dict[str, Any]:
         self._members = {
             d: Members(c, self.runs / d, command=self.command, say=self.say) for d, c in self.configs.items()
         }
@@ -66,17 +78,23 @@ class Experiment:
                 members.config_of(arm, 0)  # a wrong setting is found before the first run
         broken: list[str] = []
         content: dict[str, Any] = {}
-        for seed in self.seeds:
-            for domain, members in self._members.items():
-                for label, arm in self.arms.items():
-                    try:
-                        members.run(arm, seed)
-                    except NotReached as error:
-                        broken.append(f"{domain}, {label}, seed {seed}: {error}")
-                    content = processes.on_main(lambda: self._write(broken))
+        with ExitStack() as folders:
+            for members in self._members.values():
+                resume = processes.on_main((members.folder / COMPARISON).exists)
+                folders.enter_context(members.opened(resume=resume))
+            for seed, domain, (label, arm) in itertools.product(self.seeds, self._members, self.arms.items()):
+                try:
+                    self._members[domain].run(arm, seed)
+                except NotReached as error:
+                    broken.append(f"{domain}, {label}, seed {seed}: {error}")
+                content = processes.on_main(lambda: self._write(broken))
         if broken:
             raise NotReached("; ".join(broken))
         return content
+
+    def _check_places(self) -> None:
+        check_writable(self.runs, "--runs")
+        check_writable(self.out, "--out")
 
     def _write(self, broken: list[str]) -> dict[str, Any]:
         self.out.mkdir(parents=True, exist_ok=True)

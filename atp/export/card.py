@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from atp.config import ATPConfig
 
-_USAGE = """```python
+_USAGE = """Its layers differ in width, so transformers needs the class that package `atp-kernels` registers. Without it
+loading fails with "model type `atp_llama` ... Transformers does not recognize this architecture", and upgrading
+transformers does not help.
+
+```python
 import atp  # registers the per-layer model class
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+Start a tool that loads the folder itself after `import atp`; lm-eval, for example:
+
+```sh
+python -c "import atp, lm_eval.__main__ as tool; tool.cli_evaluate()" --model hf \\
+    --model_args pretrained=path/to/this/folder --tasks arc_easy
 ```
 
 The licence of the source model and of the data applies to this model too.

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.config import ATPConfig
 from atp.errors import NotReached
 from atp.export.card import adapter_card, base_card
-from atp.files import write_json, write_text
+from atp.files import whole_folder, write_json, write_tensors, write_text
 from atp.finite import first_non_finite
 from atp.masks.space import MaskSpace
 from atp.removal import base_of, certify_export, merge_adapter, reference_logits
@@ -23,7 +22,7 @@ from atp.removal.certify import dtype_name
 
 def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
     """Writes decisions.safetensors (the flat mask) and decisions.json (kept indices a layer)."""
-    save_file({"mask": mask.to(torch.uint8)}, folder / "decisions.safetensors", metadata={"space": space.name})
+    write_tensors(folder / "decisions.safetensors", {"mask": mask.to(torch.uint8)}, {"space": space.name})
     layer = space.layer(0)
     content = {"space": space.name, "sizes": {s.name: s.size for s in layer}, "layers": space.kept_indices(mask)}
     write_json(folder / "decisions.json", content)
@@ -54,15 +53,17 @@ def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerB
     """Saves the unmerged base/ and the adapter/ that belongs to it under `folder`: together they are model/."""
     base, adapter = folder / "base", folder / "adapter"
     _save(base_of(model), base, tokenizer, base_card(config))
-    model.save_pretrained(adapter, safe_serialization=True)
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    settings["target_modules"].sort()  # PEFT writes a set in the order of its hashes
-    write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": str(base)})
-    write_text(adapter / "README.md", adapter_card(config))
+    with whole_folder(adapter) as writing:
+        model.save_pretrained(writing, safe_serialization=True)
+        settings = json.loads((writing / "adapter_config.json").read_text(encoding="utf-8"))
+        settings["target_modules"].sort()  # PEFT writes a set in the order of its hashes
+        write_json(writing / "adapter_config.json", settings | {"base_model_name_or_path": str(base)})
+        write_text(writing / "README.md", adapter_card(config))
 
 
 def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: str) -> None:
-    model.save_pretrained(folder, safe_serialization=True)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    write_text(folder / "README.md", card)
+    with whole_folder(folder) as writing:
+        model.save_pretrained(writing, safe_serialization=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(writing)
+        write_text(writing / "README.md", card)

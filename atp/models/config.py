@@ -1,6 +1,7 @@
 """Config of a Llama or Mistral model whose layers differ in width."""
 
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -37,6 +38,9 @@ class ATPLlamaConfig(LlamaConfig):
     """
 
     model_type = "atp_llama"
+    # TRL reads it of every class that transformers does not bring along. Empty rather than None, which transformers
+    # searches; no field, so that config.json has it only where there is something in it.
+    auto_map = MappingProxyType({})
 
     layer_shapes: list[dict[str, Any]] | None = None
     sliding_window: int | None = None

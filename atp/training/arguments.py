@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, integrations
 
 from atp.config import ATPConfig
+from atp.errors import InputError, shorten
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses `training.report_to` where transformers knows no tracker of a name, or its package is missing."""
+    known = integrations.INTEGRATION_TO_CALLBACK
+    available = integrations.get_available_reporting_integrations()
+    for name in names:
+        if name in ("all", "none") and len(names) == 1:
+            continue
+        if name not in known:
+            raise InputError(
+                f"training.report_to: there is no tracker '{shorten(name)}': use some of {', '.join(sorted(known))}"
+            )
+        if name not in available:
+            raise InputError(
+                f"training.report_to: tracker '{name}' is not installed: install its package or leave it out"
+            )
 
 
 def training_arguments(config: ATPConfig) -> TrainingArguments:

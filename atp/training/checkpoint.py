@@ -1,15 +1,15 @@
 """Atomic checkpoints without pickle: one safetensors file, one JSON file, a pointer to the newest.
 
 A checkpoint is written to a temporary folder, flushed, renamed, and only then named in LATEST, so that a crash at any
-point leaves the last complete one usable.
+point leaves the last complete one usable. Each of its files has a checksum, and one that does not match is not read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 
-from atp.errors import InputError, NotReached
-from atp.files import flush, write_text
+from atp.errors import InputError, NotReached, shorten
+from atp.files import remove_leftovers, whole_folder, write_text
 from atp.finite import first_non_finite
 
 LATEST = "LATEST"
@@ -56,26 +56,21 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         )
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"{_PREFIX}{checkpoint.step:08d}"
-    temporary = root / f".writing-{checkpoint.step:08d}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     # safetensors refuses shared or strided storage; clones are small (adapter, moments, generator).
-    save_file({n: t.detach().cpu().contiguous().clone() for n, t in checkpoint.tensors.items()}, temporary / _TENSORS)
-    (temporary / _TRAINER).write_text(checkpoint.trainer_state, encoding="utf-8")
-    digests = {name: _digest(temporary / name) for name in (_TENSORS, _TRAINER)}
-    meta = {"step": checkpoint.step, "sha256": digests, "values": checkpoint.meta}
-    (temporary / _META).write_text(json.dumps(meta), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in checkpoint.tensors.items()}
+    with whole_folder(final) as folder:
+        save_file(tensors, folder / _TENSORS)
+        (folder / _TRAINER).write_text(checkpoint.trainer_state, encoding="utf-8")
+        digests = {name: _digest(folder / name) for name in (_TENSORS, _TRAINER)}
+        meta = json.loads(json.dumps({"step": checkpoint.step, "sha256": digests, "values": checkpoint.meta}))
+        (folder / _META).write_text(json.dumps(meta | {"checksum": _checksum(meta)}), encoding="utf-8")
     write_text(root / LATEST, final.name + "\n")
-    _prune(root, final, keep)
+    _prune(root, checkpoint.step, keep)
     return final
 
 
 def load(folder: Path) -> Checkpoint:
-    """Reads a complete checkpoint. Raises `InputError` when it is torn."""
+    """Reads a complete checkpoint. Raises `InputError` when it is damaged."""
     problem = _problem(folder)
     if problem:
         raise InputError(f"checkpoint {folder} is damaged ({problem}): resume from an older one or start again")
@@ -84,16 +79,41 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(meta["step"], load_file(folder / _TENSORS), meta["values"], trainer_state)
 
 
+def read_values(folder: Path) -> dict[str, Any]:
+    """The JSON-able values of an intact checkpoint."""
+    return json.loads((folder / _META).read_text(encoding="utf-8"))["values"]
+
+
 def newest(root: Path) -> Path | None:
     """The newest complete checkpoint under root: the one LATEST names, else the last one that is intact."""
-    if not root.is_dir():
-        return None
-    folders = sorted((p for p in root.glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
-    pointer = root / LATEST
-    if pointer.is_file():
-        named = root / pointer.read_text(encoding="utf-8").strip()
-        folders = sorted(folders, key=lambda p: p != named)
-    return next((folder for folder in folders if _problem(folder) is None), None)
+    return next((folder for folder in _candidates(root) if _problem(folder) is None), None)
+
+
+def exist(root: Path) -> bool:
+    """Whether a run has written checkpoints under root, intact or not."""
+    return (root / LATEST).exists() or bool(_candidates(root))
+
+
+def resume_point(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, None where none was written yet; says which damaged ones it passes over.
+
+    Raises `InputError` when there are checkpoints and none is intact.
+    """
+    passed = []
+    if (root / LATEST).exists() and _named(root) is None:
+        passed.append(f"{LATEST} names no checkpoint")
+    for folder in _candidates(root):
+        problem = _problem(folder)
+        if problem is None:
+            for reason in passed:
+                say(f"damaged in {root}: {reason}; going on from {folder.name}")
+            return folder
+        passed.append(f"{folder.name}, {problem}")
+    if passed:
+        raise InputError(
+            f"no checkpoint in {root} is intact ({shorten('; '.join(passed))}): start again in another output_dir"
+        )
+    return None
 
 
 def trainer_state_json(state: TrainerState) -> str:
@@ -123,24 +143,54 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None where it is just as it was written."""
     for name in (_TENSORS, _META, _TRAINER):
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return f"{_META} is not JSON"
-    if not isinstance(meta.get("sha256"), dict):
-        return f"{_META} has no checksums"
-    torn = [name for name in (_TENSORS, _TRAINER) if meta["sha256"].get(name) != _digest(folder / name)]
-    return f"{torn[0]} does not match its checksum" if torn else None
+        if meta.pop("checksum") != _checksum(meta):
+            return f"{_META} does not match its checksum"
+        torn = [name for name in (_TENSORS, _TRAINER) if meta["sha256"][name] != _digest(folder / name)]
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return f"{_META} is not what was written"
+    if torn:
+        return f"{torn[0]} does not match its checksum"
+    return None if folder.name == f"{_PREFIX}{meta['step']:08d}" else f"{_META} is of step {meta['step']}"
 
 
-def _prune(root: Path, newest: Path, keep: int) -> None:
-    """Removes what a crash left half-written and all but `keep` checkpoints, never the one just written."""
-    for leftover in root.glob(".writing-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    folders = sorted((p for p in root.glob(f"{_PREFIX}*") if p.is_dir()), key=lambda p: (p == newest, p.name))
-    for folder in folders[:-keep]:
+def _candidates(root: Path) -> list[Path]:
+    """Checkpoint folders, the one that LATEST names first, then from the highest step down."""
+    folders = sorted((p for p in root.glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
+    named = _named(root)
+    return sorted(folders, key=lambda folder: folder != named)
+
+
+def _named(root: Path) -> Path | None:
+    """The folder that LATEST names, if it is there."""
+    try:
+        named = (root / LATEST).read_text(encoding="utf-8").strip()
+        folder = root / named
+        return folder if named.startswith(_PREFIX) and folder.parent == root and folder.is_dir() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Removes what a crash left half-written and all but the last `keep` checkpoints up to `step`.
+
+    Those of later steps are of a run that went another way or damaged: this one has just come from before them.
+    """
+    remove_leftovers(root)
+    last = f"{_PREFIX}{step:08d}"
+    folders = sorted(p for p in root.glob(f"{_PREFIX}*") if p.is_dir())
+    earlier = [folder for folder in folders if folder.name <= last]
+    for folder in {*folders} - {*earlier[-keep:]}:
         shutil.rmtree(folder)

@@ -1,40 +1,60 @@
-"""What keeps a run safe: signals end it with a checkpoint, non-finite gradients never reach the weights."""
+"""What keeps a run safe: signals end it so that it can go on, non-finite gradients never reach the weights."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 
-from atp.errors import NotReached
+from atp.errors import Interrupted, NotReached
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SignalGuard:
-    """Turns the first SIGINT or SIGTERM inside a with block into a flag; a second one acts as usual."""
+    """Ends a with block on the first SIGINT, SIGTERM or SIGHUP; a second one acts as it would without any guard.
 
-    def __init__(self) -> None:
+    at_once: raise `Interrupted` wherever the block is; without it the signal only sets `received`, and the block looks
+    there. Guards nest, and the innermost acts. Outside the main thread, which alone handles signals, it does nothing.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.received: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._note)
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            for signum in _SIGNALS:
+                # nohup ignores SIGHUP so that a run outlives its terminal.
+                if not (signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN):
+                    self._previous[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        self._restore(lambda signum, handler: handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
-        self._restore()
+        self._restore(_usual)
+        if self.at_once:
+            raise Interrupted(signum)
 
-    def _restore(self) -> None:
+    def _restore(self, which: Callable[[int, Any], Any]) -> None:
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, which(signum, handler))
         self._previous.clear()
+
+
+def _usual(signum: int, handler: Any) -> Any:
+    """The handler from before the outermost guard."""
+    guard = getattr(handler, "__self__", None)
+    return _usual(signum, guard._previous[signum]) if isinstance(guard, SignalGuard) else handler
 
 
 class FiniteGuard:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import align_special_tokens
 
 from atp import processes
 from atp.config import ATPConfig
@@ -21,7 +22,9 @@ from atp.models.attention import use_training_attention
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import training_arguments
 from atp.training.callbacks import ClockCallback, PhaseCallback
-from atp.training.checkpoint import Checkpoint
+from atp.training.checkpoint import Checkpoint, resume_point
+from atp.training.decision_state import prefixed
+from atp.training.fingerprints import fingerprints, refuse_other_inputs
 from atp.training.guards import FiniteGuard, SignalGuard
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
@@ -56,6 +59,8 @@ class LoraTrainer(Trainer):
         self.clock = PhaseClock()
         self.finite = FiniteGuard(config.training.max_bad_steps)
         self.signals = SignalGuard()
+        self.inputs: dict[str, str] | None = None  # fingerprints of what is trained from; taken in `train` if not given
+        self.say: Callable[[str], None] = print if processes.is_main() else lambda line: None
         processes.start()
         self.autocast_dtype = processes.on_main(lambda: autocast_dtype(config.training.precision))
         refuse_weights(model)
@@ -75,21 +80,41 @@ class LoraTrainer(Trainer):
 
     def _bind(self, model: PeftModel) -> None:
         """Makes a model ready to be trained."""
+        if self.processing_class is not None:
+            # Trainer does so when it trains; a model that has nothing left to train is exported with the same config.
+            align_special_tokens(model, self.processing_class)
         use_training_attention(model)
         if self.config.training.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
 
+    def _resume_point(self, resume: bool) -> Path | None:
+        """The checkpoint that training goes on from, None for a start from step 0; says what is not as expected.
+
+        Raises `InputError` when there are checkpoints and none is intact.
+        """
+        if self.inputs is None:
+            self.inputs = fingerprints(self.model, self.processing_class, **self._samples())
+        path = processes.on_main(lambda: resume_point(self.checkpoint_root, self.say)) if resume else None
+        if path is None:
+            self.metrics.rewind(0)
+        return path
+
+    def _samples(self) -> dict[str, Dataset]:
+        """The data sets that training reads, by split."""
+        return {"train": self.train_dataset}
+
     def _segment(self, path: Path | None) -> None:
-        """Trainer's loop, from a checkpoint if there is one, until it ends. Raises `Interrupted` after a signal."""
+        """Trainer's loop, from a checkpoint if there is one, until it ends."""
         super().train(resume_from_checkpoint=str(path) if path else None)
         self.check_steps()
-        if self.signals.received is not None:
-            raise Interrupted(self.signals.received, str(self._newest()))
 
-    def _newest(self) -> Path | None:
-        """The newest complete checkpoint, the same for all processes."""
-        return processes.on_main(lambda: checkpoints.newest(self.checkpoint_root))
+    def _end_on_signal(self) -> None:
+        """Raises `Interrupted` if one of the processes got a signal; the checkpoint is written by then."""
+        self.signals.received = processes.largest(self.signals.received or 0) or None
+        if self.signals.received is not None:
+            newest = processes.on_main(lambda: checkpoints.newest(self.checkpoint_root))
+            raise Interrupted(self.signals.received, f"continue with --resume (checkpoint {newest})")
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch; returns its share of the step's mean loss a token, without regularizer, scalar float32.
@@ -171,21 +196,25 @@ class LoraTrainer(Trainer):
             "processes": processes.count(),
             "precision": "float32" if self.autocast_dtype is None else "bfloat16",
             "scheduler": self.lr_scheduler.state_dict(),
+            "inputs": self.inputs,
         }
         return Checkpoint(self.state.global_step, tensors, meta, checkpoints.trainer_state_json(self.state))
 
     def _restore(self, state: Checkpoint) -> None:
-        """Brings what is not a tensor of the loop to the checkpoint. Raises `InputError` under a changed config."""
+        """Brings what is no tensor of the loop to the checkpoint. Raises `InputError` under other config or inputs."""
         self.config.refuse_change_of(state.meta["config"])
         if state.meta["processes"] != processes.count():
             raise InputError(
                 f"the run has {state.meta['processes']} processes and is resumed in {processes.count()}, which would "
                 "read other samples per step: resume it in as many as before"
             )
+        refuse_other_inputs(state.meta.get("inputs") or {}, self.inputs)
         self.clock.load(state.meta["clock"])
         self.finite.restore(state.meta["finite"])
         self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
-        self.metrics.rewind(state.step)
+        damaged = self.metrics.rewind(state.step)
+        if damaged:
+            self.say(f"{self.metrics.path}: {damaged} damaged line(s) left out")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = checkpoints.load(Path(resume_from_checkpoint)).part("model")
@@ -208,8 +237,3 @@ class LoraTrainer(Trainer):
             torch.set_rng_state(rng["cpu"])
             if "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"], self.args.device)
-
-
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under `prefix.name`."""
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atp import processes
+from atp.files import write_text
 
 
 class MetricsLog:
@@ -18,12 +19,20 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, step: int) -> None:
-        """Keeps the records up to and including `step`."""
+    def rewind(self, step: int) -> int:
+        """Keeps the records up to and including `step`; returns how many lines were no records and are gone."""
         if not processes.is_main() or not self.path.is_file():
-            return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            return 0
+        kept, damaged = [], 0
+        for line in self.path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+                if int(record["step"]) <= step:
+                    kept.append(json.dumps(record) + "\n")
+            except (ValueError, TypeError, KeyError, RecursionError):
+                damaged += 1
+        write_text(self.path, "".join(kept))
+        return damaged
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record."""

@@ -7,7 +7,6 @@ by its name for matrix products and fused attention, and in the backward pass by
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,8 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from atp.files import whole_file, write_json, write_text
 
 HEADINGS = ("matmul", "attention", "norm", "loss", "optimizer", "masks", "data", "other")
 _MARK = "atp::"
@@ -125,11 +126,12 @@ class ProfileCallback(TrainerCallback):
     def _write(self, phase: str, steps: int, finished: profile) -> None:
         wall = (time.perf_counter() - self._since) / steps
         self.folder.mkdir(parents=True, exist_ok=True)
-        finished.export_chrome_trace(str(self.folder / f"{phase}.json.gz"))
+        with whole_file(self.folder / f"{phase}.json.gz") as trace:
+            finished.export_chrome_trace(str(trace))
         self.rows[phase] = {name: seconds / steps for name, seconds in step_table(finished.events()).items()}
         self.rows[phase]["wall"] = wall
-        (self.folder / "table.json").write_text(json.dumps(self.rows, indent=2) + "\n", encoding="utf-8")
-        (self.folder / "table.txt").write_text(format_table(self.rows), encoding="utf-8")
+        write_json(self.folder / "table.json", self.rows)
+        write_text(self.folder / "table.txt", format_table(self.rows))
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:

@@ -39,8 +39,10 @@ from atp.removal.refit import refit
 from atp.training import checkpoint as checkpoints
 from atp.training.certificate import at_cut, at_freeze, masked_logits, write_certificate
 from atp.training.checkpoint import Checkpoint
+from atp.training.decision_state import decision_tensors, prefixed, restore_decisions
 from atp.training.decisions import DecisionMaker, frozen
-from atp.training.lora_trainer import LoraTrainer, prefixed
+from atp.training.fingerprints import fingerprints
+from atp.training.lora_trainer import LoraTrainer
 from atp.training.loss import causal_lm_loss
 from atp.training.order import run_order
 from atp.training.phases import Phases
@@ -92,7 +94,10 @@ class ATPTrainer(LoraTrainer):
         data = load_data(config, tokenizer)
         model = load_model(config.model, config.decisions.space)
         check_length(model, config.data.length)
-        return cls(config, model, data.train, data.calibration, tokenizer=tokenizer, callbacks=callbacks)
+        inputs = fingerprints(model, tokenizer, train=data.train, calibration=data.calibration)
+        trainer = cls(config, model, data.train, data.calibration, tokenizer=tokenizer, callbacks=callbacks)
+        trainer.inputs = inputs  # those of the model as it was loaded
+        return trainer
 
     # The run, phase by phase
 
@@ -102,7 +107,7 @@ class ATPTrainer(LoraTrainer):
         Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite or
         the cut changes the model.
         """
-        path = self._newest() if resume else None
+        path = self._resume_point(resume)
         if resume and path is None:
             raise InputError(f"nothing to resume: {self.checkpoint_root} holds no complete checkpoint")
         self._restore(checkpoints.load(path)) if path else self._start()
@@ -110,10 +115,16 @@ class ATPTrainer(LoraTrainer):
         with self.signals:
             if step < self.phases.cut_step:
                 self._segment(path)
-                path = self._cut()
-                step = self.phases.cut_step
+                # A signal in the last step before the cut is answered after it: there is no checkpoint between them.
+                if self.state.global_step < self.phases.cut_step:
+                    self._end_on_signal()
+                path, step = self._cut(), self.phases.cut_step
+                self._end_on_signal()
             if step < self.phases.total:
                 self._segment(path)
+            else:
+                self._load_from_checkpoint(str(path))
+        self._end_on_signal()
 
     def export(self, folder: str | Path) -> dict[str, Any]:
         """Writes model/, the decisions and certificate.json under `folder`; returns the certificate.
@@ -328,6 +339,9 @@ class ATPTrainer(LoraTrainer):
 
     # Data, optimizer, records
 
+    def _samples(self) -> dict[str, Dataset]:
+        return {**super()._samples(), "calibration": self.calibration_dataset}
+
     def _calibration_batch(self, index: int, size: int) -> dict[str, Tensor]:
         order = run_order(self.calibration_dataset, size, 0, self.config.seed + 1)
         with scope("data"):
@@ -356,11 +370,7 @@ class ATPTrainer(LoraTrainer):
 
     def _checkpoint(self) -> Checkpoint:
         state = super()._checkpoint()
-        state.tensors.update(prefixed("generator", self.decisions.generator.state_dict()))
-        names = [n for n, _ in self.decisions.generator.named_parameters()]
-        moments = checkpoints.optimizer_tensors(self.decisions.optimizer, names)
-        state.tensors.update(prefixed("decision_optimizer", moments))
-        state.tensors.update({"mask": self.decisions.mask, "rng.decision": self.decisions.noise.get_state()})
+        state.tensors.update(decision_tensors(self.decisions))
         weights = dict(self._decoder.named_parameters())
         state.tensors.update(prefixed("refit", {name: weights[name] for name in self.refitted}))
         if self.gates is not None:
@@ -373,15 +383,8 @@ class ATPTrainer(LoraTrainer):
     def _restore(self, state: Checkpoint) -> None:
         """Brings generator, decisions, certificate and records to the checkpoint; cuts the model when it was cut."""
         super()._restore(state)
-        generator = state.part("generator")
-        self._make_decisions(generator["prior"])
-        self.decisions.generator.load_state_dict(generator)
-        names = [n for n, _ in self.decisions.generator.named_parameters()]
-        checkpoints.load_optimizer_tensors(self.decisions.optimizer, names, state.part("decision_optimizer"))
-        self.decisions.noise.set_state(state.tensors["rng.decision"])
-        self.decisions.mask = state.tensors["mask"].bool()
-        self.decisions.frozen = state.meta["frozen"]
-        self.decisions.finite.restore(state.meta["finite_decisions"])
+        self._make_decisions(state.tensors["generator.prior"])
+        restore_decisions(self.decisions, state)
         self.certificate = state.meta["certificate"]
         if "masked_vs_cut" in self.certificate:
             self._become_cut()

@@ -1,17 +1,26 @@
 """The tasks for lm-eval: their files fit our tasks, and lm-eval agrees with our scores item by item."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from tiny_scored import LABELS
+from tiny_scored import LABELS, tiny_model
 
 import atp.data.tasks
+from atp.config import ATPConfig
 from atp.data.splits import Example
 from atp.data.tasks import PUBMEDQA, XSUM, Task
 from atp.errors import InputError
 from atp.evaluation import evaluate_model, sliding_windows
 from atp.evaluation.harness import TEMPLATES, check_harness, harness_scores, write_tasks
+from atp.export.card import model_card
+from atp.models import ATPLlamaConfig, ATPLlamaForCausalLM
 
 TASKS = [value for value in vars(atp.data.tasks).values() if isinstance(value, Task)]
 
@@ -44,11 +53,43 @@ def test_written_folder_binds_file_and_task(tmp_path):
 
 
 def test_missing_package_names_the_remedy(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match="pip install 'lm-eval"):
         check_harness()
+
+
+def shell_block(text):
+    """The one command in the ```sh block of a Markdown text."""
+    (block,) = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    return shlex.split(block.replace("\\\n", " "))
+
+
+@pytest.mark.slow
+def test_the_documented_command_scores_a_cut_model(tmp_path, tokenizer):
+    """As docs/evaluation.md has it, in the folder that its Python block leaves, on a model that only we can load."""
+    pytest.importorskip("lm_eval")
+    layer = {"num_attention_heads": 2, "num_key_value_heads": 1, "qk_pairs": [0, 3], "v_head_dim": 5,
+             "intermediate_size": 24}  # fmt: skip
+    sizes = tiny_model().config
+    config = ATPLlamaConfig(
+        vocab_size=sizes.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, layer_shapes=[layer],
+    )  # fmt: skip
+    ATPLlamaForCausalLM(config).save_pretrained(tmp_path / "cut")
+    tokenizer.save_pretrained(tmp_path / "cut")
+    (tmp_path / "tasks").mkdir()
+    write_tasks([Example("a", "is it ?", " yes", "yes", "pubmedqa")], [PUBMEDQA], tmp_path / "tasks")
+    root = Path(__file__).parents[3]
+    python, *arguments = shell_block((root / "docs" / "evaluation.md").read_text(encoding="utf-8"))
+    assert python == "python"
+    arguments = [argument.replace("FOLDER", "cut") for argument in arguments]
+    environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and re.search(r"\|atp_pubmedqa *\|.*\|acc ", done.stdout), done.stderr[-2000:]
+    card = model_card(ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o"}), 2, 1)
+    assert shell_block(card)[:5] == [python, *arguments[:4]], "the model's own README starts it in the same way"
 
 
 def test_lm_eval_agrees_item_by_item(model, tokenizer, examples):

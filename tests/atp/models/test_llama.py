@@ -110,6 +110,7 @@ def test_save_and_reload_is_identical(tmp_path, tied):
     }
     ids = tokens()
     assert torch.equal(reloaded(ids).logits, model(ids).logits)
+    assert "AutoModelForCausalLM" not in AutoConfig.from_pretrained(tmp_path).auto_map, "TRL asks it so, given a path"
     decoder = AutoModel.from_pretrained(tmp_path)
     assert type(decoder) is ATPLlamaModel
     assert torch.equal(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)

@@ -2,13 +2,23 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 
+from atp import files
 from atp.errors import InputError
 from atp.training import checkpoint as checkpoints
-from atp.training.checkpoint import Checkpoint, load, load_optimizer_tensors, newest, optimizer_tensors, save
+from atp.training.checkpoint import (
+    Checkpoint,
+    load,
+    load_optimizer_tensors,
+    newest,
+    optimizer_tensors,
+    resume_point,
+    save,
+)
 
 
 def state(step):
@@ -75,18 +85,23 @@ def test_same_step_is_replaced(tmp_path):
     assert torch.equal(load(newest(tmp_path)).tensors["model.a"], again.tensors["model.a"])
 
 
-@pytest.mark.parametrize("victim", ["save_file", "_digest", "flush", "write_text", "_prune"])
+@pytest.mark.parametrize(
+    ("module", "victim"),
+    [(checkpoints, "save_file"), (checkpoints, "_digest"), (files, "flush"), (checkpoints, "write_text"),
+     (checkpoints, "_prune")],
+)  # fmt: skip
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_crash_while_saving_leaves_a_complete_newest(tmp_path, monkeypatch, victim, keep):
+def test_a_crash_while_saving_leaves_a_complete_newest(tmp_path, monkeypatch, module, victim, keep):
     save(tmp_path, state(1), keep=keep)
 
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, victim, crash)
+    monkeypatch.setattr(module, victim, crash)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, state(2), keep=keep)
     monkeypatch.undo()
+    assert not list(tmp_path.glob(".writing-*"))
     survivor = load(newest(tmp_path))
     assert survivor.step == (2 if victim == "_prune" else 1)
     save(tmp_path, state(2), keep=keep)
@@ -159,6 +174,108 @@ def test_nothing_to_resume(tmp_path):
     save(tmp_path, state(1), keep=1)
     tear(tmp_path / "checkpoint-00000001" / "state.safetensors")
     assert newest(tmp_path) is None
+
+
+def forge(path):
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"values": meta["values"] | {"clock": {"search": 9.0}}}))
+
+
+def binary(path):
+    path.write_bytes(b"\xff\xfe\x00\x80")
+
+
+def swap_steps(path):
+    other = path.parents[1] / "checkpoint-00000001" / path.name
+    mine, theirs = path.read_bytes(), other.read_bytes()
+    path.write_bytes(theirs)
+    other.write_bytes(mine)
+
+
+@pytest.mark.parametrize("name", ["state.json", "trainer_state.json", "state.safetensors"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        binary, tear, os.remove,
+        *(lambda path, text=text: path.write_text(text) for text in ("[]", "null", "3", '"x"', "{}", "[" * 100_000)),
+    ],
+)  # fmt: skip
+def test_whatever_the_damage_the_checkpoint_before_is_used_and_named(tmp_path, name, damage):
+    for step in (1, 2):
+        save(tmp_path, state(step), keep=3)
+    damage(tmp_path / "checkpoint-00000002" / name)
+    said = []
+    assert load(resume_point(tmp_path, said.append)).step == 1
+    assert len(said) == 1 and "checkpoint-00000002" in said[0] and name in said[0] and len(said[0]) < 500
+    damage(tmp_path / "checkpoint-00000001" / name)
+    with pytest.raises(InputError, match=r"^no checkpoint in .* is intact \(.*\): start again in another output_dir$"):
+        resume_point(tmp_path, said.append)
+    assert len(said) == 1
+
+
+def test_a_forged_value_is_damage(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, state(step), keep=3)
+    forge(tmp_path / "checkpoint-00000002" / "state.json")
+    assert load(newest(tmp_path)).step == 1
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_files_of_two_checkpoints_are_not_mixed(tmp_path, name):
+    for step in (1, 2):
+        save(tmp_path, state(step), keep=3)
+    swap_steps(tmp_path / "checkpoint-00000002" / name)
+    assert newest(tmp_path) is None
+
+
+def test_a_checkpoint_under_another_name_is_damage(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, state(step), keep=3)
+    (tmp_path / "checkpoint-00000001").rename(tmp_path / "checkpoint-00000007")
+    said = []
+    (tmp_path / "LATEST").write_text("checkpoint-00000007")
+    assert load(resume_point(tmp_path, said.append)).step == 2
+    assert "checkpoint-00000007, state.json is of step 1" in said[0]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"", b"../elsewhere", b"checkpoint-\x00", b"x" * 5000])
+def test_a_damaged_pointer_is_named_and_does_not_matter(tmp_path, content):
+    for step in (1, 2):
+        save(tmp_path, state(step), keep=3)
+    (tmp_path / "LATEST").write_bytes(content)
+    said = []
+    assert load(resume_point(tmp_path, said.append)).step == 2
+    assert len(said) == 1 and "LATEST" in said[0]
+
+
+def test_a_pointer_without_any_checkpoint_is_no_fresh_start(tmp_path):
+    save(tmp_path, state(1), keep=1)
+    shutil.rmtree(tmp_path / "checkpoint-00000001")
+    with pytest.raises(InputError, match="is intact"):
+        resume_point(tmp_path, print)
+
+
+def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
+    save(tmp_path, state(1), keep=1)
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    for step in (2, 3):
+        with pytest.raises(OSError, match="No space"):
+            save(tmp_path, state(step), keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"LATEST", "checkpoint-00000001"}
+
+
+def test_damaged_later_checkpoints_do_not_push_out_intact_ones(tmp_path):
+    """The torn 10 must not count among the two that are kept, or one more loss would be the end."""
+    for step in (7, 8, 10):
+        save(tmp_path, state(step), keep=3)
+    tear(tmp_path / "checkpoint-00000010" / "state.safetensors")
+    save(tmp_path, state(9), keep=2)
+    assert folders(tmp_path) == ["checkpoint-00000008", "checkpoint-00000009"]
 
 
 def trained(steps, seed=0):

@@ -132,6 +132,34 @@ def test_resume_refuses_a_changed_config(unbroken, tmp_path):
         make(tmp_path, lora={"r": 4}).train(resume=True)
 
 
+def test_resume_refuses_another_model(unbroken, tmp_path):
+    with pytest.raises(Interrupted):
+        make(tmp_path, callbacks=[StopAt(2)]).train()
+    with pytest.raises(InputError, match="^cannot resume: base weights is not what the run was started with"):
+        make(tmp_path, model_seed=1).train(resume=True)
+
+
+def test_resume_after_the_last_step_has_the_trained_adapter(unbroken, tmp_path):
+    _, folder, expected = unbroken
+    last = checkpoints.load(folder / "checkpoints" / f"checkpoint-{TOTAL:08d}")
+    last.meta["config"]["output_dir"] = str(tmp_path)
+    checkpoints.save(tmp_path / "checkpoints", last, keep=1)
+    resumed = make(tmp_path)
+    resumed.train(resume=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_tensors(resumed).items())
+
+
+def test_a_signal_in_the_last_step_before_the_cut_is_answered_after_it(unbroken, tmp_path):
+    """There is no checkpoint between settle and cut: without one this far the whole search would be lost."""
+    _, _, expected = unbroken
+    with pytest.raises(Interrupted):
+        make(tmp_path, callbacks=[StopAt(CUT)], training={"save_every": 50}).train()
+    assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == CUT
+    resumed = make(tmp_path, training={"save_every": 50})
+    resumed.train(resume=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained_tensors(resumed).items())
+
+
 def test_resume_without_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="nothing to resume"):
         make(tmp_path).train(resume=True)

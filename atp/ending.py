@@ -1,0 +1,97 @@
+"""How a command ends: one sentence and an exit code for whatever went wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
+
+_BROKEN_PIPE = 128 + 13  # what a shell shows for a program that SIGPIPE ended
+_INTERRUPTED = 128 + signal.SIGINT
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class NobodyReads(Exception):
+    """Nobody reads the output any more, as after `atp env | head -1`. Typer would take an OSError for its own."""
+
+
+def ending(error: BaseException) -> tuple[str, int]:
+    """The sentence, empty where nobody is left to read it, and the exit code that an error stands for."""
+    if isinstance(error, InputError):
+        return _one_line(error), 2
+    if isinstance(error, NotReached):
+        return _one_line(error), 3
+    if isinstance(error, Interrupted):
+        return _one_line(error), 128 + error.signum
+    if hasattr(error, "format_message"):  # typer's and click's own, whichever of them typer brings along
+        context = getattr(error, "ctx", None)
+        see = f": see {context.command_path} --help" if context else ""
+        return f"{_one_line(error.format_message()).removesuffix('.')}{see}", 2
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        return interrupted()
+    if isinstance(error, NobodyReads) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+        return "", _BROKEN_PIPE
+    return _unforeseen(error), 1
+
+
+def interrupted() -> tuple[str, int]:
+    """Sentence and exit code after Ctrl-C where there is nothing to continue."""
+    return "interrupted", _INTERRUPTED
+
+
+def _unforeseen(error: BaseException) -> str:
+    if is_out_of_memory(error):
+        return f"out of memory ({reason(error)}): ask for less at a time, or take a machine with more memory"
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _FULL or "No space left on device" in str(error):
+        return f"the disk is full ({reason(error)}): free some space and give the command again, a run with --resume"
+    if number is not None:
+        remedy = "check its permissions" if number in _FORBIDDEN else "check the path"
+        return f"the system refuses a file or folder ({reason(error)}): {remedy}"
+    return f"{_named(error)}: run again with --debug for the traceback"
+
+
+def _named(error: BaseException) -> str:
+    text, name = reason(error), type(error).__name__
+    return text if text.startswith(name) else f"{name}: {text}"
+
+
+def _one_line(message: object) -> str:
+    return " ".join(line.strip() for line in str(message).splitlines())
+
+
+def flush_output() -> None:
+    """Writes out what is still to be printed, and drops it where that fails, so that Python does not try again."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def end_interrupted_imports() -> None:
+    """Lets Ctrl-C end the command `atp` with a sentence while torch is still being imported, which takes seconds.
+
+    Changes nothing in other programs, nor where somebody else handles the signal. `atp.cli.main` undoes it.
+    """
+    command = Path(sys.argv[0]).stem == "atp" if sys.argv else False
+    module = sys.orig_argv[1:3] == ["-m", "atp"]
+    if (command or module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def imports_are_done() -> None:
+    """Brings Ctrl-C back to Python's own behaviour."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    sentence, code = interrupted()
+    os.write(2, f"error: {sentence}\n".encode())
+    os._exit(code)

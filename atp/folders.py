@@ -1,0 +1,104 @@
+"""The folders that commands write to: which may be used, which may be gone on with, and what is open to one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from atp.config import ATPConfig, read_yaml
+from atp.errors import InputError, shorten
+from atp.files import check_writable, remove_leftovers
+from atp.locking import LOCK, locked
+
+CONFIG, COMPARISON, INPUTS = "config.yaml", "comparison.yaml", "inputs.json"
+CHECKPOINTS = ("checkpoints", "dense_lora/checkpoints")
+_WRITTEN_TO = ("", "model", "base", "adapter", "dense_lora", "profile", *CHECKPOINTS)
+
+
+def check_output_dir(folder: Path, *, resume: bool, started: str = CONFIG) -> None:
+    """Refuses to write into a folder that holds anything, or to resume one that no run of ours was started in.
+
+    started: the file in which a run or comparison keeps its config.
+    """
+    if os.path.isfile(folder):  # pathlib raises where a name is too long
+        raise InputError(f"output_dir {folder} is a file: choose another output_dir")
+    check_writable(folder, "output_dir")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    filled = {name for name in names if name not in (LOCK, INPUTS) and not name.startswith(".writing-")}
+    if filled and not resume:
+        raise InputError(f"output_dir {folder} is not empty: choose another output_dir, or continue it with --resume")
+    if resume and not filled:
+        raise InputError(f"nothing to resume in {folder}: start the run without --resume")
+    checkpoints = [path for name in CHECKPOINTS for path in (folder / name).glob("checkpoint-*")]
+    if resume and not checkpoints and saved_config(folder, started) is None:
+        raise InputError(
+            f"nothing to resume in {folder}: it has no readable {started} and no checkpoints, so it is not the folder "
+            "of a run: choose another output_dir"
+        )
+
+
+def saved_config(folder: Path, started: str = CONFIG) -> dict[str, Any] | None:
+    """The config that a run was started under, None where the file is missing, damaged or none of ours."""
+    try:
+        values = read_yaml((folder / started).read_bytes(), started)
+        ATPConfig.parse(values)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return values
+
+
+def refuse_inputs_inside(config: ATPConfig, folder: Path) -> None:
+    """Raises `InputError` where a model or data file of the config lies where a run in `folder` writes.
+
+    Links are followed on both sides. Names that are no path here (a Hub name, a package) lie nowhere.
+    """
+    data = config.data
+    named = {"model.path": config.model.path}
+    named |= {f"data.{key}": getattr(data, key) for key in ("train", "calibration", "test", "general")}
+    named |= {f"data.sources.{name}": source for name, source in data.sources.items()}
+    places = {(folder / name).resolve() for name in _WRITTEN_TO}
+    for key, value in named.items():
+        path = Path(value).expanduser() if value else None
+        if path is None or not path.exists():
+            continue
+        path = path.resolve()
+        if any(path == place or place in path.parents for place in places):
+            raise InputError(
+                f"{key} {shorten(value)} lies in {folder}, which the run writes to and would overwrite: choose another "
+                "output_dir"
+            )
+
+
+@contextmanager
+def opened(folder: Path, *, resume: bool, started: str = CONFIG) -> Iterator[None]:
+    """Makes a folder if need be, locks it and clears away what a crash left; a start that failed leaves none behind.
+
+    Raises `InputError` where another process is at work in it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make folder {folder} ({error.strerror}): choose another output_dir") from None
+    with locked(folder):
+        check_output_dir(folder, resume=resume, started=started)  # another process may have been here by now
+        remove_leftovers(folder)
+        try:
+            yield
+        except Exception:
+            if not resume:
+                _withdraw(folder, made, {LOCK, INPUTS, started})
+            raise
+
+
+def _withdraw(folder: Path, made: Iterable[Path], start: set[str]) -> None:
+    """Takes back a folder that holds no more than what a start writes, or it would block the next one."""
+    if {path.name for path in folder.iterdir()} <= start:
+        for name in start:
+            (folder / name).unlink(missing_ok=True)
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()

@@ -1,0 +1,43 @@
+"""One process at a time in a run folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from atp.errors import InputError, shorten
+
+LOCK = ".lock"
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder for the length of a with block. Raises `InputError` that names who holds it already.
+
+    The kernel lets go of it when the process ends, however it ends; the file `.lock` stays and means nothing by itself.
+    A file system that knows no locks (some network ones) gives none, and the block runs without.
+    """
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                holder = shorten(os.read(handle, 200).decode(errors="replace")) or "another process"
+                raise InputError(
+                    f"{folder} is in use by {holder}: wait until that run ends, or choose another folder"
+                ) from None
+            if error.errno not in _NO_LOCKS:
+                raise
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)

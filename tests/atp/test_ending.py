@@ -1,0 +1,296 @@
+"""Whatever ends a command ends it with one sentence and an exit code, and what can be checked is checked first."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from tiny_folder import WORDS, edit_json, save
+
+from atp.cli import main
+
+RUN = [sys.executable, "-c", "from atp.cli import main; main()"]
+
+
+@pytest.fixture
+def atp(monkeypatch, capsys):
+    """Runs the command in this process: (exit code, stderr)."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["atp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code, capsys.readouterr().err
+
+    yield run
+    transformers.utils.logging.set_verbosity(verbosity)
+    if bars:
+        transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("ending") / "model")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    draw = random.Random(0)
+    rows = [json.dumps({"text": " ".join(draw.choices(WORDS, k=50))}) for _ in range(40)]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(model, texts, tmp_path):
+    values = {
+        "model": {"path": str(model)},
+        "output_dir": str(tmp_path / "out"),
+        "data": {"train": str(texts), "length": 16, "general_share": 0.0},
+        "decisions": {"space": "kv_group", "saliency_windows": 1, "refit_windows": 1},
+        "training": {"batch_size": 4, "search": 1, "settle": 1, "tune": 1, "warmup": 0, "precision": "float32"},
+        "evaluation": {"windows": 1, "questions": 0},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def one_sentence(err):
+    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err and len(err) < 1000
+
+
+def fail(error):
+    def failing(*_, **__):
+        raise error
+
+    return failing
+
+
+# The last resort
+
+
+def test_an_unforeseen_error_is_one_sentence_and_debug_shows_it(atp, monkeypatch):
+    monkeypatch.setattr("atp.environment.describe", fail(KeyError("first\nsecond" + "x" * 1000)))
+    code, err = atp("env")
+    assert code == 1 and one_sentence(err), err
+    assert "KeyError" in err and "first" in err and "--debug" in err
+    with pytest.raises(KeyError):
+        atp("env", "--debug")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EACCES, "check its permissions"),
+        (errno.EROFS, "check its permissions"),
+        (errno.EIO, "check the path"),
+    ],
+)
+def test_the_system_refuses(atp, config, monkeypatch, number, remedy):
+    monkeypatch.setattr("atp.run.write_json", fail(OSError(number, os.strerror(number), "some/file.json")))
+    code, err = atp("train", config)
+    assert code == 1 and one_sentence(err), err
+    assert os.strerror(number) in err and "some/file.json" in err and remedy in err
+
+
+def test_a_full_disk_under_safetensors(atp, config, monkeypatch):
+    from safetensors import SafetensorError
+
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr("atp.training.checkpoint.save_file", fail(full))
+    code, err = atp("train", config)
+    assert code == 1 and one_sentence(err) and "free some space" in err, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "No such command"),
+        (["eval"], "Missing argument"),
+        (["eval", "model", "--foo"], "No such option"),
+        (["eval", "model", "--documents", "x"], "valid integer"),
+        (["train"], "Missing argument"),
+    ],
+    ids=str,
+)
+def test_usage_errors_are_one_sentence(atp, arguments, message):
+    code, err = atp(*arguments)
+    assert code == 2 and one_sentence(err), err
+    assert message in err and " --help" in err
+
+
+def test_ctrl_c_is_one_sentence(atp, monkeypatch, model):
+    monkeypatch.setattr("atp.scoring.score_folder", fail(KeyboardInterrupt()))
+    code, err = atp("eval", model)
+    assert code == 130 and one_sentence(err) and "interrupted" in err
+
+
+def test_nobody_reads():
+    """`atp env | head -1` ends as every program does there: in silence, with the code of SIGPIPE."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*RUN, "env"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_on_a_full_disk():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*RUN, "env"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and one_sentence(done.stderr), done.stderr
+
+
+def test_ctrl_c_while_the_command_still_imports():
+    code = """
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+sys.argv = ["/somewhere/bin/atp", "env"]
+from atp.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "") and one_sentence(done.stderr), done.stderr
+    library = code.replace('sys.argv = ["/somewhere/bin/atp", "env"]', "")
+    done = subprocess.run([sys.executable, "-c", library], capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr, "who imports the package keeps Python's behaviour"
+
+
+# Checked before anything is scored or written
+
+
+@pytest.fixture
+def not_scored(monkeypatch):
+    """Fails where a model is run."""
+    for place in ("atp.run.evaluate_model", "atp.scoring.evaluate_model"):
+        monkeypatch.setattr(place, fail(AssertionError("a model was run")))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output_dir=/proc/foo", "/proc/foo"),
+        ("output_dir={tmp}/link", "{tmp}/link"),
+        ("output_dir={tmp}/link/deeper", "{tmp}/link"),
+        ("output_dir={tmp}/texts.jsonl/deeper", "{tmp}/texts.jsonl"),
+        ("output_dir={tmp}/" + "x" * 300, "File name too long"),
+        ('output_dir="a\\0b"', "output_dir"),
+        ("training.report_to=[nope]", "training.report_to: there is no tracker 'nope'"),
+        ("training.report_to=[tensorboard, wandb]", "training.report_to: tracker 'wandb' is not installed"),
+        ("seed=-1", "config key 'seed' is -1"),
+        ("seed=4294967296", "config key 'seed' is 4294967296"),
+        ("data.seed=-1", "config key 'data.seed' is -1"),
+    ],
+)
+def test_what_train_can_check_it_checks_first(atp, config, tmp_path, not_scored, monkeypatch, override, message):
+    import transformers.integrations as integrations
+
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    code, err = atp("train", config, override.format(tmp=tmp_path))
+    assert code == 2 and one_sentence(err), err
+    assert message.format(tmp=tmp_path) in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("place", ["{tmp}/nope/x.json", "/proc/x.json", "{tmp}/texts.jsonl/x.json", "{tmp}"])
+def test_the_place_of_scores_is_checked_before_they_are_made(atp, model, texts, tmp_path, not_scored, place):
+    options = ("--suite", texts, "--length", 16, "--documents", 2, "--output", place.format(tmp=tmp_path))
+    code, err = atp("eval", model, *options)
+    assert code == 2 and one_sentence(err) and "--output" in err, err
+    assert not (tmp_path / "nope").exists()
+
+
+@pytest.mark.parametrize("option", ["--runs", "--out"])
+def test_the_places_of_an_experiment_are_checked_first(atp, tmp_path, not_scored, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atp.experiments.experiment.load_tokenizer", fail(AssertionError("a model was read")))
+    file = Path(__file__).parents[2] / "experiments" / "stages.yaml"
+    code, err = atp("experiment", file, option, "/proc/foo")
+    assert code == 2 and one_sentence(err) and f"{option} /proc/foo cannot be written into" in err, err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_eval_refuses_an_impossible_seed(atp, model, texts, seed):
+    code, err = atp("eval", model, "--suite", texts, "--length", 16, "--seed", seed)
+    assert code == 2 and one_sentence(err) and "--seed" in err, err
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_tokenizer_beyond_the_embedding_is_refused(atp, config, texts, tmp_path, not_scored, command):
+    folder = save(tmp_path / "narrow", vocab_size=12)
+    options = ("--suite", texts, "--length", 16) if command == "eval" else (f"model.path={folder}",)
+    code, err = atp(command, folder if command == "eval" else config, *options)
+    assert code == 2 and one_sentence(err), err
+    assert "14 tokens" in err and "12 rows" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_model_is_not_pruned(atp, config, tmp_path):
+    folder = save(tmp_path / "quantized")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    code, err = atp("train", config, f"model.path={folder}")
+    assert code == 2 and one_sentence(err) and "quantized" in err, err
+
+
+# Out of memory
+
+
+def allocate(*_, **__):
+    return torch.empty(2**50)
+
+
+@pytest.mark.parametrize(
+    "error", [None, MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...")], ids=repr
+)
+@pytest.mark.parametrize("place", ["atp.training.trainer.causal_lm_loss", "atp.run.evaluate_model"])
+def test_out_of_memory_names_the_three_cheapest_changes(atp, config, monkeypatch, place, error):
+    """None: torch's own error for more memory than there is."""
+    monkeypatch.setattr(place, allocate if error is None else fail(error))
+    code, err = atp("train", config, "training.gradient_accumulation=3")
+    assert code == 2 and one_sentence(err) and "out of memory" in err, err
+    changes = (
+        "training.batch_size=2 training.gradient_accumulation=6", "training.gradient_checkpointing=true",
+        "evaluation.batch_size=4",
+    )  # fmt: skip
+    assert all(change in err for change in changes), err
+
+
+def test_out_of_memory_names_only_what_still_helps(atp, config, monkeypatch):
+    monkeypatch.setattr("atp.training.trainer.causal_lm_loss", allocate)
+    spent = [
+        "training.batch_size=1",
+        "training.gradient_checkpointing=true",
+        "evaluation.batch_size=1",
+        "data.length=32",
+    ]
+    code, err = atp("train", config, *spent)
+    assert code == 2 and one_sentence(err), err
+    assert "decisions.batch_size=1" in err and "data.length=16" in err and "training." not in err.split("with", 1)[1]
+
+
+def test_out_of_memory_in_eval(atp, model, texts, monkeypatch):
+    monkeypatch.setattr("atp.scoring.evaluate_model", allocate)
+    code, err = atp("eval", model, "--suite", texts, "--length", 16, "--documents", 2)
+    assert code == 2 and one_sentence(err), err
+    assert "out of memory" in err and "--batch-size 4" in err and "--length 8" in err
