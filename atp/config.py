@@ -144,6 +144,14 @@ class EvaluationConfig(_Section):
     dense_baseline: bool = Field(False, description="also tune the uncut model on the same tokens")
 
 
+class ExportConfig(_Section):
+    """What is written beside the merged model."""
+
+    keep_adapter: bool = Field(
+        False, description="also the cut model that is not merged (base/) and its adapter (adapter/)"
+    )
+
+
 class ATPConfig(_Section):
     """Everything a run depends on. `ATPConfig.load` reads YAML and overrides; `preset: paper` is the paper's recipe."""
 
@@ -156,6 +164,7 @@ class ATPConfig(_Section):
     lora: LoraSection = Field(default_factory=LoraSection)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:

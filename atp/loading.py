@@ -13,6 +13,7 @@ from atp.config import ATPConfig, ModelConfig
 from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
 from atp.errors import InputError
+from atp.finite import refuse_weights
 from atp.masks.space import MaskSpace, SpaceName
 from atp.models.load import read_config, read_model, read_tokenizer
 
@@ -33,12 +34,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
-    """The causal LM to prune in the dtype of the config, after its family was checked against the mask space."""
+    """The causal LM to prune in the dtype of the config, after its family was checked against the mask space.
+
+    Raises `InputError` when there is none, and for weights that are quantized or hold NaN or infinity.
+    """
     found = read_config(**_source(config))
     MaskSpace.from_config(found, space)
     if getattr(found, "quantization_config", None) is not None:
         raise InputError(f"the weights of {config.path} are quantized: give the model in float32, bfloat16 or float16")
-    return load_any_model(config)
+    model = load_any_model(config)
+    refuse_weights(model)
+    return model
 
 
 def check_length(model: nn.Module, length: int) -> None:

@@ -37,8 +37,3 @@ def calibration_loss(model: nn.Module, batch: Batch, autocast: torch.dtype | Non
     """Mean cross-entropy of a batch, scalar float32, with the model run in `autocast` if it is a dtype."""
     with torch.autocast(batch["input_ids"].device.type, dtype=autocast, enabled=autocast is not None):
         return causal_lm_loss(model, batch)
-
-
-def first_tokens(calibration: Dataset, count: int) -> Tensor:
-    """The first samples, int64 [count, length], on which a saved model is compared with the one in memory."""
-    return collate([calibration[i] for i in range(min(count, len(calibration)))])["input_ids"]

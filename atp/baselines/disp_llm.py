@@ -25,7 +25,8 @@ def disp_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: 
         if decisions.init == "saliency":
             saliency = fisher_saliency(space, calibration_batches(calibration, config, device), loss_of)
             prior = saliency_logits(saliency, space, decisions.saliency_scale)
-        maker = DecisionMaker(space, decisions, search_steps=config.training.search, prior=prior, seed=config.seed)
+        maker = DecisionMaker(space, decisions, search_steps=config.training.search, prior=prior, seed=config.seed,
+                              max_bad_steps=config.training.max_bad_steps)  # fmt: skip
         batches = calibration_batches(calibration, config, device, count=len(steps), size=decisions.batch_size)
         for step, batch in zip(steps, batches, strict=True):
             maker.update(step, lambda mask, batch=batch: loss_of(batch, mask))

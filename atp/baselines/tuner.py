@@ -64,7 +64,7 @@ class LoraTuner(LoraTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self.finite.report()
+            self.check_steps()
             logs["tokens_per_second"] = self.clock.rate(self.phase)
             record = {"loss": logs["loss"], "lr": logs["learning_rate"], "tokens_per_second": logs["tokens_per_second"]}
             seconds = sum(self.clock.seconds.values())

@@ -7,7 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from atp.errors import InputError
+from atp.errors import InputError, NotReached
+from atp.finite import is_finite
 from atp.masks.budget import Budget
 from atp.masks.space import Structure
 
@@ -24,8 +25,10 @@ def uniform_mask(
     scores [space.size]; multiples: as in `fit_mask`; layers: those that may lose anything (None: all). Attention keeps
     the share nearest to the uniform one that its few groups allow; the MLP, the last structure of a layer, makes up for
     it, some layers one block wider than others so that the budget holds to a block. Returns bool [space.size].
-    Raises `InputError` when these layers cannot lose that much.
+    Raises `InputError` when these layers cannot lose that much, `NotReached` for scores that are not finite.
     """
+    if not is_finite(scores):
+        raise NotReached("scores of what to remove hold NaN or infinity: use model.dtype=float32, or other data")
     space = budget.space
     free = [s for s in space.structures if layers is None or s.layer in layers]
     share = _uniform_share(free, target, budget)

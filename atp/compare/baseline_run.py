@@ -12,21 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from atp import processes
-from atp.baselines.calibration import first_tokens
 from atp.baselines.methods import BASELINES, MaskBaseline
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.export.card import baseline_card
-from atp.export.hf import export_model, save_decisions
+from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.files import write_tensors
 from atp.loading import RunData
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
-from atp.run import Run
+from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
+from atp.run import Run, check_figures
 from atp.training.arguments import training_arguments
 from atp.training.callbacks import ProgressCallback, make_progress
-
-_CHECKED_WINDOWS = 4
 
 
 class BaselineRun(Run):
@@ -44,15 +42,17 @@ class BaselineRun(Run):
         if self.baseline is not None:
             model = self._apply(model, data)
         tuner = self._tune(model, space, data)
-        gap = self._export(tuner, tokenizer, data, params_before)
-        facts = {"method": self.method, "reload_gap": gap, "skipped_steps": tuner.finite.skipped}
+        certificate = self._export(tuner, tokenizer, data, params_before)
+        facts = {"method": self.method, "certificate": certificate, "skipped_steps": tuner.finite.skipped}
         chosen = processes.on_main(self._scores).get("choice")
         if chosen is not None:
             tuner.clock.add("choose", chosen["seconds"])
         return processes.on_main(lambda: self._conclude(tokenizer, data, tuner.clock, facts))
 
     def _check(self, summary: dict[str, Any]) -> None:
-        """A baseline promises nothing: its budget is as near as its method comes."""
+        """A baseline promises no budget: it is as near as its method comes."""
+        check_certificate(summary["certificate"], AT_EXPORT)
+        check_figures(summary)
 
     def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
         """The smaller model; the choice is made once and kept, so that a resumed run tunes the same one."""
@@ -83,12 +83,21 @@ class BaselineRun(Run):
             tuner.train(resume=self.resume)
         return tuner
 
-    def _export(self, tuner: LoraTuner, tokenizer: PreTrainedTokenizerBase, data: RunData, params_before: int) -> float:
-        """Writes adapter/ and model/; returns the largest logit difference after reloading, as a share of the scale."""
+    def _export(
+        self, tuner: LoraTuner, tokenizer: PreTrainedTokenizerBase, data: RunData, params_before: int
+    ) -> dict[str, Any]:
+        """Writes model/, with `export.keep_adapter` also base/ and adapter/; returns what `certify_export` measures."""
         after = sum(p.numel() for n, p in tuner.model.named_parameters() if "lora_" not in n)
         card = baseline_card(self.config, self.method, params_before, after)
-        tokens = first_tokens(data.calibration, _CHECKED_WINDOWS).to(tuner.args.device)
-        return processes.on_main(lambda: export_model(tuner.model, self.folder, tokenizer, tokens, card).relative)
+        tokens = certificate_tokens(data.calibration).to(tuner.args.device)
+
+        def write() -> dict[str, Any]:
+            certificate = export_model(tuner.model, self.folder, tokenizer, tokens, card)
+            if self.config.export.keep_adapter:
+                keep_adapter(tuner.model, self.folder, tokenizer, self.config)
+            return certificate
+
+        return processes.on_main(write)
 
 
 def _read_choice(path: Path) -> Tensor | None:

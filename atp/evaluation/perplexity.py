@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from atp.data.encoding import encode, start_ids
 from atp.data.packing import IGNORE, PackedDataset
 from atp.data.splits import Example
-from atp.errors import InputError
+from atp.errors import InputError, NotReached
 from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import Progress, inference
 from atp.evaluation.metrics import perplexity_of
+from atp.finite import is_finite
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def perplexity(
     """exp of the mean negative log-likelihood over all scored tokens, whatever document they are from.
 
     max_windows: score the first windows only. autocast: dtype to run the model in; the loss is float32 always.
+    Raises `NotReached` for a document whose loss is not finite: whatever else the model says would mean nothing.
     Returns {perplexity, perplexity_interval (documents resampled), nll (nats), tokens, documents, the protocol,
     items: [nll, tokens] of each document}.
     """
@@ -105,6 +107,12 @@ def perplexity(
                 items.index_add_(0, document[kept], pairs[kept])
             if progress is not None:
                 progress(batch.stop, count)
+    if not is_finite(items):
+        document = int((~items.isfinite()).any(dim=1).nonzero()[0])
+        raise NotReached(
+            f"the model's loss on document {document + 1} of the test text is not finite, so it cannot be scored: "
+            "score it in float32, or check its weights"
+        )
     items = items[items[:, 1] > 0]
     nll, tokens = items.sum(0).tolist()
     return {

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.data.encoding import common_prefix, encode, start_ids
 from atp.data.splits import Example
-from atp.errors import InputError
+from atp.errors import InputError, NotReached
 from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import Progress, inference
 from atp.evaluation.metrics import confusion_items, confusion_table, macro_f1, ratio, right_items
@@ -104,7 +104,10 @@ def score_labels(
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Log-probability of every label of every question, float64 [questions, labels]."""
+    """Log-probability of every label of every question, float64 [questions, labels].
+
+    Raises `NotReached` where one is not finite: no label would be the most probable one.
+    """
     queries = [query for index, question in enumerate(questions) for query in _queries(index, question)]
     # Longest first: a batch holds similar lengths, and one that is too big for memory fails at once.
     queries.sort(key=lambda query: -len(query.ids))
@@ -116,6 +119,12 @@ def score_labels(
                 scores[question, label] += log_prob
             if progress is not None:
                 progress(min(start + batch_size, len(queries)), len(queries))
+    unclear = (~scores.isfinite()).any(dim=1)
+    if unclear.any():
+        raise NotReached(
+            f"the model's probabilities of the answers to question {int(unclear.nonzero()[0]) + 1} are not finite, so "
+            "it cannot be scored: score it in float32, or check its weights"
+        )
     return scores
 
 

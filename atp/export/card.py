@@ -46,6 +46,51 @@ Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from `{
 {_USAGE}"""
 
 
+def base_card(config: ATPConfig) -> str:
+    """README.md of base/: the smaller model that an adapter belongs to."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# The base of an adapter
+
+{_origin(config)} with removed structures cut out, before the tuning in `../adapter` is added to its weights. With that
+adapter it is the model in `../model`; alone it is worse than either.
+
+The licence of the source model applies to this model too.
+"""
+
+
+def adapter_card(config: ATPConfig) -> str:
+    """README.md of adapter/: which model it belongs to, and how to load both."""
+    return f"""---
+library_name: peft
+pipeline_tag: text-generation
+tags: [atp, structural-pruning, lora]
+---
+# A LoRA adapter for a cut model
+
+LoRA with rank {config.lora.r} and alpha {config.lora.alpha:g} for `../base`, which is {_origin(config)} with removed
+structures cut out. It fits no other model: the uncut one has other shapes, and `../model` has this adapter merged in
+already, so it would count twice there.
+
+```python
+import atp  # registers the per-layer model class
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("path/to/this/run/base")
+model = PeftModel.from_pretrained(base, "path/to/this/run/adapter")
+```
+
+The licence of the source model and of the data applies to this adapter too.
+"""
+
+
+def _origin(config: ATPConfig) -> str:
+    return f"`{config.model.gguf_file or config.model.path}`"
+
+
 def baseline_card(config: ATPConfig, method: str, params_before: int, params_after: int) -> str:
     """README.md of model/ for a system that ATP is compared with. Counts are of all parameters."""
     source = config.model.path if not config.model.gguf_file else config.model.gguf_file

@@ -1,17 +1,23 @@
-"""The files a run leaves: the cut, merged model for transformers, its adapter, the decisions and the certificate."""
+"""The files a run leaves: the cut, merged model for transformers, the decisions, and the adapter with its base."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atp.files import whole_folder, write_json, write_tensors
+from atp.config import ATPConfig
+from atp.errors import NotReached
+from atp.export.card import adapter_card, base_card
+from atp.files import whole_folder, write_json, write_tensors, write_text
+from atp.finite import first_non_finite
 from atp.masks.space import MaskSpace
-from atp.removal import LogitGap, merge_adapter, reload_gap
+from atp.removal import base_of, certify_export, merge_adapter, reference_logits
+from atp.removal.certify import dtype_name
 
 
 def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
@@ -24,16 +30,40 @@ def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
 
 def export_model(
     model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, tokens: Tensor, card: str
-) -> LogitGap:
-    """Saves adapter/ and the merged model/ under `folder`, reloads the latter and compares. No pickle is written.
+) -> dict[str, float | str]:
+    """Saves the merged model/ under `folder`, reloads it and compares. No pickle is written.
 
-    tokens: int64 [windows, length]. Returns the gap between the cut model with its adapter and the reloaded one.
+    tokens: int64 [windows, length]. Returns what `certify_export` does. Raises `NotReached` for a merged weight that is
+    not finite, before anything is written.
     """
+    merged = merge_adapter(model)
+    spoiled = first_non_finite(merged.named_parameters())
+    if spoiled is not None:
+        raise NotReached(
+            f"{spoiled} of the merged model holds NaN or infinity in {dtype_name(merged)}, so it was not exported: use "
+            "model.dtype=float32, or a lower training.lr"
+        )
+    reference = reference_logits(merged, tokens)
+    _save(merged, folder / "model", tokenizer, card)
+    del merged  # the reloaded one takes its place in memory
+    return certify_export(model, reference, folder / "model", tokens)
+
+
+def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, config: ATPConfig) -> None:
+    """Saves the unmerged base/ and the adapter/ that belongs to it under `folder`: together they are model/."""
+    base = folder / "base"
+    _save(base_of(model), base, tokenizer, base_card(config))
     with whole_folder(folder / "adapter") as adapter:
         model.save_pretrained(adapter, safe_serialization=True)
-    with whole_folder(folder / "model") as merged:
-        merge_adapter(model).save_pretrained(merged, safe_serialization=True)
+        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        settings["target_modules"].sort()  # PEFT writes a set in the order of its hashes
+        write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": str(base)})
+        write_text(adapter / "README.md", adapter_card(config))
+
+
+def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: str) -> None:
+    with whole_folder(folder) as written:
+        model.save_pretrained(written, safe_serialization=True)
         if tokenizer is not None:
-            tokenizer.save_pretrained(merged)
-        (merged / "README.md").write_text(card, encoding="utf-8")
-    return reload_gap(model, folder / "model", tokens)
+            tokenizer.save_pretrained(written)
+        write_text(written / "README.md", card)

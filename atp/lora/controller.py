@@ -20,7 +20,7 @@ _HEADS = {"self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0, "
 
 
 class MaskController:
-    """Hands the masks of a flat vector to the LoRA layers of a model, in one of the three forms of the method."""
+    """Hands the masks of a flat vector to the LoRA layers of a model, in one of the forms of the method."""
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
         self.space = space
@@ -48,7 +48,7 @@ class MaskController:
         self._hard, self._sides = None, {}
         self.clear()
 
-    def set(self, mask: Tensor, form: Literal["soft", "hard", "sum"]) -> None:
+    def set(self, mask: Tensor, form: Literal["soft", "hard", "base", "sum"]) -> None:
         """mask [space.size], on the host if the device should not be waited for; see `masks` for the forms."""
         if form == "hard":
             self._slice(mask.cpu())
@@ -58,14 +58,15 @@ class MaskController:
         for layer, module, out_mask, in_mask in self._module_masks(mask):
             # Soft producers are masked at their output, so the input side of o and down is masked already.
             in_mask = None if form == "soft" else in_mask
-            self._layers[layer, module].set_masks(out_mask, in_mask, mask_lora=True)
+            self._layers[layer, module].set_masks(out_mask, in_mask, mask_lora=form != "base")
 
     @contextmanager
-    def masks(self, mask: Tensor, form: Literal["soft", "hard", "sum"]) -> Iterator[None]:
+    def masks(self, mask: Tensor, form: Literal["soft", "hard", "base", "sum"]) -> Iterator[None]:
         """Applies a mask for the duration of a with block.
 
         soft: decision step, float mask on the sum, output side only. hard: LoRA step, bool mask on the base path only,
-        both sides. sum: evaluation before the cut, bool mask on the sum, which is what the cut model computes.
+        both sides, through slices. base: the same without slices, for a measurement.
+        sum: evaluation before the cut, bool mask on the sum, which is what the cut model computes.
         """
         self.set(mask, form)
         try:

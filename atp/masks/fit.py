@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from atp.errors import NotReached
+from atp.finite import is_finite
 from atp.masks.budget import Budget
 from atp.masks.sampling import keep_one
 from atp.masks.space import MaskSpace
@@ -40,9 +42,11 @@ def fit_mask(logits: Tensor, target: float, budget: Budget, multiples: dict[str,
     count must be a multiple of (default 1), unless the structure is kept whole. Each count is first rounded; then whole
     blocks of `multiple` decisions are removed (lowest mean logit first) or added (highest first), passing over blocks
     too large to help, until no single block brings the share closer to the target. Returns bool [size] with at least
-    one block in every structure.
+    one block in every structure. Raises `NotReached` for logits that are not finite: they rank nothing.
     """
     logits = logits.detach().cpu()
+    if not is_finite(logits):
+        raise NotReached("the logits of the decisions hold NaN or infinity: start again with a lower decisions.lr")
     mask = exact_mask(logits, target, budget)
     counts = []
     for structure in budget.space.structures:

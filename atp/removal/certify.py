@@ -1,21 +1,52 @@
 """The certificate: how far the logits of masked, cut and reloaded model lie apart on real tokens.
 
-The masked model is gone once it is cut, so its logits are taken before: `reference_logits`, cut, `compare`. The saved
-model is compared with the one in memory: `reload_gap`. Beside the reference the logits of one batch exist at a time, by
-default of one window: at the cut they would be the largest tensors of a whole run.
+All of them are computed in float32, narrower weights widened, so that what is compared is the models and not the
+rounding of their activations. The masked model is gone once it is cut, so its logits are taken before:
+`reference_logits`, cut, `compare`. The saved model is compared with the one in memory: `certify_export`. Beside the
+reference the logits of one batch exist at a time, by default of one window: at the cut they would be the largest
+tensors of a whole run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from atp.data import collate
+from atp.errors import NotReached
 from atp.models.load import read_model
+from atp.removal.widen import widened
+
+MEANING = {
+    "removed_lora_norm": "largest LoRA norm left on a removed group",
+    "masked_vs_cut": "masked model = cut model, largest logit difference as a share of the logit scale",
+    "cut_vs_reloaded": "cut and merged model = saved and reloaded model, same measure",
+    "merge_error": "weights with the adapter merged in, error as a share of that of rounding once",
+    "rounding_gap": "cut model with its adapter = reloaded model, same measure: what rounding the weights costs",
+}
+LIMITS = {"removed_lora_norm": 0.0, "masked_vs_cut": 1e-4, "cut_vs_reloaded": 1e-5, "merge_error": 1.0}
+"""The largest value of each figure that a correct run has, whatever the dtype of its weights."""
+ROUNDING_LIMITS = {"float64": 1e-4, "float32": 1e-4, "float16": 0.03, "bfloat16": 0.3}
+"""The largest `rounding_gap`, by the dtype of the weights."""
+AT_CUT, AT_EXPORT = ("removed_lora_norm", "masked_vs_cut"), ("cut_vs_reloaded", "merge_error", "rounding_gap")
+
+
+def limits(dtype: str) -> dict[str, float]:
+    """The largest value of every figure of a certificate for weights of this dtype, such as `bfloat16`."""
+    return LIMITS | {"rounding_gap": ROUNDING_LIMITS.get(dtype, ROUNDING_LIMITS["float32"])}
+
+
+_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -31,8 +62,13 @@ class LogitGap:
         return self.absolute / self.scale if self.scale else self.absolute
 
 
+def certificate_tokens(calibration: Dataset) -> Tensor:
+    """The first calibration samples, int64 [windows, length], on which models are compared."""
+    return collate([calibration[row] for row in range(min(_WINDOWS, len(calibration)))])["input_ids"]
+
+
 def reference_logits(model: nn.Module, input_ids: Tensor, batch_size: int = 1) -> Tensor:
-    """Logits of a causal LM in evaluation mode, without autocast, kept on the CPU: float32 [windows, tokens, vocab].
+    """Logits of a causal LM in evaluation mode and float32 arithmetic, on the CPU: float32 [windows, tokens, vocab].
 
     input_ids: int64 [windows, tokens], without padding. The result takes 4 bytes x windows x tokens x vocab.
     """
@@ -60,11 +96,78 @@ def logit_gap(reference: nn.Module, model: nn.Module, input_ids: Tensor, batch_s
     return _gap(_logits(reference, input_ids, batch_size), _logits(model, input_ids, batch_size))
 
 
-def reload_gap(model: nn.Module, folder: str | Path, input_ids: Tensor, batch_size: int = 1) -> LogitGap:
-    """The gap between a model in memory and the merged model saved in a folder, loaded as any user would load it."""
+@torch.no_grad()
+def merge_error(model: PeftModel, exported: nn.Module) -> float:
+    """How far the weights of `exported` lie from W + scaling * B A of a PEFT model: the largest share of what is due.
+
+    Due to a weight with an adapter is half a unit in the last place of W's dtype: at most 1 for a sum that was formed
+    in float64 and rounded once. Weights without an adapter must be the same bit for bit. Infinite where they are not,
+    or where names or shapes differ; NaN where a weight is.
+    """
+    source, adapter = model.get_base_model(), model.active_adapter
+    layers = {f"{name}.weight": layer for name, layer in source.named_modules() if isinstance(layer, LoraLayer)}
+    expected = {n.replace(".base_layer.", "."): p for n, p in source.named_parameters() if ".lora_" not in n}
+    actual = dict(exported.named_parameters())
+    if actual.keys() != expected.keys():
+        return math.inf
+    worst = 0.0
+    for name, weight in expected.items():
+        found = actual[name].cpu()
+        if found.shape != weight.shape:
+            return math.inf
+        if name in layers:
+            share = _share_of_due(layers[name], adapter, found)
+        else:
+            share = 0.0 if torch.equal(found, weight.cpu()) else math.inf
+        worst = share if math.isnan(share) else max(worst, share)
+    return worst
+
+
+def _share_of_due(layer: LoraLayer, adapter: str, found: Tensor) -> float:
+    weight, b, a = (
+        tensor.detach().cpu() for tensor in (layer.get_base_layer().weight, layer.lora_B[adapter].weight,
+                                             layer.lora_A[adapter].weight)
+    )  # fmt: skip
+    kind, wide = torch.finfo(weight.dtype), torch.finfo(torch.float64)
+    w, b, a = weight.double(), layer.scaling[adapter] * b.double(), a.double()
+    exact = w + b @ a
+    size = w.abs() + b.abs() @ a.abs()
+    # Half a unit in the last place, and a hair more: torch rounds float64 to 16 bits by way of float32.
+    due = kind.eps / 2 * ((1 + 2**-14) * exact.abs() + kind.tiny) + (len(a) + 2) * wide.eps * size
+    error = (found.double() - exact).abs()
+    # A weight of nothing but zeros has nothing due, and no error.
+    return float(torch.where(error == 0, 0.0, error / due).max())
+
+
+def certify_export(model: PeftModel, merged: Tensor, folder: str | Path, input_ids: Tensor) -> dict[str, float | str]:
+    """What `LIMITS` says of an export, of a model in memory and the one saved in a folder, loaded as any user would.
+
+    model: cut, with its adapter. merged: `reference_logits` of `merge_adapter(model)` on input_ids [windows, tokens].
+    """
     device = next(model.parameters()).device
     reloaded = read_model(folder, dtype="auto").to(device)
-    return logit_gap(model, reloaded, input_ids, batch_size)
+    gap = compare(merged, reloaded, input_ids)
+    return {
+        "cut_vs_reloaded": gap.relative,
+        "cut_vs_reloaded_absolute": gap.absolute,
+        "merge_error": merge_error(model, reloaded),
+        "rounding_gap": logit_gap(model, reloaded, input_ids).relative,
+        "dtype": dtype_name(reloaded),
+    }
+
+
+def check_certificate(certificate: dict[str, Any], names: Iterable[str]) -> None:
+    """Raises `NotReached` for the first of these names whose value is not within `limits`; NaN never is."""
+    allowed = limits(certificate["dtype"])
+    for name in names:
+        value = certificate[name]
+        if not value <= allowed[name]:
+            raise NotReached(f"certificate: {name} is {value:.2e}, above {allowed[name]:g} ({MEANING[name]})")
+
+
+def dtype_name(model: nn.Module) -> str:
+    """The dtype of a model's embeddings, for the record: `bfloat16`."""
+    return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
 
 def _gap(reference: Iterator[Tensor] | tuple[Tensor, ...], logits: Iterator[Tensor]) -> LogitGap:
@@ -81,7 +184,7 @@ def _gap(reference: Iterator[Tensor] | tuple[Tensor, ...], logits: Iterator[Tens
 def _logits(model: nn.Module, input_ids: Tensor, batch_size: int) -> Iterator[Tensor]:
     device = next(model.parameters()).device
     for batch in input_ids.split(batch_size):
-        with _evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with _evaluating(model), widened(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
             logits = model(input_ids=batch.to(device), use_cache=False).logits.float()
         yield logits
 

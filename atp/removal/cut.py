@@ -88,20 +88,29 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """A plain model of the base's class whose weights hold W + scaling * B A; `model` stays as it is.
 
-    The sum is formed in float32 (float64 for such weights) and rounded once to the dtype of W. Only merged weights
-    are new memory, other tensors are shared with `model`. Raises ValueError for anything but one plain LoRA adapter.
+    The sum is formed in float64 and rounded once to the dtype of W. Only merged weights are new memory, other tensors
+    are shared with `model`. Raises ValueError for anything but one plain LoRA adapter.
     """
     adapter, _ = _adapter_config(model)
+    layers = model.get_base_model().named_modules()
+    merged = {f"{n}.weight": _merged_weight(layer, adapter) for n, layer in layers if isinstance(layer, LoraLayer)}
+    return _plain(model, merged)
+
+
+@torch.no_grad()
+def base_of(model: PeftModel) -> PreTrainedModel:
+    """A plain model of the base's class without the adapter, all of whose tensors are shared with `model`."""
+    return _plain(model, {})
+
+
+def _plain(model: PeftModel, changed: dict[str, Tensor]) -> PreTrainedModel:
     source = model.get_base_model()
     state = {n.replace(".base_layer.", "."): t for n, t in source.state_dict().items() if ".lora_" not in n}
-    for name, layer in source.named_modules():
-        if isinstance(layer, LoraLayer):
-            state[f"{name}.weight"] = _merged_weight(layer, adapter)
     with torch.device("meta"):
-        merged = type(source)(copy.deepcopy(source.config))
-    merged.load_state_dict(state, assign=True)
-    _complete(merged, source)
-    return merged.train(model.training)
+        plain = type(source)(copy.deepcopy(source.config))
+    plain.load_state_dict(state | changed, assign=True)
+    _complete(plain, source)
+    return plain.train(model.training)
 
 
 def _check_mask(space: MaskSpace, mask: Tensor) -> None:
@@ -217,6 +226,6 @@ def _complete(base: PreTrainedModel, source: PreTrainedModel) -> None:
 
 def _merged_weight(layer: LoraLayer, adapter: str) -> Tensor:
     weight = layer.get_base_layer().weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    delta = layer.lora_B[adapter].weight.to(wide) @ layer.lora_A[adapter].weight.to(wide)
-    return torch.add(weight.to(wide), delta, alpha=layer.scaling[adapter]).to(weight.dtype)
+    place = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
+    w, b, a = (x.to(place).double() for x in (weight, layer.lora_B[adapter].weight, layer.lora_A[adapter].weight))
+    return torch.addmm(w, b, a, alpha=layer.scaling[adapter]).to(weight)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp.errors import NotReached
+from atp.finite import is_finite
 from atp.lora.controller import MaskController
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
 from atp.masks.space import MaskSpace, Structure
@@ -41,6 +43,7 @@ def refit(
     layer's inputs of a reader, are held at once. damping:
     lambda as a share of the mean square of the kept inputs. Columns of removed inputs stay as they were. Masks are
     cleared afterwards, kept slices are stale. Returns the changed weights by their names in the decoder, not copied.
+    Raises `NotReached` where inputs or fitted weights are not finite.
     """
     states, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
     changed = {}
@@ -60,8 +63,20 @@ def refit(
             opened[structure.span] = True  # its removed inputs are computed once more, to see what they say
             controller.set(opened, "sum")
             inputs = [_input(linear, call) for call in calls]
+            name = f"layers.{index}.{module}"
+            if not all(map(is_finite, inputs)):
+                raise NotReached(
+                    f"{name} reads NaN or infinity on the calibration windows, so it cannot be refitted: use "
+                    "model.dtype=float32 and training.precision=float32, or decisions.refit_windows=0"
+                )
             _fit(linear, inputs, kept.to(linear.weight.device), damping)
-            changed[f"layers.{index}.{module}.base_layer.weight"] = linear.get_base_layer().weight
+            weight = linear.get_base_layer().weight
+            if not is_finite(weight):
+                raise NotReached(
+                    f"the refit of {name} gives weights that {weight.dtype} cannot hold: use model.dtype=float32, or "
+                    "decisions.refit_windows=0"
+                )
+            changed[f"{name}.base_layer.weight"] = weight
             controller.set(mask, "sum")
             states = [x + linear(read) for x, read in zip(states, inputs, strict=True)]  # the reader ends its block
     controller.clear()
@@ -102,4 +117,5 @@ def _fit(linear: MaskedLoraLinear, inputs: list[Tensor], kept: Tensor, damping: 
     moments = moments.double()
     smallest = torch.finfo(wide).tiny  # inputs that are all zero need no fit, and allow none
     moments.diagonal().add_((damping * moments.diagonal().mean()).clamp_min(smallest))
-    weight[:, kept] += torch.linalg.solve(moments, cross.double()).T.to(weight.dtype)
+    fitted = weight[:, kept].double() + torch.linalg.solve(moments, cross.double()).T
+    weight[:, kept] = fitted.to(weight.dtype)  # the sum is rounded, once

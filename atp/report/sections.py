@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
+from atp.removal.certify import MEANING, limits
 from atp.report import plots
 from atp.report.files import RunFiles
 from atp.report.markup import DASH, card, definition, details, escape, figure, number, paragraph, section, table
@@ -15,12 +16,6 @@ MODELS = {"original": "original", "tuned_dense": "tuned dense", "final": "cut an
 METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"
 }  # fmt: skip
-# Largest value that passes, and what the check says.
-CHECKS = {
-    "masked_vs_cut": (1e-3, "masked model = cut model (largest logit difference, share of logit scale)"),
-    "cut_vs_reloaded": (1e-3, "cut model = saved and reloaded model (same measure)"),
-    "removed_lora_norm": (0.0, "largest LoRA norm left on a removed group"),
-}
 
 
 def notes(run: RunFiles) -> str:
@@ -89,12 +84,13 @@ def widths(run: RunFiles) -> str:
 def certificate(run: RunFiles) -> str:
     """The proof that cutting changed nothing, with a verdict on each check."""
     rows = []
-    for key, (limit, label) in CHECKS.items():
+    allowed = limits(run.certificate.get("dtype", "float32"))
+    for key, label in MEANING.items():
         if key in run.certificate:
-            value = run.certificate[key]
+            value, limit = run.certificate[key], allowed[key]
             verdict = '<b class="pass">pass</b>' if _passes(value, limit) else '<b class="fail">FAIL</b>'
             rows.append([escape(label), number(value, 3), f"≤ {limit:g}" if limit else "exactly 0", verdict])
-    other = [(key, value) for key, value in run.certificate.items() if key not in CHECKS]
+    other = [(key, value) for key, value in run.certificate.items() if key not in (*MEANING, "limits")]
     return section("Certificate", table(["check", "value", "limit", ""], rows), definition(other))
 
 
@@ -134,7 +130,8 @@ def _cards(run: RunFiles) -> Iterator[str]:
     if old and new:
         yield card("decode speed", f"{new / old:.2f} ×", f"{number(new, 1)} against {number(old, 1)} tokens/s")
     if run.certificate:
-        good = all(_passes(run.certificate.get(key), limit) for key, (limit, _) in CHECKS.items())
+        allowed = limits(run.certificate.get("dtype", "float32"))
+        good = all(_passes(run.certificate.get(key), allowed[key]) for key in MEANING)
         yield card("certificate", "pass" if good else "FAIL", "details below", "pass" if good else "fail")
 
 

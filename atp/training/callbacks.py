@@ -28,7 +28,8 @@ class PhaseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.before_optimizer_step()
-        self.trainer.finite.check(self.trainer.adamw, state.global_step + 1)
+        trainer = self.trainer
+        trainer.finite.check(trainer.adamw, state.global_step + 1, trainer.trained_beside())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState
 
-from atp.errors import InputError, shorten
+from atp.errors import InputError, NotReached, shorten
 from atp.files import remove_leftovers, whole_folder, write_text
+from atp.finite import first_non_finite
 
 LATEST = "LATEST"
 _TENSORS, _META, _TRAINER = "state.safetensors", "state.json", "trainer_state.json"
@@ -43,7 +44,16 @@ class Checkpoint:
 
 
 def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Writes root/checkpoint-<step> atomically, updates LATEST and removes all but the newest `keep`."""
+    """Writes root/checkpoint-<step> atomically, updates LATEST and removes all but the newest `keep`.
+
+    Raises `NotReached` for a tensor that holds NaN or infinity, before anything is written.
+    """
+    spoiled = first_non_finite(checkpoint.tensors.items())
+    if spoiled is not None:
+        raise NotReached(
+            f"at step {checkpoint.step} {spoiled} holds NaN or infinity, so no checkpoint was written: start again "
+            "with a lower learning rate or training.precision=float32; the last checkpoint is good"
+        )
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"{_PREFIX}{checkpoint.step:08d}"
     # safetensors refuses shared or strided storage; clones are small (adapter, moments, generator).

@@ -31,6 +31,7 @@ def restore_decisions(decisions: DecisionMaker, state: Checkpoint) -> None:
     decisions.noise.set_state(state.tensors["rng.decision"])
     decisions.mask = state.tensors["mask"].bool()
     decisions.frozen = state.meta["frozen"]
+    decisions.finite.restore(state.meta["finite_decisions"])
 
 
 def _names(decisions: DecisionMaker) -> list[str]:

@@ -16,6 +16,7 @@ from atp.masks.fit import exact_mask, exact_offset, fit_mask
 from atp.masks.generator import DecisionGenerator
 from atp.masks.sampling import gumbel_noise, hard_mask, logistic_noise, soft_mask, straight_through
 from atp.masks.space import MaskSpace
+from atp.training.guards import FiniteGuard
 
 _LATE_SEARCH = 0.8  # after this share of the search the generator's learning rate falls ...
 _LATE_FACTOR = 0.2  # ... to this factor of itself (1-method.md section 5)
@@ -53,7 +54,14 @@ class DecisionMaker:
     """
 
     def __init__(
-        self, space: MaskSpace, config: DecisionsConfig, *, search_steps: int, prior: Tensor | None, seed: int
+        self,
+        space: MaskSpace,
+        config: DecisionsConfig,
+        *,
+        search_steps: int,
+        prior: Tensor | None,
+        seed: int,
+        max_bad_steps: int = 5,
     ) -> None:
         self.space, self.config, self.search_steps = space, config, search_steps
         self.budget = Budget(space)
@@ -63,6 +71,7 @@ class DecisionMaker:
         self.mask = torch.ones(space.size, dtype=torch.bool)
         self.frozen = False
         self.changed = torch.zeros(())
+        self.finite = FiniteGuard(max_bad_steps, "decision steps")
 
     def target_at(self, step: int) -> float:
         """Share of parameters to keep after `step` search steps: a cubic fall (`exact`) or the target at once."""
@@ -73,7 +82,10 @@ class DecisionMaker:
         return target + (1 - target) * (1 - done) ** 3
 
     def update(self, step: int, loss_of: Callable[[Tensor], Tensor]) -> DecisionOutcome:
-        """One optimizer step of the generator. loss_of maps a soft mask [space.size] to the calibration loss."""
+        """One optimizer step of the generator. loss_of maps a soft mask [space.size] to the calibration loss.
+
+        A non-finite gradient changes nothing and is counted in `finite`, which ends the run as for steps of LoRA.
+        """
         self.generator.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * (_LATE_FACTOR if step >= _LATE_SEARCH * self.search_steps else 1.0)
@@ -85,12 +97,11 @@ class DecisionMaker:
             hard = hard_mask(logits, soft, self.space)
             budget_loss = self.config.alpha * self.budget.loss(straight_through(soft, hard), self.config.target_keep)
         (loss + budget_loss).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), self.config.clip)
-        applied = torch.isfinite(norm)
-        self.optimizer.found_inf = 1 - applied.float()  # a fused optimizer then leaves weights and moments alone
+        torch.nn.utils.clip_grad_norm_(self.generator.parameters(), self.config.clip)
+        bad = self.finite.check(self.optimizer, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return DecisionOutcome(loss.detach(), budget_loss.detach(), applied)
+        return DecisionOutcome(loss.detach(), budget_loss.detach(), ~bad)
 
     @torch.no_grad()
     def refresh(self, step: int) -> Tensor:
@@ -107,12 +118,24 @@ class DecisionMaker:
 
     @torch.no_grad()
     def freeze(self) -> Tensor:
-        """Takes the noise-free decision and fits it to budget and width rules; the mask never changes again."""
+        """Takes the noise-free decision and fits it to budget and width rules; the mask never changes again.
+
+        Raises `NotReached` where too many decision steps were not finite, or the logits are not.
+        """
+        self.finite.finish(-(-self.search_steps // self.config.every))
         self.generator.eval()
         target = self.config.target_keep
         self._replace(fit_mask(self.generator(), target, self.budget, self.config.multiples))
         self.frozen = True
         return self.mask
+
+    def record(self, step: int) -> dict[str, float]:
+        """What is logged after `step` steps of the search: share kept, share wanted, share of decisions changed."""
+        return {
+            "keep": self.budget.share(self.mask),
+            "target_keep": self.target_at(step),
+            "changed": float(self.changed),
+        }
 
     def _replace(self, mask: Tensor) -> None:
         """Takes the main process's mask: a rounding difference between devices must not cut different shapes."""

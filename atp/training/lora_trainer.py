@@ -17,6 +17,7 @@ from atp import processes
 from atp.config import ATPConfig
 from atp.data import collate
 from atp.errors import InputError, Interrupted
+from atp.finite import refuse_weights
 from atp.models.attention import use_training_attention
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import training_arguments
@@ -62,6 +63,7 @@ class LoraTrainer(Trainer):
         self.say: Callable[[str], None] = print if processes.is_main() else lambda line: None
         processes.start()
         self.autocast_dtype = processes.on_main(lambda: autocast_dtype(config.training.precision))
+        refuse_weights(model)
         super().__init__(
             model=model,
             args=training_arguments(config),
@@ -105,6 +107,7 @@ class LoraTrainer(Trainer):
     def _segment(self, path: Path | None) -> None:
         """Trainer's loop, from a checkpoint if there is one, until it ends."""
         super().train(resume_from_checkpoint=str(path) if path else None)
+        self.check_steps()
 
     def _end_on_signal(self) -> None:
         """Raises `Interrupted` if one of the processes got a signal; the checkpoint is written by then."""
@@ -114,7 +117,7 @@ class LoraTrainer(Trainer):
             raise Interrupted(self.signals.received, f"continue with --resume (checkpoint {newest})")
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One batch; returns its share of the step's mean loss a token, without regularizer, scalar float32.
+        """One batch; returns its share of the step's mean loss per token, without regularizer, scalar float32.
 
         Trainer logs the sum over the batches of a step, its mean over processes and over the steps since the last log.
         """
@@ -153,6 +156,17 @@ class LoraTrainer(Trainer):
             self.optimizer = self.adamw
         return self.optimizer
 
+    def trained_beside(self) -> list[nn.Parameter]:
+        """Parameters that a subclass steps with an optimizer of its own, after that of the adapter."""
+        return []
+
+    def check_steps(self) -> None:
+        """Raises `NotReached` for too many non-finite steps: before each checkpoint, and at the end of each phase."""
+        done, cut = self.state.global_step, self.phases.cut_step
+        if done in (cut, self.phases.total):
+            self.finite.finish(done if done <= cut else done - cut)
+        self.finite.report()
+
     def before_optimizer_step(self) -> None:
         """Called before each optimizer step, after clipping; does nothing unless a subclass has something to do."""
 
@@ -162,6 +176,7 @@ class LoraTrainer(Trainer):
     # Checkpoints, in a format of our own
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        self.check_steps()
         self._write(self._checkpoint())
 
     def _write(self, state: Checkpoint) -> Path:
@@ -177,7 +192,7 @@ class LoraTrainer(Trainer):
         meta = {
             "config": self.config.model_dump(mode="json"),
             "clock": self.clock.state(),
-            "skipped": self.finite.skipped,
+            "finite": self.finite.state(),
             "processes": processes.count(),
             "precision": "float32" if self.autocast_dtype is None else "bfloat16",
             "scheduler": self.lr_scheduler.state_dict(),
@@ -195,7 +210,7 @@ class LoraTrainer(Trainer):
             )
         refuse_other_inputs(state.meta.get("inputs") or {}, self.inputs)
         self.clock.load(state.meta["clock"])
-        self.finite.restore(state.meta["skipped"])
+        self.finite.restore(state.meta["finite"])
         self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
         damaged = self.metrics.rewind(state.step)
         if damaged:

@@ -59,6 +59,14 @@ class PhaseClock:
         """Trained tokens a second in a phase, 0 where nothing was trained."""
         return self.tokens.get(phase, 0) / self.seconds[phase] if self.seconds.get(phase) else 0.0
 
+    def record(self, phase: str) -> dict[str, float]:
+        """What is logged of a phase."""
+        return {
+            "tokens_per_second": self.rate(phase),
+            "phase_tokens": self.tokens[phase],
+            "phase_seconds": self.seconds[phase],
+        }
+
     def state(self) -> dict[str, dict[str, float]]:
         """JSON-able copy."""
         return {"seconds": dict(self.seconds), "tokens": dict(self.tokens)}

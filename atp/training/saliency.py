@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from atp.errors import NotReached
+from atp.finite import is_finite
 from atp.masks.budget import Budget
 from atp.masks.space import MaskSpace
 
@@ -19,14 +21,21 @@ def fisher_saliency(space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss
     """Mean over batches of (dL/ds)^2 at s = 1, float32 [space.size].
 
     loss_of(batch, mask) is the calibration loss under a soft mask; batches of one sample give the Fisher information
-    of samples, larger ones that of batch means.
+    of samples, larger ones that of batch means. Raises `NotReached` for a batch whose gradient is not finite: one of
+    them would make every score NaN.
     """
     total, count = torch.zeros(space.size), 0
     for batch in batches:
         mask = torch.ones(space.size, requires_grad=True)
         (gradient,) = torch.autograd.grad(loss_of(batch, mask), mask)
-        total += gradient.square()
+        square = gradient.square()
         count += 1
+        if not is_finite(square):
+            raise NotReached(
+                f"calibration window {count} has a non-finite gradient, which no decision can start from: use "
+                "model.dtype=float32 and training.precision=float32, or leave that text out"
+            )
+        total += square
     return total / max(count, 1)
 
 

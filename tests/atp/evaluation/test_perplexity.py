@@ -8,7 +8,7 @@ from tiny_scored import WORDS, float64_log_probs, tiny_model, word_tokenizer
 
 from atp.data.packing import IGNORE, PackedDataset, pack
 from atp.data.splits import Example
-from atp.errors import InputError
+from atp.errors import InputError, NotReached
 from atp.evaluation import packed_windows, perplexity, sliding_windows
 from atp.evaluation.perplexity import ScoredWindows
 
@@ -98,3 +98,14 @@ def test_worse_model_has_higher_perplexity(model, tokenizer):
     uniform = tiny_model(layers=1)
     torch.nn.init.zeros_(uniform.model.embed_tokens.weight)
     assert perplexity(uniform, sliding_windows(EXAMPLES, tokenizer, 16))["perplexity"] == pytest.approx(32)
+
+
+def test_a_loss_that_is_not_finite_is_no_perplexity(tokenizer):
+    """One token of the third document has a NaN embedding."""
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[WORDS.index("not")] = math.nan
+        broken.lm_head.weight = torch.nn.Parameter(tiny_model(seed=1).lm_head.weight)
+    assert math.isfinite(perplexity(broken, sliding_windows(EXAMPLES[:2], tokenizer, 8))["perplexity"])
+    with pytest.raises(NotReached, match="document 3 .* not finite"):
+        perplexity(broken, sliding_windows(EXAMPLES, tokenizer, 8))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_scored import LABELS, WORDS, float64_log_probs
+from tiny_scored import LABELS, WORDS, float64_log_probs, tiny_model
 
 from atp.data.splits import Example
-from atp.errors import InputError
+from atp.errors import InputError, NotReached
 from atp.evaluation.tasks import Question, label_scores, score_labels, tokenize_questions
 
 
@@ -60,3 +60,11 @@ def test_label_refusals(model, tokenizer, examples):
         label_scores(model, tokenizer, examples, ("yes", "no"))
     with pytest.raises(InputError, match="no labelled examples"):
         label_scores(model, tokenizer, [], LABELS)
+
+
+def test_answers_of_a_model_that_gives_nan_are_not_scored(tokenizer, examples):
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(NotReached, match="question 1 are not finite"):
+        label_scores(broken, tokenizer, examples, LABELS)

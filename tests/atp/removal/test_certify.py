@@ -13,12 +13,12 @@ from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.removal import (
+    certify_export,
     compare,
     cut_model,
     logit_gap,
     merge_adapter,
     reference_logits,
-    reload_gap,
 )
 from benchmarks.case import Variant
 from benchmarks.measure import peak_bytes
@@ -107,13 +107,15 @@ def test_reload_finds_what_saving_changed(tmp_path):
     merged = merge_adapter(cut)
     merged.save_pretrained(tmp_path)
     assert not [file for file in tmp_path.iterdir() if file.suffix in (".bin", ".pt", ".pkl", ".pth")]
-    assert reload_gap(merged, tmp_path, ids).absolute == 0
+    saved = reference_logits(merged, ids)
+    assert certify_export(cut, saved, tmp_path, ids)["cut_vs_reloaded_absolute"] == 0
     assert 0 <= compare(reference, merged, ids).relative < 1e-5
 
     state = load_file(tmp_path / "model.safetensors")
     state["lm_head.weight"] = 1.25 * state["lm_head.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert reload_gap(merged, tmp_path, ids).relative == pytest.approx(0.25, rel=1e-5)
+    spoiled = certify_export(cut, saved, tmp_path, ids)
+    assert spoiled["cut_vs_reloaded"] == pytest.approx(0.25, rel=1e-5) and spoiled["merge_error"] == math.inf
 
 
 def test_removed_lora_norm_is_the_joint_norm_of_a_removed_decision():

@@ -76,7 +76,8 @@ SUMMARY = {
     "seconds": {"search": 120.0, "settle": 9.0, "cut": 1.5, "tune": 110.0, "total": 777.0},
     "seed": 7, "versions": {"torch": "2.13.0"}, "command": "atp demo", "data": {"train": "0a1b2c"},
 }  # fmt: skip
-CERTIFICATE = {"masked_vs_cut": 2.4e-6, "cut_vs_reloaded": 0.0, "removed_lora_norm": 0.0, "dtype": "float32"}
+CERTIFICATE = {"masked_vs_cut": 2.4e-6, "cut_vs_reloaded": 0.0, "removed_lora_norm": 0.0, "merge_error": 0.98,
+               "rounding_gap": 3e-7, "dtype": "float32", "limits": {"masked_vs_cut": 1e-4}}  # fmt: skip
 DECISIONS = {
     "space": "head_dim", "sizes": {"qk": 32, "mlp": 96},
     "layers": [{"qk": list(range(16)), "mlp": list(range(48))}, {"qk": list(range(32)), "mlp": [3]}],
@@ -100,7 +101,7 @@ def test_full_page_shows_every_figure(tmp_path):
     for figure in ("92.02 M", "134.52 M", "68.4%", "60.0%", "23.41", "15.52", "30.17", "0.426", "1.30 ×", "2 512.8",
                    "866", "777", "atp demo", "2.13.0", "0a1b2c", "path: somewhere", "qk (of 32)"):  # fmt: skip
         assert figure in text, figure
-    assert "missing" not in text and "FAIL" not in text and text.count("pass") == 4
+    assert "missing" not in text and "FAIL" not in text and text.count("pass") == 6
 
 
 def test_page_needs_nothing_from_outside(tmp_path):
@@ -174,7 +175,15 @@ def test_damaged_summary_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("masked_vs_cut", 0.0011), ("removed_lora_norm", 1e-12), ("cut_vs_reloaded", float("nan"))]
+    ("key", "value"),
+    [
+        ("masked_vs_cut", 0.0011),
+        ("removed_lora_norm", 1e-12),
+        ("cut_vs_reloaded", float("nan")),
+        ("merge_error", 1.01),
+        ("rounding_gap", 0.02),
+        ("rounding_gap", None),
+    ],
 )
 def test_certificate_fails_above_its_limit(tmp_path, key, value):
     _, text = parse(write_report(write_run(tmp_path / "run", certificate=CERTIFICATE | {key: value})))

@@ -1,0 +1,51 @@
+"""A model in float32 arithmetic without a second copy of it: parts are widened while they run, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """Inside a with block a causal LM of bfloat16 or float16 weights computes in float32, its weights unrounded.
+
+    model: plain or inside PEFT, with a decoder of embeddings, layers and norm. A layer's weights are float32 while it
+    runs and what they were, bit for bit, after it; hidden states are float32 from the embeddings on. Does nothing for
+    float32 and float64 weights. Slices of masks are not widened: use masks themselves.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not any(_is_narrow(parameter) for parameter in causal.parameters()):
+        yield
+        return
+    decoder = causal.get_decoder()
+    narrow: list[tuple[nn.Parameter, Tensor]] = []
+
+    def widen(module: nn.Module, args: Any) -> None:
+        for parameter in module.parameters():
+            if _is_narrow(parameter):
+                narrow.append((parameter, parameter.data))
+                parameter.data = parameter.data.float()
+
+    def restore(*_: Any) -> None:
+        while narrow:
+            parameter, data = narrow.pop()
+            parameter.data = data
+
+    hooks = [causal.get_input_embeddings().register_forward_hook(lambda module, args, output: output.float())]
+    for part in (*decoder.layers, decoder.norm, causal.get_output_embeddings()):
+        hooks += [part.register_forward_pre_hook(widen), part.register_forward_hook(restore, always_call=True)]
+    try:
+        yield
+    finally:
+        restore()
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_narrow(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.dtype.itemsize < torch.float32.itemsize

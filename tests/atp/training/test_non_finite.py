@@ -1,0 +1,238 @@
+"""NaN stops a run at its source, with a sentence that names it, and never gets into a checkpoint."""
+
+import math
+
+import pytest
+import torch
+from test_trainer import Poison, StopAt
+from tiny_run import CUT, SEARCH, TOTAL, TUNE, LlamaForCausalLM, make, trained_tensors, windows
+from transformers import LlamaConfig, TrainerCallback
+
+from atp.baselines.tuner import LoraTuner
+from atp.config import DecisionsConfig
+from atp.errors import InputError, Interrupted, NotReached
+from atp.masks.space import MaskSpace
+from atp.training import checkpoint as checkpoints
+from atp.training.decisions import DecisionMaker
+from atp.training.saliency import fisher_saliency
+
+NAN = math.nan
+
+
+def test_steps_that_are_all_bad_fail_however_few_they_are(tmp_path):
+    trainer = make(tmp_path, callbacks=[Poison(1, TOTAL)], training={"max_bad_steps": 100, "log_every": 100})
+    with pytest.raises(NotReached, match=f"{CUT} steps .* non-finite gradient"):
+        trainer.train()
+
+
+def test_tune_steps_that_are_all_bad_fail(tmp_path):
+    trainer = make(tmp_path, callbacks=[Poison(CUT + 1, TOTAL)], training={"max_bad_steps": 100, "log_every": 100})
+    with pytest.raises(NotReached, match=f"{TUNE} steps"):
+        trainer.train()
+    assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == TOTAL - 1
+
+
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_bad_steps_are_found_without_any_log(tmp_path, save_every):
+    """At the save that follows, or at the end of the phase, whatever `log_every` is."""
+    training = {"max_bad_steps": 2, "log_every": 100, "save_every": save_every}
+    trainer = make(tmp_path, callbacks=[Poison(2, 3)], training=training)
+    with pytest.raises(NotReached, match="2 steps in a row .* the last one at step 3"):
+        trainer.train()
+    assert trainer.state.global_step == (3 if save_every == 1 else CUT)
+
+
+def test_a_good_step_after_bad_ones_at_the_end_of_a_phase_is_enough(tmp_path):
+    """The last two steps before the cut and the first of two after it are bad."""
+    training = {"max_bad_steps": 4, "tune": 2}
+    trainer = make(tmp_path, callbacks=[Poison(CUT - 1, CUT + 1)], training=training)
+    trainer.train()
+    assert trainer.finite.skipped == 3
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path):
+    training = {"max_bad_steps": 3}
+    first = make(tmp_path, callbacks=[Poison(2, 3), StopAt(3)], training=training)
+    with pytest.raises(Interrupted):
+        first.train()
+    resumed = make(tmp_path, callbacks=[Poison(4, 4)], training=training)
+    with pytest.raises(NotReached, match="3 steps in a row .* the last one at step 4"):
+        resumed.train(resume=True)
+
+
+def test_the_tuner_fails_too(tmp_path):
+    config = make(tmp_path, training={"max_bad_steps": 100, "log_every": 100}).config
+    trainer = make(tmp_path / "model")
+    tuner = LoraTuner(config, trainer.model, windows(20, 1), tmp_path / "tuner", callbacks=[Poison(1, TOTAL)])
+    with pytest.raises(NotReached, match=f"{TOTAL} steps"):
+        tuner.train()
+
+
+# Decision steps
+
+
+def spoil_decisions(trainer, steps):
+    """Makes the calibration loss of some decision steps NaN."""
+    original = trainer._calibration_loss
+
+    def spoiled(batch, mask):
+        loss = original(batch, mask)
+        if trainer.decisions is not None and trainer.state.global_step in steps:
+            loss = loss * NAN
+        return loss
+
+    trainer._calibration_loss = spoiled
+
+
+def test_bad_decision_steps_are_counted(tmp_path):
+    trainer = make(tmp_path)
+    spoil_decisions(trainer, {1})
+    trainer.train()
+    assert trainer.decisions.finite.skipped == 1 and trainer.finite.skipped == 0
+
+
+@pytest.mark.parametrize("training", [{"max_bad_steps": 2}, {"max_bad_steps": 2, "log_every": 100, "save_every": 100}])
+def test_bad_decision_steps_in_a_row_end_the_run(tmp_path, training):
+    trainer = make(tmp_path, training=training)
+    spoil_decisions(trainer, {1, 2})
+    with pytest.raises(NotReached, match="2 decision steps in a row .* the last one at step 3"):
+        trainer.train()
+
+
+def test_decision_steps_that_are_all_bad_end_the_run_at_the_freeze(tmp_path):
+    trainer = make(tmp_path, training={"max_bad_steps": 100}, decisions={"every": 2})
+    spoil_decisions(trainer, set(range(SEARCH)))
+    with pytest.raises(NotReached, match=f"{SEARCH // 2} decision steps"):
+        trainer.train()
+    assert trainer.state.global_step == SEARCH and not trainer.decisions.frozen
+
+
+def test_decisions_of_logits_that_are_no_numbers_are_refused():
+    space = MaskSpace.from_config(tiny_config())
+    maker = DecisionMaker(space, DecisionsConfig(), search_steps=1, prior=None, seed=0)
+    with torch.no_grad():
+        next(maker.generator.parameters()).fill_(NAN)
+    with pytest.raises(NotReached, match="logits"):
+        maker.freeze()
+
+
+def tiny_config():
+    return LlamaConfig(
+        vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=48,
+    )  # fmt: skip
+
+
+# Saliency
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf])
+def test_saliency_names_the_window_whose_gradient_is_not_finite(bad):
+    space = MaskSpace.from_config(tiny_config())
+    factors = iter([1.0, 1.0, bad, 1.0])
+    with pytest.raises(NotReached, match="calibration window 3 "):
+        fisher_saliency(space, [{}] * 4, lambda batch, mask: next(factors) * mask.sum())
+
+
+def test_saliency_whose_square_overflows_is_no_saliency():
+    space = MaskSpace.from_config(tiny_config())
+    with pytest.raises(NotReached, match="calibration window 1 "):
+        fisher_saliency(space, [{}], lambda batch, mask: 1e30 * mask.sum())
+
+
+def test_a_run_stops_before_its_first_step_where_saliency_is_not_finite(tmp_path):
+    trainer = make(tmp_path)
+    calls = iter(range(100))
+    original = trainer._calibration_loss
+    trainer._calibration_loss = lambda batch, mask: original(batch, mask) * (NAN if next(calls) == 4 else 1.0)
+    with pytest.raises(NotReached, match="calibration window 5 "):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not (tmp_path / "checkpoints").exists()
+
+
+# Weights and checkpoints
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.1.mlp.down_proj", "norm"])
+def test_base_weights_are_checked_at_the_start(tmp_path, monkeypatch, name, bad):
+    """The embedding's row is of a token that no text holds."""
+
+    def poisoned(config):
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            model.model.get_submodule(name).weight.view(-1)[-1] = bad
+        return model
+
+    monkeypatch.setattr("tiny_run.LlamaForCausalLM", poisoned)
+    with pytest.raises(InputError, match=f"{name}.*weight.* holds NaN or infinity"):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "generator", "moments", "refit", "gates", "mask logits"])
+def test_no_checkpoint_is_written_that_holds_nan(tmp_path, part):
+    """Whatever is spoiled behind the guards' backs, the checkpoint before it stays the newest."""
+    training = {"regularizer": "l0"} if part == "gates" else {}
+    at = SEARCH + 1 if part == "refit" else 2
+    trainer = make(tmp_path, training=training)
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step != at:
+                return
+            with torch.no_grad():
+                tensor = {
+                    "model": lambda: next(p for p in trainer.model.parameters() if p.requires_grad),
+                    "optimizer": lambda: next(iter(trainer.adamw.state.values()))["exp_avg"],
+                    "generator": lambda: next(trainer.decisions.generator.parameters()),
+                    "moments": lambda: next(iter(trainer.decisions.optimizer.state.values()))["exp_avg_sq"],
+                    "refit": lambda: dict(trainer._decoder.named_parameters())[trainer.refitted[0]],
+                    "gates": lambda: trainer.gates.log_alpha,
+                    "mask logits": lambda: trainer.decisions.generator.prior,
+                }[part]()
+                tensor.view(-1)[0] = NAN
+
+    trainer.add_callback(Spoil())
+    with pytest.raises(NotReached, match=f"step {at}.* holds NaN or infinity"):
+        trainer.train()
+    newest = checkpoints.load(checkpoints.newest(tmp_path / "checkpoints"))
+    assert newest.step == at - 1
+    assert all(bool(t.isfinite().all()) for t in newest.tensors.values() if t.is_floating_point())
+
+
+def test_refit_on_inputs_that_are_not_finite_is_refused(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+
+    def spoiled(index, size, original=trainer._calibration_batch):
+        batch = original(index, size)
+        if trainer.decisions is not None and trainer.decisions.frozen and index == 1:
+            trainer._decoder.layers[0].self_attn.v_proj.base_layer.weight.data[0, 0] = NAN
+        return batch
+
+    monkeypatch.setattr(trainer, "_calibration_batch", spoiled)
+    with pytest.raises(NotReached, match=r"layers\.0\.\S+ reads NaN"):
+        trainer.train()
+    assert all(bool(t.isfinite().all()) for t in trained_tensors(trainer).values())
+
+
+def test_a_cut_that_gives_no_numbers_ends_the_run_there(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    original = trainer._become_cut
+
+    def spoiled():
+        original()
+        trainer.model.get_base_model().model.norm.weight.data[0] = NAN
+
+    monkeypatch.setattr(trainer, "_become_cut", spoiled)
+    with pytest.raises(NotReached, match="masked_vs_cut is nan"):
+        trainer.train()
+    assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == CUT - 1
+
+
+def test_a_model_that_is_not_finite_is_not_exported(tmp_path):
+    trainer = make(tmp_path)
+    trainer.train()
+    trainer.model.get_base_model().model.layers[1].mlp.up_proj.lora_B["default"].weight.data[3, 1] = NAN
+    with pytest.raises(NotReached, match=r"layers\.1\.mlp\.up_proj\.weight.* holds NaN or infinity"):
+        trainer.export(tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()
