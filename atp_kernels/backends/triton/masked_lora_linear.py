@@ -239,11 +239,11 @@ def _drawn(dropout: Dropout | None) -> dict[str, object]:
 
 
 def _numerics(dtype: torch.dtype) -> dict[str, object]:
-    single = dtype == torch.float32
-    tensor_cores = torch.get_float32_matmul_precision() != "highest"
+    # The older `torch.get_float32_matmul_precision` raises once anybody has set the precision of one operation alone.
+    tensor_cores = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
-        "PRECISION": "tf32" if single and tensor_cores else "ieee",
+        "PRECISION": "tf32" if tensor_cores else "ieee",
         "enable_fp_fusion": True,
     }
 
