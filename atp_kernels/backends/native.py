@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atp_kernels.backends import kept, primitives, reference
 from atp_kernels.backends.primitives import Primitives
+from atp_kernels.checks import check_written
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Dropout
 
@@ -87,7 +88,7 @@ def group_lasso_forward(
     rounded to float32; removed bool [n_groups]. Raises RuntimeError for wrong dtypes or shapes.
     """
     held = [factor.contiguous() for factor in factors]
-    packed = (plan.axes, plan.index, plan.order, plan.starts)
+    packed = (plan.axes, plan._index, plan._order, plan._starts)
     return _call(_ops.group_lasso_forward, held, *packed, removed.contiguous(), eps)
 
 
@@ -102,7 +103,7 @@ def group_lasso_backward(
     """
     held = [factor.contiguous() for factor in factors]
     vectors = (removed.contiguous(), norms.contiguous(), grad_out.float())
-    return _call(_ops.group_lasso_backward, held, plan.axes, plan.index, *vectors)
+    return _call(_ops.group_lasso_backward, held, plan.axes, plan._index, *vectors)
 
 
 def separate_lasso_forward(
@@ -137,15 +138,16 @@ def group_lasso_grad_(
     ValueError for factors that do not fit the plan, RuntimeError as `group_lasso_forward` does and for a gradient that
     is given twice.
     """
-    packed = (plan.axes, plan.index, plan.order, plan.starts)
+    packed = (plan.axes, plan._index, plan._order, plan._starts)
     vectors = (removed.contiguous(), weight.float())
-    if plan.index.is_cuda:
+    if plan._index.is_cuda:
         plan.check(factors)
     try:
         # On a CPU another look at hundreds of tensors would cost a tenth of the call: all are made by the extension.
         value = _call(_ops.group_lasso_grad_, factors, grads, *packed, plan.sides, *vectors, eps, plan.runs)
     except RuntimeError:
         plan.check(factors)  # says it in its own words
+        check_written(grads, "gradients")
         raise
     torch.autograd.graph.increment_version(grads)
     return value
@@ -159,7 +161,7 @@ def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, thr
     `group_lasso_forward` does, and for a tensor that is given twice.
     """
     held = [factor.contiguous() for factor in factors]
-    packed = (plan.axes, plan.index, plan.order, plan.starts)
+    packed = (plan.axes, plan._index, plan._order, plan._starts)
     _call(_ops.group_prox_, held, *packed, removed.contiguous(), threshold.float().contiguous())
     for factor, copy in zip(factors, held, strict=True):
         if factor is not copy:
