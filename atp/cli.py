@@ -19,7 +19,7 @@ from rich.table import Table
 
 from atp import processes
 from atp.ending import NobodyReads, ending, flush_output, imports_are_done, interrupted
-from atp.errors import InputError, shorten
+from atp.errors import InputError, Interrupted, shorten
 
 
 class _Console(Console):
@@ -279,7 +279,7 @@ def main() -> None:
         code = app(standalone_mode=False, prog_name="atp") or 0
         sys.stdout.flush()
         sentence = interrupted()[0] if code == interrupted()[1] else ""
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # `atp` alone
             error.show()
             sys.exit(2)
