@@ -1,20 +1,15 @@
 """Packaging as a user meets it: sdist, wheel with the extension, and installs that go without it."""
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-SHIPPED = ("atp", "atp_kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-BUILD_VARIABLES = ("ATP_BUILD", "ATP_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CC", "CXX")
+from wheels import ROOT, copy_source, files_of, pip_wheel, run, use
 
 has_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -22,41 +17,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 @pytest.fixture
 def source(tmp_path):
-    """A clean copy of the tree: no build folder and no binary of an earlier build."""
-    target = tmp_path / "source"
-    target.mkdir()
-    for name in SHIPPED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, target)
-    return target
-
-
-def run(command, cwd, **variables):
-    clean = {key: value for key, value in os.environ.items() if key not in (*BUILD_VARIABLES, "PYTHONPATH")}
-    return subprocess.run(command, cwd=cwd, env={**clean, **variables}, capture_output=True, text=True)
-
-
-def pip_wheel(what, out, **variables):
-    """The wheel of a folder or an sdist, and all that pip and setup.py said."""
-    options = ["-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", str(out)]
-    result = run([sys.executable, "-m", "pip", "wheel", str(what), *options], out.parent, **variables)
-    wheels = sorted(out.glob("*.whl"))
-    return (wheels[0] if wheels else None), result.returncode, result.stdout + result.stderr
-
-
-def files_of(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
-
-
-def use(wheel, folder, code):
-    """Run code with the wheel's contents as the only copy: -S keeps an editable install of this tree out of sight."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    paths = dict.fromkeys([str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    return run([sys.executable, "-S", "-c", code], folder, PYTHONPATH=os.pathsep.join(paths))
+    return copy_source(tmp_path / "source")
 
 
 REPORT = "import atp_kernels; from atp_kernels.backends import native; print(atp_kernels.__file__, native.REASON)"
@@ -149,7 +110,7 @@ def test_extension_uses_only_the_stable_abi_of_torch():
     assert not [s for s in symbols if re.match(r"_ZNK?(2at|3c10|5torch)", s)]
 
 
-CUDA_ARCHS = ("80", "90a", "100a", "120a")
+CUDA_ARCHS = ("80", "90", "100", "120")
 
 
 def compile_cuda(source, target, *options):
@@ -157,7 +118,7 @@ def compile_cuda(source, target, *options):
     from torch.utils.cpp_extension import include_paths
 
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch.removesuffix('a')}" in known]
+    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
     command = ["nvcc", "-c", str(source), "-o", str(target), "-std=c++17", "--threads=2", "--resource-usage"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", *options]
     command += [f"-I{path}" for path in include_paths()]
@@ -181,7 +142,7 @@ def test_cuda_source_compiles_for_every_architecture_without_spills(name, tmp_pa
     source, target = ROOT / "csrc" / "cuda" / name, tmp_path / "object.o"
     archs, said = compile_cuda(source, target)
     usage = resource_usage(said)
-    assert {"80", "90a"} <= set(archs) and {arch for _, arch, _ in usage} == {f"sm_{arch}" for arch in archs}
+    assert {"80", "90"} <= set(archs) and {arch for _, arch, _ in usage} == {f"sm_{arch}" for arch in archs}
     kernels = re.findall(r"__global__ void (\w+)\(", source.read_text(encoding="utf-8"))
     assert kernels and all(any(kernel in mangled for mangled, _, _ in usage) for kernel in kernels)
     assert [report for report in usage if report[2]] == []
