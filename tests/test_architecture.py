@@ -22,7 +22,10 @@ LAYERS = (
     ("atp.config", "atp.unknown_keys"),
     ("atp.masks",),
     ("atp.ending",),
-    ("atp.errors", "atp.environment", "atp.files", "atp.locking", "atp.processes", "atp.reading", "atp.rng"),
+    (
+        *("atp.errors", "atp.environment", "atp.files", "atp.locking", "atp.processes", "atp.reading"),
+        *("atp.requirements", "atp.rng", "atp.shipped"),
+    ),
     ("atp_kernels",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import ROOT, copy_source, files_of, pip_wheel, run, use
+from wheels import ROOT, copy_source, files_of, pip_wheel, run, search_path, use
 
 has_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -32,13 +32,15 @@ def test_sdist_builds_a_wheel_whose_extension_runs(source, tmp_path):
     (sdist,) = tmp_path.glob("atp_kernels-*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    folders = ("benchmarks", "csrc", "docs", "examples", "experiments")
+    shipped = {str(path.relative_to(ROOT)) for name in folders for path in (ROOT / name).rglob("*") if path.is_file()}
+    shipped = {name for name in shipped if "__pycache__" not in name}
     assert shipped <= names and not any(name.endswith((".so", ".pyc")) for name in names)
 
     wheel, status, said = pip_wheel(sdist, tmp_path / "wheels", ATP_BUILD="1")
     assert status == 0, said
     assert [name for name in files_of(wheel) if re.match(r"atp_kernels/_C\..*\.so$", name)]
-    assert not [name for name in files_of(wheel) if name.startswith(("csrc", "tests"))]
+    assert not [name for name in files_of(wheel) if name.startswith(("csrc", "docs", "examples", "tests"))]
     used = use(wheel, tmp_path / "site", REPORT + "; print(native.build_info())")
     assert used.returncode == 0, used.stderr
     assert str(tmp_path / "site") in used.stdout and "None" in used.stdout and "stable_abi_target" in used.stdout
@@ -92,6 +94,27 @@ def test_wheel_holds_the_command_the_licence_and_one_version(source, tmp_path):
     assert "License-Expression: Apache-2.0" in texts["METADATA"] and "Apache License" in texts["LICENSE"]
     kept = [p for p in (ROOT / "atp").rglob("*") if p.suffix in (".html", ".jinja", ".yaml", ".css", ".js")]
     assert {str(path.relative_to(ROOT)) for path in kept} <= set(files_of(wheel))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_examples_and_experiments_are_found_away_from_the_clone(source, tmp_path, in_place):
+    code = (
+        "from atp import shipped; from atp.config import ATPConfig; from atp.experiments.spec import ExperimentSpec\n"
+        "spec, path = ExperimentSpec.load('stages'); spec.config(path, 'health-mini', [])\n"
+        "recipe = ATPConfig.load('examples/custom.yaml', ['model.path=m']).data.recipe\n"
+        "print(path, recipe, *shipped.names('experiments'))"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    if in_place:
+        used = run([sys.executable, "-S", "-c", code], tmp_path / "elsewhere", PYTHONPATH=search_path(source))
+    else:
+        wheel, status, said = pip_wheel(source, tmp_path / "wheels", ATP_BUILD="0")
+        assert status == 0, said
+        used = use(wheel, tmp_path / "site", code)
+    assert used.returncode == 0, used.stderr
+    path, recipe, *names = used.stdout.split()
+    assert path == str((source if in_place else tmp_path / "site" / "atp" / "_shipped") / "experiments" / "stages.yaml")
+    assert recipe == "custom" and names == sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
-    *("atp", "atp_kernels", "csrc", "docs", "examples", "experiments"),
+    *("atp", "atp_kernels", "benchmarks", "csrc", "docs", "examples", "experiments"),
     *("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
 )
 BUILD_VARIABLES = ("ATP_BUILD", "ATP_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CC", "CXX")
+
 
 def copy_source(target):
     """A clean copy of the tree: no build folder and no binary of an earlier build."""
@@ -44,9 +45,14 @@ def files_of(wheel):
         return archive.namelist()
 
 
+def search_path(folder):
+    """PYTHONPATH with a folder first and no editable install in it, for python -S."""
+    paths = dict.fromkeys([str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    return os.pathsep.join(paths)
+
+
 def use(wheel, folder, code):
     """Run code with the wheel's contents as the only copy: -S keeps an editable install of this tree out of sight."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
-    paths = dict.fromkeys([str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    return run([sys.executable, "-S", "-c", code], folder, PYTHONPATH=os.pathsep.join(paths))
+    return run([sys.executable, "-S", "-c", code], folder, PYTHONPATH=search_path(folder))
