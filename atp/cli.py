@@ -20,6 +20,7 @@ from rich.table import Table
 from atp import processes
 from atp.ending import NobodyReads, ending, flush_output, imports_are_done, interrupted
 from atp.errors import InputError, Interrupted, shorten
+from atp_kernels._version import __version__
 
 
 class _Console(Console):
@@ -27,15 +28,29 @@ class _Console(Console):
         raise NobodyReads
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 console = _Console(quiet=not processes.is_main())
 
 _ONE_PROCESS = ("eval", "report", "env")  # in the others of a launcher's processes these have nothing to do
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"atp {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _root(context: typer.Context) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Make a language model smaller and better at one domain, in a single training stage."""
     if context.invoked_subcommand in _ONE_PROCESS and not processes.is_main():
         raise typer.Exit()
@@ -58,6 +73,7 @@ def train(
     from atp.config import ATPConfig
     from atp.run import Run
 
+    _note()
     settings = ATPConfig.load(config, overrides)
     console.print(settings.dump(), markup=False, highlight=False)
     show(Run(settings, resume=resume, command=_command(), say=console.print, profile=profile).execute())
@@ -78,6 +94,7 @@ def demo(
     from atp.demo import ask, demo_config
     from atp.run import Run
 
+    _note()
     settings = demo_config(output_dir, overrides)
     show(Run(settings, resume=resume, command=_command(), say=console.print).execute())
     console.print(f"report: {output_dir / 'report.html'}")
@@ -157,6 +174,7 @@ def compare(
     from atp.compare.table import brief, remarks
     from atp.config import ATPConfig
 
+    _note()
     settings = ATPConfig.load(config, overrides)
     folder = out or Path(f"{settings.output_dir}-compare")
     comparison = Comparison(
@@ -194,6 +212,7 @@ def experiment(
     """
     from atp.experiments import Experiment
 
+    _note()
     question = Experiment(
         name, overrides or [], runs=runs, out=out, domains=_listed(domains),
         seeds=[_whole(seed) for seed in _listed(seeds)], command=_command(), say=console.print,
@@ -298,6 +317,14 @@ def main() -> None:
 def _with_interval(value: float, interval: list[float], digits: int) -> str:
     low, high = interval
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _note() -> None:
+    """Says before a long run what would make it faster."""
+    from atp.environment import slow_kernels
+
+    if reason := slow_kernels():
+        console.print(f"slow kernels: {reason} (ATP_BUILD=0 silences this)", markup=False, highlight=False)
 
 
 def _listed(text: str) -> list[str]:

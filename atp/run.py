@@ -26,7 +26,7 @@ from atp.evaluation.inference import bars
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
 from atp.folders import CONFIG, INPUTS, check_output_dir, opened, refuse_inputs_inside, saved_config
-from atp.loading import RunData, check_length, load_data, load_model, load_tokenizer
+from atp.loading import RunData, check_length, check_packages, load_data, load_model, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate
 from atp.report import write_report
@@ -135,6 +135,7 @@ class Run:
     def _prepare(self) -> tuple[nn.Module, PreTrainedTokenizerBase, RunData]:
         """Checks everything before anything is written, then opens the folder and scores the original."""
         config = self.config
+        processes.on_main(lambda: check_packages(config.model, config.data))
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
         if any(not task.labels for task in scored_tasks(self.config, data.splits)):

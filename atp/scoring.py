@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from atp.config import ATPConfig, ModelConfig
+from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, Example, Task, chat_of, load_recipe, read_examples, tasks_of
 from atp.data.recipes import RECIPES
 from atp.errors import InputError, is_out_of_memory, reason
@@ -19,7 +19,7 @@ from atp.evaluation import evaluate_model, model_size, relative_performance, sli
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.harness import check_harness, harness_scores
 from atp.evaluation.inference import bars
-from atp.loading import check_vocabulary, data_settings, load_any_model, load_tokenizer
+from atp.loading import check_packages, check_vocabulary, data_settings, load_any_model, load_tokenizer
 from atp.training.precision import autocast_dtype
 
 
@@ -66,6 +66,7 @@ def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> 
 
 def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[str, Any]:
     source = ModelConfig(path=model, gguf_file=gguf_file)
+    check_packages(source, _data_of(options.suite))
     tokenizer = load_tokenizer(source)
     check_vocabulary(source, tokenizer)
     examples, tasks = _load_suite(options, tokenizer)
@@ -108,6 +109,13 @@ def flat_scores(scores: dict[str, Any], prefix: str = "") -> list[tuple[str, Any
         elif isinstance(value, (int, float)):
             rows.append((prefix + name, value, scores.get(f"{name}_interval")))
     return rows
+
+
+def _data_of(suite: str) -> DataConfig:
+    """Where the texts of a suite come from."""
+    if suite.endswith((".yaml", ".yml")):
+        return ATPConfig.load(suite).data
+    return DataConfig(recipe=suite if suite in RECIPES else "custom", general_share=0.0)
 
 
 def _load_suite(options: Scoring, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[Task, ...]]:

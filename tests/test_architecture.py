@@ -23,8 +23,8 @@ LAYERS = (
     ("atp.masks",),
     ("atp.ending",),
     (
-        "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.locking", "atp.processes", "atp.reading",
-        "atp.rng",
+        *("atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.locking", "atp.processes", "atp.reading"),
+        *("atp.requirements", "atp.rng", "atp.shipped"),
     ),
     ("atp_kernels",),
 )

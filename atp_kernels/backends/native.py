@@ -8,15 +8,14 @@ Results do not depend on the number of threads or on the processor's instruction
 they record no gradient. Non-contiguous tensors are copied, and copied back where the operation works in place.
 """
 
-import importlib
 from collections.abc import Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atp_kernels import extension
 from atp_kernels.backends import kept, primitives, reference
 from atp_kernels.backends.primitives import Primitives
 from atp_kernels.checks import check_written
@@ -48,19 +47,7 @@ __all__ = [
 ]
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    try:
-        return importlib.import_module("atp_kernels._C"), None
-    except ModuleNotFoundError:
-        return None, (
-            "the extension atp_kernels._C was not built; with torch>=2.10 and a C++ compiler at hand, reinstall with "
-            "`ATP_BUILD=1 pip install --no-build-isolation` to build it or see why not"
-        )
-    except ImportError as error:
-        return None, f"the extension atp_kernels._C does not load ({error}); reinstall atp-kernels to rebuild it"
-
-
-_extension, REASON = _load()
+_extension, REASON = extension.load()
 AVAILABLE = _extension is not None
 ADDMM_CHAIN = True
 _ops = torch.ops.atp_kernels_native
