@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atp.errors import InputError
 from atp.masks.budget import Budget
+from atp.masks.rules import width_rules
 from atp.masks.space import Structure
 
 
@@ -16,7 +17,7 @@ def uniform_mask(
     scores: Tensor,
     target: float,
     budget: Budget,
-    multiples: dict[str, int],
+    multiples: dict[str, int] | None,
     layers: Collection[int] | None = None,
 ) -> Tensor:
     """The highest scores of each structure, with equal counts in all layers and `target` of the decoder kept.
@@ -26,7 +27,7 @@ def uniform_mask(
     it, some layers one block wider than others so that the budget holds to a block. Returns bool [space.size].
     Raises `InputError` when these layers cannot lose that much.
     """
-    space = budget.space
+    space, multiples = budget.space, width_rules(budget, target, multiples)
     free = [s for s in space.structures if layers is None or s.layer in layers]
     share = _uniform_share(free, target, budget)
     steps = [multiples.get(s.name, 1) for s in free]
