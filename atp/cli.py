@@ -281,7 +281,7 @@ def show(summary: dict) -> None:
     rates = ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in summary["train_tokens_per_second"].items())
     console.print(f"training tokens/s: {rates}")
     certificate = summary["certificate"]
-    promised = ("masked_vs_cut", "cut_vs_reloaded", "removed_lora_norm", "rounding_gap")
+    promised = ("masked_vs_cut", "cut_vs_reloaded", "removed_lora_norm", "merge_error")
     console.print("certificate: " + ", ".join(f"{name.replace('_', ' ')} {certificate[name]:.1e}" for name in promised))
 
 

@@ -28,7 +28,7 @@ from atp.finite import non_finite_figures
 from atp.folders import CONFIG, INPUTS, check_output_dir, opened, refuse_inputs_inside, saved_config
 from atp.loading import RunData, check_length, check_packages, load_data, load_model, load_tokenizer
 from atp.models.load import read_model
-from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate
+from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import check_trackers
@@ -107,6 +107,9 @@ class Run:
 
     def _check(self, summary: dict[str, Any]) -> None:
         """Raises `NotReached` where the run kept not all it promised; everything is written by then."""
+        remark = rounding_remark(summary["certificate"])
+        if remark is not None:
+            self.say(remark)
         check_promises(summary)
 
     def _look(self) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from atp.errors import NotReached
 from atp.files import write_json
 from atp.lora.controller import MaskController
 from atp.removal import check_certificate, compare, reference_logits
-from atp.removal.certify import AT_CUT, dtype_name, limits
+from atp.removal.certify import AT_CUT, LIMITS, USUAL_ROUNDING, dtype_name
 
 
 def masked_logits(model: PeftModel, controller: MaskController, mask: Tensor, tokens: Tensor) -> Tensor:
@@ -57,5 +57,6 @@ def at_cut(reference: Tensor, model: PeftModel, tokens: Tensor, removed_lora_nor
 
 def write_certificate(path: Path, certificate: dict[str, Any], tokens: Tensor) -> None:
     """Writes the figures with their limits, the dtype of the weights, and that they are computed in float32."""
-    facts = {"tokens": tokens.numel(), "computed_in": "float32", "limits": limits(certificate["dtype"])}
+    usual = {"rounding_gap_usually_below": USUAL_ROUNDING[certificate["dtype"]]}
+    facts = {"tokens": tokens.numel(), "computed_in": "float32", "limits": LIMITS} | usual
     write_json(path, certificate | facts)

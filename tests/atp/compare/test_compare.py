@@ -36,6 +36,8 @@ def read(folder, name):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare") / "out"
+    config = config.model_copy(deep=True)
+    config.export.keep_adapter = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
         return folder, compare(config, folder).execute()
