@@ -12,12 +12,14 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from atp import processes
 from atp.errors import InputError, Interrupted, NotReached
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-console = Console(quiet=not processes.is_main())
+# Paths and names are said as they are, brackets included.
+console = Console(quiet=not processes.is_main(), markup=False, highlight=False)
 
 _ONE_PROCESS = ("eval", "report", "env")  # in the others of a launcher's processes these have nothing to do
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -71,7 +73,8 @@ def demo(
     show(Run(settings, resume=resume, command=_command(), say=console.print).execute())
     console.print(f"report: {output_dir / 'report.html'}")
     question, answer = ask(output_dir / "model")
-    console.print(f"\n[bold]asked:[/] {question}\n[bold]the cut model:[/] {answer}")
+    for who, said in (("\nasked", question), ("the cut model", answer)):
+        console.print(Text.assemble((f"{who}:", "bold"), f" {said}"))
 
 
 @app.command("eval")

@@ -209,6 +209,21 @@ def test_eval_refuses_an_unknown_precision(atp, shared):
     assert code == 2 and is_one_sentence(err) and "--precision int4 is unknown: use auto, float32 or bfloat16" in err
 
 
+@pytest.mark.parametrize("name", ["x/[/red]", "[bold]run[/bold]", "a\\[b]"])
+def test_brackets_in_paths_are_said_as_they_are(atp, shared, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "500")
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 0", encoding="utf-8")
+    code, out, err = atp("report", folder)
+    assert code == 0 and f"report: {folder}/report.html" in out.replace("\n", ""), err
+    config = {"model": {"path": str(shared / "llama")}, "output_dir": name, "data": {"train": f"{name}.jsonl"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    code, out, err = atp("train", tmp_path / "config.yaml")
+    assert code == 2 and is_one_sentence(err) and f"{name}.jsonl does not exist" in err
+    assert f"output_dir: '{name}'" in out or f"output_dir: {name}" in out
+
+
 def test_report_of_no_run(atp, tmp_path):
     code, _, err = atp("report", tmp_path / "absent")
     assert code == 2 and is_one_sentence(err) and "does not exist: give the output_dir of a run" in err
