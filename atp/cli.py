@@ -91,7 +91,7 @@ def evaluate(
     questions: Annotated[int, typer.Option(min=0, help="Examples of each task; 0 skips them.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences run at once.")] = 8,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the split and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the split and of the bootstrap.")] = 0,
     harness: Annotated[bool, typer.Option("--harness", help="Also run the tasks through lm-eval.")] = False,
     dense: Annotated[
         str | None, typer.Option(help="Scores of the tuned dense model (its --output), for relative performance.")
@@ -121,6 +121,8 @@ def evaluate(
         bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
         table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", bounds)
     console.print(table)
+    for remark in scores["remarks"]:
+        console.print(remark)
     if output is not None:
         write_json(output, scores)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from atp import processes
 from atp.baselines.dense_lora import PHASE, stock_lora
 from atp.baselines.tuner import LoraTuner
+from atp.checks import BUDGET_TOLERANCE, check_reachable, shortfalls
 from atp.config import ATPConfig
 from atp.data import Splits, Task
 from atp.environment import versions
@@ -26,7 +27,7 @@ from atp.evaluation import evaluate_model, model_size, packed_windows, relative_
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import bars
 from atp.files import write_json
-from atp.loading import RunData, check_length, check_output_dir, load_data, load_model, load_tokenizer
+from atp.loading import RunData, check_output_dir, load_data, load_model, load_tokenizer
 from atp.models.load import read_model
 from atp.report import write_report
 from atp.training.callbacks import ProgressCallback, make_progress
@@ -37,7 +38,6 @@ from atp.training.profiling import ProfileCallback, format_table
 from atp.training.trainer import ATPTrainer
 
 CERTIFICATE_TOLERANCE = 1e-3  # of the logit scale, in float32
-BUDGET_TOLERANCE = 0.002
 
 
 class Run:
@@ -91,9 +91,10 @@ class Run:
         data = processes.main_first(lambda: load_data(config, tokenizer))
         if any(not task.labels for task in scored_tasks(self.config, data.splits)):
             check_rouge()
-        self.say(data.splits.description)
+        for line in (data.splits.description, *shortfalls(config, data)):
+            self.say(line)
         model = processes.main_first(lambda: load_model(config.model, config.decisions.space))
-        check_length(model, config.data.length)
+        self._check_model(model)
         processes.on_main(self._open_folder)
         self._score("original", model, tokenizer, data)
         return model, tokenizer, data
@@ -107,6 +108,10 @@ class Run:
     def _open_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(self.config.dump(), encoding="utf-8")
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Raises `InputError` when the model cannot keep what the run promises."""
+        check_reachable(self.config, model, BUDGET_TOLERANCE)
 
     def _tune_dense(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> nn.Module:
         self.say("tuning the uncut model with stock LoRA, for comparison")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from atp.evaluation import evaluate_model, model_size, relative_performance, sli
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.harness import check_harness, harness_scores
 from atp.evaluation.inference import bars
-from atp.loading import check_vocabulary, data_settings, load_any_model, load_tokenizer
+from atp.evaluation.suite import task_examples
+from atp.loading import check_length, check_vocabulary, data_settings, load_any_model, load_tokenizer
 from atp.training.precision import autocast_dtype
 
 
@@ -66,6 +68,7 @@ def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> 
     if options.harness:
         check_harness()
     loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
+    check_length(loaded, options.length, "--length")
     common = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
     with Progress(transient=True) as progress:
         scores: dict[str, Any] = evaluate_model(
@@ -82,7 +85,7 @@ def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> 
     precision = "float32" if autocast is None else str(autocast).removeprefix("torch.")
     return {
         "model": model, **scores, **model_size(loaded, torch.float32), **throughput(loaded, autocast=autocast),
-        "settings": asdict(options) | {"precision": precision},
+        "settings": asdict(options) | {"precision": precision}, "remarks": _shortfalls(options, texts, examples, tasks),
     }  # fmt: skip
 
 
@@ -95,6 +98,15 @@ def flat_scores(scores: dict[str, Any], prefix: str = "") -> list[tuple[str, Any
         elif isinstance(value, (int, float)):
             rows.append((prefix + name, value, scores.get(f"{name}_interval")))
     return rows
+
+
+def _shortfalls(
+    options: Scoring, texts: Sequence[Example], examples: Sequence[Example], tasks: Sequence[Task]
+) -> list[str]:
+    """One sentence for everything that the options ask for more of than the suite has."""
+    asked = [("--documents", options.documents, len(texts), "documents")]
+    asked += [("--questions", options.questions, len(task_examples(examples, t)), f"of {t.name}") for t in tasks]
+    return [f"{name} is {count}, and there are {there} {what}" for name, count, there, what in asked if count > there]
 
 
 def _load_suite(options: Scoring, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[Task, ...]]:

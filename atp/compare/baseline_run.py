@@ -17,7 +17,7 @@ from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.export.card import baseline_card
 from atp.export.hf import export_model, save_decisions
-from atp.loading import RunData
+from atp.loading import RunData, check_length
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.run import Run, quiet
@@ -50,6 +50,10 @@ class BaselineRun(Run):
         if chosen is not None:
             tuner.clock.add("choose", chosen["seconds"])
         return processes.on_main(lambda: self._conclude(tokenizer, data, tuner.clock, facts))
+
+    def _check_model(self, model: nn.Module) -> None:
+        """A baseline promises no share: the table shows what it kept."""
+        check_length(model, self.config.data.length)
 
     def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
         """The smaller model; the choice is made once and kept, so that a resumed run tunes the same one."""

@@ -78,6 +78,8 @@ def config(shared, tmp_path):
         "model": {"path": str(shared / "llama")},
         "output_dir": str(tmp_path / "out"),
         "data": {"train": str(shared / "data.jsonl"), "length": 16, "general_share": 0.0},
+        # A channel of so small a model is more than the tolerance on the budget: what 24 of 40 of them keep.
+        "decisions": {"target_keep": 0.6066},
         "training": {"batch_size": 1},
     }
     path = tmp_path / "config.yaml"
@@ -103,6 +105,11 @@ def is_one_sentence(err):
         ("training.batch_size=4096", "the training split has .* windows of 16 tokens and one step takes 4096"),
         ("model.path={shared}/gpt2", "model family 'gpt2' is not supported: use one of llama, mistral"),
         ("model.path={shared}/nowhere", "cannot load the tokenizer from"),
+        ("decisions.target_keep=0.01", "the nearest share that whole .* keep is 0.1148: choose that"),
+        ("decisions.target_keep=0.6", "the nearest share that whole .* keep is 0.6066: choose that"),
+        ("decisions.multiples.mlp=100000", r"keep with decisions.multiples {'mlp': 100000} is 0.6803: "),
+        ("data.length=100000", "data.length is 100000 and the model reaches 2048 positions: lower data.length"),
+        ("seed=-1", "config key 'seed' is -1"),
         ("nonsense", "override 'nonsense' is not of the form key.path=value"),
     ],
 )
