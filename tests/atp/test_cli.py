@@ -191,6 +191,8 @@ def test_eval_refuses_an_unknown_model_and_an_existing_output(atp, shared, tmp_p
     assert code == 2 and is_one_sentence(err) and "cannot load the tokenizer" in err
     code, _, err = atp("eval", shared / "llama", "--suite", shared / "empty.jsonl")
     assert code == 2 and is_one_sentence(err) and "is empty" in err
+    code, _, err = atp("eval", "", "--suite", shared / "data.jsonl")
+    assert code == 2 and is_one_sentence(err) and "the model: config key 'path' is '': the text is empty" in err
     output = tmp_path / "scores.json"
     output.write_text("precious")
     options = ("--suite", shared / "data.jsonl", "--length", 16, "--documents", 2)
