@@ -16,6 +16,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from atp import processes
 from atp.ending import NobodyReads, ending, flush_output, imports_are_done, interrupted
@@ -32,7 +33,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-console = _Console(quiet=not processes.is_main())
+# Paths and names are said as they are, brackets included.
+console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
 
 _ONE_PROCESS = ("eval", "report", "env")  # in the others of a launcher's processes these have nothing to do
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -99,7 +101,8 @@ def demo(
     show(Run(settings, resume=resume, command=_command(), say=console.print).execute())
     console.print(f"report: {output_dir / 'report.html'}")
     question, answer = ask(output_dir / "model")
-    console.print(f"\n[bold]asked:[/] {question}\n[bold]the cut model:[/] {answer}")
+    for who, said in (("\nasked", question), ("the cut model", answer)):
+        console.print(Text.assemble((f"{who}:", "bold"), f" {said}"))
 
 
 @app.command("eval")
@@ -150,6 +153,8 @@ def evaluate(
         bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
         table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", bounds)
     console.print(table)
+    for remark in scores["remarks"]:
+        console.print(remark)
     if output is not None:
         write_json(output, scores)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,11 +54,11 @@ def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
     return model
 
 
-def check_length(model: nn.Module, length: int) -> None:
-    """Refuses windows longer than the positions that the model was trained for."""
-    limit = model.config.max_position_embeddings
-    if length > limit:
-        raise InputError(f"data.length is {length} and the model reaches {limit} positions: lower data.length")
+def check_length(model: nn.Module, length: int, option: str = "data.length") -> None:
+    """Refuses windows longer than the positions that the model was trained for; option: what set the length."""
+    limit = getattr(model.config, "max_position_embeddings", None)  # some families reach any position
+    if limit is not None and length > limit:
+        raise InputError(f"{option} is {length} and the model reaches {limit} positions: lower {option}")
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -101,6 +101,10 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
             f"the training split has {len(train)} windows of {data.length} tokens and one step takes "
             f"{needed}: give more text, or lower data.length or training.batch_size"
         )
+    if train.longer:
+        fate = "lose their beginning" if data.packing == "padded" else "go over several windows"
+        cut = f"{train.longer} train samples are longer than data.length ({data.length} tokens) and {fate}"
+        splits = replace(splits, description=f"{splits.description}; {cut}")
     # Perplexity is over joined windows whatever training reads, so that runs compare.
     return RunData(splits, train, calibration, pack(splits.test, tokenizer, data.length, loss_on=data.loss_on))
 

@@ -16,7 +16,7 @@ LAYERS = (
     ("atp.compare",),
     ("atp.run", "atp.demo", "atp.scoring"),
     ("atp.training", "atp.baselines", "atp.export", "atp.report", "atp.plan"),
-    ("atp.loading", "atp.folders"),
+    ("atp.checks", "atp.folders", "atp.loading"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),
     ("atp.config", "atp.unknown_keys"),

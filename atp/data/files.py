@@ -69,7 +69,7 @@ def read_rows(source: str, limit: int | None = None) -> list[Row]:
     except RuntimeError:
         raise InputError(f"{shorten(source)}: there is no such home folder; write the path out") from None
     if path.suffix.lower() in SUFFIXES:
-        check_file(path, "", f"give a {' or '.join(SUFFIXES)} file")
+        check_file(path, "", f"check the path, and give a {' or '.join(SUFFIXES)} file")
         rows = list(islice(_read_file(path), limit))
     elif _is_file(path):
         suffix = shorten(path.suffix, 20)
