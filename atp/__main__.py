@@ -1,5 +1,6 @@
-"""`python -m atp`, as `torchrun -m atp` needs it."""
+"""`python -m atp` is the command `atp`; `torchrun -m atp` needs it."""
 
 from atp.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -16,10 +16,12 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from atp import processes
 from atp.ending import NobodyReads, ending, flush_output, imports_are_done, interrupted
-from atp.errors import InputError, shorten
+from atp.errors import InputError, Interrupted, shorten
+from atp_kernels._version import __version__
 
 
 class _Console(Console):
@@ -27,15 +29,30 @@ class _Console(Console):
         raise NobodyReads
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-console = _Console(quiet=not processes.is_main())
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+# Paths and names are said as they are, brackets included.
+console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
 
 _ONE_PROCESS = ("eval", "report", "env")  # in the others of a launcher's processes these have nothing to do
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"atp {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _root(context: typer.Context) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Make a language model smaller and better at one domain, in a single training stage."""
     if context.invoked_subcommand in _ONE_PROCESS and not processes.is_main():
         raise typer.Exit()
@@ -58,6 +75,7 @@ def train(
     from atp.config import ATPConfig
     from atp.run import Run
 
+    _note()
     settings = ATPConfig.load(config, overrides)
     console.print(settings.dump(), markup=False, highlight=False)
     show(Run(settings, resume=resume, command=_command(), say=console.print, profile=profile).execute())
@@ -78,11 +96,13 @@ def demo(
     from atp.demo import ask, demo_config
     from atp.run import Run
 
+    _note()
     settings = demo_config(output_dir, overrides)
     show(Run(settings, resume=resume, command=_command(), say=console.print).execute())
     console.print(f"report: {output_dir / 'report.html'}")
     question, answer = ask(output_dir / "model")
-    console.print(f"\n[bold]asked:[/] {question}\n[bold]the cut model:[/] {answer}")
+    for who, said in (("\nasked", question), ("the cut model", answer)):
+        console.print(Text.assemble((f"{who}:", "bold"), f" {said}"))
 
 
 @app.command("eval")
@@ -133,6 +153,8 @@ def evaluate(
         bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
         table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", bounds)
     console.print(table)
+    for remark in scores["remarks"]:
+        console.print(remark)
     if output is not None:
         write_json(output, scores)
 
@@ -157,6 +179,7 @@ def compare(
     from atp.compare.table import brief, remarks
     from atp.config import ATPConfig
 
+    _note()
     settings = ATPConfig.load(config, overrides)
     folder = out or Path(f"{settings.output_dir}-compare")
     comparison = Comparison(
@@ -194,6 +217,7 @@ def experiment(
     """
     from atp.experiments import Experiment
 
+    _note()
     question = Experiment(
         name, overrides or [], runs=runs, out=out, domains=_listed(domains),
         seeds=[_whole(seed) for seed in _listed(seeds)], command=_command(), say=console.print,
@@ -279,7 +303,7 @@ def main() -> None:
         code = app(standalone_mode=False, prog_name="atp") or 0
         sys.stdout.flush()
         sentence = interrupted()[0] if code == interrupted()[1] else ""
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # `atp` alone
             error.show()
             sys.exit(2)
@@ -298,6 +322,14 @@ def main() -> None:
 def _with_interval(value: float, interval: list[float], digits: int) -> str:
     low, high = interval
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _note() -> None:
+    """Says before a long run what would make it faster."""
+    from atp.environment import slow_kernels
+
+    if reason := slow_kernels():
+        console.print(f"slow kernels: {reason} (ATP_BUILD=0 silences this)", markup=False, highlight=False)
 
 
 def _listed(text: str) -> list[str]:

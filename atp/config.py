@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from atp import requirements, shipped
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+except ModuleNotFoundError as error:
+    raise requirements.missing(error, "pydantic") from None
 
 from atp.errors import InputError, quote, shorten
 from atp.masks.generator import GeneratorKind
@@ -92,8 +98,8 @@ class DecisionsConfig(_Section):
         32, ge=0, description="calibration windows on which readers of what is removed are fitted to the rest; 0: not"
     )
     saliency_scale: float = Field(1.0, gt=0, description="standard deviation of the warm-started logits")
-    multiples: dict[Literal["qk", "vo", "kv_group", "mlp"], Annotated[int, Field(ge=1)]] = Field(
-        default_factory=dict, description="width rules: structure name -> multiple"
+    multiples: dict[Literal["qk", "vo", "kv_group", "mlp"], Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="width rules: structure name -> multiple; null: mlp 64, or as near to it as the model allows"
     )
 
 
@@ -169,7 +175,8 @@ class ATPConfig(_Section):
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:
         """Reads a YAML file, then `key.path=value` overrides. Raises `InputError` naming key and remedy."""
-        values = read_yaml_file(Path(path), "config file")
+        path = shipped.find(Path(path))
+        values = read_yaml_file(path, "config file")
         if not isinstance(values, dict):
             raise InputError(f"{shorten(path)} holds no mapping: it needs at least the keys model and output_dir")
         return cls.parse(values, overrides)
@@ -211,7 +218,7 @@ class ATPConfig(_Section):
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "decisions": {"space": "head_dim", "generator": "transformer", "init": "paper", "budget": "penalty",
-                      "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0},
+                      "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0, "multiples": {}},
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
         "training": {"search": 750, "settle": 50, "tune": 700, "batch_size": 20, "lr": 1e-4, "schedule": "constant",
                      "warmup": 0},
@@ -236,7 +243,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if len(parents) > _DEEPEST_KEY:
         raise InputError(f"{shown}: no key of the config lies that deep")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:  # a section that is missing, or null in a file
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
             raise InputError(f"{shown}: '{shorten(parent)}' is not a section of the config")
     values[last] = read_yaml(text, shown)

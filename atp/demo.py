@@ -25,11 +25,9 @@ def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConf
             "output_dir": str(output_dir),
             # One word of an abstract is its answer: the text around it is most of what there is to learn.
             "data": {"recipe": "health-mini", "length": 192, "loss_on": "all"},
-            # In so short a run whole KV groups measured better than single dimensions (docs/recipe.md); widths that
-            # are multiples of 32 suit vendor GEMMs.
+            # In so short a run whole KV groups measured better than single dimensions (docs/recipe.md).
             "decisions": {
                 "space": "kv_group",
-                "multiples": {"mlp": 32},
                 "saliency_windows": 24,
                 "refit_windows": 96,
                 "every": 2,

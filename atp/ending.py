@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
+from atp.requirements import is_known, missing
 
 _BROKEN_PIPE = 128 + 13  # what a shell shows for a program that SIGPIPE ended
 _INTERRUPTED = 128 + signal.SIGINT
@@ -23,6 +24,8 @@ class NobodyReads(Exception):
 
 def ending(error: BaseException) -> tuple[str, int]:
     """The sentence, empty where nobody is left to read it, and the exit code that an error stands for."""
+    if isinstance(error, ModuleNotFoundError) and is_known(error.name):
+        error = missing(error)
     if isinstance(error, InputError):
         return _one_line(error), 2
     if isinstance(error, NotReached):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
     return found
+
+
+def slow_kernels() -> str | None:
+    """Why the kernels in C++ are missing here; None where they are there, and where ATP_BUILD=0 wants none."""
+    reason = atp_kernels.available_backends()["native"]
+    unwanted = os.environ.get("ATP_BUILD") == "0" or (reason is not None and "ATP_BUILD=0 says so" in reason)
+    return None if unwanted else reason
 
 
 def device_name() -> str:

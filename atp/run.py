@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from atp import processes
 from atp.baselines.dense_lora import PHASE, stock_lora
 from atp.baselines.tuner import LoraTuner
+from atp.checks import BUDGET_TOLERANCE, check_reachable, shortfalls
 from atp.config import ATPConfig
 from atp.data import Splits, Task
 from atp.environment import versions
@@ -26,7 +27,7 @@ from atp.evaluation.inference import bars
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
 from atp.folders import CONFIG, INPUTS, check_output_dir, opened, refuse_inputs_inside, saved_config
-from atp.loading import RunData, check_length, load_data, load_model, load_tokenizer
+from atp.loading import RunData, check_packages, load_data, load_model, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
@@ -43,8 +44,6 @@ from atp.training.precision import autocast_dtype
 from atp.training.profiling import ProfileCallback, format_table
 from atp.training.resume import inputs_of, refuse_other_config
 from atp.training.trainer import ATPTrainer
-
-BUDGET_TOLERANCE = 0.002
 
 
 class Run:
@@ -103,13 +102,13 @@ class Run:
         trainer.export(self.folder)
         facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped,
                  "skipped_decision_steps": trainer.decisions.finite.skipped}  # fmt: skip
-        remark = rounding_remark(trainer.certificate)
-        if remark is not None:
-            self.say(remark)
         return processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
 
     def _check(self, summary: dict[str, Any]) -> None:
         """Raises `NotReached` where the run kept not all it promised; everything is written by then."""
+        remark = rounding_remark(summary["certificate"])
+        if remark is not None:
+            self.say(remark)
         check_promises(summary)
 
     def _look(self) -> dict[str, Any] | None:
@@ -138,13 +137,15 @@ class Run:
     def _prepare(self) -> tuple[nn.Module, PreTrainedTokenizerBase, RunData]:
         """Checks everything before anything is written, then opens the folder and scores the original."""
         config = self.config
+        processes.on_main(lambda: check_packages(config.model, config.data))
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
         if any(not task.labels for task in scored_tasks(self.config, data.splits)):
             check_rouge()
-        self.say(data.splits.description)
+        for line in (data.splits.description, *shortfalls(config, data)):
+            self.say(line)
         model = processes.main_first(lambda: load_model(config.model, config.decisions.space))
-        check_length(model, config.data.length)
+        self._check_model(model)
         self.inputs = fingerprints(model, tokenizer, train=data.train, calibration=data.calibration)
         self.inputs["test data"] = data.splits.fingerprints["test"]  # questions too, not only what is packed
         processes.on_main(self._start)
@@ -167,6 +168,10 @@ class Run:
             write_text(self.folder / CONFIG, self.config.dump())
         if original is not None and "original" not in self._scores():
             self._record(original=original)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Raises `InputError` when the model cannot keep what the run promises."""
+        check_reachable(self.config, model, BUDGET_TOLERANCE)
 
     def _tune_dense(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> nn.Module:
         self.say("tuning the uncut model with stock LoRA, for comparison")

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from atp.config import ATPConfig, ModelConfig
+from atp.config import ATPConfig, DataConfig, ModelConfig, explain
 from atp.data import DataSettings, Example, Task, chat_of, load_recipe, read_examples, tasks_of
 from atp.data.recipes import RECIPES
-from atp.errors import InputError, is_out_of_memory, reason
+from atp.errors import InputError, is_out_of_memory, reason, shorten
 from atp.evaluation import evaluate_model, model_size, relative_performance, sliding_windows, throughput
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.harness import check_harness, harness_scores
 from atp.evaluation.inference import bars
-from atp.loading import check_vocabulary, data_settings, load_any_model, load_tokenizer
+from atp.evaluation.suite import task_examples
+from atp.loading import check_length, check_packages, check_vocabulary, data_settings, load_any_model, load_tokenizer
+from atp.reading import parse_json
 from atp.training.precision import autocast_dtype
 
 
@@ -65,20 +68,25 @@ def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> 
 
 
 def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[str, Any]:
-    source = ModelConfig(path=model, gguf_file=gguf_file)
+    try:
+        source = ModelConfig(path=model, gguf_file=gguf_file)
+    except ValidationError as error:
+        raise InputError(f"the model: {explain(error, ModelConfig)}") from None
+    check_packages(source, _data_of(options.suite))
     tokenizer = load_tokenizer(source)
     check_vocabulary(source, tokenizer)
     examples, tasks = _load_suite(options, tokenizer)
-    dense = _read_scores(Path(options.dense)) if options.dense else None
     # Plain text, where a recipe holds some out for this, else everything that is held out.
     texts = [example for example in examples if not example.completion] or examples
     windows = sliding_windows(texts[: options.documents], tokenizer, options.length, options.stride)
     tasks = tasks if options.questions else ()
+    dense = _read_scores(Path(options.dense), tasks) if options.dense else None
     if any(not task.labels for task in tasks):
         check_rouge()
     if options.harness:
         check_harness()
     loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
+    check_length(loaded, options.length, "--length")
     common = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
     with Progress(transient=True) as progress:
         scores: dict[str, Any] = evaluate_model(
@@ -95,7 +103,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     precision = "float32" if autocast is None else str(autocast).removeprefix("torch.")
     return {
         "model": model, **scores, **model_size(loaded, torch.float32), **throughput(loaded, autocast=autocast),
-        "settings": asdict(options) | {"precision": precision},
+        "settings": asdict(options) | {"precision": precision}, "remarks": _shortfalls(options, texts, examples, tasks),
     }  # fmt: skip
 
 
@@ -108,6 +116,22 @@ def flat_scores(scores: dict[str, Any], prefix: str = "") -> list[tuple[str, Any
         elif isinstance(value, (int, float)):
             rows.append((prefix + name, value, scores.get(f"{name}_interval")))
     return rows
+
+
+def _data_of(suite: str) -> DataConfig:
+    """Where the texts of a suite come from."""
+    if suite.endswith((".yaml", ".yml")):
+        return ATPConfig.load(suite).data
+    return DataConfig(recipe=suite if suite in RECIPES else "custom", general_share=0.0)
+
+
+def _shortfalls(
+    options: Scoring, texts: Sequence[Example], examples: Sequence[Example], tasks: Sequence[Task]
+) -> list[str]:
+    """One sentence for everything that the options ask for more of than the suite has."""
+    asked = [("--documents", options.documents, len(texts), "documents")]
+    asked += [("--questions", options.questions, len(task_examples(examples, t)), f"of {t.name}") for t in tasks]
+    return [f"{name} is {count}, and there are {there} {what}" for name, count, there, what in asked if count > there]
 
 
 def _load_suite(options: Scoring, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[Task, ...]]:
@@ -132,11 +156,17 @@ def _agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, int]:
     return {"agreeing": sum(mine == label for (_, mine), label in pairs)}
 
 
-def _read_scores(path: Path) -> dict[str, Any]:
+def _read_scores(path: Path, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Scores that relative performance can be taken against: taken against themselves, they show it."""
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the dense model's scores {path} ({error}): give what --output wrote") from error
-    if not isinstance(scores, dict) or not {"items", "tasks"} <= scores.keys():
-        raise InputError(f"{path} holds no scores of atp eval: give what --output wrote for the dense model")
+        scores = parse_json(path.read_text(encoding="utf-8"))
+        relative_performance(scores, scores, tasks)
+    except OSError as error:
+        reason = shorten(error.strerror)
+        raise InputError(f"cannot read {shorten(path)} ({reason}): give what --output wrote") from error
+    except Exception as error:  # a file of anybody's: it may lack, or hold, anything
+        raise InputError(
+            f"{shorten(path)} does not hold the dense model's scores on this suite ({type(error).__name__}: "
+            f"{shorten(error)}): give what --output wrote for the dense model"
+        ) from error
     return scores

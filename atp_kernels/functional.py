@@ -8,6 +8,7 @@ from torch import Tensor
 
 from atp_kernels import ops
 from atp_kernels.backends.dispatch import select
+from atp_kernels.checks import check_dropout, check_eps, check_linear, check_places, check_range, check_written
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Groups
 
@@ -49,7 +50,7 @@ def masked_lora_linear(
     Source: arXiv 2412.14426, section 3; Philox: Salmon et al. 2011.
     """
     if dropout != 0:
-        _check_dropout(dropout, seed, lora_input)
+        check_dropout(dropout, seed, lora_input)
     operands = (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     if dropout == 0 and (mask_lora or (out_mask is None and in_mask is None)):
         tensors = prepare_linear(*operands, merge=float(scaling), backend=backend)
@@ -80,7 +81,7 @@ def masked_lora_linear_with_norms(
     as the pass reads them (after any cast), and differentiable in A and B. Errors as in `masked_lora_linear`.
     """
     if dropout != 0:
-        _check_dropout(dropout, seed, lora_input)
+        check_dropout(dropout, seed, lora_input)
     tensors = prepare_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     return ops.linear(tensors, float(scaling), mask_lora, True, float(dropout), seed, backend)
 
@@ -93,7 +94,7 @@ def lora_dropout(x: Tensor, p: float, seed: int | Tensor, *, backend: str = "aut
     Raises ValueError for a wrong dtype, p or seed and RuntimeError for a named backend that cannot take the call.
     Source: Srivastava et al. 2014; Philox: Salmon et al. 2011.
     """
-    _check_dropout(p, seed, None)
+    check_dropout(p, seed, None)
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}: give a floating tensor [..., K].")
     return ops.dropped(x, float(p), seed, backend) if p else x
@@ -113,9 +114,10 @@ def group_lasso(
     index int64 [factors[i].shape[axis]] maps each to a group id in [0, n_groups). Equal ids in several factors form
     one joint group; a `GroupPlan` of them spares each call the checks and the sorting. removed: bool [n_groups]; a
     group that owns nothing counts nothing. Returns a float32 scalar (float64 if a factor is), differentiable once in
-    the factors. Raises ValueError for wrong shapes, dtypes, devices, or a plan of other shapes or another device.
+    the factors. Raises ValueError for wrong shapes, dtypes, devices or eps, or a plan of other shapes or devices.
     Source: arXiv 2412.14426, section 3 (the L_GL term).
     """
+    check_eps(eps)
     return ops.lasso(factors, _plan(factors, groups, removed), removed, float(eps), backend)
 
 
@@ -137,9 +139,10 @@ def group_lasso_grad_(
     gradient. What is added outside removed groups is exactly zero. Hooks of autograd are not called, so call it after
     the backward pass and, in data parallel, after the gradients were reduced: it is the same on every rank. Gradients
     that a GradScaler scaled need its scale in `weight`. Raises ValueError as `group_lasso` does, for a wrong weight and
-    for a factor that is no leaf and retains no gradient; RuntimeError for a factor given twice (native and Triton).
+    for a factor that is no leaf and retains no gradient; RuntimeError for a factor given twice.
     Source: arXiv 2412.14426, section 3 (the L_GL term), differentiated.
     """
+    check_eps(eps)
     plan = _plan(factors, groups, removed, fits=False)
     if not isinstance(weight, Tensor):
         make = torch.full if torch.compiler.is_compiling() else _full
@@ -161,15 +164,23 @@ def group_prox_(
 ) -> None:
     """In place, without gradient: each removed group <- group * max(0, 1 - threshold / ||group||).
 
-    factors, groups and removed as in `group_lasso`; threshold: a number or a floating tensor [n_groups]. A group whose
-    norm is at or below its threshold becomes exactly zero. Raises ValueError for wrong shapes, dtypes or devices.
+    factors, groups and removed as in `group_lasso`; threshold: a number from 0 on or a floating tensor [n_groups]. A
+    group whose norm is at or below its threshold becomes exactly zero. Raises ValueError for wrong shapes, dtypes or
+    devices and for factors that repeat one place of memory, RuntimeError for a factor given twice.
     Source: the proximal operator of the group 2-norm.
     """
     plan = _plan(factors, groups, removed)
+    if not torch.compiler.is_compiling():
+        check_written(factors)
     if isinstance(threshold, Tensor):
         if threshold.shape != removed.shape:
             given, needed = list(threshold.shape), list(removed.shape)
             raise ValueError(f"threshold has shape {given}: give a number, or one for each group, {needed}.")
+        if not threshold.is_floating_point() or threshold.device != removed.device:
+            given = f"{threshold.dtype} on {threshold.device}"
+            raise ValueError(f"threshold is {given}: give a number, or a floating tensor on {removed.device}.")
+    elif not threshold >= 0:
+        raise ValueError(f"threshold is {float(threshold)}: give a number of at least 0.")
     else:
         threshold = torch.full(removed.shape, float(threshold), device=removed.device)
     with torch.no_grad():
@@ -187,13 +198,17 @@ def compact(
     """The kept rows and columns of a weight as a new tensor, without gradient.
 
     weight [n, k]; rows and cols: int64 index vectors, None for all. Returns [n', k'], where a gathered side is padded
-    with zeros to a multiple of `pad_to` and the other side is as it was. Raises ValueError for wrong shapes or dtypes.
+    with zeros to a multiple of `pad_to` and the other side is as it was. Waits for the device to look at the indices.
+    Raises ValueError for wrong shapes, dtypes or devices, or an index that is negative or too large.
     """
     if weight.ndim != 2:
         raise ValueError(f"compact takes a 2-D weight, not one of shape {list(weight.shape)}.")
     for name, index in (("rows", rows), ("cols", cols)):
         if index is not None and (index.ndim != 1 or index.dtype != torch.int64 or index.device != weight.device):
             raise ValueError(f"{name} must be a 1-D int64 tensor on {weight.device}, or None for all.")
+    for axis, (name, index) in enumerate((("rows holds", rows), ("cols holds", cols))):
+        if index is not None:
+            check_range(name, index, weight.shape[axis], "index")
     if pad_to < 1:
         raise ValueError(f"pad_to is {pad_to}: give a positive multiple, 1 for no padding.")
     return ops.compact_op(weight.detach(), rows, cols, pad_to, backend)
@@ -205,8 +220,8 @@ def rms_norm(
     """weight * x / sqrt(mean of x squared + eps) over the last dimension, in float32 or better, rounded once.
 
     x [..., K], weight [K], floating; dtype of the result: that of x by default, another where the reader would cast.
-    Saves x and a number a row. Differentiable once in x and weight. Raises ValueError for wrong shapes, dtypes or
-    devices, RuntimeError for a named backend that cannot take the call. Source: Zhang, Sennrich 2019.
+    Saves x and a number a row. Differentiable once in x and weight. Raises ValueError for wrong shapes, dtypes, devices
+    or eps, RuntimeError for a named backend that cannot take the call. Source: Zhang, Sennrich 2019.
     """
     if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}: give a floating tensor [..., K].")
@@ -215,6 +230,7 @@ def rms_norm(
         raise ValueError(f"weight is {given}, but x needs a floating [{x.shape[-1]}] on {x.device}.")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}: give a floating one.")
+    check_eps(eps)
     return ops.rms_norm(x, weight, float(eps), dtype or x.dtype, backend)
 
 
@@ -223,8 +239,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") ->
 
     logits [rows, vocab], floating, becomes softmax(logits) - onehot(target), rounded once; targets int64 [rows], from 0
     to vocab - 1. Returns [rows], float32 (float64 for float64), and softmax is computed in that dtype. For autograd
-    functions of one's own: this one records nothing. Raises ValueError for wrong shapes, dtypes or devices or for
-    logits that ask for a gradient, RuntimeError for a target out of range on a CPU.
+    functions of one's own: this one records nothing. Raises ValueError for wrong shapes, dtypes or devices, for logits
+    that ask for a gradient or repeat one place of memory, and (on a CPU, where looking costs no wait) for a target out
+    of range.
     """
     if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
         raise ValueError(f"logits are {logits.dtype} of shape {list(logits.shape)}: give floating ones [rows, vocab].")
@@ -233,6 +250,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") ->
         raise ValueError(f"targets are {given}, but the logits need int64 [{logits.shape[0]}] on {logits.device}.")
     if logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("cross_entropy_ writes over its logits and they require a gradient: call it on detached ones.")
+    check_places("logits", logits)
+    if targets.device.type == "cpu":
+        check_range("targets hold", targets, logits.shape[1], "target")
     return ops.cross_entropy_op(logits, targets, backend)
 
 
@@ -264,7 +284,7 @@ def prepare_linear(
     lora_input = None if lora_input is x else lora_input
     ready = _are_ready(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     if not ready:
-        _check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+        check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -299,7 +319,7 @@ def _merged(
 
 
 def _are_ready(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> bool:
-    """Whether the operands need neither a cast nor a word from `_check_linear`, in as few comparisons as that takes.
+    """Whether the operands need neither a cast nor a word from `check_linear`, in as few comparisons as that takes.
 
     Eager code makes hundreds of calls a step, and nearly all of them pass here.
     """
@@ -336,63 +356,20 @@ def _as_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return mask.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> None:
-    if weight.ndim != 2 or lora_a.ndim != 2 or lora_b.ndim != 2:
-        raise ValueError("weight, lora_a and lora_b must be 2-D: [out, in], [r, in] and [out, r].")
-    (n_out, n_in), rank = weight.shape, lora_a.shape[0]
-    if x.ndim == 0 or x.shape[-1] != n_in:
-        raise ValueError(f"x has shape {list(x.shape)}, but weight {list(weight.shape)} needs [..., {n_in}].")
-    device = x.device
-    for name, tensor, shape in (
-        ("x", x, x.shape),
-        ("weight", weight, weight.shape),
-        ("lora_a", lora_a, (rank, n_in)),
-        ("lora_b", lora_b, (n_out, rank)),
-        ("bias", bias, (n_out,)),
-        ("out_mask", out_mask, (n_out,)),
-        ("in_mask", in_mask, (n_in,)),
-        ("lora_input", lora_input, x.shape),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, but weight and x need {list(shape)}.")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device.")
-        if not (tensor.is_floating_point() or (tensor.dtype == torch.bool and name.endswith("mask"))):
-            kind = "bool or floating mask" if name.endswith("mask") else "floating tensor"
-            raise ValueError(f"{name} is {tensor.dtype}: give a {kind}.")
-
-
-def _check_dropout(dropout: float, seed: int | Tensor | None, lora_input: Tensor | None) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}: give a probability of at least 0 and below 1.")
-    if dropout == 0:
-        return
-    if lora_input is not None:
-        raise ValueError("dropout makes the adapter's input from x: leave lora_input out, or dropout at 0.")
-    if seed is None:
-        raise ValueError("dropout needs a seed: give an int or a 0-d int64 CPU tensor, a new one for each call.")
-    if isinstance(seed, Tensor):
-        if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device.type != "cpu":
-            given = f"{seed.dtype} tensor of shape {list(seed.shape)} on {seed.device}"
-            raise ValueError(f"seed is a {given}: give an int or a 0-d int64 CPU tensor.")
-    elif not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {seed}: give one that fits into int64.")
-
-
 def _plan(factors: Sequence[Tensor], groups: Groups | GroupPlan, removed: Tensor, *, fits: bool = True) -> GroupPlan:
     """The plan of a call, checked against its `removed` and, with `fits`, against its factors."""
     if removed.dtype != torch.bool or removed.ndim != 1:
         raise ValueError(f"removed must be a 1-D bool tensor, not {removed.dtype} of shape {list(removed.shape)}.")
     if isinstance(groups, GroupPlan):
         plan = groups
+        if not plan._checked:
+            raise ValueError("the plan was put together by hand: make it with GroupPlan.of.")
         if fits:
             plan.check(factors)
         if removed.shape[0] != plan.n_groups:
             raise ValueError(f"removed has {removed.shape[0]} entries, but the plan has {plan.n_groups} groups.")
     else:
         plan = GroupPlan.of(factors, groups, removed.shape[0])
-    if removed.device != plan.index.device:
-        raise ValueError(f"removed is on {removed.device} and the factors on {plan.index.device}: use one device.")
+    if removed.device != plan.device:
+        raise ValueError(f"removed is on {removed.device} and the factors on {plan.device}: use one device.")
     return plan

@@ -30,7 +30,7 @@ class KeptFirst:
         if mask.ndim != 1 or mask.dtype != torch.bool:
             raise ValueError(f"mask must be a 1-D bool tensor, not {mask.dtype} of shape {list(mask.shape)}.")
         _check_padding(pad_to)
-        self.mask, self.size = mask, mask.numel()
+        self.mask, self.size, self._version = mask, mask.numel(), _version(mask)
         kept = mask.nonzero().squeeze(1)
         self.kept = kept.numel()
         self.width = min(round_up(self.kept, pad_to), self.size)
@@ -71,8 +71,10 @@ class KeptSlice:
     keeps all, or a `KeptFirst`, which says that outputs or inputs lie in its order. Without `scratch` the slice is held
     from its first use, and gathered again for another dtype; with one it lies there, for as long as no other slice
     takes the place. pad_to: multiple to which kept counts of bool masks are padded (vendor GEMMs are slow on odd
-    widths), never visible in results. Make a new slice when a mask or the weight changed. Making one waits for the
-    device, using it does not. Raises ValueError for wrong shapes, dtypes, devices or options.
+    widths), never visible in results. Make a new slice when a mask or the weight changed: a weight or bias that did, in
+    place, makes the next use raise RuntimeError. torch counts no changes through `.data` or of inference tensors, and
+    a compiled program does not look. Making one waits for the device, using it does not. Raises ValueError for wrong
+    shapes, dtypes, devices or options.
     """
 
     def __init__(
@@ -87,9 +89,13 @@ class KeptSlice:
     ) -> None:
         _check_slice(weight, bias, out_mask, in_mask)
         _check_padding(pad_to)
+        given = ("weight", weight), ("bias", bias)
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self.out_mask, self.in_mask = out_mask, in_mask
+        self._mask_versions = _version(out_mask), _version(in_mask)
+        # A detached tensor counts its changes with the one that it came from.
+        self._sources = tuple((name, tensor.detach(), _version(tensor)) for name, tensor in given if tensor is not None)
         self._rows, self._cols = _Gather.of(out_mask, pad_to), _Gather.of(in_mask, pad_to)
         self.kept_out = self.out_features if self._rows is None else self._rows.count
         self.kept_in = self.in_features if self._cols is None else self._cols.count
@@ -108,14 +114,22 @@ class KeptSlice:
         return self._rows and self._rows.side, self._cols and self._cols.side
 
     def fits(self, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None) -> bool:
-        """Whether these are the masks that the slice was made for, on the same device and in the same order."""
+        """Whether these are the masks that the slice was made for, on the same device and in the same order.
+
+        None does once the slice's own changed in place.
+        """
+        if (_version(self.out_mask), _version(self.in_mask)) != self._mask_versions:
+            return False
         return _same(self.out_mask, out_mask) and _same(self.in_mask, in_mask)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The kept part [N", K"] in this dtype, gathered unless it is there: valid until the scratch changes hands.
 
-        Raises RuntimeError where a compiler would have to trace the gathering.
+        Raises RuntimeError for a weight or bias that changed since, and where a compiler would have to trace the
+        gathering.
         """
+        if not torch.compiler.is_compiling():
+            self._check_unchanged()
         if self._held is not None and self._held.dtype == dtype:
             return self._held
         if torch.compiler.is_compiling():
@@ -136,6 +150,14 @@ class KeptSlice:
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The kept part [N"] of the bias in this dtype."""
         return None if self._bias is None else self._bias.to(dtype)
+
+    def _check_unchanged(self) -> None:
+        """Asks the host alone, so that no device is waited for."""
+        for name, tensor, version in self._sources:
+            if version is not None and tensor._version != version:
+                raise RuntimeError(
+                    f"the {name} of this KeptSlice changed in place after it was made: make a new slice."
+                )
 
     def _gather_into(self, buffer: Tensor) -> None:
         """Through blocks of rows that stay in cache: one whole copy would touch as much fresh memory as it saves."""
@@ -204,10 +226,19 @@ def _silence_(kept: Tensor, rows: _Gather | None, cols: _Gather | None) -> None:
             kept.index_fill_(axis, gather.silent, 0)
 
 
+def _version(tensor: Tensor | KeptFirst | None) -> int | None:
+    """How often a tensor was changed in place, None where torch does not count."""
+    if isinstance(tensor, KeptFirst):
+        return _version(tensor.mask)
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
 def _same(old: Tensor | KeptFirst | None, new: Tensor | KeptFirst | None) -> bool:
     if old is new or type(old) is not type(new):
         return old is new
     if isinstance(old, KeptFirst):
+        if _version(new) != new._version:
+            return False
         old, new = old.mask, new.mask
     return old.device == new.device and torch.equal(old, new)
 

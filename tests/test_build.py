@@ -1,20 +1,15 @@
 """Packaging as a user meets it: sdist, wheel with the extension, and installs that go without it."""
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-SHIPPED = ("atp", "atp_kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-BUILD_VARIABLES = ("ATP_BUILD", "ATP_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CC", "CXX")
+from wheels import ROOT, copy_source, files_of, pip_wheel, run, search_path, use
 
 has_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -22,41 +17,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 
 @pytest.fixture
 def source(tmp_path):
-    """A clean copy of the tree: no build folder and no binary of an earlier build."""
-    target = tmp_path / "source"
-    target.mkdir()
-    for name in SHIPPED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, target)
-    return target
-
-
-def run(command, cwd, **variables):
-    clean = {key: value for key, value in os.environ.items() if key not in (*BUILD_VARIABLES, "PYTHONPATH")}
-    return subprocess.run(command, cwd=cwd, env={**clean, **variables}, capture_output=True, text=True)
-
-
-def pip_wheel(what, out, **variables):
-    """The wheel of a folder or an sdist, and all that pip and setup.py said."""
-    options = ["-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "--wheel-dir", str(out)]
-    result = run([sys.executable, "-m", "pip", "wheel", str(what), *options], out.parent, **variables)
-    wheels = sorted(out.glob("*.whl"))
-    return (wheels[0] if wheels else None), result.returncode, result.stdout + result.stderr
-
-
-def files_of(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
-
-
-def use(wheel, folder, code):
-    """Run code with the wheel's contents as the only copy: -S keeps an editable install of this tree out of sight."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    paths = dict.fromkeys([str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    return run([sys.executable, "-S", "-c", code], folder, PYTHONPATH=os.pathsep.join(paths))
+    return copy_source(tmp_path / "source")
 
 
 REPORT = "import atp_kernels; from atp_kernels.backends import native; print(atp_kernels.__file__, native.REASON)"
@@ -71,13 +32,15 @@ def test_sdist_builds_a_wheel_whose_extension_runs(source, tmp_path):
     (sdist,) = tmp_path.glob("atp_kernels-*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    folders = ("benchmarks", "csrc", "docs", "examples", "experiments")
+    shipped = {str(path.relative_to(ROOT)) for name in folders for path in (ROOT / name).rglob("*") if path.is_file()}
+    shipped = {name for name in shipped if "__pycache__" not in name}
     assert shipped <= names and not any(name.endswith((".so", ".pyc")) for name in names)
 
     wheel, status, said = pip_wheel(sdist, tmp_path / "wheels", ATP_BUILD="1")
     assert status == 0, said
     assert [name for name in files_of(wheel) if re.match(r"atp_kernels/_C\..*\.so$", name)]
-    assert not [name for name in files_of(wheel) if name.startswith(("csrc", "tests"))]
+    assert not [name for name in files_of(wheel) if name.startswith(("csrc", "docs", "examples", "tests"))]
     used = use(wheel, tmp_path / "site", REPORT + "; print(native.build_info())")
     assert used.returncode == 0, used.stderr
     assert str(tmp_path / "site") in used.stdout and "None" in used.stdout and "stable_abi_target" in used.stdout
@@ -133,6 +96,27 @@ def test_wheel_holds_the_command_the_licence_and_one_version(source, tmp_path):
     assert {str(path.relative_to(ROOT)) for path in kept} <= set(files_of(wheel))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_examples_and_experiments_are_found_away_from_the_clone(source, tmp_path, in_place):
+    code = (
+        "from atp import shipped; from atp.config import ATPConfig; from atp.experiments.spec import ExperimentSpec\n"
+        "spec, path = ExperimentSpec.load('stages'); spec.config(path, 'health-mini', [])\n"
+        "recipe = ATPConfig.load('examples/custom.yaml', ['model.path=m']).data.recipe\n"
+        "print(path, recipe, *shipped.names('experiments'))"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    if in_place:
+        used = run([sys.executable, "-S", "-c", code], tmp_path / "elsewhere", PYTHONPATH=search_path(source))
+    else:
+        wheel, status, said = pip_wheel(source, tmp_path / "wheels", ATP_BUILD="0")
+        assert status == 0, said
+        used = use(wheel, tmp_path / "site", code)
+    assert used.returncode == 0, used.stderr
+    path, recipe, *names = used.stdout.split()
+    assert path == str((source if in_place else tmp_path / "site" / "atp" / "_shipped") / "experiments" / "stages.yaml")
+    assert recipe == "custom" and names == sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_extension_uses_only_the_stable_abi_of_torch():
     from atp_kernels.backends import native
@@ -149,7 +133,7 @@ def test_extension_uses_only_the_stable_abi_of_torch():
     assert not [s for s in symbols if re.match(r"_ZNK?(2at|3c10|5torch)", s)]
 
 
-CUDA_ARCHS = ("80", "90a", "100a", "120a")
+CUDA_ARCHS = ("80", "90", "100", "120")
 
 
 def compile_cuda(source, target, *options):
@@ -157,7 +141,7 @@ def compile_cuda(source, target, *options):
     from torch.utils.cpp_extension import include_paths
 
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch.removesuffix('a')}" in known]
+    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
     command = ["nvcc", "-c", str(source), "-o", str(target), "-std=c++17", "--threads=2", "--resource-usage"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", *options]
     command += [f"-I{path}" for path in include_paths()]
@@ -181,7 +165,7 @@ def test_cuda_source_compiles_for_every_architecture_without_spills(name, tmp_pa
     source, target = ROOT / "csrc" / "cuda" / name, tmp_path / "object.o"
     archs, said = compile_cuda(source, target)
     usage = resource_usage(said)
-    assert {"80", "90a"} <= set(archs) and {arch for _, arch, _ in usage} == {f"sm_{arch}" for arch in archs}
+    assert {"80", "90"} <= set(archs) and {arch for _, arch, _ in usage} == {f"sm_{arch}" for arch in archs}
     kernels = re.findall(r"__global__ void (\w+)\(", source.read_text(encoding="utf-8"))
     assert kernels and all(any(kernel in mangled for mangled, _, _ in usage) for kernel in kernels)
     assert [report for report in usage if report[2]] == []

@@ -10,6 +10,7 @@ from torch import Tensor
 from atp.errors import InputError, NotReached
 from atp.finite import is_finite
 from atp.masks.budget import Budget
+from atp.masks.rules import width_rules
 from atp.masks.space import Structure
 
 
@@ -17,7 +18,7 @@ def uniform_mask(
     scores: Tensor,
     target: float,
     budget: Budget,
-    multiples: dict[str, int],
+    multiples: dict[str, int] | None,
     layers: Collection[int] | None = None,
 ) -> Tensor:
     """The highest scores of each structure, with equal counts in all layers and `target` of the decoder kept.
@@ -29,7 +30,7 @@ def uniform_mask(
     """
     if not is_finite(scores):
         raise NotReached("scores of what to remove hold NaN or infinity: use model.dtype=float32, or other data")
-    space = budget.space
+    space, multiples = budget.space, width_rules(budget, target, multiples)
     free = [s for s in space.structures if layers is None or s.layer in layers]
     share = _uniform_share(free, target, budget)
     steps = [multiples.get(s.name, 1) for s in free]

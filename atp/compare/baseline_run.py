@@ -18,7 +18,7 @@ from atp.config import ATPConfig
 from atp.export.card import baseline_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.files import write_tensors
-from atp.loading import RunData
+from atp.loading import RunData, check_length
 from atp.lora.layer import add_lora
 from atp.masks.space import MaskSpace
 from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
@@ -50,9 +50,13 @@ class BaselineRun(Run):
         return processes.on_main(lambda: self._conclude(tokenizer, data, tuner.clock, facts))
 
     def _check(self, summary: dict[str, Any]) -> None:
-        """A baseline promises no budget, which is as near as its method comes: only that what is scored was trained."""
+        """A baseline promises no budget: it is as near as its method comes."""
         check_certificate(summary["certificate"], AT_EXPORT)
         check_figures(summary)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """A baseline promises no share: the table shows what it kept."""
+        check_length(model, self.config.data.length)
 
     def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
         """The smaller model; the choice is made once and kept, so that a resumed run tunes the same one."""

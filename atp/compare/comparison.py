@@ -17,7 +17,7 @@ from atp.environment import versions
 from atp.errors import InputError, Interrupted, NotReached
 from atp.files import write_json
 from atp.folders import COMPARISON, check_output_dir
-from atp.loading import data_settings, load_tokenizer
+from atp.loading import check_packages, data_settings, load_tokenizer
 from atp.run import scored_tasks
 from atp.training.guards import SignalGuard
 
@@ -63,6 +63,7 @@ class Comparison:
     def _execute(self) -> dict[str, Any]:
         processes.on_main(lambda: check_output_dir(self.folder, resume=self.resume, started=COMPARISON))
         members = Members(self.config, self.folder, command=self.command, say=self.say)
+        processes.on_main(lambda: check_packages(members.config.model, members.config.data))
         splits = processes.main_first(
             lambda: load_recipe(data_settings(members.config, load_tokenizer(self.config.model)))
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from atp.report.markup import DASH
+from atp.report.markup import DASH, code, plain
 
 BEST_FIRST = {"perplexity": "perplexity ↓", "perplexity_ratio": "perplexity / dense ↓",
               "relative_performance": "relative performance ↑"}  # fmt: skip
@@ -34,11 +34,11 @@ def markdown(content: dict[str, Any]) -> str:
     """The table with a heading and what it stands on."""
     head, rows = table(content)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    notes = [f"* {note}" for note in remarks(content)]
+    notes = [f"* {plain(note)}" for note in remarks(content)]
     return "\n".join(
         [f"# Comparison at {content['target_keep']:.0%} of the decoder", ""]
-        + [f"| {' | '.join(line)} |" for line in lines]
-        + ["", *notes, "", f"`{content['command']}`", ""]
+        + [f"| {' | '.join(map(plain, line))} |" for line in lines]
+        + ["", *notes, "", code(content["command"]), ""]
     )
 
 

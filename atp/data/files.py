@@ -11,6 +11,7 @@ from typing import Any
 
 from atp.errors import InputError, quote, shorten
 from atp.reading import check_file, parse_json
+from atp.requirements import require
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _LARGEST_CELL = 2**31 - 1  # characters; what the csv module can count to everywhere
@@ -68,7 +69,7 @@ def read_rows(source: str, limit: int | None = None) -> list[Row]:
     except RuntimeError:
         raise InputError(f"{shorten(source)}: there is no such home folder; write the path out") from None
     if path.suffix.lower() in SUFFIXES:
-        check_file(path, "", f"give a {' or '.join(SUFFIXES)} file")
+        check_file(path, "", f"check the path, and give a {' or '.join(SUFFIXES)} file")
         rows = list(islice(_read_file(path), limit))
     elif _is_file(path):
         suffix = shorten(path.suffix, 20)
@@ -140,7 +141,7 @@ def _with_cells_of_any_size(reader: csv.DictReader) -> Iterator[dict[str, Any]]:
 
 
 def _parse_parquet(path: Path, name: str) -> Iterator[Row]:
-    # pyarrow comes with datasets.
+    require("pyarrow")  # comes with datasets
     from pyarrow.parquet import ParquetFile
 
     number = 0

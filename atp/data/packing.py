@@ -26,13 +26,15 @@ class PackedDataset(Dataset):
 
     input_ids, labels: int64 [windows, length]; a label is the token at the same position (the model shifts), or -100
     where no loss is taken. position_ids: int64 [windows, length], starting anew with every document that is to see
-    itself alone; None where documents see their forerunners. Items are dicts of what there is, [length] each.
+    itself alone; None where documents see their forerunners. longer: how many documents have more tokens than a window.
+    Items are dicts of what there is, [length] each.
     """
 
-    def __init__(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None):
+    def __init__(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, longer: int = 0):
         self.input_ids = input_ids
         self.labels = labels
         self.position_ids = position_ids
+        self.longer = longer
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -48,9 +50,13 @@ class PackedDataset(Dataset):
 
 
 class RaggedDataset(Dataset):
-    """One document a sample, as long as it is: dicts of input_ids and labels, int64 [its length]."""
+    """One document a sample, as long as it is: dicts of input_ids and labels, int64 [its length].
 
-    def __init__(self, documents: Sequence[_Document]):
+    longer: how many documents lost their beginning.
+    """
+
+    def __init__(self, documents: Sequence[_Document], longer: int = 0):
+        self.longer = longer
         self._documents = [tuple(torch.tensor(part) for part in document) for document in documents]
         self.lengths = [len(ids) for ids, _ in self._documents]
 
@@ -95,7 +101,7 @@ def pack(
     if not bears_loss.any():
         raise InputError("no token bears a loss: give completions, or use loss_on 'all'")
     kept = (part if part is None else part[bears_loss] for part in (packed_ids, packed_labels, positions))
-    return PackedDataset(*kept)
+    return PackedDataset(*kept, longer=_longer(documents, length))
 
 
 def unpacked(
@@ -105,11 +111,16 @@ def unpacked(
 
     Examples in which no token bears a loss are left out. Raises `InputError` as `pack`.
     """
-    documents = [(ids[-length:], labels[-length:]) for ids, labels in _documents(examples, tokenizer, length, loss_on)]
-    scored = [document for document in documents if any(label != IGNORE for label in document[1][1:])]
+    documents = _documents(examples, tokenizer, length, loss_on)
+    cut = [(ids[-length:], labels[-length:]) for ids, labels in documents]
+    scored = [document for document in cut if any(label != IGNORE for label in document[1][1:])]
     if not scored:
         raise InputError("no token bears a loss: give completions, or use loss_on 'all'")
-    return RaggedDataset(scored)
+    return RaggedDataset(scored, longer=_longer(documents, length))
+
+
+def _longer(documents: Sequence[_Document], length: int) -> int:
+    return sum(len(ids) > length for ids, _ in documents)
 
 
 def _documents(

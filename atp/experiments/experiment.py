@@ -19,7 +19,7 @@ from atp.experiments.rows import append_rows, member_row
 from atp.experiments.spec import ExperimentSpec
 from atp.files import check_writable, write_json
 from atp.folders import COMPARISON
-from atp.loading import data_settings, load_tokenizer
+from atp.loading import check_packages, data_settings, load_tokenizer
 from atp.run import scored_tasks
 from atp.training.guards import SignalGuard
 
@@ -67,6 +67,8 @@ class Experiment:
         self._members = {
             d: Members(c, self.runs / d, command=self.command, say=self.say) for d, c in self.configs.items()
         }
+        for config in self.configs.values():
+            processes.on_main(lambda config=config: check_packages(config.model, config.data))
         self._splits = processes.main_first(
             lambda: {
                 domain: load_recipe(data_settings(members.config, load_tokenizer(members.config.model)))

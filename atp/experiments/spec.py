@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from atp import shipped
 from atp.compare.members import Arm
 from atp.config import ATPConfig, explain
 from atp.errors import InputError, shorten
@@ -45,7 +46,8 @@ class ExperimentSpec(BaseModel):
     def load(cls, name: str) -> tuple[ExperimentSpec, Path]:
         """(spec, its file) for the path of a YAML file or the name of one in experiments/. Raises `InputError`."""
         path = Path(name) if name.endswith((".yaml", ".yml")) else Path("experiments") / f"{name}.yaml"
-        known = ", ".join(sorted(p.stem for p in Path("experiments").glob("*.yaml") if p.stem != "base")) or "none"
+        path = shipped.find(path)
+        known = ", ".join(found for found in shipped.names("experiments") if found != "base") or "none"
         check_file(path, "experiment file", f"give a file, or a name (here: {known})")
         try:
             spec = cls.model_validate(read_yaml_file(path, "experiment file"))
@@ -57,7 +59,7 @@ class ExperimentSpec(BaseModel):
 
     def config(self, path: Path, domain: str, overrides: list[str]) -> ATPConfig:
         """The settings of all runs in a domain. Raises `InputError`."""
-        base = path.parent / self.base
+        base = shipped.find(path.parent / self.base)
         values = read_yaml_file(base, "base")
         if not isinstance(values, dict):
             raise InputError(f"base {shorten(base)} holds no mapping: it needs at least the key model")

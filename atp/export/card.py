@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from atp.config import ATPConfig
+from atp.report.markup import code
 
 _USAGE = """Its layers differ in width, so transformers needs the class that package `atp-kernels` registers. Without it
 loading fails with "model type `atp_llama` ... Transformers does not recognize this architecture", and upgrading
@@ -37,11 +38,11 @@ tags: [atp, structural-pruning, lora]
 ---
 # A smaller model, tuned and pruned in one stage
 
-Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from `{source}`.
+Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {code(source)}.
 
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
 * Mask space `{config.decisions.space}`; layers have widths of their own, listed in `config.json`.
-* Data recipe: `{config.data.recipe}`.
+* Data recipe: {code(config.data.recipe)}.
 
 {_USAGE}"""
 
@@ -101,9 +102,9 @@ tags: [structural-pruning, lora]
 ---
 # A model to compare with: {method}
 
-Made by the baseline `{method}` of the package atp-kernels from `{source}`, then tuned with LoRA.
+Made by the baseline `{method}` of the package atp-kernels from {code(source)}, then tuned with LoRA.
 
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
-* Data recipe: `{config.data.recipe}`.
+* Data recipe: {code(config.data.recipe)}.
 
 {_USAGE}"""

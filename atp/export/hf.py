@@ -51,19 +51,19 @@ def export_model(
 
 def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, config: ATPConfig) -> None:
     """Saves the unmerged base/ and the adapter/ that belongs to it under `folder`: together they are model/."""
-    base, adapter = folder / "base", folder / "adapter"
+    base = folder / "base"
     _save(base_of(model), base, tokenizer, base_card(config))
-    with whole_folder(adapter) as writing:
-        model.save_pretrained(writing, safe_serialization=True)
-        settings = json.loads((writing / "adapter_config.json").read_text(encoding="utf-8"))
+    with whole_folder(folder / "adapter") as adapter:
+        model.save_pretrained(adapter, safe_serialization=True)
+        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         settings["target_modules"].sort()  # PEFT writes a set in the order of its hashes
-        write_json(writing / "adapter_config.json", settings | {"base_model_name_or_path": str(base)})
-        write_text(writing / "README.md", adapter_card(config))
+        write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": str(base)})
+        write_text(adapter / "README.md", adapter_card(config))
 
 
 def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: str) -> None:
-    with whole_folder(folder) as writing:
-        model.save_pretrained(writing, safe_serialization=True)
+    with whole_folder(folder) as written:
+        model.save_pretrained(written, safe_serialization=True)
         if tokenizer is not None:
-            tokenizer.save_pretrained(writing)
-        write_text(writing / "README.md", card)
+            tokenizer.save_pretrained(written)
+        write_text(written / "README.md", card)

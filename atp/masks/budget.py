@@ -52,7 +52,8 @@ class Budget:
     def cost(self) -> Tensor:
         """Parameters that removing each decision alone from the whole model saves, float32 [size]."""
         ones = torch.ones(self.space.size, dtype=torch.float64, requires_grad=True)
-        (cost,) = torch.autograd.grad(self._count(ones), ones)
+        with torch.enable_grad():  # who asks may be where nothing is learnt
+            (cost,) = torch.autograd.grad(self._count(ones), ones)
         return cost.float()
 
     def kept(self, mask: Tensor) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.masks.budget import Budget
+from atp.masks.rules import width_rules
 from atp.masks.sampling import keep_one
 from atp.masks.space import MaskSpace
 
@@ -35,16 +36,17 @@ def exact_mask(logits: Tensor, share: float, budget: Budget) -> Tensor:
     return keep_one(logits.detach() + exact_offset(logits, share, budget) >= 0, logits.detach(), budget.space)
 
 
-def fit_mask(logits: Tensor, target: float, budget: Budget, multiples: dict[str, int]) -> Tensor:
+def fit_mask(logits: Tensor, target: float, budget: Budget, multiples: dict[str, int] | None) -> Tensor:
     """The noise-free decision, trimmed or grown by logit until the budget and the width rules hold.
 
     logits float [size], target share of decoder parameters. multiples: for a structure name the number its kept
-    count must be a multiple of (default 1), unless the structure is kept whole. Each count is first rounded; then whole
-    blocks of `multiple` decisions are removed (lowest mean logit first) or added (highest first), passing over blocks
-    too large to help, until no single block brings the share closer to the target. Returns bool [size] with at least
-    one block in every structure. Raises `NotReached` for logits that are not finite: they rank nothing.
+    count must be a multiple of (default 1), unless the structure is kept whole; None: those of `width_rules`. Each
+    count is first rounded; then whole blocks of `multiple` decisions are removed (lowest mean logit first) or added
+    (highest first), passing over blocks too large to help, until no single block brings the share closer to the target.
+    Returns bool [size] with at least one block in every structure. Raises `NotReached` for logits that are not finite:
+    they rank nothing.
     """
-    logits = logits.detach().cpu()
+    logits, multiples = logits.detach().cpu(), width_rules(budget, target, multiples)
     if not is_finite(logits):
         raise NotReached("the logits of the decisions hold NaN or infinity: start again with a lower decisions.lr")
     mask = exact_mask(logits, target, budget)

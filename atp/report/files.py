@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atp.errors import InputError
+from atp.errors import InputError, shorten
+from atp.reading import parse_json
 
 
 @dataclass
@@ -30,16 +30,15 @@ def read_run(folder: Path) -> RunFiles:
     none of these files.
     """
     run = RunFiles(name=folder.resolve().name)
-    run.config = _text(folder / "config.yaml")
-    run.metrics = _metrics(_text(folder / "metrics.jsonl"), run.notes)
-    run.summary = _json(folder / "summary.json", run.notes)
-    run.decisions = _json(folder / "decisions.json", run.notes)
-    run.certificate = _json(folder / "certificate.json", run.notes) or dict(run.summary.get("certificate") or {})
-    if not run.summary:
-        run.summary = _partial_summary(_json(folder / "evaluation.json", run.notes))
-        run.notes.insert(0, "The run has no summary.json: it did not finish. Continue it with --resume.")
+    try:
+        _fill(run, folder)
+    except OSError as error:
+        reason = shorten(error.strerror)
+        raise InputError(f"cannot read {shorten(error.filename)} ({reason}): check its rights") from None
     if not (run.config or run.metrics or run.decisions or run.certificate or run.summary):
-        raise InputError(f"{folder} is not a run folder: it has none of config.yaml, metrics.jsonl and summary.json")
+        raise InputError(
+            f"{shorten(folder)} is not a run folder: it has none of config.yaml, metrics.jsonl and summary.json"
+        )
     missing = {
         "config.yaml": run.config, "metrics.jsonl": run.metrics, "decisions.json": run.decisions,
         "certificate.json": run.certificate,
@@ -48,6 +47,17 @@ def read_run(folder: Path) -> RunFiles:
         f"{name} is missing, and with it a part of this page." for name, found in missing.items() if not found
     ]
     return run
+
+
+def _fill(run: RunFiles, folder: Path) -> None:
+    run.config = _text(folder / "config.yaml")
+    run.metrics = _metrics(_text(folder / "metrics.jsonl"), run.notes)
+    run.summary = _json(folder / "summary.json", run.notes)
+    run.decisions = _json(folder / "decisions.json", run.notes)
+    run.certificate = _json(folder / "certificate.json", run.notes) or _section(run.summary, "certificate")
+    if not run.summary:
+        run.summary = _partial_summary(_json(folder / "evaluation.json", run.notes))
+        run.notes.insert(0, "The run has no summary.json: it did not finish. Continue it with --resume.")
 
 
 def _text(path: Path) -> str:
@@ -59,8 +69,8 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError:
+        content = parse_json(text)
+    except ValueError:
         content = None
     if not isinstance(content, dict):
         notes.append(f"{path.name} is damaged and was left out.")
@@ -72,9 +82,9 @@ def _metrics(text: str, notes: list[str]) -> list[dict[str, Any]]:
     records, bad = [], 0
     for line in text.splitlines():
         try:
-            record = json.loads(line)
-            records.append({"step": int(record["step"]), "phase": str(record["phase"]), **record})
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            record = parse_json(line)
+            records.append({**record, "step": int(record["step"]), "phase": str(record["phase"])})
+        except (KeyError, TypeError, ValueError, OverflowError):
             # A run that was killed may leave half a line.
             bad += 1
     if bad:
@@ -84,17 +94,25 @@ def _metrics(text: str, notes: list[str]) -> list[dict[str, Any]]:
 
 def _partial_summary(evaluation: dict[str, Any]) -> dict[str, Any]:
     """The part of a summary that the scores taken so far give."""
-    models = {name: scores for name, scores in evaluation.items() if "perplexity" in scores}
+    found = {name: scores for name, scores in evaluation.items() if isinstance(scores, dict)}
+    models = {name: scores for name, scores in found.items() if "perplexity" in scores}
     if not models:
         return {}
-    tasks = list(next(iter(models.values())).get("tasks", {}))
-    sizes = {name: scores["size"] for name, scores in models.items() if "size" in scores}
+    tasks = {name: _section(scores, "tasks") for name, scores in models.items()}
+    scored = [task for task in next(iter(tasks.values())) if all(task in taken for taken in tasks.values())]
+    sizes = {name: _section(scores, "size") for name, scores in models.items() if "size" in scores}
     return {
         "perplexity": {name: scores["perplexity"] for name, scores in models.items()},
         "perplexity_interval": {name: scores.get("perplexity_interval") for name, scores in models.items()},
-        "tasks": tasks,
-        **{task: {name: scores["tasks"][task] for name, scores in models.items()} for task in tasks},
+        "tasks": scored,
+        **{task: {name: taken[task] for name, taken in tasks.items()} for task in scored},
         "speed": {name: scores["speed"] for name, scores in models.items() if "speed" in scores},
-        "megabytes": {name: size["megabytes"] for name, size in sizes.items()},
+        "megabytes": {name: size.get("megabytes") for name, size in sizes.items()},
         "params_before": sizes.get("original", {}).get("params"),
     }
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A dictionary in a dictionary, empty where it is missing or something else."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}

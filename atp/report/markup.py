@@ -1,14 +1,34 @@
-"""Small pieces of HTML. Everything that is not markup passes through `escape` here."""
+"""Small pieces of HTML and Markdown. Everything that is not markup passes through `escape`, `code` or `plain` here."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["card", "definition", "details", "escape", "figure", "number", "paragraph", "section", "table"]
+from atp.errors import shorten
+
+__all__ = [
+    "card", "code", "definition", "details", "escape", "figure", "number", "paragraph", "plain", "section", "table",
+]  # fmt: skip
 
 DASH = "–"
+
+
+def code(text: object, limit: int = 500) -> str:
+    """Markdown that shows a text as code, on one line, whatever it holds: no backtick ends it, no HTML counts in it."""
+    line = shorten(text, limit)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    # Spaces part a backtick at an end from the fence, and Markdown takes them off again.
+    return f"{fence} {line} {fence}" if len(fence) > 1 or not line else f"{fence}{line}{fence}"
+
+
+def plain(text: object, limit: int = 2000) -> str:
+    """Markdown that shows a text as it is, on one line: characters that would mark it up are escaped."""
+    # An underscore inside a word marks nothing up; `- `, `+ ` and `1. ` do at the beginning.
+    text = re.sub(r"([\\`*\[\]<>&|#~$]|(?<!\w)_|_(?!\w))", r"\\\1", shorten(text, limit))
+    return re.sub(r"^(\d*)([-+.)])(?=\s|$)", r"\1\\\2", text)
 
 
 def number(value: object, digits: int = 2) -> str:

@@ -27,6 +27,7 @@ _STYLE = {
     "xtick.color": _INK, "ytick.color": _INK, "grid.color": _GRID, "axes.grid": True, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0,
     "legend.frameon": False, "lines.linewidth": 1.6, "axes.titlesize": 10, "axes.titlelocation": "left",
+    "text.parse_math": False,  # a name may hold two dollars
 }  # fmt: skip
 _WIDTH = 5.4  # inches; small enough that the text stays readable on a phone
 

@@ -117,7 +117,7 @@ class LoraTrainer(Trainer):
             raise Interrupted(self.signals.received, f"continue with --resume (checkpoint {newest})")
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One batch; returns its share of the step's mean loss a token, without regularizer, scalar float32.
+        """One batch; returns its share of the step's mean loss per token, without regularizer, scalar float32.
 
         Trainer logs the sum over the batches of a step, its mean over processes and over the steps since the last log.
         """

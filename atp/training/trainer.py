@@ -21,13 +21,14 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
 from atp import processes
+from atp.checks import check_reachable
 from atp.config import ATPConfig
 from atp.data import collate
 from atp.errors import InputError
 from atp.evaluation.inference import inference
 from atp.export.card import model_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
-from atp.loading import check_length, load_data, load_model, load_tokenizer
+from atp.loading import load_data, load_model, load_tokenizer
 from atp.lora.controller import MaskController
 from atp.lora.l0 import L0Gates
 from atp.lora.lasso import LoraGroups
@@ -93,7 +94,7 @@ class ATPTrainer(LoraTrainer):
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer)
         model = load_model(config.model, config.decisions.space)
-        check_length(model, config.data.length)
+        check_reachable(config, model)
         inputs = fingerprints(model, tokenizer, train=data.train, calibration=data.calibration)
         trainer = cls(config, model, data.train, data.calibration, tokenizer=tokenizer, callbacks=callbacks)
         trainer.inputs = inputs  # those of the model as it was loaded

@@ -8,17 +8,17 @@ Results do not depend on the number of threads or on the processor's instruction
 they record no gradient. Non-contiguous tensors are copied, and copied back where the operation works in place.
 """
 
-import importlib
 from collections.abc import Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atp_kernels import extension
 from atp_kernels.backends import kept, primitives, reference
 from atp_kernels.backends.primitives import Primitives
+from atp_kernels.checks import check_written
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Dropout
 
@@ -47,19 +47,7 @@ __all__ = [
 ]
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    try:
-        return importlib.import_module("atp_kernels._C"), None
-    except ModuleNotFoundError:
-        return None, (
-            "the extension atp_kernels._C was not built; with torch>=2.10 and a C++ compiler at hand, reinstall with "
-            "`ATP_BUILD=1 pip install --no-build-isolation` to build it or see why not"
-        )
-    except ImportError as error:
-        return None, f"the extension atp_kernels._C does not load ({error}); reinstall atp-kernels to rebuild it"
-
-
-_extension, REASON = _load()
+_extension, REASON = extension.load()
 AVAILABLE = _extension is not None
 ADDMM_CHAIN = True
 _ops = torch.ops.atp_kernels_native
@@ -87,7 +75,7 @@ def group_lasso_forward(
     rounded to float32; removed bool [n_groups]. Raises RuntimeError for wrong dtypes or shapes.
     """
     held = [factor.contiguous() for factor in factors]
-    packed = (plan.axes, plan.index, plan.order, plan.starts)
+    packed = (plan.axes, plan._index, plan._order, plan._starts)
     return _call(_ops.group_lasso_forward, held, *packed, removed.contiguous(), eps)
 
 
@@ -102,7 +90,7 @@ def group_lasso_backward(
     """
     held = [factor.contiguous() for factor in factors]
     vectors = (removed.contiguous(), norms.contiguous(), grad_out.float())
-    return _call(_ops.group_lasso_backward, held, plan.axes, plan.index, *vectors)
+    return _call(_ops.group_lasso_backward, held, plan.axes, plan._index, *vectors)
 
 
 def separate_lasso_forward(
@@ -137,15 +125,16 @@ def group_lasso_grad_(
     ValueError for factors that do not fit the plan, RuntimeError as `group_lasso_forward` does and for a gradient that
     is given twice.
     """
-    packed = (plan.axes, plan.index, plan.order, plan.starts)
+    packed = (plan.axes, plan._index, plan._order, plan._starts)
     vectors = (removed.contiguous(), weight.float())
-    if plan.index.is_cuda:
+    if plan._index.is_cuda:
         plan.check(factors)
     try:
         # On a CPU another look at hundreds of tensors would cost a tenth of the call: all are made by the extension.
         value = _call(_ops.group_lasso_grad_, factors, grads, *packed, plan.sides, *vectors, eps, plan.runs)
     except RuntimeError:
         plan.check(factors)  # says it in its own words
+        check_written(grads, "gradients")
         raise
     torch.autograd.graph.increment_version(grads)
     return value
@@ -159,7 +148,7 @@ def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, thr
     `group_lasso_forward` does, and for a tensor that is given twice.
     """
     held = [factor.contiguous() for factor in factors]
-    packed = (plan.axes, plan.index, plan.order, plan.starts)
+    packed = (plan.axes, plan._index, plan._order, plan._starts)
     _call(_ops.group_prox_, held, *packed, removed.contiguous(), threshold.float().contiguous())
     for factor, copy in zip(factors, held, strict=True):
         if factor is not copy:

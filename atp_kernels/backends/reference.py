@@ -21,6 +21,7 @@ from atp_kernels.backends.primitives import (
     gated_backward,
     scaled_mm,
 )
+from atp_kernels.checks import check_written
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Dropout, compact, factor_norms, group_squares
 
@@ -167,19 +168,18 @@ def group_lasso_forward(
     factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return (value, norms [n_groups]) with norms = sqrt(sum of squares + eps)."""
-    norms = group_squares(factors, plan.groups, plan.n_groups).add_(eps).sqrt_()
-    return norms.mul(removed & plan.owned).sum(), norms
+    norms = group_squares(factors, plan._groups, plan.n_groups).add_(eps).sqrt_()
+    # A product with zero would not silence a kept group that holds NaN.
+    return torch.where(removed & plan.owned, norms, 0).sum(), norms
 
 
 def group_lasso_backward(
     factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, norms: Tensor, grad_out: Tensor
 ) -> list[Tensor]:
-    """d value / d factor = factor / norm of its group, for removed groups; zero elsewhere."""
-    slope = torch.where(removed & (norms > 0), grad_out / norms, 0)
-    return [
-        (factor * slope[index].unsqueeze(1 - axis)).to(factor.dtype)
-        for factor, (axis, index) in zip(factors, plan.groups, strict=True)
-    ]
+    """d value / d factor = factor / norm of its group, for removed groups; zero elsewhere, whatever is there."""
+    slope = torch.where(removed & (norms != 0), grad_out / norms, 0)
+    slopes = [slope[index].unsqueeze(1 - axis) for axis, index in plan._groups]
+    return [torch.where(by == 0, 0, factor * by).to(factor.dtype) for factor, by in zip(factors, slopes, strict=True)]
 
 
 def group_lasso_grad_(
@@ -187,6 +187,7 @@ def group_lasso_grad_(
 ) -> Tensor:
     """Return the value; grads += weight * d value / d factor, one of the shape and dtype of every factor."""
     plan.check(factors)
+    check_written(grads, "gradients")
     value, norms = group_lasso_forward(factors, plan, removed, eps)
     for grad, part in zip(grads, group_lasso_backward(factors, plan, removed, norms, weight), strict=True):
         grad += part
@@ -195,7 +196,7 @@ def group_lasso_grad_(
 
 def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor) -> None:
     """The definition itself: see `reference.group_prox_`."""
-    reference.group_prox_(factors, plan.groups, removed, threshold)
+    reference.group_prox_(factors, plan._groups, removed, threshold)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ def rarest_dtype(present: Collection[torch.dtype]) -> torch.dtype:
 def matrix(tensor: Tensor) -> Tensor:
     """The tensor as rows of its last dimension."""
     # Not even a view where nothing changes: eager code makes hundreds of calls a step.
-    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor.unsqueeze(0)  # unlike a -1, fit for a width of zero
 
 
 def dropout_of(p: float, seed: int | Tensor | None) -> Dropout | None:

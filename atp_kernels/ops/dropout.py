@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from atp_kernels.backends.dispatch import select
-from atp_kernels.ops.common import dropout_of
+from atp_kernels.ops.common import dropout_of, matrix
 from atp_kernels.reference import Dropout
 
 
@@ -13,7 +13,7 @@ def dropped(x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:
     if not torch.compiler.is_compiling():
         return LoraDropout.apply(x, dropout_of(p, seed), backend)
     seed = seed if isinstance(seed, Tensor) else torch.tensor(seed)
-    return lora_dropout_op(x.reshape(-1, x.shape[-1]), p, seed, backend).view(x.shape)
+    return lora_dropout_op(matrix(x), p, seed, backend).view(x.shape)
 
 
 @torch.library.custom_op("atp_kernels::lora_dropout", mutates_args=())
@@ -45,7 +45,7 @@ class LoraDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropout, backend):
         ctx.dropout, ctx.backend = dropout, backend
-        return _dropped(x.reshape(-1, x.shape[-1]), dropout, backend).view(x.shape)
+        return _dropped(matrix(x), dropout, backend).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):

@@ -59,16 +59,16 @@ def _grad(factor: Tensor) -> Tensor:
 
 def prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor, backend: str) -> None:
     """Shrinkage of all factors in place, checked."""
-    group_prox_op(list(factors), *_packed(plan), removed, threshold, backend)
+    if torch.compiler.is_compiling():
+        group_prox_op(list(factors), *_packed(plan), removed, threshold, backend)
+        return
+    module = select("group_prox_", removed.device, common_dtype(factors), backend)[0]
+    module.group_prox_(factors, plan, removed, threshold)
 
 
 def _packed(plan: GroupPlan) -> tuple[list[int], Tensor, Tensor, Tensor]:
-    """A plan as the operators take it; `_unpacked` is its inverse."""
-    return list(plan.axes), plan.index, plan.order, plan.starts
-
-
-def _unpacked(factors: Sequence[Tensor], axes: Sequence[int], *tensors: Tensor) -> GroupPlan:
-    return GroupPlan(tuple(axes), tuple(factor.shape for factor in factors), *tensors)
+    """A plan as the operators take it; `GroupPlan.unpack` is its inverse."""
+    return list(plan.axes), plan._index, plan._order, plan._starts
 
 
 @torch.library.custom_op("atp_kernels::group_lasso", mutates_args=())
@@ -84,7 +84,7 @@ def group_lasso_op(
 ) -> tuple[Tensor, Tensor]:
     """(value, norms [n_groups]) of all factors together."""
     module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
-    return module.group_lasso_forward(factors, _unpacked(factors, axes, index, order, starts), removed, eps)
+    return module.group_lasso_forward(factors, GroupPlan.unpack(factors, axes, index, order, starts), removed, eps)
 
 
 @group_lasso_op.register_fake
@@ -107,7 +107,7 @@ def group_lasso_backward_op(
 ) -> list[Tensor]:
     """The gradient of every factor, each in memory of its own, as torch.library asks."""
     module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
-    plan = _unpacked(factors, axes, index, order, starts)
+    plan = GroupPlan.unpack(factors, axes, index, order, starts)
     return [grad.clone() for grad in module.group_lasso_backward(factors, plan, removed, norms, grad_value)]
 
 
@@ -146,7 +146,7 @@ def group_lasso_grad_op(
 ) -> Tensor:
     """The value of all factors together; weight times its gradient is added to grads."""
     module = select("group_lasso_grad_", removed.device, common_dtype(factors), backend)[0]
-    plan = _unpacked(factors, axes, index, order, starts)
+    plan = GroupPlan.unpack(factors, axes, index, order, starts)
     return module.group_lasso_grad_(factors, grads, plan, removed, weight, eps)
 
 
@@ -169,7 +169,7 @@ def group_prox_op(
 ) -> None:
     """Shrink removed groups in place by a threshold each, [n_groups]."""
     module = select("group_prox_", removed.device, common_dtype(factors), backend)[0]
-    module.group_prox_(factors, _unpacked(factors, axes, index, order, starts), removed, threshold)
+    module.group_prox_(factors, GroupPlan.unpack(factors, axes, index, order, starts), removed, threshold)
 
 
 @group_prox_op.register_fake

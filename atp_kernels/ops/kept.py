@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from atp_kernels.backends.dispatch import select
 from atp_kernels.backends.kept import Side
-from atp_kernels.ops.common import refuse_twice
+from atp_kernels.ops.common import matrix, refuse_twice
 from atp_kernels.slices import KeptSlice
 
 
@@ -25,8 +25,8 @@ def kept_linear(
     if not torch.compiler.is_compiling():
         module = select("kept_lora_linear", x.device, x.dtype, backend)[0]
         return KeptLoraLinear.apply(x, lora_a, lora_b, lora_input, kept, module, scaling)
-    rows = x.reshape(-1, x.shape[-1])
-    adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
+    rows = matrix(x)
+    adapter = None if lora_input is None else matrix(lora_input)
     slices = kept.weight(x.dtype), kept.bias(x.dtype)
     y, _ = kept_lora_linear_op(rows, *slices, lora_a, lora_b, adapter, *flat(kept.sides), scaling, backend)
     return y.view(*x.shape[:-1], kept.out_features)
@@ -136,8 +136,8 @@ class KeptLoraLinear(torch.autograd.Function):
         _, need_a, need_b, _ = ctx.needs_input_grad[:4]
         ctx.kept, ctx.module, ctx.scaling = kept, module, scaling
         ctx.shape, ctx.shared_input = x.shape, lora_input is None
-        rows = x.reshape(-1, x.shape[-1])
-        adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
+        rows = matrix(x)
+        adapter = None if lora_input is None else matrix(lora_input)
         slices = kept.weight(x.dtype), kept.bias(x.dtype)
         y, down = module.kept_lora_linear_forward(rows, *slices, lora_a, lora_b, adapter, *kept.sides, scaling)
         adapter = rows if adapter is None else adapter
@@ -147,7 +147,7 @@ class KeptLoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        grad_y = grad_y.reshape(-1, ctx.kept.out_features)
+        grad_y = matrix(grad_y)
         options = (*ctx.kept.sides, ctx.scaling, ctx.shared_input, ctx.needs_input_grad[:4])
         weight = ctx.kept.weight(grad_y.dtype)
         grads = ctx.module.kept_lora_linear_backward(grad_y, weight, *ctx.saved_tensors, *options)

@@ -33,8 +33,8 @@ def linear(
         return MaskedLoraLinear.apply(*tensors, module, scaling, mask_lora, keep_sum, with_norms, drawn)
     # A tensor, so that a graph is compiled once for all seeds; on the CPU, so that reading it waits for no device.
     seed = torch.tensor(seed) if dropout and not isinstance(seed, Tensor) else seed
-    rows = x.reshape(-1, x.shape[-1])
-    adapter = None if lora_input is None else lora_input.reshape(-1, x.shape[-1])
+    rows = matrix(x)
+    adapter = None if lora_input is None else matrix(lora_input)
     y, _, _, *norms = masked_lora_linear_op(
         rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask,
         scaling, mask_lora, keep_sum, with_norms, dropout, seed if dropout else None, backend,

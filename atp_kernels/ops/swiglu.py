@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.backends.primitives import masked
+from atp_kernels.ops.common import matrix
 from atp_kernels.slices import KeptSlice
 
 _OPERANDS = 4
@@ -114,7 +115,7 @@ class Swiglu(torch.autograd.Function):
     def forward(ctx, spec, x, out_mask, in_mask, *operands):
         ctx.spec, ctx.shape = spec, x.shape
         needs = ctx.needs_input_grad[4:]
-        rows = x.reshape(-1, x.shape[-1])
+        rows = matrix(x)
         *producers, down = _linears(spec, out_mask, in_mask, operands)
         results = [linear.forward(rows, spec.keep_sum) for linear in producers]
         y, low, _ = down.forward(_product(spec, [y for y, _, _ in results]), False)
@@ -139,7 +140,7 @@ class Swiglu(torch.autograd.Function):
         upstream = need_x or need_out or any(needs[:-_OPERANDS])
         h = _product(spec, values) if needs[-4] or needs[-3] or need_in else None
         down_needs = (upstream, *needs[-_OPERANDS:], False, need_in)
-        grad_y = grad_y.reshape(-1, grad_y.shape[-1])
+        grad_y = matrix(grad_y)
         d_h, *d_down, _, d_in = down.backward(grad_y, h, low, None, down_needs)
         del h
         grads = _producer_grads(spec, values, d_h) if upstream else []

@@ -78,6 +78,8 @@ def config(shared, tmp_path):
         "model": {"path": str(shared / "llama")},
         "output_dir": str(tmp_path / "out"),
         "data": {"train": str(shared / "data.jsonl"), "length": 16, "general_share": 0.0},
+        # A channel of so small a model is more than the tolerance on the budget: what 24 of 40 of them keep.
+        "decisions": {"target_keep": 0.6066},
         "training": {"batch_size": 1},
     }
     path = tmp_path / "config.yaml"
@@ -103,6 +105,11 @@ def is_one_sentence(err):
         ("training.batch_size=4096", "the training split has .* windows of 16 tokens and one step takes 4096"),
         ("model.path={shared}/gpt2", "model family 'gpt2' is not supported: use one of llama, mistral"),
         ("model.path={shared}/nowhere", "cannot load the tokenizer from"),
+        ("decisions.target_keep=0.01", "the nearest share that whole .* keep is 0.1148: choose that"),
+        ("decisions.target_keep=0.6", "the nearest share that whole .* keep is 0.6066: choose that"),
+        ("decisions.multiples.mlp=100000", r"keep with decisions.multiples {'mlp': 100000} is 0.6803: "),
+        ("data.length=100000", "data.length is 100000 and the model reaches 2048 positions: lower data.length"),
+        ("seed=-1", "config key 'seed' is -1"),
         ("nonsense", "override 'nonsense' is not of the form key.path=value"),
     ],
 )
@@ -184,6 +191,8 @@ def test_eval_refuses_an_unknown_model_and_an_existing_output(atp, shared, tmp_p
     assert code == 2 and is_one_sentence(err) and "cannot load the tokenizer" in err
     code, _, err = atp("eval", shared / "llama", "--suite", shared / "empty.jsonl")
     assert code == 2 and is_one_sentence(err) and "is empty" in err
+    code, _, err = atp("eval", "", "--suite", shared / "data.jsonl")
+    assert code == 2 and is_one_sentence(err) and "the model: config key 'path' is '': the text is empty" in err
     output = tmp_path / "scores.json"
     output.write_text("precious")
     options = ("--suite", shared / "data.jsonl", "--length", 16, "--documents", 2)
@@ -207,6 +216,21 @@ def test_eval_prints_and_writes_scores(atp, shared, tmp_path):
 def test_eval_refuses_an_unknown_precision(atp, shared):
     code, _, err = atp("eval", shared / "llama", "--suite", shared / "data.jsonl", "--precision", "int4")
     assert code == 2 and is_one_sentence(err) and "--precision int4 is unknown: use auto, float32 or bfloat16" in err
+
+
+@pytest.mark.parametrize("name", ["x/[/red]", "[bold]run[/bold]", "a\\[b]"])
+def test_brackets_in_paths_are_said_as_they_are(atp, shared, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "500")
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 0", encoding="utf-8")
+    code, out, err = atp("report", folder)
+    assert code == 0 and f"report: {folder}/report.html" in out.replace("\n", ""), err
+    config = {"model": {"path": str(shared / "llama")}, "output_dir": name, "data": {"train": f"{name}.jsonl"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    code, out, err = atp("train", tmp_path / "config.yaml")
+    assert code == 2 and is_one_sentence(err) and f"{name}.jsonl does not exist" in err
+    assert f"output_dir: '{name}'" in out or f"output_dir: {name}" in out
 
 
 def test_report_of_no_run(atp, tmp_path):

@@ -90,9 +90,30 @@ def test_a_config_of_a_run_gives_the_split_of_that_run(folder, tmp_path):
     assert scores["tasks"]["qa"]["n"] == 6, "a fifth of 30 documents is held out"
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"perplexity": 3}'])
-def test_scores_that_are_none_are_refused(folder, tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"perplexity": 3}', "[" * 10**5, '{"items": 1, "tasks": 2}', '{"items": [[1.0, 2]], "tasks": {}}',
+     '{"items": [[1.0, 2]], "tasks": {"qa": {"items": [["yes"]]}}}'],
+)  # fmt: skip
+def test_scores_that_are_none_are_refused_before_the_model_runs(folder, tmp_path, monkeypatch, content):
+    monkeypatch.setattr("atp.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
     path = tmp_path / "dense.json"
     path.write_text(content)
-    with pytest.raises(InputError, match="give what --output wrote"):
-        scored(folder, dense=str(path))
+    for place in (path, tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match="give what --output wrote"):
+            scored(folder, labels=("yes", "no"), dense=str(place))
+
+
+def test_a_window_beyond_the_positions_is_refused_before_the_model_runs(folder, monkeypatch):
+    monkeypatch.setattr("atp.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
+    with pytest.raises(InputError, match="--length is 4096 and the model reaches 2048 positions: lower --length"):
+        scored(folder, length=4096)
+    with pytest.raises(InputError, match="stride 16 does not fit windows of 16 tokens"):
+        scored(folder, stride=16)
+
+
+def test_what_there_is_less_of_than_asked_is_said(folder):
+    assert scored(folder)["remarks"] == []
+    assert scored(folder, labels=("yes", "no"), documents=31, questions=99)["remarks"] == [
+        "--documents is 31, and there are 30 documents", "--questions is 99, and there are 30 of qa"
+    ]  # fmt: skip

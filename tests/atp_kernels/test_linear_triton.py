@@ -173,6 +173,23 @@ def test_64_bit_offsets_give_the_same_result(monkeypatch, p):
         assert torch.equal(value, expected[name]), name
 
 
+def far_apart(tensor):
+    """The same values in rows that lie so far apart that the last ones begin beyond 2**31 elements."""
+    step = 2**31 // (tensor.shape[0] - 1) + 1
+    storage = torch.empty(step * tensor.shape[0], dtype=tensor.dtype, device=tensor.device)  # pages are taken when used
+    return storage.as_strided(tensor.shape, (step, 1)).copy_(tensor.detach()).requires_grad_()
+
+
+@pytest.mark.parametrize("name", ["x", "lora_input", "weight", "lora_b"])
+@pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])
+def test_offsets_past_32_bits_in_one_operand_alone(name, config):
+    shape, config = Shape(m=300, n=300, k=5, rank=2, mask_lora=True), replace(config, block_m=128, block_n=128)
+    tensors = on_device(operands(shape, torch.float16))
+    expected = run(shape, tensors, config)
+    for key, value in run(shape, tensors | {name: far_apart(tensors[name])}, config).items():
+        assert torch.equal(value, expected[key]), key
+
+
 def test_bitwise_deterministic():
     shape = Shape(m=150, n=11, k=13, mask_lora=True, p=0.4)
     tensors = on_device(operands(shape, torch.float32))
@@ -187,7 +204,8 @@ def test_unmasked_calls_and_empty_batches_go_to_the_vendor_gemm():
     unfit = replace(masked, m=0), replace(masked, rank=200)
     for shape, pays in ((plain, False), (masked, True), *((shape, False) for shape in unfit)):
         t = operands(shape, torch.float32)
-        assert launcher._fusion_pays(t["x"], t["lora_a"], t.get("out_mask"), t.get("in_mask")) is pays
+        masks = t.get("out_mask"), t.get("in_mask")
+        assert launcher._fusion_pays(t["x"], t["weight"], t["lora_a"], *masks) is pays
 
 
 def test_without_masks_dropout_goes_beside_the_vendor_gemm():

@@ -120,7 +120,7 @@ def scale_kernel(
             # Asked this way round a NaN norm stays visible as NaN instead of becoming a clean zero.
             scale = tl.where(removed, tl.where(norm <= by, 0.0, 1.0 - ratio), 1.0)
         else:
-            scale = tl.where(norm > 0, ratio, 0.0)
+            scale = tl.where(norm == 0, 0.0, ratio)
         for KIND in tl.static_range(6):
             if kind == KIND:
                 factor = tl.expand_dims(scale, 1 - KIND % 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atp_kernels.backends.triton import group_kernels as kernels
 from atp_kernels.backends.triton import tiles
+from atp_kernels.checks import check_written
 from atp_kernels.plan import GroupPlan
 
 _Walk = tuple[Tensor, tuple[int, int], dict[str, int | bool]]
@@ -51,10 +52,10 @@ def group_lasso_grad_(
 ) -> Tensor:
     """As `reference.group_lasso_grad_`, each sum rounded once; gradients of kept rows are neither read nor written.
 
-    Raises RuntimeError for a gradient that is given twice, as `group_prox_` does, or is not of its factor's dtype.
+    Raises as `check_written` does, and RuntimeError for a gradient that is not of its factor's dtype.
     """
     plan.check(factors)
-    _check_written_once(grads)
+    check_written(grads, "gradients")
     if any(grad.dtype != factor.dtype for factor, grad in zip(factors, grads, strict=True)):
         raise RuntimeError("a gradient is not of the dtype of its factor: use backend='reference'.")
     held, removed = [factor.contiguous() for factor in factors], removed.contiguous()
@@ -73,22 +74,14 @@ def group_lasso_grad_(
 def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor) -> None:
     """As `reference.group_prox_`; kept rows are neither read nor written, kept columns are written as they are.
 
-    threshold: floating [n_groups]. Raises RuntimeError for a tensor that is given twice, which two programs would race
-    for.
+    threshold: floating [n_groups].
     """
-    _check_written_once(factors)
     held, removed = [factor.contiguous() for factor in factors], removed.contiguous()
     with torch.cuda.device_of(removed):
         walk = _walk(held, held, plan)
         norms, _ = _group_norms(walk, plan, removed, eps=0.0)
         _scale(walk, plan, removed, norms, threshold.float().contiguous(), prox=True)
     _written(factors, held)
-
-
-def _check_written_once(tensors: Sequence[Tensor]) -> None:
-    addresses = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
-    if len(set(addresses)) < len(addresses):
-        raise RuntimeError("a tensor appears twice among the factors of an in-place call: give each of them once.")
 
 
 def _written(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
@@ -103,7 +96,7 @@ def _written(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
 def _group_norms(walk: _Walk, plan: GroupPlan, removed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """sqrt(sum of squares + eps) of every group, float32, and the sums over removed groups of every program."""
     table, grid, tile = walk
-    slots, n_groups = plan.index.numel(), plan.n_groups
+    slots, n_groups = plan._index.numel(), plan.n_groups
     config = tiles.group_norms_config(slots, n_groups)
     programs = triton.cdiv(n_groups, config.block_wide)
     squares = removed.new_empty(slots, dtype=torch.float32)
@@ -111,7 +104,7 @@ def _group_norms(walk: _Walk, plan: GroupPlan, removed: Tensor, eps: float) -> t
     parts = removed.new_empty(programs, dtype=torch.float64)
     kernels.slot_squares_kernel[grid](table, squares, **tile)
     kernels.group_norms_kernel[(programs,)](
-        squares, plan.order, plan.starts, removed.view(torch.uint8), norms, parts, n_groups, eps,
+        squares, plan._order, plan._starts, removed.view(torch.uint8), norms, parts, n_groups, eps,
         BLOCK_G=config.block_wide, BLOCK_S=config.block_long, num_warps=config.num_warps,
     )  # fmt: skip
     return norms, parts
@@ -121,7 +114,7 @@ def _scale(
     walk: _Walk, plan: GroupPlan, removed: Tensor, norms: Tensor, by: Tensor, *, prox: bool = False, add: bool = False
 ) -> None:
     table, grid, tile = walk
-    kernels.scale_kernel[grid](table, plan.index, removed.view(torch.uint8), norms, by, PROX=prox, ADD=add, **tile)
+    kernels.scale_kernel[grid](table, plan._index, removed.view(torch.uint8), norms, by, PROX=prox, ADD=add, **tile)
 
 
 def _walk(factors: list[Tensor], results: list[Tensor], plan: GroupPlan) -> _Walk:

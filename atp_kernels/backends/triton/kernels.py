@@ -244,6 +244,8 @@ def column_reduce_kernel(
     cols = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     ranks = tl.arange(0, BLOCK_R)
     col_ok = cols < C
+    if WIDE:
+        cols = cols.to(tl.int64)
     first = split * rows_per_split
     last = min(first + rows_per_split, M)
     factor = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)

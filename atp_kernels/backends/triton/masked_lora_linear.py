@@ -19,6 +19,8 @@ from atp_kernels.reference import Dropout
 INTERPRETED = not isinstance(kernels.masked_lora_gemm_kernel, triton.runtime.JITFunction)
 
 _INT32_LIMIT = 2**31
+_LARGEST_STRIDE = 2**23
+"""Tiles reach over 128 of either side at most: what these strides add up to within one stays below 2**31."""
 
 
 def masked_lora_linear_forward(
@@ -39,11 +41,13 @@ def masked_lora_linear_forward(
     config: tiles.GemmConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.masked_lora_linear_forward`; a `config` forces the kernels and their tile."""
-    if config is None and not _fusion_pays(x, lora_a, out_mask, in_mask):
+    if config is None and not _fusion_pays(x, weight, lora_a, out_mask, in_mask):
         return reference.masked_lora_linear_forward(
             x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask,
             scaling, mask_lora, keep_sum, with_norms, dropout, primitives=_PRIMITIVES,
         )  # fmt: skip
+    tensors = (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = map(_readable, tensors)
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
     config = config or tiles.gemm_config(m, n, rank, x.dtype)
     # With the random words on top, recomputing S takes more registers than there are.
@@ -85,11 +89,13 @@ def masked_lora_linear_backward(
     config: tiles.GemmConfig | None = None,
 ) -> tuple[Tensor | None, ...]:
     """As `reference.masked_lora_linear_backward`; a `config` forces the kernels and the tile of dx."""
-    if config is None and not _fusion_pays(grad_y, lora_a, out_mask, in_mask):
+    if config is None and not _fusion_pays(grad_y, weight, lora_a, out_mask, in_mask):
         return reference.masked_lora_linear_backward(
             grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total,
             scaling, mask_lora, shared_input, needs, dropout, primitives=_PRIMITIVES,
         )  # fmt: skip
+    tensors = (grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, total)
+    grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, total = map(_readable, tensors)
     need_x, need_w, need_a, need_b, need_bias, need_adapter, need_out, need_in = needs
     need_adapter = need_adapter or (shared_input and need_x) or (mask_lora and need_in)
     lora_out_mask = out_mask if mask_lora else None
@@ -125,9 +131,19 @@ def masked_lora_linear_backward(
     return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
 
-def _fusion_pays(x: Tensor, lora_a: Tensor, out_mask: Tensor | None, in_mask: Tensor | None) -> bool:
+def _fusion_pays(rows: Tensor, weight: Tensor, lora_a: Tensor, out_mask: Tensor | None, in_mask: Tensor | None) -> bool:
     masked = out_mask is not None or in_mask is not None
-    return masked and x.numel() > 0 and 0 < lora_a.shape[0] <= tiles.LARGEST_RANK
+    return masked and rows.shape[0] > 0 and weight.numel() > 0 and 0 < lora_a.shape[0] <= tiles.LARGEST_RANK
+
+
+def _readable(tensor: Tensor | None) -> Tensor | None:
+    """The operand as the kernels can read it: a vector in one piece, a matrix whose strides leave room in 32 bits.
+
+    Kernels take the strides of matrices, which they add up in 32 bits within a tile, and none of vectors.
+    """
+    if tensor is None or tensor.is_contiguous() or (tensor.ndim == 2 and max(tensor.stride()) < _LARGEST_STRIDE):
+        return tensor
+    return tensor.contiguous()
 
 
 def _grad_input(grad_y, x, weight, lora_a, up, out_mask, in_mask, mask_lora, dropout, config):
@@ -154,7 +170,8 @@ def _gemm(
         x, weight, lora_a, lora_b, lora_input, down, bias, _bytes(out_mask), _bytes(in_mask),
         y, total, other, parts, b_sq, a_sq, m, n, k, scaling, _seed(dropout),
         *x.stride(), *weight.stride(), *_strides(lora_a), *lora_b.stride(), *_strides(lora_input), *_strides(other),
-        MASK_LORA=mask_lora, ONE_PASS=lora_a is not None, EVEN_K=k % config.block_k == 0, WIDE=_wide(x, weight, y),
+        MASK_LORA=mask_lora, ONE_PASS=lora_a is not None, EVEN_K=k % config.block_k == 0,
+        WIDE=_wide(x, weight, lora_b, lora_input, down, other, y),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         RANK=rank, BLOCK_R=tiles.rank_block(rank), STEP_R=tiles.rank_step(rank, x.dtype), GROUP_M=config.group_m,
         **_drawn(dropout), **_numerics(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
@@ -167,7 +184,7 @@ def _down(x, lora_a, mask, scaling, down, a_sq=None, dropout=None):
     config = tiles.down_config(m, x.dtype)
     kernels.lora_down_kernel[(triton.cdiv(m, config.block_wide),)](
         x, lora_a, _bytes(mask), down, a_sq, m, k, scaling, _seed(dropout), *x.stride(), *lora_a.stride(),
-        EVEN_K=k % config.block_long == 0, WIDE=_wide(x),
+        EVEN_K=k % config.block_long == 0, WIDE=_wide(x, down),
         BLOCK_M=config.block_wide, BLOCK_K=config.block_long,
         RANK=rank, BLOCK_R=tiles.rank_block(rank), **_drawn(dropout), **_numerics(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -190,7 +207,8 @@ def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=N
     total = part(1) if want_sum else None
     kernels.column_reduce_kernel[(triton.cdiv(c, config.block_wide), splits)](
         g, s, z, factor, dot, total, m, c, triton.cdiv(m, splits), _seed(dropout), *g.stride(), *_strides(z),
-        WIDE=_wide(g), BLOCK_M=config.block_long, BLOCK_C=config.block_wide, RANK=rank, BLOCK_R=tiles.rank_block(rank),
+        WIDE=_wide(g, s, z), BLOCK_M=config.block_long, BLOCK_C=config.block_wide,
+        RANK=rank, BLOCK_R=tiles.rank_block(rank),
         **_drawn(dropout), **_numerics(g.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     d_factor = None
@@ -239,18 +257,19 @@ def _drawn(dropout: Dropout | None) -> dict[str, object]:
 
 
 def _numerics(dtype: torch.dtype) -> dict[str, object]:
-    single = dtype == torch.float32
-    tensor_cores = torch.get_float32_matmul_precision() != "highest"
+    # The older `torch.get_float32_matmul_precision` raises once anybody has set the precision of one operation alone.
+    tensor_cores = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
-        "PRECISION": "tf32" if single and tensor_cores else "ieee",
+        "PRECISION": "tf32" if tensor_cores else "ieee",
         "enable_fp_fusion": True,
     }
 
 
-def _wide(*tensors: Tensor) -> bool:
+def _wide(*tensors: Tensor | None) -> bool:
     """Whether an offset into one of the tensors can pass int32."""
-    return any(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= _INT32_LIMIT for t in tensors)
+    given = [tensor for tensor in tensors if tensor is not None]
+    return any(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= _INT32_LIMIT for t in given)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def test_cells_may_be_long_and_the_limit_of_other_code_stays(tmp_path):
 def test_paths_that_are_no_files_say_what_they_are(tmp_path):
     (tmp_path / "dir.jsonl").mkdir()
     for source, reason in {
-        str(tmp_path / "dir.jsonl"): "dir.jsonl is a folder: give a .jsonl or .csv or .parquet file",
+        str(tmp_path / "dir.jsonl"): "dir.jsonl is a folder: check the path, and give a .jsonl or .csv",
         "~nobody-of-this-name/a.jsonl": "there is no such home folder",
         "~nobody-of-this-name/a": "there is no such home folder",
         "x" * 5000 + ".csv": "File name too long",

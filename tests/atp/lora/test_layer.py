@@ -229,3 +229,21 @@ def test_bfloat16_autocast(form):
             found = model(input_ids=tokens()).logits
     assert found.dtype == torch.bfloat16
     assert_close(found.float(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_slices_of_changed_base_weights_are_refused_until_they_are_forgotten():
+    model, space = masked()
+    controller, mask = MaskController(model, space), random_mask(space)
+    controller.set(mask, "hard")
+    model(input_ids=tokens())
+    for module in model.modules():
+        if isinstance(module, MaskedLoraLinear):
+            module.get_base_layer().weight.mul_(1.01)
+    with pytest.raises(RuntimeError, match="changed in place after it was made: make a new slice"):
+        model(input_ids=tokens())
+    controller.forget()
+    controller.set(mask, "hard")
+    logits = model(input_ids=tokens()).logits
+    MaskController(model, space).set(mask, "hard")
+    assert torch.equal(logits, model(input_ids=tokens()).logits)

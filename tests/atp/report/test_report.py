@@ -174,6 +174,60 @@ def test_damaged_summary_is_named(tmp_path):
     assert "summary.json is damaged" in text and "Certificate" in text
 
 
+def places(value, path=()):
+    """Paths of everything in nested dictionaries and lists."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+def replaced(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copy
+
+
+ODD = [None, "<i>", -1, 1e308, [], {}, [[]], {"a": [1, None]}, True, "\ud800", 10**400, [1, 2, 3]]
+
+
+def test_any_other_value_anywhere_leaves_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
+    for name, content in {"summary": SUMMARY, "certificate": CERTIFICATE, "decisions": DECISIONS}.items():
+        for number_, path in enumerate(places(content)):
+            if name == "decisions" and len(path) > 4:
+                continue
+            for odd in (ODD[number_ % len(ODD)], ODD[(number_ + 5) % len(ODD)], ODD[(number_ + 7) % len(ODD)]):
+                run = write_run(tmp_path / "run", **{name: replaced(content, path, odd)})
+                structure, text = parse(write_report(run))
+                assert "i" not in structure.tags, path
+                assert "Settings" in text or "damaged" in text or "missing" in text, path
+
+
+def test_a_damaged_record_costs_its_section_and_says_so(tmp_path):
+    run = write_run(tmp_path / "run", summary=SUMMARY | {"tasks": ["absent"], "perplexity": 3})
+    record = {"step": 10**300, "phase": "$\\frac$ <b>", "loss": 1.0}
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps(record) + "\n" + '{"step": Infinity, "phase": 1}\n' + '{"step": "7", "phase": {}}\n')
+    _, text = parse(write_report(run))
+    assert "The section on headline is left out: the run's records are damaged" in text
+    assert "The section on scores is left out" in text and "Widths by layer" in text and "Certificate" in text
+    assert "1 unreadable line" in text
+    (run / "evaluation.json").write_text(json.dumps({"original": 3, "final": {"perplexity": 1.0, "tasks": [1]}}))
+    (run / "summary.json").write_text("[" * 10**5)
+    _, text = parse(write_report(run))
+    assert "summary.json is damaged" in text and "did not finish" in text
+
+
+def test_dollars_in_a_name_are_no_formula(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "phase": "$\\frac$", "loss": 1.0}) + "\n")
+    _, text = parse(write_report(run))
+    assert "damaged" not in text and "$\\frac$" in text
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -1,12 +1,15 @@
-"""A non-finite gradient changes nothing, is counted without being read, and ends the run after K in a row."""
+"""A non-finite gradient changes nothing, is counted and ends the run after K in a row; a signal ends it in order."""
 
 import copy
+import os
+import signal
+import threading
 
 import pytest
 import torch
 
-from atp.errors import NotReached
-from atp.training.guards import FiniteGuard
+from atp.errors import Interrupted, NotReached
+from atp.training.guards import FiniteGuard, SignalGuard
 
 
 def step(model, optimizer, guard, number, poison=None):
@@ -88,3 +91,78 @@ def test_gradients_of_parameters_beside_the_optimizer_count(parts, poison):
     assert bool(guard.check(optimizer, 1, [beside]))
     optimizer.step()
     assert guard.skipped == 1 and torch.equal(model.weight, before)
+
+
+@pytest.fixture
+def seen():
+    """Signals that reach the handler from before all guards."""
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
+    yield received
+    signal.signal(signal.SIGTERM, previous)
+
+
+def send(signum=signal.SIGTERM):
+    os.kill(os.getpid(), signum)
+
+
+def test_the_first_signal_is_noted_and_the_second_acts_as_usual(seen):
+    with SignalGuard() as guard:
+        send()
+        assert guard.received == signal.SIGTERM and not seen
+        send()
+        assert seen == [signal.SIGTERM]
+
+
+def test_a_second_signal_acts_as_usual_inside_all_guards(seen):
+    with SignalGuard(at_once=True), SignalGuard() as inner:
+        send()
+        assert inner.received == signal.SIGTERM and not seen
+        send()
+        assert seen == [signal.SIGTERM]
+    send()
+    assert len(seen) == 2
+
+
+def test_the_innermost_guard_acts_and_hands_back(seen):
+    with pytest.raises(Interrupted):
+        with SignalGuard(at_once=True):
+            with SignalGuard() as inner:
+                pass
+            send()
+            pytest.fail("went on")
+    assert inner.received is None and not seen
+
+
+def test_an_interruption_is_nobodys_failure(seen):
+    """Libraries catch Exception and go on with something else."""
+    with pytest.raises(Interrupted) as caught:
+        with SignalGuard(at_once=True):
+            try:
+                send()
+            except Exception:
+                pytest.fail("swallowed")
+    assert caught.value.signum == signal.SIGTERM
+
+
+def test_an_ignored_hangup_stays_ignored():
+    """So does nohup tell a program to outlive its terminal."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalGuard(at_once=True) as guard:
+            send(signal.SIGHUP)
+        assert guard.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_other_threads_may_train_too():
+    def work():
+        with SignalGuard(at_once=True) as guard:
+            done.append(guard.received)
+
+    done = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [None]

@@ -1,0 +1,55 @@
+"""What is known of a run before its first step: what cannot work is refused, what falls short is said."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from atp.config import ATPConfig
+from atp.errors import InputError, quote, shorten
+from atp.loading import RunData, check_length
+from atp.masks.budget import Budget
+from atp.masks.reach import nearest_share
+from atp.masks.rules import width_rules
+from atp.masks.space import MaskSpace
+
+BUDGET_TOLERANCE = 0.002  # of the decoder, between the target and what a run keeps
+
+
+def check_reachable(config: ATPConfig, model: nn.Module, tolerance: float = BUDGET_TOLERANCE) -> None:
+    """Refuses windows beyond the model's positions, and a target that no mask of its shapes can meet."""
+    check_length(model, config.data.length)
+    decisions = config.decisions
+    budget = Budget(MaskSpace.from_config(model.config, decisions.space))
+    multiples = width_rules(budget, decisions.target_keep, decisions.multiples)
+    nearest = nearest_share(budget, decisions.target_keep, multiples)
+    if not abs(nearest - decisions.target_keep) <= tolerance:
+        rules = f" with decisions.multiples {quote(multiples)}" if multiples else ""
+        remedy = "choose that, or lower the multiples" if rules else "choose that"
+        raise InputError(
+            f"decisions.target_keep is {decisions.target_keep} and the nearest share that whole structures of this "
+            f"model can keep{rules} is {nearest:.4f}: {remedy}"
+        )
+
+
+def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
+    """One sentence for everything that the config asks for more of than the data have; a run goes on without it."""
+    evaluation, decisions = config.evaluation, config.decisions
+    test = data.splits.test
+    asked = [
+        ("evaluation.windows", evaluation.windows, "test windows", len(data.test)),
+        ("decisions.refit_windows", decisions.refit_windows, "calibration samples", len(data.calibration)),
+    ]
+    if decisions.init == "saliency":
+        asked.append(
+            ("decisions.saliency_windows", decisions.saliency_windows, "calibration samples", len(data.calibration))
+        )
+    for task in data.splits.tasks:
+        if not (task.labels or evaluation.generate):
+            continue  # free text is scored on demand
+        held_out = sum(example.task == task.name for example in test)
+        asked.append(("evaluation.questions", evaluation.questions, f"test examples of {task.name}", held_out))
+    found = [f"{key} is {count}, and there are {there} {what}" for key, count, what, there in asked if count > there]
+    unused = [label for label in config.data.labels if all(label != example.label for example in test)]
+    if unused:
+        found.append(f"no test example has the label {shorten(' or '.join(unused))} of data.labels")
+    return found

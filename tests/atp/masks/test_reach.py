@@ -1,0 +1,61 @@
+"""The nearest share that can be kept, against trying out every count."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import INNER, LAYERS, config, larger
+
+from atp.masks.budget import Budget
+from atp.masks.fit import fit_mask
+from atp.masks.reach import nearest_share
+from atp.masks.space import MaskSpace
+
+RULES = [{}, {"mlp": 3}, {"mlp": 5}, {"mlp": 7}, {"mlp": 100}, {"vo": 3, "qk": 2, "mlp": 10}, {"kv_group": 2, "mlp": 4}]
+
+
+def every_share(budget, multiples):
+    """Shares of all masks that obey the rules; counts decide, so the first decisions of a structure stand for any."""
+    structures = budget.space.structures
+    choices = []
+    for structure in structures:
+        step = multiples.get(structure.name, 1)
+        choices.append(sorted({*range(step, structure.size + 1, step), structure.size}))
+    shares = set()
+    for counts in itertools.product(*choices):
+        mask = torch.cat([torch.arange(s.size) < count for s, count in zip(structures, counts, strict=True)])
+        shares.add(budget.share(mask))
+    return sorted(shares)
+
+
+@pytest.mark.parametrize("biases", [{}, {"attention_bias": True, "mlp_bias": True}], ids=["plain", "biased"])
+@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("multiples", RULES, ids=str)
+def test_it_is_the_nearest_of_all_masks(space, multiples, biases):
+    budget = Budget(MaskSpace.from_config(config(intermediate_size=INNER, **biases), space))
+    assert budget.space.num_layers == LAYERS
+    shares = every_share(budget, multiples)
+    for target in (0.01, 0.2, 0.35, 0.5, 0.6, 0.77, 0.9, 0.999):
+        nearest = min(shares, key=lambda share: abs(share - target))
+        assert abs(nearest_share(budget, target, multiples) - target) == pytest.approx(abs(nearest - target), abs=1e-5)
+
+
+@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+def test_a_target_in_reach_is_met_by_the_fit_and_one_out_of_reach_is_not(space):
+    budget = Budget(MaskSpace.from_config(larger(), space))
+    logits = torch.randn(budget.space.size, generator=torch.Generator().manual_seed(0))
+    for target, multiples, reached in [
+        (0.6, {}, True), (0.6, {"mlp": 8}, True), (0.001, {}, False), (0.3, {"mlp": 512}, False),
+        (0.6, {"mlp": 100_000}, False),
+    ]:  # fmt: skip
+        assert (abs(nearest_share(budget, target, multiples) - target) <= 0.002) is reached, target
+        assert (abs(budget.share(fit_mask(logits, target, budget, multiples)) - target) <= 0.002) is reached, target
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("multiples", [{}, {"mlp": 64}, {"mlp": 10**6}, {"mlp": 3, "qk": 3, "vo": 7}], ids=str)
+def test_a_large_model_takes_no_time(multiples):
+    shapes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+              "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+    budget = Budget(MaskSpace.from_config(config(**shapes), "head_dim"))
+    assert nearest_share(budget, 0.9, multiples) == pytest.approx(0.9, abs=0.1)

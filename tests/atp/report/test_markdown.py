@@ -1,0 +1,55 @@
+"""What cards and Markdown pages quote is text, whatever it holds: read by a Markdown parser of its own."""
+
+import pytest
+from markdown_it import MarkdownIt
+
+from atp.compare.table import markdown
+from atp.config import ATPConfig
+from atp.export.card import baseline_card, model_card
+from atp.report.markup import code, plain
+
+HOSTILE = [
+    "a`b", "``", "`", "x` <script>alert(1)</script> `y", "<img src=x onerror=alert(1)>", "[text](http://evil)", "a|b",
+    "**bold** _it_ ~~no~~ $x$", "&lt;b&gt;", "back\\slash\\", "two\nlines\n\n# heading", "![a](b)", "{{ jinja }}",
+    "- x", "1. x", "+", "-0.5 (1.2 to 3)",
+]  # fmt: skip
+
+
+def inline(source):
+    """The inline tokens of a Markdown text."""
+    blocks = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(source)
+    return [token for block in blocks for token in [block, *(block.children or [])]]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_quoted_text_comes_back_as_it_was(text):
+    said = " ".join(text.split())
+    spans = [token.content for token in inline(f"from {code(text)}, then") if token.type == "code_inline"]
+    assert spans == [said]
+    tokens = inline(f"* {plain(text)}.")
+    assert "".join(t.content for t in tokens if t.type in ("text", "text_special")) == f"{said}."
+    assert not any("html" in t.type or t.type in ("link_open", "image", "strong_open", "em_open") for t in tokens)
+
+
+@pytest.mark.parametrize("path", HOSTILE)
+@pytest.mark.parametrize("card", [model_card, lambda config, *counts: baseline_card(config, "random", *counts)])
+def test_a_path_does_not_break_out_of_a_card(path, card):
+    config = ATPConfig.parse({"model": {"path": path}, "output_dir": "x"})
+    tokens = inline(card(config, 10, 5).split("---", 2)[2])
+    assert " ".join(path.split()) in [token.content for token in tokens if token.type == "code_inline"]
+    assert not any("html" in token.type or token.type == "link_open" for token in tokens)
+    assert sum(token.type == "heading_open" for token in tokens) == 1
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_comparison_holds_no_markup_of_its_inputs(text):
+    figure = {"value": 1.0, "interval": [0.5, 1.5]}
+    row = {"keep_decoder": 1.0, "keep_total": 1.0, "params": 1, "scores": {text: figure}}
+    content = {
+        "target_keep": 0.5, "methods": {text: row}, "missing": [text], "notes": {text: text}, "command": text,
+        "data": {"description": text},
+    }  # fmt: skip
+    tokens = inline(markdown(content))
+    assert not any("html" in t.type or t.type in ("link_open", "image", "em_open", "strong_open") for t in tokens)
+    assert [t.content for t in tokens if t.type == "code_inline"] == [" ".join(text.split())]
+    assert sum(t.type == "td_open" for t in tokens) == sum(t.type == "th_open" for t in tokens) > 0

@@ -1,0 +1,74 @@
+"""What is known before the first step: what cannot work is refused, what falls short is said."""
+
+import pytest
+
+from atp.checks import check_reachable, shortfalls
+from atp.config import ATPConfig
+from atp.errors import InputError
+from atp.loading import load_data, load_model, load_tokenizer
+from atp.run import Run
+from atp.training.trainer import ATPTrainer
+
+
+def changed(config, *overrides):
+    return ATPConfig.parse(config.model_dump(mode="json"), list(overrides))
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return load_model(config.model, config.decisions.space)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decisions.target_keep=0.01"], "target_keep is 0.01 and the nearest share .* of this model can keep is 0.1"),
+        (["decisions.multiples.mlp=100000"], r"keep with decisions.multiples {'mlp': 100000} is 0.8\d+: choose"),
+        (["decisions.multiples.kv_group=2", "decisions.multiples.mlp=50"], "or lower the multiples"),
+        (["data.length=4096"], "data.length is 4096 and the model reaches 2048 positions"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(config, model, tmp_path, overrides, message):
+    check_reachable(config, model)
+    config = changed(config, *overrides, f"output_dir={tmp_path / 'run'}", "training.batch_size=1")
+    with pytest.raises(InputError, match=message):
+        check_reachable(config, model)
+    with pytest.raises(InputError, match=message):
+        Run(config, resume=False, command="").execute()
+    with pytest.raises(InputError, match=message):
+        ATPTrainer.from_config(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_falls_short_is_said(config):
+    few = changed(config, "evaluation.windows=2", "evaluation.questions=2", "decisions.refit_windows=0")
+    tokenizer = load_tokenizer(few.model)
+    assert shortfalls(few, load_data(few, tokenizer)) == []
+    many = changed(
+        config, "evaluation.windows=200", "evaluation.questions=300", "decisions.refit_windows=400",
+        "decisions.saliency_windows=500", "data.labels=[yes, no, maybe]",
+    )  # fmt: skip
+    data = load_data(many, tokenizer)
+    assert shortfalls(many, data) == [
+        f"evaluation.windows is 200, and there are {len(data.test)} test windows",
+        f"decisions.refit_windows is 400, and there are {len(data.calibration)} calibration samples",
+        f"decisions.saliency_windows is 500, and there are {len(data.calibration)} calibration samples",
+        "evaluation.questions is 300, and there are 12 test examples of qa",
+        "no test example has the label maybe of data.labels",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("packing", "fate"), [("joined", "go over several windows"), ("padded", "lose their beginning")]
+)
+def test_samples_that_are_cut_are_counted_in_the_description(config, tmp_path, packing, fate):
+    rows = [f'{{"text": "the heart rate {n} {"fell " * (20 if n % 3 else 5)}"}}' for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    long = changed(config, f"data.train={tmp_path / 'a.jsonl'}", "data.labels=[]", f"data.packing={packing}")
+    data = load_data(long, load_tokenizer(long.model))
+    cut = sum(len(example.text.split()) + 1 > 16 for example in data.splits.train)
+    assert 0 < cut < len(data.splits.train)
+    sentence = f"; {cut} train samples are longer than data.length (16 tokens) and {fate}"
+    assert data.splits.description.endswith(sentence)
+    short = changed(long, "data.length=64")
+    assert "data.length" not in load_data(short, load_tokenizer(long.model)).splits.description

@@ -1,0 +1,60 @@
+"""The command itself: its version, its help, and what it says before a run."""
+
+import subprocess
+import sys
+
+import pytest
+
+import atp_kernels
+from atp import cli
+from atp.environment import slow_kernels
+from atp_kernels._version import __version__
+
+COMMANDS = ("train", "demo", "eval", "compare", "experiment", "report", "env")
+
+
+def call(monkeypatch, capsys, *words):
+    """(exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["atp", *words])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    return done.value.code, *capsys.readouterr()
+
+
+def test_version(monkeypatch, capsys):
+    assert call(monkeypatch, capsys, "--version") == (0, f"atp {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["atp", *COMMANDS])
+def test_short_help_is_the_long_one(monkeypatch, capsys, command):
+    short, long = (call(monkeypatch, capsys, *command, option) for option in ("-h", "--help"))
+    assert short == long and short[0] == 0 and "Usage: " in short[1]
+
+
+def test_the_package_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "atp", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"atp {__version__}\n"), done.stderr
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    reasons = {"native": "the extension is on holiday"}
+    monkeypatch.setattr(atp_kernels, "available_backends", lambda: reasons)
+    return reasons
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_run_says_first_that_kernels_are_missing(monkeypatch, capsys, without_extension, command):
+    code, shown, _ = call(monkeypatch, capsys, command, "no.yaml")
+    assert code == 2 and "the extension is on holiday" in shown and "ATP_BUILD=0" in shown
+
+
+def test_who_wants_no_extension_hears_nothing(monkeypatch, without_extension):
+    assert slow_kernels()
+    monkeypatch.setenv("ATP_BUILD", "0")
+    assert slow_kernels() is None
+    monkeypatch.delenv("ATP_BUILD")
+    without_extension["native"] = "the extension was not built, since ATP_BUILD=0 says so"
+    assert slow_kernels() is None
+    without_extension["native"] = None
+    assert slow_kernels() is None

@@ -1,0 +1,121 @@
+"""One process in a folder at a time, and no folder left behind by a start that failed."""
+
+import errno
+import fcntl
+import os
+import signal
+import time
+
+import pytest
+from tiny_command import start
+
+from atp import run as runs
+from atp.compare import Comparison
+from atp.compare.members import Members
+from atp.errors import InputError
+from atp.experiments import Experiment
+from atp.locking import locked
+
+
+def held_by_another_process(folder):
+    """Forks a process that holds the lock until it is killed, and returns its id once it does."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(folder):
+            os.write(told, b"x")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    return child
+
+
+def end(child):
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_a_second_process_is_refused_by_the_name_of_the_first(tmp_path):
+    child = held_by_another_process(tmp_path)
+    try:
+        with pytest.raises(InputError, match=rf"^{tmp_path} is in use by process {child} on \S+: wait until"):
+            with locked(tmp_path):
+                pytest.fail("both hold it")
+    finally:
+        end(child)
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_file_alone_means_nothing(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff process 1 on nowhere")
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_file_systems_without_locks_are_worked_on_without(tmp_path, monkeypatch, code):
+    def flock(handle, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path):
+        pass
+
+
+def test_runs_and_comparisons_hold_their_folders(config, tmp_path):
+    run, comparison = tmp_path / "run", tmp_path / "comparison"
+    for folder in (run, comparison):
+        folder.mkdir()
+    (run / "config.yaml").write_text(config.model_copy(update={"output_dir": str(run)}).dump())
+    (comparison / "comparison.yaml").write_text(Members(config, comparison, command="atp").config.dump())
+    for folder, started in ((run, start), (comparison, compare)):
+        child = held_by_another_process(folder)
+        try:
+            with pytest.raises(InputError, match=f"in use by process {child}"):
+                started(config, folder, resume=True)
+        finally:
+            end(child)
+
+
+def compare(config, folder, resume=False, **overrides):
+    values = config.model_dump(mode="json")
+    for section, keys in overrides.items():
+        values[section] |= keys
+    config = type(config).parse(values)
+    Comparison(config, ["atp"], [0], folder, resume=resume, command="atp compare", say=lambda text: None).execute()
+
+
+def experiment(config, folder, **overrides):
+    (folder.parent / "base.yaml").write_text(config.dump())
+    (folder.parent / "question.yaml").write_text("question: Which?\ndomains: [custom]\narms: [{method: atp}]\n")
+    settings = [f"{section}.{key}={value}" for section, keys in overrides.items() for key, value in keys.items()]
+    Experiment(
+        str(folder.parent / "question.yaml"), settings, runs=folder, out=folder.parent / "results", command="atp",
+        say=lambda text: None,
+    ).execute()  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [start, compare, experiment])
+@pytest.mark.parametrize(
+    "wrong", [{"data": {"length": 3000}}, {"model": {"path": "nowhere"}}, {"data": {"train": "nowhere.jsonl"}}]
+)
+def test_what_fails_its_checks_leaves_no_folder(config, tmp_path, command, wrong):
+    with pytest.raises(InputError):
+        command(config, tmp_path / "deep" / "out", **wrong) if command is not experiment else command(
+            config, tmp_path / "out", **wrong
+        )
+    assert not (tmp_path / "deep").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [start, compare])
+def test_what_fails_later_but_left_nothing_of_its_own_does_not_block_the_next(config, tmp_path, monkeypatch, command):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "evaluate_model", fail)
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "mine", tmp_path / "new"):
+        with pytest.raises(OSError, match="No space"):
+            command(config, folder)
+    assert not list((tmp_path / "mine").iterdir()) and not (tmp_path / "new").exists()

@@ -1,0 +1,108 @@
+"""A signal ends a run the same way wherever it is: one message, 128 + signal, and --resume ends as if it had not."""
+
+import os
+import signal
+import sys
+
+import pytest
+from tiny_command import results, start
+
+from atp import cli
+from atp import run as runs
+from atp.baselines import tuner
+from atp.compare import Comparison, baseline_run
+from atp.errors import Interrupted
+from atp.export import hf
+from atp.training import trainer
+
+
+@pytest.fixture(autouse=True)
+def wide_budget(monkeypatch):
+    """One channel of the tiny model is more than the tolerance on the budget."""
+    monkeypatch.setattr(runs, "BUDGET_TOLERANCE", 0.02)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "BUDGET_TOLERANCE", 0.02)
+        start(config, folder)
+    return folder
+
+
+def signalled(patch, where, name, signum, after=0):
+    """Sends this process a signal in the call `after` of a function, which would go on otherwise."""
+    function, calls = getattr(where, name), []
+
+    def send(*arguments, **options):
+        calls.append(name)
+        if len(calls) == after + 1:
+            os.kill(os.getpid(), signum)
+        return function(*arguments, **options)
+
+    patch.setattr(where, name, send)
+
+
+PLACES = {
+    "scoring the original": (runs, "evaluate_model", signal.SIGTERM),
+    "wrapping for the dense baseline": (runs, "stock_lora", signal.SIGHUP),
+    "scoring the dense baseline": (runs, "evaluate_model", signal.SIGINT, 1),
+    "saliency": (trainer, "fisher_saliency", signal.SIGHUP),
+    "cut": (trainer, "cut_model", signal.SIGTERM),
+    "export": (hf, "merge_adapter", signal.SIGINT),
+    "certificate": (hf, "reload_gap", signal.SIGHUP),
+    "scoring the result": (runs, "evaluate_model", signal.SIGTERM, 2),
+    "report": (runs, "write_report", signal.SIGHUP),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_outside_the_steps_ends_like_one_inside(config, finished, tmp_path, monkeypatch, place):
+    out = tmp_path / "out"
+    signum = PLACES[place][2]
+    usual = signal.getsignal(signum)
+    with monkeypatch.context() as patch:
+        signalled(patch, *PLACES[place])
+        with pytest.raises(Interrupted, match=rf"^interrupted by signal {int(signum)}: continue with --resume") as stop:
+            start(config, out)
+    assert stop.value.signum == signum and signal.getsignal(signum) == usual
+    assert not list(out.rglob(".writing-*"))
+    start(config, out, resume=True)
+    assert results(out) == results(finished)
+
+
+def test_a_signal_while_loading_says_that_nothing_was_written(config, tmp_path, monkeypatch):
+    signalled(monkeypatch, runs, "load_model", signal.SIGHUP)
+    with pytest.raises(Interrupted, match="^interrupted by signal 1: nothing was written yet, start again$"):
+        start(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_command_prints_one_line_and_returns_128_plus_the_signal(config, tmp_path, monkeypatch, capsys, signum):
+    path = tmp_path / "config.yaml"
+    path.write_text(config.model_copy(update={"output_dir": str(tmp_path / "out")}).dump())
+    signalled(monkeypatch, runs, "evaluate_model", signum)
+    monkeypatch.setattr(sys, "argv", ["atp", "train", str(path)])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 128 + signum
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "continue with --resume" in err and "Traceback" not in err
+
+
+def test_a_comparison_ends_and_goes_on(config, tmp_path, monkeypatch):
+    def compare(name, resume=False):
+        methods = ["random"]
+        options = {"resume": resume, "command": "atp compare", "say": lambda text: None}
+        Comparison(config, methods, [0], tmp_path / name, **options).execute()
+
+    compare("whole")
+    for where, name in ((baseline_run, "write_tensors"), (hf, "merge_adapter"), (tuner, "set_seed")):
+        with monkeypatch.context() as patch:
+            signalled(patch, where, name, signal.SIGTERM)
+            with pytest.raises(Interrupted, match="^interrupted by signal 15: continue with --resume$"):
+                compare(name)
+        compare(name, resume=True)
+        assert results(tmp_path / name / "random-seed0") == results(tmp_path / "whole" / "random-seed0")

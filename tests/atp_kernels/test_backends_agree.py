@@ -1,0 +1,346 @@
+"""What every backend must do alike: the same error in the same words, and the same values of odd operands."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import atp_kernels
+from atp_kernels import GroupPlan, KeptFirst, KeptSlice, Projection
+from atp_kernels.backends import dispatch
+
+NAN, INF = math.nan, math.inf
+META = torch.device("meta")
+
+
+def backends(op, dtype=torch.float32):
+    """Those that take the operation on a CPU."""
+    found = []
+    for name in ("reference", "native", "triton"):
+        try:
+            dispatch.select(op, torch.device("cpu"), dtype, name)
+        except RuntimeError:
+            continue
+        found.append(name)
+    return found
+
+
+def factors():
+    return [torch.arange(1.0, 13.0).view(4, 3).requires_grad_()]
+
+
+INDEX = torch.tensor([0, 1, 1, 2])
+ROWS = [(0, INDEX)]
+REMOVED = torch.tensor([True, False, True])
+
+
+def linear(backend, **changed):
+    x, weight, lora_a, lora_b = (torch.ones(size) for size in ((5, 4), (3, 4), (2, 4), (3, 2)))
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "out_mask": torch.ones(3)} | changed
+    return atp_kernels.masked_lora_linear(**tensors, scaling=1.0, backend=backend)
+
+
+def lasso(backend, made=factors, removed=REMOVED, **options):
+    return atp_kernels.group_lasso(made(), ROWS, removed, backend=backend, **options)
+
+
+def lasso_grad(backend, made=factors, **options):
+    return atp_kernels.group_lasso_grad_(made(), ROWS, REMOVED, backend=backend, **options)
+
+
+def prox(backend, threshold=0.5, made=factors):
+    return atp_kernels.group_prox_([factor.detach() for factor in made()], ROWS, REMOVED, threshold, backend=backend)
+
+
+def expanded():
+    return [torch.ones(1, 3).expand(4, 3)]
+
+
+def with_expanded_grad():
+    (factor,) = factors()
+    factor.grad = torch.zeros(1, 3).expand(4, 3)
+    return [factor]
+
+
+def compact(backend, rows=None, cols=None, weight=None):
+    index = [torch.tensor(side, dtype=torch.int64) if isinstance(side, list) else side for side in (rows, cols)]
+    return atp_kernels.compact(torch.ones(4, 3) if weight is None else weight, *index, backend=backend)
+
+
+def entropy(backend, targets=(0, 1), logits=None):
+    targets = targets if isinstance(targets, torch.Tensor) else torch.tensor(targets)
+    return atp_kernels.cross_entropy_(torch.ones(2, 3) if logits is None else logits, targets, backend=backend)
+
+
+def norm(backend, **options):
+    return atp_kernels.rms_norm(torch.ones(2, 3), torch.ones(3), backend=backend, **{"eps": 1e-6} | options)
+
+
+def kept(backend, x=None, **changed):
+    slice_ = KeptSlice(torch.ones(3, 4), out_mask=torch.tensor([True, False, True]))
+    operands = {"lora_a": torch.ones(2, 4), "lora_b": torch.ones(3, 2)} | changed
+    x = torch.ones(5, 4) if x is None else x
+    return atp_kernels.kept_lora_linear(x, slice_, **operands, scaling=1.0, backend=backend)
+
+
+EPS = "eps is {}: give a finite number of at least 0."
+REFUSED = [
+    *(
+        (op, call, {"eps": eps}, EPS.format(eps))
+        for (op, call), eps in itertools.product(
+            (("group_lasso", lasso), ("group_lasso_grad_", lasso_grad), ("rms_norm", norm)), (NAN, -1e-8, INF)
+        )
+    ),
+    *(
+        ("group_prox_", prox, {"threshold": bad}, f"threshold is {float(bad)}: give a number of at least 0.")
+        for bad in (NAN, -0.5)
+    ),
+    (
+        "group_prox_", prox, {"threshold": torch.ones(3, dtype=torch.int64)},
+        "threshold is torch.int64 on cpu: give a number, or a floating tensor on cpu.",
+    ),
+    (
+        "group_prox_", prox, {"threshold": torch.ones(3, device=META)},
+        "threshold is torch.float32 on meta: give a number, or a floating tensor on cpu.",
+    ),
+    *(
+        ("compact", compact, {side: index}, f"{side} holds {first} to {last}: every index must lie in [0, {size}).")
+        for side, index, first, last, size in (
+            ("rows", [2, -1, 0], -1, 2, 4), ("rows", [4], 4, 4, 4), ("cols", [-3], -3, -3, 3), ("cols", [0, 3], 0, 3, 3)
+        )
+    ),
+    ("compact", compact, {"rows": torch.tensor([1], dtype=torch.int32)}, "rows must be a 1-D int64 tensor on cpu"),
+    ("compact", compact, {"rows": torch.tensor(1)}, "rows must be a 1-D int64 tensor on cpu, or None for all."),
+    ("compact", compact, {"cols": torch.tensor([1], device=META)}, "cols must be a 1-D int64 tensor on cpu"),
+    *(
+        ("cross_entropy_", entropy, {"targets": bad}, f"targets hold {min(bad)} to {max(bad)}: every target must lie")
+        for bad in ((0, -1), (3, 1), (-100, 2))
+    ),
+    ("cross_entropy_", entropy, {"targets": torch.tensor([0, 1]).to(META)}, "targets are torch.int64 of shape [2]"),
+    ("cross_entropy_", entropy, {"targets": torch.tensor([0, 1]).int()}, "targets are torch.int32 of shape [2]"),
+    *(
+        (op, call, options, f"{name} has several elements in one place of memory: give a contiguous copy.")
+        for op, call, options, name in (
+            ("group_prox_", prox, {"made": expanded}, "factors[0]"),
+            ("cross_entropy_", entropy, {"logits": torch.ones(1, 3).expand(2, 3)}, "logits"),
+        )
+    ),
+    *(
+        ("masked_lora_linear", linear, {name: torch.ones(size, device=META)}, f"{name} is on meta and x on cpu")
+        for name, size in (("out_mask", 3), ("in_mask", 4), ("bias", 3), ("weight", (3, 4)), ("lora_input", (5, 4)))
+    ),
+    ("masked_lora_linear", linear, {"out_mask": torch.tensor(1.0)}, "out_mask has shape [], but weight and x need"),
+    ("masked_lora_linear", linear, {"out_mask": torch.ones(3).int()}, "out_mask is torch.int32: give a bool"),
+    ("masked_lora_linear", linear, {"x": torch.tensor(1.0)}, "x has shape [], but weight [3, 4] needs [..., 4]."),
+    ("kept_lora_linear", kept, {"x": torch.ones(5, 4, device=META)}, "x is on meta and the slice on cpu"),
+    ("kept_lora_linear", kept, {"lora_b": torch.ones(3, 2, device=META)}, "lora_b is on meta and the slice on cpu"),
+    ("group_lasso", lasso, {"removed": REMOVED.to(META)}, "removed is on meta and the factors on cpu"),
+    ("group_lasso_grad_", lasso_grad, {"weight": torch.ones((), device=META)}, "weight is torch.float32 of shape []"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "call", "options", "message"), REFUSED, ids=[f"{case[0]}-{i}" for i, case in enumerate(REFUSED)]
+)
+def test_every_backend_refuses_with_the_same_sentence(op, call, options, message):
+    said = set()
+    for backend in ("auto", *backends(op)):
+        with pytest.raises(ValueError) as raised:
+            call(backend, **options)
+        said.add(str(raised.value))
+    assert len(said) == 1 and next(iter(said)).startswith(message)
+
+
+def test_a_call_that_is_refused_has_written_nothing():
+    whole = torch.ones(4, 3)
+    for backend in backends("group_prox_"):
+        with pytest.raises(ValueError, match=r"factors\[1\] has several elements"):
+            atp_kernels.group_prox_([whole, *expanded()], ROWS * 2, REMOVED, 0.5, backend=backend)
+        assert (whole == 1).all()
+
+
+@pytest.mark.parametrize("op", ["group_prox_", "group_lasso_grad_"])
+def test_every_backend_refuses_a_factor_that_is_given_twice(op):
+    said = set()
+    for backend in backends(op):
+        given = factors() * 2
+        with pytest.raises(RuntimeError) as raised, torch.set_grad_enabled(op != "group_prox_"):
+            if op == "group_prox_":
+                atp_kernels.group_prox_(given, ROWS * 2, REMOVED, 0.5, backend=backend)
+            else:
+                atp_kernels.group_lasso_grad_(given, ROWS * 2, REMOVED, backend=backend)
+        said.add(str(raised.value))
+    assert said == {"a tensor appears twice among the factors of an in-place call; give each of them once."}
+
+
+def test_every_backend_refuses_a_gradient_whose_elements_share_memory():
+    for backend in backends("group_lasso_grad_"):
+        with pytest.raises(ValueError, match=r"gradients\[0\] has several elements in one place of memory"):
+            lasso_grad(backend, made=with_expanded_grad)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("at", [0, 1], ids=["kept", "removed"])
+def test_group_operations_see_a_bad_value_in_its_group_alone(at, bad, separate):
+    """Kept groups count nothing, whatever they hold; a removed one makes the value, and NaN its gradient, visible."""
+    removed = torch.tensor([False, True, True, False])
+    groups = [(0, torch.tensor([0, 1, 2, 3] if separate else [0, 1, 2, 2]))]
+    results = []
+    for backend in backends("group_lasso"):
+        (factor,) = factors()
+        with torch.no_grad():
+            factor[at, 1] = bad
+        plan = GroupPlan.of([factor], groups, 4)
+        value = atp_kernels.group_lasso([factor], plan, removed, backend=backend)
+        (grad,) = torch.autograd.grad(value, factor)
+        direct = atp_kernels.group_lasso_grad_([factor], plan, removed, weight=1.0, backend=backend)
+        shrunk = factor.detach().clone()
+        atp_kernels.group_prox_([shrunk], plan, removed, 0.5, backend=backend)
+        results.append((value.detach(), direct, grad, factor.grad, shrunk))
+        assert value.isfinite() == (at == 0)
+        assert grad[[0, 2, 3]].isfinite().all() and (grad[0] == 0).all()
+        assert grad[1].isnan().all() == (at == 1 and math.isnan(bad))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], equal_nan=True)
+
+
+def test_what_a_plan_hands_out_are_copies():
+    """A kernel reads and writes where a plan says: no edit of what a caller can reach may lead it elsewhere."""
+    for backend in backends("group_prox_"):
+        (factor,) = factors()
+        plan = GroupPlan.of([factor], ROWS, 3)
+        for handed_out in (plan.index, plan.order, plan.starts, plan.groups[0][1]):
+            handed_out.numpy()[:] = 2**30
+        value = atp_kernels.group_lasso([factor], plan, REMOVED, backend=backend)
+        assert torch.equal(value, lasso(backend))
+        shrunk, expected = factor.detach().clone(), factor.detach().clone()
+        atp_kernels.group_prox_([shrunk], plan, REMOVED, 0.5, backend=backend)
+        atp_kernels.group_prox_([expected], ROWS, REMOVED, 0.5, backend=backend)
+        assert torch.equal(shrunk, expected)
+        for name in ("axes", "shapes", "index", "order", "starts", "runs"):
+            with pytest.raises(AttributeError):
+                setattr(plan, name, getattr(plan, name))
+
+
+def test_a_plan_that_nobody_checked_is_refused():
+    (factor,) = factors()
+    plan = GroupPlan.of([factor], ROWS, 3)
+    by_hand = GroupPlan(plan.axes, plan.shapes, plan.index + 2**30, plan.order, plan.starts)
+    for backend in backends("group_prox_"):
+        for call in (atp_kernels.group_lasso, atp_kernels.group_lasso_grad_):
+            with pytest.raises(ValueError, match="put together by hand: make it with GroupPlan.of"):
+                call([factor], by_hand, REMOVED, backend=backend)
+        with pytest.raises(ValueError, match="put together by hand: make it with GroupPlan.of"):
+            atp_kernels.group_prox_([factor.detach()], by_hand, REMOVED, 0.5, backend=backend)
+
+
+@pytest.mark.parametrize("field", ["index", "order", "starts"])
+@pytest.mark.parametrize("bad", [-1, 1, 2**30])
+def test_an_operator_takes_no_plan_that_leads_out_of_its_factors(field, bad):
+    """torch.ops is open to everybody too, and is handed the parts of a plan."""
+    (factor,) = (made.detach() for made in factors())
+    plan = GroupPlan.of([factor], ROWS, 3)
+    parts = {name: getattr(plan, name) for name in ("index", "order", "starts")}
+    arguments = (REMOVED, torch.ones(3), "auto")
+    torch.ops.atp_kernels.group_prox_([factor], plan.axes, *parts.values(), *arguments)
+    parts[field][-1] = bad
+    with pytest.raises(ValueError, match="are those of no plan for these factors"):
+        torch.ops.atp_kernels.group_prox_([factor], plan.axes, *parts.values(), *arguments)
+    with pytest.raises(ValueError, match="are those of no plan for these factors"):
+        torch.ops.atp_kernels.group_prox_([factor], plan.axes, *(part[:0] for part in parts.values()), *arguments)
+
+
+def kinds(size):
+    return None, torch.arange(size) % 2 == 0, torch.linspace(0, 1, size)
+
+
+@pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
+@pytest.mark.parametrize("mask_lora", [False, True])
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
+def test_masked_linear_of_a_zero_size(zero, mask_lora, lead):
+    sizes = {"rows": 5, "n_in": 4, "n_out": 6, "rank": 2} | {zero: 0}
+    rows, n_in, n_out, rank = sizes.values()
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((*lead, rows, n_in), (n_out, n_in), (rank, n_in), (n_out, rank), (n_out,))
+    tensors = [torch.randn(shape, generator=rng) for shape in shapes]
+    for out_mask, in_mask in itertools.product(kinds(n_out), kinds(n_in)):
+        results = []
+        for backend in backends("masked_lora_linear"):
+            x, weight, lora_a, lora_b, bias = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            masks = [mask if mask is None else mask.clone() for mask in (out_mask, in_mask)]
+            options = {"out_mask": masks[0], "in_mask": masks[1], "mask_lora": mask_lora, "bias": bias, "scaling": 2.0}
+            soft = [mask.requires_grad_() for mask in masks if mask is not None and mask.is_floating_point()]
+            y, *norms = atp_kernels.masked_lora_linear_with_norms(x, weight, lora_a, lora_b, **options, backend=backend)
+            alone = atp_kernels.masked_lora_linear(x, weight, lora_a, lora_b, **options, backend=backend)
+            drawn = atp_kernels.masked_lora_linear(
+                x, weight, lora_a, lora_b, **options, dropout=0.5, seed=1, backend=backend
+            )
+            assert y.shape == (*lead, rows, n_out)
+            grads = torch.autograd.grad(y.sum() + alone.sum() + drawn.sum(), leaves + soft)
+            results.append([y.detach(), alone.detach(), drawn.detach(), *norms, *grads])
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
+def test_kept_linear_and_blocks_of_a_zero_size(zero):
+    rows, n_in, n_out, rank = ({"rows": 5, "n_in": 4, "n_out": 6, "rank": 2} | {zero: 0}).values()
+    kept_out, kept_in = torch.arange(n_out) % 2 == 0, torch.arange(n_in) % 2 == 0
+    for backend in backends("kept_lora_linear"):
+        x = torch.ones(2, rows, n_in, requires_grad=True)
+        gate = Projection(*(torch.ones(shape) for shape in ((n_out, n_in), (rank, n_in), (n_out, rank))), 1.5)
+        down = Projection(*(torch.ones(shape) for shape in ((n_in, n_out), (rank, n_out), (n_in, rank))), 1.5)
+        for order in (lambda mask: mask, KeptFirst):
+            for masks in ({"out_mask": order(kept_out)}, {"in_mask": order(kept_in)}, {}):
+                slice_ = KeptSlice(gate.weight, torch.ones(n_out), **masks, pad_to=2)
+                y = atp_kernels.kept_lora_linear(x, slice_, *gate[1:3], scaling=1.5, backend=backend)
+                assert y.shape == (2, rows, n_out)
+                assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+            side = order(kept_out)
+            slices = [KeptSlice(gate.weight, out_mask=side), KeptSlice(gate.weight, out_mask=side)]
+            slices.append(KeptSlice(down.weight, in_mask=side))
+            y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, kept=tuple(slices), backend=backend)
+            assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    for backend in backends("masked_lora_swiglu"):
+        x = torch.ones(2, rows, n_in, requires_grad=True)
+        for mask, mask_lora in ((None, False), (kept_out, False), (kept_out.float(), True)):
+            y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, mask=mask, mask_lora=mask_lora, backend=backend)
+            assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+            parts = atp_kernels.masked_lora_qkv(
+                x, gate, gate, gate, masks=(mask,) * 3, mask_lora=mask_lora, backend=backend
+            )
+            assert all(part.shape == (2, rows, n_out) for part in parts)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_group_operations_of_a_zero_size(shape, axis):
+    n_groups = shape[axis]
+    groups, removed = [(axis, torch.arange(n_groups))], torch.ones(n_groups, dtype=torch.bool)
+    for backend in backends("group_lasso"):
+        factor = torch.ones(shape, requires_grad=True)
+        value = atp_kernels.group_lasso([factor], groups, removed, eps=0.25, backend=backend)
+        assert torch.autograd.grad(value, factor)[0].shape == shape
+        direct = atp_kernels.group_lasso_grad_([factor], groups, removed, eps=0.25, backend=backend)
+        atp_kernels.group_prox_([factor.detach()], groups, removed, 0.5, backend=backend)
+        assert value.item() == direct.item() == 0.5 * n_groups  # sqrt(eps) for every row or column that is there
+
+
+def test_rows_and_gathers_of_a_zero_size():
+    for backend in backends("compact"):
+        assert compact(backend, [], None).shape == (0, 3) and compact(backend, None, []).shape == (4, 0)
+        assert compact(backend, [], [], torch.ones(0, 0)).shape == (0, 0)
+        empty = torch.zeros(2, dtype=torch.int64)[:0]
+        assert atp_kernels.compact(torch.ones(4, 3), empty, None, 8, backend=backend).shape == (0, 3)
+    for backend in backends("lora_dropout"):
+        for shape in ((0, 3), (2, 0), (2, 0, 3), (2, 3, 0), (0,)):
+            assert atp_kernels.lora_dropout(torch.ones(shape), 0.5, 1, backend=backend).shape == shape
+    for backend in backends("rms_norm"):
+        for shape in ((0, 3), (2, 0, 3), (3,)):
+            assert atp_kernels.rms_norm(torch.ones(shape), torch.ones(3), eps=1e-6, backend=backend).shape == shape
+        with pytest.raises(ValueError, match=r"x is torch.float32 of shape \[2, 0\]"):
+            atp_kernels.rms_norm(torch.ones(2, 0), torch.ones(0), eps=1e-6, backend=backend)
+    for backend in backends("cross_entropy_"):
+        assert entropy(backend, torch.zeros(0, dtype=torch.int64), torch.ones(0, 3)).shape == (0,)
