@@ -12,7 +12,7 @@ from atp.baselines.simple import magnitude_mask, magnitude_scores, random_mask, 
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.wanda_sp import wanda_scores
 from atp.data import PackedDataset
-from atp.errors import InputError
+from atp.errors import InputError, NotReached
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.masks.budget import Budget
@@ -244,3 +244,12 @@ def test_magnitude_removes_what_is_small():
         llama.model.layers[1].mlp.down_proj.weight[:, 7] *= 1e-3
     mask = magnitude_mask(llama, space, windows(), config(decisions={"target_keep": 0.95}))
     assert not mask[space.structures[3].start + 7]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_choose_nothing(bad):
+    space = MaskSpace.from_config(model().config, "kv_group")
+    scores = torch.rand(space.size)
+    scores[3] = bad
+    with pytest.raises(NotReached, match="NaN or infinity"):
+        uniform_mask(scores, 0.6, Budget(space), {})

@@ -13,7 +13,7 @@ from atp.compare import Comparison, baseline_run
 from atp.compare.results import Member, over_seeds, results
 from atp.compare.table import markdown, table
 from atp.data import Task
-from atp.errors import InputError, Interrupted
+from atp.errors import InputError, Interrupted, NotReached
 
 METHODS = ["dense_lora", "atp", "slicegpt"]
 STEPS = 6
@@ -167,3 +167,14 @@ def test_interval_over_seeds_and_items_matches_the_analytic_spread():
     # Of the resampled means a quarter is N(0, 1), a quarter N(4, 1) and half N(2, 1/2).
     mixture = np.concatenate([noise[0], 4 + noise[1], 2 + rng.normal(scale=0.5**0.5, size=40000)])
     assert (low, high) == pytest.approx(tuple(np.quantile(mixture, [0.025, 0.975])), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("cut_vs_reloaded", float("nan")), ("cut_vs_reloaded", 0.01), ("merge_error", 2.0)]
+)
+def test_a_baseline_whose_model_is_not_the_trained_one_fails(config, tmp_path, monkeypatch, name, value):
+    """Its certificate is checked as ATP's own is."""
+    original = baseline_run.export_model
+    monkeypatch.setattr(baseline_run, "export_model", lambda *given: original(*given) | {name: value})
+    with pytest.raises(NotReached, match=name):
+        compare(config, tmp_path / "out", ["dense_lora"], seeds=[0]).execute()

@@ -236,3 +236,22 @@ def test_a_model_that_is_not_finite_is_not_exported(tmp_path):
     with pytest.raises(NotReached, match=r"layers\.1\.mlp\.up_proj\.weight.* holds NaN or infinity"):
         trainer.export(tmp_path / "out")
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_bad_gradient_of_a_gate_is_a_bad_step(tmp_path):
+    """The adapter's own gradients are finite: the step is skipped and counted all the same."""
+    trainer = make(tmp_path, training={"regularizer": "l0"})
+
+    class SpoilGate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.hook = None
+            if state.global_step == 1:
+                self.hook = trainer.gates.log_alpha.register_hook(lambda gradient: gradient * NAN)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.hook is not None:
+                self.hook.remove()
+
+    trainer.add_callback(SpoilGate())
+    trainer.train()
+    assert trainer.finite.skipped == 1
