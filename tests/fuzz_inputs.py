@@ -25,7 +25,6 @@ import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a broken name must not be looked for
 
@@ -116,9 +115,9 @@ ODD_JSON = [
 ODD_CSV = [
     '"', '""', ",", "\n", "\r", "\r\n", ";", "\t", "\0", "x" * 200_000, "\ufeff", '"\n', ",,,,", "'", "é", "\x1a",
 ]  # fmt: skip
-TINY = SimpleNamespace(
-    config=LlamaConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, max_position_embeddings=512)
+SHAPES = LlamaConfig(
+    hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512,
 )  # fmt: skip
 
 
@@ -228,7 +227,7 @@ def use_config(config):
     """What a run does with a config before it loads a model; the dump must read back as the same config."""
     if ATPConfig.parse(yaml.safe_load(config.dump())) != config:
         raise AssertionError("the dumped config differs")
-    check_reachable(config, TINY)
+    check_reachable(config, SHAPES)
     with contextlib.suppress(InputError):
         config.refuse_change_of(ATPConfig.parse(CONFIG).model_dump(mode="json"))
 
