@@ -86,7 +86,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     if options.harness:
         check_harness()
     loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
-    check_length(loaded, options.length, "--length")
+    check_length(loaded.config, options.length, "--length")
     common = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
     with Progress(transient=True) as progress:
         scores: dict[str, Any] = evaluate_model(

@@ -167,3 +167,18 @@ def test_interval_over_seeds_and_items_matches_the_analytic_spread():
     # Of the resampled means a quarter is N(0, 1), a quarter N(4, 1) and half N(2, 1/2).
     mixture = np.concatenate([noise[0], 4 + noise[1], 2 + rng.normal(scale=0.5**0.5, size=40000)])
     assert (low, high) == pytest.approx(tuple(np.quantile(mixture, [0.025, 0.975])), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "methods", "message"),
+    [
+        ("decisions", "target_keep", 0.01, ["dense_lora", "atp"], "the nearest share .* keep"),
+        ("data", "length", 4096, ["dense_lora"], "data.length is 4096 and the model reaches 2048 positions"),
+    ],
+)
+def test_what_one_member_cannot_do_is_refused_before_the_first(config, tmp_path, section, key, value, methods, message):
+    config = config.model_copy(deep=True)
+    setattr(getattr(config, section), key, value)
+    with pytest.raises(InputError, match=message):
+        compare(config, tmp_path / "out", methods, seeds=[0]).execute()
+    assert not list(tmp_path.iterdir())
