@@ -2,6 +2,7 @@
 #   make demo    prune and tune SmolLM2-135M on this machine, with a report
 #   make test    all tests, slow ones included     make bench   benchmarks
 #   make lint    ruff                              make clean   remove builds and the virtual environment
+#   make chaos   kills, signals and damaged checkpoints (docs/reliability.md)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench chaos lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -24,6 +25,9 @@ bench: $(VENV)/.package
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 	$(BIN)/python -m benchmarks run --passes full --rounds 7 --variants unfused addmm ours floor
 	$(BIN)/python -m benchmarks plot
+
+chaos: $(VENV)/.package
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/chaos.py --record
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
