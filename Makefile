@@ -3,6 +3,7 @@
 #   make test    all tests, slow ones included     make bench   benchmarks
 #   make fuzz    5,000 broken inputs, 10 minutes
 #   make lint    ruff                              make clean   remove builds and the virtual environment
+#   make chaos   kills, signals and damaged checkpoints (docs/reliability.md)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test bench fuzz lint clean
+.PHONY: demo test bench fuzz chaos lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -28,6 +29,9 @@ bench: $(VENV)/.package
 
 fuzz: $(VENV)/.package
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_inputs.py
+
+chaos: $(VENV)/.package
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/chaos.py --record
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
