@@ -152,6 +152,52 @@ def test_every_backend_refuses_with_the_same_sentence(op, call, options, message
     assert len(said) == 1 and next(iter(said)).startswith(message)
 
 
+def stacked(**changed):
+    """Projections of 4, 6 and 6 outputs whose weights lie in one storage; `changed` has what they get instead."""
+    weights = [torch.ones(n, 4) for n in (4, 6, 6)]
+    atp_kernels.stack_weights(*weights)
+    made = [Projection(w, torch.ones(2, 4), torch.ones(len(w), 2), 1.0, torch.ones(len(w))) for w in weights]
+    return [linear._replace(**{name: change[i] for name, change in changed.items()}) for i, linear in enumerate(made)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora_b": (torch.ones(6, 2), torch.ones(4, 2), torch.ones(6, 2))}, "lora_b has shape [6, 2]"),
+        ({"bias": (torch.ones(6), torch.ones(4), torch.ones(6))}, "bias has shape [6]"),
+        (
+            {
+                "lora_a": (torch.ones(1, 4), torch.ones(3, 4), torch.ones(2, 4)),
+                "lora_b": (torch.ones(4, 3), torch.ones(6, 1), torch.ones(6, 2)),
+            },
+            "lora_b has shape [4, 3]",
+        ),
+        ({"lora_a": (torch.ones(2, 4), torch.ones(2, 4, device=META), torch.ones(2, 4))}, "lora_a is on meta and x on"),
+        ({"bias": (torch.ones(4), torch.ones(6, device=META), None)}, "bias is on meta and x on cpu"),
+    ],
+)
+def test_stacked_projections_that_only_fit_together_are_refused(changed, message):
+    for backend in backends("masked_lora_qkv"):
+        with pytest.raises(ValueError) as raised:
+            atp_kernels.masked_lora_qkv(torch.ones(5, 4), *stacked(**changed), backend=backend)
+        assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ((torch.ones(6), torch.ones(4), None), "out_mask has shape [6], but weight and x need [4]."),
+        ((None, torch.ones(6, device=META), torch.ones(6)), "out_mask is on meta and x on cpu"),
+        ((torch.tensor(True), None, None), "out_mask has shape [], but weight and x need [4]."),
+    ],
+)
+def test_masks_of_a_stack_that_only_fit_together_are_refused(masks, message):
+    for backend in backends("masked_lora_qkv"):
+        with pytest.raises(ValueError) as raised:
+            atp_kernels.masked_lora_qkv(torch.ones(5, 4), *stacked(), masks=masks, backend=backend)
+        assert str(raised.value).startswith(message)
+
+
 def test_a_call_that_is_refused_has_written_nothing():
     whole = torch.ones(4, 3)
     for backend in backends("group_prox_"):
