@@ -58,7 +58,7 @@ def config(model, texts, tmp_path):
         "model": {"path": str(model)},
         "output_dir": str(tmp_path / "out"),
         "data": {"train": str(texts), "length": 16, "general_share": 0.0},
-        "decisions": {"space": "kv_group", "saliency_windows": 1, "refit_windows": 1},
+        "decisions": {"space": "kv_group", "target_keep": 0.594, "saliency_windows": 1, "refit_windows": 1},
         "training": {"batch_size": 4, "search": 1, "settle": 1, "tune": 1, "warmup": 0, "precision": "float32"},
         "evaluation": {"windows": 1, "questions": 0},
     }
