@@ -107,13 +107,17 @@ def test_the_system_refuses(atp, config, monkeypatch, number, remedy):
     assert os.strerror(number) in err and "some/file.json" in err and remedy in err
 
 
-def test_a_full_disk_under_safetensors(atp, config, monkeypatch):
+@pytest.mark.parametrize(
+    ("told", "remedy"), [("No space left on device (os error 28)", "free some space"),
+                         ("File too large (os error 27)", "check the path")],
+)  # fmt: skip
+def test_the_system_refuses_safetensors(atp, config, monkeypatch, told, remedy):
     from safetensors import SafetensorError
 
-    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr("atp.training.checkpoint.save_file", fail(full))
+    error = SafetensorError(f"Error while serializing: I/O error: {told}")
+    monkeypatch.setattr("atp.training.checkpoint.save_file", fail(error))
     code, err = atp("train", config)
-    assert code == 1 and one_sentence(err) and "free some space" in err, err
+    assert code == 1 and one_sentence(err) and told in err and remedy in err, err
 
 
 @pytest.mark.parametrize(
