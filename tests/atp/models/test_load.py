@@ -19,7 +19,9 @@ from atp.cli import main
 from atp.config import ModelConfig
 from atp.errors import InputError
 from atp.loading import load_any_model, load_model, load_tokenizer
-from atp.removal import reload_gap
+from atp.lora.layer import add_lora
+from atp.masks.space import MaskSpace
+from atp.removal import certify_export, reference_logits
 
 
 def refused(folder, load=load_any_model, **where):
@@ -92,12 +94,14 @@ def test_rotary_buffers_of_old_checkpoints_are_fine(tmp_path):
 
 
 def test_an_export_with_a_missing_weight_fails_its_certificate(tmp_path):
-    model = LlamaForCausalLM.from_pretrained(save(tmp_path))
+    stock = LlamaForCausalLM.from_pretrained(save(tmp_path))
     tokens = torch.zeros(1, 4, dtype=torch.long)
-    assert reload_gap(model, tmp_path, tokens).absolute == 0
+    merged = reference_logits(stock, tokens)
+    model = add_lora(stock, MaskSpace.from_config(stock.config), r=1, alpha=1.0, dropout=0.0)
+    assert certify_export(model, merged, tmp_path, tokens)["cut_vs_reloaded"] == 0
     edit_weights(tmp_path, without_layer)
     with pytest.raises(InputError, match="9 weights"):
-        reload_gap(model, tmp_path, tokens)
+        certify_export(model, merged, tmp_path, tokens)
 
 
 def write_gguf(path, model, leave_out=()):
