@@ -23,7 +23,8 @@ def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: floa
     multiples = width_rules(budget, decisions.target_keep, decisions.multiples)
     nearest = nearest_share(budget, decisions.target_keep, multiples)
     if not abs(nearest - decisions.target_keep) <= tolerance:
-        rules = f" with decisions.multiples {quote(multiples)}" if multiples else ""
+        coarse = {name: multiple for name, multiple in multiples.items() if multiple > 1}
+        rules = f" with decisions.multiples {quote(coarse)}" if coarse else ""
         remedy = "choose that, or lower the multiples" if rules else "choose that"
         raise InputError(
             f"decisions.target_keep is {decisions.target_keep} and the nearest share that whole structures of this "

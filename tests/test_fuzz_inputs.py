@@ -44,8 +44,15 @@ def test_the_harness_notices_tracebacks_and_long_messages(error, tmp_path, monke
         fuzz_inputs.run_case("config", 0, tmp_path)
 
 
-def test_the_harness_notices_what_takes_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz_inputs, "SECONDS", 0.1)
-    monkeypatch.setitem(fuzz_inputs.CASES, "config", (lambda draw, folder: time.sleep(10), 1))
+def work(seconds):
+    while time.process_time() < seconds:
+        pass
+
+
+@pytest.mark.parametrize(("limit", "spend"), [("SECONDS", lambda: work(time.process_time() + 10)),
+                                              ("WAITED", lambda: time.sleep(10))])  # fmt: skip
+def test_the_harness_notices_what_takes_too_long(tmp_path, monkeypatch, limit, spend):
+    monkeypatch.setattr(fuzz_inputs, limit, 0.2)
+    monkeypatch.setitem(fuzz_inputs.CASES, "config", (lambda draw, folder: spend(), 1))
     with pytest.raises(fuzz_inputs.TooSlow):
         fuzz_inputs.run_case("config", 0, tmp_path)
