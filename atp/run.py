@@ -121,8 +121,8 @@ class Run:
         refuse_other_config(self.config, self.folder)
         self._open.enter_context(opened(self.folder, resume=True))
         summary = read_json(self.folder / "summary.json")
-        model = of_model_folder(self.folder / "model")
-        if not summary or not model or summary.get("model_sha256") != model:
+        made = (summary or {}).get("model_sha256")
+        if made is None or made != of_model_folder(self.folder / "model"):
             return None
         if not (self.folder / "report.html").is_file():
             write_report(self.folder)

@@ -101,7 +101,7 @@ def follow_all(watch: Watch) -> None:
     watch.follow(checkpoints, "save", "checkpoint")
     watch.follow(baseline_run, "export_model", "export")
     watch.follow(baseline_run.BaselineRun, "_choose", "choose")
-    watch.follow(hf, "reload_gap", "certificate")
+    watch.follow(hf, "certify_export", "certificate")
     watch.follow(run, "write_report", "report")
 
 
@@ -190,7 +190,7 @@ class Chaos:
         (folder / "inputs").mkdir()
         self.config = folder / "config.yaml"
         config = tiny_config(folder / "inputs")
-        config.training.keep_checkpoints = 3
+        config.training.keep_checkpoints, config.export.keep_adapter = 3, True
         self.config.write_text(config.dump())
         self.whole, self.seconds = {}, {}
         for compare in (False, True):
