@@ -1,7 +1,9 @@
 # Everything sets itself up in $(VENV); nothing outside this folder is touched.
 #   make demo    prune and tune SmolLM2-135M on this machine, with a report
 #   make test    all tests, slow ones included     make bench   benchmarks
+#   make fuzz    5,000 broken inputs, 10 minutes
 #   make lint    ruff                              make clean   remove builds and the virtual environment
+#   make chaos   kills, signals and damaged checkpoints (docs/reliability.md)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench fuzz chaos lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -24,6 +26,12 @@ bench: $(VENV)/.package
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 	$(BIN)/python -m benchmarks run --passes full --rounds 7 --variants unfused addmm ours floor
 	$(BIN)/python -m benchmarks plot
+
+fuzz: $(VENV)/.package
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_inputs.py
+
+chaos: $(VENV)/.package
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/chaos.py --record
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

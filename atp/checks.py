@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from transformers import PretrainedConfig
 
 from atp.config import ATPConfig
 from atp.errors import InputError, quote, shorten
@@ -15,15 +15,16 @@ from atp.masks.space import MaskSpace
 BUDGET_TOLERANCE = 0.002  # of the decoder, between the target and what a run keeps
 
 
-def check_reachable(config: ATPConfig, model: nn.Module, tolerance: float = BUDGET_TOLERANCE) -> None:
+def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: float = BUDGET_TOLERANCE) -> None:
     """Refuses windows beyond the model's positions, and a target that no mask of its shapes can meet."""
-    check_length(model, config.data.length)
+    check_length(shapes, config.data.length)
     decisions = config.decisions
-    budget = Budget(MaskSpace.from_config(model.config, decisions.space))
+    budget = Budget(MaskSpace.from_config(shapes, decisions.space))
     multiples = width_rules(budget, decisions.target_keep, decisions.multiples)
     nearest = nearest_share(budget, decisions.target_keep, multiples)
     if not abs(nearest - decisions.target_keep) <= tolerance:
-        rules = f" with decisions.multiples {quote(multiples)}" if multiples else ""
+        coarse = {name: multiple for name, multiple in multiples.items() if multiple > 1}
+        rules = f" with decisions.multiples {quote(coarse)}" if coarse else ""
         remedy = "choose that, or lower the multiples" if rules else "choose that"
         raise InputError(
             f"decisions.target_keep is {decisions.target_keep} and the nearest share that whole structures of this "

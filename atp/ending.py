@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -51,13 +52,21 @@ def interrupted() -> tuple[str, int]:
 def _unforeseen(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"out of memory ({reason(error)}): ask for less at a time, or take a machine with more memory"
-    number = error.errno if isinstance(error, OSError) else None
-    if number in _FULL or "No space left on device" in str(error):
+    number = _errno(error)
+    if number in _FULL:
         return f"the disk is full ({reason(error)}): free some space and give the command again, a run with --resume"
     if number is not None:
         remedy = "check its permissions" if number in _FORBIDDEN else "check the path"
         return f"the system refuses a file or folder ({reason(error)}): {remedy}"
     return f"{_named(error)}: run again with --debug for the traceback"
+
+
+def _errno(error: BaseException) -> int | None:
+    """The system's number of an error, also of those that safetensors passes on as text."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def _named(error: BaseException) -> str:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atp.config import ATPConfig, read_yaml
+from atp.config import ATPConfig
 from atp.errors import InputError, shorten
 from atp.files import check_writable, remove_leftovers
 from atp.locking import LOCK, locked
+from atp.reading import existing, read_yaml
 
 CONFIG, COMPARISON, INPUTS = "config.yaml", "comparison.yaml", "inputs.json"
 CHECKPOINTS = ("checkpoints", "dense_lora/checkpoints")
@@ -61,8 +62,8 @@ def refuse_inputs_inside(config: ATPConfig, folder: Path) -> None:
     named |= {f"data.sources.{name}": source for name, source in data.sources.items()}
     places = {(folder / name).resolve() for name in _WRITTEN_TO}
     for key, value in named.items():
-        path = Path(value).expanduser() if value else None
-        if path is None or not path.exists():
+        path = existing(value) if value else None
+        if path is None:
             continue
         path = path.resolve()
         if any(path == place or place in path.parents for place in places):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
@@ -45,7 +45,7 @@ def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
 
     Raises `InputError` when there is none, and for weights that are quantized or hold NaN or infinity.
     """
-    found = read_config(**_source(config))
+    found = load_shapes(config)
     MaskSpace.from_config(found, space)
     if getattr(found, "quantization_config", None) is not None:
         raise InputError(f"the weights of {config.path} are quantized: give the model in float32, bfloat16 or float16")
@@ -54,16 +54,22 @@ def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
     return model
 
 
-def check_length(model: nn.Module, length: int, option: str = "data.length") -> None:
+def load_shapes(config: ModelConfig) -> PretrainedConfig:
+    """The config of the model, which says its shapes, without its weights. Raises `InputError` when there is none."""
+    return read_config(**_source(config))
+
+
+def check_length(shapes: PretrainedConfig, length: int, option: str = "data.length") -> None:
     """Refuses windows longer than the positions that the model was trained for; option: what set the length."""
-    limit = getattr(model.config, "max_position_embeddings", None)  # some families reach any position
+    # Some families reach any position.
+    limit = getattr(shapes.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise InputError(f"{option} is {length} and the model reaches {limit} positions: lower {option}")
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer whose tokens reach beyond the model's embedding."""
-    rows = getattr(read_config(**_source(config)).get_text_config(), "vocab_size", None)
+    rows = getattr(load_shapes(config).get_text_config(), "vocab_size", None)
     tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
     if rows is not None and tokens > rows:
         raise InputError(

@@ -105,6 +105,15 @@ def parse_json(text: str) -> Any:
     return content
 
 
+def existing(text: str) -> Path | None:
+    """The place that a text names, `~` being the home folder; None where there is nothing, or the text is no path."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a NUL byte
+        return None
+
+
 def check_file(path: Path, what: str, remedy: str) -> None:
     """Refuses a path at which there is no file, with the reason: nothing, a folder, a name that cannot be."""
     name = f"{what} {shorten(path)}".strip()

@@ -21,7 +21,15 @@ from atp.evaluation.generation import check_rouge
 from atp.evaluation.harness import check_harness, harness_scores
 from atp.evaluation.inference import bars
 from atp.evaluation.suite import task_examples
-from atp.loading import check_length, check_packages, check_vocabulary, data_settings, load_any_model, load_tokenizer
+from atp.loading import (
+    check_length,
+    check_packages,
+    check_vocabulary,
+    data_settings,
+    load_any_model,
+    load_shapes,
+    load_tokenizer,
+)
 from atp.reading import parse_json
 from atp.training.precision import autocast_dtype
 
@@ -75,6 +83,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     check_packages(source, _data_of(options.suite))
     tokenizer = load_tokenizer(source)
     check_vocabulary(source, tokenizer)
+    check_length(load_shapes(source), options.length, "--length")
     examples, tasks = _load_suite(options, tokenizer)
     # Plain text, where a recipe holds some out for this, else everything that is held out.
     texts = [example for example in examples if not example.completion] or examples
@@ -86,7 +95,6 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     if options.harness:
         check_harness()
     loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
-    check_length(loaded, options.length, "--length")
     common = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
     with Progress(transient=True) as progress:
         scores: dict[str, Any] = evaluate_model(

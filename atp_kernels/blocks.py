@@ -5,6 +5,7 @@ blocks of a block-diagonal one, so that one linear reads x once for S, for the b
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,7 +74,9 @@ def masked_lora_qkv(
     """
     _check_kept(kept, masks, mask_lora)
     projections = (q, k, v)
-    stacked = None if kept is not None or torch.compiler.is_compiling() else _stacked(projections)
+    stacked = None
+    if kept is None and not torch.compiler.is_compiling() and all(map(partial(_fits, x), projections, masks)):
+        stacked = _stacked(projections)
     if stacked is None:
         slices, common = kept or (None, None, None), {"mask_lora": mask_lora, "backend": backend}
         parts = zip(projections, slices, masks, strict=True)
@@ -157,6 +160,24 @@ def _linear(
     return masked_lora_linear(x, weight, lora_a, lora_b, **options, **masks)
 
 
+def _fits(x: Tensor, linear: Projection, mask: Tensor | None) -> bool:
+    """Whether a mask covers the outputs of a linear on the device of x: joined masks would hide one that does not."""
+    return mask is None or (mask.shape == linear.weight.shape[:1] and mask.device == x.device)
+
+
+def _is_whole(linear: Projection) -> bool:
+    """Whether factors and bias fit their weight: the stack of several could fit although none of them does."""
+    weight, lora_a, lora_b, _, bias = linear
+    small = (lora_a, lora_b) if bias is None else (lora_a, lora_b, bias)
+    return (
+        lora_a.ndim == 2
+        and lora_a.shape[1:] == weight.shape[1:]
+        and lora_b.shape == (weight.shape[0], lora_a.shape[0])
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(tensor.device == weight.device for tensor in small)
+    )
+
+
 def _stacked(linears: Sequence[Projection]) -> Projection | None:
     """One projection for several whose frozen weights follow each other in one storage, None for others."""
     first, weights = linears[0], [linear.weight for linear in linears]
@@ -166,6 +187,8 @@ def _stacked(linears: Sequence[Projection]) -> Projection | None:
         if (weight.untyped_storage().data_ptr(), weight.dtype, weight.stride(), linear.scaling) != shared:
             return None
         if weight.storage_offset() != start or weight.requires_grad or not weight.is_contiguous():
+            return None
+        if not _is_whole(linear):
             return None
         start += weight.numel()
     rows, width = sum(weight.shape[0] for weight in weights), first.weight.shape[1]

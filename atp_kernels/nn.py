@@ -20,7 +20,8 @@ class MaskedLoRALinear(nn.Module):
 
     out_mask [out] and in_mask [in] are buffers, None for no mask: assign bool (hard) or floating (soft, differentiable)
     tensors. `mask_lora` makes them cover the adapter too. A state dict holds the masks that are set, and loading one
-    sets those it holds and clears the others. Raises ValueError for an r below 1 or a dropout outside [0, 1).
+    sets those it holds and clears the others. Raises ValueError for a weight or bias of another shape or dtype, an r
+    below 1 or a dropout outside [0, 1).
     """
 
     out_mask: Tensor | None
@@ -37,6 +38,12 @@ class MaskedLoRALinear(nn.Module):
         mask_lora: bool = False,
     ) -> None:
         super().__init__()
+        if weight.ndim != 2 or not weight.is_floating_point():
+            given = f"{weight.dtype} of shape {list(weight.shape)}"
+            raise ValueError(f"weight must be a 2-D floating tensor, not {given}.")
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
+            given = f"of shape {list(bias.shape)} on {bias.device}"
+            raise ValueError(f"bias is {given}, but the weight needs [{len(weight)}] on {weight.device}.")
         if r < 1:
             raise ValueError(f"r is {r}: give a rank of at least 1.")
         if not 0 <= dropout < 1:

@@ -56,7 +56,7 @@ class BaselineRun(Run):
 
     def _check_model(self, model: nn.Module) -> None:
         """A baseline promises no share: the table shows what it kept."""
-        check_length(model, self.config.data.length)
+        check_length(model.config, self.config.data.length)
 
     def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
         """The smaller model; the choice is made once and kept, so that a resumed run tunes the same one."""

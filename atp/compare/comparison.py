@@ -64,6 +64,7 @@ class Comparison:
         processes.on_main(lambda: check_output_dir(self.folder, resume=self.resume, started=COMPARISON))
         members = Members(self.config, self.folder, command=self.command, say=self.say)
         processes.on_main(lambda: check_packages(members.config.model, members.config.data))
+        processes.on_main(lambda: members.check(self.arms, self.seeds))
         splits = processes.main_first(
             lambda: load_recipe(data_settings(members.config, load_tokenizer(self.config.model)))
         )

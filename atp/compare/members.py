@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from atp.config import ATPConfig
 from atp.errors import InputError, shorten
 from atp.files import read_json, write_json, write_text
 from atp.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
-from atp.run import Run, check_promises
+from atp.loading import check_length, load_shapes
+from atp.run import Run, check_promises, check_target
 from atp.training.fingerprints import refuse_other_inputs
 from atp.training.precision import autocast_dtype
 
@@ -105,6 +106,15 @@ class Members:
         values = self.config.model_dump(mode="json")
         telling = tuple(o for o in arm.overrides if ATPConfig.parse(values, [o]) != self.config)
         return self.folder / f"{re.sub(r'[^A-Za-z0-9._=,+-]', '_', Arm(arm.method, telling).name)}-seed{seed}"
+
+    def check(self, arms: Iterable[Arm], seeds: Sequence[int]) -> None:
+        """Raises `InputError` for what is sure to fail in one of these members, before the first one runs."""
+        for arm in arms:
+            config, *_ = [self.config_of(arm, seed) for seed in seeds]
+            shapes = load_shapes(config.model)
+            check_length(shapes, config.data.length)
+            if arm.method == ATP:
+                check_target(config, shapes)
 
     def config_of(self, arm: Arm, seed: int) -> ATPConfig:
         """The config of a member. Raises `InputError` for an override or a seed that does not fit."""

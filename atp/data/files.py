@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atp.errors import InputError, quote, shorten
-from atp.reading import check_file, parse_json
+from atp.reading import check_file, existing, parse_json
 from atp.requirements import require
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -71,7 +71,7 @@ def read_rows(source: str, limit: int | None = None) -> list[Row]:
     if path.suffix.lower() in SUFFIXES:
         check_file(path, "", f"check the path, and give a {' or '.join(SUFFIXES)} file")
         rows = list(islice(_read_file(path), limit))
-    elif _is_file(path):
+    elif (found := existing(source)) is not None and found.is_file():
         suffix = shorten(path.suffix, 20)
         raise InputError(f"{shorten(source)}: unknown file type '{suffix}'; use one of {', '.join(SUFFIXES)}")
     else:
@@ -174,11 +174,3 @@ def _read_hub(source: str, limit: int | None) -> list[Row]:
             f"or a Hub name as owner/name#config:split"
         ) from error
     return rows
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is a file; a name that no file can have is none."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False

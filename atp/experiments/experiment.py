@@ -69,15 +69,14 @@ class Experiment:
         }
         for config in self.configs.values():
             processes.on_main(lambda config=config: check_packages(config.model, config.data))
+        for members in self._members.values():
+            processes.on_main(lambda members=members: members.check(self.arms.values(), self.seeds))
         self._splits = processes.main_first(
             lambda: {
                 domain: load_recipe(data_settings(members.config, load_tokenizer(members.config.model)))
                 for domain, members in self._members.items()
             }
         )
-        for members in self._members.values():
-            for arm in self.arms.values():
-                members.config_of(arm, 0)  # a wrong setting is found before the first run
         broken: list[str] = []
         content: dict[str, Any] = {}
         with ExitStack() as folders:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from atp.compare.members import ATP, Arm
 from atp.compare.results import ORIGINAL
 from atp.experiments.spec import ExperimentSpec
 from atp.report import plots
+from atp.report.files import read_metrics
 
 Domains = dict[str, dict[str, Any]]
 """Domain -> what `atp.compare.results.results` says of it."""
@@ -23,7 +23,7 @@ def draw(
         return
     if spec.picture == "decisions":
         records = {
-            f"{domain}: {label}": _metrics(folder)
+            f"{domain}: {label}": read_metrics(folder)
             for domain, folders in runs.items()
             for label, folder in folders.items()
             if arms[label].method == ATP and (folder / "metrics.jsonl").is_file()
@@ -67,7 +67,3 @@ def _lines(found: dict[str, Any], arms: dict[str, Arm], key: str) -> dict[str, l
 
 def _interval(figure: dict[str, Any]) -> tuple[float, float, float]:
     return (figure["value"], *figure["interval"])
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

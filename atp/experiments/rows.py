@@ -19,6 +19,7 @@ from atp.environment import device_name
 from atp.evaluation.bootstrap import percentile_interval
 from atp.evaluation.relative import score_samples
 from atp.files import write_text
+from atp.report.files import read_metrics
 
 _SAME_RUN = ("experiment", "domain", "arm", "seed", "config")
 
@@ -56,9 +57,7 @@ def fingerprint(config: ATPConfig) -> str:
 
 def changed_share(folder: Path) -> float | str:
     """Mean share of decisions that a decision step flips once the budget is reached, "" where nothing is decided."""
-    path = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    searched = [r for r in records if r["phase"] == "search"]
+    searched = [record for record in read_metrics(folder) if record["phase"] == "search"]
     reached = [r["changed"] for r in searched if r["target_keep"] == searched[-1]["target_keep"]]
     return round(statistics.fmean(reached), 6) if reached else ""
 

@@ -30,7 +30,6 @@ The licence of the source model and of the data applies to this model too.
 
 def model_card(config: ATPConfig, params_before: int, params_after: int) -> str:
     """README.md of model/: where it comes from, what was removed, how to load it. Counts are of all parameters."""
-    source = config.model.path if not config.model.gguf_file else config.model.gguf_file
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -38,7 +37,7 @@ tags: [atp, structural-pruning, lora]
 ---
 # A smaller model, tuned and pruned in one stage
 
-Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {code(source)}.
+Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {_origin(config)}.
 
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
 * Mask space `{config.decisions.space}`; layers have widths of their own, listed in `config.json`.
@@ -88,13 +87,8 @@ The licence of the source model and of the data applies to this adapter too.
 """
 
 
-def _origin(config: ATPConfig) -> str:
-    return f"`{config.model.gguf_file or config.model.path}`"
-
-
 def baseline_card(config: ATPConfig, method: str, params_before: int, params_after: int) -> str:
     """README.md of model/ for a system that ATP is compared with. Counts are of all parameters."""
-    source = config.model.path if not config.model.gguf_file else config.model.gguf_file
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -102,9 +96,13 @@ tags: [structural-pruning, lora]
 ---
 # A model to compare with: {method}
 
-Made by the baseline `{method}` of the package atp-kernels from {code(source)}, then tuned with LoRA.
+Made by the baseline `{method}` of the package atp-kernels from {_origin(config)}, then tuned with LoRA.
 
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
 * Data recipe: {code(config.data.recipe)}.
 
 {_USAGE}"""
+
+
+def _origin(config: ATPConfig) -> str:
+    return code(config.model.gguf_file or config.model.path)

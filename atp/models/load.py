@@ -7,10 +7,12 @@ because the Hub's cache consists of them.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -27,7 +29,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from atp.errors import InputError, is_out_of_memory, reason, shorten
-from atp.models.sizes import check_sizes
+from atp.models.sizes import check_against_files, check_sizes
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -37,9 +39,13 @@ def read_config(path: str | Path, gguf_file: str | None = None) -> PretrainedCon
     """The config of a model folder, a Hub name or a GGUF file in either. Raises `InputError`."""
     with _explained("model", path):
         where = _where(path, gguf_file)
-        content, _ = PretrainedConfig.get_config_dict(**where)
-        check_sizes(content)
-        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
+        if "gguf_file" in where:
+            content = _gguf_content(str(path), where["gguf_file"])
+            check_sizes(content)
+            config = AutoConfig.for_model(**copy.deepcopy(content))
+        else:
+            check_sizes(PretrainedConfig.get_config_dict(path)[0])
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         attention = str(config._attn_implementation)
         if "/" in attention:
             raise InputError(
@@ -69,17 +75,23 @@ def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None
     with _explained("model", path):
         options: dict[str, Any] = _where(path, gguf_file)
         if gguf_file is None:
-            _check_files(path, config)
+            check_against_files(config, sum(file.stat().st_size for file in _weight_files(path, config)))
         else:
             # Without dequantize the model counts as quantized and can be neither trained nor saved.
             options["quantization_config"] = GgufConfig(dequantize=True)
         model, found = AutoModelForCausalLM.from_pretrained(
-            **options, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+            **options, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True,
             # Shapes that differ are then reported with the rest, and refused below.
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
         _require_whole(path, found)
         return model
+
+
+@cache
+def _gguf_content(path: str, gguf_file: str) -> dict[str, Any]:
+    """The config in a GGUF file's header, which takes seconds to read: it holds the vocabulary too."""
+    return PretrainedConfig.get_config_dict(path, gguf_file=gguf_file)[0]
 
 
 def _where(path: str | Path, gguf_file: str | None) -> dict[str, Any]:
@@ -96,8 +108,11 @@ def _where(path: str | Path, gguf_file: str | None) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": path, "gguf_file": gguf_file}
 
 
-def _check_files(path: str | Path, config: PretrainedConfig) -> None:
-    """Refuses weights that transformers would unpickle, take from another folder, or mix with an adapter's."""
+def _weight_files(path: str | Path, config: PretrainedConfig) -> list[Path]:
+    """The safetensors files of a model; those that the Hub has and the cache has not are fetched.
+
+    Refuses weights that transformers would unpickle, take from another folder, or mix with an adapter's.
+    """
     if _find(path, "adapter_config.json") is not None:
         raise InputError(
             f"{path} holds an adapter, which belongs to another model: merge it (PEFT's merge_and_unload) and save the "
@@ -116,11 +131,10 @@ def _check_files(path: str | Path, config: PretrainedConfig) -> None:
             "write it with save_pretrained(..., safe_serialization=True)"
         )
     # A link of the Hub's cache keeps its name; what it points to has none.
-    if weights.name.endswith(".index.json"):
-        _check_index(path, weights)
+    return _shards(path, weights) if weights.name.endswith(".index.json") else [weights]
 
 
-def _check_index(path: str | Path, index: Path) -> None:
+def _shards(path: str | Path, index: Path) -> list[Path]:
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -129,8 +143,11 @@ def _check_index(path: str | Path, index: Path) -> None:
         raise InputError(f"{index} names no shard: fetch the model again")
     for shard in shards:
         _require_inside(shard, index, (".safetensors",))
-        if os.path.isdir(path) and not (Path(path) / shard).is_file():
+    files = {shard: _find(path, shard) for shard in sorted(shards)}
+    for shard, file in files.items():
+        if file is None:
             raise InputError(f"{index} names {shard}, which is not there: fetch the model again")
+    return list(files.values())
 
 
 def _find(path: str | Path, name: str) -> Path | None:

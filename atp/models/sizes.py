@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from atp.errors import InputError, shorten
 
 _FAMILIES = ("llama", "mistral", "atp_llama")
@@ -13,6 +15,9 @@ _REQUIRED = (
     "max_position_embeddings",
 )  # fmt: skip
 _OPTIONAL = ("num_key_value_heads", "head_dim")  # null stands for what follows from the others
+_LARGEST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**31}  # beyond every model there is
+_LARGEST_WIDTH = 2**24
+_MANY = 2**28  # weights for which there may be no room; fewer are built, and missed one by one
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
@@ -28,6 +33,8 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     for key, value in given.items():
         if type(value) is not int or value < 1:
             _refuse(key, value, "make it a whole number of at least 1")
+        if value > (largest := _LARGEST.get(key, _LARGEST_WIDTH)):
+            _refuse(key, value, f"make it at most {largest}")
     heads = given.get("num_attention_heads")
     kv_heads, hidden, head_dim = (given.get(key) for key in ("num_key_value_heads", "hidden_size", "head_dim"))
     if heads and kv_heads and heads % kv_heads:
@@ -39,6 +46,24 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         head_dim = head_dim or hidden // heads
     if head_dim and head_dim % 2:
         _refuse("head_dim", head_dim, "make it even, because RoPE rotates pairs")
+
+
+def check_against_files(config: PretrainedConfig, size: int) -> None:
+    """Refuses a Llama-like config that describes far more weights than its files can hold.
+
+    Otherwise transformers would first make room for them all. size: bytes of all files. Raises `InputError`.
+    """
+    if config.model_type not in _FAMILIES:
+        return
+    weights = config.vocab_size * config.hidden_size
+    if config.model_type != "atp_llama":  # whose layers may be much narrower
+        attention = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+        weights += config.num_hidden_layers * config.hidden_size * (2 * attention + 3 * config.intermediate_size)
+    if weights > _MANY and weights > 8 * size:  # no file has less than a bit for a weight
+        raise InputError(
+            f"config.json of the model describes {weights:,} weights and its files hold {size:,} bytes: correct "
+            "config.json, or fetch the model again"
+        )
 
 
 def _refuse(key: str, value: object, remedy: str) -> None:

@@ -60,6 +60,11 @@ def _fill(run: RunFiles, folder: Path) -> None:
         run.notes.insert(0, "The run has no summary.json: it did not finish. Continue it with --resume.")
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, each with step and phase; lines that are none are left out."""
+    return _metrics(_text(folder / "metrics.jsonl"), [])
+
+
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 

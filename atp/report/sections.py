@@ -17,6 +17,8 @@ METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"
 }  # fmt: skip
 
+_MOST_STRUCTURES = 8
+
 
 def notes(run: RunFiles) -> str:
     """What is missing, in front of everything else."""
@@ -75,6 +77,8 @@ def widths(run: RunFiles) -> str:
     """What is left of every layer."""
     sizes, layers = run.decisions.get("sizes") or {}, run.decisions.get("layers") or []
     shares = {name: [len(layer.get(name, ())) / size for layer in layers] for name, size in sizes.items() if size}
+    if len(shares) > _MOST_STRUCTURES:
+        shares = {}  # no mask space has so many, and each is a picture of its own
     plot = figure(plots.widths(shares), f"Share of each structure kept, by layer (space {run.decisions.get('space')}).")
     rows = [[str(i), *(number(len(layer.get(name, ()))) for name in sizes)] for i, layer in enumerate(layers)]
     counts = table(["layer", *(f"{name} (of {size})" for name, size in sizes.items())], rows)

@@ -94,7 +94,7 @@ class ATPTrainer(LoraTrainer):
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer)
         model = load_model(config.model, config.decisions.space)
-        check_reachable(config, model)
+        check_reachable(config, model.config)
         inputs = fingerprints(model, tokenizer, train=data.train, calibration=data.calibration)
         trainer = cls(config, model, data.train, data.calibration, tokenizer=tokenizer, callbacks=callbacks)
         trainer.inputs = inputs  # those of the model as it was loaded

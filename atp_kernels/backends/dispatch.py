@@ -8,6 +8,7 @@ calls of `reference` there too, which `ops.plain` then makes at less cost. Addin
 
 import importlib
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 from functools import cache
 from types import ModuleType
@@ -51,9 +52,13 @@ OPS = tuple(_ENTRY)
 NAMES = ("auto", *_MODULES)
 
 
-def available_backends() -> dict[str, str | None]:
-    """Every backend's name, with None where it can run here and else the reason why not."""
-    return {name: _load(name)[1] for name in _MODULES}
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Every backend's name, with None where it can run here, or on this device, and else the reason why not."""
+    found = {name: _load(name) for name in _MODULES}
+    if device is None:
+        return {name: reason for name, (_, reason) in found.items()}
+    place = torch.device(device)
+    return {name: reason or _misfit(name, module, place) for name, (module, reason) in found.items()}
 
 
 def select(
@@ -94,7 +99,7 @@ def _select(
     if backend not in NAMES:
         raise ValueError(f"{origin}{backend!r} is not a backend: use one of {', '.join(NAMES)}.")
     if backend != "auto":
-        problem = _problem(backend, op, device, dtype)
+        problem = _problem(backend, op, place, dtype)
         if problem:
             raise RuntimeError(f"{origin}{backend!r} cannot take {op}: {problem}; use backend='auto' to let it choose.")
         return _load(backend)[0], backend, f"{origin}{backend!r} names it"
@@ -103,7 +108,7 @@ def _select(
         return _load("reference")[0], "reference", "no mask and no dropout, so nothing to fuse beats the addmm_ chain"
     passed_over = []
     for name in _preference(op, device):
-        problem = _problem(name, op, device, dtype)
+        problem = _problem(name, op, place, dtype)
         if problem is None:
             why = f"first choice on {device}" if not passed_over else "; ".join(passed_over)
             return _load(name)[0], name, why
@@ -126,7 +131,7 @@ def _preference(op: str, device: str) -> tuple[str, ...]:
     return ("reference",)
 
 
-def _problem(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
+def _problem(name: str, op: str, place: torch.device, dtype: torch.dtype) -> str | None:
     module, reason = _load(name)
     if module is None:
         return reason
@@ -135,13 +140,46 @@ def _problem(name: str, op: str, device: str, dtype: torch.dtype) -> str | None:
     if name in _DTYPES and dtype not in _DTYPES[name]:
         accepted = ", ".join(str(accepted).removeprefix("torch.") for accepted in _DTYPES[name])
         return f"the {name} backend takes {accepted}, not {str(dtype).removeprefix('torch.')}"
-    if name == "native" and device != "cpu" and _ENTRY[op] in _CPU_NATIVE:
+    if name == "native" and place.type != "cpu" and _ENTRY[op] in _CPU_NATIVE:
         return f"the native backend has {op} for cpu only"
-    if name == "native" and device != "cpu" and not (device == "cuda" and module.build_info()["cuda_archs"]):
-        return f"the native backend was built without support for {device}; reinstall with ATP_BUILD_CUDA=1 for cuda"
+    return _misfit(name, module, place)
+
+
+def _misfit(name: str, module: ModuleType, place: torch.device) -> str | None:
+    """Why a backend that can run here cannot run on this device, whatever the operation."""
+    device = place.type
     if name == "triton" and device != "cuda" and not module.INTERPRETED:
         return f"the triton backend runs on cuda, not on {device} (TRITON_INTERPRET=1 emulates it on a cpu)"
-    return None
+    if name != "native" or device == "cpu":
+        return None
+    archs = module.build_info()["cuda_archs"] if device == "cuda" else []
+    if not archs:
+        return f"the native backend was built without support for {device}; reinstall with ATP_BUILD_CUDA=1 for cuda"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability(place)
+    if any(_runs_on(arch, capability) for arch in archs):
+        return None
+    own = ".".join(map(str, capability))
+    return (
+        f"the native backend was built for CUDA {', '.join(archs)} and {place} is of capability {own}; "
+        f"reinstall with TORCH_CUDA_ARCH_LIST={own}"
+    )
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an entry of TORCH_CUDA_ARCH_LIST, such as 8.0, 9.0a, 10.0f or 8.0+PTX, runs on a device.
+
+    A binary runs on its own version and later ones of its generation, one with an "a" on its own version alone. PTX is
+    compiled for any later device, unless a letter ties it down as it does a binary.
+    """
+    found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+    if found is None:
+        return False
+    built, letter, ptx = (int(found[1]), int(found[2])), found[3], found[4]
+    if letter == "a":
+        return capability == built
+    return capability >= built and (capability[0] == built[0] or (ptx is not None and not letter))
 
 
 @cache

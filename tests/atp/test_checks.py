@@ -29,10 +29,10 @@ def model(config):
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(config, model, tmp_path, overrides, message):
-    check_reachable(config, model)
+    check_reachable(config, model.config)
     config = changed(config, *overrides, f"output_dir={tmp_path / 'run'}", "training.batch_size=1")
     with pytest.raises(InputError, match=message):
-        check_reachable(config, model)
+        check_reachable(config, model.config)
     with pytest.raises(InputError, match=message):
         Run(config, resume=False, command="").execute()
     with pytest.raises(InputError, match=message):

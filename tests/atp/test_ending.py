@@ -58,7 +58,7 @@ def config(model, texts, tmp_path):
         "model": {"path": str(model)},
         "output_dir": str(tmp_path / "out"),
         "data": {"train": str(texts), "length": 16, "general_share": 0.0},
-        "decisions": {"space": "kv_group", "saliency_windows": 1, "refit_windows": 1},
+        "decisions": {"space": "kv_group", "target_keep": 0.594, "saliency_windows": 1, "refit_windows": 1},
         "training": {"batch_size": 4, "search": 1, "settle": 1, "tune": 1, "warmup": 0, "precision": "float32"},
         "evaluation": {"windows": 1, "questions": 0},
     }
@@ -107,13 +107,17 @@ def test_the_system_refuses(atp, config, monkeypatch, number, remedy):
     assert os.strerror(number) in err and "some/file.json" in err and remedy in err
 
 
-def test_a_full_disk_under_safetensors(atp, config, monkeypatch):
+@pytest.mark.parametrize(
+    ("told", "remedy"), [("No space left on device (os error 28)", "free some space"),
+                         ("File too large (os error 27)", "check the path")],
+)  # fmt: skip
+def test_the_system_refuses_safetensors(atp, config, monkeypatch, told, remedy):
     from safetensors import SafetensorError
 
-    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr("atp.training.checkpoint.save_file", fail(full))
+    error = SafetensorError(f"Error while serializing: I/O error: {told}")
+    monkeypatch.setattr("atp.training.checkpoint.save_file", fail(error))
     code, err = atp("train", config)
-    assert code == 1 and one_sentence(err) and "free some space" in err, err
+    assert code == 1 and one_sentence(err) and told in err and remedy in err, err
 
 
 @pytest.mark.parametrize(

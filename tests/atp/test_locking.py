@@ -12,6 +12,7 @@ from tiny_command import start
 from atp import run as runs
 from atp.compare import Comparison
 from atp.compare.members import Members
+from atp.config import ExportConfig
 from atp.errors import InputError
 from atp.experiments import Experiment
 from atp.locking import locked
@@ -67,7 +68,8 @@ def test_runs_and_comparisons_hold_their_folders(config, tmp_path):
     run, comparison = tmp_path / "run", tmp_path / "comparison"
     for folder in (run, comparison):
         folder.mkdir()
-    (run / "config.yaml").write_text(config.model_copy(update={"output_dir": str(run)}).dump())
+    kept = config.model_copy(update={"output_dir": str(run), "export": ExportConfig(keep_adapter=True)})
+    (run / "config.yaml").write_text(kept.dump())
     (comparison / "comparison.yaml").write_text(Members(config, comparison, command="atp").config.dump())
     for folder, started in ((run, start), (comparison, compare)):
         child = held_by_another_process(folder)
@@ -98,7 +100,7 @@ def experiment(config, folder, **overrides):
 
 @pytest.mark.parametrize("command", [start, compare, experiment])
 @pytest.mark.parametrize(
-    "wrong", [{"data": {"length": 3000}}, {"model": {"path": "nowhere"}}, {"data": {"train": "nowhere.jsonl"}}]
+    "wrong", [{"data": {"length": 3000}}, {"model": {"path": "/nowhere"}}, {"data": {"train": "nowhere.jsonl"}}]
 )
 def test_what_fails_its_checks_leaves_no_folder(config, tmp_path, command, wrong):
     with pytest.raises(InputError):

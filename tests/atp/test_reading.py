@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from atp.errors import InputError
-from atp.reading import check_file, parse_json, read_yaml, read_yaml_file
+from atp.reading import check_file, existing, parse_json, read_yaml, read_yaml_file
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
@@ -89,6 +89,12 @@ def test_damaged_json_gives_a_reason(text, reason):
 
 def test_a_whole_surrogate_pair_is_a_character():
     assert parse_json(json.dumps({"a": "😀"})) == {"a": "😀"}
+
+
+def test_what_no_path_can_be_is_nowhere(tmp_path):
+    assert existing(str(tmp_path)) == tmp_path and existing("~").is_dir()
+    for text in ("~nobody-of-this-name/a", "x" * 5000, "a\0b", str(tmp_path / "absent")):
+        assert existing(text) is None
 
 
 def test_paths_that_are_no_files(tmp_path):

@@ -51,7 +51,7 @@ PLACES = {
     "saliency": (trainer, "fisher_saliency", signal.SIGHUP),
     "cut": (trainer, "cut_model", signal.SIGTERM),
     "export": (hf, "merge_adapter", signal.SIGINT),
-    "certificate": (hf, "reload_gap", signal.SIGHUP),
+    "certificate": (hf, "certify_export", signal.SIGHUP),
     "scoring the result": (runs, "evaluate_model", signal.SIGTERM, 2),
     "report": (runs, "write_report", signal.SIGHUP),
 }

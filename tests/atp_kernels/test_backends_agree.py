@@ -5,25 +5,13 @@ import math
 
 import pytest
 import torch
+from backends_here import backends
 
 import atp_kernels
-from atp_kernels import GroupPlan, KeptFirst, KeptSlice, Projection
-from atp_kernels.backends import dispatch
+from atp_kernels import GroupPlan, KeptSlice, Projection
 
 NAN, INF = math.nan, math.inf
 META = torch.device("meta")
-
-
-def backends(op, dtype=torch.float32):
-    """Those that take the operation on a CPU."""
-    found = []
-    for name in ("reference", "native", "triton"):
-        try:
-            dispatch.select(op, torch.device("cpu"), dtype, name)
-        except RuntimeError:
-            continue
-        found.append(name)
-    return found
 
 
 def factors():
@@ -152,6 +140,52 @@ def test_every_backend_refuses_with_the_same_sentence(op, call, options, message
     assert len(said) == 1 and next(iter(said)).startswith(message)
 
 
+def stacked(**changed):
+    """Projections of 4, 6 and 6 outputs whose weights lie in one storage; `changed` has what they get instead."""
+    weights = [torch.ones(n, 4) for n in (4, 6, 6)]
+    atp_kernels.stack_weights(*weights)
+    made = [Projection(w, torch.ones(2, 4), torch.ones(len(w), 2), 1.0, torch.ones(len(w))) for w in weights]
+    return [linear._replace(**{name: change[i] for name, change in changed.items()}) for i, linear in enumerate(made)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora_b": (torch.ones(6, 2), torch.ones(4, 2), torch.ones(6, 2))}, "lora_b has shape [6, 2]"),
+        ({"bias": (torch.ones(6), torch.ones(4), torch.ones(6))}, "bias has shape [6]"),
+        (
+            {
+                "lora_a": (torch.ones(1, 4), torch.ones(3, 4), torch.ones(2, 4)),
+                "lora_b": (torch.ones(4, 3), torch.ones(6, 1), torch.ones(6, 2)),
+            },
+            "lora_b has shape [4, 3]",
+        ),
+        ({"lora_a": (torch.ones(2, 4), torch.ones(2, 4, device=META), torch.ones(2, 4))}, "lora_a is on meta and x on"),
+        ({"bias": (torch.ones(4), torch.ones(6, device=META), None)}, "bias is on meta and x on cpu"),
+    ],
+)
+def test_stacked_projections_that_only_fit_together_are_refused(changed, message):
+    for backend in backends("masked_lora_qkv"):
+        with pytest.raises(ValueError) as raised:
+            atp_kernels.masked_lora_qkv(torch.ones(5, 4), *stacked(**changed), backend=backend)
+        assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ((torch.ones(6), torch.ones(4), None), "out_mask has shape [6], but weight and x need [4]."),
+        ((None, torch.ones(6, device=META), torch.ones(6)), "out_mask is on meta and x on cpu"),
+        ((torch.tensor(True), None, None), "out_mask has shape [], but weight and x need [4]."),
+    ],
+)
+def test_masks_of_a_stack_that_only_fit_together_are_refused(masks, message):
+    for backend in backends("masked_lora_qkv"):
+        with pytest.raises(ValueError) as raised:
+            atp_kernels.masked_lora_qkv(torch.ones(5, 4), *stacked(), masks=masks, backend=backend)
+        assert str(raised.value).startswith(message)
+
+
 def test_a_call_that_is_refused_has_written_nothing():
     whole = torch.ones(4, 3)
     for backend in backends("group_prox_"):
@@ -236,6 +270,16 @@ def test_a_plan_that_nobody_checked_is_refused():
             atp_kernels.group_prox_([factor.detach()], by_hand, REMOVED, 0.5, backend=backend)
 
 
+def test_an_operator_takes_the_parts_of_a_plan_in_any_memory():
+    for backend in backends("group_prox_"):
+        factor, expected = (factors()[0].detach() for _ in range(2))
+        plan = GroupPlan.of([factor], ROWS, 3)
+        parts = [torch.stack([p.long(), p.long() + 2**30], 1)[:, 0] for p in (plan.index, plan.order, plan.starts)]
+        torch.ops.atp_kernels.group_prox_([factor], plan.axes, *parts, REMOVED, torch.ones(3), backend)
+        atp_kernels.group_prox_([expected], plan, REMOVED, 1.0, backend=backend)
+        assert torch.equal(factor, expected)
+
+
 @pytest.mark.parametrize("field", ["index", "order", "starts"])
 @pytest.mark.parametrize("bad", [-1, 1, 2**30])
 def test_an_operator_takes_no_plan_that_leads_out_of_its_factors(field, bad):
@@ -248,99 +292,6 @@ def test_an_operator_takes_no_plan_that_leads_out_of_its_factors(field, bad):
     parts[field][-1] = bad
     with pytest.raises(ValueError, match="are those of no plan for these factors"):
         torch.ops.atp_kernels.group_prox_([factor], plan.axes, *parts.values(), *arguments)
-    with pytest.raises(ValueError, match="are those of no plan for these factors"):
-        torch.ops.atp_kernels.group_prox_([factor], plan.axes, *(part[:0] for part in parts.values()), *arguments)
-
-
-def kinds(size):
-    return None, torch.arange(size) % 2 == 0, torch.linspace(0, 1, size)
-
-
-@pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
-@pytest.mark.parametrize("mask_lora", [False, True])
-@pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
-def test_masked_linear_of_a_zero_size(zero, mask_lora, lead):
-    sizes = {"rows": 5, "n_in": 4, "n_out": 6, "rank": 2} | {zero: 0}
-    rows, n_in, n_out, rank = sizes.values()
-    rng = torch.Generator().manual_seed(0)
-    shapes = ((*lead, rows, n_in), (n_out, n_in), (rank, n_in), (n_out, rank), (n_out,))
-    tensors = [torch.randn(shape, generator=rng) for shape in shapes]
-    for out_mask, in_mask in itertools.product(kinds(n_out), kinds(n_in)):
-        results = []
-        for backend in backends("masked_lora_linear"):
-            x, weight, lora_a, lora_b, bias = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-            masks = [mask if mask is None else mask.clone() for mask in (out_mask, in_mask)]
-            options = {"out_mask": masks[0], "in_mask": masks[1], "mask_lora": mask_lora, "bias": bias, "scaling": 2.0}
-            soft = [mask.requires_grad_() for mask in masks if mask is not None and mask.is_floating_point()]
-            y, *norms = atp_kernels.masked_lora_linear_with_norms(x, weight, lora_a, lora_b, **options, backend=backend)
-            alone = atp_kernels.masked_lora_linear(x, weight, lora_a, lora_b, **options, backend=backend)
-            drawn = atp_kernels.masked_lora_linear(
-                x, weight, lora_a, lora_b, **options, dropout=0.5, seed=1, backend=backend
-            )
-            assert y.shape == (*lead, rows, n_out)
-            grads = torch.autograd.grad(y.sum() + alone.sum() + drawn.sum(), leaves + soft)
-            results.append([y.detach(), alone.detach(), drawn.detach(), *norms, *grads])
-        for other in results[1:]:
-            torch.testing.assert_close(other, results[0])
-
-
-@pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
-def test_kept_linear_and_blocks_of_a_zero_size(zero):
-    rows, n_in, n_out, rank = ({"rows": 5, "n_in": 4, "n_out": 6, "rank": 2} | {zero: 0}).values()
-    kept_out, kept_in = torch.arange(n_out) % 2 == 0, torch.arange(n_in) % 2 == 0
-    for backend in backends("kept_lora_linear"):
-        x = torch.ones(2, rows, n_in, requires_grad=True)
-        gate = Projection(*(torch.ones(shape) for shape in ((n_out, n_in), (rank, n_in), (n_out, rank))), 1.5)
-        down = Projection(*(torch.ones(shape) for shape in ((n_in, n_out), (rank, n_out), (n_in, rank))), 1.5)
-        for order in (lambda mask: mask, KeptFirst):
-            for masks in ({"out_mask": order(kept_out)}, {"in_mask": order(kept_in)}, {}):
-                slice_ = KeptSlice(gate.weight, torch.ones(n_out), **masks, pad_to=2)
-                y = atp_kernels.kept_lora_linear(x, slice_, *gate[1:3], scaling=1.5, backend=backend)
-                assert y.shape == (2, rows, n_out)
-                assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-            side = order(kept_out)
-            slices = [KeptSlice(gate.weight, out_mask=side), KeptSlice(gate.weight, out_mask=side)]
-            slices.append(KeptSlice(down.weight, in_mask=side))
-            y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, kept=tuple(slices), backend=backend)
-            assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-    for backend in backends("masked_lora_swiglu"):
-        x = torch.ones(2, rows, n_in, requires_grad=True)
-        for mask, mask_lora in ((None, False), (kept_out, False), (kept_out.float(), True)):
-            y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, mask=mask, mask_lora=mask_lora, backend=backend)
-            assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-            parts = atp_kernels.masked_lora_qkv(
-                x, gate, gate, gate, masks=(mask,) * 3, mask_lora=mask_lora, backend=backend
-            )
-            assert all(part.shape == (2, rows, n_out) for part in parts)
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)], ids=str)
-@pytest.mark.parametrize("axis", [0, 1])
-def test_group_operations_of_a_zero_size(shape, axis):
-    n_groups = shape[axis]
-    groups, removed = [(axis, torch.arange(n_groups))], torch.ones(n_groups, dtype=torch.bool)
-    for backend in backends("group_lasso"):
-        factor = torch.ones(shape, requires_grad=True)
-        value = atp_kernels.group_lasso([factor], groups, removed, eps=0.25, backend=backend)
-        assert torch.autograd.grad(value, factor)[0].shape == shape
-        direct = atp_kernels.group_lasso_grad_([factor], groups, removed, eps=0.25, backend=backend)
-        atp_kernels.group_prox_([factor.detach()], groups, removed, 0.5, backend=backend)
-        assert value.item() == direct.item() == 0.5 * n_groups  # sqrt(eps) for every row or column that is there
-
-
-def test_rows_and_gathers_of_a_zero_size():
-    for backend in backends("compact"):
-        assert compact(backend, [], None).shape == (0, 3) and compact(backend, None, []).shape == (4, 0)
-        assert compact(backend, [], [], torch.ones(0, 0)).shape == (0, 0)
-        empty = torch.zeros(2, dtype=torch.int64)[:0]
-        assert atp_kernels.compact(torch.ones(4, 3), empty, None, 8, backend=backend).shape == (0, 3)
-    for backend in backends("lora_dropout"):
-        for shape in ((0, 3), (2, 0), (2, 0, 3), (2, 3, 0), (0,)):
-            assert atp_kernels.lora_dropout(torch.ones(shape), 0.5, 1, backend=backend).shape == shape
-    for backend in backends("rms_norm"):
-        for shape in ((0, 3), (2, 0, 3), (3,)):
-            assert atp_kernels.rms_norm(torch.ones(shape), torch.ones(3), eps=1e-6, backend=backend).shape == shape
-        with pytest.raises(ValueError, match=r"x is torch.float32 of shape \[2, 0\]"):
-            atp_kernels.rms_norm(torch.ones(2, 0), torch.ones(0), eps=1e-6, backend=backend)
-    for backend in backends("cross_entropy_"):
-        assert entropy(backend, torch.zeros(0, dtype=torch.int64), torch.ones(0, 3)).shape == (0,)
+    for wrong in ([part[:0] for part in parts.values()], [plan.index, plan.order, plan.starts + 1]):
+        with pytest.raises(ValueError, match="are those of no plan for these factors"):
+            torch.ops.atp_kernels.group_prox_([factor], plan.axes, *wrong, *arguments)

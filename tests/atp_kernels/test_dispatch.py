@@ -142,3 +142,66 @@ def test_triton_named_without_a_gpu_is_one_sentence():
     listed, error = done.stdout.splitlines()
     assert "no CUDA device" in listed and "no CUDA device" in error, done.stderr
     assert "ATP_KERNELS_BACKEND='triton' cannot take masked_lora_linear" in error
+
+
+@pytest.fixture
+def built_for(monkeypatch):
+    """Pretends an extension with CUDA code for some architectures and a device of some capability."""
+
+    def pretend(archs, capability):
+        monkeypatch.setattr(native, "build_info", lambda: {"cuda_archs": archs.split()})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: capability)
+        dispatch._select.cache_clear()
+
+    yield pretend
+    dispatch._select.cache_clear()
+
+
+RUNS = [
+    ("8.0", (8, 0), True),
+    ("8.0", (8, 9), True),  # a later version of its generation
+    ("8.0", (9, 0), False),
+    ("8.6", (8, 0), False),
+    ("9.0a", (9, 0), True),
+    ("10.0a", (10, 3), False),  # a letter a ties it to one version
+    ("10.0f", (10, 3), True),  # a letter f to one generation
+    ("10.0f+PTX", (12, 0), False),
+    ("8.0 9.0 10.0+PTX", (12, 0), True),
+    ("8.0 9.0 10.0+PTX", (10, 3), True),
+    ("8.0 9.0 10.0+PTX", (7, 5), False),
+    ("9.0a+PTX", (10, 0), False),
+    ("8.0 12.0", (12, 1), True),
+    ("Ampere", (8, 0), False),
+]
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+@pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
+@pytest.mark.parametrize(("archs", "capability", "runs"), RUNS)
+def test_native_takes_a_gpu_that_it_was_built_for(built_for, archs, capability, runs):
+    built_for(archs, capability)
+    gpu = torch.device("cuda", 0)
+    _, name, why = dispatch.select("group_lasso", gpu, torch.float32)
+    assert name == ("native" if runs else "triton")
+    listed = dispatch.available_backends(gpu)["native"]
+    assert dispatch.select("compact", gpu, torch.float32)[1] == ("native" if runs else "reference")
+    if runs:
+        assert why == "first choice on cuda" and listed is None
+        return
+    own = ".".join(map(str, capability))
+    said = f"built for CUDA {', '.join(archs.split())} and cuda:0 is of capability {own}; reinstall with "
+    assert said in why and said in listed and listed.endswith(f"TORCH_CUDA_ARCH_LIST={own}")
+    with pytest.raises(RuntimeError, match="cannot take group_lasso: the native backend was built for CUDA"):
+        dispatch.select("group_lasso", gpu, torch.float32, "native")
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+def test_backends_are_listed_for_a_device(built_for, monkeypatch):
+    built_for("", (9, 0))
+    assert "built without support for cuda" in dispatch.available_backends("cuda:0")["native"]
+    assert "built without support for meta" in dispatch.available_backends("meta")["native"]
+    assert dispatch.available_backends("cpu")["native"] is None
+    built_for("9.0", (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dispatch.available_backends("cuda")["native"] == "torch sees no CUDA device"

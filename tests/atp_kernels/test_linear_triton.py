@@ -190,6 +190,16 @@ def test_offsets_past_32_bits_in_one_operand_alone(name, config):
         assert torch.equal(value, expected[key]), key
 
 
+def test_offsets_past_32_bits_along_the_columns():
+    shape, config = Shape(m=5, n=7, k=300, rank=2, dropout=False), replace(TILE, block_k=128)
+    tensors = on_device(operands(shape, torch.float16))
+    expected = run(shape, tensors, config)
+    for key, value in run(
+        shape, tensors | {"x": far_apart(tensors["x"].t()).t().detach().requires_grad_()}, config
+    ).items():
+        assert torch.equal(value, expected[key]), key
+
+
 def test_bitwise_deterministic():
     shape = Shape(m=150, n=11, k=13, mask_lora=True, p=0.4)
     tensors = on_device(operands(shape, torch.float32))
@@ -201,7 +211,7 @@ def test_bitwise_deterministic():
 
 def test_unmasked_calls_and_empty_batches_go_to_the_vendor_gemm():
     plain, masked = Shape(out_mask=None, in_mask=None), Shape()
-    unfit = replace(masked, m=0), replace(masked, rank=200)
+    unfit = replace(masked, m=0), replace(masked, n=0), replace(masked, rank=200)
     for shape, pays in ((plain, False), (masked, True), *((shape, False) for shape in unfit)):
         t = operands(shape, torch.float32)
         masks = t.get("out_mask"), t.get("in_mask")

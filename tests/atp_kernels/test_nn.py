@@ -147,3 +147,17 @@ def test_compiles_whole():
 def test_wrong_options_are_one_clear_sentence(options, message):
     with pytest.raises(ValueError, match=message):
         MaskedLoRALinear(torch.ones(2, 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        (torch.ones(3), None, r"^weight must be a 2-D floating tensor, not torch.float32 of shape \[3\]\.$"),
+        (torch.ones(2, 3, dtype=torch.int64), None, "^weight must be a 2-D floating tensor, not torch.int64"),
+        (torch.ones(2, 3), torch.ones(3), r"^bias is of shape \[3\] on cpu, but the weight needs \[2\] on cpu\.$"),
+        (torch.ones(2, 3), torch.ones(2, device="meta"), r"^bias is of shape \[2\] on meta, but the weight needs"),
+    ],
+)
+def test_a_wrong_weight_or_bias_is_one_clear_sentence(weight, bias, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedLoRALinear(weight, bias, **OPTIONS)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from backends_here import backends
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from layouts import layouts
@@ -13,7 +14,6 @@ from torch import Tensor
 
 import atp_kernels
 from atp_kernels import GroupPlan, KeptFirst, KeptSlice, Projection, Scratch
-from atp_kernels.backends import dispatch
 
 M, N, K, R = 11, 19, 21, 3  # products large enough for the vendor's bfloat16 code
 OPTIONS = {"scaling": 1.7, "mask_lora": False}
@@ -237,20 +237,11 @@ CASES = {
 }
 
 
-def takes(op: str, dtype: torch.dtype, backend: str) -> bool:
-    try:
-        dispatch.select(op, torch.device("cpu"), dtype, backend)
-    except RuntimeError:
-        return False
-    return True
-
-
 CALLS = [
     pytest.param(name, dtype, backend, id=f"{name}-{str(dtype).removeprefix('torch.')}-{backend}")
     for name, case in CASES.items()
-    for backend in ("reference", "native", "triton")
     for dtype in (torch.float32, torch.bfloat16)
-    if takes(case.op, dtype, backend)
+    for backend in backends(case.op, dtype)
 ]
 
 

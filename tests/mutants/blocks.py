@@ -11,6 +11,7 @@ BLOCKS = "atp_kernels/blocks.py"
 MLP = "tests/atp_kernels/test_blocks.py -k swiglu_is_no_worse_than_unfused"
 MLP_KEPT = "tests/atp_kernels/test_blocks.py -k swiglu_on_kept_slices_is_no_worse"
 ACTIVATIONS = "tests/atp_kernels/test_native_activations.py -k 'any_shape or columns'"
+JOINED = "tests/atp_kernels/test_backends_agree.py -k fit_together"
 QKV = "tests/atp_kernels/test_blocks.py -k qkv_is_no_worse_than_unfused"
 
 TABLE: Table = {
@@ -53,6 +54,14 @@ TABLE: Table = {
         ("(hidden, None, None if mask_lora else mask)", "(hidden, None, None)"),
         ("mask if mask is None or stacked is None else mask.repeat(2)", "None"),
         ("p.lora_b, p.bias, None, *masks)", "p.lora_b, None, None, *masks)"),
+    ),
+    (BLOCKS, JOINED): (
+        ("mask.shape == linear.weight.shape[:1] and mask.device == x.device", "mask.device == x.device"),
+        ("mask.shape == linear.weight.shape[:1] and mask.device == x.device", "mask.shape == linear.weight.shape[:1]"),
+        ("and lora_b.shape == (weight.shape[0], lora_a.shape[0])", "and len(lora_b) == len(weight)"),
+        ("and lora_b.shape == (weight.shape[0], lora_a.shape[0])", "and lora_b.shape[1] == len(lora_a)"),
+        ("and (bias is None or bias.shape == weight.shape[:1])", ""),
+        ("and all(tensor.device == weight.device for tensor in small)", ""),
     ),
     (BLOCKS, QKV): (
         ("masks = torch.cat(masks)", "masks = None"),

@@ -8,12 +8,17 @@ NATIVE = "atp_kernels/backends/native.py"
 PLAN = "atp_kernels/plan.py"
 GROUP_OPS = "atp_kernels/ops/groups.py"
 CALL = "atp_kernels/functional.py"
+CHECKS = "atp_kernels/checks.py"
 GROUP_KERNELS = "atp_kernels/backends/triton/group_kernels.py"
 GROUP_LAUNCHER = "atp_kernels/backends/triton/groups.py"
 
 GROUPS = "tests/atp_kernels/test_groups.py"
 SEPARATE = "tests/atp_kernels/test_groups_separate.py"
 DIRECT = "tests/atp_kernels/test_groups_direct.py"
+BAD_VALUE = "tests/atp_kernels/test_backends_agree.py -k bad_value"
+TWICE = "tests/atp_kernels/test_backends_agree.py -k given_twice"
+REFUSED = "tests/atp_kernels/test_backends_agree.py -k refuses_with_the_same_sentence"
+PLANS = "tests/atp_kernels/test_backends_agree.py -k plan"
 MULTI = "tests/atp_kernels/test_groups_triton.py -k 'joint or kept_groups or any_shape'"
 MULTI_FENCED = "tests/atp_kernels/test_groups_triton.py -k nothing_is_read"
 
@@ -36,16 +41,50 @@ TABLE: Table = {
     ),
     (REFERENCE, GROUPS): (
         (".add_(eps)", ""),
-        ("norms.mul(removed & plan.owned)", "norms.mul(removed)"),
-        ("norms.mul(removed & plan.owned)", "norms.mul(plan.owned)"),
-        ("removed & (norms > 0)", "norms > 0"),
-        ("removed & (norms > 0)", "removed"),
+        ("torch.where(removed & plan.owned, norms, 0)", "torch.where(removed, norms, 0)"),
+        ("torch.where(removed & plan.owned, norms, 0)", "torch.where(plan.owned, norms, 0)"),
+        ("removed & (norms != 0)", "norms != 0"),
+        ("removed & (norms != 0)", "removed"),
         ("grad_out / norms, 0", "1 / norms, 0"),
         ("grad_out / norms, 0", "grad_out, 0"),
         ("slope[index].unsqueeze(1 - axis)", "1"),
     ),
+    (REFERENCE, BAD_VALUE): (
+        ("torch.where(removed & plan.owned, norms, 0)", "norms.mul(removed & plan.owned)"),
+        ("removed & (norms != 0)", "removed & (norms > 0)"),
+        ("torch.where(by == 0, 0, factor * by)", "(factor * by)"),
+    ),
+    (GROUP_KERNELS, BAD_VALUE): (("tl.where(norm == 0, 0.0, ratio)", "tl.where(norm > 0, ratio, 0.0)"),),
+    (REFERENCE, TWICE): (('    check_written(grads, "gradients")\n', ""),),
+    (GROUP_LAUNCHER, TWICE): (('    check_written(grads, "gradients")\n', ""),),
+    (CHECKS, TWICE): (("len(set(addresses)) < len(addresses)", "False"),),
+    (CHECKS, REFUSED): (
+        ("0 <= eps < math.inf", "eps < math.inf"),
+        ("0 <= eps < math.inf", "0 <= eps"),
+        ("low < 0 or high >= size", "high >= size"),
+        ("low < 0 or high >= size", "low < 0"),
+        ("size > 1 and step == 0", "False"),
+    ),
+    (CALL, REFUSED): (
+        ("if not threshold.is_floating_point() or threshold.device != removed.device:",
+         "if not threshold.is_floating_point():"),
+        ("if not threshold.is_floating_point() or threshold.device != removed.device:",
+         "if threshold.device != removed.device:"),
+        ("elif not threshold >= 0:", "elif threshold < 0:"),
+    ),
+    (CALL, PLANS): (("if not plan._checked:", "if False:"),),
+    (PLAN, PLANS): (
+        ("return self._index.clone()", "return self._index"),
+        ("return self._order.clone()", "return self._order"),
+        ("return self._starts.clone()", "return self._starts"),
+        ("[(axis, index.clone()) for axis, index in self._groups]", "self._groups"),
+        ("(values < 0) | (values >= end)", "values >= end"),
+        ("return in_order and int", "return int"),
+        ("and int(self._starts[0]) == 0 and", "and"),
+        ("torch.equal(self._starts.diff(), counts.int())", "True"),
+    ),
     (PLAN, GROUPS): (
-        ("self.starts.diff() > 0", "self.starts.diff() >= 0"),
+        ("self._starts.diff() > 0", "self._starts.diff() >= 0"),
         ("index_add_(0, index + 1, ones)", "index_add_(0, index, ones)"),
         ("torch.argsort(index, stable=True)", "torch.argsort(index, descending=True)"),
         ("if shapes != self.shapes:", "if False:"),
@@ -55,8 +94,8 @@ TABLE: Table = {
     (PLAN, SEPARATE): (
         ("runs = _are_runs(index, [len(index) for _, index in groups], n_groups)", "runs = True"),
         ("runs = _are_runs(index, [len(index) for _, index in groups], n_groups)", "pass"),
-        ("self.runs and self.n_groups == self.index.numel()", "self.runs"),
-        ("self.runs and self.n_groups == self.index.numel()", "self.n_groups == self.index.numel()"),
+        ("self.runs and self.n_groups == self._index.numel()", "self.runs"),
+        ("self.runs and self.n_groups == self._index.numel()", "self.n_groups == self._index.numel()"),
         ("borders[borders < len(index)]] == 1", "borders[:0]] == 1"),
         ("return int(index[-1]) == n_groups - 1 and", "return"),
         ("((steps == 0) | (steps == 1)).all()", "(steps <= 1).all()"),
@@ -81,7 +120,7 @@ TABLE: Table = {
     (REFERENCE, DIRECT): (
         ("removed, norms, weight), strict=True)", "removed, norms, weight.abs()), strict=True)"),
         ("grad += part", "grad.copy_(part)"),
-        ("    plan.check(factors)\n    value, norms", "    value, norms"),
+        ("    plan.check(factors)\n    check_written", "    check_written"),
     ),
     (NATIVE, DIRECT): (
         ("vectors = (removed.contiguous(), weight.float())", "vectors = (removed.contiguous(), weight.float().abs())"),
@@ -115,7 +154,7 @@ TABLE: Table = {
         ("tl.where(norm <= by, 0.0, 1.0 - ratio)", "1.0 - ratio"),
         ("0.0, 1.0 - ratio", "0.0, ratio"),
         ("ratio = tl.div_rn(by, tl.where(norm == 0, 1.0, norm))", "ratio = by"),
-        ("scale = tl.where(norm > 0, ratio, 0.0)", "scale = tl.where(norm > 0, ratio / by, 0.0)"),
+        ("tl.where(norm == 0, 0.0, ratio)", "tl.where(norm == 0, 0.0, ratio / by)"),
         ("scaled = tl.where(factor == 0, 0.0, values * factor)", "scaled = values"),
         ("scaled += tl.load(out_ptrs, mask=some, other=0.0).to(tl.float32)", "pass"),
     ),

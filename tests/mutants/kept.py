@@ -23,6 +23,12 @@ TABLE: Table = {
         ("silent = torch.arange(mask.kept, mask.width,", "silent = torch.arange(mask.width, mask.width,"),
         ("Side(mask.index, mask.place, True)", "Side(mask.index, mask.place, False)"),
     ),
+    (SLICE, "tests/atp_kernels/test_kept_stale.py"): (
+        ("tensor._version != version", "False"),
+        ('given = ("weight", weight), ("bias", bias)', 'given = (("weight", weight),)'),
+        ("if (_version(self.out_mask), _version(self.in_mask)) != self._mask_versions:", "if False:"),
+        ("if _version(new) != new._version:", "if False:"),
+    ),
     (KEPT_MATH, KEPT): (
         ("torch.addmm(bias, rows, matrix, out=target)", "torch.mm(rows, matrix, out=target)"),
         ("_ordered(lora_a, ins, 1).t(), scaling)", "_ordered(lora_a, ins, 1).t(), 1.0)"),

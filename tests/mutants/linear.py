@@ -137,5 +137,8 @@ TABLE: Table = {
         ("and tensor.dtype in dtypes", ""),
         ("masks = (torch.bool, torch.float64 if dtype == torch.float64 else torch.float32)", "masks = (torch.bool,)"),
     ),
+    ("atp_kernels/ops/common.py", "tests/atp_kernels/test_zero_sizes.py -k masked_linear"): (
+        ("tensor.flatten(0, -2) if", "tensor.reshape(-1, tensor.shape[-1]) if"),
+    ),
     ("atp_kernels/ops/common.py", LINEAR): (("Dropout(p, int(seed)) if p else None", "None"),),
 }  # fmt: skip

@@ -9,6 +9,9 @@ TILED = "tests/atp_kernels/test_linear_triton.py -k 'every_combination and soft-
 FENCED = "tests/atp_kernels/test_linear_triton.py -k nothing_is_read_outside"
 DROPPED = "tests/atp_kernels/test_linear_triton.py -k 'combination_with_dropout and soft-soft'"
 BESIDE = "tests/atp_kernels/test_linear_triton.py -k without_masks"
+STRIDED = "tests/atp_kernels/test_strides.py -k 'linear-hard and triton'"
+FAR = "tests/atp_kernels/test_linear_triton.py -k offsets_past"
+FIT = "tests/atp_kernels/test_linear_triton.py -k vendor_gemm"
 SPLIT = "tests/atp_kernels/test_linear_triton.py -k tiles_of_the_table"
 
 TABLE: Table = {
@@ -95,6 +98,23 @@ TABLE: Table = {
     ),
     (LAUNCHER, "tests/atp_kernels/test_linear_triton.py -k half_precision"): (
         ("one_pass = config.one_pass and dropout is None", "one_pass = config.one_pass"),
+    ),
+    (LAUNCHER, STRIDED): (("return tensor.contiguous()", "return tensor"),),
+    (LAUNCHER, FAR): (
+        ("_wide(x, weight, lora_b, lora_input, down, other, y)", "_wide(x, lora_b, lora_input, down, other, y)"),
+        ("_wide(x, weight, lora_b, lora_input, down, other, y)", "_wide(x, weight, lora_input, down, other, y)"),
+        ("_wide(x, weight, lora_b, lora_input, down, other, y)", "_wide(x, weight, lora_b, down, other, y)"),
+        ("_wide(x, weight, lora_b, lora_input, down, other, y)", "_wide(x, weight, lora_b, lora_input, down, y)"),
+        ("WIDE=_wide(g, s, z)", "WIDE=False"),
+    ),
+    (KERNELS, FAR): (("    if WIDE:\n        cols = cols.to(tl.int64)\n    first = split", "    first = split"),),
+    (LAUNCHER, FIT): (
+        ("rows.shape[0] > 0 and weight.numel() > 0", "weight.numel() > 0"),
+        ("rows.shape[0] > 0 and weight.numel() > 0", "rows.shape[0] > 0"),
+    ),
+    (LAUNCHER, "tests/atp_kernels/test_precision.py"): (
+        ("tensor_cores = dtype == torch.float32 and", "tensor_cores ="),
+        ('torch.backends.cuda.matmul.fp32_precision == "tf32"', 'torch.get_float32_matmul_precision() != "highest"'),
     ),
     (LAUNCHER, BESIDE): (
         ("keep_sum, with_norms, dropout, primitives=_PRIMITIVES", "keep_sum, with_norms, primitives=_PRIMITIVES"),

@@ -178,3 +178,18 @@ def test_a_baseline_whose_model_is_not_the_trained_one_fails(config, tmp_path, m
     monkeypatch.setattr(baseline_run, "export_model", lambda *given: original(*given) | {name: value})
     with pytest.raises(NotReached, match=name):
         compare(config, tmp_path / "out", ["dense_lora"], seeds=[0]).execute()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "methods", "message"),
+    [
+        ("decisions", "target_keep", 0.01, ["dense_lora", "atp"], "the nearest share .* keep"),
+        ("data", "length", 4096, ["dense_lora"], "data.length is 4096 and the model reaches 2048 positions"),
+    ],
+)
+def test_what_one_member_cannot_do_is_refused_before_the_first(config, tmp_path, section, key, value, methods, message):
+    config = config.model_copy(deep=True)
+    setattr(getattr(config, section), key, value)
+    with pytest.raises(InputError, match=message):
+        compare(config, tmp_path / "out", methods, seeds=[0]).execute()
+    assert not list(tmp_path.iterdir())

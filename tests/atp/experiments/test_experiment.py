@@ -166,8 +166,11 @@ def test_rows_of_the_same_run_are_replaced_and_all_others_stay(tmp_path):
 
 def test_changed_share_is_the_mean_after_the_budget_is_reached(tmp_path):
     shares = [(0.9, 0.5), (0.6, 0.2), (0.6, 0.1)]
-    records = [{"phase": "search", "target_keep": keep, "changed": changed} for keep, changed in shares]
-    text = "".join(json.dumps(record) + "\n" for record in [*records, {"phase": "tune"}])
+    records = [
+        {"step": step, "phase": "search", "target_keep": keep, "changed": changed}
+        for step, (keep, changed) in enumerate(shares)
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in [*records, {"step": 3, "phase": "tune"}]) + '{"step": 4, "ph'
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
     assert changed_share(tmp_path) == pytest.approx(0.15)
     assert changed_share(tmp_path / "none") == ""

@@ -19,7 +19,9 @@ from atp.cli import main
 from atp.config import ModelConfig
 from atp.errors import InputError
 from atp.loading import load_any_model, load_model, load_tokenizer
-from atp.removal import reload_gap
+from atp.lora.layer import add_lora
+from atp.masks.space import MaskSpace
+from atp.removal import certify_export, reference_logits
 
 
 def refused(folder, load=load_any_model, **where):
@@ -92,12 +94,14 @@ def test_rotary_buffers_of_old_checkpoints_are_fine(tmp_path):
 
 
 def test_an_export_with_a_missing_weight_fails_its_certificate(tmp_path):
-    model = LlamaForCausalLM.from_pretrained(save(tmp_path))
+    stock = LlamaForCausalLM.from_pretrained(save(tmp_path))
     tokens = torch.zeros(1, 4, dtype=torch.long)
-    assert reload_gap(model, tmp_path, tokens).absolute == 0
+    merged = reference_logits(stock, tokens)
+    model = add_lora(stock, MaskSpace.from_config(stock.config), r=1, alpha=1.0, dropout=0.0)
+    assert certify_export(model, merged, tmp_path, tokens)["cut_vs_reloaded"] == 0
     edit_weights(tmp_path, without_layer)
     with pytest.raises(InputError, match="9 weights"):
-        reload_gap(model, tmp_path, tokens)
+        certify_export(model, merged, tmp_path, tokens)
 
 
 def write_gguf(path, model, leave_out=()):
@@ -337,6 +341,10 @@ def test_a_damaged_tokenizer_is_one_sentence(tmp_path, name, content):
         ({"max_position_embeddings": None}, "max_position_embeddings is None"),
         ({"hidden_size": True}, "hidden_size is True"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000: make it at most 4096"),
+        ({"intermediate_size": 2**63}, "intermediate_size is 9223372036854775808: make it at most"),
+        ({"hidden_size": 2**20, "vocab_size": 2**22}, "weights and its files hold"),
+        ({"intermediate_size": 2**22}, "weights and its files hold"),
         ({"hidden_act": "nope"}, "nope"),
         ({"rope_parameters": 5}, "cannot load the model"),
         ({"model_type": "nope"}, "nope"),

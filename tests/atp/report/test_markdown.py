@@ -5,7 +5,7 @@ from markdown_it import MarkdownIt
 
 from atp.compare.table import markdown
 from atp.config import ATPConfig
-from atp.export.card import baseline_card, model_card
+from atp.export.card import adapter_card, base_card, baseline_card, model_card
 from atp.report.markup import code, plain
 
 HOSTILE = [
@@ -32,10 +32,16 @@ def test_a_quoted_text_comes_back_as_it_was(text):
 
 
 @pytest.mark.parametrize("path", HOSTILE)
-@pytest.mark.parametrize("card", [model_card, lambda config, *counts: baseline_card(config, "random", *counts)])
+@pytest.mark.parametrize(
+    "card",
+    [
+        lambda config: model_card(config, 10, 5), lambda config: baseline_card(config, "random", 10, 5), base_card,
+        adapter_card,
+    ],
+)  # fmt: skip
 def test_a_path_does_not_break_out_of_a_card(path, card):
     config = ATPConfig.parse({"model": {"path": path}, "output_dir": "x"})
-    tokens = inline(card(config, 10, 5).split("---", 2)[2])
+    tokens = inline(card(config).split("---", 2)[2])
     assert " ".join(path.split()) in [token.content for token in tokens if token.type == "code_inline"]
     assert not any("html" in token.type or token.type == "link_open" for token in tokens)
     assert sum(token.type == "heading_open" for token in tokens) == 1

@@ -1,0 +1,57 @@
+"""Whole runs of the tiny model, launched as users do: in one process, or in two that torchrun starts."""
+
+import json
+import os
+import subprocess
+import sys
+
+import yaml
+from safetensors.torch import load_file
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SEARCH, SETTLE, TUNE = 4, 2, 2
+STEPS = SEARCH + SETTLE + TUNE
+
+
+def write_settings(config, folder):
+    """Paths of a YAML file for two processes, and of one for a single process that sees the same batches."""
+    values = config.model_dump(mode="json")
+    values["lora"]["dropout"] = 0.0  # drawn per process
+    values["training"] |= {"search": SEARCH, "settle": SETTLE, "tune": TUNE, "save_every": 1}
+    values["evaluation"] |= {"dense_baseline": False, "windows": 2, "questions": 2}
+    paths = []
+    for name, accumulation in (("two", 1), ("one", 2)):
+        values["training"]["gradient_accumulation"] = accumulation
+        paths.append(folder / f"{name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(values), encoding="utf-8")
+    return paths
+
+
+def start(arguments, *, two=True, environment=None):
+    """The process of an `atp` command, or of the torchrun that started it twice."""
+    command = [*(LAUNCH if two else [sys.executable]), "-m", "atp", *arguments]
+    return subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def ended(process, code=0):
+    """What a process printed, once it has ended with this exit code."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def assert_equal(folder, expected):
+    """Decisions, model and losses of two runs are equal, and every step is recorded once."""
+    for name in ("decisions.safetensors", "model/model.safetensors"):
+        found, wanted = load_file(folder / name), load_file(expected / name)
+        assert found.keys() == wanted.keys()
+        for key in found:
+            assert found[key].equal(wanted[key]), f"{name}: {key}"
+    records, wanted = ([json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (folder, expected))
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    for record, other in zip(records, wanted, strict=True):
+        assert abs(record["loss"] - other["loss"]) <= 1e-5 * other["loss"]
+    assert not list(folder.rglob(".writing-*"))

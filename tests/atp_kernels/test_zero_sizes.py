@@ -1,0 +1,104 @@
+"""Operands with a side of size zero: every backend gives the empty result, or the same sentence."""
+
+import itertools
+
+import pytest
+import torch
+from backends_here import backends
+
+import atp_kernels
+from atp_kernels import KeptFirst, KeptSlice, Projection
+
+
+def kinds(size):
+    return None, torch.arange(size) % 2 == 0, torch.linspace(0, 1, size)
+
+
+@pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
+@pytest.mark.parametrize("mask_lora", [False, True])
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
+def test_masked_linear_of_a_zero_size(zero, mask_lora, lead):
+    sizes = {"rows": 5, "n_in": 4, "n_out": 6, "rank": 2} | {zero: 0}
+    rows, n_in, n_out, rank = sizes.values()
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((*lead, rows, n_in), (n_out, n_in), (rank, n_in), (n_out, rank), (n_out,))
+    tensors = [torch.randn(shape, generator=rng) for shape in shapes]
+    for out_mask, in_mask in itertools.product(kinds(n_out), kinds(n_in)):
+        results = []
+        for backend in backends("masked_lora_linear"):
+            x, weight, lora_a, lora_b, bias = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            masks = [mask if mask is None else mask.clone() for mask in (out_mask, in_mask)]
+            options = {"out_mask": masks[0], "in_mask": masks[1], "mask_lora": mask_lora, "bias": bias, "scaling": 2.0}
+            soft = [mask.requires_grad_() for mask in masks if mask is not None and mask.is_floating_point()]
+            y, *norms = atp_kernels.masked_lora_linear_with_norms(x, weight, lora_a, lora_b, **options, backend=backend)
+            alone = atp_kernels.masked_lora_linear(x, weight, lora_a, lora_b, **options, backend=backend)
+            drawn = atp_kernels.masked_lora_linear(
+                x, weight, lora_a, lora_b, **options, dropout=0.5, seed=1, backend=backend
+            )
+            assert y.shape == (*lead, rows, n_out)
+            grads = torch.autograd.grad(y.sum() + alone.sum() + drawn.sum(), leaves + soft)
+            results.append([y.detach(), alone.detach(), drawn.detach(), *norms, *grads])
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
+def test_kept_linear_and_blocks_of_a_zero_size(zero):
+    rows, n_in, n_out, rank = ({"rows": 5, "n_in": 4, "n_out": 6, "rank": 2} | {zero: 0}).values()
+    kept_out, kept_in = torch.arange(n_out) % 2 == 0, torch.arange(n_in) % 2 == 0
+    for backend in backends("kept_lora_linear"):
+        x = torch.ones(2, rows, n_in, requires_grad=True)
+        gate = Projection(*(torch.ones(shape) for shape in ((n_out, n_in), (rank, n_in), (n_out, rank))), 1.5)
+        down = Projection(*(torch.ones(shape) for shape in ((n_in, n_out), (rank, n_out), (n_in, rank))), 1.5)
+        for order in (lambda mask: mask, KeptFirst):
+            for masks in ({"out_mask": order(kept_out)}, {"in_mask": order(kept_in)}, {}):
+                slice_ = KeptSlice(gate.weight, torch.ones(n_out), **masks, pad_to=2)
+                y = atp_kernels.kept_lora_linear(x, slice_, *gate[1:3], scaling=1.5, backend=backend)
+                assert y.shape == (2, rows, n_out)
+                assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+            side = order(kept_out)
+            slices = [KeptSlice(gate.weight, out_mask=side), KeptSlice(gate.weight, out_mask=side)]
+            slices.append(KeptSlice(down.weight, in_mask=side))
+            y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, kept=tuple(slices), backend=backend)
+            assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    for backend in backends("masked_lora_swiglu"):
+        x = torch.ones(2, rows, n_in, requires_grad=True)
+        for mask, mask_lora in ((None, False), (kept_out, False), (kept_out.float(), True)):
+            y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, mask=mask, mask_lora=mask_lora, backend=backend)
+            assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+            parts = atp_kernels.masked_lora_qkv(
+                x, gate, gate, gate, masks=(mask,) * 3, mask_lora=mask_lora, backend=backend
+            )
+            assert all(part.shape == (2, rows, n_out) for part in parts)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_group_operations_of_a_zero_size(shape, axis):
+    n_groups = shape[axis]
+    groups, removed = [(axis, torch.arange(n_groups))], torch.ones(n_groups, dtype=torch.bool)
+    for backend in backends("group_lasso"):
+        factor = torch.ones(shape, requires_grad=True)
+        value = atp_kernels.group_lasso([factor], groups, removed, eps=0.25, backend=backend)
+        assert torch.autograd.grad(value, factor)[0].shape == shape
+        direct = atp_kernels.group_lasso_grad_([factor], groups, removed, eps=0.25, backend=backend)
+        atp_kernels.group_prox_([factor.detach()], groups, removed, 0.5, backend=backend)
+        assert value.item() == direct.item() == 0.5 * n_groups  # sqrt(eps) for every row or column that is there
+
+
+def test_rows_and_gathers_of_a_zero_size():
+    weight, empty = torch.ones(4, 3), torch.zeros(2, dtype=torch.int64)[:0]
+    for backend in backends("compact"):
+        for rows, cols, shape in ((empty, None, (0, 3)), (None, empty, (4, 0)), (empty, empty, (0, 0))):
+            assert atp_kernels.compact(weight, rows, cols, 8, backend=backend).shape == shape
+        assert atp_kernels.compact(torch.ones(0, 0), empty, empty, backend=backend).shape == (0, 0)
+    for backend in backends("lora_dropout"):
+        for shape in ((0, 3), (2, 0), (2, 0, 3), (2, 3, 0), (0,)):
+            assert atp_kernels.lora_dropout(torch.ones(shape), 0.5, 1, backend=backend).shape == shape
+    for backend in backends("rms_norm"):
+        for shape in ((0, 3), (2, 0, 3), (3,)):
+            assert atp_kernels.rms_norm(torch.ones(shape), torch.ones(3), eps=1e-6, backend=backend).shape == shape
+        with pytest.raises(ValueError, match=r"x is torch.float32 of shape \[2, 0\]"):
+            atp_kernels.rms_norm(torch.ones(2, 0), torch.ones(0), eps=1e-6, backend=backend)
+    for backend in backends("cross_entropy_"):
+        assert atp_kernels.cross_entropy_(torch.ones(0, 3), empty, backend=backend).shape == (0,)
