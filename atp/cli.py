@@ -20,7 +20,7 @@ from rich.text import Text
 
 from atp import processes
 from atp.ending import NobodyReads, ending, flush_output, imports_are_done, interrupted
-from atp.errors import InputError, Interrupted, shorten
+from atp.errors import InputError, shorten
 from atp_kernels._version import __version__
 
 
@@ -303,7 +303,9 @@ def main() -> None:
         code = app(standalone_mode=False, prog_name="atp") or 0
         sys.stdout.flush()
         sentence = interrupted()[0] if code == interrupted()[1] else ""
-    except (Exception, Interrupted) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # an interruption is no Exception, nor is a panic of the tokenizers' Rust code
         if type(error).__name__ == "NoArgsIsHelpError":  # `atp` alone
             error.show()
             sys.exit(2)

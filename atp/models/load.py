@@ -204,6 +204,8 @@ def _explained(what: str, path: str | Path) -> Iterator[None]:
                 f"cannot load the {what} from '{path}': it needs code of its own, which is never run: give a model of "
                 "a family that transformers knows"
             ) from error
+        # Of a path that leads nowhere, transformers says that it is no Hub name.
+        why = "no such folder" if os.path.isabs(path) and not os.path.isdir(path) else reason(error)
         raise InputError(
-            f"cannot load the {what} from '{path}': give the folder of a whole model or a Hub name ({reason(error)})"
+            f"cannot load the {what} from '{path}': give the folder of a whole model or a Hub name ({why})"
         ) from error

@@ -90,6 +90,15 @@ def test_an_unforeseen_error_is_one_sentence_and_debug_shows_it(atp, monkeypatch
         atp("env", "--debug")
 
 
+def test_a_panic_is_one_sentence(atp, monkeypatch):
+    class Panic(BaseException):
+        """As Rust's are, which is no Exception."""
+
+    monkeypatch.setattr("atp.environment.describe", fail(Panic("called `Option::unwrap()` on a `None` value")))
+    code, err = atp("env")
+    assert code == 1 and one_sentence(err) and "unwrap" in err and "--debug" in err, err
+
+
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [

@@ -359,6 +359,13 @@ def test_an_odd_config_is_one_sentence(tmp_path, changes, found):
         assert found in refused(tmp_path, load)
 
 
+def test_a_path_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "absent", tmp_path / "file"):
+        for load in (load_any_model, load_tokenizer, lambda config: load_model(config, "head_dim")):
+            assert f"'{path}'" in refused(path, load) and "(no such folder)" in refused(path, load)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", "null", "", "\x00"])
 def test_a_config_that_is_no_config_is_one_sentence(tmp_path, content):
     (save(tmp_path) / "config.json").write_text(content)
