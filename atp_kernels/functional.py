@@ -240,8 +240,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") ->
     logits [rows, vocab], floating, becomes softmax(logits) - onehot(target), rounded once; targets int64 [rows], from 0
     to vocab - 1. Returns [rows], float32 (float64 for float64), and softmax is computed in that dtype. For autograd
     functions of one's own: this one records nothing. Raises ValueError for wrong shapes, dtypes or devices, for logits
-    that ask for a gradient or repeat one place of memory, and (on a CPU, where looking costs no wait) for a target out
-    of range.
+    that ask for a gradient or repeat one place of memory, and on a CPU for a target out of range.
     """
     if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
         raise ValueError(f"logits are {logits.dtype} of shape {list(logits.shape)}: give floating ones [rows, vocab].")
@@ -251,9 +250,13 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") ->
     if logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("cross_entropy_ writes over its logits and they require a gradient: call it on detached ones.")
     check_places("logits", logits)
-    if targets.device.type == "cpu":
-        check_range("targets hold", targets, logits.shape[1], "target")
-    return ops.cross_entropy_op(logits, targets, backend)
+    try:
+        return ops.cross_entropy_op(logits, targets, backend)
+    except RuntimeError:
+        # Only now, since looking at every target is a read that a training step has no need of.
+        if targets.device.type == "cpu":
+            check_range("targets hold", targets, logits.shape[1], "target")
+        raise
 
 
 # The weight of a step is that of the step before.
