@@ -1,7 +1,7 @@
 # Everything sets itself up in $(VENV); nothing outside this folder is touched.
 #   make demo    prune and tune SmolLM2-135M on this machine, with a report
 #   make test    all tests, slow ones included     make bench   benchmarks
-#   make fuzz    5,000 broken inputs, 10 minutes
+#   make fuzz    5,000 broken inputs (docs/reliability.md)
 #   make lint    ruff                              make clean   remove builds and the virtual environment
 #   make chaos   kills, signals and damaged checkpoints (docs/reliability.md)
 
