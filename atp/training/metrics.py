@@ -29,7 +29,7 @@ class MetricsLog:
                 record = json.loads(line)
                 if int(record["step"]) <= step:
                     kept.append(json.dumps(record) + "\n")
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 damaged += 1
         write_text(self.path, "".join(kept))
         return damaged

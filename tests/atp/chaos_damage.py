@@ -42,9 +42,7 @@ def remove_all(path, draw):
 
 def swap(path, draw):
     """With the same file of another checkpoint."""
-    others = [
-        p / path.name for p in path.parents[1].glob("checkpoint-*") if p != path.parent and (p / path.name).exists()
-    ]
+    others = [p for p in path.parents[1].glob(f"checkpoint-*/{path.name}") if p != path and p.is_file()]
     if others:
         other = draw.choice(others)
         mine, theirs = path.read_bytes(), other.read_bytes()

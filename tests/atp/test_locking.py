@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import time
 
@@ -108,6 +109,18 @@ def test_what_fails_its_checks_leaves_no_folder(config, tmp_path, command, wrong
             config, tmp_path / "out", **wrong
         )
     assert not (tmp_path / "deep").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [compare, experiment])
+def test_no_command_writes_over_its_own_model(config, tmp_path, command):
+    model = shutil.copytree(config.model.path, tmp_path / "out" / "custom" / "model")
+    with pytest.raises(InputError, match="which the run writes to and would overwrite"):
+        if command is compare:
+            (tmp_path / "out" / "comparison.yaml").write_text(config.dump())
+            compare(config, tmp_path / "out", resume=True, model={"path": str(model)})
+        else:
+            experiment(config, tmp_path / "out", model={"path": str(model)})
+    assert sorted(path.name for path in model.iterdir()) == sorted(os.listdir(config.model.path))
 
 
 @pytest.mark.parametrize("command", [start, compare])
