@@ -367,7 +367,7 @@ def _plan(factors: Sequence[Tensor], groups: Groups | GroupPlan, removed: Tensor
         plan = groups
         if not plan._checked:
             raise ValueError("the plan was put together by hand: make it with GroupPlan.of.")
-        if fits:
+        if fits or not factors:
             plan.check(factors)
         if removed.shape[0] != plan.n_groups:
             raise ValueError(f"removed has {removed.shape[0]} entries, but the plan has {plan.n_groups} groups.")

@@ -1,6 +1,7 @@
 """torch.library registration and eager short cut of the operations on groups of many factors, and of `compact`."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def lasso(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: floa
     """Group lasso of all factors, checked."""
     if torch.compiler.is_compiling():
         return group_lasso_op(list(factors), *_packed(plan), removed, eps, backend)[0]
-    dtypes = {factor.dtype for factor in factors}
+    dtypes = _dtypes(factors)
     module = select("group_lasso", removed.device, rarest_dtype(dtypes), backend)[0]
     if plan.separate and len(dtypes) == 1 and hasattr(module, "separate_lasso_forward"):
         return SeparateLasso.apply(module, plan, removed, eps, torch.is_grad_enabled(), *factors)
@@ -33,8 +34,17 @@ def lasso_grad_(
         # Detached, because the operator has no gradient of its own to offer.
         factors = [factor.detach() for factor in factors]
         return group_lasso_grad_op(factors, grads, *_packed(plan), removed, weight, eps, backend)
-    module = select("group_lasso_grad_", removed.device, common_dtype(factors), backend)[0]
+    module = select("group_lasso_grad_", removed.device, rarest_dtype(_dtypes(factors)), backend)[0]
     return module.group_lasso_grad_(factors, grads, plan, removed, weight, eps)
+
+
+def _dtypes(factors: Sequence[Tensor]) -> set[torch.dtype]:
+    """Those of the factors. Raises ValueError for one that no gradient can have."""
+    found = set(map(attrgetter("dtype"), factors))
+    for dtype in found:
+        if not dtype.is_floating_point:
+            raise ValueError(f"a factor is {dtype}: give floating tensors.")
+    return found
 
 
 def _grads(factors: Sequence[Tensor]) -> list[Tensor]:
@@ -62,7 +72,7 @@ def prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold
     if torch.compiler.is_compiling():
         group_prox_op(list(factors), *_packed(plan), removed, threshold, backend)
         return
-    module = select("group_prox_", removed.device, common_dtype(factors), backend)[0]
+    module = select("group_prox_", removed.device, rarest_dtype(_dtypes(factors)), backend)[0]
     module.group_prox_(factors, plan, removed, threshold)
 
 

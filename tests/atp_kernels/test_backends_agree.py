@@ -140,6 +140,20 @@ def test_every_backend_refuses_with_the_same_sentence(op, call, options, message
     assert len(said) == 1 and next(iter(said)).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [([], "the plan was made for 1 factors of other shapes"), ([torch.ones(4, 3).long()], "a factor is torch.int64")],
+)
+def test_a_plan_refuses_what_a_list_of_groups_refuses(given, message):
+    plan = GroupPlan.of(factors(), ROWS, 3)
+    for backend in backends("group_lasso"):
+        for call in (atp_kernels.group_lasso, atp_kernels.group_lasso_grad_):
+            with pytest.raises(ValueError, match=message):
+                call(given, plan, REMOVED, backend=backend)
+        with pytest.raises(ValueError, match=message):
+            atp_kernels.group_prox_(given, plan, REMOVED, 0.5, backend=backend)
+
+
 def stacked(**changed):
     """Projections of 4, 6 and 6 outputs whose weights lie in one storage; `changed` has what they get instead."""
     weights = [torch.ones(n, 4) for n in (4, 6, 6)]
