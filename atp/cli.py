@@ -1,6 +1,7 @@
 """The `atp` command. Errors are one sentence.
 
-Exit codes: 0 done, 1 the system refused or something unforeseen, 2 bad input, 3 not reached, 130/143 interrupted.
+Exit codes: 0 done, 1 the system refused or something unforeseen, 2 bad input, 3 not reached, 129, 130 and 143 after a
+signal, 141 where nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def train(
 
     _note()
     settings = ATPConfig.load(config, overrides)
-    console.print(settings.dump(), markup=False, highlight=False)
+    console.print(settings.dump())
     show(Run(settings, resume=resume, command=_command(), say=console.print, profile=profile).execute())
     console.print(f"report: {Path(settings.output_dir) / 'report.html'}")
 
@@ -195,7 +196,7 @@ def compare(
         shown.add_row(*row)
     console.print(shown)
     for remark in remarks(content):
-        console.print(remark, markup=False, highlight=False)
+        console.print(remark)
     console.print(f"page: {folder / 'comparison.html'}")
 
 
@@ -256,7 +257,7 @@ def env(debug: _Debug = False) -> None:
     from atp.environment import describe
 
     for name, value in describe().items():
-        console.print(f"{name}: {value}", markup=False, highlight=False)
+        console.print(f"{name}: {value}")
 
 
 def show(summary: dict) -> None:
@@ -331,7 +332,7 @@ def _note() -> None:
     from atp.environment import slow_kernels
 
     if reason := slow_kernels():
-        console.print(f"slow kernels: {reason} (ATP_BUILD=0 silences this)", markup=False, highlight=False)
+        console.print(f"slow kernels: {reason} (ATP_BUILD=0 silences this)")
 
 
 def _listed(text: str) -> list[str]:

@@ -160,6 +160,8 @@ def _read_hub(source: str, limit: int | None) -> list[Row]:
     name, _, split = source.partition(":")
     name, _, config = name.partition("#")
     shown = shorten(source)
+    if not name:
+        raise InputError(f"'{shown}' names no data: give a {' or '.join(SUFFIXES)} file or a Hub name")
     try:
         import datasets
     except ImportError as error:

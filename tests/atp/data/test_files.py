@@ -103,6 +103,12 @@ def test_cells_may_be_long_and_the_limit_of_other_code_stays(tmp_path):
     assert csv.field_size_limit() == before, "also between two rows"
 
 
+@pytest.mark.parametrize("source", ["", ":test", "#config"])
+def test_a_source_without_a_name_is_refused(source):
+    with pytest.raises(InputError, match=f"^'{source}' names no data: give a .jsonl or .csv or .parquet file"):
+        read_rows(source)
+
+
 def test_paths_that_are_no_files_say_what_they_are(tmp_path):
     (tmp_path / "dir.jsonl").mkdir()
     for source, reason in {
