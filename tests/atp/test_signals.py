@@ -15,20 +15,7 @@ from atp.errors import Interrupted
 from atp.export import hf
 from atp.training import trainer
 
-
-@pytest.fixture(autouse=True)
-def wide_budget(monkeypatch):
-    """One channel of the tiny model is more than the tolerance on the budget."""
-    monkeypatch.setattr(runs, "BUDGET_TOLERANCE", 0.02)
-
-
-@pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "BUDGET_TOLERANCE", 0.02)
-        start(config, folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("wide_budget")
 
 
 def signalled(patch, where, name, signum, after=0):
