@@ -5,12 +5,12 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from atp.config import ATPConfig
+from atp.decide.budget import Budget
+from atp.decide.reach import nearest_share
+from atp.decide.rules import width_rules
 from atp.errors import InputError, quote, shorten
 from atp.loading import RunData, check_length
-from atp.masks.budget import Budget
-from atp.masks.reach import nearest_share
-from atp.masks.rules import width_rules
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 BUDGET_TOLERANCE = 0.002  # of the decoder, between the target and what a run keeps
 

@@ -17,10 +17,11 @@ except ModuleNotFoundError as error:
     raise requirements.missing(error, "pydantic") from None
 
 from atp.errors import InputError, quote, shorten
-from atp.masks.generator import GeneratorKind
-from atp.masks.space import SpaceName
 from atp.reading import read_yaml, read_yaml_file
+from atp.spaces.space import SpaceName
 from atp.unknown_keys import unknown_key
+
+GeneratorKind = Literal["transformer", "gru", "free"]
 
 _LARGEST = 2**32 - 1  # what NumPy takes as a seed, and more than any count needs
 _DEEPEST_KEY = 8  # sections of an override's key

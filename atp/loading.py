@@ -15,9 +15,9 @@ from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
 from atp.data.recipes import packages_of
 from atp.errors import InputError
 from atp.finite import refuse_weights
-from atp.masks.space import MaskSpace, SpaceName
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.requirements import require
+from atp.spaces.space import MaskSpace, SpaceName
 
 
 @dataclass(frozen=True)

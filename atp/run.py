@@ -31,12 +31,12 @@ from atp.loading import RunData, check_packages, load_data, load_model, load_tok
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
+from atp.signals import SignalGuard
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import check_trackers
 from atp.training.callbacks import ProgressCallback, make_progress
 from atp.training.checkpoint import newest
 from atp.training.fingerprints import fingerprints, of_model_folder, refuse_other_inputs
-from atp.training.guards import SignalGuard
 from atp.training.lora_trainer import LoraTrainer
 from atp.training.memory import less_memory
 from atp.training.metrics import PhaseClock

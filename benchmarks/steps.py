@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from atp.config import DecisionsConfig
 from atp.data import collate
+from atp.decide.budget import Budget
+from atp.decide.fit import fit_mask
+from atp.decide.maker import DecisionMaker
 from atp.lora.controller import MaskController
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import ADAPTER, MaskedLoraLinear, add_lora
-from atp.masks.budget import Budget
-from atp.masks.fit import fit_mask
-from atp.masks.space import MaskSpace
 from atp.models.attention import use_training_attention
 from atp.removal import cut_model
-from atp.training.decisions import DecisionMaker
+from atp.spaces.space import MaskSpace
 from atp.training.loss import causal_lm_loss
 from atp_kernels import reference
 from benchmarks.case import Case, Variant, Variants

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from atp.config import ATPConfig
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 PHASE = "dense_lora"
 

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from atp.baselines.calibration import calibration_batches
 from atp.baselines.masked import masked_loss
 from atp.config import ATPConfig
-from atp.masks.space import MaskSpace
-from atp.training.decisions import DecisionMaker
-from atp.training.saliency import fisher_saliency, saliency_logits
+from atp.decide.maker import DecisionMaker
+from atp.decide.saliency import fisher_saliency, saliency_logits
+from atp.spaces.space import MaskSpace
 
 
 def disp_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:

@@ -17,8 +17,8 @@ from atp.baselines.calibration import Batch, calibration_batches, calibration_lo
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.weights import LinearName, group_sums, prunable_linears
 from atp.config import ATPConfig
-from atp.masks.budget import Budget
-from atp.masks.space import MaskSpace
+from atp.decide.budget import Budget
+from atp.spaces.space import MaskSpace
 from atp.training.precision import autocast_dtype
 
 Order = Literal["first", "second", "mixed"]

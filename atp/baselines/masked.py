@@ -14,8 +14,8 @@ from atp.config import ATPConfig
 from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.removal.refit import refit
+from atp.spaces.space import MaskSpace
 from atp.training.precision import autocast_dtype
 
 _FUSED = ("mlp", "input_layernorm", "post_attention_layernorm")

@@ -17,8 +17,8 @@ from atp.baselines.simple import magnitude_mask, random_mask, static_mask
 from atp.baselines.slicegpt import choose_bases, slice_model
 from atp.baselines.wanda_sp import wanda_mask
 from atp.config import ATPConfig
-from atp.masks.space import MaskSpace, SpaceName
 from atp.removal import cut_model
+from atp.spaces.space import MaskSpace, SpaceName
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from atp.baselines.masked import masked_loss
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.weights import group_sums, prunable_linears
 from atp.config import ATPConfig
-from atp.masks.budget import Budget
-from atp.masks.fit import fit_mask
-from atp.masks.space import MaskSpace
-from atp.training.saliency import fisher_saliency, saliency_logits
+from atp.decide.budget import Budget
+from atp.decide.fit import fit_mask
+from atp.decide.saliency import fisher_saliency, saliency_logits
+from atp.spaces.space import MaskSpace
 
 
 def random_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:

@@ -21,13 +21,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.baselines.calibration import Batch, calibration_batches
 from atp.config import ATPConfig
+from atp.decide.budget import Budget
 from atp.errors import InputError
 from atp.evaluation.inference import inference
-from atp.masks.budget import Budget
-from atp.masks.space import MaskSpace
 from atp.models.config import ATPLlamaConfig
 from atp.models.layers import BLOCKS, first_layer_inputs, run_block
 from atp.models.llama import ATPLlamaForCausalLM
+from atp.spaces.space import MaskSpace
 
 _MULTIPLE = 8
 _DAMPING = 0.01  # share of the mean variance that is added to all of them

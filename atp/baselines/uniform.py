@@ -7,11 +7,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from atp.decide.budget import Budget
+from atp.decide.rules import width_rules
 from atp.errors import InputError, NotReached
 from atp.finite import is_finite
-from atp.masks.budget import Budget
-from atp.masks.rules import width_rules
-from atp.masks.space import Structure
+from atp.spaces.space import Structure
 
 
 def uniform_mask(

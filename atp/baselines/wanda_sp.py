@@ -17,10 +17,10 @@ from atp.baselines.calibration import Batch, calibration_batches
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.weights import LinearName, group_sums, prunable_linears
 from atp.config import ATPConfig
+from atp.decide.budget import Budget
 from atp.evaluation.inference import inference
-from atp.masks.budget import Budget
-from atp.masks.space import MaskSpace
 from atp.models.layers import hidden_arguments
+from atp.spaces.space import MaskSpace
 from atp.training.precision import autocast_dtype
 
 

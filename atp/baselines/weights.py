@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 LinearName = tuple[int, str]
 """Layer, and name of a linear inside it."""

@@ -20,9 +20,9 @@ from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.files import write_tensors
 from atp.loading import RunData, check_length
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
 from atp.run import Run, check_figures
+from atp.spaces.space import MaskSpace
 from atp.training.arguments import training_arguments
 from atp.training.callbacks import ProgressCallback, make_progress
 

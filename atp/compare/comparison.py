@@ -19,7 +19,7 @@ from atp.files import write_json
 from atp.folders import COMPARISON, check_output_dir
 from atp.loading import check_packages, data_settings, load_tokenizer
 from atp.run import scored_tasks
-from atp.training.guards import SignalGuard
+from atp.signals import SignalGuard
 
 
 class Comparison:

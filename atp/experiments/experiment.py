@@ -21,7 +21,7 @@ from atp.files import check_writable, write_json
 from atp.folders import COMPARISON
 from atp.loading import check_packages, data_settings, load_tokenizer
 from atp.run import scored_tasks
-from atp.training.guards import SignalGuard
+from atp.signals import SignalGuard
 
 
 class Experiment:

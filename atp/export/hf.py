@@ -15,9 +15,9 @@ from atp.errors import NotReached
 from atp.export.card import adapter_card, base_card
 from atp.files import whole_folder, write_json, write_tensors, write_text
 from atp.finite import first_non_finite
-from atp.masks.space import MaskSpace
 from atp.removal import base_of, certify_export, merge_adapter, reference_logits
 from atp.removal.certify import dtype_name
+from atp.spaces.space import MaskSpace
 
 
 def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.lora.layer import MaskedLoraLinear
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 from atp_kernels import KeptFirst, KeptSlice
 
 # Nothing but element-wise work lies between gate, up and down, so their channels may lie in any order, ...

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from atp import processes
+from atp.decide.sampling import logistic_noise
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
-from atp.masks.sampling import logistic_noise
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 _GAMMA, _ZETA = -0.1, 1.1  # the ends of the stretched interval ...
 _TEMPERATURE = 2 / 3  # ... and the temperature of the paper, section 4

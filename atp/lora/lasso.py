@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_
 
 

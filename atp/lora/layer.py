@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
-from atp.masks.space import MaskSpace
 from atp.rng import seeded
+from atp.spaces.space import MaskSpace
 from atp_kernels import (
     KeptSlice,
     Projection,

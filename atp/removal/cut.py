@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.lora.layer import fuse_layers
-from atp.masks.space import MaskSpace
 from atp.models.config import ATPLlamaConfig, LayerShape
 from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
+from atp.spaces.space import MaskSpace
 from atp_kernels.functional import compact
 
 _LINEAR = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?P<module>(?:self_attn|mlp)\.\w+?)\.(?P<parameter>.+)$")

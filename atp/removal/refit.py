@@ -19,8 +19,8 @@ from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.lora.controller import MaskController
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
-from atp.masks.space import MaskSpace, Structure
 from atp.models.layers import BLOCKS, first_layer_inputs, reached, run_block
+from atp.spaces.space import MaskSpace, Structure
 
 _DAMPING = 0.01
 _ROWS = 4096  # tokens in one product

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from atp.decide.maker import DecisionMaker
 from atp.training.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors
-from atp.training.decisions import DecisionMaker
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

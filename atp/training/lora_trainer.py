@@ -17,15 +17,15 @@ from atp import processes
 from atp.config import ATPConfig
 from atp.data import collate
 from atp.errors import InputError, Interrupted
-from atp.finite import refuse_weights
+from atp.finite import FiniteGuard, refuse_weights
 from atp.models.attention import use_training_attention
+from atp.signals import SignalGuard
 from atp.training import checkpoint as checkpoints
 from atp.training.arguments import training_arguments
 from atp.training.callbacks import ClockCallback, PhaseCallback
 from atp.training.checkpoint import Checkpoint, resume_point
 from atp.training.decision_state import prefixed
 from atp.training.fingerprints import fingerprints, refuse_other_inputs
-from atp.training.guards import FiniteGuard, SignalGuard
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.order import RunOrder, run_order

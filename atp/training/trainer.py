@@ -24,6 +24,8 @@ from atp import processes
 from atp.checks import check_reachable
 from atp.config import ATPConfig
 from atp.data import collate
+from atp.decide.maker import DecisionMaker, frozen
+from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.errors import InputError
 from atp.evaluation.inference import inference
 from atp.export.card import model_card
@@ -33,22 +35,20 @@ from atp.lora.controller import MaskController
 from atp.lora.l0 import L0Gates
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.removal import cut_model, cut_state_dict
 from atp.removal.certify import certificate_tokens
 from atp.removal.refit import refit
+from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints
 from atp.training.certificate import at_cut, at_freeze, masked_logits, write_certificate
 from atp.training.checkpoint import Checkpoint
 from atp.training.decision_state import decision_tensors, prefixed, restore_decisions
-from atp.training.decisions import DecisionMaker, frozen
 from atp.training.fingerprints import fingerprints
 from atp.training.lora_trainer import LoraTrainer
 from atp.training.loss import causal_lm_loss
 from atp.training.order import run_order
 from atp.training.phases import Phases
 from atp.training.profiling import scope
-from atp.training.saliency import fisher_saliency, saliency_logits
 
 _UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 

@@ -49,7 +49,7 @@ def product_problem(case: Case) -> tuple[list[Tensor], GroupPlan, Tensor]:
     from transformers import LlamaConfig
 
     from atp.lora.lasso import LoraGroups
-    from atp.masks.space import MaskSpace
+    from atp.spaces.space import MaskSpace
 
     sizes, rng = case.sizes, torch.Generator(case.device).manual_seed(0)
     config = LlamaConfig(

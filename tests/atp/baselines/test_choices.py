@@ -12,12 +12,12 @@ from atp.baselines.simple import magnitude_mask, magnitude_scores, random_mask, 
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.wanda_sp import wanda_scores
 from atp.data import PackedDataset
+from atp.decide.budget import Budget
 from atp.errors import InputError, NotReached
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
-from atp.masks.budget import Budget
-from atp.masks.space import MaskSpace
 from atp.removal import cut_model
+from atp.spaces.space import MaskSpace
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import atp  # noqa: F401  registers the class
 from atp.baselines.calibration import calibration_batches
 from atp.baselines.slicegpt import choose_bases, residual_bases, slice_model, sliced_width
+from atp.decide.budget import Budget
 from atp.evaluation import model_size
-from atp.masks.budget import Budget
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 

@@ -14,7 +14,7 @@ from atp.baselines.tuner import LoraTuner
 from atp.data import PackedDataset
 from atp.errors import InputError, Interrupted
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints
 from atp.training.trainer import ATPTrainer
 

@@ -8,8 +8,8 @@ from atp.data.tasks import ROUGE, Task
 from atp.evaluation import evaluate_model, sliding_windows
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.removal import cut_model, merge_adapter
+from atp.spaces.space import MaskSpace
 
 
 @pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])

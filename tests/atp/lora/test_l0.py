@@ -7,9 +7,9 @@ import torch
 from tiny_lora import masked, random_mask, tokens
 from torch.testing import assert_close
 
+from atp.decide.sampling import logistic_noise
 from atp.lora.controller import MaskController
 from atp.lora.l0 import L0Gates, hard_concrete, open_probability
-from atp.masks.sampling import logistic_noise
 
 GAMMA, ZETA, TEMPERATURE = -0.1, 1.1, 2 / 3
 LOG_ALPHA = torch.tensor([-4.0, -2.0, -0.5, 0.0, 1.0, 2.0, 3.5], dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 from tiny_lora import masked, random_mask, stock
 
 from atp.lora.lasso import LoraGroups
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 # What a decision of a structure touches, as (linear, factor): rows of B or columns of A.
 TOUCHED = {

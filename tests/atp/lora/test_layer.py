@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedLoraLinear, add_lora, fuse_layers
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 SCALING = ALPHA / RANK
 

@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 RANK, ALPHA = 3, 6.0

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from atp.masks.space import MaskSpace
 from atp.models.attention import NAME, training_mask, use_training_attention
 from atp.removal import cut_model
+from atp.spaces.space import MaskSpace
 
 LENGTHS = ((3, 1, 6), (10,), (2, 8), (5, 5))  # samples of each window of 10 tokens
 POSITIONS = torch.tensor([[position for n in row for position in range(n)] for row in LENGTHS])

@@ -20,8 +20,8 @@ from atp.config import ModelConfig
 from atp.errors import InputError
 from atp.loading import load_any_model, load_model, load_tokenizer
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.removal import certify_export, reference_logits
+from atp.spaces.space import MaskSpace
 
 
 def refused(folder, load=load_any_model, **where):

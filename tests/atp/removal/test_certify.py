@@ -11,7 +11,6 @@ from zeroed import VOCAB, random_mask, stock_model, tokens
 import atp  # noqa: F401  registers the class for reloading
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.removal import (
     certify_export,
     compare,
@@ -20,6 +19,7 @@ from atp.removal import (
     merge_adapter,
     reference_logits,
 )
+from atp.spaces.space import MaskSpace
 from benchmarks.case import Variant
 from benchmarks.measure import peak_bytes
 

@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 from zeroed import HEAD_DIM, HIDDEN, INNER, KV_HEADS, LAYERS, VOCAB, random_mask, stock_model, tokens, zeroed
 
-from atp.masks.space import MaskSpace
 from atp.removal.cut import cut_config, cut_model, cut_state_dict
+from atp.spaces.space import MaskSpace
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -12,9 +12,9 @@ from zeroed import HEAD_DIM, HEADS, INNER, KV_HEADS, random_mask, stock_model, t
 
 from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedLoraLinear, add_lora
-from atp.masks.space import MaskSpace
 from atp.models import ATPLlamaForCausalLM
 from atp.removal.cut import cut_model, cut_state_dict, merge_adapter
+from atp.spaces.space import MaskSpace
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -15,10 +15,10 @@ from atp.export import hf
 from atp.lora.controller import MaskController
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.removal import base_of, check_certificate, cut_model, logit_gap, merge_adapter, merge_error, reference_logits
 from atp.removal.certify import AT_EXPORT, LIMITS, USUAL_ROUNDING, rounding_remark
 from atp.removal.widen import widened
+from atp.spaces.space import MaskSpace
 from atp.training.certificate import at_cut, masked_logits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,10 +7,10 @@ from zeroed import HEAD_DIM, INNER, LAYERS, random_mask, stock_model, tokens
 
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.models.layers import first_layer_inputs, run_block
 from atp.removal.cut import cut_model
 from atp.removal.refit import refit
+from atp.spaces.space import MaskSpace
 
 
 def wrapped(model, space, filled=True):

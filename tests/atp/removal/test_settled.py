@@ -8,8 +8,8 @@ from zeroed import random_mask, stock_model, tokens
 from atp.lora.controller import MaskController
 from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.removal.cut import cut_model, cut_state_dict
+from atp.spaces.space import MaskSpace
 
 
 def settled(space_name):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from atp.errors import Interrupted, NotReached
-from atp.training.guards import FiniteGuard, SignalGuard
+from atp.finite import FiniteGuard
+from atp.signals import SignalGuard
 
 
 def step(model, optimizer, guard, number, poison=None):

@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from atp.data import collate
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
-from atp.masks.space import MaskSpace
 from atp.models.attention import use_training_attention
 from atp.removal import cut_model
+from atp.spaces.space import MaskSpace
 from atp.training.loss import causal_lm_loss
 
 IGNORE = -100

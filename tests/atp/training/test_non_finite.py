@@ -10,11 +10,11 @@ from transformers import LlamaConfig, TrainerCallback
 
 from atp.baselines.tuner import LoraTuner
 from atp.config import DecisionsConfig
+from atp.decide.maker import DecisionMaker
+from atp.decide.saliency import fisher_saliency
 from atp.errors import InputError, Interrupted, NotReached
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints
-from atp.training.decisions import DecisionMaker
-from atp.training.saliency import fisher_saliency
 
 NAN = math.nan
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tiny_run import CUT, SEARCH, SETTLE, TOTAL, TUNE, make, trained_tensors
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from atp.decide.budget import Budget
 from atp.errors import InputError, Interrupted, NotReached
-from atp.masks.budget import Budget
 from atp.training import checkpoint as checkpoints
 from atp.training.trainer import ATPTrainer
 

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from tiny import config, larger
+from tiny_spaces import config, larger
 
 from atp.baselines.uniform import uniform_mask
 from atp.config import ATPConfig
+from atp.decide.budget import Budget
+from atp.decide.fit import fit_mask
+from atp.decide.rules import width_rules
 from atp.demo import demo_config
-from atp.masks.budget import Budget
-from atp.masks.fit import fit_mask
-from atp.masks.rules import width_rules
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
            "num_key_value_heads": 3, "head_dim": 64}  # fmt: skip

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from atp.decide.budget import Budget
+from atp.decide.rules import width_rules
+from atp.decide.sampling import keep_one
 from atp.errors import NotReached
 from atp.finite import is_finite
-from atp.masks.budget import Budget
-from atp.masks.rules import width_rules
-from atp.masks.sampling import keep_one
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 
 def exact_offset(logits: Tensor, share: float, budget: Budget) -> Tensor:

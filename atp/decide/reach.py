@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atp.masks.budget import Budget
+from atp.decide.budget import Budget
 
 _CLOSE = 1e-5  # of the decoder: a share this near the target is as good as the target
 

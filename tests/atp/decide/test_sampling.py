@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tiny import config
+from tiny_spaces import config
 
-from atp.masks.sampling import gumbel_noise, hard_mask, keep_one, logistic_noise, soft_mask, straight_through
-from atp.masks.space import MaskSpace
+from atp.decide.sampling import gumbel_noise, hard_mask, keep_one, logistic_noise, soft_mask, straight_through
+from atp.spaces.space import MaskSpace
 
 SPACE = MaskSpace.from_config(config())
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from atp.errors import InputError
+from atp.families import Linear, UnsupportedModel, family_of
 
 SpaceName = Literal["head_dim", "kv_group"]
-SUPPORTED_FAMILIES = ("llama", "mistral")
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,6 @@ class Structure:
         return slice(self.start, self.start + self.size)
 
 
-@dataclass(frozen=True)
-class Linear:
-    """Shape of one prunable linear of a decoder layer."""
-
-    out_features: int
-    in_features: int
-    bias: bool
-
-
-class UnsupportedModel(InputError):
-    """The model cannot be pruned in the space that was asked for."""
-
-
 class MaskSpace:
     """All decisions of a model as one flat vector, and the table of what each one removes.
 
@@ -90,32 +76,21 @@ class MaskSpace:
     @classmethod
     def from_config(cls, config: PretrainedConfig, space: SpaceName = "head_dim") -> MaskSpace:
         """Builds the table from a transformers config. Raises `UnsupportedModel` with the remedy."""
-        if config.model_type not in SUPPORTED_FAMILIES:
-            raise UnsupportedModel(
-                f"model family '{config.model_type}' is not supported: use one of {', '.join(SUPPORTED_FAMILIES)}"
-            )
+        family = family_of(config)
         if space not in _TABLES:
             raise UnsupportedModel(f"unknown mask space '{space}': use one of {', '.join(_TABLES)}")
-        hidden, inner = config.hidden_size, config.intermediate_size
+        reason = family.refuses(config, space)
+        if reason:
+            raise UnsupportedModel(f"space '{space}' does not fit model family '{family.name}': {reason}")
+        inner = config.intermediate_size
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        attention_bias = getattr(config, "attention_bias", False)
-        mlp_bias = getattr(config, "mlp_bias", False)
-        linears = {
-            "self_attn.q_proj": Linear(heads * head_dim, hidden, attention_bias),
-            "self_attn.k_proj": Linear(kv_heads * head_dim, hidden, attention_bias),
-            "self_attn.v_proj": Linear(kv_heads * head_dim, hidden, attention_bias),
-            "self_attn.o_proj": Linear(hidden, heads * head_dim, attention_bias),
-            "mlp.gate_proj": Linear(inner, hidden, mlp_bias),
-            "mlp.up_proj": Linear(inner, hidden, mlp_bias),
-            "mlp.down_proj": Linear(hidden, inner, mlp_bias),
-        }
         table = _TABLES[space](heads, kv_heads, head_dim) + [_mlp(inner)]
         structures, start = [], 0
         for layer in range(config.num_hidden_layers):
             for name, size, cuts in table:
                 structures.append(Structure(name, layer, size, start, cuts))
                 start += size
-        return cls(space, structures, linears, norm_params=2 * hidden)
+        return cls(space, structures, family.linears(config), family.norm_params(config))
 
     def layer(self, index: int) -> list[Structure]:
         """The structures of one layer."""

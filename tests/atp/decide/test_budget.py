@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import INNER, LAYERS, config, decoder_params
+from tiny_spaces import INNER, LAYERS, config, decoder_params
 from torch.autograd import gradcheck
 from transformers import LlamaForCausalLM
 
-from atp.masks.budget import Budget
-from atp.masks.sampling import keep_one
-from atp.masks.space import MaskSpace
+from atp.decide.budget import Budget
+from atp.decide.sampling import keep_one
 from atp.removal.cut import cut_model
+from atp.spaces.space import MaskSpace
 
 SPACES = ["head_dim", "kv_group"]
 

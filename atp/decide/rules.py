@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from atp.masks.budget import Budget
+from atp.decide.budget import Budget
 
 _WIDTHS = (64, 32, 16, 8, 4, 2)  # 64: what 4-bit kernels and tensor cores want
 _COARSEST = 0.002  # of the decoder; the fit then ends within half of it

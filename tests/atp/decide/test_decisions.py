@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig
 
 from atp.config import DecisionsConfig
-from atp.masks.budget import Budget
-from atp.masks.space import MaskSpace
-from atp.training.decisions import DecisionMaker, frozen
+from atp.decide.budget import Budget
+from atp.decide.maker import DecisionMaker, frozen
+from atp.spaces.space import MaskSpace
 
 SPACE = MaskSpace.from_config(
     LlamaConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 _TINY = 1e-9
 

@@ -5,15 +5,12 @@ It sees no weights and no data and learns only through gradients of the masks (1
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from atp.masks.space import MaskSpace
+from atp.config import GeneratorKind
 from atp.rng import seeded
-
-GeneratorKind = Literal["transformer", "gru", "free"]
+from atp.spaces.space import MaskSpace
 
 
 class DecisionGenerator(nn.Module):

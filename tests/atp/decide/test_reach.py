@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from tiny import INNER, LAYERS, config, larger
+from tiny_spaces import INNER, LAYERS, config, larger
 
-from atp.masks.budget import Budget
-from atp.masks.fit import fit_mask
-from atp.masks.reach import nearest_share
-from atp.masks.space import MaskSpace
+from atp.decide.budget import Budget
+from atp.decide.fit import fit_mask
+from atp.decide.reach import nearest_share
+from atp.spaces.space import MaskSpace
 
 RULES = [{}, {"mlp": 3}, {"mlp": 5}, {"mlp": 7}, {"mlp": 100}, {"vo": 3, "qk": 2, "mlp": 10}, {"kv_group": 2, "mlp": 4}]
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import HEAD_DIM, HIDDEN, INNER, LAYERS, config
+from tiny_spaces import HEAD_DIM, HIDDEN, INNER, LAYERS, config
 from transformers import GPT2Config, Qwen3Config
 
 from atp.errors import InputError
-from atp.masks.space import MaskSpace, UnsupportedModel
+from atp.spaces.space import MaskSpace, UnsupportedModel
 
 # Two kv heads of 4 dimensions, four query heads. RoPE pairs are (0, 2) and (1, 3).
 HEAD_DIM_TABLE = {

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import LAYERS, config
+from tiny_spaces import LAYERS, config
 
-from atp.masks.generator import DecisionGenerator
-from atp.masks.space import MaskSpace
+from atp.decide.generator import DecisionGenerator
+from atp.spaces.space import MaskSpace
 
 SPACE = MaskSpace.from_config(config())
 NETWORKS = ["transformer", "gru"]

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from atp import processes
 from atp.config import DecisionsConfig
-from atp.masks.budget import Budget
-from atp.masks.fit import exact_mask, exact_offset, fit_mask
-from atp.masks.generator import DecisionGenerator
-from atp.masks.sampling import gumbel_noise, hard_mask, logistic_noise, soft_mask, straight_through
-from atp.masks.space import MaskSpace
-from atp.training.guards import FiniteGuard
+from atp.decide.budget import Budget
+from atp.decide.fit import exact_mask, exact_offset, fit_mask
+from atp.decide.generator import DecisionGenerator
+from atp.decide.sampling import gumbel_noise, hard_mask, logistic_noise, soft_mask, straight_through
+from atp.finite import FiniteGuard
+from atp.spaces.space import MaskSpace
 
 _LATE_SEARCH = 0.8  # after this share of the search the generator's learning rate falls ...
 _LATE_FACTOR = 0.2  # ... to this factor of itself (1-method.md section 5)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import config, larger
+from tiny_spaces import config, larger
 
-from atp.masks.budget import Budget
-from atp.masks.fit import exact_mask, exact_offset, fit_mask
-from atp.masks.sampling import soft_mask
-from atp.masks.space import MaskSpace
+from atp.decide.budget import Budget
+from atp.decide.fit import exact_mask, exact_offset, fit_mask
+from atp.decide.sampling import soft_mask
+from atp.spaces.space import MaskSpace
 
 BUDGETS = {name: Budget(MaskSpace.from_config(larger(), name)) for name in ("head_dim", "kv_group")}
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from atp.decide.budget import Budget
 from atp.errors import NotReached
 from atp.finite import is_finite
-from atp.masks.budget import Budget
-from atp.masks.space import MaskSpace
+from atp.spaces.space import MaskSpace
 
 
 def fisher_saliency(space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss_of: Callable) -> Tensor:
