@@ -83,7 +83,7 @@ class MaskSpace:
         if reason:
             raise UnsupportedModel(f"space '{space}' does not fit model family '{family.name}': {reason}")
         inner = config.intermediate_size
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, family.head_dim(config)
         table = _TABLES[space](heads, kv_heads, head_dim) + [_mlp(inner)]
         structures, start = [], 0
         for layer in range(config.num_hidden_layers):
