@@ -13,12 +13,10 @@ from atp.baselines.calibration import Batch, calibration_batches, calibration_lo
 from atp.config import ATPConfig
 from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
-from atp.lora.layer import add_lora
+from atp.lora.layer import add_lora, stock_modules, unload
 from atp.removal.refit import refit
 from atp.spaces.space import MaskSpace
 from atp.training.precision import autocast_dtype
-
-_FUSED = ("mlp", "input_layernorm", "post_attention_layernorm")
 
 
 @contextmanager
@@ -29,20 +27,13 @@ def masked(
 
     The adapter adds nothing (its B is zero) and learns nothing; the model comes back as it was.
     """
-    training, stock = model.training, [{name: getattr(layer, name) for name in _FUSED} for layer in model.model.layers]
+    training, stock = model.training, stock_modules(model)
     wrapped = add_lora(model, space, r=1, alpha=1.0, dropout=0.0, seed=config.seed).eval()
     wrapped.requires_grad_(False)
     try:
         yield wrapped, MaskController(wrapped, space), autocast_dtype(config.training.precision)
     finally:
-        plain = wrapped.unload()
-        for layer, modules in zip(plain.model.layers, stock, strict=True):
-            # add_lora puts fused modules in the place of these, and unload gives back linears, not modules around them.
-            mlp = modules["mlp"]
-            mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
-            for name, module in modules.items():
-                setattr(layer, name, module)
-        plain.train(training)
+        unload(wrapped, stock).train(training)
 
 
 @contextmanager

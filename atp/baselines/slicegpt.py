@@ -108,16 +108,11 @@ def slice_model(model: PreTrainedModel, bases: Tensor) -> ATPLlamaForCausalLM:
     come apart, since the first and the last basis differ.
     """
     source, hidden, width = model.config, bases.shape[1], bases.shape[2]
-    values = source.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
     # The norm must divide by the original width; with sqrt(hidden / width) as its weight the stock one does.
-    values |= {
-        "hidden_size": width, "head_dim": source.head_dim, "tie_word_embeddings": False, "shortcuts": True,
-        "rms_norm_eps": source.rms_norm_eps * hidden / width,
-    }  # fmt: skip
-    config = ATPLlamaConfig(**values)
-    config._attn_implementation = source._attn_implementation
+    config = ATPLlamaConfig.from_whole(
+        source, hidden_size=width, tie_word_embeddings=False, shortcuts=True,
+        rms_norm_eps=source.rms_norm_eps * hidden / width,
+    )  # fmt: skip
     with torch.device("meta"):
         sliced = ATPLlamaForCausalLM(config)
     dtype = model.lm_head.weight.dtype

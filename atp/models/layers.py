@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 BLOCKS = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
-"""The two residual blocks of a Llama layer: x + block(norm(x))."""
+"""The norm and the module of the two residual blocks of a decoder layer: x + m * block(norm(x))."""
 
 
 class _Stop(Exception):
@@ -49,8 +49,14 @@ def hidden_arguments(batch: dict[str, Any]) -> dict[str, Tensor | None]:
 
 
 def run_block(layer: nn.Module, norm: str, block: str, x: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """x + block(norm(x)), [batch, tokens, hidden]; arguments as `first_layer_inputs` gives them."""
+    """x + m * block(norm(x)), [batch, tokens, hidden]; arguments as `first_layer_inputs` gives them."""
     normed = layer.get_submodule(norm)(x)
     if block == "mlp":
-        return x + layer.mlp(normed)
-    return x + layer.self_attn(hidden_states=normed, **arguments)[0]
+        return add_block(layer, x, layer.mlp(normed))
+    return add_block(layer, x, layer.self_attn(hidden_states=normed, **arguments)[0])
+
+
+def add_block(layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    """x + m * output: what a block gives is added to the residual stream, times Granite's residual multiplier."""
+    multiplier = getattr(layer, "residual_multiplier", 1.0)
+    return x + (output if multiplier == 1 else output * multiplier)

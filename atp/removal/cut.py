@@ -49,14 +49,9 @@ def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> 
 def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPLlamaConfig:
     """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`."""
     _check_mask(space, mask)
-    values = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
-    full = ATPLlamaConfig(**values)
-    shapes = [shape | space.layer_widths(layer, mask) for layer, shape in enumerate(full.layer_shapes)]
-    cut = ATPLlamaConfig(**values, layer_shapes=shapes)
-    cut._attn_implementation = config._attn_implementation
-    return cut
+    whole = ATPLlamaConfig.from_whole(config).layer_shapes
+    shapes = [shape | space.layer_widths(layer, mask) for layer, shape in enumerate(whole)]
+    return ATPLlamaConfig.from_whole(config, layer_shapes=shapes)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.lora.controller import MaskController
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
-from atp.models.layers import BLOCKS, first_layer_inputs, reached, run_block
+from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, run_block
 from atp.spaces.space import MaskSpace
 
 _DAMPING = 0.01
@@ -77,7 +77,8 @@ def refit(
                 )
             changed[f"{name}.base_layer.weight"] = weight
             controller.set(mask, "sum")
-            states = [x + linear(read) for x, read in zip(states, inputs, strict=True)]  # the reader ends its block
+            # The reader ends its block.
+            states = [add_block(layer, x, linear(read)) for x, read in zip(states, inputs, strict=True)]
     controller.clear()
     return changed
 

@@ -30,6 +30,7 @@ from atp.errors import InputError
 from atp.evaluation.inference import inference
 from atp.export.card import model_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
+from atp.families import is_cut
 from atp.loading import load_data, load_model, load_tokenizer
 from atp.lora.controller import MaskController
 from atp.lora.l0 import L0Gates
@@ -199,7 +200,7 @@ class ATPTrainer(LoraTrainer):
     def _bind(self, model: PeftModel) -> None:
         """Points mask controller, lasso table and gates at the model's layers; none is used after the cut."""
         super()._bind(model)
-        cut = self.decisions is not None and self.decisions.frozen and model.config.model_type == "atp_llama"
+        cut = self.decisions is not None and self.decisions.frozen and is_cut(model.config)
         self.controller = None if cut else MaskController(model, self.space)
         self.groups = None if cut else LoraGroups(model, self.space)
         gated = self.config.training.regularizer == "l0" and not cut

@@ -24,6 +24,8 @@ MODELS = {
     },
     "mistral": {},
     "mistral-sliding": {"sliding_window": 6},
+    "qwen2": {},
+    "qwen2-sliding": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
 }
 
 
@@ -79,7 +81,7 @@ def test_gradients_of_kept_weights_equal_the_zeroed_stock_model():
         assert_close(parameter.grad, expected[name], rtol=0, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mistral-sliding"])
+@pytest.mark.parametrize("name", ["llama-tied", "mistral-sliding", "qwen2-sliding"])
 @pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
 def test_generate_with_and_without_cache(name, space_name):
     truth, cut, _, _ = cut_pair(name, space_name)

@@ -1,0 +1,28 @@
+"""The table of families: one line registers one."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from atp.families.family import Family, UnsupportedModel, is_cut
+from atp.families.llama import Llama, Mistral
+from atp.families.qwen2 import Qwen2
+from atp.families.refused import REASONS
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Llama("llama"),
+        Mistral("mistral"),
+        Qwen2("qwen2"),
+    )
+}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a transformers config, also of that of a cut model. Raises `UnsupportedModel` with the remedy."""
+    name = config.family if is_cut(config) else config.model_type
+    if name not in FAMILIES:
+        why = f" because {REASONS[name]}" if name in REASONS else ""
+        raise UnsupportedModel(f"model family '{name}' is not supported{why}: use one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
