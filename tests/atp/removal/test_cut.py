@@ -38,7 +38,7 @@ def cut_pair(name="llama", space_name="head_dim", dtype=torch.float64):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_the_zeroed_stock_model(name, space_name, attention):
     truth, cut, _, _ = cut_pair(name, space_name)
@@ -53,7 +53,7 @@ def test_logits_equal_the_zeroed_stock_model(name, space_name, attention):
     assert expected.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_logits_in_lower_precision(space_name, dtype, tolerance):
     truth, cut, _, _ = cut_pair("llama-biases", space_name, dtype)
@@ -82,7 +82,7 @@ def test_gradients_of_kept_weights_equal_the_zeroed_stock_model():
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mistral-sliding", "qwen2-sliding"])
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_generate_with_and_without_cache(name, space_name):
     truth, cut, _, _ = cut_pair(name, space_name)
     # Left padding: the second prompt is three tokens shorter.

@@ -272,7 +272,7 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space", ["head_dim", "kv_group", "disp"])
 @pytest.mark.parametrize("batches", [1, 2])
 def test_lasso_added_to_gradients_is_the_lasso_in_the_loss(tmp_path, monkeypatch, space, batches):
     """Gradients and records of every step, outside autograd's graph and in it, where nothing is clipped."""
