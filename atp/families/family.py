@@ -45,7 +45,7 @@ def is_cut(config: PretrainedConfig) -> bool:
 
 
 class Family:
-    """A decoder of layers x + m * attention(RMSNorm(x)), then x + m * MLP(RMSNorm(x)), with a gated MLP and RoPE.
+    """Llama's decoder: each layer adds attention(RMSNorm(x)) to x, then MLP(RMSNorm(x)) with a gated MLP.
 
     Subclasses override what differs. name: `model_type` of the transformers config.
     """
@@ -63,15 +63,15 @@ class Family:
         self.name = name
 
     def biases(self, config: PretrainedConfig) -> Biases:
-        """The biases of every decoder layer; none unless overridden."""
-        return Biases()
+        """The biases of every decoder layer."""
+        return Biases(config.attention_bias, config.attention_bias, config.mlp_bias)
 
     def sliding_window(self, config: PretrainedConfig) -> int | None:
-        """How many tokens back, itself included, a token of a sliding layer sees; None where no layer slides."""
-        return None
+        """How many tokens a token of a sliding layer sees, itself included; None where no layer slides."""
+        return config.sliding_window if self.layer_types else None
 
     def logits_divisor(self, config: PretrainedConfig) -> float:
-        """What the head's outputs are divided by before the loss."""
+        """What the outputs of the head are divided by to give logits; config: also that of a cut model."""
         return 1.0
 
     def refuses(self, config: PretrainedConfig, space: str) -> str | None:

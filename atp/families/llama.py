@@ -12,12 +12,12 @@ class Llama(Family):
 
     whole_heads = True
 
-    def biases(self, config: PretrainedConfig) -> Biases:
-        return Biases(config.attention_bias, config.attention_bias, config.mlp_bias)
-
 
 class Mistral(Family):
     """Llama without biases; all layers may use a sliding window."""
+
+    def biases(self, config: PretrainedConfig) -> Biases:
+        return Biases()
 
     def sliding_window(self, config: PretrainedConfig) -> int | None:
         return config.sliding_window

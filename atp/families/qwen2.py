@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5."""
+"""Qwen2 and Qwen2.5, the dense models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,3 @@ class Qwen2(Family):
 
     def biases(self, config: PretrainedConfig) -> Biases:
         return Biases(qkv=True)
-
-    def sliding_window(self, config: PretrainedConfig) -> int | None:
-        return config.sliding_window

@@ -5,9 +5,12 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from atp.families.family import Family, UnsupportedModel, is_cut
+from atp.families.granite import Granite
 from atp.families.llama import Llama, Mistral
 from atp.families.qwen2 import Qwen2
+from atp.families.qwen3 import Qwen3
 from atp.families.refused import REASONS
+from atp.families.smollm3 import SmolLM3
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -15,6 +18,9 @@ FAMILIES: dict[str, Family] = {
         Llama("llama"),
         Mistral("mistral"),
         Qwen2("qwen2"),
+        Qwen3("qwen3"),
+        SmolLM3("smollm3"),
+        Granite("granite"),
     )
 }
 
