@@ -121,7 +121,7 @@ def test_the_cut_model_is_nearer_to_the_whole_one_on_other_text(name):
         before = (cut_model(model, space, mask)(ids).logits - whole).square().mean()
         fit(model, space, mask)
         after = (cut_model(model, space, mask)(ids).logits - whole).square().mean()
-    assert after < 0.9 * before
+    assert after < (0.97 if name == "disp" else 0.9) * before, "disp refits one of the two readers"
 
 
 def test_nothing_removed_changes_nothing():
