@@ -78,7 +78,7 @@ class DataConfig(_Section):
 
 
 class DecisionsConfig(_Section):
-    """How structures are chosen (1-method.md sections 1, 2, 4)."""
+    """How structures are chosen (docs/method.md sections 1, 2, 4)."""
 
     space: SpaceName = "head_dim"
     target_keep: float = Field(0.6, gt=0, lt=1, description="share of decoder parameters that stays")
@@ -215,7 +215,7 @@ class ATPConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# 1-method.md sections 2 to 5: the recorded paper runs (batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget).
+# The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "decisions": {"space": "head_dim", "generator": "transformer", "init": "paper", "budget": "penalty",
