@@ -23,10 +23,8 @@ TABLE = {
         ("mean(1, keepdim=True) * scale.square()", "mean(1, keepdim=True) * scale"),
         ("((direct - wide * pull) * scale)", "(direct * scale)"),
         ("((direct - wide * pull) * scale)", "(direct - wide * pull)"),
-    ),
-    (OP, RMS): (
-        ("(grad_y.to(scales.dtype) * x * scales.unsqueeze(1))", "(grad_y.to(scales.dtype) * scales.unsqueeze(1))"),
-        ("(grad_y.to(scales.dtype) * x * scales.unsqueeze(1))", "(grad_y.to(scales.dtype) * x)"),
+        ("(d_y.to(scales.dtype) * x * scales.unsqueeze(1))", "(d_y.to(scales.dtype) * scales.unsqueeze(1))"),
+        ("(d_y.to(scales.dtype) * x * scales.unsqueeze(1))", "(d_y.to(scales.dtype) * x)"),
     ),
     (OP, RMS_DTYPES): (("backend, result=dtype)", "backend)"),),
     (NATIVE, RMS_DTYPES): (("if call.result is not None and call.result not in extension.DTYPES:", "if False:"),),
