@@ -11,9 +11,9 @@ OPERATION = register(
     Operation(
         name="rms_norm",
         package=__package__,
-        backends=("reference", "native"),
-        # One pass in C++ where ATen makes five over a float32 copy.
-        order={"cpu": Order(("native", "reference"))},
+        backends=("reference", "triton", "native"),
+        # One pass where ATen makes five over a float32 copy.
+        order={"cpu": Order(("native", "reference")), "cuda": Order(("triton", "reference"))},
     )
 )
 
