@@ -230,7 +230,7 @@ class ATPConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# docs/method.md sections 2 to 5: the recorded paper runs (batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget).
+# The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "decisions": {"space": "head_dim", "generator": "transformer", "init": "paper", "budget": "penalty",

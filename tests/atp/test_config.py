@@ -181,7 +181,7 @@ def test_missing_file_is_refused(tmp_path, name, reason):
 
 
 def test_paper_preset_holds_the_recorded_values():
-    """1-method.md sections 2 to 5."""
+    """docs/method.md sections 2 to 5."""
     config = parse(preset="paper")
     decisions, training, lora = config.decisions, config.training, config.lora
     assert (decisions.space, decisions.generator, decisions.init) == ("head_dim", "transformer", "paper")
