@@ -26,7 +26,7 @@ class MaskBaseline:
     """A rule that picks decisions of a mask space; the cut is ATP's own.
 
     rule: (model, space, calibration, config) -> bool [space.size]. space: the space that the method is defined on,
-    None for the one of the config. refits: whether readers of the cut are refitted as in ATP, if the config says so.
+    None for the config's. refits: whether the linears that read removed inputs are refitted, as far as the config says.
     """
 
     rule: Callable[[PreTrainedModel, MaskSpace, Dataset, ATPConfig], Tensor]
@@ -71,6 +71,6 @@ BASELINES: dict[str, MaskBaseline | SliceBaseline | None] = {
     "llm_pruner_mixed": MaskBaseline(partial(taylor_mask, order="mixed"), "kv_group"),
     "wanda_sp": MaskBaseline(wanda_mask, "kv_group"),
     "slicegpt": SliceBaseline(),
-    "disp_llm": MaskBaseline(disp_mask),
+    "disp_llm": MaskBaseline(disp_mask, "disp"),
 }
 """By name; `dense_lora` removes nothing."""

@@ -152,9 +152,9 @@ def curves_png(path: Path, panels: dict[str, dict[str, list[tuple[float, ...]]]]
 
 
 def decisions_png(path: Path, runs: dict[str, Records]) -> None:
-    """For each run how decisions moved: share of every layer's MLP channels kept over steps, and share that flipped.
+    """For each run how decisions moved: what every layer keeps over steps, and the share of decisions that flipped.
 
-    runs: title -> records of metrics.jsonl.
+    runs: title -> records of metrics.jsonl. Of the structures of a layer the last is shown, its MLP channels.
     """
 
     def draw(figure: Figure) -> None:
@@ -162,7 +162,7 @@ def decisions_png(path: Path, runs: dict[str, Records]) -> None:
         for (above, below), (title, records) in zip(grid.T, runs.items(), strict=True):
             decided = [record for record in records if "kept_by_layer" in record]
             steps = [record["step"] for record in decided]
-            shares = [[100 * share for share in record["kept_by_layer"]["mlp"]] for record in decided]
+            shares = [[100 * share for share in [*record["kept_by_layer"].values()][-1]] for record in decided]
             layers = len(shares[0]) if shares else 0
             image = above.pcolormesh(steps, range(layers), list(zip(*shares, strict=True)), vmin=0, vmax=100)
             above.set_title(title)
