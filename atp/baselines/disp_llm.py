@@ -9,6 +9,8 @@ the weights do not learn beside the decisions. `decisions.generator: gru`, `deci
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -32,5 +34,5 @@ def disp_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: 
                               max_bad_steps=config.training.max_bad_steps)  # fmt: skip
         batches = calibration_batches(calibration, config, device, count=len(steps), size=decisions.batch_size)
         for step, batch in zip(steps, batches, strict=True):
-            maker.update(step, lambda mask, batch=batch: loss_of(batch, mask))
+            maker.update(step, partial(loss_of, batch))
     return maker.freeze()

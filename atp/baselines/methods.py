@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -46,7 +47,7 @@ class MaskBaseline:
         space = self.space_of(model, config)
         if self.refits:
             refit_readers(model, space, choice, calibration, config)
-        return cut_model(model, space, choice)
+        return cast(PreTrainedModel, cut_model(model, space, choice))
 
 
 class SliceBaseline:
