@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 
 from atp.errors import InputError, quote, shorten
 from atp.reading import read_yaml, read_yaml_file
-from atp.spaces.space import SpaceName
+from atp.spaces.space import space_names, structure_names
 from atp.unknown_keys import unknown_key
 
 GeneratorKind = Literal["transformer", "gru", "free"]
@@ -78,9 +78,9 @@ class DataConfig(_Section):
 
 
 class DecisionsConfig(_Section):
-    """How structures are chosen (1-method.md sections 1, 2, 4)."""
+    """How structures are chosen (docs/method.md sections 1, 2, 4)."""
 
-    space: SpaceName = "head_dim"
+    space: str = "head_dim"
     target_keep: float = Field(0.6, gt=0, lt=1, description="share of decoder parameters that stays")
     generator: GeneratorKind = "transformer"
     init: Literal["paper", "saliency"] = "saliency"
@@ -99,9 +99,24 @@ class DecisionsConfig(_Section):
         32, ge=0, description="calibration windows on which readers of what is removed are fitted to the rest; 0: not"
     )
     saliency_scale: float = Field(1.0, gt=0, description="standard deviation of the warm-started logits")
-    multiples: dict[Literal["qk", "vo", "kv_group", "mlp"], Annotated[int, Field(ge=1)]] | None = Field(
+    multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         None, description="width rules: structure name -> multiple; null: mlp 64, or as near to it as the model allows"
     )
+
+    @field_validator("space")
+    @classmethod
+    def _is_a_space(cls, value: str) -> str:
+        if value not in space_names():
+            raise ValueError(f"use one of {', '.join(space_names())}")
+        return value
+
+    @field_validator("multiples")
+    @classmethod
+    def _are_structures(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        for name in value or ():
+            if name not in structure_names():
+                raise ValueError(f"no structure is called {quote(name)}: use {', '.join(structure_names())}")
+        return value
 
 
 class LoraSection(_Section):
@@ -215,7 +230,7 @@ class ATPConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# 1-method.md sections 2 to 5: the recorded paper runs (batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget).
+# The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "decisions": {"space": "head_dim", "generator": "transformer", "init": "paper", "budget": "penalty",

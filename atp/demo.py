@@ -25,7 +25,7 @@ def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConf
             "output_dir": str(output_dir),
             # One word of an abstract is its answer: the text around it is most of what there is to learn.
             "data": {"recipe": "health-mini", "length": 192, "loss_on": "all"},
-            # In so short a run whole KV groups measured better than single dimensions (docs/recipe.md).
+            # In so short a run whole KV groups measured better than single dimensions (docs/method.md section 10).
             "decisions": {
                 "space": "kv_group",
                 "saliency_windows": 24,

@@ -17,7 +17,7 @@ from atp.errors import InputError
 from atp.finite import refuse_weights
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.requirements import require
-from atp.spaces.space import MaskSpace, SpaceName
+from atp.spaces.space import MaskSpace
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return read_tokenizer(**_source(config))
 
 
-def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
+def load_model(config: ModelConfig, space: str) -> nn.Module:
     """The causal LM to prune in the dtype of the config, after its family was checked against the mask space.
 
     Raises `InputError` when there is none, and for weights that are quantized or hold NaN or infinity.

@@ -23,8 +23,7 @@ from atp.lora.layer import add_lora
 from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
 from atp.run import Run, check_figures
 from atp.spaces.space import MaskSpace
-from atp.training.arguments import training_arguments
-from atp.training.callbacks import ProgressCallback, make_progress
+from atp.training.callbacks import ProgressBar, make_progress
 
 
 class BaselineRun(Run):
@@ -60,7 +59,7 @@ class BaselineRun(Run):
 
     def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
         """The smaller model; the choice is made once and kept, so that a resumed run tunes the same one."""
-        model = model.to(training_arguments(self.config).device)
+        model = model.to(processes.device())
         choice = processes.on_main(lambda: self._choose(model, data))
         return self.baseline.apply(model, choice, data.calibration, self.config)
 
@@ -81,7 +80,7 @@ class BaselineRun(Run):
         lora, steps = self.config.lora, self.config.training.total
         wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=self.config.seed)
         with make_progress() as progress:
-            bar = ProgressCallback(lambda step: self.method, steps, progress)
+            bar = ProgressBar(progress, steps, title=self.method)
             tuner = LoraTuner(self.config, wrapped, data.train, self.folder, callbacks=[bar])
             self._hand_over(tuner)
             tuner.train(resume=self.resume)
@@ -93,7 +92,7 @@ class BaselineRun(Run):
         """Writes model/, with `export.keep_adapter` also base/ and adapter/; returns what `certify_export` measures."""
         after = sum(p.numel() for n, p in tuner.model.named_parameters() if "lora_" not in n)
         card = baseline_card(self.config, self.method, params_before, after)
-        tokens = certificate_tokens(data.calibration).to(tuner.args.device)
+        tokens = certificate_tokens(data.calibration).to(tuner.device)
 
         def write() -> dict[str, Any]:
             certificate = export_model(tuner.model, self.folder, tokenizer, tokens, card)

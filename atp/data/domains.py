@@ -1,4 +1,4 @@
-"""The paper's domains from the Hub or local files, with the paper's counts (1-method.md section 6)."""
+"""The paper's domains from the Hub or local files, with the paper's counts (docs/data.md)."""
 
 from __future__ import annotations
 

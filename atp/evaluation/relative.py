@@ -17,7 +17,7 @@ from atp.evaluation.metrics import confusion_items, macro_f1, perplexity_of, rat
 def relative_performance(
     scores: dict[str, Any], dense: dict[str, Any], tasks: Sequence[Task], seed: int = 0
 ) -> dict[str, object]:
-    """Mean over the tasks' metrics of score / dense score (1-method.md section 6), both from `evaluate_model`.
+    """Mean over the tasks' metrics of score / dense score (docs/evaluation.md), both from `evaluate_model`.
 
     Perplexity, where less is better, is no part of the mean and stands beside it as a plain ratio. Intervals resample
     documents and questions for both models at once, which is narrower than two intervals apart.
