@@ -5,6 +5,7 @@ from torch import Tensor
 
 from atp_kernels import extension
 from atp_kernels.call import Call, shown
+from atp_kernels.norm import aten
 
 
 def supports(call: Call) -> str | None:
@@ -21,7 +22,15 @@ def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[
     return extension.ops.rms_norm_forward(x.contiguous(), weight, eps, dtype == torch.bfloat16)
 
 
-def backward(d_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """As `aten.backward`."""
+def backward(
+    d_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `aten.backward`, which takes the gradient of the weight."""
+    d_weight = aten.weight_grad(d_y, x, weight, scales) if need_weight else None
+    return input_grad(d_y, x, weight, scales) if need_x else None, d_weight
+
+
+def input_grad(d_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """As `aten.input_grad`."""
     weight = weight.detach().float().contiguous()
     return extension.ops.rms_norm_backward(d_y.contiguous(), x.contiguous(), weight, scales)

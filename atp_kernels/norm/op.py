@@ -11,9 +11,9 @@ OPERATION = register(
     Operation(
         name="rms_norm",
         package=__package__,
-        backends=("reference", "native"),
-        # One pass in C++ where ATen makes five over a float32 copy.
-        order={"cpu": Order(("native", "reference"))},
+        backends=("reference", "triton", "native"),
+        # One pass where ATen makes five over a float32 copy.
+        order={"cpu": Order(("native", "reference")), "cuda": Order(("triton", "reference"))},
     )
 )
 
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend:
 
 
 class RMSNorm(torch.autograd.Function):
-    """Saves x, one number per row and the weight. d weight = column sums of d_y * x * scale."""
+    """Saves x, one number per row and the weight."""
 
     @staticmethod
     def forward(ctx, module, x, weight, eps, dtype):
@@ -41,10 +41,6 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         x, weight, scales = ctx.saved_tensors
-        grad_y = matrix(grad_y)
-        d_x = d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_x = ctx.module.backward(grad_y, x, weight, scales).view(ctx.shape)
-        if ctx.needs_input_grad[2]:
-            d_weight = (grad_y.to(scales.dtype) * x * scales.unsqueeze(1)).sum(0).to(weight.dtype)
-        return None, d_x, d_weight, None, None
+        needs = ctx.needs_input_grad[1:3]
+        d_x, d_weight = ctx.module.backward(matrix(grad_y), x, weight, scales, *needs)
+        return None, None if d_x is None else d_x.view(ctx.shape), d_weight, None, None

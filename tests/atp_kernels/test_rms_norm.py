@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends_here import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from atp_kernels import explain, extension, rms_norm
 from atp_kernels.norm import definition, native
 
-BACKENDS = ["reference", *(["native"] if extension.AVAILABLE else [])]
+BACKENDS = backends("rms_norm")
 PAIRS = [
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -53,11 +54,15 @@ def test_error_is_no_worse_than_unfused(backend, rows, cols, pair, scale):
     wide, w = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     exact = results(definition.rms_norm(wide, w, EPS), wide, w, grad.double())
     assert [value.dtype for value in got] == [value.dtype for value in unfused]
-    # What cancels in dx is a term of this size.
-    sizes = [exact[0], (w * grad.double()).detach() * (exact[0] / w.detach() / wide.detach()), exact[2]]
+    # What cancels in dx is a term of this size; what cancels in dw are the rows.
+    scaled = (exact[0] / w).detach()
+    rows_added = (grad.double() * scaled).abs().sum(0)
+    sizes = [exact[0], (w * grad.double()).detach() * (scaled / wide.detach()), rows_added]
     for value, other, truth, size in zip(got, unfused, exact, sizes, strict=True):
         error, own = ((some.double() - truth).norm() for some in (value, other))
-        assert error <= max(2 * own, torch.finfo(value.dtype).eps * size.norm())
+        # Triton's interpreter cuts a float32 off to bfloat16 where a GPU rounds it.
+        factor = 3 if backend == "triton" and value.dtype == torch.bfloat16 else 2
+        assert error <= max(factor * own, torch.finfo(value.dtype).eps * size.norm())
 
 
 def test_gradcheck_and_other_dtypes():
@@ -151,7 +156,7 @@ class TestNative:
             for cols in (37, 576, 4099):
                 x, weight, grad = problem(50, cols, dtype, result)
                 y, scales = native.forward(x.detach(), weight, EPS, result)
-                tensors += [y, scales, native.backward(grad, x.detach(), weight, scales)]
+                tensors += [y, scales, native.input_grad(grad, x.detach(), weight, scales)]
         return tensors
 
     def test_bits_do_not_depend_on_the_run_or_the_threads(self):
