@@ -55,10 +55,6 @@ _ONE_PASS_TILES = 2
 _PROGRAMS = 264
 
 
-DROPOUT = ReduceConfig(256, 16)
-"""The tile of `dropout_kernel`: four 16-byte loads of 16-bit data a thread."""
-
-
 def gemm_config(m: int, n: int, rank: int, dtype: torch.dtype) -> GemmConfig:
     """The tile for an [m, n] result with an adapter of this rank."""
     single = dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The Triton kernels of the masked LoRA linear: `masked_lora_linear` launches, `atp_kernels.offline` compiles them.
+"""The Triton kernels of the masked LoRA linear: `linear.triton` launches them, `atp_kernels.offline` compiles them.
 
 One GEMM kernel serves the forward pass and dx, because they are the same formula with the roles exchanged:
     y  = m_out * ((m_in  * x) W^T) + S B^T      reduces over in,  S = scaling * (lora_input A^T)
@@ -6,16 +6,14 @@ One GEMM kernel serves the forward pass and dx, because they are the same formul
 and one reduction serves the factors:  dB = m_out * (G^T S),  dA^T = m_in * (lora_input^T P).  Folding `scaling` into
 S and P keeps a multiplication, and a second accumulator, out of the GEMM.
 
-With dropout D, which is that of `atp_kernels.reference.dropped`, S = scaling * ((D x) A^T), dA^T = m_in * ((D x)^T P)
-and dx has D (P A): each kernel that comes by an element draws its bit again.
+With dropout D (`dropout.definition.dropped`), S = scaling * ((D x) A^T), dA^T = m_in * ((D x)^T P) and dx has D (P A):
+each kernel that comes by an element draws its bit again.
 """
 
 import triton
 import triton.language as tl
 
-from atp_kernels.reference import PHILOX_ROUNDS
-
-_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+from atp_kernels.dropout.triton import dropped_tile
 
 
 @triton.jit
@@ -25,18 +23,6 @@ def _dot(left, right, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     return tl.dot(left, right, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _dropped(values, rows, first_col, seed, THRESHOLD: tl.constexpr, SCALE: tl.constexpr):
-    """A tile after dropout; its first column is a multiple of four, so that each Philox call serves four elements."""
-    quads = first_col // 4 + tl.arange(0, values.shape[1] // 4)
-    w0, w1, w2, w3 = tl.philox(seed, rows.to(tl.uint32)[:, None], quads[None, :], 0, 0, n_rounds=_ROUNDS)
-    # Joined twice, the last axis counts the words as w0 w1 w2 w3.
-    even = tl.join(w0 >= THRESHOLD, w2 >= THRESHOLD)
-    odd = tl.join(w1 >= THRESHOLD, w3 >= THRESHOLD)
-    keep = tl.reshape(tl.join(even, odd), values.shape)
-    return tl.where(keep, values.to(tl.float32) * SCALE, 0.0).to(values.dtype)
 
 
 @triton.jit
@@ -62,7 +48,7 @@ def _add_adapter(
             part = s
         total = _dot(part, b, total, UPCAST, PRECISION)
     if THRESHOLD > 0:
-        total = acc + _dropped(total, rows, first_col, seed, THRESHOLD, SCALE)
+        total = acc + dropped_tile(total, rows, first_col, seed, THRESHOLD, SCALE)
     return total
 
 
@@ -212,7 +198,7 @@ def lora_down_kernel(
         x = tl.load(x_ptrs, mask=x_ok, other=0.0)
         a = tl.load(a_ptrs, mask=(ranks < RANK)[None, :] & (ks < K - k)[:, None], other=0.0)
         if THRESHOLD > 0:
-            x = _dropped(x, rows, k, seed, THRESHOLD, SCALE)
+            x = dropped_tile(x, rows, k, seed, THRESHOLD, SCALE)
         if mask_ptr is not None:
             mask = tl.load(mask_ptr + k + ks, mask=ks < K - k, other=0).to(tl.float32)
             x = (x.to(tl.float32) * mask[None, :]).to(x.dtype)
@@ -234,7 +220,7 @@ def column_reduce_kernel(
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First stage of every reduction over rows of D g [M, C], one split of the rows a program, in float32.
+    """First stage of every reduction over rows of D g [M, C], one split of the rows per program, in float32.
 
     factor [splits, C, RANK] = g^T s with s [M, RANK] contiguous; dot [splits, C] = column sums of g * z;
     sum [splits, C] = column sums of g. One read of g serves whichever of the three are not None.
@@ -259,7 +245,7 @@ def column_reduce_kernel(
         g_ok = row_ok[:, None] & col_ok[None, :]
         g = tl.load(g_ptr + rows[:, None] * stride_gm + cols[None, :] * stride_gc, mask=g_ok, other=0.0)
         if THRESHOLD > 0:
-            g = _dropped(g, rows, pid_c * BLOCK_C, seed, THRESHOLD, SCALE)
+            g = dropped_tile(g, rows, pid_c * BLOCK_C, seed, THRESHOLD, SCALE)
         if factor_ptr is not None:
             s_ok = row_ok[:, None] & (ranks < RANK)[None, :]
             s = tl.load(s_ptr + rows[:, None] * RANK + ranks[None, :], mask=s_ok, other=0.0)
@@ -297,23 +283,3 @@ def sum_partials_kernel(
         total *= tl.load(mask_ptr + cols, mask=cols < C, other=0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + cols[:, None] * stride_oc + ranks[None, :] * stride_or
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit(do_not_specialize=["seed"])
-def dropout_kernel(
-    x_ptr, y_ptr,
-    M, K, seed: tl.int64,
-    stride_xm, stride_xk,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
-):  # fmt: skip
-    """y = D x, contiguous [M, K], for the calls whose products the vendor GEMM takes."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_col = tl.program_id(1) * BLOCK_K
-    cols = first_col + tl.arange(0, BLOCK_K)
-    ok = (rows < M)[:, None] & (cols < K)[None, :]
-    if WIDE:
-        rows = rows.to(tl.int64)
-        cols = cols.to(tl.int64)
-    x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=ok, other=0.0)
-    y = _dropped(x, rows, first_col, seed, THRESHOLD, SCALE)
-    tl.store(y_ptr + rows[:, None] * K + cols[None, :], y, mask=ok)

@@ -1,10 +1,20 @@
-"""torch.library registration and eager short cut of the adapter's dropout by seed."""
+"""torch.library registration and eager Function of the adapter's dropout."""
 
 import torch
 from torch import Tensor
 
-from atp_kernels.call import matrix, select
-from atp_kernels.reference import Dropout, dropout_of
+from atp_kernels.call import Operation, Order, matrix, register, select
+from atp_kernels.dropout.definition import Dropout
+
+OPERATION = register(
+    Operation(
+        name="lora_dropout",
+        package=__package__,
+        backends=("reference", "triton", "native"),
+        # ATen makes each random word in about forty passes over int64, the kernels in registers.
+        order={"cpu": Order(("native", "reference")), "cuda": Order(("triton", "reference"))},
+    )
+)
 
 
 def dropped(x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:
@@ -15,10 +25,15 @@ def dropped(x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:
     return lora_dropout_op(matrix(x), p, seed, backend).view(x.shape)
 
 
+def dropout_of(p: float, seed: int | Tensor | None) -> Dropout | None:
+    """Probability and seed as backends take them, None where nothing is dropped."""
+    return None if not p or seed is None else Dropout(p, int(seed))
+
+
 @torch.library.custom_op("atp_kernels::lora_dropout", mutates_args=())
 def lora_dropout_op(x: Tensor, p: float, seed: Tensor, backend: str) -> Tensor:
     """Dropout of a matrix by position and seed. Its gradient is the same dropout of the gradient."""
-    return _dropped(x, dropout_of(p, seed), backend)
+    return _dropped(x, Dropout(p, int(seed)), backend)
 
 
 @lora_dropout_op.register_fake
@@ -39,7 +54,7 @@ lora_dropout_op.register_autograd(_backward, setup_context=_setup)
 
 
 class LoraDropout(torch.autograd.Function):
-    """Eager dropout by seed: nothing is saved but probability and seed."""
+    """Eager dropout by seed: saves nothing but probability and seed."""
 
     @staticmethod
     def forward(ctx, x, dropout, backend):
@@ -52,4 +67,4 @@ class LoraDropout(torch.autograd.Function):
 
 
 def _dropped(x: Tensor, dropout: Dropout, backend: str) -> Tensor:
-    return select("lora_dropout", x.device, x.dtype, backend)[0].dropped(x, dropout)
+    return select("lora_dropout", x.device, x.dtype, backend).module.dropped(x, dropout)

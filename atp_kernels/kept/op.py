@@ -1,4 +1,4 @@
-"""torch.library registration and eager short cut of the LoRA linear on a kept slice."""
+"""torch.library registration and eager Function of the LoRA linear on a kept slice."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atp_kernels.backends.kept import Side
-from atp_kernels.call import matrix, refuse_twice, select
-from atp_kernels.slices import KeptSlice
+from atp_kernels.call import Operation, Order, matrix, refuse_twice, register, select
+from atp_kernels.kept.operands import Needs, Operands, Saved
+from atp_kernels.kept.slices import KeptSlice, Side
+
+OPERATION = register(
+    Operation(
+        name="kept_lora_linear",
+        package=__package__,
+        backends=("reference", "triton", "native"),
+        # Its products are the vendor's in every backend; what a CPU does in C++ around them is ATen's elsewhere.
+        order={"cpu": Order(("native", "reference"))},
+    )
+)
 
 
 def kept_linear(
@@ -22,7 +32,7 @@ def kept_linear(
 ) -> Tensor:
     """LoRA linear on a kept slice, checked and cast."""
     if not torch.compiler.is_compiling():
-        module = select("kept_lora_linear", x.device, x.dtype, backend)[0]
+        module = select("kept_lora_linear", x.device, x.dtype, backend).module
         return KeptLoraLinear.apply(x, lora_a, lora_b, lora_input, kept, module, scaling)
     rows = matrix(x)
     adapter = None if lora_input is None else matrix(lora_input)
@@ -60,8 +70,8 @@ def kept_lora_linear_op(
 ) -> tuple[Tensor, Tensor]:
     """2-D LoRA linear on a kept slice: (y, S)."""
     sides = _sides((out_index, out_place, out_kept_first, in_index, in_place, in_kept_first))
-    module = select("kept_lora_linear", x.device, x.dtype, backend)[0]
-    return module.kept_lora_linear_forward(x, weight, bias, lora_a, lora_b, lora_input, *sides, scaling)
+    module = select("kept_lora_linear", x.device, x.dtype, backend).module
+    return module.forward(Operands(x, weight, bias, lora_a, lora_b, lora_input, *sides, scaling))
 
 
 @kept_lora_linear_op.register_fake
@@ -76,7 +86,7 @@ def kept_lora_linear_backward_op(
     lora_a: Tensor,
     lora_b: Tensor,
     adapter_input: Tensor | None,
-    down: Tensor | None,
+    s: Tensor | None,
     out_index: Tensor | None,
     out_place: Tensor | None,
     out_kept_first: bool,
@@ -90,9 +100,9 @@ def kept_lora_linear_backward_op(
 ) -> list[Tensor]:
     """The wanted gradients, in the order (x, lora_a, lora_b, lora_input)."""
     sides = _sides((out_index, out_place, out_kept_first, in_index, in_place, in_kept_first))
-    saved = (weight, lora_a, lora_b, adapter_input, down)
-    module = select("kept_lora_linear", grad_y.device, grad_y.dtype, backend)[0]
-    grads = module.kept_lora_linear_backward(grad_y, *saved, *sides, scaling, shared_input, needs)
+    saved = Saved(weight, lora_a, lora_b, adapter_input, s, *sides, scaling)
+    module = select("kept_lora_linear", grad_y.device, grad_y.dtype, backend).module
+    grads = module.backward(grad_y, saved, Needs(*needs, shared_input=shared_input))
     return [grad for grad in grads if grad is not None]
 
 
@@ -113,7 +123,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.kept_first, ctx.shared_input = (parts[2], parts[5]), lora_input is None
 
 
-def _backward(ctx, grad_y, grad_down):
+def _backward(ctx, grad_y, grad_s):
     *saved, out_index, out_place, in_index, in_place = ctx.saved_tensors
     out_first, in_first = ctx.kept_first
     parts = (out_index, out_place, out_first, in_index, in_place, in_first)
@@ -128,7 +138,7 @@ kept_lora_linear_backward_op.register_autograd(refuse_twice)
 
 
 class KeptLoraLinear(torch.autograd.Function):
-    """Eager LoRA linear on a kept slice. The slice itself is not saved: one in a scratch is gathered again."""
+    """Eager LoRA linear on a kept slice, which is not saved but kept by reference."""
 
     @staticmethod
     def forward(ctx, x, lora_a, lora_b, lora_input, kept, module, scaling):
@@ -138,18 +148,17 @@ class KeptLoraLinear(torch.autograd.Function):
         rows = matrix(x)
         adapter = None if lora_input is None else matrix(lora_input)
         slices = kept.weight(x.dtype), kept.bias(x.dtype)
-        y, down = module.kept_lora_linear_forward(rows, *slices, lora_a, lora_b, adapter, *kept.sides, scaling)
+        y, s = module.forward(Operands(rows, *slices, lora_a, lora_b, adapter, *kept.sides, scaling))
         adapter = rows if adapter is None else adapter
-        ctx.save_for_backward(lora_a, lora_b, adapter if need_a else None, down if need_b else None)
+        ctx.save_for_backward(lora_a, lora_b, adapter if need_a else None, s if need_b else None)
         return y.view(*x.shape[:-1], kept.out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
         grad_y = matrix(grad_y)
-        options = (*ctx.kept.sides, ctx.scaling, ctx.shared_input, ctx.needs_input_grad[:4])
-        weight = ctx.kept.weight(grad_y.dtype)
-        grads = ctx.module.kept_lora_linear_backward(grad_y, weight, *ctx.saved_tensors, *options)
-        d_x, d_a, d_b, d_adapter = grads
+        saved = Saved(ctx.kept.weight(grad_y.dtype), *ctx.saved_tensors, *ctx.kept.sides, ctx.scaling)
+        needs = Needs(*ctx.needs_input_grad[:4], shared_input=ctx.shared_input)
+        d_x, d_a, d_b, d_adapter = ctx.module.backward(grad_y, saved, needs)
         d_x, d_adapter = (grad if grad is None else grad.view(ctx.shape) for grad in (d_x, d_adapter))
         return d_x, d_a, d_b, d_adapter, None, None, None

@@ -1,113 +1,85 @@
-"""Launching the masked LoRA linear: which kernels a call needs, with which tiles.
+"""The masked LoRA linear in Triton: which kernels a call needs, with which tiles.
 
 Where a piece has nothing to fuse, the vendor GEMM takes it: a call without masks (Triton reaches about 0.87 of cuBLAS
 on H100, which costs more than an `addmm_` of the adapter), dW, whose masks scale rows and columns of the result, and
 the gradient of a separate lora_input, which is all memory traffic. Dropout then has a kernel of its own.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 from torch import Tensor
 
-from atp_kernels.backends import aten
-from atp_kernels.backends.primitives import Primitives, mask_
-from atp_kernels.backends.triton import kernels, tiles
-from atp_kernels.reference import Dropout
-from atp_kernels.triton_runtime import INTERPRETED
+from atp_kernels import triton_runtime
+from atp_kernels.call import Call
+from atp_kernels.dropout.definition import Dropout
+from atp_kernels.dropout.triton import drawn, dropped
+from atp_kernels.linear import aten, tiles
+from atp_kernels.linear import triton_kernels as kernels
+from atp_kernels.linear.operands import Gradients, Needs, Operands, Options, Results, Saved
+from atp_kernels.triton_runtime import INTERPRETED, passes_int32
 
-_INT32_LIMIT = 2**31
+ADDMM_CHAIN = False
+
 _LARGEST_STRIDE = 2**23
 """Tiles reach over 128 of either side at most: what these strides add up to within one stays below 2**31."""
 
+_PRIMITIVES = aten.Primitives(dropped=dropped)
 
-def masked_lora_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    lora_input: Tensor | None,
-    out_mask: Tensor | None,
-    in_mask: Tensor | None,
-    scaling: float,
-    mask_lora: bool,
-    keep_sum: bool,
-    with_norms: bool,
-    dropout: Dropout | None = None,
-    *,
-    config: tiles.GemmConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference.masked_lora_linear_forward`; a `config` forces the kernels and their tile."""
-    if config is None and not _fusion_pays(x, weight, lora_a, out_mask, in_mask):
-        return aten.masked_lora_linear_forward(
-            x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask,
-            scaling, mask_lora, keep_sum, with_norms, dropout, primitives=_PRIMITIVES,
-        )  # fmt: skip
-    tensors = (x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
-    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = map(_readable, tensors)
+
+def supports(call: Call) -> str | None:
+    """float32, float16 and bfloat16, on CUDA or in the interpreter."""
+    return triton_runtime.refuses(call)
+
+
+def forward(operands: Operands, options: Options, *, config: tiles.GemmConfig | None = None) -> Results:
+    """As `aten.forward`; a `config` forces the kernels and their tile."""
+    if config is None and not _fusion_pays(operands.x, operands.weight, operands.lora_a, *operands[6:]):
+        return aten.forward(operands, options, primitives=_PRIMITIVES)
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = map(_readable, operands)
+    scaling, mask_lora, keep_sum, with_norms, dropout = options
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
     config = config or tiles.gemm_config(m, n, rank, x.dtype)
     # With the random words on top, recomputing S takes more registers than there are.
     one_pass = config.one_pass and dropout is None
     y = x.new_empty(m, n)
-    down = x.new_empty(m, rank)
+    s = x.new_empty(m, rank)
     total = x.new_empty(m, n) if keep_sum else None
     b_sq = x.new_empty(n, dtype=torch.float32) if with_norms else None
     a_sq = x.new_empty(k, dtype=torch.float32) if with_norms else None
     with torch.cuda.device_of(x):
         if not one_pass:
             adapter_input = x if lora_input is None else lora_input
-            _down(adapter_input, lora_a, in_mask if mask_lora else None, scaling, down, a_sq, dropout)
+            _lora_down(adapter_input, lora_a, in_mask if mask_lora else None, scaling, s, a_sq, dropout)
         _gemm(
-            x, weight, lora_b, down, out_mask, in_mask, y, config, mask_lora=mask_lora, scaling=scaling,
+            x, weight, lora_b, s, out_mask, in_mask, y, config, mask_lora=mask_lora, scaling=scaling,
             lora_a=lora_a if one_pass else None, lora_input=lora_input if one_pass else None,
             bias=bias, total=total, b_sq=b_sq, a_sq=a_sq if one_pass else None,
         )  # fmt: skip
-    return y, down, total, b_sq, a_sq
+    return Results(y, s, total, b_sq, a_sq)
 
 
-def masked_lora_linear_backward(
-    grad_y: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    lora_input: Tensor | None,
-    out_mask: Tensor | None,
-    in_mask: Tensor | None,
-    down: Tensor | None,
-    total: Tensor | None,
-    scaling: float,
-    mask_lora: bool,
-    shared_input: bool,
-    needs: Sequence[bool],
-    dropout: Dropout | None = None,
-    *,
-    config: tiles.GemmConfig | None = None,
-) -> tuple[Tensor | None, ...]:
-    """As `reference.masked_lora_linear_backward`; a `config` forces the kernels and the tile of dx."""
-    if config is None and not _fusion_pays(grad_y, weight, lora_a, out_mask, in_mask):
-        return aten.masked_lora_linear_backward(
-            grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total,
-            scaling, mask_lora, shared_input, needs, dropout, primitives=_PRIMITIVES,
-        )  # fmt: skip
-    tensors = (grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, total)
-    grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, total = map(_readable, tensors)
-    need_x, need_w, need_a, need_b, need_bias, need_adapter, need_out, need_in = needs
+def backward(
+    grad_y: Tensor, saved: Saved, options: Options, needs: Needs, *, config: tiles.GemmConfig | None = None
+) -> Gradients:
+    """As `aten.backward`; a `config` forces the kernels and the tile of dx."""
+    if config is None and not _fusion_pays(grad_y, saved.weight, saved.lora_a, saved.out_mask, saved.in_mask):
+        return aten.backward(grad_y, saved, options, needs, primitives=_PRIMITIVES)
+    grad_y, s = _readable(grad_y), saved.s
+    x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, _, total = map(_readable, saved)
+    need_x, need_w, need_a, need_b, need_bias, need_adapter, need_out, need_in, shared_input = needs
+    mask_lora, dropout = options.mask_lora, options.dropout
     need_adapter = need_adapter or (shared_input and need_x) or (mask_lora and need_in)
     lora_out_mask = out_mask if mask_lora else None
     lora_in_mask = in_mask if mask_lora else None
     up = d_x = d_in = d_a = d_weight = d_adapter = None
     with torch.cuda.device_of(grad_y):
         d_b, d_out, d_bias = _reduce_rows(
-            grad_y, s=down if need_b else None, z=total if need_out else None, want_sum=need_bias,
+            grad_y, s=s if need_b else None, z=total if need_out else None, want_sum=need_bias,
             factor_mask=lora_out_mask, sum_mask=out_mask,
         )  # fmt: skip
         if need_a or need_adapter:
             up = grad_y.new_empty(grad_y.shape[0], lora_a.shape[0])
-            _down(grad_y, lora_b.t(), lora_out_mask, scaling, up)
+            _lora_down(grad_y, lora_b.t(), lora_out_mask, options.scaling, up)
         if need_a:
             d_a = _reduce_rows(
                 x if shared_input else lora_input, s=up, factor_mask=lora_in_mask, transpose=True, dropout=dropout
@@ -119,15 +91,15 @@ def masked_lora_linear_backward(
             )  # fmt: skip
         if need_w:
             d_weight = grad_y.t() @ x
-            mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))
-            mask_(d_weight, in_mask)
+            aten.mask_(d_weight, None if out_mask is None else out_mask.unsqueeze(1))
+            aten.mask_(d_weight, in_mask)
         if need_adapter and not shared_input:
             d_adapter = up @ lora_a
             if mask_lora and need_in:
                 d_in += _reduce_rows(lora_input, z=d_adapter)[1]
-            mask_(d_adapter, lora_in_mask)
+            aten.mask_(d_adapter, lora_in_mask)
     found = (d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in)
-    return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+    return Gradients(*(grad if need else None for grad, need in zip(found, needs[:8], strict=True)))
 
 
 def _fusion_pays(rows: Tensor, weight: Tensor, lora_a: Tensor, out_mask: Tensor | None, in_mask: Tensor | None) -> bool:
@@ -159,33 +131,33 @@ def _grad_input(grad_y, x, weight, lora_a, up, out_mask, in_mask, mask_lora, dro
 
 
 def _gemm(
-    x, weight, lora_b, down, out_mask, in_mask, y, config, *, mask_lora, scaling=1.0,
+    x, weight, lora_b, s, out_mask, in_mask, y, config, *, mask_lora, scaling=1.0,
     lora_a=None, lora_input=None, bias=None, total=None, other=None, parts=None, b_sq=None, a_sq=None,
     dropout=None,
 ):  # fmt: skip
     (m, n), k, rank = y.shape, x.shape[1], lora_b.shape[1]
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     kernels.masked_lora_gemm_kernel[grid](
-        x, weight, lora_a, lora_b, lora_input, down, bias, _bytes(out_mask), _bytes(in_mask),
+        x, weight, lora_a, lora_b, lora_input, s, bias, _bytes(out_mask), _bytes(in_mask),
         y, total, other, parts, b_sq, a_sq, m, n, k, scaling, _seed(dropout),
         *x.stride(), *weight.stride(), *_strides(lora_a), *lora_b.stride(), *_strides(lora_input), *_strides(other),
         MASK_LORA=mask_lora, ONE_PASS=lora_a is not None, EVEN_K=k % config.block_k == 0,
-        WIDE=_wide(x, weight, lora_b, lora_input, down, other, y),
+        WIDE=passes_int32(x, weight, lora_b, lora_input, s, other, y),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         RANK=rank, BLOCK_R=tiles.rank_block(rank), STEP_R=tiles.rank_step(rank, x.dtype), GROUP_M=config.group_m,
-        **_drawn(dropout), **_numerics(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        **drawn(dropout), **_numerics(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _down(x, lora_a, mask, scaling, down, a_sq=None, dropout=None):
-    """down = scaling * ((mask * x after dropout) A^T), and the column squares of A."""
+def _lora_down(x, lora_a, mask, scaling, s, a_sq=None, dropout=None):
+    """s = scaling * ((mask * x after dropout) A^T), and the column squares of A."""
     (m, k), rank = x.shape, lora_a.shape[0]
     config = tiles.down_config(m, x.dtype)
     kernels.lora_down_kernel[(triton.cdiv(m, config.block_wide),)](
-        x, lora_a, _bytes(mask), down, a_sq, m, k, scaling, _seed(dropout), *x.stride(), *lora_a.stride(),
-        EVEN_K=k % config.block_long == 0, WIDE=_wide(x, down),
+        x, lora_a, _bytes(mask), s, a_sq, m, k, scaling, _seed(dropout), *x.stride(), *lora_a.stride(),
+        EVEN_K=k % config.block_long == 0, WIDE=passes_int32(x, s),
         BLOCK_M=config.block_wide, BLOCK_K=config.block_long,
-        RANK=rank, BLOCK_R=tiles.rank_block(rank), **_drawn(dropout), **_numerics(x.dtype),
+        RANK=rank, BLOCK_R=tiles.rank_block(rank), **drawn(dropout), **_numerics(x.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -206,9 +178,9 @@ def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=N
     total = part(1) if want_sum else None
     kernels.column_reduce_kernel[(triton.cdiv(c, config.block_wide), splits)](
         g, s, z, factor, dot, total, m, c, triton.cdiv(m, splits), _seed(dropout), *g.stride(), *_strides(z),
-        WIDE=_wide(g, s, z), BLOCK_M=config.block_long, BLOCK_C=config.block_wide,
+        WIDE=passes_int32(g, s, z), BLOCK_M=config.block_long, BLOCK_C=config.block_wide,
         RANK=rank, BLOCK_R=tiles.rank_block(rank),
-        **_drawn(dropout), **_numerics(g.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        **drawn(dropout), **_numerics(g.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     d_factor = None
     if factor is not None:
@@ -227,34 +199,6 @@ def _sum_partials(parts, mask, out):
     return out
 
 
-def dropped(values: Tensor, dropout: Dropout) -> Tensor:
-    """`reference.dropped`, in one launch."""
-    (m, k), config = values.shape, tiles.DROPOUT
-    result = values.new_empty(m, k)
-    if values.numel() > 0:
-        with torch.cuda.device_of(values):
-            kernels.dropout_kernel[(triton.cdiv(m, config.block_long), triton.cdiv(k, config.block_wide))](
-                values, result, m, k, _seed(dropout), *values.stride(), WIDE=_wide(values),
-                BLOCK_M=config.block_long, BLOCK_K=config.block_wide, **_drawn(dropout), num_warps=config.num_warps,
-            )  # fmt: skip
-    return result
-
-
-_PRIMITIVES = Primitives(dropped=dropped)
-
-
-def _seed(dropout: Dropout | None) -> int:
-    return 0 if dropout is None else dropout.seed
-
-
-def _drawn(dropout: Dropout | None) -> dict[str, object]:
-    """A threshold of zero keeps every element, so the kernels take it for no dropout and draw nothing."""
-    return {
-        "THRESHOLD": 0 if dropout is None else dropout.threshold,
-        "SCALE": 1.0 if dropout is None else dropout.scale,
-    }
-
-
 def _numerics(dtype: torch.dtype) -> dict[str, object]:
     # The older `torch.get_float32_matmul_precision` raises once anybody has set the precision of one operation alone.
     tensor_cores = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -265,10 +209,8 @@ def _numerics(dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def _wide(*tensors: Tensor | None) -> bool:
-    """Whether an offset into one of the tensors can pass int32."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return any(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= _INT32_LIMIT for t in given)
+def _seed(dropout: Dropout | None) -> int:
+    return 0 if dropout is None else dropout.seed
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:

@@ -1,19 +1,31 @@
 """The kept part of a frozen weight, and the order in which a masked side may lie.
 
-A row or column mask is a smaller dense matrix product. What is made here is made once a decision: host-side counts,
+A row or column mask is a smaller dense matrix product. What is made here is made once per decision: host-side counts,
 index vectors, and at the first use the gathered weight.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from atp_kernels.backends.kept import Side
 from atp_kernels.call import select
 from atp_kernels.reference import round_up
 
-_BLOCK_ELEMENTS = 2**20
+
+class Side(NamedTuple):
+    """Where the positions of one whole side lie in the slice; None instead of a Side where nothing is removed.
+
+    kept_first=False: the whole side keeps its order. index [width] holds the kept positions, then fillers whose weight
+    is zero; place [size] tells where each position lies in the slice, and sends the removed ones to a filler.
+    kept_first=True: the whole side is permuted, the slice is its head. index [size] lists the positions in their new
+    order, place [size] is the inverse permutation.
+    """
+
+    index: Tensor
+    place: Tensor
+    kept_first: bool
 
 
 class KeptFirst:
@@ -42,39 +54,16 @@ class KeptFirst:
         return f"KeptFirst(kept {self.kept}/{self.size}, width {self.width}, {self.mask.device})"
 
 
-class Scratch:
-    """A buffer for gathered weights that grows to the largest of the slices it is given to.
-
-    One for all slices holds one of them at a time, gathered again for every pass that finds another. One for each
-    linear, given to its slice of every decision, saves the pages of a fresh allocation. Not for several threads.
-    """
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-        self._holder: KeptSlice | None = None
-
-    def _buffer(self, holder: "KeptSlice", shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """A tensor of this shape in the buffer, and whether the holder's weight lies in it already."""
-        n, memory = shape[0] * shape[1], self._memory
-        fits = memory is not None and (memory.dtype, memory.device) == (dtype, holder.device)
-        if not fits or memory.numel() < n:
-            fits, memory = False, torch.empty(n, dtype=dtype, device=holder.device)
-        held = fits and self._holder is holder
-        self._memory, self._holder = memory, holder
-        return memory[:n].view(shape), held
-
-
 class KeptSlice:
-    """The kept rows and columns of a frozen base weight, made once a decision and read by many `kept_lora_linear`.
+    """The kept rows and columns of a frozen base weight, made once per decision and read by many `kept_lora_linear`.
 
     weight [out, in] and bias [out]: floating, without gradient. out_mask [out], in_mask [in]: bool, True keeps, None
-    keeps all, or a `KeptFirst`, which says that outputs or inputs lie in its order. Without `scratch` the slice is held
-    from its first use, and gathered again for another dtype; with one it lies there, for as long as no other slice
-    takes the place. pad_to: multiple to which kept counts of bool masks are padded (vendor GEMMs are slow on odd
-    widths), never visible in results. Make a new slice when a mask or the weight changed: a weight or bias that did, in
-    place, makes the next use raise RuntimeError. torch counts no changes through `.data` or of inference tensors, and
-    a compiled program does not look. Making one waits for the device, using it does not. Raises ValueError for wrong
-    shapes, dtypes, devices or options.
+    keeps all, or a `KeptFirst`, which says that outputs or inputs lie in its order. The slice is held from its first
+    use, and gathered again for another dtype. pad_to: multiple to which kept counts of bool masks are padded (vendor
+    GEMMs are slow on odd widths), never visible in results. Make a new slice when a mask or the weight changed: a
+    weight or bias that did, in place, makes the next use raise RuntimeError. torch counts no changes through `.data` or
+    of inference tensors, and a compiled program does not look. Making one waits for the device, using it does not.
+    Raises ValueError for wrong shapes, dtypes, devices or options.
     """
 
     def __init__(
@@ -84,7 +73,6 @@ class KeptSlice:
         *,
         out_mask: Tensor | KeptFirst | None = None,
         in_mask: Tensor | KeptFirst | None = None,
-        scratch: Scratch | None = None,
         pad_to: int = 32,
     ) -> None:
         _check_slice(weight, bias, out_mask, in_mask)
@@ -101,7 +89,6 @@ class KeptSlice:
         self.kept_in = self.in_features if self._cols is None else self._cols.count
         self._weight = weight.detach()
         self._bias = None if bias is None else _gathered(bias.detach().unsqueeze(1), self._rows, None).squeeze(1)
-        self._scratch = scratch
         self._held = self._weight if self._rows is None and self._cols is None else None
 
     def __repr__(self) -> str:
@@ -123,7 +110,7 @@ class KeptSlice:
         return _same(self.out_mask, out_mask) and _same(self.in_mask, in_mask)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The kept part [N", K"] in this dtype, gathered unless it is there: valid until the scratch changes hands.
+        """The kept part [N", K"] in this dtype, gathered unless it is there.
 
         Raises RuntimeError for a weight or bias that changed since, and where a compiler would have to trace the
         gathering.
@@ -133,19 +120,10 @@ class KeptSlice:
         if self._held is not None and self._held.dtype == dtype:
             return self._held
         if torch.compiler.is_compiling():
-            advice = f"make it without scratch and call weight({dtype}) before compiling"
+            advice = f"call weight({dtype}) before compiling"
             raise RuntimeError(f"this KeptSlice holds no {dtype} weight: {advice}.")
-        if self._scratch is None:
-            self._held = _gathered(self._weight, self._rows, self._cols).to(dtype)
-            return self._held
-        shape = tuple(
-            size if gather is None or gather.index is None else gather.index.numel()
-            for gather, size in zip((self._rows, self._cols), self._weight.shape, strict=True)
-        )
-        buffer, held = self._scratch._buffer(self, shape, dtype)
-        if not held:
-            self._gather_into(buffer)
-        return buffer
+        self._held = _gathered(self._weight, self._rows, self._cols).to(dtype)
+        return self._held
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The kept part [N"] of the bias in this dtype."""
@@ -158,17 +136,6 @@ class KeptSlice:
                 raise RuntimeError(
                     f"the {name} of this KeptSlice changed in place after it was made: make a new slice."
                 )
-
-    def _gather_into(self, buffer: Tensor) -> None:
-        """Through blocks of rows that stay in cache: one whole copy would touch as much fresh memory as it saves."""
-        rows = self._rows and self._rows.index
-        n, width = buffer.shape
-        step = max(1, _BLOCK_ELEMENTS // max(1, width)) if buffer.device.type == "cpu" else max(1, n)
-        for start in range(0, n, step):
-            block = slice(start, start + step)
-            source = self._weight[block] if rows is None else self._weight
-            buffer[block] = _selected(source, None if rows is None else rows[block], self._cols and self._cols.index)
-        _silence_(buffer, self._rows, self._cols)
 
 
 @dataclass(frozen=True)
