@@ -62,8 +62,8 @@ class ATPLlamaConfig(LlamaConfig):
     """
 
     model_type = CUT_MODEL_TYPE
-    # TRL reads this attribute of classes that are not in transformers. It is empty rather than None because transformers
-    # searches it, and no field, so that an empty one does not appear in config.json.
+    # TRL reads this attribute of classes that are not in transformers. Empty rather than None, because transformers
+    # searches it; no field, so that an empty one does not appear in config.json.
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     layer_shapes: list[dict[str, Any]] | None = None

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from atp_kernels import cross_entropy_
 
-# Memory for the logits of one chunk; the softmax on a GPU takes twice as much on top. A CPU's matrix product wants about
-# 300 rows and a GPU's more; larger chunks gain nothing.
+# Memory for the logits of one chunk; on a GPU the softmax takes twice as much on top. A matrix product wants about 300
+# rows on a CPU and more on a GPU; larger chunks gain nothing.
 _CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 
 
