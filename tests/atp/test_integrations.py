@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from atp.config import ATPConfig
@@ -24,13 +25,14 @@ DECISIONS = {"target_keep": 0.6, "saliency_windows": 4, "refit_windows": 4}
 
 
 def llama():
+    """In float64: AdamW makes a rounding error of a gradient near zero as large as a step."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
             intermediate_size=48, tie_word_embeddings=True,
         )
-    )  # fmt: skip
+    ).double()  # fmt: skip
 
 
 def windows(count, seed):
@@ -89,6 +91,12 @@ def start_from(model, lora):
     return model
 
 
+def loss_in_float64(outputs, labels, num_items_in_batch):
+    """The loss of transformers, which is in float32 for every model."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
 def atp_callback(**options):
     calibration = [{"input_ids": row} for row in windows(6, 2).input_ids.tolist()]
     return ATPCallback(calibration, **{"search": SEARCH, "settle": SETTLE, "seed": 3, "decisions": DECISIONS} | options)
@@ -101,7 +109,7 @@ def assert_equal_to_ours(trainer, folder, callback, smaller, losses):
     weights = dict(trainer.model.named_parameters())
     assert dict(smaller.named_parameters()).keys() == weights.keys()
     for name, parameter in smaller.named_parameters():
-        torch.testing.assert_close(parameter, weights[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(parameter, weights[name], rtol=1e-6, atol=1e-6, msg=name)
     assert callback.certificate["removed_lora_norm"] == 0.0
     assert callback.certificate["masked_vs_cut"] <= LIMITS["masked_vs_cut"]
     assert smaller.num_parameters() < llama().num_parameters()
@@ -115,7 +123,7 @@ def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, regularizer
     own.train()  # first: arguments of transformers reset what accelerate knows of the process
     callback = atp_callback(regularizer=regularizer)
     args = settings(TrainingArguments, tmp_path / "hf", accumulation)
-    trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback])
+    trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback], compute_loss_func=loss_in_float64)
     trainer.train()
     smaller = callback.cut(trainer.model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -139,7 +147,13 @@ def test_trl_sft_trainer_ends_where_our_own_loop_does(tmp_path):
     callback = atp_callback()
     args = settings(trl.SFTConfig, tmp_path / "trl", 1, max_length=16)
     trainer = trl.SFTTrainer(
-        llama(), args, train_dataset=samples, processing_class=tokenizer(), peft_config=adapter(), callbacks=[callback]
+        llama(),
+        args,
+        train_dataset=samples,
+        processing_class=tokenizer(),
+        peft_config=adapter(),
+        callbacks=[callback],
+        compute_loss_func=loss_in_float64,
     )
     start_from(trainer.model, lora)
     trainer.train()
