@@ -117,7 +117,16 @@ def select(
 
     Raises ValueError for an unknown name, RuntimeError for a named backend that cannot take the call.
     """
-    return _select(op, device, dtype, backend, os.environ.get(ENVIRONMENT, ""), plain, result)
+    return _select(op, device, dtype, backend, override(), plain, result)
+
+
+@cache
+def override() -> str:
+    """What the environment says in place of "auto", read once: looking up a name that is not there takes 1 us.
+
+    A process that changes the variable after its first call says so with `override.cache_clear()`.
+    """
+    return os.environ.get(ENVIRONMENT, "")
 
 
 # Positional, and a Call only where the answer is new: hundreds of calls per step find theirs in the cache.

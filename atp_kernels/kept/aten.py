@@ -88,7 +88,7 @@ def backward(grad_y: Tensor, saved: Saved, needs: Needs, *, primitives: Primitiv
             primitives.spread_columns_(d_a, d_a.shape[1], ins.place, rows)
     if need_b and later:
         d_b = grad_y.t() @ s
-    return Gradients(d_x, d_a, d_b, d_adapter)
+    return d_x, d_a, d_b, d_adapter
 
 
 def _product(

@@ -147,7 +147,7 @@ def backward(
     if d_adapter is not None:
         primitives.mask_(d_adapter, lora_in_mask)
     d_x, d_adapter = d_x if need_x else None, d_adapter if need_lora_input else None
-    return Gradients(d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in)
+    return d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in
 
 
 def _adapter_input(

@@ -36,8 +36,9 @@ def linear(
     """Masked LoRA linear of operands that are checked and cast."""
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = operands
     if not torch.compiler.is_compiling():
-        module = _choice(x, out_mask, in_mask, dropout, backend).module
-        if module.ADDMM_CHAIN and out_mask is in_mask is lora_input is None and not (dropout or with_norms):
+        plain = out_mask is None and in_mask is None and not dropout
+        module = select("masked_lora_linear", x.device, x.dtype, backend, plain=plain).module
+        if plain and lora_input is None and not with_norms and module.ADDMM_CHAIN:
             return LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)
         keep_sum = keeps_sum(out_mask)
         options = Options(scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed))
@@ -221,8 +222,9 @@ class MaskedLoraLinear(torch.autograd.Function):
         saved, shape = Saved(*ctx.saved_tensors), ctx.shape
         if grad_y is None:
             grad_y = saved.weight.new_zeros(*shape[:-1], saved.weight.shape[0])
-        grads = list(ctx.module.backward(matrix(grad_y), saved, ctx.options, ctx.needs))
+        grads = ctx.module.backward(matrix(grad_y), saved, ctx.options, ctx.needs)
         if grad_rows is not None or grad_cols is not None:
+            grads = list(grads)
             _add_norm_gradients(grads, saved, grad_rows, grad_cols)
         if len(shape) != 2:
             grads = [grad if grad is None or i not in (0, 5) else grad.view(shape) for i, grad in enumerate(grads)]

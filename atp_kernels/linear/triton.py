@@ -99,7 +99,7 @@ def backward(
                 d_in += _reduce_rows(lora_input, z=d_adapter)[1]
             aten.mask_(d_adapter, lora_in_mask)
     found = (d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in)
-    return Gradients(*(grad if need else None for grad, need in zip(found, needs[:8], strict=True)))
+    return tuple(grad if need else None for grad, need in zip(found, needs[:8], strict=True))
 
 
 def _fusion_pays(rows: Tensor, weight: Tensor, lora_a: Tensor, out_mask: Tensor | None, in_mask: Tensor | None) -> bool:
