@@ -153,7 +153,8 @@ def _select(
         if module is None:
             raise RuntimeError(f"{origin}{backend!r} cannot take {op}: {problem}; use backend='auto' to let it choose.")
         return Choice(module, backend, f"{origin}{backend!r} names it")
-    order, passed_over = operation.order_of(call), []
+    order = operation.order_of(call)
+    passed_over: list[str] = []
     for name in order.backends:
         module, problem = _ask(operation, name, call)
         if module is not None:

@@ -3,6 +3,9 @@
 It runs on any device and in any dtype; a backend's `Primitives` gather around the products.
 """
 
+# Which of the saved tensors are None follows from `needs`, which a type checker cannot see.
+# mypy: disable-error-code="union-attr,operator,arg-type,assignment"
+
 import math
 from collections.abc import Callable
 from typing import NamedTuple

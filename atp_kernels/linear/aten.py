@@ -5,6 +5,9 @@ base result by `addmm_`, absent masks cost nothing, and no gradient is computed 
 around the products are `Primitives`, of which another backend may have its own.
 """
 
+# Which of the saved tensors are None follows from `needs`, which a type checker cannot see.
+# mypy: disable-error-code="union-attr,operator,arg-type,assignment"
+
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

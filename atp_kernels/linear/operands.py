@@ -100,8 +100,9 @@ def prepare(operands: Operands, *, merge: float | None = None, backend: str = "a
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
-        mergeable = merge is not None and lora_input is None
-        merged = _merged(weight, lora_a, lora_b, merge, dtype, backend) if mergeable else None
+        merged = None
+        if merge is not None and lora_input is None:
+            merged = _merged(weight, lora_a, lora_b, merge, dtype, backend)
         weight, lora_a, lora_b = merged or (weight.to(dtype), lora_a, lora_b)
     elif ready:
         return operands
