@@ -96,21 +96,21 @@ def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         }  # fmt: skip
         wide_tile = dtype != torch.float32 and config.block_m >= 64
         yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
-    config = tiles.down_config(_SIZE, dtype)
-    constants = {"EVEN_K": True, "BLOCK_M": config.block_wide, "BLOCK_K": config.block_long}
-    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, config)
-    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | drawn, config)
-    config = tiles.reduce_config(dtype)
-    constants = {"BLOCK_M": config.block_long, "BLOCK_C": config.block_wide}
-    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, config)
+    narrow = tiles.down_config(_SIZE, dtype)
+    constants = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
+    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, narrow)
+    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | drawn, narrow)
+    reduce = tiles.reduce_config(dtype)
+    constants = {"BLOCK_M": reduce.block_long, "BLOCK_C": reduce.block_wide}
+    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, reduce)
     factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
     constants |= drawn
-    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, config)
+    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, reduce)
     constants = drawn | {"BLOCK_M": dropout.BLOCK_M, "BLOCK_K": dropout.BLOCK_K}
     tile = tiles.ReduceConfig(dropout.BLOCK_K, dropout.BLOCK_M, dropout.NUM_WARPS)
     yield _case("dropout", dropout.dropout_kernel, dtype, rank, [], constants, tile)
     constants = {"BLOCK_C": 64}
-    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, config)
+    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, reduce)
 
 
 def group_cases(rank: int) -> Iterator[Case]:
@@ -131,7 +131,7 @@ def _group_case(name, kernel, rank, constants, config) -> Case:
     pointers = {"table_ptr": "i64", "removed_ptr": "u8", "part_ptr": "fp64"}
     pointers |= dict.fromkeys(("index_ptr", "order_ptr", "starts_ptr"), "i32")
     numbers = {"eps": "fp32", "n_groups": "i32", "n_parts": "i32"}
-    arguments = {
+    arguments: dict[str, str | None] = {
         argument: numbers.get(argument) or "*" + pointers.get(argument, "fp32")
         for argument in kernel.arg_names
         if argument not in constants
@@ -155,7 +155,7 @@ def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop
         # weight.t() and lora_a.t(): contiguous along the output, not along the reduced side.
         every |= {"stride_wn": 1, "stride_bn": 1}
         del every["stride_wk"], every["stride_br"]
-    arguments = {}
+    arguments: dict[str, str | None] = {}
     for argument in kernel.arg_names:
         if argument in absent:
             arguments[argument] = None
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
     names = options.dtype or (list(_TYPES.values()) if options.all else ["bf16"])
     ranks = options.rank or (ALL_RANKS if options.all else QUICK_RANKS)
-    every = [case for dtype, name in _TYPES.items() if name in names for rank in ranks for case in cases(dtype, rank)]
+    every = [case for kind, name in _TYPES.items() if name in names for rank in ranks for case in cases(kind, rank)]
     every += [case for rank in ranks for case in group_cases(rank)]
     broken = 0
     print(f"{'kernel':24} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
@@ -246,8 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
             usage = compile_case(case, arch)
             verdict = problems(case, arch, usage)
             broken += bool(verdict)
+            dtype = "any" if case.dtype is None else _TYPES[case.dtype]
             print(
-                f"{case.name:24} {_TYPES.get(case.dtype, 'any'):5} {case.rank:4} {arch:4} {usage.registers:5} "
+                f"{case.name:24} {dtype:5} {case.rank:4} {arch:4} {usage.registers:5} "
                 f"{usage.shared:7} {usage.stack:5} {usage.local:5} {usage.tensor_core:6} {usage.wide_copies:7} "
                 f"{usage.narrow_loads:6}  {'; '.join(verdict)}",
                 flush=True,
