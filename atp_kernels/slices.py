@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atp_kernels.backends.kept import Side
 from atp_kernels.call import select
-from atp_kernels.reference import round_up
+from atp_kernels.compaction.definition import round_up
 
 _BLOCK_ELEMENTS = 2**20
 
