@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from atp_kernels.call import Call
+from atp_kernels.call import CACHED_ELEMENTS, Call
 from atp_kernels.loss import definition
-
-_CACHED_ELEMENTS = 2**17  # what stays in a CPU's cache between two passes over it
 
 
 def supports(call: Call) -> str | None:
@@ -17,6 +15,6 @@ def supports(call: Call) -> str | None:
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     """The definition, on a CPU in blocks of rows: fresh memory for all of them costs more than the softmax does."""
     rows, vocab = logits.shape
-    step = max(1, _CACHED_ELEMENTS // vocab) if logits.device.type == "cpu" else max(1, rows)
+    step = max(1, CACHED_ELEMENTS // vocab) if logits.device.type == "cpu" else max(1, rows)
     blocks = zip(logits.split(step), targets.split(step), strict=True)
     return torch.cat([definition.cross_entropy_(some, indices) for some, indices in blocks])

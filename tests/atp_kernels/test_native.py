@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa, run_with_isa
 
 from atp_kernels import GroupPlan, extension
-from atp_kernels.backends import native as linear_native
 from atp_kernels.compaction import definition as compaction
 from atp_kernels.compaction.native import compact
+from atp_kernels.dropout.definition import Dropout
 from atp_kernels.groups import aten, definition, native
-from atp_kernels.reference import Dropout
+from atp_kernels.linear import native as columns_of
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
@@ -212,8 +212,8 @@ def everything(case):
         compact(factors[1], None, kept, 64),
     ]
     grad, total, mask = factors[3], factors[7], torch.linspace(0, 1, 577)
-    columns = [*linear_native.mask_and_dot(grad, total, mask), linear_native.masked(grad, mask)]
-    columns.append(linear_native.dropped(grad, Dropout(0.3, 5)))
+    columns = [*columns_of.mask_and_dot(grad, total, mask), columns_of.masked(grad, mask)]
+    columns.append(columns_of.dropped(grad, Dropout(0.3, 5)))
     slots = plan.index.numel()
     ids = torch.arange(slots + 1, dtype=torch.int32)
     one_each = GroupPlan(plan.axes, plan.shapes, ids[:-1], ids[:-1], ids, runs=True)
