@@ -53,6 +53,7 @@ def problem(case: Case) -> tuple[list[Tensor], _Groups, Tensor]:
             removed.append(removed[-1])
         else:
             removed.append(torch.rand(count, generator=rng, device=case.device) >= case.keep)
+            removed[-1][0] = True  # a factor that loses nothing has no gradient to compare
         start += count
     return factors, groups, torch.cat(removed)
 
