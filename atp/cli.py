@@ -309,7 +309,7 @@ def main() -> None:
     except SystemExit:
         raise
     except BaseException as error:  # Interrupted is no Exception, nor is a panic of the tokenizers' Rust code
-        if type(error).__name__ == "NoArgsIsHelpError":  # `atp` alone
+        if type(error).__name__ == "NoArgsIsHelpError" and hasattr(error, "show"):  # `atp` alone
             error.show()
             sys.exit(2)
         sentence, code = ending(error)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.baselines.calibration import Batch, calibration_batches, calibration_loss
 from atp.config import ATPConfig
@@ -23,7 +24,7 @@ _FUSED = ("mlp", "input_layernorm", "post_attention_layernorm")
 
 @contextmanager
 def masked(
-    model: nn.Module, space: MaskSpace, config: ATPConfig
+    model: PreTrainedModel, space: MaskSpace, config: ATPConfig
 ) -> Iterator[tuple[nn.Module, MaskController, torch.dtype | None]]:
     """Yields the model inside ATP's own masked layers, their controller, and the dtype to run it in.
 
@@ -46,7 +47,9 @@ def masked(
 
 
 @contextmanager
-def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
+def masked_loss(
+    model: PreTrainedModel, space: MaskSpace, config: ATPConfig
+) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
     """Yields loss_of(batch, mask), differentiable only in the mask [space.size]; the model is restored afterwards."""
     with masked(model, space, config) as (wrapped, controller, dtype):
         device = next(wrapped.parameters()).device
@@ -58,7 +61,9 @@ def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterat
         yield loss_of
 
 
-def refit_readers(model: nn.Module, space: MaskSpace, mask: Tensor, calibration: Dataset, config: ATPConfig) -> None:
+def refit_readers(
+    model: PreTrainedModel, space: MaskSpace, mask: Tensor, calibration: Dataset, config: ATPConfig
+) -> None:
     """ATP's `refit`, in place, for a model without LoRA, on `decisions.refit_windows` calibration windows."""
     count = min(config.decisions.refit_windows, len(calibration))
     if count:

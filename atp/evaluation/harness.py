@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.data.splits import Example
 from atp.data.tasks import ROUGE, Task
@@ -52,7 +51,7 @@ def check_harness() -> None:
 
 
 def harness_scores(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     tasks: Sequence[Task],

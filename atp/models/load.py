@@ -17,13 +17,13 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
@@ -65,7 +65,7 @@ def read_tokenizer(path: str | Path, gguf_file: str | None = None) -> PreTrained
         return AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
 
 
-def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None = None) -> nn.Module:
+def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None = None) -> PreTrainedModel:
     """The causal LM of a model folder, a Hub name or a GGUF file in either, in evaluation mode.
 
     dtype: of the loaded weights; "auto" takes that of the file. Raises `InputError` for a model that is not there, not

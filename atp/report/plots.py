@@ -22,7 +22,7 @@ _SERIES = ("#030301", "#030302", "#030303", "#030304")
 _PAGE_COLORS = {_INK: "currentColor", _GRID: "var(--line)"} | {
     color: f"var(--series-{index})" for index, color in enumerate(_SERIES, start=1)
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _GRID,
     "xtick.color": _INK, "ytick.color": _INK, "grid.color": _GRID, "axes.grid": True, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0,
@@ -35,6 +35,7 @@ _LIGHT = {_INK: "#1d2126", _GRID: "#dfe2e5"}  # for pictures that stand alone
 _LIGHT_SERIES = ("#2563b8", "#c2571a", "#2a8a4a", "#8a4fb0", "#6b7280", "#b03060")
 
 Records = list[dict[str, Any]]
+Point = tuple[float, float, float, float]
 Panels = dict[str, dict[str, tuple[float, float, float]]]
 """Title of a panel -> name of a row -> (value, low, high)."""
 
@@ -128,7 +129,7 @@ def intervals_png(path: Path, panels: Panels) -> None:
     _png(path, _intervals(panels, _LIGHT_SERIES[0]), _intervals_height(panels))
 
 
-def curves_png(path: Path, panels: dict[str, dict[str, list[tuple[float, ...]]]], x: str, y: str) -> None:
+def curves_png(path: Path, panels: dict[str, dict[str, list[Point]]], x: str, y: str) -> None:
     """Lines through (x, value, low, high) with a band from low to high, one panel a domain, on a log scale.
 
     panels: title of a panel -> name of a line -> its points in order.
