@@ -56,7 +56,7 @@ $(VENV)/.torch: $(VENV)/.python
 # Editable, so that tests run this tree, with the extension built into it.
 $(VENV)/.package: $(VENV)/.torch $(NATIVE)
 	$(PIP) --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -c 'from atp_kernels.backends import native; print("native kernels:", native.REASON or native.build_info())'
+	@$(BIN)/python -c 'from atp_kernels import extension; print("native kernels:", extension.REASON or extension.build_info())'
 	@touch $@
 
 # Without this extra, tests of the harness and of ROUGE would be skipped.

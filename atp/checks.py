@@ -13,6 +13,7 @@ from atp.loading import RunData, check_length
 from atp.spaces.space import MaskSpace
 
 BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
+_SHORTEST = 16  # tokens, the least that data.length may be
 
 
 def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: float = BUDGET_TOLERANCE) -> None:
@@ -56,3 +57,24 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     if unused:
         found.append(f"no test example has the label {shorten(' or '.join(unused))} of data.labels")
     return found
+
+
+def less_memory(config: ATPConfig) -> str:
+    """The three cheapest changes that lower a run's memory, as overrides: those that keep its result come first."""
+    training, decisions, data = config.training, config.decisions, config.data
+    changes = []
+    if training.batch_size > 1:
+        kept = training.batch_size * training.gradient_accumulation
+        half = next(size for size in range(training.batch_size // 2, 0, -1) if kept % size == 0)
+        changes.append(f"training.batch_size={half} training.gradient_accumulation={kept // half}")
+    if not training.gradient_checkpointing:
+        changes.append("training.gradient_checkpointing=true")
+    if config.evaluation.batch_size > 1:
+        changes.append(f"evaluation.batch_size={config.evaluation.batch_size // 2}")
+    if decisions.batch_size > 1:
+        changes.append(f"decisions.batch_size={decisions.batch_size // 2}")
+    if data.length > _SHORTEST:
+        changes.append(f"data.length={max(data.length // 2, _SHORTEST)}")
+    if not changes:
+        return "take a smaller model or a machine with more memory"
+    return f"start a new run with {', with '.join(changes[:3])}"

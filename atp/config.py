@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 
 from atp.errors import InputError, quote, shorten
 from atp.reading import read_yaml, read_yaml_file
-from atp.spaces.space import SpaceName
+from atp.spaces.space import space_names, structure_names
 from atp.unknown_keys import unknown_key
 
 GeneratorKind = Literal["transformer", "gru", "free"]
@@ -57,9 +57,7 @@ class DataConfig(_Section):
     """The data; keys mean the same as in `atp.data.DataSettings`."""
 
     recipe: str = "custom"
-    seed: int | None = Field(
-        None, ge=0, description="Seed of the split into train, calibration and test; null uses the run's seed."
-    )
+    seed: int | None = Field(None, ge=0, description="Seed of the splits; null uses the run's seed.")
     train: str | None = None
     calibration: str | None = None
     test: str | None = None
@@ -77,14 +75,14 @@ class DataConfig(_Section):
         description="Samples in a training window: visible to later ones, kept apart, or one padded sample per row.",
     )
     loss_on: Literal["all", "completion"] = Field(
-        "completion", description="Where the loss is taken; always on all of plain text."
+        "completion", description="Tokens with a loss; plain text has it everywhere."
     )
 
 
 class DecisionsConfig(_Section):
     """How structures are chosen (docs/method.md)."""
 
-    space: SpaceName = "head_dim"
+    space: str = "head_dim"
     target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
     generator: GeneratorKind = "transformer"
     init: Literal["paper", "saliency"] = "saliency"
@@ -105,10 +103,24 @@ class DecisionsConfig(_Section):
         32, ge=0, description="Calibration windows for refitting o_proj/down_proj after pruning; 0 disables."
     )
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
-    multiples: dict[Literal["qk", "vo", "kv_group", "mlp"], Annotated[int, Field(ge=1)]] | None = Field(
-        None,
-        description="Structure -> multiple its width must have; null: mlp 64, or the nearest that the model allows.",
+    multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="Structure -> multiple of its width; null: mlp 64, or the nearest that the model allows."
     )
+
+    @field_validator("space")
+    @classmethod
+    def _is_a_space(cls, value: str) -> str:
+        if value not in space_names():
+            raise ValueError(f"use one of {', '.join(space_names())}")
+        return value
+
+    @field_validator("multiples")
+    @classmethod
+    def _are_structures(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        for name in value or ():
+            if name not in structure_names():
+                raise ValueError(f"no structure is called {quote(name)}: use {', '.join(structure_names())}")
+        return value
 
 
 class LoraSection(_Section):

@@ -16,7 +16,7 @@ from atp.errors import InputError
 from atp.finite import refuse_weights
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.requirements import require
-from atp.spaces.space import MaskSpace, SpaceName
+from atp.spaces.space import MaskSpace
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return read_tokenizer(**_source(config))
 
 
-def load_model(config: ModelConfig, space: SpaceName) -> PreTrainedModel:
+def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
     """The causal LM to prune, in the config's dtype, once its family is known to fit the mask space.
 
     Raises `InputError` if there is none, or if its weights are quantized or hold NaN or infinity.

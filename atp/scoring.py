@@ -31,7 +31,7 @@ from atp.loading import (
     load_tokenizer,
 )
 from atp.reading import parse_json
-from atp.training.precision import autocast_dtype
+from atp.training.precision import Precision, autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Scoring:
     stride: int | None = None
     questions: int = 100
     batch_size: int = 8
-    precision: str = "auto"
+    precision: Precision = "auto"
     seed: int = 0
     harness: bool = False
     dense: str | None = None

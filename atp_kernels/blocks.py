@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atp_kernels import kept as kept_slices
 from atp_kernels import ops
-from atp_kernels.backends.dispatch import select
+from atp_kernels.call import select
 from atp_kernels.functional import masked_lora_linear, prepare_linear
 from atp_kernels.kept import kept_lora_linear
 from atp_kernels.reference import Projection

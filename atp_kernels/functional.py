@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from atp_kernels import ops
-from atp_kernels.backends.dispatch import select
+from atp_kernels.call import select
 from atp_kernels.checks import check_dropout, check_eps, check_linear, check_places, check_range, check_written
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Groups
@@ -214,26 +214,6 @@ def compact(
     return ops.compact_op(weight.detach(), rows, cols, pad_to, backend)
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None = None, backend: str = "auto"
-) -> Tensor:
-    """weight * x / sqrt(mean of x squared + eps) over the last dimension, in float32 or better, rounded once.
-
-    x [..., K], weight [K], floating; dtype of the result: that of x by default, another where the reader would cast.
-    Saves x and a number a row. Differentiable once in x and weight. Raises ValueError for wrong shapes, dtypes, devices
-    or eps, RuntimeError for a named backend that cannot take the call. Source: Zhang, Sennrich 2019.
-    """
-    if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}: give a floating tensor [..., K].")
-    if weight.shape != x.shape[-1:] or not weight.is_floating_point() or weight.device != x.device:
-        given = f"{weight.dtype} of shape {list(weight.shape)} on {weight.device}"
-        raise ValueError(f"weight is {given}, but x needs a floating [{x.shape[-1]}] on {x.device}.")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}: give a floating one.")
-    check_eps(eps)
-    return ops.rms_norm(x, weight, float(eps), dtype or x.dtype, backend)
-
-
 def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """-log softmax(logits)[target] of each row; the gradient of their sum takes the place of the logits.
 
@@ -261,18 +241,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") ->
 
 # The weight of a step is that of the step before.
 _full = functools.lru_cache(maxsize=16)(torch.full)
-
-
-def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = False) -> str:
-    """One sentence on which backend takes a call of `op` on tensors like these, and why.
-
-    The first tensor's device and the tensors' common dtype decide; with none given a float32 CPU call is explained.
-    `plain`: of a masked LoRA linear, a call with neither masks nor dropout.
-    """
-    device = tensors[0].device if tensors else torch.device("cpu")
-    dtype = ops.common_dtype(tensors) if tensors else torch.float32
-    _, name, why = select(op, device, dtype, backend, plain=plain)
-    return f"{op} on {device.type} in {str(dtype).removeprefix('torch.')} runs on {name} ({why})."
 
 
 def prepare_linear(

@@ -43,6 +43,11 @@ class Dropout(NamedTuple):
         return self.seed & _UINT32, self.seed >> 32 & _UINT32
 
 
+def dropout_of(p: float, seed: int | Tensor | None) -> Dropout | None:
+    """Probability and seed as backends take them, None where nothing is dropped."""
+    return Dropout(p, int(seed)) if p else None
+
+
 def masked_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -200,13 +205,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     losses = -log_p.gather(1, index).squeeze(1)
     logits.copy_(log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0)))
     return losses
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """weight * x / sqrt(mean of x squared over the last dimension + eps) (Zhang, Sennrich 2019), rounded to `dtype`."""
-    wide = _wide(x)
-    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (weight * normed).to(x.dtype if dtype is None else dtype)
 
 
 def owned_groups(groups: Groups, removed: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atp_kernels.backends.dispatch import select
 from atp_kernels.backends.kept import Side
+from atp_kernels.call import select
 from atp_kernels.reference import round_up
 
 _BLOCK_ELEMENTS = 2**20

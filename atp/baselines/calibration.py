@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from atp.config import ATPConfig
 from atp.data import collate
+from atp.training.data import run_order
 from atp.training.loss import causal_lm_loss
-from atp.training.order import run_order
 
 Batch = dict[str, Any]
 """A result of `atp.data.collate`."""

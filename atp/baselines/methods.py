@@ -18,7 +18,7 @@ from atp.baselines.slicegpt import choose_bases, slice_model
 from atp.baselines.wanda_sp import wanda_mask
 from atp.config import ATPConfig
 from atp.removal import cut_model
-from atp.spaces.space import MaskSpace, SpaceName
+from atp.spaces.space import MaskSpace
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MaskBaseline:
     """
 
     rule: Callable[[PreTrainedModel, MaskSpace, Dataset, ATPConfig], Tensor]
-    space: SpaceName | None = None
+    space: str | None = None
     refits: bool = False
 
     def space_of(self, model: PreTrainedModel, config: ATPConfig) -> MaskSpace:
@@ -61,7 +61,9 @@ class SliceBaseline:
         return slice_model(model, choice)
 
 
-BASELINES: dict[str, MaskBaseline | SliceBaseline | None] = {
+Baseline = MaskBaseline | SliceBaseline
+
+BASELINES: dict[str, Baseline | None] = {
     "dense_lora": None,
     "random": MaskBaseline(random_mask),
     "magnitude": MaskBaseline(magnitude_mask),

@@ -24,6 +24,7 @@ from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.errors import InputError
 from atp.evaluation.inference import inference
+from atp.families import family_of
 from atp.models.config import ATPLlamaConfig
 from atp.models.layers import BLOCKS, first_layer_inputs, run_block
 from atp.models.llama import ATPLlamaForCausalLM
@@ -43,8 +44,14 @@ def choose_bases(model: PreTrainedModel, calibration: Dataset, config: ATPConfig
 def sliced_width(config: PretrainedConfig, target: float) -> int:
     """The width, a multiple of 8, whose decoder's parameter share, shortcuts included, is nearest to `target`.
 
-    Raises `InputError` for a residual stream too narrow to cut.
+    Raises `InputError` for a residual stream too narrow to cut, and for families with norms of queries and keys.
     """
+    family = family_of(config)
+    if family.qk_norm:
+        raise InputError(
+            f"slicegpt does not fit model family '{family.name}': its norms of queries and keys share rms_norm_eps "
+            "with the norms that slicing rescales, so choose another baseline"
+        )
     space = MaskSpace.from_config(config)
     wanted = target * Budget(space).total
     widths = range(_MULTIPLE, config.hidden_size, _MULTIPLE)
@@ -70,8 +77,8 @@ def _decoder_params(space: MaskSpace, width: int) -> int:
 def residual_bases(model: PreTrainedModel, batches: Iterable[Batch], width: int) -> Tensor:
     """The `width` leading principal axes of the stream before every block, float32 [2 layers + 1, hidden, width].
 
-    model: a stock Llama or Mistral. A block's axes are the eigenvectors of the uncentred covariance of the hidden
-    states that reach it through the blocks sliced before it, 1 % of the mean variance added, in float64.
+    model: a stock causal LM of a supported family. A block's axes are the eigenvectors of the uncentred covariance of
+    the hidden states that reach it through the blocks sliced before it, 1 % of the mean variance added, in float64.
     """
     decoder = model.model
     with inference(model):
@@ -110,16 +117,11 @@ def slice_model(model: PreTrainedModel, bases: Tensor) -> ATPLlamaForCausalLM:
     are untied, since the first and the last basis differ.
     """
     source, hidden, width = model.config, bases.shape[1], bases.shape[2]
-    values = source.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
     # The norm must divide by the original width: a weight of sqrt(hidden / width) makes the stock one do so.
-    values |= {
-        "hidden_size": width, "head_dim": source.head_dim, "tie_word_embeddings": False, "shortcuts": True,
-        "rms_norm_eps": source.rms_norm_eps * hidden / width,
-    }  # fmt: skip
-    config = ATPLlamaConfig(**values)
-    config._attn_implementation = source._attn_implementation
+    config = ATPLlamaConfig.from_whole(
+        source, hidden_size=width, tie_word_embeddings=False, shortcuts=True,
+        rms_norm_eps=source.rms_norm_eps * hidden / width,
+    )  # fmt: skip
     with torch.device("meta"):
         sliced = ATPLlamaForCausalLM(config)
     dtype = model.lm_head.weight.dtype

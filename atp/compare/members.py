@@ -20,8 +20,8 @@ from atp.files import read_json, write_json, write_text
 from atp.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
 from atp.loading import check_length, load_shapes
 from atp.run import Run, check_promises, check_target
-from atp.training.fingerprints import refuse_other_inputs
 from atp.training.precision import autocast_dtype
+from atp.training.resume import refuse_other_inputs
 
 _BEHIND_SCORES = (
     "base weights",

@@ -69,5 +69,5 @@ class Budget:
         return self._count(mask.cpu()) / self.total
 
     def loss(self, mask: Tensor, target: float) -> Tensor:
-        """|log(p / p*)| of the share p that the mask keeps, scalar, differentiable (1-method.md section 4)."""
+        """|log(p / p*)| of the share p that the mask keeps, scalar, differentiable (docs/method.md section 4)."""
         return (self.portion(mask) / target).log().abs().float()

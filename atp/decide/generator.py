@@ -1,6 +1,6 @@
 """The pruning-decision generator: a small network whose only input is a fixed code of each layer.
 
-It sees no weights and no data and learns only through gradients of the masks (1-method.md section 2).
+It sees no weights and no data and learns only through gradients of the masks (docs/method.md section 2).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from atp.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 
 _LATE_SEARCH = 0.8  # after this share of the search the generator's learning rate falls ...
-_LATE_FACTOR = 0.2  # ... to this factor of itself (1-method.md section 5)
+_LATE_FACTOR = 0.2  # ... to this factor of itself (docs/method.md section 5)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ _TINY = 1e-9
 
 
 def gumbel_noise(size: int, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise -log(-log(u)), float32 [size] (1-method.md section 2)."""
+    """Standard Gumbel noise -log(-log(u)), float32 [size] (docs/method.md section 2)."""
     uniform = torch.rand(size, generator=generator).clamp(_TINY, 1 - 1e-7)
     return -torch.log(-torch.log(uniform))
 

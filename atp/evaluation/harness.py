@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from atp.data.splits import Example
 from atp.data.tasks import ROUGE, Task
 from atp.errors import InputError
-from atp.evaluation.inference import inference
+from atp.evaluation.inference import CausalLM, inference
 from atp.evaluation.suite import task_examples
 
 TEMPLATES = Path(__file__).parent / "lm_eval_tasks"
@@ -51,7 +51,7 @@ def check_harness() -> None:
 
 
 def harness_scores(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     tasks: Sequence[Task],

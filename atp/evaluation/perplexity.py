@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from atp.data.encoding import encode, start_ids
 from atp.data.packing import IGNORE, PackedDataset
 from atp.data.splits import Example
 from atp.errors import InputError, NotReached
 from atp.evaluation.bootstrap import score_with_interval
-from atp.evaluation.inference import Progress, inference
+from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import perplexity_of
 from atp.finite import is_finite
 
@@ -76,7 +76,7 @@ def packed_windows(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: CausalLM,
     windows: ScoredWindows,
     batch_size: int = 8,
     *,

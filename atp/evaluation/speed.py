@@ -8,14 +8,14 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import BaseStreamer
 
-from atp.evaluation.inference import inference
+from atp.evaluation.inference import CausalLM, inference
 
 
 def throughput(
-    model: PreTrainedModel,
+    model: CausalLM,
     *,
     prompt_tokens: int = 256,
     new_tokens: int = 64,
@@ -53,7 +53,7 @@ def throughput(
     }
 
 
-def model_size(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+def model_size(model: CausalLM, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Parameters and weight size: {params, decoder_params, megabytes}.
 
     params: all weights, tied ones once. decoder_params: those of the decoder layers (linears and norms), without

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from atp.data.splits import Example
 from atp.data.tasks import Task
 from atp.evaluation.generation import rouge_scores
-from atp.evaluation.inference import Progress
+from atp.evaluation.inference import CausalLM, Progress
 from atp.evaluation.perplexity import ScoredWindows, perplexity
 from atp.evaluation.tasks import label_scores
 
 
 def evaluate_model(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     windows: ScoredWindows,
     examples: Sequence[Example] = (),

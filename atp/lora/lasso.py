@@ -1,4 +1,4 @@
-"""Group lasso and proximal shrinkage over the LoRA part of removed decisions (1-method.md section 4)."""
+"""Group lasso and proximal shrinkage over the LoRA part of removed decisions (docs/method.md section 4)."""
 
 from __future__ import annotations
 

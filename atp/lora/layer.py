@@ -8,9 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
+from atp.families import family_of
 from atp.rng import seeded
 from atp.spaces.space import MaskSpace
 from atp_kernels import (
@@ -24,14 +23,13 @@ from atp_kernels import (
 )
 
 ADAPTER = "default"
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # by the names of transformers
 
 
 class MaskedLoraLinear(PeftLinear):
     """PEFT LoRA linear with masks on its outputs [out_features] and inputs [in_features].
 
     Masks are state of the current pass, not parameters: bool (hard) or float32 (soft, differentiable), None keeps all.
-    With `mask_lora` they cover base and LoRA path, without it the base path alone (1-method.md section 3). A kept
+    With `mask_lora` they cover base and LoRA path, without it the base path alone (docs/method.md section 3). A kept
     slice stands for hard masks on the base path, at the cost of what they keep.
     """
 
@@ -108,17 +106,18 @@ class MaskedLoraLinear(PeftLinear):
 
 
 class MaskedMLP(nn.Module):
-    """Takes the place of a Llama MLP whose three linears are `MaskedLoraLinear`: same submodules, same names.
+    """Replaces a gated MLP whose three linears are `MaskedLoraLinear`: same submodules, same names.
 
-    The fused block saves less for backward than the three linears apart. Where they do not all train plain LoRA without
-    dropout, one of them has a hook before its forward, or the activation is another one, the MLP is what it was.
+    The fused block saves less for backward than three separate linears. It computes what the original MLP does, linear
+    by linear, where one of them does not train plain LoRA, drops, or has a hook before its forward, and where
+    `atp_kernels` has no such activation (None).
     """
 
-    def __init__(self, mlp: nn.Module, activation: str) -> None:
+    def __init__(self, mlp: nn.Module, activation: str | None) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn = mlp.act_fn
-        self.activation = _ACTIVATIONS.get(activation)
+        self.activation = activation
         self.train(mlp.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,9 +149,9 @@ class MaskedMLP(nn.Module):
 
 
 class FusedRMSNorm(nn.Module):
-    """Takes the place of the RMSNorm before attention or MLP: one pass each way, to the dtype that autocast asks for.
+    """Replaces an RMSNorm of a decoder layer: one pass each way, and a result in the dtype that autocast asks for.
 
-    The linears that read it would cast its result, each for itself, and with a gradient each on the way back.
+    Otherwise each of the linears that read the result would cast it, and its gradient on the way back.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -162,7 +161,9 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
-            return LlamaRMSNorm.forward(self, x)  # which is float32 inside: so is every model to compare with
+            # transformers normalizes in float32 whatever the dtype, and so does every model to compare with.
+            x = x.float()
+            return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)).double()
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -171,17 +172,35 @@ class FusedRMSNorm(nn.Module):
 
 def fuse_layers(model: PeftModel) -> PeftModel:
     """Fuses norms and MLPs of decoder layers around their masked LoRA layers; returns the model."""
-    activation = model.get_base_model().config.hidden_act
-    for parent in list(model.modules()):
-        mlp = getattr(parent, "mlp", None)
-        linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        if not isinstance(mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
-            parent.mlp = MaskedMLP(mlp, activation)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            norm = getattr(parent, name, None)
-            if isinstance(norm, (LlamaRMSNorm, MistralRMSNorm)):
-                setattr(parent, name, FusedRMSNorm(norm))
+    base = model.get_base_model()
+    family = family_of(base.config)
+    for layer in base.get_decoder().layers:
+        linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+        if not isinstance(layer.mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
+            layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
+        for name in family.norms(base.config):
+            norm = layer.get_submodule(name)
+            if not isinstance(norm, FusedRMSNorm):
+                layer.set_submodule(name, FusedRMSNorm(norm))
     return model
+
+
+def unload(model: PeftModel, stock: list[dict[str, nn.Module]]) -> nn.Module:
+    """Takes LoRA and fused modules out of a model again; stock: what `stock_modules` gave before. Returns the model."""
+    plain = model.unload()
+    for layer, modules in zip(plain.get_decoder().layers, stock, strict=True):
+        mlp = modules["mlp"]
+        # PEFT gives back the linears, but not the modules around them.
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
+        for name, module in modules.items():
+            layer.set_submodule(name, module)
+    return plain
+
+
+def stock_modules(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """For each decoder layer of a plain causal LM the modules, by name, that `fuse_layers` replaces."""
+    names = ("mlp", *family_of(model.config).norms(model.config))
+    return [{name: layer.get_submodule(name) for name in names} for layer in model.get_decoder().layers]
 
 
 def add_lora(model: nn.Module, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0) -> PeftModel:

@@ -1,11 +1,17 @@
-"""Config of a Llama or Mistral model whose layers differ in width."""
+"""Config of a cut model, whose layers differ in width."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
+
+from atp.families import family_of
+from atp.families.family import CUT_MODEL_TYPE
 
 
 @dataclass(frozen=True)
@@ -29,30 +35,52 @@ class LayerShape:
 
 @strict
 class ATPLlamaConfig(LlamaConfig):
-    """`LlamaConfig` plus the widths of every layer, for cut Llama and Mistral models.
+    """`LlamaConfig` plus the widths of every layer and what sets other families apart from Llama.
 
-    layer_shapes: one `LayerShape` a layer as a dict, None for a model without cuts. The inherited head counts, head_dim
-    and intermediate_size stay those of the model before the cut: head_dim sets the RoPE frequencies and the softmax
-    scale. sliding_window: as in `MistralConfig`, None for full attention. shortcuts: a matrix on each residual
-    connection, as SliceGPT needs; hidden_size is then the width that is left of the residual stream.
+    layer_shapes: one `LayerShape` per layer as a dict, None for a model without cuts. The inherited head counts,
+    head_dim and intermediate_size stay those of the model before the cut: head_dim sets the RoPE frequencies and the
+    softmax scale. shortcuts: a matrix on each residual connection, as SliceGPT needs; hidden_size is then the width
+    that is left of the residual stream. Configs written before a key existed have the default, which is Llama's.
     """
 
-    model_type = "atp_llama"
+    model_type = CUT_MODEL_TYPE
     # TRL reads it of every class that transformers does not bring along. Empty rather than None, which transformers
     # searches; no field, so that config.json has it only where there is something in it.
     auto_map = MappingProxyType({})
 
     layer_shapes: list[dict[str, Any]] | None = None
-    sliding_window: int | None = None
     shortcuts: bool = False
+    family: str = "llama"  # that the model was cut from, by its model_type
+    # Llama's attention_bias is that of q_proj, k_proj and v_proj, and of o_proj unless this differs.
+    attention_out_bias: bool | None = None
+    qk_norm: bool = False  # RMSNorm over the head_dim of queries and keys (Qwen3)
+    sliding_window: int | None = None  # of the layers that layer_types calls sliding_attention; all, if it is None
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None  # per layer whether it uses RoPE: 1 or 0 (SmolLM3); None is everywhere
+    attention_multiplier: float | int | None = None  # the softmax scale (Granite); None is head_dim ** -0.5
+    residual_multiplier: float | int = 1.0  # of what a block adds to the residual stream (Granite)
+    embedding_multiplier: float | int = 1.0  # of the embeddings (Granite)
+    logits_scaling: float | int = 1.0  # the head's outputs are divided by it (Granite)
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
         if self.layer_shapes is None:
             full = LayerShape(
                 self.num_attention_heads, self.num_key_value_heads, None, self.head_dim, self.intermediate_size
             )
             self.layer_shapes = [asdict(full) for _ in range(self.num_hidden_layers)]
+
+    @classmethod
+    def from_whole(cls, config: PretrainedConfig, **changes: Any) -> ATPLlamaConfig:
+        """The config of a cut model from that of the whole one; changes: what the cut sets, e.g. layer_shapes."""
+        cut = cls(**family_of(config).cut_values(config, cls) | changes)
+        cut._attn_implementation = config._attn_implementation
+        return cut
 
     def layer_shape(self, layer: int) -> LayerShape:
         """Widths of one layer."""
@@ -63,7 +91,12 @@ class ATPLlamaConfig(LlamaConfig):
         if len(self.layer_shapes) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_shapes describes {len(self.layer_shapes)} layers and num_hidden_layers is "
-                f"{self.num_hidden_layers}: give one entry a layer"
+                f"{self.num_hidden_layers}: give one entry per layer"
+            )
+        if self.no_rope_layers is not None and len(self.no_rope_layers) < self.num_hidden_layers:
+            raise ValueError(
+                f"no_rope_layers describes {len(self.no_rope_layers)} layers and num_hidden_layers is "
+                f"{self.num_hidden_layers}: give one entry per layer"
             )
         for layer in range(self.num_hidden_layers):
             try:
@@ -73,7 +106,7 @@ class ATPLlamaConfig(LlamaConfig):
             for key, problem in self._problems(shape):
                 raise ValueError(f"layer_shapes[{layer}].{key} is {getattr(shape, key)}: {problem}")
 
-    def _problems(self, shape: LayerShape):
+    def _problems(self, shape: LayerShape) -> Iterator[tuple[str, str]]:
         for key in ("num_key_value_heads", "num_attention_heads", "v_head_dim", "intermediate_size"):
             if getattr(shape, key) < 1:
                 yield key, "a layer keeps at least one"
@@ -85,3 +118,5 @@ class ATPLlamaConfig(LlamaConfig):
                 yield "qk_pairs", "a layer keeps at least one"
             elif pairs != sorted(set(pairs)) or pairs[0] < 0 or pairs[-1] >= self.head_dim // 2:
                 yield "qk_pairs", f"pairs are distinct, rising and below head_dim / 2 = {self.head_dim // 2}"
+            elif self.qk_norm:
+                yield "qk_pairs", "a model with qk_norm keeps all pairs, because the norm is over all of them"

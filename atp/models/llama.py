@@ -1,7 +1,9 @@
-"""A Llama or Mistral causal LM whose layers differ in width, on transformers' own modules.
+"""A causal LM whose layers differ in width, on transformers' own modules: the cut model of every family.
 
 Only what a cut changes is here: linears of any width, RoPE on the kept pairs, value heads of another width than query
-and key heads. The model's forward is transformers' (`MistralModel`, which is `LlamaModel` plus sliding_window).
+and key heads. `ATPLlamaConfig` says what a family has beside Llama: biases, norms of queries and keys, layers without
+RoPE, multipliers. The decoder's forward is that of `Qwen2Model` (`LlamaModel` plus one mask per layer type), the head's
+that of `GraniteForCausalLM` (`LlamaForCausalLM` plus logits_scaling).
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, MistralModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GraniteForCausalLM, PreTrainedModel, Qwen2Model
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -27,6 +30,7 @@ from transformers.models.llama.modeling_llama import (
 
 from atp.models import attention
 from atp.models.config import ATPLlamaConfig
+from atp.models.layers import add_block
 
 # Fused attention takes one width for all heads, and runs best on whole vector registers and tensor-core tiles.
 _HEAD_DIM_MULTIPLE = 8
@@ -43,16 +47,21 @@ class ATPLlamaAttention(nn.Module):
         self.qk_head_dim = shape.qk_head_dim(config.head_dim)
         self.v_head_dim = shape.v_head_dim
         self.num_key_value_groups = shape.num_attention_heads // shape.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.attention_dropout = config.attention_dropout
-        self.sliding_window = config.sliding_window
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
         self.is_causal = True
 
         hidden, heads, kv_heads = config.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
         self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(hidden, kv_heads * self.qk_head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.attention_out_bias)
+        self.q_norm, self.k_norm = (
+            LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
+        )
         self.register_buffer("rope_index", self.kept_rope_index(), persistent=False)
 
     def kept_rope_index(self) -> Tensor | None:
@@ -78,14 +87,18 @@ class ATPLlamaAttention(nn.Module):
         [batch, tokens, hidden] and the attention weights, None where the implementation does not form them.
         """
         tokens = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*tokens, -1, self.qk_head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*tokens, -1, self.qk_head_dim).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(*tokens, -1, self.qk_head_dim)
+        key = self.k_proj(hidden_states).view(*tokens, -1, self.qk_head_dim)
         value = self.v_proj(hidden_states).view(*tokens, -1, self.v_head_dim).transpose(1, 2)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
 
-        cos, sin = position_embeddings
-        if self.rope_index is not None:
-            cos, sin = cos.index_select(-1, self.rope_index), sin.index_select(-1, self.rope_index)
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        if self.use_rope:
+            cos, sin = position_embeddings
+            if self.rope_index is not None:
+                cos, sin = cos.index_select(-1, self.rope_index), sin.index_select(-1, self.rope_index)
+            query, key = apply_rotary_pos_emb(query, key, cos, sin)
 
         cache = past_key_values if cache is None else cache
         if cache is not None:
@@ -116,33 +129,29 @@ def _pad_heads(heads: Tensor, width: int) -> Tensor:
     return pad(heads, (0, missing)) if missing else heads
 
 
-class ATPLlamaDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer around attention and MLP of its own widths."""
+class ATPLlamaDecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer of its own widths; with shortcuts its residual connections pass through a matrix each."""
 
     def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
-        super(LlamaDecoderLayer, self).__init__()  # the parent would first build both at full width
+        super().__init__()
         mlp_config = copy.copy(config)
         mlp_config.intermediate_size = config.layer_shape(layer_idx).intermediate_size
-        self.hidden_size = config.hidden_size
+        hidden = config.hidden_size
+        self.residual_multiplier = config.residual_multiplier
         self.self_attn = ATPLlamaAttention(config, layer_idx)
         self.mlp = LlamaMLP(mlp_config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class ShortcutDecoderLayer(ATPLlamaDecoderLayer):
-    """A layer whose two residual connections pass through a matrix: the next block reads other coordinates."""
-
-    def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.attention_shortcut = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.mlp_shortcut = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.input_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.attention_shortcut, self.mlp_shortcut = (
+            nn.Linear(hidden, hidden, bias=False) if config.shortcuts else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states [batch, tokens, hidden]; kwargs are those of the attention."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = self.attention_shortcut(hidden_states) + attended
-        return self.mlp_shortcut(hidden_states) + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = add_block(self, self.attention_shortcut(hidden_states), attended)
+        added = self.mlp(self.post_attention_layernorm(hidden_states))
+        return add_block(self, self.mlp_shortcut(hidden_states), added)
 
 
 class ATPLlamaPreTrainedModel(PreTrainedModel):
@@ -152,7 +161,7 @@ class ATPLlamaPreTrainedModel(PreTrainedModel):
     config_class = ATPLlamaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ATPLlamaDecoderLayer", "ShortcutDecoderLayer"]
+    _no_split_modules = ["ATPLlamaDecoderLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -167,27 +176,37 @@ class ATPLlamaPreTrainedModel(PreTrainedModel):
             init.copy_(module.rope_index, module.kept_rope_index())
 
 
-class ATPLlamaModel(ATPLlamaPreTrainedModel, MistralModel):
+class ATPLlamaModel(ATPLlamaPreTrainedModel, Qwen2Model):
     """The decoder without its head."""
 
     def __init__(self, config: ATPLlamaConfig) -> None:
-        super(MistralModel, self).__init__(config)  # the parent would first build every layer at full width
+        super(Qwen2Model, self).__init__(config)  # the parent would first build every layer at full width
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        layer = ShortcutDecoderLayer if config.shortcuts else ATPLlamaDecoderLayer
-        self.layers = nn.ModuleList(layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(ATPLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.has_sliding_layers = "sliding_attention" in config.layer_types
         self.gradient_checkpointing = False
         self.post_init()
 
+    def forward(
+        self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPast:
+        """As in transformers: input_ids int64 [batch, tokens] or inputs_embeds [batch, tokens, hidden]."""
+        multiplier = self.config.embedding_multiplier
+        if multiplier != 1 and (input_ids is None) != (inputs_embeds is None):
+            embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            input_ids, inputs_embeds = None, embedded * multiplier
+        return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
-class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, LlamaForCausalLM):
+
+class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, GraniteForCausalLM):
     """The cut model: loads, trains, generates and saves like any causal LM of transformers."""
 
     def __init__(self, config: ATPLlamaConfig) -> None:
-        super(LlamaForCausalLM, self).__init__(config)  # the parent would first build a full-width model
+        super(GraniteForCausalLM, self).__init__(config)  # the parent would first build a full-width model
         self.model = ATPLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

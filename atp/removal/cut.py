@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import asdict
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.lora.layer import fuse_layers
-from atp.models.config import ATPLlamaConfig, LayerShape
+from atp.models.config import ATPLlamaConfig
 from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
 from atp.spaces.space import MaskSpace
 from atp_kernels.functional import compact
@@ -50,16 +49,9 @@ def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> 
 def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPLlamaConfig:
     """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`."""
     _check_mask(space, mask)
-    values = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
-    sides: list[dict[str, _Kept]] = [{} for _ in range(space.num_layers)]
-    for layer, module, out_mask, in_mask in space.module_masks(mask):
-        sides[layer][module] = (out_mask, in_mask)
-    shapes = [_layer_shape(layer, masks, space, config) for layer, masks in enumerate(sides)]
-    cut = ATPLlamaConfig(**values, layer_shapes=[asdict(shape) for shape in shapes])
-    cut._attn_implementation = config._attn_implementation
-    return cut
+    whole = ATPLlamaConfig.from_whole(config).layer_shapes
+    shapes = [shape | space.layer_widths(layer, mask) for layer, shape in enumerate(whole)]
+    return ATPLlamaConfig.from_whole(config, layer_shapes=shapes)
 
 
 @torch.no_grad()
@@ -158,38 +150,6 @@ def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> T
     if rows is None and columns is None:
         return tensor
     return tensor.detach()[rows] if tensor.ndim == 1 else compact(tensor, rows, columns)
-
-
-def _layer_shape(layer: int, masks: dict[str, _Kept], space: MaskSpace, config: PretrainedConfig) -> LayerShape:
-    """Reads the widths of a cut layer off the masks of its linears, so that no space needs a case of its own."""
-
-    def grid(module: str, axis: int) -> tuple[Tensor, Tensor]:
-        """Kept heads and kept dimensions of a linear, if its mask is the product of the two."""
-        linear = space.linears[module]
-        mask = masks[module][axis]
-        if mask is None:
-            mask = torch.ones((linear.out_features, linear.in_features)[axis], dtype=torch.bool)
-        by_head = mask.cpu().view(-1, config.head_dim)
-        heads, dims = by_head.any(1), by_head.any(0)
-        if not torch.equal(by_head, heads[:, None] & dims):
-            raise ValueError(f"layer {layer}: the heads of {module} keep different dimensions, which no model can hold")
-        return heads, dims
-
-    (q_heads, q_dims), (k_heads, k_dims) = grid("self_attn.q_proj", 0), grid("self_attn.k_proj", 0)
-    (v_heads, v_dims), (o_heads, o_dims) = grid("self_attn.v_proj", 0), grid("self_attn.o_proj", 1)
-    pairs = q_dims[: config.head_dim // 2]
-    groups = k_heads.repeat_interleave(config.num_attention_heads // config.num_key_value_heads)
-    agree = ((q_dims, k_dims), (v_dims, o_dims), (k_heads, v_heads), (q_heads, o_heads), (q_heads, groups))
-    if not all(torch.equal(a, b) for a, b in agree) or not torch.equal(q_dims, pairs.repeat(2)):
-        raise ValueError(f"layer {layer}: the attention linears keep different heads, dimensions or half RoPE pairs")
-    inner = masks["mlp.down_proj"][1]
-    return LayerShape(
-        num_attention_heads=int(q_heads.sum()),
-        num_key_value_heads=int(k_heads.sum()),
-        qk_pairs=None if bool(pairs.all()) else pairs.nonzero().flatten().tolist(),
-        v_head_dim=int(v_dims.sum()),
-        intermediate_size=config.intermediate_size if inner is None else int(inner.sum()),
-    )
 
 
 def _adapter_config(model: PeftModel) -> tuple[str, LoraConfig]:

@@ -3,7 +3,7 @@
 o_proj and down_proj read what a decision removes. Without the inputs r, y = W x lacks W_r x_r; the least-squares answer
 over calibration text adds W_r X_r^T X_k (X_k^T X_k + lambda I)^-1 to W_k. Layer after layer, each on what the layers
 before it give once they are cut and fitted: fitting all of them to the whole model's activations measured worse than
-nothing (1-method.md section 9).
+nothing (docs/method.md section 8).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.lora.controller import MaskController
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
-from atp.models.layers import BLOCKS, first_layer_inputs, reached, run_block
-from atp.spaces.space import MaskSpace, Structure
+from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, run_block
+from atp.spaces.space import MaskSpace
 
 _DAMPING = 0.01
 _ROWS = 4096  # tokens in one product
@@ -52,24 +52,23 @@ def refit(
             calls = [
                 partial(run_block, layer, norm, block, x, given) for x, given in zip(states, arguments, strict=True)
             ]
-            found = _reader(space, index, block, mask)
-            if found is None:
+            structure = space.read_by(index, block)
+            if structure is None or mask[structure.span].all():
                 controller.set(mask, "sum")
                 states = [call() for call in calls]
                 continue
-            structure, module, kept = found
-            linear = layer.get_submodule(module)
+            linear = layer.get_submodule(structure.reader)
             opened = mask.clone()
             opened[structure.span] = True  # its removed inputs are computed once more, to see what they say
             controller.set(opened, "sum")
             inputs = [_input(linear, call) for call in calls]
-            name = f"layers.{index}.{module}"
+            name = f"layers.{index}.{structure.reader}"
             if not all(map(is_finite, inputs)):
                 raise NotReached(
                     f"{name} reads NaN or infinity on the calibration windows, so it cannot be refitted: use "
                     "model.dtype=float32 and training.precision=float32, or decisions.refit_windows=0"
                 )
-            _fit(linear, inputs, kept.to(linear.weight.device), damping)
+            _fit(linear, inputs, structure.kept_inputs(mask).to(linear.weight.device), damping)
             weight = linear.get_base_layer().weight
             if not is_finite(weight):
                 raise NotReached(
@@ -78,19 +77,10 @@ def refit(
                 )
             changed[f"{name}.base_layer.weight"] = weight
             controller.set(mask, "sum")
-            states = [x + linear(read) for x, read in zip(states, inputs, strict=True)]  # the reader ends its block
+            # The reader ends its block.
+            states = [add_block(layer, x, linear(read)) for x, read in zip(states, inputs, strict=True)]
     controller.clear()
     return changed
-
-
-def _reader(space: MaskSpace, layer: int, block: str, mask: Tensor) -> tuple[Structure, str, Tensor] | None:
-    """The structure that removes inputs of the last linear of a block, that linear, and which stay, bool [in]."""
-    for structure in space.layer(layer):
-        for cut in structure.cuts:
-            kept = mask[structure.span][cut.owner]
-            if cut.axis == 1 and cut.module.startswith(block) and not kept.all():
-                return structure, cut.module, kept
-    return None
 
 
 def _input(linear: nn.Module, call: Callable[[], Tensor]) -> Tensor:

@@ -10,22 +10,19 @@ they record no gradient. Non-contiguous tensors are copied, and copied back wher
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from atp_kernels import extension
-from atp_kernels.backends import kept, primitives, reference
+from atp_kernels.backends import aten, kept, primitives
 from atp_kernels.backends.primitives import Primitives
+from atp_kernels.call import Call
 from atp_kernels.checks import check_written
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Dropout
 
 __all__ = [
-    "AVAILABLE",
-    "REASON",
-    "build_info",
     "compact",
     "cross_entropy_",
     "dropped",
@@ -40,28 +37,17 @@ __all__ = [
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",
     "merged_weight",
-    "rms_norm_backward",
-    "rms_norm_forward",
     "separate_lasso_backward",
     "separate_lasso_forward",
 ]
 
 
-_extension, REASON = extension.load()
-AVAILABLE = _extension is not None
 ADDMM_CHAIN = True
-_ops = torch.ops.atp_kernels_native
+_ON_CUDA = ("group_lasso", "group_lasso_grad_", "group_prox_", "compact")
 
 
-def build_info() -> dict[str, Any]:
-    """What the extension was built with, and the instruction set it picked on this processor.
-
-    Keys: compiler, isa_compiled, isa, cuda_archs, stable_abi_target (the oldest torch it runs under), torch_built_with.
-    Raises RuntimeError where the extension is missing.
-    """
-    if _extension is None:
-        raise RuntimeError(f"No build information: {REASON}.")
-    return _extension.build_info()
+def supports(call: Call) -> str | None:
+    return extension.refuses(call, cuda=call.op in _ON_CUDA)
 
 
 @torch.no_grad()
@@ -76,7 +62,7 @@ def group_lasso_forward(
     """
     held = [factor.contiguous() for factor in factors]
     packed = (plan.axes, plan._index, plan._order, plan._starts)
-    return _call(_ops.group_lasso_forward, held, *packed, removed.contiguous(), eps)
+    return extension.on_device(extension.ops.group_lasso_forward, held, *packed, removed.contiguous(), eps)
 
 
 @torch.no_grad()
@@ -90,7 +76,7 @@ def group_lasso_backward(
     """
     held = [factor.contiguous() for factor in factors]
     vectors = (removed.contiguous(), norms.contiguous(), grad_out.float())
-    return _call(_ops.group_lasso_backward, held, plan.axes, plan._index, *vectors)
+    return extension.on_device(extension.ops.group_lasso_backward, held, plan.axes, plan._index, *vectors)
 
 
 def separate_lasso_forward(
@@ -103,7 +89,7 @@ def separate_lasso_forward(
     size 0 unless `with_direction`. Raises RuntimeError for wrong dtypes or shapes.
     """
     held = [factor.contiguous() for factor in factors]
-    return _ops.separate_lasso_forward(held, plan.axes, removed.contiguous(), eps, with_direction)
+    return extension.ops.separate_lasso_forward(held, plan.axes, removed.contiguous(), eps, with_direction)
 
 
 def separate_lasso_backward(direction: Tensor, plan: GroupPlan, grad_out: Tensor, in_place: bool) -> list[Tensor]:
@@ -111,7 +97,7 @@ def separate_lasso_backward(direction: Tensor, plan: GroupPlan, grad_out: Tensor
 
     grad_out: one floating element. Raises RuntimeError for a `direction` of another plan.
     """
-    return _ops.separate_lasso_backward(direction, plan.sides, grad_out.float(), in_place)
+    return extension.ops.separate_lasso_backward(direction, plan.sides, grad_out.float(), in_place)
 
 
 @torch.no_grad()
@@ -131,7 +117,9 @@ def group_lasso_grad_(
         plan.check(factors)
     try:
         # On a CPU another look at hundreds of tensors would cost a tenth of the call: all are made by the extension.
-        value = _call(_ops.group_lasso_grad_, factors, grads, *packed, plan.sides, *vectors, eps, plan.runs)
+        value = extension.on_device(
+            extension.ops.group_lasso_grad_, factors, grads, *packed, plan.sides, *vectors, eps, plan.runs
+        )
     except RuntimeError:
         plan.check(factors)  # says it in its own words
         check_written(grads, "gradients")
@@ -149,7 +137,7 @@ def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, thr
     """
     held = [factor.contiguous() for factor in factors]
     packed = (plan.axes, plan._index, plan._order, plan._starts)
-    _call(_ops.group_prox_, held, *packed, removed.contiguous(), threshold.float().contiguous())
+    extension.on_device(extension.ops.group_prox_, held, *packed, removed.contiguous(), threshold.float().contiguous())
     for factor, copy in zip(factors, held, strict=True):
         if factor is not copy:
             factor.copy_(copy)
@@ -165,56 +153,56 @@ def compact(weight: Tensor, rows: Tensor | None = None, cols: Tensor | None = No
     index out of range.
     """
     rows, cols = (index if index is None else index.contiguous() for index in (rows, cols))
-    return _call(_ops.compact, weight.contiguous(), rows, cols, pad_to)
+    return extension.on_device(extension.ops.compact, weight.contiguous(), rows, cols, pad_to)
 
 
 def masked(values: Tensor, mask: Tensor | None) -> Tensor:
     """`primitives.masked` for 2-D float32 or bfloat16 values and a float32 or bool mask [columns]."""
-    return values if mask is None else _ops.masked(values.contiguous(), mask.contiguous())
+    return values if mask is None else extension.ops.masked(values.contiguous(), mask.contiguous())
 
 
 def mask_(values: Tensor, mask: Tensor | None) -> Tensor:
     """`primitives.mask_`, as `masked`; the values must be contiguous."""
     if mask is not None:
-        _ops.mask_(values, mask.contiguous())
+        extension.ops.mask_(values, mask.contiguous())
     return values
 
 
 def column_dot(left: Tensor, right: Tensor) -> Tensor:
     """`primitives.column_dot`: float32 over blocks of 64 rows, float64 over the blocks."""
-    return _ops.column_dot(left.contiguous(), right.contiguous())
+    return extension.ops.column_dot(left.contiguous(), right.contiguous())
 
 
 def mask_and_dot(grad: Tensor, total: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """`masked(grad, mask)` and `column_dot(grad, total)`, reading both once."""
-    return _ops.mask_and_dot(grad.contiguous(), total.contiguous(), mask.contiguous())
+    return extension.ops.mask_and_dot(grad.contiguous(), total.contiguous(), mask.contiguous())
 
 
 def dropped(values: Tensor, dropout: Dropout) -> Tensor:
     """`reference.dropped`, to the last bit."""
     low, high = dropout.key
     seed = low | (high - (high >> 31 << 32)) << 32  # the same 64 bits as a signed integer
-    return _ops.dropped(values.contiguous(), dropout.threshold, dropout.scale, seed)
+    return extension.ops.dropped(values.contiguous(), dropout.threshold, dropout.scale, seed)
 
 
 def take_columns(values: Tensor, index: Tensor, out: Tensor) -> None:
     """`primitives.take_columns` of elements of 1 to 8 bytes. Raises RuntimeError for an index out of range."""
     if _unit_stride(values, out):
-        _ops.take_columns(values, index, out)
+        extension.ops.take_columns(values, index, out)
     else:
         primitives.take_columns(values, index, out)
 
 
 def spread_columns_(values: Tensor, width: int, place: Tensor, rows: int) -> None:
     """`primitives.spread_columns_`, as `take_columns`, through one row a thread, however many rows are allowed."""
-    _ops.spread_columns_(values, width, place)
+    extension.ops.spread_columns_(values, width, place)
 
 
 def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
     """`primitives.gated`: SiLU of float32 or bfloat16 in one pass, computed in float32 and rounded once."""
     if activation != "silu" or not _unit_stride(gate, up):
         return primitives.gated(activation, gate, up)
-    return _ops.swiglu_forward(gate, up)
+    return extension.ops.swiglu_forward(gate, up)
 
 
 def gated_backward(activation: str, d_h: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
@@ -222,7 +210,7 @@ def gated_backward(activation: str, d_h: Tensor, gate: Tensor, up: Tensor, d_gat
     if activation != "silu" or not _unit_stride(d_h, gate, up, d_gate, d_up):
         primitives.gated_backward(activation, d_h, gate, up, d_gate, d_up)
     else:
-        _ops.swiglu_backward(d_h, gate, up, d_gate, d_up)
+        extension.ops.swiglu_backward(d_h, gate, up, d_gate, d_up)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
@@ -231,7 +219,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     Raises RuntimeError for a target outside the vocabulary.
     """
     held = logits.contiguous()
-    losses = _ops.cross_entropy_(held, targets.contiguous())
+    losses = extension.ops.cross_entropy_(held, targets.contiguous())
     if held is not logits:
         logits.copy_(held)
     return losses
@@ -243,22 +231,7 @@ def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
     On a CPU: weight float32 [out, in]; lora_a [r, in] and lora_b [out, r], used in float32.
     """
     held = (tensor.detach().float().contiguous() for tensor in (weight, lora_a, lora_b))
-    return _ops.merged_weight(*held, scaling)
-
-
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`reference.rms_norm_forward` of float32 or bfloat16, to the dtype of x or to bfloat16, rounded once."""
-    narrow = dtype == torch.bfloat16
-    if dtype != x.dtype and not narrow:
-        return reference.rms_norm_forward(x, weight, eps, dtype)
-    return _ops.rms_norm_forward(x.contiguous(), weight.detach().float().contiguous(), eps, narrow)
-
-
-def rms_norm_backward(d_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """`reference.rms_norm_backward`, as `rms_norm_forward`."""
-    if d_y.dtype not in (torch.float32, torch.bfloat16):
-        return reference.rms_norm_backward(d_y, x, weight, scales)
-    return _ops.rms_norm_backward(d_y.contiguous(), x.contiguous(), weight.detach().float().contiguous(), scales)
+    return extension.ops.merged_weight(*held, scaling)
 
 
 def _unit_stride(*matrices: Tensor) -> bool:
@@ -266,16 +239,7 @@ def _unit_stride(*matrices: Tensor) -> bool:
 
 
 _PRIMITIVES = Primitives(masked, mask_, column_dot, mask_and_dot, dropped, take_columns, spread_columns_)
-masked_lora_linear_forward = partial(reference.masked_lora_linear_forward, primitives=_PRIMITIVES)
-masked_lora_linear_backward = partial(reference.masked_lora_linear_backward, primitives=_PRIMITIVES)
+masked_lora_linear_forward = partial(aten.masked_lora_linear_forward, primitives=_PRIMITIVES)
+masked_lora_linear_backward = partial(aten.masked_lora_linear_backward, primitives=_PRIMITIVES)
 kept_lora_linear_forward = partial(kept.kept_lora_linear_forward, primitives=_PRIMITIVES)
 kept_lora_linear_backward = partial(kept.kept_lora_linear_backward, primitives=_PRIMITIVES)
-
-
-def _call(operator: Any, *arguments: Any) -> Any:
-    """Call an operator of the extension; on CUDA, on the device of its tensors and on that device's current stream."""
-    device = next(a.device for a in reversed(arguments) if isinstance(a, Tensor))
-    if device.type != "cuda":
-        return operator(*arguments)
-    with torch.cuda.device(device):
-        return operator(*arguments, stream=torch.cuda.current_stream().cuda_stream)

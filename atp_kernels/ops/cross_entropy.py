@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atp_kernels.backends.dispatch import select
+from atp_kernels.call import select
 
 
 @torch.library.custom_op("atp_kernels::cross_entropy_", mutates_args=("logits",))

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from atp_kernels.backends.dispatch import select
-from atp_kernels.ops.common import dropout_of, matrix
-from atp_kernels.reference import Dropout
+from atp_kernels.call import matrix, select
+from atp_kernels.reference import Dropout, dropout_of
 
 
 def dropped(x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:

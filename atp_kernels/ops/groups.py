@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atp_kernels.backends.dispatch import select
-from atp_kernels.ops.common import common_dtype, rarest_dtype, refuse_twice
+from atp_kernels.call import common_dtype, rarest_dtype, refuse_twice, select
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import round_up
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atp_kernels.backends.dispatch import select
 from atp_kernels.backends.kept import Side
-from atp_kernels.ops.common import matrix, refuse_twice
+from atp_kernels.call import matrix, refuse_twice, select
 from atp_kernels.slices import KeptSlice
 
 

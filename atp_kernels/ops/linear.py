@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atp_kernels.backends.dispatch import select
-from atp_kernels.ops.common import dropout_of, matrix, refuse_twice
+from atp_kernels.call import matrix, refuse_twice, select
 from atp_kernels.ops.plain import LoraLinear
+from atp_kernels.reference import dropout_of
 
 
 def linear(

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.backends.primitives import add_product_, scaled_mm
-from atp_kernels.ops.common import matrix
+from atp_kernels.call import matrix
 
 
 class LoraLinear(torch.autograd.Function):

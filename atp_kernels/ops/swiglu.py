@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.backends.primitives import masked
-from atp_kernels.ops.common import matrix
+from atp_kernels.call import matrix
 from atp_kernels.slices import KeptSlice
 
 _OPERANDS = 4

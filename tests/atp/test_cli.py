@@ -147,7 +147,7 @@ def test_profile_traces_every_phase_and_the_uncut_weights_are_gone_in_tune(atp, 
     small += ["evaluation.windows=2", "evaluation.questions=0", "decisions.saliency_windows=2"]
     code, out, _ = atp("train", config, "--profile", *small)
     assert code in (0, 3)
-    assert re.search(r"ms a step +search +settle +tune\n *matmul ", out)
+    assert re.search(r"ms per step +search +settle +tune\n *matmul ", out)
     folder = tmp_path / "out" / "profile"
     assert {path.name for path in folder.iterdir()} == {
         "search.json.gz", "settle.json.gz", "tune.json.gz", "table.json", "table.txt"

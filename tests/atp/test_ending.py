@@ -276,7 +276,7 @@ def allocate(*_, **__):
 @pytest.mark.parametrize(
     "error", [None, MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...")], ids=repr
 )
-@pytest.mark.parametrize("place", ["atp.training.trainer.causal_lm_loss", "atp.run.evaluate_model"])
+@pytest.mark.parametrize("place", ["atp.training.pruning.causal_lm_loss", "atp.run.evaluate_model"])
 def test_out_of_memory_names_the_three_cheapest_changes(atp, config, monkeypatch, place, error):
     """None: torch's own error for more memory than there is."""
     monkeypatch.setattr(place, allocate if error is None else fail(error))
@@ -290,7 +290,7 @@ def test_out_of_memory_names_the_three_cheapest_changes(atp, config, monkeypatch
 
 
 def test_out_of_memory_names_only_what_still_helps(atp, config, monkeypatch):
-    monkeypatch.setattr("atp.training.trainer.causal_lm_loss", allocate)
+    monkeypatch.setattr("atp.training.pruning.causal_lm_loss", allocate)
     spent = [
         "training.batch_size=1",
         "training.gradient_checkpointing=true",

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa
 
 import atp_kernels
-from atp_kernels import cross_entropy_, ops
-from atp_kernels.backends import native
+from atp_kernels import cross_entropy_, extension, ops
 
-BACKENDS = ["reference", *(["native"] if native.AVAILABLE else [])]
+BACKENDS = ["reference", *(["native"] if extension.AVAILABLE else [])]
 DTYPES = [torch.float32, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
 
@@ -148,7 +147,7 @@ def test_wrong_input_is_one_sentence():
         cross_entropy_(logits.requires_grad_(), targets)
 
 
-@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+@pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 class TestNative:
     def test_targets_outside_the_vocabulary(self):
         for target in (-1, 5):

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, available_backends, group_lasso, group_lasso_grad_, reference
+from atp_kernels import GroupPlan, available_backends, extension, group_lasso, group_lasso_grad_, reference
 from atp_kernels.backends import native
 
 BACKENDS = [name for name in ("reference", "native") if available_backends()[name] is None]
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = ((13, 8, 0), (8, 37, 1), (5, 3, 0), (300, 2, 1))
 WEIGHT = 0.3
-needs_native = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+needs_native = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 KINDS = ("joint", "separate", "runs")
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, group_lasso, reference
+from atp_kernels import GroupPlan, extension, group_lasso, reference
+from atp_kernels.backends import aten as reference_backend
 from atp_kernels.backends import native
-from atp_kernels.backends import reference as reference_backend
 from atp_kernels.ops import groups as ops
 
 EPS = 1e-8
 SIZES = ((13, 8, 0), (8, 37, 1), (5, 3, 0), (300, 2, 1))
-needs_native = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+needs_native = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
 
 def problem(sizes=SIZES, dtype=torch.float32, seed=0, removed="some", strided=False):

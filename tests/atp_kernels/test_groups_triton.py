@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_, ops
+from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_, ops, triton_runtime
+
+if not triton_runtime.AVAILABLE:
+    pytest.skip(triton_runtime.REASON, allow_module_level=True)
+
 from atp_kernels.backends import triton as backend
-
-if not backend.AVAILABLE:
-    pytest.skip(backend.REASON, allow_module_level=True)
-
 from atp_kernels.backends.triton import group_kernels
 from atp_kernels.backends.triton import groups as launcher
 

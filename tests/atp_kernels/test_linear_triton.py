@@ -15,13 +15,13 @@ from linear_cases import (
     with_gradients,
 )
 
-from atp_kernels import masked_lora_linear_with_norms
-from atp_kernels.backends import triton as backend
+from atp_kernels import masked_lora_linear_with_norms, triton_runtime
 from atp_kernels.reference import Dropout, dropped
 
-if not backend.AVAILABLE:
-    pytest.skip(backend.REASON, allow_module_level=True)
+if not triton_runtime.AVAILABLE:
+    pytest.skip(triton_runtime.REASON, allow_module_level=True)
 
+from atp_kernels.backends import triton as backend
 from atp_kernels.backends.triton import masked_lora_linear as launcher
 from atp_kernels.backends.triton.tiles import GemmConfig, gemm_config, reduce_config, row_splits
 

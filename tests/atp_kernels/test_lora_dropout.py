@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from atp_kernels import explain, kept_lora_linear, lora_dropout, masked_lora_linear, ops, reference
-from atp_kernels.backends import native
+from atp_kernels import explain, extension, kept_lora_linear, lora_dropout, masked_lora_linear, ops, reference
 from atp_kernels.slices import KeptSlice
 
-BACKENDS = ["auto", "reference", *(["native"] if native.AVAILABLE else [])]
+BACKENDS = ["auto", "reference", *(["native"] if extension.AVAILABLE else [])]
 P, SEED = 0.3, 12345
 
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from linear_cases import Shape, operands, unfused
 from repeats import assert_repeats, assert_same_on_every_isa
 
-from atp_kernels import masked_lora_linear, masked_lora_swiglu, stack_weights
+from atp_kernels import extension, masked_lora_linear, masked_lora_swiglu, stack_weights
 from atp_kernels.backends import native
 
-pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
 SHAPES = [
     Shape(out_mask=out_mask, in_mask=in_mask, mask_lora=mask_lora, bias=bias, dropout=False, m=40, n=44, k=52)

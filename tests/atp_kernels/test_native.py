@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa, run_with_isa
 
-from atp_kernels import GroupPlan, reference
+from atp_kernels import GroupPlan, extension, reference
+from atp_kernels.backends import aten as reference_backend
 from atp_kernels.backends import native
-from atp_kernels.backends import reference as reference_backend
 from atp_kernels.reference import Dropout
 
-pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
 EPS = 1e-8
 DTYPES = [torch.float32, torch.bfloat16]
@@ -239,7 +239,7 @@ def test_bits_do_not_depend_on_the_instruction_set():
 
 
 def test_unknown_isa_is_refused_with_its_name():
-    said = run_with_isa("mmx", "from atp_kernels.backends import native; print(native.REASON)").stdout
+    said = run_with_isa("mmx", "from atp_kernels.backends import native; print(extension.REASON)").stdout
     assert "ATP_KERNELS_ISA='mmx'" in said
 
 
@@ -296,6 +296,6 @@ def test_compact_takes_the_last_row_and_column():
 
 
 def test_build_info_names_what_was_built():
-    info = native.build_info()
+    info = extension.build_info()
     assert info["isa"] in info["isa_compiled"] and info["stable_abi_target"] == "2.10"
     assert {"compiler", "cuda_archs", "torch_built_with"} < info.keys()

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeats import assert_repeats
 
+from atp_kernels import extension
 from atp_kernels.backends import native, primitives
 
-pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 DTYPES = [torch.int8, torch.bfloat16, torch.float32, torch.float64]
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_native import DTYPES, EPS, exact, problem
 
-from atp_kernels import GroupPlan, reference
+from atp_kernels import GroupPlan, extension, reference
 from atp_kernels.backends import native
 
-pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
 # A tile has 16384 elements, a block of groups 1024, a run of a sum 128.
 SIZES = ((1500, 40, 0), (40, 1500, 1), (300, 203, 1), (7, 9, 0))

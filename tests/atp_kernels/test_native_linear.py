@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import Shape, assert_as_good_as_unfused, every_combination, operands, with_gradients
 
-from atp_kernels import explain, masked_lora_linear_with_norms
+from atp_kernels import explain, extension, masked_lora_linear_with_norms
 from atp_kernels.backends import native, primitives
 from atp_kernels.reference import Dropout
 from atp_kernels.reference import dropped as defined_dropped
 
-pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
 DTYPES = [torch.float32, torch.bfloat16]
 COMBINATIONS = every_combination(Shape()) + every_combination(Shape(p=0.4))

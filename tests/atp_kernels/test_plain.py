@@ -1,15 +1,16 @@
 """The LoRA linear without masks in eager mode: its short way, and the checks that it passes in a few comparisons."""
 
 import itertools
-import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 from linear_cases import Shape, assert_as_good_as_unfused, operands, with_gradients
 
 import atp_kernels
-from atp_kernels import functional, masked_lora_linear
-from atp_kernels.backends import dispatch, reference, triton
+from atp_kernels import functional, masked_lora_linear, triton_runtime
+from atp_kernels.backends import aten
+from atp_kernels.call import ENVIRONMENT
 
 BARE = Shape(out_mask=None, in_mask=None, bias=False, dropout=False)
 PLAIN = [
@@ -52,10 +53,10 @@ def test_results_are_those_of_the_reference_backend_to_the_last_bit(shape, dtype
         tensors[name].requires_grad_(False)
     needs = tuple(name in tensors and tensors[name].requires_grad for name in (*NAMES, "", "", ""))
     values = [tensors[name].detach() if name in tensors else None for name in NAMES]
-    y, down, *_ = reference.masked_lora_linear_forward(*values, None, None, None, shape.scaling, False, False, False)
+    y, down, *_ = aten.masked_lora_linear_forward(*values, None, None, None, shape.scaling, False, False, False)
     grad = torch.randn_like(y)
     saved = (*values[:4], None, None, None, down, None)
-    grads = reference.masked_lora_linear_backward(grad, *saved, shape.scaling, False, True, needs)
+    grads = aten.masked_lora_linear_backward(grad, *saved, shape.scaling, False, True, needs)
     got = call(shape, tensors)
     assert got.grad_fn.name() == "LoraLinearBackward" and torch.equal(got, y)
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
@@ -125,7 +126,7 @@ def test_whatever_is_more_takes_the_masked_linear(options):
     assert y.grad_fn.name() == "MaskedLoraLinearBackward"
 
 
-@pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
+@pytest.mark.skipif(triton_runtime.REASON is not None, reason=str(triton_runtime.REASON))
 def test_a_named_kernel_is_not_passed_by():
     y = call(BARE, operands(BARE, torch.float32), backend="triton")
     assert y.grad_fn.name() == "MaskedLoraLinearBackward"
@@ -179,13 +180,12 @@ def test_dropout_is_checked_whatever_is_given():
             call(BARE, tensors, dropout=dropout, seed=1)
 
 
-def test_environment_is_looked_up_where_a_missing_name_costs_little():
-    variables, name = dispatch._raw(os.environ)
-    assert (name in variables) == (dispatch.ENVIRONMENT in os.environ)
-    os.environ["ATP_KERNELS_SOME_OTHER_NAME"] = "1"
-    try:
-        assert os.environ.encodekey("ATP_KERNELS_SOME_OTHER_NAME") in variables
-    finally:
-        del os.environ["ATP_KERNELS_SOME_OTHER_NAME"]
-    plain = {}
-    assert dispatch._raw(plain) == (plain, dispatch.ENVIRONMENT)
+def test_environment_counts_from_one_call_to_the_next(monkeypatch):
+    tensors = operands(BARE, torch.float32)
+    for name, raises in (("nothing", True), (None, False), ("reference", False), ("nothing", True)):
+        if name is None:
+            monkeypatch.delenv(ENVIRONMENT, raising=False)
+        else:
+            monkeypatch.setenv(ENVIRONMENT, name)
+        with pytest.raises(ValueError, match="'nothing' is not a backend") if raises else nullcontext():
+            call(BARE, tensors)

@@ -31,10 +31,10 @@ TABLE: Table = {
     (NATIVE, ACTIVATIONS): (
         ('if activation != "silu" or not _unit_stride(gate, up):', "if not _unit_stride(gate, up):"),
         ('if activation != "silu" or not _unit_stride(gate, up):', 'if activation != "silu":'),
-        ("return _ops.swiglu_forward(gate, up)", "return _ops.swiglu_forward(up, gate)"),
+        ("return extension.ops.swiglu_forward(gate, up)", "return extension.ops.swiglu_forward(up, gate)"),
         ('if activation != "silu" or not _unit_stride(d_h,', "if not _unit_stride(d_h,"),
         ("not _unit_stride(d_h, gate, up, d_gate, d_up):", "False:"),
-        ("_ops.swiglu_backward(d_h, gate, up, d_gate, d_up)", "_ops.swiglu_backward(d_h, up, gate, d_gate, d_up)"),
+        ("ops.swiglu_backward(d_h, gate, up, d_gate, d_up)", "ops.swiglu_backward(d_h, up, gate, d_gate, d_up)"),
     ),
     (SWIGLU, MLP): (
         ("(None, in_mask) if last else (out_mask, None)", "(None, None) if last else (out_mask, None)"),

@@ -3,7 +3,7 @@
 from mutants.mutant import Table
 
 DEFINITION = "atp_kernels/reference.py"
-REFERENCE = "atp_kernels/backends/reference.py"
+REFERENCE = "atp_kernels/backends/aten.py"
 NATIVE = "atp_kernels/backends/native.py"
 PLAN = "atp_kernels/plan.py"
 GROUP_OPS = "atp_kernels/ops/groups.py"

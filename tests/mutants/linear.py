@@ -3,7 +3,7 @@
 from mutants.mutant import Table
 
 DEFINITION = "atp_kernels/reference.py"
-REFERENCE = "atp_kernels/backends/reference.py"
+REFERENCE = "atp_kernels/backends/aten.py"
 PRIMITIVES = "atp_kernels/backends/primitives.py"
 OPS = "atp_kernels/ops/linear.py"
 PLAIN_MATH = "atp_kernels/ops/plain.py"
@@ -17,6 +17,7 @@ DRAWN = "tests/atp_kernels/test_linear_dropout.py -k 'published or definition or
 
 TABLE: Table = {
     (DEFINITION, LINEAR): (
+        ("Dropout(p, int(seed)) if p else None", "None"),
         ("adapter_input = _masked(adapter_input, in_mask)", "pass"),
         ("base = _masked(x, in_mask) @ weight.T", "base = x @ weight.T"),
         ("base = base + bias", "pass"),
@@ -137,8 +138,7 @@ TABLE: Table = {
         ("and tensor.dtype in dtypes", ""),
         ("masks = (torch.bool, torch.float64 if dtype == torch.float64 else torch.float32)", "masks = (torch.bool,)"),
     ),
-    ("atp_kernels/ops/common.py", "tests/atp_kernels/test_zero_sizes.py -k masked_linear"): (
+    ("atp_kernels/call.py", "tests/atp_kernels/test_zero_sizes.py -k masked_linear"): (
         ("tensor.flatten(0, -2) if", "tensor.reshape(-1, tensor.shape[-1]) if"),
     ),
-    ("atp_kernels/ops/common.py", LINEAR): (("Dropout(p, int(seed)) if p else None", "None"),),
 }  # fmt: skip

@@ -1,16 +1,14 @@
-"""Python of what goes over rows: cross-entropy, RMSNorm, and adapters that are merged into a weight."""
+"""Python of what goes over rows: cross-entropy, and adapters that are merged into a weight."""
 
 from mutants.mutant import Table
 
 DEFINITION = "atp_kernels/reference.py"
-REFERENCE = "atp_kernels/backends/reference.py"
+REFERENCE = "atp_kernels/backends/aten.py"
 NATIVE = "atp_kernels/backends/native.py"
 CALL = "atp_kernels/functional.py"
 
 LOSS = "tests/atp_kernels/test_cross_entropy_kernel.py -k 'reference and few_units'"
 LOSS_APART = "tests/atp_kernels/test_cross_entropy_kernel.py -k 'native and apart'"
-RMS = "tests/atp_kernels/test_rms_norm.py -k 'reference and no_worse'"
-RMS_DTYPES = "tests/atp_kernels/test_rms_norm.py -k other_dtypes"
 MERGED = "tests/atp_kernels/test_merged_weight.py -k 'not bits'"
 
 TABLE: Table = {
@@ -21,36 +19,10 @@ TABLE: Table = {
         ("torch.log_softmax(_wide(logits), dim=1)", "_wide(logits)"),
         ("torch.log_softmax(_wide(logits), dim=1)", "torch.log_softmax(logits, dim=1).float()"),
     ),
-    (DEFINITION, RMS): (
-        ("wide.square().mean(-1, keepdim=True) + eps", "wide.square().mean(-1, keepdim=True)"),
-        ("(weight * normed).to", "normed.to"),
-    ),
-    (DEFINITION, RMS_DTYPES): (
-        ("wide.square().mean(-1, keepdim=True) + eps", "wide.square().sum(-1, keepdim=True) + eps"),
-    ),
     (REFERENCE, LOSS): (("torch.cat([reference", "torch.cat([2 * reference"),),
-    (REFERENCE, RMS): (
-        ("(wide.square().mean(1) + eps).rsqrt()", "wide.square().mean(1).rsqrt()"),
-        ("(wide.square().mean(1) + eps).rsqrt()", "(wide.square().sum(1) + eps).rsqrt()"),
-        ("weight * (wide * scales.unsqueeze(1))", "wide * scales.unsqueeze(1)"),
-        ("weight * (wide * scales.unsqueeze(1))", "weight * wide"),
-        ("direct = d_y.to(scales.dtype) * weight", "direct = d_y.to(scales.dtype)"),
-        ("(direct * wide).mean(1, keepdim=True)", "(direct * wide).sum(1, keepdim=True)"),
-        ("mean(1, keepdim=True) * scale.square()", "mean(1, keepdim=True) * scale"),
-        ("((direct - wide * pull) * scale)", "(direct * scale)"),
-        ("((direct - wide * pull) * scale)", "(direct - wide * pull)"),
-    ),
-    ("atp_kernels/ops/rms_norm.py", RMS): (
-        ("(grad_y.to(scales.dtype) * x * scales.unsqueeze(1))", "(grad_y.to(scales.dtype) * scales.unsqueeze(1))"),
-        ("(grad_y.to(scales.dtype) * x * scales.unsqueeze(1))", "(grad_y.to(scales.dtype) * x)"),
-    ),
     (NATIVE, LOSS_APART): (("if held is not logits:\n        logits.copy_(held)", "pass"),),
-    (NATIVE, RMS_DTYPES): (
-        ("if dtype != x.dtype and not narrow:", "if False:"),
-        ("if d_y.dtype not in (torch.float32, torch.bfloat16):", "if False:"),
-    ),
     (NATIVE, MERGED): (
-        ("_ops.merged_weight(*held, scaling)", "_ops.merged_weight(*held, 1.0)"),
+        ("extension.ops.merged_weight(*held, scaling)", "extension.ops.merged_weight(*held, 1.0)"),
         ("tensor.detach().float().contiguous() for", "tensor.detach().float() for"),
     ),
     (CALL, MERGED): (

@@ -11,12 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from atp_kernels.backends import reference
+from atp_kernels.backends import aten
 from atp_kernels.backends.primitives import Primitives, mask_
 from atp_kernels.backends.triton import kernels, tiles
 from atp_kernels.reference import Dropout
-
-INTERPRETED = not isinstance(kernels.masked_lora_gemm_kernel, triton.runtime.JITFunction)
+from atp_kernels.triton_runtime import INTERPRETED
 
 _INT32_LIMIT = 2**31
 _LARGEST_STRIDE = 2**23
@@ -42,7 +41,7 @@ def masked_lora_linear_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference.masked_lora_linear_forward`; a `config` forces the kernels and their tile."""
     if config is None and not _fusion_pays(x, weight, lora_a, out_mask, in_mask):
-        return reference.masked_lora_linear_forward(
+        return aten.masked_lora_linear_forward(
             x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask,
             scaling, mask_lora, keep_sum, with_norms, dropout, primitives=_PRIMITIVES,
         )  # fmt: skip
@@ -90,7 +89,7 @@ def masked_lora_linear_backward(
 ) -> tuple[Tensor | None, ...]:
     """As `reference.masked_lora_linear_backward`; a `config` forces the kernels and the tile of dx."""
     if config is None and not _fusion_pays(grad_y, weight, lora_a, out_mask, in_mask):
-        return reference.masked_lora_linear_backward(
+        return aten.masked_lora_linear_backward(
             grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, down, total,
             scaling, mask_lora, shared_input, needs, dropout, primitives=_PRIMITIVES,
         )  # fmt: skip

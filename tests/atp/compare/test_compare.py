@@ -1,13 +1,12 @@
 """`atp compare` on a tiny model: equal conditions, an interruption, the artifacts, and figures worked out by hand."""
 
 import json
-import os
 import re
 import signal
 
 import numpy as np
 import pytest
-from transformers import TrainerCallback
+from tiny_callbacks import StopAt
 
 from atp.compare import Comparison, baseline_run
 from atp.compare.results import Member, over_seeds, results
@@ -76,19 +75,13 @@ def test_dense_against_itself_is_one(finished):
     assert content["methods"]["original"]["perplexity_ratio"]["value"] > 1
 
 
-class StopAt(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_an_interrupted_comparison_goes_on_and_ends_the_same(config, finished, tmp_path, monkeypatch):
     whole, expected = finished
     folder, tuner = tmp_path / "out", baseline_run.LoraTuner
     methods = ["dense_lora", "slicegpt"]
 
     def stopping(settings, model, data, run, *, callbacks):
-        stop = [StopAt()] if run.name == "slicegpt-seed0" else []
+        stop = [StopAt(4, signal.SIGTERM)] if run.name == "slicegpt-seed0" else []
         return tuner(settings, model, data, run, callbacks=[*callbacks, *stop])
 
     monkeypatch.setattr(baseline_run, "LoraTuner", stopping)

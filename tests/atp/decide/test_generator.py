@@ -101,7 +101,7 @@ def test_heads_read_the_code_of_their_layer():
 
 
 def test_paper_sizes():
-    """1-method.md section 2: 2 blocks, width 64, 4 heads, FFN 256, dropout 0.1, bias-free heads from width 64."""
+    """docs/method.md section 2: 2 blocks, width 64, 4 heads, FFN 256, dropout 0.1, bias-free heads from width 64."""
     generator = DecisionGenerator(SPACE)
     blocks = generator.encoder.layers
     assert [b.self_attn.num_heads for b in blocks] == [4, 4] and blocks[0].linear1.weight.shape == (256, 64)

@@ -59,10 +59,19 @@ def test_removing_what_others_say_too_changes_nothing():
     assert_close(mended, expected, atol=1e-5, rtol=1e-5)
 
 
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "granite": {"residual_multiplier": 0.22, "embedding_multiplier": 3.0},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["head_dim", "kv_group"])
-def test_weights_are_the_ridge_solution_layer_after_layer(name):
+def test_weights_are_the_ridge_solution_layer_after_layer(name, family):
     """Against torch.linalg.lstsq on the inputs and outputs of every reader, gathered by hand from the cut layers."""
-    model = wrapped(stock_model(), MaskSpace.from_config(stock_model().config, name))
+    stock = stock_model(family, **FAMILIES[family])
+    model = wrapped(stock, MaskSpace.from_config(stock.config, name))
     space = MaskSpace.from_config(model.get_base_model().config, name)
     mask, controller, decoder = random_mask(space), MaskController(model, space), model.get_base_model().model
     before = {n: p.clone() for n, p in decoder.named_parameters()}

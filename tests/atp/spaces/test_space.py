@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_spaces import HEAD_DIM, HIDDEN, INNER, LAYERS, config
-from transformers import GPT2Config, Qwen3Config
+from transformers import GemmaConfig, GPT2Config
 
 from atp.errors import InputError
 from atp.spaces.space import MaskSpace, UnsupportedModel
@@ -114,7 +114,7 @@ def test_descriptions_and_indices_round_trip():
     assert layers[1]["vo"] == [i for i in range(HEAD_DIM) if mask[start + i]]
 
 
-@pytest.mark.parametrize("unsupported", [GPT2Config(), Qwen3Config()], ids=["gpt2", "qwen3"])
+@pytest.mark.parametrize("unsupported", [GPT2Config(), GemmaConfig()], ids=["gpt2", "gemma"])
 def test_other_families_are_refused_in_a_sentence(unsupported):
     with pytest.raises(UnsupportedModel, match=f"'{unsupported.model_type}' is not supported: use one of llama, mis"):
         MaskSpace.from_config(unsupported)

@@ -3,17 +3,13 @@
 import copy
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, LAYERS, VOCAB = 4, 2, 8, 32, 40, 3, 61
 
 
 def stock_model(family="llama", seed=0, dtype=torch.float64, **overrides):
     """A tiny random model in evaluation mode with non-zero biases and norms that are not one."""
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[family]
     values = {
         "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
@@ -22,7 +18,7 @@ def stock_model(family="llama", seed=0, dtype=torch.float64, **overrides):
     if family == "mistral":
         values["sliding_window"] = None
     torch.manual_seed(seed)
-    model = model_class(config_class(**values | overrides))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values | overrides))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

@@ -21,6 +21,7 @@ from atp_kernels.backends.primitives import (
     gated_backward,
     scaled_mm,
 )
+from atp_kernels.call import Call
 from atp_kernels.checks import check_written
 from atp_kernels.plan import GroupPlan
 from atp_kernels.reference import Dropout, compact, factor_norms, group_squares
@@ -38,13 +39,14 @@ __all__ = [
     "kept_lora_linear_forward",
     "masked_lora_linear_backward",
     "masked_lora_linear_forward",
-    "rms_norm_backward",
-    "rms_norm_forward",
 ]
 
-AVAILABLE = True
-REASON = None
 ADDMM_CHAIN = True
+
+
+def supports(call: Call) -> str | None:
+    """Every call."""
+    return None
 
 
 def masked_lora_linear_forward(
@@ -205,18 +207,3 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     step = max(1, BLOCK_ELEMENTS // vocab) if logits.device.type == "cpu" else max(1, rows)
     blocks = zip(logits.split(step), targets.split(step), strict=True)
     return torch.cat([reference.cross_entropy_(some, indices) for some, indices in blocks])
-
-
-def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(y [M, K] in `dtype`, scales [M]): scales = 1 / sqrt(mean of x squared + eps), in float32 or better."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scales = (wide.square().mean(1) + eps).rsqrt()
-    return (weight * (wide * scales.unsqueeze(1))).to(dtype), scales
-
-
-def rms_norm_backward(d_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """dx = scale * (g - x * scale^2 * mean of g * x) with g = weight * d_y."""
-    wide, scale = x.to(scales.dtype), scales.unsqueeze(1)
-    direct = d_y.to(scales.dtype) * weight
-    pull = (direct * wide).mean(1, keepdim=True) * scale.square()
-    return ((direct - wide * pull) * scale).to(x.dtype)
