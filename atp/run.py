@@ -24,6 +24,7 @@ from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, re
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import bars
+from atp.export.card import add_results
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
 from atp.folders import CONFIG, INPUTS, check_output_dir, opened, refuse_inputs_inside, saved_config
@@ -246,6 +247,7 @@ class Run:
         model = {"model_sha256": of_model_folder(self.folder / "model")}
         self._score_once("final", final, tokenizer, data, **model)
         summary = self._summarise(data, clock) | facts | model
+        add_results(self.folder / "model" / "README.md", self.config, summary)
         write_json(self.folder / "summary.json", summary)
         write_report(self.folder)
         return summary

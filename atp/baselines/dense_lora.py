@@ -13,7 +13,7 @@ PHASE = "dense_lora"
 
 
 def stock_lora(model: PreTrainedModel, config: ATPConfig) -> PeftModel:
-    """Wraps the model in PEFT's own layers, drawn from the seed of the run; `unload()` gives the model back."""
+    """Wraps the model in PEFT's own layers, initialized from the run's seed; `unload()` returns the model."""
     lora = config.lora
     names = sorted({name.rsplit(".", 1)[-1] for name in MaskSpace.from_config(model.config).linears})
     torch.manual_seed(config.seed)

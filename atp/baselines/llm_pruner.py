@@ -28,7 +28,7 @@ _PROTECTED_FIRST, _PROTECTED_LAST, _DEPTH = 4, 2, 32  # the paper's layers of LL
 def taylor_mask(
     model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig, order: Order = "first"
 ) -> Tensor:
-    """The groups of the highest importance in every layer that is not protected; bool [space.size]."""
+    """Keeps the most important groups of every layer that is not protected; bool [space.size]."""
     device = next(model.parameters()).device
     scores = taylor_scores(
         model, space, calibration_batches(calibration, config, device), order,
@@ -51,7 +51,7 @@ def taylor_scores(
 
     With g the gradient of the mean loss over the batches and F the mean of their squared gradients (the Fisher
     diagonal when each batch is one sample), a weight w counts |w g| (first), |w^2 F| (second) or |w g - w^2 F / 2|
-    (mixed). Takes two copies of the prunable weights' gradients in memory.
+    (mixed). Needs memory for two copies of the prunable weights.
     """
     linears = prunable_linears(model, space)
     weights = {name: linear.weight.requires_grad_(True) for name, linear in linears.items()}

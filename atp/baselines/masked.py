@@ -1,4 +1,4 @@
-"""A frozen model under masks, for baselines that learn, differentiate or refit: its calibration loss, its refit."""
+"""A frozen model under masks, for baselines that learn masks, take their gradients, or refit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def masked(
 ) -> Iterator[tuple[nn.Module, MaskController, torch.dtype | None]]:
     """Yields the model inside ATP's own masked layers, their controller, and the dtype to run it in.
 
-    The adapter adds nothing (its B is zero) and learns nothing; the model comes back as it was.
+    The adapter adds nothing (its B is zero) and does not learn; the model is restored afterwards.
     """
     training, stock = model.training, stock_modules(model)
     wrapped = add_lora(model, space, r=1, alpha=1.0, dropout=0.0, seed=config.seed).eval()
@@ -38,7 +38,7 @@ def masked(
 
 @contextmanager
 def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
-    """Yields loss_of(batch, mask), differentiable in the mask [space.size] alone; the model comes back as it was."""
+    """Yields loss_of(batch, mask), differentiable only in the mask [space.size]; the model is restored afterwards."""
     with masked(model, space, config) as (wrapped, controller, dtype):
         device = next(wrapped.parameters()).device
 
@@ -50,7 +50,7 @@ def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterat
 
 
 def refit_readers(model: nn.Module, space: MaskSpace, mask: Tensor, calibration: Dataset, config: ATPConfig) -> None:
-    """ATP's `refit` of a model without LoRA, in place, on `decisions.refit_windows` of its calibration windows."""
+    """ATP's `refit`, in place, for a model without LoRA, on `decisions.refit_windows` calibration windows."""
     count = min(config.decisions.refit_windows, len(calibration))
     if count:
         batches = calibration_batches(calibration, config, next(model.parameters()).device, count=count)

@@ -1,4 +1,4 @@
-"""Choices that need no idea of their own: at random, by magnitude, and ATP's saliency taken once (static)."""
+"""Simple choices: at random, by magnitude, and by ATP's saliency at step 0 (static)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from atp.spaces.space import MaskSpace
 
 
 def random_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """Decisions drawn by the seed, the same number in every layer; bool [space.size]."""
+    """Random decisions from the seed, equally many in every layer; bool [space.size]."""
     scores = torch.rand(space.size, generator=torch.Generator().manual_seed(config.seed))
     return uniform_mask(scores, config.decisions.target_keep, Budget(space), config.decisions.multiples)
 
 
 def magnitude_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """In every layer the groups whose weights have the largest joint 2-norm; bool [space.size]."""
+    """Keeps the groups with the largest joint 2-norm of weights in every layer; bool [space.size]."""
     scores = magnitude_scores(model, space)
     return uniform_mask(scores, config.decisions.target_keep, Budget(space), config.decisions.multiples)
 
@@ -36,7 +36,7 @@ def magnitude_scores(model: nn.Module, space: MaskSpace) -> Tensor:
 
 
 def static_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """ATP's decision before it learns anything: its warm start, fitted to budget and width rules; bool [space.size]."""
+    """ATP's warm start, fitted to budget and width rules without learning; bool [space.size]."""
     device = next(model.parameters()).device
     with masked_loss(model, space, config) as loss_of:
         saliency = fisher_saliency(space, calibration_batches(calibration, config, device), loss_of)

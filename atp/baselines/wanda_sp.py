@@ -1,7 +1,7 @@
-"""Wanda-sp: Wanda's |W| * ||X|| made structured, as the FLAP paper compares with (An et al. 2023, arXiv 2312.11983).
+"""Wanda-sp: a structured form of Wanda's |W| * ||X||, from the FLAP paper (An et al. 2023, arXiv 2312.11983).
 
-An input of o_proj or down_proj counts the sum over outputs of |w| times the 2-norm of that input over all calibration
-tokens; a group counts the sum over its inputs. Every layer loses the same share.
+The score of an input of o_proj or down_proj is the sum over outputs of |w|, times the input's 2-norm over all
+calibration tokens; that of a group is the sum over its inputs. Every layer loses the same share.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from atp.training.precision import autocast_dtype
 
 
 def wanda_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """The groups of the highest score in every layer; bool [space.size]."""
+    """Keeps the groups with the highest score in every layer; bool [space.size]."""
     batches = calibration_batches(calibration, config, next(model.parameters()).device)
     scores = wanda_scores(model, space, batches, autocast=autocast_dtype(config.training.precision))
     return uniform_mask(scores, config.decisions.target_keep, Budget(space), config.decisions.multiples)

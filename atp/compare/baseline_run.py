@@ -27,7 +27,7 @@ from atp.training.callbacks import ProgressBar, make_progress
 
 
 class BaselineRun(Run):
-    """One run folder of a baseline; what is chosen, tuned or scored is not done again on resume."""
+    """One run folder of a baseline; choices, tuning and scores that are finished are not repeated on resume."""
 
     def __init__(self, method: str, config: ATPConfig, **options: Any) -> None:
         """method: a key of `BASELINES`. options: those of `Run`."""
@@ -49,16 +49,16 @@ class BaselineRun(Run):
         return processes.on_main(lambda: self._conclude(tokenizer, data, tuner.clock, facts))
 
     def _check(self, summary: dict[str, Any]) -> None:
-        """A baseline promises no budget: it is as near as its method comes."""
+        """A baseline does not promise to meet the budget, only a faithful export."""
         check_certificate(summary["certificate"], AT_EXPORT)
         check_figures(summary)
 
     def _check_model(self, model: nn.Module) -> None:
-        """A baseline promises no share: the table shows what it kept."""
+        """A baseline does not promise the target share; the table shows what it kept."""
         check_length(model.config, self.config.data.length)
 
     def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
-        """The smaller model; the choice is made once and kept, so that a resumed run tunes the same one."""
+        """The smaller model; the choice is saved, so that a resumed run tunes the same one."""
         model = model.to(processes.device())
         choice = processes.on_main(lambda: self._choose(model, data))
         return self.baseline.apply(model, choice, data.calibration, self.config)
@@ -89,7 +89,7 @@ class BaselineRun(Run):
     def _export(
         self, tuner: LoraTuner, tokenizer: PreTrainedTokenizerBase, data: RunData, params_before: int
     ) -> dict[str, Any]:
-        """Writes model/, with `export.keep_adapter` also base/ and adapter/; returns what `certify_export` measures."""
+        """Writes model/ and, with `export.keep_adapter`, base/ and adapter/; returns the result of `certify_export`."""
         after = sum(p.numel() for n, p in tuner.model.named_parameters() if "lora_" not in n)
         card = baseline_card(self.config, self.method, params_before, after)
         tokens = certificate_tokens(data.calibration).to(tuner.device)
@@ -104,7 +104,7 @@ class BaselineRun(Run):
 
 
 def _read_choice(path: Path) -> Tensor | None:
-    """What was chosen, None where the file is missing or damaged: choosing again gives the same."""
+    """The saved choice; None if the file is missing or damaged, since choosing again gives the same."""
     try:
         return load_file(path)["choice"]
     except (OSError, KeyError, SafetensorError):

@@ -1,4 +1,4 @@
-"""What the members of a comparison add up to: means over seeds, with intervals over seeds and test items."""
+"""The summary of a comparison: means over seeds, with intervals over seeds and test items."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Member:
 
 
 def results(members: Sequence[Member], tasks: Sequence[Task]) -> dict[str, Any]:
-    """For the original model and every method what the table shows; members come method by method.
+    """The figures of the table for the original model and every method; members come grouped by method.
 
-    relative_performance is the mean over the tasks' metrics of score / tuned dense score, perplexity_ratio the
-    perplexity over that of tuned dense (below 1 is better), both against the dense member of the same seed and on the
-    same resampled items; they are left out where there is none.
+    relative_performance is the mean over the tasks' metrics of score / tuned dense score; perplexity_ratio is
+    perplexity / tuned dense perplexity (below 1 is better). Both compare with the dense member of the same seed on the
+    same resampled items, and are left out without one.
     """
     if not members:
         return {}
@@ -61,7 +61,7 @@ def over_seeds(samples: Sequence[Samples]) -> dict[str, Any]:
     chosen = np.random.default_rng(0).integers(count, size=(resamples, count))
     means = draws[chosen, np.arange(resamples)[:, None]].mean(axis=1)
     value = statistics.fmean(float(point) for point, _ in samples)
-    # A resample in which the dense model has nothing right says nothing about a ratio.
+    # A resample in which the dense model gets nothing right has no ratio.
     return {"value": value, "interval": percentile_interval(means[np.isfinite(means)])}
 
 

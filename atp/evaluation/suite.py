@@ -1,4 +1,4 @@
-"""The scores of one model in one dict."""
+"""All scores of one model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def evaluate_model(
     autocast: torch.dtype | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, object]:
-    """Perplexity over windows, and each task's score over the first `max_examples` examples that name it.
+    """Perplexity over windows, and each task's score over its first `max_examples` examples.
 
     Works for any causal LM that takes `logits_to_keep`: stock, PEFT-wrapped, masked or cut. Prompts are cut to
-    `max_length` tokens or the positions the model has. progress: gives the bar of a named part.
-    Returns what `perplexity` returns, and tasks: {name: what `label_scores` or `rouge_scores` returns}.
+    `max_length` tokens or the model's positions. progress: returns the progress callback of a named part.
+    Returns the result of `perplexity`, and tasks: {name: the result of `label_scores` or `rouge_scores`}.
     """
     bar = progress or (lambda name: None)
     common = {"seed": seed, "autocast": autocast}
