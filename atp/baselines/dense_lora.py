@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from atp.config import ATPConfig
-from atp.spaces.space import MaskSpace
+from atp.families import family_of
 
 PHASE = "dense_lora"
 
@@ -15,9 +17,13 @@ PHASE = "dense_lora"
 def stock_lora(model: PreTrainedModel, config: ATPConfig) -> PeftModel:
     """Wraps the model in PEFT's own layers, initialized from the run's seed; `unload()` returns the model."""
     lora = config.lora
-    names = sorted({name.rsplit(".", 1)[-1] for name in MaskSpace.from_config(model.config).linears})
+    names = sorted({name.rsplit(".", 1)[-1] for name in family_of(model.config).linears(model.config)})
     torch.manual_seed(config.seed)
     settings = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, task_type="CAUSAL_LM"
+        r=lora.r,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)

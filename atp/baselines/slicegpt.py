@@ -52,7 +52,7 @@ def sliced_width(config: PretrainedConfig, target: float) -> int:
             f"slicegpt does not fit model family '{family.name}': its norms of queries and keys share rms_norm_eps "
             "with the norms that slicing rescales, so choose another baseline"
         )
-    space = MaskSpace.from_config(config)
+    space = MaskSpace.from_config(config, "kv_group")  # for its linears and their parameters, as any other space
     wanted = target * Budget(space).total
     widths = range(_MULTIPLE, config.hidden_size, _MULTIPLE)
     if not widths:
@@ -82,13 +82,13 @@ def residual_bases(model: PreTrainedModel, batches: Iterable[Batch], width: int)
     """
     decoder = model.model
     with inference(model):
-        states, arguments = zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True)
-        states = list(states)
+        calls = [first_layer_inputs(decoder, batch) for batch in batches]
+        states = [x for x, _ in calls]
         bases = [_principal_axes(states, width)]
         for layer in decoder.layers:
             for norm, block in BLOCKS:
                 states = [_project(x, bases[-1]) for x in states]
-                states = [run_block(layer, norm, block, x, a) for x, a in zip(states, arguments, strict=True)]
+                states = [run_block(layer, norm, block, x, a) for x, (_, a) in zip(states, calls, strict=True)]
                 bases.append(_principal_axes(states, width))
     return torch.stack([basis.float().cpu() for basis in bases])
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from atp.spaces.space import MaskSpace
 
@@ -13,11 +15,11 @@ LinearName = tuple[int, str]
 """Layer index, and name of a linear in it."""
 
 
-def prunable_linears(model: nn.Module, space: MaskSpace) -> dict[LinearName, nn.Linear]:
+def prunable_linears(model: PreTrainedModel, space: MaskSpace) -> dict[LinearName, nn.Linear]:
     """The linears of a plain causal LM that the space can cut."""
     return {
-        (index, name): layer.get_submodule(name)
-        for index, layer in enumerate(model.model.layers)
+        (index, name): cast(nn.Linear, layer.get_submodule(name))
+        for index, layer in enumerate(cast(nn.ModuleList, model.get_decoder().layers))
         for name in space.linears
     }
 

@@ -37,7 +37,7 @@ class BaselineRun(Run):
     def _execute(self) -> dict[str, Any]:
         model, tokenizer, data = self._prepare()
         params_before = sum(p.numel() for p in model.parameters())
-        space = MaskSpace.from_config(model.config)
+        space = MaskSpace.from_config(model.config, self.config.decisions.space)
         if self.baseline is not None:
             model = self._apply(model, data)
         tuner = self._tune(model, space, data)

@@ -16,12 +16,13 @@ from atp.errors import InputError
 from atp.loading import load_any_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "granite"])
 def test_a_run_by_the_command(tmp_path, wide_budget, name):
     config = tiny_config(tmp_path)
     vocabulary = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
     build(name, scale=0.1, vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(tmp_path)
-    evaluation = {"windows": 4, "questions": 4, "dense_baseline": False}
+    evaluation = {"windows": 4, "questions": 4, "dense_baseline": name == "qwen3"}
     start(config, tmp_path / "out", evaluation=evaluation)
     out = tmp_path / "out"
     model = load_any_model(ModelConfig(path=str(out / "model")))
