@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
@@ -24,7 +25,7 @@ from atp.training.precision import autocast_dtype
 @contextmanager
 def masked(
     model: PreTrainedModel, space: MaskSpace, config: ATPConfig
-) -> Iterator[tuple[nn.Module, MaskController, torch.dtype | None]]:
+) -> Iterator[tuple[PeftModel, MaskController, torch.dtype | None]]:
     """Yields the model inside ATP's own masked layers, their controller, and the dtype to run it in.
 
     The adapter adds nothing (its B is zero) and does not learn; the model is restored afterwards.
