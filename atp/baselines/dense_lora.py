@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -21,7 +19,7 @@ def stock_lora(model: PreTrainedModel, config: ATPConfig) -> PeftModel:
     torch.manual_seed(config.seed)
     settings = LoraConfig(
         r=lora.r,
-        lora_alpha=cast(int, lora.alpha),
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared int, and any number works
         lora_dropout=lora.dropout,
         target_modules=names,
         task_type="CAUSAL_LM",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
@@ -25,7 +23,7 @@ from atp.training.precision import autocast_dtype
 @contextmanager
 def masked(
     model: PreTrainedModel, space: MaskSpace, config: ATPConfig
-) -> Iterator[tuple[PeftModel, MaskController, torch.dtype | None]]:
+) -> Iterator[tuple[nn.Module, MaskController, torch.dtype | None]]:
     """Yields the model inside ATP's own masked layers, their controller, and the dtype to run it in.
 
     The adapter adds nothing (its B is zero) and does not learn; the model is restored afterwards.
@@ -58,8 +56,9 @@ def refit_readers(
     model: PreTrainedModel, space: MaskSpace, mask: Tensor, calibration: Dataset, config: ATPConfig
 ) -> None:
     """ATP's `refit`, in place, for a model without LoRA, on `decisions.refit_windows` calibration windows."""
-    count = min(config.decisions.refit_windows, len(calibration))
+    count = min(config.decisions.refit_windows, len(calibration))  # type: ignore[arg-type]  # ours all have a length
     if count:
         batches = calibration_batches(calibration, config, next(model.parameters()).device, count=count)
         with masked(model, space, config) as (wrapped, controller, dtype), inference(wrapped, dtype):
-            refit(cast(PreTrainedModel, wrapped.get_base_model()).get_decoder(), controller, space, mask, batches)
+            decoder = wrapped.get_base_model().get_decoder()  # type: ignore[operator]  # nn.Module knows no methods
+            refit(decoder, controller, space, mask, batches)

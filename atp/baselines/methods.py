@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -26,7 +27,7 @@ class MaskBaseline:
     """A rule that picks decisions of a mask space; the cut is ATP's own.
 
     rule: (model, space, calibration, config) -> bool [space.size]. space: the space that the method is defined on,
-    None for the one of the config. refits: whether readers of the cut are refitted as in ATP, if the config says so.
+    None for the config's. refits: whether the linears that read removed inputs are refitted, as far as the config says.
     """
 
     rule: Callable[[PreTrainedModel, MaskSpace, Dataset, ATPConfig], Tensor]
@@ -50,7 +51,7 @@ class MaskBaseline:
         space = self.space_of(model, config)
         if self.refits:
             refit_readers(model, space, choice, calibration, config)
-        return cut_model(model, space, choice)
+        return cast(PreTrainedModel, cut_model(model, space, choice))
 
 
 class SliceBaseline:
@@ -69,7 +70,9 @@ class SliceBaseline:
         return slice_model(model, choice)
 
 
-BASELINES: dict[str, MaskBaseline | SliceBaseline | None] = {
+Baseline = MaskBaseline | SliceBaseline
+
+BASELINES: dict[str, Baseline | None] = {
     "dense_lora": None,
     "random": MaskBaseline(random_mask),
     "magnitude": MaskBaseline(magnitude_mask),
@@ -79,6 +82,6 @@ BASELINES: dict[str, MaskBaseline | SliceBaseline | None] = {
     "llm_pruner_mixed": MaskBaseline(partial(taylor_mask, order="mixed"), "kv_group"),
     "wanda_sp": MaskBaseline(wanda_mask, "kv_group"),
     "slicegpt": SliceBaseline(),
-    "disp_llm": MaskBaseline(disp_mask),
+    "disp_llm": MaskBaseline(disp_mask, "disp"),
 }
 """By name; `dense_lora` removes nothing."""

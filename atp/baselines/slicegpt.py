@@ -82,13 +82,13 @@ def residual_bases(model: PreTrainedModel, batches: Iterable[Batch], width: int)
     """
     decoder = model.model
     with inference(model):
-        calls = [first_layer_inputs(decoder, batch) for batch in batches]
-        states = [x for x, _ in calls]
+        inputs = [first_layer_inputs(decoder, batch) for batch in batches]
+        states, arguments = [x for x, _ in inputs], [given for _, given in inputs]
         bases = [_principal_axes(states, width)]
         for layer in decoder.layers:
             for norm, block in BLOCKS:
                 states = [_project(x, bases[-1]) for x in states]
-                states = [run_block(layer, norm, block, x, a) for x, (_, a) in zip(states, calls, strict=True)]
+                states = [run_block(layer, norm, block, x, a) for x, a in zip(states, arguments, strict=True)]
                 bases.append(_principal_axes(states, width))
     return torch.stack([basis.float().cpu() for basis in bases])
 

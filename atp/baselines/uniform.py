@@ -1,4 +1,4 @@
-"""The budget of methods that rank inside a layer: every layer loses the same share, its lowest scores go."""
+"""Masks of methods that rank inside a layer: every layer loses the same share, lowest scores first."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def uniform_mask(
     """The highest scores of each structure, with equal counts in all layers and `target` of the decoder kept.
 
     scores [space.size]; multiples: as in `fit_mask`; layers: those that may lose anything (None: all). All structures
-    but one keep the count nearest to the uniform share. The one that the space names for it makes up the remainder,
-    some layers one block wider than others so that the budget holds to a block. Returns bool [space.size].
+    but one keep the count nearest to the uniform share. The one that the space marks makes up the remainder: in some
+    layers it is one block wider than in others, so that the budget holds to one block. Returns bool [space.size].
     Raises `InputError` when these layers cannot lose that much, `NotReached` for scores that are not finite.
     """
     if not is_finite(scores):
@@ -64,7 +64,7 @@ def uniform_mask(
 
 
 def _uniform_share(free: list[Structure], target: float, budget: Budget) -> float:
-    """The share f of every free structure for which `target` of the decoder is kept, were counts not whole."""
+    """The share of every free structure that keeps `target` of the decoder if counts need not be whole."""
     mask = torch.ones(budget.space.size, dtype=torch.float64)
 
     def kept(share: float) -> float:

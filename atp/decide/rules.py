@@ -1,4 +1,4 @@
-"""Which widths a cut model may have, where the config leaves it open."""
+"""The widths that a cut model may have when the config leaves them open."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ def soft_mask(logits: Tensor, offset: Tensor | float, temperature: float, noise:
 
 
 def keep_one(mask: Tensor, logits: Tensor, space: MaskSpace) -> Tensor:
-    """Returns the bool mask [size] with the largest logit of every structure kept: a layer never loses a whole one."""
+    """The bool mask [size] with the largest logit of every structure kept, so that no structure becomes empty."""
     owner, last = space.structure_of.to(logits.device), space.size - 1
     largest = logits.new_full((len(space.structures),), -torch.inf).scatter_reduce(0, owner, logits, "amax")
-    # Of equal logits the first one stays.
+    # Of equal logits the first is kept.
     places = torch.where(logits == largest[owner], torch.arange(space.size, device=logits.device), last)
     first = places.new_full(largest.shape, last).scatter_reduce(0, owner, places, "amin")
     return mask.index_fill(0, first, True)

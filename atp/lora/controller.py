@@ -1,10 +1,10 @@
-"""Hands the masks of the whole model to its LoRA layers, and the kept slices that hard masks are computed with."""
+"""Hands the masks of the whole model to its LoRA layers, with the kept slices that hard masks are computed on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class _Side(NamedTuple):
 
 
 class MaskController:
-    """Hands the masks of a flat vector to the LoRA layers of a model, in one of the forms of the method."""
+    """Hands a flat mask to the LoRA layers of a model, in one of the three forms of docs/method.md section 3."""
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
         self.space = space
@@ -42,17 +42,17 @@ class MaskController:
         self._slices: dict[_Linear, KeptSlice] = {}
 
     def clear(self) -> None:
-        """Back to the plain LoRA model. Slices are held for the next hard mask."""
+        """Removes all masks, so that the model is plain LoRA again. Slices are kept for the next hard mask."""
         for layer in self._layers.values():
             layer.set_masks(None, None)
 
     def forget(self) -> None:
-        """Drops the slices, which are copies: the base weights have changed."""
+        """Drops the slices, which are copies of base weights; call it after these changed."""
         self._hard, self._sides, self._slices = None, {}, {}
         self.clear()
 
     def set(self, mask: Tensor, form: Literal["soft", "hard", "base", "sum"]) -> None:
-        """mask [space.size], on the host if the device should not be waited for; see `masks` for the forms."""
+        """Sets a mask [space.size]; on the host, so that a hard one needs no host-device sync. Forms: see `masks`."""
         if form == "hard":
             self._slice(mask.cpu())
             for name, kept in self._slices.items():
@@ -78,7 +78,8 @@ class MaskController:
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self._layers.values())).get_base_layer().weight.device
+        base: Any = next(iter(self._layers.values())).get_base_layer()
+        return base.weight.device
 
     def _slice(self, mask: Tensor) -> None:
         """Makes the slices of the base weights again where a hard mask differs from that of the last call."""
@@ -98,7 +99,7 @@ class MaskController:
                 sides = self._sides.setdefault((structure.layer, cut.module), [_Side(), _Side()])
                 sides[cut.axis] = _Side(side, orders[id(side)] if cut.reorderable else None)
         for name in dict.fromkeys((structure.layer, cut.module) for structure in changed for cut in structure.cuts):
-            base = self._layers[name].get_base_layer()
+            base: Any = self._layers[name].get_base_layer()
             outs, ins = (side.mask if side.order is None else side.order for side in self._sides[name])
             self._slices[name] = KeptSlice(base.weight, base.bias, out_mask=outs, in_mask=ins)
         self._hard = mask.clone()

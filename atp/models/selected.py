@@ -38,4 +38,5 @@ class Selection(nn.Module):
         """The residual stream [batch, tokens, hidden] with the output [batch, tokens, outputs] of a block added."""
         if self.outputs is None:
             return add_block(layer, stream, output)
-        return stream.index_add(-1, self.outputs, (output * layer.residual_multiplier).to(stream.dtype))
+        multiplier: Any = layer.residual_multiplier
+        return stream.index_add(-1, self.outputs, (output * multiplier).to(stream.dtype))

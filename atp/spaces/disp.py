@@ -1,8 +1,8 @@
 """Mask space `disp`, that of DISP-LLM (Gao et al. 2024, arXiv 2410.11988): each block selects what it reads and writes.
 
-The residual stream keeps its width, so that the selections of a layer are independent of each other and of those of
-other layers: a block reads some positions of the normed hidden state and adds its output to others. Attention heads
-stay whole. Norms stay whole too, because they are over the whole hidden state.
+A block reads some positions of the normed hidden state and adds its output to others. The residual stream keeps its
+width, so the selections of a layer are independent of each other and of other layers. Attention heads stay whole, and
+so do norms, which are over the whole hidden state.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _SELECTIONS = {
     "mlp_inputs": (1, ("mlp.gate_proj", "mlp.up_proj")),
     "mlp_outputs": (0, ("mlp.down_proj",)),
 }
-"""By structure the axis that it cuts and the linears whose positions on that axis are those of the hidden state."""
+"""For each structure the axis and the linears that it cuts; on that axis their positions are the hidden state's."""
 
 
 @register("disp", structures=(*_SELECTIONS, "mlp"))
 def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
     """Four selections of the hidden state, and the channels of the MLP.
 
-    Each side has a mask of its own, so a soft mask multiplies all of them (but down's inputs, see `mlp_channels`). None
-    may be reordered, because the residual stream has one order. None has a reader: the linears that read a selection
-    do not end their block, and what is not written cannot be made up for.
+    Nothing upstream of a selection is masked for it, so a soft mask multiplies all its sides. None may be reordered,
+    because the residual stream has one order. None has a reader: the linears that read a selection do not end their
+    block, and no refit can replace outputs that are not written.
     """
     hidden = torch.arange(config.hidden_size)
     return [

@@ -19,8 +19,8 @@ def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Str
     """`qk` removes a RoPE pair of every query and key head, `vo` a dimension of every value head.
 
     RoPE rotates dimension i together with i + head_dim / 2, so a qk decision covers both. A soft mask multiplies the
-    values, of which attention only takes means, so that what o_proj reads is multiplied already. No side may be
-    reordered: a side lists head after head, and kept-first order would mix dimensions of different heads.
+    values; attention takes weighted means of them, so the inputs of o_proj arrive multiplied. No side may be reordered:
+    a side lists head after head, and kept-first order would mix dimensions of different heads.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = linears["self_attn.v_proj"].out_features // kv_heads

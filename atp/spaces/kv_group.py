@@ -16,8 +16,8 @@ from atp.spaces.space import Cut, Structure, register
 def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
     """`kv_group` removes a key and value head with all query heads that read it.
 
-    A soft mask multiplies queries, keys and values, so that what o_proj reads is multiplied already. Attention treats
-    all heads alike, so whole heads may lie in any order: query heads as o_proj reads them, key heads as value heads.
+    A soft mask multiplies queries, keys and values, so the inputs of o_proj arrive multiplied. Attention treats all
+    heads alike, so whole heads may lie in any order: q_proj and o_proj in one, k_proj and v_proj in one.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = linears["self_attn.v_proj"].out_features // kv_heads

@@ -12,8 +12,8 @@ from atp.spaces.space import WIDTHS, Cut, Structure
 def mlp_channels(linears: dict[str, Linear]) -> Structure:
     """Structure `mlp`: a decision removes one channel, a row of gate_proj and up_proj and a column of down_proj.
 
-    A soft mask multiplies gate and up, whose product down reads. Only element-wise work lies between the three, so
-    channels may lie in any order.
+    A soft mask multiplies gate and up, so the inputs of down_proj arrive multiplied. Only element-wise work lies
+    between the three linears, so channels may lie in any order.
     """
     size = linears["mlp.down_proj"].in_features
     owner = torch.arange(size)
