@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from atp.config import ATPConfig
-from atp.spaces.space import MaskSpace
+from atp.families import family_of
 
 PHASE = "dense_lora"
 
@@ -15,7 +15,7 @@ PHASE = "dense_lora"
 def stock_lora(model: PreTrainedModel, config: ATPConfig) -> PeftModel:
     """Wraps the model in PEFT's own layers, initialized from the run's seed; `unload()` returns the model."""
     lora = config.lora
-    names = sorted({name.rsplit(".", 1)[-1] for name in MaskSpace.from_config(model.config).linears})
+    names = sorted({name.rsplit(".", 1)[-1] for name in family_of(model.config).linears(model.config)})
     torch.manual_seed(config.seed)
     settings = LoraConfig(
         r=lora.r,

@@ -42,8 +42,9 @@ class MaskedLoraLinear(PeftLinear):
     def adopt(layer: PeftLinear) -> MaskedLoraLinear:
         """Turns a stock layer into this one in place: same object, parameters and hooks, another forward."""
         layer.__class__ = MaskedLoraLinear
-        layer._unmask()
-        return layer
+        adopted = cast(MaskedLoraLinear, layer)
+        adopted._unmask()
+        return adopted
 
     def _unmask(self) -> None:
         self.set_masks(None, None)
