@@ -84,8 +84,9 @@ class FiniteGuard:
         """
         parameters = [*(p for group in optimizer.param_groups for p in group["params"]), *beside]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        bad = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())
-        optimizer.found_inf = bad.float()
+        bad = ~torch.isfinite(nn.utils.get_total_norm(gradients))
+        # Where torch's GradScaler leaves it too, for fused steps to skip by.
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self._skipped = self._skipped + bad
         self._in_a_row = (self._in_a_row + 1) * bad
         self._longest = torch.maximum(self._longest, self._in_a_row)

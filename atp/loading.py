@@ -40,7 +40,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return read_tokenizer(**_source(config))
 
 
-def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
+def load_model(config: ModelConfig, space: SpaceName) -> PreTrainedModel:
     """The causal LM to prune in the dtype of the config, after its family was checked against the mask space.
 
     Raises `InputError` when there is none, and for weights that are quantized or hold NaN or infinity.

@@ -198,6 +198,12 @@ class Loop:
 
     # Between steps
 
+    def begin(self, phase: str) -> None:
+        """Names the phase under way and tells callbacks, once per phase."""
+        if self.phase != phase:
+            self.phase = phase
+            self._tell("on_phase")
+
     def run(self, phase: str, step: Callable[[list[Batch]], None], until: int) -> None:
         """Trains until `until` steps are done. phase: the name in records and callbacks.
 
@@ -206,11 +212,10 @@ class Loop:
         """
         if self.step >= until:
             return
-        self.phase = phase
         self.wrapped.train()
         if self._batches is None:
             self._batches = self.batches_from(self.step)
-        self._tell("on_phase")
+        self.begin(phase)
         while self.step < until:
             started = time.perf_counter()
             batches = next(self._batches)

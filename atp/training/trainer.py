@@ -121,6 +121,7 @@ class ATPTrainer(Loop):
             self.pruning.start()
 
     def _freeze(self) -> None:
+        self.begin("settle")
         with self.clock.timed("settle"):
             self.pruning.freeze()
         if self.config.decisions.refit_windows:
