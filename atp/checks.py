@@ -1,4 +1,4 @@
-"""What is known of a run before its first step: what cannot work is refused, what falls short is said."""
+"""Checks before the first step: refuse what cannot work, report what falls short."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from atp.errors import InputError, quote, shorten
 from atp.loading import RunData, check_length
 from atp.spaces.space import MaskSpace
 
-BUDGET_TOLERANCE = 0.002  # of the decoder, between the target and what a run keeps
+BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
 _SHORTEST = 16  # tokens, the least that data.length may be
 
 
 def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: float = BUDGET_TOLERANCE) -> None:
-    """Refuses windows beyond the model's positions, and a target that no mask of its shapes can meet."""
+    """Raises `InputError` for windows beyond the model's positions, and for a target that no mask can meet."""
     check_length(shapes, config.data.length)
     decisions = config.decisions
     budget = Budget(MaskSpace.from_config(shapes, decisions.space))
@@ -28,13 +28,13 @@ def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: floa
         rules = f" with decisions.multiples {quote(coarse)}" if coarse else ""
         remedy = "choose that, or lower the multiples" if rules else "choose that"
         raise InputError(
-            f"decisions.target_keep is {decisions.target_keep} and the nearest share that whole structures of this "
+            f"decisions.target_keep is {decisions.target_keep}, but the nearest share that whole structures of this "
             f"model can keep{rules} is {nearest:.4f}: {remedy}"
         )
 
 
 def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
-    """One sentence for everything that the config asks for more of than the data have; a run goes on without it."""
+    """One sentence per setting that asks for more than the data hold; the run continues with what there is."""
     evaluation, decisions = config.evaluation, config.decisions
     test = data.splits.test
     asked = [
@@ -50,7 +50,9 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
             continue  # free text is scored on demand
         held_out = sum(example.task == task.name for example in test)
         asked.append(("evaluation.questions", evaluation.questions, f"test examples of {task.name}", held_out))
-    found = [f"{key} is {count}, and there are {there} {what}" for key, count, what, there in asked if count > there]
+    found = [
+        f"{key} is {count}, but there are only {there} {what}" for key, count, what, there in asked if count > there
+    ]
     unused = [label for label in config.data.labels if all(label != example.label for example in test)]
     if unused:
         found.append(f"no test example has the label {shorten(' or '.join(unused))} of data.labels")

@@ -12,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 STAGES=(build test sanitize ops train)
-OPERATIONS=('linear_*' 'swiglu_*' 'qkv_*' 'group_*' compact)
+OPERATIONS=('linear_*' 'swiglu_*' 'qkv_*' 'group_*' compact rms_norm)
 dry=0 chosen=()
 for argument in "$@"; do
   case " ${STAGES[*]} " in
@@ -83,9 +83,9 @@ print(f"{major}.{minor}" + "a" * (major > 8))')
   ATP_BUILD=1 ATP_BUILD_CUDA=$((1 - dry)) TORCH_CUDA_ARCH_LIST=$arch "$PYTHON" setup.py build_ext --inplace || return 1
   "$PYTHON" -c '
 import sys
-from atp_kernels.backends import native
-print(native.build_info())
-sys.exit(sys.argv[1] == "cuda" and not native.build_info()["cuda_archs"])' "$device"
+from atp_kernels import extension
+print(extension.build_info())
+sys.exit(sys.argv[1] == "cuda" and not extension.build_info()["cuda_archs"])' "$device"
 }
 
 run_test() {

@@ -1,18 +1,20 @@
 """Every operation that can be benchmarked, and which cases a choice of options stands for."""
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import product
+from pathlib import Path
 
+import atp_kernels
 from benchmarks.case import Case, Op
-from benchmarks.ops.blocks import BLOCKS
-from benchmarks.ops.groups import GROUPS
-from benchmarks.ops.linear import LINEARS
 from benchmarks.ops.training import TRAINING
 from benchmarks.shapes import find_model
 
-OPS: tuple[Op, ...] = (*LINEARS, *BLOCKS, *GROUPS, *TRAINING)
+_ROOMS = sorted(path.parent.name for path in Path(atp_kernels.__path__[0]).glob("*/bench.py"))
+_IN_ROOMS = [op for room in _ROOMS for op in importlib.import_module(f"atp_kernels.{room}.bench").OPS]
+OPS: tuple[Op, ...] = (*_IN_ROOMS, *TRAINING)
 
 
 def find_ops(patterns: Iterable[str]) -> list[Op]:

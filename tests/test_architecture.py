@@ -34,10 +34,12 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # `import atp` registers the model class, so that a cut model loads, and lets Ctrl-C end the command meanwhile; that is
 # all the package itself may reach for.
 ROOT_MAY_IMPORT = {"atp.models", "atp.ending", "atp_kernels"}
+# A room's bench.py is a part of the benchmarks, which know all packages; the kernels never import it.
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
+    if path.name != "bench.py"
 }
 
 
@@ -99,6 +101,35 @@ def test_no_import_cycles():
 
     for name in graph:
         visit(name, [])
+
+
+def test_every_layer_holds_a_module():
+    assert [name for name in RANK if not any(f"{m}.".startswith(f"{name}.") for m in SOURCES)] == []
+    assert len(RANK) == sum(map(len, LAYERS)), "a name stands in two layers"
+
+
+def files_on_the_page():
+    """Paths of the tree in docs/architecture.md, each with what the page says of it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"^```\n(atp/\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    folders, found = [], {}
+    for line in tree.splitlines():
+        name, _, text = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name] if name.endswith("/") else []
+        if not name.endswith("/"):
+            path = "".join(folders) + name
+            assert path not in found, f"{path} stands twice"
+            found[path] = text.strip()
+    return found
+
+
+def test_the_architecture_page_names_every_file():
+    suffixes = {".py", ".cpp", ".cu", ".h"}
+    files = {p for folder in (*PACKAGES, "csrc") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
+    page = files_on_the_page()
+    assert page.keys() == {p.relative_to(ROOT).as_posix() for p in files}
+    assert [name for name, text in page.items() if not text and not name.endswith("__init__.py")] == []
 
 
 def test_kernels_know_no_model_and_no_method():

@@ -20,7 +20,7 @@ def source(tmp_path):
     return copy_source(tmp_path / "source")
 
 
-REPORT = "import atp_kernels; from atp_kernels.backends import native; print(atp_kernels.__file__, native.REASON)"
+REPORT = "import atp_kernels; from atp_kernels import extension; print(atp_kernels.__file__, extension.REASON)"
 
 
 @pytest.mark.slow
@@ -119,14 +119,14 @@ def test_examples_and_experiments_are_found_away_from_the_clone(source, tmp_path
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_extension_uses_only_the_stable_abi_of_torch():
-    from atp_kernels.backends import native
+    from atp_kernels import extension
 
-    if not native.AVAILABLE:
-        pytest.skip(native.REASON)
-    import atp_kernels._C as extension
+    if not extension.AVAILABLE:
+        pytest.skip(extension.REASON)
+    import atp_kernels._C as library
 
     listed = subprocess.run(
-        ["nm", "--dynamic", "--undefined-only", extension.__file__], capture_output=True, text=True, check=True
+        ["nm", "--dynamic", "--undefined-only", library.__file__], capture_output=True, text=True, check=True
     )
     symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
     assert [s for s in symbols if s.startswith(("aoti_torch_", "torch_"))]

@@ -239,7 +239,7 @@ def test_the_places_of_an_experiment_are_checked_first(atp, tmp_path, not_scored
     monkeypatch.setattr("atp.experiments.experiment.load_tokenizer", fail(AssertionError("a model was read")))
     file = Path(__file__).parents[2] / "experiments" / "stages.yaml"
     code, err = atp("experiment", file, option, "/proc/foo")
-    assert code == 2 and one_sentence(err) and f"{option} /proc/foo cannot be written into" in err, err
+    assert code == 2 and one_sentence(err) and f"{option} /proc/foo is not writable" in err, err
     assert not list(tmp_path.iterdir())
 
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from atp_kernels.backends import dispatch
+from atp_kernels.call import select
 
 
 def takes(op: str, dtype: torch.dtype, backend: str) -> bool:
     """Whether this backend does."""
     try:
-        dispatch.select(op, torch.device("cpu"), dtype, backend)
+        select(op, torch.device("cpu"), dtype, backend)
     except RuntimeError:
         return False
     return True

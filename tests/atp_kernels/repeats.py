@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from atp_kernels.backends import native
+from atp_kernels import extension
 
 _DIGEST = """
 import hashlib, torch
@@ -17,7 +17,7 @@ from tests.atp_kernels import {module} as t
 digest = hashlib.sha256()
 for tensor in {tensors}:
     digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-print(t.native.build_info()["isa"], digest.hexdigest())
+print(t.extension.build_info()["isa"], digest.hexdigest())
 """
 
 
@@ -30,7 +30,7 @@ def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
 
 def assert_same_on_every_isa(module: str, tensors: str) -> None:
     """`tensors`, an expression in names of the test module `t`, has the same bits on all sets that run here."""
-    compiled, best = native.build_info()["isa_compiled"], native.build_info()["isa"]
+    compiled, best = extension.build_info()["isa_compiled"], extension.build_info()["isa"]
     names = compiled[: compiled.index(best) + 1]
     results = [run_with_isa(isa, _DIGEST.format(module=module, tensors=tensors)) for isa in names]
     assert [result.returncode for result in results] == [0] * len(results), results[-1].stderr

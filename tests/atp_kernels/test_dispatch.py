@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import atp_kernels
-from atp_kernels.backends import dispatch, native, triton
-from atp_kernels.backends import reference as reference_backend
+from atp_kernels import call, extension, triton_runtime
+from atp_kernels.linear import aten
 
 CPU = torch.device("cpu")
 
@@ -17,36 +17,36 @@ CPU = torch.device("cpu")
 def test_every_backend_is_listed_with_none_or_a_reason():
     listed = atp_kernels.available_backends()
     assert list(listed) == ["reference", "triton", "native"] and listed["reference"] is None
-    assert listed["native"] == native.REASON
+    assert listed["native"] == extension.REASON
 
 
 def test_kept_linear_gathers_natively_on_a_cpu_and_is_the_vendor_s_elsewhere():
     explained = atp_kernels.explain("kept_lora_linear", torch.ones(1))
-    name = "native" if native.AVAILABLE else "reference"
+    name = "native" if extension.AVAILABLE else "reference"
     assert explained.startswith(f"kept_lora_linear on cpu in float32 runs on {name} (")
-    assert dispatch.select("kept_lora_linear", CPU, torch.float64)[1] == "reference"
-    assert dispatch.select("kept_lora_linear", torch.device("cuda"), torch.bfloat16)[1] == "reference"
+    assert call.select("kept_lora_linear", CPU, torch.float64)[1] == "reference"
+    assert call.select("kept_lora_linear", torch.device("cuda"), torch.bfloat16)[1] == "reference"
     with pytest.raises(RuntimeError, match="the native backend has kept_lora_linear for cpu only|was not built"):
-        dispatch.select("kept_lora_linear", torch.device("cuda"), torch.float32, "native")
+        call.select("kept_lora_linear", torch.device("cuda"), torch.float32, "native")
 
 
-@pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
+@pytest.mark.skipif(triton_runtime.REASON is not None, reason=str(triton_runtime.REASON))
 def test_linear_on_cuda_takes_triton_only_where_there_is_something_to_fuse():
     cuda = torch.device("cuda")
-    assert dispatch.select("masked_lora_linear", cuda, torch.bfloat16)[1] == "triton"
-    _, name, why = dispatch.select("masked_lora_linear", cuda, torch.bfloat16, plain=True)
+    assert call.select("masked_lora_linear", cuda, torch.bfloat16)[1] == "triton"
+    _, name, why = call.select("masked_lora_linear", cuda, torch.bfloat16, plain=True)
     assert name == "reference" and "the addmm_ chain" in why
-    assert dispatch.select("masked_lora_linear", cuda, torch.bfloat16, "triton", plain=True)[1] == "triton"
+    assert call.select("masked_lora_linear", cuda, torch.bfloat16, "triton", plain=True)[1] == "triton"
     assert "first choice on cpu" in atp_kernels.explain("masked_lora_linear", torch.ones(1), plain=True)
 
 
-@pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
+@pytest.mark.skipif(triton_runtime.REASON is not None, reason=str(triton_runtime.REASON))
 def test_group_operations_on_cuda_take_native_then_triton_then_reference():
     for op in ("group_lasso", "group_lasso_grad_", "group_prox_"):
-        assert dispatch._preference(op, "cuda") == ("native", "triton", "reference")
-        name, why = dispatch.select(op, torch.device("cuda"), torch.float16)[1:]
+        assert call.OPERATIONS[op].order["cuda"].backends == ("native", "triton", "reference")
+        name, why = call.select(op, torch.device("cuda"), torch.float16)[1:]
         assert name == "triton" and why.startswith("native: ")
-        assert dispatch.select(op, torch.device("cuda"), torch.float64)[1] == "reference"
+        assert call.select(op, torch.device("cuda"), torch.float64)[1] == "reference"
 
 
 def test_calls_say_whether_they_are_plain(monkeypatch):
@@ -55,9 +55,9 @@ def test_calls_say_whether_they_are_plain(monkeypatch):
 
     def noting(*arguments, plain):
         asked.append(plain)
-        return reference_backend, "reference", ""
+        return call.Choice(aten, "reference", "")
 
-    monkeypatch.setattr(sys.modules["atp_kernels.ops.linear"], "select", noting)
+    monkeypatch.setattr(sys.modules["atp_kernels.linear.op"], "select", noting)
     x, weight, lora_a, lora_b = (torch.ones(size) for size in ((2, 4), (3, 4), (1, 4), (3, 1)))
     for options in (
         {}, {"out_mask": torch.ones(3)}, {"in_mask": torch.ones(4)}, {"dropout": 0.5, "seed": 1}
@@ -66,27 +66,27 @@ def test_calls_say_whether_they_are_plain(monkeypatch):
     assert asked == [True, False, False, False]
 
 
-@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+@pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 def test_a_cpu_takes_the_native_extension():
     for op in ("masked_lora_linear", "group_lasso", "group_lasso_grad_", "group_prox_", "compact"):
-        assert dispatch.select(op, CPU, torch.bfloat16)[1] == "native"
-        module, name, why = dispatch.select(op, CPU, torch.float64)
-        assert (module, name) == (reference_backend, "reference") and "takes float32, bfloat16, not float64" in why
+        assert call.select(op, CPU, torch.bfloat16)[1] == "native"
+        module, name, why = call.select(op, CPU, torch.float64)
+        assert (
+            name == "reference" and module.__name__.endswith(".aten") and "takes float32, bfloat16, not float64" in why
+        )
 
 
 def test_a_backend_that_is_not_there_is_passed_over_and_refused_by_name(monkeypatch):
-    monkeypatch.setattr(native, "AVAILABLE", False)
-    monkeypatch.setattr(native, "REASON", "the extension was not built")
-    for cached in (dispatch._load, dispatch._select):
-        cached.cache_clear()
+    monkeypatch.setattr(extension, "AVAILABLE", False)
+    monkeypatch.setattr(extension, "REASON", "the extension was not built")
+    call._select.cache_clear()
     try:
-        _, name, why = dispatch.select("compact", CPU, torch.float32)
+        _, name, why = call.select("compact", CPU, torch.float32)
         assert (name, why) == ("reference", "native: the extension was not built")
         with pytest.raises(RuntimeError, match="'native' cannot take compact: the extension was not built"):
             atp_kernels.compact(torch.ones(2, 2), backend="native")
     finally:
-        for cached in (dispatch._load, dispatch._select):
-            cached.cache_clear()
+        call._select.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -100,15 +100,19 @@ def test_a_backend_that_is_not_there_is_passed_over_and_refused_by_name(monkeypa
 )
 def test_named_backends_that_cannot_take_a_call(op, dtype, backend, error, message):
     with pytest.raises(error, match=message):
-        dispatch.select(op, CPU, dtype, backend)
+        call.select(op, CPU, dtype, backend)
 
 
-def test_environment_overrides_auto_but_not_a_name(monkeypatch):
+def test_environment_overrides_auto_but_not_a_name(monkeypatch, request):
+    request.addfinalizer(call.override.cache_clear)
     monkeypatch.setenv("ATP_KERNELS_BACKEND", "reference")
-    module, name, why = dispatch.select("compact", CPU, torch.float32)
-    assert (module, name, why) == (reference_backend, "reference", "ATP_KERNELS_BACKEND='reference' names it")
+    call.override.cache_clear()
+    module, name, why = call.select("compact", CPU, torch.float32)
+    assert module.__name__.endswith(".aten")
+    assert (name, why) == ("reference", "ATP_KERNELS_BACKEND='reference' names it")
     monkeypatch.setenv("ATP_KERNELS_BACKEND", "nothing")
-    assert dispatch.select("compact", CPU, torch.float32, "reference")[1] == "reference"
+    call.override.cache_clear()
+    assert call.select("compact", CPU, torch.float32, "reference")[1] == "reference"
     with pytest.raises(ValueError, match="ATP_KERNELS_BACKEND='nothing' is not a backend"):
         atp_kernels.explain("compact")
 
@@ -149,13 +153,13 @@ def built_for(monkeypatch):
     """Pretends an extension with CUDA code for some architectures and a device of some capability."""
 
     def pretend(archs, capability):
-        monkeypatch.setattr(native, "build_info", lambda: {"cuda_archs": archs.split()})
+        monkeypatch.setattr(extension, "build_info", lambda: {"cuda_archs": archs.split()})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: capability)
-        dispatch._select.cache_clear()
+        call._select.cache_clear()
 
     yield pretend
-    dispatch._select.cache_clear()
+    call._select.cache_clear()
 
 
 RUNS = [
@@ -176,16 +180,16 @@ RUNS = [
 ]
 
 
-@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
-@pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
+@pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
+@pytest.mark.skipif(triton_runtime.REASON is not None, reason=str(triton_runtime.REASON))
 @pytest.mark.parametrize(("archs", "capability", "runs"), RUNS)
 def test_native_takes_a_gpu_that_it_was_built_for(built_for, archs, capability, runs):
     built_for(archs, capability)
     gpu = torch.device("cuda", 0)
-    _, name, why = dispatch.select("group_lasso", gpu, torch.float32)
+    _, name, why = call.select("group_lasso", gpu, torch.float32)
     assert name == ("native" if runs else "triton")
-    listed = dispatch.available_backends(gpu)["native"]
-    assert dispatch.select("compact", gpu, torch.float32)[1] == ("native" if runs else "reference")
+    listed = call.available_backends(gpu)["native"]
+    assert call.select("compact", gpu, torch.float32)[1] == ("native" if runs else "reference")
     if runs:
         assert why == "first choice on cuda" and listed is None
         return
@@ -193,15 +197,15 @@ def test_native_takes_a_gpu_that_it_was_built_for(built_for, archs, capability, 
     said = f"built for CUDA {', '.join(archs.split())} and cuda:0 is of capability {own}; reinstall with "
     assert said in why and said in listed and listed.endswith(f"TORCH_CUDA_ARCH_LIST={own}")
     with pytest.raises(RuntimeError, match="cannot take group_lasso: the native backend was built for CUDA"):
-        dispatch.select("group_lasso", gpu, torch.float32, "native")
+        call.select("group_lasso", gpu, torch.float32, "native")
 
 
-@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+@pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 def test_backends_are_listed_for_a_device(built_for, monkeypatch):
     built_for("", (9, 0))
-    assert "built without support for cuda" in dispatch.available_backends("cuda:0")["native"]
-    assert "built without support for meta" in dispatch.available_backends("meta")["native"]
-    assert dispatch.available_backends("cpu")["native"] is None
+    assert "built without support for cuda" in call.available_backends("cuda:0")["native"]
+    assert "built without support for meta" in call.available_backends("meta")["native"]
+    assert call.available_backends("cpu")["native"] is None
     built_for("9.0", (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert dispatch.available_backends("cuda")["native"] == "torch sees no CUDA device"
+    assert call.available_backends("cuda")["native"] == "torch sees no CUDA device"

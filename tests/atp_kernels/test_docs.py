@@ -11,20 +11,26 @@ from linear_cases import Shape, operands
 from torch.utils.flop_counter import FlopCounterMode
 
 import atp_kernels
-from atp_kernels.backends.triton import tiles
+from atp_kernels.linear import tiles
 
-FOLDER = Path(__file__).parents[2] / "docs" / "kernels"
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md") if path.name != "README.md"}
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "kernels"
+FILES = [
+    *(path for path in FOLDER.glob("*.md") if path.name != "README.md"),
+    *(ROOT / "atp_kernels").glob("*/*.md"),
+]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 SECTIONS = ["Formula", "Saved for backward", "Gradients", "FLOPs", "Bytes", "Backends", "Tiles"]
 NOT_OPERATIONS = {"available_backends", "explain", "nn"}
-LINEAR = PAGES["masked_lora_linear.md"]
+LINEAR = PAGES["atp_kernels/linear/README.md"]
 
 
 def test_every_public_operation_has_a_page():
     titles = " ".join(page.splitlines()[0] for page in PAGES.values())
     assert set(re.findall(r"`(\w+)`", titles)) == set(atp_kernels.__all__) - NOT_OPERATIONS
     index = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == set(PAGES)
+    linked = {(FOLDER / link).resolve() for link in re.findall(r"\]\(([\w./]+\.md)\)", index)}
+    assert linked == set(FILES)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -106,7 +112,9 @@ def spent(call):
 
 
 def test_flops_of_the_gated_mlp():
-    formulas = [row[1].strip("`") for row in table_after(PAGES["masked_lora_swiglu.md"], "Those of three linears")]
+    formulas = [
+        row[1].strip("`") for row in table_after(PAGES["atp_kernels/swiglu/README.md"], "Those of three linears")
+    ]
     sizes = {"M": 12, "K": 20, "C": 28, "N": 24, "r": 4}
     case = Case(((28, 20), (28, 20), (24, 28)), rows=(12,), rank=4, frozen=True)
     flops = spent(lambda: atp_kernels.masked_lora_swiglu(case.x, *case.linears()))
@@ -114,10 +122,8 @@ def test_flops_of_the_gated_mlp():
 
 
 def test_flops_of_three_projections():
-    table = table_after(PAGES["masked_lora_qkv.md"], "With N the sum")
+    table = table_after(PAGES["atp_kernels/qkv/README.md"], "With N the sum")
     sizes = {"M": 12, "K": 20, "N": 40, "r": 4}
     case = Case(((24, 20), (8, 20), (8, 20)), rows=(12,), rank=4, frozen=True)
-    for column in (1, 2):
-        flops = spent(lambda: torch.cat(atp_kernels.masked_lora_qkv(case.x, *case.linears((1.0,) * 3)), -1))
-        assert flops == [evaluated(row[column].strip("`"), sizes) for row in table]
-        atp_kernels.stack_weights(*(linear.weight for linear in case.linears()))
+    flops = spent(lambda: torch.cat(atp_kernels.masked_lora_qkv(case.x, *case.linears((1.0,) * 3)), -1))
+    assert flops == [evaluated(row[1].strip("`"), sizes) for row in table]

@@ -1,15 +1,17 @@
 """The LoRA linear without masks in eager mode: its short way, and the checks that it passes in a few comparisons."""
 
 import itertools
-import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 from linear_cases import Shape, assert_as_good_as_unfused, operands, with_gradients
 
-import atp_kernels
-from atp_kernels import functional, masked_lora_linear
-from atp_kernels.backends import dispatch, reference, triton
+from atp_kernels import masked_lora_linear, triton_runtime
+from atp_kernels.call import ENVIRONMENT, override
+from atp_kernels.linear import aten, definition
+from atp_kernels.linear import operands as linear_operands
+from atp_kernels.linear.operands import Needs, Operands, Options, Saved
 
 BARE = Shape(out_mask=None, in_mask=None, bias=False, dropout=False)
 PLAIN = [
@@ -24,7 +26,7 @@ def call(shape, tensors, **options):
 
 
 def norms(tensors):
-    return atp_kernels.reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
+    return definition.factor_norms(tensors["lora_a"], tensors["lora_b"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -50,12 +52,12 @@ def test_results_are_those_of_the_reference_backend_to_the_last_bit(shape, dtype
     tensors = operands(shape, dtype)
     for name in frozen:
         tensors[name].requires_grad_(False)
-    needs = tuple(name in tensors and tensors[name].requires_grad for name in (*NAMES, "", "", ""))
+    needs = Needs(*(name in tensors and tensors[name].requires_grad for name in (*NAMES, "", "", "")))
     values = [tensors[name].detach() if name in tensors else None for name in NAMES]
-    y, down, *_ = reference.masked_lora_linear_forward(*values, None, None, None, shape.scaling, False, False, False)
+    y, s, *_ = aten.forward(Operands(*values), Options(shape.scaling))
     grad = torch.randn_like(y)
-    saved = (*values[:4], None, None, None, down, None)
-    grads = reference.masked_lora_linear_backward(grad, *saved, shape.scaling, False, True, needs)
+    saved = Saved(*values[:4], None, None, None, s, None)
+    grads = aten.backward(grad, saved, Options(shape.scaling), needs)
     got = call(shape, tensors)
     assert got.grad_fn.name() == "LoraLinearBackward" and torch.equal(got, y)
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
@@ -78,13 +80,13 @@ def test_leading_dimensions_and_non_contiguous_inputs():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "kept"), [(("x",), ()), (("lora_a",), ("x",)), (("lora_b",), ("down",)), (("weight",), ("x",))]
+    ("wanted", "kept"), [(("x",), ()), (("lora_a",), ("x",)), (("lora_b",), ("s",)), (("weight",), ("x",))]
 )
 def test_only_what_is_needed_is_kept(wanted, kept):
     tensors = operands(BARE, torch.float32)
     for name, tensor in tensors.items():
         tensor.requires_grad_(name in wanted)
-    shapes = {"x": (BARE.m, BARE.k), "down": (BARE.m, BARE.rank)}
+    shapes = {"x": (BARE.m, BARE.k), "s": (BARE.m, BARE.rank)}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         call(BARE, tensors)
@@ -125,7 +127,7 @@ def test_whatever_is_more_takes_the_masked_linear(options):
     assert y.grad_fn.name() == "MaskedLoraLinearBackward"
 
 
-@pytest.mark.skipif(triton.REASON is not None, reason=str(triton.REASON))
+@pytest.mark.skipif(triton_runtime.REASON is not None, reason=str(triton_runtime.REASON))
 def test_a_named_kernel_is_not_passed_by():
     y = call(BARE, operands(BARE, torch.float32), backend="triton")
     assert y.grad_fn.name() == "MaskedLoraLinearBackward"
@@ -157,7 +159,7 @@ def test_quick_checks_change_no_result_and_no_message(shape, name, other, autoca
             return str(error)
 
     quick = outcome()
-    monkeypatch.setattr(functional, "_are_ready", lambda *operands: False)
+    monkeypatch.setattr(linear_operands, "_are_ready", lambda *operands: False)
     thorough = outcome()
     assert type(quick) is type(thorough)
     assert quick == thorough if isinstance(quick, str) else torch.equal(quick, thorough)
@@ -169,7 +171,7 @@ def test_quick_checks_pass_what_needs_no_cast():
     ):
         tensors = operands(shape, dtype)
         order = (*NAMES, "lora_input", "out_mask", "in_mask")
-        assert functional._are_ready(*(tensors.get(name) for name in order))
+        assert linear_operands._are_ready(*(tensors.get(name) for name in order))
 
 
 def test_dropout_is_checked_whatever_is_given():
@@ -179,13 +181,14 @@ def test_dropout_is_checked_whatever_is_given():
             call(BARE, tensors, dropout=dropout, seed=1)
 
 
-def test_environment_is_looked_up_where_a_missing_name_costs_little():
-    variables, name = dispatch._raw(os.environ)
-    assert (name in variables) == (dispatch.ENVIRONMENT in os.environ)
-    os.environ["ATP_KERNELS_SOME_OTHER_NAME"] = "1"
-    try:
-        assert os.environ.encodekey("ATP_KERNELS_SOME_OTHER_NAME") in variables
-    finally:
-        del os.environ["ATP_KERNELS_SOME_OTHER_NAME"]
-    plain = {}
-    assert dispatch._raw(plain) == (plain, dispatch.ENVIRONMENT)
+def test_environment_counts_when_it_is_read_anew(monkeypatch, request):
+    request.addfinalizer(override.cache_clear)
+    tensors = operands(BARE, torch.float32)
+    for name, raises in (("nothing", True), (None, False), ("reference", False), ("nothing", True)):
+        if name is None:
+            monkeypatch.delenv(ENVIRONMENT, raising=False)
+        else:
+            monkeypatch.setenv(ENVIRONMENT, name)
+        override.cache_clear()
+        with pytest.raises(ValueError, match="'nothing' is not a backend") if raises else nullcontext():
+            call(BARE, tensors)

@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-from atp_kernels.backends import triton
+from atp_kernels import triton_runtime
 
-if not triton.AVAILABLE:
-    pytest.skip(triton.REASON, allow_module_level=True)
+if not triton_runtime.AVAILABLE:
+    pytest.skip(triton_runtime.REASON, allow_module_level=True)
 
 # A process of its own, because the precision is global and torch refuses its older call once the newer one was used.
 CODE = """
 import sys, torch, conftest
 from atp_kernels import masked_lora_linear
-from atp_kernels.backends.triton import masked_lora_linear as launcher
+from atp_kernels.linear import triton as launcher
 device = "cuda" if torch.cuda.is_available() else "cpu"
 for setting in sys.argv[1:]:
     exec(setting)

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from backends_here import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa
 from torch.utils.checkpoint import checkpoint
 
-from atp_kernels import explain, reference, rms_norm
-from atp_kernels.backends import native
+from atp_kernels import explain, extension, rms_norm
+from atp_kernels.norm import definition, native
 
-BACKENDS = ["reference", *(["native"] if native.AVAILABLE else [])]
+BACKENDS = backends("rms_norm")
 PAIRS = [
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -51,13 +52,17 @@ def test_error_is_no_worse_than_unfused(backend, rows, cols, pair, scale):
     got = results(rms_norm(x, weight, eps=EPS, dtype=pair[1], backend=backend), x, weight, grad)
     unfused = results(plain(x, weight, pair[1]), x, weight, grad)
     wide, w = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    exact = results(reference.rms_norm(wide, w, EPS), wide, w, grad.double())
+    exact = results(definition.rms_norm(wide, w, EPS), wide, w, grad.double())
     assert [value.dtype for value in got] == [value.dtype for value in unfused]
-    # What cancels in dx is a term of this size.
-    sizes = [exact[0], (w * grad.double()).detach() * (exact[0] / w.detach() / wide.detach()), exact[2]]
+    # What cancels in dx is a term of this size; what cancels in dw are the rows.
+    scaled = (exact[0] / w).detach()
+    rows_added = (grad.double() * scaled).abs().sum(0)
+    sizes = [exact[0], (w * grad.double()).detach() * (scaled / wide.detach()), rows_added]
     for value, other, truth, size in zip(got, unfused, exact, sizes, strict=True):
         error, own = ((some.double() - truth).norm() for some in (value, other))
-        assert error <= max(2 * own, torch.finfo(value.dtype).eps * size.norm())
+        # Triton's interpreter cuts a float32 off to bfloat16 where a GPU rounds it.
+        factor = 3 if backend == "triton" and value.dtype == torch.bfloat16 else 2
+        assert error <= max(factor * own, torch.finfo(value.dtype).eps * size.norm())
 
 
 def test_gradcheck_and_other_dtypes():
@@ -66,13 +71,13 @@ def test_gradcheck_and_other_dtypes():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, eps=EPS), (x, weight))
     assert rms_norm(x, weight, eps=EPS, dtype=torch.float32).dtype == torch.float32
     half = rms_norm(x.half(), weight.half(), eps=EPS)
-    torch.testing.assert_close(half, reference.rms_norm(x, weight, EPS).half(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(half, definition.rms_norm(x, weight, EPS).half(), rtol=2e-3, atol=2e-3)
     narrow = rms_norm(x.float(), weight.float(), eps=EPS, dtype=torch.float16)
     assert narrow.dtype == torch.float16
     upstream = torch.linspace(-1, 1, x.numel()).view(x.shape).half()
     (d_x,) = torch.autograd.grad(narrow, x, upstream)
     torch.testing.assert_close(
-        d_x, torch.autograd.grad(reference.rms_norm(x, weight, EPS), x, upstream.double())[0], rtol=1e-5, atol=1e-6
+        d_x, torch.autograd.grad(definition.rms_norm(x, weight, EPS), x, upstream.double())[0], rtol=1e-5, atol=1e-6
     )
     assert "reference" in explain("rms_norm", x)
 
@@ -142,7 +147,7 @@ def test_wrong_input_is_one_sentence():
         rms_norm(x, weight, eps=EPS, dtype=torch.int64)
 
 
-@pytest.mark.skipif(not native.AVAILABLE, reason=str(native.REASON))
+@pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 class TestNative:
     @staticmethod
     def everything():
@@ -150,8 +155,8 @@ class TestNative:
         for dtype, result in PAIRS:
             for cols in (37, 576, 4099):
                 x, weight, grad = problem(50, cols, dtype, result)
-                y, scales = native.rms_norm_forward(x.detach(), weight, EPS, result)
-                tensors += [y, scales, native.rms_norm_backward(grad, x.detach(), weight, scales)]
+                y, scales = native.forward(x.detach(), weight, EPS, result)
+                tensors += [y, scales, native.input_grad(grad, x.detach(), weight, scales)]
         return tensors
 
     def test_bits_do_not_depend_on_the_run_or_the_threads(self):

@@ -177,7 +177,7 @@ def test_a_baseline_whose_model_is_not_the_trained_one_fails(config, tmp_path, m
     ("section", "key", "value", "methods", "message"),
     [
         ("decisions", "target_keep", 0.01, ["dense_lora", "atp"], "the nearest share .* keep"),
-        ("data", "length", 4096, ["dense_lora"], "data.length is 4096 and the model reaches 2048 positions"),
+        ("data", "length", 4096, ["dense_lora"], "data.length is 4096, but the model has only 2048 positions"),
     ],
 )
 def test_what_one_member_cannot_do_is_refused_before_the_first(config, tmp_path, section, key, value, methods, message):

@@ -1,0 +1,244 @@
+"""Which backend takes a call, and why: the one place where rooms ask, and what `explain` tells.
+
+An operation is a room, a package in here:
+
+    __init__.py    the public function: docstring, checks, casts
+    definition.py  the mathematics in plain PyTorch, which every backend is held to
+    op.py          `OPERATION` with the order of its backends, torch.library schema and fake, autograd, eager Function
+    aten.py        the `reference` backend: ATen calls, on any device and dtype
+    native.py      the `native` backend: C++ of the extension (csrc/)
+    triton.py      the `triton` backend
+    README.md      formula, what is saved, gradients, FLOPs, bytes, backends, tiles
+    bench.py       its benchmark cases (`OPS`); benchmarks/registry.py collects them
+    mutants.py     its broken lines (`TABLE`); tests/mutants collects them. Neither is imported by the package.
+
+A backend is a module with the functions of its room's aten.py under the same names and signatures, and with
+`supports(call)`: None, or why it cannot take the call. It is imported when a call first asks for it.
+"""
+
+import importlib
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from operator import attrgetter
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT = "ATP_KERNELS_BACKEND"
+
+_FILES = {"reference": "aten", "triton": "triton", "native": "native"}
+_RUNTIMES = {"triton": "atp_kernels.triton_runtime", "native": "atp_kernels.extension"}
+NAMES = ("auto", *_FILES)
+
+CACHED_ELEMENTS = 2**17
+"""What stays in a CPU's cache between two passes over it."""
+
+
+class Call(NamedTuple):
+    """What decides which backend takes a call.
+
+    dtype: that of x, or the rarest of the factors'. plain: a LoRA linear without masks and dropout. result: the dtype
+    that is asked for, None for that of the operands.
+    """
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    plain: bool = False
+    result: torch.dtype | None = None
+
+
+class Choice(NamedTuple):
+    """The backend of a call: its module and public name, and why it was taken."""
+
+    module: ModuleType
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """Backends in the order in which "auto" asks them, and why the first of them comes first."""
+
+    backends: tuple[str, ...]
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation as `select` knows it.
+
+    package: its room. backends: those that have a file there. order: by device type, or "<device type> plain" for plain
+    calls that have an order of their own; devices that are not named take the reference.
+    """
+
+    name: str
+    package: str
+    backends: tuple[str, ...]
+    order: Mapping[str, Order] = field(default_factory=dict)
+
+    def order_of(self, call: Call) -> Order:
+        """The order for a call."""
+        place = call.device.type
+        keys = (f"{place} plain", place) if call.plain else (place,)
+        return next((self.order[key] for key in keys if key in self.order), Order(("reference",)))
+
+    def load(self, name: str) -> tuple[ModuleType | None, str | None]:
+        """(a backend of this room, None) or (None, why there is none here)."""
+        if name not in self.backends:
+            return None, f"the {name} backend does not implement {self.name}"
+        reason = _missing(name)
+        return (None, reason) if reason else (importlib.import_module(f"{self.package}.{_FILES[name]}"), None)
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def register(operation: Operation) -> Operation:
+    """Make an operation known to `select` and `explain`; its room does so when it is imported."""
+    OPERATIONS[operation.name] = operation
+    return operation
+
+
+def select(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    *,
+    plain: bool = False,
+    result: torch.dtype | None = None,
+) -> Choice:
+    """The backend of a call, whose parts are those of `Call`.
+
+    Raises ValueError for an unknown name, RuntimeError for a named backend that cannot take the call.
+    """
+    return _select(op, device, dtype, backend, override(), plain, result)
+
+
+@cache
+def override() -> str:
+    """What the environment says in place of "auto", read once: looking up a name that is not there takes 1 us.
+
+    A process that changes the variable after its first call says so with `override.cache_clear()`.
+    """
+    return os.environ.get(ENVIRONMENT, "")
+
+
+# Positional, and a Call only where the answer is new: hundreds of calls per step find theirs in the cache.
+@cache
+def _select(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    override: str,
+    plain: bool,
+    result: torch.dtype | None,
+) -> Choice:
+    if op not in OPERATIONS:
+        raise ValueError(f"unknown operation {op!r}: use one of {', '.join(OPERATIONS)}.")
+    operation, call = OPERATIONS[op], Call(op, device, dtype, plain, result)
+    origin = "backend="
+    if backend == "auto" and override:
+        backend, origin = override, f"{ENVIRONMENT}="
+    if backend not in NAMES:
+        raise ValueError(f"{origin}{backend!r} is not a backend: use one of {', '.join(NAMES)}.")
+    if backend != "auto":
+        module, problem = _ask(operation, backend, call)
+        if module is None:
+            raise RuntimeError(f"{origin}{backend!r} cannot take {op}: {problem}; use backend='auto' to let it choose.")
+        return Choice(module, backend, f"{origin}{backend!r} names it")
+    order = operation.order_of(call)
+    passed_over: list[str] = []
+    for name in order.backends:
+        module, problem = _ask(operation, name, call)
+        if module is not None:
+            why = "; ".join(passed_over) or order.why or f"first choice on {device.type}"
+            return Choice(module, name, why)
+        passed_over.append(f"{name}: {problem}")
+    raise RuntimeError(f"no backend takes {op} on {device.type}: {'; '.join(passed_over)}.")
+
+
+def _ask(operation: Operation, name: str, call: Call) -> tuple[ModuleType | None, str | None]:
+    """(the backend, None) or (None, why it cannot take the call)."""
+    module, reason = operation.load(name)
+    problem = reason if module is None else module.supports(call)
+    return (module, None) if problem is None else (None, problem)
+
+
+def _missing(name: str) -> str | None:
+    """Why a backend cannot run here at all, whatever the device."""
+    return importlib.import_module(_RUNTIMES[name]).REASON if name in _RUNTIMES else None
+
+
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Every backend's name, with None where it can run here, or on this device, and else the reason why not."""
+    found = {name: _missing(name) for name in _FILES}
+    if device is None:
+        return found
+    place = torch.device(device)
+    return {
+        name: reason or (importlib.import_module(_RUNTIMES[name]).misfit(place) if name in _RUNTIMES else None)
+        for name, reason in found.items()
+    }
+
+
+def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = False) -> str:
+    """One sentence on which backend takes a call of `op` on tensors like these, and why.
+
+    The first tensor's device and the tensors' common dtype decide; with none given a float32 CPU call is explained.
+    `plain`: of a masked LoRA linear, a call with neither masks nor dropout.
+    """
+    device = tensors[0].device if tensors else torch.device("cpu")
+    dtype = common_dtype(tensors) if tensors else torch.float32
+    choice = select(op, device, dtype, backend, plain=plain)
+    return f"{op} on {device.type} in {shown(dtype)} runs on {choice.name} ({choice.why})."
+
+
+def refused_dtype(name: str, dtype: torch.dtype, accepted: Sequence[torch.dtype]) -> str | None:
+    """Why a backend that takes these dtypes does not take this one, None where it does."""
+    if dtype in accepted:
+        return None
+    return f"the {name} backend takes {', '.join(map(shown, accepted))}, not {shown(dtype)}"
+
+
+def shown(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def common_dtype(factors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that decides the backend: the one among the factors' that the fewest backends take."""
+    return rarest_dtype(set(map(attrgetter("dtype"), factors)))
+
+
+def rarest_dtype(present: Collection[torch.dtype]) -> torch.dtype:
+    """`common_dtype` of factors that have these dtypes."""
+    rare_first = (torch.float64, torch.float16, torch.float32, torch.bfloat16)
+    return next((dtype for dtype in rare_first if dtype in present), next(iter(present)))
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """The tensor as rows of its last dimension."""
+    # Not even a view where nothing changes: eager code makes hundreds of calls per step.
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor.unsqueeze(0)  # unlike a -1, fit for a width of zero
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts x and what it is multiplied by, None where it casts nothing."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def refuse_twice(ctx, *grads):
+    """The backward of every backward."""
+    raise RuntimeError("atp_kernels operations can be differentiated once: drop create_graph=True for them.")

@@ -1,0 +1,203 @@
+"""RMSNorm in Triton: natively on a GPU, else in Triton's interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atp_kernels import call, explain, rms_norm, triton_runtime
+from atp_kernels.norm import aten, definition
+
+if not triton_runtime.AVAILABLE:
+    pytest.skip(triton_runtime.REASON, allow_module_level=True)
+
+from atp_kernels.norm import triton as backend
+from atp_kernels.norm.triton import Tile
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The interpreter cuts a float32 off to bfloat16 where a GPU rounds it.
+FACTOR = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if ON_GPU else 3.0}
+# Small tiles, so that small shapes have several of them: rows that fit and rows that take several steps.
+WHOLE, STEPS = Tile(4, 64, 4), Tile(2, 16, 4)
+EPS = 1e-5
+
+
+def problem(rows, width, dtype=torch.float32, result=None, weight_dtype=torch.float32, scale=1.0):
+    """(x, weight, upstream gradient)."""
+    rng = torch.Generator().manual_seed(rows + width)
+    x, d_y = (torch.randn(rows, width, generator=rng).to(DEVICE) for _ in range(2))
+    weight = (torch.rand(width, generator=rng) + 0.5).to(DEVICE, weight_dtype)
+    return (scale * x).to(dtype), weight, d_y.to(result or dtype)
+
+
+def computed(x, weight, d_y, eps=EPS, tile=None):
+    """y, d_x and d_weight of the kernels."""
+    y, scales = backend.forward(x, weight, eps, d_y.dtype, tile=tile)
+    return y, *backend.backward(d_y, x, weight, scales, True, True, tile=tile)
+
+
+def check(x, weight, d_y, eps=EPS, tile=None):
+    """Errors against float64 at most those of the ATen backend times FACTOR; one rounding is allowed in any case."""
+    got = computed(x, weight, d_y, eps, tile)
+    y, scales = aten.forward(x, weight, eps, d_y.dtype)
+    plain = y, *aten.backward(d_y, x, weight, scales, True, True)
+    wide, wide_weight = (tensor.double().requires_grad_() for tensor in (x, weight))
+    y = definition.rms_norm(wide, wide_weight, eps)
+    exact = [y.detach(), *torch.autograd.grad(y, (wide, wide_weight), d_y.double())]
+    scaled = y.detach() / wide_weight.detach()
+    # What cancels in d_x is a term of this size; what cancels in d_weight are the rows.
+    term = (wide_weight * d_y.double()).detach() * scales.double().unsqueeze(1)
+    sizes = exact[0], term, (d_y.double() * scaled).abs().sum(0)
+    for value, other, truth, size in zip(got, plain, exact, sizes, strict=True):
+        assert value.dtype == other.dtype and value.shape == other.shape
+        error, own = ((some.double() - truth).norm() for some in (value, other))
+        assert error <= max(FACTOR[value.dtype] * own, torch.finfo(value.dtype).eps * size.norm())
+
+
+@given(
+    rows=st.sampled_from([1, 2, 7, 33]),
+    width=st.sampled_from([1, 2, 15, 16, 17, 48, 63, 64, 65, 130]),
+    dtype=st.sampled_from(DTYPES),
+    result=st.sampled_from(DTYPES),
+    weight_dtype=st.sampled_from([*DTYPES, torch.float64]),
+    scale=st.sampled_from([1e-3, 1.0, 100.0]),
+    tile=st.sampled_from([WHOLE, STEPS, None]),
+)
+@settings(max_examples=30, derandomize=True, deadline=None)
+def test_error_is_no_worse_than_aten(rows, width, dtype, result, weight_dtype, scale, tile):
+    weight_dtype = torch.float32 if weight_dtype == torch.float64 and not ON_GPU else weight_dtype
+    check(*problem(rows, width, dtype, result, weight_dtype, scale), tile=tile)
+
+
+@pytest.mark.parametrize("width", [576, 8193, 70001])
+def test_widths_of_models_and_beyond_one_tile(width, monkeypatch):
+    monkeypatch.setattr(backend, "_COLUMN_TILE", (4, 2048))  # fewer programs for the interpreter
+    check(*problem(2, width, torch.float32, torch.float16))
+
+
+@pytest.mark.parametrize("tile", [WHOLE, STEPS], ids=["whole", "steps"])
+def test_each_gradient_alone_is_that_of_both(tile):
+    x, weight, d_y = problem(19, 40)
+    _, scales = backend.forward(x, weight, EPS, torch.float32, tile=tile)
+    d_x, d_weight = backend.backward(d_y, x, weight, scales, True, True, tile=tile)
+    only_x = backend.backward(d_y, x, weight, scales, True, False, tile=tile)
+    only_weight = backend.backward(d_y, x, weight, scales, False, True, tile=tile)
+    assert torch.equal(only_x[0], d_x) and only_x[1] is None
+    assert only_weight[0] is None
+    torch.testing.assert_close(only_weight[1], d_weight, rtol=1e-5, atol=1e-4)
+    assert backend.backward(d_y, x, weight, scales, False, False, tile=tile) == (None, None)
+
+
+@pytest.mark.parametrize(("programs", "rows"), [(1, 9), (2, 9), (3, 40), (5, 41)])
+def test_every_row_is_added_up_once_however_many_programs_there_are(monkeypatch, programs, rows):
+    monkeypatch.setattr(backend, "_PROGRAMS", programs)
+    monkeypatch.setattr(backend, "_COLUMN_TILE", (2, 16))
+    for tile in (WHOLE, STEPS):
+        check(*problem(rows, 33), tile=tile)
+
+
+def test_tiny_and_zero_rows_without_eps():
+    """A scale of 1e30 has a square that float32 does not hold."""
+    x, weight, d_y = problem(5, 48)
+    tiny = 1e-15 * x
+    for tile in (WHOLE, STEPS):
+        check(tiny, weight, d_y, eps=0.0, tile=tile)
+        small, d_small, _ = computed(1e-18 * x, weight, d_y, tile=tile, eps=0.0)
+        assert small.isfinite().all() and d_small.isfinite().all()
+        y, d_x, d_weight = computed(0 * x, weight, d_y, tile=tile)
+        assert not y.any() and not d_weight.any()
+        torch.testing.assert_close(d_x, d_y * weight / EPS**0.5)
+
+
+def test_a_bad_value_stays_in_its_row():
+    for bad in (torch.nan, torch.inf):
+        x, weight, d_y = problem(6, 48)
+        expected = computed(x, weight, d_y)
+        x[2, 5] = bad
+        for tile in (WHOLE, STEPS):
+            y, d_x, _ = computed(x, weight, d_y, tile=tile)
+            others = [0, 1, 3, 4, 5]
+            torch.testing.assert_close(y[others], expected[0][others])
+            torch.testing.assert_close(d_x[others], expected[1][others])
+            assert y[2, 5].isnan() and d_x[2].isnan().any()
+
+
+def fenced(tensor, fence=torch.nan):
+    """(buffer, the same values in the middle of it): rows that lie apart, with `fence` before, between and after."""
+    buffer = torch.full((tensor.shape[0] + 4, tensor.shape[1] + 150), fence, dtype=tensor.dtype, device=DEVICE)
+    inside = buffer[2:-2, 70 : 70 + tensor.shape[1]]
+    return buffer, inside.copy_(tensor)
+
+
+@pytest.mark.parametrize("tile", [WHOLE, STEPS], ids=["whole", "steps"])
+def test_nothing_is_read_outside_the_operands_or_before_it_is_written(tile):
+    x, weight, d_y = problem(7, 37)
+    expected = computed(x, weight, d_y, tile=tile)
+    _, scales = backend.forward(x, weight, EPS, torch.float32, tile=tile)
+    columns = backend.backward(d_y, x, weight, scales, False, True, tile=tile)[1]
+    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
+    try:
+        x, d_y = fenced(x)[1], fenced(d_y)[1]
+        weight = fenced(weight.unsqueeze(0))[1][0]
+        got = computed(x, weight, d_y, tile=tile)
+        fenced_scales = fenced(scales.unsqueeze(0))[1][0]
+        columns_again = backend.backward(d_y, x, weight, fenced_scales, False, True, tile=tile)[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, (*got, columns_again), (*expected, columns)))
+
+
+def test_any_memory_layout():
+    x, weight, d_y = problem(12, 40)
+    expected = computed(x, weight, d_y, tile=WHOLE)
+    transposed = [tensor.t().contiguous().t() for tensor in (x, d_y)]
+    spread = torch.stack([weight, weight - 9], 1)[:, 0]
+    got = computed(transposed[0], spread, transposed[1], tile=WHOLE)
+    assert all(map(torch.equal, got, expected))
+    same = [tensor[:1].expand(12, 40) for tensor in (x, d_y)]
+    dense = [tensor.contiguous() for tensor in same]
+    assert all(map(torch.equal, computed(same[0], weight, same[1]), computed(dense[0], weight, dense[1])))
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    x, weight, d_y = problem(3, 20, torch.float16)
+    expected = computed(x, weight, d_y, tile=WHOLE)
+    step = 2**30 + 7
+    pages = torch.empty(3 * step, dtype=torch.float16, device=DEVICE)  # pages are taken when they are used
+    far, d_far = (pages.as_strided((3, 20), (step, 1), start) for start in (0, 64))
+    far.copy_(x)
+    d_far.copy_(d_y)
+    for tile in (WHOLE, STEPS):
+        y, scales = backend.forward(far, weight, EPS, torch.float16, tile=tile)
+        d_x, d_weight = backend.backward(d_far, far, weight, scales, True, True, tile=tile)
+        torch.testing.assert_close((y, d_x, d_weight), expected)
+        alone = backend.backward(d_far, far, weight, scales, False, True, tile=tile)[1]
+        torch.testing.assert_close(alone, d_weight)
+
+
+def test_bitwise_deterministic():
+    operands = problem(21, 33, torch.bfloat16, torch.float32)
+    first = computed(*operands, tile=WHOLE)
+    for _ in range(9):
+        assert all(map(torch.equal, computed(*operands, tile=WHOLE), first))
+
+
+@pytest.mark.parametrize("width", [1, 64, 576, 2048, 4096, 8192, 9000, 2**17])
+def test_the_table_keeps_16_elements_per_thread(width):
+    tile = backend.tile_for(width)
+    assert tile.block_m * tile.block_k == 16 * 32 * tile.num_warps
+    assert tile.num_warps in (4, 8, 16) and tile.block_k & (tile.block_k - 1) == 0
+    assert tile.block_k >= min(width, 8192)
+
+
+def test_cuda_takes_it_first_and_float64_is_left_to_aten():
+    cuda = torch.device("cuda")
+    assert call.select("rms_norm", cuda, torch.bfloat16)[1:] == ("triton", "first choice on cuda")
+    assert call.select("rms_norm", cuda, torch.float64)[1] == "reference"
+    assert call.select("rms_norm", cuda, torch.float32, result=torch.float64)[1] == "reference"
+    assert "reference" in explain("rms_norm", torch.ones(1, dtype=torch.float64))
+    x, weight, _ = problem(3, 8)
+    with pytest.raises(RuntimeError, match="the triton backend rounds to float32, float16 or bfloat16, not to float64"):
+        rms_norm(x, weight, eps=EPS, dtype=torch.float64, backend="triton")
