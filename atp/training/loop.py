@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -18,7 +18,7 @@ from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
 
 from atp import processes
@@ -134,7 +134,7 @@ class Loop:
         """Makes a model the one that is trained, with an optimizer made anew around its adapter."""
         if self.tokenizer is not None:
             align_special_tokens(model, self.tokenizer)  # the exported config names the tokenizer's pad token
-        use_training_attention(model)
+        use_training_attention(cast(PreTrainedModel, model.get_base_model()))
         if self.config.training.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()

@@ -122,7 +122,7 @@ class L0Gates(Regularizer):
         """
         closed = self._removed(mask) & (hard_concrete(self.log_alpha) == 0)
         for layer, axis, gate in self._by_cut(closed):
-            factor = (layer.lora_A if axis else layer.lora_B)[ADAPTER].weight
+            factor = layer.get_parameter(f"lora_{'A' if axis else 'B'}.{ADAPTER}.weight")
             factor.masked_fill_(gate if axis else gate[:, None], 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
