@@ -23,8 +23,8 @@ from atp.decide.maker import DecisionMaker, frozen
 from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
-from atp.lora.lasso import LoraGroups
 from atp.lora.regularizers import make_regularizer
+from atp.lora.regularizers.lasso import LoraGroups
 from atp.removal import cut_model
 from atp.removal.certify import certificate_tokens
 from atp.removal.refit import refit

@@ -60,9 +60,7 @@ def test_peft_builds_the_registered_layer_and_does_not_save_it(tmp_path):
     """PEFT's only way to a LoRA layer of one's own that remains a plain adapter on disk."""
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     config._register_custom_module({nn.Linear: MaskedLoraLinear})
-    llama = LlamaConfig(
-        vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8
-    )
+    llama = LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
     model = get_peft_model(LlamaForCausalLM(llama), config)
     (layer,) = [module for name, module in model.named_modules() if name.endswith("q_proj")]
     assert type(layer) is MaskedLoraLinear
