@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -83,15 +83,15 @@ def on_main(work: Callable[[], T]) -> T:
     """
     if count() == 1:
         return work()
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    outcome: list[Any] = [None, None]  # result and error
     if is_main():
         try:
-            outcome = [(work(), None)]
-        except (InputError, NotReached) as error:
-            outcome = [(None, error)]
+            outcome[0] = work()
+        except (InputError, NotReached) as refused:
+            outcome[1] = refused
     wait()
     dist.broadcast_object_list(outcome, src=0, group=_group())
-    result, error = outcome[0]
+    result, error = outcome
     if error is not None:
         if not is_main():
             error.told_by_main = True
@@ -150,7 +150,7 @@ def from_main(tensor: Tensor, name: str) -> Tensor:
     dtype = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
     sent = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     _finish(dist.broadcast(sent, src=0, group=_group(), async_op=True))
-    digest = hashlib.sha256(sent.flatten().view(torch.uint8).numpy()).digest()
+    digest = hashlib.sha256(sent.flatten().view(torch.uint8).numpy().data).digest()
     mine = torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
     found = [torch.empty_like(mine) for _ in range(count())]
     _finish(dist.all_gather(found, mine, group=_group(), async_op=True))
@@ -168,8 +168,8 @@ def _started() -> bool:
 
 
 def _group() -> dist.ProcessGroup:
-    if _control is None:
-        start()
+    start()
+    assert _control is not None, "there is one process"
     return _control
 
 

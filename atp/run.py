@@ -13,8 +13,7 @@ from rich.progress import Progress
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import processes
-from atp.baselines.dense_lora import PHASE, stock_lora
-from atp.baselines.tuner import LoraTuner
+from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
 from atp.checks import BUDGET_TOLERANCE, check_reachable, less_memory, shortfalls
 from atp.config import ATPConfig
 from atp.data import Splits, Task
@@ -90,7 +89,7 @@ class Run:
     def _execute(self) -> dict[str, Any]:
         model, tokenizer, data = self._prepare()
         scores = processes.on_main(self._scores)
-        if self.config.evaluation.dense_baseline and not {"tuned_dense", PHASE} <= scores.keys():
+        if self.config.evaluation.dense_baseline and not {"tuned_dense", DENSE} <= scores.keys():
             model = self._tune_dense(model, tokenizer, data)
         trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
         del model  # the trainer lets go of the uncut weights at the cut, and nobody else may hold them then
@@ -172,17 +171,17 @@ class Run:
 
     def _tune_dense(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> PreTrainedModel:
         self.say("tuning the uncut model with stock LoRA, for comparison")
-        folder = self.folder / PHASE
+        folder = self.folder / DENSE
         with make_progress() as progress:
             bar = ProgressBar(progress, self.config.training.total)
             tuner = LoraTuner(
-                self.config, stock_lora(model, self.config), data.train, folder, name=PHASE, callbacks=[bar]
+                self.config, stock_lora(model, self.config), data.train, folder, name=DENSE, callbacks=[bar]
             )
             self._hand_over(tuner)
             tuner.train(resume=self.resume)
         self._score("tuned_dense", tuner.model, tokenizer, data)
-        costs = {"seconds": tuner.clock.seconds[PHASE], "tokens_per_second": tuner.clock.rate(PHASE)}
-        processes.on_main(lambda: self._record(**{PHASE: costs}))
+        costs = {"seconds": tuner.clock.seconds[DENSE], "tokens_per_second": tuner.clock.rate(DENSE)}
+        processes.on_main(lambda: self._record(**{DENSE: costs}))
         return tuner.model.unload()
 
     def _train(self, trainer: ATPTrainer) -> None:

@@ -20,8 +20,8 @@ from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
 from atp.decide.maker import DecisionMaker
 from atp.lora.controller import MaskController
-from atp.lora.lasso import LoraGroups
 from atp.lora.layer import ADAPTER, MaskedLoraLinear, add_lora
+from atp.lora.regularizers.lasso import LoraGroups
 from atp.models.attention import use_training_attention
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace

@@ -20,6 +20,7 @@ from atp.errors import InputError
 from atp.files import read_json
 from atp.folders import CHECKPOINTS, INPUTS, saved_config
 from atp.training.checkpoint import exist, newest, read_values, resume_point
+from atp.training.data import sized
 
 # What a newer transformers or another folder changes without changing the model.
 _NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -99,12 +100,12 @@ def _of_weights(model: nn.Module) -> str:
 
 def _of_tensor(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(flat.numpy()).hexdigest()}"
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(flat.numpy().data).hexdigest()}"
 
 
 def _of_samples(split: Dataset) -> str:
     digest = hashlib.sha256()
-    for index in range(len(split)):
+    for index in range(sized(split)):
         for name, value in sorted(split[index].items()):
             digest.update(f"{name} {_of_tensor(torch.as_tensor(value))}\n".encode())
     return digest.hexdigest()
