@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atp_kernels.call import select
-from atp_kernels.reference import round_up
+from atp_kernels.compaction.definition import round_up
 
 
 @dataclass(frozen=True, slots=True)
