@@ -46,18 +46,18 @@ def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
 
 
 def _reductions(dtype: torch.dtype, rank: int) -> Iterator[Case]:
-    config = tiles.down_config(_SIZE, dtype)
-    constants: dict[str, object] = {"EVEN_K": True, "BLOCK_M": config.block_wide, "BLOCK_K": config.block_long}
-    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, config)
-    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | _DRAWN, config)
-    config = tiles.reduce_config(dtype)
-    constants = {"BLOCK_M": config.block_long, "BLOCK_C": config.block_wide}
-    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, config)
+    narrow = tiles.down_config(_SIZE, dtype)
+    constants: dict[str, object] = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
+    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, narrow)
+    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | _DRAWN, narrow)
+    reduce = tiles.reduce_config(dtype)
+    constants = {"BLOCK_M": reduce.block_long, "BLOCK_C": reduce.block_wide}
+    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, reduce)
     factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
     constants |= _DRAWN
-    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, config)
+    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, reduce)
     constants = {"BLOCK_C": 64}
-    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, config)
+    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, reduce)
 
 
 def _case(
