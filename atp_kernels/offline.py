@@ -5,8 +5,7 @@
 
 Registers, stack and local memory come from the cuobjdump in the triton wheel, tensor-core and memory instructions from
 the PTX: wgmma on Hopper (90), tcgen05 on data-centre Blackwell (100), mma.sync on Ampere (80) and consumer Blackwell
-(120). No GPU and no driver is needed. With `--gate` the exit status is 1 when a limit of `problems` is broken. Each
-room names its kernels in its offline.py.
+(120). No GPU and no driver is needed. With `--gate` the exit status is 1 when a limit of `problems` is broken.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atp_kernels.triton_runtime import INTERPRETED
+from atp_kernels import triton_runtime
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Shared memory one program may use, bytes, by compute capability."""
@@ -68,6 +67,12 @@ class Usage:
     wide_copies: int
     narrow_loads: int
     """2-byte global loads inside loops; in an epilogue they cost nothing."""
+
+
+def every_case(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+    """The kernels of all rooms, from the `cases` of their offline.py."""
+    for room in sorted(path.parent.name for path in Path(__file__).parent.glob("*/offline.py")):
+        yield from importlib.import_module(f"atp_kernels.{room}.offline").cases(dtypes, ranks)
 
 
 def case(
@@ -154,14 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=sorted(TYPES.values()), help="default: bf16")
     parser.add_argument("--gate", action="store_true", help="fail when a limit is broken")
     options = parser.parse_args(arguments)
-    if INTERPRETED:
+    if triton_runtime.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
     names = options.dtype or (list(TYPES.values()) if options.all else ["bf16"])
     ranks = options.rank or (ALL_RANKS if options.all else QUICK_RANKS)
-    dtypes = [dtype for dtype, name in TYPES.items() if name in names]
-    every: list[Case] = []
-    for room in sorted(path.parent.name for path in Path(__file__).parent.glob("*/offline.py")):
-        every += importlib.import_module(f"atp_kernels.{room}.offline").cases(dtypes, ranks)
+    every = every_case([dtype for dtype, name in TYPES.items() if name in names], ranks)
     broken = 0
     print(f"{'kernel':24} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
     for case in every:
@@ -169,9 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
             usage = compile_case(case, arch)
             verdict = problems(case, arch, usage)
             broken += bool(verdict)
-            shown = "any" if case.dtype is None else TYPES[case.dtype]
+            dtype = TYPES[case.dtype] if case.dtype else "any"
             print(
-                f"{case.name:24} {shown:5} {case.rank:4} {arch:4} {usage.registers:5} "
+                f"{case.name:24} {dtype:5} {case.rank:4} {arch:4} {usage.registers:5} "
                 f"{usage.shared:7} {usage.stack:5} {usage.local:5} {usage.tensor_core:6} {usage.wide_copies:7} "
                 f"{usage.narrow_loads:6}  {'; '.join(verdict)}",
                 flush=True,

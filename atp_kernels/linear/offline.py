@@ -1,26 +1,27 @@
-"""The Triton kernels of this room and of dropout as `atp_kernels.offline` compiles them."""
+"""The Triton kernels of this room as `atp_kernels.offline` compiles them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 import torch
+import triton
 
-from atp_kernels.dropout import triton as dropout
 from atp_kernels.linear import tiles
 from atp_kernels.linear import triton_kernels as kernels
 from atp_kernels.offline import TYPES, Case
 
 _SIZE = 4096
+_DRAWN: dict[str, object] = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
 
 
 def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
     """Every kernel in the variants that a training step launches, with every tile of its table."""
-    for dtype in dtypes:
-        for rank in ranks:
-            yield from _cases(dtype, rank)
+    for dtype, rank in product(dtypes, ranks):
+        yield from _gemms(dtype, rank)
+        yield from _reductions(dtype, rank)
 
 
-def _cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
-    drawn = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
+def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
     for name, m, n, mask_lora, absent in (
         ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
@@ -38,33 +39,41 @@ def _cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         constants = {
             "MASK_LORA": mask_lora, "ONE_PASS": config.one_pass and "fwd" in name, "EVEN_K": True,
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-            **(drawn if name.endswith("dropout") else {}),
+            **(_DRAWN if name.endswith("dropout") else {}),
         }  # fmt: skip
         wide_tile = dtype != torch.float32 and config.block_m >= 64
         yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
+
+
+def _reductions(dtype: torch.dtype, rank: int) -> Iterator[Case]:
     narrow = tiles.down_config(_SIZE, dtype)
-    constants = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
+    constants: dict[str, object] = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
     yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, narrow)
-    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | drawn, narrow)
+    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | _DRAWN, narrow)
     reduce = tiles.reduce_config(dtype)
     constants = {"BLOCK_M": reduce.block_long, "BLOCK_C": reduce.block_wide}
     yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, reduce)
     factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
-    constants |= drawn
+    constants |= _DRAWN
     yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, reduce)
-    constants = drawn | {"BLOCK_M": dropout.BLOCK_M, "BLOCK_K": dropout.BLOCK_K}
-    tile = tiles.ReduceConfig(dropout.BLOCK_K, dropout.BLOCK_M, dropout.NUM_WARPS)
-    yield _case("dropout", dropout.dropout_kernel, dtype, rank, [], constants, tile)
     constants = {"BLOCK_C": 64}
     yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, reduce)
 
 
-def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop=False) -> Case:
-    single = "fp32"
+def _case(
+    name: str,
+    kernel: triton.runtime.JITFunction,
+    dtype: torch.dtype,
+    rank: int,
+    absent: Sequence[str],
+    constants: Mapping[str, object],
+    config: tiles.GemmConfig | tiles.ReduceConfig,
+    tensor_core_loop: bool = False,
+) -> Case:
     float32 = {"out_mask_ptr", "in_mask_ptr", "mask_ptr", "dot_ptr", "b_sq_ptr", "a_sq_ptr", "part_ptr"}
     if kernel is kernels.column_reduce_kernel:
         float32 |= {"factor_ptr", "sum_ptr"}
-    every = {
+    every: dict[str, object] = {
         "WIDE": False, "UPCAST": False, "PRECISION": "ieee", "RANK": rank, "R": rank, "BLOCK_R": tiles.rank_block(rank),
         "STEP_R": tiles.rank_step(rank, dtype), "THRESHOLD": 0, "SCALE": 1.0, **constants,
     }  # fmt: skip
@@ -82,7 +91,7 @@ def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop
         elif argument in every:
             continue
         elif argument.endswith("_ptr"):
-            arguments[argument] = "*" + (single if argument in float32 else TYPES[dtype])
+            arguments[argument] = "*" + ("fp32" if argument in float32 else TYPES[dtype])
         else:
             arguments[argument] = {"scaling": "fp32", "seed": "i64"}.get(argument, "i32")
     used = {name: value for name, value in every.items() if name in kernel.arg_names}
