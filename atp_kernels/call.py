@@ -34,6 +34,9 @@ _FILES = {"reference": "aten", "triton": "triton", "native": "native"}
 _RUNTIMES = {"triton": "atp_kernels.triton_runtime", "native": "atp_kernels.extension"}
 NAMES = ("auto", *_FILES)
 
+CACHED_ELEMENTS = 2**17
+"""What stays in a CPU's cache between two passes over it."""
+
 
 class Call(NamedTuple):
     """What decides which backend takes a call.
@@ -216,6 +219,14 @@ def matrix(tensor: Tensor) -> Tensor:
     if tensor.ndim == 2:
         return tensor
     return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor.unsqueeze(0)  # unlike a -1, fit for a width of zero
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts x and what it is multiplied by, None where it casts nothing."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def refuse_twice(ctx, *grads):

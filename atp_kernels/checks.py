@@ -7,35 +7,6 @@ import torch
 from torch import Tensor
 
 
-def check_linear(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask) -> None:
-    """Shapes, devices and dtypes of a masked LoRA linear, whose optional operands may be None."""
-    if weight.ndim != 2 or lora_a.ndim != 2 or lora_b.ndim != 2:
-        raise ValueError("weight, lora_a and lora_b must be 2-D: [out, in], [r, in] and [out, r].")
-    (n_out, n_in), rank = weight.shape, lora_a.shape[0]
-    if x.ndim == 0 or x.shape[-1] != n_in:
-        raise ValueError(f"x has shape {list(x.shape)}, but weight {list(weight.shape)} needs [..., {n_in}].")
-    device = x.device
-    for name, tensor, shape in (
-        ("x", x, x.shape),
-        ("weight", weight, weight.shape),
-        ("lora_a", lora_a, (rank, n_in)),
-        ("lora_b", lora_b, (n_out, rank)),
-        ("bias", bias, (n_out,)),
-        ("out_mask", out_mask, (n_out,)),
-        ("in_mask", in_mask, (n_in,)),
-        ("lora_input", lora_input, x.shape),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, but weight and x need {list(shape)}.")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {device}: move them to one device.")
-        if not (tensor.is_floating_point() or (tensor.dtype == torch.bool and name.endswith("mask"))):
-            kind = "bool or floating mask" if name.endswith("mask") else "floating tensor"
-            raise ValueError(f"{name} is {tensor.dtype}: give a {kind}.")
-
-
 def check_eps(eps: float) -> None:
     """An eps is finite and not negative; NaN is neither."""
     if not 0 <= eps < math.inf:

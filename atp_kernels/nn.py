@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp_kernels.functional import masked_lora_linear
+from atp_kernels.linear import masked_lora_linear
 
 
 class MaskedLoRALinear(nn.Module):

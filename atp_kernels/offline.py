@@ -22,7 +22,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atp_kernels.backends.triton import group_kernels, kernels, tiles
+from atp_kernels.backends.triton import group_kernels
+from atp_kernels.dropout import triton as dropout
+from atp_kernels.linear import tiles
+from atp_kernels.linear import triton_kernels as kernels
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Shared memory one program may use, bytes, by compute capability."""
@@ -103,8 +106,9 @@ def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
     factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
     constants |= drawn
     yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, config)
-    constants = drawn | {"BLOCK_M": tiles.DROPOUT.block_long, "BLOCK_K": tiles.DROPOUT.block_wide}
-    yield _case("dropout", kernels.dropout_kernel, dtype, rank, [], constants, tiles.DROPOUT)
+    constants = drawn | {"BLOCK_M": dropout.BLOCK_M, "BLOCK_K": dropout.BLOCK_K}
+    tile = tiles.ReduceConfig(dropout.BLOCK_K, dropout.BLOCK_M, dropout.NUM_WARPS)
+    yield _case("dropout", dropout.dropout_kernel, dtype, rank, [], constants, tile)
     constants = {"BLOCK_C": 64}
     yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, config)
 

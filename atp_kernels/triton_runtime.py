@@ -3,10 +3,12 @@
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from atp_kernels.call import Call, refused_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INT32_LIMIT = 2**31
 AVAILABLE = find_spec("triton") is not None
 REASON = None if AVAILABLE else "the triton package is not installed; run pip install triton"
 INTERPRETED = False
@@ -35,3 +37,9 @@ def misfit(device: torch.device) -> str | None:
 def refuses(call: Call) -> str | None:
     """Why no Triton kernel takes a call on this device or of this dtype."""
     return refused_dtype("triton", call.dtype, DTYPES) or misfit(call.device)
+
+
+def passes_int32(*tensors: Tensor | None) -> bool:
+    """Whether an offset into one of the tensors can pass int32."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return any(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= _INT32_LIMIT for t in given)

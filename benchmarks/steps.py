@@ -26,7 +26,7 @@ from atp.models.attention import use_training_attention
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
 from atp.training.loss import causal_lm_loss
-from atp_kernels import reference
+from atp_kernels.linear import definition
 from benchmarks.case import Case, Variant, Variants
 from benchmarks.shapes import Model
 
@@ -38,7 +38,7 @@ class UnfusedMaskedLinear(MaskedLoraLinear):
     """The masked LoRA layer in plain PyTorch operations, as one would write it on top of PEFT."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.masked_lora_linear(
+        return definition.masked_lora_linear(
             x, self.get_base_layer().weight, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight,
             scaling=self.scaling[ADAPTER], out_mask=self.out_mask, in_mask=self.in_mask, mask_lora=self.mask_lora,
         )  # fmt: skip

@@ -49,14 +49,12 @@ def candidates(
         "one product, prepared": lambda: prepared(x, rows, lora_a, lora_b),
     }
     if device == "cuda":
-        from atp_kernels.backends.triton import masked_lora_linear_forward
-        from atp_kernels.backends.triton.tiles import gemm_config
+        from atp_kernels.linear import triton as launcher
+        from atp_kernels.linear.operands import Operands, Options
+        from atp_kernels.linear.tiles import gemm_config
 
         config = gemm_config(tokens, n_out, rank, dtype)
-        absent = [None] * 4
-        ways["triton"] = lambda: masked_lora_linear_forward(
-            *operands, *absent, 1.0, False, False, False, config=config
-        )[0]
+        ways["triton"] = lambda: launcher.forward(Operands(*operands), Options(1.0), config=config).y
     return ways
 
 

@@ -34,10 +34,12 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # `import atp` registers the model class, so that a cut model loads, and lets Ctrl-C end the command meanwhile; that is
 # all the package itself may reach for.
 ROOT_MAY_IMPORT = {"atp.models", "atp.ending", "atp_kernels"}
+# A room's bench.py is a part of the benchmarks, which know all packages; the kernels never import it.
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
+    if path.name != "bench.py"
 }
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
+import math
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from atp.decide.budget import Budget
 
@@ -12,9 +19,21 @@ _CLOSE = 1e-5  # of the decoder: a share this near the target is as good as the 
 def nearest_share(budget: Budget, target: float, multiples: dict[str, int]) -> float:
     """The share of decoder parameters nearest to the target that `fit_mask`'s counts can keep, in (0, 1].
 
-    multiples: as in `fit_mask`. Right for spaces in which a decision costs the same whatever else is kept and all
-    layers are alike, as in both of ours. Stops early at a share within 1e-5 of the target.
+    multiples: as in `fit_mask`. Exact where a decision saves the same whatever else is kept; elsewhere the nearest of
+    the shares that filling structure after structure reaches. Stops early at a share within 1e-5 of the target.
     """
+    if budget.separable:
+        return target + _nearest_sum(budget, target, multiples) / budget.total
+    best = math.inf
+    for order in itertools.permutations(structure.name for structure in budget.space.layer(0)):
+        best = min(best, _nearest_filling(budget, target, multiples, order), key=abs)
+        if abs(best) < _CLOSE * budget.total:
+            break
+    return target + best / budget.total
+
+
+def _nearest_sum(budget: Budget, target: float, multiples: dict[str, int]) -> float:
+    """How many parameters more than the target the nearest mask keeps, where each structure costs for itself."""
     layers, cost = budget.space.num_layers, budget.cost().double()
     sums, fixed = [], float(budget.total)
     for structure in budget.space.layer(0):
@@ -35,7 +54,37 @@ def nearest_share(budget: Budget, target: float, multiples: dict[str, int]) -> f
             best = min(best, missed[np.abs(missed).argmin()], key=abs)
         if abs(best) < _CLOSE * budget.total:
             break
-    return target + float(best) / budget.total
+    return float(best)
+
+
+def _nearest_filling(budget: Budget, target: float, multiples: dict[str, int], order: tuple[str, ...]) -> float:
+    """How many parameters more than the target are kept when structures are filled in this order.
+
+    Each gets, in all layers together, as many blocks as the target allows, and at the end one more of those that remain
+    where that comes nearer.
+    """
+    space = budget.space
+    sizes = torch.tensor([structure.size for structure in space.structures], dtype=torch.float64)
+    steps = torch.tensor([multiples.get(s.name, 1) for s in space.structures], dtype=torch.float64).minimum(sizes)
+    counts = steps.clone()
+
+    def missed(counts: Tensor) -> float:
+        return float(budget.parameters(counts)) - target * budget.total
+
+    for name in order:
+        own = torch.tensor([i for i, structure in enumerate(space.structures) if structure.name == name])
+        fill = functools.partial(_filled, counts, own, steps, sizes)
+        most = len(own) * (math.ceil(sizes[own[0]] / steps[own[0]]) - 1)
+        fitting = bisect.bisect_right(range(most + 1), 0.0, key=lambda blocks, fill=fill: missed(fill(blocks)))
+        counts = fill(max(fitting - 1, 0))
+    one_more = (torch.minimum(counts + steps * place, sizes) for place in torch.eye(len(counts)))
+    return min(map(missed, (counts, *one_more)), key=abs)
+
+
+def _filled(counts: Tensor, own: Tensor, steps: Tensor, sizes: Tensor, blocks: int) -> Tensor:
+    """The counts with so many blocks more for the structures at the places `own`, spread from the first layer on."""
+    more = blocks // len(own) + (torch.arange(len(own)) < blocks % len(own))
+    return counts.index_copy(0, own, torch.minimum(counts[own] + steps[own] * more, sizes[own]))
 
 
 def _sums(size: int, multiple: int, layers: int) -> np.ndarray:

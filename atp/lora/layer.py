@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from atp.families import family_of
 from atp.rng import seeded
@@ -60,21 +61,22 @@ class MaskedLoraLinear(PeftLinear):
 
     @property
     def drops(self) -> bool:
-        """Whether LoRA dropout works now. Decisions are judged on the whole adapter: none where masks cover the sum."""
+        """Whether LoRA dropout is active. Decision steps, whose masks cover the sum, judge the whole adapter."""
         return self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout) and not self.mask_lora
 
     @property
     def fusible(self) -> bool:
-        """Whether a block may take the weights and leave out the call: nothing drops, no hook waits for the input."""
+        """Whether a block may use the weights without calling the layer: no dropout, no hook that expects the input."""
         return self.plain and not self.drops and not self._forward_pre_hooks
 
     @property
     def projection(self) -> Projection:
         """The frozen base and its adapter with its gates, as `atp_kernels` takes them."""
-        base, lora_a, lora_b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        modules = self.get_base_layer(), self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        base, a, b = (cast(nn.Linear, module) for module in modules)
         out_gate, in_gate = self.gates
-        lora_a = lora_a if in_gate is None else lora_a * in_gate
-        lora_b = lora_b if out_gate is None else lora_b * out_gate[:, None]
+        lora_a = a.weight if in_gate is None else a.weight * in_gate
+        lora_b = b.weight if out_gate is None else b.weight * out_gate[:, None]
         return Projection(base.weight, lora_a, lora_b, self.scaling[ADAPTER], base.bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -86,9 +88,9 @@ class MaskedLoraLinear(PeftLinear):
         p, seed = 0.0, None
         if self.drops:
             # From torch's generator, so that activation checkpointing draws the same one again.
-            p, seed = self.lora_dropout[ADAPTER].p, torch.randint(2**62, (), dtype=torch.int64)
+            p, seed = cast(nn.Dropout, self.lora_dropout[ADAPTER]).p, torch.randint(2**62, (), dtype=torch.int64)
         if self.kept is not None:
-            lora_input = lora_dropout(x, p, seed) if p else None
+            lora_input = lora_dropout(x, p, seed) if seed is not None else None
             return kept_lora_linear(x, self.kept, lora_a, lora_b, scaling=scaling, lora_input=lora_input)
         return masked_lora_linear(
             x,
@@ -113,7 +115,11 @@ class MaskedMLP(nn.Module):
     `atp_kernels` has no such activation (None).
     """
 
-    def __init__(self, mlp: nn.Module, activation: str | None) -> None:
+    gate_proj: MaskedLoraLinear
+    up_proj: MaskedLoraLinear
+    down_proj: MaskedLoraLinear
+
+    def __init__(self, mlp: Any, activation: str | None) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn = mlp.act_fn
@@ -124,14 +130,15 @@ class MaskedMLP(nn.Module):
         gate, up, down = linears = self.gate_proj, self.up_proj, self.down_proj
         if self.activation is None or not all(linear.fusible for linear in linears):
             return self._apart(x)
-        options = {"activation": self.activation}
+        options: dict[str, Any]
         if all(linear.kept is not None for linear in linears):
-            options["kept"] = tuple(linear.kept for linear in linears)
+            options = {"kept": tuple(linear.kept for linear in linears)}
         elif self._one_mask():
-            options |= {"mask": gate.out_mask, "mask_lora": gate.mask_lora}
+            options = {"mask": gate.out_mask, "mask_lora": gate.mask_lora}
         else:
             return self._apart(x)
-        return masked_lora_swiglu(x, gate.projection, up.projection, down.projection, **options)
+        projections = (linear.projection for linear in linears)
+        return masked_lora_swiglu(x, *projections, activation=self.activation, **options)
 
     def _apart(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -154,9 +161,10 @@ class FusedRMSNorm(nn.Module):
     Otherwise each of the linears that read the result would cast it, and its gradient on the way back.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+        self.weight: nn.Parameter = norm.weight
+        self.variance_epsilon: float = norm.variance_epsilon
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,7 +180,7 @@ class FusedRMSNorm(nn.Module):
 
 def fuse_layers(model: PeftModel) -> PeftModel:
     """Fuses norms and MLPs of decoder layers around their masked LoRA layers; returns the model."""
-    base = model.get_base_model()
+    base = cast(PreTrainedModel, model.get_base_model())
     family = family_of(base.config)
     for layer in base.get_decoder().layers:
         linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
@@ -185,9 +193,9 @@ def fuse_layers(model: PeftModel) -> PeftModel:
     return model
 
 
-def unload(model: PeftModel, stock: list[dict[str, nn.Module]]) -> nn.Module:
+def unload(model: PeftModel, stock: list[dict[str, Any]]) -> PreTrainedModel:
     """Takes LoRA and fused modules out of a model again; stock: what `stock_modules` gave before. Returns the model."""
-    plain = model.unload()
+    plain: PreTrainedModel = model.unload()
     for layer, modules in zip(plain.get_decoder().layers, stock, strict=True):
         mlp = modules["mlp"]
         # PEFT gives back the linears, but not the modules around them.
@@ -197,20 +205,22 @@ def unload(model: PeftModel, stock: list[dict[str, nn.Module]]) -> nn.Module:
     return plain
 
 
-def stock_modules(model: nn.Module) -> list[dict[str, nn.Module]]:
+def stock_modules(model: PreTrainedModel) -> list[dict[str, Any]]:
     """For each decoder layer of a plain causal LM the modules, by name, that `fuse_layers` replaces."""
     names = ("mlp", *family_of(model.config).norms(model.config))
     return [{name: layer.get_submodule(name) for name in names} for layer in model.get_decoder().layers]
 
 
-def add_lora(model: nn.Module, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0
+) -> PeftModel:
     """Wraps a causal LM in a stock PEFT LoRA adapter on all linears of the space, with masked layers and MLPs.
 
     The adapter that is saved is plain LoRA: the custom layer is registered on the config, not written to it.
     """
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # PEFT only divides it by r
         lora_dropout=dropout,
         target_modules=sorted({name.rsplit(".", 1)[-1] for name in space.linears}),
         task_type="CAUSAL_LM",

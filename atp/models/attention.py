@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -20,7 +20,7 @@ from atp.families import Windows
 NAME = "atp_sdpa"
 
 
-def use_training_attention(model: nn.Module) -> None:
+def use_training_attention(model: PreTrainedModel) -> None:
     """Makes a causal LM accept what `training_masks` returns; in all other passes it computes transformers' sdpa."""
     model.config._attn_implementation = NAME
 

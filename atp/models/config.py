@@ -20,6 +20,8 @@ class LayerShape:
 
     qk_pairs: kept RoPE pairs in rising order, as positions in [0, head_dim / 2); None keeps all of them. Each pair is
     two rows of every query and key head. v_head_dim: width of a value head; intermediate_size: width of the MLP.
+    attention_inputs, mlp_inputs: the positions of the hidden state that a block reads; attention_outputs, mlp_outputs:
+    those that it adds to. In rising order; None for all of them.
     """
 
     num_attention_heads: int
@@ -27,10 +29,26 @@ class LayerShape:
     qk_pairs: list[int] | None
     v_head_dim: int
     intermediate_size: int
+    attention_inputs: list[int] | None = None
+    attention_outputs: list[int] | None = None
+    mlp_inputs: list[int] | None = None
+    mlp_outputs: list[int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys and values of the config, without selections that select everything."""
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in _SELECTIONS}
+
+    def selected(self, key: str, hidden_size: int) -> int:
+        """How many positions of the hidden state a selection (`attention_inputs`, ...) has."""
+        positions = getattr(self, key)
+        return hidden_size if positions is None else len(positions)
 
     def qk_head_dim(self, head_dim: int) -> int:
         """Width of a query or key head, for the head_dim of the model before any cut."""
         return head_dim if self.qk_pairs is None else 2 * len(self.qk_pairs)
+
+
+_SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
 
 
 @strict
@@ -73,7 +91,7 @@ class ATPLlamaConfig(LlamaConfig):
             full = LayerShape(
                 self.num_attention_heads, self.num_key_value_heads, None, self.head_dim, self.intermediate_size
             )
-            self.layer_shapes = [asdict(full) for _ in range(self.num_hidden_layers)]
+            self.layer_shapes = [full.to_dict() for _ in range(self.num_hidden_layers)]
 
     @classmethod
     def from_whole(cls, config: PretrainedConfig, **changes: Any) -> ATPLlamaConfig:
@@ -112,11 +130,22 @@ class ATPLlamaConfig(LlamaConfig):
                 yield key, "a layer keeps at least one"
         if shape.num_key_value_heads > 0 and shape.num_attention_heads % shape.num_key_value_heads:
             yield "num_attention_heads", f"it must be a multiple of the {shape.num_key_value_heads} key-value heads"
-        pairs = shape.qk_pairs
-        if pairs is not None:
-            if not pairs:
-                yield "qk_pairs", "a layer keeps at least one"
-            elif pairs != sorted(set(pairs)) or pairs[0] < 0 or pairs[-1] >= self.head_dim // 2:
-                yield "qk_pairs", f"pairs are distinct, rising and below head_dim / 2 = {self.head_dim // 2}"
-            elif self.qk_norm:
-                yield "qk_pairs", "a model with qk_norm keeps all pairs, because the norm is over all of them"
+        limits = {"qk_pairs": ("head_dim / 2", self.head_dim // 2)}
+        limits |= {key: ("hidden_size", self.hidden_size) for key in _SELECTIONS}
+        for key, (name, limit) in limits.items():
+            positions = getattr(shape, key)
+            if positions is None:
+                continue
+            if not positions:
+                yield key, "a layer keeps at least one"
+            elif not _rise(positions, limit):
+                yield key, f"positions are distinct, rising and below {name} = {limit}"
+            elif key == "qk_pairs" and self.qk_norm:
+                yield key, "a model with qk_norm keeps all pairs, because the norm is over all of them"
+
+
+def _rise(positions: Any, limit: int) -> bool:
+    """Whether these are whole numbers from 0 to below the limit, in rising order."""
+    if not isinstance(positions, list) or any(type(position) is not int for position in positions):
+        return False
+    return positions == sorted(set(positions)) and positions[0] >= 0 and positions[-1] < limit

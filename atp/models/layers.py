@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 BLOCKS = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
 """The norm and the module of the two residual blocks of a decoder layer: x + m * block(norm(x))."""
@@ -47,7 +48,7 @@ LayerArguments = list[dict[str, Any]]
 """For each decoder layer, the keyword arguments of its attention; layers may differ in their masks."""
 
 
-def first_layer_inputs(decoder: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, LayerArguments]:
+def first_layer_inputs(decoder: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, LayerArguments]:
     """The hidden states [batch, tokens, hidden] that reach the first layer for a batch, and all layers' arguments.
 
     Samples of a row that has `position_ids` do not see each other. No layer runs.
@@ -66,7 +67,7 @@ def hidden_arguments(batch: dict[str, Any]) -> dict[str, Tensor | None]:
     return {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids"), "use_cache": False}
 
 
-def run_block(layer: nn.Module, norm: str, block: str, x: Tensor, arguments: LayerArguments) -> Tensor:
+def run_block(layer: Any, norm: str, block: str, x: Tensor, arguments: LayerArguments) -> Tensor:
     """x + m * block(norm(x)), [batch, tokens, hidden]; arguments as `first_layer_inputs` gives them."""
     normed = layer.get_submodule(norm)(x)
     if block == "mlp":
@@ -75,7 +76,7 @@ def run_block(layer: nn.Module, norm: str, block: str, x: Tensor, arguments: Lay
     return add_block(layer, x, attention(hidden_states=normed, **arguments[attention.layer_idx])[0])
 
 
-def add_block(layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+def add_block(layer: Any, x: Tensor, output: Tensor) -> Tensor:
     """x + m * output: what a block gives is added to the residual stream, times Granite's residual multiplier."""
     multiplier = getattr(layer, "residual_multiplier", 1.0)
     return x + (output if multiplier == 1 else output * multiplier)

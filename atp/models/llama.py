@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import (
 
 from atp.models import attention
 from atp.models.config import ATPLlamaConfig
-from atp.models.layers import add_block
+from atp.models.selected import Selection
 
 # Fused attention takes one width for all heads, and runs best on whole vector registers and tensor-core tiles.
 _HEAD_DIM_MULTIPLE = 8
@@ -54,11 +54,12 @@ class ATPLlamaAttention(nn.Module):
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
         self.is_causal = True
 
-        hidden, heads, kv_heads = config.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
-        self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.qk_head_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.attention_out_bias)
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        inputs, outputs = (shape.selected(f"attention_{end}", config.hidden_size) for end in ("inputs", "outputs"))
+        self.q_proj = nn.Linear(inputs, heads * self.qk_head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(inputs, kv_heads * self.qk_head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(inputs, kv_heads * self.v_head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, outputs, bias=config.attention_out_bias)
         self.q_norm, self.k_norm = (
             LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
         )
@@ -134,12 +135,17 @@ class ATPLlamaDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
         super().__init__()
-        mlp_config = copy.copy(config)
-        mlp_config.intermediate_size = config.layer_shape(layer_idx).intermediate_size
-        hidden = config.hidden_size
+        shape, hidden, mlp_config = config.layer_shape(layer_idx), config.hidden_size, copy.copy(config)
+        mlp_config.intermediate_size = shape.intermediate_size
+        mlp_config.hidden_size = shape.selected("mlp_inputs", hidden)
         self.residual_multiplier = config.residual_multiplier
         self.self_attn = ATPLlamaAttention(config, layer_idx)
         self.mlp = LlamaMLP(mlp_config)
+        if shape.mlp_outputs is not None or shape.mlp_inputs is not None:
+            outputs = shape.selected("mlp_outputs", hidden)
+            self.mlp.down_proj = nn.Linear(shape.intermediate_size, outputs, bias=config.mlp_bias)
+        self.attention_selection = Selection(shape.attention_inputs, shape.attention_outputs)
+        self.mlp_selection = Selection(shape.mlp_inputs, shape.mlp_outputs)
         self.input_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
         self.attention_shortcut, self.mlp_shortcut = (
@@ -148,10 +154,11 @@ class ATPLlamaDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states [batch, tokens, hidden]; kwargs are those of the attention."""
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = add_block(self, self.attention_shortcut(hidden_states), attended)
-        added = self.mlp(self.post_attention_layernorm(hidden_states))
-        return add_block(self, self.mlp_shortcut(hidden_states), added)
+        attention, mlp = self.attention_selection, self.mlp_selection
+        attended, _ = self.self_attn(hidden_states=attention.read(self.input_layernorm(hidden_states)), **kwargs)
+        hidden_states = attention.add(self, self.attention_shortcut(hidden_states), attended)
+        added = self.mlp(mlp.read(self.post_attention_layernorm(hidden_states)))
+        return mlp.add(self, self.mlp_shortcut(hidden_states), added)
 
 
 class ATPLlamaPreTrainedModel(PreTrainedModel):
@@ -174,6 +181,10 @@ class ATPLlamaPreTrainedModel(PreTrainedModel):
         # from_pretrained builds on the meta device, and no file holds the non-persistent buffers.
         if isinstance(module, ATPLlamaAttention) and module.rope_index is not None:
             init.copy_(module.rope_index, module.kept_rope_index())
+        if isinstance(module, Selection):
+            for name, index in module.indices().items():
+                if index is not None:
+                    init.copy_(getattr(module, name), index)
 
 
 class ATPLlamaModel(ATPLlamaPreTrainedModel, Qwen2Model):

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from atp.lora.layer import fuse_layers
 from atp.models.config import ATPLlamaConfig
 from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
+from atp.models.selected import Selection
 from atp.spaces.space import MaskSpace
 from atp_kernels.functional import compact
 
@@ -181,6 +182,9 @@ def _complete(base: PreTrainedModel, source: PreTrainedModel) -> None:
         attention = layer.self_attn
         if isinstance(attention, ATPLlamaAttention) and attention.rope_index is not None:
             attention.rope_index = attention.kept_rope_index().to(attention.q_proj.weight.device)
+        for selection in (module for module in layer.children() if isinstance(module, Selection)):
+            for name, index in selection.indices().items():
+                setattr(selection, name, None if index is None else index.to(layer.input_layernorm.weight.device))
     base.generation_config = copy.deepcopy(source.generation_config)
 
 

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from atp.families import Linear
-from atp.spaces.space import Cut, Structure
-
-_MULTIPLES = (64, 32, 16, 8, 4, 2)  # 64: what 4-bit kernels and tensor cores want
+from atp.spaces.space import WIDTHS, Cut, Structure
 
 
 def mlp_channels(linears: dict[str, Linear]) -> Structure:
@@ -24,7 +22,7 @@ def mlp_channels(linears: dict[str, Linear]) -> Structure:
         Cut("mlp.up_proj", 0, owner, reorderable=True),
         Cut("mlp.down_proj", 1, owner, soft=False, reorderable=True),
     )
-    return Structure("mlp", size, cuts, _widths, reader="mlp.down_proj", multiples=_MULTIPLES, remainder=True)
+    return Structure("mlp", size, cuts, _widths, reader="mlp.down_proj", multiples=WIDTHS, remainder=True)
 
 
 def _widths(structure: Structure, kept: Tensor) -> dict[str, int]:

@@ -18,6 +18,9 @@ from transformers import PretrainedConfig
 
 from atp.families import Linear, UnsupportedModel, family_of
 
+WIDTHS = (64, 32, 16, 8, 4, 2)
+"""Preferred multiples of a width of linears, the best first: 4-bit kernels and tensor cores want 64."""
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from atp import processes
@@ -91,7 +92,8 @@ class Trackers(Callback):
 
 def check_trackers(names: Sequence[str]) -> None:
     """Refuses `training.report_to` where accelerate knows no tracker of a name, or its package is missing."""
-    known, available = sorted(LOGGER_TYPE_TO_CLASS), [str(name) for name in get_available_trackers()]
+    known = sorted(LOGGER_TYPE_TO_CLASS)  # also what the user registered with accelerate
+    missing = set(LoggerType.list()) - {str(name) for name in get_available_trackers()}
     for name in names:
         if name in ("all", "none") and len(names) == 1:
             continue
@@ -99,7 +101,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise InputError(
                 f"training.report_to: there is no tracker '{shorten(name)}': use some of {', '.join(known)}"
             )
-        if name not in available:
+        if name in missing:
             raise InputError(
                 f"training.report_to: tracker '{name}' is not installed: install its package or leave it out"
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from atp.families import Windows, family_of
 from atp.models.attention import NAME, training_masks
@@ -19,7 +21,7 @@ def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int 
     step has several batches, default the scored tokens of this one. Positions without a label cost nothing.
     """
     inner = getattr(model, "module", model)  # DistributedDataParallel
-    causal = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    causal = cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
     family = family_of(causal.config)
     hidden = _final_hidden(model, causal, batch, family.windows(causal.config))
     with scope("loss"):
@@ -31,7 +33,7 @@ def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int 
         return total / (len(batch["targets"]) if count is None else count)
 
 
-def _final_hidden(model: nn.Module, causal: nn.Module, batch: dict[str, Any], windows: Windows) -> Tensor:
+def _final_hidden(model: nn.Module, causal: PreTrainedModel, batch: dict[str, Any], windows: Windows) -> Tensor:
     """What the head would see, [batch, tokens, hidden]. The pass goes through the wrappers: they count on it."""
     input_ids, position_ids = batch["input_ids"], batch.get("position_ids")
     mask = None

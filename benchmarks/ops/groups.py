@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from atp_kernels import GroupPlan, compact, group_lasso, group_lasso_grad_, group_prox_
 from benchmarks.case import Case, Op, Variant, Variants, Work
-from benchmarks.ops.linear import by_backend
+from benchmarks.linears import by_backend
 from benchmarks.shapes import Model
 
 _TESTS = (

@@ -63,14 +63,17 @@ def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_a
     [
         ({"training": {"search": "many"}}, "config key 'training.search' is 'many': input should be a valid integer"),
         ({"training": {"search": 1.5}}, "config key 'training.search' is 1.5: input should be a valid integer"),
-        ({"decisions": {"space": "heads"}}, "config key 'decisions.space' is 'heads': use one of head_dim, kv_group"),
+        (
+            {"decisions": {"space": "heads"}},
+            "config key 'decisions.space' is 'heads': use one of disp, head_dim, ",
+        ),
         ({"lora": 8}, "config key 'lora' is 8: input should be a valid dictionary"),
         ({"data": {"length": 8}}, "config key 'data.length' is 8: input should be greater than or equal to 16"),
         ({"training": {"gradient_checkpointing": "maybe"}}, "config key 'training.gradient_checkpointing' is 'maybe'"),
         ({"decisions": {"multiples": {"mlp": "x"}}}, "config key 'decisions.multiples.mlp' is 'x': input should be a"),
         (
             {"decisions": {"multiples": {"mlps": 8}}},
-            "config key 'decisions.multiples' is {'mlps': 8}: no structure is called 'mlps': use qk, vo, mlp, kv_group",
+            "config key 'decisions.multiples' is {'mlps': 8}: no structure is called 'mlps': use attention_inputs, ",
         ),
         ({"training": {"regularizer": "l1"}}, "config key 'training.regularizer' is 'l1': input should be 'lasso' or"),
         ({"seed": -1}, "config key 'seed' is -1: input should be greater than or equal to 0"),

@@ -207,7 +207,7 @@ def not_scored(monkeypatch):
         ("output_dir={tmp}/" + "x" * 300, "File name too long"),
         ('output_dir="a\\0b"', "output_dir"),
         ("training.report_to=[nope]", "training.report_to: there is no tracker 'nope'"),
-        ("training.report_to=[tensorboard, wandb]", "training.report_to: tracker 'wandb' is not installed"),
+        ("training.report_to=[wandb]", "training.report_to: tracker 'wandb' is not installed"),
         ("seed=-1", "config key 'seed' is -1"),
         ("seed=4294967296", "config key 'seed' is 4294967296"),
         ("data.seed=-1", "config key 'data.seed' is -1"),

@@ -85,7 +85,30 @@ def _zero_kv_group(layer, kept):
     attention.o_proj.weight.view(HIDDEN, KV_HEADS, -1)[:, removed] = 0
 
 
-_ZERO = {"qk": _zero_qk, "vo": _zero_vo, "mlp": _zero_mlp, "kv_group": _zero_kv_group}
+def _zero_columns(*names):
+    def zero(layer, kept):
+        for name in names:
+            layer.get_submodule(name).weight[:, _removed(kept, HIDDEN)] = 0
+
+    return zero
+
+
+def _zero_outputs(name):
+    def zero(layer, kept):
+        linear, removed = layer.get_submodule(name), _removed(kept, HIDDEN)
+        for rows in _rows(linear, HIDDEN):
+            rows[removed] = 0
+
+    return zero
+
+
+_ZERO_SELECTIONS = {
+    "attention_inputs": _zero_columns("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention_outputs": _zero_outputs("self_attn.o_proj"),
+    "mlp_inputs": _zero_columns("mlp.gate_proj", "mlp.up_proj"),
+    "mlp_outputs": _zero_outputs("mlp.down_proj"),
+}
+_ZERO = _ZERO_SELECTIONS | {"qk": _zero_qk, "vo": _zero_vo, "mlp": _zero_mlp, "kv_group": _zero_kv_group}
 
 
 def tokens(windows=3, length=20, seed=2):

@@ -5,7 +5,8 @@ import copy
 import torch
 from linear_cases import with_gradients
 
-from atp_kernels import KeptFirst, KeptSlice, Projection, masked_lora_swiglu, reference, stack_weights
+from atp_kernels import KeptFirst, KeptSlice, Projection, masked_lora_swiglu
+from atp_kernels.swiglu import definition
 
 
 class Case:
@@ -82,12 +83,12 @@ def assert_as_good_as(definition, got, case):
 MLP = ((20, 12), (20, 12), (12, 20))
 QKV = ((24, 12), (8, 12), (8, 12))
 FORMS = [(mask, mask_lora) for mask in ("soft", "hard", "empty", "full") for mask_lora in (False, True)]
-EQUAL = (1.7, 1.7, 1.3)  # gate and up are stacked where their scalings are equal
+EQUAL = (1.7, 1.7, 1.3)
 
 
 def mlp_definition(case, activation="silu", mask_lora=False, scalings=EQUAL):
     options = {"activation": activation, "mask": case.masks[0], "mask_lora": mask_lora}
-    return reference.masked_lora_swiglu(case.x, *case.linears(scalings), **options)
+    return definition.masked_lora_swiglu(case.x, *case.linears(scalings), **options)
 
 
 def mlp_case(mask=None, shapes=MLP, **options):
@@ -102,14 +103,10 @@ def mlp(case, scalings=EQUAL, **options):
     return masked_lora_swiglu(case.x, *case.linears(scalings), mask=case.masks[0], **options)
 
 
-def stack(case, count):
-    stack_weights(*(linear.weight for linear in case.linears()[:count]))
-
-
-def slices_of(case, first, scratch=None, pad_to=8):
+def slices_of(case, first, pad_to=8):
     mask = KeptFirst(case.masks[0], pad_to=pad_to) if first else case.masks[0]
     sides = ("out_mask", "out_mask", "in_mask")
     return tuple(
-        KeptSlice(linear.weight, linear.bias, **{side: mask}, scratch=scratch, pad_to=pad_to)
+        KeptSlice(linear.weight, linear.bias, **{side: mask}, pad_to=pad_to)
         for linear, side in zip(case.linears(), sides, strict=True)
     )

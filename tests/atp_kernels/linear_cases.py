@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from atp_kernels import reference
+from atp_kernels.dropout.definition import Dropout
+from atp_kernels.linear import definition
 
 SEED = 0x9876_5432_1234_5678 - 2**64
 """Of any dropout; both halves have their high bit set or are large, and the whole is negative."""
@@ -33,9 +34,9 @@ class Shape:
         return {"scaling": self.scaling, "mask_lora": self.mask_lora, **drawn}
 
     @property
-    def drawn(self) -> reference.Dropout | None:
+    def drawn(self) -> Dropout | None:
         """The dropout of `options`, as backends take it."""
-        return reference.Dropout(self.p, SEED) if self.p else None
+        return Dropout(self.p, SEED) if self.p else None
 
     def __str__(self) -> str:
         extras = [name for name in ("mask_lora", "bias", "dropout", "p") if getattr(self, name)]
@@ -93,8 +94,8 @@ def upcast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def unfused(shape: Shape, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, by autograd, in the dtype of the operands."""
-    y = reference.masked_lora_linear(**tensors, scaling=shape.scaling, mask_lora=shape.mask_lora, dropout=shape.drawn)
-    return y, *reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
+    y = definition.masked_lora_linear(**tensors, scaling=shape.scaling, mask_lora=shape.mask_lora, dropout=shape.drawn)
+    return y, *definition.factor_norms(tensors["lora_a"], tensors["lora_b"])
 
 
 def with_gradients(

@@ -154,10 +154,9 @@ def test_a_plan_refuses_what_a_list_of_groups_refuses(given, message):
             atp_kernels.group_prox_(given, plan, REMOVED, 0.5, backend=backend)
 
 
-def stacked(**changed):
+def three_projections(**changed):
     """Projections of 4, 6 and 6 outputs whose weights lie in one storage; `changed` has what they get instead."""
-    weights = [torch.ones(n, 4) for n in (4, 6, 6)]
-    atp_kernels.stack_weights(*weights)
+    weights = torch.ones(16, 4).split((4, 6, 6))
     made = [Projection(w, torch.ones(2, 4), torch.ones(len(w), 2), 1.0, torch.ones(len(w))) for w in weights]
     return [linear._replace(**{name: change[i] for name, change in changed.items()}) for i, linear in enumerate(made)]
 
@@ -178,10 +177,10 @@ def stacked(**changed):
         ({"bias": (torch.ones(4), torch.ones(6, device=META), None)}, "bias is on meta and x on cpu"),
     ],
 )
-def test_stacked_projections_that_only_fit_together_are_refused(changed, message):
+def test_projections_that_only_fit_together_are_refused(changed, message):
     for backend in backends("masked_lora_qkv"):
         with pytest.raises(ValueError) as raised:
-            atp_kernels.masked_lora_qkv(torch.ones(5, 4), *stacked(**changed), backend=backend)
+            atp_kernels.masked_lora_qkv(torch.ones(5, 4), *three_projections(**changed), backend=backend)
         assert str(raised.value).startswith(message)
 
 
@@ -193,10 +192,10 @@ def test_stacked_projections_that_only_fit_together_are_refused(changed, message
         ((torch.tensor(True), None, None), "out_mask has shape [], but weight and x need [4]."),
     ],
 )
-def test_masks_of_a_stack_that_only_fit_together_are_refused(masks, message):
+def test_masks_of_three_projections_that_only_fit_together_are_refused(masks, message):
     for backend in backends("masked_lora_qkv"):
         with pytest.raises(ValueError) as raised:
-            atp_kernels.masked_lora_qkv(torch.ones(5, 4), *stacked(), masks=masks, backend=backend)
+            atp_kernels.masked_lora_qkv(torch.ones(5, 4), *three_projections(), masks=masks, backend=backend)
         assert str(raised.value).startswith(message)
 
 

@@ -5,23 +5,22 @@ from functools import partial
 
 import pytest
 import torch
-from block_cases import EQUAL, FORMS, QKV, Case, assert_as_good_as, mlp, mlp_case, mlp_definition, slices_of, stack
+from block_cases import EQUAL, FORMS, QKV, Case, assert_as_good_as, mlp, mlp_case, mlp_definition, slices_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atp_kernels import KeptFirst, KeptSlice, Scratch, masked_lora_qkv, masked_lora_swiglu, reference, stack_weights
+from atp_kernels import KeptFirst, KeptSlice, masked_lora_qkv, masked_lora_swiglu
+from atp_kernels.qkv.definition import masked_lora_qkv as defined_qkv
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("mask", "mask_lora"), [(None, False), *FORMS])
-def test_swiglu_is_no_worse_than_unfused(mask, mask_lora, activation, stacked, dtype):
-    case = mlp_case(mask, dtype=dtype, frozen=stacked)
-    if stacked:
-        stack(case, 2)
+def test_swiglu_is_no_worse_than_unfused(mask, mask_lora, activation, frozen, dtype):
+    case = mlp_case(mask, dtype=dtype, frozen=frozen)
     got = case.results(mlp(case, activation=activation, mask_lora=mask_lora))
     assert_as_good_as(partial(mlp_definition, activation=activation, mask_lora=mask_lora), got, case)
 
@@ -55,19 +54,16 @@ def test_swiglu_gradcheck(mask, mask_lora, activation):
 def test_swiglu_of_any_shape(rows, hidden, channels, rank, form, bias, frozen, dtype):
     shapes = ((channels, hidden), (channels, hidden), (hidden, channels))
     case = mlp_case(form[0], shapes=shapes, rows=rows, rank=rank, bias=bias, frozen=frozen, dtype=dtype)
-    if frozen:
-        stack(case, 2)
     got = case.results(mlp(case, mask_lora=form[1]))
     assert_as_good_as(partial(mlp_definition, mask_lora=form[1]), got, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scratch", [None, Scratch()])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("mask", ["hard", "empty", "full"])
-def test_swiglu_on_kept_slices_is_no_worse_than_unfused(mask, first, scratch, dtype):
+def test_swiglu_on_kept_slices_is_no_worse_than_unfused(mask, first, dtype):
     case = mlp_case(mask, frozen=True, dtype=dtype)
-    kept = slices_of(case, first, scratch)
+    kept = slices_of(case, first)
     got = case.results(masked_lora_swiglu(case.x, *case.linears(EQUAL), kept=kept))
     assert_as_good_as(mlp_definition, got, case)
 
@@ -106,16 +102,14 @@ def test_swiglu_saves_no_product_and_the_decision_step_only_unmasked_sums(mask_l
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(("mask", "mask_lora"), [(None, False), *FORMS])
-def test_qkv_is_no_worse_than_unfused(mask, mask_lora, stacked, dtype):
-    case = Case(QKV, mask=mask, dtype=dtype, frozen=stacked)
-    if stacked:
-        stack(case, 3)
+def test_qkv_is_no_worse_than_unfused(mask, mask_lora, frozen, dtype):
+    case = Case(QKV, mask=mask, dtype=dtype, frozen=frozen)
 
     def definition(case):
         options = {"masks": case.masks, "mask_lora": mask_lora}
-        return reference.masked_lora_qkv(case.x, *case.linears((1.7,) * 3), **options)
+        return defined_qkv(case.x, *case.linears((1.7,) * 3), **options)
 
     got = masked_lora_qkv(case.x, *case.linears((1.7,) * 3), masks=tuple(case.masks), mask_lora=mask_lora)
     assert [value.shape for value in got] == [(2, 6, n) for n, _ in QKV]
@@ -123,7 +117,7 @@ def test_qkv_is_no_worse_than_unfused(mask, mask_lora, stacked, dtype):
 
 
 @pytest.mark.parametrize("changed", ["bias", "mask"])
-def test_stacked_qkv_with_one_bias_or_one_mask(changed):
+def test_qkv_with_one_bias_or_one_mask(changed):
     case = Case(QKV, mask="hard", frozen=True)
     linears = case.linears((1.7,) * 3)
     if changed == "bias":
@@ -131,8 +125,7 @@ def test_stacked_qkv_with_one_bias_or_one_mask(changed):
         masks = (None,) * 3
     else:
         masks = (None, case.masks[1], None)
-    expected = reference.masked_lora_qkv(case.x, *linears, masks=masks)
-    stack_weights(*(linear.weight for linear in linears))
+    expected = defined_qkv(case.x, *linears, masks=masks)
     assert_close(masked_lora_qkv(case.x, *linears, masks=masks), expected)
 
 
@@ -144,9 +137,7 @@ def test_qkv_on_kept_slices(first):
     got = masked_lora_qkv(case.x, *case.linears(), kept=kept)
     if first:
         got = tuple(value[..., mask.place] for value, mask in zip(got, masks, strict=True))
-    assert_as_good_as(
-        lambda case: reference.masked_lora_qkv(case.x, *case.linears(), masks=case.masks), case.results(got), case
-    )
+    assert_as_good_as(lambda case: defined_qkv(case.x, *case.linears(), masks=case.masks), case.results(got), case)
 
 
 class _Products(TorchDispatchMode):
@@ -159,37 +150,10 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_stacked_weights_are_one_product():
+def test_qkv_makes_no_product_that_nobody_needs():
     case = Case(QKV, frozen=True)
-
-    def products():
-        with _Products() as forward:
-            y = torch.cat(masked_lora_qkv(case.x, *case.linears((1.0,) * 3)), -1)
-        with _Products() as backward:
-            y.sum().backward()
-        return forward.count, backward.count
-
-    assert products() == (9, 15)  # S, base and adapter; P, dA, dB, base and adapter of dx
-    before = [linear.weight.clone() for linear in case.linears()]
-    stack(case, 3)
-    weights = [linear.weight for linear in case.linears()]
-    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
-    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    assert weights[0].untyped_storage().nbytes() == sum(weight.nbytes for weight in weights)
-    assert products() == (3, 5)
-    stack_weights(weights[2], weights[0], weights[1])
-    assert products() == (9, 15), "stacked in another order"
-
-
-WRONG_STACKS = [
-    ([torch.ones(2, 3), torch.ones(2, 3).requires_grad_()], "takes frozen 2-D weights"),
-    ([torch.ones(2, 3), torch.ones(2)], "takes frozen 2-D weights"),
-    ([torch.ones(2, 3), torch.ones(2, 4)], "must have one width, dtype and device"),
-    ([torch.ones(2, 3), torch.ones(2, 3).bfloat16()], "must have one width, dtype and device"),
-]
-
-
-@pytest.mark.parametrize(("weights", "message"), WRONG_STACKS)
-def test_wrong_stacks_are_refused(weights, message):
-    with pytest.raises(ValueError, match=message):
-        stack_weights(*weights)
+    with _Products() as forward:
+        y = torch.cat(masked_lora_qkv(case.x, *case.linears((1.0,) * 3)), -1)
+    with _Products() as backward:
+        y.sum().backward()
+    assert (forward.count, backward.count) == (9, 15)  # S, base and adapter; P, dA, dB, base and adapter of dx

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from block_cases import EQUAL, MLP, QKV, Case, assert_as_good_as, mlp, mlp_case, slices_of, stack
+from block_cases import EQUAL, MLP, QKV, Case, assert_as_good_as, mlp, mlp_case, slices_of
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import atp_kernels
-from atp_kernels import KeptFirst, KeptSlice, Projection, Scratch, masked_lora_qkv, masked_lora_swiglu
+from atp_kernels import KeptFirst, KeptSlice, Projection, masked_lora_qkv, masked_lora_swiglu
 
 FORMS = [(None, False), ("soft", True), ("soft", False), ("hard", False)]
 # (backend of the eager call, tolerances of values, of gradients of order 1000). Compiled code keeps ATen's
@@ -63,12 +63,9 @@ def test_compile_on_kept_slices(dynamic, backend, rounding, gradient_rounding):
         assert_close(*grads, **gradient_rounding)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize(("mask", "mask_lora"), FORMS)
-def test_autocast_casts_everything_but_masks(mask, mask_lora, stacked):
+def test_autocast_casts_everything_but_masks(mask, mask_lora):
     for case, call in ((mlp_case(mask, frozen=True), mlp), (Case(QKV, mask=mask, frozen=True), attention)):
-        if stacked:
-            stack(case, 2 if call is mlp else 3)
         with torch.autocast("cpu", torch.bfloat16):
             got = call(case, mask_lora=mask_lora)
         low = case.upcast()
@@ -96,9 +93,9 @@ def test_gradient_checkpointing_and_a_second_backward(mask, mask_lora, use_reent
         assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], leaf.grad)
 
 
-def test_checkpointing_on_slices_of_one_scratch():
+def test_checkpointing_on_slices():
     case = mlp_case("hard", frozen=True)
-    kept = slices_of(case, True, Scratch())
+    kept = slices_of(case, True)
     leaves = [leaf for leaf in case.leaves.values() if leaf.requires_grad]
 
     def block(x):
@@ -124,7 +121,6 @@ def test_each_gradient_alone(mask, mask_lora):
 @pytest.mark.parametrize(("mask", "mask_lora"), FORMS)
 def test_uninitialised_memory_is_never_read_and_results_repeat(mask, mask_lora):
     case = mlp_case(mask, frozen=True)
-    stack(case, 2)
     expected = case.results(mlp(case, mask_lora=mask_lora))
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:

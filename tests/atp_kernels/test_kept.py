@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from atp_kernels import KeptSlice, Scratch, available_backends, kept_lora_linear, masked_lora_linear, reference
+from atp_kernels import KeptSlice, available_backends, kept_lora_linear, masked_lora_linear
+from atp_kernels.linear import definition
 
 KINDS = (None, "hard", "empty", "full")
 BOTH = Shape(m=12, n=44, k=52, out_mask="hard", in_mask="hard")
@@ -38,7 +39,7 @@ def call_of(tensors, kept, scaling, backend="auto"):
 def run(shape, tensors, backend="auto", **options):
     """y and the gradients of what can have one; the factor norms give the error rule all the results it knows."""
     y = call_of(tensors, slice_of(tensors, **options), shape.scaling, backend)
-    norms = reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
+    norms = definition.factor_norms(tensors["lora_a"], tensors["lora_b"])
     return with_gradients((y, *norms), {name: tensor for name, tensor in tensors.items() if name not in FROZEN})
 
 
@@ -69,14 +70,13 @@ def test_backends_agree_to_the_bit(backend, shape, dtype):
     assert_same_bits(shape, operands(shape, dtype), backend, pad_to=8)
 
 
-@pytest.mark.parametrize("scratch", [False, True])
 @pytest.mark.parametrize("pad_to", [1, 8, 32, 64])
 @pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
-def test_equals_masked_lora_linear(shape, pad_to, scratch):
+def test_equals_masked_lora_linear(shape, pad_to):
     tensors = operands(shape, torch.float64)
-    got = run(shape, tensors, pad_to=pad_to, scratch=Scratch() if scratch else None)
+    got = run(shape, tensors, pad_to=pad_to)
     y = masked_lora_linear(**tensors, scaling=shape.scaling)
-    norms = reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
+    norms = definition.factor_norms(tensors["lora_a"], tensors["lora_b"])
     expected = with_gradients((y, *norms), tensors)
     assert expected.keys() - got.keys() == {"d weight"} | ({"d bias"} if shape.bias else set())
     for name, value in got.items():
@@ -114,12 +114,11 @@ shapes = st.builds(
     shape=shapes,
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     pad_to=st.sampled_from([1, 7, 32]),
-    scratch=st.booleans(),
 )
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_any_shape(shape, dtype, pad_to, scratch):
+def test_any_shape(shape, dtype, pad_to):
     tensors = operands(shape, dtype)
-    assert_error_rule(run(shape, tensors, pad_to=pad_to, scratch=Scratch() if scratch else None), shape, tensors)
+    assert_error_rule(run(shape, tensors, pad_to=pad_to), shape, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -177,17 +176,14 @@ def test_padding_never_widens_the_work():
     assert padded.get_total_flops() == whole.get_total_flops()
 
 
-def test_a_slice_holds_its_weight_and_a_scratch_holds_the_last_one():
+def test_a_slice_holds_its_weight_from_its_first_use():
     tensors = operands(replace(BOTH, bias=False), torch.float32)
-    scratch = Scratch()
-    held, shared, other = (slice_of(tensors, scratch=given) for given in (None, scratch, scratch))
+    held, other = (slice_of(tensors) for _ in range(2))
     before = call_of(tensors, held, 1.0)
-    assert torch.equal(call_of(tensors, shared, 1.0), before)
     tensors["weight"].data.zero_()  # which torch does not count as a change
     adapter = tensors["lora_input"] @ tensors["lora_a"].T @ tensors["lora_b"].T
-    assert torch.equal(call_of(tensors, held, 1.0), before) and torch.equal(call_of(tensors, shared, 1.0), before)
+    assert torch.equal(call_of(tensors, held, 1.0), before)
     assert_close(call_of(tensors, other, 1.0), adapter)
-    assert_close(call_of(tensors, shared, 1.0), adapter)
 
 
 def test_counts_are_those_of_the_masks():
@@ -226,12 +222,11 @@ def test_uninitialised_memory_is_never_read():
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("scratch", [None, Scratch()])
-def test_bitwise_deterministic(scratch):
+def test_bitwise_deterministic():
     tensors = operands(BOTH, torch.bfloat16)
     first = run(BOTH, tensors, pad_to=8)
     for _ in range(9):
-        again = run(BOTH, tensors, pad_to=8, scratch=scratch)
+        again = run(BOTH, tensors, pad_to=8)
         assert all(torch.equal(value, first[name]) for name, value in again.items())
 
 
@@ -259,10 +254,9 @@ def test_each_gradient_alone(wanted):
     assert torch.equal(grad, expected)
 
 
-@pytest.mark.parametrize("scratch", [False, True])
-def test_autocast_casts_everything(scratch):
+def test_autocast_casts_everything():
     tensors = operands(BOTH, torch.float32)
-    kept = slice_of(tensors, scratch=Scratch() if scratch else None)
+    kept = slice_of(tensors)
     before = call_of(tensors, kept, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
         y = call_of(tensors, kept, 1.0)
@@ -287,7 +281,7 @@ def test_fits_its_own_masks_only():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant):
     tensors = operands(replace(BOTH, n=52, dropout=False), torch.float64)
-    kept = slice_of(tensors, scratch=Scratch(), pad_to=8)
+    kept = slice_of(tensors, pad_to=8)
     factors = tensors["lora_a"], tensors["lora_b"]
 
     def block(x):

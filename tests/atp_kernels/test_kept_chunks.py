@@ -8,7 +8,7 @@ from linear_cases import Shape, operands, unfused, with_gradients
 from test_kept import BACKENDS, FROZEN, assert_error_rule, assert_same_bits, call_of, run, slice_of
 
 from atp_kernels import KeptFirst, KeptSlice, kept_lora_linear
-from atp_kernels.backends import kept as backend
+from atp_kernels.kept import aten as backend
 from benchmarks.baselines import AddmmLora
 from benchmarks.case import Variant
 from benchmarks.measure import peak_bytes

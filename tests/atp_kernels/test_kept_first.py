@@ -11,7 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atp_kernels import KeptFirst, KeptSlice, Projection, Scratch, kept_lora_linear, masked_lora_qkv, ops, reference
+from atp_kernels import KeptFirst, KeptSlice, Projection, kept_lora_linear, masked_lora_qkv
+from atp_kernels.kept import op
+from atp_kernels.linear import definition
+from atp_kernels.qkv.definition import masked_lora_qkv as defined_qkv
 
 BOTH = Shape(m=12, n=44, k=52, out_mask="hard", in_mask="hard")
 FROZEN = ("weight", "bias", "out_mask", "in_mask")
@@ -40,7 +43,7 @@ def call_of(tensors, kept, scaling):
 
 def run(shape, tensors, first, **options):
     y = call_of(tensors, slice_of(tensors, first, **options), shape.scaling)
-    norms = reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
+    norms = definition.factor_norms(tensors["lora_a"], tensors["lora_b"])
     return with_gradients((y, *norms), {name: tensor for name, tensor in tensors.items() if name not in FROZEN})
 
 
@@ -89,12 +92,11 @@ def test_gradcheck(first, dropout):
     ),
     first=st.sampled_from(ORDERS),
     pad_to=st.sampled_from([1, 7, 32]),
-    scratch=st.booleans(),
 )
 @settings(max_examples=40, derandomize=True, deadline=None)
-def test_any_shape(shape, first, pad_to, scratch):
+def test_any_shape(shape, first, pad_to):
     tensors = operands(shape, torch.float32)
-    got = run(shape, tensors, first, pad_to=pad_to, scratch=Scratch() if scratch else None)
+    got = run(shape, tensors, first, pad_to=pad_to)
     assert_error_rule(got, shape, tensors)
 
 
@@ -129,7 +131,7 @@ def test_uninitialised_memory_is_never_read(first):
     expected = run(BOTH, tensors, first)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
-        got = run(BOTH, tensors, first, scratch=Scratch())
+        got = run(BOTH, tensors, first)
     finally:
         torch.use_deterministic_algorithms(False)
     for name, value in got.items():
@@ -163,7 +165,7 @@ def test_producer_to_consumer_needs_no_permutation():
     got = with_gradients((y,), wide)
 
     def linear(x, i, **masks):
-        return reference.masked_lora_linear(x, weights[i], *factors[i], scaling=1.5, **masks)
+        return definition.masked_lora_linear(x, weights[i], *factors[i], scaling=1.5, **masks)
 
     h = silu(linear(x, 0, out_mask=mask)) * linear(x, 1, out_mask=mask)
     for name, value in with_gradients((linear(h, 2, in_mask=mask),), wide).items():
@@ -190,8 +192,8 @@ def test_whole_heads_go_from_q_k_v_to_o_without_a_permutation():
     attention = attend(*masked_lora_qkv(x, q, k, v, kept=kept))
     y = kept_lora_linear(attention, KeptSlice(o.weight, in_mask=order), o.lora_a, o.lora_b, scaling=1.5)
 
-    attention = attend(*reference.masked_lora_qkv(x, q, k, v, masks=(mask, kv_mask, kv_mask)))
-    expected = reference.masked_lora_linear(attention, o.weight, o.lora_a, o.lora_b, scaling=1.5, in_mask=mask)
+    attention = attend(*defined_qkv(x, q, k, v, masks=(mask, kv_mask, kv_mask)))
+    expected = definition.masked_lora_linear(attention, o.weight, o.lora_a, o.lora_b, scaling=1.5, in_mask=mask)
     assert_close(y, expected)
     assert_close(*(torch.autograd.grad(value.square().sum(), x) for value in (y, expected)))
 
@@ -225,15 +227,15 @@ def test_opcheck(first, dropout):
     kept = slice_of(tensors, first)
     slices = kept.weight(torch.float32), kept.bias(torch.float32)
     factors = tensors["lora_a"], tensors["lora_b"]
-    sides = ops.flat(kept.sides)
+    sides = op.flat(kept.sides)
     torch.library.opcheck(
-        ops.kept_lora_linear_op, (tensors["x"], *slices, *factors, tensors.get("lora_input"), *sides, 1.5, "auto")
+        op.kept_lora_linear_op, (tensors["x"], *slices, *factors, tensors.get("lora_input"), *sides, 1.5, "auto")
     )
     detached = [factor.detach() for factor in factors]
     saved = slices[0], *detached, tensors["x"].detach(), torch.randn(5, 4)
     needs = [True, True, True, dropout]
     torch.library.opcheck(
-        ops.kept_lora_linear_backward_op, (torch.randn(5, BOTH.n), *saved, *sides, 1.5, not dropout, needs, "auto")
+        op.kept_lora_linear_backward_op, (torch.randn(5, BOTH.n), *saved, *sides, 1.5, not dropout, needs, "auto")
     )
 
 
@@ -253,16 +255,15 @@ def test_compile_whole_graph(dynamic, first):
             assert_close(value, expected[name], msg=name)
 
 
-@pytest.mark.parametrize("scratch", [None, Scratch()])
-def test_compiling_before_the_slice_is_gathered_says_what_to_do(scratch):
+def test_compiling_before_the_slice_is_gathered_says_what_to_do():
     torch._dynamo.reset()
-    kept = KeptSlice(torch.ones(8, 8), in_mask=torch.arange(8) < 4, scratch=scratch, pad_to=1)
+    kept = KeptSlice(torch.ones(8, 8), in_mask=torch.arange(8) < 4, pad_to=1)
     compiled = torch.compile(
         lambda x: kept_lora_linear(x, kept, torch.ones(2, 8), torch.ones(8, 2), scaling=1.0),
         fullgraph=True,
         backend="aot_eager",
     )
-    with pytest.raises(Exception, match="make it without scratch and call weight"):
+    with pytest.raises(Exception, match="call weight"):
         compiled(torch.ones(3, 8))
 
 
@@ -270,21 +271,18 @@ def test_double_backward_through_the_operator_is_refused():
     tensors = operands(BOTH, torch.float32)
     kept = slice_of(tensors)
     slices = kept.weight(torch.float32), None
-    y, _ = ops.kept_lora_linear_op(
-        tensors["x"], *slices, tensors["lora_a"], tensors["lora_b"], None, *ops.flat(kept.sides), 1.0, "auto"
+    y, _ = op.kept_lora_linear_op(
+        tensors["x"], *slices, tensors["lora_a"], tensors["lora_b"], None, *op.flat(kept.sides), 1.0, "auto"
     )
     (grad,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         grad.sum().backward()
 
 
-def test_a_scratch_grows_and_serves_slices_of_all_sizes():
-    scratch = Scratch()
+def test_slices_of_all_sizes_hold_what_was_asked_for_last():
     rng = torch.Generator().manual_seed(0)
     weights = [torch.randn(n, k, generator=rng) for n, k in ((8, 40), (70, 30), (20, 20), (70, 30))]
-    slices = [
-        KeptSlice(w, out_mask=torch.rand(len(w), generator=rng) < 0.5, pad_to=1, scratch=scratch) for w in weights
-    ]
+    slices = [KeptSlice(w, out_mask=torch.rand(len(w), generator=rng) < 0.5, pad_to=1) for w in weights]
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         for kept, weight in zip(slices, weights, strict=True):
             expected = weight[kept.out_mask].to(dtype)
@@ -295,15 +293,16 @@ def test_a_scratch_grows_and_serves_slices_of_all_sizes():
 def test_a_slice_of_everything_is_the_weight_itself():
     weight = torch.ones(8, 12)
     for mask in (None, torch.ones(8, dtype=torch.bool), KeptFirst(torch.ones(8, dtype=torch.bool))):
-        kept = KeptSlice(weight, out_mask=mask, scratch=Scratch())
+        kept = KeptSlice(weight, out_mask=mask)
         assert kept.weight(torch.float32).data_ptr() == weight.data_ptr()
         assert torch.equal(kept.weight(torch.bfloat16), weight.bfloat16())
 
 
-def test_a_scratch_is_filled_through_many_blocks():
+def test_a_large_slice_is_the_kept_part():
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(2100, 1100, generator=rng)
     masks = {"out_mask": torch.rand(2100, generator=rng) < 0.9, "in_mask": torch.rand(1100, generator=rng) < 0.9}
-    kept = KeptSlice(weight, **masks, scratch=Scratch())
-    assert kept.weight(torch.float32).numel() > 2**20
-    assert torch.equal(kept.weight(torch.float32), KeptSlice(weight, **masks).weight(torch.float32))
+    held = KeptSlice(weight, **masks).weight(torch.float32)
+    kept = weight[masks["out_mask"]][:, masks["in_mask"]]
+    assert held.numel() > 2**20 and torch.equal(held[: len(kept), : kept.shape[1]], kept)
+    assert not held[len(kept) :].any() and not held[:, kept.shape[1] :].any()

@@ -8,7 +8,8 @@ from linear_cases import Shape, assert_as_good_as_unfused, every_combination, op
 from torch.utils.checkpoint import checkpoint
 
 import atp_kernels
-from atp_kernels import masked_lora_linear, masked_lora_linear_with_norms, ops
+from atp_kernels import masked_lora_linear, masked_lora_linear_with_norms
+from atp_kernels.linear import op
 
 COMBINATIONS = every_combination(Shape()) + every_combination(Shape(p=0.4))
 SOFT = Shape(mask_lora=True)
@@ -202,7 +203,7 @@ def test_compiled_operator_equals_eager(frozen):
         tensors[name].requires_grad_(False)
     arguments = [tensors[name] for name in ("x", "weight", "lora_a", "lora_b", "bias", "lora_input")]
     arguments += [tensors["out_mask"], tensors["in_mask"], SOFT.scaling, True, True, True, 0.0, None, "reference"]
-    y, _, _, *norms = ops.masked_lora_linear_op(*arguments)
+    y, _, _, *norms = op.masked_lora_linear_op(*arguments)
     got = with_gradients((y, *norms), tensors)
     expected = run(SOFT, tensors)
     for name, value in got.items():

@@ -8,9 +8,10 @@ import torch
 from linear_cases import SEED, Shape, every_combination, operands, with_gradients
 from torch.utils.checkpoint import checkpoint
 
-from atp_kernels import masked_lora_linear, masked_lora_linear_with_norms, ops
-from atp_kernels.backends import primitives
-from atp_kernels.reference import Dropout, dropped, philox
+from atp_kernels import masked_lora_linear, masked_lora_linear_with_norms
+from atp_kernels.dropout import aten
+from atp_kernels.dropout.definition import Dropout, dropped, philox
+from atp_kernels.linear import op
 
 SOFT = Shape(mask_lora=True, p=0.4)
 ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
@@ -83,8 +84,8 @@ def test_keep_rate_and_independence(p):
 def test_blocks_of_rows_do_not_show(monkeypatch):
     x = torch.rand(50, 13)
     whole = dropped(x, Dropout(0.3, SEED))
-    monkeypatch.setattr(primitives, "BLOCK_ELEMENTS", 40)
-    assert torch.equal(primitives.dropped(x, Dropout(0.3, SEED)), whole)
+    monkeypatch.setattr(aten, "CACHED_ELEMENTS", 40)
+    assert torch.equal(aten.dropped(x, Dropout(0.3, SEED)), whole)
 
 
 def given_the_dropped_input(shape, tensors):
@@ -121,7 +122,7 @@ def test_each_gradient_alone(wanted):
 def operator_call(shape, tensors, seed):
     arguments = [tensors.get(name) for name in ORDER]
     arguments += [shape.scaling, shape.mask_lora, shape.out_mask == "soft", True, shape.p, seed, "reference"]
-    y, _, _, *norms = ops.masked_lora_linear_op(*arguments)
+    y, _, _, *norms = op.masked_lora_linear_op(*arguments)
     return y, *norms
 
 
@@ -156,12 +157,12 @@ def test_opcheck():
     t = operands(Shape(m=5, n=6, k=7, rank=2, mask_lora=True, p=0.4), torch.float32)
     drawn = (0.4, torch.tensor(SEED), "reference")
     arguments = [t.get(name) for name in ORDER] + [1.5, True, True, True, *drawn]
-    torch.library.opcheck(ops.masked_lora_linear_op, tuple(arguments))
+    torch.library.opcheck(op.masked_lora_linear_op, tuple(arguments))
     t = {name: tensor.detach() for name, tensor in t.items()}
     saved = [t.get(name) for name in ("x", "weight", "lora_a", "lora_b", "lora_input", "out_mask", "in_mask")]
     needs = [True] * 5 + [False] + [True] * 2
     arguments = (torch.randn(5, 6), *saved, torch.randn(5, 2), torch.randn(5, 6), 1.5, True, True, needs, *drawn)
-    torch.library.opcheck(ops.masked_lora_linear_backward_op, arguments)
+    torch.library.opcheck(op.masked_lora_linear_backward_op, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

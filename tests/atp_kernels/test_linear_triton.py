@@ -16,14 +16,15 @@ from linear_cases import (
 )
 
 from atp_kernels import masked_lora_linear_with_norms, triton_runtime
-from atp_kernels.reference import Dropout, dropped
+from atp_kernels.dropout.definition import Dropout, dropped
 
 if not triton_runtime.AVAILABLE:
     pytest.skip(triton_runtime.REASON, allow_module_level=True)
 
-from atp_kernels.backends import triton as backend
-from atp_kernels.backends.triton import masked_lora_linear as launcher
-from atp_kernels.backends.triton.tiles import GemmConfig, gemm_config, reduce_config, row_splits
+from atp_kernels.dropout import triton as dropout_launcher
+from atp_kernels.linear import triton as launcher
+from atp_kernels.linear.operands import Needs, Operands, Options, Saved
+from atp_kernels.linear.tiles import GemmConfig, gemm_config, reduce_config, row_splits
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -36,27 +37,23 @@ FACTOR = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if ON_GPU 
 
 
 class KernelLinear(torch.autograd.Function):
-    """The backend's forward and backward with a chosen tile, as `ops.MaskedLoraLinear` calls them."""
+    """The backend's forward and backward with a chosen tile, as `linear.op.MaskedLoraLinear` calls them."""
 
     @staticmethod
     def forward(ctx, config, shape, *tensors):
         ctx.tensors, ctx.config, ctx.shape = tensors, config, shape
         keep_sum = tensors[6] is not None and ctx.needs_input_grad[8]
-        y, ctx.down, ctx.total, *norms = backend.masked_lora_linear_forward(
-            *tensors, shape.scaling, shape.mask_lora, keep_sum, True, shape.drawn, config=config
-        )
+        options = Options(shape.scaling, shape.mask_lora, keep_sum, True, shape.drawn)
+        y, ctx.s, ctx.total, *norms = launcher.forward(Operands(*tensors), options, config=config)
         return y, *norms
 
     @staticmethod
     def backward(ctx, grad_y, grad_rows, grad_cols):
         x, weight, lora_a, lora_b, _, lora_input, out_mask, in_mask = ctx.tensors
-        grads = list(
-            backend.masked_lora_linear_backward(
-                grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, ctx.down, ctx.total,
-                ctx.shape.scaling, ctx.shape.mask_lora, lora_input is None, ctx.needs_input_grad[2:], ctx.shape.drawn,
-                config=ctx.config,
-            )
-        )  # fmt: skip
+        saved = Saved(x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, ctx.s, ctx.total)
+        options = Options(ctx.shape.scaling, ctx.shape.mask_lora, dropout=ctx.shape.drawn)
+        needs = Needs(*ctx.needs_input_grad[2:], shared_input=lora_input is None)
+        grads = list(launcher.backward(grad_y, saved, options, needs, config=ctx.config))
         grads[2] = grads[2] + (2 * grad_cols * lora_a).to(lora_a.dtype)
         grads[3] = grads[3] + (2 * grad_rows[:, None] * lora_b).to(lora_b.dtype)
         return None, None, *grads
@@ -93,8 +90,8 @@ def test_dropout_kernel_gives_the_definition_in_every_bit(seed, dtype):
     x = torch.rand(37, 523, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype).t().contiguous().t()
     for p in (0.1, 0.75):
         dropout = Dropout(p, seed)
-        assert torch.equal(launcher.dropped(x, dropout), dropped(x, dropout))
-    assert launcher.dropped(x[:0], dropout).shape == (0, 523)
+        assert torch.equal(dropout_launcher.dropped(x, dropout), dropped(x, dropout))
+    assert dropout_launcher.dropped(x[:0], dropout).shape == (0, 523)
 
 
 @pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])

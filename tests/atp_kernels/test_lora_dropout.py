@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from atp_kernels import explain, extension, kept_lora_linear, lora_dropout, masked_lora_linear, ops, reference
-from atp_kernels.slices import KeptSlice
+from atp_kernels import explain, extension, kept_lora_linear, lora_dropout, masked_lora_linear
+from atp_kernels.dropout import definition, op
+from atp_kernels.kept.slices import KeptSlice
 
 BACKENDS = ["auto", "reference", *(["native"] if extension.AVAILABLE else [])]
 P, SEED = 0.3, 12345
@@ -20,8 +21,8 @@ def matrix(*shape, dtype=torch.float32):
 def test_values_and_gradient_are_those_of_the_definition(backend, dtype):
     x = matrix(3, 7, 30, dtype=dtype)
     y = lora_dropout(x, P, SEED, backend=backend)
-    keep = reference.dropped(torch.ones(21, 30), reference.Dropout(P, SEED)).view(3, 7, 30)
-    assert_close(y, reference.dropped(x.detach().view(21, 30), reference.Dropout(P, SEED)).view(3, 7, 30))
+    keep = definition.dropped(torch.ones(21, 30), definition.Dropout(P, SEED)).view(3, 7, 30)
+    assert_close(y, definition.dropped(x.detach().view(21, 30), definition.Dropout(P, SEED)).view(3, 7, 30))
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert_close(grad, keep.to(dtype))
     assert 0.5 < (y != 0).float().mean() < 0.9
@@ -49,7 +50,7 @@ def test_is_what_the_masked_linear_drops():
 
 
 def test_opcheck():
-    torch.library.opcheck(ops.lora_dropout_op, (matrix(5, 12), P, torch.tensor(SEED), "reference"))
+    torch.library.opcheck(op.lora_dropout_op, (matrix(5, 12), P, torch.tensor(SEED), "reference"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -9,7 +9,8 @@ from repeats import assert_repeats, assert_same_on_every_isa, run_with_isa
 from atp_kernels import GroupPlan, extension, reference
 from atp_kernels.backends import aten as reference_backend
 from atp_kernels.backends import native
-from atp_kernels.reference import Dropout
+from atp_kernels.dropout.definition import Dropout
+from atp_kernels.linear import native as columns_of
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
@@ -207,8 +208,8 @@ def everything(case):
     kept = torch.arange(0, 1536, 3)
     compacted = [native.compact(factors[0], kept, None, 64), native.compact(factors[1], None, kept, 64)]
     grad, total, mask = factors[3], factors[7], torch.linspace(0, 1, 577)
-    columns = [*native.mask_and_dot(grad, total, mask), native.masked(grad, mask)]
-    columns.append(native.dropped(grad, Dropout(0.3, 5)))
+    columns = [*columns_of.mask_and_dot(grad, total, mask), columns_of.masked(grad, mask)]
+    columns.append(columns_of.dropped(grad, Dropout(0.3, 5)))
     slots = plan.index.numel()
     ids = torch.arange(slots + 1, dtype=torch.int32)
     one_each = GroupPlan(plan.axes, plan.shapes, ids[:-1], ids[:-1], ids, runs=True)

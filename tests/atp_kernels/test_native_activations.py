@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa
 
 from atp_kernels import extension
-from atp_kernels.backends import native, primitives
+from atp_kernels.swiglu import aten, native
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
@@ -94,12 +94,12 @@ def test_ties_are_rounded_to_even():
     assert torch.equal(h.float(), torch.tensor([196.0, 200.0] * 33).view(2, 33))
 
 
-def test_columns_that_lie_apart_and_gelu_are_those_of_the_primitives():
+def test_columns_that_lie_apart_and_gelu_are_those_of_the_aten():
     d_h, gate, up = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
     for activation, operands in (("silu", (d_h.t(), gate.t(), up.t())), ("gelu_tanh", (d_h, gate, up))):
-        assert torch.equal(native.gated(activation, *operands[1:]), primitives.gated(activation, *operands[1:]))
+        assert torch.equal(native.gated(activation, *operands[1:]), aten.gated(activation, *operands[1:]))
         results = []
-        for module in (native, primitives):
+        for module in (native, aten):
             grads = [torch.empty_like(operands[0]) for _ in range(2)]
             module.gated_backward(activation, operands[0].clone(), *operands[1:], *grads)
             results.append(grads)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from repeats import assert_repeats
 
 from atp_kernels import extension
-from atp_kernels.backends import native, primitives
+from atp_kernels.kept import aten, native
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 DTYPES = [torch.int8, torch.bfloat16, torch.float32, torch.float64]
@@ -71,7 +71,7 @@ def test_bits_are_those_of_aten_on_any_number_of_threads(dtype):
         backend.spread_columns_(spread, 150, place, 16)
         return taken, spread
 
-    assert all(map(torch.equal, both(native), both(primitives)))
+    assert all(map(torch.equal, both(native), both(aten)))
     assert_repeats(lambda: both(native))
 
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from linear_cases import Shape, assert_as_good_as_unfused, every_combination, operands, with_gradients
 
 from atp_kernels import explain, extension, masked_lora_linear_with_norms
-from atp_kernels.backends import native, primitives
-from atp_kernels.reference import Dropout
-from atp_kernels.reference import dropped as defined_dropped
+from atp_kernels.dropout.definition import Dropout
+from atp_kernels.dropout.definition import dropped as defined_dropped
+from atp_kernels.linear import aten, native
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
@@ -44,7 +44,7 @@ def test_error_is_no_worse_than_unfused(shape, dtype):
 @given(matrices, st.booleans(), st.booleans())
 def test_masks_are_those_of_the_primitives_to_the_last_bit(case, hard, strided):
     values, mask = matrix(case, strided=strided), mask_of(case, hard)
-    expected = primitives.masked(values, mask)
+    expected = aten.masked(values, mask)
     assert torch.equal(native.masked(values, mask), expected)
     own = values.contiguous().clone()
     assert native.mask_(own, mask) is own and torch.equal(own, expected)
@@ -57,9 +57,9 @@ def test_column_sums_are_as_close_to_float64_as_the_primitives(case, hard, strid
     grad, total, mask = matrix(case, 1, strided), matrix(case, 2), mask_of(case, hard)
     exact = (grad.double() * total.double()).sum(0)
     floor = torch.finfo(torch.float32).eps * (grad.double() * total.double()).abs().sum(0)
-    allowed = 2 * (primitives.column_dot(grad, total) - exact).abs() + floor
+    allowed = 2 * (aten.column_dot(grad, total) - exact).abs() + floor
     masked, sums = native.mask_and_dot(grad, total, mask)
-    assert torch.equal(masked, primitives.masked(grad, mask))
+    assert torch.equal(masked, aten.masked(grad, mask))
     assert sums.dtype == torch.float32 and torch.equal(sums, native.column_dot(grad, total))
     assert ((sums - exact).abs() <= allowed).all()
 
@@ -83,7 +83,7 @@ def test_dropout_is_the_definition_to_the_last_bit(case, p, seed):
 def test_bad_values_behave_as_in_the_primitives():
     values = torch.tensor([[float("nan"), 1.0, float("inf")]]).repeat(3, 3)
     mask = torch.arange(9) % 2 == 0
-    torch.testing.assert_close(native.masked(values, mask), primitives.masked(values, mask), equal_nan=True)
+    torch.testing.assert_close(native.masked(values, mask), aten.masked(values, mask), equal_nan=True)
     drop = Dropout(0.5, 3)
     torch.testing.assert_close(native.dropped(values, drop), defined_dropped(values, drop), equal_nan=True)
 

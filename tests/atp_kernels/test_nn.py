@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import atp_kernels
-from atp_kernels import reference
+from atp_kernels.linear import definition
 from atp_kernels.nn import MaskedLoRALinear
 
 N_OUT, N_IN, OPTIONS = 10, 7, {"r": 3, "alpha": 6}
@@ -24,7 +24,7 @@ def layer(dtype=torch.float64, *, bias=True, masks=(), seed=0, **options):
 
 
 def defined(made, x):
-    return reference.masked_lora_linear(
+    return definition.masked_lora_linear(
         x, made.weight, made.lora_A, made.lora_B, scaling=2.0, out_mask=made.out_mask, in_mask=made.in_mask,
         mask_lora=made.mask_lora, bias=made.bias,
     )  # fmt: skip

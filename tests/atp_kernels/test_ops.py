@@ -6,6 +6,7 @@ from linear_cases import Shape, every_combination, operands, with_gradients
 
 import atp_kernels
 from atp_kernels import ops
+from atp_kernels.linear import op
 
 ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
 SHAPES = every_combination(Shape(m=5, n=6, k=7, rank=2))[::3]
@@ -23,7 +24,7 @@ def test_opcheck_linear(shape):
     tensors = operands(shape, torch.float32)
     arguments = [tensors.get(name) for name in ORDER]
     arguments += [shape.scaling, shape.mask_lora, shape.out_mask == "soft", True, 0.0, None, "reference"]
-    torch.library.opcheck(ops.masked_lora_linear_op, tuple(arguments))
+    torch.library.opcheck(op.masked_lora_linear_op, tuple(arguments))
 
 
 def test_opcheck_linear_backward():
@@ -32,7 +33,7 @@ def test_opcheck_linear_backward():
     saved = [t[name] for name in ("x", "weight", "lora_a", "lora_b", "lora_input", "out_mask", "in_mask")]
     options = (1.5, False, False, [True] * 8, 0.0, None, "reference")
     arguments = (torch.randn(5, 6), *saved, torch.randn(5, 2), torch.randn(5, 6), *options)
-    torch.library.opcheck(ops.masked_lora_linear_backward_op, arguments)
+    torch.library.opcheck(op.masked_lora_linear_backward_op, arguments)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -129,7 +130,7 @@ def test_compile_with_inductor():
 def test_double_backward_through_the_operator_is_refused():
     tensors = operands(Shape(), torch.float32)
     arguments = [tensors.get(name) for name in ORDER] + [1.0, False, True, False, 0.0, None, "reference"]
-    y = ops.masked_lora_linear_op(*arguments)[0]
+    y = op.masked_lora_linear_op(*arguments)[0]
     (grad,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         grad.sum().backward()

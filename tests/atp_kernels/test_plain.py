@@ -7,10 +7,11 @@ import pytest
 import torch
 from linear_cases import Shape, assert_as_good_as_unfused, operands, with_gradients
 
-import atp_kernels
-from atp_kernels import functional, masked_lora_linear, triton_runtime
-from atp_kernels.backends import aten
+from atp_kernels import masked_lora_linear, triton_runtime
 from atp_kernels.call import ENVIRONMENT
+from atp_kernels.linear import aten, definition
+from atp_kernels.linear import operands as linear_operands
+from atp_kernels.linear.operands import Needs, Operands, Options, Saved
 
 BARE = Shape(out_mask=None, in_mask=None, bias=False, dropout=False)
 PLAIN = [
@@ -25,7 +26,7 @@ def call(shape, tensors, **options):
 
 
 def norms(tensors):
-    return atp_kernels.reference.factor_norms(tensors["lora_a"], tensors["lora_b"])
+    return definition.factor_norms(tensors["lora_a"], tensors["lora_b"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -51,12 +52,12 @@ def test_results_are_those_of_the_reference_backend_to_the_last_bit(shape, dtype
     tensors = operands(shape, dtype)
     for name in frozen:
         tensors[name].requires_grad_(False)
-    needs = tuple(name in tensors and tensors[name].requires_grad for name in (*NAMES, "", "", ""))
+    needs = Needs(*(name in tensors and tensors[name].requires_grad for name in (*NAMES, "", "", "")))
     values = [tensors[name].detach() if name in tensors else None for name in NAMES]
-    y, down, *_ = aten.masked_lora_linear_forward(*values, None, None, None, shape.scaling, False, False, False)
+    y, s, *_ = aten.forward(Operands(*values), Options(shape.scaling))
     grad = torch.randn_like(y)
-    saved = (*values[:4], None, None, None, down, None)
-    grads = aten.masked_lora_linear_backward(grad, *saved, shape.scaling, False, True, needs)
+    saved = Saved(*values[:4], None, None, None, s, None)
+    grads = aten.backward(grad, saved, Options(shape.scaling), needs)
     got = call(shape, tensors)
     assert got.grad_fn.name() == "LoraLinearBackward" and torch.equal(got, y)
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
@@ -79,13 +80,13 @@ def test_leading_dimensions_and_non_contiguous_inputs():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "kept"), [(("x",), ()), (("lora_a",), ("x",)), (("lora_b",), ("down",)), (("weight",), ("x",))]
+    ("wanted", "kept"), [(("x",), ()), (("lora_a",), ("x",)), (("lora_b",), ("s",)), (("weight",), ("x",))]
 )
 def test_only_what_is_needed_is_kept(wanted, kept):
     tensors = operands(BARE, torch.float32)
     for name, tensor in tensors.items():
         tensor.requires_grad_(name in wanted)
-    shapes = {"x": (BARE.m, BARE.k), "down": (BARE.m, BARE.rank)}
+    shapes = {"x": (BARE.m, BARE.k), "s": (BARE.m, BARE.rank)}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         call(BARE, tensors)
@@ -158,7 +159,7 @@ def test_quick_checks_change_no_result_and_no_message(shape, name, other, autoca
             return str(error)
 
     quick = outcome()
-    monkeypatch.setattr(functional, "_are_ready", lambda *operands: False)
+    monkeypatch.setattr(linear_operands, "_are_ready", lambda *operands: False)
     thorough = outcome()
     assert type(quick) is type(thorough)
     assert quick == thorough if isinstance(quick, str) else torch.equal(quick, thorough)
@@ -170,7 +171,7 @@ def test_quick_checks_pass_what_needs_no_cast():
     ):
         tensors = operands(shape, dtype)
         order = (*NAMES, "lora_input", "out_mask", "in_mask")
-        assert functional._are_ready(*(tensors.get(name) for name in order))
+        assert linear_operands._are_ready(*(tensors.get(name) for name in order))
 
 
 def test_dropout_is_checked_whatever_is_given():

@@ -15,7 +15,7 @@ if not triton_runtime.AVAILABLE:
 CODE = """
 import sys, torch, conftest
 from atp_kernels import masked_lora_linear
-from atp_kernels.backends.triton import masked_lora_linear as launcher
+from atp_kernels.linear import triton as launcher
 device = "cuda" if torch.cuda.is_available() else "cpu"
 for setting in sys.argv[1:]:
     exec(setting)

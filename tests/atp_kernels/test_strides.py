@@ -13,7 +13,7 @@ from layouts import layouts
 from torch import Tensor
 
 import atp_kernels
-from atp_kernels import GroupPlan, KeptFirst, KeptSlice, Projection, Scratch
+from atp_kernels import GroupPlan, KeptFirst, KeptSlice, Projection
 
 M, N, K, R = 11, 19, 21, 3  # products large enough for the vendor's bfloat16 code
 OPTIONS = {"scaling": 1.7, "mask_lora": False}
@@ -119,10 +119,10 @@ def qkv(t: Operands, backend: str) -> tuple[Tensor, ...]:
     return atp_kernels.masked_lora_qkv(t["x"], gate, up, gate, masks=masks, mask_lora=True, backend=backend)
 
 
-def kept_linear(outs: Callable, ins: Callable, scratch: bool) -> Callable:
+def kept_linear(outs: Callable, ins: Callable) -> Callable:
     def call(t: Operands, backend: str) -> tuple[Tensor, ...]:
         options = {"out_mask": outs(t["out_hard"]), "in_mask": ins(t["in_hard"]), "pad_to": 2}
-        kept = KeptSlice(t["weight"], t["bias"], **options, scratch=Scratch() if scratch else None)
+        kept = KeptSlice(t["weight"], t["bias"], **options)
         operands = t["x"], kept, t["lora_a"], t["lora_b"]
         y = atp_kernels.kept_lora_linear(*operands, scaling=1.7, lora_input=t["lora_input"], backend=backend)
         return (y,)
@@ -214,9 +214,9 @@ CASES = {
     "swiglu-kept": Case("masked_lora_swiglu", {**BLOCK, "hard": (N,)}, kept_swiglu(same), frozen=FROZEN_BLOCK),
     "swiglu-first": Case("masked_lora_swiglu", {**BLOCK, "hard": (N,)}, kept_swiglu(KeptFirst), frozen=FROZEN_BLOCK),
     "qkv": Case("masked_lora_qkv", {**BLOCK, "soft": (N,), "soft_v": (N,)}, qkv),
-    "kept": Case("kept_lora_linear", KEPT, kept_linear(same, same, False), frozen=FROZEN),
-    "kept-first": Case("kept_lora_linear", KEPT, kept_linear(KeptFirst, same, True), frozen=FROZEN),
-    "kept-last": Case("kept_lora_linear", KEPT, kept_linear(same, KeptFirst, True), frozen=FROZEN),
+    "kept": Case("kept_lora_linear", KEPT, kept_linear(same, same), frozen=FROZEN),
+    "kept-first": Case("kept_lora_linear", KEPT, kept_linear(KeptFirst, same), frozen=FROZEN),
+    "kept-last": Case("kept_lora_linear", KEPT, kept_linear(same, KeptFirst), frozen=FROZEN),
     "module": Case(
         "masked_lora_linear", {**ALONE, "out_soft": (N,), "in_hard": (K,)}, module, frozen=("weight", "bias")
     ),

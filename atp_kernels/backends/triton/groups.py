@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from atp_kernels.backends.triton import group_kernels as kernels
-from atp_kernels.backends.triton import tiles
 from atp_kernels.checks import check_written
+from atp_kernels.linear import tiles
 from atp_kernels.plan import GroupPlan
 
 _Walk = tuple[Tensor, tuple[int, int], dict[str, int | bool]]

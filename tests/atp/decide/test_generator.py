@@ -13,7 +13,7 @@ KINDS = [*NETWORKS, "free"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_one_float32_logit_a_decision(kind, space_name):
     space = MaskSpace.from_config(config(), space_name)
     logits = DecisionGenerator(space, kind=kind)()

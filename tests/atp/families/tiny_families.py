@@ -16,7 +16,7 @@ FAMILIES = {
         "tie_word_embeddings": True,
     },
 }  # fmt: skip
-SPACES = [(name, space) for name in FAMILIES for space in ("head_dim", "kv_group") if (name, space) != (
+SPACES = [(name, space) for name in FAMILIES for space in ("head_dim", "kv_group", "disp") if (name, space) != (
     "qwen3", "head_dim")]  # fmt: skip
 """Every family with every space that is exact in it."""
 

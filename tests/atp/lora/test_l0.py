@@ -49,7 +49,7 @@ def test_test_time_gates():
     assert_close(gates[2:], torch.tensor([0.5, 1.0], dtype=torch.float64))
 
 
-@pytest.fixture(params=["head_dim", "kv_group"])
+@pytest.fixture(params=["head_dim", "kv_group", "disp"])
 def case(request):
     """A model with LoRA, a mask that removes some decisions, and gates from closed to open."""
     model, space = masked(space_name=request.param)

@@ -42,7 +42,8 @@ MODELS = {
     "granite": MULTIPLIERS,
     "granite-tied-biases": MULTIPLIERS | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
-CASES = [(name, space) for name in MODELS for space in ("head_dim", "kv_group") if (name[:5], space) != EXCEPT]
+SPACES = ("head_dim", "kv_group", "disp")
+CASES = [(name, space) for name in MODELS for space in SPACES if (name[:5], space) != EXCEPT]
 
 
 def cut_pair(name="llama", space_name="head_dim", dtype=torch.float64):
@@ -68,7 +69,7 @@ def test_logits_equal_the_zeroed_stock_model(name, space_name, attention):
     assert expected.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_logits_in_lower_precision(space_name, dtype, tolerance):
     truth, cut, _, _ = cut_pair("llama-biases", space_name, dtype)

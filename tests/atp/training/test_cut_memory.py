@@ -33,7 +33,7 @@ def no_collector():
     gc.enable()
 
 
-@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space", ["head_dim", "kv_group", "disp"])
 def test_weights_and_moments_of_removed_structures_are_gone(tmp_path, no_collector, space):
     seen = {}
 

@@ -31,7 +31,7 @@ def test_records_hold_the_penalty_in_the_place_of_the_lasso(unbroken):
     assert all(record["l0"] > 0 for record in records(folder)[:CUT])
 
 
-@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space", ["head_dim", "kv_group", "disp"])
 def test_removed_groups_are_zero_and_the_cut_changes_nothing(tmp_path, space):
     trainer = make(tmp_path, training=L0, decisions={"space": space})
     groups = trainer.pruning.groups

@@ -258,7 +258,7 @@ class LassoByAutograd(Lasso):
         return {"lasso": value.detach()}
 
 
-@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space", ["head_dim", "kv_group", "disp"])
 @pytest.mark.parametrize("batches", [1, 2])
 def test_lasso_added_to_gradients_is_the_lasso_in_the_loss(tmp_path, space, batches):
     """Gradients and records of every step, outside autograd's graph and in it, where nothing is clipped."""

@@ -1,0 +1,20 @@
+"""Dropout of an adapter's input, drawn from position and seed, so that backward draws it again."""
+
+from torch import Tensor
+
+from atp_kernels.checks import check_dropout
+from atp_kernels.dropout import op
+
+
+def lora_dropout(x: Tensor, p: float, seed: int | Tensor, *, backend: str = "auto") -> Tensor:
+    """keep * x / (1 - p): what `masked_lora_linear` with this dropout and seed hands to its adapter, on its own.
+
+    x [..., K], floating; p in [0, 1); `keep` and `seed` as in `masked_lora_linear`. Returns a tensor like x.
+    Differentiable: the gradient is the same dropout of the gradient, drawn again, and nothing of x or keep is stored.
+    Raises ValueError for a wrong dtype, p or seed and RuntimeError for a named backend that cannot take the call.
+    Source: Srivastava et al. 2014; Philox: Salmon et al. 2011.
+    """
+    check_dropout(p, seed, None)
+    if x.ndim == 0 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}: give a floating tensor [..., K].")
+    return op.dropped(x, float(p), seed, backend) if p else x

@@ -1,0 +1,38 @@
+"""Broken lines of dropout by position and seed."""
+
+DEFINITION = "atp_kernels/dropout/definition.py"
+TRITON = "atp_kernels/dropout/triton.py"
+OP = "atp_kernels/dropout/op.py"
+ATEN = "atp_kernels/dropout/aten.py"
+
+LINEAR_DROPOUT_PUBLISHED_DEFINITION = (
+    "tests/atp_kernels/test_linear_dropout.py -k 'published or definition or blocks or given'"
+)
+LINEAR_TRITON_COMBINATION_WITH = "tests/atp_kernels/test_linear_triton.py -k 'combination_with_dropout and soft-soft'"
+LINEAR_NO_WORSE_THAN = "tests/atp_kernels/test_linear.py -k no_worse_than_unfused"
+LINEAR_TRITON_WITHOUT_MASKS = "tests/atp_kernels/test_linear_triton.py -k without_masks"
+
+TABLE = {
+    (DEFINITION, LINEAR_DROPOUT_PUBLISHED_DEFINITION): (
+        ("PHILOX_ROUNDS = 7", "PHILOX_ROUNDS = 6"),
+        ("return int(self.p * 2**32)", "return int(self.p * 2**31)"),
+        ("return 1 / (1 - self.p)", "return 1.0"),
+        ("self.seed >> 32 & _UINT32", "0"),
+        ("torch.arange(first_row, first_row + rows,", "torch.arange(0, rows,"),
+        ("^ c1 ^ k0", "^ c1"),
+        ("^ c3 ^ k1", "^ c3"),
+        ("torch.where(keep, values * dropout.scale, 0)", "values * dropout.scale"),
+    ),
+    (TRITON, LINEAR_TRITON_COMBINATION_WITH): (
+        ("quads = first_col // 4 + tl.arange", "quads = tl.arange"),
+        ("n_rounds=_ROUNDS", "n_rounds=10"),
+        ("tl.join(w0 >= THRESHOLD, w2 >= THRESHOLD)", "tl.join(w0 >= THRESHOLD, w1 >= THRESHOLD)"),
+        ("tl.join(even, odd)", "tl.join(odd, even)"),
+        ("values.to(tl.float32) * SCALE, 0.0)", "values.to(tl.float32), 0.0)"),
+    ),
+    (TRITON, LINEAR_TRITON_WITHOUT_MASKS): (("y = dropped_tile(x, rows, first_col, seed, THRESHOLD, SCALE)", "y = x"),),
+    (OP, LINEAR_NO_WORSE_THAN): (("None if not p or seed is None else Dropout(p, int(seed))", "None"),),
+    (ATEN, LINEAR_DROPOUT_PUBLISHED_DEFINITION): (
+        ("definition.dropped(values[rows], dropout, first)", "definition.dropped(values[rows], dropout)"),
+    ),
+}

@@ -1,0 +1,36 @@
+"""The LoRA step while searching: hard masks on the base path at the cost of the kept slice of the base weight.
+
+With R, C the kept outputs and inputs (`KeptSlice` gathers W_k = W[R, C] once per decision) and spread the inverse of a
+gather, zero at removed positions: y = spread_R(x[:, C] W_k^T + bias[R]) + S B^T, S = scaling * lora_input A^T, and with
+G = dL/dy, P = scaling * G B: dx = spread_C(G[:, R] W_k), dB = G^T S, dA = P^T lora_input, d lora_input = P A (added to
+dx where LoRA reads x). Where a side lies kept first, spread and gather are plain slices of columns.
+"""
+
+from torch import Tensor
+
+from atp_kernels.kept import op
+from atp_kernels.kept.operands import prepare
+from atp_kernels.kept.slices import KeptSlice
+
+
+def kept_lora_linear(
+    x: Tensor,
+    kept: KeptSlice,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float,
+    lora_input: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`masked_lora_linear` with the hard masks of a `KeptSlice` on the base path, at the cost of the kept slice.
+
+    x [..., in]; lora_a [r, in]; lora_b [out, r]; lora_input like x (x after dropout; default x). Returns [..., out] in
+    the dtype of x, which is the weight's; the factors and lora_input are cast to it. Under autocast all are cast to the
+    autocast dtype. Where a mask of the slice is a `KeptFirst`, x and lora_input, or the result, lie in its order; the
+    factors and their gradients never do. Differentiable once in x, lora_a, lora_b and lora_input, deterministic, and
+    S [M, r] and what LoRA reads are all that is saved. Under torch.compile the slice must hold its weight already.
+    Raises ValueError for wrong shapes, dtypes or devices, RuntimeError for a named backend that cannot take the call.
+    Source: arXiv 2412.14426, section 3 (LoRA step).
+    """
+    return op.kept_linear(*prepare(x, kept, lora_a, lora_b, lora_input), float(scaling), backend)

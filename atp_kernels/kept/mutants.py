@@ -1,0 +1,73 @@
+"""Broken lines of kept slices."""
+
+SLICES = "atp_kernels/kept/slices.py"
+ATEN = "atp_kernels/kept/aten.py"
+
+KEPT_NO_WORSE_THAN = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
+KEPT_EQUALS_MASKED = "tests/atp_kernels/test_kept.py -k equals_masked"
+KEPT_FIRST_NO_WORSE = "tests/atp_kernels/test_kept_first.py -k no_worse_than_unfused"
+KEPT_STALE = "tests/atp_kernels/test_kept_stale.py"
+KEPT_CHUNKS_MEMORY = "tests/atp_kernels/test_kept_chunks.py -k 'not memory_is'"
+KEPT_CHUNKS_MEMORY_2 = "tests/atp_kernels/test_kept_chunks.py -k memory_is"
+KEPT_FIRST_UNINITIALISED = "tests/atp_kernels/test_kept_first.py -k uninitialised"
+
+TABLE = {
+    (SLICES, KEPT_NO_WORSE_THAN): (
+        ("kept.index_fill_(axis, gather.silent, 0)", "pass"),
+        ("places[count:], Side(index, place, False)", "places[:0], Side(index, place, False)"),
+    ),
+    (SLICES, KEPT_EQUALS_MASKED): (
+        ("cls(count, None, (~mask).nonzero().squeeze(1), None)", "cls(count, None, kept[:0], None)"),
+    ),
+    (SLICES, KEPT_FIRST_NO_WORSE): (
+        ("silent = torch.arange(mask.kept, mask.width,", "silent = torch.arange(mask.width, mask.width,"),
+        ("Side(mask.index, mask.place, True)", "Side(mask.index, mask.place, False)"),
+    ),
+    (SLICES, KEPT_STALE): (
+        ("tensor._version != version", "False"),
+        ('given = ("weight", weight), ("bias", bias)', 'given = (("weight", weight),)'),
+        ("if (_version(self.out_mask), _version(self.in_mask)) != self._mask_versions:", "if False:"),
+        ("if _version(new) != new._version:", "if False:"),
+    ),
+    (ATEN, KEPT_NO_WORSE_THAN): (
+        ("torch.addmm(bias, rows, matrix, out=target)", "torch.mm(rows, matrix, out=target)"),
+        ("_ordered(lora_a, ins, 1).t(), scaling)", "_ordered(lora_a, ins, 1).t(), 1.0)"),
+        ("return result if low is None else result.addmm_(low, high)", "return result"),
+        ("scaled_mm(grad_y, _ordered(lora_b, outs, 0), scaling)", "scaled_mm(grad_y, _ordered(lora_b, outs, 0), 1.0)"),
+        ("primitives.take_columns(values[rows], part, gathered)", "gathered.copy_(values[rows, : len(part)])"),
+        ("later = outs is None or not outs.kept_first", "later = False"),
+        ("low = up if shared_input else None", "low = up"),
+        ("low = up if shared_input else None", "low = None"),
+    ),
+    (ATEN, KEPT_FIRST_NO_WORSE): (
+        ("head.addmm_(low, high[:, :width])", "pass"),
+        ("torch.mm(low, high[:, width:], out=tail)", "tail.zero_()"),
+        ("lora_b = _ordered(lora_b, outs, 0)\n", "pass\n"),
+        ("primitives.spread_columns_(d_a, d_a.shape[1], ins.place, rows)", "pass"),
+        ("lora_a = _ordered(lora_a, ins, 1)", "pass"),
+        (
+            "s = scaled_mm(x if lora_input is None else lora_input, _ordered(lora_a, ins, 1)",
+            "s = scaled_mm(x if lora_input is None else lora_input, lora_a",
+        ),
+        ("(grad_y.t() @ s).index_select(0, outs.place)", "grad_y.t() @ s"),
+    ),
+    (ATEN, KEPT_CHUNKS_MEMORY): (
+        ("_columns(values, source.index, primitives)", "values[:, : matrix.shape[0]]"),
+        ("result = _columns(result, target.place, primitives)", "result = result[:, target.place.sort()[0]]"),
+        ("later = outs is None or not outs.kept_first", "later = True"),
+        ("memory = result[start + count :].view(-1)", "memory = result[start:].view(-1)"),
+        ("elif by_columns:", "elif True:"),
+        ("matrix[:step], bias, out)", "matrix[:step], None, out)"),
+        ("out.addmm_(gathered, matrix[first : first + step])", "pass"),
+        ("zip(values.split(step), out.split(step), strict=True)", "((values[:step], out[:step]),)"),
+        ("block[:, :width].clone(), place", "block[:, :width], place"),
+        ("torch.gather(values, 1, index.expand(values.shape[0], -1), out=out)", "out.copy_(values[:, : len(index)])"),
+    ),
+    (ATEN, KEPT_CHUNKS_MEMORY_2): (
+        ("values.view(torch.int16), out.view(torch.int16)", "values, out"),
+        ("spare = need_a * lora_a.numel() + (need_b and later) * lora_b.numel()", "spare = grad_y.numel()"),
+        ("room = min(max(spare, _FEW_ROWS * width), n * width)", "room = n * width"),
+        ("rows = max(_FEW_ROWS, min(spare, _BLOCK_ELEMENTS) // width)", "rows = len(result)"),
+    ),
+    (ATEN, KEPT_FIRST_UNINITIALISED): (("tail.zero_()", "pass"),),
+}

@@ -1,0 +1,235 @@
+"""The kept part of a frozen weight, and the order in which a masked side may lie.
+
+A row or column mask is a smaller dense matrix product. What is made here is made once per decision: host-side counts,
+index vectors, and at the first use the gathered weight.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atp_kernels.call import select
+from atp_kernels.reference import round_up
+
+
+class Side(NamedTuple):
+    """Where the positions of one whole side lie in the slice; None instead of a Side where nothing is removed.
+
+    kept_first=False: the whole side keeps its order. index [width] holds the kept positions, then fillers whose weight
+    is zero; place [size] tells where each position lies in the slice, and sends the removed ones to a filler.
+    kept_first=True: the whole side is permuted, the slice is its head. index [size] lists the positions in their new
+    order, place [size] is the inverse permutation.
+    """
+
+    index: Tensor
+    place: Tensor
+    kept_first: bool
+
+
+class KeptFirst:
+    """A hard mask whose side lies in the order [kept, removed], shared by all producers and consumers of that side.
+
+    mask [size]: bool, True keeps. `index` [size] lists the old positions in the new order (kept ones rising, then
+    removed ones rising), `place` [size] is the inverse: values[..., index] brings activations into the order,
+    values[..., place] back. `kept` counts kept positions, `width` those that a slice multiplies: `kept` rounded up to
+    `pad_to`, at most size; weights of the removed ones among them count as zero. Making one waits for the device.
+    Raises ValueError for a wrong shape or dtype.
+    """
+
+    def __init__(self, mask: Tensor, *, pad_to: int = 32) -> None:
+        if mask.ndim != 1 or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be a 1-D bool tensor, not {mask.dtype} of shape {list(mask.shape)}.")
+        _check_padding(pad_to)
+        self.mask, self.size, self._version = mask, mask.numel(), _version(mask)
+        kept = mask.nonzero().squeeze(1)
+        self.kept = kept.numel()
+        self.width = min(round_up(self.kept, pad_to), self.size)
+        self.index = torch.cat([kept, (~mask).nonzero().squeeze(1)])
+        places = torch.arange(self.size, device=mask.device)
+        self.place = torch.empty_like(places).index_copy_(0, self.index, places)
+
+    def __repr__(self) -> str:
+        return f"KeptFirst(kept {self.kept}/{self.size}, width {self.width}, {self.mask.device})"
+
+
+class KeptSlice:
+    """The kept rows and columns of a frozen base weight, made once per decision and read by many `kept_lora_linear`.
+
+    weight [out, in] and bias [out]: floating, without gradient. out_mask [out], in_mask [in]: bool, True keeps, None
+    keeps all, or a `KeptFirst`, which says that outputs or inputs lie in its order. The slice is held from its first
+    use, and gathered again for another dtype. pad_to: multiple to which kept counts of bool masks are padded (vendor
+    GEMMs are slow on odd widths), never visible in results. Make a new slice when a mask or the weight changed: a
+    weight or bias that did, in place, makes the next use raise RuntimeError. torch counts no changes through `.data` or
+    of inference tensors, and a compiled program does not look. Making one waits for the device, using it does not.
+    Raises ValueError for wrong shapes, dtypes, devices or options.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        out_mask: Tensor | KeptFirst | None = None,
+        in_mask: Tensor | KeptFirst | None = None,
+        pad_to: int = 32,
+    ) -> None:
+        _check_slice(weight, bias, out_mask, in_mask)
+        _check_padding(pad_to)
+        given = ("weight", weight), ("bias", bias)
+        self.out_features, self.in_features = weight.shape
+        self.dtype, self.device = weight.dtype, weight.device
+        self.out_mask, self.in_mask = out_mask, in_mask
+        self._mask_versions = _version(out_mask), _version(in_mask)
+        # A detached tensor counts its changes with the one that it came from.
+        self._sources = tuple((name, tensor.detach(), _version(tensor)) for name, tensor in given if tensor is not None)
+        self._rows, self._cols = _Gather.of(out_mask, pad_to), _Gather.of(in_mask, pad_to)
+        self.kept_out = self.out_features if self._rows is None else self._rows.count
+        self.kept_in = self.in_features if self._cols is None else self._cols.count
+        self._weight = weight.detach()
+        self._bias = None if bias is None else _gathered(bias.detach().unsqueeze(1), self._rows, None).squeeze(1)
+        self._held = self._weight if self._rows is None and self._cols is None else None
+
+    def __repr__(self) -> str:
+        kept = f"kept {self.kept_out}/{self.out_features} x {self.kept_in}/{self.in_features}"
+        return f"KeptSlice({kept}, {self.dtype}, {self.device})"
+
+    @property
+    def sides(self) -> tuple[Side | None, Side | None]:
+        """How outputs and inputs relate to the slice."""
+        return self._rows and self._rows.side, self._cols and self._cols.side
+
+    def fits(self, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None) -> bool:
+        """Whether these are the masks that the slice was made for, on the same device and in the same order.
+
+        None does once the slice's own changed in place.
+        """
+        if (_version(self.out_mask), _version(self.in_mask)) != self._mask_versions:
+            return False
+        return _same(self.out_mask, out_mask) and _same(self.in_mask, in_mask)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The kept part [N", K"] in this dtype, gathered unless it is there.
+
+        Raises RuntimeError for a weight or bias that changed since, and where a compiler would have to trace the
+        gathering.
+        """
+        if not torch.compiler.is_compiling():
+            self._check_unchanged()
+        if self._held is not None and self._held.dtype == dtype:
+            return self._held
+        if torch.compiler.is_compiling():
+            advice = f"call weight({dtype}) before compiling"
+            raise RuntimeError(f"this KeptSlice holds no {dtype} weight: {advice}.")
+        self._held = _gathered(self._weight, self._rows, self._cols).to(dtype)
+        return self._held
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The kept part [N"] of the bias in this dtype."""
+        return None if self._bias is None else self._bias.to(dtype)
+
+    def _check_unchanged(self) -> None:
+        """Asks the host alone, so that no device is waited for."""
+        for name, tensor, version in self._sources:
+            if version is not None and tensor._version != version:
+                raise RuntimeError(
+                    f"the {name} of this KeptSlice changed in place after it was made: make a new slice."
+                )
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """How one side of the weight becomes that of the slice.
+
+    count: kept positions. index [width]: what the slice takes, None for the whole side. silent: the positions of the
+    slice whose weight is zero. side: what the product must know, None where the whole side lies in the slice as it is.
+    """
+
+    count: int
+    index: Tensor | None
+    silent: Tensor
+    side: Side | None
+
+    @classmethod
+    def of(cls, mask: Tensor | KeptFirst | None, pad_to: int) -> "_Gather | None":
+        if isinstance(mask, KeptFirst):
+            if mask.kept == mask.size:
+                return None
+            silent = torch.arange(mask.kept, mask.width, device=mask.mask.device)
+            return cls(mask.kept, mask.index[: mask.width], silent, Side(mask.index, mask.place, True))
+        kept = None if mask is None else mask.nonzero().squeeze(1)
+        if mask is None or kept.numel() == mask.numel():
+            return None
+        # One filler at least: what it multiplies to is the zero that removed positions read.
+        size, count = mask.numel(), kept.numel()
+        width = round_up(count + 1, pad_to)
+        if width >= size:
+            return cls(count, None, (~mask).nonzero().squeeze(1), None)
+        # Fillers repeat a kept position, so that they bring no value of a removed one near the product.
+        filler = kept[-1:] if count else kept.new_zeros(1)
+        places = torch.arange(width, device=mask.device)
+        place = torch.full_like(mask, count, dtype=torch.int64).index_copy_(0, kept, places[:count])
+        index = torch.cat([kept, filler.expand(width - count)])
+        return cls(count, index, places[count:], Side(index, place, False))
+
+
+def _gathered(matrix: Tensor, rows: _Gather | None, cols: _Gather | None) -> Tensor:
+    """The slice of a matrix; the matrix itself where nothing is removed."""
+    if rows is None and cols is None:
+        return matrix
+    kept = _selected(matrix, rows and rows.index, cols and cols.index)
+    _silence_(kept, rows, cols)
+    return kept
+
+
+def _selected(matrix: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    return select("compact", matrix.device, matrix.dtype)[0].compact(matrix, rows, cols)
+
+
+def _silence_(kept: Tensor, rows: _Gather | None, cols: _Gather | None) -> None:
+    for axis, gather in enumerate((rows, cols)):
+        if gather is not None:
+            kept.index_fill_(axis, gather.silent, 0)
+
+
+def _version(tensor: Tensor | KeptFirst | None) -> int | None:
+    """How often a tensor was changed in place, None where torch does not count."""
+    if isinstance(tensor, KeptFirst):
+        return _version(tensor.mask)
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _same(old: Tensor | KeptFirst | None, new: Tensor | KeptFirst | None) -> bool:
+    if old is new or type(old) is not type(new):
+        return old is new
+    if isinstance(old, KeptFirst):
+        if _version(new) != new._version:
+            return False
+        old, new = old.mask, new.mask
+    return old.device == new.device and torch.equal(old, new)
+
+
+def _check_padding(pad_to: int) -> None:
+    if pad_to < 1:
+        raise ValueError(f"pad_to is {pad_to}: give a positive multiple, 1 for no padding.")
+
+
+def _check_slice(
+    weight: Tensor, bias: Tensor | None, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None
+) -> None:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a 2-D floating tensor, not {weight.dtype} of shape {list(weight.shape)}.")
+    n_out, n_in = weight.shape
+    for name, given, size in (("bias", bias, n_out), ("out_mask", out_mask, n_out), ("in_mask", in_mask, n_in)):
+        tensor = given.mask if isinstance(given, KeptFirst) else given
+        if tensor is None:
+            continue
+        if tensor.shape != (size,) or tensor.device != weight.device:
+            has = f"shape {list(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} has {has}, but weight {list(weight.shape)} needs [{size}] on {weight.device}.")
+        if name != "bias" and tensor.dtype != torch.bool:
+            raise ValueError(f"{name} is {tensor.dtype}: a slice takes a bool mask, masked_lora_linear a soft one.")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient and a slice is frozen: freeze it or use masked_lora_linear.")

@@ -1,0 +1,77 @@
+"""The masked LoRA linear: base product, adapter, masks, bias and dropout as one operation with all its gradients."""
+
+from torch import Tensor
+
+from atp_kernels.checks import check_dropout
+from atp_kernels.linear import op
+from atp_kernels.linear.operands import Operands, prepare
+
+
+def masked_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float,
+    out_mask: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    mask_lora: bool = False,
+    bias: Tensor | None = None,
+    lora_input: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """y = m_out * ((m_in * x) W^T + bias) + scaling * (lora_input A^T) B^T, with all its gradients.
+
+    With `mask_lora` the output mask covers the sum and the adapter reads the in-masked input too.
+
+    x [..., in]; weight [out, in]; lora_a [r, in]; lora_b [out, r]; out_mask [out]; in_mask [in]; bias [out];
+    lora_input like x (default x). Returns [..., out] in the dtype of x. Masks are bool (hard, constant) or floating
+    (soft, differentiable, used in float32 whatever x is). x and weight share a dtype; the factors, bias and lora_input
+    are cast to it. Under autocast all but the masks are cast to the autocast dtype; there a constant adapter may be
+    added to a float32 weight before the cast, which rounds once where two paths round twice.
+    `dropout` p in [0, 1) makes lora_input = keep * x / (1 - p), in place of a given one, and gradients flow to x
+    through the same keep. Seeing x as a matrix, element (m, k) is kept where word k % 4 of Philox-4x32-7 with counter
+    (m, k // 4, 0, 0) and key `seed` is at least floor(p * 2^32), so that backward draws it again and nothing of it is
+    stored. `seed`: an int64 as an int, or as a 0-d CPU tensor, for which torch.compile compiles once; a seed drops the
+    same elements each time, so give each call of a step its own, and leave a tensor as it is until backward.
+    Differentiable once in every floating input that requires it. Raises ValueError for wrong shapes, dtypes, devices or
+    dropout and RuntimeError for a named backend that cannot take the call.
+    Source: arXiv 2412.14426, section 3; Philox: Salmon et al. 2011.
+    """
+    operands, merge = Operands(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask), None
+    if dropout != 0:
+        check_dropout(dropout, seed, lora_input)
+    elif mask_lora or (out_mask is None and in_mask is None):
+        merge = float(scaling)
+    operands = prepare(operands, merge=merge, backend=backend)
+    return op.linear(operands, float(scaling), mask_lora, False, float(dropout), seed, backend)
+
+
+def masked_lora_linear_with_norms(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float,
+    out_mask: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    mask_lora: bool = False,
+    bias: Tensor | None = None,
+    lora_input: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`masked_lora_linear`, and the squared norms of B's rows and A's columns from the same pass.
+
+    Returns (y [..., out], b_row_sq [out], a_col_sq [in]); the norms are float32 (float64 in float64), of the factors
+    as the pass reads them (after any cast), and differentiable in A and B. Errors as in `masked_lora_linear`.
+    """
+    if dropout != 0:
+        check_dropout(dropout, seed, lora_input)
+    operands = prepare(Operands(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask))
+    return op.linear(operands, float(scaling), mask_lora, True, float(dropout), seed, backend)

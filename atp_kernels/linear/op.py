@@ -1,0 +1,267 @@
+"""torch.library registration and eager Functions of the masked LoRA linear."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from atp_kernels.call import Choice, Operation, Order, matrix, refuse_twice, register, select
+from atp_kernels.dropout.op import dropout_of
+from atp_kernels.linear.aten import add_product_, scaled_mm
+from atp_kernels.linear.operands import Needs, Operands, Options, Saved
+
+BACKENDS = ("reference", "triton", "native")
+ORDER = {
+    # Both call the same vendor GEMM; around it, native masks and sums took 0.13 to 1.0 of the time, without a mask
+    # there is nothing to do for either (768 x 576 to 768 x 1536, two threads).
+    "cpu": Order(("native", "reference")),
+    "cuda": Order(("triton", "reference")),
+    # A Triton GEMM reaches about 0.87 of the vendor's on H100, which costs more than an addmm_ of the adapter.
+    "cuda plain": Order(("reference",), "no mask and no dropout, so nothing to fuse beats the addmm_ chain"),
+}
+for _name in ("masked_lora_linear", "masked_lora_linear_with_norms"):
+    register(Operation(_name, __package__, BACKENDS, ORDER))
+
+
+def linear(
+    operands: Operands,
+    scaling: float,
+    mask_lora: bool,
+    with_norms: bool,
+    dropout: float,
+    seed: int | Tensor | None,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Masked LoRA linear of operands that are checked and cast."""
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = operands
+    if not torch.compiler.is_compiling():
+        module = _choice(x, out_mask, in_mask, dropout, backend).module
+        if module.ADDMM_CHAIN and out_mask is in_mask is lora_input is None and not (dropout or with_norms):
+            return LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)
+        keep_sum = keeps_sum(out_mask)
+        options = Options(scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed))
+        return MaskedLoraLinear.apply(*operands, module, options)
+    # A tensor, so that a graph is compiled once for all seeds; on the CPU, so that reading it waits for no device.
+    seed = torch.tensor(seed) if dropout and not isinstance(seed, Tensor) else seed
+    y, _, _, *norms = masked_lora_linear_op(
+        *operands._replace(x=matrix(x), lora_input=None if lora_input is None else matrix(lora_input)),
+        scaling, mask_lora, keeps_sum(out_mask), with_norms, dropout, seed if dropout else None, backend,
+    )  # fmt: skip
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return (y, *norms) if with_norms else y
+
+
+def keeps_sum(out_mask: Tensor | None) -> bool:
+    """Whether backward will read the sum before the output mask: its gradient does."""
+    return out_mask is not None and out_mask.requires_grad and torch.is_grad_enabled()
+
+
+def _choice(x: Tensor, out_mask: Tensor | None, in_mask: Tensor | None, dropout: float, backend: str) -> Choice:
+    plain = out_mask is None and in_mask is None and not dropout
+    return select("masked_lora_linear", x.device, x.dtype, backend, plain=plain)
+
+
+@torch.library.custom_op("atp_kernels::masked_lora_linear", mutates_args=())
+def masked_lora_linear_op(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    lora_input: Tensor | None,
+    out_mask: Tensor | None,
+    in_mask: Tensor | None,
+    scaling: float,
+    mask_lora: bool,
+    keep_sum: bool,
+    with_norms: bool,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """2-D masked LoRA linear: the fields of `Results`, empty where not asked for."""
+    module = _choice(x, out_mask, in_mask, dropout, backend).module
+    operands = Operands(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
+    results = module.forward(operands, Options(scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed)))
+    return tuple(x.new_empty(0) if result is None else result for result in results)
+
+
+@masked_lora_linear_op.register_fake
+def _(
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask,
+    scaling, mask_lora, keep_sum, with_norms, dropout, seed, backend,
+):  # fmt: skip
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        y,
+        x.new_empty(x.shape[0], lora_a.shape[0]),
+        torch.empty_like(y) if keep_sum else x.new_empty(0),
+        x.new_empty(weight.shape[0], dtype=wide) if with_norms else x.new_empty(0),
+        x.new_empty(weight.shape[1], dtype=wide) if with_norms else x.new_empty(0),
+    )
+
+
+@torch.library.custom_op("atp_kernels::masked_lora_linear_backward", mutates_args=())
+def masked_lora_linear_backward_op(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    lora_input: Tensor | None,
+    out_mask: Tensor | None,
+    in_mask: Tensor | None,
+    s: Tensor | None,
+    total: Tensor | None,
+    scaling: float,
+    mask_lora: bool,
+    shared_input: bool,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    """The wanted gradients, in the order of the forward's tensors."""
+    module = _choice(grad_y, out_mask, in_mask, dropout, backend).module
+    saved = Saved(x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, s, total)
+    options = Options(scaling, mask_lora, dropout=dropout_of(dropout, seed))
+    grads = module.backward(grad_y, saved, options, Needs(*needs, shared_input=shared_input))
+    return [grad for grad in grads if grad is not None]
+
+
+@masked_lora_linear_backward_op.register_fake
+def _(
+    grad_y, x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, s, total,
+    scaling, mask_lora, shared_input, needs, dropout, seed, backend,
+):  # fmt: skip
+    (n_out, n_in), rows = weight.shape, grad_y.shape[0]
+    shapes = ((rows, n_in), (n_out, n_in), lora_a.shape, lora_b.shape, (n_out,), (rows, n_in), (n_out,), (n_in,))
+    wide = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
+    dtypes = (grad_y.dtype,) * 6 + (wide,) * 2
+    return [
+        grad_y.new_empty(shape, dtype=dtype) for shape, dtype, need in zip(shapes, dtypes, needs, strict=True) if need
+    ]
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, scaling, mask_lora, _, _, ctx.dropout, seed, ctx.backend = inputs
+    ctx.options = Options(scaling, mask_lora)
+    _save(ctx, Operands(*tensors), output[1], output[2], seed)
+
+
+def _backward(ctx, grad_y, grad_s, grad_total, grad_rows, grad_cols):
+    *saved, seed = ctx.saved_tensors
+    *needs, shared_input = ctx.needs
+    options = (*ctx.options[:2], shared_input, needs, ctx.dropout, seed, ctx.backend)
+    wanted = iter(masked_lora_linear_backward_op(grad_y, *saved, *options))
+    grads = [next(wanted) if need else None for need in needs]
+    if grad_rows.numel():
+        _add_norm_gradients(grads, Saved(*saved), grad_rows, grad_cols)
+    return (*grads, *[None] * 7)
+
+
+masked_lora_linear_op.register_autograd(_backward, setup_context=_setup)
+masked_lora_linear_backward_op.register_autograd(refuse_twice)
+
+
+def _save(ctx, operands: Operands, s: Tensor, total: Tensor | None, *others: Tensor | None) -> None:
+    """Keep what the wanted gradients read, and nothing else: x and S, and the sum for a soft output mask."""
+    x, weight, lora_a, lora_b, _, lora_input, out_mask, in_mask = operands
+    shared_input = lora_input is None
+    ctx.needs = needs = Needs(*ctx.needs_input_grad[:8], shared_input=shared_input)
+    read_adapter = needs.lora_a or (needs.in_mask and ctx.options.mask_lora)
+    read_x = needs.weight or needs.in_mask or (shared_input and read_adapter)
+    ctx.save_for_backward(
+        x if read_x else None,
+        weight,
+        lora_a,
+        lora_b,
+        lora_input if read_adapter else None,
+        out_mask,
+        in_mask,
+        s if needs.lora_b else None,
+        total if needs.out_mask else None,
+        *others,
+    )
+
+
+def _add_norm_gradients(
+    grads: list[Tensor | None], saved: Saved, grad_rows: Tensor | None, grad_cols: Tensor | None
+) -> None:
+    """Add d(row squares)/dB = 2 B and d(column squares)/dA = 2 A, in plain ATen: the factors are small."""
+    lora_a, lora_b = saved.lora_a, saved.lora_b
+    if grads[2] is not None and grad_cols is not None:
+        grads[2] = grads[2] + (2 * grad_cols * lora_a).to(lora_a.dtype)
+    if grads[3] is not None and grad_rows is not None:
+        grads[3] = grads[3] + (2 * grad_rows.unsqueeze(1) * lora_b).to(lora_b.dtype)
+
+
+class MaskedLoraLinear(torch.autograd.Function):
+    """Eager masked LoRA linear: y, or (y, row squares of B, column squares of A) with norms."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask, module, options):
+        ctx.module, ctx.options, ctx.shape = module, options, x.shape
+        rows = matrix(x)
+        adapter = None if lora_input is None else matrix(lora_input)
+        operands = Operands(rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
+        y, s, total, *norms = module.forward(operands, options)
+        _save(ctx, operands, s, total)
+        y = y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+        if not options.with_norms:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, *norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_rows=None, grad_cols=None):
+        saved, shape = Saved(*ctx.saved_tensors), ctx.shape
+        if grad_y is None:
+            grad_y = saved.weight.new_zeros(*shape[:-1], saved.weight.shape[0])
+        grads = list(ctx.module.backward(matrix(grad_y), saved, ctx.options, ctx.needs))
+        if grad_rows is not None or grad_cols is not None:
+            _add_norm_gradients(grads, saved, grad_rows, grad_cols)
+        if len(shape) != 2:
+            grads = [grad if grad is None or i not in (0, 5) else grad.view(shape) for i, grad in enumerate(grads)]
+        return (*grads, None, None)
+
+
+class LoraLinear(torch.autograd.Function):
+    """y = x W^T + bias + S B^T with S = scaling * x A^T, to the last bit what `aten.forward` makes of it.
+
+    Every branch and call of Python that the masked linear has and this one does without is time in which no product
+    runs: hundreds of small ones in a step cannot hide it. With G = dL/dy and P = scaling * G B:
+    dx = G W + P A, dW = G^T x, dA = P^T x, dB = G^T S, d bias = column sums of G.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, bias, scaling):
+        _, need_w, need_a, need_b, _, _ = ctx.needs_input_grad
+        rows = matrix(x)
+        s = scaled_mm(rows, lora_a.t(), scaling)
+        y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        add_product_(y, s, lora_b.t())
+        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(rows if need_w or need_a else None, weight, lora_a, lora_b, s if need_b else None)
+        return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        x, weight, lora_a, lora_b, s = ctx.saved_tensors
+        need_x, need_w, need_a, need_b, need_bias, _ = ctx.needs_input_grad
+        grad_y = matrix(grad_y)
+        # First of all products: the vendor's scratch memory then meets no other gradient.
+        d_x = torch.mm(grad_y, weight) if need_x else None
+        d_bias = grad_y.sum(0) if need_bias else None
+        d_weight = torch.mm(grad_y.t(), x) if need_w else None
+        d_b = torch.mm(grad_y.t(), s) if need_b else None
+        up = scaled_mm(grad_y, lora_b, ctx.scaling) if need_x or need_a else None
+        d_a = torch.mm(up.t(), x) if need_a else None
+        if need_x:
+            add_product_(d_x, up, lora_a)
+            d_x = d_x if len(ctx.shape) == 2 else d_x.view(ctx.shape)
+        return d_x, d_weight, d_a, d_b, d_bias, None

@@ -1,0 +1,56 @@
+"""A linear with its adapter under one name, as blocks of several linears take it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from atp_kernels.kept import kept_lora_linear
+from atp_kernels.kept.slices import KeptSlice
+from atp_kernels.linear import masked_lora_linear
+
+
+class Projection(NamedTuple):
+    """A linear with its LoRA factors: weight [out, in], lora_a [r, in], lora_b [out, r], bias [out]."""
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    bias: Tensor | None = None
+
+
+def project(
+    x: Tensor,
+    projection: Projection,
+    kept: KeptSlice | None,
+    *,
+    out_mask: Tensor | None = None,
+    in_mask: Tensor | None = None,
+    mask_lora: bool,
+    backend: str,
+) -> Tensor:
+    """`masked_lora_linear` of x, or `kept_lora_linear` where there is a slice."""
+    weight, lora_a, lora_b, scaling, bias = projection
+    if kept is not None:
+        return kept_lora_linear(x, kept, lora_a, lora_b, scaling=scaling, backend=backend)
+    return masked_lora_linear(
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        scaling=scaling,
+        out_mask=out_mask,
+        in_mask=in_mask,
+        mask_lora=mask_lora,
+        bias=bias,
+        backend=backend,
+    )
+
+
+def check_kept(kept: Sequence[KeptSlice] | None, masks: Sequence[Tensor | None], mask_lora: bool) -> None:
+    """Raise ValueError for masks beside slices."""
+    if kept is not None and (mask_lora or any(mask is not None for mask in masks)):
+        raise ValueError(
+            "kept slices bring their own masks, on the base path: give no mask and no mask_lora with them."
+        )

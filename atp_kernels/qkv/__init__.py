@@ -1,0 +1,38 @@
+"""The projections of attention: three masked LoRA linears of one x, without an operation of their own."""
+
+from torch import Tensor
+
+from atp_kernels.call import Operation, register
+from atp_kernels.kept.slices import KeptSlice
+from atp_kernels.linear.op import BACKENDS, ORDER
+from atp_kernels.projection import Projection, check_kept, project
+
+register(Operation("masked_lora_qkv", "atp_kernels.linear", BACKENDS, ORDER))
+
+
+def masked_lora_qkv(
+    x: Tensor,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    *,
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    mask_lora: bool = False,
+    kept: tuple[KeptSlice, KeptSlice, KeptSlice] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three projections of attention, each a masked LoRA linear of x.
+
+    x [..., in]; weights [out_q, in], [out_k, in], [out_v, in]; factors and dtypes as in `masked_lora_linear`. masks
+    [out_q], [out_k], [out_v]: bool or floating, on the outputs, as `mask_lora` says there. kept: the slices of q, k and
+    v instead of masks; their weights and biases are those that count. Returns q [..., out_q], k [..., out_k] and
+    v [..., out_v]. Differentiable once in every floating input that requires it. Errors as in `masked_lora_linear` and
+    `kept_lora_linear`. Source: arXiv 2412.14426, section 3.
+    """
+    check_kept(kept, masks, mask_lora)
+    slices = kept or (None, None, None)
+    q_out, k_out, v_out = (
+        project(x, linear, slice_, out_mask=mask, mask_lora=mask_lora, backend=backend)
+        for linear, slice_, mask in zip((q, k, v), slices, masks, strict=True)
+    )
+    return q_out, k_out, v_out

@@ -1,0 +1,51 @@
+"""The gated MLP of a decoder layer over masked LoRA linears, as one operation that saves less than its parts."""
+
+import torch
+from torch import Tensor
+
+from atp_kernels.kept.slices import KeptSlice
+from atp_kernels.projection import Projection, check_kept, project
+from atp_kernels.swiglu import op
+from atp_kernels.swiglu.aten import ACTIVATIONS
+
+
+def masked_lora_swiglu(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    *,
+    activation: str = "silu",
+    mask: Tensor | None = None,
+    mask_lora: bool = False,
+    kept: tuple[KeptSlice, KeptSlice, KeptSlice] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """down(act(gate(x)) * up(x)), each a masked LoRA linear, with the product recomputed in backward.
+
+    x [..., hidden]; gate and up: weight [channels, hidden], down: weight [hidden', channels], factors and dtypes as in
+    `masked_lora_linear`. activation: "silu" or "gelu_tanh". mask [channels], bool or floating: with `mask_lora` on the
+    sums of gate and up (decision step), without it on the base paths of all three, at the input of down (LoRA step).
+    kept: the slices of gate, up and down instead of a mask, sharing one `KeptFirst` or one bool mask; their weights and
+    biases are those that count. Returns [..., hidden'] in the dtype of x. Differentiable once in every floating input
+    that requires it. Errors as in `masked_lora_linear` and `kept_lora_linear`.
+    Source: arXiv 2412.14426, section 3; Shazeer 2020, "GLU variants improve transformer".
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}: use one of {', '.join(ACTIVATIONS)}.")
+    if gate.weight.shape != up.weight.shape:
+        raise ValueError(f"gate {list(gate.weight.shape)} and up {list(up.weight.shape)} need weights of one shape.")
+    check_kept(kept, (mask,), mask_lora)
+    if kept is not None and not (kept[0].out_mask is kept[1].out_mask is kept[2].in_mask):
+        raise ValueError("the slices of gate and up and the input of down must share one mask or KeptFirst object.")
+    call = _composed if torch.compiler.is_compiling() else op.swiglu
+    return call(x, (gate, up, down), kept, activation, mask, mask_lora, backend)
+
+
+def _composed(x, linears, kept, activation, mask, mask_lora, backend) -> Tensor:
+    """For a compiler, which decides what is saved, and fuses what lies between the linears."""
+    gate, up, down = zip(linears, kept or (None, None, None), strict=True)
+    common = {"mask_lora": mask_lora, "backend": backend}
+    g, u = (project(x, *producer, out_mask=mask, **common) for producer in (gate, up))
+    h = ACTIVATIONS[activation][0](g) * u
+    return project(h, *down, in_mask=None if mask_lora else mask, **common)

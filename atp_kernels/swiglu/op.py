@@ -1,0 +1,211 @@
+"""The gated MLP as one autograd Function over the linears' backends; `masked_lora_swiglu` composes it for a compiler.
+
+h = act(g) * u is computed again in backward: x, the three S and the pre-activations g and u are all that is saved, and
+of g and u those that the mask was not yet applied to, where its gradient needs these.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from atp_kernels.call import Operation, Order, autocast_dtype, matrix, register, select
+from atp_kernels.kept import operands as kept_operands
+from atp_kernels.kept.slices import KeptSlice
+from atp_kernels.linear import operands as linear_operands
+from atp_kernels.linear.aten import masked
+from atp_kernels.linear.op import keeps_sum
+from atp_kernels.linear.operands import Operands, Options
+from atp_kernels.projection import Projection
+
+# What lies between the linears; each of them takes the backend that it takes on its own.
+OPERATION = register(
+    Operation(
+        name="masked_lora_swiglu",
+        package=__package__,
+        backends=("reference", "triton", "native"),
+        # SiLU and product in one pass each way where ATen makes two and four.
+        order={"cpu": Order(("native", "reference")), "cuda": Order(("triton", "reference"))},
+    )
+)
+
+_PER_LINEAR = 4  # weight, lora_a, lora_b, bias
+
+
+class MlpSpec(NamedTuple):
+    """What is no tensor. A scaling and a slice for each linear: gate, up, down. linear: their backend."""
+
+    activation: str
+    scalings: tuple[float, ...]
+    mask_lora: bool
+    keep_sum: bool
+    kept: tuple[KeptSlice, ...] | None
+    linear: ModuleType
+    between: ModuleType
+
+
+def swiglu(
+    x: Tensor,
+    linears: tuple[Projection, Projection, Projection],
+    kept: tuple[KeptSlice, KeptSlice, KeptSlice] | None,
+    activation: str,
+    mask: Tensor | None,
+    mask_lora: bool,
+    backend: str,
+) -> Tensor:
+    """The gated MLP in eager mode; checks and casts the linears' operands."""
+    dtype = autocast_dtype(x)
+    x = x if dtype is None else x.to(dtype)
+    # A shape and a dtype for the checks.
+    hidden = x.new_empty(()).expand(*x.shape[:-1], linears[0].weight.shape[0])
+    out_mask = in_mask = None
+    if kept is not None:
+        operands = [
+            (None, *kept_operands.prepare(source, slice_, linear.lora_a, linear.lora_b, None)[2:4], None)
+            for source, slice_, linear in zip((x, x, hidden), kept, linears, strict=True)
+        ]
+        choice = select("kept_lora_linear", x.device, x.dtype, backend)
+    else:
+        alike = mask_lora or mask is None
+        prepared = [
+            linear_operands.prepare(
+                Operands(source, p.weight, p.lora_a, p.lora_b, p.bias, out_mask=covers_out, in_mask=covers_in),
+                merge=float(p.scaling) if alike else None,
+                backend=backend,
+            )
+            for p, source, covers_out, covers_in in zip(
+                linears, (x, x, hidden), (mask, mask, None), (None, None, None if mask_lora else mask), strict=True
+            )
+        ]
+        operands, out_mask, in_mask = [given[1:5] for given in prepared], prepared[0].out_mask, prepared[-1].in_mask
+        choice = select("masked_lora_linear", x.device, x.dtype, backend, plain=mask is None)
+    between = select("masked_lora_swiglu", x.device, x.dtype, backend).module
+    scalings = tuple(float(linear.scaling) for linear in linears)
+    spec = MlpSpec(activation, scalings, mask_lora, keeps_sum(out_mask), kept, choice.module, between)
+    return Swiglu.apply(spec, x, out_mask, in_mask, *(tensor for tensors in operands for tensor in tensors))
+
+
+class _Masked(NamedTuple):
+    """A linear as its backend computes it."""
+
+    spec: MlpSpec
+    scaling: float
+    out_mask: Tensor | None
+    in_mask: Tensor | None
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor, keep_sum: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        operands = Operands(x, self.weight, self.lora_a, self.lora_b, self.bias, None, self.out_mask, self.in_mask)
+        return self.spec.linear.forward(operands, Options(self.scaling, self.spec.mask_lora, keep_sum))[:3]
+
+    def backward(
+        self, grad: Tensor, x: Tensor | None, s: Tensor | None, total: Tensor | None, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of (x, weight, lora_a, lora_b, bias, out_mask, in_mask)."""
+        saved = linear_operands.Saved(
+            x, self.weight, self.lora_a, self.lora_b, None, self.out_mask, self.in_mask, s, total
+        )
+        wanted = linear_operands.Needs(*needs[:5], False, *needs[5:])
+        grads = self.spec.linear.backward(grad, saved, Options(self.scaling, self.spec.mask_lora), wanted)
+        return (*grads[:5], *grads[6:])
+
+
+class _Kept(NamedTuple):
+    """A linear on its kept slice."""
+
+    module: ModuleType
+    kept: KeptSlice
+    scaling: float
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def forward(self, x: Tensor, keep_sum: bool) -> tuple[Tensor, Tensor, None]:
+        slices = self.kept.weight(x.dtype), self.kept.bias(x.dtype)
+        operands = (x, *slices, self.lora_a, self.lora_b, None, *self.kept.sides, self.scaling)
+        return *self.module.forward(kept_operands.Operands(*operands)), None
+
+    def backward(
+        self, grad: Tensor, x: Tensor | None, s: Tensor | None, total: None, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """As `_Masked.backward`."""
+        factors = self.kept.weight(grad.dtype), self.lora_a, self.lora_b
+        saved = kept_operands.Saved(*factors, x, s, *self.kept.sides, self.scaling)
+        wanted = kept_operands.Needs(needs[0], needs[2], needs[3], False)
+        d_x, d_a, d_b, _ = self.module.backward(grad, saved, wanted)
+        return d_x, None, d_a, d_b, None, None, None
+
+
+def _linears(
+    spec: MlpSpec, out_mask: Tensor | None, in_mask: Tensor | None, operands: Sequence[Tensor | None]
+) -> list[_Masked] | list[_Kept]:
+    """Gate, up and down, each from its (weight, lora_a, lora_b, bias)."""
+    own = [operands[i : i + _PER_LINEAR] for i in range(0, len(operands), _PER_LINEAR)]
+    if spec.kept is not None:
+        each = zip(spec.kept, spec.scalings, own, strict=True)
+        return [_Kept(spec.linear, kept, scaling, *tensors[1:3]) for kept, scaling, tensors in each]
+    masks = ((out_mask, None), (out_mask, None), (None, in_mask))
+    return [
+        _Masked(spec, scaling, *covers, *tensors)
+        for scaling, covers, tensors in zip(spec.scalings, masks, own, strict=True)
+    ]
+
+
+class Swiglu(torch.autograd.Function):
+    """(spec, x, out_mask, in_mask, then weight, lora_a, lora_b, bias of gate, up and down) -> y."""
+
+    @staticmethod
+    def forward(ctx, spec, x, out_mask, in_mask, *operands):
+        ctx.spec, ctx.shape = spec, x.shape
+        needs = ctx.needs_input_grad[4:]
+        rows = matrix(x)
+        *producers, down = _linears(spec, out_mask, in_mask, operands)
+        results = [linear.forward(rows, spec.keep_sum) for linear in producers]
+        y, s, _ = down.forward(spec.between.gated(spec.activation, *(value for value, _, _ in results)), False)
+        read_x = any(needs[i] or needs[i + 1] for i in range(0, 2 * _PER_LINEAR, _PER_LINEAR))
+        saved = []
+        for i, (value, own_s, total) in enumerate(results):
+            # Where the mask covers the sum, the masked sum is a product away from the one that its gradient needs.
+            masked_later = total is not None and spec.mask_lora
+            saved += [None if masked_later else value, own_s if needs[_PER_LINEAR * i + 2] else None, total]
+        s = s if needs[-2] else None
+        ctx.save_for_backward(rows if read_x else None, out_mask, in_mask, *operands, *saved, s)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        spec, (_, need_x, need_out, need_in, *needs) = ctx.spec, ctx.needs_input_grad
+        x, out_mask, in_mask, *rest, s = ctx.saved_tensors
+        operands, saved = rest[: len(needs)], rest[len(needs) :]
+        *producers, down = _linears(spec, out_mask, in_mask, operands)
+        values = [masked(total, out_mask) if y is None else y for y, total in zip(saved[::3], saved[2::3], strict=True)]
+        upstream = need_x or need_out or any(needs[:-_PER_LINEAR])
+        need_h = needs[-4] or needs[-3] or need_in
+        h = spec.between.gated(spec.activation, *values) if need_h else None
+        down_needs = (upstream, *needs[-_PER_LINEAR:], False, need_in)
+        d_h, *d_down, _, d_in = down.backward(matrix(grad_y), h, s, None, down_needs)
+        del h
+        if not upstream:
+            return None, None, None, d_in, *[None] * (2 * _PER_LINEAR), *d_down
+        grads = [d_h, torch.empty_like(d_h)]  # that of gate takes the memory of d_h
+        spec.between.gated_backward(spec.activation, d_h, *values, *grads)
+        del values, d_h
+        d_x = d_out = None
+        d_operands: list[Tensor | None] = []
+        for i, linear in enumerate(producers):
+            own = needs[_PER_LINEAR * i : _PER_LINEAR * (i + 1)]
+            found = linear.backward(grads.pop(0), x, *saved[3 * i + 1 : 3 * i + 3], (need_x, *own, need_out, False))
+            d_x, d_out = _sum(d_x, found[0]), _sum(d_out, found[5])
+            d_operands += found[1:5]
+        d_x = None if d_x is None else d_x.view(ctx.shape)
+        return None, d_x, d_out, d_in, *d_operands, *d_down
+
+
+def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
+    return term if total is None else total.add_(term)
