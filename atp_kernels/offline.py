@@ -9,11 +9,12 @@ the PTX: wgmma on Hopper (90), tcgen05 on data-centre Blackwell (100), mma.sync 
 """
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atp_kernels.backends.triton import group_kernels
-from atp_kernels.dropout import triton as dropout
-from atp_kernels.linear import tiles
-from atp_kernels.linear import triton_kernels as kernels
+from atp_kernels import triton_runtime
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Shared memory one program may use, bytes, by compute capability."""
@@ -37,8 +35,7 @@ ARCHS = tuple(SHARED_LIMIT)
 QUICK_RANKS = (8, 64)
 ALL_RANKS = (8, 16, 32, 64)
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_SIZE = 4096
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel takes: registers a thread, bytes of memory, and instruction counts in the PTX."""
+    """What one compiled kernel takes: registers per thread, bytes of memory, and instruction counts in the PTX."""
 
     registers: int
     shared: int
@@ -72,101 +69,28 @@ class Usage:
     """2-byte global loads inside loops; in an epilogue they cost nothing."""
 
 
-def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
-    """Every kernel in the variants that a training step launches, with every tile of its table."""
-    drawn = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
-    for name, m, n, mask_lora, absent in (
-        ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd narrow", _SIZE, 128, False, "sum_ptr other_ptr dot_ptr"),
-        ("gemm fwd 1024 rows", 1024, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd 128 rows", 128, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd decode", 16, _SIZE, False, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx dropout", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx decision dropout", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx narrow dropout", _SIZE, 128, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-    ):
-        config = tiles.gemm_config(m, n, rank, dtype)
-        constants = {
-            "MASK_LORA": mask_lora, "ONE_PASS": config.one_pass and "fwd" in name, "EVEN_K": True,
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-            **(drawn if name.endswith("dropout") else {}),
-        }  # fmt: skip
-        wide_tile = dtype != torch.float32 and config.block_m >= 64
-        yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
-    config = tiles.down_config(_SIZE, dtype)
-    constants = {"EVEN_K": True, "BLOCK_M": config.block_wide, "BLOCK_K": config.block_long}
-    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, config)
-    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | drawn, config)
-    config = tiles.reduce_config(dtype)
-    constants = {"BLOCK_M": config.block_long, "BLOCK_C": config.block_wide}
-    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, config)
-    factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
-    constants |= drawn
-    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, config)
-    constants = drawn | {"BLOCK_M": dropout.BLOCK_M, "BLOCK_K": dropout.BLOCK_K}
-    tile = tiles.ReduceConfig(dropout.BLOCK_K, dropout.BLOCK_M, dropout.NUM_WARPS)
-    yield _case("dropout", dropout.dropout_kernel, dtype, rank, [], constants, tile)
-    constants = {"BLOCK_C": 64}
-    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, config)
+def every_case(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+    """The kernels of all rooms, from the `cases` of their offline.py."""
+    for room in sorted(path.parent.name for path in Path(__file__).parent.glob("*/offline.py")):
+        yield from importlib.import_module(f"atp_kernels.{room}.offline").cases(dtypes, ranks)
 
 
-def group_cases(rank: int) -> Iterator[Case]:
-    """The kernels over all factors of a model, whose slots are as long as the rank: one compilation for all dtypes."""
-    config = tiles.slot_config(rank)
-    walk = {"ALIGNED": True, "BLOCK_S": config.block_wide, "BLOCK_L": config.block_long}
-    yield _group_case("slot squares", group_kernels.slot_squares_kernel, rank, walk, config)
-    for name, prox, add in (("group slope", False, False), ("group add", False, True), ("group shrink", True, False)):
-        yield _group_case(name, group_kernels.scale_kernel, rank, {"PROX": prox, "ADD": add, **walk}, config)
-    for name, slots in (("slot norms", 1), ("joint norms", 256)):
-        config = tiles.group_norms_config(slots * _SIZE, _SIZE)
-        constants = {"BLOCK_G": config.block_wide, "BLOCK_S": config.block_long}
-        yield _group_case(name, group_kernels.group_norms_kernel, rank, constants, config)
-    yield _group_case("lasso total", group_kernels.total_kernel, rank, {"BLOCK": 1024}, config)
+def case(
+    name: str,
+    kernel: triton.runtime.JITFunction,
+    constants: Mapping[str, object],
+    types: Mapping[str, str | None],
+    *,
+    dtype: torch.dtype | None = None,
+    rank: int = 0,
+    num_warps: int = 4,
+) -> Case:
+    """A kernel without tensor cores. types: those of arguments that are neither constant nor i32, None for absent ones.
 
-
-def _group_case(name, kernel, rank, constants, config) -> Case:
-    pointers = {"table_ptr": "i64", "removed_ptr": "u8", "part_ptr": "fp64"}
-    pointers |= dict.fromkeys(("index_ptr", "order_ptr", "starts_ptr"), "i32")
-    numbers = {"eps": "fp32", "n_groups": "i32", "n_parts": "i32"}
-    arguments = {
-        argument: numbers.get(argument) or "*" + pointers.get(argument, "fp32")
-        for argument in kernel.arg_names
-        if argument not in constants
-    }
-    return Case(name, kernel, None, rank, arguments, constants, config.num_warps, config.num_stages, False)
-
-
-def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop=False) -> Case:
-    single = "fp32"
-    float32 = {"out_mask_ptr", "in_mask_ptr", "mask_ptr", "dot_ptr", "b_sq_ptr", "a_sq_ptr", "part_ptr"}
-    if kernel is kernels.column_reduce_kernel:
-        float32 |= {"factor_ptr", "sum_ptr"}
-    every = {
-        "WIDE": False, "UPCAST": False, "PRECISION": "ieee", "RANK": rank, "R": rank, "BLOCK_R": tiles.rank_block(rank),
-        "STEP_R": tiles.rank_step(rank, dtype), "THRESHOLD": 0, "SCALE": 1.0, **constants,
-    }  # fmt: skip
-    # A contiguous operand has stride 1 on its last axis; the JIT makes that a constant, and so does this.
-    every |= {"stride_xk": 1, "stride_wk": 1, "stride_ak": 1, "stride_br": 1, "stride_lk": 1, "stride_on": 1}
-    every |= {"stride_gc": 1, "stride_zc": 1, "stride_or": 1}
-    if name.startswith("gemm dx"):
-        # weight.t() and lora_a.t(): contiguous along the output, not along the reduced side.
-        every |= {"stride_wn": 1, "stride_bn": 1}
-        del every["stride_wk"], every["stride_br"]
-    arguments = {}
-    for argument in kernel.arg_names:
-        if argument in absent:
-            arguments[argument] = None
-        elif argument in every:
-            continue
-        elif argument.endswith("_ptr"):
-            arguments[argument] = "*" + (single if argument in float32 else _TYPES[dtype])
-        else:
-            arguments[argument] = {"scaling": "fp32", "seed": "i64"}.get(argument, "i32")
-    used = {name: value for name, value in every.items() if name in kernel.arg_names}
-    return Case(name, kernel, dtype, rank, arguments, used, config.num_warps, config.num_stages, tensor_core_loop)
+    dtype: None where one compilation takes every dtype; rank: 0 where it does not matter.
+    """
+    arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
+    return Case(name, kernel, dtype, rank, arguments, dict(constants), num_warps, 3, False)
 
 
 def compile_case(case: Case, arch: int) -> Usage:
@@ -174,11 +98,13 @@ def compile_case(case: Case, arch: int) -> Usage:
     absent = {name: None for name, kind in case.arguments.items() if kind is None}
     constants = {**absent, **case.constants}
     signature = {name: "constexpr" if name in constants else case.arguments[name] for name in case.kernel.arg_names}
-    # The JIT specialises pointers and sizes that 16 divides; the number of splits seldom is.
+    # The JIT specialises pointers and sizes that 16 divides; the number of splits is seldom one of them.
     attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(case.kernel.arg_names)
-        if name not in constants and name not in ("scaling", "SPLITS", "seed", "eps", "n_groups", "n_parts")
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in case.kernel.params
+        if parameter.name not in constants
+        and parameter.name not in ("scaling", "SPLITS", "eps", "n_groups", "n_parts")
+        and not parameter.do_not_specialize
     }
     source = ASTSource(case.kernel, signature, constants, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
@@ -230,15 +156,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all four")
     parser.add_argument("--rank", type=int, action="append", help="LoRA rank; default: 8 and 64")
     parser.add_argument("--all", action="store_true", help="default to every dtype and every rank of 8, 16, 32, 64")
-    parser.add_argument("--dtype", action="append", choices=sorted(_TYPES.values()), help="default: bf16")
+    parser.add_argument("--dtype", action="append", choices=sorted(TYPES.values()), help="default: bf16")
     parser.add_argument("--gate", action="store_true", help="fail when a limit is broken")
     options = parser.parse_args(arguments)
-    if not isinstance(kernels.masked_lora_gemm_kernel, triton.runtime.JITFunction):
+    if triton_runtime.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
-    names = options.dtype or (list(_TYPES.values()) if options.all else ["bf16"])
+    names = options.dtype or (list(TYPES.values()) if options.all else ["bf16"])
     ranks = options.rank or (ALL_RANKS if options.all else QUICK_RANKS)
-    every = [case for dtype, name in _TYPES.items() if name in names for rank in ranks for case in cases(dtype, rank)]
-    every += [case for rank in ranks for case in group_cases(rank)]
+    every = every_case([dtype for dtype, name in TYPES.items() if name in names], ranks)
     broken = 0
     print(f"{'kernel':24} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
     for case in every:
@@ -246,8 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
             usage = compile_case(case, arch)
             verdict = problems(case, arch, usage)
             broken += bool(verdict)
+            dtype = TYPES[case.dtype] if case.dtype else "any"
             print(
-                f"{case.name:24} {_TYPES.get(case.dtype, 'any'):5} {case.rank:4} {arch:4} {usage.registers:5} "
+                f"{case.name:24} {dtype:5} {case.rank:4} {arch:4} {usage.registers:5} "
                 f"{usage.shared:7} {usage.stack:5} {usage.local:5} {usage.tensor_core:6} {usage.wide_copies:7} "
                 f"{usage.narrow_loads:6}  {'; '.join(verdict)}",
                 flush=True,

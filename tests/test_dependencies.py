@@ -13,8 +13,6 @@ PRIVATES = {
     "_attn_implementation": "transformers",  # which attention a loaded config asks for
     "_register_custom_module": "peft",  # our LoRA layer under PEFT's own adapter
     "_forward_pre_hooks": "torch",  # whether somebody waits for the input of a linear that a block takes over
-    # torch._C._autograd._get_current_graph_task_keep_graph: whether a gradient buffer may be reused
-    **dict.fromkeys(("_C", "_autograd", "_get_current_graph_task_keep_graph"), "torch"),
 }
 # Public by their documentation, whatever the underscore says.
 PUBLIC = {"os._exit"}
