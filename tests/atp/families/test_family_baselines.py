@@ -7,9 +7,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from atp.baselines.calibration import calibration_batches
-from atp.baselines.dense_lora import stock_lora
 from atp.baselines.methods import BASELINES
 from atp.baselines.slicegpt import residual_bases, slice_model
+from atp.baselines.tuner import stock_lora
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 from atp.decide.budget import Budget
