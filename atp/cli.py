@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import transformers
 import typer
@@ -145,8 +145,8 @@ def evaluate(
         raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
     options = Scoring(
         suite=suite, labels=tuple(label.strip() for label in labels.split(",") if label.strip()), documents=documents,
-        length=length, stride=stride, questions=questions, batch_size=batch_size, precision=precision, seed=seed,
-        harness=harness, dense=dense,
+        length=length, stride=stride, questions=questions, batch_size=batch_size,
+        precision=cast(Literal["auto", "float32", "bfloat16"], precision), seed=seed, harness=harness, dense=dense,
     )  # fmt: skip
     scores = score_folder(model, options, gguf_file)
     table = Table("score", "value", "95 % interval")
@@ -309,7 +309,7 @@ def main() -> None:
     except SystemExit:
         raise
     except BaseException as error:  # Interrupted is no Exception, nor is a panic of the tokenizers' Rust code
-        if type(error).__name__ == "NoArgsIsHelpError":  # `atp` alone
+        if type(error).__name__ == "NoArgsIsHelpError" and hasattr(error, "show"):  # `atp` alone
             error.show()
             sys.exit(2)
         sentence, code = ending(error)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
+from transformers import GenerationMixin
 
 from atp.config import ATPConfig
 from atp.data.packages import PACKAGED_MODEL
@@ -47,6 +49,6 @@ def ask(folder: Path) -> tuple[str, str]:
     tokenizer = read_tokenizer(folder)
     model = read_model(folder, dtype=torch.float32)
     inputs = tokenizer(_QUESTION, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    output = cast(GenerationMixin, model).generate(**inputs, max_new_tokens=8, do_sample=False)
+    answer = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return _QUESTION, answer.strip().splitlines()[0] if answer.strip() else "(nothing)"

@@ -85,7 +85,7 @@ class FiniteGuard:
         parameters = [*(p for group in optimizer.param_groups for p in group["params"]), *beside]
         gradients = [p.grad for p in parameters if p.grad is not None]
         bad = ~torch.isfinite(nn.utils.get_total_norm(gradients, norm_type=math.inf))
-        optimizer.found_inf = bad.float()
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # fused optimizers read it
         self._skipped = self._skipped + bad
         self._in_a_row = (self._in_a_row + 1) * bad
         self._longest = torch.maximum(self._longest, self._in_a_row)

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
@@ -40,7 +39,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return read_tokenizer(**_source(config))
 
 
-def load_model(config: ModelConfig, space: str) -> nn.Module:
+def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
     """The causal LM to prune, in the config's dtype, once its family is known to fit the mask space.
 
     Raises `InputError` if there is none, or if its weights are quantized or hold NaN or infinity.
@@ -78,7 +77,7 @@ def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
         )
 
 
-def load_any_model(config: ModelConfig) -> nn.Module:
+def load_any_model(config: ModelConfig) -> PreTrainedModel:
     """A causal LM of any family, in the config's dtype. Raises `InputError` if there is none."""
     return read_model(**_source(config), dtype=getattr(torch, config.dtype))
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import processes
 from atp.baselines.dense_lora import PHASE, stock_lora
@@ -23,7 +22,7 @@ from atp.environment import versions
 from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
 from atp.evaluation.generation import check_rouge
-from atp.evaluation.inference import bars
+from atp.evaluation.inference import CausalLM, bars
 from atp.export.card import add_results
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
@@ -132,7 +131,7 @@ class Run:
             return "nothing was written yet, start again"
         return f"continue with --resume (checkpoint {newest(self.folder / 'checkpoints') or 'none yet'})"
 
-    def _prepare(self) -> tuple[nn.Module, PreTrainedTokenizerBase, RunData]:
+    def _prepare(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RunData]:
         """Checks everything before anything is written, then opens the folder and scores the original."""
         config = self.config
         processes.on_main(lambda: check_packages(config.model, config.data))
@@ -167,11 +166,11 @@ class Run:
         if original is not None and "original" not in self._scores():
             self._record(original=original)
 
-    def _check_model(self, model: nn.Module) -> None:
+    def _check_model(self, model: PreTrainedModel) -> None:
         """Raises `InputError` when the model cannot keep what the run promises."""
         check_target(self.config, model.config)
 
-    def _tune_dense(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> nn.Module:
+    def _tune_dense(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> PreTrainedModel:
         self.say("tuning the uncut model with stock LoRA, for comparison")
         folder = self.folder / PHASE
         with make_progress() as progress:
@@ -202,12 +201,12 @@ class Run:
         """Tells a loop what it trains from and where its sentences go."""
         loop.inputs, loop.say = self.inputs, self.say
 
-    def _score(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
+    def _score(self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
         """Scores a model once, in the main process; the result is kept in evaluation.json."""
         processes.on_main(lambda: self._score_once(name, model, tokenizer, data))
 
     def _score_once(
-        self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData, **facts: Any
+        self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData, **facts: Any
     ) -> None:
         """Scores a model unless that is done; scores of one with other `facts` are made anew."""
         known = self._scores().get(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -31,7 +31,7 @@ from atp.loading import (
     load_tokenizer,
 )
 from atp.reading import parse_json
-from atp.training.precision import autocast_dtype
+from atp.training.precision import Precision, autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Scoring:
     stride: int | None = None
     questions: int = 100
     batch_size: int = 8
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     seed: int = 0
     harness: bool = False
     dense: str | None = None
@@ -94,7 +94,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     if options.harness:
         check_harness()
     loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
-    common = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
+    common: dict[str, Any] = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
     with Progress(transient=True) as progress:
         scores: dict[str, Any] = evaluate_model(
             loaded, tokenizer, windows, examples, tasks=tasks, seed=options.seed, progress=bars(progress, "scoring"),

@@ -2,13 +2,14 @@
 
 from atp_kernels import nn
 from atp_kernels.call import available_backends, explain
+from atp_kernels.compaction import compact
 from atp_kernels.dropout import lora_dropout
-from atp_kernels.functional import compact, cross_entropy_, group_lasso, group_lasso_grad_, group_prox_
+from atp_kernels.groups import GroupPlan, group_lasso, group_lasso_grad_, group_prox_
 from atp_kernels.kept import kept_lora_linear
 from atp_kernels.kept.slices import KeptFirst, KeptSlice
 from atp_kernels.linear import masked_lora_linear, masked_lora_linear_with_norms
+from atp_kernels.loss import cross_entropy_
 from atp_kernels.norm import rms_norm
-from atp_kernels.plan import GroupPlan
 from atp_kernels.projection import Projection
 from atp_kernels.qkv import masked_lora_qkv
 from atp_kernels.swiglu import masked_lora_swiglu

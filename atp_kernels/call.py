@@ -117,7 +117,16 @@ def select(
 
     Raises ValueError for an unknown name, RuntimeError for a named backend that cannot take the call.
     """
-    return _select(op, device, dtype, backend, os.environ.get(ENVIRONMENT, ""), plain, result)
+    return _select(op, device, dtype, backend, override(), plain, result)
+
+
+@cache
+def override() -> str:
+    """What the environment says in place of "auto", read once: looking up a name that is not there takes 1 us.
+
+    A process that changes the variable after its first call says so with `override.cache_clear()`.
+    """
+    return os.environ.get(ENVIRONMENT, "")
 
 
 # Positional, and a Call only where the answer is new: hundreds of calls per step find theirs in the cache.
@@ -144,7 +153,8 @@ def _select(
         if module is None:
             raise RuntimeError(f"{origin}{backend!r} cannot take {op}: {problem}; use backend='auto' to let it choose.")
         return Choice(module, backend, f"{origin}{backend!r} names it")
-    order, passed_over = operation.order_of(call), []
+    order = operation.order_of(call)
+    passed_over: list[str] = []
     for name in order.backends:
         module, problem = _ask(operation, name, call)
         if module is not None:

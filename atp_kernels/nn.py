@@ -51,7 +51,7 @@ class MaskedLoRALinear(nn.Module):
         self.r, self.alpha, self.dropout, self.mask_lora = r, alpha, dropout, mask_lora
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        kind = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        kind: dict[str, Any] = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         self.lora_A = nn.Parameter(torch.empty(r, weight.shape[1], **kind))
         self.lora_B = nn.Parameter(torch.empty(weight.shape[0], r, **kind))
         self.register_buffer("out_mask", None)
@@ -98,7 +98,8 @@ class MaskedLoRALinear(nn.Module):
         """
         base, adapter = self.weight.to(self.lora_B.dtype), self.scaling * (self.lora_B @ self.lora_A)
         merged = self._masked(base + adapter) if self.mask_lora else self._masked(base) + adapter
-        linear = nn.Linear(*reversed(self.weight.shape), bias=self.bias is not None, device="meta")
+        n_out, n_in = self.weight.shape
+        linear = nn.Linear(n_in, n_out, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(merged.to(self.weight.dtype))
         if self.bias is not None:
             bias = self.bias if self.out_mask is None else self.bias * self.out_mask

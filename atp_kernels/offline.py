@@ -9,11 +9,12 @@ the PTX: wgmma on Hopper (90), tcgen05 on data-centre Blackwell (100), mma.sync 
 """
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atp_kernels.backends.triton import group_kernels
 from atp_kernels.dropout import triton as dropout
 from atp_kernels.linear import tiles
 from atp_kernels.linear import triton_kernels as kernels
@@ -37,7 +37,7 @@ ARCHS = tuple(SHARED_LIMIT)
 QUICK_RANKS = (8, 64)
 ALL_RANKS = (8, 16, 32, 64)
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SIZE = 4096
 
 
@@ -96,47 +96,39 @@ def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         }  # fmt: skip
         wide_tile = dtype != torch.float32 and config.block_m >= 64
         yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
-    config = tiles.down_config(_SIZE, dtype)
-    constants = {"EVEN_K": True, "BLOCK_M": config.block_wide, "BLOCK_K": config.block_long}
-    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, config)
-    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | drawn, config)
-    config = tiles.reduce_config(dtype)
-    constants = {"BLOCK_M": config.block_long, "BLOCK_C": config.block_wide}
-    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, config)
+    narrow = tiles.down_config(_SIZE, dtype)
+    constants = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
+    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, narrow)
+    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | drawn, narrow)
+    reduce = tiles.reduce_config(dtype)
+    constants = {"BLOCK_M": reduce.block_long, "BLOCK_C": reduce.block_wide}
+    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, reduce)
     factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
     constants |= drawn
-    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, config)
+    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, reduce)
     constants = drawn | {"BLOCK_M": dropout.BLOCK_M, "BLOCK_K": dropout.BLOCK_K}
     tile = tiles.ReduceConfig(dropout.BLOCK_K, dropout.BLOCK_M, dropout.NUM_WARPS)
     yield _case("dropout", dropout.dropout_kernel, dtype, rank, [], constants, tile)
     constants = {"BLOCK_C": 64}
-    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, config)
+    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, reduce)
 
 
-def group_cases(rank: int) -> Iterator[Case]:
-    """The kernels over all factors of a model, whose slots are as long as the rank: one compilation for all dtypes."""
-    config = tiles.slot_config(rank)
-    walk = {"ALIGNED": True, "BLOCK_S": config.block_wide, "BLOCK_L": config.block_long}
-    yield _group_case("slot squares", group_kernels.slot_squares_kernel, rank, walk, config)
-    for name, prox, add in (("group slope", False, False), ("group add", False, True), ("group shrink", True, False)):
-        yield _group_case(name, group_kernels.scale_kernel, rank, {"PROX": prox, "ADD": add, **walk}, config)
-    for name, slots in (("slot norms", 1), ("joint norms", 256)):
-        config = tiles.group_norms_config(slots * _SIZE, _SIZE)
-        constants = {"BLOCK_G": config.block_wide, "BLOCK_S": config.block_long}
-        yield _group_case(name, group_kernels.group_norms_kernel, rank, constants, config)
-    yield _group_case("lasso total", group_kernels.total_kernel, rank, {"BLOCK": 1024}, config)
+def case(
+    name: str,
+    kernel: triton.runtime.JITFunction,
+    constants: dict[str, object],
+    types: Mapping[str, str | None],
+    *,
+    dtype: torch.dtype | None = None,
+    rank: int = 0,
+    num_warps: int = 4,
+) -> Case:
+    """A kernel without tensor cores. types: those of arguments that are neither constant nor i32, None for absent ones.
 
-
-def _group_case(name, kernel, rank, constants, config) -> Case:
-    pointers = {"table_ptr": "i64", "removed_ptr": "u8", "part_ptr": "fp64"}
-    pointers |= dict.fromkeys(("index_ptr", "order_ptr", "starts_ptr"), "i32")
-    numbers = {"eps": "fp32", "n_groups": "i32", "n_parts": "i32"}
-    arguments = {
-        argument: numbers.get(argument) or "*" + pointers.get(argument, "fp32")
-        for argument in kernel.arg_names
-        if argument not in constants
-    }
-    return Case(name, kernel, None, rank, arguments, constants, config.num_warps, config.num_stages, False)
+    dtype: None where one compilation takes every dtype; rank: 0 where it does not matter.
+    """
+    arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
+    return Case(name, kernel, dtype, rank, arguments, constants, num_warps, 3, False)
 
 
 def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop=False) -> Case:
@@ -155,14 +147,14 @@ def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop
         # weight.t() and lora_a.t(): contiguous along the output, not along the reduced side.
         every |= {"stride_wn": 1, "stride_bn": 1}
         del every["stride_wk"], every["stride_br"]
-    arguments = {}
+    arguments: dict[str, str | None] = {}
     for argument in kernel.arg_names:
         if argument in absent:
             arguments[argument] = None
         elif argument in every:
             continue
         elif argument.endswith("_ptr"):
-            arguments[argument] = "*" + (single if argument in float32 else _TYPES[dtype])
+            arguments[argument] = "*" + (single if argument in float32 else TYPES[dtype])
         else:
             arguments[argument] = {"scaling": "fp32", "seed": "i64"}.get(argument, "i32")
     used = {name: value for name, value in every.items() if name in kernel.arg_names}
@@ -174,11 +166,13 @@ def compile_case(case: Case, arch: int) -> Usage:
     absent = {name: None for name, kind in case.arguments.items() if kind is None}
     constants = {**absent, **case.constants}
     signature = {name: "constexpr" if name in constants else case.arguments[name] for name in case.kernel.arg_names}
-    # The JIT specialises pointers and sizes that 16 divides; the number of splits seldom is.
+    # The JIT specialises pointers and sizes that 16 divides; the number of splits is seldom one of them.
     attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(case.kernel.arg_names)
-        if name not in constants and name not in ("scaling", "SPLITS", "seed", "eps", "n_groups", "n_parts")
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in case.kernel.params
+        if parameter.name not in constants
+        and parameter.name not in ("scaling", "SPLITS", "eps", "n_groups", "n_parts")
+        and not parameter.do_not_specialize
     }
     source = ASTSource(case.kernel, signature, constants, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
@@ -230,15 +224,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all four")
     parser.add_argument("--rank", type=int, action="append", help="LoRA rank; default: 8 and 64")
     parser.add_argument("--all", action="store_true", help="default to every dtype and every rank of 8, 16, 32, 64")
-    parser.add_argument("--dtype", action="append", choices=sorted(_TYPES.values()), help="default: bf16")
+    parser.add_argument("--dtype", action="append", choices=sorted(TYPES.values()), help="default: bf16")
     parser.add_argument("--gate", action="store_true", help="fail when a limit is broken")
     options = parser.parse_args(arguments)
     if not isinstance(kernels.masked_lora_gemm_kernel, triton.runtime.JITFunction):
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
-    names = options.dtype or (list(_TYPES.values()) if options.all else ["bf16"])
+    names = options.dtype or (list(TYPES.values()) if options.all else ["bf16"])
     ranks = options.rank or (ALL_RANKS if options.all else QUICK_RANKS)
-    every = [case for dtype, name in _TYPES.items() if name in names for rank in ranks for case in cases(dtype, rank)]
-    every += [case for rank in ranks for case in group_cases(rank)]
+    every = [case for kind, name in TYPES.items() if name in names for rank in ranks for case in cases(kind, rank)]
+    for room in sorted(path.parent.name for path in Path(__file__).parent.glob("*/offline.py")):
+        rooms_own = importlib.import_module(f"atp_kernels.{room}.offline")
+        every += rooms_own.cases([dtype for dtype, name in TYPES.items() if name in names], ranks)
     broken = 0
     print(f"{'kernel':24} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
     for case in every:
@@ -246,8 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
             usage = compile_case(case, arch)
             verdict = problems(case, arch, usage)
             broken += bool(verdict)
+            dtype = "any" if case.dtype is None else TYPES[case.dtype]
             print(
-                f"{case.name:24} {_TYPES.get(case.dtype, 'any'):5} {case.rank:4} {arch:4} {usage.registers:5} "
+                f"{case.name:24} {dtype:5} {case.rank:4} {arch:4} {usage.registers:5} "
                 f"{usage.shared:7} {usage.stack:5} {usage.local:5} {usage.tensor_core:6} {usage.wide_copies:7} "
                 f"{usage.narrow_loads:6}  {'; '.join(verdict)}",
                 flush=True,

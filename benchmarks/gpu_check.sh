@@ -12,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 STAGES=(build test sanitize ops train)
-OPERATIONS=('linear_*' 'swiglu_*' 'qkv_*' 'group_*' compact)
+OPERATIONS=('linear_*' 'swiglu_*' 'qkv_*' 'group_*' compact rms_norm)
 dry=0 chosen=()
 for argument in "$@"; do
   case " ${STAGES[*]} " in

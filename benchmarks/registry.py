@@ -9,13 +9,12 @@ from pathlib import Path
 
 import atp_kernels
 from benchmarks.case import Case, Op
-from benchmarks.ops.groups import GROUPS
 from benchmarks.ops.training import TRAINING
 from benchmarks.shapes import find_model
 
 _ROOMS = sorted(path.parent.name for path in Path(atp_kernels.__path__[0]).glob("*/bench.py"))
 _IN_ROOMS = [op for room in _ROOMS for op in importlib.import_module(f"atp_kernels.{room}.bench").OPS]
-OPS: tuple[Op, ...] = (*_IN_ROOMS, *GROUPS, *TRAINING)
+OPS: tuple[Op, ...] = (*_IN_ROOMS, *TRAINING)
 
 
 def find_ops(patterns: Iterable[str]) -> list[Op]:

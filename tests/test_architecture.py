@@ -15,7 +15,7 @@ LAYERS = (
     ("atp.experiments",),
     ("atp.compare",),
     ("atp.run", "atp.demo", "atp.scoring"),
-    ("atp.training", "atp.baselines", "atp.export", "atp.report"),
+    ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
     ("atp.checks", "atp.folders", "atp.loading"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),

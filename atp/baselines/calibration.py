@@ -26,7 +26,7 @@ def calibration_batches(
     count None: as many as ATP's saliency reads, `decisions.saliency_windows`, each sample at most once.
     """
     if count is None:
-        count = min(config.decisions.saliency_windows, len(calibration))
+        count = min(config.decisions.saliency_windows, len(calibration))  # type: ignore[arg-type]  # ours all have a length
     order = run_order(calibration, size, 0, config.seed + 1)
     for index in range(count):
         batch = collate([calibration[row] for row in order.at(index * size, size)])

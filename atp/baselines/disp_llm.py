@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.baselines.calibration import calibration_batches
 from atp.baselines.masked import masked_loss
@@ -22,7 +23,7 @@ from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.spaces.space import MaskSpace
 
 
-def disp_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
+def disp_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
     """The mask after as many decision steps as ATP's search takes, fitted to the budget; bool [space.size]."""
     decisions, steps = config.decisions, range(0, config.training.search, config.decisions.every)
     device, prior = next(model.parameters()).device, None

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.baselines.calibration import Batch, calibration_batches, calibration_loss
 from atp.baselines.uniform import uniform_mask
@@ -26,7 +27,7 @@ _PROTECTED_FIRST, _PROTECTED_LAST, _DEPTH = 4, 2, 32  # the paper's layers of LL
 
 
 def taylor_mask(
-    model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig, order: Order = "first"
+    model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig, order: Order = "first"
 ) -> Tensor:
     """Keeps the most important groups of every layer that is not protected; bool [space.size]."""
     device = next(model.parameters()).device
@@ -40,7 +41,7 @@ def taylor_mask(
 
 
 def taylor_scores(
-    model: nn.Module,
+    model: PreTrainedModel,
     space: MaskSpace,
     batches: Iterable[Batch],
     order: Order,
@@ -73,7 +74,7 @@ def unprotected_layers(depth: int) -> range:
 
 
 def _gradient_moments(
-    model: nn.Module,
+    model: PreTrainedModel,
     weights: dict[LinearName, Tensor],
     batches: Iterable[Batch],
     autocast: torch.dtype | None,

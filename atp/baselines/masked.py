@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.baselines.calibration import Batch, calibration_batches, calibration_loss
 from atp.config import ATPConfig
@@ -21,7 +22,7 @@ from atp.training.precision import autocast_dtype
 
 @contextmanager
 def masked(
-    model: nn.Module, space: MaskSpace, config: ATPConfig
+    model: PreTrainedModel, space: MaskSpace, config: ATPConfig
 ) -> Iterator[tuple[nn.Module, MaskController, torch.dtype | None]]:
     """Yields the model inside ATP's own masked layers, their controller, and the dtype to run it in.
 
@@ -37,7 +38,9 @@ def masked(
 
 
 @contextmanager
-def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
+def masked_loss(
+    model: PreTrainedModel, space: MaskSpace, config: ATPConfig
+) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
     """Yields loss_of(batch, mask), differentiable only in the mask [space.size]; the model is restored afterwards."""
     with masked(model, space, config) as (wrapped, controller, dtype):
         device = next(wrapped.parameters()).device
@@ -49,10 +52,13 @@ def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterat
         yield loss_of
 
 
-def refit_readers(model: nn.Module, space: MaskSpace, mask: Tensor, calibration: Dataset, config: ATPConfig) -> None:
+def refit_readers(
+    model: PreTrainedModel, space: MaskSpace, mask: Tensor, calibration: Dataset, config: ATPConfig
+) -> None:
     """ATP's `refit`, in place, for a model without LoRA, on `decisions.refit_windows` calibration windows."""
-    count = min(config.decisions.refit_windows, len(calibration))
+    count = min(config.decisions.refit_windows, len(calibration))  # type: ignore[arg-type]  # ours all have a length
     if count:
         batches = calibration_batches(calibration, config, next(model.parameters()).device, count=count)
         with masked(model, space, config) as (wrapped, controller, dtype), inference(wrapped, dtype):
-            refit(wrapped.get_base_model().get_decoder(), controller, space, mask, batches)
+            decoder = wrapped.get_base_model().get_decoder()  # type: ignore[operator]  # nn.Module knows no methods
+            refit(decoder, controller, space, mask, batches)

@@ -62,7 +62,9 @@ class SliceBaseline:
         return slice_model(model, choice)
 
 
-BASELINES: dict[str, MaskBaseline | SliceBaseline | None] = {
+Baseline = MaskBaseline | SliceBaseline
+
+BASELINES: dict[str, Baseline | None] = {
     "dense_lora": None,
     "random": MaskBaseline(random_mask),
     "magnitude": MaskBaseline(magnitude_mask),

@@ -82,8 +82,8 @@ def residual_bases(model: PreTrainedModel, batches: Iterable[Batch], width: int)
     """
     decoder = model.model
     with inference(model):
-        states, arguments = zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True)
-        states = list(states)
+        inputs = [first_layer_inputs(decoder, batch) for batch in batches]
+        states, arguments = [x for x, _ in inputs], [given for _, given in inputs]
         bases = [_principal_axes(states, width)]
         for layer in decoder.layers:
             for norm, block in BLOCKS:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.baselines.calibration import Batch, calibration_batches
 from atp.baselines.uniform import uniform_mask
@@ -24,7 +25,7 @@ from atp.spaces.space import MaskSpace
 from atp.training.precision import autocast_dtype
 
 
-def wanda_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
+def wanda_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
     """Keeps the groups with the highest score in every layer; bool [space.size]."""
     batches = calibration_batches(calibration, config, next(model.parameters()).device)
     scores = wanda_scores(model, space, batches, autocast=autocast_dtype(config.training.precision))
@@ -32,7 +33,7 @@ def wanda_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config:
 
 
 def wanda_scores(
-    model: nn.Module, space: MaskSpace, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
+    model: PreTrainedModel, space: MaskSpace, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
 ) -> Tensor:
     """Sum over a group of |w| * ||x||, over the linears that it cuts on their inputs, float64 [space.size]."""
     linears = prunable_linears(model, space)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from atp.spaces.space import MaskSpace
 
@@ -13,7 +14,7 @@ LinearName = tuple[int, str]
 """Layer index, and name of a linear in it."""
 
 
-def prunable_linears(model: nn.Module, space: MaskSpace) -> dict[LinearName, nn.Linear]:
+def prunable_linears(model: PreTrainedModel, space: MaskSpace) -> dict[LinearName, nn.Linear]:
     """The linears of a plain causal LM that the space can cut."""
     return {
         (index, name): layer.get_submodule(name)

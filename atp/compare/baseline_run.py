@@ -8,11 +8,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import processes
-from atp.baselines.methods import BASELINES, MaskBaseline
+from atp.baselines.methods import BASELINES, Baseline, MaskBaseline
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.export.card import baseline_card
@@ -39,7 +39,7 @@ class BaselineRun(Run):
         params_before = sum(p.numel() for p in model.parameters())
         space = MaskSpace.from_config(model.config, self.config.decisions.space)
         if self.baseline is not None:
-            model = self._apply(model, data)
+            model = self._apply(self.baseline, model, data)
         tuner = self._tune(model, space, data)
         certificate = self._export(tuner, tokenizer, data, params_before)
         facts = {"method": self.method, "certificate": certificate, "skipped_steps": tuner.finite.skipped}
@@ -53,30 +53,30 @@ class BaselineRun(Run):
         check_certificate(summary["certificate"], AT_EXPORT)
         check_figures(summary)
 
-    def _check_model(self, model: nn.Module) -> None:
+    def _check_model(self, model: PreTrainedModel) -> None:
         """A baseline does not promise the target share; the table shows what it kept."""
         check_length(model.config, self.config.data.length)
 
-    def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
+    def _apply(self, baseline: Baseline, model: PreTrainedModel, data: RunData) -> PreTrainedModel:
         """The smaller model; the choice is saved, so that a resumed run tunes the same one."""
-        model = model.to(processes.device())
-        choice = processes.on_main(lambda: self._choose(model, data))
-        return self.baseline.apply(model, choice, data.calibration, self.config)
+        model = model.to(processes.device())  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+        choice = processes.on_main(lambda: self._choose(baseline, model, data))
+        return baseline.apply(model, choice, data.calibration, self.config)
 
-    def _choose(self, model: nn.Module, data: RunData) -> Tensor:
+    def _choose(self, baseline: Baseline, model: PreTrainedModel, data: RunData) -> Tensor:
         path = self.folder / "choice.safetensors"
         choice = _read_choice(path) if "choice" in self._scores() else None
         if choice is None:
             self.say(f"{self.method}: choosing what to remove from the pretrained model")
             started = time.perf_counter()
-            choice = self.baseline.choose(model, data.calibration, self.config)
+            choice = baseline.choose(model, data.calibration, self.config)
             write_tensors(path, {"choice": choice.contiguous()})
             self._record(choice={"seconds": time.perf_counter() - started})
-        if isinstance(self.baseline, MaskBaseline):
-            save_decisions(self.folder, self.baseline.space_of(model, self.config), choice)
+        if isinstance(baseline, MaskBaseline):
+            save_decisions(self.folder, baseline.space_of(model, self.config), choice)
         return choice
 
-    def _tune(self, model: nn.Module, space: MaskSpace, data: RunData) -> LoraTuner:
+    def _tune(self, model: PreTrainedModel, space: MaskSpace, data: RunData) -> LoraTuner:
         lora, steps = self.config.lora, self.config.training.total
         wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=self.config.seed)
         with make_progress() as progress:

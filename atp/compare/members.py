@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from atp import processes
 from atp.baselines.methods import BASELINES
@@ -92,7 +92,12 @@ class Members:
         self.say(f"{arm.name}, seed {seed}")
         config = self.config_of(arm, seed)
         resume = processes.on_main((folder / CONFIG).is_file)
-        options = {"resume": resume, "command": self.command, "say": self.say, "original": self._original(arm)}
+        options: dict[str, Any] = {
+            "resume": resume,
+            "command": self.command,
+            "say": self.say,
+            "original": self._original(arm),
+        }
         run = Run(config, **options) if arm.method == ATP else BaselineRun(arm.method, config, **options)
         run.execute()
 
@@ -102,8 +107,9 @@ class Members:
 
     def read(self, arm: Arm, seed: int) -> Member | None:
         """The member if it is finished, or None."""
-        files = [read_json(self.path(arm, seed) / f"{name}.json") for name in ("summary", "evaluation")]
-        return None if None in files else Member(arm.name, seed, *files)
+        folder = self.path(arm, seed)
+        summary, scores = read_json(folder / "summary.json"), read_json(folder / "evaluation.json")
+        return None if summary is None or scores is None else Member(arm.name, seed, summary, scores)
 
     def path(self, arm: Arm, seed: int) -> Path:
         """The run folder of a member. Settings equal to the common config are not part of its name."""
@@ -135,7 +141,7 @@ class Members:
         config.evaluation.dense_baseline = False
         saved = saved_config(self.folder, COMPARISON)
         if config.training.precision == "auto":
-            probed = "float32" if autocast_dtype("auto") is None else "bfloat16"
+            probed: Literal["float32", "bfloat16"] = "float32" if autocast_dtype("auto") is None else "bfloat16"
             config.training.precision = saved["training"]["precision"] if saved else probed
         if saved:
             config.refuse_change_of(saved)

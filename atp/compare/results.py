@@ -11,11 +11,9 @@ import numpy as np
 
 from atp.data import Task
 from atp.evaluation.bootstrap import percentile_interval
-from atp.evaluation.relative import score_samples
+from atp.evaluation.relative import Samples, score_samples
 
 DENSE, ORIGINAL = "dense_lora", "original"
-Samples = tuple[float, np.ndarray]
-"""A score, and the same score on resampled test items [resamples]."""
 
 
 @dataclass(frozen=True)
@@ -101,4 +99,4 @@ def _mean_ratio(ours: dict[str, Samples], theirs: dict[str, Samples], names: lis
     """Mean over the named scores of ours / theirs, point by point and resample by resample."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = [[a / b for a, b in zip(ours[name], theirs[name], strict=True)] for name in names]
-    return float(np.mean([point for point, _ in ratios])), np.mean([drawn for _, drawn in ratios], axis=0)
+    return np.mean([point for point, _ in ratios], axis=0), np.mean([drawn for _, drawn in ratios], axis=0)

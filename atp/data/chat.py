@@ -32,7 +32,8 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
 
     def render(messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
         try:
-            prompt = tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
+            asked = [dict(message) for message in messages[:-1]]
+            prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template may raise anything
             raise InputError(f"the chat template rejects the messages ({shorten(error)}); correct the roles") from error
         return prompt.removeprefix(bos), messages[-1]["content"].strip()

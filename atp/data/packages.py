@@ -20,7 +20,10 @@ def package_folder(name: str) -> Path:
     Raises `InputError` with the install command when the package is missing.
     """
     require(name)
-    return Path(find(name).submodule_search_locations[0])
+    spec = find(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"package '{name}' is a single file and holds no data: run {install_command([name])}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def smollm2_gguf() -> Path:

@@ -93,15 +93,14 @@ def pack(
         labels += [IGNORE] * missing
     windows = len(ids) // length
     packed_ids, packed_labels = (torch.tensor(part[: windows * length]).view(windows, length) for part in (ids, labels))
-    positions = None
-    if separate:
-        positions = _positions(starts, windows, length)
+    positions = _positions(starts, windows, length) if separate else None
+    if positions is not None:
         packed_labels = packed_labels.masked_fill(positions == 0, IGNORE)
-    bears_loss = (packed_labels[:, 1:] != IGNORE).any(dim=1)
-    if not bears_loss.any():
+    scored = (packed_labels[:, 1:] != IGNORE).any(dim=1)
+    if not scored.any():
         raise InputError("no token has a loss: add completions, or use loss_on 'all'")
-    kept = (part if part is None else part[bears_loss] for part in (packed_ids, packed_labels, positions))
-    return PackedDataset(*kept, longer=_longer(documents, length))
+    positions = None if positions is None else positions[scored]
+    return PackedDataset(packed_ids[scored], packed_labels[scored], positions, _longer(documents, length))
 
 
 def unpacked(

@@ -10,7 +10,7 @@ from atp.data.custom import read_examples, tasks_of
 from atp.data.domains import DOMAIN_RECIPES
 from atp.data.mini import MINI_RECIPES
 from atp.data.settings import DataSettings
-from atp.data.splits import Splits, split_off
+from atp.data.splits import Example, Splits, split_off
 from atp.errors import InputError, shorten
 
 
@@ -37,8 +37,11 @@ def custom(settings: DataSettings) -> Splits:
     """The user's own files or Hub data sets, read by their columns (`read_examples`)."""
     if settings.train is None:
         raise InputError("data.train is not set: recipe 'custom' needs a .jsonl, .csv or .parquet file or a Hub name")
-    options = {"limit": settings.limit, "chat": settings.chat}
-    train = read_examples(settings.train, settings.labels, **options)
+
+    def read(source: str) -> list[Example]:
+        return read_examples(source, settings.labels, limit=settings.limit, chat=settings.chat)
+
+    train = read(settings.train)
     total = len({e.document for e in train})
     held_out = {}
     for name in ("test", "calibration"):
@@ -46,7 +49,7 @@ def custom(settings: DataSettings) -> Splits:
         if source is None:
             train, held_out[name] = split_off(train, share, f"{settings.seed} {name}", of=total)
         else:
-            held_out[name] = read_examples(source, settings.labels, **options)
+            held_out[name] = read(source)
     parts = Parts(train, held_out["calibration"], held_out["test"])
     return assemble(parts, settings, tasks_of(parts.test, settings.labels), settings.train, mix=False)
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from atp.data.encoding import encode, start_ids
 from atp.data.splits import Example
 from atp.data.tasks import ROUGE
 from atp.errors import InputError
 from atp.evaluation.bootstrap import score_with_interval
-from atp.evaluation.inference import Progress, inference
+from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import ratio
 
 
 def generate_answers(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     batch_size: int = 8,
@@ -52,7 +52,7 @@ def generate_answers(
             # Padded on the left, so that new tokens directly follow every prompt.
             padded = [[tokenizer.eos_token_id] * (width - len(ids[i])) + ids[i] for i in batch]
             mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch]
-            output = model.generate(
+            output = cast(GenerationMixin, model).generate(
                 input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device),
                 generation_config=greedy,
             )  # fmt: skip
@@ -85,7 +85,7 @@ def check_rouge() -> None:
 
 
 def rouge_scores(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     batch_size: int = 8,
@@ -116,7 +116,7 @@ def rouge_scores(
     return scores | {"n": len(examples), "max_new_tokens": max_new_tokens, "items": pairs}
 
 
-def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's EOS, and those of the model's own generation settings."""
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from atp.data.splits import Example
 from atp.data.tasks import ROUGE, Task
 from atp.errors import InputError
-from atp.evaluation.inference import inference
+from atp.evaluation.inference import CausalLM, inference
 from atp.evaluation.suite import task_examples
 
 TEMPLATES = Path(__file__).parent / "lm_eval_tasks"
@@ -52,7 +51,7 @@ def check_harness() -> None:
 
 
 def harness_scores(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     tasks: Sequence[Task],

@@ -7,7 +7,12 @@ from contextlib import contextmanager
 
 import rich.progress
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
+
+CausalLM = PreTrainedModel | PeftModel
+"""A causal LM, plain or wrapped by PEFT."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) after each batch."""

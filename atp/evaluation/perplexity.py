@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +15,7 @@ from atp.data.packing import IGNORE, PackedDataset
 from atp.data.splits import Example
 from atp.errors import InputError, NotReached
 from atp.evaluation.bootstrap import score_with_interval
-from atp.evaluation.inference import Progress, inference
+from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import perplexity_of
 from atp.finite import is_finite
 
@@ -62,7 +62,7 @@ def sliding_windows(
             labels.append([IGNORE] * seen + window[seen:] + [IGNORE] * len(padding))
             documents.append([place[example.document]] * length)
             scored = begin + len(window)
-    protocol = {"bos": bool(start), "length": length, "stride": stride}
+    protocol: dict[str, object] = {"bos": bool(start), "length": length, "stride": stride}
     return ScoredWindows(torch.tensor(ids), torch.tensor(labels), torch.tensor(documents), protocol)
 
 
@@ -71,12 +71,12 @@ def packed_windows(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -
     ends = (dataset.input_ids == tokenizer.eos_token_id).long().flatten()
     documents = (ends.cumsum(0) - ends).view_as(dataset.input_ids)
     length = dataset.input_ids.shape[1]
-    protocol = {"bos": bool(start_ids(tokenizer)), "length": length, "stride": length}
+    protocol: dict[str, object] = {"bos": bool(start_ids(tokenizer)), "length": length, "stride": length}
     return ScoredWindows(dataset.input_ids, dataset.labels, documents, protocol)
 
 
 def perplexity(
-    model: nn.Module,
+    model: CausalLM,
     windows: ScoredWindows,
     batch_size: int = 8,
     *,

@@ -13,6 +13,9 @@ from atp.errors import InputError
 from atp.evaluation.bootstrap import Statistic, percentile_interval, resampled
 from atp.evaluation.metrics import confusion_items, macro_f1, perplexity_of, ratio, right_items
 
+Samples = tuple[np.ndarray, np.ndarray]
+"""A score [], and the same score on resampled test items [resamples]."""
+
 
 def relative_performance(
     scores: dict[str, Any], dense: dict[str, Any], tasks: Sequence[Task], seed: int = 0
@@ -48,15 +51,15 @@ def relative_performance(
     return found
 
 
-def score_samples(
-    scores: dict[str, Any], tasks: Sequence[Task], seed: int = 0
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def score_samples(scores: dict[str, Any], tasks: Sequence[Task], seed: int = 0) -> dict[str, Samples]:
     """For perplexity and every `<task> <metric>`: the score over all items, and resampled scores float64 [resamples].
 
     scores: from `evaluate_model`. Models scored on the same items are resampled alike, so that their samples can be
     compared pairwise.
     """
-    tables = {"perplexity": (np.asarray(scores["items"], dtype=np.float64), perplexity_of)}
+    tables: dict[str, tuple[np.ndarray, Statistic]] = {
+        "perplexity": (np.asarray(scores["items"], dtype=np.float64), perplexity_of)
+    }
     for task in tasks:
         items = scores["tasks"][task.name]["items"]
         for metric in task.metrics:

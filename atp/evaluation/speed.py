@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import BaseStreamer
 
-from atp.evaluation.inference import inference
+from atp.evaluation.inference import CausalLM, inference
 
 
 def throughput(
-    model: nn.Module,
+    model: CausalLM,
     *,
     prompt_tokens: int = 256,
     new_tokens: int = 64,
@@ -31,6 +32,7 @@ def throughput(
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens + 1, min_new_tokens=new_tokens + 1, pad_token_id=0
     )
+    generate = cast(GenerationMixin, model).generate
     with inference(model, autocast) as device:
         # Token values do not affect time; small ids exist in any vocabulary.
         prompt = (torch.arange(prompt_tokens, device=device) % 16).repeat(batch_size, 1)
@@ -40,7 +42,7 @@ def throughput(
             model(input_ids=prompt, use_cache=True, logits_to_keep=1)
             prefill = _now(device) - start
             clock = _TokenClock(device)
-            model.generate(input_ids=prompt, attention_mask=mask, generation_config=greedy, streamer=clock)
+            generate(input_ids=prompt, attention_mask=mask, generation_config=greedy, streamer=clock)
             if repeat > 0:
                 prefills.append(prefill)
                 # Readings: the prompt's echo, the token from prefill, then one per decode step.
@@ -51,7 +53,7 @@ def throughput(
     }
 
 
-def model_size(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+def model_size(model: CausalLM, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Parameters and weight size: {params, decoder_params, megabytes}.
 
     params: all weights, tied ones once. decoder_params: those of the decoder layers (linears and norms), without

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from atp.data.splits import Example
 from atp.data.tasks import Task
 from atp.evaluation.generation import rouge_scores
-from atp.evaluation.inference import Progress
+from atp.evaluation.inference import CausalLM, Progress
 from atp.evaluation.perplexity import ScoredWindows, perplexity
 from atp.evaluation.tasks import label_scores
 
 
 def evaluate_model(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     windows: ScoredWindows,
     examples: Sequence[Example] = (),
@@ -37,8 +37,8 @@ def evaluate_model(
     `max_length` tokens or the model's positions. progress: returns the progress callback of a named part.
     Returns the result of `perplexity`, and tasks: {name: the result of `label_scores` or `rouge_scores`}.
     """
-    bar = progress or (lambda name: None)
-    common = {"seed": seed, "autocast": autocast}
+    bar: Callable[[str], Progress | None] = progress or (lambda name: None)
+    common: dict[str, Any] = {"seed": seed, "autocast": autocast}
     scores = perplexity(model, windows, batch_size, max_windows=max_windows, progress=bar("perplexity"), **common)
     common["max_length"] = min(max_length, model.config.max_position_embeddings)
     scored: dict[str, object] = {}

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from atp.data.encoding import common_prefix, encode, start_ids
 from atp.data.splits import Example
 from atp.errors import InputError, NotReached
 from atp.evaluation.bootstrap import score_with_interval
-from atp.evaluation.inference import Progress, inference
+from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import confusion_items, confusion_table, macro_f1, ratio, right_items
 
 
@@ -38,7 +38,7 @@ class Query:
 
 
 def label_scores(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     labels: Sequence[str],
@@ -97,7 +97,7 @@ def tokenize_questions(
 
 
 def score_labels(
-    model: nn.Module,
+    model: CausalLM,
     questions: Sequence[Question],
     batch_size: int,
     *,
@@ -149,7 +149,7 @@ def _queries(index: int, question: Question) -> list[Query]:
     ]
 
 
-def _run(model: nn.Module, batch: list[Query], device: torch.device) -> list[tuple[int, int, float]]:
+def _run(model: CausalLM, batch: list[Query], device: torch.device) -> list[tuple[int, int, float]]:
     """Runs one batch and returns (question, label, log-probability) of all wanted tokens."""
     # Padding on the right needs no attention mask: in a causal model no wanted position sees it.
     input_ids = torch.zeros(len(batch), max(len(query.ids) for query in batch), dtype=torch.long)

@@ -67,10 +67,7 @@ class Experiment:
         self._members = {
             d: Members(c, self.runs / d, command=self.command, say=self.say) for d, c in self.configs.items()
         }
-        for config in self.configs.values():
-            processes.on_main(lambda config=config: check_packages(config.model, config.data))
-        for members in self._members.values():
-            processes.on_main(lambda members=members: members.check(self.arms.values(), self.seeds))
+        processes.on_main(self._check_members)
         self._splits = processes.main_first(
             lambda: {
                 domain: load_recipe(data_settings(members.config, load_tokenizer(members.config.model)))
@@ -92,6 +89,12 @@ class Experiment:
         if broken:
             raise NotReached("; ".join(broken))
         return content
+
+    def _check_members(self) -> None:
+        for config in self.configs.values():
+            check_packages(config.model, config.data)
+        for members in self._members.values():
+            members.check(self.arms.values(), self.seeds)
 
     def _check_places(self) -> None:
         check_writable(self.runs, "--runs")

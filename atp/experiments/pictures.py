@@ -30,11 +30,11 @@ def draw(
         }
         if records:
             plots.decisions_png(path, records)
-    elif spec.picture == "curve":
+    elif spec.picture == "curve" and spec.x is not None:
         curves = {domain: _lines(found, arms, spec.x) for domain, found in domains.items()}
-        panels = {domain: lines for domain, lines in curves.items() if lines}
-        if panels:
-            plots.curves_png(path, panels, spec.x, "held-out perplexity")
+        curves = {domain: lines for domain, lines in curves.items() if lines}
+        if curves:
+            plots.curves_png(path, curves, spec.x, "held-out perplexity")
     else:
         panels = {domain: _perplexities(found) for domain, found in domains.items() if len(found) > 1}
         if panels:
@@ -49,13 +49,13 @@ def _perplexities(found: dict[str, Any]) -> dict[str, tuple[float, float, float]
     return {label: _interval(row["scores"]["perplexity"]) for label, row in found.items() if label != ORIGINAL}
 
 
-def _lines(found: dict[str, Any], arms: dict[str, Arm], key: str) -> dict[str, list[tuple[float, float, float, float]]]:
+def _lines(found: dict[str, Any], arms: dict[str, Arm], key: str) -> dict[str, list[plots.Point]]:
     """Method -> (x, perplexity, low, high): a curve over arms that vary the key, a flat line for the others."""
-    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    lines: dict[str, list[plots.Point]] = {}
     for label, row in found.items():
         arm = arms.get(label)
         values = dict(override.split("=", 1) for override in arm.overrides) if arm else {}
-        if key in values:
+        if arm is not None and key in values:
             lines.setdefault(arm.method, []).append((float(values[key]), *_interval(row["scores"]["perplexity"])))
     ends = [x for points in lines.values() for x, *_ in points]
     for label, row in found.items():

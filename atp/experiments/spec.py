@@ -62,7 +62,7 @@ class ExperimentSpec(BaseModel):
         base = shipped.find(path.parent / self.base)
         values = read_yaml_file(base, "base")
         if not isinstance(values, dict):
-            raise InputError(f"base {shorten(base)} holds no mapping: it needs at least the key model")
+            raise InputError(f"base {shorten(base)} is not a mapping: it needs at least the key model")
         return ATPConfig.parse(values | {"output_dir": "set later"}, [*overrides, f"data.recipe={domain}"])
 
     def labelled_arms(self) -> dict[str, Arm]:

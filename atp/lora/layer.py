@@ -36,6 +36,16 @@ class MaskedLoraLinear(PeftLinear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
+        self._unmask()
+
+    @staticmethod
+    def adopt(layer: PeftLinear) -> MaskedLoraLinear:
+        """Turns a stock layer into this one in place: same object, parameters and hooks, another forward."""
+        layer.__class__ = MaskedLoraLinear
+        layer._unmask()
+        return layer
+
+    def _unmask(self) -> None:
         self.set_masks(None, None)
         self.gates: list[Tensor | None] = [None, None]
 

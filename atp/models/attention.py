@@ -61,6 +61,6 @@ def _attention(
 
 
 def register() -> None:
-    """Makes transformers know the attention by name; calling it again changes nothing."""
+    """Registers the attention with transformers under its name; calling it again changes nothing."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

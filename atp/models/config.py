@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PretrainedConfig
@@ -58,13 +58,13 @@ class ATPLlamaConfig(LlamaConfig):
     layer_shapes: one `LayerShape` per layer as a dict, None for a model without cuts. The inherited head counts,
     head_dim and intermediate_size stay those of the model before the cut: head_dim sets the RoPE frequencies and the
     softmax scale. shortcuts: a matrix on each residual connection, as SliceGPT needs; hidden_size is then the width
-    that is left of the residual stream. Configs written before a key existed have the default, which is Llama's.
+    that is left of the residual stream. A config that lacks a key has its default, which is what Llama does.
     """
 
     model_type = CUT_MODEL_TYPE
-    # TRL reads it of every class that transformers does not bring along. Empty rather than None, which transformers
-    # searches; no field, so that config.json has it only where there is something in it.
-    auto_map = MappingProxyType({})
+    # TRL reads this attribute of classes that are not in transformers. Empty rather than None, because transformers
+    # searches it; no field, so that an empty one does not appear in config.json.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     layer_shapes: list[dict[str, Any]] | None = None
     shortcuts: bool = False
@@ -87,10 +87,11 @@ class ATPLlamaConfig(LlamaConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        if self.no_rope_layers is not None:
+            self.no_rope_layers = self.no_rope_layers[: self.num_hidden_layers]  # a list may be longer in transformers
         if self.layer_shapes is None:
-            full = LayerShape(
-                self.num_attention_heads, self.num_key_value_heads, None, self.head_dim, self.intermediate_size
-            )
+            heads, kv_heads = self.num_attention_heads, cast(int, self.num_key_value_heads)
+            full = LayerShape(heads, kv_heads, None, self.uncut_head_dim, self.intermediate_size)
             self.layer_shapes = [full.to_dict() for _ in range(self.num_hidden_layers)]
 
     @classmethod
@@ -100,22 +101,34 @@ class ATPLlamaConfig(LlamaConfig):
         cut._attn_implementation = config._attn_implementation
         return cut
 
+    @property
+    def uncut_head_dim(self) -> int:
+        """head_dim, which is always set after construction."""
+        return cast(int, self.head_dim)
+
     def layer_shape(self, layer: int) -> LayerShape:
         """Widths of one layer."""
-        return LayerShape(**self.layer_shapes[layer])
+        return LayerShape(**cast(list[dict[str, Any]], self.layer_shapes)[layer])
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of one layer, None for full attention."""
+        return self.sliding_window if cast(list[str], self.layer_types)[layer] == "sliding_attention" else None
+
+    def uses_rope(self, layer: int) -> bool:
+        """Whether one layer rotates its queries and keys."""
+        return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
 
     def validate_architecture(self) -> None:
         """Checks every layer's widths; called by transformers. Raises ValueError naming layer and key."""
-        if len(self.layer_shapes) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_shapes describes {len(self.layer_shapes)} layers and num_hidden_layers is "
-                f"{self.num_hidden_layers}: give one entry per layer"
-            )
-        if self.no_rope_layers is not None and len(self.no_rope_layers) < self.num_hidden_layers:
-            raise ValueError(
-                f"no_rope_layers describes {len(self.no_rope_layers)} layers and num_hidden_layers is "
-                f"{self.num_hidden_layers}: give one entry per layer"
-            )
+        layers = self.num_hidden_layers
+        counts = {"layer_shapes": len(cast(list[Any], self.layer_shapes))}
+        if self.no_rope_layers is not None:
+            counts["no_rope_layers"] = len(self.no_rope_layers)
+        for key, count in counts.items():
+            if count != layers:
+                raise ValueError(
+                    f"{key} describes {count} layers and num_hidden_layers is {layers}: give one entry per layer"
+                )
         for layer in range(self.num_hidden_layers):
             try:
                 shape = self.layer_shape(layer)
@@ -130,7 +143,7 @@ class ATPLlamaConfig(LlamaConfig):
                 yield key, "a layer keeps at least one"
         if shape.num_key_value_heads > 0 and shape.num_attention_heads % shape.num_key_value_heads:
             yield "num_attention_heads", f"it must be a multiple of the {shape.num_key_value_heads} key-value heads"
-        limits = {"qk_pairs": ("head_dim / 2", self.head_dim // 2)}
+        limits = {"qk_pairs": ("head_dim / 2", self.uncut_head_dim // 2)}
         limits |= {key: ("hidden_size", self.hidden_size) for key in _SELECTIONS}
         for key, (name, limit) in limits.items():
             positions = getattr(shape, key)

@@ -1,10 +1,10 @@
-"""Running a decoder layer by layer, for whoever looks at or changes each layer before the next one is reached."""
+"""Running a decoder layer by layer, for methods that read or change a layer before the next one runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ class _Stop(Exception):
 
 @contextmanager
 def reached(module: nn.Module) -> Iterator[list[Any]]:
-    """Ends the pass that the with block runs where it reaches a module; gives [its first argument, its keywords]."""
+    """Ends the pass inside the with block when it reaches a module; yields [its first argument, its keywords]."""
     found: list[Any] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -53,7 +53,8 @@ def first_layer_inputs(decoder: PreTrainedModel, batch: dict[str, Any]) -> tuple
 
     Samples of a row that has `position_ids` do not see each other. No layer runs.
     """
-    layers, recorders = decoder.layers, [_Recorder() for _ in decoder.layers]
+    layers = cast(nn.ModuleList, decoder.layers)
+    recorders = [_Recorder() for _ in layers]
     decoder.layers = nn.ModuleList(recorders)
     try:
         decoder(**hidden_arguments(batch))

@@ -9,7 +9,7 @@ that of `GraniteForCausalLM` (`LlamaForCausalLM` plus logits_scaling).
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +39,21 @@ _HEAD_DIM_MULTIPLE = 8
 class ATPLlamaAttention(nn.Module):
     """Grouped-query attention with its own number of heads, RoPE pairs and value width in each layer."""
 
+    rope_index: Tensor | None
+
     def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
         super().__init__()
         shape = config.layer_shape(layer_idx)
         self.config = config
         self.layer_idx = layer_idx
-        self.qk_head_dim = shape.qk_head_dim(config.head_dim)
+        self.qk_head_dim = shape.qk_head_dim(config.uncut_head_dim)
         self.v_head_dim = shape.v_head_dim
         self.num_key_value_groups = shape.num_attention_heads // shape.num_key_value_heads
-        self.scaling = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        scale = config.attention_multiplier
+        self.scaling = config.uncut_head_dim**-0.5 if scale is None else scale
         self.attention_dropout = config.attention_dropout
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
-        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        self.sliding_window = config.window(layer_idx)
+        self.use_rope = config.uses_rope(layer_idx)
         self.is_causal = True
 
         heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
@@ -59,10 +61,10 @@ class ATPLlamaAttention(nn.Module):
         self.q_proj = nn.Linear(inputs, heads * self.qk_head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(inputs, kv_heads * self.qk_head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(inputs, kv_heads * self.v_head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, outputs, bias=config.attention_out_bias)
-        self.q_norm, self.k_norm = (
-            LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
-        )
+        self.o_proj = nn.Linear(heads * self.v_head_dim, outputs, bias=bool(config.attention_out_bias))
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
         self.register_buffer("rope_index", self.kept_rope_index(), persistent=False)
 
     def kept_rope_index(self) -> Tensor | None:
@@ -70,7 +72,7 @@ class ATPLlamaAttention(nn.Module):
         pairs = self.config.layer_shape(self.layer_idx).qk_pairs
         if pairs is None:
             return None
-        half = self.config.head_dim // 2
+        half = self.config.uncut_head_dim // 2
         return torch.tensor(pairs + [half + pair for pair in pairs])
 
     def forward(
@@ -91,7 +93,7 @@ class ATPLlamaAttention(nn.Module):
         query = self.q_proj(hidden_states).view(*tokens, -1, self.qk_head_dim)
         key = self.k_proj(hidden_states).view(*tokens, -1, self.qk_head_dim)
         value = self.v_proj(hidden_states).view(*tokens, -1, self.v_head_dim).transpose(1, 2)
-        if self.q_norm is not None:
+        if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
 
@@ -107,7 +109,7 @@ class ATPLlamaAttention(nn.Module):
 
         implementation = self.config._attn_implementation
         if implementation != "eager":
-            # Zeros change neither scores nor outputs; unequal widths would fall to the slow, unfused path.
+            # Zeros change neither scores nor outputs; unequal widths would take the slow, unfused path.
             width = -(-max(self.qk_head_dim, self.v_head_dim) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
             query, key, value = (_pad_heads(heads, width) for heads in (query, key, value))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -162,7 +164,7 @@ class ATPLlamaDecoderLayer(GradientCheckpointingLayer):
 
 
 class ATPLlamaPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the class to load, initialise, split and checkpoint it."""
+    """What transformers must know about the class to load, initialize, split and checkpoint it."""
 
     config: ATPLlamaConfig
     config_class = ATPLlamaConfig
@@ -180,14 +182,14 @@ class ATPLlamaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         # from_pretrained builds on the meta device, and no file holds the non-persistent buffers.
         if isinstance(module, ATPLlamaAttention) and module.rope_index is not None:
-            init.copy_(module.rope_index, module.kept_rope_index())
+            init.copy_(module.rope_index, cast(Tensor, module.kept_rope_index()))
         if isinstance(module, Selection):
             for name, index in module.indices().items():
                 if index is not None:
                     init.copy_(getattr(module, name), index)
 
 
-class ATPLlamaModel(ATPLlamaPreTrainedModel, Qwen2Model):
+class ATPLlamaModel(ATPLlamaPreTrainedModel, Qwen2Model):  # type: ignore[misc]  # whose config is no Qwen2Config
     """The decoder without its head."""
 
     def __init__(self, config: ATPLlamaConfig) -> None:
@@ -196,9 +198,10 @@ class ATPLlamaModel(ATPLlamaPreTrainedModel, Qwen2Model):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(ATPLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.has_sliding_layers = "sliding_attention" in config.layer_types
+        # Those of Qwen2 under other names.
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # type: ignore[assignment]
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[assignment]
+        self.has_sliding_layers = "sliding_attention" in (config.layer_types or ())
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -213,7 +216,7 @@ class ATPLlamaModel(ATPLlamaPreTrainedModel, Qwen2Model):
         return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
-class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, GraniteForCausalLM):
+class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, GraniteForCausalLM):  # type: ignore[misc]  # nor a GraniteConfig
     """The cut model: loads, trains, generates and saves like any causal LM of transformers."""
 
     def __init__(self, config: ATPLlamaConfig) -> None:
@@ -224,12 +227,12 @@ class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, GraniteForCausalLM):
         self.post_init()
 
     def _get_static_cache_init_shape(self) -> None:
-        # Key and value widths differ, so a static cache takes its shapes from the first states it sees.
+        # Key and value widths differ, so a static cache must take its shapes from the first states it sees.
         return None
 
 
 def register() -> None:
-    """Makes transformers know the class and the training attention; calling it again changes nothing."""
+    """Registers the class and the training attention with transformers; calling it again changes nothing."""
     attention.register()
     AutoConfig.register(ATPLlamaConfig.model_type, ATPLlamaConfig, exist_ok=True)
     AutoModel.register(ATPLlamaConfig, ATPLlamaModel, exist_ok=True)

@@ -34,7 +34,7 @@ class Selection(nn.Module):
         """The inputs of the block, [batch, tokens, inputs], from the normed hidden state [batch, tokens, hidden]."""
         return normed if self.inputs is None else normed.index_select(-1, self.inputs)
 
-    def add(self, layer: nn.Module, stream: Tensor, output: Tensor) -> Tensor:
+    def add(self, layer: Any, stream: Tensor, output: Tensor) -> Tensor:
         """The residual stream [batch, tokens, hidden] with the output [batch, tokens, outputs] of a block added."""
         if self.outputs is None:
             return add_block(layer, stream, output)

@@ -21,7 +21,7 @@ from atp.models.config import ATPLlamaConfig
 from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
 from atp.models.selected import Selection
 from atp.spaces.space import MaskSpace
-from atp_kernels.functional import compact
+from atp_kernels import compact
 
 _LINEAR = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?P<module>(?:self_attn|mlp)\.\w+?)\.(?P<parameter>.+)$")
 # Which axes of a parameter are cut: rows (outputs of the linear) and columns (inputs).

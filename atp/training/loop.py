@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
@@ -188,13 +188,13 @@ class Loop:
         """Clips the gradient of the loss to norm `training.clip`."""
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.training.clip)
 
-    def skip_if_not_finite(self, beside: Sequence[Tensor] = ()) -> Tensor:
-        """Makes the optimizer step to come change nothing if a gradient is not finite; 1 then, else 0, on the device.
+    def skip_if_not_finite(self, beside: Sequence[nn.Parameter] = ()) -> Tensor:
+        """Makes the next optimizer step change nothing if a gradient is not finite.
 
-        beside: parameters whose gradients count too, though another optimizer steps them.
+        beside: parameters whose gradients count too, though another optimizer steps them. Returns 1 for a step that
+        will be skipped and 0 otherwise, scalar float32 on the device.
         """
-        self.finite.check(self.adamw, self.step + 1, beside)
-        return self.adamw.found_inf
+        return self.finite.check(self.adamw, self.step + 1, beside).float()
 
     # Between steps
 
@@ -244,7 +244,7 @@ class Loop:
 
     def end_on_signal(self) -> None:
         """Raises `Interrupted` if one of the processes got a signal; a checkpoint is written by then."""
-        if self._heard_signal():
+        if self._heard_signal() and self.signals.received is not None:
             newest = processes.on_main(lambda: checkpoints.newest(self.checkpoint_root))
             raise Interrupted(self.signals.received, f"continue with --resume (checkpoint {newest})")
 
@@ -314,7 +314,7 @@ class Loop:
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
-        tensors = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
+        tensors: dict[str, Tensor] = {f"model.{name}": self.model.get_parameter(name) for name in self._trained}
         tensors |= prefixed("lora_optimizer", checkpoints.optimizer_tensors(self.adamw, self._trained))
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":

@@ -17,8 +17,9 @@ from atp.training.profiling import scope
 def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int | None = None) -> Tensor:
     """Mean cross-entropy over the scored tokens of a batch that `atp.data.collate` made, scalar float32.
 
-    model: a causal LM, also inside PEFT or a distributed wrapper. count: what the sum over tokens is divided by when a
-    step has several batches, default the scored tokens of this one. Positions without a label cost nothing.
+    model: a causal LM of a supported family, also inside PEFT or a distributed wrapper. count: divisor of the sum over
+    tokens, for steps of several batches; default the scored tokens of this batch. Positions without a label cost
+    nothing.
     """
     inner = getattr(model, "module", model)  # DistributedDataParallel
     causal = cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
@@ -34,7 +35,7 @@ def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int 
 
 
 def _final_hidden(model: nn.Module, causal: PreTrainedModel, batch: dict[str, Any], windows: Windows) -> Tensor:
-    """What the head would see, [batch, tokens, hidden]. The pass goes through the wrappers: they count on it."""
+    """The input of the head, [batch, tokens, hidden]. The pass goes through the wrappers, which rely on seeing it."""
     input_ids, position_ids = batch["input_ids"], batch.get("position_ids")
     mask = None
     if causal.config._attn_implementation == NAME:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from atp import processes
-from atp.config import ATPConfig
+from atp.config import DecisionsConfig, TrainingConfig
 from atp.decide.maker import DecisionMaker, frozen
 from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.evaluation.inference import inference
@@ -39,19 +39,23 @@ class Pruning:
     """Decisions over a LoRA model, and what they change in its training steps.
 
     model: from `add_lora`, on the device where it trains. calibration: what decisions are judged on. autocast: the
-    dtype of calibration passes, None for that of the weights. Of the config it takes seed, decisions and training.
+    dtype of calibration passes, None for that of the weights. Of `training` it takes the length of the search, the
+    regularizer and `max_bad_steps`.
     """
 
     def __init__(
         self,
         model: PeftModel,
         space: MaskSpace,
-        config: ATPConfig,
         calibration: Dataset,
+        settings: DecisionsConfig,
+        training: TrainingConfig,
         *,
+        seed: int,
         autocast: torch.dtype | None,
     ) -> None:
-        self.model, self.space, self.config, self.calibration = model, space, config, calibration
+        self.model, self.space, self.calibration = model, space, calibration
+        self.settings, self.training, self.seed = settings, training, seed
         self.device = next(model.parameters()).device
         self.autocast = autocast
         self.decisions = self._make_decisions(prior=None)
@@ -60,9 +64,7 @@ class Pruning:
         self.figures: dict[str, Tensor] = {}  # what steps have to say since the last record
         self.controller = MaskController(model, space)
         self.groups = LoraGroups(model, space)
-        self.regularizer = make_regularizer(
-            config.training.regularizer, model, space, self.groups, seed=config.seed + 2
-        )
+        self.regularizer = make_regularizer(training.regularizer, model, space, self.groups, seed=seed + 2)
 
     @property
     def is_cut(self) -> bool:
@@ -71,31 +73,29 @@ class Pruning:
 
     def start(self) -> None:
         """Makes the decisions that the search starts from, by the saliency of the calibration data if so configured."""
-        prior, settings = None, self.config.decisions
-        if settings.init == "saliency":
-            count = min(settings.saliency_windows, sized(self.calibration))
+        prior = None
+        if self.settings.init == "saliency":
+            count = min(self.settings.saliency_windows, sized(self.calibration))
             with frozen(self.model):
                 saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss)
             self.controller.clear()
             saliency = processes.from_main(saliency, "saliency")
-            prior = saliency_logits(saliency, self.space, settings.saliency_scale)
+            prior = saliency_logits(saliency, self.space, self.settings.saliency_scale)
         self.decisions = self._make_decisions(prior)
 
     def _make_decisions(self, prior: Tensor | None) -> DecisionMaker:
-        training = self.config.training
         return DecisionMaker(
-            self.space, self.config.decisions, search_steps=training.search, prior=prior, seed=self.config.seed,
-            max_bad_steps=training.max_bad_steps,
+            self.space, self.settings, search_steps=self.training.search, prior=prior, seed=self.seed,
+            max_bad_steps=self.training.max_bad_steps,
         )  # fmt: skip
 
     # Parts of a step
 
     def decide(self, step: int) -> None:
         """A decision step and a new hard mask, in every `decisions.every`-th search step, counted from 0."""
-        settings = self.config.decisions
-        if step % settings.every:
+        if step % self.settings.every:
             return
-        batch = self.calibration_batch(step // settings.every, settings.batch_size)
+        batch = self.calibration_batch(step // self.settings.every, self.settings.batch_size)
         try:
             with frozen(self.model), scope("masks"):
                 outcome = self.decisions.update(step, lambda mask: self.calibration_loss(batch, mask))
@@ -154,7 +154,7 @@ class Pruning:
 
     def refit(self) -> None:
         """Fits the readers of removed inputs to the kept ones, now that no decision moves any more."""
-        count = min(self.config.decisions.refit_windows, sized(self.calibration))
+        count = min(self.settings.refit_windows, sized(self.calibration))
         with inference(self.model, self.autocast):
             fitted = refit(self.decoder, self.controller, self.space, self.decisions.mask, self._windows(count))
         broadcast(list(fitted.values()))  # processes must not differ, not even by rounding
@@ -193,7 +193,7 @@ class Pruning:
     def calibration_batch(self, index: int, size: int) -> Batch:
         """The calibration batch with this number, of `size` samples."""
         with scope("data"):
-            return batch_at(self.calibration, index, size, self.config.seed + 1, self.device)
+            return batch_at(self.calibration, index, size, self.seed + 1, self.device)
 
     def calibration_loss(self, batch: Batch, mask: Tensor) -> Tensor:
         """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""

@@ -61,7 +61,10 @@ class ATPTrainer(Loop):
             config, wrapped, train_dataset, Path(config.output_dir), phases, tokenizer=tokenizer, callbacks=callbacks
         )
         self.params_before = params_before
-        self.pruning = Pruning(wrapped, space, config, calibration_dataset, autocast=self.autocast_dtype)
+        self.pruning = Pruning(
+            self.model, space, calibration_dataset, config.decisions, config.training, seed=config.seed,
+            autocast=self.autocast_dtype,
+        )  # fmt: skip
 
     @classmethod
     def from_config(cls, config: ATPConfig, callbacks: Sequence[Callback] = ()) -> ATPTrainer:

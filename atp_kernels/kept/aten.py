@@ -3,6 +3,9 @@
 It runs on any device and in any dtype; a backend's `Primitives` gather around the products.
 """
 
+# Which of the saved tensors are None follows from `needs`, which a type checker cannot see.
+# mypy: disable-error-code="union-attr,operator,arg-type,assignment"
+
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -88,7 +91,7 @@ def backward(grad_y: Tensor, saved: Saved, needs: Needs, *, primitives: Primitiv
             primitives.spread_columns_(d_a, d_a.shape[1], ins.place, rows)
     if need_b and later:
         d_b = grad_y.t() @ s
-    return Gradients(d_x, d_a, d_b, d_adapter)
+    return d_x, d_a, d_b, d_adapter
 
 
 def _product(

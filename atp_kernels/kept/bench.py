@@ -1,6 +1,7 @@
 """Benchmark cases of the LoRA linear on a kept slice: hard masks on one side or both."""
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,11 +21,13 @@ def hard(case: Case, sides: tuple[str, ...]) -> Variants:
     tensors, grad, rng = operands(case, train_factors=True)
     x, weight, lora_a, lora_b = tensors
     sizes = dict(zip(("out_mask", "in_mask"), case.linear, strict=True))
-    masks = {name: torch.rand(sizes[name], generator=rng, device=case.device) < case.keep for name in sides}
+    draw = partial(torch.rand, generator=rng, device=case.device)
+    masks: dict[str, Any] = {name: draw(sizes[name]) < case.keep for name in sides}
     inputs = (x, lora_a, lora_b)
     kept = KeptSlice(weight, **masks)
     sliced = partial(kept_lora_linear, x, kept, lora_a, lora_b, scaling=1.0)
-    first = KeptSlice(weight, **{name: KeptFirst(mask) for name, mask in masks.items()})
+    orders: dict[str, Any] = {name: KeptFirst(mask) for name, mask in masks.items()}
+    first = KeptSlice(weight, **orders)
     permuted = partial(kept_lora_linear, x, first, lora_a, lora_b, scaling=1.0)
     padded = (-(-count // _FLOOR_MULTIPLE) * _FLOOR_MULTIPLE for count in kept_sizes(case, sides))
     widths = map(min, case.linear, padded)

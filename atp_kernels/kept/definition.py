@@ -22,5 +22,14 @@ def kept_lora_linear(
     R and C are the positions that the bool masks keep; x, lora_input and y lie in the order of the model.
     Source: arXiv 2412.14426, section 3 (LoRA step).
     """
-    base = {"out_mask": out_mask, "in_mask": in_mask, "bias": bias}
-    return definition.masked_lora_linear(x, weight, lora_a, lora_b, scaling=scaling, lora_input=lora_input, **base)
+    return definition.masked_lora_linear(
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        scaling=scaling,
+        out_mask=out_mask,
+        in_mask=in_mask,
+        bias=bias,
+        lora_input=lora_input,
+    )

@@ -1,6 +1,7 @@
 """torch.library registration and eager Function of the LoRA linear on a kept slice."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +44,14 @@ def kept_linear(
 
 def flat(sides: tuple[Side | None, Side | None]) -> tuple[Tensor | None | bool, ...]:
     """Two sides as an operator takes them."""
-    return tuple(part for side in sides for part in (side or (None, None, False)))
+    outs, ins = ((None, None, False) if side is None else (side.index, side.place, side.kept_first) for side in sides)
+    return *outs, *ins
 
 
-def _sides(parts: Sequence[Tensor | None | bool]) -> tuple[Side | None, Side | None]:
+def _sides(parts: Sequence[Any]) -> tuple[Side | None, Side | None]:
     """The inverse of `flat`."""
-    return tuple(None if index is None else Side(index, *rest) for index, *rest in (parts[:3], parts[3:]))
+    outs, ins = (None if part[0] is None else Side(*part) for part in (parts[:3], parts[3:]))
+    return outs, ins
 
 
 @torch.library.custom_op("atp_kernels::kept_lora_linear", mutates_args=())
@@ -102,7 +105,7 @@ def kept_lora_linear_backward_op(
     sides = _sides((out_index, out_place, out_kept_first, in_index, in_place, in_kept_first))
     saved = Saved(weight, lora_a, lora_b, adapter_input, s, *sides, scaling)
     module = select("kept_lora_linear", grad_y.device, grad_y.dtype, backend).module
-    grads = module.backward(grad_y, saved, Needs(*needs, shared_input=shared_input))
+    grads = module.backward(grad_y, saved, Needs._make((*needs, shared_input)))
     return [grad for grad in grads if grad is not None]
 
 
@@ -158,7 +161,7 @@ class KeptLoraLinear(torch.autograd.Function):
     def backward(ctx, grad_y):
         grad_y = matrix(grad_y)
         saved = Saved(ctx.kept.weight(grad_y.dtype), *ctx.saved_tensors, *ctx.kept.sides, ctx.scaling)
-        needs = Needs(*ctx.needs_input_grad[:4], shared_input=ctx.shared_input)
+        needs = Needs._make((*ctx.needs_input_grad[:4], ctx.shared_input))
         d_x, d_a, d_b, d_adapter = ctx.module.backward(grad_y, saved, needs)
         d_x, d_adapter = (grad if grad is None else grad.view(ctx.shape) for grad in (d_x, d_adapter))
         return d_x, d_a, d_b, d_adapter, None, None, None

@@ -48,13 +48,8 @@ class Needs(NamedTuple):
     shared_input: bool = True
 
 
-class Gradients(NamedTuple):
-    """One for every operand that can have one, None where none is wanted."""
-
-    x: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    lora_input: Tensor | None
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Those of x, lora_a, lora_b and lora_input; None where none is wanted."""
 
 
 def prepare(

@@ -5,16 +5,16 @@ index vectors, and at the first use the gathered weight.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from atp_kernels.call import select
-from atp_kernels.reference import round_up
+from atp_kernels.compaction.definition import round_up
 
 
-class Side(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Side:
     """Where the positions of one whole side lie in the slice; None instead of a Side where nothing is removed.
 
     kept_first=False: the whole side keeps its order. index [width] holds the kept positions, then fillers whose weight
@@ -98,7 +98,8 @@ class KeptSlice:
     @property
     def sides(self) -> tuple[Side | None, Side | None]:
         """How outputs and inputs relate to the slice."""
-        return self._rows and self._rows.side, self._cols and self._cols.side
+        rows, cols = self._rows, self._cols
+        return None if rows is None else rows.side, None if cols is None else cols.side
 
     def fits(self, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None) -> bool:
         """Whether these are the masks that the slice was made for, on the same device and in the same order.
@@ -158,8 +159,10 @@ class _Gather:
                 return None
             silent = torch.arange(mask.kept, mask.width, device=mask.mask.device)
             return cls(mask.kept, mask.index[: mask.width], silent, Side(mask.index, mask.place, True))
-        kept = None if mask is None else mask.nonzero().squeeze(1)
-        if mask is None or kept.numel() == mask.numel():
+        if mask is None:
+            return None
+        kept = mask.nonzero().squeeze(1)
+        if kept.numel() == mask.numel():
             return None
         # One filler at least: what it multiplies to is the zero that removed positions read.
         size, count = mask.numel(), kept.numel()
@@ -178,19 +181,12 @@ def _gathered(matrix: Tensor, rows: _Gather | None, cols: _Gather | None) -> Ten
     """The slice of a matrix; the matrix itself where nothing is removed."""
     if rows is None and cols is None:
         return matrix
-    kept = _selected(matrix, rows and rows.index, cols and cols.index)
-    _silence_(kept, rows, cols)
-    return kept
-
-
-def _selected(matrix: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
-    return select("compact", matrix.device, matrix.dtype)[0].compact(matrix, rows, cols)
-
-
-def _silence_(kept: Tensor, rows: _Gather | None, cols: _Gather | None) -> None:
+    indices = (None if side is None else side.index for side in (rows, cols))
+    kept = select("compact", matrix.device, matrix.dtype).module.compact(matrix, *indices)
     for axis, gather in enumerate((rows, cols)):
         if gather is not None:
             kept.index_fill_(axis, gather.silent, 0)
+    return kept
 
 
 def _version(tensor: Tensor | KeptFirst | None) -> int | None:
@@ -201,12 +197,14 @@ def _version(tensor: Tensor | KeptFirst | None) -> int | None:
 
 
 def _same(old: Tensor | KeptFirst | None, new: Tensor | KeptFirst | None) -> bool:
-    if old is new or type(old) is not type(new):
+    if old is None or new is None or old is new:
         return old is new
-    if isinstance(old, KeptFirst):
+    if isinstance(old, KeptFirst) and isinstance(new, KeptFirst):
         if _version(new) != new._version:
             return False
         old, new = old.mask, new.mask
+    if isinstance(old, KeptFirst) or isinstance(new, KeptFirst):
+        return False
     return old.device == new.device and torch.equal(old, new)
 
 

@@ -5,6 +5,9 @@ base result by `addmm_`, absent masks cost nothing, and no gradient is computed 
 around the products are `Primitives`, of which another backend may have its own.
 """
 
+# Which of the saved tensors are None follows from `needs`, which a type checker cannot see.
+# mypy: disable-error-code="union-attr,operator,arg-type,assignment"
+
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -147,7 +150,7 @@ def backward(
     if d_adapter is not None:
         primitives.mask_(d_adapter, lora_in_mask)
     d_x, d_adapter = d_x if need_x else None, d_adapter if need_lora_input else None
-    return Gradients(d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in)
+    return d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in
 
 
 def _adapter_input(

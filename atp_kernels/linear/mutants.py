@@ -138,7 +138,7 @@ TABLE = {
         ("masks = (torch.bool, torch.float64 if dtype == torch.float64 else torch.float32)", "masks = (torch.bool,)"),
     ),
     (OPERANDS, MERGED_WEIGHT_BITS): (
-        ("mergeable = merge is not None and lora_input is None", "mergeable = merge is not None"),
+        ("if merge is not None and lora_input is None:", "if merge is not None:"),
         ("torch.compiler.is_compiling() or weight.device.type", "weight.device.type"),
         ('weight.device.type != "cpu" or (weight.dtype, dtype) != _NARROWED', 'weight.device.type != "cpu"'),
         ("torch.is_grad_enabled() and (weight.requires_grad", "(weight.requires_grad"),

@@ -1,6 +1,7 @@
 """torch.library registration and eager Functions of the masked LoRA linear."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,13 @@ def linear(
     dropout: float,
     seed: int | Tensor | None,
     backend: str,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Masked LoRA linear of operands that are checked and cast."""
+) -> Any:
+    """Masked LoRA linear of operands that are checked and cast: y, or (y, row squares of B, column squares of A)."""
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = operands
     if not torch.compiler.is_compiling():
-        module = _choice(x, out_mask, in_mask, dropout, backend).module
-        if module.ADDMM_CHAIN and out_mask is in_mask is lora_input is None and not (dropout or with_norms):
+        plain = out_mask is None and in_mask is None and not dropout
+        module = select("masked_lora_linear", x.device, x.dtype, backend, plain=plain).module
+        if plain and lora_input is None and not with_norms and module.ADDMM_CHAIN:
             return LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)
         keep_sum = keeps_sum(out_mask)
         options = Options(scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed))
@@ -84,7 +86,9 @@ def masked_lora_linear_op(
     module = _choice(x, out_mask, in_mask, dropout, backend).module
     operands = Operands(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
     results = module.forward(operands, Options(scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed)))
-    return tuple(x.new_empty(0) if result is None else result for result in results)
+    y, s, *asked = results
+    total, b_row_sq, a_col_sq = (x.new_empty(0) if result is None else result for result in asked)
+    return y, s, total, b_row_sq, a_col_sq
 
 
 @masked_lora_linear_op.register_fake
@@ -127,7 +131,7 @@ def masked_lora_linear_backward_op(
     module = _choice(grad_y, out_mask, in_mask, dropout, backend).module
     saved = Saved(x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, s, total)
     options = Options(scaling, mask_lora, dropout=dropout_of(dropout, seed))
-    grads = module.backward(grad_y, saved, options, Needs(*needs, shared_input=shared_input))
+    grads = module.backward(grad_y, saved, options, Needs._make((*needs, shared_input)))
     return [grad for grad in grads if grad is not None]
 
 
@@ -170,7 +174,7 @@ def _save(ctx, operands: Operands, s: Tensor, total: Tensor | None, *others: Ten
     """Keep what the wanted gradients read, and nothing else: x and S, and the sum for a soft output mask."""
     x, weight, lora_a, lora_b, _, lora_input, out_mask, in_mask = operands
     shared_input = lora_input is None
-    ctx.needs = needs = Needs(*ctx.needs_input_grad[:8], shared_input=shared_input)
+    ctx.needs = needs = Needs._make((*ctx.needs_input_grad[:8], shared_input))
     read_adapter = needs.lora_a or (needs.in_mask and ctx.options.mask_lora)
     read_x = needs.weight or needs.in_mask or (shared_input and read_adapter)
     ctx.save_for_backward(
@@ -221,8 +225,9 @@ class MaskedLoraLinear(torch.autograd.Function):
         saved, shape = Saved(*ctx.saved_tensors), ctx.shape
         if grad_y is None:
             grad_y = saved.weight.new_zeros(*shape[:-1], saved.weight.shape[0])
-        grads = list(ctx.module.backward(matrix(grad_y), saved, ctx.options, ctx.needs))
+        grads = ctx.module.backward(matrix(grad_y), saved, ctx.options, ctx.needs)
         if grad_rows is not None or grad_cols is not None:
+            grads = list(grads)
             _add_norm_gradients(grads, saved, grad_rows, grad_cols)
         if len(shape) != 2:
             grads = [grad if grad is None or i not in (0, 5) else grad.view(shape) for i, grad in enumerate(grads)]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atp_kernels.call import autocast_dtype, select
+from atp_kernels.call import select
 from atp_kernels.dropout.definition import Dropout
 
 # The dtypes from which and to which a weight is cast and merged at once.
@@ -78,17 +78,8 @@ class Needs(NamedTuple):
     shared_input: bool = True
 
 
-class Gradients(NamedTuple):
-    """One for every operand, None where none is wanted."""
-
-    x: Tensor | None
-    weight: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    bias: Tensor | None
-    lora_input: Tensor | None
-    out_mask: Tensor | None
-    in_mask: Tensor | None
+Gradients = tuple[Tensor | None, ...]
+"""One for every operand, in the order of `Operands`; None where none is wanted."""
 
 
 def prepare(operands: Operands, *, merge: float | None = None, backend: str = "auto") -> Operands:
@@ -105,19 +96,18 @@ def prepare(operands: Operands, *, merge: float | None = None, backend: str = "a
     ready = _are_ready(*operands)
     if not ready:
         check(operands)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
-        mergeable = merge is not None and lora_input is None
-        merged = _merged(weight, lora_a, lora_b, merge, dtype, backend) if mergeable else None
+        merged = None
+        if merge is not None and lora_input is None:
+            merged = _merged(weight, lora_a, lora_b, merge, dtype, backend)
         weight, lora_a, lora_b = merged or (weight.to(dtype), lora_a, lora_b)
     elif ready:
         return operands
-    else:
-        dtype = x.dtype
-        if weight.dtype != dtype:
-            given = f"weight is {weight.dtype} and x is {dtype}"
-            raise ValueError(f"{given}: cast one of them, or run under torch.autocast.")
+    elif weight.dtype != dtype:
+        raise ValueError(f"weight is {weight.dtype} and x is {dtype}: cast one of them, or run under torch.autocast.")
     return Operands(
         x,
         weight,

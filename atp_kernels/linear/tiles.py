@@ -81,18 +81,6 @@ def row_splits(m: int, c: int, config: ReduceConfig) -> int:
     return max(1, min(_PROGRAMS // columns, -(-m // (4 * config.block_long))))
 
 
-def slot_config(length: int) -> ReduceConfig:
-    """The tile of the kernels over all factors, for slots of at most this length: 2048 elements in all."""
-    long = min(64, max(8, 1 << (length - 1).bit_length()))
-    return ReduceConfig(2048 // long, long)
-
-
-def group_norms_config(slots: int, groups: int) -> ReduceConfig:
-    """The tile that adds up the slots of groups: about as long as a group is, 1024 slots in all."""
-    long = min(256, 1 << (-(-slots // max(1, groups)) - 1).bit_length())
-    return ReduceConfig(1024 // long, long)
-
-
 def rank_block(rank: int) -> int:
     """The rank padded to a power of two that tl.dot takes."""
     return max(SMALLEST_DOT, 1 << (rank - 1).bit_length())

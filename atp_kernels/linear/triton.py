@@ -5,6 +5,9 @@ on H100, which costs more than an `addmm_` of the adapter), dW, whose masks scal
 the gradient of a separate lora_input, which is all memory traffic. Dropout then has a kernel of its own.
 """
 
+# Which of the saved tensors are None follows from `needs`, which a type checker cannot see.
+# mypy: disable-error-code="union-attr,operator,arg-type,assignment"
+
 import torch
 import triton
 from torch import Tensor
@@ -99,7 +102,7 @@ def backward(
                 d_in += _reduce_rows(lora_input, z=d_adapter)[1]
             aten.mask_(d_adapter, lora_in_mask)
     found = (d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in)
-    return Gradients(*(grad if need else None for grad, need in zip(found, needs[:8], strict=True)))
+    return tuple(grad if need else None for grad, need in zip(found, needs[:8], strict=True))
 
 
 def _fusion_pays(rows: Tensor, weight: Tensor, lora_a: Tensor, out_mask: Tensor | None, in_mask: Tensor | None) -> bool:
@@ -213,7 +216,7 @@ def _seed(dropout: Dropout | None) -> int:
     return 0 if dropout is None else dropout.seed
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int]:
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()
 
 

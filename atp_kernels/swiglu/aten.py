@@ -1,5 +1,6 @@
 """What lies between the linears of a gated MLP, in ATen calls: activation and product, forward and backward."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from atp_kernels.call import Call
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (torch.ops.aten.silu, torch.ops.aten.silu_backward),
     "gelu_tanh": (
         partial(torch.ops.aten.gelu, approximate="tanh"),

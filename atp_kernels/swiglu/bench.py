@@ -1,6 +1,7 @@
 """Benchmark cases of the gated MLP: decision step, hard masks of the LoRA step, no masks."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +35,16 @@ def swiglu(case: Case, *, regime: str) -> Variants:
     weights = [linear.weight for linear in linears]
     channels = case.sizes.inner
     mask, slices = None, None
+    sides: list[dict[str, Any]]
     if regime == "decision":
         mask = torch.rand(channels, device=case.device).requires_grad_()
     elif regime == "hard":
         mask = torch.rand(channels, device=case.device) < case.keep
         first = KeptFirst(mask)
-        slices = tuple(
-            KeptSlice(weight, **{side: first})
-            for weight, side in zip(weights, ("out_mask", "out_mask", "in_mask"), strict=True)
-        )
+        sides = [{"out_mask": first}, {"out_mask": first}, {"in_mask": first}]
+        slices = tuple(KeptSlice(weight, **side) for weight, side in zip(weights, sides, strict=True))
     soft = regime == "decision"
-    inputs = (x, mask) if soft else (x, *(factor for linear in linears for factor in linear[1:3]))
+    inputs: tuple[Any, ...] = (x, mask) if soft else (x, *(factor for linear in linears for factor in linear[1:3]))
     grad = torch.randn_like(x)
     masked = {"mask": mask, "mask_lora": soft} if slices is None else {"kept": slices}
     width = min(-(-round(channels * case.keep) // 64) * 64, channels) if regime == "hard" else channels

@@ -24,7 +24,7 @@ def masked_lora_swiglu(
     Producers whose sums are masked leave zeros at the input of down: it needs no mask then.
     Source: Shazeer 2020, "GLU variants improve transformer"; masks: arXiv 2412.14426, section 3.
     """
-    act = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}[activation]
+    act = F.silu if activation == "silu" else partial(F.gelu, approximate="tanh")
     g, u = (
         masked_lora_linear(x, w, a, b, scaling=scaling, bias=bias, out_mask=mask, mask_lora=mask_lora)
         for w, a, b, scaling, bias in (gate, up)

@@ -6,7 +6,7 @@ of g and u those that the mask was not yet applied to, where its gradient needs 
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def swiglu(
     hidden = x.new_empty(()).expand(*x.shape[:-1], linears[0].weight.shape[0])
     out_mask = in_mask = None
     if kept is not None:
-        operands = [
+        operands: list[tuple[Tensor | None, ...]] = [
             (None, *kept_operands.prepare(source, slice_, linear.lora_a, linear.lora_b, None)[2:4], None)
             for source, slice_, linear in zip((x, x, hidden), kept, linears, strict=True)
         ]
@@ -111,7 +111,7 @@ class _Masked(NamedTuple):
         saved = linear_operands.Saved(
             x, self.weight, self.lora_a, self.lora_b, None, self.out_mask, self.in_mask, s, total
         )
-        wanted = linear_operands.Needs(*needs[:5], False, *needs[5:])
+        wanted = linear_operands.Needs._make((*needs[:5], False, *needs[5:], True))
         grads = self.spec.linear.backward(grad, saved, Options(self.scaling, self.spec.mask_lora), wanted)
         return (*grads[:5], *grads[6:])
 
@@ -142,8 +142,8 @@ class _Kept(NamedTuple):
 
 
 def _linears(
-    spec: MlpSpec, out_mask: Tensor | None, in_mask: Tensor | None, operands: Sequence[Tensor | None]
-) -> list[_Masked] | list[_Kept]:
+    spec: MlpSpec, out_mask: Tensor | None, in_mask: Tensor | None, operands: Sequence[Any]
+) -> Sequence[_Masked | _Kept]:
     """Gate, up and down, each from its (weight, lora_a, lora_b, bias)."""
     own = [operands[i : i + _PER_LINEAR] for i in range(0, len(operands), _PER_LINEAR)]
     if spec.kept is not None:
@@ -197,7 +197,7 @@ class Swiglu(torch.autograd.Function):
         spec.between.gated_backward(spec.activation, d_h, *values, *grads)
         del values, d_h
         d_x = d_out = None
-        d_operands: list[Tensor | None] = []
+        d_operands = []
         for i, linear in enumerate(producers):
             own = needs[_PER_LINEAR * i : _PER_LINEAR * (i + 1)]
             found = linear.backward(grads.pop(0), x, *saved[3 * i + 1 : 3 * i + 3], (need_x, *own, need_out, False))
@@ -208,4 +208,4 @@ class Swiglu(torch.autograd.Function):
 
 
 def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
-    return term if total is None else total.add_(term)
+    return total if term is None else term if total is None else total.add_(term)

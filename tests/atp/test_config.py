@@ -159,9 +159,9 @@ def test_override_that_is_no_yaml_is_refused(path):
     ("content", "message"),
     [
         (b"model: [unclosed", "is not valid YAML"),
-        (b"", "holds no mapping"),
-        (b"- a\n- b\n", "holds no mapping"),
-        (b"just text", "holds no mapping"),
+        (b"", "is not a mapping"),
+        (b"- a\n- b\n", "is not a mapping"),
+        (b"just text", "is not a mapping"),
         (b"output_dir: caf\xe9\n", "is not valid YAML|not UTF-8"),
         (b"model: {path: x}\noutput_dir: y\npreset: [paper]\n", "config key 'preset' is"),
     ],

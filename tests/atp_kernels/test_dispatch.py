@@ -103,12 +103,15 @@ def test_named_backends_that_cannot_take_a_call(op, dtype, backend, error, messa
         call.select(op, CPU, dtype, backend)
 
 
-def test_environment_overrides_auto_but_not_a_name(monkeypatch):
+def test_environment_overrides_auto_but_not_a_name(monkeypatch, request):
+    request.addfinalizer(call.override.cache_clear)
     monkeypatch.setenv("ATP_KERNELS_BACKEND", "reference")
+    call.override.cache_clear()
     module, name, why = call.select("compact", CPU, torch.float32)
     assert module.__name__.endswith(".aten")
     assert (name, why) == ("reference", "ATP_KERNELS_BACKEND='reference' names it")
     monkeypatch.setenv("ATP_KERNELS_BACKEND", "nothing")
+    call.override.cache_clear()
     assert call.select("compact", CPU, torch.float32, "reference")[1] == "reference"
     with pytest.raises(ValueError, match="ATP_KERNELS_BACKEND='nothing' is not a backend"):
         atp_kernels.explain("compact")

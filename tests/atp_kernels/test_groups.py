@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, available_backends, compact, group_lasso, group_prox_, reference
+from atp_kernels import GroupPlan, available_backends, compact, group_lasso, group_prox_
+from atp_kernels.groups import definition
 
 REFERENCE = {"backend": "reference"}
 
@@ -40,7 +41,7 @@ def by_hand(factors, groups, removed, eps):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_group_lasso_is_the_sum_of_joint_norms(dtype, eps):
     factors, groups, removed = problem(dtype)
-    for lasso in (group_lasso, reference.group_lasso):
+    for lasso in (group_lasso, definition.group_lasso):
         value = lasso(factors, groups, removed, eps=eps)
         assert value.dtype == dtype and value.shape == ()
         assert value.item() == pytest.approx(by_hand(factors, groups, removed, eps), rel=4 * torch.finfo(dtype).eps)
@@ -75,8 +76,8 @@ def test_group_lasso_gradient_at_zero_is_zero():
 def test_group_lasso_error_is_no_worse_than_unfused(dtype, backend):
     factors, groups, removed = problem(dtype)
     wide = [factor.detach().double().requires_grad_() for factor in factors]
-    exact = reference.group_lasso(wide, groups, removed)
-    plain = reference.group_lasso(factors, groups, removed)
+    exact = definition.group_lasso(wide, groups, removed)
+    plain = definition.group_lasso(factors, groups, removed)
     value = group_lasso(factors, groups, removed, backend=backend)
     assert value.dtype == torch.float32
     assert abs(value - exact) <= max(2 * abs(plain - exact), torch.finfo(torch.float32).eps * exact)
@@ -94,7 +95,7 @@ def test_group_prox_solves_its_minimisation():
     threshold = torch.tensor([0.7, 9.0, 100.0, 1.3, 9.0, 1.0], dtype=torch.float64)
     before = [factor.detach().clone() for factor in factors]
     group_prox_(factors, groups, removed, threshold, **REFERENCE)
-    norms = reference.group_squares([f.detach() for f in factors], groups, len(removed)).sqrt()
+    norms = definition.group_squares([f.detach() for f in factors], groups, len(removed)).sqrt()
     for factor, start, (axis, index) in zip(factors, before, groups, strict=True):
         along = lambda values, axis=axis, index=index: values[index].unsqueeze(1 - axis)  # noqa: E731
         residual = torch.where(along(norms) > 0, factor - start + along(threshold / norms) * factor, 0)

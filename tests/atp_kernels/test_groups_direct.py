@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, available_backends, extension, group_lasso, group_lasso_grad_, reference
-from atp_kernels.backends import native
+from atp_kernels import GroupPlan, available_backends, extension, group_lasso, group_lasso_grad_
+from atp_kernels.groups import definition, native
 
 BACKENDS = [name for name in ("reference", "native") if available_backends()[name] is None]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -67,7 +67,7 @@ def assert_as_good_as_unfused(case, backend):
     for copies in (wide, plain):
         for copy, factor in zip(copies, factors, strict=True):
             copy.grad = None if factor.grad is None else factor.grad.to(copy.dtype).contiguous()
-    exact, unfused = (through_autograd(f, groups, removed, lasso=reference.group_lasso) for f in (wide, plain))
+    exact, unfused = (through_autograd(f, groups, removed, lasso=definition.group_lasso) for f in (wide, plain))
     for got, other, true in zip(direct(*case, backend=backend), unfused, exact, strict=True):
         assert got.dtype == other.dtype and got.shape == other.shape
         error, allowed = ((result.double() - true).norm() for result in (got, other))

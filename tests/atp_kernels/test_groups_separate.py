@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, extension, group_lasso, reference
-from atp_kernels.backends import aten as reference_backend
-from atp_kernels.backends import native
-from atp_kernels.ops import groups as ops
+from atp_kernels import GroupPlan, extension, group_lasso
+from atp_kernels.call import Choice
+from atp_kernels.groups import aten, definition, native, op
 
 EPS = 1e-8
 SIZES = ((13, 8, 0), (8, 37, 1), (5, 3, 0), (300, 2, 1))
@@ -36,8 +35,8 @@ def problem(sizes=SIZES, dtype=torch.float32, seed=0, removed="some", strided=Fa
 class Plain:
     """Both ways to the lasso in plain PyTorch, without the extension, and what they were asked."""
 
-    group_lasso_forward = staticmethod(reference_backend.group_lasso_forward)
-    group_lasso_backward = staticmethod(reference_backend.group_lasso_backward)
+    group_lasso_forward = staticmethod(aten.group_lasso_forward)
+    group_lasso_backward = staticmethod(aten.group_lasso_backward)
 
     def __init__(self):
         self.asked = []
@@ -58,12 +57,12 @@ class Plain:
 def module(request, monkeypatch):
     """What `group_lasso` runs on."""
     chosen = Plain() if request.param == "plain" else native
-    monkeypatch.setattr(ops, "select", lambda *_: (chosen, request.param, ""))
+    monkeypatch.setattr(op, "select", lambda *_: Choice(chosen, request.param, ""))
     return chosen
 
 
 def expected(factors, plan, removed, upstream=1.0):
-    value = reference.group_lasso(factors, plan.groups, removed)
+    value = definition.group_lasso(factors, plan.groups, removed)
     return torch.autograd.grad(upstream * value, factors)
 
 
@@ -98,7 +97,7 @@ def test_a_plan_knows_whether_its_groups_are_runs():
 
 def test_separate_plans_of_one_dtype_take_the_short_way(monkeypatch):
     plain = Plain()
-    monkeypatch.setattr(ops, "select", lambda *_: (plain, "plain", ""))
+    monkeypatch.setattr(op, "select", lambda *_: Choice(plain, "plain", ""))
     factors, plan, removed = problem()
     group_lasso(factors, plan, removed)
     assert plain.asked == [True]
@@ -125,6 +124,23 @@ def test_gradients_of_graphs_kept_and_freed(module, upstream):
             grad.fill_(7.0)  # a gradient is its owner's: the next pass must not see this
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(value, factors)
+
+
+def test_the_private_name_in_torch_is_only_asked_up_to_the_version_it_was_seen_in(monkeypatch):
+    """`torch._C._autograd._get_current_graph_task_keep_graph` has no public counterpart."""
+    assert torch.__version__ < op.TORCH_TOO_NEW, "see that it still exists, then raise TORCH_TOO_NEW"
+    plain, kept = Plain(), []
+    backward = plain.separate_lasso_backward
+    plain.separate_lasso_backward = lambda *given: kept.append(not given[-1]) or backward(*given)
+    monkeypatch.setattr(op, "select", lambda *_: Choice(plain, "plain", ""))
+    factors, plan, removed = problem()
+    wanted = expected(factors, plan, removed, 1.0)
+    for too_new in (op.TORCH_TOO_NEW, "2.0"):
+        monkeypatch.setattr(op, "TORCH_TOO_NEW", too_new)
+        value = group_lasso(factors, plan, removed)
+        for keep in (True, False):
+            torch.testing.assert_close(torch.autograd.grad(value, factors, retain_graph=keep), wanted)
+    assert kept == [True, False, True, True]
 
 
 def test_gradients_accumulate_and_skip_what_needs_none(module):

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_, ops, triton_runtime
+from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_, triton_runtime
 
 if not triton_runtime.AVAILABLE:
     pytest.skip(triton_runtime.REASON, allow_module_level=True)
 
-from atp_kernels.backends import triton as backend
-from atp_kernels.backends.triton import group_kernels
-from atp_kernels.backends.triton import groups as launcher
+from atp_kernels.groups import op
+from atp_kernels.groups import triton as backend
+from atp_kernels.groups import triton_kernels as kernels
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -187,7 +187,7 @@ def test_bitwise_deterministic():
 def test_parts_beyond_one_block_are_added_up():
     parts = torch.arange(10, dtype=torch.float64, device=DEVICE)
     value = parts.new_empty((), dtype=torch.float32)
-    group_kernels.total_kernel[(1,)](parts, value, 10, BLOCK=4)
+    kernels.total_kernel[(1,)](parts, value, 10, BLOCK=4)
     assert value == 45
 
 
@@ -199,8 +199,8 @@ def test_wide_accesses_are_promised_only_where_every_row_starts_on_16_bytes():
         factor = storage[start : start + 3 * cols].view(3, cols)
         factors = [torch.zeros(3, 8, device=DEVICE), factor]
         plan = GroupPlan.of(factors, [(0, index), (0, index)], 1)
-        assert launcher._walk(factors, factors, plan)[2]["ALIGNED"] is aligned
-        assert launcher._walk(factors[:1] * 2, factors, plan)[2]["ALIGNED"] is (aligned or cols == 12)
+        assert backend._walk(factors, factors, plan)[2]["ALIGNED"] is aligned
+        assert backend._walk(factors[:1] * 2, factors, plan)[2]["ALIGNED"] is (aligned or cols == 12)
 
 
 def test_a_tensor_whose_storage_moves_is_met_at_its_new_address():
@@ -230,12 +230,12 @@ def test_opcheck_and_compile():
     factors, groups, removed = problem(torch.float32, shapes=(((6, 2), 0), ((3, 6), 1)), n_groups=4)
     plan = GroupPlan.of(factors, groups, 4)
     packed = list(plan.axes), plan.index, plan.order, plan.starts
-    torch.library.opcheck(ops.group_lasso_op, (factors, *packed, removed, 1e-8, "triton"))
+    torch.library.opcheck(op.group_lasso_op, (factors, *packed, removed, 1e-8, "triton"))
     detached = [factor.detach() for factor in factors]
     threshold = torch.ones(4, device=DEVICE)
-    torch.library.opcheck(ops.group_prox_op, (detached, *packed, removed, threshold, "triton"))
+    torch.library.opcheck(op.group_prox_op, (detached, *packed, removed, threshold, "triton"))
     grads = [factor.clone() for factor in detached]
-    torch.library.opcheck(ops.group_lasso_grad_op, (detached, grads, *packed, removed, threshold[0], 1e-8, "triton"))
+    torch.library.opcheck(op.group_lasso_grad_op, (detached, grads, *packed, removed, threshold[0], 1e-8, "triton"))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda *factors: group_lasso(factors, groups, removed, **TRITON), fullgraph=True, backend="aot_eager"

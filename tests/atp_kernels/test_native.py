@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa, run_with_isa
 
-from atp_kernels import GroupPlan, extension, reference
-from atp_kernels.backends import aten as reference_backend
-from atp_kernels.backends import native
+from atp_kernels import GroupPlan, extension
+from atp_kernels.compaction import definition as compaction
+from atp_kernels.compaction.native import compact
 from atp_kernels.dropout.definition import Dropout
+from atp_kernels.groups import aten, definition, native
 from atp_kernels.linear import native as columns_of
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
@@ -53,8 +54,8 @@ def exact(factors, plan, removed):
     """Value, norms and gradients of the definition, in float64 by autograd."""
     groups = plan.groups
     wide = [factor.double().requires_grad_() for factor in factors]
-    value = reference.group_lasso(wide, groups, removed, eps=EPS)
-    norms = (reference.group_squares(wide, groups, removed.numel()) + EPS).sqrt()
+    value = definition.group_lasso(wide, groups, removed, eps=EPS)
+    norms = (definition.group_squares(wide, groups, removed.numel()) + EPS).sqrt()
     return value.detach(), norms.detach(), torch.autograd.grad(value, wide)
 
 
@@ -70,7 +71,7 @@ def test_lasso_is_as_close_to_float64_as_the_reference(case):
     value, norms, grads = exact(factors, plan, removed)
     ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-8}[factors[0].dtype]
     errors = {}
-    for backend in (native, reference_backend):
+    for backend in (native, aten):
         got, got_norms = backend.group_lasso_forward(factors, plan, removed, EPS)
         got_grads = backend.group_lasso_backward(factors, plan, removed, got_norms, torch.ones(()))
         assert got.dtype == got_norms.dtype == torch.float32 and got.shape == ()
@@ -78,7 +79,7 @@ def test_lasso_is_as_close_to_float64_as_the_reference(case):
         errors[backend] = [worst([got], [value]), worst([got_norms], [norms]), worst(got_grads, grads)]
     # One unit in the last place of the largest possible entry is the floor that a correct rounding can reach.
     floors = [2**-23 * value.item(), 2**-23 * norms.max().item(), ulp]
-    for mine, theirs, floor in zip(errors[native], errors[reference_backend], floors, strict=True):
+    for mine, theirs, floor in zip(errors[native], errors[aten], floors, strict=True):
         assert mine <= 2 * theirs + floor
 
 
@@ -125,8 +126,8 @@ def test_prox_matches_float64(case, scale):
     factors, plan, removed = case
     threshold = torch.linspace(0, scale, removed.numel())
     wide = [factor.double() for factor in factors]
-    norms = reference.group_squares(wide, plan.groups, removed.numel()).sqrt()
-    reference.group_prox_(wide, plan.groups, removed, threshold.double())
+    norms = definition.group_squares(wide, plan.groups, removed.numel()).sqrt()
+    definition.group_prox_(wide, plan.groups, removed, threshold.double())
     mine = [factor.clone(memory_format=torch.preserve_format) for factor in factors]
     native.group_prox_(mine, plan, removed, threshold)
     ulp = {torch.float32: 2**-21, torch.bfloat16: 2**-8}[factors[0].dtype]
@@ -190,9 +191,9 @@ def test_compact_is_an_exact_gather(rows, cols, pad_to, dtype, transposed):
     weight = torch.arange(37 * 37).remainder(101).view(37, 37).to(dtype)
     weight = weight.t() if transposed else weight
     rows, cols = (index if index is None else torch.tensor(index, dtype=torch.int64) for index in (rows, cols))
-    got = native.compact(weight, rows, cols, pad_to)
+    got = compact(weight, rows, cols, pad_to)
     assert got.dtype == dtype and got.is_contiguous()
-    assert torch.equal(got, reference.compact(weight, rows, cols, pad_to))
+    assert torch.equal(got, compaction.compact(weight, rows, cols, pad_to))
 
 
 def large_problem(dtype):
@@ -206,7 +207,10 @@ def everything(case):
     shrunk = [factor.clone() for factor in factors]
     native.group_prox_(shrunk, plan, removed, torch.full(removed.shape, 0.7))
     kept = torch.arange(0, 1536, 3)
-    compacted = [native.compact(factors[0], kept, None, 64), native.compact(factors[1], None, kept, 64)]
+    compacted = [
+        compact(factors[0], kept, None, 64),
+        compact(factors[1], None, kept, 64),
+    ]
     grad, total, mask = factors[3], factors[7], torch.linspace(0, 1, 577)
     columns = [*columns_of.mask_and_dot(grad, total, mask), columns_of.masked(grad, mask)]
     columns.append(columns_of.dropped(grad, Dropout(0.3, 5)))
@@ -240,7 +244,7 @@ def test_bits_do_not_depend_on_the_instruction_set():
 
 
 def test_unknown_isa_is_refused_with_its_name():
-    said = run_with_isa("mmx", "from atp_kernels.backends import native; print(extension.REASON)").stdout
+    said = run_with_isa("mmx", "from atp_kernels import extension; print(extension.REASON)").stdout
     assert "ATP_KERNELS_ISA='mmx'" in said
 
 
@@ -288,12 +292,12 @@ def test_prox_refuses_a_factor_given_twice():
 def test_compact_refuses_an_index_out_of_range(rows, cols):
     rows, cols = (index if index is None else torch.tensor(index) for index in (rows, cols))
     with pytest.raises(RuntimeError, match=r"outside \[0, [45]\)"):
-        native.compact(torch.ones(5, 4), rows, cols, 1)
+        compact(torch.ones(5, 4), rows, cols, 1)
 
 
 def test_compact_takes_the_last_row_and_column():
     weight = torch.arange(20.0).view(5, 4)
-    assert torch.equal(native.compact(weight, torch.tensor([4, 0]), torch.tensor([3]), 1), weight[[4, 0], 3:])
+    assert torch.equal(compact(weight, torch.tensor([4, 0]), torch.tensor([3]), 1), weight[[4, 0], 3:])
 
 
 def test_build_info_names_what_was_built():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_native import DTYPES, EPS, exact, problem
 
-from atp_kernels import GroupPlan, extension, reference
-from atp_kernels.backends import native
+from atp_kernels import GroupPlan, extension
+from atp_kernels.groups import definition, native
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
@@ -100,7 +100,7 @@ def test_prox(dtype):
     factors, plan, removed = joint(dtype)
     threshold = torch.linspace(0, 9, removed.numel())
     wide = [factor.double() for factor in factors]
-    reference.group_prox_(wide, plan.groups, removed, threshold.double())
+    definition.group_prox_(wide, plan.groups, removed, threshold.double())
     native.group_prox_(factors, plan, removed, threshold)
     assert_all_close(factors, wide, dtype)
 

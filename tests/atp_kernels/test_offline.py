@@ -25,7 +25,10 @@ FORWARD = {f"gemm fwd {which}" for which in ("split", "decision", "narrow", "102
 GEMMS = FORWARD | {"gemm dx", "gemm dx decision"}
 GEMMS |= {f"{name} dropout" for name in ("gemm dx", "gemm dx decision", "gemm dx narrow")}
 GROUPS = {"slot squares", "group slope", "group add", "group shrink", "slot norms", "joint norms", "lasso total"}
-KERNELS = GEMMS | GROUPS | {"gemm fwd decode", "down", "column reduce", "sum partials"}
+NORM = {f"norm {which}" for which in ("fwd narrow", "fwd", "fwd wide", "dx narrow", "dx", "dx wide")}
+NORM |= {"norm dx dw narrow", "norm dx dw", "norm dw"}
+GATED = {f"{act}{mask} {way}" for act in ("silu", "gelu") for mask in ("", " hard", " soft") for way in ("fwd", "bwd")}
+KERNELS = GEMMS | GROUPS | NORM | GATED | {"gemm fwd decode", "down", "column reduce", "sum partials"}
 KERNELS |= {"down dropout", "column reduce dropout", "dropout"}
 ARCHS = {"80", "90", "100", "120"}
 
@@ -36,7 +39,8 @@ def check(dtype, rank):
     assert done.returncode == 0, done.stdout + done.stderr
     table = rows(done.stdout)
     assert sorted((row["kernel"], row["arch"]) for row in table) == sorted((k, arch) for k in KERNELS for arch in ARCHS)
-    assert all((row["dtype"], row["rank"]) == ("any" if row["kernel"] in GROUPS else dtype, rank) for row in table)
+    assert all(row["dtype"] == ("any" if row["kernel"] in GROUPS else dtype) for row in table)
+    assert all(row["rank"] == ("0" if row["kernel"] in NORM | GATED else rank) for row in table)
     assert all(int(row["tensor"]) > 0 for row in table if row["kernel"] in GEMMS and dtype != "fp32")
 
 

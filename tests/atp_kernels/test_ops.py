@@ -5,7 +5,8 @@ import torch
 from linear_cases import Shape, every_combination, operands, with_gradients
 
 import atp_kernels
-from atp_kernels import ops
+from atp_kernels.compaction import op as compaction
+from atp_kernels.groups import op as group_ops
 from atp_kernels.linear import op
 
 ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
@@ -41,14 +42,14 @@ def test_opcheck_groups(backend):
     factors, described, removed = groups()
     plan = atp_kernels.GroupPlan.of(factors, described, 4)
     packed = (list(plan.axes), plan.index, plan.order, plan.starts)
-    torch.library.opcheck(ops.group_lasso_op, (factors, *packed, removed, 1e-8, backend))
+    torch.library.opcheck(group_ops.group_lasso_op, (factors, *packed, removed, 1e-8, backend))
     detached = [factor.detach() for factor in factors]
     norms, value = torch.ones(4), torch.tensor(1.0)
-    torch.library.opcheck(ops.group_lasso_backward_op, (detached, *packed, removed, norms, value, backend))
+    torch.library.opcheck(group_ops.group_lasso_backward_op, (detached, *packed, removed, norms, value, backend))
     grads = [factor.clone() for factor in detached]
-    torch.library.opcheck(ops.group_lasso_grad_op, (detached, grads, *packed, removed, value, 1e-8, backend))
-    torch.library.opcheck(ops.group_prox_op, (detached, *packed, removed, torch.ones(4), backend))
-    torch.library.opcheck(ops.compact_op, (torch.randn(5, 6), torch.tensor([1, 2]), None, 4, backend))
+    torch.library.opcheck(group_ops.group_lasso_grad_op, (detached, grads, *packed, removed, value, 1e-8, backend))
+    torch.library.opcheck(group_ops.group_prox_op, (detached, *packed, removed, torch.ones(4), backend))
+    torch.library.opcheck(compaction.compact_op, (torch.randn(5, 6), torch.tensor([1, 2]), None, 4, backend))
 
 
 def step(factors, described, removed, scaling, tensors):

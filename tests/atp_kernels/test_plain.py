@@ -8,7 +8,7 @@ import torch
 from linear_cases import Shape, assert_as_good_as_unfused, operands, with_gradients
 
 from atp_kernels import masked_lora_linear, triton_runtime
-from atp_kernels.call import ENVIRONMENT
+from atp_kernels.call import ENVIRONMENT, override
 from atp_kernels.linear import aten, definition
 from atp_kernels.linear import operands as linear_operands
 from atp_kernels.linear.operands import Needs, Operands, Options, Saved
@@ -181,12 +181,14 @@ def test_dropout_is_checked_whatever_is_given():
             call(BARE, tensors, dropout=dropout, seed=1)
 
 
-def test_environment_counts_from_one_call_to_the_next(monkeypatch):
+def test_environment_counts_when_it_is_read_anew(monkeypatch, request):
+    request.addfinalizer(override.cache_clear)
     tensors = operands(BARE, torch.float32)
     for name, raises in (("nothing", True), (None, False), ("reference", False), ("nothing", True)):
         if name is None:
             monkeypatch.delenv(ENVIRONMENT, raising=False)
         else:
             monkeypatch.setenv(ENVIRONMENT, name)
+        override.cache_clear()
         with pytest.raises(ValueError, match="'nothing' is not a backend") if raises else nullcontext():
             call(BARE, tensors)

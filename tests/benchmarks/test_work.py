@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from atp_kernels.groups.bench import factor_shapes
 from benchmarks.case import Case, Work
 from benchmarks.limits import Limits
-from benchmarks.ops.groups import factor_shapes
 from benchmarks.registry import find_ops
 from benchmarks.shapes import find_model
 

@@ -9,13 +9,13 @@ tested on a GPU alone.
 import runpy
 from pathlib import Path
 
-from mutants import groups, native_groups, native_linear, native_rows, rows
+from mutants import native_groups, native_linear, native_rows
 from mutants.mutant import Mutant, mutants_of
 
 __all__ = ["MUTANTS", "Mutant"]
 
 _ROOMS = Path(__file__).parents[2] / "atp_kernels"
-_TABLES = (groups, native_groups, native_linear, native_rows, rows)
+_TABLES = (native_groups, native_linear, native_rows)
 # By path, because importing a room imports the kernels, and each mutant is tested on a copy of them.
 _ROOM_TABLES = [runpy.run_path(str(path))["TABLE"] for path in sorted(_ROOMS.glob("*/mutants.py"))]
 MUTANTS = tuple(

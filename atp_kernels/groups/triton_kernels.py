@@ -1,22 +1,23 @@
-"""The Triton kernels over all factors of a model at once: `groups` launches them, `atp_kernels.offline` compiles them.
+"""The Triton kernels over all factors of a model at once; triton.py launches them.
 
-A slot is one row or column of one factor, the piece of it that belongs to one group. Every factor is one line of a
-table on the device, so any number of them takes one launch. Deterministic without atomics: one program sums a slot, one
-program adds up the slots of a group in their order, one program adds up what those report.
+A slot is one row or column of one factor: the part of the factor that belongs to one group. Every factor is one line of
+a table on the device, so one launch takes any number of them. No atomics are needed, so results are deterministic: one
+program sums a slot, one program adds up the slots of a group in their order, one program adds up what those report.
 """
 
 import triton
 import triton.language as tl
 
 FIELDS = 6
-"""int64 a line: addresses of a factor's data and of its result; slots, length of a slot, first slot; kind, which is
-2 * dtype (float32, bfloat16, float16) + axis (0: its rows are slots, 1: its columns)."""
+"""int64 values per line: addresses of a factor's data and of its result; number of slots, length of a slot, first slot;
+kind, which is 2 * dtype (0 float32, 1 bfloat16, 2 float16) + axis (0 where rows are slots, 1 where columns are).
+"""
 _FIELDS = tl.constexpr(FIELDS)
 
 
 @triton.jit
 def _tile(address, slot, entry, slots, length, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers and bounds of a tile that lies as memory does: [slot, entry] of rows, [entry, slot] of columns."""
+    """Pointers and bounds of a tile in the order of memory: [slot, entry] of rows, [entry, slot] of columns."""
     TYPE: tl.constexpr = tl.float32 if KIND < 2 else tl.bfloat16 if KIND < 4 else tl.float16
     base_ptr = address.to(tl.pointer_type(TYPE))
     if KIND % 2 == 0:
@@ -26,7 +27,7 @@ def _tile(address, slot, entry, slots, length, KIND: tl.constexpr, ALIGNED: tl.c
         ptrs = base_ptr + entry[:, None] * slots + slot[None, :]
         ok = (entry < length)[:, None] & (slot < slots)[None, :]
     if ALIGNED:
-        # The compiler knows nothing of what a table holds: say that eight neighbours may move at once.
+        # The compiler cannot know what a table holds: tell it that eight neighbours may move at once.
         ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 16)), (1, 8))
         ok = tl.max_constancy(ok, (1, 8))
     return ptrs, ok
@@ -36,7 +37,7 @@ def _tile(address, slot, entry, slots, length, KIND: tl.constexpr, ALIGNED: tl.c
 def slot_squares_kernel(
     table_ptr, squares_ptr, ALIGNED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr
 ):  # fmt: skip
-    """squares [all slots] = sum of squares of every slot. Grid: factors x blocks of the slots of the largest."""
+    """squares [all slots] = sum of squares of every slot. Grid: factors x slot blocks of the factor with most slots."""
     line_ptr = table_ptr + tl.program_id(0) * _FIELDS
     data = tl.load(line_ptr)
     slots = tl.load(line_ptr + 2)
@@ -117,7 +118,7 @@ def scale_kernel(
         by = tl.load(by_ptr + (group if PROX else group * 0), mask=removed, other=0.0)
         ratio = tl.div_rn(by, tl.where(norm == 0, 1.0, norm))
         if PROX:
-            # Asked this way round a NaN norm stays visible as NaN instead of becoming a clean zero.
+            # Written this way, a NaN norm stays visible as NaN instead of becoming a clean zero.
             scale = tl.where(removed, tl.where(norm <= by, 0.0, 1.0 - ratio), 1.0)
         else:
             scale = tl.where(norm == 0, 0.0, ratio)
@@ -127,7 +128,7 @@ def scale_kernel(
                 for start in range(0, length, BLOCK_L):
                     entry = start + tl.arange(0, BLOCK_L)
                     ptrs, ok = _tile(data, slot, entry, slots, length, KIND, ALIGNED)
-                    # Kept rows are left out; kept columns lie between others and would only break up wide accesses.
+                    # Kept rows are skipped; kept columns lie between others, and skipping them breaks up wide accesses.
                     some = ok & (factor != 0) if KIND % 2 == 0 else ok
                     values = tl.load(ptrs, mask=some, other=0.0).to(tl.float32)
                     # Zero times what is not finite would not be zero.

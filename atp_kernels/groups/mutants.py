@@ -1,16 +1,10 @@
-"""Group lasso, its gradient, the proximal step and compaction, in Python and in Triton."""
+"""Broken lines of group lasso, its gradient and the proximal step."""
 
-from mutants.mutant import Table
-
-DEFINITION = "atp_kernels/reference.py"
-REFERENCE = "atp_kernels/backends/aten.py"
-NATIVE = "atp_kernels/backends/native.py"
-PLAN = "atp_kernels/plan.py"
-GROUP_OPS = "atp_kernels/ops/groups.py"
-CALL = "atp_kernels/functional.py"
+INIT, DEFINITION, OP, PLAN, ATEN, NATIVE, TRITON, KERNELS = (
+    f"atp_kernels/groups/{name}.py"
+    for name in ("__init__", "definition", "op", "plan", "aten", "native", "triton", "triton_kernels")
+)
 CHECKS = "atp_kernels/checks.py"
-GROUP_KERNELS = "atp_kernels/backends/triton/group_kernels.py"
-GROUP_LAUNCHER = "atp_kernels/backends/triton/groups.py"
 
 GROUPS = "tests/atp_kernels/test_groups.py"
 SEPARATE = "tests/atp_kernels/test_groups_separate.py"
@@ -22,7 +16,7 @@ PLANS = "tests/atp_kernels/test_backends_agree.py -k plan"
 MULTI = "tests/atp_kernels/test_groups_triton.py -k 'joint or kept_groups or any_shape'"
 MULTI_FENCED = "tests/atp_kernels/test_groups_triton.py -k nothing_is_read"
 
-TABLE: Table = {
+TABLE = {
     (DEFINITION, GROUPS): (
         ("factor.to(dtype).square().sum(1 - axis)", "factor.to(dtype).abs().sum(1 - axis)"),
         ("counted = removed & owned_groups(groups, removed)", "counted = removed"),
@@ -33,13 +27,8 @@ TABLE: Table = {
         ("0, 1 - threshold / norms", "0, 1 - threshold"),
         ("scale = torch.where(removed, shrunk, 1)", "scale = shrunk"),
         ("factor.copy_(torch.where(by_group == 0, 0, factor * by_group))", "factor.mul_(1)"),
-        ("weight[rows]", "weight"),
-        ("kept[:, cols]", "kept"),
-        ("round_up(kept.shape[0], pad_to)", "kept.shape[0]"),
-        ("round_up(kept.shape[1], pad_to)", "kept.shape[1]"),
-        ("padded = weight.new_zeros(n_rows, n_cols)", "padded = weight.new_ones(n_rows, n_cols)"),
     ),
-    (REFERENCE, GROUPS): (
+    (ATEN, GROUPS): (
         (".add_(eps)", ""),
         ("torch.where(removed & plan.owned, norms, 0)", "torch.where(removed, norms, 0)"),
         ("torch.where(removed & plan.owned, norms, 0)", "torch.where(plan.owned, norms, 0)"),
@@ -49,14 +38,14 @@ TABLE: Table = {
         ("grad_out / norms, 0", "grad_out, 0"),
         ("slope[index].unsqueeze(1 - axis)", "1"),
     ),
-    (REFERENCE, BAD_VALUE): (
+    (ATEN, BAD_VALUE): (
         ("torch.where(removed & plan.owned, norms, 0)", "norms.mul(removed & plan.owned)"),
         ("removed & (norms != 0)", "removed & (norms > 0)"),
         ("torch.where(by == 0, 0, factor * by)", "(factor * by)"),
     ),
-    (GROUP_KERNELS, BAD_VALUE): (("tl.where(norm == 0, 0.0, ratio)", "tl.where(norm > 0, ratio, 0.0)"),),
-    (REFERENCE, TWICE): (('    check_written(grads, "gradients")\n', ""),),
-    (GROUP_LAUNCHER, TWICE): (('    check_written(grads, "gradients")\n', ""),),
+    (KERNELS, BAD_VALUE): (("tl.where(norm == 0, 0.0, ratio)", "tl.where(norm > 0, ratio, 0.0)"),),
+    (ATEN, TWICE): (('    check_written(grads, "gradients")\n', ""),),
+    (TRITON, TWICE): (('    check_written(grads, "gradients")\n', ""),),
     (CHECKS, TWICE): (("len(set(addresses)) < len(addresses)", "False"),),
     (CHECKS, REFUSED): (
         ("0 <= eps < math.inf", "eps < math.inf"),
@@ -65,14 +54,14 @@ TABLE: Table = {
         ("low < 0 or high >= size", "low < 0"),
         ("size > 1 and step == 0", "False"),
     ),
-    (CALL, REFUSED): (
+    (INIT, REFUSED): (
         ("if not threshold.is_floating_point() or threshold.device != removed.device:",
          "if not threshold.is_floating_point():"),
         ("if not threshold.is_floating_point() or threshold.device != removed.device:",
          "if threshold.device != removed.device:"),
         ("elif not threshold >= 0:", "elif threshold < 0:"),
     ),
-    (CALL, PLANS): (("if not plan._checked:", "if False:"),),
+    (INIT, PLANS): (("if not plan._checked:", "if False:"),),
     (PLAN, PLANS): (
         ("return self._index.clone()", "return self._index"),
         ("return self._order.clone()", "return self._order"),
@@ -102,14 +91,15 @@ TABLE: Table = {
         ("((steps == 0) | (steps == 1)).all()", "(steps >= 0).all()"),
         ("and new.all()", ""),
     ),
-    (GROUP_OPS, SEPARATE): (
+    (OP, SEPARATE): (
         ("if plan.separate and len(dtypes) == 1", "if len(dtypes) == 1"),
         ("if plan.separate and len(dtypes) == 1", "if plan.separate"),
         ("wanted = grad_enabled and any(ctx.needs_input_grad)", "wanted = any(ctx.needs_input_grad)"),
         ("wanted = grad_enabled and any(ctx.needs_input_grad)", "wanted = grad_enabled"),
-        ("in_place = not torch", "in_place = torch"),
+        ("in_place = not graph_is_kept()", "in_place = graph_is_kept()"),
+        ("if torch.__version__ >= TORCH_TOO_NEW:", "if False:"),
     ),
-    (GROUP_OPS, DIRECT): (
+    (OP, DIRECT): (
         ("if all([factor.requires_grad for factor in factors]):", "if True:"),
         ("if all([grad is not None for grad in grads]):", "if True:"),
         ("    if not factor.requires_grad:\n        return torch.zeros_like(factor)\n", ""),
@@ -117,7 +107,7 @@ TABLE: Table = {
         ("    if factor.grad is None:\n        factor", "    if True:\n        factor"),
         ("factor.grad = torch.zeros_like(factor)", "factor.grad = torch.ones_like(factor)"),
     ),
-    (REFERENCE, DIRECT): (
+    (ATEN, DIRECT): (
         ("removed, norms, weight), strict=True)", "removed, norms, weight.abs()), strict=True)"),
         ("grad += part", "grad.copy_(part)"),
         ("    plan.check(factors)\n    check_written", "    check_written"),
@@ -127,16 +117,16 @@ TABLE: Table = {
         ("plan.check(factors)  # says it in its own words", "pass"),
         ("torch.autograd.graph.increment_version(grads)", "pass"),
     ),
-    (CALL, DIRECT): (
+    (INIT, DIRECT): (
         ("make((), float(weight), device=removed.device)", "torch.ones((), device=removed.device)"),
         ("elif weight.ndim != 0 or not", "elif not"),
         ("weight.ndim != 0 or not weight.is_floating_point() or", "weight.ndim != 0 or"),
         ("or weight.device != removed.device:", ":"),
-        ("ops.lasso_grad_(factors, plan, removed, weight, float(eps), backend)",
-         "ops.lasso_grad_(factors, plan, removed, weight, 1e-8, backend)"),
-        ("    with torch.no_grad():\n        return ops.lasso_grad_", "    if True:\n        return ops.lasso_grad_"),
+        ("op.lasso_grad_(factors, plan, removed, weight, float(eps), backend)",
+         "op.lasso_grad_(factors, plan, removed, weight, 1e-8, backend)"),
+        ("    with torch.no_grad():\n        return op.lasso_grad_", "    if True:\n        return op.lasso_grad_"),
     ),
-    (GROUP_KERNELS, MULTI): (
+    (KERNELS, MULTI): (
         ("squares += tl.sum(values * values,", "squares += tl.sum(values,"),
         ("first = tl.program_id(1).to(tl.int64) * BLOCK_S\n    if first < slots:\n        slot = first + "
          "tl.arange(0, BLOCK_S)\n        for", "first = 0\n    if first < slots:\n        slot = first + "
@@ -158,11 +148,11 @@ TABLE: Table = {
         ("scaled = tl.where(factor == 0, 0.0, values * factor)", "scaled = values"),
         ("scaled += tl.load(out_ptrs, mask=some, other=0.0).to(tl.float32)", "pass"),
     ),
-    (GROUP_KERNELS, MULTI_FENCED): (
+    (KERNELS, MULTI_FENCED): (
         ("ok = (slot < slots)[:, None] & (entry < length)[None, :]", "ok = (slot < slots)[:, None]"),
         ("ok = (entry < length)[:, None] & (slot < slots)[None, :]", "ok = (slot < slots)[None, :]"),
     ),
-    (GROUP_LAUNCHER, MULTI): (
+    (TRITON, MULTI): (
         ("_group_norms(_walk(held, held, plan), plan, removed, eps)",
          "_group_norms(_walk(held, held, plan), plan, removed, 0.0)"),
         ("grad_out.float())", "grad_out.float().abs())"),

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from atp_kernels.reference import Groups
+from atp_kernels.groups.definition import Groups
 
 
 class GroupPlan:

@@ -1,7 +1,7 @@
-"""Launching the operations on groups of many factors: one to three kernels, whatever the number of factors.
+"""Group lasso, its gradient and its proximal step in Triton: one to four kernels, whatever the number of factors.
 
-The table of the factors is built and copied anew by every call, from pinned memory and without waiting for the device:
-a factor whose storage has moved since the last call can then never be met by its old address.
+Every call builds the table of its factors and copies it to the device, from pinned memory and without waiting: the old
+address of a factor whose storage has moved since the last call can never be used.
 """
 
 from collections.abc import Sequence
@@ -10,22 +10,40 @@ import torch
 import triton
 from torch import Tensor
 
-from atp_kernels.backends.triton import group_kernels as kernels
+from atp_kernels import triton_runtime
+from atp_kernels.call import Call
 from atp_kernels.checks import check_written
-from atp_kernels.linear import tiles
-from atp_kernels.plan import GroupPlan
+from atp_kernels.groups import triton_kernels as kernels
+from atp_kernels.groups.plan import GroupPlan
 
 _Walk = tuple[Tensor, tuple[int, int], dict[str, int | bool]]
 """A table of factors, and the grid and the tile of a kernel over them."""
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of a table's kinds
+
+
+def slot_tile(length: int) -> tuple[int, int]:
+    """Slots and entries of a tile, 2048 elements in all, for slots of at most this length."""
+    entries = min(64, max(8, triton.next_power_of_2(max(1, length))))
+    return 2048 // entries, entries
+
+
+def group_tile(slots: int, groups: int) -> tuple[int, int]:
+    """Groups and slots of a tile that adds up slots by group: about as long as a group is, 1024 slots in all."""
+    owned = min(256, triton.next_power_of_2(max(1, triton.cdiv(slots, max(1, groups)))))
+    return 1024 // owned, owned
+
+
+def supports(call: Call) -> str | None:
+    """float32, float16 and bfloat16, mixed in any way, on CUDA or in the interpreter."""
+    return triton_runtime.refuses(call)
 
 
 @torch.no_grad()
 def group_lasso_forward(
     factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.group_lasso_forward`, summed in float32 within a row or column and in float64 within a group."""
+    """As `aten.group_lasso_forward`: float32 sums within a row or column, float64 within a group, norms in float32."""
     held, removed = [factor.contiguous() for factor in factors], removed.contiguous()
     value = removed.new_empty((), dtype=torch.float32)
     with torch.cuda.device_of(removed):
@@ -38,7 +56,7 @@ def group_lasso_forward(
 def group_lasso_backward(
     factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, norms: Tensor, grad_out: Tensor
 ) -> list[Tensor]:
-    """As `reference.group_lasso_backward`; the zeros of kept rows are written without reading them."""
+    """As `aten.group_lasso_backward`; the zeros of kept rows are written without reading them."""
     held, removed = [factor.contiguous() for factor in factors], removed.contiguous()
     grads = [torch.empty_like(factor) for factor in held]
     with torch.cuda.device_of(removed):
@@ -50,9 +68,9 @@ def group_lasso_backward(
 def group_lasso_grad_(
     factors: Sequence[Tensor], grads: Sequence[Tensor], plan: GroupPlan, removed: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
-    """As `reference.group_lasso_grad_`, each sum rounded once; gradients of kept rows are neither read nor written.
+    """As `aten.group_lasso_grad_`, with each sum rounded once; gradients of kept rows are neither read nor written.
 
-    Raises as `check_written` does, and RuntimeError for a gradient that is not of its factor's dtype.
+    Raises RuntimeError for a gradient that does not have the dtype of its factor.
     """
     plan.check(factors)
     check_written(grads, "gradients")
@@ -72,10 +90,7 @@ def group_lasso_grad_(
 
 @torch.no_grad()
 def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold: Tensor) -> None:
-    """As `reference.group_prox_`; kept rows are neither read nor written, kept columns are written as they are.
-
-    threshold: floating [n_groups].
-    """
+    """As `aten.group_prox_`; kept rows are neither read nor written, kept columns are written back as they are."""
     held, removed = [factor.contiguous() for factor in factors], removed.contiguous()
     with torch.cuda.device_of(removed):
         walk = _walk(held, held, plan)
@@ -97,15 +112,15 @@ def _group_norms(walk: _Walk, plan: GroupPlan, removed: Tensor, eps: float) -> t
     """sqrt(sum of squares + eps) of every group, float32, and the sums over removed groups of every program."""
     table, grid, tile = walk
     slots, n_groups = plan._index.numel(), plan.n_groups
-    config = tiles.group_norms_config(slots, n_groups)
-    programs = triton.cdiv(n_groups, config.block_wide)
+    block_g, block_s = group_tile(slots, n_groups)
+    programs = triton.cdiv(n_groups, block_g)
     squares = removed.new_empty(slots, dtype=torch.float32)
     norms = removed.new_empty(n_groups, dtype=torch.float32)
     parts = removed.new_empty(programs, dtype=torch.float64)
     kernels.slot_squares_kernel[grid](table, squares, **tile)
     kernels.group_norms_kernel[(programs,)](
         squares, plan._order, plan._starts, removed.view(torch.uint8), norms, parts, n_groups, eps,
-        BLOCK_G=config.block_wide, BLOCK_S=config.block_long, num_warps=config.num_warps,
+        BLOCK_G=block_g, BLOCK_S=block_s,
     )  # fmt: skip
     return norms, parts
 
@@ -126,11 +141,10 @@ def _walk(factors: list[Tensor], results: list[Tensor], plan: GroupPlan) -> _Wal
         first_slot += slots
     cuda = factors[0].is_cuda
     table = torch.tensor(lines, dtype=torch.int64, pin_memory=cuda).to(factors[0].device, non_blocking=True)
-    config = tiles.slot_config(max(length for _, _, _, length, _, _ in lines))
-    grid = len(lines), triton.cdiv(max(slots for _, _, slots, *_ in lines), config.block_wide)
+    block_s, block_l = slot_tile(max(length for _, _, _, length, _, _ in lines))
+    grid = len(lines), triton.cdiv(max(slots for _, _, slots, *_ in lines), block_s)
     aligned = all(
         line[0] % 16 == 0 and line[1] % 16 == 0 and factor.shape[1] % 8 == 0
         for line, factor in zip(lines, factors, strict=True)
     )
-    tile = {"BLOCK_S": config.block_wide, "BLOCK_L": config.block_long, "num_warps": config.num_warps}
-    return table, grid, {"ALIGNED": aligned, **tile}
+    return table, grid, {"ALIGNED": aligned, "BLOCK_S": block_s, "BLOCK_L": block_l}

@@ -1,13 +1,11 @@
-"""Operations over all LoRA factors of a model at once, and the gather of a kept weight."""
+"""Benchmark cases of group lasso and its proximal step, over all LoRA factors of a model at once."""
 
-from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from atp_kernels import GroupPlan, compact, group_lasso, group_lasso_grad_, group_prox_
+from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_
 from benchmarks.case import Case, Op, Variant, Variants, Work
 from benchmarks.linears import by_backend
 from benchmarks.shapes import Model
@@ -17,7 +15,9 @@ _TESTS = (
     "tests/atp_kernels/test_groups_direct.py",
     "tests/atp_kernels/test_native.py",
 )
-_INPUT_SIDE = ("o_proj", "down_proj")  # their cuts take columns of A, all others rows of B
+_INPUT_SIDE = ("o_proj", "down_proj")  # their cuts remove columns of A, those of all others rows of B
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FIRST = ("q_proj", "gate_proj")  # the others lose what the linear before them loses
 _EPS = 1e-8
 _THRESHOLD = 1e-3  # so small that no group reaches zero however often it is shrunk
 
@@ -33,55 +33,35 @@ def factor_shapes(model: Model, rank: int) -> list[tuple[int, int, int]]:
 
 
 def problem(case: Case) -> tuple[list[Tensor], _Groups, Tensor]:
-    """Random factors, a group for each row of B or column of A, and which groups are removed."""
-    rng = torch.Generator(case.device).manual_seed(0)
-    factors, groups, start = [], [], 0
-    for rows, columns, axis in factor_shapes(case.sizes, case.rank):
+    """Random factors, their groups and which of these are removed.
+
+    The part `model` has a group for every row of B or column of A. The part `kv_group` has the groups of the mask space
+    of that name: the rows or columns that one key-value head has in q, k, v or o are one group, next to each other, and
+    a head or an MLP channel is removed in all of its linears at once.
+    """
+    rng, sizes = torch.Generator(case.device).manual_seed(0), case.sizes
+    joint = case.part == "kv_group"
+    factors, groups, removed, start = [], [], [], 0
+    names = list(sizes.linears) * sizes.layers
+    for name, (rows, columns, axis) in zip(names, factor_shapes(sizes, case.rank), strict=True):
         factors.append(torch.randn(rows, columns, generator=rng, device=case.device).to(case.torch_dtype))
         size = (rows, columns)[axis]
-        groups.append((axis, torch.arange(start, start + size, device=case.device)))
-        start += size
-    return factors, groups, torch.rand(start, generator=rng, device=case.device) >= case.keep
-
-
-def product_problem(case: Case) -> tuple[list[Tensor], GroupPlan, Tensor]:
-    """Random factors, the groups that the product's lasso has in the mask space `case.part`, and which are removed."""
-    from transformers import LlamaConfig
-
-    from atp.lora.lasso import LoraGroups
-    from atp.spaces.space import MaskSpace
-
-    sizes, rng = case.sizes, torch.Generator(case.device).manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=sizes.hidden, intermediate_size=sizes.inner, num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, head_dim=sizes.head_dim,
-    )  # fmt: skip
-    space = MaskSpace.from_config(config, case.part)
-
-    def named_parameters() -> Iterator[tuple[str, nn.Parameter]]:
-        for structure in space.structures:
-            for cut in structure.cuts:
-                n_out, n_in = sizes.linears[cut.module.rpartition(".")[2]]
-                shape, name = ((case.rank, n_in), "lora_A") if cut.axis else ((n_out, case.rank), "lora_B")
-                values = torch.randn(shape, generator=rng, device=case.device).to(case.torch_dtype)
-                yield f".layers.{structure.layer}.{cut.module}.{name}.default.weight", nn.Parameter(values)
-
-    groups = LoraGroups(SimpleNamespace(named_parameters=named_parameters), space)
-    mask = torch.rand(space.size, generator=rng, device=case.device) < case.keep
-    return groups.factors, groups._cuts, ~mask[groups._decision_of_cut]
+        count = sizes.kv_heads if joint and name in _ATTENTION else size
+        index = torch.arange(start, start + count, device=case.device).repeat_interleave(size // count)
+        groups.append((axis, index))
+        if joint and name not in _FIRST:
+            removed.append(removed[-1])
+        else:
+            removed.append(torch.rand(count, generator=rng, device=case.device) >= case.keep)
+            removed[-1][0] = True  # a factor that loses nothing has no gradient to compare
+        start += count
+    return factors, groups, torch.cat(removed)
 
 
 def lasso(case: Case) -> Variants:
-    """The norms of removed groups, and their gradient added to `.grad`; the floor is one norm over as much memory.
-
-    The part `model` has a group for every row or column, a mask space those of the product: rows and columns of a head
-    are one, next to each other.
-    """
-    if case.part == "model":
-        factors, groups, removed = problem(case)
-        plan = GroupPlan.of(factors, groups, removed.numel())
-    else:
-        factors, plan, removed = product_problem(case)
+    """The norms of removed groups, and their gradient added to `.grad`; the floor is one norm over as much memory."""
+    factors, groups, removed = problem(case)
+    plan = GroupPlan.of(factors, groups, removed.numel())
     inputs = tuple(factor.requires_grad_() for factor in factors)
     for factor in factors:
         factor.grad = torch.zeros_like(factor)  # in a training step the loss's gradients are there
@@ -143,27 +123,8 @@ def prox(case: Case) -> Variants:
     }
 
 
-def gather(case: Case) -> Variants:
-    """Kept rows and columns of one weight; the floor copies a matrix of the kept size."""
-    rng = torch.Generator(case.device).manual_seed(0)
-    weight = torch.randn(*case.linear, generator=rng, device=case.device).to(case.torch_dtype)
-    rows, columns = (
-        (torch.rand(size, generator=rng, device=case.device) < case.keep).nonzero().flatten() for size in case.linear
-    )
-
-    def ours(backend: str) -> Variant:
-        return Variant(partial(compact, weight, rows, columns, backend=backend), holds=(weight,))
-
-    small = torch.randn(rows.numel(), columns.numel(), device=case.device).to(weight.dtype)
-    return {
-        "unfused": Variant(lambda: weight[rows][:, columns], holds=(weight,)),
-        **by_backend("compact", (weight,), ours),
-        "floor": Variant(small.clone, same=False, holds=(small,)),
-    }
-
-
 def lasso_work(case: Case) -> dict[str, Work]:
-    """Forward reads every factor and writes a norm a group; backward reads removed parts and writes all gradients."""
+    """Forward reads every factor and writes the norms; backward reads removed parts and writes all gradients."""
     entries, groups = _counts(case)
     item, removed = case.torch_dtype.itemsize, 1 - case.keep
     forward = Work(2 * entries, item * entries + 4 * groups)
@@ -175,12 +136,6 @@ def prox_work(case: Case) -> dict[str, Work]:
     entries, _ = _counts(case)
     removed = (1 - case.keep) * entries
     return {"forward": Work(3 * removed, 2 * removed * case.torch_dtype.itemsize)}
-
-
-def gather_work(case: Case) -> dict[str, Work]:
-    """The kept part is read and written, once each, with its two index vectors."""
-    rows, columns = (round(size * case.keep) for size in case.linear)
-    return {"forward": Work(0, 2 * rows * columns * case.torch_dtype.itemsize + 8 * (rows + columns))}
 
 
 def _counts(case: Case) -> tuple[int, int]:
@@ -200,8 +155,7 @@ def _whole_model(model: Model) -> tuple[str, ...]:
     return ("model",)
 
 
-GROUPS = (
+OPS = (
     Op("group_lasso", lasso, lasso_work, _lasso_parts, _TESTS, ignores=("tokens",)),
     Op("group_prox", prox, prox_work, _whole_model, _TESTS, passes=("forward",), ignores=("tokens",)),
-    Op("compact", gather, gather_work, lambda model: model.shapes, _TESTS, ("forward",), ("tokens", "rank")),
 )

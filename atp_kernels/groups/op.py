@@ -1,4 +1,8 @@
-"""torch.library registration and eager short cut of the operations on groups of many factors, and of `compact`."""
+"""The operations on groups of many factors: torch.library schema, fake and autograd, and eager Functions.
+
+A training step makes its calls eagerly: an `autograd.Function` over the backend costs less than the dispatcher's Python
+layer. A compiled or exported program sees the registered operators `torch.ops.atp_kernels.*`.
+"""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -7,9 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from atp_kernels.call import common_dtype, rarest_dtype, refuse_twice, select
-from atp_kernels.plan import GroupPlan
-from atp_kernels.reference import round_up
+from atp_kernels.call import Operation, Order, common_dtype, rarest_dtype, refuse_twice, register, select
+from atp_kernels.groups.plan import GroupPlan
+
+_ORDER = {"cpu": Order(("native", "reference")), "cuda": Order(("native", "triton", "reference"))}
+OPERATIONS = tuple(
+    register(Operation(name, __package__, ("reference", "triton", "native"), _ORDER))
+    for name in ("group_lasso", "group_lasso_grad_", "group_prox_")
+)
+TORCH_TOO_NEW = "2.14"
+"""The first torch whose private `_get_current_graph_task_keep_graph` no test has seen."""
 
 
 def lasso(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: float, backend: str) -> Tensor:
@@ -17,7 +28,7 @@ def lasso(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: floa
     if torch.compiler.is_compiling():
         return group_lasso_op(list(factors), *_packed(plan), removed, eps, backend)[0]
     dtypes = _dtypes(factors)
-    module = select("group_lasso", removed.device, rarest_dtype(dtypes), backend)[0]
+    module = select("group_lasso", removed.device, rarest_dtype(dtypes), backend).module
     if plan.separate and len(dtypes) == 1 and hasattr(module, "separate_lasso_forward"):
         return SeparateLasso.apply(module, plan, removed, eps, torch.is_grad_enabled(), *factors)
     return GroupLasso.apply(module, plan, removed, eps, *factors)
@@ -33,7 +44,7 @@ def lasso_grad_(
         # Detached, because the operator has no gradient of its own to offer.
         factors = [factor.detach() for factor in factors]
         return group_lasso_grad_op(factors, grads, *_packed(plan), removed, weight, eps, backend)
-    module = select("group_lasso_grad_", removed.device, rarest_dtype(_dtypes(factors)), backend)[0]
+    module = select("group_lasso_grad_", removed.device, rarest_dtype(_dtypes(factors)), backend).module
     return module.group_lasso_grad_(factors, grads, plan, removed, weight, eps)
 
 
@@ -71,7 +82,7 @@ def prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, threshold
     if torch.compiler.is_compiling():
         group_prox_op(list(factors), *_packed(plan), removed, threshold, backend)
         return
-    module = select("group_prox_", removed.device, rarest_dtype(_dtypes(factors)), backend)[0]
+    module = select("group_prox_", removed.device, rarest_dtype(_dtypes(factors)), backend).module
     module.group_prox_(factors, plan, removed, threshold)
 
 
@@ -92,7 +103,7 @@ def group_lasso_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(value, norms [n_groups]) of all factors together."""
-    module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
+    module = select("group_lasso", removed.device, common_dtype(factors), backend).module
     return module.group_lasso_forward(factors, GroupPlan.unpack(factors, axes, index, order, starts), removed, eps)
 
 
@@ -115,7 +126,7 @@ def group_lasso_backward_op(
     backend: str,
 ) -> list[Tensor]:
     """The gradient of every factor, each in memory of its own, as torch.library asks."""
-    module = select("group_lasso", removed.device, common_dtype(factors), backend)[0]
+    module = select("group_lasso", removed.device, common_dtype(factors), backend).module
     plan = GroupPlan.unpack(factors, axes, index, order, starts)
     return [grad.clone() for grad in module.group_lasso_backward(factors, plan, removed, norms, grad_value)]
 
@@ -154,7 +165,7 @@ def group_lasso_grad_op(
     backend: str,
 ) -> Tensor:
     """The value of all factors together; weight times its gradient is added to grads."""
-    module = select("group_lasso_grad_", removed.device, common_dtype(factors), backend)[0]
+    module = select("group_lasso_grad_", removed.device, common_dtype(factors), backend).module
     plan = GroupPlan.unpack(factors, axes, index, order, starts)
     return module.group_lasso_grad_(factors, grads, plan, removed, weight, eps)
 
@@ -177,7 +188,7 @@ def group_prox_op(
     backend: str,
 ) -> None:
     """Shrink removed groups in place by a threshold each, [n_groups]."""
-    module = select("group_prox_", removed.device, common_dtype(factors), backend)[0]
+    module = select("group_prox_", removed.device, common_dtype(factors), backend).module
     module.group_prox_(factors, GroupPlan.unpack(factors, axes, index, order, starts), removed, threshold)
 
 
@@ -186,17 +197,14 @@ def _(factors, axes, index, order, starts, removed, threshold, backend):
     return None
 
 
-@torch.library.custom_op("atp_kernels::compact", mutates_args=())
-def compact_op(weight: Tensor, rows: Tensor | None, cols: Tensor | None, pad_to: int, backend: str) -> Tensor:
-    """The kept rows and columns, gathered sides padded with zeros."""
-    return select("compact", weight.device, weight.dtype, backend)[0].compact(weight, rows, cols, pad_to)
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running keeps its graph; True on a torch that is too new to be asked.
 
-
-@compact_op.register_fake
-def _(weight, rows, cols, pad_to, backend):
-    n_rows = weight.shape[0] if rows is None else round_up(rows.shape[0], pad_to)
-    n_cols = weight.shape[1] if cols is None else round_up(cols.shape[0], pad_to)
-    return weight.new_empty(n_rows, n_cols)
+    torch has no public name for this. The answer True only costs memory.
+    """
+    if torch.__version__ >= TORCH_TOO_NEW:
+        return True
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class GroupLasso(torch.autograd.Function):
@@ -235,7 +243,7 @@ class SeparateLasso(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_value):
         (direction,) = ctx.saved_tensors
-        # A graph that is kept may come back for the direction, which gradients in its memory would spoil.
-        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+        # A kept graph may read the direction again, so gradients must not take its memory.
+        in_place = not graph_is_kept()
         grads = ctx.module.separate_lasso_backward(direction, ctx.plan, grad_value, in_place)
         return None, None, None, None, None, *grads

@@ -1,1 +1,0 @@
-"""One module or package for each implementation of the operations; `dispatch` picks one of them for a call."""

@@ -1,0 +1,35 @@
+"""Compaction: the kept rows and columns of a weight."""
+
+import torch
+from torch import Tensor
+
+from atp_kernels.checks import check_range
+from atp_kernels.compaction import op
+
+
+def compact(
+    weight: Tensor,
+    rows: Tensor | None = None,
+    cols: Tensor | None = None,
+    pad_to: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The kept rows and columns of a weight as a new tensor, without gradient.
+
+    weight [n, k]; rows and cols: int64 index vectors, None for all. Returns [n', k'], where a gathered side is padded
+    with zeros to a multiple of `pad_to` and the other side is as it was. Waits for the device to look at the indices.
+    Raises ValueError for wrong shapes, dtypes or devices, or an index that is negative or too large.
+    Source: docs/method.md section 6.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"compact takes a 2-D weight, not one of shape {list(weight.shape)}.")
+    for name, index in (("rows", rows), ("cols", cols)):
+        if index is not None and (index.ndim != 1 or index.dtype != torch.int64 or index.device != weight.device):
+            raise ValueError(f"{name} must be a 1-D int64 tensor on {weight.device}, or None for all.")
+    for axis, (name, index) in enumerate((("rows holds", rows), ("cols holds", cols))):
+        if index is not None:
+            check_range(name, index, weight.shape[axis], "index")
+    if pad_to < 1:
+        raise ValueError(f"pad_to is {pad_to}: give a positive multiple, 1 for no padding.")
+    return op.compact_op(weight.detach(), rows, cols, pad_to, backend)
