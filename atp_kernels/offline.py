@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atp_kernels.dropout import triton as dropout
-from atp_kernels.linear import tiles
-from atp_kernels.linear import triton_kernels as kernels
+from atp_kernels import triton_runtime
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Shared memory one program may use, bytes, by compute capability."""
@@ -38,7 +36,6 @@ QUICK_RANKS = (8, 64)
 ALL_RANKS = (8, 16, 32, 64)
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel takes: registers a thread, bytes of memory, and instruction counts in the PTX."""
+    """What one compiled kernel takes: registers per thread, bytes of memory, and instruction counts in the PTX."""
 
     registers: int
     shared: int
@@ -72,51 +69,16 @@ class Usage:
     """2-byte global loads inside loops; in an epilogue they cost nothing."""
 
 
-def cases(dtype: torch.dtype, rank: int) -> Iterator[Case]:
-    """Every kernel in the variants that a training step launches, with every tile of its table."""
-    drawn = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
-    for name, m, n, mask_lora, absent in (
-        ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd narrow", _SIZE, 128, False, "sum_ptr other_ptr dot_ptr"),
-        ("gemm fwd 1024 rows", 1024, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd 128 rows", 128, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd decode", 16, _SIZE, False, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx dropout", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx decision dropout", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx narrow dropout", _SIZE, 128, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-    ):
-        config = tiles.gemm_config(m, n, rank, dtype)
-        constants = {
-            "MASK_LORA": mask_lora, "ONE_PASS": config.one_pass and "fwd" in name, "EVEN_K": True,
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-            **(drawn if name.endswith("dropout") else {}),
-        }  # fmt: skip
-        wide_tile = dtype != torch.float32 and config.block_m >= 64
-        yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
-    narrow = tiles.down_config(_SIZE, dtype)
-    constants = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
-    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, narrow)
-    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | drawn, narrow)
-    reduce = tiles.reduce_config(dtype)
-    constants = {"BLOCK_M": reduce.block_long, "BLOCK_C": reduce.block_wide}
-    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, reduce)
-    factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
-    constants |= drawn
-    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, reduce)
-    constants = drawn | {"BLOCK_M": dropout.BLOCK_M, "BLOCK_K": dropout.BLOCK_K}
-    tile = tiles.ReduceConfig(dropout.BLOCK_K, dropout.BLOCK_M, dropout.NUM_WARPS)
-    yield _case("dropout", dropout.dropout_kernel, dtype, rank, [], constants, tile)
-    constants = {"BLOCK_C": 64}
-    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, reduce)
+def every_case(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+    """The kernels of all rooms, from the `cases` of their offline.py."""
+    for room in sorted(path.parent.name for path in Path(__file__).parent.glob("*/offline.py")):
+        yield from importlib.import_module(f"atp_kernels.{room}.offline").cases(dtypes, ranks)
 
 
 def case(
     name: str,
     kernel: triton.runtime.JITFunction,
-    constants: dict[str, object],
+    constants: Mapping[str, object],
     types: Mapping[str, str | None],
     *,
     dtype: torch.dtype | None = None,
@@ -128,37 +90,7 @@ def case(
     dtype: None where one compilation takes every dtype; rank: 0 where it does not matter.
     """
     arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
-    return Case(name, kernel, dtype, rank, arguments, constants, num_warps, 3, False)
-
-
-def _case(name, kernel, dtype, rank, absent, constants, config, tensor_core_loop=False) -> Case:
-    single = "fp32"
-    float32 = {"out_mask_ptr", "in_mask_ptr", "mask_ptr", "dot_ptr", "b_sq_ptr", "a_sq_ptr", "part_ptr"}
-    if kernel is kernels.column_reduce_kernel:
-        float32 |= {"factor_ptr", "sum_ptr"}
-    every = {
-        "WIDE": False, "UPCAST": False, "PRECISION": "ieee", "RANK": rank, "R": rank, "BLOCK_R": tiles.rank_block(rank),
-        "STEP_R": tiles.rank_step(rank, dtype), "THRESHOLD": 0, "SCALE": 1.0, **constants,
-    }  # fmt: skip
-    # A contiguous operand has stride 1 on its last axis; the JIT makes that a constant, and so does this.
-    every |= {"stride_xk": 1, "stride_wk": 1, "stride_ak": 1, "stride_br": 1, "stride_lk": 1, "stride_on": 1}
-    every |= {"stride_gc": 1, "stride_zc": 1, "stride_or": 1}
-    if name.startswith("gemm dx"):
-        # weight.t() and lora_a.t(): contiguous along the output, not along the reduced side.
-        every |= {"stride_wn": 1, "stride_bn": 1}
-        del every["stride_wk"], every["stride_br"]
-    arguments: dict[str, str | None] = {}
-    for argument in kernel.arg_names:
-        if argument in absent:
-            arguments[argument] = None
-        elif argument in every:
-            continue
-        elif argument.endswith("_ptr"):
-            arguments[argument] = "*" + (single if argument in float32 else TYPES[dtype])
-        else:
-            arguments[argument] = {"scaling": "fp32", "seed": "i64"}.get(argument, "i32")
-    used = {name: value for name, value in every.items() if name in kernel.arg_names}
-    return Case(name, kernel, dtype, rank, arguments, used, config.num_warps, config.num_stages, tensor_core_loop)
+    return Case(name, kernel, dtype, rank, arguments, dict(constants), num_warps, 3, False)
 
 
 def compile_case(case: Case, arch: int) -> Usage:
@@ -227,14 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=sorted(TYPES.values()), help="default: bf16")
     parser.add_argument("--gate", action="store_true", help="fail when a limit is broken")
     options = parser.parse_args(arguments)
-    if not isinstance(kernels.masked_lora_gemm_kernel, triton.runtime.JITFunction):
+    if triton_runtime.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile: unset it.")
     names = options.dtype or (list(TYPES.values()) if options.all else ["bf16"])
     ranks = options.rank or (ALL_RANKS if options.all else QUICK_RANKS)
-    every = [case for kind, name in TYPES.items() if name in names for rank in ranks for case in cases(kind, rank)]
-    for room in sorted(path.parent.name for path in Path(__file__).parent.glob("*/offline.py")):
-        rooms_own = importlib.import_module(f"atp_kernels.{room}.offline")
-        every += rooms_own.cases([dtype for dtype, name in TYPES.items() if name in names], ranks)
+    every = every_case([dtype for dtype, name in TYPES.items() if name in names], ranks)
     broken = 0
     print(f"{'kernel':24} dtype rank arch  regs  shared stack local tensor 16-byte 2-byte")
     for case in every:
@@ -242,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
             usage = compile_case(case, arch)
             verdict = problems(case, arch, usage)
             broken += bool(verdict)
-            dtype = "any" if case.dtype is None else TYPES[case.dtype]
+            dtype = TYPES[case.dtype] if case.dtype else "any"
             print(
                 f"{case.name:24} {dtype:5} {case.rank:4} {arch:4} {usage.registers:5} "
                 f"{usage.shared:7} {usage.stack:5} {usage.local:5} {usage.tensor_core:6} {usage.wide_copies:7} "

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, set_seed
 
 from atp.config import ATPConfig
-from atp.spaces.space import MaskSpace
+from atp.families import family_of
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback
 from atp.training.loop import Loop, tune_step
@@ -24,7 +24,7 @@ DENSE = "dense_lora"  # the 100 % mark: phase in the records, folder, and key in
 def stock_lora(model: PreTrainedModel, config: ATPConfig) -> PeftModel:
     """Wraps the model in PEFT's own layers, initialized from the run's seed; `unload()` returns the model."""
     lora = config.lora
-    names = sorted({name.rsplit(".", 1)[-1] for name in MaskSpace.from_config(model.config).linears})
+    names = sorted({name.rsplit(".", 1)[-1] for name in family_of(model.config).linears(model.config)})
     torch.manual_seed(config.seed)
     settings = LoraConfig(
         r=lora.r,

@@ -88,8 +88,8 @@ def group_prox_(
         check_written(factors)
     if isinstance(threshold, Tensor):
         if threshold.shape != removed.shape:
-            given, needed = list(threshold.shape), list(removed.shape)
-            raise ValueError(f"threshold has shape {given}: give a number, or one for each group, {needed}.")
+            needed = list(removed.shape)
+            raise ValueError(f"threshold has shape {list(threshold.shape)}: give a number, or one per group, {needed}.")
         if not threshold.is_floating_point() or threshold.device != removed.device:
             given = f"{threshold.dtype} on {threshold.device}"
             raise ValueError(f"threshold is {given}: give a number, or a floating tensor on {removed.device}.")

@@ -41,7 +41,8 @@ def problem(case: Case) -> tuple[list[Tensor], _Groups, Tensor]:
     """
     rng, sizes = torch.Generator(case.device).manual_seed(0), case.sizes
     joint = case.part == "kv_group"
-    factors, groups, removed, start = [], [], [], 0
+    factors, groups, start = [], [], 0
+    removed: list[Tensor] = []
     names = list(sizes.linears) * sizes.layers
     for name, (rows, columns, axis) in zip(names, factor_shapes(sizes, case.rank), strict=True):
         factors.append(torch.randn(rows, columns, generator=rng, device=case.device).to(case.torch_dtype))

@@ -6,6 +6,7 @@ layer. A compiled or exported program sees the registered operators `torch.ops.a
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def _grads(factors: Sequence[Tensor]) -> list[Tensor]:
     if all([factor.requires_grad for factor in factors]):
         grads = [factor.grad for factor in factors]
         if all([grad is not None for grad in grads]):
-            return grads
+            return cast(list[Tensor], grads)
     return [_grad(factor) for factor in factors]
 
 

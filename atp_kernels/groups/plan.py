@@ -74,8 +74,8 @@ class GroupPlan:
 
         Raises ValueError for values (on a CPU, where looking costs no wait) that no plan of such factors has.
         """
-        packed = (tensor.int().contiguous() for tensor in tensors)
-        plan = cls(tuple(axes), tuple(factor.shape for factor in factors), *packed)
+        index, order, starts = (tensor.int().contiguous() for tensor in tensors)
+        plan = cls(tuple(axes), tuple(factor.shape for factor in factors), index, order, starts)
         if tensors[0].device.type == "cpu" and not plan._is_consistent():
             raise ValueError("index, order and starts are those of no plan for these factors: take them from one.")
         plan._checked = True

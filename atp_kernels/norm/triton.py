@@ -110,7 +110,7 @@ def _share(rows: int, programs: int, block_m: int) -> int:
 
 
 def _constants(width: int, tile: Tile) -> dict[str, object]:
-    sizes = {"WHOLE": width <= tile.block_k, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    sizes: dict[str, object] = {"WHOLE": width <= tile.block_k, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
     return sizes | {"num_warps": tile.num_warps, "enable_fp_fusion": True}
 
 

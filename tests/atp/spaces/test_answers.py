@@ -258,3 +258,15 @@ def test_a_table_with_gaps_is_refused(size, sides, remainder, message):
     cuts = tuple(Cut("mlp.gate_proj", 1, owner) for owner in sides)
     with pytest.raises(ValueError, match=message):
         linear_space(Structure("own", size, cuts, no_widths, remainder=remainder))
+
+
+@pytest.mark.parametrize(
+    ("cut", "reader", "message"),
+    [
+        (Cut("mlp.gate_proj", 1, torch.arange(32), soft=False), None, "a soft mask must multiply one side"),
+        (Cut("mlp.gate_proj", 1, torch.arange(32)), "mlp.down_proj", "cut the inputs of its reader mlp.down_proj"),
+    ],
+)
+def test_a_structure_that_contradicts_itself_is_refused(cut, reader, message):
+    with pytest.raises(ValueError, match=message):
+        linear_space(Structure("own", 32, (cut,), no_widths, reader=reader, remainder=True))

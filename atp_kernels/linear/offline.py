@@ -1,0 +1,98 @@
+"""The Triton kernels of this room as `atp_kernels.offline` compiles them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+
+import torch
+import triton
+
+from atp_kernels.linear import tiles
+from atp_kernels.linear import triton_kernels as kernels
+from atp_kernels.offline import TYPES, Case
+
+_SIZE = 4096
+_DRAWN: dict[str, object] = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
+
+
+def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+    """Every kernel in the variants that a training step launches, with every tile of its table."""
+    for dtype, rank in product(dtypes, ranks):
+        yield from _gemms(dtype, rank)
+        yield from _reductions(dtype, rank)
+
+
+def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+    for name, m, n, mask_lora, absent in (
+        ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+        ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+        ("gemm fwd narrow", _SIZE, 128, False, "sum_ptr other_ptr dot_ptr"),
+        ("gemm fwd 1024 rows", 1024, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+        ("gemm fwd 128 rows", 128, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+        ("gemm fwd decode", 16, _SIZE, False, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx dropout", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx decision dropout", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx narrow dropout", _SIZE, 128, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+    ):
+        config = tiles.gemm_config(m, n, rank, dtype)
+        constants = {
+            "MASK_LORA": mask_lora, "ONE_PASS": config.one_pass and "fwd" in name, "EVEN_K": True,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+            **(_DRAWN if name.endswith("dropout") else {}),
+        }  # fmt: skip
+        wide_tile = dtype != torch.float32 and config.block_m >= 64
+        yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
+
+
+def _reductions(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+    narrow = tiles.down_config(_SIZE, dtype)
+    constants: dict[str, object] = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
+    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, narrow)
+    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | _DRAWN, narrow)
+    reduce = tiles.reduce_config(dtype)
+    constants = {"BLOCK_M": reduce.block_long, "BLOCK_C": reduce.block_wide}
+    yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, reduce)
+    factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
+    constants |= _DRAWN
+    yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, reduce)
+    constants = {"BLOCK_C": 64}
+    yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, reduce)
+
+
+def _case(
+    name: str,
+    kernel: triton.runtime.JITFunction,
+    dtype: torch.dtype,
+    rank: int,
+    absent: Sequence[str],
+    constants: Mapping[str, object],
+    config: tiles.GemmConfig | tiles.ReduceConfig,
+    tensor_core_loop: bool = False,
+) -> Case:
+    float32 = {"out_mask_ptr", "in_mask_ptr", "mask_ptr", "dot_ptr", "b_sq_ptr", "a_sq_ptr", "part_ptr"}
+    if kernel is kernels.column_reduce_kernel:
+        float32 |= {"factor_ptr", "sum_ptr"}
+    every: dict[str, object] = {
+        "WIDE": False, "UPCAST": False, "PRECISION": "ieee", "RANK": rank, "R": rank, "BLOCK_R": tiles.rank_block(rank),
+        "STEP_R": tiles.rank_step(rank, dtype), "THRESHOLD": 0, "SCALE": 1.0, **constants,
+    }  # fmt: skip
+    # A contiguous operand has stride 1 on its last axis; the JIT makes that a constant, and so does this.
+    every |= {"stride_xk": 1, "stride_wk": 1, "stride_ak": 1, "stride_br": 1, "stride_lk": 1, "stride_on": 1}
+    every |= {"stride_gc": 1, "stride_zc": 1, "stride_or": 1}
+    if name.startswith("gemm dx"):
+        # weight.t() and lora_a.t(): contiguous along the output, not along the reduced side.
+        every |= {"stride_wn": 1, "stride_bn": 1}
+        del every["stride_wk"], every["stride_br"]
+    arguments: dict[str, str | None] = {}
+    for argument in kernel.arg_names:
+        if argument in absent:
+            arguments[argument] = None
+        elif argument in every:
+            continue
+        elif argument.endswith("_ptr"):
+            arguments[argument] = "*" + ("fp32" if argument in float32 else TYPES[dtype])
+        else:
+            arguments[argument] = {"scaling": "fp32", "seed": "i64"}.get(argument, "i32")
+    used = {name: value for name, value in every.items() if name in kernel.arg_names}
+    return Case(name, kernel, dtype, rank, arguments, used, config.num_warps, config.num_stages, tensor_core_loop)
