@@ -149,7 +149,7 @@ class Run:
         return model, tokenizer, data
 
     def _start(self) -> None:
-        """Opens the folder and writes the fingerprints of its inputs; on resume compares them, or raises `InputError`."""
+        """Opens the folder and writes its inputs' fingerprints; on resume compares them, or raises `InputError`."""
         original = self.original(self.inputs)
         if self.resume:
             known = inputs_of(self.folder)

@@ -43,7 +43,7 @@ def fingerprints(
 
 
 def refuse_other_inputs(started_with: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises `InputError` naming the inputs that changed since the run started. Inputs known to one side only are skipped."""
+    """Raises `InputError` naming the inputs that changed since the start; those that one side lacks are skipped."""
     changed = [name for name, digest in now.items() if started_with.get(name, digest) != digest]
     if changed:
         verb = "is" if len(changed) == 1 else "are"
