@@ -1,4 +1,4 @@
-"""The processes of one run: which of them writes, what all of them agree on, and waiting that a signal can end.
+"""The processes of one run: which one writes, what they agree on, and waits that a signal can interrupt.
 
 torchrun and accelerate start a run in several processes. The main one (rank 0) decides, writes, scores and prints; the
 others train and wait for it. What they tell each other here travels through a gloo group of its own: it needs no
@@ -51,7 +51,7 @@ def is_main() -> bool:
 
 
 def start() -> None:
-    """Joins the other processes, if there are any. Raises `InputError` where a launcher asks for sharded weights."""
+    """Joins the other processes, if any. Raises `InputError` if the launcher asks for sharded weights."""
     global _control
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "false").lower() in ("1", "true"):
@@ -67,7 +67,7 @@ def device() -> torch.device:
 
 
 def wait() -> None:
-    """Returns once every process has come here. Signals are handled meanwhile.
+    """Returns once every process has called it. Signals are handled meanwhile.
 
     Raises `NotReached` when another process ended instead.
     """
@@ -100,7 +100,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """Runs `work` in the main process and then in the others: what it downloads is there by then.
+    """Runs `work` in the main process and then in the others: by then its downloads are there.
 
     `InputError` and `NotReached` of the main process are raised in all, and the others do not start.
     """
@@ -115,7 +115,7 @@ def told_by_main(error: BaseException) -> bool:
 
 
 def largest(value: int) -> int:
-    """The largest of the processes' values: how all of them hear of a signal that one of them got."""
+    """The largest of the processes' values; this is how a signal to one process reaches all."""
     if count() == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.int64)
@@ -133,14 +133,14 @@ def mean(value: float) -> float:
 
 
 def average_(tensor: Tensor | None) -> None:
-    """Replaces a tensor by its mean over the processes, where it lies; None stays None in all."""
+    """Replaces a tensor by its mean over the processes, in place; None stays None in all."""
     if tensor is not None and count() > 1:
         dist.all_reduce(tensor)
         tensor /= count()
 
 
 def from_main(tensor: Tensor, name: str) -> Tensor:
-    """The main process's tensor in all, on the device of this one's. Any dtype, the same shape everywhere.
+    """The main process's tensor in every process, on the device of its own. Any dtype, the same shape everywhere.
 
     name says what it is in the `NotReached` that is raised should the processes not hold the same afterwards.
     """

@@ -133,8 +133,8 @@ class Scene:
             with masked():
                 loss = loss_of(model)
                 loss.backward()
-            regularize()
             nn.utils.clip_grad_norm_(trained, 1.0)
+            regularize()
             optimizer.step()
             optimizer.zero_grad()
             return loss.detach()
