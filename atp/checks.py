@@ -1,4 +1,4 @@
-"""What is known of a run before its first step: what cannot work is refused, what falls short is said."""
+"""Checks before the first step: refuse what cannot work, report what falls short."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from atp.errors import InputError, quote, shorten
 from atp.loading import RunData, check_length
 from atp.spaces.space import MaskSpace
 
-BUDGET_TOLERANCE = 0.002  # of the decoder, between the target and what a run keeps
+BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
+_SHORTEST = 16  # tokens, the least that data.length may be
 
 
 def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: float = BUDGET_TOLERANCE) -> None:
-    """Refuses windows beyond the model's positions, and a target that no mask of its shapes can meet."""
+    """Raises `InputError` for windows beyond the model's positions, and for a target that no mask can meet."""
     check_length(shapes, config.data.length)
     decisions = config.decisions
     budget = Budget(MaskSpace.from_config(shapes, decisions.space))
@@ -27,13 +28,13 @@ def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: floa
         rules = f" with decisions.multiples {quote(coarse)}" if coarse else ""
         remedy = "choose that, or lower the multiples" if rules else "choose that"
         raise InputError(
-            f"decisions.target_keep is {decisions.target_keep} and the nearest share that whole structures of this "
+            f"decisions.target_keep is {decisions.target_keep}, but the nearest share that whole structures of this "
             f"model can keep{rules} is {nearest:.4f}: {remedy}"
         )
 
 
 def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
-    """One sentence for everything that the config asks for more of than the data have; a run goes on without it."""
+    """One sentence per setting that asks for more than the data hold; the run continues with what there is."""
     evaluation, decisions = config.evaluation, config.decisions
     test = data.splits.test
     asked = [
@@ -49,8 +50,31 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
             continue  # free text is scored on demand
         held_out = sum(example.task == task.name for example in test)
         asked.append(("evaluation.questions", evaluation.questions, f"test examples of {task.name}", held_out))
-    found = [f"{key} is {count}, and there are {there} {what}" for key, count, what, there in asked if count > there]
+    found = [
+        f"{key} is {count}, but there are only {there} {what}" for key, count, what, there in asked if count > there
+    ]
     unused = [label for label in config.data.labels if all(label != example.label for example in test)]
     if unused:
         found.append(f"no test example has the label {shorten(' or '.join(unused))} of data.labels")
     return found
+
+
+def less_memory(config: ATPConfig) -> str:
+    """The three cheapest changes that lower a run's memory, as overrides: those that keep its result come first."""
+    training, decisions, data = config.training, config.decisions, config.data
+    changes = []
+    if training.batch_size > 1:
+        kept = training.batch_size * training.gradient_accumulation
+        half = next(size for size in range(training.batch_size // 2, 0, -1) if kept % size == 0)
+        changes.append(f"training.batch_size={half} training.gradient_accumulation={kept // half}")
+    if not training.gradient_checkpointing:
+        changes.append("training.gradient_checkpointing=true")
+    if config.evaluation.batch_size > 1:
+        changes.append(f"evaluation.batch_size={config.evaluation.batch_size // 2}")
+    if decisions.batch_size > 1:
+        changes.append(f"decisions.batch_size={decisions.batch_size // 2}")
+    if data.length > _SHORTEST:
+        changes.append(f"data.length={max(data.length // 2, _SHORTEST)}")
+    if not changes:
+        return "take a smaller model or a machine with more memory"
+    return f"start a new run with {', with '.join(changes[:3])}"

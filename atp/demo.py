@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
+from transformers import GenerationMixin
 
 from atp.config import ATPConfig
 from atp.data.packages import PACKAGED_MODEL
@@ -25,7 +27,7 @@ def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConf
             "output_dir": str(output_dir),
             # One word of an abstract is its answer: the text around it is most of what there is to learn.
             "data": {"recipe": "health-mini", "length": 192, "loss_on": "all"},
-            # In so short a run whole KV groups measured better than single dimensions (docs/recipe.md).
+            # In so short a run whole KV groups measured better than single dimensions (docs/method.md section 10).
             "decisions": {
                 "space": "kv_group",
                 "saliency_windows": 24,
@@ -47,6 +49,6 @@ def ask(folder: Path) -> tuple[str, str]:
     tokenizer = read_tokenizer(folder)
     model = read_model(folder, dtype=torch.float32)
     inputs = tokenizer(_QUESTION, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    output = cast(GenerationMixin, model).generate(**inputs, max_new_tokens=8, do_sample=False)
+    answer = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return _QUESTION, answer.strip().splitlines()[0] if answer.strip() else "(nothing)"

@@ -19,12 +19,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class NobodyReads(Exception):
-    """Nobody reads the output any more, as after `atp env | head -1`. Typer would take an OSError for its own."""
+class OutputClosed(Exception):
+    """The reader of our output has gone, as in `atp env | head -1`. No OSError, which typer would handle itself."""
 
 
 def ending(error: BaseException) -> tuple[str, int]:
-    """The sentence, empty where nobody is left to read it, and the exit code that an error stands for."""
+    """The sentence (empty if nobody is left to read it) and the exit code for an error."""
     if isinstance(error, ModuleNotFoundError) and is_known(error.name):
         error = missing(error)
     if isinstance(error, InputError):
@@ -33,13 +33,13 @@ def ending(error: BaseException) -> tuple[str, int]:
         return _one_line(error), 3
     if isinstance(error, Interrupted):
         return _one_line(error), 128 + error.signum
-    if hasattr(error, "format_message"):  # typer's and click's own, whichever of them typer brings along
+    if hasattr(error, "format_message"):  # usage errors of typer or click
         context = getattr(error, "ctx", None)
         see = f": see {context.command_path} --help" if context else ""
         return f"{_one_line(error.format_message()).removesuffix('.')}{see}", 2
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return interrupted()
-    if isinstance(error, NobodyReads) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+    if isinstance(error, OutputClosed) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
         return "", _BROKEN_PIPE
     return _unforeseen(error), 1
 
@@ -51,18 +51,18 @@ def interrupted() -> tuple[str, int]:
 
 def _unforeseen(error: BaseException) -> str:
     if is_out_of_memory(error):
-        return f"out of memory ({reason(error)}): ask for less at a time, or take a machine with more memory"
+        return f"out of memory ({reason(error)}): use smaller batches or a machine with more memory"
     number = _errno(error)
     if number in _FULL:
-        return f"the disk is full ({reason(error)}): free some space and give the command again, a run with --resume"
+        return f"the disk is full ({reason(error)}): free some space and repeat the command, with --resume for a run"
     if number is not None:
         remedy = "check its permissions" if number in _FORBIDDEN else "check the path"
-        return f"the system refuses a file or folder ({reason(error)}): {remedy}"
+        return f"cannot use a file or folder ({reason(error)}): {remedy}"
     return f"{_named(error)}: run again with --debug for the traceback"
 
 
 def _errno(error: BaseException) -> int | None:
-    """The system's number of an error, also of those that safetensors passes on as text."""
+    """The errno of an error, including those that safetensors reports as text."""
     if isinstance(error, OSError):
         return error.errno
     told = re.search(r"\(os error (\d+)\)", str(error))
@@ -79,7 +79,7 @@ def _one_line(message: object) -> str:
 
 
 def flush_output() -> None:
-    """Writes out what is still to be printed, and drops it where that fails, so that Python does not try again."""
+    """Flushes stdout, or drops what is left if that fails, so that Python does not try again at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def flush_output() -> None:
 def end_interrupted_imports() -> None:
     """Lets Ctrl-C end the command `atp` with a sentence while torch is still being imported, which takes seconds.
 
-    Changes nothing in other programs, nor where somebody else handles the signal. `atp.cli.main` undoes it.
+    Does nothing in other programs, or where the signal already has a handler. `atp.cli.main` undoes it.
     """
     command = Path(sys.argv[0]).stem == "atp" if sys.argv else False
     module = sys.orig_argv[1:3] == ["-m", "atp"]
@@ -98,7 +98,7 @@ def end_interrupted_imports() -> None:
 
 
 def imports_are_done() -> None:
-    """Brings Ctrl-C back to Python's own behaviour."""
+    """Restores Python's own handling of Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -16,7 +16,7 @@ _PACKAGES = ("atp-kernels", "torch", "triton", "transformers", "peft", "accelera
 
 
 def versions() -> dict[str, str]:
-    """Installed versions by package, `absent` where there is none, with Python's."""
+    """Versions of Python and of our dependencies; `absent` for those that are not installed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -27,14 +27,14 @@ def versions() -> dict[str, str]:
 
 
 def slow_kernels() -> str | None:
-    """Why the kernels in C++ are missing here; None where they are there, and where ATP_BUILD=0 wants none."""
+    """Why the C++ kernels are missing; None if they are present, or if ATP_BUILD=0 skipped them."""
     reason = atp_kernels.available_backends()["native"]
     unwanted = os.environ.get("ATP_BUILD") == "0" or (reason is not None and "ATP_BUILD=0 says so" in reason)
     return None if unwanted else reason
 
 
 def device_name() -> str:
-    """The device that training runs on here: the GPU's name, or the processor's with its threads."""
+    """The device that training uses here: the GPU's name, or the processor's and its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -47,7 +47,7 @@ def device_name() -> str:
 
 
 def describe() -> dict[str, str]:
-    """Versions, platform, devices and, for each kernel backend, whether it is there or why not."""
+    """Versions, platform, devices, and for each kernel backend whether it is available or why not."""
     facts = versions() | {"platform": platform.platform(), "executable": Path(sys.executable).name}
     facts["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_available():

@@ -22,9 +22,9 @@ class NotReached(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """A signal stopped the run, which can go on from what it wrote. Exit code 128 + signal number.
+    """A signal stopped the run, which can be resumed. Exit code 128 + signal number.
 
-    Like KeyboardInterrupt it is no Exception: no library on the way may take it for a failure of its own.
+    Like KeyboardInterrupt it is no Exception, so that no library catches it as a failure of its own.
     """
 
     def __init__(self, signum: int, remedy: str = "") -> None:
@@ -33,24 +33,24 @@ class Interrupted(BaseException):
 
 
 def shorten(text: object, limit: int = 200) -> str:
-    """Whatever a message quotes, in at most `limit` printable characters on one line.
+    """Text for use in a message: at most `limit` printable characters on one line.
 
-    A text, a path and an exception say what they say, anything else is shown as `quote` shows it. Never raises.
+    Text, paths and exceptions are shown as they are, anything else as by `quote`. Never raises.
     """
     if not isinstance(text, (str, PurePath, Exception)):
         return quote(text, limit)
     try:
         text = str(text)
-    except Exception:  # an exception of somebody else's, which may do anything
+    except Exception:  # a foreign __str__ may do anything
         text = type(text).__name__
-    # Twice the limit is enough to know that more follows; a long text is not worked through.
+    # Twice the limit is enough to know that more follows, without processing a long text.
     return _cut(_printable(" ".join(text[: 2 * limit + 2].split())), limit, more=len(text) > 2 * limit + 2)
 
 
 def quote(value: object, limit: int = 200) -> str:
     """A value as Python writes it, in at most `limit` printable characters on one line.
 
-    Takes no longer for values that are huge, deep, refer to themselves or cannot be shown. Never raises.
+    Takes bounded time for values that are huge, deep, self-referencing or unprintable. Never raises.
     """
     try:
         return _cut(_printable(_Short(limit).repr(value)), limit)
@@ -59,7 +59,7 @@ def quote(value: object, limit: int = 200) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed, on one short line: the first line of the message, with the type where that says more."""
+    """Why something failed, on one short line: the first line of the message, with the type if that adds anything."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     if lines and isinstance(error, (OSError, ValueError)) and not isinstance(error, UnicodeError):
         return shorten(lines[0])
@@ -67,7 +67,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on whatever device: Python, a GPU and torch's CPU allocator each say so differently."""
+    """Whether memory ran out: Python, CUDA and torch's CPU allocator each report it differently."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(
@@ -76,7 +76,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class _Short(reprlib.Repr):
-    """`repr` of what fits into `limit` characters: strings keep their beginning, containers a few items."""
+    """`repr` within `limit` characters: strings keep their beginning, containers a few items."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def _name(value: object) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text with whatever a terminal would obey, or could not encode, written as an escape."""
+    """The text with control characters, and those that cannot be encoded, escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written beside their place, flushed, and moved in one step."""
+"""Atomic files and folders: written under a temporary name, flushed, and moved into place in one step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARK = ".writing-"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` in one step once the block has ended without an error."""
+    """Yields a temporary path, which replaces `path` in one step if the block ends without an error."""
     temporary = path.with_name(f"{_MARK}{path.name}")
     try:
         yield temporary
@@ -36,9 +36,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill that takes the place of `path` once the block has ended without an error.
+    """Yields an empty folder, which replaces `path` if the block ends without an error.
 
-    Under the name of `path` there is the old folder, for a moment none, or the new one, and never a part of it.
+    `path` is always the old folder, the new one, or for an instant missing; never incomplete.
     """
     temporary, old = path.with_name(f"{_MARK}{path.name}"), path.with_name(f"{_MARK}old-{path.name}")
     try:
@@ -76,7 +76,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file of ours, None where the file is missing or damaged."""
+    """The JSON object in one of our files; None if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -85,15 +85,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a crash left half-written anywhere under a folder."""
+    """Removes half-written files and folders that a crash left anywhere under a folder."""
     for leftover in list(folder.rglob(f"{_MARK}*")):
         _remove(leftover)
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Refuses a folder that no file can be made in, before work is done for it. Leaves nothing behind.
+    """Raises `InputError` if no file can be created in a folder. Leaves nothing behind.
 
-    folder: need not exist yet. what: the setting that names it. Raises `InputError`.
+    folder: need not exist yet. what: the setting that names it.
     """
     made: list[Path] = []
     try:
@@ -104,7 +104,7 @@ def check_writable(folder: Path, what: str) -> None:
     except (OSError, ValueError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or reason(error)
         place = shorten(str(folder).replace("\0", "\\0"))
-        raise InputError(f"{what} {place} cannot be written into ({why}): choose another place") from error
+        raise InputError(f"{what} {place} is not writable ({why}): choose another place") from error
     finally:
         for path in made:
             with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Where NaN and infinity are found and named, before they are trained on or written."""
+"""Finds and names NaN and infinity before they are trained on or written."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The first of these names whose tensor holds NaN or infinity; None if there is none."""
+    """The first name whose tensor holds NaN or infinity, or None."""
     return next((name for name, tensor in tensors if not is_finite(tensor)), None)
 
 
 def refuse_weights(model: nn.Module) -> None:
-    """Raises `InputError` with the name of a parameter or buffer that holds NaN or infinity."""
+    """Raises `InputError` naming a parameter or buffer that holds NaN or infinity."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     name = first_non_finite(tensors.items())
     if name is not None:
@@ -38,7 +38,7 @@ def refuse_weights(model: nn.Module) -> None:
 
 
 def non_finite_figures(values: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """(key.path, value) of every number in nested dictionaries and lists that is NaN or infinite."""
+    """Yields (key.path, value) of every NaN or infinity in nested dictionaries and lists."""
     if isinstance(values, dict):
         values = values.items()
     elif isinstance(values, (list, tuple)):
@@ -52,13 +52,13 @@ def non_finite_figures(values: Any, path: str = "") -> Iterator[tuple[str, float
 
 
 class FiniteGuard:
-    """Keeps non-finite gradients out of weights and moments, counts such steps, and ends the run after K in a row.
+    """Skips steps with non-finite gradients, counts them, and ends the run after K in a row.
 
-    The counts are tensors on the device: a step writes them, and only `report`, `finish`, `skipped` and `state` read.
+    The counts are tensors on the device: a step only writes them; `report`, `finish`, `skipped` and `state` read them.
     """
 
     def __init__(self, limit: int, steps: str = "steps") -> None:
-        """limit: K. steps: what they are called in a message."""
+        """limit: K. steps: what a message calls them."""
         self.limit, self.steps = limit, steps
         self.restore({"skipped": 0, "in_a_row": 0, "last": 0})
 
@@ -68,24 +68,24 @@ class FiniteGuard:
         self._longest = self._in_a_row
 
     def state(self) -> dict[str, int]:
-        """JSON-able counts."""
+        """The counts, for JSON."""
         return {"skipped": self.skipped, "in_a_row": int(self._in_a_row), "last": int(self._last)}
 
     @property
     def skipped(self) -> int:
-        """Steps that were not applied so far."""
+        """Number of steps skipped so far."""
         return int(self._skipped)
 
     def check(self, optimizer: torch.optim.Optimizer, step: int, beside: Iterable[nn.Parameter] = ()) -> Tensor:
-        """Before the step of a fused optimizer: makes it a step that changes nothing if a gradient is not finite.
+        """Call before the step of a fused optimizer: if a gradient is not finite, that step changes nothing.
 
-        beside: parameters that another optimizer steps, whose gradients count too. Returns whether the step is bad,
-        scalar bool on the device.
+        beside: parameters of another optimizer whose gradients count too. Returns whether the step is skipped, scalar
+        bool on the device.
         """
         parameters = [*(p for group in optimizer.param_groups for p in group["params"]), *beside]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        bad = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients)).sum())
-        optimizer.found_inf = bad.float()
+        bad = ~torch.isfinite(nn.utils.get_total_norm(gradients, norm_type=math.inf))
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # fused optimizers read it
         self._skipped = self._skipped + bad
         self._in_a_row = (self._in_a_row + 1) * bad
         self._longest = torch.maximum(self._longest, self._in_a_row)
@@ -93,13 +93,13 @@ class FiniteGuard:
         return bad
 
     def report(self) -> None:
-        """Raises `NotReached` if since the last report K steps in a row were skipped."""
+        """Raises `NotReached` if K steps in a row were skipped since the last report."""
         if int(self._longest) >= self.limit:
             self._stop(int(self._longest))
         self._longest = self._in_a_row
 
     def finish(self, count: int) -> None:
-        """`report` at the end of `count` steps; raises also if they are fewer than K and all of them were skipped."""
+        """`report` at the end of `count` steps; also raises if there were fewer than K and all were skipped."""
         self.report()
         if 0 < count <= int(self._in_a_row):
             self._stop(count)

@@ -1,4 +1,4 @@
-"""The folders that commands write to: which may be used, which may be gone on with, and what is open to one process."""
+"""Output folders: which may be used or resumed, and the lock that admits one process at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WRITTEN_TO = ("", "model", "base", "adapter", "dense_lora", "profile", *CHECKPO
 
 
 def check_output_dir(folder: Path, *, resume: bool, started: str = CONFIG) -> None:
-    """Refuses to write into a folder that holds anything, or to resume one that no run of ours was started in.
+    """Raises `InputError` for a folder that is not empty, or on resume for one that holds no run.
 
     started: the file in which a run or comparison keeps its config.
     """
@@ -42,7 +42,7 @@ def check_output_dir(folder: Path, *, resume: bool, started: str = CONFIG) -> No
 
 
 def saved_config(folder: Path, started: str = CONFIG) -> dict[str, Any] | None:
-    """The config that a run was started under, None where the file is missing, damaged or none of ours."""
+    """The config that a run was started with; None if the file is missing, damaged or not a config of ours."""
     try:
         values = read_yaml((folder / started).read_bytes(), started)
         ATPConfig.parse(values)
@@ -52,9 +52,9 @@ def saved_config(folder: Path, started: str = CONFIG) -> dict[str, Any] | None:
 
 
 def refuse_inputs_inside(config: ATPConfig, folder: Path) -> None:
-    """Raises `InputError` where a model or data file of the config lies where a run in `folder` writes.
+    """Raises `InputError` if a model or data file of the config lies where a run in `folder` writes.
 
-    Links are followed on both sides. Names that are no path here (a Hub name, a package) lie nowhere.
+    Follows links on both sides. Names that are not local paths (Hub names, packages) are ignored.
     """
     data = config.data
     named = {"model.path": config.model.path}
@@ -75,15 +75,15 @@ def refuse_inputs_inside(config: ATPConfig, folder: Path) -> None:
 
 @contextmanager
 def opened(folder: Path, *, resume: bool, started: str = CONFIG) -> Iterator[None]:
-    """Makes a folder if need be, locks it and clears away what a crash left; a start that failed leaves none behind.
+    """Creates a folder if needed, locks it and removes leftovers of a crash; a failed start leaves no folder behind.
 
-    Raises `InputError` where another process is at work in it.
+    Raises `InputError` if another process is using it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make folder {folder} ({error.strerror}): choose another output_dir") from None
+        raise InputError(f"cannot create folder {folder} ({error.strerror}): choose another output_dir") from None
     with locked(folder):
         check_output_dir(folder, resume=resume, started=started)  # another process may have been here by now
         remove_leftovers(folder)
@@ -96,7 +96,7 @@ def opened(folder: Path, *, resume: bool, started: str = CONFIG) -> Iterator[Non
 
 
 def _withdraw(folder: Path, made: Iterable[Path], start: set[str]) -> None:
-    """Takes back a folder that holds no more than what a start writes, or it would block the next one."""
+    """Removes a folder that holds only what a start writes, which would otherwise block the next start."""
     if {path.name for path in folder.iterdir()} <= start:
         for name in start:
             (folder / name).unlink(missing_ok=True)

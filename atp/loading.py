@@ -1,4 +1,4 @@
-"""From a config to the objects of a run: model, tokenizer, splits and packed windows; every check before training."""
+"""From a config to the objects of a run: model, tokenizer, splits and packed windows, checked before training."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
@@ -17,7 +16,7 @@ from atp.errors import InputError
 from atp.finite import refuse_weights
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.requirements import require
-from atp.spaces.space import MaskSpace, SpaceName
+from atp.spaces.space import MaskSpace
 
 
 @dataclass(frozen=True)
@@ -31,19 +30,19 @@ class RunData:
 
 
 def check_packages(model: ModelConfig, data: DataConfig) -> None:
-    """Raises `InputError` naming every missing package that a run takes its model and its texts from."""
+    """Raises `InputError` naming every missing package that the run's model or texts come from."""
     require(*_model_packages(model), *packages_of(data.recipe, data.general, data.general_share))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises `InputError` when there is none."""
+    """The model's tokenizer. Raises `InputError` if there is none."""
     return read_tokenizer(**_source(config))
 
 
-def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
-    """The causal LM to prune in the dtype of the config, after its family was checked against the mask space.
+def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
+    """The causal LM to prune, in the config's dtype, once its family is known to fit the mask space.
 
-    Raises `InputError` when there is none, and for weights that are quantized or hold NaN or infinity.
+    Raises `InputError` if there is none, or if its weights are quantized or hold NaN or infinity.
     """
     found = load_shapes(config)
     MaskSpace.from_config(found, space)
@@ -55,43 +54,43 @@ def load_model(config: ModelConfig, space: SpaceName) -> nn.Module:
 
 
 def load_shapes(config: ModelConfig) -> PretrainedConfig:
-    """The config of the model, which says its shapes, without its weights. Raises `InputError` when there is none."""
+    """The model's config, which holds its shapes, without loading weights. Raises `InputError` if there is none."""
     return read_config(**_source(config))
 
 
 def check_length(shapes: PretrainedConfig, length: int, option: str = "data.length") -> None:
-    """Refuses windows longer than the positions that the model was trained for; option: what set the length."""
-    # Some families reach any position.
+    """Raises `InputError` for windows longer than the model's positions. option: the setting that named the length."""
+    # Some families have no limit.
     limit = getattr(shapes.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise InputError(f"{option} is {length} and the model reaches {limit} positions: lower {option}")
+        raise InputError(f"{option} is {length}, but the model has only {limit} positions: lower {option}")
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer whose tokens reach beyond the model's embedding."""
+    """Raises `InputError` for a tokenizer with more tokens than the model's embedding has rows."""
     rows = getattr(load_shapes(config).get_text_config(), "vocab_size", None)
     tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
     if rows is not None and tokens > rows:
         raise InputError(
-            f"the tokenizer of {config.path} has {tokens} tokens and the model's embedding {rows} rows: give the "
-            "tokenizer that belongs to the model, or widen the embedding with resize_token_embeddings"
+            f"the tokenizer of {config.path} has {tokens} tokens, but the model's embedding has {rows} rows: use the "
+            "model's own tokenizer, or widen the embedding with resize_token_embeddings"
         )
 
 
-def load_any_model(config: ModelConfig) -> nn.Module:
-    """A causal LM of any family, in the dtype of the config. Raises `InputError` when there is none."""
+def load_any_model(config: ModelConfig) -> PreTrainedModel:
+    """A causal LM of any family, in the config's dtype. Raises `InputError` if there is none."""
     return read_model(**_source(config), dtype=getattr(torch, config.dtype))
 
 
 def data_settings(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> DataSettings:
-    """What the recipe of a run takes."""
+    """Settings for the recipe of a run."""
     values = config.data.model_dump(exclude={"length", "loss_on", "packing"})
     seed = config.seed if config.data.seed is None else config.data.seed
     return DataSettings(**values | {"seed": seed, "chat": chat_of(tokenizer)})
 
 
 def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
-    """Splits by recipe, packed to windows. Raises `InputError` for whatever is wrong with the data."""
+    """The recipe's splits, packed into windows. Raises `InputError` if the data cannot be used."""
     data = config.data
     check_vocabulary(config.model, tokenizer)
     splits = load_recipe(data_settings(config, tokenizer))
@@ -104,19 +103,19 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     needed = config.training.batch_size * config.training.gradient_accumulation
     if len(train) < needed:
         raise InputError(
-            f"the training split has {len(train)} windows of {data.length} tokens and one step takes "
-            f"{needed}: give more text, or lower data.length or training.batch_size"
+            f"the training split has {len(train)} windows of {data.length} tokens, but one step takes "
+            f"{needed}: add text, or lower data.length or training.batch_size"
         )
     if train.longer:
-        fate = "lose their beginning" if data.packing == "padded" else "go over several windows"
+        fate = "lose their beginning" if data.packing == "padded" else "span several windows"
         cut = f"{train.longer} train samples are longer than data.length ({data.length} tokens) and {fate}"
         splits = replace(splits, description=f"{splits.description}; {cut}")
-    # Perplexity is over joined windows whatever training reads, so that runs compare.
+    # Perplexity always uses joined windows, so that runs can be compared.
     return RunData(splits, train, calibration, pack(splits.test, tokenizer, data.length, loss_on=data.loss_on))
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of `atp.models.load` that say where the model is. Raises `InputError` for a package that is missing."""
+    """Arguments for `atp.models.load` that locate the model. Raises `InputError` for a missing package."""
     require(*_model_packages(config))
     if config.path == PACKAGED_MODEL:
         gguf = smollm2_gguf()

@@ -19,10 +19,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder for the length of a with block. Raises `InputError` that names who holds it already.
+    """Holds the lock of a folder during a with block. Raises `InputError` naming the process that already holds it.
 
-    The kernel lets go of it when the process ends, however it ends; the file `.lock` stays and means nothing by itself.
-    A file system that knows no locks (some network ones) gives none, and the block runs without.
+    The kernel releases it when the process ends, however it ends; a `.lock` file left behind means nothing by itself.
+    On file systems without locks (some network ones) the block runs unlocked.
     """
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:

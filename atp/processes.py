@@ -28,6 +28,10 @@ _POLL_SECONDS = (1e-4, 0.05)  # at first and at last
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"
 }  # fmt: skip
+NO_SHARDS = (
+    "shards weights, which pruning does not support yet: start the run with `torchrun --nproc_per_node N` or "
+    "`accelerate launch --multi_gpu`, which keep them whole"
+)
 _control: dist.ProcessGroup | None = None
 
 
@@ -51,13 +55,15 @@ def start() -> None:
     global _control
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise InputError(
-                f"{name} shards weights, which pruning does not support yet: start the run with "
-                "`torchrun --nproc_per_node N` or `accelerate launch --multi_gpu`, which keep them whole"
-            )
+            raise InputError(f"{name} {NO_SHARDS}")
     if count() > 1 and _control is None:
-        PartialState(cpu=not torch.accelerator.is_available())
+        _state()
         _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def device() -> torch.device:
+    """Where this process trains: an accelerator of its own, or the CPU where there is none."""
+    return _state().device
 
 
 def wait() -> None:
@@ -151,6 +157,10 @@ def from_main(tensor: Tensor, name: str) -> Tensor:
     if any(int(other) != int(mine) for other in found):
         raise NotReached(f"the processes do not hold the same {name}: look for a faulty device or link, then --resume")
     return sent.to(tensor.device, tensor.dtype)
+
+
+def _state() -> PartialState:
+    return PartialState(cpu=not torch.accelerator.is_available())  # processes on CPUs are alone together without it
 
 
 def _started() -> bool:

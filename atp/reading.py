@@ -1,4 +1,4 @@
-"""Files and texts that somebody else wrote: YAML and JSON of bounded size and depth, every mistake one sentence."""
+"""Reads YAML and JSON that others wrote: bounded in size and depth, one sentence per mistake."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import yaml
 
 from atp.errors import InputError, quote, shorten
 
-_LARGEST, _DEEPEST = 100_000, 50  # characters of YAML, and levels of its sections: settings need a page and three
-_UNSETTLING = ("timestamp", "binary", "omap", "pairs", "set", "value")  # YAML types that no setting is of
+_LARGEST, _DEEPEST = 100_000, 50  # characters of YAML, and nesting levels: settings need about a page and three levels
+_UNSETTLING = ("timestamp", "binary", "omap", "pairs", "set", "value")  # YAML types that no setting has
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML for settings: sections, lists, texts, numbers, true, false and null, without aliases.
 
-    Only true and false are booleans: `labels: [yes, no]` means these words. A date is a text.
+    Only true and false are booleans: in `labels: [yes, no]` these are words. A date is text.
     """
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """One value. Aliases are refused: a few lines of them stand for more than fits into memory."""
+        """One value. Aliases are refused: a few lines of them can expand beyond memory."""
         start = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "an alias (*name): write the value out", start)
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node; `!!int abc` and whatever else its type does not allow is an error with its place."""
+        """The value of a node; one that does not fit its tag, such as `!!int abc`, is an error with its position."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, ArithmeticError, LookupError) as error:
@@ -58,7 +58,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|Tru
 
 
 def read_yaml(source: str | bytes, where: str) -> Any:
-    """The content of a YAML text, in which yes and no are words. Raises `InputError` with `where` in it."""
+    """The content of a YAML text, in which yes and no are words. Raises `InputError` that mentions `where`."""
     if len(source) > _LARGEST:
         raise InputError(f"{shorten(where)} is longer than {_LARGEST:,} characters: settings need a page")
     try:
@@ -72,7 +72,7 @@ def read_yaml(source: str | bytes, where: str) -> Any:
         at = f" (line {place.line + 1}, column {place.column + 1})" if place else ""
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise InputError(f"{shorten(where)} is not valid YAML: {shorten(reason)}{at}") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # bytes that are no text, "\UFFFFFFFF"
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # undecodable bytes, "\UFFFFFFFF"
         raise InputError(f"{shorten(where)} is not valid YAML: {shorten(error)}") from None
 
 
@@ -92,7 +92,7 @@ def parse_json(text: str) -> Any:
     try:
         content = json.loads(text)
         if "\\ud" in text or "\\uD" in text:
-            # Half a surrogate pair is no character: nothing can encode it, a tokenizer least of all.
+            # Half a surrogate pair cannot be encoded, and no tokenizer takes it.
             json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
@@ -106,7 +106,7 @@ def parse_json(text: str) -> Any:
 
 
 def existing(text: str) -> Path | None:
-    """The place that a text names, `~` being the home folder; None where there is nothing, or the text is no path."""
+    """The path that a text names, with `~` expanded; None if nothing is there or the text is no path."""
     try:
         path = Path(text).expanduser()
         return path if path.exists() else None
@@ -115,7 +115,7 @@ def existing(text: str) -> Path | None:
 
 
 def check_file(path: Path, what: str, remedy: str) -> None:
-    """Refuses a path at which there is no file, with the reason: nothing, a folder, a name that cannot be."""
+    """Raises `InputError` with the reason if a path is not a regular file. remedy: what the message advises."""
     name = f"{what} {shorten(path)}".strip()
     try:
         mode = path.stat().st_mode
@@ -124,7 +124,7 @@ def check_file(path: Path, what: str, remedy: str) -> None:
     except OSError as error:
         raise InputError(f"cannot read {name} ({shorten(error.strerror)}): {remedy}") from None
     except ValueError:  # a NUL byte
-        raise InputError(f"{name} is no name of a file: {remedy}") from None
+        raise InputError(f"{name} is not a valid file name: {remedy}") from None
     if stat.S_ISDIR(mode):
         raise InputError(f"{name} is a folder: {remedy}")
     if not stat.S_ISREG(mode):

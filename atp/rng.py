@@ -1,4 +1,4 @@
-"""Random numbers that leave the run's own stream alone."""
+"""Random numbers that leave the run's own stream untouched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch draws from `seed` on every device; afterwards all generators are where they were."""
+    """Seeds torch on every device inside a with block, and restores all generators afterwards."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import processes
 from atp.baselines.dense_lora import PHASE, stock_lora
 from atp.baselines.tuner import LoraTuner
-from atp.checks import BUDGET_TOLERANCE, check_reachable, shortfalls
+from atp.checks import BUDGET_TOLERANCE, check_reachable, less_memory, shortfalls
 from atp.config import ATPConfig
 from atp.data import Splits, Task
 from atp.environment import versions
 from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
 from atp.evaluation.generation import check_rouge
-from atp.evaluation.inference import bars
+from atp.evaluation.inference import CausalLM, bars
+from atp.export.card import add_results
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
 from atp.folders import CONFIG, INPUTS, check_output_dir, opened, refuse_inputs_inside, saved_config
@@ -33,16 +33,13 @@ from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_r
 from atp.report import write_report
 from atp.signals import SignalGuard
 from atp.training import checkpoint as checkpoints
-from atp.training.arguments import check_trackers
-from atp.training.callbacks import ProgressCallback, make_progress
+from atp.training.callbacks import ProgressBar, check_trackers, make_progress
 from atp.training.checkpoint import newest
-from atp.training.fingerprints import fingerprints, of_model_folder, refuse_other_inputs
-from atp.training.lora_trainer import LoraTrainer
-from atp.training.memory import less_memory
+from atp.training.loop import Loop
 from atp.training.metrics import PhaseClock
 from atp.training.precision import autocast_dtype
-from atp.training.profiling import ProfileCallback, format_table
-from atp.training.resume import inputs_of, refuse_other_config
+from atp.training.profiling import Profiler, format_table
+from atp.training.resume import fingerprints, inputs_of, of_model_folder, refuse_other_config, refuse_other_inputs
 from atp.training.trainer import ATPTrainer
 
 
@@ -134,7 +131,7 @@ class Run:
             return "nothing was written yet, start again"
         return f"continue with --resume (checkpoint {newest(self.folder / 'checkpoints') or 'none yet'})"
 
-    def _prepare(self) -> tuple[nn.Module, PreTrainedTokenizerBase, RunData]:
+    def _prepare(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RunData]:
         """Checks everything before anything is written, then opens the folder and scores the original."""
         config = self.config
         processes.on_main(lambda: check_packages(config.model, config.data))
@@ -169,17 +166,17 @@ class Run:
         if original is not None and "original" not in self._scores():
             self._record(original=original)
 
-    def _check_model(self, model: nn.Module) -> None:
+    def _check_model(self, model: PreTrainedModel) -> None:
         """Raises `InputError` when the model cannot keep what the run promises."""
         check_target(self.config, model.config)
 
-    def _tune_dense(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> nn.Module:
+    def _tune_dense(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> PreTrainedModel:
         self.say("tuning the uncut model with stock LoRA, for comparison")
         folder = self.folder / PHASE
         with make_progress() as progress:
-            bar = ProgressCallback(lambda step: PHASE, self.config.training.total, progress)
+            bar = ProgressBar(progress, self.config.training.total)
             tuner = LoraTuner(
-                self.config, stock_lora(model, self.config), data.train, folder, phase=PHASE, callbacks=[bar]
+                self.config, stock_lora(model, self.config), data.train, folder, name=PHASE, callbacks=[bar]
             )
             self._hand_over(tuner)
             tuner.train(resume=self.resume)
@@ -189,29 +186,27 @@ class Run:
         return tuner.model.unload()
 
     def _train(self, trainer: ATPTrainer) -> None:
-        phases = trainer.phases
-        profile = ProfileCallback(self.folder / "profile", phases.of, phases.total)
+        profiler = Profiler(self.folder / "profile", trainer.phases.of, trainer.phases.total)
         if self.profile:
-            trainer.add_callback(profile)
+            trainer.callbacks.append(profiler)
         with make_progress() as progress:
-            trainer.add_callback(ProgressCallback(phases.of, phases.total, progress))
+            trainer.callbacks.append(ProgressBar(progress, trainer.phases.total))
             self._hand_over(trainer)
             begun = processes.on_main(lambda: checkpoints.exist(trainer.checkpoint_root))
             trainer.train(resume=self.resume and begun)
-        if profile.rows:
-            self.say(format_table(profile.rows))
+        if profiler.rows:
+            self.say(format_table(profiler.rows))
 
-    def _hand_over(self, trainer: LoraTrainer) -> None:
-        """Tells a trainer what it trains from and where its sentences go, and leaves the terminal to our own bar."""
-        trainer.inputs, trainer.say = self.inputs, self.say
-        trainer.remove_callback(PrinterCallback)
+    def _hand_over(self, loop: Loop) -> None:
+        """Tells a loop what it trains from and where its sentences go."""
+        loop.inputs, loop.say = self.inputs, self.say
 
-    def _score(self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
+    def _score(self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
         """Scores a model once, in the main process; the result is kept in evaluation.json."""
         processes.on_main(lambda: self._score_once(name, model, tokenizer, data))
 
     def _score_once(
-        self, name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: RunData, **facts: Any
+        self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData, **facts: Any
     ) -> None:
         """Scores a model unless that is done; scores of one with other `facts` are made anew."""
         known = self._scores().get(name)
@@ -251,6 +246,7 @@ class Run:
         model = {"model_sha256": of_model_folder(self.folder / "model")}
         self._score_once("final", final, tokenizer, data, **model)
         summary = self._summarise(data, clock) | facts | model
+        add_results(self.folder / "model" / "README.md", self.config, summary)
         write_json(self.folder / "summary.json", summary)
         write_report(self.folder)
         return summary

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -31,18 +31,18 @@ from atp.loading import (
     load_tokenizer,
 )
 from atp.reading import parse_json
-from atp.training.precision import autocast_dtype
+from atp.training.precision import Precision, autocast_dtype
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What `score_folder` does.
+    """Options of `score_folder`.
 
-    suite: a recipe, whose test split is used; a run's config.yaml, likewise, with that run's split; or a .jsonl, .csv
-    or .parquet file that is test data as a whole. labels: answer set of such a file.
-    documents: examples for perplexity, in windows of `length` tokens that begin `stride` tokens apart (half a window).
-    questions: examples of each task, 0 for none. seed: of the split and of the bootstrap.
-    dense: scores of the tuned dense model that this function returned, for relative performance.
+    suite: a recipe or a run's config.yaml, whose test split is used; or a .jsonl, .csv or .parquet file of test data.
+    labels: answer set of such a file.
+    documents: examples for perplexity, in windows of `length` tokens, `stride` tokens apart (default half a window).
+    questions: examples per task; 0 for none. seed: of the split and of the bootstrap.
+    dense: file with the scores of the tuned dense model, for relative performance.
     """
 
     suite: str = "health-mini"
@@ -52,17 +52,16 @@ class Scoring:
     stride: int | None = None
     questions: int = 100
     batch_size: int = 8
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     seed: int = 0
     harness: bool = False
     dense: str | None = None
 
 
 def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> dict[str, Any]:
-    """Perplexity, answers, size and speed of a model: what `evaluate_model` returns, and how it was obtained.
+    """Perplexity, answers, size and speed of a model: the result of `evaluate_model`, with its settings.
 
-    Raises `InputError` for whatever is wrong with model, suite or options, before the model is run, and when memory
-    runs out.
+    Raises `InputError` for a wrong model, suite or option before the model runs, and when memory runs out.
     """
     try:
         return _score_folder(model, options, gguf_file)
@@ -71,7 +70,7 @@ def score_folder(model: str, options: Scoring, gguf_file: str | None = None) -> 
             raise
         less = [f"--batch-size {options.batch_size // 2}"] if options.batch_size > 1 else []
         less += [f"--length {options.length // 2}"] if options.length > 3 else []
-        remedy = f"give {' or '.join(less)}" if less else "take a machine with more memory"
+        remedy = f"use {' or '.join(less)}" if less else "use a machine with more memory"
         raise InputError(f"out of memory ({reason(error)}): {remedy}") from error
 
 
@@ -85,7 +84,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     check_vocabulary(source, tokenizer)
     check_length(load_shapes(source), options.length, "--length")
     examples, tasks = _load_suite(options, tokenizer)
-    # Plain text, where a recipe holds some out for this, else everything that is held out.
+    # Plain text if the recipe holds some out for this, else everything that is held out.
     texts = [example for example in examples if not example.completion] or examples
     windows = sliding_windows(texts[: options.documents], tokenizer, options.length, options.stride)
     tasks = tasks if options.questions else ()
@@ -95,7 +94,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     if options.harness:
         check_harness()
     loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
-    common = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
+    common: dict[str, Any] = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
     with Progress(transient=True) as progress:
         scores: dict[str, Any] = evaluate_model(
             loaded, tokenizer, windows, examples, tasks=tasks, seed=options.seed, progress=bars(progress, "scoring"),
@@ -116,7 +115,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
 
 
 def flat_scores(scores: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, list[float] | None]]:
-    """(name, value, 95 % interval or None) of every single figure; a task's figures bear its name in front."""
+    """(name, value, 95 % interval or None) of every figure; those of a task start with its name."""
     rows = []
     for name, value in scores.items():
         if isinstance(value, dict) and name not in ("confusion", "settings"):
@@ -127,7 +126,7 @@ def flat_scores(scores: dict[str, Any], prefix: str = "") -> list[tuple[str, Any
 
 
 def _data_of(suite: str) -> DataConfig:
-    """Where the texts of a suite come from."""
+    """The data settings behind a suite."""
     if suite.endswith((".yaml", ".yml")):
         return ATPConfig.load(suite).data
     return DataConfig(recipe=suite if suite in RECIPES else "custom", general_share=0.0)
@@ -136,10 +135,12 @@ def _data_of(suite: str) -> DataConfig:
 def _shortfalls(
     options: Scoring, texts: Sequence[Example], examples: Sequence[Example], tasks: Sequence[Task]
 ) -> list[str]:
-    """One sentence for everything that the options ask for more of than the suite has."""
+    """One sentence per option that asks for more than the suite holds."""
     asked = [("--documents", options.documents, len(texts), "documents")]
     asked += [("--questions", options.questions, len(task_examples(examples, t)), f"of {t.name}") for t in tasks]
-    return [f"{name} is {count}, and there are {there} {what}" for name, count, there, what in asked if count > there]
+    return [
+        f"{name} is {count}, but there are only {there} {what}" for name, count, there, what in asked if count > there
+    ]
 
 
 def _load_suite(options: Scoring, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[Task, ...]]:
@@ -157,7 +158,7 @@ def _load_suite(options: Scoring, tokenizer: PreTrainedTokenizerBase) -> tuple[l
 
 
 def _agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, int]:
-    """On how many examples lm-eval chose the label that we chose."""
+    """Number of examples on which lm-eval chose our label."""
     if "predictions" not in theirs:
         return {}
     pairs = zip(ours["items"], theirs["predictions"], strict=True)
@@ -165,16 +166,16 @@ def _agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, int]:
 
 
 def _read_scores(path: Path, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Scores that relative performance can be taken against: taken against themselves, they show it."""
+    """Scores for relative performance, checked by comparing them with themselves."""
     try:
         scores = parse_json(path.read_text(encoding="utf-8"))
         relative_performance(scores, scores, tasks)
     except OSError as error:
         reason = shorten(error.strerror)
-        raise InputError(f"cannot read {shorten(path)} ({reason}): give what --output wrote") from error
-    except Exception as error:  # a file of anybody's: it may lack, or hold, anything
+        raise InputError(f"cannot read {shorten(path)} ({reason}): pass a file that --output wrote") from error
+    except Exception as error:  # a foreign file may lack, or hold, anything
         raise InputError(
             f"{shorten(path)} does not hold the dense model's scores on this suite ({type(error).__name__}: "
-            f"{shorten(error)}): give what --output wrote for the dense model"
+            f"{shorten(error)}): pass a file that --output wrote for the dense model"
         ) from error
     return scores

@@ -1,4 +1,4 @@
-"""The examples and experiments that come with the package: at the root of a clone, in `atp/_shipped` of an install."""
+"""Examples and experiments that ship with the package: at the root of a clone, in `atp/_shipped` of an install."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _FOLDERS = ("examples", "experiments")
 
 
 def find(path: Path) -> Path:
-    """A file such as examples/custom.yaml: where the path says, or else the one that came with the package.
+    """Resolves a file such as examples/custom.yaml: at the given path, else the one shipped with the package.
 
-    Returns the path itself when there is none.
+    Returns the path itself if there is neither.
     """
     if path.is_file() or path.parts[:1] not in [(folder,) for folder in _FOLDERS]:
         return path
@@ -20,5 +20,5 @@ def find(path: Path) -> Path:
 
 
 def names(folder: str) -> list[str]:
-    """Names of the YAML files in examples or experiments, of the working directory and of the package."""
+    """Names of the YAML files in a folder of examples or experiments, here and in the package."""
     return sorted({file.stem for root in (Path(), _ROOT) for file in (root / folder).glob("*.yaml")})

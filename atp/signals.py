@@ -1,4 +1,4 @@
-"""Ends a run on a signal at a point from which it can continue."""
+"""Stops a run on a signal at a point from which it can resume."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SignalGuard:
-    """Ends a with block on the first SIGINT, SIGTERM or SIGHUP; a second one acts as it would without any guard.
+    """Ends a with block on the first SIGINT, SIGTERM or SIGHUP; a second one acts as without a guard.
 
-    at_once: raise `Interrupted` wherever the block is; without it the signal only sets `received`, and the block looks
-    there. Guards nest, and the innermost acts. Outside the main thread, which alone handles signals, it does nothing.
+    at_once: raise `Interrupted` immediately; otherwise the signal only sets `received`, which the block must check.
+    Guards nest; the innermost acts. Outside the main thread, which alone handles signals, a guard does nothing.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
@@ -29,7 +29,7 @@ class SignalGuard:
         self.received = None
         if threading.current_thread() is threading.main_thread():
             for signum in _SIGNALS:
-                # nohup ignores SIGHUP so that a run outlives its terminal.
+                # nohup ignores SIGHUP so that the run outlives its terminal.
                 if not (signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN):
                     self._previous[signum] = signal.signal(signum, self._note)
         return self

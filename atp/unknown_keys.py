@@ -1,4 +1,4 @@
-"""What somebody may have meant who wrote a config key that does not exist."""
+"""Suggestions for config keys that do not exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from atp.errors import shorten
 
-# Our settings, and what other programs call them.
+# Our keys, and their names in other programs.
 _NAMES = {
     "r": "rank lora_r lora_rank",
     "alpha": "lora_alpha",
@@ -42,16 +42,16 @@ _LENGTHS = ("epochs", "num_train_epochs", "num_epochs", "max_steps", "steps", "n
 
 
 def unknown_key(path: list[str], root: type[BaseModel]) -> str:
-    """The sentence for a key (its path below `root`) that the schema does not have, with the likeliest real one.
+    """The sentence for an unknown key (its path below `root`), with the likeliest real one.
 
-    Another program's name for a setting counts first, then the same name in another section, then the nearest spelling.
+    Tried in order: another program's name for the setting, the nearest spelling, the same name in another section.
     """
     section = _section(path[:-1], root)
     known, written = section.model_fields, path[-1].lower()
     elsewhere = [name for name in _places(root) if name.rpartition(".")[2] in (written, _ELSEWHERE.get(written))]
     near = difflib.get_close_matches(shorten(written), known, n=1, cutoff=0.6)
     if written in _LENGTHS:
-        hint = "a run is as long as training.search, training.settle and training.tune say, in steps"
+        hint = "training.search, training.settle and training.tune set the length of a run, in steps"
     elif _ELSEWHERE.get(written) in known:
         hint = f"did you mean '{_ELSEWHERE[written]}'?"
     elif near:
@@ -59,12 +59,12 @@ def unknown_key(path: list[str], root: type[BaseModel]) -> str:
     elif elsewhere:
         hint = f"did you mean {' or '.join(map(repr, elsewhere[:2]))}?"
     else:
-        hint = f"known keys are {shorten(', '.join(known), 400)}"
+        hint = f"the known keys are {shorten(', '.join(known), 400)}"
     return f"unknown config key '{shorten('.'.join(path))}': {hint}"
 
 
 def _section(path: list[str], root: type[BaseModel]) -> Any:
-    """The schema at a path; a list is of one kind of section, so its indices lead no further down."""
+    """The schema at a path; all items of a list have the same schema, so its indices lead no further down."""
     for part in path:
         annotation = root if part.isdecimal() else root.model_fields[part].annotation
         root = (*get_args(annotation), annotation)[0]

@@ -1,4 +1,4 @@
-"""What is asked of operands before a call: each function raises ValueError with one sentence that names the remedy."""
+"""Checks of operands that rooms share: each raises ValueError with one sentence that names the remedy."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def check_eps(eps: float) -> None:
-    """An eps is finite and not negative; NaN is neither."""
+    """Refuse an eps that is negative, infinite or NaN."""
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps is {eps}: give a finite number of at least 0.")
 
 
 def check_range(holder: str, index: Tensor, size: int, kind: str) -> None:
-    """What an index holds must lie in [0, size); a compiler and a tensor without values are taken at their word."""
+    """Refuse an index outside [0, size); under a compiler and for meta tensors, which hold no values, check nothing."""
     if torch.compiler.is_compiling() or index.is_meta or index.numel() == 0:
         return
     low, high = (int(bound) for bound in index.aminmax())
@@ -23,7 +23,7 @@ def check_range(holder: str, index: Tensor, size: int, kind: str) -> None:
 
 
 def check_dropout(dropout: float, seed: int | Tensor | None, lora_input: Tensor | None) -> None:
-    """A probability below 1 and, above 0, a seed that fits and no input of the adapter's own."""
+    """Refuse a probability outside [0, 1) and, above 0, a missing or unfit seed and a separate input of the adapter."""
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}: give a probability of at least 0 and below 1.")
     if dropout == 0:
@@ -41,7 +41,7 @@ def check_dropout(dropout: float, seed: int | Tensor | None, lora_input: Tensor 
 
 
 def check_places(name: str, tensor: Tensor) -> None:
-    """A tensor that is written in place holds each of its elements in a place of its own."""
+    """Refuse to write in place to a tensor of which several elements share memory."""
     if tensor.is_contiguous():
         return
     if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
@@ -49,7 +49,7 @@ def check_places(name: str, tensor: Tensor) -> None:
 
 
 def check_written(tensors: Sequence[Tensor], name: str = "factors") -> None:
-    """`check_places` of each, and RuntimeError for one that is given twice, which two threads would race for."""
+    """`check_places` of each, and RuntimeError for a tensor given twice, for which two threads would race."""
     for i, tensor in enumerate(tensors):
         check_places(f"{name}[{i}]", tensor)
     addresses = [tensor.data_ptr() for tensor in tensors if tensor.numel()]

@@ -18,15 +18,15 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atp.baselines.dense_lora import stock_lora
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig, TrainingConfig
 from atp.data import PackedDataset
+from atp.training.callbacks import Callback, Record
+from atp.training.loop import Loop
 from atp.training.trainer import ATPTrainer
 from benchmarks.gate import Mark, conclude
 from benchmarks.measure import reset_resident_peak, resident_peak_bytes
@@ -39,12 +39,11 @@ SIDES = ("atp", "dense")
 _CALIBRATION_WINDOWS = 64
 
 
-class ResidentPeaks(TrainerCallback):
+class ResidentPeaks(Callback):
     """Peak resident memory of the process by phase, in MiB: `start` until a phase is entered, `cut` between two."""
 
-    def __init__(self, phase_of: Callable[[int], str]) -> None:
-        """phase_of names the phase of a LoRA step counted from 0."""
-        self.phase_of, self.phase = phase_of, "start"
+    def __init__(self) -> None:
+        self.phase = "start"
         self.mib: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
@@ -58,13 +57,11 @@ class ResidentPeaks(TrainerCallback):
         """Notes the peak of the phase under way."""
         self.mib[self.phase] = resident_peak_bytes() / MIB
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.enter(self.phase_of(state.global_step))
+    def on_phase(self, loop: Loop) -> None:
+        self.enter(loop.phase)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.phase != "tune" and self.phase_of(state.global_step) == "tune":
+    def on_step(self, loop: Loop, record: Record | None) -> None:
+        if loop.step == loop.phases.cut_step:
             self.enter("cut")
 
 
@@ -118,9 +115,8 @@ def measure(options: argparse.Namespace, side: str, dtype: str) -> list[Row]:
     torch.set_num_threads(options.threads)
     with TemporaryDirectory() as folder:
         trainer = trainer_of(options, side, config_of(options, dtype, folder))
-        trainer.remove_callback(PrinterCallback)
-        peaks = ResidentPeaks(trainer.phases.of)
-        trainer.add_callback(peaks)
+        peaks = ResidentPeaks()
+        trainer.callbacks.append(peaks)
         if side == "atp":
             peaks.enter("saliency")
         started = time.perf_counter()
@@ -220,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Measures both sides, prints them and the marks, and returns the exit status."""
     options = parser().parse_args(arguments)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Trainer takes a GPU where it sees one, and resident memory is the host's
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the loop takes a GPU where it sees one, and resident memory is the host's
     torch.set_num_threads(options.threads)
     where, rows = environment("cpu"), []
     for dtype in options.dtype:

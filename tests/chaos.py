@@ -39,7 +39,8 @@ from atp.compare import Comparison, baseline_run  # noqa: E402
 from atp.export import hf  # noqa: E402
 from atp.run import Run  # noqa: E402
 from atp.training import checkpoint as checkpoints  # noqa: E402
-from atp.training import trainer  # noqa: E402
+from atp.training import pruning  # noqa: E402
+from atp.training.pruning import Pruning  # noqa: E402
 from atp.training.trainer import ATPTrainer  # noqa: E402
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
@@ -92,10 +93,10 @@ def follow_all(watch: Watch) -> None:
     watch.follow(Run, "_prepare", "loading")
     watch.follow(Run, "_score_once", lambda run, name, *_: f"scoring {name.replace('_', ' ')}")
     watch.follow(Run, "_tune_dense", "dense baseline")
-    watch.follow(LoraTuner, "train", lambda tuner, *_: "tune" if tuner.phase == "tune" else "dense baseline")
-    watch.follow(trainer, "fisher_saliency", "saliency")
-    watch.follow(ATPTrainer, "training_step", lambda self, *_: self.phases.of(self.state.global_step))
-    watch.follow(ATPTrainer, "_refit", "refit")
+    watch.follow(LoraTuner, "train", lambda tuner, *_: "tune" if tuner.name == "tune" else "dense baseline")
+    watch.follow(pruning, "fisher_saliency", "saliency")
+    watch.follow(ATPTrainer, "run", lambda self, phase, *_: phase)
+    watch.follow(Pruning, "refit", "refit")
     watch.follow(ATPTrainer, "_cut", "cut")
     watch.follow(ATPTrainer, "export", "export")
     watch.follow(checkpoints, "save", "checkpoint")

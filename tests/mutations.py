@@ -1,14 +1,17 @@
 """Break every line of `mutants` in turn and see that a test fails: what no test notices is not tested.
 
     python tests/mutations.py                  run all of them and write tests/mutations.json
-    python tests/mutations.py --only triton    those whose description has this text; keeps the report on the others
-    python tests/mutations.py --missing        those that the report does not have as killed, as after an interruption
-    python tests/mutations.py --jobs 4         as many at once
+    python tests/mutations.py --only triton    only those with this text in their description
+    python tests/mutations.py --stale          only those not killed in the report, or whose file or tests changed since
+    python tests/mutations.py --jobs 4         run this many at once
 
-Each mutant lives in a temporary copy of its own, so this tree never changes, not even when the run is interrupted, and
-is tested in a fork of a process that has imported torch already. The C++ extension is built once in such a copy, and
-for a mutant of C++ again as far as it reads the changed file; what does not compile is an error. A mutant that crashes
-or does not end counts as killed by the test that ran. Exit status 1 when a mutant survives.
+With --only and --stale the report keeps its other rows. Each row holds a fingerprint of what it depends on
+(`fingerprints.py`), and `test_mutations.py` fails for rows that are stale.
+
+Each mutant lives in a temporary copy of the tree, so this tree never changes, and is tested in a fork of a process that
+has already imported torch. The C++ extension is built once in such a copy; a mutant of C++ rebuilds what includes its
+file, and one that does not compile is an error. A mutant that crashes or hangs counts as killed by the test that was
+running. Exit status 1 if a mutant survives.
 """
 
 import argparse
@@ -23,13 +26,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import native_builds
 import pytest
+from fingerprints import fingerprint
 from mutants import MUTANTS, Mutant
 from native_builds import Build
 
@@ -43,7 +47,7 @@ Row = dict[str, str | float | None]
 
 
 class FirstFailure:
-    """A pytest plugin that keeps the name of the first failing test, and calls `start` with each that starts."""
+    """A pytest plugin that keeps the name of the first failing test, and calls `start` with each test that starts."""
 
     name: str | None = None
 
@@ -59,9 +63,9 @@ class FirstFailure:
 
 
 def copy_tree(target: Path, names: tuple[str, ...] = COPIED, build: Build | None = None) -> None:
-    """Copy what the kernels' tests need, without bytecode that a mutant of equal size and second would be taken for.
+    """Copy what the kernels' tests need, without bytecode, which could mask a mutant of the same size and second.
 
-    The extension is that of `build`, if there is one, in the place of what lies in this tree.
+    The extension is that of `build`, if given, instead of the one in this tree.
     """
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +78,9 @@ def copy_tree(target: Path, names: tuple[str, ...] = COPIED, build: Build | None
 
 
 def failing_test(tests: str, start: Callable[[str], None]) -> str | None:
-    """The first test of a selection that fails in this folder, None where all pass; call it once a process.
+    """The first test of a selection that fails in this folder, or None; call it once per process.
 
-    Raises RuntimeError where pytest cannot collect or run them, or runs them on another copy of the kernels.
+    Raises RuntimeError if pytest cannot collect or run the tests, or runs them on another copy of the kernels.
     """
     sys.path.insert(0, os.getcwd())
     failure, said = FirstFailure(start), io.StringIO()
@@ -92,7 +96,7 @@ def failing_test(tests: str, start: Callable[[str], None]) -> str | None:
 
 
 def send_failing_test(tests: str, sender: Connection) -> None:
-    """Send `failing_test` as ("failed", name), after ("runs", name) of each test; ("error", text) where it raises."""
+    """Send `failing_test` as ("failed", name), after ("runs", name) of each test; ("error", text) if it raises."""
     try:
         sender.send(("failed", failing_test(tests, lambda name: sender.send(("runs", name)))))
     except RuntimeError as error:
@@ -100,7 +104,7 @@ def send_failing_test(tests: str, sender: Connection) -> None:
 
 
 def first_failure(tests: str) -> str | None:
-    """`failing_test` in a process of its own, which a mutant may end or never leave: that is a failure too."""
+    """`failing_test` in its own process, since a mutant may crash or hang: that is a failure too."""
     receiver, sender = FORK.Pipe(duplex=False)
     process = FORK.Process(target=send_failing_test, args=(tests, sender))
     process.start()
@@ -134,7 +138,7 @@ def try_selection(folder: str, build: Build | None, tests: str) -> tuple[str, st
 
 
 def try_mutant(folder: str, build: Build | None, mutant: Mutant) -> Row:
-    """One row of the report: the mutant, the test that killed it (None: it survives) and the seconds that took."""
+    """One row of the report: the mutant, the test that killed it (None: it survived), seconds and fingerprint."""
     start = time.monotonic()
     os.chdir(tempfile.mkdtemp(dir=folder))
     copy_tree(Path.cwd(), COPIED + ("csrc",) * mutant.compiled, build)
@@ -146,18 +150,19 @@ def try_mutant(folder: str, build: Build | None, mutant: Mutant) -> Row:
     if mutant.compiled:
         native_builds.rebuild(build, mutant.file, Path.cwd())
     killer = first_failure(mutant.tests)
-    return {"mutant": str(mutant), "killed by": killer, "seconds": round(time.monotonic() - start, 1)}
+    seconds = round(time.monotonic() - start, 1)
+    return {"mutant": str(mutant), "killed by": killer, "seconds": seconds, "fingerprint": fingerprint(mutant)}
 
 
 def run(mutants: list[Mutant], jobs: int) -> Iterator[Row]:
-    """Rows of all mutants, as they come. Raises RuntimeError where the tests fail without any mutant."""
+    """Yields the row of each mutant as it finishes. Raises RuntimeError if tests fail without any mutant."""
     with tempfile.TemporaryDirectory() as folder:
         build = None
         if any(mutant.compiled for mutant in mutants):
             unchanged = Path(tempfile.mkdtemp(dir=folder))
             copy_tree(unchanged, BUILT_FROM)
             build = native_builds.build(unchanged)
-        # Forked, so that no test imports torch again; a fork of its own for each selection keeps their imports apart.
+        # Forked, so that torch is imported once; one fork per selection keeps their imports apart.
         with ProcessPoolExecutor(jobs, mp_context=FORK) as pool:
             selections = dict.fromkeys(mutant.tests for mutant in mutants)
             for tests, failed in pool.map(functools.partial(try_selection, folder, build), selections):
@@ -170,15 +175,21 @@ def read_report() -> list[Row]:
     return json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else []
 
 
+def stale(mutants: Iterable[Mutant]) -> list[Mutant]:
+    """Those that the report does not have as killed, or whose file or tests have changed since they ran."""
+    known = {row["mutant"]: row.get("fingerprint") for row in read_report() if row["killed by"]}
+    return [mutant for mutant in mutants if known.get(str(mutant)) != fingerprint(mutant)]
+
+
 def write_report(rows: list[Row]) -> None:
-    """Put these rows into the report, in the order of the table and without mutants that have left it."""
+    """Put these rows into the report, in the order of the table and without mutants that are no longer in it."""
     known = {row["mutant"]: row for row in [*read_report(), *rows]}
     ordered = [known[str(mutant)] for mutant in MUTANTS if str(mutant) in known]
     REPORT.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def import_heavy_packages() -> None:
-    """What every test imports, except the kernels."""
+    """Import what every test imports, except the kernels."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a CUDA context would not survive the fork
     sys.dont_write_bytecode = True
@@ -187,7 +198,7 @@ def import_heavy_packages() -> None:
     import torch.library  # noqa: F401
     import torch.utils.checkpoint  # noqa: F401
 
-    # The first failing example says enough: none is made smaller.
+    # The first failing example is enough: do not shrink it.
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     hypothesis.settings.register_profile("mutations", phases=phases)
     hypothesis.settings.load_profile("mutations")
@@ -197,17 +208,17 @@ def import_heavy_packages() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="take the mutants with this text in their description")
-    parser.add_argument("--missing", action="store_true", help="take those not killed in the report")
-    parser.add_argument("--jobs", type=int, default=1, help="how many at once")
+    parser.add_argument("--only", default="", help="only mutants with this text in their description")
+    parser.add_argument("--stale", action="store_true", help="only those not killed in the report, or changed since")
+    parser.add_argument("--jobs", type=int, default=1, help="how many to run at once")
     options = parser.parse_args()
     import_heavy_packages()
-    done = {row["mutant"] for row in read_report() if row["killed by"]} if options.missing else set()
-    rows, wanted = [], [mutant for mutant in MUTANTS if options.only in str(mutant) and str(mutant) not in done]
+    wanted = [mutant for mutant in MUTANTS if options.only in str(mutant)]
+    wanted, rows = stale(wanted) if options.stale else wanted, []
     for row in run(wanted, options.jobs):
         print(f"{row['seconds']:6.1f} s  {row['mutant']}\n{'':10}{row['killed by'] or 'SURVIVES'}", flush=True)
         rows.append(row)
-        write_report(rows)  # each time: what an interrupted run has found is not lost
+        write_report(rows)  # each time, so that an interrupted run loses nothing
     survivors = [row["mutant"] for row in rows if row["killed by"] is None]
     print(f"{len(rows) - len(survivors)} of {len(rows)} mutants killed", *survivors, sep="\n  ")
     return 1 if survivors else 0

@@ -15,7 +15,7 @@ LAYERS = (
     ("atp.experiments",),
     ("atp.compare",),
     ("atp.run", "atp.demo", "atp.scoring"),
-    ("atp.training", "atp.baselines", "atp.export", "atp.report"),
+    ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
     ("atp.checks", "atp.folders", "atp.loading"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),
@@ -101,6 +101,35 @@ def test_no_import_cycles():
 
     for name in graph:
         visit(name, [])
+
+
+def test_every_layer_holds_a_module():
+    assert [name for name in RANK if not any(f"{m}.".startswith(f"{name}.") for m in SOURCES)] == []
+    assert len(RANK) == sum(map(len, LAYERS)), "a name stands in two layers"
+
+
+def files_on_the_page():
+    """Paths of the tree in docs/architecture.md, each with what the page says of it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"^```\n(atp/\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    folders, found = [], {}
+    for line in tree.splitlines():
+        name, _, text = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name] if name.endswith("/") else []
+        if not name.endswith("/"):
+            path = "".join(folders) + name
+            assert path not in found, f"{path} stands twice"
+            found[path] = text.strip()
+    return found
+
+
+def test_the_architecture_page_names_every_file():
+    suffixes = {".py", ".cpp", ".cu", ".h"}
+    files = {p for folder in (*PACKAGES, "csrc") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
+    page = files_on_the_page()
+    assert page.keys() == {p.relative_to(ROOT).as_posix() for p in files}
+    assert [name for name, text in page.items() if not text and not name.endswith("__init__.py")] == []
 
 
 def test_kernels_know_no_model_and_no_method():

@@ -1,11 +1,14 @@
-"""The mutants still fit the sources, and the last report of `mutations.py` covers and kills every one of them."""
+"""The mutants fit the sources, and the report of `mutations.py` is of today's code and kills every one of them."""
 
 import ast
+import dataclasses
 import json
 from pathlib import Path
 
+import fingerprints
 import pytest
-from mutants import MUTANTS
+from fingerprints import fingerprint
+from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,5 +30,63 @@ def test_no_mutant_is_there_twice():
 
 def test_report_says_that_every_mutant_was_killed():
     rows = json.loads((ROOT / "tests" / "mutations.json").read_text(encoding="utf-8"))
-    assert [row["mutant"] for row in rows] == [str(mutant) for mutant in MUTANTS], "run python tests/mutations.py"
+    assert [row["mutant"] for row in rows] == [str(mutant) for mutant in MUTANTS], (
+        "run python tests/mutations.py --stale"
+    )
     assert [row["mutant"] for row in rows if row["killed by"] is None] == []
+
+
+def test_report_is_of_todays_code():
+    """A row counts only for the code of its file and of its tests that it was made with."""
+    rows = json.loads((ROOT / "tests" / "mutations.json").read_text(encoding="utf-8"))
+    made_with = {row["mutant"]: row.get("fingerprint") for row in rows}
+    changed = [str(mutant) for mutant in MUTANTS if made_with.get(str(mutant)) != fingerprint(mutant)]
+    assert changed == [], "run python tests/mutations.py --stale"
+
+
+@pytest.fixture
+def small_tree(tmp_path, monkeypatch):
+    """A source, a test file and the helper it imports, as `fingerprint` sees them."""
+    files = {
+        "tests/conftest.py": "import os\n",
+        "tests/kernels/test_a.py": "from helper import f\n\n\ndef test_a():\n    assert f() == 1\n",
+        "tests/kernels/helper.py": "def f():\n    return 1\n",
+        "tests/kernels/other.py": "x = 1\n",
+        "source.py": '"""Prose."""\n\n\ndef g(x):\n    """More."""\n    return x + 1  # why\n',
+        "source.cpp": "// Why.\nint f() { return 1; } /* here\n and here */\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(fingerprints, "ROOT", tmp_path)
+    fingerprints.test_files.cache_clear()
+    yield tmp_path
+    fingerprints.test_files.cache_clear()
+    fingerprints.code.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "matters"),
+    [
+        ("source.py", "x + 1", "x + 2", True),
+        ("source.py", "# why", "# because", False),
+        ("source.py", '"""More."""', '"""Less,\n    and more."""', False),
+        ("source.py", "Prose", "Verse", False),
+        ("source.cpp", "return 1", "return 2", True),
+        ("source.cpp", "// Why.", "// So.", False),
+        ("source.cpp", "and here", "and there", False),
+        ("tests/kernels/test_a.py", "== 1", "== 2", True),
+        ("tests/kernels/helper.py", "return 1", "return 2", True),
+        ("tests/conftest.py", "os", "sys", True),
+        ("tests/kernels/other.py", "1", "2", False),
+    ],
+)
+def test_a_fingerprint_changes_with_the_code_it_stands_for(small_tree, file, old, new, matters):
+    source = file if file.startswith("source") else "source.py"
+    mutant = Mutant(source, "return", "pass", "tests/kernels/test_a.py -k 'a or b'")
+    before = fingerprint(mutant)
+    path = small_tree / file
+    path.write_text(path.read_text().replace(old, new))
+    fingerprints.code.cache_clear()
+    assert (fingerprint(mutant) != before) == matters
+    assert fingerprint(dataclasses.replace(mutant, new="raise")) != fingerprint(mutant)

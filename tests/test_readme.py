@@ -1,18 +1,23 @@
-"""What the README shows runs, and the example configs parse."""
+"""What the README shows runs and is recorded; links lead somewhere; the example configs parse."""
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from atp.cli import app
 from atp.config import ATPConfig
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
 WORDS = "the heart rate of patients fell after treatment in both groups".split()
 
 
@@ -61,3 +66,49 @@ def test_kernel_example_of_the_readme(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_example_configs_are_valid(path):
     assert ATPConfig.load(path).output_dir.startswith("runs/")
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 130
+
+
+def test_figures_of_the_readme_are_recorded():
+    """Every figure with a decimal, and every size and rate, stands in the pages that say how it was measured."""
+    recorded = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("measured.md", "experiments.md"))
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    figures = set(re.findall(r"\d+\.\d+(?:e-\d+)?|\b\d{3}\b(?=\*?\*? \||(?= MB))", "\n".join(rows)))
+    assert len(figures) > 20
+    missing = [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", recorded)]
+    assert missing == []
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text)
+    # Where a page says "docs/NAME.md" without a link, that is a promise too.
+    links += [(str(ROOT / name), "") for name in re.findall(r"(?<![\w/(])docs/[\w/]+\.md", text)]
+    for name, anchor in links:
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name} links to {name}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [slug(heading) for heading in headings], f"{page.name} links to {name}#{anchor}"
+
+
+def test_commands_of_the_readme_exist():
+    """Subcommands and options; `...` stands for what the line above it says."""
+    commands = typer.main.get_command(app).commands
+    lines = re.findall(r"^(?:torchrun .* -m )?atp (\w+) (.*)$", README, re.MULTILINE)
+    assert len(lines) >= 6
+    for name, arguments in lines:
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        options = {word for word in shlex.split(arguments, comments=True) if word.startswith("--")}
+        assert options <= known, f"atp {name} {arguments}"
+    targets = re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE)
+    assert targets and set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.baselines.calibration import Batch, calibration_batches, calibration_loss
 from atp.baselines.uniform import uniform_mask
@@ -26,9 +27,9 @@ _PROTECTED_FIRST, _PROTECTED_LAST, _DEPTH = 4, 2, 32  # the paper's layers of LL
 
 
 def taylor_mask(
-    model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig, order: Order = "first"
+    model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig, order: Order = "first"
 ) -> Tensor:
-    """The groups of the highest importance in every layer that is not protected; bool [space.size]."""
+    """Keeps the most important groups of every layer that is not protected; bool [space.size]."""
     device = next(model.parameters()).device
     scores = taylor_scores(
         model, space, calibration_batches(calibration, config, device), order,
@@ -40,7 +41,7 @@ def taylor_mask(
 
 
 def taylor_scores(
-    model: nn.Module,
+    model: PreTrainedModel,
     space: MaskSpace,
     batches: Iterable[Batch],
     order: Order,
@@ -51,7 +52,7 @@ def taylor_scores(
 
     With g the gradient of the mean loss over the batches and F the mean of their squared gradients (the Fisher
     diagonal when each batch is one sample), a weight w counts |w g| (first), |w^2 F| (second) or |w g - w^2 F / 2|
-    (mixed). Takes two copies of the prunable weights' gradients in memory.
+    (mixed). Needs memory for two copies of the prunable weights.
     """
     linears = prunable_linears(model, space)
     weights = {name: linear.weight.requires_grad_(True) for name, linear in linears.items()}
@@ -73,7 +74,7 @@ def unprotected_layers(depth: int) -> range:
 
 
 def _gradient_moments(
-    model: nn.Module,
+    model: PreTrainedModel,
     weights: dict[LinearName, Tensor],
     batches: Iterable[Batch],
     autocast: torch.dtype | None,

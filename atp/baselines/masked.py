@@ -1,4 +1,4 @@
-"""A frozen model under masks, for baselines that learn, differentiate or refit: its calibration loss, its refit."""
+"""A frozen model under masks, for baselines that learn masks, take their gradients, or refit."""
 
 from __future__ import annotations
 
@@ -8,46 +8,40 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.baselines.calibration import Batch, calibration_batches, calibration_loss
 from atp.config import ATPConfig
 from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
-from atp.lora.layer import add_lora
+from atp.lora.layer import add_lora, stock_modules, unload
 from atp.removal.refit import refit
 from atp.spaces.space import MaskSpace
 from atp.training.precision import autocast_dtype
 
-_FUSED = ("mlp", "input_layernorm", "post_attention_layernorm")
-
 
 @contextmanager
 def masked(
-    model: nn.Module, space: MaskSpace, config: ATPConfig
+    model: PreTrainedModel, space: MaskSpace, config: ATPConfig
 ) -> Iterator[tuple[nn.Module, MaskController, torch.dtype | None]]:
     """Yields the model inside ATP's own masked layers, their controller, and the dtype to run it in.
 
-    The adapter adds nothing (its B is zero) and learns nothing; the model comes back as it was.
+    The adapter adds nothing (its B is zero) and does not learn; the model is restored afterwards.
     """
-    training, stock = model.training, [{name: getattr(layer, name) for name in _FUSED} for layer in model.model.layers]
+    training, stock = model.training, stock_modules(model)
     wrapped = add_lora(model, space, r=1, alpha=1.0, dropout=0.0, seed=config.seed).eval()
     wrapped.requires_grad_(False)
     try:
         yield wrapped, MaskController(wrapped, space), autocast_dtype(config.training.precision)
     finally:
-        plain = wrapped.unload()
-        for layer, modules in zip(plain.model.layers, stock, strict=True):
-            # add_lora puts fused modules in the place of these, and unload gives back linears, not modules around them.
-            mlp = modules["mlp"]
-            mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
-            for name, module in modules.items():
-                setattr(layer, name, module)
-        plain.train(training)
+        unload(wrapped, stock).train(training)
 
 
 @contextmanager
-def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
-    """Yields loss_of(batch, mask), differentiable in the mask [space.size] alone; the model comes back as it was."""
+def masked_loss(
+    model: PreTrainedModel, space: MaskSpace, config: ATPConfig
+) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
+    """Yields loss_of(batch, mask), differentiable only in the mask [space.size]; the model is restored afterwards."""
     with masked(model, space, config) as (wrapped, controller, dtype):
         device = next(wrapped.parameters()).device
 
@@ -58,10 +52,13 @@ def masked_loss(model: nn.Module, space: MaskSpace, config: ATPConfig) -> Iterat
         yield loss_of
 
 
-def refit_readers(model: nn.Module, space: MaskSpace, mask: Tensor, calibration: Dataset, config: ATPConfig) -> None:
-    """ATP's `refit` of a model without LoRA, in place, on `decisions.refit_windows` of its calibration windows."""
-    count = min(config.decisions.refit_windows, len(calibration))
+def refit_readers(
+    model: PreTrainedModel, space: MaskSpace, mask: Tensor, calibration: Dataset, config: ATPConfig
+) -> None:
+    """ATP's `refit`, in place, for a model without LoRA, on `decisions.refit_windows` calibration windows."""
+    count = min(config.decisions.refit_windows, len(calibration))  # type: ignore[arg-type]  # ours all have a length
     if count:
         batches = calibration_batches(calibration, config, next(model.parameters()).device, count=count)
         with masked(model, space, config) as (wrapped, controller, dtype), inference(wrapped, dtype):
-            refit(wrapped.get_base_model().get_decoder(), controller, space, mask, batches)
+            decoder = wrapped.get_base_model().get_decoder()  # type: ignore[operator]  # nn.Module knows no methods
+            refit(decoder, controller, space, mask, batches)

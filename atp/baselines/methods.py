@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,7 +19,7 @@ from atp.baselines.slicegpt import choose_bases, slice_model
 from atp.baselines.wanda_sp import wanda_mask
 from atp.config import ATPConfig
 from atp.removal import cut_model
-from atp.spaces.space import MaskSpace, SpaceName
+from atp.spaces.space import MaskSpace
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class MaskBaseline:
     """A rule that picks decisions of a mask space; the cut is ATP's own.
 
     rule: (model, space, calibration, config) -> bool [space.size]. space: the space that the method is defined on,
-    None for the one of the config. refits: whether readers of the cut are refitted as in ATP, if the config says so.
+    None for the config's. refits: whether the linears that read removed inputs are refitted, as far as the config says.
     """
 
     rule: Callable[[PreTrainedModel, MaskSpace, Dataset, ATPConfig], Tensor]
-    space: SpaceName | None = None
+    space: str | None = None
     refits: bool = False
 
     def space_of(self, model: PreTrainedModel, config: ATPConfig) -> MaskSpace:
@@ -46,7 +47,7 @@ class MaskBaseline:
         space = self.space_of(model, config)
         if self.refits:
             refit_readers(model, space, choice, calibration, config)
-        return cut_model(model, space, choice)
+        return cast(PreTrainedModel, cut_model(model, space, choice))
 
 
 class SliceBaseline:
@@ -61,7 +62,9 @@ class SliceBaseline:
         return slice_model(model, choice)
 
 
-BASELINES: dict[str, MaskBaseline | SliceBaseline | None] = {
+Baseline = MaskBaseline | SliceBaseline
+
+BASELINES: dict[str, Baseline | None] = {
     "dense_lora": None,
     "random": MaskBaseline(random_mask),
     "magnitude": MaskBaseline(magnitude_mask),
@@ -71,6 +74,6 @@ BASELINES: dict[str, MaskBaseline | SliceBaseline | None] = {
     "llm_pruner_mixed": MaskBaseline(partial(taylor_mask, order="mixed"), "kv_group"),
     "wanda_sp": MaskBaseline(wanda_mask, "kv_group"),
     "slicegpt": SliceBaseline(),
-    "disp_llm": MaskBaseline(disp_mask),
+    "disp_llm": MaskBaseline(disp_mask, "disp"),
 }
 """By name; `dense_lora` removes nothing."""

@@ -1,10 +1,11 @@
-"""Choices that need no idea of their own: at random, by magnitude, and ATP's saliency taken once (static)."""
+"""Simple choices: at random, by magnitude, and by ATP's saliency at step 0 (static)."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.baselines.calibration import calibration_batches
 from atp.baselines.masked import masked_loss
@@ -17,26 +18,26 @@ from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.spaces.space import MaskSpace
 
 
-def random_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """Decisions drawn by the seed, the same number in every layer; bool [space.size]."""
+def random_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
+    """Random decisions from the seed, equally many in every layer; bool [space.size]."""
     scores = torch.rand(space.size, generator=torch.Generator().manual_seed(config.seed))
     return uniform_mask(scores, config.decisions.target_keep, Budget(space), config.decisions.multiples)
 
 
-def magnitude_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """In every layer the groups whose weights have the largest joint 2-norm; bool [space.size]."""
+def magnitude_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
+    """Keeps the groups with the largest joint 2-norm of weights in every layer; bool [space.size]."""
     scores = magnitude_scores(model, space)
     return uniform_mask(scores, config.decisions.target_keep, Budget(space), config.decisions.multiples)
 
 
-def magnitude_scores(model: nn.Module, space: MaskSpace) -> Tensor:
+def magnitude_scores(model: PreTrainedModel, space: MaskSpace) -> Tensor:
     """Squared 2-norm of all weights that a decision removes, float64 [space.size]."""
     linears = prunable_linears(model, space)
     return group_sums(space, lambda name: linears[name].weight.detach().double().square())
 
 
-def static_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """ATP's decision before it learns anything: its warm start, fitted to budget and width rules; bool [space.size]."""
+def static_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
+    """ATP's warm start, fitted to budget and width rules without learning; bool [space.size]."""
     device = next(model.parameters()).device
     with masked_loss(model, space, config) as loss_of:
         saliency = fisher_saliency(space, calibration_batches(calibration, config, device), loss_of)

@@ -24,32 +24,41 @@ from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.errors import InputError
 from atp.evaluation.inference import inference
+from atp.families import family_of
 from atp.models.config import ATPLlamaConfig
 from atp.models.layers import BLOCKS, first_layer_inputs, run_block
 from atp.models.llama import ATPLlamaForCausalLM
 from atp.spaces.space import MaskSpace
 
 _MULTIPLE = 8
-_DAMPING = 0.01  # share of the mean variance that is added to all of them
+_DAMPING = 0.01  # share of the mean variance added to every variance
 
 
 def choose_bases(model: PreTrainedModel, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """The bases for the width at which the sliced model holds the budget, float32 [2 layers + 1, hidden, width]."""
+    """The bases for the width that meets the budget, float32 [2 layers + 1, hidden, width]."""
     width = sliced_width(model.config, config.decisions.target_keep)
     batches = calibration_batches(calibration, config, next(model.parameters()).device)
     return residual_bases(model, batches, width)
 
 
 def sliced_width(config: PretrainedConfig, target: float) -> int:
-    """The width, a multiple of 8, whose decoder has the share of parameters nearest to `target`.
+    """The width, a multiple of 8, whose decoder's parameter share, shortcuts included, is nearest to `target`.
 
-    Shortcut matrices count. Raises `InputError` for a stream so narrow that nothing could be cut.
+    Raises `InputError` for a residual stream too narrow to cut, and for families with norms of queries and keys.
     """
+    family = family_of(config)
+    if family.qk_norm:
+        raise InputError(
+            f"slicegpt does not fit model family '{family.name}': its norms of queries and keys share rms_norm_eps "
+            "with the norms that slicing rescales, so choose another baseline"
+        )
     space = MaskSpace.from_config(config)
     wanted = target * Budget(space).total
     widths = range(_MULTIPLE, config.hidden_size, _MULTIPLE)
     if not widths:
-        raise InputError(f"slicegpt cuts multiples of {_MULTIPLE} off hidden_size {config.hidden_size}: too narrow")
+        raise InputError(
+            f"slicegpt needs a hidden_size above {_MULTIPLE}, not {config.hidden_size}: use another method"
+        )
     return min(widths, key=lambda width: abs(_decoder_params(space, width) - wanted))
 
 
@@ -68,13 +77,13 @@ def _decoder_params(space: MaskSpace, width: int) -> int:
 def residual_bases(model: PreTrainedModel, batches: Iterable[Batch], width: int) -> Tensor:
     """The `width` leading principal axes of the stream before every block, float32 [2 layers + 1, hidden, width].
 
-    model: a stock Llama or Mistral. A block's axes are the eigenvectors of the uncentred covariance of the hidden
-    states that reach it through the blocks sliced before it, 1 % of the mean variance added, in float64.
+    model: a stock causal LM of a supported family. A block's axes are the eigenvectors of the uncentred covariance of
+    the hidden states that reach it through the blocks sliced before it, 1 % of the mean variance added, in float64.
     """
     decoder = model.model
     with inference(model):
-        states, arguments = zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True)
-        states = list(states)
+        inputs = [first_layer_inputs(decoder, batch) for batch in batches]
+        states, arguments = [x for x, _ in inputs], [given for _, given in inputs]
         bases = [_principal_axes(states, width)]
         for layer in decoder.layers:
             for norm, block in BLOCKS:
@@ -104,20 +113,15 @@ def _project(x: Tensor, basis: Tensor) -> Tensor:
 def slice_model(model: PreTrainedModel, bases: Tensor) -> ATPLlamaForCausalLM:
     """The model in the coordinates of `bases` [2 layers + 1, hidden, width]; `model` stays as it is.
 
-    With width = hidden it computes what `model` does. Weights are formed in float64 and rounded once. Tied embeddings
-    come apart, since the first and the last basis differ.
+    With width = hidden it computes what `model` does. Weights are computed in float64 and rounded once. Tied embeddings
+    are untied, since the first and the last basis differ.
     """
     source, hidden, width = model.config, bases.shape[1], bases.shape[2]
-    values = source.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
-    # The norm must divide by the original width; with sqrt(hidden / width) as its weight the stock one does.
-    values |= {
-        "hidden_size": width, "head_dim": source.head_dim, "tie_word_embeddings": False, "shortcuts": True,
-        "rms_norm_eps": source.rms_norm_eps * hidden / width,
-    }  # fmt: skip
-    config = ATPLlamaConfig(**values)
-    config._attn_implementation = source._attn_implementation
+    # The norm must divide by the original width: a weight of sqrt(hidden / width) makes the stock one do so.
+    config = ATPLlamaConfig.from_whole(
+        source, hidden_size=width, tie_word_embeddings=False, shortcuts=True,
+        rms_norm_eps=source.rms_norm_eps * hidden / width,
+    )  # fmt: skip
     with torch.device("meta"):
         sliced = ATPLlamaForCausalLM(config)
     dtype = model.lm_head.weight.dtype
@@ -129,7 +133,7 @@ def slice_model(model: PreTrainedModel, bases: Tensor) -> ATPLlamaForCausalLM:
 
 
 def _sliced_weights(model: PreTrainedModel, bases: Tensor) -> dict[str, Tensor]:
-    """Every tensor of the sliced model by name: inputs take the norm's weights and the basis, outputs the next one."""
+    """Every tensor of the sliced model by name: inputs absorb norm weights and basis, outputs the next basis."""
     decoder, (_, hidden, width) = model.model, bases.shape
     norm = torch.full((width,), (hidden / width) ** 0.5, dtype=bases.dtype, device=bases.device)
     state = {

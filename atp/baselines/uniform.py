@@ -1,4 +1,4 @@
-"""The budget of methods that rank inside a layer: every layer loses the same share, its lowest scores go."""
+"""Masks of methods that rank inside a layer: every layer loses the same share, lowest scores first."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def uniform_mask(
 ) -> Tensor:
     """The highest scores of each structure, with equal counts in all layers and `target` of the decoder kept.
 
-    scores [space.size]; multiples: as in `fit_mask`; layers: those that may lose anything (None: all). Attention keeps
-    the share nearest to the uniform one that its few groups allow; the MLP, the last structure of a layer, makes up for
-    it, some layers one block wider than others so that the budget holds to a block. Returns bool [space.size].
+    scores [space.size]; multiples: as in `fit_mask`; layers: those that may lose anything (None: all). All structures
+    but one keep the count nearest to the uniform share. The one that the space marks makes up the remainder: in some
+    layers it is one block wider than in others, so that the budget holds to one block. Returns bool [space.size].
     Raises `InputError` when these layers cannot lose that much, `NotReached` for scores that are not finite.
     """
     if not is_finite(scores):
@@ -35,15 +35,14 @@ def uniform_mask(
     share = _uniform_share(free, target, budget)
     steps = [multiples.get(s.name, 1) for s in free]
     counts = [min(max(round(share * s.size / step), 1) * step, s.size) for s, step in zip(free, steps, strict=True)]
-    per_layer = len(space.structures) // space.num_layers
-    last = slice(per_layer - 1, None, per_layer)
-    widest, step = free[per_layer - 1].size, steps[per_layer - 1]
-    blocks = len(free[last])
+    rest = [i for i, structure in enumerate(free) if structure.remainder]
+    widest, step = free[rest[0]].size, steps[rest[0]]
+    blocks = len(rest)
 
     def mask_with(extra: int) -> Tensor:
-        """The mask whose MLPs keep one block each and `extra` more, spread evenly from the first layer on."""
-        widths = [1 + extra // blocks + (i < extra % blocks) for i in range(blocks)]
-        counts[last] = [min(width * step, widest) for width in widths]
+        """The mask whose remainder has one block per layer and `extra` more, spread evenly from the first layer on."""
+        for number, index in enumerate(rest):
+            counts[index] = min((1 + extra // blocks + (number < extra % blocks)) * step, widest)
         mask = torch.ones(space.size, dtype=torch.bool)
         for structure, count in zip(free, counts, strict=True):
             kept = scores[structure.span].topk(count).indices
@@ -65,7 +64,7 @@ def uniform_mask(
 
 
 def _uniform_share(free: list[Structure], target: float, budget: Budget) -> float:
-    """The share f of every free structure for which `target` of the decoder is kept, were counts not whole."""
+    """The share of every free structure that keeps `target` of the decoder if counts need not be whole."""
     mask = torch.ones(budget.space.size, dtype=torch.float64)
 
     def kept(share: float) -> float:

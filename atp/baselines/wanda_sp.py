@@ -1,7 +1,7 @@
-"""Wanda-sp: Wanda's |W| * ||X|| made structured, as the FLAP paper compares with (An et al. 2023, arXiv 2312.11983).
+"""Wanda-sp: a structured form of Wanda's |W| * ||X||, from the FLAP paper (An et al. 2023, arXiv 2312.11983).
 
-An input of o_proj or down_proj counts the sum over outputs of |w| times the 2-norm of that input over all calibration
-tokens; a group counts the sum over its inputs. Every layer loses the same share.
+The score of an input of o_proj or down_proj is the sum over outputs of |w|, times the input's 2-norm over all
+calibration tokens; that of a group is the sum over its inputs. Every layer loses the same share.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.baselines.calibration import Batch, calibration_batches
 from atp.baselines.uniform import uniform_mask
@@ -24,15 +25,15 @@ from atp.spaces.space import MaskSpace
 from atp.training.precision import autocast_dtype
 
 
-def wanda_mask(model: nn.Module, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
-    """The groups of the highest score in every layer; bool [space.size]."""
+def wanda_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:
+    """Keeps the groups with the highest score in every layer; bool [space.size]."""
     batches = calibration_batches(calibration, config, next(model.parameters()).device)
     scores = wanda_scores(model, space, batches, autocast=autocast_dtype(config.training.precision))
     return uniform_mask(scores, config.decisions.target_keep, Budget(space), config.decisions.multiples)
 
 
 def wanda_scores(
-    model: nn.Module, space: MaskSpace, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
+    model: PreTrainedModel, space: MaskSpace, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
 ) -> Tensor:
     """Sum over a group of |w| * ||x||, over the linears that it cuts on their inputs, float64 [space.size]."""
     linears = prunable_linears(model, space)

@@ -1,4 +1,4 @@
-"""What scores of weights share: the prunable linears, and sums over coupled groups."""
+"""Shared by weight scores: the prunable linears, and sums over coupled groups."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from atp.spaces.space import MaskSpace
 
 LinearName = tuple[int, str]
-"""Layer, and name of a linear inside it."""
+"""Layer index, and name of a linear in it."""
 
 
-def prunable_linears(model: nn.Module, space: MaskSpace) -> dict[LinearName, nn.Linear]:
+def prunable_linears(model: PreTrainedModel, space: MaskSpace) -> dict[LinearName, nn.Linear]:
     """The linears of a plain causal LM that the space can cut."""
     return {
         (index, name): layer.get_submodule(name)
@@ -25,10 +26,10 @@ def prunable_linears(model: nn.Module, space: MaskSpace) -> dict[LinearName, nn.
 def group_sums(
     space: MaskSpace, importance_of: Callable[[LinearName], Tensor], axes: tuple[int, ...] = (0, 1)
 ) -> Tensor:
-    """Sums an importance of every weight over the coupled group of each decision, float64 [space.size].
+    """Sums weight importance over the coupled group of each decision, float64 [space.size].
 
-    importance_of: the importance [out_features, in_features] of a linear's weights. axes: which cuts count, those on
-    outputs (0), on inputs (1) or both.
+    importance_of: the importance [out_features, in_features] of a linear's weights. axes: cuts to include, on outputs
+    (0), inputs (1) or both.
     """
     scores = torch.zeros(space.size, dtype=torch.float64)
     for structure in space.structures:

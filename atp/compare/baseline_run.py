@@ -8,11 +8,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import processes
-from atp.baselines.methods import BASELINES, MaskBaseline
+from atp.baselines.methods import BASELINES, Baseline, MaskBaseline
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.export.card import baseline_card
@@ -23,12 +23,11 @@ from atp.lora.layer import add_lora
 from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
 from atp.run import Run, check_figures
 from atp.spaces.space import MaskSpace
-from atp.training.arguments import training_arguments
-from atp.training.callbacks import ProgressCallback, make_progress
+from atp.training.callbacks import ProgressBar, make_progress
 
 
 class BaselineRun(Run):
-    """One run folder of a baseline; what is chosen, tuned or scored is not done again on resume."""
+    """One run folder of a baseline; choices, tuning and scores that are finished are not repeated on resume."""
 
     def __init__(self, method: str, config: ATPConfig, **options: Any) -> None:
         """method: a key of `BASELINES`. options: those of `Run`."""
@@ -38,9 +37,9 @@ class BaselineRun(Run):
     def _execute(self) -> dict[str, Any]:
         model, tokenizer, data = self._prepare()
         params_before = sum(p.numel() for p in model.parameters())
-        space = MaskSpace.from_config(model.config)
+        space = MaskSpace.from_config(model.config, self.config.decisions.space)
         if self.baseline is not None:
-            model = self._apply(model, data)
+            model = self._apply(self.baseline, model, data)
         tuner = self._tune(model, space, data)
         certificate = self._export(tuner, tokenizer, data, params_before)
         facts = {"method": self.method, "certificate": certificate, "skipped_steps": tuner.finite.skipped}
@@ -50,38 +49,38 @@ class BaselineRun(Run):
         return processes.on_main(lambda: self._conclude(tokenizer, data, tuner.clock, facts))
 
     def _check(self, summary: dict[str, Any]) -> None:
-        """A baseline promises no budget: it is as near as its method comes."""
+        """A baseline does not promise to meet the budget, only a faithful export."""
         check_certificate(summary["certificate"], AT_EXPORT)
         check_figures(summary)
 
-    def _check_model(self, model: nn.Module) -> None:
-        """A baseline promises no share: the table shows what it kept."""
+    def _check_model(self, model: PreTrainedModel) -> None:
+        """A baseline does not promise the target share; the table shows what it kept."""
         check_length(model.config, self.config.data.length)
 
-    def _apply(self, model: nn.Module, data: RunData) -> nn.Module:
-        """The smaller model; the choice is made once and kept, so that a resumed run tunes the same one."""
-        model = model.to(training_arguments(self.config).device)
-        choice = processes.on_main(lambda: self._choose(model, data))
-        return self.baseline.apply(model, choice, data.calibration, self.config)
+    def _apply(self, baseline: Baseline, model: PreTrainedModel, data: RunData) -> PreTrainedModel:
+        """The smaller model; the choice is saved, so that a resumed run tunes the same one."""
+        model = model.to(processes.device())  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+        choice = processes.on_main(lambda: self._choose(baseline, model, data))
+        return baseline.apply(model, choice, data.calibration, self.config)
 
-    def _choose(self, model: nn.Module, data: RunData) -> Tensor:
+    def _choose(self, baseline: Baseline, model: PreTrainedModel, data: RunData) -> Tensor:
         path = self.folder / "choice.safetensors"
         choice = _read_choice(path) if "choice" in self._scores() else None
         if choice is None:
             self.say(f"{self.method}: choosing what to remove from the pretrained model")
             started = time.perf_counter()
-            choice = self.baseline.choose(model, data.calibration, self.config)
+            choice = baseline.choose(model, data.calibration, self.config)
             write_tensors(path, {"choice": choice.contiguous()})
             self._record(choice={"seconds": time.perf_counter() - started})
-        if isinstance(self.baseline, MaskBaseline):
-            save_decisions(self.folder, self.baseline.space_of(model, self.config), choice)
+        if isinstance(baseline, MaskBaseline):
+            save_decisions(self.folder, baseline.space_of(model, self.config), choice)
         return choice
 
-    def _tune(self, model: nn.Module, space: MaskSpace, data: RunData) -> LoraTuner:
+    def _tune(self, model: PreTrainedModel, space: MaskSpace, data: RunData) -> LoraTuner:
         lora, steps = self.config.lora, self.config.training.total
         wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=self.config.seed)
         with make_progress() as progress:
-            bar = ProgressCallback(lambda step: self.method, steps, progress)
+            bar = ProgressBar(progress, steps, title=self.method)
             tuner = LoraTuner(self.config, wrapped, data.train, self.folder, callbacks=[bar])
             self._hand_over(tuner)
             tuner.train(resume=self.resume)
@@ -90,10 +89,10 @@ class BaselineRun(Run):
     def _export(
         self, tuner: LoraTuner, tokenizer: PreTrainedTokenizerBase, data: RunData, params_before: int
     ) -> dict[str, Any]:
-        """Writes model/, with `export.keep_adapter` also base/ and adapter/; returns what `certify_export` measures."""
+        """Writes model/ and, with `export.keep_adapter`, base/ and adapter/; returns the result of `certify_export`."""
         after = sum(p.numel() for n, p in tuner.model.named_parameters() if "lora_" not in n)
         card = baseline_card(self.config, self.method, params_before, after)
-        tokens = certificate_tokens(data.calibration).to(tuner.args.device)
+        tokens = certificate_tokens(data.calibration).to(tuner.device)
 
         def write() -> dict[str, Any]:
             certificate = export_model(tuner.model, self.folder, tokenizer, tokens, card)
@@ -105,7 +104,7 @@ class BaselineRun(Run):
 
 
 def _read_choice(path: Path) -> Tensor | None:
-    """What was chosen, None where the file is missing or damaged: choosing again gives the same."""
+    """The saved choice; None if the file is missing or damaged, since choosing again gives the same."""
     try:
         return load_file(path)["choice"]
     except (OSError, KeyError, SafetensorError):

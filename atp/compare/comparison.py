@@ -1,4 +1,4 @@
-"""A comparison: every method with every seed on one config, and what they add up to."""
+"""A comparison: every method with every seed on one config, and the summary of all."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from atp.signals import SignalGuard
 
 
 class Comparison:
-    """Runs every method with every seed on one config and keeps a table of what is there so far.
+    """Runs every method with every seed on one config and updates a table after each run.
 
-    Folder: the run folders of the `Members`, comparison.json, .md, .html and, with matplotlib, .png.
+    Its folder holds the run folders of the `Members`, comparison.json, .md, .html and, with matplotlib, .png.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Comparison:
         command: str,
         say: Callable[[str], None] = print,
     ) -> None:
-        """Raises `InputError` for an unknown method, or when there is none, or no seed."""
+        """Raises `InputError` for an unknown method, or without any method or seed."""
         if not methods or not seeds:
             raise InputError("nothing to compare: give at least one method and one seed")
         self.arms = [Arm(method) for method in dict.fromkeys(methods)]
@@ -49,7 +49,7 @@ class Comparison:
     def execute(self) -> dict[str, Any]:
         """Runs what is missing, writes the artifacts after each member, and returns the content of comparison.json.
 
-        Raises `InputError`, `Interrupted`, and at the end `NotReached` when a member kept no promise (its row stays).
+        Raises `InputError`, `Interrupted`, and at the end `NotReached` if a member broke a promise (its row stays).
         """
         processes.start()
         try:
@@ -57,8 +57,8 @@ class Comparison:
                 return self._execute()
         except Interrupted as error:
             started = (self.folder / COMPARISON).is_file()
-            way_on = "continue with --resume" if started else "nothing was written yet, start again"
-            raise Interrupted(error.signum, way_on) from None
+            remedy = "continue with --resume" if started else "nothing was written yet, start again"
+            raise Interrupted(error.signum, remedy) from None
 
     def _execute(self) -> dict[str, Any]:
         processes.on_main(lambda: check_output_dir(self.folder, resume=self.resume, started=COMPARISON))

@@ -1,4 +1,4 @@
-"""The members of a comparison: one run folder for every arm and seed, each made once."""
+"""The members of a comparison: one run folder per arm and seed, each run once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from atp import processes
 from atp.baselines.methods import BASELINES
@@ -20,10 +20,15 @@ from atp.files import read_json, write_json, write_text
 from atp.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
 from atp.loading import check_length, load_shapes
 from atp.run import Run, check_promises, check_target
-from atp.training.fingerprints import refuse_other_inputs
 from atp.training.precision import autocast_dtype
+from atp.training.resume import refuse_other_inputs
 
-_BEHIND_SCORES = ("base weights", "model config", "tokenizer", "test data")  # what the scores of the original hang on
+_BEHIND_SCORES = (
+    "base weights",
+    "model config",
+    "tokenizer",
+    "test data",
+)  # behind the original's scores
 
 ATP = "atp"
 METHODS = (ATP, *BASELINES)
@@ -31,7 +36,7 @@ METHODS = (ATP, *BASELINES)
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of a comparison: a method, and what it changes in the common config ("key.path=value" each).
+    """One arm of a comparison: a method, and its changes to the common config ("key.path=value" each).
 
     Raises `InputError` for an unknown method.
     """
@@ -47,27 +52,26 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """The method, and after commas what differs."""
+        """The method and its changes, comma-separated."""
         return ",".join((self.method, *self.overrides))
 
 
 class Members:
     """Runs arms with seeds on one common config, in `<arm>-seed<n>/` of a folder.
 
-    The splits are those of the config's seed for all; a seed of the comparison decides the rest: adapter, order of
-    samples, generator, calibration windows. A member that is finished is read, one that was interrupted goes on from
-    its checkpoint.
+    All use the splits of the config's seed; the seed of a member decides the rest: adapter, order of samples,
+    generator, calibration windows. Finished members are read, and interrupted ones resume from their checkpoint.
     """
 
     def __init__(self, config: ATPConfig, folder: Path, *, command: str, say: Callable[[str], None] = print) -> None:
-        """Raises `InputError` where the folder holds members of another config, or the model or its data."""
+        """Raises `InputError` if the folder holds members of another config, or the model or data."""
         self.folder, self.command = folder, command
         self.say = say if processes.is_main() else lambda line: None
         self.config = processes.on_main(lambda: self._common(config))
 
     @contextmanager
     def opened(self, *, resume: bool) -> Iterator[None]:
-        """Holds the folder for this run and keeps the common config there. Raises `InputError`."""
+        """Locks the folder during a with block and saves the common config there. Raises `InputError`."""
         with ExitStack() as held:
             processes.on_main(lambda: self._open(held, resume))
             yield
@@ -78,7 +82,7 @@ class Members:
             write_text(self.folder / COMPARISON, self.config.dump())
 
     def run(self, arm: Arm, seed: int) -> None:
-        """Makes the member if it is not there. Raises `InputError`, `Interrupted` and `NotReached`."""
+        """Runs the member unless it is finished. Raises `InputError`, `Interrupted` and `NotReached`."""
         folder = self.path(arm, seed)
         finished = processes.on_main(lambda: self._finished(arm, seed))
         if finished is not None:
@@ -88,27 +92,33 @@ class Members:
         self.say(f"{arm.name}, seed {seed}")
         config = self.config_of(arm, seed)
         resume = processes.on_main((folder / CONFIG).is_file)
-        options = {"resume": resume, "command": self.command, "say": self.say, "original": self._original(arm)}
+        options: dict[str, Any] = {
+            "resume": resume,
+            "command": self.command,
+            "say": self.say,
+            "original": self._original(arm),
+        }
         run = Run(config, **options) if arm.method == ATP else BaselineRun(arm.method, config, **options)
         run.execute()
 
     def _finished(self, arm: Arm, seed: int) -> Member | None:
-        """The member if nothing of it is left to do."""
+        """The member if it is finished, report included, or None."""
         return self.read(arm, seed) if (self.path(arm, seed) / "report.html").is_file() else None
 
     def read(self, arm: Arm, seed: int) -> Member | None:
-        """The member if it is finished."""
-        files = [read_json(self.path(arm, seed) / f"{name}.json") for name in ("summary", "evaluation")]
-        return None if None in files else Member(arm.name, seed, *files)
+        """The member if it is finished, or None."""
+        folder = self.path(arm, seed)
+        summary, scores = read_json(folder / "summary.json"), read_json(folder / "evaluation.json")
+        return None if summary is None or scores is None else Member(arm.name, seed, summary, scores)
 
     def path(self, arm: Arm, seed: int) -> Path:
-        """The run folder of a member. What an arm sets to the common value is no part of its name."""
+        """The run folder of a member. Settings equal to the common config are not part of its name."""
         values = self.config.model_dump(mode="json")
         telling = tuple(o for o in arm.overrides if ATPConfig.parse(values, [o]) != self.config)
         return self.folder / f"{re.sub(r'[^A-Za-z0-9._=,+-]', '_', Arm(arm.method, telling).name)}-seed{seed}"
 
     def check(self, arms: Iterable[Arm], seeds: Sequence[int]) -> None:
-        """Raises `InputError` for what is sure to fail in one of these members, before the first one runs."""
+        """Raises `InputError` if one of these members is sure to fail, before the first one runs."""
         for arm in arms:
             config, *_ = [self.config_of(arm, seed) for seed in seeds]
             shapes = load_shapes(config.model)
@@ -117,13 +127,13 @@ class Members:
                 check_target(config, shapes)
 
     def config_of(self, arm: Arm, seed: int) -> ATPConfig:
-        """The config of a member. Raises `InputError` for an override or a seed that does not fit."""
+        """The config of a member. Raises `InputError` for a bad override or seed."""
         config = ATPConfig.parse(self.config.model_dump(mode="json"), [*arm.overrides, f"seed={seed}"])
         config.output_dir = str(self.path(arm, seed))
         return config
 
     def _common(self, config: ATPConfig) -> ATPConfig:
-        """The config of all members but for seed and folder; precision is probed once, or two of them might differ."""
+        """The config of all members except seed and folder; precision is probed once, so that all use the same."""
         refuse_inputs_inside(config, self.folder)
         config = config.model_copy(deep=True)
         config.output_dir = str(self.folder)
@@ -131,16 +141,16 @@ class Members:
         config.evaluation.dense_baseline = False
         saved = saved_config(self.folder, COMPARISON)
         if config.training.precision == "auto":
-            probed = "float32" if autocast_dtype("auto") is None else "bfloat16"
+            probed: Literal["float32", "bfloat16"] = "float32" if autocast_dtype("auto") is None else "bfloat16"
             config.training.precision = saved["training"]["precision"] if saved else probed
         if saved:
             config.refuse_change_of(saved)
         return config
 
     def _original(self, arm: Arm) -> Callable[[dict[str, str]], dict[str, Any] | None]:
-        """Looks among the other members for scores of the original model on the inputs of a member of this arm.
+        """Returns a function that looks for the original model's scores among members with the same inputs.
 
-        Raises `InputError` where the members of this folder were made from other inputs.
+        It raises `InputError` if the members of this folder come from other inputs.
         """
 
         def look(inputs: dict[str, str]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What the members of a comparison add up to: means over seeds, with intervals over seeds and test items."""
+"""The summary of a comparison: means over seeds, with intervals over seeds and test items."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import numpy as np
 
 from atp.data import Task
 from atp.evaluation.bootstrap import percentile_interval
-from atp.evaluation.relative import score_samples
+from atp.evaluation.relative import Samples, score_samples
 
 DENSE, ORIGINAL = "dense_lora", "original"
-Samples = tuple[float, np.ndarray]
-"""A score, and the same score on resampled test items [resamples]."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,11 @@ class Member:
 
 
 def results(members: Sequence[Member], tasks: Sequence[Task]) -> dict[str, Any]:
-    """For the original model and every method what the table shows; members come method by method.
+    """The figures of the table for the original model and every method; members come grouped by method.
 
-    relative_performance is the mean over the tasks' metrics of score / tuned dense score, perplexity_ratio the
-    perplexity over that of tuned dense (below 1 is better), both against the dense member of the same seed and on the
-    same resampled items; they are left out where there is none.
+    relative_performance is the mean over the tasks' metrics of score / tuned dense score; perplexity_ratio is
+    perplexity / tuned dense perplexity (below 1 is better). Both compare with the dense member of the same seed on the
+    same resampled items, and are left out without one.
     """
     if not members:
         return {}
@@ -61,7 +59,7 @@ def over_seeds(samples: Sequence[Samples]) -> dict[str, Any]:
     chosen = np.random.default_rng(0).integers(count, size=(resamples, count))
     means = draws[chosen, np.arange(resamples)[:, None]].mean(axis=1)
     value = statistics.fmean(float(point) for point, _ in samples)
-    # A resample in which the dense model has nothing right says nothing about a ratio.
+    # A resample in which the dense model gets nothing right has no ratio.
     return {"value": value, "interval": percentile_interval(means[np.isfinite(means)])}
 
 
@@ -101,4 +99,4 @@ def _mean_ratio(ours: dict[str, Samples], theirs: dict[str, Samples], names: lis
     """Mean over the named scores of ours / theirs, point by point and resample by resample."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = [[a / b for a, b in zip(ours[name], theirs[name], strict=True)] for name in names]
-    return float(np.mean([point for point, _ in ratios])), np.mean([drawn for _, drawn in ratios], axis=0)
+    return np.mean([point for point, _ in ratios], axis=0), np.mean([drawn for _, drawn in ratios], axis=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from atp.report.markup import DASH, code, plain
+from atp.report.text import DASH, code, plain
 
 BEST_FIRST = {"perplexity": "perplexity ↓", "perplexity_ratio": "perplexity / dense ↓",
               "relative_performance": "relative performance ↑"}  # fmt: skip
@@ -13,7 +13,7 @@ _WIDE = ("all kept", "parameters", "training tokens", "tokens/s", "seeds")
 
 
 def table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) of the content of comparison.json; intervals stand in brackets."""
+    """(head, rows) from the content of comparison.json, with intervals in parentheses."""
     methods = content["methods"]
     scores = list(next(iter(methods.values()))["scores"]) if methods else []
     head = ["method", "decoder kept", "all kept", "parameters"]
@@ -31,7 +31,7 @@ def brief(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The table with a heading and what it stands on."""
+    """The table with a heading, remarks and the command."""
     head, rows = table(content)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     notes = [f"* {plain(note)}" for note in remarks(content)]
@@ -43,10 +43,10 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def remarks(content: dict[str, Any]) -> list[str]:
-    """What a reader must know to read the table, one sentence or two each."""
+    """What a reader of the table must know, one or two sentences each."""
     found = [
-        "In brackets: 95 % bootstrap intervals over test documents and questions (the same ones for all methods) and "
-        "over seeds.",
+        "In parentheses: 95 % bootstrap intervals over seeds and over test documents and questions, which are the same "
+        "for all methods.",
         "Relative performance: mean over the tasks' metrics of score / score of the tuned dense model with the same "
         "seed.",
         "Training seconds include choosing what to remove; all methods train on the same tokens with the same LoRA.",

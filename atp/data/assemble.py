@@ -15,12 +15,12 @@ from atp.data.tasks import Task
 from atp.errors import InputError
 
 Passages = Callable[[int], list[str]]
-"""Gives general text; the number says how many passages will be drawn from it."""
+"""Returns general text; the argument is the number of passages that will be drawn from it."""
 
 
 @dataclass
 class Parts:
-    """Examples of the three splits while they are put together."""
+    """Examples of the three splits during assembly."""
 
     train: list[Example] = field(default_factory=list)
     calibration: list[Example] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Parts:
 
 
 def by_share(examples: Sequence[Example], settings: DataSettings, name: str = "") -> Parts:
-    """Splits documents off by `test_share` and `calibration_share`; name keeps the draws of data sets apart."""
+    """Splits off documents by `test_share` and `calibration_share`; name makes the draws of data sets independent."""
     total = len({e.document for e in examples})
     prefix = f"{settings.seed} {name}".strip()
     rest, test = split_off(examples, settings.test_share, f"{prefix} test", of=total)
@@ -45,7 +45,7 @@ def by_share(examples: Sequence[Example], settings: DataSettings, name: str = ""
 def by_count(examples: Sequence[Example], train: int, calibration: int, test: int, key: str) -> Parts:
     """Draws whole documents until each split has its count of examples, test first.
 
-    Where there are fewer examples than asked for, every split gets its share of what there is.
+    With fewer examples than requested, every split gets its proportion of them.
     """
     scale = min(1.0, len(examples) / max(train + calibration + test, 1))
     documents: dict[str, list[Example]] = {}
@@ -60,7 +60,7 @@ def by_count(examples: Sequence[Example], train: int, calibration: int, test: in
 
 
 def scaled(count: int, scale: float) -> int:
-    """A count times a scale, and never nothing of something."""
+    """A count times a scale, at least 1 unless the count is 0."""
     return max(1, round(scale * count)) if count else 0
 
 
@@ -74,11 +74,11 @@ def assemble(
     general_share: float = 1 / 3,
     mix: bool = True,
 ) -> Splits:
-    """Adds general text to the calibration examples, drops near-duplicates of held-out documents, and checks.
+    """Adds general text to the calibration examples and drops near-duplicates of held-out documents.
 
-    A near-duplicate of a test document leaves train and calibration, one of a calibration document leaves train: what
-    is held out stays as it is. mix: shuffle documents, which a recipe of several data sets needs.
-    source: what the data is, for the description. Raises `InputError` when a split ends up empty.
+    Near-duplicates of test documents leave train and calibration; those of calibration documents leave train. mix:
+    shuffle documents, for recipes of several data sets. source: describes the data. Raises `InputError` when a split
+    ends up empty.
     """
     share = general_share if settings.general_share is None else settings.general_share
     everything = [*parts.train, *parts.calibration, *parts.test]
@@ -88,7 +88,7 @@ def assemble(
     removed = dropped + dropped_train
     if removed and not (train and calibration):
         raise InputError(
-            "all documents left for training or calibration are near-duplicates of held-out ones: give more text"
+            "all documents left for training or calibration are near-duplicates of held-out ones: add text"
         )
     test = parts.test
     if mix:
@@ -99,14 +99,14 @@ def assemble(
         test=test,
         description=(
             f"{source}: {len(train)} train, {len(calibration)} calibration ({general} of them general text), "
-            f"{len(test)} test" + (f"; {removed} near-duplicate documents of held-out ones left out" if removed else "")
+            f"{len(test)} test" + (f"; {removed} near-duplicates of held-out documents dropped" if removed else "")
         ),
         tasks=tuple(tasks),
     )
 
 
 def _apart(examples: list[Example], held_out: list[Example], background: list[Example]) -> tuple[list[Example], int]:
-    """The examples without near-duplicates of what is held out, and how many documents went."""
+    """The examples without near-duplicates of held-out ones, and the number of documents dropped."""
     near = near_duplicates(examples, held_out, background)
     return [e for e in examples if e.document not in near], len(near)
 

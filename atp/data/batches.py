@@ -1,4 +1,4 @@
-"""From samples to a batch: stacked tokens, and on the host everything a step must not ask the device for."""
+"""From samples to a batch: stacked tokens, and host-side indices that spare a step host-device syncs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ IGNORE = -100
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """A batch of samples with `input_ids` and `labels` int64 [length], and `position_ids` where several share a row.
+    """A batch of samples with `input_ids` and `labels` int64 [length], and `position_ids` if several share a row.
 
-    Returns those, [batch, longest] each; `scored` int64 [n], the positions in the flattened batch whose next token
-    bears a label, and `targets` int64 [n], those labels; `tokens`, how many tokens are not padding. Shorter rows are
-    padded on the right, where no token of a causal model looks.
+    Returns these as [batch, longest]; `scored` int64 [n], positions in the flattened batch whose next token has a
+    label; `targets` int64 [n], those labels; `tokens`, the number of tokens without padding. Shorter rows are padded
+    on the right, which causal attention never sees.
     """
     fill = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}
     batch: dict[str, Any] = {

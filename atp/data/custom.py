@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant")
 def read_examples(
     source: str, labels: tuple[str, ...] = (), *, limit: int | None = None, chat: Chat = plain_chat
 ) -> list[Example]:
-    """Examples of one source (a .jsonl, .csv or .parquet file, or a Hub name), by the columns it has.
+    """Examples of one source (a .jsonl, .csv or .parquet file, or a Hub name), read by its columns.
 
     `text`: plain text. `prompt`, `completion`: a question and its answer. `messages`: a list of role and content that
     ends with the assistant's answer, rendered by `chat`. `premise`, `hypothesis`, `label`: entailment.
@@ -37,7 +37,7 @@ def tasks_of(examples: Iterable[Example], labels: tuple[str, ...] = ()) -> tuple
 
 
 def check_label(row: Row, label: str, labels: Sequence[str]) -> str:
-    """The label, if it is one of the set."""
+    """Returns the label. Raises `InputError` if it is not one of `labels`."""
     if label not in labels:
         raise InputError(
             f"{row.where}: label '{shorten(label)}' is not one of {shorten(', '.join(labels))}; correct the row"
@@ -75,7 +75,7 @@ def _messages(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
             "correct the row"
         )
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise InputError(f"{row.where}: the messages do not end with an answer of the assistant; correct the row")
+        raise InputError(f"{row.where}: the messages do not end with the assistant's answer; correct the row")
     try:
         prompt, completion = chat(messages)
     except InputError as error:
@@ -90,7 +90,7 @@ def _plain(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
 def _prompted(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
     if isinstance(row.get("prompt"), list):
         raise InputError(
-            f"{row.where}: column 'prompt' holds a conversation; put its messages and the answer's, in order, into one "
+            f"{row.where}: column 'prompt' holds a conversation; put its messages and the answer, in order, into a "
             "column 'messages'"
         )
     return _answered(row, row.text("prompt"), row.text("completion"), labels)

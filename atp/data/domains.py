@@ -1,28 +1,30 @@
-"""The paper's domains from the Hub or local files, with the paper's counts (1-method.md section 6)."""
+"""The paper's domains from the Hub or local files, with the paper's counts (docs/data.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from atp.data.assemble import Parts, assemble, by_count, scaled
 from atp.data.custom import check_label
-from atp.data.files import Row, read_rows
+from atp.data.files import SUFFIXES, Row, read_rows
 from atp.data.prompts import clip, entailment, health_question, holding_choice, passage_question, summary_of
 from atp.data.settings import DataSettings
 from atp.data.splits import Example, Splits, document_id
 from atp.data.tasks import BILLSUM, CASEHOLD, HQS, MEDNLI, PUBMEDQA, Task
 from atp.errors import InputError, shorten
+from atp.reading import existing
 
 BILL_WORDS = 700
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set of a recipe: where it is, what a row means, and how many examples each split takes.
+    """One data set of a recipe: its source, the meaning of a row, and the number of examples per split.
 
-    source, test_source: a file or Hub name; None where the user has to give one. Without a test source, the test
-    examples are split off. optional: left out when the user gives no source.
+    source, test_source: a file or Hub name; None if the user must give one. Without a test source, test examples are
+    split off. optional: skipped if the user gives no source.
     """
 
     name: str
@@ -37,7 +39,7 @@ class DataSet:
 
 
 def mednli_example(row: Row) -> Example:
-    """MedNLI as PhysioNet gives it: columns sentence1, sentence2, gold_label."""
+    """MedNLI as on PhysioNet: columns sentence1, sentence2, gold_label."""
     premise = row.text("sentence1").strip()
     label = check_label(row, row.text("gold_label").strip(), MEDNLI.labels)
     prompt = entailment(premise, row.text("sentence2"))
@@ -60,7 +62,7 @@ def hqs_example(row: Row) -> Example:
 
 
 def casehold_example(row: Row) -> Example:
-    """CaseHOLD as LexGLUE gives it: columns context, endings (five holdings), label (0 to 4)."""
+    """CaseHOLD as in LexGLUE: columns context, endings (five holdings), label (0 to 4)."""
     context, holdings = row.text("context").strip(), row.texts("endings", len(CASEHOLD.labels))
     index = check_label(row, str(row.get("label")), [str(number) for number in range(len(CASEHOLD.labels))])
     letter = CASEHOLD.labels[int(index)]
@@ -119,6 +121,18 @@ def general(settings: DataSettings) -> Splits:
 DOMAIN_RECIPES: dict[str, Callable[[DataSettings], Splits]] = {"health": health, "legal": legal, "general": general}
 
 
+def hub_sources(recipe: str, given: Mapping[str, str], other: Iterable[str] = ()) -> list[str]:
+    """Names (`owner/name`) of the Hub data sets that a run reads, for its model card.
+
+    given: the config's `data.sources`, which replace a recipe's own. other: further sources that the config names.
+    """
+    sets = {"health": HEALTH, "legal": LEGAL, "general": GENERAL}.get(recipe, ())
+    own = [source for one in sets if one.name not in given for source in (one.source, one.test_source)]
+    sources = [source for source in (*own, *given.values(), *other) if source and existing(source) is None]
+    names = {re.split("[#:]", source)[0] for source in sources}
+    return sorted(n for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not n.lower().endswith(SUFFIXES))
+
+
 def _domain(sets: tuple[DataSet, ...], settings: DataSettings, source: str, *, general_share: float) -> Splits:
     known = [name for one in sets for name in (one.name, f"{one.name}_test")]
     for name in settings.sources:
@@ -135,15 +149,15 @@ def _domain(sets: tuple[DataSet, ...], settings: DataSettings, source: str, *, g
 
 
 def _load(one: DataSet, settings: DataSettings) -> Parts:
-    """Reads what the counts need of a data set, twice as much where there is a choice, and divides it."""
+    """Reads up to twice the number of examples needed, and divides them among the splits."""
     source = settings.sources.get(one.name, one.source)
     if source is None:
         if one.optional:
             return Parts()
         raise InputError(
-            f"data.sources.{one.name} is not set: {one.name} may not be passed on, give your own file of it"
+            f"data.sources.{one.name} is not set: {one.name} may not be redistributed, so give your own copy of it"
         )
-    # A user's own file is not split by the Hub's test part, unless the user gives that too.
+    # The Hub's test part goes only with the Hub's train part.
     default_test = one.test_source if source == one.source else None
     test_source = settings.sources.get(f"{one.name}_test", default_test)
     train, calibration, test = (scaled(count, settings.scale) for count in (one.train, one.calibration, one.test))

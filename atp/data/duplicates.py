@@ -9,21 +9,20 @@ from itertools import chain
 from atp.data.splits import Example, words_of
 
 SHINGLE = 5  # words
-OVERLAP = 0.5  # shared shingles over those of the shorter document
-AT_LEAST = 3  # shared shingles, that is seven words in a row
-# A shingle of more documents than both of these is a phrase of the form, such as an instruction in front of every
-# question, and says nothing about two documents.
+OVERLAP = 0.5  # shared shingles as a share of the shorter document's
+AT_LEAST = 3  # shared shingles: seven words in a row
+# A shingle in more documents than both of these is boilerplate, such as an instruction before every question.
 COMMON_DOCUMENTS, COMMON_SHARE = 20, 0.01
 
 
 def near_duplicates(
     candidates: Sequence[Example], protected: Sequence[Example], background: Sequence[Example] = ()
 ) -> set[str]:
-    """Documents of the candidates that overlap with a protected document without being the same one.
+    """Ids of candidate documents that overlap with a protected document without being identical to it.
 
-    The overlap counts against the shorter of the two, so that an excerpt of a long document is found as well.
-    background: further examples of the data set, which show what phrases are common in it. Exact, by an index of the
-    protected documents' shingles, in time linear in the words.
+    Overlap is relative to the shorter of the two, so that excerpts of long documents are found. background: further
+    examples of the data set, which show its boilerplate. Exact, using an index of the protected documents' shingles;
+    time is linear in the number of words.
     """
     ours, theirs = _shingles(candidates), _shingles(protected)
     everything = {**_shingles(background), **theirs, **ours}

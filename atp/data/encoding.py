@@ -1,4 +1,4 @@
-"""From text to token ids, in the one way that training, perplexity and question answering share."""
+"""Text -> token ids, the same way for training, perplexity and question answering."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[bos] for a tokenizer that begins its own encodings with it, else []."""
+    """[bos] if the tokenizer starts its own encodings with it, else []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of each text, with no special tokens."""
+    """Token ids of each text, without special tokens."""
     texts = list(texts)
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
@@ -22,8 +22,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[lis
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest common prefix.
 
-    A prompt is not always a prefix of its tokenised continuation: the last token may merge across the border. The
-    common prefix is the point from which the continuation is really predicted.
+    A tokenized prompt need not be a prefix of the tokenized whole, since tokens may merge across the border. The
+    continuation is predicted from the end of the common prefix.
     """
     first, *others = sequences
     for position, token in enumerate(first):

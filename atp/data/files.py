@@ -1,4 +1,4 @@
-"""Rows of a local JSONL, CSV or Parquet file, or of a Hub set, with errors that name file, line and column."""
+"""Rows of a local JSONL, CSV or Parquet file, or of a Hub data set, with errors that name file, line and column."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atp.reading import check_file, existing, parse_json
 from atp.requirements import require
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
-_LARGEST_CELL = 2**31 - 1  # characters; what the csv module can count to everywhere
+_LARGEST_CELL = 2**31 - 1  # characters: the largest limit that the csv module accepts on every platform
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Row:
         return value
 
     def get(self, column: str) -> Any:
-        """Whatever a column holds; `a.b` is column b of the record in column a. `InputError` if it is missing."""
+        """The value of a column; `a.b` is column b of the record in column a. `InputError` if it is missing."""
         values: Any = self.values
         for name in column.split("."):
             if not isinstance(values, dict) or name not in values:
@@ -54,20 +54,20 @@ class Row:
 
 
 def names(values: Any) -> str:
-    """The column names of a record for a message: `none` where there are none, or no record."""
+    """The column names of a record, for a message; `none` if there are none."""
     return shorten(", ".join(map(shorten, islice(values, 50)))) if isinstance(values, dict) and values else "none"
 
 
 def read_rows(source: str, limit: int | None = None) -> list[Row]:
     """Rows of a data source: a `.jsonl`, `.csv` or `.parquet` file, or a Hub name `owner/name[#config][:split]`.
 
-    limit: read the first rows only; files and Hub sets are streamed, so that no more than these are loaded.
-    Raises `InputError` for a file that is missing, empty or malformed, and for a Hub set that cannot be loaded.
+    limit: read only the first rows; sources are streamed, so no more are loaded.
+    Raises `InputError` for a missing, empty or malformed file, and for a Hub data set that cannot be loaded.
     """
     try:
         path = Path(source).expanduser()
     except RuntimeError:
-        raise InputError(f"{shorten(source)}: there is no such home folder; write the path out") from None
+        raise InputError(f"{shorten(source)}: there is no such home folder; write out the path") from None
     if path.suffix.lower() in SUFFIXES:
         check_file(path, "", f"check the path, and give a {' or '.join(SUFFIXES)} file")
         rows = list(islice(_read_file(path), limit))
@@ -82,7 +82,7 @@ def read_rows(source: str, limit: int | None = None) -> list[Row]:
 
 
 def parse_jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
-    """Parses one JSON object a line, skipping blank lines; name stands for the file in errors."""
+    """Parses one JSON object per line, skipping blank lines. name: the file, for errors."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -90,9 +90,9 @@ def parse_jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
         try:
             values = parse_json(line)
         except ValueError as error:
-            raise InputError(f"{where}: not valid JSON ({error}); write one JSON object a line") from error
+            raise InputError(f"{where}: not valid JSON ({error}); write one JSON object per line") from error
         if not isinstance(values, dict):
-            raise InputError(f"{where}: a {type(values).__name__}, not an object; write one JSON object a line")
+            raise InputError(f"{where}: a {type(values).__name__}, not an object; write one JSON object per line")
         yield Row(where, values)
 
 
@@ -103,13 +103,13 @@ def _read_file(path: Path) -> Iterator[Row]:
         return
     parse = parse_jsonl if path.suffix.lower() == ".jsonl" else _parse_csv
     try:
-        # utf-8-sig also reads the byte-order mark that spreadsheet programs put in front.
+        # utf-8-sig skips the byte-order mark that spreadsheet programs write.
         with path.open(encoding="utf-8-sig", newline="") as lines:
             yield from parse(lines, name)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
     except OSError as error:
-        raise InputError(f"cannot read {name} ({shorten(error.strerror)}): check the file and its rights") from error
+        raise InputError(f"cannot read {name} ({shorten(error.strerror)}): check its permissions") from error
 
 
 def _parse_csv(lines: Iterable[str], name: str) -> Iterator[Row]:
@@ -125,9 +125,9 @@ def _parse_csv(lines: Iterable[str], name: str) -> Iterator[Row]:
 
 
 def _with_cells_of_any_size(reader: csv.DictReader) -> Iterator[dict[str, Any]]:
-    """The records of a reader without the csv module's limit of 131,072 characters a cell.
+    """The records of a reader without the csv module's limit of 131,072 characters per cell.
 
-    The limit is the whole module's: it is as it was whenever other code runs.
+    The limit is global, so it is restored whenever other code runs.
     """
     while True:
         before = csv.field_size_limit(_LARGEST_CELL)
@@ -150,10 +150,10 @@ def _parse_parquet(path: Path, name: str) -> Iterator[Row]:
             records = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=256))
             for number, values in enumerate(records):
                 yield Row(f"{name}, row {number}", values)
-    except Exception as error:  # a damaged file raises whatever the part of Arrow raises that meets the damage
+    except Exception as error:  # a damaged file may raise anything
         after = f", after row {number}" if number else ""
         reason = f"{type(error).__name__}: {shorten(error)}"
-        raise InputError(f"{name}: not a Parquet file, or a damaged one{after} ({reason}); write it anew") from error
+        raise InputError(f"{name}: not a Parquet file, or a damaged one{after} ({reason}); rewrite it") from error
 
 
 def _read_hub(source: str, limit: int | None) -> list[Row]:
@@ -161,7 +161,7 @@ def _read_hub(source: str, limit: int | None) -> list[Row]:
     name, _, config = name.partition("#")
     shown = shorten(source)
     if not name:
-        raise InputError(f"'{shown}' names no data: give a {' or '.join(SUFFIXES)} file or a Hub name")
+        raise InputError(f"'{shown}' does not name a data set: give a {' or '.join(SUFFIXES)} file or a Hub name")
     try:
         import datasets
     except ImportError as error:
@@ -169,7 +169,7 @@ def _read_hub(source: str, limit: int | None) -> list[Row]:
     try:
         records = datasets.load_dataset(name, config or None, split=split or "train", streaming=limit is not None)
         rows = [Row(f"{shown}, row {number}", dict(values)) for number, values in enumerate(islice(records, limit))]
-    except Exception as error:  # readers of all formats, the network and the Hub stand behind this
+    except Exception as error:  # the network, the Hub and readers of all formats may raise anything
         reason = shorten(str(error).partition("\n")[0]) or type(error).__name__
         raise InputError(
             f"cannot load '{shown}' ({reason}): give a {' or '.join(SUFFIXES)} file, "

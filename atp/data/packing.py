@@ -1,4 +1,4 @@
-"""From documents to samples: windows of equal length, joined or with boundaries, or one document a row."""
+"""From documents to samples: windows of equal length, joined or with boundaries, or one document per row."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class PackedDataset(Dataset):
     """Windows of tokens, ready for `atp.data.collate`.
 
     input_ids, labels: int64 [windows, length]; a label is the token at the same position (the model shifts), or -100
-    where no loss is taken. position_ids: int64 [windows, length], starting anew with every document that is to see
-    itself alone; None where documents see their forerunners. longer: how many documents have more tokens than a window.
-    Items are dicts of what there is, [length] each.
+    where no loss is taken. position_ids: int64 [windows, length], restarting at every document, if documents are kept
+    apart; None if they see the ones before them. longer: number of documents with more tokens than a window.
+    Items are dicts of these, [length] each.
     """
 
     def __init__(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, longer: int = 0):
@@ -50,9 +50,9 @@ class PackedDataset(Dataset):
 
 
 class RaggedDataset(Dataset):
-    """One document a sample, as long as it is: dicts of input_ids and labels, int64 [its length].
+    """One document per sample, unpadded: dicts of input_ids and labels, int64 [its length].
 
-    longer: how many documents lost their beginning.
+    longer: number of documents that lost their beginning.
     """
 
     def __init__(self, documents: Sequence[_Document], longer: int = 0):
@@ -76,12 +76,12 @@ def pack(
     loss_on: LossOn = "all",
     separate: bool = False,
 ) -> PackedDataset:
-    """Tokenises the examples in order, ends each with EOS, joins them and cuts windows of `length` tokens.
+    """Tokenizes the examples in order, ends each with EOS, joins them and cuts windows of `length` tokens.
 
-    loss_on "completion" takes the loss on completions (and their EOS) only; plain text, which has no completion, is
-    learnt whole. separate: positions start anew with every document and every window, and no loss crosses a border.
-    Windows without a loss are left out. The last partial window is dropped, or padded if it is the only one.
-    Raises `InputError` for no examples, a tokenizer without EOS, or windows in which no token bears a loss.
+    loss_on "completion" takes the loss on completions and their EOS only; plain text, which has no completion, is
+    trained on whole. separate: positions restart at every document and window, and no loss crosses a boundary.
+    Windows without a loss are dropped. The last partial window is dropped, or padded if it is the only one.
+    Raises `InputError` for no examples, a tokenizer without EOS, or windows in which no token has a loss.
     """
     documents = _documents(examples, tokenizer, length, loss_on)
     ids = [token for document, _ in documents for token in document]
@@ -93,29 +93,28 @@ def pack(
         labels += [IGNORE] * missing
     windows = len(ids) // length
     packed_ids, packed_labels = (torch.tensor(part[: windows * length]).view(windows, length) for part in (ids, labels))
-    positions = None
-    if separate:
-        positions = _positions(starts, windows, length)
+    positions = _positions(starts, windows, length) if separate else None
+    if positions is not None:
         packed_labels = packed_labels.masked_fill(positions == 0, IGNORE)
-    bears_loss = (packed_labels[:, 1:] != IGNORE).any(dim=1)
-    if not bears_loss.any():
-        raise InputError("no token bears a loss: give completions, or use loss_on 'all'")
-    kept = (part if part is None else part[bears_loss] for part in (packed_ids, packed_labels, positions))
-    return PackedDataset(*kept, longer=_longer(documents, length))
+    scored = (packed_labels[:, 1:] != IGNORE).any(dim=1)
+    if not scored.any():
+        raise InputError("no token has a loss: add completions, or use loss_on 'all'")
+    positions = None if positions is None else positions[scored]
+    return PackedDataset(packed_ids[scored], packed_labels[scored], positions, _longer(documents, length))
 
 
 def unpacked(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, *, loss_on: LossOn = "all"
 ) -> RaggedDataset:
-    """One example a sample, ended with EOS; one longer than `length` tokens loses its left end.
+    """One example per sample, ending in EOS; longer ones keep their last `length` tokens.
 
-    Examples in which no token bears a loss are left out. Raises `InputError` as `pack`.
+    Examples without a loss are dropped. Raises `InputError` like `pack`.
     """
     documents = _documents(examples, tokenizer, length, loss_on)
     cut = [(ids[-length:], labels[-length:]) for ids, labels in documents]
     scored = [document for document in cut if any(label != IGNORE for label in document[1][1:])]
     if not scored:
-        raise InputError("no token bears a loss: give completions, or use loss_on 'all'")
+        raise InputError("no token has a loss: add completions, or use loss_on 'all'")
     return RaggedDataset(scored, longer=_longer(documents, length))
 
 
@@ -126,13 +125,13 @@ def _longer(documents: Sequence[_Document], length: int) -> int:
 def _documents(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, loss_on: LossOn
 ) -> list[_Document]:
-    """Ids and labels of every document, its BOS (if the tokenizer has one) and EOS included."""
+    """Ids and labels of every document, including BOS (if the tokenizer adds one) and EOS."""
     if not examples:
         raise InputError("nothing to pack: the split has no examples")
     if length < 2:
         raise InputError(f"a window of {length} token(s) has nothing to predict: make data.length at least 2")
     if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no EOS token to part documents: set tokenizer.eos_token")
+        raise InputError("the tokenizer has no EOS token to separate documents: set tokenizer.eos_token")
     start = start_ids(tokenizer)
     texts = encode(tokenizer, (e.text for e in examples))
     skip = [0] * len(examples)

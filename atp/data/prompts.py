@@ -1,4 +1,4 @@
-"""Prompts, in our own wording. The text comes first: a long prompt cut from the left keeps its question."""
+"""Prompts, in our own wording. The text comes first, so that a long prompt cut from the left keeps its question."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def health_question(message: str) -> str:
 
 
 def holding_choice(context: str, holdings: Sequence[str]) -> str:
-    """Prompt whose completion is the letter of the holding that the citing text leaves out."""
+    """Prompt whose completion is the letter of the holding missing from the citing text."""
     choices = "\n".join(f"{letter}. {holding.strip()}" for letter, holding in zip("ABCDE", holdings, strict=True))
     return f"Citing text: {context.strip()}\nHoldings:\n{choices}\nThe holding left out of the citing text is"
 

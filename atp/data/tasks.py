@@ -9,10 +9,10 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class Task:
-    """How the examples that name it are scored.
+    """How its examples are scored.
 
     labels: the answer set, scored by likelihood; empty for free text, which is generated and scored by ROUGE.
-    metrics: those that count in relative performance (1-method.md section 6).
+    metrics: those that count in relative performance (docs/evaluation.md).
     max_new_tokens: length of a generated answer.
     """
 

@@ -11,7 +11,7 @@ from atp.spaces.space import MaskSpace
 class Budget:
     """Counts the decoder parameters (linears and norms) that a mask keeps; embeddings and lm_head are left out.
 
-    A linear keeps rows * cols (+ rows for its bias), each side proportional to the kept decisions of the structure
+    A linear keeps rows * (columns + 1 if it has a bias), each side proportional to the kept decisions of the structure
     that cuts it, so the count is exact for spaces that cut one or both sides. Differentiable in the mask.
     """
 
@@ -22,10 +22,12 @@ class Budget:
         self._col_structure, self._col_scale, self._col_fixed = sides[1]
         self._bias = torch.tensor([float(linear.bias) for linear in space.linears.values()] * space.num_layers)
         self._norms = space.norm_params * space.num_layers
+        self.separable = not bool(((self._row_scale > 0) & (self._col_scale > 0)).any())
+        """Whether removing a decision saves the same whatever else is kept: no linear is cut on both sides."""
         self.total = int(self._count(torch.ones(space.size, dtype=torch.float64)))
 
     def _sides(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For rows and columns: (structure of each linear, axis size a kept decision, axis size where uncut)."""
+        """For rows and columns: (structure of each linear, axis size per kept decision, axis size where uncut)."""
         names = list(self.space.linears)
         linears = list(self.space.linears.values()) * self.space.num_layers
         sides = []
@@ -44,7 +46,13 @@ class Budget:
 
     def _count(self, mask: Tensor) -> Tensor:
         counts = torch.zeros(len(self.space.structures), dtype=torch.float64)
-        counts = counts.index_add(0, self.space.structure_of, mask.double())
+        return self.parameters(counts.index_add(0, self.space.structure_of, mask.double()))
+
+    def parameters(self, counts: Tensor) -> Tensor:
+        """Decoder parameters that are kept, scalar float64; counts: kept decisions, float64 [structures of the space].
+
+        Differentiable in the counts.
+        """
         rows = self._row_fixed + self._row_scale * counts[self._row_structure]
         cols = self._col_fixed + self._col_scale * counts[self._col_structure]
         return (rows * (cols + self._bias)).sum() + self._norms
@@ -52,7 +60,7 @@ class Budget:
     def cost(self) -> Tensor:
         """Parameters that removing each decision alone from the whole model saves, float32 [size]."""
         ones = torch.ones(self.space.size, dtype=torch.float64, requires_grad=True)
-        with torch.enable_grad():  # who asks may be where nothing is learnt
+        with torch.enable_grad():  # the caller may have switched gradients off
             (cost,) = torch.autograd.grad(self._count(ones), ones)
         return cost.float()
 
@@ -69,5 +77,5 @@ class Budget:
         return self._count(mask.cpu()) / self.total
 
     def loss(self, mask: Tensor, target: float) -> Tensor:
-        """|log(p / p*)| of the share p that the mask keeps, scalar, differentiable (1-method.md section 4)."""
+        """|log(p / p*)| of the share p that the mask keeps, scalar, differentiable (docs/method.md section 4)."""
         return (self.portion(mask) / target).log().abs().float()

@@ -1,4 +1,7 @@
-"""Meeting a budget exactly: the offset on all logits during search, and the fit with width rules at the freeze."""
+"""Masks that meet a budget exactly: by an offset on all logits during search, by a fit with width rules at the freeze.
+
+See docs/method.md sections 4 to 6.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from atp.spaces.space import MaskSpace
 def exact_offset(logits: Tensor, share: float, budget: Budget) -> Tensor:
     """The offset b for which the mask 1[logits + b >= 0] keeps just under `share` of the decoder parameters.
 
-    A scalar tensor, found by bisection over the sorted logits, so that -b is one of them and the comparison is exact;
-    structures never become empty.
+    A scalar tensor, found by bisection over the sorted logits: -b is one of them, so the comparison is exact. No
+    structure becomes empty.
     """
     logits = logits.detach()
     order = logits.sort().values
     always = keep_one(torch.zeros_like(logits, dtype=torch.bool), logits, budget.space)
-    # A threshold at index i removes every logit below order[i]. Tensors throughout: no value is read in a step.
+    # A threshold at index i removes every logit below order[i]. Tensors only, so that no step needs a device sync.
     low, high = torch.tensor([0]), torch.tensor([len(order) - 1])
     for _ in range(len(order).bit_length()):
         middle = (low + high) // 2
@@ -39,12 +42,11 @@ def exact_mask(logits: Tensor, share: float, budget: Budget) -> Tensor:
 def fit_mask(logits: Tensor, target: float, budget: Budget, multiples: dict[str, int] | None) -> Tensor:
     """The noise-free decision, trimmed or grown by logit until the budget and the width rules hold.
 
-    logits float [size], target share of decoder parameters. multiples: for a structure name the number its kept
-    count must be a multiple of (default 1), unless the structure is kept whole; None: those of `width_rules`. Each
-    count is first rounded; then whole blocks of `multiple` decisions are removed (lowest mean logit first) or added
-    (highest first), passing over blocks too large to help, until no single block brings the share closer to the target.
-    Returns bool [size] with at least one block in every structure. Raises `NotReached` for logits that are not finite:
-    they rank nothing.
+    logits float [size]; target: share of decoder parameters. multiples: structure name -> number that its kept count
+    must be a multiple of (default 1) unless the structure is kept whole; None: those of `width_rules`. Counts are
+    rounded first; then blocks of `multiple` decisions are removed (lowest mean logit first) or added (highest first),
+    skipping blocks that are too large, until no single block brings the share closer to the target.
+    Returns bool [size] with at least one block in every structure. Raises `NotReached` for logits that are not finite.
     """
     logits, multiples = logits.detach().cpu(), width_rules(budget, target, multiples)
     if not is_finite(logits):
@@ -77,11 +79,11 @@ def _top(ranked: list, counts: list[int], space: MaskSpace) -> Tensor:
 def _blocks(
     ranked: list, counts: list[int], space: MaskSpace, multiples: dict[str, int], *, shrink: bool
 ) -> list[tuple[int, int]]:
-    """Blocks to remove, the cheapest first, or to add, the most valuable first: (structure index, its new count)."""
+    """Blocks to remove, lowest logits first, or to add, highest first: (structure index, its new count)."""
     blocks = []
     for index, (structure, order, count) in enumerate(zip(space.structures, ranked, counts, strict=True)):
         step = multiples.get(structure.name, 1)
-        # A structure kept whole may not be a multiple; its last block is then the smaller rest.
+        # The size of a structure need not be a multiple; its last block is then smaller.
         new = (count - 1) // step * step if shrink else min(count + step, structure.size)
         if new == 0 or new == count:
             continue

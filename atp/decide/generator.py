@@ -1,9 +1,11 @@
-"""The pruning-decision generator: a small network whose only input is a fixed code of each layer.
+"""The pruning-decision generator: a small network whose only input is one fixed code per layer.
 
-It sees no weights and no data and learns only through gradients of the masks (1-method.md section 2).
+It sees no weights and no data and learns only through gradients of the masks (docs/method.md section 2).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,16 @@ from atp.spaces.space import MaskSpace
 
 
 class DecisionGenerator(nn.Module):
-    """Maps a fixed orthogonal code a layer [num_layers, width] to one logit a decision, float32 [space.size].
+    """Maps one fixed orthogonal code per layer [num_layers, width] to one logit per decision, float32 [space.size].
 
-    kind: `transformer` (2 blocks, 4 heads, FFN 256, dropout 0.1; the paper's), `gru` (bidirectional, as DISP-LLM) or
-    `free` (one parameter a decision and no network, which shows what the network is good for).
-    prior: float32 [space.size] or None, a constant added to the logits (saliency warm start), which are the prior at
-    first: the last weights start at zero. None is the paper's, whose first logits are as random as its weights.
+    kind: `transformer` (2 blocks, 4 heads, FFN 256, dropout 0.1; the paper's), `gru` (bidirectional, as in DISP-LLM) or
+    `free` (one parameter per decision and no network, to show what the network contributes).
+    prior: float32 [space.size] or None, a constant added to the logits (saliency warm start). With it the last weights
+    start at zero, so the first logits are the prior. None is the paper's: the first logits are random.
     """
+
+    prior: Tensor
+    code: Tensor
 
     def __init__(
         self,
@@ -43,8 +48,8 @@ class DecisionGenerator(nn.Module):
             self.norm = nn.LayerNorm(width)
             self.heads = nn.ModuleList(nn.Linear(width, s.size, bias=False) for s in space.structures)
         if prior is not None:
-            for head in self.heads:
-                nn.init.zeros_(head.weight)
+            for head in self.heads.parameters():
+                nn.init.zeros_(head)
         self.layer_of_head = [s.layer for s in space.structures]
         self.register_buffer("code", code)
 
@@ -52,7 +57,7 @@ class DecisionGenerator(nn.Module):
         """Logits of all decisions in the order of the space, float32 [space.size]; larger keeps."""
         if self.free is not None:
             return self.free + self.prior
-        hidden = self.encoder(self.code.unsqueeze(0))
+        hidden: Any = self.encoder(self.code.unsqueeze(0))
         hidden = self.norm(hidden[0] if isinstance(hidden, tuple) else hidden).squeeze(0)
         logits = [head(hidden[layer]) for head, layer in zip(self.heads, self.layer_of_head, strict=True)]
         return torch.cat(logits) + self.prior

@@ -19,12 +19,12 @@ from atp.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 
 _LATE_SEARCH = 0.8  # after this share of the search the generator's learning rate falls ...
-_LATE_FACTOR = 0.2  # ... to this factor of itself (1-method.md section 5)
+_LATE_FACTOR = 0.2  # ... to this factor of itself (docs/method.md section 5)
 
 
 @dataclass(frozen=True)
 class DecisionOutcome:
-    """What one decision step did: its losses, and whether it was applied. Scalar tensors: reading one may wait."""
+    """What one decision step did: its losses, and whether it was applied. Scalar tensors; reading one may sync."""
 
     loss: Tensor
     budget_loss: Tensor
@@ -33,7 +33,7 @@ class DecisionOutcome:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Takes a model's trained parameters out of autograd for a while, where masks alone need gradients."""
+    """Takes a model's trained parameters out of autograd inside a with block, where only masks need gradients."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -48,9 +48,9 @@ class DecisionMaker:
     """Owns the generator, its optimizer, its noise and the current hard mask bool [space.size].
 
     Budget `penalty` is the paper's: Gumbel-sigmoid samples with a fixed offset, alpha * |log(p / p*)| in the loss, and
-    a freshly sampled hard mask for every LoRA step. Budget `exact` solves the offset each time so that exactly p_t of
-    the parameters stay, p_t falling on a cubic schedule; noise is drawn in the decision step alone, and the LoRA step
-    sees the noise-free mask, because LoRA cannot settle while its masks flip.
+    a freshly sampled hard mask for every LoRA step. Budget `exact` solves for the offset that keeps exactly p_t of the
+    parameters, with p_t on a cubic schedule; only the decision step draws noise, and the LoRA step sees the noise-free
+    mask, because LoRA does not converge while its masks flip (docs/method.md sections 2 and 5).
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class DecisionMaker:
     def update(self, step: int, loss_of: Callable[[Tensor], Tensor]) -> DecisionOutcome:
         """One optimizer step of the generator. loss_of maps a soft mask [space.size] to the calibration loss.
 
-        A non-finite gradient changes nothing and is counted in `finite`, which ends the run as for steps of LoRA.
+        A non-finite gradient changes nothing; `finite` counts it and ends the run after too many, as for LoRA steps.
         """
         self.generator.train()
         for group in self.optimizer.param_groups:
@@ -105,7 +105,7 @@ class DecisionMaker:
 
     @torch.no_grad()
     def refresh(self, step: int) -> Tensor:
-        """Draws the hard mask that the LoRA step with this number sees, bool [space.size]."""
+        """Draws the hard mask for the LoRA step with this number, bool [space.size]."""
         exact = self.config.budget == "exact"
         self.generator.train(not exact)
         logits = self.generator()
@@ -118,9 +118,9 @@ class DecisionMaker:
 
     @torch.no_grad()
     def freeze(self) -> Tensor:
-        """Takes the noise-free decision and fits it to budget and width rules; the mask never changes again.
+        """Takes the noise-free decision and fits it to budget and width rules; the mask does not change afterwards.
 
-        Raises `NotReached` where too many decision steps were not finite, or the logits are not.
+        Raises `NotReached` when too many decision steps were not finite, or the logits are not.
         """
         self.finite.finish(-(-self.search_steps // self.config.every))
         self.generator.eval()
@@ -130,7 +130,7 @@ class DecisionMaker:
         return self.mask
 
     def record(self, step: int) -> dict[str, float]:
-        """What is logged after `step` steps of the search: share kept, share wanted, share of decisions changed."""
+        """What is logged after `step` search steps: share kept, target share, share of decisions that changed."""
         return {
             "keep": self.budget.share(self.mask),
             "target_keep": self.target_at(step),
@@ -138,7 +138,7 @@ class DecisionMaker:
         }
 
     def _replace(self, mask: Tensor) -> None:
-        """Takes the main process's mask: a rounding difference between devices must not cut different shapes."""
+        """Takes the main process's mask: rounding differences between devices must not lead to different cuts."""
         mask = processes.from_main(mask, "decisions")
         self.changed = (mask != self.mask).float().mean()
         self.mask = mask

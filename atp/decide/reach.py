@@ -1,20 +1,41 @@
-"""Which shares of the decoder whole blocks can keep at all: known from the model's shapes, before anything runs."""
+"""The share of the decoder that a mask can keep under width rules: known from the model's shapes before a run."""
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from atp.decide.budget import Budget
 
-_CLOSE = 1e-5  # of the decoder: a share this near the target is as good as the target
+_CLOSE = 1e-5  # of the decoder: the search ends this close to the target
 
 
 def nearest_share(budget: Budget, target: float, multiples: dict[str, int]) -> float:
     """The share of decoder parameters nearest to the target that `fit_mask`'s counts can keep, in (0, 1].
 
-    multiples: as in `fit_mask`. Right for spaces in which a decision costs the same whatever else is kept and all
-    layers are alike, as in both of ours. Stops early at a share within 1e-5 of the target.
+    multiples: as in `fit_mask`. Exact where a decision saves the same whatever else is kept and a layer has two or
+    three structures; elsewhere the nearest share that filling structure after structure reaches. Stops early at a share
+    within 1e-5 of the target.
     """
+    if budget.separable and len(budget.space.layer(0)) in (2, 3):
+        return target + _nearest_sum(budget, target, multiples) / budget.total
+    best = math.inf
+    for order in itertools.permutations(structure.name for structure in budget.space.layer(0)):
+        best = min(best, _nearest_filling(budget, target, multiples, order), key=abs)
+        if abs(best) < _CLOSE * budget.total:
+            break
+    return target + best / budget.total
+
+
+def _nearest_sum(budget: Budget, target: float, multiples: dict[str, int]) -> float:
+    """Parameters of the nearest mask minus those of the target, for two or three structures whose costs add up."""
     layers, cost = budget.space.num_layers, budget.cost().double()
     sums, fixed = [], float(budget.total)
     for structure in budget.space.layer(0):
@@ -22,7 +43,7 @@ def nearest_share(budget: Budget, target: float, multiples: dict[str, int]) -> f
         counts = _sums(structure.size, multiples.get(structure.name, 1), layers)
         sums.append(each * counts)
         fixed -= each * structure.size * layers
-    # All sums of two structures are tried, a few of one at a time; the structure with most counts is solved for.
+    # Try all sums of two structures, one value of the smaller at a time, and solve for the one with most counts.
     *others, finest = sorted(sums, key=len)
     wanted = target * budget.total - fixed
     few, many = others if len(others) == 2 else (np.zeros(1), others[0])
@@ -35,14 +56,47 @@ def nearest_share(budget: Budget, target: float, multiples: dict[str, int]) -> f
             best = min(best, missed[np.abs(missed).argmin()], key=abs)
         if abs(best) < _CLOSE * budget.total:
             break
-    return target + float(best) / budget.total
+    return float(best)
+
+
+def _nearest_filling(budget: Budget, target: float, multiples: dict[str, int], order: tuple[str, ...]) -> float:
+    """Parameters kept minus those of the target when structures are filled in this order.
+
+    Each structure gets, over all layers, as many blocks as the target allows; at the end one more block is added where
+    that is nearer.
+    """
+    space = budget.space
+    sizes = torch.tensor([structure.size for structure in space.structures], dtype=torch.float64)
+    steps = torch.tensor([multiples.get(s.name, 1) for s in space.structures], dtype=torch.float64).minimum(sizes)
+    counts = steps.clone()
+
+    def missed(counts: Tensor) -> float:
+        return float(budget.parameters(counts)) - target * budget.total
+
+    def most_below(fill: Callable[[int], Tensor], most: int) -> Tensor:
+        """Of fill(0), ..., fill(most) the last that does not exceed the target, by bisection; fill(0) if all do."""
+        fitting = bisect.bisect_right(range(most + 1), 0.0, key=lambda blocks: missed(fill(blocks)))
+        return fill(max(fitting - 1, 0))
+
+    for name in order:
+        own = torch.tensor([i for i, structure in enumerate(space.structures) if structure.name == name])
+        blocks = len(own) * (math.ceil(sizes[own[0]] / steps[own[0]]) - 1)
+        counts = most_below(functools.partial(_filled, counts, own, steps, sizes), blocks)
+    one_more = (torch.minimum(counts + steps * place, sizes) for place in torch.eye(len(counts)))
+    return min(map(missed, (counts, *one_more)), key=abs)
+
+
+def _filled(counts: Tensor, own: Tensor, steps: Tensor, sizes: Tensor, blocks: int) -> Tensor:
+    """The counts with `blocks` more for the structures at the positions `own`, spread from the first layer on."""
+    more = blocks // len(own) + (torch.arange(len(own)) < blocks % len(own))
+    return counts.index_copy(0, own, torch.minimum(counts[own] + steps[own] * more, sizes[own]))
 
 
 def _sums(size: int, multiple: int, layers: int) -> np.ndarray:
-    """What the kept counts of a structure can add up to over all layers, ascending, int64."""
+    """The possible sums of a structure's kept counts over all layers, ascending, int64."""
     blocks = size // multiple
     reached = np.zeros(layers * size + 1, dtype=bool)
-    # A layer that is kept whole may end in a smaller block: any number of them may.
+    # A structure kept whole may end in a smaller block, in any number of layers.
     for whole in range(layers + 1) if size % multiple else (0,):
         first = whole * size + (layers - whole) * multiple
         last = whole * size + (layers - whole) * multiple * blocks

@@ -1,4 +1,4 @@
-"""Warm start of the generator's logits from the data: how much the loss depends on each decision.
+"""Warm start of the generator's logits: how much the loss depends on each decision (docs/method.md section 9).
 
 The gradient of the loss with respect to a mask value at 1 is the first-order Taylor effect of removing that decision;
 its mean square over samples is the diagonal Fisher information of the mask.
@@ -21,8 +21,8 @@ def fisher_saliency(space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss
     """Mean over batches of (dL/ds)^2 at s = 1, float32 [space.size].
 
     loss_of(batch, mask) is the calibration loss under a soft mask; batches of one sample give the Fisher information
-    of samples, larger ones that of batch means. Raises `NotReached` for a batch whose gradient is not finite: one of
-    them would make every score NaN.
+    of samples, larger ones that of batch means. Raises `NotReached` for a batch with a non-finite gradient, because one
+    such batch would make every score NaN.
     """
     total, count = torch.zeros(space.size), 0
     for batch in batches:
@@ -40,10 +40,11 @@ def fisher_saliency(space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss
 
 
 def saliency_logits(saliency: Tensor, space: MaskSpace, scale: float) -> Tensor:
-    """Logits whose order is saliency against cost: standardised log scores times `scale`, float32 [space.size].
+    """Logits ordered by saliency per cost: standardised log scores times `scale`, float32 [space.size].
 
-    Decisions compete across structures and layers for the same parameters. The score is divided by the square root of
-    the parameters a decision saves: dividing by all of them or by none measured worse (docs/measured.md).
+    Decisions of all structures and layers compete for the same parameters. The score is divided by the square root of
+    the number of parameters that a decision saves: dividing by the number itself, or not at all, measured worse
+    (docs/measured.md).
     """
     scores = (saliency / Budget(space).cost().sqrt()).clamp_min(torch.finfo(torch.float32).tiny).log()
     return scale * (scores - scores.mean()) / scores.std().clamp_min(1e-6)

@@ -11,7 +11,7 @@ _TINY = 1e-9
 
 
 def gumbel_noise(size: int, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise -log(-log(u)), float32 [size] (1-method.md section 2)."""
+    """Standard Gumbel noise -log(-log(u)), float32 [size] (docs/method.md section 2)."""
     uniform = torch.rand(size, generator=generator).clamp(_TINY, 1 - 1e-7)
     return -torch.log(-torch.log(uniform))
 
@@ -29,10 +29,10 @@ def soft_mask(logits: Tensor, offset: Tensor | float, temperature: float, noise:
 
 
 def keep_one(mask: Tensor, logits: Tensor, space: MaskSpace) -> Tensor:
-    """Returns the bool mask [size] with the largest logit of every structure kept: a layer never loses a whole one."""
+    """The bool mask [size] with the largest logit of every structure kept, so that no structure becomes empty."""
     owner, last = space.structure_of.to(logits.device), space.size - 1
     largest = logits.new_full((len(space.structures),), -torch.inf).scatter_reduce(0, owner, logits, "amax")
-    # Of equal logits the first one stays.
+    # Of equal logits the first is kept.
     places = torch.where(logits == largest[owner], torch.arange(space.size, device=logits.device), last)
     first = places.new_full(largest.shape, last).scatter_reduce(0, owner, places, "amin")
     return mask.index_fill(0, first, True)

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of scores that depend on sums over items only, as all of ours do."""
+"""Bootstrap intervals of scores that depend only on sums over items, as all of ours do."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ COVERAGE = 0.95
 def resampled(items: np.ndarray, statistic: Statistic, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
     """The statistic of `resamples` samples drawn with replacement from the items, float64 [resamples].
 
-    items: float64 [items, columns], one row a document or question. The draws depend on seed and number of items only,
-    so two models scored on the same items are compared on the same samples.
+    items: float64 [items, columns], one row per document or question. The draws depend only on the seed and the number
+    of items, so two models scored on the same items are compared on the same samples.
     """
     rng, count = np.random.default_rng(seed), len(items)
     weights = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from atp.data.encoding import encode, start_ids
 from atp.data.splits import Example
 from atp.data.tasks import ROUGE
 from atp.errors import InputError
 from atp.evaluation.bootstrap import score_with_interval
-from atp.evaluation.inference import Progress, inference
+from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import ratio
 
 
 def generate_answers(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     batch_size: int = 8,
@@ -31,13 +31,13 @@ def generate_answers(
 ) -> list[str]:
     """The greedy continuation of each prompt, up to an end token, a blank line or `max_new_tokens`.
 
-    max_length: tokens of prompt and answer; longer prompts lose their left end.
+    max_length: tokens of prompt and answer; longer prompts are cut on the left.
     """
     start = start_ids(tokenizer)
     room = max_length - len(start) - max_new_tokens
     if room < 1:
         raise InputError(f"max_length {max_length} leaves no room for a prompt and {max_new_tokens} tokens: raise it")
-    # Without BOS an empty prompt has nothing to begin from.
+    # Without BOS an empty prompt needs a token to start from.
     ids = [start + prompt[-room:] or [tokenizer.eos_token_id] for prompt in encode(tokenizer, prompts)]
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     greedy = GenerationConfig(
@@ -49,10 +49,10 @@ def generate_answers(
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             width = len(ids[batch[0]])
-            # On the left: new tokens follow the prompt of every row at once.
+            # Padded on the left, so that new tokens directly follow every prompt.
             padded = [[tokenizer.eos_token_id] * (width - len(ids[i])) + ids[i] for i in batch]
             mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch]
-            output = model.generate(
+            output = cast(GenerationMixin, model).generate(
                 input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device),
                 generation_config=greedy,
             )  # fmt: skip
@@ -65,14 +65,14 @@ def generate_answers(
 
 
 def first_paragraph(text: str) -> str:
-    """Text up to the first blank line, without white space around it."""
+    """Text up to the first blank line, stripped."""
     return text.strip().split("\n\n")[0].strip()
 
 
 def rouge_items(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """F of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) of each pair, with Porter stemming, float64 [pairs, 3] in [0, 1].
+    """F measure of ROUGE-1, -2 and -L (Lin 2004) per pair, with Porter stemming, float64 [pairs, 3] in [0, 1].
 
-    Raises `InputError` when package rouge-score is missing.
+    Raises `InputError` if package rouge-score is missing.
     """
     scorer = _scorer()
     scores = [scorer.score(reference, answer) for reference, answer in zip(references, answers, strict=True)]
@@ -80,12 +80,12 @@ def rouge_items(references: Sequence[str], answers: Sequence[str]) -> np.ndarray
 
 
 def check_rouge() -> None:
-    """Raises `InputError` when ROUGE cannot be computed: before a model is run rather than after."""
+    """Raises `InputError` if ROUGE cannot be computed; call it before a model runs."""
     _scorer()
 
 
 def rouge_scores(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     batch_size: int = 8,
@@ -116,7 +116,7 @@ def rouge_scores(
     return scores | {"n": len(examples), "max_new_tokens": max_new_tokens, "items": pairs}
 
 
-def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's EOS, and those of the model's own generation settings."""
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})

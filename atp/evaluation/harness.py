@@ -10,35 +10,34 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from atp.data.splits import Example
 from atp.data.tasks import ROUGE, Task
 from atp.errors import InputError
-from atp.evaluation.inference import inference
+from atp.evaluation.inference import CausalLM, inference
 from atp.evaluation.suite import task_examples
 
 TEMPLATES = Path(__file__).parent / "lm_eval_tasks"
 
 
 def write_tasks(examples: Sequence[Example], tasks: Sequence[Task], folder: Path) -> list[str]:
-    """Leaves a folder that lm-eval takes as `--include_path`, and returns the names for its `--tasks`.
+    """Fills a folder for lm-eval's `--include_path`, and returns the names for its `--tasks`.
 
-    For each task: NAME.jsonl with the prompt, label and completion of its examples, and NAME.yaml, which binds the
-    task of that name in this package to the file. Raises `InputError` for a task that the package has no YAML for.
+    Per task: NAME.jsonl with prompt, label and completion of its examples, and NAME.yaml, which binds the task of that
+    name in this package to the file. Raises `InputError` for a task without a YAML file in this package.
     """
     names = []
     for task in tasks:
         template = TEMPLATES / f"{task.name}.yaml"
         if not template.is_file():
             known = ", ".join(sorted(path.stem for path in TEMPLATES.glob("[!_]*.yaml")))
-            raise InputError(f"there is no lm-eval task for '{task.name}': there are {known}; leave --harness out")
+            raise InputError(f"there is no lm-eval task for '{task.name}' (only for {known}): leave out --harness")
         data, name = folder / f"{task.name}.jsonl", f"atp_{task.name}"
         rows = ({"prompt": e.prompt, "label": e.label, "completion": e.completion} for e in examples)
         chosen = [json.dumps(row) for row, e in zip(rows, examples, strict=True) if e.task == task.name]
         data.write_text("\n".join(chosen) + "\n", encoding="utf-8")
-        # The cache lies in the folder too, so that nothing is left behind elsewhere.
+        # The cache goes into the folder too, so that nothing is left elsewhere.
         files = {"data_files": {"test": str(data.resolve())}, "cache_dir": str(folder.resolve() / "cache")}
         bound = {"include": str(template.resolve()), "task": name, "dataset_kwargs": files}
         (folder / f"{task.name}.yaml").write_text(yaml.safe_dump(bound), encoding="utf-8")
@@ -47,12 +46,12 @@ def write_tasks(examples: Sequence[Example], tasks: Sequence[Task], folder: Path
 
 
 def check_harness() -> None:
-    """Raises `InputError` when lm-eval is missing: before a model is run rather than after."""
+    """Raises `InputError` if lm-eval is missing; call it before a model runs."""
     _lm_eval()
 
 
 def harness_scores(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     tasks: Sequence[Task],
@@ -62,10 +61,10 @@ def harness_scores(
     max_length: int = 1024,
     autocast: torch.dtype | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of each task by lm-eval on a model object, over the same examples that `evaluate_model` takes.
+    """Scores each task with lm-eval on a model object, over the examples that `evaluate_model` takes.
 
     Returns for each task {accuracy, predictions: the label chosen for each example} or {rouge1, rouge2, rougeL}, and
-    n. Raises `InputError` when lm-eval is missing or has no task of that name.
+    n. Raises `InputError` if lm-eval is missing or has no task of that name.
     """
     simple_evaluate, task_manager, hf_model = _lm_eval()
     chosen = [example for task in tasks for example in task_examples(examples, task)[:max_examples]]

@@ -1,4 +1,4 @@
-"""How an evaluation runs a model: no gradients, eval mode, optional autocast, everything put back afterwards."""
+"""The mode in which an evaluation runs a model: no gradients, eval mode, optional autocast, all restored afterwards."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from contextlib import contextmanager
 
 import rich.progress
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
+
+CausalLM = PreTrainedModel | PeftModel
+"""A causal LM, plain or wrapped by PEFT."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) after each batch."""
 
 
 def bars(display: rich.progress.Progress, title: str) -> Callable[[str], Progress]:
-    """Gives each named part of an evaluation a bar of its own on the display."""
+    """Gives each named part of an evaluation its own progress bar on the display."""
 
     def add(part: str) -> Progress:
         bar = display.add_task(f"{title}: {part}", total=None)
@@ -27,7 +32,7 @@ def bars(display: rich.progress.Progress, title: str) -> Callable[[str], Progres
 def inference(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[torch.device]:
     """Yields the model's device inside a no-grad, eval-mode, autocast (if a dtype is given) context.
 
-    Each module's own training flag is restored, also when parts of the model were in different modes.
+    Restores the training flag of every module, since parts of the model may be in different modes.
     """
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Metrics as functions of sums over items: a point score and its bootstrap take the same code."""
+"""Metrics as functions of sums over items, so that a score and its bootstrap share their code."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def perplexity_of(sums: np.ndarray) -> np.ndarray:
 def macro_f1(sums: np.ndarray) -> np.ndarray:
     """Unweighted mean over labels of F1 = 2 TP / (truths + predictions), in [0, 1].
 
-    sums: a flattened confusion table [..., labels * labels], truth by prediction. A label that is neither true nor
-    predicted anywhere is left out, as scikit-learn does.
+    sums: a flattened confusion table [..., labels * labels], truth by prediction. Labels that are neither true nor
+    predicted anywhere are left out, as in scikit-learn.
     """
     labels = round(sums.shape[-1] ** 0.5)
     table = sums.reshape(*sums.shape[:-1], labels, labels)

@@ -1,4 +1,4 @@
-"""Perplexity by document: of whole documents under a sliding window, or of the windows that training packs."""
+"""Perplexity by document: of whole documents under a sliding window, or of packed training windows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
@@ -15,18 +15,18 @@ from atp.data.packing import IGNORE, PackedDataset
 from atp.data.splits import Example
 from atp.errors import InputError, NotReached
 from atp.evaluation.bootstrap import score_with_interval
-from atp.evaluation.inference import Progress, inference
+from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import perplexity_of
 from atp.finite import is_finite
 
 
 @dataclass(frozen=True)
 class ScoredWindows:
-    """Windows to run and which of their tokens count towards which document.
+    """Windows to run, and the document that each of their tokens counts towards.
 
-    input_ids, labels, documents: int64 [windows, length]; a label is the token at its own position, or -100 where it
-    is not scored (the model shifts). documents: index of the document that a position belongs to.
-    protocol: how the windows were made, for the record.
+    input_ids, labels, documents: int64 [windows, length]; a label is the token at the same position, or -100 if it is
+    not scored (the model shifts). documents: index of the document of each position. protocol: how the windows were
+    made, for the record.
     """
 
     input_ids: Tensor
@@ -38,11 +38,11 @@ class ScoredWindows:
 def sliding_windows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, length: int, stride: int | None = None
 ) -> ScoredWindows:
-    """Windows over each example by itself, so that every token is scored once, after up to length - 1 others.
+    """Windows over each example alone: every token is scored once, with up to length - 1 tokens of context.
 
-    Consecutive windows begin `stride` tokens apart (default: half a window); each scores what the one before has not.
-    A tokenizer that begins its encodings with BOS gets it in front of each example; without, the first token of an
-    example is context only. No EOS is scored. Examples of one document count as one document.
+    Windows start `stride` tokens apart (default: half a window); each scores the tokens that the one before did not.
+    Examples start with BOS if the tokenizer adds it; otherwise their first token is context only. EOS is not scored.
+    Examples of one document count as one document.
     """
     stride = length // 2 if stride is None else stride
     if not 1 <= stride < length:
@@ -53,7 +53,7 @@ def sliding_windows(
     for example, text_ids in zip(examples, encode(tokenizer, (e.text for e in examples)), strict=True):
         tokens = start + text_ids
         scored = 0
-        # The window before the last one must not reach the end already.
+        # The last window must add tokens to the one before it.
         for begin in range(0, max(len(tokens) - length + stride, 1), stride):
             window = tokens[begin : begin + length]
             padding = [0] * (length - len(window))
@@ -62,21 +62,21 @@ def sliding_windows(
             labels.append([IGNORE] * seen + window[seen:] + [IGNORE] * len(padding))
             documents.append([place[example.document]] * length)
             scored = begin + len(window)
-    protocol = {"bos": bool(start), "length": length, "stride": stride}
+    protocol: dict[str, object] = {"bos": bool(start), "length": length, "stride": stride}
     return ScoredWindows(torch.tensor(ids), torch.tensor(labels), torch.tensor(documents), protocol)
 
 
 def packed_windows(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> ScoredWindows:
-    """Windows as training packs them, without overlap: a document ends with its EOS, which is scored too."""
+    """Windows as training packs them, without overlap: a document ends with EOS, which is scored too."""
     ends = (dataset.input_ids == tokenizer.eos_token_id).long().flatten()
     documents = (ends.cumsum(0) - ends).view_as(dataset.input_ids)
     length = dataset.input_ids.shape[1]
-    protocol = {"bos": bool(start_ids(tokenizer)), "length": length, "stride": length}
+    protocol: dict[str, object] = {"bos": bool(start_ids(tokenizer)), "length": length, "stride": length}
     return ScoredWindows(dataset.input_ids, dataset.labels, documents, protocol)
 
 
 def perplexity(
-    model: nn.Module,
+    model: CausalLM,
     windows: ScoredWindows,
     batch_size: int = 8,
     *,
@@ -85,10 +85,10 @@ def perplexity(
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> dict[str, object]:
-    """exp of the mean negative log-likelihood over all scored tokens, whatever document they are from.
+    """exp of the mean negative log-likelihood over all scored tokens of all documents.
 
-    max_windows: score the first windows only. autocast: dtype to run the model in; the loss is float32 always.
-    Raises `NotReached` for a document whose loss is not finite: whatever else the model says would mean nothing.
+    max_windows: score only the first windows. autocast: dtype to run the model in; the loss is always float32.
+    Raises `NotReached` for a document whose loss is not finite.
     Returns {perplexity, perplexity_interval (documents resampled), nll (nats), tokens, documents, the protocol,
     items: [nll, tokens] of each document}.
     """
@@ -99,7 +99,7 @@ def perplexity(
             batch = slice(start, min(start + batch_size, count))
             logits = model(input_ids=windows.input_ids[batch].to(device), use_cache=False).logits
             targets, documents = windows.labels[batch, 1:], windows.documents[batch, 1:]
-            # One row at a time: a float32 copy of one window's logits, never of the whole batch's.
+            # Row by row, so that only one window's logits exist in float32.
             for row, target, document in zip(logits[:, :-1], targets, documents, strict=True):
                 kept = target != IGNORE
                 nll = F.cross_entropy(row.float(), target.to(device), ignore_index=IGNORE, reduction="none")

@@ -13,18 +13,21 @@ from atp.errors import InputError
 from atp.evaluation.bootstrap import Statistic, percentile_interval, resampled
 from atp.evaluation.metrics import confusion_items, macro_f1, perplexity_of, ratio, right_items
 
+Samples = tuple[np.ndarray, np.ndarray]
+"""A score [], and the same score on resampled test items [resamples]."""
+
 
 def relative_performance(
     scores: dict[str, Any], dense: dict[str, Any], tasks: Sequence[Task], seed: int = 0
 ) -> dict[str, object]:
-    """Mean over the tasks' metrics of score / dense score (1-method.md section 6), both from `evaluate_model`.
+    """Mean over the tasks' metrics of score / dense score (docs/evaluation.md), both from `evaluate_model`.
 
-    Perplexity, where less is better, is no part of the mean and stands beside it as a plain ratio. Intervals resample
-    documents and questions for both models at once, which is narrower than two intervals apart.
+    Perplexity, where lower is better, is not part of the mean; its ratio is given separately. Intervals resample
+    documents and questions of both models together, which is narrower than two separate intervals.
     A metric that is 0 for the dense model has no ratio and is left out.
     Returns {perplexity_ratio, perplexity_ratio_interval} and, where any metric has a ratio, {relative_performance,
     relative_performance_interval, ratios: {task metric: ratio}}.
-    Raises `InputError` when the two were not scored on the same items.
+    Raises `InputError` if the two were not scored on the same items.
     """
     _check_same_items(scores, dense, tasks)
     ours, theirs = score_samples(scores, tasks, seed), score_samples(dense, tasks, seed)
@@ -41,22 +44,22 @@ def relative_performance(
         means = np.mean(samples, axis=0)
         found |= {
             "relative_performance": float(np.mean(list(ratios.values()))),
-            # A resample in which the dense model has nothing right says nothing about the ratio.
+            # A resample in which the dense model gets nothing right has no ratio.
             "relative_performance_interval": percentile_interval(means[np.isfinite(means)]),
             "ratios": ratios,
         }
     return found
 
 
-def score_samples(
-    scores: dict[str, Any], tasks: Sequence[Task], seed: int = 0
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def score_samples(scores: dict[str, Any], tasks: Sequence[Task], seed: int = 0) -> dict[str, Samples]:
     """For perplexity and every `<task> <metric>`: the score over all items, and resampled scores float64 [resamples].
 
     scores: from `evaluate_model`. Models scored on the same items are resampled alike, so that their samples can be
-    compared one by one.
+    compared pairwise.
     """
-    tables = {"perplexity": (np.asarray(scores["items"], dtype=np.float64), perplexity_of)}
+    tables: dict[str, tuple[np.ndarray, Statistic]] = {
+        "perplexity": (np.asarray(scores["items"], dtype=np.float64), perplexity_of)
+    }
     for task in tasks:
         items = scores["tasks"][task.name]["items"]
         for metric in task.metrics:
@@ -71,7 +74,7 @@ _STATISTICS: dict[str, Statistic] = {"macro_f1": macro_f1}
 
 
 def _items(items: list[list[Any]], task: Task, metric: str) -> np.ndarray:
-    """One row an item, whose sums give the metric."""
+    """One row per item, whose sums give the metric."""
     if metric in ROUGE:
         return np.array([[item[ROUGE.index(metric)], 1.0] for item in items])
     truth, predicted = zip(*items, strict=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import BaseStreamer
 
-from atp.evaluation.inference import inference
+from atp.evaluation.inference import CausalLM, inference
 
 
 def throughput(
-    model: nn.Module,
+    model: CausalLM,
     *,
     prompt_tokens: int = 256,
     new_tokens: int = 64,
@@ -22,17 +23,18 @@ def throughput(
     repeats: int = 3,
     autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Tokens a second over the whole batch, medians of `repeats` after a warm-up.
+    """Tokens per second over the whole batch, medians of `repeats` after a warm-up.
 
-    prefill_tokens_per_second: one forward over `prompt_tokens` tokens that fills the cache.
-    decode_tokens_per_second: greedy `generate`, from the first to the last of `new_tokens` further tokens.
+    prefill_tokens_per_second: one forward pass over `prompt_tokens` tokens that fills the cache.
+    decode_tokens_per_second: greedy `generate`, from the first to the last of `new_tokens` new tokens.
     """
     prefills, decodes = [], []
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens + 1, min_new_tokens=new_tokens + 1, pad_token_id=0
     )
+    generate = cast(GenerationMixin, model).generate
     with inference(model, autocast) as device:
-        # What the tokens are does not change the time; few ids, so that any vocabulary has them.
+        # Token values do not affect time; small ids exist in any vocabulary.
         prompt = (torch.arange(prompt_tokens, device=device) % 16).repeat(batch_size, 1)
         mask = torch.ones_like(prompt)
         for repeat in range(repeats + 1):
@@ -40,10 +42,10 @@ def throughput(
             model(input_ids=prompt, use_cache=True, logits_to_keep=1)
             prefill = _now(device) - start
             clock = _TokenClock(device)
-            model.generate(input_ids=prompt, attention_mask=mask, generation_config=greedy, streamer=clock)
+            generate(input_ids=prompt, attention_mask=mask, generation_config=greedy, streamer=clock)
             if repeat > 0:
                 prefills.append(prefill)
-                # Readings: the prompt's echo, the token that prefill gives, then one a decode step.
+                # Readings: the prompt's echo, the token from prefill, then one per decode step.
                 decodes.append(clock.readings[-1] - clock.readings[1])
     return {
         "prefill_tokens_per_second": batch_size * prompt_tokens / statistics.median(prefills),
@@ -51,12 +53,12 @@ def throughput(
     }
 
 
-def model_size(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+def model_size(model: CausalLM, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Parameters and weight size: {params, decoder_params, megabytes}.
 
-    params: all weights, tied ones once. decoder_params: those of the decoder layers (linears and their norms), without
-    embeddings, final norm and lm_head. megabytes: 10^6 bytes of `params` stored in `dtype`. LoRA factors are left
-    out, since they merge into the weights.
+    params: all weights, tied ones once. decoder_params: those of the decoder layers (linears and norms), without
+    embeddings, final norm and lm_head. megabytes: 10^6 bytes, for `params` stored in `dtype`. LoRA factors are not
+    counted, since they merge into the weights.
     """
     counted = [(name, p.numel()) for name, p in model.named_parameters() if "lora_" not in name]
     params = sum(count for _, count in counted)
@@ -65,14 +67,14 @@ def model_size(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[st
 
 
 class _TokenClock(BaseStreamer):
-    """Notes the time at which `generate` hands over each token."""
+    """Records when `generate` produces each token."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.readings: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Called once with the prompt, then with every new token."""
+        """Called once with the prompt, then once per new token."""
         self.readings.append(_now(self.device))
 
     def end(self) -> None:

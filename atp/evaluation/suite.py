@@ -1,23 +1,23 @@
-"""The scores of one model in one dict."""
+"""All scores of one model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from atp.data.splits import Example
 from atp.data.tasks import Task
 from atp.evaluation.generation import rouge_scores
-from atp.evaluation.inference import Progress
+from atp.evaluation.inference import CausalLM, Progress
 from atp.evaluation.perplexity import ScoredWindows, perplexity
 from atp.evaluation.tasks import label_scores
 
 
 def evaluate_model(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     windows: ScoredWindows,
     examples: Sequence[Example] = (),
@@ -31,14 +31,14 @@ def evaluate_model(
     autocast: torch.dtype | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> dict[str, object]:
-    """Perplexity over windows, and each task's score over the first `max_examples` examples that name it.
+    """Perplexity over windows, and each task's score over its first `max_examples` examples.
 
     Works for any causal LM that takes `logits_to_keep`: stock, PEFT-wrapped, masked or cut. Prompts are cut to
-    `max_length` tokens or the positions the model has. progress: gives the bar of a named part.
-    Returns what `perplexity` returns, and tasks: {name: what `label_scores` or `rouge_scores` returns}.
+    `max_length` tokens or the model's positions. progress: returns the progress callback of a named part.
+    Returns the result of `perplexity`, and tasks: {name: the result of `label_scores` or `rouge_scores`}.
     """
-    bar = progress or (lambda name: None)
-    common = {"seed": seed, "autocast": autocast}
+    bar: Callable[[str], Progress | None] = progress or (lambda name: None)
+    common: dict[str, Any] = {"seed": seed, "autocast": autocast}
     scores = perplexity(model, windows, batch_size, max_windows=max_windows, progress=bar("perplexity"), **common)
     common["max_length"] = min(max_length, model.config.max_position_embeddings)
     scored: dict[str, object] = {}

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from atp.data.encoding import common_prefix, encode, start_ids
 from atp.data.splits import Example
 from atp.errors import InputError, NotReached
 from atp.evaluation.bootstrap import score_with_interval
-from atp.evaluation.inference import Progress, inference
+from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import confusion_items, confusion_table, macro_f1, ratio, right_items
 
 
 @dataclass(frozen=True)
 class Question:
-    """A tokenised prompt and, for every label, the tokens that continue it."""
+    """A tokenized prompt and, for every label, the tokens that continue it."""
 
     prompt: list[int]
     continuations: list[list[int]]
@@ -38,7 +38,7 @@ class Query:
 
 
 def label_scores(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     labels: Sequence[str],
@@ -52,10 +52,10 @@ def label_scores(
     """Scores labelled examples by the most probable label.
 
     A label is scored by the summed log-probability of its tokens after the prompt. max_length: tokens of prompt and
-    label; longer prompts lose their left end, so the question stays.
+    label; longer prompts are cut on the left, so the question stays.
     Returns {accuracy, macro_f1, each with _interval (examples resampled), n, confusion (by truth, then prediction),
     items: [truth, prediction] of each example}.
-    Raises `InputError` when there is no example or an example's label is not in `labels`.
+    Raises `InputError` if there is no example, or one whose label is not in `labels`.
     """
     if not examples:
         raise InputError("no labelled examples to score: give a test split with labels")
@@ -79,14 +79,14 @@ def label_scores(
 def tokenize_questions(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], labels: Sequence[str], max_length: int
 ) -> list[Question]:
-    """Tokenises every prompt with every label, and parts them where the labels begin to differ from the prompt."""
+    """Tokenizes every prompt with every label, and splits them where they stop sharing the prompt's tokens."""
     start = start_ids(tokenizer)
     prompts = encode(tokenizer, (e.prompt for e in examples))
     answered = encode(tokenizer, (e.prompt + _gap(e) + label for e in examples for label in labels))
     questions = []
     for index, prompt in enumerate(prompts):
         full = answered[index * len(labels) : (index + 1) * len(labels)]
-        # One border for all labels, so that their scores are conditioned on the same tokens.
+        # One boundary for all labels, so that their scores are conditioned on the same tokens.
         border = common_prefix([prompt, *full])
         continuations = [ids[border:] for ids in full]
         room = max_length - len(start) - max(map(len, continuations))
@@ -97,7 +97,7 @@ def tokenize_questions(
 
 
 def score_labels(
-    model: nn.Module,
+    model: CausalLM,
     questions: Sequence[Question],
     batch_size: int,
     *,
@@ -106,10 +106,10 @@ def score_labels(
 ) -> Tensor:
     """Log-probability of every label of every question, float64 [questions, labels].
 
-    Raises `NotReached` where one is not finite: no label would be the most probable one.
+    Raises `NotReached` if one is not finite, since then no label is the most probable one.
     """
     queries = [query for index, question in enumerate(questions) for query in _queries(index, question)]
-    # Longest first: a batch holds similar lengths, and one that is too big for memory fails at once.
+    # Longest first: batches hold similar lengths, and one too big for memory fails at once.
     queries.sort(key=lambda query: -len(query.ids))
     scores = torch.zeros(len(questions), len(questions[0].continuations), dtype=torch.float64)
     with inference(model, autocast) as device:
@@ -122,20 +122,20 @@ def score_labels(
     unclear = (~scores.isfinite()).any(dim=1)
     if unclear.any():
         raise NotReached(
-            f"the model's probabilities of the answers to question {int(unclear.nonzero()[0]) + 1} are not finite, so "
+            f"the model's probabilities for the answers to question {int(unclear.nonzero()[0]) + 1} are not finite, so "
             "it cannot be scored: score it in float32, or check its weights"
         )
     return scores
 
 
 def _gap(example: Example) -> str:
-    """White space between prompt and answer, as the example's own completion has it."""
+    """Whitespace between prompt and answer, as in the example's own completion."""
     completion = example.completion
     return completion[: len(completion) - len(completion.lstrip())] if completion else " "
 
 
 def _queries(index: int, question: Question) -> list[Query]:
-    """One query for all labels when each is a single token, else one a label."""
+    """One query for all labels if each is a single token, else one per label."""
     last = len(question.prompt) - 1
     if all(len(continuation) == 1 for continuation in question.continuations):
         wanted = [(last, tokens[0], index, label) for label, tokens in enumerate(question.continuations)]
@@ -149,9 +149,9 @@ def _queries(index: int, question: Question) -> list[Query]:
     ]
 
 
-def _run(model: nn.Module, batch: list[Query], device: torch.device) -> list[tuple[int, int, float]]:
-    """Runs one batch and returns (question, label, log-probability) for everything it wants."""
-    # Padding on the right needs no attention mask in a causal model: no wanted position looks that far.
+def _run(model: CausalLM, batch: list[Query], device: torch.device) -> list[tuple[int, int, float]]:
+    """Runs one batch and returns (question, label, log-probability) of all wanted tokens."""
+    # Padding on the right needs no attention mask: in a causal model no wanted position sees it.
     input_ids = torch.zeros(len(batch), max(len(query.ids) for query in batch), dtype=torch.long)
     for row, query in enumerate(batch):
         input_ids[row, : len(query.ids)] = torch.tensor(query.ids)

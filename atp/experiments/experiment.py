@@ -1,4 +1,4 @@
-"""An experiment: its runs domain by domain, and a record that grows after each of them."""
+"""An experiment: its runs, and a record that grows after each of them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from atp.signals import SignalGuard
 class Experiment:
     """Runs an experiment file and writes NAME.csv, NAME.json and NAME.png to a results folder.
 
-    Run folders lie in `runs`/DOMAIN/ARM-seedN and are shared by all experiments with the same settings: a run that one
-    of them made is read by the others. Repeating a call goes on where the last one stopped.
+    Run folders are `runs`/DOMAIN/ARM-seedN, shared by all experiments with the same settings: a run that one of them
+    finished is read by the others. Repeating a call resumes where the last one stopped.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Experiment:
         command: str,
         say: Callable[[str], None] = print,
     ) -> None:
-        """domains and seeds replace those of the file. Raises `InputError` for whatever is wrong with the file."""
+        """domains and seeds replace those of the file. Raises `InputError` if the file is not valid."""
         self.spec, path = ExperimentSpec.load(name)
         self.name, self.runs, self.out, self.command, self.say = path.stem, runs, out, command, say
         self.arms = self.spec.labelled_arms()
@@ -53,7 +53,7 @@ class Experiment:
     def execute(self) -> dict[str, Any]:
         """Runs what is missing and returns the content of NAME.json.
 
-        Raises `InputError`, `Interrupted`, and at the end `NotReached` when a run kept no promise (its row stays).
+        Raises `InputError`, `Interrupted`, and at the end `NotReached` if a run broke a promise (its row stays).
         """
         processes.start()
         processes.on_main(self._check_places)
@@ -61,16 +61,13 @@ class Experiment:
             with SignalGuard(at_once=True):
                 return self._execute()
         except Interrupted as error:
-            raise Interrupted(error.signum, "the same command goes on from here") from None
+            raise Interrupted(error.signum, "repeat the command to resume") from None
 
     def _execute(self) -> dict[str, Any]:
         self._members = {
             d: Members(c, self.runs / d, command=self.command, say=self.say) for d, c in self.configs.items()
         }
-        for config in self.configs.values():
-            processes.on_main(lambda config=config: check_packages(config.model, config.data))
-        for members in self._members.values():
-            processes.on_main(lambda members=members: members.check(self.arms.values(), self.seeds))
+        processes.on_main(self._check_members)
         self._splits = processes.main_first(
             lambda: {
                 domain: load_recipe(data_settings(members.config, load_tokenizer(members.config.model)))
@@ -92,6 +89,12 @@ class Experiment:
         if broken:
             raise NotReached("; ".join(broken))
         return content
+
+    def _check_members(self) -> None:
+        for config in self.configs.values():
+            check_packages(config.model, config.data)
+        for members in self._members.values():
+            members.check(self.arms.values(), self.seeds)
 
     def _check_places(self) -> None:
         check_writable(self.runs, "--runs")

@@ -1,4 +1,4 @@
-"""The picture of an experiment; needs matplotlib, and is left out without it."""
+"""The picture of an experiment; skipped without matplotlib."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from atp.report import plots
 from atp.report.files import read_metrics
 
 Domains = dict[str, dict[str, Any]]
-"""Domain -> what `atp.compare.results.results` says of it."""
+"""Domain -> result of `atp.compare.results.results`."""
 
 
 def draw(
     path: Path, spec: ExperimentSpec, domains: Domains, arms: dict[str, Arm], runs: dict[str, dict[str, Path]]
 ) -> None:
-    """Writes the picture that the experiment asks for, of what is there so far. runs: domain -> label -> run folder."""
+    """Writes the experiment's picture from the runs finished so far. runs: domain -> label -> run folder."""
     if not plots.available():
         return
     if spec.picture == "decisions":
@@ -30,11 +30,11 @@ def draw(
         }
         if records:
             plots.decisions_png(path, records)
-    elif spec.picture == "curve":
+    elif spec.picture == "curve" and spec.x is not None:
         curves = {domain: _lines(found, arms, spec.x) for domain, found in domains.items()}
-        panels = {domain: lines for domain, lines in curves.items() if lines}
-        if panels:
-            plots.curves_png(path, panels, spec.x, "held-out perplexity")
+        curves = {domain: lines for domain, lines in curves.items() if lines}
+        if curves:
+            plots.curves_png(path, curves, spec.x, "held-out perplexity")
     else:
         panels = {domain: _perplexities(found) for domain, found in domains.items() if len(found) > 1}
         if panels:
@@ -42,20 +42,20 @@ def draw(
 
 
 def _perplexities(found: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Perplexity of every arm over that of the tuned dense model, or as it is where there is no such arm."""
+    """Perplexity of every arm relative to the tuned dense model, or absolute without such an arm."""
     key = "perplexity_ratio"
     if any(key in row for row in found.values()):
         return {label: _interval(row[key]) for label, row in found.items() if key in row and label != ORIGINAL}
     return {label: _interval(row["scores"]["perplexity"]) for label, row in found.items() if label != ORIGINAL}
 
 
-def _lines(found: dict[str, Any], arms: dict[str, Arm], key: str) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Method -> (x, perplexity, low, high) of the arms that vary the key, and a flat line for those that do not."""
-    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+def _lines(found: dict[str, Any], arms: dict[str, Arm], key: str) -> dict[str, list[plots.Point]]:
+    """Method -> (x, perplexity, low, high): a curve over arms that vary the key, a flat line for the others."""
+    lines: dict[str, list[plots.Point]] = {}
     for label, row in found.items():
         arm = arms.get(label)
         values = dict(override.split("=", 1) for override in arm.overrides) if arm else {}
-        if key in values:
+        if arm is not None and key in values:
             lines.setdefault(arm.method, []).append((float(values[key]), *_interval(row["scores"]["perplexity"])))
     ends = [x for points in lines.values() for x, *_ in points]
     for label, row in found.items():

@@ -1,4 +1,4 @@
-"""The CSV of an experiment: one row a run, and a file that only grows."""
+"""The CSV of an experiment: one row per run, in a file that only grows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 
 def member_row(member: Member, folder: Path, tasks: Sequence[Task], common: ATPConfig) -> Row:
-    """What one run came to: size, scores with 95 % intervals, cost, and what its decisions and its cut did."""
+    """One run as a row: size, scores with 95 % intervals, cost, and the effect of its decisions and its cut."""
     summary, scores = member.summary, member.scores
     row: Row = {"config": fingerprint(common), "target_keep": summary["target_keep"]}
     row |= {key: summary[key] for key in ("keep_decoder", "keep_total", "params_after")}
@@ -50,20 +50,20 @@ def member_row(member: Member, folder: Path, tasks: Sequence[Task], common: ATPC
 
 
 def fingerprint(config: ATPConfig) -> str:
-    """Eight hex digits of everything that a run's result depends on but arm and seed."""
+    """Eight hex digits of all settings that a run's result depends on, except arm and seed."""
     values = config.model_dump(mode="json", exclude={"output_dir": True, "model": {"path"}})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def changed_share(folder: Path) -> float | str:
-    """Mean share of decisions that a decision step flips once the budget is reached, "" where nothing is decided."""
+    """Mean share of decisions that a decision step flips once the budget is reached; "" without decisions."""
     searched = [record for record in read_metrics(folder) if record["phase"] == "search"]
     reached = [r["changed"] for r in searched if r["target_keep"] == searched[-1]["target_keep"]]
     return round(statistics.fmean(reached), 6) if reached else ""
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:
-    """Puts rows into a CSV file in place of those of the same runs; all others stay, columns are added as needed."""
+    """Writes rows to a CSV file, replacing those of the same runs; other rows stay, and columns are added as needed."""
     old = []
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:

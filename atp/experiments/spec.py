@@ -1,4 +1,4 @@
-"""What an experiment file says: a question, the common settings, and the arms that answer it."""
+"""The experiment file: a question, the common settings, and the arms that answer it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atp.config import ATPConfig, explain
 from atp.errors import InputError, shorten
 from atp.reading import check_file, read_yaml_file
 
-_MOST_ARMS = 1000  # of one experiment; a few lists under `vary` multiply fast
+_MOST_ARMS = 1000  # per experiment: lists under `vary` multiply fast
 
 
 class ArmSpec(BaseModel):
@@ -44,7 +44,7 @@ class ExperimentSpec(BaseModel):
 
     @classmethod
     def load(cls, name: str) -> tuple[ExperimentSpec, Path]:
-        """(spec, its file) for the path of a YAML file or the name of one in experiments/. Raises `InputError`."""
+        """(spec, its file), given a YAML file or the name of one in experiments/. Raises `InputError`."""
         path = Path(name) if name.endswith((".yaml", ".yml")) else Path("experiments") / f"{name}.yaml"
         path = shipped.find(path)
         known = ", ".join(found for found in shipped.names("experiments") if found != "base") or "none"
@@ -62,28 +62,28 @@ class ExperimentSpec(BaseModel):
         base = shipped.find(path.parent / self.base)
         values = read_yaml_file(base, "base")
         if not isinstance(values, dict):
-            raise InputError(f"base {shorten(base)} holds no mapping: it needs at least the key model")
+            raise InputError(f"base {shorten(base)} is not a mapping: it needs at least the key model")
         return ATPConfig.parse(values | {"output_dir": "set later"}, [*overrides, f"data.recipe={domain}"])
 
     def labelled_arms(self) -> dict[str, Arm]:
-        """Label -> arm. Raises `InputError` for an unknown method, a label that two arms share, and too many arms."""
+        """Label -> arm. Raises `InputError` for an unknown method, a label shared by two arms, or too many arms."""
         found: dict[str, Arm] = {}
         count = sum(
             (1 if isinstance(spec.method, str) else len(spec.method)) * math.prod(map(len, spec.vary.values()))
             for spec in self.arms
         )
         if count > _MOST_ARMS:
-            raise InputError(f"the experiment has {count:,} arms: vary less, {_MOST_ARMS:,} are the most")
+            raise InputError(f"the experiment has {count:,} arms, more than {_MOST_ARMS:,}: vary less")
         for spec in self.arms:
             methods = [spec.method] if isinstance(spec.method, str) else spec.method
             for method, values in itertools.product(methods, itertools.product(*spec.vary.values())):
                 varied = dict(zip(spec.vary, values, strict=True))
-                # The settings of an arm name its folder: sorted, so that one setting is one run in all experiments.
+                # Settings name the folder of an arm: sorted, so that equal settings share a run across experiments.
                 settings = sorted((spec.set | varied).items())
                 arm = Arm(method, tuple(f"{key}={_text(value)}" for key, value in settings))
                 label = " ".join([spec.label or method, *(f"{k.split('.')[-1]}={_text(v)}" for k, v in varied.items())])
                 if label in found:
-                    raise InputError(f"two arms are called '{shorten(label)}': give one of them a label of its own")
+                    raise InputError(f"two arms are called '{shorten(label)}': give one of them another label")
                 found[label] = arm
         return found
 

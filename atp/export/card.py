@@ -1,10 +1,24 @@
-"""The model card that goes with an exported model."""
+"""The cards (README.md) of exported models: metadata for the Hub, origin, loading, results."""
 
 from __future__ import annotations
 
-from atp.config import ATPConfig
-from atp.report.markup import code
+from pathlib import Path
+from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.utils import validate_repo_id
+
+from atp.config import ATPConfig
+from atp.data.domains import C4, hub_sources
+from atp.data.packages import PACKAGED_MODEL
+from atp.errors import shorten
+from atp.files import write_text
+from atp.reading import existing
+from atp.report.text import code
+
+_TAGS = ["structural-pruning", "lora"]
+_PACKAGED = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": "en"}
+_RESULTS = "\n## Results\n"
 _USAGE = """Its layers differ in width, so transformers needs the class that package `atp-kernels` registers. Without it
 loading fails with "model type `atp_llama` ... Transformers does not recognize this architecture", and upgrading
 transformers does not help.
@@ -17,62 +31,50 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-Start a tool that loads the folder itself after `import atp`; lm-eval, for example:
+A tool that loads the folder itself must start after `import atp`; lm-eval, for example:
 
 ```sh
 python -c "import atp, lm_eval.__main__ as tool; tool.cli_evaluate()" --model hf \\
     --model_args pretrained=path/to/this/folder --tasks arc_easy
 ```
 
-The licence of the source model and of the data applies to this model too.
+The licences of the source model and of the data apply to this model too.
 """
 
 
 def model_card(config: ATPConfig, params_before: int, params_after: int) -> str:
     """README.md of model/: where it comes from, what was removed, how to load it. Counts are of all parameters."""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [atp, structural-pruning, lora]
----
-# A smaller model, tuned and pruned in one stage
+    body = f"""# A smaller model, tuned and pruned in one run
 
 Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {_origin(config)}.
 
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
-* Mask space `{config.decisions.space}`; layers have widths of their own, listed in `config.json`.
+* Mask space `{config.decisions.space}`; the width of each layer is in `config.json`.
 * Data recipe: {code(config.data.recipe)}.
 
 {_USAGE}"""
+    return _card(config, body, tags=["atp", *_TAGS])
 
 
 def base_card(config: ATPConfig) -> str:
     """README.md of base/: the smaller model that an adapter belongs to."""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# The base of an adapter
+    body = f"""# The base of an adapter
 
-{_origin(config)} with removed structures cut out, before the tuning in `../adapter` is added to its weights. With that
-adapter it is the model in `../model`; alone it is worse than either.
+{_origin(config)} with removed structures cut out, without the tuning in `../adapter`. With that adapter it is the model
+in `../model`; alone it is worse than either.
 
 The licence of the source model applies to this model too.
 """
+    return _card(config, body, datasets=None)
 
 
 def adapter_card(config: ATPConfig) -> str:
     """README.md of adapter/: which model it belongs to, and how to load both."""
-    return f"""---
-library_name: peft
-pipeline_tag: text-generation
-tags: [atp, structural-pruning, lora]
----
-# A LoRA adapter for a cut model
+    body = f"""# A LoRA adapter for a cut model
 
 LoRA with rank {config.lora.r} and alpha {config.lora.alpha:g} for `../base`, which is {_origin(config)} with removed
-structures cut out. It fits no other model: the uncut one has other shapes, and `../model` has this adapter merged in
-already, so it would count twice there.
+structures cut out. It fits no other model: the uncut one has other shapes, and `../model` already has this adapter
+merged in.
 
 ```python
 import atp  # registers the per-layer model class
@@ -83,18 +85,14 @@ base = AutoModelForCausalLM.from_pretrained("path/to/this/run/base")
 model = PeftModel.from_pretrained(base, "path/to/this/run/adapter")
 ```
 
-The licence of the source model and of the data applies to this adapter too.
+The licences of the source model and of the data apply to this adapter too.
 """
+    return _card(config, body, library_name="peft", tags=["atp", *_TAGS])
 
 
 def baseline_card(config: ATPConfig, method: str, params_before: int, params_after: int) -> str:
     """README.md of model/ for a system that ATP is compared with. Counts are of all parameters."""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [structural-pruning, lora]
----
-# A model to compare with: {method}
+    body = f"""# A model to compare with: {method}
 
 Made by the baseline `{method}` of the package atp-kernels from {_origin(config)}, then tuned with LoRA.
 
@@ -102,6 +100,78 @@ Made by the baseline `{method}` of the package atp-kernels from {_origin(config)
 * Data recipe: {code(config.data.recipe)}.
 
 {_USAGE}"""
+    return _card(config, body, tags=_TAGS)
+
+
+def add_results(path: Path, config: ATPConfig, summary: dict[str, Any]) -> None:
+    """Adds the scores in a run's summary, and the command that made the model, to its card, replacing earlier ones.
+
+    path: README.md of model/. The metadata gets one `EvalResult` per score of the final model.
+    """
+    card = ModelCard.load(path)
+    scores = {("perplexity", "perplexity"): summary["perplexity"]["final"]}
+    for task in summary["tasks"]:
+        found = summary[task]["final"]
+        scores |= {(task, name): found[name] for name in found if f"{name}_interval" in found}
+    recipe = shorten(config.data.recipe)
+    card.data.model_name = _name(config)
+    card.data.eval_results = [
+        EvalResult(
+            task_type="text-generation", dataset_type=recipe, dataset_name=recipe, dataset_config=task,
+            dataset_split="test", metric_type=metric, metric_value=round(value, 4),
+        )
+        for (task, metric), value in scores.items()
+    ]  # fmt: skip
+    rows = "\n".join(f"| {task} | {metric} | {value:.4g} |" for (task, metric), value in scores.items())
+    command = code(summary["command"].replace(" --resume", ""), limit=1000)
+    card.text = card.text.partition(_RESULTS)[0] + (
+        f"{_RESULTS}\nOn held-out text of the recipe (seed {summary['seed']}):\n\n"
+        f"| data | score | value |\n|---|---|---|\n{rows}\n\nMade with {command}.\n"
+    )
+    write_text(path, str(card))
+
+
+def _card(config: ATPConfig, body: str, **metadata: Any) -> str:
+    """A card with the metadata that is known."""
+    facts = {"library_name": "transformers", "datasets": _data_sets(config)}
+    data = ModelCardData(**_source_facts(config) | facts | metadata, pipeline_tag="text-generation")
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _source_facts(config: ATPConfig) -> dict[str, Any]:
+    """base_model, license and language of the source model, as far as its name and its own card tell them."""
+    path = config.model.path
+    if path == PACKAGED_MODEL:
+        return _PACKAGED
+    folder = existing(path)
+    if folder is not None:
+        return _facts_of_card(folder / "README.md")
+    try:
+        validate_repo_id(path)
+    except ValueError:
+        return {}
+    cached = try_to_load_from_cache(path, "README.md")
+    return {"base_model": path} | (_facts_of_card(Path(cached)) if isinstance(cached, str) else {})
+
+
+def _facts_of_card(path: Path) -> dict[str, Any]:
+    """license and language from the card of a source model; nothing if there is none, or it is damaged."""
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except Exception:  # a foreign card may hold anything
+        return {}
+    return {name: value for name in ("license", "language") if (value := data.get(name)) is not None}
+
+
+def _data_sets(config: ATPConfig) -> list[str] | None:
+    data = config.data
+    general = C4 if data.general is None and data.general_share != 0 and data.recipe in ("health", "legal") else None
+    files = (data.train, data.calibration, data.test, data.general, general)
+    return hub_sources(data.recipe, data.sources, [source for source in files if source]) or None
+
+
+def _name(config: ATPConfig) -> str:
+    return f"{Path(shorten(config.model.path)).name} at {config.decisions.target_keep:g} of the decoder"
 
 
 def _origin(config: ATPConfig) -> str:

@@ -54,7 +54,7 @@ def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerB
     base = folder / "base"
     _save(base_of(model), base, tokenizer, base_card(config))
     with whole_folder(folder / "adapter") as adapter:
-        model.save_pretrained(adapter, safe_serialization=True)
+        model.save_pretrained(str(adapter), safe_serialization=True)
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         settings["target_modules"].sort()  # PEFT writes a set in the order of its hashes
         write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": str(base)})

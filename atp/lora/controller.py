@@ -1,10 +1,10 @@
-"""Hands the masks of the whole model to its LoRA layers, and the kept slices that hard masks are computed with."""
+"""Hands the masks of the whole model to its LoRA layers, with the kept slices that hard masks are computed on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,22 @@ from atp.lora.layer import MaskedLoraLinear
 from atp.spaces.space import MaskSpace
 from atp_kernels import KeptFirst, KeptSlice
 
-# Nothing but element-wise work lies between gate, up and down, so their channels may lie in any order, ...
-_CHANNELS = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}
-# ... and attention treats all heads alike, so whole heads may, together with the key and value heads that they read.
-_HEADS = {"self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 1}
+_Linear = tuple[int, str]  # its layer and its name in that layer
+
+
+class _Side(NamedTuple):
+    """A hard mask of one side of a linear, and the kept-first order in which the side lies, if it does."""
+
+    mask: Tensor | None = None
+    order: KeptFirst | None = None
 
 
 class MaskController:
-    """Hands the masks of a flat vector to the LoRA layers of a model, in one of the forms of the method."""
+    """Hands a flat mask to the LoRA layers of a model, in one of the three forms of docs/method.md section 3."""
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
         self.space = space
-        # Which side of a linear lies kept first.
-        self._sorted = _CHANNELS | (_HEADS if space.name == "kv_group" else {})
-        self._layers: dict[tuple[int, str], MaskedLoraLinear] = {}
+        self._layers: dict[_Linear, MaskedLoraLinear] = {}
         for name, module in model.named_modules():
             if isinstance(module, MaskedLoraLinear):
                 layer, local = name.split(".layers.")[-1].split(".", 1)
@@ -34,39 +36,39 @@ class MaskController:
         missing = space.num_layers * len(space.linears) - len(self._layers)
         if missing:
             raise RuntimeError(f"{missing} linears of the mask space carry no MaskedLoraLinear: wrap with add_lora")
-        # The last hard mask, on the host, and what it gives each linear: (out_mask, in_mask, slice).
+        # The last hard mask, on the host, and what it makes of the two sides of each linear and of its weight.
         self._hard: Tensor | None = None
-        self._sides: dict[tuple[int, str], tuple[Tensor | None, Tensor | None, KeptSlice]] = {}
+        self._sides: dict[_Linear, list[_Side]] = {}
+        self._slices: dict[_Linear, KeptSlice] = {}
 
     def clear(self) -> None:
-        """Back to the plain LoRA model. Slices are held for the next hard mask."""
+        """Removes all masks, so that the model is plain LoRA again. Slices are kept for the next hard mask."""
         for layer in self._layers.values():
             layer.set_masks(None, None)
 
     def forget(self) -> None:
-        """Drops the slices, which are copies: the base weights have changed."""
-        self._hard, self._sides = None, {}
+        """Drops the slices, which are copies of base weights; call it after these changed."""
+        self._hard, self._sides, self._slices = None, {}, {}
         self.clear()
 
     def set(self, mask: Tensor, form: Literal["soft", "hard", "base", "sum"]) -> None:
-        """mask [space.size], on the host if the device should not be waited for; see `masks` for the forms."""
+        """Sets a mask [space.size]; on the host, so that a hard one needs no host-device sync. Forms: see `masks`."""
         if form == "hard":
             self._slice(mask.cpu())
-            for key, (out_mask, in_mask, kept) in self._sides.items():
-                self._layers[key].set_masks(out_mask, in_mask, kept=kept)
+            for name, kept in self._slices.items():
+                outs, ins = self._sides[name]
+                self._layers[name].set_masks(outs.mask, ins.mask, kept=kept)
             return
-        for layer, module, out_mask, in_mask in self._module_masks(mask):
-            # Soft producers are masked at their output, so the input side of o and down is masked already.
-            in_mask = None if form == "soft" else in_mask
+        for layer, module, out_mask, in_mask in self.space.module_masks(mask.to(self._device), soft=form == "soft"):
             self._layers[layer, module].set_masks(out_mask, in_mask, mask_lora=form != "base")
 
     @contextmanager
     def masks(self, mask: Tensor, form: Literal["soft", "hard", "base", "sum"]) -> Iterator[None]:
         """Applies a mask for the duration of a with block.
 
-        soft: decision step, float mask on the sum, output side only. hard: LoRA step, bool mask on the base path only,
-        both sides, through slices. base: the same without slices, for a measurement.
-        sum: evaluation before the cut, bool mask on the sum, which is what the cut model computes.
+        soft: decision step, float mask on the sum of base and LoRA path, on the sides that the space names.
+        hard: LoRA step, bool mask on the base path alone, both sides, through slices. base: the same without slices,
+        for a measurement. sum: evaluation before the cut, bool mask on the sum, which is what the cut model computes.
         """
         self.set(mask, form)
         try:
@@ -74,31 +76,30 @@ class MaskController:
         finally:
             self.clear()
 
-    def _module_masks(self, mask: Tensor) -> Iterator[tuple[int, str, Tensor | None, Tensor | None]]:
-        device = next(iter(self._layers.values())).get_base_layer().weight.device
-        return self.space.module_masks(mask.to(device))
+    @property
+    def _device(self) -> torch.device:
+        base: Any = next(iter(self._layers.values())).get_base_layer()
+        return base.weight.device
 
     def _slice(self, mask: Tensor) -> None:
-        """Makes the slices of the base weights under a hard mask, where it differs from that of the last call."""
-        stale = {
-            (structure.layer, cut.module)
+        """Makes the slices of the base weights again where a hard mask differs from that of the last call."""
+        changed = [
+            structure
             for structure in self.space.structures
             if self._hard is None or not torch.equal(mask[structure.span], self._hard[structure.span])
-            for cut in structure.cuts
-        }
-        orders: dict[tuple[int, str, int], KeptFirst] = {}
-        for layer, module, out_mask, in_mask in self._module_masks(mask) if stale else ():
-            if (layer, module) not in stale:
-                continue
-            masks = [out_mask, in_mask]
-            if module in self._sorted:
-                side = self._sorted[module]
-                # Sides of one block and size are cut alike: gate, up and down, q and o, k and v.
-                key = layer, module.split(".")[0], masks[side].numel()
-                if key not in orders:
-                    orders[key] = KeptFirst(masks[side])
-                masks[side] = orders[key]
-            base = self._layers[layer, module].get_base_layer()
-            kept = KeptSlice(base.weight, base.bias, out_mask=masks[0], in_mask=masks[1])
-            self._sides[layer, module] = out_mask, in_mask, kept
+        ]
+        if not changed:
+            return
+        moved = mask.to(self._device)
+        for structure in changed:
+            orders: dict[int, KeptFirst] = {}  # by the mask that several sides share
+            for cut, side in structure.sides(moved):
+                if cut.reorderable and id(side) not in orders:
+                    orders[id(side)] = KeptFirst(side)
+                sides = self._sides.setdefault((structure.layer, cut.module), [_Side(), _Side()])
+                sides[cut.axis] = _Side(side, orders[id(side)] if cut.reorderable else None)
+        for name in dict.fromkeys((structure.layer, cut.module) for structure in changed for cut in structure.cuts):
+            base: Any = self._layers[name].get_base_layer()
+            outs, ins = (side.mask if side.order is None else side.order for side in self._sides[name])
+            self._slices[name] = KeptSlice(base.weight, base.bias, out_mask=outs, in_mask=ins)
         self._hard = mask.clone()

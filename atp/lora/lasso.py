@@ -1,4 +1,4 @@
-"""Group lasso and proximal shrinkage over the LoRA part of removed decisions (1-method.md section 4)."""
+"""Group lasso and proximal shrinkage over the LoRA part of removed decisions (docs/method.md section 4)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_
 class LoraGroups:
     """All LoRA factors that cuts touch, with the group each of their rows or columns belongs to.
 
-    An output cut owns rows of B, an input cut columns of A. For the lasso every cut of a decision is a group of its
-    own (the paper's sum of norms); for the prox all factors of one decision form one joint group. Build it where the
-    model will train: the plans lie on the device of their factors, and factors that moved or changed shape raise.
+    An output cut owns rows of B, an input cut columns of A. For the lasso each cut of a decision is a group of its own
+    (the paper's sum of norms); for the proximal step all factors of one decision form one joint group. Build it on the
+    device that the model trains on: factors that moved or changed shape afterwards raise an error.
     """
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
@@ -42,12 +42,12 @@ class LoraGroups:
         return group_lasso(self.factors, self._cuts, ~mask[self._decision_of_cut])
 
     def lasso_grad_(self, mask: Tensor, weight: float) -> Tensor:
-        """The same without a graph; weight times its gradient is added to the `.grad` of every factor at once."""
+        """The same without a graph: adds weight times its gradient to the `.grad` of every factor."""
         return group_lasso_grad_(self.factors, self._cuts, ~mask[self._decision_of_cut], weight=weight)
 
     @torch.no_grad()
     def prox_(self, mask: Tensor, threshold: float) -> None:
-        """Shrinks the joint norm of every removed decision by `threshold`, in place, down to exact zeros."""
+        """Shrinks the joint norm of every removed decision by `threshold`, in place, at most to exact zeros."""
         group_prox_(self.factors, self._joint, ~mask, threshold)
 
     @torch.no_grad()

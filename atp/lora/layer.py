@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers import PreTrainedModel
 
+from atp.families import family_of
 from atp.rng import seeded
 from atp.spaces.space import MaskSpace
 from atp_kernels import (
@@ -24,19 +24,28 @@ from atp_kernels import (
 )
 
 ADAPTER = "default"
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # by the names of transformers
 
 
 class MaskedLoraLinear(PeftLinear):
     """PEFT LoRA linear with masks on its outputs [out_features] and inputs [in_features].
 
     Masks are state of the current pass, not parameters: bool (hard) or float32 (soft, differentiable), None keeps all.
-    With `mask_lora` they cover base and LoRA path, without it the base path alone (1-method.md section 3). A kept
+    With `mask_lora` they cover base and LoRA path, without it the base path alone (docs/method.md section 3). A kept
     slice stands for hard masks on the base path, at the cost of what they keep.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
+        self._unmask()
+
+    @staticmethod
+    def adopt(layer: PeftLinear) -> MaskedLoraLinear:
+        """Turns a stock layer into this one in place: same object, parameters and hooks, another forward."""
+        layer.__class__ = MaskedLoraLinear
+        layer._unmask()
+        return layer
+
+    def _unmask(self) -> None:
         self.set_masks(None, None)
         self.gates: list[Tensor | None] = [None, None]
 
@@ -62,21 +71,22 @@ class MaskedLoraLinear(PeftLinear):
 
     @property
     def drops(self) -> bool:
-        """Whether LoRA dropout works now. Decisions are judged on the whole adapter: none where masks cover the sum."""
+        """Whether LoRA dropout is active. Decision steps, whose masks cover the sum, judge the whole adapter."""
         return self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout) and not self.mask_lora
 
     @property
     def fusible(self) -> bool:
-        """Whether a block may take the weights and leave out the call: nothing drops, no hook waits for the input."""
+        """Whether a block may use the weights without calling the layer: no dropout, no hook that expects the input."""
         return self.plain and not self.drops and not self._forward_pre_hooks
 
     @property
     def projection(self) -> Projection:
         """The frozen base and its adapter with its gates, as `atp_kernels` takes them."""
-        base, lora_a, lora_b = self.get_base_layer(), self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        modules = self.get_base_layer(), self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        base, a, b = (cast(nn.Linear, module) for module in modules)
         out_gate, in_gate = self.gates
-        lora_a = lora_a if in_gate is None else lora_a * in_gate
-        lora_b = lora_b if out_gate is None else lora_b * out_gate[:, None]
+        lora_a = a.weight if in_gate is None else a.weight * in_gate
+        lora_b = b.weight if out_gate is None else b.weight * out_gate[:, None]
         return Projection(base.weight, lora_a, lora_b, self.scaling[ADAPTER], base.bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -88,9 +98,9 @@ class MaskedLoraLinear(PeftLinear):
         p, seed = 0.0, None
         if self.drops:
             # From torch's generator, so that activation checkpointing draws the same one again.
-            p, seed = self.lora_dropout[ADAPTER].p, torch.randint(2**62, (), dtype=torch.int64)
+            p, seed = cast(nn.Dropout, self.lora_dropout[ADAPTER]).p, torch.randint(2**62, (), dtype=torch.int64)
         if self.kept is not None:
-            lora_input = lora_dropout(x, p, seed) if p else None
+            lora_input = lora_dropout(x, p, seed) if seed is not None else None
             return kept_lora_linear(x, self.kept, lora_a, lora_b, scaling=scaling, lora_input=lora_input)
         return masked_lora_linear(
             x,
@@ -108,31 +118,37 @@ class MaskedLoraLinear(PeftLinear):
 
 
 class MaskedMLP(nn.Module):
-    """Takes the place of a Llama MLP whose three linears are `MaskedLoraLinear`: same submodules, same names.
+    """Replaces a gated MLP whose three linears are `MaskedLoraLinear`: same submodules, same names.
 
-    The fused block saves less for backward than the three linears apart. Where they do not all train plain LoRA without
-    dropout, one of them has a hook before its forward, or the activation is another one, the MLP is what it was.
+    The fused block saves less for backward than three separate linears. It computes what the original MLP does, linear
+    by linear, where one of them does not train plain LoRA, drops, or has a hook before its forward, and where
+    `atp_kernels` has no such activation (None).
     """
 
-    def __init__(self, mlp: nn.Module, activation: str) -> None:
+    gate_proj: MaskedLoraLinear
+    up_proj: MaskedLoraLinear
+    down_proj: MaskedLoraLinear
+
+    def __init__(self, mlp: Any, activation: str | None) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn = mlp.act_fn
-        self.activation = _ACTIVATIONS.get(activation)
+        self.activation = activation
         self.train(mlp.training)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = linears = self.gate_proj, self.up_proj, self.down_proj
         if self.activation is None or not all(linear.fusible for linear in linears):
             return self._apart(x)
-        options = {"activation": self.activation}
+        options: dict[str, Any]
         if all(linear.kept is not None for linear in linears):
-            options["kept"] = tuple(linear.kept for linear in linears)
+            options = {"kept": tuple(linear.kept for linear in linears)}
         elif self._one_mask():
-            options |= {"mask": gate.out_mask, "mask_lora": gate.mask_lora}
+            options = {"mask": gate.out_mask, "mask_lora": gate.mask_lora}
         else:
             return self._apart(x)
-        return masked_lora_swiglu(x, gate.projection, up.projection, down.projection, **options)
+        projections = (linear.projection for linear in linears)
+        return masked_lora_swiglu(x, *projections, activation=self.activation, **options)
 
     def _apart(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -150,19 +166,22 @@ class MaskedMLP(nn.Module):
 
 
 class FusedRMSNorm(nn.Module):
-    """Takes the place of the RMSNorm before attention or MLP: one pass each way, to the dtype that autocast asks for.
+    """Replaces an RMSNorm of a decoder layer: one pass each way, and a result in the dtype that autocast asks for.
 
-    The linears that read it would cast its result, each for itself, and with a gradient each on the way back.
+    Otherwise each of the linears that read the result would cast it, and its gradient on the way back.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+        self.weight: nn.Parameter = norm.weight
+        self.variance_epsilon: float = norm.variance_epsilon
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
-            return LlamaRMSNorm.forward(self, x)  # which is float32 inside: so is every model to compare with
+            # transformers normalizes in float32 whatever the dtype, and so does every model to compare with.
+            x = x.float()
+            return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)).double()
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -171,27 +190,47 @@ class FusedRMSNorm(nn.Module):
 
 def fuse_layers(model: PeftModel) -> PeftModel:
     """Fuses norms and MLPs of decoder layers around their masked LoRA layers; returns the model."""
-    activation = model.get_base_model().config.hidden_act
-    for parent in list(model.modules()):
-        mlp = getattr(parent, "mlp", None)
-        linears = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        if not isinstance(mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
-            parent.mlp = MaskedMLP(mlp, activation)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            norm = getattr(parent, name, None)
-            if isinstance(norm, (LlamaRMSNorm, MistralRMSNorm)):
-                setattr(parent, name, FusedRMSNorm(norm))
+    base = cast(PreTrainedModel, model.get_base_model())
+    family = family_of(base.config)
+    for layer in base.get_decoder().layers:
+        linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+        if not isinstance(layer.mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
+            layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
+        for name in family.norms(base.config):
+            norm = layer.get_submodule(name)
+            if not isinstance(norm, FusedRMSNorm):
+                layer.set_submodule(name, FusedRMSNorm(norm))
     return model
 
 
-def add_lora(model: nn.Module, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0) -> PeftModel:
+def unload(model: PeftModel, stock: list[dict[str, Any]]) -> PreTrainedModel:
+    """Takes LoRA and fused modules out of a model again; stock: what `stock_modules` gave before. Returns the model."""
+    plain: PreTrainedModel = model.unload()
+    for layer, modules in zip(plain.get_decoder().layers, stock, strict=True):
+        mlp = modules["mlp"]
+        # PEFT gives back the linears, but not the modules around them.
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
+        for name, module in modules.items():
+            layer.set_submodule(name, module)
+    return plain
+
+
+def stock_modules(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """For each decoder layer of a plain causal LM the modules, by name, that `fuse_layers` replaces."""
+    names = ("mlp", *family_of(model.config).norms(model.config))
+    return [{name: layer.get_submodule(name) for name in names} for layer in model.get_decoder().layers]
+
+
+def add_lora(
+    model: PreTrainedModel, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0
+) -> PeftModel:
     """Wraps a causal LM in a stock PEFT LoRA adapter on all linears of the space, with masked layers and MLPs.
 
     The adapter that is saved is plain LoRA: the custom layer is registered on the config, not written to it.
     """
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=cast(int, alpha),  # PEFT only divides it by r
         lora_dropout=dropout,
         target_modules=sorted({name.rsplit(".", 1)[-1] for name in space.linears}),
         task_type="CAUSAL_LM",

@@ -1,11 +1,17 @@
-"""Config of a Llama or Mistral model whose layers differ in width."""
+"""Config of a cut model, whose layers differ in width."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
+
+from atp.families import family_of
+from atp.families.family import CUT_MODEL_TYPE
 
 
 @dataclass(frozen=True)
@@ -14,6 +20,8 @@ class LayerShape:
 
     qk_pairs: kept RoPE pairs in rising order, as positions in [0, head_dim / 2); None keeps all of them. Each pair is
     two rows of every query and key head. v_head_dim: width of a value head; intermediate_size: width of the MLP.
+    attention_inputs, mlp_inputs: the positions of the hidden state that a block reads; attention_outputs, mlp_outputs:
+    those that it adds to. In rising order; None for all of them.
     """
 
     num_attention_heads: int
@@ -21,50 +29,106 @@ class LayerShape:
     qk_pairs: list[int] | None
     v_head_dim: int
     intermediate_size: int
+    attention_inputs: list[int] | None = None
+    attention_outputs: list[int] | None = None
+    mlp_inputs: list[int] | None = None
+    mlp_outputs: list[int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys and values of the config, without selections that select everything."""
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in _SELECTIONS}
+
+    def selected(self, key: str, hidden_size: int) -> int:
+        """How many positions of the hidden state a selection (`attention_inputs`, ...) has."""
+        positions = getattr(self, key)
+        return hidden_size if positions is None else len(positions)
 
     def qk_head_dim(self, head_dim: int) -> int:
         """Width of a query or key head, for the head_dim of the model before any cut."""
         return head_dim if self.qk_pairs is None else 2 * len(self.qk_pairs)
 
 
+_SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
+
+
 @strict
 class ATPLlamaConfig(LlamaConfig):
-    """`LlamaConfig` plus the widths of every layer, for cut Llama and Mistral models.
+    """`LlamaConfig` plus the widths of every layer and what sets other families apart from Llama.
 
-    layer_shapes: one `LayerShape` a layer as a dict, None for a model without cuts. The inherited head counts, head_dim
-    and intermediate_size stay those of the model before the cut: head_dim sets the RoPE frequencies and the softmax
-    scale. sliding_window: as in `MistralConfig`, None for full attention. shortcuts: a matrix on each residual
-    connection, as SliceGPT needs; hidden_size is then the width that is left of the residual stream.
+    layer_shapes: one `LayerShape` per layer as a dict, None for a model without cuts. The inherited head counts,
+    head_dim and intermediate_size stay those of the model before the cut: head_dim sets the RoPE frequencies and the
+    softmax scale. shortcuts: a matrix on each residual connection, as SliceGPT needs; hidden_size is then the width
+    that is left of the residual stream. A config that lacks a key has its default, which is what Llama does.
     """
 
-    model_type = "atp_llama"
-    # TRL reads it of every class that transformers does not bring along. Empty rather than None, which transformers
-    # searches; no field, so that config.json has it only where there is something in it.
-    auto_map = MappingProxyType({})
+    model_type = CUT_MODEL_TYPE
+    # TRL reads this attribute of classes that are not in transformers. Empty rather than None, because transformers
+    # searches it; no field, so that an empty one does not appear in config.json.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     layer_shapes: list[dict[str, Any]] | None = None
-    sliding_window: int | None = None
     shortcuts: bool = False
+    family: str = "llama"  # that the model was cut from, by its model_type
+    # Llama's attention_bias is that of q_proj, k_proj and v_proj, and of o_proj unless this differs.
+    attention_out_bias: bool | None = None
+    qk_norm: bool = False  # RMSNorm over the head_dim of queries and keys (Qwen3)
+    sliding_window: int | None = None  # of the layers that layer_types calls sliding_attention; all, if it is None
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None  # per layer whether it uses RoPE: 1 or 0 (SmolLM3); None is everywhere
+    attention_multiplier: float | int | None = None  # the softmax scale (Granite); None is head_dim ** -0.5
+    residual_multiplier: float | int = 1.0  # of what a block adds to the residual stream (Granite)
+    embedding_multiplier: float | int = 1.0  # of the embeddings (Granite)
+    logits_scaling: float | int = 1.0  # the head's outputs are divided by it (Granite)
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        if self.no_rope_layers is not None:
+            self.no_rope_layers = self.no_rope_layers[: self.num_hidden_layers]  # a list may be longer in transformers
         if self.layer_shapes is None:
-            full = LayerShape(
-                self.num_attention_heads, self.num_key_value_heads, None, self.head_dim, self.intermediate_size
-            )
-            self.layer_shapes = [asdict(full) for _ in range(self.num_hidden_layers)]
+            heads, kv_heads = self.num_attention_heads, cast(int, self.num_key_value_heads)
+            full = LayerShape(heads, kv_heads, None, self.uncut_head_dim, self.intermediate_size)
+            self.layer_shapes = [full.to_dict() for _ in range(self.num_hidden_layers)]
+
+    @classmethod
+    def from_whole(cls, config: PretrainedConfig, **changes: Any) -> ATPLlamaConfig:
+        """The config of a cut model from that of the whole one; changes: what the cut sets, e.g. layer_shapes."""
+        cut = cls(**family_of(config).cut_values(config, cls) | changes)
+        cut._attn_implementation = config._attn_implementation
+        return cut
+
+    @property
+    def uncut_head_dim(self) -> int:
+        """head_dim, which is always set after construction."""
+        return cast(int, self.head_dim)
 
     def layer_shape(self, layer: int) -> LayerShape:
         """Widths of one layer."""
-        return LayerShape(**self.layer_shapes[layer])
+        return LayerShape(**cast(list[dict[str, Any]], self.layer_shapes)[layer])
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of one layer, None for full attention."""
+        return self.sliding_window if cast(list[str], self.layer_types)[layer] == "sliding_attention" else None
+
+    def uses_rope(self, layer: int) -> bool:
+        """Whether one layer rotates its queries and keys."""
+        return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
 
     def validate_architecture(self) -> None:
         """Checks every layer's widths; called by transformers. Raises ValueError naming layer and key."""
-        if len(self.layer_shapes) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_shapes describes {len(self.layer_shapes)} layers and num_hidden_layers is "
-                f"{self.num_hidden_layers}: give one entry a layer"
-            )
+        layers = self.num_hidden_layers
+        counts = {"layer_shapes": len(cast(list[Any], self.layer_shapes))}
+        if self.no_rope_layers is not None:
+            counts["no_rope_layers"] = len(self.no_rope_layers)
+        for key, count in counts.items():
+            if count != layers:
+                raise ValueError(
+                    f"{key} describes {count} layers and num_hidden_layers is {layers}: give one entry per layer"
+                )
         for layer in range(self.num_hidden_layers):
             try:
                 shape = self.layer_shape(layer)
@@ -73,15 +137,28 @@ class ATPLlamaConfig(LlamaConfig):
             for key, problem in self._problems(shape):
                 raise ValueError(f"layer_shapes[{layer}].{key} is {getattr(shape, key)}: {problem}")
 
-    def _problems(self, shape: LayerShape):
+    def _problems(self, shape: LayerShape) -> Iterator[tuple[str, str]]:
         for key in ("num_key_value_heads", "num_attention_heads", "v_head_dim", "intermediate_size"):
             if getattr(shape, key) < 1:
                 yield key, "a layer keeps at least one"
         if shape.num_key_value_heads > 0 and shape.num_attention_heads % shape.num_key_value_heads:
             yield "num_attention_heads", f"it must be a multiple of the {shape.num_key_value_heads} key-value heads"
-        pairs = shape.qk_pairs
-        if pairs is not None:
-            if not pairs:
-                yield "qk_pairs", "a layer keeps at least one"
-            elif pairs != sorted(set(pairs)) or pairs[0] < 0 or pairs[-1] >= self.head_dim // 2:
-                yield "qk_pairs", f"pairs are distinct, rising and below head_dim / 2 = {self.head_dim // 2}"
+        limits = {"qk_pairs": ("head_dim / 2", self.uncut_head_dim // 2)}
+        limits |= {key: ("hidden_size", self.hidden_size) for key in _SELECTIONS}
+        for key, (name, limit) in limits.items():
+            positions = getattr(shape, key)
+            if positions is None:
+                continue
+            if not positions:
+                yield key, "a layer keeps at least one"
+            elif not _rise(positions, limit):
+                yield key, f"positions are distinct, rising and below {name} = {limit}"
+            elif key == "qk_pairs" and self.qk_norm:
+                yield key, "a model with qk_norm keeps all pairs, because the norm is over all of them"
+
+
+def _rise(positions: Any, limit: int) -> bool:
+    """Whether these are whole numbers from 0 to below the limit, in rising order."""
+    if not isinstance(positions, list) or any(type(position) is not int for position in positions):
+        return False
+    return positions == sorted(set(positions)) and positions[0] >= 0 and positions[-1] < limit

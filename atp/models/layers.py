@@ -1,15 +1,16 @@
-"""Running a decoder layer by layer, for whoever looks at or changes each layer before the next one is reached."""
+"""Running a decoder layer by layer, for methods that read or change a layer before the next one runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 BLOCKS = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
-"""The two residual blocks of a Llama layer: x + block(norm(x))."""
+"""The norm and the module of the two residual blocks of a decoder layer: x + m * block(norm(x))."""
 
 
 class _Stop(Exception):
@@ -18,7 +19,7 @@ class _Stop(Exception):
 
 @contextmanager
 def reached(module: nn.Module) -> Iterator[list[Any]]:
-    """Ends the pass that the with block runs where it reaches a module; gives [its first argument, its keywords]."""
+    """Ends the pass inside the with block when it reaches a module; yields [its first argument, its keywords]."""
     found: list[Any] = []
 
     def stop(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -33,24 +34,50 @@ def reached(module: nn.Module) -> Iterator[list[Any]]:
         hook.remove()
 
 
-def first_layer_inputs(decoder: nn.Module, batch: dict[str, Any]) -> list[Any]:
-    """What the first layer is called with for a batch: hidden states, and the arguments that every attention gets.
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps the keyword arguments of its call, and returns its input."""
 
-    Samples of a row that has `position_ids` do not see each other.
+    arguments: dict[str, Any]
+
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+        self.x, self.arguments = x, arguments
+        return x
+
+
+LayerArguments = list[dict[str, Any]]
+"""For each decoder layer, the keyword arguments of its attention; layers may differ in their masks."""
+
+
+def first_layer_inputs(decoder: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, LayerArguments]:
+    """The hidden states [batch, tokens, hidden] that reach the first layer for a batch, and all layers' arguments.
+
+    Samples of a row that has `position_ids` do not see each other. No layer runs.
     """
-    with reached(decoder.layers[0]) as found:
+    layers = cast(nn.ModuleList, decoder.layers)
+    recorders = [_Recorder() for _ in layers]
+    decoder.layers = nn.ModuleList(recorders)
+    try:
         decoder(**hidden_arguments(batch))
-    return found
+    finally:
+        decoder.layers = layers
+    return recorders[0].x, [recorder.arguments for recorder in recorders]
 
 
 def hidden_arguments(batch: dict[str, Any]) -> dict[str, Tensor | None]:
-    """Arguments for a pass whose loss nobody asks for; samples that share a row do not see each other."""
+    """Arguments for a pass that needs no loss; samples that share a row do not see each other."""
     return {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids"), "use_cache": False}
 
 
-def run_block(layer: nn.Module, norm: str, block: str, x: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """x + block(norm(x)), [batch, tokens, hidden]; arguments as `first_layer_inputs` gives them."""
+def run_block(layer: Any, norm: str, block: str, x: Tensor, arguments: LayerArguments) -> Tensor:
+    """x + m * block(norm(x)), [batch, tokens, hidden]; arguments as `first_layer_inputs` gives them."""
     normed = layer.get_submodule(norm)(x)
     if block == "mlp":
-        return x + layer.mlp(normed)
-    return x + layer.self_attn(hidden_states=normed, **arguments)[0]
+        return add_block(layer, x, layer.mlp(normed))
+    attention = layer.self_attn
+    return add_block(layer, x, attention(hidden_states=normed, **arguments[attention.layer_idx])[0])
+
+
+def add_block(layer: Any, x: Tensor, output: Tensor) -> Tensor:
+    """x + m * output: what a block gives is added to the residual stream, times Granite's residual multiplier."""
+    multiplier = getattr(layer, "residual_multiplier", 1.0)
+    return x + (output if multiplier == 1 else output * multiplier)

@@ -1,23 +1,26 @@
-"""A Llama or Mistral causal LM whose layers differ in width, on transformers' own modules.
+"""A causal LM whose layers differ in width, on transformers' own modules: the cut model of every family.
 
 Only what a cut changes is here: linears of any width, RoPE on the kept pairs, value heads of another width than query
-and key heads. The model's forward is transformers' (`MistralModel`, which is `LlamaModel` plus sliding_window).
+and key heads. `ATPLlamaConfig` says what a family has beside Llama: biases, norms of queries and keys, layers without
+RoPE, multipliers. The decoder's forward is that of `Qwen2Model` (`LlamaModel` plus one mask per layer type), the head's
+that of `GraniteForCausalLM` (`LlamaForCausalLM` plus logits_scaling).
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, MistralModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GraniteForCausalLM, PreTrainedModel, Qwen2Model
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -27,6 +30,7 @@ from transformers.models.llama.modeling_llama import (
 
 from atp.models import attention
 from atp.models.config import ATPLlamaConfig
+from atp.models.selected import Selection
 
 # Fused attention takes one width for all heads, and runs best on whole vector registers and tensor-core tiles.
 _HEAD_DIM_MULTIPLE = 8
@@ -35,24 +39,32 @@ _HEAD_DIM_MULTIPLE = 8
 class ATPLlamaAttention(nn.Module):
     """Grouped-query attention with its own number of heads, RoPE pairs and value width in each layer."""
 
+    rope_index: Tensor | None
+
     def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
         super().__init__()
         shape = config.layer_shape(layer_idx)
         self.config = config
         self.layer_idx = layer_idx
-        self.qk_head_dim = shape.qk_head_dim(config.head_dim)
+        self.qk_head_dim = shape.qk_head_dim(config.uncut_head_dim)
         self.v_head_dim = shape.v_head_dim
         self.num_key_value_groups = shape.num_attention_heads // shape.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        scale = config.attention_multiplier
+        self.scaling = config.uncut_head_dim**-0.5 if scale is None else scale
         self.attention_dropout = config.attention_dropout
-        self.sliding_window = config.sliding_window
+        self.sliding_window = config.window(layer_idx)
+        self.use_rope = config.uses_rope(layer_idx)
         self.is_causal = True
 
-        hidden, heads, kv_heads = config.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
-        self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.qk_head_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.v_head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=config.attention_bias)
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        inputs, outputs = (shape.selected(f"attention_{end}", config.hidden_size) for end in ("inputs", "outputs"))
+        self.q_proj = nn.Linear(inputs, heads * self.qk_head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(inputs, kv_heads * self.qk_head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(inputs, kv_heads * self.v_head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, outputs, bias=bool(config.attention_out_bias))
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.qk_head_dim, eps=config.rms_norm_eps)
         self.register_buffer("rope_index", self.kept_rope_index(), persistent=False)
 
     def kept_rope_index(self) -> Tensor | None:
@@ -60,7 +72,7 @@ class ATPLlamaAttention(nn.Module):
         pairs = self.config.layer_shape(self.layer_idx).qk_pairs
         if pairs is None:
             return None
-        half = self.config.head_dim // 2
+        half = self.config.uncut_head_dim // 2
         return torch.tensor(pairs + [half + pair for pair in pairs])
 
     def forward(
@@ -78,14 +90,18 @@ class ATPLlamaAttention(nn.Module):
         [batch, tokens, hidden] and the attention weights, None where the implementation does not form them.
         """
         tokens = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*tokens, -1, self.qk_head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*tokens, -1, self.qk_head_dim).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(*tokens, -1, self.qk_head_dim)
+        key = self.k_proj(hidden_states).view(*tokens, -1, self.qk_head_dim)
         value = self.v_proj(hidden_states).view(*tokens, -1, self.v_head_dim).transpose(1, 2)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
 
-        cos, sin = position_embeddings
-        if self.rope_index is not None:
-            cos, sin = cos.index_select(-1, self.rope_index), sin.index_select(-1, self.rope_index)
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        if self.use_rope:
+            cos, sin = position_embeddings
+            if self.rope_index is not None:
+                cos, sin = cos.index_select(-1, self.rope_index), sin.index_select(-1, self.rope_index)
+            query, key = apply_rotary_pos_emb(query, key, cos, sin)
 
         cache = past_key_values if cache is None else cache
         if cache is not None:
@@ -93,7 +109,7 @@ class ATPLlamaAttention(nn.Module):
 
         implementation = self.config._attn_implementation
         if implementation != "eager":
-            # Zeros change neither scores nor outputs; unequal widths would fall to the slow, unfused path.
+            # Zeros change neither scores nor outputs; unequal widths would take the slow, unfused path.
             width = -(-max(self.qk_head_dim, self.v_head_dim) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
             query, key, value = (_pad_heads(heads, width) for heads in (query, key, value))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -116,43 +132,45 @@ def _pad_heads(heads: Tensor, width: int) -> Tensor:
     return pad(heads, (0, missing)) if missing else heads
 
 
-class ATPLlamaDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer around attention and MLP of its own widths."""
+class ATPLlamaDecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer of its own widths; with shortcuts its residual connections pass through a matrix each."""
 
     def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
-        super(LlamaDecoderLayer, self).__init__()  # the parent would first build both at full width
-        mlp_config = copy.copy(config)
-        mlp_config.intermediate_size = config.layer_shape(layer_idx).intermediate_size
-        self.hidden_size = config.hidden_size
+        super().__init__()
+        shape, hidden, mlp_config = config.layer_shape(layer_idx), config.hidden_size, copy.copy(config)
+        mlp_config.intermediate_size = shape.intermediate_size
+        mlp_config.hidden_size = shape.selected("mlp_inputs", hidden)
+        self.residual_multiplier = config.residual_multiplier
         self.self_attn = ATPLlamaAttention(config, layer_idx)
         self.mlp = LlamaMLP(mlp_config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class ShortcutDecoderLayer(ATPLlamaDecoderLayer):
-    """A layer whose two residual connections pass through a matrix: the next block reads other coordinates."""
-
-    def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.attention_shortcut = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.mlp_shortcut = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if shape.mlp_outputs is not None or shape.mlp_inputs is not None:
+            outputs = shape.selected("mlp_outputs", hidden)
+            self.mlp.down_proj = nn.Linear(shape.intermediate_size, outputs, bias=config.mlp_bias)
+        self.attention_selection = Selection(shape.attention_inputs, shape.attention_outputs)
+        self.mlp_selection = Selection(shape.mlp_inputs, shape.mlp_outputs)
+        self.input_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.attention_shortcut, self.mlp_shortcut = (
+            nn.Linear(hidden, hidden, bias=False) if config.shortcuts else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """hidden_states [batch, tokens, hidden]; kwargs are those of the attention."""
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = self.attention_shortcut(hidden_states) + attended
-        return self.mlp_shortcut(hidden_states) + self.mlp(self.post_attention_layernorm(hidden_states))
+        attention, mlp = self.attention_selection, self.mlp_selection
+        attended, _ = self.self_attn(hidden_states=attention.read(self.input_layernorm(hidden_states)), **kwargs)
+        hidden_states = attention.add(self, self.attention_shortcut(hidden_states), attended)
+        added = self.mlp(mlp.read(self.post_attention_layernorm(hidden_states)))
+        return mlp.add(self, self.mlp_shortcut(hidden_states), added)
 
 
 class ATPLlamaPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the class to load, initialise, split and checkpoint it."""
+    """What transformers must know about the class to load, initialize, split and checkpoint it."""
 
     config: ATPLlamaConfig
     config_class = ATPLlamaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ATPLlamaDecoderLayer", "ShortcutDecoderLayer"]
+    _no_split_modules = ["ATPLlamaDecoderLayer"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -164,42 +182,57 @@ class ATPLlamaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         # from_pretrained builds on the meta device, and no file holds the non-persistent buffers.
         if isinstance(module, ATPLlamaAttention) and module.rope_index is not None:
-            init.copy_(module.rope_index, module.kept_rope_index())
+            init.copy_(module.rope_index, cast(Tensor, module.kept_rope_index()))
+        if isinstance(module, Selection):
+            for name, index in module.indices().items():
+                if index is not None:
+                    init.copy_(getattr(module, name), index)
 
 
-class ATPLlamaModel(ATPLlamaPreTrainedModel, MistralModel):
+class ATPLlamaModel(ATPLlamaPreTrainedModel, Qwen2Model):  # type: ignore[misc]  # whose config is no Qwen2Config
     """The decoder without its head."""
 
     def __init__(self, config: ATPLlamaConfig) -> None:
-        super(MistralModel, self).__init__(config)  # the parent would first build every layer at full width
+        super(Qwen2Model, self).__init__(config)  # the parent would first build every layer at full width
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        layer = ShortcutDecoderLayer if config.shortcuts else ATPLlamaDecoderLayer
-        self.layers = nn.ModuleList(layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.layers = nn.ModuleList(ATPLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        # Those of Qwen2 under other names.
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # type: ignore[assignment]
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[assignment]
+        self.has_sliding_layers = "sliding_attention" in (config.layer_types or ())
         self.gradient_checkpointing = False
         self.post_init()
 
+    def forward(
+        self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPast:
+        """As in transformers: input_ids int64 [batch, tokens] or inputs_embeds [batch, tokens, hidden]."""
+        multiplier = self.config.embedding_multiplier
+        if multiplier != 1 and (input_ids is None) != (inputs_embeds is None):
+            embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            input_ids, inputs_embeds = None, embedded * multiplier
+        return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
-class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, LlamaForCausalLM):
+
+class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, GraniteForCausalLM):  # type: ignore[misc]  # nor a GraniteConfig
     """The cut model: loads, trains, generates and saves like any causal LM of transformers."""
 
     def __init__(self, config: ATPLlamaConfig) -> None:
-        super(LlamaForCausalLM, self).__init__(config)  # the parent would first build a full-width model
+        super(GraniteForCausalLM, self).__init__(config)  # the parent would first build a full-width model
         self.model = ATPLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _get_static_cache_init_shape(self) -> None:
-        # Key and value widths differ, so a static cache takes its shapes from the first states it sees.
+        # Key and value widths differ, so a static cache must take its shapes from the first states it sees.
         return None
 
 
 def register() -> None:
-    """Makes transformers know the class and the training attention; calling it again changes nothing."""
+    """Registers the class and the training attention with transformers; calling it again changes nothing."""
     attention.register()
     AutoConfig.register(ATPLlamaConfig.model_type, ATPLlamaConfig, exist_ok=True)
     AutoModel.register(ATPLlamaConfig, ATPLlamaModel, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The one place that reads models: whole ones, from safetensors or GGUF of their own folder, whose code is never run.
+"""The one place that reads models: from safetensors or GGUF in the model's own folder, without running its code.
 
 Everything that a folder or a Hub repository names is checked before transformers opens it: `trust_remote_code` is
-False, pickled weights are refused, and a name in an index or a config leads to no other folder. Links are followed,
+False, pickled weights are refused, and no name in an index or a config may lead to another folder. Links are followed,
 because the Hub's cache consists of them.
 """
 
@@ -17,13 +17,13 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
@@ -65,11 +65,11 @@ def read_tokenizer(path: str | Path, gguf_file: str | None = None) -> PreTrained
         return AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
 
 
-def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None = None) -> nn.Module:
+def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None = None) -> PreTrainedModel:
     """The causal LM of a model folder, a Hub name or a GGUF file in either, in evaluation mode.
 
-    dtype: of the loaded weights; "auto" takes that of the file. Raises `InputError` for a model that is not there, not
-    whole, not in safetensors, or that needs code of its own.
+    dtype: of the loaded weights; "auto" keeps that of the file. Raises `InputError` for a model that is missing,
+    incomplete, not in safetensors, or in need of code of its own.
     """
     config = read_config(path, gguf_file)
     with _explained("model", path):
@@ -79,11 +79,12 @@ def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None
         else:
             # Without dequantize the model counts as quantized and can be neither trained nor saved.
             options["quantization_config"] = GgufConfig(dequantize=True)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **options, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True,
             # Shapes that differ are then reported with the rest, and refused below.
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
+        model, found = loaded
         _require_whole(path, found)
         return model
 
@@ -95,7 +96,7 @@ def _gguf_content(path: str, gguf_file: str) -> dict[str, Any]:
 
 
 def _where(path: str | Path, gguf_file: str | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that say where the model is."""
+    """The arguments of `from_pretrained` that locate the model."""
     if gguf_file is None:
         return {"pretrained_model_name_or_path": path}
     _require_inside(gguf_file, Path(path) / "gguf_file")
@@ -109,7 +110,7 @@ def _where(path: str | Path, gguf_file: str | None) -> dict[str, Any]:
 
 
 def _weight_files(path: str | Path, config: PretrainedConfig) -> list[Path]:
-    """The safetensors files of a model; those that the Hub has and the cache has not are fetched.
+    """The safetensors files of a model; files that the Hub has and the cache lacks are downloaded.
 
     Refuses weights that transformers would unpickle, take from another folder, or mix with an adapter's.
     """
@@ -147,11 +148,11 @@ def _shards(path: str | Path, index: Path) -> list[Path]:
     for shard, file in files.items():
         if file is None:
             raise InputError(f"{index} names {shard}, which is not there: fetch the model again")
-    return list(files.values())
+    return [file for file in files.values() if file is not None]
 
 
 def _find(path: str | Path, name: str) -> Path | None:
-    """A file of a model folder or a Hub repository, which is then in the cache; None where it has none."""
+    """A file of a model folder or a Hub repository, which is then in the cache; None if there is no such file."""
     if os.path.isdir(path):
         file = Path(path) / name
         return file if file.is_file() else None
@@ -164,14 +165,15 @@ def _find(path: str | Path, name: str) -> Path | None:
 def _require_inside(name: object, where: Path, suffixes: tuple[str, ...] = ("",)) -> None:
     """Refuses a name that leads out of the folder of the file that holds it, or to a file of another kind."""
     # A Windows path knows both separators and drives.
-    inside = isinstance(name, str) and name and not PureWindowsPath(name).anchor
-    if not inside or ".." in PureWindowsPath(name).parts or not name.endswith(suffixes):
+    windows = PureWindowsPath(name) if isinstance(name, str) else PureWindowsPath()
+    inside = isinstance(name, str) and name.endswith(suffixes) and not windows.anchor and ".." not in windows.parts
+    if not name or not inside:
         kind = f" that ends in {suffixes[0]}" if suffixes[0] else ""
         raise InputError(f"{where} names {shorten(repr(name))}: give a plain file name in the same folder{kind}")
 
 
 def _require_whole(path: str | Path, found: dict[str, Any]) -> None:
-    """Refuses a model of which transformers drew weights at random or left weights of the file aside."""
+    """Refuses a model if transformers initialized weights at random or ignored weights of the file."""
     # Layers of old checkpoints hold a buffer that is computed now.
     unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     reshaped = [f"{name} {list(there)} for {list(here)}" for name, there, here in sorted(found["mismatched_keys"])]
@@ -191,7 +193,7 @@ def _require_whole(path: str | Path, found: dict[str, Any]) -> None:
 
 @contextmanager
 def _explained(what: str, path: str | Path) -> Iterator[None]:
-    """Turns whatever a foreign folder makes transformers raise into one sentence."""
+    """Turns whatever transformers raises on a foreign folder into one sentence."""
     try:
         yield
     except InputError:
@@ -204,7 +206,7 @@ def _explained(what: str, path: str | Path) -> Iterator[None]:
                 f"cannot load the {what} from '{path}': it needs code of its own, which is never run: give a model of "
                 "a family that transformers knows"
             ) from error
-        # Of a path that leads nowhere, transformers says that it is no Hub name.
+        # For a path that does not exist, transformers complains that it is no Hub name.
         why = "no such folder" if os.path.isabs(path) and not os.path.isdir(path) else reason(error)
         raise InputError(
             f"cannot load the {what} from '{path}': give the folder of a whole model or a Hub name ({why})"

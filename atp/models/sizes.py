@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from atp.errors import InputError, shorten
+from atp.families import FAMILIES, family_of, is_cut
+from atp.families.family import CUT_MODEL_TYPE
 
-_FAMILIES = ("llama", "mistral", "atp_llama")
 _REQUIRED = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
     "max_position_embeddings",
@@ -21,12 +22,13 @@ _MANY = 2**28  # weights for which there may be no room; fewer are built, and mi
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Refuses sizes of a Llama-like config.json that are no counts or do not divide each other.
+    """Refuses sizes in a config.json that are no counts or do not divide each other.
 
-    config: the file's content. Keys that it leaves out have transformers' defaults; other families are left to
-    transformers. Raises `InputError` naming the key and its value.
+    config: the file's content. Keys that it leaves out have transformers' defaults; families that are not supported are
+    left to transformers. Raises `InputError` naming the key and its value.
     """
-    if config.get("model_type") not in _FAMILIES:
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in (*FAMILIES, CUT_MODEL_TYPE):
         return
     given = {key: config[key] for key in _REQUIRED if key in config}
     given |= {key: config[key] for key in _OPTIONAL if config.get(key) is not None}
@@ -39,9 +41,9 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     kv_heads, hidden, head_dim = (given.get(key) for key in ("num_key_value_heads", "hidden_size", "head_dim"))
     if heads and kv_heads and heads % kv_heads:
         _refuse("num_attention_heads", heads, f"make it a multiple of num_key_value_heads {kv_heads}")
-    # SliceGPT narrows the residual stream of a cut model alone, so there it need not divide.
-    if heads and hidden and config["model_type"] != "atp_llama":
-        if hidden % heads:
+    # SliceGPT narrows the residual stream of a cut model but not its heads, so there it need not divide.
+    if heads and hidden and name != CUT_MODEL_TYPE:
+        if hidden % heads and (head_dim is None or FAMILIES[name].whole_heads):
             _refuse("hidden_size", hidden, f"make it a multiple of num_attention_heads {heads}")
         head_dim = head_dim or hidden // heads
     if head_dim and head_dim % 2:
@@ -49,17 +51,17 @@ def check_sizes(config: Mapping[str, Any]) -> None:
 
 
 def check_against_files(config: PretrainedConfig, size: int) -> None:
-    """Refuses a Llama-like config that describes far more weights than its files can hold.
+    """Refuses a config of a supported family that describes far more weights than its files can hold.
 
     Otherwise transformers would first make room for them all. size: bytes of all files. Raises `InputError`.
     """
-    if config.model_type not in _FAMILIES:
+    if config.model_type not in (*FAMILIES, CUT_MODEL_TYPE):
         return
     weights = config.vocab_size * config.hidden_size
-    if config.model_type != "atp_llama":  # whose layers may be much narrower
-        attention = config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
-        weights += config.num_hidden_layers * config.hidden_size * (2 * attention + 3 * config.intermediate_size)
-    if weights > _MANY and weights > 8 * size:  # no file has less than a bit for a weight
+    if not is_cut(config):  # whose layers may be much narrower
+        linears = family_of(config).linears(config).values()
+        weights += config.num_hidden_layers * sum(linear.out_features * linear.in_features for linear in linears)
+    if weights > _MANY and weights > 8 * size:  # no file has less than one bit per weight
         raise InputError(
             f"config.json of the model describes {weights:,} weights and its files hold {size:,} bytes: correct "
             "config.json, or fetch the model again"

@@ -1,20 +1,20 @@
-"""The certificate: how far the logits of masked, cut and reloaded model lie apart on real tokens.
+"""The certificate: how far the logits of the masked, the cut and the reloaded model differ on real tokens.
 
-All of them are computed in float32, narrower weights widened, so that what is compared is the models and not the
-rounding of their activations. The masked model is gone once it is cut, so its logits are taken before:
-`reference_logits`, cut, `compare`. The saved model is compared with the one in memory: `certify_export`. Beside the
-reference the logits of one batch exist at a time, by default of one window: at the cut they would be the largest
-tensors of a whole run.
+All logits are computed in float32, with narrower weights widened, so that the comparison is of the models and not of
+the rounding of their activations. The masked model no longer exists after the cut, so its logits are taken before it:
+`reference_logits`, cut, `compare`. `certify_export` compares the saved model with the one in memory. Besides the
+reference only the logits of one batch exist at a time, by default of one window, because the logits at the cut would
+otherwise be the largest tensors of a run (docs/method.md section 7).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -34,12 +34,12 @@ MEANING = {
     "merge_error": "weights with the adapter merged in, error as a share of that of rounding once",
 }
 LIMITS = {"removed_lora_norm": 0.0, "masked_vs_cut": 1e-3, "cut_vs_reloaded": 1e-3, "merge_error": 1.0}
-"""The largest value of each figure that a correct run has, whatever the dtype of its weights."""
+"""The largest value of each figure in a correct run, whatever the dtype of its weights."""
 AT_CUT, AT_EXPORT = ("removed_lora_norm", "masked_vs_cut"), ("cut_vs_reloaded", "merge_error")
 USUAL_ROUNDING = {"float64": 1e-4, "float32": 1e-4, "float16": 0.01, "bfloat16": 0.1}
 """What `rounding_gap` of a tuned model usually stays below, by the dtype of its weights.
 
-It is how far rounding merged weights moves the logits. No limit can be set: a model may be as sensitive as it likes.
+It is how far rounding the merged weights moves the logits. It has no limit, because models differ in sensitivity.
 """
 
 
@@ -61,7 +61,8 @@ class LogitGap:
 
 def certificate_tokens(calibration: Dataset) -> Tensor:
     """The first calibration samples, int64 [windows, length], on which models are compared."""
-    return collate([calibration[row] for row in range(min(_WINDOWS, len(calibration)))])["input_ids"]
+    count = min(_WINDOWS, len(cast(Sized, calibration)))
+    return collate([calibration[row] for row in range(count)])["input_ids"]
 
 
 def reference_logits(model: nn.Module, input_ids: Tensor, batch_size: int = 1) -> Tensor:
@@ -69,7 +70,8 @@ def reference_logits(model: nn.Module, input_ids: Tensor, batch_size: int = 1) -
 
     input_ids: int64 [windows, tokens], without padding. The result takes 4 bytes x windows x tokens x vocab.
     """
-    reference = torch.empty(*input_ids.shape, model.config.vocab_size)
+    config: Any = model.config
+    reference = torch.empty(*input_ids.shape, config.vocab_size)
     for rows, logits in zip(reference.split(batch_size), _logits(model, input_ids, batch_size), strict=True):
         rows.copy_(logits)
     return reference
@@ -89,17 +91,17 @@ def compare(reference: Tensor, model: nn.Module, input_ids: Tensor, batch_size: 
 
 
 def logit_gap(reference: nn.Module, model: nn.Module, input_ids: Tensor, batch_size: int = 1) -> LogitGap:
-    """The gap between two models in memory, batch by batch. input_ids: int64 [windows, tokens], without padding."""
+    """The gap between two models in memory. input_ids: int64 [windows, tokens], without padding."""
     return _gap(_logits(reference, input_ids, batch_size), _logits(model, input_ids, batch_size))
 
 
 @torch.no_grad()
 def merge_error(model: PeftModel, exported: nn.Module) -> float:
-    """How far the weights of `exported` lie from W + scaling * B A of a PEFT model: the largest share of what is due.
+    """The largest error of a weight of `exported` against W + scaling * B A of a PEFT model, in allowed errors.
 
-    Due to a weight with an adapter is half a unit in the last place of W's dtype: at most 1 for a sum that was formed
-    in float64 and rounded once. Weights without an adapter must be the same bit for bit. Infinite where they are not,
-    or where names or shapes differ; NaN where a weight is.
+    A weight with an adapter is allowed half a unit in the last place of W's dtype, so the result is at most 1 for sums
+    that were formed in float64 and rounded once. Weights without an adapter must be equal bit for bit; the result is
+    infinite where they are not, and where names or shapes differ. NaN where a weight is NaN.
     """
     source, adapter = model.get_base_model(), model.active_adapter
     layers = {f"{name}.weight": layer for name, layer in source.named_modules() if isinstance(layer, LoraLayer)}
@@ -113,31 +115,29 @@ def merge_error(model: PeftModel, exported: nn.Module) -> float:
         if found.shape != weight.shape:
             return math.inf
         if name in layers:
-            share = _share_of_due(layers[name], adapter, found)
+            share = _share_of_allowed(layers[name], adapter, found)
         else:
             share = 0.0 if torch.equal(found, weight.cpu()) else math.inf
         worst = share if math.isnan(share) else max(worst, share)
     return worst
 
 
-def _share_of_due(layer: LoraLayer, adapter: str, found: Tensor) -> float:
-    weight, b, a = (
-        tensor.detach().cpu() for tensor in (layer.get_base_layer().weight, layer.lora_B[adapter].weight,
-                                             layer.lora_A[adapter].weight)
-    )  # fmt: skip
+def _share_of_allowed(layer: LoraLayer, adapter: str, found: Tensor) -> float:
+    linears: Any = layer.get_base_layer(), layer.lora_B[adapter], layer.lora_A[adapter]
+    weight, b, a = (linear.weight.detach().cpu() for linear in linears)
     kind, wide = torch.finfo(weight.dtype), torch.finfo(torch.float64)
     w, b, a = weight.double(), layer.scaling[adapter] * b.double(), a.double()
     exact = w + b @ a
     size = w.abs() + b.abs() @ a.abs()
-    # Half a unit in the last place, and a hair more: torch rounds float64 to 16 bits by way of float32.
-    due = kind.eps / 2 * ((1 + 2**-14) * exact.abs() + kind.tiny) + (len(a) + 2) * wide.eps * size
+    # Half a unit in the last place and a little more, because torch rounds float64 to 16 bits by way of float32.
+    allowed = kind.eps / 2 * ((1 + 2**-14) * exact.abs() + kind.tiny) + (len(a) + 2) * wide.eps * size
     error = (found.double() - exact).abs()
-    # A weight of nothing but zeros has nothing due, and no error.
-    return float(torch.where(error == 0, 0.0, error / due).max())
+    # A weight of zeros is allowed no error and has none.
+    return float(torch.where(error == 0, 0.0, error / allowed).max())
 
 
 def certify_export(model: PeftModel, merged: Tensor, folder: str | Path, input_ids: Tensor) -> dict[str, float | str]:
-    """The certificate's figures of an export, of the model in memory and the one in a folder, loaded as users would.
+    """The certificate's figures of an export: the model in memory against the one in a folder, loaded as users do.
 
     model: cut, with its adapter. merged: `reference_logits` of `merge_adapter(model)` on input_ids [windows, tokens].
     """
@@ -154,7 +154,7 @@ def certify_export(model: PeftModel, merged: Tensor, folder: str | Path, input_i
 
 
 def check_certificate(certificate: dict[str, Any], names: Iterable[str]) -> None:
-    """Raises `NotReached` for the first of these names whose value is not within its limit; NaN never is."""
+    """Raises `NotReached` for the first of these figures that exceeds its limit or is NaN."""
     for name in names:
         value = certificate[name]
         if not value <= LIMITS[name]:
@@ -162,7 +162,7 @@ def check_certificate(certificate: dict[str, Any], names: Iterable[str]) -> None
 
 
 def rounding_remark(certificate: dict[str, Any]) -> str | None:
-    """A sentence where rounding moved the logits by more than it usually does, else None."""
+    """A sentence if rounding moved the logits more than it usually does, else None."""
     dtype, gap = certificate["dtype"], certificate["rounding_gap"]
     if gap <= USUAL_ROUNDING[dtype]:
         return None
@@ -173,8 +173,9 @@ def rounding_remark(certificate: dict[str, Any]) -> str | None:
 
 
 def dtype_name(model: nn.Module) -> str:
-    """The dtype of a model's embeddings, for the record: `bfloat16`."""
-    return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    """The dtype of a model's embeddings, e.g. `bfloat16`."""
+    causal: Any = model
+    return str(causal.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
 
 def _gap(reference: Iterator[Tensor] | tuple[Tensor, ...], logits: Iterator[Tensor]) -> LogitGap:
@@ -182,7 +183,7 @@ def _gap(reference: Iterator[Tensor] | tuple[Tensor, ...], logits: Iterator[Tens
     for expected, actual in zip(reference, logits, strict=True):
         expected = expected.to(actual.device)
         difference = float((expected - actual).abs().max())
-        # max() would drop a NaN, and a model that yields one must never pass.
+        # max() would drop a NaN, and a model with NaN logits must not pass.
         absolute = difference if difference != difference else max(absolute, difference)
         scale = max(scale, float(expected.abs().max()))
     return LogitGap(absolute, scale)

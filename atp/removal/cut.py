@@ -1,14 +1,14 @@
-"""The physical cut: removed rows and columns leave base weights, biases and LoRA factors; the rest is kept bit by bit.
+"""The physical cut: takes removed rows and columns out of base weights, biases and LoRA factors, bit for bit.
 
-Everything follows the table of `MaskSpace`: a cut on axis 0 of a linear takes rows of its weight, bias and LoRA B, a
-cut on axis 1 takes columns of its weight and LoRA A.
+Everything follows the table of `MaskSpace`: a cut on axis 0 of a linear removes rows of its weight, bias and LoRA B, a
+cut on axis 1 removes columns of its weight and LoRA A (docs/method.md section 6).
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from dataclasses import asdict
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.lora.layer import fuse_layers
-from atp.models.config import ATPLlamaConfig, LayerShape
+from atp.models.config import ATPLlamaConfig
 from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
+from atp.models.selected import Selection
 from atp.spaces.space import MaskSpace
 from atp_kernels import compact
 
@@ -38,9 +39,9 @@ _Kept = tuple[Tensor | None, Tensor | None]
 def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> dict[str, Tensor]:
     """The state dict of the cut model, under the same keys.
 
-    state: of a causal LM, plain or inside a PEFT model with LoRA; what no decision touches is shared, not copied. The
-    state of an optimizer, named `<parameter name>.<state name>`, is cut alike.
-    mask: bool [space.size], True keeps. The order of the kept rows and columns stays, so RoPE pairs stay paired.
+    state: of a causal LM, plain or inside a PEFT model with LoRA; tensors that no decision touches are shared, not
+    copied. The state of an optimizer, named `<parameter name>.<state name>`, is cut in the same way.
+    mask: bool [space.size], True keeps. Kept rows and columns keep their order, so RoPE pairs stay paired.
     Raises ValueError for a mask that empties a structure, an unknown parameter of a cut linear, or a wrong size.
     """
     kept = _kept_indices(space, mask)
@@ -50,28 +51,21 @@ def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> 
 def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPLlamaConfig:
     """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`."""
     _check_mask(space, mask)
-    values = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
-    sides: list[dict[str, _Kept]] = [{} for _ in range(space.num_layers)]
-    for layer, module, out_mask, in_mask in space.module_masks(mask):
-        sides[layer][module] = (out_mask, in_mask)
-    shapes = [_layer_shape(layer, masks, space, config) for layer, masks in enumerate(sides)]
-    cut = ATPLlamaConfig(**values, layer_shapes=[asdict(shape) for shape in shapes])
-    cut._attn_implementation = config._attn_implementation
-    return cut
+    whole = ATPLlamaConfig.from_whole(config).layer_shapes or []
+    shapes = [shape | space.layer_widths(layer, mask) for layer, shape in enumerate(whole)]
+    return ATPLlamaConfig.from_whole(config, layer_shapes=shapes)
 
 
 @torch.no_grad()
 def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor) -> ATPLlamaForCausalLM | PeftModel:
     """A smaller model that computes what `model` computes under `mask` on the sums, LoRA included.
 
-    model: a Llama or Mistral causal LM, plain or with one LoRA adapter, which comes back wrapped by the same LoRA
-    config and layer classes. Dtypes, devices, requires_grad and training mode are kept; hooks, masks and gradient
-    checkpointing are not, set them again. Only cut weights are new memory: the result shares every other tensor with
-    `model`, so drop `model` afterwards. Raises ValueError as `cut_state_dict`.
+    model: a causal LM of a supported family, plain or with one LoRA adapter; the result then has an adapter of the same
+    config and layer classes. Dtypes, devices, requires_grad and training mode are kept; set hooks, masks and gradient
+    checkpointing again. Only cut weights take new memory: the result shares all other tensors with `model`, so drop
+    `model` afterwards. Raises ValueError as `cut_state_dict`.
     """
-    source = model.get_base_model() if isinstance(model, PeftModel) else model
+    source: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = cut_config(source.config, space, mask)
     with torch.device("meta"):
         base = ATPLlamaForCausalLM(config)
@@ -89,7 +83,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """A plain model of the base's class whose weights hold W + scaling * B A; `model` stays as it is.
 
     The sum is formed in float64 and rounded once to the dtype of W. Only merged weights are new memory, other tensors
-    are shared with `model`. Raises ValueError for anything but one plain LoRA adapter.
+    are shared with `model`. Raises ValueError for other adapters than one plain LoRA.
     """
     adapter, _ = _adapter_config(model)
     layers = model.get_base_model().named_modules()
@@ -99,12 +93,12 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def base_of(model: PeftModel) -> PreTrainedModel:
-    """A plain model of the base's class without the adapter, all of whose tensors are shared with `model`."""
+    """A plain model of the base's class without the adapter; shares all tensors with `model`."""
     return _plain(model, {})
 
 
 def _plain(model: PeftModel, changed: dict[str, Tensor]) -> PreTrainedModel:
-    source = model.get_base_model()
+    source: Any = model.get_base_model()
     state = {n.replace(".base_layer.", "."): t for n, t in source.state_dict().items() if ".lora_" not in n}
     with torch.device("meta"):
         plain = type(source)(copy.deepcopy(source.config))
@@ -120,7 +114,7 @@ def _check_mask(space: MaskSpace, mask: Tensor) -> None:
         if not mask[structure.span].any():
             raise ValueError(
                 f"layer {structure.layer} would keep none of its {structure.size} {structure.name} decisions: "
-                "a structure is never removed as a whole, keep at least one"
+                "keep at least one, because a structure is never removed as a whole"
             )
 
 
@@ -160,45 +154,13 @@ def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> T
     return tensor.detach()[rows] if tensor.ndim == 1 else compact(tensor, rows, columns)
 
 
-def _layer_shape(layer: int, masks: dict[str, _Kept], space: MaskSpace, config: PretrainedConfig) -> LayerShape:
-    """Reads the widths of a cut layer off the masks of its linears, so that no space needs a case of its own."""
-
-    def grid(module: str, axis: int) -> tuple[Tensor, Tensor]:
-        """Kept heads and kept dimensions of a linear, if its mask is the product of the two."""
-        linear = space.linears[module]
-        mask = masks[module][axis]
-        if mask is None:
-            mask = torch.ones((linear.out_features, linear.in_features)[axis], dtype=torch.bool)
-        by_head = mask.cpu().view(-1, config.head_dim)
-        heads, dims = by_head.any(1), by_head.any(0)
-        if not torch.equal(by_head, heads[:, None] & dims):
-            raise ValueError(f"layer {layer}: the heads of {module} keep different dimensions, which no model can hold")
-        return heads, dims
-
-    (q_heads, q_dims), (k_heads, k_dims) = grid("self_attn.q_proj", 0), grid("self_attn.k_proj", 0)
-    (v_heads, v_dims), (o_heads, o_dims) = grid("self_attn.v_proj", 0), grid("self_attn.o_proj", 1)
-    pairs = q_dims[: config.head_dim // 2]
-    groups = k_heads.repeat_interleave(config.num_attention_heads // config.num_key_value_heads)
-    agree = ((q_dims, k_dims), (v_dims, o_dims), (k_heads, v_heads), (q_heads, o_heads), (q_heads, groups))
-    if not all(torch.equal(a, b) for a, b in agree) or not torch.equal(q_dims, pairs.repeat(2)):
-        raise ValueError(f"layer {layer}: the attention linears keep different heads, dimensions or half RoPE pairs")
-    inner = masks["mlp.down_proj"][1]
-    return LayerShape(
-        num_attention_heads=int(q_heads.sum()),
-        num_key_value_heads=int(k_heads.sum()),
-        qk_pairs=None if bool(pairs.all()) else pairs.nonzero().flatten().tolist(),
-        v_head_dim=int(v_dims.sum()),
-        intermediate_size=config.intermediate_size if inner is None else int(inner.sum()),
-    )
-
-
 def _adapter_config(model: PeftModel) -> tuple[str, LoraConfig]:
     if len(model.peft_config) != 1:
         raise ValueError(f"the model has the adapters {', '.join(model.peft_config)}: keep one, delete the others")
-    ((adapter, config),) = model.peft_config.items()
+    ((adapter, config),) = cast(dict[str, LoraConfig], model.peft_config).items()
     if config.peft_type != "LORA" or config.use_dora or config.lora_bias or config.modules_to_save:
         raise ValueError(
-            f"adapter '{adapter}' is not plain LoRA: cut and merge know it without use_dora, lora_bias, modules_to_save"
+            f"adapter '{adapter}' is not plain LoRA: train it without use_dora, lora_bias and modules_to_save"
         )
     return adapter, config
 
@@ -207,25 +169,33 @@ def _wrap_like(model: PeftModel, base: ATPLlamaForCausalLM) -> PeftModel:
     adapter, config = _adapter_config(model)
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # no model on the Hub has these widths
-    options = {"adapter_name": adapter, "autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+    options: dict[str, Any] = {"adapter_name": adapter, "autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
     return fuse_layers(get_peft_model(base, config, **options))
 
 
-def _complete(base: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Sets what no state dict holds: tied weights, non-persistent buffers and the generation config."""
+def _complete(base: Any, source: Any) -> None:
+    """Sets what no state dict holds: tied weights, non-persistent buffers and the generation config.
+
+    base and source: causal LMs, not inside PEFT.
+    """
     if base.config.tie_word_embeddings:
         base.tie_weights()
-    # A copy, not computed anew: a cast of the source may have rounded its frequencies, which must not change here.
+    # A copy rather than a new module: a cast of the source may have rounded its frequencies, which must not change.
     base.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
     for layer in base.model.layers:
         attention = layer.self_attn
-        if isinstance(attention, ATPLlamaAttention) and attention.rope_index is not None:
-            attention.rope_index = attention.kept_rope_index().to(attention.q_proj.weight.device)
+        if isinstance(attention, ATPLlamaAttention) and (index := attention.kept_rope_index()) is not None:
+            attention.rope_index = index.to(attention.q_proj.weight.device)
+        for selection in (module for module in layer.children() if isinstance(module, Selection)):
+            for name, index in selection.indices().items():
+                setattr(selection, name, None if index is None else index.to(layer.input_layernorm.weight.device))
     base.generation_config = copy.deepcopy(source.generation_config)
 
 
 def _merged_weight(layer: LoraLayer, adapter: str) -> Tensor:
-    weight = layer.get_base_layer().weight
+    base: Any = layer.get_base_layer()
+    weight: Tensor = base.weight
+    factors: Any = layer.lora_B[adapter], layer.lora_A[adapter]
     place = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
-    w, b, a = (x.to(place).double() for x in (weight, layer.lora_B[adapter].weight, layer.lora_A[adapter].weight))
+    w, b, a = (x.to(place).double() for x in (weight, *(factor.weight for factor in factors)))
     return torch.addmm(w, b, a, alpha=layer.scaling[adapter]).to(weight)

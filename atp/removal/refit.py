@@ -1,9 +1,9 @@
-"""Fits the linears that read a cut to the inputs that stay, so that these say what the removed ones said.
+"""Refits the linears that read removed inputs, so that the kept inputs reproduce the removed inputs' contribution.
 
-o_proj and down_proj read what a decision removes. Without the inputs r, y = W x lacks W_r x_r; the least-squares answer
-over calibration text adds W_r X_r^T X_k (X_k^T X_k + lambda I)^-1 to W_k. Layer after layer, each on what the layers
-before it give once they are cut and fitted: fitting all of them to the whole model's activations measured worse than
-nothing (1-method.md section 9).
+Without the removed inputs r, y = W x lacks W_r x_r. Least squares over calibration text adds
+W_r X_r^T X_k (X_k^T X_k + lambda I)^-1 to W_k. Layers are refitted in order, each on the activations of the layers
+before it, cut and refitted: refitting all of them on the activations of the whole model measured worse than no refit
+(docs/method.md section 8).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.lora.controller import MaskController
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
-from atp.models.layers import BLOCKS, first_layer_inputs, reached, run_block
-from atp.spaces.space import MaskSpace, Structure
+from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, run_block
+from atp.spaces.space import MaskSpace
 
 _DAMPING = 0.01
 _ROWS = 4096  # tokens in one product
@@ -36,40 +36,39 @@ def refit(
     *,
     damping: float = _DAMPING,
 ) -> dict[str, Tensor]:
-    """Changes the base weights of o_proj and down_proj where `mask`, bool [space.size], removes inputs of theirs.
+    """Changes the base weights of the linears that end a block where `mask`, bool [space.size], removes their inputs.
 
-    decoder: a Llama or Mistral decoder in evaluation mode whose linears are masked LoRA layers; LoRA counts as part of
-    the weight. batches: what `atp.data.collate` makes; the hidden states of all of them, and one
-    layer's inputs of a reader, are held at once. damping:
-    lambda as a share of the mean square of the kept inputs. Columns of removed inputs stay as they were. Masks are
-    cleared afterwards, kept slices are stale. Returns the changed weights by their names in the decoder, not copied.
-    Raises `NotReached` where inputs or fitted weights are not finite.
+    decoder: a decoder in evaluation mode whose linears are masked LoRA layers; LoRA counts as part of the weight.
+    batches: as `atp.data.collate` makes them; the hidden states of all of them and the inputs of one linear are in
+    memory at once. damping: lambda as a share of the mean square of the kept inputs. Columns of removed inputs stay as
+    they are. Clears the masks; kept slices are stale afterwards. Returns the changed weights, not copied, by their
+    names in the decoder. Raises `NotReached` when inputs or fitted weights are not finite.
     """
     states, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
     changed = {}
-    for index, layer in enumerate(decoder.layers):
+    layers: Any = decoder.layers
+    for index, layer in enumerate(layers):
         for norm, block in BLOCKS:
             calls = [
                 partial(run_block, layer, norm, block, x, given) for x, given in zip(states, arguments, strict=True)
             ]
-            found = _reader(space, index, block, mask)
-            if found is None:
+            structure = space.read_by(index, block)
+            if structure is None or structure.reader is None or mask[structure.span].all():
                 controller.set(mask, "sum")
                 states = [call() for call in calls]
                 continue
-            structure, module, kept = found
-            linear = layer.get_submodule(module)
+            linear: Any = layer.get_submodule(structure.reader)
             opened = mask.clone()
-            opened[structure.span] = True  # its removed inputs are computed once more, to see what they say
+            opened[structure.span] = True  # the fit needs the removed inputs too
             controller.set(opened, "sum")
             inputs = [_input(linear, call) for call in calls]
-            name = f"layers.{index}.{module}"
+            name = f"layers.{index}.{structure.reader}"
             if not all(map(is_finite, inputs)):
                 raise NotReached(
                     f"{name} reads NaN or infinity on the calibration windows, so it cannot be refitted: use "
                     "model.dtype=float32 and training.precision=float32, or decisions.refit_windows=0"
                 )
-            _fit(linear, inputs, kept.to(linear.weight.device), damping)
+            _fit(linear, inputs, structure.kept_inputs(mask).to(linear.weight.device), damping)
             weight = linear.get_base_layer().weight
             if not is_finite(weight):
                 raise NotReached(
@@ -78,23 +77,14 @@ def refit(
                 )
             changed[f"{name}.base_layer.weight"] = weight
             controller.set(mask, "sum")
-            states = [x + linear(read) for x, read in zip(states, inputs, strict=True)]  # the reader ends its block
+            # The reader ends its block.
+            states = [add_block(layer, x, linear(read)) for x, read in zip(states, inputs, strict=True)]
     controller.clear()
     return changed
 
 
-def _reader(space: MaskSpace, layer: int, block: str, mask: Tensor) -> tuple[Structure, str, Tensor] | None:
-    """The structure that removes inputs of the last linear of a block, that linear, and which stay, bool [in]."""
-    for structure in space.layer(layer):
-        for cut in structure.cuts:
-            kept = mask[structure.span][cut.owner]
-            if cut.axis == 1 and cut.module.startswith(block) and not kept.all():
-                return structure, cut.module, kept
-    return None
-
-
 def _input(linear: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-    """What a linear is given in a call, which ends there."""
+    """The input of a linear in a forward pass, which stops there."""
     with reached(linear) as found:
         call()
     return found[0]
@@ -102,9 +92,11 @@ def _input(linear: nn.Module, call: Callable[[], Tensor]) -> Tensor:
 
 def _fit(linear: MaskedLoraLinear, inputs: list[Tensor], kept: Tensor, damping: float) -> None:
     """Normal equations in float32 or wider, solved in float64."""
-    weight = linear.get_base_layer().weight
+    base: Any = linear.get_base_layer()
+    weight: Tensor = base.weight
+    delta: Tensor = linear.get_delta_weight(ADAPTER)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    removed = (weight.to(wide) + linear.get_delta_weight(ADAPTER).to(wide))[:, ~kept].T
+    removed = (weight.to(wide) + delta.to(wide))[:, ~kept].T
     count = int(kept.sum())
     moments = removed.new_zeros(count, count)
     cross = removed.new_zeros(count, len(weight))
@@ -115,7 +107,7 @@ def _fit(linear: MaskedLoraLinear, inputs: list[Tensor], kept: Tensor, damping: 
             moments.addmm_(x_kept.T, x_kept)
             cross.addmm_(x_kept.T, x[:, ~kept] @ removed)
     moments = moments.double()
-    smallest = torch.finfo(wide).tiny  # inputs that are all zero need no fit, and allow none
+    smallest = torch.finfo(wide).tiny  # where all inputs are zero the system would be singular
     moments.diagonal().add_((damping * moments.diagonal().mean()).clamp_min(smallest))
     fitted = weight[:, kept].double() + torch.linalg.solve(moments, cross.double()).T
-    weight[:, kept] = fitted.to(weight.dtype)  # the sum is rounded, once
+    weight[:, kept] = fitted.to(weight.dtype)  # rounded once, after the sum

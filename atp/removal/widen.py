@@ -1,4 +1,4 @@
-"""A model in float32 arithmetic without a second copy of it: parts are widened while they run, one at a time."""
+"""Float32 arithmetic for a model of narrower weights without a second copy: one part at a time is widened."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """Inside a with block a causal LM of bfloat16 or float16 weights computes in float32, its weights unrounded.
+    """Inside a with block, a causal LM with bfloat16 or float16 weights computes in float32 on the same weights.
 
     model: plain or inside PEFT, with a decoder of embeddings, layers and norm. A layer's weights are float32 while it
-    runs and what they were, bit for bit, after it; hidden states are float32 from the embeddings on. Does nothing for
-    float32 and float64 weights. Slices of masks are not widened: use masks themselves.
+    runs and bit for bit the old ones afterwards; hidden states are float32 from the embeddings on. Does nothing for
+    float32 and float64 weights. Kept slices are not widened: use masks without slices.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    causal = whole.get_base_model() if hasattr(model, "get_base_model") else whole
     if not any(_is_narrow(parameter) for parameter in causal.parameters()):
         yield
         return

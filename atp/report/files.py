@@ -1,4 +1,4 @@
-"""What a run folder holds, as far as it got."""
+"""The records in a run folder, finished or not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atp.reading import parse_json
 
 @dataclass
 class RunFiles:
-    """The records of a run; what is missing is empty, and `notes` says so in sentences."""
+    """The records of a run; missing ones are empty, and `notes` has a sentence about each."""
 
     name: str
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -26,15 +26,14 @@ class RunFiles:
 def read_run(folder: Path) -> RunFiles:
     """Reads metrics.jsonl, summary.json, decisions.json, certificate.json and config.yaml of a run folder.
 
-    A run without a summary takes the scores that exist from evaluation.json. Raises `InputError` when the folder has
-    none of these files.
+    Without a summary, scores come from evaluation.json. Raises `InputError` if the folder has none of these files.
     """
     run = RunFiles(name=folder.resolve().name)
     try:
         _fill(run, folder)
     except OSError as error:
         reason = shorten(error.strerror)
-        raise InputError(f"cannot read {shorten(error.filename)} ({reason}): check its rights") from None
+        raise InputError(f"cannot read {shorten(error.filename)} ({reason}): check its permissions") from None
     if not (run.config or run.metrics or run.decisions or run.certificate or run.summary):
         raise InputError(
             f"{shorten(folder)} is not a run folder: it has none of config.yaml, metrics.jsonl and summary.json"
@@ -43,9 +42,7 @@ def read_run(folder: Path) -> RunFiles:
         "config.yaml": run.config, "metrics.jsonl": run.metrics, "decisions.json": run.decisions,
         "certificate.json": run.certificate,
     }  # fmt: skip
-    run.notes += [
-        f"{name} is missing, and with it a part of this page." for name, found in missing.items() if not found
-    ]
+    run.notes += [f"{name} is missing, and part of this page with it." for name, found in missing.items() if not found]
     return run
 
 
@@ -61,7 +58,7 @@ def _fill(run: RunFiles, folder: Path) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, each with step and phase; lines that are none are left out."""
+    """The records of a run's metrics.jsonl, each with step and phase, without unreadable lines."""
     return _metrics(_text(folder / "metrics.jsonl"), [])
 
 
@@ -78,7 +75,7 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        notes.append(f"{path.name} is damaged and was left out.")
+        notes.append(f"{path.name} is damaged and was skipped.")
         return {}
     return content
 
@@ -90,15 +87,15 @@ def _metrics(text: str, notes: list[str]) -> list[dict[str, Any]]:
             record = parse_json(line)
             records.append({**record, "step": int(record["step"]), "phase": str(record["phase"])})
         except (KeyError, TypeError, ValueError, OverflowError):
-            # A run that was killed may leave half a line.
+            # A killed run may leave half a line.
             bad += 1
     if bad:
-        notes.append(f"metrics.jsonl: {bad} unreadable line(s) were left out.")
+        notes.append(f"metrics.jsonl: {bad} unreadable line(s) were skipped.")
     return records
 
 
 def _partial_summary(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The part of a summary that the scores taken so far give."""
+    """The part of a summary that the scores so far allow."""
     found = {name: scores for name, scores in evaluation.items() if isinstance(scores, dict)}
     models = {name: scores for name, scores in found.items() if "perplexity" in scores}
     if not models:
@@ -118,6 +115,6 @@ def _partial_summary(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """A dictionary in a dictionary, empty where it is missing or something else."""
+    """A dictionary in a dictionary; empty if it is missing or something else."""
     found = values.get(name)
     return found if isinstance(found, dict) else {}

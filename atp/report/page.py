@@ -1,54 +1,58 @@
-"""The page: sections in order, in one file that needs nothing else."""
+"""Pages from templates: HTML that needs no other file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from atp.errors import shorten
 from atp.files import write_text
 from atp.report import sections
 from atp.report.files import RunFiles, read_run
-from atp.report.markup import escape
-from atp.report.style import CSS
 
-_SECTIONS = (
-    sections.headline, sections.scores, sections.training, sections.widths, sections.certificate, sections.settings,
-)  # fmt: skip
+_SECTIONS: dict[str, Callable[[RunFiles], Any]] = {
+    "headline": sections.headline, "scores": sections.scores, "training": sections.training,
+    "widths": sections.widths, "certificate": sections.certificate, "settings": sections.settings,
+}  # fmt: skip
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes `report.html` into a run folder and returns its path; a run that stopped early gives a shorter page.
+    """Writes `report.html` into a run folder and returns its path; an unfinished run gives a shorter page.
 
     The page is self-contained (inline style and SVG, no script) and replaces an earlier one in one step. Raises
-    `InputError` when the folder holds no run.
+    `InputError` if the folder holds no run.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    parts = [_drawn(part, run) for part in _SECTIONS]
-    body = "".join([sections.notes(run), *parts])
+    content = {name: _found(name, part, run) for name, part in _SECTIONS.items()}
     path = run_dir / "report.html"
-    write_text(path, html_page(f"ATP run {run.name}", body))
+    write_text(path, render("run", title=f"ATP run {run.name}", notes=sections.notes(run), **content))
     return path
 
 
-def _drawn(part: Callable[[RunFiles], str], run: RunFiles) -> str:
-    """A section, or a note in its place: one damaged record leaves the rest of the page."""
+def _found(name: str, part: Callable[[RunFiles], Any], run: RunFiles) -> Any:
+    """The content of a section; None and a note if its records are damaged, so that the rest of the page remains."""
     try:
         return part(run)
-    except Exception as error:  # a record that holds anything but what a run writes there
+    except Exception as error:  # a record may hold anything
         reason = f"{type(error).__name__}: {shorten(error)}"
-        run.notes.append(f"The section on {part.__name__} is left out: the run's records are damaged ({reason}).")
-        return ""
+        run.notes.append(f"The section on {name} is left out: the run's records are damaged ({reason}).")
+        return None
 
 
-def html_page(title: str, body: str) -> str:
-    """A whole page around finished HTML; title is plain text."""
-    title = escape(title)
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{CSS}</style></head>"
-        f"<body><main><h1>{title}</h1>{body}</main></body></html>\n"
-    )
-    return page.encode("utf-8", "replace").decode("utf-8")  # a name from the file system may hold what is no character
+def render(template: str, **values: Any) -> str:
+    """A page from `templates/NAME.html.jinja2`. Values are escaped, unless they are `markupsafe.Markup`."""
+    page = _environment().get_template(f"{template}.html.jinja2").render(values)
+    return page.encode("utf-8", "replace").decode("utf-8")  # file names may hold lone surrogates
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("atp.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip

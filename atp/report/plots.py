@@ -1,4 +1,4 @@
-"""Plots as inline SVG that takes its colours and font from the page, so that it fits light and dark."""
+"""Plots as inline SVG in the page's own colours and font, for light and dark, and as PNG files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that stand for the page's own: replaced in the finished SVG.
+# Placeholders for the page's own colours, replaced in the finished SVG.
 _INK, _GRID = "#010101", "#020202"
 _SERIES = ("#030301", "#030302", "#030303", "#030304")
 _PAGE_COLORS = {_INK: "currentColor", _GRID: "var(--line)"} | {
     color: f"var(--series-{index})" for index, color in enumerate(_SERIES, start=1)
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _GRID,
     "xtick.color": _INK, "ytick.color": _INK, "grid.color": _GRID, "axes.grid": True, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0,
@@ -31,10 +31,11 @@ _STYLE = {
 }  # fmt: skip
 _WIDTH = 5.4  # inches; small enough that the text stays readable on a phone
 
-_LIGHT = {_INK: "#1d2126", _GRID: "#dfe2e5"}  # for pictures that stand alone
+_LIGHT = {_INK: "#1d2126", _GRID: "#dfe2e5"}  # for standalone pictures
 _LIGHT_SERIES = ("#2563b8", "#c2571a", "#2a8a4a", "#8a4fb0", "#6b7280", "#b03060")
 
 Records = list[dict[str, Any]]
+Point = tuple[float, float, float, float]
 Panels = dict[str, dict[str, tuple[float, float, float]]]
 """Title of a panel -> name of a row -> (value, low, high)."""
 
@@ -45,7 +46,7 @@ def available() -> bool:
 
 
 def losses(metrics: Records) -> str:
-    """Training loss over steps, one colour a phase, with the decision loss while it is learnt."""
+    """Training loss over steps, one colour per phase, with the decision loss during search."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -88,7 +89,7 @@ def changed_decisions(metrics: Records) -> str:
 
 
 def lasso(metrics: Records) -> str:
-    """Group lasso over the removed groups, on a log scale; exact zeros cannot be drawn and end the line."""
+    """Group lasso over the removed groups, on a log scale; the line ends at exact zeros."""
     steps, values = _points(metrics, "lasso")
     points = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
 
@@ -102,7 +103,7 @@ def lasso(metrics: Records) -> str:
 
 
 def widths(shares: dict[str, list[float]]) -> str:
-    """Kept share by layer, one row of bars a structure; shares: structure name -> one value in [0, 1] a layer."""
+    """Kept share by layer, one row of bars per structure; shares: structure name -> one value in [0, 1] per layer."""
 
     def draw(figure: Figure) -> None:
         rows = figure.subplots(len(shares), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -119,7 +120,7 @@ def widths(shares: dict[str, list[float]]) -> str:
 
 
 def intervals(panels: Panels) -> str:
-    """Values with their intervals, one panel a figure of merit, the same rows in each."""
+    """Values with their intervals, one panel per metric, with the same rows in each."""
     return _svg("intervals", _intervals(panels, _SERIES[0]), _intervals_height(panels)) if panels else ""
 
 
@@ -128,8 +129,8 @@ def intervals_png(path: Path, panels: Panels) -> None:
     _png(path, _intervals(panels, _LIGHT_SERIES[0]), _intervals_height(panels))
 
 
-def curves_png(path: Path, panels: dict[str, dict[str, list[tuple[float, ...]]]], x: str, y: str) -> None:
-    """Lines through (x, value, low, high) with a band from low to high, one panel a domain, on a log scale.
+def curves_png(path: Path, panels: dict[str, dict[str, list[Point]]], x: str, y: str) -> None:
+    """Lines through (x, value, low, high) with a band from low to high, one panel per domain, on a log scale.
 
     panels: title of a panel -> name of a line -> its points in order.
     """
@@ -152,9 +153,9 @@ def curves_png(path: Path, panels: dict[str, dict[str, list[tuple[float, ...]]]]
 
 
 def decisions_png(path: Path, runs: dict[str, Records]) -> None:
-    """For each run how decisions moved: share of every layer's MLP channels kept over steps, and share that flipped.
+    """How the decisions of each run moved: share of every layer's MLP channels kept over steps, and share that flipped.
 
-    runs: title -> records of metrics.jsonl.
+    runs: title -> records of metrics.jsonl. Of the structures of a layer the last is shown, its MLP channels.
     """
 
     def draw(figure: Figure) -> None:
@@ -162,7 +163,7 @@ def decisions_png(path: Path, runs: dict[str, Records]) -> None:
         for (above, below), (title, records) in zip(grid.T, runs.items(), strict=True):
             decided = [record for record in records if "kept_by_layer" in record]
             steps = [record["step"] for record in decided]
-            shares = [[100 * share for share in record["kept_by_layer"]["mlp"]] for record in decided]
+            shares = [[100 * share for share in [*record["kept_by_layer"].values()][-1]] for record in decided]
             layers = len(shares[0]) if shares else 0
             image = above.pcolormesh(steps, range(layers), list(zip(*shares, strict=True)), vmin=0, vmax=100)
             above.set_title(title)
@@ -235,7 +236,7 @@ def _finish(axes: Axes, label: str) -> None:
 
 
 def _svg(name: str, draw: Callable[[Figure], None], height: float = 2.9) -> str:
-    """The drawing as an `<svg>` element; empty without matplotlib. name keeps the element ids of a page apart."""
+    """The drawing as an `<svg>` element; empty without matplotlib. name makes element ids unique on a page."""
     if not available():
         return ""
     import matplotlib
@@ -250,7 +251,7 @@ def _svg(name: str, draw: Callable[[Figure], None], height: float = 2.9) -> str:
 
 
 def _inline(svg: str) -> str:
-    """The bare `<svg>` element: sized and coloured by the page, without metadata or ids that would clash."""
+    """The bare `<svg>` element, sized and coloured by the page, without metadata or clashing ids."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     tag, rest = svg.split(">", maxsplit=1)
     tag = re.sub(r' (width|height)="[^"]*"', "", tag)

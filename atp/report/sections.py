@@ -1,4 +1,4 @@
-"""The sections of the page. Each takes the run and returns HTML, or nothing when the run has nothing for it."""
+"""The content of each section of a run's page, as text and plots for the template."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
+from markupsafe import Markup
+
 from atp.removal.certify import LIMITS, MEANING
 from atp.report import plots
 from atp.report.files import RunFiles
-from atp.report.markup import DASH, card, definition, details, escape, figure, number, paragraph, section, table
+from atp.report.text import DASH, number
+
+Card = dict[str, str]
 
 MODELS = {"original": "original", "tuned_dense": "tuned dense", "final": "cut and tuned"}
 METRICS = {
@@ -20,26 +24,26 @@ METRICS = {
 _MOST_STRUCTURES = 8
 
 
-def notes(run: RunFiles) -> str:
-    """What is missing, in front of everything else."""
+def notes(run: RunFiles) -> list[str]:
+    """What is missing, shown before everything else."""
     missing = list(run.notes)
     if not plots.available():
         missing.append("There are no plots: run pip install matplotlib, then atp report again.")
-    return f"<aside>{''.join(paragraph(note) for note in missing)}</aside>" if missing else ""
+    return missing
 
 
-def headline(run: RunFiles) -> str:
+def headline(run: RunFiles) -> list[Card]:
     """The figures that anyone would quote."""
-    return f'<div class="cards">{"".join(_cards(run))}</div>'
+    return list(_cards(run))
 
 
-def scores(run: RunFiles) -> str:
+def scores(run: RunFiles) -> dict[str, Any]:
     """Quality, size and speed of the original, the tuned dense and the final model."""
     summary = run.summary
     names = [name for name in MODELS if name in summary.get("perplexity", {})]
     params = {"original": "params_before", "tuned_dense": "params_before", "final": "params_after"}
     decoder = {"final": summary.get("keep_decoder")}
-    rows = []
+    rows: list[tuple[str, list[str]]] = []
     if names:
         bounds = summary.get("perplexity_interval") or {}
         cells = [_with_interval(summary["perplexity"][name], bounds.get(name), 2) for name in names]
@@ -48,7 +52,7 @@ def scores(run: RunFiles) -> str:
         for metric, label in METRICS.items():
             scored = [summary[task].get(name, {}) for name in names]
             cells = [_with_interval(s.get(metric), s.get(f"{metric}_interval"), 3) for s in scored]
-            rows.append((f"{escape(task)} {label} ↑", cells))
+            rows.append((f"{task} {label} ↑", cells))
     rows.append(("parameters", [_millions(summary.get(params[name])) for name in names]))
     rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in names]))
     rows.append(("megabytes", [number(_size(summary, name), 0) for name in names]))
@@ -57,108 +61,109 @@ def scores(run: RunFiles) -> str:
             (f"{kind}, tokens/s ↑", [number(_get(summary, "speed", n, f"{kind}_tokens_per_second"), 1) for n in names])
         )
     shown = [[label, *cells] for label, cells in rows if any(cell != DASH for cell in cells)]
-    note = paragraph("In brackets: 95 % bootstrap intervals over documents and questions.") if names else ""
-    return section("Scores", table(["", *(MODELS[name] for name in names)], shown), note)
+    return {"head": ["", *(MODELS[name] for name in names)], "rows": shown, "intervals": bool(names)}
 
 
-def training(run: RunFiles) -> str:
+def training(run: RunFiles) -> dict[str, Any]:
     """How the run went: losses, budget and decisions over time, and a table by phase."""
     figures = (
-        figure(plots.losses(run.metrics), "Loss by phase: each step (faint) and the mean of the last ten."),
-        figure(plots.kept_share(run.metrics), "Share of the decoder kept by the hard mask, and the scheduled target."),
-        figure(plots.changed_decisions(run.metrics), "Decisions that changed since the last decision step."),
-        figure(plots.lasso(run.metrics), "Group lasso on removed LoRA groups; the line ends where it reaches zero."),
+        (plots.losses(run.metrics), "Loss by phase: each step (faint) and the mean of the last ten."),
+        (plots.kept_share(run.metrics), "Share of the decoder kept by the hard mask, and the scheduled target."),
+        (plots.changed_decisions(run.metrics), "Decisions that changed since the last decision step."),
+        (plots.lasso(run.metrics), "Group lasso on removed LoRA groups; the line ends where it reaches zero."),
     )
-    grid = f'<div class="figures">{"".join(figures)}</div>' if any(figures) else ""
-    return section("Training", grid, _phases(run))
+    return {"figures": [(Markup(svg), caption) for svg, caption in figures if svg], "phases": list(_phases(run))}
 
 
-def widths(run: RunFiles) -> str:
+def widths(run: RunFiles) -> dict[str, Any]:
     """What is left of every layer."""
     sizes, layers = run.decisions.get("sizes") or {}, run.decisions.get("layers") or []
     shares = {name: [len(layer.get(name, ())) / size for layer in layers] for name, size in sizes.items() if size}
     if len(shares) > _MOST_STRUCTURES:
         shares = {}  # no mask space has so many, and each is a picture of its own
-    plot = figure(plots.widths(shares), f"Share of each structure kept, by layer (space {run.decisions.get('space')}).")
     rows = [[str(i), *(number(len(layer.get(name, ()))) for name in sizes)] for i, layer in enumerate(layers)]
-    counts = table(["layer", *(f"{name} (of {size})" for name, size in sizes.items())], rows)
-    return section("Widths by layer", plot, details("Counts", counts) if plot else counts)
+    return {
+        "plot": Markup(plots.widths(shares)),
+        "space": str(run.decisions.get("space")),
+        "head": ["layer", *(f"{name} (of {size})" for name, size in sizes.items())],
+        "rows": rows,
+    }
 
 
-def certificate(run: RunFiles) -> str:
+def certificate(run: RunFiles) -> dict[str, Any]:
     """The proof that cutting changed nothing, with a verdict on each check."""
-    rows = []
+    checks = []
     for key, label in MEANING.items():
         if key in run.certificate:
             value, limit = run.certificate[key], LIMITS[key]
-            verdict = '<b class="pass">pass</b>' if _passes(value, limit) else '<b class="fail">FAIL</b>'
-            rows.append([escape(label), number(value, 3), f"≤ {limit:g}" if limit else "exactly 0", verdict])
-    other = [(key, value) for key, value in run.certificate.items() if key not in (*MEANING, "limits")]
-    return section("Certificate", table(["check", "value", "limit", ""], rows), definition(other))
+            checks.append((label, number(value, 3), f"≤ {limit:g}" if limit else "exactly 0", _passes(value, limit)))
+    facts = [(key, str(value)) for key, value in run.certificate.items() if key not in (*MEANING, "limits")]
+    return {"checks": checks, "facts": facts}
 
 
-def settings(run: RunFiles) -> str:
-    """How to get this run again: command, seed, config, data, versions."""
+def settings(run: RunFiles) -> dict[str, Any]:
+    """How to repeat this run: command, seed, config, data, versions."""
     summary = run.summary
     data, versions = summary.get("data") or {}, summary.get("versions") or {}
-    known = [(key, summary[key]) for key in ("command", "seed") if key in summary]
-    return section(
-        "Settings",
-        definition(known),
-        details("Config", f"<pre>{escape(run.config)}</pre>" if run.config else ""),
-        details("Data", definition(_flat(data))),
-        details("Versions", definition(_flat(versions))),
-    )
+    return {
+        "known": [(key, str(summary[key])) for key in ("command", "seed") if key in summary],
+        "config": run.config,
+        "data": list(_flat(data)),
+        "versions": list(_flat(versions)),
+    }
 
 
-def _cards(run: RunFiles) -> Iterator[str]:
+def _cards(run: RunFiles) -> Iterator[Card]:
     summary = run.summary
     before, after = summary.get("params_before"), summary.get("params_after")
     if before and after:
-        yield card(
+        yield _card(
             "parameters", f"{number(after / 1e6, 1)} M", f"of {number(before / 1e6, 1)} M ({after / before:.1%})"
         )
     if summary.get("keep_decoder") is not None:
-        yield card("decoder kept", f"{summary['keep_decoder']:.1%}", f"target {number(summary.get('target_keep'), 3)}")
+        yield _card("decoder kept", f"{summary['keep_decoder']:.1%}", f"target {number(summary.get('target_keep'), 3)}")
     if summary.get("perplexity"):
-        yield _score_card("perplexity", summary["perplexity"], 2)
+        yield from _score_card("perplexity", summary["perplexity"], 2)
     if summary.get("relative_performance") is not None:
         low, high = summary["relative_performance_interval"]
         note = f"of the tuned dense model's scores (95 %: {low:.1%} to {high:.1%})"
-        yield card("relative performance", f"{summary['relative_performance']:.1%}", note)
+        yield _card("relative performance", f"{summary['relative_performance']:.1%}", note)
     for task in summary.get("tasks", ()):
         metric = "macro_f1" if any("macro_f1" in s for s in summary[task].values()) else "rougeL"
-        yield _score_card(f"{task} {METRICS[metric]}", {n: s.get(metric) for n, s in summary[task].items()}, 3)
+        yield from _score_card(f"{task} {METRICS[metric]}", {n: s.get(metric) for n, s in summary[task].items()}, 3)
     old, new = (_get(summary, "speed", name, "decode_tokens_per_second") for name in ("original", "final"))
     if old and new:
-        yield card("decode speed", f"{new / old:.2f} ×", f"{number(new, 1)} against {number(old, 1)} tokens/s")
+        yield _card("decode speed", f"{new / old:.2f} ×", f"{number(new, 1)} against {number(old, 1)} tokens/s")
     if run.certificate:
         good = all(_passes(run.certificate.get(key), limit) for key, limit in LIMITS.items())
-        yield card("certificate", "pass" if good else "FAIL", "details below", "pass" if good else "fail")
+        yield _card("certificate", "pass" if good else "FAIL", "details below", "pass" if good else "fail")
+
+
+def _card(label: str, value: str, note: str = "", kind: str = "") -> Card:
+    """One headline figure. kind: a CSS class."""
+    return {"label": label, "value": value, "note": note, "kind": kind}
 
 
 def _with_interval(value: object, bounds: list[float] | None, digits: int) -> str:
-    """A score and, in brackets, its interval."""
+    """A score with its interval in parentheses."""
     if value is None or not bounds:
         return number(value, digits)
     return f"{number(value, digits)} ({number(bounds[0], digits)} – {number(bounds[1], digits)})"
 
 
-def _score_card(label: str, values: dict[str, Any], digits: int) -> str:
-    """The newest score large, the earlier ones beside their names."""
+def _score_card(label: str, values: dict[str, Any], digits: int) -> Iterator[Card]:
+    """The newest score large, with the earlier ones in the note; nothing without a score."""
     names = [name for name in MODELS if values.get(name) is not None]
-    if not names:
-        return ""
-    *earlier, last = names
-    note = ", ".join(f"{MODELS[name]} {number(values[name], digits)}" for name in earlier)
-    return card(f"{label}, {MODELS[last]}", number(values[last], digits), note)
+    if names:
+        *earlier, last = names
+        note = ", ".join(f"{MODELS[name]} {number(values[name], digits)}" for name in earlier)
+        yield _card(f"{label}, {MODELS[last]}", number(values[last], digits), note)
 
 
-def _phases(run: RunFiles) -> str:
-    """One row a phase: steps, loss at both ends, speed and time; the summary's figures where it has them."""
+def _phases(run: RunFiles) -> Iterator[list[str]]:
+    """One row per phase: steps, loss at both ends, speed and time, preferring the summary's figures."""
     rates = dict(run.summary.get("train_tokens_per_second") or {})
     seconds = dict(run.summary.get("seconds") or {})
-    rows = []
     for phase, group in groupby(run.metrics, key=lambda record: record["phase"]):
         records = list(group)
         losses = [record["loss"] for record in records if record.get("loss") is not None]
@@ -166,11 +171,10 @@ def _phases(run: RunFiles) -> str:
         rate = rates.pop(phase, None) or (statistics.median(speeds) if speeds else None)
         ends = [number(statistics.fmean(part)) if part else DASH for part in (losses[:10], losses[-10:])]
         span = f"{records[0]['step']} to {records[-1]['step']}"
-        rows.append([escape(phase), span, *ends, number(rate, 0), number(seconds.pop(phase, None), 0)])
+        yield [phase, span, *ends, number(rate, 0), number(seconds.pop(phase, None), 0)]
     for phase in [*rates, *(name for name in seconds if name not in rates)]:
-        label = escape(MODELS.get(phase, phase).replace("_", " "))
-        rows.append([label, "", "", "", number(rates.get(phase), 0), number(seconds.get(phase), 0)])
-    return table(["phase", "steps", "loss, first 10", "loss, last 10", "tokens/s", "seconds"], rows)
+        label = MODELS.get(phase, phase).replace("_", " ")
+        yield [label, "", "", "", number(rates.get(phase), 0), number(seconds.get(phase), 0)]
 
 
 def _millions(count: int | None) -> str:
@@ -189,7 +193,7 @@ def _size(summary: dict[str, Any], name: str) -> object:
 
 
 def _get(values: dict[str, Any], *keys: str) -> Any:
-    """A nested value, None where the path ends early."""
+    """A nested value; None if the path ends early."""
     for key in keys:
         if not isinstance(values, dict) or key not in values:
             return None
@@ -197,10 +201,10 @@ def _get(values: dict[str, Any], *keys: str) -> Any:
     return values
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Nested names and values as one list of dotted names."""
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values with dotted names."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", str(value)

@@ -1,15 +1,16 @@
-"""The one table that says which weights a decision removes.
+"""What a decision removes, and every question whose answer depends on the mask space (docs/method.md section 1).
 
-A decision is one group of weights. `MaskSpace` lists, for every decoder layer and structure, the cuts it makes: which
-linear, which axis, and which decision owns each row or column. Whoever needs to know what a decision touches reads
-this table and nothing else. Two spaces exist: `head_dim` (the paper's, 1-method.md section 1) and `kv_group`.
+A decision is one group of weights. A mask space lists, for every decoder layer and structure, the cuts that a decision
+makes: which linear, which axis, and which decision owns each row or column. Structures also answer what else differs
+between spaces: what a soft mask multiplies, which linear reads them, which sides may be reordered, which widths a cut
+layer has. Everybody else asks these questions and never looks at the name of a space or structure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,40 +18,101 @@ from transformers import PretrainedConfig
 
 from atp.families import Linear, UnsupportedModel, family_of
 
-SpaceName = Literal["head_dim", "kv_group"]
+WIDTHS = (64, 32, 16, 8, 4, 2)
+"""Preferred multiples of a width of linears, the best first: 4-bit kernels and tensor cores want 64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cut:
-    """One linear that a structure cuts, and along which axis.
+    """One side of a linear that a structure cuts.
 
     module: name of the linear inside its decoder layer, e.g. `self_attn.q_proj`.
     axis: 0 cuts outputs (rows of the weight and of LoRA B), 1 cuts inputs (columns of the weight and of LoRA A).
     owner: int64 [size of that axis], the decision of the structure that owns each row or column.
+    soft: whether a soft mask multiplies this side. False where its values arrive already multiplied.
+    reorderable: whether the activations on this side may lie in any order, the same one on all sides of the structure
+    with the same `owner` object.
     """
 
     module: str
     axis: int
     owner: Tensor
+    soft: bool = True
+    reorderable: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Structure:
-    """A set of equivalent decisions in one layer (`qk`, `vo`, `mlp`, ...) and the cuts they make.
+    """A set of equivalent decisions in one layer (`qk`, `vo`, `mlp`, ...), the cuts they make, and what follows.
 
-    size: number of decisions. start: position of the first one in the flat vector of all decisions of the model.
+    size: number of decisions.
+    widths: maps (this structure, kept decisions bool [size]) to the keys of `LayerShape` that the cut sets.
+    reader: the linear that reads this structure on its input side and ends its residual block; None without one.
+    multiples: preferred multiples for the number of kept decisions, the best first; empty where any number is as good.
+    remainder: whether this is the structure that makes up the rest of a budget where all layers keep equal counts.
+    layer, start: set by `MaskSpace`; start is the position of the first decision in the flat vector of all decisions.
     """
 
     name: str
-    layer: int
     size: int
-    start: int
     cuts: tuple[Cut, ...]
+    widths: Callable[[Structure, Tensor], dict[str, Any]]
+    reader: str | None = None
+    multiples: tuple[int, ...] = ()
+    remainder: bool = False
+    layer: int = 0
+    start: int = 0
 
     @property
     def span(self) -> slice:
         """The decisions of this structure in the flat vector."""
         return slice(self.start, self.start + self.size)
+
+    def sides(self, mask: Tensor, *, soft: bool = False) -> Iterator[tuple[Cut, Tensor]]:
+        """Yields each cut with a mask [size of the space] expanded to its side, [out_features] or [in_features].
+
+        soft: only the sides that a soft mask multiplies. Differentiable: gradients of the expanded masks are summed
+        onto their decisions. Cuts with the same owner get the same tensor object.
+        """
+        values = mask[self.span]
+        expanded: dict[int, Tensor] = {}
+        for cut in self.cuts:
+            if soft and not cut.soft:
+                continue
+            if id(cut.owner) not in expanded:
+                expanded[id(cut.owner)] = values[cut.owner.to(mask.device)]
+            yield cut, expanded[id(cut.owner)]
+
+    def kept_inputs(self, mask: Tensor) -> Tensor:
+        """The inputs of the reader that a hard mask [size of the space] keeps, bool [in_features]."""
+        (cut,) = (cut for cut in self.cuts if cut.module == self.reader and cut.axis == 1)
+        return mask[self.span][cut.owner]
+
+
+Builder = Callable[[PretrainedConfig, dict[str, Linear]], list[Structure]]
+"""Makes the structures of one layer from the model's config and the linears of its family."""
+
+_SPACES: dict[str, tuple[tuple[str, ...], Builder]] = {}
+
+
+def register(name: str, structures: tuple[str, ...]) -> Callable[[Builder], Builder]:
+    """Registers the decorated builder as mask space `name`; structures: the names that it builds, in order."""
+
+    def add(builder: Builder) -> Builder:
+        _SPACES[name] = structures, builder
+        return builder
+
+    return add
+
+
+def space_names() -> list[str]:
+    """The names of all mask spaces."""
+    return list(_SPACES)
+
+
+def structure_names() -> list[str]:
+    """The names of the structures of all mask spaces, each once."""
+    return list(dict.fromkeys(name for structures, _ in _SPACES.values() for name in structures))
 
 
 class MaskSpace:
@@ -59,76 +121,85 @@ class MaskSpace:
     A mask over the space is a tensor [size]: bool or 0/1 (hard, True keeps) or in [0, 1] (soft).
     """
 
-    def __init__(self, name: str, structures: list[Structure], linears: dict[str, Linear], norm_params: int):
-        """structures in layer order; linears by name inside a layer; norm_params: unprunable parameters a layer.
+    def __init__(
+        self, name: str, structures: list[Structure], linears: dict[str, Linear], norm_params: int, num_layers: int
+    ):
+        """structures: those of one layer. linears: by name inside a layer. norm_params: uncut parameters per layer.
 
-        `structure_of`, int64 [size], tells for every decision which structure (by its place in the list) it belongs to.
+        `structure_of`, int64 [size], gives the position in `structures` of the structure that each decision belongs to.
+        Raises ValueError for a table that does not cover each side that it cuts exactly once.
         """
-        self.name = name
-        self.structures = structures
-        self.linears = linears
-        self.norm_params = norm_params
-        self.num_layers = structures[-1].layer + 1
-        self.size = structures[-1].start + structures[-1].size
-        sizes = torch.tensor([structure.size for structure in structures])
-        self.structure_of = torch.arange(len(structures)).repeat_interleave(sizes)
+        _check_table(name, structures, linears)
+        self.name, self.linears, self.norm_params, self.num_layers = name, linears, norm_params, num_layers
+        self.structures: list[Structure] = []
+        start = 0
+        for layer in range(num_layers):
+            for structure in structures:
+                self.structures.append(replace(structure, layer=layer, start=start))
+                start += structure.size
+        self.size = start
+        sizes = torch.tensor([structure.size for structure in self.structures])
+        self.structure_of = torch.arange(len(self.structures)).repeat_interleave(sizes)
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, space: SpaceName = "head_dim") -> MaskSpace:
+    def from_config(cls, config: PretrainedConfig, space: str = "head_dim") -> MaskSpace:
         """Builds the table from a transformers config. Raises `UnsupportedModel` with the remedy."""
         family = family_of(config)
-        if space not in _TABLES:
-            raise UnsupportedModel(f"unknown mask space '{space}': use one of {', '.join(_TABLES)}")
+        if space not in _SPACES:
+            raise UnsupportedModel(f"unknown mask space '{space}': use one of {', '.join(_SPACES)}")
         reason = family.refuses(config, space)
         if reason:
             raise UnsupportedModel(f"space '{space}' does not fit model family '{family.name}': {reason}")
-        inner = config.intermediate_size
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        table = _TABLES[space](heads, kv_heads, head_dim) + [_mlp(inner)]
-        structures, start = [], 0
-        for layer in range(config.num_hidden_layers):
-            for name, size, cuts in table:
-                structures.append(Structure(name, layer, size, start, cuts))
-                start += size
-        return cls(space, structures, family.linears(config), family.norm_params(config))
+        linears = family.linears(config)
+        _, build = _SPACES[space]
+        return cls(space, build(config, linears), linears, family.norm_params(config), config.num_hidden_layers)
+
+    # What a decision touches
 
     def layer(self, index: int) -> list[Structure]:
         """The structures of one layer."""
-        return [s for s in self.structures if s.layer == index]
+        per_layer = len(self.structures) // self.num_layers
+        return self.structures[index * per_layer : (index + 1) * per_layer]
+
+    def module_masks(
+        self, mask: Tensor, *, soft: bool = False
+    ) -> Iterator[tuple[int, str, Tensor | None, Tensor | None]]:
+        """Yields (layer, module, out_mask [out] or None, in_mask [in] or None), expanded from a flat mask [size].
+
+        See `Structure.sides` for what the masks are.
+        """
+        for layer in range(self.num_layers):
+            sides: dict[str, list[Tensor | None]] = {name: [None, None] for name in self.linears}
+            for structure in self.layer(layer):
+                for cut, side in structure.sides(mask, soft=soft):
+                    sides[cut.module][cut.axis] = side
+            for module, (out_mask, in_mask) in sides.items():
+                yield layer, module, out_mask, in_mask
+
+    # What a cut leaves
+
+    def read_by(self, layer: int, block: str) -> Structure | None:
+        """The structure that the last linear of a residual block (`self_attn`, `mlp`) reads; None without one."""
+        read = (s for s in self.layer(layer) if s.reader is not None and s.reader.startswith(f"{block}."))
+        return next(read, None)
+
+    def layer_widths(self, layer: int, mask: Tensor) -> dict[str, Any]:
+        """The keys of `LayerShape` that a hard mask bool [size] sets in one layer, with their values."""
+        kept = {s: mask[s.span].cpu() for s in self.layer(layer)}
+        return {key: value for s, decisions in kept.items() for key, value in s.widths(s, decisions).items()}
+
+    # Records
 
     def kept_by_layer(self, mask: Tensor) -> dict[str, list[float]]:
-        """Share of the decisions of each structure that a hard mask [size] keeps, one value in [0, 1] a layer."""
+        """Share of each structure's decisions that a hard mask [size] keeps: one value in [0, 1] per layer."""
         kept = torch.bincount(self.structure_of, mask.cpu(), minlength=len(self.structures))
         shares: dict[str, list[float]] = {}
         for structure, count in zip(self.structures, kept.tolist(), strict=True):
             shares.setdefault(structure.name, []).append(round(count / structure.size, 4))
         return shares
 
-    def module_masks(self, mask: Tensor) -> Iterator[tuple[int, str, Tensor | None, Tensor | None]]:
-        """Yields (layer, module, out_mask [out] or None, in_mask [in] or None), expanded from a flat mask [size].
-
-        Differentiable: gradients of the expanded masks are summed back onto their decisions. Cuts of one owner table
-        get one tensor, so that whoever meets it twice knows that it is the same mask.
-        """
-        for layer, structures in self.by_layer():
-            sides: dict[str, list[Tensor | None]] = {name: [None, None] for name in self.linears}
-            for structure in structures:
-                values = mask[structure.span]
-                owners = {id(cut.owner): cut.owner for cut in structure.cuts}
-                expanded = {key: values[owner.to(mask.device)] for key, owner in owners.items()}
-                for cut in structure.cuts:
-                    sides[cut.module][cut.axis] = expanded[id(cut.owner)]
-            for module, (out_mask, in_mask) in sides.items():
-                yield layer, module, out_mask, in_mask
-
-    def by_layer(self) -> Iterator[tuple[int, list[Structure]]]:
-        """Yields (layer, its structures) in order."""
-        per_layer = len(self.structures) // self.num_layers
-        for layer in range(self.num_layers):
-            yield layer, self.structures[layer * per_layer : (layer + 1) * per_layer]
-
     def describe(self, mask: Tensor) -> dict[str, list[int]]:
-        """Kept decisions of a hard mask: for each structure name, one count a layer."""
+        """Kept decisions of a hard mask: for each structure name, one count per layer."""
         counts: dict[str, list[int]] = {}
         for structure in self.structures:
             counts.setdefault(structure.name, []).append(int(mask[structure.span].sum()))
@@ -150,36 +221,20 @@ class MaskSpace:
         return mask
 
 
-_Table = list[tuple[str, int, tuple[Cut, ...]]]
-
-
-def _mlp(inner: int) -> tuple[str, int, tuple[Cut, ...]]:
-    owner = torch.arange(inner)
-    return "mlp", inner, (Cut("mlp.gate_proj", 0, owner), Cut("mlp.up_proj", 0, owner), Cut("mlp.down_proj", 1, owner))
-
-
-def _head_dim(heads: int, kv_heads: int, head_dim: int) -> _Table:
-    # RoPE rotates dimension i together with i + head_dim/2, so a qk decision covers the pair.
-    pair = torch.arange(head_dim) % (head_dim // 2)
-    dim = torch.arange(head_dim)
-    return [
-        ("qk", head_dim // 2, (Cut("self_attn.q_proj", 0, pair.repeat(heads)),
-                               Cut("self_attn.k_proj", 0, pair.repeat(kv_heads)))),
-        ("vo", head_dim, (Cut("self_attn.v_proj", 0, dim.repeat(kv_heads)),
-                          Cut("self_attn.o_proj", 1, dim.repeat(heads)))),
-    ]  # fmt: skip
-
-
-def _kv_group(heads: int, kv_heads: int, head_dim: int) -> _Table:
-    of_kv = torch.arange(kv_heads).repeat_interleave(head_dim)
-    of_query = torch.arange(kv_heads).repeat_interleave(heads // kv_heads * head_dim)
-    cuts = (
-        Cut("self_attn.q_proj", 0, of_query),
-        Cut("self_attn.k_proj", 0, of_kv),
-        Cut("self_attn.v_proj", 0, of_kv),
-        Cut("self_attn.o_proj", 1, of_query),
-    )
-    return [("kv_group", kv_heads, cuts)]
-
-
-_TABLES = {"head_dim": _head_dim, "kv_group": _kv_group}
+def _check_table(space: str, structures: list[Structure], linears: dict[str, Linear]) -> None:
+    """Refuses a table that misses or repeats part of a side, because the cut would then follow it silently."""
+    seen: set[tuple[str, int]] = set()
+    for structure in structures:
+        for cut in structure.cuts:
+            where = f"mask space '{space}', structure '{structure.name}', {cut.module} axis {cut.axis}"
+            linear = linears[cut.module]
+            width = linear.in_features if cut.axis else linear.out_features
+            if cut.owner.shape != (width,) or not torch.equal(cut.owner.unique(), torch.arange(structure.size)):
+                raise ValueError(
+                    f"{where}: owner must give each of {width} positions one of {structure.size} decisions"
+                )
+            if (cut.module, cut.axis) in seen:
+                raise ValueError(f"{where}: this side is cut twice")
+            seen.add((cut.module, cut.axis))
+    if sum(structure.remainder for structure in structures) != 1:
+        raise ValueError(f"mask space '{space}' needs exactly one structure with remainder=True")

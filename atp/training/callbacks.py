@@ -1,118 +1,117 @@
-"""Callbacks of the training loop: phases and guards, the clock, the progress bar."""
+"""What a run tells of itself: the protocol of callbacks, the progress bar, and experiment trackers."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atp import processes
-from atp.training.metrics import PhaseClock
-from atp.training.profiling import scope
+from atp.errors import InputError, shorten
 
 if TYPE_CHECKING:
-    from atp.training.lora_trainer import LoraTrainer
+    from atp.training.loop import Loop
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl."""
 
 
-class PhaseCallback(TrainerCallback):
-    """Tells the trainer of optimizer steps, stops the loop at the cut and on signals, drops non-finite gradients."""
+class Callback:
+    """Override what you need. `loop.step` counts finished LoRA steps, `loop.phase` names the phase under way."""
 
-    def __init__(self, trainer: LoraTrainer) -> None:
-        self.trainer = trainer
+    def on_phase(self, loop: Loop) -> None:
+        """A phase begins, also the one that a resumed run continues; `loop.model` is ready."""
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.before_optimizer_step()
-        trainer = self.trainer
-        trainer.finite.check(trainer.adamw, state.global_step + 1, trainer.trained_beside())
+    def on_step(self, loop: Loop, record: Record | None) -> None:
+        """A LoRA step ended. record: what was logged of it, None for a step that is not logged."""
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        with scope("optimizer"):
-            self.trainer.after_optimizer_step(state.global_step)
+    def on_checkpoint(self, loop: Loop, folder: Path) -> None:
+        """A checkpoint was written to `folder`."""
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        trainer = self.trainer
-        # Processes must leave the loop after the same step, and a signal need not reach all of them in one.
-        trainer.signals.received = processes.largest(trainer.signals.received or 0) or None
-        if state.global_step == trainer.phases.cut_step:
-            # The checkpoint of this step is written after the cut, by the trainer.
-            control.should_training_stop, control.should_save = True, False
-        elif trainer.signals.received is not None:
-            control.should_save = control.should_training_stop = True
+    def on_end(self, loop: Loop) -> None:
+        """Training ended, by an error too."""
 
 
-class ClockCallback(TrainerCallback):
-    """Counts seconds and tokens of each step towards its phase: all that happens but logging and saving."""
+class ProgressBar(Callback):
+    """One bar for the whole run: phase, loss, share kept, tokens per second and time left."""
 
-    def __init__(self, clock: PhaseClock, phase_of: Callable[[int], str]) -> None:
-        self.clock, self.phase_of = clock, phase_of
-        self._since, self._tokens = 0.0, 0
+    def __init__(self, progress: Progress, total: int, title: str | None = None) -> None:
+        """total: number of LoRA steps. title: shown in place of the phase."""
+        self.progress, self.title = progress, title
+        self._task = progress.add_task(title or "", total=total, note="")
 
-    def count(self, tokens: int) -> None:
-        """Adds the tokens of a batch to the step under way."""
-        self._tokens += tokens
+    def on_phase(self, loop: Loop) -> None:
+        self.progress.update(self._task, completed=loop.step, description=self.title or loop.phase)
 
-    @contextmanager
-    def counted_as(self, phase: str) -> Iterator[None]:
-        """Counts the seconds of a with block inside a step towards another phase than the step's."""
-        started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        self.clock.add(phase, seconds)
-        self._since += seconds
-
-    def _restart(self, *_: Any, **__: Any) -> None:
-        self._since = time.perf_counter()
-
-    on_train_begin = on_log = on_save = _restart
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.clock.add(self.phase_of(state.global_step - 1), time.perf_counter() - self._since, self._tokens)
-        self._tokens = 0
-        self._restart()
-
-
-class ProgressCallback(TrainerCallback):
-    """One bar for the whole run: phase, loss, share kept, tokens/s and time left."""
-
-    def __init__(self, phase_of: Callable[[int], str], total: int, progress: Progress) -> None:
-        """phase_of names the phase of a LoRA step counted from 0; total is the number of LoRA steps."""
-        self.phase_of, self.progress = phase_of, progress
-        self._task = progress.add_task(phase_of(0), total=total, note="")
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.progress.update(self._task, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
+    def on_step(self, loop: Loop, record: Record | None) -> None:
+        if record is None:
             return
-        note = f"loss {logs['loss']:.3f}"
-        if "keep" in logs:
-            note += f"  kept {logs['keep']:.3f}"
-        note += f"  {logs['tokens_per_second']:,.0f} tok/s"
-        phase = self.phase_of(state.global_step - 1)
-        self.progress.update(self._task, completed=state.global_step, description=phase, note=note)
+        note = f"loss {record['loss']:.3f}"
+        if "keep" in record:
+            note += f"  kept {record['keep']:.3f}"
+        note += f"  {record['tokens_per_second']:,.0f} tok/s"
+        self.progress.update(self._task, completed=loop.step, note=note)
 
 
 def make_progress() -> Progress:
-    """The bar that `ProgressCallback` fills."""
+    """The display that `ProgressBar` fills."""
     return Progress(
         TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TextColumn("left"), TimeRemainingColumn(), disable=not processes.is_main(),
     )  # fmt: skip
+
+
+class Trackers(Callback):
+    """Sends records to the trackers of `training.report_to`, through accelerate."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def on_phase(self, loop: Loop) -> None:
+        if not self._begun:
+            settings = {
+                k: v if isinstance(v, int | float | str) else str(v) for k, v in _flat(loop.config.model_dump())
+            }
+            loop.accelerator.init_trackers("atp", config=settings)
+            self._begun = True
+
+    def on_step(self, loop: Loop, record: Record | None) -> None:
+        if record is not None:
+            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+            loop.accelerator.log(numbers, step=loop.step)
+
+    def on_end(self, loop: Loop) -> None:
+        # Not accelerator.end_training(): it would end the process group, which the export still needs.
+        for tracker in loop.accelerator.trackers:
+            tracker.finish()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses `training.report_to` where accelerate knows no tracker of a name, or its package is missing."""
+    known = sorted(LOGGER_TYPE_TO_CLASS)  # also what the user registered with accelerate
+    missing = set(LoggerType.list()) - {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name in ("all", "none") and len(names) == 1:
+            continue
+        if name not in known:
+            raise InputError(
+                f"training.report_to: there is no tracker '{shorten(name)}': use some of {', '.join(known)}"
+            )
+        if name in missing:
+            raise InputError(
+                f"training.report_to: tracker '{name}' is not installed: install its package or leave it out"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(section.key, value) of nested settings."""
+    nested = ((f"{prefix}{key}", value) for key, value in values.items())
+    return [
+        item
+        for key, value in nested
+        for item in (_flat(value, f"{key}.") if isinstance(value, dict) else [(key, value)])
+    ]

@@ -10,32 +10,31 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerState
 
 from atp.errors import InputError, NotReached, shorten
 from atp.files import remove_leftovers, whole_folder, write_text
 from atp.finite import first_non_finite
 
 LATEST = "LATEST"
-_TENSORS, _META, _TRAINER = "state.safetensors", "state.json", "trainer_state.json"
+FORMAT = 2  # goes up with every change after which an older checkpoint cannot be continued
+_TENSORS, _META = "state.safetensors", "state.json"
 _PREFIX = "checkpoint-"
 
 
 @dataclass
 class Checkpoint:
-    """Everything needed to go on: named tensors, JSON-able values, and the Trainer's own state as JSON text."""
+    """Everything needed to continue after `step` LoRA steps: named tensors and JSON-able values."""
 
     step: int
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
-    trainer_state: str
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under `prefix.`, without it."""
@@ -60,9 +59,8 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in checkpoint.tensors.items()}
     with whole_folder(final) as folder:
         save_file(tensors, folder / _TENSORS)
-        (folder / _TRAINER).write_text(checkpoint.trainer_state, encoding="utf-8")
-        digests = {name: _digest(folder / name) for name in (_TENSORS, _TRAINER)}
-        meta = json.loads(json.dumps({"step": checkpoint.step, "sha256": digests, "values": checkpoint.meta}))
+        facts = {"format": FORMAT, "step": checkpoint.step, "sha256": {_TENSORS: _digest(folder / _TENSORS)}}
+        meta = json.loads(json.dumps(facts | {"values": checkpoint.meta}))
         (folder / _META).write_text(json.dumps(meta | {"checksum": _checksum(meta)}), encoding="utf-8")
     write_text(root / LATEST, final.name + "\n")
     _prune(root, checkpoint.step, keep)
@@ -70,13 +68,23 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Reads a complete checkpoint. Raises `InputError` when it is damaged."""
+    """Reads a complete checkpoint. Raises `InputError` when it is damaged or of another version of ATP."""
     problem = _problem(folder)
     if problem:
         raise InputError(f"checkpoint {folder} is damaged ({problem}): resume from an older one or start again")
+    refuse_other_format(folder)
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-    trainer_state = (folder / _TRAINER).read_text(encoding="utf-8")
-    return Checkpoint(meta["step"], load_file(folder / _TENSORS), meta["values"], trainer_state)
+    return Checkpoint(meta["step"], load_file(folder / _TENSORS), meta["values"])
+
+
+def refuse_other_format(folder: Path) -> None:
+    """Raises `InputError` for an intact checkpoint that another version of ATP wrote in another format."""
+    found = json.loads((folder / _META).read_text(encoding="utf-8")).get("format", 1)
+    if found != FORMAT:
+        raise InputError(
+            f"checkpoint {folder} has format {found} and this version of ATP reads format {FORMAT}: finish the run "
+            "with the version that started it, or start again in another output_dir"
+        )
 
 
 def read_values(folder: Path) -> dict[str, Any]:
@@ -95,9 +103,9 @@ def exist(root: Path) -> bool:
 
 
 def resume_point(root: Path, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from, None where none was written yet; says which damaged ones it passes over.
+    """The checkpoint to continue from, None where none was written yet; says which damaged ones it passes over.
 
-    Raises `InputError` when there are checkpoints and none is intact.
+    Raises `InputError` when there are checkpoints and none is intact, or the one to continue from has another format.
     """
     passed = []
     if (root / LATEST).exists() and _named(root) is None:
@@ -105,6 +113,7 @@ def resume_point(root: Path, say: Callable[[str], None]) -> Path | None:
     for folder in _candidates(root):
         problem = _problem(folder)
         if problem is None:
+            refuse_other_format(folder)
             for reason in passed:
                 say(f"damaged in {root}: {reason}; going on from {folder.name}")
             return folder
@@ -116,10 +125,9 @@ def resume_point(root: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def trainer_state_json(state: TrainerState) -> str:
-    """Trainer's own state without its log, as JSON text."""
-    values = {k: v for k, v in asdict(state).items() if k not in ("log_history", "stateful_callbacks")}
-    return json.dumps(values | {"log_history": [], "stateful_callbacks": {}})
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under `prefix.name`; `Checkpoint.part` is the inverse."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -149,20 +157,20 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 def _problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None where it is just as it was written."""
-    for name in (_TENSORS, _META, _TRAINER):
+    for name in (_TENSORS, _META):
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         if meta.pop("checksum") != _checksum(meta):
             return f"{_META} does not match its checksum"
-        torn = [name for name in (_TENSORS, _TRAINER) if meta["sha256"][name] != _digest(folder / name)]
+        torn = meta["sha256"][_TENSORS] != _digest(folder / _TENSORS)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{_META} is not what was written"
     if torn:
-        return f"{torn[0]} does not match its checksum"
+        return f"{_TENSORS} does not match its checksum"
     return None if folder.name == f"{_PREFIX}{meta['step']:08d}" else f"{_META} is of step {meta['step']}"
 
 

@@ -1,7 +1,9 @@
-"""Cross-entropy straight from hidden states: the logits of a batch never exist, those of a few tokens at a time do.
+"""Cross-entropy straight from hidden states, a few tokens at a time: the logits of a whole batch never exist.
 
-They are a batch's largest tensor by far: 4 x 256 tokens of a 49,152-word vocabulary take 200 MB in float32, several
-times over with softmax and gradient. Here loss and gradients are formed together, chunk by chunk.
+They would be the largest tensor of a step: 4 x 256 tokens of a 49,152-word vocabulary take 200 MB in float32, several
+times over with softmax and gradient. Here loss and gradients are computed together, chunk by chunk.
+`torch.nn.functional.linear_cross_entropy` does the same, but sums in the dtype of its inputs and was measured to be
+slower (docs/measured.md).
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ from torch.autograd.function import once_differentiable
 
 from atp_kernels import cross_entropy_
 
-# Memory for the logits of one chunk; a GPU's softmax takes twice as much beside it. A CPU's GEMM wants some 300 rows,
-# a GPU's more; beyond that nothing is gained.
+# Memory for the logits of one chunk; on a GPU the softmax takes twice as much on top. A matrix product wants about 300
+# rows on a CPU and more on a GPU; larger chunks gain nothing.
 _CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[target], scalar in float32 or wider.
 
-    hidden [tokens, hidden_size], weight [vocab, hidden_size], targets int64 [tokens], all of them scored. Products are
-    in the dtype of autocast where it is on, else in that of hidden; softmax and sum are in float32 (float64 for float64
-    inputs). Differentiable in hidden, and in weight if it requires a gradient. On CUDA liger-kernel does it where it is
-    installed; it reads its count of targets back to the host.
+    hidden [tokens, hidden_size], weight [vocab, hidden_size], targets int64 [tokens], all of them scored. Products use
+    the autocast dtype if autocast is on, otherwise that of hidden; softmax and sum use float32 (float64 for float64
+    inputs). Differentiable in hidden, and in weight if it requires a gradient. On CUDA liger-kernel is used where it is
+    installed, at the price of a host-device sync that reads its count of targets.
     """
     if hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
@@ -46,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=wide)
         rows = _rows(hidden, weight, dtype.itemsize)
-        # Made once: fresh memory of this size costs a CPU more in page faults than the softmax does.
+        # Allocated once: page faults in fresh memory of this size cost a CPU more than the softmax.
         chunk = hidden.new_empty(rows, len(weight), dtype=dtype)
         with torch.autocast(device, enabled=False):
             head = weight.to(dtype)
@@ -74,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None
 
 
-def _rows(hidden: Tensor, weight: Tensor, bytes_a_logit: int) -> int:
-    """Tokens in a chunk."""
+def _rows(hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> int:
+    """Tokens per chunk."""
     budget = _CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
-    return max(min(budget // (bytes_a_logit * len(weight)), len(hidden)), 1)
+    return max(min(budget // (bytes_per_logit * len(weight)), len(hidden)), 1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from atp.models.attention import NAME, training_mask
+from atp.families import Windows, family_of
+from atp.models.attention import NAME, training_masks
 from atp.training.cross_entropy import linear_cross_entropy
 from atp.training.profiling import scope
 
@@ -14,24 +17,29 @@ from atp.training.profiling import scope
 def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int | None = None) -> Tensor:
     """Mean cross-entropy over the scored tokens of a batch that `atp.data.collate` made, scalar float32.
 
-    model: a causal LM, also inside PEFT or a distributed wrapper. count: what the sum over tokens is divided by when a
-    step has several batches, default the scored tokens of this one. Positions without a label cost nothing.
+    model: a causal LM of a supported family, also inside PEFT or a distributed wrapper. count: divisor of the sum over
+    tokens, for steps of several batches; default the scored tokens of this batch. Positions without a label cost
+    nothing.
     """
     inner = getattr(model, "module", model)  # DistributedDataParallel
-    causal = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    hidden = _final_hidden(model, causal, batch)
+    causal = cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
+    family = family_of(causal.config)
+    hidden = _final_hidden(model, causal, batch, family.windows(causal.config))
     with scope("loss"):
         scored = hidden.flatten(0, 1).index_select(0, batch["scored"])
+        divisor = family.logits_divisor(causal.config)
+        if divisor != 1:
+            scored = scored / divisor  # the same as dividing the logits, of which there are many more
         total = linear_cross_entropy(scored, causal.get_output_embeddings().weight, batch["targets"])
         return total / (len(batch["targets"]) if count is None else count)
 
 
-def _final_hidden(model: nn.Module, causal: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """What the head would see, [batch, tokens, hidden]. The pass goes through the wrappers: they count on it."""
+def _final_hidden(model: nn.Module, causal: PreTrainedModel, batch: dict[str, Any], windows: Windows) -> Tensor:
+    """The input of the head, [batch, tokens, hidden]. The pass goes through the wrappers, which rely on seeing it."""
     input_ids, position_ids = batch["input_ids"], batch.get("position_ids")
     mask = None
     if causal.config._attn_implementation == NAME:
-        mask = training_mask(input_ids, position_ids, getattr(causal.config, "sliding_window", None))
+        mask = training_masks(input_ids, position_ids, windows)
     caught: list[Tensor] = []
     handle = causal.get_decoder().register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
     try:

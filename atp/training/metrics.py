@@ -1,8 +1,11 @@
-"""What a run records while it trains: one JSON line a logged step, and time and tokens by phase."""
+"""What a run records while it trains: one JSON line per logged step, and time and tokens by phase."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +58,15 @@ class PhaseClock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         self.tokens[phase] = self.tokens.get(phase, 0) + tokens
 
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Counts the seconds of a with block towards a phase."""
+        started = time.perf_counter()
+        yield
+        self.add(phase, time.perf_counter() - started)
+
     def rate(self, phase: str) -> float:
-        """Trained tokens a second in a phase, 0 where nothing was trained."""
+        """Trained tokens per second in a phase, 0 where nothing was trained."""
         return self.tokens.get(phase, 0) / self.seconds[phase] if self.seconds.get(phase) else 0.0
 
     def record(self, phase: str) -> dict[str, float]:

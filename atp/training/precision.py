@@ -8,10 +8,12 @@ from typing import Literal
 
 import torch
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 _SHAPE = (1024, 576, 1536)  # rows, in, out: a small model's linear
 
 
-def autocast_dtype(precision: Literal["auto", "float32", "bfloat16"]) -> torch.dtype | None:
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
     """The dtype for torch.autocast, None for plain float32; `auto` takes bfloat16 where a probe finds it quicker."""
     if precision == "auto":
         precision = "bfloat16" if bfloat16_is_quicker() else "float32"

@@ -10,16 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atp.files import whole_file, write_json, write_text
+from atp.training.callbacks import Callback, Record
+
+if TYPE_CHECKING:
+    from atp.training.loop import Loop
 
 HEADINGS = ("matmul", "attention", "norm", "loss", "optimizer", "masks", "data", "other")
 _MARK = "atp::"
@@ -76,7 +79,7 @@ def _heading(event: FunctionEvent, forward: dict[int, str]) -> str:
     return next(by_name, nearest or "other")
 
 
-class ProfileCallback(TrainerCallback):
+class Profiler(Callback):
     """Profiles `steps` steps of each phase, after its first, and writes a trace and a row of the table for each.
 
     Files under `folder`: <phase>.json.gz (open it in chrome://tracing or Perfetto), table.json and table.txt.
@@ -95,33 +98,33 @@ class ProfileCallback(TrainerCallback):
         self._hooks: list[Any] = []
         self._since = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        if any(state.global_step == span.start for span in self.spans.values()):
-            self._hooks = list(_mark_modules(model))
-            activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
-            self._profile = profile(activities=activities)
-            self._profile.start()
-            self._since = time.perf_counter()
+    def on_phase(self, loop: Loop) -> None:
+        if loop.step == self.spans[loop.phase].start:
+            self._start(loop.model)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        for phase, span in self.spans.items():
-            if self._profile is not None and state.global_step == span.stop:
-                self._write(phase, len(span), self._stop())
+    def on_step(self, loop: Loop, record: Record | None) -> None:
+        span = self.spans[loop.phase]
+        if self._profile is not None and loop.step == span.stop:
+            self._write(loop.phase, len(span), self._stop(self._profile))
+        if loop.step == span.start:
+            self._start(loop.model)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_end(self, loop: Loop) -> None:
         if self._profile is not None:
-            self._stop()
+            self._stop(self._profile)
 
-    def _stop(self) -> profile:
-        finished, self._profile = self._profile, None
-        finished.stop()
+    def _start(self, model: nn.Module) -> None:
+        self._hooks = list(_mark_modules(model))
+        self._profile = profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()])
+        self._profile.start()
+        self._since = time.perf_counter()
+
+    def _stop(self, running: profile) -> profile:
+        self._profile = None
+        running.stop()
         for hook in self._hooks:
             hook.remove()
-        return finished
+        return running
 
     def _write(self, phase: str, steps: int, finished: profile) -> None:
         wall = (time.perf_counter() - self._since) / steps
@@ -135,8 +138,8 @@ class ProfileCallback(TrainerCallback):
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:
-    """Milliseconds a step and their share, one line a heading, one column a phase; wall is the clock's time."""
-    lines = [f"{'ms a step':<12}" + "".join(f"{phase:>18}" for phase in rows)]
+    """Milliseconds per step and their share, one line per heading, one column per phase; wall is the clock's time."""
+    lines = [f"{'ms per step':<12}" + "".join(f"{phase:>18}" for phase in rows)]
     totals = {phase: sum(row[heading] for heading in HEADINGS) for phase, row in rows.items()}
     for heading in HEADINGS:
         cells = (f"{1e3 * row[heading]:.1f} ({row[heading] / totals[phase]:4.0%})" for phase, row in rows.items())

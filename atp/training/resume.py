@@ -1,24 +1,65 @@
-"""Whether a run folder may be gone on with: under the same config, from the same inputs, with an intact checkpoint."""
+"""Whether a run may be resumed: under its own config, from its own inputs (as hashes), with an intact checkpoint."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
 from atp.config import ATPConfig
+from atp.errors import InputError
 from atp.files import read_json
 from atp.folders import CHECKPOINTS, INPUTS, saved_config
 from atp.training.checkpoint import exist, newest, read_values, resume_point
 
+# What a newer transformers or another folder changes without changing the model.
+_NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+# Names in a wrapped model and in the bare one.
+_WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)")
+
+
+def fingerprints(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, **splits: Dataset
+) -> dict[str, str]:
+    """Name of an input -> SHA-256: base weights, model config, tokenizer, and the samples of each split.
+
+    model: a causal LM, with an adapter around it or not; parameters of the adapter do not count. Hashing reads the
+    weights once, at the speed of SHA-256 on all cores.
+    """
+    found = {"base weights": _of_weights(model), "model config": _of_text(_config(model.config))}
+    if tokenizer is not None:
+        found["tokenizer"] = _of_text(_tokenizer(tokenizer))
+    return found | {f"{name} data": _of_samples(split) for name, split in splits.items()}
+
+
+def refuse_other_inputs(started_with: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises `InputError` that names what is not what a run was started with. What only one side knows is left out."""
+    changed = [name for name, digest in now.items() if started_with.get(name, digest) != digest]
+    if changed:
+        verb = "is" if len(changed) == 1 else "are"
+        raise InputError(
+            f"cannot resume: {', '.join(changed)} {verb} not what the run was started with: put back what was there, "
+            "or start a new run in another output_dir"
+        )
+
 
 def refuse_other_config(config: ATPConfig, folder: Path) -> None:
-    """Raises `InputError` under another config than that of a run's folder, or where all its checkpoints are damaged.
+    """Raises `InputError` for another config than the run folder's, or checkpoints that cannot be continued.
 
     The config is that of config.yaml, or of the newest checkpoint where the file is missing or damaged.
     """
     for root in (folder / name for name in CHECKPOINTS):
-        if exist(root) and newest(root) is None:
-            resume_point(root, print)
+        if exist(root):
+            resume_point(root, say=lambda line: None)  # the trainer says what is damaged when it resumes
     saved = saved_config(folder) or _newest_values(folder).get("config")
     if saved is not None:
         config.refuse_change_of(saved)
@@ -32,3 +73,58 @@ def inputs_of(folder: Path) -> dict[str, str] | None:
 def _newest_values(folder: Path) -> dict[str, Any]:
     found = (newest(folder / name) for name in CHECKPOINTS)
     return next((read_values(path) for path in found if path is not None), {})
+
+
+def of_model_folder(folder: Path) -> str | None:
+    """SHA-256 over what loading a saved model reads: names and content of its JSON and safetensors files."""
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
+    if not files:
+        return None
+    return _of_text(f"{path.name} {_of_file(path)}" for path in files)
+
+
+def _of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _of_weights(model: nn.Module) -> str:
+    weights = sorted(
+        (_WRAPPING.sub("", name), parameter) for name, parameter in model.named_parameters() if ".lora_" not in name
+    )
+    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
+        digests = pool.map(lambda item: f"{item[0]} {_of_tensor(item[1])}", weights)
+        return _of_text(digests)
+
+
+def _of_tensor(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(flat.numpy()).hexdigest()}"
+
+
+def _of_samples(split: Dataset) -> str:
+    digest = hashlib.sha256()
+    for index in range(len(split)):
+        for name, value in sorted(split[index].items()):
+            digest.update(f"{name} {_of_tensor(torch.as_tensor(value))}\n".encode())
+    return digest.hexdigest()
+
+
+def _of_text(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _config(config: Any) -> Iterable[str]:
+    values = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_THE_MODEL}
+    yield json.dumps(values, sort_keys=True, default=str)
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
+    yield json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        yield json.dumps(sorted(tokenizer.get_vocab().items()))
+    else:
+        # Truncation and padding are settings of the last call.
+        rules = {k: v for k, v in json.loads(core.to_str()).items() if k not in ("version", "truncation", "padding")}
+        yield json.dumps(rules, sort_keys=True)

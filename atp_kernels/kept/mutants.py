@@ -24,10 +24,10 @@ TABLE = {
         ("Side(mask.index, mask.place, True)", "Side(mask.index, mask.place, False)"),
     ),
     (SLICES, KEPT_STALE): (
-        ("tensor._version != version", "False"),
+        ("_version(tensor) != version", "False"),
         ('given = ("weight", weight), ("bias", bias)', 'given = (("weight", weight),)'),
         ("if (_version(self.out_mask), _version(self.in_mask)) != self._mask_versions:", "if False:"),
-        ("if _version(new) != new._version:", "if False:"),
+        ("if _version(new) != new._mask_version:", "if False:"),
     ),
     (ATEN, KEPT_NO_WORSE_THAN): (
         ("torch.addmm(bias, rows, matrix, out=target)", "torch.mm(rows, matrix, out=target)"),

@@ -42,7 +42,7 @@ class KeptFirst:
         if mask.ndim != 1 or mask.dtype != torch.bool:
             raise ValueError(f"mask must be a 1-D bool tensor, not {mask.dtype} of shape {list(mask.shape)}.")
         _check_padding(pad_to)
-        self.mask, self.size, self._version = mask, mask.numel(), _version(mask)
+        self.mask, self.size, self._mask_version = mask, mask.numel(), _version(mask)
         kept = mask.nonzero().squeeze(1)
         self.kept = kept.numel()
         self.width = min(round_up(self.kept, pad_to), self.size)
@@ -133,7 +133,7 @@ class KeptSlice:
     def _check_unchanged(self) -> None:
         """Asks the host alone, so that no device is waited for."""
         for name, tensor, version in self._sources:
-            if version is not None and tensor._version != version:
+            if _version(tensor) != version:
                 raise RuntimeError(
                     f"the {name} of this KeptSlice changed in place after it was made: make a new slice."
                 )
@@ -190,7 +190,10 @@ def _gathered(matrix: Tensor, rows: _Gather | None, cols: _Gather | None) -> Ten
 
 
 def _version(tensor: Tensor | KeptFirst | None) -> int | None:
-    """How often a tensor was changed in place, None where torch does not count."""
+    """How often a tensor was changed in place, None where torch does not count.
+
+    `Tensor._version` is what torch's own error about changed saved tensors prints; it has no public name.
+    """
     if isinstance(tensor, KeptFirst):
         return _version(tensor.mask)
     return None if tensor is None or tensor.is_inference() else tensor._version
@@ -200,7 +203,7 @@ def _same(old: Tensor | KeptFirst | None, new: Tensor | KeptFirst | None) -> boo
     if old is None or new is None or old is new:
         return old is new
     if isinstance(old, KeptFirst) and isinstance(new, KeptFirst):
-        if _version(new) != new._version:
+        if _version(new) != new._mask_version:
             return False
         old, new = old.mask, new.mask
     if isinstance(old, KeptFirst) or isinstance(new, KeptFirst):

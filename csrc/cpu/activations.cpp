@@ -1,6 +1,6 @@
 // What lies between the linears of a gated MLP: silu(gate) * up and its gradients, in one pass over each matrix.
 //
-// Rows may lie apart, as those of gate and up do where one linear computes both.
+// Rows may lie apart.
 
 #include "rows.h"
 

@@ -37,7 +37,7 @@ void take_columns(Tensor values, Tensor index, Tensor out) {
   });
 }
 
-// values = values[:, :width][:, place], through a copy of one row's head a thread.
+// values = values[:, :width][:, place], through a copy of one row's head per thread.
 void spread_columns_(Tensor values, int64_t width, Tensor place) {
   check_matrix(values, "values");
   const int64_t rows = values.size(0), count = values.size(1);

@@ -1,6 +1,5 @@
 """A slice of `make chaos`: a few kills in whole runs, and checkpoints damaged at random."""
 
-import json
 import random
 import subprocess
 import sys
@@ -20,7 +19,7 @@ def test_damaged_checkpoints_give_way_to_the_one_before_or_to_a_sentence(tmp_pat
     for step in (1, 2, 3):
         tensors = {"model.a": torch.full((2, 3), float(step)), "mask": torch.tensor([True, False])}
         values = {"frozen": False, "clock": {"search": 1.5 * step}, "scheduler": {"_last_lr": [step * 1e-3]}}
-        save(tmp_path / "whole", Checkpoint(step, tensors, values, json.dumps({"global_step": step})), keep=3)
+        save(tmp_path / "whole", Checkpoint(step, tensors, values), keep=3)
     found = damaged_checkpoints(tmp_path / "whole", 60, random.Random(seed))
     assert found.problems == []
     assert found.outcomes["taken from the one before, and named"] > 20 < sum(found.outcomes.values()) == 60

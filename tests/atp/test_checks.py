@@ -22,10 +22,10 @@ def model(config):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["decisions.target_keep=0.01"], "target_keep is 0.01 and the nearest share .* of this model can keep is 0.1"),
+        (["decisions.target_keep=0.01"], "target_keep is 0.01, but the nearest share .* of this model can keep is 0.1"),
         (["decisions.multiples.mlp=100000"], r"keep with decisions.multiples {'mlp': 100000} is 0.8\d+: choose"),
         (["decisions.multiples.kv_group=2", "decisions.multiples.mlp=50"], "or lower the multiples"),
-        (["data.length=4096"], "data.length is 4096 and the model reaches 2048 positions"),
+        (["data.length=4096"], "data.length is 4096, but the model has only 2048 positions"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(config, model, tmp_path, overrides, message):
@@ -50,17 +50,15 @@ def test_what_falls_short_is_said(config):
     )  # fmt: skip
     data = load_data(many, tokenizer)
     assert shortfalls(many, data) == [
-        f"evaluation.windows is 200, and there are {len(data.test)} test windows",
-        f"decisions.refit_windows is 400, and there are {len(data.calibration)} calibration samples",
-        f"decisions.saliency_windows is 500, and there are {len(data.calibration)} calibration samples",
-        "evaluation.questions is 300, and there are 12 test examples of qa",
+        f"evaluation.windows is 200, but there are only {len(data.test)} test windows",
+        f"decisions.refit_windows is 400, but there are only {len(data.calibration)} calibration samples",
+        f"decisions.saliency_windows is 500, but there are only {len(data.calibration)} calibration samples",
+        "evaluation.questions is 300, but there are only 12 test examples of qa",
         "no test example has the label maybe of data.labels",
     ]
 
 
-@pytest.mark.parametrize(
-    ("packing", "fate"), [("joined", "go over several windows"), ("padded", "lose their beginning")]
-)
+@pytest.mark.parametrize(("packing", "fate"), [("joined", "span several windows"), ("padded", "lose their beginning")])
 def test_samples_that_are_cut_are_counted_in_the_description(config, tmp_path, packing, fate):
     rows = [f'{{"text": "the heart rate {n} {"fell " * (20 if n % 3 else 5)}"}}' for n in range(60)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")

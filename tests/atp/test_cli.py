@@ -106,13 +106,13 @@ def is_one_sentence(err):
         (f"data.train={'x' * 5000}.jsonl", "cannot read x+... .File name too long.: check the path"),
         (f"output_dir={'x' * 5000}", "output_dir|name too long"),
         (f"model.path={'x' * 5000}", "cannot load the tokenizer"),
-        ("training.batch_size=4096", "the training split has .* windows of 16 tokens and one step takes 4096"),
+        ("training.batch_size=4096", "the training split has .* windows of 16 tokens, but one step takes 4096"),
         ("model.path={shared}/gpt2", "model family 'gpt2' is not supported: use one of llama, mistral"),
         ("model.path={shared}/nowhere", "cannot load the tokenizer from"),
         ("decisions.target_keep=0.01", "the nearest share that whole .* keep is 0.1148: choose that"),
         ("decisions.target_keep=0.6", "the nearest share that whole .* keep is 0.6066: choose that"),
         ("decisions.multiples.mlp=100000", r"keep with decisions.multiples {'mlp': 100000} is 0.6803: "),
-        ("data.length=100000", "data.length is 100000 and the model reaches 2048 positions: lower data.length"),
+        ("data.length=100000", "data.length is 100000, but the model has only 2048 positions: lower data.length"),
         ("seed=-1", "config key 'seed' is -1"),
         ("nonsense", "override 'nonsense' is not of the form key.path=value"),
     ],
@@ -147,7 +147,7 @@ def test_profile_traces_every_phase_and_the_uncut_weights_are_gone_in_tune(atp, 
     small += ["evaluation.windows=2", "evaluation.questions=0", "decisions.saliency_windows=2"]
     code, out, _ = atp("train", config, "--profile", *small)
     assert code in (0, 3)
-    assert re.search(r"ms a step +search +settle +tune\n *matmul ", out)
+    assert re.search(r"ms per step +search +settle +tune\n *matmul ", out)
     folder = tmp_path / "out" / "profile"
     assert {path.name for path in folder.iterdir()} == {
         "search.json.gz", "settle.json.gz", "tune.json.gz", "table.json", "table.txt"
@@ -247,7 +247,7 @@ def test_report_of_no_run(atp, tmp_path):
     [
         (("--methods", "atp,magnitud"), "method 'magnitud' is unknown: did you mean 'magnitude'"),
         (("--methods", ","), "nothing to compare"),
-        (("--seeds", "one"), "seed 'one' is not a whole number"),
+        (("--seeds", "one"), "seed 'one' is not an integer"),
         (("--resume",), "nothing to resume"),
     ],
 )

@@ -54,7 +54,7 @@ def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest
 
 
 def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_an_answer():
-    assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': known keys are r, alpha, dropout"
+    assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': the known keys are r, alpha, dropout"
     assert "search, training.settle and training.tune say, in steps" in refused(training={"num_train_epochs": 3})
 
 
@@ -63,11 +63,18 @@ def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_a
     [
         ({"training": {"search": "many"}}, "config key 'training.search' is 'many': input should be a valid integer"),
         ({"training": {"search": 1.5}}, "config key 'training.search' is 1.5: input should be a valid integer"),
-        ({"decisions": {"space": "heads"}}, "config key 'decisions.space' is 'heads': input should be 'head_dim' or"),
+        (
+            {"decisions": {"space": "heads"}},
+            "config key 'decisions.space' is 'heads': use one of disp, head_dim, ",
+        ),
         ({"lora": 8}, "config key 'lora' is 8: input should be a valid dictionary"),
         ({"data": {"length": 8}}, "config key 'data.length' is 8: input should be greater than or equal to 16"),
         ({"training": {"gradient_checkpointing": "maybe"}}, "config key 'training.gradient_checkpointing' is 'maybe'"),
         ({"decisions": {"multiples": {"mlp": "x"}}}, "config key 'decisions.multiples.mlp' is 'x': input should be a"),
+        (
+            {"decisions": {"multiples": {"mlps": 8}}},
+            "config key 'decisions.multiples' is {'mlps': 8}: no structure is called 'mlps': use attention_inputs, ",
+        ),
         ({"training": {"regularizer": "l1"}}, "config key 'training.regularizer' is 'l1': input should be 'lasso' or"),
         ({"seed": -1}, "config key 'seed' is -1: input should be greater than or equal to 0"),
         ({"seed": 2**32}, "config key 'seed' is 4294967296: numbers reach 4294967295"),
@@ -152,9 +159,9 @@ def test_override_that_is_no_yaml_is_refused(path):
     ("content", "message"),
     [
         (b"model: [unclosed", "is not valid YAML"),
-        (b"", "holds no mapping"),
-        (b"- a\n- b\n", "holds no mapping"),
-        (b"just text", "holds no mapping"),
+        (b"", "is not a mapping"),
+        (b"- a\n- b\n", "is not a mapping"),
+        (b"just text", "is not a mapping"),
         (b"output_dir: caf\xe9\n", "is not valid YAML|not UTF-8"),
         (b"model: {path: x}\noutput_dir: y\npreset: [paper]\n", "config key 'preset' is"),
     ],
@@ -174,7 +181,7 @@ def test_missing_file_is_refused(tmp_path, name, reason):
 
 
 def test_paper_preset_holds_the_recorded_values():
-    """1-method.md sections 2 to 5."""
+    """docs/method.md sections 2 to 5."""
     config = parse(preset="paper")
     decisions, training, lora = config.decisions, config.training, config.lora
     assert (decisions.space, decisions.generator, decisions.init) == ("head_dim", "transformer", "paper")

@@ -105,7 +105,7 @@ def test_paths_that_are_no_files(tmp_path):
         "dir.yaml": "is a folder: give",
         "pipe.yaml": "is not a regular file: give",
         "x" * 5000: r"cannot read a config .*\.\.\. \(File name too long\): give",
-        "a\0b": "is no name of a file: give",
+        "a\0b": "is not a valid file name: give",
         "dir.yaml/x": "does not exist: give",
     }.items():
         with pytest.raises(InputError, match=reason):

@@ -74,7 +74,7 @@ def test_installed_packages_pass():
 
 
 def test_any_other_missing_module_ends_a_command_with_a_sentence_too():
-    sentence = "package 'peft' is not installed: run pip install 'peft>=0.18'"
+    sentence = "package 'peft' is not installed: run pip install 'peft>=0.18,<0.22'"
     assert ending(ModuleNotFoundError("No module named 'peft.utils'", name="peft.utils")) == (sentence, 2)
     own = ModuleNotFoundError("No module named 'atp.oven'", name="atp.oven")
     assert "--debug" in ending(own)[0] and "pip install" not in ending(own)[0]

@@ -12,7 +12,7 @@ from atp.errors import InputError
 from atp.export import hf
 from atp.run import Run
 from atp.training import trainer as trainers
-from atp.training.fingerprints import of_model_folder
+from atp.training.resume import of_model_folder
 from atp.training.trainer import ATPTrainer
 
 pytestmark = pytest.mark.usefixtures("wide_budget")
@@ -249,8 +249,8 @@ def test_a_damaged_newest_checkpoint_is_named_on_screen(inputs, tmp_path):
     start(config, whole)
     with stopping_at(ATPTrainer, "export"):
         start(config, out)
-    (out / "checkpoints" / "checkpoint-00000006" / "trainer_state.json").write_text("{}")
+    (out / "checkpoints" / "checkpoint-00000006" / "state.json").write_text("{}")
     said = []
     start(config, out, resume=True, say=said.append)
-    assert any("checkpoint-00000006, trainer_state.json does not match" in line for line in said)
+    assert any("checkpoint-00000006, state.json is not what was written" in line for line in said)
     assert results(out) == results(whole)

@@ -100,13 +100,13 @@ def test_scores_that_are_none_are_refused_before_the_model_runs(folder, tmp_path
     path = tmp_path / "dense.json"
     path.write_text(content)
     for place in (path, tmp_path, tmp_path / "absent"):
-        with pytest.raises(InputError, match="give what --output wrote"):
+        with pytest.raises(InputError, match="pass a file that --output wrote"):
             scored(folder, labels=("yes", "no"), dense=str(place))
 
 
 def test_a_window_beyond_the_positions_is_refused_before_the_model_runs(folder, monkeypatch):
     monkeypatch.setattr("atp.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
-    with pytest.raises(InputError, match="--length is 4096 and the model reaches 2048 positions: lower --length"):
+    with pytest.raises(InputError, match="--length is 4096, but the model has only 2048 positions: lower --length"):
         scored(folder, length=4096)
     with pytest.raises(InputError, match="stride 16 does not fit windows of 16 tokens"):
         scored(folder, stride=16)
@@ -115,5 +115,5 @@ def test_a_window_beyond_the_positions_is_refused_before_the_model_runs(folder, 
 def test_what_there_is_less_of_than_asked_is_said(folder):
     assert scored(folder)["remarks"] == []
     assert scored(folder, labels=("yes", "no"), documents=31, questions=99)["remarks"] == [
-        "--documents is 31, and there are 30 documents", "--questions is 99, and there are 30 of qa"
+        "--documents is 31, but there are only 30 documents", "--questions is 99, but there are only 30 of qa"
     ]  # fmt: skip

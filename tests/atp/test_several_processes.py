@@ -31,7 +31,7 @@ def test_a_fresh_run_equals_that_of_one_process_and_prints_once(settings, one, t
     assert_equal(folder, one)
     assert output.count("exporting and certifying") == 1
     assert output.count("target_keep:") == 1
-    assert output.count("What one stage did") == 1
+    assert output.count("Result") == 1
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from atp.baselines import tuner
 from atp.compare import Comparison, baseline_run
 from atp.errors import Interrupted
 from atp.export import hf
-from atp.training import trainer
+from atp.training import pruning
 
 pytestmark = pytest.mark.usefixtures("wide_budget")
 
@@ -35,8 +35,8 @@ PLACES = {
     "scoring the original": (runs, "evaluate_model", signal.SIGTERM),
     "wrapping for the dense baseline": (runs, "stock_lora", signal.SIGHUP),
     "scoring the dense baseline": (runs, "evaluate_model", signal.SIGINT, 1),
-    "saliency": (trainer, "fisher_saliency", signal.SIGHUP),
-    "cut": (trainer, "cut_model", signal.SIGTERM),
+    "saliency": (pruning, "fisher_saliency", signal.SIGHUP),
+    "cut": (pruning, "cut_model", signal.SIGTERM),
     "export": (hf, "merge_adapter", signal.SIGINT),
     "certificate": (hf, "certify_export", signal.SIGHUP),
     "scoring the result": (runs, "evaluate_model", signal.SIGTERM, 2),

@@ -29,6 +29,8 @@ def decoder_params(layers, *, attention_bias=False, mlp_bias=False):
             queries, groups = kept["kv_group"] * HEADS // KV_HEADS, kept["kv_group"]
         qk, vo, inner = 2 * kept.get("qk", HEAD_DIM // 2), kept.get("vo", HEAD_DIM), kept["mlp"]
         outputs = [queries * qk, groups * qk, groups * vo]
-        total += HIDDEN * (sum(outputs) + queries * vo + 3 * inner + 2)
-        total += attention_bias * (sum(outputs) + HIDDEN) + mlp_bias * (2 * inner + HIDDEN)
+        read, written = kept.get("attention_inputs", HIDDEN), kept.get("attention_outputs", HIDDEN)
+        total += sum(outputs) * read + queries * vo * written + attention_bias * (sum(outputs) + written)
+        read, written = kept.get("mlp_inputs", HIDDEN), kept.get("mlp_outputs", HIDDEN)
+        total += inner * (2 * read + written) + mlp_bias * (2 * inner + written) + 2 * HIDDEN
     return total

@@ -1,1 +1,1 @@
-"""Tasks of lm-eval 0.4, one YAML file each, over JSONL files that `atp.evaluation.harness.write_tasks` writes."""
+"""Tasks for lm-eval 0.4, one YAML file each, over JSONL files written by `atp.evaluation.harness.write_tasks`."""

@@ -1,4 +1,4 @@
-"""What the free-text tasks of lm-eval call for each answer; lm-eval loads this file by its path."""
+"""Called by lm-eval's free-text tasks for each answer; lm-eval loads this file by path."""
 
 from __future__ import annotations
 

@@ -184,6 +184,32 @@ def test_static_is_refitted_as_the_config_says(name, count, refits):
         assert gaps[0] < 0.9 * gaps[1]
 
 
+@pytest.mark.parametrize("space_name", ["kv_group", "head_dim"])
+def test_disp_llm_selects_in_its_own_space_and_changes_no_weight(space_name):
+    """Whatever the space of the config is: every weight that is left is the pretrained one at the kept positions."""
+    settings, llama = config(decisions={"space": space_name, "refit_windows": 6}), model(dtype=torch.float32)
+    mask = BASELINES["disp_llm"].choose(llama, windows(), settings)
+    space = MaskSpace.from_config(llama.config, "disp")
+    pruned = BASELINES["disp_llm"].apply(llama, mask, windows(), settings)
+    selected = 0
+    for layer, kept in enumerate(space.kept_indices(mask)):
+        sides = {
+            "self_attn.q_proj": (range(HEADS * HEAD_DIM), kept["attention_inputs"]),
+            "self_attn.o_proj": (kept["attention_outputs"], range(HEADS * HEAD_DIM)),
+            "mlp.gate_proj": (kept["mlp"], kept["mlp_inputs"]),
+            "mlp.down_proj": (kept["mlp_outputs"], kept["mlp"]),
+        }
+        for name, (rows, columns) in sides.items():
+            whole = model(dtype=torch.float32).model.layers[layer].get_submodule(name).weight
+            left = pruned.model.layers[layer].get_submodule(name).weight
+            assert torch.equal(left, whole[list(rows)][:, list(columns)])
+            selected += left.numel() < whole.numel()
+    assert selected > 4
+    ids = windows().input_ids
+    with torch.no_grad():
+        assert torch.isfinite(pruned(ids).logits).all()
+
+
 def test_random_follows_the_seed():
     llama = model()
     space = MaskSpace.from_config(llama.config, "kv_group")

@@ -1,13 +1,12 @@
 """Tuning of what a baseline leaves: the adapter alone learns, on ATP's samples, and a broken run ends the same."""
 
 import json
-import os
 import signal
 
 import pytest
 import torch
 from small_llama import config, model, windows
-from transformers import TrainerCallback
+from tiny_callbacks import StopAt
 
 from atp.baselines.methods import BASELINES
 from atp.baselines.tuner import LoraTuner
@@ -35,15 +34,6 @@ def trained(tuner):
     return {n: p.detach().clone() for n, p in tuner.model.named_parameters() if p.requires_grad}
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
@@ -67,7 +57,8 @@ def test_only_the_adapter_learns_and_the_loss_falls(tmp_path, method):
 def test_reads_the_samples_that_atp_reads(tmp_path):
     tuner = make(tmp_path / "tuner")
     atp = ATPTrainer(config(tmp_path / "atp"), model(dtype=torch.float32), windows(20, seed=2), windows())
-    assert list(tuner._get_train_sampler()) == list(atp._get_train_sampler())
+    for ours, theirs in zip(tuner.batches_from(0), atp.batches_from(0), strict=True):
+        assert len(ours) == len(theirs) == 1 and torch.equal(ours[0]["input_ids"], theirs[0]["input_ids"])
     tuner.train()
     assert tuner.clock.tokens == {"tune": STEPS * 2 * 16}
 
@@ -86,7 +77,7 @@ def test_resume_is_bit_exact(unbroken, tmp_path, step):
 def test_signal_writes_a_checkpoint_and_resume_ends_the_same(unbroken, tmp_path):
     tuner, _ = unbroken
     with pytest.raises(Interrupted):
-        make(tmp_path, callbacks=[StopAt(3)]).train()
+        make(tmp_path, callbacks=[StopAt(3, signal.SIGTERM)]).train()
     assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == 3
     resumed = make(tmp_path)
     resumed.train(resume=True)
@@ -97,6 +88,6 @@ def test_signal_writes_a_checkpoint_and_resume_ends_the_same(unbroken, tmp_path)
 
 def test_resume_refuses_a_changed_config(tmp_path):
     with pytest.raises(Interrupted):
-        make(tmp_path, callbacks=[StopAt(2)]).train()
+        make(tmp_path, callbacks=[StopAt(2, signal.SIGTERM)]).train()
     with pytest.raises(InputError, match=r"training\.lr"):
         make(tmp_path, lr=0.5).train(resume=True)

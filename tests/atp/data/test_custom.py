@@ -95,8 +95,8 @@ def test_the_tokenizers_template_renders_messages(tmp_path, bos):
         ([], "'messages' is not a list of records"),
         ([{"role": "user"}], "'messages' is not a list of records"),
         ([*TALK[:2], {"role": "bot", "content": "x"}], "'messages' is not a list of records"),
-        (TALK[:2], "do not end with an answer"),
-        (TALK[2:], "do not end with an answer"),
+        (TALK[:2], "do not end with the assistant.s answer"),
+        (TALK[2:], "do not end with the assistant.s answer"),
     ],
 )
 def test_bad_messages(tmp_path, messages, message):
@@ -108,7 +108,7 @@ def test_a_template_that_refuses_names_the_row(tmp_path):
     tokenizer = chat_tokenizer(False)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     source = write(tmp_path / "a.jsonl", [{"messages": TALK}])
-    with pytest.raises(InputError, match=r"line 1: the chat template refuses the messages \(roles must alternate\)"):
+    with pytest.raises(InputError, match=r"line 1: the chat template rejects the messages \(roles must alternate\)"):
         read_examples(source, chat=chat_of(tokenizer))
 
 
@@ -127,7 +127,7 @@ def test_numbers_for_labels_and_conversations_for_prompts_are_answered_in_short(
         read_examples(write(tmp_path / "a.jsonl", [row]))
     row = {"prompt": [TALK[1] | {"content": "x" * 10**5}], "completion": TALK[2:]}
     for file in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
-        with pytest.raises(InputError, match="'prompt' holds a conversation; .* one column 'messages'") as caught:
+        with pytest.raises(InputError, match="'prompt' holds a conversation; .* a column 'messages'") as caught:
             read_examples(write(file, [row]))
         assert len(str(caught.value)) < 400
 
@@ -143,7 +143,7 @@ def test_labels_and_columns_in_messages_are_short(tmp_path):
 def test_a_template_that_breaks_names_the_row(tmp_path):
     tokenizer = chat_tokenizer(False)
     tokenizer.chat_template = "{{ messages[0].content + 1 }}"
-    with pytest.raises(InputError, match="line 1: the chat template refuses the messages"):
+    with pytest.raises(InputError, match="line 1: the chat template rejects the messages"):
         read_examples(write(tmp_path / "a.jsonl", [{"messages": TALK}]), chat=chat_of(tokenizer))
 
 

@@ -160,7 +160,7 @@ def test_bad_rows(recipe, name, change, message, sources, tmp_path):
 
 
 def test_sources_are_checked(sources):
-    with pytest.raises(InputError, match="data.sources.mednli is not set: mednli may not be passed on"):
+    with pytest.raises(InputError, match="data.sources.mednli is not set: mednli may not be redistributed"):
         load_recipe(DataSettings(recipe="health"))
     given = sources("legal") | {"casehod": "x.jsonl"}
     with pytest.raises(InputError, match="data.sources.casehod is unknown: this recipe has casehold, casehold_test,"):

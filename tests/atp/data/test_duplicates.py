@@ -83,7 +83,7 @@ def test_what_is_common_shows_in_the_whole_data_set():
 def test_data_of_doubles_is_refused():
     base = words(0)
     parts = Parts(*([example(" ".join([*base, str(n)]))] for n in range(3)))
-    with pytest.raises(InputError, match="near-duplicates of held-out ones: give more text"):
+    with pytest.raises(InputError, match="near-duplicates of held-out ones: add text"):
         assemble(parts, DataSettings(general_share=0), (), "here")
 
 
@@ -109,8 +109,7 @@ def test_held_out_documents_stay_and_their_doubles_go():
     assert [e.text for e in splits.calibration] == [" ".join(other)]
     assert splits.test == parts.test
     assert splits.description == (
-        "here: 1 train, 1 calibration (0 of them general text), 1 test; "
-        "3 near-duplicate documents of held-out ones left out"
+        "here: 1 train, 1 calibration (0 of them general text), 1 test; 3 near-duplicates of held-out documents dropped"
     )
 
 

@@ -105,7 +105,9 @@ def test_cells_may_be_long_and_the_limit_of_other_code_stays(tmp_path):
 
 @pytest.mark.parametrize("source", ["", ":test", "#config"])
 def test_a_source_without_a_name_is_refused(source):
-    with pytest.raises(InputError, match=f"^'{source}' names no data: give a .jsonl or .csv or .parquet file"):
+    with pytest.raises(
+        InputError, match=f"^'{source}' does not name a data set: give a .jsonl or .csv or .parquet file"
+    ):
         read_rows(source)
 
 
@@ -116,7 +118,7 @@ def test_paths_that_are_no_files_say_what_they_are(tmp_path):
         "~nobody-of-this-name/a.jsonl": "there is no such home folder",
         "~nobody-of-this-name/a": "there is no such home folder",
         "x" * 5000 + ".csv": "File name too long",
-        "a\0b.csv": "is no name of a file",
+        "a\0b.csv": "is not a valid file name",
     }.items():
         with pytest.raises(InputError, match=reason) as caught:
             read_rows(source)

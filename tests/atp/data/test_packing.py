@@ -117,7 +117,7 @@ def test_ragged_batches_are_padded_where_no_loss_is():
 
 def test_examples_without_a_scored_token_are_left_out():
     tokenizer = byte_tokenizer()
-    with pytest.raises(InputError, match="no token bears a loss"):
+    with pytest.raises(InputError, match="no token has a loss"):
         unpacked(examples(("", "")), tokenizer, 8)
     assert len(unpacked([*examples(("", "")), *DATA], tokenizer, 8)) == len(DATA)
 
@@ -128,7 +128,7 @@ def test_refusals():
         pack([], tokenizer, 8)
     with pytest.raises(InputError, match="at least 2"):
         pack(DATA, tokenizer, 1)
-    with pytest.raises(InputError, match="no token bears a loss"):
+    with pytest.raises(InputError, match="no token has a loss"):
         # The completion falls into the partial window at the end, which is dropped.
         pack(examples(("the cat sat on the mat" * 4, " no")), tokenizer, 16, loss_on="completion")
     tokenizer.eos_token = None

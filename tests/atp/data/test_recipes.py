@@ -113,8 +113,8 @@ def test_custom_labels_come_from_the_column_or_the_completion(tmp_path):
         ([{"body": "a"}], r"line 1: neither column 'text' nor .*\(found: body\)"),
         ([{"text": "a"}, {"prompt": "a"}], "line 2: column 'completion' is missing"),
         ([{"text": "a"}, {"text": " "}], "line 2: no text"),
-        ([{"text": "one document"}], "train split is empty: the data have no more than 1 document.s.; give more"),
-        ([{"text": "one document"}] * 300, "empty: 299 of 300 examples repeat the document of another, and these stay"),
+        ([{"text": "one document"}], "train split is empty: the data hold only 1 document.s.; add documents"),
+        ([{"text": "one document"}] * 300, "empty: 299 of 300 examples repeat another's document, and these stay"),
     ],
 )
 def test_custom_bad_rows(tmp_path, rows, message):

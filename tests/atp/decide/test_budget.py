@@ -15,7 +15,7 @@ from atp.decide.sampling import keep_one
 from atp.removal.cut import cut_model
 from atp.spaces.space import MaskSpace
 
-SPACES = ["head_dim", "kv_group"]
+SPACES = ["head_dim", "kv_group", "disp"]
 
 
 def random_mask(space, seed, keep=0.5):

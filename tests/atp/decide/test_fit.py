@@ -11,7 +11,7 @@ from atp.decide.fit import exact_mask, exact_offset, fit_mask
 from atp.decide.sampling import soft_mask
 from atp.spaces.space import MaskSpace
 
-BUDGETS = {name: Budget(MaskSpace.from_config(larger(), name)) for name in ("head_dim", "kv_group")}
+BUDGETS = {name: Budget(MaskSpace.from_config(larger(), name)) for name in ("head_dim", "kv_group", "disp")}
 
 
 def random_logits(budget, seed=0, scale=1.0):

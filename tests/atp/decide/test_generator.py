@@ -13,7 +13,7 @@ KINDS = [*NETWORKS, "free"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_one_float32_logit_a_decision(kind, space_name):
     space = MaskSpace.from_config(config(), space_name)
     logits = DecisionGenerator(space, kind=kind)()
@@ -101,7 +101,7 @@ def test_heads_read_the_code_of_their_layer():
 
 
 def test_paper_sizes():
-    """1-method.md section 2: 2 blocks, width 64, 4 heads, FFN 256, dropout 0.1, bias-free heads from width 64."""
+    """docs/method.md section 2: 2 blocks, width 64, 4 heads, FFN 256, dropout 0.1, bias-free heads from width 64."""
     generator = DecisionGenerator(SPACE)
     blocks = generator.encoder.layers
     assert [b.self_attn.num_heads for b in blocks] == [4, 4] and blocks[0].linear1.weight.shape == (256, 64)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_spaces import INNER, LAYERS, config, larger
+from tiny_spaces import HEAD_DIM, INNER, LAYERS, config, larger
 
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
@@ -40,6 +40,27 @@ def test_it_is_the_nearest_of_all_masks(space, multiples, biases):
         assert abs(nearest_share(budget, target, multiples) - target) == pytest.approx(abs(nearest - target), abs=1e-5)
 
 
+@pytest.mark.parametrize("multiples", [{}, {"mlp": 2}, {"attention_inputs": 2, "mlp_inputs": 3}], ids=str)
+@pytest.mark.parametrize(("layers", "hidden", "inner"), [(1, 4, 3), (1, 6, 5), (2, 3, 2)])
+def test_where_sides_interact_it_is_a_share_of_some_mask_and_near_the_nearest(layers, hidden, inner, multiples):
+    """A channel of a narrow MLP saves fewer parameters than one of a wide MLP, so costs do not add up."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 1}
+    budget = Budget(MaskSpace.from_config(config(**sizes, num_key_value_heads=1), "disp"))
+    own = {name: {*range(step, size + 1, step), size} for name, step, size in (
+        (name, multiples.get(name, 1), inner if name == "mlp" else hidden)
+        for name in ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs", "mlp")
+    )}  # fmt: skip
+    layer = {
+        3 * HEAD_DIM * q + HEAD_DIM * o + (2 * read + written) * channels + 2 * hidden
+        for q, o, read, written, channels in itertools.product(*own.values())
+    }
+    shares = {sum(kept) / budget.total for kept in itertools.product(layer, repeat=layers)}
+    for target in (0.35, 0.6, 0.9):
+        found = nearest_share(budget, target, multiples)
+        assert min(abs(share - found) for share in shares) < 1e-9
+        assert abs(found - target) <= min(abs(share - target) for share in shares) + 0.01
+
+
 @pytest.mark.parametrize("space", ["head_dim", "kv_group"])
 def test_a_target_in_reach_is_met_by_the_fit_and_one_out_of_reach_is_not(space):
     budget = Budget(MaskSpace.from_config(larger(), space))
@@ -57,5 +78,6 @@ def test_a_target_in_reach_is_met_by_the_fit_and_one_out_of_reach_is_not(space):
 def test_a_large_model_takes_no_time(multiples):
     shapes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
               "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
-    budget = Budget(MaskSpace.from_config(config(**shapes), "head_dim"))
-    assert nearest_share(budget, 0.9, multiples) == pytest.approx(0.9, abs=0.1)
+    for space in ("head_dim", "disp"):
+        budget = Budget(MaskSpace.from_config(config(**shapes), space))
+        assert nearest_share(budget, 0.9, multiples) == pytest.approx(0.9, abs=0.1)

@@ -26,10 +26,12 @@ def random_logits(budget, seed):
     return torch.randn(budget.space.size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("space", ["kv_group", "head_dim"])
+@pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
 @pytest.mark.parametrize("shapes", [SMOLLM2, LLAMA2], ids=["SmolLM2-135M", "Llama-2-7B"])
 def test_real_models_keep_multiples_of_64(shapes, space):
-    assert width_rules(budget_of(shapes, space), 0.6, None) == {"mlp": 64}
+    """MLP channels and selections of the hidden state are widths of linears; heads and their dimensions are not."""
+    selections = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs") if space == "disp" else ()
+    assert width_rules(budget_of(shapes, space), 0.6, None) == dict.fromkeys((*selections, "mlp"), 64)
 
 
 def test_what_is_given_is_taken():
@@ -61,7 +63,7 @@ def test_a_low_target_stays_in_reach():
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.6, 0.8, 0.95])
-@pytest.mark.parametrize("space", ["kv_group", "head_dim"])
+@pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
 def test_the_default_keeps_the_budget(space, target):
     budget = budget_of(SMOLLM2, space)
     for mask in (

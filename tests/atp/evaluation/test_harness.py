@@ -48,7 +48,7 @@ def test_written_folder_binds_file_and_task(tmp_path):
     assert rows == [{"prompt": "is it ?", "label": "yes", "completion": " yes"}]
     bound = yaml.safe_load((tmp_path / "xsum.yaml").read_text())
     assert bound["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / "xsum.jsonl")
-    with pytest.raises(InputError, match="no lm-eval task for 'own': there are billsum, casehold,"):
+    with pytest.raises(InputError, match="no lm-eval task for 'own' .only for billsum, casehold,"):
         write_tasks(examples, [Task("own")], tmp_path)
 
 

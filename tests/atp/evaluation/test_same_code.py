@@ -12,7 +12,7 @@ from atp.removal import cut_model, merge_adapter
 from atp.spaces.space import MaskSpace
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_masked_cut_and_merged_models_score_alike(tokenizer, examples, space_name):
     pytest.importorskip("rouge_score")
     base = tiny_model(seed=5)

@@ -130,7 +130,7 @@ def test_damaged_files_are_one_sentence(write, text, reason):
         ExperimentSpec.load(str(path))
     write()
     (path.parent / "base.yaml").write_text(text if "text" not in text else "- a", encoding="utf-8")
-    with pytest.raises(InputError, match="an alias|is not of type int|nested deeper|holds no mapping"):
+    with pytest.raises(InputError, match="an alias|is not of type int|nested deeper|is not a mapping"):
         ExperimentSpec.load(str(path))[0].config(path, "custom", [])
 
 

@@ -28,7 +28,7 @@ def apart(model):
 
 
 @pytest.mark.parametrize("form", [None, "soft", "hard", "sum"])
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_forms_equal_the_separate_masked_layers(space_name, form):
     model, space = masked(space_name=space_name, intermediate_size=70)
     controller, mask = MaskController(model, space), random_mask(space)
@@ -41,18 +41,24 @@ def test_forms_equal_the_separate_masked_layers(space_name, form):
         assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_whole_heads_and_channels_lie_kept_first(space_name):
     """No activation is gathered or spread where an order can be kept from producer to consumer."""
     wide = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 80}
+    if space_name == "disp":
+        wide |= {"hidden_size": 128, "initializer_range": 0.1}
+    channels = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
     model, space = masked(space_name=space_name, **wide)
     every_second = torch.arange(space.size) % 2 == 1  # all structures are of even size
     MaskController(model, space).set(every_second, "hard")
     for name, linear in model.named_modules():
         if isinstance(linear, MaskedLoraLinear):
-            (side,) = [side for side in linear.kept.sides if side is not None]
-            assert side.kept_first == (space_name == "kv_group" or ".mlp." in name)
-            assert not side.place.equal(torch.arange(side.place.numel()))
+            sides = [(axis, side) for axis, side in enumerate(linear.kept.sides) if side is not None]
+            assert len(sides) == (2 if space_name == "disp" and ".mlp." in name else 1)
+            for axis, side in sides:
+                whole_heads = space_name == "kv_group" and ".self_attn." in name
+                assert side.kept_first == (whole_heads or channels.get(name.rsplit(".", 1)[-1]) == axis)
+                assert not side.place.equal(torch.arange(side.place.numel()))
     found, expected = loss_and_gradients(model), loss_and_gradients(apart(model))
     for name, value in found.items():
         assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)

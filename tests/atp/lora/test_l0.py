@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from atp.decide.sampling import logistic_noise
 from atp.lora.controller import MaskController
-from atp.lora.l0 import L0Gates, hard_concrete, open_probability
+from atp.lora.regularizers.l0 import L0Gates, hard_concrete, open_probability
 
 GAMMA, ZETA, TEMPERATURE = -0.1, 1.1, 2 / 3
 LOG_ALPHA = torch.tensor([-4.0, -2.0, -0.5, 0.0, 1.0, 2.0, 3.5], dtype=torch.float64)
@@ -49,7 +49,7 @@ def test_test_time_gates():
     assert_close(gates[2:], torch.tensor([0.5, 1.0], dtype=torch.float64))
 
 
-@pytest.fixture(params=["head_dim", "kv_group"])
+@pytest.fixture(params=["head_dim", "kv_group", "disp"])
 def case(request):
     """A model with LoRA, a mask that removes some decisions, and gates from closed to open."""
     model, space = masked(space_name=request.param)
@@ -149,7 +149,7 @@ def test_closed_gates_are_folded_in_and_change_nothing(case):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with torch.no_grad(), gates.applied(mask, sample=False):
         expected = loss_of(model)
-    gates.fold_closed_(mask)
+    gates.fold(mask)
     assert_close(loss_of(model).detach(), expected, rtol=1e-6, atol=0)
     names, zeros = {id(p): n for n, p in model.named_parameters()}, 0
     for factor, gate, _, _ in by_hand(model, space, mask, hard_concrete(gates.log_alpha.detach())):
@@ -177,7 +177,7 @@ def test_a_bad_step_changes_nothing(case, what):
         before = {name: value.clone() for name, value in gates.state_dict().items()}
         if bad and what == "non-finite":
             gates.log_alpha.grad[0] = float("nan")
-        gates.step(mask, 0.1, skip + 1 if bad and what == "skipped" else skip)
+        gates.after_step(mask, 0.1, skip + 1 if bad and what == "skipped" else skip)
         after = gates.state_dict()
         same = [torch.equal(after[name], before[name]) for name in before if name != "noise"]
         assert all(same) if bad else not any(same)
@@ -190,7 +190,7 @@ def test_state_goes_on_exactly(case):
         for _ in range(count):
             with these.applied(mask, sample=True):
                 loss_of(model).backward()
-            these.step(mask, 0.1, torch.zeros(()))
+            these.after_step(mask, 0.1, torch.zeros(()))
 
     steps(gates, 2)
     other = L0Gates(model, space, seed=99)
@@ -206,6 +206,6 @@ def test_the_penalty_alone_closes_removed_gates_in_some_twenty_steps():
     model, space = masked()
     gates, mask = L0Gates(model, space, seed=SEED), random_mask(space)
     for _ in range(22):
-        gates.step(mask, 0.01, torch.zeros(()))
+        gates.after_step(mask, 0.01, torch.zeros(()))
     closed = hard_concrete(gates.log_alpha.detach()) == 0
     assert torch.equal(closed, ~mask[gates._decision_of_gate])

@@ -16,6 +16,11 @@ TOUCHED = {
     "mlp": [("mlp.gate_proj", "lora_B"), ("mlp.up_proj", "lora_B"), ("mlp.down_proj", "lora_A")],
     "kv_group": [("self_attn.q_proj", "lora_B"), ("self_attn.k_proj", "lora_B"), ("self_attn.v_proj", "lora_B"),
                  ("self_attn.o_proj", "lora_A")],
+    "attention_inputs": [("self_attn.q_proj", "lora_A"), ("self_attn.k_proj", "lora_A"),
+                         ("self_attn.v_proj", "lora_A")],
+    "attention_outputs": [("self_attn.o_proj", "lora_B")],
+    "mlp_inputs": [("mlp.gate_proj", "lora_A"), ("mlp.up_proj", "lora_A")],
+    "mlp_outputs": [("mlp.down_proj", "lora_B")],
 }  # fmt: skip
 HEAD_DIM = 4
 
@@ -56,7 +61,7 @@ def joint_norm(parts):
     return math.sqrt(sum(float(values(part).square().sum()) for part in parts))
 
 
-@pytest.fixture(params=["head_dim", "kv_group"])
+@pytest.fixture(params=["head_dim", "kv_group", "disp"])
 def case(request):
     model, space = masked(space_name=request.param)
     return model, space, random_mask(space)

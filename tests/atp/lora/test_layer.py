@@ -105,9 +105,9 @@ def test_one_layer_against_the_formula(sides, mask_lora, soft):
 
 
 @pytest.mark.parametrize("form", ["soft", "hard", "sum"])
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_forms_set_the_sides_of_the_method(form, space_name):
-    """soft: sum, output side only. hard: base path, both sides. sum: sum, both sides."""
+    """soft: sum, where values do not arrive masked. hard: base path, both sides. sum: sum, both sides."""
     model, space = masked(space_name=space_name)
     flat = random_mask(space).float() if form == "soft" else random_mask(space)
     controller = MaskController(model, space)
@@ -116,13 +116,14 @@ def test_forms_set_the_sides_of_the_method(form, space_name):
         for layer, module, out_mask, in_mask in space.module_masks(flat):
             found = layers[layer].get_submodule(module)
             assert found.mask_lora == (form != "hard")
-            for mask, expected in ((found.out_mask, out_mask), (found.in_mask, None if form == "soft" else in_mask)):
+            masked_already = form == "soft" and module in ("self_attn.o_proj", "mlp.down_proj")
+            for mask, expected in ((found.out_mask, out_mask), (found.in_mask, None if masked_already else in_mask)):
                 assert (mask is None) == (expected is None) and (mask is None or torch.equal(mask, expected))
     cleared = [m for m in model.modules() if isinstance(m, MaskedLoraLinear)]
     assert all(m.out_mask is None and m.in_mask is None and not m.mask_lora for m in cleared)
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_soft_zeros_and_ones_compute_what_the_sum_computes(space_name):
     """Output masks alone silence a structure: its o and down inputs are then zero already."""
     model, space = masked(space_name=space_name, attention_bias=False)

@@ -116,6 +116,23 @@ def test_save_and_reload_is_identical(tmp_path, tied):
     assert torch.equal(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5, "attention_bias": True}], ids=["llama", "mistral"])
+def test_a_folder_from_before_other_families_loads_as_what_it_was(tmp_path, options):
+    """Its config.json has none of their keys."""
+    model = uneven(**options)
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for key in ("family", "attention_out_bias", "qk_norm", "layer_types", "no_rope_layers", "attention_multiplier",
+                "residual_multiplier", "embedding_multiplier", "logits_scaling"):  # fmt: skip
+        content.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(reloaded(tokens()).logits, model(tokens()).logits)
+    assert reloaded.config.family == "llama" and (reloaded.model.layers[0].self_attn.o_proj.bias is not None) == (
+        "attention_bias" in options
+    )
+
+
 def test_register_twice_and_build_from_config():
     register()
     config = AutoConfig.for_model("atp_llama", **SIZES, layer_shapes=SHAPES)
@@ -168,3 +185,11 @@ def test_wrong_shapes_are_refused(layer, change, message):
 def test_number_of_layers_must_agree():
     with pytest.raises(Exception, match="layer_shapes describes 1 layers and num_hidden_layers is 2"):
         ATPLlamaConfig(**SIZES, layer_shapes=SHAPES[:1])
+    with pytest.raises(Exception, match="no_rope_layers describes 1 layers and num_hidden_layers is 2"):
+        ATPLlamaConfig(**SIZES, layer_shapes=SHAPES, no_rope_layers=[1])
+    assert ATPLlamaConfig(**SIZES, layer_shapes=SHAPES, no_rope_layers=[1, 0, 1]).no_rope_layers == [1, 0]
+
+
+def test_norms_of_queries_and_keys_are_over_all_pairs():
+    with pytest.raises(Exception, match=r"layer_shapes\[0\].qk_pairs is .*qk_norm keeps all pairs"):
+        ATPLlamaConfig(**SIZES, layer_shapes=SHAPES, qk_norm=True)

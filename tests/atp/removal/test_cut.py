@@ -12,6 +12,11 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # all layers but the first
+MULTIPLIERS = {
+    "residual_multiplier": 0.22, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.125,
+}  # fmt: skip
+EXCEPT = ("qwen3", "head_dim")  # the norms of queries and keys are over all dimensions
 MODELS = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
@@ -24,7 +29,21 @@ MODELS = {
     },
     "mistral": {},
     "mistral-sliding": {"sliding_window": 6},
-}
+    "qwen2": {},
+    "qwen2-tied": {"tie_word_embeddings": True},
+    "qwen2-sliding": SLIDING,
+    "qwen3": {},
+    "qwen3-biases-sliding": SLIDING | {"attention_bias": True},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": False},
+    "smollm3-biases-sliding": {
+        "no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 6, "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "granite": MULTIPLIERS,
+    "granite-tied-biases": MULTIPLIERS | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+}  # fmt: skip
+SPACES = ("head_dim", "kv_group", "disp")
+CASES = [(name, space) for name in MODELS for space in SPACES if (name[:5], space) != EXCEPT]
 
 
 def cut_pair(name="llama", space_name="head_dim", dtype=torch.float64):
@@ -36,8 +55,7 @@ def cut_pair(name="llama", space_name="head_dim", dtype=torch.float64):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "space_name"), CASES)
 def test_logits_equal_the_zeroed_stock_model(name, space_name, attention):
     truth, cut, _, _ = cut_pair(name, space_name)
     truth.set_attn_implementation(attention)
@@ -51,7 +69,7 @@ def test_logits_equal_the_zeroed_stock_model(name, space_name, attention):
     assert expected.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_logits_in_lower_precision(space_name, dtype, tolerance):
     truth, cut, _, _ = cut_pair("llama-biases", space_name, dtype)
@@ -79,8 +97,9 @@ def test_gradients_of_kept_weights_equal_the_zeroed_stock_model():
         assert_close(parameter.grad, expected[name], rtol=0, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "mistral-sliding"])
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize(("name", "space_name"), [
+    (name, space) for name, space in CASES if name.endswith(("tied", "sliding", "granite", "smollm3"))
+])  # fmt: skip
 def test_generate_with_and_without_cache(name, space_name):
     truth, cut, _, _ = cut_pair(name, space_name)
     # Left padding: the second prompt is three tokens shorter.

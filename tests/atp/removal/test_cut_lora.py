@@ -78,7 +78,7 @@ def test_stock_lora_cut_equals_zeroed_stock_lora(tied):
             assert (cut(input_ids=ids).logits - expected).abs().max() > 1e-2, "the adapter must matter in this test"
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_masked_sum_equals_cut_with_the_custom_layer(space_name):
     model = stock_model()
     space = MaskSpace.from_config(model.config, space_name)

@@ -79,7 +79,7 @@ def test_weights_are_what_they_were_after_an_error_inside(folder):
         assert model(input_ids=tokens()).logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_correct_cut_meets_its_limit(folder, dtype, space_name):
     wrapped, space, mask = settled(folder, dtype, space_name)

@@ -30,7 +30,7 @@ def settled(space_name):
     return model.eval(), optimizer, space, mask, left
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_masked_base_path_equals_the_cut_model(space_name):
     model, _, space, mask, left = settled(space_name)
     assert left > 1e-3, "LoRA of removed structures learned while it could"
@@ -43,7 +43,7 @@ def test_masked_base_path_equals_the_cut_model(space_name):
     assert (plain - expected).abs().max() > 1e-2, "the mask must matter in this test"
 
 
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_cut_moments_fit_the_cut_parameters(space_name):
     model, optimizer, space, mask, _ = settled(space_name)
     names = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -1,12 +1,15 @@
-"""What cards and Markdown pages quote is text, whatever it holds: read by a Markdown parser of its own."""
+"""What cards and pages quote is text, whatever it holds: read back by parsers of Markdown and HTML."""
+
+from html.parser import HTMLParser
 
 import pytest
 from markdown_it import MarkdownIt
 
+from atp.compare.page import write_pages
 from atp.compare.table import markdown
 from atp.config import ATPConfig
 from atp.export.card import adapter_card, base_card, baseline_card, model_card
-from atp.report.markup import code, plain
+from atp.report.text import code, plain
 
 HOSTILE = [
     "a`b", "``", "`", "x` <script>alert(1)</script> `y", "<img src=x onerror=alert(1)>", "[text](http://evil)", "a|b",
@@ -47,15 +50,43 @@ def test_a_path_does_not_break_out_of_a_card(path, card):
     assert sum(token.type == "heading_open" for token in tokens) == 1
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_a_comparison_holds_no_markup_of_its_inputs(text):
+def comparison(text):
+    """The content of a comparison.json in which every name and sentence is `text`."""
     figure = {"value": 1.0, "interval": [0.5, 1.5]}
     row = {"keep_decoder": 1.0, "keep_total": 1.0, "params": 1, "scores": {text: figure}}
-    content = {
+    return {
         "target_keep": 0.5, "methods": {text: row}, "missing": [text], "notes": {text: text}, "command": text,
-        "data": {"description": text},
+        "data": {"description": text}, "versions": {text: text},
     }  # fmt: skip
-    tokens = inline(markdown(content))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_comparison_holds_no_markup_of_its_inputs(text):
+    tokens = inline(markdown(comparison(text)))
     assert not any("html" in t.type or t.type in ("link_open", "image", "em_open", "strong_open") for t in tokens)
     assert [t.content for t in tokens if t.type == "code_inline"] == [" ".join(text.split())]
     assert sum(t.type == "td_open" for t in tokens) == sum(t.type == "th_open" for t in tokens) > 0
+
+
+class Words(HTMLParser):
+    """Text and tags of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = set(), ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("text", ["x` <script>alert(1)</script> `y", "<img src=x>", "&lt;b&gt;", "{{ 1 + 1 }}", "a|b"])
+def test_the_page_of_a_comparison_holds_no_markup_of_its_inputs(tmp_path, text):
+    write_pages(tmp_path, comparison(text))
+    page = Words()
+    page.feed((tmp_path / "comparison.html").read_text(encoding="utf-8"))
+    assert not page.tags & {"script", "img", "b"}
+    # Its row, its score, the remarks on what is missing and broken, the command, the data and the versions.
+    assert page.text.count(text) >= 8

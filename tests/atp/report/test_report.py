@@ -8,7 +8,7 @@ import pytest
 
 from atp.errors import InputError
 from atp.report import plots, write_report
-from atp.report.markup import number
+from atp.report.text import number
 
 VOID = {"meta", "br", "use", "path"}
 
@@ -265,4 +265,4 @@ def test_numbers_for_people():
     assert number(134515008) == "134\u202f515\u202f008"
     assert number(1234.567, 1) == "1\u202f234.6"
     assert number(2.4e-6, 3) == "2.4e-06" and number(0.0, 3) == "0"
-    assert number(None) == "–" and number(float("nan")) == "nan" and number("<") == "&lt;"
+    assert number(None) == "–" and number(float("nan")) == "nan" and number("<") == "<"

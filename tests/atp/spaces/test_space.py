@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_spaces import HEAD_DIM, HIDDEN, INNER, LAYERS, config
-from transformers import GPT2Config, Qwen3Config
+from transformers import GemmaConfig, GPT2Config
 
 from atp.errors import InputError
 from atp.spaces.space import MaskSpace, UnsupportedModel
@@ -30,7 +30,15 @@ KV_GROUP_TABLE = {
     },
     "mlp": HEAD_DIM_TABLE["mlp"],
 }
-TABLES = {"head_dim": HEAD_DIM_TABLE, "kv_group": KV_GROUP_TABLE}
+# Twelve positions of the hidden state, selected five times.
+DISP_TABLE = {
+    "attention_inputs": {(f"self_attn.{name}_proj", 1): list(range(12)) for name in "qkv"},
+    "attention_outputs": {("self_attn.o_proj", 0): list(range(12))},
+    "mlp_inputs": {("mlp.gate_proj", 1): list(range(12)), ("mlp.up_proj", 1): list(range(12))},
+    "mlp_outputs": {("mlp.down_proj", 0): list(range(12))},
+    "mlp": HEAD_DIM_TABLE["mlp"],
+}
+TABLES = {"head_dim": HEAD_DIM_TABLE, "kv_group": KV_GROUP_TABLE, "disp": DISP_TABLE}
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -42,7 +50,8 @@ def test_tables(name, family):
         assert found == TABLES[name]
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("head_dim", [2, 4, 10]), ("kv_group", [2, 10])])
+@pytest.mark.parametrize(("name", "sizes"), [("head_dim", [2, 4, 10]), ("kv_group", [2, 10]),
+                                              ("disp", [12, 12, 12, 12, 10])])  # fmt: skip
 def test_decisions_form_one_flat_vector(name, sizes):
     space = MaskSpace.from_config(config(), name)
     assert [s.size for s in space.structures] == sizes * LAYERS
@@ -114,7 +123,7 @@ def test_descriptions_and_indices_round_trip():
     assert layers[1]["vo"] == [i for i in range(HEAD_DIM) if mask[start + i]]
 
 
-@pytest.mark.parametrize("unsupported", [GPT2Config(), Qwen3Config()], ids=["gpt2", "qwen3"])
+@pytest.mark.parametrize("unsupported", [GPT2Config(), GemmaConfig()], ids=["gpt2", "gemma"])
 def test_other_families_are_refused_in_a_sentence(unsupported):
     with pytest.raises(UnsupportedModel, match=f"'{unsupported.model_type}' is not supported: use one of llama, mis"):
         MaskSpace.from_config(unsupported)
@@ -122,5 +131,5 @@ def test_other_families_are_refused_in_a_sentence(unsupported):
 
 
 def test_unknown_space_is_refused():
-    with pytest.raises(UnsupportedModel, match="unknown mask space 'disp': use one of head_dim, kv_group"):
-        MaskSpace.from_config(config(), "disp")
+    with pytest.raises(UnsupportedModel, match="unknown mask space 'heads': use one of disp, head_dim, kv_group"):
+        MaskSpace.from_config(config(), "heads")

@@ -29,7 +29,7 @@ def state(step):
         "mask": torch.tensor([True, False]),
         "rng.cpu": torch.get_rng_state(),
     }
-    return Checkpoint(step, tensors, {"frozen": False, "clock": {"search": 1.5}}, json.dumps({"global_step": step}))
+    return Checkpoint(step, tensors, {"frozen": False, "clock": {"search": 1.5}})
 
 
 def folders(root):
@@ -51,7 +51,7 @@ def test_round_trip(tmp_path):
     folder = save(tmp_path, written, keep=2)
     read = load(folder)
     assert newest(tmp_path) == folder
-    assert (read.step, read.meta, read.trainer_state) == (written.step, written.meta, written.trainer_state)
+    assert (read.step, read.meta) == (written.step, written.meta)
     assert read.tensors.keys() == written.tensors.keys()
     for name, tensor in read.tensors.items():
         assert tensor.dtype == written.tensors[name].dtype and torch.equal(tensor, written.tensors[name])
@@ -64,7 +64,7 @@ def test_parts_are_named_by_prefix(tmp_path):
 
 def test_shared_and_strided_tensors_are_written(tmp_path):
     shared = torch.arange(12.0).view(3, 4)
-    checkpoint = Checkpoint(1, {"a": shared, "b": shared.T, "c": shared[:, 1]}, {}, "{}")
+    checkpoint = Checkpoint(1, {"a": shared, "b": shared.T, "c": shared[:, 1]}, {})
     read = load(save(tmp_path, checkpoint, keep=1))
     assert all(torch.equal(read.tensors[name], tensor) for name, tensor in checkpoint.tensors.items())
 
@@ -129,7 +129,6 @@ def test_a_crash_between_the_files_and_the_rename(tmp_path, monkeypatch):
         ("state.safetensors", os.remove),
         ("state.json", tear),
         ("state.json", os.remove),
-        ("trainer_state.json", os.remove),
     ],
 )
 def test_a_damaged_newest_falls_back_and_is_refused_by_name(tmp_path, name, damage):
@@ -192,7 +191,7 @@ def swap_steps(path):
     other.write_bytes(mine)
 
 
-@pytest.mark.parametrize("name", ["state.json", "trainer_state.json", "state.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -255,6 +254,26 @@ def test_a_pointer_without_any_checkpoint_is_no_fresh_start(tmp_path):
         resume_point(tmp_path, print)
 
 
+def of_format(folder, number):
+    """Rewrites an intact checkpoint as one of another format, as it would have been written."""
+    path = folder / "state.json"
+    meta = json.loads(path.read_text())
+    del meta["checksum"], meta["format"]
+    meta |= {} if number is None else {"format": number}
+    path.write_text(json.dumps(meta | {"checksum": checkpoints._checksum(meta)}))
+
+
+@pytest.mark.parametrize("number", [None, 1, checkpoints.FORMAT + 1])
+def test_a_checkpoint_of_another_format_is_refused_and_no_older_one_taken(tmp_path, number):
+    for step in (1, 2):
+        save(tmp_path, state(step), keep=3)
+    of_format(tmp_path / "checkpoint-00000002", number)
+    found = rf"checkpoint-00000002 has format {number or 1} and this version of ATP reads format {checkpoints.FORMAT}: "
+    for read in (lambda: load(tmp_path / "checkpoint-00000002"), lambda: resume_point(tmp_path, print)):
+        with pytest.raises(InputError, match=found + "finish the run with the version that started it, or start again"):
+            read()
+
+
 def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
     save(tmp_path, state(1), keep=1)
 
@@ -298,7 +317,7 @@ def test_optimizer_goes_on_exactly(tmp_path):
     names = [name for name, _ in model.named_parameters()]
     tensors = optimizer_tensors(optimizer, names)
     assert set(tensors) == {f"{n}.{key}" for n in names for key in ("step", "exp_avg", "exp_avg_sq")}
-    read = load(save(tmp_path, Checkpoint(3, tensors, {}, "{}"), keep=1)).tensors
+    read = load(save(tmp_path, Checkpoint(3, tensors, {}), keep=1)).tensors
     other, fresh = trained(0, seed=1)
     other.load_state_dict(model.state_dict())
     fresh.param_groups[0]["lr"] = 0.05

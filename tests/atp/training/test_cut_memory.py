@@ -9,21 +9,21 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from tiny_run import CUT, SEARCH, TOTAL, make
-from transformers import TrainerCallback
 
-from atp.training import callbacks
-from atp.training.callbacks import ProgressCallback
+from atp.training import loop as loops
+from atp.training import metrics
+from atp.training.callbacks import Callback, ProgressBar
 
 
-class InTune(TrainerCallback):
+class InTune(Callback):
     """Calls a function at the begin of the first tune step."""
 
     def __init__(self, look):
         self.look = look
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == CUT:
-            self.look(**kwargs)
+    def on_phase(self, loop):
+        if loop.phase == "tune":
+            self.look(loop.model)
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def no_collector():
     gc.enable()
 
 
-@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space", ["head_dim", "kv_group", "disp"])
 def test_weights_and_moments_of_removed_structures_are_gone(tmp_path, no_collector, space):
     seen = {}
 
-    def look(model, **_):
+    def look(model):
         seen["alive"] = [name for name, ref in uncut.items() if ref() is not None]
         seen["state"] = {p: state for p, state in trainer.adamw.state.items()}
         seen["trained"] = [p for p in model.parameters() if p.requires_grad]
@@ -56,7 +56,7 @@ def test_weights_and_moments_of_removed_structures_are_gone(tmp_path, no_collect
     assert after < sum(sizes.values()) and untouched != set(sizes)
 
 
-class Watch(TrainerCallback):
+class Watch(Callback):
     """A stopwatch that half a second passes on in each step, and seven in each log and checkpoint."""
 
     def __init__(self):
@@ -65,38 +65,39 @@ class Watch(TrainerCallback):
     def perf_counter(self):
         return self.now
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.now += 0.5
-
-    def on_log(self, args, state, control, **kwargs):
+    def on_step(self, loop, record):
         self.now += 7.0
 
-    on_save = on_log
+    def on_checkpoint(self, loop, folder):
+        self.now += 7.0
 
 
 @pytest.mark.parametrize("packing", ["joined", "padded"])
 def test_bar_and_log_agree_on_tokens_a_second(tmp_path, monkeypatch, packing):
     """Within 2 %: the bar's text, the log's tokens over its seconds, and the tokens of the batches over a stopwatch."""
     watch = Watch()
-    monkeypatch.setattr(callbacks, "time", watch)
+    for module in (loops, metrics):
+        monkeypatch.setattr(module, "time", watch)
     trainer = make(tmp_path, callbacks=[watch], data={"packing": packing})
     console = Console(file=(tmp_path / "bar.txt").open("w"), force_terminal=False)
     shown, tokens = [], []
 
-    class Bar(ProgressCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            super().on_log(args, state, control, logs=logs, **kwargs)
+    class Bar(ProgressBar):
+        def on_step(self, loop, record):
+            super().on_step(loop, record)
             note = self.progress.tasks[0].fields["note"]
-            if logs and "loss" in logs:
-                shown.append(float(note.split()[-2].replace(",", "")))
+            shown.append(float(note.split()[-2].replace(",", "")))
 
-    original = trainer.training_step
-    trainer.training_step = lambda model, inputs, *rest: (
-        tokens.append(int((inputs["labels"] != -100).sum()) if packing == "joined" else inputs["tokens"]),
-        original(model, inputs, *rest),
-    )[1]
+    original = trainer.loss
+
+    def watched(inputs, count):
+        watch.now += 0.5
+        tokens.append(int((inputs["labels"] != -100).sum()) if packing == "joined" else inputs["tokens"])
+        return original(inputs, count)
+
+    trainer.loss = watched
     with Progress(TextColumn("{task.fields[note]}"), console=console) as progress:
-        trainer.add_callback(Bar(trainer.phases.of, trainer.phases.total, progress))
+        trainer.callbacks.append(Bar(progress, trainer.phases.total))
         trainer.train()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == len(shown) == len(tokens) == TOTAL

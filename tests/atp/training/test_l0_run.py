@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_trainer import Poison
+from tiny_callbacks import Poison
 from tiny_run import CUT, SEARCH, SETTLE, TUNE, make, trained_tensors
 
 from atp.training import checkpoint as checkpoints
@@ -31,16 +31,17 @@ def test_records_hold_the_penalty_in_the_place_of_the_lasso(unbroken):
     assert all(record["l0"] > 0 for record in records(folder)[:CUT])
 
 
-@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+@pytest.mark.parametrize("space", ["head_dim", "kv_group", "disp"])
 def test_removed_groups_are_zero_and_the_cut_changes_nothing(tmp_path, space):
     trainer = make(tmp_path, training=L0, decisions={"space": space})
-    left, fold = [], trainer.groups.prox_
+    groups = trainer.pruning.groups
+    left, fold = [], groups.prox_
 
     def watched(mask, threshold):
         fold(mask, threshold)
-        left.append(trainer.groups.largest_removed_norm(mask))
+        left.append(groups.largest_removed_norm(mask))
 
-    trainer.groups.prox_ = watched
+    groups.prox_ = watched
     trainer.train()
     assert len(left) == SETTLE and left[0] > 0 and left[-1] == 0.0
     certificate = trainer.export(tmp_path / "out")
@@ -95,13 +96,13 @@ def test_gradient_checkpointing_sees_the_same_gates(unbroken, tmp_path):
 
 def test_gradient_accumulation_steps_the_gates_once_a_lora_step(tmp_path):
     trainer = make(tmp_path, training=L0 | {"gradient_accumulation": 2, "batch_size": 1})
-    gates = trainer.gates
+    gates = trainer.pruning.regularizer
     trainer.train()
     assert int(gates.state_dict()["step"]) == CUT
 
 
 def test_steps_that_are_skipped_leave_the_gates_alone(tmp_path):
     trainer = make(tmp_path, training=L0, callbacks=[Poison(2, 3)])
-    gates = trainer.gates
+    gates = trainer.pruning.regularizer
     trainer.train()
     assert trainer.finite.skipped == 2 and int(gates.state_dict()["step"]) == CUT - 2

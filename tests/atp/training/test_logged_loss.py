@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.baselines.tuner import LoraTuner
 from atp.data import RaggedDataset
-from atp.training.callbacks import ProgressCallback, make_progress
+from atp.training.callbacks import ProgressBar, make_progress
 
 # One step of four samples: (batch_size, gradient_accumulation).
 SHAPES = [(4, 1), (2, 2), (1, 4)]
@@ -61,10 +61,10 @@ def test_loss_and_lasso_do_not_depend_on_accumulation(tmp_path, build):
 def sums_by_step(trainer):
     """Watches a trainer: for each step after the cut the cross-entropy of plain torch, [sum, tokens]."""
     seen = {}
-    original = trainer.training_step
+    original = trainer.loss
 
-    def watched(model, inputs, *rest):
-        step = trainer.state.global_step
+    def watched(inputs, count):
+        model, step = trainer.model, trainer.step
         if step >= CUT or isinstance(trainer, LoraTuner):
             with torch.no_grad():
                 model.eval()
@@ -74,9 +74,9 @@ def sums_by_step(trainer):
             total = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, ignore_index=-100, reduction="sum")
             before = seen.get(step, (0.0, 0))
             seen[step] = before[0] + float(total), before[1] + int((labels != -100).sum())
-        return original(model, inputs, *rest)
+        return original(inputs, count)
 
-    trainer.training_step = watched
+    trainer.loss = watched
     return seen
 
 
@@ -111,13 +111,12 @@ def test_the_bar_shows_the_same_loss(tmp_path):
     trainer = atp(tmp_path, batch_size=2, gradient_accumulation=2)
     notes = []
 
-    class Bar(ProgressCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            super().on_log(args, state, control, logs=logs, **kwargs)
-            if logs and "loss" in logs:
-                notes.append(float(self.progress.tasks[0].fields["note"].split()[1]))
+    class Bar(ProgressBar):
+        def on_step(self, loop, record):
+            super().on_step(loop, record)
+            notes.append(float(self.progress.tasks[0].fields["note"].split()[1]))
 
     with make_progress() as progress:
-        trainer.add_callback(Bar(trainer.phases.of, trainer.phases.total, progress))
+        trainer.callbacks.append(Bar(progress, trainer.phases.total))
         trainer.train()
     assert notes == pytest.approx([record["loss"] for record in records(tmp_path)], abs=6e-4)

@@ -1,13 +1,13 @@
 """Between two log points no step reads a value back: on a GPU each such read would halt the host."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from tiny_run import CUT, SEARCH, make
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import TrainerCallback
 
 # What torch runs, at any depth, to bring a value or a size that depends on values to the host.
 READS = {
@@ -53,21 +53,21 @@ class HostReads:
         self.operators = len(names)
 
 
-class Watch(TrainerCallback):
-    """Counts reads from the begin to the end of chosen steps."""
+class Watch:
+    """Counts reads from the begin to the end of chosen steps, in all that lies between loading data and logging."""
 
-    def __init__(self, steps):
+    def __init__(self, trainer, steps):
         self.steps, self.found, self.operators = steps, {}, {}
+        self.run = trainer.run
+        trainer.run = lambda phase, step, until: self.run(phase, partial(self.count, trainer, step), until)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.reads = HostReads().__enter__() if state.global_step in self.steps else None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.reads is not None:
-            self.reads.__exit__(None, None, None)
-            self.found[state.global_step - 1], self.operators[state.global_step - 1] = (
-                self.reads.counts, self.reads.operators
-            )  # fmt: skip
+    def count(self, trainer, step, batches):
+        if trainer.step not in self.steps:
+            return step(batches)
+        with HostReads() as reads:
+            step(batches)
+            trainer.wrapped.zero_grad()
+        self.found[trainer.step], self.operators[trainer.step] = reads.counts, reads.operators
 
 
 @pytest.mark.parametrize("read", [
@@ -94,21 +94,20 @@ def test_no_step_reads_a_value(tmp_path, monkeypatch, precision, budget, dropout
     With dropout each of the 14 linears reads its seed, which lies on the host wherever the model is.
     """
     steps = (1, SEARCH - 1, CUT + 1)
-    watch = Watch(steps)
     training = {"precision": precision, "log_every": 100, "save_every": 100, "regularizer": regularizer}
-    trainer = make(tmp_path, callbacks=[watch], training=training, decisions={"budget": budget},
-                   lora={"dropout": dropout})  # fmt: skip
+    trainer = make(tmp_path, training=training, decisions={"budget": budget}, lora={"dropout": dropout})
+    watch, pruning = Watch(trainer, steps), trainer.pruning
     size = trainer.config.decisions.batch_size
-    ready = {step: trainer._calibration_batch(step, size) for step in range(SEARCH)}
-    original = trainer._calibration_batch
-    monkeypatch.setattr(trainer, "_calibration_batch", lambda i, n: ready[i] if n == size else original(i, n))
-    set_masks = trainer.controller.set
+    ready = {step: pruning.calibration_batch(step, size) for step in range(SEARCH)}
+    original = pruning.calibration_batch
+    monkeypatch.setattr(pruning, "calibration_batch", lambda i, n: ready[i] if n == size else original(i, n))
+    set_masks = pruning.controller.set
 
     def set_marked(mask, form):
         with record_function(SLICES) if form == "hard" else nullcontext():
             set_masks(mask, form)
 
-    monkeypatch.setattr(trainer.controller, "set", set_marked)
+    monkeypatch.setattr(pruning.controller, "set", set_marked)
     trainer.train()
     seeds = {"aten::item": 14, "aten::_local_scalar_dense": 14} if dropout else {}
     assert watch.found == {step: seeds for step in steps}

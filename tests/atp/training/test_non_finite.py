@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from test_trainer import Poison, StopAt
+from tiny_callbacks import AtStep, Poison, StopAt
 from tiny_run import CUT, SEARCH, TOTAL, TUNE, LlamaForCausalLM, make, trained_tensors, windows
-from transformers import LlamaConfig, TrainerCallback
+from transformers import LlamaConfig
 
 from atp.baselines.tuner import LoraTuner
 from atp.config import DecisionsConfig
@@ -39,7 +39,7 @@ def test_bad_steps_are_found_without_any_log(tmp_path, save_every):
     trainer = make(tmp_path, callbacks=[Poison(2, 3)], training=training)
     with pytest.raises(NotReached, match="2 steps in a row .* the last one at step 3"):
         trainer.train()
-    assert trainer.state.global_step == (3 if save_every == 1 else CUT)
+    assert trainer.step == (3 if save_every == 1 else CUT)
 
 
 def test_a_good_step_after_bad_ones_at_the_end_of_a_phase_is_enough(tmp_path):
@@ -73,15 +73,15 @@ def test_the_tuner_fails_too(tmp_path):
 
 def spoil_decisions(trainer, steps):
     """Makes the calibration loss of some decision steps NaN."""
-    original = trainer._calibration_loss
+    original = trainer.pruning.calibration_loss
 
     def spoiled(batch, mask):
         loss = original(batch, mask)
-        if trainer.decisions is not None and trainer.state.global_step in steps:
+        if trainer.phase == "search" and trainer.step in steps:
             loss = loss * NAN
         return loss
 
-    trainer._calibration_loss = spoiled
+    trainer.pruning.calibration_loss = spoiled
 
 
 def test_bad_decision_steps_are_counted(tmp_path):
@@ -104,7 +104,7 @@ def test_decision_steps_that_are_all_bad_end_the_run_at_the_freeze(tmp_path):
     spoil_decisions(trainer, set(range(SEARCH)))
     with pytest.raises(NotReached, match=f"{SEARCH // 2} decision steps"):
         trainer.train()
-    assert trainer.state.global_step == SEARCH and not trainer.decisions.frozen
+    assert trainer.step == SEARCH and not trainer.decisions.frozen
 
 
 def test_decisions_of_logits_that_are_no_numbers_are_refused():
@@ -143,11 +143,11 @@ def test_saliency_whose_square_overflows_is_no_saliency():
 def test_a_run_stops_before_its_first_step_where_saliency_is_not_finite(tmp_path):
     trainer = make(tmp_path)
     calls = iter(range(100))
-    original = trainer._calibration_loss
-    trainer._calibration_loss = lambda batch, mask: original(batch, mask) * (NAN if next(calls) == 4 else 1.0)
+    original = trainer.pruning.calibration_loss
+    trainer.pruning.calibration_loss = lambda batch, mask: original(batch, mask) * (NAN if next(calls) == 4 else 1.0)
     with pytest.raises(NotReached, match="calibration window 5 "):
         trainer.train()
-    assert trainer.state.global_step == 0 and not (tmp_path / "checkpoints").exists()
+    assert trainer.step == 0 and not (tmp_path / "checkpoints").exists()
 
 
 # Weights and checkpoints
@@ -176,9 +176,9 @@ def test_no_checkpoint_is_written_that_holds_nan(tmp_path, part):
     at = SEARCH + 1 if part == "refit" else 2
     trainer = make(tmp_path, training=training)
 
-    class Spoil(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step != at:
+    class Spoil(AtStep):
+        def after(self, loop, step):
+            if step != at:
                 return
             with torch.no_grad():
                 tensor = {
@@ -186,13 +186,13 @@ def test_no_checkpoint_is_written_that_holds_nan(tmp_path, part):
                     "optimizer": lambda: next(iter(trainer.adamw.state.values()))["exp_avg"],
                     "generator": lambda: next(trainer.decisions.generator.parameters()),
                     "moments": lambda: next(iter(trainer.decisions.optimizer.state.values()))["exp_avg_sq"],
-                    "refit": lambda: dict(trainer._decoder.named_parameters())[trainer.refitted[0]],
-                    "gates": lambda: trainer.gates.log_alpha,
+                    "refit": lambda: dict(trainer.pruning.decoder.named_parameters())[trainer.pruning.refitted[0]],
+                    "gates": lambda: trainer.pruning.regularizer.log_alpha,
                     "mask logits": lambda: trainer.decisions.generator.prior,
                 }[part]()
                 tensor.view(-1)[0] = NAN
 
-    trainer.add_callback(Spoil())
+    trainer.callbacks.append(Spoil())
     with pytest.raises(NotReached, match=f"step {at}.* holds NaN or infinity"):
         trainer.train()
     newest = checkpoints.load(checkpoints.newest(tmp_path / "checkpoints"))
@@ -203,13 +203,13 @@ def test_no_checkpoint_is_written_that_holds_nan(tmp_path, part):
 def test_refit_on_inputs_that_are_not_finite_is_refused(tmp_path, monkeypatch):
     trainer = make(tmp_path)
 
-    def spoiled(index, size, original=trainer._calibration_batch):
+    def spoiled(index, size, original=trainer.pruning.calibration_batch):
         batch = original(index, size)
-        if trainer.decisions is not None and trainer.decisions.frozen and index == 1:
-            trainer._decoder.layers[0].self_attn.v_proj.base_layer.weight.data[0, 0] = NAN
+        if trainer.decisions.frozen and index == 1:
+            trainer.pruning.decoder.layers[0].self_attn.v_proj.base_layer.weight.data[0, 0] = NAN
         return batch
 
-    monkeypatch.setattr(trainer, "_calibration_batch", spoiled)
+    monkeypatch.setattr(trainer.pruning, "calibration_batch", spoiled)
     with pytest.raises(NotReached, match=r"layers\.0\.\S+ reads NaN"):
         trainer.train()
     assert all(bool(t.isfinite().all()) for t in trained_tensors(trainer).values())
@@ -217,13 +217,13 @@ def test_refit_on_inputs_that_are_not_finite_is_refused(tmp_path, monkeypatch):
 
 def test_a_cut_that_gives_no_numbers_ends_the_run_there(tmp_path, monkeypatch):
     trainer = make(tmp_path)
-    original = trainer._become_cut
+    original = trainer.pruning.become_cut
 
     def spoiled():
         original()
-        trainer.model.get_base_model().model.norm.weight.data[0] = NAN
+        trainer.pruning.model.get_base_model().model.norm.weight.data[0] = NAN
 
-    monkeypatch.setattr(trainer, "_become_cut", spoiled)
+    monkeypatch.setattr(trainer.pruning, "become_cut", spoiled)
     with pytest.raises(NotReached, match="masked_vs_cut is nan"):
         trainer.train()
     assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == CUT - 1
@@ -242,16 +242,16 @@ def test_a_bad_gradient_of_a_gate_is_a_bad_step(tmp_path):
     """The adapter's own gradients are finite: the step is skipped and counted all the same."""
     trainer = make(tmp_path, training={"regularizer": "l0"})
 
-    class SpoilGate(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.hook = None
-            if state.global_step == 1:
-                self.hook = trainer.gates.log_alpha.register_hook(lambda gradient: gradient * NAN)
+    class SpoilGate(AtStep):
+        def before(self, loop, step):
+            if step == 2:
+                log_alpha = trainer.pruning.regularizer.log_alpha
+                self.hook = log_alpha.register_hook(lambda gradient: gradient * NAN)
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if self.hook is not None:
+        def after(self, loop, step):
+            if step == 2:
                 self.hook.remove()
 
-    trainer.add_callback(SpoilGate())
+    trainer.callbacks.append(SpoilGate())
     trainer.train()
     assert trainer.finite.skipped == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atp.data.packing import PackedDataset, RaggedDataset
-from atp.training.order import GroupedOrder, RunOrder, run_order
+from atp.training.data import GroupedOrder, RunOrder, run_order
 
 
 @pytest.mark.parametrize(("size", "total"), [(7, 21), (7, 17), (5, 3), (1, 4), (6, 0)])

@@ -9,7 +9,7 @@ from tiny_run import make, trained_tensors
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from atp.training.profiling import _BACKWARD, HEADINGS, ProfileCallback, _mark_modules, scope, step_table
+from atp.training.profiling import _BACKWARD, HEADINGS, Profiler, _mark_modules, scope, step_table
 
 
 def table_of(work):
@@ -83,7 +83,7 @@ def test_a_profiled_run_writes_every_phase_and_trains_the_same(tmp_path, checkpo
     training = {"gradient_checkpointing": checkpointing}
     plain, profiled = (make(tmp_path / name, training=training) for name in ("plain", "profiled"))
     folder = tmp_path / "profile"
-    profiled.add_callback(ProfileCallback(folder, profiled.phases.of, profiled.phases.total))
+    profiled.callbacks.append(Profiler(folder, profiled.phases.of, profiled.phases.total))
     for trainer in (plain, profiled):
         trainer.train()
     expected = trained_tensors(plain)
@@ -103,5 +103,5 @@ def test_a_profiled_run_writes_every_phase_and_trains_the_same(tmp_path, checkpo
 
 def test_spans_skip_the_first_step_of_a_phase_and_never_leave_it(tmp_path):
     phases = ["search"] * 6 + ["settle"] * 2 + ["tune"]
-    spans = ProfileCallback(tmp_path, phases.__getitem__, len(phases)).spans
+    spans = Profiler(tmp_path, phases.__getitem__, len(phases)).spans
     assert spans == {"search": range(1, 4), "settle": range(7, 8), "tune": range(8, 9)}

@@ -1,31 +1,21 @@
 """The one-stage job on a tiny model: phases, certificate, resume, interruption, guards."""
 
 import json
-import os
 import signal
 
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file
+from tiny_callbacks import Poison, StopAt
 from tiny_run import CUT, SEARCH, SETTLE, TOTAL, TUNE, make, trained_tensors
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from atp.decide.budget import Budget
+from atp.decide.maker import DecisionMaker
 from atp.errors import InputError, Interrupted, NotReached
+from atp.lora.regularizers import Lasso
 from atp.training import checkpoint as checkpoints
-from atp.training.trainer import ATPTrainer
-
-
-class StopAt(TrainerCallback):
-    """Sends this process a signal at the end of one LoRA step."""
-
-    def __init__(self, step, signum=signal.SIGINT):
-        self.step, self.signum = step, signum
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1:
-            os.kill(os.getpid(), self.signum)
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +106,12 @@ def test_readers_are_refitted_at_the_freeze(tmp_path):
     assert "refit" in trainer.clock.seconds and "refit" not in other.clock.seconds
 
 
-def test_refit_of_sharded_weights_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(ATPTrainer, "_weights_are_whole", lambda self: False)
-    with pytest.raises(InputError, match="refit_windows needs whole weights in every process: set it to 0"):
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_sharded_weights_are_refused_whatever_shards_them(tmp_path, monkeypatch, kind):
+    """The refit, the lasso's gradient and the cut need whole weights in every process."""
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(InputError, match=f"^{kind.value} shards weights, which pruning does not support yet"):
         make(tmp_path)
-    make(tmp_path / "without", decisions={"refit_windows": 0})
 
 
 def test_resume_refuses_a_changed_config(unbroken, tmp_path):
@@ -168,7 +159,7 @@ def test_resume_without_checkpoint_is_refused(tmp_path):
 def test_checkpoints_hold_no_pickle_and_few_bytes(unbroken):
     _, folder, _ = unbroken
     names = {path.name for path in (folder / "checkpoints").rglob("*") if path.is_file()}
-    assert names == {"LATEST", "state.safetensors", "state.json", "trainer_state.json"}
+    assert names == {"LATEST", "state.safetensors", "state.json"}
     after = load_file(folder / "checkpoints" / f"checkpoint-{TOTAL:08d}" / "state.safetensors")
     before = load_file(folder / "checkpoints" / "checkpoint-00000002" / "state.safetensors")
     lora_bytes = [
@@ -176,23 +167,6 @@ def test_checkpoints_hold_no_pickle_and_few_bytes(unbroken):
         for state in (before, after)
     ]
     assert lora_bytes[1] < lora_bytes[0]  # rows and moments of removed structures are gone
-
-
-class Poison(TrainerCallback):
-    """Makes gradients non-finite from one step on."""
-
-    def __init__(self, first, last):
-        self.first, self.last = first, last
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.handles = []
-        if self.first <= state.global_step + 1 <= self.last:
-            parameter = next(p for p in model.parameters() if p.requires_grad)
-            self.handles.append(parameter.register_hook(lambda grad: grad * float("nan")))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        for handle in self.handles:
-            handle.remove()
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path):
@@ -236,96 +210,95 @@ def test_kv_group_space_and_gradient_checkpointing(tmp_path):
 
 def test_adapter_is_frozen_where_masks_alone_need_gradients(tmp_path):
     trainer, seen = make(tmp_path), []
-    original = trainer._calibration_loss
+    original = trainer.pruning.calibration_loss
 
     def watched(*arguments):
         seen.append(any(p.requires_grad for p in trainer.model.parameters()))
         return original(*arguments)
 
-    trainer._calibration_loss = watched
+    trainer.pruning.calibration_loss = watched
     trainer.train()
     assert seen == [False] * (6 + SEARCH)  # windows of the saliency, decision steps
     assert all(p.requires_grad for n, p in trainer.model.named_parameters() if ".lora_" in n)
 
 
-def test_gradient_accumulation_runs_one_decision_step_per_lora_step(tmp_path):
+def test_gradient_accumulation_runs_one_decision_step_per_lora_step(tmp_path, monkeypatch):
     trainer = make(tmp_path, training={"gradient_accumulation": 2, "batch_size": 1})
     calls = []
-    original = trainer._decide
-    trainer._decide = lambda step, phase: (calls.append(step), original(step, phase))
+    original = DecisionMaker.update
+    monkeypatch.setattr(
+        DecisionMaker, "update", lambda maker, step, loss_of: (calls.append(step), original(maker, step, loss_of))[1]
+    )
     trainer.train()
-    assert calls == list(range(CUT))
+    assert calls == list(range(SEARCH))
 
 
-class Watch(TrainerCallback):
-    """Keeps what `look` sees before every step of the optimizer, last of all callbacks."""
+def watch_steps(trainer, look):
+    """What `look` sees of the model before every step of the optimizer."""
+    seen, check = [], trainer.skip_if_not_finite
 
-    def __init__(self, trainer, look):
-        self.look, self.steps = look, []
-        trainer.add_callback(self)
+    def watched(*arguments):
+        seen.append(look(trainer.model))
+        return check(*arguments)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(self.look(model))
+    trainer.skip_if_not_finite = watched
+    return seen
 
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("space", ["head_dim", "kv_group"])
+class LassoByAutograd(Lasso):
+    """The same regularizer, its gradient from autograd's graph."""
+
+    def add_gradient(self, mask, weight):
+        value = self.groups.lasso(mask)
+        (weight * value).backward()
+        return {"lasso": value.detach()}
+
+
+@pytest.mark.parametrize("space", ["head_dim", "kv_group", "disp"])
 @pytest.mark.parametrize("batches", [1, 2])
-def test_lasso_added_to_gradients_is_the_lasso_in_the_loss(tmp_path, monkeypatch, space, batches):
+def test_lasso_added_to_gradients_is_the_lasso_in_the_loss(tmp_path, space, batches):
     """Gradients and records of every step, outside autograd's graph and in it, where nothing is clipped."""
     training = {"gradient_accumulation": batches, "batch_size": 1, "settle_beta": 2.0, "clip": 1e6}
     watched, records = {}, {}
-    for direct in (True, False):
-        trainer = make(tmp_path / str(direct), decisions={"space": space}, training=training)
-        watched[direct] = Watch(trainer, gradients)
-        monkeypatch.setattr(trainer, "_adds_lasso_to_gradients", lambda direct=direct: direct)
+    for kind in (Lasso, LassoByAutograd):
+        folder = tmp_path / kind.__name__
+        trainer = make(folder, decisions={"space": space}, training=training)
+        trainer.pruning.regularizer = kind(trainer.pruning.groups)
+        watched[kind] = watch_steps(trainer, gradients)
         trainer.train()
-        lines = (tmp_path / str(direct) / "metrics.jsonl").read_text().splitlines()
-        records[direct] = [(r["loss"], r.get("lasso", 0.0)) for r in map(json.loads, lines)]
-    assert [lasso > 0 for _, lasso in records[True]] == [True] * CUT + [False] * TUNE
-    torch.testing.assert_close(records[True], records[False], rtol=1e-4, atol=0)
-    torch.testing.assert_close(watched[True].steps, watched[False].steps, rtol=1e-4, atol=1e-6)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        records[kind] = [(r["loss"], r.get("lasso", 0.0)) for r in map(json.loads, lines)]
+    assert [lasso > 0 for _, lasso in records[Lasso]] == [True] * CUT + [False] * TUNE
+    torch.testing.assert_close(records[Lasso], records[LassoByAutograd], rtol=1e-4, atol=0)
+    torch.testing.assert_close(watched[Lasso], watched[LassoByAutograd], rtol=1e-4, atol=1e-6)
 
 
 def test_clipping_is_of_the_gradient_of_the_loss_alone(tmp_path):
     """However large the lasso's gradient is, that of the loss keeps the norm it is clipped to."""
-    clip = 1e-3
-    trainer = make(tmp_path, training={"clip": clip, "beta": 30.0})
+    clip, betas = 1e-3, {"search": 30.0, "settle": 100.0}
+    trainer = make(tmp_path, training={"clip": clip, "beta": betas["search"], "settle_beta": betas["settle"]})
 
     def norms(model):
         parts = gradients(model)
-        weight = trainer._lasso_weight()
         lasso = [torch.zeros(())]
-        if weight:
-            value = weight * trainer.groups.lasso(trainer.decisions.mask)
-            for factor, grad in zip(
-                trainer.groups.factors, torch.autograd.grad(value, trainer.groups.factors), strict=True
-            ):
+        if trainer.phase in betas:
+            groups = trainer.pruning.groups
+            value = betas[trainer.phase] * groups.lasso(trainer.decisions.mask)
+            for factor, grad in zip(groups.factors, torch.autograd.grad(value, groups.factors), strict=True):
                 name = next(name for name, p in model.named_parameters() if p is factor)
                 parts[name] -= grad
                 lasso.append(grad)
         return [float(torch.cat([part.flatten() for part in some]).norm()) for some in (parts.values(), lasso)]
 
-    watch = Watch(trainer, norms)
+    seen = watch_steps(trainer, norms)
     trainer.train()
-    of_the_loss, of_the_lasso = zip(*watch.steps, strict=True)
+    of_the_loss, of_the_lasso = zip(*seen, strict=True)
     assert of_the_loss == pytest.approx([clip] * len(of_the_loss), rel=0.05)
     assert min(of_the_lasso[:CUT]) > 10 and not any(of_the_lasso[CUT:])
-
-
-def test_lasso_is_added_to_gradients_unless_they_are_sharded_or_scaled(tmp_path, monkeypatch):
-    trainer = make(tmp_path)
-    assert trainer._adds_lasso_to_gradients()
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.accelerator, "scaler", object())
-        assert not trainer._adds_lasso_to_gradients()
-    state = type("State", (), {"distributed_type": DistributedType.FSDP})()
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.accelerator, "state", state)
-        assert not trainer._adds_lasso_to_gradients()
 
 
 @pytest.mark.parametrize("packing", ["separate", "padded"])

@@ -3,17 +3,13 @@
 import copy
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, LAYERS, VOCAB = 4, 2, 8, 32, 40, 3, 61
 
 
 def stock_model(family="llama", seed=0, dtype=torch.float64, **overrides):
     """A tiny random model in evaluation mode with non-zero biases and norms that are not one."""
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[family]
     values = {
         "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
@@ -22,7 +18,7 @@ def stock_model(family="llama", seed=0, dtype=torch.float64, **overrides):
     if family == "mistral":
         values["sliding_window"] = None
     torch.manual_seed(seed)
-    model = model_class(config_class(**values | overrides))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values | overrides))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -89,7 +85,30 @@ def _zero_kv_group(layer, kept):
     attention.o_proj.weight.view(HIDDEN, KV_HEADS, -1)[:, removed] = 0
 
 
-_ZERO = {"qk": _zero_qk, "vo": _zero_vo, "mlp": _zero_mlp, "kv_group": _zero_kv_group}
+def _zero_columns(*names):
+    def zero(layer, kept):
+        for name in names:
+            layer.get_submodule(name).weight[:, _removed(kept, HIDDEN)] = 0
+
+    return zero
+
+
+def _zero_outputs(name):
+    def zero(layer, kept):
+        linear, removed = layer.get_submodule(name), _removed(kept, HIDDEN)
+        for rows in _rows(linear, HIDDEN):
+            rows[removed] = 0
+
+    return zero
+
+
+_ZERO_SELECTIONS = {
+    "attention_inputs": _zero_columns("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention_outputs": _zero_outputs("self_attn.o_proj"),
+    "mlp_inputs": _zero_columns("mlp.gate_proj", "mlp.up_proj"),
+    "mlp_outputs": _zero_outputs("mlp.down_proj"),
+}
+_ZERO = _ZERO_SELECTIONS | {"qk": _zero_qk, "vo": _zero_vo, "mlp": _zero_mlp, "kv_group": _zero_kv_group}
 
 
 def tokens(windows=3, length=20, seed=2):

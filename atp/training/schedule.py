@@ -1,7 +1,8 @@
-"""The four phases of a run: search -> settle -> cut -> tune, counted in LoRA steps (1-method.md section 5)."""
+"""When a run does what, in LoRA steps: its phases and its learning rate (docs/method.md section 5)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ Phase = Literal["search", "settle", "tune"]
 
 @dataclass(frozen=True)
 class Phases:
-    """Which phase a LoRA step belongs to. The cut happens between the last settle step and the first tune step."""
+    """Search -> settle -> cut -> tune. The cut happens between the last settle step and the first tune step."""
 
     search: int
     settle: int
@@ -38,3 +39,18 @@ class Phases:
         if step < self.search:
             return "search"
         return "settle" if step < self.cut_step else "tune"
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """The learning rate of the LoRA step with this number, counted from 0, in a run of `config.total` steps.
+
+    It rises linearly from 0 to `lr` over `warmup` steps, then stays, or falls to 0 linearly or along half a cosine.
+    """
+    if step < config.warmup:
+        return config.lr * (step / config.warmup)
+    if config.schedule == "constant":
+        return config.lr
+    falling = max(1, config.total - config.warmup)
+    if config.schedule == "linear":
+        return config.lr * max(0.0, (config.total - step) / falling)
+    return config.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * ((step - config.warmup) / falling))))

@@ -1,4 +1,4 @@
-"""Hard concrete gates: an L0 penalty on the LoRA part of removed decisions, in the place of the group lasso.
+"""Hard concrete gates: an L0 penalty on the LoRA part of removed decisions, in place of the group lasso.
 
 Source: Louizos, Welling, Kingma 2018, arXiv 1712.01312. A gate is z = min(1, max(0, s (zeta - gamma) + gamma)) with
 s = sigmoid((log u - log(1 - u) + log_alpha) / temperature) and u uniform: it is exactly 0 and exactly 1 with positive
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from atp import processes
 from atp.decide.sampling import logistic_noise
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
+from atp.lora.regularizers.regularizer import Regularizer
 from atp.spaces.space import MaskSpace
 
 _GAMMA, _ZETA = -0.1, 1.1  # the ends of the stretched interval ...
@@ -41,13 +42,13 @@ def open_probability(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha - _TEMPERATURE * math.log(-_GAMMA / _ZETA))
 
 
-class L0Gates:
+class L0Gates(Regularizer):
     """A gate for every cut of every decision, its noise, and the optimizer of `log_alpha`, float32 [gates].
 
-    A cut of a decision is what it is to the group lasso: its rows of B for an output cut, its columns of A for an input
-    cut. Only cuts of removed decisions are gated, only in LoRA steps; a decision that is kept has no gate (1), and one
-    that is removed again starts with an open one. Decision steps and evaluations see no gates: they ask what a
-    decision would give if it were kept. Build it where the model will train.
+    A cut of a decision owns what it owns in the group lasso: rows of B for an output cut, columns of A for an input
+    cut. Only cuts of removed decisions are gated, and only in LoRA steps. A kept decision has no gate (1), and one
+    that is removed again starts with an open gate. Decision steps and evaluations see no gates: they ask what a
+    decision would contribute if it were kept. Build it on the device where the model trains.
     """
 
     def __init__(self, model: nn.Module, space: MaskSpace, *, seed: int) -> None:
@@ -63,15 +64,16 @@ class L0Gates:
         self._sizes = [len(part) for part in decisions]
         self._decision_of_gate = torch.cat(decisions)
         self.log_alpha = nn.Parameter(torch.full((len(self._decision_of_gate),), _OPEN, device=device))
-        self.optimizer = torch.optim.AdamW([self.log_alpha], lr=_LR, weight_decay=0.0, fused=True)
+        self.parameters = [self.log_alpha]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=_LR, weight_decay=0.0, fused=True)
         self.noise = torch.Generator().manual_seed(seed)
 
     @contextmanager
     def applied(self, mask: Tensor, *, sample: bool) -> Iterator[None]:
         """Multiplies LoRA rows and columns of removed decisions by their gates inside a with block.
 
-        mask bool [space.size], True keeps. sample draws the gates of a LoRA step; backward belongs inside the block,
-        and adds to the gradient of log_alpha. Otherwise the gates of test time, for a measurement.
+        mask bool [space.size], True keeps. sample draws the gates of a LoRA step; the backward pass belongs inside the
+        block and adds to the gradient of log_alpha. Without sample the gates are those of test time.
         """
         removed = self._removed(mask)
         noise = None
@@ -92,26 +94,26 @@ class L0Gates:
         """The expected number of open gates of removed decisions, scalar float32. mask bool [space.size]."""
         return torch.where(self._removed(mask), open_probability(self.log_alpha), 0.0).sum()
 
-    def step(self, mask: Tensor, beta: float, skip: Tensor) -> Tensor:
-        """One optimizer step on the gradient of the LoRA loss + beta * penalty; returns the penalty before it.
+    def after_step(self, mask: Tensor, weight: float, skip: Tensor) -> dict[str, Tensor]:
+        """One optimizer step of log_alpha on the LoRA loss + weight * penalty; returns the penalty before it as `l0`.
 
-        The penalty is no function of the model, so its gradient is added here and not in the loss of a batch. skip:
-        scalar float32 on the device, 1 where the LoRA step was skipped; then nothing changes here either.
+        The penalty is no function of the model, so its gradient is added here and not to the loss of a batch. Nothing
+        changes in a skipped step or if a gradient is not finite.
         """
         processes.average_(self.log_alpha.grad)
         penalty = self.penalty(mask)
-        (beta * penalty).backward()
+        (weight * penalty).backward()
         bad = ~torch.isfinite(self.log_alpha.grad).all()
         self.optimizer.found_inf = torch.maximum(skip, bad.float())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return penalty.detach()
+        return {"l0": penalty.detach()}
 
     @torch.no_grad()
-    def fold_closed_(self, mask: Tensor) -> None:
-        """Folds the closed gates of test time into the factors: LoRA rows and columns of removed cuts become zero.
+    def fold(self, mask: Tensor) -> None:
+        """Folds gates that are closed at test time into the factors: rows and columns of removed cuts become zero.
 
-        A gate that is partly open stays one: folded in, it would count twice in the next step.
+        A partly open gate stays a gate: folded in, it would count twice in the next step.
         """
         closed = self._removed(mask) & (hard_concrete(self.log_alpha) == 0)
         for layer, axis, gate in self._by_cut(closed):
@@ -119,7 +121,7 @@ class L0Gates:
             factor.masked_fill_(gate if axis else gate[:, None], 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next LoRA step depends on: log_alpha, its moments and the state of the noise."""
+        """log_alpha, its moments and the state of the noise."""
         moments = self.optimizer.state_dict()["state"].get(0, {})
         return {"log_alpha": self.log_alpha.detach(), "noise": self.noise.get_state(), **moments}
 

@@ -1,0 +1,14 @@
+"""Granite, the dense models."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from atp.families.family import Family
+
+
+class Granite(Family):
+    """Llama with multipliers of embeddings, attention scores and what a block adds, and a divisor of the logits."""
+
+    def logits_divisor(self, config: PretrainedConfig) -> float:
+        return float(config.logits_scaling)

@@ -1,0 +1,246 @@
+"""Search and settle inside somebody else's training loop: a callback for `transformers.Trainer` and its subclasses.
+
+    callback = ATPCallback(calibration, search=200, settle=20, decisions={"target_keep": 0.6})
+    trainer = SFTTrainer(model, args, train_dataset=data, peft_config=lora, callbacks=[callback])  # lora on all linears
+    trainer.train()
+    smaller = callback.cut(trainer.model)
+
+The callback calls the same parts of a step as `atp.training.loop`, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from atp import processes
+from atp.config import ATPConfig
+from atp.data import PackedDataset, RaggedDataset
+from atp.errors import InputError
+from atp.finite import FiniteGuard
+from atp.lora.layer import ADAPTER, MaskedLoraLinear, fuse_layers
+from atp.spaces.space import MaskSpace
+from atp.training.pruning import Pruning
+from atp.training.schedule import Phases
+
+
+class ATPCallback(TrainerCallback):
+    """Adds search and settle to a Trainer that tunes plain LoRA; `cut` then returns the smaller model.
+
+    Training stops after search + settle optimizer steps. `cut` certifies that it changes no logits; tune on with a new
+    Trainer around its result. Loss, data, batch size, gradient accumulation, learning rate and clipping are the
+    Trainer's. An evaluation in between sees the unmasked model.
+
+    The hooks of transformers suffice. `on_pre_optimizer_step` comes after clipping, where the lasso's gradient belongs.
+    Masks stay on the layers from `on_step_begin` to `on_pre_optimizer_step`, so that activation checkpointing reruns
+    what it ran; between the batches of a step (`on_substep_end`) regularizer l0 draws new gates. A step with a
+    non-finite gradient is skipped by torch's fused optimizers only, so `optim` must be one, which is the default.
+    """
+
+    def __init__(
+        self,
+        calibration: Iterable[Mapping[str, Any]],
+        *,
+        search: int,
+        settle: int,
+        decisions: Mapping[str, Any] | None = None,
+        regularizer: str = "lasso",
+        beta: float = 0.3,
+        settle_beta: float = 100.0,
+        max_bad_steps: int = 5,
+        seed: int = 0,
+    ) -> None:
+        """calibration: rows with `input_ids` and, if not every token counts, `labels` (-100 for those that do not).
+
+        search, settle: optimizer steps of the two phases. decisions: keys of `atp.config.DecisionsConfig`. The rest is
+        as in `atp.config.TrainingConfig`. Raises `InputError` for what cannot be used.
+        """
+        training = {
+            "search": search, "settle": settle, "tune": 0, "regularizer": regularizer, "beta": beta,
+            "settle_beta": settle_beta, "max_bad_steps": max_bad_steps,
+        }  # fmt: skip
+        # Model and folder are the Trainer's.
+        unused = {"model": {"path": "trainer"}, "output_dir": "trainer"}
+        self.config = ATPConfig.parse(unused | {"seed": seed, "decisions": dict(decisions or {}), "training": training})
+        self.phases = Phases.from_config(self.config.training)
+        self.calibration = _windows(calibration)
+        self.finite = FiniteGuard(max_bad_steps)
+        self.pruning: Pruning | None = None
+        self._masks = ExitStack()
+        self._skip: Tensor | None = None
+        self._done = 0
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """What freeze and cut were measured to change, as far as they have come."""
+        return self.pruning.certificate if self.pruning else {}
+
+    def cut(self, model: nn.Module) -> PeftModel:
+        """The smaller model with its adapter, measured to give the same logits; the uncut one is spent.
+
+        model: `trainer.model` after training. Raises `InputError` before the end of settle and `NotReached` if the cut
+        changes the logits.
+        """
+        if self.pruning is None or self._done < self.phases.cut_step:
+            raise InputError(
+                f"the model can be cut after {self.phases.cut_step} steps of search and settle and has trained "
+                f"{self._done}: call trainer.train() to its end first"
+            )
+        if self.pruning.is_cut or getattr(model, "module", model) is not self.pruning.model:
+            raise InputError("callback.cut takes the model that this callback trained with, once: pass trainer.model")
+        self.finite.report()
+        self.pruning.cut(swap=lambda smaller: None)
+        return self.pruning.model
+
+    # Hooks, in the order in which a Trainer calls them
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        _check_arguments(args, state, self.phases.cut_step)
+        _check_optimizer(_unwrapped(kwargs["optimizer"]))
+        processes.start()
+        space = MaskSpace.from_config(model.config, self.config.decisions.space)
+        _take_masks(model, space)
+        model.train()
+        self.pruning = Pruning(
+            model, space, self.calibration, self.config.decisions, self.config.training, seed=self.config.seed,
+            autocast=torch.bfloat16 if args.bf16 else None,
+        )  # fmt: skip
+        self.pruning.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        pruning = self._pruning()
+        if self._phase(state) == "search":
+            pruning.decide(state.global_step)
+        elif not pruning.decisions.frozen:
+            pruning.freeze()
+            if self.config.decisions.refit_windows:
+                pruning.refit()
+        self._masks.enter_context(pruning.masked())
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._masks.close()
+        self._masks.enter_context(self._pruning().masked())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._masks.close()
+        pruning, optimizer = self._pruning(), _unwrapped(kwargs["optimizer"])
+        pruning.regularize(self._weight(state))
+        bad = self.finite.check(optimizer, state.global_step + 1, pruning.regularizer.parameters)
+        self._skip = bad.float()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        pruning = self._pruning()
+        assert self._skip is not None
+        pruning.after_step(self._weight(state), self._skip)
+        if self._phase(state) == "settle":
+            pruning.shrink(steps_left=self.phases.cut_step - state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._done = state.global_step
+        if self._done == self.phases.cut_step:
+            control.should_training_stop = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.finite.report()
+        self._pruning().decisions.finite.report()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._masks.close()
+
+    def _pruning(self) -> Pruning:
+        if self.pruning is None:
+            raise InputError("ATPCallback must be there when training begins: pass it to the Trainer's constructor")
+        return self.pruning
+
+    def _phase(self, state: TrainerState) -> str:
+        return self.phases.of(state.global_step)
+
+    def _weight(self, state: TrainerState) -> float:
+        training = self.config.training
+        return training.beta if self._phase(state) == "search" else training.settle_beta
+
+
+def _windows(calibration: Any) -> PackedDataset | RaggedDataset:
+    """Calibration rows as one of our own data sets."""
+    if isinstance(calibration, PackedDataset | RaggedDataset):
+        return calibration
+    sized = hasattr(calibration, "__len__")
+    rows = [calibration[index] for index in range(len(calibration))] if sized else list(calibration)
+    if not rows:
+        raise InputError("ATPCallback needs calibration data and got no row: pass some tokenized windows")
+    if "input_ids" not in rows[0]:
+        raise InputError(
+            f"calibration rows have {', '.join(map(str, rows[0]))} and no input_ids: tokenize them, for example with "
+            "atp.data.pack"
+        )
+    pairs = [(row["input_ids"], row.get("labels", row["input_ids"])) for row in rows]
+    documents = [(torch.as_tensor(ids).tolist(), torch.as_tensor(labels).tolist()) for ids, labels in pairs]
+    if len({len(ids) for ids, _ in documents}) > 1:
+        return RaggedDataset(documents)
+    input_ids, labels = (torch.tensor(column) for column in zip(*documents, strict=True))
+    return PackedDataset(input_ids, labels)
+
+
+def _check_arguments(args: TrainingArguments, state: TrainerState, steps: int) -> None:
+    if state.global_step:
+        raise InputError("a Trainer's checkpoint holds no decisions: start ATPCallback's training from step 0")
+    if state.max_steps < steps:
+        raise InputError(f"search and settle take {steps} steps and the Trainer makes {state.max_steps}: set max_steps")
+    if args.fsdp or args.deepspeed:
+        raise InputError(f"{'FSDP' if args.fsdp else 'DeepSpeed'} {processes.NO_SHARDS}")
+    if args.n_gpu > 1:
+        raise InputError(f"{args.n_gpu} GPUs in one process share their layers' masks: start one process per GPU")
+    if args.fp16:
+        raise InputError("fp16 scales gradients, to which the regularizer then adds too little: set bf16 instead")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        raise InputError("ATPCallback skips non-finite steps by torch's fused optimizers: set optim=adamw_torch_fused")
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+
+
+def _take_masks(model: nn.Module, space: MaskSpace) -> None:
+    """Makes the LoRA layers of the space know masks, in place: the optimizer holds their parameters already."""
+    if not isinstance(model, PeftModel):
+        raise InputError("ATPCallback needs a model with a LoRA adapter: wrap it with peft.get_peft_model first")
+    config = model.peft_config.get(ADAPTER)
+    if not isinstance(config, LoraConfig) or len(model.peft_config) > 1:
+        raise InputError(f"ATPCallback needs one LoRA adapter named '{ADAPTER}', not {', '.join(model.peft_config)}")
+    if config.use_dora or config.lora_bias or config.modules_to_save or config.bias != "none":
+        raise InputError("ATPCallback needs plain LoRA, without use_dora, lora_bias, bias and modules_to_save")
+    config._register_custom_module({nn.Linear: MaskedLoraLinear})  # so that the cut model has the same layers
+    names = {f"layers.{layer}.{name}" for layer in range(space.num_layers) for name in space.linears}
+    found = {name[name.index("layers.") :]: m for name, m in model.named_modules() if isinstance(m, PeftLinear)}
+    if found.keys() != names:
+        raise InputError(
+            f"LoRA is on {len(found)} linears, {len(names & found.keys())} of the {len(names)} that decisions remove "
+            "from: make the adapter with target_modules='all-linear'"
+        )
+    for layer in found.values():
+        if type(layer) is PeftLinear:
+            MaskedLoraLinear.adopt(layer)
+    fuse_layers(model)

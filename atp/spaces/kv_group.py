@@ -1,0 +1,41 @@
+"""Mask space `kv_group`: whole groups of attention heads, and MLP channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from atp.families import Linear
+from atp.spaces.heads import kept_heads
+from atp.spaces.mlp import mlp_channels
+from atp.spaces.space import Cut, Structure, register
+
+
+@register("kv_group", structures=("kv_group", "mlp"))
+def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
+    """`kv_group` removes a key and value head with all query heads that read it.
+
+    A soft mask multiplies queries, keys and values, so the inputs of o_proj arrive multiplied. Attention treats all
+    heads alike, so whole heads may lie in any order: q_proj and o_proj in one, k_proj and v_proj in one.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = linears["self_attn.v_proj"].out_features // kv_heads
+    of_kv = torch.arange(kv_heads).repeat_interleave(head_dim)
+    of_query = torch.arange(kv_heads).repeat_interleave(heads // kv_heads * head_dim)
+    cuts = (
+        Cut("self_attn.q_proj", 0, of_query, reorderable=True),
+        Cut("self_attn.k_proj", 0, of_kv, reorderable=True),
+        Cut("self_attn.v_proj", 0, of_kv, reorderable=True),
+        Cut("self_attn.o_proj", 1, of_query, soft=False, reorderable=True),
+    )
+
+    def widths(structure: Structure, kept: Tensor) -> dict[str, int]:
+        whole = kept_heads(structure, kept, head_dim)
+        groups = whole["self_attn.k_proj"]
+        queries = groups.repeat_interleave(heads // kv_heads)
+        if any(not torch.equal(found, groups if len(found) == kv_heads else queries) for found in whole.values()):
+            raise ValueError(f"layer {structure.layer}: the attention linears keep different heads")
+        return {"num_attention_heads": int(queries.sum()), "num_key_value_heads": int(groups.sum())}
+
+    return [Structure("kv_group", kv_heads, cuts, widths, reader="self_attn.o_proj"), mlp_channels(linears)]

@@ -1,0 +1,29 @@
+"""The channels of a gated MLP, which every mask space removes in the same way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp.families import Linear
+from atp.spaces.space import WIDTHS, Cut, Structure
+
+
+def mlp_channels(linears: dict[str, Linear]) -> Structure:
+    """Structure `mlp`: a decision removes one channel, a row of gate_proj and up_proj and a column of down_proj.
+
+    A soft mask multiplies gate and up, so the inputs of down_proj arrive multiplied. Only element-wise work lies
+    between the three linears, so channels may lie in any order.
+    """
+    size = linears["mlp.down_proj"].in_features
+    owner = torch.arange(size)
+    cuts = (
+        Cut("mlp.gate_proj", 0, owner, reorderable=True),
+        Cut("mlp.up_proj", 0, owner, reorderable=True),
+        Cut("mlp.down_proj", 1, owner, soft=False, reorderable=True),
+    )
+    return Structure("mlp", size, cuts, _widths, reader="mlp.down_proj", multiples=WIDTHS, remainder=True)
+
+
+def _widths(structure: Structure, kept: Tensor) -> dict[str, int]:
+    return {"intermediate_size": int(kept.sum())}

@@ -1,0 +1,107 @@
+"""Which samples a step reads: a pure function of seed and position, so that resuming needs no replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Sized
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from atp import processes
+from atp.data import collate
+
+Batch = dict[str, Any]
+"""What `atp.data.collate` makes, its tensors on the device of the model."""
+
+_POOL = 50  # batches that are sorted by length together: long enough to be alike, short enough to stay mixed
+
+
+class RunOrder:
+    """`total` sample indices: one seeded permutation of range(size) after another, cut where the run ends."""
+
+    def __init__(self, size: int, total: int, seed: int) -> None:
+        self.size, self.total, self.seed = size, total, seed
+        self._order = lru_cache(maxsize=2)(self._epoch)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        for epoch in range((self.total + self.size - 1) // self.size):
+            yield from self._order(epoch)[: self.total - epoch * self.size]
+
+    def at(self, start: int, count: int) -> list[int]:
+        """The indices at positions start .. start + count - 1."""
+        return [self._order(p // self.size)[p % self.size] for p in range(start, start + count)]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        return torch.randperm(self.size, generator=self._generator(epoch)).tolist()
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+
+
+class GroupedOrder(RunOrder):
+    """`RunOrder` in which the samples of a batch have similar lengths, so that little of it is padding.
+
+    An epoch is whole batches; the samples left over are others in the next one.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, total: int, seed: int) -> None:
+        self.lengths, self.batch_size = lengths, min(batch_size, len(lengths))
+        super().__init__(len(lengths) // self.batch_size * self.batch_size, total, seed)
+
+    def _epoch(self, epoch: int) -> list[int]:
+        generator = self._generator(epoch)
+        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()[: self.size]
+        batches: list[list[int]] = []
+        for start in range(0, self.size, _POOL * self.batch_size):
+            pool = sorted(shuffled[start : start + _POOL * self.batch_size], key=self.lengths.__getitem__)
+            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        mixed = torch.randperm(len(batches), generator=generator).tolist()
+        return [index for batch in mixed for index in batches[batch]]
+
+
+def run_order(dataset: Dataset, batch_size: int, total: int, seed: int) -> RunOrder:
+    """The order of `total` samples of a run: by length in batches where the samples differ in it, else by chance."""
+    lengths = getattr(dataset, "lengths", None)
+    return RunOrder(sized(dataset), total, seed) if lengths is None else GroupedOrder(lengths, batch_size, total, seed)
+
+
+def sized(dataset: Dataset) -> int:
+    """Number of samples. torch's `Dataset` promises no length, ours have one."""
+    assert isinstance(dataset, Sized)
+    return len(dataset)
+
+
+def batch_at(dataset: Dataset, index: int, size: int, seed: int, device: torch.device) -> Batch:
+    """The batch with this number, of `size` samples in the seeded order, on the device."""
+    return to_device(
+        collate([dataset[row] for row in run_order(dataset, size, 0, seed).at(index * size, size)]), device
+    )
+
+
+def step_batches(
+    dataset: Dataset, first: int, end: int, *, size: int, accumulation: int, seed: int, device: torch.device
+) -> Iterator[list[Batch]]:
+    """This process's batches of the steps first .. end - 1, `accumulation` of `size` samples per step.
+
+    Processes take turns: batch k of the run goes to process k modulo their number. A step's batches are made when they
+    are asked for. The call draws one number from torch's generator, as iterating over any `DataLoader` does.
+    """
+    order = run_order(dataset, size, 0, seed)
+    numbers = (n * processes.count() + processes.rank() for n in range(first * accumulation, end * accumulation))
+    rows = (order.at(number * size, size) for number in numbers)
+    # torch only iterates over a batch sampler, whatever its annotation says.
+    loader = DataLoader(dataset, batch_sampler=rows, collate_fn=collate, pin_memory=device.type == "cuda")  # type: ignore[arg-type]
+    batches = (to_device(batch, device) for batch in loader)
+    return iter(lambda: list(islice(batches, accumulation)), [])
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device; pinned ones travel without halting the host."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

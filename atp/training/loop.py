@@ -1,0 +1,369 @@
+"""The training loop: what one step does, in order, and what happens between steps.
+
+ATP runs `search_step`, `settle_step` and, after the cut, `tune_step`; every baseline runs `tune_step` alone. The loop
+is built on accelerate: device, data-parallel wrapping, gradient clipping and trackers are its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import ProjectConfiguration
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import align_special_tokens
+
+from atp import processes
+from atp.config import ATPConfig
+from atp.errors import InputError, Interrupted
+from atp.finite import FiniteGuard, refuse_weights
+from atp.models.attention import use_training_attention
+from atp.signals import SignalGuard
+from atp.training import checkpoint as checkpoints
+from atp.training.callbacks import Callback, Record, Trackers
+from atp.training.checkpoint import Checkpoint, prefixed, resume_point
+from atp.training.data import Batch, step_batches
+from atp.training.loss import causal_lm_loss
+from atp.training.metrics import MetricsLog, PhaseClock
+from atp.training.precision import autocast_dtype
+from atp.training.pruning import Pruning
+from atp.training.resume import fingerprints, refuse_other_inputs
+from atp.training.schedule import Phases, learning_rate
+
+_WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def search_step(loop: Loop, pruning: Pruning, batches: list[Batch]) -> None:
+    """Decisions and adapter both learn: a decision step, then a LoRA step under the new hard mask."""
+    beta = loop.config.training.beta
+    pruning.decide(loop.step)
+    tokens = loop.scored_tokens(batches)
+    for batch in loop.accumulate(batches):
+        with pruning.masked():
+            loss = loop.loss(batch, tokens)
+            loop.backward(loss)
+    loop.clip()
+    pruning.regularize(beta)
+    skip = loop.skip_if_not_finite(pruning.regularizer.parameters)
+    loop.optimizer.step()
+    pruning.after_step(beta, skip)
+
+
+def settle_step(loop: Loop, pruning: Pruning, batches: list[Batch]) -> None:
+    """Decisions are frozen: a LoRA step under their mask, then removed LoRA groups shrink towards zero."""
+    beta = loop.config.training.settle_beta
+    tokens = loop.scored_tokens(batches)
+    for batch in loop.accumulate(batches):
+        with pruning.masked():
+            loss = loop.loss(batch, tokens)
+            loop.backward(loss)
+    loop.clip()
+    pruning.regularize(beta)
+    skip = loop.skip_if_not_finite(pruning.regularizer.parameters)
+    loop.optimizer.step()
+    pruning.after_step(beta, skip)
+    pruning.shrink(steps_left=loop.phases.cut_step - loop.step)
+
+
+def tune_step(loop: Loop, batches: list[Batch]) -> None:
+    """A plain LoRA step, of the cut model or of a baseline's."""
+    tokens = loop.scored_tokens(batches)
+    for batch in loop.accumulate(batches):
+        loss = loop.loss(batch, tokens)
+        loop.backward(loss)
+    loop.clip()
+    loop.skip_if_not_finite()
+    loop.optimizer.step()
+
+
+class Loop:
+    """What every run shares: optimizer, samples, precision, guards, records, signals and checkpoints.
+
+    Trains the adapter of a PEFT model for `phases.total` steps. folder holds metrics.jsonl and checkpoints/.
+    train_dataset yields dictionaries with `input_ids` and `labels` int64 [length], as the datasets of `atp.data` do.
+    Subclasses extend `check`, `record` and `checkpoint`. Raises `InputError` for weights that are not finite.
+    """
+
+    def __init__(
+        self,
+        config: ATPConfig,
+        model: PeftModel,
+        train_dataset: Dataset,
+        folder: Path,
+        phases: Phases,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        processes.start()
+        refuse_weights(model)
+        self.config, self.phases, self.tokenizer = config, phases, tokenizer
+        self.train_dataset = train_dataset
+        trackers = [name for name in config.training.report_to if name != "none"]
+        self.callbacks = [*callbacks, *([Trackers()] if trackers else [])]
+        self.step = 0  # finished LoRA steps
+        self.phase = ""
+        self.checkpoint_root = folder / "checkpoints"
+        self.metrics = MetricsLog(folder / "metrics.jsonl")
+        self.clock = PhaseClock()
+        self.finite = FiniteGuard(config.training.max_bad_steps)
+        self.signals = SignalGuard()
+        self.inputs: dict[str, str] | None = None  # fingerprints of what is trained from; taken in `train` if not given
+        self.say: Callable[[str], None] = print if processes.is_main() else lambda line: None
+        self.autocast_dtype = processes.on_main(lambda: autocast_dtype(config.training.precision))
+        self.accelerator = Accelerator(
+            cpu=processes.device().type == "cpu",
+            mixed_precision="no",  # `loss` enters autocast itself: accelerate would cast the logits to float32
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "trackers")),
+        )
+        if self.accelerator.distributed_type not in _WHOLE:
+            raise InputError(f"{self.accelerator.distributed_type.value} {processes.NO_SHARDS}")
+        self._batches: Iterator[list[Batch]] | None = None
+        self.bind(model)
+
+    def bind(self, model: PeftModel) -> None:
+        """Makes a model the one that is trained, with an optimizer made anew around its adapter."""
+        if self.tokenizer is not None:
+            align_special_tokens(model, self.tokenizer)  # the exported config names the tokenizer's pad token
+        use_training_attention(model)
+        if self.config.training.gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        self.model = model.to(self.device)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trained = list(trained)
+        # Fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
+        self.adamw = torch.optim.AdamW(trained.values(), lr=self.config.training.lr, weight_decay=0.0, fused=True)
+        self.wrapped, self.optimizer = model, self.adamw
+        self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, self.adamw)
+        self._reset_loss()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model trains."""
+        return self.accelerator.device
+
+    # Parts of a step
+
+    def scored_tokens(self, batches: list[Batch]) -> Tensor:
+        """Tokens that the loss of a step averages over, in all its batches and processes, scalar float32."""
+        count = sum(len(batch["targets"]) for batch in batches)
+        # Filled on the device and reduced there: the host waits for nothing.
+        return self.accelerator.reduce(torch.full((), float(count), device=self.device), "sum")
+
+    def accumulate(self, batches: list[Batch]) -> Iterator[Batch]:
+        """The batches one by one; processes exchange gradients in the backward pass of the last."""
+        for batch in batches[:-1]:
+            with self.accelerator.no_sync(self.wrapped):
+                yield batch
+        yield batches[-1]
+
+    def loss(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """A batch's share of the step's mean cross-entropy per token, scalar float32. tokens: `scored_tokens`."""
+        with self.autocast():
+            loss = causal_lm_loss(self.wrapped, batch, tokens)
+        loss = loss * self.accelerator.num_processes  # gradients become the mean over processes, `tokens` is their sum
+        self._loss += loss.detach()
+        return loss
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of forward passes."""
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients of the adapter."""
+        self.accelerator.backward(loss)
+
+    def clip(self) -> None:
+        """Clips the gradient of the loss to norm `training.clip`."""
+        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.training.clip)
+
+    def skip_if_not_finite(self, beside: Sequence[nn.Parameter] = ()) -> Tensor:
+        """Makes the next optimizer step change nothing if a gradient is not finite.
+
+        beside: parameters whose gradients count too, though another optimizer steps them. Returns 1 for a step that
+        will be skipped and 0 otherwise, scalar float32 on the device.
+        """
+        return self.finite.check(self.adamw, self.step + 1, beside).float()
+
+    # Between steps
+
+    def run(self, phase: str, step: Callable[[list[Batch]], None], until: int) -> None:
+        """Trains until `until` steps are done. phase: the name in records and callbacks.
+
+        Raises `Interrupted` after a signal, with a checkpoint written. Only before the cut there is none: the caller
+        cuts, which writes it, and calls `end_on_signal`.
+        """
+        if self.step >= until:
+            return
+        self.phase = phase
+        self.wrapped.train()
+        if self._batches is None:
+            self._batches = self.batches_from(self.step)
+        self._tell("on_phase")
+        while self.step < until:
+            started = time.perf_counter()
+            batches = next(self._batches)
+            rate = self._set_learning_rate()
+            step(batches)
+            self.wrapped.zero_grad()
+            self.step += 1
+            stopping = self._heard_signal()
+            tokens = sum(batch["tokens"] for batch in batches) * processes.count()
+            self.clock.add(phase, time.perf_counter() - started, tokens)
+            record = self._log(rate) if self.step % self.config.training.log_every == 0 else None
+            self._tell("on_step", record)
+            if self.step == self.phases.cut_step:
+                continue
+            if stopping or self.step == self.phases.total or self.step % self.config.training.save_every == 0:
+                self.check()
+                self.write(self.checkpoint())
+            if stopping:
+                self.end_on_signal()
+        if self.step in (self.phases.cut_step, self.phases.total):
+            self.check()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Around a whole training: signals are noted, and callbacks hear of the end however it comes."""
+        with self.signals:
+            try:
+                yield
+            finally:
+                self._tell("on_end")
+
+    def end_on_signal(self) -> None:
+        """Raises `Interrupted` if one of the processes got a signal; a checkpoint is written by then."""
+        if self._heard_signal() and self.signals.received is not None:
+            newest = processes.on_main(lambda: checkpoints.newest(self.checkpoint_root))
+            raise Interrupted(self.signals.received, f"continue with --resume (checkpoint {newest})")
+
+    def check(self) -> None:
+        """Raises `NotReached` for too many non-finite steps: at each record, each checkpoint, the cut and the end."""
+        done, cut = self.step, self.phases.cut_step
+        if done in (cut, self.phases.total):
+            self.finite.finish(done if done <= cut else done - cut)
+        self.finite.report()
+
+    def record(self) -> Record:
+        """What a record holds besides the figures of every run."""
+        return {}
+
+    def _log(self, rate: float) -> Record:
+        self.check()
+        loss = processes.mean(float(self._loss)) / (self.step - self._logged_at)
+        self._reset_loss()
+        record = {"step": self.step, "phase": self.phase, "loss": loss, **self.record(), "lr": rate}
+        record |= self.clock.record(self.phase) | {"seconds": sum(self.clock.seconds.values())}
+        self.metrics.write(record)
+        return record
+
+    def _reset_loss(self) -> None:
+        self._loss, self._logged_at = torch.zeros((), device=self.device), self.step
+
+    def _set_learning_rate(self) -> float:
+        rate = learning_rate(self.config.training, self.step)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _heard_signal(self) -> bool:
+        """Whether any process got a signal: all must stop after the same step, and one alone may hear of it."""
+        self.signals.received = processes.largest(self.signals.received or 0) or None
+        return self.signals.received is not None
+
+    def batches_from(self, step: int) -> Iterator[list[Batch]]:
+        """What this process trains on from a step on, a list of batches per step."""
+        training = self.config.training
+        return step_batches(
+            self.train_dataset, step, self.phases.total, size=training.batch_size,
+            accumulation=training.gradient_accumulation, seed=self.config.seed, device=self.device,
+        )  # fmt: skip
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
+
+    # Checkpoints
+
+    def samples(self) -> dict[str, Dataset]:
+        """The data sets that training reads, by split."""
+        return {"train": self.train_dataset}
+
+    def resume_point(self, resume: bool) -> Path | None:
+        """The checkpoint that training continues from, None for a start from step 0; says what is not as expected.
+
+        Raises `InputError` when there are checkpoints and none is intact.
+        """
+        if self.inputs is None:
+            self.inputs = fingerprints(self.model, self.tokenizer, **self.samples())
+        path = processes.on_main(lambda: resume_point(self.checkpoint_root, self.say)) if resume else None
+        if path is None:
+            self.metrics.rewind(0)
+        return path
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that the next step depends on."""
+        tensors: dict[str, Tensor] = {f"model.{name}": self.model.get_parameter(name) for name in self._trained}
+        tensors |= prefixed("lora_optimizer", checkpoints.optimizer_tensors(self.adamw, self._trained))
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        meta = {
+            "config": self.config.model_dump(mode="json"),
+            "clock": self.clock.state(),
+            "finite": self.finite.state(),
+            "processes": processes.count(),
+            "precision": "float32" if self.autocast_dtype is None else "bfloat16",
+            "inputs": self.inputs,
+        }
+        return Checkpoint(self.step, tensors, meta)
+
+    def write(self, state: Checkpoint) -> Path:
+        """Writes a checkpoint, in the main process, and tells callbacks of it."""
+        keep = self.config.training.keep_checkpoints
+        path = processes.on_main(lambda: checkpoints.save(self.checkpoint_root, state, keep=keep))
+        self._tell("on_checkpoint", path)
+        return path
+
+    def refuse_other_run(self, state: Checkpoint) -> None:
+        """Raises `InputError` for a checkpoint of another config, other inputs or another number of processes."""
+        self.config.refuse_change_of(state.meta["config"])
+        if state.meta["processes"] != processes.count():
+            raise InputError(
+                f"the run has {state.meta['processes']} processes and is resumed in {processes.count()}, which would "
+                "read other samples per step: resume it in as many as before"
+            )
+        refuse_other_inputs(state.meta.get("inputs") or {}, self.inputs or {})
+
+    def load(self, state: Checkpoint) -> None:
+        """Continues from a checkpoint of this run; the model must have its shapes already."""
+        self.step = state.step
+        self.clock.load(state.meta["clock"])
+        self.finite.restore(state.meta["finite"])
+        self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
+        damaged = self.metrics.rewind(state.step)
+        if damaged:
+            self.say(f"{self.metrics.path}: {damaged} damaged line(s) left out")
+        adapter = state.part("model")
+        with torch.no_grad():
+            for name in self._trained:
+                self.model.get_parameter(name).copy_(adapter[name])
+        checkpoints.load_optimizer_tensors(self.adamw, self._trained, state.part("lora_optimizer"))
+        self._reset_loss()
+        self._batches = self.batches_from(self.step)
+        # Last: all of the above may draw random numbers.
+        rng = state.part("rng")
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)

@@ -1,0 +1,248 @@
+"""What ATP adds to LoRA training until the cut: decisions, masks, the regularizer, the freeze and the shrinking.
+
+`search_step` and `settle_step` of `atp.training.loop` call these parts in order; `atp.integrations` calls them from the
+hooks of somebody else's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from atp import processes
+from atp.config import DecisionsConfig, TrainingConfig
+from atp.decide.maker import DecisionMaker, frozen
+from atp.decide.saliency import fisher_saliency, saliency_logits
+from atp.evaluation.inference import inference
+from atp.lora.controller import MaskController
+from atp.lora.lasso import LoraGroups
+from atp.lora.regularizers import make_regularizer
+from atp.removal import cut_model
+from atp.removal.certify import certificate_tokens
+from atp.removal.refit import refit
+from atp.spaces.space import MaskSpace
+from atp.training.certificate import at_cut, at_freeze, masked_logits
+from atp.training.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors, prefixed
+from atp.training.data import Batch, batch_at, sized
+from atp.training.loss import causal_lm_loss
+from atp.training.profiling import scope
+
+
+class Pruning:
+    """Decisions over a LoRA model, and what they change in its training steps.
+
+    model: from `add_lora`, on the device where it trains. calibration: what decisions are judged on. autocast: the
+    dtype of calibration passes, None for that of the weights. Of `training` it takes the length of the search, the
+    regularizer and `max_bad_steps`.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        space: MaskSpace,
+        calibration: Dataset,
+        settings: DecisionsConfig,
+        training: TrainingConfig,
+        *,
+        seed: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.model, self.space, self.calibration = model, space, calibration
+        self.settings, self.training, self.seed = settings, training, seed
+        self.device = next(model.parameters()).device
+        self.autocast = autocast
+        self.decisions = self._make_decisions(prior=None)
+        self.certificate: dict[str, Any] = {}
+        self.refitted: list[str] = []  # base weights, by their names in the decoder, that the refit changed
+        self.figures: dict[str, Tensor] = {}  # what steps have to say since the last record
+        self.controller = MaskController(model, space)
+        self.groups = LoraGroups(model, space)
+        self.regularizer = make_regularizer(training.regularizer, model, space, self.groups, seed=seed + 2)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the model was cut; masks, groups and regularizer are gone then."""
+        return "masked_vs_cut" in self.certificate
+
+    def start(self) -> None:
+        """Makes the decisions that the search starts from, by the saliency of the calibration data if so configured."""
+        prior = None
+        if self.settings.init == "saliency":
+            count = min(self.settings.saliency_windows, sized(self.calibration))
+            with frozen(self.model):
+                saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss)
+            self.controller.clear()
+            saliency = processes.from_main(saliency, "saliency")
+            prior = saliency_logits(saliency, self.space, self.settings.saliency_scale)
+        self.decisions = self._make_decisions(prior)
+
+    def _make_decisions(self, prior: Tensor | None) -> DecisionMaker:
+        return DecisionMaker(
+            self.space, self.settings, search_steps=self.training.search, prior=prior, seed=self.seed,
+            max_bad_steps=self.training.max_bad_steps,
+        )  # fmt: skip
+
+    # Parts of a step
+
+    def decide(self, step: int) -> None:
+        """A decision step and a new hard mask, in every `decisions.every`-th search step, counted from 0."""
+        if step % self.settings.every:
+            return
+        batch = self.calibration_batch(step // self.settings.every, self.settings.batch_size)
+        try:
+            with frozen(self.model), scope("masks"):
+                outcome = self.decisions.update(step, lambda mask: self.calibration_loss(batch, mask))
+                self.decisions.refresh(step)
+        finally:
+            self.controller.clear()
+        self.figures |= {"decision_loss": outcome.loss, "budget_loss": outcome.budget_loss}
+
+    @contextmanager
+    def masked(self) -> Iterator[None]:
+        """The hard mask and the regularizer's part of the forward pass, around forward and backward of one batch."""
+        with scope("masks"):
+            self.controller.set(self.decisions.mask, "hard")
+        try:
+            with self.regularizer.applied(self.decisions.mask, sample=True):
+                yield
+        finally:
+            self.controller.clear()
+
+    def regularize(self, weight: float) -> None:
+        """Adds the regularizer's gradient to clipped gradients."""
+        with scope("loss"):
+            self.figures |= self.regularizer.add_gradient(self._mask_on_device(), weight)
+
+    def after_step(self, weight: float, skip: Tensor) -> None:
+        """Trains what the regularizer has to train, after the optimizer step. skip: 1 for a step that was skipped."""
+        with scope("optimizer"):
+            self.figures |= self.regularizer.after_step(self.decisions.mask, weight, skip)
+
+    def shrink(self, steps_left: int) -> None:
+        """Shrinks removed LoRA groups after an optimizer step, to exact zero when no step is left but this one."""
+        with scope("optimizer"):
+            mask = self.decisions.mask
+            self.regularizer.fold(mask)
+            largest = self.groups.largest_removed_norm(mask)
+            # The last threshold is doubled: rounding in the norm must not leave a remainder.
+            self.groups.prox_(self._mask_on_device(), largest / steps_left if steps_left > 1 else 2 * largest)
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Figures of the steps since the last record, the first of `step` finished ones, and what is kept."""
+        found = {name: float(value) for name, value in self.figures.items()} | self.decisions.record(step)
+        self.figures = {}
+        return found | {"kept_by_layer": self.space.kept_by_layer(self.decisions.mask)}
+
+    def _mask_on_device(self) -> Tensor:
+        return self.decisions.mask.to(self.device, non_blocking=True)
+
+    # Between phases
+
+    def freeze(self) -> None:
+        """Fixes the decisions, exactly on budget, and measures what the cut would change before settling."""
+        mask, tokens = self.decisions.freeze(), self.certificate_tokens()
+        with self.regularizer.applied(mask, sample=False):
+            reference = masked_logits(self.model, self.controller, mask, tokens)
+        self.certificate |= at_freeze(reference, self.model, self.controller, mask, tokens)
+
+    def refit(self) -> None:
+        """Fits the readers of removed inputs to the kept ones, now that no decision moves any more."""
+        count = min(self.settings.refit_windows, sized(self.calibration))
+        with inference(self.model, self.autocast):
+            fitted = refit(self.decoder, self.controller, self.space, self.decisions.mask, self._windows(count))
+        broadcast(list(fitted.values()))  # processes must not differ, not even by rounding
+        self.refitted = list(fitted)
+        self.controller.forget()
+
+    def cut(self, swap: Callable[[PeftModel], None]) -> None:
+        """Cuts the settled model and measures that nothing changed; `self.model` is the smaller one, adapter included.
+
+        swap: called with it before the measurement, so that the caller lets go of the uncut model. Raises `NotReached`
+        if the cut changes the logits.
+        """
+        mask, tokens = self.decisions.mask, self.certificate_tokens()
+        left = self.groups.largest_removed_norm(mask)
+        reference = masked_logits(self.model, self.controller, mask, tokens)
+        self.become_cut()
+        swap(self.model)
+        self.certificate |= at_cut(reference, self.model, tokens, left)
+
+    def become_cut(self) -> None:
+        """Takes the smaller model and drops all that belongs to the uncut one."""
+        self.model = cut_model(self.model, self.space, self.decisions.mask)
+        del self.controller, self.groups, self.regularizer
+
+    # Calibration data
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The decoder inside causal LM and adapter."""
+        return self.model.get_base_model().get_decoder()
+
+    def certificate_tokens(self) -> Tensor:
+        """The windows that certificates are measured on, int64 [windows, tokens], on the device."""
+        return certificate_tokens(self.calibration).to(self.device)
+
+    def calibration_batch(self, index: int, size: int) -> Batch:
+        """The calibration batch with this number, of `size` samples."""
+        with scope("data"):
+            return batch_at(self.calibration, index, size, self.seed + 1, self.device)
+
+    def calibration_loss(self, batch: Batch, mask: Tensor) -> Tensor:
+        """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
+        self.controller.set(mask, "soft")
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return causal_lm_loss(self.model, batch)
+
+    def _windows(self, count: int) -> Iterator[Batch]:
+        return (self.calibration_batch(index, 1) for index in range(count))
+
+    # Checkpoints
+
+    def add_to(self, state: Checkpoint) -> None:
+        """Adds generator, decisions, certificate and regularizer to a checkpoint."""
+        decisions, weights = self.decisions, dict(self.decoder.named_parameters())
+        moments = optimizer_tensors(decisions.optimizer, _names(decisions))
+        state.tensors |= {
+            **prefixed("generator", decisions.generator.state_dict()),
+            **prefixed("decision_optimizer", moments),
+            "mask": decisions.mask,
+            "rng.decision": decisions.noise.get_state(),
+            **prefixed("refit", {name: weights[name] for name in self.refitted}),
+        }
+        if not self.is_cut:
+            state.tensors |= prefixed("regularizer", self.regularizer.state_dict())
+        state.meta |= {
+            "frozen": decisions.frozen,
+            "certificate": self.certificate,
+            "finite_decisions": decisions.finite.state(),
+        }
+
+    def load(self, state: Checkpoint) -> None:
+        """The inverse of `add_to`, on the uncut model; cuts it if it was cut."""
+        self.decisions = decisions = self._make_decisions(state.tensors["generator.prior"])
+        decisions.generator.load_state_dict(state.part("generator"))
+        load_optimizer_tensors(decisions.optimizer, _names(decisions), state.part("decision_optimizer"))
+        decisions.noise.set_state(state.tensors["rng.decision"])
+        decisions.mask = state.tensors["mask"].bool()
+        decisions.frozen = state.meta["frozen"]
+        decisions.finite.restore(state.meta["finite_decisions"])
+        self.certificate = state.meta["certificate"]
+        if self.is_cut:
+            self.become_cut()
+        else:
+            self.regularizer.load_state_dict(state.part("regularizer"))
+        refitted = state.part("refit")
+        self.decoder.load_state_dict(refitted, strict=False)
+        self.refitted = list(refitted)
+
+
+def _names(decisions: DecisionMaker) -> list[str]:
+    return [name for name, _ in decisions.generator.named_parameters()]

@@ -1,0 +1,170 @@
+"""What a family says of its model, against the model that transformers builds."""
+
+import json
+
+import pytest
+import torch
+from tiny_families import FAMILIES, SPACES, build, random_mask, tokens
+from torch.testing import assert_close
+from transformers import AutoConfig, PretrainedConfig
+
+from atp.baselines.slicegpt import sliced_width
+from atp.config import ModelConfig
+from atp.errors import InputError
+from atp.families import FAMILIES as TABLE
+from atp.families import UnsupportedModel, family_of
+from atp.loading import load_model
+from atp.lora.controller import MaskController
+from atp.lora.layer import FusedRMSNorm, MaskedMLP, add_lora, stock_modules, unload
+from atp.models.layers import BLOCKS, first_layer_inputs, run_block
+from atp.removal import cut_model
+from atp.spaces.space import MaskSpace
+
+
+def test_every_registered_family_is_tested():
+    assert TABLE.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_linears_biases_and_norms_are_those_of_the_stock_model(name):
+    model = build(name)
+    family, layer = family_of(model.config), model.model.layers[1]
+    linears = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+    described = family.linears(model.config)
+    assert {n: (m.out_features, m.in_features, m.bias is not None) for n, m in linears.items()} == {
+        n: (linear.out_features, linear.in_features, linear.bias) for n, linear in described.items()
+    }
+    norms = {n: m.weight.numel() for n, m in layer.named_modules() if type(m).__name__.endswith("RMSNorm")}
+    assert family.norms(model.config) == norms
+    counted = sum(p.numel() for p in layer.parameters())
+    weights = sum(linear.out_features * (linear.in_features + linear.bias) for linear in described.values())
+    assert counted == weights + family.norm_params(model.config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_block_by_block_is_the_forward_of_the_stock_model_and_of_the_cut_one(name):
+    """Also where layers have different masks and rows hold two samples, which do not see each other."""
+    stock = build(name, torch.float64)
+    space = MaskSpace.from_config(stock.config, "kv_group")
+    positions = torch.cat([torch.arange(5), torch.arange(9)]).expand(3, -1)
+    batch = {"input_ids": tokens(), "position_ids": positions}
+    for model in (stock, cut_model(stock, space, random_mask(space))):
+        decoder = model.get_decoder()
+        x, arguments = first_layer_inputs(decoder, batch)
+        for layer in decoder.layers:
+            for norm, block in BLOCKS:
+                x = run_block(layer, norm, block, x, arguments)
+        whole = decoder(**batch, use_cache=False).last_hidden_state
+        assert_close(decoder.norm(x), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "space_name"), SPACES)
+def test_masked_layers_compute_what_the_cut_model_computes(name, space_name):
+    """LoRA included; and slices of the base weights, with their biases, what masks compute."""
+    model = build(name, torch.float64)
+    space = MaskSpace.from_config(model.config, space_name)
+    wrapped = add_lora(model, space, r=2, alpha=4.0, dropout=0.0).double().eval()
+    for parameter_name, parameter in wrapped.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, dtype=torch.float64)
+    controller, mask, ids = MaskController(wrapped, space), random_mask(space), tokens()
+    with torch.no_grad():
+        whole = wrapped(ids).logits
+        found = {}
+        for form in ("sum", "base", "hard"):
+            with controller.masks(mask, form):
+                found[form] = wrapped(ids).logits
+        cut = cut_model(wrapped, space, mask)
+        assert_close(found["sum"], cut(ids).logits, rtol=0, atol=1e-10)
+    assert_close(found["hard"], found["base"], rtol=0, atol=1e-10)
+    assert (found["sum"] - whole).abs().max() > 0.01 and (found["base"] - found["sum"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_norms_and_mlps_are_fused_and_come_back(name):
+    model = build(name)
+    before = {n: (type(m), id(m) if "norm" in n else None) for n, m in model.named_modules()}
+    stock, logits = stock_modules(model), model(tokens()).logits
+    wrapped = add_lora(model, MaskSpace.from_config(model.config, "kv_group"), r=2, alpha=2.0, dropout=0.0)
+    for layer in wrapped.get_base_model().model.layers:
+        assert isinstance(layer.mlp, MaskedMLP)
+        norms = [m for n, m in layer.named_modules() if n.endswith("norm")]
+        assert len(norms) == (4 if name == "qwen3" else 2) and all(isinstance(n, FusedRMSNorm) for n in norms)
+    assert_close(wrapped(tokens()).logits, logits, rtol=1e-4, atol=1e-4)
+    plain = unload(wrapped, stock)
+    assert {n: (type(m), id(m) if "norm" in n else None) for n, m in plain.named_modules()} == before
+    assert torch.equal(plain(tokens()).logits, logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(name):
+    model = build(name)
+    space = MaskSpace.from_config(model.config, "kv_group")
+    gradients = []
+    for checkpointing in (False, True):
+        cut = cut_model(model, space, random_mask(space)).train()
+        if checkpointing:
+            cut.gradient_checkpointing_enable({"use_reentrant": False})
+        cut(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in cut.named_parameters()})
+        cut.zero_grad()
+    assert all(torch.equal(gradient, gradients[1][n]) for n, gradient in gradients[0].items())
+
+
+def test_keys_that_a_family_does_not_know_mean_nothing_after_the_cut():
+    """A stray sliding_window or multiplier in the config.json of a Llama has no effect, before the cut or after it."""
+    model = build("llama", torch.float64)
+    plain = model(tokens()).logits
+    strays = {"sliding_window": 3, "residual_multiplier": 0.5, "layer_types": None, "no_rope_layers": [0, 0, 0]}
+    for key, value in strays.items():
+        setattr(model.config, key, value)
+    space = MaskSpace.from_config(model.config)
+    cut = cut_model(model, space, torch.ones(space.size, dtype=torch.bool))
+    assert torch.equal(cut(tokens()).logits, plain) and family_of(cut.config).windows(cut.config) == {
+        "full_attention": None
+    }
+
+
+REFUSED = {
+    "gemma2": "its RMSNorms follow the blocks.*caps its logits",
+    "gemma3_text": "its RMSNorms follow the blocks",
+    "olmo2": "one RMSNorm over all heads",
+    "phi3": "projections are fused",
+    "mixtral": "experts",
+    "qwen2_moe": "experts",
+    "qwen3_moe": "experts",
+    "olmoe": "experts",
+    "gpt2": "'gpt2' is not supported: use one of llama, mistral, qwen2, qwen3, smollm3, granite",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_families_are_refused_with_the_reason_before_weights_are_read(name, tmp_path):
+    """The folder has no weights at all, which would be the next complaint."""
+    (tmp_path / "config.json").write_text(json.dumps(AutoConfig.for_model(name).to_dict(), default=str))
+    with pytest.raises(UnsupportedModel, match=REFUSED[name]) as refused:
+        load_model(ModelConfig(path=str(tmp_path)), "kv_group")
+    assert "use one of llama" in str(refused.value) and str(refused.value).count("\n") == 0
+
+
+def test_head_dim_is_refused_for_qwen3_with_the_reason():
+    config = build("qwen3").config
+    with pytest.raises(UnsupportedModel, match="'head_dim' does not fit model family 'qwen3': its RMSNorms over head"):
+        MaskSpace.from_config(config, "head_dim")
+    with pytest.raises(InputError, match="slicegpt does not fit model family 'qwen3'"):
+        sliced_width(config, 0.5)
+
+
+def test_a_cut_model_is_not_cut_again():
+    model = build("granite")
+    space = MaskSpace.from_config(model.config, "kv_group")
+    cut = cut_model(model, space, random_mask(space))
+    assert family_of(cut.config).name == "granite"
+    with pytest.raises(UnsupportedModel, match="the model is cut already"):
+        MaskSpace.from_config(cut.config, "kv_group")
+
+
+def test_a_foreign_config_is_refused_in_a_sentence():
+    with pytest.raises(UnsupportedModel, match="model family '' is not supported"):
+        family_of(PretrainedConfig())
