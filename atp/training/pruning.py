@@ -185,7 +185,7 @@ class Pruning:
     # Calibration data
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> PreTrainedModel:
         """The decoder inside causal LM and adapter."""
         return cast(PreTrainedModel, self.model.get_base_model()).get_decoder()
 
