@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import broadcast
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
