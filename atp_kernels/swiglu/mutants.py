@@ -104,7 +104,6 @@ TABLE = {
         ("(base_mask, None), (base_mask, None), (None, in_mask)", "(base_mask, None), (base_mask, None), (None, None)"),
         ("(base_mask, None), (base_mask, None), (None, in_mask)", "(base_mask, None), (None, None), (None, in_mask)"),
         ("(None, None, None if mask_lora else mask)", "(None, None, None)"),
-        ("(mask, mask, None)", "(mask, None, None)"),
         ("p.lora_b, p.bias, out_mask", "p.lora_b, None, out_mask"),
     ),
     (OP, BLOCKS_SWIGLU_ON_KEPT): (

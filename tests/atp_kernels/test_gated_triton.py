@@ -147,6 +147,9 @@ def test_error_over_the_range_of_the_gate(activation):
     allowed = 8 * (1 + z.detach().abs()) * torch.finfo(torch.float32).eps
     assert ((h - value).abs() <= allowed * value.abs())[normal].all()
     assert ((d_gate - slope).abs() <= allowed * (value.abs() + torch.sigmoid(z) * (1 + z.abs())))[normal].all()
+    # Far out the slope is 1 plus what only 1 - sigmoid without cancellation gets right; a GPU divides less exactly.
+    far, units = z > 10, 6 if ON_GPU else 3
+    assert ((d_gate - slope).abs() <= units * torch.finfo(torch.float32).eps * slope)[far].all()
 
 
 @pytest.mark.parametrize("hard", [True, False])
