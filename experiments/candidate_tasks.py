@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,9 +29,10 @@ from atp.config import ATPConfig
 from atp.data import DataSettings, RaggedDataset, Splits, Task, pack, unpacked
 from atp.data.assemble import assemble, by_count
 from atp.data.packages import openwebtext_passages
-from atp.evaluation.bootstrap import percentile_interval, resampled
+from atp.data.tasks import ROUGE
+from atp.evaluation.bootstrap import Statistic, percentile_interval, resampled
 from atp.evaluation.generation import rouge_scores
-from atp.evaluation.metrics import confusion_items, macro_f1, ratio
+from atp.evaluation.metrics import confusion_items, macro_f1, ratio, right_items
 from atp.evaluation.tasks import label_scores
 from atp.lora.layer import add_lora
 from atp.models.load import read_model, read_tokenizer
@@ -40,6 +40,11 @@ from atp.spaces.space import MaskSpace
 from atp.training.precision import autocast_dtype
 
 RESULTS = Path(__file__).parent / "results" / "candidate_tasks.csv"
+COLUMNS = [
+    "task", "arm", "steps", "keep", "seed", "train", "tokens", "questions", "metric", "score", "score low",
+    "score high", "share of dense", "share of dense low", "share of dense high", "command",
+]  # fmt: skip
+WHOLE = ("majority", "original", "dense")  # arms that remove nothing
 LENGTH, CALIBRATION_WINDOW, MOST_CALIBRATION = 192, 256, 600
 
 
@@ -73,14 +78,14 @@ def run(options: argparse.Namespace) -> None:
     options.answers.mkdir(parents=True, exist_ok=True)
     if task.labels:
         answer = Counter(example.label for example in splits.train).most_common(1)[0][0]
-        write(options, splits, "majority", [[example.label, answer] for example in splits.test], 0)
+        write(options, task, splits, "majority", [[example.label, answer] for example in splits.test], 0)
     for arm in options.arms.split(","):
         tokenizer, model, tokens = read_tokenizer(options.model), read_model(options.model, dtype="float32"), 0
         with TemporaryDirectory() as folder:
             config = settings(options, folder)
             if arm != "original":
                 model, tokens = tuned(arm, model, tokenizer, splits, config)
-            write(options, splits, arm, answers(model, tokenizer, task, splits, config), tokens)
+            write(options, task, splits, arm, answers(model, tokenizer, task, splits, config), tokens)
 
 
 def load(name: str, steps: int, test: int, seed: int) -> tuple[Task, Splits]:
@@ -144,68 +149,77 @@ def answers(
     return found["items"]
 
 
-def write(options: argparse.Namespace, splits: Splits, arm: str, items: list[Any], tokens: int) -> None:
+def write(options: argparse.Namespace, task: Task, splits: Splits, arm: str, items: list[Any], tokens: int) -> None:
     facts = {
-        "task": options.task, "arm": arm, "steps": options.steps, "keep": options.keep, "seed": options.seed,
-        "train": len(splits.train), "tokens": tokens,
-        "command": " ".join(["python", "experiments/candidate_tasks.py", *sys.argv[1:]]),
+        "task": options.task, "arm": arm, "steps": options.steps, "keep": 1.0 if arm in WHOLE else options.keep,
+        "seed": options.seed, "train": len(splits.train), "tokens": tokens, "labels": task.labels,
+        "command": f"python experiments/candidate_tasks.py run {options.task} MODEL ANSWERS --steps {options.steps} "
+        f"--keep {options.keep} --seed {options.seed} --test {options.test}",
     }  # fmt: skip
-    name = f"{options.task}-{options.steps}-{options.keep}-{options.seed}-{arm}.json"
+    name = f"{options.task}-{options.steps}-{facts['keep']}-{options.seed}-{arm}.json"
     (options.answers / name).write_text(json.dumps(facts | {"items": items}), encoding="utf-8")
-    print(arm, {metric: round(score, 4) for metric, (score, _) in scores_of(options.task, items).items()}, flush=True)
+    scores = scores_of(task.labels, items)
+    print(arm, {metric: with_interval("score", *score) for metric, score in scores.items()}, flush=True)
 
 
 # Scoring the answers
 
 
-def scores_of(name: str, items: list[Any]) -> dict[str, tuple[float, np.ndarray]]:
-    """The score and resampled scores [resamples] of each metric."""
-    task, _ = CANDIDATES[name]()
-    if task.labels:
+Scores = dict[str, tuple[float, np.ndarray]]
+"""The score and the resampled scores, float64 [resamples], of each metric."""
+
+
+def scores_of(labels: tuple[str, ...], items: list[Any]) -> Scores:
+    """Macro-F1 and accuracy of [truth, answer] pairs, or the means of three ROUGE scores where there are no labels."""
+    tables: dict[str, tuple[np.ndarray, Statistic]]
+    if labels:
         truth, given = zip(*items, strict=True)
-        right = np.array([[float(a == b), 1.0] for a, b in items])
-        tables = {"macro_f1": (confusion_items(truth, given, task.labels), macro_f1), "accuracy": (right, ratio)}
+        tables = {
+            "macro_f1": (confusion_items(truth, given, labels), macro_f1),
+            "accuracy": (right_items(truth, given), ratio),
+        }
     else:
-        columns = enumerate(("rouge1", "rouge2", "rougeL"))
-        tables = {metric: (np.array([[item[i], 1.0] for item in items]), ratio) for i, metric in columns}
-    return {
-        metric: (float(statistic(table.sum(axis=0))), resampled(table, statistic))
-        for metric, (table, statistic) in tables.items()
-    }
+        tables = {metric: (np.array([[item[i], 1.0] for item in items]), ratio) for i, metric in enumerate(ROUGE)}
+    return {metric: (float(of(rows.sum(axis=0))), resampled(rows, of)) for metric, (rows, of) in tables.items()}
 
 
 def table(options: argparse.Namespace) -> None:
-    """One row per arm and metric, with its share of tuned dense where that beats the floor by more than its interval.
-
-    The floor is the majority label's score, or the original's where the task generates.
-    """
+    """Writes one row per arm and metric."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.answers.glob("*.json"))]
+    scores = [scores_of(tuple(one["labels"]), one["items"]) for one in found]
     rows = []
-    for one in found:
-        group = {o["arm"]: o for o in found if all(o[k] == one[k] for k in ("task", "steps", "seed"))
-                 and (o["keep"] == one["keep"] or o["arm"] in ("majority", "original", "dense"))}  # fmt: skip
-        dense = scores_of(one["task"], group["dense"]["items"]) if "dense" in group else {}
-        floor = group.get("majority", group.get("original"))
-        floors = scores_of(one["task"], floor["items"]) if floor else {}
-        for metric, (score, draws) in scores_of(one["task"], one["items"]).items():
-            row = {k: one[k] for k in ("task", "arm", "steps", "keep", "seed", "train", "tokens")}
-            low, high = percentile_interval(draws)
-            row |= {"questions": len(one["items"]), "metric": metric, "score": score, "low": low, "high": high}
-            if metric in dense and metric in floors:
-                whole, whole_draws = dense[metric]
-                if percentile_interval(whole_draws - floors[metric][1])[0] > 0:
-                    low, high = percentile_interval(draws / whole_draws)
-                    row |= {"share of dense": score / whole, "share low": low, "share high": high}
-                else:
-                    row["share of dense"] = "not measurable"
-            rows.append(
-                {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | {"command": one["command"]}
-            )
-    columns = [*list(rows[0])[:12], "share of dense", "share low", "share high", "command"]
+    for one, mine in zip(found, scores, strict=True):
+        beside = {
+            other["arm"]: theirs for other, theirs in zip(found, scores, strict=True)
+            if all(other[key] == one[key] for key in ("task", "steps", "seed"))
+        }  # fmt: skip
+        # Where a task has no labels, the untuned original is what tuning has to beat.
+        floor = beside.get("majority", beside.get("original"))
+        for metric, (score, draws) in mine.items():
+            row = {key: one[key] for key in ("task", "arm", "steps", "keep", "seed", "train", "tokens")}
+            row |= {"questions": len(one["items"]), "metric": metric} | with_interval("score", score, draws)
+            if floor and "dense" in beside:
+                row |= share_of_dense((score, draws), beside["dense"][metric], floor[metric])
+            rows.append(row | {"command": one["command"]})
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+
+
+Score = tuple[float, np.ndarray]
+
+
+def share_of_dense(ours: Score, dense: Score, floor: Score) -> dict[str, Any]:
+    """Score over that of the tuned dense model, if that beats the floor by more than its interval."""
+    if percentile_interval(dense[1] - floor[1])[0] <= 0:
+        return {"share of dense": "not measurable"}
+    return with_interval("share of dense", ours[0] / dense[0], ours[1] / dense[1])
+
+
+def with_interval(name: str, value: float, draws: np.ndarray) -> dict[str, float]:
+    low, high = percentile_interval(draws)
+    return {name: round(value, 4), f"{name} low": round(low, 4), f"{name} high": round(high, 4)}
 
 
 if __name__ == "__main__":
