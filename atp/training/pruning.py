@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import broadcast
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
@@ -185,7 +185,7 @@ class Pruning:
     # Calibration data
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> PreTrainedModel:
         """The decoder inside causal LM and adapter."""
         return cast(PreTrainedModel, self.model.get_base_model()).get_decoder()
 

@@ -50,7 +50,7 @@ def lasso_grad_(
 
 
 def _dtypes(factors: Sequence[Tensor]) -> set[torch.dtype]:
-    """Those of the factors. Raises ValueError for one that no gradient can have."""
+    """The dtypes of the factors. Raises ValueError for one that no gradient can have."""
     found = set(map(attrgetter("dtype"), factors))
     for dtype in found:
         if not dtype.is_floating_point:
@@ -59,7 +59,7 @@ def _dtypes(factors: Sequence[Tensor]) -> set[torch.dtype]:
 
 
 def _grads(factors: Sequence[Tensor]) -> list[Tensor]:
-    """Where the gradients of all factors are summed up, in as few looks at each as that takes where all have one."""
+    """Where the gradients of all factors are summed up; where all have one, each factor is looked at only twice."""
     if all([factor.requires_grad for factor in factors]):
         grads = [factor.grad for factor in factors]
         if all([grad is not None for grad in grads]):
@@ -68,7 +68,7 @@ def _grads(factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _grad(factor: Tensor) -> Tensor:
-    """The `.grad` of a factor, made where it is None; memory for nobody if it requires none."""
+    """The `.grad` of a factor, made where it is None; memory that nobody reads if the factor requires no gradient."""
     if not factor.requires_grad:
         return torch.zeros_like(factor)
     if not (factor.is_leaf or factor.retains_grad):

@@ -12,22 +12,20 @@ from atp_kernels.groups.definition import Groups
 
 
 class GroupPlan:
-    """What a backend needs to know of the groups of a list of factors; make one with `GroupPlan.of`.
+    """What a backend needs to know about the groups of a list of factors; make one with `GroupPlan.of`.
 
     Rows (axis 0) or columns (axis 1) of all factors, one factor after the other, are the slots of the plan.
     axes, shapes: axis and shape of every factor. index: int32 [slots], the group of each slot. order: int32 [slots],
     the slots sorted by group, ascending within a group. starts: int32 [n_groups + 1]: the slots of group g are
-    order[starts[g]:starts[g + 1]], none for a group that owns nothing. The three lie on the device of the factors; a
-    caller gets copies and nothing can be assigned, since kernels read and write where the plan's own values say. runs:
-    every group is a run of neighbouring slots of one factor, in order, and none owns nothing; told of plans on a CPU
-    alone. separate: even one slot each, so that slot i is group i: one norm a row or column.
+    order[starts[g]:starts[g + 1]], none for an empty group. These three lie on the device of the factors. A caller gets
+    copies and can assign nothing, since kernels read and write where the plan's own values say. runs: every group is a
+    run of neighbouring slots of one factor, in order, and none is empty; only known for plans on a CPU. separate: in
+    addition, every group is one slot, so that slot i is group i: one norm per row or column.
 
-    A backend implements `group_lasso_forward(factors, plan, removed, eps)`, `group_lasso_backward(factors, plan,
-    removed, norms, grad_out)` and `group_prox_(factors, plan, removed, threshold)`, for factors that passed `check`,
-    and `group_lasso_grad_(factors, grads, plan, removed, weight, eps)`, which refuses others itself as `check` does. It
-    reads `_index`, `_order` and `_starts`, and may trust their values: those of a plan that `of` or `unpack` made.
-    Gradients may be pieces of one allocation. One that also has `separate_lasso_forward` and `separate_lasso_backward`
-    is called with these for a separate plan and one dtype.
+    A backend is the functions of aten.py. Factors have passed `check`, except those of `group_lasso_grad_`, which
+    calls it. A backend reads `_index`, `_order` and `_starts` and may trust their values, which `of` or `unpack` has
+    checked. Gradients may be pieces of one allocation. A backend that also has `separate_lasso_forward` and
+    `separate_lasso_backward` gets separate plans of factors of one dtype there.
     """
 
     def __init__(
@@ -48,7 +46,8 @@ class GroupPlan:
         """The plan of `groups` as in `group_lasso`, for factors of these shapes on this device.
 
         Values of the factors are not read, so the plan holds until a shape or the device changes. Raises ValueError
-        for wrong shapes or dtypes, two devices, or (on a CPU, where looking costs no wait) a group id out of range.
+        for wrong shapes or dtypes or two devices, and on a CPU, where reading ids waits for nothing, for an id out of
+        range.
         """
         _check(factors, groups)
         index = torch.cat([index for _, index in groups])
@@ -72,7 +71,7 @@ class GroupPlan:
     def unpack(cls, factors: Sequence[Tensor], axes: Sequence[int], *tensors: Tensor) -> GroupPlan:
         """The plan of (index, order, starts) that an operator of `torch.ops` was given for these factors.
 
-        Raises ValueError for values (on a CPU, where looking costs no wait) that no plan of such factors has.
+        On a CPU, where reading them waits for nothing, raises ValueError for values that no plan of such factors has.
         """
         index, order, starts = (tensor.int().contiguous() for tensor in tensors)
         plan = cls(tuple(axes), tuple(factor.shape for factor in factors), index, order, starts)
@@ -134,7 +133,7 @@ class GroupPlan:
 
     @property
     def n_groups(self) -> int:
-        """The number of groups, those that own nothing included."""
+        """The number of groups, including empty ones."""
         return self._starts.shape[0] - 1
 
     @cached_property
@@ -174,7 +173,7 @@ class GroupPlan:
 
 
 def _are_runs(index: Tensor, sizes: Sequence[int], n_groups: int) -> bool:
-    """Whether ids never fall or skip one, and never stay the same from one factor to the next."""
+    """Whether ids start at 0, rise by 0 or 1 from slot to slot, and rise by 1 from one factor to the next."""
     steps = index.diff(prepend=index.new_tensor([-1]))
     borders = torch.tensor(sizes[:-1], dtype=torch.int64).cumsum(0)
     new = steps[borders[borders < len(index)]] == 1

@@ -63,7 +63,10 @@ def prepare(
         if kept.dtype != dtype:
             raise ValueError(f"the slice is {kept.dtype} and x is {dtype}: cast one of them, or use autocast.")
     lora_input = None if lora_input is None or lora_input is x else lora_input.to(dtype)
-    return x.to(dtype), kept, lora_a.to(dtype), lora_b.to(dtype), lora_input
+    # Asked first, because a `to` that does nothing is a call into ATen all the same.
+    if not x.dtype == lora_a.dtype == lora_b.dtype == dtype:
+        x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+    return x, kept, lora_a, lora_b, lora_input
 
 
 def _check(x: Tensor, kept: KeptSlice, lora_a: Tensor, lora_b: Tensor, lora_input: Tensor | None) -> None:

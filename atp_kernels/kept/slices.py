@@ -85,6 +85,8 @@ class KeptSlice:
         # A detached tensor counts its changes with the one that it came from.
         self._sources = tuple((name, tensor.detach(), _version(tensor)) for name, tensor in given if tensor is not None)
         self._rows, self._cols = _Gather.of(out_mask, pad_to), _Gather.of(in_mask, pad_to)
+        outs, ins = (None if gather is None else gather.side for gather in (self._rows, self._cols))
+        self.sides: tuple[Side | None, Side | None] = outs, ins  # how outputs and inputs relate to the slice
         self.kept_out = self.out_features if self._rows is None else self._rows.count
         self.kept_in = self.in_features if self._cols is None else self._cols.count
         self._weight = weight.detach()
@@ -94,12 +96,6 @@ class KeptSlice:
     def __repr__(self) -> str:
         kept = f"kept {self.kept_out}/{self.out_features} x {self.kept_in}/{self.in_features}"
         return f"KeptSlice({kept}, {self.dtype}, {self.device})"
-
-    @property
-    def sides(self) -> tuple[Side | None, Side | None]:
-        """How outputs and inputs relate to the slice."""
-        rows, cols = self._rows, self._cols
-        return None if rows is None else rows.side, None if cols is None else cols.side
 
     def fits(self, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None) -> bool:
         """Whether these are the masks that the slice was made for, on the same device and in the same order.

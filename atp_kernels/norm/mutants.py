@@ -11,7 +11,6 @@ ALONE = "tests/atp_kernels/test_norm_triton.py -k alone"
 FENCED = "tests/atp_kernels/test_norm_triton.py -k nothing_is_read"
 STRIDED = "tests/atp_kernels/test_norm_triton.py -k layout"
 FAR = "tests/atp_kernels/test_norm_triton.py -k two_to_the_31"
-TINY = "tests/atp_kernels/test_norm_triton.py -k tiny"
 
 TABLE = {
     (DEFINITION, RMS): (
@@ -81,5 +80,4 @@ TABLE = {
         ("d_y, x, weight.contiguous(), scales", "d_y, x, weight, scales"),
     ),
     (TRITON, FAR): (("rows = tl.program_id(0).to(tl.int64) * BLOCK_M", "rows = tl.program_id(0) * BLOCK_M"),),
-    (TRITON, TINY): (("* scale / K * scale)[:, None]", "* (scale * scale) / K)[:, None]"),),
 }

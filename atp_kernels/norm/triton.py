@@ -194,7 +194,6 @@ def rms_norm_backward_kernel(
         for start in range(BLOCK_K, end, BLOCK_K):
             g = _load(d_y_rows, row_ok, start + cols, K) * _load_weight(weight_ptr, start + cols, K)
             products += g * _load(x_rows, row_ok, start + cols, K)
-        # In this order nothing overflows where x is small and scale, therefore, is large.
         pull = (tl.sum(products, axis=1) * scale / K * scale)[:, None]
         scale = scale[:, None]
         _store(d_x_rows, row_ok, cols, K, (d_y * weight - x * pull) * scale)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from atp_kernels.call import Call
+from atp_kernels.linear.aten import column_dot, mask_, masked
 
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (torch.ops.aten.silu, torch.ops.aten.silu_backward),
@@ -24,13 +25,31 @@ def supports(call: Call) -> str | None:
     return None
 
 
-def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) * up of 2-D tensors, whose rows may lie apart."""
-    return ACTIVATIONS[activation][0](gate).mul_(up)
+def gated(activation: str, gate: Tensor, up: Tensor, mask: Tensor | None = None) -> Tensor:
+    """act(m * gate) * (m * up) of 2-D tensors, whose rows may lie apart; mask [columns], bool or floating."""
+    return ACTIVATIONS[activation][0](masked(gate, mask)).mul_(masked(up, mask))
 
 
-def gated_backward(activation: str, d_h: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
-    """Write d_h * up * act'(gate) to d_gate, which may be d_h, and d_h * act(gate) to d_up; d_h is lost either way."""
+def gated_backward(
+    activation: str,
+    d_h: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    d_gate: Tensor,
+    d_up: Tensor,
+    mask: Tensor | None = None,
+    need_mask: bool = False,
+) -> Tensor | None:
+    """Write the gradients of `gated` to d_gate, which may be d_h, and d_up; d_h is lost either way.
+
+    Without a mask d_gate = d_h * up * act'(gate) and d_up = d_h * act(gate). Returns the gradient of the mask, in
+    float32 or better, where it is needed.
+    """
     forward, backward = ACTIVATIONS[activation]
-    forward(gate, out=d_up).mul_(d_h)
-    backward(d_h.mul_(up), gate, grad_input=d_gate)
+    masked_gate = masked(gate, mask)
+    forward(masked_gate, out=d_up).mul_(d_h)
+    backward(d_h.mul_(masked(up, mask)), masked_gate, grad_input=d_gate)
+    d_mask = column_dot(d_gate, gate).add_(column_dot(d_up, up)) if need_mask else None
+    mask_(d_gate, mask)
+    mask_(d_up, mask)
+    return d_mask

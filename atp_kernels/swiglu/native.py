@@ -4,6 +4,7 @@ from torch import Tensor
 
 from atp_kernels import extension
 from atp_kernels.call import Call
+from atp_kernels.linear.native import column_dot, mask_, masked
 from atp_kernels.swiglu import aten
 
 
@@ -12,19 +13,32 @@ def supports(call: Call) -> str | None:
     return extension.refuses(call)
 
 
-def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """`aten.gated`: SiLU in one pass, computed in float32 and rounded once."""
+def gated(activation: str, gate: Tensor, up: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`aten.gated`: SiLU in one pass over the masked operands, computed in float32 and rounded once."""
     if activation != "silu" or not _unit_stride(gate, up):
-        return aten.gated(activation, gate, up)
-    return extension.ops.swiglu_forward(gate, up)
+        return aten.gated(activation, gate, up, mask)
+    return extension.ops.swiglu_forward(masked(gate, mask), masked(up, mask))
 
 
-def gated_backward(activation: str, d_h: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+def gated_backward(
+    activation: str,
+    d_h: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    d_gate: Tensor,
+    d_up: Tensor,
+    mask: Tensor | None = None,
+    need_mask: bool = False,
+) -> Tensor | None:
     """`aten.gated_backward`, as `gated`; this one leaves d_h as it was unless it is d_gate."""
-    if activation != "silu" or not _unit_stride(d_h, gate, up, d_gate, d_up):
-        aten.gated_backward(activation, d_h, gate, up, d_gate, d_up)
-    else:
-        extension.ops.swiglu_backward(d_h, gate, up, d_gate, d_up)
+    in_one_piece = mask is None or (d_gate.is_contiguous() and d_up.is_contiguous())
+    if activation != "silu" or not in_one_piece or not _unit_stride(d_h, gate, up, d_gate, d_up):
+        return aten.gated_backward(activation, d_h, gate, up, d_gate, d_up, mask, need_mask)
+    extension.ops.swiglu_backward(d_h, masked(gate, mask), masked(up, mask), d_gate, d_up)
+    d_mask = column_dot(d_gate, gate).add_(column_dot(d_up, up)) if need_mask else None
+    mask_(d_gate, mask)
+    mask_(d_up, mask)
+    return d_mask
 
 
 def _unit_stride(*matrices: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The gated MLP as one autograd Function over the linears' backends; `masked_lora_swiglu` composes it for a compiler.
 
 h = act(g) * u is computed again in backward: x, the three S and the pre-activations g and u are all that is saved, and
-of g and u those that the mask was not yet applied to, where its gradient needs these.
+of g and u those before the mask, where its gradient needs these. A mask of the sums is applied with the activation.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,6 @@ from atp_kernels.call import Operation, Order, autocast_dtype, matrix, register,
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import operands as linear_operands
-from atp_kernels.linear.aten import masked
 from atp_kernels.linear.op import keeps_sum
 from atp_kernels.linear.operands import Operands, Options
 from atp_kernels.projection import Projection
@@ -81,10 +80,11 @@ def swiglu(
             )
         ]
         operands, out_mask, in_mask = [given[1:5] for given in prepared], prepared[0].out_mask, prepared[-1].in_mask
-        choice = select("masked_lora_linear", x.device, x.dtype, backend, plain=mask is None)
+        # Where the mask covers the sums it is applied between the linears, none of which has a mask then.
+        choice = select("masked_lora_linear", x.device, x.dtype, backend, plain=alike)
     between = select("masked_lora_swiglu", x.device, x.dtype, backend).module
     scalings = tuple(float(linear.scaling) for linear in linears)
-    spec = MlpSpec(activation, scalings, mask_lora, keeps_sum(out_mask), kept, choice.module, between)
+    spec = MlpSpec(activation, scalings, mask_lora, not mask_lora and keeps_sum(out_mask), kept, choice.module, between)
     return Swiglu.apply(spec, x, out_mask, in_mask, *(tensor for tensors in operands for tensor in tensors))
 
 
@@ -149,7 +149,8 @@ def _linears(
     if spec.kept is not None:
         each = zip(spec.kept, spec.scalings, own, strict=True)
         return [_Kept(spec.linear, kept, scaling, *tensors[1:3]) for kept, scaling, tensors in each]
-    masks = ((out_mask, None), (out_mask, None), (None, in_mask))
+    base_mask = None if spec.mask_lora else out_mask
+    masks = ((base_mask, None), (base_mask, None), (None, in_mask))
     return [
         _Masked(spec, scaling, *covers, *tensors)
         for scaling, covers, tensors in zip(spec.scalings, masks, own, strict=True)
@@ -166,13 +167,13 @@ class Swiglu(torch.autograd.Function):
         rows = matrix(x)
         *producers, down = _linears(spec, out_mask, in_mask, operands)
         results = [linear.forward(rows, spec.keep_sum) for linear in producers]
-        y, s, _ = down.forward(spec.between.gated(spec.activation, *(value for value, _, _ in results)), False)
+        sum_mask = out_mask if spec.mask_lora else None
+        h = spec.between.gated(spec.activation, *(value for value, _, _ in results), sum_mask)
+        y, s, _ = down.forward(h, False)
         read_x = any(needs[i] or needs[i + 1] for i in range(0, 2 * _PER_LINEAR, _PER_LINEAR))
         saved = []
         for i, (value, own_s, total) in enumerate(results):
-            # Where the mask covers the sum, the masked sum is a product away from the one that its gradient needs.
-            masked_later = total is not None and spec.mask_lora
-            saved += [None if masked_later else value, own_s if needs[_PER_LINEAR * i + 2] else None, total]
+            saved += [value, own_s if needs[_PER_LINEAR * i + 2] else None, total]
         s = s if needs[-2] else None
         ctx.save_for_backward(rows if read_x else None, out_mask, in_mask, *operands, *saved, s)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -184,23 +185,26 @@ class Swiglu(torch.autograd.Function):
         x, out_mask, in_mask, *rest, s = ctx.saved_tensors
         operands, saved = rest[: len(needs)], rest[len(needs) :]
         *producers, down = _linears(spec, out_mask, in_mask, operands)
-        values = [masked(total, out_mask) if y is None else y for y, total in zip(saved[::3], saved[2::3], strict=True)]
+        gate, up = saved[:6:3]
+        sum_mask = out_mask if spec.mask_lora else None
+        need_base = need_out and not spec.mask_lora
         upstream = need_x or need_out or any(needs[:-_PER_LINEAR])
         need_h = needs[-4] or needs[-3] or need_in
-        h = spec.between.gated(spec.activation, *values) if need_h else None
+        h = spec.between.gated(spec.activation, gate, up, sum_mask) if need_h else None
         down_needs = (upstream, *needs[-_PER_LINEAR:], False, need_in)
         d_h, *d_down, _, d_in = down.backward(matrix(grad_y), h, s, None, down_needs)
         del h
         if not upstream:
             return None, None, None, d_in, *[None] * (2 * _PER_LINEAR), *d_down
         grads = [d_h, torch.empty_like(d_h)]  # that of gate takes the memory of d_h
-        spec.between.gated_backward(spec.activation, d_h, *values, *grads)
-        del values, d_h
-        d_x = d_out = None
+        need_sum = need_out and spec.mask_lora
+        d_out = spec.between.gated_backward(spec.activation, d_h, gate, up, *grads, sum_mask, need_sum)
+        del gate, up, d_h
+        d_x = None
         d_operands = []
         for i, linear in enumerate(producers):
             own = needs[_PER_LINEAR * i : _PER_LINEAR * (i + 1)]
-            found = linear.backward(grads.pop(0), x, *saved[3 * i + 1 : 3 * i + 3], (need_x, *own, need_out, False))
+            found = linear.backward(grads.pop(0), x, *saved[3 * i + 1 : 3 * i + 3], (need_x, *own, need_base, False))
             d_x, d_out = _sum(d_x, found[0]), _sum(d_out, found[5])
             d_operands += found[1:5]
         d_x = None if d_x is None else d_x.view(ctx.shape)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from atp_kernels import triton_runtime
+from atp_kernels import extension, triton_runtime
+from atp_kernels.swiglu import aten, native
 
 if not triton_runtime.AVAILABLE:
     pytest.skip(triton_runtime.REASON, allow_module_level=True)
@@ -21,6 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The interpreter cuts a float32 off to bfloat16 where a GPU rounds it.
 FACTOR = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if ON_GPU else 3.0}
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+needs_native = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 INF, NAN = float("inf"), float("nan")
 
 
@@ -41,13 +43,13 @@ def problem(rows, width, dtype=torch.float32, mask=None, seed=0):
     return d_h, gate, up, masks[mask]
 
 
-def computed(activation, d_h, gate, up, mask, in_place=False):
+def computed(activation, d_h, gate, up, mask, in_place=False, module=backend):
     """h, d_gate and d_up, and the gradient of a floating mask."""
-    h = backend.gated(activation, gate, up, mask)
-    d_gate = d_h.clone() if in_place else torch.full_like(gate, NAN)
-    d_up = torch.full_like(gate, NAN)
+    h = module.gated(activation, gate, up, mask)
+    own = d_h.clone()
+    d_gate, d_up = own if in_place else torch.full_like(gate, NAN), torch.full_like(gate, NAN)
     soft = mask is not None and mask.is_floating_point()
-    d_mask = backend.gated_backward(activation, d_gate if in_place else d_h, gate, up, d_gate, d_up, mask, soft)
+    d_mask = module.gated_backward(activation, own, gate, up, d_gate, d_up, mask, soft)
     assert (d_mask is None) != soft
     return (h, d_gate, d_up, d_mask) if soft else (h, d_gate, d_up)
 
@@ -66,9 +68,9 @@ def defined(activation, d_h, gate, up, mask, dtype):
     return h.detach(), *torch.autograd.grad(h, leaves, d_h.to(dtype))
 
 
-def check(activation, d_h, gate, up, mask, in_place=False):
+def check(activation, d_h, gate, up, mask, in_place=False, module=backend):
     """Errors against float64 at most those of plain PyTorch times FACTOR; one rounding is allowed in any case."""
-    got = computed(activation, d_h, gate, up, mask, in_place)
+    got = computed(activation, d_h, gate, up, mask, in_place, module)
     plain = defined(activation, d_h, gate, up, mask, gate.dtype)
     exact = defined(activation, d_h, gate, up, mask, torch.float64)
     terms = (d_h.double() * gate.double() * up.double()).abs().sum(0) if len(got) == 4 else None
@@ -89,6 +91,21 @@ def check(activation, d_h, gate, up, mask, in_place=False):
 @settings(max_examples=60, derandomize=True, deadline=None)
 def test_error_is_no_worse_than_unfused(activation, rows, width, dtype, mask, in_place):
     check(activation, *problem(rows, width, dtype, mask), in_place=in_place)
+
+
+@pytest.mark.parametrize("module", [aten, pytest.param(native, marks=needs_native)], ids=["aten", "native"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mask", ["soft", "hard"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_other_backends_do_the_same(module, activation, mask, in_place):
+    for dtype in (torch.float32, torch.bfloat16):
+        d_h, gate, up, mask_values = (tensor.cpu() for tensor in problem(9, 40, dtype, mask))
+        check(activation, d_h, gate, up, mask_values, in_place, module)
+    both = torch.cat([gate, up], 1)
+    halves, grads = both.chunk(2, 1), torch.full_like(both, NAN).chunk(2, 1)
+    module.gated_backward(activation, d_h.clone(), *halves, *grads, mask_values)
+    expected = computed(activation, d_h, gate, up, mask_values, False, module)[1:3]
+    torch.testing.assert_close(grads, expected)
 
 
 @pytest.mark.parametrize("mask", [None, "soft"])

@@ -99,7 +99,7 @@ def test_every_row_is_added_up_once_however_many_programs_there_are(monkeypatch,
 
 
 def test_tiny_and_zero_rows_without_eps():
-    """A scale of 1e30 has a square that float32 does not hold."""
+    """Scales of 1e15, and of 1 / sqrt(eps) for a row of zeros."""
     x, weight, d_y = problem(5, 48)
     tiny = 1e-15 * x
     for tile in (WHOLE, STEPS):

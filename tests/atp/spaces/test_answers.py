@@ -12,8 +12,9 @@ from atp.decide.fit import fit_mask
 from atp.decide.rules import width_rules
 from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedLoraLinear, MaskedMLP, add_lora
+from atp.models.config import ATPLlamaConfig
 from atp.models.layers import BLOCKS
-from atp.removal.cut import cut_model
+from atp.removal.cut import cut_config, cut_model
 from atp.spaces.space import Cut, MaskSpace, Structure, space_names, structure_names
 
 SPACES = space_names()
@@ -200,6 +201,16 @@ def test_budget_and_widths_are_those_of_the_cut_model(space_name, biases):
         with torch.no_grad():
             expected = zeroed(model, space.kept_indices(mask))(tokens()).logits
             assert_close(cut(tokens()).logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("space_name", SPACES)
+def test_a_mask_that_keeps_everything_leaves_the_widths_of_the_whole_model(space_name):
+    whole = stock_model().config
+    space = MaskSpace.from_config(whole, space_name)
+    cut = cut_config(whole, space, torch.ones(space.size, dtype=torch.bool))
+    assert cut.layer_shapes == ATPLlamaConfig.from_whole(whole).layer_shapes
+    assert all(set(shape) == {"num_attention_heads", "num_key_value_heads", "qk_pairs", "v_head_dim",
+                              "intermediate_size"} for shape in cut.layer_shapes)  # fmt: skip
 
 
 @pytest.mark.parametrize("space_name", SPACES)
