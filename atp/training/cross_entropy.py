@@ -2,8 +2,8 @@
 
 They would be the largest tensor of a step: 4 x 256 tokens of a 49,152-word vocabulary take 200 MB in float32, several
 times over with softmax and gradient. Here loss and gradients are computed together, chunk by chunk.
-`torch.nn.functional.linear_cross_entropy` does the same, but sums in the dtype of its inputs and was measured to be
-slower (docs/measured.md).
+`torch.nn.functional.linear_cross_entropy` does the same and sums in the dtype of its inputs, which costs digits in
+bfloat16; how fast it is, docs/measured.md says.
 """
 
 from __future__ import annotations
