@@ -21,10 +21,10 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError, CCompilerError
 
 SOURCE = Path("csrc")
-OLDEST_SETUPTOOLS = 77  # the first that reads the licence as pyproject.toml writes it
+OLDEST_SETUPTOOLS = 77  # the first that reads pyproject.toml's licence field
 OLDEST_TORCH = (2, 10)
 DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
-# No contraction: results are then the same on every instruction set. No errno: a square root is one instruction.
+# No contraction: same results on every instruction set. No errno: a square root is one instruction.
 # -Wno-psabi: vectors are always inlined.
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 FAILURES = (OSError, RuntimeError, subprocess.CalledProcessError, BaseError, CCompilerError)
@@ -32,12 +32,12 @@ REMEDY = (
     "To build it, install torch>=2.10 and a C++17 compiler and repeat the install with "
     "`ATP_BUILD=1 pip install --no-build-isolation -v`, which shows every error"
 )
-# Folders that a clone has at its root and an install has in atp/_shipped.
+# Folders at the root of a clone, installed to atp/_shipped.
 SHIPPED = ("examples", "experiments")
 
 
 def forced(variable: str) -> bool | None:
-    """What the user says in an environment variable: "1" True, "0" False, unset None."""
+    """The user's choice in an environment variable: "1" is True, "0" False, unset None."""
     value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
         raise SystemExit(f"{variable}={value!r}: use 0 or 1, or leave it unset.")
@@ -45,7 +45,7 @@ def forced(variable: str) -> bool | None:
 
 
 def say(message: str) -> None:
-    """Print a message, and on the terminal too where pip keeps the output of a build to itself."""
+    """Print a message, also on the terminal if pip captures the build's output."""
     print(f"atp-kernels: {message}", file=sys.stderr, flush=True)
     if sys.stderr.isatty() or forced("ATP_BUILD") is False:
         return
@@ -53,19 +53,19 @@ def say(message: str) -> None:
         with open("/dev/tty", "w", encoding="utf-8") as terminal:
             terminal.write(f"\natp-kernels: {message}\n")
     except OSError:
-        pass  # nobody sits in front of it
+        pass  # no terminal
 
 
 def go_without(reason: str, build_lib: str) -> None:
-    """Fall back to pure Python with one message, and leave the reason beside the package in build_lib.
+    """Fall back to pure Python with one message, and save the reason beside the package in build_lib.
 
-    Stops where ATP_BUILD=1 insists on the extension.
+    Raises SystemExit if ATP_BUILD=1 requires the extension.
     """
     if forced("ATP_BUILD"):
         raise SystemExit(f"atp-kernels: ATP_BUILD=1, but atp_kernels._C cannot be built: {reason}.")
     package = Path(build_lib, "atp_kernels")
     package.mkdir(parents=True, exist_ok=True)
-    for stale in package.glob("_C.*"):  # of an earlier build in the same folder
+    for stale in package.glob("_C.*"):  # from an earlier build in the same folder
         stale.unlink()
     (package / "_C.missing").write_text(reason, encoding="utf-8")
     say(
@@ -75,7 +75,7 @@ def go_without(reason: str, build_lib: str) -> None:
 
 
 def obstacle() -> str | None:
-    """The reason that the extension cannot be built here, or None."""
+    """Why the extension cannot be built here, or None."""
     if forced("ATP_BUILD") is False:
         return "ATP_BUILD=0 says so"
     try:
@@ -84,14 +84,14 @@ def obstacle() -> str | None:
         return f"torch is missing at build time ({error}), as it always is under build isolation"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than 2.10, whose stable ABI it needs"
-    compiler = os.environ.get("CXX", "c++")  # the name that torch's builder calls
+    compiler = os.environ.get("CXX", "c++")  # the name that torch's builder uses
     if shutil.which(compiler.split()[0]) is None:
         return f"there is no C++ compiler named {compiler!r}"
     return None
 
 
 def cuda_archs() -> list[str]:
-    """Architectures to compile CUDA code for, as TORCH_CUDA_ARCH_LIST has them; none where CUDA is left out."""
+    """Architectures to compile CUDA code for, in the form of TORCH_CUDA_ARCH_LIST; none if CUDA is left out."""
     import torch
 
     wanted = forced("ATP_BUILD_CUDA")
@@ -104,7 +104,7 @@ def cuda_archs() -> list[str]:
 
 
 def number(arch: str) -> str:
-    """The number by which nvcc knows an architecture: 100a of 10.0a+PTX."""
+    """nvcc's number of an architecture: 100a for 10.0a+PTX."""
     return arch.removesuffix("+PTX").replace(".", "")
 
 
@@ -115,7 +115,7 @@ def gencode(arch: str) -> list[str]:
 
 
 def nvcc(*options: str) -> str:
-    """What nvcc answers, on both streams. Raises RuntimeError with its first error."""
+    """nvcc's output on both streams. Raises RuntimeError with its first error."""
     done = subprocess.run(["nvcc", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         print(done.stdout, file=sys.stderr)
@@ -126,7 +126,7 @@ def nvcc(*options: str) -> str:
 
 
 def fitting(archs: list[str]) -> list[str]:
-    """Those architectures that this nvcc compiles for; PTX asked of one that it does not know comes from the newest."""
+    """The architectures that this nvcc knows; PTX wanted for an unknown one comes from the newest."""
     known = set(re.findall(r"sm_(\d+)", nvcc("--list-gpu-code")))
     left_out = [arch for arch in archs if number(arch).rstrip("af") not in known]
     kept = [arch for arch in archs if arch not in left_out]
@@ -141,13 +141,13 @@ def fitting(archs: list[str]) -> list[str]:
 
 
 def target_version() -> str:
-    """Build against the stable ABI of the oldest supported torch, so that one binary runs under every later one."""
+    """Target the stable ABI of the oldest supported torch, so that one binary runs under every later one."""
     major, minor = OLDEST_TORCH
     return f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
 
 
 def cuda_libraries() -> list[str]:
-    """The toolkit's library folders, asked from nvcc itself: the one on PATH may be a link or a script."""
+    """The toolkit's library folders, from nvcc itself, since the nvcc on PATH may be a link or a script."""
     top = re.search(r"TOP=(.+)", nvcc("--dryrun", "-x", "cu", os.devnull))
     if top is None:
         raise RuntimeError("nvcc --dryrun does not name the folder of its toolkit")
@@ -156,9 +156,9 @@ def cuda_libraries() -> list[str]:
 
 
 def with_cuda(extension: Extension, archs: list[str], folder: Path) -> None:
-    """Add csrc/cuda to the extension as objects. Raises RuntimeError where nvcc fails.
+    """Add csrc/cuda to the extension as objects. Raises RuntimeError if nvcc fails.
 
-    nvcc is called here since torch's own builder needs a CUDA build of torch, which the stable ABI does not.
+    Calls nvcc directly: torch's builder needs a CUDA build of torch, which the stable ABI does not.
     """
     archs = fitting(archs)
     extension.library_dirs += cuda_libraries()
@@ -174,7 +174,7 @@ def with_cuda(extension: Extension, archs: list[str], folder: Path) -> None:
 
 
 def pybind11_include() -> list[str]:
-    """The headers of the pybind11 package; where it is missing, torch's include folder has a copy."""
+    """The headers of the pybind11 package; without it, torch's include folder has a copy."""
     try:
         import pybind11
     except ImportError:
@@ -202,7 +202,7 @@ def extension_builder(archs: list[str]) -> type[build_ext]:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildOrGoWithout(BuildExtension):
-        """torch's builder: with the CUDA objects, or for CPUs alone, or a package that works in pure Python."""
+        """torch's builder: with CUDA objects, else CPU-only, else a pure Python package."""
 
         def build_extensions(self) -> None:
             if archs and self.build_with_cuda():
@@ -234,7 +234,7 @@ def extension_builder(archs: list[str]) -> type[build_ext]:
 
 
 def build_python(reason: str | None) -> type[build_py]:
-    """The `build_py` that adds the files outside the packages. reason: why there will be no extension, or None."""
+    """The `build_py` that adds files from outside the packages. reason: why there is no extension, or None."""
 
     class BuildPython(build_py):
         def run(self) -> None:
@@ -251,7 +251,7 @@ def build_python(reason: str | None) -> type[build_py]:
 
 
 def without_extension(reason: str) -> type[build_ext]:
-    """The `build_ext` of a machine that cannot build the extension: says why, where it is called by its name."""
+    """The `build_ext` of a machine that cannot build the extension: says why when called explicitly."""
 
     class GoWithout(build_ext):
         def run(self) -> None:

@@ -1,4 +1,4 @@
-"""The processes of one run: which of them writes, what all of them agree on, and waiting that a signal can end.
+"""The processes of one run: which one writes, what they agree on, and waits that a signal can interrupt.
 
 torchrun and accelerate start a run in several processes. The main one (rank 0) decides, writes, scores and prints; the
 others train and wait for it. What they tell each other here travels through a gloo group of its own: it needs no
@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ def is_main() -> bool:
 
 
 def start() -> None:
-    """Joins the other processes, if there are any. Raises `InputError` where a launcher asks for sharded weights."""
+    """Joins the other processes, if any. Raises `InputError` if the launcher asks for sharded weights."""
     global _control
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "false").lower() in ("1", "true"):
@@ -67,7 +67,7 @@ def device() -> torch.device:
 
 
 def wait() -> None:
-    """Returns once every process has come here. Signals are handled meanwhile.
+    """Returns once every process has called it. Signals are handled meanwhile.
 
     Raises `NotReached` when another process ended instead.
     """
@@ -83,15 +83,15 @@ def on_main(work: Callable[[], T]) -> T:
     """
     if count() == 1:
         return work()
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    outcome: list[Any] = [None, None]  # result and error
     if is_main():
         try:
-            outcome = [(work(), None)]
-        except (InputError, NotReached) as error:
-            outcome = [(None, error)]
+            outcome[0] = work()
+        except (InputError, NotReached) as refused:
+            outcome[1] = refused
     wait()
     dist.broadcast_object_list(outcome, src=0, group=_group())
-    result, error = outcome[0]
+    result, error = outcome
     if error is not None:
         if not is_main():
             error.told_by_main = True
@@ -100,7 +100,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """Runs `work` in the main process and then in the others: what it downloads is there by then.
+    """Runs `work` in the main process and then in the others: by then its downloads are there.
 
     `InputError` and `NotReached` of the main process are raised in all, and the others do not start.
     """
@@ -115,7 +115,7 @@ def told_by_main(error: BaseException) -> bool:
 
 
 def largest(value: int) -> int:
-    """The largest of the processes' values: how all of them hear of a signal that one of them got."""
+    """The largest of the processes' values; this is how a signal to one process reaches all."""
     if count() == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.int64)
@@ -133,14 +133,14 @@ def mean(value: float) -> float:
 
 
 def average_(tensor: Tensor | None) -> None:
-    """Replaces a tensor by its mean over the processes, where it lies; None stays None in all."""
+    """Replaces a tensor by its mean over the processes, in place; None stays None in all."""
     if tensor is not None and count() > 1:
         dist.all_reduce(tensor)
         tensor /= count()
 
 
 def from_main(tensor: Tensor, name: str) -> Tensor:
-    """The main process's tensor in all, on the device of this one's. Any dtype, the same shape everywhere.
+    """The main process's tensor in every process, on the device of its own. Any dtype, the same shape everywhere.
 
     name says what it is in the `NotReached` that is raised should the processes not hold the same afterwards.
     """
@@ -150,7 +150,7 @@ def from_main(tensor: Tensor, name: str) -> Tensor:
     dtype = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
     sent = tensor.detach().to("cpu", dtype, copy=True).contiguous()
     _finish(dist.broadcast(sent, src=0, group=_group(), async_op=True))
-    digest = hashlib.sha256(sent.flatten().view(torch.uint8).numpy()).digest()
+    digest = hashlib.sha256(sent.flatten().view(torch.uint8).numpy().data).digest()
     mine = torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
     found = [torch.empty_like(mine) for _ in range(count())]
     _finish(dist.all_gather(found, mine, group=_group(), async_op=True))
@@ -168,8 +168,8 @@ def _started() -> bool:
 
 
 def _group() -> dist.ProcessGroup:
-    if _control is None:
-        start()
+    start()
+    assert _control is not None, "there is one process"
     return _control
 
 

@@ -13,8 +13,7 @@ from rich.progress import Progress
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import processes
-from atp.baselines.dense_lora import PHASE, stock_lora
-from atp.baselines.tuner import LoraTuner
+from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
 from atp.checks import BUDGET_TOLERANCE, check_reachable, less_memory, shortfalls
 from atp.config import ATPConfig
 from atp.data import Splits, Task
@@ -44,7 +43,7 @@ from atp.training.trainer import ATPTrainer
 
 
 class Run:
-    """One run folder and the steps that fill it. Steps that are done are not repeated on resume."""
+    """One run folder and the steps that fill it. Resuming does not repeat finished steps."""
 
     def __init__(
         self,
@@ -90,7 +89,7 @@ class Run:
     def _execute(self) -> dict[str, Any]:
         model, tokenizer, data = self._prepare()
         scores = processes.on_main(self._scores)
-        if self.config.evaluation.dense_baseline and not {"tuned_dense", PHASE} <= scores.keys():
+        if self.config.evaluation.dense_baseline and not {"tuned_dense", DENSE} <= scores.keys():
             model = self._tune_dense(model, tokenizer, data)
         trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
         del model  # the trainer lets go of the uncut weights at the cut, and nobody else may hold them then
@@ -102,14 +101,14 @@ class Run:
         return processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
 
     def _check(self, summary: dict[str, Any]) -> None:
-        """Raises `NotReached` where the run kept not all it promised; everything is written by then."""
+        """Raises `NotReached` if the run broke a promise; everything is written by then."""
         remark = rounding_remark(summary["certificate"])
         if remark is not None:
             self.say(remark)
         check_promises(summary)
 
     def _look(self) -> dict[str, Any] | None:
-        """Checks the folder, and holds it where there is one; returns the summary of a run that is finished."""
+        """Checks the folder and locks it if it exists; returns the summary of a finished run."""
         check_output_dir(self.folder, resume=self.resume)
         check_trackers(self.config.training.report_to)
         refuse_inputs_inside(self.config, self.folder)
@@ -150,7 +149,7 @@ class Run:
         return model, tokenizer, data
 
     def _start(self) -> None:
-        """Opens the folder and writes what the run is made from; on resume compares it, or raises `InputError`."""
+        """Opens the folder and writes its inputs' fingerprints; on resume compares them, or raises `InputError`."""
         original = self.original(self.inputs)
         if self.resume:
             known = inputs_of(self.folder)
@@ -172,17 +171,17 @@ class Run:
 
     def _tune_dense(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> PreTrainedModel:
         self.say("tuning the uncut model with stock LoRA, for comparison")
-        folder = self.folder / PHASE
+        folder = self.folder / DENSE
         with make_progress() as progress:
             bar = ProgressBar(progress, self.config.training.total)
             tuner = LoraTuner(
-                self.config, stock_lora(model, self.config), data.train, folder, name=PHASE, callbacks=[bar]
+                self.config, stock_lora(model, self.config), data.train, folder, name=DENSE, callbacks=[bar]
             )
             self._hand_over(tuner)
             tuner.train(resume=self.resume)
         self._score("tuned_dense", tuner.model, tokenizer, data)
-        costs = {"seconds": tuner.clock.seconds[PHASE], "tokens_per_second": tuner.clock.rate(PHASE)}
-        processes.on_main(lambda: self._record(**{PHASE: costs}))
+        costs = {"seconds": tuner.clock.seconds[DENSE], "tokens_per_second": tuner.clock.rate(DENSE)}
+        processes.on_main(lambda: self._record(**{DENSE: costs}))
         return tuner.model.unload()
 
     def _train(self, trainer: ATPTrainer) -> None:
@@ -198,7 +197,7 @@ class Run:
             self.say(format_table(profiler.rows))
 
     def _hand_over(self, loop: Loop) -> None:
-        """Tells a loop what it trains from and where its sentences go."""
+        """Gives a loop the fingerprints of its inputs and the function that prints its messages."""
         loop.inputs, loop.say = self.inputs, self.say
 
     def _score(self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
@@ -208,7 +207,7 @@ class Run:
     def _score_once(
         self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData, **facts: Any
     ) -> None:
-        """Scores a model unless that is done; scores of one with other `facts` are made anew."""
+        """Scores a model unless its scores, with the same `facts`, are there already."""
         known = self._scores().get(name)
         if known is not None and facts.items() <= known.items():
             return
@@ -241,7 +240,7 @@ class Run:
     def _conclude(
         self, tokenizer: PreTrainedTokenizerBase, data: RunData, clock: PhaseClock, facts: dict[str, Any]
     ) -> dict[str, Any]:
-        """Scores the exported model, writes summary and report, and returns the summary, `facts` among it."""
+        """Scores the exported model, writes summary and report, and returns the summary, which includes `facts`."""
         final = read_model(self.folder / "model", dtype=torch.float32)
         model = {"model_sha256": of_model_folder(self.folder / "model")}
         self._score_once("final", final, tokenizer, data, **model)
@@ -288,7 +287,7 @@ class Run:
 
 
 def check_target(config: ATPConfig, shapes: PretrainedConfig) -> None:
-    """Refuses what `check_promises` would be sure to refuse after the run; shapes: the config of the model."""
+    """Refuses now what `check_promises` would certainly refuse after the run; shapes: the config of the model."""
     check_reachable(config, shapes, BUDGET_TOLERANCE)
 
 
@@ -299,12 +298,12 @@ def scored_tasks(config: ATPConfig, splits: Splits) -> list[Task]:
 
 
 def _without_items(scores: dict[str, Any]) -> dict[str, Any]:
-    """What anyone would quote; the single items stay in evaluation.json."""
+    """The aggregate scores; those of single items stay in evaluation.json."""
     return {key: value for key, value in scores.items() if key != "items"}
 
 
 def check_promises(summary: dict[str, Any]) -> None:
-    """Raises `NotReached` when budget or certificate were missed, or a figure is no number.
+    """Raises `NotReached` if the budget or the certificate is missed, or a figure is not a number.
 
     Everything was written by then. Conditions say what must hold, not what must not: NaN then never passes.
     """

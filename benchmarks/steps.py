@@ -20,8 +20,8 @@ from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
 from atp.decide.maker import DecisionMaker
 from atp.lora.controller import MaskController
-from atp.lora.lasso import LoraGroups
 from atp.lora.layer import ADAPTER, MaskedLoraLinear, add_lora
+from atp.lora.regularizers.lasso import LoraGroups
 from atp.models.attention import use_training_attention
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
@@ -133,8 +133,8 @@ class Scene:
             with masked():
                 loss = loss_of(model)
                 loss.backward()
-            regularize()
             nn.utils.clip_grad_norm_(trained, 1.0)
+            regularize()
             optimizer.step()
             optimizer.zero_grad()
             return loss.detach()

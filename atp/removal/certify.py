@@ -142,7 +142,8 @@ def certify_export(model: PeftModel, merged: Tensor, folder: str | Path, input_i
     model: cut, with its adapter. merged: `reference_logits` of `merge_adapter(model)` on input_ids [windows, tokens].
     """
     device = next(model.parameters()).device
-    reloaded = read_model(folder, dtype="auto").to(device)
+    reloaded: Any = read_model(folder, dtype="auto")
+    reloaded.to(device)
     gap = compare(merged, reloaded, input_ids)
     return {
         "cut_vs_reloaded": gap.relative,

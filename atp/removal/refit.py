@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from atp.errors import NotReached
 from atp.finite import is_finite
@@ -28,7 +29,7 @@ _ROWS = 4096  # tokens in one product
 
 @torch.no_grad()
 def refit(
-    decoder: nn.Module,
+    decoder: PreTrainedModel,
     controller: MaskController,
     space: MaskSpace,
     mask: Tensor,

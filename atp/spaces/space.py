@@ -222,9 +222,15 @@ class MaskSpace:
 
 
 def _check_table(space: str, structures: list[Structure], linears: dict[str, Linear]) -> None:
-    """Refuses a table that misses or repeats part of a side, because the cut would then follow it silently."""
+    """Refuses a table that misses or repeats part of a side or contradicts itself, because a cut would follow it."""
     seen: set[tuple[str, int]] = set()
     for structure in structures:
+        if not any(cut.soft for cut in structure.cuts):
+            raise ValueError(f"mask space '{space}', structure '{structure.name}': a soft mask must multiply one side")
+        if structure.reader is not None and (structure.reader, 1) not in {(c.module, c.axis) for c in structure.cuts}:
+            raise ValueError(
+                f"mask space '{space}', structure '{structure.name}': cut the inputs of its reader {structure.reader}"
+            )
         for cut in structure.cuts:
             where = f"mask space '{space}', structure '{structure.name}', {cut.module} axis {cut.axis}"
             linear = linears[cut.module]

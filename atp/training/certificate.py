@@ -1,4 +1,4 @@
-"""The figures of a run's certificate, measured where they arise: at the freeze, at the cut and after the export."""
+"""The figures of a run's certificate, measured at the freeze, at the cut and after the export."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def at_freeze(
 
 
 def at_cut(reference: Tensor, model: PeftModel, tokens: Tensor, removed_lora_norm: float) -> dict[str, Any]:
-    """What the cut changed. Raises `NotReached` if it was anything: there is no use in tuning that model.
+    """What the cut changed. Raises `NotReached` if it changed the logits: tuning that model would be pointless.
 
     reference: `masked_logits` from before the cut.
     """
@@ -56,7 +56,7 @@ def at_cut(reference: Tensor, model: PeftModel, tokens: Tensor, removed_lora_nor
 
 
 def write_certificate(path: Path, certificate: dict[str, Any], tokens: Tensor) -> None:
-    """Writes the figures with their limits, the dtype of the weights, and that they are computed in float32."""
+    """Writes the figures with their limits, the dtype of the weights and the dtype of the comparison, float32."""
     usual = {"rounding_gap_usually_below": USUAL_ROUNDING[certificate["dtype"]]}
     facts = {"tokens": tokens.numel(), "computed_in": "float32", "limits": LIMITS} | usual
     write_json(path, certificate | facts)

@@ -1,7 +1,7 @@
 """Atomic checkpoints without pickle: one safetensors file, one JSON file, a pointer to the newest.
 
 A checkpoint is written to a temporary folder, flushed, renamed, and only then named in LATEST, so that a crash at any
-point leaves the last complete one usable. Each of its files has a checksum, and one that does not match is not read.
+point leaves the last complete one usable. A file that does not match its checksum is not read.
 """
 
 from __future__ import annotations

@@ -96,8 +96,7 @@ def step_batches(
     order = run_order(dataset, size, 0, seed)
     numbers = (n * processes.count() + processes.rank() for n in range(first * accumulation, end * accumulation))
     rows = (order.at(number * size, size) for number in numbers)
-    # torch only iterates over a batch sampler, whatever its annotation says.
-    loader = DataLoader(dataset, batch_sampler=rows, collate_fn=collate, pin_memory=device.type == "cuda")  # type: ignore[arg-type]
+    loader = DataLoader(dataset, batch_sampler=rows, collate_fn=collate, pin_memory=device.type == "cuda")
     batches = (to_device(batch, device) for batch in loader)
     return iter(lambda: list(islice(batches, accumulation)), [])
 

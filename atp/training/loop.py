@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -18,7 +18,7 @@ from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
 
 from atp import processes
@@ -134,7 +134,7 @@ class Loop:
         """Makes a model the one that is trained, with an optimizer made anew around its adapter."""
         if self.tokenizer is not None:
             align_special_tokens(model, self.tokenizer)  # the exported config names the tokenizer's pad token
-        use_training_attention(model)
+        use_training_attention(cast(PreTrainedModel, model.get_base_model()))
         if self.config.training.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
@@ -198,6 +198,12 @@ class Loop:
 
     # Between steps
 
+    def begin(self, phase: str) -> None:
+        """Names the phase under way and tells callbacks, once per phase."""
+        if self.phase != phase:
+            self.phase = phase
+            self._tell("on_phase")
+
     def run(self, phase: str, step: Callable[[list[Batch]], None], until: int) -> None:
         """Trains until `until` steps are done. phase: the name in records and callbacks.
 
@@ -206,11 +212,10 @@ class Loop:
         """
         if self.step >= until:
             return
-        self.phase = phase
         self.wrapped.train()
         if self._batches is None:
             self._batches = self.batches_from(self.step)
-        self._tell("on_phase")
+        self.begin(phase)
         while self.step < until:
             started = time.perf_counter()
             batches = next(self._batches)

@@ -23,7 +23,7 @@ class MetricsLog:
         self.path = path
 
     def rewind(self, step: int) -> int:
-        """Keeps the records up to and including `step`; returns how many lines were no records and are gone."""
+        """Keeps the records up to and including `step`; returns how many damaged lines it dropped."""
         if not processes.is_main() or not self.path.is_file():
             return 0
         kept, damaged = [], 0
@@ -70,7 +70,7 @@ class PhaseClock:
         return self.tokens.get(phase, 0) / self.seconds[phase] if self.seconds.get(phase) else 0.0
 
     def record(self, phase: str) -> dict[str, float]:
-        """What is logged of a phase."""
+        """The figures of a phase in a record."""
         return {
             "tokens_per_second": self.rate(phase),
             "phase_tokens": self.tokens[phase],
@@ -78,7 +78,7 @@ class PhaseClock:
         }
 
     def state(self) -> dict[str, dict[str, float]]:
-        """JSON-able copy."""
+        """A copy, for JSON."""
         return {"seconds": dict(self.seconds), "tokens": dict(self.tokens)}
 
     def load(self, state: dict[str, dict[str, Any]]) -> None:

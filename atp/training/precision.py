@@ -1,4 +1,4 @@
-"""Which precision is quicker on this machine: asked by a probe, never assumed."""
+"""Which precision is faster on this machine, measured by a probe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHAPE = (1024, 576, 1536)  # rows, in, out: a small model's linear
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
-    """The dtype for torch.autocast, None for plain float32; `auto` takes bfloat16 where a probe finds it quicker."""
+    """The dtype for torch.autocast, None for plain float32; `auto` takes bfloat16 where a probe finds it faster."""
     if precision == "auto":
         precision = "bfloat16" if bfloat16_is_quicker() else "float32"
     return torch.bfloat16 if precision == "bfloat16" else None

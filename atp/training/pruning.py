@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp import processes
 from atp.config import DecisionsConfig, TrainingConfig
@@ -22,8 +23,8 @@ from atp.decide.maker import DecisionMaker, frozen
 from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
-from atp.lora.lasso import LoraGroups
 from atp.lora.regularizers import make_regularizer
+from atp.lora.regularizers.lasso import LoraGroups
 from atp.removal import cut_model
 from atp.removal.certify import certificate_tokens
 from atp.removal.refit import refit
@@ -176,15 +177,17 @@ class Pruning:
 
     def become_cut(self) -> None:
         """Takes the smaller model and drops all that belongs to the uncut one."""
-        self.model = cut_model(self.model, self.space, self.decisions.mask)
+        cut = cut_model(self.model, self.space, self.decisions.mask)
+        assert isinstance(cut, PeftModel), "an adapter stays around the cut model"
+        self.model = cut
         del self.controller, self.groups, self.regularizer
 
     # Calibration data
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> PreTrainedModel:
         """The decoder inside causal LM and adapter."""
-        return self.model.get_base_model().get_decoder()
+        return cast(PreTrainedModel, self.model.get_base_model()).get_decoder()
 
     def certificate_tokens(self) -> Tensor:
         """The windows that certificates are measured on, int64 [windows, tokens], on the device."""

@@ -20,10 +20,11 @@ from atp.errors import InputError
 from atp.files import read_json
 from atp.folders import CHECKPOINTS, INPUTS, saved_config
 from atp.training.checkpoint import exist, newest, read_values, resume_point
+from atp.training.data import sized
 
-# What a newer transformers or another folder changes without changing the model.
+# Keys that differ between folders and versions of transformers for one and the same model.
 _NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-# Names in a wrapped model and in the bare one.
+# What an adapter adds to parameter names.
 _WRAPPING = re.compile(r"^base_model\.model\.|\.base_layer(?=\.)")
 
 
@@ -32,7 +33,7 @@ def fingerprints(
 ) -> dict[str, str]:
     """Name of an input -> SHA-256: base weights, model config, tokenizer, and the samples of each split.
 
-    model: a causal LM, with an adapter around it or not; parameters of the adapter do not count. Hashing reads the
+    model: a causal LM, with or without an adapter, whose parameters do not count. Hashing reads the
     weights once, at the speed of SHA-256 on all cores.
     """
     found = {"base weights": _of_weights(model), "model config": _of_text(_config(model.config))}
@@ -42,7 +43,7 @@ def fingerprints(
 
 
 def refuse_other_inputs(started_with: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises `InputError` that names what is not what a run was started with. What only one side knows is left out."""
+    """Raises `InputError` naming the inputs that changed since the start; those that one side lacks are skipped."""
     changed = [name for name, digest in now.items() if started_with.get(name, digest) != digest]
     if changed:
         verb = "is" if len(changed) == 1 else "are"
@@ -66,7 +67,7 @@ def refuse_other_config(config: ATPConfig, folder: Path) -> None:
 
 
 def inputs_of(folder: Path) -> dict[str, str] | None:
-    """Fingerprints that a run was started with, None where neither inputs.json nor a checkpoint tells."""
+    """Fingerprints of the inputs that a run started with, None if neither inputs.json nor a checkpoint has them."""
     return read_json(folder / INPUTS) or _newest_values(folder).get("inputs")
 
 
@@ -99,12 +100,12 @@ def _of_weights(model: nn.Module) -> str:
 
 def _of_tensor(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(flat.numpy()).hexdigest()}"
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(flat.numpy().data).hexdigest()}"
 
 
 def _of_samples(split: Dataset) -> str:
     digest = hashlib.sha256()
-    for index in range(len(split)):
+    for index in range(sized(split)):
         for name, value in sorted(split[index].items()):
             digest.update(f"{name} {_of_tensor(torch.as_tensor(value))}\n".encode())
     return digest.hexdigest()

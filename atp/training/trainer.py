@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from atp import processes
 from atp.checks import check_reachable
@@ -46,7 +45,7 @@ class ATPTrainer(Loop):
     def __init__(
         self,
         config: ATPConfig,
-        model: nn.Module,
+        model: PreTrainedModel,
         train_dataset: Dataset,
         calibration_dataset: Dataset,
         *,
@@ -121,6 +120,7 @@ class ATPTrainer(Loop):
             self.pruning.start()
 
     def _freeze(self) -> None:
+        self.begin("settle")
         with self.clock.timed("settle"):
             self.pruning.freeze()
         if self.config.decisions.refit_windows:

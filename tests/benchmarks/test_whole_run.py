@@ -9,7 +9,7 @@ from benchmarks import whole_run
 from benchmarks.records import read
 
 TINY = "--steps 4 --model tiny --batch 2 --length 16 --threads 1 --dtype float32".split()
-SECONDS = {"atp": ["saliency", "search", "refit", "settle", "cut", "tune"], "dense": ["tune"]}
+SECONDS = {"atp": ["saliency", "search", "settle", "refit", "cut", "tune"], "dense": ["tune"]}
 
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
@@ -31,7 +31,7 @@ def test_rows_hold_both_sides_by_phase(tmp_path, here, capsys):
         seconds = {phase: float(found[phase]["seconds"]) for phase in (*phases, "other", "run")}
         assert min(seconds.values()) > 0
         assert sum(seconds.values()) == pytest.approx(2 * seconds["run"], abs=0.01)
-        # The refit happens within the first step of settle.
+        # The refit happens at the start of settle.
         peaks = {phase: float(found[phase]["peak_mib"]) for phase in ("start", *phases, "run") if phase != "refit"}
         assert peaks.pop("run") == max(peaks.values()) and min(peaks.values()) > 0
         # Every one of 2 x 16 tokens but the first of a window is scored.

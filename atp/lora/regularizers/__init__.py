@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from atp.lora.lasso import LoraGroups
 from atp.lora.regularizers.l0 import L0Gates
-from atp.lora.regularizers.lasso import Lasso
+from atp.lora.regularizers.lasso import Lasso, LoraGroups
 from atp.lora.regularizers.regularizer import Regularizer
 from atp.spaces.space import MaskSpace
 

@@ -42,6 +42,11 @@ def open_probability(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha - _TEMPERATURE * math.log(-_GAMMA / _ZETA))
 
 
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 class L0Gates(Regularizer):
     """A gate for every cut of every decision, its noise, and the optimizer of `log_alpha`, float32 [gates].
 
@@ -53,7 +58,7 @@ class L0Gates(Regularizer):
 
     def __init__(self, model: nn.Module, space: MaskSpace, *, seed: int) -> None:
         layers = {n.split(".layers.")[-1]: m for n, m in model.named_modules() if isinstance(m, MaskedLoraLinear)}
-        device = next(iter(layers.values())).lora_A[ADAPTER].weight.device
+        device = next(model.parameters()).device
         self._cuts: list[tuple[MaskedLoraLinear, int, Tensor]] = []
         decisions = []
         for structure in space.structures:
@@ -103,8 +108,8 @@ class L0Gates(Regularizer):
         processes.average_(self.log_alpha.grad)
         penalty = self.penalty(mask)
         (weight * penalty).backward()
-        bad = ~torch.isfinite(self.log_alpha.grad).all()
-        self.optimizer.found_inf = torch.maximum(skip, bad.float())
+        bad = ~torch.isfinite(_gradient(self.log_alpha)).all()
+        self.optimizer.found_inf = torch.maximum(skip, bad.float())  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {"l0": penalty.detach()}
@@ -117,7 +122,7 @@ class L0Gates(Regularizer):
         """
         closed = self._removed(mask) & (hard_concrete(self.log_alpha) == 0)
         for layer, axis, gate in self._by_cut(closed):
-            factor = (layer.lora_A if axis else layer.lora_B)[ADAPTER].weight
+            factor = layer.get_parameter(f"lora_{'A' if axis else 'B'}.{ADAPTER}.weight")
             factor.masked_fill_(gate if axis else gate[:, None], 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from atp.loading import load_model
 from atp.lora.controller import MaskController
 from atp.lora.layer import FusedRMSNorm, MaskedMLP, add_lora, stock_modules, unload
 from atp.models.layers import BLOCKS, first_layer_inputs, run_block
+from atp.models.sizes import check_against_files, check_sizes
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
 
@@ -124,6 +125,27 @@ def test_keys_that_a_family_does_not_know_mean_nothing_after_the_cut():
     assert torch.equal(cut(tokens()).logits, plain) and family_of(cut.config).windows(cut.config) == {
         "full_attention": None
     }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sizes_of_every_family_are_checked(name):
+    """transformers itself wants hidden_size to be a multiple of the heads in Llama alone, if head_dim is given."""
+    config = build(name).config
+    content = config.to_dict()
+    check_sizes(content)
+    check_against_files(config, 10**4)
+    for key, value in (("hidden_size", 0), ("num_hidden_layers", True), ("num_key_value_heads", 3), ("head_dim", 7)):
+        with pytest.raises(InputError, match=f"(num_attention_heads|{key}) is "):
+            check_sizes(content | {key: value})
+    free = content | {"hidden_size": 34, "head_dim": 8}
+    if name == "llama":
+        with pytest.raises(InputError, match="hidden_size is 34: make it a multiple of num_attention_heads 4"):
+            check_sizes(free)
+    else:
+        check_sizes(free)
+    config.intermediate_size = 2**22
+    with pytest.raises(InputError, match="weights and its files hold 10,000 bytes"):
+        check_against_files(config, 10**4)
 
 
 REFUSED = {

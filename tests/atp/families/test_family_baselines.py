@@ -9,9 +9,12 @@ from transformers import AutoModelForCausalLM
 from atp.baselines.calibration import calibration_batches
 from atp.baselines.methods import BASELINES
 from atp.baselines.slicegpt import residual_bases, slice_model
+from atp.baselines.tuner import stock_lora
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 from atp.decide.budget import Budget
+from atp.errors import InputError
+from atp.families import family_of
 from atp.spaces.space import MaskSpace
 
 
@@ -56,6 +59,28 @@ def test_slicegpt_without_slicing_changes_nothing(family, tmp_path):
     sliced.float().save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_close(reloaded(tokens()).logits, sliced(tokens()).logits, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_lora_wraps_the_linears_of_the_family(family):
+    wrapped = stock_lora(build(family), config())
+    names = {n.split(".lora_A")[0].split("layers.1.")[-1] for n, _ in wrapped.named_parameters() if "layers.1." in n
+             and "lora_A" in n}  # fmt: skip
+    assert names == family_of(wrapped.config).linears(wrapped.config).keys()
+
+
+def test_what_cannot_work_is_refused_before_a_comparison_starts():
+    shapes, settings = build("qwen3").config, config()
+    for name, baseline in BASELINES.items():
+        if name == "slicegpt":
+            with pytest.raises(InputError, match="slicegpt does not fit model family 'qwen3'"):
+                baseline.check(shapes, settings)
+        elif baseline is not None:
+            baseline.check(shapes, settings)
+    settings.decisions.space = "head_dim"
+    BASELINES["wanda_sp"].check(shapes, settings)
+    with pytest.raises(InputError, match="'head_dim' does not fit model family 'qwen3'"):
+        BASELINES["magnitude"].check(shapes, settings)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "granite"])

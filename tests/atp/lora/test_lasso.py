@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_lora import masked, random_mask, stock
 
-from atp.lora.lasso import LoraGroups
+from atp.lora.regularizers.lasso import LoraGroups
 from atp.spaces.space import MaskSpace
 
 # What a decision of a structure touches, as (linear, factor): rows of B or columns of A.

@@ -9,8 +9,8 @@ from test_cut_lora import fill_lora
 from zeroed import VOCAB, random_mask, stock_model, tokens
 
 import atp  # noqa: F401  registers the class for reloading
-from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
+from atp.lora.regularizers.lasso import LoraGroups
 from atp.removal import (
     certify_export,
     compare,

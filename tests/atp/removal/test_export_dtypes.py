@@ -13,8 +13,8 @@ from zeroed import random_mask, stock_model, tokens
 from atp.errors import NotReached
 from atp.export import hf
 from atp.lora.controller import MaskController
-from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
+from atp.lora.regularizers.lasso import LoraGroups
 from atp.removal import base_of, check_certificate, cut_model, logit_gap, merge_adapter, merge_error, reference_logits
 from atp.removal.certify import AT_EXPORT, LIMITS, USUAL_ROUNDING, rounding_remark
 from atp.removal.widen import widened

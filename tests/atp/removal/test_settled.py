@@ -6,8 +6,8 @@ from torch.testing import assert_close
 from zeroed import random_mask, stock_model, tokens
 
 from atp.lora.controller import MaskController
-from atp.lora.lasso import LoraGroups
 from atp.lora.layer import add_lora
+from atp.lora.regularizers.lasso import LoraGroups
 from atp.removal.cut import cut_model, cut_state_dict
 from atp.spaces.space import MaskSpace
 

@@ -12,8 +12,9 @@ from atp.decide.fit import fit_mask
 from atp.decide.rules import width_rules
 from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedLoraLinear, MaskedMLP, add_lora
+from atp.models.config import ATPLlamaConfig
 from atp.models.layers import BLOCKS
-from atp.removal.cut import cut_model
+from atp.removal.cut import cut_config, cut_model
 from atp.spaces.space import Cut, MaskSpace, Structure, space_names, structure_names
 
 SPACES = space_names()
@@ -203,6 +204,16 @@ def test_budget_and_widths_are_those_of_the_cut_model(space_name, biases):
 
 
 @pytest.mark.parametrize("space_name", SPACES)
+def test_a_mask_that_keeps_everything_leaves_the_widths_of_the_whole_model(space_name):
+    whole = stock_model().config
+    space = MaskSpace.from_config(whole, space_name)
+    cut = cut_config(whole, space, torch.ones(space.size, dtype=torch.bool))
+    assert cut.layer_shapes == ATPLlamaConfig.from_whole(whole).layer_shapes
+    assert all(set(shape) == {"num_attention_heads", "num_key_value_heads", "qk_pairs", "v_head_dim",
+                              "intermediate_size"} for shape in cut.layer_shapes)  # fmt: skip
+
+
+@pytest.mark.parametrize("space_name", SPACES)
 def test_width_rules_and_the_remainder_meet_a_budget(space_name):
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
             "num_key_value_heads": 4, "head_dim": 32}  # fmt: skip
@@ -258,3 +269,15 @@ def test_a_table_with_gaps_is_refused(size, sides, remainder, message):
     cuts = tuple(Cut("mlp.gate_proj", 1, owner) for owner in sides)
     with pytest.raises(ValueError, match=message):
         linear_space(Structure("own", size, cuts, no_widths, remainder=remainder))
+
+
+@pytest.mark.parametrize(
+    ("cut", "reader", "message"),
+    [
+        (Cut("mlp.gate_proj", 1, torch.arange(32), soft=False), None, "a soft mask must multiply one side"),
+        (Cut("mlp.gate_proj", 1, torch.arange(32)), "mlp.down_proj", "cut the inputs of its reader mlp.down_proj"),
+    ],
+)
+def test_a_structure_that_contradicts_itself_is_refused(cut, reader, message):
+    with pytest.raises(ValueError, match=message):
+        linear_space(Structure("own", 32, (cut,), no_widths, reader=reader, remainder=True))

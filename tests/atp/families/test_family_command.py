@@ -1,0 +1,45 @@
+"""`atp train` on a folder of another family: evaluation, export, adapter with its base, loading again."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_command import start
+from tiny_families import build
+from tiny_inputs import tiny_config
+from transformers import AutoModelForCausalLM
+
+from atp.config import ModelConfig
+from atp.errors import InputError
+from atp.loading import load_any_model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "granite"])
+def test_a_run_by_the_command(tmp_path, wide_budget, name):
+    config = tiny_config(tmp_path)
+    vocabulary = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    build(name, scale=0.1, vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(tmp_path)
+    evaluation = {"windows": 4, "questions": 4, "dense_baseline": name == "qwen3"}
+    start(config, tmp_path / "out", evaluation=evaluation)
+    out = tmp_path / "out"
+    model = load_any_model(ModelConfig(path=str(out / "model")))
+    assert model.config.family == name
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    adapted = PeftModel.from_pretrained(base, out / "adapter").eval()
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    summary = json.loads((out / "summary.json").read_text())
+    assert math.isfinite(summary["perplexity"]["final"]) and summary["params_after"] < summary["params_before"]
+
+
+def test_a_checkpoint_with_weights_missing_is_refused(tmp_path):
+    """A norm of the queries, which no other family has."""
+    model = build("qwen3")
+    state = {n: t for n, t in model.state_dict().items() if n != "model.layers.1.self_attn.q_norm.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(InputError, match="1 weight are missing|1 weight .*q_norm.weight"):
+        load_any_model(ModelConfig(path=str(tmp_path)))

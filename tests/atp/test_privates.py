@@ -1,0 +1,68 @@
+"""What `atp` uses of other libraries' privates: little, named here, and below a version that is known to have it."""
+
+import ast
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from atp.lora.layer import MaskedLoraLinear
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "atp").rglob("*.py"))
+# Name -> package whose version has an upper bound for it. None: documented by its library, underscore or not.
+PRIVATES = {
+    "_register_custom_module": "peft",
+    "_attn_implementation": None,  # how transformers' guide to custom attention reads it
+    "_exit": None,  # os._exit
+}
+
+
+def privates(path):
+    """Names with a leading underscore that a file takes from elsewhere: attributes it defines nowhere, and imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    of_self = [node for node in attributes if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")]
+    own |= {node.attr for node in of_self if isinstance(node.ctx, ast.Store)}
+    found = {node.attr for node in attributes if node not in of_self} - own
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] not in ("atp", "atp_kernels"):
+            found |= {part for name in node.names for part in (*node.module.split("."), name.name)}
+    return {name for name in found if re.match(r"_[^_]", name)}
+
+
+def test_the_search_finds_attributes_and_imports(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text("from torch._C import x\nimport os\nos.environ._data\nself._mine = 1\nother._mine\ndict.__len__")
+    assert privates(path) == {"_C", "_data"}
+
+
+def test_no_private_of_another_library_but_those_named_here():
+    found = {name: str(path.relative_to(ROOT)) for path in SOURCES for name in privates(path)}
+    assert found.keys() == PRIVATES.keys(), found
+
+
+@pytest.mark.parametrize("package", sorted({package for package in PRIVATES.values() if package}))
+def test_its_library_has_an_upper_bound(package):
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (requirement,) = [Requirement(line) for line in re.findall(rf'^ +"({package}\W.*?)"', text, flags=re.MULTILINE)]
+    assert any(bound.operator in ("<", "<=", "==") for bound in requirement.specifier), requirement
+    assert requirement.specifier.contains(version(package))
+
+
+def test_peft_builds_the_registered_layer_and_does_not_save_it(tmp_path):
+    """PEFT's only way to a LoRA layer of one's own that remains a plain adapter on disk."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config._register_custom_module({nn.Linear: MaskedLoraLinear})
+    llama = LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
+    model = get_peft_model(LlamaForCausalLM(llama), config)
+    (layer,) = [module for name, module in model.named_modules() if name.endswith("q_proj")]
+    assert type(layer) is MaskedLoraLinear
+    model.save_pretrained(tmp_path)
+    assert "MaskedLoraLinear" not in (tmp_path / "adapter_config.json").read_text()
