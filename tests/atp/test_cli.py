@@ -135,14 +135,14 @@ def test_profile_traces_every_phase_and_the_uncut_weights_are_gone_in_tune(atp, 
         weights.append(weakref.ref(model.model.layers[0].mlp.gate_proj.weight))
         return model
 
-    class Look(run.ProgressCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+    class Look(run.ProgressBar):
+        def on_step(self, loop, record):
             gc.collect()
-            alive[self.phase_of(state.global_step - 1)] = weights[0]() is not None
+            alive[loop.phase] = weights[0]() is not None
 
     load = run.load_model
     monkeypatch.setattr(run, "load_model", load_model)
-    monkeypatch.setattr(run, "ProgressCallback", Look)
+    monkeypatch.setattr(run, "ProgressBar", Look)
     small = ["training.search=3", "training.settle=2", "training.tune=3", "training.precision=float32"]
     small += ["evaluation.windows=2", "evaluation.questions=0", "decisions.saliency_windows=2"]
     code, out, _ = atp("train", config, "--profile", *small)
