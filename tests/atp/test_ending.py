@@ -171,6 +171,7 @@ def test_output_on_a_full_disk():
 def test_ctrl_c_while_the_command_still_imports():
     code = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 class Stop:
     def find_spec(self, name, path=None, target=None):
         if name == "transformers":
