@@ -82,7 +82,7 @@ def test_every_linear_of_the_space_and_no_other_is_wrapped():
 @pytest.mark.parametrize("mask_lora", [False, True])
 @pytest.mark.parametrize("sides", ["out", "in", "both"])
 def test_one_layer_against_the_formula(sides, mask_lora, soft):
-    """1-method.md section 3, in float64 on plain matrices."""
+    """docs/method.md section 3, in float64 on plain matrices."""
     generator = torch.Generator().manual_seed(0)
     layer = masked()[0].eval().get_base_model().model.layers[0].self_attn.k_proj
     torch.nn.init.normal_(layer.base_layer.bias, generator=generator)
@@ -159,7 +159,7 @@ def test_soft_gradient_reaches_every_decision_and_is_the_derivative():
 
 
 def test_hard_mask_keeps_the_lora_gradient_of_removed_outputs():
-    """1-method.md section 3: LoRA of a removed structure still learns, so that the structure can come back."""
+    """docs/method.md section 3: LoRA of a removed structure still learns, so that the structure can come back."""
     model, space = masked()
     mask = torch.ones(space.size, dtype=torch.bool)
     structure = next(s for s in space.layer(0) if s.name == "mlp")
