@@ -41,7 +41,7 @@ def test_sdist_builds_a_wheel_whose_extension_runs(source, tmp_path):
     assert status == 0, said
     assert [name for name in files_of(wheel) if re.match(r"atp_kernels/_C\..*\.so$", name)]
     assert not [name for name in files_of(wheel) if name.startswith(("csrc", "docs", "examples", "tests"))]
-    used = use(wheel, tmp_path / "site", REPORT + "; print(native.build_info())")
+    used = use(wheel, tmp_path / "site", REPORT + "; print(extension.build_info())")
     assert used.returncode == 0, used.stderr
     assert str(tmp_path / "site") in used.stdout and "None" in used.stdout and "stable_abi_target" in used.stdout
 
