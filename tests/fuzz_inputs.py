@@ -344,7 +344,7 @@ def report_case(draw, folder):
     (folder / "metrics.jsonl").write_bytes(text.encode("utf-8", "replace"))
     (folder / "config.yaml").write_bytes(as_yaml(draw, CONFIG, 2))
     page = write_report(folder).read_text(encoding="utf-8")
-    if "<script" in page or not page.endswith("</main></body></html>\n"):
+    if "<script" in page or page.split()[-3:] != ["</main>", "</body>", "</html>"]:
         raise AssertionError("not the page that was meant")
 
 
