@@ -165,7 +165,7 @@ def test_64_bit_offsets_give_the_same_result(monkeypatch, p):
     shape = Shape(m=19, n=23, k=35, rank=3, p=p)
     tensors = on_device(operands(shape, torch.float32))
     expected = run(shape, tensors, TILE)
-    monkeypatch.setattr(launcher, "_INT32_LIMIT", 1)
+    monkeypatch.setattr(triton_runtime, "_INT32_LIMIT", 1)
     for name, value in run(shape, tensors, TILE).items():
         assert torch.equal(value, expected[name]), name
 
