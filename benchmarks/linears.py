@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +50,9 @@ def floor(case: Case, n_out: int, n_in: int) -> Variant:
 
 
 def marks(
-    case: Case, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grad: Tensor, masks: dict
+    case: Case, tensors: tuple[Any, ...], inputs: tuple[Tensor, ...], grad: Tensor, masks: dict[str, Any]
 ) -> dict[str, Variant]:
-    torch.compiler.reset()  # one graph a case: else shapes of earlier cases make this one dynamic
+    torch.compiler.reset()  # one graph per case, since shapes of earlier cases would make this one dynamic
     compiled = torch.compile(unfused, fullgraph=True, dynamic=False)
     factors = tuple(tensor for tensor in (tensors[0], *tensors[2:]) if tensor.requires_grad)
     return {
