@@ -40,7 +40,7 @@ lint: $(VENV)/.package
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache atp_kernels/_C*.so
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache atp_kernels/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
