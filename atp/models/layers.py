@@ -78,6 +78,11 @@ def run_block(layer: Any, norm: str, block: str, x: Tensor, arguments: LayerArgu
 
 
 def add_block(layer: Any, x: Tensor, output: Tensor) -> Tensor:
-    """x + m * output: what a block gives is added to the residual stream, times Granite's residual multiplier."""
-    multiplier = getattr(layer, "residual_multiplier", 1.0)
+    """x + m * output: what a block gives is added to the residual stream, times `residual_multiplier`."""
+    multiplier = residual_multiplier(layer)
     return x + (output if multiplier == 1 else output * multiplier)
+
+
+def residual_multiplier(layer: Any) -> float:
+    """What Granite multiplies the output of a block by; 1 in other families."""
+    return getattr(layer, "residual_multiplier", 1.0)

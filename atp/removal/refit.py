@@ -1,16 +1,16 @@
-"""Refits the linears that read removed inputs, so that the kept inputs reproduce the removed inputs' contribution.
+"""Refits the linears that end a block, so that the cut model's residual stream stays near that of the whole model.
 
-Without the removed inputs r, y = W x lacks W_r x_r. Least squares over calibration text adds
-W_r X_r^T X_k (X_k^T X_k + lambda I)^-1 to W_k. Layers are refitted in order, each on the activations of the layers
-before it, cut and refitted: refitting all of them on the activations of the whole model measured worse than no refit
-(docs/method.md section 8).
+After each block the cut stream lacks R = S_whole - S_cut. Ridge regression on calibration text adds
+R^T X_k (X_k^T X_k + lambda I)^-1 to W_k, the kept columns of the linear that ends the block. Layers are refitted in
+order, each on the stream of the layers before it, cut and refitted, so that later layers also make up for what earlier
+ones lost (docs/method.md section 8).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,14 @@ from transformers import PreTrainedModel
 from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.lora.controller import MaskController
-from atp.lora.layer import ADAPTER, MaskedLoraLinear
-from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, run_block
+from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, residual_multiplier, run_block
 from atp.spaces.space import MaskSpace
 
-_DAMPING = 0.01
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
+"""What the refit chooses lambda from, as shares of the mean square of the kept inputs."""
+
+_FEW = 0.3  # the damping where there are too few batches to hold one out
+_HELD_OUT = 8  # every eighth batch chooses the damping
 _ROWS = 4096  # tokens in one product
 
 
@@ -35,51 +38,45 @@ def refit(
     mask: Tensor,
     batches: Iterable[dict[str, Any]],
     *,
-    damping: float = _DAMPING,
+    damping: float | None = None,
 ) -> dict[str, Tensor]:
-    """Changes the base weights of the linears that end a block where `mask`, bool [space.size], removes their inputs.
+    """Changes the base weights of the linears that end a block, from the first one that `mask` removes inputs of.
 
-    decoder: a decoder in evaluation mode whose linears are masked LoRA layers; LoRA counts as part of the weight.
-    batches: as `atp.data.collate` makes them; the hidden states of all of them and the inputs of one linear are in
-    memory at once. damping: lambda as a share of the mean square of the kept inputs. Columns of removed inputs stay as
-    they are. Clears the masks; kept slices are stale afterwards. Returns the changed weights, not copied, by their
-    names in the decoder. Raises `NotReached` when inputs or fitted weights are not finite.
+    mask: bool [space.size], True keeps. decoder: in evaluation mode, its linears masked LoRA layers; LoRA counts as
+    part of the weight, and the whole model is the one without masks. batches: as `atp.data.collate` makes them. In
+    memory at once are, for all of them, the hidden states of the whole model and of the cut one, twice their difference
+    and twice the inputs of one linear. damping: lambda as a share of the mean square of the kept inputs; None chooses
+    one of `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone that none of them helps there.
+    Columns of removed inputs stay as they are. Clears the masks; kept slices are stale afterwards. Returns the changed
+    weights, not copied, by their names in the decoder. Raises `NotReached` when inputs, differences or fitted weights
+    are not finite.
     """
-    states, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
+    cut, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
+    whole = list(cut)
     changed = {}
     layers: Any = decoder.layers
     for index, layer in enumerate(layers):
         for norm, block in BLOCKS:
-            calls = [
-                partial(run_block, layer, norm, block, x, given) for x, given in zip(states, arguments, strict=True)
-            ]
-            structure = space.read_by(index, block)
-            if structure is None or structure.reader is None or mask[structure.span].all():
-                controller.set(mask, "sum")
-                states = [call() for call in calls]
-                continue
-            linear: Any = layer.get_submodule(structure.reader)
-            opened = mask.clone()
-            opened[structure.span] = True  # the fit needs the removed inputs too
-            controller.set(opened, "sum")
-            inputs = [_input(linear, call) for call in calls]
-            name = f"layers.{index}.{structure.reader}"
-            if not all(map(is_finite, inputs)):
-                raise NotReached(
-                    f"{name} reads NaN or infinity on the calibration windows, so it cannot be refitted: use "
-                    "model.dtype=float32 and training.precision=float32, or decisions.refit_windows=0"
-                )
-            _fit(linear, inputs, structure.kept_inputs(mask).to(linear.weight.device), damping)
-            weight = linear.get_base_layer().weight
-            if not is_finite(weight):
-                raise NotReached(
-                    f"the refit of {name} gives weights that {weight.dtype} cannot hold: use model.dtype=float32, or "
-                    "decisions.refit_windows=0"
-                )
-            changed[f"{name}.base_layer.weight"] = weight
+            run = partial(run_block, layer, norm, block)
+            controller.clear()
+            whole = [run(x, given) for x, given in zip(whole, arguments, strict=True)]
             controller.set(mask, "sum")
-            # The reader ends its block.
-            states = [add_block(layer, x, linear(read)) for x, read in zip(states, inputs, strict=True)]
+            structure = space.read_by(index, block)
+            if structure is None or structure.reader is None or mask[: structure.span.stop].all():
+                cut = [run(x, given) for x, given in zip(cut, arguments, strict=True)]
+                continue
+            name = f"layers.{index}.{structure.reader}"
+            linear: Any = layer.get_submodule(structure.reader)
+            inputs = [_input(linear, partial(run, x, given)) for x, given in zip(cut, arguments, strict=True)]
+            # The linear ends its block.
+            lost = [
+                (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer)
+                for aim, x, read in zip(whole, cut, inputs, strict=True)
+            ]
+            weight = linear.get_base_layer().weight
+            if _fit(name, weight, inputs, lost, structure.kept_inputs(mask).to(weight.device), damping):
+                changed[f"{name}.base_layer.weight"] = weight
+            cut = [add_block(layer, x, linear(read)) for x, read in zip(cut, inputs, strict=True)]
     controller.clear()
     return changed
 
@@ -91,24 +88,65 @@ def _input(linear: nn.Module, call: Callable[[], Tensor]) -> Tensor:
     return found[0]
 
 
-def _fit(linear: MaskedLoraLinear, inputs: list[Tensor], kept: Tensor, damping: float) -> None:
-    """Normal equations in float32 or wider, solved in float64."""
-    base: Any = linear.get_base_layer()
-    weight: Tensor = base.weight
-    delta: Tensor = linear.get_delta_weight(ADAPTER)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    removed = (weight.to(wide) + delta.to(wide))[:, ~kept].T
-    count = int(kept.sum())
-    moments = removed.new_zeros(count, count)
-    cross = removed.new_zeros(count, len(weight))
-    with torch.autocast(weight.device.type, enabled=False):
-        for chunk in torch.cat([x.flatten(0, -2) for x in inputs]).split(_ROWS):
-            x = chunk.to(wide)
-            x_kept = x[:, kept]
-            moments.addmm_(x_kept.T, x_kept)
-            cross.addmm_(x_kept.T, x[:, ~kept] @ removed)
-    moments = moments.double()
-    smallest = torch.finfo(wide).tiny  # where all inputs are zero the system would be singular
-    moments.diagonal().add_((damping * moments.diagonal().mean()).clamp_min(smallest))
-    fitted = weight[:, kept].double() + torch.linalg.solve(moments, cross.double()).T
+def _fit(
+    name: str, weight: Tensor, inputs: list[Tensor], lost: list[Tensor], kept: Tensor, damping: float | None
+) -> bool:
+    """Adds the ridge solution to the kept columns, if it helps on the held-out batches; returns whether it did."""
+    if not all(map(is_finite, (*inputs, *lost))):
+        raise NotReached(
+            f"the refit of {name} reads NaN or infinity on the calibration windows: use model.dtype=float32 and "
+            "training.precision=float32, or decisions.refit_windows=0"
+        )
+    pairs = list(zip(inputs, lost, strict=True))
+    held_out = pairs[_HELD_OUT - 1 :: _HELD_OUT] if damping is None else []
+    rest = [pair for index, pair in enumerate(pairs) if not held_out or (index + 1) % _HELD_OUT]
+    sums = _moments(rest, kept, weight.dtype)
+    if held_out:
+        trial = _moments(held_out, kept, weight.dtype)
+        left, damping = min((trial.left(sums.ridge(candidate)), candidate) for candidate in DAMPINGS)
+        if left >= trial.lost:
+            return False
+        sums = _Moments(*(one + other for one, other in zip(sums, trial, strict=True)))
+    fitted = weight[:, kept].double() + sums.ridge(_FEW if damping is None else damping).T
     weight[:, kept] = fitted.to(weight.dtype)  # rounded once, after the sum
+    if not is_finite(weight):
+        raise NotReached(
+            f"the refit of {name} gives weights that {weight.dtype} cannot hold: use model.dtype=float32, or "
+            "decisions.refit_windows=0"
+        )
+    return True
+
+
+class _Moments(NamedTuple):
+    """Sums over tokens: products of kept inputs, their products with what is lost, and its squares; float64."""
+
+    inputs: Tensor  # [kept, kept]
+    cross: Tensor  # [kept, outputs]
+    lost: Tensor  # scalar
+
+    def ridge(self, damping: float) -> Tensor:
+        """What to add to the weights of the kept inputs, [kept, outputs]."""
+        damped = self.inputs.clone()
+        smallest = torch.finfo(torch.float32).tiny  # where all inputs are zero the system would be singular
+        damped.diagonal().add_((damping * damped.diagonal().mean()).clamp_min(smallest))
+        return torch.linalg.solve(damped, self.cross)
+
+    def left(self, added: Tensor) -> float:
+        """The squares of what is still lost when this is added to the weights."""
+        return float(self.lost + (added * (self.inputs @ added - 2 * self.cross)).sum())
+
+
+def _moments(pairs: list[tuple[Tensor, Tensor]], kept: Tensor, dtype: torch.dtype) -> _Moments:
+    """The moments of inputs and what is lost, batch by batch; products in float32 or wider."""
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs, lost = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*pairs, strict=True))
+    count = int(kept.sum())
+    products, cross = lost.new_zeros(count, count, dtype=wide), lost.new_zeros(count, lost.shape[-1], dtype=wide)
+    square = lost.new_zeros((), dtype=torch.float64)
+    with torch.autocast(lost.device.type, enabled=False):
+        for read, lack in zip(inputs.split(_ROWS), lost.split(_ROWS), strict=True):
+            x, y = read[:, kept].to(wide), lack.to(wide)
+            products.addmm_(x.T, x)
+            cross.addmm_(x.T, y)
+            square += y.square().sum()
+    return _Moments(products.double(), cross.double(), square)

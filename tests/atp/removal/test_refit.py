@@ -9,7 +9,7 @@ from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.layers import first_layer_inputs, run_block
 from atp.removal.cut import cut_model
-from atp.removal.refit import refit
+from atp.removal.refit import DAMPINGS, refit
 from atp.spaces.space import MaskSpace
 
 
@@ -66,46 +66,102 @@ FAMILIES = {
 }
 
 
+def streams(model):
+    """The residual stream after both blocks of every layer of the whole model, [tokens, hidden] over all batches."""
+    seen = [[] for _ in range(2 * LAYERS)]
+    hooks = []
+    for index, layer in enumerate(model.get_base_model().model.layers):
+        after = layer.post_attention_layernorm
+        hooks.append(after.register_forward_pre_hook(lambda _, args, to=seen[2 * index]: to.append(args[0])))
+        hooks.append(layer.register_forward_hook(lambda _, args, out, to=seen[2 * index + 1]: to.append(out)))
+    with torch.no_grad():
+        for batch in batches():
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(parts).flatten(0, 1) for parts in seen]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["head_dim", "kv_group", "disp"])
 def test_weights_are_the_ridge_solution_layer_after_layer(name, family):
-    """Against torch.linalg.lstsq on the inputs and outputs of every reader, gathered by hand from the cut layers."""
+    """Against torch.linalg.lstsq on what the cut stream lacks, gathered by hand from the whole and the cut layers."""
     stock = stock_model(family, **FAMILIES[family])
     model = wrapped(stock, MaskSpace.from_config(stock.config, name))
     space = MaskSpace.from_config(model.get_base_model().config, name)
     mask, controller, decoder = random_mask(space), MaskController(model, space), model.get_base_model().model
-    before = {n: p.clone() for n, p in decoder.named_parameters()}
+    before, whole = {n: p.clone() for n, p in decoder.named_parameters()}, streams(model)
     fitted = fit(model, space, mask, damping=0.01)
-    assert {n for n, p in decoder.named_parameters() if not torch.equal(p, before[n])} == set(fitted)
+    after = {n: p.clone() for n, p in decoder.named_parameters()}
+    assert {n for n, p in after.items() if not torch.equal(p, before[n])} == set(fitted)
+    readers = ["mlp.down_proj"] if name == "disp" else ["self_attn.o_proj", "mlp.down_proj"]  # disp: its mlp alone
+    assert set(fitted) == {f"layers.{i}.{reader}.base_layer.weight" for i in range(LAYERS) for reader in readers}
     runs = [first_layer_inputs(decoder, batch) for batch in batches()]
-    states = [x for x, _ in runs]
+    states, multiplier = [x for x, _ in runs], FAMILIES[family].get("residual_multiplier", 1.0)
     for index, layer in enumerate(decoder.layers):
-        for norm, block, reader in (
-            ("input_layernorm", "self_attn", "self_attn.o_proj"),
-            ("post_attention_layernorm", "mlp", "mlp.down_proj"),
-        ):
-            # In the space disp attention keeps what o_proj reads.
-            for structure, cut in [
-                (s, c) for s in space.layer(index) for c in s.cuts if (c.module, c.axis) == (reader, 1)
-            ]:
-                opened, inputs, linear = mask.clone(), [], layer.get_submodule(reader)
-                opened[structure.span] = True
+        for place, (norm, block) in enumerate((("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))):
+            reader = next((reader for reader in readers if reader.startswith(block)), None)
+            if reader:
+                linear, inputs, weight = layer.get_submodule(reader), [], f"layers.{index}.{reader}.base_layer.weight"
+                linear.get_base_layer().weight.data = before[weight].clone()
                 hook = linear.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0].flatten(0, 1)))
-                with torch.no_grad(), controller.masks(opened, "sum"):
-                    for x, (_, given) in zip(states, runs, strict=True):
-                        run_block(layer, norm, block, x, given)
+                with torch.no_grad(), controller.masks(mask, "sum"):
+                    cut = [run_block(layer, norm, block, x, given) for x, (_, given) in zip(states, runs, strict=True)]
                 hook.remove()
-                x, kept = torch.cat(inputs), mask[structure.span][cut.owner]
-                whole = before[f"layers.{index}.{reader}.base_layer.weight"] + linear.get_delta_weight("default")
-                root = (0.01 * x[:, kept].square().sum(0).mean()).sqrt() * torch.eye(int(kept.sum()), dtype=x.dtype)
-                missing = x[:, ~kept] @ whole[:, ~kept].T
-                right = torch.cat([missing, torch.zeros(len(root), len(whole), dtype=x.dtype)])
-                added = torch.linalg.lstsq(torch.cat([x[:, kept], root]), right).solution.T
-                expected = before[f"layers.{index}.{reader}.base_layer.weight"].clone()
-                expected[:, kept] += added
-                assert_close(linear.get_base_layer().weight, expected, atol=1e-4, rtol=1e-4)
+                ((structure, side),) = [
+                    (s, c) for s in space.layer(index) for c in s.cuts if (c.module, c.axis) == (reader, 1)
+                ]
+                kept = mask[structure.span][side.owner]
+                x, lacks = torch.cat(inputs)[:, kept], (whole[2 * index + place] - torch.cat(cut).flatten(0, 1))
+                root = (0.01 * x.square().sum(0).mean()).sqrt() * torch.eye(int(kept.sum()), dtype=x.dtype)
+                right = torch.cat([lacks / multiplier, torch.zeros(len(root), lacks.shape[1], dtype=x.dtype)])
+                expected = before[weight].clone()
+                expected[:, kept] += torch.linalg.lstsq(torch.cat([x, root]), right).solution.T
+                assert_close(after[weight], expected, atol=1e-4, rtol=1e-4)
+                linear.get_base_layer().weight.data = after[weight]
             with torch.no_grad(), controller.masks(mask, "sum"):
                 states = [run_block(layer, norm, block, x, a) for x, (_, a) in zip(states, runs, strict=True)]
+
+
+def last_mlp(space):
+    """A mask that removes half of the channels of the last block."""
+    mask = torch.ones(space.size, dtype=torch.bool)
+    mask[space.structures[-1].start :: 2] = False
+    return mask
+
+
+@pytest.mark.parametrize(("token", "best"), [(None, 0.3), (1, None), (2, 0.03), (3, 1.0)])
+def test_lambda_is_the_best_one_on_every_eighth_batch(token, best):
+    """Against what each lambda, fitted to seven batches, leaves of the streams' difference on the eighth: text, or one
+    token all over. No fit to the seven helps on token 1, so that the weights stay as they are.
+    """
+    space = MaskSpace.from_config(stock_model().config)
+    mask, seen = last_mlp(space), [{"input_ids": tokens(windows=1, length=2, seed=i)} for i in range(7)]
+    ids = tokens(windows=1, length=24, seed=50) if token is None else torch.full((1, 24), token)
+    every = [*seen, {"input_ids": ids}]
+
+    def refitted(batches, **options):
+        model = wrapped(stock_model(), space)
+        controller, last = MaskController(model, space), model.get_base_model().model.layers[-1]
+        changed = refit(model.get_base_model().model, controller, space, mask, batches, **options) if batches else {}
+        outputs = []
+        last.register_forward_hook(lambda module, args, out: outputs.append(out))
+        with torch.no_grad():
+            model(ids)
+            with controller.masks(mask, "sum"):
+                model(ids)
+        return changed, outputs, last.mlp.down_proj.get_base_layer().weight
+
+    _, (whole, cut), before = refitted([])
+    errors = {None: (whole - cut).square().sum()}
+    for damping in DAMPINGS:
+        errors[damping] = (whole - refitted(seen, damping=damping)[1][1]).square().sum()
+    assert min(errors, key=errors.get) == best
+    changed, _, weight = refitted(every)
+    if best is None:
+        assert changed == {} and torch.equal(weight, before)
+    else:
+        assert_close(weight, refitted(every, damping=best)[2], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["head_dim", "kv_group", "disp"])
