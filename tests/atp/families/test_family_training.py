@@ -91,8 +91,8 @@ def test_a_refit_mends_twins(name, space_name):
     changed = refit(
         wrapped.get_base_model().get_decoder(), MaskController(wrapped, space), space, mask, batches, damping=1e-12
     )
-    # In kv_group only channels are twins, and the first o_proj comes before them.
-    assert len(changed) == (6 if space_name == "head_dim" else 5)
+    # In kv_group only channels are twins, and the first o_proj comes before them; disp fits no o_proj.
+    assert len(changed) == {"head_dim": 6, "kv_group": 5, "disp": 3}[space_name]
     mended = cut_model(wrapped, space, mask)(tokens()).logits
     assert (damaged - expected).abs().max() > 0.01
     assert_close(mended, expected, rtol=1e-5, atol=1e-5)

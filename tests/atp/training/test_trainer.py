@@ -90,19 +90,28 @@ def base_weights(trainer):
     return {n: p for n, p in trainer.model.get_base_model().model.named_parameters() if "base_layer" in n}
 
 
-def test_readers_are_refitted_at_the_freeze(tmp_path):
-    """What reads removed inputs changes and nothing else, after the decisions, and only if the config asks for it."""
-    trainer, other = make(tmp_path / "one"), make(tmp_path / "other", decisions={"refit_windows": 0})
+def test_ends_of_blocks_are_refitted_at_the_freeze(tmp_path):
+    """From the first block that loses something on, after the decisions, only if the config asks, and nothing else."""
+    # With fewer than eight windows none is held out, so no linear is left as it was.
+    trainer = make(tmp_path / "one", decisions={"refit_windows": 7})
+    other = make(tmp_path / "other", decisions={"refit_windows": 0})
     trainer.train()
     other.train()
     assert torch.equal(trainer.decisions.mask, other.decisions.mask)
-    readers = {
-        f"layers.{layer}.{module}.base_layer.weight"
-        for layer, module, _, in_mask in trainer.space.module_masks(trainer.decisions.mask)
-        if in_mask is not None and not in_mask.all()
+    losing = {
+        (layer, module.split(".")[0])
+        for layer, module, *sides in trainer.space.module_masks(trainer.decisions.mask)
+        if any(side is not None and not side.all() for side in sides)
     }
+    ends = [
+        (layer, block, end) for layer in range(trainer.space.num_layers)
+        for block, end in (("self_attn", "o_proj"), ("mlp", "down_proj"))
+    ]  # fmt: skip
+    first = next(i for i, (layer, block, _) in enumerate(ends) if (layer, block) in losing)
+    expected = {f"layers.{layer}.{block}.{end}.base_layer.weight" for layer, block, end in ends[first:]}
     weights = base_weights(other)
-    assert {n for n, p in base_weights(trainer).items() if not torch.equal(p, weights[n])} == readers != set()
+    assert {n for n, p in base_weights(trainer).items() if not torch.equal(p, weights[n])} == expected
+    assert set(trainer.pruning.refitted) == expected
     assert "refit" in trainer.clock.seconds and "refit" not in other.clock.seconds
 
 
