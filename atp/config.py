@@ -21,6 +21,7 @@ from atp.reading import read_yaml, read_yaml_file
 from atp.spaces.space import space_names, structure_names
 from atp.unknown_keys import unknown_key
 
+DecisionSource = Literal["static", "tuned", "running", "learned"]
 GeneratorKind = Literal["transformer", "gru", "free"]
 
 _LARGEST = 2**32 - 1  # the largest NumPy seed, and more than any count needs
@@ -84,6 +85,12 @@ class DecisionsConfig(_Section):
 
     space: str = "head_dim"
     target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
+    source: DecisionSource = Field(
+        "learned",
+        description="Saliency of the pretrained weights, of the tuned ones, or running over LoRA steps; or learned.",
+    )
+    decay: float = Field(0.9, ge=0, lt=1, description="Decay per batch of the running saliency.")
+    margin: float = Field(0.1, ge=0, description="Lead of kept decisions over removed ones in the running saliency.")
     generator: GeneratorKind = "transformer"
     init: Literal["paper", "saliency"] = "saliency"
     budget: Literal["penalty", "exact"] = "exact"
@@ -134,12 +141,17 @@ class LoraSection(_Section):
 class TrainingConfig(_Section):
     """Phases in LoRA steps, optimizer and bookkeeping."""
 
-    search: int = Field(100, ge=1)
-    settle: int = Field(10, ge=1)
+    open: int = Field(0, ge=0, description="Steps with all structures in place, before the search.")
+    search: int = Field(100, ge=0)
+    settle: int = Field(10, ge=0)
     tune: int = Field(190, ge=0)
     batch_size: int = Field(4, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     lr: float = Field(1e-3, gt=0)
+    beta2: float = Field(0.999, ge=0, lt=1, description="Decay per step of AdamW's second moment, for LoRA.")
+    distill: float = Field(
+        0.0, ge=0, le=1, description="Weight of the distance to the model at the end of the open phase; 0 disables."
+    )
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: int = Field(10, ge=0)
     clip: float = Field(1.0, gt=0)
@@ -157,7 +169,7 @@ class TrainingConfig(_Section):
     @property
     def total(self) -> int:
         """LoRA steps in the whole run."""
-        return self.search + self.settle + self.tune
+        return self.open + self.search + self.settle + self.tune
 
 
 class EvaluationConfig(_Section):
@@ -237,10 +249,10 @@ class ATPConfig(_Section):
 # The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
-        "decisions": {"space": "head_dim", "generator": "transformer", "init": "paper", "budget": "penalty",
+        "decisions": {"space": "head_dim", "source": "learned", "generator": "transformer", "init": "paper", "budget": "penalty",
                       "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0, "multiples": {}},
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
-        "training": {"search": 750, "settle": 50, "tune": 700, "batch_size": 20, "lr": 1e-4, "schedule": "constant",
+        "training": {"open": 0, "distill": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700, "batch_size": 20, "lr": 1e-4, "schedule": "constant",
                      "warmup": 0},
     }
 }  # fmt: skip
