@@ -249,11 +249,12 @@ class ATPConfig(_Section):
 # The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
-        "decisions": {"space": "head_dim", "source": "learned", "generator": "transformer", "init": "paper", "budget": "penalty",
-                      "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0, "multiples": {}},
+        "decisions": {"space": "head_dim", "source": "learned", "generator": "transformer", "init": "paper",
+                      "budget": "penalty", "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0,
+                      "multiples": {}},
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
-        "training": {"open": 0, "distill": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700, "batch_size": 20, "lr": 1e-4, "schedule": "constant",
-                     "warmup": 0},
+        "training": {"open": 0, "distill": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700,
+                     "batch_size": 20, "lr": 1e-4, "schedule": "constant", "warmup": 0},
     }
 }  # fmt: skip
 

@@ -65,8 +65,8 @@ class ATPCallback(TrainerCallback):
         if settle < 1:
             raise InputError("ATPCallback freezes and shrinks in its settle steps: make settle at least 1")
         training = {
-            "open": 0, "distill": 0, "search": search, "settle": settle, "tune": 0, "regularizer": regularizer, "beta": beta,
-            "settle_beta": settle_beta, "max_bad_steps": max_bad_steps,
+            "open": 0, "distill": 0, "search": search, "settle": settle, "tune": 0, "regularizer": regularizer,
+            "beta": beta, "settle_beta": settle_beta, "max_bad_steps": max_bad_steps,
         }  # fmt: skip
         # Model and folder are the Trainer's.
         unused = {"model": {"path": "trainer"}, "output_dir": "trainer"}

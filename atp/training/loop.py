@@ -1,7 +1,7 @@
 """The training loop: what one step does, in order, and what happens between steps.
 
-ATP runs `open_step`, `search_step`, `settle_step` and, after the cut, `tune_step`; every baseline runs `tune_step` alone. The loop
-is built on accelerate: device, data-parallel wrapping, gradient clipping and trackers are its own.
+ATP runs `open_step`, `search_step`, `settle_step` and, after the cut, `tune_step`; every baseline runs `tune_step`
+alone. The loop is built on accelerate: device, data-parallel wrapping, gradient clipping and trackers are its own.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class ATPTrainer(Loop):
     # The run, phase by phase
 
     def train(self, resume: bool = False) -> None:
-        """Runs what is left of open -> search -> settle -> cut -> tune. resume continues the newest complete checkpoint.
+        """Runs what is left of open -> search -> settle -> cut -> tune. resume: from the newest complete checkpoint.
 
         Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite or
         the cut changes the model.
