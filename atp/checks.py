@@ -44,7 +44,7 @@ def check_phases(config: ATPConfig) -> None:
         raise InputError(
             "training.search is 0, so nothing can be learned: set it, or take decisions.source=tuned, which needs none"
         )
-    if source == "running" and not training.open + training.search:
+    if source == "running" and not training.opened + training.search:
         raise InputError("decisions.source=running watches open and search steps: set training.open or training.search")
 
 

@@ -23,7 +23,8 @@ class Phases:
     @classmethod
     def from_config(cls, config: TrainingConfig) -> Phases:
         """The phases a training config asks for."""
-        return cls(config.search, config.settle, config.tune, config.open)
+        before = config.opened + config.search + config.settle
+        return cls(config.search, config.settle, config.total - before, config.opened)
 
     @property
     def freeze_step(self) -> int:
