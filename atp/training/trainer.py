@@ -188,7 +188,7 @@ class ATPTrainer(Loop):
         self.decisions.finite.report()
 
     def record(self) -> Record:
-        return {} if self.phase == "tune" else self.pruning.record(self.step)
+        return self.pruning.record(self.step - self.phases.open) if self.phase in ("search", "settle") else {}
 
     def samples(self) -> dict[str, Dataset]:
         return {**super().samples(), "calibration": self.pruning.calibration}
