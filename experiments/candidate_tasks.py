@@ -109,7 +109,7 @@ def settings(options: argparse.Namespace, folder: str) -> ATPConfig:
             "decisions": {"space": "kv_group", "target_keep": options.keep, "refit_windows": 96, "multiples": {}},
             "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
             "training": {
-                "search": options.steps - 1, "settle": 1, "tune": 0, "batch_size": 16, "lr": 2e-3, "log_every": 20,
+                "steps": options.steps, "batch_size": 16, "lr": 2e-3, "beta2": 0.999, "log_every": 20,
                 "save_every": 10_000, "precision": "bfloat16",
             },
         }
