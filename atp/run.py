@@ -149,8 +149,8 @@ class Run:
         self.inputs = fingerprints(model, tokenizer, train=data.train, calibration=data.calibration)
         self.inputs["test data"] = data.splits.fingerprints["test"]  # questions too, not only what is packed
         processes.on_main(self._start)
-        processes.on_main(lambda: self._record(majority=majority_of(config, data.splits)))
         self._score("original", model, tokenizer, data)
+        processes.on_main(lambda: self._record(majority=majority_of(config, data.splits)))
         return model, tokenizer, data
 
     def _start(self) -> None:
