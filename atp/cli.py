@@ -69,7 +69,7 @@ def train(
     ] = False,
     debug: _Debug = False,
 ) -> None:
-    """Run the one-stage job: search, settle, cut, tune, export, score.
+    """Run the one-stage job: tune, decide, cut, tune on, export, score.
 
     Example: atp train examples/health-mini.yaml decisions.target_keep=0.7 output_dir=runs/seventy
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from atp.folders import COMPARISON
 from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
 from atp.run import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
+from atp.training.schedule import Phases
 
 
 class Experiment:
@@ -122,7 +124,7 @@ class Experiment:
                 rows.append({"experiment": self.name, "domain": domain, "arm": label, "seed": seed} | row)
         content = {
             "question": self.spec.question,
-            "steps": next(iter(self.configs.values())).training.model_dump(include={"search", "settle", "tune"}),
+            "steps": asdict(Phases.from_config(next(iter(self.configs.values())).training)),
             "domains": domains,
             "majority": {d: {task: without_items(s) for task, s in found.items()} for d, found in majority.items()},
             "not_measurable": not_measurable,

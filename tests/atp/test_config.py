@@ -55,7 +55,7 @@ def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest
 
 def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_an_answer():
     assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': the known keys are r, alpha, dropout"
-    assert "search, training.settle and training.tune set the length" in refused(training={"num_train_epochs": 3})
+    assert "training.steps sets the length" in refused(training={"num_train_epochs": 3})
 
 
 @pytest.mark.parametrize(

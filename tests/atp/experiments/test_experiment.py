@@ -176,7 +176,8 @@ def test_changed_share_is_the_mean_after_the_budget_is_reached(tmp_path):
     assert changed_share(tmp_path / "none") == ""
 
 
-FILES = sorted(p.stem for p in (Path(__file__).parents[3] / "experiments").glob("*.yaml") if p.stem != "base")
+FOLDER = Path(__file__).parents[3] / "experiments"
+FILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("base"))
 
 
 @pytest.mark.parametrize("name", FILES)
