@@ -270,9 +270,9 @@ class Run:
             )
         elif self.recorded_dense is not None:
             beside["recorded_dense"] = self.recorded_dense
-        shown = answered_question({name: scores[name] for name in models}, data.splits.test, tasks)
-        if self.config.evaluation.answers and shown is not None:
-            beside["answers"] = shown
+        if self.config.evaluation.answers:
+            shown = answered_question({name: scores[name] for name in models}, data.splits.test, tasks)
+            beside |= {} if shown is None else {"answers": shown}
         return {
             "target_keep": self.config.decisions.target_keep,
             "keep_decoder": after["decoder_params"] / before["decoder_params"],
