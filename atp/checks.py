@@ -71,6 +71,8 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     unused = [label for label in config.data.labels if all(label != example.label for example in test)]
     if unused:
         found.append(f"no test example has the label {shorten(' or '.join(unused))} of data.labels")
+    if evaluation.answers and not (evaluation.questions and any(task.labels for task in data.splits.tasks)):
+        found.append("evaluation.answers is true, but no task with labels is scored")
     return found
 
 

@@ -211,6 +211,7 @@ class EvaluationConfig(_Section):
     generate: bool = Field(False, description="Also score free-text answers by greedy generation and ROUGE (slow).")
     batch_size: int = Field(8, ge=1)
     dense_baseline: bool = Field(False, description="Also tune the dense model on the same tokens.")
+    answers: bool = Field(False, description="Show what each scored model answers to one test question.")
 
 
 class ExportConfig(_Section):

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atp import cli
 from atp.checks import BUDGET_TOLERANCE
-from atp.demo import ask, demo_config
+from atp.demo import demo_config
 from atp.evaluation import packed_windows, perplexity
 from atp.loading import load_any_model, load_data, load_tokenizer
 from atp.models.load import read_model
@@ -98,11 +98,19 @@ def test_tuning_helped(demo):
     assert scores["tuned_dense"] < scores["original"] < scores["final"], "so few steps do not pay for a cut"
 
 
-def test_the_model_answers(demo):
-    folder, _, printed = demo
-    question, answer = ask(folder / "model")
-    assert f"question: {question}" in printed and f"the cut model: {answer}" in printed
-    assert answer and answer != "(nothing)"
+def test_the_models_answer_one_real_question(demo):
+    folder, summary, printed = demo
+    shown, page = summary["answers"], (folder / "report.html").read_text()
+    config = demo_config(folder, OVERRIDES)
+    test = load_data(config, load_tokenizer(config.model)).splits.test
+    (asked,) = (example for example in test if example.prompt == shown["prompt"])
+    assert asked.label == shown["truth"]
+    scored = json.loads((folder / "evaluation.json").read_text())
+    for name, label in {"original": "original", "tuned_dense": "tuned dense", "final": "cut and tuned"}.items():
+        assert [shown["truth"], shown["models"][name]] in scored[name]["tasks"][shown["task"]]["items"]
+        assert f"{label}: {shown['models'][name]}" in printed
+    assert f"question: {shown['prompt']}" in printed and f"true answer: {shown['truth']}" in printed
+    assert shown["chosen"] in printed and shown["chosen"] in page
 
 
 def test_every_file_is_there_and_none_is_a_pickle(demo):
