@@ -25,7 +25,7 @@ pytestmark = [
 ]
 WINDOWS = 4
 OVERRIDES = [
-    *("training.search=2", "training.settle=2", "training.tune=16", "training.batch_size=1", "training.warmup=2"),
+    *("training.steps=24", "training.open=6", "training.warmup=2"),
     *("decisions.saliency_windows=2", "decisions.refit_windows=4", "data.length=64"),
     *(f"evaluation.windows={WINDOWS}", "evaluation.questions=2", "export.keep_adapter=true"),
 ]
@@ -95,7 +95,7 @@ def test_tuning_helped(demo):
     scores = summary["perplexity"]
     assert score("model") == pytest.approx(scores["final"], rel=0.05), "the run may score in bfloat16"
     assert scores["final"] < 0.8 * score("base")
-    assert scores["tuned_dense"] < scores["original"] < scores["final"], "so few steps do not pay for a cut"
+    assert scores["tuned_dense"] < min(scores["original"], scores["final"])
 
 
 def test_the_models_answer_one_real_question(demo):
@@ -120,9 +120,9 @@ def test_every_file_is_there_and_none_is_a_pickle(demo):
     assert f"report: {folder / 'report.html'}" in printed
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
-    assert {"dense_lora", "search", "tune"} <= summary["train_tokens_per_second"].keys()
-    assert {"search", "settle", "cut", "tune", "total"} <= summary["seconds"].keys()
+    assert {"dense_lora", "open", "tune"} <= summary["train_tokens_per_second"].keys()
+    assert {"open", "saliency", "refit", "cut", "tune", "total"} <= summary["seconds"].keys()
     for name in ("original", "tuned_dense", "final"):
-        assert 0 <= summary["pubmedqa"][name]["accuracy"] <= 1
+        assert 0 <= summary["subject"][name]["accuracy"] <= 1
     card = (folder / "model" / "README.md").read_text()
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card and "license: apache-2.0" in card
