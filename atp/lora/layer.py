@@ -96,7 +96,7 @@ class MaskedLoraLinear(PeftLinear):
     def _trains_unmasked(self) -> bool:
         """Whether this is a plain LoRA step: no mask, and an adapter that learns, since a constant one is merged."""
         masked = self.kept is not None or self.out_mask is not None or self.in_mask is not None
-        learns = torch.is_grad_enabled() and self.lora_A[ADAPTER].weight.requires_grad
+        learns = torch.is_grad_enabled() and cast(nn.Linear, self.lora_A[ADAPTER]).weight.requires_grad
         return learns and not masked and not torch.compiler.is_compiling()
 
     def _narrowed(self, weight: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def test_record_of_an_experiment(write, tmp_path):
     curve = (tmp_path / "out" / "which.png").read_bytes()
     experiment(write(arms=[{"method": ["atp", "static"]}], picture="decisions", x=None), tmp_path).execute()
     assert (tmp_path / "out" / "which.png").read_bytes() != curve
-    with pytest.raises(InputError, match="cannot resume under a changed config .*lora.r: 8 -> 4"):
+    with pytest.raises(InputError, match="cannot resume under a changed config .*lora.r: 16 -> 4"):
         experiment(path, tmp_path, ["lora.r=4"]).execute()
 
 
