@@ -17,8 +17,12 @@ _SHORTEST = 16  # tokens, the least that data.length may be
 
 
 def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: float = BUDGET_TOLERANCE) -> None:
-    """Raises `InputError` for windows beyond the model's positions, and for a target that no mask can meet."""
+    """Raises `InputError` for what no run can do.
+
+    Windows beyond the model's positions, decisions without the steps that make them, a target that no mask can meet.
+    """
     check_length(shapes, config.data.length)
+    check_phases(config)
     decisions = config.decisions
     budget = Budget(MaskSpace.from_config(shapes, decisions.space))
     multiples = width_rules(budget, decisions.target_keep, decisions.multiples)
@@ -33,6 +37,17 @@ def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: floa
         )
 
 
+def check_phases(config: ATPConfig) -> None:
+    """Raises `InputError` if decisions have no steps to come from."""
+    source, training = config.decisions.source, config.training
+    if source == "learned" and not training.search:
+        raise InputError(
+            "training.search is 0, so nothing can be learned: set it, or take decisions.source=tuned, which needs none"
+        )
+    if source == "running" and not training.opened + training.search:
+        raise InputError("decisions.source=running watches open and search steps: set training.open or training.search")
+
+
 def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     """One sentence per setting that asks for more than the data hold; the run continues with what there is."""
     evaluation, decisions = config.evaluation, config.decisions
@@ -41,7 +56,7 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
         ("evaluation.windows", evaluation.windows, "test windows", len(data.test)),
         ("decisions.refit_windows", decisions.refit_windows, "calibration samples", len(data.calibration)),
     ]
-    if decisions.init == "saliency":
+    if decisions.source in ("static", "tuned") or (decisions.source == "learned" and decisions.init == "saliency"):
         asked.append(
             ("decisions.saliency_windows", decisions.saliency_windows, "calibration samples", len(data.calibration))
         )
@@ -56,6 +71,8 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     unused = [label for label in config.data.labels if all(label != example.label for example in test)]
     if unused:
         found.append(f"no test example has the label {shorten(' or '.join(unused))} of data.labels")
+    if evaluation.answers and not (evaluation.questions and any(task.labels for task in data.splits.tasks)):
+        found.append("evaluation.answers is true, but no task with labels is scored")
     return found
 
 

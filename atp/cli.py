@@ -69,7 +69,7 @@ def train(
     ] = False,
     debug: _Debug = False,
 ) -> None:
-    """Run the one-stage job: search, settle, cut, tune, export, score.
+    """Run the one-stage job: tune, decide, cut, tune on, export, score.
 
     Example: atp train examples/health-mini.yaml decisions.target_keep=0.7 output_dir=runs/seventy
     """
@@ -87,23 +87,25 @@ def train(
 def demo(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the demo's.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    no_dense: Annotated[
+        bool, typer.Option("--no-dense", help="Quote recorded scores of the tuned dense model instead of tuning it.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     debug: _Debug = False,
 ) -> None:
-    """Cut 40 % of SmolLM2-135M's decoder and tune it on medical text, on a CPU, without the Hub.
+    """Cut 40 % of SmolLM2-135M's decoder and tune it on medical exams, on a CPU, without the Hub.
 
     Example: atp demo decisions.space=head_dim --output-dir runs/head-dim
     """
-    from atp.demo import ask, demo_config
+    from atp.demo import demo_config, recorded_dense
     from atp.run import Run
 
     _note()
-    settings = demo_config(output_dir, overrides)
-    show(Run(settings, resume=resume, command=_command(), say=console.print).execute())
+    settings = demo_config(output_dir, [*(["evaluation.dense_baseline=false"] if no_dense else []), *(overrides or [])])
+    recorded = None if settings.evaluation.dense_baseline else recorded_dense(settings, console.print)
+    run = Run(settings, resume=resume, command=_command(), say=console.print, recorded_dense=recorded)
+    show(run.execute())
     console.print(f"report: {output_dir / 'report.html'}")
-    question, answer = ask(output_dir / "model")
-    for who, said in (("\nquestion", question), ("the cut model", answer)):
-        console.print(Text.assemble((f"{who}:", "bold"), f" {said}"))
 
 
 @app.command("eval")
@@ -133,6 +135,7 @@ def evaluate(
     Example: atp eval runs/demo/model --suite health-mini --output scores.json
     """
     from atp.files import check_writable, write_json
+    from atp.report.beside import NOT_MEASURABLE
     from atp.scoring import Scoring, flat_scores, score_folder
 
     if output is not None:
@@ -152,7 +155,8 @@ def evaluate(
     table = Table("score", "value", "95 % interval")
     for name, value, interval in flat_scores(scores):
         bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", bounds)
+        known = f"{value:,.4g}" if isinstance(value, float) else NOT_MEASURABLE if value is None else f"{value:,}"
+        table.add_row(name, known, bounds)
     console.print(table)
     for remark in scores["remarks"]:
         console.print(remark)
@@ -263,21 +267,26 @@ def env(debug: _Debug = False) -> None:
 
 
 def show(summary: dict) -> None:
-    """Prints the table of a finished run."""
-    models = list(summary["perplexity"])
-    table = Table("", *(name.replace("_", " ") for name in models), title="Result")
-    perplexities = zip(summary["perplexity"].values(), summary["perplexity_interval"].values(), strict=True)
-    table.add_row("held-out perplexity", *(_with_interval(*score, digits=2) for score in perplexities))
+    """Prints the table of a finished run, and what its models answer to one question if the config asks for it."""
+    from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, remarks
+
+    shown = columns(summary)
+    names = {name: name.replace("_", " ") for name in MODELS} | OTHERS
+    table = Table("", *(names[name] for name in shown), title="Result")
+    cells = (_with_interval(c.get("perplexity"), c.get("perplexity_interval"), digits=2) for c in shown.values())
+    table.add_row("held-out perplexity", *cells)
     for task in summary["tasks"]:
-        scores = [summary[task][m] for m in models]
+        scores = [column["tasks"].get(task, {}) for column in shown.values()]
         for metric in (name for name in scores[0] if f"{name}_interval" in scores[0]):
-            cells = (_with_interval(s[metric], s[f"{metric}_interval"], digits=3) for s in scores)
+            cells = (_with_interval(s.get(metric), s.get(f"{metric}_interval"), digits=3) for s in scores)
             table.add_row(f"{task} {metric}", *cells)
     if "relative_performance" in summary:
-        kept = _with_interval(summary["relative_performance"], summary["relative_performance_interval"], digits=3)
-        table.add_row("of tuned dense", *(kept if m == "final" else "" for m in models))
-    ends = {"original": "params_before", "tuned_dense": "params_before", "final": "params_after"}
-    table.add_row("parameters", *(f"{summary[ends[m]]:,}" for m in models))
+        mean, interval = summary["relative_performance"], summary["relative_performance_interval"]
+        kept = NOT_MEASURABLE if mean is None else _with_interval(mean, interval, digits=3)
+        table.add_row("of tuned dense", *(kept if m == "final" else "" for m in shown))
+    models = [name for name in shown if name != "majority"]
+    params = {"final": summary["params_after"]}
+    table.add_row("parameters", *(f"{params.get(m, summary['params_before']):,}" for m in models))
     keep = {"final": summary["keep_decoder"]}
     table.add_row("share of the decoder", *(f"{keep.get(m, 1.0):.3f}" for m in models))
     sizes = summary["megabytes"]
@@ -286,11 +295,18 @@ def show(summary: dict) -> None:
         row = [summary["speed"].get(m, {}).get(f"{what}_tokens_per_second") for m in models]
         table.add_row(f"{what} tokens/s", *("" if value is None else f"{value:,.0f}" for value in row))
     console.print(table)
+    for remark in remarks(summary):
+        console.print(remark)
     rates = ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in summary["train_tokens_per_second"].items())
     console.print(f"training tokens/s: {rates}")
     certificate = summary["certificate"]
     promised = ("masked_vs_cut", "cut_vs_reloaded", "removed_lora_norm", "merge_error")
     console.print("certificate: " + ", ".join(f"{name.replace('_', ' ')} {certificate[name]:.1e}" for name in promised))
+    pairs = answers(summary)
+    if pairs:
+        console.print(f"\n{summary['answers']['chosen']}")
+    for who, said in pairs:
+        console.print(Text.assemble((f"{who}:", "bold"), f" {said}"))
 
 
 def main() -> None:
@@ -324,7 +340,9 @@ def main() -> None:
     sys.exit(code)
 
 
-def _with_interval(value: float, interval: list[float], digits: int) -> str:
+def _with_interval(value: float | None, interval: list[float] | None, digits: int) -> str:
+    if value is None or interval is None:
+        return "" if value is None else f"{value:.{digits}f}"
     low, high = interval
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 

@@ -12,7 +12,7 @@ import yaml
 from atp import requirements, shipped
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 except ModuleNotFoundError as error:
     raise requirements.missing(error, "pydantic") from None
 
@@ -21,9 +21,12 @@ from atp.reading import read_yaml, read_yaml_file
 from atp.spaces.space import space_names, structure_names
 from atp.unknown_keys import unknown_key
 
+DecisionSource = Literal["static", "tuned", "running", "learned"]
 GeneratorKind = Literal["transformer", "gru", "free"]
 
 _LARGEST = 2**32 - 1  # the largest NumPy seed, and more than any count needs
+_OPEN_SHARE = 1 / 3  # of the steps (docs/quality.md)
+_HALF_LIVES, _LONGEST_BETA2 = 6, 0.999
 _DEEPEST_KEY = 8  # sections in the key of an override
 
 
@@ -82,8 +85,14 @@ class DataConfig(_Section):
 class DecisionsConfig(_Section):
     """How structures are chosen (docs/method.md)."""
 
-    space: str = "head_dim"
+    space: str = "kv_group"
     target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
+    source: DecisionSource = Field(
+        "tuned",
+        description="Saliency of the pretrained weights, of the tuned ones, or running over LoRA steps; or learned.",
+    )
+    decay: float = Field(0.9, ge=0, lt=1, description="Decay per batch of the running saliency.")
+    margin: float = Field(0.1, ge=0, description="Lead of kept decisions over removed ones in the running saliency.")
     generator: GeneratorKind = "transformer"
     init: Literal["paper", "saliency"] = "saliency"
     budget: Literal["penalty", "exact"] = "exact"
@@ -100,7 +109,7 @@ class DecisionsConfig(_Section):
     )
     saliency_windows: int = Field(32, ge=1, description="Calibration windows for init: saliency.")
     refit_windows: int = Field(
-        32, ge=0, description="Calibration windows for refitting o_proj/down_proj after pruning; 0 disables."
+        96, ge=0, description="Calibration windows for refitting o_proj/down_proj after pruning; 0 disables."
     )
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
     multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
@@ -126,20 +135,30 @@ class DecisionsConfig(_Section):
 class LoraSection(_Section):
     """The LoRA adapter, on all seven linears of each layer."""
 
-    r: int = Field(8, ge=1)
-    alpha: float = Field(8.0, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
 
 
 class TrainingConfig(_Section):
     """Phases in LoRA steps, optimizer and bookkeeping."""
 
-    search: int = Field(100, ge=1)
-    settle: int = Field(10, ge=1)
-    tune: int = Field(190, ge=0)
-    batch_size: int = Field(4, ge=1)
+    steps: int = Field(400, ge=1, description="LoRA steps of the whole run; where tune is set, phases add up instead.")
+    open: int | None = Field(
+        None, ge=0, description="Steps with all structures in place, before the search; null: a third, 0 with tune set."
+    )
+    search: int = Field(0, ge=0, description="Steps in which decisions move.")
+    settle: int = Field(0, ge=0, description="Steps in which LoRA of removed structures shrinks to zero.")
+    tune: int | None = Field(None, ge=0, description="Steps after the cut; null: what the other phases leave of steps.")
+    batch_size: int = Field(1, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(2e-3, gt=0)
+    beta2: float | None = Field(
+        None, ge=0, lt=1, description="Decay per step of AdamW's second moment; null: half of it in a sixth of the run."
+    )
+    distill: float = Field(
+        0.5, ge=0, le=1, description="Weight of the distance to the model at the end of the open phase; 0 disables."
+    )
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: int = Field(10, ge=0)
     clip: float = Field(1.0, gt=0)
@@ -155,9 +174,33 @@ class TrainingConfig(_Section):
     max_bad_steps: int = Field(5, ge=1, description="Consecutive non-finite steps after which the run stops.")
 
     @property
+    def opened(self) -> int:
+        """LoRA steps of the open phase."""
+        if self.open is None:
+            return 0 if self.tune is not None else round(_OPEN_SHARE * self.steps)
+        return self.open
+
+    @property
     def total(self) -> int:
         """LoRA steps in the whole run."""
-        return self.search + self.settle + self.tune
+        before = self.opened + self.search + self.settle
+        return self.steps if self.tune is None else before + self.tune
+
+    @property
+    def second_moment(self) -> float:
+        """AdamW's beta2 for LoRA: short runs need a short memory (docs/method.md section 5)."""
+        if self.beta2 is not None:
+            return self.beta2
+        return min(0.5 ** (_HALF_LIVES / self.total), _LONGEST_BETA2)
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        before = self.opened + self.search + self.settle
+        if self.tune is None and before > self.steps:
+            raise ValueError(
+                f"open, search and settle take {before} steps, more than steps ({self.steps}): raise it, or set tune"
+            )
+        return self
 
 
 class EvaluationConfig(_Section):
@@ -168,6 +211,7 @@ class EvaluationConfig(_Section):
     generate: bool = Field(False, description="Also score free-text answers by greedy generation and ROUGE (slow).")
     batch_size: int = Field(8, ge=1)
     dense_baseline: bool = Field(False, description="Also tune the dense model on the same tokens.")
+    answers: bool = Field(False, description="Show what each scored model answers to one test question.")
 
 
 class ExportConfig(_Section):
@@ -237,11 +281,12 @@ class ATPConfig(_Section):
 # The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
-        "decisions": {"space": "head_dim", "generator": "transformer", "init": "paper", "budget": "penalty",
-                      "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0, "multiples": {}},
+        "decisions": {"space": "head_dim", "source": "learned", "generator": "transformer", "init": "paper",
+                      "budget": "penalty", "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0,
+                      "multiples": {}},
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
-        "training": {"search": 750, "settle": 50, "tune": 700, "batch_size": 20, "lr": 1e-4, "schedule": "constant",
-                     "warmup": 0},
+        "training": {"open": 0, "distill": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700,
+                     "batch_size": 20, "lr": 1e-4, "schedule": "constant", "warmup": 0},
     }
 }  # fmt: skip
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
-from typing import cast
-
-import torch
-from transformers import GenerationMixin
+from typing import Any
 
 from atp.config import ATPConfig
 from atp.data.packages import PACKAGED_MODEL
-from atp.models.load import read_model, read_tokenizer
 
-_QUESTION = (
-    "Abstract: We followed 412 adults with mild hypertension for two years. Those who walked 30 minutes a day had a "
-    "lower blood pressure at the end than those who did not (p < 0.01).\n"
-    "Question: Does daily walking lower blood pressure in mild hypertension?\nAnswer:"
-)
+RECORDED_DENSE = Path(__file__).with_name("demo_dense.json")
+# What the scores of the tuned dense model depend on.
+DENSE_SETTINGS = (
+    "model.path", "seed", "data.recipe", "data.length", "data.packing", "data.loss_on", "lora.r", "lora.alpha",
+    "lora.dropout", "training.total", "training.batch_size", "training.gradient_accumulation", "training.lr",
+    "training.second_moment", "training.schedule", "training.warmup", "training.clip", "evaluation.windows",
+    "evaluation.questions",
+)  # fmt: skip
 
 
 def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConfig:
@@ -25,30 +27,30 @@ def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConf
         {
             "model": {"path": PACKAGED_MODEL},
             "output_dir": str(output_dir),
-            # One word of an abstract is its answer: the text around it is most of what there is to learn.
-            "data": {"recipe": "health-mini", "length": 192, "loss_on": "all"},
-            # In so short a run whole KV groups measured better than single dimensions (docs/method.md section 10).
-            "decisions": {
-                "space": "kv_group",
-                "saliency_windows": 24,
-                "refit_windows": 96,
-                "every": 2,
-            },
-            # Dropout costs a fifth of a step on a CPU.
-            "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
-            # At equal tokens more and smaller steps measured better (docs/measured.md).
-            "training": {"batch_size": 2, "search": 48, "settle": 12, "tune": 140, "lr": 2e-3},
-            "evaluation": {"dense_baseline": True, "windows": 40, "questions": 50},
+            # An answer is one word: the questions are most of what there is to learn about their language.
+            "data": {"recipe": "exam-mini", "length": 192, "loss_on": "all"},
+            "training": {"steps": 300},
+            "evaluation": {"dense_baseline": True, "windows": 40, "questions": 400},
         },
-        overrides,
+        ["evaluation.answers=true", *(overrides or [])],
     )
 
 
-def ask(folder: Path) -> tuple[str, str]:
-    """A question and what the cut model in `folder` answers."""
-    tokenizer = read_tokenizer(folder)
-    model = read_model(folder, dtype=torch.float32)
-    inputs = tokenizer(_QUESTION, return_tensors="pt")
-    output = cast(GenerationMixin, model).generate(**inputs, max_new_tokens=8, do_sample=False)
-    answer = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return _QUESTION, answer.strip().splitlines()[0] if answer.strip() else "(nothing)"
+def recorded_dense(config: ATPConfig, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """What the tuned dense model scored in an earlier demo, for a run that tunes none.
+
+    Returns {command, perplexity, perplexity_interval, tasks: {task: {metric, metric_interval}}}; None, after saying
+    why, if the config has other settings than that demo, since its figures are no comparison then.
+    """
+    record = json.loads(RECORDED_DENSE.read_text(encoding="utf-8"))
+    recorded = record.pop("settings")
+    other = [key for key, value in dense_settings(config).items() if value != recorded.get(key)]
+    if not other:
+        return record
+    say(f"the recorded figures of the tuned dense model are left out: they are for another {', '.join(other)}")
+    return None
+
+
+def dense_settings(config: ATPConfig) -> dict[str, Any]:
+    """{key.path: value} of everything that the tuned dense model's scores depend on."""
+    return {key: attrgetter(key)(config) for key in DENSE_SETTINGS}

@@ -62,9 +62,11 @@ class ATPCallback(TrainerCallback):
         search, settle: optimizer steps of the two phases. decisions: keys of `atp.config.DecisionsConfig`. The rest is
         as in `atp.config.TrainingConfig`. Raises `InputError` for what cannot be used.
         """
+        if settle < 1:
+            raise InputError("ATPCallback freezes and shrinks in its settle steps: make settle at least 1")
         training = {
-            "search": search, "settle": settle, "tune": 0, "regularizer": regularizer, "beta": beta,
-            "settle_beta": settle_beta, "max_bad_steps": max_bad_steps,
+            "open": 0, "distill": 0, "search": search, "settle": settle, "tune": 0, "regularizer": regularizer,
+            "beta": beta, "settle_beta": settle_beta, "max_bad_steps": max_bad_steps,
         }  # fmt: skip
         # Model and folder are the Trainer's.
         unused = {"model": {"path": "trainer"}, "output_dir": "trainer"}

@@ -20,13 +20,16 @@ from atp.data import Splits, Task
 from atp.environment import versions
 from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
+from atp.evaluation.answers import answered_question
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import CausalLM, bars
+from atp.evaluation.majority import majority_scores
+from atp.evaluation.suite import check_questions
 from atp.export.card import add_results
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
 from atp.folders import CONFIG, INPUTS, check_output_dir, opened, refuse_inputs_inside, saved_config
-from atp.loading import RunData, check_packages, load_data, load_model, load_tokenizer
+from atp.loading import RunData, check_packages, load_data, load_model, load_shapes, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
@@ -54,17 +57,19 @@ class Run:
         say: Callable[[str], None] = print,
         profile: bool = False,
         original: Callable[[dict[str, str]], dict[str, Any] | None] = lambda inputs: None,
+        recorded_dense: dict[str, Any] | None = None,
     ) -> None:
         """say prints one line. profile: also trace a few steps of each phase into the run folder's profile/.
 
         original: asked with the fingerprints of the inputs, in the main process and before anything is written, for
         scores of the original model that somebody has taken already.
+        recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
         self.config, self.resume, self.command = config, resume, command
         self.say = say if processes.is_main() else lambda line: None
         self.profile = profile and processes.is_main()
         self.folder = Path(config.output_dir)
-        self.original = original
+        self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
         processes.start()
         self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
@@ -136,8 +141,7 @@ class Run:
         processes.on_main(lambda: check_packages(config.model, config.data))
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
-        if any(not task.labels for task in scored_tasks(self.config, data.splits)):
-            check_rouge()
+        check_tasks(config, data.splits, tokenizer, load_shapes(config.model))
         for line in (data.splits.description, *shortfalls(config, data)):
             self.say(line)
         model = processes.main_first(lambda: load_model(config.model, config.decisions.space))
@@ -146,6 +150,7 @@ class Run:
         self.inputs["test data"] = data.splits.fingerprints["test"]  # questions too, not only what is packed
         processes.on_main(self._start)
         self._score("original", model, tokenizer, data)
+        processes.on_main(lambda: self._record(majority=majority_of(config, data.splits)))
         return model, tokenizer, data
 
     def _start(self) -> None:
@@ -258,9 +263,16 @@ class Run:
         if "dense_lora" in scores:
             rates["dense_lora"] = scores["dense_lora"]["tokens_per_second"]
         tasks = scored_tasks(self.config, data.splits)
-        relative = {}
+        beside: dict[str, Any] = {}
         if "tuned_dense" in scores:
-            relative = relative_performance(scores["final"], scores["tuned_dense"], tasks, self.config.seed)
+            beside = relative_performance(
+                scores["final"], scores["tuned_dense"], tasks, scores["majority"], self.config.seed
+            )
+        elif self.recorded_dense is not None:
+            beside["recorded_dense"] = self.recorded_dense
+        if self.config.evaluation.answers:
+            shown = answered_question({name: scores[name] for name in models}, data.splits.test, tasks)
+            beside |= {} if shown is None else {"answers": shown}
         return {
             "target_keep": self.config.decisions.target_keep,
             "keep_decoder": after["decoder_params"] / before["decoder_params"],
@@ -271,10 +283,9 @@ class Run:
             "perplexity": {name: scores[name]["perplexity"] for name in models},
             "perplexity_interval": {name: scores[name]["perplexity_interval"] for name in models},
             "tasks": [task.name for task in tasks],
-            **{
-                task.name: {name: _without_items(scores[name]["tasks"][task.name]) for name in models} for task in tasks
-            },
-            **relative,
+            **{task.name: {name: without_items(scores[name]["tasks"][task.name]) for name in models} for task in tasks},
+            "majority": {name: without_items(found) for name, found in scores["majority"].items()},
+            **beside,
             "speed": {name: scores[name]["speed"] for name in ("original", "final")},
             "train_tokens": sum(clock.tokens.values()),
             "train_tokens_per_second": rates,
@@ -291,13 +302,31 @@ def check_target(config: ATPConfig, shapes: PretrainedConfig) -> None:
     check_reachable(config, shapes, BUDGET_TOLERANCE)
 
 
+def check_tasks(
+    config: ATPConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, shapes: PretrainedConfig
+) -> None:
+    """Raises `InputError` for questions that cannot be scored, before anything is written."""
+    tasks = scored_tasks(config, splits)
+    if any(not task.labels for task in tasks):
+        check_rouge()
+    check_questions(tokenizer, shapes, splits.test, tasks, max_examples=config.evaluation.questions)
+
+
 def scored_tasks(config: ATPConfig, splits: Splits) -> list[Task]:
     """The tasks that a run scores."""
     settings = config.evaluation
     return [task for task in splits.tasks if settings.questions and (task.labels or settings.generate)]
 
 
-def _without_items(scores: dict[str, Any]) -> dict[str, Any]:
+def majority_of(config: ATPConfig, splits: Splits) -> dict[str, dict[str, Any]]:
+    """The scores of the majority label on the questions that a run scores."""
+    settings = config.evaluation
+    return majority_scores(
+        splits.train, splits.test, scored_tasks(config, splits), max_examples=settings.questions, seed=config.seed
+    )
+
+
+def without_items(scores: dict[str, Any]) -> dict[str, Any]:
     """The aggregate scores; those of single items stay in evaluation.json."""
     return {key: value for key, value in scores.items() if key != "items"}
 

@@ -20,7 +20,8 @@ from atp.evaluation import evaluate_model, model_size, relative_performance, sli
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.harness import check_harness, harness_scores
 from atp.evaluation.inference import bars
-from atp.evaluation.suite import task_examples
+from atp.evaluation.majority import majority_scores
+from atp.evaluation.suite import check_questions, task_examples
 from atp.loading import (
     check_length,
     check_packages,
@@ -31,6 +32,7 @@ from atp.loading import (
     load_tokenizer,
 )
 from atp.reading import parse_json
+from atp.report.beside import remarks
 from atp.training.precision import Precision, autocast_dtype
 
 
@@ -82,13 +84,16 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     check_packages(source, _data_of(options.suite))
     tokenizer = load_tokenizer(source)
     check_vocabulary(source, tokenizer)
-    check_length(load_shapes(source), options.length, "--length")
-    examples, tasks = _load_suite(options, tokenizer)
+    shapes = load_shapes(source)
+    check_length(shapes, options.length, "--length")
+    train, examples, tasks = _load_suite(options, tokenizer)
     # Plain text if the recipe holds some out for this, else everything that is held out.
     texts = [example for example in examples if not example.completion] or examples
     windows = sliding_windows(texts[: options.documents], tokenizer, options.length, options.stride)
     tasks = tasks if options.questions else ()
-    dense = _read_scores(Path(options.dense), tasks) if options.dense else None
+    check_questions(tokenizer, shapes, examples, tasks, max_examples=options.questions)
+    majority = majority_scores(train, examples, tasks, max_examples=options.questions, seed=options.seed)
+    dense = _read_scores(Path(options.dense), tasks, majority) if options.dense else None
     if any(not task.labels for task in tasks):
         check_rouge()
     if options.harness:
@@ -105,22 +110,27 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
         scores["harness"] = {
             name: result | _agreement(scores["tasks"][name], result) for name, result in theirs.items()
         }
+    scores["majority"] = majority
     if dense is not None:
-        scores |= relative_performance(scores, dense, tasks, options.seed)
+        scores |= relative_performance(scores, dense, tasks, majority, options.seed)
     precision = "float32" if autocast is None else str(autocast).removeprefix("torch.")
     return {
         "model": model, **scores, **model_size(loaded, torch.float32), **throughput(loaded, autocast=autocast),
-        "settings": asdict(options) | {"precision": precision}, "remarks": _shortfalls(options, texts, examples, tasks),
+        "settings": asdict(options) | {"precision": precision}, 
+        "remarks": [*_shortfalls(options, texts, examples, tasks), *remarks(scores)],
     }  # fmt: skip
 
 
 def flat_scores(scores: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, list[float] | None]]:
-    """(name, value, 95 % interval or None) of every figure; those of a task start with its name."""
+    """(name, value, 95 % interval or None) of every figure; those of a task start with its name.
+
+    A relative figure that is not measurable has the value None.
+    """
     rows = []
     for name, value in scores.items():
         if isinstance(value, dict) and name not in ("confusion", "settings"):
             rows += flat_scores(value, prefix if name == "tasks" else f"{prefix}{name} ")
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, (int, float)) or (value is None and not name.endswith("_interval")):
             rows.append((prefix + name, value, scores.get(f"{name}_interval")))
     return rows
 
@@ -143,18 +153,20 @@ def _shortfalls(
     ]
 
 
-def _load_suite(options: Scoring, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], tuple[Task, ...]]:
-    """The test examples of a suite and the tasks that score them."""
+def _load_suite(
+    options: Scoring, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[Example], tuple[Task, ...]]:
+    """The training examples of a suite (none for a file), its test examples, and the tasks that score them."""
     suite = Path(options.suite)
     if suite.suffix in (".yaml", ".yml"):
         config = ATPConfig.load(suite)
         splits = load_recipe(data_settings(config, tokenizer))
-        return splits.test, splits.tasks
+        return splits.train, splits.test, splits.tasks
     if options.suite in RECIPES and options.suite != "custom":
         splits = load_recipe(DataSettings(recipe=options.suite, seed=options.seed, general_share=0.0))
-        return splits.test, splits.tasks
+        return splits.train, splits.test, splits.tasks
     examples = read_examples(options.suite, options.labels, chat=chat_of(tokenizer))
-    return examples, tasks_of(examples, options.labels)
+    return [], examples, tasks_of(examples, options.labels)
 
 
 def _agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, int]:
@@ -165,11 +177,11 @@ def _agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, int]:
     return {"agreeing": sum(mine == label for (_, mine), label in pairs)}
 
 
-def _read_scores(path: Path, tasks: Sequence[Task]) -> dict[str, Any]:
+def _read_scores(path: Path, tasks: Sequence[Task], majority: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Scores for relative performance, checked by comparing them with themselves."""
     try:
         scores = parse_json(path.read_text(encoding="utf-8"))
-        relative_performance(scores, scores, tasks)
+        relative_performance(scores, scores, tasks, majority)
     except OSError as error:
         reason = shorten(error.strerror)
         raise InputError(f"cannot read {shorten(path)} ({reason}): pass a file that --output wrote") from error

@@ -51,7 +51,7 @@ def unknown_key(path: list[str], root: type[BaseModel]) -> str:
     elsewhere = [name for name in _places(root) if name.rpartition(".")[2] in (written, _ELSEWHERE.get(written))]
     near = difflib.get_close_matches(shorten(written), known, n=1, cutoff=0.6)
     if written in _LENGTHS:
-        hint = "training.search, training.settle and training.tune set the length of a run, in steps"
+        hint = "training.steps sets the length of a run, in steps"
     elif _ELSEWHERE.get(written) in known:
         hint = f"did you mean '{_ELSEWHERE[written]}'?"
     elif near:

@@ -1,9 +1,9 @@
 """A whole one-stage run beside LoRA on the dense model for as many steps, each in a process of its own, on a CPU.
 
     python -m benchmarks.whole_run --steps 30
-    python -m benchmarks.whole_run --side atp --dtype bfloat16 --decision-every 4
+    python -m benchmarks.whole_run --side atp --dtype bfloat16 --space head_dim
 
-A random-weight Llama trains on random tokens, the same on both sides: `atp` is `ATPTrainer` from the saliency to the
+A random-weight Llama trains on random tokens, the same on both sides: `atp` is `ATPTrainer` from the first step to the
 end of tune, `dense` is `LoraTuner` over stock PEFT layers. Phases are in the ratio of the default config, so is all
 that no option names. Each side runs in each dtype, the quicker one stands for it, and rows are appended to
 RESULTS/whole_run.csv. Exit status 1 if a mark is missed, unless --lenient.
@@ -66,9 +66,8 @@ class ResidentPeaks(Callback):
 
 def phases(steps: int) -> dict[str, int]:
     """So many LoRA steps, 3 at least, by phase in the ratio of the default config."""
-    default = TrainingConfig()
-    search, settle = (max(1, round(steps * part / default.total)) for part in (default.search, default.settle))
-    return {"search": search, "settle": settle, "tune": steps - search - settle}
+    training = TrainingConfig(steps=steps)
+    return {"open": training.opened, "search": training.search, "settle": training.settle, "steps": steps}
 
 
 def config_of(options: argparse.Namespace, dtype: str, folder: str) -> ATPConfig:
@@ -80,7 +79,6 @@ def config_of(options: argparse.Namespace, dtype: str, folder: str) -> ATPConfig
             "decisions": {
                 "space": options.space,
                 "target_keep": options.keep,
-                "every": options.decision_every,
                 "multiples": WIDTHS["cpu"],
             },
             "lora": {"r": options.rank, "alpha": options.rank, "dropout": options.dropout},
@@ -116,8 +114,6 @@ def measure(options: argparse.Namespace, side: str, dtype: str) -> list[Row]:
         trainer = trainer_of(options, side, config_of(options, dtype, folder))
         peaks = ResidentPeaks()
         trainer.callbacks.append(peaks)
-        if side == "atp":
-            peaks.enter("saliency")
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
@@ -126,7 +122,7 @@ def measure(options: argparse.Namespace, side: str, dtype: str) -> list[Row]:
     spent = clock.seconds | {"other": seconds - sum(clock.seconds.values()), "run": seconds}
     tokens = clock.tokens | {"run": sum(clock.tokens.values())}
     reached = peaks.mib | {"run": max(peaks.mib.values())}
-    names = ("steps", "batch", "length", "model", "space", "rank", "keep", "dropout", "decision_every")
+    names = ("steps", "batch", "length", "model", "space", "rank", "keep", "dropout")
     given = {name: getattr(options, name) for name in names} | {"dtype": dtype, "side": side}
     return [
         given
@@ -199,7 +195,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--space", default="kv_group", choices=("kv_group", "head_dim"), help="mask space")
     options.add_argument("--keep", type=float, default=0.6, help="share of decoder parameters that stays")
-    options.add_argument("--decision-every", type=int, default=1, help="LoRA steps of the search a decision step")
     options.add_argument("--batch", type=int, default=4)
     options.add_argument("--length", type=int, default=256)
     options.add_argument("--rank", type=int, default=8)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +31,7 @@ from atp.data.packages import openwebtext_passages
 from atp.data.tasks import ROUGE
 from atp.evaluation.bootstrap import Statistic, percentile_interval, resampled
 from atp.evaluation.generation import rouge_scores
+from atp.evaluation.majority import majority_scores
 from atp.evaluation.metrics import confusion_items, macro_f1, ratio, right_items
 from atp.evaluation.tasks import label_scores
 from atp.lora.layer import add_lora
@@ -76,9 +76,8 @@ def run(options: argparse.Namespace) -> None:
     task, splits = load(options.task, options.steps, options.test, options.seed)
     print(splits.description, flush=True)
     options.answers.mkdir(parents=True, exist_ok=True)
-    if task.labels:
-        answer = Counter(example.label for example in splits.train).most_common(1)[0][0]
-        write(options, task, splits, "majority", [[example.label, answer] for example in splits.test], 0)
+    for majority in majority_scores(splits.train, splits.test, [task]).values():
+        write(options, task, splits, "majority", majority["items"], 0)
     for arm in options.arms.split(","):
         tokenizer, model, tokens = read_tokenizer(options.model), read_model(options.model, dtype="float32"), 0
         with TemporaryDirectory() as folder:
@@ -109,7 +108,7 @@ def settings(options: argparse.Namespace, folder: str) -> ATPConfig:
             "decisions": {"space": "kv_group", "target_keep": options.keep, "refit_windows": 96, "multiples": {}},
             "lora": {"r": 16, "alpha": 32, "dropout": 0.0},
             "training": {
-                "search": options.steps - 1, "settle": 1, "tune": 0, "batch_size": 16, "lr": 2e-3, "log_every": 20,
+                "steps": options.steps, "batch_size": 16, "lr": 2e-3, "beta2": 0.999, "log_every": 20,
                 "save_every": 10_000, "precision": "bfloat16",
             },
         }

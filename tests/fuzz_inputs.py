@@ -78,18 +78,22 @@ SCORES = {
            "tasks": {"qa": {"accuracy": 0.5, "macro_f1": 0.4, "macro_f1_interval": [0.3, 0.5]}}}
     for name in ("original", "tuned_dense", "final")
 }  # fmt: skip
+MAJORITY = {"qa": {"label": "yes", "of": "train", "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "macro_f1": 0.3}}
 RUN = {
     "summary.json": {
         "target_keep": 0.6, "keep_decoder": 0.6, "keep_total": 0.7, "params_before": 1000, "params_after": 700,
         "perplexity": {name: 20.5 for name in SCORES}, "perplexity_interval": {name: [19.0, 22.0] for name in SCORES},
         "tasks": ["qa"], "qa": {name: scores["tasks"]["qa"] for name, scores in SCORES.items()},
         "relative_performance": 0.9, "relative_performance_interval": [0.8, 1.0],
+        "not_measurable": {"qa accuracy": "it is low"}, "majority": MAJORITY,
+        "recorded_dense": {"command": "atp demo", "perplexity": 16.5, "tasks": {"qa": {"accuracy": 0.5}}},
+        "answers": {"prompt": "is it?", "truth": "yes", "models": {"original": "no", "final": "yes"}, "chosen": "So."},
         "speed": {name: SCORES[name]["speed"] for name in ("original", "final")},
         "megabytes": {"original": 4.0, "final": 3.0}, "train_tokens_per_second": {"search": 5.0, "tune": 6.0},
         "seconds": {"search": 1.0, "tune": 2.0, "total": 4.0}, "seed": 7, "versions": {"torch": "2"}, "command": "atp",
         "data": {"train": "0a1b", "description": "texts"},
     },
-    "evaluation.json": SCORES,
+    "evaluation.json": SCORES | {"majority": MAJORITY},
     "certificate.json": {"masked_vs_cut": 2e-6, "cut_vs_reloaded": 0.0, "removed_lora_norm": 0.0, "dtype": "float32"},
     "decisions.json": {
         "space": "head_dim", "sizes": {"qk": 4, "mlp": 6},

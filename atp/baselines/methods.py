@@ -18,6 +18,7 @@ from atp.baselines.simple import magnitude_mask, random_mask, static_mask
 from atp.baselines.slicegpt import choose_bases, slice_model, sliced_width
 from atp.baselines.wanda_sp import wanda_mask
 from atp.config import ATPConfig
+from atp.errors import InputError
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
 
@@ -27,11 +28,13 @@ class MaskBaseline:
     """A rule that picks decisions of a mask space; the cut is ATP's own.
 
     rule: (model, space, calibration, config) -> bool [space.size]. space: the space that the method is defined on,
-    None for the config's. refits: whether the linears that read removed inputs are refitted, as far as the config says.
+    None for the config's. searches: whether the rule learns, in `training.search` steps. refits: whether the linears
+    that read removed inputs are refitted, as far as the config says.
     """
 
     rule: Callable[[PreTrainedModel, MaskSpace, Dataset, ATPConfig], Tensor]
     space: str | None = None
+    searches: bool = False
     refits: bool = False
 
     def space_of(self, model: PreTrainedModel, config: ATPConfig) -> MaskSpace:
@@ -41,6 +44,8 @@ class MaskBaseline:
     def check(self, shapes: PretrainedConfig, config: ATPConfig) -> None:
         """Raises `InputError` for a model, given by its config, that the method does not fit."""
         MaskSpace.from_config(shapes, self.space or config.decisions.space)
+        if self.searches and not config.training.search:
+            raise InputError("disp_llm learns its masks in training.search steps, which are 0: set them")
 
     def choose(self, model: PreTrainedModel, calibration: Dataset, config: ATPConfig) -> Tensor:
         """The mask, bool [size of the space]."""
@@ -82,6 +87,6 @@ BASELINES: dict[str, Baseline | None] = {
     "llm_pruner_mixed": MaskBaseline(partial(taylor_mask, order="mixed"), "kv_group"),
     "wanda_sp": MaskBaseline(wanda_mask, "kv_group"),
     "slicegpt": SliceBaseline(),
-    "disp_llm": MaskBaseline(disp_mask, "disp"),
+    "disp_llm": MaskBaseline(disp_mask, "disp", searches=True),
 }
 """By name; `dense_lora` removes nothing."""

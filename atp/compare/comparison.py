@@ -10,15 +10,15 @@ from typing import Any
 from atp import processes
 from atp.compare.members import Arm, Members
 from atp.compare.page import write_pages
-from atp.compare.results import results
+from atp.compare.results import results, unmeasurable
 from atp.config import ATPConfig
 from atp.data import Splits, load_recipe
 from atp.environment import versions
 from atp.errors import InputError, Interrupted, NotReached
 from atp.files import write_json
 from atp.folders import COMPARISON, check_output_dir
-from atp.loading import check_packages, data_settings, load_tokenizer
-from atp.run import scored_tasks
+from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
+from atp.run import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
 
 
@@ -65,9 +65,9 @@ class Comparison:
         members = Members(self.config, self.folder, command=self.command, say=self.say)
         processes.on_main(lambda: check_packages(members.config.model, members.config.data))
         processes.on_main(lambda: members.check(self.arms, self.seeds))
-        splits = processes.main_first(
-            lambda: load_recipe(data_settings(members.config, load_tokenizer(self.config.model)))
-        )
+        tokenizer = processes.main_first(lambda: load_tokenizer(self.config.model))
+        splits = processes.main_first(lambda: load_recipe(data_settings(members.config, tokenizer)))
+        processes.on_main(lambda: check_tasks(self.config, splits, tokenizer, load_shapes(self.config.model)))
         broken: dict[str, str] = {}
         content: dict[str, Any] = {}
         with members.opened(resume=self.resume):
@@ -84,9 +84,12 @@ class Comparison:
     def _write(self, members: Members, splits: Splits, notes: dict[str, str]) -> dict[str, Any]:
         found = {(arm.name, seed): members.read(arm, seed) for arm in self.arms for seed in self.seeds}
         finished = [member for member in found.values() if member is not None]
+        tasks, majority = scored_tasks(self.config, splits), majority_of(self.config, splits)
         content = {
             "target_keep": self.config.decisions.target_keep,
-            "methods": results(finished, scored_tasks(self.config, splits)),
+            "methods": results(finished, tasks, majority),
+            "majority": {name: without_items(scores) for name, scores in majority.items()},
+            "not_measurable": unmeasurable(finished, tasks, majority),
             "missing": [f"{name}, seed {seed}" for (name, seed), member in found.items() if member is None],
             "notes": notes,
             "data": splits.fingerprints | {"description": splits.description},

@@ -28,7 +28,7 @@ def _panels(content: dict[str, Any]) -> dict[str, dict[str, tuple[float, float, 
     """For each relative figure available: method -> (value, low, high)."""
     panels = {}
     for key, title in _PANELS.items():
-        rows = {n: (r[key]["value"], *r[key]["interval"]) for n, r in content["methods"].items() if key in r}
+        rows = {n: (r[key]["value"], *r[key]["interval"]) for n, r in content["methods"].items() if r.get(key)}
         if rows:
             panels[title] = rows
     return panels

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from atp.data import Task
-from atp.evaluation.bootstrap import percentile_interval
-from atp.evaluation.relative import Samples, score_samples
+from atp.evaluation.bootstrap import Samples, over_seeds
+from atp.evaluation.relative import majority_samples, not_measurable, score_samples
 
 DENSE, ORIGINAL = "dense_lora", "original"
 
@@ -26,41 +26,41 @@ class Member:
     scores: dict[str, Any]
 
 
-def results(members: Sequence[Member], tasks: Sequence[Task]) -> dict[str, Any]:
+def results(members: Sequence[Member], tasks: Sequence[Task], majority: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The figures of the table for the original model and every method; members come grouped by method.
 
-    relative_performance is the mean over the tasks' metrics of score / tuned dense score; perplexity_ratio is
-    perplexity / tuned dense perplexity (below 1 is better). Both compare with the dense member of the same seed on the
-    same resampled items, and are left out without one.
+    relative_performance is the mean over the tasks' measurable metrics of score / tuned dense score, None without any;
+    perplexity_ratio is perplexity / tuned dense perplexity (below 1 is better). Both compare with the dense member of
+    the same seed on the same resampled items, and are left out without one. majority: the result of `majority_scores`.
     """
     if not members:
         return {}
-    dense = {m.seed: score_samples(m.scores["final"], tasks) for m in members if m.method == DENSE}
+    dense = _dense_samples(members, tasks)
+    unclear = unmeasurable(members, tasks, majority)
     original = score_samples(members[0].scores["original"], tasks)
     before = members[0].summary["params_before"]
     found: dict[str, Any] = {
         ORIGINAL: {"keep_decoder": 1.0, "keep_total": 1.0, "params": before}
-        | _figures({seed: original for seed in dense} or {0: original}, dense)
+        | _figures({seed: original for seed in dense} or {0: original}, dense, unclear)
     }
     for method in dict.fromkeys(m.method for m in members):
         own = [m for m in members if m.method == method]
         samples = {m.seed: score_samples(m.scores["final"], tasks) for m in own}
-        found[method] = {"seeds": list(samples)} | _size_and_cost(own) | _figures(samples, dense)
+        found[method] = {"seeds": list(samples)} | _size_and_cost(own) | _figures(samples, dense, unclear)
     return found
 
 
-def over_seeds(samples: Sequence[Samples]) -> dict[str, Any]:
-    """{value: mean over seeds, interval: 95 %}; with one seed the interval is over test items alone.
+def unmeasurable(
+    members: Sequence[Member], tasks: Sequence[Task], majority: Mapping[str, dict[str, Any]]
+) -> dict[str, str]:
+    """The result of `not_measurable` over the seeds of the tuned dense model; empty without one."""
+    dense = _dense_samples(members, tasks)
+    return not_measurable(list(dense.values()), majority_samples(majority, tasks)) if dense else {}
 
-    A resample draws the seeds with replacement and averages their scores on the same resampled items.
-    """
-    draws = np.stack([drawn for _, drawn in samples])
-    count, resamples = draws.shape
-    chosen = np.random.default_rng(0).integers(count, size=(resamples, count))
-    means = draws[chosen, np.arange(resamples)[:, None]].mean(axis=1)
-    value = statistics.fmean(float(point) for point, _ in samples)
-    # A resample in which the dense model gets nothing right has no ratio.
-    return {"value": value, "interval": percentile_interval(means[np.isfinite(means)])}
+
+def _dense_samples(members: Sequence[Member], tasks: Sequence[Task]) -> dict[int, dict[str, Samples]]:
+    """The scores of the tuned dense model by seed."""
+    return {m.seed: score_samples(m.scores["final"], tasks) for m in members if m.method == DENSE}
 
 
 def _size_and_cost(members: Sequence[Member]) -> dict[str, Any]:
@@ -82,16 +82,22 @@ def _size_and_cost(members: Sequence[Member]) -> dict[str, Any]:
     }
 
 
-def _figures(samples: dict[int, dict[str, Samples]], dense: dict[int, dict[str, Samples]]) -> dict[str, Any]:
-    """Scores over all seeds, and relative figures over the seeds that have a dense member."""
+def _figures(
+    samples: dict[int, dict[str, Samples]], dense: dict[int, dict[str, Samples]], unclear: Collection[str]
+) -> dict[str, Any]:
+    """Scores over all seeds, and relative figures over the seeds that have a dense member.
+
+    unclear: the metrics that are not measurable.
+    """
     names = list(next(iter(samples.values())))
     found: dict[str, Any] = {"scores": {name: over_seeds([s[name] for s in samples.values()]) for name in names}}
     paired = [(samples[seed], dense[seed]) for seed in samples if seed in dense]
     if paired:
         found["perplexity_ratio"] = over_seeds([_mean_ratio(*pair, ["perplexity"]) for pair in paired])
-        metrics = [n for n in names if n != "perplexity" and all(theirs[n][0] > 0 for _, theirs in paired)]
-        if metrics:
-            found["relative_performance"] = over_seeds([_mean_ratio(*pair, metrics) for pair in paired])
+        metrics = [n for n in names if n not in ("perplexity", *unclear) and all(own[n][0] > 0 for _, own in paired)]
+        if metrics or unclear:
+            mean = over_seeds([_mean_ratio(*pair, metrics) for pair in paired]) if metrics else None
+            found["relative_performance"] = mean
     return found
 
 

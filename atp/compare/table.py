@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from atp.report.beside import NOT_MEASURABLE, OTHERS, unclear
 from atp.report.text import DASH, code, plain
 
 BEST_FIRST = {"perplexity": "perplexity ↓", "perplexity_ratio": "perplexity / dense ↓",
@@ -20,7 +21,10 @@ def table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head += [BEST_FIRST.get(name, f"{name.replace('_', ' ')} ↑") for name in scores]
     head += [BEST_FIRST["perplexity_ratio"], BEST_FIRST["relative_performance"]]
     head += ["training tokens", "training s", "tokens/s", "seeds"]
-    return head, [_row(name, row, scores) for name, row in methods.items()]
+    rows = [_row(name, row, scores) for name, row in methods.items()]
+    if content.get("majority"):
+        rows.append(_majority_row(content["majority"], scores, len(head)))
+    return head, rows
 
 
 def brief(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -48,10 +52,12 @@ def remarks(content: dict[str, Any]) -> list[str]:
         "In parentheses: 95 % bootstrap intervals over seeds and over test documents and questions, which are the same "
         "for all methods.",
         "Relative performance: mean over the tasks' metrics of score / score of the tuned dense model with the same "
-        "seed.",
+        "seed. A metric counts if that model beats the majority label, the constant answer, by more than the interval "
+        "of their difference.",
         "Training seconds include choosing what to remove; all methods train on the same tokens with the same LoRA.",
         content["data"]["description"],
     ]
+    found += unclear(content.get("not_measurable", {}))
     if content["missing"]:
         found.append(f"Not finished: {'; '.join(content['missing'])}.")
     return found + [f"{name}: {reason}." for name, reason in content["notes"].items()]
@@ -60,11 +66,24 @@ def remarks(content: dict[str, Any]) -> list[str]:
 def _row(name: str, row: dict[str, Any], scores: list[str]) -> list[str]:
     cells = [name, f"{row['keep_decoder']:.3f}", f"{row['keep_total']:.3f}", f"{row['params'] / 1e6:,.1f} M"]
     cells += [_score(row["scores"][score], 2 if score == "perplexity" else 3) for score in scores]
-    cells += [_score(row.get(key), 3) for key in ("perplexity_ratio", "relative_performance")]
+    cells.append(_score(row.get("perplexity_ratio"), 3))
+    relative = row.get("relative_performance", {})
+    cells.append(NOT_MEASURABLE if relative is None else _score(relative or None, 3))
     if "seeds" not in row:
         return cells + [DASH] * 4
     cost = [row["train_tokens"], row["train_seconds"], row["train_tokens_per_second"]]
     return cells + [f"{value:,.0f}" for value in cost] + [", ".join(map(str, row["seeds"]))]
+
+
+def _majority_row(majority: dict[str, Any], scores: list[str], width: int) -> list[str]:
+    """The constant answer's scores in the columns of the tasks with labels, dashes elsewhere."""
+    cells = [OTHERS["majority"], *[DASH] * 3]
+    for name in scores:
+        task, _, metric = name.rpartition(" ")
+        found = majority.get(task, {})
+        figure = {"value": found[metric], "interval": found[f"{metric}_interval"]} if metric in found else None
+        cells.append(_score(figure, 3))
+    return cells + [DASH] * (width - len(cells))
 
 
 def _score(figure: dict[str, Any] | None, digits: int) -> str:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from atp import processes
 from atp.config import DecisionsConfig
-from atp.decide.budget import Budget
-from atp.decide.fit import exact_mask, exact_offset, fit_mask
+from atp.decide.decisions import Decisions
+from atp.decide.fit import exact_offset
 from atp.decide.generator import DecisionGenerator
 from atp.decide.sampling import gumbel_noise, hard_mask, logistic_noise, soft_mask, straight_through
 from atp.finite import FiniteGuard
@@ -44,8 +43,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class DecisionMaker:
-    """Owns the generator, its optimizer, its noise and the current hard mask bool [space.size].
+class DecisionMaker(Decisions):
+    """Learned decisions: owns the generator, its optimizer and its noise.
 
     Budget `penalty` is the paper's: Gumbel-sigmoid samples with a fixed offset, alpha * |log(p / p*)| in the loss, and
     a freshly sampled hard mask for every LoRA step. Budget `exact` solves for the offset that keeps exactly p_t of the
@@ -63,23 +62,19 @@ class DecisionMaker:
         seed: int,
         max_bad_steps: int = 5,
     ) -> None:
-        self.space, self.config, self.search_steps = space, config, search_steps
-        self.budget = Budget(space)
+        super().__init__(space, config, search_steps=search_steps)
         self.generator = DecisionGenerator(space, kind=config.generator, prior=prior, seed=seed)
         self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=config.lr, fused=True)
         self.noise = torch.Generator().manual_seed(seed)
-        self.mask = torch.ones(space.size, dtype=torch.bool)
-        self.frozen = False
-        self.changed = torch.zeros(())
         self.finite = FiniteGuard(max_bad_steps, "decision steps")
 
     def target_at(self, step: int) -> float:
-        """Share of parameters to keep after `step` search steps: a cubic fall (`exact`) or the target at once."""
-        target = self.config.target_keep
-        if self.config.budget == "penalty":
-            return target
-        done = min(step / max(self.config.reach * self.search_steps, 1), 1.0)
-        return target + (1 - target) * (1 - done) ** 3
+        return self.config.target_keep if self.config.budget == "penalty" else super().target_at(step)
+
+    def logits(self) -> Tensor:
+        """The generator's output without noise or dropout."""
+        self.generator.eval()
+        return self.generator()
 
     def update(self, step: int, loss_of: Callable[[Tensor], Tensor]) -> DecisionOutcome:
         """One optimizer step of the generator. loss_of maps a soft mask [space.size] to the calibration loss.
@@ -105,43 +100,16 @@ class DecisionMaker:
 
     @torch.no_grad()
     def refresh(self, step: int) -> Tensor:
-        """Draws the hard mask for the LoRA step with this number, bool [space.size]."""
-        exact = self.config.budget == "exact"
-        self.generator.train(not exact)
+        if self.config.budget == "exact":
+            return super().refresh(step)
+        self.generator.train()
         logits = self.generator()
-        if exact:
-            mask = exact_mask(logits, self.target_at(step + 1), self.budget)
-        else:
-            mask = hard_mask(logits, self._soft(logits, step, noise=True), self.space)
-        self._replace(mask)
-        return mask
+        return self.replace(hard_mask(logits, self._soft(logits, step, noise=True), self.space))
 
-    @torch.no_grad()
     def freeze(self) -> Tensor:
-        """Takes the noise-free decision and fits it to budget and width rules; the mask does not change afterwards.
-
-        Raises `NotReached` when too many decision steps were not finite, or the logits are not.
-        """
+        """As for all decisions. Raises `NotReached` also when too many decision steps were not finite."""
         self.finite.finish(-(-self.search_steps // self.config.every))
-        self.generator.eval()
-        target = self.config.target_keep
-        self._replace(fit_mask(self.generator(), target, self.budget, self.config.multiples))
-        self.frozen = True
-        return self.mask
-
-    def record(self, step: int) -> dict[str, float]:
-        """What is logged after `step` search steps: share kept, target share, share of decisions that changed."""
-        return {
-            "keep": self.budget.share(self.mask),
-            "target_keep": self.target_at(step),
-            "changed": float(self.changed),
-        }
-
-    def _replace(self, mask: Tensor) -> None:
-        """Takes the main process's mask: rounding differences between devices must not lead to different cuts."""
-        mask = processes.from_main(mask, "decisions")
-        self.changed = (mask != self.mask).float().mean()
-        self.mask = mask
+        return super().freeze()
 
     def _soft(self, logits: Tensor, step: int, *, noise: bool) -> Tensor:
         size = self.space.size

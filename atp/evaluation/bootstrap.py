@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """From sums over items, float64 [..., columns], to a score, float64 [...]."""
+
+Samples = tuple[np.ndarray, np.ndarray]
+"""A score [], and the same score on resampled test items [resamples]."""
 
 RESAMPLES = 1000
 COVERAGE = 0.95
@@ -35,3 +40,17 @@ def score_with_interval(name: str, items: np.ndarray, statistic: Statistic, seed
     items = np.asarray(items, dtype=np.float64)
     interval = percentile_interval(resampled(items, statistic, seed))
     return {name: float(statistic(items.sum(axis=0))), f"{name}_interval": interval}
+
+
+def over_seeds(samples: Sequence[Samples]) -> dict[str, Any]:
+    """{value: mean over seeds, interval: 95 %}; with one seed the interval is over test items alone.
+
+    A resample draws the seeds with replacement and averages their scores on the same resampled items.
+    """
+    draws = np.stack([drawn for _, drawn in samples])
+    count, resamples = draws.shape
+    chosen = np.random.default_rng(0).integers(count, size=(resamples, count))
+    means = draws[chosen, np.arange(resamples)[:, None]].mean(axis=1)
+    value = statistics.fmean(float(point) for point, _ in samples)
+    # A resample in which the dense model gets nothing right has no ratio.
+    return {"value": value, "interval": percentile_interval(means[np.isfinite(means)])}

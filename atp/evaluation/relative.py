@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from atp.data.tasks import ROUGE, Task
 from atp.errors import InputError
-from atp.evaluation.bootstrap import Statistic, percentile_interval, resampled
+from atp.evaluation.bootstrap import Samples, Statistic, over_seeds, percentile_interval, resampled
 from atp.evaluation.metrics import confusion_items, macro_f1, perplexity_of, ratio, right_items
-
-Samples = tuple[np.ndarray, np.ndarray]
-"""A score [], and the same score on resampled test items [resamples]."""
 
 
 def relative_performance(
-    scores: dict[str, Any], dense: dict[str, Any], tasks: Sequence[Task], seed: int = 0
+    scores: dict[str, Any],
+    dense: dict[str, Any],
+    tasks: Sequence[Task],
+    majority: Mapping[str, dict[str, Any]],
+    seed: int = 0,
 ) -> dict[str, object]:
     """Mean over the tasks' metrics of score / dense score (docs/evaluation.md), both from `evaluate_model`.
 
     Perplexity, where lower is better, is not part of the mean; its ratio is given separately. Intervals resample
     documents and questions of both models together, which is narrower than two separate intervals.
-    A metric that is 0 for the dense model has no ratio and is left out.
-    Returns {perplexity_ratio, perplexity_ratio_interval} and, where any metric has a ratio, {relative_performance,
-    relative_performance_interval, ratios: {task metric: ratio}}.
+    A ROUGE score that is 0 for the dense model has no ratio and is left out; a metric that `not_measurable` names has
+    the ratio None. majority: the result of `majority_scores`.
+    Returns {perplexity_ratio, perplexity_ratio_interval} and, where there is any metric, {relative_performance,
+    relative_performance_interval (None where no metric is measurable), ratios: {task metric: ratio}, not_measurable:
+    {task metric: why}}.
     Raises `InputError` if the two were not scored on the same items.
     """
-    _check_same_items(scores, dense, tasks)
+    _check_same_items(scores, dense, tasks, majority)
     ours, theirs = score_samples(scores, tasks, seed), score_samples(dense, tasks, seed)
+    unclear = not_measurable([theirs], majority_samples(majority, tasks, seed))
     with np.errstate(divide="ignore", invalid="ignore"):
         kept = {name: tuple(a / b for a, b in zip(ours[name], theirs[name], strict=True)) for name in ours}
     against, draws = kept.pop("perplexity")
@@ -38,16 +42,38 @@ def relative_performance(
         "perplexity_ratio": float(against),
         "perplexity_ratio_interval": percentile_interval(draws),
     }
-    ratios = {name: float(ratio) for name, (ratio, _) in kept.items() if math.isfinite(ratio)}
-    samples = [kept[name][1] for name in ratios]
+    ratios = {name: float(r) for name, (r, _) in kept.items() if math.isfinite(r) and name not in unclear}
+    if not (ratios or unclear):
+        return found
+    mean, interval = None, None
     if ratios:
-        means = np.mean(samples, axis=0)
-        found |= {
-            "relative_performance": float(np.mean(list(ratios.values()))),
-            # A resample in which the dense model gets nothing right has no ratio.
-            "relative_performance_interval": percentile_interval(means[np.isfinite(means)]),
-            "ratios": ratios,
-        }
+        means = np.mean([kept[name][1] for name in ratios], axis=0)
+        # A resample in which the dense model gets nothing right has no ratio.
+        mean, interval = float(np.mean(list(ratios.values()))), percentile_interval(means[np.isfinite(means)])
+    return found | {
+        "relative_performance": mean,
+        "relative_performance_interval": interval,
+        "ratios": ratios | dict.fromkeys(unclear),
+        "not_measurable": unclear,
+    }
+
+
+def not_measurable(dense: Sequence[Mapping[str, Samples]], majority: Mapping[str, Samples]) -> dict[str, str]:
+    """{task metric: why} of the metrics that say nothing about a model beside the tuned dense one.
+
+    A metric counts if the tuned dense model beats the majority label by more than the interval of their difference:
+    its lower bound is above 0. Answers that a constant matches show no ability that a smaller model could keep.
+    dense: the result of `score_samples` for each seed. majority: of `majority_samples`, on the same questions.
+    """
+    found = {}
+    for name, (floor, draws) in majority.items():
+        gain = over_seeds([(own[name][0] - floor, own[name][1] - draws) for own in dense])
+        low, high = gain["interval"]
+        if not low > 0:
+            found[name] = (
+                f"the tuned dense model's {floor + gain['value']:.3f} is not clearly above the majority label's "
+                f"{floor:.3f} (difference {gain['value']:.3f}, 95 %: {low:.3f} to {high:.3f})"
+            )
     return found
 
 
@@ -57,17 +83,29 @@ def score_samples(scores: dict[str, Any], tasks: Sequence[Task], seed: int = 0) 
     scores: from `evaluate_model`. Models scored on the same items are resampled alike, so that their samples can be
     compared pairwise.
     """
-    tables: dict[str, tuple[np.ndarray, Statistic]] = {
-        "perplexity": (np.asarray(scores["items"], dtype=np.float64), perplexity_of)
-    }
-    for task in tasks:
-        items = scores["tasks"][task.name]["items"]
-        for metric in task.metrics:
-            tables[f"{task.name} {metric}"] = _items(items, task, metric), _STATISTICS.get(metric, ratio)
+    documents = np.asarray(scores["items"], dtype=np.float64)
+    return {"perplexity": _samples(documents, perplexity_of, seed)} | _task_samples(scores["tasks"], tasks, seed)
+
+
+def majority_samples(
+    majority: Mapping[str, dict[str, Any]], tasks: Sequence[Task], seed: int = 0
+) -> dict[str, Samples]:
+    """`score_samples` of the majority label: every `<task> <metric>` of the tasks with labels."""
+    return _task_samples(majority, [task for task in tasks if task.labels], seed)
+
+
+def _task_samples(scores: Mapping[str, dict[str, Any]], tasks: Sequence[Task], seed: int) -> dict[str, Samples]:
     return {
-        name: (statistic(items.sum(axis=0)), resampled(items, statistic, seed))
-        for name, (items, statistic) in tables.items()
+        f"{task.name} {metric}": _samples(
+            _items(scores[task.name]["items"], task, metric), _STATISTICS.get(metric, ratio), seed
+        )
+        for task in tasks
+        for metric in task.metrics
     }
+
+
+def _samples(items: np.ndarray, statistic: Statistic, seed: int) -> Samples:
+    return statistic(items.sum(axis=0)), resampled(items, statistic, seed)
 
 
 _STATISTICS: dict[str, Statistic] = {"macro_f1": macro_f1}
@@ -81,13 +119,16 @@ def _items(items: list[list[Any]], task: Task, metric: str) -> np.ndarray:
     return confusion_items(truth, predicted, task.labels) if metric == "macro_f1" else right_items(truth, predicted)
 
 
-def _check_same_items(scores: dict[str, Any], dense: dict[str, Any], tasks: Sequence[Task]) -> None:
+def _check_same_items(
+    scores: dict[str, Any], dense: dict[str, Any], tasks: Sequence[Task], majority: Mapping[str, dict[str, Any]]
+) -> None:
     tokens = [[count for _, count in model["items"]] for model in (scores, dense)]
     differing = ["perplexity"] if tokens[0] != tokens[1] else []
     for task in tasks:
-        ours, theirs = scores["tasks"][task.name]["items"], dense["tasks"][task.name]["items"]
-        truths = [[item[0] for item in items] if task.labels else len(items) for items in (ours, theirs)]
-        differing += [task.name] if truths[0] != truths[1] else []
+        answered = [model["tasks"][task.name]["items"] for model in (scores, dense)]
+        answered += [majority[task.name]["items"]] if task.labels else []
+        first, *others = [[item[0] for item in items] if task.labels else len(items) for items in answered]
+        differing += [task.name] if any(truths != first for truths in others) else []
     if differing:
         raise InputError(
             f"{differing[0]}: the two models were not scored on the same items: score both with the same suite and "

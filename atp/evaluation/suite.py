@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from atp.data.splits import Example
 from atp.data.tasks import Task
 from atp.evaluation.generation import rouge_scores
 from atp.evaluation.inference import CausalLM, Progress
 from atp.evaluation.perplexity import ScoredWindows, perplexity
-from atp.evaluation.tasks import label_scores
+from atp.evaluation.tasks import check_labels, label_scores, tokenize_questions
 
 
 def evaluate_model(
@@ -40,7 +40,7 @@ def evaluate_model(
     bar: Callable[[str], Progress | None] = progress or (lambda name: None)
     common: dict[str, Any] = {"seed": seed, "autocast": autocast}
     scores = perplexity(model, windows, batch_size, max_windows=max_windows, progress=bar("perplexity"), **common)
-    common["max_length"] = min(max_length, model.config.max_position_embeddings)
+    common["max_length"] = _room(max_length, model.config)
     scored: dict[str, object] = {}
     for task in tasks:
         chosen = task_examples(examples, task)[:max_examples]
@@ -54,6 +54,31 @@ def evaluate_model(
     return {**scores, "tasks": scored}
 
 
+def check_questions(
+    tokenizer: PreTrainedTokenizerBase,
+    shapes: PretrainedConfig,
+    examples: Sequence[Example],
+    tasks: Sequence[Task],
+    *,
+    max_examples: int | None = None,
+    max_length: int = 1024,
+) -> None:
+    """Raises the `InputError` that `evaluate_model` would raise for a question or its labels, without the model.
+
+    shapes: the model's config.
+    """
+    for task in tasks:
+        if task.labels:
+            chosen = task_examples(examples, task)[:max_examples]
+            check_labels(chosen, task.labels)
+            tokenize_questions(tokenizer, chosen, task.labels, _room(max_length, shapes))
+
+
 def task_examples(examples: Sequence[Example], task: Task) -> list[Example]:
     """The examples that a task scores, in order."""
     return [example for example in examples if example.task == task.name]
+
+
+def _room(max_length: int, shapes: PretrainedConfig) -> int:
+    """Tokens of prompt and answer that the model takes; some families have no limit."""
+    return min(max_length, getattr(shapes.get_text_config(), "max_position_embeddings", None) or max_length)

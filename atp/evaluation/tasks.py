@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.data.encoding import common_prefix, encode, start_ids
 from atp.data.splits import Example
-from atp.errors import InputError, NotReached
+from atp.errors import InputError, NotReached, quote
 from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import confusion_items, confusion_table, macro_f1, ratio, right_items
@@ -53,24 +54,37 @@ def label_scores(
 
     A label is scored by the summed log-probability of its tokens after the prompt. max_length: tokens of prompt and
     label; longer prompts are cut on the left, so the question stays.
-    Returns {accuracy, macro_f1, each with _interval (examples resampled), n, confusion (by truth, then prediction),
-    items: [truth, prediction] of each example}.
-    Raises `InputError` if there is no example, or one whose label is not in `labels`.
+    Returns the result of `answer_scores`. Raises `InputError` as `check_labels` and `tokenize_questions` do.
     """
+    check_labels(examples, labels)
+    questions = tokenize_questions(tokenizer, examples, labels, max_length)
+    scores = score_labels(model, questions, batch_size, autocast=autocast, progress=progress)
+    predicted = [labels[index] for index in scores.argmax(dim=1).tolist()]
+    return answer_scores([str(e.label) for e in examples], predicted, labels, seed)
+
+
+def check_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
+    """Raises `InputError` if there is no example, or one whose label is not in `labels`."""
     if not examples:
         raise InputError("no labelled examples to score: give a test split with labels")
     unknown = sorted({str(e.label) for e in examples} - set(labels))
     if unknown:
         raise InputError(f"label(s) {', '.join(unknown)} are not among {', '.join(labels)}: correct data.labels")
-    questions = tokenize_questions(tokenizer, examples, labels, max_length)
-    scores = score_labels(model, questions, batch_size, autocast=autocast, progress=progress)
-    predicted = [labels[index] for index in scores.argmax(dim=1).tolist()]
-    truth = [str(e.label) for e in examples]
+
+
+def answer_scores(
+    truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str], seed: int = 0
+) -> dict[str, object]:
+    """Scores of answers, whoever gave them.
+
+    Returns {accuracy, macro_f1, each with _interval (questions resampled), n, confusion (by truth, then prediction),
+    items: [truth, prediction] of each question}.
+    """
     confusion = confusion_items(truth, predicted, labels)
     return {
         **score_with_interval("accuracy", right_items(truth, predicted), ratio, seed),
         **score_with_interval("macro_f1", confusion, macro_f1, seed),
-        "n": len(examples),
+        "n": len(truth),
         "confusion": confusion_table(confusion, labels),
         "items": [list(pair) for pair in zip(truth, predicted, strict=True)],
     }
@@ -79,7 +93,10 @@ def label_scores(
 def tokenize_questions(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], labels: Sequence[str], max_length: int
 ) -> list[Question]:
-    """Tokenizes every prompt with every label, and splits them where they stop sharing the prompt's tokens."""
+    """Tokenizes every prompt with every label, and splits them where they stop sharing the prompt's tokens.
+
+    Raises `InputError` if the tokenizer cannot tell the labels apart, or max_length leaves no room for a prompt.
+    """
     start = start_ids(tokenizer)
     prompts = encode(tokenizer, (e.prompt for e in examples))
     answered = encode(tokenizer, (e.prompt + _gap(e) + label for e in examples for label in labels))
@@ -89,6 +106,7 @@ def tokenize_questions(
         # One boundary for all labels, so that their scores are conditioned on the same tokens.
         border = common_prefix([prompt, *full])
         continuations = [ids[border:] for ids in full]
+        _check_continuations(continuations, labels)
         room = max_length - len(start) - max(map(len, continuations))
         if room < 1:
             raise InputError(f"max_length {max_length} leaves no room for the prompt: raise it")
@@ -126,6 +144,17 @@ def score_labels(
             "it cannot be scored: score it in float32, or check its weights"
         )
     return scores
+
+
+def _check_continuations(continuations: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
+    """Raises `InputError` for a label without a token of its own, since no probability could be asked for it."""
+    remedy = "change data.labels, or use a model whose tokenizer has tokens for them"
+    for label, tokens in zip(labels, continuations, strict=True):
+        if not tokens:
+            raise InputError(f"label {quote(label)} becomes no token after a prompt: {remedy}")
+    for (first, ours), (second, theirs) in combinations(zip(labels, continuations, strict=True), 2):
+        if ours == theirs:
+            raise InputError(f"labels {quote(first)} and {quote(second)} become the same tokens: {remedy}")
 
 
 def _gap(example: Example) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from atp import processes
 from atp.compare.members import Members
-from atp.compare.results import Member, results
+from atp.compare.results import Member, results, unmeasurable
 from atp.data import Task, load_recipe
 from atp.environment import device_name, versions
 from atp.errors import Interrupted, NotReached
@@ -19,9 +20,10 @@ from atp.experiments.rows import append_rows, member_row
 from atp.experiments.spec import ExperimentSpec
 from atp.files import check_writable, write_json
 from atp.folders import COMPARISON
-from atp.loading import check_packages, data_settings, load_tokenizer
-from atp.run import scored_tasks
+from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
+from atp.run import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
+from atp.training.schedule import Phases
 
 
 class Experiment:
@@ -74,6 +76,7 @@ class Experiment:
                 for domain, members in self._members.items()
             }
         )
+        processes.on_main(self._check_tasks)
         broken: list[str] = []
         content: dict[str, Any] = {}
         with ExitStack() as folders:
@@ -96,6 +99,10 @@ class Experiment:
         for members in self._members.values():
             members.check(self.arms.values(), self.seeds)
 
+    def _check_tasks(self) -> None:
+        for domain, config in self.configs.items():
+            check_tasks(config, self._splits[domain], load_tokenizer(config.model), load_shapes(config.model))
+
     def _check_places(self) -> None:
         check_writable(self.runs, "--runs")
         check_writable(self.out, "--out")
@@ -103,18 +110,24 @@ class Experiment:
     def _write(self, broken: list[str]) -> dict[str, Any]:
         self.out.mkdir(parents=True, exist_ok=True)
         rows, missing, domains = [], [], {}
+        majority = {domain: majority_of(config, self._splits[domain]) for domain, config in self.configs.items()}
+        not_measurable = {}
         for domain, members in self._members.items():
             found = self._finished(members)
             missing += [f"{domain}, {label}, seed {seed}" for (label, seed), member in found.items() if member is None]
             finished = {key: member for key, member in found.items() if member is not None}
-            domains[domain] = results(self._by_label(finished), self._tasks(domain))
+            compared = self._by_label(finished), self._tasks(domain), majority[domain]
+            domains[domain], not_measurable[domain] = results(*compared), unmeasurable(*compared)
             for (label, seed), member in finished.items():
-                row = member_row(member, members.path(self.arms[label], seed), self._tasks(domain), members.config)
+                folder = members.path(self.arms[label], seed)
+                row = member_row(member, folder, self._tasks(domain), members.config, majority[domain])
                 rows.append({"experiment": self.name, "domain": domain, "arm": label, "seed": seed} | row)
         content = {
             "question": self.spec.question,
-            "steps": next(iter(self.configs.values())).training.model_dump(include={"search", "settle", "tune"}),
+            "steps": asdict(Phases.from_config(next(iter(self.configs.values())).training)),
             "domains": domains,
+            "majority": {d: {task: without_items(s) for task, s in found.items()} for d, found in majority.items()},
+            "not_measurable": not_measurable,
             "missing": missing,
             "notes": broken,
             "device": device_name(),

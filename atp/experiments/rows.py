@@ -8,7 +8,7 @@ import io
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from atp.config import ATPConfig
 from atp.data import Task
 from atp.environment import device_name
 from atp.evaluation.bootstrap import percentile_interval
-from atp.evaluation.relative import score_samples
+from atp.evaluation.relative import majority_samples, score_samples
 from atp.files import write_text
 from atp.report.files import read_metrics
 
@@ -26,14 +26,21 @@ _SAME_RUN = ("experiment", "domain", "arm", "seed", "config")
 Row = dict[str, Any]
 
 
-def member_row(member: Member, folder: Path, tasks: Sequence[Task], common: ATPConfig) -> Row:
-    """One run as a row: size, scores with 95 % intervals, cost, and the effect of its decisions and its cut."""
+def member_row(
+    member: Member, folder: Path, tasks: Sequence[Task], common: ATPConfig, majority: Mapping[str, dict[str, Any]]
+) -> Row:
+    """One run as a row: size, scores with 95 % intervals, cost, and the effect of its decisions and its cut.
+
+    majority: the result of `majority_scores`; its scores stand beside the run's.
+    """
     summary, scores = member.summary, member.scores
     row: Row = {"config": fingerprint(common), "target_keep": summary["target_keep"]}
     row |= {key: summary[key] for key in ("keep_decoder", "keep_total", "params_after")}
     for name, (value, draws) in score_samples(scores["final"], tasks).items():
         low, high = percentile_interval(draws)
         row |= {name: round(float(value), 4), f"{name} low": round(low, 4), f"{name} high": round(high, 4)}
+    for name, (value, _) in majority_samples(majority, tasks).items():
+        row[f"{name} majority label"] = round(float(value), 4)
     row["original perplexity"] = round(scores["original"]["perplexity"], 4)
     seconds = sum(value for phase, value in summary["seconds"].items() if phase != "total")
     row |= {"train_tokens": summary["train_tokens"], "train_seconds": round(seconds, 1)}

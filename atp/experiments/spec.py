@@ -47,7 +47,7 @@ class ExperimentSpec(BaseModel):
         """(spec, its file), given a YAML file or the name of one in experiments/. Raises `InputError`."""
         path = Path(name) if name.endswith((".yaml", ".yml")) else Path("experiments") / f"{name}.yaml"
         path = shipped.find(path)
-        known = ", ".join(found for found in shipped.names("experiments") if found != "base") or "none"
+        known = ", ".join(found for found in shipped.names("experiments") if not found.endswith("base")) or "none"
         check_file(path, "experiment file", f"give a file, or a name (here: {known})")
         try:
             spec = cls.model_validate(read_yaml_file(path, "experiment file"))

@@ -14,7 +14,8 @@ from atp.data.packages import PACKAGED_MODEL
 from atp.errors import shorten
 from atp.files import write_text
 from atp.reading import existing
-from atp.report.text import code
+from atp.report.beside import NOT_MEASURABLE, unclear
+from atp.report.text import code, plain
 
 _TAGS = ["structural-pruning", "lora"]
 _PACKAGED = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": "en"}
@@ -122,13 +123,36 @@ def add_results(path: Path, config: ATPConfig, summary: dict[str, Any]) -> None:
         )
         for (task, metric), value in scores.items()
     ]  # fmt: skip
-    rows = "\n".join(f"| {task} | {metric} | {value:.4g} |" for (task, metric), value in scores.items())
+    majority = summary.get("majority", {})
+    rows = "\n".join(
+        f"| {task} | {metric} | {value:.4g} | {_figure(majority.get(task, {}).get(metric))} |"
+        for (task, metric), value in scores.items()
+    )
     command = code(summary["command"].replace(" --resume", ""), limit=1000)
     card.text = card.text.partition(_RESULTS)[0] + (
         f"{_RESULTS}\nOn held-out text of the recipe (seed {summary['seed']}):\n\n"
-        f"| data | score | value |\n|---|---|---|\n{rows}\n\nMade with {command}.\n"
+        f"| data | score | value | majority label |\n|---|---|---|---|\n{rows}\n\n{_relative(summary)}"
+        f"Made with {command}.\n"
     )
     write_text(path, str(card))
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _relative(summary: dict[str, Any]) -> str:
+    """Paragraphs on what is left of the tuned dense model's scores; empty if the run has no such model."""
+    if "relative_performance" not in summary:
+        return ""
+    mean = summary["relative_performance"]
+    if mean is None:
+        found = NOT_MEASURABLE
+    else:
+        low, high = summary["relative_performance_interval"]
+        found = f"{mean:.3f} (95 %: {low:.3f} to {high:.3f})"
+    lines = [f"Relative performance, the share of the tuned dense model's task scores: {found}."]
+    return "".join(f"{plain(line)}\n\n" for line in lines + unclear(summary.get("not_measurable", {})))
 
 
 def _card(config: ATPConfig, body: str, **metadata: Any) -> str:

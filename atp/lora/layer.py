@@ -45,6 +45,7 @@ class MaskedLoraLinear(PeftLinear):
         cast(MaskedLoraLinear, layer)._unmask()
 
     def _unmask(self) -> None:
+        self._narrow: tuple[Tensor, int, Tensor] | None = None
         self.set_masks(None, None)
         self.gates: list[Tensor | None] = [None, None]
 
@@ -58,6 +59,8 @@ class MaskedLoraLinear(PeftLinear):
     ) -> None:
         """Sets the masks of the next passes, or the slice that stands for them; they stay until the next call."""
         self.out_mask, self.in_mask, self.mask_lora, self.kept = out_mask, in_mask, mask_lora, kept
+        if kept is not None or out_mask is not None or in_mask is not None:
+            self._narrow = None  # the memory that masked passes need
 
     def set_gate(self, axis: int, gate: Tensor | None) -> None:
         """Multiplies rows of B (axis 0, gate [out_features]) or columns of A (1, [in_features]) until the next call."""
@@ -83,10 +86,27 @@ class MaskedLoraLinear(PeftLinear):
         """The frozen base and its adapter with its gates, as `atp_kernels` takes them."""
         modules = self.get_base_layer(), self.lora_A[ADAPTER], self.lora_B[ADAPTER]
         base, a, b = (cast(nn.Linear, module) for module in modules)
+        weight = self._narrowed(base.weight) if self._trains_unmasked else base.weight
         out_gate, in_gate = self.gates
         lora_a = a.weight if in_gate is None else a.weight * in_gate
         lora_b = b.weight if out_gate is None else b.weight * out_gate[:, None]
-        return Projection(base.weight, lora_a, lora_b, self.scaling[ADAPTER], base.bias)
+        return Projection(weight, lora_a, lora_b, self.scaling[ADAPTER], base.bias)
+
+    @property
+    def _trains_unmasked(self) -> bool:
+        """Whether this is a plain LoRA step: no mask, and an adapter that learns, since a constant one is merged."""
+        masked = self.kept is not None or self.out_mask is not None or self.in_mask is not None
+        learns = torch.is_grad_enabled() and cast(nn.Linear, self.lora_A[ADAPTER]).weight.requires_grad
+        return learns and not masked and not torch.compiler.is_compiling()
+
+    def _narrowed(self, weight: Tensor) -> Tensor:
+        """The frozen weight in autocast's dtype, cast once: casts are a sixth of a step on one short window."""
+        device = weight.device.type
+        if not torch.is_autocast_enabled(device) or weight.dtype != torch.float32 or weight.requires_grad:
+            return weight
+        if self._narrow is None or self._narrow[0] is not weight or self._narrow[1] != weight._version:
+            self._narrow = weight, weight._version, weight.detach().to(torch.get_autocast_dtype(device))
+        return self._narrow[2]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.plain:

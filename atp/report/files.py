@@ -107,6 +107,7 @@ def _partial_summary(evaluation: dict[str, Any]) -> dict[str, Any]:
         "perplexity": {name: scores["perplexity"] for name, scores in models.items()},
         "perplexity_interval": {name: scores.get("perplexity_interval") for name, scores in models.items()},
         "tasks": scored,
+        "majority": _section(evaluation, "majority"),
         **{task: {name: taken[task] for name, taken in tasks.items()} for task in scored},
         "speed": {name: scores["speed"] for name, scores in models.items() if "speed" in scores},
         "megabytes": {name: size.get("megabytes") for name, size in sizes.items()},

@@ -15,8 +15,9 @@ from atp.report import sections
 from atp.report.files import RunFiles, read_run
 
 _SECTIONS: dict[str, Callable[[RunFiles], Any]] = {
-    "headline": sections.headline, "scores": sections.scores, "training": sections.training,
-    "widths": sections.widths, "certificate": sections.certificate, "settings": sections.settings,
+    "headline": sections.headline, "scores": sections.scores, "answers": sections.answers,
+    "training": sections.training, "widths": sections.widths, "certificate": sections.certificate,
+    "settings": sections.settings,
 }  # fmt: skip
 
 

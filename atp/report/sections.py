@@ -10,13 +10,13 @@ from typing import Any
 from markupsafe import Markup
 
 from atp.removal.certify import LIMITS, MEANING
-from atp.report import plots
+from atp.report import beside, plots
+from atp.report.beside import MODELS, NOT_MEASURABLE
 from atp.report.files import RunFiles
 from atp.report.text import DASH, number
 
 Card = dict[str, str]
 
-MODELS = {"original": "original", "tuned_dense": "tuned dense", "final": "cut and tuned"}
 METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"
 }  # fmt: skip
@@ -38,30 +38,36 @@ def headline(run: RunFiles) -> list[Card]:
 
 
 def scores(run: RunFiles) -> dict[str, Any]:
-    """Quality, size and speed of the original, the tuned dense and the final model."""
+    """Quality, size and speed of the original, the tuned dense and the final model, and the majority label's scores."""
     summary = run.summary
-    names = [name for name in MODELS if name in summary.get("perplexity", {})]
-    params = {"original": "params_before", "tuned_dense": "params_before", "final": "params_after"}
-    decoder = {"final": summary.get("keep_decoder")}
+    columns = beside.columns(summary)
+    params = {"original": "params_before", "tuned_dense": "params_before", "recorded_dense": "params_before",
+              "final": "params_after"}  # fmt: skip
+    decoder = {"final": summary.get("keep_decoder"), "majority": None}
     rows: list[tuple[str, list[str]]] = []
-    if names:
-        bounds = summary.get("perplexity_interval") or {}
-        cells = [_with_interval(summary["perplexity"][name], bounds.get(name), 2) for name in names]
+    if columns:
+        cells = [_with_interval(c.get("perplexity"), c.get("perplexity_interval"), 2) for c in columns.values()]
         rows.append(("held-out perplexity ↓", cells))
     for task in summary.get("tasks", ()):
         for metric, label in METRICS.items():
-            scored = [summary[task].get(name, {}) for name in names]
+            scored = [column["tasks"].get(task, {}) for column in columns.values()]
             cells = [_with_interval(s.get(metric), s.get(f"{metric}_interval"), 3) for s in scored]
             rows.append((f"{task} {label} ↑", cells))
-    rows.append(("parameters", [_millions(summary.get(params[name])) for name in names]))
-    rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in names]))
-    rows.append(("megabytes", [number(_size(summary, name), 0) for name in names]))
+    rows.append(("parameters", [_millions(summary.get(params.get(name, ""))) for name in columns]))
+    rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in columns]))
+    rows.append(("megabytes", [number(_size(summary, name), 0) for name in columns]))
     for kind in ("prefill", "decode"):
-        rows.append(
-            (f"{kind}, tokens/s ↑", [number(_get(summary, "speed", n, f"{kind}_tokens_per_second"), 1) for n in names])
-        )
+        speeds = [_get(summary, "speed", name, f"{kind}_tokens_per_second") for name in columns]
+        rows.append((f"{kind}, tokens/s ↑", [number(speed, 1) for speed in speeds]))
     shown = [[label, *cells] for label, cells in rows if any(cell != DASH for cell in cells)]
-    return {"head": ["", *(MODELS[name] for name in names)], "rows": shown, "intervals": bool(names)}
+    head = ["", *((MODELS | beside.OTHERS)[name] for name in columns)]
+    return {"head": head, "rows": shown, "intervals": bool(columns), "remarks": beside.remarks(summary)}
+
+
+def answers(run: RunFiles) -> dict[str, Any]:
+    """One question of the test split, how it was chosen, and what each model answered."""
+    pairs = beside.answers(run.summary)
+    return {"prompt": pairs[0][1], "given": pairs[1:], "chosen": run.summary["answers"]["chosen"]} if pairs else {}
 
 
 def training(run: RunFiles) -> dict[str, Any]:
@@ -128,9 +134,14 @@ def _cards(run: RunFiles) -> Iterator[Card]:
         low, high = summary["relative_performance_interval"]
         note = f"of the tuned dense model's scores (95 %: {low:.1%} to {high:.1%})"
         yield _card("relative performance", f"{summary['relative_performance']:.1%}", note)
+    elif summary.get("not_measurable"):
+        note = "the tuned dense model does not clearly beat the majority label"
+        yield _card("relative performance", NOT_MEASURABLE, note)
     for task in summary.get("tasks", ()):
         metric = "macro_f1" if any("macro_f1" in s for s in summary[task].values()) else "rougeL"
-        yield from _score_card(f"{task} {METRICS[metric]}", {n: s.get(metric) for n, s in summary[task].items()}, 3)
+        values = {name: scored.get(metric) for name, scored in summary[task].items()}
+        floor = _get(summary, "majority", task, metric)
+        yield from _score_card(f"{task} {METRICS[metric]}", values, 3, {beside.OTHERS["majority"]: floor})
     old, new = (_get(summary, "speed", name, "decode_tokens_per_second") for name in ("original", "final"))
     if old and new:
         yield _card("decode speed", f"{new / old:.2f} ×", f"{number(new, 1)} against {number(old, 1)} tokens/s")
@@ -151,12 +162,15 @@ def _with_interval(value: object, bounds: list[float] | None, digits: int) -> st
     return f"{number(value, digits)} ({number(bounds[0], digits)} – {number(bounds[1], digits)})"
 
 
-def _score_card(label: str, values: dict[str, Any], digits: int) -> Iterator[Card]:
-    """The newest score large, with the earlier ones in the note; nothing without a score."""
+def _score_card(
+    label: str, values: dict[str, Any], digits: int, others: dict[str, Any] | None = None
+) -> Iterator[Card]:
+    """The newest score large, with the earlier ones and those of others in the note; nothing without a score."""
     names = [name for name in MODELS if values.get(name) is not None]
     if names:
         *earlier, last = names
-        note = ", ".join(f"{MODELS[name]} {number(values[name], digits)}" for name in earlier)
+        small = {MODELS[name]: values[name] for name in earlier} | (others or {})
+        note = ", ".join(f"{name} {number(value, digits)}" for name, value in small.items() if value is not None)
         yield _card(f"{label}, {MODELS[last]}", number(values[last], digits), note)
 
 
@@ -189,7 +203,7 @@ def _passes(value: object, limit: float) -> bool:
 def _size(summary: dict[str, Any], name: str) -> object:
     """Megabytes of a model; the tuned dense one has the original's size."""
     sizes = summary.get("megabytes") or {}
-    return sizes.get("original" if name == "tuned_dense" else name)
+    return sizes.get("original" if name in ("tuned_dense", "recorded_dense") else name)
 
 
 def _get(values: dict[str, Any], *keys: str) -> Any:

@@ -9,6 +9,7 @@ bfloat16; how fast it is, docs/measured.md says.
 from __future__ import annotations
 
 import importlib.util
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,26 +22,42 @@ from atp_kernels import cross_entropy_
 _CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+class SoftTargets(NamedTuple):
+    """A teacher's predictions q = softmax(hidden @ head^T) and their share of the loss.
+
+    hidden [tokens, its hidden_size], head [vocab, its hidden_size].
+    """
+
+    hidden: Tensor
+    head: Tensor
+    share: float
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None = None) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[target], scalar in float32 or wider.
+
+    soft: (1 - share) of that, plus share * KL(q || softmax(hidden @ weight^T)).
 
     hidden [tokens, hidden_size], weight [vocab, hidden_size], targets int64 [tokens], all of them scored. Products use
     the autocast dtype if autocast is on, otherwise that of hidden; softmax and sum use float32 (float64 for float64
     inputs). Differentiable in hidden, and in weight if it requires a gradient. On CUDA liger-kernel is used where it is
     installed, at the price of a host-device sync that reads its count of targets.
     """
-    if hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
+    if soft is None and hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
         return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, soft)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """With p = softmax(h W^T): dh = (p - onehot) W and dW = (p - onehot)^T h, formed in the forward pass."""
+    """With p = softmax(h W^T): dh = (p - onehot) W and dW = (p - onehot)^T h, formed in the forward pass.
+
+    With soft targets onehot becomes (1 - share) onehot + share q.
+    """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -56,7 +73,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 span = slice(start, start + rows)
                 states = hidden[span].to(dtype)
                 slope = torch.mm(states, head.T, out=chunk[: len(states)])
-                total += cross_entropy_(slope, targets[span]).sum()
+                if soft is None:
+                    total += cross_entropy_(slope, targets[span]).sum()
+                else:
+                    theirs = soft.hidden[span].to(dtype) @ soft.head.to(dtype).T
+                    total += _mixed_(slope, targets[span], theirs.to(wide).log_softmax(-1), soft.share)
                 if d_hidden is not None:
                     d_hidden[span] = slope @ head
                 if d_weight is not None:
@@ -67,13 +88,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = (d_hidden.to(grad.dtype) * grad).to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None
+        return d_hidden, d_weight, None, None
+
+
+def _mixed_(logits: Tensor, targets: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """Sum over rows of the mixed loss; logits [rows, vocab] become its gradient with respect to them.
+
+    KL(q || p) = sum of q (log q - logits), plus log sum exp(logits), which follows from the cross-entropy. log_q is
+    overwritten.
+    """
+    q = log_q.exp()
+    rows = torch.arange(len(targets), device=logits.device)
+    at_target = logits[rows, targets].to(q.dtype)
+    distance = log_q.sub_(logits).mul_(q).sum(-1)
+    entropy = cross_entropy_(logits, targets)
+    logits.sub_(q.mul_(share))
+    logits[rows, targets] += share
+    return ((1 - share) * entropy + share * (distance + entropy + at_target)).sum()
 
 
 def _rows(hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> int:

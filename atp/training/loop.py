@@ -1,7 +1,7 @@
 """The training loop: what one step does, in order, and what happens between steps.
 
-ATP runs `search_step`, `settle_step` and, after the cut, `tune_step`; every baseline runs `tune_step` alone. The loop
-is built on accelerate: device, data-parallel wrapping, gradient clipping and trackers are its own.
+ATP runs `open_step`, `search_step`, `settle_step` and, after the cut, `tune_step`; every baseline runs `tune_step`
+alone. The loop is built on accelerate: device, data-parallel wrapping, gradient clipping and trackers are its own.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record, Trackers
 from atp.training.checkpoint import Checkpoint, prefixed, resume_point
 from atp.training.data import Batch, step_batches
+from atp.training.distill import Teacher
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.precision import autocast_dtype
@@ -41,10 +42,22 @@ from atp.training.schedule import Phases, learning_rate
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
+def open_step(loop: Loop, pruning: Pruning, batches: list[Batch]) -> None:
+    """All structures in place: a plain LoRA step of the uncut model."""
+    tokens = loop.scored_tokens(batches)
+    for batch in loop.accumulate(batches):
+        with pruning.open():
+            loss = loop.loss(batch, tokens)
+            loop.backward(loss)
+    loop.clip()
+    loop.skip_if_not_finite()
+    loop.optimizer.step()
+
+
 def search_step(loop: Loop, pruning: Pruning, batches: list[Batch]) -> None:
     """Decisions and adapter both learn: a decision step, then a LoRA step under the new hard mask."""
     beta = loop.config.training.beta
-    pruning.decide(loop.step)
+    pruning.decide(loop.step - loop.phases.open)
     tokens = loop.scored_tokens(batches)
     for batch in loop.accumulate(batches):
         with pruning.masked():
@@ -111,6 +124,7 @@ class Loop:
         self.callbacks = [*callbacks, *([Trackers()] if trackers else [])]
         self.step = 0  # finished LoRA steps
         self.phase = ""
+        self.teacher: Teacher | None = None
         self.checkpoint_root = folder / "checkpoints"
         self.metrics = MetricsLog(folder / "metrics.jsonl")
         self.clock = PhaseClock()
@@ -142,7 +156,10 @@ class Loop:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._trained = list(trained)
         # Fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
-        self.adamw = torch.optim.AdamW(trained.values(), lr=self.config.training.lr, weight_decay=0.0, fused=True)
+        training = self.config.training
+        self.adamw = torch.optim.AdamW(
+            trained.values(), lr=training.lr, betas=(0.9, training.second_moment), weight_decay=0.0, fused=True
+        )
         self.wrapped, self.optimizer = model, self.adamw
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
         self.wrapped, self.optimizer = self.accelerator.prepare(model, self.adamw)
@@ -169,9 +186,12 @@ class Loop:
         yield batches[-1]
 
     def loss(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """A batch's share of the step's mean cross-entropy per token, scalar float32. tokens: `scored_tokens`."""
+        """A batch's share of the step's mean loss per token, scalar float32. tokens: `scored_tokens`.
+
+        Cross-entropy, mixed with the distance to the teacher if there is one.
+        """
         with self.autocast():
-            loss = causal_lm_loss(self.wrapped, batch, tokens)
+            loss = causal_lm_loss(self.wrapped, batch, tokens, teacher=self.teacher)
         loss = loss * self.accelerator.num_processes  # gradients become the mean over processes, `tokens` is their sum
         self._loss += loss.detach()
         return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -13,14 +13,28 @@ from atp.models.attention import NAME, training_masks
 from atp.training.cross_entropy import linear_cross_entropy
 from atp.training.profiling import scope
 
+if TYPE_CHECKING:
+    from atp.training.distill import Teacher
 
-def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int | None = None) -> Tensor:
+
+def causal_lm_loss(
+    model: nn.Module, batch: dict[str, Any], count: Tensor | int | None = None, *, teacher: Teacher | None = None
+) -> Tensor:
     """Mean cross-entropy over the scored tokens of a batch that `atp.data.collate` made, scalar float32.
 
     model: a causal LM of a supported family, also inside PEFT or a distributed wrapper. count: divisor of the sum over
     tokens, for steps of several batches; default the scored tokens of this batch. Positions without a label cost
-    nothing.
+    nothing. teacher: mixes in the distance to its predictions of the same tokens.
     """
+    scored, head = head_inputs(model, batch)
+    soft = None if teacher is None else teacher.targets(batch)
+    with scope("loss"):
+        total = linear_cross_entropy(scored, head, batch["targets"], soft)
+        return total / (len(batch["targets"]) if count is None else count)
+
+
+def head_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What the logits of the scored tokens are the product of: states [scored, hidden], head [vocab, hidden]."""
     inner = getattr(model, "module", model)  # DistributedDataParallel
     causal = cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
     family = family_of(causal.config)
@@ -30,8 +44,7 @@ def causal_lm_loss(model: nn.Module, batch: dict[str, Any], count: Tensor | int 
         divisor = family.logits_divisor(causal.config)
         if divisor != 1:
             scored = scored / divisor  # the same as dividing the logits, of which there are many more
-        total = linear_cross_entropy(scored, causal.get_output_embeddings().weight, batch["targets"])
-        return total / (len(batch["targets"]) if count is None else count)
+        return scored, causal.get_output_embeddings().weight
 
 
 def _final_hidden(model: nn.Module, causal: PreTrainedModel, batch: dict[str, Any], windows: Windows) -> Tensor:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, reduce
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from atp import processes
 from atp.config import DecisionsConfig, TrainingConfig
+from atp.decide.decisions import Decisions
 from atp.decide.maker import DecisionMaker, frozen
 from atp.decide.saliency import fisher_saliency, saliency_logits
+from atp.decide.scored import ScoredDecisions
 from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
 from atp.lora.regularizers import make_regularizer
@@ -41,7 +43,7 @@ class Pruning:
 
     model: from `add_lora`, on the device where it trains. calibration: what decisions are judged on. autocast: the
     dtype of calibration passes, None for that of the weights. Of `training` it takes the length of the search, the
-    regularizer and `max_bad_steps`.
+    regularizer and `max_bad_steps`. Steps are counted from the first one of the search.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Pruning:
         self.settings, self.training, self.seed = settings, training, seed
         self.device = next(model.parameters()).device
         self.autocast = autocast
-        self.decisions = self._make_decisions(prior=None)
+        self.decisions = self._make_decisions()
+        self._watching = False  # whether the running saliency looks at this step
+        self.scored = False  # whether the decisions know the saliency that they start from
         self.certificate: dict[str, Any] = {}
         self.refitted: list[str] = []  # base weights, by their names in the decoder, that the refit changed
         self.figures: dict[str, Tensor] = {}  # what steps have to say since the last record
@@ -73,18 +77,25 @@ class Pruning:
         return "masked_vs_cut" in self.certificate
 
     def start(self) -> None:
-        """Makes the decisions that the search starts from, by the saliency of the calibration data if so configured."""
-        prior = None
-        if self.settings.init == "saliency":
-            count = min(self.settings.saliency_windows, sized(self.calibration))
-            with frozen(self.model):
-                saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss)
-            self.controller.clear()
-            saliency = processes.from_main(saliency, "saliency")
-            prior = saliency_logits(saliency, self.space, self.settings.saliency_scale)
-        self.decisions = self._make_decisions(prior)
+        """Gives the decisions the saliency of the calibration data to start from, if they do not collect their own."""
+        self.scored = True
+        if self.settings.source == "running" or (self.settings.source == "learned" and self.settings.init == "paper"):
+            return
+        count = min(self.settings.saliency_windows, sized(self.calibration))
+        with frozen(self.model):
+            saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss)
+        self.controller.clear()
+        self.decisions = self._make_decisions(processes.from_main(saliency, "saliency"))
 
-    def _make_decisions(self, prior: Tensor | None) -> DecisionMaker:
+    def _make_decisions(self, saliency: Tensor | None = None) -> Decisions:
+        if self.settings.source != "learned":
+            scored = ScoredDecisions(self.space, self.settings, search_steps=self.training.search)
+            scored.saliency = scored.saliency if saliency is None else saliency
+            return scored
+        prior = None if saliency is None else saliency_logits(saliency, self.space, self.settings.saliency_scale)
+        return self._make_learned(prior)
+
+    def _make_learned(self, prior: Tensor | None) -> DecisionMaker:
         return DecisionMaker(
             self.space, self.settings, search_steps=self.training.search, prior=prior, seed=self.seed,
             max_bad_steps=self.training.max_bad_steps,
@@ -93,28 +104,60 @@ class Pruning:
     # Parts of a step
 
     def decide(self, step: int) -> None:
-        """A decision step and a new hard mask, in every `decisions.every`-th search step, counted from 0."""
+        """A decision step, if decisions are learned, and a new hard mask, in every `decisions.every`-th search step."""
+        self._watching = self.settings.source == "running" and step % self.settings.every == 0
         if step % self.settings.every:
             return
-        batch = self.calibration_batch(step // self.settings.every, self.settings.batch_size)
-        try:
-            with frozen(self.model), scope("masks"):
-                outcome = self.decisions.update(step, lambda mask: self.calibration_loss(batch, mask))
-                self.decisions.refresh(step)
-        finally:
-            self.controller.clear()
-        self.figures |= {"decision_loss": outcome.loss, "budget_loss": outcome.budget_loss}
+        if isinstance(self.decisions, DecisionMaker):
+            batch = self.calibration_batch(step // self.settings.every, self.settings.batch_size)
+            try:
+                with frozen(self.model), scope("masks"):
+                    outcome = self.decisions.update(step, lambda mask: self.calibration_loss(batch, mask))
+            finally:
+                self.controller.clear()
+            self.figures |= {"decision_loss": outcome.loss, "budget_loss": outcome.budget_loss}
+        with scope("masks"):
+            self.decisions.refresh(step)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """No mask, around forward and backward of one batch; a running saliency sees what each decision is worth."""
+        if self.settings.source != "running":
+            yield
+            return
+        with self._watched():
+            yield
 
     @contextmanager
     def masked(self) -> Iterator[None]:
         """The hard mask and the regularizer's part of the forward pass, around forward and backward of one batch."""
+        with (
+            self._watched() if self._watching and not self.decisions.frozen else self._hard(),
+            self.regularizer.applied(self.decisions.mask, sample=True),
+        ):
+            yield
+
+    @contextmanager
+    def _hard(self) -> Iterator[None]:
         with scope("masks"):
             self.controller.set(self.decisions.mask, "hard")
         try:
-            with self.regularizer.applied(self.decisions.mask, sample=True):
-                yield
+            yield
         finally:
             self.controller.clear()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """The values of the hard mask as a soft one, whose gradient the running saliency takes after the backward."""
+        mask = self._mask_on_device().float().requires_grad_()
+        with scope("masks"):
+            self.controller.set(mask, "soft")
+        try:
+            yield
+        finally:
+            self.controller.clear()
+        if mask.grad is not None and isinstance(self.decisions, ScoredDecisions):
+            self.decisions.observe(reduce(mask.grad, "mean"))
 
     def regularize(self, weight: float) -> None:
         """Adds the regularizer's gradient to clipped gradients."""
@@ -210,19 +253,19 @@ class Pruning:
     # Checkpoints
 
     def add_to(self, state: Checkpoint) -> None:
-        """Adds generator, decisions, certificate and regularizer to a checkpoint."""
+        """Adds decisions with what produces them, certificate and regularizer to a checkpoint."""
         decisions, weights = self.decisions, dict(self.decoder.named_parameters())
-        moments = optimizer_tensors(decisions.optimizer, _names(decisions))
-        state.tensors |= {
-            **prefixed("generator", decisions.generator.state_dict()),
-            **prefixed("decision_optimizer", moments),
-            "mask": decisions.mask,
-            "rng.decision": decisions.noise.get_state(),
-            **prefixed("refit", {name: weights[name] for name in self.refitted}),
-        }
+        state.tensors |= {"mask": decisions.mask, **prefixed("refit", {name: weights[name] for name in self.refitted})}
+        if isinstance(decisions, DecisionMaker):
+            state.tensors |= prefixed("generator", decisions.generator.state_dict())
+            state.tensors |= prefixed("decision_optimizer", optimizer_tensors(decisions.optimizer, _names(decisions)))
+            state.tensors["rng.decision"] = decisions.noise.get_state()
+        elif isinstance(decisions, ScoredDecisions):
+            state.tensors["saliency"] = decisions.saliency
         if not self.is_cut:
             state.tensors |= prefixed("regularizer", self.regularizer.state_dict())
         state.meta |= {
+            "scored": self.scored,
             "frozen": decisions.frozen,
             "certificate": self.certificate,
             "finite_decisions": decisions.finite.state(),
@@ -230,13 +273,17 @@ class Pruning:
 
     def load(self, state: Checkpoint) -> None:
         """The inverse of `add_to`, on the uncut model; cuts it if it was cut."""
-        self.decisions = decisions = self._make_decisions(state.tensors["generator.prior"])
-        decisions.generator.load_state_dict(state.part("generator"))
-        load_optimizer_tensors(decisions.optimizer, _names(decisions), state.part("decision_optimizer"))
-        decisions.noise.set_state(state.tensors["rng.decision"])
-        decisions.mask = state.tensors["mask"].bool()
-        decisions.frozen = state.meta["frozen"]
-        decisions.finite.restore(state.meta["finite_decisions"])
+        if "saliency" in state.tensors:
+            self.decisions = self._make_decisions(state.tensors["saliency"])
+        else:
+            self.decisions = learned = self._make_learned(state.tensors["generator.prior"])
+            learned.generator.load_state_dict(state.part("generator"))
+            load_optimizer_tensors(learned.optimizer, _names(learned), state.part("decision_optimizer"))
+            learned.noise.set_state(state.tensors["rng.decision"])
+        self.scored = state.meta["scored"]
+        self.decisions.mask = state.tensors["mask"].bool()
+        self.decisions.frozen = state.meta["frozen"]
+        self.decisions.finite.restore(state.meta["finite_decisions"])
         self.certificate = state.meta["certificate"]
         if self.is_cut:
             self.become_cut()

@@ -8,26 +8,33 @@ from typing import Literal
 
 from atp.config import TrainingConfig
 
-Phase = Literal["search", "settle", "tune"]
+Phase = Literal["open", "search", "settle", "tune"]
 
 
 @dataclass(frozen=True)
 class Phases:
-    """Search -> settle -> cut -> tune. The cut happens between the last settle step and the first tune step."""
+    """Open -> search -> settle -> cut -> tune. The cut happens between the last settle step and the first tune step."""
 
     search: int
     settle: int
     tune: int
+    open: int = 0
 
     @classmethod
     def from_config(cls, config: TrainingConfig) -> Phases:
         """The phases a training config asks for."""
-        return cls(config.search, config.settle, config.tune)
+        before = config.opened + config.search + config.settle
+        return cls(config.search, config.settle, config.total - before, config.opened)
+
+    @property
+    def freeze_step(self) -> int:
+        """Number of LoRA steps done when the decisions are frozen."""
+        return self.open + self.search
 
     @property
     def cut_step(self) -> int:
         """Number of LoRA steps done when the model is cut."""
-        return self.search + self.settle
+        return self.freeze_step + self.settle
 
     @property
     def total(self) -> int:
@@ -36,7 +43,9 @@ class Phases:
 
     def of(self, step: int) -> Phase:
         """The phase of the LoRA step with this number, counted from 0."""
-        if step < self.search:
+        if step < self.open:
+            return "open"
+        if step < self.freeze_step:
             return "search"
         return "settle" if step < self.cut_step else "tune"
 

@@ -1,4 +1,4 @@
-"""`ATPTrainer`: the one-stage job. `train` runs search, settle, cut and tune, in this order, in one loop.
+"""`ATPTrainer`: the one-stage job. `train` runs open, search, settle, cut and tune, in this order, in one loop.
 
 The cut is a checkpoint rewritten for the smaller model, so a resumed run and an unbroken one take the same path.
 """
@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from atp import processes
 from atp.checks import check_reachable
 from atp.config import ATPConfig
-from atp.decide.maker import DecisionMaker
+from atp.decide.decisions import Decisions
 from atp.errors import InputError
 from atp.export.card import model_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
@@ -28,7 +30,8 @@ from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record
 from atp.training.certificate import write_certificate
 from atp.training.checkpoint import Checkpoint
-from atp.training.loop import Loop, search_step, settle_step, tune_step
+from atp.training.distill import Teacher
+from atp.training.loop import Loop, open_step, search_step, settle_step, tune_step
 from atp.training.pruning import Pruning
 from atp.training.resume import fingerprints
 from atp.training.schedule import Phases
@@ -60,6 +63,7 @@ class ATPTrainer(Loop):
             config, wrapped, train_dataset, Path(config.output_dir), phases, tokenizer=tokenizer, callbacks=callbacks
         )
         self.params_before = params_before
+        self._taught: dict[str, Tensor] = {}  # the adapter that the teacher was made with
         self.pruning = Pruning(
             self.model, space, calibration_dataset, config.decisions, config.training, seed=config.seed,
             autocast=self.autocast_dtype,
@@ -83,8 +87,8 @@ class ATPTrainer(Loop):
         return self.pruning.space
 
     @property
-    def decisions(self) -> DecisionMaker:
-        """The generator and the mask it has come to."""
+    def decisions(self) -> Decisions:
+        """The decisions and the mask they have come to."""
         return self.pruning.decisions
 
     @property
@@ -95,7 +99,7 @@ class ATPTrainer(Loop):
     # The run, phase by phase
 
     def train(self, resume: bool = False) -> None:
-        """Runs what is left of search -> settle -> cut -> tune. resume continues the newest complete checkpoint.
+        """Runs what is left of open -> search -> settle -> cut -> tune. resume: from the newest complete checkpoint.
 
         Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite or
         the cut changes the model.
@@ -106,7 +110,12 @@ class ATPTrainer(Loop):
         phases, pruning = self.phases, self.pruning
         self._restore(checkpoints.load(path)) if path else self._start()
         with self.session():
-            self.run("search", partial(search_step, self, pruning), until=phases.search)
+            self.run("open", partial(open_step, self, pruning), until=phases.open)
+            if not pruning.scored:
+                self._score()
+            if self.teacher is None and self.config.training.distill and phases.open:
+                self._teach()
+            self.run("search", partial(search_step, self, pruning), until=phases.freeze_step)
             if not self.decisions.frozen:
                 self._freeze()
             self.run("settle", partial(settle_step, self, pruning), until=phases.cut_step)
@@ -116,8 +125,17 @@ class ATPTrainer(Loop):
 
     def _start(self) -> None:
         set_seed(self.config.seed)  # whatever this process drew before must not matter
+        if self.config.decisions.source == "static":
+            self._score()
+
+    def _score(self) -> None:
         with self.clock.timed("saliency"):
             self.pruning.start()
+
+    def _teach(self) -> None:
+        """Makes the model as it is the teacher of all later steps."""
+        self._taught = {name: self.model.get_parameter(name).detach().clone() for name in self._trained}
+        self.teacher = Teacher(self.model, self.config.training.distill, self.autocast_dtype)
 
     def _freeze(self) -> None:
         self.begin("settle")
@@ -126,6 +144,8 @@ class ATPTrainer(Loop):
         if self.config.decisions.refit_windows:
             with self.clock.timed("refit"):
                 self.pruning.refit()
+        if self.phases.settle == 0:
+            self.pruning.shrink(steps_left=0)
 
     def _cut(self) -> None:
         """Cuts model and optimizer, writes the checkpoint that tune starts from, and continues from it."""
@@ -168,7 +188,7 @@ class ATPTrainer(Loop):
         self.decisions.finite.report()
 
     def record(self) -> Record:
-        return {} if self.phase == "tune" else self.pruning.record(self.step)
+        return self.pruning.record(self.step - self.phases.open) if self.phase in ("search", "settle") else {}
 
     def samples(self) -> dict[str, Dataset]:
         return {**super().samples(), "calibration": self.pruning.calibration}
@@ -176,10 +196,17 @@ class ATPTrainer(Loop):
     def checkpoint(self) -> Checkpoint:
         state = super().checkpoint()
         self.pruning.add_to(state)
+        state.tensors |= checkpoints.prefixed("teacher", self._taught)
         return state
 
     def _restore(self, state: Checkpoint) -> None:
         self.refuse_other_run(state)
+        taught = state.part("teacher")
+        if taught:
+            with torch.no_grad():
+                for name, value in taught.items():
+                    self.model.get_parameter(name).copy_(value)
+            self._teach()
         self.pruning.load(state)
         if self.pruning.is_cut:
             self.bind(self.pruning.model)

@@ -40,13 +40,21 @@ def test_what_cannot_be_is_refused_before_anything_is_written(config, model, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_labels_without_tokens_of_their_own_are_refused_before_anything_is_written(config, tmp_path):
+    """The tokenizer knows yes and no; the other two are <unk> to it."""
+    config = changed(config, "data.labels=[yes, no, perhaps, surely]", f"output_dir={tmp_path / 'run'}")
+    with pytest.raises(InputError, match="labels 'perhaps' and 'surely' become the same tokens: change data.labels"):
+        Run(config, resume=False, command="").execute()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_falls_short_is_said(config):
     few = changed(config, "evaluation.windows=2", "evaluation.questions=2", "decisions.refit_windows=0")
     tokenizer = load_tokenizer(few.model)
     assert shortfalls(few, load_data(few, tokenizer)) == []
     many = changed(
         config, "evaluation.windows=200", "evaluation.questions=300", "decisions.refit_windows=400",
-        "decisions.saliency_windows=500", "data.labels=[yes, no, maybe]",
+        "decisions.saliency_windows=500", "data.labels=[yes, no, maybe]", "evaluation.answers=true",
     )  # fmt: skip
     data = load_data(many, tokenizer)
     assert shortfalls(many, data) == [
@@ -70,3 +78,13 @@ def test_samples_that_are_cut_are_counted_in_the_description(config, tmp_path, p
     assert data.splits.description.endswith(sentence)
     short = changed(long, "data.length=64")
     assert "data.length" not in load_data(short, load_tokenizer(long.model)).splits.description
+
+
+def test_a_shown_question_needs_a_task_with_labels(config):
+    tokenizer = load_tokenizer(config.model)
+    sentence = "evaluation.answers is true, but no task with labels is scored"
+    for overrides in (["evaluation.questions=0"], ["data.labels=[]"]):
+        unlabelled = changed(config, *overrides)
+        assert sentence not in shortfalls(unlabelled, load_data(unlabelled, tokenizer))
+        asked = changed(unlabelled, "evaluation.answers=true")
+        assert sentence in shortfalls(asked, load_data(asked, tokenizer))

@@ -79,7 +79,7 @@ def config(shared, tmp_path):
         "output_dir": str(tmp_path / "out"),
         "data": {"train": str(shared / "data.jsonl"), "length": 16, "general_share": 0.0},
         # A channel of so small a model is more than the tolerance on the budget: what 24 of 40 of them keep.
-        "decisions": {"target_keep": 0.6066},
+        "decisions": {"space": "head_dim", "target_keep": 0.6066},
         "training": {"batch_size": 1},
     }
     path = tmp_path / "config.yaml"

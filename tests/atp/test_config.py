@@ -55,7 +55,7 @@ def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest
 
 def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_an_answer():
     assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': the known keys are r, alpha, dropout"
-    assert "search, training.settle and training.tune set the length" in refused(training={"num_train_epochs": 3})
+    assert "training.steps sets the length" in refused(training={"num_train_epochs": 3})
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_dump_reads_back_as_the_same_config(tmp_path):
 def test_changed_config_is_refused_with_its_differences():
     started = parse()
     started.refuse_change_of(started.model_dump(mode="json"))
-    with pytest.raises(InputError, match=r"\(seed: 0 -> 1; lora\.r: 8 -> 4\): restore it or start a new run"):
+    with pytest.raises(InputError, match=r"\(seed: 0 -> 1; lora\.r: 16 -> 4\): restore it or start a new run"):
         parse(seed=1, lora={"r": 4}).refuse_change_of(started.model_dump(mode="json"))
 
 

@@ -21,7 +21,7 @@ from atp.training.trainer import ATPTrainer
 
 SEARCH, SETTLE = 5, 2
 STEPS = SEARCH + SETTLE
-DECISIONS = {"target_keep": 0.6, "saliency_windows": 4, "refit_windows": 4}
+DECISIONS = {"space": "head_dim", "source": "learned", "target_keep": 0.6, "saliency_windows": 4, "refit_windows": 4}
 
 
 def llama():
@@ -46,14 +46,14 @@ def adapter(**options):
     )
 
 
-def ours(folder, accumulation, **training):
+def ours(folder, accumulation, source="learned", **training):
     """A run of our own loop that ends at the cut."""
     values = {
-        "model": {"path": "tiny"}, "output_dir": str(folder), "seed": 3, "decisions": DECISIONS,
+        "model": {"path": "tiny"}, "output_dir": str(folder), "seed": 3, "decisions": DECISIONS | {"source": source},
         "lora": {"r": 4, "alpha": 4, "dropout": 0.0},
         "training": {"search": SEARCH, "settle": SETTLE, "tune": 0, "batch_size": 2, "save_every": 100, "lr": 1e-2,
                      "gradient_accumulation": accumulation, "schedule": "constant", "warmup": 0,
-                     "precision": "float32"} | training,
+                     "precision": "float32", "beta2": 0.999} | training,
     }  # fmt: skip
     return ATPTrainer(ATPConfig.parse(values), llama(), windows(20, 1), windows(6, 2))
 
@@ -115,13 +115,15 @@ def assert_equal_to_ours(trainer, folder, callback, smaller, losses):
     assert smaller.num_parameters() < llama().num_parameters()
 
 
-@pytest.mark.parametrize("regularizer", ["lasso", "l0"])
+@pytest.mark.parametrize(
+    ("source", "regularizer"), [("learned", "lasso"), ("learned", "l0"), ("tuned", "lasso"), ("running", "lasso")]
+)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, regularizer, accumulation):
-    own = ours(tmp_path, accumulation, regularizer=regularizer)
+def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, source, regularizer, accumulation):
+    own = ours(tmp_path, accumulation, source, regularizer=regularizer)
     samples, model = read_by(own), stock(lora_of(own))
     own.train()  # first: arguments of transformers reset what accelerate knows of the process
-    callback = atp_callback(regularizer=regularizer)
+    callback = atp_callback(regularizer=regularizer, decisions=DECISIONS | {"source": source})
     args = settings(TrainingArguments, tmp_path / "hf", accumulation)
     trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback], compute_loss_func=loss_in_float64)
     trainer.train()

@@ -20,6 +20,7 @@ PRIVATES = {
     "_register_custom_module": "peft",
     "_attn_implementation": None,  # how transformers' guide to custom attention reads it
     "_exit": None,  # os._exit
+    "_version": None,  # a tensor's version counter, as torch's notes on autograd describe it
 }
 
 

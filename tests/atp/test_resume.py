@@ -182,7 +182,7 @@ def test_the_checkpoint_knows_what_the_folder_has_lost(inputs, tmp_path, name):
     with stopping_at(ATPTrainer, "export"):
         start(config, out)
     (out / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"lora\.r: 8 -> 4"):
+    with pytest.raises(InputError, match=r"lora\.r: 16 -> 4"):
         start(config, out, resume=True, lora={"r": 4})
     weights(folder)
     with pytest.raises(InputError, match="base weights"):

@@ -66,17 +66,33 @@ def test_completions_without_labels_are_generated(folder):
 
 
 def test_relative_to_the_dense_model(folder, tmp_path):
-    dense = scored(folder, labels=("yes", "no"))
+    """Untuned models give one answer to everything, so the file is made to hold a dense model that is always right."""
+    options = {"labels": ("yes", "no"), "questions": 24}
+    dense = scored(folder, **options)
     path = tmp_path / "dense.json"
     path.write_text(json.dumps(dense))
-    same = scored(folder, labels=("yes", "no"), dense=str(path))
-    assert same["relative_performance"] == 1 and same["perplexity_ratio"] == 1
-    other = scored(folder, seed=1, labels=("yes", "no"), dense=str(path))
-    expected = other["tasks"]["qa"]["macro_f1"] / dense["tasks"]["qa"]["macro_f1"]
-    assert other["relative_performance"] == pytest.approx(expected)
+    same = scored(folder, **options, dense=str(path))
+    assert same["relative_performance"] is None and same["perplexity_ratio"] == 1
+    assert ("relative_performance", None, None) in flat_scores(same)
+    (sentence,) = (remark for remark in same["remarks"] if "not measurable" in remark)
+    assert sentence.startswith("Relative performance in qa macro_f1 is not measurable: the tuned dense model's")
+    qa = dense["tasks"]["qa"]
+    qa["items"] = [[truth, truth] for truth, _ in qa["items"]]
+    path.write_text(json.dumps(dense))
+    other = scored(folder, seed=1, **options, dense=str(path))
+    assert other["relative_performance"] == pytest.approx(other["tasks"]["qa"]["macro_f1"] / 1)
     assert other["perplexity_ratio"] == pytest.approx(other["perplexity"] / dense["perplexity"])
     with pytest.raises(InputError, match="not scored on the same items"):
-        scored(folder, labels=("yes", "no"), documents=3, dense=str(path))
+        scored(folder, **options, documents=3, dense=str(path))
+
+
+def test_the_majority_label_of_a_file_is_that_of_its_questions(folder):
+    """The file has no training part. Its first six answers are yes, no, no, yes, no, no."""
+    scores = scored(folder, labels=("yes", "no"))
+    found = scores["majority"]["qa"]
+    assert (found["label"], found["of"], found["accuracy"]) == ("no", "test", pytest.approx(4 / 6))
+    flat = {name: value for name, value, _ in flat_scores(scores)}
+    assert flat["majority qa accuracy"] == found["accuracy"]
 
 
 def test_a_config_of_a_run_gives_the_split_of_that_run(folder, tmp_path):
@@ -88,6 +104,7 @@ def test_a_config_of_a_run_gives_the_split_of_that_run(folder, tmp_path):
     config.write_text(yaml.safe_dump(values))
     scores = score_folder(str(folder / "model0"), replace(OPTIONS, suite=str(config), questions=30))
     assert scores["tasks"]["qa"]["n"] == 6, "a fifth of 30 documents is held out"
+    assert scores["majority"]["qa"]["of"] == "train"
 
 
 @pytest.mark.parametrize(
@@ -112,8 +129,15 @@ def test_a_window_beyond_the_positions_is_refused_before_the_model_runs(folder, 
         scored(folder, stride=16)
 
 
+def test_labels_without_tokens_of_their_own_are_refused_before_the_model_runs(folder, monkeypatch):
+    monkeypatch.setattr("atp.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
+    with pytest.raises(InputError, match="labels 'perhaps' and 'surely' become the same tokens"):
+        scored(folder, labels=("yes", "no", "perhaps", "surely"))
+
+
 def test_what_there_is_less_of_than_asked_is_said(folder):
     assert scored(folder)["remarks"] == []
     assert scored(folder, labels=("yes", "no"), documents=31, questions=99)["remarks"] == [
-        "--documents is 31, but there are only 30 documents", "--questions is 99, but there are only 30 of qa"
+        "--documents is 31, but there are only 30 documents", "--questions is 99, but there are only 30 of qa",
+        "Majority label of qa: always 'no', the most frequent answer of the test questions.",
     ]  # fmt: skip

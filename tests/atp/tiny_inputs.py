@@ -25,9 +25,10 @@ def tiny_config(folder):
         intermediate_size=96, eos_token_id=1, bos_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(llama).save_pretrained(folder)
+    answers = ["no", "yes"] * 30
     rows = [
-        {"prompt": f"{i} {' '.join(WORDS[:11])} {'yes' if i % 2 else 'no'} the", "completion": "yes" if i % 2 else "no"}
-        for i in range(60)
+        {"prompt": f"{i} {' '.join(WORDS[:11])} {answer}", "completion": f" {answer}"}
+        for i, answer in enumerate(answers)
     ]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return ATPConfig.parse(

@@ -9,10 +9,12 @@ import pytest
 from tiny_callbacks import StopAt
 
 from atp.compare import Comparison, baseline_run
-from atp.compare.results import Member, over_seeds, results
+from atp.compare.page import write_pages
+from atp.compare.results import Member, results, unmeasurable
 from atp.compare.table import markdown, table
 from atp.data import Task
 from atp.errors import InputError, Interrupted, NotReached
+from atp.evaluation.bootstrap import over_seeds
 
 METHODS = ["dense_lora", "atp", "slicegpt"]
 STEPS = 6
@@ -70,9 +72,39 @@ def test_artifacts(finished):
 def test_dense_against_itself_is_one(finished):
     _, content = finished
     row = content["methods"]["dense_lora"]
-    assert row["relative_performance"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert row["relative_performance"] == {"value": 1.0, "interval": [1.0, 1.0]} and content["not_measurable"] == {}
     assert row["perplexity_ratio"] == {"value": 1.0, "interval": [1.0, 1.0]}
     assert content["methods"]["original"]["perplexity_ratio"]["value"] > 1
+
+
+def test_where_the_dense_model_has_learnt_nothing_the_page_says_not_measurable(finished, tmp_path):
+    """Every cell of relative performance, the remarks, and no panel of the picture."""
+    members = [member("dense_lora", 0, 0), member("static", 0, 4)]
+    unclear = unmeasurable(members, [QA], WRONG)
+    content = finished[1] | {"methods": results(members, [QA], WRONG), "not_measurable": unclear, "majority": {}}
+    assert content["methods"]["static"]["relative_performance"] is None
+    write_pages(tmp_path, content)
+    rows = (tmp_path / "comparison.md").read_text(encoding="utf-8").splitlines()
+    assert sum(row.count("| not measurable |") for row in rows if row.startswith("|")) == 3
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8").replace("&#39;", "'")
+    sentence = f"Relative performance in qa accuracy is not measurable: {unclear['qa accuracy']}."
+    assert sentence in page and page.count("<td>not measurable</td>") == 3
+    assert "perplexity / dense" in page and "relative performance</text>" not in page
+
+
+def test_the_majority_label_stands_beside_the_methods(finished):
+    """Of 60 questions half are answered yes; the constant answer's row has the scores of those that are tested."""
+    folder, content = finished
+    found, evaluation = content["majority"]["qa"], read(folder, "atp-seed0/evaluation.json")
+    truth = [truth for truth, _ in evaluation["final"]["tasks"]["qa"]["items"]]
+    assert found["accuracy"] == truth.count(found["label"]) / len(truth)
+    assert found == {key: value for key, value in evaluation["majority"]["qa"].items() if key != "items"}
+    head, rows = table(content)
+    assert [row for row in rows if row[0] == "majority label"] == [rows[-1]]
+    low, high = found["macro_f1_interval"]
+    assert rows[-1][head.index("qa macro f1 ↑")] == f"{found['macro_f1']:.3f} ({low:.3f} to {high:.3f})"
+    assert set(rows[-1][1:]) - {rows[-1][head.index("qa macro f1 ↑")]} == {"–"}
+    assert "| majority label | – |" in (folder / "comparison.md").read_text(encoding="utf-8")
 
 
 def test_an_interrupted_comparison_goes_on_and_ends_the_same(config, finished, tmp_path, monkeypatch):
@@ -121,6 +153,7 @@ def test_unknown_method_names_the_nearest(config, tmp_path):
 
 
 QA = Task("qa", ("yes", "no"), ("accuracy",))
+WRONG = {"qa": {"items": [["yes", "no"]] * 10}}  # a majority label that is never right
 
 
 def member(method, seed, right, nll=1.0):
@@ -134,7 +167,8 @@ def member(method, seed, right, nll=1.0):
 
 def test_figures_by_hand():
     found = results([member("dense_lora", 0, 8), member("dense_lora", 1, 10), member("static", 0, 4, nll=2.0),
-                     member("static", 1, 10, nll=1.5)], [QA])  # fmt: skip
+                     member("static", 1, 10, nll=1.5)], [QA], WRONG)  # fmt: skip
+    assert found["dense_lora"]["relative_performance"] == {"value": 1.0, "interval": [1.0, 1.0]}
     row = found["static"]
     assert row["scores"]["qa accuracy"]["value"] == pytest.approx((0.4 + 1.0) / 2)
     assert row["relative_performance"]["value"] == pytest.approx((4 / 8 + 10 / 10) / 2)
@@ -145,11 +179,20 @@ def test_figures_by_hand():
 
 
 def test_without_dense_there_is_nothing_relative():
-    content = {"methods": results([member("static", 0, 4)], [QA])}
+    content = {"methods": results([member("static", 0, 4)], [QA], WRONG)}
     assert "relative_performance" not in content["methods"]["static"]
     head, rows = table(content)
     assert all(len(row) == len(head) for row in rows)
     assert rows[1][head.index("relative performance ↑")] == "–"
+
+
+@pytest.mark.parametrize(("right", "measurable"), [((8, 10), True), ((8, 0), False), ((0, 0), False)])
+def test_dense_must_beat_the_majority_label_over_all_seeds(right, measurable):
+    """A seed that learns nothing leaves it open whether the dense model learns the task at all."""
+    members = [member("dense_lora", seed, count) for seed, count in enumerate(right)]
+    mean = results(members, [QA], WRONG)["dense_lora"]["relative_performance"]
+    assert (mean is not None) == measurable
+    assert list(unmeasurable(members, [QA], WRONG)) == ([] if measurable else ["qa accuracy"])
 
 
 def test_interval_over_seeds_and_items_matches_the_analytic_spread():
@@ -178,6 +221,7 @@ def test_a_baseline_whose_model_is_not_the_trained_one_fails(config, tmp_path, m
     [
         ("decisions", "target_keep", 0.01, ["dense_lora", "atp"], "the nearest share .* keep"),
         ("data", "length", 4096, ["dense_lora"], "data.length is 4096, but the model has only 2048 positions"),
+        ("data", "labels", ["yes", "no", "perhaps", "surely"], ["dense_lora"], "become the same tokens"),
     ],
 )
 def test_what_one_member_cannot_do_is_refused_before_the_first(config, tmp_path, section, key, value, methods, message):

@@ -21,10 +21,18 @@ def answers(*right):
     return [["yes", "yes" if hit else "no"] for hit in right]
 
 
+def majority(truths, label="no", task="qa"):
+    """The constant answer to these questions: always wrong in `answers`, unless the label is yes."""
+    return {task: {"items": [[truth, label] for truth in truths]}}
+
+
+WRONG = majority(["yes"])
+
+
 def test_mean_of_ratios_by_hand():
     dense = scores([[2.0, 4], [4.0, 4]], qa=answers(1, 1, 1, 0), free=[[0.4, 0.2, 0.4, "a"], [0.6, 0.2, 0.4, "b"]])
     pruned = scores([[4.0, 4], [4.0, 4]], qa=answers(1, 1, 0, 0), free=[[0.5, 0.1, 0.4, "c"], [0.3, 0.1, 0.4, "d"]])
-    found = relative_performance(pruned, dense, [QA, FREE])
+    found = relative_performance(pruned, dense, [QA, FREE], majority(["yes"] * 4))
     assert found["ratios"] == pytest.approx(
         {"qa accuracy": 2 / 3, "free rouge1": 0.8, "free rouge2": 0.5, "free rougeL": 1.0}
     )
@@ -34,16 +42,17 @@ def test_mean_of_ratios_by_hand():
 
 
 def test_macro_f1_is_the_default_metric():
-    truth = ["yes", "yes", "no", "no"]
+    truth = ["yes", "no"] * 20
     dense = scores([[1.0, 1]], f1=[[t, t] for t in truth])
     pruned = scores([[1.0, 1]], f1=[[t, "yes"] for t in truth])
-    # F1 of yes 4/6, of no 0, against 1 and 1.
-    assert relative_performance(pruned, dense, [F1])["relative_performance"] == pytest.approx(1 / 3)
+    # F1 of yes 40/60, of no 0, against 1 and 1.
+    found = relative_performance(pruned, dense, [F1], majority(truth, task="f1"))
+    assert found["relative_performance"] == pytest.approx(1 / 3)
 
 
 def test_a_model_against_itself_is_one_without_spread():
     same = scores([[float(n), n] for n in range(1, 31)], qa=answers(*[1, 0] * 20))
-    found = relative_performance(same, same, [QA])
+    found = relative_performance(same, same, [QA], majority(["yes"] * 40))
     assert found["relative_performance"] == 1 and found["relative_performance_interval"] == [1, 1]
     assert found["perplexity_ratio_interval"] == [1, 1]
 
@@ -52,7 +61,8 @@ def test_shared_items_narrow_the_interval():
     rng = np.random.default_rng(1)
     dense = (rng.random(300) < 0.6).astype(int)
     pruned = dense * (rng.random(300) < 0.9)
-    found = relative_performance(scores([[1.0, 1]], qa=answers(*pruned)), scores([[1.0, 1]], qa=answers(*dense)), [QA])
+    models = (scores([[1.0, 1]], qa=answers(*hits)) for hits in (pruned, dense))
+    found = relative_performance(*models, [QA], majority(["yes"] * 300))
     low, high = found["relative_performance_interval"]
     assert low < found["relative_performance"] < high
     apart = [rng.choice(pruned, 300).mean() / rng.choice(dense, 300).mean() for _ in range(500)]
@@ -62,10 +72,43 @@ def test_shared_items_narrow_the_interval():
 
 def test_metric_that_the_dense_model_misses_is_left_out():
     dense = scores([[1.0, 1]], qa=answers(0, 0), free=[[0.5, 0.0, 0.5, "a"]])
-    found = relative_performance(dense, dense, [QA, FREE])
-    assert found["ratios"] == {"free rouge1": 1, "free rougeL": 1}
-    assert "relative_performance" not in relative_performance(dense, dense, [QA])
-    assert "relative_performance" not in relative_performance(dense, dense, [])
+    wrong = majority(["yes"] * 2)
+    found = relative_performance(dense, dense, [QA, FREE], wrong)
+    assert found["ratios"] == {"free rouge1": 1, "free rougeL": 1, "qa accuracy": None}
+    assert found["relative_performance"] == 1 and found["not_measurable"].keys() == {"qa accuracy"}
+    found = relative_performance(dense, dense, [QA], wrong)
+    assert found["relative_performance"] is None and found["relative_performance_interval"] is None
+    assert "relative_performance" not in relative_performance(dense, dense, [], {})
+
+
+def test_a_tuned_model_that_gives_one_answer_measures_nothing():
+    """The case of old tables: every model answers with the majority label, and all of them keep 1.000 of it."""
+    truth = ["yes"] * 28 + ["no"] * 22
+    same = scores([[1.0, 1]], f1=[[t, "yes"] for t in truth], free=[[0.4, 0.4, 0.4, "a"]])
+    found = relative_performance(same, same, [F1], majority(truth, "yes", "f1"))
+    assert found["ratios"] == {"f1 macro_f1": None} and found["relative_performance"] is None
+    f1 = 2 * 28 / (28 + 50) / 2
+    assert found["not_measurable"] == {
+        "f1 macro_f1": f"the tuned dense model's {f1:.3f} is not clearly above the majority label's {f1:.3f} "
+        "(difference 0.000, 95 %: 0.000 to 0.000)"
+    }
+    found = relative_performance(same, same, [F1, FREE], majority(truth, "yes", "f1"))
+    assert found["relative_performance"] == 1 and list(found["not_measurable"]) == ["f1 macro_f1"]
+
+
+@pytest.mark.parametrize(("gained", "measurable"), [(2, False), (12, True)])
+def test_the_difference_is_judged_question_by_question(gained, measurable):
+    """Dense gets right what the label gets right, and 2 or 12 more of 200: a lead of 0.06 within both intervals.
+
+    Its standard error is sqrt(p (1 - p) / 200) for p = 12/200, thus 0.017, not the 0.048 of two independent scores; for
+    p = 2/200 the lead is 1.4 standard errors.
+    """
+    truth = ["yes"] * 120 + ["no"] * 80
+    right = 120 + gained
+    dense = scores([[1.0, 1]], qa=[[t, t if n < right else "yes"] for n, t in enumerate(truth)])
+    found = relative_performance(dense, dense, [QA], majority(truth, "yes"))
+    assert found["relative_performance"] == (1 if measurable else None)
+    assert bool(found["not_measurable"]) != measurable
 
 
 @pytest.mark.parametrize(
@@ -79,4 +122,11 @@ def test_metric_that_the_dense_model_misses_is_left_out():
 )
 def test_other_items_are_refused(other):
     with pytest.raises(InputError, match="not scored on the same items"):
-        relative_performance(scores([[1.0, 1]], qa=answers(1)), other, [QA])
+        relative_performance(scores([[1.0, 1]], qa=answers(1)), other, [QA], WRONG)
+
+
+@pytest.mark.parametrize("wrong", [majority(["yes", "yes"]), majority(["no"])])
+def test_the_majority_label_of_other_questions_is_refused(wrong):
+    same = scores([[1.0, 1]], qa=answers(1))
+    with pytest.raises(InputError, match="qa: the two models were not scored on the same items"):
+        relative_performance(same, same, [QA], wrong)

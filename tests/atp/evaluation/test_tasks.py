@@ -5,7 +5,9 @@ import torch
 from tiny_scored import LABELS, WORDS, float64_log_probs, tiny_model
 
 from atp.data.splits import Example
+from atp.data.tasks import Task
 from atp.errors import InputError, NotReached
+from atp.evaluation.suite import check_questions
 from atp.evaluation.tasks import Question, label_scores, score_labels, tokenize_questions
 
 
@@ -60,6 +62,22 @@ def test_label_refusals(model, tokenizer, examples):
         label_scores(model, tokenizer, examples, ("yes", "no"))
     with pytest.raises(InputError, match="no labelled examples"):
         label_scores(model, tokenizer, [], LABELS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("yes", "no", "maybe", "sure thing", "sure bet"), "labels 'sure thing' and 'sure bet' become the same tokens"),
+        (("yes", "no", "maybe", "  "), "label ' ' becomes no token after a prompt: change data.labels"),
+    ],
+)
+def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused(model, tokenizer, examples, labels, message):
+    """Words that the tokenizer does not know become <unk>, whichever they are."""
+    with pytest.raises(InputError, match=message):
+        label_scores(model, tokenizer, examples, labels)
+    with pytest.raises(InputError, match=message):
+        check_questions(tokenizer, model.config, examples, [Task("qa", labels)])
+    check_questions(tokenizer, model.config, examples, [Task("qa", ("yes", "no", "maybe"))])
 
 
 def test_answers_of_a_model_that_gives_nan_are_not_scored(tokenizer, examples):

@@ -57,6 +57,8 @@ def test_record_of_an_experiment(write, tmp_path):
     labels = ["dense_lora", "atp target_keep=0.6", "atp target_keep=0.8", "static target_keep=0.6",
               "static target_keep=0.8"]  # fmt: skip
     assert list(content["domains"]["custom"]) == ["original", *labels] and not content["missing"]
+    majority = content["majority"]["custom"]["qa"]
+    assert majority["n"] == 10 and content["not_measurable"] == {"custom": {}}
     rows = rows_of(tmp_path)
     assert [row["arm"] for row in rows] == labels
     for row in rows:
@@ -64,6 +66,7 @@ def test_record_of_an_experiment(write, tmp_path):
         assert float(row["keep_decoder"]) == pytest.approx(kept, abs=0.02)
         summary = json.loads((tmp_path / "runs/custom" / folder_of(row["arm"]) / "summary.json").read_text())
         assert float(row["perplexity"]) == pytest.approx(summary["perplexity"]["final"], abs=1e-3)
+        assert float(row["qa macro_f1 majority label"]) == pytest.approx(majority["macro_f1"], abs=1e-4)
         assert float(row["perplexity low"]) <= float(row["perplexity"]) <= float(row["perplexity high"])
         assert (row["frozen_vs_cut"] != "") == row["arm"].startswith("atp") == (row["changed"] != "")
     assert (tmp_path / "out" / "which.png").read_bytes().startswith(b"\x89PNG")
@@ -78,7 +81,7 @@ def test_record_of_an_experiment(write, tmp_path):
     curve = (tmp_path / "out" / "which.png").read_bytes()
     experiment(write(arms=[{"method": ["atp", "static"]}], picture="decisions", x=None), tmp_path).execute()
     assert (tmp_path / "out" / "which.png").read_bytes() != curve
-    with pytest.raises(InputError, match="cannot resume under a changed config .*lora.r: 8 -> 4"):
+    with pytest.raises(InputError, match="cannot resume under a changed config .*lora.r: 16 -> 4"):
         experiment(path, tmp_path, ["lora.r=4"]).execute()
 
 
@@ -176,7 +179,8 @@ def test_changed_share_is_the_mean_after_the_budget_is_reached(tmp_path):
     assert changed_share(tmp_path / "none") == ""
 
 
-FILES = sorted(p.stem for p in (Path(__file__).parents[3] / "experiments").glob("*.yaml") if p.stem != "base")
+FOLDER = Path(__file__).parents[3] / "experiments"
+FILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("base"))
 
 
 @pytest.mark.parametrize("name", FILES)

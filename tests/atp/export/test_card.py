@@ -26,6 +26,9 @@ SUMMARY = {
         "final": {"accuracy": 0.56, "accuracy_interval": [0.4, 0.7], "n": 50, "macro_f1": 0.239,
                   "macro_f1_interval": [0.2, 0.3]},
     },
+    "majority": {"pubmedqa": {"label": "yes", "of": "train", "accuracy": 0.5512, "macro_f1": 0.0, "n": 50}},
+    "relative_performance": None, "relative_performance_interval": None,
+    "not_measurable": {"pubmedqa macro_f1": "dense_lora's 0.239 is no more"},
     "seed": 3,
     "command": "atp train my.yaml --resume",
 }  # fmt: skip
@@ -98,8 +101,26 @@ def test_results_are_added_once_and_read_back(tmp_path):
         ("perplexity", "perplexity"): 27.4699, ("pubmedqa", "accuracy"): 0.56, ("pubmedqa", "macro_f1"): 0.239,
     }  # fmt: skip
     assert card.data.base_model == "a/b" and card.data.tags == before.data.tags
-    assert card.text.startswith(before.text.rstrip()) and "| pubmedqa | accuracy | 0.56 |" in card.text
+    assert card.text.startswith(before.text.rstrip()) and "| pubmedqa | accuracy | 0.56 | 0.5512 |" in card.text
+    assert "| perplexity | perplexity | 27.47 |  |" in card.text and "| macro_f1 | 0.239 | 0 |" in card.text
     assert "`atp train my.yaml`" in card.text and "--resume" not in card.text
+
+
+def test_relative_performance_is_given_or_said_to_be_not_measurable(tmp_path):
+    path, settings = tmp_path / "README.md", config("a/b", recipe="health-mini")
+    path.write_text(model_card(settings, 10, 5))
+    add_results(path, settings, SUMMARY)
+    said = "Relative performance, the share of the tuned dense model's task scores: "
+    text = ModelCard.load(path).text
+    assert f"{said}not measurable.\n" in text
+    assert "Relative performance in pubmedqa macro_f1 is not measurable: dense_lora's 0.239 is no more." in text
+    measured = {"relative_performance": 0.97, "relative_performance_interval": [0.9, 1.04], "not_measurable": {}}
+    add_results(path, settings, SUMMARY | measured)
+    text = ModelCard.load(path).text
+    assert f"{said}0.970 (95 %: 0.900 to 1.040).\n" in text and "not measurable" not in text
+    alone = {key: value for key, value in SUMMARY.items() if not key.startswith(("relative", "not_"))}
+    add_results(path, settings, alone)
+    assert "Relative performance" not in ModelCard.load(path).text, "nothing was tuned to compare with"
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -67,6 +67,10 @@ SUMMARY = {
         "original": {"accuracy": 0.48, "macro_f1": 0.317}, "tuned_dense": {"accuracy": 0.61, "macro_f1": 0.426},
         "final": {"accuracy": 0.57, "macro_f1": 0.389, "macro_f1_interval": [0.301, 0.477]},
     },
+    "majority": {"pubmedqa": {"label": "yes", "of": "train", "accuracy": 0.5525, "accuracy_interval": [0.43, 0.68],
+                              "macro_f1": 0.2371, "macro_f1_interval": [0.197, 0.284], "n": 50}},
+    "answers": {"task": "pubmedqa", "prompt": "Abstract: walks.\nAnswer:", "truth": "maybe", "chosen": "Chosen so.",
+                "models": {"original": "no", "tuned_dense": "yes", "final": "maybe"}},
     "speed": {
         "original": {"prefill_tokens_per_second": 1800.4, "decode_tokens_per_second": 40.0},
         "final": {"prefill_tokens_per_second": 2512.8, "decode_tokens_per_second": 52.0},
@@ -102,6 +106,42 @@ def test_full_page_shows_every_figure(tmp_path):
                    "866", "777", "atp demo", "2.13.0", "0a1b2c", "path: somewhere", "qk (of 32)"):  # fmt: skip
         assert figure in text, figure
     assert "missing" not in text and "FAIL" not in text and text.count("pass") == 5
+
+
+def test_the_majority_label_and_the_answers_to_one_question_are_shown(tmp_path):
+    page, text = parse(write_report(write_run(tmp_path / "run")))
+    assert "0.552 (0.430 – 0.680)" in text and text.count("0.237") == 2, "in the table and on the card"
+    assert "Majority label of pubmedqa: always 'yes', the most frequent answer of the training questions." in text
+    shown = "Chosen so. Abstract: walks. Answer: true answer maybe original no tuned dense yes cut and tuned maybe"
+    assert shown in text and "pre" in page.tags
+
+
+def test_a_task_that_measures_nothing_is_named(tmp_path):
+    """Instead of a share of what a constant answer reaches too."""
+    unclear = {"relative_performance": None, "relative_performance_interval": None,
+               "not_measurable": {"pubmedqa macro_f1": "0.239 is not above 0.237"}}  # fmt: skip
+    _, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | unclear)))
+    assert "relative performance not measurable the tuned dense model does not clearly beat the majority label" in text
+    assert "Relative performance in pubmedqa macro_f1 is not measurable: 0.239 is not above 0.237." in text
+
+
+def test_recorded_dense_figures_stand_beside_the_models_with_their_command(tmp_path):
+    recorded = {"command": "atp demo x", "perplexity": 16.0625, "perplexity_interval": None,
+                "tasks": {"pubmedqa": {"accuracy": 0.615, "macro_f1": 0.401}}}  # fmt: skip
+    dense = {key: {k: v for k, v in SUMMARY[key].items() if k != "tuned_dense"} for key in ("perplexity", "pubmedqa")}
+    _, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | dense | {"recorded_dense": recorded})))
+    assert "original cut and tuned tuned dense (recorded) majority label held-out perplexity" in text
+    assert "16.06" in text and "0.615" in text and "15.52" not in text
+    assert "Tuned dense (recorded): not part of this run, but what `atp demo x` gave earlier." in text
+
+
+def test_a_users_free_text_task_may_be_called_answers(tmp_path):
+    """It is what custom data without labels is called, and its scores are no shown question."""
+    scores = {"original": {"rouge1": 0.25}, "final": {"rouge1": 0.5}}
+    _, text = parse(
+        write_report(write_run(tmp_path / "run", summary=SUMMARY | {"tasks": ["answers"], "answers": scores}))
+    )
+    assert "answers ROUGE-1" in text and "damaged" not in text and "Answers to one" not in text
 
 
 def test_page_needs_nothing_from_outside(tmp_path):

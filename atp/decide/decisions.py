@@ -1,0 +1,70 @@
+"""What all decisions share: the hard mask, the share it keeps at each step of the search, and the freeze."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from atp import processes
+from atp.config import DecisionsConfig
+from atp.decide.budget import Budget
+from atp.decide.fit import exact_mask, fit_mask
+from atp.finite import FiniteGuard
+from atp.spaces.space import MaskSpace
+
+
+class Decisions(ABC):
+    """The current hard mask, bool [space.size], on the host. Subclasses say which logits it follows.
+
+    search_steps: length of the search, over whose first part the share kept falls to the target.
+    """
+
+    def __init__(self, space: MaskSpace, config: DecisionsConfig, *, search_steps: int) -> None:
+        self.space, self.config, self.search_steps = space, config, search_steps
+        self.budget = Budget(space)
+        self.mask = torch.ones(space.size, dtype=torch.bool)
+        self.frozen = False
+        self.changed = torch.zeros(())
+        self.finite = FiniteGuard(1, "decision steps")  # for those that have steps
+
+    @abstractmethod
+    def logits(self) -> Tensor:
+        """One logit per decision, float32 [space.size]; larger keeps."""
+
+    def target_at(self, step: int) -> float:
+        """Share of parameters to keep after `step` search steps, on a cubic fall (docs/method.md section 5)."""
+        target = self.config.target_keep
+        done = min(step / max(self.config.reach * self.search_steps, 1), 1.0)
+        return target + (1 - target) * (1 - done) ** 3
+
+    @torch.no_grad()
+    def refresh(self, step: int) -> Tensor:
+        """Takes the hard mask for the LoRA step with this number of the search, bool [space.size]."""
+        return self.replace(exact_mask(self.logits(), self.target_at(step + 1), self.budget))
+
+    @torch.no_grad()
+    def freeze(self) -> Tensor:
+        """Fits the decisions to budget and width rules; the mask does not change afterwards.
+
+        Raises `NotReached` for logits that are not finite.
+        """
+        mask = fit_mask(self.logits(), self.config.target_keep, self.budget, self.config.multiples)
+        self.frozen = True
+        return self.replace(mask)
+
+    def record(self, step: int) -> dict[str, float]:
+        """What is logged after `step` search steps: share kept, target share, share of decisions that changed."""
+        return {
+            "keep": self.budget.share(self.mask),
+            "target_keep": self.target_at(step),
+            "changed": float(self.changed),
+        }
+
+    def replace(self, mask: Tensor) -> Tensor:
+        """Takes the main process's mask: rounding differences between devices must not lead to different cuts."""
+        mask = processes.from_main(mask, "decisions")
+        self.changed = (mask != self.mask).float().mean()
+        self.mask = mask
+        return mask

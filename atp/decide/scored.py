@@ -1,0 +1,38 @@
+"""Decisions by saliency alone: measured once, or a running mean over the gradients of LoRA steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atp.config import DecisionsConfig
+from atp.decide.decisions import Decisions
+from atp.decide.saliency import saliency_logits
+from atp.spaces.space import MaskSpace
+
+
+class ScoredDecisions(Decisions):
+    """Keeps the decisions with the largest saliency per cost (docs/method.md section 9).
+
+    saliency: float32 [space.size], of any device; zero until it is measured. A running one follows the squared mask
+    gradients g of LoRA steps, S <- decay * S + (1 - decay) * g^2. A removed decision keeps the score it had: where it
+    is masked, its gradient says nothing about it. Decisions that are kept lead by `decisions.margin` standard
+    deviations of the logits, so that few flip.
+    """
+
+    def __init__(self, space: MaskSpace, config: DecisionsConfig, *, search_steps: int) -> None:
+        super().__init__(space, config, search_steps=search_steps)
+        self.saliency = torch.zeros(space.size)
+
+    def observe(self, gradient: Tensor) -> None:
+        """Takes dL/ds of one LoRA step, float32 [space.size]; a gradient that is not finite changes nothing."""
+        square = gradient.square()
+        kept = self.mask.to(square.device, non_blocking=True)
+        seen = kept & square.isfinite().all()
+        old = self.saliency.to(square.device)
+        self.saliency = torch.where(seen, torch.lerp(square, old, self.config.decay), old)
+
+    def logits(self) -> Tensor:
+        logits = saliency_logits(self.saliency.cpu(), self.space, self.config.saliency_scale)
+        margin = self.config.margin * self.config.saliency_scale if self.config.source == "running" else 0.0
+        return logits + margin * self.mask

@@ -1,0 +1,85 @@
+"""Frozen weights cast once per run and not once per step: same results, never stale, gone where masks need the room."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from atp.lora.layer import MaskedLoraLinear, add_lora
+from atp.spaces.space import MaskSpace
+
+CONFIG = LlamaConfig(
+    vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+    intermediate_size=48,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    wrapped = add_lora(
+        LlamaForCausalLM(CONFIG), MaskSpace.from_config(CONFIG, "kv_group"), r=4, alpha=8, dropout=0.0
+    ).train()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return wrapped
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, MaskedLoraLinear)]
+
+
+def step(model, autocast=True):
+    """Loss and gradients of one training step."""
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=ids, labels=ids).loss
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_cast_weight_changes_no_bit(model, monkeypatch):
+    ours = step(model)
+    assert all(layer._narrow is not None for layer in layers(model))
+    assert same(step(model), ours)
+    monkeypatch.setattr(MaskedLoraLinear, "_narrowed", lambda self, weight: weight)
+    assert same(step(model), ours)
+
+
+def test_a_changed_weight_is_cast_again(model):
+    before = step(model)
+    with torch.no_grad():
+        layers(model)[0].get_base_layer().weight.mul_(1.5)
+    changed = step(model)
+    assert not torch.equal(before[0], changed[0])
+    for layer in layers(model):
+        layer._narrow = None
+    assert same(step(model), changed)
+
+
+def test_a_replaced_weight_is_cast_again(model):
+    step(model)
+    base = layers(model)[3].get_base_layer()
+    base.weight = nn.Parameter(2 * base.weight.detach(), requires_grad=False)
+    changed = step(model)
+    for layer in layers(model):
+        layer._narrow = None
+    assert same(step(model), changed)
+
+
+def test_nothing_is_kept_without_need(model):
+    step(model, autocast=False)
+    assert all(layer._narrow is None for layer in layers(model))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    assert all(layer._narrow is None for layer in layers(model))
+    step(model)
+    for layer in layers(model):
+        layer.set_masks(torch.ones(layer.out_features, dtype=torch.bool), None)
+    assert all(layer._narrow is None for layer in layers(model))

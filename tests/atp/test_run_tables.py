@@ -1,0 +1,91 @@
+"""The majority label, and what it leaves of relative performance, in everything that a run on a tiny model writes."""
+
+import json
+
+import pytest
+from rich.console import Console
+from tiny_command import read, start
+
+from atp import cli
+from atp.run import without_items
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """Returns what the command prints at the end of a run."""
+
+    def show(folder):
+        console = Console(width=200, record=True, quiet=False, markup=False, highlight=False)
+        monkeypatch.setattr(cli, "console", console)
+        cli.show(read(folder, "summary.json"))
+        return console.export_text()
+
+    return show
+
+
+@pytest.fixture
+def untaught(config, tmp_path, wide_budget):
+    """A run whose questions do not hold their answers, so that nothing can be learnt; it ends by showing one."""
+    rows = [json.loads(line) for line in open(config.data.train, encoding="utf-8")]
+    rows = [row | {"prompt": row["prompt"].rpartition(" ")[0]} for row in rows]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data, evaluation = {"train": str(tmp_path / "data.jsonl")}, {"answers": True}
+    start(config, tmp_path / "out", data=data, evaluation=evaluation)
+    return tmp_path / "out"
+
+
+def test_the_majority_label_is_scored_on_the_questions_of_the_models(config, finished):
+    scores, summary = read(finished, "evaluation.json"), read(finished, "summary.json")
+    found = scores["majority"]["qa"]
+    truth = [true for true, _ in scores["final"]["tasks"]["qa"]["items"]]
+    assert [true for true, _ in found["items"]] == truth and len(truth) == config.evaluation.questions
+    assert found["of"] == "train" and {given for _, given in found["items"]} == {found["label"]}
+    assert found["accuracy"] == truth.count(found["label"]) / len(truth)
+    assert summary["majority"] == {"qa": without_items(found)}
+    assert {"original", "tuned_dense", "final"} == summary["qa"].keys(), "the models' scores keep their keys"
+
+
+def test_it_is_shown_by_the_command_the_report_and_the_card(finished, printed):
+    printed = printed(finished)
+    found = read(finished, "summary.json")["majority"]["qa"]
+    sentence = f"Majority label of qa: always '{found['label']}', the most frequent answer of the training questions."
+    page = (finished / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+    card = (finished / "model" / "README.md").read_text(encoding="utf-8")
+    assert sentence in printed and sentence in page
+    head = next(line for line in printed.splitlines() if "majority label" in line)
+    assert head.split() == ["original", "tuned", "dense", "final", "majority", "label"] or "┃" in head
+    row = next(line for line in printed.splitlines() if "qa macro_f1" in line)
+    assert f"{found['macro_f1']:.3f}" in row.split("│")[-2]
+    assert '<th scope="col">majority label</th>' in page and f"{found['macro_f1']:.3f}" in page
+    assert f"| {found['macro_f1']:.4g} |\n" in card and "| data | score | value | majority label |" in card
+
+
+def test_what_cannot_be_measured_is_said_everywhere(untaught, printed):
+    summary, printed = read(untaught, "summary.json"), printed(untaught)
+    assert summary["relative_performance"] is None and summary["ratios"] == {"qa macro_f1": None}
+    sentence = f"Relative performance in qa macro_f1 is not measurable: {summary['not_measurable']['qa macro_f1']}."
+    page = (untaught / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+    card = (untaught / "model" / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    for place in (printed, page, card):
+        assert sentence in " ".join(place.split())
+    row = next(line for line in printed.splitlines() if "of tuned dense" in line)
+    assert "not measurable" in row and "1.000" not in row
+
+
+def test_a_question_is_shown_on_request(finished, untaught, printed):
+    assert "answers" not in read(finished, "summary.json")
+    assert "Answers to one test question" not in (finished / "report.html").read_text(encoding="utf-8")
+    shown, scores = read(untaught, "summary.json")["answers"], read(untaught, "evaluation.json")
+    lines = printed(untaught).splitlines()
+    assert f"question: {shown['prompt']}" in lines and f"true answer: {shown['truth']}" in lines
+    for name, label in {"original": "original", "tuned_dense": "tuned dense", "final": "cut and tuned"}.items():
+        items = scores[name]["tasks"]["qa"]["items"]
+        assert [shown["truth"], shown["models"][name]] in items and f"{label}: {shown['models'][name]}" in lines
+    page = (untaught / "report.html").read_text(encoding="utf-8")
+    assert shown["chosen"] in page and f"<pre>{shown['prompt']}</pre>" in page
+
+
+def test_a_finished_run_measures_what_the_dense_model_has_learnt(finished):
+    """The tiny model repeats the last word, which is the answer: far above the majority label."""
+    summary = read(finished, "summary.json")
+    assert summary["not_measurable"] == {} and summary["ratios"] == {"qa macro_f1": summary["relative_performance"]}

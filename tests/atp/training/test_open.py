@@ -1,0 +1,111 @@
+"""The open phase and the sources of decisions: order, what they see, and bit-exact resume."""
+
+import json
+
+import pytest
+import torch
+from tiny_run import make, trained_tensors
+
+from atp.decide.budget import Budget
+from atp.decide.maker import frozen
+from atp.decide.saliency import fisher_saliency
+from atp.training import checkpoint as checkpoints
+
+OPEN, SEARCH, SETTLE, TUNE = 3, 2, 1, 3
+FULL = {"open": OPEN, "search": SEARCH, "settle": SETTLE, "tune": TUNE, "distill": 0.5, "beta2": 0.9}
+AT_ONCE = FULL | {"search": 0, "settle": 0}
+CASES = {
+    "static": (FULL, {"source": "static"}),
+    "tuned": (AT_ONCE, {"source": "tuned"}),
+    "running": (FULL, {"source": "running", "every": 2}),
+    "running at once": (AT_ONCE, {"source": "running"}),
+    "learned": (FULL, {"source": "learned"}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def finished(request, tmp_path_factory):
+    training, decisions = CASES[request.param]
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make(folder, training=training, decisions=decisions)
+    trainer.train()
+    return trainer, folder, training, decisions
+
+
+def test_a_run_meets_budget_and_certificate(finished, tmp_path):
+    trainer, folder, training, decisions = finished
+    assert abs(Budget(trainer.space).share(trainer.decisions.mask) - 0.6) < 0.02
+    certificate = trainer.export(tmp_path / "out")
+    assert certificate["removed_lora_norm"] == 0.0
+    assert certificate["masked_vs_cut"] < 1e-5 and certificate["cut_vs_reloaded"] < 1e-5
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    phases = ["open", "search", "settle", "tune"]
+    assert [r["phase"] for r in records] == [phase for phase in phases for _ in range(training[phase])]
+    assert ["keep" in r for r in records] == [r["phase"] in ("search", "settle") for r in records]
+
+
+def test_resume_is_bit_exact_from_every_checkpoint(finished, tmp_path):
+    trainer, folder, training, decisions = finished
+    expected = trained_tensors(trainer)
+    saved = sorted((folder / "checkpoints").glob("checkpoint-*"))
+    assert len(saved) >= OPEN + TUNE
+    for number, path in enumerate(saved[:-1]):
+        state = checkpoints.load(path)
+        state.meta["config"]["output_dir"] = str(tmp_path / str(number))
+        checkpoints.save(tmp_path / str(number) / "checkpoints", state, keep=1)
+        resumed = make(tmp_path / str(number), training=training, decisions=decisions)
+        torch.manual_seed(999)
+        resumed.train(resume=True)
+        assert torch.equal(resumed.decisions.mask, trainer.decisions.mask), path
+        assert all(torch.equal(t, expected[name]) for name, t in trained_tensors(resumed).items()), path
+
+
+def test_saliency_is_taken_where_its_source_says(tmp_path):
+    """static on the weights as they came, tuned on those that the open phase left."""
+    found = {}
+    for source in ("static", "tuned"):
+        trainer = make(tmp_path / source, training=AT_ONCE, decisions={"source": source})
+        steps = []
+        take = trainer.pruning.start
+        trainer.pruning.start = lambda trainer=trainer, take=take, steps=steps: (steps.append(trainer.step), take())
+        trainer.train()
+        found[source] = steps, trainer.pruning.decisions.saliency
+    assert found["static"][0] == [0] and found["tuned"][0] == [OPEN]
+    assert not torch.equal(found["static"][1], found["tuned"][1])
+
+
+def test_the_running_saliency_sees_the_gradient_of_the_lora_step(tmp_path):
+    """With one step and no decay it is the Fisher saliency of that step's batch, and the step is a plain one."""
+    training = {"open": 1, "search": 1, "settle": 1, "tune": 0, "warmup": 0}
+    running = make(tmp_path / "running", training=training, decisions={"source": "running", "decay": 0.0})
+    plain = make(tmp_path / "plain", training=training, decisions={"source": "tuned"}, lora={"dropout": 0.0})
+    rows = next(plain.batches_from(0))
+    with frozen(plain.model):
+        expected = fisher_saliency(plain.space, rows, plain.pruning.calibration_loss)
+    plain.pruning.controller.clear()
+    seen = []
+    running.pruning.decisions.observe = seen.append
+    for trainer in (running, plain):
+        trainer.train()
+    torch.testing.assert_close(seen[0].square(), expected, rtol=1e-4, atol=1e-12)
+
+
+def test_open_steps_are_those_of_plain_lora(tmp_path):
+    """Whatever watches them: weights after them are the same to rounding."""
+    ends = {}
+    for source in ("tuned", "running"):
+        trainer = make(tmp_path / source, training=AT_ONCE, decisions={"source": source}, lora={"dropout": 0.0})
+        trainer.train()
+        state = checkpoints.load(tmp_path / source / "checkpoints" / f"checkpoint-{OPEN - 1:08d}")
+        ends[source] = state.part("model")
+    for name, value in ends["tuned"].items():
+        torch.testing.assert_close(ends["running"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_of_several_batches_is_watched_in_each(tmp_path):
+    training = AT_ONCE | {"gradient_accumulation": 2, "batch_size": 1}
+    trainer = make(tmp_path, training=training, decisions={"source": "running"})
+    seen = []
+    trainer.pruning.decisions.observe = seen.append
+    trainer.train()
+    assert len(seen) == 2 * OPEN
