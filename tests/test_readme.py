@@ -45,7 +45,7 @@ def workplace(tmp_path, monkeypatch):
 def test_python_use_of_the_readme(workplace):
     """The ten lines train, and the next block loads what they left; only the number of steps is made small."""
     train, load = BLOCKS[0], BLOCKS[1]
-    short = '"output_dir=runs/mine", "training.search=4", "training.settle=2", "training.tune=3", "data.length=32"'
+    short = '"output_dir=runs/mine", "training.steps=9", "data.length=32"'
     (workplace / "train.py").write_text(train.replace('"output_dir=runs/mine"', short), encoding="utf-8")
     (workplace / "load.py").write_text(load, encoding="utf-8")
     certificate = runpy.run_path("train.py")["trainer"].certificate

@@ -25,6 +25,8 @@ def model(config):
         (["decisions.target_keep=0.01"], "target_keep is 0.01, but the nearest share .* of this model can keep is 0.1"),
         (["decisions.multiples.mlp=100000"], r"keep with decisions.multiples {'mlp': 100000} is 0.8\d+: choose"),
         (["decisions.multiples.kv_group=2", "decisions.multiples.mlp=50"], "or lower the multiples"),
+        (["decisions.source=learned", "training.search=0"], "training.search is 0, so nothing can be learned: set it"),
+        (["decisions.source=running", "training.search=0"], "decisions.source=running watches open and search steps"),
         (["data.length=4096"], "data.length is 4096, but the model has only 2048 positions"),
     ],
 )

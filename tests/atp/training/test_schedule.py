@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import get_scheduler
 
 from atp.config import TrainingConfig
@@ -27,3 +28,34 @@ def test_phases_follow_each_other():
     phases = Phases(search=2, settle=1, tune=3)
     assert [phases.of(step) for step in range(phases.total)] == ["search"] * 2 + ["settle"] + ["tune"] * 3
     assert (phases.cut_step, phases.total) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"steps": 400}, (133, 0, 0, 267)),
+        ({"steps": 1}, (0, 0, 0, 1)),
+        ({"steps": 30, "search": 6, "settle": 2}, (10, 6, 2, 12)),
+        ({"steps": 30, "open": 0}, (0, 0, 0, 30)),
+        ({"tune": 7}, (0, 0, 0, 7)),
+        ({"open": 3, "search": 2, "settle": 1, "tune": 7, "steps": 1}, (3, 2, 1, 7)),
+    ],
+)
+def test_phases_that_are_not_given_follow_from_the_steps(given, expected):
+    config = TrainingConfig(**given)
+    phases = Phases.from_config(config)
+    assert (phases.open, phases.search, phases.settle, phases.tune) == expected
+    assert phases.total == config.total == sum(expected)
+    order = [phase for phase, count in zip(("open", "search", "settle", "tune"), expected, strict=True) if count]
+    assert list(dict.fromkeys(phases.of(step) for step in range(phases.total))) == order
+
+
+def test_phases_longer_than_the_run_are_refused_in_a_sentence():
+    with pytest.raises(ValidationError, match="open, search and settle take 33 steps, more than steps .30.: raise it"):
+        TrainingConfig(steps=30, search=20, settle=3)
+
+
+@pytest.mark.parametrize("steps", [60, 400, 3000])
+def test_the_second_moment_forgets_half_in_a_sixth_of_the_run(steps):
+    assert TrainingConfig(steps=steps).second_moment ** (steps / 6) == pytest.approx(0.5)
+    assert TrainingConfig(steps=10**6).second_moment == 0.999 and TrainingConfig(beta2=0.5).second_moment == 0.5
