@@ -93,7 +93,7 @@ def demo(
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     debug: _Debug = False,
 ) -> None:
-    """Cut 40 % of SmolLM2-135M's decoder and tune it on medical exams, on a CPU, without the Hub.
+    """Cut 40 % of SmolLM2-135M's decoder and teach it satire from news, on a CPU, without the Hub.
 
     Example: atp demo decisions.space=head_dim --output-dir runs/head-dim
     """

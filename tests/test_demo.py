@@ -25,7 +25,7 @@ pytestmark = [
 ]
 WINDOWS = 4
 OVERRIDES = [
-    *("training.steps=24", "training.open=6", "training.warmup=2"),
+    *("training.steps=24", "training.open=6", "training.batch_size=4", "training.warmup=2"),
     *("decisions.saliency_windows=2", "decisions.refit_windows=4", "data.length=64"),
     *(f"evaluation.windows={WINDOWS}", "evaluation.questions=2", "export.keep_adapter=true"),
 ]
@@ -123,6 +123,6 @@ def test_every_file_is_there_and_none_is_a_pickle(demo):
     assert {"dense_lora", "open", "tune"} <= summary["train_tokens_per_second"].keys()
     assert {"open", "saliency", "refit", "cut", "tune", "total"} <= summary["seconds"].keys()
     for name in ("original", "tuned_dense", "final"):
-        assert 0 <= summary["subject"][name]["accuracy"] <= 1
+        assert 0 <= summary["satire"][name]["accuracy"] <= 1
     card = (folder / "model" / "README.md").read_text()
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card and "license: apache-2.0" in card
