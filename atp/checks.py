@@ -8,6 +8,7 @@ from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.decide.reach import nearest_share
 from atp.decide.rules import width_rules
+from atp.decide.uniform import equal_counts, half_block, share_of
 from atp.errors import InputError, quote, shorten
 from atp.loading import RunData, check_length
 from atp.spaces.space import MaskSpace
@@ -23,18 +24,40 @@ def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: floa
     """
     check_length(shapes, config.data.length)
     check_phases(config)
+    target = config.decisions.target_keep
+    nearest, rules = nearest_kept(config, shapes), _rules(config, shapes)[1]
+    if not abs(nearest - target) <= max(tolerance, rounding(config, shapes)):
+        coarse = {name: multiple for name, multiple in rules.items() if multiple > 1}
+        why = f" with decisions.multiples {quote(coarse)}" if coarse else ""
+        remedy = "choose that, or lower the multiples" if why else "choose that"
+        raise InputError(
+            f"decisions.target_keep is {target}, but the nearest share that whole structures of this model can keep"
+            f"{why} is {nearest:.4f}: {remedy}"
+        )
+
+
+def nearest_kept(config: ATPConfig, shapes: PretrainedConfig) -> float:
+    """The share of decoder parameters nearest to the target that the decisions of a run can keep, in (0, 1]."""
+    budget, rules = _rules(config, shapes)
+    target = config.decisions.target_keep
+    if not config.decisions.uniform:
+        return nearest_share(budget, target, rules)
+    return min((share_of(budget, counts) for counts in equal_counts(budget, target, rules)),
+               key=lambda share: abs(share - target))  # fmt: skip
+
+
+def rounding(config: ATPConfig, shapes: PretrainedConfig) -> float:
+    """How far from the target the share kept may end because all layers are equal, of the decoder; else 0.
+
+    The shares that equal layers can keep are as far apart as one block in every layer. Half of that step is allowed.
+    """
+    return half_block(*_rules(config, shapes)) if config.decisions.uniform else 0.0
+
+
+def _rules(config: ATPConfig, shapes: PretrainedConfig) -> tuple[Budget, dict[str, int]]:
     decisions = config.decisions
     budget = Budget(MaskSpace.from_config(shapes, decisions.space))
-    multiples = width_rules(budget, decisions.target_keep, decisions.multiples)
-    nearest = nearest_share(budget, decisions.target_keep, multiples)
-    if not abs(nearest - decisions.target_keep) <= tolerance:
-        coarse = {name: multiple for name, multiple in multiples.items() if multiple > 1}
-        rules = f" with decisions.multiples {quote(coarse)}" if coarse else ""
-        remedy = "choose that, or lower the multiples" if rules else "choose that"
-        raise InputError(
-            f"decisions.target_keep is {decisions.target_keep}, but the nearest share that whole structures of this "
-            f"model can keep{rules} is {nearest:.4f}: {remedy}"
-        )
+    return budget, width_rules(budget, decisions.target_keep, decisions.multiples)
 
 
 def check_phases(config: ATPConfig) -> None:
@@ -46,6 +69,15 @@ def check_phases(config: ATPConfig) -> None:
         )
     if source == "running" and not training.opened + training.search:
         raise InputError("decisions.source=running watches open and search steps: set training.open or training.search")
+
+
+def rounded(config: ATPConfig, shapes: PretrainedConfig) -> list[str]:
+    """A sentence on the share that is kept, where equal layers cannot meet the target closely; else none."""
+    target, nearest = config.decisions.target_keep, nearest_kept(config, shapes) if config.decisions.uniform else 0.0
+    if not config.decisions.uniform or abs(nearest - target) <= BUDGET_TOLERANCE:
+        return []
+    most = target + rounding(config, shapes)
+    return [f"equal layers keep between {2 * target - most:.3f} and {most:.3f} of the decoder, not just {target:g}"]
 
 
 def shortfalls(config: ATPConfig, data: RunData) -> list[str]:

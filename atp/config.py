@@ -112,6 +112,7 @@ class DecisionsConfig(_Section):
         96, ge=0, description="Calibration windows for refitting o_proj/down_proj after pruning; 0 disables."
     )
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
+    uniform: bool = Field(False, description="Whether all layers get equal widths, as classes of other tools need.")
     multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         None, description="Structure -> multiple of its width; null: mlp 64, or the nearest that the model allows."
     )
@@ -122,6 +123,12 @@ class DecisionsConfig(_Section):
         if value not in space_names():
             raise ValueError(f"use one of {', '.join(space_names())}")
         return value
+
+    @model_validator(mode="after")
+    def _has_names_elsewhere(self) -> DecisionsConfig:
+        if self.uniform and self.space != "kv_group":
+            raise ValueError("uniform needs space kv_group, whose widths classes of other tools can have")
+        return self
 
     @field_validator("multiples")
     @classmethod
@@ -227,7 +234,7 @@ class ATPConfig(_Section):
 
     model: ModelConfig
     output_dir: str
-    preset: Literal["quick", "paper"] = "quick"
+    preset: Literal["quick", "stock", "paper"] = "quick"
     seed: int = Field(0, ge=0)
     data: DataConfig = Field(default_factory=DataConfig)
     decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
@@ -278,8 +285,10 @@ class ATPConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
 _PRESETS: dict[str, dict[str, Any]] = {
+    # 128 suits tensor cores and every quantised format with blocks of up to 128.
+    "stock": {"decisions": {"space": "kv_group", "uniform": True, "multiples": {"mlp": 128}}},
+    # The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
     "paper": {
         "decisions": {"space": "head_dim", "source": "learned", "generator": "transformer", "init": "paper",
                       "budget": "penalty", "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0,
@@ -287,7 +296,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
         "training": {"open": 0, "distill": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700,
                      "batch_size": 20, "lr": 1e-4, "schedule": "constant", "warmup": 0},
-    }
+    },
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from atp import processes
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
-from atp.checks import BUDGET_TOLERANCE, check_reachable, less_memory, shortfalls
+from atp.checks import BUDGET_TOLERANCE, check_reachable, less_memory, rounded, rounding, shortfalls
 from atp.config import ATPConfig
 from atp.data import Splits, Task
 from atp.environment import versions
@@ -141,8 +141,9 @@ class Run:
         processes.on_main(lambda: check_packages(config.model, config.data))
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
-        check_tasks(config, data.splits, tokenizer, load_shapes(config.model))
-        for line in (data.splits.description, *shortfalls(config, data)):
+        shapes = load_shapes(config.model)
+        check_tasks(config, data.splits, tokenizer, shapes)
+        for line in (data.splits.description, *rounded(config, shapes), *shortfalls(config, data)):
             self.say(line)
         model = processes.main_first(lambda: load_model(config.model, config.decisions.space))
         self._check_model(model)
@@ -275,6 +276,7 @@ class Run:
             beside |= {} if shown is None else {"answers": shown}
         return {
             "target_keep": self.config.decisions.target_keep,
+            "rounding": rounding(self.config, load_shapes(self.config.model)),
             "keep_decoder": after["decoder_params"] / before["decoder_params"],
             "keep_total": after["params"] / before["params"],
             "params_before": before["params"],
@@ -339,7 +341,7 @@ def check_promises(summary: dict[str, Any]) -> None:
     check_certificate(summary["certificate"], AT_CUT + AT_EXPORT)
     check_figures(summary)
     missed = abs(summary["keep_decoder"] - summary["target_keep"])
-    if not missed <= BUDGET_TOLERANCE:
+    if not missed <= max(BUDGET_TOLERANCE, summary.get("rounding", 0.0)):
         raise NotReached(
             f"budget: {summary['keep_decoder']:.4f} of the decoder is kept, target {summary['target_keep']}: the "
             "width rules (decisions.multiples) are too coarse for this model, lower them"

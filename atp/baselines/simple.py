@@ -13,7 +13,7 @@ from atp.baselines.uniform import uniform_mask
 from atp.baselines.weights import group_sums, prunable_linears
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
-from atp.decide.fit import fit_mask
+from atp.decide.decisions import fit_decisions
 from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.spaces.space import MaskSpace
 
@@ -43,4 +43,4 @@ def static_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, 
         saliency = fisher_saliency(space, calibration_batches(calibration, config, device), loss_of)
     decisions = config.decisions
     logits = saliency_logits(saliency, space, decisions.saliency_scale)
-    return fit_mask(logits, decisions.target_keep, Budget(space), decisions.multiples)
+    return fit_decisions(logits, decisions, Budget(space))

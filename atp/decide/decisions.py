@@ -11,6 +11,8 @@ from atp import processes
 from atp.config import DecisionsConfig
 from atp.decide.budget import Budget
 from atp.decide.fit import exact_mask, fit_mask
+from atp.decide.rules import width_rules
+from atp.decide.uniform import equal_ranks, fit_equal
 from atp.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 
@@ -42,7 +44,7 @@ class Decisions(ABC):
     @torch.no_grad()
     def refresh(self, step: int) -> Tensor:
         """Takes the hard mask for the LoRA step with this number of the search, bool [space.size]."""
-        return self.replace(exact_mask(self.logits(), self.target_at(step + 1), self.budget))
+        return self.replace(exact_mask(self.ranked(self.logits()), self.target_at(step + 1), self.budget))
 
     @torch.no_grad()
     def freeze(self) -> Tensor:
@@ -50,9 +52,13 @@ class Decisions(ABC):
 
         Raises `NotReached` for logits that are not finite.
         """
-        mask = fit_mask(self.logits(), self.config.target_keep, self.budget, self.config.multiples)
+        mask = fit_decisions(self.logits(), self.config, self.budget)
         self.frozen = True
         return self.replace(mask)
+
+    def ranked(self, logits: Tensor) -> Tensor:
+        """The logits that thresholds follow, float32 [space.size]: equal by rank where all layers must be equal."""
+        return equal_ranks(logits, self.space) if self.config.uniform else logits
 
     def record(self, step: int) -> dict[str, float]:
         """What is logged after `step` search steps: share kept, target share, share of decisions that changed."""
@@ -68,3 +74,10 @@ class Decisions(ABC):
         self.changed = (mask != self.mask).float().mean()
         self.mask = mask
         return mask
+
+
+def fit_decisions(logits: Tensor, config: DecisionsConfig, budget: Budget) -> Tensor:
+    """The mask that a config asks for, bool [size], from logits [size]. Raises `NotReached` if they are not finite."""
+    if not config.uniform:
+        return fit_mask(logits, config.target_keep, budget, config.multiples)
+    return fit_equal(logits, config.target_keep, budget, width_rules(budget, config.target_keep, config.multiples))

@@ -84,7 +84,7 @@ class DecisionMaker(Decisions):
         self.generator.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * (_LATE_FACTOR if step >= _LATE_SEARCH * self.search_steps else 1.0)
-        logits = self.generator()
+        logits = self.ranked(self.generator())
         soft = self._soft(logits, step, noise=True)
         loss = loss_of(soft)
         budget_loss = torch.zeros(())
@@ -103,7 +103,7 @@ class DecisionMaker(Decisions):
         if self.config.budget == "exact":
             return super().refresh(step)
         self.generator.train()
-        logits = self.generator()
+        logits = self.ranked(self.generator())
         return self.replace(hard_mask(logits, self._soft(logits, step, noise=True), self.space))
 
     def freeze(self) -> Tensor:

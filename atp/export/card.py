@@ -20,31 +20,43 @@ from atp.report.text import code, plain
 _TAGS = ["structural-pruning", "lora"]
 _PACKAGED = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": "en"}
 _RESULTS = "\n## Results\n"
-_USAGE = """Its layers differ in width, so transformers needs the class that package `atp-kernels` registers. Without it
+_REGISTERS = "import atp  # registers the per-layer model class\n"
+_PLAIN = "Its class comes with transformers, so every tool that loads models from there loads this one.\n"
+_OWN = """Its layers differ in width, so transformers needs the class that package `atp-kernels` registers. Without it
 loading fails with "model type `atp_llama` ... Transformers does not recognize this architecture", and upgrading
-transformers does not help.
-
+transformers does not help. With `preset: stock` all layers get equal widths, and no tool needs the package.
+"""
+_LOADING = """
 ```python
-import atp  # registers the per-layer model class
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{registers}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
-
+"""
+_TOOLS = """
 A tool that loads the folder itself must start after `import atp`; lm-eval, for example:
 
 ```sh
 python -c "import atp, lm_eval.__main__ as tool; tool.cli_evaluate()" --model hf \\
     --model_args pretrained=path/to/this/folder --tasks arc_easy
 ```
-
-The licences of the source model and of the data apply to this model too.
 """
+_LICENCES = "\nThe licences of the source model and of the data apply to this model too.\n"
 
 
-def model_card(config: ATPConfig, params_before: int, params_after: int) -> str:
-    """README.md of model/: where it comes from, what was removed, how to load it. Counts are of all parameters."""
+def _usage(stock: bool) -> str:
+    """How the folder is loaded; stock: whether its class comes with transformers."""
+    if stock:
+        return _PLAIN + _LOADING.format(registers="") + _LICENCES
+    return _OWN + _LOADING.format(registers=_REGISTERS) + _TOOLS + _LICENCES
+
+
+def model_card(config: ATPConfig, params_before: int, params_after: int, *, stock: bool = False) -> str:
+    """README.md of model/: where it comes from, what was removed, how to load it.
+
+    Counts are of all parameters. stock: whether the model's class comes with transformers.
+    """
     body = f"""# A smaller model, tuned and pruned in one run
 
 Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {_origin(config)}.
@@ -53,7 +65,7 @@ Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {_
 * Mask space `{config.decisions.space}`; the width of each layer is in `config.json`.
 * Data recipe: {code(config.data.recipe)}.
 
-{_USAGE}"""
+{_usage(stock)}"""
     return _card(config, body, tags=["atp", *_TAGS])
 
 
@@ -69,8 +81,8 @@ The licence of the source model applies to this model too.
     return _card(config, body, datasets=None)
 
 
-def adapter_card(config: ATPConfig) -> str:
-    """README.md of adapter/: which model it belongs to, and how to load both."""
+def adapter_card(config: ATPConfig, *, stock: bool = False) -> str:
+    """README.md of adapter/: which model it belongs to, and how to load both; stock: as in `model_card`."""
     body = f"""# A LoRA adapter for a cut model
 
 LoRA with rank {config.lora.r} and alpha {config.lora.alpha:g} for `../base`, which is {_origin(config)} with removed
@@ -78,8 +90,7 @@ structures cut out. It fits no other model: the uncut one has other shapes, and 
 merged in.
 
 ```python
-import atp  # registers the per-layer model class
-from peft import PeftModel
+{"" if stock else _REGISTERS}from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("path/to/this/run/base")
@@ -91,8 +102,8 @@ The licences of the source model and of the data apply to this adapter too.
     return _card(config, body, library_name="peft", tags=["atp", *_TAGS])
 
 
-def baseline_card(config: ATPConfig, method: str, params_before: int, params_after: int) -> str:
-    """README.md of model/ for a system that ATP is compared with. Counts are of all parameters."""
+def baseline_card(config: ATPConfig, method: str, params_before: int, params_after: int, *, stock: bool = False) -> str:
+    """README.md of model/ for a system that ATP is compared with; arguments: as in `model_card`."""
     body = f"""# A model to compare with: {method}
 
 Made by the baseline `{method}` of the package atp-kernels from {_origin(config)}, then tuned with LoRA.
@@ -100,7 +111,7 @@ Made by the baseline `{method}` of the package atp-kernels from {_origin(config)
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
 * Data recipe: {code(config.data.recipe)}.
 
-{_USAGE}"""
+{_usage(stock)}"""
     return _card(config, body, tags=_TAGS)
 
 

@@ -15,6 +15,7 @@ from atp.errors import NotReached
 from atp.export.card import adapter_card, base_card
 from atp.files import whole_folder, write_json, write_tensors, write_text
 from atp.finite import first_non_finite
+from atp.models.stock import save_model, stock_config
 from atp.removal import base_of, certify_export, merge_adapter, reference_logits
 from atp.removal.certify import dtype_name
 from atp.spaces.space import MaskSpace
@@ -58,12 +59,13 @@ def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerB
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         settings["target_modules"].sort()  # PEFT writes a set in the order of its hashes
         write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": str(base)})
-        write_text(adapter / "README.md", adapter_card(config))
+        stock = stock_config(model.get_base_model()) is not None
+        write_text(adapter / "README.md", adapter_card(config, stock=stock))
 
 
 def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: str) -> None:
     with whole_folder(folder) as written:
-        model.save_pretrained(written, safe_serialization=True)
+        save_model(model, written)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
         write_text(written / "README.md", card)

@@ -144,3 +144,20 @@ class Family:
             "qk_norm": self.qk_norm,
             "sliding_window": self.sliding_window(config),
         }
+
+    def stock_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
+        """The config of a class of transformers' own that computes what a cut model with equal layers does.
+
+        config: of the cut model, whose layers all have the widths in it. None where transformers has no such class.
+        """
+        return None
+
+
+def as_class(config: PretrainedConfig, stock: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
+    """The values of a cut model's config as another config class, which takes the keys that it declares.
+
+    head_dim is set even where the class does not declare it: Granite and SmolLM3 read it all the same.
+    """
+    declared = {field.name for field in fields(stock)} - {"model_type", "architectures", "transformers_version"}
+    values = {key: value for key, value in config.to_dict().items() if key in declared}
+    return stock(**values | {"head_dim": config.head_dim} | changes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from transformers import GraniteConfig, PretrainedConfig
 
-from atp.families.family import Family
+from atp.families.family import Family, as_class
 
 
 class Granite(Family):
@@ -12,3 +12,6 @@ class Granite(Family):
 
     def logits_divisor(self, config: PretrainedConfig) -> float:
         return float(config.logits_scaling)
+
+    def stock_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
+        return as_class(config, GraniteConfig)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from transformers import MistralConfig, PretrainedConfig, SeedOssConfig
 
-from atp.families.family import Biases, Family
+from atp.families.family import Biases, Family, as_class
 
 
 class Llama(Family):
     """The decoder that the other families vary."""
 
     whole_heads = True
+
+    def stock_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
+        # Llama's own class wants hidden_size to be a multiple of the number of heads, which a cut model's need not be.
+        if config.attention_bias or config.mlp_bias:
+            return as_class(config, SeedOssConfig, residual_dropout=0.0)
+        return as_class(config, MistralConfig)
 
 
 class Mistral(Family):
@@ -21,3 +27,6 @@ class Mistral(Family):
 
     def sliding_window(self, config: PretrainedConfig) -> int | None:
         return config.sliding_window
+
+    def stock_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
+        return as_class(config, MistralConfig)

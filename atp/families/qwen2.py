@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, SeedOssConfig
 
-from atp.families.family import Biases, Family
+from atp.families.family import Biases, Family, as_class
 
 
 class Qwen2(Family):
@@ -14,3 +14,9 @@ class Qwen2(Family):
 
     def biases(self, config: PretrainedConfig) -> Biases:
         return Biases(qkv=True)
+
+    def stock_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
+        # Serving engines' Qwen2 has no head_dim of its own; SeedOss is the same decoder with one, but does not slide.
+        if config.sliding_window is not None:
+            return None
+        return as_class(config, SeedOssConfig, residual_dropout=0.0)

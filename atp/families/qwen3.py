@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Qwen3Config
 
-from atp.families.family import Biases, Family
+from atp.families.family import Biases, Family, as_class
 
 
 class Qwen3(Family):
@@ -16,3 +16,6 @@ class Qwen3(Family):
 
     def biases(self, config: PretrainedConfig) -> Biases:
         return Biases(qkv=config.attention_bias, o=config.attention_bias)
+
+    def stock_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
+        return as_class(config, Qwen3Config, use_sliding_window=config.sliding_window is not None)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PretrainedConfig
 
 from atp.families import family_of
 from atp.families.family import CUT_MODEL_TYPE
+
+_SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,6 @@ class LayerShape:
     mlp_inputs: list[int] | None = None
     mlp_outputs: list[int] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The keys and values of the config, without selections that select everything."""
-        return {key: value for key, value in asdict(self).items() if value is not None or key not in _SELECTIONS}
-
     def selected(self, key: str, hidden_size: int) -> int:
         """How many positions of the hidden state a selection (`attention_inputs`, ...) has."""
         positions = getattr(self, key)
@@ -48,17 +47,15 @@ class LayerShape:
         return head_dim if self.qk_pairs is None else 2 * len(self.qk_pairs)
 
 
-_SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
-
-
 @strict
 class ATPLlamaConfig(LlamaConfig):
     """`LlamaConfig` plus the widths of every layer and what sets other families apart from Llama.
 
-    layer_shapes: one `LayerShape` per layer as a dict, None for a model without cuts. The inherited head counts,
-    head_dim and intermediate_size stay those of the model before the cut: head_dim sets the RoPE frequencies and the
-    softmax scale. shortcuts: a matrix on each residual connection, as SliceGPT needs; hidden_size is then the width
-    that is left of the residual stream. A config that lacks a key has its default, which is what Llama does.
+    Widths are in transformers' own `per_layer_config`: those of a layer that differ from the keys of the whole config.
+    The keys are the fields of `LayerShape`, and `layer_shape` reads them. head_dim is that of the model before
+    the cut, because it sets the RoPE frequencies and the softmax scale. shortcuts: a matrix on each residual
+    connection, as SliceGPT needs; hidden_size is then the width that is left of the residual stream. A config that
+    lacks a key has its default, which is what Llama does.
     """
 
     model_type = CUT_MODEL_TYPE
@@ -66,7 +63,13 @@ class ATPLlamaConfig(LlamaConfig):
     # searches it; no field, so that an empty one does not appear in config.json.
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
-    layer_shapes: list[dict[str, Any]] | None = None
+    # Widths that transformers has no name for; None is the whole width.
+    qk_pairs: list[int] | None = None
+    v_head_dim: int | None = None
+    attention_inputs: list[int] | None = None
+    attention_outputs: list[int] | None = None
+    mlp_inputs: list[int] | None = None
+    mlp_outputs: list[int] | None = None
     shortcuts: bool = False
     family: str = "llama"  # that the model was cut from, by its model_type
     # Llama's attention_bias is that of q_proj, k_proj and v_proj, and of o_proj unless this differs.
@@ -81,6 +84,8 @@ class ATPLlamaConfig(LlamaConfig):
     logits_scaling: float | int = 1.0  # the head's outputs are divided by it (Granite)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if (shapes := kwargs.pop("layer_shapes", None)) is not None:  # what folders of earlier versions hold
+            kwargs["per_layer_config"] = dict(enumerate(shapes))
         super().__post_init__(**kwargs)
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
@@ -89,14 +94,10 @@ class ATPLlamaConfig(LlamaConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         if self.no_rope_layers is not None:
             self.no_rope_layers = self.no_rope_layers[: self.num_hidden_layers]  # a list may be longer in transformers
-        if self.layer_shapes is None:
-            heads, kv_heads = self.num_attention_heads, cast(int, self.num_key_value_heads)
-            full = LayerShape(heads, kv_heads, None, self.uncut_head_dim, self.intermediate_size)
-            self.layer_shapes = [full.to_dict() for _ in range(self.num_hidden_layers)]
 
     @classmethod
     def from_whole(cls, config: PretrainedConfig, **changes: Any) -> ATPLlamaConfig:
-        """The config of a cut model from that of the whole one; changes: what the cut sets, e.g. layer_shapes."""
+        """The config of a cut model from that of the whole one; changes: what the cut sets, e.g. per_layer_config."""
         cut = cls(**family_of(config).cut_values(config, cls) | changes)
         cut._attn_implementation = config._attn_implementation
         return cut
@@ -108,7 +109,20 @@ class ATPLlamaConfig(LlamaConfig):
 
     def layer_shape(self, layer: int) -> LayerShape:
         """Widths of one layer."""
-        return LayerShape(**cast(list[dict[str, Any]], self.layer_shapes)[layer])
+        own = self.per_layer_config[layer]
+        widths = {field.name: getattr(own, field.name) for field in fields(LayerShape)}
+        if widths["v_head_dim"] is None:
+            widths["v_head_dim"] = self.uncut_head_dim
+        return LayerShape(**widths)
+
+    def has_plain_layers(self) -> bool:
+        """Whether all layers have one set of widths, the whole ones where transformers has no name for others."""
+        if self.per_layer_attributes or self.shortcuts:
+            return False
+        shape = self.layer_shape(0)
+        return shape.v_head_dim == self.head_dim and all(
+            getattr(shape, key) is None for key in ("qk_pairs", *_SELECTIONS)
+        )
 
     def window(self, layer: int) -> int | None:
         """The sliding window of one layer, None for full attention."""
@@ -121,21 +135,18 @@ class ATPLlamaConfig(LlamaConfig):
     def validate_architecture(self) -> None:
         """Checks every layer's widths; called by transformers. Raises ValueError naming layer and key."""
         layers = self.num_hidden_layers
-        counts = {"layer_shapes": len(cast(list[Any], self.layer_shapes))}
-        if self.no_rope_layers is not None:
-            counts["no_rope_layers"] = len(self.no_rope_layers)
-        for key, count in counts.items():
-            if count != layers:
-                raise ValueError(
-                    f"{key} describes {count} layers and num_hidden_layers is {layers}: give one entry per layer"
-                )
-        for layer in range(self.num_hidden_layers):
+        if self.no_rope_layers is not None and len(self.no_rope_layers) != layers:
+            raise ValueError(
+                f"no_rope_layers describes {len(self.no_rope_layers)} layers and num_hidden_layers is {layers}: give "
+                "one entry per layer"
+            )
+        for layer in range(layers):
             try:
                 shape = self.layer_shape(layer)
-            except TypeError as error:
-                raise ValueError(f"layer_shapes[{layer}] must hold exactly the keys of LayerShape: {error}") from None
+            except StrictDataclassError as error:
+                raise ValueError(f"per_layer_config[{layer}]: {error}") from None
             for key, problem in self._problems(shape):
-                raise ValueError(f"layer_shapes[{layer}].{key} is {getattr(shape, key)}: {problem}")
+                raise ValueError(f"per_layer_config[{layer}].{key} is {getattr(shape, key)}: {problem}")
 
     def _problems(self, shape: LayerShape) -> Iterator[tuple[str, str]]:
         for key in ("num_key_value_heads", "num_attention_heads", "v_head_dim", "intermediate_size"):

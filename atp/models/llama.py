@@ -48,7 +48,10 @@ class ATPLlamaAttention(nn.Module):
         self.layer_idx = layer_idx
         self.qk_head_dim = shape.qk_head_dim(config.uncut_head_dim)
         self.v_head_dim = shape.v_head_dim
-        self.num_key_value_groups = shape.num_attention_heads // shape.num_key_value_heads
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        # Serving engines read these three from the module.
+        self.num_heads, self.num_key_value_heads, self.head_dim = heads, kv_heads, self.qk_head_dim
+        self.num_key_value_groups = heads // kv_heads
         scale = config.attention_multiplier
         self.scaling = config.uncut_head_dim**-0.5 if scale is None else scale
         self.attention_dropout = config.attention_dropout
@@ -56,7 +59,6 @@ class ATPLlamaAttention(nn.Module):
         self.use_rope = config.uses_rope(layer_idx)
         self.is_causal = True
 
-        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
         inputs, outputs = (shape.selected(f"attention_{end}", config.hidden_size) for end in ("inputs", "outputs"))
         self.q_proj = nn.Linear(inputs, heads * self.qk_head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(inputs, kv_heads * self.qk_head_dim, bias=config.attention_bias)
@@ -137,8 +139,8 @@ class ATPLlamaDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ATPLlamaConfig, layer_idx: int) -> None:
         super().__init__()
-        shape, hidden, mlp_config = config.layer_shape(layer_idx), config.hidden_size, copy.copy(config)
-        mlp_config.intermediate_size = shape.intermediate_size
+        shape, hidden = config.layer_shape(layer_idx), config.hidden_size
+        mlp_config = copy.copy(config.per_layer_config[layer_idx])
         mlp_config.hidden_size = shape.selected("mlp_inputs", hidden)
         self.residual_multiplier = config.residual_multiplier
         self.self_attn = ATPLlamaAttention(config, layer_idx)

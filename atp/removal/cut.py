@@ -33,6 +33,7 @@ _PARAMETERS = (
 )
 # The end of the name of an optimizer state of the parameter; `step` is the same for all its rows.
 _OPTIMIZER_STATE = r"(?:\.\w+)?"
+_HEADS = {"num_attention_heads", "num_key_value_heads"}
 _Kept = tuple[Tensor | None, Tensor | None]
 
 
@@ -51,9 +52,12 @@ def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> 
 def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPLlamaConfig:
     """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`."""
     _check_mask(space, mask)
-    whole = ATPLlamaConfig.from_whole(config).layer_shapes or []
-    shapes = [shape | space.layer_widths(layer, mask) for layer, shape in enumerate(whole)]
-    return ATPLlamaConfig.from_whole(config, layer_shapes=shapes)
+    layers = {layer: space.layer_widths(layer, mask) for layer in range(space.num_layers)}
+    same = {key: value for key, value in layers[0].items() if all(widths[key] == value for widths in layers.values())}
+    if not _HEADS <= same.keys():  # one count of query heads need not be a multiple of the model's key heads
+        same = {key: value for key, value in same.items() if key not in _HEADS}
+    own = {layer: {key: value for key, value in widths.items() if key not in same} for layer, widths in layers.items()}
+    return ATPLlamaConfig.from_whole(config, **same, per_layer_config=own if any(own.values()) else None)
 
 
 @torch.no_grad()

@@ -37,7 +37,8 @@ def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Str
         return {"qk_pairs": None if bool(pairs.all()) else pairs.nonzero().flatten().tolist()}
 
     def vo_widths(structure: Structure, kept: Tensor) -> dict[str, Any]:
-        return {"v_head_dim": int(kept_dims(structure, kept, head_dim).sum())}
+        dims = kept_dims(structure, kept, head_dim)
+        return {"v_head_dim": None if bool(dims.all()) else int(dims.sum())}
 
     return [
         Structure("qk", head_dim // 2, qk, qk_widths),

@@ -24,6 +24,7 @@ from atp.export.card import model_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.loading import load_data, load_model, load_tokenizer
 from atp.lora.layer import add_lora
+from atp.models.stock import stock_config
 from atp.removal import cut_state_dict
 from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints
@@ -173,7 +174,8 @@ class ATPTrainer(Loop):
         folder.mkdir(parents=True, exist_ok=True)
         save_decisions(folder, self.space, self.decisions.mask)
         after = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
-        card = model_card(self.config, self.params_before, after)
+        stock = stock_config(self.model.get_base_model()) is not None
+        card = model_card(self.config, self.params_before, after, stock=stock)
         tokens = self.pruning.certificate_tokens()
         certificate = self.certificate | export_model(self.model, folder, self.tokenizer, tokens, card)
         if self.config.export.keep_adapter:

@@ -144,7 +144,7 @@ def test_bad_settings(settings, message):
         load_recipe(DataSettings(**settings))
 
 
-MINI = ("health-mini", "legal-mini", "finance-mini", "news-mini", "exam-mini", "satire-mini")
+MINI = ("health-mini", "legal-mini", "privacy-mini", "finance-mini", "news-mini", "exam-mini", "satire-mini")
 
 
 @needs_data

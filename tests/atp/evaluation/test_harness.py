@@ -73,7 +73,7 @@ def test_the_documented_command_scores_a_cut_model(tmp_path, tokenizer):
     sizes = tiny_model().config
     config = ATPLlamaConfig(
         vocab_size=sizes.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, layer_shapes=[layer],
+        num_key_value_heads=2, per_layer_config={0: layer},
     )  # fmt: skip
     ATPLlamaForCausalLM(config).save_pretrained(tmp_path / "cut")
     tokenizer.save_pretrained(tmp_path / "cut")

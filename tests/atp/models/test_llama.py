@@ -31,12 +31,17 @@ SHAPES = [
     },
     {"num_attention_heads": 3, "num_key_value_heads": 1, "qk_pairs": None, "v_head_dim": 8, "intermediate_size": 33},
 ]
+LAYERS = dict(enumerate(SHAPES))
+WRITTEN = {
+    "0": {"qk_pairs": [0, 2, 3], "v_head_dim": 5, "intermediate_size": 7},
+    "1": {"num_attention_heads": 3, "num_key_value_heads": 1, "v_head_dim": 8, "intermediate_size": 33},
+}
 register()
 
 
 def uneven(seed=0, **overrides):
     torch.manual_seed(seed)
-    return ATPLlamaForCausalLM(ATPLlamaConfig(**SIZES | {"layer_shapes": SHAPES} | overrides)).eval()
+    return ATPLlamaForCausalLM(ATPLlamaConfig(**SIZES | {"per_layer_config": LAYERS} | overrides)).eval()
 
 
 def tokens(windows=2, length=12):
@@ -101,7 +106,8 @@ def test_save_and_reload_is_identical(tmp_path, tied):
     model = uneven(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
-    assert json.loads((tmp_path / "config.json").read_text())["layer_shapes"] == SHAPES
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["per_layer_config"] == WRITTEN, "what a layer shares with the whole config needs no key"
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(reloaded) is ATPLlamaForCausalLM
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == model.config.to_dict() | {
@@ -117,11 +123,13 @@ def test_save_and_reload_is_identical(tmp_path, tied):
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 5, "attention_bias": True}], ids=["llama", "mistral"])
-def test_a_folder_from_before_other_families_loads_as_what_it_was(tmp_path, options):
-    """Its config.json has none of their keys."""
+def test_a_folder_of_an_earlier_version_loads_as_what_it_was(tmp_path, options):
+    """Its config.json has widths under another key, and no key that only other families need."""
     model = uneven(**options)
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
+    del content["per_layer_config"]
+    content["layer_shapes"] = SHAPES
     for key in ("family", "attention_out_bias", "qk_norm", "layer_types", "no_rope_layers", "attention_multiplier",
                 "residual_multiplier", "embedding_multiplier", "logits_scaling"):  # fmt: skip
         content.pop(key, None)
@@ -135,7 +143,7 @@ def test_a_folder_from_before_other_families_loads_as_what_it_was(tmp_path, opti
 
 def test_register_twice_and_build_from_config():
     register()
-    config = AutoConfig.for_model("atp_llama", **SIZES, layer_shapes=SHAPES)
+    config = AutoConfig.for_model("atp_llama", **SIZES, per_layer_config=LAYERS)
     assert type(AutoModelForCausalLM.from_config(config)) is ATPLlamaForCausalLM
 
 
@@ -167,29 +175,30 @@ def test_gradient_checkpointing_gives_equal_gradients(reentrant):
 @pytest.mark.parametrize(
     ("layer", "change", "message"),
     [
-        (0, {"intermediate_size": 0}, r"layer_shapes\[0\].intermediate_size is 0"),
-        (1, {"num_attention_heads": 3, "num_key_value_heads": 2}, r"layer_shapes\[1\].num_attention_heads is 3"),
-        (0, {"qk_pairs": []}, r"layer_shapes\[0\].qk_pairs is \[\]: a layer keeps at least one"),
+        (0, {"intermediate_size": 0}, r"per_layer_config\[0\].intermediate_size is 0"),
+        (1, {"num_attention_heads": 3, "num_key_value_heads": 2}, r"per_layer_config\[1\].num_attention_heads is 3"),
+        (0, {"qk_pairs": []}, r"per_layer_config\[0\].qk_pairs is \[\]: a layer keeps at least one"),
         (1, {"qk_pairs": [1, 4]}, r"below head_dim / 2 = 4"),
         (1, {"qk_pairs": [2, 1]}, r"rising"),
-        (0, {"width": 3}, r"layer_shapes\[0\] must hold exactly the keys"),
+        (0, {"width": 3}, "width"),
+        (0, {"intermediate_size": "7"}, r"per_layer_config\[0\].*intermediate_size"),
     ],
 )
 def test_wrong_shapes_are_refused(layer, change, message):
     shapes = [dict(shape) for shape in SHAPES]
     shapes[layer].update(change)
     with pytest.raises(Exception, match=message):
-        ATPLlamaConfig(**SIZES, layer_shapes=shapes)
+        ATPLlamaConfig(**SIZES, per_layer_config=dict(enumerate(shapes)))
 
 
 def test_number_of_layers_must_agree():
-    with pytest.raises(Exception, match="layer_shapes describes 1 layers and num_hidden_layers is 2"):
-        ATPLlamaConfig(**SIZES, layer_shapes=SHAPES[:1])
+    with pytest.raises(Exception, match=r"per_layer_config.*got \[2\]"):
+        ATPLlamaConfig(**SIZES, per_layer_config=LAYERS | {2: SHAPES[0]})
     with pytest.raises(Exception, match="no_rope_layers describes 1 layers and num_hidden_layers is 2"):
-        ATPLlamaConfig(**SIZES, layer_shapes=SHAPES, no_rope_layers=[1])
-    assert ATPLlamaConfig(**SIZES, layer_shapes=SHAPES, no_rope_layers=[1, 0, 1]).no_rope_layers == [1, 0]
+        ATPLlamaConfig(**SIZES, per_layer_config=LAYERS, no_rope_layers=[1])
+    assert ATPLlamaConfig(**SIZES, per_layer_config=LAYERS, no_rope_layers=[1, 0, 1]).no_rope_layers == [1, 0]
 
 
 def test_norms_of_queries_and_keys_are_over_all_pairs():
-    with pytest.raises(Exception, match=r"layer_shapes\[0\].qk_pairs is .*qk_norm keeps all pairs"):
-        ATPLlamaConfig(**SIZES, layer_shapes=SHAPES, qk_norm=True)
+    with pytest.raises(Exception, match=r"per_layer_config\[0\].qk_pairs is .*qk_norm keeps all pairs"):
+        ATPLlamaConfig(**SIZES, per_layer_config=LAYERS, qk_norm=True)

@@ -1,6 +1,7 @@
 """Cut models whose blocks see a part of the residual stream: against plain arithmetic, saved, reloaded, refused."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -19,13 +20,17 @@ SELECTED = WHOLE | {
     "intermediate_size": 7, "attention_inputs": [0, 5, 31], "attention_outputs": [2, 3, 4, 30], "mlp_inputs": [1, 2],
     "mlp_outputs": [31],
 }  # fmt: skip
+VALUES = {"v_head_dim": 8}  # which the whole config leaves open
+UNSELECTED = dict.fromkeys(SELECTED.keys() - WHOLE.keys())
 SHAPES = [SELECTED, WHOLE | {"mlp_outputs": list(range(0, 32, 2))}]
 register()
 
 
 def build(shapes=SHAPES, **overrides):
     torch.manual_seed(0)
-    model = ATPLlamaForCausalLM(ATPLlamaConfig(**SIZES | {"layer_shapes": shapes} | overrides)).eval()
+    model = ATPLlamaForCausalLM(
+        ATPLlamaConfig(**SIZES | {"per_layer_config": dict(enumerate(shapes))} | overrides)
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -71,7 +76,10 @@ def test_save_reload_and_generate(tmp_path, tied, dtype):
         parameter.data = parameter.to(dtype)
     model.save_pretrained(tmp_path, safe_serialization=True)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["layer_shapes"] == SHAPES, "what is selected whole needs no key"
+    assert written["per_layer_config"] == {
+        "0": {key: value for key, value in SELECTED.items() if key not in WHOLE or key == "intermediate_size"} | VALUES,
+        "1": {"mlp_outputs": list(range(0, 32, 2))} | VALUES,
+    }, "what is selected whole needs no key"
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     with torch.no_grad():
         assert torch.equal(again(tokens()).logits, model(tokens()).logits)
@@ -109,9 +117,9 @@ def test_under_autocast_the_residual_stream_keeps_its_dtype():
 def test_old_configs_and_models_without_selections_are_as_they_were():
     """No key is written where nothing is selected, and none is needed."""
     old = ATPLlamaConfig(**SIZES | {"layer_shapes": [WHOLE, WHOLE]})
-    assert old.to_dict()["layer_shapes"] == [WHOLE, WHOLE]
+    assert not set(SELECTED) - set(WHOLE) & set(old.to_dict()["per_layer_config"])
     assert old.layer_shape(0).mlp_inputs is None and old.layer_shape(0).selected("mlp_inputs", 32) == 32
-    assert ATPLlamaConfig(**SIZES).layer_shapes == [WHOLE, WHOLE]
+    assert asdict(ATPLlamaConfig(**SIZES).layer_shape(1)) == asdict(old.layer_shape(1)) == WHOLE | UNSELECTED
 
 
 @pytest.mark.parametrize(
@@ -131,5 +139,5 @@ def test_old_configs_and_models_without_selections_are_as_they_were():
 )
 @pytest.mark.parametrize("key", ["attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs"])
 def test_wrong_selections_name_layer_and_key(key, positions, message):
-    with pytest.raises(Exception, match=rf"layer_shapes\[1\]\.{key} is .*{message}"):
-        ATPLlamaConfig(**SIZES | {"layer_shapes": [WHOLE, WHOLE | {key: positions}]})
+    with pytest.raises(Exception, match=rf"per_layer_config\[1\].*{key}.*{message}"):
+        ATPLlamaConfig(**SIZES | {"per_layer_config": {1: {key: positions}}})

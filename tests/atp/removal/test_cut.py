@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 from zeroed import HEAD_DIM, HIDDEN, INNER, KV_HEADS, LAYERS, VOCAB, random_mask, stock_model, tokens, zeroed
 
+from atp.models.config import LayerShape
 from atp.removal.cut import cut_config, cut_model, cut_state_dict
 from atp.spaces.space import MaskSpace
 
@@ -144,12 +145,11 @@ def test_full_mask_changes_nothing():
     mask = torch.ones(space.size, dtype=torch.bool)
     ids = tokens()
     assert torch.equal(cut_model(model, space, mask)(ids).logits, model(ids).logits)
-    shapes = cut_config(model.config, space, mask).layer_shapes
-    assert shapes == [
-        {
-            "num_attention_heads": 4, "num_key_value_heads": 2, "qk_pairs": None, "v_head_dim": HEAD_DIM,
-            "intermediate_size": INNER,
-        }
+    cut = cut_config(model.config, space, mask)
+    assert [cut.layer_shape(layer) for layer in range(LAYERS)] == [
+        LayerShape(
+            num_attention_heads=4, num_key_value_heads=2, qk_pairs=None, v_head_dim=HEAD_DIM, intermediate_size=INNER
+        )
     ] * LAYERS  # fmt: skip
 
 

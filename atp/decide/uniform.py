@@ -1,0 +1,91 @@
+"""Decisions with the same count of a structure in every layer, so that one set of widths describes the whole model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from atp.decide.budget import Budget
+from atp.decide.fit import exact_offset
+from atp.errors import NotReached
+from atp.finite import is_finite
+from atp.spaces.space import MaskSpace
+
+
+def equal_ranks(logits: Tensor, space: MaskSpace) -> Tensor:
+    """Replaces each logit by the mean, over all layers, of the logits at its rank: float [size], differentiable.
+
+    The order inside a layer stays. Logits of one rank are equal in all layers, so any threshold keeps the same count of
+    a structure in every layer.
+    """
+    places, ranked = [], []
+    for index in range(len(space.layer(0))):
+        own = _by_layer(space, index).to(logits.device)
+        values, order = logits[own].sort(dim=1, descending=True, stable=True)
+        places.append(own.gather(1, order).flatten())
+        ranked.append(values.mean(0).expand_as(values).flatten())
+    return torch.zeros_like(logits).index_put((torch.cat(places),), torch.cat(ranked))
+
+
+def fit_equal(logits: Tensor, target: float, budget: Budget, multiples: dict[str, int]) -> Tensor:
+    """The noise-free decision with equal counts in all layers that meets the budget to half a block, bool [size].
+
+    logits float [size]; target: share of decoder parameters; multiples: structure name -> number that its count must be
+    a multiple of (default 1) unless it is kept whole. Of all counts that are near enough those win whose logits, each
+    times what it costs, are furthest above the threshold that would meet the budget exactly. Raises `NotReached` for
+    logits that are not finite.
+    """
+    logits, space = logits.detach().cpu(), budget.space
+    if not is_finite(logits):
+        raise NotReached("the logits of the decisions hold NaN or infinity: start again with a lower decisions.lr")
+    equal = equal_ranks(logits, space)
+    above, cost = equal + exact_offset(equal, target, budget), budget.cost()
+    # What keeping the first n of a structure in one layer is worth, for n = 0, 1, ...
+    worth = [
+        torch.cat([torch.zeros(1), (above * cost)[s.span].sort(descending=True).values.cumsum(0)])
+        for s in space.layer(0)
+    ]
+    found = equal_counts(budget, target, multiples)
+    near = [counts for counts in found if abs(share_of(budget, counts) - target) <= half_block(budget, multiples)]
+    near = near or [min(found, key=lambda counts: abs(share_of(budget, counts) - target))]
+    best = max(near, key=lambda counts: sum(float(w[n]) for w, n in zip(worth, counts, strict=True)))
+    mask = torch.zeros(space.size, dtype=torch.bool)
+    for index, count in enumerate(best):
+        own = _by_layer(space, index)
+        mask[own.gather(1, logits[own].topk(count, dim=1).indices)] = True
+    return mask
+
+
+def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> list[tuple[int, ...]]:
+    """Counts of the structures of a layer that may be meant by the target, the same in all layers.
+
+    For each count of the first structure, that of the second with the share nearest to the target. For spaces with two
+    structures, of which the second has finer blocks.
+    """
+    coarse, fine = (_allowed(s.size, multiples.get(s.name, 1)) for s in budget.space.layer(0))
+    return [
+        min(((first, second) for second in fine), key=lambda counts: abs(share_of(budget, counts) - target))
+        for first in coarse
+    ]
+
+
+def share_of(budget: Budget, counts: tuple[int, ...]) -> float:
+    """The share of decoder parameters that is kept when every layer keeps these counts of its structures."""
+    return float(budget.parameters(torch.tensor(counts).double().repeat(budget.space.num_layers)) / budget.total)
+
+
+def half_block(budget: Budget, multiples: dict[str, int]) -> float:
+    """Half of what one block of the finer structure saves in all layers, as a share of the decoder parameters."""
+    fine = budget.space.layer(0)[1]
+    return multiples.get(fine.name, 1) * float(budget.cost()[fine.start]) * budget.space.num_layers / budget.total / 2
+
+
+def _allowed(size: int, multiple: int) -> list[int]:
+    return [min(block * multiple, size) for block in range(1, math.ceil(size / multiple) + 1)]
+
+
+def _by_layer(space: MaskSpace, index: int) -> Tensor:
+    """The positions of one structure's decisions in the flat vector, int64 [layers, size]."""
+    return torch.stack([torch.arange(s.size) + s.start for s in space.structures[index :: len(space.layer(0))]])

@@ -1,0 +1,139 @@
+"""Cut models with equal layers as classes of transformers' own: the same logits, without this package."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, build, tokens
+from transformers import AutoModelForCausalLM
+
+from atp.models import ATPLlamaForCausalLM
+from atp.models.stock import as_stock, save_model
+from atp.removal import cut_model
+from atp.spaces.space import MaskSpace
+
+CLASSES = {
+    "llama": "SeedOssForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "SeedOssForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "granite": "GraniteForCausalLM",
+}  # fmt: skip
+PLAIN = {"llama": {}, "qwen2": {"use_sliding_window": False}}
+# A folder must load where nothing of this project can be imported.
+LOAD = """
+import sys
+sys.modules["atp"] = sys.modules["atp_kernels"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = load_file(sys.argv[2])["ids"]
+with torch.no_grad():
+    logits, tokens = model(ids).logits, model.generate(ids, do_sample=False, max_new_tokens=5)
+save_file({"logits": logits, "tokens": tokens}, sys.argv[3])
+print(type(model).__name__)
+"""
+
+
+def equal_mask(space, kept, seed=3):
+    """Different decisions in every layer, the same number of them."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(space.size, dtype=torch.bool)
+    for structure in space.structures:
+        order = torch.randperm(structure.size, generator=generator)
+        mask[structure.start + order[: kept[structure.name]]] = True
+    return mask
+
+
+def cut(name, kept=None, space_name="kv_group", **options):
+    model = build(name, **options)
+    space = MaskSpace.from_config(model.config, space_name)
+    return cut_model(model, space, equal_mask(space, kept or {"kv_group": 1, "mlp": 17}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equal_layers_compute_the_same_in_a_stock_class(name):
+    model = cut(name, **PLAIN.get(name, {}))
+    stock = as_stock(model)
+    assert type(stock).__name__ == CLASSES[name] and type(model) is ATPLlamaForCausalLM
+    assert {p.data_ptr() for p in stock.parameters()} == {p.data_ptr() for p in model.parameters()}, (
+        "weights are shared"
+    )
+    with torch.no_grad():
+        assert torch.equal(stock(tokens()).logits, model(tokens()).logits)
+        greedy = {"do_sample": False, "max_new_tokens": 6}
+        assert torch.equal(stock.generate(tokens(), **greedy), model.generate(tokens(), **greedy))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
+def test_a_folder_loads_where_this_package_cannot_be_imported(tmp_path, name):
+    model = cut(name, **PLAIN.get(name, {}))
+    save_model(model, tmp_path / "model")
+    save_file({"ids": tokens()}, tmp_path / "ids.safetensors")
+    arguments = [tmp_path / "model", tmp_path / "ids.safetensors", tmp_path / "logits.safetensors"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == CLASSES[name]
+    found = load_file(tmp_path / "logits.safetensors")
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        assert (found["logits"] - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert torch.equal(found["tokens"], model.generate(tokens(), do_sample=False, max_new_tokens=5))
+
+
+def test_plain_llama_is_a_mistral_without_a_window(tmp_path):
+    """Llama's own class wants heads that divide hidden_size."""
+    options = {"attention_bias": False, "mlp_bias": False, "num_attention_heads": 6, "num_key_value_heads": 3}
+    stock = as_stock(cut("llama", {"kv_group": 2, "mlp": 16}, hidden_size=30, **options))
+    assert type(stock).__name__ == "MistralForCausalLM"
+    save_model(stock, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["sliding_window"] is None and written["head_dim"] == 8 and written["num_attention_heads"] == 4
+    assert "per_layer_config" not in written and not any("atp" in str(value).lower() for value in written.values())
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "default", "rope_theta": 500.0},
+             {"rope_type": "llama3", "rope_theta": 777.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}], ids=["default", "llama3"]
+)  # fmt: skip
+def test_rope_is_written_where_other_readers_look(tmp_path, rope):
+    model = cut("llama", rope_parameters=rope, attention_bias=False, mlp_bias=False)
+    save_model(model, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_theta"] == rope["rope_theta"] and written["rope_parameters"] == rope
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert written["rope_scaling"] == (scaling if rope["rope_type"] == "llama3" else None)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.rope_parameters == rope
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+def test_what_no_stock_class_computes_stays_as_it_is():
+    llama = build("llama")
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    mask = equal_mask(space, {"kv_group": 1, "mlp": 17})
+    mask[space.structures[-1].span] = True  # the last layer has a wider MLP
+    uneven = cut_model(llama, space, mask)
+    narrow_heads = cut("mistral", {"qk": 3, "vo": 5, "mlp": 17}, "head_dim")
+    sliding = cut("qwen2")
+    for model in (uneven, narrow_heads, sliding, llama):
+        assert as_stock(model) is model
+
+
+def test_tied_embeddings_stay_tied_in_memory_and_on_disk(tmp_path):
+    stock = as_stock(cut("granite"))
+    assert stock.lm_head.weight is stock.model.embed_tokens.weight
+    save_model(stock, tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.shape == stock.lm_head.weight.shape
+
+
+def test_dtype_and_mode_are_kept():
+    model = cut("mistral", dtype=torch.bfloat16)
+    assert as_stock(model).dtype == torch.bfloat16 and not as_stock(model).training
+    assert as_stock(model.train()).training
