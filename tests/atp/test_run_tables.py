@@ -6,18 +6,17 @@ import pytest
 from rich.console import Console
 from tiny_command import read, start
 
-from atp import cli
+from atp.report import terminal
 from atp.run import without_items
 
 
 @pytest.fixture
-def printed(monkeypatch):
+def printed():
     """Returns what the command prints at the end of a run."""
 
     def show(folder):
         console = Console(width=200, record=True, quiet=False, markup=False, highlight=False)
-        monkeypatch.setattr(cli, "console", console)
-        cli.show(read(folder, "summary.json"))
+        terminal.show(read(folder, "summary.json"), console)
         return console.export_text()
 
     return show

