@@ -53,7 +53,9 @@ class ModelConfig(_Section):
 
     path: str
     gguf_file: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the weights, read and written; auto: as they are stored, float32 for a GGUF file."
+    )
 
 
 class DataConfig(_Section):

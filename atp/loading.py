@@ -79,7 +79,9 @@ def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 def load_any_model(config: ModelConfig) -> PreTrainedModel:
     """A causal LM of any family, in the config's dtype. Raises `InputError` if there is none."""
-    return read_model(**_source(config), dtype=getattr(torch, config.dtype))
+    source = _source(config)
+    dtype = "float32" if config.dtype == "auto" and source.get("gguf_file") is not None else config.dtype
+    return read_model(**source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
 
 
 def data_settings(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> DataSettings:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -226,7 +225,7 @@ class Run:
                 seed=self.config.seed, autocast=self.autocast,
                 progress=bars(progress, f"scoring the {name.replace('_', ' ')} model"),
             )  # fmt: skip
-        scores |= {"size": model_size(model, torch.float32)} | facts
+        scores |= {"size": model_size(model)} | facts
         if name != "tuned_dense":
             scores["speed"] = throughput(model, autocast=self.autocast)
         self._record(**{name: scores})
@@ -247,7 +246,7 @@ class Run:
         self, tokenizer: PreTrainedTokenizerBase, data: RunData, clock: PhaseClock, facts: dict[str, Any]
     ) -> dict[str, Any]:
         """Scores the exported model, writes summary and report, and returns the summary, which includes `facts`."""
-        final = read_model(self.folder / "model", dtype=torch.float32)
+        final = read_model(self.folder / "model", dtype="auto")  # as the original was scored: in its own dtype
         model = {"model_sha256": of_model_folder(self.folder / "model")}
         self._score_once("final", final, tokenizer, data, **model)
         summary = self._summarise(data, clock) | facts | model

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
@@ -115,7 +114,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
         scores |= relative_performance(scores, dense, tasks, majority, options.seed)
     precision = "float32" if autocast is None else str(autocast).removeprefix("torch.")
     return {
-        "model": model, **scores, **model_size(loaded, torch.float32), **throughput(loaded, autocast=autocast),
+        "model": model, **scores, **model_size(loaded), **throughput(loaded, autocast=autocast),
         "settings": asdict(options) | {"precision": precision}, 
         "remarks": [*_shortfalls(options, texts, examples, tasks), *remarks(scores)],
     }  # fmt: skip

@@ -53,17 +53,17 @@ def throughput(
     }
 
 
-def model_size(model: CausalLM, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+def model_size(model: CausalLM) -> dict[str, float]:
     """Parameters and weight size: {params, decoder_params, megabytes}.
 
     params: all weights, tied ones once. decoder_params: those of the decoder layers (linears and norms), without
-    embeddings, final norm and lm_head. megabytes: 10^6 bytes, for `params` stored in `dtype`. LoRA factors are not
-    counted, since they merge into the weights.
+    embeddings, final norm and lm_head. megabytes: 10^6 bytes of `params` in their dtype, as a file holds them. LoRA
+    factors are not counted, since they merge into the weights.
     """
-    counted = [(name, p.numel()) for name, p in model.named_parameters() if "lora_" not in name]
-    params = sum(count for _, count in counted)
-    decoder = sum(count for name, count in counted if ".layers." in f".{name}")
-    return {"params": params, "decoder_params": decoder, "megabytes": params * dtype.itemsize / 1e6}
+    counted = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    params = sum(p.numel() for p in counted.values())
+    decoder = sum(p.numel() for name, p in counted.items() if ".layers." in f".{name}")
+    return {"params": params, "decoder_params": decoder, "megabytes": sum(p.nbytes for p in counted.values()) / 1e6}
 
 
 class _TokenClock(BaseStreamer):

@@ -33,7 +33,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
     keep = {"final": summary["keep_decoder"]}
     table.add_row("share of the decoder", *(f"{keep.get(m, 1.0):.3f}" for m in models))
     sizes = summary["megabytes"]
-    table.add_row("megabytes (float32)", *(f"{sizes.get(m, sizes['original']):.0f}" for m in models))
+    table.add_row("megabytes", *(f"{sizes.get(m, sizes['original']):.0f}" for m in models))
     for what in ("prefill", "decode"):
         row = [summary["speed"].get(m, {}).get(f"{what}_tokens_per_second") for m in models]
         table.add_row(f"{what} tokens/s", *("" if value is None else f"{value:,.0f}" for value in row))

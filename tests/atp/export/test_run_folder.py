@@ -89,6 +89,22 @@ def test_without_being_asked_for_there_is_no_adapter_that_fits_nothing(config, t
     assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "base").exists()
 
 
+def test_a_cut_is_smaller_on_disk_than_what_it_was_cut_from(config, tmp_path):
+    """Without model.dtype weights stay in the dtype of the source, and the table has the sizes of the files."""
+    source = tmp_path / "narrow"
+    AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.bfloat16).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes(open(f"{config.model.path}/{name}", "rb").read())
+    settings = settings_of(config, tmp_path / "run", "auto")
+    settings.model.path = str(source)
+    summary = run(settings).execute()
+    before, after = (folder / "model.safetensors" for folder in (source, tmp_path / "run" / "model"))
+    assert {t.dtype for t in load_file(after).values()} == {torch.bfloat16}
+    assert after.stat().st_size < before.stat().st_size
+    for name, file in (("original", before), ("final", after)):
+        assert summary["megabytes"][name] == pytest.approx(sum(t.nbytes for t in load_file(file).values()) / 1e6)
+
+
 def test_a_weight_that_is_no_number_ends_a_run_before_anything_is_written(config, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(config.model.path)
     with torch.no_grad():
