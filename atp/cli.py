@@ -36,7 +36,7 @@ app = typer.Typer(
 # Paths and names are printed as they are, brackets included.
 console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
 
-_ONE_PROCESS = ("eval", "chat", "report", "env")  # under a launcher, only the main process runs these
+_ONE_PROCESS = ("eval", "chat", "report", "push", "env")  # under a launcher, only the main process runs these
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 
@@ -277,6 +277,31 @@ def chat(
     chats = [Chat(name, plain=plain) for name in (model, against) if name is not None]
     questions = prompt or iter(lambda: _asked("> "), "")
     talk(chats, questions, console.print, tokens=tokens, temperature=temperature)
+
+
+@app.command()
+def push(
+    source: Annotated[Path, typer.Argument(help="Run folder, of which model/ is pushed, or model folder.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face Hub.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it you see what would be uploaded.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Upload a model to the Hub, with its card. The token comes from HF_TOKEN.
+
+    Example: atp push runs/demo me/small-model --yes
+    """
+    from atp.export.push import check_name, model_files
+    from atp.export.push import push as upload
+
+    check_name(repository)
+    folder, files = model_files(source)
+    if yes:
+        console.print(f"pushed: {upload(source, repository, private=not public)}")
+        return
+    for file in files:
+        console.print(f"{file.stat().st_size / 1e6:10.2f} MB  {file.relative_to(folder)}")
+    console.print(f"nothing was uploaded: repeat with --yes to push these files to {repository}")
 
 
 @app.command()
