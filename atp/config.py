@@ -89,6 +89,10 @@ class DecisionsConfig(_Section):
 
     space: str = "kv_group"
     target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
+    target_params: int | None = Field(None, ge=1, description="Parameters of the whole cut model; sets target_keep.")
+    target_megabytes: float | None = Field(
+        None, gt=0, description="10^6 bytes of the cut model's weights in model.dtype; sets target_keep."
+    )
     source: DecisionSource = Field(
         "tuned",
         description="Saliency of the pretrained weights, of the tuned ones, or running over LoRA steps; or learned.",
@@ -125,6 +129,14 @@ class DecisionsConfig(_Section):
         if value not in space_names():
             raise ValueError(f"use one of {', '.join(space_names())}")
         return value
+
+    @model_validator(mode="after")
+    def _has_one_target(self) -> DecisionsConfig:
+        targets = ("target_keep", "target_params", "target_megabytes")
+        given = [key for key in targets if getattr(self, key) != type(self).model_fields[key].default]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are one target in different units: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _has_names_elsewhere(self) -> DecisionsConfig:

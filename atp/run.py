@@ -33,6 +33,7 @@ from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
 from atp.signals import SignalGuard
+from atp.targets import with_share
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import ProgressBar, check_trackers, make_progress
 from atp.training.checkpoint import newest
@@ -64,7 +65,7 @@ class Run:
         scores of the original model that somebody has taken already.
         recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
-        self.config, self.resume, self.command = config, resume, command
+        self.config, self.resume, self.command = with_share(config), resume, command
         self.say = say if processes.is_main() else lambda line: None
         self.profile = profile and processes.is_main()
         self.folder = Path(config.output_dir)

@@ -16,7 +16,7 @@ LAYERS = (
     ("atp.compare",),
     ("atp.run", "atp.demo", "atp.scoring", "atp.chat"),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
-    ("atp.checks", "atp.folders", "atp.loading"),
+    ("atp.checks", "atp.folders", "atp.loading", "atp.targets"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),
     ("atp.decide",),

@@ -20,6 +20,7 @@ from atp.folders import COMPARISON, check_output_dir
 from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
 from atp.run import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
+from atp.targets import with_share
 
 
 class Comparison:
@@ -44,6 +45,7 @@ class Comparison:
             raise InputError("nothing to compare: give at least one method and one seed")
         self.arms = [Arm(method) for method in dict.fromkeys(methods)]
         self.seeds = list(dict.fromkeys(seeds))
+        config = with_share(config)
         self.config, self.folder, self.resume, self.command, self.say = config, folder, resume, command, say
 
     def execute(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from atp.folders import COMPARISON
 from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
 from atp.run import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
+from atp.targets import with_share
 from atp.training.schedule import Phases
 
 
@@ -50,7 +51,9 @@ class Experiment:
         self.name, self.runs, self.out, self.command, self.say = path.stem, runs, out, command, say
         self.arms = self.spec.labelled_arms()
         self.seeds = seeds or self.spec.seeds
-        self.configs = {domain: self.spec.config(path, domain, overrides) for domain in domains or self.spec.domains}
+        self.configs = {
+            domain: with_share(self.spec.config(path, domain, overrides)) for domain in domains or self.spec.domains
+        }
 
     def execute(self) -> dict[str, Any]:
         """Runs what is missing and returns the content of NAME.json.

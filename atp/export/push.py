@@ -43,9 +43,7 @@ def push(source: Path, repository: str, *, private: bool = True) -> str:
         hub.create_repo(repository, private=private, exist_ok=True)
         return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="A model cut by ATP"))
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(
-            f"the Hub did not take {repository} ({reason(error)}): check name and token"
-        ) from error
+        raise InputError(f"the Hub did not take {repository} ({reason(error)}): check name and token") from error
 
 
 def check_name(repository: str) -> None:

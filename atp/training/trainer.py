@@ -27,6 +27,7 @@ from atp.lora.layer import add_lora
 from atp.models.stock import stock_config
 from atp.removal import cut_state_dict
 from atp.spaces.space import MaskSpace
+from atp.targets import with_share
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record
 from atp.training.certificate import write_certificate
@@ -73,6 +74,7 @@ class ATPTrainer(Loop):
     @classmethod
     def from_config(cls, config: ATPConfig, callbacks: Sequence[Callback] = ()) -> ATPTrainer:
         """Loads tokenizer, data and model that the config names. Raises `InputError` for what is wrong with them."""
+        config = with_share(config)
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer)
         model = load_model(config.model, config.decisions.space)

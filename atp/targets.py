@@ -1,0 +1,55 @@
+"""Budgets in the units that people have: a number of parameters or a size on disk, as a share of the decoder."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from atp.config import ATPConfig, DecisionsConfig
+from atp.decide.budget import Budget
+from atp.errors import InputError
+from atp.loading import load_shapes
+from atp.spaces.space import MaskSpace
+
+
+def with_share(config: ATPConfig) -> ATPConfig:
+    """The config with decisions.target_params or target_megabytes replaced by the target_keep that they come to.
+
+    Reads the model's config.json, not its weights. Raises `InputError` for a target that embeddings, head and final
+    norm alone exceed, or that the whole model does not reach.
+    """
+    decisions = config.decisions
+    if decisions.target_params is None and decisions.target_megabytes is None:
+        return config
+    shapes = load_shapes(config.model)
+    if decisions.target_params is not None:
+        key, value, unit = "target_params", float(decisions.target_params), 1.0
+    else:
+        key, value = "target_megabytes", decisions.target_megabytes or 0.0
+        unit = _dtype(config, shapes).itemsize / 1e6
+    share, (least, most) = share_of_total(value / unit, shapes, decisions.space)
+    if not 0 < share < 1:
+        raise InputError(
+            f"decisions.{key} is {value:,g}, but the model has {most * unit:,g} and {least * unit:,g} of it are not in "
+            "the decoder, where structures are removed: choose a number between"
+        )
+    others = decisions.model_dump(exclude={"target_keep", "target_params", "target_megabytes"})
+    return config.model_copy(update={"decisions": DecisionsConfig(**others, target_keep=share)})
+
+
+def share_of_total(params: float, shapes: PretrainedConfig, space: str) -> tuple[float, tuple[int, int]]:
+    """The share of the decoder to keep for a model of `params` parameters in all: (share, (least, most)).
+
+    most: parameters of the whole model, tied ones once; least: those outside the decoder's layers.
+    """
+    with torch.device("meta"):  # counts without memory
+        total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shapes).parameters())
+    decoder = Budget(MaskSpace.from_config(shapes, space)).total
+    return (params - (total - decoder)) / decoder, (total - decoder, total)
+
+
+def _dtype(config: ATPConfig, shapes: PretrainedConfig) -> torch.dtype:
+    """The dtype that the model is written in."""
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)
+    return shapes.dtype if isinstance(shapes.dtype, torch.dtype) else torch.float32
