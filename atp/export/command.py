@@ -75,9 +75,9 @@ def export(source: str, to: str, dtype: str | None, out: Path | None) -> tuple[P
     dtype = dtype or target.dtypes[0]
     if dtype not in target.dtypes:
         raise InputError(f"--dtype {shorten(dtype)} does not exist for {to}: use one of {', '.join(target.dtypes)}")
-    model, folder = _model_of(source)
-    name = folder.name if folder else model.rpartition("/")[2].rpartition(":")[2]
-    path = (folder.parent if folder else Path()) / f"{name}-{dtype}{target.ending}" if out is None else out
+    model, folder, name = _model_of(source)
+    place = folder or Path(name)
+    path = place.with_name(f"{place.name}-{dtype}{target.ending}") if out is None else out
     if os.path.lexists(path):
         raise InputError(f"{path} exists already: choose another --out")
     if not path.parent.is_dir():
@@ -86,16 +86,17 @@ def export(source: str, to: str, dtype: str | None, out: Path | None) -> tuple[P
     return path, target.write(_read(model, folder, name), dtype, path)
 
 
-def _model_of(source: str) -> tuple[str, Path | None]:
-    """`model.path` of the model, and its folder if it has one."""
+def _model_of(source: str) -> tuple[str, Path | None, str]:
+    """`model.path` of the model, its folder if it has one, and what to call it if its card does not tell."""
     folder = Path(source)
     if not folder.is_dir():
-        return source, None
-    if (folder / CONFIG).is_file():
-        folder /= "model"
-        if not folder.is_dir():
-            raise InputError(f"run folder {shorten(source)} has no model yet: finish the run with --resume")
-    return str(folder), folder.resolve()
+        return source, None, source.rpartition("/")[2].rpartition(":")[2]
+    if not (folder / CONFIG).is_file():
+        return source, folder.resolve(), folder.resolve().name
+    model = folder / "model"
+    if not model.is_dir():
+        raise InputError(f"run folder {shorten(source)} has no model yet: finish the run with --resume")
+    return str(model), model, folder.resolve().name
 
 
 def _read(model: str, folder: Path | None, name: str) -> Source:

@@ -24,16 +24,20 @@ class LlamaCpp:
         params.warmup = params.ctx_shift = False
         self.server = xllamacpp.Server(params)
 
-    def log_probabilities(self, ids, count):
-        """Token -> natural logarithm of its probability after these ids, for the `count` most likely tokens."""
-        answer = self._complete(ids, n_predict=1, n_probs=count, temperature=0)
+    def log_probabilities(self, ids, count, letter):
+        """Token -> natural logarithm of its probability after these ids, for the `count` most likely tokens.
+
+        letter: a token of plain text, which is forced as the next one without a change of what is returned: llama.cpp
+        returns nothing of a token that is a part of a character, or that ends the text.
+        """
+        answer = self._complete(ids, n_predict=1, n_probs=count, temperature=0, logit_bias=[[letter, 1000.0]])
         (position,) = answer["choices"][0]["logprobs"]["content"]
         return {entry["id"]: entry["logprob"] for entry in position["top_logprobs"]}
 
     def greedy(self, ids, length):
-        """The ids of the most likely continuation, and the whole answer."""
-        answer = self._complete(ids, n_predict=length, n_probs=1, temperature=0, ignore_eos=False)
-        return [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]], answer
+        """The ids of the most likely continuation, without the ending token."""
+        answer = self._complete(ids, n_predict=length, n_probs=1, temperature=0)
+        return [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]]
 
     def tokenize(self, text, *, special):
         """The ids of a text; special: with what the tokenizer puts around it, and with special tokens recognized."""

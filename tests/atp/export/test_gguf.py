@@ -87,7 +87,8 @@ def write(model, path, dtype="f32", tokenizer=None):
     config = shapes_of(model)
     architecture = architecture_of(config, "the model")
     facts = {"name": "Tiny", "license": "mit", "language": "en", "base_model": "someone/Small"}
-    return write_gguf(model, config, tokenizer or byte_level(), architecture, dtype, path, facts)
+    remarks = write_gguf(model, config, tokenizer or byte_level(), architecture, dtype, path, facts)
+    return architecture.name, remarks
 
 
 def tokens(windows=3):
@@ -141,7 +142,7 @@ def test_the_order_of_rows_matters(tmp_path):
 def test_narrow_weights_are_within_their_rounding(tmp_path, widths, dtype, kind, tolerance):
     model = tiny("llama-biases", widths)
     write(model, tmp_path / "exact.gguf")
-    remarks = write(model, tmp_path / "narrow.gguf", dtype)
+    _, remarks = write(model, tmp_path / "narrow.gguf", dtype)
     exact, narrow = File(tmp_path / "exact.gguf"), File(tmp_path / "narrow.gguf")
     assert narrow.tensors.keys() == exact.tensors.keys()
     fallen = 0
@@ -194,7 +195,7 @@ def test_transformers_reads_it_back(tmp_path, name, widths):
 
 def test_what_the_file_says_of_the_model(tmp_path):
     model = tiny("mistral", "unequal")
-    remarks = write(model, tmp_path / "model.gguf", "q8_0")
+    _, remarks = write(model, tmp_path / "model.gguf", "q8_0")
     keys = File(tmp_path / "model.gguf").keys
     shapes = [model.config.layer_shape(layer) for layer in range(3)]
     expected = {
