@@ -22,6 +22,7 @@ from atp.finite import refuse_weights
 from atp.folders import CONFIG
 from atp.loading import load_any_model, load_shapes, load_tokenizer
 from atp.models.config import ATPLlamaConfig
+from atp.reading import existing
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def export(source: str, to: str, dtype: str | None, out: Path | None) -> tuple[P
     if dtype not in target.dtypes:
         raise InputError(f"--dtype {shorten(dtype)} does not exist for {to}: use one of {', '.join(target.dtypes)}")
     model, folder, name = _model_of(source)
-    place = folder or Path(name)
+    place = folder or Path(name or "model")
     path = place.with_name(f"{place.name}-{dtype}{target.ending}") if out is None else out
     if os.path.lexists(path):
         raise InputError(f"{path} exists already: choose another --out")
@@ -88,8 +89,8 @@ def export(source: str, to: str, dtype: str | None, out: Path | None) -> tuple[P
 
 def _model_of(source: str) -> tuple[str, Path | None, str]:
     """`model.path` of the model, its folder if it has one, and what to call it if its card does not tell."""
-    folder = Path(source)
-    if not folder.is_dir():
+    folder = existing(source)
+    if folder is None or not folder.is_dir():
         return source, None, source.rpartition("/")[2].rpartition(":")[2]
     if not (folder / CONFIG).is_file():
         return source, folder.resolve(), folder.resolve().name

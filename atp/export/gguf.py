@@ -127,8 +127,8 @@ def write_gguf(
         block, size = GGML_QUANT_SIZES[held[name]]
         nbytes = weight.tensor.numel() // block * size
         writer.add_tensor_info(name, weight.tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=held[name])
-    try:
-        with whole_file(out) as temporary:
+    with whole_file(out) as temporary:
+        try:
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -137,9 +137,8 @@ def write_gguf(
                 if held[name] == GGMLQuantizationType.F16 and np.abs(values).max() > _LARGEST_F16:
                     raise InputError(f"weight {name} holds values beyond float16: use --dtype bf16 or f32")
                 writer.write_tensor_data(quantize(values, held[name]))
-            writer.flush()
-    finally:
-        writer.close()
+        finally:
+            writer.close()
     return [*_window_remark(config), *_fallback_remark(weights, held, wanted)]
 
 
@@ -169,6 +168,9 @@ def _rope(config: ATPLlamaConfig) -> dict[str, Any]:
     return cast(dict[str, Any], config.rope_parameters)
 
 
+_SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
+
+
 def _inexpressible(config: ATPLlamaConfig) -> Iterator[tuple[str, str]]:
     """What no architecture holds, each with a remedy."""
     heads = config.uncut_head_dim
@@ -196,9 +198,6 @@ def _inexpressible(config: ATPLlamaConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-_SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
-
-
 def _window(config: ATPLlamaConfig) -> int | None:
     """The smallest sliding window of any layer."""
     windows = (config.window(layer) for layer in range(config.num_hidden_layers))
@@ -206,17 +205,16 @@ def _window(config: ATPLlamaConfig) -> int | None:
 
 
 def _add_facts(writer: GGUFWriter, facts: dict[str, Any]) -> None:
+    known = {name: value if isinstance(value, list) else [value] for name, value in facts.items() if value}
     writer.add_type("model")
-    writer.add_name(facts["name"])
-    if license := facts.get("license"):
-        writer.add_license(str(license))
-    if languages := facts.get("language"):
-        writer.add_languages([languages] if isinstance(languages, str) else [str(name) for name in languages])
-    bases = facts.get("base_model") or []
-    bases = [bases] if isinstance(bases, str) else bases
-    if bases:
-        writer.add_base_model_count(len(bases))
-    for index, base in enumerate(bases):
+    writer.add_name(str(facts["name"]))
+    if "license" in known:
+        writer.add_license(", ".join(map(str, known["license"])))
+    if "language" in known:
+        writer.add_languages([str(name) for name in known["language"]])
+    if "base_model" in known:
+        writer.add_base_model_count(len(known["base_model"]))
+    for index, base in enumerate(known.get("base_model", [])):
         writer.add_base_model_name(index, str(base).rpartition("/")[2])
         writer.add_base_model_repo_url(index, f"https://huggingface.co/{base}")
 

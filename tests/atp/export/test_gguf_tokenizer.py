@@ -8,7 +8,7 @@ from gguf_forward import File
 from test_gguf import tiny, write
 from tiny_tokenizers import LLAMA3, PRE_TOKENIZERS, SPECIAL, TEXTS, byte_level, sentencepiece
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from atp.errors import InputError
 from atp.models.load import read_tokenizer
@@ -86,6 +86,16 @@ def _by_scores(text, tokens, scores):
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
     as_bytes = [[f"<0x{byte:02X}>" for byte in piece.encode()] for piece in pieces]
     return [ids[t] for piece, other in zip(pieces, as_bytes, strict=True) for t in ([piece] if piece in ids else other)]
+
+
+@pytest.mark.parametrize(("make", "kind", "expected"), [
+    (lambda: byte_level("qwen2"), Qwen2Tokenizer, "qwen2"), (sentencepiece, LlamaTokenizer, "default"),
+])  # fmt: skip
+def test_tokenizers_as_transformers_itself_defines_them(tmp_path, make, kind, expected):
+    model = json.loads(make().backend_tokenizer.to_str())["model"]
+    names = {} if kind is LlamaTokenizer else {"eos_token": SPECIAL[2], "pad_token": SPECIAL[0]}
+    tokenizer = kind(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], **names)
+    assert written(tmp_path, tokenizer)["ggml.pre"] == expected
 
 
 def _words():

@@ -35,7 +35,7 @@ class LlamaCpp:
         return {entry["id"]: entry["logprob"] for entry in position["top_logprobs"]}
 
     def greedy(self, ids, length):
-        """The ids of the most likely continuation, without the ending token."""
+        """The ids of the most likely continuation, with the token that ends it."""
         answer = self._complete(ids, n_predict=length, n_probs=1, temperature=0)
         return [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]]
 
