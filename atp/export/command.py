@@ -1,0 +1,125 @@
+"""`atp export`: a model, cut or not, in a form that another runtime reads. `TARGETS` is the table of forms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from atp.config import ModelConfig, explain
+from atp.data.packages import PACKAGED_MODEL
+from atp.errors import InputError, shorten
+from atp.export.card import PACKAGED, facts_of_card
+from atp.export.gguf import DTYPES, architecture_of, write_gguf
+from atp.families import is_cut
+from atp.files import check_writable
+from atp.finite import refuse_weights
+from atp.folders import CONFIG
+from atp.loading import load_any_model, load_shapes, load_tokenizer
+from atp.models.config import ATPLlamaConfig
+from atp.reading import existing
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model to export, before its weights are read.
+
+    where: names it in messages. config: as its folder has it. facts: what its card tells, and its `name`.
+    """
+
+    where: str
+    place: ModelConfig
+    config: PretrainedConfig
+    facts: dict[str, Any]
+
+    @property
+    def shapes(self) -> ATPLlamaConfig:
+        """Its config as that of a cut model; whole models keep all widths. Raises `InputError` for unknown families."""
+        return cast(ATPLlamaConfig, self.config) if is_cut(self.config) else ATPLlamaConfig.from_whole(self.config)
+
+    def load(self) -> PreTrainedModel:
+        """The weights in the dtype of their files. Raises `InputError` if they are quantized or not finite."""
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise InputError(f"the weights of {self.where} are quantized: give it in float32, bfloat16 or float16")
+        model = load_any_model(self.place)
+        refuse_weights(model)
+        return model
+
+
+@dataclass(frozen=True)
+class Target:
+    """A form that a model is exported to.
+
+    dtypes: what its weights can be, the default first. ending: of the name of the file or folder. write: takes the
+    model, one of the dtypes and the path to write, which does not exist yet, and returns remarks, one sentence each.
+    """
+
+    dtypes: Sequence[str]
+    ending: str
+    write: Callable[[Source, str, Path], list[str]]
+
+
+def export(source: str, to: str, dtype: str | None, out: Path | None) -> tuple[Path, list[str]]:
+    """Writes a model in another form: where it is then, and remarks on it.
+
+    source: a run folder, whose final model is taken, or what `model.path` of a config can be. dtype, out: None takes
+    the target's default, and a name beside the model's folder. Raises `InputError` before anything is written.
+    """
+    if to not in TARGETS:
+        raise InputError(f"--to {shorten(to)} is unknown: use {', '.join(TARGETS)}")
+    target = TARGETS[to]
+    dtype = dtype or target.dtypes[0]
+    if dtype not in target.dtypes:
+        raise InputError(f"--dtype {shorten(dtype)} does not exist for {to}: use one of {', '.join(target.dtypes)}")
+    model, folder, name = _model_of(source)
+    place = folder or Path(name or "model")
+    path = place.with_name(f"{place.name}-{dtype}{target.ending}") if out is None else out
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists already: choose another --out")
+    if not path.parent.is_dir():
+        raise InputError(f"folder {path.parent} of --out does not exist: create it or choose another --out")
+    check_writable(path.parent, "--out")
+    return path, target.write(_read(model, folder, name), dtype, path)
+
+
+def _model_of(source: str) -> tuple[str, Path | None, str]:
+    """`model.path` of the model, its folder if it has one, and what to call it if its card does not tell."""
+    folder = existing(source)
+    if folder is None or not folder.is_dir():
+        return source, None, source.rpartition("/")[2].rpartition(":")[2]
+    if not (folder / CONFIG).is_file():
+        return source, folder.resolve(), folder.resolve().name
+    model = folder / "model"
+    if not model.is_dir():
+        raise InputError(f"run folder {shorten(source)} has no model yet: finish the run with --resume")
+    return str(model), model, folder.resolve().name
+
+
+def _read(model: str, folder: Path | None, name: str) -> Source:
+    try:
+        place = ModelConfig(path=model)
+    except ValidationError as error:
+        raise InputError(f"the model: {explain(error, ModelConfig)}") from None
+    config = load_shapes(place)
+    dtype = str(config.dtype).removeprefix("torch.")
+    place = ModelConfig(path=model, dtype=dtype if dtype in ("bfloat16", "float16") else "float32")
+    facts = PACKAGED if model == PACKAGED_MODEL else {}
+    if folder:
+        facts = facts_of_card(folder / "README.md", ("license", "language", "base_model", "model_name"))
+    return Source(shorten(model), place, config, {"name": facts.get("model_name", name), **facts})
+
+
+def _write_gguf(source: Source, dtype: str, out: Path) -> list[str]:
+    shapes = source.shapes
+    architecture = architecture_of(shapes, source.where)
+    tokenizer = load_tokenizer(source.place)
+    remarks = write_gguf(source.load(), shapes, tokenizer, architecture, dtype, out, source.facts)
+    return [f"llama.cpp's architecture {architecture.name}", *remarks]
+
+
+TARGETS = {"gguf": Target(tuple(DTYPES), ".gguf", _write_gguf)}

@@ -1,0 +1,318 @@
+"""A model as one GGUF file, as llama.cpp reads it.
+
+A model whose layers have equal widths takes the architecture of its family; others take `deci`, the one architecture of
+llama.cpp with heads and MLP width per layer. Weights are written as they are but for two things that architectures ask
+for: the order of the rows that RoPE rotates, and multipliers that only Granite's architecture knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION, MODEL_ARCH
+from gguf.quants import quantize
+from gguf.tensor_mapping import get_tensor_name_map
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from atp.errors import InputError
+from atp.export.gguf_tokenizer import add_tokenizer
+from atp.files import whole_file
+from atp.models.config import ATPLlamaConfig, LayerShape
+
+DTYPES = {
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+"""What matrices can be written as. Norms and biases are always float32, as llama.cpp wants them."""
+_ROPE_TYPES = ("default", "linear", "llama3")
+_LARGEST_F16 = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What an architecture of llama.cpp holds.
+
+    neighbours: whether RoPE rotates rows 2 i and 2 i + 1 of a head, and not rows i and i + head_dim / 2. per_layer:
+    widths per layer. any_heads: also heads that together are not as wide as hidden_size. biases: those of o_proj and of
+    the MLP (q, k and v may have one everywhere). factors: RoPE frequencies scaled one by one. skips: every which layer
+    has no RoPE; 0 for none. multipliers: Granite's.
+    """
+
+    name: str
+    neighbours: bool = True
+    per_layer: bool = False
+    any_heads: bool = True
+    biases: bool = True
+    factors: bool = True
+    qk_norm: bool = False
+    skips: int = 0
+    multipliers: bool = False
+
+    def lacks(self, config: ATPLlamaConfig) -> Iterator[str]:
+        """What the model needs and this architecture does not hold."""
+        shapes, rotated = _shapes(config), [config.uses_rope(layer) for layer in range(config.num_hidden_layers)]
+        if not self.per_layer and any(shape != shapes[0] for shape in shapes):
+            yield "widths per layer"
+        elif not self.any_heads and shapes[0].num_attention_heads * config.uncut_head_dim != config.hidden_size:
+            yield "heads that are not as wide as hidden_size"
+        if config.qk_norm != self.qk_norm:
+            yield "norms of queries and keys" if config.qk_norm else "queries and keys without norms"
+        if rotated != [not self.skips or (layer + 1) % self.skips != 0 for layer in range(len(rotated))]:
+            yield "RoPE in just these layers"
+        if not self.biases and (config.attention_out_bias or config.mlp_bias):
+            yield "biases of o_proj or the MLP"
+        if not self.factors and _rope(config)["rope_type"] == "llama3":
+            yield "RoPE scaling of type llama3"
+
+
+_OWN = {
+    "qwen2": Architecture("qwen2", neighbours=False, any_heads=False, biases=False, factors=False),
+    "qwen3": Architecture("qwen3", neighbours=False, biases=False, factors=False, qk_norm=True),
+    "smollm3": Architecture("smollm3", biases=False, factors=False, skips=4),
+    "granite": Architecture("granite", multipliers=True),
+}
+_ANY = (Architecture("llama"), Architecture("deci", per_layer=True))
+
+
+def architecture_of(config: ATPLlamaConfig, where: str) -> Architecture:
+    """The first architecture that holds the model: its family's own, `llama`, `deci`.
+
+    config: an uncut model's is `ATPLlamaConfig.from_whole`. where: names the model in messages. Raises `InputError` for
+    what llama.cpp cannot run.
+    """
+    for problem, remedy in _inexpressible(config):
+        raise InputError(f"{where} cannot become a GGUF file, because {problem}: {remedy}")
+    candidates = (*([_OWN[config.family]] if config.family in _OWN else []), *_ANY)
+    lacking = {found: list(found.lacks(config)) for found in candidates}
+    fitting = [found for found, lacks in lacking.items() if not lacks]
+    if not fitting:
+        reasons = "; ".join(f"{found.name} lacks {' and '.join(lacks)}" for found, lacks in lacking.items())
+        raise InputError(
+            f"{where} cannot become a GGUF file, because no architecture of llama.cpp holds it ({reasons}): use its "
+            "folder with transformers, or cut all layers to the same widths"
+        )
+    return fitting[0]
+
+
+def write_gguf(
+    model: PreTrainedModel, config: ATPLlamaConfig, tokenizer: PreTrainedTokenizerBase, architecture: Architecture,
+    dtype: str, out: Path, facts: dict[str, Any],
+) -> list[str]:  # fmt: skip
+    """Writes the file, in one step, and returns what its user should know, one sentence each.
+
+    config: of the model, as for `architecture_of`. dtype: a key of `DTYPES`. facts: what is known of name, license,
+    language and base_model, as in a model card. Raises `InputError` for a tokenizer that llama.cpp cannot read, and for
+    weights that float16 cannot hold.
+    """
+    wanted, file_type = DTYPES[dtype]
+    writer = GGUFWriter(None, architecture.name)
+    _add_facts(writer, facts)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    _add_shape(writer, config, architecture)
+    add_tokenizer(writer, tokenizer, config)
+    weights = dict(_weights(model, config, architecture))
+    held = {name: _held_as(weight.tensor, wanted) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        block, size = GGML_QUANT_SIZES[held[name]]
+        nbytes = weight.tensor.numel() // block * size
+        writer.add_tensor_info(name, weight.tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=held[name])
+    with whole_file(out) as temporary:
+        try:
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, weight in weights.items():
+                values = weight.values()
+                if held[name] == GGMLQuantizationType.F16 and np.abs(values).max() > _LARGEST_F16:
+                    raise InputError(f"weight {name} holds values beyond float16: use --dtype bf16 or f32")
+                writer.write_tensor_data(quantize(values, held[name]))
+        finally:
+            writer.close()
+    return [*_window_remark(config), *_fallback_remark(weights, held, wanted)]
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor of the model; heads: number of heads whose rows take the order that neighbours=True wants, or 0."""
+
+    tensor: Tensor
+    heads: int = 0
+    factor: float = 1.0
+
+    def values(self) -> np.ndarray:
+        """As the file holds them, in float32."""
+        values = self.tensor.detach().to("cpu", torch.float32)
+        if self.heads:
+            rotated = values.view(self.heads, 2, -1, *values.shape[1:])  # [heads, half of a head, row in it, ...]
+            values = rotated.transpose(1, 2).reshape(values.shape)
+        return (values if self.factor == 1 else values * self.factor).contiguous().numpy()
+
+
+def _shapes(config: ATPLlamaConfig) -> list[LayerShape]:
+    return [config.layer_shape(layer) for layer in range(config.num_hidden_layers)]
+
+
+def _rope(config: ATPLlamaConfig) -> dict[str, Any]:
+    """rope_parameters, which always hold rope_type and rope_theta."""
+    return cast(dict[str, Any], config.rope_parameters)
+
+
+_SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
+
+
+def _inexpressible(config: ATPLlamaConfig) -> Iterator[tuple[str, str]]:
+    """What no architecture holds, each with a remedy."""
+    heads = config.uncut_head_dim
+    for layer, shape in enumerate(_shapes(config)):
+        for what, width in (("queries and keys", shape.qk_head_dim(heads)), ("values", shape.v_head_dim)):
+            if width != heads:
+                yield (
+                    f"its layer {layer} has {what} of width {width} in heads of {heads}, and llama.cpp has one width "
+                    "for all heads",
+                    "cut in space kv_group, which keeps heads whole",
+                )
+        if any(shape.selected(key, config.hidden_size) != config.hidden_size for key in _SELECTIONS):
+            yield (
+                f"the blocks of its layer {layer} read or write a part of the hidden state, which llama.cpp cannot",
+                "cut in space kv_group",
+            )
+    if config.shortcuts:
+        yield "it has a matrix on each residual connection, which llama.cpp has not", "use its folder with transformers"
+    if config.hidden_act != "silu":
+        yield f"its activation is {config.hidden_act}, and llama.cpp has silu", "use its folder with transformers"
+    if _rope(config)["rope_type"] not in _ROPE_TYPES:
+        yield (
+            f"its RoPE scaling is of type {_rope(config)['rope_type']}, which this export does not write",
+            f"use a model with one of {', '.join(_ROPE_TYPES)}",
+        )
+
+
+def _window(config: ATPLlamaConfig) -> int | None:
+    """The smallest sliding window of any layer."""
+    windows = (config.window(layer) for layer in range(config.num_hidden_layers))
+    return min((window for window in windows if window is not None), default=None)
+
+
+def _add_facts(writer: GGUFWriter, facts: dict[str, Any]) -> None:
+    known = {name: value if isinstance(value, list) else [value] for name, value in facts.items() if value}
+    writer.add_type("model")
+    writer.add_name(str(facts["name"]))
+    if "license" in known:
+        writer.add_license(", ".join(map(str, known["license"])))
+    if "language" in known:
+        writer.add_languages([str(name) for name in known["language"]])
+    if "base_model" in known:
+        writer.add_base_model_count(len(known["base_model"]))
+    for index, base in enumerate(known.get("base_model", [])):
+        writer.add_base_model_name(index, str(base).rpartition("/")[2])
+        writer.add_base_model_repo_url(index, f"https://huggingface.co/{base}")
+
+
+def _add_shape(writer: GGUFWriter, config: ATPLlamaConfig, architecture: Architecture) -> None:
+    """The keys from which llama.cpp builds the model."""
+    shapes = _shapes(config)
+    heads = [shape.num_attention_heads for shape in shapes]
+    kv_heads = [shape.num_key_value_heads for shape in shapes]
+    inner = [shape.intermediate_size for shape in shapes]
+    each = architecture.per_layer
+    writer.add_head_count(heads if each else heads[0])
+    writer.add_head_count_kv(kv_heads if each else kv_heads[0])
+    writer.add_feed_forward_length(inner if each else inner[0])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_vocab_size(config.vocab_size)
+    # Within a window sliding attention is full attention, the only kind that these architectures have.
+    writer.add_context_length(min(config.max_position_embeddings, _window(config) or config.max_position_embeddings))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(config.uncut_head_dim)
+    writer.add_rope_freq_base(_rope(config)["rope_theta"])
+    if _rope(config)["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(_rope(config)["factor"])
+    if architecture.multipliers:
+        if config.attention_multiplier is not None:
+            writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+
+
+def _weights(
+    model: PreTrainedModel, config: ATPLlamaConfig, architecture: Architecture
+) -> Iterator[tuple[str, _Weight]]:
+    """The tensors of the file by their names in it."""
+    names = get_tensor_name_map(MODEL_ARCH[architecture.name.upper()], config.num_hidden_layers)
+    folded = {} if architecture.multipliers else _multipliers(config)
+    tied = config.tie_word_embeddings and folded.get("embed_tokens", 1) == folded.get("lm_head", 1)
+    if _rope(config)["rope_type"] == "llama3":
+        yield "rope_freqs.weight", _Weight(_rope_factors(config))
+    for name, tensor in model.state_dict().items():
+        module = name.rsplit(".", 2)[-2]
+        if module == "lm_head" and tied:
+            continue  # llama.cpp takes the embeddings where there is no output.weight
+        heads = 0
+        if architecture.neighbours and module in ("q_proj", "k_proj"):
+            shape = config.layer_shape(int(name.split(".")[2]))
+            heads = shape.num_attention_heads if module == "q_proj" else shape.num_key_value_heads
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ValueError(f"GGUF has no name for {name} in architecture {architecture.name}")
+        yield found, _Weight(tensor, heads, folded.get(module, 1.0))
+
+
+def _multipliers(config: ATPLlamaConfig) -> dict[str, float]:
+    """Factors on the outputs of modules with which an architecture without multipliers computes the same."""
+    scale = config.attention_multiplier
+    return {
+        "embed_tokens": config.embedding_multiplier,
+        "q_proj": 1.0 if scale is None else scale * config.uncut_head_dim**0.5,
+        "o_proj": config.residual_multiplier,
+        "down_proj": config.residual_multiplier,
+        "lm_head": 1 / config.logits_scaling,
+    }
+
+
+def _rope_factors(config: ATPLlamaConfig) -> Tensor:
+    """What llama.cpp divides each RoPE frequency by, float32 [head_dim / 2]."""
+    heads, theta = config.uncut_head_dim, _rope(config)["rope_theta"]
+    plain = 1.0 / (theta ** (torch.arange(0, heads, 2, dtype=torch.float) / heads))
+    return plain / LlamaRotaryEmbedding(config).inv_freq
+
+
+def _held_as(tensor: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type of one tensor: blocks run along rows, so not every width can be quantized."""
+    if tensor.dim() < 2:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType.F16 if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _window_remark(config: ATPLlamaConfig) -> Iterator[str]:
+    window = _window(config)
+    if window is not None and window < config.max_position_embeddings:
+        yield (
+            f"the context length in the file is {window} of {config.max_position_embeddings} tokens, because llama.cpp "
+            "runs this model without its sliding window, which makes no difference only up to there"
+        )
+
+
+def _fallback_remark(
+    weights: dict[str, _Weight], held: dict[str, GGMLQuantizationType], wanted: GGMLQuantizationType
+) -> Iterator[str]:
+    others = [name for name in weights if weights[name].tensor.dim() > 1 and held[name] != wanted]
+    if others:
+        yield (
+            f"{len(others)} of {sum(weight.tensor.dim() > 1 for weight in weights.values())} matrices are f16, because "
+            f"{wanted.name.lower()} takes rows of whole blocks of {GGML_QUANT_SIZES[wanted][0]} ({others[0]}, ...)"
+        )

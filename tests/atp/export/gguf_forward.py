@@ -1,0 +1,115 @@
+"""Logits from a GGUF file alone, by the rules of llama.cpp: keys and their defaults, tensor names, orders of rows."""
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from torch.nn.functional import rms_norm, silu
+
+NEOX = ("qwen2", "qwen3")  # row i of a head is rotated with row i + head_dim / 2, elsewhere 2 i with 2 i + 1
+WITHOUT_FACTORS = ("qwen2", "qwen3", "smollm3")
+WITH_BIASES = ("llama", "deci", "granite")
+
+
+class File:
+    """keys: all, by name. tensors: float32 by name, [outputs, inputs] for matrices. used: those that a forward read."""
+
+    def __init__(self, path):
+        reader = GGUFReader(path)
+        self.keys = {name: field.contents() for name, field in reader.fields.items()}
+        self.types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        self.tensors, self.used = {}, set()
+        for tensor in reader.tensors:
+            values = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+            self.tensors[tensor.name] = torch.from_numpy(np.array(values, dtype=np.float32))
+        self.architecture = self.keys["general.architecture"]
+
+    def key(self, name, default=None):
+        return self.keys.get(f"{self.architecture}.{name}", default)
+
+    def each(self, name):
+        """A count per layer: an array, or one for all."""
+        value = self.key(name)
+        return value if isinstance(value, list) else [value] * self.key("block_count")
+
+    def tensor(self, name, shape, *, optional=False):
+        if name not in self.tensors and optional:
+            return None
+        assert tuple(self.tensors[name].shape) == shape, name
+        self.used.add(name)
+        return self.tensors[name].double()
+
+    def linear(self, x, name, outputs, *, bias):
+        x = x @ self.tensor(f"{name}.weight", (outputs, x.shape[-1])).T
+        added = self.tensor(f"{name}.bias", (outputs,), optional=True) if bias else None
+        return x if added is None else x + added
+
+
+def logits(file, ids):
+    """float64 [batch, tokens, vocabulary] for ids int64 [batch, tokens]."""
+    architecture, hidden, eps = file.architecture, file.key("embedding_length"), file.key(
+        "attention.layer_norm_rms_epsilon")  # fmt: skip
+    heads, kv_heads, inner = (file.each(f"{n}") for n in ("attention.head_count", "attention.head_count_kv",
+                                                          "feed_forward_length"))  # fmt: skip
+    width = file.key("attention.key_length", hidden // heads[0])
+    assert width == file.key("attention.value_length", hidden // heads[0])
+    if architecture != "deci":
+        assert len(set(heads)) == len(set(kv_heads)) == len(set(inner)) == 1
+        assert not isinstance(file.key("attention.head_count"), list)
+    else:
+        assert min(inner) > 0 and file.key("rope.dimension_count") == width
+    rows = len(file.keys["tokenizer.ggml.tokens"])
+    biases = architecture in WITH_BIASES
+
+    def norm(x, name):
+        return rms_norm(x, (x.shape[-1],), file.tensor(name, (x.shape[-1],)), eps)
+
+    embeddings = file.tensor("token_embd.weight", (rows, hidden))
+    x = embeddings[ids] * (file.key("embedding_scale", 1.0) if architecture == "granite" else 1)
+    residual = file.key("residual_scale", 1.0) if architecture == "granite" else 1
+    scale = (file.key("attention.scale") if architecture == "granite" else None) or width**-0.5
+    angles = _angles(file, width, ids.shape[1])
+    causal = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=torch.float64).triu(1)
+    for layer in range(file.key("block_count")):
+        block = f"blk.{layer}"
+        normed = norm(x, f"{block}.attn_norm.weight")
+        query, key, value = (
+            file.linear(normed, f"{block}.attn_{n}", count * width, bias=True).unflatten(-1, (count, width))
+            for n, count in (("q", heads[layer]), ("k", kv_heads[layer]), ("v", kv_heads[layer]))
+        )
+        if architecture == "qwen2":
+            assert heads[layer] * width == hidden
+        if architecture == "qwen3":
+            query, key = norm(query, f"{block}.attn_q_norm.weight"), norm(key, f"{block}.attn_k_norm.weight")
+        if architecture != "smollm3" or (layer + 1) % 4 != 0:
+            query, key = (_rotate(states, angles, architecture in NEOX) for states in (query, key))
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        key, value = (s.repeat_interleave(heads[layer] // kv_heads[layer], dim=1) for s in (key, value))
+        weights = (query @ key.transpose(-1, -2) * scale + causal).softmax(-1)
+        mixed = (weights @ value).transpose(1, 2).flatten(2)
+        x = x + residual * file.linear(mixed, f"{block}.attn_output", hidden, bias=biases)
+        normed = norm(x, f"{block}.ffn_norm.weight")
+        gate, up = (file.linear(normed, f"{block}.ffn_{n}", inner[layer], bias=biases) for n in ("gate", "up"))
+        x = x + residual * file.linear(silu(gate) * up, f"{block}.ffn_down", hidden, bias=biases)
+    head = file.tensor("output.weight", (rows, hidden), optional=True)
+    output = norm(x, "output_norm.weight") @ (embeddings if head is None else head).T
+    return output / (file.key("logit_scale") if architecture == "granite" else 1)
+
+
+def _angles(file, width, length):
+    """float64 [length, head_dim / 2]."""
+    frequencies = file.key("rope.freq_base", 10000.0) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if file.key("rope.scaling.type", "linear") == "linear":
+        frequencies /= file.key("rope.scaling.factor", 1.0)
+    if file.architecture not in WITHOUT_FACTORS:
+        factors = file.tensor("rope_freqs.weight", (width // 2,), optional=True)
+        frequencies = frequencies if factors is None else frequencies / factors
+    return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+
+
+def _rotate(states, angles, halves):
+    """states: [batch, tokens, heads, head_dim]."""
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second = states.chunk(2, dim=-1) if halves else (states[..., ::2], states[..., 1::2])
+    pair = (first * cos - second * sin, first * sin + second * cos)
+    return torch.cat(pair, dim=-1) if halves else torch.stack(pair, dim=-1).flatten(-2)

@@ -1,0 +1,262 @@
+"""The GGUF file against the model: logits from the file alone, by the rules of llama.cpp and by transformers."""
+
+import numpy as np
+import pytest
+import torch
+from gguf_forward import File, logits
+from tiny_tokenizers import byte_level
+from zeroed import random_mask, stock_model
+
+from atp.errors import InputError
+from atp.export.gguf import architecture_of, write_gguf
+from atp.families import is_cut
+from atp.models.config import ATPLlamaConfig
+from atp.models.load import read_model
+from atp.removal.cut import cut_model
+from atp.spaces.space import MaskSpace
+
+VOCAB, LENGTH = 348, 20
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+MULTIPLIERS = {
+    "residual_multiplier": 0.22, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.125,
+}  # fmt: skip
+TIED = {"tie_word_embeddings": True}
+MODELS = {
+    "llama": {},
+    "llama-tied": TIED,
+    "llama-biases": {"attention_bias": True, "mlp_bias": True},
+    "llama-llama3": {"rope_parameters": LLAMA3},
+    "llama-linear": {"rope_parameters": LINEAR} | TIED,
+    "mistral": {"sliding_window": LENGTH, "head_dim": 12},
+    "qwen2": {},
+    "qwen2-tied-linear": {"rope_parameters": LINEAR} | TIED,
+    "qwen2-llama3": {"rope_parameters": LLAMA3},
+    "qwen3": {"head_dim": 12},
+    "qwen3-tied": TIED,
+    "qwen3-qkv-biases": {"attention_bias": True},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0, 1], "num_hidden_layers": 5},
+    "smollm3-rope-everywhere": {"no_rope_layers": [1] * 5, "num_hidden_layers": 5},
+    "granite": MULTIPLIERS,
+    "granite-tied-biases": MULTIPLIERS | TIED | {"attention_bias": True, "mlp_bias": True},
+    "granite-tied-llama3": MULTIPLIERS | TIED | {"rope_parameters": LLAMA3},
+}  # fmt: skip
+# The architecture of the whole model, of one cut to equal widths, and of one with a width per layer; None is refused.
+EXPECTED = {
+    "llama": ("llama", "llama", "deci"),
+    "mistral": ("llama", "llama", "deci"),
+    "qwen2": ("qwen2", "llama", "deci"),
+    "qwen2-llama3": ("llama", "llama", "deci"),
+    "qwen3": ("qwen3", "qwen3", None),
+    "qwen3-qkv-biases": (None, None, None),
+    "smollm3": ("smollm3", "smollm3", None),
+    "smollm3-rope-everywhere": ("llama", "llama", "deci"),
+    "granite": ("granite", "granite", "deci"),
+}
+WIDTHS = ("whole", "equal", "unequal")
+CASES = [
+    (name, widths, architecture)
+    for name in MODELS
+    for widths, architecture in zip(WIDTHS, EXPECTED.get(name) or EXPECTED[name.split("-")[0]], strict=True)
+]
+
+
+def tiny(name, widths="whole", **changes):
+    """A model of random weights, cut in space kv_group unless it is whole."""
+    model = stock_model(name.split("-")[0], dtype=torch.float32, **{"vocab_size": VOCAB} | MODELS[name] | changes)
+    if widths == "whole":
+        return model
+    space = MaskSpace.from_config(model.config, "kv_group")
+    mask = random_mask(space)
+    if widths == "equal":
+        mask[:] = False
+        for structure in space.structures:
+            shift = torch.arange(structure.size // 2) + structure.layer % 2  # not the same ones in all layers
+            mask[structure.start + shift] = True
+    return cut_model(model, space, mask)
+
+
+def shapes_of(model):
+    return model.config if is_cut(model.config) else ATPLlamaConfig.from_whole(model.config)
+
+
+def write(model, path, dtype="f32", tokenizer=None):
+    config = shapes_of(model)
+    architecture = architecture_of(config, "the model")
+    facts = {"name": "Tiny", "license": "mit", "language": "en", "base_model": "someone/Small"}
+    remarks = write_gguf(model, config, tokenizer or byte_level(), architecture, dtype, path, facts)
+    return architecture.name, remarks
+
+
+def tokens(windows=3):
+    return torch.randint(3, VOCAB, (windows, LENGTH), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def assert_same_logits(file, model, tolerance):
+    ids = tokens()
+    expected = model(ids).logits
+    assert (logits(file, ids) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize(("name", "widths", "architecture"), [case for case in CASES if case[2]])
+def test_the_file_computes_the_models_logits(tmp_path, name, widths, architecture):
+    model = tiny(name, widths)
+    write(model, tmp_path / "model.gguf")
+    file = File(tmp_path / "model.gguf")
+    assert file.architecture == architecture
+    assert_same_logits(file, model, 1e-5)
+    assert file.used == file.tensors.keys(), "llama.cpp refuses a file with tensors that it does not read"
+    assert set(file.types.values()) == {"F32"}
+    folded = name.startswith("granite") and architecture == "deci"
+    assert ("output.weight" not in file.tensors) == (model.config.tie_word_embeddings and not folded)
+    assert ("rope_freqs.weight" in file.tensors) == ("llama3" in name)
+
+
+@pytest.mark.parametrize(("name", "widths"), [case[:2] for case in CASES if not case[2]])
+def test_a_model_that_no_architecture_holds_is_refused(tmp_path, name, widths):
+    with pytest.raises(InputError, match="no architecture of llama.cpp holds it .*: use its folder with transformers"):
+        write(tiny(name, widths), tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_order_of_rows_matters(tmp_path):
+    """The rows as transformers has them give other logits, so the comparison above can fail."""
+    model = tiny("llama")
+    write(model, tmp_path / "model.gguf")
+    file = File(tmp_path / "model.gguf")
+    for layer, block in enumerate(model.model.layers):
+        file.tensors[f"blk.{layer}.attn_q.weight"] = block.self_attn.q_proj.weight.data
+        file.tensors[f"blk.{layer}.attn_k.weight"] = block.self_attn.k_proj.weight.data
+    with pytest.raises(AssertionError):
+        assert_same_logits(file, model, 1e-2)
+
+
+@pytest.mark.parametrize("widths", ["equal", "unequal"])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "tolerance"), [("f16", "F16", 5e-3), ("bf16", "BF16", 3e-2), ("q8_0", "Q8_0", 1e-1)]
+)
+def test_narrow_weights_are_within_their_rounding(tmp_path, widths, dtype, kind, tolerance):
+    model = tiny("llama-biases", widths)
+    write(model, tmp_path / "exact.gguf")
+    _, remarks = write(model, tmp_path / "narrow.gguf", dtype)
+    exact, narrow = File(tmp_path / "exact.gguf"), File(tmp_path / "narrow.gguf")
+    assert narrow.tensors.keys() == exact.tensors.keys()
+    fallen = 0
+    for name, values in exact.tensors.items():
+        found, error = narrow.types[name], (narrow.tensors[name] - values).abs()
+        if values.dim() == 1:
+            assert found == "F32" and not error.any()
+            continue
+        if dtype == "q8_0" and values.shape[1] % 32:
+            assert found == "F16"
+            fallen += 1
+        else:
+            assert found == kind
+        if found == "Q8_0":
+            blocks = values.view(-1, 32)
+            # Half a step of the block, and the float16 rounding of the step itself.
+            largest = blocks.abs().amax(1, keepdim=True)
+            assert (error.view(-1, 32) <= largest * (0.5 / 127 + 2**-11) * 1.01).all()
+        else:
+            bits = {"F16": 11, "BF16": 8}[found]
+            assert (error <= values.abs() * 2.0**-bits + 2**-25).all()
+    assert_same_logits(narrow, model, tolerance)
+    assert len(remarks) == (1 if fallen else 0)
+    if fallen:
+        assert remarks[0].startswith(f"{fallen} of 23 matrices are f16")
+
+
+def test_weights_beyond_float16_are_refused(tmp_path):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = 7e4
+    with pytest.raises(InputError, match=r"blk.1.ffn_up.weight holds values beyond float16: use --dtype bf16 or f32"):
+        write(model, tmp_path / "model.gguf", "f16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3", "qwen3-tied"])
+@pytest.mark.parametrize("widths", ["whole", "equal"])
+def test_transformers_reads_it_back(tmp_path, name, widths):
+    if (name, widths) == ("qwen2", "equal"):
+        pytest.skip("it becomes a llama with biases, which transformers leaves out")
+    # transformers takes a head_dim of 128 for every Qwen3.
+    model = tiny(name, widths, **({"head_dim": 128} if name.startswith("qwen3") else {}))
+    write(model, tmp_path / "model.gguf")
+    found = read_model(tmp_path, torch.float32, "model.gguf")
+    with torch.no_grad():
+        expected, actual = model(tokens()).logits, found(tokens()).logits
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_the_file_says_of_the_model(tmp_path):
+    model = tiny("mistral", "unequal")
+    _, remarks = write(model, tmp_path / "model.gguf", "q8_0")
+    keys = File(tmp_path / "model.gguf").keys
+    shapes = [model.config.layer_shape(layer) for layer in range(3)]
+    expected = {
+        "general.type": "model", "general.name": "Tiny", "general.license": "mit", "general.languages": ["en"],
+        "general.base_model.count": 1, "general.base_model.0.name": "Small",
+        "general.base_model.0.repo_url": "https://huggingface.co/someone/Small",
+        "general.file_type": 7, "general.quantization_version": 2, "deci.block_count": 3,
+        "deci.embedding_length": 32, "deci.vocab_size": VOCAB, "deci.attention.key_length": 12,
+        "deci.attention.value_length": 12, "deci.rope.dimension_count": 12, "deci.context_length": LENGTH,
+        "deci.attention.head_count": [shape.num_attention_heads for shape in shapes],
+        "deci.attention.head_count_kv": [shape.num_key_value_heads for shape in shapes],
+        "deci.feed_forward_length": [shape.intermediate_size for shape in shapes],
+    }  # fmt: skip
+    assert {key: keys.get(key) for key in expected} == expected
+    assert np.isclose(keys["deci.attention.layer_norm_rms_epsilon"], model.config.rms_norm_eps)
+    assert keys["deci.rope.freq_base"] == model.config.rope_parameters["rope_theta"]
+    assert remarks[0].startswith(f"the context length in the file is {LENGTH} of 64 tokens")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            "head_dim",
+            r"its layer \d has (queries and keys|values) of width \d in heads of 8, .*: cut in space kv_group",
+        ),
+        ("disp", r"the blocks of its layer 0 read or write a part of the hidden state, .*: cut in space kv_group"),
+    ],
+)
+def test_other_spaces_are_refused(tmp_path, space, message):
+    model = tiny("llama")
+    mask_space = MaskSpace.from_config(model.config, space)
+    cut = cut_model(model, mask_space, random_mask(mask_space))
+    with pytest.raises(InputError, match=message):
+        write(cut, tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mask_of_whole_heads_in_another_space_is_written(tmp_path):
+    model = tiny("llama")
+    space = MaskSpace.from_config(model.config, "head_dim")
+    mask = torch.ones(space.size, dtype=torch.bool)
+    mlp = [structure for structure in space.structures if structure.name == "mlp"]
+    mask[mlp[1].start : mlp[1].start + 7] = False
+    cut = cut_model(model, space, mask)
+    write(cut, tmp_path / "model.gguf")
+    assert_same_logits(File(tmp_path / "model.gguf"), cut, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu_pytorch_tanh"}, "its activation is gelu_pytorch_tanh, and llama.cpp has silu"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+            "its RoPE scaling is of type dynamic, .*: use a model with one of default, linear, llama3",
+        ),
+        ({"shortcuts": True}, "it has a matrix on each residual connection"),
+    ],
+)
+def test_what_llama_cpp_cannot_compute_is_refused(changes, message):
+    config = ATPLlamaConfig.from_whole(tiny("llama").config, **changes)
+    with pytest.raises(InputError, match=f"run 7 cannot become a GGUF file, because {message}"):
+        architecture_of(config, "run 7")
