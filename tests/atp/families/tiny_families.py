@@ -11,7 +11,8 @@ FAMILIES = {
     "qwen2": SLIDING | {"max_window_layers": 1, "tie_word_embeddings": True},
     "qwen3": SLIDING | {"max_window_layers": 2, "head_dim": 12, "attention_bias": True},
     "smollm3": SLIDING | {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": False, "attention_bias": True},
-    "seed_oss": {"attention_bias": True, "attention_out_bias": False, "head_dim": 12, "residual_dropout": 0.0},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": False, "head_dim": 12, "residual_dropout": 0.0,
+                 "attention_dropout": 0.0},
     "granite": {
         "residual_multiplier": 0.22, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.25,
         "tie_word_embeddings": True,
