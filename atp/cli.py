@@ -6,6 +6,7 @@ reached; 129, 130 and 143 after a signal; 141 when the reader of the output has 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -37,7 +38,7 @@ app = typer.Typer(
 # Paths and names are printed as they are, brackets included.
 console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
 
-_ONE_PROCESS = ("eval", "report", "env")  # under a launcher, only the main process runs these
+_ONE_PROCESS = ("plan", "eval", "report", "env")  # under a launcher, only the main process runs these
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
 
 
@@ -81,6 +82,30 @@ def train(
     console.print(settings.dump())
     show(Run(settings, resume=resume, command=_command(), say=console.print, profile=profile).execute())
     console.print(f"report: {Path(settings.output_dir) / 'report.html'}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Time one layer on this machine, for seconds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: _Debug = False,
+) -> None:
+    """Say what a run will do and cost (size, memory, operations, time, data), without the model's weights.
+
+    Example: atp plan examples/health-mini.yaml decisions.target_keep=0.7 --probe
+    """
+    from atp.config import ATPConfig
+    from atp.plan import make_plan
+    from atp.plan.page import page
+
+    found = make_plan(ATPConfig.load(config, overrides), probe=probe)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for part in page(found):
+        console.print(part)
 
 
 @app.command()
