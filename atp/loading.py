@@ -51,7 +51,10 @@ def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
 
 
 def check_prunable(config: ModelConfig, shapes: PretrainedConfig, space: str) -> None:
-    """Raises `InputError` for a family that does not fit the mask space, or quantized weights. shapes: `load_shapes`."""
+    """Raises `InputError` for a family that does not fit the mask space, or quantized weights.
+
+    shapes: what `load_shapes` returns.
+    """
     MaskSpace.from_config(shapes, space)
     if getattr(shapes, "quantization_config", None) is not None:
         raise InputError(f"the weights of {config.path} are quantized: give the model in float32, bfloat16 or float16")

@@ -14,7 +14,7 @@ LAYERS = (
     ("atp.__main__", "atp.cli"),
     ("atp.experiments",),
     ("atp.compare",),
-    ("atp.run", "atp.demo", "atp.scoring"),
+    ("atp.run", "atp.demo", "atp.scoring", "atp.plan"),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
     ("atp.checks", "atp.folders", "atp.loading"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),

@@ -24,7 +24,7 @@ class Pass:
 
     product, residual: bytes per number of what linears and attention compute, and of the residual stream. rank: of
     LoRA. masked: whether hard masks are on. dropout: whether LoRA dropout is on. expanded: whether attention has a mask
-    of its own, which makes keys and values as many as queries. rows: samples of a batch, which share the angles of RoPE.
+    of its own, which makes keys and values as many as queries. rows: samples of a batch, which share RoPE's angles.
     """
 
     product: int

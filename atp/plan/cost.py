@@ -92,8 +92,8 @@ class Cost:
 
         The frozen linears pass gradients on but have none: twice the forward pass, of the `share` of them that hard
         masks keep. LoRA has three times its forward pass. Of logits and their gradients only those of scored tokens
-        exist. The first layer's queries, keys and values pass nothing on. With gradient checkpointing all layers run forward
-        twice.
+        exist. The first layer's queries, keys and values pass nothing on. With gradient checkpointing all layers run
+        forward twice.
         """
         once = share * linear(widths) + adapter(widths, self.rank) + attention(widths, self.job.sample)
         layer = once + share * linear(widths) + 2 * adapter(widths, self.rank)

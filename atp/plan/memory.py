@@ -29,7 +29,11 @@ _ROWS = 4096  # tokens that the refit multiplies at once
 def memory_of(job: Job) -> list[dict[str, object]]:
     """For each part of the run, in order: its name, its bytes at the peak, and the parts that these consist of."""
     return [
-        {"phase": name, "bytes": round(sum(parts.values())), "parts": {part: round(n) for part, n in parts.items() if n}}
+        {
+            "phase": name,
+            "bytes": round(sum(parts.values())),
+            "parts": {part: round(n) for part, n in parts.items() if n},
+        }
         for name, parts in _Memory(job).phases()
     ]
 
@@ -53,7 +57,8 @@ class _Memory:
         """The parts of a run that happen, in order."""
         job, steps = self.job, self.job.phases
         whole, kept = job.shapes.whole, job.shapes.kept
-        yield "score", self._weights(job.before) | self._scoring()
+        divides = family_of(job.shapes.config).logits_divisor(job.shapes.config) != 1
+        yield "score", self._weights(job.before) | self._scoring(divided=divides)
         static = job.config.decisions.source == "static"
         if static:
             yield "saliency", self._held(whole, begun=False) | self._decision(1)
@@ -75,7 +80,10 @@ class _Memory:
         if steps.tune:
             yield "tune", self._training(kept, taught=True)
         yield "export", self._held(kept, taught=True) | self._export()
-        yield "score again", self._held(kept, taught=True) | {"reloaded": self._reloaded()} | self._scoring()
+        yield (
+            "score again",
+            self._held(kept, taught=True) | {"reloaded": self._reloaded()} | self._scoring(divided=True),
+        )
 
     # What is held throughout
 
@@ -98,7 +106,7 @@ class _Memory:
         return held
 
     def _casts(self, widths: LayerWidths) -> Parts:
-        """Under autocast a linear keeps its frozen weight in the narrow dtype too; LoRA factors are cast in each pass."""
+        """Under autocast a linear keeps its frozen weight in the narrow dtype too; LoRA factors are cast in a pass."""
         if self.product >= self.weight:
             return {}
         return {"casts": (widths.weights + widths.adapter(self.rank)) * self.shapes.layers * self.product}
@@ -199,9 +207,12 @@ class _Memory:
         }
 
     def _reference(self) -> float:
-        """Reference logits of the certificate's windows on the host, and of one window at a time with a difference."""
+        """Reference logits of the certificate's windows on the host, and of one window at a time, with a difference.
+
+        The class of cut models divides its logits, so there are two of them then.
+        """
         window = self.length * self.vocab * _FLOAT
-        return window * (WINDOWS * self.on_host + 2)
+        return window * (WINDOWS * self.on_host + 3)
 
     def _export(self) -> Parts:
         """The linears with the adapter merged in; once they are saved, the reloaded model takes their place."""
@@ -215,12 +226,15 @@ class _Memory:
         """The exported model is scored in float32 on the CPU."""
         return self.job.after["total"] * _FLOAT * self.on_host
 
-    def _scoring(self) -> Parts:
-        """Logits of a batch of test windows, and those of one window in float32 with their softmax."""
+    def _scoring(self, *, divided: bool) -> Parts:
+        """Logits of a batch of test windows; then those of one window in float32 with their softmax.
+
+        divided: whether the model divides its logits, as Granite and the class of cut models do, which makes two.
+        """
         evaluation = self.job.config.evaluation
         windows = min(evaluation.batch_size, evaluation.windows)
         logits = windows * self.length * self.vocab * self.product
-        row = 2 * self.length * self.vocab * _FLOAT
+        row = max(2 * self.length * self.vocab * _FLOAT, logits if divided else 0)
         head = self.vocab * self.hidden * self.product if self.product < self.weight else 0
         return {"logits": logits + row + head}
 
@@ -245,4 +259,3 @@ def _slides(job: Job, length: int) -> bool:
     """Whether a layer's attention sees less than a whole window, which needs a mask."""
     window = family_of(job.shapes.config).sliding_window(job.shapes.config)
     return window is not None and window < length
-

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from atp.families import is_cut
+from atp.models.config import ATPLlamaConfig
 from atp.models.llama import ATPLlamaForCausalLM
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
@@ -19,8 +19,11 @@ def parameters_of(config: PretrainedConfig) -> dict[str, int]:
     The model is the one that transformers builds, on the meta device, so the count is exact and takes no memory.
     """
     with torch.device("meta"):
-        # The class itself, because a config that was never saved has no architecture to look up.
-        model: nn.Module = ATPLlamaForCausalLM(config) if is_cut(config) else AutoModelForCausalLM.from_config(config)
+        model: nn.Module
+        if isinstance(config, ATPLlamaConfig):
+            model = ATPLlamaForCausalLM(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
     return counted(model)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from atp import processes
-from atp.checks import check_reachable
+from atp.checks import BUDGET_TOLERANCE, check_reachable
 from atp.config import ATPConfig
 from atp.loading import check_prunable, load_shapes
 from atp.plan.cost import cost_of
@@ -93,10 +93,10 @@ def _sized(parameters: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str
 def _remarks(config: ATPConfig, shapes: ModelShapes, data: dict[str, Any]) -> list[str]:
     """What a reader must know of the figures."""
     remarks = [
-        "Widths are those of a cut that is the same in all layers. A run chooses them layer by layer and keeps the same "
-        "share, to within 0.2 % of the decoder."
+        "Widths are those of a cut that is the same in all layers. A run chooses them layer by layer and keeps the "
+        f"target, to within {BUDGET_TOLERANCE:.1%} of the decoder."
     ]
-    if abs(shapes.share - config.decisions.target_keep) > 0.002:
+    if abs(shapes.share - config.decisions.target_keep) > BUDGET_TOLERANCE:
         remarks.append(
             f"Equal widths keep {shapes.share:.1%} of the decoder, the nearest to {config.decisions.target_keep:.1%}."
         )

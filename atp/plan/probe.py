@@ -17,7 +17,7 @@ from atp.lora.layer import add_lora
 from atp.models.attention import use_training_attention
 from atp.plan.cost import Cost, Flops, Row
 from atp.plan.job import Job
-from atp.plan.shapes import ModelShapes, mask_of
+from atp.plan.shapes import LayerWidths, ModelShapes, mask_of
 from atp.removal import cut_model
 from atp.training.cross_entropy import linear_cross_entropy
 from atp.training.loss import causal_lm_loss
@@ -44,13 +44,15 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     whole = add_lora(model, shapes.space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout).train()
     cut: Any = cut_model(whole, shapes.space, mask_of(shapes.space, shapes.counts))
     tokens = job.config.training.batch_size * job.config.data.length
-    found = []
-    for layer, widths in ((whole, shapes.whole), (cut, shapes.kept)):
+
+    def rate(layer: PeftModel, widths: LayerWidths) -> float:
         flops = Cost(small).step(widths).total * tokens
-        found.append(flops / _median(_layer_step(layer, job, device), device, seconds))
+        return flops / _median(_layer_step(layer, job, device), device, seconds)
+
     sizes = job.shapes.config
     head = 4.0 * sizes.hidden_size * sizes.vocab_size * _ROWS
-    return Flops(*found, head / _median(_head_step(job, device), device, seconds))
+    head_rate = head / _median(_head_step(job, device), device, seconds)
+    return Flops(rate(whole, shapes.whole), rate(cut, shapes.kept), head_rate)
 
 
 def seconds_of(row: Row, speed: Flops) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -103,7 +104,7 @@ def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> di
     structures = budget.space.layer(0)
     sizes = {s.name: s.size for s in structures}
 
-    def share(counts: dict[str, float]) -> float:
+    def share(counts: Mapping[str, float]) -> float:
         return float(budget.parameters(_by_structure(budget.space, counts))) / budget.total
 
     low, high = 0.0, 1.0
@@ -135,7 +136,7 @@ def mask_of(space: MaskSpace, counts: dict[str, int]) -> Tensor:
     return mask
 
 
-def _by_structure(space: MaskSpace, counts: dict[str, int] | dict[str, float]) -> Tensor:
+def _by_structure(space: MaskSpace, counts: Mapping[str, float]) -> Tensor:
     """The counts as `Budget.parameters` takes them, float64 [structures of the space]."""
     return torch.tensor([float(counts[structure.name]) for structure in space.structures], dtype=torch.float64)
 

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from atp.cli import main
 
-COMMANDS = ("train", "demo", "eval", "compare", "experiment", "report", "env")
+COMMANDS = ("train", "plan", "demo", "eval", "compare", "experiment", "report", "env")
 WORDS = "the cat sat on a mat and it was not there again".split()
 
 

@@ -29,9 +29,9 @@ def test_after_is_what_a_real_cut_leaves(family, space):
     for found, real in ((plan.before, model), (plan.after, cut)):
         assert found == counted(real)
         assert found["total"] == sum(p.numel() for p in real.parameters())
-    assert {name: tuple(w.weight.shape) for name, w in cut.get_decoder().layers[1].named_modules() if "_proj" in name} == {
-        name: (linear.out_features, linear.in_features) for name, linear in shapes.kept.linears.items()
-    }
+    assert {
+        name: tuple(w.weight.shape) for name, w in cut.get_decoder().layers[1].named_modules() if "_proj" in name
+    } == {name: (linear.out_features, linear.in_features) for name, linear in shapes.kept.linears.items()}
     first = cut.get_decoder().layers[0].self_attn
     assert (first.qk_head_dim, first.v_head_dim) == (shapes.kept.qk_dim, shapes.kept.v_dim)
     decoder = [sum(n for part, n in found.items() if part in ("attention", "mlp", "norms")) for found in
