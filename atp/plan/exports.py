@@ -46,8 +46,10 @@ def _plain_folder(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
         changes.append("decisions.uniform=true")
     if not changes:
         return None
-    missing = "whole heads, equally many in all layers, and equal MLP widths"
-    return f"it needs {missing}, which these settings do not promise: set {' and '.join(changes)}"
+    needs = "it needs whole heads, equally many in all layers, and equal MLP widths"
+    if "uniform" not in type(config.decisions).model_fields:
+        return f"{needs}, which no setting promises yet"
+    return f"{needs}, which these settings do not promise: set {' and '.join(changes)}"
 
 
 def _deci(config: ATPConfig, shapes: PretrainedConfig) -> str | None:

@@ -38,7 +38,7 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
     data = data_of(config, found)
     device, autocast = processes.device().type, autocast_dtype(config.training.precision)
     read = {"sample": data["tokens_per_window"], "scored": data["scored_share"]} if "scored_share" in data else {}
-    job = Job.of(config, shapes, autocast=autocast, device=device, **read)
+    job = Job.of(_within(config, data), shapes, autocast=autocast, device=device, **read)
     memory, rows = memory_of(job), cost_of(job)
     speed = speeds(job) if probe else None
     return {
@@ -84,6 +84,23 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
         "exports": [reach._asdict() for reach in reachable_exports(config, found)],
         "remarks": _remarks(config, shapes, data),
     }
+
+
+def _within(config: ATPConfig, data: dict[str, Any]) -> ATPConfig:
+    """The config without windows that the data do not have: the run takes what there is."""
+    if "windows" not in data:
+        return config
+    evaluation, decisions, windows = config.evaluation, config.decisions, data["windows"]
+    scored = {"windows": min(evaluation.windows, windows["test"])}
+    judged = {
+        name: min(getattr(decisions, name), windows["calibration"]) for name in ("refit_windows", "saliency_windows")
+    }
+    return config.model_copy(
+        update={
+            "evaluation": evaluation.model_copy(update=scored),
+            "decisions": decisions.model_copy(update=judged),
+        }
+    )
 
 
 def _sized(parameters: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str, int]]:

