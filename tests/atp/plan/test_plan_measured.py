@@ -46,7 +46,7 @@ def wide_config(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peaks_of_a_real_run(tmp_path, monkeypatch):
-    """No part is planned too large; what a process holds besides (data, tokenizer, buffers, freed memory) is in none."""
+    """No part is planned too large; what a process holds besides (data, tokenizer, freed memory) is in none."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # glibc gives freed memory back at once
     config = wide_config(tmp_path)
     expected = plan_memory.planned(config)
