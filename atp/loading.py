@@ -44,13 +44,20 @@ def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
 
     Raises `InputError` if there is none, or if its weights are quantized or hold NaN or infinity.
     """
-    found = load_shapes(config)
-    MaskSpace.from_config(found, space)
-    if getattr(found, "quantization_config", None) is not None:
-        raise InputError(f"the weights of {config.path} are quantized: give the model in float32, bfloat16 or float16")
+    check_prunable(config, load_shapes(config), space)
     model = load_any_model(config)
     refuse_weights(model)
     return model
+
+
+def check_prunable(config: ModelConfig, shapes: PretrainedConfig, space: str) -> None:
+    """Raises `InputError` for a family that does not fit the mask space, or quantized weights.
+
+    shapes: what `load_shapes` returns.
+    """
+    MaskSpace.from_config(shapes, space)
+    if getattr(shapes, "quantization_config", None) is not None:
+        raise InputError(f"the weights of {config.path} are quantized: give the model in float32, bfloat16 or float16")
 
 
 def load_shapes(config: ModelConfig) -> PretrainedConfig:

@@ -12,9 +12,11 @@ PACKAGES = ("atp_kernels", "atp")
 # and those below. Entries of one line are one layer.
 LAYERS = (
     ("atp.__main__", "atp.cli"),
+    ("atp.cli_results",),
+    ("atp.console",),
     ("atp.experiments",),
     ("atp.compare",),
-    ("atp.run", "atp.demo", "atp.scoring", "atp.chat"),
+    ("atp.run", "atp.demo", "atp.scoring", "atp.chat", "atp.plan"),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
     ("atp.checks", "atp.folders", "atp.loading", "atp.targets"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),

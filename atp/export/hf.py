@@ -59,7 +59,7 @@ def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerB
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         settings["target_modules"].sort()  # PEFT writes a set in the order of its hashes
         write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": str(base)})
-        stock = stock_config(model.get_base_model()) is not None
+        stock = stock_config(model.get_base_model().config) is not None
         write_text(adapter / "README.md", adapter_card(config, stock=stock))
 
 

@@ -62,7 +62,11 @@ def read_tokenizer(path: str | Path, gguf_file: str | None = None) -> PreTrained
         if gguf_file is None and (file := _find(path, "tokenizer_config.json")) is not None:
             for name in json.loads(file.read_text(encoding="utf-8")).get("fast_tokenizer_files", []):
                 _require_inside(name, file)
-        return AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        # transformers makes some tokenizers from nothing but a config.json.
+        if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+            raise InputError(f"'{path}' has no tokenizer: add the tokenizer files of the model")
+        return tokenizer
 
 
 def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None = None) -> PreTrainedModel:

@@ -15,13 +15,12 @@ from atp.files import write_json
 from atp.models.config import ATPLlamaConfig
 
 
-def stock_config(model: Any) -> PretrainedConfig | None:
+def stock_config(config: Any) -> PretrainedConfig | None:
     """The config of a class of transformers' own that computes what a cut model does; None where there is none.
 
-    model: a causal LM, not inside PEFT. There is one where layers differ in no width, heads are whole, blocks read and
-    add to the whole hidden state, and `Family.stock_config` names it.
+    config: of any model. There is a class where layers differ in no width, heads are whole, blocks read and add to the
+    whole hidden state, and `Family.stock_config` names it.
     """
-    config = model.config
     if not isinstance(config, ATPLlamaConfig) or not config.has_plain_layers():
         return None
     return family_of(config).stock_config(config)
@@ -30,7 +29,7 @@ def stock_config(model: Any) -> PretrainedConfig | None:
 @torch.no_grad()
 def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     """The model in the class that `stock_config` finds, else the model itself. Weights are shared with `model`."""
-    config = stock_config(model)
+    config = stock_config(model.config)
     if config is None:
         return model
     config._attn_implementation = model.config._attn_implementation

@@ -43,7 +43,7 @@ It is how far rounding the merged weights moves the logits. It has no limit, bec
 """
 
 
-_WINDOWS = 4
+WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LogitGap:
 
 def certificate_tokens(calibration: Dataset) -> Tensor:
     """The first calibration samples, int64 [windows, length], on which models are compared."""
-    count = min(_WINDOWS, len(cast(Sized, calibration)))
+    count = min(WINDOWS, len(cast(Sized, calibration)))
     return collate([calibration[row] for row in range(count)])["input_ids"]
 
 

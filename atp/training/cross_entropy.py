@@ -19,7 +19,7 @@ from atp_kernels import cross_entropy_
 
 # Memory for the logits of one chunk; on a GPU the softmax takes twice as much on top. A matrix product wants about 300
 # rows on a CPU and more on a GPU; larger chunks gain nothing.
-_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
 
 
 class SoftTargets(NamedTuple):
@@ -115,5 +115,5 @@ def _mixed_(logits: Tensor, targets: Tensor, log_q: Tensor, share: float) -> Ten
 
 def _rows(hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> int:
     """Tokens per chunk."""
-    budget = _CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
+    budget = CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
     return max(min(budget // (bytes_per_logit * len(weight)), len(hidden)), 1)

@@ -176,7 +176,7 @@ class ATPTrainer(Loop):
         folder.mkdir(parents=True, exist_ok=True)
         save_decisions(folder, self.space, self.decisions.mask)
         after = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
-        stock = stock_config(self.model.get_base_model()) is not None
+        stock = stock_config(self.model.get_base_model().config) is not None
         card = model_card(self.config, self.params_before, after, stock=stock)
         tokens = self.pruning.certificate_tokens()
         certificate = self.certificate | export_model(self.model, folder, self.tokenizer, tokens, card)

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from atp.cli import main
 
-COMMANDS = ("train", "demo", "eval", "compare", "experiment", "export", "report", "env")
+COMMANDS = ("train", "plan", "demo", "eval", "compare", "experiment", "export", "report", "chat", "push", "env")
 WORDS = "the cat sat on a mat and it was not there again".split()
 
 
@@ -258,7 +258,7 @@ def test_compare_refuses_bad_input(atp, config, tmp_path, options, message):
 
 
 def test_compare_prints_a_row_a_method(atp, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("atp.cli.console.width", 80)
+    monkeypatch.setattr("atp.console.console.width", 80)
     short = ("training.search=1", "training.settle=1", "training.tune=1", "evaluation.windows=2")
     options = ("--methods", "dense_lora,random", "--out", tmp_path / "both")
     code, out, err = atp("compare", config, *short, "decisions.space=kv_group", "decisions.target_keep=0.8", *options)

@@ -1,0 +1,21 @@
+"""The terminal that the commands print to."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from atp import processes
+from atp.ending import OutputClosed
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise OutputClosed
+
+
+# Paths and names are printed as they are, brackets included.
+console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]

@@ -1,0 +1,98 @@
+"""What autograd keeps of one pass through the decoder until the backward pass, in bytes per token.
+
+A frozen linear with an adapter keeps its input, for the gradient of A, and S = scaling * x A^T, for that of B. The
+linears of one input share it. Attention keeps queries, keys, values, its output and one number per head; the gated MLP
+keeps both products and computes their activation again; a norm keeps its input and one number per token. Everything
+but the residual stream is in the dtype of the products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atp.families import family_of
+from atp.plan.shapes import LayerWidths, ModelShapes
+
+_FLOAT = 4
+_HEAD_DIM_MULTIPLE = 8  # what attention of cut layers pads heads to (atp/models/llama.py)
+_PRODUCERS = ("mlp.gate_proj", "mlp.up_proj")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What decides how much a pass keeps.
+
+    product, residual: bytes per number of what linears and attention compute, and of the residual stream. rank: of
+    LoRA. masked: whether hard masks are on. dropout: whether LoRA dropout is on. expanded: whether attention has a mask
+    of its own, which makes keys and values as many as queries. rows: samples of a batch, which share RoPE's angles.
+    """
+
+    product: int
+    residual: int
+    rank: int
+    masked: bool = False
+    dropout: bool = False
+    expanded: bool = False
+    rows: int = 1
+
+
+def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
+    """Bytes per token and layer that a LoRA step keeps."""
+    linears, hidden = widths.linears, shapes.config.hidden_size
+    inner = linears["mlp.down_proj"].in_features
+    reads = linears["self_attn.q_proj"].in_features + linears["mlp.gate_proj"].in_features
+    numbers = reads + _attention(widths, how, shapes) + 2 * inner + how.rank * len(linears)
+    if how.dropout:
+        numbers += 2 * inner  # no fused MLP: its activation and the input of down_proj are kept too
+        if how.masked:  # each linear then keeps its own input with dropout applied
+            numbers += sum(linear.in_features for linear in linears.values()) - reads - inner
+    stream = 2 * hidden
+    for ends in ("self_attn.o_proj", "mlp.down_proj"):
+        if linears[ends].out_features != hidden:  # what is added to a part of the stream
+            stream += linears[ends].out_features
+    if widths.qk_dim != shapes.whole.qk_dim:  # the cosines and sines of the pairs that this layer keeps
+        stream += 2 * widths.qk_dim / how.rows
+    return numbers * how.product + stream * how.residual + _per_row(widths, shapes)
+
+
+def kept_by_saliency(shapes: ModelShapes, how: Pass) -> float:
+    """Bytes per token and layer that a pass under a soft mask keeps, with LoRA frozen.
+
+    The gradient of a mask on outputs reads them as they were before it; one on inputs reads these. The fused MLP keeps
+    the outputs of gate and up anyway; where its inputs are masked too, its linears run one by one.
+    """
+    widths = shapes.whole
+    inner = widths.linears["mlp.down_proj"].in_features
+    numbers = _attention(widths, how, shapes) + 2 * inner
+    read: set[str] = set()
+    for cut in (cut for structure in shapes.space.layer(0) for cut in structure.cuts if cut.soft):
+        linear, block = widths.linears[cut.module], cut.module.split(".")[0]
+        if cut.axis == 0 and cut.module not in _PRODUCERS:
+            numbers += linear.out_features
+        if cut.axis == 1 and block not in read:
+            read.add(block)
+            numbers += linear.in_features + (3 * inner if block == "mlp" else 0)
+    return numbers * how.product + 2 * shapes.config.hidden_size * how.residual + _per_row(widths, shapes)
+
+
+def _attention(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
+    """Numbers per token that attention keeps: queries, keys, values and output, which o_proj reads."""
+    qk, v = widths.qk_dim, widths.v_dim
+    padded = widths is not shapes.whole and (qk != v or qk % _HEAD_DIM_MULTIPLE != 0)
+    if padded:
+        qk = v = -(-max(qk, v) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
+    readers = widths.heads if how.expanded else widths.kv_heads
+    numbers = (widths.heads + readers) * (qk + v)
+    if padded or how.expanded:
+        numbers += widths.heads * widths.v_dim  # the output in the layout that o_proj reads
+    if family_of(shapes.config).qk_norm:
+        numbers += (widths.heads + widths.kv_heads) * widths.qk_dim
+    return numbers
+
+
+def _per_row(widths: LayerWidths, shapes: ModelShapes) -> int:
+    """Bytes of what is one float32 per token and head or norm."""
+    count = widths.heads + 2
+    if family_of(shapes.config).qk_norm:
+        count += widths.heads + widths.kv_heads
+    return _FLOAT * count

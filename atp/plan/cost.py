@@ -1,0 +1,211 @@
+"""Tokens and floating-point operations of each part of a run.
+
+A product of [m, k] and [k, n] counts 2 m k n; what is no product (norms, activations, softmax) is left out. Attention
+counts whole squares of tokens, as `torch.utils.flop_counter` does, though causal kernels skip nearly half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from atp.decide.scored import ScoredDecisions
+from atp.plan.job import Job
+from atp.plan.shapes import LayerWidths
+from atp.removal.certify import WINDOWS
+from atp.removal.refit import DAMPINGS
+
+ATTENTION_BACKWARD = 2.5
+"""Products of attention's backward pass, as a multiple of those of its forward pass: 5 against 2, because fused kernels
+compute the scores again."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by where they happen, because each kind has a speed of its own.
+
+    whole, cut: in the layers of the whole model and of the cut one; head: in the product with the head.
+    """
+
+    whole: float = 0.0
+    cut: float = 0.0
+    head: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.whole + other.whole, self.cut + other.cut, self.head + other.head)
+
+    def __mul__(self, times: float) -> Flops:
+        return Flops(self.whole * times, self.cut * times, self.head * times)
+
+    @property
+    def by_kind(self) -> tuple[float, float, float]:
+        """Whole, cut and head."""
+        return self.whole, self.cut, self.head
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self.by_kind)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of a run: LoRA steps (0 where it has none), tokens that it reads, operations."""
+
+    phase: str
+    steps: int
+    tokens: int
+    flops: Flops
+
+
+def linear(widths: LayerWidths) -> float:
+    """Of the frozen linears of a layer, per token."""
+    return 2.0 * widths.weights
+
+
+def adapter(widths: LayerWidths, rank: int) -> float:
+    """Of LoRA on a layer, per token: r times inputs for S = x A^T, r times outputs for S B^T."""
+    return 2.0 * widths.adapter(rank)
+
+
+def attention(widths: LayerWidths, length: float) -> float:
+    """Of scores and weighted values of a layer, per token: each of them reads `length` tokens."""
+    return 2.0 * length * widths.heads * (widths.qk_dim + widths.v_dim)
+
+
+class Cost:
+    """The operations of one token in each kind of pass."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.rank = job, job.config.lora.r
+        self.layers, self.whole, self.cut = job.shapes.layers, job.shapes.whole, job.shapes.kept
+        config = job.shapes.config
+        self._head = 2.0 * config.hidden_size * config.vocab_size
+
+    def forward(self, widths: LayerWidths, *, lora: bool = True, scored: float = 1.0) -> Flops:
+        """A pass without gradients. scored: share of the tokens whose logits are computed."""
+        layer = linear(widths) + attention(widths, self.job.sample) + (adapter(widths, self.rank) if lora else 0)
+        return self._flops(widths, layer * self.layers, scored * self._head)
+
+    def step(self, widths: LayerWidths, *, share: float = 1.0) -> Flops:
+        """Forward and backward of a LoRA step.
+
+        The frozen linears pass gradients on but have none: twice the forward pass, of the `share` of them that hard
+        masks keep. LoRA has three times its forward pass. Of logits and their gradients only those of scored tokens
+        exist. The first layer's queries, keys and values pass nothing on. With gradient checkpointing all layers run
+        forward twice.
+        """
+        once = share * linear(widths) + adapter(widths, self.rank) + attention(widths, self.job.sample)
+        layer = once + share * linear(widths) + 2 * adapter(widths, self.rank)
+        layer += ATTENTION_BACKWARD * attention(widths, self.job.sample)
+        if self.job.config.training.gradient_checkpointing:
+            layer += once
+        return self._flops(widths, layer * self.layers - self._first(widths, share), 2 * self.job.scored * self._head)
+
+    def decision(self) -> Flops:
+        """Forward and backward under a soft mask, through frozen weights and a frozen adapter."""
+        widths = self.whole
+        layer = 2 * linear(widths) + 2 * adapter(widths, self.rank)
+        layer += (1 + ATTENTION_BACKWARD) * attention(widths, self.job.sample)
+        spared = self._first(widths, 1.0, frozen=True)
+        return self._flops(widths, layer * self.layers - spared, 2 * self.job.scored * self._head)
+
+    def taught(self) -> Flops:
+        """What the teacher adds: a forward pass of the whole model with its adapter merged in."""
+        return self.forward(self.whole, lora=False, scored=self.job.scored) if self.job.teaches else Flops()
+
+    def refit(self, tokens: int) -> Flops:
+        """Of the whole refit.
+
+        Both models run once and the cut one's last linears again; moments of the kept inputs with themselves and with
+        what is lost; for each damping and for the result a solution of the system, and for each damping its error.
+        """
+        found = (self.forward(self.whole, scored=0.0) * 2) * tokens
+        outputs = self.job.shapes.config.hidden_size
+        for structure in self.job.shapes.space.layer(0):
+            if structure.reader is None:
+                continue
+            reader = self.whole.linears[structure.reader]
+            kept = self.cut.linears[structure.reader].in_features
+            again = 2.0 * tokens * reader.out_features * reader.in_features
+            moments = 2.0 * tokens * kept * (kept + outputs)
+            solution = 2 / 3 * kept**3 + 2.0 * kept**2 * outputs
+            errors = len(DAMPINGS) * 2.0 * kept**2 * outputs
+            each = again + moments + (len(DAMPINGS) + 1) * solution + errors
+            found += Flops(whole=each * self.layers)
+        return found
+
+    def _flops(self, widths: LayerWidths, layers: float, head: float) -> Flops:
+        return Flops(cut=layers, head=head) if widths is self.cut else Flops(whole=layers, head=head)
+
+    def _first(self, widths: LayerWidths, share: float, *, frozen: bool = False) -> float:
+        """What the first layer is spared: gradients of the embeddings, through the base and through A.
+
+        frozen: whether LoRA is too, whose B then passes nothing on either. Gradient checkpointing asks for the
+        gradients of the embeddings, and spares nothing.
+        """
+        if self.job.config.training.gradient_checkpointing:
+            return 0.0
+        spared = 0.0
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            rows, columns = widths.linears[name].out_features, widths.linears[name].in_features
+            spared += 2.0 * share * rows * columns + 2.0 * self.rank * (columns + (rows if frozen else 0))
+        return spared
+
+
+def cost_of(job: Job) -> list[Row]:
+    """The parts of a run in order; questions that are scored and texts that are generated are not counted."""
+    return list(_rows(job))
+
+
+def _rows(job: Job) -> Iterator[Row]:
+    cost, config, steps = Cost(job), job.config, job.phases
+    decisions, training, evaluation = config.decisions, config.training, config.evaluation
+    per_step = training.batch_size * training.gradient_accumulation * job.sample
+    length = config.data.length
+
+    def row(phase: str, count: int, tokens: float, each: Flops) -> Row:
+        return Row(phase, count, round(tokens), each * tokens)
+
+    scored = evaluation.windows * length
+    yield row("score", 0, scored, cost.forward(cost.whole, lora=False))
+    if evaluation.dense_baseline:
+        yield row("dense baseline", steps.total, steps.total * per_step, cost.step(cost.whole))
+        yield row("score dense", 0, scored, cost.forward(cost.whole))
+    saliency = row("saliency", 0, decisions.saliency_windows * length, cost.decision())
+    if decisions.source == "static":
+        yield saliency
+    if steps.open:
+        yield row("open", steps.open, steps.open * per_step, cost.step(cost.whole))
+    if job.measures_saliency and decisions.source != "static":
+        yield saliency
+    if steps.search:
+        tokens = steps.search * per_step
+        flops = (cost.step(cost.whole, share=_share_in_search(job)) + cost.taught()) * tokens
+        if decisions.source == "learned":
+            flops += cost.decision() * (-(-steps.search // decisions.every) * decisions.batch_size * length)
+        yield Row("search", steps.search, round(tokens), flops)
+    if decisions.refit_windows:
+        tokens = decisions.refit_windows * length
+        yield Row("refit", 0, tokens, cost.refit(tokens))
+    if steps.settle:
+        masked = cost.step(cost.whole, share=job.shapes.share) + cost.taught()
+        yield row("settle", steps.settle, steps.settle * per_step, masked)
+    if steps.tune:
+        yield row("tune", steps.tune, steps.tune * per_step, cost.step(cost.cut) + cost.taught())
+    # Logits of the masked model twice at the freeze and once at the cut; of the cut one then and four times at export.
+    tokens = WINDOWS * length
+    yield row("certificate", 0, tokens, cost.forward(cost.whole) * 3 + cost.forward(cost.cut) * 5)
+    yield row("score again", 0, scored, cost.forward(cost.cut, lora=False))
+
+
+def _share_in_search(job: Job) -> float:
+    """The mean share of the frozen linears that the LoRA steps of the search compute with."""
+    decisions, steps = job.config.decisions, job.phases.search
+    if decisions.budget == "penalty" and decisions.source == "learned":
+        return decisions.target_keep
+    path = ScoredDecisions(job.shapes.space, decisions, search_steps=steps)
+    masked = sum(path.target_at(step + 1) for step in range(steps)) / steps
+    # A running saliency reads the gradient of a soft mask in every such step, which takes the whole linears.
+    watched = 1 / decisions.every if decisions.source == "running" else 0.0
+    return watched + (1 - watched) * masked

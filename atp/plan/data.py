@@ -1,0 +1,101 @@
+"""What a run will read: how many samples of which length, how often, and one of them with its loss made visible."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from atp import processes
+from atp.checks import shortfalls
+from atp.config import ATPConfig
+from atp.data import Splits
+from atp.data.batches import IGNORE
+from atp.data.encoding import encode, start_ids
+from atp.ending import ending
+from atp.loading import RunData, check_packages, load_data, load_tokenizer
+from atp.run import check_tasks
+
+_SHOWN = 96  # tokens of the sample that is shown
+_BEFORE = 48  # of them before the first that has a loss
+
+
+def data_of(config: ATPConfig, shapes: PretrainedConfig) -> dict[str, Any]:
+    """The data section of a plan.
+
+    Where something is wrong `problem` says so in one sentence, and the section holds what was found until then.
+    """
+    found: dict[str, Any] = {"problem": None}
+    with _told(found):
+        check_packages(config.model, config.data)
+    if found["problem"] is None:
+        with _told(found, "the data were not read, because there is no tokenizer: "):
+            tokenizer = load_tokenizer(config.model)
+    if found["problem"] is None:
+        with _told(found):
+            data = load_data(config, tokenizer)
+            found |= _described(config, tokenizer, data)
+            check_tasks(config, data.splits, tokenizer, shapes)
+    return found
+
+
+def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
+    training, train = config.training, data.train
+    per_step = training.batch_size * training.gradient_accumulation * processes.count()
+    rows = [train[index] for index in range(len(train))]
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    # The first token of a row is predicted from nothing.
+    scored = sum(int((row["labels"][1:] != IGNORE).sum()) for row in rows)
+    return {
+        "description": data.splits.description,
+        "samples": _samples(data.splits),
+        "lengths": _lengths(data.splits, tokenizer),
+        "longer_than_a_window": train.longer,
+        "windows": {"train": len(train), "calibration": len(data.calibration), "test": len(data.test)},
+        "tokens_per_epoch": tokens,
+        "tokens_per_window": tokens / len(train),
+        "scored_share": scored / tokens,
+        "steps_per_epoch": len(train) / per_step,
+        "epochs": training.total * per_step / len(train),
+        "shortfalls": shortfalls(config, data),
+        "sample": shown_sample(rows[0]["input_ids"].tolist(), rows[0]["labels"].tolist(), tokenizer.decode),
+    }
+
+
+def _samples(splits: Splits) -> dict[str, int]:
+    return {"train": len(splits.train), "calibration": len(splits.calibration), "test": len(splits.test)}
+
+
+def _lengths(splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Tokens of the train samples as they are packed, with BOS, if the tokenizer adds it, and EOS."""
+    more = len(start_ids(tokenizer)) + 1
+    lengths = sorted(len(ids) + more for ids in encode(tokenizer, (example.text for example in splits.train)))
+    at_95 = lengths[min(round(0.95 * (len(lengths) - 1)), len(lengths) - 1)]
+    return {"median": statistics.median(lengths), "percentile_95": at_95, "max": lengths[-1]}
+
+
+def shown_sample(ids: list[int], labels: list[int], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
+    """A part of a window as pieces of text, each with whether its tokens have a loss.
+
+    ids, labels: as in the data sets of `atp.data`. It starts a little before the first token with a loss.
+    """
+    scored = [place > 0 and label != IGNORE for place, label in enumerate(labels)]
+    first = max(scored.index(True) - _BEFORE, 0) if True in scored else 0
+    part = list(zip(ids, scored, strict=True))[first : first + _SHOWN]
+    return [
+        {"text": str(decode([token for token, _ in piece])), "loss": loss}
+        for loss, piece in ((loss, list(group)) for loss, group in groupby(part, key=lambda pair: pair[1]))
+    ]
+
+
+@contextmanager
+def _told(found: dict[str, Any], before: str = "") -> Iterator[None]:
+    """Whatever goes wrong inside becomes the section's problem, in the sentence that a command would end with."""
+    try:
+        yield
+    except Exception as error:
+        found["problem"] = before + ending(error)[0]

@@ -1,0 +1,80 @@
+"""Which forms the result of a run fits: one table, a line per form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+from atp.config import ATPConfig
+from atp.errors import InputError
+from atp.export.gguf import architecture_of
+from atp.models.config import ATPLlamaConfig
+from atp.models.stock import stock_config
+
+_WHOLE_HEADS = "kv_group"
+"""The mask space that leaves whole heads of the old width, and MLP channels."""
+
+
+class Reach(NamedTuple):
+    """Whether the settings lead to a form; if not, why, and the smallest change that does."""
+
+    name: str
+    reachable: bool
+    why_not: str | None
+
+
+@dataclass(frozen=True)
+class _Export:
+    """A form. why_not: a sentence on what stands against it, or None."""
+
+    name: str
+    why_not: Callable[[ATPConfig, PretrainedConfig], str | None]
+
+
+def _always(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
+    return None
+
+
+def _stock(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
+    if not (config.decisions.uniform and config.decisions.space == _WHOLE_HEADS):
+        return "it needs whole heads and equal widths in all layers: set preset: stock"
+    if stock_config(_cut(config, shapes)) is None:
+        return (
+            f"transformers has no class for {shapes.model_type} with these widths: take a model without sliding windows"
+        )
+    return None
+
+
+def _gguf(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
+    if config.decisions.space != _WHOLE_HEADS:
+        return f"it holds whole heads, and space {config.decisions.space} leaves parts of them: set decisions.space=kv_group"
+    try:
+        architecture_of(_cut(config, shapes), "the result")
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _cut(config: ATPConfig, shapes: PretrainedConfig) -> ATPLlamaConfig:
+    """A config of the form that the cut model's will have: layers of one width, or of two."""
+    narrower = {0: {"intermediate_size": shapes.intermediate_size - 1}}
+    return ATPLlamaConfig.from_whole(shapes, per_layer_config=None if config.decisions.uniform else narrower)
+
+
+EXPORTS = (
+    _Export("transformers, with this package", _always),
+    _Export("transformers alone, and tools that load its models", _stock),
+    _Export("GGUF, for llama.cpp", _gguf),
+)
+
+
+def reachable_exports(config: ATPConfig, shapes: PretrainedConfig) -> list[Reach]:
+    """Each form with whether the settings reach it. shapes: the config of the model before the cut."""
+    found = []
+    for export in EXPORTS:
+        why_not = export.why_not(config, shapes)
+        found.append(Reach(export.name, why_not is None, why_not))
+    return found

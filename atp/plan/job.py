@@ -1,0 +1,69 @@
+"""What a plan is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from atp.config import ATPConfig
+from atp.plan.parameters import parameters_of
+from atp.plan.shapes import ModelShapes
+from atp.training.schedule import Phases
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is asked for, with what is known of its model, its device and its data.
+
+    before, after: parameters by part and their `total`, of the whole model and of the one that equal widths leave.
+    autocast: dtype of the products, None for that of the weights. device: cpu or cuda. sample: tokens of an average
+    sample. scored: share of the tokens that have a loss.
+    """
+
+    config: ATPConfig
+    shapes: ModelShapes
+    before: dict[str, int]
+    after: dict[str, int]
+    autocast: torch.dtype | None
+    device: str
+    sample: float
+    scored: float
+
+    @classmethod
+    def of(
+        cls,
+        config: ATPConfig,
+        shapes: ModelShapes,
+        *,
+        autocast: torch.dtype | None,
+        device: str,
+        sample: float | None = None,
+        scored: float = 1.0,
+    ) -> Job:
+        """Counts the parameters. sample: default data.length, which no sample exceeds."""
+        before, after = parameters_of(shapes.config), parameters_of(shapes.cut_config)
+        return cls(config, shapes, before, after, autocast, device, sample or config.data.length, scored)
+
+    @property
+    def phases(self) -> Phases:
+        """The LoRA steps of each phase."""
+        return Phases.from_config(self.config.training)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is a teacher after the open phase."""
+        return self.config.training.distill > 0 and self.phases.open > 0
+
+    @property
+    def measures_saliency(self) -> bool:
+        """Whether saliency is measured on calibration data between two phases."""
+        decisions = self.config.decisions
+        return decisions.source in ("static", "tuned") or (
+            decisions.source == "learned" and decisions.init == "saliency"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights, in training and in the exported model."""
+        return getattr(torch, self.config.model.dtype)

@@ -1,0 +1,136 @@
+"""The plan for a terminal: a few tables and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from atp.errors import shorten
+from atp.plan.parameters import PARTS
+
+_MARKS = ("⟦", "⟧")  # around tokens with a loss, for terminals without colour
+
+
+def page(plan: dict[str, Any]) -> Iterator[RenderableType]:
+    """What `atp plan` prints, from the dictionary of `make_plan`, section by section."""
+    model, decisions = plan["model"], plan["decisions"]
+    yield (
+        f"{model['path']}: {model['family']} with {model['layers']} layers, weights in {model['dtype']}, products in "
+        f"{model['products']} on {model['device']}; {decisions['target_keep']:.0%} of the decoder stays, in space "
+        f"{decisions['space']}"
+    )
+    yield _parameters(plan)
+    yield _widths(plan)
+    yield _memory(plan["memory"])
+    yield _cost(plan)
+    yield from _data(plan["data"])
+    yield _exports(plan["exports"])
+    yield from plan["remarks"]
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= one:
+            return f"{count / one:,.2f} {unit}" if unit == "GB" else f"{count / one:,.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _parameters(plan: dict[str, Any]) -> Table:
+    found = plan["parameters"]
+    share = f"{found['decoder_share']:.2%}"
+    table = _table(f"Parameters (equal widths keep {share} of the decoder)", "", "before", "", "after", "")
+    for part in (*PARTS, "total"):
+        before, after = found["before"][part], found["after"][part]
+        cells = (f"{before['parameters']:,}", size(before["bytes"]), f"{after['parameters']:,}", size(after["bytes"]))
+        table.add_row(part, *cells)
+    return table
+
+
+def _widths(plan: dict[str, Any]) -> Table:
+    table = _table("Widths of every layer, if all are cut alike", "structure", "kept", "of", "multiple of")
+    for name, width in plan["widths"].items():
+        table.add_row(name, f"{width['kept']:,}", f"{width['of']:,}", str(width["multiple"]))
+    return table
+
+
+def _memory(rows: list[dict[str, Any]]) -> Table:
+    table = _table("Memory at the peak of each part, without libraries", "part", "peak")
+    table.add_column("which is")
+    largest = max(row["bytes"] for row in rows)
+    for row in rows:
+        parts = ", ".join(f"{name} {size(count)}" for name, count in row["parts"].items())
+        style = "bold" if row["bytes"] == largest else ""
+        table.add_row(row["phase"], size(row["bytes"]), parts, style=style)
+    return table
+
+
+def _cost(plan: dict[str, Any]) -> Table:
+    timed = plan["flops_per_second"] is not None
+    title = "Steps, tokens and operations" + (", with times from a probe of one layer" if timed else "")
+    table = _table(title, "part", "steps", "tokens", "TFLOP", *(["time"] if timed else []))
+    rows = plan["cost"]
+    total = {key: sum(row[key] or 0 for row in rows) for key in ("steps", "tokens", "flops", "seconds")}
+    for row in (*rows, {"phase": "total"} | total):
+        cells = [f"{row['steps']:,}" if row["steps"] else "", f"{row['tokens']:,}", f"{row['flops'] / 1e12:,.2f}"]
+        table.add_row(row["phase"], *cells, *([duration(row["seconds"])] if timed else []))
+    return table
+
+
+def _data(data: dict[str, Any]) -> Iterator[RenderableType]:
+    if "windows" in data:
+        table = _table("Data", "", "")
+        samples, windows, lengths = data["samples"], data["windows"], data["lengths"]
+        rows = {
+            "samples": ", ".join(f"{count:,} {name}" for name, count in samples.items()),
+            "tokens of a train sample": (
+                f"median {lengths['median']:,.0f}, 95 % up to {lengths['percentile_95']:,}, longest {lengths['max']:,}"
+            ),
+            "longer than a window": f"{data['longer_than_a_window']:,}",
+            "windows": ", ".join(f"{count:,} {name}" for name, count in windows.items()),
+            "steps of an epoch": f"{data['steps_per_epoch']:,.1f}",
+            "epochs of the run": f"{data['epochs']:.2f}",
+            "tokens with a loss": f"{data['scored_share']:.1%}",
+        }
+        for name, value in rows.items():
+            table.add_row(name, value)
+        yield table
+        yield _sample(data["sample"])
+        yield from data["shortfalls"]
+    if data["problem"] is not None:
+        yield f"Data: {data['problem']}"
+
+
+def _sample(pieces: list[dict[str, Any]]) -> Text:
+    shown = Text("The first window, tokens with a loss marked: ", style="")
+    for piece in pieces:
+        text = shorten(piece["text"], 4000)
+        shown.append(f"{_MARKS[0]}{text}{_MARKS[1]}" if piece["loss"] else text, style="bold" if piece["loss"] else "")
+    return shown
+
+
+def _exports(rows: list[dict[str, Any]]) -> Table:
+    table = _table("Formats that can hold the result", "format")
+    table.add_column("reached")
+    for row in rows:
+        table.add_row(row["name"], "yes" if row["reachable"] else f"no: {row['why_not']}")
+    return table

@@ -1,0 +1,128 @@
+"""The whole plan as one dictionary, which JSON can hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from atp import processes
+from atp.checks import BUDGET_TOLERANCE, check_reachable
+from atp.config import ATPConfig
+from atp.loading import check_prunable, load_shapes
+from atp.plan.cost import cost_of
+from atp.plan.data import data_of
+from atp.plan.exports import reachable_exports
+from atp.plan.job import Job
+from atp.plan.memory import memory_of
+from atp.plan.probe import seconds_of, speeds
+from atp.plan.shapes import ModelShapes
+from atp.training.callbacks import check_trackers
+from atp.training.precision import autocast_dtype
+
+_NOT_COUNTED = "Scored questions, generated answers and checkpoints are in no figure."
+
+
+def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
+    """What `atp train` with this config will do and cost, without its weights.
+
+    probe: also times a few steps of one layer on this machine. Sizes are in bytes, times in seconds. Raises
+    `InputError` for settings that `atp train` would refuse before the first step; what is wrong with the data is said
+    in the section `data` instead.
+    """
+    check_trackers(config.training.report_to)
+    found = load_shapes(config.model)
+    check_prunable(config.model, found, config.decisions.space)
+    check_reachable(config, found)
+    shapes = ModelShapes.of(found, config.decisions)
+    data = data_of(config, found)
+    device, autocast = processes.device().type, autocast_dtype(config.training.precision)
+    read = {"sample": data["tokens_per_window"], "scored": data["scored_share"]} if "scored_share" in data else {}
+    job = Job.of(_within(config, data), shapes, autocast=autocast, device=device, **read)
+    memory, rows = memory_of(job), cost_of(job)
+    speed = speeds(job) if probe else None
+    return {
+        "model": {
+            "path": config.model.path,
+            "family": shapes.config.model_type,
+            "layers": shapes.layers,
+            "dtype": config.model.dtype,
+            "products": _name(autocast or job.dtype),
+            "device": device,
+        },
+        "decisions": {
+            "space": config.decisions.space,
+            "target_keep": config.decisions.target_keep,
+            "source": config.decisions.source,
+        },
+        "parameters": {
+            "before": _sized(job.before, job.dtype),
+            "after": _sized(job.after, job.dtype),
+            "decoder_share": shapes.share,
+        },
+        "widths": {
+            s.name: {
+                "kept": shapes.counts[s.name],
+                "of": s.size,
+                "multiple": shapes.multiples.get(s.name, 1),
+            }
+            for s in shapes.space.layer(0)
+        },
+        "memory": memory,
+        "cost": [
+            {
+                "phase": row.phase,
+                "steps": row.steps,
+                "tokens": row.tokens,
+                "flops": row.flops.total,
+                "seconds": None if speed is None else seconds_of(row, speed),
+            }
+            for row in rows
+        ],
+        "flops_per_second": None if speed is None else dict(zip(("whole", "cut", "head"), speed.by_kind, strict=True)),
+        "data": data,
+        "exports": [reach._asdict() for reach in reachable_exports(config, found)],
+        "remarks": _remarks(config, shapes, data),
+    }
+
+
+def _within(config: ATPConfig, data: dict[str, Any]) -> ATPConfig:
+    """The config without windows that the data do not have: the run takes what there is."""
+    if "windows" not in data:
+        return config
+    evaluation, decisions, windows = config.evaluation, config.decisions, data["windows"]
+    scored = {"windows": min(evaluation.windows, windows["test"])}
+    judged = {
+        name: min(getattr(decisions, name), windows["calibration"]) for name in ("refit_windows", "saliency_windows")
+    }
+    return config.model_copy(
+        update={
+            "evaluation": evaluation.model_copy(update=scored),
+            "decisions": decisions.model_copy(update=judged),
+        }
+    )
+
+
+def _sized(parameters: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    return {part: {"parameters": n, "bytes": n * dtype.itemsize} for part, n in parameters.items()}
+
+
+def _remarks(config: ATPConfig, shapes: ModelShapes, data: dict[str, Any]) -> list[str]:
+    """What a reader must know of the figures."""
+    remarks = [
+        "Widths are those of a cut that is the same in all layers. A run chooses them layer by layer and keeps the "
+        f"target, to within {BUDGET_TOLERANCE:.1%} of the decoder."
+    ]
+    if abs(shapes.share - config.decisions.target_keep) > BUDGET_TOLERANCE:
+        remarks.append(
+            f"Equal widths keep {shapes.share:.1%} of the decoder, the nearest to {config.decisions.target_keep:.1%}."
+        )
+    if "scored_share" not in data:
+        remarks.append("Without data every token counts as one with a loss.")
+    if config.evaluation.dense_baseline:
+        remarks.append("The memory of the dense baseline is not estimated.")
+    return [*remarks, _NOT_COUNTED]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

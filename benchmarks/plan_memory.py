@@ -1,0 +1,133 @@
+"""What `atp plan` says of memory, beside the resident memory that a real run of the same config takes, on a CPU.
+
+    python -m benchmarks.plan_memory examples/health-mini.yaml training.steps=6 output_dir=/tmp/run
+
+The run happens in a process of its own, without the measurement of speed, which takes longest and little memory.
+Measured is Linux's VmHWM, reset between the parts of the run, less what is resident once all packages are imported. It
+holds all that a plan leaves out, and what the allocator keeps of freed memory; with MALLOC_MMAP_THRESHOLD_=65536 in the
+environment glibc keeps next to nothing.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from atp.config import ATPConfig
+from atp.loading import load_shapes
+from atp.plan.job import Job
+from atp.plan.memory import memory_of
+from atp.plan.shapes import ModelShapes
+from atp.run import Run
+from atp.training.loop import Loop
+from atp.training.precision import autocast_dtype
+from atp.training.pruning import Pruning
+from atp.training.trainer import ATPTrainer
+from benchmarks.measure import reset_resident_peak, resident_peak_bytes
+from benchmarks.run import MIB
+from benchmarks.whole_run import apart
+
+# What opens a part of a run, and the name that the plan has for it.
+_PARTS = (
+    (ATPTrainer, "_score", "saliency"),
+    (ATPTrainer, "_teach", "teacher"),
+    (Pruning, "refit", "refit"),
+    (ATPTrainer, "_cut", "cut"),
+    (ATPTrainer, "export", "export"),
+)
+
+
+class Peaks:
+    """The most resident memory of each part of a run, in bytes beyond what was resident at the start."""
+
+    def __init__(self) -> None:
+        self.start = _resident()
+        self.bytes: dict[str, float] = {}
+        self.part = "load"
+        reset_resident_peak()
+
+    def enter(self, part: str) -> None:
+        """Counts from here towards a part."""
+        peak = resident_peak_bytes() - self.start
+        self.bytes[self.part] = max(peak, self.bytes.get(self.part, 0))
+        self.part = part
+        reset_resident_peak()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Every part of a run inside the with block is watched."""
+        with patch.object(Run, "_score_once", self._named(Run._score_once, self._scored)):
+            with patch.object(Loop, "begin", self._named(Loop.begin, lambda loop, phase: phase, rest="")):
+                patches = [patch.object(o, name, self._named(getattr(o, name), part)) for o, name, part in _PARTS]
+                for change in patches:
+                    change.start()
+                try:
+                    yield
+                finally:
+                    for change in patches:
+                        change.stop()
+        self.enter("end")
+
+    def _scored(self, run: Run, name: str, *rest: Any) -> str:
+        return "score" if name == "original" else "score again"
+
+    def _named(self, function: Callable, part: str | Callable[..., str], rest: str = "between") -> Callable:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.enter(part if isinstance(part, str) else part(*arguments))
+            found = function(*arguments, **options)
+            if rest:
+                self.enter(rest)
+            return found
+
+        return call
+
+
+def measured(config: ATPConfig) -> dict[str, float]:
+    """Bytes at the peak of each part of a run, in this process."""
+    torch.set_num_threads(1)
+    peaks = Peaks()
+    rates = {"prefill_tokens_per_second": 0.0, "decode_tokens_per_second": 0.0}
+    with peaks.watching(), patch("atp.run.throughput", lambda *arguments, **options: rates):
+        Run(config, resume=False, command="benchmarks.plan_memory", say=lambda line: None).execute()
+    return peaks.bytes
+
+
+def planned(config: ATPConfig) -> dict[str, dict[str, Any]]:
+    """What the plan says, by part."""
+    shapes = ModelShapes.of(load_shapes(config.model), config.decisions)
+    job = Job.of(config, shapes, autocast=autocast_dtype(config.training.precision), device="cpu")
+    return {str(row["phase"]): row for row in memory_of(job)}
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints one line per part: planned, measured, their ratio, and what the plan consists of."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("config", type=Path)
+    options.add_argument("overrides", nargs="*")
+    given = options.parse_args(arguments)
+    config = ATPConfig.load(given.config, given.overrides)
+    found, expected = apart(measured, config), planned(config)
+    print(f"{'part':<12} {'planned':>9} {'measured':>9} {'ratio':>6}  MiB")
+    for part, peak in found.items():
+        row = expected.get(part)
+        if row is None:
+            print(f"{part:<12} {'':>9} {peak / MIB:>9.0f}")
+            continue
+        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in row["parts"].items())
+        print(f"{part:<12} {row['bytes'] / MIB:>9.0f} {peak / MIB:>9.0f} {row['bytes'] / peak:>6.2f}  {parts}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""`atp plan`: what it prints, what it refuses, and what it still says when something is missing."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from atp.cli import main
+from atp.config import ATPConfig, DecisionsConfig
+from atp.errors import InputError
+from atp.loading import load_data, load_shapes, load_tokenizer
+from atp.models.load import read_config, read_tokenizer
+from atp.plan import make_plan
+from atp.plan.data import data_of, shown_sample
+from atp.plan.exports import EXPORTS, reachable_exports
+from atp.plan.page import duration, page, size
+from atp.run import Run
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def changed(config, *overrides):
+    return ATPConfig.parse(config.model_dump(mode="json"), list(overrides))
+
+
+def public(name, *overrides):
+    values = {"model": {"path": str(CONFIGS / name), "dtype": "bfloat16"}, "output_dir": "unused"}
+    return ATPConfig.parse(values, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def plan(config):
+    return make_plan(config)
+
+
+def printed(plan):
+    console = Console(width=200, record=True, markup=False, highlight=False, file=io.StringIO())
+    for part in page(plan):
+        console.print(part)
+    return console.export_text()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs `atp plan` on a config in a file: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def run(config, *arguments):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+        monkeypatch.setattr("sys.argv", ["atp", "plan", "config.yaml", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"], "a plan writes nothing"
+        return caught.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_json_holds_the_whole_plan(command, config):
+    code, out, err = command(config, "--json", "decisions.target_keep=0.62")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert list(found) == [
+        "model", "decisions", "parameters", "widths", "memory", "cost", "flops_per_second", "data", "exports",
+        "remarks",
+    ]  # fmt: skip
+    assert found["decisions"]["target_keep"] == 0.62
+    after = found["parameters"]["after"]
+    assert after["total"]["parameters"] == sum(n["parameters"] for part, n in after.items() if part != "total")
+    assert all(n["bytes"] == 4 * n["parameters"] for n in after.values())
+    assert set(found["widths"]["mlp"]) == {"kept", "of", "multiple"}
+    assert all(row["bytes"] == pytest.approx(sum(row["parts"].values()), abs=8) for row in found["memory"])
+    assert [row["seconds"] for row in found["cost"]] == [None] * len(found["cost"])
+    assert found["flops_per_second"] is None
+    assert {row["name"]: row["reachable"] for row in found["exports"]}["GGUF of architecture deci"] is True
+
+
+def test_the_page_shows_every_section(command, config):
+    code, out, err = command(config)
+    assert (code, err) == (0, "")
+    for title in ("Parameters", "Widths of every layer", "Memory", "Steps, tokens and operations", "Data", "Formats"):
+        assert title in out
+    assert "TFLOP" in out and "⟦" in out and "time" not in out.split("Data")[0].split("operations")[1]
+
+
+def test_what_is_printed_is_what_json_holds(plan):
+    text = printed(plan)
+    for part, count in plan["parameters"]["before"].items():
+        assert f"{count['parameters']:,}" in text, part
+    for row in plan["cost"]:
+        assert f"{row['tokens']:,}" in text
+    for row in plan["memory"]:
+        assert size(row["bytes"]) in text
+    for remark in plan["remarks"]:
+        assert remark[:60] in text
+
+
+def test_probe_times_each_part(config):
+    plan = make_plan(changed(config, "training.precision=float32"), probe=True)
+    assert all(rate > 0 for rate in plan["flops_per_second"].values())
+    assert all(row["seconds"] > 0 for row in plan["cost"])
+    assert "time" in printed(plan)
+
+
+@pytest.mark.parametrize("name", ["Llama-2-7b", "Llama-3.1-8B", "Qwen3-8B", "Qwen2.5-7B"])
+def test_a_config_alone_is_enough(name):
+    plan = make_plan(public(name))
+    assert plan["data"]["problem"].startswith("the data were not read, because there is no tokenizer: ")
+    assert list(plan["data"]) == ["problem"]
+    assert 0.598 < plan["parameters"]["decoder_share"] < 0.602
+    assert plan["parameters"]["before"]["total"]["bytes"] == 2 * plan["parameters"]["before"]["total"]["parameters"]
+    assert any("every token counts" in remark for remark in plan["remarks"])
+    assert "no tokenizer" in printed(plan)
+
+
+def test_a_tokenizer_made_from_nothing_is_none():
+    """transformers makes one of a single token from a Qwen2 config."""
+    with pytest.raises(InputError, match="has no tokenizer: add the tokenizer files"):
+        read_tokenizer(CONFIGS / "Qwen2.5-7B")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decisions.target_keep=0.01"], "target_keep is 0.01, but the nearest share"),
+        (["data.length=4096"], "data.length is 4096, but the model has only 2048 positions"),
+        (["decisions.source=learned", "training.search=0"], "training.search is 0, so nothing can be learned"),
+        (["training.report_to=[nowhere]"], "there is no tracker 'nowhere'"),
+        (["model.path=nowhere/at/all"], "cannot load the model from 'nowhere/at/all'"),
+        (["training.lrr=1"], "training.lrr"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_sentence(command, config, overrides, message):
+    code, out, err = command(config, *overrides)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_run_refuses_what_a_plan_refuses(config, tmp_path):
+    spoiled = changed(config, "decisions.target_keep=0.01", f"output_dir={tmp_path / 'run'}", "training.batch_size=1")
+    sentences = []
+    for attempt in (lambda: make_plan(spoiled), lambda: Run(spoiled, resume=False, command="").execute()):
+        with pytest.raises(InputError) as caught:
+            attempt()
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1]
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    values = json.loads((CONFIGS / "Llama-2-7b" / "config.json").read_text(encoding="utf-8"))
+    values["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(InputError, match="are quantized"):
+        make_plan(ATPConfig.parse({"model": {"path": str(tmp_path)}, "output_dir": "unused"}))
+
+
+# Data
+
+
+def test_data_of_a_run(plan, config):
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config, tokenizer)
+    found = plan["data"]
+    assert found["problem"] is None and found["description"] == data.splits.description
+    assert found["windows"] == {"train": len(data.train), "calibration": len(data.calibration), "test": len(data.test)}
+    assert found["samples"]["train"] == len(data.splits.train)
+    # Every sample has the same words: a number, eleven words, and the answer twice; then EOS.
+    assert found["lengths"] == {"median": 15, "percentile_95": 15, "max": 15}
+    per_step = config.training.batch_size
+    assert found["epochs"] == pytest.approx(config.training.total * per_step / len(data.train))
+    assert found["steps_per_epoch"] == len(data.train) / per_step
+    scored = sum(int((row["labels"][1:] != -100).sum()) for row in data.train)
+    assert found["scored_share"] == pytest.approx(scored / (16 * len(data.train)))
+    assert found["longer_than_a_window"] == 0
+
+
+def test_padded_samples_count_their_own_tokens(config):
+    padded = changed(config, "data.packing=padded")
+    plan = make_plan(padded)
+    assert plan["data"]["tokens_per_window"] == 15
+    tune = next(row for row in plan["cost"] if row["phase"] == "tune")
+    assert tune["tokens"] == 15 * 2 * tune["steps"]
+
+
+def test_lengths_are_those_of_the_packed_samples(config):
+    padded = changed(config, "data.packing=padded")
+    data = load_data(padded, load_tokenizer(padded.model))
+    assert max(data.train.lengths) == data_of(padded, load_shapes(padded.model))["lengths"]["max"]
+
+
+def test_the_sample_shows_where_the_loss_is(plan):
+    pieces = plan["data"]["sample"]
+    assert {piece["loss"] for piece in pieces} == {True, False}
+    scored = " ".join(piece["text"] for piece in pieces if piece["loss"])
+    assert "heart" not in scored and ("yes" in scored or "no" in scored)
+    assert "heart" in " ".join(piece["text"] for piece in pieces if not piece["loss"])
+
+
+def test_a_long_sample_starts_a_little_before_its_loss():
+    ids = list(range(500))
+    labels = [-100] * 300 + ids[300:]
+    pieces = shown_sample(ids, labels, lambda part: " ".join(map(str, part)))
+    assert [piece["loss"] for piece in pieces] == [False, True]
+    assert pieces[0]["text"].split()[0] == "252" and pieces[1]["text"].split()[0] == "300"
+    assert sum(len(piece["text"].split()) for piece in pieces) == 96
+    assert shown_sample([5, 6], [5, 6], str)[0] == {"text": "[5]", "loss": False}, "nothing predicts the first token"
+    assert [piece["loss"] for piece in shown_sample([5, 6], [-100, -100], str)] == [False]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["data.recipe=nothing"], "'nothing' is unknown"),
+        (["data.labels=[yes, no, perhaps, surely]"], "labels 'perhaps' and 'surely' become the same tokens"),
+        (["training.batch_size=4000"], "the training split has"),
+    ],
+)
+def test_trouble_with_the_data_is_one_sentence_beside_the_rest(command, config, overrides, message):
+    code, out, err = command(config, "--json", *overrides)
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert message in found["data"]["problem"] and "\n" not in found["data"]["problem"]
+    assert found["memory"] and found["cost"] and found["exports"]
+
+
+def test_what_falls_short_is_said_and_not_counted(config):
+    many = make_plan(changed(config, "decisions.refit_windows=4000", "evaluation.windows=3000"))
+    tokens = {row["phase"]: row["tokens"] for row in many["cost"]}
+    windows = many["data"]["windows"]
+    assert (tokens["refit"], tokens["score"]) == (16 * windows["calibration"], 16 * windows["test"])
+    assert any("decisions.refit_windows is 4000" in sentence for sentence in many["data"]["shortfalls"])
+    assert "decisions.refit_windows is 4000" in printed(many)
+
+
+# Exports
+
+
+def reached(config, name="Llama-2-7b"):
+    return {reach.name: reach for reach in reachable_exports(config, read_config(CONFIGS / name))}
+
+
+def test_exports_by_settings():
+    names = [export.name for export in EXPORTS]
+    default = reached(public("Llama-2-7b"))
+    assert list(default) == names
+    assert [default[name].reachable for name in names] == [True, False, False, True]
+    promised = "uniform" in DecisionsConfig.model_fields
+    assert ("set decisions.uniform=true" if promised else "no setting promises") in default[names[1]].why_not
+    assert all(reach.reachable == (reach.why_not is None) for reach in default.values())
+    dims = reached(public("Llama-2-7b", "decisions.space=head_dim"))
+    assert [dims[name].reachable for name in names] == [True, False, False, False]
+    if promised:
+        assert "set decisions.space=kv_group and decisions.uniform=true" in dims[names[1]].why_not
+    assert "set decisions.space=kv_group" in dims[names[3]].why_not
+    qwen3 = reached(public("Qwen3-8B"), "Qwen3-8B")[names[3]]
+    assert not qwen3.reachable and "this is qwen3" in qwen3.why_not
+
+
+def test_equal_widths_reach_plain_folders(monkeypatch):
+    config = public("Llama-2-7b")
+    monkeypatch.setattr(type(config.decisions), "uniform", True, raising=False)
+    assert all(reach.reachable for reach in reached(config).values())
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(12, "12 B"), (4_300, "4 kB"), (538_060_032, "538 MB"), (16_060_522_496, "16.06 GB")]
+)
+def test_sizes(count, text):
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(1.23, "1.2 s"), (300, "5 min"), (10_800, "3.0 h")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,59 @@
+"""The memory of a plan against the resident memory of a real run, in a process of its own."""
+
+import json
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from atp.config import ATPConfig
+from benchmarks import plan_memory
+from benchmarks.run import MIB
+from benchmarks.whole_run import apart
+
+WORDS = [f"word{number}" for number in range(500)]
+
+
+def wide_config(folder):
+    """A model of few layers whose tensors outweigh everything else in the process."""
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=16384, hidden_size=512, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=3,
+        intermediate_size=1536, eos_token_id=1, bos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(folder)
+    draw = torch.Generator().manual_seed(0)
+    texts = [" ".join(WORDS[i] for i in torch.randint(500, (300,), generator=draw)) for _ in range(90)]
+    (folder / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    return ATPConfig.parse(
+        {
+            "model": {"path": str(folder)},
+            "output_dir": str(folder / "run"),
+            "data": {"train": str(folder / "data.jsonl"), "length": 256, "general_share": 0, "calibration_share": 0.4},
+            "decisions": {"refit_windows": 32, "saliency_windows": 1},
+            "training": {"steps": 3, "batch_size": 2, "precision": "float32", "save_every": 1},
+            "evaluation": {"windows": 8, "questions": 0},
+        }
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peaks_of_a_real_run(tmp_path, monkeypatch):
+    """No part is planned too large; what a process holds besides (data, tokenizer, freed memory) is in none."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # glibc gives freed memory back at once
+    config = wide_config(tmp_path)
+    expected = plan_memory.planned(config)
+    found = apart(plan_memory.measured, config)
+    assert expected.keys() <= found.keys()
+    rows = {part: (row["bytes"] / MIB, found[part] / MIB) for part, row in expected.items()}
+    for part, (planned, real) in rows.items():
+        print(f"{part:<12} planned {planned:6.0f} measured {real:6.0f} MiB")
+    for part, (planned, real) in rows.items():
+        assert 0.65 * (real - 60) <= planned <= 1.2 * real, part

@@ -1,0 +1,129 @@
+"""Memory of a plan, by hand for a tiny model: hidden 96, inner 256, 6 heads of 16, 2 KV heads, 2 layers, 64 words."""
+
+import pytest
+import torch
+from tiny_plans import LENGTH, RANK, VOCAB, job
+
+from atp.plan.memory import memory_of
+
+# Linears of a layer, as rows times columns: q and o, k and v, gate, up and down.
+WHOLE = 2 * 96 * 96 + 2 * 32 * 96 + 3 * 256 * 96
+ENDS = 2 * VOCAB * 96 + 96  # embedding, head and the last norm
+TOTAL = 2 * (WHOLE + 2 * 96) + ENDS
+ADAPTER = 2 * RANK * (2 * (96 + 96) + 2 * (32 + 96) + 3 * (256 + 96))
+TOKENS = 2 * LENGTH
+# Per token and layer: two inputs, q, k, v and the output of attention, gate and up, S of seven linears; the stream
+# before both norms; a float32 per head and norm.
+KEPT = 4 * (2 * 96 + 96 + 32 + 32 + 96 + 2 * 256 + 7 * RANK) + 4 * 2 * 96 + 4 * (6 + 2)
+
+
+def parts(*overrides, **options):
+    return {row["phase"]: row for row in memory_of(job(*overrides, **options))}
+
+
+def test_open_by_hand():
+    row = parts()["open"]
+    # All logits fit in one chunk; beside them the states of the scored tokens and their gradient.
+    logits = TOKENS * VOCAB * 4 + 2 * TOKENS * 96 * 4
+    backward = TOKENS * (2 * 256 * 4 + 3 * 96 * 4)
+    assert logits < backward
+    assert row["parts"] == {
+        "weights": 4 * TOTAL,
+        "adapter": 4 * ADAPTER,
+        "optimizer": 8 * ADAPTER,
+        "gradients": 4 * ADAPTER,
+        "activations": KEPT * TOKENS * 2,
+        "backward": backward,
+    }
+    assert row["bytes"] == sum(row["parts"].values())
+
+
+def test_large_vocabularies_fill_chunks_of_logits():
+    row = parts("data.length=512", vocab_size=100_000)["open"]
+    rows = 64 * 2**20 // (4 * 100_000)
+    assert rows < 2 * 512
+    assert row["parts"]["logits"] == rows * 100_000 * 4 + 2 * 1024 * 96 * 4
+
+
+def test_a_teacher_adds_its_linears_and_three_more_chunks():
+    options = {"vocab_size": 100_000}
+    with_teacher, without = (parts(f"training.distill={d}", "data.length=512", **options)["tune"] for d in (0.5, 0))
+    assert "teacher" not in without["parts"]
+    assert with_teacher["parts"]["teacher"] == 4 * 2 * WHOLE
+    rows = 64 * 2**20 // (4 * 100_000)
+    more = with_teacher["parts"]["logits"] - without["parts"]["logits"]
+    assert more == 3 * rows * 100_000 * 4 + 1024 * 96 * 4
+    assert "teacher" not in parts("training.distill=0")
+
+
+def test_autocast_halves_products_and_adds_narrow_weights():
+    row = parts(autocast=torch.bfloat16)["open"]["parts"]
+    assert row["casts"] == 2 * (2 * WHOLE + ADAPTER)
+    assert row["weights"] == 4 * TOTAL and row["adapter"] == 4 * ADAPTER
+    assert row["activations"] == (KEPT - (KEPT - 4 * 2 * 96 - 4 * 8) / 2) * TOKENS * 2
+    assert parts("model.dtype=bfloat16")["open"]["parts"]["weights"] == 2 * TOTAL
+
+
+def test_checkpointing_keeps_the_stream_and_computes_one_layer_again():
+    row = parts("training.gradient_checkpointing=true")["open"]["parts"]
+    assert row["activations"] == 96 * 4 * TOKENS * 2
+    assert row["backward"] == KEPT * TOKENS + TOKENS * (2 * 256 * 4 + 3 * 96 * 4)
+
+
+def test_refit_by_hand():
+    plan = job("decisions.refit_windows=8", "training.distill=0")
+    row = next(row for row in memory_of(plan) if row["phase"] == "refit")["parts"]
+    kept = plan.shapes.counts["mlp"]
+    tokens = 8 * LENGTH
+    assert row["windows"] == tokens * (3 * 96 + 256) * 4
+    in_one_piece = tokens * (96 + 256) * 4 + 4 * (kept**2 + kept * 96 + tokens * (kept + 96))
+    assert row["solve"] == max(in_one_piece, 8 * 4 * (kept**2 + kept * 96))
+    assert "refit" not in parts("decisions.refit_windows=0")
+
+
+def test_saliency_takes_one_window_and_no_gradients():
+    row = parts("training.batch_size=8")["saliency"]["parts"]
+    # Queries, keys and values before their masks, instead of inputs and S.
+    each = 4 * (2 * (96 + 32 + 32) + 96 + 2 * 256) + 4 * 2 * 96 + 4 * 8
+    assert row["activations"] == each * LENGTH * 2
+    assert "gradients" not in row
+    assert list(parts("decisions.source=static"))[1] == "saliency"
+    assert "optimizer" not in parts("decisions.source=static")["saliency"]["parts"]
+    assert "saliency" not in parts("decisions.source=running", "training.search=4")
+
+
+def test_tune_is_of_the_cut_model():
+    plan = job("training.distill=0", "decisions.refit_windows=0")
+    row = next(row for row in memory_of(plan) if row["phase"] == "tune")["parts"]
+    inner, groups = plan.shapes.counts["mlp"], plan.shapes.counts["kv_group"]
+    assert groups == 1
+    weights = 2 * 48 * 96 + 2 * 16 * 96 + 3 * inner * 96
+    adapter = 2 * RANK * (2 * (48 + 96) + 2 * (16 + 96) + 3 * (inner + 96))
+    assert row["weights"] == 4 * (2 * (weights + 2 * 96) + ENDS)
+    assert row["adapter"] == 4 * adapter and row["optimizer"] == 8 * adapter
+    kept = 4 * (2 * 96 + 48 + 16 + 16 + 48 + 2 * inner + 7 * RANK) + 4 * 2 * 96 + 4 * (3 + 2)
+    assert row["activations"] == kept * TOKENS * 2
+
+
+def test_masked_phases_gather_slices():
+    rows = parts("training.search=4", "training.settle=4", "decisions.source=learned", "training.open=0")
+    assert list(rows) == ["score", "saliency", "search", "refit", "settle", "cut", "tune", "export", "score again"]
+    assert rows["search"]["parts"]["slices"] == 4 * 2 * WHOLE
+    assert rows["settle"]["parts"]["slices"] < 0.65 * 4 * 2 * WHOLE
+
+
+def test_what_lies_on_the_host_is_not_on_the_device():
+    host, device = (parts("training.distill=0", device=name) for name in ("cpu", "cuda"))
+    window = LENGTH * VOCAB * 4
+    assert host["cut"]["parts"]["certificate"] - device["cut"]["parts"]["certificate"] == 4 * window
+    assert "reloaded" in host["score again"]["parts"] and "reloaded" not in device["score again"]["parts"]
+
+
+@pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])
+def test_more_of_anything_is_never_less(family, space):
+    base = f"decisions.space={space}"
+    plain = parts(base, family=family)
+    for change in ("training.batch_size=4", "data.length=64", "lora.r=8", "lora.dropout=0.1"):
+        for phase, row in parts(base, change, family=family).items():
+            assert row["bytes"] >= plain[phase]["bytes"], (change, phase)

@@ -1,0 +1,60 @@
+"""A tiny model that trains, with the job that a plan makes of it."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from atp.config import ATPConfig
+from atp.lora.layer import add_lora
+from atp.models.attention import use_training_attention
+from atp.plan.job import Job
+from atp.plan.shapes import ModelShapes
+
+VOCAB, RANK, LENGTH = 64, 4, 32
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "llama": {"head_dim": 16},
+    "mistral": {"num_key_value_heads": 6, "head_dim": 8, "sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "granite": {"num_key_value_heads": 3, "residual_multiplier": 0.22},
+}
+
+
+def tiny(family="llama", **changes):
+    """The transformers config of a tiny model."""
+    return AutoConfig.for_model(family, **SIZES | FAMILIES[family] | changes)
+
+
+def settings(*overrides):
+    """A run's config on windows of 32 tokens, two a step."""
+    return ATPConfig.parse(
+        {
+            "model": {"path": "tiny"},
+            "output_dir": "unused",
+            "data": {"length": LENGTH},
+            "decisions": {"multiples": {}},
+            "lora": {"r": RANK, "alpha": 8},
+            "training": {"batch_size": 2, "precision": "float32"},
+        },
+        list(overrides),
+    )
+
+
+def job(*overrides, family="llama", autocast=None, device="cpu", scored=1.0, **changes):
+    """The job of a plan for a tiny model."""
+    config = settings(*overrides)
+    shapes = ModelShapes.of(tiny(family, **changes), config.decisions)
+    return Job.of(config, shapes, autocast=autocast, device=device, scored=scored)
+
+
+def lora_model(shapes, dropout=0.0):
+    """A model of these shapes that trains as a run's does."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shapes.config)
+    lora = add_lora(model, shapes.space, r=RANK, alpha=8, dropout=dropout)
+    use_training_attention(lora.get_base_model())
+    return lora.train()
