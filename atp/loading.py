@@ -86,9 +86,18 @@ def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 def load_any_model(config: ModelConfig) -> PreTrainedModel:
     """A causal LM of any family, in the config's dtype. Raises `InputError` if there is none."""
-    source = _source(config)
-    dtype = "float32" if config.dtype == "auto" and source.get("gguf_file") is not None else config.dtype
-    return read_model(**source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    return read_model(**_source(config), dtype=weights_dtype(config, load_shapes(config)))
+
+
+def weights_dtype(config: ModelConfig, shapes: PretrainedConfig) -> torch.dtype:
+    """What the model's weights are loaded and written in; shapes: the model's config.
+
+    Where it is left open: what config.json says, and float32 for a GGUF file or if it says nothing.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    stored = None if _source(config).get("gguf_file") else shapes.dtype
+    return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def data_settings(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> DataSettings:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from atp.config import ATPConfig, DecisionsConfig
 from atp.decide.budget import Budget
 from atp.errors import InputError
-from atp.loading import load_shapes
+from atp.loading import load_shapes, weights_dtype
 from atp.spaces.space import MaskSpace
 
 
@@ -26,7 +26,7 @@ def with_share(config: ATPConfig) -> ATPConfig:
         key, value, unit = "target_params", float(decisions.target_params), 1.0
     else:
         key, value = "target_megabytes", decisions.target_megabytes or 0.0
-        unit = _dtype(config, shapes).itemsize / 1e6
+        unit = weights_dtype(config.model, shapes).itemsize / 1e6
     share, (least, most) = share_of_total(value / unit, shapes, decisions.space)
     if not 0 < share < 1:
         raise InputError(
@@ -46,10 +46,3 @@ def share_of_total(params: float, shapes: PretrainedConfig, space: str) -> tuple
         total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shapes).parameters())
     decoder = Budget(MaskSpace.from_config(shapes, space)).total
     return (params - (total - decoder)) / decoder, (total - decoder, total)
-
-
-def _dtype(config: ATPConfig, shapes: PretrainedConfig) -> torch.dtype:
-    """The dtype that the model is written in."""
-    if config.model.dtype != "auto":
-        return getattr(torch, config.model.dtype)
-    return shapes.dtype if isinstance(shapes.dtype, torch.dtype) else torch.float32

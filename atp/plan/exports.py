@@ -42,15 +42,13 @@ def _stock(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
     if not (config.decisions.uniform and config.decisions.space == _WHOLE_HEADS):
         return "it needs whole heads and equal widths in all layers: set preset: stock"
     if stock_config(_cut(config, shapes)) is None:
-        return (
-            f"transformers has no class for {shapes.model_type} with these widths: take a model without sliding windows"
-        )
+        return f"transformers has no such class for {shapes.model_type}: take a model without sliding windows"
     return None
 
 
 def _gguf(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
     if config.decisions.space != _WHOLE_HEADS:
-        return f"it holds whole heads, and space {config.decisions.space} leaves parts of them: set decisions.space=kv_group"
+        return f"it holds whole heads, and space {config.decisions.space} cuts them: set decisions.space=kv_group"
     try:
         architecture_of(_cut(config, shapes), "the result")
     except InputError as error:

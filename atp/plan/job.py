@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from atp.config import ATPConfig
+from atp.loading import weights_dtype
 from atp.plan.parameters import parameters_of
 from atp.plan.shapes import ModelShapes
 from atp.training.schedule import Phases
@@ -66,4 +67,4 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """That of the weights, in training and in the exported model."""
-        return getattr(torch, self.config.model.dtype)
+        return weights_dtype(self.config.model, self.shapes.config)

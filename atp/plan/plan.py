@@ -17,6 +17,7 @@ from atp.plan.job import Job
 from atp.plan.memory import memory_of
 from atp.plan.probe import seconds_of, speeds
 from atp.plan.shapes import ModelShapes
+from atp.targets import with_share
 from atp.training.callbacks import check_trackers
 from atp.training.precision import autocast_dtype
 
@@ -30,6 +31,7 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
     `InputError` for settings that `atp train` would refuse before the first step; what is wrong with the data is said
     in the section `data` instead.
     """
+    config = with_share(config)
     check_trackers(config.training.report_to)
     found = load_shapes(config.model)
     check_prunable(config.model, found, config.decisions.space)
