@@ -178,7 +178,7 @@ class TrainingConfig(_Section):
         None, ge=0, lt=1, description="Decay per step of AdamW's second moment; null: half of it in a sixth of the run."
     )
     distill: float = Field(
-        0.5, ge=0, le=1, description="Weight of the distance to the model at the end of the open phase; 0 disables."
+        0.0, ge=0, le=1, description="Weight of the distance to the model at the end of the open phase; 0 disables."
     )
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: int = Field(10, ge=0)
