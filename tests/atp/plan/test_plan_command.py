@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 
 from atp.cli import main
-from atp.config import ATPConfig, DecisionsConfig
+from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.loading import load_data, load_shapes, load_tokenizer
 from atp.models.load import read_config, read_tokenizer
@@ -76,7 +76,7 @@ def test_json_holds_the_whole_plan(command, config):
     assert all(row["bytes"] == pytest.approx(sum(row["parts"].values()), abs=8) for row in found["memory"])
     assert [row["seconds"] for row in found["cost"]] == [None] * len(found["cost"])
     assert found["flops_per_second"] is None
-    assert {row["name"]: row["reachable"] for row in found["exports"]}["GGUF of architecture deci"] is True
+    assert {row["name"]: row["reachable"] for row in found["exports"]}["GGUF, for llama.cpp"] is True
 
 
 def test_the_page_shows_every_section(command, config):
@@ -245,26 +245,21 @@ def reached(config, name="Llama-2-7b"):
 
 
 def test_exports_by_settings():
-    names = [export.name for export in EXPORTS]
+    package, alone, gguf = (export.name for export in EXPORTS)
     default = reached(public("Llama-2-7b"))
-    assert list(default) == names
-    assert [default[name].reachable for name in names] == [True, False, False, True]
-    promised = "uniform" in DecisionsConfig.model_fields
-    assert ("set decisions.uniform=true" if promised else "no setting promises") in default[names[1]].why_not
+    assert [reach.reachable for reach in default.values()] == [True, False, True]
+    assert "set preset: stock" in default[alone].why_not
     assert all(reach.reachable == (reach.why_not is None) for reach in default.values())
     dims = reached(public("Llama-2-7b", "decisions.space=head_dim"))
-    assert [dims[name].reachable for name in names] == [True, False, False, False]
-    if promised:
-        assert "set decisions.space=kv_group and decisions.uniform=true" in dims[names[1]].why_not
-    assert "set decisions.space=kv_group" in dims[names[3]].why_not
-    qwen3 = reached(public("Qwen3-8B"), "Qwen3-8B")[names[3]]
-    assert not qwen3.reachable and "this is qwen3" in qwen3.why_not
+    assert [dims[name].reachable for name in (package, alone, gguf)] == [True, False, False]
+    assert "set decisions.space=kv_group" in dims[gguf].why_not
+    qwen3 = reached(public("Qwen3-8B"), "Qwen3-8B")[gguf]
+    assert not qwen3.reachable and "norms of queries and keys" in qwen3.why_not
 
 
-def test_equal_widths_reach_plain_folders(monkeypatch):
-    config = public("Llama-2-7b")
-    monkeypatch.setattr(type(config.decisions), "uniform", True, raising=False)
-    assert all(reach.reachable for reach in reached(config).values())
+@pytest.mark.parametrize("name", ["Llama-2-7b", "Llama-3.1-8B", "Qwen3-8B", "Qwen2.5-7B"])
+def test_equal_widths_reach_everything(name):
+    assert all(reach.reachable for reach in reached(public(name, "preset=stock"), name).values())
 
 
 @pytest.mark.parametrize(
