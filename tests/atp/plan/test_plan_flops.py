@@ -97,7 +97,8 @@ def test_masks_save_their_share_of_the_frozen_linears():
 
 
 def test_rows_are_the_parts_of_a_run():
-    plan = job("training.steps=30", "training.gradient_accumulation=3", "decisions.refit_windows=8")
+    settings = ("training.steps=30", "training.gradient_accumulation=3", "decisions.refit_windows=8")
+    plan = job(*settings, "training.distill=0.5")
     rows = {row.phase: row for row in cost_of(plan)}
     assert list(rows) == ["score", "open", "saliency", "refit", "tune", "certificate", "score again"]
     assert (rows["open"].steps, rows["open"].tokens) == (10, 10 * 2 * 3 * LENGTH)
