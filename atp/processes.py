@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ def start() -> None:
             raise InputError(f"{name} {NO_SHARDS}")
     if count() > 1 and _control is None:
         _state()
-        _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 def device() -> torch.device:
@@ -173,8 +173,9 @@ def _group() -> dist.ProcessGroup:
     return _control
 
 
-def _finish(work: dist.Work) -> None:
+def _finish(work: dist.Work | None) -> None:
     """Polls, because Python handles signals between its own instructions only."""
+    assert work is not None, "it was asked to run beside us"
     delay, longest = _POLL_SECONDS
     try:
         while not work.is_completed():
