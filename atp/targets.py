@@ -29,9 +29,10 @@ def with_share(config: ATPConfig) -> ATPConfig:
         unit = weights_dtype(config.model, shapes).itemsize / 1e6
     share, (least, most) = share_of_total(value / unit, shapes, decisions.space)
     if not 0 < share < 1:
+        whole, fixed = _number(most * unit), _number(least * unit)
         raise InputError(
-            f"decisions.{key} is {value:,g}, but the model has {most * unit:,g} and {least * unit:,g} of it are not in "
-            "the decoder, where structures are removed: choose a number between"
+            f"decisions.{key} is {_number(value)}, but the model has {whole} and {fixed} of it are not in the decoder, "
+            "where structures are removed: choose a number between"
         )
     others = decisions.model_dump(exclude={"target_keep", "target_params", "target_megabytes"})
     return config.model_copy(update={"decisions": DecisionsConfig(**others, target_keep=share)})
@@ -46,3 +47,7 @@ def share_of_total(params: float, shapes: PretrainedConfig, space: str) -> tuple
         total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shapes).parameters())
     decoder = Budget(MaskSpace.from_config(shapes, space)).total
     return (params - (total - decoder)) / decoder, (total - decoder, total)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
