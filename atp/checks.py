@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from atp import processes
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.decide.reach import nearest_share
 from atp.decide.rules import width_rules
-from atp.decide.uniform import equal_counts, half_block, share_of
+from atp.decide.uniform import equal_counts, half_block, require_equal_layers, share_of
 from atp.errors import InputError, quote, shorten
 from atp.loading import RunData, check_length
+from atp.models.base import FORMS
 from atp.spaces.space import MaskSpace
 
 BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
@@ -20,8 +22,10 @@ _SHORTEST = 16  # tokens, the least that data.length may be
 def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: float = BUDGET_TOLERANCE) -> None:
     """Raises `InputError` for what no run can do.
 
-    Windows beyond the model's positions, decisions without the steps that make them, a target that no mask can meet.
+    Windows beyond the model's positions, decisions without the steps that make them, a target that no mask can meet,
+    `model.load_in` beside what needs floating weights.
     """
+    check_base_alone(config)
     check_length(shapes, config.data.length)
     check_phases(config)
     target = config.decisions.target_keep
@@ -56,19 +60,49 @@ def rounding(config: ATPConfig, shapes: PretrainedConfig) -> float:
 
 def _rules(config: ATPConfig, shapes: PretrainedConfig) -> tuple[Budget, dict[str, int]]:
     decisions = config.decisions
-    budget = Budget(MaskSpace.from_config(shapes, decisions.space))
+    space = MaskSpace.from_config(shapes, decisions.space)
+    if decisions.uniform:
+        require_equal_layers(space)
+    budget = Budget(space)
     return budget, width_rules(budget, decisions.target_keep, decisions.multiples)
 
 
 def check_phases(config: ATPConfig) -> None:
     """Raises `InputError` if decisions have no steps to come from."""
-    source, training = config.decisions.source, config.training
+    source, training = config.deciding.source, config.training
     if source == "learned" and not training.search:
         raise InputError(
             "training.search is 0, so nothing can be learned: set it, or take decisions.source=tuned, which needs none"
         )
     if source == "running" and not training.opened + training.search:
         raise InputError("decisions.source=running watches open and search steps: set training.open or training.search")
+
+
+def check_base_alone(config: ATPConfig) -> None:
+    """Raises `InputError` for settings under which a quantized base is not supported, or would save no memory."""
+    load_in = config.model.load_in
+    if load_in is None:
+        return
+    if config.training.distill and config.training.opened:
+        raise InputError(
+            f"training.distill holds a whole model in floating point, which model.load_in={load_in} is there to save: "
+            "set training.distill=0, or leave out model.load_in"
+        )
+    if processes.count() > 1:
+        raise InputError(
+            f"model.load_in={load_in} trains in one process, not in {processes.count()}: start without torchrun, or "
+            "leave out model.load_in"
+        )
+
+
+def base_remark(config: ATPConfig) -> list[str]:
+    """A sentence on what `model.load_in` does to the run's figures; none without it."""
+    if config.model.load_in is None:
+        return []
+    return [
+        f"decoder linears are held as {FORMS[config.model.load_in].says}: scores of the original and the certificate "
+        "are of these weights"
+    ]
 
 
 def rounded(config: ATPConfig, shapes: PretrainedConfig) -> list[str]:
@@ -82,7 +116,7 @@ def rounded(config: ATPConfig, shapes: PretrainedConfig) -> list[str]:
 
 def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     """One sentence per setting that asks for more than the data hold; the run continues with what there is."""
-    evaluation, decisions = config.evaluation, config.decisions
+    evaluation, decisions = config.evaluation, config.deciding
     test = data.splits.test
     asked = [
         ("evaluation.windows", evaluation.windows, "test windows", len(data.test)),

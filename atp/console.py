@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from atp import processes
+from atp import ranks
 from atp.ending import OutputClosed
 
 
@@ -17,5 +17,8 @@ class _Console(Console):
 
 
 # Paths and names are printed as they are, brackets included.
-console = _Console(quiet=not processes.is_main(), markup=False, highlight=False)
+console = _Console(quiet=not ranks.is_main(), markup=False, highlight=False)
+JsonLogs = Annotated[
+    bool, typer.Option("--json-logs", help="Write progress as JSON to stderr, an object per line (docs/operations.md).")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]

@@ -28,7 +28,7 @@ def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConf
             "model": {"path": PACKAGED_MODEL},
             "output_dir": str(output_dir),
             # Headlines are short and the answer is one word: 16 of them make a step.
-            "data": {"recipe": "satire-mini", "length": 192, "packing": "padded"},
+            "data": {"recipe": "satire-mini", "length": 192, "packing": "padded", "loss_on": "completion"},
             "training": {"steps": 200, "batch_size": 16},
             "evaluation": {"dense_baseline": True, "windows": 40, "questions": 600},
         },

@@ -8,10 +8,10 @@ import re
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
-from atp.requirements import is_known, missing
+from atp.requirements import TRAIN, find, is_known, missing
 
 _BROKEN_PIPE = 128 + 13  # what a shell shows for a program that SIGPIPE ended
 _INTERRUPTED = 128 + signal.SIGINT
@@ -91,10 +91,44 @@ def end_interrupted_imports() -> None:
 
     Does nothing in other programs, or where the signal already has a handler. `atp.cli.main` undoes it.
     """
-    command = Path(sys.argv[0]).stem == "atp" if sys.argv else False
-    module = sys.orig_argv[1:3] == ["-m", "atp"]
-    if (command or module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+
+
+def end_without_packages() -> None:
+    """Ends the command, with a sentence and code 2, where packages of the extra `train` are missing."""
+    absent = [name for name in TRAIN if find(name) is None]
+    if absent:
+        raise lacking(ModuleNotFoundError(name=absent[0]))
+
+
+def lacking(error: ModuleNotFoundError) -> ImportError:
+    """The error to raise where `import atp` or the command finds a package of the extra `train` missing.
+
+    The command ends here, with a sentence and code 2. A program gets an ImportError that it can catch; one that does
+    not catch it ends with the sentence too, without a traceback. An error about any other module comes back as it is.
+    """
+    if not is_known(error.name):
+        return error
+    told = missing(error, *TRAIN)
+    if is_command():
+        sys.stderr.write(f"error: {told}\n")
+        sys.exit(ending(told)[1])
+    show = sys.excepthook
+
+    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        if value is told:
+            sys.stderr.write(f"error: {told}\n")
+        else:
+            show(kind, value, trace)
+
+    sys.excepthook = hook
+    return told
+
+
+def is_command() -> bool:
+    """Whether this program is the command `atp`."""
+    return bool(sys.argv and Path(sys.argv[0]).stem == "atp") or sys.orig_argv[1:3] == ["-m", "atp"]
 
 
 def imports_are_done() -> None:

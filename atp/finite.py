@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from atp.errors import InputError, NotReached
+from atp_kernels.quantized import dense
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any shape, dtype and device holds no NaN and no infinity. Waits for the device."""
+    tensor = dense(tensor)
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     # One pass without a copy; both ends are NaN if any element is.

@@ -14,7 +14,8 @@ from atp.files import check_writable, remove_leftovers
 from atp.locking import LOCK, locked
 from atp.reading import existing, read_yaml
 
-CONFIG, COMPARISON, INPUTS = "config.yaml", "comparison.yaml", "inputs.json"
+CONFIG, COMPARISON, INPUTS, LATENCY = "config.yaml", "comparison.yaml", "inputs.json", "latency.json"
+SKIPPED = "skipped_rows.txt"
 CHECKPOINTS = ("checkpoints", "dense_lora/checkpoints")
 _WRITTEN_TO = ("", "model", "base", "adapter", "dense_lora", "profile", *CHECKPOINTS)
 
@@ -28,7 +29,7 @@ def check_output_dir(folder: Path, *, resume: bool, started: str = CONFIG) -> No
         raise InputError(f"output_dir {folder} is a file: choose another output_dir")
     check_writable(folder, "output_dir")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    filled = {name for name in names if name not in (LOCK, INPUTS) and not name.startswith(".writing-")}
+    filled = {name for name in names if name not in (LOCK, INPUTS, LATENCY) and not name.startswith(".writing-")}
     if filled and not resume:
         raise InputError(f"output_dir {folder} is not empty: choose another output_dir, or continue it with --resume")
     if resume and not filled:
@@ -56,13 +57,11 @@ def refuse_inputs_inside(config: ATPConfig, folder: Path) -> None:
 
     Follows links on both sides. Names that are not local paths (Hub names, packages) are ignored.
     """
-    data = config.data
-    named = {"model.path": config.model.path}
-    named |= {f"data.{key}": getattr(data, key) for key in ("train", "calibration", "test", "general")}
-    named |= {f"data.sources.{name}": source for name, source in data.sources.items()}
+    named = [("model.path", config.model.path), *config.data.own_sources]
+    named += [(f"data.sources.{name}", source) for name, source in config.data.sources.items()]
     places = {(folder / name).resolve() for name in _WRITTEN_TO}
-    for key, value in named.items():
-        path = existing(value) if value else None
+    for key, value in named:
+        path = existing(value)
         if path is None:
             continue
         path = path.resolve()
@@ -91,7 +90,7 @@ def opened(folder: Path, *, resume: bool, started: str = CONFIG) -> Iterator[Non
             yield
         except Exception:
             if not resume:
-                _withdraw(folder, made, {LOCK, INPUTS, started})
+                _withdraw(folder, made, {LOCK, INPUTS, LATENCY, started})
             raise
 
 

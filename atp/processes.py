@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from atp import ranks
 from atp.errors import InputError, NotReached
 
 T = TypeVar("T")
@@ -37,12 +38,12 @@ _control: dist.ProcessGroup | None = None
 
 def count() -> int:
     """How many processes this run has."""
-    return dist.get_world_size() if _started() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if _started() else ranks.count()
 
 
 def rank() -> int:
     """The number of this process, 0 for the main one."""
-    return dist.get_rank() if _started() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if _started() else ranks.rank()
 
 
 def is_main() -> bool:

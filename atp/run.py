@@ -11,9 +11,9 @@ from typing import Any
 from rich.progress import Progress
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import processes
+from atp import heap, processes, progress
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
-from atp.checks import BUDGET_TOLERANCE, check_reachable, less_memory, rounded, rounding, shortfalls
+from atp.checks import BUDGET_TOLERANCE, base_remark, check_reachable, less_memory, rounded, rounding, shortfalls
 from atp.config import ATPConfig
 from atp.data import Splits, Task
 from atp.environment import versions
@@ -23,11 +23,14 @@ from atp.evaluation.answers import answered_question
 from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import CausalLM, bars
 from atp.evaluation.majority import majority_scores
+from atp.evaluation.samples import held_out_samples, sample_answers, side_by_side
 from atp.evaluation.suite import check_questions
 from atp.export.card import add_results
+from atp.export.origins import origins
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
-from atp.folders import CONFIG, INPUTS, check_output_dir, opened, refuse_inputs_inside, saved_config
+from atp.folders import CONFIG, INPUTS, LATENCY, SKIPPED, check_output_dir, opened, refuse_inputs_inside, saved_config
+from atp.latency import with_time
 from atp.loading import RunData, check_packages, load_data, load_model, load_shapes, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
@@ -41,6 +44,7 @@ from atp.training.loop import Loop
 from atp.training.metrics import PhaseClock
 from atp.training.precision import autocast_dtype
 from atp.training.profiling import Profiler, format_table
+from atp.training.prometheus import check_metrics_file
 from atp.training.resume import fingerprints, inputs_of, of_model_folder, refuse_other_config, refuse_other_inputs
 from atp.training.trainer import ATPTrainer
 
@@ -65,13 +69,15 @@ class Run:
         scores of the original model that somebody has taken already.
         recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
-        self.config, self.resume, self.command = with_share(config), resume, command
-        self.say = say if processes.is_main() else lambda line: None
+        self.resume, self.command = resume, command
+        self.say = progress.saying(say) if processes.is_main() else lambda line: None
         self.profile = profile and processes.is_main()
         self.folder = Path(config.output_dir)
         self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
         processes.start()
+        timed, self.latency = processes.on_main(lambda: with_time(config))
+        self.config = with_share(timed)
         self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
 
     def execute(self) -> dict[str, Any]:
@@ -92,18 +98,29 @@ class Run:
         return summary
 
     def _execute(self) -> dict[str, Any]:
+        trainer, tokenizer, data = self._trainer()
+        self._train(trainer)
+        self.say("exporting and certifying")
+        progress.begin("export")
+        trainer.export(self.folder)
+        facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped,
+                 "skipped_decision_steps": trainer.decisions.finite.skipped,
+                 **trainer.validation.summary(trainer.step)}  # fmt: skip
+        return processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
+
+    def _trainer(self) -> tuple[ATPTrainer, PreTrainedTokenizerBase, RunData]:
+        """Prepares the run, tunes the dense model if the config asks for it, and hands the model to a trainer.
+
+        The trainer lets go of the uncut weights at the cut, and nobody else may hold them then.
+        """
         model, tokenizer, data = self._prepare()
         scores = processes.on_main(self._scores)
         if self.config.evaluation.dense_baseline and not {"tuned_dense", DENSE} <= scores.keys():
             model = self._tune_dense(model, tokenizer, data)
-        trainer = ATPTrainer(self.config, model, data.train, data.calibration, tokenizer=tokenizer)
-        del model  # the trainer lets go of the uncut weights at the cut, and nobody else may hold them then
-        self._train(trainer)
-        self.say("exporting and certifying")
-        trainer.export(self.folder)
-        facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped,
-                 "skipped_decision_steps": trainer.decisions.finite.skipped}  # fmt: skip
-        return processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
+        trainer = ATPTrainer(
+            self.config, model, data.train, data.calibration, validation=data.validation, tokenizer=tokenizer
+        )
+        return trainer, tokenizer, data
 
     def _check(self, summary: dict[str, Any]) -> None:
         """Raises `NotReached` if the run broke a promise; everything is written by then."""
@@ -116,6 +133,7 @@ class Run:
         """Checks the folder and locks it if it exists; returns the summary of a finished run."""
         check_output_dir(self.folder, resume=self.resume)
         check_trackers(self.config.training.report_to)
+        check_metrics_file(self.config.training.metrics_file)
         refuse_inputs_inside(self.config, self.folder)
         if not self.resume:
             return None
@@ -138,18 +156,21 @@ class Run:
     def _prepare(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RunData]:
         """Checks everything before anything is written, then opens the folder and scores the original."""
         config = self.config
+        progress.begin("loading")
         processes.on_main(lambda: check_packages(config.model, config.data))
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
         shapes = load_shapes(config.model)
         check_tasks(config, data.splits, tokenizer, shapes)
-        for line in (data.splits.description, *rounded(config, shapes), *shortfalls(config, data)):
+        for line in (*data.splits.remarks, *self._remarks(shapes), *shortfalls(config, data)):
             self.say(line)
         model = processes.main_first(lambda: load_model(config.model, config.decisions.space))
         self._check_model(model)
-        self.inputs = fingerprints(model, tokenizer, train=data.train, calibration=data.calibration)
+        self.inputs = fingerprints(model, tokenizer, **data.read_in_training)
         self.inputs["test data"] = data.splits.fingerprints["test"]  # questions too, not only what is packed
         processes.on_main(self._start)
+        if data.splits.skipped:
+            processes.on_main(lambda: write_text(self.folder / SKIPPED, "\n".join((*data.splits.skipped, ""))))
         self._score("original", model, tokenizer, data)
         processes.on_main(lambda: self._record(majority=majority_of(config, data.splits)))
         return model, tokenizer, data
@@ -166,10 +187,17 @@ class Run:
         else:
             self._open.enter_context(opened(self.folder, resume=False))
         write_json(self.folder / INPUTS, self.inputs)
+        if self.latency is not None:
+            write_json(self.folder / LATENCY, self.latency)
         if saved_config(self.folder) is None:
             write_text(self.folder / CONFIG, self.config.dump())
         if original is not None and "original" not in self._scores():
             self._record(original=original)
+
+    def _remarks(self, shapes: PretrainedConfig) -> list[str]:
+        """What is said of the target before the run."""
+        timed = [] if self.latency is None else [self.latency["description"]]
+        return [*timed, *rounded(self.config, shapes), *base_remark(self.config)]
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raises `InputError` when the model cannot keep what the run promises."""
@@ -178,11 +206,12 @@ class Run:
     def _tune_dense(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> PreTrainedModel:
         self.say("tuning the uncut model with stock LoRA, for comparison")
         folder = self.folder / DENSE
-        with make_progress() as progress:
-            bar = ProgressBar(progress, self.config.training.total)
+        with make_progress() as display:
+            bar = ProgressBar(display, self.config.training.total)
             tuner = LoraTuner(
-                self.config, stock_lora(model, self.config), data.train, folder, name=DENSE, callbacks=[bar]
-            )
+                self.config, stock_lora(model, self.config), data.train, folder, validation=data.validation, name=DENSE,
+                callbacks=[bar],
+            )  # fmt: skip
             self._hand_over(tuner)
             tuner.train(resume=self.resume)
         self._score("tuned_dense", tuner.model, tokenizer, data)
@@ -194,13 +223,16 @@ class Run:
         profiler = Profiler(self.folder / "profile", trainer.phases.of, trainer.phases.total)
         if self.profile:
             trainer.callbacks.append(profiler)
-        with make_progress() as progress:
-            trainer.callbacks.append(ProgressBar(progress, trainer.phases.total))
+        with make_progress() as display:
+            trainer.callbacks.append(ProgressBar(display, trainer.phases.total))
             self._hand_over(trainer)
-            begun = processes.on_main(lambda: checkpoints.exist(trainer.checkpoint_root))
-            trainer.train(resume=self.resume and begun)
+            trainer.train(resume=self._begun(trainer))
         if profiler.rows:
             self.say(format_table(profiler.rows))
+
+    def _begun(self, trainer: ATPTrainer) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return self.resume and processes.on_main(lambda: checkpoints.exist(trainer.checkpoint_root))
 
     def _hand_over(self, loop: Loop) -> None:
         """Gives a loop the fingerprints of its inputs and the function that prints its messages."""
@@ -217,18 +249,22 @@ class Run:
         known = self._scores().get(name)
         if known is not None and facts.items() <= known.items():
             return
+        heap.give_back()
         settings = self.config.evaluation
-        with Progress(transient=True) as progress:
+        with Progress(transient=True) as display:
             scores = evaluate_model(
                 model, tokenizer, packed_windows(data.test, tokenizer), data.splits.test,
                 tasks=scored_tasks(self.config, data.splits), batch_size=settings.batch_size,
                 max_windows=settings.windows, max_examples=settings.questions,
                 seed=self.config.seed, autocast=self.autocast,
-                progress=bars(progress, f"scoring the {name.replace('_', ' ')} model"),
+                progress=bars(display, f"scoring the {name.replace('_', ' ')} model"),
             )  # fmt: skip
         scores |= {"size": model_size(model)} | facts
         if name != "tuned_dense":
-            scores["speed"] = throughput(model, autocast=self.autocast)
+            shown = held_out_samples(data.splits.test, settings.samples)
+            progress.begin(f"answers and speed of the {name} model")
+            scores["samples"] = sample_answers(model, tokenizer, shown, autocast=self.autocast)
+            scores["speed"] = throughput(model)
         self._record(**{name: scores})
 
     def _scores(self) -> dict[str, dict[str, Any]]:
@@ -250,6 +286,7 @@ class Run:
         final = read_model(self.folder / "model", dtype="auto")  # as the original was scored: in its own dtype
         model = {"model_sha256": of_model_folder(self.folder / "model")}
         self._score_once("final", final, tokenizer, data, **model)
+        progress.begin("report")
         summary = self._summarise(data, clock) | facts | model
         add_results(self.folder / "model" / "README.md", self.config, summary)
         write_json(self.folder / "summary.json", summary)
@@ -263,6 +300,7 @@ class Run:
         rates = {phase: clock.rate(phase) for phase, tokens in clock.tokens.items() if tokens}
         if "dense_lora" in scores:
             rates["dense_lora"] = scores["dense_lora"]["tokens_per_second"]
+        dense_seconds = {DENSE: scores[DENSE]["seconds"]} if DENSE in scores else {}
         tasks = scored_tasks(self.config, data.splits)
         beside: dict[str, Any] = {}
         if "tuned_dense" in scores:
@@ -274,6 +312,10 @@ class Run:
         if self.config.evaluation.answers:
             shown = answered_question({name: scores[name] for name in models}, data.splits.test, tasks)
             beside |= {} if shown is None else {"answers": shown}
+        shown_samples = held_out_samples(data.splits.test, self.config.evaluation.samples)
+        given = {name: scores[name].get("samples") or [] for name in ("original", "final")}
+        if shown_samples and all(len(texts) == len(shown_samples) for texts in given.values()):  # none in old scores
+            beside["samples"] = side_by_side(shown_samples, given)
         return {
             "target_keep": self.config.decisions.target_keep,
             "rounding": rounding(self.config, load_shapes(self.config.model)),
@@ -288,15 +330,16 @@ class Run:
             **{task.name: {name: without_items(scores[name]["tasks"][task.name]) for name in models} for task in tasks},
             "majority": {name: without_items(found) for name, found in scores["majority"].items()},
             **beside,
+            **origins(self.config),
             "speed": {name: scores[name]["speed"] for name in ("original", "final")},
             "train_tokens": sum(clock.tokens.values()),
             "train_tokens_per_second": rates,
-            "seconds": clock.seconds | {"total": time.perf_counter() - self.started},
+            "seconds": clock.seconds | dense_seconds | {"total": time.perf_counter() - self.started},
             "seed": self.config.seed,
             "data": data.splits.fingerprints | {"description": data.splits.description},
             "versions": versions(),
             "command": self.command,
-        }
+        } | ({} if self.latency is None else {"latency": self.latency})
 
 
 def check_target(config: ATPConfig, shapes: PretrainedConfig) -> None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from atp.config import ATPConfig, DataConfig, ModelConfig, explain
+from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, Example, Task, chat_of, load_recipe, read_examples, tasks_of
 from atp.data.recipes import RECIPES
 from atp.errors import InputError, is_out_of_memory, reason, shorten
@@ -30,6 +30,7 @@ from atp.loading import (
     load_shapes,
     load_tokenizer,
 )
+from atp.overrides import explain
 from atp.reading import parse_json
 from atp.report.beside import remarks
 from atp.training.precision import Precision, autocast_dtype
@@ -39,7 +40,7 @@ from atp.training.precision import Precision, autocast_dtype
 class Scoring:
     """Options of `score_folder`.
 
-    suite: a recipe or a run's config.yaml, whose test split is used; or a .jsonl, .csv or .parquet file of test data.
+    suite: a recipe or a run's config.yaml, whose test split is used; or a file of test data (docs/data.md).
     labels: answer set of such a file.
     documents: examples for perplexity, in windows of `length` tokens, `stride` tokens apart (default half a window).
     questions: examples per task; 0 for none. seed: of the split and of the bootstrap.
@@ -114,7 +115,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
         scores |= relative_performance(scores, dense, tasks, majority, options.seed)
     precision = "float32" if autocast is None else str(autocast).removeprefix("torch.")
     return {
-        "model": model, **scores, **model_size(loaded), **throughput(loaded, autocast=autocast),
+        "model": model, **scores, **model_size(loaded), **throughput(loaded),
         "settings": asdict(options) | {"precision": precision}, 
         "remarks": [*_shortfalls(options, texts, examples, tasks), *remarks(scores)],
     }  # fmt: skip

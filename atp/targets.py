@@ -11,14 +11,23 @@ from atp.errors import InputError
 from atp.loading import load_shapes, weights_dtype
 from atp.spaces.space import MaskSpace
 
+TIMED = ("target_prefill_ms", "target_decode_ms")
+
 
 def with_share(config: ATPConfig) -> ATPConfig:
     """The config with decisions.target_params or target_megabytes replaced by the target_keep that they come to.
 
     Reads the model's config.json, not its weights. Raises `InputError` for a target that embeddings, head and final
-    norm alone exceed, or that the whole model does not reach.
+    norm alone exceed, or that the whole model does not reach; and for one in milliseconds, which has to be measured
+    (`atp.latency.with_time`).
     """
     decisions = config.decisions
+    for key in TIMED:
+        if getattr(decisions, key) is not None:
+            raise InputError(
+                f"decisions.{key} is measured on the device by `atp train`, `atp sweep` and `atp plan` only: give here "
+                "decisions.target_keep, the share that `atp plan` says it comes to"
+            )
     if decisions.target_params is None and decisions.target_megabytes is None:
         return config
     shapes = load_shapes(config.model)
@@ -34,8 +43,18 @@ def with_share(config: ATPConfig) -> ATPConfig:
             f"decisions.{key} is {_number(value)}, but the model has {whole} and {fixed} of it are not in the decoder, "
             "where structures are removed: choose a number between"
         )
-    others = decisions.model_dump(exclude={"target_keep", "target_params", "target_megabytes"})
-    return config.model_copy(update={"decisions": DecisionsConfig(**others, target_keep=share)})
+    return at_share(config, share)
+
+
+def at_share(config: ATPConfig, share: float) -> ATPConfig:
+    """The config with decisions.target_keep set to `share`, in (0, 1), in place of any other target."""
+    return at_target(config, "target_keep", share)
+
+
+def at_target(config: ATPConfig, key: str, value: float) -> ATPConfig:
+    """The config with one target, `decisions.KEY`, in place of any other."""
+    others = {name: known for name, known in config.decisions.model_dump().items() if not name.startswith("target_")}
+    return config.model_copy(update={"decisions": DecisionsConfig.model_validate(others | {key: value})})
 
 
 def share_of_total(params: float, shapes: PretrainedConfig, space: str) -> tuple[float, tuple[int, int]]:

@@ -31,6 +31,8 @@ _NAMES = {
     "test": "validation eval",
     "limit": "max_samples",
     "labels": "classes",
+    "columns": "column_mapping field_mapping",
+    "loss_on": "train_on_inputs assistant_only_loss completion_only_loss roles_to_train",
     "target_keep": "sparsity ratio keep keep_ratio pruning_ratio",
     "path": "name name_or_path model_name_or_path",
     "dtype": "torch_dtype",

@@ -1,6 +1,6 @@
 """Masked LoRA linears, group lasso and compaction for training that prunes: numerics only, on torch alone."""
 
-from atp_kernels import nn
+from atp_kernels import layers, nn
 from atp_kernels.call import available_backends, explain
 from atp_kernels.compaction import compact
 from atp_kernels.dropout import lora_dropout
@@ -12,6 +12,8 @@ from atp_kernels.loss import cross_entropy_
 from atp_kernels.norm import rms_norm
 from atp_kernels.projection import Projection
 from atp_kernels.qkv import masked_lora_qkv
+from atp_kernels.quantized import QuantizedWeight
+from atp_kernels.rotary import rotary_embedding
 from atp_kernels.swiglu import masked_lora_swiglu
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "KeptFirst",
     "KeptSlice",
     "Projection",
+    "QuantizedWeight",
     "available_backends",
     "compact",
     "cross_entropy_",
@@ -27,6 +30,7 @@ __all__ = [
     "group_lasso_grad_",
     "group_prox_",
     "kept_lora_linear",
+    "layers",
     "lora_dropout",
     "masked_lora_linear",
     "masked_lora_linear_with_norms",
@@ -34,4 +38,5 @@ __all__ = [
     "masked_lora_swiglu",
     "nn",
     "rms_norm",
+    "rotary_embedding",
 ]

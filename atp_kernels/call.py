@@ -18,12 +18,12 @@ A backend is a module with the functions of its room's aten.py under the same na
 
 import importlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,13 +73,15 @@ class Operation:
     """An operation as `select` knows it.
 
     package: its room. backends: those that have a file there. order: by device type, or "<device type> plain" for plain
-    calls that have an order of their own; devices that are not named take the reference.
+    calls that have an order of their own; devices that are not named take the reference. explained: (tensors, backend,
+    **the call's keyword arguments) to (way, why), for an operation in which sizes and masks decide too.
     """
 
     name: str
     package: str
     backends: tuple[str, ...]
     order: Mapping[str, Order] = field(default_factory=dict)
+    explained: Callable[..., tuple[str, str]] | None = None
 
     def order_of(self, call: Call) -> Order:
         """The order for a call."""
@@ -188,16 +190,28 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     }
 
 
-def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = False) -> str:
-    """One sentence on which backend takes a call of `op` on tensors like these, and why.
+def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = False, **options: Any) -> str:
+    """One sentence on how a call of `op` on tensors like these is computed, and why.
 
     The first tensor's device and the tensors' common dtype decide; with none given a float32 CPU call is explained.
     `plain`: of a masked LoRA linear, a call with neither masks nor dropout.
+    With x, weight, lora_a and lora_b of `masked_lora_linear`, and its bias, lora_input, masks, mask_lora and dropout as
+    options, the sentence is about that call: which way, from which tuned table, for its M, N, K and r.
     """
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = common_dtype(tensors) if tensors else torch.float32
-    choice = select(op, device, dtype, backend, plain=plain)
-    return f"{op} on {device.type} in {shown(dtype)} runs on {choice.name} ({choice.why})."
+    operation = OPERATIONS.get(op)
+    if operation is not None and operation.explained is not None and len(tensors) == 4:
+        x, weight, lora_a, _ = tensors
+        name, why = operation.explained(tensors, backend, **options)
+        (n, k), r, dtype = weight.shape, lora_a.shape[0], autocast_dtype(x) or x.dtype
+        sizes = f" with M {x.numel() // max(1, k)}, N {n}, K {k}, r {r}"
+    elif options:
+        raise ValueError(f"{', '.join(options)} explain nothing without x, weight, lora_a and lora_b of a linear.")
+    else:
+        _, name, why = select(op, device, dtype, backend, plain=plain)
+        sizes = ""
+    return f"{op} on {device.type} in {shown(dtype)}{sizes} runs on {name} ({why})."
 
 
 def refused_dtype(name: str, dtype: torch.dtype, accepted: Sequence[torch.dtype]) -> str | None:

@@ -22,8 +22,11 @@ def check_range(holder: str, index: Tensor, size: int, kind: str) -> None:
         raise ValueError(f"{holder} {low} to {high}: every {kind} must lie in [0, {size}).")
 
 
-def check_dropout(dropout: float, seed: int | Tensor | None, lora_input: Tensor | None) -> None:
-    """Refuse a probability outside [0, 1) and, above 0, a missing or unfit seed and a separate input of the adapter."""
+def check_dropout(x: Tensor, dropout: float, seed: int | Tensor | None, lora_input: Tensor | None) -> None:
+    """Refuse a probability outside [0, 1) and, above 0, a missing or unfit seed and a separate input of the adapter.
+
+    Above 0, refuse to be captured: the seed is on the host, and every replay would drop what the first one does.
+    """
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}: give a probability of at least 0 and below 1.")
     if dropout == 0:
@@ -38,14 +41,36 @@ def check_dropout(dropout: float, seed: int | Tensor | None, lora_input: Tensor 
             raise ValueError(f"seed is a {given}: give an int or a 0-d int64 CPU tensor.")
     elif not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed is {seed}: give one that fits into int64.")
+    refuse_capture(x.device, "dropout, whose seed every replay would repeat", "leave dropout at 0 in what it captures")
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a CUDA device is captured into a graph."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device, what: str, remedy: str) -> None:
+    """Raise RuntimeError, while a CUDA graph is captured, for what its replays would not repeat."""
+    if is_capturing(device):
+        raise RuntimeError(f"a CUDA graph cannot capture {what}: {remedy}.")
 
 
 def check_places(name: str, tensor: Tensor) -> None:
-    """Refuse to write in place to a tensor of which several elements share memory."""
-    if tensor.is_contiguous():
-        return
-    if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+    """Refuse to write in place to a matrix of which several elements share memory."""
+    if not tensor.is_contiguous() and _overlaps(tensor):
         raise ValueError(f"{name} has several elements in one place of memory: give a contiguous copy.")
+
+
+def _overlaps(matrix: Tensor) -> bool:
+    """Whether two elements share memory: whether as many rows down as columns back lead to one place.
+
+    With steps r and c they first do after c / gcd(r, c) rows and r / gcd(r, c) columns.
+    """
+    (rows, cols), (down, across) = matrix.shape, matrix.stride()
+    common = math.gcd(down, across) or 1
+    return across // common < rows and down // common < cols
 
 
 def check_written(tensors: Sequence[Tensor], name: str = "factors") -> None:

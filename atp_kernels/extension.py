@@ -91,10 +91,11 @@ def misfit(device: torch.device) -> str | None:
     """Why the extension, where it is there, has no code for this device."""
     if device.type == "cpu":
         return None
-    archs = build_info()["cuda_archs"] if device.type == "cuda" else []
+    if device.type != "cuda" or torch.version.hip is not None:  # torch calls AMD's devices cuda too
+        return f"the native backend has no code for {'ROCm' if device.type == 'cuda' else device.type}"
+    archs = build_info()["cuda_archs"]
     if not archs:
-        advice = "reinstall with ATP_BUILD_CUDA=1 for cuda"
-        return f"the native backend was built without support for {device.type}; {advice}"
+        return "the native backend was built without support for cuda; reinstall with ATP_BUILD_CUDA=1"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     capability = torch.cuda.get_device_capability(device)

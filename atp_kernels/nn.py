@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from atp_kernels.linear import masked_lora_linear
+from atp_kernels.quantized import dense
 
 
 class MaskedLoRALinear(nn.Module):
     """A frozen linear with a LoRA adapter, masked on its outputs and inputs: `masked_lora_linear` as a module.
 
-    weight [out, in] and bias [out] are shared with the caller and frozen; lora_A [r, in] and lora_B [out, r] are
-    trained, initialised as PEFT does (Kaiming-uniform and zero), float32 where the weight is of 16 bits. scaling is
-    alpha / r. `dropout` of the adapter's input, in training alone, takes its seed from torch's CPU generator.
+    weight [out, in], which may be a `QuantizedWeight`, and bias [out] are shared with the caller and frozen; lora_A
+    [r, in] and lora_B [out, r] are trained, initialised as PEFT does (Kaiming-uniform and zero), float32 where the
+    weight is of 16 bits. scaling is alpha / r. `dropout` of the adapter's input, in training alone, takes its seed from
+    torch's CPU generator.
 
     out_mask [out] and in_mask [in] are buffers, None for no mask: assign bool (hard) or floating (soft, differentiable)
     tensors. `mask_lora` makes them cover the adapter too. A state dict holds the masks that are set, and loading one
@@ -96,7 +98,7 @@ class MaskedLoRALinear(nn.Module):
 
         Summed in the dtype of the factors or of soft masks, and rounded once to that of the weight.
         """
-        base, adapter = self.weight.to(self.lora_B.dtype), self.scaling * (self.lora_B @ self.lora_A)
+        base, adapter = dense(self.weight).to(self.lora_B.dtype), self.scaling * (self.lora_B @ self.lora_A)
         merged = self._masked(base + adapter) if self.mask_lora else self._masked(base) + adapter
         n_out, n_in = self.weight.shape
         linear = nn.Linear(n_in, n_out, bias=self.bias is not None, device="meta")

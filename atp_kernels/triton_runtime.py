@@ -8,6 +8,10 @@ from torch import Tensor
 from atp_kernels.call import Call, refused_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST_CAPABILITY = (8, 0)
+"""Of an NVIDIA GPU: what Triton supports and where bfloat16 has tensor cores."""
+AMD_STAGES = 2
+"""Of a loop on AMD at most: more take more than its 64 KB of shared memory, and registers."""
 _INT32_LIMIT = 2**31
 AVAILABLE = find_spec("triton") is not None
 REASON = None if AVAILABLE else "the triton package is not installed; run pip install triton"
@@ -15,7 +19,13 @@ INTERPRETED = False
 """Whether TRITON_INTERPRET=1 makes kernels run on a CPU."""
 
 if AVAILABLE:
-    import triton
+    try:
+        import triton
+    except ModuleNotFoundError as error:  # the interpreter needs numpy
+        AVAILABLE = False
+        REASON = f"triton does not load without {error.name}; run pip install {error.name}"
+
+if AVAILABLE:
 
     @triton.jit
     def _nothing():
@@ -29,9 +39,21 @@ if AVAILABLE:
 
 def misfit(device: torch.device) -> str | None:
     """Why Triton, where it is there, does not run on this device."""
-    if device.type == "cuda" or INTERPRETED:
+    if INTERPRETED:
         return None
+    if device.type == "cuda":
+        return _misfit_capability(device)
     return f"the triton backend runs on cuda, not on {device.type} (TRITON_INTERPRET=1 emulates it on a cpu)"
+
+
+def _misfit_capability(device: torch.device) -> str | None:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    own, oldest = (".".join(map(str, version)) for version in (capability, OLDEST_CAPABILITY))
+    return f"the triton backend needs CUDA capability {oldest} and {device} is of {own}"
 
 
 def refuses(call: Call) -> str | None:
@@ -43,3 +65,8 @@ def passes_int32(*tensors: Tensor | None) -> bool:
     """Whether an offset into one of the tensors can pass int32."""
     given = [tensor for tensor in tensors if tensor is not None]
     return any(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= _INT32_LIMIT for t in given)
+
+
+def stages(wanted: int) -> int:
+    """How many iterations of a loop's loads a kernel keeps on their way here."""
+    return wanted if torch.version.hip is None else min(wanted, AMD_STAGES)

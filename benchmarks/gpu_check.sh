@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # What there is to see on a machine with a GPU, by stages of under ten minutes each; a table comes last.
 #
-#   benchmarks/gpu_check.sh [--dry] [build] [test] [sanitize] [ops] [train]      all of them by default
+#   benchmarks/gpu_check.sh [--dry] [build] [test] [sanitize] [tune] [ops] [train]      all of them by default
 #
 # Needs the repository, torch with triton, nvcc, compute-sanitizer, pytest, transformers and peft; no network, no data.
 # Python packages that are missing can lie as wheels in the folder $WHEELS. Everything goes under $OUT
-# (benchmarks/results/gpu): a log a stage, rows of measurements in rows/, the same packed in rows.tar.gz, summary.txt.
+# (benchmarks/results/gpu): a log a stage, rows of measurements in rows/, the same packed in rows.tar.gz, tuned tables in
+# tables/, summary.txt.
 # --dry runs the stages on a CPU with tiny sizes and does not verify what it times. Other variables: PYTHON (python3),
 # MODELS, RANKS and TOKENS of the operations, ROWS (another folder for rows), STAGE_SECONDS (590).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STAGES=(build test sanitize ops train)
+STAGES=(build test sanitize tune ops train)
 OPERATIONS=('linear_*' 'swiglu_*' 'qkv_*' 'group_*' compact rms_norm)
 dry=0 chosen=()
 for argument in "$@"; do
@@ -102,6 +103,17 @@ run_sanitize() {
     sanitizer="compute-sanitizer --tool $tool --error-exitcode 1 --print-limit 20"
     ((dry)) && { echo "not run on a CPU: $sanitizer"; sanitizer=; }
     agree "timeout --foreground $((STAGE_SECONDS / 2)) $sanitizer" --model tiny --tokens 37 --rank 8 || status=1
+  done
+  return $status
+}
+
+run_tune() {
+  local model status=0 dtype=bfloat16
+  ((dry)) && dtype=float32
+  # shellcheck disable=SC2086  # lists of words
+  for model in ${MODELS:-$( ((dry)) && echo tiny || echo llama2-7b)}; do
+    "$PYTHON" -m atp_kernels.tune --device "$device" --folder "$OUT/tables" --model "$model" --dtype "$dtype" \
+      --tokens "${sizes[@]: -1}" --rank ${RANKS:-$( ((dry)) && echo 8 || echo 16)} || status=1
   done
   return $status
 }

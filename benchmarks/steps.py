@@ -87,7 +87,7 @@ class Scene:
 
     def with_lora(self, layer: type[nn.Module] | None) -> nn.Module:
         """Base and LoRA on all linears of the space, with layers of a class or PEFT's own, all of the same values."""
-        names = sorted({name.rsplit(".", 1)[-1] for name in self.space.linears})
+        names = sorted({name.rsplit(".", 1)[-1] for name in self.space.modules})
         config = LoraConfig(r=self.case.rank, lora_alpha=self.case.rank, target_modules=names, task_type="CAUSAL_LM")
         if layer is MaskedLoraLinear:
             model = add_lora(self.copy(), self.space, r=self.case.rank, alpha=self.case.rank, dropout=0.0)
@@ -180,10 +180,10 @@ def decision(case: Case) -> Variants:
         model = scene.with_lora(layer).requires_grad_(False)
         controller = MaskController(model, scene.space)
         config = DecisionsConfig(space=case.part, target_keep=case.keep)
-        maker = DecisionMaker(scene.space, config, search_steps=100, prior=None, seed=0)
+        maker = DecisionMaker(scene.space, config, search_steps=100, prior=None, seed=0, device=case.device)
 
         def loss_of(mask: Tensor) -> Tensor:
-            controller.set(mask.to(case.device), "soft")
+            controller.set(mask, "soft")
             return scene.loss(model)
 
         def step() -> Tensor:

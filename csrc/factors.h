@@ -197,8 +197,11 @@ inline std::vector<Tensor> pieces(const Tensor& storage, const std::vector<int64
   result.reserve(sides.size() / 2);
   int64_t used = 0;
   for (size_t i = 0; i + 1 < sides.size(); i += 2) {
-    result.push_back(piece(storage, sides[i], sides[i + 1], used));
-    used += piece_size(sides[i], sides[i + 1]);
+    const int64_t rows = sides[i], cols = sides[i + 1];
+    check(rows >= 0 && cols >= 0 && (cols == 0 || rows <= storage.numel() / cols),
+          "a piece of ", rows, " x ", cols, " does not fit in ", storage.numel(), " elements.");
+    result.push_back(piece(storage, rows, cols, used));
+    used += piece_size(rows, cols);
   }
   check(used == storage.numel(), "the pieces fill ", used, " of ", storage.numel(), " elements.");
   return result;

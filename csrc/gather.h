@@ -26,7 +26,8 @@ inline Gather plan_gather(
     const Tensor& weight, const std::optional<Tensor>& rows, const std::optional<Tensor>& cols, int64_t pad_to) {
   check(weight.dim() == 2 && weight.is_contiguous(), "weight must be 2-D and contiguous.");
   check(pad_to > 0, "pad_to is ", pad_to, "; it must be positive.");
-  const auto padded = [pad_to](int64_t size) { return (size + pad_to - 1) / pad_to * pad_to; };
+  // Adding pad_to to the size first could overflow.
+  const auto padded = [pad_to](int64_t size) { return (size / pad_to + (size % pad_to != 0)) * pad_to; };
   Gather plan;
   plan.row_index = index_pointer(rows, "rows");
   plan.col_index = index_pointer(cols, "cols");

@@ -11,6 +11,9 @@ phase through shared memory, so that a kill can wait for one. Exit status 1 if a
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
+import importlib
 import mmap
 import os
 import random
@@ -22,6 +25,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,6 +40,7 @@ from tiny_inputs import tiny_config  # noqa: E402
 from atp import cli, run  # noqa: E402
 from atp.baselines.tuner import LoraTuner  # noqa: E402
 from atp.compare import Comparison, baseline_run  # noqa: E402
+from atp.evaluation import throughput  # noqa: E402
 from atp.export import hf  # noqa: E402
 from atp.run import Run  # noqa: E402
 from atp.training import checkpoint as checkpoints  # noqa: E402
@@ -327,6 +332,11 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     run.BUDGET_TOLERANCE = 0.02  # one channel of the tiny model is more than the tolerance
+    run.throughput = partial(throughput, prompt_tokens=16, new_tokens=2, repeats=1)
+    for late in ("matplotlib.figure", "matplotlib.backends.backend_svg", "accelerate.utils"):
+        importlib.import_module(late)  # once, and not in every child
+    gc.freeze()  # nor need each child look for garbage in what it was forked with
+    atexit.register(gc.unfreeze)  # nanobind takes what the interpreter does not collect at its end for leaks
     draw, started = random.Random(options.seed), time.perf_counter()
     with TemporaryDirectory() as folder:
         chaos, found = Chaos(Path(folder)), cases(options.kills, draw)

@@ -1,4 +1,4 @@
-"""The layers of the house: imports run downwards only, files stay short, nothing is pickled."""
+"""The layers of the house: imports run downwards only, files stay short."""
 
 import ast
 import re
@@ -12,29 +12,31 @@ PACKAGES = ("atp_kernels", "atp")
 # and those below. Entries of one line are one layer.
 LAYERS = (
     ("atp.__main__", "atp.cli"),
-    ("atp.cli_results",),
+    ("atp.cli_config", "atp.cli_results"),
     ("atp.console",),
     ("atp.experiments",),
-    ("atp.compare",),
+    ("atp.compare", "atp.sweep"),
     ("atp.run", "atp.demo", "atp.scoring", "atp.chat", "atp.plan"),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
-    ("atp.checks", "atp.folders", "atp.loading", "atp.targets"),
+    ("atp.checks", "atp.folders", "atp.latency", "atp.loading", "atp.targets"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),
     ("atp.decide",),
-    ("atp.config", "atp.unknown_keys"),
+    ("atp.config", "atp.overrides", "atp.presets"),
+    ("atp.data_config", "atp.section", "atp.unknown_keys"),
     ("atp.spaces",),
     ("atp.families",),
     ("atp.ending",),
     (
-        *("atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.locking", "atp.processes", "atp.reading"),
-        *("atp.requirements", "atp.rng", "atp.shipped", "atp.signals"),
+        *("atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap", "atp.locking"),
+        *("atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact", "atp.requirements", "atp.rng"),
+        *("atp.shipped", "atp.signals"),
     ),
     ("atp_kernels",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# `import atp` registers the model class, so that a cut model loads, and lets Ctrl-C end the command meanwhile; that is
-# all the package itself may reach for.
+# `import atp` registers the model class, so that a cut model loads (by name: the command does without), and lets Ctrl-C
+# end the command meanwhile; that is all the package itself may reach for.
 ROOT_MAY_IMPORT = {"atp.models", "atp.ending", "atp_kernels"}
 # A room's bench.py is a part of the benchmarks, which know all packages; the kernels never import it.
 SOURCES = {
@@ -149,25 +151,11 @@ def test_no_file_is_longer_than_400_lines(folder):
     assert {name: count for name, count in lines.items() if count > 400} == {}
 
 
-FORBIDDEN = {
-    "pickled files": r"torch\.(save|load)\(|\bimport (pickle|cloudpickle|joblib|dill)\b|\bfrom pickle\b",
-    "code from a model repository": r"trust_remote_code\s*=\s*True",
-    "unsafe serialization": r"safe_serialization\s*=\s*False|weights_only\s*=\s*False",
-    "running text": r"(?<![\w.])(eval|exec)\(",
-}
-
-
 def test_models_are_read_in_one_place():
     """Who loads past `atp.models.load` loads without its checks."""
     pattern = r"\b(Auto\w+|LlamaForCausalLM|PreTrained\w+|Pretrained\w+)\.from_pretrained\("
     found = [name for name, path in SOURCES.items() if re.search(pattern, path.read_text(encoding="utf-8"))]
     assert found == ["atp.export.card", "atp.models.load"], "the card only shows how a user loads"
-
-
-@pytest.mark.parametrize("what", FORBIDDEN)
-def test_nothing_unsafe(what):
-    found = [name for name, path in SOURCES.items() if re.search(FORBIDDEN[what], path.read_text(encoding="utf-8"))]
-    assert found == []
 
 
 def test_test_files_have_names_of_their_own():

@@ -1,5 +1,6 @@
 """Copies of the tree, and what pip and setup.py make of them."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = (
-    *("atp", "atp_kernels", "benchmarks", "csrc", "docs", "examples", "experiments"),
+    *("atp", "atp_kernels", "benchmarks", "csrc", "docs", "examples", "experiments", "tools"),
     *("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
 )
 BUILD_VARIABLES = ("ATP_BUILD", "ATP_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CC", "CXX")
@@ -56,3 +57,16 @@ def use(wheel, folder, code):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return run([sys.executable, "-S", "-c", code], folder, PYTHONPATH=search_path(folder))
+
+
+def fresh_environment(wheel, folder):
+    """The Python of a new virtual environment that holds the wheel, and torch from the one that runs the tests."""
+    made = run([sys.executable, "-m", "venv", str(folder)], folder.parent)
+    assert made.returncode == 0, made.stderr
+    python = folder / "bin" / "python"
+    installed = run([str(python), "-m", "pip", "install", "--no-index", "--no-deps", str(wheel)], folder.parent)
+    assert installed.returncode == 0, installed.stderr
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A folder that a .pth names comes last, and .pth files in it, such as that of an editable install, are not read.
+    (site / "torch.pth").write_text(str(Path(importlib.util.find_spec("torch").origin).parents[1]))
+    return python

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from atp.baselines.calibration import calibration_batches
 from atp.baselines.masked import masked_loss
 from atp.config import ATPConfig
+from atp.decide.budget import Budget
 from atp.decide.maker import DecisionMaker
 from atp.decide.saliency import fisher_saliency, saliency_logits
+from atp.devices import for_float64
 from atp.spaces.space import MaskSpace
 
 
@@ -30,9 +32,9 @@ def disp_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, co
     with masked_loss(model, space, config) as loss_of:
         if decisions.init == "saliency":
             saliency = fisher_saliency(space, calibration_batches(calibration, config, device), loss_of)
-            prior = saliency_logits(saliency, space, decisions.saliency_scale)
+            prior = saliency_logits(saliency, Budget(space), decisions.saliency_scale)
         maker = DecisionMaker(space, decisions, search_steps=config.training.search, prior=prior, seed=config.seed,
-                              max_bad_steps=config.training.max_bad_steps)  # fmt: skip
+                              max_bad_steps=config.training.max_bad_steps, device=for_float64(device))  # fmt: skip
         batches = calibration_batches(calibration, config, device, count=len(steps), size=decisions.batch_size)
         for step, batch in zip(steps, batches, strict=True):
             maker.update(step, partial(loss_of, batch))

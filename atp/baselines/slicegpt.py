@@ -64,13 +64,13 @@ def sliced_width(config: PretrainedConfig, target: float) -> int:
 
 def _decoder_params(space: MaskSpace, width: int) -> int:
     """Decoder parameters with `width` channels of the residual stream left, shortcuts included."""
-    layer = 2 * width + 2 * width * width
-    for name, linear in space.linears.items():
+    total = space.num_layers * (2 * width + 2 * width * width)
+    for name, linear in (item for linears in space.linears for item in linears.items()):
         writes = name in ("self_attn.o_proj", "mlp.down_proj")
         rows = width if writes else linear.out_features
         columns = linear.in_features if writes else width
-        layer += rows * (columns + linear.bias)
-    return layer * space.num_layers
+        total += rows * (columns + linear.bias)
+    return total
 
 
 @torch.no_grad()

@@ -12,11 +12,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, set_seed
 
 from atp.config import ATPConfig
-from atp.families import family_of
+from atp.families import family_of, layer_config
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback
-from atp.training.loop import Loop, tune_step
+from atp.training.loop import Loop
 from atp.training.schedule import Phases
+from atp.training.steps import tune_step
 
 DENSE = "dense_lora"  # the 100 % mark: phase in the records, folder, and key in scores
 
@@ -24,7 +25,7 @@ DENSE = "dense_lora"  # the 100 % mark: phase in the records, folder, and key in
 def stock_lora(model: PreTrainedModel, config: ATPConfig) -> PeftModel:
     """Wraps the model in PEFT's own layers, initialized from the run's seed; `unload()` returns the model."""
     lora = config.lora
-    names = sorted({name.rsplit(".", 1)[-1] for name in family_of(model.config).linears(model.config)})
+    names = sorted({name.rsplit(".", 1)[-1] for name in family_of(model.config).linears(layer_config(model.config, 0))})
     torch.manual_seed(config.seed)
     settings = LoraConfig(
         r=lora.r,
@@ -51,11 +52,12 @@ class LoraTuner(Loop):
         train_dataset: Dataset,
         folder: Path,
         *,
+        validation: Dataset | None = None,
         name: str = "tune",
         callbacks: Sequence[Callback] = (),
     ) -> None:
         steps = Phases(search=0, settle=0, tune=config.training.total)
-        super().__init__(config, model, train_dataset, folder, steps, callbacks=callbacks)
+        super().__init__(config, model, train_dataset, folder, steps, validation=validation, callbacks=callbacks)
         self.name = name
 
     def train(self, resume: bool = False) -> None:
@@ -71,3 +73,4 @@ class LoraTuner(Loop):
             self.load(state)
         with self.session():
             self.run(self.name, partial(tune_step, self), until=self.phases.total)
+            self.take_best()

@@ -25,7 +25,8 @@ def uniform_mask(
 
     scores [space.size]; multiples: as in `fit_mask`; layers: those that may lose anything (None: all). All structures
     but one keep the count nearest to the uniform share. The one that the space marks makes up the remainder: in some
-    layers it is one block wider than in others, so that the budget holds to one block. Returns bool [space.size].
+    layers it is one block wider than in others, so that the budget holds to one block. Where layers differ in size
+    already, one that has fewer than this count keeps all of them. Returns bool [space.size].
     Raises `InputError` when these layers cannot lose that much, `NotReached` for scores that are not finite.
     """
     if not is_finite(scores):
@@ -36,13 +37,13 @@ def uniform_mask(
     steps = [multiples.get(s.name, 1) for s in free]
     counts = [min(max(round(share * s.size / step), 1) * step, s.size) for s, step in zip(free, steps, strict=True)]
     rest = [i for i, structure in enumerate(free) if structure.remainder]
-    widest, step = free[rest[0]].size, steps[rest[0]]
+    widest, step = max(free[index].size for index in rest), steps[rest[0]]
     blocks = len(rest)
 
     def mask_with(extra: int) -> Tensor:
         """The mask whose remainder has one block per layer and `extra` more, spread evenly from the first layer on."""
         for number, index in enumerate(rest):
-            counts[index] = min((1 + extra // blocks + (number < extra % blocks)) * step, widest)
+            counts[index] = min((1 + extra // blocks + (number < extra % blocks)) * step, free[index].size)
         mask = torch.ones(space.size, dtype=torch.bool)
         for structure, count in zip(free, counts, strict=True):
             kept = scores[structure.span].topk(count).indices

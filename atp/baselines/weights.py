@@ -20,7 +20,7 @@ def prunable_linears(model: PreTrainedModel, space: MaskSpace) -> dict[LinearNam
     return {
         (index, name): cast(nn.Linear, layer.get_submodule(name))
         for index, layer in enumerate(cast(nn.ModuleList, model.get_decoder().layers))
-        for name in space.linears
+        for name in space.modules
     }
 
 

@@ -15,6 +15,7 @@ from atp import processes
 from atp.baselines.methods import BASELINES, Baseline, MaskBaseline
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
+from atp.errors import InputError
 from atp.export.card import baseline_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.files import write_tensors
@@ -43,7 +44,8 @@ class BaselineRun(Run):
             model = self._apply(self.baseline, model, data)
         tuner = self._tune(model, space, data)
         certificate = self._export(tuner, tokenizer, data, params_before)
-        facts = {"method": self.method, "certificate": certificate, "skipped_steps": tuner.finite.skipped}
+        facts = {"method": self.method, "certificate": certificate, "skipped_steps": tuner.finite.skipped,
+                 **tuner.validation.summary(tuner.step)}  # fmt: skip
         chosen = processes.on_main(self._scores).get("choice")
         if chosen is not None:
             tuner.clock.add("choose", chosen["seconds"])
@@ -57,6 +59,9 @@ class BaselineRun(Run):
     def _check_model(self, model: PreTrainedModel) -> None:
         """A baseline does not promise the target share; the table shows what it kept."""
         check_length(model.config, self.config.data.length)
+        load_in = self.config.model.load_in
+        if load_in is not None:
+            raise InputError(f"{self.method} does not run on a quantized base: leave out model.load_in={load_in}")
 
     def _apply(self, baseline: Baseline, model: PreTrainedModel, data: RunData) -> PreTrainedModel:
         """The smaller model; the choice is saved, so that a resumed run tunes the same one."""
@@ -82,7 +87,9 @@ class BaselineRun(Run):
         wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=self.config.seed)
         with make_progress() as progress:
             bar = ProgressBar(progress, steps, title=self.method)
-            tuner = LoraTuner(self.config, wrapped, data.train, self.folder, callbacks=[bar])
+            tuner = LoraTuner(
+                self.config, wrapped, data.train, self.folder, validation=data.validation, callbacks=[bar]
+            )
             self._hand_over(tuner)
             tuner.train(resume=self.resume)
         return tuner

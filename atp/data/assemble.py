@@ -12,7 +12,7 @@ from atp.data.packages import openwebtext_passages
 from atp.data.settings import DataSettings
 from atp.data.splits import Example, Splits, document_id, shuffled, split_off, take
 from atp.data.tasks import Task
-from atp.errors import InputError
+from atp.errors import InputError, quote
 
 Passages = Callable[[int], list[str]]
 """Returns general text; the argument is the number of passages that will be drawn from it."""
@@ -73,12 +73,13 @@ def assemble(
     passages: Passages = lambda count: [],
     general_share: float = 1 / 3,
     mix: bool = True,
+    thin: Callable[[list[Example]], list[Example]] = lambda train: train,
 ) -> Splits:
     """Adds general text to the calibration examples and drops near-duplicates of held-out documents.
 
     Near-duplicates of test documents leave train and calibration; those of calibration documents leave train. mix:
-    shuffle documents, for recipes of several data sets. source: describes the data. Raises `InputError` when a split
-    ends up empty.
+    shuffle documents, for recipes of several data sets. thin: leaves out training examples at the end. source:
+    describes the data. Raises `InputError` when a split ends up empty.
     """
     share = general_share if settings.general_share is None else settings.general_share
     everything = [*parts.train, *parts.calibration, *parts.test]
@@ -87,10 +88,20 @@ def assemble(
     train, dropped_train = _apart(parts.train, [*parts.test, *calibration], everything)
     removed = dropped + dropped_train
     if removed and not (train and calibration):
+        sample = (parts.train or parts.calibration)[0].text[:60]
         raise InputError(
-            "all documents left for training or calibration are near-duplicates of held-out ones: add text"
+            f"all documents left for training or calibration are near-duplicates of held-out ones, such as "
+            f"{quote(sample)}: add text"
         )
-    test = parts.test
+    validation: list[Example] = []
+    if settings.validation_share:
+        train, validation = split_off(train, settings.validation_share, f"{settings.seed} validation")
+        train, dropped_train = _apart(train, validation, everything)
+        removed += dropped_train
+    whole = len(train)
+    train, test = thin(train), parts.test
+    remarks = f"; weights leave out {whole - len(train)} training examples" if len(train) < whole else ""
+    remarks += f"; {removed} near-duplicates of held-out documents dropped" if removed else ""
     if mix:
         train, test = (take(part, {e.document for e in part}, f"{settings.seed} mix") for part in (train, test))
     return Splits(
@@ -99,9 +110,11 @@ def assemble(
         test=test,
         description=(
             f"{source}: {len(train)} train, {len(calibration)} calibration ({general} of them general text), "
-            f"{len(test)} test" + (f"; {removed} near-duplicates of held-out documents dropped" if removed else "")
+            + (f"{len(validation)} validation, " if validation else "")
+            + f"{len(test)} test{remarks}"
         ),
         tasks=tuple(tasks),
+        validation=validation,
     )
 
 

@@ -1,41 +1,157 @@
-"""Conversations as prompt and completion."""
+"""Conversations as prompt and completion, and where in the prompt the assistant's earlier turns stand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import commonprefix
+from typing import Any, NamedTuple, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from atp.data.encoding import start_ids
 from atp.errors import InputError, shorten
 
-Chat = Callable[[Sequence[Mapping[str, str]]], tuple[str, str]]
-"""Renders messages of role and content, the last from the assistant, as prompt and completion."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says itself what the assistant writes
+
+_jinja: Callable[..., Any] = render_jinja_template  # its own annotation leaves out the spans
+
+Message = Mapping[str, Any]
+"""`role`, one of ROLES, and `content`; an assistant's message may have `tool_calls` instead."""
+Span = tuple[int, int]
 
 
-def plain_chat(messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
-    """One line per message, `Role: content`, for tokenizers without a chat template."""
-    lines = [f"{message['role'].capitalize()}: {message['content'].strip()}" for message in messages[:-1]]
-    return "\n".join([*lines, "Assistant:"]), f" {messages[-1]['content'].strip()}"
+class Talk(NamedTuple):
+    """A conversation as text. The EOS that training appends to the completion ends the turn in chat models.
+
+    turns: start and end, in characters of the prompt, of the assistant's turns before the last, each with its
+    end-of-turn token; empty if they were not asked for.
+    """
+
+    prompt: str
+    completion: str
+    turns: tuple[Span, ...] = ()
 
 
-def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
+class Chat(Protocol):
+    """Renders messages, the last from the assistant.
+
+    tools: JSON schemas of functions that the template describes to the model. first: index of the first message that
+    may be learned; those before are context.
+    """
+
+    def __call__(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, first: int = 0) -> Talk: ...
+
+
+def plain_chat(messages: Sequence[Message], tools: Sequence[Any] | None = None, *, first: int = 0) -> Talk:
+    """One line per message, `Role: content`, for tokenizers without a chat template. Tools are left out."""
+    prompt, turns = "", []
+    for index, message in enumerate(messages[:-1]):
+        prompt += f"{message['role'].capitalize()}:"
+        start = len(prompt)
+        prompt += f" {_said(message)}\n"
+        if message["role"] == "assistant" and index >= first:
+            turns.append((start, len(prompt)))
+    return Talk(f"{prompt}Assistant:", f" {_said(messages[-1])}", tuple(turns))
+
+
+def _said(message: Message) -> str:
+    """The content of a message, or the calls in its place."""
+    return (message.get("content") or "").strip() or (json.dumps(calls) if (calls := message.get("tool_calls")) else "")
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase, *, every_turn: bool = False) -> Chat:
     """The tokenizer's chat template, or `plain_chat` if it has none.
 
-    The completion is the bare answer; the EOS that training appends is the end of turn in chat models. The renderer
-    raises `InputError` if the template rejects the messages.
+    every_turn: also find the assistant's turns before the last. The renderer raises `InputError` if the template
+    rejects the messages or renders them so that a turn cannot be found.
     """
-    if tokenizer.chat_template is None:
-        return plain_chat
-    # A tokenizer that adds BOS does so when the text is encoded.
-    bos = tokenizer.bos_token if start_ids(tokenizer) else ""
+    return plain_chat if tokenizer.chat_template is None else _Template(tokenizer, every_turn)
 
-    def render(messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+
+class _Template:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, every_turn: bool) -> None:
+        self.tokenizer, self.every_turn = tokenizer, every_turn
+        self.eos = str(tokenizer.eos_token or "")
+        # A tokenizer that adds BOS does so when the text is encoded.
+        self.bos = str(tokenizer.bos_token) if start_ids(tokenizer) else ""
+
+    def __call__(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, first: int = 0) -> Talk:
+        # Files with typed columns hold an empty `tool_calls` in every message, and templates ask whether there is one.
+        *asked, answer = ({k: v for k, v in message.items() if v is not None} for message in messages)
+        prompt = self._render(asked, tools, ask=True)
+        if answer.get("tool_calls"):
+            whole = self._render([*asked, answer], tools)
+            if not whole.startswith(prompt):
+                raise InputError("the chat template renders a final call of tools apart from its prompt; remove it")
+            completion = whole[len(prompt) :].strip().removesuffix(self.eos).rstrip()
+        else:
+            completion = answer["content"].strip()
+        turns = self._turns(prompt, asked, tools, first) if self.every_turn else ()
+        cut = len(prompt) - len(prompt.removeprefix(self.bos))
+        return Talk(prompt[cut:], completion, tuple((start - cut, end - cut) for start, end in turns))
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, *, ask: bool = False) -> str:
+        """The messages as text; ask: with the beginning of the assistant's next turn."""
+        return self._rendered(messages, tools, ask=ask, spans=False)[0]
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, *, ask: bool, spans: bool
+    ) -> tuple[str, list[Span]]:
+        """The text, and if asked for the spans that the template itself marks as the assistant's."""
+        described = list(tools) if tools else None
+        options: dict[str, Any] = {"add_generation_prompt": ask, "return_assistant_tokens_mask": spans}
         try:
-            asked = [dict(message) for message in messages[:-1]]
-            prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+            texts, marked = _jinja(
+                [list(messages)], described, chat_template=self.tokenizer.get_chat_template(tools=described),
+                **options | self.tokenizer.special_tokens_map,
+            )  # fmt: skip
         except Exception as error:  # a template may raise anything
             raise InputError(f"the chat template rejects the messages ({shorten(error)}); correct the roles") from error
-        return prompt.removeprefix(bos), messages[-1]["content"].strip()
+        return str(texts[0]), cast(list[Span], marked[0]) if spans else []
 
-    return render
+    def _turns(self, prompt: str, asked: Sequence[Message], tools: Sequence[Any] | None, first: int) -> Iterator[Span]:
+        indices = [i for i, message in enumerate(asked) if message["role"] == "assistant" and i >= first]
+        if not indices:
+            return
+        if _MARKED.search(self.tokenizer.get_chat_template(tools=list(tools) if tools else None)):
+            begin = len(self._render(asked[:first], tools)) if first else 0
+            _, marked = self._rendered(asked, tools, ask=True, spans=True)
+            yield from (span for span in marked if span[0] >= begin)
+            return
+        for index in indices:
+            start, end = self._by_prefixes(prompt, asked, index, tools) or self._by_change(prompt, asked, index, tools)
+            yield start, start + len(prompt[start:end].rstrip())  # a line break after the turn's end is nobody's
+
+    def _by_prefixes(
+        self, prompt: str, asked: Sequence[Message], index: int, tools: Sequence[Any] | None
+    ) -> Span | None:
+        """A turn as what its rendering adds to that of the messages before; None if either is no part of the prompt."""
+        if index == 0:  # there is nothing before it that a template renders
+            return None
+        before = self._render(asked[:index], tools, ask=True)
+        after = self._render(asked[: index + 1], tools)
+        found = prompt.startswith(before) and prompt.startswith(after) and len(before) < len(after)
+        return (len(before), len(after)) if found else None
+
+    def _by_change(self, prompt: str, asked: Sequence[Message], index: int, tools: Sequence[Any] | None) -> Span:
+        """A turn's text as what changes in the prompt if it is another, with the EOS that may follow.
+
+        For templates that render the last turn unlike earlier ones, such as those that drop earlier reasoning.
+        """
+        content = (asked[index].get("content") or "").strip()
+        if content:
+            mark = next(character for character in "xyz" if character not in (content[0], content[-1]))
+            changed = {**asked[index], "content": mark + content + mark}
+            other = self._render([*asked[:index], changed, *asked[index + 1 :]], tools, ask=True)
+            start = len(commonprefix([prompt, other]))
+            end = start + len(content)
+            if other == prompt[:start] + mark + content + mark + prompt[end:] and prompt[start:end] == content:
+                return start, end + len(self.eos) if prompt.startswith(self.eos, end) else end
+        raise InputError(
+            f"the chat template does not show where the assistant's turn (message {index + 1}) begins and ends; use a "
+            "template with {% generation %}, or data.loss_on=completion to learn the last turn alone"
+        )

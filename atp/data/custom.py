@@ -2,29 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+from atp.data import conversations
 from atp.data.chat import Chat, plain_chat
-from atp.data.files import Row, names, read_rows
+from atp.data.files import read_rows
 from atp.data.prompts import entailment
+from atp.data.rows import Bad, Row, names, stop
 from atp.data.splits import Example, document_id
 from atp.data.tasks import MEDNLI, ROUGE, Task
 from atp.errors import InputError, quote, shorten
 
-ROLES = ("system", "user", "assistant")
+
+@dataclass(frozen=True)
+class Meaning:
+    """How columns are read.
+
+    labels: the answer set, empty for unlabelled data. label_names: the names of the labels 0, 1, ... where rows hold
+    numbers. columns: our name of a column -> its name in the files. chat: renders conversations.
+    """
+
+    labels: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    chat: Chat = plain_chat
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for a name in `columns` that no shape of row has."""
+        known = sorted({name for shape in _SHAPES for name in shape.names} | set(_ANYWHERE))
+        for name in self.columns:
+            if name not in known:
+                raise InputError(f"data.columns.{shorten(name)} is unknown: use {', '.join(known)}")
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answer set: the labels, by default all that have a name."""
+        return self.labels or self.label_names
 
 
 def read_examples(
-    source: str, labels: tuple[str, ...] = (), *, limit: int | None = None, chat: Chat = plain_chat
-) -> list[Example]:
-    """Examples of one source (a .jsonl, .csv or .parquet file, or a Hub name), read by its columns.
+    source: str, labels: tuple[str, ...] = (), *, limit: int | None = None, chat: Chat = plain_chat,
+    meaning: Meaning | None = None, bad: Bad = stop,
+) -> list[Example]:  # fmt: skip
+    """Examples of one source (`read_rows`: a file, a folder or a Hub name), read by its columns (docs/data.md).
 
-    `text`: plain text. `prompt`, `completion`: a question and its answer. `messages`: a list of role and content that
-    ends with the assistant's answer, rendered by `chat`. `premise`, `hypothesis`, `label`: entailment.
     With labels, each row's `label` column (or its completion) must be one of them. An optional column `document` says
-    which rows belong together. limit: rows to read. Raises `InputError` naming source, row, column and remedy.
+    which rows belong together. limit: rows to read. meaning: replaces labels and chat where columns have other names.
+    bad: takes the `InputError` of a row that cannot be used, which names source, row, column and remedy, and raises it
+    or leaves the row out.
     """
-    return [_example(row, labels, chat) for row in read_rows(source, limit)]
+    meaning = meaning or Meaning(labels, chat=chat)
+    examples = []
+    for row in read_rows(source, limit, bad):
+        try:
+            examples.append(_example(replace(row, columns=meaning.columns), meaning))
+        except InputError as error:
+            bad(error)
+    return examples
 
 
 def tasks_of(examples: Iterable[Example], labels: tuple[str, ...] = ()) -> tuple[Task, ...]:
@@ -45,75 +81,122 @@ def check_label(row: Row, label: str, labels: Sequence[str]) -> str:
     return label
 
 
-def _example(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
-    for column, read in _READERS.items():
-        if column in row.values:
-            return read(row, labels, chat)
+def _example(row: Row, meaning: Meaning) -> Example:
+    # A mapped column decides which shape is meant, since a file may have columns of several.
+    mapped = [shape for shape in _SHAPES if any(name in meaning.columns for name in shape.names)]
+    for shape in mapped or _SHAPES:
+        if mapped or row.has(shape.names[0]):
+            return shape.read(row, meaning)
     raise InputError(
         f"{row.where}: neither column 'text' nor columns 'prompt' and 'completion', 'messages', or 'premise', "
-        f"'hypothesis' and 'label' (found: {names(row.values)}); rename the columns"
+        f"'hypothesis' and 'label' (found: {names(row.values)}); rename the columns, or set data.columns"
     )
 
 
-def _entailment(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
-    premise, known = row.text("premise"), labels or MEDNLI.labels
-    if type(number := row.get("label")) is int:
+def _plain(row: Row, meaning: Meaning) -> Example:
+    return _answered(row, row.text("text"), "", meaning)
+
+
+def _messages(row: Row, meaning: Meaning) -> Example:
+    return _talk(row, conversations.messages_of(row, "messages"), meaning)
+
+
+def _conversations(row: Row, meaning: Meaning) -> Example:
+    messages = conversations.messages_of(row, "conversations")
+    return _talk(row, conversations.with_system(row, messages), meaning)
+
+
+def _entailment(row: Row, meaning: Meaning) -> Example:
+    premise, known = row.text("premise"), meaning.answers or MEDNLI.labels
+    label = _named(row, "label", meaning)
+    if label is None and type(number := row.get("label")) is int:
         raise InputError(
-            f"{row.where}: column 'label' holds the number {quote(number)}, and numbers differ between data "
-            f"sets; write the label's name: {shorten(', '.join(known))}"
+            f"{row.at('label')} holds the number {quote(number)}, and numbers differ between "
+            f"data sets; set data.label_names, or write the label's name: {shorten(', '.join(known))}"
         )
-    label = check_label(row, row.text("label").strip(), known)
+    label = check_label(row, (label or row.text("label")).strip(), known)
     prompt = entailment(premise, row.text("hypothesis"))
     return Example(_document(row, premise), prompt, f" {label}", label, "nli", premise)
 
 
-def _messages(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
-        raise InputError(
-            f"{row.where}: column 'messages' is not a list of records with 'role' ({', '.join(ROLES)}) and 'content'; "
-            "correct the row"
-        )
+def _prompted(row: Row, meaning: Meaning) -> Example:
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        asked, answer = conversations.prompt_and_completion(row)
+        return _talk(row, [*asked, *answer], meaning, first=len(asked))
+    prompt, completion = row.text("prompt"), _named(row, "completion", meaning) or row.text("completion")
+    mapped = "prompt" in meaning.columns or "completion" in meaning.columns or bool(meaning.label_names)
+    if mapped and completion and not completion[0].isspace() and not prompt[-1:].isspace():
+        completion = f" {completion}"  # columns that were not made to be joined
+    return _answered(row, prompt, completion, meaning)
+
+
+def _instruction(row: Row, meaning: Meaning) -> Example:
+    return _talk(row, conversations.instruction(row), meaning)
+
+
+def _question(row: Row, meaning: Meaning) -> Example:
+    return _talk(row, conversations.question(row), meaning)
+
+
+class _Shape(NamedTuple):
+    """One way to write a row: its columns, the first of which shows that it is meant."""
+
+    read: Callable[[Row, Meaning], Example]
+    names: tuple[str, ...]
+
+
+_SHAPES = (
+    _Shape(_plain, ("text",)),
+    _Shape(_messages, ("messages",)),
+    _Shape(_conversations, ("conversations",)),
+    _Shape(_entailment, ("premise", "hypothesis")),
+    _Shape(_prompted, ("prompt", "completion")),
+    _Shape(_instruction, ("instruction", "input", "output", "history")),
+    _Shape(_question, ("question", "answer", "context")),
+)
+_ANYWHERE = ("document", "label", "system", "tools")
+
+
+def _talk(row: Row, messages: Sequence[dict[str, Any]], meaning: Meaning, *, first: int = 0) -> Example:
+    """first: index of the first message that may be learned."""
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise InputError(f"{row.where}: the messages do not end with the assistant's answer; correct the row")
+    tools = conversations.tools_of(row)
     try:
-        prompt, completion = chat(messages)
+        talk = meaning.chat(messages, tools, first=first)
     except InputError as error:
         raise InputError(f"{row.where}: {error}") from error
-    return _answered(row, prompt, completion, labels)
+    if not talk.completion.strip():
+        raise InputError(f"{row.where}: the assistant's last answer is empty; remove the row")
+    return replace(_answered(row, talk.prompt, talk.completion, meaning), turns=talk.turns)
 
 
-def _plain(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
-    return _answered(row, row.text("text"), "", labels)
-
-
-def _prompted(row: Row, labels: tuple[str, ...], chat: Chat) -> Example:
-    if isinstance(row.get("prompt"), list):
-        raise InputError(
-            f"{row.where}: column 'prompt' holds a conversation; put its messages and the answer, in order, into a "
-            "column 'messages'"
-        )
-    return _answered(row, row.text("prompt"), row.text("completion"), labels)
-
-
-_READERS: dict[str, Callable[[Row, tuple[str, ...], Chat], Example]] = {
-    "text": _plain, "messages": _messages, "premise": _entailment, "prompt": _prompted
-}  # fmt: skip
-
-
-def _answered(row: Row, prompt: str, completion: str, labels: tuple[str, ...]) -> Example:
+def _answered(row: Row, prompt: str, completion: str, meaning: Meaning) -> Example:
     if not (prompt + completion).strip():
         raise InputError(f"{row.where}: no text; remove the row")
-    label = None
+    label, labels = None, meaning.answers
     if labels:
-        label = check_label(row, (row.text("label") if "label" in row.values else completion).strip(), labels)
+        given = (_named(row, "label", meaning) or row.text("label")) if row.has("label") else completion
+        label = check_label(row, given.strip(), labels)
     task = "qa" if labels else "answers" if completion else ""
     return Example(_document(row, prompt), prompt, completion, label, task)
 
 
+def _named(row: Row, column: str, meaning: Meaning) -> str | None:
+    """The name of the number in a column, None if it holds something else or no names are given."""
+    value, known = row.get(column), meaning.label_names
+    text = value.strip() if isinstance(value, str) else ""  # a CSV file holds numbers as text
+    number = value if type(value) is int else int(text) if text.isdecimal() and len(text) < 10 else None
+    if number is None or not known or text in known:
+        return None
+    if not 0 <= number < len(known):
+        raise InputError(
+            f"{row.at(column)} holds {quote(number)}, but data.label_names has names for 0 to "
+            f"{len(known) - 1}; correct the row or add names"
+        )
+    return known[number]
+
+
 def _document(row: Row, text: str) -> str:
-    return document_id(row.text("document") if "document" in row.values else text)
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
+    return document_id(row.text("document") if row.has("document") else text)

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from atp.data.assemble import Parts, assemble, by_count, scaled
 from atp.data.custom import check_label
-from atp.data.files import SUFFIXES, Row, read_rows
+from atp.data.files import read_rows
+from atp.data.formats import SUFFIXES
+from atp.data.hub import HubName
 from atp.data.prompts import clip, entailment, health_question, holding_choice, passage_question, summary_of
+from atp.data.rows import Row
 from atp.data.settings import DataSettings
 from atp.data.splits import Example, Splits, document_id
 from atp.data.tasks import BILLSUM, CASEHOLD, HQS, MEDNLI, PUBMEDQA, Task
@@ -122,15 +125,16 @@ DOMAIN_RECIPES: dict[str, Callable[[DataSettings], Splits]] = {"health": health,
 
 
 def hub_sources(recipe: str, given: Mapping[str, str], other: Iterable[str] = ()) -> list[str]:
-    """Names (`owner/name`) of the Hub data sets that a run reads, for its model card.
+    """The Hub data sets that a run reads, as the config or the recipe names them, sorted.
 
     given: the config's `data.sources`, which replace a recipe's own. other: further sources that the config names.
     """
     sets = {"health": HEALTH, "legal": LEGAL, "general": GENERAL}.get(recipe, ())
     own = [source for one in sets if one.name not in given for source in (one.source, one.test_source)]
     sources = [source for source in (*own, *given.values(), *other) if source and existing(source) is None]
-    names = {re.split("[#:]", source)[0] for source in sources}
-    return sorted(n for n in names if re.fullmatch(r"[\w.-]+/[\w.-]+", n) and not n.lower().endswith(SUFFIXES))
+    names = {source: HubName.parse(source).name for source in sources}
+    names = {source: name for source, name in names.items() if not name.lower().endswith(SUFFIXES)}
+    return sorted(source for source, name in names.items() if re.fullmatch(r"[\w.-]+/[\w.-]+", name))
 
 
 def _domain(sets: tuple[DataSet, ...], settings: DataSettings, source: str, *, general_share: float) -> Splits:

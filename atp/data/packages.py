@@ -5,7 +5,8 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from atp.data.files import Row, parse_jsonl
+from atp.data.formats import parse_jsonl
+from atp.data.rows import Row
 from atp.errors import InputError, shorten
 from atp.requirements import find, install_command, require
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from atp.data.batches import IGNORE
-from atp.data.encoding import common_prefix, encode, start_ids
+from atp.data.encoding import common_prefix, encode, start_ids, token_spans
 from atp.data.splits import Example
 from atp.errors import InputError
 
 Packing = Literal["joined", "separate", "padded"]
-LossOn = Literal["all", "completion"]
-_Document = tuple[list[int], list[int]]
+LossOn = Literal["all", "completion", "assistant"]
+_Document = tuple[NDArray[np.int32], NDArray[np.int32]]
+_AT_ONCE = 1000  # documents whose tokens are Python numbers at a time, which take ten times the memory of arrays
 
 
 class PackedDataset(Dataset):
@@ -55,9 +58,11 @@ class RaggedDataset(Dataset):
     longer: number of documents that lost their beginning.
     """
 
-    def __init__(self, documents: Sequence[_Document], longer: int = 0):
+    def __init__(self, documents: Sequence[tuple[ArrayLike, ArrayLike]], longer: int = 0):
         self.longer = longer
-        self._documents = [tuple(torch.tensor(part) for part in document) for document in documents]
+        self._documents = [
+            tuple(torch.as_tensor(part, dtype=torch.long) for part in document) for document in documents
+        ]
         self.lengths = [len(ids) for ids, _ in self._documents]
 
     def __len__(self) -> int:
@@ -78,21 +83,23 @@ def pack(
 ) -> PackedDataset:
     """Tokenizes the examples in order, ends each with EOS, joins them and cuts windows of `length` tokens.
 
-    loss_on "completion" takes the loss on completions and their EOS only; plain text, which has no completion, is
-    trained on whole. separate: positions restart at every document and window, and no loss crosses a boundary.
+    loss_on "completion" takes the loss on completions and their EOS only, "assistant" also on the earlier answers of a
+    conversation (`Example.turns`); plain text, which has no completion, is trained on whole. separate: positions
+    restart at every document and window, and no loss crosses a boundary.
     Windows without a loss are dropped. The last partial window is dropped, or padded if it is the only one.
     Raises `InputError` for no examples, a tokenizer without EOS, or windows in which no token has a loss.
     """
     documents = _documents(examples, tokenizer, length, loss_on)
-    ids = [token for document, _ in documents for token in document]
-    labels = [label for _, document in documents for label in document]
+    ids, labels = (np.concatenate(parts) for parts in zip(*documents, strict=True))
     starts = list(accumulate((len(document) for document, _ in documents), initial=0))
     if len(ids) < length:
-        missing = length - len(ids)
-        ids += [tokenizer.eos_token_id] * missing
-        labels += [IGNORE] * missing
+        missing = (0, length - len(ids))
+        ids = np.pad(ids, missing, constant_values=tokenizer.eos_token_id)
+        labels = np.pad(labels, missing, constant_values=IGNORE)
     windows = len(ids) // length
-    packed_ids, packed_labels = (torch.tensor(part[: windows * length]).view(windows, length) for part in (ids, labels))
+    packed_ids, packed_labels = (
+        torch.as_tensor(part[: windows * length], dtype=torch.long).view(windows, length) for part in (ids, labels)
+    )
     positions = _positions(starts, windows, length) if separate else None
     if positions is not None:
         packed_labels = packed_labels.masked_fill(positions == 0, IGNORE)
@@ -112,7 +119,7 @@ def unpacked(
     """
     documents = _documents(examples, tokenizer, length, loss_on)
     cut = [(ids[-length:], labels[-length:]) for ids, labels in documents]
-    scored = [document for document in cut if any(label != IGNORE for label in document[1][1:])]
+    scored = [document for document in cut if (document[1][1:] != IGNORE).any()]
     if not scored:
         raise InputError("no token has a loss: add completions, or use loss_on 'all'")
     return RaggedDataset(scored, longer=_longer(documents, length))
@@ -132,18 +139,25 @@ def _documents(
         raise InputError(f"a window of {length} token(s) has nothing to predict: make data.length at least 2")
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token to separate documents: set tokenizer.eos_token")
+    parts = (examples[begin : begin + _AT_ONCE] for begin in range(0, len(examples), _AT_ONCE))
+    return [document for part in parts for document in _encoded(part, tokenizer, loss_on)]
+
+
+def _encoded(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Iterator[_Document]:
     start = start_ids(tokenizer)
     texts = encode(tokenizer, (e.text for e in examples))
     skip = [0] * len(examples)
-    if loss_on == "completion":
+    if loss_on != "all":
         prompts = encode(tokenizer, (e.prompt for e in examples))
         for index, (example, prompt, text) in enumerate(zip(examples, prompts, texts, strict=True)):
             skip[index] = common_prefix([prompt, text]) if example.completion else 0
-    documents = []
-    for text, skipped in zip(texts, skip, strict=True):
+    for example, text, skipped in zip(examples, texts, skip, strict=True):
         ended = [*text, tokenizer.eos_token_id]
-        documents.append((start + ended, [IGNORE] * (len(start) + skipped) + ended[skipped:]))
-    return documents
+        labels = [IGNORE] * skipped + ended[skipped:]
+        if loss_on == "assistant" and example.turns:
+            for first, last in token_spans(tokenizer, example.text, example.turns):
+                labels[first:last] = text[first:last]
+        yield np.array(start + ended, np.int32), np.array([IGNORE] * len(start) + labels, np.int32)
 
 
 def _positions(starts: list[int], windows: int, length: int) -> Tensor:

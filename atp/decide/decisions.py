@@ -12,28 +12,47 @@ from atp.config import DecisionsConfig
 from atp.decide.budget import Budget
 from atp.decide.fit import exact_mask, fit_mask
 from atp.decide.rules import width_rules
-from atp.decide.uniform import equal_ranks, fit_equal
+from atp.decide.uniform import equal_ranks, fit_equal, require_equal_layers
+from atp.devices import upload
 from atp.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 
 
 class Decisions(ABC):
-    """The current hard mask, bool [space.size], on the host. Subclasses say which logits it follows.
+    """The current hard mask, bool [space.size]. Subclasses say which logits it follows.
 
-    search_steps: length of the search, over whose first part the share kept falls to the target.
+    search_steps: length of the search, over whose first part the share kept falls to the target. device: where logits
+    and the thresholds that meet the budget are computed; it must have float64. `mask` lies on the host, because widths
+    follow from it, and `placed` is its copy on the device. A new decision costs the host one read, that of its mask.
     """
 
-    def __init__(self, space: MaskSpace, config: DecisionsConfig, *, search_steps: int) -> None:
+    def __init__(
+        self, space: MaskSpace, config: DecisionsConfig, *, search_steps: int, device: torch.device | str = "cpu"
+    ) -> None:
+        if config.uniform:
+            require_equal_layers(space)
         self.space, self.config, self.search_steps = space, config, search_steps
-        self.budget = Budget(space)
+        self.device = torch.device(device)
+        placed = space.to(self.device)
+        self.budget = Budget(space)  # of masks on the host ...
+        self.solver = self.budget if placed is space else Budget(placed)  # ... and of those on the device
         self.mask = torch.ones(space.size, dtype=torch.bool)
         self.frozen = False
         self.changed = torch.zeros(())
         self.finite = FiniteGuard(1, "decision steps")  # for those that have steps
 
+    @property
+    def mask(self) -> Tensor:
+        """The current hard mask, on the host. Whoever sets it uploads it."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        self._mask, self.placed = mask, upload(mask, self.device)
+
     @abstractmethod
     def logits(self) -> Tensor:
-        """One logit per decision, float32 [space.size]; larger keeps."""
+        """One logit per decision, float32 [space.size] on the device; larger keeps."""
 
     def target_at(self, step: int) -> float:
         """Share of parameters to keep after `step` search steps, on a cubic fall (docs/method.md section 5)."""
@@ -44,7 +63,7 @@ class Decisions(ABC):
     @torch.no_grad()
     def refresh(self, step: int) -> Tensor:
         """Takes the hard mask for the LoRA step with this number of the search, bool [space.size]."""
-        return self.replace(exact_mask(self.ranked(self.logits()), self.target_at(step + 1), self.budget))
+        return self.replace(exact_mask(self.ranked(self.logits()), self.target_at(step + 1), self.solver))
 
     @torch.no_grad()
     def freeze(self) -> Tensor:
@@ -70,7 +89,7 @@ class Decisions(ABC):
 
     def replace(self, mask: Tensor) -> Tensor:
         """Takes the main process's mask: rounding differences between devices must not lead to different cuts."""
-        mask = processes.from_main(mask, "decisions")
+        mask = processes.from_main(mask.cpu(), "decisions")
         self.changed = (mask != self.mask).float().mean()
         self.mask = mask
         return mask

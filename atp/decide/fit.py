@@ -26,7 +26,7 @@ def exact_offset(logits: Tensor, share: float, budget: Budget) -> Tensor:
     order = logits.sort().values
     always = keep_one(torch.zeros_like(logits, dtype=torch.bool), logits, budget.space)
     # A threshold at index i removes every logit below order[i]. Tensors only, so that no step needs a device sync.
-    low, high = torch.tensor([0]), torch.tensor([len(order) - 1])
+    low, high = (torch.full((1,), end, device=order.device) for end in (0, len(order) - 1))
     for _ in range(len(order).bit_length()):
         middle = (low + high) // 2
         fits = budget.portion((logits >= order[middle]) | always) <= share

@@ -14,6 +14,7 @@ from atp.decide.decisions import Decisions
 from atp.decide.fit import exact_offset
 from atp.decide.generator import DecisionGenerator
 from atp.decide.sampling import gumbel_noise, hard_mask, logistic_noise, soft_mask, straight_through
+from atp.devices import upload
 from atp.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 
@@ -61,11 +62,12 @@ class DecisionMaker(Decisions):
         prior: Tensor | None,
         seed: int,
         max_bad_steps: int = 5,
+        device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(space, config, search_steps=search_steps)
-        self.generator = DecisionGenerator(space, kind=config.generator, prior=prior, seed=seed)
+        super().__init__(space, config, search_steps=search_steps, device=device)
+        self.generator = DecisionGenerator(space, kind=config.generator, prior=prior, seed=seed).to(self.device)
         self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=config.lr, fused=True)
-        self.noise = torch.Generator().manual_seed(seed)
+        self.noise = torch.Generator().manual_seed(seed)  # on the host: the same draws whatever the device
         self.finite = FiniteGuard(max_bad_steps, "decision steps")
 
     def target_at(self, step: int) -> float:
@@ -77,7 +79,7 @@ class DecisionMaker(Decisions):
         return self.generator()
 
     def update(self, step: int, loss_of: Callable[[Tensor], Tensor]) -> DecisionOutcome:
-        """One optimizer step of the generator. loss_of maps a soft mask [space.size] to the calibration loss.
+        """One optimizer step of the generator. loss_of maps a soft mask [space.size] on the device to the loss.
 
         A non-finite gradient changes nothing; `finite` counts it and ends the run after too many, as for LoRA steps.
         """
@@ -85,12 +87,12 @@ class DecisionMaker(Decisions):
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * (_LATE_FACTOR if step >= _LATE_SEARCH * self.search_steps else 1.0)
         logits = self.ranked(self.generator())
-        soft = self._soft(logits, step, noise=True)
+        soft = self._soft(logits, step)
         loss = loss_of(soft)
-        budget_loss = torch.zeros(())
+        budget_loss = torch.zeros((), device=self.device)
         if self.config.budget == "penalty":
-            hard = hard_mask(logits, soft, self.space)
-            budget_loss = self.config.alpha * self.budget.loss(straight_through(soft, hard), self.config.target_keep)
+            hard = hard_mask(logits, soft, self.solver.space)
+            budget_loss = self.config.alpha * self.solver.loss(straight_through(soft, hard), self.config.target_keep)
         (loss + budget_loss).backward()
         torch.nn.utils.clip_grad_norm_(self.generator.parameters(), self.config.clip)
         bad = self.finite.check(self.optimizer, step + 1)
@@ -104,18 +106,18 @@ class DecisionMaker(Decisions):
             return super().refresh(step)
         self.generator.train()
         logits = self.ranked(self.generator())
-        return self.replace(hard_mask(logits, self._soft(logits, step, noise=True), self.space))
+        return self.replace(hard_mask(logits, self._soft(logits, step), self.solver.space))
 
     def freeze(self) -> Tensor:
         """As for all decisions. Raises `NotReached` also when too many decision steps were not finite."""
         self.finite.finish(-(-self.search_steps // self.config.every))
         return super().freeze()
 
-    def _soft(self, logits: Tensor, step: int, *, noise: bool) -> Tensor:
+    def _soft(self, logits: Tensor, step: int) -> Tensor:
         size = self.space.size
         if self.config.budget == "penalty":
-            drawn = gumbel_noise(size, self.noise) if noise else None
+            drawn = upload(gumbel_noise(size, self.noise), self.device)
             return soft_mask(logits, self.config.offset, self.config.temperature, drawn)
-        drawn = self.config.noise * logistic_noise(size, self.noise) if noise else None
-        offset = exact_offset(logits, self.target_at(step + 1), self.budget)
+        drawn = upload(self.config.noise * logistic_noise(size, self.noise), self.device)
+        offset = exact_offset(logits, self.target_at(step + 1), self.solver)
         return soft_mask(logits, offset, self.config.temperature, drawn)

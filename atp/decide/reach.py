@@ -20,11 +20,11 @@ _CLOSE = 1e-5  # of the decoder: the search ends this close to the target
 def nearest_share(budget: Budget, target: float, multiples: dict[str, int]) -> float:
     """The share of decoder parameters nearest to the target that `fit_mask`'s counts can keep, in (0, 1].
 
-    multiples: as in `fit_mask`. Exact where a decision saves the same whatever else is kept and a layer has two or
-    three structures; elsewhere the nearest share that filling structure after structure reaches. Stops early at a share
-    within 1e-5 of the target.
+    multiples: as in `fit_mask`. Exact where a decision saves the same whatever else is kept, a layer has two or three
+    structures and all layers are equal; elsewhere the nearest share that filling structure after structure reaches.
+    Stops early at a share within 1e-5 of the target.
     """
-    if budget.separable and len(budget.space.layer(0)) in (2, 3):
+    if budget.separable and budget.space.equal_layers and len(budget.space.layer(0)) in (2, 3):
         return target + _nearest_sum(budget, target, multiples) / budget.total
     best = math.inf
     for order in itertools.permutations(structure.name for structure in budget.space.layer(0)):
@@ -80,7 +80,7 @@ def _nearest_filling(budget: Budget, target: float, multiples: dict[str, int], o
 
     for name in order:
         own = torch.tensor([i for i, structure in enumerate(space.structures) if structure.name == name])
-        blocks = len(own) * (math.ceil(sizes[own[0]] / steps[own[0]]) - 1)
+        blocks = len(own) * (math.ceil(float((sizes[own] / steps[own]).max())) - 1)
         counts = most_below(functools.partial(_filled, counts, own, steps, sizes), blocks)
     one_more = (torch.minimum(counts + steps * place, sizes) for place in torch.eye(len(counts)))
     return min(map(missed, (counts, *one_more)), key=abs)

@@ -9,22 +9,28 @@ from atp.decide.budget import Budget
 _COARSEST = 0.002  # of the decoder; the fit then ends within half of it
 
 
-def width_rules(budget: Budget, target: float, multiples: dict[str, int] | None) -> dict[str, int]:
+def width_rules(
+    budget: Budget, target: float, multiples: dict[str, int] | None, device: str | None = None
+) -> dict[str, int]:
     """For a structure name, the number that its kept counts must be multiples of; structures without one may have any.
 
     multiples: the config's, taken as they are. None leaves it to space and model: a structure that prefers multiples
-    gets the first of them that divides its size and keeps the target share in reach. In reach: one block is at most
-    0.2 % of the decoder, and one block in every layer leaves room for the target.
+    gets the first of them that divides its size in all layers and keeps the target share in reach. In reach: one block
+    is at most 0.2 % of the decoder, and one block in every layer leaves room for the target. device: the type of the
+    one that the model trains on, `cuda` or another, None for that of this machine; on CUDA what suits its matrix
+    products comes first.
     """
     if multiples is not None:
         return multiples
+    on_cuda = device == "cuda" if device else torch.cuda.is_available()
     rules: dict[str, int] = {}
     cost = budget.cost()
-    for structure in budget.space.layer(0):
-        share = float(cost[structure.start]) / budget.total
-        for step in structure.multiples:
-            wider = rules | {structure.name: step}
-            if structure.size % step == 0 and step * share <= _COARSEST and _least(budget, wider) <= target:
+    for name, layers in budget.space.by_name().items():
+        share = max(float(cost[structure.start]) for structure in layers) / budget.total
+        for step in (*(layers[0].cuda_multiples if on_cuda else ()), *layers[0].multiples):
+            wider = rules | {name: step}
+            divides = all(structure.size % step == 0 for structure in layers)
+            if divides and step * share <= _COARSEST and _least(budget, wider) <= target:
                 rules = wider
                 break
     return rules

@@ -39,12 +39,12 @@ def fisher_saliency(space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss
     return total / max(count, 1)
 
 
-def saliency_logits(saliency: Tensor, space: MaskSpace, scale: float) -> Tensor:
-    """Logits ordered by saliency per cost: standardised log scores times `scale`, float32 [space.size].
+def saliency_logits(saliency: Tensor, budget: Budget, scale: float) -> Tensor:
+    """Logits ordered by saliency per cost: standardised log scores times `scale`, float32 [size] like saliency.
 
     Decisions of all structures and layers compete for the same parameters. The score is divided by the square root of
     the number of parameters that a decision saves: dividing by the number itself, or not at all, measured worse
     (docs/measured.md).
     """
-    scores = (saliency / Budget(space).cost().sqrt()).clamp_min(torch.finfo(torch.float32).tiny).log()
+    scores = (saliency / budget.cost().sqrt()).clamp_min(torch.finfo(torch.float32).tiny).log()
     return scale * (scores - scores.mean()) / scores.std().clamp_min(1e-6)

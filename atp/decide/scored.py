@@ -14,25 +14,25 @@ from atp.spaces.space import MaskSpace
 class ScoredDecisions(Decisions):
     """Keeps the decisions with the largest saliency per cost (docs/method.md section 9).
 
-    saliency: float32 [space.size], of any device; zero until it is measured. A running one follows the squared mask
+    saliency: float32 [space.size]; zero until it is measured. A running one follows the squared mask
     gradients g of LoRA steps, S <- decay * S + (1 - decay) * g^2. A removed decision keeps the score it had: where it
     is masked, its gradient says nothing about it. Decisions that are kept lead by `decisions.margin` standard
     deviations of the logits, so that few flip.
     """
 
-    def __init__(self, space: MaskSpace, config: DecisionsConfig, *, search_steps: int) -> None:
-        super().__init__(space, config, search_steps=search_steps)
-        self.saliency = torch.zeros(space.size)
+    def __init__(
+        self, space: MaskSpace, config: DecisionsConfig, *, search_steps: int, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(space, config, search_steps=search_steps, device=device)
+        self.saliency = torch.zeros(space.size, device=device)
 
     def observe(self, gradient: Tensor) -> None:
         """Takes dL/ds of one LoRA step, float32 [space.size]; a gradient that is not finite changes nothing."""
-        square = gradient.square()
-        kept = self.mask.to(square.device, non_blocking=True)
-        seen = kept & square.isfinite().all()
-        old = self.saliency.to(square.device)
-        self.saliency = torch.where(seen, torch.lerp(square, old, self.config.decay), old)
+        square = gradient.to(self.device).square()
+        seen = self.placed & square.isfinite().all()
+        self.saliency = torch.where(seen, torch.lerp(square, self.saliency, self.config.decay), self.saliency)
 
     def logits(self) -> Tensor:
-        logits = saliency_logits(self.saliency.cpu(), self.space, self.config.saliency_scale)
+        logits = saliency_logits(self.saliency, self.solver, self.config.saliency_scale)
         margin = self.config.margin * self.config.saliency_scale if self.config.source == "running" else 0.0
-        return logits + margin * self.mask
+        return logits + margin * self.placed

@@ -9,9 +9,18 @@ from torch import Tensor
 
 from atp.decide.budget import Budget
 from atp.decide.fit import exact_offset
-from atp.errors import NotReached
+from atp.errors import InputError, NotReached
 from atp.finite import is_finite
 from atp.spaces.space import MaskSpace
+
+
+def require_equal_layers(space: MaskSpace) -> None:
+    """Raises `InputError` for a model that is cut already and whose layers differ in width."""
+    if not space.equal_layers:
+        raise InputError(
+            "decisions.uniform keeps equal counts in all layers, but the layers of this model differ in width already: "
+            "set decisions.uniform=false, or give the model that it was cut from"
+        )
 
 
 def equal_ranks(logits: Tensor, space: MaskSpace) -> Tensor:
@@ -22,7 +31,7 @@ def equal_ranks(logits: Tensor, space: MaskSpace) -> Tensor:
     """
     places, ranked = [], []
     for index in range(len(space.layer(0))):
-        own = _by_layer(space, index).to(logits.device)
+        own = _by_layer(space, index, logits.device)
         values, order = logits[own].sort(dim=1, descending=True, stable=True)
         places.append(own.gather(1, order).flatten())
         ranked.append(values.mean(0).expand_as(values).flatten())
@@ -53,7 +62,7 @@ def fit_equal(logits: Tensor, target: float, budget: Budget, multiples: dict[str
     best = max(near, key=lambda counts: sum(float(w[n]) for w, n in zip(worth, counts, strict=True)))
     mask = torch.zeros(space.size, dtype=torch.bool)
     for index, count in enumerate(best):
-        own = _by_layer(space, index)
+        own = _by_layer(space, index, logits.device)
         mask[own.gather(1, logits[own].topk(count, dim=1).indices)] = True
     return mask
 
@@ -86,6 +95,8 @@ def _allowed(size: int, multiple: int) -> list[int]:
     return [min(block * multiple, size) for block in range(1, math.ceil(size / multiple) + 1)]
 
 
-def _by_layer(space: MaskSpace, index: int) -> Tensor:
+def _by_layer(space: MaskSpace, index: int, device: torch.device) -> Tensor:
     """The positions of one structure's decisions in the flat vector, int64 [layers, size]."""
-    return torch.stack([torch.arange(s.size) + s.start for s in space.structures[index :: len(space.layer(0))]])
+    structure, all_of_a_layer = space.layer(0)[index], space.size // space.num_layers
+    first = torch.arange(space.num_layers, device=device) * all_of_a_layer + structure.start
+    return first[:, None] + torch.arange(structure.size, device=device)

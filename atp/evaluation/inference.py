@@ -11,6 +11,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from atp import progress
+
 CausalLM = PreTrainedModel | PeftModel
 """A causal LM, plain or wrapped by PEFT."""
 
@@ -23,7 +25,13 @@ def bars(display: rich.progress.Progress, title: str) -> Callable[[str], Progres
 
     def add(part: str) -> Progress:
         bar = display.add_task(f"{title}: {part}", total=None)
-        return lambda done, total: display.update(bar, completed=done, total=total)
+        progress.begin(f"{title}: {part}")
+
+        def show(done: int, total: int) -> None:
+            display.update(bar, completed=done, total=total)
+            progress.count(done, total)
+
+        return show
 
     return add
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from typing import cast
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import BaseStreamer
 
 from atp.evaluation.inference import CausalLM, inference
+from atp_kernels import QuantizedWeight
 
 
 def throughput(
@@ -21,9 +23,11 @@ def throughput(
     new_tokens: int = 64,
     batch_size: int = 1,
     repeats: int = 3,
-    autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Tokens per second over the whole batch, medians of `repeats` after a warm-up.
+    """Tokens per second over the whole batch, medians of `repeats` after a warm-up, in the model's own dtype.
+
+    That is how a user runs the model. Under autocast, which a run trains and scores in, each new token would first cast
+    every float32 weight.
 
     prefill_tokens_per_second: one forward pass over `prompt_tokens` tokens that fills the cache.
     decode_tokens_per_second: greedy `generate`, from the first to the last of `new_tokens` new tokens.
@@ -33,7 +37,7 @@ def throughput(
         do_sample=False, max_new_tokens=new_tokens + 1, min_new_tokens=new_tokens + 1, pad_token_id=0
     )
     generate = cast(GenerationMixin, model).generate
-    with inference(model, autocast) as device:
+    with inference(model) as device:
         # Token values do not affect time; small ids exist in any vocabulary.
         prompt = (torch.arange(prompt_tokens, device=device) % 16).repeat(batch_size, 1)
         mask = torch.ones_like(prompt)
@@ -57,13 +61,30 @@ def model_size(model: CausalLM) -> dict[str, float]:
     """Parameters and weight size: {params, decoder_params, megabytes}.
 
     params: all weights, tied ones once. decoder_params: those of the decoder layers (linears and norms), without
-    embeddings, final norm and lm_head. megabytes: 10^6 bytes of `params` in their dtype, as a file holds them. LoRA
+    embeddings, final norm and lm_head. megabytes: 10^6 bytes of `params` in their dtype, or as they are packed if they
+    are quantized, as a file holds them; a base that `model.load_in` quantizes in memory counts in its dtype. LoRA
     factors are not counted, since they merge into the weights.
     """
     counted = {name: p for name, p in model.named_parameters() if "lora_" not in name}
-    params = sum(p.numel() for p in counted.values())
-    decoder = sum(p.numel() for name, p in counted.items() if ".layers." in f".{name}")
-    return {"params": params, "decoder_params": decoder, "megabytes": sum(p.nbytes for p in counted.values()) / 1e6}
+    params = sum(_weights(p) for p in counted.values())
+    decoder = sum(_weights(p) for name, p in counted.items() if ".layers." in f".{name}")
+    return {"params": params, "decoder_params": decoder, "megabytes": sum(map(_bytes, counted.values())) / 1e6}
+
+
+def _weights(parameter: Tensor) -> int:
+    """The weights that a parameter stands for; bitsandbytes packs two into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def _bytes(parameter: Tensor) -> int:
+    """Bytes of a parameter with the scales that belong to it; torchao shows the dtype that it computes in."""
+    if isinstance(parameter, QuantizedWeight):
+        return parameter.numel() * parameter.itemsize
+    if hasattr(parameter, "__tensor_flatten__"):
+        return sum(getattr(parameter, name).nbytes for name in parameter.__tensor_flatten__()[0])
+    state = getattr(parameter, "quant_state", None)
+    return parameter.nbytes + (0 if state is None else state.absmax.nbytes)
 
 
 class _TokenClock(BaseStreamer):

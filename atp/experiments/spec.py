@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atp import shipped
 from atp.compare.members import Arm
-from atp.config import ATPConfig, explain
+from atp.config import ATPConfig
 from atp.errors import InputError, shorten
+from atp.overrides import explain
 from atp.reading import check_file, read_yaml_file
 
 _MOST_ARMS = 1000  # per experiment: lists under `vary` multiply fast

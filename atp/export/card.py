@@ -11,9 +11,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from atp.config import ATPConfig
 from atp.data.domains import C4, hub_sources
+from atp.data.hub import HubName
 from atp.data.packages import PACKAGED_MODEL
 from atp.errors import shorten
 from atp.files import write_text
+from atp.models.base import FORMS
 from atp.reading import existing
 from atp.report.beside import NOT_MEASURABLE, unclear
 from atp.report.text import code, plain
@@ -65,7 +67,7 @@ Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {_
 * Parameters: {params_after:,} of {params_before:,}; target share of decoder parameters {config.decisions.target_keep}.
 * Mask space `{config.decisions.space}`; the width of each layer is in `config.json`.
 * Data recipe: {code(config.data.recipe)}.
-
+{_held(config)}
 {_usage(stock)}"""
     return _card(config, body, tags=["atp", *_TAGS])
 
@@ -114,6 +116,40 @@ Made by the baseline `{method}` of the package atp-kernels from {_origin(config)
 
 {_usage(stock)}"""
     return _card(config, body, tags=_TAGS)
+
+
+def quantized_card(
+    card: Path | None, facts: dict[str, Any], said: Sequence[str], rows: Sequence[tuple[str, str, str]],
+    *, needs: str, stock: bool,
+) -> str:  # fmt: skip
+    """README.md of a model whose weights were quantized: its own, if it has one, and what changed.
+
+    card: README.md of the model as it was. facts: its metadata, and its `name`; used where there is no card. said:
+    sentences on the quantization. rows: a figure with its values before and after. needs: the command that installs
+    what loading needs. stock: as in `model_card`. Scores leave the metadata, because they are the model's of before.
+    """
+    table = "\n".join(f"| {what} | {before} | {after} |" for what, before, after in rows)
+    section = f"""
+## Quantized weights
+
+{". ".join(plain(line) for line in said)}. What stands above describes the model before that.
+
+| | before | after |
+|---|---|---|
+{table}
+
+Speed is that of the machine on which the weights were quantized, on a CPU. To load the folder: `{needs}`.
+"""
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True) if card is not None and card.is_file() else None
+    except Exception:  # a foreign card may hold anything
+        found = None
+    if found is None:
+        known = {name: facts[name] for name in ("base_model", "license", "language") if name in facts}
+        data = ModelCardData(**known, library_name="transformers", pipeline_tag="text-generation")
+        return f"---\n{data.to_yaml()}\n---\n# {plain(facts['name'])}, quantized\n\n{_usage(stock)}{section}"
+    found.data.eval_results = None
+    return f"---\n{found.data.to_yaml()}\n---\n{found.text.rstrip()}\n{section}"
 
 
 def add_results(path: Path, config: ATPConfig, summary: dict[str, Any]) -> None:
@@ -200,14 +236,29 @@ def facts_of_card(path: Path, names: Sequence[str] = ("license", "language")) ->
 
 
 def _data_sets(config: ATPConfig) -> list[str] | None:
+    return sorted({HubName.parse(text).name for text in hub_data(config)}) or None
+
+
+def hub_data(config: ATPConfig) -> list[str]:
+    """The Hub data sets that a run reads, as `owner/name[@revision][#config][:split]`."""
     data = config.data
     general = C4 if data.general is None and data.general_share != 0 and data.recipe in ("health", "legal") else None
-    files = (data.train, data.calibration, data.test, data.general, general)
-    return hub_sources(data.recipe, data.sources, [source for source in files if source]) or None
+    others = [source for _, source in data.own_sources] + ([general] if general else [])
+    return hub_sources(data.recipe, data.sources, others)
 
 
 def _name(config: ATPConfig) -> str:
     return f"{Path(shorten(config.model.path)).name} at {config.decisions.target_keep:g} of the decoder"
+
+
+def _held(config: ATPConfig) -> str:
+    """A line on the base that a run with `model.load_in` trained over; empty without it."""
+    if config.model.load_in is None:
+        return ""
+    return (
+        f"* Trained over a base whose decoder linears were held as {FORMS[config.model.load_in].says}; the weights "
+        "here are in floating point.\n"
+    )
 
 
 def _origin(config: ATPConfig) -> str:

@@ -11,28 +11,33 @@ from typing import Any, cast
 from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from atp.config import ModelConfig, explain
+from atp.config import ModelConfig
 from atp.data.packages import PACKAGED_MODEL
 from atp.errors import InputError, shorten
 from atp.export.card import PACKAGED, facts_of_card
 from atp.export.gguf import DTYPES, architecture_of, write_gguf
-from atp.families import is_cut
+from atp.export.quantized import SCHEMES, write_quantized
+from atp.families import family_of, is_cut
 from atp.files import check_writable
 from atp.finite import refuse_weights
 from atp.folders import CONFIG
 from atp.loading import load_any_model, load_shapes, load_tokenizer
 from atp.models.config import ATPLlamaConfig
+from atp.overrides import explain
 from atp.reading import existing
+from atp.requirements import require
 
 
 @dataclass(frozen=True)
 class Source:
     """The model to export, before its weights are read.
 
-    where: names it in messages. config: as its folder has it. facts: what its card tells, and its `name`.
+    where: names it in messages. folder: its own, if it has one. config: as its folder has it. facts: what its card
+    tells, and its `name`.
     """
 
     where: str
+    folder: Path | None
     place: ModelConfig
     config: PretrainedConfig
     facts: dict[str, Any]
@@ -41,6 +46,13 @@ class Source:
     def shapes(self) -> ATPLlamaConfig:
         """Its config as that of a cut model; whole models keep all widths. Raises `InputError` for unknown families."""
         return cast(ATPLlamaConfig, self.config) if is_cut(self.config) else ATPLlamaConfig.from_whole(self.config)
+
+    @property
+    def run(self) -> Path | None:
+        """The run folder that the model is the result of."""
+        if self.folder is None or self.folder.name != "model" or not (self.folder.parent / CONFIG).is_file():
+            return None
+        return self.folder.parent
 
     def load(self) -> PreTrainedModel:
         """The weights in the dtype of their files. Raises `InputError` if they are quantized or not finite."""
@@ -111,7 +123,7 @@ def _read(model: str, folder: Path | None, name: str) -> Source:
     facts = PACKAGED if model == PACKAGED_MODEL else {}
     if folder:
         facts = facts_of_card(folder / "README.md", ("license", "language", "base_model", "model_name"))
-    return Source(shorten(model), place, config, {"name": facts.get("model_name", name), **facts})
+    return Source(shorten(model), folder, place, config, {"name": facts.get("model_name", name), **facts})
 
 
 def _write_gguf(source: Source, dtype: str, out: Path) -> list[str]:
@@ -119,7 +131,20 @@ def _write_gguf(source: Source, dtype: str, out: Path) -> list[str]:
     architecture = architecture_of(shapes, source.where)
     tokenizer = load_tokenizer(source.place)
     remarks = write_gguf(source.load(), shapes, tokenizer, architecture, dtype, out, source.facts)
-    return [f"llama.cpp's architecture {architecture.name}", *remarks]
+    return [f"llama.cpp's architecture {architecture.name}, {out.stat().st_size / 1e6:.1f} MB", *remarks]
 
 
-TARGETS = {"gguf": Target(tuple(DTYPES), ".gguf", _write_gguf)}
+def _write_quantized(source: Source, scheme: str, out: Path) -> list[str]:
+    family_of(source.config)  # which other families are refused
+    require(SCHEMES[scheme].package)
+    tokenizer = load_tokenizer(source.place)
+    card = None if source.folder is None else source.folder / "README.md"
+    return write_quantized(
+        source.load(), tokenizer, scheme, out, source.where, card=card, facts=source.facts, run=source.run
+    )
+
+
+TARGETS = {
+    "gguf": Target(tuple(DTYPES), ".gguf", _write_gguf),
+    **{scheme: Target((scheme,), "", _write_quantized) for scheme in SCHEMES},
+}

@@ -22,10 +22,14 @@ from atp.spaces.space import MaskSpace
 
 
 def save_decisions(folder: Path, space: MaskSpace, mask: Tensor) -> None:
-    """Writes decisions.safetensors (the flat mask) and decisions.json (kept indices per layer)."""
+    """Writes decisions.safetensors (the flat mask) and decisions.json (kept indices per layer).
+
+    `sizes` says how many decisions a structure has: one number, or one per layer where layers differ.
+    """
     write_tensors(folder / "decisions.safetensors", {"mask": mask.to(torch.uint8)}, {"space": space.name})
-    layer = space.layer(0)
-    content = {"space": space.name, "sizes": {s.name: s.size for s in layer}, "layers": space.kept_indices(mask)}
+    sizes = {name: [s.size for s in structures] for name, structures in space.by_name().items()}
+    same = {name: found[0] if len(set(found)) == 1 else found for name, found in sizes.items()}
+    content = {"space": space.name, "sizes": same, "layers": space.kept_indices(mask)}
     write_json(folder / "decisions.json", content)
 
 

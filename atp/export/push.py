@@ -35,7 +35,7 @@ def push(source: Path, repository: str, *, private: bool = True) -> str:
     """
     folder, _ = model_files(source)
     check_name(repository)
-    token = os.environ.get(_TOKEN)
+    token = os.environ.get(_TOKEN, "").strip()  # a line break would be refused by name, with the token
     if not token:
         raise InputError(f"{_TOKEN} is not set: export a token of the Hub with the right to write, then push again")
     hub = HfApi(token=token)

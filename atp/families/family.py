@@ -44,6 +44,11 @@ def is_cut(config: PretrainedConfig) -> bool:
     return config.model_type == CUT_MODEL_TYPE
 
 
+def layer_config(config: PretrainedConfig, layer: int) -> PretrainedConfig:
+    """The config of one decoder layer: that of the model, with the layer's own widths where layers differ."""
+    return config.per_layer_config[layer] if is_cut(config) else config
+
+
 class Family:
     """Llama's decoder: each layer adds attention(RMSNorm(x)) to x, then MLP(RMSNorm(x)) with a gated MLP.
 
@@ -76,8 +81,9 @@ class Family:
 
     def refuses(self, config: PretrainedConfig, space: str) -> str | None:
         """Why a cut in this space would change what the model computes; None where the cut is exact."""
-        if is_cut(config):
-            return "the model is cut already, so give the model that it was cut from"
+        beyond = config.beyond_whole_heads() if is_cut(config) else None
+        if beyond is not None:
+            return f"the model is cut already and {beyond}, so give the model that it was cut from"
         return self.inexact.get(space)
 
     def head_dim(self, config: PretrainedConfig) -> int:
@@ -85,7 +91,10 @@ class Family:
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def linears(self, config: PretrainedConfig) -> dict[str, Linear]:
-        """The prunable linears of a decoder layer by their names in it, e.g. `self_attn.q_proj`."""
+        """The prunable linears of a decoder layer by their names in it, e.g. `self_attn.q_proj`.
+
+        config: where layers differ in width, that of one of them (`layer_config`).
+        """
         hidden, inner, biases = config.hidden_size, config.intermediate_size, self.biases(config)
         queries = config.num_attention_heads * self.head_dim(config)
         keys = config.num_key_value_heads * self.head_dim(config)
@@ -125,14 +134,15 @@ class Family:
         return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(config.layer_types))}
 
     def cut_values(self, config: PretrainedConfig, cut_class: type[PretrainedConfig]) -> dict[str, Any]:
-        """Keyword arguments of `cut_class`, the config class of cut models, that describe the whole model.
+        """Keyword arguments of `cut_class`, the config class of cut models, that describe the model, cut or not.
 
         Values have the names that they have in the whole model's config. What its class does not declare has no meaning
-        in it, whatever the config.json says, and must gain none.
+        in it, whatever the config.json says, and must gain none. Where the model was loaded from is left out: no cut
+        model lies there, and PEFT would read that folder's config as a cut model's.
         """
         declared = {field.name for field in fields(config)}
         unknown = {field.name for field in fields(cut_class)} - declared
-        dropped = unknown | {"model_type", "architectures", "transformers_version"}
+        dropped = unknown | {"model_type", "architectures", "transformers_version", "_name_or_path"}
         values = {key: value for key, value in config.to_dict().items() if key not in dropped}
         biases = self.biases(config)
         return values | {

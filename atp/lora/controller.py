@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from atp.devices import upload
 from atp.lora.layer import MaskedLoraLinear
 from atp.spaces.space import MaskSpace
 from atp_kernels import KeptFirst, KeptSlice
@@ -17,10 +18,10 @@ _Linear = tuple[int, str]  # its layer and its name in that layer
 
 
 class _Side(NamedTuple):
-    """A hard mask of one side of a linear, and the kept-first order in which the side lies, if it does."""
+    """A hard mask of one side of a linear, on the device, and its copy on the host or its order, for the slice."""
 
     mask: Tensor | None = None
-    order: KeptFirst | None = None
+    origin: Tensor | KeptFirst | None = None
 
 
 class MaskController:
@@ -33,9 +34,10 @@ class MaskController:
             if isinstance(module, MaskedLoraLinear):
                 layer, local = name.split(".layers.")[-1].split(".", 1)
                 self._layers[int(layer), local] = module
-        missing = space.num_layers * len(space.linears) - len(self._layers)
+        missing = space.num_layers * len(space.modules) - len(self._layers)
         if missing:
             raise RuntimeError(f"{missing} linears of the mask space carry no MaskedLoraLinear: wrap with add_lora")
+        self._space = space.to(self._device)
         # The last hard mask, on the host, and what it makes of the two sides of each linear and of its weight.
         self._hard: Tensor | None = None
         self._sides: dict[_Linear, list[_Side]] = {}
@@ -52,14 +54,17 @@ class MaskController:
         self.clear()
 
     def set(self, mask: Tensor, form: Literal["soft", "hard", "base", "sum"]) -> None:
-        """Sets a mask [space.size]; on the host, so that a hard one needs no host-device sync. Forms: see `masks`."""
+        """Sets a mask [space.size]; a hard one lies on the host, a soft one on the device, or it is copied there.
+
+        Forms: see `masks`.
+        """
         if form == "hard":
             self._slice(mask.cpu())
             for name, kept in self._slices.items():
                 outs, ins = self._sides[name]
                 self._layers[name].set_masks(outs.mask, ins.mask, kept=kept)
             return
-        for layer, module, out_mask, in_mask in self.space.module_masks(mask.to(self._device), soft=form == "soft"):
+        for layer, module, out_mask, in_mask in self._space.module_masks(mask.to(self._device), soft=form == "soft"):
             self._layers[layer, module].set_masks(out_mask, in_mask, mask_lora=form != "base")
 
     @contextmanager
@@ -84,22 +89,23 @@ class MaskController:
     def _slice(self, mask: Tensor) -> None:
         """Makes the slices of the base weights again where a hard mask differs from that of the last call."""
         changed = [
-            structure
-            for structure in self.space.structures
+            (structure, placed)
+            for structure, placed in zip(self.space.structures, self._space.structures, strict=True)
             if self._hard is None or not torch.equal(mask[structure.span], self._hard[structure.span])
         ]
         if not changed:
             return
-        moved = mask.to(self._device)
-        for structure in changed:
-            orders: dict[int, KeptFirst] = {}  # by the mask that several sides share
-            for cut, side in structure.sides(moved):
-                if cut.reorderable and id(side) not in orders:
-                    orders[id(side)] = KeptFirst(side)
+        moved = upload(mask, self._device)
+        for structure, placed in changed:
+            # By the mask that several sides share. Counting on the device would halt the host, so the host counts.
+            origins: dict[int, Tensor | KeptFirst] = {}
+            for (cut, on_host), (_, side) in zip(structure.sides(mask), placed.sides(moved), strict=True):
+                if id(side) not in origins:
+                    origins[id(side)] = KeptFirst(on_host, device=self._device) if cut.reorderable else on_host
                 sides = self._sides.setdefault((structure.layer, cut.module), [_Side(), _Side()])
-                sides[cut.axis] = _Side(side, orders[id(side)] if cut.reorderable else None)
-        for name in dict.fromkeys((structure.layer, cut.module) for structure in changed for cut in structure.cuts):
+                sides[cut.axis] = _Side(side, origins[id(side)])
+        for name in dict.fromkeys((structure.layer, cut.module) for structure, _ in changed for cut in structure.cuts):
             base: Any = self._layers[name].get_base_layer()
-            outs, ins = (side.mask if side.order is None else side.order for side in self._sides[name])
+            outs, ins = (side.origin for side in self._sides[name])
             self._slices[name] = KeptSlice(base.weight, base.bias, out_mask=outs, in_mask=ins)
         self._hard = mask.clone()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.families import family_of
+from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.rng import seeded
 from atp.spaces.space import MaskSpace
 from atp_kernels import (
@@ -208,10 +209,11 @@ class FusedRMSNorm(nn.Module):
 
 
 def fuse_layers(model: PeftModel) -> PeftModel:
-    """Fuses norms and MLPs of decoder layers around their masked LoRA layers; returns the model."""
+    """Fuses norms, RoPE and MLPs of decoder layers around their masked LoRA layers; returns the model."""
     base = cast(PreTrainedModel, model.get_base_model())
     family = family_of(base.config)
     for layer in base.get_decoder().layers:
+        fuse_attention(layer.self_attn)
         linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
         if not isinstance(layer.mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
@@ -226,6 +228,7 @@ def unload(model: PeftModel, stock: list[dict[str, Any]]) -> PreTrainedModel:
     """Takes LoRA and fused modules out of a model again; stock: what `stock_modules` gave before. Returns the model."""
     plain: PreTrainedModel = model.unload()
     for layer, modules in zip(plain.get_decoder().layers, stock, strict=True):
+        unfuse_attention(layer.self_attn)
         mlp = modules["mlp"]
         # PEFT gives back the linears, but not the modules around them.
         mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
@@ -251,7 +254,7 @@ def add_lora(
         r=r,
         lora_alpha=cast(int, alpha),  # PEFT only divides it by r
         lora_dropout=dropout,
-        target_modules=sorted({name.rsplit(".", 1)[-1] for name in space.linears}),
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in space.modules}),
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({nn.Linear: MaskedLoraLinear})

@@ -2,7 +2,8 @@
 
 transformers finds packed samples by reading the values of position_ids in every pass, which makes the host wait for the
 device. It uses a 4-D mask as it is, so `training_mask` always makes one. For plain causal attention that mask has no
-elements, and the attention registered here then calls the fused causal kernel.
+elements, and the attention registered here then calls the fused causal kernel. On CUDA queries and keys are rotated in
+one kernel (`rotate`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from atp.families import Windows
+from atp_kernels import masked_lora_qkv, rotary_embedding
 
 NAME = "atp_sdpa"
+FUSED_ON = ("cuda",)
+"""The types of device where RoPE is one kernel each way, and q, k and v share what they do with their input.
+
+Elsewhere both are transformers' own, to the last bit.
+"""
 
 
 def use_training_attention(model: PreTrainedModel) -> None:
@@ -50,6 +58,49 @@ def training_masks(input_ids: Tensor, position_ids: Tensor | None, windows: Wind
     if isinstance(windows, dict):
         return {kind: training_mask(input_ids, position_ids, window) for kind, window in windows.items()}
     return training_mask(input_ids, position_ids, windows)
+
+
+def fuses(states: Tensor) -> bool:
+    """Whether attention is fused on the device of these states. A compiler fuses transformers' own itself."""
+    return states.device.type in FUSED_ON and not torch.compiler.is_compiling()
+
+
+def project(attention: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of states [batch, tokens, inputs], each [batch, tokens, outputs].
+
+    Where all three linears are masked LoRA layers that a block may take apart, under slices or no mask at all, they are
+    one call, in which they share the products that the adapters make with the states.
+    """
+    q, k, v = linears = attention.q_proj, attention.k_proj, attention.v_proj
+    if fuses(states) and all(getattr(linear, "fusible", False) for linear in linears):
+        slices = tuple(linear.kept for linear in linears)
+        masks = [mask for linear in linears for mask in (linear.out_mask, linear.in_mask)]
+        if all(slice_ is not None for slice_ in slices):
+            return masked_lora_qkv(states, q.projection, k.projection, v.projection, kept=slices)
+        if all(part is None for part in (*slices, *masks)):
+            return masked_lora_qkv(states, q.projection, k.projection, v.projection)
+    return q(states), k(states), v(states)
+
+
+def rotate(
+    query: Tensor,
+    key: Tensor,
+    angles: tuple[Tensor, Tensor],
+    index: Tensor | None = None,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [batch, tokens, heads, dim] with RoPE, as [batch, heads, tokens, dim].
+
+    angles: cos and sin [batch or 1, tokens, positions]; index [dim]: the positions of the kept pairs, None for all.
+    width: where RoPE is one kernel, it fills heads with zeros up to this.
+    """
+    cos, sin = angles
+    if fuses(query):
+        return rotary_embedding(query, key, cos, sin, index=index, width=width)
+    if index is not None:
+        cos, sin = cos.index_select(-1, index), sin.index_select(-1, index)
+    rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    return rotated
 
 
 def _attention(

@@ -97,7 +97,7 @@ class ATPLlamaConfig(LlamaConfig):
 
     @classmethod
     def from_whole(cls, config: PretrainedConfig, **changes: Any) -> ATPLlamaConfig:
-        """The config of a cut model from that of the whole one; changes: what the cut sets, e.g. per_layer_config."""
+        """The config of a cut model from that before the cut; changes: what the cut sets, e.g. per_layer_config."""
         cut = cls(**family_of(config).cut_values(config, cls) | changes)
         cut._attn_implementation = config._attn_implementation
         return cut
@@ -123,6 +123,23 @@ class ATPLlamaConfig(LlamaConfig):
         return shape.v_head_dim == self.head_dim and all(
             getattr(shape, key) is None for key in ("qk_pairs", *_SELECTIONS)
         )
+
+    def beyond_whole_heads(self) -> str | None:
+        """What a cut took beside whole heads and MLP channels, as a clause; None where the model can be cut again."""
+        if self.shortcuts:
+            return "its residual stream is sliced (SliceGPT)"
+        for layer in range(self.num_hidden_layers):
+            shape = self.layer_shape(layer)
+            if shape.qk_pairs is not None or shape.v_head_dim != self.head_dim:
+                return f"the heads of layer {layer} are narrower than head_dim {self.head_dim} (space head_dim)"
+            if any(getattr(shape, key) is not None for key in _SELECTIONS):
+                return f"layer {layer} reads or writes a part of the hidden state (space disp)"
+        return None
+
+    def own_widths(self, layer: int) -> dict[str, Any]:
+        """The keys of `LayerShape` in which layers differ, with their values in one layer."""
+        own = self.per_layer_config[layer]
+        return {key: getattr(own, key) for key in self.per_layer_attributes or ()}
 
     def window(self, layer: int) -> int | None:
         """The sliding window of one layer, None for full attention."""

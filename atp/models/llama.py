@@ -24,7 +24,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
@@ -92,30 +91,28 @@ class ATPLlamaAttention(nn.Module):
         [batch, tokens, outputs] and the attention weights, None where the implementation does not form them.
         """
         tokens = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*tokens, -1, self.qk_head_dim)
-        key = self.k_proj(hidden_states).view(*tokens, -1, self.qk_head_dim)
-        value = self.v_proj(hidden_states).view(*tokens, -1, self.v_head_dim).transpose(1, 2)
+        query, key, value = attention.project(self, hidden_states)
+        query, key = (states.view(*tokens, -1, self.qk_head_dim) for states in (query, key))
+        value = value.view(*tokens, -1, self.v_head_dim).transpose(1, 2)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-
-        if self.use_rope:
-            cos, sin = position_embeddings
-            if self.rope_index is not None:
-                cos, sin = cos.index_select(-1, self.rope_index), sin.index_select(-1, self.rope_index)
-            query, key = apply_rotary_pos_emb(query, key, cos, sin)
-
         cache = past_key_values if cache is None else cache
+        implementation = self.config._attn_implementation
+        # Zeros change neither scores nor outputs; unequal widths would take the slow, unfused path.
+        width = -(-max(self.qk_head_dim, self.v_head_dim) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
+        if self.use_rope:
+            at_once = width if cache is None and implementation != "eager" else None
+            query, key = attention.rotate(query, key, position_embeddings, self.rope_index, at_once)
+        else:
+            query, key = query.transpose(1, 2), key.transpose(1, 2)
+
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
 
-        implementation = self.config._attn_implementation
         if implementation != "eager":
-            # Zeros change neither scores nor outputs; unequal widths would take the slow, unfused path.
-            width = -(-max(self.qk_head_dim, self.v_head_dim) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
             query, key, value = (_pad_heads(heads, width) for heads in (query, key, value))
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attention(
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attend(
             self,
             query,
             key,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -27,25 +28,30 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from atp.errors import InputError, is_out_of_memory, reason, shorten
 from atp.models.sizes import check_against_files, check_sizes
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAIN = "main"  # the revision of a Hub name that names none
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def read_config(path: str | Path, gguf_file: str | None = None) -> PretrainedConfig:
-    """The config of a model folder, a Hub name or a GGUF file in either. Raises `InputError`."""
+def read_config(path: str | Path, gguf_file: str | None = None, revision: str | None = None) -> PretrainedConfig:
+    """The config of a model folder, a Hub name or a GGUF file in either. Raises `InputError`.
+
+    revision: commit, tag or branch of a Hub name; None: its main branch. A folder has none, and refuses one.
+    """
     with _explained("model", path):
-        where = _where(path, gguf_file)
+        where = _where(path, gguf_file, revision)
         if "gguf_file" in where:
-            content = _gguf_content(str(path), where["gguf_file"])
+            content = _gguf_content(str(path), where["gguf_file"], revision)
             check_sizes(content)
             config = AutoConfig.for_model(**copy.deepcopy(content))
         else:
-            check_sizes(PretrainedConfig.get_config_dict(path)[0])
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            check_sizes(PretrainedConfig.get_config_dict(path, revision=revision or _MAIN)[0])
+            config = AutoConfig.from_pretrained(path, revision=revision or _MAIN, trust_remote_code=False)
         attention = str(config._attn_implementation)
         if "/" in attention:
             raise InputError(
@@ -55,36 +61,45 @@ def read_config(path: str | Path, gguf_file: str | None = None) -> PretrainedCon
         return config
 
 
-def read_tokenizer(path: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, a Hub name or a GGUF file in either. Raises `InputError`."""
+def read_tokenizer(
+    path: str | Path, gguf_file: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, a Hub name or a GGUF file in either; revision: as in `read_config`."""
     with _explained("tokenizer", path):
-        where = _where(path, gguf_file)
-        if gguf_file is None and (file := _find(path, "tokenizer_config.json")) is not None:
+        where = _where(path, gguf_file, revision)
+        if gguf_file is None and (file := _find(path, "tokenizer_config.json", revision)) is not None:
             for name in json.loads(file.read_text(encoding="utf-8")).get("fast_tokenizer_files", []):
                 _require_inside(name, file)
-        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**where, revision=revision or _MAIN, trust_remote_code=False)
         # transformers makes some tokenizers from nothing but a config.json.
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise InputError(f"'{path}' has no tokenizer: add the tokenizer files of the model")
         return tokenizer
 
 
-def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None = None) -> PreTrainedModel:
+def read_model(
+    path: str | Path, dtype: torch.dtype | str, gguf_file: str | None = None, revision: str | None = None,
+    quantization: QuantizationConfigMixin | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """The causal LM of a model folder, a Hub name or a GGUF file in either, in evaluation mode.
 
-    dtype: of the loaded weights; "auto" keeps that of the file. Raises `InputError` for a model that is missing,
-    incomplete, not in safetensors, or in need of code of its own.
+    dtype: of the loaded weights; "auto" keeps that of the file. revision: as in `read_config`. quantization: how to
+    quantize them, on the CPU. Raises `InputError` for a model that is missing, incomplete, not in safetensors, or in
+    need of code of its own.
     """
-    config = read_config(path, gguf_file)
+    config = read_config(path, gguf_file, revision)
     with _explained("model", path):
-        options: dict[str, Any] = _where(path, gguf_file)
+        options: dict[str, Any] = _where(path, gguf_file, revision)
         if gguf_file is None:
-            check_against_files(config, sum(file.stat().st_size for file in _weight_files(path, config)))
+            check_against_files(config, sum(file.stat().st_size for file in _weight_files(path, config, revision)))
         else:
             # Without dequantize the model counts as quantized and can be neither trained nor saved.
             options["quantization_config"] = GgufConfig(dequantize=True)
+        if quantization is not None:
+            options |= {"quantization_config": quantization, "device_map": "cpu"}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **options, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+            **options, revision=revision or _MAIN, config=config, dtype=dtype, trust_remote_code=False,
+            use_safetensors=True,
             # Shapes that differ are then reported with the rest, and refused below.
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -93,14 +108,25 @@ def read_model(path: str | Path, dtype: torch.dtype | str, gguf_file: str | None
         return model
 
 
+def commit(path: str | Path, gguf_file: str | None = None, revision: str | None = None) -> str | None:
+    """The commit of a Hub name, 40 digits, as the cache holds it; None for a folder, and where it is not known."""
+    if os.path.isdir(path):
+        return None
+    file = _find(path, gguf_file or "config.json", revision)
+    known = None if file is None else re.search(r"snapshots/([0-9a-f]{40})/", file.as_posix())
+    return None if known is None else known[1]
+
+
 @cache
-def _gguf_content(path: str, gguf_file: str) -> dict[str, Any]:
+def _gguf_content(path: str, gguf_file: str, revision: str | None) -> dict[str, Any]:
     """The config in a GGUF file's header, which takes seconds to read: it holds the vocabulary too."""
-    return PretrainedConfig.get_config_dict(path, gguf_file=gguf_file)[0]
+    return PretrainedConfig.get_config_dict(path, gguf_file=gguf_file, revision=revision or _MAIN)[0]
 
 
-def _where(path: str | Path, gguf_file: str | None) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that locate the model."""
+def _where(path: str | Path, gguf_file: str | None, revision: str | None) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that locate the model, but for the revision."""
+    if revision is not None and os.path.isdir(path):
+        raise InputError(f"{path} is a folder, which has no revision {shorten(revision)}: leave out model.revision")
     if gguf_file is None:
         return {"pretrained_model_name_or_path": path}
     _require_inside(gguf_file, Path(path) / "gguf_file")
@@ -113,12 +139,12 @@ def _where(path: str | Path, gguf_file: str | None) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": path, "gguf_file": gguf_file}
 
 
-def _weight_files(path: str | Path, config: PretrainedConfig) -> list[Path]:
+def _weight_files(path: str | Path, config: PretrainedConfig, revision: str | None) -> list[Path]:
     """The safetensors files of a model; files that the Hub has and the cache lacks are downloaded.
 
     Refuses weights that transformers would unpickle, take from another folder, or mix with an adapter's.
     """
-    if _find(path, "adapter_config.json") is not None:
+    if _find(path, "adapter_config.json", revision) is not None:
         raise InputError(
             f"{path} holds an adapter, which belongs to another model: merge it (PEFT's merge_and_unload) and save the "
             "result, or remove adapter_config.json"
@@ -127,19 +153,19 @@ def _weight_files(path: str | Path, config: PretrainedConfig) -> list[Path]:
     if named is not None:
         _require_inside(named, Path(path) / "config.json", (".safetensors", ".safetensors.index.json"))
     names = (_WEIGHTS, _INDEX) if named is None else (named,)
-    weights = next((file for name in names if (file := _find(path, name)) is not None), None)
+    weights = next((file for name in names if (file := _find(path, name, revision)) is not None), None)
     if weights is None:
-        pickled = next((name for name in _PICKLED if _find(path, name) is not None), None)
+        pickled = next((name for name in _PICKLED if _find(path, name, revision) is not None), None)
         has = f" but {pickled}, which is never read" if pickled else ""
         raise InputError(
             f"cannot load the model from '{path}': it has no {names[0]}{has}: load it once where you trust it and "
             "write it with save_pretrained(..., safe_serialization=True)"
         )
     # A link of the Hub's cache keeps its name; what it points to has none.
-    return _shards(path, weights) if weights.name.endswith(".index.json") else [weights]
+    return _shards(path, weights, revision) if weights.name.endswith(".index.json") else [weights]
 
 
-def _shards(path: str | Path, index: Path) -> list[Path]:
+def _shards(path: str | Path, index: Path, revision: str | None) -> list[Path]:
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -148,21 +174,20 @@ def _shards(path: str | Path, index: Path) -> list[Path]:
         raise InputError(f"{index} names no shard: fetch the model again")
     for shard in shards:
         _require_inside(shard, index, (".safetensors",))
-    files = {shard: _find(path, shard) for shard in sorted(shards)}
+    files = {shard: _find(path, shard, revision) for shard in sorted(shards)}
     for shard, file in files.items():
         if file is None:
             raise InputError(f"{index} names {shard}, which is not there: fetch the model again")
     return [file for file in files.values() if file is not None]
 
 
-def _find(path: str | Path, name: str) -> Path | None:
+def _find(path: str | Path, name: str, revision: str | None) -> Path | None:
     """A file of a model folder or a Hub repository, which is then in the cache; None if there is no such file."""
     if os.path.isdir(path):
         file = Path(path) / name
         return file if file.is_file() else None
-    found = cached_file(
-        str(path), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(str(path), name, revision=revision or _MAIN, **quiet)
     return None if found is None else Path(found)
 
 

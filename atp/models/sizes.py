@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from atp.errors import InputError, shorten
-from atp.families import FAMILIES, family_of, is_cut
+from atp.families import FAMILIES, family_of, is_cut, layer_config
 from atp.families.family import CUT_MODEL_TYPE
 
 _REQUIRED = (
@@ -16,6 +16,7 @@ _REQUIRED = (
     "max_position_embeddings",
 )  # fmt: skip
 _OPTIONAL = ("num_key_value_heads", "head_dim")  # null stands for what follows from the others
+_PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 _LARGEST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**31}  # beyond every model there is
 _LARGEST_WIDTH = 2**24
 _MANY = 2**28  # weights for which there may be no room; fewer are built, and missed one by one
@@ -37,6 +38,10 @@ def check_sizes(config: Mapping[str, Any]) -> None:
             _refuse(key, value, "make it a whole number of at least 1")
         if value > (largest := _LARGEST.get(key, _LARGEST_WIDTH)):
             _refuse(key, value, f"make it at most {largest}")
+    for layer, widths in _own_widths(config):
+        for key in _PER_LAYER:
+            if type(value := widths.get(key)) is int and value > _LARGEST_WIDTH:
+                _refuse(f"{key} of layer {layer}", value, f"make it at most {_LARGEST_WIDTH}")
     heads = given.get("num_attention_heads")
     kv_heads, hidden, head_dim = (given.get(key) for key in ("num_key_value_heads", "hidden_size", "head_dim"))
     if heads and kv_heads and heads % kv_heads:
@@ -58,14 +63,23 @@ def check_against_files(config: PretrainedConfig, size: int) -> None:
     if config.model_type not in (*FAMILIES, CUT_MODEL_TYPE):
         return
     weights = config.vocab_size * config.hidden_size
-    if not is_cut(config):  # whose layers may be much narrower
-        linears = family_of(config).linears(config).values()
-        weights += config.num_hidden_layers * sum(linear.out_features * linear.in_features for linear in linears)
+    if not is_cut(config) or config.beyond_whole_heads() is None:  # else its linears may be much narrower
+        for layer in range(config.num_hidden_layers):
+            linears = family_of(config).linears(layer_config(config, layer)).values()
+            weights += sum(linear.out_features * linear.in_features for linear in linears)
     if weights > _MANY and weights > 8 * size:  # no file has less than one bit per weight
         raise InputError(
             f"config.json of the model describes {weights:,} weights and its files hold {size:,} bytes: correct "
             "config.json, or fetch the model again"
         )
+
+
+def _own_widths(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(layer, its widths) of a config.json whose layers differ, also in the form of earlier versions."""
+    by_layer, listed = config.get("per_layer_config"), config.get("layer_shapes")
+    found = list(by_layer.items()) if isinstance(by_layer, Mapping) else []
+    found += enumerate(listed) if isinstance(listed, list) else []
+    return [(str(layer), widths) for layer, widths in found if isinstance(widths, Mapping)]
 
 
 def _refuse(key: str, value: object, remedy: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from atp.families import family_of
 from atp.plan.shapes import LayerWidths, ModelShapes
+from atp.spaces.space import Cut
 
 _FLOAT = 4
 _HEAD_DIM_MULTIPLE = 8  # what attention of cut layers pads heads to (atp/models/llama.py)
@@ -23,14 +24,16 @@ class Pass:
     """What decides how much a pass keeps.
 
     product, residual: bytes per number of what linears and attention compute, and of the residual stream. rank: of
-    LoRA. masked: whether hard masks are on. dropout: whether LoRA dropout is on. expanded: whether attention has a mask
-    of its own, which makes keys and values as many as queries. rows: samples of a batch, which share RoPE's angles.
+    LoRA. masked: whether hard masks are on; watched: whether a soft one is. dropout: whether LoRA dropout is on.
+    expanded: whether attention has a mask of its own, which makes keys and values as many as queries. rows: samples of
+    a batch, which share RoPE's angles.
     """
 
     product: int
     residual: int
     rank: int
     masked: bool = False
+    watched: bool = False
     dropout: bool = False
     expanded: bool = False
     rows: int = 1
@@ -42,6 +45,8 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     inner = linears["mlp.down_proj"].in_features
     reads = linears["self_attn.q_proj"].in_features + linears["mlp.gate_proj"].in_features
     numbers = reads + _attention(widths, how, shapes) + 2 * inner + how.rank * len(linears)
+    if how.watched:
+        numbers += _sums(shapes, widths, parts_of_mlp=4)
     if how.dropout:
         numbers += 2 * inner  # no fused MLP: its activation and the input of down_proj are kept too
         if how.masked:  # each linear then keeps its own input with dropout applied
@@ -50,35 +55,42 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     for ends in ("self_attn.o_proj", "mlp.down_proj"):
         if linears[ends].out_features != hidden:  # what is added to a part of the stream
             stream += linears[ends].out_features
-    if widths.qk_dim != shapes.whole.qk_dim:  # the cosines and sines of the pairs that this layer keeps
+    if widths.qk_dim != shapes.whole[0].qk_dim:  # the cosines and sines of the pairs that this layer keeps
         stream += 2 * widths.qk_dim / how.rows
     return numbers * how.product + stream * how.residual + _per_row(widths, shapes)
 
 
-def kept_by_saliency(shapes: ModelShapes, how: Pass) -> float:
+def kept_by_saliency(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
     """Bytes per token and layer that a pass under a soft mask keeps, with LoRA frozen.
 
     The gradient of a mask on outputs reads them as they were before it; one on inputs reads these. The fused MLP keeps
     the outputs of gate and up anyway; where its inputs are masked too, its linears run one by one.
     """
-    widths = shapes.whole
     inner = widths.linears["mlp.down_proj"].in_features
-    numbers = _attention(widths, how, shapes) + 2 * inner
-    read: set[str] = set()
-    for cut in (cut for structure in shapes.space.layer(0) for cut in structure.cuts if cut.soft):
-        linear, block = widths.linears[cut.module], cut.module.split(".")[0]
-        if cut.axis == 0 and cut.module not in _PRODUCERS:
-            numbers += linear.out_features
-        if cut.axis == 1 and block not in read:
-            read.add(block)
-            numbers += linear.in_features + (3 * inner if block == "mlp" else 0)
+    read = {cut.module.split(".")[0]: widths.linears[cut.module].in_features for cut in _soft(shapes) if cut.axis == 1}
+    numbers = _attention(widths, how, shapes) + 2 * inner + _sums(shapes, widths, parts_of_mlp=3) + sum(read.values())
     return numbers * how.product + 2 * shapes.config.hidden_size * how.residual + _per_row(widths, shapes)
+
+
+def _sums(shapes: ModelShapes, widths: LayerWidths, *, parts_of_mlp: int) -> int:
+    """Numbers per token that a soft mask keeps of linears, besides their inputs: what it multiplies on outputs.
+
+    parts_of_mlp: how many times the width of an MLP more, where masked inputs keep its linears from being fused.
+    """
+    outputs = [cut.module for cut in _soft(shapes) if cut.axis == 0 and cut.module not in _PRODUCERS]
+    apart = any(cut.axis == 1 and cut.module in _PRODUCERS for cut in _soft(shapes))
+    inner = widths.linears["mlp.down_proj"].in_features
+    return sum(widths.linears[module].out_features for module in outputs) + (parts_of_mlp * inner if apart else 0)
+
+
+def _soft(shapes: ModelShapes) -> list[Cut]:
+    return [cut for structure in shapes.space.layer(0) for cut in structure.cuts if cut.soft]
 
 
 def _attention(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
     """Numbers per token that attention keeps: queries, keys, values and output, which o_proj reads."""
     qk, v = widths.qk_dim, widths.v_dim
-    padded = widths is not shapes.whole and (qk != v or qk % _HEAD_DIM_MULTIPLE != 0)
+    padded = widths.padded and (qk != v or qk % _HEAD_DIM_MULTIPLE != 0)
     if padded:
         qk = v = -(-max(qk, v) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
     readers = widths.heads if how.expanded else widths.kv_heads

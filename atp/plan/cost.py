@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from atp.decide.scored import ScoredDecisions
 from atp.plan.job import Job
-from atp.plan.shapes import LayerWidths
+from atp.plan.shapes import Layers, LayerWidths
 from atp.removal.certify import WINDOWS
 from atp.removal.refit import DAMPINGS
+from atp.training.validation import samples_scored
 
 ATTENTION_BACKWARD = 2.5
 """Products of attention's backward pass, as a multiple of those of its forward pass: 5 against 2, because fused kernels
@@ -24,23 +25,27 @@ compute the scores again."""
 class Flops:
     """Operations by where they happen, because each kind has a speed of its own.
 
-    whole, cut: in the layers of the whole model and of the cut one; head: in the product with the head.
+    whole: in the layers of the whole model, in passes over windows. step, stock: there too, in LoRA steps, which have
+    batches of their own, with our layers and with those of stock PEFT. cut: in the layers of the cut model. head: in
+    the product with the head.
     """
 
     whole: float = 0.0
+    step: float = 0.0
+    stock: float = 0.0
     cut: float = 0.0
     head: float = 0.0
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.whole + other.whole, self.cut + other.cut, self.head + other.head)
+        return Flops(*(ours + theirs for ours, theirs in zip(self.by_kind, other.by_kind, strict=True)))
 
     def __mul__(self, times: float) -> Flops:
-        return Flops(self.whole * times, self.cut * times, self.head * times)
+        return Flops(*(done * times for done in self.by_kind))
 
     @property
-    def by_kind(self) -> tuple[float, float, float]:
-        """Whole, cut and head."""
-        return self.whole, self.cut, self.head
+    def by_kind(self) -> tuple[float, ...]:
+        """All kinds, in the order above."""
+        return self.whole, self.step, self.stock, self.cut, self.head
 
     @property
     def total(self) -> float:
@@ -78,37 +83,48 @@ class Cost:
 
     def __init__(self, job: Job) -> None:
         self.job, self.rank = job, job.config.lora.r
-        self.layers, self.whole, self.cut = job.shapes.layers, job.shapes.whole, job.shapes.kept
+        self.whole, self.cut = job.shapes.whole, job.shapes.kept
         config = job.shapes.config
         self._head = 2.0 * config.hidden_size * config.vocab_size
 
-    def forward(self, widths: LayerWidths, *, lora: bool = True, scored: float = 1.0) -> Flops:
+    def forward(self, layers: Layers, *, lora: bool = True, scored: float = 1.0) -> Flops:
         """A pass without gradients. scored: share of the tokens whose logits are computed."""
-        layer = linear(widths) + attention(widths, self.job.sample) + (adapter(widths, self.rank) if lora else 0)
-        return self._flops(widths, layer * self.layers, scored * self._head)
+        total = sum(
+            linear(widths) + attention(widths, self.job.sample) + (adapter(widths, self.rank) if lora else 0)
+            for widths in layers
+        )
+        return self._flops(layers, total, scored * self._head)
 
-    def step(self, widths: LayerWidths, *, share: float = 1.0) -> Flops:
-        """Forward and backward of a LoRA step.
+    def step(self, layers: Layers, *, share: float = 1.0, stock: bool = False) -> Flops:
+        """Forward and backward of a LoRA step, with layers of stock PEFT or with ours.
 
         The frozen linears pass gradients on but have none: twice the forward pass, of the `share` of them that hard
         masks keep. LoRA has three times its forward pass. Of logits and their gradients only those of scored tokens
         exist. The first layer's queries, keys and values pass nothing on. With gradient checkpointing all layers run
         forward twice.
         """
-        once = share * linear(widths) + adapter(widths, self.rank) + attention(widths, self.job.sample)
-        layer = once + share * linear(widths) + 2 * adapter(widths, self.rank)
-        layer += ATTENTION_BACKWARD * attention(widths, self.job.sample)
-        if self.job.config.training.gradient_checkpointing:
-            layer += once
-        return self._flops(widths, layer * self.layers - self._first(widths, share), 2 * self.job.scored * self._head)
+        total = 0.0
+        for widths in layers:
+            once = share * linear(widths) + adapter(widths, self.rank) + attention(widths, self.job.sample)
+            total += once + share * linear(widths) + 2 * adapter(widths, self.rank)
+            total += ATTENTION_BACKWARD * attention(widths, self.job.sample)
+            if self.job.config.training.gradient_checkpointing:
+                total += once
+        total, head = total - self._first(layers[0], share), 2 * self.job.scored * self._head
+        if layers is self.cut:
+            return Flops(cut=total, head=head)
+        return Flops(stock=total, head=head) if stock else Flops(step=total, head=head)
 
     def decision(self) -> Flops:
         """Forward and backward under a soft mask, through frozen weights and a frozen adapter."""
-        widths = self.whole
-        layer = 2 * linear(widths) + 2 * adapter(widths, self.rank)
-        layer += (1 + ATTENTION_BACKWARD) * attention(widths, self.job.sample)
-        spared = self._first(widths, 1.0, frozen=True)
-        return self._flops(widths, layer * self.layers - spared, 2 * self.job.scored * self._head)
+        total = sum(
+            2 * linear(widths)
+            + 2 * adapter(widths, self.rank)
+            + (1 + ATTENTION_BACKWARD) * attention(widths, self.job.sample)
+            for widths in self.whole
+        )
+        spared = self._first(self.whole[0], 1.0, frozen=True)
+        return self._flops(self.whole, total - spared, 2 * self.job.scored * self._head)
 
     def taught(self) -> Flops:
         """What the teacher adds: a forward pass of the whole model with its adapter merged in."""
@@ -122,21 +138,20 @@ class Cost:
         """
         found = (self.forward(self.whole, scored=0.0) * 2) * tokens
         outputs = self.job.shapes.config.hidden_size
-        for structure in self.job.shapes.space.layer(0):
+        for structure in self.job.shapes.space.structures:
             if structure.reader is None:
                 continue
-            reader = self.whole.linears[structure.reader]
-            kept = self.cut.linears[structure.reader].in_features
+            reader = self.whole[structure.layer].linears[structure.reader]
+            kept = self.cut[structure.layer].linears[structure.reader].in_features
             again = 2.0 * tokens * reader.out_features * reader.in_features
             moments = 2.0 * tokens * kept * (kept + outputs)
             solution = 2 / 3 * kept**3 + 2.0 * kept**2 * outputs
             errors = len(DAMPINGS) * 2.0 * kept**2 * outputs
-            each = again + moments + (len(DAMPINGS) + 1) * solution + errors
-            found += Flops(whole=each * self.layers)
+            found += Flops(whole=again + moments + (len(DAMPINGS) + 1) * solution + errors)
         return found
 
-    def _flops(self, widths: LayerWidths, layers: float, head: float) -> Flops:
-        return Flops(cut=layers, head=head) if widths is self.cut else Flops(whole=layers, head=head)
+    def _flops(self, layers: Layers, total: float, head: float) -> Flops:
+        return Flops(cut=total, head=head) if layers is self.cut else Flops(whole=total, head=head)
 
     def _first(self, widths: LayerWidths, share: float, *, frozen: bool = False) -> float:
         """What the first layer is spared: gradients of the embeddings, through the base and through A.
@@ -160,7 +175,7 @@ def cost_of(job: Job) -> list[Row]:
 
 def _rows(job: Job) -> Iterator[Row]:
     cost, config, steps = Cost(job), job.config, job.phases
-    decisions, training, evaluation = config.decisions, config.training, config.evaluation
+    decisions, training, evaluation = config.deciding, config.training, config.evaluation
     per_step = training.batch_size * training.gradient_accumulation * job.sample
     length = config.data.length
 
@@ -170,7 +185,7 @@ def _rows(job: Job) -> Iterator[Row]:
     scored = evaluation.windows * length
     yield row("score", 0, scored, cost.forward(cost.whole, lora=False))
     if evaluation.dense_baseline:
-        yield row("dense baseline", steps.total, steps.total * per_step, cost.step(cost.whole))
+        yield row("dense baseline", steps.total, steps.total * per_step, cost.step(cost.whole, stock=True))
         yield row("score dense", 0, scored, cost.forward(cost.whole))
     saliency = row("saliency", 0, decisions.saliency_windows * length, cost.decision())
     if decisions.source == "static":
@@ -193,15 +208,29 @@ def _rows(job: Job) -> Iterator[Row]:
         yield row("settle", steps.settle, steps.settle * per_step, masked)
     if steps.tune:
         yield row("tune", steps.tune, steps.tune * per_step, cost.step(cost.cut) + cost.taught())
+    if evaluation.every is not None:
+        yield _validation(job, cost)
     # Logits of the masked model twice at the freeze and once at the cut; of the cut one then and four times at export.
     tokens = WINDOWS * length
     yield row("certificate", 0, tokens, cost.forward(cost.whole) * 3 + cost.forward(cost.cut) * 5)
     yield row("score again", 0, scored, cost.forward(cost.cut, lora=False))
 
 
+def _validation(job: Job, cost: Cost) -> Row:
+    """All scores on the validation split: each `every` steps, at the freeze, after the refit and at the cut."""
+    steps, each = job.phases, job.config.evaluation.every or 1
+    before = steps.cut_step // each + (2 if job.config.decisions.refit_windows else 1)
+    if job.config.evaluation.dense_baseline:
+        before += -(-steps.total // each)
+    after = -(-steps.total // each) - steps.cut_step // each + 1
+    tokens = samples_scored(job.config) * job.sample
+    flops = cost.forward(cost.whole) * (before * tokens) + cost.forward(cost.cut) * (after * tokens)
+    return Row("validation", 0, round((before + after) * tokens), flops)
+
+
 def _share_in_search(job: Job) -> float:
     """The mean share of the frozen linears that the LoRA steps of the search compute with."""
-    decisions, steps = job.config.decisions, job.phases.search
+    decisions, steps = job.config.deciding, job.phases.search
     if decisions.budget == "penalty" and decisions.source == "learned":
         return decisions.target_keep
     path = ScoredDecisions(job.shapes.space, decisions, search_steps=steps)

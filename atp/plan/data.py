@@ -55,7 +55,7 @@ def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
         "samples": _samples(data.splits),
         "lengths": _lengths(data.splits, tokenizer),
         "longer_than_a_window": train.longer,
-        "windows": {"train": len(train), "calibration": len(data.calibration), "test": len(data.test)},
+        "windows": {name: len(samples) for name, samples in data.read_in_training.items()} | {"test": len(data.test)},
         "tokens_per_epoch": tokens,
         "tokens_per_window": tokens / len(train),
         "scored_share": scored / tokens,
@@ -67,7 +67,7 @@ def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
 
 
 def _samples(splits: Splits) -> dict[str, int]:
-    return {"train": len(splits.train), "calibration": len(splits.calibration), "test": len(splits.test)}
+    return {name: len(getattr(splits, name)) for name in splits.parts}
 
 
 def _lengths(splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:

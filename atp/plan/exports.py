@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.export.gguf import architecture_of
+from atp.families import family_of, layer_config
 from atp.models.config import ATPLlamaConfig
 from atp.models.stock import stock_config
 
@@ -42,7 +43,7 @@ def _stock(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
     if not (config.decisions.uniform and config.decisions.space == _WHOLE_HEADS):
         return "it needs whole heads and equal widths in all layers: set preset: stock"
     if stock_config(_cut(config, shapes)) is None:
-        return f"transformers has no such class for {shapes.model_type}: take a model without sliding windows"
+        return f"transformers has no such class for {family_of(shapes).name}: take a model without sliding windows"
     return None
 
 
@@ -58,7 +59,7 @@ def _gguf(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
 
 def _cut(config: ATPConfig, shapes: PretrainedConfig) -> ATPLlamaConfig:
     """A config of the form that the cut model's will have: layers of one width, or of two."""
-    narrower = {0: {"intermediate_size": shapes.intermediate_size - 1}}
+    narrower = {0: {"intermediate_size": layer_config(shapes, 0).intermediate_size - 1}}
     return ATPLlamaConfig.from_whole(shapes, per_layer_config=None if config.decisions.uniform else narrower)
 
 
@@ -66,6 +67,7 @@ EXPORTS = (
     _Export("transformers, with this package", _always),
     _Export("transformers alone, and tools that load its models", _stock),
     _Export("GGUF, for llama.cpp", _gguf),
+    _Export("8-bit or 4-bit weights, with torchao or bitsandbytes", _always),
 )
 
 

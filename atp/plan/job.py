@@ -59,7 +59,7 @@ class Job:
     @property
     def measures_saliency(self) -> bool:
         """Whether saliency is measured on calibration data between two phases."""
-        decisions = self.config.decisions
+        decisions = self.config.deciding
         return decisions.source in ("static", "tuned") or (
             decisions.source == "learned" and decisions.init == "saliency"
         )

@@ -1,19 +1,21 @@
 """The most memory that each part of a run takes, in bytes: what it holds throughout, and its largest moment.
 
-Every formula is a sum of tensors that exist at the same time, by the code that makes them; libraries, buffers of single
-operations and what an allocator keeps of freed memory are left out. On a CUDA device the figures are those of the
-device, and what lies on the host (reference logits, checkpoints) is left out too.
+Every formula is a sum of tensors that exist at the same time, by the code that makes them. A process on a CPU also
+holds the tokenizer, and files of weights while it reads them, because their pages count as resident. Buffers of single
+operations and what an allocator keeps of freed memory within a part are left out. On a CUDA device the figures are
+those of the device, and what lies on the host (reference logits, checkpoints) is left out too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from atp.families import family_of
+from atp.families import Linear, family_of
+from atp.models.base import FORMS
 from atp.plan.activations import Pass, kept_by_saliency, kept_by_training
 from atp.plan.job import Job
-from atp.plan.shapes import LayerWidths
+from atp.plan.shapes import Layers, LayerWidths, adapter_params, weights_of
 from atp.removal.certify import WINDOWS
 from atp.training.cross_entropy import CHUNK_BYTES
 
@@ -24,6 +26,7 @@ _FLOAT, _DOUBLE = 4, 8
 _ADAPTER = 4  # PEFT keeps LoRA in float32 whatever the base is
 _MOMENTS = 2 * _FLOAT  # of AdamW, for each LoRA parameter
 _ROWS = 4096  # tokens that the refit multiplies at once
+_WORD = 2048  # of the tokenizer and all else in the process, per word: 120 MiB for SmolLM2's 49,152 words, as measured
 
 
 def memory_of(job: Job) -> list[dict[str, object]]:
@@ -48,6 +51,9 @@ class _Memory:
         self.batch = self.training.batch_size * self.length
         self.on_host = 0 if job.device == "cuda" else 1
         apart = job.config.data.packing == "separate" or _slides(job, self.length)
+        load_in = job.config.model.load_in
+        self.form = None if load_in is None else FORMS[load_in]
+        self.readers = {(s.layer, s.reader) for s in job.shapes.space.structures if s.reader is not None}
         self.how = Pass(
             self.product, self.weight, self.rank, dropout=job.config.lora.dropout > 0, expanded=apart,
             rows=self.training.batch_size,
@@ -58,94 +64,146 @@ class _Memory:
         job, steps = self.job, self.job.phases
         whole, kept = job.shapes.whole, job.shapes.kept
         divides = family_of(job.shapes.config).logits_divisor(job.shapes.config) != 1
-        yield "score", self._weights(job.before) | self._scoring(divided=divides)
-        static = job.config.decisions.source == "static"
+        if self.form is not None and self.on_host:
+            # The floating weights in their file and in their tensors, before these are quantized.
+            read = job.before["total"] * self.weight
+            yield "load", {"process": self.vocab * _WORD, "weights": read, "file": read}
+        yield "score", self._weights(whole) | self._scoring(divided=divides) | self._dequantized(whole)
+        static = job.config.deciding.source == "static"
         if static:
             yield "saliency", self._held(whole, begun=False) | self._decision(1)
+        watched = job.config.deciding.source == "running"
         if steps.open:
-            yield "open", self._training(whole, taught=False)
+            yield "open", self._training(whole, taught=False, watched=watched)
         if job.measures_saliency and not static:
-            yield "saliency", self._held(whole) | (self._left_by_open() if steps.open else {}) | self._decision(1)
+            yield "saliency", self._held(whole) | (self._left_by_saliency() if steps.open else {}) | self._decision(1)
         if job.teaches:
             # All merged weights exist before the first is cast.
-            yield "teacher", self._held(whole) | {"merged": whole.weights * job.shapes.layers * self.weight}
+            yield "teacher", self._held(whole) | {"merged": weights_of(whole) * self.weight}
         if steps.search:
-            yield "search", self._training(whole, taught=True, slices=1.0)
+            yield "search", self._training(whole, taught=True, slices=1.0, watched=watched)
         if job.config.decisions.refit_windows:
-            slices = self._slices(1.0) if steps.search else {}
-            yield "refit", self._held(whole, taught=True) | slices | self._refit()
+            measured = job.measures_saliency and not static
+            left = {} if not steps.open else self._left_by_saliency() if measured else self._casts(whole)
+            slices = self._slices(1.0) if steps.search else left
+            yield "refit", self._held(whole, taught=True, refitted=True) | slices | self._refit()
         if steps.settle:
-            yield "settle", self._training(whole, taught=True, slices=job.shapes.share)
-        yield "cut", self._held(whole, taught=True) | self._cut()
+            yield "settle", self._training(whole, taught=True, slices=job.shapes.share, refitted=True)
+        yield "cut", max(self._cut(), key=_total)
         if steps.tune:
             yield "tune", self._training(kept, taught=True)
-        yield "export", self._held(kept, taught=True) | self._export()
+        done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
+        yield "export", done | self._export()
         yield (
             "score again",
-            self._held(kept, taught=True) | {"reloaded": self._reloaded()} | self._scoring(divided=True),
+            done
+            | {"reloaded": self._exported()}
+            | max({"file": self._exported()}, self._scoring(divided=True), key=_total),
         )
 
     # What is held throughout
 
-    def _weights(self, parameters: dict[str, int]) -> Parts:
-        return {"weights": parameters["total"] * self.weight}
+    def _weights(self, layers: Layers, refitted: bool = False) -> Parts:
+        parameters = self.job.after if layers is self.shapes.kept else self.job.before
+        others = (parameters["total"] - weights_of(layers)) * self.weight
+        floating = self._floating(layers, refitted)
+        linears = sum(self._base(linear, whole, at in floating) for at, linear, whole in self._linears(layers))
+        return {"process": self.vocab * _WORD * self.on_host, "weights": others + linears}
 
-    def _held(self, widths: LayerWidths, *, taught: bool = False, begun: bool = True) -> Parts:
+    def _linears(self, layers: Layers) -> Iterator[tuple[tuple[int, str], Linear, Linear]]:
+        """(layer and name, a linear of these layers, the same in the whole model)."""
+        for index, (widths, whole) in enumerate(zip(layers, self.shapes.whole, strict=True)):
+            for name, linear in widths.linears.items():
+                yield (index, name), linear, whole.linears[name]
+
+    def _floating(self, layers: Layers, refitted: bool) -> set[tuple[int, str]]:
+        """Linears that are held in floating point: all, or with `load_in` those that the refit has changed."""
+        if self.form is None:
+            return {at for at, _, _ in self._linears(layers)}
+        refitted = refitted or layers is self.shapes.kept
+        return self.readers if refitted and self.job.config.decisions.refit_windows else set()
+
+    def _base(self, linear: Linear, whole: Linear, floating: bool) -> int:
+        """Bytes of a frozen weight. Where scales run along rows, a quantized one keeps the codes of lost columns."""
+        if floating or self.form is None:
+            return linear.out_features * linear.in_features * self.weight
+        columns = linear.in_features if self.form.block is None else whole.in_features
+        return self.form.bytes_of(Linear(linear.out_features, columns, linear.bias))
+
+    def _dequantized(self, layers: Layers) -> Parts:
+        """The largest weight in floating point, in the dtype of the weights and in that of the products."""
+        if self.form is None:
+            return {}
+        wide = self.weight if self.form.block else max(self.weight, _FLOAT)
+        narrow = min(self.weight, self.product)
+        largest = max(widths.largest() for widths in layers)
+        return {"dequantized": largest * (wide + (narrow if narrow < wide else 0))}
+
+    def _held(self, layers: Layers, *, taught: bool = False, begun: bool = True, refitted: bool = False) -> Parts:
         """Weights and adapter; optimizer state once training has `begun`; the teacher if `taught` and there is one.
 
         The teacher copies the linears of the whole model in the dtype of the products and shares the rest. AdamW has
         two moments of each LoRA parameter from the first step on.
         """
-        job, cut = self.job, widths is self.shapes.kept
-        adapter = widths.adapter(self.rank) * self.shapes.layers
+        job, cut = self.job, layers is self.shapes.kept
+        adapter = adapter_params(layers, self.rank)
         begun = begun and (cut or job.phases.cut_step > 0)
-        held = self._weights(job.after if cut else job.before) | {"adapter": adapter * _ADAPTER}
+        held = self._weights(layers, refitted) | {"adapter": adapter * _ADAPTER} | self._dequantized(layers)
         held["optimizer"] = adapter * _MOMENTS if begun else 0
         if taught and job.teaches:
-            held["teacher"] = self.shapes.whole.weights * self.shapes.layers * self.product
+            held["teacher"] = weights_of(self.shapes.whole) * self.product
         return held
 
-    def _casts(self, widths: LayerWidths) -> Parts:
+    def _casts(self, layers: Layers) -> Parts:
         """Under autocast a linear keeps its frozen weight in the narrow dtype too; LoRA factors are cast in a pass."""
         if self.product >= self.weight:
             return {}
-        return {"casts": (widths.weights + widths.adapter(self.rank)) * self.shapes.layers * self.product}
+        return {"casts": (self._floats(layers) + adapter_params(layers, self.rank)) * self.product}
 
-    def _slices(self, share: float) -> Parts:
-        """What hard masks keep of the frozen linears, gathered in the dtype of the products."""
-        return {"slices": share * self.shapes.whole.weights * self.shapes.layers * self.product}
+    def _floats(self, layers: Layers, refitted: bool = False) -> int:
+        """Entries of the weights that are held in floating point."""
+        floating = self._floating(layers, refitted)
+        return sum(m.out_features * m.in_features for at, m, _ in self._linears(layers) if at in floating)
+
+    def _slices(self, share: float, refitted: bool = False) -> Parts:
+        """What hard masks keep of the floating linears, gathered in the dtype of the products."""
+        return {"slices": share * self._floats(self.shapes.whole, refitted) * self.product}
 
     # Moments
 
-    def _training(self, widths: LayerWidths, *, taught: bool, slices: float = 0.0) -> Parts:
+    def _training(
+        self, layers: Layers, *, taught: bool, slices: float = 0.0, watched: bool = False, refitted: bool = False
+    ) -> Parts:
         """A LoRA step with its gradients, or the checkpoint after it: the larger one."""
-        job, cut = self.job, widths is self.shapes.kept
-        held = self._held(widths, taught=taught)
-        held |= self._slices(slices) if slices else self._casts(widths)
-        step = {"gradients": widths.adapter(self.rank) * self.shapes.layers * _FLOAT}
-        how = replace(self.how, masked=slices > 0)
-        each = kept_by_training(self.shapes, widths, how)
-        moments = [step | self._pass(each, widths, self.batch, taught and job.teaches)]
-        if slices == 1.0 and job.config.decisions.source == "learned":
+        job, cut = self.job, layers is self.shapes.kept
+        held = self._held(layers, taught=taught, refitted=refitted)
+        held |= self._slices(slices, refitted) if slices else self._casts(layers)
+        step = {"gradients": adapter_params(layers, self.rank) * _FLOAT}
+        how = replace(self.how, masked=slices > 0, watched=watched)
+        in_pass = self._pass(
+            lambda widths: kept_by_training(self.shapes, widths, how), layers, self.batch, taught and job.teaches
+        )
+        moments = [step | in_pass]
+        if slices == 1.0 and job.config.deciding.source == "learned":
             moments.append(self._decision(job.config.decisions.batch_size))
-        moments.append({"checkpoint": self._checkpoint(widths, taught and job.teaches, refitted=cut)})
+        moments.append({"checkpoint": self._checkpoint(layers, taught and job.teaches, refitted=cut)})
         return held | max(moments, key=_total)
 
-    def _pass(self, each: float, widths: LayerWidths, tokens: int, teacher: bool) -> Parts:
-        """Activations of a forward pass, and what is largest beside them: the loss or the first layer backward.
+    def _pass(self, keeps: Callable[[LayerWidths], float], layers: Layers, tokens: int, teacher: bool) -> Parts:
+        """Activations of a forward pass, and what is largest beside them: the loss or one layer backward.
 
-        each: bytes per token and layer. With gradient checkpointing a layer keeps its input alone, and one layer at a
-        time is computed again.
+        keeps: bytes per token of a layer. With gradient checkpointing a layer keeps its input alone, and one layer at a
+        time is computed again. Of layers that differ the widest counts.
         """
-        layers = self.shapes.layers
+        each = [keeps(widths) for widths in layers]
         recomputed = 0.0
         if self.training.gradient_checkpointing:
-            recomputed, each = each * tokens, self.hidden * self.weight
-        inner = widths.linears["mlp.down_proj"].in_features
+            recomputed, each = max(each) * tokens, [self.hidden * self.weight] * len(layers)
+        inner = max(widths.linears["mlp.down_proj"].in_features for widths in layers)
         backward = recomputed + tokens * (2 * inner * self.product + 3 * self.hidden * self.weight)
         loss = self._loss(tokens, teacher)
         beside = {"logits": loss} if loss >= backward else {"backward": backward}
-        return {"activations": each * tokens * layers} | beside
+        return {"activations": sum(each) * tokens} | beside
 
     def _loss(self, tokens: int, teacher: bool) -> float:
         """The chunked cross-entropy: logits of one chunk, states and their gradients, the head in the narrow dtype.
@@ -163,22 +221,23 @@ class _Memory:
         casts = self.vocab * self.hidden * self.product * (3 if teacher else 2) if self.product < self.weight else 0
         return logits + states + casts
 
-    def _left_by_open(self) -> Parts:
-        """Narrow weights of the open phase that saliency leaves alone: those of linears without a soft mask."""
+    def _left_by_saliency(self) -> Parts:
+        """Narrow weights of the open phase that measuring leaves alone: those of linears without a soft mask."""
         softly = {cut.module for s in self.shapes.space.layer(0) for cut in s.cuts if cut.soft}
-        others = [linear for name, linear in self.shapes.whole.linears.items() if name not in softly]
+        others = [m for widths in self.shapes.whole for name, m in widths.linears.items() if name not in softly]
         weights = sum(linear.out_features * linear.in_features for linear in others)
-        return {"casts": weights * self.shapes.layers * self.product if self.product < self.weight else 0}
+        return {"casts": weights * self.product if self.product < self.weight and self.form is None else 0}
 
     def _decision(self, windows: int) -> Parts:
         """Forward and backward of calibration windows under a soft mask; LoRA is frozen and has no gradients.
 
         Under autocast each linear then keeps a narrow weight with the adapter merged in.
         """
-        each = kept_by_saliency(self.shapes, replace(self.how, rows=windows, dropout=False))
-        whole = self.shapes.whole
-        merged = whole.weights * self.shapes.layers * self.product if self.product < self.weight else 0
-        return {"merged": merged} | self._pass(each, whole, windows * self.length, teacher=False)
+        whole, how = self.shapes.whole, replace(self.how, rows=windows, dropout=False)
+        merged = self._floats(whole) * self.product if self.product < self.weight else 0
+        return {"merged": merged} | self._pass(
+            lambda widths: kept_by_saliency(self.shapes, widths, how), whole, windows * self.length, teacher=False
+        )
 
     def _refit(self) -> Parts:
         """All calibration windows at once, on the widest of the two linears that end a block.
@@ -188,23 +247,29 @@ class _Memory:
         windows and for those held out, the damped matrix, its factors, and solutions.
         """
         tokens = self.job.config.decisions.refit_windows * self.length
-        readers = [s.reader for s in self.shapes.space.layer(0) if s.reader is not None]
-        read = max((self.shapes.whole.linears[name].in_features for name in readers), default=0)
-        kept = max((self.shapes.kept.linears[name].in_features for name in readers), default=0)
+        read = max((self.shapes.whole[layer].linears[name].in_features for layer, name in self.readers), default=0)
+        kept = max((self.shapes.kept[layer].linears[name].in_features for layer, name in self.readers), default=0)
         stream, inputs = tokens * self.hidden * self.weight, tokens * read * self.product
         products = _FLOAT * (kept * kept + kept * self.hidden + min(_ROWS, tokens) * (kept + self.hidden))
         solving = _DOUBLE * 4 * (kept * kept + kept * self.hidden)
         return {"windows": 3 * stream + inputs, "solve": max(stream + inputs + products, solving)}
 
-    def _cut(self) -> Parts:
-        """The cut linears and their adapter beside the whole ones, and the logits that certify that nothing changed."""
-        kept, layers = self.shapes.kept, self.shapes.layers
-        changed = [name for name, linear in kept.linears.items() if linear != self.shapes.whole.linears[name]]
-        weights = sum(kept.linears[name].out_features * kept.linears[name].in_features for name in changed)
-        return {
-            "cut weights": layers * (weights * self.weight + kept.adapter(self.rank) * (_ADAPTER + _MOMENTS)),
-            "certificate": self._reference(),
-        }
+    def _cut(self) -> Iterator[Parts]:
+        """Three moments: the reference logits are taken, weights are cut, and logits of the cut model are compared.
+
+        The whole model is gone by the last, but for what the checkpoint of this step holds of it. The cut adapter has
+        no moments until that is loaded.
+        """
+        whole, kept, window = self.shapes.whole, self.shapes.kept, self.length * self.vocab * _FLOAT
+        held, logits = self._held(whole, taught=True, refitted=True), window * WINDOWS * self.on_host
+        yield held | {"certificate": logits + window}
+        floating = self._floating(kept, True)
+        weights = sum(self._base(m, uncut, at in floating) for at, m, uncut in self._linears(kept) if m != uncut)
+        cut = weights + adapter_params(kept, self.rank) * _ADAPTER
+        yield held | {"cut weights": cut, "certificate": logits}
+        uncut = self._saved(whole, self.job.teaches, refitted=True)
+        after = self._held(kept, taught=True, begun=False, refitted=True)
+        yield after | {"checkpoint": uncut, "certificate": self._reference()}
 
     def _reference(self) -> float:
         """Reference logits of the certificate's windows on the host, and of one window at a time, with a difference.
@@ -215,16 +280,20 @@ class _Memory:
         return window * (WINDOWS * self.on_host + 3)
 
     def _export(self) -> Parts:
-        """The linears with the adapter merged in; once they are saved, the reloaded model takes their place."""
+        """The linears with the adapter merged in; once they are saved, the reloaded model takes their place.
+
+        While it is read, it exists twice: in its file and in its tensors.
+        """
         kept = self.shapes.kept
-        merged = kept.weights * self.shapes.layers * self.weight + 2 * _DOUBLE * kept.largest()
-        reloaded = self.job.after["total"] * self.weight * self.on_host + _DOUBLE * _DOUBLE * kept.largest()
+        largest = max(widths.largest() for widths in kept)
+        merged = weights_of(kept) * self.weight + 2 * _DOUBLE * largest
+        reloaded = self._exported() + max(self._exported(), _DOUBLE * _DOUBLE * largest)
         larger = {"merged": merged} if merged >= reloaded else {"reloaded": reloaded}
         return larger | {"certificate": self._reference()}
 
-    def _reloaded(self) -> float:
-        """The exported model is scored in float32 on the CPU."""
-        return self.job.after["total"] * _FLOAT * self.on_host
+    def _exported(self) -> float:
+        """The exported model, which is read and scored in its own dtype on the host."""
+        return self.job.after["total"] * self.weight * self.on_host
 
     def _scoring(self, *, divided: bool) -> Parts:
         """Logits of a batch of test windows; then those of one window in float32 with their softmax.
@@ -238,17 +307,20 @@ class _Memory:
         head = self.vocab * self.hidden * self.product if self.product < self.weight else 0
         return {"logits": logits + row + head}
 
-    def _checkpoint(self, widths: LayerWidths, teacher: bool, refitted: bool) -> float:
-        """A copy of adapter and moments on the host, of the adapter that made the teacher, and of refitted weights."""
-        layers = self.shapes.layers
-        copied = widths.adapter(self.rank) * (_ADAPTER + _MOMENTS)
-        copied += self.shapes.whole.adapter(self.rank) * _ADAPTER if teacher else 0
+    def _checkpoint(self, layers: Layers, teacher: bool, refitted: bool) -> float:
+        """The copy on the host of what a checkpoint holds."""
+        return self._saved(layers, teacher, refitted) * self.on_host
+
+    def _saved(self, layers: Layers, teacher: bool, refitted: bool) -> float:
+        """Adapter and moments, the adapter that made the teacher, and refitted weights."""
+        saved = adapter_params(layers, self.rank) * (_ADAPTER + _MOMENTS)
+        saved += adapter_params(self.shapes.whole, self.rank) * _ADAPTER if teacher else 0
         if refitted and self.job.config.decisions.refit_windows:
-            for structure in self.shapes.space.layer(0):
+            for structure in self.shapes.space.structures:
                 if structure.reader is not None:
-                    linear = widths.linears[structure.reader]
-                    copied += linear.out_features * linear.in_features * self.weight
-        return layers * copied * self.on_host
+                    linear = layers[structure.layer].linears[structure.reader]
+                    saved += linear.out_features * linear.in_features * self.weight
+        return saved
 
 
 def _total(parts: Parts) -> float:

@@ -24,6 +24,8 @@ def page(plan: dict[str, Any]) -> Iterator[RenderableType]:
         f"{model['products']} on {model['device']}; {decisions['target_keep']:.0%} of the decoder stays, in space "
         f"{decisions['space']}"
     )
+    if decisions["latency"] is not None:
+        yield decisions["latency"]["description"]
     yield _parameters(plan)
     yield _widths(plan)
     yield _memory(plan["memory"])
@@ -69,8 +71,13 @@ def _parameters(plan: dict[str, Any]) -> Table:
 def _widths(plan: dict[str, Any]) -> Table:
     table = _table("Widths of every layer, if all are cut alike", "structure", "kept", "of", "multiple of")
     for name, width in plan["widths"].items():
-        table.add_row(name, f"{width['kept']:,}", f"{width['of']:,}", str(width["multiple"]))
+        table.add_row(name, _range(width["kept"]), _range(width["of"]), str(width["multiple"]))
     return table
+
+
+def _range(counts: int | list[int]) -> str:
+    """A number for all layers, or the least and the most of them."""
+    return f"{min(counts):,} to {max(counts):,}" if isinstance(counts, list) else f"{counts:,}"
 
 
 def _memory(rows: list[dict[str, Any]]) -> Table:
@@ -86,7 +93,7 @@ def _memory(rows: list[dict[str, Any]]) -> Table:
 
 def _cost(plan: dict[str, Any]) -> Table:
     timed = plan["flops_per_second"] is not None
-    title = "Steps, tokens and operations" + (", with times from a probe of one layer" if timed else "")
+    title = "Steps, tokens and operations" + (", with times from a probe of a few layers" if timed else "")
     table = _table(title, "part", "steps", "tokens", "TFLOP", *(["time"] if timed else []))
     rows = plan["cost"]
     total = {key: sum(row[key] or 0 for row in rows) for key in ("steps", "tokens", "flops", "seconds")}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from atp import processes
-from atp.checks import BUDGET_TOLERANCE, check_reachable
+from atp.checks import BUDGET_TOLERANCE, base_remark, check_reachable
 from atp.config import ATPConfig
+from atp.families import family_of
+from atp.latency import with_time
 from atp.loading import check_prunable, load_shapes
 from atp.plan.cost import cost_of
 from atp.plan.data import data_of
@@ -20,6 +23,7 @@ from atp.plan.shapes import ModelShapes
 from atp.targets import with_share
 from atp.training.callbacks import check_trackers
 from atp.training.precision import autocast_dtype
+from atp.training.validation import samples_scored
 
 _NOT_COUNTED = "Scored questions, generated answers and checkpoints are in no figure."
 
@@ -31,7 +35,8 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
     `InputError` for settings that `atp train` would refuse before the first step; what is wrong with the data is said
     in the section `data` instead.
     """
-    config = with_share(config)
+    timed, latency = with_time(config)
+    config = with_share(timed)
     check_trackers(config.training.report_to)
     found = load_shapes(config.model)
     check_prunable(config.model, found, config.decisions.space)
@@ -46,7 +51,7 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
     return {
         "model": {
             "path": config.model.path,
-            "family": shapes.config.model_type,
+            "family": family_of(found).name,
             "layers": shapes.layers,
             "dtype": config.model.dtype,
             "products": _name(autocast or job.dtype),
@@ -55,7 +60,8 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
         "decisions": {
             "space": config.decisions.space,
             "target_keep": config.decisions.target_keep,
-            "source": config.decisions.source,
+            "source": config.deciding.source,
+            "latency": latency,
         },
         "parameters": {
             "before": _sized(job.before, job.dtype),
@@ -63,12 +69,12 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
             "decoder_share": shapes.share,
         },
         "widths": {
-            s.name: {
-                "kept": shapes.counts[s.name],
-                "of": s.size,
-                "multiple": shapes.multiples.get(s.name, 1),
+            name: {
+                "kept": _one_or_all(shapes.counts[name]),
+                "of": _one_or_all([s.size for s in layers]),
+                "multiple": shapes.multiples.get(name, 1),
             }
-            for s in shapes.space.layer(0)
+            for name, layers in shapes.space.by_name().items()
         },
         "memory": memory,
         "cost": [
@@ -81,7 +87,7 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
             }
             for row in rows
         ],
-        "flops_per_second": None if speed is None else dict(zip(("whole", "cut", "head"), speed.by_kind, strict=True)),
+        "flops_per_second": None if speed is None else {kind: rate for kind, rate in asdict(speed).items() if rate},
         "data": data,
         "exports": [reach._asdict() for reach in reachable_exports(config, found)],
         "remarks": _remarks(config, shapes, data),
@@ -92,11 +98,13 @@ def _within(config: ATPConfig, data: dict[str, Any]) -> ATPConfig:
     """The config without windows that the data do not have: the run takes what there is."""
     if "windows" not in data:
         return config
-    evaluation, decisions, windows = config.evaluation, config.decisions, data["windows"]
+    evaluation, decisions, windows = config.evaluation, config.deciding, data["windows"]
     scored = {"windows": min(evaluation.windows, windows["test"])}
     judged = {
         name: min(getattr(decisions, name), windows["calibration"]) for name in ("refit_windows", "saliency_windows")
     }
+    if "validation" in windows:
+        scored["validation_windows"] = min(samples_scored(config), windows["validation"])
     return config.model_copy(
         update={
             "evaluation": evaluation.model_copy(update=scored),
@@ -109,11 +117,16 @@ def _sized(parameters: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str
     return {part: {"parameters": n, "bytes": n * dtype.itemsize} for part, n in parameters.items()}
 
 
+def _one_or_all(counts: list[int]) -> int | list[int]:
+    """The number that all layers have, or that of each layer where they differ."""
+    return counts[0] if len(set(counts)) == 1 else counts
+
+
 def _remarks(config: ATPConfig, shapes: ModelShapes, data: dict[str, Any]) -> list[str]:
     """What a reader must know of the figures."""
     remarks = [
-        "Widths are those of a cut that is the same in all layers. A run chooses them layer by layer and keeps the "
-        f"target, to within {BUDGET_TOLERANCE:.1%} of the decoder."
+        f"Widths are those of a cut that is the same in all layers{_of_unequal(shapes)}. A run chooses them layer by "
+        f"layer and keeps the target, to within {BUDGET_TOLERANCE:.1%} of the decoder."
     ]
     if abs(shapes.share - config.decisions.target_keep) > BUDGET_TOLERANCE:
         remarks.append(
@@ -123,7 +136,11 @@ def _remarks(config: ATPConfig, shapes: ModelShapes, data: dict[str, Any]) -> li
         remarks.append("Without data every token counts as one with a loss.")
     if config.evaluation.dense_baseline:
         remarks.append("The memory of the dense baseline is not estimated.")
-    return [*remarks, _NOT_COUNTED]
+    return [*remarks, *(line[0].upper() + line[1:] + "." for line in base_remark(config)), _NOT_COUNTED]
+
+
+def _of_unequal(shapes: ModelShapes) -> str:
+    return "" if shapes.space.equal_layers else ", as a share of what the layer has now"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from transformers import PretrainedConfig
 from atp.config import DecisionsConfig
 from atp.decide.budget import Budget
 from atp.decide.rules import width_rules
-from atp.families import Linear
+from atp.families import Linear, is_cut
 from atp.models.config import ATPLlamaConfig
 from atp.removal import cut_config
 from atp.spaces.space import MaskSpace
@@ -27,7 +26,8 @@ _HALVINGS = 50
 class LayerWidths:
     """One decoder layer: its linears by name, and the heads that the sides of its attention linears are made of.
 
-    qk_dim, v_dim: width of a query or key head and of a value head.
+    qk_dim, v_dim: width of a query or key head and of a value head. padded: whether attention is that of cut models,
+    which pads heads.
     """
 
     linears: dict[str, Linear]
@@ -35,6 +35,7 @@ class LayerWidths:
     kv_heads: int
     qk_dim: int
     v_dim: int
+    padded: bool
 
     @property
     def weights(self) -> int:
@@ -50,22 +51,36 @@ class LayerWidths:
         return max(linear.out_features * linear.in_features for linear in self.linears.values())
 
 
+Layers = tuple[LayerWidths, ...]
+"""All decoder layers of a model, in order."""
+
+
+def adapter_params(layers: Layers, rank: int) -> int:
+    """Parameters of LoRA on all linears of these layers."""
+    return sum(widths.adapter(rank) for widths in layers)
+
+
+def weights_of(layers: Layers) -> int:
+    """Entries of all weight matrices of these layers, biases left out."""
+    return sum(widths.weights for widths in layers)
+
+
 @dataclass(frozen=True)
 class ModelShapes:
-    """A model before the cut, and after a cut that leaves the same widths in all layers.
+    """A model before the cut, and after a cut that keeps the same share of every layer.
 
-    counts: kept decisions of each structure in every layer. multiples: what those counts are rounded to. share: of the
+    counts: by structure, the kept decisions of each layer. multiples: what those counts are rounded to. share: of the
     decoder parameters that these counts keep. cut_config: config of the cut model.
     """
 
     config: PretrainedConfig
     space: MaskSpace
     multiples: dict[str, int]
-    counts: dict[str, int]
+    counts: dict[str, list[int]]
     share: float
     cut_config: ATPLlamaConfig
-    whole: LayerWidths
-    kept: LayerWidths
+    whole: Layers
+    kept: Layers
 
     @classmethod
     def of(cls, config: PretrainedConfig, decisions: DecisionsConfig) -> ModelShapes:
@@ -76,17 +91,17 @@ class ModelShapes:
         counts = equal_counts(budget, decisions.target_keep, multiples)
         mask = mask_of(space, counts)
         cut = cut_config(config, space, mask)
-        kept = {}
-        for _, name, rows, columns in islice(space.module_masks(mask), len(space.linears)):
-            linear = space.linears[name]
-            kept[name] = Linear(
+        kept: list[dict[str, Linear]] = [{} for _ in space.linears]
+        for layer, name, rows, columns in space.module_masks(mask):
+            linear = space.linears[layer][name]
+            kept[layer][name] = Linear(
                 linear.out_features if rows is None else int(rows.sum()),
                 linear.in_features if columns is None else int(columns.sum()),
                 linear.bias,
             )
-        share = float(budget.parameters(_by_structure(space, counts))) / budget.total
-        whole = _widths(ATPLlamaConfig.from_whole(config), space.linears)
-        return cls(config, space, multiples, counts, share, cut, whole, _widths(cut, kept))
+        whole = _widths(ATPLlamaConfig.from_whole(config), space.linears, padded=is_cut(config))
+        kept_widths = _widths(cut, kept, padded=True)
+        return cls(config, space, multiples, counts, budget.share(mask), cut, whole, kept_widths)
 
     @property
     def layers(self) -> int:
@@ -94,56 +109,62 @@ class ModelShapes:
         return self.space.num_layers
 
 
-def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> dict[str, int]:
-    """For each structure the decisions that every layer keeps, so that the decoder's share is close to the target.
+def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> dict[str, list[int]]:
+    """By structure, the decisions that each layer keeps, so that the decoder's share is close to the target.
 
     All structures but one get the count nearest to the share that whole numbers are not asked for. The one that the
     space marks as the remainder then gets the count that brings the whole decoder nearest to the target. Counts are
-    multiples of `multiples` (default 1), or the whole structure, and at least one block.
+    multiples of `multiples` (default 1), or the whole structure, and at least one block. Layers of equal size keep
+    equal counts, others the same share.
     """
-    structures = budget.space.layer(0)
-    sizes = {s.name: s.size for s in structures}
+    sizes = {name: [s.size for s in layers] for name, layers in budget.space.by_name().items()}
 
-    def share(counts: Mapping[str, float]) -> float:
+    def share(counts: Mapping[str, Sequence[float]]) -> float:
         return float(budget.parameters(_by_structure(budget.space, counts))) / budget.total
 
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        fits = share({name: middle * size for name, size in sizes.items()}) <= target
+        fits = share({name: [middle * size for size in layers] for name, layers in sizes.items()}) <= target
         low, high = (middle, high) if fits else (low, middle)
     counts = {}
-    for name, size in sizes.items():
+    for name, layers in sizes.items():
         step = multiples.get(name, 1)
-        counts[name] = min(max(round(low * size / step), 1) * step, size)
-    (rest,) = (s.name for s in structures if s.remainder)
+        counts[name] = [min(max(round(low * size / step), 1) * step, size) for size in layers]
+    (rest,) = (s.name for s in budget.space.layer(0) if s.remainder)
     step = multiples.get(rest, 1)
-    blocks = range(1, math.ceil(sizes[rest] / step) + 1)
+    most = math.ceil(max(sizes[rest]) / step)
+    blocks = range(1, most + 1)
 
-    def with_blocks(number: int) -> dict[str, int]:
-        return counts | {rest: min(number * step, sizes[rest])}
+    def with_blocks(number: int) -> dict[str, list[int]]:
+        """The largest layers keep this number of blocks, and smaller ones the same share of theirs."""
+        own = ((size, round(number / most * math.ceil(size / step))) for size in sizes[rest])
+        return counts | {rest: [min(max(kept, 1) * step, size) for size, kept in own]}
 
     above = bisect.bisect_right(blocks, target, key=lambda number: share(with_blocks(number)))
     nearest = {blocks[min(max(index, 0), len(blocks) - 1)] for index in (above - 1, above)}
     return with_blocks(min(sorted(nearest), key=lambda number: abs(share(with_blocks(number)) - target)))
 
 
-def mask_of(space: MaskSpace, counts: dict[str, int]) -> Tensor:
-    """A mask bool [space.size] that keeps the first `counts` decisions of each structure in every layer."""
+def mask_of(space: MaskSpace, counts: Mapping[str, Sequence[int]]) -> Tensor:
+    """A mask bool [space.size] that keeps the first decisions of each structure, `counts` of them in each layer."""
     mask = torch.zeros(space.size, dtype=torch.bool)
     for structure in space.structures:
-        mask[structure.start : structure.start + counts[structure.name]] = True
+        mask[structure.start : structure.start + counts[structure.name][structure.layer]] = True
     return mask
 
 
-def _by_structure(space: MaskSpace, counts: Mapping[str, float]) -> Tensor:
+def _by_structure(space: MaskSpace, counts: Mapping[str, Sequence[float]]) -> Tensor:
     """The counts as `Budget.parameters` takes them, float64 [structures of the space]."""
-    return torch.tensor([float(counts[structure.name]) for structure in space.structures], dtype=torch.float64)
+    return torch.tensor([float(counts[s.name][s.layer]) for s in space.structures], dtype=torch.float64)
 
 
-def _widths(config: ATPLlamaConfig, linears: dict[str, Linear]) -> LayerWidths:
-    shape = config.layer_shape(0)
-    return LayerWidths(
-        linears, shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim(config.uncut_head_dim),
-        shape.v_head_dim,
+def _widths(config: ATPLlamaConfig, linears: Sequence[dict[str, Linear]], *, padded: bool) -> Layers:
+    shapes = (config.layer_shape(layer) for layer in range(len(linears)))
+    return tuple(
+        LayerWidths(
+            own, shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim(config.uncut_head_dim),
+            shape.v_head_dim, padded,
+        )
+        for own, shape in zip(linears, shapes, strict=True)
     )  # fmt: skip

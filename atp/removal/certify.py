@@ -26,6 +26,7 @@ from atp.data import collate
 from atp.errors import NotReached
 from atp.models.load import read_model
 from atp.removal.widen import widened
+from atp_kernels.quantized import dense
 
 MEANING = {
     "removed_lora_norm": "largest LoRA norm left on a removed group",
@@ -124,7 +125,7 @@ def merge_error(model: PeftModel, exported: nn.Module) -> float:
 
 def _share_of_allowed(layer: LoraLayer, adapter: str, found: Tensor) -> float:
     linears: Any = layer.get_base_layer(), layer.lora_B[adapter], layer.lora_A[adapter]
-    weight, b, a = (linear.weight.detach().cpu() for linear in linears)
+    weight, b, a = (dense(linear.weight.detach()).cpu() for linear in linears)
     kind, wide = torch.finfo(weight.dtype), torch.finfo(torch.float64)
     w, b, a = weight.double(), layer.scaling[adapter] * b.double(), a.double()
     exact = w + b @ a

@@ -21,7 +21,8 @@ from atp.models.config import ATPLlamaConfig
 from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
 from atp.models.selected import Selection
 from atp.spaces.space import MaskSpace
-from atp_kernels import compact
+from atp_kernels import QuantizedWeight, compact
+from atp_kernels.quantized import dense
 
 _LINEAR = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?P<module>(?:self_attn|mlp)\.\w+?)\.(?P<parameter>.+)$")
 # Which axes of a parameter are cut: rows (outputs of the linear) and columns (inputs).
@@ -50,9 +51,14 @@ def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> 
 
 
 def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPLlamaConfig:
-    """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`."""
+    """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`.
+
+    Widths in which layers differed already and that this space does not cut stay as they are.
+    """
     _check_mask(space, mask)
     layers = {layer: space.layer_widths(layer, mask) for layer in range(space.num_layers)}
+    if isinstance(config, ATPLlamaConfig):
+        layers = {layer: config.own_widths(layer) | widths for layer, widths in layers.items()}
     same = {
         key: value
         for key, value in layers[0].items()
@@ -90,8 +96,9 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """A plain model of the base's class whose weights hold W + scaling * B A; `model` stays as it is.
 
-    The sum is formed in float64 and rounded once to the dtype of W. Only merged weights are new memory, other tensors
-    are shared with `model`. Raises ValueError for other adapters than one plain LoRA.
+    The sum is formed in float64, from a quantized W as it is dequantized, and rounded once to the dtype of W. Only
+    merged weights are new memory, other tensors are shared with `model`. Raises ValueError for other adapters than one
+    plain LoRA.
     """
     adapter, _ = _adapter_config(model)
     layers = model.get_base_model().named_modules()
@@ -101,7 +108,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def base_of(model: PeftModel) -> PreTrainedModel:
-    """A plain model of the base's class without the adapter; shares all tensors with `model`."""
+    """A plain model of the base's class without the adapter; shares all tensors but quantized ones with `model`."""
     return _plain(model, {})
 
 
@@ -110,7 +117,7 @@ def _plain(model: PeftModel, changed: dict[str, Tensor]) -> PreTrainedModel:
     state = {n.replace(".base_layer.", "."): t for n, t in source.state_dict().items() if ".lora_" not in n}
     with torch.device("meta"):
         plain = type(source)(copy.deepcopy(source.config))
-    plain.load_state_dict(state | changed, assign=True)
+    plain.load_state_dict({name: dense(tensor) for name, tensor in (state | changed).items()}, assign=True)
     _complete(plain, source)
     return plain.train(model.training)
 
@@ -132,14 +139,14 @@ def _kept_indices(space: MaskSpace, mask: Tensor) -> dict[tuple[int, str], tuple
     kept = {}
     for layer, module, *masks in space.module_masks(mask):
         rows, columns = (None if side is None or bool(side.all()) else side.nonzero().flatten() for side in masks)
-        linear = space.linears[module]
+        linear = space.linears[layer][module]
         kept[layer, module] = (rows, columns), (linear.out_features, linear.in_features)
     return kept
 
 
 def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> Tensor:
     match = _LINEAR.search(name)
-    if match is None or match["module"] not in space.linears or tensor.ndim == 0:
+    if match is None or match["module"] not in space.modules or tensor.ndim == 0:
         return tensor
     parameter = match["parameter"]
     axes = next((axes for pattern, axes in _PARAMETERS if re.fullmatch(pattern + _OPTIMIZER_STATE, parameter)), None)
@@ -159,6 +166,8 @@ def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> T
     )
     if rows is None and columns is None:
         return tensor
+    if isinstance(tensor, QuantizedWeight):
+        return tensor.kept(rows, columns)
     return tensor.detach()[rows] if tensor.ndim == 1 else compact(tensor, rows, columns)
 
 
@@ -178,7 +187,9 @@ def _wrap_like(model: PeftModel, base: ATPLlamaForCausalLM) -> PeftModel:
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # no model on the Hub has these widths
     options: dict[str, Any] = {"adapter_name": adapter, "autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
-    return fuse_layers(get_peft_model(base, config, **options))
+    wrapped = get_peft_model(base, config, **options)
+    wrapped.peft_config[adapter].base_model_name_or_path = None  # PEFT writes the name of the model into it
+    return fuse_layers(wrapped)
 
 
 def _complete(base: Any, source: Any) -> None:
@@ -205,5 +216,5 @@ def _merged_weight(layer: LoraLayer, adapter: str) -> Tensor:
     weight: Tensor = base.weight
     factors: Any = layer.lora_B[adapter], layer.lora_A[adapter]
     place = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
-    w, b, a = (x.to(place).double() for x in (weight, *(factor.weight for factor in factors)))
-    return torch.addmm(w, b, a, alpha=layer.scaling[adapter]).to(weight)
+    w, b, a = (x.to(place).double() for x in (dense(weight), *(factor.weight for factor in factors)))
+    return torch.addmm(w, b, a, alpha=layer.scaling[adapter]).to(weight.device, weight.dtype)

@@ -21,6 +21,8 @@ from atp.finite import is_finite
 from atp.lora.controller import MaskController
 from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, residual_multiplier, run_block
 from atp.spaces.space import MaskSpace
+from atp_kernels import QuantizedWeight
+from atp_kernels.quantized import dense
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
 """What the refit chooses lambda from, as shares of the mean square of the kept inputs."""
@@ -47,9 +49,10 @@ def refit(
     memory at once are, for all of them, the hidden states of the whole model and of the cut one, twice their difference
     and twice the inputs of one linear. damping: lambda as a share of the mean square of the kept inputs; None chooses
     one of `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone that none of them helps there.
-    Columns of removed inputs stay as they are. Clears the masks; kept slices are stale afterwards. Returns the changed
-    weights, not copied, by their names in the decoder. Raises `NotReached` when inputs, differences or fitted weights
-    are not finite.
+    Columns of removed inputs stay as they are. A quantized weight that the fit changes becomes a floating one: rounding
+    it to a few bits again would add their error to what was fitted. Clears the masks; kept slices are stale afterwards.
+    Returns the changed weights, not copied, by their names in the decoder. Raises `NotReached` when inputs, differences
+    or fitted weights are not finite.
     """
     cut, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
     whole = list(cut)
@@ -73,9 +76,12 @@ def refit(
                 (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer)
                 for aim, x, read in zip(whole, cut, inputs, strict=True)
             ]
-            weight = linear.get_base_layer().weight
+            base = linear.get_base_layer()
+            weight = dense(base.weight)
             if _fit(name, weight, inputs, lost, structure.kept_inputs(mask).to(weight.device), damping):
-                changed[f"{name}.base_layer.weight"] = weight
+                if isinstance(base.weight, QuantizedWeight):
+                    base.weight = nn.Parameter(weight, requires_grad=False)
+                changed[f"{name}.base_layer.weight"] = base.weight
             cut = [add_block(layer, x, linear(read)) for x, read in zip(cut, inputs, strict=True)]
     controller.clear()
     return changed

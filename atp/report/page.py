@@ -11,13 +11,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from atp.errors import shorten
 from atp.files import write_text
-from atp.report import sections
+from atp.report import sections, words
 from atp.report.files import RunFiles, read_run
 
 _SECTIONS: dict[str, Callable[[RunFiles], Any]] = {
-    "headline": sections.headline, "scores": sections.scores, "answers": sections.answers,
-    "training": sections.training, "widths": sections.widths, "certificate": sections.certificate,
-    "settings": sections.settings,
+    "opening": words.opening, "headline": sections.headline, "usage": words.usage, "scores": sections.scores,
+    "answers": sections.answers, "samples": sections.samples, "training": sections.training, "widths": sections.widths,
+    "certificate": sections.certificate, "settings": sections.settings,
 }  # fmt: skip
 
 
@@ -31,7 +31,9 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     content = {name: _found(name, part, run) for name, part in _SECTIONS.items()}
     path = run_dir / "report.html"
-    write_text(path, render("run", title=f"ATP run {run.name}", notes=sections.notes(run), **content))
+    write_text(
+        path, render("run", title=f"ATP run {run.name}", notes=sections.notes(run), glossary=words.GLOSSARY, **content)
+    )
     return path
 
 

@@ -57,6 +57,9 @@ def losses(metrics: Records) -> str:
         steps, values = _points(metrics, "decision_loss")
         if steps:
             axes.plot(steps, _smooth(values), color=_SERIES[3], linestyle=":", label="decision loss")
+        steps, values = _points(metrics, "validation_loss")
+        if steps:
+            axes.plot(steps, values, color=_INK, marker=".", linewidth=1, label="validation")
         _finish(axes, "cross-entropy (nats)")
 
     return _svg("losses", draw) if _points(metrics, "loss")[0] else ""
@@ -134,6 +137,7 @@ def curves_png(path: Path, panels: dict[str, dict[str, list[Point]]], x: str, y:
 
     panels: title of a panel -> name of a line -> its points in order.
     """
+    from matplotlib.ticker import LogFormatter
 
     def draw(figure: Figure) -> None:
         names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
@@ -144,6 +148,8 @@ def curves_png(path: Path, panels: dict[str, dict[str, list[Point]]], x: str, y:
                 axes.plot(at, values, color=colors[name], marker="o", markersize=3, label=name)
                 axes.fill_between(at, low, high, color=colors[name], alpha=0.15, linewidth=0)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # plain numbers: the default writes formulas
+            axes.yaxis.set_minor_formatter(LogFormatter())
             axes.set_title(title)
             axes.set_xlabel(x)
         axes.figure.axes[0].set_ylabel(y)

@@ -70,10 +70,26 @@ def answers(run: RunFiles) -> dict[str, Any]:
     return {"prompt": pairs[0][1], "given": pairs[1:], "chosen": run.summary["answers"]["chosen"]} if pairs else {}
 
 
+def samples(run: RunFiles) -> list[dict[str, Any]]:
+    """A few held-out prompts, each with the reference and every model's answer as (title, text)."""
+    return [
+        {
+            "prompt": str(sample["prompt"]),
+            "columns": [
+                ("reference", str(sample["reference"])),
+                *((MODELS.get(name, name), str(answer)) for name, answer in sample["models"].items()),
+            ],
+        }
+        for sample in run.summary.get("samples") or []
+    ]
+
+
 def training(run: RunFiles) -> dict[str, Any]:
     """How the run went: losses, budget and decisions over time, and a table by phase."""
+    watched = any("validation_loss" in record for record in run.metrics)
+    more = ", and the validation loss" if watched else ""
     figures = (
-        (plots.losses(run.metrics), "Loss by phase: each step (faint) and the mean of the last ten."),
+        (plots.losses(run.metrics), f"Loss by phase: each step (faint) and the mean of the last ten{more}."),
         (plots.kept_share(run.metrics), "Share of the decoder kept by the hard mask, and the scheduled target."),
         (plots.changed_decisions(run.metrics), "Decisions that changed since the last decision step."),
         (plots.lasso(run.metrics), "Group lasso on removed LoRA groups; the line ends where it reaches zero."),
@@ -83,15 +99,20 @@ def training(run: RunFiles) -> dict[str, Any]:
 
 def widths(run: RunFiles) -> dict[str, Any]:
     """What is left of every layer."""
-    sizes, layers = run.decisions.get("sizes") or {}, run.decisions.get("layers") or []
-    shares = {name: [len(layer.get(name, ())) / size for layer in layers] for name, size in sizes.items() if size}
+    layers = run.decisions.get("layers") or []
+    sizes = {name: _by_layer(size, layers) for name, size in (run.decisions.get("sizes") or {}).items()}
+    shares = {
+        name: [len(layer.get(name, ())) / size for layer, size in zip(layers, of, strict=True)]
+        for name, of in sizes.items()
+        if all(of)
+    }
     if len(shares) > _MOST_STRUCTURES:
         shares = {}  # no mask space has so many, and each is a picture of its own
     rows = [[str(i), *(number(len(layer.get(name, ()))) for name in sizes)] for i, layer in enumerate(layers)]
     return {
         "plot": Markup(plots.widths(shares)),
         "space": str(run.decisions.get("space")),
-        "head": ["layer", *(f"{name} (of {size})" for name, size in sizes.items())],
+        "head": ["layer", *(f"{name} (of {_range(of)})" for name, of in sizes.items())],
         "rows": rows,
     }
 
@@ -117,6 +138,16 @@ def settings(run: RunFiles) -> dict[str, Any]:
         "data": list(_flat(data)),
         "versions": list(_flat(versions)),
     }
+
+
+def _by_layer(size: Any, layers: list[Any]) -> list[int]:
+    """The decisions of a structure in each layer; decisions.json has one number where all layers have as many."""
+    return size if isinstance(size, list) else [size] * len(layers)
+
+
+def _range(sizes: list[int]) -> str:
+    """One number, or the least and the most."""
+    return " to ".join(map(str, dict.fromkeys((min(sizes), max(sizes))))) if sizes else DASH
 
 
 def _cards(run: RunFiles) -> Iterator[Card]:
@@ -186,6 +217,12 @@ def _phases(run: RunFiles) -> Iterator[list[str]]:
         ends = [number(statistics.fmean(part)) if part else DASH for part in (losses[:10], losses[-10:])]
         span = f"{records[0]['step']} to {records[-1]['step']}"
         yield [phase, span, *ends, number(rate, 0), number(seconds.pop(phase, None), 0)]
+    total = seconds.pop("total", None)
+    if total is not None:
+        rest = total - sum(spent for name, spent in run.summary["seconds"].items() if name != "total")
+        if rest > 0:  # the total of a resumed run is that of its last part
+            seconds["loading, scoring, export"] = rest
+        seconds["total"] = total
     for phase in [*rates, *(name for name in seconds if name not in rates)]:
         label = MODELS.get(phase, phase).replace("_", " ")
         yield [label, "", "", "", number(rates.get(phase), 0), number(seconds.get(phase), 0)]

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from atp.families import Linear
 from atp.spaces.mlp import mlp_channels
-from atp.spaces.space import WIDTHS, Cut, Structure, register
+from atp.spaces.space import CUDA_WIDTHS, WIDTHS, Cut, Structure, register
 
 _SELECTIONS = {
     "attention_inputs": (1, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -36,9 +36,12 @@ def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Str
     """
     hidden = torch.arange(config.hidden_size)
     return [
-        Structure(name, len(hidden), tuple(Cut(module, axis, hidden) for module in modules), _widths, multiples=WIDTHS)
+        Structure(
+            name, len(hidden), tuple(Cut(module, axis, hidden) for module in modules), _widths,
+            multiples=WIDTHS, cuda_multiples=CUDA_WIDTHS,
+        )
         for name, (axis, modules) in _SELECTIONS.items()
-    ] + [mlp_channels(linears)]
+    ] + [mlp_channels(linears)]  # fmt: skip
 
 
 def _widths(structure: Structure, kept: Tensor) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Str
 
     A soft mask multiplies queries, keys and values, so the inputs of o_proj arrive multiplied. Attention treats all
     heads alike, so whole heads may lie in any order: q_proj and o_proj in one, k_proj and v_proj in one.
+    On CUDA an even number of groups is preferred: two heads of 64 dimensions fill a tile of its matrix products.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = linears["self_attn.v_proj"].out_features // kv_heads
@@ -38,4 +39,5 @@ def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Str
             raise ValueError(f"layer {structure.layer}: the attention linears keep different heads")
         return {"num_attention_heads": int(queries.sum()), "num_key_value_heads": int(groups.sum())}
 
-    return [Structure("kv_group", kv_heads, cuts, widths, reader="self_attn.o_proj"), mlp_channels(linears)]
+    groups = Structure("kv_group", kv_heads, cuts, widths, reader="self_attn.o_proj", cuda_multiples=(2,))
+    return [groups, mlp_channels(linears)]

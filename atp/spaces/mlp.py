@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atp.families import Linear
-from atp.spaces.space import WIDTHS, Cut, Structure
+from atp.spaces.space import CUDA_WIDTHS, WIDTHS, Cut, Structure
 
 
 def mlp_channels(linears: dict[str, Linear]) -> Structure:
@@ -22,7 +22,9 @@ def mlp_channels(linears: dict[str, Linear]) -> Structure:
         Cut("mlp.up_proj", 0, owner, reorderable=True),
         Cut("mlp.down_proj", 1, owner, soft=False, reorderable=True),
     )
-    return Structure("mlp", size, cuts, _widths, reader="mlp.down_proj", multiples=WIDTHS, remainder=True)
+    return Structure(
+        "mlp", size, cuts, _widths, reader="mlp.down_proj", multiples=WIDTHS, cuda_multiples=CUDA_WIDTHS, remainder=True
+    )
 
 
 def _widths(structure: Structure, kept: Tensor) -> dict[str, int]:

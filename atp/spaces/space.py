@@ -8,7 +8,8 @@ layer has. Everybody else asks these questions and never looks at the name of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from atp.families import Linear, UnsupportedModel, family_of
+from atp.families import Linear, UnsupportedModel, family_of, layer_config
 
 WIDTHS = (64, 32, 16, 8, 4, 2)
 """Preferred multiples of a width of linears, the best first: 4-bit kernels and tensor cores want 64."""
+CUDA_WIDTHS = (128,)
+"""Those before them on CUDA, where matrix products are tiled by 128."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,7 @@ class Structure:
     widths: maps (this structure, kept decisions bool [size]) to the keys of `LayerShape` that the cut sets.
     reader: the linear that reads this structure on its input side and ends its residual block; None without one.
     multiples: preferred multiples for the number of kept decisions, the best first; empty where any number is as good.
+    cuda_multiples: those that come before them where the model trains on CUDA.
     remainder: whether this is the structure that makes up the rest of a budget where all layers keep equal counts.
     layer, start: set by `MaskSpace`; start is the position of the first decision in the flat vector of all decisions.
     """
@@ -59,6 +63,7 @@ class Structure:
     widths: Callable[[Structure, Tensor], dict[str, Any]]
     reader: str | None = None
     multiples: tuple[int, ...] = ()
+    cuda_multiples: tuple[int, ...] = ()
     remainder: bool = False
     layer: int = 0
     start: int = 0
@@ -90,7 +95,7 @@ class Structure:
 
 
 Builder = Callable[[PretrainedConfig, dict[str, Linear]], list[Structure]]
-"""Makes the structures of one layer from the model's config and the linears of its family."""
+"""Makes the structures of one layer from the config of this layer and its linears."""
 
 _SPACES: dict[str, tuple[tuple[str, ...], Builder]] = {}
 
@@ -118,23 +123,31 @@ def structure_names() -> list[str]:
 class MaskSpace:
     """All decisions of a model as one flat vector, and the table of what each one removes.
 
-    A mask over the space is a tensor [size]: bool or 0/1 (hard, True keeps) or in [0, 1] (soft).
+    A mask over the space is a tensor [size]: bool or 0/1 (hard, True keeps) or in [0, 1] (soft). All layers have the
+    same structures and linears by name; in a model that is cut already their sizes differ.
     """
 
     def __init__(
-        self, name: str, structures: list[Structure], linears: dict[str, Linear], norm_params: int, num_layers: int
+        self,
+        name: str,
+        structures: Sequence[list[Structure]],
+        linears: Sequence[dict[str, Linear]],
+        norm_params: int,
     ):
-        """structures: those of one layer. linears: by name inside a layer. norm_params: uncut parameters per layer.
+        """structures: those of each layer. linears: of each layer, by name. norm_params: uncut parameters per layer.
 
-        `structure_of`, int64 [size], gives the position in `structures` of the structure that each decision belongs to.
-        Raises ValueError for a table that does not cover each side that it cuts exactly once.
+        `modules` are the names of the linears of a layer. `structure_of`, int64 [size], gives the position in
+        `structures` of the structure that each decision belongs to. Raises ValueError for a table that does not cover
+        each side that it cuts exactly once.
         """
-        _check_table(name, structures, linears)
-        self.name, self.linears, self.norm_params, self.num_layers = name, linears, norm_params, num_layers
+        self.name, self.linears, self.norm_params, self.num_layers = name, linears, norm_params, len(linears)
+        self.modules = tuple(linears[0])
         self.structures: list[Structure] = []
         start = 0
-        for layer in range(num_layers):
-            for structure in structures:
+        for layer, (own, of_layer) in enumerate(zip(structures, linears, strict=True)):
+            if layer == 0 or own is not structures[layer - 1]:
+                _check_table(name, own, of_layer)
+            for structure in own:
                 self.structures.append(replace(structure, layer=layer, start=start))
                 start += structure.size
         self.size = start
@@ -150,9 +163,35 @@ class MaskSpace:
         reason = family.refuses(config, space)
         if reason:
             raise UnsupportedModel(f"space '{space}' does not fit model family '{family.name}': {reason}")
-        linears = family.linears(config)
         _, build = _SPACES[space]
-        return cls(space, build(config, linears), linears, family.norm_params(config), config.num_hidden_layers)
+        built: dict[tuple[tuple[str, Linear], ...], list[Structure]] = {}  # layers of one shape share their tables
+        structures, linears = [], []
+        for layer in range(config.num_hidden_layers):
+            own = layer_config(config, layer)
+            linears.append(family.linears(own))
+            shape = tuple(linears[-1].items())
+            if shape not in built:
+                built[shape] = build(own, linears[-1])
+            structures.append(built[shape])
+        return cls(space, structures, linears, family.norm_params(config))
+
+    def to(self, device: torch.device) -> MaskSpace:
+        """This space with its index tensors on a device, where masks are then expanded without a copy per side."""
+        if self.structure_of.device == device:
+            return self
+        # Layers of one shape share their cuts, and the cuts of a structure may share an owner.
+        owners: dict[int, Tensor] = {}
+        cuts: dict[int, tuple[Cut, ...]] = {}
+        for structure in self.structures:
+            if id(structure.cuts) not in cuts:
+                for cut in structure.cuts:
+                    owners.setdefault(id(cut.owner), cut.owner.to(device))
+                own = (replace(cut, owner=owners[id(cut.owner)]) for cut in structure.cuts)
+                cuts[id(structure.cuts)] = tuple(own)
+        moved = copy.copy(self)
+        moved.structures = [replace(structure, cuts=cuts[id(structure.cuts)]) for structure in self.structures]
+        moved.structure_of = self.structure_of.to(device)
+        return moved
 
     # What a decision touches
 
@@ -160,6 +199,18 @@ class MaskSpace:
         """The structures of one layer."""
         per_layer = len(self.structures) // self.num_layers
         return self.structures[index * per_layer : (index + 1) * per_layer]
+
+    def by_name(self) -> dict[str, list[Structure]]:
+        """The structures of all layers by their names, in the order of the layers."""
+        found: dict[str, list[Structure]] = {}
+        for structure in self.structures:
+            found.setdefault(structure.name, []).append(structure)
+        return found
+
+    @property
+    def equal_layers(self) -> bool:
+        """Whether all layers have the same widths."""
+        return all(linears == self.linears[0] for linears in self.linears)
 
     def module_masks(
         self, mask: Tensor, *, soft: bool = False
@@ -169,7 +220,7 @@ class MaskSpace:
         See `Structure.sides` for what the masks are.
         """
         for layer in range(self.num_layers):
-            sides: dict[str, list[Tensor | None]] = {name: [None, None] for name in self.linears}
+            sides: dict[str, list[Tensor | None]] = {name: [None, None] for name in self.modules}
             for structure in self.layer(layer):
                 for cut, side in structure.sides(mask, soft=soft):
                     sides[cut.module][cut.axis] = side
@@ -200,10 +251,7 @@ class MaskSpace:
 
     def describe(self, mask: Tensor) -> dict[str, list[int]]:
         """Kept decisions of a hard mask: for each structure name, one count per layer."""
-        counts: dict[str, list[int]] = {}
-        for structure in self.structures:
-            counts.setdefault(structure.name, []).append(int(mask[structure.span].sum()))
-        return counts
+        return {name: [int(mask[s.span].sum()) for s in structures] for name, structures in self.by_name().items()}
 
     def kept_indices(self, mask: Tensor) -> list[dict[str, list[int]]]:
         """For each layer, the kept decisions of every structure by name (the form that decisions.json holds)."""

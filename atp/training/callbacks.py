@@ -10,7 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from atp import processes
+from atp import processes, progress
 from atp.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -37,24 +37,25 @@ class Callback:
 
 
 class ProgressBar(Callback):
-    """One bar for the whole run: phase, loss, share kept, tokens per second and time left."""
+    """One bar for the whole run: phase, loss, share kept, tokens per second, time left. In a log: a line per record."""
 
-    def __init__(self, progress: Progress, total: int, title: str | None = None) -> None:
+    def __init__(self, display: Progress, total: int, title: str | None = None) -> None:
         """total: number of LoRA steps. title: shown in place of the phase."""
-        self.progress, self.title = progress, title
-        self._task = progress.add_task(title or "", total=total, note="")
+        self.progress, self.title, self.total = display, title, total
+        self._task = display.add_task(title or "", total=total, note="")
 
     def on_phase(self, loop: Loop) -> None:
         self.progress.update(self._task, completed=loop.step, description=self.title or loop.phase)
+        progress.begin(self.title or loop.phase)
 
     def on_step(self, loop: Loop, record: Record | None) -> None:
         if record is None:
             return
-        note = f"loss {record['loss']:.3f}"
-        if "keep" in record:
-            note += f"  kept {record['keep']:.3f}"
-        note += f"  {record['tokens_per_second']:,.0f} tok/s"
+        note = progress.note(record)
+        if loop.validation.last is not None:
+            note += f"  validation {loop.validation.last:.3f}"
         self.progress.update(self._task, completed=loop.step, note=note)
+        progress.step(self.title or loop.phase, record, self.total)
 
 
 def make_progress() -> Progress:

@@ -23,7 +23,7 @@ from atp.files import remove_leftovers, whole_folder, write_text
 from atp.finite import first_non_finite
 
 LATEST = "LATEST"
-FORMAT = 3  # goes up with every change after which an older checkpoint cannot be continued
+FORMAT = 4  # goes up with every change after which an older checkpoint cannot be continued
 _TENSORS, _META = "state.safetensors", "state.json"
 _PREFIX = "checkpoint-"
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from atp import processes
 from atp.data import collate
+from atp.devices import upload
 
 Batch = dict[str, Any]
 """What `atp.data.collate` makes, its tensors on the device of the model."""
@@ -102,5 +103,5 @@ def step_batches(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device; pinned ones travel without halting the host."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors on a device."""
+    return {k: upload(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -1,14 +1,13 @@
-"""The training loop: what one step does, in order, and what happens between steps.
+"""The training loop: what happens around and between the steps of `atp.training.steps`.
 
-ATP runs `open_step`, `search_step`, `settle_step` and, after the cut, `tune_step`; every baseline runs `tune_step`
-alone. The loop is built on accelerate: device, data-parallel wrapping, gradient clipping and trackers are its own.
+It is built on accelerate: device, data-parallel wrapping, gradient clipping and trackers are its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
 
-from atp import processes
+from atp import heap, processes
 from atp.config import ATPConfig
 from atp.errors import InputError, Interrupted
 from atp.finite import FiniteGuard, refuse_weights
@@ -35,73 +34,20 @@ from atp.training.distill import Teacher
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.precision import autocast_dtype
-from atp.training.pruning import Pruning
+from atp.training.prometheus import MetricsFile
 from atp.training.resume import fingerprints, refuse_other_inputs
 from atp.training.schedule import Phases, learning_rate
+from atp.training.validation import Validation
 
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-def open_step(loop: Loop, pruning: Pruning, batches: list[Batch]) -> None:
-    """All structures in place: a plain LoRA step of the uncut model."""
-    tokens = loop.scored_tokens(batches)
-    for batch in loop.accumulate(batches):
-        with pruning.open():
-            loss = loop.loss(batch, tokens)
-            loop.backward(loss)
-    loop.clip()
-    loop.skip_if_not_finite()
-    loop.optimizer.step()
-
-
-def search_step(loop: Loop, pruning: Pruning, batches: list[Batch]) -> None:
-    """Decisions and adapter both learn: a decision step, then a LoRA step under the new hard mask."""
-    beta = loop.config.training.beta
-    pruning.decide(loop.step - loop.phases.open)
-    tokens = loop.scored_tokens(batches)
-    for batch in loop.accumulate(batches):
-        with pruning.masked():
-            loss = loop.loss(batch, tokens)
-            loop.backward(loss)
-    loop.clip()
-    pruning.regularize(beta)
-    skip = loop.skip_if_not_finite(pruning.regularizer.parameters)
-    loop.optimizer.step()
-    pruning.after_step(beta, skip)
-
-
-def settle_step(loop: Loop, pruning: Pruning, batches: list[Batch]) -> None:
-    """Decisions are frozen: a LoRA step under their mask, then removed LoRA groups shrink towards zero."""
-    beta = loop.config.training.settle_beta
-    tokens = loop.scored_tokens(batches)
-    for batch in loop.accumulate(batches):
-        with pruning.masked():
-            loss = loop.loss(batch, tokens)
-            loop.backward(loss)
-    loop.clip()
-    pruning.regularize(beta)
-    skip = loop.skip_if_not_finite(pruning.regularizer.parameters)
-    loop.optimizer.step()
-    pruning.after_step(beta, skip)
-    pruning.shrink(steps_left=loop.phases.cut_step - loop.step)
-
-
-def tune_step(loop: Loop, batches: list[Batch]) -> None:
-    """A plain LoRA step, of the cut model or of a baseline's."""
-    tokens = loop.scored_tokens(batches)
-    for batch in loop.accumulate(batches):
-        loss = loop.loss(batch, tokens)
-        loop.backward(loss)
-    loop.clip()
-    loop.skip_if_not_finite()
-    loop.optimizer.step()
 
 
 class Loop:
     """What every run shares: optimizer, samples, precision, guards, records, signals and checkpoints.
 
     Trains the adapter of a PEFT model for `phases.total` steps. folder holds metrics.jsonl and checkpoints/.
-    train_dataset yields dictionaries with `input_ids` and `labels` int64 [length], as the datasets of `atp.data` do.
+    train_dataset yields dictionaries with `input_ids` and `labels` int64 [length], as the datasets of `atp.data` do;
+    so does validation, which `evaluation.every` needs.
     Subclasses extend `check`, `record` and `checkpoint`. Raises `InputError` for weights that are not finite.
     """
 
@@ -113,6 +59,7 @@ class Loop:
         folder: Path,
         phases: Phases,
         *,
+        validation: Dataset | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -121,7 +68,8 @@ class Loop:
         self.config, self.phases, self.tokenizer = config, phases, tokenizer
         self.train_dataset = train_dataset
         trackers = [name for name in config.training.report_to if name != "none"]
-        self.callbacks = [*callbacks, *([Trackers()] if trackers else [])]
+        told = [MetricsFile(config.training.metrics_file)] if config.training.metrics_file else []
+        self.callbacks = [*callbacks, *([Trackers()] if trackers else []), *told]
         self.step = 0  # finished LoRA steps
         self.phase = ""
         self.teacher: Teacher | None = None
@@ -133,6 +81,7 @@ class Loop:
         self.inputs: dict[str, str] | None = None  # fingerprints of what is trained from; taken in `train` if not given
         self.say: Callable[[str], None] = print if processes.is_main() else lambda line: None
         self.autocast_dtype = processes.on_main(lambda: autocast_dtype(config.training.precision))
+        self.validation = Validation(config, validation, self.autocast_dtype)
         self.accelerator = Accelerator(
             cpu=processes.device().type == "cpu",
             mixed_precision="no",  # `loss` enters autocast itself: accelerate would cast the logits to float32
@@ -221,6 +170,7 @@ class Loop:
     def begin(self, phase: str) -> None:
         """Names the phase under way and tells callbacks, once per phase."""
         if self.phase != phase:
+            heap.give_back()  # what the phase before has left
             self.phase = phase
             self._tell("on_phase")
 
@@ -236,7 +186,7 @@ class Loop:
         if self._batches is None:
             self._batches = self.batches_from(self.step)
         self.begin(phase)
-        while self.step < until:
+        while self.step < until and not self.validation.exhausted:
             started = time.perf_counter()
             batches = next(self._batches)
             rate = self._set_learning_rate()
@@ -247,16 +197,42 @@ class Loop:
             tokens = sum(batch["tokens"] for batch in batches) * processes.count()
             self.clock.add(phase, time.perf_counter() - started, tokens)
             record = self._log(rate) if self.step % self.config.training.log_every == 0 else None
+            if self.validation.due(self.step, self.phases.total):
+                loss = self.validate()
+                self.metrics.write({"step": self.step, "phase": phase, "validation_loss": loss})
             self._tell("on_step", record)
             if self.step == self.phases.cut_step:
                 continue
-            if stopping or self.step == self.phases.total or self.step % self.config.training.save_every == 0:
+            ending = self.step == self.phases.total or self.validation.exhausted
+            if stopping or ending or self.step % self.config.training.save_every == 0:
                 self.check()
                 self.write(self.checkpoint())
             if stopping:
                 self.end_on_signal()
         if self.step in (self.phases.cut_step, self.phases.total):
             self.check()
+
+    def validate(self) -> float:
+        """Scores the model as it is on the validation split: nats per token."""
+        with self.clock.timed("validation"), self.as_scored():
+            loss = self.validation.measure(self.model, self.device)
+        if self.final_shape:
+            self.validation.compare(self.step, loss, self._adapter())
+        return loss
+
+    def as_scored(self) -> AbstractContextManager[Any]:
+        """What is in force beside the weights while the model is scored."""
+        return nullcontext()
+
+    @property
+    def final_shape(self) -> bool:
+        """Whether the model has the shapes that it will be exported with."""
+        return True
+
+    def take_best(self) -> None:
+        """Ends the run with the adapter of the best validation score, if `training.keep_best` is set."""
+        if self.validation.adapter:
+            self._set_adapter(self.validation.adapter)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -323,7 +299,8 @@ class Loop:
 
     def samples(self) -> dict[str, Dataset]:
         """The data sets that training reads, by split."""
-        return {"train": self.train_dataset}
+        validation = {} if self.validation.dataset is None else {"validation": self.validation.dataset}
+        return {"train": self.train_dataset, **validation}
 
     def resume_point(self, resume: bool) -> Path | None:
         """The checkpoint that training continues from, None for a start from step 0; says what is not as expected.
@@ -339,7 +316,7 @@ class Loop:
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
-        tensors: dict[str, Tensor] = {f"model.{name}": self.model.get_parameter(name) for name in self._trained}
+        tensors = prefixed("model", self._adapter()) | prefixed("best", self.validation.adapter)
         tensors |= prefixed("lora_optimizer", checkpoints.optimizer_tensors(self.adamw, self._trained))
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -348,11 +325,21 @@ class Loop:
             "config": self.config.model_dump(mode="json"),
             "clock": self.clock.state(),
             "finite": self.finite.state(),
+            "validation": self.validation.state(),
             "processes": processes.count(),
             "precision": "float32" if self.autocast_dtype is None else "bfloat16",
             "inputs": self.inputs,
         }
         return Checkpoint(self.step, tensors, meta)
+
+    def _adapter(self) -> dict[str, Tensor]:
+        """What is trained, by name."""
+        return {name: self.model.get_parameter(name) for name in self._trained}
+
+    def _set_adapter(self, adapter: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._adapter().items():
+                parameter.copy_(adapter[name])
 
     def write(self, state: Checkpoint) -> Path:
         """Writes a checkpoint, in the main process, and tells callbacks of it."""
@@ -380,10 +367,8 @@ class Loop:
         damaged = self.metrics.rewind(state.step)
         if damaged:
             self.say(f"{self.metrics.path}: {damaged} damaged line(s) left out")
-        adapter = state.part("model")
-        with torch.no_grad():
-            for name in self._trained:
-                self.model.get_parameter(name).copy_(adapter[name])
+        self._set_adapter(state.part("model"))
+        self.validation.load(state.meta["validation"], state.part("best"))
         checkpoints.load_optimizer_tensors(self.adamw, self._trained, state.part("lora_optimizer"))
         self._reset_loss()
         self._batches = self.batches_from(self.step)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atp import processes
+from atp import processes, progress
 from atp.files import write_text
 
 
@@ -61,6 +61,7 @@ class PhaseClock:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Counts the seconds of a with block towards a phase."""
+        progress.begin(phase)
         started = time.perf_counter()
         yield
         self.add(phase, time.perf_counter() - started)

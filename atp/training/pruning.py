@@ -1,7 +1,7 @@
 """What ATP adds to LoRA training until the cut: decisions, masks, the regularizer, the freeze and the shrinking.
 
-`search_step` and `settle_step` of `atp.training.loop` call these parts in order; `atp.integrations` calls them from the
-hooks of somebody else's loop.
+`search_step` and `settle_step` of `atp.training.steps` call these parts in order; `atp.integrations` calls them from
+the hooks of somebody else's loop.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 
 from atp import processes
 from atp.config import DecisionsConfig, TrainingConfig
+from atp.decide.budget import Budget
 from atp.decide.decisions import Decisions
 from atp.decide.maker import DecisionMaker, frozen
 from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.decide.scored import ScoredDecisions
+from atp.devices import for_float64, upload
 from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
 from atp.lora.regularizers import make_regularizer
@@ -89,16 +91,18 @@ class Pruning:
 
     def _make_decisions(self, saliency: Tensor | None = None) -> Decisions:
         if self.settings.source != "learned":
-            scored = ScoredDecisions(self.space, self.settings, search_steps=self.training.search)
-            scored.saliency = scored.saliency if saliency is None else saliency
+            place = for_float64(self.device)
+            scored = ScoredDecisions(self.space, self.settings, search_steps=self.training.search, device=place)
+            scored.saliency = scored.saliency if saliency is None else saliency.to(place)
             return scored
-        prior = None if saliency is None else saliency_logits(saliency, self.space, self.settings.saliency_scale)
+        budget, scale = Budget(self.space), self.settings.saliency_scale
+        prior = None if saliency is None else saliency_logits(saliency, budget, scale)
         return self._make_learned(prior)
 
     def _make_learned(self, prior: Tensor | None) -> DecisionMaker:
         return DecisionMaker(
             self.space, self.settings, search_steps=self.training.search, prior=prior, seed=self.seed,
-            max_bad_steps=self.training.max_bad_steps,
+            max_bad_steps=self.training.max_bad_steps, device=for_float64(self.device),
         )  # fmt: skip
 
     # Parts of a step
@@ -133,8 +137,14 @@ class Pruning:
         """The hard mask and the regularizer's part of the forward pass, around forward and backward of one batch."""
         with (
             self._watched() if self._watching and not self.decisions.frozen else self._hard(),
-            self.regularizer.applied(self.decisions.mask, sample=True),
+            self.regularizer.applied(self._mask_on_device(), sample=True),
         ):
+            yield
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The hard mask and the regularizer as they are, with nothing drawn, around passes that train nothing."""
+        with self._hard(), self.regularizer.applied(self._mask_on_device(), sample=False):
             yield
 
     @contextmanager
@@ -167,16 +177,16 @@ class Pruning:
     def after_step(self, weight: float, skip: Tensor) -> None:
         """Trains what the regularizer has to train, after the optimizer step. skip: 1 for a step that was skipped."""
         with scope("optimizer"):
-            self.figures |= self.regularizer.after_step(self.decisions.mask, weight, skip)
+            self.figures |= self.regularizer.after_step(self._mask_on_device(), weight, skip)
 
     def shrink(self, steps_left: int) -> None:
         """Shrinks removed LoRA groups after an optimizer step, to exact zero when no step is left but this one."""
         with scope("optimizer"):
-            mask = self.decisions.mask
+            mask = self._mask_on_device()
             self.regularizer.fold(mask)
             largest = self.groups.largest_removed_norm(mask)
             # The last threshold is doubled: rounding in the norm must not leave a remainder.
-            self.groups.prox_(self._mask_on_device(), largest / steps_left if steps_left > 1 else 2 * largest)
+            self.groups.prox_(mask, largest / steps_left if steps_left > 1 else 2 * largest)
 
     def record(self, step: int) -> dict[str, Any]:
         """Figures of the steps since the last record, the first of `step` finished ones, and what is kept."""
@@ -185,7 +195,7 @@ class Pruning:
         return found | {"kept_by_layer": self.space.kept_by_layer(self.decisions.mask)}
 
     def _mask_on_device(self) -> Tensor:
-        return self.decisions.mask.to(self.device, non_blocking=True)
+        return upload(self.decisions.placed, self.device)
 
     # Between phases
 
@@ -215,7 +225,7 @@ class Pruning:
         if the cut changes the logits.
         """
         mask, tokens = self.decisions.mask, self.certificate_tokens()
-        left = self.groups.largest_removed_norm(mask)
+        left = float(self.groups.largest_removed_norm(self._mask_on_device()))
         reference = masked_logits(self.model, self.controller, mask, tokens)
         self.become_cut()
         swap(self.model)
@@ -293,7 +303,8 @@ class Pruning:
         else:
             self.regularizer.load_state_dict(state.part("regularizer"))
         refitted = state.part("refit")
-        self.decoder.load_state_dict(refitted, strict=False)
+        # In their place rather than into it: a quantized weight cannot hold what the refit made of it.
+        self.decoder.load_state_dict({n: t.to(self.device) for n, t in refitted.items()}, strict=False, assign=True)
         self.refitted = list(refitted)
 
 

@@ -19,8 +19,9 @@ from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.files import read_json
 from atp.folders import CHECKPOINTS, INPUTS, saved_config
-from atp.training.checkpoint import exist, newest, read_values, resume_point
+from atp.training.checkpoint import Checkpoint, exist, newest, read_values, resume_point
 from atp.training.data import sized
+from atp_kernels import QuantizedWeight
 
 # Keys that differ between folders and versions of transformers for one and the same model.
 _NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -66,6 +67,22 @@ def refuse_other_config(config: ATPConfig, folder: Path) -> None:
         config.refuse_change_of(saved)
 
 
+def for_target(state: Checkpoint, config: ATPConfig) -> Checkpoint:
+    """A checkpoint from before the first decision, as that of a run under `config`.
+
+    Nothing depends on the target until then (`ATPTrainer.train_open` ends there), so the config may have another
+    `decisions.target_keep` and `output_dir`. Raises `InputError` for a later checkpoint, or any other difference.
+    """
+    if state.step > config.training.opened or state.meta["frozen"] or not bool(state.tensors["mask"].all()):
+        raise InputError(
+            f"the checkpoint of step {state.step} holds decisions for a target: start another target from a checkpoint "
+            f"of the open phase, which ends at step {config.training.opened}"
+        )
+    decisions = state.meta["config"]["decisions"] | {"target_keep": config.decisions.target_keep}
+    config.refuse_change_of(state.meta["config"] | {"output_dir": config.output_dir, "decisions": decisions})
+    return Checkpoint(state.step, state.tensors, state.meta | {"config": config.model_dump(mode="json")})
+
+
 def inputs_of(folder: Path) -> dict[str, str] | None:
     """Fingerprints of the inputs that a run started with, None if neither inputs.json nor a checkpoint has them."""
     return read_json(folder / INPUTS) or _newest_values(folder).get("inputs")
@@ -99,6 +116,8 @@ def _of_weights(model: nn.Module) -> str:
 
 
 def _of_tensor(tensor: Tensor) -> str:
+    if isinstance(tensor, QuantizedWeight):
+        return f"{tensor.dtype} {' '.join(map(_of_tensor, tensor.parts))}"
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(flat.numpy().data).hexdigest()}"
 

@@ -6,6 +6,7 @@ The cut is a checkpoint rewritten for the smaller model, so a resumed run and an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from atp import processes
+from atp import heap, processes
 from atp.checks import check_reachable
 from atp.config import ATPConfig
 from atp.decide.decisions import Decisions
@@ -24,6 +25,7 @@ from atp.export.card import model_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.loading import load_data, load_model, load_tokenizer
 from atp.lora.layer import add_lora
+from atp.models.base import FORMS
 from atp.models.stock import stock_config
 from atp.removal import cut_state_dict
 from atp.spaces.space import MaskSpace
@@ -33,17 +35,19 @@ from atp.training.callbacks import Callback, Record
 from atp.training.certificate import write_certificate
 from atp.training.checkpoint import Checkpoint
 from atp.training.distill import Teacher
-from atp.training.loop import Loop, open_step, search_step, settle_step, tune_step
+from atp.training.loop import Loop
 from atp.training.pruning import Pruning
 from atp.training.resume import fingerprints
 from atp.training.schedule import Phases
+from atp.training.steps import open_step, search_step, settle_step, tune_step
 
 
 class ATPTrainer(Loop):
     """Tunes a causal LM with LoRA and removes structures in the same run.
 
     model: a Llama-like causal LM (stock transformers). train_dataset and calibration_dataset yield dictionaries with
-    `input_ids` and `labels` int64 [length], as the datasets of `atp.data` do. Raises `InputError` for a model that the
+    `input_ids` and `labels` int64 [length], as the datasets of `atp.data` do; so does validation, which
+    `evaluation.every` needs. Raises `InputError` for a model that the
     mask space does not cover.
     """
 
@@ -54,6 +58,7 @@ class ATPTrainer(Loop):
         train_dataset: Dataset,
         calibration_dataset: Dataset,
         *,
+        validation: Dataset | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -62,12 +67,13 @@ class ATPTrainer(Loop):
         wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=config.seed)
         phases = Phases.from_config(config.training)
         super().__init__(
-            config, wrapped, train_dataset, Path(config.output_dir), phases, tokenizer=tokenizer, callbacks=callbacks
-        )
+            config, wrapped, train_dataset, Path(config.output_dir), phases, validation=validation,
+            tokenizer=tokenizer, callbacks=callbacks,
+        )  # fmt: skip
         self.params_before = params_before
         self._taught: dict[str, Tensor] = {}  # the adapter that the teacher was made with
         self.pruning = Pruning(
-            self.model, space, calibration_dataset, config.decisions, config.training, seed=config.seed,
+            self.model, space, calibration_dataset, config.deciding, config.training, seed=config.seed,
             autocast=self.autocast_dtype,
         )  # fmt: skip
 
@@ -79,8 +85,11 @@ class ATPTrainer(Loop):
         data = load_data(config, tokenizer)
         model = load_model(config.model, config.decisions.space)
         check_reachable(config, model.config)
-        inputs = fingerprints(model, tokenizer, train=data.train, calibration=data.calibration)
-        trainer = cls(config, model, data.train, data.calibration, tokenizer=tokenizer, callbacks=callbacks)
+        inputs = fingerprints(model, tokenizer, **data.read_in_training)
+        trainer = cls(
+            config, model, data.train, data.calibration, validation=data.validation, tokenizer=tokenizer,
+            callbacks=callbacks,
+        )  # fmt: skip
         trainer.inputs = inputs  # those of the model as it was loaded
         return trainer
 
@@ -107,17 +116,10 @@ class ATPTrainer(Loop):
         Raises `Interrupted` after a signal (with a checkpoint written) and `NotReached` when losses stay non-finite or
         the cut changes the model.
         """
-        path = self.resume_point(resume)
-        if resume and path is None:
-            raise InputError(f"nothing to resume: {self.checkpoint_root} holds no complete checkpoint")
+        self._enter(resume)
         phases, pruning = self.phases, self.pruning
-        self._restore(checkpoints.load(path)) if path else self._start()
         with self.session():
-            self.run("open", partial(open_step, self, pruning), until=phases.open)
-            if not pruning.scored:
-                self._score()
-            if self.teacher is None and self.config.training.distill and phases.open:
-                self._teach()
+            self._before_decisions()
             self.run("search", partial(search_step, self, pruning), until=phases.freeze_step)
             if not self.decisions.frozen:
                 self._freeze()
@@ -125,10 +127,41 @@ class ATPTrainer(Loop):
             if not pruning.is_cut:
                 self._cut()
             self.run("tune", partial(tune_step, self), until=phases.total)
+            self.take_best()
+
+    def train_open(self, resume: bool = False) -> Path:
+        """Runs what is left of all that no target changes: the open phase, and saliency and teacher at its end.
+
+        Returns the checkpoint that it writes there; `atp.training.resume.for_target` makes it that of a run with any
+        target. Raises as `train` does.
+        """
+        self._enter(resume)
+        with self.session():
+            self._before_decisions()
+            if self._batches is None and self.step < self.phases.cut_step:
+                # Making them draws a random number, which a run that goes on from here does not draw again.
+                self._batches = self.batches_from(self.step)
+            self.check()
+            path = self.write(self.checkpoint())
+            self.end_on_signal()
+        return path
+
+    def _enter(self, resume: bool) -> None:
+        path = self.resume_point(resume)
+        if resume and path is None:
+            raise InputError(f"nothing to resume: {self.checkpoint_root} holds no complete checkpoint")
+        self._restore(checkpoints.load(path)) if path else self._start()
+
+    def _before_decisions(self) -> None:
+        self.run("open", partial(open_step, self, self.pruning), until=self.phases.open)
+        if not self.pruning.scored:
+            self._score()
+        if self.teacher is None and self.config.training.distill and self.phases.open:
+            self._teach()
 
     def _start(self) -> None:
         set_seed(self.config.seed)  # whatever this process drew before must not matter
-        if self.config.decisions.source == "static":
+        if self.config.deciding.source == "static":
             self._score()
 
     def _score(self) -> None:
@@ -144,9 +177,11 @@ class ATPTrainer(Loop):
         self.begin("settle")
         with self.clock.timed("settle"):
             self.pruning.freeze()
+        self._validate_as("masked")
         if self.config.decisions.refit_windows:
             with self.clock.timed("refit"):
                 self.pruning.refit()
+            self._validate_as("refitted")
         if self.phases.settle == 0:
             self.pruning.shrink(steps_left=0)
 
@@ -158,10 +193,27 @@ class ATPTrainer(Loop):
             for prefix in ("model", "lora_optimizer", "refit"):
                 part = cut_state_dict(state.part(prefix), self.space, self.decisions.mask)
                 state.tensors |= checkpoints.prefixed(prefix, part)
-        state.meta |= {"certificate": self.certificate, "clock": self.clock.state()}
+        self._validate_as("cut")
+        state.tensors |= checkpoints.prefixed("best", self.validation.adapter)
+        state.meta |= {
+            "certificate": self.certificate, "clock": self.clock.state(), "validation": self.validation.state()
+        }  # fmt: skip
         self.load(checkpoints.load(self.write(state)))
         # A signal in the last step before the cut is answered here: there is no checkpoint between them.
         self.end_on_signal()
+
+    def _validate_as(self, model: str) -> None:
+        """Scores what the model has just become, between steps. model: its name in the summary."""
+        if self.validation.every:
+            self.validation.becoming[model] = self.validate()
+
+    def as_scored(self) -> AbstractContextManager[Any]:
+        masked = self.phase in ("search", "settle") and not self.pruning.is_cut
+        return self.pruning.still() if masked else super().as_scored()
+
+    @property
+    def final_shape(self) -> bool:
+        return self.pruning.is_cut
 
     def export(self, folder: str | Path) -> dict[str, Any]:
         """Writes model/, the decisions and certificate.json under `folder`; returns the certificate.
@@ -169,6 +221,7 @@ class ATPTrainer(Loop):
         With `export.keep_adapter` also base/ and adapter/. The main process writes; the others wait for it. Raises
         `NotReached` for a merged weight that is not finite.
         """
+        heap.give_back()
         self.certificate.update(processes.on_main(lambda: self._export(Path(folder))))
         return self.certificate
 
@@ -180,6 +233,9 @@ class ATPTrainer(Loop):
         card = model_card(self.config, self.params_before, after, stock=stock)
         tokens = self.pruning.certificate_tokens()
         certificate = self.certificate | export_model(self.model, folder, self.tokenizer, tokens, card)
+        load_in = self.config.model.load_in
+        if load_in is not None:
+            certificate["base"] = f"{FORMS[load_in].says}: the masked and the cut model are compared on these weights"
         if self.config.export.keep_adapter:
             keep_adapter(self.model, folder, self.tokenizer, self.config)
         write_certificate(folder / "certificate.json", certificate, tokens)

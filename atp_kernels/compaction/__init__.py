@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atp_kernels.checks import check_range
+from atp_kernels.checks import check_range, refuse_capture
 from atp_kernels.compaction import op
 
 
@@ -19,7 +19,8 @@ def compact(
 
     weight [n, k]; rows and cols: int64 index vectors, None for all. Returns [n', k'], where a gathered side is padded
     with zeros to a multiple of `pad_to` and the other side is as it was. Waits for the device to look at the indices.
-    Raises ValueError for wrong shapes, dtypes or devices, or an index that is negative or too large.
+    Raises ValueError for wrong shapes, dtypes or devices, or an index that is negative or too large, and RuntimeError
+    while a CUDA graph is captured.
     Source: docs/method.md section 6.
     """
     if weight.ndim != 2:
@@ -27,6 +28,8 @@ def compact(
     for name, index in (("rows", rows), ("cols", cols)):
         if index is not None and (index.ndim != 1 or index.dtype != torch.int64 or index.device != weight.device):
             raise ValueError(f"{name} must be a 1-D int64 tensor on {weight.device}, or None for all.")
+    if rows is not None or cols is not None:
+        refuse_capture(weight.device, "compact, which reads its indices on the host", "call it before the capture")
     for axis, (name, index) in enumerate((("rows holds", rows), ("cols holds", cols))):
         if index is not None:
             check_range(name, index, weight.shape[axis], "index")

@@ -14,7 +14,7 @@ def lora_dropout(x: Tensor, p: float, seed: int | Tensor, *, backend: str = "aut
     Raises ValueError for a wrong dtype, p or seed and RuntimeError for a named backend that cannot take the call.
     Source: Srivastava et al. 2014; Philox: Salmon et al. 2011.
     """
-    check_dropout(p, seed, None)
+    check_dropout(x, p, seed, None)
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}: give a floating tensor [..., K].")
     return op.dropped(x, float(p), seed, backend) if p else x

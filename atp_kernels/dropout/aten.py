@@ -1,6 +1,5 @@
 """Dropout by position and seed in ATen calls."""
 
-import torch
 from torch import Tensor
 
 from atp_kernels.call import CACHED_ELEMENTS, Call
@@ -15,7 +14,7 @@ def supports(call: Call) -> str | None:
 
 def dropped(values: Tensor, dropout: Dropout) -> Tensor:
     """`definition.dropped`, with its random words in blocks of rows that stay in cache."""
-    result = torch.empty_like(values)
+    result = values.new_empty(values.shape)
     step = max(1, CACHED_ELEMENTS // max(1, values.shape[1]))
     for first in range(0, values.shape[0], step):
         rows = slice(first, first + step)

@@ -11,6 +11,7 @@ LINEAR_DROPOUT_PUBLISHED_DEFINITION = (
 LINEAR_TRITON_COMBINATION_WITH = "tests/atp_kernels/test_linear_triton.py -k 'combination_with_dropout and soft-soft'"
 LINEAR_NO_WORSE_THAN = "tests/atp_kernels/test_linear.py -k no_worse_than_unfused"
 LINEAR_TRITON_WITHOUT_MASKS = "tests/atp_kernels/test_linear_triton.py -k without_masks"
+OFFSETS = "tests/atp_kernels/test_offsets.py -k dropout_counts"
 
 TABLE = {
     (DEFINITION, LINEAR_DROPOUT_PUBLISHED_DEFINITION): (
@@ -31,6 +32,7 @@ TABLE = {
         ("values.to(tl.float32) * SCALE, 0.0)", "values.to(tl.float32), 0.0)"),
     ),
     (TRITON, LINEAR_TRITON_WITHOUT_MASKS): (("y = dropped_tile(x, rows, first_col, seed, THRESHOLD, SCALE)", "y = x"),),
+    (TRITON, OFFSETS): (("passes_int32(values, result)", "passes_int32(values)"),),
     (OP, LINEAR_NO_WORSE_THAN): (("None if not p or seed is None else Dropout(p, int(seed))", "None"),),
     (ATEN, LINEAR_DROPOUT_PUBLISHED_DEFINITION): (
         ("definition.dropped(values[rows], dropout, first)", "definition.dropped(values[rows], dropout)"),

@@ -27,7 +27,8 @@ def dropped(values: Tensor, dropout: Dropout) -> Tensor:
     if values.numel() > 0:
         with torch.cuda.device_of(values):
             dropout_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(k, BLOCK_K))](
-                values, result, m, k, dropout.seed, *values.stride(), WIDE=triton_runtime.passes_int32(values),
+                values, result, m, k, dropout.seed, *values.stride(),
+                WIDE=triton_runtime.passes_int32(values, result),
                 BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, **drawn(dropout), num_warps=NUM_WARPS,
             )  # fmt: skip
     return result

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atp_kernels import checks
 from atp_kernels.checks import check_eps, check_written
 from atp_kernels.groups import op
 from atp_kernels.groups.definition import Groups
@@ -59,7 +60,9 @@ def group_lasso_grad_(
     check_eps(eps)
     plan = _plan(factors, groups, removed, fits=False)
     if not isinstance(weight, Tensor):
-        make = torch.full if torch.compiler.is_compiling() else _full
+        # What a CUDA graph makes, eager calls must not find later.
+        fresh = torch.compiler.is_compiling() or checks.is_capturing(removed.device)
+        make = torch.full if fresh else _full
         weight = make((), float(weight), device=removed.device)
     elif weight.ndim != 0 or not weight.is_floating_point() or weight.device != removed.device:
         given = f"{weight.dtype} of shape {list(weight.shape)} on {weight.device}"

@@ -14,6 +14,8 @@ TWICE = "tests/atp_kernels/test_backends_agree.py -k given_twice"
 REFUSED = "tests/atp_kernels/test_backends_agree.py -k refuses_with_the_same_sentence"
 PLANS = "tests/atp_kernels/test_backends_agree.py -k plan"
 MULTI = "tests/atp_kernels/test_groups_triton.py -k 'joint or kept_groups or any_shape'"
+CAPTURE = "tests/atp_kernels/test_graph_capture.py"
+IN_PLACE = "tests/atp_kernels/test_ops_strided.py -k in_place"
 MULTI_FENCED = "tests/atp_kernels/test_groups_triton.py -k nothing_is_read"
 
 TABLE = {
@@ -52,7 +54,7 @@ TABLE = {
         ("0 <= eps < math.inf", "0 <= eps"),
         ("low < 0 or high >= size", "high >= size"),
         ("low < 0 or high >= size", "low < 0"),
-        ("size > 1 and step == 0", "False"),
+        ("not tensor.is_contiguous() and _overlaps(tensor)", "False"),
     ),
     (INIT, REFUSED): (
         ("if not threshold.is_floating_point() or threshold.device != removed.device:",
@@ -128,7 +130,7 @@ TABLE = {
     ),
     (KERNELS, MULTI): (
         ("squares += tl.sum(values * values,", "squares += tl.sum(values,"),
-        ("first = tl.program_id(1).to(tl.int64) * BLOCK_S\n    if first < slots:\n        slot = first + "
+        ("first = tl.program_id(0).to(tl.int64) * BLOCK_S\n    if first < slots:\n        slot = first + "
          "tl.arange(0, BLOCK_S)\n        for", "first = 0\n    if first < slots:\n        slot = first + "
          "tl.arange(0, BLOCK_S)\n        for"),
         ("squares_ptr + tl.load(line_ptr + 4) + slot", "squares_ptr + slot"),
@@ -161,4 +163,20 @@ TABLE = {
         ("kind = 2 * _DTYPES.index(factor.dtype) + axis", "kind = 2 * _DTYPES.index(factor.dtype)"),
         ("first_slot += slots", "first_slot += length"),
     ),
+    (TRITON, CAPTURE): (
+        ("if key[-1] == lines:", "if True:"),
+        ('return tables.setdefault(("captured", lines), table)', "return table"),
+        ("[: 1 - _TABLES]", "[:0]"),
+        ("result.data_ptr() - base if", "result.data_ptr() if"),
+    ),
+    (CHECKS, CAPTURE): (
+        ('if device.type != "cuda" or torch.compiler.is_compiling():', "if torch.compiler.is_compiling():"),
+        ("    if is_capturing(device):\n        raise", "    if False:\n        raise"),
+    ),
+    (INIT, CAPTURE): (("or checks.is_capturing(removed.device)", ""),),
+    (CHECKS, IN_PLACE): (
+        ("across // common < rows and down // common < cols", "down == 0 or across == 0"),
+        ("across // common < rows and down // common < cols", "across // common < rows or down // common < cols"),
+    ),
+    (NATIVE, IN_PLACE): (("if not in_one_piece:\n", "if False:\n"),),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atp_kernels import extension
 from atp_kernels.call import Call
-from atp_kernels.checks import check_written
+from atp_kernels.checks import check_written, refuse_capture
 from atp_kernels.groups.plan import GroupPlan
 
 
@@ -76,8 +76,11 @@ def group_lasso_grad_(
     over both. Raises RuntimeError as `group_lasso_forward` does.
     """
     vectors = (removed.contiguous(), weight.float())
-    if plan._index.is_cuda:
+    in_one_piece = all(map(Tensor.is_contiguous, grads))
+    if plan._index.is_cuda or not in_one_piece:
         plan.check(factors)
+    if not in_one_piece:
+        check_written(grads, "gradients")  # what is added to a copy must have places of its own to go back to
     try:
         # On a CPU the extension makes all checks: a second look at hundreds of tensors would cost a tenth of the call.
         value = extension.on_device(
@@ -105,5 +108,6 @@ def group_prox_(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, thr
 
 
 def _packed(plan: GroupPlan) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
-    """What a plan is made of, as the extension takes it."""
+    """What a plan is made of, as the extension takes it, which copies a table of the factors in every call."""
+    refuse_capture(plan.device, "the native group operations, whose tables are on the host", "use backend='triton'")
     return plan.axes, plan._index, plan._order, plan._starts

@@ -20,6 +20,8 @@ OPERATIONS = tuple(
     register(Operation(name, __package__, ("reference", "triton", "native"), _ORDER))
     for name in ("group_lasso", "group_lasso_grad_", "group_prox_")
 )
+UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
+"""What keeps a compiler from capturing operators whose tables of factors come from the host in every call."""
 TORCH_TOO_NEW = "2.14"
 """The first torch whose private `_get_current_graph_task_keep_graph` no test has seen."""
 
@@ -92,7 +94,7 @@ def _packed(plan: GroupPlan) -> tuple[list[int], Tensor, Tensor, Tensor]:
     return list(plan.axes), plan._index, plan._order, plan._starts
 
 
-@torch.library.custom_op("atp_kernels::group_lasso", mutates_args=())
+@torch.library.custom_op("atp_kernels::group_lasso", mutates_args=(), tags=UNCAPTURED)
 def group_lasso_op(
     factors: Sequence[Tensor],
     axes: Sequence[int],
@@ -114,7 +116,7 @@ def _(factors, axes, index, order, starts, removed, eps, backend):
     return removed.new_empty((), dtype=wide), removed.new_empty(removed.shape, dtype=wide)
 
 
-@torch.library.custom_op("atp_kernels::group_lasso_backward", mutates_args=())
+@torch.library.custom_op("atp_kernels::group_lasso_backward", mutates_args=(), tags=UNCAPTURED)
 def group_lasso_backward_op(
     factors: Sequence[Tensor],
     axes: Sequence[int],
@@ -126,15 +128,16 @@ def group_lasso_backward_op(
     grad_value: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    """The gradient of every factor, each in memory of its own, as torch.library asks."""
+    """The gradient of every factor, contiguous and in memory of its own, as torch.library asks."""
     module = select("group_lasso", removed.device, common_dtype(factors), backend).module
     plan = GroupPlan.unpack(factors, axes, index, order, starts)
-    return [grad.clone() for grad in module.group_lasso_backward(factors, plan, removed, norms, grad_value)]
+    grads = module.group_lasso_backward(factors, plan, removed, norms, grad_value)
+    return [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
 
 
 @group_lasso_backward_op.register_fake
 def _(factors, axes, index, order, starts, removed, norms, grad_value, backend):
-    return [torch.empty_like(factor) for factor in factors]
+    return [factor.new_empty(factor.shape) for factor in factors]
 
 
 def _lasso_setup(ctx, inputs, output) -> None:
@@ -152,7 +155,7 @@ group_lasso_op.register_autograd(_lasso_backward, setup_context=_lasso_setup)
 group_lasso_backward_op.register_autograd(refuse_twice)
 
 
-@torch.library.custom_op("atp_kernels::group_lasso_grad_", mutates_args=("grads",))
+@torch.library.custom_op("atp_kernels::group_lasso_grad_", mutates_args=("grads",), tags=UNCAPTURED)
 def group_lasso_grad_op(
     factors: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -177,7 +180,7 @@ def _(factors, grads, axes, index, order, starts, removed, weight, eps, backend)
     return removed.new_empty((), dtype=wide)
 
 
-@torch.library.custom_op("atp_kernels::group_prox_", mutates_args=("factors",))
+@torch.library.custom_op("atp_kernels::group_prox_", mutates_args=("factors",), tags=UNCAPTURED)
 def group_prox_op(
     factors: Sequence[Tensor],
     axes: Sequence[int],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from atp_kernels.checks import refuse_capture
 from atp_kernels.groups.definition import Groups
 
 
@@ -24,8 +25,9 @@ class GroupPlan:
 
     A backend is the functions of aten.py. Factors have passed `check`, except those of `group_lasso_grad_`, which
     calls it. A backend reads `_index`, `_order` and `_starts` and may trust their values, which `of` or `unpack` has
-    checked. Gradients may be pieces of one allocation. A backend that also has `separate_lasso_forward` and
-    `separate_lasso_backward` gets separate plans of factors of one dtype there.
+    checked. What it keeps in `_tables` lives as long as the plan. Gradients may be pieces of one allocation. A backend
+    that also has `separate_lasso_forward` and `separate_lasso_backward` gets separate plans of factors of one dtype
+    there.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class GroupPlan:
     ) -> None:
         self._axes, self._shapes, self._runs = axes, shapes, runs
         self._index, self._order, self._starts = index, order, starts
+        self._tables: dict[tuple[Hashable, ...], Tensor] = {}
         self._checked = False  # operations refuse what neither `of` nor `unpack` has checked
 
     @classmethod
@@ -47,9 +50,10 @@ class GroupPlan:
 
         Values of the factors are not read, so the plan holds until a shape or the device changes. Raises ValueError
         for wrong shapes or dtypes or two devices, and on a CPU, where reading ids waits for nothing, for an id out of
-        range.
+        range; RuntimeError while a CUDA graph is captured.
         """
         _check(factors, groups)
+        refuse_capture(factors[0].device, "the making of a GroupPlan", "make it before and hand it to the operations")
         index = torch.cat([index for _, index in groups])
         runs = False
         if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():

@@ -1,7 +1,8 @@
 """Group lasso, its gradient and its proximal step in Triton: one to four kernels, whatever the number of factors.
 
-Every call builds the table of its factors and copies it to the device, from pinned memory and without waiting: the old
-address of a factor whose storage has moved since the last call can never be used.
+The table of a call's factors is on the device. Its plan keeps the latest ones, and a call with the same factors in the
+same places takes its own: the address of a factor whose storage has moved since can never be used. A CUDA graph, whose
+replays could not copy from the host, captures calls whose table is there; the plan must live as long as the graph does.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from atp_kernels import triton_runtime
+from atp_kernels import checks, triton_runtime
 from atp_kernels.call import Call
 from atp_kernels.checks import check_written
 from atp_kernels.groups import triton_kernels as kernels
@@ -18,6 +19,9 @@ from atp_kernels.groups.plan import GroupPlan
 
 _Walk = tuple[Tensor, tuple[int, int], dict[str, int | bool]]
 """A table of factors, and the grid and the tile of a kernel over them."""
+
+_TABLES = 8  # that a plan keeps besides those in graphs: the calls of a step, and a few places of new gradients
+_PIECE = 64  # elements; each piece of an allocation begins at a multiple of it
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of a table's kinds
 
@@ -58,9 +62,18 @@ def group_lasso_backward(
 ) -> list[Tensor]:
     """As `aten.group_lasso_backward`; the zeros of kept rows are written without reading them."""
     held, removed = [factor.contiguous() for factor in factors], removed.contiguous()
-    grads = [torch.empty_like(factor) for factor in held]
+    sizes = [-(-factor.numel() // _PIECE) * _PIECE * factor.element_size() for factor in held]
+    # Pieces of one allocation lie where the table says, whatever its address is.
+    storage = removed.new_empty(sum(sizes), dtype=torch.uint8)
+    grads, start = [], 0
+    for factor, size in zip(held, sizes, strict=True):
+        piece = factor.new_empty(0)
+        piece.set_(storage.untyped_storage(), start // factor.element_size(), factor.shape, (factor.shape[1], 1))
+        grads.append(piece)
+        start += size
     with torch.cuda.device_of(removed):
-        _scale(_walk(held, grads, plan), plan, removed, norms.contiguous(), grad_out.float())
+        walk = _walk(held, grads, plan, storage.data_ptr())
+        _scale(walk, plan, removed, norms.contiguous(), grad_out.float())
     return grads
 
 
@@ -132,19 +145,49 @@ def _scale(
     kernels.scale_kernel[grid](table, plan._index, removed.view(torch.uint8), norms, by, PROX=prox, ADD=add, **tile)
 
 
-def _walk(factors: list[Tensor], results: list[Tensor], plan: GroupPlan) -> _Walk:
-    lines, first_slot = [], 0
+def _walk(factors: list[Tensor], results: list[Tensor], plan: GroupPlan, base: int = 0) -> _Walk:
+    """base: an address that changes from call to call, by which results are counted."""
+    lines: list[tuple[int, ...]] = []
+    first_slot = 0
     for factor, result, axis in zip(factors, results, plan.axes, strict=True):
         slots, length = factor.shape[axis], factor.shape[1 - axis]
         kind = 2 * _DTYPES.index(factor.dtype) + axis
-        lines.append((factor.data_ptr(), result.data_ptr(), slots, length, first_slot, kind))
+        place = result.data_ptr() - base if result.numel() else 0  # what is empty has no address
+        lines.append((factor.data_ptr(), place, slots, length, first_slot, kind))
         first_slot += slots
-    cuda = factors[0].is_cuda
-    table = torch.tensor(lines, dtype=torch.int64, pin_memory=cuda).to(factors[0].device, non_blocking=True)
+    table = _table(tuple(lines), plan)
+    if base:
+        table = table.clone()
+        table[:, 1] += base
     block_s, block_l = slot_tile(max(length for _, _, _, length, _, _ in lines))
-    grid = len(lines), triton.cdiv(max(slots for _, _, slots, *_ in lines), block_s)
+    grid = triton.cdiv(max(slots for _, _, slots, *_ in lines), block_s), len(lines)
     aligned = all(
-        line[0] % 16 == 0 and line[1] % 16 == 0 and factor.shape[1] % 8 == 0
+        line[0] % 16 == 0 and (line[1] + base) % 16 == 0 and factor.shape[1] % 8 == 0
         for line, factor in zip(lines, factors, strict=True)
     )
     return table, grid, {"ALIGNED": aligned, "BLOCK_S": block_s, "BLOCK_L": block_l}
+
+
+def _table(lines: tuple[tuple[int, ...], ...], plan: GroupPlan) -> Tensor:
+    """The lines on the device, int64 [factors, FIELDS], copied there from pinned memory unless the plan has them.
+
+    Only the stream on which a table was copied knows that it is complete. A capture begins after the device was waited
+    for, takes the table of any stream, and has it kept for good.
+    """
+    tables, on_gpu = plan._tables, plan.device.type == "cuda"
+    if checks.is_capturing(plan.device):
+        for key, table in list(tables.items()):
+            if key[-1] == lines:
+                return tables.setdefault(("captured", lines), table)
+        checks.refuse_capture(
+            plan.device, "a group operation whose table of factors would have to be copied from the host",
+            "call it once before with the same GroupPlan, factors and gradients, all contiguous",
+        )  # fmt: skip
+    key = torch.cuda.current_stream(plan.device).cuda_stream if on_gpu else 0, lines
+    kept = tables.pop(key) if key in tables else None
+    if kept is None:
+        kept = torch.tensor(lines, dtype=torch.int64, pin_memory=on_gpu).to(plan.device, non_blocking=True)
+        for oldest in [key for key in tables if key[0] != "captured"][: 1 - _TABLES]:
+            del tables[oldest]
+    tables[key] = kept
+    return kept

@@ -37,13 +37,16 @@ def _tile(address, slot, entry, slots, length, KIND: tl.constexpr, ALIGNED: tl.c
 def slot_squares_kernel(
     table_ptr, squares_ptr, ALIGNED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr
 ):  # fmt: skip
-    """squares [all slots] = sum of squares of every slot. Grid: factors x slot blocks of the factor with most slots."""
-    line_ptr = table_ptr + tl.program_id(0) * _FIELDS
+    """squares [all slots] = sum of squares of every slot. Grid: slot blocks of the factor with most slots x factors.
+
+    CUDA takes 2**31 - 1 programs along the first axis and 65535 along the second.
+    """
+    line_ptr = table_ptr + tl.program_id(1) * _FIELDS
     data = tl.load(line_ptr)
     slots = tl.load(line_ptr + 2)
     length = tl.load(line_ptr + 3)
     kind = tl.load(line_ptr + 5)
-    first = tl.program_id(1).to(tl.int64) * BLOCK_S
+    first = tl.program_id(0).to(tl.int64) * BLOCK_S
     if first < slots:
         slot = first + tl.arange(0, BLOCK_S)
         for KIND in tl.static_range(6):
@@ -103,13 +106,13 @@ def scale_kernel(
     Without PROX, the gradient: scale = by[0] / norm of removed groups with a norm above zero, 0 of others.
     With PROX, in place: scale = max(0, 1 - by[group] / norm) of removed groups, 1 of others.
     """
-    line_ptr = table_ptr + tl.program_id(0) * _FIELDS
+    line_ptr = table_ptr + tl.program_id(1) * _FIELDS
     data = tl.load(line_ptr)
     result = tl.load(line_ptr + 1)
     slots = tl.load(line_ptr + 2)
     length = tl.load(line_ptr + 3)
     kind = tl.load(line_ptr + 5)
-    first = tl.program_id(1).to(tl.int64) * BLOCK_S
+    first = tl.program_id(0).to(tl.int64) * BLOCK_S
     if first < slots:
         slot = first + tl.arange(0, BLOCK_S)
         group = tl.load(index_ptr + tl.load(line_ptr + 4) + slot, mask=slot < slots, other=0)

@@ -28,9 +28,10 @@ def kept_lora_linear(
     x [..., in]; lora_a [r, in]; lora_b [out, r]; lora_input like x (x after dropout; default x). Returns [..., out] in
     the dtype of x, which is the weight's; the factors and lora_input are cast to it. Under autocast all are cast to the
     autocast dtype. Where a mask of the slice is a `KeptFirst`, x and lora_input, or the result, lie in its order; the
-    factors and their gradients never do. Differentiable once in x, lora_a, lora_b and lora_input, deterministic, and
-    S [M, r] and what LoRA reads are all that is saved. Under torch.compile the slice must hold its weight already.
-    Raises ValueError for wrong shapes, dtypes or devices, RuntimeError for a named backend that cannot take the call.
+    factors and their gradients never do. Differentiable once in x, lora_a, lora_b and lora_input, deterministic, and S
+    [M, r] and what LoRA reads are all that is saved. Each call takes and dequantises the slice of a `QuantizedWeight`,
+    and its backward pass does so again. Under torch.compile the slice must hold its weight already. Raises ValueError
+    for wrong shapes, dtypes or devices, RuntimeError for a named backend that cannot take the call.
     Source: arXiv 2412.14426, section 3 (LoRA step).
     """
     return op.kept_linear(*prepare(x, kept, lora_a, lora_b, lora_input), float(scaling), backend)

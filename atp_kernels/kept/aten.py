@@ -45,56 +45,7 @@ def spread_columns_(values: Tensor, width: int, place: Tensor, rows: int) -> Non
         take_columns(block[:, :width].clone(), place, block)
 
 
-class Primitives(NamedTuple):
-    """Each is called as the function of its name in this module; another backend may have its own."""
-
-    take_columns: Callable[[Tensor, Tensor, Tensor], None] = take_columns
-    spread_columns_: Callable[[Tensor, int, Tensor, int], None] = spread_columns_
-
-
-ATEN = Primitives()
-
-
-def forward(operands: Operands, *, primitives: Primitives = ATEN) -> tuple[Tensor, Tensor]:
-    """(y [M, out], S [M, r]) with S = scaling * lora_input A^T."""
-    x, weight, bias, lora_a, lora_b, lora_input, outs, ins, scaling = operands
-    s = scaled_mm(x if lora_input is None else lora_input, _ordered(lora_a, ins, 1).t(), scaling)
-    spare = x.numel()  # backward will take as much for d_x
-    lora_b = _ordered(lora_b, outs, 0)
-    return _product(x, weight.t(), bias, ins, outs, s, lora_b.t(), spare, primitives), s
-
-
-def backward(grad_y: Tensor, saved: Saved, needs: Needs, *, primitives: Primitives = ATEN) -> Gradients:
-    """The wanted gradients."""
-    weight, lora_a, lora_b, adapter_input, s, outs, ins, scaling = saved
-    need_x, need_a, need_b, need_adapter, shared_input = needs
-    d_x = d_a = d_b = d_adapter = up = None
-    # d_x needs room, so what can come after it does. Permuting d_b takes it twice.
-    later = outs is None or not outs.kept_first
-    lora_a = _ordered(lora_a, ins, 1)
-    if need_b and not later:
-        d_b = (grad_y.t() @ s).index_select(0, outs.place)
-    if need_a or need_adapter or (need_x and shared_input):
-        up = scaled_mm(grad_y, _ordered(lora_b, outs, 0), scaling)
-    if need_x:
-        # What the gradients of the factors that come later will take.
-        spare = need_a * lora_a.numel() + (need_b and later) * lora_b.numel()
-        low = up if shared_input else None
-        d_x = _product(grad_y, weight, None, outs, ins, low, lora_a, spare, primitives)
-    if need_adapter:
-        d_adapter = up @ lora_a
-    del lora_a
-    if need_a:
-        d_a = up.t() @ adapter_input
-        if ins is not None and ins.kept_first:
-            rows = max(1, _PART_ELEMENTS // d_a.shape[1]) if _on_cpu(d_a) else d_a.shape[0]
-            primitives.spread_columns_(d_a, d_a.shape[1], ins.place, rows)
-    if need_b and later:
-        d_b = grad_y.t() @ s
-    return d_x, d_a, d_b, d_adapter
-
-
-def _product(
+def product(
     values: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
@@ -103,7 +54,7 @@ def _product(
     low: Tensor | None,
     high: Tensor,
     spare: int,
-    primitives: Primitives,
+    primitives: "Primitives",
 ) -> Tensor:
     """values matrix + bias on the kept part plus low high on the whole width, in the order of the target side.
 
@@ -133,6 +84,56 @@ def _product(
         head.addmm_(low, high[:, :width])
         torch.mm(low, high[:, width:], out=tail)
     return result
+
+
+class Primitives(NamedTuple):
+    """Each is called as the function of its name in this module; another backend may have its own."""
+
+    take_columns: Callable[[Tensor, Tensor, Tensor], None] = take_columns
+    spread_columns_: Callable[[Tensor, int, Tensor, int], None] = spread_columns_
+    product: Callable[..., Tensor] = product
+
+
+ATEN = Primitives()
+
+
+def forward(operands: Operands, *, primitives: Primitives = ATEN) -> tuple[Tensor, Tensor]:
+    """(y [M, out], S [M, r]) with S = scaling * lora_input A^T."""
+    x, weight, bias, lora_a, lora_b, lora_input, outs, ins, scaling = operands
+    s = scaled_mm(x if lora_input is None else lora_input, ordered(lora_a, ins, 1).t(), scaling)
+    spare = x.numel()  # backward will take as much for d_x
+    lora_b = ordered(lora_b, outs, 0)
+    return primitives.product(x, weight.t(), bias, ins, outs, s, lora_b.t(), spare, primitives), s
+
+
+def backward(grad_y: Tensor, saved: Saved, needs: Needs, *, primitives: Primitives = ATEN) -> Gradients:
+    """The wanted gradients."""
+    weight, lora_a, lora_b, adapter_input, s, outs, ins, scaling = saved
+    need_x, need_a, need_b, need_adapter, shared_input = needs
+    d_x = d_a = d_b = d_adapter = up = None
+    # d_x needs room, so what can come after it does. Permuting d_b takes it twice.
+    later = outs is None or not outs.kept_first
+    lora_a = ordered(lora_a, ins, 1)
+    if need_b and not later:
+        d_b = (grad_y.t() @ s).index_select(0, outs.place)
+    if need_a or need_adapter or (need_x and shared_input):
+        up = scaled_mm(grad_y, ordered(lora_b, outs, 0), scaling)
+    if need_x:
+        # What the gradients of the factors that come later will take.
+        spare = need_a * lora_a.numel() + (need_b and later) * lora_b.numel()
+        low = up if shared_input else None
+        d_x = primitives.product(grad_y, weight, None, outs, ins, low, lora_a, spare, primitives)
+    if need_adapter:
+        d_adapter = up @ lora_a
+    del lora_a
+    if need_a:
+        d_a = up.t() @ adapter_input
+        if ins is not None and ins.kept_first:
+            rows = max(1, _PART_ELEMENTS // d_a.shape[1]) if _on_cpu(d_a) else d_a.shape[0]
+            primitives.spread_columns_(d_a, d_a.shape[1], ins.place, rows)
+    if need_b and later:
+        d_b = grad_y.t() @ s
+    return d_x, d_a, d_b, d_adapter
 
 
 def _multiply(values: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -199,7 +200,7 @@ def _columns(values: Tensor, index: Tensor, primitives: Primitives) -> Tensor:
     return result
 
 
-def _ordered(factor: Tensor, side: Side | None, axis: int) -> Tensor:
+def ordered(factor: Tensor, side: Side | None, axis: int) -> Tensor:
     """A factor's rows or columns in the order of the side."""
     return factor if side is None or not side.kept_first else factor.index_select(axis, side.index)
 

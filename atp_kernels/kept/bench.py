@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from atp_kernels import KeptFirst, KeptSlice, kept_lora_linear, masked_lora_linear
+from atp_kernels.call import select
 from benchmarks.case import Case, Op, Variant, Variants
 from benchmarks.linears import TESTS, floor, kept_sizes, linear_work, marks, operands
 
@@ -13,10 +14,11 @@ _FLOOR_MULTIPLE = 64  # widths that a vendor GEMM likes
 
 
 def hard(case: Case, sides: tuple[str, ...]) -> Variants:
-    """Hard masks on the base path, LoRA on the whole width; `ours_dense` masks the whole product.
+    """Hard masks on the base path, LoRA on the whole width.
 
     `ours` takes and returns activations in the order of the model, `ours_kept_first` in the order that a producer and
-    its consumer share, so that nothing is gathered.
+    its consumer share, so that nothing is gathered. `ours_plain` is the masked linear, which may make a slice in each
+    call; `ours_dense` names its backend, so that it masks the whole product.
     """
     tensors, grad, rng = operands(case, train_factors=True)
     x, weight, lora_a, lora_b = tensors
@@ -29,13 +31,16 @@ def hard(case: Case, sides: tuple[str, ...]) -> Variants:
     orders: dict[str, Any] = {name: KeptFirst(mask) for name, mask in masks.items()}
     first = KeptSlice(weight, **orders)
     permuted = partial(kept_lora_linear, x, first, lora_a, lora_b, scaling=1.0)
+    masked = partial(masked_lora_linear, *tensors, scaling=1.0)
+    dense = select("masked_lora_linear", x.device, x.dtype).name
     padded = (-(-count // _FLOOR_MULTIPLE) * _FLOOR_MULTIPLE for count in kept_sizes(case, sides))
     widths = map(min, case.linear, padded)
     return {
         **marks(case, tensors, inputs, grad, masks),
         "ours": Variant(sliced, inputs, grad, holds=(tensors, kept)),
         "ours_kept_first": Variant(permuted, inputs, grad, same=False, holds=(tensors, first)),
-        "ours_dense": Variant(partial(masked_lora_linear, *tensors, scaling=1.0, **masks), inputs, grad, holds=tensors),
+        "ours_plain": Variant(partial(masked, **masks), inputs, grad, holds=tensors),
+        "ours_dense": Variant(partial(masked, **masks, backend=dense), inputs, grad, holds=tensors),
         "floor": floor(case, *widths),
     }
 

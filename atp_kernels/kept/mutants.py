@@ -31,9 +31,9 @@ TABLE = {
     ),
     (ATEN, KEPT_NO_WORSE_THAN): (
         ("torch.addmm(bias, rows, matrix, out=target)", "torch.mm(rows, matrix, out=target)"),
-        ("_ordered(lora_a, ins, 1).t(), scaling)", "_ordered(lora_a, ins, 1).t(), 1.0)"),
+        ("ordered(lora_a, ins, 1).t(), scaling)", "ordered(lora_a, ins, 1).t(), 1.0)"),
         ("return result if low is None else result.addmm_(low, high)", "return result"),
-        ("scaled_mm(grad_y, _ordered(lora_b, outs, 0), scaling)", "scaled_mm(grad_y, _ordered(lora_b, outs, 0), 1.0)"),
+        ("scaled_mm(grad_y, ordered(lora_b, outs, 0), scaling)", "scaled_mm(grad_y, ordered(lora_b, outs, 0), 1.0)"),
         ("primitives.take_columns(values[rows], part, gathered)", "gathered.copy_(values[rows, : len(part)])"),
         ("later = outs is None or not outs.kept_first", "later = False"),
         ("low = up if shared_input else None", "low = up"),
@@ -42,11 +42,11 @@ TABLE = {
     (ATEN, KEPT_FIRST_NO_WORSE): (
         ("head.addmm_(low, high[:, :width])", "pass"),
         ("torch.mm(low, high[:, width:], out=tail)", "tail.zero_()"),
-        ("lora_b = _ordered(lora_b, outs, 0)\n", "pass\n"),
+        ("lora_b = ordered(lora_b, outs, 0)\n", "pass\n"),
         ("primitives.spread_columns_(d_a, d_a.shape[1], ins.place, rows)", "pass"),
-        ("lora_a = _ordered(lora_a, ins, 1)", "pass"),
+        ("lora_a = ordered(lora_a, ins, 1)", "pass"),
         (
-            "s = scaled_mm(x if lora_input is None else lora_input, _ordered(lora_a, ins, 1)",
+            "s = scaled_mm(x if lora_input is None else lora_input, ordered(lora_a, ins, 1)",
             "s = scaled_mm(x if lora_input is None else lora_input, lora_a",
         ),
         ("(grad_y.t() @ s).index_select(0, outs.place)", "grad_y.t() @ s"),

@@ -32,22 +32,26 @@ def masked_lora_linear(
     (soft, differentiable, used in float32 whatever x is). x and weight share a dtype; the factors, bias and lora_input
     are cast to it. Under autocast all but the masks are cast to the autocast dtype; there a constant adapter may be
     added to a float32 weight before the cast, which rounds once where two paths round twice.
+    weight may be a `QuantizedWeight` (NF4, fp8 or int8, frozen): each call dequantises it, and its backward pass again,
+    so that no floating copy is kept; a compiler is refused.
     `dropout` p in [0, 1) makes lora_input = keep * x / (1 - p), in place of a given one, and gradients flow to x
     through the same keep. Seeing x as a matrix, element (m, k) is kept where word k % 4 of Philox-4x32-7 with counter
     (m, k // 4, 0, 0) and key `seed` is at least floor(p * 2^32), so that backward draws it again and nothing of it is
     stored. `seed`: an int64 as an int, or as a 0-d CPU tensor, for which torch.compile compiles once; a seed drops the
     same elements each time, so give each call of a step its own, and leave a tensor as it is until backward.
+    With "auto" a frozen weight under bool masks may be sliced by the call, which then reads nothing that they remove,
+    and a tuned table decides where there is one (docs/kernels/tuning.md).
     Differentiable once in every floating input that requires it. Raises ValueError for wrong shapes, dtypes, devices or
     dropout and RuntimeError for a named backend that cannot take the call.
     Source: arXiv 2412.14426, section 3; Philox: Salmon et al. 2011.
     """
     operands, merge = Operands(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask), None
     if dropout != 0:
-        check_dropout(dropout, seed, lora_input)
+        check_dropout(x, dropout, seed, lora_input)
     elif mask_lora or (out_mask is None and in_mask is None):
         merge = float(scaling)
     operands = prepare(operands, merge=merge, backend=backend)
-    return op.linear(operands, float(scaling), mask_lora, False, float(dropout), seed, backend)
+    return op.linear(operands, float(scaling), mask_lora, False, float(dropout), seed, backend, lora_a.shape[0])
 
 
 def masked_lora_linear_with_norms(
@@ -72,6 +76,6 @@ def masked_lora_linear_with_norms(
     as the pass reads them (after any cast), and differentiable in A and B. Errors as in `masked_lora_linear`.
     """
     if dropout != 0:
-        check_dropout(dropout, seed, lora_input)
+        check_dropout(x, dropout, seed, lora_input)
     operands = prepare(Operands(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask))
-    return op.linear(operands, float(scaling), mask_lora, True, float(dropout), seed, backend)
+    return op.linear(operands, float(scaling), mask_lora, True, float(dropout), seed, backend, lora_a.shape[0])

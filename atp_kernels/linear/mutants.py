@@ -7,6 +7,9 @@ OPERANDS = "atp_kernels/linear/operands.py"
 SHARED = "atp_kernels/call.py"
 TRITON_KERNELS = "atp_kernels/linear/triton_kernels.py"
 TRITON = "atp_kernels/linear/triton.py"
+DESCRIPTOR_KERNELS = "atp_kernels/linear/descriptor_kernels.py"
+DESCRIPTORS = "atp_kernels/linear/descriptors.py"
+TILES = "atp_kernels/linear/tiles.py"
 NATIVE = "atp_kernels/linear/native.py"
 CALL = "atp_kernels/linear/__init__.py"
 
@@ -25,10 +28,18 @@ LINEAR_TRITON_TILES_TABLE = "tests/atp_kernels/test_linear_triton.py -k tiles_of
 LINEAR_TRITON_HALF_PRECISION = "tests/atp_kernels/test_linear_triton.py -k half_precision"
 STRIDES_LINEAR_HARD_TRITON = "tests/atp_kernels/test_strides.py -k 'linear-hard and triton'"
 LINEAR_TRITON_OFFSETS_PAST = "tests/atp_kernels/test_linear_triton.py -k offsets_past"
+OFFSETS_VENDOR_GEMM = "tests/atp_kernels/test_offsets.py -k vendor_gemm"
 LINEAR_TRITON_VENDOR_GEMM = "tests/atp_kernels/test_linear_triton.py -k vendor_gemm"
 PRECISION = "tests/atp_kernels/test_precision.py"
 MERGED_WEIGHT_BITS = "tests/atp_kernels/test_merged_weight.py -k 'not bits'"
 LINEAR_TRITON_WITHOUT_MASKS = "tests/atp_kernels/test_linear_triton.py -k without_masks"
+DESCRIPTORS_EVERY_COMBINATION = "tests/atp_kernels/test_descriptors.py -k every_combination"
+DESCRIPTORS_REMOVED = "tests/atp_kernels/test_descriptors.py -k 'removed or mask_is_zero'"
+DESCRIPTORS_ADDRESSED = "tests/atp_kernels/test_descriptors.py -k 'address or refuse or entry or generations'"
+DESCRIPTORS_HALF_PRECISION = "tests/atp_kernels/test_descriptors.py -k half_precision"
+DESCRIPTORS_KEPT_FIRST = "tests/atp_kernels/test_descriptors.py -k kept_first"
+DESCRIPTORS_ENVIRONMENT = "tests/atp_kernels/test_descriptors.py -k environment"
+DESCRIPTORS_DROPOUT = "tests/atp_kernels/test_descriptors.py -k dropout_goes"
 
 TABLE = {
     (DEFINITION, LINEAR_NO_WORSE_THAN): (
@@ -150,7 +161,7 @@ TABLE = {
     ),
     (SHARED, ZERO_SIZES_MASKED_LINEAR): (("tensor.flatten(0, -2) if", "tensor.reshape(-1, tensor.shape[-1]) if"),),
     (TRITON_KERNELS, LINEAR_TRITON_EVERY_COMBINATION): (
-        ("total = _dot(part, b, total, UPCAST, PRECISION)", "pass"),
+        ("total = product(part, b, total, UPCAST, PRECISION)", "pass"),
         ("tl.sum(b * b, axis=1), mask=ok", "tl.sum(b, axis=1), mask=ok"),
         ("x_masked = (x.to(tl.float32) * in_mask[None, :]).to(x.dtype)", "x_masked = x"),
         ("adapter = (adapter.to(tl.float32) * in_mask[None, :]).to(x.dtype)", "adapter = adapter"),
@@ -245,6 +256,7 @@ TABLE = {
         ("one_pass = config.one_pass and dropout is None", "one_pass = config.one_pass"),
     ),
     (TRITON, STRIDES_LINEAR_HARD_TRITON): (("return tensor.contiguous()", "return tensor"),),
+    (TRITON, OFFSETS_VENDOR_GEMM): ((" and max(weight.shape) < LARGEST_STRIDE", ""),),
     (TRITON, LINEAR_TRITON_VENDOR_GEMM): (
         ("rows.shape[0] > 0 and weight.numel() > 0", "weight.numel() > 0"),
         ("rows.shape[0] > 0 and weight.numel() > 0", "rows.shape[0] > 0"),
@@ -279,6 +291,71 @@ TABLE = {
             "aten.backward(grad_y, saved, options._replace(dropout=None), needs, primitives",
         ),
     ),
+    (DESCRIPTOR_KERNELS, DESCRIPTORS_EVERY_COMBINATION): (
+        ("w_desc.load([k, col]) if W_BY_K else tl.trans(w_desc.load([col, k]))", "tl.trans(w_desc.load([col, k]))"),
+        ("x = l_desc.load([row, k])", "pass"),
+        ("s = (s_acc * scaling)", "s = (s_acc * 1.0)"),
+        ("tl.sum(a * a, axis=0)", "tl.sum(a, axis=0)"),
+        ("K, tl.num_programs(0) * BLOCK_K)", "K, K)"),
+        ("if bias_ptr is not None:", "if False:"),
+        ("if s_ptr is not None and MASK_LORA:", "if False:"),
+        ("if s_ptr is not None and MASK_LORA:", "if s_ptr is not None:"),
+        ("if s_ptr is not None and not MASK_LORA:", "if False:"),
+        ("if s_ptr is not None and not MASK_LORA:", "if s_ptr is not None:"),
+        ("sum_desc.store([row, col], acc", "sum_desc.store([row, col], 2 * acc"),
+        ("tl.sum(other.to(tl.float32) * acc, axis=0)", "tl.sum(other.to(tl.float32), axis=0)"),
+        ("acc *= out_mask[None, :]", "pass"),
+        (
+            "range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0))",
+            "range(tl.program_id(0), tl.num_programs(0))",
+        ),
+        ("(rows < tl.where(tile_n == 0, M, 0))", "(rows < 0)"),
+    ),
+    (DESCRIPTOR_KERNELS, DESCRIPTORS_REMOVED): (
+        ("range(tl.cdiv(end, BLOCK_K) * BLOCK_K, K, BLOCK_K)", "range(end, K, BLOCK_K)"),
+        ("range(tl.cdiv(end, BLOCK_K) * BLOCK_K, K, BLOCK_K)", "range(K, K, BLOCK_K)"),
+        ("mask=cols < base_n, other=0.0", "mask=col_ok, other=0.0"),
+        ("if sum_desc is None and dot_ptr is None:", "if False:"),
+        ("if sum_desc is None and dot_ptr is None:", "if True:"),
+    ),
+    (DESCRIPTORS, DESCRIPTORS_EVERY_COMBINATION): (
+        ("        on_x = mask_lora\n", "        on_x = True\n"),
+        ("        on_x = mask_lora\n", "        on_x = False\n"),
+        ("lora_input = _times(lora_input, mask)", "pass"),
+        ("return x, lines.t() if by_k else lines, lora_input", "return x, weight, lora_input"),
+        ("return _times(x, mask), weight, lora_input", "return x, weight, lora_input"),
+    ),
+    (DESCRIPTORS, DESCRIPTORS_HALF_PRECISION): (
+        ("mask.unsqueeze(1) if by_k else mask", "mask"),
+        ("lines.t() if by_k else lines", "lines"),
+    ),
+    (DESCRIPTOR_KERNELS, DESCRIPTORS_KEPT_FIRST): (
+        ("if l_desc is None else l_desc.load([row, k])", ""),
+        ("bias_ptr + cols, mask=cols < base_n", "bias_ptr + cols, mask=cols < 0"),
+    ),
+    (DESCRIPTORS, DESCRIPTORS_ADDRESSED): (
+        ("weight.stride(1) != 1 and weight.shape[1] > 1", "weight.stride(1) != 1"),
+        ("0 < height < _SIDES", "height < _SIDES"),
+        ("0 < height < _SIDES", "0 < height"),
+        ("0 < width < _SIDES", "0 < width"),
+        (" or matrix.data_ptr() % _ALIGNMENT", ""),
+        ("if width > 1 and matrix.stride(1) != 1:", "if False:"),
+        ("matrix.stride(0) if height > 1 else round_up(width, unit)", "matrix.stride(0)"),
+        ("stride % unit == 0 and stride >= width", "stride >= width"),
+        ("stride % unit == 0 and stride >= width", "stride % unit == 0"),
+        (" and x.shape[0] > 1", ""),
+        ("n * x.element_size() % _ALIGNMENT", "False"),
+        ("lora_a.shape[0] > config.one_pass_rank", "False"),
+        ("config.block_n > tiles.WIDEST_DOT", "False"),
+        ("generation(x.device) not in config.archs", "False"),
+        (" or torch.version.hip is not None", ""),
+    ),
+    (TILES, DESCRIPTORS_ENVIRONMENT): (
+        ("if name not in known:", "if False:"),
+        ("return descriptor_tiles(dtype).get(name)", "return None"),
+        ("return descriptor_tiles(dtype).get(name)", "return known[name]"),
+    ),
+    (TRITON, DESCRIPTORS_DROPOUT): (("if dropout is not None or descriptors", "if descriptors"),),
     (NATIVE, MERGED_WEIGHT_BITS): (
         ("extension.ops.merged_weight(*held, scaling)", "extension.ops.merged_weight(*held, 1.0)"),
         ("tensor.detach().float().contiguous() for", "tensor.detach().float() for"),

@@ -1,12 +1,13 @@
 """The Triton kernels of this room as `atp_kernels.offline` compiles them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
 import triton
 
-from atp_kernels.linear import tiles
+from atp_kernels.linear import descriptor_kernels, tiles
 from atp_kernels.linear import triton_kernels as kernels
 from atp_kernels.offline import TYPES, Case
 
@@ -18,6 +19,7 @@ def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]
     """Every kernel in the variants that a training step launches, with every tile of its table."""
     for dtype, rank in product(dtypes, ranks):
         yield from _gemms(dtype, rank)
+        yield from _descriptor_gemms(dtype, rank)
         yield from _reductions(dtype, rank)
 
 
@@ -43,6 +45,47 @@ def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         }  # fmt: skip
         wide_tile = dtype != torch.float32 and config.block_m >= 64
         yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
+
+
+def _descriptor_gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+    """Every tile of every generation: the forward pass of a LoRA step, with `--all` that of a decision step and dx."""
+    kernel = descriptor_kernels.masked_lora_descriptor_kernel
+    rest = "l_desc other_ptr dot_ptr"
+    for (name, config), (way, mask_lora, absent) in product(
+        tiles.descriptor_tiles(dtype).items(),
+        (
+            ("fwd", False, f"sum_desc {rest}"),
+            ("decision", True, rest),
+            ("dx", False, "a_desc l_desc a_ptr bias_ptr b_sq_ptr a_sq_ptr sum_desc"),
+        ),
+    ):
+        one_pass = config.one_pass and way != "dx"
+        if one_pass and rank > config.one_pass_rank:
+            continue
+        if config.block_n > tiles.WIDEST_DOT:
+            absent += " other_ptr dot_ptr"
+        # The split form leaves the norms of A's columns to the kernel of S.
+        absent += "" if one_pass else " a_desc a_ptr a_sq_ptr"
+        constants = {
+            "MASK_LORA": mask_lora, "ONE_PASS": one_pass, "W_BY_K": way == "dx",
+            "WARP_SPECIALIZE": config.warp_specialize, "STEP_R": tiles.descriptor_rank_step(rank, dtype),
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+        }  # fmt: skip
+        case = _case(f"{way} {name}", kernel, dtype, rank, absent.split(), constants, config, dtype != torch.float32)
+        kinds = _descriptors(config, dtype, rank, way == "dx")
+        arguments = {name: None if kind is None else kinds.get(name, kind) for name, kind in case.arguments.items()}
+        narrow = dtype != torch.float32 and config.block_m < 128
+        extra = way == "decision" or (way == "dx" and (config.one_pass or narrow))
+        yield replace(case, arguments=arguments, archs=config.archs, descriptors=True, extra=extra)
+
+
+def _descriptors(config: tiles.DescriptorConfig, dtype: torch.dtype, rank: int, by_k: bool) -> dict[str, str]:
+    m, n, k = config.block_m, config.block_n, config.block_k
+    blocks = {
+        **{"x_desc": (m, k), "w_desc": (k, n) if by_k else (n, k), "a_desc": (tiles.rank_block(rank), k)},
+        **{"l_desc": (m, k), "y_desc": (m, n), "sum_desc": (m, n)},
+    }
+    return {name: f"tensordesc<{TYPES[dtype]}[{height}, {width}]>" for name, (height, width) in blocks.items()}
 
 
 def _reductions(dtype: torch.dtype, rank: int) -> Iterator[Case]:
@@ -80,7 +123,7 @@ def _case(
     # A contiguous operand has stride 1 on its last axis; the JIT makes that a constant, and so does this.
     every |= {"stride_xk": 1, "stride_wk": 1, "stride_ak": 1, "stride_br": 1, "stride_lk": 1, "stride_on": 1}
     every |= {"stride_gc": 1, "stride_zc": 1, "stride_or": 1}
-    if name.startswith("gemm dx"):
+    if name.startswith(("gemm dx", "dx ")):
         # weight.t() and lora_a.t(): contiguous along the output, not along the reduced side.
         every |= {"stride_wn": 1, "stride_bn": 1}
         del every["stride_wk"], every["stride_br"]

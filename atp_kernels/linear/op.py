@@ -9,8 +9,14 @@ from torch.autograd.function import once_differentiable
 
 from atp_kernels.call import Choice, Operation, Order, matrix, refuse_twice, register, select
 from atp_kernels.dropout.op import dropout_of
+from atp_kernels.kept.op import kept_linear
+from atp_kernels.kept.slices import CallSlice
+from atp_kernels.linear import ways
 from atp_kernels.linear.aten import add_product_, scaled_mm
+from atp_kernels.linear.folded import folded_linear
 from atp_kernels.linear.operands import Needs, Operands, Options, Saved
+from atp_kernels.quantized import dense
+from atp_kernels.tuning.table import FOLDED, SLICED
 
 BACKENDS = ("reference", "triton", "native")
 ORDER = {
@@ -21,8 +27,8 @@ ORDER = {
     # A Triton GEMM reaches about 0.87 of the vendor's on H100, which costs more than an addmm_ of the adapter.
     "cuda plain": Order(("reference",), "no mask and no dropout, so nothing to fuse beats the addmm_ chain"),
 }
-for _name in ("masked_lora_linear", "masked_lora_linear_with_norms"):
-    register(Operation(_name, __package__, BACKENDS, ORDER))
+register(Operation("masked_lora_linear", __package__, BACKENDS, ORDER, ways.explained))
+register(Operation("masked_lora_linear_with_norms", __package__, BACKENDS, ORDER))
 
 
 def linear(
@@ -33,10 +39,17 @@ def linear(
     dropout: float,
     seed: int | Tensor | None,
     backend: str,
+    rank: int,
 ) -> Any:
-    """Masked LoRA linear of operands that are checked and cast: y, or (y, row squares of B, column squares of A)."""
+    """Masked LoRA linear of operands that are checked and cast: y, or (y, row squares of B, column squares of A).
+
+    rank: that of the adapter before it may have become a part of the weight, by which tuned tables know it.
+    """
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = operands
     if not torch.compiler.is_compiling():
+        way = None if backend != "auto" or with_norms or dropout else ways.way_of(operands, rank, mask_lora)
+        if way is not None:
+            return linear_by(way, operands, scaling, mask_lora)
         plain = out_mask is None and in_mask is None and not dropout
         module = select("masked_lora_linear", x.device, x.dtype, backend, plain=plain).module
         if plain and lora_input is None and not with_norms and module.ADDMM_CHAIN:
@@ -52,6 +65,23 @@ def linear(
     )  # fmt: skip
     y = y.view(*x.shape[:-1], weight.shape[0])
     return (y, *norms) if with_norms else y
+
+
+def linear_by(way: ways.Way, operands: Operands, scaling: float, mask_lora: bool) -> Tensor:
+    """Eager masked LoRA linear in this way, without dropout and norms."""
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = operands
+    if way.name == SLICED:
+        base = weight.detach(), None if bias is None else bias.detach()
+        kept = CallSlice(*base, out_mask=out_mask, in_mask=in_mask)
+        y = kept_linear(x, kept, lora_a, lora_b, lora_input, scaling, "auto")
+        kept.release()
+        return y
+    if way.name == FOLDED:
+        return folded_linear(operands, scaling, mask_lora)
+    if out_mask is None and in_mask is None and lora_input is None and way.module.ADDMM_CHAIN:
+        return LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)
+    options = Options(scaling, mask_lora, keeps_sum(out_mask))
+    return MaskedLoraLinear.apply(*operands, way.module, options)
 
 
 def keeps_sum(out_mask: Tensor | None) -> bool:
@@ -211,7 +241,7 @@ class MaskedLoraLinear(torch.autograd.Function):
         rows = matrix(x)
         adapter = None if lora_input is None else matrix(lora_input)
         operands = Operands(rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
-        y, s, total, *norms = module.forward(operands, options)
+        y, s, total, *norms = module.forward(operands._replace(weight=dense(weight)), options)
         _save(ctx, operands, s, total)
         y = y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
         if not options.with_norms:
@@ -224,7 +254,8 @@ class MaskedLoraLinear(torch.autograd.Function):
     def backward(ctx, grad_y, grad_rows=None, grad_cols=None):
         saved, shape = Saved(*ctx.saved_tensors), ctx.shape
         if grad_y is None:
-            grad_y = saved.weight.new_zeros(*shape[:-1], saved.weight.shape[0])
+            grad_y = saved.lora_b.new_zeros(*shape[:-1], saved.weight.shape[0])
+        saved = saved._replace(weight=dense(saved.weight))
         grads = ctx.module.backward(matrix(grad_y), saved, ctx.options, ctx.needs)
         if grad_rows is not None or grad_cols is not None:
             grads = list(grads)
@@ -247,7 +278,8 @@ class LoraLinear(torch.autograd.Function):
         _, need_w, need_a, need_b, _, _ = ctx.needs_input_grad
         rows = matrix(x)
         s = scaled_mm(rows, lora_a.t(), scaling)
-        y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        w = dense(weight).t()
+        y = torch.mm(rows, w) if bias is None else torch.addmm(bias, rows, w)
         add_product_(y, s, lora_b.t())
         ctx.scaling, ctx.shape = scaling, x.shape
         ctx.save_for_backward(rows if need_w or need_a else None, weight, lora_a, lora_b, s if need_b else None)
@@ -260,7 +292,7 @@ class LoraLinear(torch.autograd.Function):
         need_x, need_w, need_a, need_b, need_bias, _ = ctx.needs_input_grad
         grad_y = matrix(grad_y)
         # First of all products: the vendor's scratch memory then meets no other gradient.
-        d_x = torch.mm(grad_y, weight) if need_x else None
+        d_x = torch.mm(grad_y, dense(weight)) if need_x else None
         d_bias = grad_y.sum(0) if need_bias else None
         d_weight = torch.mm(grad_y.t(), x) if need_w else None
         d_b = torch.mm(grad_y.t(), s) if need_b else None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from atp_kernels.call import select
 from atp_kernels.dropout.definition import Dropout
+from atp_kernels.quantized import QuantizedWeight, refuse_training
 
 # The dtypes from which and to which a weight is cast and merged at once.
 _NARROWED = (torch.float32, torch.bfloat16)
@@ -93,6 +94,7 @@ def prepare(operands: Operands, *, merge: float | None = None, backend: str = "a
     if lora_input is x:
         lora_input = None
         operands = operands._replace(lora_input=None)
+    refuse_training(weight)
     ready = _are_ready(*operands)
     if not ready:
         check(operands)
@@ -128,6 +130,8 @@ def _merged(
     None too where no kernel makes it at the cost of the cast, and for a compiler, which fuses casts by itself.
     """
     if torch.compiler.is_compiling() or weight.device.type != "cpu" or (weight.dtype, dtype) != _NARROWED:
+        return None
+    if isinstance(weight, QuantizedWeight):  # the merged one would be a floating copy that autograd keeps
         return None
     if torch.is_grad_enabled() and (weight.requires_grad or lora_a.requires_grad or lora_b.requires_grad):
         return None

@@ -1,9 +1,10 @@
 """Tile configurations, chosen by shape and dtype from a table: no autotuning, so every run launches the same code.
 
 The entries are sized by `python -m atp_kernels.offline` (registers, shared memory, spills); a caller who has measured
-better ones passes `config=`.
+better ones passes `config=`, or names one of `descriptor_tiles` in the environment variable of `TILE_VARIABLE`.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,10 @@ import torch
 SMALLEST_DOT = 16
 LARGEST_RANK = 128
 """A wider rank tile no longer fits beside the GEMM's own tiles."""
+
+
+WIDEST_DOT = 128
+"""With more columns the gradient of a mask, which reads one more operand, does not fit into registers."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,18 @@ class GemmConfig:
     num_stages: int
     one_pass: bool = False
     group_m: int = 8
+
+
+@dataclass(frozen=True)
+class DescriptorConfig(GemmConfig):
+    """Tile of `masked_lora_descriptor_kernel`; `warp_specialize` gives loads and products warps of their own.
+
+    archs: the generations of GPUs that it fits (90, 100, 120). one_pass_rank: up to which rank it can be `one_pass`.
+    """
+
+    warp_specialize: bool = False
+    archs: tuple[int, ...] = (90, 100)
+    one_pass_rank: int = LARGEST_RANK
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,23 @@ _SINGLE = (
 )
 # Its loop also stages A and a separate lora_input: a smaller step keeps all of it under 99 KB.
 _ONE_PASS = {True: (64, 64, 32, 8, 2), False: (64, 128, 32, 4, 4)}
+TILE_VARIABLE = "ATP_KERNELS_LINEAR_TILE"
+"""Its value is the name of a tile in `descriptor_tiles`; unset or empty, every call takes the table's."""
+
+# No tile here has run on a GPU yet, so that none is a default.
+_DESCRIPTOR_HALF = {
+    "128x256x64": DescriptorConfig(128, 256, 64, 8, 3, archs=(90,)),
+    "128x256x64-one-pass": DescriptorConfig(128, 256, 64, 8, 3, one_pass=True, archs=(90,), one_pass_rank=16),
+    # On 100 the 256 columns of its accumulator leave no room for that of S, nor registers for the epilogue of 8 warps.
+    "128x256x64-warps": DescriptorConfig(128, 256, 64, 8, 3, warp_specialize=True, archs=(100,)),
+    "128x128x64": DescriptorConfig(128, 128, 64, 8, 4),
+    "128x128x64-warps": DescriptorConfig(128, 128, 64, 8, 4, warp_specialize=True, archs=(100,)),
+    "128x128x64-one-pass": DescriptorConfig(128, 128, 64, 8, 3, one_pass=True),
+    "64x128x64": DescriptorConfig(64, 128, 64, 4, 4),
+    "128x128x64-99k": DescriptorConfig(128, 128, 64, 8, 2, archs=(120,)),
+    "64x128x64-99k-one-pass": DescriptorConfig(64, 128, 64, 4, 2, one_pass=True, archs=(120,)),
+}
+_DESCRIPTOR_SINGLE = {"64x64x32": DescriptorConfig(64, 64, 32, 8, 3, archs=(90, 100, 120))}
 # One or two tiles across the output recompute S for less than a second pass over x costs.
 _ONE_PASS_TILES = 2
 # Two programs for each multiprocessor of the largest current GPUs; a constant, so that sums never depend on the device.
@@ -62,6 +96,26 @@ def gemm_config(m: int, n: int, rank: int, dtype: torch.dtype) -> GemmConfig:
     if n <= _ONE_PASS_TILES * one_pass[1] and rank_block(rank) == rank_step(rank, dtype):
         return GemmConfig(*one_pass, one_pass=True)
     return GemmConfig(*next(tile for limit, tile in (_SINGLE if single else _HALF) if limit is None or m <= limit))
+
+
+def descriptor_tiles(dtype: torch.dtype, arch: int | None = None) -> dict[str, DescriptorConfig]:
+    """The tiles of `masked_lora_descriptor_kernel` by name: all for this dtype, or those that fit one generation."""
+    table = _DESCRIPTOR_SINGLE if dtype == torch.float32 else _DESCRIPTOR_HALF
+    return {name: tile for name, tile in table.items() if arch is None or arch in tile.archs}
+
+
+def named_tile(dtype: torch.dtype) -> DescriptorConfig | None:
+    """The tile that the environment names; None where it names none, or one of the other dtypes.
+
+    Raises ValueError for an unknown name.
+    """
+    name = os.environ.get(TILE_VARIABLE)
+    if not name:
+        return None
+    known = _DESCRIPTOR_HALF | _DESCRIPTOR_SINGLE
+    if name not in known:
+        raise ValueError(f"{TILE_VARIABLE} is {name}: name one of {', '.join(known)}, or unset it.")
+    return descriptor_tiles(dtype).get(name)
 
 
 def down_config(m: int, dtype: torch.dtype) -> ReduceConfig:
@@ -89,3 +143,8 @@ def rank_block(rank: int) -> int:
 def rank_step(rank: int, dtype: torch.dtype) -> int:
     """How much of the rank the GEMM's epilogue takes at a time."""
     return SMALLEST_DOT if dtype == torch.float32 else rank_block(rank)
+
+
+def descriptor_rank_step(rank: int, dtype: torch.dtype) -> int:
+    """As `rank_step`, beside an accumulator of up to 256 columns."""
+    return min(16 if rank > 64 else 32, rank_step(rank, dtype))

@@ -16,15 +16,18 @@ from atp_kernels import triton_runtime
 from atp_kernels.call import Call
 from atp_kernels.dropout.definition import Dropout
 from atp_kernels.dropout.triton import drawn, dropped
-from atp_kernels.linear import aten, tiles
+from atp_kernels.linear import aten, descriptors, tiles
 from atp_kernels.linear import triton_kernels as kernels
 from atp_kernels.linear.operands import Gradients, Needs, Operands, Options, Results, Saved
-from atp_kernels.triton_runtime import INTERPRETED, passes_int32
+from atp_kernels.triton_runtime import INTERPRETED, passes_int32, stages
 
 ADDMM_CHAIN = False
 
-_LARGEST_STRIDE = 2**23
-"""Tiles reach over 128 of either side at most: what these strides add up to within one stays below 2**31."""
+LARGEST_STRIDE = 2**23
+"""Tiles reach over 128 of either side at most: what these strides add up to within one stays below 2**31.
+
+So do factors of that width and the largest rank; what is wider goes to the vendor GEMM.
+"""
 
 _PRIMITIVES = aten.Primitives(dropped=dropped)
 
@@ -38,10 +41,10 @@ def forward(operands: Operands, options: Options, *, config: tiles.GemmConfig | 
     """As `aten.forward`; a `config` forces the kernels and their tile."""
     if config is None and not _fusion_pays(operands.x, operands.weight, operands.lora_a, *operands[6:]):
         return aten.forward(operands, options, primitives=_PRIMITIVES)
-    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = map(_readable, operands)
+    x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = map(readable, operands)
     scaling, mask_lora, keep_sum, with_norms, dropout = options
     (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
-    config = config or tiles.gemm_config(m, n, rank, x.dtype)
+    config = _tile(config, x, weight, lora_a, dropout, lora_input=lora_input, forward=True)
     # With the random words on top, recomputing S takes more registers than there are.
     one_pass = config.one_pass and dropout is None
     y = x.new_empty(m, n)
@@ -67,8 +70,8 @@ def backward(
     """As `aten.backward`; a `config` forces the kernels and the tile of dx."""
     if config is None and not _fusion_pays(grad_y, saved.weight, saved.lora_a, saved.out_mask, saved.in_mask):
         return aten.backward(grad_y, saved, options, needs, primitives=_PRIMITIVES)
-    grad_y, s = _readable(grad_y), saved.s
-    x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, _, total = map(_readable, saved)
+    grad_y, s = readable(grad_y), saved.s
+    x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, _, total = map(readable, saved)
     need_x, need_w, need_a, need_b, need_bias, need_adapter, need_out, need_in, shared_input = needs
     mask_lora, dropout = options.mask_lora, options.dropout
     need_adapter = need_adapter or (shared_input and need_x) or (mask_lora and need_in)
@@ -107,15 +110,16 @@ def backward(
 
 def _fusion_pays(rows: Tensor, weight: Tensor, lora_a: Tensor, out_mask: Tensor | None, in_mask: Tensor | None) -> bool:
     masked = out_mask is not None or in_mask is not None
-    return masked and rows.shape[0] > 0 and weight.numel() > 0 and 0 < lora_a.shape[0] <= tiles.LARGEST_RANK
+    fits = 0 < lora_a.shape[0] <= tiles.LARGEST_RANK and max(weight.shape) < LARGEST_STRIDE
+    return masked and fits and rows.shape[0] > 0 and weight.numel() > 0
 
 
-def _readable(tensor: Tensor | None) -> Tensor | None:
+def readable(tensor: Tensor | None) -> Tensor | None:
     """The operand as the kernels can read it: a vector in one piece, a matrix whose strides leave room in 32 bits.
 
     Kernels take the strides of matrices, which they add up in 32 bits within a tile, and none of vectors.
     """
-    if tensor is None or tensor.is_contiguous() or (tensor.ndim == 2 and max(tensor.stride()) < _LARGEST_STRIDE):
+    if tensor is None or tensor.is_contiguous() or (tensor.ndim == 2 and max(tensor.stride()) < LARGEST_STRIDE):
         return tensor
     return tensor.contiguous()
 
@@ -123,7 +127,7 @@ def _readable(tensor: Tensor | None) -> Tensor | None:
 def _grad_input(grad_y, x, weight, lora_a, up, out_mask, in_mask, mask_lora, dropout, config):
     """dx, and the in-mask's gradient when x is given: the forward's kernel with inputs and outputs exchanged."""
     m, k = grad_y.shape[0], weight.shape[1]
-    config = config or tiles.gemm_config(m, k, lora_a.shape[0], grad_y.dtype)
+    config = _tile(config, grad_y, weight.t(), lora_a, dropout, other=x)
     d_x = grad_y.new_empty(m, k)
     parts = None if x is None else grad_y.new_empty(triton.cdiv(m, config.block_m), k, dtype=torch.float32)
     _gemm(
@@ -133,12 +137,30 @@ def _grad_input(grad_y, x, weight, lora_a, up, out_mask, in_mask, mask_lora, dro
     return d_x, None if parts is None else _sum_partials(parts.unsqueeze(-1), None, parts.new_empty(k, 1)).squeeze(-1)
 
 
+def _tile(config, x, weight, lora_a, dropout, *, lora_input=None, other=None, forward=False):
+    """The tile of x weight^T: the given or named one, and the table's where descriptors do not take the call."""
+    n, rank = weight.shape[0], lora_a.shape[0]
+    config = config or tiles.named_tile(x.dtype)
+    if isinstance(config, tiles.DescriptorConfig):
+        made_on_the_way = lora_a if forward and config.one_pass else None
+        if dropout is not None or descriptors.refuses(config, x, weight, n, made_on_the_way, lora_input, other):
+            config = None
+    return config or tiles.gemm_config(x.shape[0], n, rank, x.dtype)
+
+
 def _gemm(
     x, weight, lora_b, s, out_mask, in_mask, y, config, *, mask_lora, scaling=1.0,
     lora_a=None, lora_input=None, bias=None, total=None, other=None, parts=None, b_sq=None, a_sq=None,
     dropout=None,
 ):  # fmt: skip
     (m, n), k, rank = y.shape, x.shape[1], lora_b.shape[1]
+    if isinstance(config, tiles.DescriptorConfig):
+        descriptors.launch(
+            x, weight, lora_a, lora_b, s, y, config, numerics(x.dtype), scaling=scaling, mask_lora=mask_lora,
+            lora_input=lora_input, bias=bias, out_mask=_bytes(out_mask), in_mask=in_mask,
+            total=total, other=other, parts=parts, b_sq=b_sq, a_sq=a_sq,
+        )  # fmt: skip
+        return
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     kernels.masked_lora_gemm_kernel[grid](
         x, weight, lora_a, lora_b, lora_input, s, bias, _bytes(out_mask), _bytes(in_mask),
@@ -148,7 +170,7 @@ def _gemm(
         WIDE=passes_int32(x, weight, lora_b, lora_input, s, other, y),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         RANK=rank, BLOCK_R=tiles.rank_block(rank), STEP_R=tiles.rank_step(rank, x.dtype), GROUP_M=config.group_m,
-        **drawn(dropout), **_numerics(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        **drawn(dropout), **numerics(x.dtype), num_warps=config.num_warps, num_stages=stages(config.num_stages),
     )  # fmt: skip
 
 
@@ -160,8 +182,8 @@ def _lora_down(x, lora_a, mask, scaling, s, a_sq=None, dropout=None):
         x, lora_a, _bytes(mask), s, a_sq, m, k, scaling, _seed(dropout), *x.stride(), *lora_a.stride(),
         EVEN_K=k % config.block_long == 0, WIDE=passes_int32(x, s),
         BLOCK_M=config.block_wide, BLOCK_K=config.block_long,
-        RANK=rank, BLOCK_R=tiles.rank_block(rank), **drawn(dropout), **_numerics(x.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        RANK=rank, BLOCK_R=tiles.rank_block(rank), **drawn(dropout), **numerics(x.dtype),
+        num_warps=config.num_warps, num_stages=stages(config.num_stages),
     )  # fmt: skip
 
 
@@ -183,7 +205,7 @@ def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=N
         g, s, z, factor, dot, total, m, c, triton.cdiv(m, splits), _seed(dropout), *g.stride(), *_strides(z),
         WIDE=passes_int32(g, s, z), BLOCK_M=config.block_long, BLOCK_C=config.block_wide,
         RANK=rank, BLOCK_R=tiles.rank_block(rank),
-        **drawn(dropout), **_numerics(g.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        **drawn(dropout), **numerics(g.dtype), num_warps=config.num_warps, num_stages=stages(config.num_stages),
     )  # fmt: skip
     d_factor = None
     if factor is not None:
@@ -202,7 +224,8 @@ def _sum_partials(parts, mask, out):
     return out
 
 
-def _numerics(dtype: torch.dtype) -> dict[str, object]:
+def numerics(dtype: torch.dtype) -> dict[str, object]:
+    """How products of this dtype are made, as kernels take it."""
     # The older `torch.get_float32_matmul_precision` raises once anybody has set the precision of one operation alone.
     tensor_cores = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {

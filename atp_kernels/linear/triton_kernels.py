@@ -17,7 +17,7 @@ from atp_kernels.dropout.triton import dropped_tile
 
 
 @triton.jit
-def _dot(left, right, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def product(left, right, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     # The interpreter has no correct bfloat16 product; a GPU never takes the upcast branch.
     if UPCAST:
         left = left.to(tl.float32)
@@ -26,7 +26,7 @@ def _dot(left, right, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add_adapter(
+def add_adapter(
     acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br, first_col, seed,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -46,14 +46,14 @@ def _add_adapter(
             part = tl.load(s_ptr + rows[:, None] * RANK + ranks[None, :], mask=s_ok, other=0.0)
         else:
             part = s
-        total = _dot(part, b, total, UPCAST, PRECISION)
+        total = product(part, b, total, UPCAST, PRECISION)
     if THRESHOLD > 0:
         total = acc + dropped_tile(total, rows, first_col, seed, THRESHOLD, SCALE)
     return total
 
 
 @triton.jit
-def _store_row_squares(
+def store_row_squares(
     b_ptr, b_sq_ptr, cols, ok, stride_bn, stride_br, RANK: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     ranks = tl.arange(0, BLOCK_R)
@@ -123,7 +123,7 @@ def masked_lora_gemm_kernel(
         if in_mask_ptr is not None:
             in_mask = tl.load(in_mask_ptr + k + ks, mask=ks < K - k, other=0).to(tl.float32)
             x_masked = (x.to(tl.float32) * in_mask[None, :]).to(x.dtype)
-        acc = _dot(x_masked, w, acc, UPCAST, PRECISION)
+        acc = product(x_masked, w, acc, UPCAST, PRECISION)
         if ONE_PASS:
             a = tl.load(a_ptrs, mask=(ranks < RANK)[None, :] & (ks < K - k)[:, None], other=0.0)
             adapter = x
@@ -132,7 +132,7 @@ def masked_lora_gemm_kernel(
                 l_ptrs += BLOCK_K * stride_lk
             if MASK_LORA and in_mask_ptr is not None:
                 adapter = (adapter.to(tl.float32) * in_mask[None, :]).to(x.dtype)
-            s_acc = _dot(adapter, a, s_acc, UPCAST, PRECISION)
+            s_acc = product(adapter, a, s_acc, UPCAST, PRECISION)
             if a_sq_ptr is not None:
                 a_wide = a.to(tl.float32)
                 tl.store(a_sq_ptr + k + ks, tl.sum(a_wide * a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))
@@ -150,9 +150,9 @@ def masked_lora_gemm_kernel(
         tl.store(s_ptr + rows[:, None] * RANK + ranks[None, :], s, mask=s_ok)
     if b_sq_ptr is not None:
         b_sq_ok = cols < tl.where(pid_m == 0, N, 0)
-        _store_row_squares(b_ptr, b_sq_ptr, cols, b_sq_ok, stride_bn, stride_br, RANK, BLOCK_R)
+        store_row_squares(b_ptr, b_sq_ptr, cols, b_sq_ok, stride_bn, stride_br, RANK, BLOCK_R)
     if s_ptr is not None and MASK_LORA:
-        acc = _add_adapter(
+        acc = add_adapter(
             acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br, pid_n * BLOCK_N, seed,
             RANK, BLOCK_R, STEP_R, THRESHOLD, SCALE, UPCAST, PRECISION,
         )  # fmt: skip
@@ -166,7 +166,7 @@ def masked_lora_gemm_kernel(
     if out_mask_ptr is not None:
         acc *= tl.load(out_mask_ptr + cols, mask=col_ok, other=0).to(tl.float32)[None, :]
     if s_ptr is not None and not MASK_LORA:
-        acc = _add_adapter(
+        acc = add_adapter(
             acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br, pid_n * BLOCK_N, seed,
             RANK, BLOCK_R, STEP_R, THRESHOLD, SCALE, UPCAST, PRECISION,
         )  # fmt: skip
@@ -202,7 +202,7 @@ def lora_down_kernel(
         if mask_ptr is not None:
             mask = tl.load(mask_ptr + k + ks, mask=ks < K - k, other=0).to(tl.float32)
             x = (x.to(tl.float32) * mask[None, :]).to(x.dtype)
-        acc = _dot(x, a, acc, UPCAST, PRECISION)
+        acc = product(x, a, acc, UPCAST, PRECISION)
         if a_sq_ptr is not None:
             a_wide = a.to(tl.float32)
             tl.store(a_sq_ptr + k + ks, tl.sum(a_wide * a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))
@@ -249,7 +249,7 @@ def column_reduce_kernel(
         if factor_ptr is not None:
             s_ok = row_ok[:, None] & (ranks < RANK)[None, :]
             s = tl.load(s_ptr + rows[:, None] * RANK + ranks[None, :], mask=s_ok, other=0.0)
-            factor = _dot(tl.trans(g), s, factor, UPCAST, PRECISION)
+            factor = product(tl.trans(g), s, factor, UPCAST, PRECISION)
         if dot_ptr is not None:
             z = tl.load(z_ptr + rows[:, None] * stride_zm + cols[None, :] * stride_zc, mask=g_ok, other=0.0)
             dot += tl.sum(g.to(tl.float32) * z.to(tl.float32), axis=0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atp_kernels.checks import check_places, check_range
+from atp_kernels.checks import check_range
 from atp_kernels.loss import op
 
 
@@ -24,7 +24,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") ->
         raise ValueError(f"targets are {given}, but the logits need int64 [{logits.shape[0]}] on {logits.device}.")
     if logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("cross_entropy_ overwrites its logits, and these require a gradient: detach them first.")
-    check_places("logits", logits)
     try:
         return op.cross_entropy_op(logits, targets, backend)
     except RuntimeError:

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from atp_kernels.call import Operation, Order, register, select
+from atp_kernels.checks import check_places
 
 OPERATION = register(
     Operation(
         name="cross_entropy_",
         package=__package__,
-        backends=("reference", "native"),
-        # On CUDA `atp` uses liger-kernel where it is installed.
-        order={"cpu": Order(("native", "reference"))},
+        backends=("reference", "triton", "native"),
+        # Two passes where ATen makes six, over a float32 copy.
+        order={"cpu": Order(("native", "reference")), "cuda": Order(("triton", "reference"))},
     )
 )
 
@@ -19,6 +20,8 @@ OPERATION = register(
 @torch.library.custom_op("atp_kernels::cross_entropy_", mutates_args=("logits",))
 def cross_entropy_op(logits: Tensor, targets: Tensor, backend: str) -> Tensor:
     """Losses of all rows; logits become the gradient of their sum."""
+    # Here, where a compiled program comes by too.
+    check_places("logits", logits)
     return select("cross_entropy_", logits.device, logits.dtype, backend).module.cross_entropy_(logits, targets)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from atp_kernels.call import Operation, register
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear.op import BACKENDS, ORDER
+from atp_kernels.linear.shared import shared_linears
 from atp_kernels.projection import Projection, check_kept, project
 
 register(Operation("masked_lora_qkv", "atp_kernels.linear", BACKENDS, ORDER))
@@ -30,6 +31,11 @@ def masked_lora_qkv(
     `kept_lora_linear`. Source: arXiv 2412.14426, section 3.
     """
     check_kept(kept, masks, mask_lora)
+    if all(mask is None for mask in masks):
+        together = shared_linears(x, (q, k, v), kept, backend)
+        if together is not None:
+            q_out, k_out, v_out = together
+            return q_out, k_out, v_out
     slices = kept or (None, None, None)
     q_out, k_out, v_out = (
         project(x, linear, slice_, out_mask=mask, mask_lora=mask_lora, backend=backend)

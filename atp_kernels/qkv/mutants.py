@@ -1,6 +1,7 @@
 """Broken lines of the projections of attention."""
 
 PROJECTION = "atp_kernels/projection.py"
+SHARED = "atp_kernels/linear/shared.py"
 
 BLOCKS_QKV_NO_WORSE = "tests/atp_kernels/test_blocks.py -k qkv_is_no_worse_than_unfused"
 
@@ -10,5 +11,17 @@ TABLE = {
         ("bias=bias", "bias=None"),
         ("out_mask=out_mask,", "out_mask=None,"),
         ("mask_lora=mask_lora", "mask_lora=False"),
+    ),
+    (SHARED, "tests/atp_kernels/test_shared_linears.py -k 'definition'"): (
+        ("d_x.addmm_(up, torch.cat([linear.lora_a for linear in linears]))", "pass"),
+        ("beta=0, alpha=scaling)", "beta=0)"),
+        ("return grad[:, : len(linear.weight)]", "return grad[:, -len(linear.weight) :]"),
+        ("torch.mm(left, right) if total is None else total.addmm_(left, right)", "torch.mm(left, right)"),
+        ("outs is None or not outs.kept_first else", "True else"),
+    ),
+    (SHARED, "tests/atp_kernels/test_shared_linears.py -k 'alone'"): (
+        ("len(set(map(float, scalings))) == 1 and", "True and"),
+        ("all(slice_.sides[1] is None for slice_ in kept or ())", "True"),
+        ("if trains(operands) or", "if"),
     ),
 }

@@ -16,9 +16,11 @@ from atp_kernels.call import Operation, Order, autocast_dtype, matrix, register,
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import operands as linear_operands
+from atp_kernels.linear import shared
 from atp_kernels.linear.op import keeps_sum
 from atp_kernels.linear.operands import Operands, Options
 from atp_kernels.projection import Projection
+from atp_kernels.quantized import dense
 
 # What lies between the linears; each of them takes the backend that it takes on its own.
 OPERATION = register(
@@ -35,7 +37,10 @@ _PER_LINEAR = 4  # weight, lora_a, lora_b, bias
 
 
 class MlpSpec(NamedTuple):
-    """What is no tensor. A scaling and a slice for each linear: gate, up, down. linear: their backend."""
+    """What is no tensor. A scaling and a slice for each linear: gate, up, down. linear: their backend.
+
+    shared: whether gate and up share what they do with x.
+    """
 
     activation: str
     scalings: tuple[float, ...]
@@ -44,6 +49,7 @@ class MlpSpec(NamedTuple):
     kept: tuple[KeptSlice, ...] | None
     linear: ModuleType
     between: ModuleType
+    shared: bool
 
 
 def swiglu(
@@ -84,7 +90,11 @@ def swiglu(
         choice = select("masked_lora_linear", x.device, x.dtype, backend, plain=alike)
     between = select("masked_lora_swiglu", x.device, x.dtype, backend).module
     scalings = tuple(float(linear.scaling) for linear in linears)
-    spec = MlpSpec(activation, scalings, mask_lora, not mask_lora and keeps_sum(out_mask), kept, choice.module, between)
+    together = choice.name == "reference" and shared.may_share(scalings[:2], None if kept is None else kept[:2])
+    if kept is None:
+        together &= (mask_lora or out_mask is None) and not any(map(shared.trains, prepared[:2]))
+    keep_sum = not mask_lora and keeps_sum(out_mask)
+    spec = MlpSpec(activation, scalings, mask_lora, keep_sum, kept, choice.module, between, together)
     return Swiglu.apply(spec, x, out_mask, in_mask, *(tensor for tensors in operands for tensor in tensors))
 
 
@@ -100,8 +110,13 @@ class _Masked(NamedTuple):
     lora_b: Tensor
     bias: Tensor | None
 
+    def alone(self, dtype: torch.dtype) -> shared.Linear:
+        """Without masks, as one that shares its input."""
+        return shared.Linear(dense(self.weight), self.bias, self.lora_a, self.lora_b)
+
     def forward(self, x: Tensor, keep_sum: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        operands = Operands(x, self.weight, self.lora_a, self.lora_b, self.bias, None, self.out_mask, self.in_mask)
+        weight = dense(self.weight)
+        operands = Operands(x, weight, self.lora_a, self.lora_b, self.bias, None, self.out_mask, self.in_mask)
         return self.spec.linear.forward(operands, Options(self.scaling, self.spec.mask_lora, keep_sum))[:3]
 
     def backward(
@@ -109,7 +124,7 @@ class _Masked(NamedTuple):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of (x, weight, lora_a, lora_b, bias, out_mask, in_mask)."""
         saved = linear_operands.Saved(
-            x, self.weight, self.lora_a, self.lora_b, None, self.out_mask, self.in_mask, s, total
+            x, dense(self.weight), self.lora_a, self.lora_b, None, self.out_mask, self.in_mask, s, total
         )
         wanted = linear_operands.Needs._make((*needs[:5], False, *needs[5:], True))
         grads = self.spec.linear.backward(grad, saved, Options(self.scaling, self.spec.mask_lora), wanted)
@@ -124,6 +139,11 @@ class _Kept(NamedTuple):
     scaling: float
     lora_a: Tensor
     lora_b: Tensor
+
+    def alone(self, dtype: torch.dtype) -> shared.Linear:
+        """As `_Masked.alone`."""
+        kept = self.kept
+        return shared.Linear(kept.weight(dtype), kept.bias(dtype), self.lora_a, self.lora_b, kept.sides[0])
 
     def forward(self, x: Tensor, keep_sum: bool) -> tuple[Tensor, Tensor, None]:
         slices = self.kept.weight(x.dtype), self.kept.bias(x.dtype)
@@ -166,7 +186,12 @@ class Swiglu(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         rows = matrix(x)
         *producers, down = _linears(spec, out_mask, in_mask, operands)
-        results = [linear.forward(rows, spec.keep_sum) for linear in producers]
+        if spec.shared:
+            alone = [linear.alone(x.dtype) for linear in producers]
+            values, parts = shared.forward(rows, alone, spec.scalings[0])
+            results = list(zip(values, parts, (None, None), strict=True))
+        else:
+            results = [linear.forward(rows, spec.keep_sum) for linear in producers]
         sum_mask = out_mask if spec.mask_lora else None
         h = spec.between.gated(spec.activation, *(value for value, _, _ in results), sum_mask)
         y, s, _ = down.forward(h, False)
@@ -202,6 +227,13 @@ class Swiglu(torch.autograd.Function):
         del gate, up, d_h
         d_x = None
         d_operands = []
+        if spec.shared:
+            alone, of_both = [linear.alone(grad_y.dtype) for linear in producers], needs[: 2 * _PER_LINEAR]
+            options = spec.scalings[0], need_x, of_both[1::_PER_LINEAR], of_both[2::_PER_LINEAR]
+            d_x, d_a, d_b = shared.backward(grads, x, saved[1::3], alone, *options)
+            for a, b in zip(d_a, d_b, strict=True):
+                d_operands += (None, a, b, None)
+            producers = []
         for i, linear in enumerate(producers):
             own = needs[_PER_LINEAR * i : _PER_LINEAR * (i + 1)]
             found = linear.backward(grads.pop(0), x, *saved[3 * i + 1 : 3 * i + 3], (need_x, *own, need_base, False))

@@ -66,6 +66,8 @@ void swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor d_gate, Tensor d
   check_like(up, "up", gate);
   check_like(d_gate, "d_gate", gate);
   check_like(d_up, "d_up", gate);
+  check_apart(d_gate, "d_gate");
+  check_apart(d_up, "d_up");
   const int64_t cols = gate.size(1);
   with_type(gate, [&](auto tag) {
     using T = decltype(tag);

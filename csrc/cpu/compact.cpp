@@ -17,6 +17,7 @@ void gather(const Tensor& weight, const Gather& plan) {
   const T* from = static_cast<const T*>(weight.const_data_ptr());
   T* to = static_cast<T*>(plan.out.mutable_data_ptr());
   const int64_t stride = weight.size(1);
+  if (plan.out_cols == 0) return;  // however many rows there are
   for_rows(plan.out_rows, plan.out_cols, [&](int64_t first, int64_t count) {
     for (int64_t row = first; row < first + count; ++row) {
       T* out = to + row * plan.out_cols;

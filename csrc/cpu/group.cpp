@@ -349,9 +349,12 @@ void scale_all(const Tensor& from, float scale, const Tensor& to) {
 std::vector<Tensor> separate_lasso_backward(
     Tensor direction, std::vector<int64_t> sides, Tensor grad_out, bool in_place) {
   check(grad_out.scalar_type() == ScalarType::Float && grad_out.numel() == 1, "grad_out must be one float32.");
+  const ScalarType dtype = direction.scalar_type();
+  check(direction.is_contiguous() && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
+        "direction must be contiguous, and float32 or bfloat16.");
   const float upstream = *static_cast<const float*>(grad_out.const_data_ptr());
   const Tensor grad = in_place ? direction : torch::stable::empty_like(direction);
-  if (direction.scalar_type() == ScalarType::BFloat16) {
+  if (dtype == ScalarType::BFloat16) {
     scale_all<bfloat16>(direction, upstream, grad);
   } else {
     scale_all<float>(direction, upstream, grad);

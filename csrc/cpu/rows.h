@@ -27,4 +27,9 @@ void for_rows(int64_t rows, int64_t cols, const Body& body) {
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { body(begin, end - begin); });
 }
 
+// Throws where the rows of a matrix that is written share memory: threads would race for it.
+inline void check_apart(const Tensor& values, const char* name) {
+  check(values.size(0) <= 1 || values.stride(0) >= values.size(1), name, " must have rows that share no memory.");
+}
+
 }  // namespace atp::cpu

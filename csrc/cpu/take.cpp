@@ -20,6 +20,7 @@ void check_matrix(const Tensor& values, const char* name) {
 void take_columns(Tensor values, Tensor index, Tensor out) {
   check_matrix(values, "values");
   check_matrix(out, "out");
+  check_apart(out, "out");
   const int64_t rows = values.size(0), count = index.numel();
   check(out.size(0) == rows && out.size(1) == count && out.scalar_type() == values.scalar_type(),
         "out must be [", rows, ", ", count, "], of the dtype of values.");
@@ -40,6 +41,7 @@ void take_columns(Tensor values, Tensor index, Tensor out) {
 // values = values[:, :width][:, place], through a copy of one row's head per thread.
 void spread_columns_(Tensor values, int64_t width, Tensor place) {
   check_matrix(values, "values");
+  check_apart(values, "values");
   const int64_t rows = values.size(0), count = values.size(1);
   check(place.numel() == count && width >= 0 && width <= count,
         "place needs ", count, " entries and width lies in [0, ", count, "].");

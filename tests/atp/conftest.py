@@ -1,7 +1,45 @@
-"""What whole runs, comparisons and experiments are tested on."""
+"""What whole runs, comparisons and experiments are tested on, and what keeps hundreds of them quick."""
+
+import gc
+from functools import partial
 
 import pytest
 from tiny_inputs import tiny_config
+
+import atp.run
+import atp.scoring
+from atp.evaluation import throughput
+from atp.report import plots, write_report
+
+gc.disable()  # importing and collecting every test makes no garbage worth looking for
+
+
+def pytest_collection_finish(session):
+    """Every loop collects garbage; modules and collected tests, which all stay, need not be searched each time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()  # nanobind takes what the interpreter does not collect at its end for leaks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs():
+    """A run decodes few tokens to measure speed, and its report has no drawings, which test_report.py draws."""
+
+    def without_drawings(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plots, "available", lambda: False)
+            return write_report(folder)
+
+    few = partial(throughput, prompt_tokens=16, new_tokens=2, repeats=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atp.run, "throughput", few)
+        patch.setattr(atp.scoring, "throughput", few)
+        patch.setattr(atp.run, "write_report", without_drawings)
+        yield
 
 
 @pytest.fixture(scope="session")

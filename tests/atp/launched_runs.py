@@ -18,7 +18,13 @@ def write_settings(config, folder):
     values = config.model_dump(mode="json")
     values["lora"]["dropout"] = 0.0  # drawn per process
     values["training"] |= {"search": SEARCH, "settle": SETTLE, "tune": TUNE, "save_every": 1}
-    values["evaluation"] |= {"dense_baseline": False, "windows": 2, "questions": 2}
+    values["evaluation"] |= {
+        "dense_baseline": False,
+        "windows": 2,
+        "questions": 2,
+        "every": STEPS,
+        "validation_windows": 2,
+    }
     paths = []
     for name, accumulation in (("two", 1), ("one", 2)):
         values["training"]["gradient_accumulation"] = accumulation
@@ -51,7 +57,8 @@ def assert_equal(folder, expected):
         for key in found:
             assert found[key].equal(wanted[key]), f"{name}: {key}"
     records, wanted = ([json.loads(line) for line in (f / "metrics.jsonl").open()] for f in (folder, expected))
-    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records] == [*range(1, STEPS + 1), STEPS]
     for record, other in zip(records, wanted, strict=True):
-        assert abs(record["loss"] - other["loss"]) <= 1e-5 * other["loss"]
+        for loss in ("loss", "validation_loss"):
+            assert abs(record.get(loss, 0.0) - other.get(loss, 0.0)) <= 1e-5 * other.get(loss, 0.0)
     assert not list(folder.rglob(".writing-*"))

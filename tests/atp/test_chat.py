@@ -39,7 +39,7 @@ def test_a_conversation_remembers_and_a_run_folder_gives_its_final_model(folder)
     first = chat.ask("the cat", said.append, tokens=4)
     chat.ask("it was", said.append, tokens=4)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
-    prompt, _ = plain_chat([*chat.messages[:3], {"role": "assistant", "content": ""}])
+    prompt = plain_chat([*chat.messages[:3], {"role": "assistant", "content": ""}]).prompt
     assert chat.messages[3]["content"].split() == greedy(folder, prompt, 4).split()
     assert chat.messages[1]["content"] == first.text.strip()
 

@@ -16,7 +16,20 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from atp.cli import main
 
-COMMANDS = ("train", "plan", "demo", "eval", "compare", "experiment", "export", "report", "chat", "push", "env")
+COMMANDS = (
+    "train",
+    "plan",
+    "demo",
+    "eval",
+    "compare",
+    "experiment",
+    "sweep",
+    "export",
+    "report",
+    "chat",
+    "push",
+    "env",
+)
 WORDS = "the cat sat on a mat and it was not there again".split()
 
 

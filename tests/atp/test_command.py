@@ -31,6 +31,23 @@ def test_short_help_is_the_long_one(monkeypatch, capsys, command):
     assert short == long and short[0] == 0 and "Usage: " in short[1]
 
 
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["export", "--help"]], ids=" ".join)
+def test_help_waits_for_no_library_that_takes_seconds(words):
+    code = (
+        f"import sys; sys.argv = ['atp', *{words}]\nfrom atp.cli import main\ntry: main()\n"
+        "finally: print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Usage: atp")
+    assert done.stdout.endswith("[]\n")
+
+
+def test_a_program_that_imports_the_package_can_load_a_cut_model():
+    code = "import atp; from transformers import AutoConfig; print(type(AutoConfig.for_model('atp_llama')).__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "atp.models.config\n", done.stderr
+
+
 def test_the_package_is_a_command():
     done = subprocess.run([sys.executable, "-m", "atp", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"atp {__version__}\n"), done.stderr

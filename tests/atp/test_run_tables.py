@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
 from rich.console import Console
 from tiny_command import read, start
 
+from atp.data import load_recipe
+from atp.evaluation.samples import Sample, sample_answers
+from atp.loading import data_settings, load_tokenizer
+from atp.models.load import read_model
 from atp.report import terminal
 from atp.run import without_items
 
@@ -69,6 +74,33 @@ def test_what_cannot_be_measured_is_said_everywhere(untaught, printed):
         assert sentence in " ".join(place.split())
     row = next(line for line in printed.splitlines() if "of tuned dense" in line)
     assert "not measurable" in row and "1.000" not in row
+
+
+def test_held_out_prompts_are_answered_by_both_models(config, finished):
+    scores, samples = read(finished, "evaluation.json"), read(finished, "summary.json")["samples"]
+    tokenizer = load_tokenizer(config.model)
+    trained = load_recipe(data_settings(config, tokenizer)).train
+    assert len(samples) == config.evaluation.samples == 3 and "samples" not in scores["tuned_dense"]
+    for place, sample in enumerate(samples):
+        assert sample["prompt"] not in {example.prompt for example in trained}
+        assert sample["reference"] in ("yes", "no")
+        assert sample["models"] == {name: scores[name]["samples"][place] for name in ("original", "final")}
+        assert sample["prompt"] in (finished / "report.html").read_text(encoding="utf-8")
+    asked = [Sample(sample["prompt"], sample["reference"]) for sample in samples]
+    for name, path in {"original": config.model.path, "final": finished / "model"}.items():
+        model = read_model(path, dtype=torch.float32)
+        assert sample_answers(model, tokenizer, asked) == [sample["models"][name] for sample in samples]
+
+
+def test_no_prompts_are_answered_if_none_are_asked_for(config, tmp_path, wide_budget):
+    def refuse(*arguments, **options):
+        raise AssertionError("nothing is generated")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atp.evaluation.samples.generate_answers", refuse)
+        summary = start(config, tmp_path / "out", evaluation={"samples": 0, "dense_baseline": False, "questions": 2})
+    assert "samples" not in summary
+    assert "side by side" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_question_is_shown_on_request(finished, untaught, printed):

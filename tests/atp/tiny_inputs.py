@@ -11,8 +11,11 @@ from atp.config import ATPConfig
 WORDS = "the heart rate of patients fell after treatment in both groups yes no".split()
 
 
-def tiny_config(folder):
-    """Writes model and data to a folder, the answers of the questions being in the text; returns a config on them."""
+def tiny_config(folder, **sizes):
+    """Writes model and data to a folder, the answers of the questions being in the text; returns a config on them.
+
+    sizes: of the model, where they differ from the usual ones.
+    """
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", *WORDS, *map(str, range(60))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -20,11 +23,12 @@ def tiny_config(folder):
     tokens = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<eos>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(folder)
     torch.manual_seed(0)
-    llama = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-        intermediate_size=96, eos_token_id=1, bos_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(llama).save_pretrained(folder)
+    values = {
+        "vocab_size": len(vocabulary), "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 2, "intermediate_size": 96, "eos_token_id": 1, "bos_token_id": 1,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**values | sizes)).save_pretrained(folder)
     answers = ["no", "yes"] * 30
     rows = [
         {"prompt": f"{i} {' '.join(WORDS[:11])} {answer}", "completion": f" {answer}"}

@@ -204,8 +204,64 @@ def test_native_takes_a_gpu_that_it_was_built_for(built_for, archs, capability, 
 def test_backends_are_listed_for_a_device(built_for, monkeypatch):
     built_for("", (9, 0))
     assert "built without support for cuda" in call.available_backends("cuda:0")["native"]
-    assert "built without support for meta" in call.available_backends("meta")["native"]
+    assert call.available_backends("meta")["native"] == "the native backend has no code for meta"
     assert call.available_backends("cpu")["native"] is None
     built_for("9.0", (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert call.available_backends("cuda")["native"] == "torch sees no CUDA device"
+
+
+@pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
+@pytest.mark.parametrize(
+    ("capability", "op", "taken"),
+    [
+        ((7, 5), "group_lasso", "reference"),  # neither has code for it
+        ((7, 5), "rms_norm", "reference"),
+        ((8, 6), "group_lasso", "native"),
+        ((10, 3), "group_lasso", "native"),  # from the PTX of 10.0
+        ((12, 0), "compact", "native"),
+        ((12, 0), "rms_norm", "triton"),
+    ],
+)
+def test_backends_of_the_default_build_by_capability(built_for, monkeypatch, capability, op, taken):
+    """As on a machine with a GPU: Triton compiles, nothing is interpreted."""
+    built_for("8.0 9.0 10.0+PTX", capability)
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "REASON", None)
+    _, name, why = call.select(op, torch.device("cuda", 0), torch.bfloat16)
+    assert name == taken
+    if taken == "reference":
+        assert "triton: the triton backend needs CUDA capability 8.0 and cuda:0 is of 7.5" in why
+    if (op, taken) == ("group_lasso", "reference"):
+        assert why.startswith("native: the native backend was built for CUDA 8.0, 9.0, 10.0+PTX and cuda:0 is of ")
+
+
+@pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
+def test_rocm_takes_triton_whatever_the_extension_was_built_for(built_for, monkeypatch):
+    """gfx942 calls itself capability 9.4, which is no CUDA version."""
+    built_for("8.0 9.0 10.0+PTX", (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "REASON", None)
+    _, name, why = call.select("group_lasso", torch.device("cuda"), torch.bfloat16)
+    assert (name, why) == ("triton", "native: the native backend has no code for ROCm")
+    assert call.available_backends("cuda")["triton"] is None
+    assert call.select("compact", torch.device("cuda"), torch.bfloat16)[1] == "reference"
+
+
+def test_other_devices_take_the_reference(monkeypatch):
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "REASON", None)
+    for op in call.OPERATIONS:
+        assert call.select(op, torch.device("xpu"), torch.bfloat16)[1:] == ("reference", "first choice on xpu")
+    assert "runs on cuda, not on xpu" in call.available_backends("xpu")["triton"]
+
+
+def test_triton_without_what_its_interpreter_needs_is_one_sentence():
+    code = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "import atp_kernels; print(atp_kernels.available_backends()['triton'])\n"
+    )
+    variables = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=variables)
+    assert done.stdout == "triton does not load without numpy; run pip install numpy\n", done.stderr

@@ -16,12 +16,12 @@ from atp_kernels.linear import tiles
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "kernels"
 FILES = [
-    *(path for path in FOLDER.glob("*.md") if path.name != "README.md"),
+    *(path for path in FOLDER.glob("*.md") if path.name not in ("README.md", "performance.md", "tuning.md")),
     *(ROOT / "atp_kernels").glob("*/*.md"),
 ]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 SECTIONS = ["Formula", "Saved for backward", "Gradients", "FLOPs", "Bytes", "Backends", "Tiles"]
-NOT_OPERATIONS = {"available_backends", "explain", "nn"}
+NOT_OPERATIONS = {"available_backends", "explain", "layers", "nn"}
 LINEAR = PAGES["atp_kernels/linear/README.md"]
 
 
@@ -72,6 +72,21 @@ def test_one_pass_tiles_are_those_of_the_code():
         assert config.one_pass and shape_of(config) == tile
         assert not tiles.gemm_config(4096, 2 * tile[1] + 1, 16, dtype).one_pass
     assert not tiles.gemm_config(4096, 64, 17, torch.float32).one_pass
+
+
+def test_tiles_of_descriptors_are_those_of_the_code():
+    known = {torch.bfloat16: {}, torch.float32: {}}
+    for name, *shape, where in table_after(LINEAR, "Tiles of descriptors"):
+        archs = tuple(10 * int(major) for major in re.findall(r"(\d+)\.0", where))
+        ranks = re.search(r"r up to (\d+)", where)
+        tile = (shape, archs, int(ranks[1]) if ranks else tiles.LARGEST_RANK, "one-pass" in name, "warps" in name)
+        known[torch.float32 if "float32" in where else torch.bfloat16][name] = tile
+    for dtype, table in known.items():
+        found = tiles.descriptor_tiles(dtype)
+        assert table == {
+            name: (shape_of(tile), tile.archs, tile.one_pass_rank, tile.one_pass, tile.warp_specialize)
+            for name, tile in found.items()
+        }
 
 
 def evaluated(formula, sizes):

@@ -11,10 +11,12 @@ FOREIGN = {
     "_C",
     "_autograd",
     "_get_current_graph_task_keep_graph",  # groups.op asks it, below the version that is named there
+    "_make_wrapper_subclass",  # quantized.weight, as every tensor that consists of others (torchao's too)
+    "_to_copy",  # the same: the operator behind `to`
     "_load_from_state_dict",  # the hook of nn.Module for modules that load in their own way
     "_version",  # kept.slices, to refuse a slice of a weight that changed
 }
-NAMED_TUPLES = {"_fields", "_make", "_replace"}
+NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 
 
 def private(name):

@@ -28,7 +28,7 @@ for setting in sys.argv[1:]:
         y = masked_lora_linear(x.requires_grad_(), weight, lora_a, lora_b, scaling=1.0, out_mask=mask, backend="triton")
         y.sum().backward()
         assert y.tolist() == [[8, 4, 8]] * 2 and x.grad.tolist() == [[5] * 4] * 2
-        taken.append(launcher._numerics(dtype)["PRECISION"])
+        taken.append(launcher.numerics(dtype)["PRECISION"])
     print(*taken)
 """
 OLDER = {

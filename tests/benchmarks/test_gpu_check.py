@@ -1,5 +1,6 @@
 """The script for a machine with a GPU: its shell logic, on a CPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def gpu_check(out, *arguments, **variables):
 def test_an_unknown_stage_is_one_sentence(tmp_path):
     result = gpu_check(tmp_path / "out", "biuld")
     assert result.returncode == 2
-    assert "unknown stage 'biuld': use some of build test sanitize ops train, or --dry" in result.stderr
+    assert "unknown stage 'biuld': use some of build test sanitize tune ops train, or --dry" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -49,6 +50,15 @@ def test_a_dry_stage_leaves_log_rows_and_table(tmp_path):
     assert stage.split()[0] == "sanitize" and stage.split()[-1] == "ok"
     with tarfile.open(tmp_path / "rows.tar.gz") as packed:
         assert "./compact.csv" in packed.getnames()
+
+
+@pytest.mark.slow
+def test_the_tuned_table_is_among_the_results(tmp_path):
+    result = gpu_check(tmp_path, "--dry", "tune")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (table,) = (tmp_path / "tables").glob("cpu-*.json")
+    regimes = {entry["key"]["regime"] for entry in json.loads(table.read_text())["entries"]}
+    assert regimes == {"decision", "search", "cut"}
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ TABLE: Table = {
         ("std::fill(out + kept, out + plan.out_cols, T{0});", "std::fill(out + kept, out + plan.out_cols, T{1});"),
     ),
     ("csrc/gather.h", GATHER): (
-        ("(size + pad_to - 1) / pad_to * pad_to", "(size / pad_to + 1) * pad_to"),
+        ("(size / pad_to + (size % pad_to != 0)) * pad_to", "(size / pad_to + 1) * pad_to"),
         ("plan.out_rows = rows ? padded(plan.rows) : plan.rows;", "plan.out_rows = plan.rows;"),
         ("plan.out_cols = cols ? padded(plan.cols) : plan.cols;", "plan.out_cols = padded(plan.cols);"),
     ),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from atp import processes
 from atp.decide.sampling import logistic_noise
+from atp.devices import upload
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
 from atp.lora.regularizers.regularizer import Regularizer
 from atp.spaces.space import MaskSpace
@@ -61,11 +62,11 @@ class L0Gates(Regularizer):
         device = next(model.parameters()).device
         self._cuts: list[tuple[MaskedLoraLinear, int, Tensor]] = []
         decisions = []
-        for structure in space.structures:
+        for structure in space.to(device).structures:
             for cut in structure.cuts:
                 layer = layers[f"{structure.layer}.{cut.module}"]
-                self._cuts.append((layer, cut.axis, cut.owner.to(device)))
-                decisions.append(torch.arange(structure.start, structure.start + structure.size))
+                self._cuts.append((layer, cut.axis, cut.owner))
+                decisions.append(torch.arange(structure.start, structure.start + structure.size, device=device))
         self._sizes = [len(part) for part in decisions]
         self._decision_of_gate = torch.cat(decisions)
         self.log_alpha = nn.Parameter(torch.full((len(self._decision_of_gate),), _OPEN, device=device))
@@ -85,7 +86,7 @@ class L0Gates(Regularizer):
         if sample:
             with torch.no_grad():
                 self.log_alpha.masked_fill_(~removed, _OPEN)
-            noise = logistic_noise(len(removed), self.noise).to(removed.device)
+            noise = upload(logistic_noise(len(removed), self.noise), removed.device)
         gates = torch.where(removed, hard_concrete(self.log_alpha, noise), 1.0)
         for layer, axis, gate in self._by_cut(gates):
             layer.set_gate(axis, gate)
@@ -141,7 +142,7 @@ class L0Gates(Regularizer):
 
     def _removed(self, mask: Tensor) -> Tensor:
         """bool [gates] on the device: whose decision the mask removes."""
-        return ~mask.cpu()[self._decision_of_gate].to(self.log_alpha.device)
+        return ~upload(mask, self.log_alpha.device)[self._decision_of_gate]
 
     def _by_cut(self, values: Tensor) -> Iterator[tuple[MaskedLoraLinear, int, Tensor]]:
         """(layer, axis, values of its rows or columns) of every cut, from values [gates]."""

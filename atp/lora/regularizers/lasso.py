@@ -24,19 +24,20 @@ class LoraGroups:
         cuts: list[tuple[int, Tensor]] = []
         joint: list[tuple[int, Tensor]] = []
         decisions, start = [], 0
-        for structure in space.structures:
+        device = next(iter(parameters.values())).device
+        for structure in space.to(device).structures:
             for cut in structure.cuts:
                 factor = "lora_A" if cut.axis else "lora_B"
                 parameter = parameters[f"{structure.layer}.{cut.module}.{factor}.default.weight"]
-                owner = cut.owner.to(parameter.device)
                 self.factors.append(parameter)
-                cuts.append((cut.axis, owner + start))
-                joint.append((cut.axis, owner + structure.start))
-                decisions.append(torch.arange(structure.start, structure.start + structure.size))
+                cuts.append((cut.axis, cut.owner + start))
+                joint.append((cut.axis, cut.owner + structure.start))
+                decisions.append(torch.arange(structure.start, structure.start + structure.size, device=device))
                 start += structure.size
         self._decision_of_cut = torch.cat(decisions)
         self._cuts = GroupPlan.of(self.factors, cuts, start)
         self._joint = GroupPlan.of(self.factors, joint, space.size)
+        self._decision_of_slot = torch.cat([index for _, index in joint])
 
     def lasso(self, mask: Tensor) -> Tensor:
         """L_GL: sum over removed cuts of sqrt(sum of squares + 1e-8), scalar float32. mask bool [space.size]."""
@@ -47,18 +48,27 @@ class LoraGroups:
         return group_lasso_grad_(self.factors, self._cuts, ~mask[self._decision_of_cut], weight=weight)
 
     @torch.no_grad()
-    def prox_(self, mask: Tensor, threshold: float) -> None:
-        """Shrinks the joint norm of every removed decision by `threshold`, in place, at most to exact zeros."""
+    def prox_(self, mask: Tensor, threshold: Tensor | float) -> None:
+        """Shrinks the joint norm of every removed decision by `threshold`, in place, at most to exact zeros.
+
+        threshold: a number, or a scalar tensor on the device.
+        """
+        if isinstance(threshold, Tensor):
+            threshold = threshold.repeat(mask.numel())
         group_prox_(self.factors, self._joint, ~mask, threshold)
 
     @torch.no_grad()
-    def largest_removed_norm(self, mask: Tensor) -> float:
-        """The largest joint 2-norm left on a removed decision."""
-        squares = torch.zeros(mask.numel())
-        for factor, (axis, owner) in zip(self.factors, self._joint.groups, strict=True):
-            squares.index_add_(0, owner.cpu(), factor.detach().float().square().sum(1 - axis).cpu())
-        removed = squares[~mask.cpu()]
-        return float(removed.max().sqrt()) if removed.numel() else 0.0
+    def largest_removed_norm(self, mask: Tensor) -> Tensor:
+        """The largest joint 2-norm left on a removed decision, scalar float32 on the device; 0 if none is removed."""
+        pairs = zip(self.factors, self._joint.axes, strict=True)
+        slots = torch.cat([factor.detach().float().square().sum(1 - axis) for factor, axis in pairs])
+        squares = slots.new_zeros(mask.numel())
+        if slots.device.type == "cpu":
+            squares.index_add_(0, self._decision_of_slot, slots)
+        else:
+            # Sorts first, so that a resumed run adds in the same order; `index_add_` would add as threads come.
+            squares.index_put_((self._decision_of_slot,), slots, accumulate=True)
+        return torch.where(mask, 0, squares).max().sqrt()
 
 
 class Lasso(Regularizer):

@@ -66,7 +66,7 @@ def test_llm_pruner_score_is_weight_times_gradient_summed_by_hand(order):
 
     def importance(layer):
         found = {}
-        for name in space.linears:
+        for name in space.modules:
             key = f"model.layers.{layer}.{name}.weight"
             w, g = llama.get_parameter(key).detach(), torch.stack([grads[key] for grads in gradients])
             first, second = w * g.mean(0), w**2 * (g**2).mean(0)
@@ -82,7 +82,7 @@ def test_magnitude_is_the_joint_norm_of_the_group():
     llama = model()
     space = MaskSpace.from_config(llama.config, "kv_group")
     expected = scores_by_hand(
-        space, lambda i: {n: llama.get_parameter(f"model.layers.{i}.{n}.weight").detach() ** 2 for n in space.linears}
+        space, lambda i: {n: llama.get_parameter(f"model.layers.{i}.{n}.weight").detach() ** 2 for n in space.modules}
     )
     torch.testing.assert_close(magnitude_scores(llama, space), expected)
 
@@ -105,7 +105,9 @@ def test_wanda_sp_is_weight_times_input_norm_by_hand():
         hook.remove()
 
     def importance(layer):
-        found = {name: torch.zeros(linear.out_features, linear.in_features) for name, linear in space.linears.items()}
+        found = {
+            name: torch.zeros(linear.out_features, linear.in_features) for name, linear in space.linears[layer].items()
+        }
         for name in consumers:
             norm = torch.cat([x.flatten(0, 1) for x in seen[layer, name]]).norm(dim=0)
             found[name] = llama.get_parameter(f"model.layers.{layer}.{name}.weight").detach().abs() * norm

@@ -112,9 +112,9 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(config, finished, t
     folder, tuner = tmp_path / "out", baseline_run.LoraTuner
     methods = ["dense_lora", "slicegpt"]
 
-    def stopping(settings, model, data, run, *, callbacks):
+    def stopping(settings, model, data, run, *, callbacks, **options):
         stop = [StopAt(4, signal.SIGTERM)] if run.name == "slicegpt-seed0" else []
-        return tuner(settings, model, data, run, callbacks=[*callbacks, *stop])
+        return tuner(settings, model, data, run, callbacks=[*callbacks, *stop], **options)
 
     monkeypatch.setattr(baseline_run, "LoraTuner", stopping)
     with pytest.raises(Interrupted):

@@ -83,7 +83,7 @@ def test_what_is_common_shows_in_the_whole_data_set():
 def test_data_of_doubles_is_refused():
     base = words(0)
     parts = Parts(*([example(" ".join([*base, str(n)]))] for n in range(3)))
-    with pytest.raises(InputError, match="near-duplicates of held-out ones: add text"):
+    with pytest.raises(InputError, match="near-duplicates of held-out ones, such as .*: add text"):
         assemble(parts, DataSettings(general_share=0), (), "here")
 
 
@@ -111,6 +111,25 @@ def test_held_out_documents_stay_and_their_doubles_go():
     assert splits.description == (
         "here: 1 train, 1 calibration (0 of them general text), 1 test; 3 near-duplicates of held-out documents dropped"
     )
+
+
+def test_a_validation_split_leaves_the_others_as_they_are_and_shares_nothing_with_training():
+    texts = [" ".join(words(10 + n)) for n in range(40)]
+    parts = Parts(*([example(text) for text in part] for part in (texts[:30], texts[30:35], texts[35:])))
+    without = assemble(parts, DataSettings(general_share=0), (), "here")
+    settings = DataSettings(general_share=0, validation_share=0.2)
+    splits = assemble(parts, settings, (), "here")
+    assert (splits.test, splits.calibration) == (without.test, without.calibration)
+    assert len(splits.validation) == 6 and "24 train, 5 calibration (0 of them general text), 6 validation" in (
+        splits.description
+    )
+    assert {e.document for e in splits.train + splits.validation} == {e.document for e in without.train}
+    assert set(splits.fingerprints) == {*without.fingerprints, "validation"}
+    near = " ".join([*splits.validation[0].text.split()[5:], "end"])
+    parts.train.append(example(near))
+    again = assemble(parts, settings, (), "here")
+    both = [[e.text for e in part] for part in (again.train, again.validation)]
+    assert not any(near in part and splits.validation[0].text in other for part, other in (both, both[::-1]))
 
 
 @pytest.mark.parametrize("counts", [(6, 2, 4), (3, 3, 3), (12, 0, 0)])

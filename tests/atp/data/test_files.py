@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 
-from atp.data.files import _read_file, read_rows
+from atp.data.files import read_rows
+from atp.data.formats import read_file
 from atp.errors import InputError
 
 
@@ -98,23 +99,21 @@ def test_cells_may_be_long_and_the_limit_of_other_code_stays(tmp_path):
     path = write(tmp_path / "a.csv", f'text\n{"x" * 200_000}\n"{"y" * 300_000}"\n')
     assert [len(row.values["text"]) for row in read_rows(path)] == [200_000, 300_000]
     assert csv.field_size_limit() == before
-    rows = _read_file(Path(path))
+    rows = read_file(Path(path))
     next(rows)
     assert csv.field_size_limit() == before, "also between two rows"
 
 
 @pytest.mark.parametrize("source", ["", ":test", "#config"])
 def test_a_source_without_a_name_is_refused(source):
-    with pytest.raises(
-        InputError, match=f"^'{source}' does not name a data set: give a .jsonl or .csv or .parquet file"
-    ):
+    with pytest.raises(InputError, match=f"^'{source}' does not name a data set: give a .jsonl, .json, .csv"):
         read_rows(source)
 
 
 def test_paths_that_are_no_files_say_what_they_are(tmp_path):
     (tmp_path / "dir.jsonl").mkdir()
     for source, reason in {
-        str(tmp_path / "dir.jsonl"): "dir.jsonl is a folder: check the path, and give a .jsonl or .csv",
+        str(tmp_path / "dir.jsonl"): "dir.jsonl is a folder: check the path, and give a .jsonl, .json",
         "~nobody-of-this-name/a.jsonl": "there is no such home folder",
         "~nobody-of-this-name/a": "there is no such home folder",
         "x" * 5000 + ".csv": "File name too long",

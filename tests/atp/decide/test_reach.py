@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_spaces import HEAD_DIM, INNER, LAYERS, config, larger
+from tiny_spaces import HEAD_DIM, INNER, LAYERS, config, decoder_params, larger
 
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
@@ -14,8 +14,8 @@ from atp.spaces.space import MaskSpace
 RULES = [{}, {"mlp": 3}, {"mlp": 5}, {"mlp": 7}, {"mlp": 100}, {"vo": 3, "qk": 2, "mlp": 10}, {"kv_group": 2, "mlp": 4}]
 
 
-def every_share(budget, multiples):
-    """Shares of all masks that obey the rules; counts decide, so the first decisions of a structure stand for any."""
+def every_share(budget, multiples, **biases):
+    """Shares of all masks that obey the rules; counts decide, and the textbook formula tells what they leave."""
     structures = budget.space.structures
     choices = []
     for structure in structures:
@@ -23,8 +23,10 @@ def every_share(budget, multiples):
         choices.append(sorted({*range(step, structure.size + 1, step), structure.size}))
     shares = set()
     for counts in itertools.product(*choices):
-        mask = torch.cat([torch.arange(s.size) < count for s, count in zip(structures, counts, strict=True)])
-        shares.add(budget.share(mask))
+        layers = [{} for _ in range(LAYERS)]
+        for structure, count in zip(structures, counts, strict=True):
+            layers[structure.layer][structure.name] = count
+        shares.add(decoder_params(layers, **biases) / budget.total)
     return sorted(shares)
 
 
@@ -34,7 +36,7 @@ def every_share(budget, multiples):
 def test_it_is_the_nearest_of_all_masks(space, multiples, biases):
     budget = Budget(MaskSpace.from_config(config(intermediate_size=INNER, **biases), space))
     assert budget.space.num_layers == LAYERS
-    shares = every_share(budget, multiples)
+    shares = every_share(budget, multiples, **biases)
     for target in (0.01, 0.2, 0.35, 0.5, 0.6, 0.77, 0.9, 0.999):
         nearest = min(shares, key=lambda share: abs(share - target))
         assert abs(nearest_share(budget, target, multiples) - target) == pytest.approx(abs(nearest - target), abs=1e-5)

@@ -1,5 +1,7 @@
 """The widths that the MLPs of a cut model have by default."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_spaces import config, larger
@@ -8,7 +10,7 @@ from atp.baselines.uniform import uniform_mask
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
-from atp.decide.rules import width_rules
+from atp.decide.rules import width_rules as rules_on
 from atp.demo import demo_config
 from atp.spaces.space import MaskSpace
 
@@ -16,6 +18,9 @@ SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 3
            "num_key_value_heads": 3, "head_dim": 64}  # fmt: skip
 LLAMA2 = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
           "num_key_value_heads": 32, "head_dim": 128}  # fmt: skip
+
+
+width_rules = partial(rules_on, device="cpu")
 
 
 def budget_of(shapes, space="kv_group"):
@@ -32,6 +37,33 @@ def test_real_models_keep_multiples_of_64(shapes, space):
     """MLP channels and selections of the hidden state are widths of linears; heads and their dimensions are not."""
     selections = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs") if space == "disp" else ()
     assert width_rules(budget_of(shapes, space), 0.6, None) == dict.fromkeys((*selections, "mlp"), 64)
+
+
+SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "space", "rules"),
+    [
+        (SMOLLM2, "kv_group", {"mlp": 64}),  # 3 groups are no even number, and 128 channels 0.208 % of the decoder
+        (LLAMA2, "kv_group", {"kv_group": 2, "mlp": 128}),
+        (LLAMA2, "head_dim", {"mlp": 128}),
+        (LLAMA2, "disp", dict.fromkeys((*SELECTIONS, "mlp"), 128)),
+        (SMOLLM2, "disp", dict.fromkeys((*SELECTIONS, "mlp"), 64)),
+        (SMOLLM2 | {"intermediate_size": 1504}, "kv_group", {"mlp": 32}),
+    ],
+)
+def test_on_cuda_widths_fill_the_tiles_of_matrix_products(shapes, space, rules):
+    """Where the model's own widths allow it, and only where nothing was set."""
+    budget = budget_of(shapes, space)
+    assert rules_on(budget, 0.6, None, device="cuda") == rules
+    assert rules_on(budget, 0.6, {"mlp": 8}, device="cuda") == {"mlp": 8}
+
+
+def test_the_machine_decides_where_no_device_is_named(monkeypatch):
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device == "cuda")
+        assert rules_on(budget_of(LLAMA2), 0.6, None) == rules_on(budget_of(LLAMA2), 0.6, None, device=device)
 
 
 def test_what_is_given_is_taken():

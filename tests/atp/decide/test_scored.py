@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from atp.config import DecisionsConfig
+from atp.decide.budget import Budget
 from atp.decide.saliency import saliency_logits
 from atp.decide.scored import ScoredDecisions
 from atp.spaces.space import MaskSpace
@@ -34,7 +35,7 @@ def test_the_running_saliency_is_the_decayed_mean_of_squares():
         decisions.observe(gradient)
     weights = torch.tensor([0.2 * 0.8 ** (4 - i) for i in range(5)], dtype=torch.float64)
     torch.testing.assert_close(decisions.saliency.double(), weights @ gradients(5).double().square())
-    assert torch.equal(decisions.logits(), saliency_logits(decisions.saliency, SPACE, 1.0))
+    assert torch.equal(decisions.logits(), saliency_logits(decisions.saliency, Budget(SPACE), 1.0))
 
 
 def test_a_removed_decision_keeps_its_score():

@@ -21,7 +21,6 @@ from atp.evaluation import evaluate_model, sliding_windows
 from atp.evaluation.harness import TEMPLATES, check_harness, harness_scores, write_tasks
 from atp.export.card import model_card
 from atp.models import ATPLlamaConfig, ATPLlamaForCausalLM
-from atp.models.stock import save_model
 
 TASKS = [value for value in vars(atp.data.tasks).values() if isinstance(value, Task)]
 
@@ -106,24 +105,3 @@ def test_lm_eval_agrees_item_by_item(model, tokenizer, examples):
     for metric in ("rouge1", "rouge2", "rougeL"):
         assert theirs["xsum"][metric] == pytest.approx(ours["tasks"]["xsum"][metric])
     assert theirs["pubmedqa"]["n"] == theirs["xsum"]["n"] == 9
-
-
-@pytest.mark.slow
-def test_lm_eval_alone_scores_a_model_with_equal_layers(tmp_path, tokenizer):
-    """Its own command, in a process that cannot import this project."""
-    pytest.importorskip("lm_eval")
-    config = ATPLlamaConfig(
-        vocab_size=tiny_model().config.vocab_size, hidden_size=64, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-    )  # fmt: skip
-    save_model(ATPLlamaForCausalLM(config), tmp_path / "cut")
-    tokenizer.save_pretrained(tmp_path / "cut")
-    (tmp_path / "tasks").mkdir()
-    write_tasks([Example("a", "is it ?", " yes", "yes", "pubmedqa")], [PUBMEDQA], tmp_path / "tasks")
-    alone = "import sys; sys.modules['atp'] = None; import lm_eval.__main__ as tool; tool.cli_evaluate()"
-    arguments = "--model hf --model_args pretrained=cut --include_path tasks --tasks atp_pubmedqa".split()
-    done = subprocess.run(
-        [sys.executable, "-c", alone, *arguments], cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0 and re.search(r"\|atp_pubmedqa *\|.*\|acc ", done.stdout), done.stderr[-2000:]

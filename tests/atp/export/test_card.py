@@ -64,6 +64,14 @@ def test_licence_and_language_are_those_of_the_source_models_card(tmp_path):
     assert (packaged.base_model, packaged.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 
 
+@pytest.mark.parametrize(("load_in", "held"), [("4bit", "4-bit NormalFloat"), ("8bit", "8-bit integers"), (None, None)])
+def test_a_base_that_was_held_in_few_bits_is_said_in_one_sentence(load_in, held):
+    settings = config()
+    settings.model.load_in = load_in
+    lines = [line for line in model_card(settings, 10, 5).splitlines() if "were held as" in line]
+    assert [held in line for line in lines] == ([] if load_in is None else [True])
+
+
 @pytest.mark.parametrize("content", ["", "no metadata", "---\n: [\n---\n", "---\n- 1\n---\n", b"\xff\xfe"])
 def test_a_damaged_source_card_tells_nothing(tmp_path, content):
     (tmp_path / "README.md").write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from gguf_forward import File
 from huggingface_hub import ModelCard, ModelCardData
 from test_gguf import assert_same_logits, tiny
 from tiny_tokenizers import byte_level
@@ -14,6 +13,7 @@ from atp.cli import main
 from atp.errors import InputError
 from atp.export.command import TARGETS, export
 from atp.export.gguf import DTYPES
+from benchmarks.gguf_forward import File
 
 
 def save(folder, widths="unequal", **metadata):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from gguf_forward import File, logits
 from tiny_tokenizers import byte_level
 from zeroed import random_mask, stock_model
 
@@ -14,6 +13,7 @@ from atp.models.config import ATPLlamaConfig
 from atp.models.load import read_model
 from atp.removal.cut import cut_model
 from atp.spaces.space import MaskSpace
+from benchmarks.gguf_forward import File, logits
 
 VOCAB, LENGTH = 348, 20
 LLAMA3 = {
@@ -114,6 +114,14 @@ def test_the_file_computes_the_models_logits(tmp_path, name, widths, architectur
     folded = name.startswith("granite") and architecture == "deci"
     assert ("output.weight" not in file.tensors) == (model.config.tie_word_embeddings and not folded)
     assert ("rope_freqs.weight" in file.tensors) == ("llama3" in name)
+
+
+def test_a_model_that_was_cut_twice_is_exported_too(tmp_path):
+    first = tiny("llama-biases", "unequal")
+    space = MaskSpace.from_config(first.config, "kv_group")
+    model = cut_model(first, space, random_mask(space, seed=4))
+    assert write(model, tmp_path / "model.gguf")[0] == "deci"
+    assert_same_logits(File(tmp_path / "model.gguf"), model, 1e-5)
 
 
 @pytest.mark.parametrize(("name", "widths"), [case[:2] for case in CASES if not case[2]])

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from gguf import TokenType
-from gguf_forward import File
 from test_gguf import tiny, write
 from tiny_tokenizers import LLAMA3, PRE_TOKENIZERS, SPECIAL, TEXTS, byte_level, sentencepiece
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -12,6 +11,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from atp.errors import InputError
 from atp.models.load import read_tokenizer
+from benchmarks.gguf_forward import File
 
 
 def written(folder, tokenizer, **changes):

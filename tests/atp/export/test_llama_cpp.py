@@ -9,7 +9,6 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
-from llama_cpp_runtime import LlamaCpp
 from test_gguf import CASES, VOCAB, tiny, tokens, write
 from tiny_tokenizers import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
 
@@ -23,7 +22,9 @@ from atp.loading import load_any_model, load_tokenizer
 from atp.removal.cut import cut_model
 from atp.requirements import find
 from atp.spaces.space import MaskSpace
+from benchmarks.llama_cpp import LlamaCpp
 
+pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp, then run these tests again")
 pytestmark = pytest.mark.slow
 
 

@@ -1,19 +1,28 @@
 """Runs whose layers are all equal: model/ is a class of transformers' own, and can be cut again."""
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
 from atp.checks import rounded
 from atp.compare.baseline_run import BaselineRun
 from atp.config import ATPConfig
+from atp.data.splits import Example
+from atp.data.tasks import PUBMEDQA
+from atp.evaluation.harness import write_tasks
 from atp.loading import load_shapes
+from atp.models import ATPLlamaConfig
 from atp.removal import logit_gap
 from atp.run import Run
 
@@ -89,10 +98,69 @@ def test_static_is_equal_too(config, tmp_path):
     assert "import atp" not in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
-def test_vllm_finds_what_registers_the_class():
-    """Not run here: vLLM itself. Its plugins are entry points that take no argument."""
+TASK = {
+    "task": "tiny", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}},
+    "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_target": "label",
+    "doc_to_choice": ["no", "yes"], "metric_list": [{"metric": "acc"}],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_the_folder_of_a_run_without_this_package(finished, tmp_path):
+    """The command `lm_eval --model hf`, where nothing of this project can be imported, on its own task and on ours."""
+    pytest.importorskip("lm_eval")
+    _, folder, _, _ = finished
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "tiny.yaml").write_text(yaml.safe_dump(TASK))
+    rows = [{"prompt": f"{n} the heart rate of patients", "label": n % 2} for n in range(6)]
+    write_tasks([Example("a", "the heart", " yes", "yes", "pubmedqa")], [PUBMEDQA], tasks)
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    alone = (
+        "import sys; sys.modules['atp'] = sys.modules['atp_kernels'] = None; import lm_eval.__main__ as tool; "
+        "tool.cli_evaluate()"
+    )
+    arguments = (
+        f"--model hf --model_args pretrained={folder / 'model'} --include_path tasks --tasks tiny,atp_pubmedqa "
+        "--device cpu"
+    )
+    place = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", alone, *arguments.split(), "--output_path", "scores"], cwd=tmp_path,
+        env=os.environ | place, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (scores,) = (tmp_path / "scores").rglob("results_*.json")
+    found = json.loads(scores.read_text())
+    assert {name: counts["effective"] for name, counts in found["n-samples"].items()} == {"tiny": 6, "atp_pubmedqa": 1}
+    assert found["results"]["atp_pubmedqa"]["acc,none"] in (0, 1)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    assert found["results"]["tiny"]["acc,none"] == pytest.approx(accuracy(model, folder / "model", rows))
+
+
+@torch.no_grad()
+def accuracy(model, folder, rows):
+    """Share of the questions whose label is the likelier of the two next words."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    choices = [tokenizer.convert_tokens_to_ids(word) for word in TASK["doc_to_choice"]]
+    logits = [model(**tokenizer(row["prompt"], return_tensors="pt")).logits[0, -1, choices] for row in rows]
+    return sum(int(own.argmax()) == row["label"] for own, row in zip(logits, rows, strict=True)) / len(rows)
+
+
+def test_vllm_learns_which_class_runs_a_cut_model(monkeypatch):
+    """Not run here: vLLM itself. Its plugins are entry points that take no argument, and may be called again."""
+    registered = {}
+    registry = SimpleNamespace(register_model=registered.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     module, function = project["entry-points"]["vllm.general_plugins"]["atp"].split(":")
-    getattr(import_module(module), function)()
+    for _ in range(2):
+        getattr(import_module(module), function)()
+    (name,) = registered
+    assert AutoModelForCausalLM._model_mapping[ATPLlamaConfig].__name__ == name
+    assert registered[name] == "vllm.model_executor.models.transformers:TransformersForCausalLM"
+
+
+def test_the_preset_makes_equal_layers():
     config = ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o", "preset": "stock"})
     assert config.decisions.uniform and config.decisions.space == "kv_group"

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_families import FAMILIES, SPACES, build, random_mask, tokens
+from tiny_families import FAMILIES, LAYERS, SPACES, build, random_mask, tokens
 from torch.testing import assert_close
 from transformers import AutoConfig, PretrainedConfig
 
-from atp.baselines.slicegpt import sliced_width
+from atp.baselines.slicegpt import slice_model, sliced_width
 from atp.config import ModelConfig
 from atp.errors import InputError
 from atp.families import FAMILIES as TABLE
@@ -178,13 +178,24 @@ def test_head_dim_is_refused_for_qwen3_with_the_reason():
         sliced_width(config, 0.5)
 
 
-def test_a_cut_model_is_not_cut_again():
+@pytest.mark.parametrize(
+    ("space", "what"), [("head_dim", "the heads of layer 0 are narrower"), ("disp", "layer 0 reads")]
+)
+def test_cuts_below_whole_heads_are_not_cut_again(space, what):
     model = build("granite")
-    space = MaskSpace.from_config(model.config, "kv_group")
-    cut = cut_model(model, space, random_mask(space))
+    table = MaskSpace.from_config(model.config, space)
+    cut = cut_model(model, table, random_mask(table))
     assert family_of(cut.config).name == "granite"
-    with pytest.raises(UnsupportedModel, match="the model is cut already"):
-        MaskSpace.from_config(cut.config, "kv_group")
+    for again in ("kv_group", space):
+        with pytest.raises(UnsupportedModel, match=f"the model is cut already and {what}.*give the model that it was"):
+            MaskSpace.from_config(cut.config, again)
+
+
+def test_a_sliced_model_is_not_cut_again():
+    model = build("granite")
+    bases = torch.eye(model.config.hidden_size)[None, :, :8].repeat(2 * LAYERS + 1, 1, 1)
+    with pytest.raises(UnsupportedModel, match="its residual stream is sliced"):
+        MaskSpace.from_config(slice_model(model, bases).config, "kv_group")
 
 
 def test_a_foreign_config_is_refused_in_a_sentence():

@@ -24,16 +24,18 @@ PLAIN = {"llama": {}, "qwen2": {"use_sliding_window": False}}
 # A folder must load where nothing of this project can be imported.
 LOAD = """
 import sys
+from pathlib import Path
 sys.modules["atp"] = sys.modules["atp_kernels"] = None
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-ids = load_file(sys.argv[2])["ids"]
-with torch.no_grad():
-    logits, tokens = model(ids).logits, model.generate(ids, do_sample=False, max_new_tokens=5)
-save_file({"logits": logits, "tokens": tokens}, sys.argv[3])
-print(type(model).__name__)
+for folder in map(Path, sys.argv[1:]):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = load_file(folder / "ids.safetensors")["ids"]
+    with torch.no_grad():
+        logits, tokens = model(ids).logits, model.generate(ids, do_sample=False, max_new_tokens=5)
+    save_file({"logits": logits, "tokens": tokens}, folder / "found.safetensors")
+    print(folder.name, type(model).__name__)
 """
 
 
@@ -67,23 +69,23 @@ def test_equal_layers_compute_the_same_in_a_stock_class(name):
         assert torch.equal(stock.generate(tokens(), **greedy), model.generate(tokens(), **greedy))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.slow
-def test_a_folder_loads_where_this_package_cannot_be_imported(tmp_path, name):
-    model = cut(name, **PLAIN.get(name, {}))
-    save_model(model, tmp_path / "model")
-    save_file({"ids": tokens()}, tmp_path / "ids.safetensors")
-    arguments = [tmp_path / "model", tmp_path / "ids.safetensors", tmp_path / "logits.safetensors"]
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
+def test_folders_load_where_this_package_cannot_be_imported(tmp_path):
+    """All families in one process, most of whose time is imports."""
+    models = {name: cut(name, **PLAIN.get(name, {})) for name in FAMILIES}
+    for name, model in models.items():
+        save_model(model, tmp_path / name)
+        save_file({"ids": tokens()}, tmp_path / name / "ids.safetensors")
+    folders = [str(tmp_path / name) for name in models]
+    done = subprocess.run([sys.executable, "-c", LOAD, *folders], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == CLASSES[name]
-    found = load_file(tmp_path / "logits.safetensors")
-    with torch.no_grad():
-        expected = model(tokens()).logits
-        assert (found["logits"] - expected).abs().max() <= 1e-5 * expected.abs().max()
-        assert torch.equal(found["tokens"], model.generate(tokens(), do_sample=False, max_new_tokens=5))
+    assert done.stdout.splitlines() == [f"{name} {CLASSES[name]}" for name in models]
+    for name, model in models.items():
+        found = load_file(tmp_path / name / "found.safetensors")
+        with torch.no_grad():
+            expected = model(tokens()).logits
+            assert (found["logits"] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+            assert torch.equal(found["tokens"], model.generate(tokens(), do_sample=False, max_new_tokens=5)), name
 
 
 def test_plain_llama_is_a_mistral_without_a_window(tmp_path):

@@ -75,7 +75,7 @@ def test_initial_adapter_is_that_of_stock_peft():
 def test_every_linear_of_the_space_and_no_other_is_wrapped():
     model, space = masked()
     wrapped = [n.split(".layers.")[1] for n, m in model.named_modules() if isinstance(m, MaskedLoraLinear)]
-    assert sorted(wrapped) == sorted(f"{layer}.{name}" for layer in range(2) for name in space.linears)
+    assert sorted(wrapped) == sorted(f"{layer}.{name}" for layer in range(2) for name in space.modules)
 
 
 @pytest.mark.parametrize("soft", [False, True])

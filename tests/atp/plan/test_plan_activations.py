@@ -87,6 +87,10 @@ def cut(model, shapes):
     return smaller, torch.enable_grad()
 
 
+def watched(model, shapes):
+    return model, MaskController(model, shapes.space).masks(torch.ones(shapes.space.size, requires_grad=True), "soft")
+
+
 def softly(model, shapes):
     mask = torch.ones(shapes.space.size, requires_grad=True)
     MaskController(model, shapes.space).set(mask, "soft")
@@ -98,30 +102,37 @@ def softly(model, shapes):
 def test_a_plain_step(family, autocast):
     found, shapes = per_token_and_layer(family, "kv_group", plain, autocast=autocast)
     how = Pass(2 if autocast else 4, 4, RANK)
-    assert kept_by_training(shapes, shapes.whole, how) == found
+    assert kept_by_training(shapes, shapes.whole[0], how) == found
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
 def test_a_masked_step(space, dropout):
     found, shapes = per_token_and_layer("llama", space, masked, dropout=dropout)
-    assert kept_by_training(shapes, shapes.whole, Pass(4, 4, RANK, masked=True, dropout=dropout > 0)) == found
+    assert kept_by_training(shapes, shapes.whole[0], Pass(4, 4, RANK, masked=True, dropout=dropout > 0)) == found
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
+def test_a_watched_step(space, autocast):
+    found, shapes = per_token_and_layer("llama", space, watched, autocast=autocast)
+    assert kept_by_training(shapes, shapes.whole[0], Pass(2 if autocast else 4, 4, RANK, watched=True)) == found
 
 
 @pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
 def test_a_step_of_the_cut_model(space):
     found, shapes = per_token_and_layer("llama", space, cut)
-    assert kept_by_training(shapes, shapes.kept, Pass(4, 4, RANK, rows=2)) == found
+    assert kept_by_training(shapes, shapes.kept[0], Pass(4, 4, RANK, rows=2)) == found
 
 
 def test_dropout_keeps_the_parts_of_the_mlp():
     found, shapes = per_token_and_layer("llama", "kv_group", plain, dropout=0.1)
-    assert kept_by_training(shapes, shapes.whole, Pass(4, 4, RANK, dropout=True)) == found
+    assert kept_by_training(shapes, shapes.whole[0], Pass(4, 4, RANK, dropout=True)) == found
 
 
 def test_samples_apart_expand_keys_and_values():
     found, shapes = per_token_and_layer("llama", "kv_group", plain, positions=True)
-    assert kept_by_training(shapes, shapes.whole, Pass(4, 4, RANK, expanded=True)) == found
+    assert kept_by_training(shapes, shapes.whole[0], Pass(4, 4, RANK, expanded=True)) == found
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -130,4 +141,4 @@ def test_a_soft_mask(family, space):
     if (family, space) == ("qwen3", "head_dim"):
         pytest.skip("refused, because the norms of queries and keys are over all pairs")
     found, shapes = per_token_and_layer(family, space, softly)
-    assert kept_by_saliency(shapes, Pass(4, 4, RANK)) == found
+    assert kept_by_saliency(shapes, shapes.whole[0], Pass(4, 4, RANK)) == found

@@ -101,6 +101,7 @@ def test_what_is_printed_is_what_json_holds(plan):
 
 def test_probe_times_each_part(config):
     plan = make_plan(changed(config, "training.precision=float32"), probe=True)
+    assert plan["flops_per_second"].keys() == {"whole", "step", "stock", "cut", "head"}
     assert all(rate > 0 for rate in plan["flops_per_second"].values())
     assert all(row["seconds"] > 0 for row in plan["cost"])
     assert "time" in printed(plan)
@@ -115,6 +116,28 @@ def test_a_config_alone_is_enough(name):
     assert plan["parameters"]["before"]["total"]["bytes"] == 2 * plan["parameters"]["before"]["total"]["parameters"]
     assert any("every token counts" in remark for remark in plan["remarks"])
     assert "no tokenizer" in printed(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "groups", "channels", "after", "share"),
+    [
+        ("Llama-2-7b", "6,738,415,616", ("19", "32"), ("6,656", "11,008"), "4,154,724,352", "60.11%"),
+        ("Llama-3.1-8B", "8,030,261,248", ("5", "8"), ("8,512", "14,336"), "5,236,854,784", "59.98%"),
+        ("Qwen3-8B", "8,190,735,360", ("5", "8"), ("7,296", "12,288"), "5,416,203,264", "60.06%"),
+        ("Qwen2.5-7B", "7,615,616,512", ("2", "4"), ("11,648", "18,944"), "5,008,005,632", "60.04%"),
+    ],
+)
+def test_the_command_prints_the_widths_of_public_models(command, name, before, groups, channels, after, share):
+    """The table of docs/plan.md, from a folder with nothing but a config.json."""
+    code, out, err = command(public(name))
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines() if line.strip()]
+    assert ["kv_group", *groups, "1"] in rows and ["mlp", *channels, "64"] in rows
+    (total,) = (row for row in rows if row[0] == "total" and row[1] == before)
+    assert after in total and f"equal widths keep {share} of the decoder" in out
+    page = (Path(__file__).parents[3] / "docs" / "plan.md").read_text(encoding="utf-8")
+    widths = f"{' of '.join(groups)} | {' of '.join(channels)}"
+    assert f"| {name.replace('-7b', '-7B')} | {before} | {widths} | {after} |" in page
 
 
 def test_a_tokenizer_made_from_nothing_is_none():
@@ -245,13 +268,13 @@ def reached(config, name="Llama-2-7b"):
 
 
 def test_exports_by_settings():
-    package, alone, gguf = (export.name for export in EXPORTS)
+    package, alone, gguf, narrow = (export.name for export in EXPORTS)
     default = reached(public("Llama-2-7b"))
-    assert [reach.reachable for reach in default.values()] == [True, False, True]
+    assert [reach.reachable for reach in default.values()] == [True, False, True, True]
     assert "set preset: stock" in default[alone].why_not
     assert all(reach.reachable == (reach.why_not is None) for reach in default.values())
     dims = reached(public("Llama-2-7b", "decisions.space=head_dim"))
-    assert [dims[name].reachable for name in (package, alone, gguf)] == [True, False, False]
+    assert [dims[name].reachable for name in (package, alone, gguf, narrow)] == [True, False, False, True]
     assert "set decisions.space=kv_group" in dims[gguf].why_not
     qwen3 = reached(public("Qwen3-8B"), "Qwen3-8B")[gguf]
     assert not qwen3.reachable and "norms of queries and keys" in qwen3.why_not

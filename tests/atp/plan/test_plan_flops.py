@@ -1,8 +1,10 @@
 """Operations of a pass against those that torch counts while one runs."""
 
+import dataclasses
+
 import pytest
 import torch
-from tiny_plans import LENGTH, VOCAB, job, lora_model
+from tiny_plans import LENGTH, VOCAB, job, lora_model, settings, unequal_job
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,10 +13,13 @@ from atp.decide.maker import frozen
 from atp.lora.controller import MaskController
 from atp.models.attention import use_training_attention
 from atp.plan import cost as costs
+from atp.plan import probe
 from atp.plan.cost import Cost, Flops, Row, cost_of
-from atp.plan.probe import seconds_of
+from atp.plan.probe import one_layer, seconds_of
 from atp.plan.shapes import mask_of
 from atp.removal import cut_model
+from atp.spaces.space import MaskSpace
+from atp.training.cross_entropy import linear_cross_entropy
 from atp.training.loss import causal_lm_loss
 
 TOKENS = 2 * LENGTH
@@ -59,6 +64,22 @@ def test_a_plain_step(space, checkpointing):
     assert counted(model) == pytest.approx(expected.total * TOKENS, rel=1e-3)
 
 
+def test_steps_of_a_model_whose_layers_differ_already():
+    plan = unequal_job(scored=SCORED)
+    shapes = plan.shapes
+    assert [widths.kv_heads for widths in shapes.whole] == [2, 1] and shapes.whole[0] != shapes.whole[1]
+    model = lora_model(shapes)
+    assert counted(model) == pytest.approx(Cost(plan).step(shapes.whole).total * TOKENS, rel=1e-3)
+    smaller = cut_model(model, shapes.space, mask_of(shapes.space, shapes.counts))
+    use_training_attention(smaller.get_base_model())
+    assert counted(smaller) == pytest.approx(Cost(plan).step(shapes.kept).total * TOKENS, rel=1e-3)
+    assert plan.after["total"] == sum(p.numel() for n, p in smaller.named_parameters() if "lora_" not in n)
+    # Speeds are those of the first layer.
+    assert one_layer(shapes.config).layer_shape(0) == shapes.config.layer_shape(0)
+    assert one_layer(shapes.config).num_hidden_layers == 1
+    assert MaskSpace.from_config(one_layer(shapes.config, times=3), "kv_group").num_layers == 3
+
+
 @pytest.mark.parametrize("space", ["kv_group", "disp"])
 def test_a_step_of_the_cut_model(space):
     plan = job(f"decisions.space={space}", scored=SCORED)
@@ -66,7 +87,7 @@ def test_a_step_of_the_cut_model(space):
     smaller = cut_model(lora_model(shapes), shapes.space, mask_of(shapes.space, shapes.counts))
     use_training_attention(smaller.get_base_model())
     expected = Cost(plan).step(shapes.kept)
-    assert expected.whole == 0
+    assert expected.whole == expected.step == 0
     assert counted(smaller) == pytest.approx(expected.total * TOKENS, rel=1e-3)
 
 
@@ -92,8 +113,8 @@ def test_a_forward_pass():
 def test_masks_save_their_share_of_the_frozen_linears():
     cost = Cost(job())
     whole, half = cost.step(cost.whole).total, cost.step(cost.whole, share=0.5).total
-    spared = sum(2 * cost.whole.linears[f"self_attn.{name}_proj"].out_features * 96 for name in "qkv")
-    assert whole - half == pytest.approx(0.5 * (2 * 2 * 2 * cost.whole.weights - spared))
+    spared = sum(2 * cost.whole[0].linears[f"self_attn.{name}_proj"].out_features * 96 for name in "qkv")
+    assert whole - half == pytest.approx(0.5 * (2 * 2 * 2 * cost.whole[0].weights - spared))
 
 
 def test_rows_are_the_parts_of_a_run():
@@ -108,6 +129,22 @@ def test_rows_are_the_parts_of_a_run():
     taught = cost.step(cost.cut) + cost.forward(cost.whole, lora=False)
     assert rows["tune"].flops == taught * rows["tune"].tokens
     assert rows["open"].flops == cost.step(cost.whole) * rows["open"].tokens
+
+
+@pytest.mark.parametrize(
+    ("every", "refit", "before", "after"),
+    [(7, 8, 1 + 2, 4 + 1), (7, 0, 1 + 1, 4 + 1), (10, 8, 1 + 2, 2 + 1), (99, 8, 2, 2)],
+)
+def test_scores_on_a_validation_split_are_counted(every, refit, before, after):
+    plan = job(
+        "training.steps=30", "training.open=10", "evaluation.validation_windows=3", f"evaluation.every={every}",
+        f"decisions.refit_windows={refit}",
+    )  # fmt: skip
+    row = next(row for row in cost_of(plan) if row.phase == "validation")
+    cost = Cost(plan)
+    assert row.tokens == (before + after) * 3 * LENGTH
+    flops = cost.forward(cost.whole).total * before + cost.forward(cost.cut).total * after
+    assert row.flops.total == pytest.approx(flops * 3 * LENGTH)
 
 
 def test_learned_decisions_search_and_settle():
@@ -128,3 +165,43 @@ def test_learned_decisions_search_and_settle():
 def test_time_is_each_kind_of_operation_at_its_own_speed():
     row = Row("tune", 1, 1, Flops(whole=8e9, cut=6e9, head=1e9))
     assert seconds_of(row, Flops(whole=4e9, cut=2e9, head=10e9)) == pytest.approx(2 + 3 + 0.1)
+
+
+def test_the_dense_baseline_is_the_step_of_stock_lora():
+    rows = {row.phase: row.flops for row in cost_of(job("evaluation.dense_baseline=true", "training.steps=30"))}
+    dense, opened = rows["dense baseline"], rows["open"]
+    assert dense.step == opened.stock == dense.whole == opened.whole == 0
+    assert dense.stock == pytest.approx(3 * opened.step) and rows["saliency"].whole > 0
+
+
+@pytest.mark.parametrize(("sample", "lengths"), [(None, [LENGTH] * 3), (10.7, [LENGTH, 11, 11, 11])])
+def test_the_probe_times_batches_like_those_of_the_run(monkeypatch, sample, lengths):
+    """Short samples make short batches, in which a token takes longer."""
+    seen, scored = [], []
+
+    def once(step, device, seconds):
+        step()
+        return 2.0
+
+    def loss(model, batch):
+        seen.append((len(model.get_base_model().model.layers), *batch["input_ids"].shape))
+        return causal_lm_loss(model, batch)
+
+    def head(states, *rest):
+        scored.append(len(states))
+        return linear_cross_entropy(states, *rest)
+
+    monkeypatch.setattr(probe, "_median", once)
+    monkeypatch.setattr(probe, "causal_lm_loss", loss)
+    monkeypatch.setattr(probe, "linear_cross_entropy", head)
+    plan = job("evaluation.dense_baseline=true", scored=0.25)
+    plan = dataclasses.replace(plan, sample=sample or LENGTH)
+    found = probe.speeds(plan)
+    assert sorted(seen) == sorted((2, 2, length) for length in lengths), "both layers, both rows of a batch"
+    assert scored == [round(2 * plan.sample * 0.25)]
+    assert all(seconds_of(row, found) > 0 for row in cost_of(plan))
+    length = lengths[-1]
+    expected = Cost(dataclasses.replace(plan, sample=length)).step(plan.shapes.kept).cut + 4 * 96 * 16
+    assert found.cut == pytest.approx(expected * 2 * length / 2.0), "with a head of 16 words"
+    without = dataclasses.replace(plan, config=settings("evaluation.dense_baseline=false"))
+    assert probe.speeds(without).stock == 0

@@ -46,7 +46,7 @@ def wide_config(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peaks_of_a_real_run(tmp_path, monkeypatch):
-    """No part is planned too large; what a process holds besides (data, tokenizer, freed memory) is in none."""
+    """Within a fifth of what is measured, but for the libraries that a small process loads late."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # glibc gives freed memory back at once
     config = wide_config(tmp_path)
     expected = plan_memory.planned(config)
@@ -56,4 +56,4 @@ def test_peaks_of_a_real_run(tmp_path, monkeypatch):
     for part, (planned, real) in rows.items():
         print(f"{part:<12} planned {planned:6.0f} measured {real:6.0f} MiB")
     for part, (planned, real) in rows.items():
-        assert 0.65 * (real - 60) <= planned <= 1.2 * real, part
+        assert 0.8 * (real - 40) <= planned <= 1.2 * real, part

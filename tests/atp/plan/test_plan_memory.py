@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_plans import LENGTH, RANK, VOCAB, job
+from tiny_plans import LENGTH, RANK, VOCAB, job, unequal_job
 
 from atp.plan.memory import memory_of
 
@@ -28,6 +28,7 @@ def test_open_by_hand():
     backward = TOKENS * (2 * 256 * 4 + 3 * 96 * 4)
     assert logits < backward
     assert row["parts"] == {
+        "process": 2048 * VOCAB,
         "weights": 4 * TOTAL,
         "adapter": 4 * ADAPTER,
         "optimizer": 8 * ADAPTER,
@@ -73,7 +74,7 @@ def test_checkpointing_keeps_the_stream_and_computes_one_layer_again():
 def test_refit_by_hand():
     plan = job("decisions.refit_windows=8", "training.distill=0")
     row = next(row for row in memory_of(plan) if row["phase"] == "refit")["parts"]
-    kept = plan.shapes.counts["mlp"]
+    kept = plan.shapes.counts["mlp"][0]
     tokens = 8 * LENGTH
     assert row["windows"] == tokens * (3 * 96 + 256) * 4
     in_one_piece = tokens * (96 + 256) * 4 + 4 * (kept**2 + kept * 96 + tokens * (kept + 96))
@@ -92,10 +93,20 @@ def test_saliency_takes_one_window_and_no_gradients():
     assert "saliency" not in parts("decisions.source=running", "training.search=4")
 
 
+def test_steps_that_are_watched_keep_what_masks_multiply():
+    running, tuned = parts("decisions.source=running"), parts()
+    assert "saliency" in tuned and "saliency" not in running
+    more = running["open"]["parts"]["activations"] - tuned["open"]["parts"]["activations"]
+    assert more == 4 * (96 + 32 + 32) * TOKENS * 2
+    assert running["tune"] == tuned["tune"]
+    narrow = [parts(f"decisions.source={s}", autocast=torch.bfloat16)["refit"]["parts"] for s in ("running", "tuned")]
+    assert narrow[0]["casts"] == 2 * (2 * WHOLE + ADAPTER) > narrow[1]["casts"], "measuring lets go of some"
+
+
 def test_tune_is_of_the_cut_model():
     plan = job("training.distill=0", "decisions.refit_windows=0")
     row = next(row for row in memory_of(plan) if row["phase"] == "tune")["parts"]
-    inner, groups = plan.shapes.counts["mlp"], plan.shapes.counts["kv_group"]
+    inner, groups = plan.shapes.counts["mlp"][0], plan.shapes.counts["kv_group"][0]
     assert groups == 1
     weights = 2 * 48 * 96 + 2 * 16 * 96 + 3 * inner * 96
     adapter = 2 * RANK * (2 * (48 + 96) + 2 * (16 + 96) + 3 * (inner + 96))
@@ -103,6 +114,17 @@ def test_tune_is_of_the_cut_model():
     assert row["adapter"] == 4 * adapter and row["optimizer"] == 8 * adapter
     kept = 4 * (2 * 96 + 48 + 16 + 16 + 48 + 2 * inner + 7 * RANK) + 4 * 2 * 96 + 4 * (3 + 2)
     assert row["activations"] == kept * TOKENS * 2
+
+
+def test_layers_that_differ_are_added_up_one_by_one():
+    rows = {row["phase"]: row["parts"] for row in memory_of(unequal_job("training.distill=0"))}
+    narrow = 2 * 48 * 96 + 2 * 16 * 96 + 3 * 100 * 96
+    adapter = ADAPTER // 2 + RANK * (2 * (48 + 96) + 2 * (16 + 96) + 3 * (100 + 96))
+    assert rows["open"]["weights"] == 4 * (WHOLE + narrow + 4 * 96 + ENDS)
+    assert rows["open"]["adapter"] == 4 * adapter
+    kept = 4 * (2 * 96 + 48 + 16 + 16 + 48 + 2 * 100 + 7 * RANK) + 4 * 2 * 96 + 4 * (3 + 2)
+    assert rows["open"]["activations"] == (KEPT + kept) * TOKENS
+    assert rows["open"]["backward"] == TOKENS * (2 * 256 * 4 + 3 * 96 * 4), "the widest layer counts"
 
 
 def test_masked_phases_gather_slices():
@@ -115,8 +137,20 @@ def test_masked_phases_gather_slices():
 def test_what_lies_on_the_host_is_not_on_the_device():
     host, device = (parts("training.distill=0", device=name) for name in ("cpu", "cuda"))
     window = LENGTH * VOCAB * 4
-    assert host["cut"]["parts"]["certificate"] - device["cut"]["parts"]["certificate"] == 4 * window
+    assert host["export"]["parts"]["certificate"] - device["export"]["parts"]["certificate"] == 4 * window
     assert "reloaded" in host["score again"]["parts"] and "reloaded" not in device["score again"]["parts"]
+    assert all("process" in row["parts"] for row in host.values())
+    assert not any({"process", "file"} & row["parts"].keys() for row in device.values())
+
+
+def test_a_model_that_is_read_exists_in_its_file_too():
+    rows = parts("training.distill=0")
+    reloaded = rows["score again"]["parts"]["reloaded"]
+    assert rows["export"]["parts"]["reloaded"] >= 2 * reloaded
+    assert (
+        parts("training.distill=0", "evaluation.windows=1", "data.length=16")["score again"]["parts"]["file"]
+        == reloaded
+    )
 
 
 @pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])

@@ -7,7 +7,9 @@ from atp.config import ATPConfig
 from atp.lora.layer import add_lora
 from atp.models.attention import use_training_attention
 from atp.plan.job import Job
-from atp.plan.shapes import ModelShapes
+from atp.plan.shapes import ModelShapes, mask_of
+from atp.removal import cut_config
+from atp.spaces.space import MaskSpace
 
 VOCAB, RANK, LENGTH = 64, 4, 32
 SIZES = {
@@ -36,7 +38,7 @@ def settings(*overrides):
             "model": {"path": "tiny"},
             "output_dir": "unused",
             "data": {"length": LENGTH},
-            "decisions": {"multiples": {}},
+            "decisions": {"multiples": {}, "source": "tuned"},
             "lora": {"r": RANK, "alpha": 8},
             "training": {"batch_size": 2, "precision": "float32"},
         },
@@ -49,6 +51,15 @@ def job(*overrides, family="llama", autocast=None, device="cpu", scored=1.0, **c
     config = settings(*overrides)
     shapes = ModelShapes.of(tiny(family, **changes), config.decisions)
     return Job.of(config, shapes, autocast=autocast, device=device, scored=scored)
+
+
+def unequal_job(*overrides, scored=1.0):
+    """The job of a plan for a model that is cut already, to 2 and 1 KV groups and 256 and 100 channels."""
+    config, whole = settings(*overrides), tiny()
+    space = MaskSpace.from_config(whole, "kv_group")
+    mask = mask_of(space, {"kv_group": [2, 1], "mlp": [256, 100]})
+    shapes = ModelShapes.of(cut_config(whole, space, mask), config.decisions)
+    return Job.of(config, shapes, autocast=None, device="cpu", scored=scored)
 
 
 def lora_model(shapes, dropout=0.0):

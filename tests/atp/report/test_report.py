@@ -108,12 +108,76 @@ def test_full_page_shows_every_figure(tmp_path):
     assert "missing" not in text and "FAIL" not in text and text.count("pass") == 5
 
 
+CONFIG = "seed: 7\nmodel:\n  path: some/where\ndata:\n  recipe: health-mini\noutput_dir: runs/mine\n"
+
+
+def test_the_page_opens_with_what_was_made_and_how_good_it_is(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text(CONFIG)
+    _, text = parse(write_report(run))
+    assert (
+        "some/where was tuned and cut in one run on health-mini: 92.0 of 134.5 million parameters are left, 60% of the "
+        "decoder, in 368 instead of 538 MB. Its perplexity on held-out text is 30.17 (original 23.41, tuned dense "
+        "15.52). Its macro-F1 in pubmedqa is 0.389 (original 0.317, tuned dense 0.426, majority label 0.237). On the "
+        "machine of the run it reads 1.40 times and writes 1.30 times as fast as the original. parameters"
+    ) in text
+    assert "atp chat runs/mine" in text and "runs/mine/model/README.md" in text and "KV group A key and value" in text
+
+
+def test_a_baselines_page_names_the_method(tmp_path):
+    run = write_run(tmp_path / "run", summary=SUMMARY | {"method": "slicegpt"})
+    _, text = parse(write_report(run))
+    assert "somewhere was cut by slicegpt, then tuned: 92.0 of" in text and "Use it" not in text, (
+        "there is no output_dir"
+    )
+
+
+@pytest.mark.parametrize("config", ["", "- a list", "model: [", "model: 3\ndata: x\noutput_dir: [1]\n"])
+def test_a_page_without_a_usable_config_still_opens(tmp_path, config):
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text(config)
+    _, text = parse(write_report(run))
+    assert "The model was tuned and cut in one run: 92.0 of" in text and "damaged" not in text
+
+
+def test_phases_add_up_to_the_total(tmp_path):
+    _, text = parse(write_report(write_run(tmp_path / "run")))
+    assert "loading, scoring, export – 536 total – 777" in text, "777 - 120 - 9 - 1.5 - 110"
+    resumed = SUMMARY | {"seconds": SUMMARY["seconds"] | {"total": 50.0}}
+    _, text = parse(write_report(write_run(tmp_path / "run", summary=resumed)))
+    assert "loading" not in text and "total – 50" in text
+
+
 def test_the_majority_label_and_the_answers_to_one_question_are_shown(tmp_path):
     page, text = parse(write_report(write_run(tmp_path / "run")))
-    assert "0.552 (0.430 – 0.680)" in text and text.count("0.237") == 2, "in the table and on the card"
+    assert "0.552 (0.430 – 0.680)" in text and text.count("0.237") == 3, "in words, on the card and in the table"
     assert "Majority label of pubmedqa: always 'yes', the most frequent answer of the training questions." in text
     shown = "Chosen so. Abstract: walks. Answer: true answer maybe original no tuned dense yes cut and tuned maybe"
     assert shown in text and "pre" in page.tags
+
+
+SAMPLES = [
+    {"prompt": "Is <b>this</b> bold? 😀", "reference": "no & <i>yes</i>",
+     "models": {"original": "<script>alert(1)</script>", "final": ""}},
+    {"prompt": "שלום, מה שלומך?", "reference": "טוב", "models": {"original": "👩‍👩‍👧 family", "final": "مرحبا"}},
+]  # fmt: skip
+
+
+def test_held_out_prompts_stand_beside_their_answers(tmp_path):
+    page, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | {"samples": SAMPLES})))
+    shown = (
+        "Is <b>this</b> bold? 😀 reference no & <i>yes</i> original <script>alert(1)</script> cut and tuned (nothing) "
+        "שלום, מה שלומך? reference טוב original 👩‍👩‍👧 family cut and tuned مرحبا"
+    )
+    assert shown in text and not {"script", "i"} & set(page.tags) and page.tags.count("h3") == 6
+    assert page.attributes.count(("dir", "auto")) == 8, "each text has its own direction"
+
+
+@pytest.mark.parametrize("samples", [[], None, 3, [{"prompt": "x"}]])
+def test_a_page_without_prompts_or_with_damaged_ones_is_still_a_page(tmp_path, samples):
+    _, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | {"samples": samples})))
+    assert "side by side" not in text and "23.41" in text
+    assert ("The section on samples is left out" in text) == bool(samples)
 
 
 def test_a_task_that_measures_nothing_is_named(tmp_path):
@@ -306,3 +370,14 @@ def test_numbers_for_people():
     assert number(1234.567, 1) == "1\u202f234.6"
     assert number(2.4e-6, 3) == "2.4e-06" and number(0.0, 3) == "0"
     assert number(None) == "–" and number(float("nan")) == "nan" and number("<") == "<"
+
+
+def test_a_curve_has_plain_numbers_on_its_log_axis(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    figures, save = [], matplotlib.Figure.savefig
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda own, path: (figures.append(own), save(own, path)))
+    line = [(0.5, 37.0, 36.0, 38.0), (0.8, 49.0, 48.0, 52.0)]
+    plots.curves_png(tmp_path / "curve.png", {"custom": {"ATP": line}}, "share", "perplexity")
+    axis = figures[0].axes[0].yaxis
+    labels = [tick.label1.get_text() for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
+    assert {"40", "50"} <= set(labels) and not any("$" in label for label in labels)

@@ -234,7 +234,7 @@ def test_width_rules_and_the_remainder_meet_a_budget(space_name):
 def linear_space(*structures):
     """A space that is nowhere registered, over the linears of the tiny model."""
     base = MaskSpace.from_config(stock_model().config)
-    return MaskSpace("own", list(structures), base.linears, base.norm_params, base.num_layers)
+    return MaskSpace("own", [list(structures)] * base.num_layers, base.linears, base.norm_params)
 
 
 def no_widths(structure, kept):

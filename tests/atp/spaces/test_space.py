@@ -65,7 +65,7 @@ def test_every_row_and_column_belongs_to_one_structure():
         space = MaskSpace.from_config(config(), name)
         for structure in space.structures:
             for cut in structure.cuts:
-                linear = space.linears[cut.module]
+                linear = space.linears[structure.layer][cut.module]
                 assert len(cut.owner) == (linear.in_features if cut.axis else linear.out_features)
                 assert set(cut.owner.tolist()) == set(range(structure.size))
 
@@ -77,7 +77,7 @@ def test_head_dim_is_derived_where_the_config_gives_none():
 
 def test_linears_and_norms():
     space = MaskSpace.from_config(config(attention_bias=True))
-    shapes = {name: (m.out_features, m.in_features, m.bias) for name, m in space.linears.items()}
+    shapes = {name: (m.out_features, m.in_features, m.bias) for name, m in space.linears[0].items()}
     assert shapes == {
         "self_attn.q_proj": (16, HIDDEN, True),
         "self_attn.k_proj": (8, HIDDEN, True),

@@ -102,6 +102,20 @@ def test_open_steps_are_those_of_plain_lora(tmp_path):
         torch.testing.assert_close(ends["running"][name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_decisions_come_from_enough_open_steps_by_themselves(tmp_path, monkeypatch):
+    """Three steps of two batches, as many as would be measured: nothing is, and the mask is that of source running."""
+    monkeypatch.setattr("atp.training.pruning.fisher_saliency", None)
+    ends = {}
+    for source in (None, "running"):
+        decisions = {"source": source, "saliency_windows": 2 * OPEN}
+        training = AT_ONCE | {"batch_size": 1, "gradient_accumulation": 2}
+        trainer = make(tmp_path / str(source), training=training, decisions=decisions, lora={"dropout": 0.0})
+        trainer.train()
+        assert trainer.pruning.decisions.saliency.count_nonzero()
+        ends[source] = trainer.decisions.mask
+    assert torch.equal(ends[None], ends["running"])
+
+
 def test_a_step_of_several_batches_is_watched_in_each(tmp_path):
     training = AT_ONCE | {"gradient_accumulation": 2, "batch_size": 1}
     trainer = make(tmp_path, training=training, decisions={"source": "running"})

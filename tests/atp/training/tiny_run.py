@@ -5,6 +5,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.config import ATPConfig
 from atp.data import PackedDataset, RaggedDataset
+from atp.models.base import quantize_base
+from atp.spaces.space import MaskSpace
 from atp.training.trainer import ATPTrainer
 
 SEARCH, SETTLE, TUNE = 4, 2, 4
@@ -32,14 +34,13 @@ def ragged(count, seed):
     return RaggedDataset(documents)
 
 
-def make(folder, model_seed=0, callbacks=(), **overrides):
+def make(folder, model_seed=0, callbacks=(), sizes=None, dtype=torch.float32, validation=None, **overrides):
     torch.manual_seed(model_seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-            intermediate_size=48, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    values = {
+        "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 2, "intermediate_size": 48, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**values | (sizes or {}))).to(dtype)
     config = {
         "model": {"path": "tiny"},
         "output_dir": str(folder),
@@ -52,10 +53,14 @@ def make(folder, model_seed=0, callbacks=(), **overrides):
     }  # fmt: skip
     for key, value in overrides.items():
         config[key] = config.get(key, {}) | value
+    load_in = config["model"].get("load_in")
+    if load_in is not None:
+        quantize_base(model, load_in, MaskSpace.from_config(model.config, config["decisions"]["space"]))
     folder.mkdir(parents=True, exist_ok=True)
     packing = config.get("data", {}).get("packing", "joined")
     make_data = {"joined": windows, "separate": separate, "padded": ragged}[packing]
-    return ATPTrainer(ATPConfig.parse(config), model, make_data(20, 1), make_data(6, 2), callbacks=callbacks)
+    settings, train, calibration = ATPConfig.parse(config), make_data(20, 1), make_data(6, 2)
+    return ATPTrainer(settings, model, train, calibration, validation=validation, callbacks=callbacks)
 
 
 def trained_tensors(trainer):

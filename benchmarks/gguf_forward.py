@@ -1,9 +1,15 @@
 """Logits from a GGUF file alone, by the rules of llama.cpp: keys and their defaults, tensor names, orders of rows."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 NEOX = ("qwen2", "qwen3")  # row i of a head is rotated with row i + head_dim / 2, elsewhere 2 i with 2 i + 1
@@ -12,41 +18,47 @@ WITH_BIASES = ("llama", "deci", "granite")
 
 
 class File:
-    """keys: all, by name. tensors: float32 by name, [outputs, inputs] for matrices. used: those that a forward read."""
+    """A GGUF file in memory.
 
-    def __init__(self, path):
+    keys: all, by name. types, tensors: of each tensor by name, what it is stored as, and its values in float32, which
+    are [outputs, inputs] for matrices. used: names of those that a forward pass read. dtype: that passes compute in.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float64) -> None:
         reader = GGUFReader(path)
-        self.keys = {name: field.contents() for name, field in reader.fields.items()}
+        self.dtype = dtype
+        self.keys: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         self.types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-        self.tensors, self.used = {}, set()
+        self.tensors: dict[str, Tensor] = {}
+        self.used: set[str] = set()
         for tensor in reader.tensors:
             values = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
             self.tensors[tensor.name] = torch.from_numpy(np.array(values, dtype=np.float32))
         self.architecture = self.keys["general.architecture"]
 
-    def key(self, name, default=None):
+    def key(self, name: str, default: Any = None) -> Any:
+        """A key of the architecture."""
         return self.keys.get(f"{self.architecture}.{name}", default)
 
-    def each(self, name):
+    def each(self, name: str) -> list[int]:
         """A count per layer: an array, or one for all."""
         value = self.key(name)
         return value if isinstance(value, list) else [value] * self.key("block_count")
 
-    def tensor(self, name, shape, *, optional=False):
-        if name not in self.tensors and optional:
-            return None
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor, which must have this shape, in the dtype of passes."""
         assert tuple(self.tensors[name].shape) == shape, name
         self.used.add(name)
-        return self.tensors[name].double()
+        return self.tensors[name].to(self.dtype)
 
-    def linear(self, x, name, outputs, *, bias):
+    def linear(self, x: Tensor, name: str, outputs: int, *, bias: bool) -> Tensor:
+        """The product with a matrix, and its bias if the architecture may have one and the file does."""
         x = x @ self.tensor(f"{name}.weight", (outputs, x.shape[-1])).T
-        added = self.tensor(f"{name}.bias", (outputs,), optional=True) if bias else None
-        return x if added is None else x + added
+        return x + self.tensor(f"{name}.bias", (outputs,)) if bias and f"{name}.bias" in self.tensors else x
 
 
-def logits(file, ids):
-    """float64 [batch, tokens, vocabulary] for ids int64 [batch, tokens]."""
+def logits(file: File, ids: Tensor) -> Tensor:
+    """[batch, tokens, vocabulary] in the file's dtype for ids int64 [batch, tokens]."""
     architecture, hidden, eps = file.architecture, file.key("embedding_length"), file.key(
         "attention.layer_norm_rms_epsilon")  # fmt: skip
     heads, kv_heads, inner = (file.each(f"{n}") for n in ("attention.head_count", "attention.head_count_kv",
@@ -61,7 +73,7 @@ def logits(file, ids):
     rows = len(file.keys["tokenizer.ggml.tokens"])
     biases = architecture in WITH_BIASES
 
-    def norm(x, name):
+    def norm(x: Tensor, name: str) -> Tensor:
         return rms_norm(x, (x.shape[-1],), file.tensor(name, (x.shape[-1],)), eps)
 
     embeddings = file.tensor("token_embd.weight", (rows, hidden))
@@ -69,7 +81,7 @@ def logits(file, ids):
     residual = file.key("residual_scale", 1.0) if architecture == "granite" else 1
     scale = (file.key("attention.scale") if architecture == "granite" else None) or width**-0.5
     angles = _angles(file, width, ids.shape[1])
-    causal = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=torch.float64).triu(1)
+    causal = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=file.dtype).triu(1)
     for layer in range(file.key("block_count")):
         block = f"blk.{layer}"
         normed = norm(x, f"{block}.attn_norm.weight")
@@ -91,25 +103,24 @@ def logits(file, ids):
         normed = norm(x, f"{block}.ffn_norm.weight")
         gate, up = (file.linear(normed, f"{block}.ffn_{n}", inner[layer], bias=biases) for n in ("gate", "up"))
         x = x + residual * file.linear(silu(gate) * up, f"{block}.ffn_down", hidden, bias=biases)
-    head = file.tensor("output.weight", (rows, hidden), optional=True)
-    output = norm(x, "output_norm.weight") @ (embeddings if head is None else head).T
+    head = file.tensor("output.weight", (rows, hidden)) if "output.weight" in file.tensors else embeddings
+    output = norm(x, "output_norm.weight") @ head.T
     return output / (file.key("logit_scale") if architecture == "granite" else 1)
 
 
-def _angles(file, width, length):
+def _angles(file: File, width: int, length: int) -> Tensor:
     """float64 [length, head_dim / 2]."""
     frequencies = file.key("rope.freq_base", 10000.0) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     if file.key("rope.scaling.type", "linear") == "linear":
         frequencies /= file.key("rope.scaling.factor", 1.0)
-    if file.architecture not in WITHOUT_FACTORS:
-        factors = file.tensor("rope_freqs.weight", (width // 2,), optional=True)
-        frequencies = frequencies if factors is None else frequencies / factors
+    if file.architecture not in WITHOUT_FACTORS and "rope_freqs.weight" in file.tensors:
+        frequencies = frequencies / file.tensor("rope_freqs.weight", (width // 2,))
     return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
 
 
-def _rotate(states, angles, halves):
+def _rotate(states: Tensor, angles: Tensor, halves: bool) -> Tensor:
     """states: [batch, tokens, heads, head_dim]."""
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    cos, sin = angles.cos()[:, None].to(states.dtype), angles.sin()[:, None].to(states.dtype)
     first, second = states.chunk(2, dim=-1) if halves else (states[..., ::2], states[..., 1::2])
     pair = (first * cos - second * sin, first * sin + second * cos)
     return torch.cat(pair, dim=-1) if halves else torch.stack(pair, dim=-1).flatten(-2)

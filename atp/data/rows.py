@@ -1,0 +1,81 @@
+"""A row of data, with errors that name file, line and column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from atp.errors import InputError, quote, shorten
+
+Bad = Callable[[InputError], None]
+"""Takes the error of a row that cannot be used: raises it, or returns, and the row is left out."""
+
+
+def stop(error: InputError) -> None:
+    """The `Bad` that ends the reading."""
+    raise error
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record and where it came from, e.g. `train.jsonl, line 3`.
+
+    columns: our name of a column -> its name in the record, where it has another.
+    """
+
+    where: str
+    values: dict[str, Any]
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, column: str) -> str:
+        """The name of a column in the record, for a message too."""
+        return shorten(self.columns.get(column, column))
+
+    def at(self, column: str) -> str:
+        """Where a column is, for a message."""
+        return f"{self.where}: column '{self.name(column)}'"
+
+    def has(self, column: str) -> bool:
+        """Whether the record has a column."""
+        try:
+            self.get(column)
+        except InputError:
+            return False
+        return True
+
+    def optional(self, column: str) -> str:
+        """The string in a column; "" if there is none. `InputError` as for `text`."""
+        return self.text(column) if self.has(column) and self.get(column) is not None else ""
+
+    def text(self, column: str) -> str:
+        """The string in a column; `InputError` if the column is missing or holds something else."""
+        value = self.get(column)
+        if not isinstance(value, str):
+            raise InputError(f"{self.at(column)} holds {quote(value)}, not text; make it a string")
+        return value
+
+    def texts(self, column: str, count: int | None = None) -> list[str]:
+        """The list of strings in a column, `count` of them; `InputError` as for `text`."""
+        value = self.get(column)
+        wanted = "a list of texts" if count is None else f"a list of {count} texts"
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InputError(f"{self.at(column)} holds {quote(value)}, not {wanted}; correct the row")
+        if count is not None and len(value) != count:
+            raise InputError(f"{self.at(column)} holds {len(value)} texts, not {count}; correct the row")
+        return value
+
+    def get(self, column: str) -> Any:
+        """The value of a column; `a.b` is column b of the record in column a. `InputError` if it is missing."""
+        values: Any = self.values
+        for name in self.columns.get(column, column).split("."):
+            if not isinstance(values, dict) or name not in values:
+                raise InputError(f"{self.at(column)} is missing (found: {names(values)}); rename or add the column")
+            values = values[name]
+        return values
+
+
+def names(values: Any) -> str:
+    """The column names of a record, for a message; `none` if there are none."""
+    return shorten(", ".join(map(shorten, islice(values, 50)))) if isinstance(values, dict) and values else "none"

@@ -1,0 +1,164 @@
+"""A model whose matrices are quantized, weights only, as a folder that transformers loads.
+
+torchao and bitsandbytes quantize, pack and compute; transformers calls them, writes the folder and reads it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from atp.config import ATPConfig
+from atp.data import load_recipe, pack
+from atp.errors import InputError, reason
+from atp.evaluation import packed_windows, perplexity, throughput
+from atp.evaluation.inference import CausalLM, bars
+from atp.export.card import quantized_card
+from atp.families import is_cut
+from atp.files import whole_folder, write_text
+from atp.folders import CONFIG
+from atp.loading import data_settings
+from atp.models.load import read_model
+from atp.models.stock import save_model
+from atp.requirements import install_command
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How matrices are quantized.
+
+    package: import name of the library that does it. says: for people. outputs, inputs: what the number of rows and of
+    columns of a matrix must be multiples of. settings: takes the names of modules to leave as they are and the model's
+    dtype.
+    """
+
+    package: str
+    says: str
+    outputs: int
+    inputs: int
+    settings: Callable[[list[str], torch.dtype], QuantizationConfigMixin]
+
+    def takes(self, linear: nn.Linear) -> bool:
+        """Whether the library holds a matrix of this shape, and runs it on every processor."""
+        return linear.out_features % self.outputs == 0 and linear.in_features % self.inputs == 0
+
+
+def _int8(left: list[str], dtype: torch.dtype) -> QuantizationConfigMixin:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    # What torchao recommends to the compiler would hold for the whole process.
+    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=left)
+
+
+def _nf4(left: list[str], dtype: torch.dtype) -> QuantizationConfigMixin:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=left
+    )
+
+
+SCHEMES = {
+    "int8": Scheme("torchao", "integers with a scale per row", 1, 1, _int8),
+    # Scales run along rows of whole blocks of 64, and kernels for AVX-512 take 32 rows at a time.
+    "nf4": Scheme("bitsandbytes", "4-bit NormalFloat with a scale per 64 weights", 32, 64, _nf4),
+}
+"""The forms that run on a CPU, are packed in safetensors, and load by `from_pretrained` alone."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out windows at hand. score: takes a model and returns the result of `perplexity`. count: of windows."""
+
+    score: Callable[[CausalLM], dict[str, Any]]
+    count: int
+
+
+def held_out(run: Path, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """The windows that a run scored its models on. Raises `InputError` if its data cannot be read any more."""
+    config = ATPConfig.load(run / CONFIG)
+    test = pack(
+        load_recipe(data_settings(config, tokenizer)).test, tokenizer, config.data.length, loss_on=config.data.loss_on
+    )
+    windows, settings = packed_windows(test, tokenizer), config.evaluation
+
+    def score(model: CausalLM) -> dict[str, Any]:
+        with Progress(transient=True) as progress:
+            return perplexity(
+                model, windows, settings.batch_size, max_windows=settings.windows, seed=config.seed,
+                progress=bars(progress, "scoring")("perplexity"),
+            )  # fmt: skip
+
+    return HeldOut(score, min(settings.windows, len(windows.input_ids)))
+
+
+def write_quantized(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, out: Path, where: str,
+    card: Path | None, facts: dict[str, Any], run: Path | None,
+) -> list[str]:  # fmt: skip
+    """Writes the folder, in one step, and returns what its user should know, one sentence each.
+
+    name: a key of `SCHEMES`. where: names the model in messages. card, facts: as for `quantized_card`. run: the run
+    folder that the model is from, on whose held-out windows it is scored before and after. Raises `InputError` if the
+    scheme takes none of the model's matrices.
+    """
+    scheme, dtype, head = SCHEMES[name], model.dtype, model.get_output_embeddings()
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    heads = [path for path, linear in linears.items() if linear is head]
+    left = [path for path, linear in linears.items() if linear is not head and not scheme.takes(linear)]
+    said = list(_summary(name, len(linears) - len(heads), left, str(dtype).removeprefix("torch."), where))
+    windows = None
+    try:
+        windows = None if run is None else held_out(run, tokenizer)
+    except InputError as error:
+        said.append(f"perplexity was not measured, because the data of the run cannot be read ({reason(error)})")
+    with whole_folder(out) as folder:
+        # As transformers quantizes: while it reads a model from its files.
+        whole = folder / "whole"
+        save_model(model, whole)
+        before = _measured(model, whole, windows)
+        del model, head, linears  # the quantized one takes its place in memory
+        quantized = read_model(whole, "auto", quantization=scheme.settings([*heads, *left], dtype))
+        shutil.rmtree(whole)
+        save_model(quantized, folder)  # before it runs, because bitsandbytes then packs anew
+        tokenizer.save_pretrained(folder)
+        after = _measured(quantized, folder, windows)
+        rows = [(what, before[what], after[what]) for what in before]
+        stock, needs = not is_cut(quantized.config), install_command([scheme.package])
+        write_text(folder / "README.md", quantized_card(card, facts, said, rows, needs=needs, stock=stock))
+    return [*said, *(f"{what}: {new}, before {old}" for what, old, new in rows)]
+
+
+def _summary(name: str, count: int, left: list[str], dtype: str, where: str) -> Iterator[str]:
+    """What becomes of the model's matrices. count: of all but the head. left: names of those that stay as they are."""
+    scheme = SCHEMES[name]
+    blocks = f"{name} takes multiples of {scheme.inputs} inputs and {scheme.outputs} outputs"
+    if len(left) == count:
+        raise InputError(f"no matrix of {where} can be quantized, because {blocks}: use --to int8")
+    yield (
+        f"{count - len(left)} of {count} matrices are {name}, {scheme.says} ({scheme.package}); embeddings, norms and "
+        f"the head stay {dtype}"
+    )
+    if left:
+        yield f"{len(left)} matrices stay {dtype}, because {blocks} ({left[0]}, ...)"
+
+
+def _measured(model: CausalLM, folder: Path, windows: HeldOut | None) -> dict[str, str]:
+    """Size, perplexity and speed of a model and its folder, by what they are called in tables."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    found = {"weights on disk, MB": f"{size / 1e6:.1f}"}
+    if windows is not None:
+        score = windows.score(model)
+        low, high = score["perplexity_interval"]
+        found[f"held-out perplexity, {windows.count} windows"] = f"{score['perplexity']:.2f} ({low:.2f} to {high:.2f})"
+    speed = throughput(model)
+    found["prefill, tokens/s"] = f"{speed['prefill_tokens_per_second']:.0f}"
+    found["decode, tokens/s"] = f"{speed['decode_tokens_per_second']:.1f}"
+    return found

@@ -1,0 +1,28 @@
+"""Named sets of settings, on top of which a config is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 128 suits tensor cores and every quantised format with blocks of up to 128.
+    "stock": {"decisions": {"space": "kv_group", "uniform": True, "multiples": {"mlp": 128}}},
+    # The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
+    "paper": {
+        "decisions": {"space": "head_dim", "source": "learned", "generator": "transformer", "init": "paper",
+                      "budget": "penalty", "lr": 1e-3, "batch_size": 20, "every": 1, "refit_windows": 0,
+                      "multiples": {}},
+        "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
+        "training": {"open": 0, "distill": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700,
+                     "batch_size": 20, "lr": 1e-4, "schedule": "constant", "warmup": 0},
+    },
+}  # fmt: skip
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """The nested settings of `base`, with those of `over` in their place."""
+    result = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if nested else value
+    return result

@@ -1,0 +1,136 @@
+"""How a command tells of its progress where no bar can be drawn: lines of text off a terminal, JSON with --json-logs.
+
+Only `atp.cli` opens a log (`logged`). Without one, as in a program that imports the package, all this does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from atp import ranks
+
+_QUIET_SECONDS = 20.0  # after which a line says that work goes on; readers are promised one every 30 s
+_open: ContextVar[_Log | None] = ContextVar("_open", default=None)
+
+
+class _Log:
+    """Lines of one command, and a thread that writes one when the command has been quiet for long."""
+
+    def __init__(self, as_json: bool, quiet_seconds: float) -> None:
+        self.as_json, self.quiet_seconds = as_json, quiet_seconds
+        self.phase, self.done = "", ""
+        self.begun = self.written = time.monotonic()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._say_that_work_goes_on, name="atp progress", daemon=True)
+
+    def write(self, text: str, **facts: Any) -> None:
+        """One line, at once. text: for people; facts: for programs, beside time and phase."""
+        now = datetime.now(UTC)
+        if self.as_json:
+            known = {"time": now.isoformat(timespec="milliseconds"), "phase": self.phase, **facts}
+            line, stream = json.dumps({name: _finite(value) for name, value in known.items()}), sys.stderr
+        else:
+            line, stream = f"{now.astimezone():%H:%M:%S} {text}", sys.stdout
+        self.written = time.monotonic()
+        stream.write(line + "\n")
+        stream.flush()
+
+    def begin(self, phase: str) -> None:
+        if phase != self.phase:
+            self.phase, self.done, self.begun = phase, "", time.monotonic()
+            self.write(phase)
+
+    def _say_that_work_goes_on(self) -> None:
+        while not self.ended.wait(self.quiet_seconds / 10):
+            if not self.phase or time.monotonic() - self.written < self.quiet_seconds:
+                continue
+            seconds = round(time.monotonic() - self.begun)
+            done = {"done": self.done} if self.done else {}
+            with suppress(OSError, ValueError):  # nobody reads any more, which the command itself will notice
+                self.write(f"{self.phase} {self.done}".rstrip() + f", for {seconds} s so far", seconds=seconds, **done)
+
+
+@contextmanager
+def logged(as_json: bool, quiet_seconds: float = _QUIET_SECONDS) -> Iterator[None]:
+    """Writes lines of progress while the block runs, in the main process.
+
+    as_json: one JSON object per line on stderr; else text on stdout, and none where that is a terminal, which shows
+    bars. quiet_seconds: of a phase without a line, after which one says that it goes on.
+    """
+    if not ranks.is_main() or not (as_json or not sys.stdout.isatty()):
+        yield
+        return
+    log = _Log(as_json, quiet_seconds)
+    before = _open.set(log)
+    log.thread.start()
+    try:
+        yield
+    finally:
+        _open.reset(before)
+        log.ended.set()
+        log.thread.join()
+
+
+def begin(phase: str) -> None:
+    """A part of the work begins: a line, unless it is the one that goes on already."""
+    log = _open.get()
+    if log is not None:
+        log.begin(phase)
+
+
+def step(phase: str, record: dict[str, Any], total: int) -> None:
+    """A logged step of `total`. record: a line of metrics.jsonl, of which `note` shows a part."""
+    log = _open.get()
+    if log is not None:
+        log.begin(phase)
+        facts = {"step": record["step"], "steps": total, "loss": record["loss"], "kept": record.get("keep")}
+        facts["tokens_per_second"] = record["tokens_per_second"]
+        log.write(f"{phase} {record['step']}/{total}  {note(record)}", **facts)
+
+
+def count(done: int, total: int) -> None:
+    """How far the phase has come; shown when it has been quiet for long."""
+    log = _open.get()
+    if log is not None:
+        log.done = f"{done}/{total}"
+
+
+def error(sentence: str) -> bool:
+    """Writes the sentence that a command ends with as JSON; False, and nothing done, where no JSON is asked for."""
+    log = _open.get()
+    if log is None or not log.as_json:
+        return False
+    log.write(sentence, error=sentence)
+    return True
+
+
+def saying(say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say`, whose messages are lines of a JSON log too."""
+
+    def both(message: str) -> None:
+        say(message)
+        log = _open.get()
+        if log is not None and log.as_json:
+            log.write(message, message=message)
+
+    return both
+
+
+def note(record: dict[str, Any]) -> str:
+    """Loss, share kept and speed of a record, for people."""
+    kept = f"  kept {record['keep']:.3f}" if "keep" in record else ""
+    return f"loss {record['loss']:.3f}{kept}  {record['tokens_per_second']:,.0f} tok/s"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

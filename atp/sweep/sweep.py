@@ -1,0 +1,150 @@
+"""A sweep: one open phase, a run per target that goes on from it, and results that grow with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from atp import processes
+from atp.config import ATPConfig, DecisionsConfig
+from atp.environment import device_name, versions
+from atp.errors import InputError, Interrupted, NotReached
+from atp.files import read_json, write_json, write_text
+from atp.folders import check_output_dir, opened, refuse_inputs_inside, saved_config
+from atp.loading import check_packages, load_shapes
+from atp.run import Run, check_target
+from atp.signals import SignalGuard
+from atp.sweep.shared import SharedRun, shared_parts, start_from
+from atp.sweep.table import Row, draw, target_row, uncut_rows, write_csv
+from atp.sweep.targets import Asked, Target, resolve
+from atp.targets import at_share
+
+SWEEP, SHARED = "sweep.yaml", "shared"
+_NO_TARGET = DecisionsConfig.model_fields["target_keep"].default  # of what is shared: no target is used there
+
+
+class Sweep:
+    """Runs a config with several targets and writes sweep.csv, .json and, with matplotlib, .png.
+
+    Its folder holds `shared`, the run of what the targets have in common, and per target a run folder, keep-0.8 or
+    params-90000000, the same as that of a run of its own. Finished targets are left as they are; more can be added on
+    resume.
+    """
+
+    def __init__(
+        self,
+        config: ATPConfig,
+        asked: Sequence[Asked],
+        folder: Path,
+        *,
+        resume: bool,
+        command: str,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """asked: the targets, in any units; they replace the target of the config.
+
+        Raises `InputError` without any, or for one that is given twice.
+        """
+        if not asked:
+            raise InputError("nothing to sweep over: give at least one target, as --keep 0.8,0.6")
+        places = [one.folder for one in asked]
+        twice = [one for one in asked if places.count(one.folder) > 1]
+        if twice:
+            option, _, value = twice[0].text.partition(" ")
+            raise InputError(f"--{option} names {value} twice: give each target once")
+        self.asked, self.folder, self.resume, self.command = asked, folder, resume, command
+        self.say = say if processes.is_main() else lambda line: None
+        self.config = config
+        self.common = _placed(at_share(config, _NO_TARGET), folder / SHARED)
+
+    def execute(self) -> dict[str, Any]:
+        """Runs what is missing, writes the results after each target, and returns the content of sweep.json.
+
+        Raises `InputError`, `Interrupted`, and at the end `NotReached` if a target broke a promise (its row stays).
+        """
+        processes.start()
+        try:
+            with SignalGuard(at_once=True), ExitStack() as held:
+                return self._execute(held)
+        except Interrupted as error:
+            started = (self.folder / SWEEP).is_file()
+            remedy = "continue with --resume" if started else "nothing was written yet, start again"
+            raise Interrupted(error.signum, remedy) from None
+
+    def _execute(self, held: ExitStack) -> dict[str, Any]:
+        targets = processes.on_main(self._check)
+        processes.on_main(lambda: self._open(held))
+        self.say(shared_parts(self.common))
+        configs = [target.config for target in targets]
+        shared = SharedRun(self.common, configs, **self._options(self.common)).execute()
+        broken: dict[str, str] = {}
+        content: dict[str, Any] = {}
+        for target in targets:
+            self.say(target.asked.text)
+            processes.on_main(partial(self._begin, target))
+            try:
+                Run(target.given, **self._options(target.given) | {"resume": True}).execute()
+            except NotReached as error:
+                broken[target.asked.text] = str(error)
+            content = processes.on_main(lambda: self._write(targets, shared, broken))
+        if broken:
+            raise NotReached("; ".join(f"{target}: {reason}" for target, reason in broken.items()))
+        return content
+
+    def _check(self) -> list[Target]:
+        """Refuses what is sure to fail, for all targets, before anything is written; returns them."""
+        check_output_dir(self.folder, resume=self.resume, started=SWEEP)
+        saved = saved_config(self.folder, SWEEP)
+        if saved is not None:
+            self.common.refuse_change_of(saved)
+        check_packages(self.common.model, self.common.data)
+        refuse_inputs_inside(self.common, Path(self.common.output_dir))
+        shapes = load_shapes(self.common.model)
+        targets = resolve(self.config, self.asked, self.folder)
+        for target in targets:
+            refuse_inputs_inside(target.config, Path(target.config.output_dir))
+            check_target(target.config, shapes)
+        return targets
+
+    def _open(self, held: ExitStack) -> None:
+        held.enter_context(opened(self.folder, resume=self.resume, started=SWEEP))
+        if saved_config(self.folder, SWEEP) is None:
+            write_text(self.folder / SWEEP, self.common.dump())
+
+    def _options(self, config: ATPConfig) -> dict[str, Any]:
+        resume = processes.on_main((Path(config.output_dir) / "config.yaml").is_file)
+        return {"resume": resume, "command": self.command, "say": self.say}
+
+    def _begin(self, target: Target) -> None:
+        if not Path(target.config.output_dir).exists():
+            start_from(self.folder / SHARED, target, self.command)
+
+    def _write(self, targets: list[Target], shared: dict[str, Any], broken: dict[str, str]) -> dict[str, Any]:
+        found = [(target, read_json(Path(target.config.output_dir) / "summary.json")) for target in targets]
+        finished = [(target, summary) for target, summary in found if summary is not None]
+        rows: list[Row] = []
+        for target, summary in finished:
+            rows = rows or uncut_rows(summary)
+            rows.append(target_row(target, summary, shared))
+        content = {
+            "rows": rows,
+            "shared": shared | {"what": shared_parts(self.common)},
+            "missing": [target.asked.text for target, summary in found if summary is None],
+            "notes": broken,
+            "seed": self.common.seed,
+            "data": next((summary["data"] for _, summary in finished), {}),
+            "device": device_name(),
+            "versions": versions(),
+            "command": self.command,
+        }
+        write_csv(self.folder / "sweep.csv", rows)
+        write_json(self.folder / "sweep.json", content)
+        draw(self.folder / "sweep.png", rows, self.common.data.recipe)
+        return content
+
+
+def _placed(config: ATPConfig, folder: Path) -> ATPConfig:
+    return config.model_copy(update={"output_dir": str(folder)})

@@ -1,0 +1,177 @@
+"""LoRA linears of one input in ATen calls, with their adapters as one.
+
+With A = [A_1; A_2; ..] and P = [P_1, P_2, ..], the products S = scaling * x A^T, P A and dA = P^T x are one each
+instead of one per linear, and every linear adds its part of dx to those before it, so that no sum of gradients is left
+to autograd. The vendor's products of the bases are those of `kept.aten`, of whole weights or of what their slices keep.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from atp_kernels.call import autocast_dtype, matrix, select
+from atp_kernels.kept import operands as kept_operands
+from atp_kernels.kept.aten import ATEN, ordered, product
+from atp_kernels.kept.slices import KeptSlice, Side
+from atp_kernels.linear import ways
+from atp_kernels.linear.aten import scaled_mm
+from atp_kernels.linear.operands import Operands, prepare
+from atp_kernels.quantized import dense
+
+
+class Linear(NamedTuple):
+    """A frozen base with its adapter. outs: how its outputs relate to the weight's rows, None where they are these."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    outs: Side | None = None
+
+
+def forward(x: Tensor, linears: Sequence[Linear], scaling: float) -> tuple[list[Tensor], list[Tensor]]:
+    """(y [M, out] of each, its S [M, r]) for x [M, in]."""
+    s = scaled_mm(x, torch.cat([linear.lora_a for linear in linears]).t(), scaling)
+    parts = s.split([len(linear.lora_a) for linear in linears], 1)
+    results = []
+    for linear, part in zip(linears, parts, strict=True):
+        high = ordered(linear.lora_b, linear.outs, 0).t()
+        weight = linear.weight.t()
+        results.append(product(x, weight, linear.bias, None, linear.outs, part, high, x.numel(), ATEN))
+    return results, list(parts)
+
+
+def backward(
+    grads: Sequence[Tensor],
+    x: Tensor | None,
+    parts: Sequence[Tensor | None],
+    linears: Sequence[Linear],
+    scaling: float,
+    need_x: bool,
+    need_a: Sequence[bool],
+    need_b: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """(dx, dA of each, dB of each), None where not needed; parts: the S of those that need dB."""
+    ranks = [len(linear.lora_a) for linear in linears]
+    d_x, d_b = None, []
+    up = grads[0].new_empty(len(grads[0]), sum(ranks))
+    for grad, linear, part, own, need in zip(grads, linears, parts, up.split(ranks, 1), need_b, strict=True):
+        if need_x:
+            d_x = _add_product(d_x, _kept(grad, linear), linear.weight)
+        if need_x or any(need_a):
+            own.addmm_(grad, ordered(linear.lora_b, linear.outs, 0), beta=0, alpha=scaling)
+        d_b.append(_in_order(grad.t() @ part, linear.outs) if need and part is not None else None)
+    if d_x is not None and up.shape[1]:
+        d_x.addmm_(up, torch.cat([linear.lora_a for linear in linears]))
+    d_a: list[Tensor | None] = [None] * len(linears)
+    if any(need_a) and x is not None:
+        each = (up.t() @ x).split(ranks)
+        d_a = [part if need else None for part, need in zip(each, need_a, strict=True)]
+    return d_x, d_a, d_b
+
+
+def _kept(grad: Tensor, linear: Linear) -> Tensor:
+    """The gradient of what the slice computes."""
+    if linear.outs is None:
+        return grad
+    if linear.outs.kept_first:
+        return grad[:, : len(linear.weight)]
+    taken = grad.new_empty(len(grad), len(linear.outs.index))
+    ATEN.take_columns(grad, linear.outs.index, taken)
+    return taken
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right) if total is None else total.addmm_(left, right)
+
+
+def _in_order(d_b: Tensor, outs: Side | None) -> Tensor:
+    """The gradient of B in the order of the model."""
+    return d_b if outs is None or not outs.kept_first else d_b.index_select(0, outs.place)
+
+
+def shared_linears(
+    x: Tensor,
+    given: Sequence[tuple[Tensor, Tensor, Tensor, float, Tensor | None]],
+    kept: Sequence[KeptSlice] | None,
+    backend: str,
+) -> tuple[Tensor, ...] | None:
+    """y of each (weight, lora_a, lora_b, scaling, bias) or slice without masks beside it, None where not worth it.
+
+    It is where the vendor's products are the backend and bases are frozen, and scalings equal. Raises what the linears
+    do.
+    """
+    if torch.compiler.is_compiling() or not may_share([linear[3] for linear in given], kept):
+        return None
+    dtype = autocast_dtype(x)
+    x = x if dtype is None else x.to(dtype)
+    tensors: list[Tensor | None] = []
+    if kept is not None:
+        if select("kept_lora_linear", x.device, x.dtype, backend).name != "reference":
+            return None
+        for slice_, (_, lora_a, lora_b, _, _) in zip(kept, given, strict=True):
+            _, _, lora_a, lora_b, _ = kept_operands.prepare(x, slice_, lora_a, lora_b, None)
+            tensors += (None, None, lora_a, lora_b)
+    else:
+        if select("masked_lora_linear", x.device, x.dtype, backend, plain=True).name != "reference":
+            return None
+        for weight, lora_a, lora_b, _, bias in given:
+            operands = prepare(Operands(x, weight, lora_a, lora_b, bias), backend=backend)
+            if trains(operands) or (backend == "auto" and ways.way_of(operands, len(lora_a), False) is not None):
+                return None
+            tensors += (operands.weight, operands.bias, operands.lora_a, operands.lora_b)
+    results: tuple[Tensor, ...] = SharedLinears.apply(kept, float(given[0][3]), x, *tensors)
+    return results
+
+
+def may_share(scalings: Sequence[float], kept: Sequence[KeptSlice] | None) -> bool:
+    """Whether linears of one input can share what they do with it."""
+    return len(set(map(float, scalings))) == 1 and all(slice_.sides[1] is None for slice_ in kept or ())
+
+
+def trains(operands: Operands) -> bool:
+    """Whether the base has a gradient."""
+    bases = operands.weight, operands.bias
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in bases)
+
+
+class SharedLinears(torch.autograd.Function):
+    """(slices or None, scaling, x, then weight, bias, lora_a, lora_b of each linear) -> y of each.
+
+    Weights and biases are frozen; those of a slice stand in for the given ones. x and the S are all that is saved.
+    """
+
+    @staticmethod
+    def forward(ctx, kept, scaling, x, *tensors):
+        rows = matrix(x)
+        linears = _linears(kept, rows.dtype, tensors)
+        results, parts = forward(rows, linears, scaling)
+        needs = ctx.needs_input_grad[3:]
+        ctx.kept, ctx.scaling, ctx.shape, ctx.dtype = kept, scaling, x.shape, rows.dtype
+        saved = [part if need else None for part, need in zip(parts, needs[3::4], strict=True)]
+        ctx.save_for_backward(rows if any(needs[2::4]) else None, *saved, *tensors)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, *rest = ctx.saved_tensors
+        count, (_, _, need_x, *needs) = len(grads), ctx.needs_input_grad
+        linears = _linears(ctx.kept, ctx.dtype, rest[count:])
+        rows = [matrix(grad) for grad in grads]
+        d_x, d_a, d_b = backward(rows, x, rest[:count], linears, ctx.scaling, need_x, needs[2::4], needs[3::4])
+        each = [part for a, b in zip(d_a, d_b, strict=True) for part in (None, None, a, b)]
+        return None, None, None if d_x is None else d_x.view(ctx.shape), *each
+
+
+def _linears(kept: Sequence[KeptSlice] | None, dtype: torch.dtype, tensors: Sequence[Any]) -> list[Linear]:
+    own = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+    if kept is None:
+        return [Linear(dense(weight), *others) for weight, *others in own]
+    return [
+        Linear(slice_.weight(dtype), slice_.bias(dtype), lora_a, lora_b, slice_.sides[0])
+        for slice_, (_, _, lora_a, lora_b) in zip(kept, own, strict=True)
+    ]

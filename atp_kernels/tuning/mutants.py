@@ -1,0 +1,45 @@
+"""Broken lines of the folded product and of the choice between ways."""
+
+FOLDED = "atp_kernels/linear/folded.py"
+WAYS = "atp_kernels/linear/ways.py"
+
+FOLDED_DEFINITION = "tests/atp_kernels/test_folded.py -k equals_the_definition"
+FOLDED_NO_WORSE = "tests/atp_kernels/test_folded.py -k no_worse_than_unfused"
+PLAIN_SLICES = "tests/atp_kernels/test_plain_slices.py -k 'not no_worse'"
+TUNED_TABLES = "tests/atp_kernels/test_tuned_tables.py -k 'step_goes or other_kinds or environment'"
+
+TABLE = {
+    (FOLDED, FOLDED_DEFINITION): (
+        ("(weight * out_mask.unsqueeze(1)).to(weight.dtype)", "weight"),
+        ("(folded * in_mask).to(weight.dtype)", "folded"),
+        ("torch.addmm(folded, b, a, alpha=scaling)", "torch.addmm(folded, b, a)"),
+        ("(bias * out_mask).to(bias.dtype)", "bias"),
+        ("scaled_mm(rows, a.t(), scaling) if need_b", "scaled_mm(rows, a.t(), 1.0) if need_b"),
+        ("scaled_mm(rows, a.t(), scaling) if need_b", "scaled_mm(rows, lora_a.t(), scaling) if need_b"),
+        ("scaled_mm(grad_y, b, ctx.scaling)", "scaled_mm(grad_y, b, 1.0)"),
+        ("_masked_factors(lora_a, lora_b, out_mask, None)[1] if ctx.mask_lora else lora_b", "lora_b"),
+        ("d_a, d_b = _masked_factors(d_a, d_b, out_mask, in_mask)", "pass"),
+        ("dot(grad_y, y) / out_mask", "dot(grad_y, y)"),
+        ("dot(x, d_x) / in_mask", "dot(x, d_x)"),
+        ("torch.where(mask.abs() < least, torch.full_like(mask, least), mask)", "mask"),
+    ),
+    (FOLDED, FOLDED_NO_WORSE): (
+        ("_masked_factors(lora_a, lora_b, out_mask, in_mask) if mask_lora else (lora_a, lora_b)", "lora_a, lora_b"),
+        ("if ctx.mask_lora and (need_a or need_b):", "if need_a or need_b:"),
+    ),
+    (WAYS, PLAIN_SLICES): (
+        ("all(mask is None or mask.dtype == torch.bool for mask in (out_mask, in_mask))", "True"),
+        ("weight.requires_grad or (bias is not None and bias.requires_grad)", "weight.requires_grad"),
+        ("weight.requires_grad or (bias is not None and bias.requires_grad)", "False"),
+        ("key.m < FEWEST_ROWS", "False"),
+        ("key.kept > LARGEST_SHARE", "False"),
+        ("saved < LEAST_SAVED", "False"),
+        ("return kept[0] * kept[1]", "return kept[0]"),
+    ),
+    (WAYS, TUNED_TABLES): (
+        ("frozen = not (learns and (lora_a.requires_grad or lora_b.requires_grad))", "frozen = True"),
+        ("entry.way == FOLDED and folded.refuses(operands, mask_lora)", "False"),
+        ("if override() or", "if"),
+        ("key = replace(key, kept=share_of(operands))", "pass"),
+    ),
+}

@@ -1,0 +1,59 @@
+"""The prompts that are shown side by side: which they are, and how much is generated for them."""
+
+import pytest
+
+from atp.data.splits import Example
+from atp.evaluation import samples as shown
+from atp.evaluation.samples import Sample, held_out_samples, sample_answers, side_by_side
+
+
+def question(number, task):
+    return Example(str(number), f"{task} {number}?", f" answer {number}", task=task)
+
+
+def test_tasks_take_turns_and_no_prompt_comes_twice():
+    test = [question(0, "a"), question(0, "a"), question(1, "a"), question(2, "a"), question(0, "b")]
+    assert [sample.prompt for sample in held_out_samples(test, 4)] == ["a 0?", "b 0?", "a 1?", "a 2?"]
+    assert held_out_samples(test, 1) == [Sample("a 0?", " answer 0")]
+    assert held_out_samples(test, 0) == [] and len(held_out_samples(test, 99)) == 4
+
+
+def test_plain_text_is_divided_between_words_and_loses_nothing():
+    text = " one two three four five six "
+    (sample,) = held_out_samples([Example("d", text), Example("e", "  "), Example("f", "x")], 4)[:1]
+    assert sample.prompt + sample.reference == text.strip()
+    assert sample.reference.startswith(" ") and sample.prompt.split() + sample.reference.split() == text.split()
+    (long,) = held_out_samples([Example("d", "word " * 10_000)], 1)
+    assert 250 < len(long.prompt) <= 320 and len(long.prompt + long.reference) <= 600
+    (unspaced,) = held_out_samples([Example("d", "文" * 40)], 1)
+    assert len(unspaced.prompt) == len(unspaced.reference) == 20
+
+
+@pytest.mark.parametrize(
+    ("reference", "positions", "most"),
+    [("mat", 128, 8), ("the cat sat on the mat .", 128, 14), ("the " * 500, 128, 64), ("the " * 500, 24, 12)],
+)
+def test_no_more_is_generated_than_the_references_ask_for(
+    model, tokenizer, monkeypatch, reference, positions, most
+):  # fmt: skip
+    """And no more than half of the positions that the model has."""
+    asked, generate = [], shown.generate_answers
+
+    def watched(*arguments, max_new_tokens, **options):
+        asked.append(max_new_tokens)
+        return generate(*arguments, max_new_tokens=max_new_tokens, **options)
+
+    monkeypatch.setattr(shown, "generate_answers", watched)
+    monkeypatch.setattr(model.config, "max_position_embeddings", positions)
+    answers = sample_answers(model, tokenizer, [Sample("the cat " * 400, "it"), Sample("is it ?", reference)])
+    assert asked == [most] and len(answers) == 2
+    assert all(len(answer.split()) <= most for answer in answers)
+    assert sample_answers(model, tokenizer, []) == [] and len(asked) == 1
+
+
+def test_they_are_stored_by_prompt():
+    found = side_by_side([Sample("p", " r "), Sample("q", "s")], {"original": ["1", "2"], "final": ["3", "4"]})
+    assert found == [
+        {"prompt": "p", "reference": "r", "models": {"original": "1", "final": "3"}},
+        {"prompt": "q", "reference": "s", "models": {"original": "2", "final": "4"}},
+    ]

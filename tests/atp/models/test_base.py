@@ -1,0 +1,123 @@
+"""A base in 4 or 8 bits: which weights it is, what they become, and what is refused before anything is written."""
+
+import sys
+
+import pytest
+import torch
+from tiny_inputs import tiny_config
+
+from atp import processes
+from atp.checks import check_reachable
+from atp.compare.baseline_run import BaselineRun
+from atp.config import ATPConfig
+from atp.errors import InputError
+from atp.evaluation import model_size
+from atp.finite import refuse_weights
+from atp.loading import load_model, load_shapes
+from atp.models.base import FORMS
+from atp.run import Run
+from atp.spaces.space import MaskSpace
+from atp.training.resume import fingerprints
+from atp_kernels import QuantizedWeight
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A tiny model whose linears read whole blocks."""
+    return tiny_config(tmp_path_factory.mktemp("inputs"), hidden_size=64, intermediate_size=128)
+
+
+def changed(config, *overrides):
+    return ATPConfig.parse(config.model_dump(mode="json"), list(overrides))
+
+
+def loaded(config, *overrides):
+    return load_model(changed(config, *overrides).model, config.decisions.space)
+
+
+@pytest.mark.parametrize("load_in", FORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoder_linears_are_quantized_and_nothing_else(wide, load_in, dtype):
+    whole = loaded(wide, f"model.dtype={dtype}")
+    model = loaded(wide, f"model.dtype={dtype}", f"model.load_in={load_in}")
+    rest = dict(whole.named_parameters())
+    linears = MaskSpace.from_config(whole.config, "kv_group").linears[0]
+    seen = 0
+    for name, parameter in model.named_parameters():
+        assert parameter.shape == rest[name].shape and parameter.dtype == getattr(torch, dtype)
+        if not name.endswith("_proj.weight"):
+            assert torch.equal(parameter, rest[name])
+            continue
+        assert isinstance(parameter, QuantizedWeight) and not parameter.requires_grad
+        assert torch.equal(parameter.dequantize(), FORMS[load_in].make(rest[name]).dequantize())
+        assert parameter.nbytes == FORMS[load_in].bytes_of(linears[name.split(".", 3)[3].removesuffix(".weight")])
+        seen += 1
+    assert seen == 2 * 7
+    refuse_weights(model)
+    assert model_size(model) == model_size(whole), "as a file holds it"
+
+
+def test_fingerprints_are_of_the_quantized_weights(wide):
+    plain, four, again, eight = (
+        fingerprints(loaded(wide, *given))["base weights"]
+        for given in ((), ["model.load_in=4bit"], ["model.load_in=4bit"], ["model.load_in=8bit"])
+    )
+    assert four == again and len({plain, four, eight}) == 3
+
+
+def test_logits_of_the_loaded_model_are_those_of_the_floating_weights(wide):
+    model = loaded(wide, "model.load_in=4bit")
+    tokens = torch.arange(9)[None]
+    found = model(tokens).logits
+    for layer in model.get_decoder().layers:
+        for module in layer.modules():
+            if type(module) is torch.nn.Linear:
+                module.weight = torch.nn.Parameter(module.weight.dequantize())
+    assert torch.equal(model(tokens).logits, found)
+
+
+REFUSED = {
+    ("model.load_in=4bit", "training.distill=0.5", "training.open=2"): "training.distill holds a whole model in float",
+    ("model.load_in=2bit",): "config key 'model.load_in' is '2bit'",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_what_is_not_supported_is_refused_before_anything_is_written(wide, tmp_path, overrides):
+    with pytest.raises(InputError, match=REFUSED[overrides]):
+        Run(changed(wide, *overrides, f"output_dir={tmp_path / 'run'}"), resume=False, command="").execute()
+    assert not list(tmp_path.iterdir())
+
+
+def test_linears_without_whole_blocks_are_refused_in_4_bits(config, tmp_path):
+    narrow = changed(config, "model.load_in=4bit", f"output_dir={tmp_path / 'run'}")
+    with pytest.raises(InputError, match=r"multiple of 64 inputs, but layers.0.self_attn.q_proj has 32: use .*=8bit"):
+        Run(narrow, resume=False, command="").execute()
+    assert not list(tmp_path.iterdir())
+    assert isinstance(loaded(config, "model.load_in=8bit"), torch.nn.Module)
+
+
+def test_several_processes_are_refused(wide, monkeypatch):
+    given = changed(wide, "model.load_in=8bit")
+    check_reachable(given, load_shapes(given.model))
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(InputError, match="model.load_in=8bit trains in one process, not in 2: start without torchrun"):
+        check_reachable(given, load_shapes(given.model))
+
+
+@pytest.mark.parametrize("method", ["llm_pruner", "dense_lora"])
+def test_baselines_are_refused(wide, tmp_path, method):
+    given = changed(wide, "model.load_in=8bit", f"output_dir={tmp_path / 'run'}")
+    with pytest.raises(InputError, match=f"{method} does not run on a quantized base: leave out model.load_in=8bit"):
+        BaselineRun(method, given, resume=False, command="").execute()
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_bitsandbytes_one_sentence_says_so(wide, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    given = changed(wide, "model.load_in=4bit", f"output_dir={tmp_path / 'run'}")
+    with pytest.raises(
+        InputError, match="package 'bitsandbytes' is not installed: run pip install 'bitsandbytes>=0.50"
+    ):
+        Run(given, resume=False, command="").execute()
+    assert not list(tmp_path.iterdir())

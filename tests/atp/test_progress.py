@@ -1,0 +1,99 @@
+"""Where no bar can be drawn, lines tell of a command's progress, and no phase is silent for long."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from atp import progress
+from atp.cli import main
+
+RECORD = {"step": 3, "loss": 1.25, "keep": 0.5, "tokens_per_second": 1234.4, "lr": 0.1}
+
+
+def test_text_off_a_terminal(capsys):
+    with progress.logged(as_json=False):
+        progress.begin("search")
+        progress.begin("search")
+        progress.step("search", RECORD, 10)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[9:] for line in lines] == ["search", "search 3/10  loss 1.250  kept 0.500  1,234 tok/s"]
+    assert all(time.strptime(line[:8], "%H:%M:%S") for line in lines)
+
+
+def test_json_has_the_same_keys_in_every_step_and_no_nan(capsys):
+    with progress.logged(as_json=True):
+        progress.step("tune", RECORD, 10)
+        progress.step("tune", {"step": 4, "loss": math.nan, "tokens_per_second": math.inf}, 10)
+    out, err = capsys.readouterr()
+    begun, first, second = (json.loads(line, parse_constant=pytest.fail) for line in err.splitlines())
+    assert out == "" and begun.keys() == {"time", "phase"} and first.keys() == second.keys()
+    assert (second["loss"], second["kept"], second["tokens_per_second"]) == (None, None, None)
+
+
+def test_nothing_on_a_terminal_or_without_a_log(capsys, monkeypatch):
+    progress.step("search", RECORD, 10)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with progress.logged(as_json=False):
+        progress.begin("search")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_quiet_phase_says_that_it_goes_on(capsys, as_json):
+    lines, end = [], time.monotonic() + 60
+    with progress.logged(as_json=as_json, quiet_seconds=0.05):
+        progress.begin("saliency")
+        progress.count(3, 40)
+        while len(lines) < 3 and time.monotonic() < end:
+            time.sleep(0.02)
+            out, err = capsys.readouterr()
+            lines += (err if as_json else out).splitlines()
+    if as_json:
+        assert {"phase": "saliency", "done": "3/40"}.items() <= json.loads(lines[2]).items()
+    else:
+        assert lines[2][9:].startswith("saliency 3/40, for ")
+
+
+def test_the_log_ends_with_the_command(capsys):
+    with progress.logged(as_json=False, quiet_seconds=0.02):
+        progress.begin("cut")
+    capsys.readouterr()
+    time.sleep(0.2)
+    progress.begin("tune")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_phase_is_announced_within_the_promised_time():
+    """The thread looks ten times per quiet spell, so a line comes at most a tenth of it late."""
+    assert progress._QUIET_SECONDS * 1.1 < 30
+
+
+def test_the_sentence_that_ends_a_command_is_json_too(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["atp", "train", "absent.yaml", "--json-logs"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert done.value.code == 2 and "absent.yaml" in json.loads(line)["error"]
+
+
+def test_a_secret_in_an_error_is_not_shown(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted_secret_42\n")
+    monkeypatch.setattr(sys, "argv", ["atp", "train", "hf_planted_secret_42.yaml"])
+    with pytest.raises(SystemExit):
+        main()
+    err = capsys.readouterr().err
+    assert "***.yaml" in err and "planted" not in err
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys\nfrom atp import cli, progress\ncli.app = lambda **options: progress.begin('search')\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,0 +1,116 @@
+"""A run that a program watches: JSON on stderr, a Prometheus file, and no secret of the environment anywhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+# The tracker keeps all that trackers are given, in a file of the run folder.
+RUN = """
+import json, logging, sys
+logging.disable(logging.WARNING)  # as the command does before it imports the rest
+import atp.run
+from accelerate import tracking
+class Diary(tracking.GeneralTracker):
+    name, requires_logging_directory = "diary", True
+    tracker = property(lambda self: self)
+    def __init__(self, project, logging_dir, **kwargs):
+        super().__init__()
+        self.file = logging_dir + "-diary.jsonl"
+    def start(self):
+        pass
+    def note(self, *values):
+        with open(self.file, "a") as file:
+            print(json.dumps(values), file=file)
+    def store_init_configuration(self, values):
+        self.note("config", values)
+    def log(self, values, step=None, **kwargs):
+        self.note(step, values)
+    def finish(self):
+        self.note("end")
+tracking.LOGGER_TYPE_TO_CLASS["diary"] = Diary
+atp.run.BUDGET_TOLERANCE = 0.02
+from atp.cli import main
+main()
+"""
+SECRETS = {
+    "HF_TOKEN": "hf_PlantedTokenOfTheHub0123456789",
+    "WANDB_API_KEY": "0123456789abcdef0123456789planted",
+    "HUGGING_FACE_HUB_TOKEN": "hf_PlantedOldNameOfTheToken01",
+}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def watched(config, tmp_path_factory):
+    """(the finished process, its folder)."""
+    folder = tmp_path_factory.mktemp("watched")
+    training = {"report_to": ["diary"], "metrics_file": str(folder / "atp.prom"), "log_every": 2}
+    values = config.model_dump(mode="json") | {"output_dir": str(folder / "out"), "export": {"keep_adapter": True}}
+    values["training"] |= training
+    values["evaluation"] |= {"dense_baseline": False}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "train", str(folder / "config.yaml"), "--json-logs"],
+        env=os.environ | SECRETS | {"PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done, folder
+
+
+def test_every_line_on_stderr_is_a_json_object_with_time_and_phase(watched):
+    lines = [json.loads(line) for line in watched[0].stderr.splitlines()]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line["time"]) for line in lines)
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    phases = list(dict.fromkeys(line["phase"].partition(":")[0] for line in lines))
+    assert phases == [
+        "loading", "scoring the original model", "answers and speed of the original model", "saliency", "search",
+        "settle", "refit", "cut", "tune", "export", "scoring the final model",
+        "answers and speed of the final model", "report",
+    ]  # fmt: skip
+    assert any("exporting" in line.get("message", "") for line in lines)
+
+
+def test_the_json_of_a_step_is_that_of_metrics_jsonl(watched):
+    done, folder = watched
+    steps = [line for line in map(json.loads, done.stderr.splitlines()) if "step" in line]
+    records = list(map(json.loads, (folder / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
+    assert [line["step"] for line in steps] == list(range(2, STEPS + 1, 2)) and len(records) == len(steps)
+    for line, record in zip(steps, records, strict=True):
+        assert line.keys() == {"time", "phase", "step", "steps", "loss", "kept", "tokens_per_second"}
+        shown = (line["phase"], line["loss"], line["kept"], line["tokens_per_second"], line["steps"])
+        assert shown == (record["phase"], record["loss"], record.get("keep"), record["tokens_per_second"], STEPS)
+
+
+def test_the_prometheus_file_tells_how_the_run_ended(watched):
+    done, folder = watched
+    text = (folder / "atp.prom").read_text(encoding="utf-8")
+    found = re.findall(r'^atp_(\w+)\{run="([^"]+)",phase="(\w+)"\} (\S+)$', text, re.MULTILINE)
+    values = {name: float(value) for name, _, _, value in found}
+    assert {(run, phase) for _, run, phase, _ in found} == {(str(folder / "out"), "tune")}
+    last = json.loads((folder / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert (values["step"], values["steps"], values["skipped_steps"]) == (STEPS, STEPS, 0)
+    assert (values["loss"], values["tokens_per_second"]) == (last["loss"], last["tokens_per_second"])
+    assert 1e7 < values["memory_bytes"] < 1e11 and 0 <= values["checkpoint_age_seconds"] < 60
+    # Each sample stands below its own HELP and TYPE, and nothing else is there.
+    names = [name for name, *_ in found]
+    expected = [line for name in names for line in (f"# HELP atp_{name} ", f"# TYPE atp_{name} gauge", f"atp_{name}{{")]
+    assert all(line.startswith(start) for line, start in zip(text.splitlines(), expected, strict=True))
+    assert not list(folder.glob(".writing-*"))
+
+
+def test_no_secret_of_the_environment_is_shown_or_written(watched):
+    done, folder = watched
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"README.md", "config.yaml", "summary.json", "report.html", "trackers-diary.jsonl", "atp.prom"} <= names
+    contents = {str(path): path.read_bytes() for path in files}
+    contents |= {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+    found = [(name, key) for name, text in contents.items() for key, value in SECRETS.items() if value.encode() in text]
+    assert found == []
+    assert b'"config"' in contents[str(folder / "out" / "trackers-diary.jsonl")], "the tracker was told something"

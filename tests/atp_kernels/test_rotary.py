@@ -1,0 +1,235 @@
+"""Rotary embedding of queries and keys: every backend against float64, in any memory layout, width and pairs."""
+
+import pytest
+import torch
+from backends_here import backends
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import layouts
+from torch.testing import assert_close
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from atp_kernels import call, explain, rotary_embedding
+from atp_kernels.rotary import definition
+
+BACKENDS = backends("rotary_embedding")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+
+
+def problem(shape=(2, 5, 3, 2, 6), *, angles=None, dtype=torch.float32, of_cos=None, one_sample=False, seed=0):
+    """(q, k, cos, sin, index): shape is (batch, tokens, heads, kv heads, D); angles A > D for heads without some pairs.
+
+    Cosines and sines of the two halves differ, which RoPE's own do not.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    batch, tokens, heads, kv_heads, size = shape
+    randn = lambda *sizes: torch.randn(sizes, generator=rng, dtype=torch.float64)  # noqa: E731
+    q, k = (randn(batch, tokens, n, size).to(dtype).requires_grad_() for n in (heads, kv_heads))
+    cos, sin = (randn(1 if one_sample else batch, tokens, angles or size).to(of_cos or dtype) for _ in range(2))
+    index = None if angles is None else torch.randperm(angles, generator=rng)[:size]
+    return q, k, cos, sin, index
+
+
+def results(q, k, cos, sin, index=None, width=None, backend="auto", upstream=None):
+    """Both results, and the gradients of q and k for upstream ones of a dtype, that of q by default."""
+    call_ = definition.rotary_embedding if backend is None else rotary_embedding
+    options = {} if backend is None else {"backend": backend}
+    y = call_(q, k, cos, sin, index=index, width=width, **options)
+    rng = torch.Generator().manual_seed(9)
+    grads = [torch.randn(x.shape, generator=rng).to(upstream or q.dtype).to(q.dtype) for x in y]
+    return [*(part.detach() for part in y), *torch.autograd.grad(y, (q, k), grads)]
+
+
+def assert_within_rounding(got, given, width=None):
+    """Each entry as close to float64 as one rounding of float32 sums allows, which is less than the dtype's own."""
+    q, k, cos, sin, index = given
+    exact = results(*(tensor.detach().double().requires_grad_() for tensor in (q, k)), cos.double(), sin.double(),
+                    index, width, None, q.dtype)  # fmt: skip
+    for value, truth in zip(got, exact, strict=True):
+        assert value.shape == truth.shape and value.dtype == q.dtype
+        # Two products may cancel; the interpreter cuts bfloat16 off where a GPU rounds.
+        allowed = torch.finfo(q.dtype).eps * truth.abs() + 8 * torch.finfo(torch.float32).eps
+        assert ((value.double() - truth).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [None, 8, 13])
+@pytest.mark.parametrize("angles", [None, 10])
+def test_each_entry_is_rounded_once(backend, dtype, width, angles):
+    given = problem(angles=angles, dtype=dtype)
+    assert_within_rounding(results(*given, width, backend), given, width)
+
+
+@given(
+    shape=st.tuples(
+        *(st.sampled_from(sizes) for sizes in ([0, 1, 3], [0, 1, 2, 19], [0, 1, 9], [0, 1, 2], [0, 2, 4, 38, 130])),
+    ),
+    more=st.sampled_from([None, 0, 6]),
+    beyond=st.sampled_from([None, 0, 1, 7]),
+    dtype=st.sampled_from(DTYPES),
+    of_cos=st.sampled_from([None, torch.float32, torch.bfloat16]),
+    one_sample=st.booleans(),
+    backend=st.sampled_from(BACKENDS),
+)  # fmt: skip
+@settings(max_examples=24, derandomize=True, deadline=None)
+def test_any_shape(shape, more, beyond, dtype, of_cos, one_sample, backend):
+    if one_sample and shape[0] == 0:
+        shape = (1, *shape[1:])
+    size = shape[-1]
+    angles = None if more is None else size + more
+    given = problem(shape, angles=angles, dtype=dtype, of_cos=of_cos, one_sample=one_sample)
+    width = None if beyond is None else size + beyond
+    assert_within_rounding(results(*given, width, backend), given, width)
+
+
+@given(each=st.tuples(layouts(), layouts(), layouts(), layouts()), angles=st.sampled_from([None, 11]))
+@settings(max_examples=12, derandomize=True, deadline=None)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_memory_layout_with_nan_between(backend, each, angles):
+    """q and k lie as three-dimensional tensors of tokens, heads and dimensions; strides of one sample are added."""
+    q, k, cos, sin, index = problem((1, 5, 3, 2, 6), angles=angles)
+    laid, dense = [], []
+    for tensor, layout in zip((q, k, cos, sin), each, strict=True):
+        tensor = tensor.detach()[0]
+        laid.append(layout.lay(tensor)[None])
+        dense.append(layout.values(tensor)[None])
+    for tensors in (laid, dense):
+        tensors[:2] = (tensor.requires_grad_() for tensor in tensors[:2])
+    expected = results(*dense, index, 7, backend)
+    for value, truth in zip(results(*laid, index, 7, backend), expected, strict=True):
+        assert torch.equal(value, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_layout_of_sines_may_differ_from_that_of_cosines(backend):
+    q, k, cos, sin, _ = problem()
+    wide = torch.full((sin.shape[0], 2 * sin.shape[1], sin.shape[2]), torch.nan)
+    wide[:, ::2] = sin
+    for value, truth in zip(
+        results(q, k, cos, wide[:, ::2], None, 6, backend), results(q, k, cos, sin, None, 6, backend), strict=True
+    ):
+        assert torch.equal(value, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_one_of_both_is_rotated_back_where_the_other_needs_no_gradient(backend, monkeypatch):
+    q, k, cos, sin, _ = problem()
+    module = call.select("rotary_embedding", q.device, q.dtype, backend).module
+    backward, given = module.backward, []
+
+    def counted(grads, *rest):
+        given.append(len(grads))
+        return backward(grads, *rest)
+
+    monkeypatch.setattr(module, "backward", counted)
+    sum(part.sum() for part in rotary_embedding(q.detach(), k, cos, sin, backend=backend)).backward()
+    assert given == [1] and k.grad is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeated_upstream_gradients_and_one_of_both(backend):
+    """Upstream gradients without memory of their own, and one result that nobody reads."""
+    q, k, cos, sin, _ = problem()
+    y = rotary_embedding(q, k, cos, sin, backend=backend)
+    grad = torch.ones(()).expand(y[0].shape)
+    (d_q,) = torch.autograd.grad(y[0], q, grad, retain_graph=True)
+    assert_close(d_q, torch.autograd.grad(definition.rotary_embedding(q, k, cos, sin)[0], q, grad)[0])
+    for one, frozen in ((q, k), (k, q)):
+        alone = rotary_embedding(*(x if x is one else x.detach() for x in (q, k)), cos, sin, backend=backend)
+        both = torch.autograd.grad([part.square().sum() for part in y], one, retain_graph=True)
+        assert_close(torch.autograd.grad(sum(part.square().sum() for part in alone), one), both)
+        assert not frozen.grad
+
+
+@needs_triton
+@pytest.mark.parametrize("backward", [False, True])
+def test_results_are_in_one_piece_with_nothing_left_unwritten(backward):
+    given = problem(angles=10, seed=3)
+    expected = results(*given, 13, "triton")
+    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
+    try:
+        got = results(*given, 13, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, got, expected))
+    assert all(value.is_contiguous() for value in got)
+    assert got[2].flatten(2).shape == (2, 5, 18)
+
+
+@needs_triton
+def test_offsets_beyond_two_to_the_31():
+    q, k, cos, sin, _ = problem((3, 3, 3, 1, 4), dtype=torch.float16)
+    expected = results(q, k, cos, sin, backend="triton")
+    step = 2**30 + 7
+    pages = torch.empty(2 * step + 100, dtype=torch.float16)  # pages are taken when they are used
+    for strides in ((step, 24, 8, 1), (24, step, 8, 1), (24, 8, step, 1)):
+        far = pages.as_strided(q.shape, strides).copy_(q.detach())
+        got = results(far.requires_grad_(), k, cos, sin, backend="triton")
+        assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_that_of_transformers(backend):
+    q, k, *_ = problem((2, 7, 4, 2, 16))
+    frequencies = torch.arange(7)[None, :, None] * 10000 ** (-torch.arange(8) / 8)
+    cos, sin = (torch.cat([part, part], -1) for part in (frequencies.cos(), frequencies.sin()))
+    expected = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    assert_close(rotary_embedding(q, k, cos, sin, backend=backend), expected)
+
+
+def test_gradcheck():
+    q, k, cos, sin, index = problem((2, 3, 2, 1, 4), angles=6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: rotary_embedding(*x, cos, sin, index=index, width=5), (q, k))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bitwise_deterministic_and_a_second_backward(backend):
+    given = problem(dtype=torch.bfloat16)
+    first = results(*given, backend=backend)
+    assert all(all(map(torch.equal, results(*given, backend=backend), first)) for _ in range(3))
+    y, _ = rotary_embedding(*given[:4], backend=backend)
+    one, two = (torch.autograd.grad(y.sum(), given[0], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(one, two)
+    (grad,) = torch.autograd.grad(y.float().square().sum(), given[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_whole_graph(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(rotary_embedding, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (5, 9):
+        q, k, cos, sin, _ = problem((2, tokens, 3, 2, 6))
+        for value, truth in zip(compiled(q, k, cos, sin), rotary_embedding(q, k, cos, sin), strict=True):
+            assert_close(value, truth)
+
+
+def test_who_takes_it():
+    cuda = torch.device("cuda")
+    assert call.select("rotary_embedding", cuda, torch.bfloat16)[1:] == ("triton", "first choice on cuda")
+    assert call.select("rotary_embedding", cuda, torch.float64)[1] == "reference"
+    assert "reference" in explain("rotary_embedding", torch.ones(1))
+
+
+def test_wrong_arguments_are_refused_with_the_remedy():
+    q, k, cos, sin, index = problem(angles=10)
+    refused = [
+        ((q[0], k, cos, sin), {"index": index}, "q and k have shapes"),
+        ((q, k[..., :4], cos, sin), {"index": index}, "one even D"),
+        ((q[..., :5], k[..., :5], cos, sin), {"index": index[:5]}, "one even D"),
+        ((q, k.double(), cos, sin), {"index": index}, "give one floating dtype"),
+        ((q, k, cos, sin), {}, r"cos has shape \[2, 5, 10\], but q .* needs \[2 or 1, 5, 6\]"),
+        ((q, k, cos, sin[:, :4]), {"index": index}, "sin has shape"),
+        ((q, k, cos.clone().requires_grad_(), sin), {"index": index}, "cos must be floating and constant"),
+        ((q, k, cos, sin), {"index": index[:4]}, r"give int64 \[6\]"),
+        ((q, k, cos, sin), {"index": index.int()}, "index is torch.int32"),
+        ((q, k, cos, sin), {"index": index + 5}, r"index holds positions from .* must lie in \[0, 10\)"),
+        ((q, k, cos, sin.to("meta")), {"index": index}, "sin is on meta and q on cpu"),
+        ((q, k, cos, sin), {"index": index, "width": 4}, "width is 4, but the heads have 6"),
+    ]
+    for arguments, options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            rotary_embedding(*arguments, **options)

@@ -1,0 +1,153 @@
+"""The model of a step against atp's own count of operations, the definitions' real operators, and a real step."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from atp.families import Linear
+from atp.plan import cost
+from atp_kernels.linear.definition import masked_lora_linear
+from benchmarks import layer_model
+from benchmarks.layer_model import PHASES, ROWS, WAYS, Kernel, Step, kernels_of
+from benchmarks.model_step import config_of, main, parser, predicted, seconds, shapes_of, total
+from benchmarks.rates import GPUS, Rates, find_rates
+
+SHAPES = shapes_of("smollm2-135m", 0.6, "cpu")
+RATES = Rates("a round one", 1e12, 1e12, 1e-6, "made up")
+TOKENS, RANK = 64, 16
+
+
+def step(phase, way, shapes=SHAPES, item=4):
+    return Step(shapes, TOKENS, 32, RANK, item, phase, way)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operators that compute, and the bytes of their tensors."""
+
+    VIEWS = ("view", "t", "transpose", "expand", "unsqueeze", "detach", "alias", "permute", "reshape", "_unsafe_view",
+             "ones_like")  # fmt: skip
+
+    def __enter__(self):
+        self.bytes = self.calls = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name.removeprefix("aten::") not in self.VIEWS:
+            self.calls += 1
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("phase", "widths"), [("tune", "kept"), ("whole", "whole"), ("decision", "whole")])
+def test_operations_are_those_that_plan_counts(phase, widths, way):
+    """Attention aside, of which plan counts whole squares."""
+    if way == "dense" and phase == "tune":
+        widths = "whole"
+    layer = getattr(SHAPES, widths)[0]
+    expected = 2 * cost.linear(layer) + (2 if phase == "decision" else 3) * cost.adapter(layer, RANK)
+    rows = [k for k in kernels_of(step(phase, way)) if k.row in ("products", "adapter and masks")]
+    assert sum(k.flops for k in rows) == pytest.approx(expected * TOKENS * SHAPES.layers, rel=1e-12)
+
+
+def test_the_search_step_multiplies_what_masks_keep():
+    kept = [k for k in kernels_of(step("search", "ours")) if k.row == "products"]
+    assert sum(k.flops for k in kept) == pytest.approx(2 * cost.linear(SHAPES.kept[0]) * TOKENS * SHAPES.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("phase", "axis"), [("decision", 0), ("decision", None), ("search", 0), ("search", 1), ("tune", None)]
+)
+def test_an_unfused_linear_moves_what_its_operators_do(phase, axis, dtype):
+    """Vectors are left out of the model."""
+    m, n, k, r = 512, 768, 640, 2
+    learns, on_meta = phase != "decision", {"dtype": dtype, "device": "meta"}
+    x, weight = torch.empty(m, k, **on_meta, requires_grad=True), torch.empty(n, k, **on_meta)
+    a, b = (torch.empty(size, **on_meta, requires_grad=learns) for size in ((r, k), (n, r)))
+    masks = {}
+    if axis is not None:
+        kind = {"dtype": torch.bool} if learns else {"requires_grad": True}
+        masks[("out_mask", "in_mask")[axis]] = torch.empty((n, k)[axis], device="meta", **kind)
+    inputs = [tensor for tensor in (x, a, b, *masks.values()) if tensor.requires_grad]
+    grad = torch.empty(m, n, **on_meta)
+    with Traffic() as traffic:
+        y = masked_lora_linear(x, weight, a, b, scaling=2.0, mask_lora=not learns, **masks)
+        torch.autograd.grad(y, inputs, grad)
+    described = Step(SHAPES, m, 32, r, dtype.itemsize, phase, "unfused")
+    kernels = list(layer_model._unfused(described, Linear(n, k, False), axis))
+    assert sum(kernel.bytes for kernel in kernels) == pytest.approx(traffic.bytes, rel=0.01)
+    assert sum(kernel.launches for kernel in kernels) == traffic.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unfused_norm_moves_about_what_its_operators_do(dtype):
+    hidden = SHAPES.config.hidden_size
+    norm = LlamaRMSNorm(hidden).to("meta", dtype).requires_grad_(False)
+    x = torch.empty(TOKENS, hidden, dtype=dtype, device="meta", requires_grad=True)
+    grad = torch.empty_like(x)
+    with Traffic() as traffic:
+        torch.autograd.grad(norm(x), x, grad)
+    (kernel,) = layer_model._norm(step("tune", "unfused", item=dtype.itemsize), 1)
+    assert kernel.bytes == pytest.approx(traffic.bytes, rel=0.05)
+    assert kernel.launches == traffic.calls
+
+
+def test_a_kernel_takes_the_longer_of_computing_and_moving():
+    assert seconds(Kernel("", 3e12, 1e12, 2), RATES) == pytest.approx(3 + 2e-6)
+    assert seconds(Kernel("", 1e12, 3e12, 0), RATES) == pytest.approx(3)
+    both = total([Kernel("", 3e12, 1e12, 1), Kernel("", 1e12, 3e12, 1)], RATES)
+    assert both == (4e12, 4e12, 2, pytest.approx(6 + 2e-6))
+
+
+def test_every_kernel_has_a_row_and_all_are_finite():
+    for phase in PHASES:
+        for way in WAYS:
+            kernels = kernels_of(step(phase, way))
+            assert {kernel.row for kernel in kernels} <= set(ROWS)
+            assert all(math.isfinite(k.flops) and k.bytes >= 0 and k.launches > 0 for k in kernels)
+
+
+def test_twice_the_tokens_move_twice_the_activations():
+    """Weights, which are read once, and parameters of the optimizer aside."""
+    for way in WAYS:
+        one, two = (Step(SHAPES, tokens, 32, RANK, 2, "search", way) for tokens in (2**20, 2**21))
+        assert total(kernels_of(two), RATES).bytes == pytest.approx(2 * total(kernels_of(one), RATES).bytes, rel=1e-2)
+
+
+def test_the_table_and_its_warning(capsys):
+    assert main(["--model", "llama2-7b", "--gpu", "h100"]) == 0
+    text, counts = capsys.readouterr().out, shapes_of("llama2-7b", 0.6, "h100").counts
+    assert text.startswith("A model at peak rates, not a measurement. H100")
+    groups, channels = (set(counts[name]) for name in ("kv_group", "mlp"))
+    assert len(groups) == len(channels) == 1
+    (groups,), (channels,) = groups, channels
+    assert f"(kv_group {groups}, mlp {channels} a layer)" in text
+    assert groups % 2 == channels % 128 == 0
+    assert [text.count(f"\n{row} ") for row in ROWS] == [len(PHASES)] * len(ROWS)
+
+
+def test_a_config_file_names_a_model(tmp_path):
+    config_of("tiny").save_pretrained(tmp_path)
+    assert shapes_of(str(tmp_path), 0.6, "h100").whole == shapes_of("tiny", 0.6, "h100").whole
+
+
+def test_unknown_names_are_refused(capsys):
+    assert main(["--model", "nobody-7b"]) == 2
+    assert main(["--compare"]) == 2
+    assert "unknown model 'nobody-7b'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unknown GPU 'h9000'"):
+        find_rates("h9000", torch.bfloat16)
+    assert all(rates.source for rates in GPUS.values())
+
+
+def test_predicted_ratios_of_a_layer_are_gains():
+    options = parser().parse_args(["--model", "smollm2-layer", "--tokens", "512", "--length", "256", "--gpu", "cpu"])
+    ratios = predicted(shapes_of(options.model, 0.6, "cpu"), options, RATES)
+    assert all(0 < ratio < 1 for ratio in ratios.values())
