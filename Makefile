@@ -3,7 +3,7 @@
 #   make test    all tests, including slow ones     make bench   benchmarks
 #   make lint    ruff, mypy, bandit, forbidden code make clean   remove builds and the virtual environment
 #   make wheel   a wheel with the extension, in dist/
-#   make fuzz    5,000 broken inputs                make chaos   kills, signals and damaged checkpoints
+#   make fuzz    8,400 broken inputs                make chaos   kills, signals, other faults, damage
 #   make soak    2,000 steps: is anything left behind, does memory grow?
 #   make audit   known weaknesses of dependencies   make sanitize   the C++ under sanitizers
 # docs/reliability.md describes fuzz, chaos, soak and sanitize; SECURITY.md describes audit.
@@ -33,10 +33,10 @@ bench: $(VENV)/.package
 	$(BIN)/python -m benchmarks plot
 
 fuzz: $(VENV)/.package
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_inputs.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_inputs.py
 
 chaos: $(VENV)/.package
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/chaos.py --record
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/chaos --record
 
 soak: $(VENV)/.package
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/soak.py

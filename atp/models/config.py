@@ -1,6 +1,7 @@
-"""Config of a cut model, whose layers differ in width."""
+"""Config of a cut model, whose layers differ in width.
 
-from __future__ import annotations
+Annotations are evaluated here (no `from __future__ import annotations`): `strict` checks no type that is text.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -96,7 +97,7 @@ class ATPLlamaConfig(LlamaConfig):
             self.no_rope_layers = self.no_rope_layers[: self.num_hidden_layers]  # a list may be longer in transformers
 
     @classmethod
-    def from_whole(cls, config: PretrainedConfig, **changes: Any) -> ATPLlamaConfig:
+    def from_whole(cls, config: PretrainedConfig, **changes: Any) -> "ATPLlamaConfig":
         """The config of a cut model from that before the cut; changes: what the cut sets, e.g. per_layer_config."""
         cut = cls(**family_of(config).cut_values(config, cls) | changes)
         cut._attn_implementation = config._attn_implementation

@@ -7,7 +7,8 @@ import pytest
 
 from atp.errors import InputError
 
-SLICE = {"config": 60, "override": 60, "jsonl": 40, "csv": 40, "parquet": 40, "experiment": 40, "report": 5}
+FEWER = {"report": 5, "gguf": 10}  # the slow ones
+SLICE = {kind: FEWER.get(kind, 30) for kind in fuzz_inputs.CASES}
 
 
 def broken_by(error):

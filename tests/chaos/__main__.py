@@ -1,0 +1,189 @@
+"""Kills, signals and other faults in every phase of runs, and damaged checkpoints: does --resume end as if nothing was?
+
+    python tests/chaos                      200 kills, signals and other faults, 500 damaged checkpoints
+    python tests/chaos --kills 5 --faults 0.1 --damaged 50 --seed 3
+    python tests/chaos --record             also put the result into docs/reliability.md
+
+Exit status 1 if anything ended otherwise than promised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import gc
+import importlib
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from chaos_command import ROOT, Command, Watch, follow_all
+from chaos_damage import damage, damaged_checkpoints
+from chaos_faults import Fault, faults, skipped
+from chaos_kills import Kill, kills, strike, table
+from tiny_inputs import tiny_config
+
+from atp import run
+from atp.evaluation import throughput
+
+DOCS = ROOT / "docs" / "reliability.md"
+_MARK = "<!-- what tests/chaos measured -->\n"
+
+
+class Chaos:
+    """Breaks runs and compares each, once it has been taken up, with an unbroken run of its command."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.watch, self.lost = folder, Watch(), []
+        follow_all(self.watch)
+        (folder / "inputs").mkdir()
+        self.config = folder / "config.yaml"
+        config = tiny_config(folder / "inputs")
+        config.training.keep_checkpoints, config.export.keep_adapter = 3, True
+        config.training.open = 2  # and so a teacher, which a resumed run must make again
+        self.config.write_text(config.dump())
+        self.whole, self.seconds = {}, {}
+        for kind in ((False, 1), (True, 1), (False, 2)):
+            command = Command(self.config, folder / f"whole-{kind[0]}-{kind[1]}", *kind)
+            command.finish(self.watch, resume=False)  # the first is slower: files are read for the first time
+            shutil.rmtree(command.folder)
+            self.seconds[kind] = self._time(command)
+            self.whole[kind] = command.results
+
+    def _time(self, command: Command) -> dict[str, float]:
+        """Seconds that an unbroken run spends in a phase at a time, and in all under ""."""
+        begun = time.perf_counter()
+        started, spent, phase, since = command.start(self.watch, resume=False), {}, "start", begun
+        while started.running:
+            now = time.perf_counter()
+            if self.watch.phase != phase:
+                spent[phase] = max(spent.get(phase, 0.0), now - since)
+                phase, since = self.watch.phase, now
+            time.sleep(2e-4)
+        code = command.end(started)
+        assert code == 0, f"an unbroken run ended with {code}: {command.said[-2000:]}"
+        return spent | {"": time.perf_counter() - begun}
+
+    def run(self, index: int, case: Kill | Fault) -> str:
+        """Breaks a run, takes it up until it ends, and says how; what was not as promised goes into `lost`."""
+        compare = isinstance(case, Kill) and case.compare
+        command = Command(self.config, self.folder / f"case{index}", compare, case.processes)
+        if isinstance(case, Kill):
+            problems = strike(case, command, self.watch, self.seconds[compare, case.processes])
+            outcome = f"met {', '.join(case.hits)}"
+        else:
+            problems = case.examine(case, command, self.watch)
+            outcome = case.outcome
+        if problems or command.resumable or not command.folder.exists():
+            code = command.finish(self.watch, resume=command.resumable)
+        else:  # ended before the run's first file, with what the phase before it leaves
+            shutil.rmtree(command.folder)
+            code = command.finish(self.watch, resume=False)
+        whole = self.whole[compare, case.processes]
+        if code != 0:
+            problems.append(f"--resume ended with {code}: {command.said[-500:]}")
+        elif (ours := command.results) == whole:
+            outcome += "; the same bytes"
+        elif isinstance(case, Fault) and skipped(case, command):
+            outcome += "; steps skipped and counted"
+        else:
+            problems.append(f"differs in {[name for name in whole if ours.get(name) != whole[name]]}")
+        problems += [f"{path} is left over" for path in command.folder.rglob(".writing-*")]
+        if problems:
+            self.lost.append(case)
+            return f"{outcome}; LOST: {'; '.join(problems)}"
+        shutil.rmtree(command.folder)
+        return outcome
+
+    @property
+    def checkpoints(self) -> Path:
+        """Those of the unbroken run in one process."""
+        return self.folder / "whole-False-1" / "checkpoints"
+
+    def damaged(self, count: int, draw: random.Random) -> tuple[Counter, list[str]]:
+        """Resumes the unbroken run from damaged checkpoints: (how often it ended how, what was not as promised)."""
+        command, found, problems = Command(self.config, self.checkpoints.parent), Counter(), []
+        root, kept = self.checkpoints, self.folder / "kept"
+        shutil.copytree(root, kept)
+        for _ in range(count):
+            shutil.rmtree(root)
+            shutil.copytree(kept, root)
+            (command.folder / "summary.json").unlink(missing_ok=True)
+            kinds = damage(root, draw)
+            code = command.finish(self.watch, resume=True)
+            if code == 0 and command.results == self.whole[False, 1]:
+                found["ended with the same bytes"] += 1
+            elif code == 2 and not command.unlike(code):
+                found["ended in one sentence"] += 1
+            else:
+                problems.append(f"{', '.join(kinds)}: ended with {code}: {command.said[-500:]}")
+        return found, problems
+
+
+def totals(cases: list[Kill | Fault], lost: list[Kill | Fault]) -> str:
+    """Tried, survived and lost of each kind, as Markdown."""
+    kinds = {}
+    for case in cases:
+        kind = case.kind if isinstance(case, Fault) else "SIGKILL" if case.signal == "SIGKILL" else "other signals"
+        row = kinds.setdefault(kind, [0, 0, 0])
+        row[case.processes - 1] += 1
+        row[2] += case in lost
+    kinds["all"] = [sum(column) for column in zip(*kinds.values(), strict=True)]
+    lines = ["| fault | tried in one process | in two | survived | lost |", "|---|--:|--:|--:|--:|"]
+    lines += [f"| {kind} | {one} | {two} | {one + two - lost} | {lost} |" for kind, (one, two, lost) in kinds.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs the cases and prints, or records, what came out; returns the exit status."""
+    sys.stdout.reconfigure(line_buffering=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=90)
+    parser.add_argument("--faults", type=float, default=1.0, help="share of the other faults")
+    parser.add_argument("--damaged", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true", help="also write the result to docs/reliability.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run.BUDGET_TOLERANCE = 0.02  # one channel of the tiny model is more than the tolerance
+    run.throughput = partial(throughput, prompt_tokens=16, new_tokens=2, repeats=1)
+    for late in ("matplotlib.figure", "matplotlib.backends.backend_svg", "accelerate.utils"):
+        importlib.import_module(late)  # once, and not in every child
+    gc.freeze()  # nor need each child look for garbage in what it was forked with
+    atexit.register(gc.unfreeze)  # nanobind takes what the interpreter does not collect at its end for leaks
+    draw, started = random.Random(options.seed), time.perf_counter()
+    with TemporaryDirectory() as folder:
+        chaos = Chaos(Path(folder))
+        killed = kills(options.kills, draw)
+        cases = [*killed, *faults(options.faults, draw)]
+        for index, case in enumerate(cases):
+            print(f"{index + 1:3} {case.name:50} {chaos.run(index, case)}")
+        damaged = damaged_checkpoints(chaos.checkpoints, options.damaged, draw)
+        ends, problems = chaos.damaged(options.damaged // 40, draw)
+    damaged.problems += problems
+    minutes = (time.perf_counter() - started) / 60
+    text = (
+        f"`python tests/chaos --kills {options.kills} --faults {options.faults:g} --damaged {options.damaged} "
+        f"--seed {options.seed}`, {time.strftime('%d %B %Y')}, torch {torch.__version__.split('+')[0]}, "
+        f"{os.cpu_count()} cores, {minutes:.1f} minutes.\n\n"
+        f"{totals(cases, chaos.lost)}\n\nWhere kills and signals met a run:\n\n{table(killed)}\n\n"
+        f"{damaged.text}\n\n{options.damaged // 40} whole runs resumed from such checkpoints: "
+        f"{', '.join(f'{count} {name}' for name, count in ends.items())}.\n"
+    )
+    print("\n" + text)
+    if options.record:
+        head = DOCS.read_text(encoding="utf-8").partition(_MARK)[0]
+        DOCS.write_text(head + _MARK + re.sub(r"\n{3,}", "\n\n", text), encoding="utf-8")
+    return 1 if chaos.lost or damaged.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

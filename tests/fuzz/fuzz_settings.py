@@ -1,0 +1,129 @@
+"""Cases of settings and records: config files, overrides, experiments, what a run leaves for its report."""
+
+import contextlib
+import json
+
+import yaml
+from fuzz_draws import GOOD_VALUES, ODD_JSON, ODD_KEYS, ODD_VALUES, ODD_YAML, as_json, as_yaml, rebuilt, scrambled
+from transformers import LlamaConfig
+
+from atp.checks import check_reachable
+from atp.config import ATPConfig
+from atp.errors import InputError
+from atp.experiments.spec import ExperimentSpec
+from atp.report import write_report
+
+CONFIG = {
+    "model": {"path": "some-model", "gguf_file": None, "dtype": "float32"},
+    "output_dir": "runs/x",
+    "preset": "quick",
+    "seed": 3,
+    "data": {"recipe": "custom", "train": "data.jsonl", "labels": ["yes", "no"], "length": 64, "limit": 20,
+             "sources": {"mednli": "a.jsonl"}, "general_share": 0.0},
+    "decisions": {"space": "head_dim", "target_keep": 0.6, "multiples": {"mlp": 8}, "init": "saliency"},
+    "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+    "training": {"search": 5, "settle": 2, "tune": 3, "lr": 1e-3, "report_to": [], "schedule": "cosine"},
+    "evaluation": {"windows": 5, "generate": False},
+}  # fmt: skip
+EXPERIMENT = {
+    "question": "Which?", "base": "base.yaml", "domains": ["custom", "health-mini"], "seeds": [0, 1],
+    "arms": [{"method": "dense_lora"}, {"method": ["atp", "static"], "set": {"lora.r": 4},
+                                        "vary": {"decisions.target_keep": [0.6, 0.8]}}],
+    "picture": "curve", "x": "decisions.target_keep",
+}  # fmt: skip
+SCORES = {
+    name: {"perplexity": 20.5, "perplexity_interval": [19.0, 22.0], "size": {"params": 1000, "megabytes": 4.0},
+           "speed": {"prefill_tokens_per_second": 10.5, "decode_tokens_per_second": 2.0},
+           "tasks": {"qa": {"accuracy": 0.5, "macro_f1": 0.4, "macro_f1_interval": [0.3, 0.5]}}}
+    for name in ("original", "tuned_dense", "final")
+}  # fmt: skip
+MAJORITY = {"qa": {"label": "yes", "of": "train", "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "macro_f1": 0.3}}
+RUN = {
+    "summary.json": {
+        "target_keep": 0.6, "keep_decoder": 0.6, "keep_total": 0.7, "params_before": 1000, "params_after": 700,
+        "perplexity": {name: 20.5 for name in SCORES}, "perplexity_interval": {name: [19.0, 22.0] for name in SCORES},
+        "tasks": ["qa"], "qa": {name: scores["tasks"]["qa"] for name, scores in SCORES.items()},
+        "relative_performance": 0.9, "relative_performance_interval": [0.8, 1.0],
+        "not_measurable": {"qa accuracy": "it is low"}, "majority": MAJORITY,
+        "recorded_dense": {"command": "atp demo", "perplexity": 16.5, "tasks": {"qa": {"accuracy": 0.5}}},
+        "answers": {"prompt": "is it?", "truth": "yes", "models": {"original": "no", "final": "yes"}, "chosen": "So."},
+        "speed": {name: SCORES[name]["speed"] for name in ("original", "final")},
+        "megabytes": {"original": 4.0, "final": 3.0}, "train_tokens_per_second": {"search": 5.0, "tune": 6.0},
+        "seconds": {"search": 1.0, "tune": 2.0, "total": 4.0}, "seed": 7, "versions": {"torch": "2"}, "command": "atp",
+        "data": {"train": "0a1b", "description": "texts"},
+    },
+    "evaluation.json": SCORES | {"majority": MAJORITY},
+    "certificate.json": {"masked_vs_cut": 2e-6, "cut_vs_reloaded": 0.0, "removed_lora_norm": 0.0, "dtype": "float32"},
+    "decisions.json": {
+        "space": "head_dim", "sizes": {"qk": 4, "mlp": 6},
+        "layers": [{"qk": [0, 1], "mlp": [2, 3, 4]}, {"qk": [3], "mlp": [0, 5]}],
+    },
+}  # fmt: skip
+SHAPES = LlamaConfig(
+    hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512,
+)  # fmt: skip
+
+
+def use_config(config):
+    """What a run does with a config before it loads a model; the dump must read back as the same config."""
+    if ATPConfig.parse(yaml.safe_load(config.dump())) != config:
+        raise AssertionError("the dumped config differs")
+    check_reachable(config, SHAPES)
+    with contextlib.suppress(InputError):
+        config.refuse_change_of(ATPConfig.parse(CONFIG).model_dump(mode="json"))
+
+
+def config_case(draw, folder):
+    """A YAML file."""
+    path = folder / "config.yaml"
+    path.write_bytes(as_yaml(draw, CONFIG, 3))
+    use_config(ATPConfig.load(path))
+
+
+def override_case(draw, folder):
+    """Overrides of a good file."""
+    keys = [f"{section}.{key}" for section, values in CONFIG.items() if isinstance(values, dict) for key in values]
+    overrides = []
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        key = draw.choice(keys) if draw.random() < 0.9 else draw.choice([*ODD_KEYS, "a." * 3000, "seed.x", "data..x"])
+        value = draw.choice(GOOD_VALUES if draw.random() < 0.6 else ODD_VALUES)
+        text = yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+        text = draw.choice(ODD_YAML) if draw.random() < 0.2 else text
+        overrides.append(scrambled(draw, f"{key}={text}", ODD_YAML, draw.random() < 0.2))
+    use_config(ATPConfig.parse(CONFIG, overrides))
+
+
+def experiment_case(draw, folder):
+    """An experiment's file and the config beside it."""
+    path = folder / "which.yaml"
+    path.write_bytes(as_yaml(draw, EXPERIMENT, 3))
+    base = {key: value for key, value in CONFIG.items() if key != "output_dir"}
+    (folder / "base.yaml").write_bytes(as_yaml(draw, base, 2 if draw.random() < 0.3 else 1))
+    spec, found = ExperimentSpec.load(str(path))
+    arms = spec.labelled_arms()
+    for domain in spec.domains[:3]:
+        config = spec.config(found, domain, [])
+        for arm in list(arms.values())[:3]:
+            ATPConfig.parse(config.model_dump(mode="json"), list(arm.overrides))
+
+
+def report_case(draw, folder):
+    """The records of a run."""
+    for name, content in RUN.items():
+        if draw.random() < 0.9:
+            damaged = as_json(draw, content, 4) if draw.random() < 0.5 else json.dumps(content).encode()
+            (folder / name).write_bytes(damaged)
+    records = [
+        {"step": step, "phase": ("search", "settle", "tune")[step // 4], "loss": 3.0, "keep": 0.6, "target_keep": 0.6,
+         "changed": 0.1, "lasso": 1.0, "tokens_per_second": 5.0, "decision_loss": 3.0}
+        for step in range(12)
+    ]  # fmt: skip
+    lines = [json.dumps(rebuilt(draw, record, draw.random() < 0.2)) for record in records]
+    text = "\n".join(lines)
+    text = scrambled(draw, text, ODD_JSON, draw.randrange(3)) if draw.random() < 0.5 else text
+    (folder / "metrics.jsonl").write_bytes(text.encode("utf-8", "replace"))
+    (folder / "config.yaml").write_bytes(as_yaml(draw, CONFIG, 2))
+    page = write_report(folder).read_text(encoding="utf-8")
+    if "<script" in page or page.split()[-3:] != ["</main>", "</body>", "</html>"]:
+        raise AssertionError("not the page that was meant")
