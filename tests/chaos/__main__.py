@@ -50,13 +50,17 @@ class Chaos:
         config.training.keep_checkpoints, config.export.keep_adapter = 3, True
         config.training.open = 2  # and so a teacher, which a resumed run must make again
         self.config.write_text(config.dump())
-        self.whole, self.seconds = {}, {}
-        for kind in ((False, 1), (True, 1), (False, 2)):
-            command = Command(self.config, folder / f"whole-{kind[0]}-{kind[1]}", *kind)
+        self._unbroken = {}
+
+    def unbroken(self, compare: bool, processes: int) -> tuple[dict[str, bytes], dict[str, float]]:
+        """Results of an unbroken run and the seconds of its phases; it is run when it is first asked for."""
+        if (compare, processes) not in self._unbroken:
+            command = Command(self.config, self.folder / f"whole-{compare}-{processes}", compare, processes)
             command.finish(self.watch, resume=False)  # the first is slower: files are read for the first time
             shutil.rmtree(command.folder)
-            self.seconds[kind] = self._time(command)
-            self.whole[kind] = command.results
+            seconds = self._time(command)
+            self._unbroken[compare, processes] = command.results, seconds
+        return self._unbroken[compare, processes]
 
     def _time(self, command: Command) -> dict[str, float]:
         """Seconds that an unbroken run spends in a phase at a time, and in all under ""."""
@@ -75,9 +79,10 @@ class Chaos:
     def run(self, index: int, case: Kill | Fault) -> str:
         """Breaks a run, takes it up until it ends, and says how; what was not as promised goes into `lost`."""
         compare = isinstance(case, Kill) and case.compare
+        whole, seconds = self.unbroken(compare, case.processes)
         command = Command(self.config, self.folder / f"case{index}", compare, case.processes)
         if isinstance(case, Kill):
-            problems = strike(case, command, self.watch, self.seconds[compare, case.processes])
+            problems = strike(case, command, self.watch, seconds)
             outcome = f"met {', '.join(case.hits)}"
         else:
             problems = case.examine(case, command, self.watch)
@@ -87,7 +92,6 @@ class Chaos:
         else:  # ended before the run's first file, with what the phase before it leaves
             shutil.rmtree(command.folder)
             code = command.finish(self.watch, resume=False)
-        whole = self.whole[compare, case.processes]
         if code != 0:
             problems.append(f"--resume ended with {code}: {command.said[-500:]}")
         elif (ours := command.results) == whole:
@@ -106,6 +110,7 @@ class Chaos:
     @property
     def checkpoints(self) -> Path:
         """Those of the unbroken run in one process."""
+        self.unbroken(False, 1)
         return self.folder / "whole-False-1" / "checkpoints"
 
     def damaged(self, count: int, draw: random.Random) -> tuple[Counter, list[str]]:
@@ -119,7 +124,7 @@ class Chaos:
             (command.folder / "summary.json").unlink(missing_ok=True)
             kinds = damage(root, draw)
             code = command.finish(self.watch, resume=True)
-            if code == 0 and command.results == self.whole[False, 1]:
+            if code == 0 and command.results == self.unbroken(False, 1)[0]:
                 found["ended with the same bytes"] += 1
             elif code == 2 and not command.unlike(code):
                 found["ended in one sentence"] += 1
