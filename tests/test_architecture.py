@@ -29,15 +29,15 @@ LAYERS = (
     ("atp.ending",),
     (
         *("atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap", "atp.locking"),
-        *("atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact", "atp.requirements", "atp.rng"),
-        *("atp.shipped", "atp.signals"),
+        *("atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact", "atp.registration"),
+        *("atp.requirements", "atp.rng", "atp.shipped", "atp.signals"),
     ),
     ("atp_kernels",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# `import atp` registers the model class, so that a cut model loads (by name: the command does without), and lets Ctrl-C
-# end the command meanwhile; that is all the package itself may reach for.
-ROOT_MAY_IMPORT = {"atp.models", "atp.ending", "atp_kernels"}
+# `import atp` makes the model class known to transformers, so that a cut model loads, and lets Ctrl-C end the command
+# while torch is imported; that is all the package itself may reach for.
+ROOT_MAY_IMPORT = {"atp.registration", "atp.ending", "atp_kernels"}
 # A room's bench.py is a part of the benchmarks, which know all packages; the kernels never import it.
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

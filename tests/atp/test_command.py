@@ -42,10 +42,33 @@ def test_help_waits_for_no_library_that_takes_seconds(words):
     assert done.stdout.endswith("[]\n")
 
 
-def test_a_program_that_imports_the_package_can_load_a_cut_model():
-    code = "import atp; from transformers import AutoConfig; print(type(AutoConfig.for_model('atp_llama')).__module__)"
+def test_importing_the_package_loads_no_library():
+    """Nothing that Python does not bring: by the set of modules, which no slow machine changes."""
+    code = (
+        "import sys; before = set(sys.modules); import atp; new = {name.partition('.')[0] for name in sys.modules} - before"
+        "\nprint(sorted(new - sys.stdlib_module_names))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "atp.models.config\n", done.stderr
+    assert done.stdout == "['atp']\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import atp; from transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM; import atp",
+        # This module imports the Auto classes while it is itself half imported.
+        "import atp, transformers.models.llama.modeling_llama; from transformers import AutoConfig, AutoModelForCausalLM",
+    ],
+)
+def test_a_program_that_imports_the_package_can_load_a_cut_model(imports):
+    code = (
+        f"{imports}\nsizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
+        "config = AutoConfig.for_model('atp_llama', vocab_size=8, **sizes)\n"
+        "print(type(AutoModelForCausalLM.from_config(config)).__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "atp.models.llama\n", done.stderr
 
 
 def test_the_package_is_a_command():
