@@ -11,6 +11,7 @@ from atp.environment import slow_kernels
 from atp_kernels._version import __version__
 
 COMMANDS = ("train", "demo", "eval", "compare", "experiment", "report", "env")
+AUTO = "from transformers import AutoConfig, AutoModelForCausalLM"
 
 
 def call(monkeypatch, capsys, *words):
@@ -45,8 +46,8 @@ def test_help_waits_for_no_library_that_takes_seconds(words):
 def test_importing_the_package_loads_no_library():
     """Nothing that Python does not bring: by the set of modules, which no slow machine changes."""
     code = (
-        "import sys; before = set(sys.modules); import atp; new = {name.partition('.')[0] for name in sys.modules} - before"
-        "\nprint(sorted(new - sys.stdlib_module_names))"
+        "import sys; before = set(sys.modules)\nimport atp\nnew = {name.partition('.')[0] for name in sys.modules}"
+        "\nprint(sorted(new - before - sys.stdlib_module_names))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "['atp']\n", done.stderr
@@ -55,10 +56,10 @@ def test_importing_the_package_loads_no_library():
 @pytest.mark.parametrize(
     "imports",
     [
-        "import atp; from transformers import AutoConfig, AutoModelForCausalLM",
-        "from transformers import AutoConfig, AutoModelForCausalLM; import atp",
+        f"import atp; {AUTO}",
+        f"{AUTO}; import atp",
         # This module imports the Auto classes while it is itself half imported.
-        "import atp, transformers.models.llama.modeling_llama; from transformers import AutoConfig, AutoModelForCausalLM",
+        f"import atp, transformers.models.llama.modeling_llama; {AUTO}",
     ],
 )
 def test_a_program_that_imports_the_package_can_load_a_cut_model(imports):
