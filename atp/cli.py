@@ -27,12 +27,12 @@ from atp.errors import InputError, shorten
 from atp.redact import redacted
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
 # Under a launcher, only the main process runs these.
-_ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env")
+_ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env", "init", "runs", "watch")
 
 
 def _version(wanted: bool) -> None:
@@ -313,7 +313,15 @@ def env(debug: Debug = False) -> None:
 
 app.add_typer(cli_config.config, name="config")
 
-for command in (results.report, results.export, results.chat, results.push):
+for command in (
+    cli_config.init,
+    results.runs,
+    results.watch,
+    results.report,
+    results.export,
+    results.chat,
+    results.push,
+):
     app.command()(command)
 
 

@@ -1,7 +1,8 @@
-"""The commands for a finished run: its page, its model in other forms, a conversation, the Hub."""
+"""The commands for runs: their figures, a page, the model in other forms, a conversation, the Hub."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -86,14 +87,82 @@ def _asked(prompt: str) -> str:
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     debug: Debug = False,
 ) -> None:
     """Rewrite a run's HTML report.
 
-    Example: atp report runs/demo
+    Example: atp report runs/demo --open
     """
     from atp.report import write_report
 
     if not run.is_dir():
         raise InputError(f"run folder {run} does not exist: give the output_dir of a run")
-    console.print(f"report: {write_report(run)}")
+    page = write_report(run)
+    console.print(f"report: {page}")
+    if open_it:
+        _show(page.resolve().as_uri())
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that is at work.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 0,
+    seconds: Annotated[int, typer.Option(min=1, help="From one reload of the page to the next.")] = 10,
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a run's page on this machine while the run is at work; it ends with the run.
+
+    Example: atp watch runs/demo --open
+    """
+    from atp.report.live import watch as serve
+
+    def told(line: str, address: str | None = None) -> None:
+        console.print(line, soft_wrap=True)
+        if open_it and address is not None:
+            _show(address)
+
+    serve(run, told, port=port, seconds=seconds)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the run folders in a folder with their state and figures.
+
+    Example: atp runs runs/experiments
+    """
+    from rich.table import Table
+
+    from atp.listing import runs_below
+
+    found = runs_below(folder)
+    if as_json:
+        typer.echo(json.dumps([run.as_json() for run in found], indent=2))
+        return
+    if not found:
+        console.print(f"there is no run folder in {folder}")
+        return
+    head = ("run", "state", "phase", "step", "loss", "kept", "perplexity", "MB", "minutes", "changed")
+    table = Table(*head, box=None, pad_edge=False)
+    for run in found:
+        scores = [f"{score:.2f}" for score in (run.perplexity_before, run.perplexity) if score is not None]
+        table.add_row(
+            run.folder, run.state, run.phase or "", _digits(run.step, 0), _digits(run.loss, 3), _digits(run.kept, 3),
+            " -> ".join(scores), _digits(run.megabytes, 0), _digits(run.minutes, 1),
+            f"{run.changed.astimezone():%Y-%m-%d %H:%M}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _show(address: str) -> None:
+    import webbrowser
+
+    if not webbrowser.open(address):
+        console.print(f"no browser was found here: open {address} yourself", soft_wrap=True)

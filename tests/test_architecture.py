@@ -18,7 +18,7 @@ LAYERS = (
     ("atp.compare", "atp.sweep"),
     ("atp.run", "atp.demo", "atp.scoring", "atp.chat", "atp.plan"),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
-    ("atp.checks", "atp.folders", "atp.latency", "atp.loading", "atp.targets"),
+    ("atp.checks", "atp.draft", "atp.folders", "atp.latency", "atp.loading", "atp.targets"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),
     ("atp.decide",),
@@ -28,9 +28,9 @@ LAYERS = (
     ("atp.families",),
     ("atp.ending",),
     (
-        *("atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap", "atp.locking"),
-        *("atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact", "atp.registration"),
-        *("atp.requirements", "atp.rng", "atp.shipped", "atp.signals"),
+        *("atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap", "atp.listing"),
+        *("atp.locking", "atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact"),
+        *("atp.registration", "atp.requirements", "atp.rng", "atp.shipped", "atp.signals"),
     ),
     ("atp_kernels",),
 )

@@ -1,5 +1,6 @@
 """The command itself: its version, its help, and what it says before a run."""
 
+import os
 import subprocess
 import sys
 
@@ -70,6 +71,12 @@ def test_a_program_that_imports_the_package_can_load_a_cut_model(imports):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "atp.models.llama\n", done.stderr
+
+
+def test_a_shell_completes_commands():
+    asked = {"_ATP_COMPLETE": "complete_bash", "COMP_WORDS": "atp tr", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-m", "atp"], capture_output=True, text=True, env={**os.environ, **asked})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "train\n", "")
 
 
 def test_the_package_is_a_command():
