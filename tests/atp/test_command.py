@@ -57,10 +57,10 @@ def test_importing_the_package_loads_no_library():
 @pytest.mark.parametrize(
     "imports",
     [
-        f"import atp; {AUTO}",
         f"{AUTO}; import atp",
-        # This module imports the Auto classes while it is itself half imported.
+        # These import the Auto classes while they are themselves half imported.
         f"import atp, transformers.models.llama.modeling_llama; {AUTO}",
+        f"import atp; atp.ATPConfig; {AUTO}",
     ],
 )
 def test_a_program_that_imports_the_package_can_load_a_cut_model(imports):
