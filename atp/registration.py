@@ -47,7 +47,7 @@ def _stand_in(base: type) -> type:
     def from_pretrained(cls: type, *values: Any, **keys: Any) -> Any:
         return real().from_pretrained(*values, **keys)
 
-    calls = {"from_dict": classmethod(from_dict), "from_pretrained": classmethod(from_pretrained)}
+    calls: dict[str, Any] = {"from_dict": classmethod(from_dict), "from_pretrained": classmethod(from_pretrained)}
     return type(_NAME, (base,), {"__module__": __name__, "model_type": _MODEL_TYPE, "__new__": new, **calls})
 
 
