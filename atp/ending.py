@@ -95,9 +95,9 @@ def end_interrupted_imports() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
-def end_without_packages() -> None:
-    """Ends the command, with a sentence and code 2, where packages of the extra `train` are missing."""
-    absent = [name for name in TRAIN if find(name) is None]
+def end_without_packages(*names: str) -> None:
+    """Raises `lacking` where any of these packages (import names; by default those of the extra `train`) is missing."""
+    absent = [name for name in names or TRAIN if find(name) is None]
     if absent:
         raise lacking(ModuleNotFoundError(name=absent[0]))
 

@@ -17,6 +17,24 @@ _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+def holder(folder: Path) -> str | None:
+    """Which process holds the lock of a folder, as a few words; None if none does.
+
+    Asks by taking a shared lock for a moment, in which nobody else could start a run there.
+    """
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return _named(handle) if error.errno in _HELD else None
+    finally:
+        os.close(handle)
+    return None
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder during a with block. Raises `InputError` naming the process that already holds it.
@@ -30,9 +48,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _HELD:
-                holder = shorten(os.read(handle, 200).decode(errors="replace")) or "another process"
                 raise InputError(
-                    f"{folder} is in use by {holder}: wait until that run ends, or choose another folder"
+                    f"{folder} is in use by {_named(handle)}: wait until that run ends, or choose another folder"
                 ) from None
             if error.errno not in _NO_LOCKS:
                 raise
@@ -41,3 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _named(handle: int) -> str:
+    return shorten(os.read(handle, 200).decode(errors="replace")) or "another process"

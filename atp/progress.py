@@ -1,6 +1,6 @@
-"""How a command tells of its progress where no bar can be drawn: lines of text off a terminal, JSON with --json-logs.
+"""How a command tells of its progress: on a terminal bars and a moving sign, else lines of text; JSON with --json-logs.
 
-Only `atp.cli` opens a log (`logged`). Without one, as in a program that imports the package, all this does nothing.
+Only `atp.cli` opens a log (`logged`). Without one, as in a program that imports the package, only bars are shown.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
 from atp import ranks
 
 _QUIET_SECONDS = 20.0  # after which a line says that work goes on; readers are promised one every 30 s
-_open: ContextVar[_Log | None] = ContextVar("_open", default=None)
+_open: ContextVar[_Log | _Sign | None] = ContextVar("_open", default=None)
 
 
 class _Log:
@@ -59,15 +63,105 @@ class _Log:
                 self.write(f"{self.phase} {self.done}".rstrip() + f", for {seconds} s so far", seconds=seconds, **done)
 
 
+class _Sign:
+    """What a terminal shows while a phase has no bars: its name, a moving sign and how long it has taken."""
+
+    as_json = False
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.phase, self.done = console, "", ""
+        self.shown: Progress | None = None
+        self.bars = 0  # that are shown in its place
+
+    def begin(self, phase: str) -> None:
+        if phase != self.phase:
+            self.hide()
+            self.phase = phase
+            self.show()
+
+    def write(self, text: str, **facts: Any) -> None:
+        """Nothing: bars say it."""
+
+    def show(self) -> None:
+        if self.phase and self.shown is None and not self.bars:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self.shown = Progress(*columns, console=self.console, transient=True)
+            self.shown.add_task(self.phase, total=None)
+            self.shown.start()
+
+    def hide(self) -> None:
+        if self.shown is not None:
+            self.shown.stop()
+            self.shown = None
+
+
+class Bars(Progress):
+    """Bars that stand still for no second: beside their own columns a moving sign and the time so far.
+
+    A column `PHASE` shows what the command is doing. On a terminal they take the place of the log's sign.
+    """
+
+    def __init__(self, *columns: ProgressColumn, **options: Any) -> None:
+        """columns: those of rich by default. options: as for rich's `Progress`."""
+        sign = _open.get()
+        self._sign = sign if isinstance(sign, _Sign) else None
+        named = [_Phase(self._sign) if column is PHASE else column for column in columns or self.get_default_columns()]
+        console = None if self._sign is None else self._sign.console
+        super().__init__(SpinnerColumn(), *named, TimeElapsedColumn(), **{"console": console, **options})
+
+    def start(self) -> None:
+        """Shows the bars."""
+        if self._sign is not None and not self.disable and not self.live.is_started:
+            self._sign.bars += 1
+            self._sign.hide()
+        super().start()
+
+    def stop(self) -> None:
+        """Leaves them as they are, or removes them if they are transient."""
+        ended = self.live.is_started
+        super().stop()
+        if self._sign is not None and not self.disable and ended:
+            self._sign.bars -= 1
+            self._sign.show()
+
+
+class _Phase(ProgressColumn):
+    """The phase under way, or without a terminal's sign the description of the task."""
+
+    def __init__(self, sign: _Sign | None = None) -> None:
+        super().__init__()
+        self.sign = sign
+
+    def render(self, task: Task) -> Text:
+        """For rich."""
+        return Text(f"{self.sign.phase if self.sign is not None else task.description:>8}")
+
+
+PHASE = _Phase()
+
+
 @contextmanager
-def logged(as_json: bool, quiet_seconds: float = _QUIET_SECONDS) -> Iterator[None]:
+def logged(as_json: bool, quiet_seconds: float = _QUIET_SECONDS, console: Console | None = None) -> Iterator[None]:
     """Writes lines of progress while the block runs, in the main process.
 
     as_json: one JSON object per line on stderr; else text on stdout, and none where that is a terminal, which shows
-    bars. quiet_seconds: of a phase without a line, after which one says that it goes on.
+    bars and, on `console`, a sign while there are none. quiet_seconds: of a phase without a line, after which one says
+    that it goes on.
     """
-    if not ranks.is_main() or not (as_json or not sys.stdout.isatty()):
+    if not ranks.is_main():
         yield
+        return
+    if not as_json and sys.stdout.isatty():
+        if console is None or not console.is_terminal:
+            yield
+            return
+        sign = _Sign(console)
+        before = _open.set(sign)
+        try:
+            yield
+        finally:
+            _open.reset(before)
+            sign.hide()
         return
     log = _Log(as_json, quiet_seconds)
     before = _open.set(log)
@@ -107,6 +201,8 @@ def count(done: int, total: int) -> None:
 def error(sentence: str) -> bool:
     """Writes the sentence that a command ends with as JSON; False, and nothing done, where no JSON is asked for."""
     log = _open.get()
+    if isinstance(log, _Sign):
+        log.hide()
     if log is None or not log.as_json:
         return False
     log.write(sentence, error=sentence)

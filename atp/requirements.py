@@ -77,5 +77,6 @@ def _sentence(absent: list[str]) -> str:
     listed = ", ".join(f"'{name}'" for name in absent[:_NAMED])
     if len(absent) > _NAMED:
         listed += f" and {len(absent) - _NAMED} more"
-    what = f"package {listed} is" if len(absent) == 1 else f"packages {listed} are"
-    return f"{what} not installed: run {install_command(absent)}"
+    if len(absent) == 1:
+        return f"package {listed} is not installed: run {install_command(absent)}"
+    return f"packages {listed} are not installed: run {install_command(absent)}"

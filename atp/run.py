@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import heap, processes, progress
@@ -251,7 +250,7 @@ class Run:
             return
         heap.give_back()
         settings = self.config.evaluation
-        with Progress(transient=True) as display:
+        with progress.Bars(transient=True) as display:
             scores = evaluate_model(
                 model, tokenizer, packed_windows(data.test, tokenizer), data.splits.test,
                 tasks=scored_tasks(self.config, data.splits), batch_size=settings.batch_size,

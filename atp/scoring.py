@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from atp.config import ATPConfig, DataConfig, ModelConfig
@@ -31,6 +30,7 @@ from atp.loading import (
     load_tokenizer,
 )
 from atp.overrides import explain
+from atp.progress import Bars
 from atp.reading import parse_json
 from atp.report.beside import remarks
 from atp.training.precision import Precision, autocast_dtype
@@ -100,7 +100,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
         check_harness()
     loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
     common: dict[str, Any] = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
-    with Progress(transient=True) as progress:
+    with Bars(transient=True) as progress:
         scores: dict[str, Any] = evaluate_model(
             loaded, tokenizer, windows, examples, tasks=tasks, seed=options.seed, progress=bars(progress, "scoring"),
             **common,

@@ -18,7 +18,7 @@ LAYERS = (
     ("atp.compare", "atp.sweep"),
     ("atp.run", "atp.demo", "atp.scoring", "atp.chat", "atp.plan"),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
-    ("atp.checks", "atp.folders", "atp.latency", "atp.loading", "atp.targets"),
+    ("atp.checks", "atp.draft", "atp.folders", "atp.latency", "atp.loading", "atp.targets"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.models",),
     ("atp.decide",),
@@ -28,16 +28,16 @@ LAYERS = (
     ("atp.families",),
     ("atp.ending",),
     (
-        *("atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap", "atp.locking"),
-        *("atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact", "atp.requirements", "atp.rng"),
-        *("atp.shipped", "atp.signals"),
+        *("atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap", "atp.listing"),
+        *("atp.locking", "atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact"),
+        *("atp.registration", "atp.requirements", "atp.rng", "atp.shipped", "atp.signals"),
     ),
     ("atp_kernels",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# `import atp` registers the model class, so that a cut model loads (by name: the command does without), and lets Ctrl-C
-# end the command meanwhile; that is all the package itself may reach for.
-ROOT_MAY_IMPORT = {"atp.models", "atp.ending", "atp_kernels"}
+# `import atp` makes the model class known to transformers, so that a cut model loads, and lets Ctrl-C end the command
+# while torch is imported; that is all the package itself may reach for.
+ROOT_MAY_IMPORT = {"atp.registration", "atp.ending", "atp_kernels"}
 # A room's bench.py is a part of the benchmarks, which know all packages; the kernels never import it.
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,6 +28,7 @@ from atp.folders import CONFIG
 from atp.loading import data_settings
 from atp.models.load import read_model
 from atp.models.stock import save_model
+from atp.progress import Bars
 from atp.requirements import install_command
 
 
@@ -90,7 +90,7 @@ def held_out(run: Path, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     windows, settings = packed_windows(test, tokenizer), config.evaluation
 
     def score(model: CausalLM) -> dict[str, Any]:
-        with Progress(transient=True) as progress:
+        with Bars(transient=True) as progress:
             return perplexity(
                 model, windows, settings.batch_size, max_windows=settings.windows, seed=config.seed,
                 progress=bars(progress, "scoring")("perplexity"),

@@ -1,8 +1,9 @@
-"""Config of a cut model, whose layers differ in width.
+"""Config of a cut model, whose layers differ in width; registered with transformers' AutoConfig by being imported.
 
 Annotations are evaluated here (no `from __future__ import annotations`): `strict` checks no type that is text.
 """
 
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from atp.families import family_of
 from atp.families.family import CUT_MODEL_TYPE
@@ -95,6 +96,7 @@ class ATPLlamaConfig(LlamaConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         if self.no_rope_layers is not None:
             self.no_rope_layers = self.no_rope_layers[: self.num_hidden_layers]  # a list may be longer in transformers
+        importlib.import_module("atp.models.llama")  # registers the model class, which whoever has a config may want
 
     @classmethod
     def from_whole(cls, config: PretrainedConfig, **changes: Any) -> "ATPLlamaConfig":
@@ -191,3 +193,6 @@ def _rise(positions: Any, limit: int) -> bool:
     if not isinstance(positions, list) or any(type(position) is not int for position in positions):
         return False
     return positions == sorted(set(positions)) and positions[0] >= 0 and positions[-1] < limit
+
+
+AutoConfig.register(CUT_MODEL_TYPE, ATPLlamaConfig, exist_ok=True)

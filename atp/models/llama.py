@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GraniteForCausalLM, PreTrainedModel, Qwen2Model
+from transformers import AutoModel, AutoModelForCausalLM, GraniteForCausalLM, PreTrainedModel, Qwen2Model
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -233,6 +233,8 @@ class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, GraniteForCausalLM):  # type:
 def register() -> None:
     """Registers the class and the training attention with transformers; calling it again changes nothing."""
     attention.register()
-    AutoConfig.register(ATPLlamaConfig.model_type, ATPLlamaConfig, exist_ok=True)
     AutoModel.register(ATPLlamaConfig, ATPLlamaModel, exist_ok=True)
     AutoModelForCausalLM.register(ATPLlamaConfig, ATPLlamaForCausalLM, exist_ok=True)
+
+
+register()

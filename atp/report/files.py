@@ -23,14 +23,15 @@ class RunFiles:
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(folder: Path) -> RunFiles:
+def read_run(folder: Path, *, under_way: bool = False) -> RunFiles:
     """Reads metrics.jsonl, summary.json, decisions.json, certificate.json and config.yaml of a run folder.
 
-    Without a summary, scores come from evaluation.json. Raises `InputError` if the folder has none of these files.
+    Without a summary, scores come from evaluation.json. under_way: the run is at work. Raises `InputError` if the
+    folder has none of these files.
     """
     run = RunFiles(name=folder.resolve().name)
     try:
-        _fill(run, folder)
+        _fill(run, folder, under_way)
     except OSError as error:
         reason = shorten(error.strerror)
         raise InputError(f"cannot read {shorten(error.filename)} ({reason}): check its permissions") from None
@@ -42,11 +43,14 @@ def read_run(folder: Path) -> RunFiles:
         "config.yaml": run.config, "metrics.jsonl": run.metrics, "decisions.json": run.decisions,
         "certificate.json": run.certificate,
     }  # fmt: skip
-    run.notes += [f"{name} is missing, and part of this page with it." for name, found in missing.items() if not found]
+    if not under_way:
+        run.notes += [
+            f"{name} is missing, and part of this page with it." for name, found in missing.items() if not found
+        ]
     return run
 
 
-def _fill(run: RunFiles, folder: Path) -> None:
+def _fill(run: RunFiles, folder: Path, under_way: bool) -> None:
     run.config = _text(folder / "config.yaml")
     run.metrics = _metrics(_text(folder / "metrics.jsonl"), run.notes)
     run.summary = _json(folder / "summary.json", run.notes)
@@ -54,7 +58,8 @@ def _fill(run: RunFiles, folder: Path) -> None:
     run.certificate = _json(folder / "certificate.json", run.notes) or _section(run.summary, "certificate")
     if not run.summary:
         run.summary = _partial_summary(_json(folder / "evaluation.json", run.notes))
-        run.notes.insert(0, "The run has no summary.json: it did not finish. Continue it with --resume.")
+        stopped = "The run has no summary.json: it did not finish. Continue it with --resume."
+        run.notes.insert(0, "The run is at work. This page shows what there is so far." if under_way else stopped)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -27,14 +27,20 @@ def write_report(run_dir: Path) -> Path:
     The page is self-contained (inline style and SVG, no script) and replaces an earlier one in one step. Raises
     `InputError` if the folder holds no run.
     """
-    run_dir = Path(run_dir)
-    run = read_run(run_dir)
-    content = {name: _found(name, part, run) for name, part in _SECTIONS.items()}
-    path = run_dir / "report.html"
-    write_text(
-        path, render("run", title=f"ATP run {run.name}", notes=sections.notes(run), glossary=words.GLOSSARY, **content)
-    )
+    path = Path(run_dir) / "report.html"
+    write_text(path, page_of(path.parent))
     return path
+
+
+def page_of(run_dir: Path, *, reload_seconds: int | None = None) -> str:
+    """The page of a run, in one text. reload_seconds: of a run under way, after which a browser asks for it anew.
+
+    Raises `InputError` if the folder holds no run.
+    """
+    run = read_run(run_dir, under_way=reload_seconds is not None)
+    content = {name: _found(name, part, run) for name, part in _SECTIONS.items()}
+    title, notes = f"ATP run {run.name}", sections.notes(run)
+    return render("run", title=title, notes=notes, glossary=words.GLOSSARY, reload_seconds=reload_seconds, **content)
 
 
 def _found(name: str, part: Callable[[RunFiles], Any], run: RunFiles) -> Any:

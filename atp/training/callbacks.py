@@ -60,8 +60,8 @@ class ProgressBar(Callback):
 
 def make_progress() -> Progress:
     """The display that `ProgressBar` fills."""
-    return Progress(
-        TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+    return progress.Bars(
+        progress.PHASE, BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TextColumn("left"), TimeRemainingColumn(), disable=not processes.is_main(),
     )  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The command itself: its version, its help, and what it says before a run."""
 
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from atp.environment import slow_kernels
 from atp_kernels._version import __version__
 
 COMMANDS = ("train", "demo", "eval", "compare", "experiment", "report", "env")
+AUTO = "from transformers import AutoConfig, AutoModelForCausalLM"
 
 
 def call(monkeypatch, capsys, *words):
@@ -42,10 +44,39 @@ def test_help_waits_for_no_library_that_takes_seconds(words):
     assert done.stdout.endswith("[]\n")
 
 
-def test_a_program_that_imports_the_package_can_load_a_cut_model():
-    code = "import atp; from transformers import AutoConfig; print(type(AutoConfig.for_model('atp_llama')).__module__)"
+def test_importing_the_package_loads_no_library():
+    """Nothing that Python does not bring: by the set of modules, which no slow machine changes."""
+    code = (
+        "import sys; before = set(sys.modules)\nimport atp\nnew = {name.partition('.')[0] for name in sys.modules}"
+        "\nprint(sorted(new - before - sys.stdlib_module_names))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "atp.models.config\n", done.stderr
+    assert done.stdout == "['atp']\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        f"{AUTO}; import atp",
+        # These import the Auto classes while they are themselves half imported.
+        f"import atp, transformers.models.llama.modeling_llama; {AUTO}",
+        f"import atp; atp.ATPConfig; {AUTO}",
+    ],
+)
+def test_a_program_that_imports_the_package_can_load_a_cut_model(imports):
+    code = (
+        f"{imports}\nsizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
+        "config = AutoConfig.for_model('atp_llama', vocab_size=8, **sizes)\n"
+        "print(type(AutoModelForCausalLM.from_config(config)).__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "atp.models.llama\n", done.stderr
+
+
+def test_a_shell_completes_commands():
+    asked = {"_ATP_COMPLETE": "complete_bash", "COMP_WORDS": "atp tr", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-m", "atp"], capture_output=True, text=True, env={**os.environ, **asked})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "train\n", "")
 
 
 def test_the_package_is_a_command():

@@ -77,7 +77,7 @@ def test_the_sentence_that_ends_a_command_is_json_too(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["atp", "train", "absent.yaml", "--json-logs"])
     with pytest.raises(SystemExit) as done:
         main()
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert done.value.code == 2 and "absent.yaml" in json.loads(line)["error"]
 
 

@@ -69,8 +69,8 @@ def test_every_line_on_stderr_is_a_json_object_with_time_and_phase(watched):
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     phases = list(dict.fromkeys(line["phase"].partition(":")[0] for line in lines))
     assert phases == [
-        "loading", "scoring the original model", "answers and speed of the original model", "saliency", "search",
-        "settle", "refit", "cut", "tune", "export", "scoring the final model",
+        "starting", "loading", "scoring the original model", "answers and speed of the original model", "saliency",
+        "search", "settle", "refit", "cut", "tune", "export", "scoring the final model",
         "answers and speed of the final model", "report",
     ]  # fmt: skip
     assert any("exporting" in line.get("message", "") for line in lines)

@@ -1,0 +1,199 @@
+"""A first config for a model and data, after a look at both: for `atp init`."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from atp.config import ATPConfig, ModelConfig
+from atp.data.chat import chat_of
+from atp.data.custom import Meaning, read_examples
+from atp.data.encoding import encode
+from atp.data.files import read_rows
+from atp.data.splits import Example
+from atp.errors import InputError, shorten
+from atp.loading import check_prunable, load_shapes, load_tokenizer
+
+# What other data sets call our columns, likeliest first.
+_TEXT = "content body article document passage sentence review abstract description code story".split()
+_PROMPT = "query input source context article document problem text_input user src".split()
+_COMPLETION = "response answer output target summary highlights solution reply assistant tgt".split()
+_LENGTHS = (64, 128, 256, 512, 1024, 2048)  # tokens per window that are suggested
+_MOST_LABELS = 20
+_STEPS = 400  # the default
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The text of a config, and what was found, in sentences."""
+
+    text: str
+    remarks: list[str]
+
+
+@dataclass
+class _Found:
+    """What was seen of the data. rows: how many were read; whole: whether those are all."""
+
+    shape: str
+    examples: list[Example]
+    rows: int
+    whole: bool
+    columns: dict[str, str] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def talks(self) -> bool:
+        """Whether the rows are conversations."""
+        return self.shape not in ("text", "prompt and completion", "premise and hypothesis")
+
+
+def draft(model: str, data: str, *, rows: int = 1000, gguf_file: str | None = None) -> Draft:
+    """Looks at a model's config and tokenizer, and at the first `rows` rows of a data source; reads no weights.
+
+    model, data: as `model.path` and `data.train`. Raises `InputError` for a model that cannot be pruned, and for data
+    that cannot be read or whose columns mean nothing.
+    """
+    chosen = ModelConfig(path=model, gguf_file=gguf_file)
+    shapes = load_shapes(chosen)
+    check_prunable(chosen, shapes, "kv_group")
+    tokenizer = load_tokenizer(chosen)
+    found = _look(data, rows, tokenizer)
+    length = _length(found, shapes)
+    text = _written(chosen, data, found, length)
+    ATPConfig.parse(yaml.safe_load(text))
+    return Draft(text, _remarks(found, length, tokenizer))
+
+
+def _look(data: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> _Found:
+    rows = read_rows(data, limit + 1)
+    whole, rows = len(rows) <= limit, rows[:limit]
+    named = list(dict.fromkeys(name for row in rows for name in row.values))
+    shape = _shape(named)
+    columns = {} if shape else _guessed(rows[0].values, named)
+    if not shape:
+        shape = "text" if "text" in columns else "prompt and completion"
+    chat = chat_of(tokenizer, every_turn=True)
+    examples = read_examples(data, limit=limit, meaning=Meaning(columns=columns, chat=chat))
+    found = _Found(shape, examples, len(rows), whole, columns)
+    if shape == "premise and hypothesis":
+        found.labels = sorted({example.label for example in examples if example.label})
+    elif shape == "prompt and completion":
+        found.labels = _labels([example.completion.strip() for example in examples])
+    found.lengths = [len(ids) + 1 for ids in encode(tokenizer, (example.text for example in examples))]
+    return found
+
+
+def _shape(named: Sequence[str]) -> str | None:
+    """What rows with these columns are read as; None if the columns need other names."""
+    for first, shape in (
+        ("text", "text"), ("messages", "messages"), ("conversations", "conversations"),
+        ("premise", "premise and hypothesis"), ("prompt", "prompt and completion"),
+        ("instruction", "instruction and output"), ("question", "question and answer"),
+    ):  # fmt: skip
+        if first in named and (first != "question" or "answer" in named):
+            return shape
+    return None
+
+
+def _guessed(row: dict[str, Any], named: Sequence[str]) -> dict[str, str]:
+    """`data.columns` for columns of other names. Raises `InputError` where no name tells what it holds."""
+    texts = [name for name in named if isinstance(row.get(name), str)]
+    by_name = {name.lower(): name for name in reversed(texts)}
+    prompt, completion, text = (
+        next((by_name[name] for name in names if name in by_name), None) for names in (_PROMPT, _COMPLETION, _TEXT)
+    )
+    if prompt is None and "question" in by_name:
+        prompt = by_name["question"]
+    if prompt and completion and prompt != completion:
+        return {"prompt": prompt, "completion": completion}
+    if text or len(texts) == 1:
+        return {"text": text or texts[0]}
+    raise InputError(
+        f"none of the columns {shorten(', '.join(named))} is known: say what they hold in a config with data.columns, "
+        "as {prompt: COLUMN, completion: COLUMN} or {text: COLUMN}"
+    )
+
+
+def _labels(answers: Sequence[str]) -> list[str]:
+    """The answer set, if short answers repeat so often that they are one."""
+    counts = Counter(answers)
+    few = 2 <= len(counts) <= _MOST_LABELS and len(answers) >= 10 * len(counts)
+    return sorted(counts) if few and all(0 < len(answer) <= 40 for answer in counts) else []
+
+
+def _length(found: _Found, shapes: PretrainedConfig) -> int:
+    """The shortest usual window that holds 95 of 100 samples, within the model's positions."""
+    wanted = _at_95(found.lengths)
+    length = next((length for length in _LENGTHS if length >= wanted), _LENGTHS[-1])
+    limit = getattr(shapes.get_text_config(), "max_position_embeddings", None)
+    return length if limit is None else min(length, limit)
+
+
+def _at_95(lengths: Sequence[int]) -> int:
+    return sorted(lengths)[min(round(0.95 * (len(lengths) - 1)), len(lengths) - 1)]
+
+
+def _remarks(found: _Found, length: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    seen = f"all {found.rows} rows" if found.whole else f"the first {found.rows} rows"
+    remarks = [
+        f"data: {found.shape}, by {seen}",
+        f"lengths: {statistics.median(found.lengths):.0f} tokens in the middle, {_at_95(found.lengths)} for 95 of 100, "
+        f"{max(found.lengths)} at most; data.length is {length}",
+    ]
+    if found.columns:
+        remarks.append(f"columns: {', '.join(f'{theirs} as {ours}' for ours, theirs in found.columns.items())}")
+    if found.labels:
+        remarks.append(f"labels: {shorten(', '.join(found.labels))}")
+    if found.talks and tokenizer.chat_template is None:
+        remarks.append("the tokenizer has no chat template: turns are written as `Role: text`, a line each")
+    return remarks
+
+
+def _written(model: ModelConfig, data: str, found: _Found, length: int) -> str:
+    name = Path(data.partition(":")[0]).name.partition(".")[0] or "data"
+    shown = (f"    {ours}: {_scalar(theirs)}\n" for ours, theirs in found.columns.items())
+    columns = f"  columns: # our name: the name in the file\n{''.join(shown)}" if found.columns else ""
+    questions = f"  labels: {_scalar(found.labels)} # the answers that questions allow\n" if found.labels else ""
+    gguf = f"  gguf_file: {_scalar(model.gguf_file)}\n" if model.gguf_file else ""
+    packing = "padded # one conversation per row" if found.talks else "joined # samples fill windows together"
+    if found.whole:
+        windows = len(found.lengths) if found.talks else max(sum(found.lengths) // length, 1)
+        often = f"about {_STEPS / windows:.3g} times through these data"
+    else:
+        often = "atp plan says how often that reads the data"
+    return f"""\
+# Written by atp init. `atp plan` says what it will do and cost, `atp train` does it, and `atp config schema` lists all
+# keys with their meaning and range.
+model:
+  path: {_scalar(model.path)}
+{gguf}output_dir: {_scalar(f"runs/{name}")} # the run folder, which must not exist yet
+preset: quick # or stock: widths that every tool can run; paper: the paper's recipe (atp config presets)
+data:
+  train: {_scalar(data)} # {found.shape}; calibration and test are split off by document
+{columns}{questions}  length: {length} # tokens per window; 95 of 100 samples have at most {_at_95(found.lengths)}
+  packing: {packing}
+  on_error: stop # skip leaves out rows that cannot be used, and lists them
+  general_share: 0.0 # set data.general to a file of general text to mix it into the calibration set
+decisions:
+  target_keep: 0.6 # the share of the decoder that stays
+training:
+  steps: {_STEPS} # {often}
+  batch_size: 1 # more on a GPU
+evaluation:
+  questions: {100 if found.labels else 0} # held-out questions that are scored; 0 where there are none
+  dense_baseline: false # true also tunes the whole model, to compare with: about twice the time
+"""
+
+
+def _scalar(value: Any) -> str:
+    """A value as YAML on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9).removesuffix("...\n").strip()

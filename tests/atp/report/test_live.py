@@ -1,0 +1,130 @@
+"""`atp watch` and `atp runs`: run folders at work, finished and stopped."""
+
+import http.client
+import json
+import sys
+import threading
+import time
+
+import pytest
+
+from atp.cli import main
+from atp.errors import InputError
+from atp.listing import runs_below
+from atp.locking import holder, locked
+from atp.report import write_report
+from atp.report.live import watch
+
+STEP = {"step": 4, "phase": "search", "loss": 1.5, "keep": 0.75, "tokens_per_second": 10.0, "time": 1.0}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that has logged one step, with half a line after it."""
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("training: {steps: 10}\n")
+    (folder / "metrics.jsonl").write_text(json.dumps(STEP) + '\n{"step": 5, "pha')
+    (folder / "evaluation.json").write_text('{"original": {"perplexity": 20.5}}')
+    return folder
+
+
+def test_states_and_figures(run, tmp_path):
+    (run / "dense_lora").mkdir()
+    (run / "dense_lora" / "config.yaml").touch()
+    (run / "dense_lora" / "metrics.jsonl").touch()
+    (line,) = runs_below(tmp_path / "runs")
+    assert (line.state, line.phase, line.step, line.loss, line.kept) == ("stopped", "search", 4, 1.5, 0.75)
+    assert (line.perplexity_before, line.perplexity, line.minutes) == (20.5, None, None)
+    with locked(run):
+        assert holder(run).startswith("process ") and runs_below(run)[0].state == "running"
+    summary = {"keep_decoder": 0.6, "perplexity": {"final": 18.0}, "megabytes": {"final": 7}, "seconds": {"total": 90}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (line,) = runs_below(tmp_path)
+    assert (line.state, line.kept, line.perplexity, line.megabytes, line.minutes) == ("finished", 0.6, 18, 7, 1.5)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"seconds": 3, "perplexity": [], "keep_decoder": "x"}', "\x00\xff"]
+)
+def test_damaged_records_are_missing_ones(run, content):
+    for name in ("summary.json", "evaluation.json", "metrics.jsonl"):
+        (run / name).write_text(content, encoding="latin-1")
+    (line,) = runs_below(run)
+    assert (line.perplexity, line.minutes, line.step, line.kept) == (None, None, None, None)
+
+
+def test_the_command_lists_them(run, tmp_path, monkeypatch, capsys):
+    def runs(*words):
+        monkeypatch.setattr(sys, "argv", ["atp", "runs", *words])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code, *capsys.readouterr()
+
+    assert json.loads(runs(str(tmp_path), "--json")[1])[0]["state"] == "stopped"
+    assert "stopped" in runs(str(tmp_path))[1]
+    assert runs(str(tmp_path / "absent"))[0] == 2
+    (tmp_path / "empty").mkdir()
+    assert runs(str(tmp_path / "empty"))[:2] == (0, f"there is no run folder in {tmp_path / 'empty'}\n")
+
+
+def ask(port, path="/", host="127.0.0.1"):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", path, headers={"Host": host})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(), answer.headers
+
+
+def test_a_run_is_watched_until_it_ends(run):
+    said, served = [], threading.Event()
+
+    def say(line, address=None):
+        said.append(line)
+        if address:
+            said.append(int(address.rstrip("/").rpartition(":")[2]))
+            served.set()
+
+    with locked(run):
+        thread = threading.Thread(target=watch, args=(run, say), kwargs={"seconds": 1})
+        thread.start()
+        assert served.wait(60)
+        port = said[1]
+        status, page, headers = ask(port)
+        assert status == 200 and 'http-equiv="refresh" content="1"' in page and "The run is at work" in page
+        assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert ask(port, host="evil.example")[0] == 403 and ask(port, path="/../config.yaml")[0] == 404
+        with (run / "metrics.jsonl").open("a") as lines:
+            lines.write("\n" + json.dumps(STEP | {"phase": "cooling"}) + "\n")
+        assert "cooling" in ask(port)[1], "and shows what is new"
+        assert not (run / "report.html").exists()
+        (run / "summary.json").write_text("{}")
+    end = time.monotonic() + 60
+    while "refresh" in (page := ask(port)[1]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert "refresh" not in page, "the last page stays"
+    thread.join(60)
+    assert not thread.is_alive() and said[-1].startswith("the run has ended")
+    with pytest.raises(ConnectionError):
+        ask(port)
+
+
+def test_only_a_run_at_work_is_watched(run, tmp_path):
+    for folder, sentence in ((run, "no process is at work"), (tmp_path / "absent", "does not exist")):
+        with pytest.raises(InputError, match=sentence):
+            watch(folder, print)
+    (tmp_path / "other").mkdir()
+    with locked(tmp_path / "other"), pytest.raises(InputError, match="not a run folder"):
+        watch(tmp_path / "other", print)
+
+
+def test_a_page_that_is_written_does_not_reload(run):
+    assert "refresh" not in write_report(run).read_text(encoding="utf-8")
+
+
+def test_report_opens_the_browser(run, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)))
+    monkeypatch.setattr(sys, "argv", ["atp", "report", str(run), "--open"])
+    with pytest.raises(SystemExit):
+        main()
+    assert opened == [(run / "report.html").resolve().as_uri()] and "no browser was found" in capsys.readouterr().out

@@ -1,0 +1,106 @@
+"""`atp init`: the config that it writes is one that runs, for each shape of data."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from tiny_inputs import WORDS, tiny_config
+
+from atp.cli import main
+from atp.config import ATPConfig
+from atp.draft import draft
+from atp.errors import InputError
+from atp.loading import load_data, load_tokenizer
+
+TEXT = " ".join(WORDS[:8])
+TURN = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_config(folder)
+    return str(folder)
+
+
+def rows(tmp_path, make, count=60, name="my data.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(json.dumps(make(number)) for number in range(count)), encoding="utf-8")
+    return str(path)
+
+
+def numbered(number):
+    """Texts that no search for duplicates takes for one."""
+    return " ".join(str((number * 7 + place * place) % 60) for place in range(12))
+
+
+PAIR = {"prompt": "query", "completion": "response"}
+CASES = {
+    "text": (lambda n: {"text": numbered(n)}, {}, []),
+    "other name": (lambda n: {"id": n, "Body": numbered(n)}, {"text": "Body"}, []),
+    "only column": (lambda n: {"übung: a": numbered(n)}, {"text": "übung: a"}, []),
+    "pairs": (lambda n: {"q": n, "query": numbered(n), "response": numbered(n + 3)}, PAIR, []),
+    "labels": (lambda n: {"prompt": numbered(n), "completion": ["yes", "no"][n % 2]}, {}, ["no", "yes"]),
+    "talks": (lambda n: {"messages": [{"role": "user", "content": numbered(n)}, TURN[1]]}, {}, []),
+    "question": (lambda n: {"question": numbered(n), "answer": "yes"}, {}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_it_writes_can_be_trained_on(model, tmp_path, case):
+    make, columns, labels = CASES[case]
+    made = draft(model, rows(tmp_path, make))
+    settings = ATPConfig.parse(yaml.safe_load(made.text))
+    assert (settings.data.columns, list(settings.data.labels)) == (columns, labels)
+    assert settings.data.packing == ("padded" if case in ("talks", "question") else "joined")
+    assert settings.evaluation.questions == (100 if labels else 0)
+    data = load_data(settings, load_tokenizer(settings.model))
+    assert len(data.train) > 0 and data.train.longer <= 0.1 * 60
+
+
+def test_the_length_holds_nearly_all_samples(model, tmp_path):
+    long = draft(model, rows(tmp_path, lambda n: {"text": " ".join(WORDS[:10] * 9) + f" {n}"}))
+    assert "length: 128" in long.text and "lengths: 92 tokens in the middle" in long.remarks[1]
+
+
+def test_a_part_of_the_rows_promises_no_epochs(model, tmp_path):
+    path = rows(tmp_path, lambda n: {"text": numbered(n)})
+    assert "times through these data" in draft(model, path, rows=60).text
+    part = draft(model, path, rows=59)
+    assert "times through" not in part.text and "by the first 59 rows" in part.remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"x": TEXT, "y": TEXT}, "none of the columns x, y is known"),
+        ({"x": 1}, "none of the columns x is known"),
+        ({"text": ""}, "no text"),
+    ],
+)
+def test_data_that_mean_nothing_are_refused(model, tmp_path, row, sentence):
+    with pytest.raises(InputError, match=sentence):
+        draft(model, rows(tmp_path, lambda n: row))
+
+
+def test_the_command_writes_once(model, tmp_path, monkeypatch, capsys):
+    data, out = rows(tmp_path, lambda n: {"text": numbered(n)}), tmp_path / "mine.yaml"
+
+    def init(*more):
+        monkeypatch.setattr(sys, "argv", ["atp", "init", model, data, "--out", str(out), *more])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code, *capsys.readouterr()
+
+    code, shown, _ = init()
+    assert code == 0 and f"next: atp plan {out}" in shown and ATPConfig.load(out).data.train == data
+    first = out.read_bytes()
+    code, _, told = init()
+    assert code == 2 and "exists already" in told and out.read_bytes() == first
+    out.unlink()
+    out.symlink_to(tmp_path / "elsewhere.yaml")
+    assert init()[0] == 2 and not (tmp_path / "elsewhere.yaml").exists()
+    out = tmp_path / "absent" / "a.yaml"
+    code, _, told = init()
+    assert code == 2 and "does not exist" in told and not out.parent.exists()
