@@ -37,9 +37,11 @@ class DataConfig(Section):
     sources: dict[str, str] = Field(default_factory=dict, description="Data set of a recipe -> file or Hub name.")
     scale: float = Field(1.0, gt=0, description="Multiplies the paper's counts, in recipes health, legal and general.")
     length: int = Field(256, ge=16, description="Tokens per packed window.")
-    packing: Literal["joined", "separate", "padded"] = Field(
+    workers: int = Field(0, ge=0, description="Processes that tokenize a large source of recipe custom; 0: this one.")
+    packing: Literal["joined", "separate", "fitted", "padded"] = Field(
         "joined",
-        description="Samples in a training window: visible to later ones, kept apart, or one padded sample per row.",
+        description="Samples in a training window: visible to later ones; kept apart; whole ones, kept apart, in rows "
+        "that they fit best; or one padded sample per row.",
     )
     loss_on: Literal["all", "completion", "assistant"] = Field(
         "assistant",

@@ -253,7 +253,7 @@ class Run:
         settings = self.config.evaluation
         with Progress(transient=True) as display:
             scores = evaluate_model(
-                model, tokenizer, packed_windows(data.test, tokenizer), data.splits.test,
+                model, tokenizer, packed_windows(data.test, tokenizer, settings.windows), data.splits.test,
                 tasks=scored_tasks(self.config, data.splits), batch_size=settings.batch_size,
                 max_windows=settings.windows, max_examples=settings.questions,
                 seed=self.config.seed, autocast=self.autocast,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +15,17 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[bos] if the tokenizer starts its own encodings with it, else []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def rules_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a tokenizer turns text into ids, as text that is the same only for the same rules and special tokens."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        rules: object = sorted(tokenizer.get_vocab().items())
+    else:
+        # Truncation and padding are settings of the last call.
+        rules = {k: v for k, v in json.loads(core.to_str()).items() if k not in ("version", "truncation", "padding")}
+    return json.dumps([tokenizer.special_tokens_map, rules], sort_keys=True, default=str)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
