@@ -24,6 +24,9 @@ class DataConfig(Section):
     test: str | tuple[str, ...] | None = Field(
         None, description="The same for scores, without weights; null: split off train."
     )
+    validation: str | tuple[str, ...] | None = Field(
+        None, description="The same for evaluation.every, without weights; null: split off train."
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="Our name of a column -> its name in the files.")
     on_error: Literal["stop", "skip"] = Field("stop", description="What a row that cannot be used does, in custom.")
     general: str | None = Field(None, description="General text among the calibration samples; null: the recipe's.")
@@ -51,12 +54,12 @@ class DataConfig(Section):
 
     @property
     def own_sources(self) -> list[tuple[str, str]]:
-        """(config key, source) of everything that `train`, `calibration`, `test` and `general` name."""
-        given = {f"data.{key}": getattr(self, key) for key in ("train", "calibration", "test", "general")}
+        """(config key, source) of everything that `train` and the keys of other files name."""
+        given = {f"data.{key}": getattr(self, key) for key in ("train", "calibration", "test", "validation", "general")}
         listed = {key: [sources] if isinstance(sources, str) else sources or () for key, sources in given.items()}
         return [(key, source) for key, sources in listed.items() for source in sources]
 
-    @field_validator("train", "calibration", "test", mode="before")
+    @field_validator("train", "calibration", "test", "validation", mode="before")
     @classmethod
     def _are_sources(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses what names no source, in one sentence for all forms."""

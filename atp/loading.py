@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from atp import heap
 from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, Example, Splits, chat_of, fitted, load_recipe, pack, unpacked
+from atp.data.batches import IGNORE
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
 from atp.data.packing import PackedDataset, RaggedDataset
 from atp.data.recipes import packages_of
@@ -158,6 +159,15 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     # Perplexity always uses joined windows, so that runs can be compared.
     test = pack(splits.test, tokenizer, data.length, loss_on=data.loss_on)
     return RunData(splits, train, calibration, test, validation)
+
+
+def averages(train: Samples) -> tuple[float, float]:
+    """Tokens of an average sample, and the share of all tokens that have a loss."""
+    tokens = scored = 0
+    for row in train:
+        tokens += len(row["input_ids"])
+        scored += int((row["labels"][1:] != IGNORE).sum())  # the first token of a row is predicted from nothing
+    return tokens / len(train), scored / tokens
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:

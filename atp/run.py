@@ -29,9 +29,20 @@ from atp.export.card import add_results
 from atp.export.origins import origins
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
-from atp.folders import CONFIG, INPUTS, LATENCY, SKIPPED, check_output_dir, opened, refuse_inputs_inside, saved_config
+from atp.folders import (
+    CONFIG,
+    INPUTS,
+    LATENCY,
+    LENGTH,
+    SKIPPED,
+    check_output_dir,
+    opened,
+    refuse_inputs_inside,
+    saved_config,
+)
 from atp.latency import with_time
-from atp.loading import RunData, check_packages, load_data, load_model, load_shapes, load_tokenizer
+from atp.length import with_known_steps, with_steps
+from atp.loading import RunData, averages, check_packages, load_data, load_model, load_shapes, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
@@ -77,7 +88,7 @@ class Run:
         self.started = time.perf_counter()
         processes.start()
         timed, self.latency = processes.on_main(lambda: with_time(config))
-        self.config = with_share(timed)
+        self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed)))
         self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
 
     def execute(self) -> dict[str, Any]:
@@ -160,6 +171,9 @@ class Run:
         processes.on_main(lambda: check_packages(config.model, config.data))
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
+        if config.training.budget:
+            self.config, self.length = with_steps(config, *averages(data.train))
+            config = self.config
         shapes = load_shapes(config.model)
         check_tasks(config, data.splits, tokenizer, shapes)
         for line in (*data.splits.remarks, *self._remarks(shapes), *shortfalls(config, data)):
@@ -187,8 +201,9 @@ class Run:
         else:
             self._open.enter_context(opened(self.folder, resume=False))
         write_json(self.folder / INPUTS, self.inputs)
-        if self.latency is not None:
-            write_json(self.folder / LATENCY, self.latency)
+        for name, measured in ((LATENCY, self.latency), (LENGTH, self.length)):
+            if measured is not None:
+                write_json(self.folder / name, measured)
         if saved_config(self.folder) is None:
             write_text(self.folder / CONFIG, self.config.dump())
         if original is not None and "original" not in self._scores():
@@ -196,7 +211,7 @@ class Run:
 
     def _remarks(self, shapes: PretrainedConfig) -> list[str]:
         """What is said of the target before the run."""
-        timed = [] if self.latency is None else [self.latency["description"]]
+        timed = [found["description"] for found in (self.latency, self.length) if found is not None]
         return [*timed, *rounded(self.config, shapes), *base_remark(self.config)]
 
     def _check_model(self, model: PreTrainedModel) -> None:

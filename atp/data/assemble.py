@@ -21,11 +21,12 @@ Passages = Callable[[int], list[str]]
 
 @dataclass
 class Parts:
-    """Examples of the three splits during assembly."""
+    """Examples of the splits during assembly; validation only where the user gives it."""
 
     train: Sequence[Example] = field(default_factory=list)
     calibration: Sequence[Example] = field(default_factory=list)
     test: Sequence[Example] = field(default_factory=list)
+    validation: Sequence[Example] = field(default_factory=list)
 
     def add(self, other: Parts) -> None:
         """Appends the examples of another data set."""
@@ -80,12 +81,13 @@ def assemble(
 ) -> Splits:
     """Adds general text to the calibration examples and drops near-duplicates of held-out documents.
 
-    Near-duplicates of test documents leave train and calibration; those of calibration documents leave train. mix:
+    Near-duplicates of test documents leave all others, those of calibration documents leave train and validation, and
+    those of validation documents leave train. mix:
     shuffle documents, for recipes of several data sets. thin: leaves out training examples at the end. source:
     describes the data. Raises `InputError` when a split ends up empty.
     """
     share = general_share if settings.general_share is None else settings.general_share
-    everything = joined(parts.train, parts.calibration, parts.test)
+    everything = joined(parts.train, parts.calibration, parts.test, parts.validation)
     calibration, dropped = _apart(parts.calibration, parts.test, everything)
     calibration, general = _add_general(settings, calibration, parts, share, passages)
     train, dropped_train = _apart(parts.train, joined(parts.test, calibration), everything)
@@ -96,9 +98,13 @@ def assemble(
             f"all documents left for training or calibration are near-duplicates of held-out ones, such as "
             f"{quote(sample)}: add text"
         )
-    validation: Sequence[Example] = []
-    if settings.validation_share:
+    validation, dropped = _apart(parts.validation, joined(parts.test, calibration), everything)
+    removed += dropped
+    if parts.validation and not validation:
+        raise InputError("all documents of data.validation are near-duplicates of held-out ones: give other text")
+    if settings.validation_share and not validation:
         train, validation = split_off(train, settings.validation_share, f"{settings.seed} validation")
+    if validation:
         train, dropped_train = _apart(train, validation, everything)
         removed += dropped_train
     whole = len(train)

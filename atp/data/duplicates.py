@@ -44,6 +44,8 @@ def near_duplicates(
     Shingles are sorted into buckets, on disk where they are many. A prefix filter (Chaudhuri et al. 2006) finds pairs:
     documents that share half of the shorter one's shingles share one of its rarer half, so only those are looked up.
     """
+    if not candidates or not protected:
+        return set()
     documents = _Documents(candidates, protected, background)
     with ExitStack() as stack:
         buckets = [stack.enter_context(SpooledTemporaryFile(_BUCKET_BYTES)) for _ in range(documents.buckets)]

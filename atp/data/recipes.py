@@ -58,7 +58,8 @@ def custom(settings: DataSettings) -> Splits:
             train, held_out[name] = split_off(train, share, f"{seed} {name}", of=total)
         else:
             held_out[name] = read(source)
-    parts = Parts(train, held_out["calibration"], held_out["test"])
+    validation = [] if settings.validation is None else read(settings.validation)
+    parts = Parts(train, held_out["calibration"], held_out["test"], validation)
     splits = assemble(
         parts, settings, tasks_of(parts.test, meaning.answers), described(given), mix=False,
         thin=lambda examples: weighed(examples, given, seed),

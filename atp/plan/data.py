@@ -18,7 +18,7 @@ from atp.data.batches import IGNORE
 from atp.data.encoding import encode, start_ids
 from atp.data.tokens import Pieces
 from atp.ending import ending
-from atp.loading import RunData, check_packages, load_data, load_tokenizer
+from atp.loading import RunData, averages, check_packages, load_data, load_tokenizer
 from atp.run import check_tasks
 
 _SHOWN = 96  # tokens of the sample that is shown
@@ -47,10 +47,7 @@ def data_of(config: ATPConfig, shapes: PretrainedConfig) -> dict[str, Any]:
 def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
     training, train = config.training, data.train
     per_step = training.batch_size * training.gradient_accumulation * processes.count()
-    tokens = scored = 0
-    for row in train:
-        tokens += len(row["input_ids"])
-        scored += int((row["labels"][1:] != IGNORE).sum())  # the first token of a row is predicted from nothing
+    sample, scored = averages(train)
     first = train[0]
     return {
         "description": data.splits.description,
@@ -58,9 +55,9 @@ def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
         "lengths": _lengths(data, tokenizer),
         "longer_than_a_window": train.longer,
         "windows": {name: len(samples) for name, samples in data.read_in_training.items()} | {"test": len(data.test)},
-        "tokens_per_epoch": tokens,
-        "tokens_per_window": tokens / len(train),
-        "scored_share": scored / tokens,
+        "tokens_per_epoch": round(sample * len(train)),
+        "tokens_per_window": sample,
+        "scored_share": scored,
         "steps_per_epoch": len(train) / per_step,
         "epochs": training.total * per_step / len(train),
         "shortfalls": shortfalls(config, data),

@@ -40,7 +40,7 @@ def fingerprints(
     found = {"base weights": _of_weights(model), "model config": _of_text(_config(model.config))}
     if tokenizer is not None:
         found["tokenizer"] = _of_text(_tokenizer(tokenizer))
-    return found | {f"{name} data": _of_samples(split) for name, split in splits.items()}
+    return found | {f"{name} data": of_samples(split) for name, split in splits.items()}
 
 
 def refuse_other_inputs(started_with: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -122,7 +122,7 @@ def _of_tensor(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(flat.numpy().data).hexdigest()}"
 
 
-def _of_samples(split: Dataset) -> str:
+def of_samples(split: Dataset) -> str:
     digest = hashlib.sha256()
     # Stored samples are read faster in order than one by one.
     samples = split if isinstance(split, Iterable) else (split[index] for index in range(sized(split)))
