@@ -180,6 +180,14 @@ class TrainingConfig(Section):
         """The length of the run where it is no number of steps: `minutes` or `tokens`, or nothing."""
         return {key: value for key in ("minutes", "tokens") if (value := getattr(self, key)) is not None}
 
+    def require_steps(self) -> None:
+        """Raises `InputError` for minutes or tokens, where nobody turns them into steps (`atp.length`)."""
+        for key in self.budget:
+            raise InputError(
+                f"training.{key} is turned into steps by `atp train` and `atp plan` only: give here training.steps, "
+                "the number that `atp plan` says it comes to"
+            )
+
     @property
     def opened(self) -> int:
         """LoRA steps of the open phase."""

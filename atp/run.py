@@ -29,19 +29,9 @@ from atp.export.card import add_results
 from atp.export.origins import origins
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
-from atp.folders import (
-    CONFIG,
-    INPUTS,
-    LATENCY,
-    LENGTH,
-    SKIPPED,
-    check_output_dir,
-    opened,
-    refuse_inputs_inside,
-    saved_config,
-)
+from atp.folders import CONFIG, INPUTS, LATENCY, SKIPPED, check_output_dir, opened, refuse_inputs_inside, saved_config
 from atp.latency import with_time
-from atp.length import with_known_steps, with_steps
+from atp.length import LENGTH, with_known_steps, with_steps
 from atp.loading import RunData, averages, check_packages, load_data, load_model, load_shapes, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
@@ -88,7 +78,7 @@ class Run:
         self.started = time.perf_counter()
         processes.start()
         timed, self.latency = processes.on_main(lambda: with_time(config))
-        self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed)))
+        self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed, any_length=True)))
         self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
 
     def execute(self) -> dict[str, Any]:
@@ -128,15 +118,13 @@ class Run:
         scores = processes.on_main(self._scores)
         if self.config.evaluation.dense_baseline and not {"tuned_dense", DENSE} <= scores.keys():
             model = self._tune_dense(model, tokenizer, data)
-        trainer = ATPTrainer(
-            self.config, model, data.train, data.calibration, validation=data.validation, tokenizer=tokenizer
-        )
+        samples = data.train, data.calibration
+        trainer = ATPTrainer(self.config, model, *samples, validation=data.validation, tokenizer=tokenizer)
         return trainer, tokenizer, data
 
     def _check(self, summary: dict[str, Any]) -> None:
         """Raises `NotReached` if the run broke a promise; everything is written by then."""
-        remark = rounding_remark(summary["certificate"])
-        if remark is not None:
+        if (remark := rounding_remark(summary["certificate"])) is not None:
             self.say(remark)
         check_promises(summary)
 

@@ -23,6 +23,11 @@ _READS = 4096  # rows after which a map is opened anew, since the pages that it 
 Rows = NDArray[np.int64]
 
 
+def at_once(size: float, rows: int) -> int:
+    """How many rows to handle together: up to 1000, and fewer where rows are long. size: of all `rows`, in bytes."""
+    return max(1, min(_ROWS_AT_ONCE, int(_BYTES_AT_ONCE * rows / max(size, 1))))
+
+
 def at_hand() -> bool:
     """Whether the packages that such tables need are installed; without them data stay in lists."""
     return find("datasets") is not None and find("pyarrow") is not None
@@ -89,9 +94,10 @@ class Table:
         for index, path in enumerate(self.paths):
             target = path.with_name(f"{key}-{path.name}")
             part = self._part(index)
-            with _quiet(), _told(path.parent):
+            with _quiet(), told(path.parent), locked(path.parent):
+                rows = at_once(path.stat().st_size, len(part))
                 mapped = part.map(
-                    function, batched=True, batch_size=_ROWS_AT_ONCE, remove_columns=part.column_names,
+                    function, batched=True, batch_size=rows, writer_batch_size=rows, remove_columns=part.column_names,
                     features=datasets.Features(features), num_proc=workers or None, new_fingerprint=f"{key}{index:05d}",
                     cache_file_name=str(target), load_from_cache_file=True,
                 )  # fmt: skip
@@ -133,11 +139,11 @@ def values_of(table: Any, column: str) -> tuple[NDArray[Any], NDArray[np.int64]]
 def write(folder: Path, records: Iterable[tuple[int, Mapping[str, Any]]], schema: Any) -> None:
     """Writes records as Arrow files into a folder that appears when it is complete.
 
-    records: (size in bytes, values by column). Raises `InputError` where the disk is full.
+    records: (size in bytes, values by column).
     """
     import pyarrow
 
-    with _told(folder.parent), whole_folder(folder) as made:
+    with whole_folder(folder) as made:
         size, writer = 0, None
         for index, (bytes_, batch) in enumerate(_batches(records)):
             if writer is None or size >= _FILE_BYTES:
@@ -168,6 +174,16 @@ def _batches(records: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[tuple
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time makes tables in a folder; others wait, and find them. The folder need not exist."""
+    from filelock import FileLock  # comes with datasets
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        yield
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Without the bars and notes of `datasets`: the command has its own."""
     import datasets
@@ -184,7 +200,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def told(folder: Path) -> Iterator[None]:
     """A full or read-only disk becomes one sentence."""
     try:
         yield

@@ -54,11 +54,12 @@ def read_source(
 def _pool(key: str, found: Iterable[Example], skipped: list[str] | None, workers: int) -> Pool:
     """The pool with this key, written now unless it is in the cache, with the sentences on rows that were left out."""
     folder = arrow.cache_folder() / key
-    if (known := read_json(folder / _SKIPPED)) is None:
-        arrow.write(folder, map(_record, found), _schema())
-        write_json(folder / _SKIPPED, {"skipped": skipped or []})
-    elif skipped is not None:
-        skipped[:] = known["skipped"]
+    with arrow.told(folder), arrow.locked(folder):
+        if (known := read_json(folder / _SKIPPED)) is None:
+            arrow.write(folder, map(_record, found), _schema())
+            write_json(folder / _SKIPPED, {"skipped": skipped or []})
+        elif skipped is not None:
+            skipped[:] = known["skipped"]
     return Pool(arrow.Table(arrow.parts_in(folder)), key, workers=workers)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atp.data.arrow import Rows, values_of
+from atp.data.arrow import Rows, at_once, values_of
 from atp.data.examples import Example, Pool, Stored, joined, values
 from atp.data.splits import words_of
 
@@ -26,7 +26,6 @@ _BUCKETS = 256  # where there are more characters than this, else one
 _CHARACTERS = 2**24
 _BUCKET_BYTES = 2**18  # of a bucket that stay in memory
 _PAIRS = 2**21  # that are looked at together
-_AT_ONCE = 1000  # documents whose shingles are read together
 _FACTORS = np.cumprod(np.full(SHINGLE, 0x9E3779B97F4A7C15, np.uint64))  # odd: products lose no bit of a word's hash
 _ENTRY = np.dtype([("shingle", np.uint64), ("document", np.int64)])
 
@@ -109,8 +108,9 @@ class _Documents:
 
     def entries(self) -> Iterator[NDArray[Any]]:
         """All shingles with the number of the document that holds them."""
-        for start in range(0, len(self.examples), _AT_ONCE):
-            places = np.arange(start, min(start + _AT_ONCE, len(self.examples)))
+        step = at_once(self.examples.size, len(self.examples))
+        for start in range(0, len(self.examples), step):
+            places = np.arange(start, min(start + step, len(self.examples)))
             for shingles, counts, where in self._shingles(places):
                 entries = np.empty(len(shingles), _ENTRY)
                 entries["shingle"] = shingles
@@ -148,8 +148,9 @@ class _Documents:
 
     def compare(self, pairs: NDArray[np.int64]) -> None:
         """Notes the candidates among the pairs that are near-duplicates."""
-        for start in range(0, len(pairs), _AT_ONCE):
-            some = pairs[start : start + _AT_ONCE]
+        step = at_once(self.examples.size, len(self.examples))
+        for start in range(0, len(pairs), step):
+            some = pairs[start : start + step]
             some = some[~self.near[some[:, 0]]]
             held = self._held(np.unique(some))
             for candidate, other in some.tolist():

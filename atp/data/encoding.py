@@ -18,14 +18,13 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def rules_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How a tokenizer turns text into ids, as text that is the same only for the same rules and special tokens."""
+    """How a tokenizer turns text into ids, as JSON that is the same only for the same rules."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:
-        rules: object = sorted(tokenizer.get_vocab().items())
-    else:
-        # Truncation and padding are settings of the last call.
-        rules = {k: v for k, v in json.loads(core.to_str()).items() if k not in ("version", "truncation", "padding")}
-    return json.dumps([tokenizer.special_tokens_map, rules], sort_keys=True, default=str)
+        return json.dumps(sorted(tokenizer.get_vocab().items()))
+    # Truncation and padding are settings of the last call.
+    rules = {k: v for k, v in json.loads(core.to_str()).items() if k not in ("version", "truncation", "padding")}
+    return json.dumps(rules, sort_keys=True)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:

@@ -10,11 +10,10 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from atp.data.arrow import Rows, Table
+from atp.data.arrow import Rows, Table, at_once
 
 LARGE = 2**26
 """Characters that a list of examples may hold; more of them are stored."""
-_AT_ONCE = 1024  # stored examples that are read together
 
 Field = Literal["document", "label", "task", "origin"]
 
@@ -126,8 +125,9 @@ class Stored(Sequence[Example]):
         return self._read(self.places[[index]])[0]
 
     def __iter__(self) -> Iterator[Example]:
-        starts = range(0, len(self), _AT_ONCE)
-        return chain.from_iterable(self._read(self.places[start : start + _AT_ONCE]) for start in starts)
+        step = at_once(self.size, len(self))
+        parts = (self.places[start : start + step] for start in range(0, len(self), step))
+        return chain.from_iterable(map(self._read, parts))
 
     def by_pool(self, places: Rows | None = None) -> Iterator[tuple[Pool | list[Example], Rows, Rows]]:
         """(pool, rows of it, where in `places` they stand) of every pool that has some. places: default all."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -38,6 +38,9 @@ class PackedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         item = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
         return item if self.position_ids is None else item | {"position_ids": self.position_ids[index]}
@@ -63,6 +66,9 @@ class RaggedDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self._documents)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         input_ids, labels = self._documents[index]

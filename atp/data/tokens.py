@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from atp.data.arrow import Rows, values_of
+from atp.data.arrow import Rows, at_once, values_of
 from atp.data.batches import IGNORE
 from atp.data.encoding import common_prefix, encode, rules_of, start_ids, token_spans
 from atp.data.examples import Example, Pool, Stored, example_of
@@ -130,8 +130,9 @@ class Pieces(torch.utils.data.Dataset):
         return found | ({"position_ids": torch.as_tensor(positions)} if self.apart else {})
 
     def _read_all(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-        for start in range(0, len(self._samples), _AT_ONCE):
-            yield from self._read(self._samples[start : start + _AT_ONCE])
+        step = at_once(int(self.document_lengths.sum()), len(self.document_lengths))
+        for start in range(0, len(self._samples), step):
+            yield from self._read(self._samples[start : start + step])
 
     def _read(self, samples: Rows) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
         """Ids, labels and positions of some samples."""
@@ -165,7 +166,7 @@ def tokenized(pool: Pool, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -
     import datasets
 
     width = "uint16" if max(tokenizer.get_vocab().values(), default=0) < _SHORT else "int32"
-    facts = json.dumps([rules_of(tokenizer), loss_on, width])
+    facts = json.dumps([rules_of(tokenizer), tokenizer.special_tokens_map, loss_on, width], default=str)
     features = {
         "ids": datasets.List(datasets.Value(width)),
         "scored": datasets.List(datasets.Value("bool")),

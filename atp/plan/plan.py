@@ -37,7 +37,7 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
     in the section `data` instead.
     """
     timed, latency = with_time(config)
-    config = with_share(timed)
+    config = with_share(timed, any_length=True)
     check_trackers(config.training.report_to)
     found = load_shapes(config.model)
     check_prunable(config.model, found, config.decisions.space)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from atp.config import ATPConfig
+from atp.data.encoding import rules_of
 from atp.errors import InputError
 from atp.files import read_json
 from atp.folders import CHECKPOINTS, INPUTS, saved_config
@@ -143,10 +144,4 @@ def _config(config: Any) -> Iterable[str]:
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
     yield json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], sort_keys=True, default=str)
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    if core is None:
-        yield json.dumps(sorted(tokenizer.get_vocab().items()))
-    else:
-        # Truncation and padding are settings of the last call.
-        rules = {k: v for k, v in json.loads(core.to_str()).items() if k not in ("version", "truncation", "padding")}
-        yield json.dumps(rules, sort_keys=True)
+    yield rules_of(tokenizer)

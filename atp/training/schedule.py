@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from atp.config import TrainingConfig
-from atp.errors import InputError
 
 Phase = Literal["open", "search", "settle", "tune"]
 
@@ -24,7 +23,7 @@ class Phases:
     @classmethod
     def from_config(cls, config: TrainingConfig) -> Phases:
         """The phases a training config asks for. Raises `InputError` for minutes or tokens, which are no steps yet."""
-        refuse_budget(config)
+        config.require_steps()
         before = config.opened + config.search + config.settle
         return cls(config.search, config.settle, config.total - before, config.opened)
 
@@ -50,15 +49,6 @@ class Phases:
         if step < self.freeze_step:
             return "search"
         return "settle" if step < self.cut_step else "tune"
-
-
-def refuse_budget(config: TrainingConfig) -> None:
-    """Raises `InputError` for a length in minutes or tokens, where nobody turns it into steps."""
-    for key in config.budget:
-        raise InputError(
-            f"training.{key} is turned into steps by `atp train` and `atp plan` only: give here training.steps, the "
-            "number that `atp plan` says it comes to"
-        )
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
