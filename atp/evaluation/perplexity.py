@@ -77,7 +77,8 @@ def packed_windows(
     """
     if isinstance(dataset, Pieces):
         rows = list(islice(dataset, most))
-        dataset = PackedDataset(*(torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")))
+        ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+        dataset = PackedDataset(ids, labels)
     ends = (dataset.input_ids == tokenizer.eos_token_id).long().flatten()
     documents = (ends.cumsum(0) - ends).view_as(dataset.input_ids)
     length = dataset.input_ids.shape[1]

@@ -71,7 +71,7 @@ def test_a_validation_file_is_the_users_own_and_its_doubles_leave_train(tmp_path
     assert len(splits.validation) == 12 and splits.validation[0].prompt.startswith("System: You answer")
     (tmp_path / "validation.jsonl").write_text(near, encoding="utf-8")
     (tmp_path / "train.jsonl").write_text("".join(lines), encoding="utf-8")
-    held = {"test": str(FOLDER / "trl.jsonl"), "calibration": str(FOLDER / "questions.csv")}
+    held = {"test": str(FOLDER / "tools.jsonl"), "calibration": str(FOLDER / "alpaca.json")}
     one = load_recipe(
         DataSettings(
             recipe="custom", train=str(tmp_path / "train.jsonl"), validation=str(tmp_path / "validation.jsonl"), **held
