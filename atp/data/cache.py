@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from atp import heap
 from atp.data import arrow, examples
 from atp.data.chat import key_of
 from atp.data.custom import Meaning, examples_of
@@ -47,6 +48,8 @@ def read_source(
         if size > examples.LARGE and arrow.at_hand():
             key = _key(opened.identity(), meaning, limit, skipped is not None)
             pool = _pool(key, chain(found, rest), skipped, workers)
+            found.clear()
+            heap.give_back()
             return Stored([pool], np.arange(len(pool)))
     return found
 

@@ -69,13 +69,12 @@ class _Groups:
     def __init__(self, bucket: SpooledTemporaryFile[bytes]) -> None:
         bucket.seek(0)
         entries = np.frombuffer(bucket.read(), _ENTRY)
-        entries = entries[np.lexsort((entries["document"], entries["shingle"]))]
-        first = np.ones(len(entries), bool)
-        first[1:] = entries[1:] != entries[:-1]
-        entries = entries[first]
-        self.shingle, self.document = entries["shingle"], entries["document"]
-        begins = np.ones(len(entries), bool)
-        begins[1:] = self.shingle[1:] != self.shingle[:-1]
+        order = np.lexsort((entries["document"], entries["shingle"]))
+        shingle, document = entries["shingle"][order], entries["document"][order]
+        begins, first = np.ones((2, len(order)), bool)
+        begins[1:] = shingle[1:] != shingle[:-1]
+        first[1:] = begins[1:] | (document[1:] != document[:-1])
+        self.shingle, self.document, begins = shingle[first], document[first], begins[first]
         self.group = np.cumsum(begins) - 1
         self.frequency = np.bincount(self.group)[self.group]  # documents that hold the entry's shingle
 
