@@ -98,7 +98,8 @@ class _Documents:
         self.candidate[[number[name] for name in values(candidates, "document")]] = True
         self.candidate &= ~self.protected
         self.most = max(COMMON_DOCUMENTS, COMMON_SHARE * len(self.names))
-        self.buckets = _BUCKETS if self.examples.size > _CHARACTERS else 1
+        size = self.examples.size
+        self.buckets, self.at_once = _BUCKETS if size > _CHARACTERS else 1, at_once(size, len(self.examples))
         # Of each document: shingles that are no boilerplate, by the power of two that their frequency reaches.
         self.ladder = np.zeros((len(self.names), int(self.most).bit_length() + 1), np.int32)
         self.common: list[Shingles] = []
@@ -107,9 +108,8 @@ class _Documents:
 
     def entries(self) -> Iterator[NDArray[Any]]:
         """All shingles with the number of the document that holds them."""
-        step = at_once(self.examples.size, len(self.examples))
-        for start in range(0, len(self.examples), step):
-            places = np.arange(start, min(start + step, len(self.examples)))
+        for start in range(0, len(self.examples), self.at_once):
+            places = np.arange(start, min(start + self.at_once, len(self.examples)))
             for shingles, counts, where in self._shingles(places):
                 entries = np.empty(len(shingles), _ENTRY)
                 entries["shingle"] = shingles
@@ -147,9 +147,8 @@ class _Documents:
 
     def compare(self, pairs: NDArray[np.int64]) -> None:
         """Notes the candidates among the pairs that are near-duplicates."""
-        step = at_once(self.examples.size, len(self.examples))
-        for start in range(0, len(pairs), step):
-            some = pairs[start : start + step]
+        for start in range(0, len(pairs), self.at_once):
+            some = pairs[start : start + self.at_once]
             some = some[~self.near[some[:, 0]]]
             held = self._held(np.unique(some))
             for candidate, other in some.tolist():
