@@ -6,6 +6,7 @@ from transformers import PretrainedConfig
 
 from atp import processes
 from atp.config import ATPConfig
+from atp.data.examples import values
 from atp.decide.budget import Budget
 from atp.decide.reach import nearest_share
 from atp.decide.rules import width_rules
@@ -129,12 +130,13 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     for task in data.splits.tasks:
         if not (task.labels or evaluation.generate):
             continue  # free text is scored on demand
-        held_out = sum(example.task == task.name for example in test)
+        held_out = values(test, "task").count(task.name)
         asked.append(("evaluation.questions", evaluation.questions, f"test examples of {task.name}", held_out))
     found = [
         f"{key} is {count}, but there are only {there} {what}" for key, count, what, there in asked if count > there
     ]
-    unused = [label for label in config.data.labels if all(label != example.label for example in test)]
+    held = set(values(test, "label")) if config.data.labels else set()
+    unused = [label for label in config.data.labels if label not in held]
     if unused:
         found.append(f"no test example has the label {shorten(' or '.join(unused))} of data.labels")
     if evaluation.answers and not (evaluation.questions and any(task.labels for task in data.splits.tasks)):

@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 from atp.data_config import DataConfig
 from atp.errors import InputError, quote, shorten
 from atp.overrides import apply, differences, explain
-from atp.presets import PRESETS, merged
+from atp.presets import PRESETS, merged, without_steps
 from atp.reading import read_yaml_file
 from atp.section import Section
 from atp.spaces.space import space_names, structure_names
@@ -135,6 +135,10 @@ class TrainingConfig(Section):
     """Phases in LoRA steps, optimizer and bookkeeping."""
 
     steps: int = Field(400, ge=1, description="LoRA steps of the whole run; where tune is set, phases add up instead.")
+    minutes: float | None = Field(
+        None, gt=0, description="In place of steps: minutes for training on this device, by a probe (docs/budgets.md)."
+    )
+    tokens: float | None = Field(None, gt=0, description="In place of steps: tokens that all LoRA steps read.")
     open: int | None = Field(
         None, ge=0, description="Steps with all structures in place, before the search; null: a third, 0 with tune set."
     )
@@ -172,6 +176,19 @@ class TrainingConfig(Section):
     max_bad_steps: int = Field(5, ge=1, description="Consecutive non-finite steps after which the run stops.")
 
     @property
+    def budget(self) -> dict[str, float]:
+        """The length of the run where it is no number of steps: `minutes` or `tokens`, or nothing."""
+        return {key: value for key in ("minutes", "tokens") if (value := getattr(self, key)) is not None}
+
+    def require_steps(self) -> None:
+        """Raises `InputError` for minutes or tokens, where nobody turns them into steps (`atp.length`)."""
+        for key in self.budget:
+            raise InputError(
+                f"training.{key} is turned into steps by `atp train` and `atp plan` only: give here training.steps, "
+                "the number that `atp plan` says it comes to"
+            )
+
+    @property
     def opened(self) -> int:
         """LoRA steps of the open phase."""
         if self.open is None:
@@ -190,6 +207,14 @@ class TrainingConfig(Section):
         if self.beta2 is not None:
             return self.beta2
         return min(0.5 ** (_HALF_LIVES / self.total), _LONGEST_BETA2)
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> TrainingConfig:
+        steps = ["steps"] if self.steps != type(self).model_fields["steps"].default else []
+        given = [*steps, *self.budget]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are one length in different units: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:
@@ -239,7 +264,9 @@ class ATPConfig(Section):
 
     model: ModelConfig
     output_dir: str = Field(description="The run folder, which must not exist yet.")
-    preset: Literal["quick", "stock", "paper"] = Field("quick", description="Defaults (`atp config presets`).")
+    preset: Literal["quick", "standard", "thorough", "stock", "paper"] = Field(
+        "quick", description="Defaults (`atp config presets`)."
+    )
     seed: int = Field(0, ge=0, description="Of everything that is drawn.")
     data: DataConfig = Field(default_factory=DataConfig)
     decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
@@ -252,6 +279,10 @@ class ATPConfig(Section):
     def _validates(self) -> ATPConfig:
         if self.evaluation.every is None and (self.training.keep_best or self.training.patience):
             raise ValueError("training.keep_best and training.patience go by validation scores: set evaluation.every")
+        if self.evaluation.every is None and self.data.validation is not None:
+            raise ValueError("data.validation is read where evaluation.every is set: set it, or leave the file out")
+        if self.data.validation is not None and self.data.recipe != "custom":
+            raise ValueError("data.validation belongs to recipe custom: leave it out, or set data.recipe")
         return self
 
     @property
@@ -282,7 +313,7 @@ class ATPConfig(Section):
         try:
             preset = values.get("preset", "quick")
             defaults = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-            return cls.model_validate(merged(defaults, values))
+            return cls.model_validate(without_steps(merged(defaults, values), values))
         except ValidationError as error:
             raise InputError(explain(error, cls)) from None
 

@@ -24,6 +24,9 @@ class DataConfig(Section):
     test: str | tuple[str, ...] | None = Field(
         None, description="The same for scores, without weights; null: split off train."
     )
+    validation: str | tuple[str, ...] | None = Field(
+        None, description="The same for evaluation.every, without weights; null: split off train."
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="Our name of a column -> its name in the files.")
     on_error: Literal["stop", "skip"] = Field("stop", description="What a row that cannot be used does, in custom.")
     general: str | None = Field(None, description="General text among the calibration samples; null: the recipe's.")
@@ -37,9 +40,11 @@ class DataConfig(Section):
     sources: dict[str, str] = Field(default_factory=dict, description="Data set of a recipe -> file or Hub name.")
     scale: float = Field(1.0, gt=0, description="Multiplies the paper's counts, in recipes health, legal and general.")
     length: int = Field(256, ge=16, description="Tokens per packed window.")
-    packing: Literal["joined", "separate", "padded"] = Field(
+    workers: int = Field(0, ge=0, description="Processes that tokenize a large source of recipe custom; 0: this one.")
+    packing: Literal["joined", "separate", "fitted", "padded"] = Field(
         "joined",
-        description="Samples in a training window: visible to later ones, kept apart, or one padded sample per row.",
+        description="Samples in a training window: visible to later ones; kept apart; whole ones, kept apart, in rows "
+        "that they fit best; or one padded sample per row.",
     )
     loss_on: Literal["all", "completion", "assistant"] = Field(
         "assistant",
@@ -49,12 +54,12 @@ class DataConfig(Section):
 
     @property
     def own_sources(self) -> list[tuple[str, str]]:
-        """(config key, source) of everything that `train`, `calibration`, `test` and `general` name."""
-        given = {f"data.{key}": getattr(self, key) for key in ("train", "calibration", "test", "general")}
+        """(config key, source) of everything that `train` and the keys of other files name."""
+        given = {f"data.{key}": getattr(self, key) for key in ("train", "calibration", "test", "validation", "general")}
         listed = {key: [sources] if isinstance(sources, str) else sources or () for key, sources in given.items()}
         return [(key, source) for key, sources in listed.items() for source in sources]
 
-    @field_validator("train", "calibration", "test", mode="before")
+    @field_validator("train", "calibration", "test", "validation", mode="before")
     @classmethod
     def _are_sources(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses what names no source, in one sentence for all forms."""

@@ -15,6 +15,7 @@ from atp.locking import LOCK, locked
 from atp.reading import existing, read_yaml
 
 CONFIG, COMPARISON, INPUTS, LATENCY = "config.yaml", "comparison.yaml", "inputs.json", "latency.json"
+LENGTH = "length.json"
 SKIPPED = "skipped_rows.txt"
 CHECKPOINTS = ("checkpoints", "dense_lora/checkpoints")
 _WRITTEN_TO = ("", "model", "base", "adapter", "dense_lora", "profile", *CHECKPOINTS)
@@ -29,7 +30,7 @@ def check_output_dir(folder: Path, *, resume: bool, started: str = CONFIG) -> No
         raise InputError(f"output_dir {folder} is a file: choose another output_dir")
     check_writable(folder, "output_dir")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    filled = {name for name in names if name not in (LOCK, INPUTS, LATENCY) and not name.startswith(".writing-")}
+    filled = {name for name in names - {LOCK, INPUTS, LATENCY, LENGTH} if not name.startswith(".writing-")}
     if filled and not resume:
         raise InputError(f"output_dir {folder} is not empty: choose another output_dir, or continue it with --resume")
     if resume and not filled:
@@ -90,7 +91,7 @@ def opened(folder: Path, *, resume: bool, started: str = CONFIG) -> Iterator[Non
             yield
         except Exception:
             if not resume:
-                _withdraw(folder, made, {LOCK, INPUTS, LATENCY, started})
+                _withdraw(folder, made, {LOCK, INPUTS, LATENCY, LENGTH, started})
             raise
 
 

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from atp import processes
 from atp.config import ATPConfig
-from atp.data import PackedDataset, RaggedDataset
+from atp.data import PackedDataset, Pieces, RaggedDataset
 from atp.errors import InputError
 from atp.finite import FiniteGuard
 from atp.lora.layer import ADAPTER, MaskedLoraLinear, fuse_layers
@@ -182,9 +182,9 @@ class ATPCallback(TrainerCallback):
         return training.beta if self._phase(state) == "search" else training.settle_beta
 
 
-def _windows(calibration: Any) -> PackedDataset | RaggedDataset:
+def _windows(calibration: Any) -> PackedDataset | RaggedDataset | Pieces:
     """Calibration rows as one of our own data sets."""
-    if isinstance(calibration, PackedDataset | RaggedDataset):
+    if isinstance(calibration, PackedDataset | RaggedDataset | Pieces):
         return calibration
     sized = hasattr(calibration, "__len__")
     rows = [calibration[index] for index in range(len(calibration))] if sized else list(calibration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +11,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from atp import heap
 from atp.config import ATPConfig, DataConfig, ModelConfig
-from atp.data import DataSettings, Example, PackedDataset, RaggedDataset, Splits, chat_of, load_recipe, pack, unpacked
+from atp.data import DataSettings, Example, Splits, chat_of, fitted, load_recipe, pack, unpacked
+from atp.data.batches import IGNORE
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
+from atp.data.packing import PackedDataset, RaggedDataset
 from atp.data.recipes import packages_of
+from atp.data.tokens import Pieces
 from atp.errors import InputError
 from atp.finite import refuse_weights
 from atp.models.base import FORMS, check_base, quantize_base
@@ -20,19 +24,21 @@ from atp.models.load import read_config, read_model, read_tokenizer
 from atp.requirements import require
 from atp.spaces.space import MaskSpace
 
+Samples = PackedDataset | RaggedDataset | Pieces
+
 
 @dataclass(frozen=True)
 class RunData:
     """Examples of the three splits, and the samples that training, decisions and perplexity read."""
 
     splits: Splits
-    train: PackedDataset | RaggedDataset
-    calibration: PackedDataset | RaggedDataset
-    test: PackedDataset
-    validation: PackedDataset | RaggedDataset | None = None  # where evaluation.every asks for one
+    train: Samples
+    calibration: Samples
+    test: PackedDataset | Pieces
+    validation: Samples | None = None  # where evaluation.every asks for one
 
     @property
-    def read_in_training(self) -> dict[str, PackedDataset | RaggedDataset]:
+    def read_in_training(self) -> dict[str, Samples]:
         """All that training reads, by split."""
         validation = {} if self.validation is None else {"validation": self.validation}
         return {"train": self.train, "calibration": self.calibration, **validation}
@@ -132,9 +138,10 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     check_vocabulary(config.model, tokenizer)
     splits = load_recipe(data_settings(config, tokenizer))
 
-    def samples(part: list[Example]) -> PackedDataset | RaggedDataset:
-        if data.packing == "padded":
-            return unpacked(part, tokenizer, data.length, loss_on=data.loss_on)
+    def samples(part: Sequence[Example]) -> Samples:
+        if data.packing in ("padded", "fitted"):
+            make = unpacked if data.packing == "padded" else fitted
+            return make(part, tokenizer, data.length, loss_on=data.loss_on)
         return pack(part, tokenizer, data.length, loss_on=data.loss_on, separate=data.packing == "separate")
 
     train, calibration = samples(splits.train), samples(splits.calibration)
@@ -152,6 +159,15 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     # Perplexity always uses joined windows, so that runs can be compared.
     test = pack(splits.test, tokenizer, data.length, loss_on=data.loss_on)
     return RunData(splits, train, calibration, test, validation)
+
+
+def averages(train: Samples) -> tuple[float, float]:
+    """Tokens of an average sample, and the share of all tokens that have a loss."""
+    tokens = scored = 0
+    for row in train:
+        tokens += len(row["input_ids"])
+        scored += int((row["labels"][1:] != IGNORE).sum())  # the first token of a row is predicted from nothing
+    return tokens / len(train), scored / tokens
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # `quick` is the defaults. What each costs and gives: docs/quality.md.
+    "standard": {"training": {"steps": 1200}},
+    "thorough": {"training": {"steps": 3600}, "decisions": {"refit_windows": 192}},
     # 128 suits tensor cores and every quantised format with blocks of up to 128.
     "stock": {"decisions": {"space": "kv_group", "uniform": True, "multiples": {"mlp": 128}}},
     # The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
@@ -26,3 +29,13 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         nested = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if nested else value
     return result
+
+
+def without_steps(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The settings without a preset's number of steps where the user's own give minutes or tokens in their place."""
+    training, given = settings.get("training"), own.get("training")
+    if not isinstance(training, dict) or not isinstance(given, dict) or "steps" in given:
+        return settings
+    if given.get("minutes") is None and given.get("tokens") is None:
+        return settings
+    return settings | {"training": {key: value for key, value in training.items() if key != "steps"}}

@@ -30,7 +30,8 @@ from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
 from atp.folders import CONFIG, INPUTS, LATENCY, SKIPPED, check_output_dir, opened, refuse_inputs_inside, saved_config
 from atp.latency import with_time
-from atp.loading import RunData, check_packages, load_data, load_model, load_shapes, load_tokenizer
+from atp.length import LENGTH, with_known_steps, with_steps
+from atp.loading import RunData, averages, check_packages, load_data, load_model, load_shapes, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
@@ -76,7 +77,7 @@ class Run:
         self.started = time.perf_counter()
         processes.start()
         timed, self.latency = processes.on_main(lambda: with_time(config))
-        self.config = with_share(timed)
+        self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed, any_length=True)))
         self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
 
     def execute(self) -> dict[str, Any]:
@@ -116,15 +117,13 @@ class Run:
         scores = processes.on_main(self._scores)
         if self.config.evaluation.dense_baseline and not {"tuned_dense", DENSE} <= scores.keys():
             model = self._tune_dense(model, tokenizer, data)
-        trainer = ATPTrainer(
-            self.config, model, data.train, data.calibration, validation=data.validation, tokenizer=tokenizer
-        )
+        samples = data.train, data.calibration
+        trainer = ATPTrainer(self.config, model, *samples, validation=data.validation, tokenizer=tokenizer)
         return trainer, tokenizer, data
 
     def _check(self, summary: dict[str, Any]) -> None:
         """Raises `NotReached` if the run broke a promise; everything is written by then."""
-        remark = rounding_remark(summary["certificate"])
-        if remark is not None:
+        if (remark := rounding_remark(summary["certificate"])) is not None:
             self.say(remark)
         check_promises(summary)
 
@@ -159,6 +158,9 @@ class Run:
         processes.on_main(lambda: check_packages(config.model, config.data))
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
+        if config.training.budget:
+            self.config, self.length = with_steps(config, *averages(data.train))
+            config = self.config
         shapes = load_shapes(config.model)
         check_tasks(config, data.splits, tokenizer, shapes)
         for line in (*data.splits.remarks, *self._remarks(shapes), *shortfalls(config, data)):
@@ -186,8 +188,9 @@ class Run:
         else:
             self._open.enter_context(opened(self.folder, resume=False))
         write_json(self.folder / INPUTS, self.inputs)
-        if self.latency is not None:
-            write_json(self.folder / LATENCY, self.latency)
+        for name, measured in ((LATENCY, self.latency), (LENGTH, self.length)):
+            if measured is not None:
+                write_json(self.folder / name, measured)
         if saved_config(self.folder) is None:
             write_text(self.folder / CONFIG, self.config.dump())
         if original is not None and "original" not in self._scores():
@@ -195,7 +198,7 @@ class Run:
 
     def _remarks(self, shapes: PretrainedConfig) -> list[str]:
         """What is said of the target before the run."""
-        timed = [] if self.latency is None else [self.latency["description"]]
+        timed = [found["description"] for found in (self.latency, self.length) if found is not None]
         return [*timed, *rounded(self.config, shapes), *base_remark(self.config)]
 
     def _check_model(self, model: PreTrainedModel) -> None:
@@ -252,7 +255,7 @@ class Run:
         settings = self.config.evaluation
         with progress.Bars(transient=True) as display:
             scores = evaluate_model(
-                model, tokenizer, packed_windows(data.test, tokenizer), data.splits.test,
+                model, tokenizer, packed_windows(data.test, tokenizer, settings.windows), data.splits.test,
                 tasks=scored_tasks(self.config, data.splits), batch_size=settings.batch_size,
                 max_windows=settings.windows, max_examples=settings.questions,
                 seed=self.config.seed, autocast=self.autocast,

@@ -155,7 +155,7 @@ def _shortfalls(
 
 def _load_suite(
     options: Scoring, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], list[Example], tuple[Task, ...]]:
+) -> tuple[Sequence[Example], Sequence[Example], tuple[Task, ...]]:
     """The training examples of a suite (none for a file), its test examples, and the tasks that score them."""
     suite = Path(options.suite)
     if suite.suffix in (".yaml", ".yml"):

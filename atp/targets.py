@@ -14,13 +14,16 @@ from atp.spaces.space import MaskSpace
 TIMED = ("target_prefill_ms", "target_decode_ms")
 
 
-def with_share(config: ATPConfig) -> ATPConfig:
+def with_share(config: ATPConfig, *, any_length: bool = False) -> ATPConfig:
     """The config with decisions.target_params or target_megabytes replaced by the target_keep that they come to.
 
     Reads the model's config.json, not its weights. Raises `InputError` for a target that embeddings, head and final
     norm alone exceed, or that the whole model does not reach; and for one in milliseconds, which has to be measured
-    (`atp.latency.with_time`).
+    (`atp.latency.with_time`). any_length: whether the caller turns training.minutes and training.tokens into steps;
+    else they are refused too.
     """
+    if not any_length:
+        config.training.require_steps()
     decisions = config.decisions
     for key in TIMED:
         if getattr(decisions, key) is not None:

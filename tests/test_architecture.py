@@ -16,7 +16,7 @@ LAYERS = (
     ("atp.console",),
     ("atp.experiments",),
     ("atp.compare", "atp.sweep"),
-    ("atp.run", "atp.demo", "atp.scoring", "atp.chat", "atp.plan"),
+    ("atp.run", "atp.demo", "atp.scoring", "atp.chat", "atp.plan", "atp.length"),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
     ("atp.checks", "atp.draft", "atp.folders", "atp.latency", "atp.loading", "atp.targets"),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),

@@ -3,21 +3,25 @@
 from atp.data.batches import collate
 from atp.data.chat import chat_of
 from atp.data.custom import read_examples, tasks_of
-from atp.data.packing import PackedDataset, RaggedDataset, pack, unpacked
+from atp.data.examples import Example
+from atp.data.packing import PackedDataset, RaggedDataset, fitted, pack, unpacked
 from atp.data.recipes import load_recipe
 from atp.data.settings import DataSettings
-from atp.data.splits import Example, Splits
+from atp.data.splits import Splits
 from atp.data.tasks import Task
+from atp.data.tokens import Pieces
 
 __all__ = [
     "DataSettings",
     "Example",
     "PackedDataset",
+    "Pieces",
     "RaggedDataset",
     "Splits",
     "Task",
     "chat_of",
     "collate",
+    "fitted",
     "load_recipe",
     "pack",
     "read_examples",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from atp.data.custom import read_examples
 from atp.data.duplicates import near_duplicates
+from atp.data.examples import Example, chosen, joined, settled, values
 from atp.data.packages import openwebtext_passages
 from atp.data.settings import DataSettings
-from atp.data.splits import Example, Splits, document_id, shuffled, split_off, take
+from atp.data.splits import Splits, document_id, shuffled, split_off, take
 from atp.data.tasks import Task
 from atp.errors import InputError, quote
 
@@ -20,17 +21,18 @@ Passages = Callable[[int], list[str]]
 
 @dataclass
 class Parts:
-    """Examples of the three splits during assembly."""
+    """Examples of the splits during assembly; validation only where the user gives it."""
 
-    train: list[Example] = field(default_factory=list)
-    calibration: list[Example] = field(default_factory=list)
-    test: list[Example] = field(default_factory=list)
+    train: Sequence[Example] = field(default_factory=list)
+    calibration: Sequence[Example] = field(default_factory=list)
+    test: Sequence[Example] = field(default_factory=list)
+    validation: Sequence[Example] = field(default_factory=list)
 
     def add(self, other: Parts) -> None:
         """Appends the examples of another data set."""
-        self.train += other.train
-        self.calibration += other.calibration
-        self.test += other.test
+        self.train = joined(self.train, other.train)
+        self.calibration = joined(self.calibration, other.calibration)
+        self.test = joined(self.test, other.test)
 
 
 def by_share(examples: Sequence[Example], settings: DataSettings, name: str = "") -> Parts:
@@ -52,11 +54,13 @@ def by_count(examples: Sequence[Example], train: int, calibration: int, test: in
     for example in examples:
         documents.setdefault(example.document, []).append(example)
     order = iter(shuffled(documents, key))
-    parts = Parts()
-    for part, count in ((parts.test, test), (parts.calibration, calibration), (parts.train, train)):
+    drawn: list[list[Example]] = []
+    for count in (test, calibration, train):
+        part: list[Example] = []
         while len(part) < scaled(count, scale) and (document := next(order, None)) is not None:
             part += documents[document]
-    return parts
+        drawn.append(part)
+    return Parts(test=drawn[0], calibration=drawn[1], train=drawn[2])
 
 
 def scaled(count: int, scale: float) -> int:
@@ -73,19 +77,20 @@ def assemble(
     passages: Passages = lambda count: [],
     general_share: float = 1 / 3,
     mix: bool = True,
-    thin: Callable[[list[Example]], list[Example]] = lambda train: train,
+    thin: Callable[[Sequence[Example]], Sequence[Example]] = lambda train: train,
 ) -> Splits:
     """Adds general text to the calibration examples and drops near-duplicates of held-out documents.
 
-    Near-duplicates of test documents leave train and calibration; those of calibration documents leave train. mix:
+    Near-duplicates of test documents leave all others, those of calibration documents leave train and validation, and
+    those of validation documents leave train. mix:
     shuffle documents, for recipes of several data sets. thin: leaves out training examples at the end. source:
     describes the data. Raises `InputError` when a split ends up empty.
     """
     share = general_share if settings.general_share is None else settings.general_share
-    everything = [*parts.train, *parts.calibration, *parts.test]
+    everything = joined(parts.train, parts.calibration, parts.test, parts.validation)
     calibration, dropped = _apart(parts.calibration, parts.test, everything)
     calibration, general = _add_general(settings, calibration, parts, share, passages)
-    train, dropped_train = _apart(parts.train, [*parts.test, *calibration], everything)
+    train, dropped_train = _apart(parts.train, joined(parts.test, calibration), everything)
     removed = dropped + dropped_train
     if removed and not (train and calibration):
         sample = (parts.train or parts.calibration)[0].text[:60]
@@ -93,9 +98,13 @@ def assemble(
             f"all documents left for training or calibration are near-duplicates of held-out ones, such as "
             f"{quote(sample)}: add text"
         )
-    validation: list[Example] = []
-    if settings.validation_share:
+    validation, dropped = _apart(parts.validation, joined(parts.test, calibration), everything)
+    removed += dropped
+    if parts.validation and not validation:
+        raise InputError("all documents of data.validation are near-duplicates of held-out ones: give other text")
+    if settings.validation_share and not validation:
         train, validation = split_off(train, settings.validation_share, f"{settings.seed} validation")
+    if validation:
         train, dropped_train = _apart(train, validation, everything)
         removed += dropped_train
     whole = len(train)
@@ -103,30 +112,33 @@ def assemble(
     remarks = f"; weights leave out {whole - len(train)} training examples" if len(train) < whole else ""
     remarks += f"; {removed} near-duplicates of held-out documents dropped" if removed else ""
     if mix:
-        train, test = (take(part, {e.document for e in part}, f"{settings.seed} mix") for part in (train, test))
+        train, test = (take(part, set(values(part, "document")), f"{settings.seed} mix") for part in (train, test))
     return Splits(
-        train=train,
-        calibration=calibration,
-        test=test,
+        train=settled(train),
+        calibration=settled(calibration),
+        test=settled(test),
         description=(
             f"{source}: {len(train)} train, {len(calibration)} calibration ({general} of them general text), "
             + (f"{len(validation)} validation, " if validation else "")
             + f"{len(test)} test{remarks}"
         ),
         tasks=tuple(tasks),
-        validation=validation,
+        validation=settled(validation),
     )
 
 
-def _apart(examples: list[Example], held_out: list[Example], background: list[Example]) -> tuple[list[Example], int]:
+def _apart(
+    examples: Sequence[Example], held_out: Sequence[Example], background: Sequence[Example]
+) -> tuple[Sequence[Example], int]:
     """The examples without near-duplicates of held-out ones, and the number of documents dropped."""
     near = near_duplicates(examples, held_out, background)
-    return [e for e in examples if e.document not in near], len(near)
+    ids = values(examples, "document")
+    return chosen(examples, [place for place, document in enumerate(ids) if document not in near]), len(near)
 
 
 def _add_general(
-    settings: DataSettings, domain: list[Example], parts: Parts, share: float, passages: Passages
-) -> tuple[list[Example], int]:
+    settings: DataSettings, domain: Sequence[Example], parts: Parts, share: float, passages: Passages
+) -> tuple[Sequence[Example], int]:
     """Mixes general text into calibration examples up to its share; returns the mix and how many were added."""
     count = round(len(domain) * share / (1 - share))
     if count == 0:
@@ -137,9 +149,9 @@ def _add_general(
         texts = openwebtext_passages(Path(settings.general))
     else:
         texts = [example.text for example in read_examples(settings.general, limit=settings.limit)]
-    known = {e.document for part in (domain, parts.train, parts.test) for e in part}
+    known = {document for part in (domain, parts.train, parts.test) for document in values(part, "document")}
     by_document = {document: text for text in texts if (document := document_id(text)) not in known}
-    drawn = [Example(document, by_document[document]) for document in shuffled(by_document, f"{settings.seed} general")]
-    drawn, _ = _apart(drawn[:count], parts.test, parts.train)
-    mixed = domain + drawn
-    return take(mixed, {e.document for e in mixed}, f"{settings.seed} mix"), len(drawn)
+    order = shuffled(by_document, f"{settings.seed} general")[:count]
+    drawn, _ = _apart([Example(document, by_document[document]) for document in order], parts.test, parts.train)
+    mixed = joined(domain, drawn)
+    return take(mixed, set(values(mixed, "document")), f"{settings.seed} mix"), len(drawn)

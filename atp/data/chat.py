@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple, Protocol, cast
 
+import transformers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -72,12 +73,26 @@ def chat_of(tokenizer: PreTrainedTokenizerBase, *, every_turn: bool = False) -> 
     return plain_chat if tokenizer.chat_template is None else _Template(tokenizer, every_turn)
 
 
+def key_of(chat: Chat) -> str | None:
+    """Text that is the same only for renderers that render alike; None for one that is not ours."""
+    if chat is plain_chat:
+        return "plain"
+    return chat.key if isinstance(chat, _Template) else None
+
+
 class _Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, every_turn: bool) -> None:
         self.tokenizer, self.every_turn = tokenizer, every_turn
         self.eos = str(tokenizer.eos_token or "")
         # A tokenizer that adds BOS does so when the text is encoded.
         self.bos = str(tokenizer.bos_token) if start_ids(tokenizer) else ""
+
+    @property
+    def key(self) -> str:
+        """All that a rendering depends on."""
+        tokens = self.tokenizer.special_tokens_map
+        facts = [self.tokenizer.chat_template, tokens, self.bos, self.every_turn, transformers.__version__]
+        return json.dumps(facts, sort_keys=True, default=str)
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, first: int = 0) -> Talk:
         # Files with typed columns hold an empty `tool_calls` in every message, and templates ask whether there is one.

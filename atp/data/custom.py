@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from atp.data import conversations
 from atp.data.chat import Chat, plain_chat
-from atp.data.files import read_rows
+from atp.data.examples import Example, values
+from atp.data.files import open_source
 from atp.data.prompts import entailment
 from atp.data.rows import Bad, Row, names, stop
-from atp.data.splits import Example, document_id
+from atp.data.splits import document_id
 from atp.data.tasks import MEDNLI, ROUGE, Task
 from atp.errors import InputError, quote, shorten
 
@@ -46,26 +47,30 @@ def read_examples(
     source: str, labels: tuple[str, ...] = (), *, limit: int | None = None, chat: Chat = plain_chat,
     meaning: Meaning | None = None, bad: Bad = stop,
 ) -> list[Example]:  # fmt: skip
-    """Examples of one source (`read_rows`: a file, a folder or a Hub name), read by its columns (docs/data.md).
+    """Examples of one source (`open_source`: a file, a folder or a Hub name), read by its columns (docs/data.md).
 
     With labels, each row's `label` column (or its completion) must be one of them. An optional column `document` says
     which rows belong together. limit: rows to read. meaning: replaces labels and chat where columns have other names.
     bad: takes the `InputError` of a row that cannot be used, which names source, row, column and remedy, and raises it
     or leaves the row out.
     """
-    meaning = meaning or Meaning(labels, chat=chat)
-    examples = []
-    for row in read_rows(source, limit, bad):
+    return list(examples_of(open_source(source, limit, bad).rows, meaning or Meaning(labels, chat=chat), bad))
+
+
+def examples_of(rows: Iterable[Row], meaning: Meaning, bad: Bad = stop) -> Iterator[Example]:
+    """The examples in rows; bad as for `read_examples`."""
+    for row in rows:
         try:
-            examples.append(_example(replace(row, columns=meaning.columns), meaning))
+            found = _example(replace(row, columns=meaning.columns), meaning)
         except InputError as error:
             bad(error)
-    return examples
+        else:
+            yield found
 
 
-def tasks_of(examples: Iterable[Example], labels: tuple[str, ...] = ()) -> tuple[Task, ...]:
+def tasks_of(examples: Sequence[Example], labels: tuple[str, ...] = ()) -> tuple[Task, ...]:
     """The tasks that score a user's own examples: `qa`, `nli`, and `answers` for free text."""
-    named = {example.task for example in examples}
+    named = set(values(examples, "task"))
     known = (
         Task("qa", labels), Task("nli", labels or MEDNLI.labels, ("accuracy",)), Task("answers", metrics=ROUGE)
     )  # fmt: skip

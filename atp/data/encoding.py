@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +15,16 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[bos] if the tokenizer starts its own encodings with it, else []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def rules_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a tokenizer turns text into ids, as JSON that is the same only for the same rules."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        return json.dumps(sorted(tokenizer.get_vocab().items()))
+    # Truncation and padding are settings of the last call.
+    rules = {k: v for k, v in json.loads(core.to_str()).items() if k not in ("version", "truncation", "padding")}
+    return json.dumps(rules, sort_keys=True)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from atp.data.formats import FILES, SUFFIXES, read_file, suffix_of
 from atp.data.hub import HubName
 from atp.data.rows import Bad, Row, stop
-from atp.errors import InputError, shorten
+from atp.errors import InputError, reason, shorten
 from atp.reading import check_file, existing
 
 # What `datasets` keeps beside the data that it saves.
@@ -18,9 +20,25 @@ _NO_DATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "sta
 _HELD_OUT = re.compile(r"(?<![a-z])(test|valid|validation|val|dev|eval)(?![a-z])")
 
 
+class Source(NamedTuple):
+    """A data source that is being read.
+
+    identity: text that is the same only for the same content, read from the files where they are local; None if there
+    is none, as for a part of a data set of the Hub whose commit is not known.
+    """
+
+    rows: Iterator[Row]
+    identity: Callable[[], str | None]
+
+
 def read_rows(source: str, limit: int | None = None, bad: Bad = stop) -> list[Row]:
-    """Rows of a data source: a file with one of `SUFFIXES`, a folder of these, or a Hub name
-    `owner/name[@revision][#config][:split]`.
+    """The rows of `open_source`, all at once."""
+    return list(open_source(source, limit, bad).rows)
+
+
+def open_source(source: str, limit: int | None = None, bad: Bad = stop) -> Source:
+    """The rows of a file with one of `SUFFIXES`, a folder of these, or a Hub name
+    `owner/name[@revision][#config][:split]`, read as they are asked for.
 
     A folder's files are read in the order of their names. limit: read only the first rows; sources are streamed, so no
     more are loaded. bad: takes the `InputError` of a row that cannot be read. Raises `InputError` for a missing, empty
@@ -33,28 +51,45 @@ def read_rows(source: str, limit: int | None = None, bad: Bad = stop) -> list[Ro
         seen = True
         bad(error)
 
-    rows = list(islice(_rows(source, limit, note), limit))
-    if not rows and not seen:
-        raise InputError(f"{shorten(source)} is empty: give a file with at least one row")
-    return rows
+    def rows() -> Iterator[Row]:
+        row = None
+        for row in islice(opened.rows, limit):
+            yield row
+        if row is None and not seen:
+            raise InputError(f"{shorten(source)} is empty: give a file with at least one row")
+
+    opened = _open(source, limit, note)
+    return Source(rows(), opened.identity)
 
 
-def _rows(source: str, limit: int | None, bad: Bad) -> Iterator[Row]:
+def _open(source: str, limit: int | None, bad: Bad) -> Source:
     try:
         path = Path(source).expanduser()
     except RuntimeError:
         raise InputError(f"{shorten(source)}: there is no such home folder; write out the path") from None
     if suffix_of(path) is not None:
         check_file(path, "", f"check the path, and give a {FILES}")
-        return read_file(path, bad)
+        return Source(read_file(path, bad), lambda: _content([path]))
     found = existing(source)
     if found is not None and found.is_file():
         raise InputError(
             f"{shorten(source)}: unknown file type '{shorten(found.suffix, 20)}'; use one of {', '.join(SUFFIXES)}"
         )
     if found is not None and found.is_dir() and (files := _files_in(found)):
-        return chain.from_iterable(read_file(file, bad) for file in files)
-    return iter(_read_hub(source, limit))
+        return Source(chain.from_iterable(read_file(file, bad) for file in files), lambda: _content(files))
+    return _open_hub(source, limit)
+
+
+def _content(files: Sequence[Path]) -> str:
+    """Names and SHA-256 of files. Raises `InputError` for one that cannot be read any more."""
+    found = []
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                found.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+        except OSError as error:
+            raise InputError(f"cannot read {shorten(path)} ({reason(error)}): check its permissions") from error
+    return "\n".join(found)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -77,7 +112,7 @@ def _files_in(folder: Path) -> list[Path]:
     return files
 
 
-def _read_hub(source: str, limit: int | None) -> list[Row]:
+def _open_hub(source: str, limit: int | None) -> Source:
     named, shown = HubName.parse(source), shorten(source)
     if not named.name:
         raise InputError(f"'{shown}' does not name a data set: give a {FILES} or a Hub name")
@@ -85,15 +120,27 @@ def _read_hub(source: str, limit: int | None) -> list[Row]:
         import datasets
     except ImportError as error:
         raise InputError(f"'{shown}' needs package 'datasets': run pip install datasets, or give a file") from error
+
+    def told(error: Exception) -> InputError:
+        why = shorten(str(error).partition("\n")[0]) or type(error).__name__
+        return InputError(
+            f"cannot load '{shown}' ({why}): give a {FILES}, or a Hub name as owner/name@revision#config:split"
+        )
+
+    def rows() -> Iterator[Row]:
+        try:
+            for number, values in enumerate(records):
+                yield Row(f"{shown}, row {number}", dict(values))
+        except Exception as error:  # streamed records come through the network
+            raise told(error) from error
+
     try:
         records = datasets.load_dataset(
             named.name, named.config or None, split=named.split or "train", streaming=limit is not None,
             revision=named.commit or named.revision or None,
         )  # fmt: skip
-        rows = [Row(f"{shown}, row {number}", dict(values)) for number, values in enumerate(islice(records, limit))]
     except Exception as error:  # the network, the Hub and readers of all formats may raise anything
-        reason = shorten(str(error).partition("\n")[0]) or type(error).__name__
-        raise InputError(
-            f"cannot load '{shown}' ({reason}): give a {FILES}, or a Hub name as owner/name@revision#config:split"
-        ) from error
-    return rows
+        raise told(error) from error
+    # The names of the files that `datasets` has made of them hold a hash of what they were made of.
+    made = None if limit is not None else sorted(file["filename"] for file in records.cache_files)
+    return Source(rows(), lambda: f"{source} {named.commit or made}" if named.commit or made else None)

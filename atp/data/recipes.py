@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from atp.data.assemble import Parts, assemble
 from atp.data.custom import Meaning, tasks_of
 from atp.data.domains import DOMAIN_RECIPES
+from atp.data.examples import Example, values
 from atp.data.formats import FILES
 from atp.data.mini import MINI_RECIPES
 from atp.data.questions import QUESTION_RECIPES
 from atp.data.settings import DataSettings
 from atp.data.sources import Sources, described, read_sources, weighed
-from atp.data.splits import Example, Splits, split_off
+from atp.data.splits import Splits, split_off
 from atp.errors import InputError, shorten
 
 
@@ -45,19 +46,20 @@ def custom(settings: DataSettings) -> Splits:
     meaning = Meaning(settings.labels, settings.label_names, settings.columns, settings.chat)
     skipped: list[str] | None = [] if settings.on_error == "skip" else None
 
-    def read(sources: Sources) -> list[Example]:
-        return read_sources(sources, meaning, settings.limit, skipped)
+    def read(sources: Sources) -> Sequence[Example]:
+        return read_sources(sources, meaning, settings.limit, skipped, settings.workers)
 
     train = read(given)
-    total = len({e.document for e in train})
-    held_out = {}
+    total = len(set(values(train, "document")))
+    held_out: dict[str, Sequence[Example]] = {}
     for name in ("test", "calibration"):
         source, share = getattr(settings, name), getattr(settings, f"{name}_share")
         if source is None:
             train, held_out[name] = split_off(train, share, f"{seed} {name}", of=total)
         else:
             held_out[name] = read(source)
-    parts = Parts(train, held_out["calibration"], held_out["test"])
+    validation = [] if settings.validation is None else read(settings.validation)
+    parts = Parts(train, held_out["calibration"], held_out["test"], validation)
     splits = assemble(
         parts, settings, tasks_of(parts.test, meaning.answers), described(given), mix=False,
         thin=lambda examples: weighed(examples, given, seed),

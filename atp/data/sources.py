@@ -4,38 +4,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from atp.data.custom import Meaning, read_examples
-from atp.data.rows import Bad
-from atp.data.splits import Example, shuffled
+from atp.data.cache import read_source
+from atp.data.custom import Meaning
+from atp.data.examples import Example, chosen, joined, values, with_origin
+from atp.data.splits import shuffled
 from atp.errors import InputError, shorten
 
 Sources = str | Sequence[str] | Mapping[str, float]
 """A file, folder or Hub name; several; or each with its weight."""
 
 
-def read_sources(given: Sources, meaning: Meaning, limit: int | None, skipped: list[str] | None) -> list[Example]:
+def read_sources(
+    given: Sources, meaning: Meaning, limit: int | None, skipped: list[str] | None, workers: int = 0
+) -> Sequence[Example]:
     """The examples of all sources in order; weighted ones know their origin. limit: rows to read of each.
 
     skipped: takes a sentence on each row that is left out; None: the first such row is an `InputError`. Raises
-    `InputError` for a source of which no row is left.
+    `InputError` for a source of which no row is left. workers: as in `DataSettings`.
     """
     found = []
     for source in [given] if isinstance(given, str) else given:
-        before = len(skipped or ())
-        examples = read_examples(source, limit=limit, meaning=meaning, bad=_taker(skipped))
-        if not examples and skipped is not None:
+        left_out: list[str] | None = None if skipped is None else []
+        examples = read_source(source, meaning, limit, left_out, workers)
+        if left_out and not examples:
             raise InputError(
-                f"none of the {len(skipped) - before} rows of {shorten(source)} can be used; the first: "
-                f"{shorten(skipped[before], 400)}"
+                f"none of the {len(left_out)} rows of {shorten(source)} can be used; the first: "
+                f"{shorten(left_out[0], 400)}"
             )
-        weighted = isinstance(given, Mapping)
-        found += [replace(example, origin=source) for example in examples] if weighted else examples
-    return found
+        if skipped is not None:
+            skipped += left_out or []
+        found.append(with_origin(examples, source) if isinstance(given, Mapping) else examples)
+    return joined(*found)
 
 
-def weighed(train: list[Example], given: Sources, seed: int) -> list[Example]:
+def weighed(train: Sequence[Example], given: Sources, seed: int) -> Sequence[Example]:
     """The training examples of weighted sources, as many of each as its weight says; all of them without weights.
 
     Nothing is repeated: the source that has the fewest examples for its weight is used whole, and of the others whole
@@ -44,20 +47,20 @@ def weighed(train: list[Example], given: Sources, seed: int) -> list[Example]:
     """
     if not isinstance(given, Mapping):
         return train
-    counts = Counter(example.origin for example in train)
+    origins, documents = values(train, "origin"), values(train, "document")
+    counts = Counter(origins)
     for source in given:
         if not counts[source]:
             raise InputError(f"no training rows of {shorten(source)} are left: add rows, or take it out of data.train")
     most = min(counts[source] / weight for source, weight in given.items())
     left = {source: max(1, round(most * weight)) for source, weight in given.items()}
-    rank = {document: place for place, document in enumerate(shuffled((e.document for e in train), f"{seed} weights"))}
-    kept = set()
-    for index in sorted(range(len(train)), key=lambda index: rank[train[index].document]):
-        origin = train[index].origin
-        if left[origin]:
-            left[origin] -= 1
-            kept.add(index)
-    return [example for index, example in enumerate(train) if index in kept]
+    rank = {document: place for place, document in enumerate(shuffled(documents, f"{seed} weights"))}
+    kept = []
+    for index in sorted(range(len(train)), key=lambda index: rank[documents[index]]):
+        if left[origins[index]]:
+            left[origins[index]] -= 1
+            kept.append(index)
+    return chosen(train, sorted(kept))
 
 
 def described(given: Sources) -> str:
@@ -66,10 +69,3 @@ def described(given: Sources) -> str:
         return given
     names = [f"{source} (weight {given[source]:g})" if isinstance(given, Mapping) else source for source in given]
     return ", ".join(names)
-
-
-def _taker(skipped: list[str] | None) -> Bad:
-    def stop(error: InputError) -> None:
-        raise InputError(f"{error}; or leave such rows out with data.on_error=skip") from error
-
-    return stop if skipped is None else lambda error: skipped.append(str(error))

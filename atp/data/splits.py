@@ -1,4 +1,4 @@
-"""Examples, and splits that never share a document."""
+"""Splits that never share a document."""
 
 from __future__ import annotations
 
@@ -10,43 +10,12 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from atp.data.examples import Example, chosen, joined, values
 from atp.data.tasks import Task
 from atp.errors import InputError, quote
 
 SPLITS = ("train", "calibration", "test")
 _SHOWN = 10  # skipped rows that are shown
-
-
-@dataclass(frozen=True)
-class Example:
-    """One piece of text: a prompt and its completion, or plain text with no completion.
-
-    document: id of the source document (`document_id`); examples of one document stay in one split.
-    label: the right answer when the completion is one of a fixed set.
-    task: name of the `Task` that scores the completion; empty for text that is only trained on.
-    passage: text of the source document alone, if the prompt holds more than that.
-    turns: start and end, in characters of the prompt, of earlier answers that `loss_on` "assistant" learns too.
-    origin: the source that it was read from, where several are weighted.
-    """
-
-    document: str
-    prompt: str
-    completion: str = ""
-    label: str | None = None
-    task: str = ""
-    passage: str = ""
-    turns: tuple[tuple[int, int], ...] = ()
-    origin: str = ""
-
-    @property
-    def source(self) -> str:
-        """Text of the source document."""
-        return self.passage or self.text
-
-    @property
-    def text(self) -> str:
-        """Prompt and completion as one string."""
-        return self.prompt + self.completion
 
 
 @dataclass(frozen=True)
@@ -58,12 +27,12 @@ class Splits:
     Raises `InputError` when a part is empty or when two parts share a document.
     """
 
-    train: list[Example]
-    calibration: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    calibration: Sequence[Example]
+    test: Sequence[Example]
     description: str
     tasks: tuple[Task, ...] = ()
-    validation: list[Example] = field(default_factory=list)
+    validation: Sequence[Example] = field(default_factory=list)
     skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -80,12 +49,13 @@ class Splits:
 
     def _counted(self) -> str:
         """The number of documents, or of examples that repeat one, for the message of an empty split."""
-        examples = [example for name in SPLITS for example in getattr(self, name)]
-        documents = Counter(example.document for example in examples)
-        copies = len(examples) - len(documents)
+        examples = joined(*(getattr(self, name) for name in SPLITS))
+        ids = values(examples, "document")
+        documents = Counter(ids)
+        copies = len(ids) - len(documents)
         if copies:
             document, times = documents.most_common(1)[0]
-            sample = quote(next(e.source for e in examples if e.document == document)[:60])
+            sample = quote(examples[ids.index(document)].source[:60])
             return (
                 f"{copies} of {len(examples)} examples repeat another's document (most often {sample}, {times} times), "
                 "and these stay together"
@@ -122,35 +92,37 @@ def shuffled(documents: Iterable[str], key: str) -> list[str]:
     return sorted(set(documents), key=lambda document: hashlib.sha256(f"{key}:{document}".encode()).digest())
 
 
-def take(examples: Iterable[Example], documents: Collection[str], key: str) -> list[Example]:
+def take(examples: Sequence[Example], documents: Collection[str], key: str) -> Sequence[Example]:
     """The examples of these documents, by document in the order of `key` (those of one document keep their order)."""
     rank = {document: position for position, document in enumerate(shuffled(documents, key))}
-    return sorted((e for e in examples if e.document in rank), key=lambda e: rank[e.document])
+    ids = values(examples, "document")
+    return chosen(examples, sorted((i for i, d in enumerate(ids) if d in rank), key=lambda place: rank[ids[place]]))
 
 
 def split_off(
     examples: Sequence[Example], share: float, key: str, *, of: int | None = None
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Splits off whole documents: returns (the rest, a share of the documents), both in the order of `key`.
 
     The share is of `of` documents (default: those of `examples`) and takes at least one.
     """
-    documents = shuffled((e.document for e in examples), key)
+    documents = shuffled(values(examples, "document"), key)
     count = max(1, round(share * (of or len(documents))))
     return take(examples, documents[count:], key), take(examples, documents[:count], key)
 
 
-def _check_disjoint(first: str, one: list[Example], second: str, two: list[Example]) -> None:
-    shared = {e.document for e in one} & {e.document for e in two}
+def _check_disjoint(first: str, one: Sequence[Example], second: str, two: Sequence[Example]) -> None:
+    ids = values(two, "document")
+    shared = set(values(one, "document")).intersection(ids)
     if shared:
-        sample = next(e for e in two if e.document in shared).text[:60]
+        sample = two[next(place for place, document in enumerate(ids) if document in shared)].text[:60]
         raise InputError(
             f"{len(shared)} document(s) are in both the {first} and the {second} data (for example {quote(sample)}): "
             f"remove them from one, or give a single file to be split by document"
         )
 
 
-def _fingerprint(examples: list[Example]) -> str:
+def _fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         for part in (example.document, example.prompt, example.completion, example.label or ""):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from atp.data.splits import Example
+from atp.data.examples import Example, values
 from atp.data.tasks import Task
 from atp.evaluation.suite import task_examples
 from atp.evaluation.tasks import answer_scores
@@ -32,7 +32,8 @@ def majority_scores(
         questions = task_examples(test, task)[:max_examples]
         if not task.labels or not questions:
             continue
-        learnt = [str(example.label) for example in task_examples(train, task) if example.label in task.labels]
+        known = zip(values(train, "task"), values(train, "label"), strict=True)
+        learnt = [str(label) for name, label in known if name == task.name and label in task.labels]
         truth = [str(example.label) for example in questions]
         counts = Counter(learnt or truth)
         label = max(task.labels, key=counts.__getitem__)  # the first of equals, whatever the order of examples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from atp.data.encoding import encode, start_ids
 from atp.data.packing import IGNORE, PackedDataset
 from atp.data.splits import Example
+from atp.data.tokens import Pieces
 from atp.errors import InputError, NotReached
 from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import CausalLM, Progress, inference
@@ -66,8 +68,17 @@ def sliding_windows(
     return ScoredWindows(torch.tensor(ids), torch.tensor(labels), torch.tensor(documents), protocol)
 
 
-def packed_windows(dataset: PackedDataset, tokenizer: PreTrainedTokenizerBase) -> ScoredWindows:
-    """Windows as training packs them, without overlap: a document ends with EOS, which is scored too."""
+def packed_windows(
+    dataset: PackedDataset | Pieces, tokenizer: PreTrainedTokenizerBase, most: int | None = None
+) -> ScoredWindows:
+    """Windows as training packs them, without overlap: a document ends with EOS, which is scored too.
+
+    most: only so many of them, the first, where they are read from a table.
+    """
+    if isinstance(dataset, Pieces):
+        rows = list(islice(dataset, most))
+        ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+        dataset = PackedDataset(ids, labels)
     ends = (dataset.input_ids == tokenizer.eos_token_id).long().flatten()
     documents = (ends.cumsum(0) - ends).view_as(dataset.input_ids)
     length = dataset.input_ids.shape[1]

@@ -37,8 +37,9 @@ def held_out_samples(test: Sequence[Example], count: int) -> list[Sample]:
     by_task: dict[str, dict[str, Sample]] = {}
     for example in test:
         sample = Sample(example.prompt, example.completion) if example.completion else _divided(example.prompt)
-        if sample.prompt.strip() and sample.reference.strip():
-            by_task.setdefault(example.task, {}).setdefault(sample.prompt, sample)
+        known = by_task.setdefault(example.task, {})
+        if len(known) < count and sample.prompt.strip() and sample.reference.strip():
+            known.setdefault(sample.prompt, sample)
     rounds = zip_longest(*(samples.values() for samples in by_task.values()))
     return [sample for one_of_each in rounds for sample in one_of_each if sample is not None][:count]
 

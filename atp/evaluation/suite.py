@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from atp.data.splits import Example
+from atp.data.examples import Example, values
 from atp.data.tasks import Task
 from atp.evaluation.generation import rouge_scores
 from atp.evaluation.inference import CausalLM, Progress
@@ -76,7 +76,7 @@ def check_questions(
 
 def task_examples(examples: Sequence[Example], task: Task) -> list[Example]:
     """The examples that a task scores, in order."""
-    return [example for example in examples if example.task == task.name]
+    return [examples[place] for place, name in enumerate(values(examples, "task")) if name == task.name]
 
 
 def _room(max_length: int, shapes: PretrainedConfig) -> int:

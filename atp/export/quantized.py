@@ -87,7 +87,8 @@ def held_out(run: Path, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     test = pack(
         load_recipe(data_settings(config, tokenizer)).test, tokenizer, config.data.length, loss_on=config.data.loss_on
     )
-    windows, settings = packed_windows(test, tokenizer), config.evaluation
+    settings = config.evaluation
+    windows = packed_windows(test, tokenizer, settings.windows)
 
     def score(model: CausalLM) -> dict[str, Any]:
         with Bars(transient=True) as progress:

@@ -16,8 +16,9 @@ from atp.config import ATPConfig
 from atp.data import Splits
 from atp.data.batches import IGNORE
 from atp.data.encoding import encode, start_ids
+from atp.data.tokens import Pieces
 from atp.ending import ending
-from atp.loading import RunData, check_packages, load_data, load_tokenizer
+from atp.loading import RunData, averages, check_packages, load_data, load_tokenizer
 from atp.run import check_tasks
 
 _SHOWN = 96  # tokens of the sample that is shown
@@ -46,23 +47,21 @@ def data_of(config: ATPConfig, shapes: PretrainedConfig) -> dict[str, Any]:
 def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
     training, train = config.training, data.train
     per_step = training.batch_size * training.gradient_accumulation * processes.count()
-    rows = [train[index] for index in range(len(train))]
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    # The first token of a row is predicted from nothing.
-    scored = sum(int((row["labels"][1:] != IGNORE).sum()) for row in rows)
+    sample, scored = averages(train)
+    first = train[0]
     return {
         "description": data.splits.description,
         "samples": _samples(data.splits),
-        "lengths": _lengths(data.splits, tokenizer),
+        "lengths": _lengths(data, tokenizer),
         "longer_than_a_window": train.longer,
         "windows": {name: len(samples) for name, samples in data.read_in_training.items()} | {"test": len(data.test)},
-        "tokens_per_epoch": tokens,
-        "tokens_per_window": tokens / len(train),
-        "scored_share": scored / tokens,
+        "tokens_per_epoch": round(sample * len(train)),
+        "tokens_per_window": sample,
+        "scored_share": scored,
         "steps_per_epoch": len(train) / per_step,
         "epochs": training.total * per_step / len(train),
         "shortfalls": shortfalls(config, data),
-        "sample": shown_sample(rows[0]["input_ids"].tolist(), rows[0]["labels"].tolist(), tokenizer.decode),
+        "sample": shown_sample(first["input_ids"].tolist(), first["labels"].tolist(), tokenizer.decode),
     }
 
 
@@ -70,10 +69,13 @@ def _samples(splits: Splits) -> dict[str, int]:
     return {name: len(getattr(splits, name)) for name in splits.parts}
 
 
-def _lengths(splits: Splits, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+def _lengths(data: RunData, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Tokens of the train samples as they are packed, with BOS, if the tokenizer adds it, and EOS."""
-    more = len(start_ids(tokenizer)) + 1
-    lengths = sorted(len(ids) + more for ids in encode(tokenizer, (example.text for example in splits.train)))
+    if isinstance(data.train, Pieces):
+        lengths = sorted(data.train.document_lengths.tolist())
+    else:
+        more = len(start_ids(tokenizer)) + 1
+        lengths = sorted(len(ids) + more for ids in encode(tokenizer, (e.text for e in data.splits.train)))
     at_95 = lengths[min(round(0.95 * (len(lengths) - 1)), len(lengths) - 1)]
     return {"median": statistics.median(lengths), "percentile_95": at_95, "max": lengths[-1]}
 

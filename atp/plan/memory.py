@@ -50,7 +50,7 @@ class _Memory:
         self.rank, self.length = job.config.lora.r, job.config.data.length
         self.batch = self.training.batch_size * self.length
         self.on_host = 0 if job.device == "cuda" else 1
-        apart = job.config.data.packing == "separate" or _slides(job, self.length)
+        apart = job.config.data.packing in ("separate", "fitted") or _slides(job, self.length)
         load_in = job.config.model.load_in
         self.form = None if load_in is None else FORMS[load_in]
         self.readers = {(s.layer, s.reader) for s in job.shapes.space.structures if s.reader is not None}

@@ -12,6 +12,7 @@ from atp.checks import BUDGET_TOLERANCE, base_remark, check_reachable
 from atp.config import ATPConfig
 from atp.families import family_of
 from atp.latency import with_time
+from atp.length import with_steps
 from atp.loading import check_prunable, load_shapes
 from atp.plan.cost import cost_of
 from atp.plan.data import data_of
@@ -36,13 +37,17 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
     in the section `data` instead.
     """
     timed, latency = with_time(config)
-    config = with_share(timed)
+    config = with_share(timed, any_length=True)
     check_trackers(config.training.report_to)
     found = load_shapes(config.model)
     check_prunable(config.model, found, config.decisions.space)
     check_reachable(config, found)
     shapes = ModelShapes.of(found, config.decisions)
     data = data_of(config, found)
+    sample, scored = data.get("tokens_per_window", config.data.length), data.get("scored_share", 1.0)
+    config, length = with_steps(config, sample, scored)
+    if "steps_per_epoch" in data:
+        data["epochs"] = config.training.total / data["steps_per_epoch"]
     device, autocast = processes.device().type, autocast_dtype(config.training.precision)
     read = {"sample": data["tokens_per_window"], "scored": data["scored_share"]} if "scored_share" in data else {}
     job = Job.of(_within(config, data), shapes, autocast=autocast, device=device, **read)
@@ -90,7 +95,7 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
         "flops_per_second": None if speed is None else {kind: rate for kind, rate in asdict(speed).items() if rate},
         "data": data,
         "exports": [reach._asdict() for reach in reachable_exports(config, found)],
-        "remarks": _remarks(config, shapes, data),
+        "remarks": [*([] if length is None else [f"{length['description']}."]), *_remarks(config, shapes, data)],
     }
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from atp.config import ATPConfig
+from atp.data.encoding import rules_of
 from atp.errors import InputError
 from atp.files import read_json
 from atp.folders import CHECKPOINTS, INPUTS, saved_config
@@ -40,7 +41,7 @@ def fingerprints(
     found = {"base weights": _of_weights(model), "model config": _of_text(_config(model.config))}
     if tokenizer is not None:
         found["tokenizer"] = _of_text(_tokenizer(tokenizer))
-    return found | {f"{name} data": _of_samples(split) for name, split in splits.items()}
+    return found | {f"{name} data": of_samples(split) for name, split in splits.items()}
 
 
 def refuse_other_inputs(started_with: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -122,10 +123,12 @@ def _of_tensor(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(flat.numpy().data).hexdigest()}"
 
 
-def _of_samples(split: Dataset) -> str:
+def of_samples(split: Dataset) -> str:
     digest = hashlib.sha256()
-    for index in range(sized(split)):
-        for name, value in sorted(split[index].items()):
+    # Stored samples are read faster in order than one by one.
+    samples = split if isinstance(split, Iterable) else (split[index] for index in range(sized(split)))
+    for sample in samples:
+        for name, value in sorted(sample.items()):
             digest.update(f"{name} {_of_tensor(torch.as_tensor(value))}\n".encode())
     return digest.hexdigest()
 
@@ -141,10 +144,4 @@ def _config(config: Any) -> Iterable[str]:
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
     yield json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], sort_keys=True, default=str)
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    if core is None:
-        yield json.dumps(sorted(tokenizer.get_vocab().items()))
-    else:
-        # Truncation and padding are settings of the last call.
-        rules = {k: v for k, v in json.loads(core.to_str()).items() if k not in ("version", "truncation", "padding")}
-        yield json.dumps(rules, sort_keys=True)
+    yield rules_of(tokenizer)

@@ -22,7 +22,8 @@ class Phases:
 
     @classmethod
     def from_config(cls, config: TrainingConfig) -> Phases:
-        """The phases a training config asks for."""
+        """The phases a training config asks for. Raises `InputError` for minutes or tokens, which are no steps yet."""
+        config.require_steps()
         before = config.opened + config.search + config.settle
         return cls(config.search, config.settle, config.total - before, config.opened)
 

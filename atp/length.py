@@ -1,0 +1,105 @@
+"""The length of a run as minutes or tokens: the number of LoRA steps that it comes to, shared by the phases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from atp import processes
+from atp.config import ATPConfig, TrainingConfig
+from atp.environment import device_name
+from atp.errors import InputError
+from atp.files import read_json
+from atp.folders import LENGTH
+from atp.loading import load_shapes
+from atp.overrides import explain
+from atp.training.precision import autocast_dtype
+
+_LEAST = 10  # steps: a shorter run learns nothing
+_PROBED = 1000  # steps of the run whose time is computed from the probe
+_BESIDE = ("saliency", "refit")  # what takes its time whatever the number of steps
+_STEPS = ("open", "search", "settle", "tune", "validation")
+
+
+def with_known_steps(config: ATPConfig) -> tuple[ATPConfig, dict[str, Any] | None]:
+    """The config with the steps that its run folder says `training.minutes` or `training.tokens` came to.
+
+    So a run resumes with the steps it was started with. The config as it is, and None, where the folder says nothing.
+    """
+    known = read_json(Path(config.output_dir) / LENGTH)
+    if not config.training.budget or known is None or known.get("asked") != config.training.budget:
+        return config, None
+    return _at(config, int(known["steps"])), known
+
+
+def with_steps(config: ATPConfig, sample: float, scored: float = 1.0) -> tuple[ATPConfig, dict[str, Any] | None]:
+    """The config with steps in place of `training.minutes` or `training.tokens`, and a record of how they were found.
+
+    Phases keep their shares of the whole. Tokens are those that all LoRA steps read. Minutes hold LoRA steps, saliency,
+    refit and scores on the validation split, at the speed of a probe of a few layers (`atp.plan.probe`), which takes
+    some seconds; loading, scores before and after, and export come on top. sample: tokens of an average sample.
+    scored: share of them that have a loss. None for a config without such a key. Raises `InputError` if it comes to
+    fewer than 10 steps.
+    """
+    known, record = with_known_steps(config)
+    if record is not None or not config.training.budget:
+        return known, record
+    ((key, asked),) = config.training.budget.items()
+    training = config.training
+    per_step = training.batch_size * training.gradient_accumulation * processes.count() * sample
+    if key == "tokens":
+        steps, found = round(asked / per_step), f"{per_step:,.0f} tokens per step"
+    else:
+        fixed, each = processes.on_main(lambda: _seconds(config, sample, scored))
+        steps = int((60 * asked - fixed) / each)
+        found = f"{each:.3g} s per step and {fixed:.3g} s for saliency and refit, by a probe of {device_name()}"
+    if steps < _LEAST:
+        raise InputError(
+            f"training.{key} is {asked:g}, which comes to {max(steps, 0)} steps ({found}): give more, for at least "
+            f"{_LEAST} steps"
+        )
+    at = _at(config, steps)
+    total = at.training.total
+    record = {
+        "asked": training.budget,
+        "steps": total,
+        "description": f"training.{key}={asked:g} comes to {total} steps ({found}), {total * per_step:,.0f} tokens",
+    }
+    return at, record
+
+
+def _at(config: ATPConfig, steps: int) -> ATPConfig:
+    """The config with this number of steps, of which each phase has the share that it had."""
+    training = config.training
+    factor = steps / training.total
+    counts = {"open": training.open, "search": training.search, "settle": training.settle}
+    given = {name: max(round(count * factor), 1) if count else count for name, count in counts.items()}
+    if training.tune is not None:
+        given["tune"] = max(steps - sum(count or 0 for count in given.values()), 0)
+    else:
+        given["steps"] = steps
+    values = training.model_dump() | given | dict.fromkeys(training.budget)
+    try:
+        return config.model_copy(update={"training": TrainingConfig.model_validate(values)})
+    except ValidationError as error:
+        raise InputError(explain(error, TrainingConfig)) from None
+
+
+def _seconds(config: ATPConfig, sample: float, scored: float) -> tuple[float, float]:
+    """Seconds that do not depend on the number of steps, and seconds per step."""
+    # Inside the function, because the plan knows `atp.run`, which knows this module.
+    from atp.plan.cost import cost_of
+    from atp.plan.job import Job
+    from atp.plan.probe import seconds_of, speeds
+    from atp.plan.shapes import ModelShapes
+
+    at = _at(config, _PROBED)
+    shapes = ModelShapes.of(load_shapes(config.model), config.decisions)
+    autocast, device = autocast_dtype(config.training.precision), processes.device().type
+    job = Job.of(at, shapes, autocast=autocast, device=device, sample=sample, scored=scored)
+    speed = speeds(job)
+    seconds = {row.phase: seconds_of(row, speed) for row in cost_of(job)}
+    fixed, stepping = (sum(seconds.get(phase, 0.0) for phase in phases) for phases in (_BESIDE, _STEPS))
+    return fixed, stepping / at.training.total

@@ -1,0 +1,135 @@
+"""Minutes and tokens in place of steps: what they come to, how phases share them, and that a resumed run keeps them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_inputs import tiny_config
+
+from atp import length
+from atp.config import ATPConfig
+from atp.errors import InputError
+from atp.length import with_known_steps, with_steps
+from atp.plan import make_plan
+from atp.plan.cost import Flops
+from atp.run import Run
+from atp.training.schedule import Phases
+
+
+def config_of(preset="quick", **training):
+    return ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o", "preset": preset, "training": training})
+
+
+def phases(config, sample=100.0):
+    found, record = with_steps(config, sample)
+    assert found.training.budget == {} and record["steps"] == found.training.total
+    return Phases.from_config(found.training)
+
+
+def test_tokens_are_those_that_all_steps_read():
+    found, record = with_steps(config_of(tokens=2e6, batch_size=2, gradient_accumulation=5), 100.0)
+    assert found.training.total == 2000 and Phases.from_config(found.training).open == round(2000 / 3)
+    assert (
+        record["description"] == "training.tokens=2e+06 comes to 2000 steps (1,000 tokens per step), 2,000,000 tokens"
+    )
+
+
+def test_phases_keep_their_shares():
+    assert phases(config_of(tokens=120_000, open=30, search=60, settle=10, tune=100)) == Phases(360, 60, 600, 180)
+    assert phases(config_of(tokens=60_000, search=100)) == Phases(150, 0, 250, 200), "of 400, a third of them open"
+    paper = phases(config_of("paper", tokens=20 * 100 * 300))
+    assert (paper.open, paper.search, paper.settle, paper.tune) == (0, 150, 10, 140)
+    few = phases(config_of(tokens=1000, open=30, search=600, settle=1, tune=0))
+    assert few.settle == 1 and few.tune == 0 and few.open >= 1, "a phase that there is stays"
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"tokens": 1e6, "steps": 300}, "steps and tokens are one length in different units: give one of them"),
+        ({"minutes": 1, "steps": 300}, "steps and minutes are one length in different units"),
+        ({"minutes": 1, "tokens": 1e6}, "minutes and tokens are one length in different units"),
+        ({"minutes": 0}, "input should be greater than 0"),
+    ],
+)
+def test_two_lengths_are_refused(training, message):
+    with pytest.raises(InputError, match=message):
+        config_of(**training)
+
+
+def test_the_steps_of_a_preset_give_way():
+    assert config_of("thorough", tokens=1e6).training.budget == {"tokens": 1e6}
+    assert config_of("thorough").training.total > config_of("standard").training.total > config_of().training.total
+    with pytest.raises(InputError, match="one length"):
+        config_of("thorough", tokens=1e6, steps=10)
+
+
+def test_too_little_is_refused():
+    with pytest.raises(InputError, match="training.tokens is 500, which comes to 5 steps .*: give more"):
+        with_steps(config_of(tokens=500), 100.0)
+
+
+def test_who_knows_only_steps_says_so():
+    with pytest.raises(InputError, match="training.minutes is turned into steps by `atp train` and `atp plan` only"):
+        Phases.from_config(config_of(minutes=3).training)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A whole run of 600 tokens, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("length")
+    config = tiny_config(folder)
+    values = config.model_dump(mode="json") | {"output_dir": str(folder / "run")}
+    values["training"] |= {"tokens": 700}
+    values["evaluation"]["dense_baseline"] = False
+    config = ATPConfig.parse(values)
+    Run(config, resume=False, command="atp train", say=lambda line: None).execute()
+    return config
+
+
+def test_a_run_reads_the_tokens_that_were_asked_for(tiny):
+    run = Path(tiny.output_dir)
+    record = json.loads((run / "length.json").read_text(encoding="utf-8"))
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, record["steps"] + 1))
+    assert record["steps"] == round(700 / (2 * 16)) and record["asked"] == {"tokens": 700}
+    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["train_tokens"] == record["steps"] * 32
+    assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["training"]["tokens"] is None
+
+
+def test_a_run_goes_on_with_the_steps_that_it_began_with(tiny):
+    """No probe, no other number: the folder says what the steps are."""
+    before = (Path(tiny.output_dir) / "summary.json").read_bytes()
+    Run(tiny, resume=True, command="atp train", say=lambda line: None).execute()
+    assert (Path(tiny.output_dir) / "summary.json").read_bytes() == before
+    assert with_known_steps(tiny)[0].training.total == 22
+    other = tiny.model_copy(update={"training": tiny.training.model_copy(update={"tokens": 900.0})})
+    assert with_known_steps(other) == (other, None)
+    with pytest.raises(InputError, match="cannot resume under a changed config .*tokens"):
+        Run(other, resume=True, command="atp train", say=lambda line: None).execute()
+
+
+def test_minutes_are_what_the_probe_says(tiny, tmp_path, monkeypatch):
+    """Twice the speed gives twice the steps, once what takes its time beside them is off."""
+    speeds = dict.fromkeys(("whole", "step", "stock", "cut", "head"), 1e7)
+    monkeypatch.setattr("atp.plan.probe.speeds", lambda job: Flops(**speeds))
+
+    def at(minutes):
+        training = tiny.training.model_copy(update={"tokens": None, "minutes": minutes})
+        return tiny.model_copy(update={"training": training, "output_dir": str(tmp_path)})
+
+    fixed, each = length._seconds(at(1), 32.0, 0.5)
+    steps = with_steps(at(1), 32.0, 0.5)[0].training.total
+    assert steps == int((60 - fixed) / each) >= 10 and fixed > 0
+    speeds = {kind: 2 * speed for kind, speed in speeds.items()}
+    assert with_steps(at(1), 32.0, 0.5)[0].training.total == pytest.approx((120 - fixed) / each, abs=1)
+    with pytest.raises(InputError, match="training.minutes is .*, which comes to 0 steps"):
+        with_steps(at(fixed / 3 / 60), 32.0, 0.5)
+
+
+def test_the_plan_says_what_it_comes_to(tiny, tmp_path):
+    plan = make_plan(tiny.model_copy(update={"output_dir": str(tmp_path)}))
+    assert plan["remarks"][0] == "training.tokens=700 comes to 22 steps (32 tokens per step), 704 tokens."
+    assert sum(row["steps"] for row in plan["cost"]) == 22
+    assert plan["data"]["epochs"] == pytest.approx(22 / plan["data"]["steps_per_epoch"])
