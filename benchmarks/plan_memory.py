@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 
+from atp import heap
 from atp.config import ATPConfig
 from atp.loading import load_shapes
 from atp.plan.job import Job
@@ -32,6 +33,8 @@ from atp.training.trainer import ATPTrainer
 from benchmarks.measure import reset_resident_peak, resident_peak_bytes
 from benchmarks.run import MIB
 from benchmarks.whole_run import apart
+
+GIVE_BACK = heap.give_back
 
 # What opens a part of a run, and the name that the plan has for it.
 _PARTS = (
@@ -49,20 +52,30 @@ class Peaks:
     def __init__(self) -> None:
         self.start = _resident()
         self.bytes: dict[str, float] = {}
-        self.part = "load"
+        self.part, self.fresh = "load", False
         reset_resident_peak()
 
     def enter(self, part: str) -> None:
         """Counts from here towards a part."""
         peak = resident_peak_bytes() - self.start
         self.bytes[self.part] = max(peak, self.bytes.get(self.part, 0))
-        self.part = part
+        self.part, self.fresh = part, True
         reset_resident_peak()
+
+    def give_back(self) -> None:
+        """`heap.give_back`: where a part begins with it, what it gives back is not the part's."""
+        GIVE_BACK()
+        if self.fresh:
+            self.fresh = False
+            reset_resident_peak()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Every part of a run inside the with block is watched."""
-        with patch.object(Run, "_score_once", self._named(Run._score_once, self._scored)):
+        with (
+            patch.object(heap, "give_back", self.give_back),
+            patch.object(Run, "_score_once", self._named(Run._score_once, self._scored)),
+        ):
             with patch.object(Loop, "begin", self._named(Loop.begin, lambda loop, phase: phase, rest="")):
                 patches = [patch.object(o, name, self._named(getattr(o, name), part)) for o, name, part in _PARTS]
                 for change in patches:

@@ -30,7 +30,8 @@ def attention(module, query, key, value, attention_mask, **options):
     assert (module.num_heads, module.num_key_value_heads, module.head_dim) == (heads, groups, size)
     flat = [states.transpose(1, 2).reshape(TOKENS, -1) for states in (query, key, value)]
     query, key, value = (
-        states.view(TOKENS, count, size).transpose(0, 1) for states, count in zip(flat, (heads, groups, groups))
+        states.view(TOKENS, count, size).transpose(0, 1)
+        for states, count in zip(flat, (heads, groups, groups), strict=True)
     )
     out = scaled_dot_product_attention(
         query[None], key[None], value[None], is_causal=True, scale=module.scaling, enable_gqa=True
