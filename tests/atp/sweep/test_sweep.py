@@ -172,21 +172,16 @@ def test_results_of_a_sweep(swept):
 
 
 def test_the_printed_tables_fit_a_narrow_terminal(swept):
-    """Four targets and two tasks: no cell is cut short, which rich shows by an ellipsis."""
+    """With long names and two tasks: no cell is cut short, which rich shows by an ellipsis."""
     _, _, content = swept
-    rows = content["rows"] + [
-        row | {"target": f"params {n}"} for n in (110_000_000, 90_000_000) for row in [content["rows"][-1]]
-    ]
-    more = {
-        name.replace("qa ", "second "): value
-        for row in rows[:1]
-        for name, value in row.items()
-        if name.startswith("qa ")
-    }
-    out = Console(width=80, file=io.StringIO())
-    show(content | {"rows": [row | more for row in rows]}, out)
-    shown = out.file.getvalue()
-    assert "params 110000000" in shown and "perplexity" in shown and "…" not in shown
+    last = content["rows"][-1]
+    second = {name.replace("qa ", "second "): value for name, value in last.items() if name.startswith("qa ")}
+    rows = [row | second for row in (*content["rows"], last | {"target": "params 110000000"})]
+    out = io.StringIO()
+    show(content | {"rows": rows}, Console(width=80, file=out))
+    assert "params 110000000" in out.getvalue() and "…" not in out.getvalue()
+    for row in rows:
+        assert f"{row['parameters']:,}" in out.getvalue() and f"{row['perplexity']:.2f}" in out.getvalue()
 
 
 def test_lines_of_text_stay_whole_in_a_file(capsys):
