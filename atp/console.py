@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,12 @@ from atp.ending import OutputClosed
 
 
 class _Console(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does; in a file, which has no width, lines of text stay whole and can be searched for."""
+        if not self.is_terminal and all(isinstance(item, str) for item in objects):
+            options.setdefault("soft_wrap", True)
+        super().print(*objects, **options)
+
     def on_broken_pipe(self) -> None:
         raise OutputClosed
 

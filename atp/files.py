@@ -47,6 +47,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
+            if entry.is_file():  # safetensors lets only the owner read its files, whatever the umask
+                entry.chmod(temporary.stat().st_mode & 0o666)
             flush(entry)
         if path.exists() or path.is_symlink():
             os.replace(path, old)

@@ -3,9 +3,10 @@
     python -m benchmarks.plan_memory examples/health-mini.yaml training.steps=6 output_dir=/tmp/run
 
 The run happens in a process of its own, without the measurement of speed, which takes longest and little memory.
-Measured is Linux's VmHWM, reset between the parts of the run, less what is resident once all packages are imported. It
-holds all that a plan leaves out, and what the allocator keeps of freed memory; with MALLOC_MMAP_THRESHOLD_=65536 in the
-environment glibc keeps next to nothing.
+Measured is Linux's VmHWM, reset between the parts of the run, less what is resident once all packages are imported.
+Pages of files are left out of both, because a system that is short of memory takes those of libraries back. Measured
+memory holds all that a plan leaves out, and what the allocator keeps of freed memory; with MALLOC_MMAP_THRESHOLD_=65536
+in the environment glibc keeps next to nothing.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 
+from atp import heap
 from atp.config import ATPConfig
 from atp.loading import load_shapes
 from atp.plan.job import Job
@@ -32,6 +34,8 @@ from atp.training.trainer import ATPTrainer
 from benchmarks.measure import reset_resident_peak, resident_peak_bytes
 from benchmarks.run import MIB
 from benchmarks.whole_run import apart
+
+GIVE_BACK = heap.give_back
 
 # What opens a part of a run, and the name that the plan has for it.
 _PARTS = (
@@ -47,22 +51,32 @@ class Peaks:
     """The most resident memory of each part of a run, in bytes beyond what was resident at the start."""
 
     def __init__(self) -> None:
-        self.start = _resident()
+        self.start = _resident() - _of_files()
         self.bytes: dict[str, float] = {}
-        self.part = "load"
+        self.part, self.fresh = "load", False
         reset_resident_peak()
 
     def enter(self, part: str) -> None:
         """Counts from here towards a part."""
-        peak = resident_peak_bytes() - self.start
+        peak = resident_peak_bytes() - _of_files() - self.start
         self.bytes[self.part] = max(peak, self.bytes.get(self.part, 0))
-        self.part = part
+        self.part, self.fresh = part, True
         reset_resident_peak()
+
+    def give_back(self) -> None:
+        """`heap.give_back`: where a part begins with it, what it gives back is not the part's."""
+        GIVE_BACK()
+        if self.fresh:
+            self.fresh = False
+            reset_resident_peak()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Every part of a run inside the with block is watched."""
-        with patch.object(Run, "_score_once", self._named(Run._score_once, self._scored)):
+        with (
+            patch.object(heap, "give_back", self.give_back),
+            patch.object(Run, "_score_once", self._named(Run._score_once, self._scored)),
+        ):
             with patch.object(Loop, "begin", self._named(Loop.begin, lambda loop, phase: phase, rest="")):
                 patches = [patch.object(o, name, self._named(getattr(o, name), part)) for o, name, part in _PARTS]
                 for change in patches:
@@ -108,6 +122,12 @@ def planned(config: ATPConfig) -> dict[str, dict[str, Any]]:
 def _resident() -> int:
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_files() -> int:
+    """Resident pages of files that are mapped now; those of a file of weights are gone once it is read."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssFile:"))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -47,9 +47,9 @@ class Scheme:
     inputs: int
     settings: Callable[[list[str], torch.dtype], QuantizationConfigMixin]
 
-    def takes(self, linear: nn.Linear) -> bool:
+    def fits(self, outputs: int, inputs: int) -> bool:
         """Whether the library holds a matrix of this shape, and runs it on every processor."""
-        return linear.out_features % self.outputs == 0 and linear.in_features % self.inputs == 0
+        return outputs % self.outputs == 0 and inputs % self.inputs == 0
 
 
 def _int8(left: list[str], dtype: torch.dtype) -> QuantizationConfigMixin:
@@ -113,7 +113,11 @@ def write_quantized(
     scheme, dtype, head = SCHEMES[name], model.dtype, model.get_output_embeddings()
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     heads = [path for path, linear in linears.items() if linear is head]
-    left = [path for path, linear in linears.items() if linear is not head and not scheme.takes(linear)]
+    left = [
+        path
+        for path, linear in linears.items()
+        if linear is not head and not scheme.fits(linear.out_features, linear.in_features)
+    ]
     said = list(_summary(name, len(linears) - len(heads), left, str(dtype).removeprefix("torch."), where))
     windows = None
     try:

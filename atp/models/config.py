@@ -106,6 +106,11 @@ class ATPLlamaConfig(LlamaConfig):
         return cut
 
     @property
+    def logit_scale(self) -> float:
+        """What vLLM multiplies the head's outputs by: it computes them without our class."""
+        return 1 / self.logits_scaling
+
+    @property
     def uncut_head_dim(self) -> int:
         """head_dim, which is always set after construction."""
         return cast(int, self.head_dim)

@@ -123,7 +123,9 @@ class ATPLlamaAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output[..., : self.v_head_dim].reshape(*tokens, -1)), weights
+        # One dimension for heads and their widths, as vLLM's attention returns them, or two.
+        output = output.reshape(*tokens, query.shape[1], -1)[..., : self.v_head_dim]
+        return self.o_proj(output.reshape(*tokens, -1)), weights
 
 
 def _pad_heads(heads: Tensor, width: int) -> Tensor:
@@ -205,14 +207,22 @@ class ATPLlamaModel(ATPLlamaPreTrainedModel, Qwen2Model):  # type: ignore[misc] 
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As in transformers: input_ids int64 [batch, tokens] or inputs_embeds [batch, tokens, hidden]."""
+        """As in transformers: input_ids int64 [batch, tokens] or inputs_embeds [batch, tokens, hidden].
+
+        vLLM refuses a class that does not name these three.
+        """
         multiplier = self.config.embedding_multiplier
         if multiplier != 1 and (input_ids is None) != (inputs_embeds is None):
             embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             input_ids, inputs_embeds = None, embedded * multiplier
-        return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return super().forward(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
 class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, GraniteForCausalLM):  # type: ignore[misc]  # nor a GraniteConfig

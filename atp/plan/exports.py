@@ -11,9 +11,11 @@ from transformers import PretrainedConfig
 from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.export.gguf import architecture_of
+from atp.export.quantized import SCHEMES
 from atp.families import family_of, layer_config
 from atp.models.config import ATPLlamaConfig
 from atp.models.stock import stock_config
+from atp.spaces.space import MaskSpace
 
 _WHOLE_HEADS = "kv_group"
 """The mask space that leaves whole heads of the old width, and MLP channels."""
@@ -57,6 +59,19 @@ def _gguf(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
     return None
 
 
+def _nf4(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
+    scheme = SCHEMES["nf4"]
+    linears = (
+        linear for layer in MaskSpace.from_config(shapes, config.decisions.space).linears for linear in layer.values()
+    )
+    if any(scheme.fits(linear.out_features, linear.in_features) for linear in linears):
+        return None
+    return (
+        f"no matrix of the decoder has a multiple of {scheme.inputs} inputs and of {scheme.outputs} outputs: 8-bit "
+        "weights take any"
+    )
+
+
 def _cut(config: ATPConfig, shapes: PretrainedConfig) -> ATPLlamaConfig:
     """A config of the form that the cut model's will have: layers of one width, or of two."""
     narrower = {0: {"intermediate_size": layer_config(shapes, 0).intermediate_size - 1}}
@@ -67,7 +82,8 @@ EXPORTS = (
     _Export("transformers, with this package", _always),
     _Export("transformers alone, and tools that load its models", _stock),
     _Export("GGUF, for llama.cpp", _gguf),
-    _Export("8-bit or 4-bit weights, with torchao or bitsandbytes", _always),
+    _Export("8-bit weights, with torchao", _always),
+    _Export("4-bit weights, with bitsandbytes", _nf4),
 )
 
 

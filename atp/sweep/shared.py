@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atp import processes
+from atp.baselines.tuner import DENSE
 from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.files import read_json, whole_folder, write_json, write_text
@@ -45,7 +46,9 @@ class SharedRun(Run):
     def _execute(self) -> dict[str, Any]:
         trainer, _, _ = self._trainer()
         self._train(trainer)
-        facts = {"steps": trainer.step, "seconds": trainer.clock.seconds}
+        scores = processes.on_main(self._scores)
+        tuned = {DENSE: scores[DENSE]["seconds"]} if DENSE in scores else {}
+        facts = {"steps": trainer.step, "seconds": trainer.clock.seconds | tuned}
         processes.on_main(lambda: write_json(self.folder / DONE, facts))
         return facts
 
@@ -95,7 +98,9 @@ def shared_parts(config: ATPConfig) -> str:
         parts.append("the tuned dense model")
     if training.opened:
         parts.append(f"{training.opened} of {training.total} LoRA steps")
-    if decisions.source in ("static", "tuned") or (decisions.source == "learned" and decisions.init == "saliency"):
+    watched = decisions.source == "running" and training.opened > 0
+    begun = decisions.source == "learned" and decisions.init == "saliency"
+    if decisions.source in ("static", "tuned") or watched or begun:
         parts.append("the saliency")
     line = f"all targets share {', '.join(parts)}"
     return line if training.opened else f"{line}; training.open is 0, so each of them takes all steps itself"

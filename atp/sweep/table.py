@@ -62,35 +62,50 @@ def _figure(name: str, value: float, interval: list[float]) -> Row:
 
 def show(content: Mapping[str, Any], console: Console) -> None:
     """Prints the content of sweep.json."""
-    head, lines = table(content["rows"])
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column, name in enumerate(head):
-        shown.add_column(name, justify="right" if column else "left")
-    for line in lines:
-        shown.add_row(*line)
-    console.print(shown)
+    for head, lines in tables(content["rows"]):
+        shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column, name in enumerate(head):
+            # Where the terminal is too narrow for all, a word goes on in the next line: no digit is left out.
+            shown.add_column(name, justify="right" if column else "left", no_wrap=not column, overflow="fold")
+        for line in lines:
+            shown.add_row(*line)
+        console.print(shown)
     taken = sum(content["shared"]["seconds"].values())
-    console.print(f"{content['shared']['what']}, which took {taken:,.0f} seconds; a target's seconds come on top")
+    console.print(f"{content['shared']['what']}: {taken:,.0f} seconds, scores left out; a target's seconds come on top")
     console.print("certificate: the largest change of a logit at the cut, as a share of their scale")
 
 
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """(head, lines) of text cells, with 95 % intervals in parentheses."""
+def tables(rows: list[Row]) -> list[tuple[list[str], list[list[str]]]]:
+    """Sizes and scores as (head, lines) of text cells, a line per model. Two, so that each fits a narrow terminal.
+
+    Scores have 95 % intervals in parentheses.
+    """
     names = dict.fromkeys(name for row in rows for name in row)
     scores = [name for name in names if f"{name} low" in names]
-    head = ["model", "target", "keep", "parameters", "MB", *(name.replace("_", " ") for name in scores)]
-    return [*head, "certificate", "seconds"], [_line(row, scores) for row in rows]
+    sizes = ["model", "share of the decoder", "parameters", "MB", "certificate", "seconds"]
+    return [
+        (sizes, [[_name(row), *_sizes(row)] for row in rows]),
+        (["model", *(name.replace("_", " ") for name in scores)], [[_name(row), *_cells(row, scores)] for row in rows]),
+    ]
 
 
-def _line(row: Row, scores: list[str]) -> list[str]:
-    sizes = [f"{row['keep']:.4g}", f"{row['parameters']:,}", f"{row['megabytes']:,.1f}"]
-    cells = [row["model"], row["target"] or DASH, *sizes]
-    for name in scores:
-        digits = 2 if name == "perplexity" else 3
-        known = name in row
-        cells.append(with_interval(row[name], [row[f"{name} low"], row[f"{name} high"]], digits) if known else DASH)
+def _name(row: Row) -> str:
+    return str(row["target"] or row["model"])
+
+
+def _sizes(row: Row) -> list[str]:
+    cells = [f"{row['keep_decoder']:.4g}", f"{row['parameters']:,}", f"{row['megabytes']:,.1f}"]
     cut = "masked_vs_cut" in row
     return [*cells, *([f"{row['masked_vs_cut']:.1e}", f"{row['seconds']:,.0f}"] if cut else [DASH, DASH])]
+
+
+def _cells(row: Row, scores: list[str]) -> list[str]:
+    cells = []
+    for name in scores:
+        digits = 2 if name == "perplexity" else 3
+        known = row.get(name) is not None
+        cells.append(with_interval(row[name], [row[f"{name} low"], row[f"{name} high"]], digits) if known else DASH)
+    return cells
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

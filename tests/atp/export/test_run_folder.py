@@ -58,6 +58,14 @@ def test_a_run_ends_and_says_what_dtype_it_wrote(finished):
     assert math.isfinite(summary["perplexity"]["final"])
 
 
+def test_others_may_read_the_weights_as_they_may_the_config(finished):
+    """safetensors 0.8 keeps its files to their owner, and a server often runs as somebody else."""
+    _, folder, _ = finished
+    plain = (folder / "summary.json").stat().st_mode
+    for file in ("model/model.safetensors", "base/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (folder / file).stat().st_mode == plain
+
+
 def test_adapter_and_base_are_the_model(finished):
     """In float32 arithmetic they differ by what merging rounds."""
     dtype, folder, _ = finished

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from transformers import LlamaConfig
 
 from atp.cli import main
 from atp.config import ATPConfig
@@ -268,16 +269,19 @@ def reached(config, name="Llama-2-7b"):
 
 
 def test_exports_by_settings():
-    package, alone, gguf, narrow = (export.name for export in EXPORTS)
+    package, alone, gguf, int8, nf4 = (export.name for export in EXPORTS)
     default = reached(public("Llama-2-7b"))
-    assert [reach.reachable for reach in default.values()] == [True, False, True, True]
+    assert [reach.reachable for reach in default.values()] == [True, False, True, True, True]
     assert "set preset: stock" in default[alone].why_not
     assert all(reach.reachable == (reach.why_not is None) for reach in default.values())
     dims = reached(public("Llama-2-7b", "decisions.space=head_dim"))
-    assert [dims[name].reachable for name in (package, alone, gguf, narrow)] == [True, False, False, True]
+    assert [dims[name].reachable for name in (package, alone, gguf, int8, nf4)] == [True, False, False, True, True]
     assert "set decisions.space=kv_group" in dims[gguf].why_not
     qwen3 = reached(public("Qwen3-8B"), "Qwen3-8B")[gguf]
     assert not qwen3.reachable and "norms of queries and keys" in qwen3.why_not
+    sizes = {"hidden_size": 96, "intermediate_size": 200, "num_attention_heads": 6, "head_dim": 16}
+    small = {reach.name: reach for reach in reachable_exports(public("Llama-2-7b"), LlamaConfig(**sizes))}
+    assert small[int8].reachable and "no matrix of the decoder has a multiple of 64 inputs" in small[nf4].why_not
 
 
 @pytest.mark.parametrize("name", ["Llama-2-7b", "Llama-3.1-8B", "Qwen3-8B", "Qwen2.5-7B"])

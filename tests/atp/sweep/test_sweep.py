@@ -1,21 +1,24 @@
 """`atp sweep` on a tiny model: each target is the run of its own, bit for bit, from one open phase."""
 
 import csv
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_command import everything, read, results, start, stopping_at
 from transformers import AutoModelForCausalLM
 
 from atp import latency
 from atp.cli import main
+from atp.console import console
 from atp.errors import InputError, NotReached
 from atp.latency import Table
 from atp.run import Run
 from atp.sweep import Sweep
 from atp.sweep.shared import SharedRun
-from atp.sweep.table import table
+from atp.sweep.table import show, tables
 from atp.sweep.targets import UNITS, resolve
 from atp.training import checkpoint as checkpoints
 from atp.training import trainer as trainers
@@ -152,20 +155,38 @@ def test_results_of_a_sweep(swept):
         )  # fmt: skip
         assert row["qa macro_f1"] == summary["qa"]["final"]["macro_f1"]
         assert row["masked_vs_cut"] == summary["certificate"]["masked_vs_cut"]
-        phases = sum(value for phase, value in summary["seconds"].items() if phase != "total")
-        assert row["seconds"] == pytest.approx(phases - sum(content["shared"]["seconds"].values()), abs=0.1)
-    assert content["shared"]["steps"] == 2 and {"open", "saliency"} <= content["shared"]["seconds"].keys()
+        own = summary["seconds"].keys() - {"total", "open", "saliency", "dense_lora"}
+        assert row["seconds"] == pytest.approx(sum(summary["seconds"][phase] for phase in own), abs=0.1)
+    assert content["shared"]["steps"] == 2
+    assert {"open", "saliency", "dense_lora"} <= content["shared"]["seconds"].keys()
     with (folder / "sweep.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     assert [(row["model"], float(row["perplexity"])) for row in found] == [(r["model"], r["perplexity"]) for r in rows]
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    head, lines = table(rows)
-    assert head[:6] == ["model", "target", "keep", "parameters", "MB", "perplexity"] and head[-2:] == [
-        "certificate",
-        "seconds",
-    ]
-    assert lines[0][-2:] == ["–", "–"] and lines[3][:3] == ["ATP", "keep 0.6", "0.6"] and "–" not in lines[3]
-    assert {len(line) for line in lines} == {len(head)}
+    (head, sizes), (scored, scores) = tables(rows)
+    assert head == ["model", "share of the decoder", "parameters", "MB", "certificate", "seconds"]
+    assert scored[:2] == ["model", "perplexity"] and "of tuned dense" in scored
+    assert sizes[0][-2:] == ["–", "–"] and sizes[3][0] == scores[3][0] == "keep 0.6" and "–" not in sizes[3]
+    assert [line[0] for line in sizes] == ["original", "tuned, uncut", "keep 0.8", "keep 0.6"]
+    assert {len(line) for line in sizes} == {len(head)} and {len(line) for line in scores} == {len(scored)}
+
+
+def test_the_printed_tables_fit_a_narrow_terminal(swept):
+    """With long names and two tasks: no cell is cut short, which rich shows by an ellipsis."""
+    _, _, content = swept
+    last = content["rows"][-1]
+    second = {name.replace("qa ", "second "): value for name, value in last.items() if name.startswith("qa ")}
+    rows = [row | second for row in (*content["rows"], last | {"target": "params 110000000"})]
+    out = io.StringIO()
+    show(content | {"rows": rows}, Console(width=80, file=out))
+    assert "params 110000000" in out.getvalue() and "…" not in out.getvalue()
+    for row in rows:
+        assert f"{row['parameters']:,}" in out.getvalue() and f"{row['perplexity']:.2f}" in out.getvalue()
+
+
+def test_lines_of_text_stay_whole_in_a_file(capsys):
+    console.print("word " * 40)
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 STOPS = {
