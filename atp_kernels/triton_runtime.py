@@ -56,6 +56,15 @@ def _misfit_capability(device: torch.device) -> str | None:
     return f"the triton backend needs CUDA capability {oldest} and {device} is of {own}"
 
 
+def lacks_registers(device: torch.device) -> str | None:
+    """Why the tiles of products do not suit an AMD GPU whose waves have 32 lanes (RDNA): they spill."""
+    if INTERPRETED or torch.version.hip is None or not torch.cuda.is_available():
+        return None
+    if torch.cuda.get_device_properties(device).warp_size != 32:
+        return None
+    return f"the triton backend's tiles of products do not fit the registers of {device}, whose waves have 32 lanes"
+
+
 def refuses(call: Call) -> str | None:
     """Why no Triton kernel takes a call on this device or of this dtype."""
     return refused_dtype("triton", call.dtype, DTYPES) or misfit(call.device)
