@@ -35,6 +35,6 @@ def kept_lora_linear(
     for wrong shapes, dtypes or devices, RuntimeError for a named backend that cannot take the call.
     Source: arXiv 2412.14426, section 3 (LoRA step).
     """
-    x, kept, *others = prepare(x, kept, lora_a, lora_b, lora_input)
+    x, kept, lora_a, lora_b, lora_input = prepare(x, kept, lora_a, lora_b, lora_input)
     kept = form_of(kept, x, lora_a.shape[0], backend)
-    return op.kept_linear(x, kept, *others, float(scaling), backend)
+    return op.kept_linear(x, kept, lora_a, lora_b, lora_input, float(scaling), backend)
