@@ -12,6 +12,8 @@ OLDEST_CAPABILITY = (8, 0)
 """Of an NVIDIA GPU: what Triton supports and where bfloat16 has tensor cores."""
 AMD_STAGES = 2
 """Of a loop on AMD at most: more take more than its 64 KB of shared memory, and registers."""
+PRODUCTS = ("masked_lora_linear", "masked_lora_linear_with_norms", "masked_lora_qkv")
+"""Operations whose kernels are products."""
 _INT32_LIMIT = 2**31
 AVAILABLE = find_spec("triton") is not None
 REASON = None if AVAILABLE else "the triton package is not installed; run pip install triton"
@@ -67,7 +69,8 @@ def lacks_registers(device: torch.device) -> str | None:
 
 def refuses(call: Call) -> str | None:
     """Why no Triton kernel takes a call on this device or of this dtype."""
-    return refused_dtype("triton", call.dtype, DTYPES) or misfit(call.device)
+    reason = refused_dtype("triton", call.dtype, DTYPES) or misfit(call.device)
+    return reason or (lacks_registers(call.device) if call.op in PRODUCTS else None)
 
 
 def passes_int32(*tensors: Tensor | None) -> bool:

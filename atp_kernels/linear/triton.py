@@ -33,8 +33,8 @@ _PRIMITIVES = aten.Primitives(dropped=dropped)
 
 
 def supports(call: Call) -> str | None:
-    """float32, float16 and bfloat16, on CUDA and AMD's CDNA, or in the interpreter."""
-    return triton_runtime.refuses(call) or triton_runtime.lacks_registers(call.device)
+    """float32, float16 and bfloat16, on CUDA or in the interpreter."""
+    return triton_runtime.refuses(call)
 
 
 def forward(operands: Operands, options: Options, *, config: tiles.GemmConfig | None = None) -> Results:
