@@ -91,10 +91,10 @@ def test_a_side_that_lies_kept_first_stays_cut():
 def test_a_changed_weight_is_noticed_by_both():
     tensors = operands(SHAPE, torch.float32)
     weight = tensors["weight"].detach()
-    kept = KeptSlice(weight, out_mask=tensors["out_mask"])
+    kept, other = (KeptSlice(weight, out_mask=tensors["out_mask"]) for _ in range(2))
     earlier = kept.zeroed
     weight.add_(1)
-    for stale in (earlier, kept, copy.copy(kept).zeroed):
+    for stale in (earlier, kept, other.zeroed, copy.copy(other), copy.deepcopy(other)):
         with pytest.raises(RuntimeError, match="the weight of this KeptSlice changed in place"):
             stale.weight(torch.float32)
 

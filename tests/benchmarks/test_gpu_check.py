@@ -69,12 +69,13 @@ def test_a_failing_stage_is_told_and_the_others_go_on(tmp_path):
     assert result.returncode == 1
     stages = (tmp_path / "summary.txt").read_text().splitlines()[1:]
     assert [line.split()[0] for line in stages] == ["sanitize", "ops"]
+    assert list((tmp_path / "done").iterdir()) == []
     assert all("stopped after 1 s" in line for line in stages)
 
 
 @pytest.mark.slow
-def test_an_interrupted_check_goes_on_and_named_stages_run_again(tmp_path):
-    """Of stages that ended well at this commit only those are left out that nobody names."""
+def test_an_interrupted_check_goes_on(tmp_path):
+    """Stages that ended well at this commit are left out."""
     done = tmp_path / "done"
     done.mkdir()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -88,5 +89,3 @@ def test_an_interrupted_check_goes_on_and_named_stages_run_again(tmp_path):
     assert [line.split()[0] for line in lines] == stages
     assert [line.split()[0] for line in lines if not line.endswith("done before")] == ["method"]
     assert (done / "method").read_text() == f"cpu {commit}\n"
-    failed = gpu_check(tmp_path, "--dry", "method", STAGE_SECONDS="1")
-    assert failed.returncode == 1 and not (done / "method").exists()
