@@ -74,7 +74,8 @@ class Operation:
 
     package: its room. backends: those that have a file there. order: by device type, or "<device type> plain" for plain
     calls that have an order of their own; devices that are not named take the reference. explained: (tensors, backend,
-    **the call's keyword arguments) to (way, why), for an operation in which sizes and masks decide too.
+    **the call's keyword arguments) to (way, why), for a linear in which sizes and masks decide too; explained_by: how
+    many tensors that takes, x first and the factors last.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Operation:
     backends: tuple[str, ...]
     order: Mapping[str, Order] = field(default_factory=dict)
     explained: Callable[..., tuple[str, str]] | None = None
+    explained_by: int = 4
 
     def order_of(self, call: Call) -> Order:
         """The order for a call."""
@@ -196,15 +198,16 @@ def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = Fals
     The first tensor's device and the tensors' common dtype decide; with none given a float32 CPU call is explained.
     `plain`: of a masked LoRA linear, a call with neither masks nor dropout.
     With x, weight, lora_a and lora_b of `masked_lora_linear`, and its bias, lora_input, masks, mask_lora and dropout as
-    options, the sentence is about that call: which way, from which tuned table, for its M, N, K and r.
+    options, the sentence is about that call: which way, from which tuned table, for its M, N, K and r. So it is with
+    x, lora_a and lora_b of `kept_lora_linear`, and its slice as the option kept.
     """
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = common_dtype(tensors) if tensors else torch.float32
     operation = OPERATIONS.get(op)
-    if operation is not None and operation.explained is not None and len(tensors) == 4:
-        x, weight, lora_a, _ = tensors
+    if operation is not None and operation.explained is not None and len(tensors) == operation.explained_by:
+        x, *_, lora_a, lora_b = tensors
         name, why = operation.explained(tensors, backend, **options)
-        (n, k), r, dtype = weight.shape, lora_a.shape[0], autocast_dtype(x) or x.dtype
+        (r, k), n, dtype = lora_a.shape, lora_b.shape[0], autocast_dtype(x) or x.dtype
         sizes = f" with M {x.numel() // max(1, k)}, N {n}, K {k}, r {r}"
     elif options:
         raise ValueError(f"{', '.join(options)} explain nothing without x, weight, lora_a and lora_b of a linear.")

@@ -12,6 +12,8 @@ OLDEST_CAPABILITY = (8, 0)
 """Of an NVIDIA GPU: what Triton supports and where bfloat16 has tensor cores."""
 AMD_STAGES = 2
 """Of a loop on AMD at most: more take more than its 64 KB of shared memory, and registers."""
+PRODUCTS = ("masked_lora_linear", "masked_lora_linear_with_norms", "masked_lora_qkv")
+"""Operations whose kernels are products."""
 _INT32_LIMIT = 2**31
 AVAILABLE = find_spec("triton") is not None
 REASON = None if AVAILABLE else "the triton package is not installed; run pip install triton"
@@ -56,9 +58,19 @@ def _misfit_capability(device: torch.device) -> str | None:
     return f"the triton backend needs CUDA capability {oldest} and {device} is of {own}"
 
 
+def lacks_registers(device: torch.device) -> str | None:
+    """Why the tiles of products do not suit an AMD GPU whose waves have 32 lanes (RDNA): they spill."""
+    if INTERPRETED or torch.version.hip is None or not torch.cuda.is_available():
+        return None
+    if torch.cuda.get_device_properties(device).warp_size != 32:
+        return None
+    return f"the triton backend's tiles of products do not fit the registers of {device}, whose waves have 32 lanes"
+
+
 def refuses(call: Call) -> str | None:
     """Why no Triton kernel takes a call on this device or of this dtype."""
-    return refused_dtype("triton", call.dtype, DTYPES) or misfit(call.device)
+    reason = refused_dtype("triton", call.dtype, DTYPES) or misfit(call.device)
+    return reason or (lacks_registers(call.device) if call.op in PRODUCTS else None)
 
 
 def passes_int32(*tensors: Tensor | None) -> bool:

@@ -21,7 +21,7 @@ from atp_kernels.call import shown
 from atp_kernels.tuning.candidates import Case, candidates, measured
 from atp_kernels.tuning.clock import clock
 from atp_kernels.tuning.shapes import MODELS, parse_shape, shapes_of
-from atp_kernels.tuning.table import REGIMES, Entry, file_name, folder, shown_tile, write
+from atp_kernels.tuning.table import HARD, REGIMES, Entry, file_name, folder, shown_tile, write
 
 DTYPES = {shown(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -58,7 +58,7 @@ def _parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[C
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16" if cuda else "float32"])
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or a CUDA device")
     parser.add_argument("--regime", nargs="+", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.6], help="shares that the masks of search keep")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.6], help="shares that hard masks keep")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--folder", type=Path, default=folder(), help="of the table; the user's own unless given")
     options = parser.parse_args(arguments)
@@ -85,7 +85,7 @@ def _parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[C
     cases = [
         Case(regime, m, n, k, r, DTYPES[dtype], device, keep)
         for regime, dtype, (n, k), m, r in sizes
-        for keep in (options.keep if regime == "search" else [1.0])
+        for keep in (options.keep if regime in HARD else [1.0])
     ]
     return options, cases, options.folder / file_name(device)
 

@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
-# What there is to see on a machine with a GPU, by stages of under ten minutes each; a table comes last.
+# What there is to see on a machine with a GPU, by stages of under nine minutes each; a table comes last.
 #
-#   benchmarks/gpu_check.sh [--dry] [build] [test] [sanitize] [tune] [ops] [train]      all of them by default
+#   benchmarks/gpu_check.sh [--dry] [build] [test] [method] [sanitize] [tune] [ops] [train] [whole]
 #
+# Without a name it takes all stages, but for those that ended well at this commit under this $OUT: called again after an
+# interruption, it goes on. Stages that are named run again. The tests run once, on all cores where pytest-xdist is
+# installed: those of the kernels in `test`, those of training steps in `method`. What is timed after them in `ops` and
+# `train` is not tested again.
 # Needs the repository, torch with triton, nvcc, compute-sanitizer, pytest, transformers and peft; no network, no data.
 # Python packages that are missing can lie as wheels in the folder $WHEELS. Everything goes under $OUT
 # (benchmarks/results/gpu): a log a stage, rows of measurements in rows/, the same packed in rows.tar.gz, tuned tables in
 # tables/, summary.txt.
 # --dry runs the stages on a CPU with tiny sizes and does not verify what it times. Other variables: PYTHON (python3),
-# MODELS, RANKS and TOKENS of the operations, ROWS (another folder for rows), STAGE_SECONDS (590).
+# MODELS, RANKS and TOKENS of the operations, ROWS (another folder for rows), STAGE_SECONDS (530), WORKERS of the tests (8).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STAGES=(build test sanitize tune ops train)
-OPERATIONS=('linear_*' 'swiglu_*' 'qkv_*' 'group_*' compact rms_norm)
+STAGES=(build test method sanitize tune ops train whole)
+OPERATIONS=('linear_*' 'swiglu_*' 'qkv_*' 'group_*' compact rms_norm rotary_embedding)
 dry=0 chosen=()
 for argument in "$@"; do
   case " ${STAGES[*]} " in
@@ -22,9 +26,10 @@ for argument in "$@"; do
        dry=1 ;;
   esac
 done
-((${#chosen[@]})) || chosen=("${STAGES[@]}")
+named=${#chosen[@]}
+((named)) || chosen=("${STAGES[@]}")
 
-export PYTHON=${PYTHON:-python3} STAGE_SECONDS=${STAGE_SECONDS:-590}
+export PYTHON=${PYTHON:-python3} STAGE_SECONDS=${STAGE_SECONDS:-530}
 export OUT=${OUT:-$PWD/benchmarks/results/gpu}
 export ROWS=${ROWS:-$OUT/rows}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
@@ -32,13 +37,19 @@ unset TRITON_INTERPRET
 # shellcheck disable=SC2206  # MODELS and RANKS are lists of words
 if ((dry)); then
   device=cpu tests=(tests/atp_kernels/test_dispatch.py) limits=(--threads 1 --rounds 2 --dtype float32 --no-verify)
+  method=(tests/atp/decide/test_budget.py)
   sizes=(--model ${MODELS:-tiny} --rank ${RANKS:-8} --tokens "${TOKENS:-64}")
   trained=("--model tiny --length 32 --batch 2 --rounds 2 --threads 1 --no-verify")
+  runs="--model tiny --steps 3 --length 32 --batch 2 --dtype float32 --threads 1"
 else
   device=cuda tests=(tests/atp_kernels) limits=()
+  method=(tests/atp/lora tests/atp/decide tests/atp/removal tests/atp/training/test_decisions.py)
   sizes=(--model ${MODELS:-llama2-7b} --rank ${RANKS:-16} --tokens "${TOKENS:-8192}")
-  trained=("--model 1b --batch 8" "--model 7b --batch 2 --checkpointing --rounds 3 --no-verify")
+  trained=("--model 1b --batch 8" "--model 7b --batch 2 --checkpointing --rounds 3")
+  runs="--device cuda --model 1b --steps 30 --length 1024 --dtype bfloat16"
 fi
+
+STAMP="$device $(git rev-parse HEAD 2> /dev/null)"
 
 prepare() {
   mkdir -p "$OUT" "$ROWS" || return 1
@@ -89,8 +100,18 @@ print(extension.build_info())
 sys.exit(sys.argv[1] == "cuda" and not extension.build_info()["cuda_archs"])' "$device"
 }
 
+tested() {
+  local parallel=()
+  "$PYTHON" -c 'import xdist' 2> /dev/null && ((!dry)) && parallel=(-n "${WORKERS:-8}" --dist worksteal)
+  "$PYTHON" -m pytest -q "${parallel[@]}" "$@"
+}
+
+run_method() {
+  tested "${method[@]}"
+}
+
 run_test() {
-  "$PYTHON" -m pytest -q "${tests[@]}" || return 1
+  tested "${tests[@]}" || return 1
   agree "" --model tiny --tokens 1 37 --rank 8 64 || return 1
   ((dry)) || agree "" --model smollm2-135m --tokens 777 --rank 16
 }
@@ -118,8 +139,17 @@ run_tune() {
   return $status
 }
 
+# Tests what is timed next, once, unless the stage $1 has; the rest are operations. A dry run does without.
+verify() {
+  local stage=$1
+  shift
+  ((dry)) || is_done "$stage" || "$PYTHON" -m benchmarks verify --op "$@" || return 1
+  export ATP_BENCHMARKS_VERIFIED=1
+}
+
 run_ops() {
   local status=0 pattern
+  verify test "${OPERATIONS[@]}" || return 1
   for pattern in "${OPERATIONS[@]}"; do
     "$PYTHON" -m benchmarks run --op "$pattern" --device "$device" --out "$ROWS" "${sizes[@]}" "${limits[@]}" || status=1
   done
@@ -129,11 +159,22 @@ run_ops() {
 
 run_train() {
   local options status=0
+  verify method 'train_*' || return 1
   for options in "${trained[@]}"; do
     # shellcheck disable=SC2086  # words of a command
     "$PYTHON" -m benchmarks.training --lenient --device "$device" --out "$ROWS" $options || status=1
   done
   return $status
+}
+
+run_whole() {
+  # shellcheck disable=SC2086  # words of a command
+  "$PYTHON" -m benchmarks.whole_run --lenient --out "$ROWS" $runs
+}
+
+# Whether a stage ended well, on this device and at this commit.
+is_done() {
+  [[ $(cat "$OUT/done/$1" 2> /dev/null) == "$STAMP" ]]
 }
 
 # A stage runs in a process of its own, so that it can be stopped as a whole.
@@ -143,16 +184,22 @@ if [[ -n ${GPU_CHECK_STAGE:-} ]]; then
 fi
 
 prepare || exit 1
+mkdir -p "$OUT/done"
 failed=0 told=() summary=$OUT/summary.txt
 "$PYTHON" -c '
 import sys
 from benchmarks.records import environment
 print(*(f"{name} {value}" for name, value in environment(sys.argv[1]).items()), sep=", ")' "$device" > "$summary"
 for stage in "${chosen[@]}"; do
+  if ((!named)) && is_done "$stage"; then
+    told+=("$(printf '%-9s %4s    %s' "$stage" "" "done before")")
+    continue
+  fi
+  rm -f "$OUT/done/$stage"
   started=$SECONDS
   GPU_CHECK_STAGE=$stage timeout "$STAGE_SECONDS" bash benchmarks/gpu_check.sh "$@" 2>&1 | tee "$OUT/$stage.log"
   case ${PIPESTATUS[0]} in
-    0) result=ok ;;
+    0) result=ok; echo "$STAMP" > "$OUT/done/$stage" ;;
     124) result="stopped after $STAGE_SECONDS s" failed=1 ;;
     *) result=FAILED failed=1 ;;
   esac

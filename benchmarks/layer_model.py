@@ -1,7 +1,7 @@
 """The kernels of a training step as a list: operations, bytes and launches, by phase and by way of computing them.
 
-One description of a decoder layer (`_layer`) serves all ways. They differ in how a linear is computed (`_kept`,
-`_masked_triton`, `_plain`, `_unfused`) and in whether norms, SwiGLU and RoPE are one kernel each way. Every kernel
+One description of a decoder layer (`_layer`) serves all ways. They differ in how a linear is computed (`kept_linear`,
+`masked_triton`, `plain`, `unfused`) and in whether norms, SwiGLU and RoPE are one kernel each way. Every kernel
 counts its operands once from memory and its results once to it. What is as large as a vector or a factor is left out of
 the bytes where it lies beside activations.
 """
@@ -126,13 +126,13 @@ def _linear(step: Step, name: str, linear: Linear) -> Iterator[Kernel]:
     if step.way == "unfused":
         # A soft mask multiplies outputs alone; what down and o read arrives multiplied.
         masked = step.phase == "search" or (step.phase == "decision" and axis == 0)
-        return _unfused(step, linear, axis if masked else None)
+        return unfused(step, linear, axis if masked else None)
     if step.way == "ours" and step.phase == "search":
-        return _kept(step, linear, axis, step.shapes.kept[0].linears[name], shared)
+        return kept_linear(step, linear, axis, step.shapes.kept[0].linears[name], shared)
     # Between gate and up the mask of their sums is applied, so those linears have none.
     if step.way == "ours" and step.phase == "decision" and name.startswith("self_attn.") and axis == 0:
-        return _masked_triton(step, linear)
-    return _plain(step, linear, shared)
+        return masked_triton(step, linear)
+    return plain(step, linear, shared)
 
 
 def _shared(step: Step, linears: list[Linear]) -> Iterator[Kernel]:
@@ -146,7 +146,7 @@ def _shared(step: Step, linears: list[Linear]) -> Iterator[Kernel]:
     yield Kernel(extra, 0.0, step.item * 4.0 * r * k, 2)  # the factors A as one, in each direction
 
 
-def _plain(step: Step, linear: Linear, shared: bool = False) -> Iterator[Kernel]:
+def plain(step: Step, linear: Linear, shared: bool = False) -> Iterator[Kernel]:
     """Vendor products, the adapter added to the result of the base in place; shared: S, P A and dA are not its own."""
     m, n, k, r = step.tokens, linear.out_features, linear.in_features, step.rank
     extra = "adapter and masks"
@@ -163,7 +163,7 @@ def _plain(step: Step, linear: Linear, shared: bool = False) -> Iterator[Kernel]
         yield step.product(n, r, m, row=extra)  # dB
 
 
-def _kept(step: Step, linear: Linear, axis: int, kept: Linear, shared: bool) -> Iterator[Kernel]:
+def kept_linear(step: Step, linear: Linear, axis: int, kept: Linear, shared: bool = False) -> Iterator[Kernel]:
     """A LoRA step on the kept slice, activations kept first: the base on the head, the adapter on the whole width."""
     m, n, k, r = step.tokens, linear.out_features, linear.in_features, step.rank
     rows, columns = kept.out_features, kept.in_features
@@ -183,7 +183,7 @@ def _kept(step: Step, linear: Linear, axis: int, kept: Linear, shared: bool) -> 
     yield Kernel(extra, 0.0, step.item * 6.0 * r * (k if axis else n), 3)
 
 
-def _masked_triton(step: Step, linear: Linear) -> Iterator[Kernel]:
+def masked_triton(step: Step, linear: Linear) -> Iterator[Kernel]:
     """A decision step: mask and adapter in the product's epilogue, the un-masked sum saved for the mask's gradient."""
     m, n, k, r = step.tokens, linear.out_features, linear.in_features, step.rank
     extra = "adapter and masks"
@@ -194,7 +194,7 @@ def _masked_triton(step: Step, linear: Linear) -> Iterator[Kernel]:
     yield step.product(m, k, n + r)  # dx
 
 
-def _unfused(step: Step, linear: Linear, axis: int | None) -> Iterator[Kernel]:
+def unfused(step: Step, linear: Linear, axis: int | None) -> Iterator[Kernel]:
     """The linear in plain PyTorch operations, as in `linear/definition.py`: masks, scaling and sums on their own."""
     m, n, k, r = step.tokens, linear.out_features, linear.in_features, step.rank
     extra = "adapter and masks"

@@ -17,8 +17,9 @@ def hard(case: Case, sides: tuple[str, ...]) -> Variants:
     """Hard masks on the base path, LoRA on the whole width.
 
     `ours` takes and returns activations in the order of the model, `ours_kept_first` in the order that a producer and
-    its consumer share, so that nothing is gathered. `ours_plain` is the masked linear, which may make a slice in each
-    call; `ours_dense` names its backend, so that it masks the whole product.
+    its consumer share, so that nothing is gathered; `ours_zeroed` multiplies the whole weight with zeros. `ours_plain`
+    is the masked linear, which may make a slice in each call; `ours_dense` names its backend, so that it masks the
+    whole product.
     """
     tensors, grad, rng = operands(case, train_factors=True)
     x, weight, lora_a, lora_b = tensors
@@ -38,6 +39,9 @@ def hard(case: Case, sides: tuple[str, ...]) -> Variants:
     return {
         **marks(case, tensors, inputs, grad, masks),
         "ours": Variant(sliced, inputs, grad, holds=(tensors, kept)),
+        "ours_zeroed": Variant(
+            partial(kept_lora_linear, x, kept.zeroed, lora_a, lora_b, scaling=1.0), inputs, grad, holds=(tensors, kept)
+        ),
         "ours_kept_first": Variant(permuted, inputs, grad, same=False, holds=(tensors, first)),
         "ours_plain": Variant(partial(masked, **masks), inputs, grad, holds=tensors),
         "ours_dense": Variant(partial(masked, **masks, backend=dense), inputs, grad, holds=tensors),

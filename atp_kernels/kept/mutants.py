@@ -2,6 +2,7 @@
 
 SLICES = "atp_kernels/kept/slices.py"
 ATEN = "atp_kernels/kept/aten.py"
+FORMS = "atp_kernels/kept/forms.py"
 
 KEPT_NO_WORSE_THAN = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
 KEPT_EQUALS_MASKED = "tests/atp_kernels/test_kept.py -k equals_masked"
@@ -9,6 +10,7 @@ KEPT_FIRST_NO_WORSE = "tests/atp_kernels/test_kept_first.py -k no_worse_than_unf
 KEPT_STALE = "tests/atp_kernels/test_kept_stale.py"
 KEPT_CHUNKS_MEMORY = "tests/atp_kernels/test_kept_chunks.py -k 'not memory_is'"
 KEPT_CHUNKS_MEMORY_2 = "tests/atp_kernels/test_kept_chunks.py -k memory_is"
+KEPT_FORMS = "tests/atp_kernels/test_kept_forms.py -k 'not no_worse'"
 KEPT_FIRST_UNINITIALISED = "tests/atp_kernels/test_kept_first.py -k uninitialised"
 
 TABLE = {
@@ -22,6 +24,18 @@ TABLE = {
     (SLICES, KEPT_FIRST_NO_WORSE): (
         ("silent = torch.arange(mask.kept, mask.width,", "silent = torch.arange(mask.width, mask.width,"),
         ("Side(mask.index, mask.place, True)", "Side(mask.index, mask.place, False)"),
+    ),
+    (SLICES, KEPT_FORMS): (
+        ("removed.argsort(descending=True, stable=True)[: removed.numel() - self.count]", "self.silent"),
+        ("if self.index is None or self.side is None or self.side.kept_first:", "if self.index is None:"),
+        ("made._held = None", "pass"),
+        ("_version(t) if unchanged else _CHANGED", "_version(t)"),
+    ),
+    (FORMS, KEPT_FORMS): (
+        (" or any(other) or kept.quantized", " or any(other)"),
+        ("return kept if found is None or found[1].way == SLICED else kept.zeroed", "return kept.zeroed"),
+        ("KEPT[in_order.index(True)]", "KEPT[0]"),
+        ("x.numel() // k, n, k, rank, kept.share", "x.numel() // k, n, k, rank, 1.0"),
     ),
     (SLICES, KEPT_STALE): (
         ("_version(tensor) != version", "False"),

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.call import Operation, Order, matrix, refuse_twice, register, select
+from atp_kernels.kept import forms
 from atp_kernels.kept.operands import Needs, Operands, Saved
 from atp_kernels.kept.slices import KeptSlice, Side
 
@@ -18,6 +19,8 @@ OPERATION = register(
         backends=("reference", "triton", "native"),
         # Its products are the vendor's in every backend; what a CPU does in C++ around them is ATen's elsewhere.
         order={"cpu": Order(("native", "reference"))},
+        explained=forms.explained,
+        explained_by=3,
     )
 )
 

@@ -4,6 +4,7 @@ A row or column mask is a smaller dense matrix product. What is made here is mad
 index vectors, and at the first use the gathered weight.
 """
 
+import copy
 from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 
@@ -98,18 +99,30 @@ class KeptSlice:
         # A detached tensor counts its changes with the one that it came from.
         self._sources = tuple((name, tensor.detach(), _version(tensor)) for name, tensor in given if tensor is not None)
         self._rows, self._cols = self._gather_of(out_mask, pad_to), self._gather_of(in_mask, pad_to)
-        outs, ins = (None if gather is None else gather.side for gather in (self._rows, self._cols))
-        self.sides: tuple[Side | None, Side | None] = outs, ins  # how outputs and inputs relate to the slice
         self.kept_out = self.out_features if self._rows is None else self._rows.count
         self.kept_in = self.in_features if self._cols is None else self._cols.count
         self._weight = weight.detach()
-        self._bias = None if bias is None else _gathered(bias.detach().unsqueeze(1), self._rows, None).squeeze(1)
-        whole = self._rows is None and self._cols is None and not isinstance(weight, QuantizedWeight)
+        self.quantized = isinstance(weight, QuantizedWeight)
+        self._take_sides()
+        whole = self._rows is None and self._cols is None and not self.quantized
         self._held = self._weight if whole else None
+        self._zeroed: KeptSlice | None = None
 
     def __repr__(self) -> str:
         kept = f"kept {self.kept_out}/{self.out_features} x {self.kept_in}/{self.in_features}"
         return f"KeptSlice({kept}, {self.dtype}, {self.device})"
+
+    def __getstate__(self) -> dict[str, object]:
+        """For a copy, whose tensors count changes anew: which of them are unchanged, in place of their versions."""
+        masks = tuple(map(_version, (self.out_mask, self.in_mask)))
+        sources = tuple((name, tensor, _version(tensor) == version) for name, tensor, version in self._sources)
+        return self.__dict__ | {"_sources": sources, "_mask_versions": masks == self._mask_versions}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        masks = _version(self.out_mask), _version(self.in_mask)
+        self._mask_versions = masks if self._mask_versions else (_CHANGED, _CHANGED)
+        self._sources = tuple((name, t, _version(t) if unchanged else _CHANGED) for name, t, unchanged in self._sources)
 
     def fits(self, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None) -> bool:
         """Whether these are the masks that the slice was made for, on the same device and in the same order.
@@ -119,6 +132,27 @@ class KeptSlice:
         if (_version(self.out_mask), _version(self.in_mask)) != self._mask_versions:
             return False
         return _same(self.out_mask, out_mask) and _same(self.in_mask, in_mask)
+
+    @property
+    def share(self) -> float:
+        """The share of the weight that is kept; 1.0 of an empty one."""
+        return self.kept_out * self.kept_in / max(1, self.out_features * self.in_features)
+
+    @property
+    def zeroed(self) -> "KeptSlice":
+        """The same for whole products: what lies in the model's order is not cut, and zero where it is removed.
+
+        Nothing of activations is gathered for it, and all of the weight is multiplied. It is made at the first use,
+        holds a copy as large as the weight, and waits for no device. Values of removed inputs are multiplied by zero,
+        so NaN among them reaches the result.
+        """
+        if self._zeroed is None:
+            made = copy.copy(self)
+            made._rows, made._cols = (gather and gather.zeroed() for gather in (self._rows, self._cols))
+            made._take_sides()
+            made._held = None
+            self._zeroed = made
+        return self._zeroed
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The kept part [N", K"] in this dtype, gathered unless it is there; of a quantised weight, anew each time.
@@ -142,6 +176,13 @@ class KeptSlice:
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The kept part [N"] of the bias in this dtype."""
         return None if self._bias is None else self._bias.to(dtype)
+
+    def _take_sides(self) -> None:
+        """What the products must know of the two sides, and the bias."""
+        outs, ins = (None if gather is None else gather.side for gather in (self._rows, self._cols))
+        self.sides: tuple[Side | None, Side | None] = outs, ins  # how outputs and inputs relate to the slice
+        bias = next((tensor for name, tensor, _ in self._sources if name == "bias"), None)
+        self._bias = None if bias is None else _gathered(bias.unsqueeze(1), self._rows, None).squeeze(1)
 
     def _check_unchanged(self) -> None:
         """Asks the host alone, so that no device is waited for."""
@@ -231,6 +272,15 @@ class _Gather:
         index = torch.cat([kept, filler.expand(width - count)])
         return cls(count, index, places[count:], Side(index, place, False))
 
+    def zeroed(self) -> "_Gather":
+        """This without a cut in the model's order: zeros take the place of what is removed. It waits for no device."""
+        if self.index is None or self.side is None or self.side.kept_first:
+            return self
+        # Removed positions read the first filler. Their number is known, so that nobody has to ask the device.
+        removed = (self.side.place == self.count).to(torch.uint8)
+        silent = removed.argsort(descending=True, stable=True)[: removed.numel() - self.count]
+        return _Gather(self.count, None, silent, None)
+
     def to(self, device: torch.device) -> "_Gather":
         """This on a device; from the host nobody waits for it."""
         if self.silent.device == device:
@@ -241,6 +291,8 @@ class _Gather:
         return _Gather(self.count, index, silent, Side(index, place, self.side.kept_first))
 
 
+_CHANGED = -1
+"""The version of what had changed before it was copied, which no tensor has."""
 _REMEMBERED: MutableMapping[Tensor, tuple[int, int, _Gather | None]] = WeakTensorKeyDictionary()
 """Masks on devices that are waited for, each with its version, the padding and what was made of it."""
 

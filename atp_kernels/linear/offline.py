@@ -9,7 +9,7 @@ import triton
 
 from atp_kernels.linear import descriptor_kernels, tiles
 from atp_kernels.linear import triton_kernels as kernels
-from atp_kernels.offline import TYPES, Case
+from atp_kernels.offline import TYPES, WITH_PRODUCTS, Case
 
 _SIZE = 4096
 _DRAWN: dict[str, object] = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
@@ -138,4 +138,5 @@ def _case(
         else:
             arguments[argument] = {"scaling": "fp32", "seed": "i64"}.get(argument, "i32")
     used = {name: value for name, value in every.items() if name in kernel.arg_names}
-    return Case(name, kernel, dtype, rank, arguments, used, config.num_warps, config.num_stages, tensor_core_loop)
+    launch = config.num_warps, config.num_stages, tensor_core_loop
+    return Case(name, kernel, dtype, rank, arguments, used, *launch, archs=WITH_PRODUCTS)

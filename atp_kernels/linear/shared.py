@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from atp_kernels.call import autocast_dtype, matrix, select
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.aten import ATEN, ordered, product
+from atp_kernels.kept.forms import form_of
 from atp_kernels.kept.slices import KeptSlice, Side
 from atp_kernels.linear import ways
 from atp_kernels.linear.aten import scaled_mm
@@ -115,6 +116,7 @@ def shared_linears(
         for slice_, (_, lora_a, lora_b, _, _) in zip(kept, given, strict=True):
             _, _, lora_a, lora_b, _ = kept_operands.prepare(x, slice_, lora_a, lora_b, None)
             tensors += (None, None, lora_a, lora_b)
+        kept = [form_of(slice_, x, len(linear[1]), backend) for slice_, linear in zip(kept, given, strict=True)]
     else:
         if select("masked_lora_linear", x.device, x.dtype, backend, plain=True).name != "reference":
             return None

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from atp_kernels import triton_runtime
 from atp_kernels.call import select, shown
+from atp_kernels.kept.op import kept_linear
+from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import definition, folded, tiles, ways
 from atp_kernels.linear.op import linear_by
 from atp_kernels.linear.operands import Operands
 from atp_kernels.tuning.clock import Call
-from atp_kernels.tuning.table import FOLDED, SLICED, Entry, Key, Tile, shown_tile
+from atp_kernels.tuning.table import FOLDED, HARD, KEPT, SLICED, WAYS_OF_KEPT, ZEROED, Entry, Key, Tile, shown_tile
 
 SCALING = 0.5
 ALLOWED = 4.0
@@ -36,7 +38,7 @@ _TILES_OF_SINGLE = ((64, 64, 32, 8, 3), (64, 64, 32, 4, 3), (32, 64, 32, 4, 3), 
 
 @dataclass(frozen=True)
 class Case:
-    """Operands of one entry: decision has a soft mask with gradient and frozen factors, search a hard mask."""
+    """Operands of one entry: decision has a soft mask with gradient and frozen factors, `HARD` regimes a hard mask."""
 
     regime: str
     m: int
@@ -58,31 +60,34 @@ class Case:
         randn = lambda *size: torch.randn(size, generator=rng, device=self.device).to(self.dtype)  # noqa: E731
         trains = self.regime != "decision"
         weight, lora_a = randn(self.n, self.k) / self.k**0.5, randn(self.r, self.k) / self.k**0.5
-        out_mask = None
-        if self.regime != "cut":
-            out_mask = torch.rand(self.n, generator=rng, device=self.device)
-        if self.regime == "search":
-            assert out_mask is not None
+        mask = torch.rand(self._masked, generator=rng, device=self.device)
+        if self.regime in HARD:
             # The share that is asked for, whatever is drawn.
-            out_mask = out_mask.argsort() < round(self.keep * self.n)
-        elif out_mask is not None:
+            mask = mask.argsort() < round(self.keep * self._masked)
+        else:
             # Learned decisions round: most of their masks are zero or one.
-            out_mask = torch.where(out_mask < 0.3, 0.0, torch.where(out_mask < 0.6, 1.0, out_mask)).requires_grad_()
+            mask = torch.where(mask < 0.3, 0.0, torch.where(mask < 0.6, 1.0, mask)).requires_grad_()
+        side = "in_mask" if self.regime == "kept_in" else "out_mask"
         return Operands(
             randn(self.m, self.k).requires_grad_(),
             weight,
             lora_a.requires_grad_(trains),
             randn(self.n, self.r).requires_grad_(trains),
-            out_mask=out_mask,
+            **({} if self.regime == "cut" else {side: mask}),
         )
+
+    @property
+    def _masked(self) -> int:
+        """Positions of the side that has a mask."""
+        return self.k if self.regime == "kept_in" else self.n
 
     def key(self) -> Key:
         """What the entry is about."""
-        kept = round(self.keep * self.n) / self.n if self.regime == "search" else 1.0
+        kept = round(self.keep * self._masked) / self._masked if self.regime in HARD else 1.0
         return Key(self.regime, shown(self.dtype), self.m, self.n, self.k, self.r, kept)
 
     def __str__(self) -> str:
-        kept = f", {self.key().kept:.2f} kept" if self.regime == "search" else ""
+        kept = f", {self.key().kept:.2f} kept" if self.regime in HARD else ""
         return f"{self.regime} {self.n}x{self.k} r{self.r} {shown(self.dtype)}, {self.m} rows{kept}"
 
 
@@ -96,6 +101,8 @@ class Candidate(NamedTuple):
 
 def default_of(case: Case) -> str:
     """The name of the way that is taken without a table."""
+    if case.regime in KEPT:
+        return SLICED
     if case.regime == "search" and (found := ways.by_rule(case.device, case.key())) is not None:
         return found.name
     return select("masked_lora_linear", case.device, case.dtype, plain=case.regime == "cut").name
@@ -103,6 +110,8 @@ def default_of(case: Case) -> str:
 
 def candidates(case: Case, *, interpreted: bool = False) -> list[Candidate]:
     """Every way that takes the case here, that of today first; Triton in its interpreter only where it is asked for."""
+    if case.regime in KEPT:
+        return [Candidate(name, ways.Way(name, "a candidate")) for name in WAYS_OF_KEPT]
     found = []
     if case.regime == "search":
         found.append(Candidate(SLICED, ways.Way(SLICED, "a candidate")))
@@ -221,7 +230,17 @@ def measured(
 
 
 def _call_of(case: Case, candidate: Candidate) -> Callable[[Operands], Tensor]:
+    if case.regime in KEPT:
+        return _call_on_slice(case, candidate.name)
     return lambda operands: linear_by(candidate.way, operands, SCALING, case.mask_lora)
+
+
+def _call_on_slice(case: Case, form: str) -> Callable[[Operands], Tensor]:
+    """A slice is made once for many calls, so that making it is not timed."""
+    given = case.operands()
+    kept = KeptSlice(given.weight, out_mask=given.out_mask, in_mask=given.in_mask)
+    kept = kept.zeroed if form == ZEROED else kept
+    return lambda o: kept_linear(o.x, kept, o.lora_a, o.lora_b, None, SCALING, "auto")
 
 
 def _step(case: Case, call: Callable[[Operands], Tensor], grad: Tensor) -> Call:

@@ -27,9 +27,14 @@ ENVIRONMENT = "ATP_KERNELS_TABLES"
 """Names the folder of the user's tables, in place of that in the cache."""
 SHIPPED = Path(__file__).parent / "tables"
 FORMAT = 1
-REGIMES = ("decision", "search", "cut")
-SLICED, FOLDED = "sliced", "folded"
+KEPT = ("kept_out", "kept_in")
+"""Regimes of a `KeptSlice` made beforehand, with one bool mask in the model's order: on its outputs, on its inputs."""
+HARD = ("search", *KEPT)
+"""Those with bool masks on the base path."""
+REGIMES = ("decision", "search", "cut", *KEPT)
+SLICED, FOLDED, ZEROED = "sliced", "folded", "zeroed"
 WAYS = (SLICED, FOLDED, *(name for name in NAMES if name != "auto"))
+WAYS_OF_KEPT = (SLICED, ZEROED)
 
 _LARGEST_FILE = 2**24
 _ROWS = 2.0  # an entry speaks for half to twice its rows
@@ -40,7 +45,7 @@ _TIMED_ROOMS = ("linear", "kept", "compaction")
 
 @dataclass(frozen=True)
 class Key:
-    """What an entry is about. kept: the share of the weight that the hard masks of `search` keep, 1.0 elsewhere."""
+    """What an entry is about. kept: the share of the weight that the masks of `HARD` keep, 1.0 elsewhere."""
 
     regime: str
     dtype: str
@@ -96,15 +101,15 @@ class Table:
     def find(self, key: Key) -> Entry | None:
         """That of `near` with the nearest M that speaks for a call.
 
-        In search the share that is kept must not leave the side on which the entry's way won: less than it was timed
-        with makes slices better still, more makes them worse.
+        With hard masks the share that is kept must not leave the side on which the entry's way won: less than it was
+        timed with makes slices better still, more makes them worse.
         """
         distance = lambda entry: (abs(math.log(entry.key.m / key.m)), abs(entry.key.kept - key.kept))  # noqa: E731
         return min((entry for entry in self.near(key) if _speaks_for(entry, key.kept)), key=distance, default=None)
 
 
 def _speaks_for(entry: Entry, kept: float) -> bool:
-    if entry.key.regime != "search":
+    if entry.key.regime not in HARD:
         return True
     return kept <= _SHARE * entry.key.kept if entry.way == SLICED else _SHARE * kept >= entry.key.kept
 
@@ -241,7 +246,7 @@ def _is_sound(entry: Entry) -> bool:
         and all(type(count) is int and count > 0 for count in counts)
         and type(key.kept) is float
         and 0 <= key.kept <= 1
-        and entry.way in WAYS
+        and entry.way in (WAYS_OF_KEPT if key.regime in KEPT else WAYS)
         and (tile is None or entry.way == "triton")
         and (tile is None or isinstance(tile, str) or (isinstance(tile, tuple) and len(tile) == 5))
         and isinstance(entry.refused, dict)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,6 +248,23 @@ def test_rocm_takes_triton_whatever_the_extension_was_built_for(built_for, monke
     assert (name, why) == ("triton", "native: the native backend has no code for ROCm")
     assert call.available_backends("cuda")["triton"] is None
     assert call.select("compact", torch.device("cuda"), torch.bfloat16)[1] == "reference"
+
+
+def test_rdna_takes_triton_for_all_but_products(monkeypatch):
+    """Waves of 32 lanes leave too few registers for the tiles of products; CDNA's have 64."""
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("INTERPRETED", False), ("REASON", None)):
+        monkeypatch.setattr(triton_runtime, name, value)
+    for lanes, name in ((32, "reference"), (64, "triton")):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, lanes=lanes: SimpleNamespace(warp_size=lanes)
+        )
+        call._select.cache_clear()
+        chosen = call.select("masked_lora_linear", torch.device("cuda"), torch.bfloat16)
+        assert chosen.name == name and ("whose waves have 32 lanes" in chosen.why) == (lanes == 32)
+        assert call.select("masked_lora_swiglu", torch.device("cuda"), torch.bfloat16).name == "triton"
+    call._select.cache_clear()
 
 
 def test_other_devices_take_the_reference(monkeypatch):

@@ -3,6 +3,7 @@
 That weight is the definition's, so results must agree to the bit: the operations are the same, the products too.
 """
 
+import copy
 import sys
 import weakref
 from functools import partial
@@ -76,9 +77,14 @@ def test_entries_are_those_of_the_definition_and_near_the_weight(kind, dtype):
     assert bool((error <= (HALF_STEP[kind] + torch.finfo(dtype).eps) * largest).all())
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.5), ("fp8 rows", 8.25), ("int8", 8.25)])
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("nf4", 4.5), ("fp8 rows", 8.25), ("fp8 tensor", 8 + 1 / 96), ("int8", 8.25)]
+)
 def test_bytes(kind, bits):
     assert KINDS[kind](matrix()).nbytes == 24 * 128 * bits / 8
+    part, left = KINDS[kind](matrix()).kept(torch.arange(12), torch.arange(64)), 128 if kind == "nf4" else 64
+    scales = {"nf4": 12 * 2, "fp8 tensor": 1}.get(kind, 12)
+    assert part.nbytes == 12 * left * (4 if kind == "nf4" else 8) / 8 + 4 * scales + (8 * 64 if kind == "nf4" else 0)
 
 
 def test_a_strided_weight_is_quantised_by_its_values(kind):
@@ -91,6 +97,29 @@ def test_zeros_stay_zeros(kind):
     assert not KINDS[kind](torch.zeros(4, 64)).dequantize().any()
 
 
+@pytest.mark.parametrize("kind", ["fp8 rows", "fp8 tensor", "int8"])
+def test_numbers_so_small_that_their_scale_is_rounded_keep_their_signs(kind):
+    """2^-149 is the smallest number of all, and what a scale between two of these is rounded to may be too small."""
+    steps = 178 if kind == "int8" else 635
+    weight = torch.tensor([[1.0, -1.0] * 32] * 2) * steps * 2.0**-149
+    assert torch.equal(KINDS[kind](weight).dequantize().sign(), weight.sign())
+
+
+def test_copies_and_parts(kind):
+    """Deep copies, clones, and what torch takes a tensor of tensors apart for."""
+    quantised = KINDS[kind](matrix()).kept(torch.arange(12), torch.arange(64))
+    names, context = quantised.__tensor_flatten__()
+    inner = {name: getattr(quantised, name) for name in names}
+    put_together = QuantizedWeight.__tensor_unflatten__(inner, context, quantised.shape, quantised.stride())
+    for same in (quantised.clone(), copy.deepcopy(quantised), put_together):
+        assert type(same) is QuantizedWeight and same.shape == quantised.shape
+        assert torch.equal(same.dequantize(), quantised.dequantize())
+    assert quantised.clone().codes.data_ptr() != quantised.codes.data_ptr()
+    layer = MaskedLoRALinear(KINDS[kind](matrix()), r=4, alpha=8)
+    x = torch.randn(3, 128)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
 def test_kept_rows_and_columns_are_exactly_those_of_the_whole(kind):
     quantised = KINDS[kind](matrix())
     whole, rows, columns = quantised.dequantize(), torch.tensor([7, 2, 23]), torch.tensor([100, 5, 64, 65])
@@ -100,6 +129,7 @@ def test_kept_rows_and_columns_are_exactly_those_of_the_whole(kind):
     assert torch.equal(part.dequantize(), whole[rows][:, columns]) and part.shape == (3, 4)
     again = part.kept(torch.tensor([2]), torch.tensor([3, 1]))
     assert torch.equal(again.dequantize(), whole[23:24][:, [65, 5]])
+    assert torch.equal(part.kept(torch.tensor([1]), None).dequantize(), whole[2:3][:, columns])
     assert torch.equal(quantised.kept(rows[:0], None).dequantize(), whole[:0])
     assert part.nbytes < quantised.nbytes
 
@@ -129,6 +159,21 @@ def test_it_lives_in_a_module(kind):
         assert_close(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_functional_linear_follows_autocast(kind, dtype):
+    quantised, bias = KINDS[kind](matrix(dtype=dtype)), torch.randn(24)
+    x = torch.randn(2, 3, 128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [F.linear(x, weight, bias) for weight in (quantised, quantised.dequantize())]
+    assert results[0].dtype == torch.bfloat16 and torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(y.float().sum(), x)[0] for y in results))
+
+
+def test_functional_linear_refuses_to_train_it(kind):
+    with pytest.raises(ValueError, match="weight is quantised and requires a gradient: freeze it"):
+        F.linear(torch.ones(1, 128), KINDS[kind](matrix()).requires_grad_())
+
+
 def test_what_it_is_not():
     quantised = QuantizedWeight.int8(matrix())
     for call in (lambda: quantised + 1, lambda: quantised.t() @ matrix(), lambda: compact(quantised, None, None)):
@@ -136,6 +181,9 @@ def test_what_it_is_not():
             call()
     with pytest.raises(ValueError, match="2-D floating tensor, not torch.int64"):
         QuantizedWeight.int8(torch.ones(4, 4, dtype=torch.int64))
+    for wrong in (torch.ones(4), quantised):
+        with pytest.raises(ValueError, match="must be a 2-D floating tensor, not"):
+            QuantizedWeight.int8(wrong)
     with pytest.raises(ValueError, match="multiple of 64: use fp8 or int8"):
         QuantizedWeight.nf4(torch.ones(4, 96))
     with pytest.raises(ValueError, match="use 'row' or 'tensor'"):
@@ -160,9 +208,14 @@ def test_weights_of_bitsandbytes_are_taken_as_they_are(nested):
     taken = QuantizedWeight.from_bitsandbytes(parameter)
     assert taken.codes.data_ptr() == parameter.data.data_ptr()
     assert torch.equal(taken.dequantize(), functional.dequantize_4bit(parameter.data, parameter.quant_state))
-    for wrong in (matrix(), Params4bit(matrix(), requires_grad=False, quant_type="fp4").to("cpu")):
+    others = [(matrix(), {"quant_type": "fp4"}), (matrix(), {"blocksize": 128}), (matrix(k=96), {})]
+    options = {"requires_grad": False, "quant_type": "nf4"}
+    for wrong in (matrix(), *(Params4bit(weight, **options | other).to("cpu") for weight, other in others)):
         with pytest.raises(ValueError, match="only bitsandbytes' NF4 in blocks of 64"):
             QuantizedWeight.from_bitsandbytes(wrong)
+    parameter.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="has packed this weight anew for its CPU kernels"):
+        QuantizedWeight.from_bitsandbytes(parameter)
 
 
 # The operations

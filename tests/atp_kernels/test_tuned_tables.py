@@ -184,6 +184,8 @@ BAD = {
     "an entry that is a number": (changed(entries=[3]), "entry 0 of it is not"),
     "an entry cut short": (without_times, "entry 0 of it is not"),
     "an unknown way": (in_entry(way="magic"), "entry 0 of it is not"),
+    "a way of slices": (in_entry(way="zeroed"), "entry 0 of it is not"),
+    "a slice by a backend": (in_key(regime="kept_in"), "entry 0 of it is not"),
     "a list for a way": (in_entry(way=["folded"]), "entry 0 of it is not"),
     "a tile of nothing": (in_entry(way="triton", tile=[64, 64]), "entry 0 of it is not"),
     "a tile of no Triton": (in_entry(tile=[64, 64, 32, 4, 3]), "entry 0 of it is not"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atp_kernels.tuning.table import REGIMES
 from benchmarks.records import append
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,8 @@ def gpu_check(out, *arguments, **variables):
 def test_an_unknown_stage_is_one_sentence(tmp_path):
     result = gpu_check(tmp_path / "out", "biuld")
     assert result.returncode == 2
-    assert "unknown stage 'biuld': use some of build test sanitize tune ops train, or --dry" in result.stderr
+    stages = "build test method sanitize tune ops train whole"
+    assert f"unknown stage 'biuld': use some of {stages}, or --dry" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -58,7 +60,7 @@ def test_the_tuned_table_is_among_the_results(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     (table,) = (tmp_path / "tables").glob("cpu-*.json")
     regimes = {entry["key"]["regime"] for entry in json.loads(table.read_text())["entries"]}
-    assert regimes == {"decision", "search", "cut"}
+    assert regimes == set(REGIMES)
 
 
 @pytest.mark.slow
@@ -67,4 +69,23 @@ def test_a_failing_stage_is_told_and_the_others_go_on(tmp_path):
     assert result.returncode == 1
     stages = (tmp_path / "summary.txt").read_text().splitlines()[1:]
     assert [line.split()[0] for line in stages] == ["sanitize", "ops"]
+    assert list((tmp_path / "done").iterdir()) == []
     assert all("stopped after 1 s" in line for line in stages)
+
+
+@pytest.mark.slow
+def test_an_interrupted_check_goes_on(tmp_path):
+    """Stages that ended well at this commit are left out."""
+    done = tmp_path / "done"
+    done.mkdir()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    stages = ["build", "test", "method", "sanitize", "tune", "ops", "train", "whole"]
+    for stage in stages:
+        (done / stage).write_text(f"cpu {commit}\n")
+    (done / "method").write_text("cpu of another commit\n")
+    result = gpu_check(tmp_path, "--dry")
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = (tmp_path / "summary.txt").read_text().splitlines()[-len(stages) :]
+    assert [line.split()[0] for line in lines] == stages
+    assert [line.split()[0] for line in lines if not line.endswith("done before")] == ["method"]
+    assert (done / "method").read_text() == f"cpu {commit}\n"

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from atp.families import Linear
 from atp.plan import cost
 from atp_kernels.linear.definition import masked_lora_linear
-from benchmarks import layer_model
+from benchmarks import layer_model, model_linear
 from benchmarks.layer_model import PHASES, ROWS, WAYS, Kernel, Step, kernels_of
 from benchmarks.model_step import config_of, main, parser, predicted, seconds, shapes_of, total
 from benchmarks.rates import GPUS, Rates, find_rates
@@ -81,7 +81,7 @@ def test_an_unfused_linear_moves_what_its_operators_do(phase, axis, dtype):
         y = masked_lora_linear(x, weight, a, b, scaling=2.0, mask_lora=not learns, **masks)
         torch.autograd.grad(y, inputs, grad)
     described = Step(SHAPES, m, 32, r, dtype.itemsize, phase, "unfused")
-    kernels = list(layer_model._unfused(described, Linear(n, k, False), axis))
+    kernels = list(layer_model.unfused(described, Linear(n, k, False), axis))
     assert sum(kernel.bytes for kernel in kernels) == pytest.approx(traffic.bytes, rel=0.01)
     assert sum(kernel.launches for kernel in kernels) == traffic.calls
 
@@ -151,3 +151,35 @@ def test_predicted_ratios_of_a_layer_are_gains():
     options = parser().parse_args(["--model", "smollm2-layer", "--tokens", "512", "--length", "256", "--gpu", "cpu"])
     ratios = predicted(shapes_of(options.model, 0.6, "cpu"), options, RATES)
     assert all(0 < ratio < 1 for ratio in ratios.values())
+
+
+def of_linear(phase, way):
+    """(FLOPs, bytes, launches) of one linear by `model_linear`."""
+    whole, kept = (layers[0].linears["mlp.gate_proj"] for layers in (SHAPES.whole, SHAPES.kept))
+    return total(model_linear.WAYS[phase][way](step(phase, "ours"), whole, kept), RATES)[:3]
+
+
+def test_ways_of_one_linear_differ_in_what_they_save():
+    """Of the same products: zeros spare nothing, slices what is removed, and gathers cost bytes alone."""
+    n, k, kept = 1536, 576, SHAPES.kept[0].linears["mlp.gate_proj"].out_features
+    saved = 2 * 2 * TOKENS * (n - kept) * k
+    addmm, in_order = of_linear("search", "addmm without a mask"), of_linear("search", "sliced, model's order")
+    assert of_linear("search", "zeroed") == addmm
+    assert addmm[0] - in_order[0] == saved and in_order[2] == addmm[2] + 2
+    first, per_call = of_linear("search", "sliced, kept first"), of_linear("search", "sliced, per call")
+    assert first[0] == in_order[0] == per_call[0] and first[1] < in_order[1] < per_call[1]
+    assert per_call[1] - in_order[1] == 4 * 2 * 2 * kept * k
+    # A decision multiplies the whole in each way; folding costs as much as the adapter's own product of weights.
+    plain, triton, folded = (of_linear("decision", way) for way in ("reference", "triton", "folded"))
+    assert plain[0] == triton[0] and triton[1] < plain[1]
+    assert folded[0] == 2 * 2 * TOKENS * n * k + 2 * n * k * RANK
+
+
+def test_every_way_of_a_linear_is_printed(capsys):
+    assert model_linear.main(["--model", "smollm2-135m", "--tokens", "512"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for phase, ways in model_linear.WAYS.items():
+        for way in ways:
+            assert sum(line.startswith(f"{phase:<10}{way:<24}") for line in lines) == 2
+    assert lines[0] == "A model at peak rates, not a measurement."
+    assert model_linear.main(["--gpu", "cpu"]) == 2 and "give --gpu h100" in capsys.readouterr().err
