@@ -133,11 +133,46 @@ def mean(value: float) -> float:
     return float(tensor) / count()
 
 
+def shares(total: int) -> tuple[list[int], int]:
+    """Which of `total` pieces of work this process does, as many as every other one, and how many do not count.
+
+    Piece k goes to process k modulo their number. Where the pieces do not go round, the last one of a process is the
+    last of all once more: processes that exchange weights in a piece of work must all do one.
+    """
+    numbers = range(rank(), -(-total // count()) * count(), count())
+    return [min(number, total - 1) for number in numbers], sum(number >= total for number in numbers)
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Replaces a tensor by its sum over the processes, in place, and returns it."""
+    if count() > 1:
+        # Without a device in between, through the group that also works beside NCCL.
+        dist.all_reduce(tensor, group=_group() if tensor.is_cpu else None)
+    return tensor
+
+
 def average_(tensor: Tensor | None) -> None:
     """Replaces a tensor by its mean over the processes, in place; None stays None in all."""
     if tensor is not None and count() > 1:
-        dist.all_reduce(tensor)
-        tensor /= count()
+        sum_(tensor).div_(count())
+
+
+def broadcast_(tensor: Tensor) -> None:
+    """Replaces a tensor by the main process's, in place. The same dtype and shape everywhere."""
+    if count() > 1:
+        sent = tensor.contiguous()
+        dist.broadcast(sent, src=0, group=_group() if tensor.is_cpu else None)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """The tensors of all processes, in their order. The same dtype and shape everywhere."""
+    if count() == 1:
+        return [tensor]
+    found = [torch.empty_like(tensor) for _ in range(count())]
+    dist.all_gather(found, tensor.contiguous(), group=_group() if tensor.is_cpu else None)
+    return found
 
 
 def from_main(tensor: Tensor, name: str) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp import processes
 from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.lora.controller import MaskController
@@ -41,12 +42,14 @@ def refit(
     batches: Iterable[dict[str, Any]],
     *,
     damping: float | None = None,
+    among: int | None = None,
 ) -> dict[str, Tensor]:
     """Changes the base weights of the linears that end a block, from the first one that `mask` removes inputs of.
 
     mask: bool [space.size], True keeps. decoder: in evaluation mode, its linears masked LoRA layers; LoRA counts as
-    part of the weight, and the whole model is the one without masks. batches: as `atp.data.collate` makes them. In
-    memory at once are, for all of them, the hidden states of the whole model and of the cut one, twice their difference
+    part of the weight, and the whole model is the one without masks. batches: as `atp.data.collate` makes them. among:
+    all processes call this, and `batches` are those of this one's `processes.shares` of so many; they fit together and
+    end with the same weights. In memory at once are, for all batches, the hidden states of the whole model and of the cut one, twice their difference
     and twice the inputs of one linear. damping: lambda as a share of the mean square of the kept inputs; None chooses
     one of `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone that none of them helps there.
     Columns of removed inputs stay as they are. A quantized weight that the fit changes becomes a floating one: rounding
@@ -55,6 +58,8 @@ def refit(
     or fitted weights are not finite.
     """
     cut, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
+    numbers = range(len(cut)) if among is None else range(processes.rank(), among, processes.count())
+    cut, arguments = cut[: len(numbers)], arguments[: len(numbers)]
     whole = list(cut)
     changed = {}
     layers: Any = decoder.layers
@@ -78,7 +83,9 @@ def refit(
             ]
             base = linear.get_base_layer()
             weight = dense(base.weight)
-            if _fit(name, weight, inputs, lost, structure.kept_inputs(mask).to(weight.device), damping):
+            kept = structure.kept_inputs(mask).to(weight.device)
+            pairs = list(zip(numbers, inputs, lost, strict=True))
+            if _fit(name, weight, pairs, kept, damping, together=among is not None):
                 if isinstance(base.weight, QuantizedWeight):
                     base.weight = nn.Parameter(weight, requires_grad=False)
                 changed[f"{name}.base_layer.weight"] = base.weight
@@ -94,26 +101,39 @@ def _input(linear: nn.Module, call: Callable[[], Tensor]) -> Tensor:
     return found[0]
 
 
+_Pair = tuple[int, Tensor, Tensor]
+"""Number of a batch, the inputs of a linear, and what is lost."""
+
+
 def _fit(
-    name: str, weight: Tensor, inputs: list[Tensor], lost: list[Tensor], kept: Tensor, damping: float | None
+    name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: float | None, *, together: bool
 ) -> bool:
-    """Adds the ridge solution to the kept columns, if it helps on the held-out batches; returns whether it did."""
-    if not all(map(is_finite, (*inputs, *lost))):
+    """Adds the ridge solution to the kept columns, if it helps on the held-out batches; returns whether it did.
+
+    together: the batches are this process's share, and all of them fit the same weight.
+    """
+    if not all(is_finite(tensor) for _, *tensors in pairs for tensor in tensors):
         raise NotReached(
             f"the refit of {name} reads NaN or infinity on the calibration windows: use model.dtype=float32 and "
             "training.precision=float32, or decisions.refit_windows=0"
         )
-    pairs = list(zip(inputs, lost, strict=True))
-    held_out = pairs[_HELD_OUT - 1 :: _HELD_OUT] if damping is None else []
-    rest = [pair for index, pair in enumerate(pairs) if not held_out or (index + 1) % _HELD_OUT]
-    sums = _moments(rest, kept, weight.dtype)
-    if held_out:
-        trial = _moments(held_out, kept, weight.dtype)
+    moments = partial(_moments, weight=weight, kept=kept, together=together)
+    held_out = [pair for pair in pairs if damping is None and (pair[0] + 1) % _HELD_OUT == 0]
+    sums = moments([pair for pair in pairs if not any(pair is other for other in held_out)])
+    trial = moments(held_out)
+    if trial.count:
         left, damping = min((trial.left(sums.ridge(candidate)), candidate) for candidate in DAMPINGS)
-        if left >= trial.lost:
+        helps = left < trial.lost
+        if together:
+            # Rounding must not let one process fit what another leaves alone.
+            damping, helps = processes.on_main(lambda: (damping, helps))
+        if not helps:
             return False
         sums = _Moments(*(one + other for one, other in zip(sums, trial, strict=True)))
-    fitted = weight[:, kept].double() + sums.ridge(_FEW if damping is None else damping).T
+    added = sums.ridge(_FEW if damping is None else damping).T
+    if together:
+        processes.broadcast_(added)
+    fitted = weight[:, kept].double() + added
     weight[:, kept] = fitted.to(weight.dtype)  # rounded once, after the sum
     if not is_finite(weight):
         raise NotReached(
@@ -129,6 +149,7 @@ class _Moments(NamedTuple):
     inputs: Tensor  # [kept, kept]
     cross: Tensor  # [kept, outputs]
     lost: Tensor  # scalar
+    count: Tensor  # of batches, scalar
 
     def ridge(self, damping: float) -> Tensor:
         """What to add to the weights of the kept inputs, [kept, outputs]."""
@@ -142,17 +163,25 @@ class _Moments(NamedTuple):
         return float(self.lost + (added * (self.inputs @ added - 2 * self.cross)).sum())
 
 
-def _moments(pairs: list[tuple[Tensor, Tensor]], kept: Tensor, dtype: torch.dtype) -> _Moments:
-    """The moments of inputs and what is lost, batch by batch; products in float32 or wider."""
-    wide = torch.promote_types(dtype, torch.float32)
-    inputs, lost = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*pairs, strict=True))
+def _moments(pairs: list[_Pair], *, weight: Tensor, kept: Tensor, together: bool) -> _Moments:
+    """The moments of inputs and what is lost, batch by batch; products in float32 or wider.
+
+    together: summed over the processes.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
     count = int(kept.sum())
-    products, cross = lost.new_zeros(count, count, dtype=wide), lost.new_zeros(count, lost.shape[-1], dtype=wide)
-    square = lost.new_zeros((), dtype=torch.float64)
-    with torch.autocast(lost.device.type, enabled=False):
-        for read, lack in zip(inputs.split(_ROWS), lost.split(_ROWS), strict=True):
-            x, y = read[:, kept].to(wide), lack.to(wide)
-            products.addmm_(x.T, x)
-            cross.addmm_(x.T, y)
-            square += y.square().sum()
-    return _Moments(products.double(), cross.double(), square)
+    products, cross = weight.new_zeros(count, count, dtype=wide), weight.new_zeros(count, len(weight), dtype=wide)
+    square = weight.new_zeros((), dtype=torch.float64)
+    if pairs:
+        inputs, lost = (torch.cat([pair[side].flatten(0, -2) for pair in pairs]) for side in (1, 2))
+        with torch.autocast(lost.device.type, enabled=False):
+            for read, lack in zip(inputs.split(_ROWS), lost.split(_ROWS), strict=True):
+                x, y = read[:, kept].to(wide), lack.to(wide)
+                products.addmm_(x.T, x)
+                cross.addmm_(x.T, y)
+                square += y.square().sum()
+    found = _Moments(products.double(), cross.double(), square, square.new_tensor(len(pairs)))
+    if together:
+        for part in found:
+            processes.sum_(part)
+    return found

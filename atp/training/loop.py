@@ -90,6 +90,7 @@ class Loop:
         )
         if self.accelerator.distributed_type not in _WHOLE:
             raise InputError(f"{self.accelerator.distributed_type.value} {processes.NO_SHARDS}")
+        self.batches_per_step = config.training.gradient_accumulation * processes.count()  # of all processes
         self._batches: Iterator[list[Batch]] | None = None
         self.bind(model)
 
@@ -288,7 +289,7 @@ class Loop:
         training = self.config.training
         return step_batches(
             self.train_dataset, step, self.phases.total, size=training.batch_size,
-            accumulation=training.gradient_accumulation, seed=self.config.seed, device=self.device,
+            accumulation=self.batches_per_step // processes.count(), seed=self.config.seed, device=self.device,
         )  # fmt: skip
 
     def _tell(self, event: str, *arguments: Any) -> None:
@@ -326,7 +327,7 @@ class Loop:
             "clock": self.clock.state(),
             "finite": self.finite.state(),
             "validation": self.validation.state(),
-            "processes": processes.count(),
+            "batches_per_step": self.batches_per_step,
             "precision": "float32" if self.autocast_dtype is None else "bfloat16",
             "inputs": self.inputs,
         }
@@ -349,12 +350,16 @@ class Loop:
         return path
 
     def refuse_other_run(self, state: Checkpoint) -> None:
-        """Raises `InputError` for a checkpoint of another config, other inputs or another number of processes."""
+        """Raises `InputError` for a checkpoint of another config or inputs, or whose steps these processes cannot share.
+
+        A run goes on in any number of processes that its batches per step can be shared among: it reads the same.
+        """
         self.config.refuse_change_of(state.meta["config"])
-        if state.meta["processes"] != processes.count():
+        self.batches_per_step, count = _batches_per_step(state), processes.count()
+        if self.batches_per_step % count:
             raise InputError(
-                f"the run has {state.meta['processes']} processes and is resumed in {processes.count()}, which would "
-                "read other samples per step: resume it in as many as before"
+                f"a step of this run reads {self.batches_per_step} batches, which {count} processes cannot share "
+                "equally: resume it in a number of processes that divides them"
             )
         refuse_other_inputs(state.meta.get("inputs") or {}, self.inputs or {})
 
@@ -377,3 +382,9 @@ class Loop:
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
+
+
+def _batches_per_step(state: Checkpoint) -> int:
+    """The batches of a step, of all processes; older checkpoints hold how many processes wrote them."""
+    known = state.meta.get("batches_per_step")
+    return state.meta["config"]["training"]["gradient_accumulation"] * state.meta["processes"] if known is None else known
