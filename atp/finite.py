@@ -15,7 +15,7 @@ from atp_kernels.quantized import dense
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any shape, dtype and device holds no NaN and no infinity. Waits for the device."""
-    tensor = dense(tensor)
+    tensor = dense(tensor.to_local() if hasattr(tensor, "to_local") else tensor)  # of a sharded one what is here
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     # One pass without a copy; both ends are NaN if any element is.

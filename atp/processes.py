@@ -26,14 +26,20 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)  # the default of 30 minutes would end a run in which the main process scores for longer
 _POLL_SECONDS = (1e-4, 0.05)  # at first and at last
-_SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"
-}  # fmt: skip
+_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (ZeRO)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
+    "PARALLELISM_CONFIG_CP_SIZE": "context parallelism",
+    "FSDP_OFFLOAD_PARAMS": "FSDP with offloading",
+}
 NO_SHARDS = (
-    "shards weights, which pruning does not support yet: start the run with `torchrun --nproc_per_node N` or "
-    "`accelerate launch --multi_gpu`, which keep them whole"
+    "is not supported: start the run with `torchrun --nproc_per_node N` or `accelerate launch --multi_gpu`, and shard "
+    "its weights with training.sharding=fsdp"
 )
+_FSDP = "ACCELERATE_USE_FSDP"
 _control: dist.ProcessGroup | None = None
+_launched_sharded = _sharded = False
 
 
 def count() -> int:
@@ -51,15 +57,35 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start() -> None:
-    """Joins the other processes, if any. Raises `InputError` if the launcher asks for sharded weights."""
-    global _control
-    for variable, name in _SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
+def start(sharding: str | None = None) -> None:
+    """Joins the other processes, if any. sharding: `training.sharding`; accelerate's FSDP 2 asks for `fsdp` too.
+
+    Raises `InputError` if the launcher asks for another way to spread a model over processes.
+    """
+    global _launched_sharded, _sharded
+    for variable, name in _REFUSED.items():
+        if _asks(variable):
             raise InputError(f"{name} {NO_SHARDS}")
-    if count() > 1 and _control is None:
-        _state()
-        _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    if _asks(_FSDP):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise InputError(f"FSDP 1 {NO_SHARDS}, or add --fsdp_version 2")
+        _launched_sharded = True
+        os.environ[_FSDP] = "false"  # accelerate would shard the adapter too, and the model once more
+    _sharded = (sharding == "fsdp" or _launched_sharded) and count() > 1
+    _join()
+
+
+def sharded() -> bool:
+    """Whether each process holds a share of the frozen weights."""
+    return _sharded
+
+
+def together(work: Callable[[], T]) -> T:
+    """The main process's result of work that runs the model: where its weights are in shards, all must run it."""
+    if not sharded():
+        return on_main(work)
+    result = work()
+    return on_main(lambda: result)
 
 
 def device() -> torch.device:
@@ -195,6 +221,12 @@ def from_main(tensor: Tensor, name: str) -> Tensor:
     return sent.to(tensor.device, tensor.dtype)
 
 
+def _asks(variable: str) -> bool:
+    """Whether the launcher has set a variable to yes, or a number of processes to more than one."""
+    value = os.environ.get(variable, "").lower()
+    return value not in ("", "0", "1", "false") if variable.endswith("_SIZE") else value in ("1", "true")
+
+
 def _state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())  # processes on CPUs are alone together without it
 
@@ -203,8 +235,15 @@ def _started() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _join() -> None:
+    global _control
+    if count() > 1 and _control is None:
+        _state()
+        _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+
 def _group() -> dist.ProcessGroup:
-    start()
+    _join()
     assert _control is not None, "there is one process"
     return _control
 

@@ -21,6 +21,7 @@ from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.lora.controller import MaskController
 from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, residual_multiplier, run_block
+from atp.sharding.shards import gathered, rows_of, store
 from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight
 from atp_kernels.quantized import dense
@@ -54,7 +55,8 @@ def refit(
     one of `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone that none of them helps there.
     Columns of removed inputs stay as they are. A quantized weight that the fit changes becomes a floating one: rounding
     it to a few bits again would add their error to what was fitted. Clears the masks; kept slices are stale afterwards.
-    Returns the changed weights, not copied, by their names in the decoder. Raises `NotReached` when inputs, differences
+    A sharded model has one layer gathered at a time. Returns the changed weights or their shards, not copied, by their
+    names in the decoder. Raises `NotReached` when inputs, differences
     or fitted weights are not finite.
     """
     cut, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
@@ -64,32 +66,35 @@ def refit(
     changed = {}
     layers: Any = decoder.layers
     for index, layer in enumerate(layers):
-        for norm, block in BLOCKS:
-            run = partial(run_block, layer, norm, block)
-            controller.clear()
-            whole = [run(x, given) for x, given in zip(whole, arguments, strict=True)]
-            controller.set(mask, "sum")
-            structure = space.read_by(index, block)
-            if structure is None or structure.reader is None or mask[: structure.span.stop].all():
-                cut = [run(x, given) for x, given in zip(cut, arguments, strict=True)]
-                continue
-            name = f"layers.{index}.{structure.reader}"
-            linear: Any = layer.get_submodule(structure.reader)
-            inputs = [_input(linear, partial(run, x, given)) for x, given in zip(cut, arguments, strict=True)]
-            # The linear ends its block.
-            lost = [
-                (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer)
-                for aim, x, read in zip(whole, cut, inputs, strict=True)
-            ]
-            base = linear.get_base_layer()
-            weight = dense(base.weight)
-            kept = structure.kept_inputs(mask).to(weight.device)
-            pairs = list(zip(numbers, inputs, lost, strict=True))
-            if _fit(name, weight, pairs, kept, damping, together=among is not None):
-                if isinstance(base.weight, QuantizedWeight):
-                    base.weight = nn.Parameter(weight, requires_grad=False)
-                changed[f"{name}.base_layer.weight"] = base.weight
-            cut = [add_block(layer, x, linear(read)) for x, read in zip(cut, inputs, strict=True)]
+        with gathered(layer) as shards:
+            for norm, block in BLOCKS:
+                run = partial(run_block, layer, norm, block)
+                controller.clear()
+                whole = [run(x, given) for x, given in zip(whole, arguments, strict=True)]
+                controller.set(mask, "sum")
+                structure = space.read_by(index, block)
+                if structure is None or structure.reader is None or mask[: structure.span.stop].all():
+                    cut = [run(x, given) for x, given in zip(cut, arguments, strict=True)]
+                    continue
+                name = f"{structure.reader}.base_layer.weight"
+                linear: Any = layer.get_submodule(structure.reader)
+                inputs = [_input(linear, partial(run, x, given)) for x, given in zip(cut, arguments, strict=True)]
+                # The linear ends its block.
+                lost = [
+                    (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer)
+                    for aim, x, read in zip(whole, cut, inputs, strict=True)
+                ]
+                base = linear.get_base_layer()
+                weight = dense(base.weight)
+                kept = structure.kept_inputs(mask).to(weight.device)
+                pairs = list(zip(numbers, inputs, lost, strict=True))
+                if _fit(f"layers.{index}.{structure.reader}", weight, pairs, kept, damping, together=among is not None):
+                    if isinstance(base.weight, QuantizedWeight):
+                        base.weight = nn.Parameter(weight, requires_grad=False)
+                    if name in shards:
+                        store(shards[name], weight[rows_of(shards[name])])
+                    changed[f"layers.{index}.{name}"] = shards.get(name, base.weight)
+                cut = [add_block(layer, x, linear(read)) for x, read in zip(cut, inputs, strict=True)]
     controller.clear()
     return changed
 

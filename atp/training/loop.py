@@ -25,6 +25,7 @@ from atp.config import ATPConfig
 from atp.errors import InputError, Interrupted
 from atp.finite import FiniteGuard, refuse_weights
 from atp.models.attention import use_training_attention
+from atp.sharding.files import stage
 from atp.signals import SignalGuard
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record, Trackers
@@ -63,7 +64,7 @@ class Loop:
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        processes.start()
+        processes.start(config.training.sharding)
         refuse_weights(model)
         self.config, self.phases, self.tokenizer = config, phases, tokenizer
         self.train_dataset = train_dataset
@@ -112,7 +113,10 @@ class Loop:
         )
         self.wrapped, self.optimizer = model, self.adamw
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, self.adamw)
+        if processes.sharded():
+            self.optimizer = self.accelerator.prepare(self.adamw)
+        else:
+            self.wrapped, self.optimizer = self.accelerator.prepare(model, self.adamw)
         self._reset_loss()
 
     @property
@@ -129,11 +133,23 @@ class Loop:
         return self.accelerator.reduce(torch.full((), float(count), device=self.device), "sum")
 
     def accumulate(self, batches: list[Batch]) -> Iterator[Batch]:
-        """The batches one by one; processes exchange gradients in the backward pass of the last."""
+        """The batches one by one; processes exchange gradients in the backward pass of the last, or after it."""
+        if processes.sharded():
+            yield from batches
+            self._average_gradients()
+            return
         for batch in batches[:-1]:
             with self.accelerator.no_sync(self.wrapped):
                 yield batch
         yield batches[-1]
+
+    def _average_gradients(self) -> None:
+        """Of the adapter, which is whole in every process, in one exchange."""
+        gradients = [p.grad for p in map(self.model.get_parameter, self._trained) if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        processes.average_(flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def loss(self, batch: Batch, tokens: Tensor) -> Tensor:
         """A batch's share of the step's mean loss per token, scalar float32. tokens: `scored_tokens`.
@@ -345,6 +361,8 @@ class Loop:
     def write(self, state: Checkpoint) -> Path:
         """Writes a checkpoint, in the main process, and tells callbacks of it."""
         keep = self.config.training.keep_checkpoints
+        if state.shards:
+            stage(self.checkpoint_root, state.shards)
         path = processes.on_main(lambda: checkpoints.save(self.checkpoint_root, state, keep=keep))
         self._tell("on_checkpoint", path)
         return path

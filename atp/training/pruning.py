@@ -32,6 +32,7 @@ from atp.lora.regularizers.lasso import LoraGroups
 from atp.removal import cut_model
 from atp.removal.certify import certificate_tokens
 from atp.removal.refit import refit
+from atp.sharding.shards import local, rows_of, store
 from atp.spaces.space import MaskSpace
 from atp.training.certificate import at_cut, at_freeze, masked_logits
 from atp.training.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors, prefixed
@@ -154,7 +155,8 @@ class Pruning:
     @contextmanager
     def _hard(self) -> Iterator[None]:
         with scope("masks"):
-            self.controller.set(self.decisions.mask, "hard")
+            # Slices are copies that outlive a pass; of gathered weights nothing may.
+            self.controller.set(self.decisions.mask, "base" if processes.sharded() else "hard")
         try:
             yield
         finally:
@@ -286,8 +288,9 @@ class Pruning:
 
     def add_to(self, state: Checkpoint) -> None:
         """Adds decisions with what produces them, certificate and regularizer to a checkpoint."""
-        decisions, weights = self.decisions, dict(self.decoder.named_parameters())
-        state.tensors |= {"mask": decisions.mask, **prefixed("refit", {name: weights[name] for name in self.refitted})}
+        decisions = self.decisions
+        state.tensors["mask"] = decisions.mask
+        self.add_refit(state)
         if isinstance(decisions, DecisionMaker):
             state.tensors |= prefixed("generator", decisions.generator.state_dict())
             state.tensors |= prefixed("decision_optimizer", optimizer_tensors(decisions.optimizer, _names(decisions)))
@@ -303,6 +306,28 @@ class Pruning:
             "certificate": self.certificate,
             "finite_decisions": decisions.finite.state(),
         }
+
+    def add_refit(self, state: Checkpoint) -> None:
+        """Adds the base weights that the refit changed to a checkpoint, or this process's rows of them."""
+        weights = dict(self.decoder.named_parameters())
+        refitted = prefixed("refit", {name: weights[name] for name in self.refitted})
+        if processes.sharded():
+            state.shards = {name: local(weight) for name, weight in refitted.items()}
+        else:
+            state.tensors |= refitted
+
+    def _load_refit(self, state: Checkpoint) -> None:
+        weights = dict(self.decoder.named_parameters())
+        names = [*state.part("refit"), *(name.removeprefix("refit.") for name in state.files.names())]
+        if processes.sharded():
+            for name in names:
+                store(weights[name], state.rows(f"refit.{name}", rows_of(weights[name])))
+        else:
+            # In their place rather than into it: a quantized weight cannot hold what the refit made of it.
+            every = slice(0, None)
+            found = {name: state.rows(f"refit.{name}", every).to(self.device) for name in names}
+            self.decoder.load_state_dict(found, strict=False, assign=True)
+        self.refitted = names
 
     def load(self, state: Checkpoint) -> None:
         """The inverse of `add_to`, on the uncut model; cuts it if it was cut."""
@@ -323,10 +348,7 @@ class Pruning:
             self.become_cut()
         else:
             self.regularizer.load_state_dict(state.part("regularizer"))
-        refitted = state.part("refit")
-        # In their place rather than into it: a quantized weight cannot hold what the refit made of it.
-        self.decoder.load_state_dict({n: t.to(self.device) for n, t in refitted.items()}, strict=False, assign=True)
-        self.refitted = list(refitted)
+        self._load_refit(state)
 
 
 def _names(decisions: DecisionMaker) -> list[str]:
