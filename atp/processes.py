@@ -183,6 +183,15 @@ def average_(tensor: Tensor | None) -> None:
         sum_(tensor).div_(count())
 
 
+def average_all_(tensors: list[Tensor]) -> None:
+    """Replaces tensors of one dtype by their means over the processes, in place, in one exchange."""
+    if count() > 1:
+        means = torch.cat([tensor.flatten() for tensor in tensors])
+        average_(means)
+        for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
 def broadcast_(tensor: Tensor) -> None:
     """Replaces a tensor by the main process's, in place. The same dtype and shape everywhere."""
     if count() > 1:

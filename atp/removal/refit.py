@@ -50,9 +50,10 @@ def refit(
     mask: bool [space.size], True keeps. decoder: in evaluation mode, its linears masked LoRA layers; LoRA counts as
     part of the weight, and the whole model is the one without masks. batches: as `atp.data.collate` makes them. among:
     all processes call this, and `batches` are those of this one's `processes.shares` of so many; they fit together and
-    end with the same weights. In memory at once are, for all batches, the hidden states of the whole model and of the cut one, twice their difference
-    and twice the inputs of one linear. damping: lambda as a share of the mean square of the kept inputs; None chooses
-    one of `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone that none of them helps there.
+    end with the same weights. In memory at once are, for all batches, the hidden states of the whole model and of the
+    cut one, twice their difference and twice the inputs of one linear. damping: lambda as a share of the mean square of
+    the kept inputs; None chooses one of `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone
+    that none of them helps there.
     Columns of removed inputs stay as they are. A quantized weight that the fit changes becomes a floating one: rounding
     it to a few bits again would add their error to what was fitted. Clears the masks; kept slices are stale afterwards.
     A sharded model has one layer gathered at a time. Returns the changed weights or their shards, not copied, by their
@@ -110,9 +111,7 @@ _Pair = tuple[int, Tensor, Tensor]
 """Number of a batch, the inputs of a linear, and what is lost."""
 
 
-def _fit(
-    name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: float | None, *, together: bool
-) -> bool:
+def _fit(name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: float | None, *, together: bool) -> bool:
     """Adds the ridge solution to the kept columns, if it helps on the held-out batches; returns whether it did.
 
     together: the batches are this process's share, and all of them fit the same weight.

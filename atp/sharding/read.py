@@ -10,7 +10,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from atp.errors import InputError
 from atp.models.llama import place_indices
 from atp.models.load import read_config, require_whole, weight_files
 from atp.models.sizes import check_against_files
@@ -51,15 +50,6 @@ def read_sharded(
     except OSError:
         pass  # a model need not have one
     return model.eval()
-
-
-def refuse_gguf(gguf_file: str | None, path: str) -> None:
-    """Raises `InputError` for weights that only a whole model can be read from."""
-    if gguf_file is not None:
-        raise InputError(
-            f"{path} is a GGUF file, which cannot be read in shards: save the model as safetensors first, or leave out "
-            "training.sharding"
-        )
 
 
 def _names(file: Path) -> list[str]:

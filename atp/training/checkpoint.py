@@ -24,7 +24,7 @@ from atp.finite import first_non_finite
 from atp.sharding.files import ShardFiles, collect
 
 LATEST = "LATEST"
-FORMAT = 4  # goes up with every change after which an older checkpoint cannot be continued
+FORMAT = 5  # goes up with every change after which an older checkpoint cannot be continued
 _TENSORS, _META = "state.safetensors", "state.json"
 _PREFIX = "checkpoint-"
 

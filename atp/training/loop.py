@@ -136,20 +136,12 @@ class Loop:
         """The batches one by one; processes exchange gradients in the backward pass of the last, or after it."""
         if processes.sharded():
             yield from batches
-            self._average_gradients()
+            processes.average_all_([p.grad for p in self._adapter().values() if p.grad is not None])
             return
         for batch in batches[:-1]:
             with self.accelerator.no_sync(self.wrapped):
                 yield batch
         yield batches[-1]
-
-    def _average_gradients(self) -> None:
-        """Of the adapter, which is whole in every process, in one exchange."""
-        gradients = [p.grad for p in map(self.model.get_parameter, self._trained) if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        processes.average_(flat)
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
 
     def loss(self, batch: Batch, tokens: Tensor) -> Tensor:
         """A batch's share of the step's mean loss per token, scalar float32. tokens: `scored_tokens`.
@@ -368,16 +360,13 @@ class Loop:
         return path
 
     def refuse_other_run(self, state: Checkpoint) -> None:
-        """Raises `InputError` for a checkpoint of another config or inputs, or whose steps these processes cannot share.
-
-        A run goes on in any number of processes that its batches per step can be shared among: it reads the same.
-        """
+        """Raises `InputError` for a checkpoint of another config or inputs, or of steps that cannot be shared here."""
         self.config.refuse_change_of(state.meta["config"])
-        self.batches_per_step, count = _batches_per_step(state), processes.count()
-        if self.batches_per_step % count:
+        self.batches_per_step = state.meta["batches_per_step"]
+        if self.batches_per_step % processes.count():
             raise InputError(
-                f"a step of this run reads {self.batches_per_step} batches, which {count} processes cannot share "
-                "equally: resume it in a number of processes that divides them"
+                f"a step of this run reads {self.batches_per_step} batches, which {processes.count()} processes cannot "
+                "share equally: resume it in a number of processes that divides them"
             )
         refuse_other_inputs(state.meta.get("inputs") or {}, self.inputs or {})
 
@@ -400,9 +389,3 @@ class Loop:
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
-
-
-def _batches_per_step(state: Checkpoint) -> int:
-    """The batches of a step, of all processes; older checkpoints hold how many processes wrote them."""
-    known = state.meta.get("batches_per_step")
-    return state.meta["config"]["training"]["gradient_accumulation"] * state.meta["processes"] if known is None else known

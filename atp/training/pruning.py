@@ -339,7 +339,7 @@ class Pruning:
             load_optimizer_tensors(learned.optimizer, _names(learned), state.part("decision_optimizer"))
             learned.noise.set_state(state.tensors["rng.decision"])
         self.scored = state.meta["scored"]
-        self.decision_windows = state.meta.get("decision_windows", self.decision_windows)
+        self.decision_windows = state.meta["decision_windows"]
         self.decisions.mask = state.tensors["mask"].bool()
         self.decisions.frozen = state.meta["frozen"]
         self.decisions.finite.restore(state.meta["finite_decisions"])
