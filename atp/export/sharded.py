@@ -45,11 +45,12 @@ def _on_host(parameter: Tensor) -> Tensor | None:
 
 
 def _parts(model: PreTrainedModel) -> list[list[str]]:
-    """Names of the weights by file: those outside of layers, then those of each layer."""
+    """Names of the weights by file: the embeddings, each layer, and the rest."""
     layers: Any = model.get_decoder().layers
     names = [name for name, _ in model.named_parameters()]
     inside = [[name for name in names if f".layers.{number}." in f".{name}"] for number in range(len(layers))]
-    return [[name for name in names if ".layers." not in f".{name}"], *inside]
+    outside = [name for name in names if ".layers." not in f".{name}"]
+    return [outside[:1], *inside, outside[1:]]
 
 
 def _write_rest(
