@@ -290,10 +290,14 @@ class ATPConfig(Section):
             raise InputError(explain(error, cls)) from None
 
     def refuse_change_of(self, saved: dict[str, Any]) -> None:
-        """Raises `InputError` with the differences if a run was started with another config (as `model_dump`)."""
+        """Raises `InputError` with the differences if a run was started with another config (as `model_dump`).
+
+        Who holds which weights makes no difference to a run.
+        """
         now = self.model_dump(mode="json")
         with contextlib.suppress(ValidationError):  # a setting newer than the run has its default there
             saved = type(self).model_validate(saved).model_dump(mode="json")
+        now["training"]["sharding"] = saved.get("training", {}).get("sharding")
         changed = [
             f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
             for section in now

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import processes
+from atp import heap, processes
 from atp.config import ATPConfig
 from atp.errors import NotReached
 from atp.export.card import adapter_card, base_card
@@ -54,6 +54,7 @@ def export_model(
     reference = reference_logits(merged, tokens)
     _save(merged, folder / "model", tokenizer, card)
     del merged  # the reloaded one takes its place in memory
+    heap.give_back()
     return certify_export(model, reference, folder / "model", tokens)
 
 
