@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from atp import processes
 from atp.errors import InputError, NotReached
 from atp_kernels.quantized import dense
 
@@ -31,6 +32,8 @@ def refuse_weights(model: nn.Module) -> None:
     """Raises `InputError` naming a parameter or buffer that holds NaN or infinity."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     name = first_non_finite(tensors.items())
+    if processes.sharded():
+        name = processes.any_of(name)  # each looks at its own rows
     if name is not None:
         dtype = str(tensors[name].dtype).removeprefix("torch.")
         raise InputError(

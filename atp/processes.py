@@ -201,6 +201,15 @@ def broadcast_(tensor: Tensor) -> None:
             tensor.copy_(sent)
 
 
+def any_of(value: T | None) -> T | None:
+    """The value of the first process that has one; None if none has. It must be picklable."""
+    if count() == 1:
+        return value
+    found: list[T | None] = [None] * count()
+    dist.all_gather_object(found, value, group=_group())
+    return next((one for one in found if one is not None), None)
+
+
 def gather(tensor: Tensor) -> list[Tensor]:
     """The tensors of all processes, in their order. The same dtype and shape everywhere."""
     if count() == 1:

@@ -46,6 +46,8 @@ def export_model(
     """
     merged = merge_adapter(model)
     spoiled = first_non_finite(merged.named_parameters())
+    if processes.sharded():
+        spoiled = processes.any_of(spoiled)
     if spoiled is not None:
         raise NotReached(
             f"{spoiled} of the merged model holds NaN or infinity in {dtype_name(merged)}, so it was not exported: use "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ def save_sharded(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedToke
         for number, names in enumerate(parts, 1):
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             tensors = {name: _on_host(model.get_parameter(name)) for name in names}
-            if processes.is_main():
-                save_file(tensors, written / file, metadata={"format": "pt"})
+            processes.on_main(partial(save_file, tensors, written / file, metadata={"format": "pt"}))
             files |= dict.fromkeys(names, file)
         processes.on_main(lambda: _write_rest(model, written, files, tokenizer, card))
         processes.on_main(stack.close)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from atp import processes
 from atp.models.llama import place_indices
 from atp.models.load import read_config, require_whole, weight_files
 from atp.models.sizes import check_against_files
@@ -25,7 +26,7 @@ def read_sharded(
     for a model that is missing, incomplete or not in safetensors.
     """
     config = read_config(path, None, revision)
-    files = weight_files(path, config, revision)
+    files = processes.main_first(lambda: weight_files(path, config, revision))  # which downloads them
     check_against_files(config, sum(file.stat().st_size for file in files))
     wanted = dtype if isinstance(dtype, torch.dtype) else (config.dtype or torch.float32)
     with torch.device("meta"):
