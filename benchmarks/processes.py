@@ -72,13 +72,14 @@ def counted(trainer: ATPTrainer):
             trainer.wrapped.register_comm_hook(None, reduced)
         else:
             stack.enter_context(patch.object(processes, "sum_", summed))
-        gather = dist.all_gather_into_tensor
+        name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        gather = getattr(dist, name)
 
-        def gathered(output_tensor, input_tensor, *rest, **options):
+        def gathered(output_tensor, *rest, **options):
             found["gathered"] += output_tensor.nbytes
-            return gather(output_tensor, input_tensor, *rest, **options)
+            return gather(output_tensor, *rest, **options)
 
-        stack.enter_context(patch.object(dist, "all_gather_into_tensor", gathered))
+        stack.enter_context(patch.object(dist, name, gathered))
         stack.enter_context(patch("atp.training.loss.whole", whole))
         yield found
 

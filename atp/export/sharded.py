@@ -28,7 +28,7 @@ def save_sharded(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedToke
     with ExitStack() as stack:
         written = processes.on_main(lambda: stack.enter_context(whole_folder(folder)))
         parts = _parts(model)
-        files = {}
+        files: dict[str, str] = {}
         for number, names in enumerate(parts, 1):
             file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             tensors = {name: _on_host(model.get_parameter(name)) for name in names}
@@ -38,10 +38,10 @@ def save_sharded(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedToke
         processes.on_main(stack.close)
 
 
-def _on_host(parameter: Tensor) -> Tensor | None:
-    """The whole weight in the main process; the others let go of it."""
-    gathered = whole(parameter)
-    return gathered.detach().cpu().contiguous() if processes.is_main() else None
+def _on_host(parameter: Tensor) -> Tensor:
+    """The whole weight in the main process; the others let go of it and hold nothing."""
+    gathered = whole(parameter).detach()
+    return gathered.cpu().contiguous() if processes.is_main() else torch.empty(0)
 
 
 def _parts(model: PreTrainedModel) -> list[list[str]]:

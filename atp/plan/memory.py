@@ -78,7 +78,7 @@ class _Memory:
             part: size / self.ranks if part in _SHARED else size for part, size in parts.items() if part not in _COPIES
         }
         config = self.shapes.config
-        largest = max(*(weights_of([widths]) for widths in self.shapes.whole), config.vocab_size * config.hidden_size)
+        largest = max(*(weights_of((widths,)) for widths in self.shapes.whole), config.vocab_size * config.hidden_size)
         return name, shared | {"gathered": (2 + 1 / self.ranks) * largest * self.weight}
 
     def phases(self) -> Iterator[tuple[str, Parts]]:

@@ -115,13 +115,13 @@ def merge_error(model: PeftModel, exported: nn.Module) -> float:
         return math.inf
     worst = 0.0
     for name, weight in expected.items():
-        found, weight = whole(actual[name]).cpu(), whole(weight)
-        if found.shape != weight.shape:
+        found, base = whole(actual[name]).cpu(), whole(weight)
+        if found.shape != base.shape:
             return math.inf
         if name in layers:
-            share = _share_of_allowed(layers[name], adapter, weight, found)
+            share = _share_of_allowed(layers[name], adapter, base, found)
         else:
-            share = 0.0 if torch.equal(found, weight.cpu()) else math.inf
+            share = 0.0 if torch.equal(found, base.cpu()) else math.inf
         worst = share if math.isnan(share) else max(worst, share)
     return worst
 

@@ -221,7 +221,8 @@ def _fill_shards(made: PreTrainedModel, source: PreTrainedModel, change: Callabl
     """Shards a model on the meta device and fills it with what `change` makes of each weight of a sharded source."""
     weights = {n.replace(".base_layer.", "."): p for n, p in source.named_parameters() if ".lora_" not in n}
     device = next(iter(weights.values())).device
-    shard(made.to(source.dtype), device)
+    made.to(dtype=source.dtype)
+    shard(made, device)
     fill(made, lambda name, rows: change(name, whole(weights[name]))[rows])
 
 

@@ -125,7 +125,7 @@ def _fit(name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: f
     held_out = [pair for pair in pairs if damping is None and (pair[0] + 1) % _HELD_OUT == 0]
     sums = moments([pair for pair in pairs if not any(pair is other for other in held_out)])
     trial = moments(held_out)
-    if trial.count:
+    if trial.batches:
         left, damping = min((trial.left(sums.ridge(candidate)), candidate) for candidate in DAMPINGS)
         helps = left < trial.lost
         if together:
@@ -153,7 +153,7 @@ class _Moments(NamedTuple):
     inputs: Tensor  # [kept, kept]
     cross: Tensor  # [kept, outputs]
     lost: Tensor  # scalar
-    count: Tensor  # of batches, scalar
+    batches: Tensor  # their number, scalar
 
     def ridge(self, damping: float) -> Tensor:
         """What to add to the weights of the kept inputs, [kept, outputs]."""
@@ -177,7 +177,8 @@ def _moments(pairs: list[_Pair], *, weight: Tensor, kept: Tensor, together: bool
     products, cross = weight.new_zeros(count, count, dtype=wide), weight.new_zeros(count, len(weight), dtype=wide)
     square = weight.new_zeros((), dtype=torch.float64)
     if pairs:
-        inputs, lost = (torch.cat([pair[side].flatten(0, -2) for pair in pairs]) for side in (1, 2))
+        inputs = torch.cat([read.flatten(0, -2) for _, read, _ in pairs])
+        lost = torch.cat([lack.flatten(0, -2) for _, _, lack in pairs])
         with torch.autocast(lost.device.type, enabled=False):
             for read, lack in zip(inputs.split(_ROWS), lost.split(_ROWS), strict=True):
                 x, y = read[:, kept].to(wide), lack.to(wide)

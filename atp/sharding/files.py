@@ -56,7 +56,8 @@ class ShardFiles:
 
     def read(self, name: str, rows: slice) -> Tensor:
         """Rows of a weight, in one piece."""
-        found, start = [], 0
+        found: list[Tensor] = []
+        start = 0
         for path in self.paths:
             with safe_open(path, "pt") as content:
                 part = content.get_slice(name)

@@ -47,7 +47,7 @@ def read_sharded(
     fill(model, lambda name, rows: _rows(where[name], name, rows).to(wanted))
     place_indices(model)
     try:
-        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
     except OSError:
         pass  # a model need not have one
     return model.eval()

@@ -53,7 +53,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
         "mesh": init_device_mesh(device.type, (processes.count(),)), "reshard_after_forward": True
     }  # fmt: skip
     decoder: Any = model.get_decoder()
-    embeddings, head = cast(nn.Module, model.get_input_embeddings()), cast(nn.Module, model.get_output_embeddings())
+    embeddings, head = model.get_input_embeddings(), cast(nn.Module, model.get_output_embeddings())
     if head.weight is embeddings.weight:
         model.set_output_embeddings(TiedHead(embeddings))
     else:
@@ -70,7 +70,7 @@ def sharded_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedMode
     weights = dict(model.named_parameters())
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config))
-    made.to(model.dtype)
+    made.to(dtype=model.dtype)
     shard(made, device)
     fill(made, lambda name, rows: weights[name][rows])
     made.generation_config = copy.deepcopy(model.generation_config)
@@ -99,7 +99,7 @@ def rows_of(parameter: Tensor) -> slice:
 
 def local(parameter: Tensor) -> Tensor:
     """This process's rows of a sharded weight, not copied."""
-    return cast(DTensor, parameter).detach().to_local()
+    return cast(DTensor, parameter.detach()).to_local()
 
 
 @torch.no_grad()
@@ -123,7 +123,9 @@ def gathered(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     if not isinstance(module, FSDPModule):
         yield {}
         return
-    shards = {name: p for name, p in cast(nn.Module, module).named_parameters() if isinstance(p, DTensor)}
+    shards: dict[str, nn.Parameter] = {
+        name: parameter for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)
+    }
     module.unshard()
     try:
         yield shards
