@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.lora.layer import fuse_layers
@@ -221,7 +221,7 @@ def _fill_shards(made: PreTrainedModel, source: PreTrainedModel, change: Callabl
     """Shards a model on the meta device and fills it with what `change` makes of each weight of a sharded source."""
     weights = {n.replace(".base_layer.", "."): p for n, p in source.named_parameters() if ".lora_" not in n}
     device = next(iter(weights.values())).device
-    made.to(dtype=source.dtype)
+    cast(nn.Module, made).to(dtype=source.dtype)
     shard(made, device)
     fill(made, lambda name, rows: change(name, whole(weights[name]))[rows])
 

@@ -70,7 +70,7 @@ def sharded_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedMode
     weights = dict(model.named_parameters())
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config))
-    made.to(dtype=model.dtype)
+    cast(nn.Module, made).to(dtype=model.dtype)
     shard(made, device)
     fill(made, lambda name, rows: weights[name][rows])
     made.generation_config = copy.deepcopy(model.generation_config)
