@@ -27,6 +27,7 @@ def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: floa
     `model.load_in` beside what needs floating weights.
     """
     check_base_alone(config)
+    check_sharded(config)
     check_length(shapes, config.data.length)
     check_phases(config)
     target = config.decisions.target_keep
@@ -93,6 +94,22 @@ def check_base_alone(config: ATPConfig) -> None:
         raise InputError(
             f"model.load_in={load_in} trains in one process, not in {processes.count()}: start without torchrun, or "
             "leave out model.load_in"
+        )
+
+
+def check_sharded(config: ATPConfig) -> None:
+    """Raises `InputError` for settings under which weights cannot be shared among processes."""
+    if not processes.sharded():
+        return
+    if config.training.distill and config.training.opened:
+        raise InputError(
+            "training.distill holds a whole model in every process, which training.sharding=fsdp is there to spare: "
+            "set training.distill=0, or leave out training.sharding"
+        )
+    if config.evaluation.dense_baseline:
+        raise InputError(
+            "evaluation.dense_baseline trains a model of its own, which training.sharding=fsdp does not shard: set "
+            "evaluation.dense_baseline=false, or leave out training.sharding"
         )
 
 

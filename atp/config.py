@@ -77,7 +77,7 @@ class DecisionsConfig(Section):
     lr: float = Field(3e-4, ge=0, description="Learning rate of the generator.")
     clip: float = Field(3.0, gt=0, description="Largest norm of its gradient.")
     every: int = Field(1, ge=1, description="LoRA steps per decision step.")
-    batch_size: int = Field(2, ge=1, description="Calibration windows per decision step.")
+    batch_size: int = Field(2, ge=1, description="Calibration windows per decision step and process.")
     reach: float = Field(
         0.4, ge=0, le=1, description="Share of the search after which the exact budget reaches its target."
     )
@@ -146,7 +146,7 @@ class TrainingConfig(Section):
     settle: int = Field(0, ge=0, description="Steps in which LoRA of removed structures shrinks to zero.")
     tune: int | None = Field(None, ge=0, description="Steps after the cut; null: what the other phases leave of steps.")
     batch_size: int = Field(1, ge=1, description="Samples per batch and process.")
-    gradient_accumulation: int = Field(1, ge=1, description="Batches per step.")
+    gradient_accumulation: int = Field(1, ge=1, description="Batches per step and process.")
     lr: float = Field(2e-3, gt=0, description="Highest learning rate of LoRA.")
     beta2: float | None = Field(
         None, ge=0, lt=1, description="Decay per step of AdamW's second moment; null: half of it in a sixth of the run."
@@ -164,6 +164,9 @@ class TrainingConfig(Section):
         "auto", description="Of products; auto: bfloat16 where a probe finds it faster."
     )
     gradient_checkpointing: bool = Field(False, description="Compute layers twice to save memory.")
+    sharding: Literal["fsdp"] | None = Field(
+        None, description="fsdp: each process holds a share of the frozen weights (docs/processes.md); null: all."
+    )
     save_every: int = Field(50, ge=1, description="Steps from one checkpoint to the next.")
     keep_checkpoints: int = Field(2, ge=1, description="How many of the newest stay.")
     log_every: int = Field(1, ge=1, description="Steps per record.")
@@ -318,10 +321,14 @@ class ATPConfig(Section):
             raise InputError(explain(error, cls)) from None
 
     def refuse_change_of(self, saved: dict[str, Any]) -> None:
-        """Raises `InputError` with the differences if a run was started with another config (as `model_dump`)."""
+        """Raises `InputError` with the differences if a run was started with another config (as `model_dump`).
+
+        Who holds which weights makes no difference to a run.
+        """
         now = self.model_dump(mode="json")
         with contextlib.suppress(ValidationError):  # a setting newer than the run has its default there
             saved = type(self).model_validate(saved).model_dump(mode="json")
+        now["training"]["sharding"] = saved.get("training", {}).get("sharding")
         changed = [
             f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
             for section in now

@@ -9,13 +9,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from atp import processes
 from atp.errors import InputError, NotReached
 from atp_kernels.quantized import dense
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any shape, dtype and device holds no NaN and no infinity. Waits for the device."""
-    tensor = dense(tensor)
+    tensor = dense(tensor.to_local() if hasattr(tensor, "to_local") else tensor)  # of a sharded one what is here
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     # One pass without a copy; both ends are NaN if any element is.
@@ -31,6 +32,8 @@ def refuse_weights(model: nn.Module) -> None:
     """Raises `InputError` naming a parameter or buffer that holds NaN or infinity."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     name = first_non_finite(tensors.items())
+    if processes.sharded():
+        name = processes.any_of(name)  # each looks at its own rows
     if name is not None:
         dtype = str(tensors[name].dtype).removeprefix("torch.")
         raise InputError(

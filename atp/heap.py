@@ -5,12 +5,17 @@ phase of SmolLM2-135M, and the next part of a run finds little use for these pie
 """
 
 import ctypes
+import gc
 from collections.abc import Callable
 from functools import cache
 
 
 def give_back() -> None:
-    """Returns free memory of the C heap to the system; does nothing where the C library has no `malloc_trim`."""
+    """Frees what only cycles of objects hold, as hooks do of a sharded model, and returns free memory to the system.
+
+    The latter where the C library has `malloc_trim`.
+    """
+    gc.collect()
     trim = _trim()
     if trim is not None:
         trim(0)

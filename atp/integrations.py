@@ -110,6 +110,8 @@ class ATPCallback(TrainerCallback):
         _check_arguments(args, state, self.phases.cut_step)
         _check_optimizer(_unwrapped(kwargs["optimizer"]))
         processes.start()
+        if processes.sharded():
+            raise InputError(f"FSDP {processes.NO_SHARDS}")
         space = MaskSpace.from_config(model.config, self.config.decisions.space)
         _take_masks(model, space)
         model.train()

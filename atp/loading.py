@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import heap
+from atp import heap, processes
 from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, Example, Splits, chat_of, fitted, load_recipe, pack, unpacked
 from atp.data.batches import IGNORE
@@ -22,6 +22,7 @@ from atp.finite import refuse_weights
 from atp.models.base import FORMS, check_base, quantize_base
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.requirements import require
+from atp.sharding.read import read_sharded
 from atp.spaces.space import MaskSpace
 
 Samples = PackedDataset | RaggedDataset | Pieces
@@ -57,11 +58,24 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
     """The causal LM to prune, in the config's dtype, once its family is known to fit the mask space.
 
-    With `load_in` its decoder linears are quantized once all weights are in the host's memory. Raises `InputError` if
+    With `load_in` its decoder linears are quantized once all weights are in the host's memory. Where processes share
+    the weights it is sharded, on the device that each trains on. Raises `InputError` if
     there is none, or if its weights are quantized already or hold NaN or infinity.
     """
     shapes = load_shapes(config)
     check_prunable(config, shapes, space)
+    if processes.sharded():
+        source = _source(config)
+        if source["gguf_file"] is not None:
+            raise InputError(
+                f"{config.path} is a GGUF file, which cannot be read in shards: save the model as safetensors first, "
+                "or leave out training.sharding"
+            )
+        sharded = read_sharded(
+            source["path"], weights_dtype(config, shapes), processes.device(), revision=source["revision"]
+        )
+        refuse_weights(sharded)
+        return sharded
     model = load_any_model(config)
     refuse_weights(model)
     if config.load_in is not None:

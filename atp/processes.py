@@ -26,14 +26,20 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)  # the default of 30 minutes would end a run in which the main process scores for longer
 _POLL_SECONDS = (1e-4, 0.05)  # at first and at last
-_SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"
-}  # fmt: skip
+_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (ZeRO)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
+    "PARALLELISM_CONFIG_CP_SIZE": "context parallelism",
+    "FSDP_OFFLOAD_PARAMS": "FSDP with offloading",
+}
 NO_SHARDS = (
-    "shards weights, which pruning does not support yet: start the run with `torchrun --nproc_per_node N` or "
-    "`accelerate launch --multi_gpu`, which keep them whole"
+    "is not supported: start the run with `torchrun --nproc_per_node N` or `accelerate launch --multi_gpu`, and shard "
+    "its weights with training.sharding=fsdp"
 )
+_FSDP = "ACCELERATE_USE_FSDP"
 _control: dist.ProcessGroup | None = None
+_launched_sharded = _sharded = False
 
 
 def count() -> int:
@@ -51,15 +57,35 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start() -> None:
-    """Joins the other processes, if any. Raises `InputError` if the launcher asks for sharded weights."""
-    global _control
-    for variable, name in _SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
+def start(sharding: str | None = None) -> None:
+    """Joins the other processes, if any. sharding: `training.sharding`; accelerate's FSDP 2 asks for `fsdp` too.
+
+    Raises `InputError` if the launcher asks for another way to spread a model over processes.
+    """
+    global _launched_sharded, _sharded
+    for variable, name in _REFUSED.items():
+        if _asks(variable):
             raise InputError(f"{name} {NO_SHARDS}")
-    if count() > 1 and _control is None:
-        _state()
-        _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    if _asks(_FSDP):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise InputError(f"FSDP 1 {NO_SHARDS}, or add --fsdp_version 2")
+        _launched_sharded = True
+        os.environ[_FSDP] = "false"  # accelerate would shard the adapter too, and the model once more
+    _sharded = (sharding == "fsdp" or _launched_sharded) and count() > 1
+    _join()
+
+
+def sharded() -> bool:
+    """Whether each process holds a share of the frozen weights."""
+    return _sharded
+
+
+def together(work: Callable[[], T]) -> T:
+    """The main process's result of work that runs the model: where its weights are in shards, all must run it."""
+    if not sharded():
+        return on_main(work)
+    result = work()
+    return on_main(lambda: result)
 
 
 def device() -> torch.device:
@@ -133,11 +159,64 @@ def mean(value: float) -> float:
     return float(tensor) / count()
 
 
+def shares(total: int) -> tuple[list[int], int]:
+    """Which of `total` pieces of work this process does, as many as every other one, and how many do not count.
+
+    Piece k goes to process k modulo their number. Where the pieces do not go round, the last one of a process is the
+    last of all once more: processes that exchange weights in a piece of work must all do one.
+    """
+    numbers = range(rank(), -(-total // count()) * count(), count())
+    return [min(number, total - 1) for number in numbers], sum(number >= total for number in numbers)
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Replaces a tensor by its sum over the processes, in place, and returns it."""
+    if count() > 1:
+        # Without a device in between, through the group that also works beside NCCL.
+        dist.all_reduce(tensor, group=_group() if tensor.is_cpu else None)
+    return tensor
+
+
 def average_(tensor: Tensor | None) -> None:
     """Replaces a tensor by its mean over the processes, in place; None stays None in all."""
     if tensor is not None and count() > 1:
-        dist.all_reduce(tensor)
-        tensor /= count()
+        sum_(tensor).div_(count())
+
+
+def average_all_(tensors: list[Tensor]) -> None:
+    """Replaces tensors of one dtype by their means over the processes, in place, in one exchange."""
+    if count() > 1:
+        means = torch.cat([tensor.flatten() for tensor in tensors])
+        average_(means)
+        for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def broadcast_(tensor: Tensor) -> None:
+    """Replaces a tensor by the main process's, in place. The same dtype and shape everywhere."""
+    if count() > 1:
+        sent = tensor.contiguous()
+        dist.broadcast(sent, src=0, group=_group() if tensor.is_cpu else None)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
+
+def any_of(value: T | None) -> T | None:
+    """The value of the first process that has one; None if none has. It must be picklable."""
+    if count() == 1:
+        return value
+    found: list[T | None] = [None] * count()
+    dist.all_gather_object(found, value, group=_group())
+    return next((one for one in found if one is not None), None)
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """The tensors of all processes, in their order. The same dtype and shape everywhere."""
+    if count() == 1:
+        return [tensor]
+    found = [torch.empty_like(tensor) for _ in range(count())]
+    dist.all_gather(found, tensor.contiguous(), group=_group() if tensor.is_cpu else None)
+    return found
 
 
 def from_main(tensor: Tensor, name: str) -> Tensor:
@@ -160,6 +239,12 @@ def from_main(tensor: Tensor, name: str) -> Tensor:
     return sent.to(tensor.device, tensor.dtype)
 
 
+def _asks(variable: str) -> bool:
+    """Whether the launcher has set a variable to yes, or a number of processes to more than one."""
+    value = os.environ.get(variable, "").lower()
+    return value not in ("", "0", "1", "false") if variable.endswith("_SIZE") else value in ("1", "true")
+
+
 def _state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())  # processes on CPUs are alone together without it
 
@@ -168,8 +253,15 @@ def _started() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _join() -> None:
+    global _control
+    if count() > 1 and _control is None:
+        _state()
+        _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+
 def _group() -> dist.ProcessGroup:
-    start()
+    _join()
     assert _control is not None, "there is one process"
     return _control
 

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from rich import get_console
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -98,7 +99,8 @@ class _Sign:
 class Bars(Progress):
     """Bars that stand still for no second: beside their own columns a moving sign and the time so far.
 
-    A column `PHASE` shows what the command is doing. On a terminal they take the place of the log's sign.
+    A column `PHASE` shows what the command is doing. On a terminal they take the place of the log's sign; elsewhere, where
+    the log has lines, there are none.
     """
 
     def __init__(self, *columns: ProgressColumn, **options: Any) -> None:
@@ -106,8 +108,9 @@ class Bars(Progress):
         sign = _open.get()
         self._sign = sign if isinstance(sign, _Sign) else None
         named = [_Phase(self._sign) if column is PHASE else column for column in columns or self.get_default_columns()]
-        console = None if self._sign is None else self._sign.console
-        super().__init__(SpinnerColumn(), *named, TimeElapsedColumn(), **{"console": console, **options})
+        console = options.pop("console", get_console() if self._sign is None else self._sign.console)
+        disable = options.pop("disable", False) or not console.is_terminal
+        super().__init__(SpinnerColumn(), *named, TimeElapsedColumn(), console=console, disable=disable, **options)
 
     def start(self) -> None:
         """Shows the bars."""

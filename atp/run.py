@@ -5,25 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import heap, processes, progress
+from atp import heap, processes, progress, ranks
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
-from atp.checks import BUDGET_TOLERANCE, base_remark, check_reachable, less_memory, rounded, rounding, shortfalls
+from atp.checks import (
+    BUDGET_TOLERANCE,
+    base_remark,
+    check_reachable,
+    check_sharded,
+    less_memory,
+    rounded,
+    rounding,
+    shortfalls,
+)
 from atp.config import ATPConfig
-from atp.data import Splits, Task
 from atp.environment import versions
 from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
 from atp.evaluation.answers import answered_question
-from atp.evaluation.generation import check_rouge
 from atp.evaluation.inference import CausalLM, bars
-from atp.evaluation.majority import majority_scores
 from atp.evaluation.samples import held_out_samples, sample_answers, side_by_side
-from atp.evaluation.suite import check_questions
 from atp.export.card import add_results
 from atp.export.origins import origins
 from atp.files import read_json, write_json, write_text
@@ -35,6 +41,8 @@ from atp.loading import RunData, averages, check_packages, load_data, load_model
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
+from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
+from atp.sharding.read import read_sharded
 from atp.signals import SignalGuard
 from atp.targets import with_share
 from atp.training import checkpoint as checkpoints
@@ -69,13 +77,14 @@ class Run:
         scores of the original model that somebody has taken already.
         recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
-        self.resume, self.command = resume, command
+        self.command = command
         self.say = progress.saying(say) if processes.is_main() else lambda line: None
         self.profile = profile and processes.is_main()
         self.folder = Path(config.output_dir)
+        self.resume = resume or (ranks.restarted() and (self.folder / CONFIG).is_file())
         self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
-        processes.start()
+        processes.start(config.training.sharding)
         timed, self.latency = processes.on_main(lambda: with_time(config))
         self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed, any_length=True)))
         self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
@@ -106,7 +115,7 @@ class Run:
         facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped,
                  "skipped_decision_steps": trainer.decisions.finite.skipped,
                  **trainer.validation.summary(trainer.step)}  # fmt: skip
-        return processes.on_main(lambda: self._conclude(tokenizer, data, trainer.clock, facts))
+        return self._conclude(tokenizer, data, trainer.clock, facts)
 
     def _trainer(self) -> tuple[ATPTrainer, PreTrainedTokenizerBase, RunData]:
         """Prepares the run, tunes the dense model if the config asks for it, and hands the model to a trainer.
@@ -162,10 +171,12 @@ class Run:
             self.config, self.length = with_steps(config, *averages(data.train))
             config = self.config
         shapes = load_shapes(config.model)
+        check_sharded(config)
         check_tasks(config, data.splits, tokenizer, shapes)
         for line in (*data.splits.remarks, *self._remarks(shapes), *shortfalls(config, data)):
             self.say(line)
-        model = processes.main_first(lambda: load_model(config.model, config.decisions.space))
+        load = partial(load_model, config.model, config.decisions.space)
+        model = load() if processes.sharded() else processes.main_first(load)
         self._check_model(model)
         self.inputs = fingerprints(model, tokenizer, **data.read_in_training)
         self.inputs["test data"] = data.splits.fingerprints["test"]  # questions too, not only what is packed
@@ -241,19 +252,28 @@ class Run:
         loop.inputs, loop.say = self.inputs, self.say
 
     def _score(self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData) -> None:
-        """Scores a model once, in the main process; the result is kept in evaluation.json."""
-        processes.on_main(lambda: self._score_once(name, model, tokenizer, data))
+        """Scores a model once; the result is kept in evaluation.json. See `_score_once`."""
+        self._score_once(name, lambda: model, tokenizer, data)
 
     def _score_once(
-        self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData, **facts: Any
+        self, name: str, load: Callable[[], CausalLM], tokenizer: PreTrainedTokenizerBase, data: RunData, **facts: Any
     ) -> None:
-        """Scores a model unless its scores, with the same `facts`, are there already."""
-        known = self._scores().get(name)
+        """Scores a model unless its scores, with the same `facts`, are there already.
+
+        The main process does, or all together where the weights are in shards.
+        """
+        known = processes.on_main(lambda: self._scores().get(name))
         if known is not None and facts.items() <= known.items():
             return
+        scores = processes.together(lambda: self._scores_of(name, load(), tokenizer, data)) | facts
+        processes.on_main(lambda: self._record(**{name: scores}))
+
+    def _scores_of(
+        self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData
+    ) -> dict[str, Any]:
         heap.give_back()
         settings = self.config.evaluation
-        with progress.Bars(transient=True) as display:
+        with progress.Bars(transient=True, disable=not processes.is_main()) as display:
             scores = evaluate_model(
                 model, tokenizer, packed_windows(data.test, tokenizer, settings.windows), data.splits.test,
                 tasks=scored_tasks(self.config, data.splits), batch_size=settings.batch_size,
@@ -261,13 +281,13 @@ class Run:
                 seed=self.config.seed, autocast=self.autocast,
                 progress=bars(display, f"scoring the {name.replace('_', ' ')} model"),
             )  # fmt: skip
-        scores |= {"size": model_size(model)} | facts
+        scores |= {"size": model_size(model)}
         if name != "tuned_dense":
             shown = held_out_samples(data.splits.test, settings.samples)
             progress.begin(f"answers and speed of the {name} model")
             scores["samples"] = sample_answers(model, tokenizer, shown, autocast=self.autocast)
             scores["speed"] = throughput(model)
-        self._record(**{name: scores})
+        return scores
 
     def _scores(self) -> dict[str, dict[str, Any]]:
         path = self.folder / "evaluation.json"
@@ -285,11 +305,17 @@ class Run:
         self, tokenizer: PreTrainedTokenizerBase, data: RunData, clock: PhaseClock, facts: dict[str, Any]
     ) -> dict[str, Any]:
         """Scores the exported model, writes summary and report, and returns the summary, which includes `facts`."""
-        final = read_model(self.folder / "model", dtype="auto")  # as the original was scored: in its own dtype
-        model = {"model_sha256": of_model_folder(self.folder / "model")}
-        self._score_once("final", final, tokenizer, data, **model)
+        made = self.folder / "model"
+        model = {"model_sha256": processes.on_main(lambda: of_model_folder(made))}
+        # As the original was scored: in its own dtype.
+        load = (lambda: read_sharded(made, "auto", processes.device())) if processes.sharded() else (
+            lambda: read_model(made, dtype="auto"))  # fmt: skip
+        self._score_once("final", load, tokenizer, data, **model)
+        return processes.on_main(lambda: self._write_summary(data, clock, facts | model))
+
+    def _write_summary(self, data: RunData, clock: PhaseClock, facts: dict[str, Any]) -> dict[str, Any]:
         progress.begin("report")
-        summary = self._summarise(data, clock) | facts | model
+        summary = self._summarise(data, clock) | facts
         add_results(self.folder / "model" / "README.md", self.config, summary)
         write_json(self.folder / "summary.json", summary)
         write_report(self.folder)
@@ -347,35 +373,6 @@ class Run:
 def check_target(config: ATPConfig, shapes: PretrainedConfig) -> None:
     """Refuses now what `check_promises` would certainly refuse after the run; shapes: the config of the model."""
     check_reachable(config, shapes, BUDGET_TOLERANCE)
-
-
-def check_tasks(
-    config: ATPConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, shapes: PretrainedConfig
-) -> None:
-    """Raises `InputError` for questions that cannot be scored, before anything is written."""
-    tasks = scored_tasks(config, splits)
-    if any(not task.labels for task in tasks):
-        check_rouge()
-    check_questions(tokenizer, shapes, splits.test, tasks, max_examples=config.evaluation.questions)
-
-
-def scored_tasks(config: ATPConfig, splits: Splits) -> list[Task]:
-    """The tasks that a run scores."""
-    settings = config.evaluation
-    return [task for task in splits.tasks if settings.questions and (task.labels or settings.generate)]
-
-
-def majority_of(config: ATPConfig, splits: Splits) -> dict[str, dict[str, Any]]:
-    """The scores of the majority label on the questions that a run scores."""
-    settings = config.evaluation
-    return majority_scores(
-        splits.train, splits.test, scored_tasks(config, splits), max_examples=settings.questions, seed=config.seed
-    )
-
-
-def without_items(scores: dict[str, Any]) -> dict[str, Any]:
-    """The aggregate scores; those of single items stay in evaluation.json."""
-    return {key: value for key, value in scores.items() if key != "items"}
 
 
 def check_promises(summary: dict[str, Any]) -> None:

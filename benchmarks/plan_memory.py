@@ -1,6 +1,7 @@
 """What `atp plan` says of memory, beside the resident memory that a real run of the same config takes, on a CPU.
 
     python -m benchmarks.plan_memory examples/health-mini.yaml training.steps=6 output_dir=/tmp/run
+    torchrun --nproc_per_node 2 -m benchmarks.plan_memory config.yaml training.sharding=fsdp  # of the main process
 
 The run happens in a process of its own, without the measurement of speed, which takes longest and little memory.
 Measured is Linux's VmHWM, reset between the parts of the run, less what is resident once all packages are imported.
@@ -20,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 
-from atp import heap
+from atp import heap, ranks
 from atp.config import ATPConfig
 from atp.loading import load_shapes
 from atp.plan.job import Job
@@ -138,6 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = options.parse_args(arguments)
     config = ATPConfig.load(given.config, given.overrides)
     found, expected = apart(measured, config), planned(config)
+    if not ranks.is_main():
+        return 0
     print(f"{'part':<12} {'planned':>9} {'measured':>9} {'ratio':>6}  MiB")
     for part, peak in found.items():
         row = expected.get(part)

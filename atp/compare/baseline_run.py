@@ -49,7 +49,7 @@ class BaselineRun(Run):
         chosen = processes.on_main(self._scores).get("choice")
         if chosen is not None:
             tuner.clock.add("choose", chosen["seconds"])
-        return processes.on_main(lambda: self._conclude(tokenizer, data, tuner.clock, facts))
+        return self._conclude(tokenizer, data, tuner.clock, facts)
 
     def _check(self, summary: dict[str, Any]) -> None:
         """A baseline does not promise to meet the budget, only a faithful export."""
@@ -59,6 +59,8 @@ class BaselineRun(Run):
     def _check_model(self, model: PreTrainedModel) -> None:
         """A baseline does not promise the target share; the table shows what it kept."""
         check_length(model.config, self.config.data.length)
+        if processes.sharded():
+            raise InputError(f"{self.method} needs whole weights in every process: leave out training.sharding=fsdp")
         load_in = self.config.model.load_in
         if load_in is not None:
             raise InputError(f"{self.method} does not run on a quantized base: leave out model.load_in={load_in}")

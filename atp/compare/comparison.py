@@ -18,7 +18,7 @@ from atp.errors import InputError, Interrupted, NotReached
 from atp.files import write_json
 from atp.folders import COMPARISON, check_output_dir
 from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
-from atp.run import check_tasks, majority_of, scored_tasks, without_items
+from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
 from atp.targets import with_share
 

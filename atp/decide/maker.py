@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from atp import processes
 from atp.config import DecisionsConfig
 from atp.decide.decisions import Decisions
 from atp.decide.fit import exact_offset
@@ -81,6 +82,7 @@ class DecisionMaker(Decisions):
     def update(self, step: int, loss_of: Callable[[Tensor], Tensor]) -> DecisionOutcome:
         """One optimizer step of the generator. loss_of maps a soft mask [space.size] on the device to the loss.
 
+        Each process has its own loss; the gradient with respect to the mask, and so the step, is the mean over all.
         A non-finite gradient changes nothing; `finite` counts it and ends the run after too many, as for LoRA steps.
         """
         self.generator.train()
@@ -88,6 +90,7 @@ class DecisionMaker(Decisions):
             group["lr"] = self.config.lr * (_LATE_FACTOR if step >= _LATE_SEARCH * self.search_steps else 1.0)
         logits = self.ranked(self.generator())
         soft = self._soft(logits, step)
+        soft.register_hook(_mean_over_processes)
         loss = loss_of(soft)
         budget_loss = torch.zeros((), device=self.device)
         if self.config.budget == "penalty":
@@ -121,3 +124,9 @@ class DecisionMaker(Decisions):
         drawn = upload(self.config.noise * logistic_noise(size, self.noise), self.device)
         offset = exact_offset(logits, self.target_at(step + 1), self.solver)
         return soft_mask(logits, offset, self.config.temperature, drawn)
+
+
+def _mean_over_processes(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone(memory_format=torch.contiguous_format)
+    processes.average_(gradient)
+    return gradient

@@ -11,20 +11,26 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from atp import processes
 from atp.decide.budget import Budget
 from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.spaces.space import MaskSpace
 
 
-def fisher_saliency(space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss_of: Callable) -> Tensor:
+def fisher_saliency(
+    space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss_of: Callable, *, among: int | None = None
+) -> Tensor:
     """Mean over batches of (dL/ds)^2 at s = 1, float32 [space.size].
 
+    among: all processes call this, and `batches` are those of this one's `processes.shares` of so many. Default: they
+    are all there are.
     loss_of(batch, mask) is the calibration loss under a soft mask; batches of one sample give the Fisher information
     of samples, larger ones that of batch means. Raises `NotReached` for a batch with a non-finite gradient, because one
     such batch would make every score NaN.
     """
     total, count = torch.zeros(space.size), 0
+    counted = None if among is None else len(range(processes.rank(), among, processes.count()))
     for batch in batches:
         mask = torch.ones(space.size, requires_grad=True)
         (gradient,) = torch.autograd.grad(loss_of(batch, mask), mask)
@@ -35,8 +41,11 @@ def fisher_saliency(space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss
                 f"calibration window {count} has a non-finite gradient, which no decision can start from: use "
                 "model.dtype=float32 and training.precision=float32, or leave that text out"
             )
-        total += square
-    return total / max(count, 1)
+        if counted is None or count <= counted:
+            total += square
+    if among is None:
+        return total / max(count, 1)
+    return processes.sum_(total) / among
 
 
 def saliency_logits(saliency: Tensor, budget: Budget, scale: float) -> Tensor:

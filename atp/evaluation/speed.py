@@ -79,7 +79,7 @@ def _weights(parameter: Tensor) -> int:
 
 def _bytes(parameter: Tensor) -> int:
     """Bytes of a parameter with the scales that belong to it; torchao shows the dtype that it computes in."""
-    if isinstance(parameter, QuantizedWeight):
+    if isinstance(parameter, QuantizedWeight) or hasattr(parameter, "to_local"):  # in shards
         return parameter.numel() * parameter.itemsize
     if hasattr(parameter, "__tensor_flatten__"):
         return sum(getattr(parameter, name).nbytes for name in parameter.__tensor_flatten__()[0])

@@ -21,7 +21,7 @@ from atp.experiments.spec import ExperimentSpec
 from atp.files import check_writable, write_json
 from atp.folders import COMPARISON
 from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
-from atp.run import check_tasks, majority_of, scored_tasks, without_items
+from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
 from atp.targets import with_share
 from atp.training.schedule import Phases

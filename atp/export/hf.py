@@ -10,14 +10,17 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from atp import heap, processes
 from atp.config import ATPConfig
 from atp.errors import NotReached
 from atp.export.card import adapter_card, base_card
+from atp.export.sharded import save_sharded
 from atp.files import whole_folder, write_json, write_tensors, write_text
 from atp.finite import first_non_finite
 from atp.models.stock import save_model, stock_config
 from atp.removal import base_of, certify_export, merge_adapter, reference_logits
 from atp.removal.certify import dtype_name
+from atp.sharding.shards import is_sharded
 from atp.spaces.space import MaskSpace
 
 
@@ -43,6 +46,8 @@ def export_model(
     """
     merged = merge_adapter(model)
     spoiled = first_non_finite(merged.named_parameters())
+    if processes.sharded():
+        spoiled = processes.any_of(spoiled)
     if spoiled is not None:
         raise NotReached(
             f"{spoiled} of the merged model holds NaN or infinity in {dtype_name(merged)}, so it was not exported: use "
@@ -51,6 +56,7 @@ def export_model(
     reference = reference_logits(merged, tokens)
     _save(merged, folder / "model", tokenizer, card)
     del merged  # the reloaded one takes its place in memory
+    heap.give_back()
     return certify_export(model, reference, folder / "model", tokens)
 
 
@@ -58,6 +64,8 @@ def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerB
     """Saves the unmerged base/ and the adapter/ that belongs to it under `folder`: together they are model/."""
     base = folder / "base"
     _save(base_of(model), base, tokenizer, base_card(config))
+    if not processes.is_main():
+        return
     with whole_folder(folder / "adapter") as adapter:
         model.save_pretrained(str(adapter), safe_serialization=True)
         settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -68,6 +76,9 @@ def keep_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerB
 
 
 def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: str) -> None:
+    if is_sharded(model):
+        save_sharded(model, folder, tokenizer, card)
+        return
     with whole_folder(folder) as written:
         save_model(model, written)
         if tokenizer is not None:

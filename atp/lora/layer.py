@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from atp.families import family_of
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.rng import seeded
+from atp.sharding.shards import is_sharded
 from atp.spaces.space import MaskSpace
 from atp_kernels import (
     KeptSlice,
@@ -49,6 +50,7 @@ class MaskedLoraLinear(PeftLinear):
         self._narrow: tuple[Tensor, int, Tensor] | None = None
         self.set_masks(None, None)
         self.gates: list[Tensor | None] = [None, None]
+        self.holds_casts = True  # whether a whole weight may outlive the pass that reads it
 
     def set_masks(
         self,
@@ -103,7 +105,8 @@ class MaskedLoraLinear(PeftLinear):
     def _narrowed(self, weight: Tensor) -> Tensor:
         """The frozen weight in autocast's dtype, cast once: casts are a sixth of a step on one short window."""
         device = weight.device.type
-        if not torch.is_autocast_enabled(device) or weight.dtype != torch.float32 or weight.requires_grad:
+        idle = not torch.is_autocast_enabled(device) or weight.dtype != torch.float32 or weight.requires_grad
+        if idle or not self.holds_casts:
             return weight
         if self._narrow is None or self._narrow[0] is not weight or self._narrow[1] != weight._version:
             self._narrow = weight, weight._version, weight.detach().to(torch.get_autocast_dtype(device))
@@ -197,6 +200,11 @@ class FusedRMSNorm(nn.Module):
         self.variance_epsilon: float = norm.variance_epsilon
         self.train(norm.training)
 
+    @classmethod
+    def adopt(cls, norm: nn.Module) -> None:
+        """Turns a norm into this one in place, for a sharded model, whose gathering knows its modules."""
+        norm.__class__ = cls
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
             # transformers normalizes in float32 whatever the dtype, and so does every model to compare with.
@@ -214,12 +222,16 @@ def fuse_layers(model: PeftModel) -> PeftModel:
     family = family_of(base.config)
     for layer in base.get_decoder().layers:
         fuse_attention(layer.self_attn)
+        for linear in (module for module in layer.modules() if isinstance(module, MaskedLoraLinear)):
+            linear.holds_casts = not is_sharded(base)
         linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
         if not isinstance(layer.mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(base.config):
             norm = layer.get_submodule(name)
-            if not isinstance(norm, FusedRMSNorm):
+            if is_sharded(base):
+                FusedRMSNorm.adopt(norm)
+            elif not isinstance(norm, FusedRMSNorm):
                 layer.set_submodule(name, FusedRMSNorm(norm))
     return model
 

@@ -240,6 +240,17 @@ class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, GraniteForCausalLM):  # type:
         return None
 
 
+def place_indices(model: PreTrainedModel) -> None:
+    """Sets the buffers of a cut model that no file holds, on the devices of its weights; any other model has none."""
+    for layer in cast(Any, model.get_decoder()).layers:
+        attention = layer.self_attn
+        if isinstance(attention, ATPLlamaAttention) and (index := attention.kept_rope_index()) is not None:
+            attention.rope_index = index.to(attention.q_proj.weight.device)
+        for selection in (module for module in layer.children() if isinstance(module, Selection)):
+            for name, index in selection.indices().items():
+                setattr(selection, name, None if index is None else index.to(layer.input_layernorm.weight.device))
+
+
 def register() -> None:
     """Registers the class and the training attention with transformers; calling it again changes nothing."""
     attention.register()

@@ -91,7 +91,7 @@ def read_model(
     with _explained("model", path):
         options: dict[str, Any] = _where(path, gguf_file, revision)
         if gguf_file is None:
-            check_against_files(config, sum(file.stat().st_size for file in _weight_files(path, config, revision)))
+            check_against_files(config, sum(file.stat().st_size for file in weight_files(path, config, revision)))
         else:
             # Without dequantize the model counts as quantized and can be neither trained nor saved.
             options["quantization_config"] = GgufConfig(dequantize=True)
@@ -104,7 +104,7 @@ def read_model(
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
         model, found = loaded
-        _require_whole(path, found)
+        require_whole(path, found)
         return model
 
 
@@ -139,7 +139,7 @@ def _where(path: str | Path, gguf_file: str | None, revision: str | None) -> dic
     return {"pretrained_model_name_or_path": path, "gguf_file": gguf_file}
 
 
-def _weight_files(path: str | Path, config: PretrainedConfig, revision: str | None) -> list[Path]:
+def weight_files(path: str | Path, config: PretrainedConfig, revision: str | None) -> list[Path]:
     """The safetensors files of a model; files that the Hub has and the cache lacks are downloaded.
 
     Refuses weights that transformers would unpickle, take from another folder, or mix with an adapter's.
@@ -201,8 +201,11 @@ def _require_inside(name: object, where: Path, suffixes: tuple[str, ...] = ("",)
         raise InputError(f"{where} names {shorten(repr(name))}: give a plain file name in the same folder{kind}")
 
 
-def _require_whole(path: str | Path, found: dict[str, Any]) -> None:
-    """Refuses a model if transformers initialized weights at random or ignored weights of the file."""
+def require_whole(path: str | Path, found: dict[str, Any]) -> None:
+    """Refuses a model if weights would be initialized at random, or weights of the file ignored.
+
+    found: what transformers reports of loading, `missing_keys`, `mismatched_keys` and `unexpected_keys`.
+    """
     # Layers of old checkpoints hold a buffer that is computed now.
     unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq"))
     reshaped = [f"{name} {list(there)} for {list(here)}" for name, there, here in sorted(found["mismatched_keys"])]

@@ -51,6 +51,11 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     of llama.cpp and mlx-lm look there.
     """
     as_stock(model).save_pretrained(folder, safe_serialization=True)
+    rope_for_converters(folder)
+
+
+def rope_for_converters(folder: Path) -> None:
+    """Repeats the RoPE settings of a config.json at its top level."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")

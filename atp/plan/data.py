@@ -19,7 +19,7 @@ from atp.data.encoding import encode, start_ids
 from atp.data.tokens import Pieces
 from atp.ending import ending
 from atp.loading import RunData, averages, check_packages, load_data, load_tokenizer
-from atp.run import check_tasks
+from atp.scored_tasks import check_tasks
 
 _SHOWN = 96  # tokens of the sample that is shown
 _BEFORE = 48  # of them before the first that has a loss

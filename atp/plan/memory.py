@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from atp import processes
 from atp.families import Linear, family_of
 from atp.models.base import FORMS
 from atp.plan.activations import Pass, kept_by_saliency, kept_by_training
@@ -25,25 +26,30 @@ Parts = dict[str, float]
 _FLOAT, _DOUBLE = 4, 8
 _ADAPTER = 4  # PEFT keeps LoRA in float32 whatever the base is
 _MOMENTS = 2 * _FLOAT  # of AdamW, for each LoRA parameter
+_SHARED = ("weights", "cut weights", "merged", "reloaded")  # what lies in shards, where weights do
+_COPIES = ("slices", "casts", "file")  # what then does not exist
 _ROWS = 4096  # tokens that the refit multiplies at once
 _WORD = 2048  # of the tokenizer and all else in the process, per word: 120 MiB for SmolLM2's 49,152 words, as measured
 
 
 def memory_of(job: Job) -> list[dict[str, object]]:
     """For each part of the run, in order: its name, its bytes at the peak, and the parts that these consist of."""
+    memory = _Memory(job)
     return [
         {
             "phase": name,
             "bytes": round(sum(parts.values())),
             "parts": {part: round(n) for part, n in parts.items() if n},
         }
-        for name, parts in _Memory(job).phases()
+        for name, parts in map(memory.in_shards, memory.phases())
     ]
 
 
 class _Memory:
     def __init__(self, job: Job) -> None:
         self.job, self.shapes, self.training = job, job.shapes, job.config.training
+        sharded = job.config.training.sharding is not None or processes.sharded()
+        self.ranks = processes.count() if sharded else 1  # processes that share the frozen weights
         self.weight = job.dtype.itemsize
         self.product = (job.autocast or job.dtype).itemsize
         self.hidden, self.vocab = job.shapes.config.hidden_size, job.shapes.config.vocab_size
@@ -58,6 +64,22 @@ class _Memory:
             self.product, self.weight, self.rank, dropout=job.config.lora.dropout > 0, expanded=apart,
             rows=self.training.batch_size,
         )  # fmt: skip
+
+    def in_shards(self, phase: tuple[str, Parts]) -> tuple[str, Parts]:
+        """A part of the run as each of several processes has it that share the frozen weights; else as it is.
+
+        Nothing made of whole weights outlives a pass. Gathered is what lies beside the shards at once: the largest of a
+        layer, the embeddings and the head, once as it arrives and once in its place, and what this process sends of it.
+        """
+        name, parts = phase
+        if self.ranks == 1:
+            return phase
+        shared = {
+            part: size / self.ranks if part in _SHARED else size for part, size in parts.items() if part not in _COPIES
+        }
+        config = self.shapes.config
+        largest = max(*(weights_of((widths,)) for widths in self.shapes.whole), config.vocab_size * config.hidden_size)
+        return name, shared | {"gathered": (2 + 1 / self.ranks) * largest * self.weight}
 
     def phases(self) -> Iterator[tuple[str, Parts]]:
         """The parts of a run that happen, in order."""

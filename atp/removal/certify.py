@@ -21,11 +21,14 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from atp.data import collate
 from atp.errors import NotReached
 from atp.models.load import read_model
 from atp.removal.widen import widened
+from atp.sharding.read import read_sharded
+from atp.sharding.shards import is_sharded, whole
 from atp_kernels.quantized import dense
 
 MEANING = {
@@ -112,20 +115,20 @@ def merge_error(model: PeftModel, exported: nn.Module) -> float:
         return math.inf
     worst = 0.0
     for name, weight in expected.items():
-        found = actual[name].cpu()
-        if found.shape != weight.shape:
+        found, base = whole(actual[name]).cpu(), whole(weight)
+        if found.shape != base.shape:
             return math.inf
         if name in layers:
-            share = _share_of_allowed(layers[name], adapter, found)
+            share = _share_of_allowed(layers[name], adapter, base, found)
         else:
-            share = 0.0 if torch.equal(found, weight.cpu()) else math.inf
+            share = 0.0 if torch.equal(found, base.cpu()) else math.inf
         worst = share if math.isnan(share) else max(worst, share)
     return worst
 
 
-def _share_of_allowed(layer: LoraLayer, adapter: str, found: Tensor) -> float:
-    linears: Any = layer.get_base_layer(), layer.lora_B[adapter], layer.lora_A[adapter]
-    weight, b, a = (dense(linear.weight.detach()).cpu() for linear in linears)
+def _share_of_allowed(layer: LoraLayer, adapter: str, weight: Tensor, found: Tensor) -> float:
+    factors: Any = layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+    weight, b, a = (dense(tensor.detach()).cpu() for tensor in (weight, *factors))
     kind, wide = torch.finfo(weight.dtype), torch.finfo(torch.float64)
     w, b, a = weight.double(), layer.scaling[adapter] * b.double(), a.double()
     exact = w + b @ a
@@ -143,7 +146,8 @@ def certify_export(model: PeftModel, merged: Tensor, folder: str | Path, input_i
     model: cut, with its adapter. merged: `reference_logits` of `merge_adapter(model)` on input_ids [windows, tokens].
     """
     device = next(model.parameters()).device
-    reloaded: Any = read_model(folder, dtype="auto")
+    base = cast(PreTrainedModel, model.get_base_model())
+    reloaded: Any = read_sharded(folder, "auto", device) if is_sharded(base) else read_model(folder, dtype="auto")
     reloaded.to(device)
     gap = compare(merged, reloaded, input_ids)
     return {

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.lora.layer import fuse_layers
 from atp.models.config import ATPLlamaConfig
-from atp.models.llama import ATPLlamaAttention, ATPLlamaForCausalLM
-from atp.models.selected import Selection
+from atp.models.llama import ATPLlamaForCausalLM, place_indices
+from atp.sharding.shards import fill, is_sharded, shard, whole
 from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight, compact
 from atp_kernels.quantized import dense
@@ -77,14 +78,21 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
     model: a causal LM of a supported family, plain or with one LoRA adapter; the result then has an adapter of the same
     config and layer classes. Dtypes, devices, requires_grad and training mode are kept; set hooks, masks and gradient
     checkpointing again. Only cut weights take new memory: the result shares all other tensors with `model`, so drop
-    `model` afterwards. Raises ValueError as `cut_state_dict`.
+    `model` afterwards. A sharded model is cut weight by weight, each gathered and dropped again, into the shards of the
+    smaller one. Raises ValueError as `cut_state_dict`.
     """
     source: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = cut_config(source.config, space, mask)
     with torch.device("meta"):
         base = ATPLlamaForCausalLM(config)
+    kept = _kept_indices(space, mask)
+    in_shards = is_sharded(source)
+    if in_shards:
+        _fill_shards(base, source, lambda name, weight: _cut_parameter(name, weight, space, kept))
+    with torch.device("meta"):
         cut = _wrap_like(model, base) if isinstance(model, PeftModel) else base
-    cut.load_state_dict(cut_state_dict(model.state_dict(), space, mask), assign=True)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not in_shards or ".lora_" in name}
+    cut.load_state_dict(cut_state_dict(state, space, mask), assign=True, strict=not in_shards)
     _complete(base, source)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in cut.named_parameters():
@@ -98,26 +106,30 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
 
     The sum is formed in float64, from a quantized W as it is dequantized, and rounded once to the dtype of W. Only
     merged weights are new memory, other tensors are shared with `model`. Raises ValueError for other adapters than one
-    plain LoRA.
+    plain LoRA. Of a sharded model one weight at a time is whole, and the result is sharded too.
     """
     adapter, _ = _adapter_config(model)
-    layers = model.get_base_model().named_modules()
-    merged = {f"{n}.weight": _merged_weight(layer, adapter) for n, layer in layers if isinstance(layer, LoraLayer)}
-    return _plain(model, merged)
+    layers = {f"{n}.weight": m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    return _plain(
+        model, lambda name, weight: _merged(layers[name], adapter, weight) if name in layers else dense(weight)
+    )
 
 
 @torch.no_grad()
 def base_of(model: PeftModel) -> PreTrainedModel:
     """A plain model of the base's class without the adapter; shares all tensors but quantized ones with `model`."""
-    return _plain(model, {})
+    return _plain(model, lambda name, weight: dense(weight))
 
 
-def _plain(model: PeftModel, changed: dict[str, Tensor]) -> PreTrainedModel:
+def _plain(model: PeftModel, change: Callable[[str, Tensor], Tensor]) -> PreTrainedModel:
     source: Any = model.get_base_model()
-    state = {n.replace(".base_layer.", "."): t for n, t in source.state_dict().items() if ".lora_" not in n}
     with torch.device("meta"):
         plain = type(source)(copy.deepcopy(source.config))
-    plain.load_state_dict({name: dense(tensor) for name, tensor in (state | changed).items()}, assign=True)
+    if is_sharded(source):
+        _fill_shards(plain, source, change)
+    else:
+        state = {n.replace(".base_layer.", "."): t for n, t in source.state_dict().items() if ".lora_" not in n}
+        plain.load_state_dict({name: change(name, tensor) for name, tensor in state.items()}, assign=True)
     _complete(plain, source)
     return plain.train(model.training)
 
@@ -197,23 +209,24 @@ def _complete(base: Any, source: Any) -> None:
 
     base and source: causal LMs, not inside PEFT.
     """
-    if base.config.tie_word_embeddings:
+    if base.config.tie_word_embeddings and not is_sharded(base):
         base.tie_weights()
     # A copy rather than a new module: a cast of the source may have rounded its frequencies, which must not change.
     base.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
-    for layer in base.model.layers:
-        attention = layer.self_attn
-        if isinstance(attention, ATPLlamaAttention) and (index := attention.kept_rope_index()) is not None:
-            attention.rope_index = index.to(attention.q_proj.weight.device)
-        for selection in (module for module in layer.children() if isinstance(module, Selection)):
-            for name, index in selection.indices().items():
-                setattr(selection, name, None if index is None else index.to(layer.input_layernorm.weight.device))
+    place_indices(base)
     base.generation_config = copy.deepcopy(source.generation_config)
 
 
-def _merged_weight(layer: LoraLayer, adapter: str) -> Tensor:
-    base: Any = layer.get_base_layer()
-    weight: Tensor = base.weight
+def _fill_shards(made: PreTrainedModel, source: PreTrainedModel, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Shards a model on the meta device and fills it with what `change` makes of each weight of a sharded source."""
+    weights = {n.replace(".base_layer.", "."): p for n, p in source.named_parameters() if ".lora_" not in n}
+    device = next(iter(weights.values())).device
+    cast(nn.Module, made).to(dtype=source.dtype)
+    shard(made, device)
+    fill(made, lambda name, rows: change(name, whole(weights[name]))[rows])
+
+
+def _merged(layer: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
     factors: Any = layer.lora_B[adapter], layer.lora_A[adapter]
     place = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
     w, b, a = (x.to(place).double() for x in (dense(weight), *(factor.weight for factor in factors)))

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp import processes
 from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.lora.controller import MaskController
 from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, residual_multiplier, run_block
+from atp.sharding.shards import gathered, rows_of, store
 from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight
 from atp_kernels.quantized import dense
@@ -41,48 +43,59 @@ def refit(
     batches: Iterable[dict[str, Any]],
     *,
     damping: float | None = None,
+    among: int | None = None,
 ) -> dict[str, Tensor]:
     """Changes the base weights of the linears that end a block, from the first one that `mask` removes inputs of.
 
     mask: bool [space.size], True keeps. decoder: in evaluation mode, its linears masked LoRA layers; LoRA counts as
-    part of the weight, and the whole model is the one without masks. batches: as `atp.data.collate` makes them. In
-    memory at once are, for all of them, the hidden states of the whole model and of the cut one, twice their difference
-    and twice the inputs of one linear. damping: lambda as a share of the mean square of the kept inputs; None chooses
-    one of `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone that none of them helps there.
+    part of the weight, and the whole model is the one without masks. batches: as `atp.data.collate` makes them. among:
+    all processes call this, and `batches` are those of this one's `processes.shares` of so many; they fit together and
+    end with the same weights. In memory at once are, for all batches, the hidden states of the whole model and of the
+    cut one, twice their difference and twice the inputs of one linear. damping: lambda as a share of the mean square of
+    the kept inputs; None chooses one of `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone
+    that none of them helps there.
     Columns of removed inputs stay as they are. A quantized weight that the fit changes becomes a floating one: rounding
     it to a few bits again would add their error to what was fitted. Clears the masks; kept slices are stale afterwards.
-    Returns the changed weights, not copied, by their names in the decoder. Raises `NotReached` when inputs, differences
+    A sharded model has one layer gathered at a time. Returns the changed weights or their shards, not copied, by their
+    names in the decoder. Raises `NotReached` when inputs, differences
     or fitted weights are not finite.
     """
     cut, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
+    numbers = range(len(cut)) if among is None else range(processes.rank(), among, processes.count())
+    cut, arguments = cut[: len(numbers)], arguments[: len(numbers)]
     whole = list(cut)
     changed = {}
     layers: Any = decoder.layers
     for index, layer in enumerate(layers):
-        for norm, block in BLOCKS:
-            run = partial(run_block, layer, norm, block)
-            controller.clear()
-            whole = [run(x, given) for x, given in zip(whole, arguments, strict=True)]
-            controller.set(mask, "sum")
-            structure = space.read_by(index, block)
-            if structure is None or structure.reader is None or mask[: structure.span.stop].all():
-                cut = [run(x, given) for x, given in zip(cut, arguments, strict=True)]
-                continue
-            name = f"layers.{index}.{structure.reader}"
-            linear: Any = layer.get_submodule(structure.reader)
-            inputs = [_input(linear, partial(run, x, given)) for x, given in zip(cut, arguments, strict=True)]
-            # The linear ends its block.
-            lost = [
-                (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer)
-                for aim, x, read in zip(whole, cut, inputs, strict=True)
-            ]
-            base = linear.get_base_layer()
-            weight = dense(base.weight)
-            if _fit(name, weight, inputs, lost, structure.kept_inputs(mask).to(weight.device), damping):
-                if isinstance(base.weight, QuantizedWeight):
-                    base.weight = nn.Parameter(weight, requires_grad=False)
-                changed[f"{name}.base_layer.weight"] = base.weight
-            cut = [add_block(layer, x, linear(read)) for x, read in zip(cut, inputs, strict=True)]
+        with gathered(layer) as shards:
+            for norm, block in BLOCKS:
+                run = partial(run_block, layer, norm, block)
+                controller.clear()
+                whole = [run(x, given) for x, given in zip(whole, arguments, strict=True)]
+                controller.set(mask, "sum")
+                structure = space.read_by(index, block)
+                if structure is None or structure.reader is None or mask[: structure.span.stop].all():
+                    cut = [run(x, given) for x, given in zip(cut, arguments, strict=True)]
+                    continue
+                name = f"{structure.reader}.base_layer.weight"
+                linear: Any = layer.get_submodule(structure.reader)
+                inputs = [_input(linear, partial(run, x, given)) for x, given in zip(cut, arguments, strict=True)]
+                # The linear ends its block.
+                lost = [
+                    (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer)
+                    for aim, x, read in zip(whole, cut, inputs, strict=True)
+                ]
+                base = linear.get_base_layer()
+                weight = dense(base.weight)
+                kept = structure.kept_inputs(mask).to(weight.device)
+                pairs = list(zip(numbers, inputs, lost, strict=True))
+                if _fit(f"layers.{index}.{structure.reader}", weight, pairs, kept, damping, together=among is not None):
+                    if isinstance(base.weight, QuantizedWeight):
+                        base.weight = nn.Parameter(weight, requires_grad=False)
+                    if name in shards:
+                        store(shards[name], weight[rows_of(shards[name])])
+                    changed[f"layers.{index}.{name}"] = shards.get(name, base.weight)
+                cut = [add_block(layer, x, linear(read)) for x, read in zip(cut, inputs, strict=True)]
     controller.clear()
     return changed
 
@@ -94,26 +107,37 @@ def _input(linear: nn.Module, call: Callable[[], Tensor]) -> Tensor:
     return found[0]
 
 
-def _fit(
-    name: str, weight: Tensor, inputs: list[Tensor], lost: list[Tensor], kept: Tensor, damping: float | None
-) -> bool:
-    """Adds the ridge solution to the kept columns, if it helps on the held-out batches; returns whether it did."""
-    if not all(map(is_finite, (*inputs, *lost))):
+_Pair = tuple[int, Tensor, Tensor]
+"""Number of a batch, the inputs of a linear, and what is lost."""
+
+
+def _fit(name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: float | None, *, together: bool) -> bool:
+    """Adds the ridge solution to the kept columns, if it helps on the held-out batches; returns whether it did.
+
+    together: the batches are this process's share, and all of them fit the same weight.
+    """
+    if not all(is_finite(tensor) for _, *tensors in pairs for tensor in tensors):
         raise NotReached(
             f"the refit of {name} reads NaN or infinity on the calibration windows: use model.dtype=float32 and "
             "training.precision=float32, or decisions.refit_windows=0"
         )
-    pairs = list(zip(inputs, lost, strict=True))
-    held_out = pairs[_HELD_OUT - 1 :: _HELD_OUT] if damping is None else []
-    rest = [pair for index, pair in enumerate(pairs) if not held_out or (index + 1) % _HELD_OUT]
-    sums = _moments(rest, kept, weight.dtype)
-    if held_out:
-        trial = _moments(held_out, kept, weight.dtype)
+    moments = partial(_moments, weight=weight, kept=kept, together=together)
+    held_out = [pair for pair in pairs if damping is None and (pair[0] + 1) % _HELD_OUT == 0]
+    sums = moments([pair for pair in pairs if not any(pair is other for other in held_out)])
+    trial = moments(held_out)
+    if trial.batches:
         left, damping = min((trial.left(sums.ridge(candidate)), candidate) for candidate in DAMPINGS)
-        if left >= trial.lost:
+        helps = left < trial.lost
+        if together:
+            # Rounding must not let one process fit what another leaves alone.
+            damping, helps = processes.on_main(lambda: (damping, helps))
+        if not helps:
             return False
         sums = _Moments(*(one + other for one, other in zip(sums, trial, strict=True)))
-    fitted = weight[:, kept].double() + sums.ridge(_FEW if damping is None else damping).T
+    added = sums.ridge(_FEW if damping is None else damping).T
+    if together:
+        processes.broadcast_(added)
+    fitted = weight[:, kept].double() + added
     weight[:, kept] = fitted.to(weight.dtype)  # rounded once, after the sum
     if not is_finite(weight):
         raise NotReached(
@@ -129,6 +153,7 @@ class _Moments(NamedTuple):
     inputs: Tensor  # [kept, kept]
     cross: Tensor  # [kept, outputs]
     lost: Tensor  # scalar
+    batches: Tensor  # their number, scalar
 
     def ridge(self, damping: float) -> Tensor:
         """What to add to the weights of the kept inputs, [kept, outputs]."""
@@ -142,17 +167,26 @@ class _Moments(NamedTuple):
         return float(self.lost + (added * (self.inputs @ added - 2 * self.cross)).sum())
 
 
-def _moments(pairs: list[tuple[Tensor, Tensor]], kept: Tensor, dtype: torch.dtype) -> _Moments:
-    """The moments of inputs and what is lost, batch by batch; products in float32 or wider."""
-    wide = torch.promote_types(dtype, torch.float32)
-    inputs, lost = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*pairs, strict=True))
+def _moments(pairs: list[_Pair], *, weight: Tensor, kept: Tensor, together: bool) -> _Moments:
+    """The moments of inputs and what is lost, batch by batch; products in float32 or wider.
+
+    together: summed over the processes.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
     count = int(kept.sum())
-    products, cross = lost.new_zeros(count, count, dtype=wide), lost.new_zeros(count, lost.shape[-1], dtype=wide)
-    square = lost.new_zeros((), dtype=torch.float64)
-    with torch.autocast(lost.device.type, enabled=False):
-        for read, lack in zip(inputs.split(_ROWS), lost.split(_ROWS), strict=True):
-            x, y = read[:, kept].to(wide), lack.to(wide)
-            products.addmm_(x.T, x)
-            cross.addmm_(x.T, y)
-            square += y.square().sum()
-    return _Moments(products.double(), cross.double(), square)
+    products, cross = weight.new_zeros(count, count, dtype=wide), weight.new_zeros(count, len(weight), dtype=wide)
+    square = weight.new_zeros((), dtype=torch.float64)
+    if pairs:
+        inputs = torch.cat([read.flatten(0, -2) for _, read, _ in pairs])
+        lost = torch.cat([lack.flatten(0, -2) for _, _, lack in pairs])
+        with torch.autocast(lost.device.type, enabled=False):
+            for read, lack in zip(inputs.split(_ROWS), lost.split(_ROWS), strict=True):
+                x, y = read[:, kept].to(wide), lack.to(wide)
+                products.addmm_(x.T, x)
+                cross.addmm_(x.T, y)
+                square += y.square().sum()
+    found = _Moments(products.double(), cross.double(), square, square.new_tensor(len(pairs)))
+    if together:
+        for part in found:
+            processes.sum_(part)
+    return found

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from atp.errors import InputError, NotReached, shorten
 from atp.files import remove_leftovers, whole_folder, write_text
 from atp.finite import first_non_finite
+from atp.sharding.files import ShardFiles, collect
 
 LATEST = "LATEST"
-FORMAT = 4  # goes up with every change after which an older checkpoint cannot be continued
+FORMAT = 5  # goes up with every change after which an older checkpoint cannot be continued
 _TENSORS, _META = "state.safetensors", "state.json"
 _PREFIX = "checkpoint-"
 
@@ -35,16 +36,24 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
+    shards: dict[str, Tensor] = field(default_factory=dict)
+    """Rows of sharded weights that this process holds, to be written; read back from `files`."""
+    files: ShardFiles = field(default_factory=lambda: ShardFiles(Path()))
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under `prefix.`, without it."""
         start = prefix + "."
         return {name[len(start) :]: value for name, value in self.tensors.items() if name.startswith(start)}
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of a weight, whether it was written in shards or in one piece."""
+        return self.tensors[name][rows] if name in self.tensors else self.files.read(name, rows)
+
 
 def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Writes root/checkpoint-<step> atomically, updates LATEST and removes all but the newest `keep`.
 
+    Shards must be staged by then, by all processes (`atp.sharding.files.stage`).
     Raises `NotReached` for a tensor that holds NaN or infinity, before anything is written.
     """
     spoiled = first_non_finite(checkpoint.tensors.items())
@@ -59,7 +68,8 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in checkpoint.tensors.items()}
     with whole_folder(final) as folder:
         save_file(tensors, folder / _TENSORS)
-        facts = {"format": FORMAT, "step": checkpoint.step, "sha256": {_TENSORS: _digest(folder / _TENSORS)}}
+        names = [_TENSORS, *(collect(root, folder) if checkpoint.shards else [])]
+        facts = {"format": FORMAT, "step": checkpoint.step, "sha256": {name: _digest(folder / name) for name in names}}
         meta = json.loads(json.dumps(facts | {"values": checkpoint.meta}))
         (folder / _META).write_text(json.dumps(meta | {"checksum": _checksum(meta)}), encoding="utf-8")
     write_text(root / LATEST, final.name + "\n")
@@ -74,7 +84,9 @@ def load(folder: Path) -> Checkpoint:
         raise InputError(f"checkpoint {folder} is damaged ({problem}): resume from an older one or start again")
     refuse_other_format(folder)
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-    return Checkpoint(meta["step"], load_file(folder / _TENSORS), meta["values"])
+    return Checkpoint(
+        meta["step"], load_file(folder / _TENSORS), meta["values"], files=ShardFiles(folder, meta["sha256"])
+    )
 
 
 def refuse_other_format(folder: Path) -> None:
@@ -164,13 +176,16 @@ def _problem(folder: Path) -> str | None:
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         if meta.pop("checksum") != _checksum(meta):
             return f"{_META} does not match its checksum"
-        torn = meta["sha256"][_TENSORS] != _digest(folder / _TENSORS)
+        files = {_TENSORS: meta["sha256"][_TENSORS], **meta["sha256"]}
+        torn = next((name for name, digest in files.items() if digest != _digest(folder / name)), None)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{_META} is not what was written"
     if torn:
-        return f"{_TENSORS} does not match its checksum"
+        return f"{torn} does not match its checksum"
     return None if folder.name == f"{_PREFIX}{meta['step']:08d}" else f"{_META} is of step {meta['step']}"
 
 

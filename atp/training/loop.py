@@ -25,6 +25,7 @@ from atp.config import ATPConfig
 from atp.errors import InputError, Interrupted
 from atp.finite import FiniteGuard, refuse_weights
 from atp.models.attention import use_training_attention
+from atp.sharding.files import stage
 from atp.signals import SignalGuard
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record, Trackers
@@ -63,7 +64,7 @@ class Loop:
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        processes.start()
+        processes.start(config.training.sharding)
         refuse_weights(model)
         self.config, self.phases, self.tokenizer = config, phases, tokenizer
         self.train_dataset = train_dataset
@@ -90,6 +91,7 @@ class Loop:
         )
         if self.accelerator.distributed_type not in _WHOLE:
             raise InputError(f"{self.accelerator.distributed_type.value} {processes.NO_SHARDS}")
+        self.batches_per_step = config.training.gradient_accumulation * processes.count()  # of all processes
         self._batches: Iterator[list[Batch]] | None = None
         self.bind(model)
 
@@ -111,7 +113,10 @@ class Loop:
         )
         self.wrapped, self.optimizer = model, self.adamw
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, self.adamw)
+        if processes.sharded():
+            self.optimizer = self.accelerator.prepare(self.adamw)
+        else:
+            self.wrapped, self.optimizer = self.accelerator.prepare(model, self.adamw)
         self._reset_loss()
 
     @property
@@ -128,7 +133,11 @@ class Loop:
         return self.accelerator.reduce(torch.full((), float(count), device=self.device), "sum")
 
     def accumulate(self, batches: list[Batch]) -> Iterator[Batch]:
-        """The batches one by one; processes exchange gradients in the backward pass of the last."""
+        """The batches one by one; processes exchange gradients in the backward pass of the last, or after it."""
+        if processes.sharded():
+            yield from batches
+            processes.average_all_([p.grad for p in self._adapter().values() if p.grad is not None])
+            return
         for batch in batches[:-1]:
             with self.accelerator.no_sync(self.wrapped):
                 yield batch
@@ -288,7 +297,7 @@ class Loop:
         training = self.config.training
         return step_batches(
             self.train_dataset, step, self.phases.total, size=training.batch_size,
-            accumulation=training.gradient_accumulation, seed=self.config.seed, device=self.device,
+            accumulation=self.batches_per_step // processes.count(), seed=self.config.seed, device=self.device,
         )  # fmt: skip
 
     def _tell(self, event: str, *arguments: Any) -> None:
@@ -326,7 +335,7 @@ class Loop:
             "clock": self.clock.state(),
             "finite": self.finite.state(),
             "validation": self.validation.state(),
-            "processes": processes.count(),
+            "batches_per_step": self.batches_per_step,
             "precision": "float32" if self.autocast_dtype is None else "bfloat16",
             "inputs": self.inputs,
         }
@@ -344,17 +353,20 @@ class Loop:
     def write(self, state: Checkpoint) -> Path:
         """Writes a checkpoint, in the main process, and tells callbacks of it."""
         keep = self.config.training.keep_checkpoints
+        if state.shards:
+            stage(self.checkpoint_root, state.shards)
         path = processes.on_main(lambda: checkpoints.save(self.checkpoint_root, state, keep=keep))
         self._tell("on_checkpoint", path)
         return path
 
     def refuse_other_run(self, state: Checkpoint) -> None:
-        """Raises `InputError` for a checkpoint of another config, other inputs or another number of processes."""
+        """Raises `InputError` for a checkpoint of another config or inputs, or of steps that cannot be shared here."""
         self.config.refuse_change_of(state.meta["config"])
-        if state.meta["processes"] != processes.count():
+        self.batches_per_step = state.meta["batches_per_step"]
+        if self.batches_per_step % processes.count():
             raise InputError(
-                f"the run has {state.meta['processes']} processes and is resumed in {processes.count()}, which would "
-                "read other samples per step: resume it in as many as before"
+                f"a step of this run reads {self.batches_per_step} batches, which {processes.count()} processes cannot "
+                "share equally: resume it in a number of processes that divides them"
             )
         refuse_other_inputs(state.meta.get("inputs") or {}, self.inputs or {})
 

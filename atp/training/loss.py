@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from atp.families import Windows, family_of
 from atp.models.attention import NAME, training_masks
+from atp.sharding.shards import is_sharded, whole
 from atp.training.cross_entropy import linear_cross_entropy
 from atp.training.profiling import scope
 
@@ -44,7 +45,7 @@ def head_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor
         divisor = family.logits_divisor(causal.config)
         if divisor != 1:
             scored = scored / divisor  # the same as dividing the logits, of which there are many more
-        return scored, causal.get_output_embeddings().weight
+        return scored, whole(causal.get_output_embeddings().weight)
 
 
 def _final_hidden(model: nn.Module, causal: PreTrainedModel, batch: dict[str, Any], windows: Windows) -> Tensor:
@@ -53,6 +54,11 @@ def _final_hidden(model: nn.Module, causal: PreTrainedModel, batch: dict[str, An
     mask = None
     if causal.config._attn_implementation == NAME:
         mask = training_masks(input_ids, position_ids, windows)
+    if is_sharded(causal):  # nothing wraps it, and its head would be gathered for nothing
+        with scope("other"):
+            decoder: Any = causal.get_decoder()
+            called = decoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+            return called.last_hidden_state
     caught: list[Tensor] = []
     handle = causal.get_decoder().register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
     try:

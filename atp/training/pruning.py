@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast, reduce
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from atp import processes
 from atp.config import DecisionsConfig, TrainingConfig
+from atp.data import collate
 from atp.decide.budget import Budget
 from atp.decide.decisions import Decisions
 from atp.decide.maker import DecisionMaker, frozen
@@ -32,10 +32,11 @@ from atp.lora.regularizers.lasso import LoraGroups
 from atp.removal import cut_model
 from atp.removal.certify import certificate_tokens
 from atp.removal.refit import refit
+from atp.sharding.shards import local, rows_of, store
 from atp.spaces.space import MaskSpace
 from atp.training.certificate import at_cut, at_freeze, masked_logits
 from atp.training.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors, prefixed
-from atp.training.data import Batch, batch_at, sized
+from atp.training.data import Batch, batch_at, run_order, sized, to_device
 from atp.training.loss import causal_lm_loss
 from atp.training.profiling import scope
 
@@ -66,6 +67,8 @@ class Pruning:
         self.decisions = self._make_decisions()
         self._watching = False  # whether the running saliency looks at this step
         self.scored = False  # whether the decisions know the saliency that they start from
+        # As many per process as the settings say, and as many in all when the run goes on in another number of them.
+        self.decision_windows = settings.batch_size * processes.count()
         self.certificate: dict[str, Any] = {}
         self.refitted: list[str] = []  # base weights, by their names in the decoder, that the refit changed
         self.figures: dict[str, Tensor] = {}  # what steps have to say since the last record
@@ -85,7 +88,7 @@ class Pruning:
             return
         count = min(self.settings.saliency_windows, sized(self.calibration))
         with frozen(self.model):
-            saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss)
+            saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss, among=count)
         self.controller.clear()
         self.decisions = self._make_decisions(processes.from_main(saliency, "saliency"))
 
@@ -113,13 +116,15 @@ class Pruning:
         if step % self.settings.every:
             return
         if isinstance(self.decisions, DecisionMaker):
-            batch = self.calibration_batch(step // self.settings.every, self.settings.batch_size)
+            batch, weight = self._decision_batch(step // self.settings.every)
             try:
                 with frozen(self.model), scope("masks"):
-                    outcome = self.decisions.update(step, lambda mask: self.calibration_loss(batch, mask))
+                    outcome = self.decisions.update(step, lambda mask: weight * self.calibration_loss(batch, mask))
             finally:
                 self.controller.clear()
-            self.figures |= {"decision_loss": outcome.loss, "budget_loss": outcome.budget_loss}
+            loss = outcome.loss.clone()
+            processes.average_(loss)
+            self.figures |= {"decision_loss": loss, "budget_loss": outcome.budget_loss}
         with scope("masks"):
             self.decisions.refresh(step)
 
@@ -150,7 +155,8 @@ class Pruning:
     @contextmanager
     def _hard(self) -> Iterator[None]:
         with scope("masks"):
-            self.controller.set(self.decisions.mask, "hard")
+            # Slices are copies that outlive a pass; of gathered weights nothing may.
+            self.controller.set(self.decisions.mask, "base" if processes.sharded() else "hard")
         try:
             yield
         finally:
@@ -167,7 +173,9 @@ class Pruning:
         finally:
             self.controller.clear()
         if mask.grad is not None and isinstance(self.decisions, ScoredDecisions):
-            self.decisions.observe(reduce(mask.grad, "mean"))
+            # One process sees the batches of all one after another, each with its share of the loss.
+            for gradient in processes.gather(mask.grad / processes.count()):
+                self.decisions.observe(gradient)
 
     def regularize(self, weight: float) -> None:
         """Adds the regularizer's gradient to clipped gradients."""
@@ -210,12 +218,10 @@ class Pruning:
         """Fits the ends of blocks to what the cut loses, now that no decision moves any more."""
         count = min(self.settings.refit_windows, sized(self.calibration))
         with inference(self.model, self.autocast):
-            fitted = refit(self.decoder, self.controller, self.space, self.decisions.mask, self._windows(count))
-        # Processes must not differ, not even by rounding, which could also choose other linears to fit.
-        weights = dict(self.decoder.named_parameters())
-        readers = [f"layers.{s.layer}.{s.reader}.base_layer.weight" for s in self.space.structures if s.reader]
-        broadcast([weights[name] for name in readers])
-        self.refitted = processes.on_main(lambda: list(fitted))
+            fitted = refit(
+                self.decoder, self.controller, self.space, self.decisions.mask, self._windows(count), among=count
+            )
+        self.refitted = list(fitted)
         self.controller.forget()
 
     def cut(self, swap: Callable[[PeftModel], None]) -> None:
@@ -261,14 +267,30 @@ class Pruning:
             return causal_lm_loss(self.model, batch)
 
     def _windows(self, count: int) -> Iterator[Batch]:
-        return (self.calibration_batch(index, 1) for index in range(count))
+        """This process's share of the first `count` calibration samples."""
+        return (self.calibration_batch(index, 1) for index in processes.shares(count)[0])
+
+    def _decision_batch(self, index: int) -> tuple[Batch, Tensor]:
+        """This process's share of the calibration samples of a decision step, and the weight of their mean loss.
+
+        The mean over processes of the weighted losses is the mean loss per scored token of all `decision_windows`.
+        """
+        size = self.decision_windows
+        mine, spare = processes.shares(size)
+        counted = mine[: len(mine) - spare]
+        with scope("data"):
+            numbers = run_order(self.calibration, size, 0, self.seed + 1).at(index * size, size)
+            batch = to_device(collate([self.calibration[numbers[row]] for row in counted or mine]), self.device)
+        tokens = torch.full((), float(len(batch["targets"]) if counted else 0), device=self.device)
+        return batch, tokens * processes.count() / processes.sum_(tokens.clone())
 
     # Checkpoints
 
     def add_to(self, state: Checkpoint) -> None:
         """Adds decisions with what produces them, certificate and regularizer to a checkpoint."""
-        decisions, weights = self.decisions, dict(self.decoder.named_parameters())
-        state.tensors |= {"mask": decisions.mask, **prefixed("refit", {name: weights[name] for name in self.refitted})}
+        decisions = self.decisions
+        state.tensors["mask"] = decisions.mask
+        self.add_refit(state)
         if isinstance(decisions, DecisionMaker):
             state.tensors |= prefixed("generator", decisions.generator.state_dict())
             state.tensors |= prefixed("decision_optimizer", optimizer_tensors(decisions.optimizer, _names(decisions)))
@@ -279,10 +301,33 @@ class Pruning:
             state.tensors |= prefixed("regularizer", self.regularizer.state_dict())
         state.meta |= {
             "scored": self.scored,
+            "decision_windows": self.decision_windows,
             "frozen": decisions.frozen,
             "certificate": self.certificate,
             "finite_decisions": decisions.finite.state(),
         }
+
+    def add_refit(self, state: Checkpoint) -> None:
+        """Adds the base weights that the refit changed to a checkpoint, or this process's rows of them."""
+        weights = dict(self.decoder.named_parameters())
+        refitted = prefixed("refit", {name: weights[name] for name in self.refitted})
+        if processes.sharded():
+            state.shards = {name: local(weight) for name, weight in refitted.items()}
+        else:
+            state.tensors |= refitted
+
+    def _load_refit(self, state: Checkpoint) -> None:
+        weights = dict(self.decoder.named_parameters())
+        names = [*state.part("refit"), *(name.removeprefix("refit.") for name in state.files.names())]
+        if processes.sharded():
+            for name in names:
+                store(weights[name], state.rows(f"refit.{name}", rows_of(weights[name])))
+        else:
+            # In their place rather than into it: a quantized weight cannot hold what the refit made of it.
+            every = slice(0, None)
+            found = {name: state.rows(f"refit.{name}", every).to(self.device) for name in names}
+            self.decoder.load_state_dict(found, strict=False, assign=True)
+        self.refitted = names
 
     def load(self, state: Checkpoint) -> None:
         """The inverse of `add_to`, on the uncut model; cuts it if it was cut."""
@@ -294,6 +339,7 @@ class Pruning:
             load_optimizer_tensors(learned.optimizer, _names(learned), state.part("decision_optimizer"))
             learned.noise.set_state(state.tensors["rng.decision"])
         self.scored = state.meta["scored"]
+        self.decision_windows = state.meta["decision_windows"]
         self.decisions.mask = state.tensors["mask"].bool()
         self.decisions.frozen = state.meta["frozen"]
         self.decisions.finite.restore(state.meta["finite_decisions"])
@@ -302,10 +348,7 @@ class Pruning:
             self.become_cut()
         else:
             self.regularizer.load_state_dict(state.part("regularizer"))
-        refitted = state.part("refit")
-        # In their place rather than into it: a quantized weight cannot hold what the refit made of it.
-        self.decoder.load_state_dict({n: t.to(self.device) for n, t in refitted.items()}, strict=False, assign=True)
-        self.refitted = list(refitted)
+        self._load_refit(state)
 
 
 def _names(decisions: DecisionMaker) -> list[str]:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from atp import processes
 from atp.config import ATPConfig
 from atp.data.encoding import rules_of
 from atp.errors import InputError
 from atp.files import read_json
 from atp.folders import CHECKPOINTS, INPUTS, saved_config
+from atp.sharding.shards import whole
 from atp.training.checkpoint import Checkpoint, exist, newest, read_values, resume_point
 from atp.training.data import sized
 from atp_kernels import QuantizedWeight
@@ -111,6 +113,8 @@ def _of_weights(model: nn.Module) -> str:
     weights = sorted(
         (_WRAPPING.sub("", name), parameter) for name, parameter in model.named_parameters() if ".lora_" not in name
     )
+    if processes.sharded():  # one at a time is whole
+        return _of_text(f"{name} {_of_tensor(whole(parameter))}" for name, parameter in weights)
     with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
         digests = pool.map(lambda item: f"{item[0]} {_of_tensor(item[1])}", weights)
         return _of_text(digests)

@@ -28,6 +28,7 @@ from atp.lora.layer import add_lora
 from atp.models.base import FORMS
 from atp.models.stock import stock_config
 from atp.removal import cut_state_dict
+from atp.sharding.shards import is_sharded, sharded_copy
 from atp.spaces.space import MaskSpace
 from atp.targets import with_share
 from atp.training import checkpoint as checkpoints
@@ -62,6 +63,9 @@ class ATPTrainer(Loop):
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        processes.start(config.training.sharding)
+        if processes.sharded() and not is_sharded(model):
+            model = sharded_copy(model, processes.device())
         lora, space = config.lora, MaskSpace.from_config(model.config, config.decisions.space)
         params_before = sum(p.numel() for p in model.parameters())
         wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=config.seed)
@@ -190,9 +194,10 @@ class ATPTrainer(Loop):
         with self.clock.timed("cut"):
             state = self.checkpoint()
             self.pruning.cut(swap=self.bind)
-            for prefix in ("model", "lora_optimizer", "refit"):
+            for prefix in ("model", "lora_optimizer"):
                 part = cut_state_dict(state.part(prefix), self.space, self.decisions.mask)
                 state.tensors |= checkpoints.prefixed(prefix, part)
+            self.pruning.add_refit(state)
         self._validate_as("cut")
         state.tensors |= checkpoints.prefixed("best", self.validation.adapter)
         state.meta |= {
@@ -222,12 +227,13 @@ class ATPTrainer(Loop):
         `NotReached` for a merged weight that is not finite.
         """
         heap.give_back()
-        self.certificate.update(processes.on_main(lambda: self._export(Path(folder))))
+        self.certificate.update(processes.together(lambda: self._export(Path(folder))))
         return self.certificate
 
     def _export(self, folder: Path) -> dict[str, Any]:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_decisions(folder, self.space, self.decisions.mask)
+        if processes.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            save_decisions(folder, self.space, self.decisions.mask)
         after = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" not in n)
         stock = stock_config(self.model.get_base_model().config) is not None
         card = model_card(self.config, self.params_before, after, stock=stock)
@@ -238,7 +244,8 @@ class ATPTrainer(Loop):
             certificate["base"] = f"{FORMS[load_in].says}: the masked and the cut model are compared on these weights"
         if self.config.export.keep_adapter:
             keep_adapter(self.model, folder, self.tokenizer, self.config)
-        write_certificate(folder / "certificate.json", certificate, tokens)
+        if processes.is_main():
+            write_certificate(folder / "certificate.json", certificate, tokens)
         return certificate
 
     # What this run adds to those of every run

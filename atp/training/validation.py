@@ -55,7 +55,7 @@ class Validation:
 
     def measure(self, model: PeftModel, device: torch.device) -> float:
         """Mean cross-entropy per scored token, in nats, of the model as it is; the main process's figure for all."""
-        self.last = processes.on_main(lambda: self._measure(model, device))
+        self.last = processes.together(lambda: self._measure(model, device))
         return self.last
 
     def _measure(self, model: PeftModel, device: torch.device) -> float:

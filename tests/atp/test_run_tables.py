@@ -12,7 +12,7 @@ from atp.evaluation.samples import Sample, sample_answers
 from atp.loading import data_settings, load_tokenizer
 from atp.models.load import read_model
 from atp.report import terminal
-from atp.run import without_items
+from atp.scored_tasks import without_items
 
 
 @pytest.fixture

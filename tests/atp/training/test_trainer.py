@@ -119,7 +119,7 @@ def test_ends_of_blocks_are_refitted_at_the_freeze(tmp_path):
 def test_sharded_weights_are_refused_whatever_shards_them(tmp_path, monkeypatch, kind):
     """The refit, the lasso's gradient and the cut need whole weights in every process."""
     monkeypatch.setattr(Accelerator, "distributed_type", kind)
-    with pytest.raises(InputError, match=f"^{kind.value} shards weights, which pruning does not support yet"):
+    with pytest.raises(InputError, match=f"^{kind.value} is not supported: start the run with"):
         make(tmp_path)
 
 
