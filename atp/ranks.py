@@ -18,8 +18,3 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes, scores and prints."""
     return rank() == 0
-
-
-def restarted() -> bool:
-    """Whether torchrun has started this process again, in the place of one that ended (`--max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

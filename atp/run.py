@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import heap, processes, progress, ranks
+from atp import heap, processes, progress
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
 from atp.checks import (
     BUDGET_TOLERANCE,
@@ -77,11 +77,10 @@ class Run:
         scores of the original model that somebody has taken already.
         recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
-        self.command = command
+        self.resume, self.command = resume, command
         self.say = progress.saying(say) if processes.is_main() else lambda line: None
         self.profile = profile and processes.is_main()
         self.folder = Path(config.output_dir)
-        self.resume = resume or (ranks.restarted() and (self.folder / CONFIG).is_file())
         self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
         processes.start(config.training.sharding)

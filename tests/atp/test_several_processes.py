@@ -4,7 +4,6 @@ import os
 import signal
 import time
 
-import psutil
 import pytest
 from launched_runs import assert_equal, ended, start, write_settings
 
@@ -54,16 +53,6 @@ def test_a_run_that_two_processes_began_ends_in_one(settings, one, tmp_path):
     assert not (folder / "summary.json").exists(), "the signal came too late to test anything"
     assert output.count("interrupted by signal 15") >= 1, output
     ended(start(["train", str(settings[0]), f"output_dir={folder}", "--resume"], two=False))
-    assert_equal(folder, one)
-
-
-@pytest.mark.slow
-def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on(settings, one, tmp_path):
-    folder = tmp_path / "run"
-    process = start(["train", str(settings[0]), f"output_dir={folder}"], launcher=["--max-restarts", "1"])
-    wait_for_steps(process, folder, 2)
-    psutil.Process(process.pid).children()[1].kill()
-    ended(process)
     assert_equal(folder, one)
 
 
