@@ -99,8 +99,8 @@ class _Sign:
 class Bars(Progress):
     """Bars that stand still for no second: beside their own columns a moving sign and the time so far.
 
-    A column `PHASE` shows what the command is doing. On a terminal they take the place of the log's sign; elsewhere, where
-    the log has lines, there are none.
+    A column `PHASE` shows what the command is doing. On a terminal they take the place of the log's sign; elsewhere
+    there are none, because the log has lines.
     """
 
     def __init__(self, *columns: ProgressColumn, **options: Any) -> None:
