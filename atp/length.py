@@ -29,9 +29,10 @@ def with_known_steps(config: ATPConfig) -> tuple[ATPConfig, dict[str, Any] | Non
     So a run resumes with the steps it was started with. The config as it is, and None, where the folder says nothing.
     """
     known = read_json(Path(config.output_dir) / LENGTH)
-    if not config.training.budget or known is None or known.get("asked") != config.training.budget:
+    asked, steps = ((known or {}).get(key) for key in ("asked", "steps"))
+    if known is None or not config.training.budget or asked != config.training.budget or type(steps) is not int:
         return config, None
-    return _at(config, int(known["steps"])), known
+    return _at(config, steps), known
 
 
 def with_steps(config: ATPConfig, sample: float, scored: float = 1.0) -> tuple[ATPConfig, dict[str, Any] | None]:
