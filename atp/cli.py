@@ -54,7 +54,7 @@ def _root(
     """Make a language model smaller and better at one domain, in one training run."""
     if context.invoked_subcommand in _ONE_PROCESS and not ranks.is_main():
         raise typer.Exit()
-    if context.invoked_subcommand in _LONG:
+    if context.invoked_subcommand in _LONG and not {"-h", "--help"} & set(sys.argv):
         progress.begin("starting")  # torch takes seconds
 
 

@@ -5,9 +5,9 @@
 
 The run happens in a process of its own, without the measurement of speed, which takes longest and little memory.
 Measured is Linux's VmHWM, reset between the parts of the run, less what is resident once all packages are imported.
-Pages of files are left out of both, because a system that is short of memory takes those of libraries back. Measured
-memory holds all that a plan leaves out, and what the allocator keeps of freed memory; with MALLOC_MMAP_THRESHOLD_=65536
-in the environment glibc keeps next to nothing.
+Pages of libraries are left out of both, because a system that is short of memory takes them back. Measured memory holds
+all that a plan leaves out, and what the allocator keeps of freed memory; with MALLOC_MMAP_THRESHOLD_=65536 in the
+environment glibc keeps next to nothing.
 """
 
 import argparse
@@ -52,14 +52,14 @@ class Peaks:
     """The most resident memory of each part of a run, in bytes beyond what was resident at the start."""
 
     def __init__(self) -> None:
-        self.start = _resident() - _of_files()
+        self.start = _resident() - _of_libraries()
         self.bytes: dict[str, float] = {}
         self.part, self.fresh = "load", False
         reset_resident_peak()
 
     def enter(self, part: str) -> None:
         """Counts from here towards a part."""
-        peak = resident_peak_bytes() - _of_files() - self.start
+        peak = resident_peak_bytes() - _of_libraries() - self.start
         self.bytes[self.part] = max(peak, self.bytes.get(self.part, 0))
         self.part, self.fresh = part, True
         reset_resident_peak()
@@ -125,10 +125,16 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _of_files() -> int:
-    """Resident pages of files that are mapped now; those of a file of weights are gone once it is read."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssFile:"))
+def _of_libraries() -> int:
+    """Resident pages of shared libraries; those of weights that are mapped from their file are the model's."""
+    found, library = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):  # the first line of a mapping: addresses, and the path at the end
+            library = bool(rest) and (".so." in rest[-1] or rest[-1].endswith(".so"))
+        elif name == "Rss:" and library:
+            found += 1024 * int(rest[0])
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

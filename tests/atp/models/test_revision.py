@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from tiny_folder import save
 
 from atp.config import ATPConfig
@@ -95,7 +96,7 @@ def test_data_are_read_at_the_commit_that_the_name_stands_for(asked, monkeypatch
 
     def load_dataset(name, config, *, split, streaming, revision):
         loaded.append((name, config, split, revision))
-        return [{"text": "one"}]
+        return Dataset.from_list([{"text": "one"}])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     for source in ("a/b:test", "a/b@v1#c", "a/silent@v2", "a/silent", "a/b"):
