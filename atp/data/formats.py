@@ -148,6 +148,7 @@ def _arrow_records(path: Path) -> Iterator[dict[str, Any]]:
         reader = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(source)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
+            batch.validate(full=True)  # else offsets of a damaged file are read from wherever they point
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 yield from batch.slice(start, _ROWS_AT_ONCE).to_pylist()
 

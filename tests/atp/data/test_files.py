@@ -194,3 +194,20 @@ def test_hub_name_without_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
         read_rows("owner/name")
+
+
+@pytest.mark.parametrize("kind", ["new_file", "new_stream"])
+def test_an_arrow_file_whose_offsets_point_elsewhere_is_refused(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": ["aa", "bb", "cc"]})
+    path = tmp_path / "a.arrow"
+    with getattr(pyarrow.ipc, kind)(str(path), table.schema) as writer:
+        writer.write_table(table)
+    assert len(read_rows(str(path))) == 3
+    ends = [number.to_bytes(4, "little") for number in (2, 4, 6)]
+    content = path.read_bytes()
+    assert content.count(b"".join(ends)) == 1
+    # Unchecked, the second text would be 2 GB of whatever lies behind.
+    path.write_bytes(content.replace(b"".join(ends), ends[0] + (2**31 - 8).to_bytes(4, "little") + ends[2]))
+    with pytest.raises(InputError, match="not an Arrow file, or a damaged one .*rewrite it"):
+        read_rows(str(path))
