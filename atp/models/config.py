@@ -13,9 +13,12 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
+from atp.errors import shorten
 from atp.families import family_of
 from atp.families.family import CUT_MODEL_TYPE
 
+_FACTORS = ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling")
+_LARGEST_FACTOR = 1_000_000  # beyond every model there is
 _SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
 
 
@@ -165,6 +168,12 @@ class ATPLlamaConfig(LlamaConfig):
                 f"no_rope_layers describes {len(self.no_rope_layers)} layers and num_hidden_layers is {layers}: give "
                 "one entry per layer"
             )
+        for key in _FACTORS:
+            value = getattr(self, key)
+            if value is not None and not 0 < abs(value) <= _LARGEST_FACTOR:
+                raise ValueError(
+                    f"{key} is {shorten(value)}: make it a number other than 0, of at most {_LARGEST_FACTOR}"
+                )
         for layer in range(layers):
             try:
                 shape = self.layer_shape(layer)

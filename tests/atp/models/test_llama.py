@@ -199,6 +199,16 @@ def test_number_of_layers_must_agree():
     assert ATPLlamaConfig(**SIZES, per_layer_config=LAYERS, no_rope_layers=[1, 0, 1]).no_rope_layers == [1, 0]
 
 
+@pytest.mark.parametrize(
+    "key", ["attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"]
+)
+@pytest.mark.parametrize("value", [0, float("nan"), float("inf"), -(10**400), 10**30, "1", []])
+def test_a_factor_that_is_no_usual_number_is_refused(key, value):
+    with pytest.raises(Exception, match=key):
+        ATPLlamaConfig(**{key: value})
+    assert getattr(ATPLlamaConfig(**{key: 0.22}), key) == 0.22
+
+
 def test_norms_of_queries_and_keys_are_over_all_pairs():
     with pytest.raises(Exception, match=r"per_layer_config\[0\].qk_pairs is .*qk_norm keeps all pairs"):
         ATPLlamaConfig(**SIZES, per_layer_config=LAYERS, qk_norm=True)
