@@ -93,6 +93,9 @@ def read_model(
         if gguf_file is None:
             check_against_files(config, sum(file.stat().st_size for file in weight_files(path, config, revision)))
         else:
+            # For a wrong number of layers the reader takes minutes before it misses the first of them.
+            if (file := _find(path, gguf_file, revision)) is not None:
+                check_against_files(config, file.stat().st_size, many=0)
             # Without dequantize the model counts as quantized and can be neither trained nor saved.
             options["quantization_config"] = GgufConfig(dequantize=True)
         if quantization is not None:

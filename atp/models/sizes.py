@@ -55,10 +55,11 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         _refuse("head_dim", head_dim, "make it even, because RoPE rotates pairs")
 
 
-def check_against_files(config: PretrainedConfig, size: int) -> None:
+def check_against_files(config: PretrainedConfig, size: int, many: int = _MANY) -> None:
     """Refuses a config of a supported family that describes far more weights than its files can hold.
 
-    Otherwise transformers would first make room for them all. size: bytes of all files. Raises `InputError`.
+    Otherwise transformers would first make room for them all. size: bytes of all files. many: weights for which
+    that matters. Raises `InputError`.
     """
     if config.model_type not in (*FAMILIES, CUT_MODEL_TYPE):
         return
@@ -67,7 +68,7 @@ def check_against_files(config: PretrainedConfig, size: int) -> None:
         for layer in range(config.num_hidden_layers):
             linears = family_of(config).linears(layer_config(config, layer)).values()
             weights += sum(linear.out_features * linear.in_features for linear in linears)
-    if weights > _MANY and weights > 8 * size:  # no file has less than one bit per weight
+    if weights > many and weights > 8 * size:  # no file has less than one bit per weight
         raise InputError(
             f"config.json of the model describes {weights:,} weights and its files hold {size:,} bytes: correct "
             "config.json, or fetch the model again"
