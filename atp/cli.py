@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -21,10 +21,13 @@ from rich.table import Table
 
 from atp import cli_config, progress, ranks
 from atp import cli_results as results
-from atp.console import Debug, JsonLogs, console
+from atp.console import AtOnce, Debug, JsonLogs, On, Resource, console
 from atp.ending import ending, flush_output, imports_are_done, interrupted
 from atp.errors import InputError, shorten
 from atp.redact import redacted
+
+if TYPE_CHECKING:
+    from atp.engines import Engine
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -145,6 +148,9 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
     out: Annotated[Path | None, typer.Option(help="Output folder; default: output_dir plus '-compare'.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted comparison.")] = False,
+    on: On = "here",
+    resource: Resource = None,
+    at_once: AtOnce = None,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -161,7 +167,7 @@ def compare(
     folder = out or Path(f"{settings.output_dir}-compare")
     comparison = Comparison(
         settings, _listed(methods), [_whole(seed) for seed in _listed(seeds)], folder, resume=resume,
-        command=_command(), say=console.print,
+        command=_command(), engine=_engine(on, resource, at_once, folder),
     )  # fmt: skip
     content = comparison.execute()
     head, rows = brief(content)
@@ -188,6 +194,9 @@ def experiment(
         "runs/experiments"
     ),
     out: Annotated[Path, typer.Option(help="Folder for CSV, JSON and PNG.")] = Path("experiments/results"),
+    on: On = "here",
+    resource: Resource = None,
+    at_once: AtOnce = None,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -201,7 +210,8 @@ def experiment(
     _note()
     question = Experiment(
         name, overrides or [], runs=runs, out=out, domains=_listed(domains),
-        seeds=[_whole(seed) for seed in _listed(seeds)], command=_command(), say=console.print,
+        seeds=[_whole(seed) for seed in _listed(seeds)], command=_command(),
+        engine=_engine(on, resource, at_once, runs),
     )  # fmt: skip
     content = question.execute()
     shown = Table("arm", *content["domains"], title=f"{content['question']} Perplexity:")
@@ -223,6 +233,9 @@ def sweep(
     decode_ms: Annotated[str | None, typer.Option(help="Milliseconds for a new token after 256 here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; default: output_dir plus '-sweep'.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted sweep, or add targets.")] = False,
+    on: On = "here",
+    resource: Resource = None,
+    at_once: AtOnce = None,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -241,7 +254,8 @@ def sweep(
     texts = (keep, params, megabytes, prefill_ms, decode_ms)
     given = [(unit, text) for unit, text in zip(UNITS, texts, strict=True) if text is not None]
     asked = [one for unit, text in given or [(UNITS[0], "0.8,0.7,0.6,0.5")] for one in unit.parse(text)]
-    found = Sweep(settings, asked, folder, resume=resume, command=_command(), say=console.print).execute()
+    engine = _engine(on, resource, at_once, folder)
+    found = Sweep(settings, asked, folder, resume=resume, command=_command(), engine=engine).execute()
     show(found, console)
     console.print(f"results: {folder / 'sweep'}.csv, .json and .png")
 
@@ -322,6 +336,12 @@ def _note() -> None:
 
     if reason := slow_kernels():
         console.print(f"slow kernels: {reason} (ATP_BUILD=0 silences this)")
+
+
+def _engine(on: str, resources: list[str] | None, at_once: int | None, folder: Path) -> Engine:
+    from atp.engines import choose
+
+    return choose(on, resources or [], at_once, folder / "jobs", console.print)
 
 
 def _listed(text: str) -> list[str]:

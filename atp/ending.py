@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
+from atp.errors import InputError, Interrupted, JobsFailed, NotReached, is_out_of_memory, reason
 from atp.requirements import TRAIN, find, is_known, missing
 
 _BROKEN_PIPE = 128 + 13  # what a shell shows for a program that SIGPIPE ended
@@ -31,6 +31,8 @@ def ending(error: BaseException) -> tuple[str, int]:
         return _one_line(error), 2
     if isinstance(error, NotReached):
         return _one_line(error), 3
+    if isinstance(error, JobsFailed):
+        return _one_line(error), 1
     if isinstance(error, Interrupted):
         return _one_line(error), 128 + error.signum
     if hasattr(error, "format_message"):  # usage errors of typer or click

@@ -21,6 +21,10 @@ class NotReached(RuntimeError):
     """The run ended without keeping a promise (budget, certificate, finite losses). Exit code 3."""
 
 
+class JobsFailed(RuntimeError):
+    """Runs on other processes or machines ended without a result; the others are done. Exit code 1."""
+
+
 class Interrupted(BaseException):
     """A signal stopped the run, which can be resumed. Exit code 128 + signal number.
 

@@ -20,7 +20,9 @@ _REQUIREMENTS = dict.fromkeys(TRAIN, "'atp-kernels[train]'") | {
     "bitsandbytes": "'bitsandbytes>=0.50,<1'",
     "lm_eval": "'lm-eval>=0.4.9'",
     "pyarrow": "pyarrow",
+    "ray": "ray",
     "rouge_score": "rouge-score",
+    "submitit": "'submitit>=1.5'",
     "torchao": "'torchao>=0.18,<1'",
 }
 _WITHOUT_DEPENDENCIES = {

@@ -27,7 +27,7 @@ LAYERS = (
     ("atp.data_config", "atp.section", "atp.unknown_keys"),
     ("atp.spaces",),
     ("atp.families",),
-    ("atp.ending",),
+    ("atp.ending", "atp.engines"),
     (
         *("atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap", "atp.listing"),
         *("atp.locking", "atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact"),

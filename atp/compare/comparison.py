@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from atp import processes
-from atp.compare.members import Arm, Members
+from atp.compare.members import Arm, Members, refuse_precision
 from atp.compare.page import write_pages
 from atp.compare.results import results, unmeasurable
 from atp.config import ATPConfig
 from atp.data import Splits, load_recipe
+from atp.engines import Engine, Here
 from atp.environment import versions
 from atp.errors import InputError, Interrupted, NotReached
 from atp.files import write_json
@@ -38,15 +40,18 @@ class Comparison:
         *,
         resume: bool,
         command: str,
-        say: Callable[[str], None] = print,
+        engine: Engine | None = None,
     ) -> None:
-        """Raises `InputError` for an unknown method, or without any method or seed."""
+        """engine: what runs the members; by default this process does.
+
+        Raises `InputError` for an unknown method, or without any method or seed."""
         if not methods or not seeds:
             raise InputError("nothing to compare: give at least one method and one seed")
         self.arms = [Arm(method) for method in dict.fromkeys(methods)]
         self.seeds = list(dict.fromkeys(seeds))
         config = with_share(config)
-        self.config, self.folder, self.resume, self.command, self.say = config, folder, resume, command, say
+        self.config, self.folder, self.resume, self.command = config, folder, resume, command
+        self.engine = engine or Here()
 
     def execute(self) -> dict[str, Any]:
         """Runs what is missing, writes the artifacts after each member, and returns the content of comparison.json.
@@ -64,7 +69,8 @@ class Comparison:
 
     def _execute(self) -> dict[str, Any]:
         processes.on_main(lambda: check_output_dir(self.folder, resume=self.resume, started=COMPARISON))
-        members = Members(self.config, self.folder, command=self.command, say=self.say)
+        refuse_precision(self.config, self.engine)
+        members = Members(self.config, self.folder, command=self.command)
         processes.on_main(lambda: check_packages(members.config.model, members.config.data))
         processes.on_main(lambda: members.check(self.arms, self.seeds))
         tokenizer = processes.main_first(lambda: load_tokenizer(self.config.model))
@@ -73,12 +79,15 @@ class Comparison:
         broken: dict[str, str] = {}
         content: dict[str, Any] = {}
         with members.opened(resume=self.resume):
-            for seed, arm in itertools.product(self.seeds, self.arms):
-                try:
-                    members.run(arm, seed)
-                except NotReached as error:
-                    broken[f"{arm.name}, seed {seed}"] = str(error)
-                content = processes.on_main(lambda: self._write(members, splits, broken))
+            jobs = [
+                members.job(arm, seed, f"{arm.name}, seed {seed}")
+                for seed, arm in itertools.product(self.seeds, self.arms)
+            ]
+            with closing(self.engine.results(jobs)) as ended:
+                for job, promise in ended:
+                    if promise is not None:
+                        broken[job.name] = promise
+                    content = processes.on_main(lambda: self._write(members, splits, broken))
         if broken:
             raise NotReached("; ".join(f"{name}: {reason}" for name, reason in broken.items()))
         return content

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from atp.baselines.methods import BASELINES
 from atp.compare.baseline_run import BaselineRun
 from atp.compare.results import Member
 from atp.config import ATPConfig
+from atp.engines import Engine, Job
 from atp.errors import InputError, shorten
 from atp.files import read_json, write_json, write_text
 from atp.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
@@ -56,6 +58,15 @@ class Arm:
         return ",".join((self.method, *self.overrides))
 
 
+def refuse_precision(config: ATPConfig, engine: Engine) -> None:
+    """Raises `InputError` if this machine would choose the precision of runs on other ones."""
+    if engine.elsewhere and config.training.precision == "auto":
+        raise InputError(
+            "training.precision is auto, which this machine would decide for those that run the members: set it to "
+            "bfloat16 or float32"
+        )
+
+
 class Members:
     """Runs arms with seeds on one common config, in `<arm>-seed<n>/` of a folder.
 
@@ -63,10 +74,9 @@ class Members:
     generator, calibration windows. Finished members are read, and interrupted ones resume from their checkpoint.
     """
 
-    def __init__(self, config: ATPConfig, folder: Path, *, command: str, say: Callable[[str], None] = print) -> None:
+    def __init__(self, config: ATPConfig, folder: Path, *, command: str) -> None:
         """Raises `InputError` if the folder holds members of another config, or the model or data."""
         self.folder, self.command = folder, command
-        self.say = say if processes.is_main() else lambda line: None
         self.config = processes.on_main(lambda: self._common(config))
 
     @contextmanager
@@ -81,7 +91,12 @@ class Members:
         if saved_config(self.folder, COMPARISON) is None:
             write_text(self.folder / COMPARISON, self.config.dump())
 
-    def run(self, arm: Arm, seed: int) -> None:
+    def job(self, arm: Arm, seed: int, name: str) -> Job:
+        """The run of a member under a name of the caller's."""
+        finished = processes.on_main(lambda: self._finished(arm, seed)) is not None
+        return Job(name, partial(self.run, arm, seed), finished)
+
+    def run(self, arm: Arm, seed: int, say: Callable[[str], None] = print) -> None:
         """Runs the member unless it is finished. Raises `InputError`, `Interrupted` and `NotReached`."""
         folder = self.path(arm, seed)
         finished = processes.on_main(lambda: self._finished(arm, seed))
@@ -89,13 +104,14 @@ class Members:
             if arm.method == ATP:
                 check_promises(finished.summary)
             return
-        self.say(f"{arm.name}, seed {seed}")
+        if processes.is_main():
+            say(f"{arm.name}, seed {seed}")
         config = self.config_of(arm, seed)
         resume = processes.on_main((folder / CONFIG).is_file)
         options: dict[str, Any] = {
             "resume": resume,
             "command": self.command,
-            "say": self.say,
+            "say": say,
             "original": self._original(arm),
         }
         run = Run(config, **options) if arm.method == ATP else BaselineRun(arm.method, config, **options)

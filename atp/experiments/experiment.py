@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from atp import processes
-from atp.compare.members import Members
+from atp.compare.members import Members, refuse_precision
 from atp.compare.results import Member, results, unmeasurable
 from atp.data import Task, load_recipe
+from atp.engines import Engine, Here, Job
 from atp.environment import device_name, versions
 from atp.errors import Interrupted, NotReached
 from atp.experiments.pictures import draw
@@ -44,11 +44,15 @@ class Experiment:
         domains: list[str] | None = None,
         seeds: list[int] | None = None,
         command: str,
-        say: Callable[[str], None] = print,
+        engine: Engine | None = None,
     ) -> None:
-        """domains and seeds replace those of the file. Raises `InputError` if the file is not valid."""
+        """domains and seeds replace those of the file. engine: what runs the runs; by default this process does.
+
+        Raises `InputError` if the file is not valid.
+        """
         self.spec, path = ExperimentSpec.load(name)
-        self.name, self.runs, self.out, self.command, self.say = path.stem, runs, out, command, say
+        self.name, self.runs, self.out, self.command = path.stem, runs, out, command
+        self.engine = engine or Here()
         self.arms = self.spec.labelled_arms()
         self.seeds = seeds or self.spec.seeds
         self.configs = {
@@ -69,9 +73,9 @@ class Experiment:
             raise Interrupted(error.signum, "repeat the command to resume") from None
 
     def _execute(self) -> dict[str, Any]:
-        self._members = {
-            d: Members(c, self.runs / d, command=self.command, say=self.say) for d, c in self.configs.items()
-        }
+        for config in self.configs.values():
+            refuse_precision(config, self.engine)
+        self._members = {d: Members(c, self.runs / d, command=self.command) for d, c in self.configs.items()}
         processes.on_main(self._check_members)
         self._splits = processes.main_first(
             lambda: {
@@ -86,12 +90,17 @@ class Experiment:
             for members in self._members.values():
                 resume = processes.on_main((members.folder / COMPARISON).exists)
                 folders.enter_context(members.opened(resume=resume))
-            for seed, domain, (label, arm) in itertools.product(self.seeds, self._members, self.arms.items()):
-                try:
-                    self._members[domain].run(arm, seed)
-                except NotReached as error:
-                    broken.append(f"{domain}, {label}, seed {seed}: {error}")
-                content = processes.on_main(lambda: self._write(broken))
+            jobs: dict[Path, Job] = {}  # two arms with the same settings are one run
+            for seed, (domain, members), (label, arm) in itertools.product(
+                self.seeds, self._members.items(), self.arms.items()
+            ):
+                name = f"{domain}, {label}, seed {seed}"
+                jobs.setdefault(members.path(arm, seed), members.job(arm, seed, name))
+            with closing(self.engine.results(list(jobs.values()))) as ended:
+                for job, promise in ended:
+                    if promise is not None:
+                        broken.append(f"{job.name}: {promise}")
+                    content = processes.on_main(lambda: self._write(broken))
         if broken:
             raise NotReached("; ".join(broken))
         return content

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from atp import processes
 from atp.config import ATPConfig, DecisionsConfig
+from atp.engines import Engine, Here, Job, Say
 from atp.environment import device_name, versions
 from atp.errors import InputError, Interrupted, NotReached
 from atp.files import read_json, write_json, write_text
-from atp.folders import check_output_dir, opened, refuse_inputs_inside, saved_config
+from atp.folders import CONFIG, check_output_dir, opened, refuse_inputs_inside, saved_config
 from atp.loading import check_packages, load_shapes
 from atp.run import Run, check_target
 from atp.signals import SignalGuard
-from atp.sweep.shared import SharedRun, shared_parts, start_from
+from atp.sweep.shared import DONE, SharedRun, shared_parts, start_from
 from atp.sweep.table import Row, draw, target_row, uncut_rows, write_csv
 from atp.sweep.targets import Asked, Target, resolve
 from atp.targets import at_share
@@ -42,9 +43,9 @@ class Sweep:
         *,
         resume: bool,
         command: str,
-        say: Callable[[str], None] = print,
+        engine: Engine | None = None,
     ) -> None:
-        """asked: the targets, in any units; they replace the target of the config.
+        """asked: the targets, in any units; they replace the target of the config. engine: what runs the runs.
 
         Raises `InputError` without any, or for one that is given twice.
         """
@@ -56,7 +57,7 @@ class Sweep:
             option, _, value = twice[0].text.partition(" ")
             raise InputError(f"--{option} names {value} twice: give each target once")
         self.asked, self.folder, self.resume, self.command = asked, folder, resume, command
-        self.say = say if processes.is_main() else lambda line: None
+        self.engine = engine or Here()
         self.config = config
         self.common = _placed(at_share(config, _NO_TARGET), folder / SHARED)
 
@@ -77,19 +78,14 @@ class Sweep:
     def _execute(self, held: ExitStack) -> dict[str, Any]:
         targets = processes.on_main(self._check)
         processes.on_main(lambda: self._open(held))
-        self.say(shared_parts(self.common))
-        configs = [target.config for target in targets]
-        shared = SharedRun(self.common, configs, **self._options(self.common)).execute()
+        shared = self._share([target.config for target in targets])
         broken: dict[str, str] = {}
         content: dict[str, Any] = {}
-        for target in targets:
-            self.say(target.asked.text)
-            processes.on_main(partial(self._begin, target))
-            try:
-                Run(target.given, **self._options(target.given) | {"resume": True}).execute()
-            except NotReached as error:
-                broken[target.asked.text] = str(error)
-            content = processes.on_main(lambda: self._write(targets, shared, broken))
+        with closing(self.engine.results([self._job(target) for target in targets])) as ended:
+            for job, promise in ended:
+                if promise is not None:
+                    broken[job.name] = promise
+                content = processes.on_main(lambda: self._write(targets, shared, broken))
         if broken:
             raise NotReached("; ".join(f"{target}: {reason}" for target, reason in broken.items()))
         return content
@@ -103,6 +99,11 @@ class Sweep:
         check_packages(self.common.model, self.common.data)
         refuse_inputs_inside(self.common, Path(self.common.output_dir))
         shapes = load_shapes(self.common.model)
+        timed = next((one for one in self.asked if one.unit.option.endswith("-ms")), None)
+        if timed is not None and self.engine.elsewhere:
+            raise InputError(
+                f"--{timed.text} would be measured on this machine, not on those that run: use another unit"
+            )
         targets = resolve(self.config, self.asked, self.folder)
         for target in targets:
             refuse_inputs_inside(target.config, Path(target.config.output_dir))
@@ -114,13 +115,20 @@ class Sweep:
         if saved_config(self.folder, SWEEP) is None:
             write_text(self.folder / SWEEP, self.common.dump())
 
-    def _options(self, config: ATPConfig) -> dict[str, Any]:
-        resume = processes.on_main((Path(config.output_dir) / "config.yaml").is_file)
-        return {"resume": resume, "command": self.command, "say": self.say}
+    def _share(self, configs: list[ATPConfig]) -> dict[str, Any]:
+        """Does what the targets have in common, and returns the content of shared.json."""
+        done = Path(self.common.output_dir) / DONE
+        work = partial(_share, self.common, configs, self.command)
+        job = Job(shared_parts(self.common), work, processes.on_main(done.is_file))
+        with closing(self.engine.results([job])) as ended:
+            for _, promise in ended:
+                if promise is not None:
+                    raise NotReached(promise)
+        return processes.on_main(lambda: read_json(done)) or {}
 
-    def _begin(self, target: Target) -> None:
-        if not Path(target.config.output_dir).exists():
-            start_from(self.folder / SHARED, target, self.command)
+    def _job(self, target: Target) -> Job:
+        finished = processes.on_main((Path(target.given.output_dir) / "report.html").is_file)
+        return Job(target.asked.text, partial(_reach, self.folder / SHARED, target, self.command), finished)
 
     def _write(self, targets: list[Target], shared: dict[str, Any], broken: dict[str, str]) -> dict[str, Any]:
         found = [(target, read_json(Path(target.config.output_dir) / "summary.json")) for target in targets]
@@ -144,6 +152,25 @@ class Sweep:
         write_json(self.folder / "sweep.json", content)
         draw(self.folder / "sweep.png", rows, self.common.data.recipe)
         return content
+
+
+def _share(config: ATPConfig, targets: list[ATPConfig], command: str, say: Say) -> None:
+    if processes.is_main():
+        say(shared_parts(config))
+    resume = processes.on_main((Path(config.output_dir) / CONFIG).is_file)
+    SharedRun(config, targets, resume=resume, command=command, say=say).execute()
+
+
+def _reach(shared: Path, target: Target, command: str, say: Say) -> None:
+    if processes.is_main():
+        say(target.asked.text)
+    processes.on_main(lambda: _begin(shared, target, command))
+    Run(target.given, resume=True, command=command, say=say).execute()
+
+
+def _begin(shared: Path, target: Target, command: str) -> None:
+    if not Path(target.config.output_dir).exists():
+        start_from(shared, target, command)
 
 
 def _placed(config: ATPConfig, folder: Path) -> ATPConfig:

@@ -86,7 +86,7 @@ def compare(config, folder, resume=False, **overrides):
     for section, keys in overrides.items():
         values[section] |= keys
     config = type(config).parse(values)
-    Comparison(config, ["atp"], [0], folder, resume=resume, command="atp compare", say=lambda text: None).execute()
+    Comparison(config, ["atp"], [0], folder, resume=resume, command="atp compare").execute()
 
 
 def experiment(config, folder, **overrides):
@@ -95,7 +95,6 @@ def experiment(config, folder, **overrides):
     settings = [f"{section}.{key}={value}" for section, keys in overrides.items() for key, value in keys.items()]
     Experiment(
         str(folder.parent / "question.yaml"), settings, runs=folder, out=folder.parent / "results", command="atp",
-        say=lambda text: None,
     ).execute()  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def wide_budget(monkeypatch):
 
 
 def compare(config, folder, methods=METHODS, seeds=(0, 1), resume=False):
-    return Comparison(config, methods, seeds, folder, resume=resume, command="atp compare", say=lambda text: None)
+    return Comparison(config, methods, seeds, folder, resume=resume, command="atp compare")
 
 
 def read(folder, name):

@@ -43,7 +43,7 @@ def write(config, tmp_path):
 
 def experiment(path, folder, overrides=(), **options):
     places = {"runs": folder / "runs", "out": folder / "out"}
-    return Experiment(path, list(overrides), command="atp experiment", say=lambda text: None, **places, **options)
+    return Experiment(path, list(overrides), command="atp experiment", **places, **options)
 
 
 def rows_of(folder, name="which"):

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 from atp import latency
 from atp.cli import main
 from atp.console import console
+from atp.engines import Here
 from atp.errors import InputError, NotReached
 from atp.latency import Table
 from atp.run import Run
 from atp.sweep import Sweep
+from atp.sweep import sweep as sweeps
 from atp.sweep.shared import SharedRun
 from atp.sweep.table import show, tables
 from atp.sweep.targets import UNITS, resolve
@@ -55,7 +57,7 @@ def asked(keep=(), **others):
 
 
 def sweep(config, keep, folder, *, resume=False, say=lambda line: None, **others):
-    return Sweep(config, asked(keep, **others), folder, resume=resume, command="atp train", say=say).execute()
+    return Sweep(config, asked(keep, **others), folder, resume=resume, command="atp train", engine=Here(say)).execute()
 
 
 def losses(folder):
@@ -107,7 +109,7 @@ def test_a_target_in_any_unit_is_the_run_of_its_own_bit_for_bit(config, tmp_path
         "prefill_ms": ("target_prefill_ms", [20, 16]),
         "decode_ms": ("target_decode_ms", [18.5]),
     }
-    with stopping_at(Sweep, "_begin", when=lambda self, target: target.asked.text == "decode-ms 18.5"):
+    with stopping_at(sweeps, "_begin", when=lambda shared, target, _: target.asked.text == "decode-ms 18.5"):
         sweep(settings, [], folder, **{option: values for option, (_, values) in targets.items()})
     assert timed == [False, True]
     content = sweep(settings, [], folder, resume=True, **{option: values for option, (_, values) in targets.items()})
@@ -192,7 +194,7 @@ def test_lines_of_text_stay_whole_in_a_file(capsys):
 STOPS = {
     "in the shared open phase": (SharedRun, "_train", lambda self, trainer: True),
     "after the shared open phase": (SharedRun, "_train", lambda self, trainer: True),
-    "before the second target": (Sweep, "_begin", lambda self, target: target.config.output_dir.endswith("0.6")),
+    "before the second target": (sweeps, "_begin", lambda shared, target, _: target.config.output_dir.endswith("0.6")),
     "in the second target": (Run, "_conclude", lambda self, *_: self.config.output_dir.endswith("0.6")),
 }
 
