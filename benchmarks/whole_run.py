@@ -15,10 +15,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
 import torch
 
@@ -161,7 +162,16 @@ def apart(function: Callable[..., list[Row]], *arguments: object) -> list[Row]:
 
 
 def _send(sender: Connection, function: Callable[..., list[Row]], *arguments: object) -> None:
+    Thread(target=_end_with_the_caller, daemon=True).start()
     sender.send(function(*arguments))
+
+
+def _end_with_the_caller() -> None:
+    """A caller that a signal ends would leave this process behind, at work for nobody."""
+    caller = parent_process()
+    assert caller is not None
+    caller.join()
+    os._exit(1)
 
 
 def quickest(rows: list[Row], side: str) -> dict[str, Row]:

@@ -2,6 +2,7 @@
 
     python tests/chaos                      200 kills, signals and other faults, 500 damaged checkpoints
     python tests/chaos --kills 5 --faults 0.1 --damaged 50 --seed 3
+    python tests/chaos --spread             kills and signals of two and four processes, weights in shards and whole
     python tests/chaos --record             also put the result into docs/reliability.md
 
 Exit status 1 if anything ended otherwise than promised.
@@ -28,7 +29,7 @@ import torch
 from chaos_command import ROOT, Command, Watch, follow_all
 from chaos_damage import damage, damaged_checkpoints
 from chaos_faults import Fault, faults, skipped
-from chaos_kills import Kill, kills, strike, table
+from chaos_kills import Kill, kills, spread_kills, strike, table
 from tiny_inputs import tiny_config
 
 from atp import run
@@ -52,15 +53,19 @@ class Chaos:
         self.config.write_text(config.dump())
         self._unbroken = {}
 
-    def unbroken(self, compare: bool, processes: int) -> tuple[dict[str, bytes], dict[str, float]]:
+    def unbroken(
+        self, compare: bool, processes: int, sharded: bool = False
+    ) -> tuple[dict[str, bytes], dict[str, float]]:
         """Results of an unbroken run and the seconds of its phases; it is run when it is first asked for."""
-        if (compare, processes) not in self._unbroken:
-            command = Command(self.config, self.folder / f"whole-{compare}-{processes}", compare, processes)
-            command.finish(self.watch, resume=False)  # the first is slower: files are read for the first time
+        kind = compare, processes, sharded
+        if kind not in self._unbroken:
+            command = Command(self.config, self.folder / f"whole-{compare}-{processes}-{sharded}", *kind)
+            # The first is slower: files are read for the first time.
+            assert command.finish(self.watch, resume=False) == 0, command.said[-2000:]
             shutil.rmtree(command.folder)
             seconds = self._time(command)
-            self._unbroken[compare, processes] = command.results, seconds
-        return self._unbroken[compare, processes]
+            self._unbroken[kind] = command.results, seconds
+        return self._unbroken[kind]
 
     def _time(self, command: Command) -> dict[str, float]:
         """Seconds that an unbroken run spends in a phase at a time, and in all under ""."""
@@ -79,8 +84,9 @@ class Chaos:
     def run(self, index: int, case: Kill | Fault) -> str:
         """Breaks a run, takes it up until it ends, and says how; what was not as promised goes into `lost`."""
         compare = isinstance(case, Kill) and case.compare
-        whole, seconds = self.unbroken(compare, case.processes)
-        command = Command(self.config, self.folder / f"case{index}", compare, case.processes)
+        kind = compare, case.processes, isinstance(case, Kill) and case.sharded
+        whole, seconds = self.unbroken(*kind)
+        command = Command(self.config, self.folder / f"case{index}", *kind)
         if isinstance(case, Kill):
             problems = strike(case, command, self.watch, seconds)
             outcome = f"met {', '.join(case.hits)}"
@@ -111,7 +117,7 @@ class Chaos:
     def checkpoints(self) -> Path:
         """Those of the unbroken run in one process."""
         self.unbroken(False, 1)
-        return self.folder / "whole-False-1" / "checkpoints"
+        return self.folder / "whole-False-1-False" / "checkpoints"
 
     def damaged(self, count: int, draw: random.Random) -> tuple[Counter, list[str]]:
         """Resumes the unbroken run from damaged checkpoints: (how often it ended how, what was not as promised)."""
@@ -139,12 +145,24 @@ def totals(cases: list[Kill | Fault], lost: list[Kill | Fault]) -> str:
     for case in cases:
         kind = case.kind if isinstance(case, Fault) else "SIGKILL" if case.signal == "SIGKILL" else "other signals"
         row = kinds.setdefault(kind, [0, 0, 0])
-        row[case.processes - 1] += 1
+        row[case.processes > 1] += 1
         row[2] += case in lost
     kinds["all"] = [sum(column) for column in zip(*kinds.values(), strict=True)]
-    lines = ["| fault | tried in one process | in two | survived | lost |", "|---|--:|--:|--:|--:|"]
-    lines += [f"| {kind} | {one} | {two} | {one + two - lost} | {lost} |" for kind, (one, two, lost) in kinds.items()]
+    lines = ["| fault | tried in one process | in several | survived | lost |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {kind} | {one} | {several} | {one + several - lost} | {lost} |"
+        for kind, (one, several, lost) in kinds.items()
+    ]
     return "\n".join(lines)
+
+
+def damages(chaos: Chaos, count: int, draw: random.Random) -> tuple[str, list[str]]:
+    """Damaged checkpoints, and whole runs resumed from some: (what came out, what was not as promised)."""
+    damaged = damaged_checkpoints(chaos.checkpoints, count, draw)
+    ends, problems = chaos.damaged(count // 40, draw)
+    ended = ", ".join(f"{number} {name}" for name, number in ends.items())
+    text = f"{damaged.text}\n\n{count // 40} whole runs resumed from such checkpoints: {ended}.\n"
+    return text, damaged.problems + problems
 
 
 def main() -> int:
@@ -153,6 +171,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=90)
     parser.add_argument("--faults", type=float, default=1.0, help="share of the other faults")
+    parser.add_argument("--spread", action="store_true", help="kills and signals of several processes instead")
     parser.add_argument("--damaged", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="also write the result to docs/reliability.md")
@@ -167,27 +186,24 @@ def main() -> int:
     draw, started = random.Random(options.seed), time.perf_counter()
     with TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder))
-        killed = kills(options.kills, draw)
-        cases = [*killed, *faults(options.faults, draw)]
+        killed = spread_kills(draw) if options.spread else kills(options.kills, draw)
+        cases = killed if options.spread else [*killed, *faults(options.faults, draw)]
         for index, case in enumerate(cases):
             print(f"{index + 1:3} {case.name:50} {chaos.run(index, case)}")
-        damaged = damaged_checkpoints(chaos.checkpoints, options.damaged, draw)
-        ends, problems = chaos.damaged(options.damaged // 40, draw)
-    damaged.problems += problems
+        damaged, problems = "", []
+        if options.damaged and not options.spread:
+            damaged, problems = damages(chaos, options.damaged, draw)
     minutes = (time.perf_counter() - started) / 60
     text = (
-        f"`python tests/chaos --kills {options.kills} --faults {options.faults:g} --damaged {options.damaged} "
-        f"--seed {options.seed}`, {time.strftime('%d %B %Y')}, torch {torch.__version__.split('+')[0]}, "
-        f"{os.cpu_count()} cores, {minutes:.1f} minutes.\n\n"
-        f"{totals(cases, chaos.lost)}\n\nWhere kills and signals met a run:\n\n{table(killed)}\n\n"
-        f"{damaged.text}\n\n{options.damaged // 40} whole runs resumed from such checkpoints: "
-        f"{', '.join(f'{count} {name}' for name, count in ends.items())}.\n"
+        f"`python tests/chaos {' '.join(sys.argv[1:])}`, {time.strftime('%d %B %Y')}, "
+        f"torch {torch.__version__.split('+')[0]}, {os.cpu_count()} cores, {minutes:.1f} minutes.\n\n"
+        f"{totals(cases, chaos.lost)}\n\nWhere kills and signals met a run:\n\n{table(killed)}\n\n{damaged}"
     )
     print("\n" + text)
     if options.record:
         head = DOCS.read_text(encoding="utf-8").partition(_MARK)[0]
         DOCS.write_text(head + _MARK + re.sub(r"\n{3,}", "\n\n", text), encoding="utf-8")
-    return 1 if chaos.lost or damaged.problems else 0
+    return 1 if chaos.lost or problems else 0
 
 
 if __name__ == "__main__":

@@ -162,6 +162,7 @@ class Command:
     folder: Path
     compare: bool = False
     processes: int = 1
+    sharded: bool = False
     said: str = ""
 
     def start(
@@ -203,6 +204,8 @@ class Command:
                                "MASTER_PORT": f"{port}"}  # fmt: skip
             options = ["--methods", "random", "--out", str(self.folder)] if self.compare else []
             where = [] if self.compare else [f"output_dir={self.folder}"]
+            if self.sharded:  # the dense baseline is a model of its own, which is refused in shards
+                where += ["training.sharding=fsdp", "evaluation.dense_baseline=false"]
             command = "compare" if self.compare else "train"
             sys.argv = ["atp", command, str(self.config), *where, *overrides, *options, *["--resume"] * resume]
             cli.main()

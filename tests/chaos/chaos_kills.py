@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from chaos_command import COMPARE_PHASES, NAMES, PHASES, SIGNALS, Command, Started, Watch, signal
 
 TOO_LATE = "after the end"
+_COMPARE, _SHARDS = "compare: ", ", in shards"
+_SEVERAL = {2: "two processes", 4: "four processes"}
 
 
 @dataclass
@@ -22,14 +24,16 @@ class Kill:
     share: float
     compare: bool = False
     processes: int = 1
+    sharded: bool = False
     victim: int = 0
     hits: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         where = self.phase or f"{self.share:.0%} of the run"
-        who = f"process {self.victim}" if self.signal == "SIGKILL" else "both"
-        return f"{self.signal} at {where}" + (f", {who} of 2" if self.processes > 1 else "")
+        who = f"process {self.victim}" if self.signal == "SIGKILL" else "all"
+        shards = ", in shards" if self.sharded else ""
+        return f"{self.signal} at {where}" + (f", {who} of {self.processes}{shards}" if self.processes > 1 else "")
 
 
 def kills(count: int, draw: random.Random) -> list[Kill]:
@@ -43,6 +47,20 @@ def kills(count: int, draw: random.Random) -> list[Kill]:
     found += [Kill(p, SIGNALS[i], draw.random(), compare=True) for i, p in enumerate(COMPARE_PHASES)]
     found += [Kill("", SIGNALS[i % 4], draw.random()) for i in range(max(8, count - len(found)))]
     return found if count >= len(found) else draw.sample(found, count)
+
+
+def spread_kills(draw: random.Random) -> list[Kill]:
+    """In every phase a kill and a signal of two processes with weights in shards and of four, sharded or whole."""
+    found = []
+    signals = [name for name in SIGNALS if name != "SIGKILL"]
+    for index, phase in enumerate(phase for phase in PHASES[2:] if "dense" not in phase):  # in shards there is none
+        sharded = {"processes": 2, "sharded": True}
+        found += [Kill(phase, "SIGKILL", draw.random(), victim=index % 2, **sharded)]
+        found += [Kill(phase, signals[index % 3], draw.random(), **sharded)]
+        four = {"processes": 4, "sharded": index % 2 == 0}
+        found += [Kill(phase, "SIGKILL", draw.random(), victim=index % 4, **four)]
+        found += [Kill(phase, signals[(index + 1) % 3], draw.random(), **four | {"sharded": index % 2 == 1})]
+    return found
 
 
 def strike(kill: Kill, command: Command, watch: Watch, seconds: dict[str, float]) -> list[str]:
@@ -96,16 +114,21 @@ def _unlike(kill: Kill, code: int, command: Command) -> list[str]:
     return problems + command.unlike(code)
 
 
+def _head(kill: Kill) -> str:
+    if kill.compare:
+        return _COMPARE
+    return f"{_SEVERAL[kill.processes]}{_SHARDS * kill.sharded}: " if kill.processes > 1 else ""
+
+
 def table(found: list[Kill]) -> str:
     """What was hit where, one row per phase, as Markdown."""
     met: dict[str, Counter] = {}
     for kill in found:
-        head = "compare: " if kill.compare else "two processes: " if kill.processes > 1 else ""
-        met.setdefault(head + kill.hits[0], Counter())[kill.signal] += 1
+        met.setdefault(_head(kill) + kill.hits[0], Counter())[kill.signal] += 1
         for phase in kill.hits[1:]:
             met.setdefault(phase, Counter())["SIGKILL"] += 1
     lines = [f"| phase met | {' | '.join(SIGNALS)} |", "|---|" + "--:|" * len(SIGNALS)]
-    order = [*NAMES, *(f"two processes: {n}" for n in NAMES), *(f"compare: {n}" for n in NAMES)]
-    for phase in sorted(met, key=[*order, TOO_LATE, f"two processes: {TOO_LATE}", f"compare: {TOO_LATE}"].index):
+    heads = ("", *(f"{several}{shards}: " for several in _SEVERAL.values() for shards in ("", _SHARDS)), _COMPARE)
+    for phase in sorted(met, key=[head + name for head in heads for name in (*NAMES, TOO_LATE)].index):
         lines.append(f"| {phase} | {' | '.join(str(met[phase][name] or '') for name in SIGNALS)} |")
     return "\n".join(lines)
