@@ -171,25 +171,21 @@ def shares(total: int) -> tuple[list[int], int]:
 
 def sum_(tensor: Tensor) -> Tensor:
     """Replaces a tensor by its sum over the processes, in place, and returns it."""
-    if count() > 1:
-        # Without a device in between, through the group that also works beside NCCL.
-        dist.all_reduce(tensor, group=_group() if tensor.is_cpu else None)
+    if count() > 1 and (work := begin_sum(tensor)) is not None:
+        work.wait()
     return tensor
+
+
+def begin_sum(tensor: Tensor) -> dist.Work | None:
+    """Begins to replace a tensor by its sum over the processes; it holds the sum after `wait` of what is returned."""
+    # Without a device in between, through the group that also works beside NCCL.
+    return dist.all_reduce(tensor, group=_group() if tensor.is_cpu else None, async_op=True)
 
 
 def average_(tensor: Tensor | None) -> None:
     """Replaces a tensor by its mean over the processes, in place; None stays None in all."""
     if tensor is not None and count() > 1:
         sum_(tensor).div_(count())
-
-
-def average_all_(tensors: list[Tensor]) -> None:
-    """Replaces tensors of one dtype by their means over the processes, in place, in one exchange."""
-    if count() > 1:
-        means = torch.cat([tensor.flatten() for tensor in tensors])
-        average_(means)
-        for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
 
 
 def broadcast_(tensor: Tensor) -> None:

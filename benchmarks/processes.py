@@ -20,7 +20,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp import processes
@@ -53,12 +52,7 @@ def counted(trainer: ATPTrainer):
     """Counts the bytes that collectives take and give inside a with block, by kind."""
     found: Counter[str] = Counter()
 
-    def reduced(state, bucket):
-        found["reduced"] += bucket.buffer().nbytes
-        mean = bucket.buffer().div_(processes.count())
-        return dist.all_reduce(mean, async_op=True).get_future().then(lambda done: done.value()[0])
-
-    def summed(tensor, original=processes.sum_):
+    def summed(tensor, original=processes.begin_sum):
         found["reduced"] += tensor.nbytes
         return original(tensor)
 
@@ -68,10 +62,7 @@ def counted(trainer: ATPTrainer):
         return result
 
     with ExitStack() as stack:
-        if isinstance(trainer.wrapped, DistributedDataParallel):
-            trainer.wrapped.register_comm_hook(None, reduced)
-        else:
-            stack.enter_context(patch.object(processes, "sum_", summed))
+        stack.enter_context(patch.object(processes, "begin_sum", summed))
         name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
         gather = getattr(dist, name)
 
@@ -111,7 +102,7 @@ def main() -> int:
 
     def step() -> None:
         open_step(trainer, trainer.pruning, next(batches))
-        trainer.wrapped.zero_grad()
+        trainer.model.zero_grad()
 
     with counted(trainer) as found:
         step()

@@ -1,6 +1,6 @@
 """The training loop: what happens around and between the steps of `atp.training.steps`.
 
-It is built on accelerate: device, data-parallel wrapping, gradient clipping and trackers are its own.
+It is built on accelerate: device, gradient clipping and trackers are its own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from atp.training.callbacks import Callback, Record, Trackers
 from atp.training.checkpoint import Checkpoint, prefixed, resume_point
 from atp.training.data import Batch, step_batches
 from atp.training.distill import Teacher
+from atp.training.exchange import Exchange
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.precision import autocast_dtype
@@ -111,12 +112,9 @@ class Loop:
         self.adamw = torch.optim.AdamW(
             trained.values(), lr=training.lr, betas=(0.9, training.second_moment), weight_decay=0.0, fused=True
         )
-        self.wrapped, self.optimizer = model, self.adamw
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
-        if processes.sharded():
-            self.optimizer = self.accelerator.prepare(self.adamw)
-        else:
-            self.wrapped, self.optimizer = self.accelerator.prepare(model, self.adamw)
+        self.optimizer = self.accelerator.prepare(self.adamw)
+        self.exchange = Exchange(trained.values())
         self._reset_loss()
 
     @property
@@ -133,15 +131,10 @@ class Loop:
         return self.accelerator.reduce(torch.full((), float(count), device=self.device), "sum")
 
     def accumulate(self, batches: list[Batch]) -> Iterator[Batch]:
-        """The batches one by one; processes exchange gradients in the backward pass of the last, or after it."""
-        if processes.sharded():
-            yield from batches
-            processes.average_all_([p.grad for p in self._adapter().values() if p.grad is not None])
-            return
-        for batch in batches[:-1]:
-            with self.accelerator.no_sync(self.wrapped):
-                yield batch
-        yield batches[-1]
+        """The batches one by one; processes exchange gradients in the backward pass of the last."""
+        yield from batches[:-1]
+        with self.exchange.during_backward():
+            yield batches[-1]
 
     def loss(self, batch: Batch, tokens: Tensor) -> Tensor:
         """A batch's share of the step's mean loss per token, scalar float32. tokens: `scored_tokens`.
@@ -149,7 +142,7 @@ class Loop:
         Cross-entropy, mixed with the distance to the teacher if there is one.
         """
         with self.autocast():
-            loss = causal_lm_loss(self.wrapped, batch, tokens, teacher=self.teacher)
+            loss = causal_lm_loss(self.model, batch, tokens, teacher=self.teacher)
         loss = loss * self.accelerator.num_processes  # gradients become the mean over processes, `tokens` is their sum
         self._loss += loss.detach()
         return loss
@@ -164,7 +157,7 @@ class Loop:
 
     def clip(self) -> None:
         """Clips the gradient of the loss to norm `training.clip`."""
-        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.training.clip)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.training.clip)
 
     def skip_if_not_finite(self, beside: Sequence[nn.Parameter] = ()) -> Tensor:
         """Makes the next optimizer step change nothing if a gradient is not finite.
@@ -191,7 +184,7 @@ class Loop:
         """
         if self.step >= until:
             return
-        self.wrapped.train()
+        self.model.train()
         if self._batches is None:
             self._batches = self.batches_from(self.step)
         self.begin(phase)
@@ -200,7 +193,7 @@ class Loop:
             batches = next(self._batches)
             rate = self._set_learning_rate()
             step(batches)
-            self.wrapped.zero_grad()
+            self.model.zero_grad()
             self.step += 1
             stopping = self._heard_signal()
             tokens = sum(batch["tokens"] for batch in batches) * processes.count()
