@@ -21,7 +21,7 @@ from rich.table import Table
 
 from atp import cli_config, progress, ranks
 from atp import cli_results as results
-from atp.console import Debug, JsonLogs, console
+from atp.console import Debug, JsonLogs, Quiet, console
 from atp.ending import ending, flush_output, imports_are_done, interrupted
 from atp.errors import InputError, shorten
 from atp.redact import redacted
@@ -33,7 +33,7 @@ app = typer.Typer(
 
 # Under a launcher, only the main process runs these.
 _ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env", "init", "runs", "watch")
-_LONG = ("train", "demo", "eval", "compare", "experiment", "sweep")
+_LONG = ("train", "plan", "demo", "eval", "compare", "experiment", "sweep", "export")
 
 
 def _version(wanted: bool) -> None:
@@ -66,6 +66,7 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps per phase into the run folder's profile/.")
     ] = False,
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -90,6 +91,7 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Time one layer on this machine, for seconds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Say what a run will do and cost (size, memory, operations, time, data), without the model's weights.
@@ -101,6 +103,7 @@ def plan(
     from atp.plan.page import page
 
     found = make_plan(ATPConfig.load(config, overrides), probe=probe)
+    progress.end()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -116,6 +119,7 @@ def demo(
         bool, typer.Option("--no-dense", help="Quote recorded scores of the tuned dense model instead of tuning it.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -145,6 +149,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
     out: Annotated[Path | None, typer.Option(help="Output folder; default: output_dir plus '-compare'.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted comparison.")] = False,
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -188,6 +193,7 @@ def experiment(
         "runs/experiments"
     ),
     out: Annotated[Path, typer.Option(help="Folder for CSV, JSON and PNG.")] = Path("experiments/results"),
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -223,6 +229,7 @@ def sweep(
     decode_ms: Annotated[str | None, typer.Option(help="Milliseconds for a new token after 256 here.")] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; default: output_dir plus '-sweep'.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted sweep, or add targets.")] = False,
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -269,7 +276,8 @@ for command in (results.runs, results.watch, results.report, results.export, res
 def main() -> None:
     """Entry point: every failure ends in one sentence and an exit code; --debug shows the traceback."""
     imports_are_done()
-    with progress.logged(as_json="--json-logs" in sys.argv, console=console):
+    as_json, quiet, stdout_taken = (option in sys.argv for option in ("--json-logs", "--quiet", "--json"))
+    with progress.logged(as_json, console=console, quiet=quiet, stdout_taken=stdout_taken):
         _run(debug="--debug" in sys.argv)
 
 

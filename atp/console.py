@@ -27,4 +27,5 @@ console = _Console(quiet=not ranks.is_main(), markup=False, highlight=False)
 JsonLogs = Annotated[
     bool, typer.Option("--json-logs", help="Write progress as JSON to stderr, an object per line (docs/operations.md).")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress, only results and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
