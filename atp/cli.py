@@ -21,7 +21,7 @@ from rich.table import Table
 
 from atp import cli_config, progress, ranks
 from atp import cli_results as results
-from atp.console import AtOnce, Debug, JsonLogs, On, Resource, console
+from atp.console import AtOnce, Debug, JsonLogs, On, Quiet, Resource, console
 from atp.ending import ending, flush_output, imports_are_done, interrupted
 from atp.errors import InputError, shorten
 from atp.redact import redacted
@@ -36,7 +36,7 @@ app = typer.Typer(
 
 # Under a launcher, only the main process runs these.
 _ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env", "init", "runs", "watch")
-_LONG = ("train", "demo", "eval", "compare", "experiment", "sweep")
+_LONG = ("train", "plan", "demo", "eval", "compare", "experiment", "sweep", "export")
 
 
 def _version(wanted: bool) -> None:
@@ -69,6 +69,7 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps per phase into the run folder's profile/.")
     ] = False,
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -93,6 +94,7 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Time one layer on this machine, for seconds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Say what a run will do and cost (size, memory, operations, time, data), without the model's weights.
@@ -104,6 +106,7 @@ def plan(
     from atp.plan.page import page
 
     found = make_plan(ATPConfig.load(config, overrides), probe=probe)
+    progress.end()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -119,6 +122,7 @@ def demo(
         bool, typer.Option("--no-dense", help="Quote recorded scores of the tuned dense model instead of tuning it.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -151,6 +155,7 @@ def compare(
     on: On = "here",
     resource: Resource = None,
     at_once: AtOnce = None,
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -197,6 +202,7 @@ def experiment(
     on: On = "here",
     resource: Resource = None,
     at_once: AtOnce = None,
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -236,6 +242,7 @@ def sweep(
     on: On = "here",
     resource: Resource = None,
     at_once: AtOnce = None,
+    quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
@@ -283,7 +290,8 @@ for command in (results.runs, results.watch, results.report, results.export, res
 def main() -> None:
     """Entry point: every failure ends in one sentence and an exit code; --debug shows the traceback."""
     imports_are_done()
-    with progress.logged(as_json="--json-logs" in sys.argv, console=console):
+    as_json, quiet, stdout_taken = (option in sys.argv for option in ("--json-logs", "--quiet", "--json"))
+    with progress.logged(as_json, console=console, quiet=quiet, stdout_taken=stdout_taken):
         _run(debug="--debug" in sys.argv)
 
 

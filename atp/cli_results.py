@@ -9,7 +9,8 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from atp.console import Debug, console
+from atp import progress
+from atp.console import Debug, Quiet, console
 from atp.errors import InputError
 
 
@@ -32,6 +33,7 @@ def evaluate(
         str | None, typer.Option(help="The tuned dense model's --output file, for relative performance.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write all scores as JSON.")] = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Score a model with 95 % intervals: perplexity, answers, summaries, size and speed.
@@ -75,6 +77,7 @@ def export(
     to: Annotated[str, typer.Option(help="gguf, int8 or nf4.")] = "gguf",
     dtype: Annotated[str | None, typer.Option(help="For gguf: f16 (the default), f32, bf16 or q8_0.")] = None,
     out: Annotated[Path | None, typer.Option(help="What to write; default: beside the model's folder.")] = None,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write a model in another form: a GGUF file for llama.cpp, or a folder with 8-bit or 4-bit weights.
@@ -84,6 +87,7 @@ def export(
     from atp.export.command import export as write
 
     path, remarks = write(source, to, dtype, out)
+    progress.end()
     for remark in remarks:
         console.print(remark)
     console.print(f"exported: {path}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from atp import processes
+from atp import processes, progress
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.environment import device_name
@@ -94,6 +94,7 @@ def with_time(config: ATPConfig, tables: dict[str, Table] | None = None) -> tupl
     decode = key == "target_decode_ms"
     tables = {} if tables is None else tables
     if key not in tables:
+        progress.begin("timing a layer")
         tables[key] = measure(shapes, config.decisions.space, weights_dtype(config.model, shapes), decode=decode)
     table = tables[key]
     least, most = table.ms(1 / _POINTS), table.ms(1.0)

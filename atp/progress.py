@@ -1,4 +1,5 @@
-"""How a command tells of its progress: on a terminal bars and a moving sign, else lines of text; JSON with --json-logs.
+"""How a command tells of its progress: on a terminal bars and a moving sign, else lines of text; JSON with --json-logs,
+and nothing with --quiet.
 
 Only `atp.cli` opens a log (`logged`). Without one, as in a program that imports the package, only bars are shown.
 """
@@ -24,14 +25,14 @@ from rich.text import Text
 from atp import ranks
 
 _QUIET_SECONDS = 20.0  # after which a line says that work goes on; readers are promised one every 30 s
-_open: ContextVar[_Log | _Sign | None] = ContextVar("_open", default=None)
+_open: ContextVar[_Log | _Sign | _Silence | None] = ContextVar("_open", default=None)
 
 
 class _Log:
     """Lines of one command, and a thread that writes one when the command has been quiet for long."""
 
-    def __init__(self, as_json: bool, quiet_seconds: float) -> None:
-        self.as_json, self.quiet_seconds = as_json, quiet_seconds
+    def __init__(self, as_json: bool, quiet_seconds: float, stdout_taken: bool) -> None:
+        self.as_json, self.quiet_seconds, self.stdout_taken = as_json, quiet_seconds, stdout_taken
         self.phase, self.done = "", ""
         self.begun = self.written = time.monotonic()
         self.ended = threading.Event()
@@ -44,7 +45,8 @@ class _Log:
             known = {"time": now.isoformat(timespec="milliseconds"), "phase": self.phase, **facts}
             line, stream = json.dumps({name: _finite(value) for name, value in known.items()}), sys.stderr
         else:
-            line, stream = f"{now.astimezone():%H:%M:%S} {text}", sys.stdout
+            line = f"{now.astimezone():%H:%M:%S} {text}"
+            stream = sys.stderr if self.stdout_taken else sys.stdout
         self.written = time.monotonic()
         stream.write(line + "\n")
         stream.flush()
@@ -53,6 +55,9 @@ class _Log:
         if phase != self.phase:
             self.phase, self.done, self.begun = phase, "", time.monotonic()
             self.write(phase)
+
+    def end(self) -> None:
+        self.phase = ""
 
     def _say_that_work_goes_on(self) -> None:
         while not self.ended.wait(self.quiet_seconds / 10):
@@ -80,6 +85,10 @@ class _Sign:
             self.phase = phase
             self.show()
 
+    def end(self) -> None:
+        self.hide()
+        self.phase = ""
+
     def write(self, text: str, **facts: Any) -> None:
         """Nothing: bars say it."""
 
@@ -96,6 +105,22 @@ class _Sign:
             self.shown = None
 
 
+class _Silence:
+    """What is told where nobody wants to hear it."""
+
+    as_json = False
+    done = ""
+
+    def begin(self, phase: str) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+    def write(self, text: str, **facts: Any) -> None:
+        """Nothing."""
+
+
 class Bars(Progress):
     """Bars that stand still for no second: beside their own columns a moving sign and the time so far.
 
@@ -109,7 +134,7 @@ class Bars(Progress):
         self._sign = sign if isinstance(sign, _Sign) else None
         named = [_Phase(self._sign) if column is PHASE else column for column in columns or self.get_default_columns()]
         console = options.pop("console", get_console() if self._sign is None else self._sign.console)
-        disable = options.pop("disable", False) or not console.is_terminal
+        disable = options.pop("disable", False) or isinstance(sign, _Silence) or not console.is_terminal
         super().__init__(SpinnerColumn(), *named, TimeElapsedColumn(), console=console, disable=disable, **options)
 
     def start(self) -> None:
@@ -144,15 +169,30 @@ PHASE = _Phase()
 
 
 @contextmanager
-def logged(as_json: bool, quiet_seconds: float = _QUIET_SECONDS, console: Console | None = None) -> Iterator[None]:
+def logged(
+    as_json: bool,
+    quiet_seconds: float = _QUIET_SECONDS,
+    console: Console | None = None,
+    *,
+    quiet: bool = False,
+    stdout_taken: bool = False,
+) -> Iterator[None]:
     """Writes lines of progress while the block runs, in the main process.
 
     as_json: one JSON object per line on stderr; else text on stdout, and none where that is a terminal, which shows
     bars and, on `console`, a sign while there are none. quiet_seconds: of a phase without a line, after which one says
-    that it goes on.
+    that it goes on. quiet: neither lines nor bars nor a sign. stdout_taken: by a result that a program reads, so lines
+    of text go to stderr.
     """
     if not ranks.is_main():
         yield
+        return
+    if quiet:
+        before = _open.set(_Silence())
+        try:
+            yield
+        finally:
+            _open.reset(before)
         return
     if not as_json and sys.stdout.isatty():
         if console is None or not console.is_terminal:
@@ -166,7 +206,7 @@ def logged(as_json: bool, quiet_seconds: float = _QUIET_SECONDS, console: Consol
             _open.reset(before)
             sign.hide()
         return
-    log = _Log(as_json, quiet_seconds)
+    log = _Log(as_json, quiet_seconds, stdout_taken)
     before = _open.set(log)
     log.thread.start()
     try:
@@ -182,6 +222,13 @@ def begin(phase: str) -> None:
     log = _open.get()
     if log is not None:
         log.begin(phase)
+
+
+def end() -> None:
+    """The work is done: what follows is its result, beside which nothing moves."""
+    log = _open.get()
+    if log is not None:
+        log.end()
 
 
 def step(phase: str, record: dict[str, Any], total: int) -> None:

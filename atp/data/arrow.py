@@ -15,6 +15,8 @@ from atp.errors import InputError, reason, shorten
 from atp.files import whole_folder
 from atp.requirements import find
 
+COMPLETE = "skipped.json"
+"""The file beside tables that says that all of them are there; it lists what was left out."""
 _FILE_BYTES = 2**27  # of text in one file
 _ROWS_AT_ONCE = 1000  # in one batch of a file
 _BYTES_AT_ONCE = 2**22
@@ -43,9 +45,12 @@ def cache_folder() -> Path:
 class Table:
     """Rows in Arrow files, in order."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """paths: one file or more. Raises `InputError` for a file that is damaged."""
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], use: object = None) -> None:
+        """paths: one file or more. use: kept as long as the table and those made of it (`atp.data.eviction.Use`).
+
+        Raises `InputError` for a file that is damaged.
+        """
+        self.paths, self.use = list(paths), use
         self._open: dict[int, Any] = {}
         self._reads = 0
         self._ends = np.cumsum([len(self._part(index)) for index in range(len(self.paths))], dtype=np.int64)
@@ -104,7 +109,7 @@ class Table:
             made += [Path(file["filename"]) for file in mapped.cache_files]
             del mapped, part
             self._close()
-        return Table(made)
+        return Table(made, self.use)
 
     def _part(self, index: int) -> Any:
         import datasets
@@ -125,7 +130,7 @@ class Table:
         self._reads = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
+        return self.__dict__ | {"_open": {}, "use": None}
 
 
 def values_of(table: Any, column: str) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from atp import heap
-from atp.data import arrow, examples
+from atp.data import arrow, eviction, examples
 from atp.data.chat import key_of
 from atp.data.custom import Meaning, examples_of
 from atp.data.examples import Example, Pool, Stored
@@ -22,7 +22,6 @@ from atp.files import read_json, write_json
 from atp_kernels._version import __version__
 
 _FORMAT = 1  # of the tables; another number makes them anew
-_SKIPPED = "skipped.json"
 
 
 def read_source(
@@ -56,14 +55,17 @@ def read_source(
 
 def _pool(key: str, found: Iterable[Example], skipped: list[str] | None, workers: int) -> Pool:
     """The pool with this key, written now unless it is in the cache, with the sentences on rows that were left out."""
-    folder = arrow.cache_folder() / key
+    cache, most = arrow.cache_folder(), eviction.most_bytes()
+    folder = cache / key
     with arrow.told(folder), arrow.locked(folder):
-        if (known := read_json(folder / _SKIPPED)) is None:
+        if (known := read_json(folder / arrow.COMPLETE)) is None:
             arrow.write(folder, map(_record, found), _schema())
-            write_json(folder / _SKIPPED, {"skipped": skipped or []})
+            write_json(folder / arrow.COMPLETE, {"skipped": skipped or []})
         elif skipped is not None:
             skipped[:] = known["skipped"]
-    return Pool(arrow.Table(arrow.parts_in(folder)), key, workers=workers)
+        use = eviction.Use(folder)
+    eviction.trim(cache, most)
+    return Pool(arrow.Table(arrow.parts_in(folder), use), key, workers=workers)
 
 
 def _key(identity: str | None, meaning: Meaning, limit: int | None, skips: bool) -> str:

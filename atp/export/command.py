@@ -11,6 +11,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 
+from atp import progress
 from atp.config import ModelConfig
 from atp.data.packages import PACKAGED_MODEL
 from atp.errors import InputError, shorten
@@ -58,6 +59,7 @@ class Source:
         """The weights in the dtype of their files. Raises `InputError` if they are quantized or not finite."""
         if getattr(self.config, "quantization_config", None) is not None:
             raise InputError(f"the weights of {self.where} are quantized: give it in float32, bfloat16 or float16")
+        progress.begin("loading")
         model = load_any_model(self.place)
         refuse_weights(model)
         return model

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from atp import progress
 from atp.errors import InputError
 from atp.export.gguf_tokenizer import add_tokenizer
 from atp.files import whole_file
@@ -114,6 +115,7 @@ def write_gguf(
     language and base_model, as in a model card. Raises `InputError` for a tokenizer that llama.cpp cannot read, and for
     weights that float16 cannot hold.
     """
+    progress.begin("writing")
     wanted, file_type = DTYPES[dtype]
     writer = GGUFWriter(None, architecture.name)
     _add_facts(writer, facts)
@@ -132,7 +134,8 @@ def write_gguf(
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, weight in weights.items():
+            for done, (name, weight) in enumerate(weights.items()):
+                progress.count(done, len(weights))
                 values = weight.values()
                 if held[name] == GGMLQuantizationType.F16 and np.abs(values).max() > _LARGEST_F16:
                     raise InputError(f"weight {name} holds values beyond float16: use --dtype bf16 or f32")

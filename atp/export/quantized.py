@@ -16,6 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from atp import progress
 from atp.config import ATPConfig
 from atp.data import load_recipe, pack
 from atp.errors import InputError, reason
@@ -28,7 +29,6 @@ from atp.folders import CONFIG
 from atp.loading import data_settings
 from atp.models.load import read_model
 from atp.models.stock import save_model
-from atp.progress import Bars
 from atp.requirements import install_command
 
 
@@ -83,6 +83,7 @@ class HeldOut:
 
 def held_out(run: Path, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     """The windows that a run scored its models on. Raises `InputError` if its data cannot be read any more."""
+    progress.begin("reading the held-out data")
     config = ATPConfig.load(run / CONFIG)
     test = pack(
         load_recipe(data_settings(config, tokenizer)).test, tokenizer, config.data.length, loss_on=config.data.loss_on
@@ -91,10 +92,10 @@ def held_out(run: Path, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     windows = packed_windows(test, tokenizer, settings.windows)
 
     def score(model: CausalLM) -> dict[str, Any]:
-        with Bars(transient=True) as progress:
+        with progress.Bars(transient=True) as display:
             return perplexity(
                 model, windows, settings.batch_size, max_windows=settings.windows, seed=config.seed,
-                progress=bars(progress, "scoring")("perplexity"),
+                progress=bars(display, "scoring")("perplexity"),
             )  # fmt: skip
 
     return HeldOut(score, min(settings.windows, len(windows.input_ids)))
@@ -127,11 +128,14 @@ def write_quantized(
     with whole_folder(out) as folder:
         # As transformers quantizes: while it reads a model from its files.
         whole = folder / "whole"
+        progress.begin("writing the model as it is")
         save_model(model, whole)
         before = _measured(model, whole, windows)
         del model, head, linears  # the quantized one takes its place in memory
+        progress.begin("quantizing")
         quantized = read_model(whole, "auto", quantization=scheme.settings([*heads, *left], dtype))
         shutil.rmtree(whole)
+        progress.begin("writing")
         save_model(quantized, folder)  # before it runs, because bitsandbytes then packs anew
         tokenizer.save_pretrained(folder)
         after = _measured(quantized, folder, windows)
@@ -163,6 +167,7 @@ def _measured(model: CausalLM, folder: Path, windows: HeldOut | None) -> dict[st
         score = windows.score(model)
         low, high = score["perplexity_interval"]
         found[f"held-out perplexity, {windows.count} windows"] = f"{score['perplexity']:.2f} ({low:.2f} to {high:.2f})"
+    progress.begin("measuring speed")
     speed = throughput(model)
     found["prefill, tokens/s"] = f"{speed['prefill_tokens_per_second']:.0f}"
     found["decode, tokens/s"] = f"{speed['decode_tokens_per_second']:.1f}"

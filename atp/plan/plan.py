@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from atp import processes
+from atp import processes, progress
 from atp.checks import BUDGET_TOLERANCE, base_remark, check_reachable
 from atp.config import ATPConfig
 from atp.families import family_of
@@ -43,7 +43,9 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
     check_prunable(config.model, found, config.decisions.space)
     check_reachable(config, found)
     shapes = ModelShapes.of(found, config.decisions)
+    progress.begin("reading the data")
     data = data_of(config, found)
+    progress.begin("counting")
     sample, scored = data.get("tokens_per_window", config.data.length), data.get("scored_share", 1.0)
     config, length = with_steps(config, sample, scored)
     if "steps_per_epoch" in data:
@@ -52,6 +54,8 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
     read = {"sample": data["tokens_per_window"], "scored": data["scored_share"]} if "scored_share" in data else {}
     job = Job.of(_within(config, data), shapes, autocast=autocast, device=device, **read)
     memory, rows = memory_of(job), cost_of(job)
+    if probe:
+        progress.begin("timing a layer")
     speed = speeds(job) if probe else None
     return {
         "model": {

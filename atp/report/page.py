@@ -13,11 +13,12 @@ from atp.errors import shorten
 from atp.files import write_text
 from atp.report import sections, words
 from atp.report.files import RunFiles, read_run
+from atp.report.picture import pictures
 
 _SECTIONS: dict[str, Callable[[RunFiles], Any]] = {
-    "opening": words.opening, "headline": sections.headline, "usage": words.usage, "scores": sections.scores,
-    "answers": sections.answers, "samples": sections.samples, "training": sections.training, "widths": sections.widths,
-    "certificate": sections.certificate, "settings": sections.settings,
+    "opening": words.opening, "headline": sections.headline, "pictures": pictures, "usage": words.usage,
+    "scores": sections.scores, "answers": sections.answers, "samples": sections.samples, "training": sections.training,
+    "widths": sections.widths, "certificate": sections.certificate, "settings": sections.settings,
 }  # fmt: skip
 
 

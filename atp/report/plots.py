@@ -122,6 +122,29 @@ def widths(shares: dict[str, list[float]]) -> str:
     return _svg("widths", draw, height=0.7 + 1.1 * len(shares)) if shares else ""
 
 
+def against_size(points: dict[str, Point], floor: float | None, label: str) -> str:
+    """A score of models over their size, with its intervals; floor: the majority label's, a line across.
+
+    points: name of a model -> (megabytes, value, low, high).
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for (name, (size, value, low, high)), color, marker in zip(points.items(), _SERIES, "s^oD", strict=False):
+            axes.plot([size, size], [low, high], color=color, linewidth=3, alpha=0.4)
+            axes.plot([size], [value], color=color, marker=marker, linestyle="", label=name)
+        if floor is not None:
+            axes.axhline(floor, color=_INK, linewidth=0.8, linestyle=":", label="majority label")
+        axes.set_xlim(0, 1.1 * max(size for size, *_ in points.values()))
+        if max(high for *_, high in points.values()) > 10 * min(low for _, _, low, _ in points.values()) > 0:
+            axes.set_yscale("log")
+        axes.set_xlabel("megabytes")
+        axes.set_ylabel(label)
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return _svg(label, draw) if points else ""
+
+
 def intervals(panels: Panels) -> str:
     """Values with their intervals, one panel per metric, with the same rows in each."""
     return _svg("intervals", _intervals(panels, _SERIES[0]), _intervals_height(panels)) if panels else ""
@@ -261,7 +284,7 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     tag, rest = svg.split(">", maxsplit=1)
     tag = re.sub(r' (width|height)="[^"]*"', "", tag)
-    svg = f'{tag} role="img">' + re.sub(r'<g id="[^"]*"', "<g", rest)
+    svg = f"{tag}>" + re.sub(r'<g id="[^"]*"', "<g", rest)
     for color, page_color in _PAGE_COLORS.items():
         svg = svg.replace(color, page_color)
     return re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", svg)

@@ -46,16 +46,16 @@ def scores(run: RunFiles) -> dict[str, Any]:
     decoder = {"final": summary.get("keep_decoder"), "majority": None}
     rows: list[tuple[str, list[str]]] = []
     if columns:
-        cells = [_with_interval(c.get("perplexity"), c.get("perplexity_interval"), 2) for c in columns.values()]
+        cells = [with_interval(c.get("perplexity"), c.get("perplexity_interval"), 2) for c in columns.values()]
         rows.append(("held-out perplexity ↓", cells))
     for task in summary.get("tasks", ()):
         for metric, label in METRICS.items():
             scored = [column["tasks"].get(task, {}) for column in columns.values()]
-            cells = [_with_interval(s.get(metric), s.get(f"{metric}_interval"), 3) for s in scored]
+            cells = [with_interval(s.get(metric), s.get(f"{metric}_interval"), 3) for s in scored]
             rows.append((f"{task} {label} ↑", cells))
     rows.append(("parameters", [_millions(summary.get(params.get(name, ""))) for name in columns]))
     rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in columns]))
-    rows.append(("megabytes", [number(_size(summary, name), 0) for name in columns]))
+    rows.append(("megabytes", [number(megabytes(summary, name), 0) for name in columns]))
     for kind in ("prefill", "decode"):
         speeds = [_get(summary, "speed", name, f"{kind}_tokens_per_second") for name in columns]
         rows.append((f"{kind}, tokens/s ↑", [number(speed, 1) for speed in speeds]))
@@ -140,6 +140,24 @@ def settings(run: RunFiles) -> dict[str, Any]:
     }
 
 
+def with_interval(value: object, bounds: list[float] | None, digits: int) -> str:
+    """A score with its interval in parentheses."""
+    if value is None or not bounds:
+        return number(value, digits)
+    return f"{number(value, digits)} ({number(bounds[0], digits)} – {number(bounds[1], digits)})"
+
+
+def main_metric(summary: dict[str, Any], task: str) -> str:
+    """The key of `METRICS` that stands for a task."""
+    return "macro_f1" if any("macro_f1" in scored for scored in summary[task].values()) else "rougeL"
+
+
+def megabytes(summary: dict[str, Any], name: str) -> Any:
+    """Megabytes of a model; the tuned dense one has the original's size."""
+    sizes = summary.get("megabytes") or {}
+    return sizes.get("original" if name in ("tuned_dense", "recorded_dense") else name)
+
+
 def _by_layer(size: Any, layers: list[Any]) -> list[int]:
     """The decisions of a structure in each layer; decisions.json has one number where all layers have as many."""
     return size if isinstance(size, list) else [size] * len(layers)
@@ -169,7 +187,7 @@ def _cards(run: RunFiles) -> Iterator[Card]:
         note = "the tuned dense model does not clearly beat the majority label"
         yield _card("relative performance", NOT_MEASURABLE, note)
     for task in summary.get("tasks", ()):
-        metric = "macro_f1" if any("macro_f1" in s for s in summary[task].values()) else "rougeL"
+        metric = main_metric(summary, task)
         values = {name: scored.get(metric) for name, scored in summary[task].items()}
         floor = _get(summary, "majority", task, metric)
         yield from _score_card(f"{task} {METRICS[metric]}", values, 3, {beside.OTHERS["majority"]: floor})
@@ -184,13 +202,6 @@ def _cards(run: RunFiles) -> Iterator[Card]:
 def _card(label: str, value: str, note: str = "", kind: str = "") -> Card:
     """One headline figure. kind: a CSS class."""
     return {"label": label, "value": value, "note": note, "kind": kind}
-
-
-def _with_interval(value: object, bounds: list[float] | None, digits: int) -> str:
-    """A score with its interval in parentheses."""
-    if value is None or not bounds:
-        return number(value, digits)
-    return f"{number(value, digits)} ({number(bounds[0], digits)} – {number(bounds[1], digits)})"
 
 
 def _score_card(
@@ -235,12 +246,6 @@ def _millions(count: int | None) -> str:
 def _passes(value: object, limit: float) -> bool:
     """Whether a measured value is a number within its limit (NaN is not)."""
     return isinstance(value, (int, float)) and value <= limit
-
-
-def _size(summary: dict[str, Any], name: str) -> object:
-    """Megabytes of a model; the tuned dense one has the original's size."""
-    sizes = summary.get("megabytes") or {}
-    return sizes.get("original" if name in ("tuned_dense", "recorded_dense") else name)
 
 
 def _get(values: dict[str, Any], *keys: str) -> Any:

@@ -55,8 +55,9 @@ def at_cut(reference: Tensor, model: PeftModel, tokens: Tensor, removed_lora_nor
     return found
 
 
-def write_certificate(path: Path, certificate: dict[str, Any], tokens: Tensor) -> None:
-    """Writes the figures with their limits, the dtype of the weights and the dtype of the comparison, float32."""
+def write_certificate(path: Path, certificate: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+    """Writes the figures with their limits, the dtype of the weights and that of the comparison; returns all of it."""
     usual = {"rounding_gap_usually_below": USUAL_ROUNDING[certificate["dtype"]]}
-    facts = {"tokens": tokens.numel(), "computed_in": "float32", "limits": LIMITS} | usual
-    write_json(path, certificate | facts)
+    written = certificate | {"tokens": tokens.numel(), "computed_in": "float32", "limits": LIMITS} | usual
+    write_json(path, written)
+    return written

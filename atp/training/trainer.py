@@ -245,7 +245,7 @@ class ATPTrainer(Loop):
         if self.config.export.keep_adapter:
             keep_adapter(self.model, folder, self.tokenizer, self.config)
         if processes.is_main():
-            write_certificate(folder / "certificate.json", certificate, tokens)
+            certificate = write_certificate(folder / "certificate.json", certificate, tokens)
         return certificate
 
     # What this run adds to those of every run

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from atp import progress
 from atp.cli import main
@@ -41,6 +42,31 @@ def test_nothing_on_a_terminal_or_without_a_log(capsys, monkeypatch):
     with progress.logged(as_json=False):
         progress.begin("search")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_nothing_with_quiet(capsys, monkeypatch, as_json):
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)  # noqa: B023
+        console = Console(force_terminal=terminal)
+        with progress.logged(as_json, console=console, quiet=True, quiet_seconds=0.01):
+            progress.begin("search")
+            progress.step("search", RECORD, 10)
+            with progress.Bars(console=console) as bars:
+                bars.add_task("dense", total=10)
+                time.sleep(0.3)
+            assert progress.error("no such file") is False, "the command says it itself"
+            progress.end()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_keep_out_of_a_result_on_stdout(capsys):
+    with progress.logged(as_json=False, stdout_taken=True, quiet_seconds=0.01):
+        progress.begin("counting")
+        progress.end()
+        assert capsys.readouterr()[1][9:] == "counting\n"
+        time.sleep(0.2)
+    assert capsys.readouterr() == ("", ""), "and end before it"
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -6,12 +6,14 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_command import read, start
+from traced import untraced
 
 from atp.data import load_recipe
 from atp.evaluation.samples import Sample, sample_answers
 from atp.loading import data_settings, load_tokenizer
 from atp.models.load import read_model
 from atp.report import terminal
+from atp.report.files import read_run
 from atp.scored_tasks import without_items
 
 
@@ -47,6 +49,13 @@ def test_the_majority_label_is_scored_on_the_questions_of_the_models(config, fin
     assert found["accuracy"] == truth.count(found["label"]) / len(truth)
     assert summary["majority"] == {"qa": without_items(found)}
     assert {"original", "tuned_dense", "final"} == summary["qa"].keys(), "the models' scores keep their keys"
+
+
+def test_every_figure_of_the_report_is_in_the_records(finished):
+    page, run = (finished / "report.html").read_text(encoding="utf-8"), read_run(finished)
+    assert untraced(page, run) == [] and run.summary["certificate"] == run.certificate
+    run.summary["perplexity"]["final"] += 1
+    assert untraced(page, run) != []
 
 
 def test_it_is_shown_by_the_command_the_report_and_the_card(finished, printed):

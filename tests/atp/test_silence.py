@@ -52,6 +52,16 @@ def test_a_phase_without_bars_moves(screen):
     assert "export" not in frames(file, 0.3)[-1], "and is gone with the command"
 
 
+def test_nothing_moves_beside_a_result(screen):
+    console, file = screen
+    with progress.logged(as_json=False, console=console):
+        progress.begin("counting")
+        progress.end()
+        assert frames(file, 0.3) == [""]
+        progress.begin("again")
+        assert "again" in frames(file, 0.3)[-1]
+
+
 def test_bars_move_without_an_update_and_name_the_phase(screen):
     console, file = screen
     with progress.logged(as_json=False, console=console):

@@ -1,10 +1,13 @@
 """Data in tables are those in lists: splits, samples, hashes and refusals."""
 
+import gc
 import json
+import os
 import random
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +137,38 @@ def test_damage_and_a_full_disk_are_one_sentence(file, large, monkeypatch):
     monkeypatch.setattr("pyarrow.ipc.new_stream", full)
     with pytest.raises(InputError, match="cannot write the table .*No space left .*HF_DATASETS_CACHE"):
         load(file, limit=390)
+
+
+def test_tables_in_use_stay_when_others_leave(file, large, monkeypatch):
+    monkeypatch.setenv("ATP_DATA_CACHE_GB", "0")
+    first = load(file)
+    texts = list(first.train)
+    windows = pack(load(file, limit=390).train, TOKENIZER, 32)
+    assert len(folders(large)) == 2 and list(first.train) == texts
+    hashed = of_samples(windows)
+    del first
+    gc.collect()
+    load(file, limit=380)
+    assert len(folders(large)) == 2 and of_samples(windows) == hashed, "its tokens count as used, too"
+    assert list(load(file).train) == texts, "and what has left is made again"
+
+
+def test_processes_share_a_cache_that_holds_nothing_unused(file, large, monkeypatch):
+    monkeypatch.setenv("ATP_DATA_CACHE_GB", "0")
+    limits = (380, 390)
+    expected = {limit: load(file, limit=limit).fingerprints for limit in limits}
+    children = []
+    for turn in range(2):
+        if (child := os.fork()) == 0:
+            code = 1
+            with suppress(BaseException):
+                for limit in (limits * 2)[turn:]:
+                    found = load(file, limit=limit)
+                    assert found.fingerprints == expected[limit] and len(list(found.train)) == len(found.train)
+                code = 0
+            os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 
 
 def test_without_datasets_all_stays_in_lists(file, large, monkeypatch):

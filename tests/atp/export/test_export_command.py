@@ -46,10 +46,20 @@ def test_a_run_by_the_command(run, monkeypatch, capsys):
         main()
     assert done.value.code == 0
     out = capsys.readouterr().out
+    assert [line[9:] for line in out.splitlines()[:3]] == ["starting", "loading", "writing"]
     assert "llama.cpp's architecture deci" in out and f"exported: {run / 'model-q8_0.gguf'}" in out.replace("\n", "")
     keys = File(run / "model-q8_0.gguf").keys
     facts = {"general.name": "run", "general.license": "apache-2.0", "general.languages": ["en", "de"]}
     assert {key: keys[key] for key in facts} == facts and keys["general.base_model.0.name"] == "Small"
+
+
+def test_quiet_leaves_the_result_alone(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["atp", "export", str(run), "--quiet"])
+    with pytest.raises(SystemExit):
+        main()
+    out, err = capsys.readouterr()
+    first, *_, last = out.splitlines()
+    assert first.startswith("llama.cpp's architecture") and last.startswith("exported: ") and err == ""
 
 
 @pytest.mark.parametrize("widths", ["whole", "unequal"])

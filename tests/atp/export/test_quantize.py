@@ -16,7 +16,7 @@ from tiny_tokenizers import byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MistralForCausalLM
 from zeroed import stock_model
 
-from atp import requirements
+from atp import progress, requirements
 from atp.errors import InputError
 from atp.evaluation import model_size, packed_windows, perplexity, throughput
 from atp.export import quantized
@@ -176,14 +176,21 @@ def run(tmp_path):
     return folder, settings
 
 
-def test_a_run_is_scored_before_and_after(run, scheme, tmp_path):
+def test_a_run_is_scored_before_and_after(run, scheme, capsys):
     folder, settings = run
     if scheme == "nf4":
         with pytest.raises(InputError, match="no matrix"):
             export(str(folder), scheme, None, None)
         return
-    path, said = export(str(folder), scheme, None, None)
+    with progress.logged(as_json=False):
+        path, said = export(str(folder), scheme, None, None)
     assert path == folder / "model-int8"
+    told = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    measured = ["scoring: perplexity", "measuring speed"]
+    assert told == [
+        "loading", "reading the held-out data", "writing the model as it is", *measured, "quantizing", "writing",
+        *measured,
+    ]  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(path)
     windows = packed_windows(load_data(settings, tokenizer).test, tokenizer)
     count = min(settings.evaluation.windows, len(windows.input_ids))

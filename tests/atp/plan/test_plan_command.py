@@ -21,6 +21,7 @@ from atp.plan.page import duration, page, size
 from atp.run import Run
 
 CONFIGS = Path(__file__).parent / "configs"
+PHASES = ["starting", "reading the data", "counting"]
 
 
 def changed(config, *overrides):
@@ -64,7 +65,7 @@ def command(monkeypatch, capsys, tmp_path):
 def test_json_holds_the_whole_plan(command, config):
     code, out, err = command(config, "--json", "decisions.target_keep=0.62")
     found = json.loads(out)
-    assert (code, err) == (0, "")
+    assert code == 0 and [line[9:] for line in err.splitlines()] == PHASES
     assert list(found) == [
         "model", "decisions", "parameters", "widths", "memory", "cost", "flops_per_second", "data", "exports",
         "remarks",
@@ -82,7 +83,7 @@ def test_json_holds_the_whole_plan(command, config):
 
 def test_the_page_shows_every_section(command, config):
     code, out, err = command(config)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "") and [line[9:] for line in out.splitlines()[:3]] == PHASES
     for title in ("Parameters", "Widths of every layer", "Memory", "Steps, tokens and operations", "Data", "Formats"):
         assert title in out
     assert "TFLOP" in out and "⟦" in out and "time" not in out.split("Data")[0].split("operations")[1]
@@ -159,7 +160,7 @@ def test_a_tokenizer_made_from_nothing_is_none():
     ],
 )
 def test_impossible_settings_are_refused_in_one_sentence(command, config, overrides, message):
-    code, out, err = command(config, *overrides)
+    code, out, err = command(config, "--quiet", *overrides)
     assert code == 2 and out == ""
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
@@ -245,7 +246,7 @@ def test_a_long_sample_starts_a_little_before_its_loss():
     ],
 )
 def test_trouble_with_the_data_is_one_sentence_beside_the_rest(command, config, overrides, message):
-    code, out, err = command(config, "--json", *overrides)
+    code, out, err = command(config, "--json", "--quiet", *overrides)
     found = json.loads(out)
     assert (code, err) == (0, "")
     assert message in found["data"]["problem"] and "\n" not in found["data"]["problem"]

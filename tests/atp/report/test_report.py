@@ -220,7 +220,7 @@ def test_page_needs_nothing_from_outside(tmp_path):
 def test_plots_take_their_colours_from_the_page(tmp_path):
     pytest.importorskip("matplotlib")
     structure, _ = parse(write_report(write_run(tmp_path / "run")))
-    assert structure.tags.count("svg") == 5
+    assert structure.tags.count("svg") == 7
     text = (tmp_path / "run" / "report.html").read_text()
     drawn = text[text.index("<svg") :]
     assert "var(--series-1)" in drawn and "currentColor" in drawn and not re.search(r"#0[123]0[123]0\d", drawn)
