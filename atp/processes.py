@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from atp import ranks
+from atp import attempts, ranks
 from atp.errors import InputError, NotReached
 
 T = TypeVar("T")
@@ -246,7 +246,9 @@ def _asks(variable: str) -> bool:
 
 
 def _state() -> PartialState:
-    return PartialState(cpu=not torch.accelerator.is_available())  # processes on CPUs are alone together without it
+    meeting = {} if _started() else attempts.meeting()
+    # Processes on CPUs are alone together without `cpu`.
+    return PartialState(cpu=not torch.accelerator.is_available(), **meeting)
 
 
 def _started() -> bool:
