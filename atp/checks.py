@@ -123,6 +123,16 @@ def base_remark(config: ATPConfig) -> list[str]:
     ]
 
 
+def sharding_remark(config: ATPConfig, count: int) -> list[str]:
+    """A sentence on `training.sharding` where there is nobody to share with; else none. count: of processes."""
+    if config.training.sharding is None or count > 1:
+        return []
+    return [
+        f"training.sharding={config.training.sharding} shares weights among processes, and one process holds them "
+        "whole: start with torchrun --nproc_per_node N"
+    ]
+
+
 def rounded(config: ATPConfig, shapes: PretrainedConfig) -> list[str]:
     """A sentence on the share that is kept, where equal layers cannot meet the target closely; else none."""
     target, nearest = config.decisions.target_keep, nearest_kept(config, shapes) if config.decisions.uniform else 0.0

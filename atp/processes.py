@@ -20,7 +20,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from atp import attempts, ranks
-from atp.errors import InputError, NotReached
+from atp.errors import PROCESS_ENDED, InputError, NotReached
 
 T = TypeVar("T")
 
@@ -278,4 +278,4 @@ def _finish(work: dist.Work | None) -> None:
             delay = min(2 * delay, longest)
         work.wait()
     except RuntimeError:
-        raise NotReached("another process of this run ended: see its message, then continue with --resume") from None
+        raise NotReached(PROCESS_ENDED) from None

@@ -21,6 +21,7 @@ from atp.checks import (
     less_memory,
     rounded,
     rounding,
+    sharding_remark,
     shortfalls,
 )
 from atp.config import ATPConfig
@@ -210,7 +211,8 @@ class Run:
     def _remarks(self, shapes: PretrainedConfig) -> list[str]:
         """What is said of the target before the run."""
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
-        return [*timed, *rounded(self.config, shapes), *base_remark(self.config)]
+        sharded = sharding_remark(self.config, processes.count())
+        return [*timed, *rounded(self.config, shapes), *base_remark(self.config), *sharded]
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raises `InputError` when the model cannot keep what the run promises."""

@@ -22,7 +22,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from atp import heap, processes
 from atp.config import ATPConfig
-from atp.errors import InputError, Interrupted
+from atp.errors import PROCESS_ENDED, InputError, Interrupted, NotReached, is_lost_peer
 from atp.finite import FiniteGuard, refuse_weights
 from atp.models.attention import use_training_attention
 from atp.sharding.files import stage
@@ -245,10 +245,17 @@ class Loop:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Around a whole training: signals are noted, and callbacks hear of the end however it comes."""
+        """Around a whole training: signals are noted, and callbacks hear of the end however it comes.
+
+        Raises `NotReached` where another process has ended.
+        """
         with self.signals:
             try:
                 yield
+            except RuntimeError as error:
+                if processes.count() > 1 and is_lost_peer(error):
+                    raise NotReached(PROCESS_ENDED) from error
+                raise
             finally:
                 self._tell("on_end")
 
