@@ -89,6 +89,8 @@ def plan(
     config: Annotated[Path, typer.Argument(help="YAML config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Time one layer on this machine, for seconds.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Plan for so many, each on its own device.")] = None,
+    device: Annotated[str | None, typer.Option(help="Plan for cpu or cuda; default: what is here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -100,7 +102,7 @@ def plan(
     from atp.plan import make_plan
     from atp.plan.page import page
 
-    found = make_plan(ATPConfig.load(config, overrides), probe=probe)
+    found = make_plan(ATPConfig.load(config, overrides), probe=probe, count=processes, device=device)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
