@@ -43,8 +43,8 @@ def with_steps(
     Phases keep their shares of the whole. Tokens are those that all LoRA steps read. Minutes hold LoRA steps, saliency,
     refit and scores on the validation split, at the speed of a probe of a few layers (`atp.plan.probe`), which takes
     some seconds; loading, scores before and after, and export come on top. sample: tokens of an average sample.
-    scored: share of them that have a loss. count: of processes, default that of now. None for a config without such a key. Raises `InputError` if it comes to
-    fewer than 10 steps.
+    scored: share of them that have a loss. count: of processes, default that of now. None for a config without such a
+    key. Raises `InputError` if it comes to fewer than 10 steps.
     """
     known, record = with_known_steps(config)
     if record is not None or not config.training.budget:

@@ -169,7 +169,10 @@ class Cost:
 
 
 def cost_of(job: Job) -> list[Row]:
-    """The parts of a run in order, as one process has them; questions that are scored and texts that are generated are not counted."""
+    """The parts of a run in order, as one process has them.
+
+    Questions that are scored and texts that are generated are not counted.
+    """
     return list(_rows(job))
 
 

@@ -44,9 +44,7 @@ def data_of(config: ATPConfig, shapes: PretrainedConfig, count: int | None = Non
     return found
 
 
-def _described(
-    config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, count: int
-) -> dict[str, Any]:
+def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, count: int) -> dict[str, Any]:
     training, train = config.training, data.train
     per_step = training.batch_size * training.gradient_accumulation * count
     sample, scored = averages(train)

@@ -20,10 +20,11 @@ def page(plan: dict[str, Any]) -> Iterator[RenderableType]:
     """What `atp plan` prints, from the dictionary of `make_plan`, section by section."""
     model, decisions = plan["model"], plan["decisions"]
     count = model["processes"]
+    several = f" in {count} processes" if count > 1 else ""
     yield (
         f"{model['path']}: {model['family']} with {model['layers']} layers, weights in {model['dtype']}, products in "
-        f"{model['products']} on {model['device']}{'' if count == 1 else f' in {count} processes'}; {decisions['target_keep']:.0%} of the decoder stays, in space "
-        f"{decisions['space']}"
+        f"{model['products']} on {model['device']}{several}; {decisions['target_keep']:.0%} of the decoder stays, "
+        f"in space {decisions['space']}"
     )
     if decisions["latency"] is not None:
         yield decisions["latency"]["description"]
@@ -109,7 +110,7 @@ def _exchange(rows: list[dict[str, Any]]) -> Table:
 
 def _cost(plan: dict[str, Any], count: int) -> Table:
     timed = plan["flops_per_second"] is not None
-    title = f"Steps, tokens and operations{_each(count)}" + (", with times from a probe of a few layers" if timed else "")
+    title = f"Steps, tokens and operations{_each(count)}{', with times from a probe of a few layers' if timed else ''}"
     table = _table(title, "part", "steps", "tokens", "TFLOP", *(["time"] if timed else []))
     rows = plan["cost"]
     total = {key: sum(row[key] or 0 for row in rows) for key in ("steps", "tokens", "flops", "seconds")}

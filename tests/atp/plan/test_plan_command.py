@@ -66,8 +66,8 @@ def test_json_holds_the_whole_plan(command, config):
     found = json.loads(out)
     assert (code, err) == (0, "")
     assert list(found) == [
-        "model", "decisions", "parameters", "widths", "memory", "cost", "exchange", "flops_per_second", "data", "exports",
-        "remarks",
+        "model", "decisions", "parameters", "widths", "memory", "cost", "exchange", "flops_per_second", "data",
+        "exports", "remarks",
     ]  # fmt: skip
     assert found["decisions"]["target_keep"] == 0.62
     after = found["parameters"]["after"]
