@@ -1,7 +1,8 @@
 """The `atp` command. Errors are one sentence.
 
 Exit codes: 0 done; 1 system error or unexpected failure; 2 bad input; 3 budget, certificate or finite losses not
-reached; 129, 130 and 143 after a signal; 141 when the reader of the output has gone.
+reached, or another process of the run has ended; 129, 130 and 143 after a signal; 141 when the reader of the output
+has gone.
 """
 
 from __future__ import annotations

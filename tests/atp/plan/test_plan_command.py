@@ -141,6 +141,17 @@ def test_the_command_prints_the_widths_of_public_models(command, name, before, g
     assert f"| {name.replace('-7b', '-7B')} | {before} | {widths} | {after} |" in page
 
 
+def test_the_command_plans_for_processes_on_gpus_that_are_not_here(command):
+    asked = ("--processes", "8", "--device", "cuda", "training.sharding=fsdp", "evaluation.dense_baseline=false")
+    code, out, err = command(public("Llama-3.1-8B"), *asked, "training.distill=0")
+    assert (code, err) == (0, "")
+    assert "on cuda in 8 processes" in out and "Memory of each process at the peak" in out
+    rows = [line.split() for line in out.split("Exchanged in a step")[1].splitlines()]
+    # 41,943,040 parameters of LoRA in float32; 6.98 billion of the decoder twice, embeddings and head, in bfloat16.
+    assert ["open", "168", "MB", "30.02", "GB", "26.56", "GB"] in rows
+    assert command(public("Llama-3.1-8B"), "--device", "tpu")[0] == 2
+
+
 def test_a_tokenizer_made_from_nothing_is_none():
     """transformers makes one of a single token from a Qwen2 config."""
     with pytest.raises(InputError, match="has no tokenizer: add the tokenizer files"):
