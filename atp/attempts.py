@@ -24,12 +24,6 @@ _POLL_SECONDS = 0.01
 _CALLER, _ANSWER, _ARRIVED = "atp/caller/", "atp/answer/", "atp/arrived/"
 
 
-def run_id() -> str | None:
-    """What torchrun's `--rdzv-id` says, which its restarts share; None without one."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return None if name in ("", "none") else name  # torchrun's default on several machines
-
-
 def meeting() -> dict[str, Any]:
     """How `torch.distributed.init_process_group` must be called here; nothing where torch's own way is good.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atp import attempts
+from atp import ranks
 from atp.config import ATPConfig
 from atp.errors import InputError, shorten
 from atp.files import check_writable, remove_leftovers, write_text
@@ -58,7 +58,7 @@ def saved_config(folder: Path, started: str = CONFIG) -> dict[str, Any] | None:
 
 def begun_by_this_launch(folder: Path, started: str = CONFIG) -> bool:
     """Whether torchrun has started this run before, so that it goes on where a killed process has left it."""
-    launch = attempts.run_id()
+    launch = ranks.run_id()
     try:
         return launch is not None and (folder / LAUNCH).read_text(encoding="utf-8") == launch and (
             folder / started).is_file()  # fmt: skip
@@ -100,7 +100,7 @@ def opened(folder: Path, *, resume: bool, started: str = CONFIG) -> Iterator[Non
     with locked(folder):
         check_output_dir(folder, resume=resume, started=started)  # another process may have been here by now
         remove_leftovers(folder)
-        if (launch := attempts.run_id()) is not None:
+        if (launch := ranks.run_id()) is not None:
             write_text(folder / LAUNCH, launch)
         try:
             yield

@@ -50,9 +50,9 @@ def make_plan(
     the data is said in the section `data` instead.
     """
     here, count = processes.device().type, count or processes.count()
-    device = device or here
-    if device not in _DEVICES:
+    if device not in (None, *_DEVICES):
         raise InputError(f"--device '{shorten(device)}' is not planned for: use one of {', '.join(_DEVICES)}")
+    device = device or here
     if probe and device != here:
         raise InputError(f"--probe times this machine, which trains on {here}: leave out --device {device}")
     timed, latency = with_time(config)
@@ -70,7 +70,9 @@ def make_plan(
     if "steps_per_epoch" in data:
         data["epochs"] = config.training.total / data["steps_per_epoch"]
     precision = config.training.precision
-    autocast = autocast_dtype("bfloat16" if precision == "auto" and device != here else precision)
+    if precision == "auto" and device == "cuda" != here:
+        precision = "bfloat16"
+    autocast = autocast_dtype(precision)
     read = {"sample": data["tokens_per_window"], "scored": data["scored_share"]} if "scored_share" in data else {}
     job = Job.of(_within(config, data), shapes, autocast=autocast, device=device, count=count, **read)
     memory, rows = memory_of(job), cost_of(job)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_plans import LENGTH, RANK, VOCAB, job, lora_model
 
 from atp.config import ATPConfig
@@ -82,6 +83,11 @@ def test_a_plan_of_many_processes_on_gpus_needs_neither():
     largest = {name: max(row["bytes"] for row in plan["memory"]) for name, plan in (("one", one), ("many", many))}
     assert largest["many"] < largest["one"]
     assert not any("process" in row["parts"] for row in many["memory"])
+
+
+def test_what_is_here_is_planned_for_whatever_it_is(monkeypatch):
+    monkeypatch.setattr("atp.plan.plan.processes.device", lambda: torch.device("mps"))
+    assert make_plan(public("training.precision=float32"))["model"]["device"] == "mps"
 
 
 @pytest.mark.parametrize(
