@@ -53,8 +53,10 @@ def _root(
     ] = False,
 ) -> None:
     """Make a language model smaller and better at one domain, in one training run."""
-    if context.invoked_subcommand in _ONE_PROCESS and not ranks.is_main():
-        raise typer.Exit()
+    if context.invoked_subcommand in _ONE_PROCESS:
+        if not ranks.is_main():
+            raise typer.Exit()
+        ranks.leave()
     if context.invoked_subcommand in _LONG and not {"-h", "--help"} & set(sys.argv):
         progress.begin("starting")  # torch takes seconds
 

@@ -20,6 +20,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def leave() -> None:
+    """Goes on as the only process, for commands in which the others have nothing to do."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def run_id() -> str | None:
     """What torchrun's `--rdzv-id` says, which its restarts share; None without one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")

@@ -141,6 +141,16 @@ def test_the_command_prints_the_widths_of_public_models(command, name, before, g
     assert f"| {name.replace('-7b', '-7B')} | {before} | {widths} | {after} |" in page
 
 
+def test_under_a_launcher_the_main_process_plans_alone(command, config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    assert command(config) == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    code, out, err = command(config)
+    assert (code, err) == (0, "") and "Exchanged" not in out
+
+
 def test_the_command_plans_for_processes_on_gpus_that_are_not_here(command):
     asked = ("--processes", "8", "--device", "cuda", "training.sharding=fsdp", "evaluation.dense_baseline=false")
     code, out, err = command(public("Llama-3.1-8B"), *asked, "training.distill=0")
