@@ -80,8 +80,11 @@ def check_phases(config: ATPConfig) -> None:
         raise InputError("decisions.source=running watches open and search steps: set training.open or training.search")
 
 
-def check_base_alone(config: ATPConfig) -> None:
-    """Raises `InputError` for settings under which a quantized base is not supported, or would save no memory."""
+def check_base_alone(config: ATPConfig, count: int | None = None) -> None:
+    """Raises `InputError` for settings under which a quantized base is not supported, or would save no memory.
+
+    count: of processes, default that of now.
+    """
     load_in = config.model.load_in
     if load_in is None:
         return
@@ -90,16 +93,20 @@ def check_base_alone(config: ATPConfig) -> None:
             f"training.distill holds a whole model in floating point, which model.load_in={load_in} is there to save: "
             "set training.distill=0, or leave out model.load_in"
         )
-    if processes.count() > 1:
+    count = count or processes.count()
+    if count > 1:
         raise InputError(
-            f"model.load_in={load_in} trains in one process, not in {processes.count()}: start without torchrun, or "
+            f"model.load_in={load_in} trains in one process, not in {count}: start without torchrun, or "
             "leave out model.load_in"
         )
 
 
-def check_sharded(config: ATPConfig) -> None:
-    """Raises `InputError` for settings under which weights cannot be shared among processes."""
-    if not processes.sharded():
+def check_sharded(config: ATPConfig, shared: bool | None = None) -> None:
+    """Raises `InputError` for settings under which weights cannot be shared among processes.
+
+    shared: whether they are to be, default whether they are now.
+    """
+    if not (processes.sharded() if shared is None else shared):
         return
     if config.training.distill and config.training.opened:
         raise InputError(
@@ -120,6 +127,16 @@ def base_remark(config: ATPConfig) -> list[str]:
     return [
         f"decoder linears are held as {FORMS[config.model.load_in].says}: scores of the original and the certificate "
         "are of these weights"
+    ]
+
+
+def sharding_remark(config: ATPConfig, count: int) -> list[str]:
+    """A sentence on `training.sharding` where there is nobody to share with; else none. count: of processes."""
+    if config.training.sharding is None or count > 1:
+        return []
+    return [
+        f"training.sharding={config.training.sharding} shares weights among processes, and one process holds them "
+        "whole: start with torchrun --nproc_per_node N"
     ]
 
 

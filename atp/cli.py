@@ -1,7 +1,8 @@
 """The `atp` command. Errors are one sentence.
 
 Exit codes: 0 done; 1 system error or unexpected failure; 2 bad input; 3 budget, certificate or finite losses not
-reached; 129, 130 and 143 after a signal; 141 when the reader of the output has gone.
+reached, or another process of the run has ended; 129, 130 and 143 after a signal; 141 when the reader of the output
+has gone.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ def _root(
     ] = False,
 ) -> None:
     """Make a language model smaller and better at one domain, in one training run."""
-    if context.invoked_subcommand in _ONE_PROCESS and not ranks.is_main():
-        raise typer.Exit()
+    if context.invoked_subcommand in _ONE_PROCESS:
+        if not ranks.is_main():
+            raise typer.Exit()
+        ranks.leave()
     if context.invoked_subcommand in _LONG and not {"-h", "--help"} & set(sys.argv):
         progress.begin("starting")  # torch takes seconds
 
@@ -93,6 +96,8 @@ def plan(
     config: Annotated[Path, typer.Argument(help="YAML config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Time one layer on this machine, for seconds.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Plan for so many, each on its own device.")] = None,
+    device: Annotated[str | None, typer.Option(help="Plan for cpu or cuda; default: what is here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -105,7 +110,7 @@ def plan(
     from atp.plan import make_plan
     from atp.plan.page import page
 
-    found = make_plan(ATPConfig.load(config, overrides), probe=probe)
+    found = make_plan(ATPConfig.load(config, overrides), probe=probe, count=processes, device=device)
     progress.end()
     if as_json:
         typer.echo(json.dumps(found, indent=2))

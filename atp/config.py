@@ -278,6 +278,13 @@ class ATPConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
 
+    @field_validator("output_dir")
+    @classmethod
+    def _is_a_path(cls, value: str) -> str:
+        if "://" in value:  # of which a path would make a folder named `s3:`
+            raise ValueError("runs are written to file systems, not to URLs: give a path, where all machines see it")
+        return value
+
     @model_validator(mode="after")
     def _validates(self) -> ATPConfig:
         if self.evaluation.every is None and (self.training.keep_best or self.training.patience):

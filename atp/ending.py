@@ -10,7 +10,17 @@ import sys
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from atp.errors import InputError, Interrupted, JobsFailed, NotReached, is_out_of_memory, reason
+from atp import ranks
+from atp.errors import (
+    PROCESS_ENDED,
+    InputError,
+    Interrupted,
+    JobsFailed,
+    NotReached,
+    is_lost_peer,
+    is_out_of_memory,
+    reason,
+)
 from atp.requirements import TRAIN, find, is_known, missing
 
 _BROKEN_PIPE = 128 + 13  # what a shell shows for a program that SIGPIPE ended
@@ -29,6 +39,8 @@ def ending(error: BaseException) -> tuple[str, int]:
         error = missing(error)
     if isinstance(error, InputError):
         return _one_line(error), 2
+    if ranks.count() > 1 and is_lost_peer(error):
+        return PROCESS_ENDED, 3
     if isinstance(error, NotReached):
         return _one_line(error), 3
     if isinstance(error, JobsFailed):

@@ -7,6 +7,10 @@ import reprlib
 from datetime import date
 from pathlib import PurePath
 
+PROCESS_ENDED = (
+    "another process of this run has ended: read its own message (none if it was killed, as for memory), then continue "
+    "with --resume"
+)
 _SENTENCE = 1000  # characters of a whole message, whatever it quotes
 
 
@@ -77,6 +81,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
     )
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exchange with another process failed, as it does when that one has ended, or this says so already.
+
+    gloo raises a RuntimeError like its others, torch and NCCL errors of classes of their own.
+    """
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
+    if str(error) == PROCESS_ENDED:
+        return True
+    signs = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "pair closure")
+    text = str(error)
+    return isinstance(error, RuntimeError) and "gloo" in text.lower() and any(sign in text for sign in signs)
 
 
 class _Short(reprlib.Repr):

@@ -8,16 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from atp import ranks
 from atp.config import ATPConfig
 from atp.errors import InputError, shorten
-from atp.files import check_writable, remove_leftovers
+from atp.files import check_writable, remove_leftovers, write_text
 from atp.locking import LOCK, locked
 from atp.reading import existing, read_yaml
 
 CONFIG, COMPARISON, INPUTS, LATENCY = "config.yaml", "comparison.yaml", "inputs.json", "latency.json"
 LENGTH = "length.json"
+LAUNCH = ".launch"  # which launch of torchrun was here last
 SKIPPED = "skipped_rows.txt"
 CHECKPOINTS = ("checkpoints", "dense_lora/checkpoints")
+_BEFORE = {LOCK, LAUNCH, INPUTS, LATENCY, LENGTH}  # what may lie in the folder of a run that has not begun
 _WRITTEN_TO = ("", "model", "base", "adapter", "dense_lora", "profile", *CHECKPOINTS)
 
 
@@ -30,7 +33,7 @@ def check_output_dir(folder: Path, *, resume: bool, started: str = CONFIG) -> No
         raise InputError(f"output_dir {folder} is a file: choose another output_dir")
     check_writable(folder, "output_dir")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    filled = {name for name in names - {LOCK, INPUTS, LATENCY, LENGTH} if not name.startswith(".writing-")}
+    filled = {name for name in names - _BEFORE if not name.startswith(".writing-")}
     if filled and not resume:
         raise InputError(f"output_dir {folder} is not empty: choose another output_dir, or continue it with --resume")
     if resume and not filled:
@@ -51,6 +54,16 @@ def saved_config(folder: Path, started: str = CONFIG) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return values
+
+
+def begun_by_this_launch(folder: Path, started: str = CONFIG) -> bool:
+    """Whether torchrun has started this run before, so that it goes on where a killed process has left it."""
+    launch = ranks.run_id()
+    try:
+        return launch is not None and (folder / LAUNCH).read_text(encoding="utf-8") == launch and (
+            folder / started).is_file()  # fmt: skip
+    except (OSError, ValueError):
+        return False
 
 
 def refuse_inputs_inside(config: ATPConfig, folder: Path) -> None:
@@ -87,11 +100,13 @@ def opened(folder: Path, *, resume: bool, started: str = CONFIG) -> Iterator[Non
     with locked(folder):
         check_output_dir(folder, resume=resume, started=started)  # another process may have been here by now
         remove_leftovers(folder)
+        if (launch := ranks.run_id()) is not None:
+            write_text(folder / LAUNCH, launch)
         try:
             yield
         except Exception:
             if not resume:
-                _withdraw(folder, made, {LOCK, INPUTS, LATENCY, LENGTH, started})
+                _withdraw(folder, made, {*_BEFORE, started})
             raise
 
 

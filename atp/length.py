@@ -35,21 +35,23 @@ def with_known_steps(config: ATPConfig) -> tuple[ATPConfig, dict[str, Any] | Non
     return _at(config, steps), known
 
 
-def with_steps(config: ATPConfig, sample: float, scored: float = 1.0) -> tuple[ATPConfig, dict[str, Any] | None]:
+def with_steps(
+    config: ATPConfig, sample: float, scored: float = 1.0, count: int | None = None
+) -> tuple[ATPConfig, dict[str, Any] | None]:
     """The config with steps in place of `training.minutes` or `training.tokens`, and a record of how they were found.
 
     Phases keep their shares of the whole. Tokens are those that all LoRA steps read. Minutes hold LoRA steps, saliency,
     refit and scores on the validation split, at the speed of a probe of a few layers (`atp.plan.probe`), which takes
     some seconds; loading, scores before and after, and export come on top. sample: tokens of an average sample.
-    scored: share of them that have a loss. None for a config without such a key. Raises `InputError` if it comes to
-    fewer than 10 steps.
+    scored: share of them that have a loss. count: of processes, default that of now. None for a config without such a
+    key. Raises `InputError` if it comes to fewer than 10 steps.
     """
     known, record = with_known_steps(config)
     if record is not None or not config.training.budget:
         return known, record
     ((key, asked),) = config.training.budget.items()
     training = config.training
-    per_step = training.batch_size * training.gradient_accumulation * processes.count() * sample
+    per_step = training.batch_size * training.gradient_accumulation * (count or processes.count()) * sample
     if key == "tokens":
         steps, found = round(asked / per_step), f"{per_step:,.0f} tokens per step"
     else:

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from atp import ranks
-from atp.errors import InputError, NotReached
+from atp import attempts, ranks
+from atp.errors import PROCESS_ENDED, InputError, NotReached
 
 T = TypeVar("T")
 
@@ -242,7 +242,9 @@ def _asks(variable: str) -> bool:
 
 
 def _state() -> PartialState:
-    return PartialState(cpu=not torch.accelerator.is_available())  # processes on CPUs are alone together without it
+    meeting = {} if _started() else attempts.meeting()
+    # Processes on CPUs are alone together without `cpu`.
+    return PartialState(cpu=not torch.accelerator.is_available(), **meeting)
 
 
 def _started() -> bool:
@@ -272,4 +274,4 @@ def _finish(work: dist.Work | None) -> None:
             delay = min(2 * delay, longest)
         work.wait()
     except RuntimeError:
-        raise NotReached("another process of this run ended: see its message, then continue with --resume") from None
+        raise NotReached(PROCESS_ENDED) from None

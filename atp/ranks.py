@@ -18,3 +18,15 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes, scores and prints."""
     return rank() == 0
+
+
+def leave() -> None:
+    """Goes on as the only process, for commands in which the others have nothing to do."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
+def run_id() -> str | None:
+    """What torchrun's `--rdzv-id` says, which its restarts share; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return None if name in ("", "none") else name  # torchrun's default on several machines

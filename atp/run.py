@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import heap, processes, progress
+from atp import folders, heap, processes, progress
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
 from atp.checks import (
     BUDGET_TOLERANCE,
@@ -21,6 +21,7 @@ from atp.checks import (
     less_memory,
     rounded,
     rounding,
+    sharding_remark,
     shortfalls,
 )
 from atp.config import ATPConfig
@@ -77,13 +78,14 @@ class Run:
         scores of the original model that somebody has taken already.
         recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
-        self.resume, self.command = resume, command
+        self.command = command
         self.say = progress.saying(say) if processes.is_main() else lambda line: None
         self.profile = profile and processes.is_main()
         self.folder = Path(config.output_dir)
         self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
         processes.start(config.training.sharding)
+        self.resume = resume or processes.on_main(lambda: folders.begun_by_this_launch(self.folder))
         timed, self.latency = processes.on_main(lambda: with_time(config))
         self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed, any_length=True)))
         self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
@@ -209,7 +211,8 @@ class Run:
     def _remarks(self, shapes: PretrainedConfig) -> list[str]:
         """What is said of the target before the run."""
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
-        return [*timed, *rounded(self.config, shapes), *base_remark(self.config)]
+        sharded = sharding_remark(self.config, processes.count())
+        return [*timed, *rounded(self.config, shapes), *base_remark(self.config), *sharded]
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raises `InputError` when the model cannot keep what the run promises."""

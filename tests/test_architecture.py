@@ -29,8 +29,8 @@ LAYERS = (
     ("atp.families",),
     ("atp.ending", "atp.engines"),
     (
-        *("atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap", "atp.listing"),
-        *("atp.locking", "atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact"),
+        *("atp.attempts", "atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap"),
+        *("atp.listing", "atp.locking", "atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact"),
         *("atp.registration", "atp.requirements", "atp.rng", "atp.shipped", "atp.signals"),
     ),
     ("atp_kernels",),

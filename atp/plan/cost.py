@@ -169,7 +169,10 @@ class Cost:
 
 
 def cost_of(job: Job) -> list[Row]:
-    """The parts of a run in order; questions that are scored and texts that are generated are not counted."""
+    """The parts of a run in order, as one process has them.
+
+    Questions that are scored and texts that are generated are not counted.
+    """
     return list(_rows(job))
 
 
@@ -187,7 +190,7 @@ def _rows(job: Job) -> Iterator[Row]:
     if evaluation.dense_baseline:
         yield row("dense baseline", steps.total, steps.total * per_step, cost.step(cost.whole, stock=True))
         yield row("score dense", 0, scored, cost.forward(cost.whole))
-    saliency = row("saliency", 0, decisions.saliency_windows * length, cost.decision())
+    saliency = row("saliency", 0, job.share_of(decisions.saliency_windows) * length, cost.decision())
     if decisions.source == "static":
         yield saliency
     if steps.open:
@@ -201,7 +204,7 @@ def _rows(job: Job) -> Iterator[Row]:
             flops += cost.decision() * (-(-steps.search // decisions.every) * decisions.batch_size * length)
         yield Row("search", steps.search, round(tokens), flops)
     if decisions.refit_windows:
-        tokens = decisions.refit_windows * length
+        tokens = job.share_of(decisions.refit_windows) * length
         yield Row("refit", 0, tokens, cost.refit(tokens))
     if steps.settle:
         masked = cost.step(cost.whole, share=job.shapes.share) + cost.taught()

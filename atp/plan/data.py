@@ -25,8 +25,8 @@ _SHOWN = 96  # tokens of the sample that is shown
 _BEFORE = 48  # of them before the first that has a loss
 
 
-def data_of(config: ATPConfig, shapes: PretrainedConfig) -> dict[str, Any]:
-    """The data section of a plan.
+def data_of(config: ATPConfig, shapes: PretrainedConfig, count: int | None = None) -> dict[str, Any]:
+    """The data section of a plan. count: of processes, default that of now.
 
     Where something is wrong `problem` says so in one sentence, and the section holds what was found until then.
     """
@@ -39,14 +39,14 @@ def data_of(config: ATPConfig, shapes: PretrainedConfig) -> dict[str, Any]:
     if found["problem"] is None:
         with _told(found):
             data = load_data(config, tokenizer)
-            found |= _described(config, tokenizer, data)
+            found |= _described(config, tokenizer, data, count or processes.count())
             check_tasks(config, data.splits, tokenizer, shapes)
     return found
 
 
-def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
+def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, count: int) -> dict[str, Any]:
     training, train = config.training, data.train
-    per_step = training.batch_size * training.gradient_accumulation * processes.count()
+    per_step = training.batch_size * training.gradient_accumulation * count
     sample, scored = averages(train)
     first = train[0]
     return {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from atp import processes
 from atp.config import ATPConfig
 from atp.loading import weights_dtype
 from atp.plan.parameters import parameters_of
@@ -19,7 +20,8 @@ class Job:
 
     before, after: parameters by part and their `total`, of the whole model and of the one that equal widths leave.
     autocast: dtype of the products, None for that of the weights. device: cpu or cuda. sample: tokens of an average
-    sample. scored: share of the tokens that have a loss.
+    sample. scored: share of the tokens that have a loss. count: of processes, each on a device of its own. shared:
+    whether they share the frozen weights.
     """
 
     config: ATPConfig
@@ -30,6 +32,8 @@ class Job:
     device: str
     sample: float
     scored: float
+    count: int
+    shared: bool
 
     @classmethod
     def of(
@@ -41,10 +45,17 @@ class Job:
         device: str,
         sample: float | None = None,
         scored: float = 1.0,
+        count: int | None = None,
     ) -> Job:
-        """Counts the parameters. sample: default data.length, which no sample exceeds."""
+        """Counts the parameters. sample: default data.length, which no sample exceeds. count: default that of now."""
         before, after = parameters_of(shapes.config), parameters_of(shapes.cut_config)
-        return cls(config, shapes, before, after, autocast, device, sample or config.data.length, scored)
+        count = count or processes.count()
+        shared = count > 1 and (config.training.sharding is not None or processes.sharded())
+        return cls(config, shapes, before, after, autocast, device, sample or config.data.length, scored, count, shared)
+
+    def share_of(self, windows: int) -> int:
+        """The calibration windows of so many that one process takes."""
+        return -(-windows // self.count)
 
     @property
     def phases(self) -> Phases:

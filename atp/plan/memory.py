@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from atp import processes
 from atp.families import Linear, family_of
 from atp.models.base import FORMS
 from atp.plan.activations import Pass, kept_by_saliency, kept_by_training
@@ -48,8 +47,7 @@ def memory_of(job: Job) -> list[dict[str, object]]:
 class _Memory:
     def __init__(self, job: Job) -> None:
         self.job, self.shapes, self.training = job, job.shapes, job.config.training
-        sharded = job.config.training.sharding is not None or processes.sharded()
-        self.ranks = processes.count() if sharded else 1  # processes that share the frozen weights
+        self.ranks = job.count if job.shared else 1  # processes that share the frozen weights
         self.weight = job.dtype.itemsize
         self.product = (job.autocast or job.dtype).itemsize
         self.hidden, self.vocab = job.shapes.config.hidden_size, job.shapes.config.vocab_size
@@ -196,11 +194,15 @@ class _Memory:
     def _training(
         self, layers: Layers, *, taught: bool, slices: float = 0.0, watched: bool = False, refitted: bool = False
     ) -> Parts:
-        """A LoRA step with its gradients, or the checkpoint after it: the larger one."""
+        """A LoRA step with its gradients, or the checkpoint after it: the larger one.
+
+        Gradients that processes exchange are copied into one piece for it.
+        """
         job, cut = self.job, layers is self.shapes.kept
         held = self._held(layers, taught=taught, refitted=refitted)
         held |= self._slices(slices, refitted) if slices else self._casts(layers)
-        step = {"gradients": adapter_params(layers, self.rank) * _FLOAT}
+        gradients = adapter_params(layers, self.rank) * _FLOAT
+        step: Parts = {"gradients": gradients, "exchanged": gradients if job.count > 1 else 0}
         how = replace(self.how, masked=slices > 0, watched=watched)
         in_pass = self._pass(
             lambda widths: kept_by_training(self.shapes, widths, how), layers, self.batch, taught and job.teaches
@@ -262,13 +264,13 @@ class _Memory:
         )
 
     def _refit(self) -> Parts:
-        """All calibration windows at once, on the widest of the two linears that end a block.
+        """All calibration windows of a process at once, on the widest of the two linears that end a block.
 
         Held are the hidden states of the whole and of the cut model, their difference, and the linear's inputs, the
         latter two once more in one piece. The solver works in float64 on [kept, kept] and [kept, hidden]: sums for most
         windows and for those held out, the damped matrix, its factors, and solutions.
         """
-        tokens = self.job.config.decisions.refit_windows * self.length
+        tokens = self.job.share_of(self.job.config.decisions.refit_windows) * self.length
         read = max((self.shapes.whole[layer].linears[name].in_features for layer, name in self.readers), default=0)
         kept = max((self.shapes.kept[layer].linears[name].in_features for layer, name in self.readers), default=0)
         stream, inputs = tokens * self.hidden * self.weight, tokens * read * self.product

@@ -19,17 +19,21 @@ _MARKS = ("⟦", "⟧")  # around tokens with a loss, for terminals without colo
 def page(plan: dict[str, Any]) -> Iterator[RenderableType]:
     """What `atp plan` prints, from the dictionary of `make_plan`, section by section."""
     model, decisions = plan["model"], plan["decisions"]
+    count = model["processes"]
+    several = f" in {count} processes" if count > 1 else ""
     yield (
         f"{model['path']}: {model['family']} with {model['layers']} layers, weights in {model['dtype']}, products in "
-        f"{model['products']} on {model['device']}; {decisions['target_keep']:.0%} of the decoder stays, in space "
-        f"{decisions['space']}"
+        f"{model['products']} on {model['device']}{several}; {decisions['target_keep']:.0%} of the decoder stays, "
+        f"in space {decisions['space']}"
     )
     if decisions["latency"] is not None:
         yield decisions["latency"]["description"]
     yield _parameters(plan)
     yield _widths(plan)
-    yield _memory(plan["memory"])
-    yield _cost(plan)
+    yield _memory(plan["memory"], count)
+    yield _cost(plan, count)
+    if plan["exchange"]:
+        yield _exchange(plan["exchange"])
     yield from _data(plan["data"])
     yield _exports(plan["exports"])
     yield from plan["remarks"]
@@ -80,8 +84,13 @@ def _range(counts: int | list[int]) -> str:
     return f"{min(counts):,} to {max(counts):,}" if isinstance(counts, list) else f"{counts:,}"
 
 
-def _memory(rows: list[dict[str, Any]]) -> Table:
-    table = _table("Memory at the peak of each part, without libraries", "part", "peak")
+def _each(count: int) -> str:
+    """What is said of a table whose figures are those of one process of several."""
+    return " of each process" if count > 1 else ""
+
+
+def _memory(rows: list[dict[str, Any]], count: int) -> Table:
+    table = _table(f"Memory{_each(count)} at the peak of each part, without libraries", "part", "peak")
     table.add_column("which is")
     largest = max(row["bytes"] for row in rows)
     for row in rows:
@@ -91,9 +100,17 @@ def _memory(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _cost(plan: dict[str, Any]) -> Table:
+def _exchange(rows: list[dict[str, Any]]) -> Table:
+    columns = ("step", "reduced", "gathered", "sent by each process")
+    table = _table("Exchanged in a step by all processes", *columns)
+    for row in rows:
+        table.add_row(row["phase"], *(size(row[key]) for key in ("reduced", "gathered", "sent")))
+    return table
+
+
+def _cost(plan: dict[str, Any], count: int) -> Table:
     timed = plan["flops_per_second"] is not None
-    title = "Steps, tokens and operations" + (", with times from a probe of a few layers" if timed else "")
+    title = f"Steps, tokens and operations{_each(count)}{', with times from a probe of a few layers' if timed else ''}"
     table = _table(title, "part", "steps", "tokens", "TFLOP", *(["time"] if timed else []))
     rows = plan["cost"]
     total = {key: sum(row[key] or 0 for row in rows) for key in ("steps", "tokens", "flops", "seconds")}

@@ -8,14 +8,23 @@ from typing import Any
 import torch
 
 from atp import processes, progress
-from atp.checks import BUDGET_TOLERANCE, base_remark, check_reachable
+from atp.checks import (
+    BUDGET_TOLERANCE,
+    base_remark,
+    check_base_alone,
+    check_reachable,
+    check_sharded,
+    sharding_remark,
+)
 from atp.config import ATPConfig
+from atp.errors import InputError, shorten
 from atp.families import family_of
 from atp.latency import with_time
 from atp.length import with_steps
 from atp.loading import check_prunable, load_shapes
 from atp.plan.cost import cost_of
 from atp.plan.data import data_of
+from atp.plan.exchange import exchange_of
 from atp.plan.exports import reachable_exports
 from atp.plan.job import Job
 from atp.plan.memory import memory_of
@@ -26,33 +35,48 @@ from atp.training.callbacks import check_trackers
 from atp.training.precision import autocast_dtype
 from atp.training.validation import samples_scored
 
+_DEVICES = ("cpu", "cuda")
 _NOT_COUNTED = "Scored questions, generated answers and checkpoints are in no figure."
 
 
-def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
-    """What `atp train` with this config will do and cost, without its weights.
+def make_plan(
+    config: ATPConfig, *, probe: bool = False, count: int | None = None, device: str | None = None
+) -> dict[str, Any]:
+    """What `atp train` with this config will do and cost, without its weights; of several processes, what each will.
 
-    probe: also times a few steps of one layer on this machine. Sizes are in bytes, times in seconds. Raises
-    `InputError` for settings that `atp train` would refuse before the first step; what is wrong with the data is said
-    in the section `data` instead.
+    probe: also times a few steps of one layer on this machine. count: of processes, default that of now. device: the
+    type of the one that each trains on, `cpu` or `cuda`, default that of this machine. Sizes are in bytes, times in
+    seconds. Raises `InputError` for settings that `atp train` would refuse before the first step; what is wrong with
+    the data is said in the section `data` instead.
     """
+    here, count = processes.device().type, count or processes.count()
+    if device not in (None, *_DEVICES):
+        raise InputError(f"--device '{shorten(device)}' is not planned for: use one of {', '.join(_DEVICES)}")
+    device = device or here
+    if probe and device != here:
+        raise InputError(f"--probe times this machine, which trains on {here}: leave out --device {device}")
     timed, latency = with_time(config)
     config = with_share(timed, any_length=True)
     check_trackers(config.training.report_to)
     found = load_shapes(config.model)
     check_prunable(config.model, found, config.decisions.space)
     check_reachable(config, found)
-    shapes = ModelShapes.of(found, config.decisions)
+    check_base_alone(config, count)
+    check_sharded(config, shared=count > 1 and config.training.sharding is not None)
+    shapes = ModelShapes.of(found, config.decisions, device)
     progress.begin("reading the data")
-    data = data_of(config, found)
+    data = data_of(config, found, count)
     progress.begin("counting")
     sample, scored = data.get("tokens_per_window", config.data.length), data.get("scored_share", 1.0)
-    config, length = with_steps(config, sample, scored)
+    config, length = with_steps(config, sample, scored, count)
     if "steps_per_epoch" in data:
         data["epochs"] = config.training.total / data["steps_per_epoch"]
-    device, autocast = processes.device().type, autocast_dtype(config.training.precision)
+    precision = config.training.precision
+    if precision == "auto" and device == "cuda" != here:
+        precision = "bfloat16"
+    autocast = autocast_dtype(precision)
     read = {"sample": data["tokens_per_window"], "scored": data["scored_share"]} if "scored_share" in data else {}
-    job = Job.of(_within(config, data), shapes, autocast=autocast, device=device, **read)
+    job = Job.of(_within(config, data), shapes, autocast=autocast, device=device, count=count, **read)
     memory, rows = memory_of(job), cost_of(job)
     if probe:
         progress.begin("timing a layer")
@@ -65,6 +89,7 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
             "dtype": config.model.dtype,
             "products": _name(autocast or job.dtype),
             "device": device,
+            "processes": count,
         },
         "decisions": {
             "space": config.decisions.space,
@@ -96,10 +121,11 @@ def make_plan(config: ATPConfig, *, probe: bool = False) -> dict[str, Any]:
             }
             for row in rows
         ],
+        "exchange": exchange_of(job),
         "flops_per_second": None if speed is None else {kind: rate for kind, rate in asdict(speed).items() if rate},
         "data": data,
         "exports": [reach._asdict() for reach in reachable_exports(config, found)],
-        "remarks": [*([] if length is None else [f"{length['description']}."]), *_remarks(config, shapes, data)],
+        "remarks": [*([] if length is None else [f"{length['description']}."]), *_remarks(config, shapes, data, count)],
     }
 
 
@@ -131,7 +157,7 @@ def _one_or_all(counts: list[int]) -> int | list[int]:
     return counts[0] if len(set(counts)) == 1 else counts
 
 
-def _remarks(config: ATPConfig, shapes: ModelShapes, data: dict[str, Any]) -> list[str]:
+def _remarks(config: ATPConfig, shapes: ModelShapes, data: dict[str, Any], count: int) -> list[str]:
     """What a reader must know of the figures."""
     remarks = [
         f"Widths are those of a cut that is the same in all layers{_of_unequal(shapes)}. A run chooses them layer by "
@@ -145,7 +171,8 @@ def _remarks(config: ATPConfig, shapes: ModelShapes, data: dict[str, Any]) -> li
         remarks.append("Without data every token counts as one with a loss.")
     if config.evaluation.dense_baseline:
         remarks.append("The memory of the dense baseline is not estimated.")
-    return [*remarks, *(line[0].upper() + line[1:] + "." for line in base_remark(config)), _NOT_COUNTED]
+    more = [*base_remark(config), *sharding_remark(config, count)]
+    return [*remarks, *(line[0].upper() + line[1:] + "." for line in more), _NOT_COUNTED]
 
 
 def _of_unequal(shapes: ModelShapes) -> str:

@@ -83,11 +83,14 @@ class ModelShapes:
     kept: Layers
 
     @classmethod
-    def of(cls, config: PretrainedConfig, decisions: DecisionsConfig) -> ModelShapes:
-        """The shapes that `target_keep` and `multiples` lead to. Raises `UnsupportedModel` for other families."""
+    def of(cls, config: PretrainedConfig, decisions: DecisionsConfig, device: str | None = None) -> ModelShapes:
+        """The shapes that `target_keep` and `multiples` lead to. Raises `UnsupportedModel` for other families.
+
+        device: as in `width_rules`.
+        """
         space = MaskSpace.from_config(config, decisions.space)
         budget = Budget(space)
-        multiples = width_rules(budget, decisions.target_keep, decisions.multiples)
+        multiples = width_rules(budget, decisions.target_keep, decisions.multiples, device)
         counts = equal_counts(budget, decisions.target_keep, multiples)
         mask = mask_of(space, counts)
         cut = cut_config(config, space, mask)

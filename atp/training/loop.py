@@ -22,7 +22,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from atp import heap, processes
 from atp.config import ATPConfig
-from atp.errors import InputError, Interrupted
+from atp.errors import PROCESS_ENDED, InputError, Interrupted, NotReached, is_lost_peer
 from atp.finite import FiniteGuard, refuse_weights
 from atp.models.attention import use_training_attention
 from atp.sharding.files import stage
@@ -238,10 +238,20 @@ class Loop:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Around a whole training: signals are noted, and callbacks hear of the end however it comes."""
+        """Around a whole training: signals are noted, and callbacks hear of the end however it comes.
+
+        Raises `NotReached` where another process has ended; `Interrupted` where both heard a signal, and that one,
+        which was not training yet, ended at once.
+        """
         with self.signals:
             try:
                 yield
+            except RuntimeError as error:
+                if processes.count() == 1 or not is_lost_peer(error):
+                    raise
+                if self.signals.received is not None:
+                    raise Interrupted(self.signals.received, "continue with --resume") from error
+                raise NotReached(PROCESS_ENDED) from error
             finally:
                 self._tell("on_end")
 

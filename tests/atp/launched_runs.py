@@ -34,9 +34,9 @@ def write_settings(config, folder):
     return paths
 
 
-def start(arguments, *, two=True, environment=None):
-    """The process of an `atp` command, or of the torchrun that started it twice."""
-    command = [*(LAUNCH if two else [sys.executable]), "-m", "atp", *arguments]
+def start(arguments, *, two=True, environment=None, launcher=()):
+    """The process of an `atp` command, or of the torchrun that started it twice; launcher: more options of torchrun."""
+    command = [*([*LAUNCH, *launcher] if two else [sys.executable]), "-m", "atp", *arguments]
     return subprocess.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

@@ -84,6 +84,7 @@ def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_a
         ({"decisions": {"multiples": {"mlp": 10**10}}}, "config key 'decisions.multiples' is {'mlp': 10000000000}"),
         ({"data": {"train": ""}}, "config key 'data.train' is '': the text is empty: give a value, or leave the key"),
         ({"output_dir": " "}, "config key 'output_dir' is ' ': the text is empty"),
+        ({"output_dir": "s3://bucket/run"}, "config key 'output_dir' is 's3://bucket/run': runs are written to file"),
         ({"output_dir": "a\0b"}, "config key 'output_dir' is 'a\\x00b': the text holds characters that no file"),
         ({"data": {"labels": ["yes", "\ud800"]}}, "config key 'data.labels' is ['yes', '\\ud800']: the text holds"),
         ({"data": {"sources": {"\udcff": "x"}}}, "config key 'data.sources' is {'\\udcff': 'x'}: the text holds"),

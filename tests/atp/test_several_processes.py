@@ -1,9 +1,10 @@
-"""A run in two processes: it ends, is written once, survives a signal, and equals a run in one process."""
+"""A run in two processes: it ends, is written once, survives a signal and a kill, and equals a run in one process."""
 
 import os
 import signal
 import time
 
+import psutil
 import pytest
 from launched_runs import assert_equal, ended, start, write_settings
 
@@ -24,6 +25,13 @@ def one(settings, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def two(settings, tmp_path_factory):
+    """The folder of a run in two processes that nothing disturbed, and what it printed."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    return folder, ended(start(["train", str(settings[0]), f"output_dir={folder}"]))
+
+
 def wait_for_steps(process, folder, count):
     """Returns once so many steps are recorded."""
     metrics = folder / "metrics.jsonl"
@@ -33,9 +41,8 @@ def wait_for_steps(process, folder, count):
 
 
 @pytest.mark.slow
-def test_a_fresh_run_equals_that_of_one_process_and_prints_once(settings, one, tmp_path):
-    folder = tmp_path / "run"
-    output = ended(start(["train", str(settings[0]), f"output_dir={folder}"]))
+def test_a_fresh_run_equals_that_of_one_process_and_prints_once(one, two):
+    folder, output = two
     assert_equal(folder, one)
     assert output.count("exporting and certifying") == 1
     assert output.count("target_keep:") == 1
@@ -54,6 +61,22 @@ def test_a_run_that_two_processes_began_ends_in_one(settings, one, tmp_path):
     assert output.count("interrupted by signal 15") >= 1, output
     ended(start(["train", str(settings[0]), f"output_dir={folder}", "--resume"], two=False))
     assert_equal(folder, one)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_by_itself_where_torchrun_starts_a_killed_process_again(settings, two, tmp_path):
+    folder = tmp_path / "run"
+    command = ["train", str(settings[0]), f"output_dir={folder}"]
+    process = start(command, launcher=["--max-restarts", "2"])
+    wait_for_steps(process, folder, 2)
+    psutil.Process(process.pid).children()[0].kill()
+    output = ended(process)
+    assert output.count("target_keep:") == 2, "the kill came too late to test anything"
+    assert "Traceback" not in output and "gloo" not in output
+    assert_equal(folder, two[0])
+    for name in ("decisions.safetensors", "decisions.json", "certificate.json", "model/*.safetensors"):
+        for path in two[0].glob(name):
+            assert (folder / path.relative_to(two[0])).read_bytes() == path.read_bytes(), path
 
 
 @pytest.mark.slow

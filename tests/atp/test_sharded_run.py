@@ -4,7 +4,7 @@ import pytest
 from launched_runs import assert_equal, ended, start, write_settings
 
 from atp import processes
-from atp.checks import check_sharded
+from atp.checks import check_sharded, sharding_remark
 from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.loading import load_model
@@ -38,6 +38,13 @@ def test_one_process_alone_shares_nothing(monkeypatch):
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "1")
     processes.start("fsdp")
     assert not processes.sharded()
+
+
+def test_one_process_that_is_asked_to_share_says_that_it_holds_the_whole_model(config):
+    asked = ATPConfig.parse(config.model_dump(mode="json"), ["training.sharding=fsdp"])
+    (said,) = sharding_remark(asked, 1)
+    assert said.startswith("training.sharding=fsdp shares weights among processes, and one process holds them whole")
+    assert sharding_remark(asked, 2) == sharding_remark(config, 1) == []
 
 
 @pytest.mark.parametrize(

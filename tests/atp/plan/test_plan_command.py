@@ -67,8 +67,8 @@ def test_json_holds_the_whole_plan(command, config):
     found = json.loads(out)
     assert code == 0 and [line[9:] for line in err.splitlines()] == PHASES
     assert list(found) == [
-        "model", "decisions", "parameters", "widths", "memory", "cost", "flops_per_second", "data", "exports",
-        "remarks",
+        "model", "decisions", "parameters", "widths", "memory", "cost", "exchange", "flops_per_second", "data",
+        "exports", "remarks",
     ]  # fmt: skip
     assert found["decisions"]["target_keep"] == 0.62
     after = found["parameters"]["after"]
@@ -140,6 +140,27 @@ def test_the_command_prints_the_widths_of_public_models(command, name, before, g
     page = (Path(__file__).parents[3] / "docs" / "plan.md").read_text(encoding="utf-8")
     widths = f"{' of '.join(groups)} | {' of '.join(channels)}"
     assert f"| {name.replace('-7b', '-7B')} | {before} | {widths} | {after} |" in page
+
+
+def test_under_a_launcher_the_main_process_plans_alone(command, config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    assert command(config) == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    code, out, err = command(config)
+    assert (code, err) == (0, "") and "Exchanged" not in out
+
+
+def test_the_command_plans_for_processes_on_gpus_that_are_not_here(command):
+    asked = ("--processes", "8", "--device", "cuda", "training.sharding=fsdp", "evaluation.dense_baseline=false")
+    code, out, err = command(public("Llama-3.1-8B"), *asked, "training.distill=0")
+    assert (code, err) == (0, "")
+    assert "on cuda in 8 processes" in out and "Memory of each process at the peak" in out
+    rows = [line.split() for line in out.split("Exchanged in a step")[1].splitlines()]
+    # 41,943,040 parameters of LoRA in float32; 6.98 billion of the decoder twice, embeddings and head, in bfloat16.
+    assert ["open", "168", "MB", "30.02", "GB", "26.56", "GB"] in rows
+    assert command(public("Llama-3.1-8B"), "--device", "tpu")[0] == 2
 
 
 def test_a_tokenizer_made_from_nothing_is_none():

@@ -46,11 +46,11 @@ def settings(*overrides):
     )
 
 
-def job(*overrides, family="llama", autocast=None, device="cpu", scored=1.0, **changes):
+def job(*overrides, family="llama", autocast=None, device="cpu", scored=1.0, count=None, **changes):
     """The job of a plan for a tiny model."""
     config = settings(*overrides)
     shapes = ModelShapes.of(tiny(family, **changes), config.decisions)
-    return Job.of(config, shapes, autocast=autocast, device=device, scored=scored)
+    return Job.of(config, shapes, autocast=autocast, device=device, scored=scored, count=count)
 
 
 def unequal_job(*overrides, scored=1.0):
