@@ -31,7 +31,7 @@ from atp.evaluation import evaluate_model, model_size, packed_windows, relative_
 from atp.evaluation.answers import answered_question
 from atp.evaluation.inference import CausalLM, bars
 from atp.evaluation.samples import held_out_samples, sample_answers, side_by_side
-from atp.export.card import add_results
+from atp.export.card import add_results, license_of
 from atp.export.origins import origins
 from atp.files import read_json, write_json, write_text
 from atp.finite import non_finite_figures
@@ -361,6 +361,7 @@ class Run:
             "majority": {name: without_items(found) for name, found in scores["majority"].items()},
             **beside,
             **origins(self.config),
+            "license": license_of(self.config),
             "speed": {name: scores[name]["speed"] for name in ("original", "final")},
             "train_tokens": sum(clock.tokens.values()),
             "train_tokens_per_second": rates,

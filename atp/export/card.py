@@ -226,6 +226,12 @@ def _source_facts(config: ATPConfig) -> dict[str, Any]:
     return {"base_model": path} | (facts_of_card(Path(cached)) if isinstance(cached, str) else {})
 
 
+def license_of(config: ATPConfig) -> str | None:
+    """The licence of the source model in words, as far as it is known without the network."""
+    known = _source_facts(config).get("license")
+    return None if known is None else shorten(", ".join(map(str, known)) if isinstance(known, list) else known)
+
+
 def facts_of_card(path: Path, names: Sequence[str] = ("license", "language")) -> dict[str, Any]:
     """Metadata of these names from a model's card; nothing if there is none, or it is damaged."""
     try:

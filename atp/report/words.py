@@ -71,6 +71,8 @@ def _sentences(summary: dict[str, Any], config: dict[str, Any]) -> Iterator[str]
             for verb, key in (("reads", "prefill_tokens_per_second"), ("writes", "decode_tokens_per_second"))
         ]
         yield f"On the machine of the run it {' and '.join(times)} as fast as the original."
+    if summary.get("license"):
+        yield f"The licence of the source model, {summary['license']}, and those of the data apply to it too."
 
 
 def _compared(what: str, values: dict[str, float | None], digits: int) -> Iterator[str]:

@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from atp.config import ATPConfig
 from atp.data.packages import PACKAGED_MODEL
-from atp.export.card import adapter_card, add_results, base_card, baseline_card, model_card
+from atp.export.card import adapter_card, add_results, base_card, baseline_card, license_of, model_card
 
 HOSTILE = [
     "a: [b",
@@ -60,6 +60,8 @@ def test_licence_and_language_are_those_of_the_source_models_card(tmp_path):
         data = ModelCard(text).data
         assert (data.license, data.language) == ("llama3.1", ["en", "de"])
         assert data.base_model is None, "a folder is no name on the Hub"
+    assert license_of(config(tmp_path)) == "llama3.1" and license_of(config()) is None
+    assert license_of(config(PACKAGED_MODEL)) == "apache-2.0"
     packaged = ModelCard(model_card(config(PACKAGED_MODEL), 10, 5)).data
     assert (packaged.base_model, packaged.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 

@@ -121,7 +121,14 @@ def test_the_page_opens_with_what_was_made_and_how_good_it_is(tmp_path):
         "15.52). Its macro-F1 in pubmedqa is 0.389 (original 0.317, tuned dense 0.426, majority label 0.237). On the "
         "machine of the run it reads 1.40 times and writes 1.30 times as fast as the original. parameters"
     ) in text
+    assert "licence" not in text, "it is not known"
     assert "atp chat runs/mine" in text and "runs/mine/model/README.md" in text and "KV group A key and value" in text
+
+
+def test_the_opening_names_a_licence_that_is_known(tmp_path):
+    run = write_run(tmp_path / "run", summary=SUMMARY | {"license": "apache-2.0 <b>"})
+    _, text = parse(write_report(run))
+    assert "The licence of the source model, apache-2.0 <b>, and those of the data apply to it too. parameters" in text
 
 
 def test_a_baselines_page_names_the_method(tmp_path):
