@@ -100,7 +100,7 @@ def opened(folder: Path, *, resume: bool, started: str = CONFIG) -> Iterator[Non
     with locked(folder):
         check_output_dir(folder, resume=resume, started=started)  # another process may have been here by now
         remove_leftovers(folder)
-        if (launch := ranks.run_id()) is not None:
+        if (launch := ranks.run_id()) is not None and not begun_by_this_launch(folder, started):
             write_text(folder / LAUNCH, launch)
         try:
             yield

@@ -18,7 +18,7 @@ from atp.engines import Engine, Here
 from atp.environment import versions
 from atp.errors import InputError, Interrupted, NotReached
 from atp.files import write_json
-from atp.folders import COMPARISON, check_output_dir
+from atp.folders import COMPARISON, begun_by_this_launch, check_output_dir
 from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
 from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
@@ -68,6 +68,7 @@ class Comparison:
             raise Interrupted(error.signum, remedy) from None
 
     def _execute(self) -> dict[str, Any]:
+        self.resume = self.resume or processes.on_main(lambda: begun_by_this_launch(self.folder, COMPARISON))
         processes.on_main(lambda: check_output_dir(self.folder, resume=self.resume, started=COMPARISON))
         refuse_precision(self.config, self.engine)
         members = Members(self.config, self.folder, command=self.command)

@@ -14,7 +14,7 @@ from atp.engines import Engine, Here, Job, Say
 from atp.environment import device_name, versions
 from atp.errors import InputError, Interrupted, NotReached
 from atp.files import read_json, write_json, write_text
-from atp.folders import CONFIG, check_output_dir, opened, refuse_inputs_inside, saved_config
+from atp.folders import CONFIG, begun_by_this_launch, check_output_dir, opened, refuse_inputs_inside, saved_config
 from atp.loading import check_packages, load_shapes
 from atp.run import Run, check_target
 from atp.signals import SignalGuard
@@ -76,6 +76,7 @@ class Sweep:
             raise Interrupted(error.signum, remedy) from None
 
     def _execute(self, held: ExitStack) -> dict[str, Any]:
+        self.resume = self.resume or processes.on_main(lambda: begun_by_this_launch(self.folder, SWEEP))
         targets = processes.on_main(self._check)
         processes.on_main(lambda: self._open(held))
         shared = self._share([target.config for target in targets])

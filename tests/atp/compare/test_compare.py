@@ -117,6 +117,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(config, finished, t
         return tuner(settings, model, data, run, callbacks=[*callbacks, *stop], **options)
 
     monkeypatch.setattr(baseline_run, "LoraTuner", stopping)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
     with pytest.raises(Interrupted):
         compare(config, folder, methods, seeds=[0]).execute()
     broken = read(folder, "comparison.json")
@@ -125,7 +126,8 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(config, finished, t
     with pytest.raises(InputError, match="--resume"):
         compare(config, folder, methods, seeds=[0]).execute()
     untouched = (folder / "dense_lora-seed0" / "summary.json").stat().st_mtime_ns
-    content = compare(config, folder, methods, seeds=[0], resume=True).execute()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")  # the same torchrun starts its processes again
+    content = compare(config, folder, methods, seeds=[0]).execute()
     assert (folder / "dense_lora-seed0" / "summary.json").stat().st_mtime_ns == untouched
     assert not content["missing"]
     member = "slicegpt-seed0/evaluation.json"

@@ -200,13 +200,16 @@ STOPS = {
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_an_interrupted_sweep_resumes_and_leaves_finished_targets_alone(config, tmp_path, stop):
+def test_an_interrupted_sweep_resumes_and_leaves_finished_targets_alone(config, tmp_path, monkeypatch, stop):
     settings, folder = small(config), tmp_path / "out"
+    torchrun = stop == "before the second target"  # which starts its processes again
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch")
     where, name, when = STOPS[stop]
     with stopping_at(where, name, when=when, after=stop.startswith("after")):
         sweep(settings, [0.8, 0.6], folder)
     done = everything(folder / "keep-0.8")
-    content = sweep(settings, [0.8, 0.6], folder, resume=True)
+    content = sweep(settings, [0.8, 0.6], folder, resume=not torchrun)
     assert not done or everything(folder / "keep-0.8") == done
     assert [row["keep"] for row in content["rows"]] == [1.0, 0.8, 0.6]
     start(settings, tmp_path / "alone", decisions={"target_keep": 0.6})
