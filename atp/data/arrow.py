@@ -54,7 +54,7 @@ class Table:
         self._open: dict[int, Any] = {}
         self._reads = 0
         self._ends = np.cumsum([len(self._part(index)) for index in range(len(self.paths))], dtype=np.int64)
-        self._close()
+        self.close()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -72,7 +72,7 @@ class Table:
             taken.append(self._part(part).with_format("arrow").select_columns(list(columns))[own.tolist()])
         self._reads += len(rows)
         if self._reads >= _READS:
-            self._close()
+            self.close()
         return pyarrow.concat_tables(taken).combine_chunks().take(np.argsort(order, kind="stable"))
 
     def column(self, name: str) -> list[Any]:
@@ -81,7 +81,7 @@ class Table:
         for index in range(len(self.paths)):
             for batch in self._part(index).data.column(name).chunks:
                 found += batch.to_pylist()
-            self._close()
+            self.close()
         return found
 
     def map(
@@ -108,8 +108,13 @@ class Table:
                 )  # fmt: skip
             made += [Path(file["filename"]) for file in mapped.cache_files]
             del mapped, part
-            self._close()
+            self.close()
         return Table(made, self.use)
+
+    def close(self) -> None:
+        """Lets go of pages that were read, which count as resident memory; the table can be read on."""
+        self._open.clear()
+        self._reads = 0
 
     def _part(self, index: int) -> Any:
         import datasets
@@ -124,10 +129,6 @@ class Table:
                     "made again"
                 ) from error
         return self._open[index]
-
-    def _close(self) -> None:
-        self._open.clear()
-        self._reads = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}, "use": None}

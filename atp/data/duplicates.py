@@ -60,6 +60,8 @@ def near_duplicates(
         for bucket in buckets:
             for pairs in documents.pairs(_Groups(bucket)):
                 documents.compare(pairs)
+    documents.examples.close()
+    _hash.cache_clear()
     return {documents.names[number] for number in np.flatnonzero(documents.near)}
 
 

@@ -93,6 +93,11 @@ class Pool:
             self._derived[name] = self.table.map(function, name, features, self.workers)
         return self._derived[name]
 
+    def close(self) -> None:
+        """Lets go of the memory that reading its tables took, until they are read again."""
+        for table in (self.table, *self._derived.values()):
+            table.close()
+
     def take(self, rows: Rows) -> list[Example]:
         """The examples with these numbers, in this order."""
         return [example_of(record, self.origin) for record in self.table.take(rows, self.columns).to_pylist()]
@@ -126,8 +131,15 @@ class Stored(Sequence[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         step = at_once(self.size, len(self))
-        parts = (self.places[start : start + step] for start in range(0, len(self), step))
-        return chain.from_iterable(map(self._read, parts))
+        for start in range(0, len(self), step):
+            yield from self._read(self.places[start : start + step])
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the memory that reading texts took, until they are read again."""
+        for pool in self.pools:
+            if isinstance(pool, Pool):
+                pool.close()
 
     def by_pool(self, places: Rows | None = None) -> Iterator[tuple[Pool | list[Example], Rows, Rows]]:
         """(pool, rows of it, where in `places` they stand) of every pool that has some. places: default all."""

@@ -37,6 +37,9 @@ class Documents(Protocol):
     def read(self, numbers: Rows) -> list[Document]:
         """The documents with these numbers."""
 
+    def close(self) -> None:
+        """Lets go of the memory that reading took, until they are read again."""
+
 
 class Listed:
     """Documents in memory."""
@@ -47,6 +50,9 @@ class Listed:
 
     def read(self, numbers: Rows) -> list[Document]:
         return [self.documents[number] for number in numbers]
+
+    def close(self) -> None:
+        """Nothing: they stay in memory."""
 
 
 class Tabled:
@@ -81,6 +87,9 @@ class Tabled:
             for place, document in zip(where.tolist(), read, strict=True):
                 found[place] = document
         return found
+
+    def close(self) -> None:
+        self.examples.close()
 
 
 class Pieces(torch.utils.data.Dataset):
@@ -133,6 +142,7 @@ class Pieces(torch.utils.data.Dataset):
         step = at_once(int(self.document_lengths.sum()), len(self.document_lengths))
         for start in range(0, len(self._samples), step):
             yield from self._read(self._samples[start : start + step])
+        self.documents.close()
 
     def _read(self, samples: Rows) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
         """Ids, labels and positions of some samples."""

@@ -91,6 +91,24 @@ def test_tables_give_what_lists_give(file, large, listed):
     assert list(stored.test) == list(splits.test) and stored.test[3:5][0] == splits.test[3]
 
 
+def test_a_whole_pass_leaves_nothing_mapped(file, large):
+    """Pages that were read count as resident memory, though nobody needs them any more."""
+
+    def mapped():
+        return str(large) in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+
+    train = load(file).train
+    assert not mapped(), "near-duplicates"
+    first = next(iter(train))
+    assert mapped() and list(train)[0] == first and not mapped(), "texts"
+    windows = pack(train, TOKENIZER, 32)
+    assert not mapped(), "windows without a loss"
+    one = windows[0]["input_ids"]
+    assert mapped() and one.equal(next(iter(windows))["input_ids"])
+    of_samples(windows)
+    assert not mapped(), "a pass over all windows"
+
+
 def test_the_second_run_reads_what_the_first_has_made(file, large, monkeypatch):
     first = pack(load(file).train, TOKENIZER, 32)
     written = {path: path.stat().st_mtime_ns for path in large.rglob("*.arrow")}
