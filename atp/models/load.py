@@ -74,6 +74,8 @@ def read_tokenizer(
         # transformers makes some tokenizers from nothing but a config.json.
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise InputError(f"'{path}' has no tokenizer: add the tokenizer files of the model")
+        for name in ("is_local", "local_files_only"):  # how it was found here, which transformers would export with it
+            tokenizer.init_kwargs.pop(name, None)
         return tokenizer
 
 

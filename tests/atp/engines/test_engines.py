@@ -31,6 +31,7 @@ def said(monkeypatch):
     root = Path(__file__).parents[3]
     path = os.pathsep.join([str(WORK), str(root), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as on many nodes, and unlike here; nothing written may tell
     return []
 
 

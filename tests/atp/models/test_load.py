@@ -293,6 +293,13 @@ print(load_any_model(source).config.num_hidden_layers, load_tokenizer(source).co
     assert done.stdout.split() == ["2", "3"], done.stderr
 
 
+def test_how_a_tokenizer_was_found_is_not_saved_with_it(tmp_path):
+    save(tmp_path / "model")
+    load_tokenizer(ModelConfig(path=str(tmp_path / "model"))).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert saved and not {"is_local", "local_files_only", "name_or_path"} & saved.keys()
+
+
 def test_a_tokenizer_file_lies_in_its_folder(tmp_path):
     folder = save(tmp_path / "model")
     shutil.move(folder / "tokenizer.json", tmp_path / "tokenizer.4.0.0.json")
