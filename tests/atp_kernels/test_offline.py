@@ -40,8 +40,6 @@ ROTARY = {f"rotary {way}{pairs}" for way in ("fwd", "bwd") for pairs in ("", " p
 LOSS = {"loss", "loss narrow", "cross_entropy ones"}
 KERNELS |= NORM | GATED | DROPOUT | OF_ONES | GROUPS | LOSS | ROTARY
 ARCHS = {"80", "90", "100", "120", "gfx942"}
-TIGHT = {"80", "120", "gfx942"}
-"""Of these the least shared memory: without descriptors, with them, and of AMD. `--gate --all` has all of ARCHS."""
 RDNA = "gfx1100"
 """Of which the gate has what is launched there: no products."""
 PRODUCTS = GEMMS | OF_ONES | {"gemm fwd decode", "down", "down dropout", "column reduce", "column reduce dropout"}
@@ -90,8 +88,8 @@ def test_gate():
 @pytest.mark.parametrize(
     ("dtype", "rank", "archs"),
     [
-        ("fp32", "16", TIGHT),  # other instructions
-        ("bf16", "128", TIGHT),  # most registers and shared memory
+        ("fp32", "16", ARCHS),  # other instructions
+        ("bf16", "128", ARCHS),  # most registers and shared memory
         # Small ranks, whose tiles are those of 16, with both 16-bit types between them on every generation.
         ("fp16", "16", {"90", "gfx942"}),
         ("bf16", "8", {"80", "100", "120"}),
