@@ -1,12 +1,12 @@
 """Time and memory of calls: interleaved rounds on a CPU or a GPU, and the peak of what was allocated."""
 
-from collections.abc import Mapping
-from itertools import accumulate
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from atp_kernels.tuning.clock import clock
@@ -45,15 +45,37 @@ def peak_bytes(variant: Variant, pass_: str, device: str) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             result = call()
         del result
-        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-        return max(held, default=0)
+        return max((size for _, size in allocated_bytes(recorded)), default=0)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def allocated_bytes(recorded: profile) -> Iterator[tuple[int, int]]:
+    """(time in ns, bytes held then) after each allocation and release of the CPU allocator that a profile recorded.
+
+    Only blocks that were allocated within the profile count. The profiler also reports the release of blocks that an
+    earlier profile saw: whatever the garbage collector frees late would lower the sum.
+    """
+    waiting = list(recorded.profiler.kineto_results.experimental_event_tree())
+    blocks: list[tuple[int, int, int]] = []
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            blocks.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    sizes: dict[int, int] = {}
+    held = 0
+    for time, address, size in sorted(blocks, key=lambda block: block[0]):
+        if size > 0:
+            sizes[address] = size
+            held += size
+        else:
+            held -= sizes.pop(address, 0)
+        yield time, held
 
 
 def resident_peak_bytes() -> int:

@@ -57,6 +57,18 @@ def test_quantiles(share, value):
     assert quantile([1, 2, 3, 4, 5], share) == value
 
 
+def test_blocks_of_an_earlier_profile_do_not_lower_the_peak():
+    mib = 2**20
+    blocks = []
+    peak_bytes(Variant(lambda: blocks.append(torch.empty(8 * mib, dtype=torch.uint8))), "forward", "cpu")
+
+    def call():
+        blocks.clear()
+        return torch.empty(2 * mib, dtype=torch.uint8)
+
+    assert peak_bytes(Variant(call), "forward", "cpu") == pytest.approx(2 * mib, abs=1024)
+
+
 def test_peak_counts_what_lives_at_a_time():
     """a and b live together, then b and c; the result is released after the peak was taken."""
     mib = 2**20

@@ -11,6 +11,7 @@ from atp.plan.job import Job
 from atp.plan.memory import memory_of
 from atp.plan.shapes import ModelShapes
 from atp.training.trainer import ATPTrainer
+from benchmarks.measure import allocated_bytes
 
 LENGTH = 32
 SIZES = {
@@ -53,14 +54,8 @@ def test_the_largest_moment_is_that_of_a_real_cut(tmp_path, sizes, monkeypatch):
         trainer = ATPTrainer(config, model, windows(4), windows(4))
         del model
         trainer.train()
-    events = sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    (span,) = (event for event in events if event.name() == "the cut")
-    held = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            if span.start_ns() <= event.start_ns() <= span.end_ns():
-                peak = max(peak, held)
+    (span,) = (event for event in found.profiler.kineto_results.events() if event.name() == "the cut")
+    peak = max(held for time, held in allocated_bytes(found) if span.start_ns() <= time <= span.end_ns())
     rows = {row["phase"]: row["parts"] for row in memory_of(Job.of(config, shapes, autocast=None, device="cpu"))}
     planned = sum(size for part, size in rows["cut"].items() if part != "process")
     print(f"planned {planned}, measured {peak}: {rows['cut']}")
