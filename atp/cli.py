@@ -37,7 +37,7 @@ app = typer.Typer(
 
 # Under a launcher, only the main process runs these.
 _ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env", "init", "runs", "watch")
-_LONG = ("train", "plan", "demo", "eval", "compare", "experiment", "sweep", "export")
+_LONG = ("train", "plan", "demo", "eval", "compare", "experiment", "sweep", "export", "chat")
 
 
 def _version(wanted: bool) -> None:
@@ -295,7 +295,8 @@ for command in (results.runs, results.watch, results.report, results.export, res
 def main() -> None:
     """Entry point: every failure ends in one sentence and an exit code; --debug shows the traceback."""
     imports_are_done()
-    as_json, quiet, stdout_taken = (option in sys.argv for option in ("--json-logs", "--quiet", "--json"))
+    as_json, quiet, json_result = (option in sys.argv for option in ("--json-logs", "--quiet", "--json"))
+    stdout_taken = json_result or sys.argv[1:2] == ["chat"]  # whose stdout holds answers alone
     with progress.logged(as_json, console=console, quiet=quiet, stdout_taken=stdout_taken):
         _run(debug="--debug" in sys.argv)
 
@@ -331,7 +332,7 @@ def _run(debug: bool) -> NoReturn:
 
 def _quiet_transformers() -> None:
     # What it reads when it is imported, for which the command's help does not wait.
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     if (imported := sys.modules.get("transformers")) is not None:
         imported.utils.logging.set_verbosity_error()
         imported.utils.logging.disable_progress_bar()

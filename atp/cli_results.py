@@ -10,7 +10,7 @@ from typing import Annotated, Literal, cast
 import typer
 
 from atp import progress
-from atp.console import Debug, Quiet, console
+from atp.console import Debug, JsonLogs, Quiet, console
 from atp.errors import InputError
 
 
@@ -34,6 +34,7 @@ def evaluate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write all scores as JSON.")] = None,
     quiet: Quiet = False,
+    json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
     """Score a model with 95 % intervals: perplexity, answers, summaries, size and speed.
@@ -60,6 +61,7 @@ def evaluate(
         precision=cast(Literal["auto", "float32", "bfloat16"], precision), seed=seed, harness=harness, dense=dense,
     )  # fmt: skip
     scores = score_folder(model, options, gguf_file)
+    progress.end()
     table = Table("score", "value", "95 % interval")
     for name, value, interval in flat_scores(scores):
         bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
@@ -78,6 +80,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="For gguf: f16 (the default), f32, bf16 or q8_0.")] = None,
     out: Annotated[Path | None, typer.Option(help="What to write; default: beside the model's folder.")] = None,
     quiet: Quiet = False,
+    json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
     """Write a model in another form: a GGUF file for llama.cpp, or a folder with 8-bit or 4-bit weights.
@@ -110,7 +113,12 @@ def chat(
     """
     from atp.chat import Chat, talk
 
-    chats = [Chat(name, plain=plain) for name in (model, against) if name is not None]
+    chats = []
+    for name in (model, against):
+        if name is not None:
+            progress.begin(f"loading {name}")
+            chats.append(Chat(name, plain=plain))
+    progress.end()
     questions = prompt or iter(lambda: _asked("> "), "")
     talk(chats, questions, console.print, tokens=tokens, temperature=temperature)
 

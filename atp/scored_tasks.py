@@ -15,12 +15,15 @@ from atp.evaluation.suite import check_questions
 
 def check_tasks(
     config: ATPConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, shapes: PretrainedConfig
-) -> None:
-    """Raises `InputError` for questions that cannot be scored, before anything is written."""
+) -> list[int]:
+    """Raises `InputError` for questions that cannot be scored, before anything is written.
+
+    Returns the tokens of each sequence that the questions with labels take.
+    """
     tasks = scored_tasks(config, splits)
     if any(not task.labels for task in tasks):
         check_rouge()
-    check_questions(tokenizer, shapes, splits.test, tasks, max_examples=config.evaluation.questions)
+    return check_questions(tokenizer, shapes, splits.test, tasks, max_examples=config.evaluation.questions)
 
 
 def scored_tasks(config: ATPConfig, splits: Splits) -> list[Task]:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from atp import progress
 from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, Example, Task, chat_of, load_recipe, read_examples, tasks_of
 from atp.data.recipes import RECIPES
@@ -30,7 +31,6 @@ from atp.loading import (
     load_tokenizer,
 )
 from atp.overrides import explain
-from atp.progress import Bars
 from atp.reading import parse_json
 from atp.report.beside import remarks
 from atp.training.precision import Precision, autocast_dtype
@@ -86,6 +86,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     check_vocabulary(source, tokenizer)
     shapes = load_shapes(source)
     check_length(shapes, options.length, "--length")
+    progress.begin("reading the data")
     train, examples, tasks = _load_suite(options, tokenizer)
     # Plain text if the recipe holds some out for this, else everything that is held out.
     texts = [example for example in examples if not example.completion] or examples
@@ -98,14 +99,16 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
         check_rouge()
     if options.harness:
         check_harness()
+    progress.begin("loading")
     loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
     common: dict[str, Any] = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
-    with Bars(transient=True) as progress:
+    with progress.Bars(transient=True) as display:
         scores: dict[str, Any] = evaluate_model(
-            loaded, tokenizer, windows, examples, tasks=tasks, seed=options.seed, progress=bars(progress, "scoring"),
+            loaded, tokenizer, windows, examples, tasks=tasks, seed=options.seed, progress=bars(display, "scoring"),
             **common,
         )  # fmt: skip
     if options.harness:
+        progress.begin("scoring with lm-eval")
         theirs = harness_scores(loaded, tokenizer, examples, tasks, **common)
         scores["harness"] = {
             name: result | _agreement(scores["tasks"][name], result) for name, result in theirs.items()
@@ -113,6 +116,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     scores["majority"] = majority
     if dense is not None:
         scores |= relative_performance(scores, dense, tasks, majority, options.seed)
+    progress.begin("speed")
     precision = "float32" if autocast is None else str(autocast).removeprefix("torch.")
     return {
         "model": model, **scores, **model_size(loaded), **throughput(loaded),

@@ -23,11 +23,12 @@ import torch
 
 from atp import heap, ranks
 from atp.config import ATPConfig
-from atp.loading import load_shapes
-from atp.plan.job import Job
+from atp.loading import load_data, load_shapes, load_tokenizer
+from atp.plan.job import Job, Questions
 from atp.plan.memory import memory_of
 from atp.plan.shapes import ModelShapes
 from atp.run import Run
+from atp.scored_tasks import check_tasks
 from atp.training.loop import Loop
 from atp.training.precision import autocast_dtype
 from atp.training.pruning import Pruning
@@ -115,8 +116,12 @@ def measured(config: ATPConfig) -> dict[str, float]:
 
 def planned(config: ATPConfig) -> dict[str, dict[str, Any]]:
     """What the plan says, by part."""
-    shapes = ModelShapes.of(load_shapes(config.model), config.decisions)
-    job = Job.of(config, shapes, autocast=autocast_dtype(config.training.precision), device="cpu")
+    found, tokenizer = load_shapes(config.model), load_tokenizer(config.model)
+    job = Job.of(
+        config, ModelShapes.of(found, config.decisions),
+        autocast=autocast_dtype(config.training.precision), device="cpu",
+        questions=Questions.of(check_tasks(config, load_data(config, tokenizer).splits, tokenizer, found)),
+    )  # fmt: skip
     return {str(row["phase"]): row for row in memory_of(job)}
 
 

@@ -21,6 +21,7 @@ from atp.errors import InputError, shorten
 from atp.files import read_json, write_json, write_text
 from atp.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
 from atp.loading import check_length, load_shapes
+from atp.presets import PRESETS, merged
 from atp.run import Run, check_promises, check_target
 from atp.training.precision import autocast_dtype
 from atp.training.resume import refuse_other_inputs
@@ -32,6 +33,7 @@ _BEHIND_SCORES = (
     "test data",
 )  # behind the original's scores
 
+_PRESET = "preset="
 ATP = "atp"
 METHODS = (ATP, *BASELINES)
 
@@ -129,8 +131,9 @@ class Members:
 
     def path(self, arm: Arm, seed: int) -> Path:
         """The run folder of a member. Settings equal to the common config are not part of its name."""
-        values = self.config.model_dump(mode="json")
-        telling = tuple(o for o in arm.overrides if ATPConfig.parse(values, [o]) != self.config)
+        presets = tuple(o for o in arm.overrides if o.startswith(_PRESET) and self._changed([o]) != self.config)
+        common = self._changed(presets)
+        telling = tuple(o for o in arm.overrides if o in presets or self._changed((*presets, o)) != common)
         return self.folder / f"{re.sub(r'[^A-Za-z0-9._=,+-]', '_', Arm(arm.method, telling).name)}-seed{seed}"
 
     def check(self, arms: Iterable[Arm], seeds: Sequence[int]) -> None:
@@ -147,9 +150,27 @@ class Members:
 
     def config_of(self, arm: Arm, seed: int) -> ATPConfig:
         """The config of a member. Raises `InputError` for a bad override or seed."""
-        config = ATPConfig.parse(self.config.model_dump(mode="json"), [*arm.overrides, f"seed={seed}"])
+        config = self._changed((*arm.overrides, f"seed={seed}"))
         config.output_dir = str(self.path(arm, seed))
         return config
+
+    def _changed(self, overrides: Sequence[str]) -> ATPConfig:
+        """The common config with overrides on top; a preset among them brings its settings, below the others.
+
+        Raises `InputError` for a bad override, and for a preset where the common config has one already, whose settings
+        are its own by now.
+        """
+        values = self.config.model_dump(mode="json")
+        for override in overrides:
+            if override.startswith(_PRESET):
+                preset = override.removeprefix(_PRESET)
+                if preset != self.config.preset != "quick":
+                    raise InputError(
+                        f"an arm sets {_PRESET}{shorten(preset)}, but the common config has the preset "
+                        f"{self.config.preset} already: leave it out there"
+                    )
+                values = merged(values, PRESETS.get(preset, {}))
+        return ATPConfig.parse(values, list(overrides))
 
     def _common(self, config: ATPConfig) -> ATPConfig:
         """The config of all members except seed and folder; precision is probed once, so that all use the same."""

@@ -13,7 +13,7 @@ from atp.data.tasks import Task
 from atp.evaluation.generation import rouge_scores
 from atp.evaluation.inference import CausalLM, Progress
 from atp.evaluation.perplexity import ScoredWindows, perplexity
-from atp.evaluation.tasks import check_labels, label_scores, tokenize_questions
+from atp.evaluation.tasks import check_labels, label_scores, query_lengths, tokenize_questions
 
 
 def evaluate_model(
@@ -62,16 +62,19 @@ def check_questions(
     *,
     max_examples: int | None = None,
     max_length: int = 1024,
-) -> None:
+) -> list[int]:
     """Raises the `InputError` that `evaluate_model` would raise for a question or its labels, without the model.
 
-    shapes: the model's config.
+    shapes: the model's config. Returns the tokens of each sequence that it would run for questions with labels.
     """
+    lengths: list[int] = []
     for task in tasks:
         if task.labels:
             chosen = task_examples(examples, task)[:max_examples]
             check_labels(chosen, task.labels)
-            tokenize_questions(tokenizer, chosen, task.labels, _room(max_length, shapes))
+            questions = tokenize_questions(tokenizer, chosen, task.labels, _room(max_length, shapes))
+            lengths += query_lengths(questions)
+    return lengths
 
 
 def task_examples(examples: Sequence[Example], task: Task) -> list[Example]:

@@ -114,6 +114,11 @@ def tokenize_questions(
     return questions
 
 
+def query_lengths(questions: Sequence[Question]) -> list[int]:
+    """Tokens of each sequence that `score_labels` runs."""
+    return [len(query.ids) for index, question in enumerate(questions) for query in _queries(index, question)]
+
+
 def score_labels(
     model: CausalLM,
     questions: Sequence[Question],

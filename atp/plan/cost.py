@@ -169,10 +169,7 @@ class Cost:
 
 
 def cost_of(job: Job) -> list[Row]:
-    """The parts of a run in order, as one process has them.
-
-    Questions that are scored and texts that are generated are not counted.
-    """
+    """The parts of a run in order, as one process has them; texts that are generated are not counted."""
     return list(_rows(job))
 
 
@@ -185,11 +182,10 @@ def _rows(job: Job) -> Iterator[Row]:
     def row(phase: str, count: int, tokens: float, each: Flops) -> Row:
         return Row(phase, count, round(tokens), each * tokens)
 
-    scored = evaluation.windows * length
-    yield row("score", 0, scored, cost.forward(cost.whole, lora=False))
+    yield _scoring(job, "score", cost, cost.whole, lora=False)
     if evaluation.dense_baseline:
         yield row("dense baseline", steps.total, steps.total * per_step, cost.step(cost.whole, stock=True))
-        yield row("score dense", 0, scored, cost.forward(cost.whole))
+        yield _scoring(job, "score dense", cost, cost.whole, lora=True)
     saliency = row("saliency", 0, job.share_of(decisions.saliency_windows) * length, cost.decision())
     if decisions.source == "static":
         yield saliency
@@ -216,7 +212,14 @@ def _rows(job: Job) -> Iterator[Row]:
     # Logits of the masked model twice at the freeze and once at the cut; of the cut one then and four times at export.
     tokens = WINDOWS * length
     yield row("certificate", 0, tokens, cost.forward(cost.whole) * 3 + cost.forward(cost.cut) * 5)
-    yield row("score again", 0, scored, cost.forward(cost.cut, lora=False))
+    yield _scoring(job, "score again", cost, cost.cut, lora=False)
+
+
+def _scoring(job: Job, phase: str, cost: Cost, layers: Layers, *, lora: bool) -> Row:
+    """Windows, whose logits are all computed, and questions, of which only those of the answers are."""
+    windows, questions = job.config.evaluation.windows * job.config.data.length, job.questions.tokens
+    of_windows, of_questions = (cost.forward(layers, lora=lora, scored=share) for share in (1.0, 0.0))
+    return Row(phase, 0, windows + questions, of_windows * windows + of_questions * questions)
 
 
 def _validation(job: Job, cost: Cost) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,7 @@ from atp.data.encoding import encode, start_ids
 from atp.data.tokens import Pieces
 from atp.ending import ending
 from atp.loading import RunData, averages, check_packages, load_data, load_tokenizer
+from atp.plan.job import Questions
 from atp.scored_tasks import check_tasks
 
 _SHOWN = 96  # tokens of the sample that is shown
@@ -40,7 +42,7 @@ def data_of(config: ATPConfig, shapes: PretrainedConfig, count: int | None = Non
         with _told(found):
             data = load_data(config, tokenizer)
             found |= _described(config, tokenizer, data, count or processes.count())
-            check_tasks(config, data.splits, tokenizer, shapes)
+            found["questions"] = asdict(Questions.of(check_tasks(config, data.splits, tokenizer, shapes)))
     return found
 
 

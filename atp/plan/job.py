@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,27 @@ from atp.training.schedule import Phases
 
 
 @dataclass(frozen=True)
+class Questions:
+    """Sequences that a run scores for its questions with labels; tokens of the longest, and of all."""
+
+    sequences: int = 0
+    longest: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Questions:
+        """lengths: tokens of each sequence, as `check_tasks` returns them."""
+        return cls(len(lengths), max(lengths, default=0), sum(lengths))
+
+
+@dataclass(frozen=True)
 class Job:
     """A run that is asked for, with what is known of its model, its device and its data.
 
     before, after: parameters by part and their `total`, of the whole model and of the one that equal widths leave.
     autocast: dtype of the products, None for that of the weights. device: cpu or cuda. sample: tokens of an average
     sample. scored: share of the tokens that have a loss. count: of processes, each on a device of its own. shared:
-    whether they share the frozen weights.
+    whether they share the frozen weights. questions: those that are scored, before the training and after it.
     """
 
     config: ATPConfig
@@ -34,6 +49,7 @@ class Job:
     scored: float
     count: int
     shared: bool
+    questions: Questions
 
     @classmethod
     def of(
@@ -46,12 +62,19 @@ class Job:
         sample: float | None = None,
         scored: float = 1.0,
         count: int | None = None,
+        questions: Questions | None = None,
     ) -> Job:
-        """Counts the parameters. sample: default data.length, which no sample exceeds. count: default that of now."""
+        """Counts the parameters.
+
+        sample: default data.length, which no sample exceeds. count: default that of now. questions: default none.
+        """
         before, after = parameters_of(shapes.config), parameters_of(shapes.cut_config)
         count = count or processes.count()
         shared = count > 1 and (config.training.sharding is not None or processes.sharded())
-        return cls(config, shapes, before, after, autocast, device, sample or config.data.length, scored, count, shared)
+        return cls(
+            config, shapes, before, after, autocast, device, sample or config.data.length, scored, count, shared,
+            questions or Questions(),
+        )  # fmt: skip
 
     def share_of(self, windows: int) -> int:
         """The calibration windows of so many that one process takes."""

@@ -88,7 +88,8 @@ class _Memory:
             # The floating weights in their file and in their tensors, before these are quantized.
             read = job.before["total"] * self.weight
             yield "load", {"process": self.vocab * _WORD, "weights": read, "file": read}
-        yield "score", self._weights(whole) | self._scoring(divided=divides) | self._dequantized(whole)
+        scoring = {"casts": self._narrow(self._floats(whole))} | self._scoring(whole, divided=divides)
+        yield "score", self._weights(whole) | scoring | self._dequantized(whole)
         static = job.config.deciding.source == "static"
         if static:
             yield "saliency", self._held(whole, begun=False) | self._decision(1)
@@ -114,12 +115,9 @@ class _Memory:
             yield "tune", self._training(kept, taught=True)
         done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
         yield "export", done | self._export()
-        yield (
-            "score again",
-            done
-            | {"reloaded": self._exported()}
-            | max({"file": self._exported()}, self._scoring(divided=True), key=_total),
-        )
+        scoring = {"scored casts": self._narrow(weights_of(kept)) * self.on_host} | self._scoring(kept, divided=True)
+        again = max({"file": self._exported()}, scoring, key=_total)
+        yield "score again", done | {"reloaded": self._exported()} | again
 
     # What is held throughout
 
@@ -319,17 +317,25 @@ class _Memory:
         """The exported model, which is read and scored in its own dtype on the host."""
         return self.job.after["total"] * self.weight * self.on_host
 
-    def _scoring(self, *, divided: bool) -> Parts:
-        """Logits of a batch of test windows; then those of one window in float32 with their softmax.
+    def _scoring(self, layers: Layers, *, divided: bool) -> Parts:
+        """Logits of a batch of test windows, then those of one window in float32 with their softmax; or one layer's
+        pass over a batch of questions, of which only the logits of the answers are computed.
 
         divided: whether the model divides its logits, as Granite and the class of cut models do, which makes two.
         """
-        evaluation = self.job.config.evaluation
+        evaluation, questions = self.job.config.evaluation, self.job.questions
         windows = min(evaluation.batch_size, evaluation.windows)
         logits = windows * self.length * self.vocab * self.product
         row = max(2 * self.length * self.vocab * _FLOAT, logits if divided else 0)
-        head = self.vocab * self.hidden * self.product if self.product < self.weight else 0
-        return {"logits": logits + row + head}
+        asked = min(evaluation.batch_size, questions.sequences) * questions.longest
+        inner = max(widths.linears["mlp.down_proj"].in_features for widths in layers)
+        passed = asked * (3 * inner * self.product + 3 * self.hidden * self.weight)
+        larger = {"logits": logits + row} if logits + row >= passed else {"questions": passed}
+        return larger | {"head": self._narrow(self.vocab * self.hidden)}
+
+    def _narrow(self, entries: float) -> float:
+        """Bytes of weights in the narrow dtype, which autocast keeps for all passes of a scoring."""
+        return entries * self.product if self.product < self.weight else 0
 
     def _checkpoint(self, layers: Layers, teacher: bool, refitted: bool) -> float:
         """The copy on the host of what a checkpoint holds."""

@@ -26,7 +26,7 @@ from atp.plan.cost import cost_of
 from atp.plan.data import data_of
 from atp.plan.exchange import exchange_of
 from atp.plan.exports import reachable_exports
-from atp.plan.job import Job
+from atp.plan.job import Job, Questions
 from atp.plan.memory import memory_of
 from atp.plan.probe import seconds_of, speeds
 from atp.plan.shapes import ModelShapes
@@ -36,7 +36,7 @@ from atp.training.precision import autocast_dtype
 from atp.training.validation import samples_scored
 
 _DEVICES = ("cpu", "cuda")
-_NOT_COUNTED = "Scored questions, generated answers and checkpoints are in no figure."
+_NOT_COUNTED = "Generated answers and checkpoints are in no figure."
 
 
 def make_plan(
@@ -76,6 +76,7 @@ def make_plan(
         precision = "bfloat16"
     autocast = autocast_dtype(precision)
     read = {"sample": data["tokens_per_window"], "scored": data["scored_share"]} if "scored_share" in data else {}
+    read |= {"questions": Questions(**data["questions"])} if "questions" in data else {}
     job = Job.of(_within(config, data), shapes, autocast=autocast, device=device, count=count, **read)
     memory, rows = memory_of(job), cost_of(job)
     if probe:

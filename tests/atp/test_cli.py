@@ -230,6 +230,23 @@ def test_eval_prints_and_writes_scores(atp, shared, tmp_path):
     assert "95 % interval" in out and f"{low:,.4g} to {high:,.4g}" in out
 
 
+def test_eval_and_export_tell_their_phases_as_json(atp, shared, tmp_path):
+    options = ("--suite", shared / "data.jsonl", "--length", 16, "--documents", 2, "--questions", 0)
+    code, out, err = atp("eval", shared / "llama", *options, "--json-logs")
+    assert code == 0 and "perplexity" in out
+    phases = ["starting", "reading the data", "loading", "scoring: perplexity", "speed"]
+    assert [json.loads(line)["phase"] for line in err.splitlines()] == phases
+    code, out, err = atp("export", shared / "llama", "--out", tmp_path / "model.gguf", "--json-logs")
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert code == 2 and lines[-1]["error"] in err and {"starting", "loading"} <= {line["phase"] for line in lines}
+
+
+def test_chat_tells_of_loading_beside_its_answers(atp, shared):
+    code, out, err = atp("chat", shared / "llama", "--prompt", "the cat", "--plain", "--tokens", 2)
+    assert code == 0 and "(2 tokens, " in out and "loading" not in out
+    assert [line[9:] for line in err.splitlines()] == ["starting", f"loading {shared / 'llama'}"]
+
+
 def test_eval_refuses_an_unknown_precision(atp, shared):
     code, _, err = atp("eval", shared / "llama", "--suite", shared / "data.jsonl", "--precision", "int4")
     assert code == 2 and is_one_sentence(err) and "--precision int4 is unknown: use auto, float32 or bfloat16" in err

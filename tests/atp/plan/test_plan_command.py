@@ -277,8 +277,9 @@ def test_trouble_with_the_data_is_one_sentence_beside_the_rest(command, config, 
 def test_what_falls_short_is_said_and_not_counted(config):
     many = make_plan(changed(config, "decisions.refit_windows=4000", "evaluation.windows=3000"))
     tokens = {row["phase"]: row["tokens"] for row in many["cost"]}
-    windows = many["data"]["windows"]
-    assert (tokens["refit"], tokens["score"]) == (16 * windows["calibration"], 16 * windows["test"])
+    windows, asked = many["data"]["windows"], many["data"]["questions"]["tokens"]
+    assert asked > 0
+    assert (tokens["refit"], tokens["score"]) == (16 * windows["calibration"], 16 * windows["test"] + asked)
     assert any("decisions.refit_windows is 4000" in sentence for sentence in many["data"]["shortfalls"])
     assert "decisions.refit_windows is 4000" in printed(many)
 

@@ -16,9 +16,9 @@ from benchmarks.whole_run import apart
 WORDS = [f"word{number}" for number in range(500)]
 
 
-def wide_config(folder):
-    """A model of few layers whose tensors outweigh everything else in the process."""
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", *WORDS])}
+def wide_config(folder, precision, asked):
+    """A model of few layers whose tensors outweigh everything else in the process. asked: score long questions."""
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", "yes", "no", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
@@ -29,31 +29,39 @@ def wide_config(folder):
     )  # fmt: skip
     LlamaForCausalLM(llama).save_pretrained(folder)
     draw = torch.Generator().manual_seed(0)
-    texts = [" ".join(WORDS[i] for i in torch.randint(500, (300,), generator=draw)) for _ in range(90)]
-    (folder / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    texts = [
+        " ".join(WORDS[i] for i in torch.randint(500, (700 if asked else 300,), generator=draw)) for _ in range(90)
+    ]
+    rows = [{"prompt": text, "completion": " yes" if i % 2 else " no"} if asked else {"text": text}
+            for i, text in enumerate(texts)]  # fmt: skip
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return ATPConfig.parse(
         {
             "model": {"path": str(folder)},
             "output_dir": str(folder / "run"),
-            "data": {"train": str(folder / "data.jsonl"), "length": 256, "general_share": 0, "calibration_share": 0.4},
+            "data": {"train": str(folder / "data.jsonl"), "length": 256, "general_share": 0, "calibration_share": 0.4}
+            | ({"labels": ["yes", "no"], "loss_on": "all"} if asked else {}),
             "decisions": {"refit_windows": 32, "saliency_windows": 1},
-            "training": {"steps": 3, "batch_size": 2, "precision": "float32", "save_every": 1},
-            "evaluation": {"windows": 8, "questions": 0},
+            "training": {"steps": 3, "batch_size": 2, "precision": precision, "save_every": 1},
+            "evaluation": {"windows": 8, "questions": 0} | ({"questions": 24, "batch_size": 24} if asked else {}),
         }
     )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_peaks_of_a_real_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("precision", "asked"), [("float32", False), ("bfloat16", True)])
+def test_peaks_of_a_real_run(tmp_path, monkeypatch, precision, asked):
     """Within a fifth of what is measured, but for the libraries that a small process loads late."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # glibc gives freed memory back at once
-    config = wide_config(tmp_path)
+    config = wide_config(tmp_path, precision, asked)
     expected = plan_memory.planned(config)
     found = apart(plan_memory.measured, config)
     assert expected.keys() <= found.keys()
+    assert ("questions" in expected["score"]["parts"]) is asked
     rows = {part: (row["bytes"] / MIB, found[part] / MIB) for part, row in expected.items()}
     for part, (planned, real) in rows.items():
         print(f"{part:<12} planned {planned:6.0f} measured {real:6.0f} MiB")
-    for part, (planned, real) in rows.items():
+    for part in ("score", "score again") if asked else rows:
+        planned, real = rows[part]
         assert 0.8 * (real - 40) <= planned <= 1.2 * real, part
