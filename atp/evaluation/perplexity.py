@@ -108,14 +108,7 @@ def perplexity(
     with inference(model, autocast) as device:
         for start in range(0, count, batch_size):
             batch = slice(start, min(start + batch_size, count))
-            logits = model(input_ids=windows.input_ids[batch].to(device), use_cache=False).logits
-            targets, documents = windows.labels[batch, 1:], windows.documents[batch, 1:]
-            # Row by row, so that only one window's logits exist in float32.
-            for row, target, document in zip(logits[:, :-1], targets, documents, strict=True):
-                kept = target != IGNORE
-                nll = F.cross_entropy(row.float(), target.to(device), ignore_index=IGNORE, reduction="none")
-                pairs = torch.stack([nll.cpu().double(), torch.ones_like(nll, device="cpu", dtype=torch.float64)], 1)
-                items.index_add_(0, document[kept], pairs[kept])
+            _add_losses(items, model, windows, batch, device)
             if progress is not None:
                 progress(batch.stop, count)
     if not is_finite(items):
@@ -134,3 +127,15 @@ def perplexity(
         **windows.protocol,
         "items": items.tolist(),
     }
+
+
+def _add_losses(items: Tensor, model: CausalLM, windows: ScoredWindows, batch: slice, device: torch.device) -> None:
+    """Adds [loss, 1] of every scored token of a batch to its document's row; no logits outlive the call."""
+    logits = model(input_ids=windows.input_ids[batch].to(device), use_cache=False).logits
+    targets, documents = windows.labels[batch, 1:], windows.documents[batch, 1:]
+    # Row by row, so that only one window's logits exist in float32.
+    for row, target, document in zip(logits[:, :-1], targets, documents, strict=True):
+        kept = target != IGNORE
+        nll = F.cross_entropy(row.float(), target.to(device), ignore_index=IGNORE, reduction="none")
+        pairs = torch.stack([nll.cpu().double(), torch.ones_like(nll, device="cpu", dtype=torch.float64)], 1)
+        items.index_add_(0, document[kept], pairs[kept])

@@ -40,7 +40,7 @@ def memory_of(job: Job) -> list[dict[str, object]]:
             "bytes": round(sum(parts.values())),
             "parts": {part: round(n) for part, n in parts.items() if n},
         }
-        for name, parts in map(memory.in_shards, memory.phases())
+        for name, parts in ((name, memory.in_shards(parts)) for name, parts in memory.phases())
     ]
 
 
@@ -63,21 +63,31 @@ class _Memory:
             rows=self.training.batch_size,
         )  # fmt: skip
 
-    def in_shards(self, phase: tuple[str, Parts]) -> tuple[str, Parts]:
-        """A part of the run as each of several processes has it that share the frozen weights; else as it is.
+    def in_shards(self, parts: Parts) -> Parts:
+        """What each of several processes has that share the frozen weights; else all of it.
 
-        Nothing made of whole weights outlives a pass. Gathered is what lies beside the shards at once: the largest of a
-        layer, the embeddings and the head, once as it arrives and once in its place, and what this process sends of it.
+        Nothing made of whole weights outlives a pass.
         """
-        name, parts = phase
         if self.ranks == 1:
-            return phase
-        shared = {
+            return parts
+        return {
             part: size / self.ranks if part in _SHARED else size for part, size in parts.items() if part not in _COPIES
         }
+
+    def _gathered(self) -> Parts:
+        """What lies beside the shards at once in a pass.
+
+        The largest of a layer, the embeddings and the head, once as it arrives and once in its place, and what this
+        process sends of it.
+        """
+        if self.ranks == 1:
+            return {}
         config = self.shapes.config
         largest = max(*(weights_of((widths,)) for widths in self.shapes.whole), config.vocab_size * config.hidden_size)
-        return name, shared | {"gathered": (2 + 1 / self.ranks) * largest * self.weight}
+        return {"gathered": (2 + 1 / self.ranks) * largest * self.weight}
+
+    def _largest(self, *moments: Parts) -> Parts:
+        return max(moments, key=lambda parts: sum(self.in_shards(parts).values()))
 
     def phases(self) -> Iterator[tuple[str, Parts]]:
         """The parts of a run that happen, in order."""
@@ -110,13 +120,13 @@ class _Memory:
             yield "refit", self._held(whole, taught=True, refitted=True) | slices | self._refit()
         if steps.settle:
             yield "settle", self._training(whole, taught=True, slices=job.shapes.share, refitted=True)
-        yield "cut", max(self._cut(), key=_total)
+        yield "cut", self._largest(*self._cut())
         if steps.tune:
             yield "tune", self._training(kept, taught=True)
         done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
         yield "export", done | self._export()
         scoring = {"scored casts": self._narrow(weights_of(kept)) * self.on_host} | self._scoring(kept, divided=True)
-        again = max({"file": self._exported()}, scoring, key=_total)
+        again = self._largest({"file": self._exported()}, scoring)
         yield "score again", done | {"reloaded": self._exported()} | again
 
     # What is held throughout
@@ -209,7 +219,7 @@ class _Memory:
         if slices == 1.0 and job.config.deciding.source == "learned":
             moments.append(self._decision(job.config.decisions.batch_size))
         moments.append({"checkpoint": self._checkpoint(layers, taught and job.teaches, refitted=cut)})
-        return held | max(moments, key=_total)
+        return held | self._largest(*moments)
 
     def _pass(self, keeps: Callable[[LayerWidths], float], layers: Layers, tokens: int, teacher: bool) -> Parts:
         """Activations of a forward pass, and what is largest beside them: the loss or one layer backward.
@@ -225,7 +235,7 @@ class _Memory:
         backward = recomputed + tokens * (2 * inner * self.product + 3 * self.hidden * self.weight)
         loss = self._loss(tokens, teacher)
         beside = {"logits": loss} if loss >= backward else {"backward": backward}
-        return {"activations": sum(each) * tokens} | beside
+        return {"activations": sum(each) * tokens} | beside | self._gathered()
 
     def _loss(self, tokens: int, teacher: bool) -> float:
         """The chunked cross-entropy: logits of one chunk, states and their gradients, the head in the narrow dtype.
@@ -274,7 +284,8 @@ class _Memory:
         stream, inputs = tokens * self.hidden * self.weight, tokens * read * self.product
         products = _FLOAT * (kept * kept + kept * self.hidden + min(_ROWS, tokens) * (kept + self.hidden))
         solving = _DOUBLE * 4 * (kept * kept + kept * self.hidden)
-        return {"windows": 3 * stream + inputs, "solve": max(stream + inputs + products, solving)}
+        solve = max(stream + inputs + products, solving)
+        return {"windows": 3 * stream + inputs, "solve": solve} | self._gathered()
 
     def _cut(self) -> Iterator[Parts]:
         """Three moments: the reference logits are taken, weights are cut, and logits of the cut model are compared.
@@ -284,14 +295,16 @@ class _Memory:
         """
         whole, kept, window = self.shapes.whole, self.shapes.kept, self.length * self.vocab * _FLOAT
         held, logits = self._held(whole, taught=True, refitted=True), window * WINDOWS * self.on_host
-        yield held | {"certificate": logits + window}
+        yield held | {"certificate": logits + window} | self._gathered()
         floating = self._floating(kept, True)
         weights = sum(self._base(m, uncut, at in floating) for at, m, uncut in self._linears(kept) if m != uncut)
         cut = weights + adapter_params(kept, self.rank) * _ADAPTER
-        yield held | {"cut weights": cut, "certificate": logits}
+        weight = max(widths.largest() for widths in whole) * self.weight
+        one = {} if self.ranks == 1 else {"gathered": 2 * weight}  # at a time, as it arrives and in one piece
+        yield held | {"cut weights": cut, "certificate": logits} | one
         uncut = self._saved(whole, self.job.teaches, refitted=True)
         after = self._held(kept, taught=True, begun=False, refitted=True)
-        yield after | {"checkpoint": uncut, "certificate": self._reference()}
+        yield after | {"checkpoint": uncut, "certificate": self._reference()} | self._gathered()
 
     def _reference(self) -> float:
         """Reference logits of the certificate's windows on the host, and of one window at a time, with a difference.
@@ -304,14 +317,15 @@ class _Memory:
     def _export(self) -> Parts:
         """The linears with the adapter merged in; once they are saved, the reloaded model takes their place.
 
-        While it is read, it exists twice: in its file and in its tensors.
+        While it is read, it exists twice: in its file and in its tensors. Then it runs.
         """
         kept = self.shapes.kept
         largest = max(widths.largest() for widths in kept)
         merged = weights_of(kept) * self.weight + 2 * _DOUBLE * largest
         reloaded = self._exported() + max(self._exported(), _DOUBLE * _DOUBLE * largest)
-        larger = {"merged": merged} if merged >= reloaded else {"reloaded": reloaded}
-        return larger | {"certificate": self._reference()}
+        moments: list[Parts] = [{"merged": merged}, {"reloaded": reloaded}]
+        moments.append({"reloaded": self._exported()} | self._gathered())
+        return self._largest(*moments) | {"certificate": self._reference()}
 
     def _exported(self) -> float:
         """The exported model, which is read and scored in its own dtype on the host."""
@@ -331,7 +345,7 @@ class _Memory:
         inner = max(widths.linears["mlp.down_proj"].in_features for widths in layers)
         passed = asked * (3 * inner * self.product + 3 * self.hidden * self.weight)
         larger = {"logits": logits + row} if logits + row >= passed else {"questions": passed}
-        return larger | {"head": self._narrow(self.vocab * self.hidden)}
+        return larger | {"head": self._narrow(self.vocab * self.hidden)} | self._gathered()
 
     def _narrow(self, entries: float) -> float:
         """Bytes of weights in the narrow dtype, which autocast keeps for all passes of a scoring."""
@@ -342,19 +356,15 @@ class _Memory:
         return self._saved(layers, teacher, refitted) * self.on_host
 
     def _saved(self, layers: Layers, teacher: bool, refitted: bool) -> float:
-        """Adapter and moments, the adapter that made the teacher, and refitted weights."""
-        saved = adapter_params(layers, self.rank) * (_ADAPTER + _MOMENTS)
+        """Adapter and moments, the adapter that made the teacher, and refitted weights, or this process's shard."""
+        saved: float = adapter_params(layers, self.rank) * (_ADAPTER + _MOMENTS)
         saved += adapter_params(self.shapes.whole, self.rank) * _ADAPTER if teacher else 0
         if refitted and self.job.config.decisions.refit_windows:
             for structure in self.shapes.space.structures:
                 if structure.reader is not None:
                     linear = layers[structure.layer].linears[structure.reader]
-                    saved += linear.out_features * linear.in_features * self.weight
+                    saved += linear.out_features * linear.in_features * self.weight / self.ranks
         return saved
-
-
-def _total(parts: Parts) -> float:
-    return sum(parts.values())
 
 
 def _slides(job: Job, length: int) -> bool:

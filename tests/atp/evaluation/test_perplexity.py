@@ -11,6 +11,8 @@ from atp.data.splits import Example
 from atp.errors import InputError, NotReached
 from atp.evaluation import packed_windows, perplexity, sliding_windows
 from atp.evaluation.perplexity import ScoredWindows
+from benchmarks.case import Variant
+from benchmarks.measure import peak_bytes
 
 TEXTS = ["the cat sat on the mat", "it is", "not sure the cat is on the mat ? yes it is the cat on the mat : no", "cat"]
 EXAMPLES = [Example(str(number), text) for number, text in enumerate(TEXTS)]
@@ -86,6 +88,15 @@ def test_first_windows_and_progress(model):
     few = perplexity(model, windows, 3, max_windows=4, progress=lambda *at: seen.append(at))
     assert few == perplexity(model, ScoredWindows(ids[:4], ids[:4], documents[:4], {}), 3)
     assert seen == [(3, 4), (4, 4)] and few["documents"] == 4
+
+
+def test_logits_of_one_batch_exist_at_a_time():
+    vocabulary, ids = 4096, torch.arange(96).view(6, 16) % 32
+    model = tiny_model(vocabulary=vocabulary)
+    windows = ScoredWindows(ids, ids, torch.zeros_like(ids), {})
+    one = peak_bytes(Variant(lambda: perplexity(model, windows, 2, max_windows=2)), "forward", "cpu")
+    all_three = peak_bytes(Variant(lambda: perplexity(model, windows, 2)), "forward", "cpu")
+    assert one > 2 * 16 * vocabulary * 4 and all_three < 1.1 * one
 
 
 @pytest.mark.parametrize("stride", [0, 16, 20])

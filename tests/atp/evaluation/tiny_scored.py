@@ -9,10 +9,10 @@ WORDS = ["<unk>", "</s>", "<s>", *LABELS, *"not sure the cat sat on mat is it ? 
 VOCAB = 32
 
 
-def tiny_model(seed=0, layers=2):
+def tiny_model(seed=0, layers=2, vocabulary=VOCAB):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=128, initializer_range=0.3,
         eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
