@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from atp import attempts, ranks
+from atp import attempts, heartbeat, ranks
 from atp.errors import PROCESS_ENDED, InputError, NotReached
 
 T = TypeVar("T")
@@ -256,6 +257,9 @@ def _join() -> None:
     if count() > 1 and _control is None:
         _state()
         _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        name = [uuid.uuid4().hex]
+        dist.broadcast_object_list(name, src=0, group=_control)
+        heartbeat.begin(name[0], rank(), count(), wait)
 
 
 def _group() -> dist.ProcessGroup:

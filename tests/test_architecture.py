@@ -29,7 +29,16 @@ LAYERS = (
     ("atp.families",),
     ("atp.ending", "atp.engines"),
     (
-        *("atp.attempts", "atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap"),
+        *(
+            "atp.attempts",
+            "atp.devices",
+            "atp.errors",
+            "atp.environment",
+            "atp.files",
+            "atp.finite",
+            "atp.heap",
+            "atp.heartbeat",
+        ),
         *("atp.listing", "atp.locking", "atp.processes", "atp.progress", "atp.ranks", "atp.reading", "atp.redact"),
         *("atp.registration", "atp.requirements", "atp.rng", "atp.shipped", "atp.signals"),
     ),

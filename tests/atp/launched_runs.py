@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import yaml
 from safetensors.torch import load_file
@@ -48,6 +49,14 @@ def ended(process, code=0):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output
     return output
+
+
+def wait_for_steps(process, folder, count):
+    """Returns once so many steps are recorded."""
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
 
 
 def assert_equal(folder, expected):

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import time
 
 import psutil
 import pytest
-from launched_runs import assert_equal, ended, start, write_settings
+from launched_runs import assert_equal, ended, start, wait_for_steps, write_settings
 
 from atp import processes
 from atp.errors import InputError
@@ -30,14 +29,6 @@ def two(settings, tmp_path_factory):
     """The folder of a run in two processes that nothing disturbed, and what it printed."""
     folder = tmp_path_factory.mktemp("two") / "run"
     return folder, ended(start(["train", str(settings[0]), f"output_dir={folder}"]))
-
-
-def wait_for_steps(process, folder, count):
-    """Returns once so many steps are recorded."""
-    metrics = folder / "metrics.jsonl"
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

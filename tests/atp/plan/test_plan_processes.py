@@ -41,6 +41,17 @@ def test_each_process_holds_its_share_of_the_weights_and_a_whole_adapter():
     assert parts(*SHARDED, count=1) == parts(*QUIET, count=1), "one process shares with nobody"
 
 
+def test_in_shards_a_checkpoint_holds_the_refitted_rows_of_its_process_and_gathering_is_for_passes():
+    found = parts(*SHARDED, "decisions.refit_windows=9", "training.open=2", count=4)
+    refitted = 4 * 2 * (96 * 96 + 256 * 96)
+    assert found["cut"]["checkpoint"] == found["open"]["adapter"] + found["open"]["optimizer"] + refitted / 4
+    # Two processes of wide layers: while weights are cut, one at a time is whole.
+    wide = make_plan(public("training.sharding=fsdp", "training.steps=9"), count=2, device="cpu")["memory"]
+    found = {row["phase"]: row["parts"] for row in wide}
+    assert found["cut"]["gathered"] == 2 * 2 * 14336 * 4096 and "cut weights" in found["cut"]
+    assert found["tune"]["gathered"] == 2.5 * 2 * 128256 * 4096 and "checkpoint" not in found["tune"]
+
+
 def test_processes_share_calibration_windows_but_not_steps():
     options = ("training.open=2", "decisions.refit_windows=9", "decisions.saliency_windows=8", *QUIET)
     one, four = ({row.phase: row for row in cost_of(job(*options, count=count))} for count in (1, 4))
