@@ -162,14 +162,15 @@ class Members:
         """
         values = self.config.model_dump(mode="json")
         for override in overrides:
-            if override.startswith(_PRESET):
-                preset = override.removeprefix(_PRESET)
-                if preset != self.config.preset != "quick":
-                    raise InputError(
-                        f"an arm sets {_PRESET}{shorten(preset)}, but the common config has the preset "
-                        f"{self.config.preset} already: leave it out there"
-                    )
-                values = merged(values, PRESETS.get(preset, {}))
+            preset = override.removeprefix(_PRESET)
+            if preset in (override, self.config.preset):
+                continue
+            if self.config.preset != "quick":
+                raise InputError(
+                    f"an arm sets {shorten(override)}, but the common config has the preset {self.config.preset} "
+                    "already: leave it out there"
+                )
+            values = merged(values, PRESETS.get(preset, {}))
         return ATPConfig.parse(values, list(overrides))
 
     def _common(self, config: ATPConfig) -> ATPConfig:

@@ -125,7 +125,7 @@ class _Memory:
             yield "tune", self._training(kept, taught=True)
         done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
         yield "export", done | self._export()
-        scoring = {"scored casts": self._narrow(weights_of(kept)) * self.on_host} | self._scoring(kept, divided=True)
+        scoring = {"scoring casts": self._narrow(weights_of(kept)) * self.on_host} | self._scoring(kept, divided=True)
         again = self._largest({"file": self._exported()}, scoring)
         yield "score again", done | {"reloaded": self._exported()} | again
 
