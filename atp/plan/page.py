@@ -135,6 +135,9 @@ def _data(data: dict[str, Any]) -> Iterator[RenderableType]:
             "epochs of the run": f"{data['epochs']:.2f}",
             "tokens with a loss": f"{data['scored_share']:.1%}",
         }
+        if (asked := data.get("questions")) and asked["sequences"]:
+            counted = f"{asked['sequences']:,}, {asked['tokens']:,} tokens, longest {asked['longest']:,}"
+            rows["sequences of scored questions"] = counted
         for name, value in rows.items():
             table.add_row(name, value)
         yield table

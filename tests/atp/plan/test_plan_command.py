@@ -282,6 +282,7 @@ def test_what_falls_short_is_said_and_not_counted(config):
     assert (tokens["refit"], tokens["score"]) == (16 * windows["calibration"], 16 * windows["test"] + asked)
     assert any("decisions.refit_windows is 4000" in sentence for sentence in many["data"]["shortfalls"])
     assert "decisions.refit_windows is 4000" in printed(many)
+    assert f"{many['data']['questions']['sequences']:,}, {asked:,} tokens, longest" in printed(many)
 
 
 # Exports
