@@ -3,18 +3,26 @@
 Only what a cut changes is here: linears of any width, RoPE on the kept pairs, value heads of another width than query
 and key heads. `ATPLlamaConfig` says what a family has beside Llama: biases, norms of queries and keys, layers without
 RoPE, multipliers. The decoder's forward is that of `Qwen2Model` (`LlamaModel` plus one mask per layer type), the head's
-that of `GraniteForCausalLM` (`LlamaForCausalLM` plus logits_scaling).
+that of `LlamaForCausalLM`, or of `GraniteForCausalLM`, which adds logits_scaling.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoModel, AutoModelForCausalLM, GraniteForCausalLM, PreTrainedModel, Qwen2Model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Model,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -234,6 +242,12 @@ class ATPLlamaForCausalLM(ATPLlamaPreTrainedModel, GraniteForCausalLM):  # type:
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @functools.wraps(GraniteForCausalLM.forward)  # generation reads the signature
+    def forward(self, *inputs: Any, **options: Any) -> Any:  # type: ignore[override]
+        # Granite's divides all logits, even by one, which makes a second copy of them.
+        own = LlamaForCausalLM if self.config.logits_scaling == 1 else GraniteForCausalLM
+        return own.forward(cast(Any, self), *inputs, **options)
 
     def _get_static_cache_init_shape(self) -> None:
         # Key and value widths differ, so a static cache must take its shapes from the first states it sees.

@@ -57,6 +57,8 @@ class _Memory:
         apart = job.config.data.packing in ("separate", "fitted") or _slides(job, self.length)
         load_in = job.config.model.load_in
         self.form = None if load_in is None else FORMS[load_in]
+        # A model that divides its logits, as Granite does, has them twice then.
+        self.divides = family_of(job.shapes.config).logits_divisor(job.shapes.config) != 1
         self.readers = {(s.layer, s.reader) for s in job.shapes.space.structures if s.reader is not None}
         self.how = Pass(
             self.product, self.weight, self.rank, dropout=job.config.lora.dropout > 0, expanded=apart,
@@ -93,12 +95,11 @@ class _Memory:
         """The parts of a run that happen, in order."""
         job, steps = self.job, self.job.phases
         whole, kept = job.shapes.whole, job.shapes.kept
-        divides = family_of(job.shapes.config).logits_divisor(job.shapes.config) != 1
         if self.form is not None and self.on_host:
             # The floating weights in their file and in their tensors, before these are quantized.
             read = job.before["total"] * self.weight
             yield "load", {"process": self.vocab * _WORD, "weights": read, "file": read}
-        scoring = {"casts": self._narrow(self._floats(whole))} | self._scoring(whole, divided=divides)
+        scoring = {"casts": self._narrow(self._floats(whole))} | self._scoring(whole)
         yield "score", self._weights(whole) | scoring | self._dequantized(whole)
         static = job.config.deciding.source == "static"
         if static:
@@ -125,7 +126,7 @@ class _Memory:
             yield "tune", self._training(kept, taught=True)
         done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
         yield "export", done | self._export()
-        scoring = {"scoring casts": self._narrow(weights_of(kept)) * self.on_host} | self._scoring(kept, divided=True)
+        scoring = {"scoring casts": self._narrow(weights_of(kept)) * self.on_host} | self._scoring(kept)
         again = self._largest({"file": self._exported()}, scoring)
         yield "score again", done | {"reloaded": self._exported()} | again
 
@@ -304,15 +305,15 @@ class _Memory:
         yield held | {"cut weights": cut, "certificate": logits} | one
         uncut = self._saved(whole, self.job.teaches, refitted=True)
         after = self._held(kept, taught=True, begun=False, refitted=True)
-        yield after | {"checkpoint": uncut, "certificate": self._reference()} | self._gathered()
+        yield after | {"checkpoint": uncut, "certificate": self._reference(models=1)} | self._gathered()
 
-    def _reference(self) -> float:
-        """Reference logits of the certificate's windows on the host, and of one window at a time, with a difference.
+    def _reference(self, models: int) -> float:
+        """Reference logits of the certificate's windows on the host, and of one window of each model at a time.
 
-        The class of cut models divides its logits, so there are two of them then.
+        Beside these is their difference, or what a model that divides its logits has twice.
         """
         window = self.length * self.vocab * _FLOAT
-        return window * (WINDOWS * self.on_host + 3)
+        return window * (WINDOWS * self.on_host + models + 1)
 
     def _export(self) -> Parts:
         """The linears with the adapter merged in; once they are saved, the reloaded model takes their place.
@@ -325,22 +326,20 @@ class _Memory:
         reloaded = self._exported() + max(self._exported(), _DOUBLE * _DOUBLE * largest)
         moments: list[Parts] = [{"merged": merged}, {"reloaded": reloaded}]
         moments.append({"reloaded": self._exported()} | self._gathered())
-        return self._largest(*moments) | {"certificate": self._reference()}
+        return self._largest(*moments) | {"certificate": self._reference(models=2)}
 
     def _exported(self) -> float:
         """The exported model, which is read and scored in its own dtype on the host."""
         return self.job.after["total"] * self.weight * self.on_host
 
-    def _scoring(self, layers: Layers, *, divided: bool) -> Parts:
+    def _scoring(self, layers: Layers) -> Parts:
         """Logits of a batch of test windows, then those of one window in float32 with their softmax; or one layer's
         pass over a batch of questions, of which only the logits of the answers are computed.
-
-        divided: whether the model divides its logits, as Granite and the class of cut models do, which makes two.
         """
         evaluation, questions = self.job.config.evaluation, self.job.questions
         windows = min(evaluation.batch_size, evaluation.windows)
         logits = windows * self.length * self.vocab * self.product
-        row = max(2 * self.length * self.vocab * _FLOAT, logits if divided else 0)
+        row = max(2 * self.length * self.vocab * _FLOAT, logits if self.divides else 0)
         asked = min(evaluation.batch_size, questions.sequences) * questions.longest
         inner = max(widths.linears["mlp.down_proj"].in_features for widths in layers)
         passed = asked * (3 * inner * self.product + 3 * self.hidden * self.weight)

@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from atp.models import ATPLlamaConfig, ATPLlamaForCausalLM, ATPLlamaModel, register
+from benchmarks.case import Variant
+from benchmarks.measure import peak_bytes
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -92,6 +94,18 @@ def test_sdpa_equals_eager_and_attentions_come_out():
     assert_close(output.logits, fused, rtol=0, atol=1e-5)
     assert [a.shape for a in output.attentions] == [(2, 4, 12, 12), (2, 3, 12, 12)]
     assert len(output.hidden_states) == 3
+
+
+@torch.no_grad()
+def test_only_logits_that_are_scaled_exist_twice():
+    ids, logits = tokens(4, 32), 4 * 32 * 4096 * 4
+    peaks = {}
+    for scaling in (1.0, 2.0):
+        model = uneven(vocab_size=4096, logits_scaling=scaling)
+        peaks[scaling] = peak_bytes(Variant(lambda model=model: model(ids, use_cache=False).logits), "forward", "cpu")
+    assert logits < peaks[1.0] < 1.2 * logits and peaks[2.0] == pytest.approx(2 * logits, rel=0.1)
+    halved, whole = (uneven(logits_scaling=scaling)(ids).logits for scaling in (2.0, 1.0))
+    assert torch.equal(2 * halved, whole)
 
 
 def test_cache_holds_the_cut_widths():
