@@ -102,7 +102,7 @@ def two_processes(arguments):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    common |= {"ATP_LOST_AFTER": "3"}
+    common |= {"ATP_LOST_AFTER": "10"}  # a busy machine keeps a process from beating for some seconds
     return [
         subprocess.Popen(
             [sys.executable, "-m", "atp", *arguments], env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
