@@ -10,7 +10,6 @@ import time
 from datetime import timedelta
 
 import pytest
-from launched_runs import ended, wait_for_steps, write_settings
 from torch.distributed import HashStore, TCPStore
 
 from atp import heartbeat
@@ -96,17 +95,28 @@ def test_zero_turns_it_off(monkeypatch):
     heartbeat.begin("name", 0, 2, pytest.fail)
 
 
-def two_processes(arguments):
-    """Two processes of one command, that meet as on two machines, without a torchrun that would end them both."""
+# One process waits for the other, which never comes.
+WAITING = """
+import sys
+from atp import processes
+processes.start()
+print("met", flush=True)
+processes.wait() if processes.rank() == int(sys.argv[1]) else sys.stdin.read()
+"""
+
+
+def two_processes(waiting):
+    """Two processes that meet as on two machines, without a torchrun that would end them both."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    common |= {"ATP_LOST_AFTER": "10"}  # a busy machine keeps a process from beating for some seconds
+    common |= {"ATP_LOST_AFTER": "5"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "atp", *arguments], env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            [sys.executable, "-c", WAITING, str(waiting)], env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            text=True, start_new_session=True, **pipes,
         )
         for rank in "01"
     ]  # fmt: skip
@@ -114,20 +124,19 @@ def two_processes(arguments):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="stops a process as a lost machine does")
-def test_a_run_whose_other_process_is_stopped_ends_and_resumes(config, tmp_path):
-    settings, _ = write_settings(config, tmp_path)
-    command = ["train", str(settings), f"output_dir={tmp_path / 'run'}"]
-    # Without torchrun the store in which they met is in process 0.
-    lost = "the machine where the processes of this run meet", "process 1"
-    for stopped, steps, more in ((1, 2, []), (0, 4, ["--resume"])):
-        both = two_processes([*command, *more])
-        try:
-            wait_for_steps(both[1 - stopped], tmp_path / "run", steps)
-            both[stopped].send_signal(signal.SIGSTOP)
-            output = ended(both[1 - stopped], code=3)
-            assert f"error: nothing was heard of {lost[stopped]} on " in output and "Traceback" not in output
-        finally:
-            both[stopped].kill()
-            both[stopped].communicate()
-    main, other = map(ended, two_processes([*command, "--resume"]))
-    assert "Result" in main and "nothing was heard" not in main + other
+# The store in which they meet is in process 0.
+@pytest.mark.parametrize(
+    ("waiting", "lost"), [(0, "process 1"), (1, "the machine where the processes of this run meet")]
+)
+def test_who_waits_for_a_stopped_process_ends(waiting, lost):
+    both = two_processes(waiting)
+    try:
+        assert [process.stdout.readline() for process in both] == ["met\n"] * 2
+        both[1 - waiting].send_signal(signal.SIGSTOP)
+        _, error = both[waiting].communicate(timeout=120)
+        assert both[waiting].returncode == 3
+        assert f"error: nothing was heard of {lost} on " in error and "Traceback" not in error
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
