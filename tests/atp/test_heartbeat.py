@@ -135,7 +135,7 @@ def test_who_waits_for_a_stopped_process_ends(waiting, lost):
         both[1 - waiting].send_signal(signal.SIGSTOP)
         _, error = both[waiting].communicate(timeout=120)
         assert both[waiting].returncode == 3
-        assert f"error: nothing was heard of {lost} on " in error and "Traceback" not in error
+        assert f"error: nothing was heard of {lost} " in error and "Traceback" not in error
     finally:
         for process in both:
             process.kill()
