@@ -94,7 +94,7 @@ class _Sign:
 
     def show(self) -> None:
         if self.phase and self.shown is None and not self.bars:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            columns = (SpinnerColumn(), _name(), TimeElapsedColumn())
             self.shown = Progress(*columns, console=self.console, transient=True)
             self.shown.add_task(self.phase, total=None)
             self.shown.start()
@@ -103,6 +103,15 @@ class _Sign:
         if self.shown is not None:
             self.shown.stop()
             self.shown = None
+
+
+def _name() -> TextColumn:
+    return TextColumn("{task.description}", markup=False)  # it may hold the name of a folder, which is no markup
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    """Those of rich by default, but for the name."""
+    return _name(), *Progress.get_default_columns()[1:]
 
 
 class _Silence:
@@ -132,7 +141,7 @@ class Bars(Progress):
         """columns: those of rich by default. options: as for rich's `Progress`."""
         sign = _open.get()
         self._sign = sign if isinstance(sign, _Sign) else None
-        named = [_Phase(self._sign) if column is PHASE else column for column in columns or self.get_default_columns()]
+        named = [_Phase(self._sign) if column is PHASE else column for column in columns or _columns()]
         console = options.pop("console", get_console() if self._sign is None else self._sign.console)
         disable = options.pop("disable", False) or isinstance(sign, _Silence) or not console.is_terminal
         super().__init__(SpinnerColumn(), *named, TimeElapsedColumn(), console=console, disable=disable, **options)

@@ -81,6 +81,17 @@ def test_without_a_terminals_sign_bars_name_their_task(screen):
         assert "dense" in frames(file, 0.5)[-1]
 
 
+def test_names_are_shown_as_they_are(screen):
+    console, file = screen
+    with progress.logged(as_json=False, console=console):
+        progress.begin("loading runs/[/b][bold]x")
+        assert "loading runs/[/b][bold]x" in frames(file, 0.5)[-1]
+        with progress.Bars(console=console) as bars:
+            bars.add_task("task [/i]", total=10)
+            drawn = frames(file, 0.5)[-1]
+            assert "task [/i]" in drawn and "[progress" not in drawn
+
+
 def test_a_sentence_ends_the_sign(screen):
     console, file = screen
     with progress.logged(as_json=False, console=console):
