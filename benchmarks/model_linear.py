@@ -48,6 +48,23 @@ def folded(step: Step, linear: Linear, kept: Linear) -> Iterator[Kernel]:
         yield step.pass_(_EXTRA, 2, n, 3)  # column sums of G y, in two stages, and the quotient
 
 
+def extended(step: Step, linear: Linear, kept: Linear, *, copied: bool) -> Iterator[Kernel]:
+    """[X | S] [W | s B]^T and [dY | P] [W; A]: the adapter as further columns and rows of the products themselves.
+
+    copied: the operands are put together in each pass; else x, dy and the weight lie in such memory from the start, and
+    only s B and A, which the optimizer changes, are written there.
+    """
+    m, n, k, r = step.tokens, linear.out_features, linear.in_features, step.rank
+    yield step.product(m, r, k, row=_EXTRA)  # S
+    yield step.product(m, n, k + r)
+    yield step.product(m, r, n, row=_EXTRA)  # P
+    yield step.product(m, k, n + r)  # dx
+    yield step.product(r, k, m, row=_EXTRA)  # dA
+    yield step.product(n, r, m, row=_EXTRA)  # dB
+    moved = (m * k + m * n + 2 * n * k) if copied else 0
+    yield Kernel(_EXTRA, 0.0, step.item * 2.0 * (moved + r * (n + k)), 4 if copied else 2)
+
+
 def in_order(step: Step, linear: Linear, kept: Linear) -> Iterator[Kernel]:
     """A slice with activations in the model's order: y is spread before the adapter is added, dy gathered."""
     m, n, rows = step.tokens, linear.out_features, kept.out_features
@@ -84,6 +101,8 @@ WAYS: dict[str, dict[str, Way]] = {
         "unfused": lambda step, linear, kept: unfused(step, kept, None),
         "reference": lambda step, linear, kept: plain(step, kept),
         "folded": lambda step, linear, kept: folded(step, kept, kept),
+        "extended, copied": lambda step, linear, kept: extended(step, kept, kept, copied=True),
+        "extended, in place": lambda step, linear, kept: extended(step, kept, kept, copied=False),
     },
 }
 """By phase. `tune` computes the kept part alone, in every way."""

@@ -173,6 +173,10 @@ def test_ways_of_one_linear_differ_in_what_they_save():
     plain, triton, folded = (of_linear("decision", way) for way in ("reference", "triton", "folded"))
     assert plain[0] == triton[0] and triton[1] < plain[1]
     assert folded[0] == 2 * 2 * TOKENS * n * k + 2 * n * k * RANK
+    # Further columns and rows of the products spare a second pass over y and dx, and putting them together costs more.
+    addmm, copied, in_place = (of_linear("tune", f) for f in ("reference", "extended, copied", "extended, in place"))
+    assert addmm[0] == copied[0] == in_place[0]
+    assert in_place[1] < addmm[1] and copied[1] - in_place[1] == 4 * 2 * (TOKENS * (k + kept) + 2 * kept * k)
 
 
 def test_every_way_of_a_linear_is_printed(capsys):
