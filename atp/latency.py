@@ -7,6 +7,7 @@ model's share of the decoder with widths that differ between layers (docs/budget
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -173,6 +174,8 @@ def _times(model: Any, *, decode: bool) -> dict[str, float]:
     """Median milliseconds of a pass of a model of one layer, by part: both blocks, norms, and outside the layer."""
     layer, marks = model.get_decoder().layers[0], []
     taken: dict[str, list[float]] = {"self_attn.": [], "mlp.": [], "norms": [], "outside": []}
+    # transformers 5.24 gave the argument and the result of old another name.
+    cached = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with inference(model) as device:
 
         def mark(*_: object) -> None:
@@ -185,7 +188,7 @@ def _times(model: Any, *, decode: bool) -> dict[str, float]:
         def one_pass(tokens: Tensor, cache: Any = None) -> Any:
             marks.clear()
             mark()
-            out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cached: cache})
             mark()
             start, enters, *blocks, leaves, end = marks
             attention, mlp = blocks[1] - blocks[0], blocks[3] - blocks[2]
@@ -193,7 +196,7 @@ def _times(model: Any, *, decode: bool) -> dict[str, float]:
             parts = (attention, mlp, inside - attention - mlp, end - start - inside)
             for spent, seconds in zip(taken.values(), parts, strict=True):
                 spent.append(1000 * seconds)
-            return out.past_key_values
+            return getattr(out, cached)
 
         prompt = (torch.arange(PROMPT, device=device) % _WORDS)[None]
         cache = one_pass(prompt)
