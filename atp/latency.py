@@ -7,7 +7,6 @@ model's share of the decoder with widths that differ between layers (docs/budget
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.environment import device_name
 from atp.errors import InputError
-from atp.evaluation.inference import inference
+from atp.evaluation.inference import cache_name, inference
 from atp.families import layer_config
 from atp.files import read_json
 from atp.folders import LATENCY
@@ -174,8 +173,7 @@ def _times(model: Any, *, decode: bool) -> dict[str, float]:
     """Median milliseconds of a pass of a model of one layer, by part: both blocks, norms, and outside the layer."""
     layer, marks = model.get_decoder().layers[0], []
     taken: dict[str, list[float]] = {"self_attn.": [], "mlp.": [], "norms": [], "outside": []}
-    # transformers 5.24 gave the argument and the result of old another name.
-    cached = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cached = cache_name(model)
     with inference(model) as device:
 
         def mark(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -52,3 +53,8 @@ def inference(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator
     finally:
         for module, training in modes:
             module.training = training
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model calls the keys and values that it takes and returns: transformers renamed them in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -11,6 +11,7 @@ from atp import latency
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.errors import InputError
+from atp.evaluation.inference import cache_name
 from atp.latency import PROMPT, Table, share_of_widths, with_time
 from atp.plan import make_plan
 from atp.plan.page import page
@@ -63,12 +64,13 @@ def test_the_table_adds_up_to_the_passes_of_whole_cut_models(monkeypatch, space,
         model, share = cut(kept, space)
         prompt = torch.zeros(1, PROMPT, dtype=torch.long)
         with torch.no_grad():
-            cache = model(prompt, use_cache=True).past_key_values
+            cached = cache_name(model)
+            cache = getattr(model(prompt, use_cache=True), cached)
             passes = []
             for _ in range(1 + latency._DECODES if decode else 1):
                 with FlopCounterMode(display=False) as counted:
                     if decode:
-                        model(prompt[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                        model(prompt[:, :1], use_cache=True, logits_to_keep=1, **{cached: cache})
                     else:
                         model(prompt, use_cache=True, logits_to_keep=1)
                 passes.append(counted.get_total_flops())
