@@ -17,6 +17,8 @@ from atp.models.base import FORMS
 from atp.spaces.space import MaskSpace
 
 BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
+_OFTEN = 2  # epochs; docs/quality.md has what 1.2 and 2.8 of them give
+_SCORES = 20  # of the validation split in a run, where one is advised
 _SHORTEST = 16  # tokens, the least that data.length may be
 
 
@@ -149,6 +151,13 @@ def rounded(config: ATPConfig, shapes: PretrainedConfig) -> list[str]:
     return [f"equal layers keep between {2 * target - most:.3f} and {most:.3f} of the decoder, not just {target:g}"]
 
 
+def remarks(config: ATPConfig, shapes: PretrainedConfig, data: RunData) -> list[str]:
+    """All that is said of the settings, the base and the data before a run."""
+    count = processes.count()
+    of_base = [*rounded(config, shapes), *base_remark(config), *sharding_remark(config, count)]
+    return [*of_base, *shortfalls(config, data), *rereads(config, steps_per_epoch(config, len(data.train), count))]
+
+
 def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     """One sentence per setting that asks for more than the data hold; the run continues with what there is."""
     evaluation, decisions = config.evaluation, config.deciding
@@ -176,6 +185,27 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     if evaluation.answers and not (evaluation.questions and any(task.labels for task in data.splits.tasks)):
         found.append("evaluation.answers is true, but no task with labels is scored")
     return found
+
+
+def steps_per_epoch(config: ATPConfig, samples: int, count: int) -> float:
+    """In how many steps a run reads each of its training samples once. count: of processes."""
+    training = config.training
+    return samples / (training.batch_size * training.gradient_accumulation * count)
+
+
+def rereads(config: ATPConfig, epoch: float) -> list[str]:
+    """A sentence where samples are read so often that they may be learned by heart, and nothing watches; else none.
+
+    epoch: `steps_per_epoch`.
+    """
+    total = config.training.total
+    if total <= _OFTEN * epoch or config.evaluation.every is not None:
+        return []
+    return [
+        f"each training sample is read {total / epoch:.1f} times, and a model that learns them by heart gets worse on "
+        f"other text: take fewer steps, or set evaluation.every={max(total // _SCORES, 1)} training.keep_best=true to "
+        "end with the best adapter on the way"
+    ]
 
 
 def less_memory(config: ATPConfig) -> str:

@@ -15,14 +15,11 @@ from atp import folders, heap, processes, progress
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
 from atp.checks import (
     BUDGET_TOLERANCE,
-    base_remark,
     check_reachable,
     check_sharded,
     less_memory,
-    rounded,
+    remarks,
     rounding,
-    sharding_remark,
-    shortfalls,
 )
 from atp.config import ATPConfig
 from atp.environment import versions
@@ -174,7 +171,8 @@ class Run:
         shapes = load_shapes(config.model)
         check_sharded(config)
         check_tasks(config, data.splits, tokenizer, shapes)
-        for line in (*data.splits.remarks, *self._remarks(shapes), *shortfalls(config, data)):
+        timed = [found["description"] for found in (self.latency, self.length) if found is not None]
+        for line in (*data.splits.remarks, *timed, *remarks(config, shapes, data)):
             self.say(line)
         load = partial(load_model, config.model, config.decisions.space)
         model = load() if processes.sharded() else processes.main_first(load)
@@ -207,12 +205,6 @@ class Run:
             write_text(self.folder / CONFIG, self.config.dump())
         if original is not None and "original" not in self._scores():
             self._record(original=original)
-
-    def _remarks(self, shapes: PretrainedConfig) -> list[str]:
-        """What is said of the target before the run."""
-        timed = [found["description"] for found in (self.latency, self.length) if found is not None]
-        sharded = sharding_remark(self.config, processes.count())
-        return [*timed, *rounded(self.config, shapes), *base_remark(self.config), *sharded]
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raises `InputError` when the model cannot keep what the run promises."""

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from atp import processes
-from atp.checks import shortfalls
+from atp.checks import shortfalls, steps_per_epoch
 from atp.config import ATPConfig
 from atp.data import Splits
 from atp.data.batches import IGNORE
@@ -47,8 +47,7 @@ def data_of(config: ATPConfig, shapes: PretrainedConfig, count: int | None = Non
 
 
 def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, count: int) -> dict[str, Any]:
-    training, train = config.training, data.train
-    per_step = training.batch_size * training.gradient_accumulation * count
+    train, epoch = data.train, steps_per_epoch(config, len(data.train), count)
     sample, scored = averages(train)
     first = train[0]
     return {
@@ -60,8 +59,8 @@ def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
         "tokens_per_epoch": round(sample * len(train)),
         "tokens_per_window": sample,
         "scored_share": scored,
-        "steps_per_epoch": len(train) / per_step,
-        "epochs": training.total * per_step / len(train),
+        "steps_per_epoch": epoch,
+        "epochs": config.training.total / epoch,
         "shortfalls": shortfalls(config, data),
         "sample": shown_sample(first["input_ids"].tolist(), first["labels"].tolist(), tokenizer.decode),
     }

@@ -14,6 +14,7 @@ from atp.checks import (
     check_base_alone,
     check_reachable,
     check_sharded,
+    rereads,
     sharding_remark,
 )
 from atp.config import ATPConfig
@@ -71,6 +72,7 @@ def make_plan(
     config, length = with_steps(config, sample, scored, count)
     if "steps_per_epoch" in data:
         data["epochs"] = config.training.total / data["steps_per_epoch"]
+        data["shortfalls"] += rereads(config, data["steps_per_epoch"])
     precision = config.training.precision
     if precision == "auto" and device == "cuda" != here:
         precision = "bfloat16"

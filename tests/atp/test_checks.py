@@ -2,10 +2,10 @@
 
 import pytest
 
-from atp.checks import check_reachable, shortfalls
+from atp.checks import check_reachable, remarks, rereads, shortfalls, steps_per_epoch
 from atp.config import ATPConfig
 from atp.errors import InputError
-from atp.loading import load_data, load_model, load_tokenizer
+from atp.loading import load_data, load_model, load_shapes, load_tokenizer
 from atp.run import Run
 from atp.training.trainer import ATPTrainer
 
@@ -66,6 +66,21 @@ def test_what_falls_short_is_said(config):
         "evaluation.questions is 300, but there are only 12 test examples of qa",
         "no test example has the label maybe of data.labels",
     ]
+
+
+def test_samples_that_are_read_often_are_said_unless_a_score_watches(config):
+    data = load_data(config, load_tokenizer(config.model))
+    twice = 2 * len(data.train) // config.training.batch_size
+    training = config.training.model_copy(update={"search": 0, "settle": 0, "open": 0, "tune": twice})
+    fixed = config.model_copy(update={"training": training})
+    assert rereads(fixed, steps_per_epoch(fixed, len(data.train), 1)) == []
+    often, epoch = changed(fixed, f"training.tune={10 * twice}"), steps_per_epoch(fixed, len(data.train), 2)
+    (said,) = rereads(often, epoch)
+    assert said.startswith("each training sample is read 40.0 times, ")
+    assert f"set evaluation.every={twice // 2} training.keep_best=true" in said
+    alone = remarks(often, load_shapes(often.model), data)
+    assert said not in alone and any("is read 20.0 times" in line for line in alone)
+    assert rereads(changed(often, "evaluation.every=5"), epoch) == []
 
 
 @pytest.mark.parametrize(("packing", "fate"), [("joined", "span several windows"), ("padded", "lose their beginning")])

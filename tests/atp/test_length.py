@@ -133,3 +133,6 @@ def test_the_plan_says_what_it_comes_to(tiny, tmp_path):
     assert plan["remarks"][0] == "training.tokens=700 comes to 22 steps (32 tokens per step), 704 tokens."
     assert sum(row["steps"] for row in plan["cost"]) == 22
     assert plan["data"]["epochs"] == pytest.approx(22 / plan["data"]["steps_per_epoch"])
+    longer = tiny.training.model_copy(update={"tokens": 70_000})
+    plan = make_plan(tiny.model_copy(update={"output_dir": str(tmp_path), "training": longer}))
+    assert f"is read {plan['data']['epochs']:.1f} times" in plan["data"]["shortfalls"][-1]
