@@ -132,8 +132,8 @@ class Members:
     def path(self, arm: Arm, seed: int) -> Path:
         """The run folder of a member. Settings equal to the common config are not part of its name."""
         presets = tuple(o for o in arm.overrides if o.startswith(_PRESET) and self._changed([o]) != self.config)
-        common = self._changed(presets)
-        telling = tuple(o for o in arm.overrides if o in presets or self._changed((*presets, o)) != common)
+        own, common = self._changed(arm.overrides).model_dump(), self._changed(presets).model_dump()
+        telling = tuple(o for o in arm.overrides if o in presets or _value(own, o) != _value(common, o))
         return self.folder / f"{re.sub(r'[^A-Za-z0-9._=,+-]', '_', Arm(arm.method, telling).name)}-seed{seed}"
 
     def check(self, arms: Iterable[Arm], seeds: Sequence[int]) -> None:
@@ -205,3 +205,10 @@ class Members:
             return None
 
         return look
+
+
+def _value(settings: Any, override: str) -> Any:
+    """What the settings hold where the override sets something."""
+    for part in override.partition("=")[0].split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings

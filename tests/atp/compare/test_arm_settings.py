@@ -43,6 +43,15 @@ def test_arms_with_other_settings_have_other_folders(tmp_path):
     assert ours.path(Arm("atp", ("preset=quick",)), 0).name == "atp-seed0"
 
 
+def test_settings_that_need_each_other_name_a_folder_in_any_order(tmp_path):
+    needing = ("training.keep_best=true", "evaluation.every=5", "training.patience=3", "lora.r=16")
+    ours = members(tmp_path, lora={"r": 16})
+    assert ours.config_of(Arm("atp", needing), 0).training.keep_best
+    assert ours.path(Arm("atp", needing), 0).name == f"atp,{','.join(needing[:3])}-seed0"
+    with pytest.raises(InputError, match="set evaluation.every"):
+        ours.path(Arm("atp", needing[:1]), 0)
+
+
 def test_a_preset_on_top_of_another_is_refused(tmp_path):
     with pytest.raises(InputError, match="an arm sets preset=paper, but the common config has the preset stock"):
         members(tmp_path, preset="stock").config_of(Arm("atp", ("preset=paper",)), 0)
