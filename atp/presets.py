@@ -6,8 +6,10 @@ from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     # `quick` is the defaults. What each costs and gives: docs/quality.md.
-    "standard": {"training": {"steps": 1200}},
-    "thorough": {"training": {"steps": 3600}, "decisions": {"refit_windows": 192}},
+    # A long run may read small data so often that it learns them by heart, so its best adapter is kept, not its last.
+    "standard": {"training": {"steps": 1200, "keep_best": True}, "evaluation": {"every": 100}},
+    "thorough": {"training": {"steps": 3600, "keep_best": True}, "evaluation": {"every": 200},
+                 "decisions": {"refit_windows": 192}},
     # 128 suits tensor cores and every quantised format with blocks of up to 128.
     "stock": {"decisions": {"space": "kv_group", "uniform": True, "multiples": {"mlp": 128}}},
     # The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
