@@ -90,4 +90,7 @@ class ExperimentSpec(BaseModel):
 
 
 def _text(value: Any) -> str:
+    """As an override has it."""
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

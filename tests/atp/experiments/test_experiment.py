@@ -150,6 +150,15 @@ def test_unknown_name_lists_those_there_are(tmp_path, monkeypatch):
         ExperimentSpec.load("curves")
 
 
+def test_an_arm_can_leave_open_what_the_base_sets(write, config, tmp_path):
+    spec, path = ExperimentSpec.load(write(arms=[{"method": "atp", "set": {"evaluation.every": None}}]))
+    common = spec.config(path, "custom", ["evaluation.every=5"])
+    (arm,) = spec.labelled_arms().values()
+    assert arm.overrides == ("evaluation.every=null",)
+    found = Members(common, tmp_path / "runs", command="").config_of(arm, 0)
+    assert (common.evaluation.every, found.evaluation.every) == (5, None)
+
+
 def test_what_an_arm_leaves_as_it_is_does_not_name_its_folder(config, tmp_path):
     members = Members(config, tmp_path, command="")
     assert members.path(Arm("atp", ("decisions.target_keep=0.6",)), 1).name == "atp-seed1"
