@@ -151,7 +151,9 @@ def test_unknown_name_lists_those_there_are(tmp_path, monkeypatch):
 
 
 def test_an_arm_can_leave_open_what_the_base_sets(write, config, tmp_path):
-    spec, path = ExperimentSpec.load(write(arms=[{"method": "atp", "set": {"evaluation.every": None}}]))
+    spec, path = ExperimentSpec.load(
+        write(arms=[{"method": "atp", "set": {"evaluation.every": None}}], picture="intervals", x=None)
+    )
     common = spec.config(path, "custom", ["evaluation.every=5"])
     (arm,) = spec.labelled_arms().values()
     assert arm.overrides == ("evaluation.every=null",)
