@@ -29,7 +29,6 @@ GeneratorKind = Literal["transformer", "gru", "free"]
 
 _OPEN_SHARE = 1 / 3  # of the steps (docs/quality.md)
 _HALF_LIVES, _LONGEST_BETA2 = 6, 0.999
-_LR, _LR_STEPS = 2e-3, 400
 
 
 class ModelConfig(Section):
@@ -148,9 +147,7 @@ class TrainingConfig(Section):
     tune: int | None = Field(None, ge=0, description="Steps after the cut; null: what the other phases leave of steps.")
     batch_size: int = Field(1, ge=1, description="Samples per batch and process.")
     gradient_accumulation: int = Field(1, ge=1, description="Batches per step and process.")
-    lr: float | None = Field(
-        None, gt=0, description="Highest learning rate of LoRA; null: 2e-3, and lower in runs of more than 400 steps."
-    )
+    lr: float = Field(2e-3, gt=0, description="Highest learning rate of LoRA.")
     beta2: float | None = Field(
         None, ge=0, lt=1, description="Decay per step of AdamW's second moment; null: half of it in a sixth of the run."
     )
@@ -206,11 +203,6 @@ class TrainingConfig(Section):
         """LoRA steps in the whole run."""
         before = self.opened + self.search + self.settle
         return self.steps if self.tune is None else before + self.tune
-
-    @property
-    def highest_lr(self) -> float:
-        """The learning rate of LoRA that warm-up leads to: long runs need a lower one (docs/method.md section 5)."""
-        return _LR * min(1.0, _LR_STEPS / self.total) ** 0.5 if self.lr is None else self.lr
 
     @property
     def second_moment(self) -> float:

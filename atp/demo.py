@@ -19,7 +19,6 @@ DENSE_SETTINGS = (
     "training.second_moment", "training.schedule", "training.warmup", "training.clip", "evaluation.windows",
     "evaluation.questions",
 )  # fmt: skip
-_RESOLVED = {"training.lr": "training.highest_lr"}  # what a setting comes to where it is left open
 
 
 def demo_config(output_dir: Path, overrides: list[str] | None = None) -> ATPConfig:
@@ -54,4 +53,4 @@ def recorded_dense(config: ATPConfig, say: Callable[[str], None] = print) -> dic
 
 def dense_settings(config: ATPConfig) -> dict[str, Any]:
     """{key.path: value} of everything that the tuned dense model's scores depend on."""
-    return {key: attrgetter(_RESOLVED.get(key, key))(config) for key in DENSE_SETTINGS}
+    return {key: attrgetter(key)(config) for key in DENSE_SETTINGS}

@@ -6,9 +6,9 @@ from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     # `quick` is the defaults. What each costs and gives: docs/quality.md.
-    # A long run may read small data so often that it learns them by heart, so its best adapter is kept, not its last.
+    # A long run may read small data so often that it learns them by heart: its best adapter is kept, not its last.
     "standard": {"training": {"steps": 1200, "keep_best": True}, "evaluation": {"every": 100}},
-    "thorough": {"training": {"steps": 3600, "keep_best": True}, "evaluation": {"every": 200},
+    "thorough": {"training": {"steps": 3600, "lr": 7e-4, "keep_best": True}, "evaluation": {"every": 200},
                  "decisions": {"refit_windows": 192}},
     # 128 suits tensor cores and every quantised format with blocks of up to 128.
     "stock": {"decisions": {"space": "kv_group", "uniform": True, "multiples": {"mlp": 128}}},

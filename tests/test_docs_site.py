@@ -52,7 +52,7 @@ def test_config_keys_are_there_with_meaning_and_default():
     for key, field in keys(ATPConfig):
         meaning = (field.description or "").replace("|", "\\|")
         assert f"| `{key}` | {meaning} |" in PAGES["config.md"]
-    assert "| `training.clip` | Largest norm of the gradient. | number > 0 | `1.0` |" in PAGES["config.md"]
+    assert "| `training.lr` | Highest learning rate of LoRA. | number > 0 | `0.002` |" in PAGES["config.md"]
 
 
 def test_examples_are_there():

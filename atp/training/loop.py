@@ -110,7 +110,7 @@ class Loop:
         # Fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
         training = self.config.training
         self.adamw = torch.optim.AdamW(
-            trained.values(), lr=training.highest_lr, betas=(0.9, training.second_moment), weight_decay=0.0, fused=True
+            trained.values(), lr=training.lr, betas=(0.9, training.second_moment), weight_decay=0.0, fused=True
         )
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
         self.optimizer = self.accelerator.prepare(self.adamw)

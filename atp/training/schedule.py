@@ -54,15 +54,13 @@ class Phases:
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """The learning rate of the LoRA step with this number, counted from 0, in a run of `config.total` steps.
 
-    It rises linearly from 0 to `highest_lr` over `warmup` steps, then stays, or falls to 0 linearly or along half a
-    cosine.
+    It rises linearly from 0 to `lr` over `warmup` steps, then stays, or falls to 0 linearly or along half a cosine.
     """
-    highest = config.highest_lr
     if step < config.warmup:
-        return highest * (step / config.warmup)
+        return config.lr * (step / config.warmup)
     if config.schedule == "constant":
-        return highest
+        return config.lr
     falling = max(1, config.total - config.warmup)
     if config.schedule == "linear":
-        return highest * max(0.0, (config.total - step) / falling)
-    return highest * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * ((step - config.warmup) / falling))))
+        return config.lr * max(0.0, (config.total - step) / falling)
+    return config.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * ((step - config.warmup) / falling))))

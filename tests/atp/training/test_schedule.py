@@ -59,11 +59,3 @@ def test_phases_longer_than_the_run_are_refused_in_a_sentence():
 def test_the_second_moment_forgets_half_in_a_sixth_of_the_run(steps):
     assert TrainingConfig(steps=steps).second_moment ** (steps / 6) == pytest.approx(0.5)
     assert TrainingConfig(steps=10**6).second_moment == 0.999 and TrainingConfig(beta2=0.5).second_moment == 0.5
-
-
-def test_long_runs_have_a_lower_learning_rate_unless_it_is_given():
-    assert [TrainingConfig(steps=steps).highest_lr for steps in (1, 400)] == [2e-3, 2e-3]
-    assert TrainingConfig(steps=1600).highest_lr == 1e-3
-    assert TrainingConfig(search=600, settle=600, tune=400).highest_lr == 1e-3, "whichever key says how long it is"
-    assert TrainingConfig(steps=1600, lr=3e-4).highest_lr == 3e-4
-    assert learning_rate(TrainingConfig(steps=1600, schedule="constant"), 800) == 1e-3
