@@ -62,7 +62,7 @@ class MaskedLoraLinear(PeftLinear):
     ) -> None:
         """Sets the masks of the next passes, or the slice that stands for them; they stay until the next call."""
         self.out_mask, self.in_mask, self.mask_lora, self.kept = out_mask, in_mask, mask_lora, kept
-        if kept is not None or out_mask is not None or in_mask is not None:
+        if (kept is not None or out_mask is not None or in_mask is not None) and not self._learns_whole:
             self._narrow = None  # the memory that masked passes need
 
     def set_gate(self, axis: int, gate: Tensor | None) -> None:
@@ -89,18 +89,21 @@ class MaskedLoraLinear(PeftLinear):
         """The frozen base and its adapter with its gates, as `atp_kernels` takes them."""
         modules = self.get_base_layer(), self.lora_A[ADAPTER], self.lora_B[ADAPTER]
         base, a, b = (cast(nn.Linear, module) for module in modules)
-        weight = self._narrowed(base.weight) if self._trains_unmasked else base.weight
+        steps = torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._learns_whole
+        weight = self._narrowed(base.weight) if steps else base.weight
         out_gate, in_gate = self.gates
         lora_a = a.weight if in_gate is None else a.weight * in_gate
         lora_b = b.weight if out_gate is None else b.weight * out_gate[:, None]
         return Projection(weight, lora_a, lora_b, self.scaling[ADAPTER], base.bias)
 
     @property
-    def _trains_unmasked(self) -> bool:
-        """Whether this is a plain LoRA step: no mask, and an adapter that learns, since a constant one is merged."""
-        masked = self.kept is not None or self.out_mask is not None or self.in_mask is not None
-        learns = torch.is_grad_enabled() and cast(nn.Linear, self.lora_A[ADAPTER]).weight.requires_grad
-        return learns and not masked and not torch.compiler.is_compiling()
+    def _learns_whole(self) -> bool:
+        """Whether passes read the whole weight beside an adapter that learns: a constant one is merged into it.
+
+        Soft masks, which a running saliency sets in open steps, leave the weight whole.
+        """
+        hard = any(mask is not None and not mask.is_floating_point() for mask in (self.out_mask, self.in_mask))
+        return cast(nn.Linear, self.lora_A[ADAPTER]).weight.requires_grad and self.kept is None and not hard
 
     def _narrowed(self, weight: Tensor) -> Tensor:
         """The frozen weight in autocast's dtype, cast once: casts are a sixth of a step on one short window."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -26,6 +27,10 @@ FUSED_ON = ("cuda",)
 
 Elsewhere both are transformers' own, to the last bit.
 """
+
+
+GROUPED_ON = ("cpu",)
+"""The types of device whose fused attention reads a key for all queries of its group under a mask too."""
 
 
 def use_training_attention(model: PreTrainedModel) -> None:
@@ -108,6 +113,14 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if attention_mask is not None and attention_mask.numel() == 0:
         attention_mask = None
+    if attention_mask is not None and query.device.type in GROUPED_ON and 1 < query.shape[2] == key.shape[2]:
+        # The CPU's kernel takes a mask and groups of queries at once. transformers copies each key and value for every
+        # query of its group, as CUDA's fused kernels need it.
+        output = functional.scaled_dot_product_attention(
+            query, key, value, attention_mask, dropout_p=kwargs.get("dropout", 0.0), scale=kwargs.get("scaling"),
+            enable_gqa=True,
+        )  # fmt: skip
+        return output.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -25,8 +25,8 @@ class Pass:
 
     product, residual: bytes per number of what linears and attention compute, and of the residual stream. rank: of
     LoRA. masked: whether hard masks are on; watched: whether a soft one is. dropout: whether LoRA dropout is on.
-    expanded: whether attention has a mask of its own, which makes keys and values as many as queries. rows: samples of
-    a batch, which share RoPE's angles.
+    apart: whether attention has a mask of its own; expanded: whether keys and values then become as many as queries.
+    rows: samples of a batch, which share RoPE's angles.
     """
 
     product: int
@@ -35,6 +35,7 @@ class Pass:
     masked: bool = False
     watched: bool = False
     dropout: bool = False
+    apart: bool = False
     expanded: bool = False
     rows: int = 1
 
@@ -95,7 +96,7 @@ def _attention(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
         qk = v = -(-max(qk, v) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
     readers = widths.heads if how.expanded else widths.kv_heads
     numbers = (widths.heads + readers) * (qk + v)
-    if padded or how.expanded:
+    if padded or how.apart:
         numbers += widths.heads * widths.v_dim  # the output in the layout that o_proj reads
     if family_of(shapes.config).qk_norm:
         numbers += (widths.heads + widths.kv_heads) * widths.qk_dim

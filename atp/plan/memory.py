@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from atp.families import Linear, family_of
+from atp.models.attention import GROUPED_ON
 from atp.models.base import FORMS
 from atp.plan.activations import Pass, kept_by_saliency, kept_by_training
 from atp.plan.job import Job
@@ -61,8 +62,8 @@ class _Memory:
         self.divides = family_of(job.shapes.config).logits_divisor(job.shapes.config) != 1
         self.readers = {(s.layer, s.reader) for s in job.shapes.space.structures if s.reader is not None}
         self.how = Pass(
-            self.product, self.weight, self.rank, dropout=job.config.lora.dropout > 0, expanded=apart,
-            rows=self.training.batch_size,
+            self.product, self.weight, self.rank, dropout=job.config.lora.dropout > 0, apart=apart,
+            expanded=apart and job.device not in GROUPED_ON, rows=self.training.batch_size,
         )  # fmt: skip
 
     def in_shards(self, parts: Parts) -> Parts:

@@ -99,7 +99,8 @@ class Profiler(Callback):
         self._since = 0.0
 
     def on_phase(self, loop: Loop) -> None:
-        if loop.step == self.spans[loop.phase].start:
+        span = self.spans.get(loop.phase)  # the freeze opens "settle", which may have no step
+        if span is not None and loop.step == span.start:
             self._start(loop.model)
 
     def on_step(self, loop: Loop, record: Record | None) -> None:

@@ -137,7 +137,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(atp, config, shared, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_profile_traces_every_phase_and_the_uncut_weights_are_gone_in_tune(atp, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [["search", "settle"], ["open"]], ids=["paper", "default"])
+def test_profile_traces_every_phase_and_the_uncut_weights_are_gone_in_tune(atp, config, tmp_path, monkeypatch, before):
     """Exit code 3 is allowed: so small a model cannot meet the budget within 0.2 %."""
     import atp.run as run
 
@@ -156,16 +157,17 @@ def test_profile_traces_every_phase_and_the_uncut_weights_are_gone_in_tune(atp, 
     load = run.load_model
     monkeypatch.setattr(run, "load_model", load_model)
     monkeypatch.setattr(run, "ProgressBar", Look)
-    small = ["training.search=3", "training.settle=2", "training.tune=3", "training.precision=float32"]
-    small += ["evaluation.windows=2", "evaluation.questions=0", "decisions.saliency_windows=2"]
+    counts = {"open": 0, "search": 0, "settle": 0} | dict.fromkeys(before, 3)
+    small = [f"training.{phase}={count}" for phase, count in counts.items()]
+    small += ["training.tune=3", "training.precision=float32", "evaluation.windows=2", "evaluation.questions=0"]
+    small += ["decisions.saliency_windows=2"]
     code, out, _ = atp("train", config, "--profile", *small)
     assert code in (0, 3)
-    assert re.search(r"ms per step +search +settle +tune\n *matmul ", out)
+    assert re.search(rf"ms per step +{' +'.join([*before, 'tune'])}\n *matmul ", out)
     folder = tmp_path / "out" / "profile"
-    assert {path.name for path in folder.iterdir()} == {
-        "search.json.gz", "settle.json.gz", "tune.json.gz", "table.json", "table.txt"
-    }  # fmt: skip
-    assert alive == {"search": True, "settle": True, "tune": False}
+    traces = {f"{phase}.json.gz" for phase in [*before, "tune"]}
+    assert {path.name for path in folder.iterdir()} == traces | {"table.json", "table.txt"}
+    assert alive == dict.fromkeys(before, True) | {"tune": False}
 
 
 def test_output_folder_in_use_is_left_alone(atp, config, tmp_path):

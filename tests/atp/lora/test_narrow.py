@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedLoraLinear, add_lora
 from atp.spaces.space import MaskSpace
 
@@ -73,13 +74,34 @@ def test_a_replaced_weight_is_cast_again(model):
     assert same(step(model), changed)
 
 
-def test_nothing_is_kept_without_need(model):
+def test_soft_masks_leave_the_cast_weight_alone(model):
+    """A running saliency sets them in every open step."""
+    space = MaskSpace.from_config(CONFIG, "kv_group")
+    controller = MaskController(model, space)
+
+    def watched():
+        mask = torch.ones(space.size, requires_grad=True)
+        with controller.masks(mask, "soft"):
+            return [*step(model), mask.grad]
+
+    first = watched()
+    held = [layer._narrow[2] for layer in layers(model)]
+    assert same(watched(), first)
+    assert all(layer._narrow[2] is weight for layer, weight in zip(layers(model), held, strict=True))
+    for layer in layers(model):
+        layer.holds_casts, layer._narrow = False, None
+    assert same(watched(), first)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_nothing_is_kept_without_need(model, constant):
     step(model, autocast=False)
     assert all(layer._narrow is None for layer in layers(model))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
     assert all(layer._narrow is None for layer in layers(model))
     step(model)
+    model.requires_grad_(not constant)
     for layer in layers(model):
-        layer.set_masks(torch.ones(layer.out_features, dtype=torch.bool), None)
+        layer.set_masks(torch.ones(layer.out_features, dtype=torch.float32 if constant else torch.bool), None)
     assert all(layer._narrow is None for layer in layers(model))

@@ -130,9 +130,12 @@ def test_dropout_keeps_the_parts_of_the_mlp():
     assert kept_by_training(shapes, shapes.whole[0], Pass(4, 4, RANK, dropout=True)) == found
 
 
-def test_samples_apart_expand_keys_and_values():
+@pytest.mark.parametrize("expanded", [False, True])
+def test_samples_apart_expand_keys_and_values_where_the_kernel_needs_it(expanded, monkeypatch):
+    if expanded:
+        monkeypatch.setattr("atp.models.attention.GROUPED_ON", ())
     found, shapes = per_token_and_layer("llama", "kv_group", plain, positions=True)
-    assert kept_by_training(shapes, shapes.whole[0], Pass(4, 4, RANK, expanded=True)) == found
+    assert kept_by_training(shapes, shapes.whole[0], Pass(4, 4, RANK, apart=True, expanded=expanded)) == found
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
