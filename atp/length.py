@@ -19,7 +19,7 @@ from atp.training.precision import autocast_dtype
 
 _LEAST = 10  # steps: a shorter run learns nothing
 _PROBED = 1000  # steps of the run whose time is computed from the probe
-_BESIDE = ("saliency", "refit")  # what takes its time whatever the number of steps
+_BESIDE = ("saliency", "refit", "certificate")  # what takes its time whatever the number of steps
 _STEPS = ("open", "search", "settle", "tune", "validation")
 
 
@@ -41,10 +41,10 @@ def with_steps(
     """The config with steps in place of `training.minutes` or `training.tokens`, and a record of how they were found.
 
     Phases keep their shares of the whole. Tokens are those that all LoRA steps read. Minutes hold LoRA steps, saliency,
-    refit and scores on the validation split, at the speed of a probe of a few layers (`atp.plan.probe`), which takes
-    some seconds; loading, scores before and after, and export come on top. sample: tokens of an average sample.
-    scored: share of them that have a loss. count: of processes, default that of now. None for a config without such a
-    key. Raises `InputError` if it comes to fewer than 10 steps.
+    refit, certificate and scores on the validation split, at the speed of a probe of a few layers (`atp.plan.probe`),
+    which takes some seconds; loading, scores before and after, and export come on top. sample: tokens of an average
+    sample. scored: share of them that have a loss. count: of processes, default that of now. None for a config without
+    such a key. Raises `InputError` if it comes to fewer than 10 steps.
     """
     known, record = with_known_steps(config)
     if record is not None or not config.training.budget:
@@ -55,9 +55,7 @@ def with_steps(
     if key == "tokens":
         steps, found = round(asked / per_step), f"{per_step:,.0f} tokens per step"
     else:
-        fixed, each = processes.on_main(lambda: _seconds(config, sample, scored))
-        steps = int((60 * asked - fixed) / each)
-        found = f"{each:.3g} s per step and {fixed:.3g} s for saliency and refit, by a probe of {device_name()}"
+        steps, found = processes.on_main(lambda: _steps_in(60 * asked, config, sample, scored))
     if steps < _LEAST:
         raise InputError(
             f"training.{key} is {asked:g}, which comes to {max(steps, 0)} steps ({found}): give more, for at least "
@@ -90,17 +88,29 @@ def _at(config: ATPConfig, steps: int) -> ATPConfig:
         raise InputError(explain(error, TrainingConfig)) from None
 
 
-def _seconds(config: ATPConfig, sample: float, scored: float) -> tuple[float, float]:
-    """Seconds that do not depend on the number of steps, and seconds per step."""
+def _steps_in(seconds: float, config: ATPConfig, sample: float, scored: float) -> tuple[int, str]:
+    """The number of steps that fit, and how it was found."""
+    steps = _PROBED
+    for _ in range(2):  # again where so few steps choose another source of decisions, which takes another time
+        at = _at(config, steps)
+        fixed, each = _seconds(at, sample, scored)
+        steps = int((seconds - fixed) / each)
+        if steps < _LEAST or _at(config, steps).deciding.source == at.deciding.source:
+            break
+    beside = f"{fixed:.3g} s for saliency, refit and certificate"
+    return steps, f"{each:.3g} s per step and {beside}, by a probe of {device_name()}"
+
+
+def _seconds(at: ATPConfig, sample: float, scored: float) -> tuple[float, float]:
+    """Seconds of a run that do not depend on the number of its steps, and seconds per step."""
     # Inside the function, because the plan knows `atp.run`, which knows this module.
     from atp.plan.cost import cost_of
     from atp.plan.job import Job
     from atp.plan.probe import seconds_of, speeds
     from atp.plan.shapes import ModelShapes
 
-    at = _at(config, _PROBED)
-    shapes = ModelShapes.of(load_shapes(config.model), config.decisions)
-    autocast, device = autocast_dtype(config.training.precision), processes.device().type
+    shapes = ModelShapes.of(load_shapes(at.model), at.decisions)
+    autocast, device = autocast_dtype(at.training.precision), processes.device().type
     job = Job.of(at, shapes, autocast=autocast, device=device, sample=sample, scored=scored)
     speed = speeds(job)
     seconds = {row.phase: seconds_of(row, speed) for row in cost_of(job)}

@@ -27,7 +27,8 @@ class Flops:
 
     whole: in the layers of the whole model, in passes over windows. step, stock: there too, in LoRA steps, which have
     batches of their own, with our layers and with those of stock PEFT. cut: in the layers of the cut model. head: in
-    the product with the head.
+    the product with the head. moments: in the refit's products of inputs, in float32. solved: in its systems, in
+    float64.
     """
 
     whole: float = 0.0
@@ -35,6 +36,8 @@ class Flops:
     stock: float = 0.0
     cut: float = 0.0
     head: float = 0.0
+    moments: float = 0.0
+    solved: float = 0.0
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(*(ours + theirs for ours, theirs in zip(self.by_kind, other.by_kind, strict=True)))
@@ -45,7 +48,7 @@ class Flops:
     @property
     def by_kind(self) -> tuple[float, ...]:
         """All kinds, in the order above."""
-        return self.whole, self.step, self.stock, self.cut, self.head
+        return self.whole, self.step, self.stock, self.cut, self.head, self.moments, self.solved
 
     @property
     def total(self) -> float:
@@ -76,6 +79,16 @@ def adapter(widths: LayerWidths, rank: int) -> float:
 def attention(widths: LayerWidths, length: float) -> float:
     """Of scores and weighted values of a layer, per token: each of them reads `length` tokens."""
     return 2.0 * length * widths.heads * (widths.qk_dim + widths.v_dim)
+
+
+def moments(tokens: float, kept: int, outputs: int) -> float:
+    """Of the products of a linear's kept inputs with themselves and with what its outputs lack."""
+    return 2.0 * tokens * kept * (kept + outputs)
+
+
+def solution(kept: int, outputs: int) -> float:
+    """Of what the refit adds to the weights of the kept inputs at one damping."""
+    return 2 / 3 * kept**3 + 2.0 * kept**2 * outputs
 
 
 class Cost:
@@ -144,10 +157,11 @@ class Cost:
             reader = self.whole[structure.layer].linears[structure.reader]
             kept = self.cut[structure.layer].linears[structure.reader].in_features
             again = 2.0 * tokens * reader.out_features * reader.in_features
-            moments = 2.0 * tokens * kept * (kept + outputs)
-            solution = 2 / 3 * kept**3 + 2.0 * kept**2 * outputs
-            errors = len(DAMPINGS) * 2.0 * kept**2 * outputs
-            found += Flops(whole=again + moments + (len(DAMPINGS) + 1) * solution + errors)
+            found += Flops(
+                whole=again,
+                moments=moments(tokens, kept, outputs),
+                solved=(len(DAMPINGS) + 1) * solution(kept, outputs) + len(DAMPINGS) * 2.0 * kept**2 * outputs,
+            )
         return found
 
     def _flops(self, layers: Layers, total: float, head: float) -> Flops:

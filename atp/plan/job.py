@@ -91,6 +91,11 @@ class Job:
         return self.config.training.distill > 0 and self.phases.open > 0
 
     @property
+    def keeps_apart(self) -> bool:
+        """Whether rows hold several samples that do not see each other."""
+        return self.config.data.packing in ("separate", "fitted")
+
+    @property
     def measures_saliency(self) -> bool:
         """Whether saliency is measured on calibration data between two phases."""
         decisions = self.config.deciding

@@ -55,7 +55,7 @@ class _Memory:
         self.rank, self.length = job.config.lora.r, job.config.data.length
         self.batch = self.training.batch_size * self.length
         self.on_host = 0 if job.device == "cuda" else 1
-        apart = job.config.data.packing in ("separate", "fitted") or _slides(job, self.length)
+        apart = job.keeps_apart or _slides(job, self.length)
         load_in = job.config.model.load_in
         self.form = None if load_in is None else FORMS[load_in]
         # A model that divides its logits, as Granite does, has them twice then.
@@ -220,7 +220,8 @@ class _Memory:
         moments = [step | in_pass]
         if slices == 1.0 and job.config.deciding.source == "learned":
             moments.append(self._decision(job.config.decisions.batch_size))
-        moments.append({"checkpoint": self._checkpoint(layers, taught and job.teaches, refitted=cut)})
+        head = self._narrow(self.vocab * self.hidden) if self.ranks == 1 else 0  # steps keep it
+        moments.append({"checkpoint": self._checkpoint(layers, taught and job.teaches, refitted=cut), "head": head})
         return held | self._largest(*moments)
 
     def _pass(self, keeps: Callable[[LayerWidths], float], layers: Layers, tokens: int, teacher: bool) -> Parts:

@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from atp import processes
 from atp.baselines.tuner import stock_lora
 from atp.data import collate
+from atp.decide.maker import frozen
 from atp.latency import now, one_layer
+from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.attention import use_training_attention
-from atp.plan.cost import Cost, Flops, Row
+from atp.plan.cost import Cost, Flops, Row, moments, solution
 from atp.plan.job import Job
 from atp.plan.shapes import Layers, ModelShapes, mask_of
 from atp.removal import cut_model
-from atp.training.cross_entropy import linear_cross_entropy
+from atp.removal.refit import DAMPINGS, moments_of
+from atp.spaces.space import MaskSpace
+from atp.training.cross_entropy import held_heads, linear_cross_entropy
 from atp.training.loss import causal_lm_loss
 
 _SECONDS = 1.5  # for each speed
 _WORDS = 16  # the vocabulary of the layers that are timed: their head must cost nothing
 _ROWS = 512  # tokens of the head that is timed, at most
+_TOKENS, _WIDEST = 4096, 2048  # tokens and inputs of the refit's products that are timed, at most
 _LAYERS, _LAYERS_BYTES = 4, 256 * 2**20  # that are timed together, at most; a single one may have more bytes
 
 
 def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     """Operations per second of each kind; 0 for stock LoRA without a dense baseline.
 
-    Each is measured for about `seconds` after one step to warm up: forward, backward and optimizer of a LoRA step of
-    layers with random weights, and the cross-entropy of as many tokens as a batch scores, in the precision and on the
-    device of the run. LoRA steps have batches as long as those of training, because short ones are slower per token.
-    What is no product (norms, activations) is part of a layer's time.
+    Each is measured for about `seconds` after one step to warm up, in the precision and on the device of the run:
+    forward, backward and optimizer of a LoRA step of layers with random weights, which collects saliency if those of
+    the run do; forward and backward of a window that measures saliency; the cross-entropy of as many tokens as a batch
+    scores; the refit's products and one of its systems. LoRA steps have batches as long as those of training, because
+    short ones are slower per token. What is no product (norms, activations) is part of a layer's time.
     """
     device, training = processes.device(), job.config.training
     layer = sum(linear.out_features * linear.in_features for linear in job.shapes.whole[0].linears.values())
@@ -43,13 +51,17 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     shapes = ModelShapes.of(one_layer(job.shapes.config, _WORDS, count), _same_multiples(job))
     window, sample = job.config.data.length, max(round(job.sample), 2)
 
-    def rate(make: Callable[[PreTrainedModel], PeftModel], widths: Layers, length: int) -> float:
+    def random(make: Callable[[PreTrainedModel], PeftModel]) -> PeftModel:
         torch.manual_seed(0)
         with torch.device(device):
-            model = make(AutoModelForCausalLM.from_config(shapes.config, dtype=job.dtype))
-        small = Job.of(job.config, shapes, autocast=job.autocast, device=job.device, sample=length)
-        flops = Cost(small).step(widths).total * training.batch_size * length
-        return flops / _median(_layers_step(model, job, device, length), device, seconds)
+            return make(AutoModelForCausalLM.from_config(shapes.config, dtype=job.dtype))
+
+    def cost(length: int) -> Cost:
+        return Cost(Job.of(job.config, shapes, autocast=job.autocast, device=job.device, sample=length))
+
+    def rate(make: Callable[[PreTrainedModel], PeftModel], widths: Layers, soft: bool = False) -> float:
+        step = _layers_step(random(make), job, device, sample, training.batch_size, shapes.space if soft else None)
+        return cost(sample).step(widths).total * training.batch_size * sample / _median(step, device, seconds)
 
     def ours(model: PreTrainedModel) -> PeftModel:
         lora = job.config.lora
@@ -62,13 +74,25 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     def dense(model: PreTrainedModel) -> PeftModel:
         return stock_lora(model, job.config).train()
 
-    whole = rate(ours, shapes.whole, window)
-    step = whole if sample == window else rate(ours, shapes.whole, sample)
-    stock = rate(dense, shapes.whole, sample) if job.config.evaluation.dense_baseline else 0.0
+    model = random(ours)
+    with frozen(model):
+        measuring = _median(_layers_step(model, job, device, window, 1, shapes.space), device, seconds)
+    step = rate(ours, shapes.whole, soft=job.config.deciding.source == "running")
+    stock = rate(dense, shapes.whole) if job.config.evaluation.dense_baseline else 0.0
     rows = min(max(round(training.batch_size * job.sample * job.scored), 1), _ROWS)
     sizes = job.shapes.config
-    head = 4.0 * sizes.hidden_size * sizes.vocab_size * rows / _median(_head_step(job, device, rows), device, seconds)
-    return Flops(whole=whole, step=step, stock=stock, cut=rate(cut, shapes.kept, sample), head=head)
+    with held_heads():
+        scoring = _median(_head_step(job, device, rows), device, seconds)
+    summed, solved = _of_refit(job, device, seconds)
+    return Flops(
+        whole=cost(window).decision().total * window / measuring,
+        step=step,
+        stock=stock,
+        cut=rate(cut, shapes.kept),
+        head=4.0 * sizes.hidden_size * sizes.vocab_size * rows / scoring,
+        moments=summed,
+        solved=solved,
+    )
 
 
 def seconds_of(row: Row, speed: Flops) -> float:
@@ -82,24 +106,36 @@ def _same_multiples(job: Job) -> Any:
     return job.config.deciding.model_copy(update={"multiples": job.shapes.multiples})
 
 
-def _layers_step(model: PeftModel, job: Job, device: torch.device, length: int) -> Callable[[], object]:
-    """A LoRA step on a batch of rows with `length` tokens."""
-    training = job.config.training
+def _layers_step(
+    model: PeftModel, job: Job, device: torch.device, length: int, rows: int, soft: MaskSpace | None
+) -> Callable[[], object]:
+    """A step on a batch of rows with `length` tokens; soft: the space of a soft mask, which gets a gradient too.
+
+    A frozen adapter makes it a pass that measures saliency.
+    """
     base: Any = model.get_base_model()
     use_training_attention(base)
     row = {"input_ids": torch.arange(length) % _WORDS, "labels": torch.arange(length) % _WORDS}
-    batch = collate([row] * training.batch_size)
+    if job.keeps_apart:
+        row["position_ids"] = torch.arange(length) % -(-length // 2)  # two samples
+    batch = collate([row] * rows)
     batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True) if trained else None
+    controller = None if soft is None else MaskController(model, soft)
 
     def step() -> None:
+        if controller is not None and soft is not None:
+            controller.set(torch.ones(soft.size, device=device, requires_grad=True), "soft")
         with torch.autocast(device.type, dtype=job.autocast, enabled=job.autocast is not None):
             loss = causal_lm_loss(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, training.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        if controller is not None:
+            controller.clear()
+        if optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(trained, job.config.training.clip)
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
 
@@ -107,7 +143,8 @@ def _layers_step(model: PeftModel, job: Job, device: torch.device, length: int) 
 def _head_step(job: Job, device: torch.device, rows: int) -> Callable[[], object]:
     sizes = job.shapes.config
     states = torch.randn(rows, sizes.hidden_size, device=device, dtype=job.dtype, requires_grad=True)
-    head = torch.randn(sizes.vocab_size, sizes.hidden_size, device=device, dtype=job.dtype)
+    entries = torch.randn(sizes.vocab_size, sizes.hidden_size, device=device, dtype=job.dtype)
+    head = nn.Parameter(entries, requires_grad=False)
     targets = torch.arange(rows, device=device) % sizes.vocab_size
 
     def step() -> None:
@@ -116,6 +153,29 @@ def _head_step(job: Job, device: torch.device, rows: int) -> Callable[[], object
         states.grad = None
 
     return step
+
+
+def _of_refit(job: Job, device: torch.device, seconds: float) -> tuple[float, float]:
+    """Operations per second of the refit's moments and of its solutions, at the size of its widest linear."""
+    windows = job.share_of(job.config.decisions.refit_windows)
+    widths = [
+        job.shapes.kept[structure.layer].linears[structure.reader].in_features
+        for structure in job.shapes.space.structures
+        if structure.reader is not None
+    ]
+    if not windows or not widths:
+        return 0.0, 0.0
+    width, outputs = min(max(widths), _WIDEST), min(job.shapes.config.hidden_size, _WIDEST)
+    tokens = min(windows * job.config.data.length, _TOKENS)
+    dtype = job.autocast or job.dtype
+    inputs = torch.randn(tokens, width, device=device, dtype=dtype)
+    lost = torch.randn(tokens, outputs, device=device, dtype=job.dtype)
+    weight = lost.new_empty(outputs, width)
+    kept = torch.ones(width, dtype=torch.bool, device=device)
+    add_up = partial(moments_of, [(0, inputs, lost)], weight=weight, kept=kept, together=False)
+    solve = partial(add_up().ridge, DAMPINGS[-1])
+    summed, solved = (_median(step, device, seconds) for step in (add_up, solve))
+    return moments(tokens, width, outputs) / summed, solution(width, outputs) / solved
 
 
 def _median(step: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -121,7 +121,7 @@ def _fit(name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: f
             f"the refit of {name} reads NaN or infinity on the calibration windows: use model.dtype=float32 and "
             "training.precision=float32, or decisions.refit_windows=0"
         )
-    moments = partial(_moments, weight=weight, kept=kept, together=together)
+    moments = partial(moments_of, weight=weight, kept=kept, together=together)
     held_out = [pair for pair in pairs if damping is None and (pair[0] + 1) % _HELD_OUT == 0]
     sums = moments([pair for pair in pairs if not any(pair is other for other in held_out)])
     trial = moments(held_out)
@@ -133,7 +133,7 @@ def _fit(name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: f
             damping, helps = processes.on_main(lambda: (damping, helps))
         if not helps:
             return False
-        sums = _Moments(*(one + other for one, other in zip(sums, trial, strict=True)))
+        sums = Moments(*(one + other for one, other in zip(sums, trial, strict=True)))
     added = sums.ridge(_FEW if damping is None else damping).T
     if together:
         processes.broadcast_(added)
@@ -147,7 +147,7 @@ def _fit(name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: f
     return True
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
     """Sums over tokens: products of kept inputs, their products with what is lost, and its squares; float64."""
 
     inputs: Tensor  # [kept, kept]
@@ -167,7 +167,7 @@ class _Moments(NamedTuple):
         return float(self.lost + (added * (self.inputs @ added - 2 * self.cross)).sum())
 
 
-def _moments(pairs: list[_Pair], *, weight: Tensor, kept: Tensor, together: bool) -> _Moments:
+def moments_of(pairs: list[_Pair], *, weight: Tensor, kept: Tensor, together: bool) -> Moments:
     """The moments of inputs and what is lost, batch by batch; products in float32 or wider.
 
     together: summed over the processes.
@@ -185,7 +185,7 @@ def _moments(pairs: list[_Pair], *, weight: Tensor, kept: Tensor, together: bool
                 products.addmm_(x.T, x)
                 cross.addmm_(x.T, y)
                 square += y.square().sum()
-    found = _Moments(products.double(), cross.double(), square, square.new_tensor(len(pairs)))
+    found = Moments(products.double(), cross.double(), square, square.new_tensor(len(pairs)))
     if together:
         for part in found:
             processes.sum_(part)

@@ -9,10 +9,12 @@ bfloat16; how fast it is, docs/measured.md says.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from atp_kernels import cross_entropy_
@@ -47,7 +49,42 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, soft: 
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
         return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, soft)
+    if soft is not None:
+        soft = soft._replace(head=_held(soft.head, _product_dtype(soft.hidden)))
+    return _ChunkedCrossEntropy.apply(hidden, _held(weight, _product_dtype(hidden)), targets, soft)
+
+
+_casts: dict[Tensor, tuple[int, Tensor]] | None = None  # of heads, with the version of the weight that each was made of
+
+
+@contextmanager
+def held_heads() -> Iterator[None]:
+    """Inside, frozen heads are cast to autocast's dtype once and not in each step.
+
+    A CPU takes five times as long for the fresh memory of a cast as for the cast (docs/measured.md).
+    """
+    global _casts
+    before, _casts = _casts, {}
+    try:
+        yield
+    finally:
+        _casts = before
+
+
+def _held(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A frozen parameter in this dtype, from the step before if that made it; any other weight as it is."""
+    if _casts is None or weight.dtype == dtype or weight.requires_grad or not isinstance(weight, nn.Parameter):
+        return weight
+    version, cast = _casts.get(weight, (None, weight))
+    if version != weight._version or cast.dtype != dtype:
+        cast = weight.detach().to(dtype)
+        _casts[weight] = weight._version, cast
+    return cast
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -58,8 +95,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        device, dtype = hidden.device.type, _product_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None

@@ -30,6 +30,7 @@ from atp.signals import SignalGuard
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record, Trackers
 from atp.training.checkpoint import Checkpoint, prefixed, resume_point
+from atp.training.cross_entropy import held_heads
 from atp.training.data import Batch, step_batches
 from atp.training.distill import Teacher
 from atp.training.exchange import Exchange
@@ -157,7 +158,7 @@ class Loop:
 
     def clip(self) -> None:
         """Clips the gradient of the loss to norm `training.clip`."""
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.training.clip)
+        self.accelerator.clip_grad_norm_(self.adamw.param_groups[0]["params"], self.config.training.clip)
 
     def skip_if_not_finite(self, beside: Sequence[nn.Parameter] = ()) -> Tensor:
         """Makes the next optimizer step change nothing if a gradient is not finite.
@@ -176,6 +177,7 @@ class Loop:
             self.phase = phase
             self._tell("on_phase")
 
+    @held_heads()
     def run(self, phase: str, step: Callable[[list[Batch]], None], until: int) -> None:
         """Trains until `until` steps are done. phase: the name in records and callbacks.
 
@@ -193,7 +195,7 @@ class Loop:
             batches = next(self._batches)
             rate = self._set_learning_rate()
             step(batches)
-            self.model.zero_grad()
+            self.adamw.zero_grad()
             self.step += 1
             stopping = self._heard_signal()
             tokens = sum(batch["tokens"] for batch in batches) * processes.count()

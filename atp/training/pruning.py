@@ -36,6 +36,7 @@ from atp.sharding.shards import local, rows_of, store
 from atp.spaces.space import MaskSpace
 from atp.training.certificate import at_cut, at_freeze, masked_logits
 from atp.training.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors, prefixed
+from atp.training.cross_entropy import held_heads
 from atp.training.data import Batch, batch_at, run_order, sized, to_device
 from atp.training.loss import causal_lm_loss
 from atp.training.profiling import scope
@@ -81,6 +82,7 @@ class Pruning:
         """Whether the model was cut; masks, groups and regularizer are gone then."""
         return "masked_vs_cut" in self.certificate
 
+    @held_heads()
     def start(self) -> None:
         """Gives the decisions the saliency of the calibration data to start from, if they do not collect their own."""
         self.scored = True

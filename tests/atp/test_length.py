@@ -1,5 +1,6 @@
 """Minutes and tokens in place of steps: what they come to, how phases share them, and that a resumed run keeps them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -112,20 +113,34 @@ def test_a_run_goes_on_with_the_steps_that_it_began_with(tiny):
 
 def test_minutes_are_what_the_probe_says(tiny, tmp_path, monkeypatch):
     """Twice the speed gives twice the steps, once what takes its time beside them is off."""
-    speeds = dict.fromkeys(("whole", "step", "stock", "cut", "head"), 1e7)
+    speeds = dict.fromkeys((field.name for field in dataclasses.fields(Flops)), 1e7)
     monkeypatch.setattr("atp.plan.probe.speeds", lambda job: Flops(**speeds))
 
     def at(minutes):
         training = tiny.training.model_copy(update={"tokens": None, "minutes": minutes})
         return tiny.model_copy(update={"training": training, "output_dir": str(tmp_path)})
 
-    fixed, each = length._seconds(at(1), 32.0, 0.5)
+    fixed, each = length._seconds(length._at(at(1), 1000), 32.0, 0.5)
     steps = with_steps(at(1), 32.0, 0.5)[0].training.total
     assert steps == int((60 - fixed) / each) >= 10 and fixed > 0
     speeds = {kind: 2 * speed for kind, speed in speeds.items()}
     assert with_steps(at(1), 32.0, 0.5)[0].training.total == pytest.approx((120 - fixed) / each, abs=1)
     with pytest.raises(InputError, match="training.minutes is .*, which comes to 0 steps"):
         with_steps(at(fixed / 3 / 60), 32.0, 0.5)
+
+
+@pytest.mark.parametrize(("minutes", "steps", "asked"), [(5, 290, 1), (1, 30, 2), (0.4, -6, 2)])
+def test_few_steps_are_those_of_a_run_that_measures_its_saliency(monkeypatch, minutes, steps, asked):
+    """They open too few to collect it, and measuring takes its time."""
+    probed = []
+
+    def seconds(config, sample, scored):
+        probed.append(config.deciding.source)
+        return {"running": 10.0, "tuned": 30.0}[config.deciding.source], 1.0
+
+    monkeypatch.setattr(length, "_seconds", seconds)
+    assert length._steps_in(60.0 * minutes, config_of(), 100.0, 1.0)[0] == steps
+    assert probed == ["running", "tuned"][:asked]
 
 
 def test_the_plan_says_what_it_comes_to(tiny, tmp_path):

@@ -174,8 +174,8 @@ def test_the_dense_baseline_is_the_step_of_stock_lora():
     assert dense.stock == pytest.approx(3 * opened.step) and rows["saliency"].whole > 0
 
 
-@pytest.mark.parametrize(("sample", "lengths"), [(None, [LENGTH] * 3), (10.7, [LENGTH, 11, 11, 11])])
-def test_the_probe_times_batches_like_those_of_the_run(monkeypatch, sample, lengths):
+@pytest.mark.parametrize(("sample", "length"), [(None, LENGTH), (10.7, 11)])
+def test_the_probe_times_batches_like_those_of_the_run(monkeypatch, sample, length):
     """Short samples make short batches, in which a token takes longer."""
     seen, scored = [], []
 
@@ -197,11 +197,31 @@ def test_the_probe_times_batches_like_those_of_the_run(monkeypatch, sample, leng
     plan = job("evaluation.dense_baseline=true", scored=0.25)
     plan = dataclasses.replace(plan, sample=sample or LENGTH)
     found = probe.speeds(plan)
-    assert sorted(seen) == sorted((2, 2, length) for length in lengths), "both layers, both rows of a batch"
+    measured = (2, 1, LENGTH)  # one window, as saliency is measured
+    assert sorted(seen) == sorted([measured] + 3 * [(2, 2, length)]), "both layers, both rows of a batch"
     assert scored == [round(2 * plan.sample * 0.25)]
     assert all(seconds_of(row, found) > 0 for row in cost_of(plan))
-    length = lengths[-1]
     expected = Cost(dataclasses.replace(plan, sample=length)).step(plan.shapes.kept).cut + 4 * 96 * 16
     assert found.cut == pytest.approx(expected * 2 * length / 2.0), "with a head of 16 words"
-    without = dataclasses.replace(plan, config=settings("evaluation.dense_baseline=false"))
-    assert probe.speeds(without).stock == 0
+    without = settings("evaluation.dense_baseline=false", "decisions.refit_windows=0")
+    found = probe.speeds(dataclasses.replace(plan, config=without))
+    assert found.stock == found.moments == found.solved == 0
+
+
+@pytest.mark.parametrize("packing", ["joined", "separate"])
+@pytest.mark.parametrize("source", ["running", "tuned"])
+def test_the_probe_times_steps_as_the_run_takes_them(monkeypatch, packing, source):
+    """With the mask that a running saliency reads, and the one that keeps samples apart."""
+    seen = []
+
+    def loss(model, batch):
+        linear = model.get_base_model().model.layers[0].mlp.gate_proj
+        learns = linear.lora_A["default"].weight.requires_grad if hasattr(linear, "lora_A") else None
+        seen.append((learns, getattr(linear, "out_mask", None) is not None, "position_ids" in batch))
+        return causal_lm_loss(model, batch)
+
+    monkeypatch.setattr(probe, "_median", lambda step, device, seconds: (step(), 1.0)[1])
+    monkeypatch.setattr(probe, "causal_lm_loss", loss)
+    probe.speeds(job(f"data.packing={packing}", f"decisions.source={source}"))
+    apart, watched = packing == "separate", source == "running"
+    assert seen == [(False, True, apart), (True, watched, apart), (True, False, apart)], "measured, open and cut"

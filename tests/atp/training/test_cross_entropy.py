@@ -49,6 +49,34 @@ def test_equals_the_plain_form_in_float64(tokens, seed, scale):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def under_autocast(hidden, weight, targets):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    return loss.detach(), *torch.autograd.grad(loss, hidden)
+
+
+def test_a_frozen_head_is_cast_once_while_it_is_held(monkeypatch):
+    hidden, weight, targets = inputs(torch.float32)
+    weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
+    expected = under_autocast(hidden, weight, targets)
+    with cross_entropy.held_heads():
+        assert all(map(torch.equal, under_autocast(hidden, weight, targets), expected))
+        (held,) = cross_entropy._casts.values()
+        assert held[1].dtype == torch.bfloat16
+        assert all(map(torch.equal, under_autocast(hidden, weight, targets), expected))
+        assert cross_entropy._casts[weight] is held
+        weight.mul_(1.5)
+        changed = under_autocast(hidden, weight, targets)
+        assert not torch.equal(changed[0], expected[0]), "cast again"
+        trained = torch.nn.Parameter(weight.clone())
+        under_autocast(hidden, trained, targets)
+        under_autocast(hidden, weight.clone(), targets)
+        linear_cross_entropy(hidden, weight, targets)
+        assert list(cross_entropy._casts) == [weight], "neither a trained one nor a gathered one is held"
+    assert cross_entropy._casts is None
+    assert all(map(torch.equal, under_autocast(hidden, weight, targets), changed))
+
+
 def test_gradcheck():
     hidden, weight, targets = inputs(tokens=7)
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (hidden, weight))
