@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from atp.families import Windows, family_of
 from atp.models.attention import NAME, training_masks
-from atp.sharding.shards import is_sharded, whole
+from atp.sharding.shards import whole
 from atp.training.cross_entropy import linear_cross_entropy
 from atp.training.profiling import scope
 
@@ -49,12 +49,13 @@ def head_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor
 
 
 def _final_hidden(model: nn.Module, causal: PreTrainedModel, batch: dict[str, Any], windows: Windows) -> Tensor:
-    """The input of the head, [batch, tokens, hidden]. The pass goes through the wrappers, which rely on seeing it."""
+    """The input of the head, [batch, tokens, hidden]. The pass goes through distributed wrappers, which rely on it."""
     input_ids, position_ids = batch["input_ids"], batch.get("position_ids")
     mask = None
     if causal.config._attn_implementation == NAME:
         mask = training_masks(input_ids, position_ids, windows)
-    if is_sharded(causal):  # nothing wraps it, and its head would be gathered for nothing
+    if not isinstance(getattr(model, "module", None), nn.Module):
+        # Even without a token to score, the head would be cast under autocast, or gathered from its shards.
         with scope("other"):
             decoder: Any = causal.get_decoder()
             called = decoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
