@@ -3,7 +3,7 @@
 transformers finds packed samples by reading the values of position_ids in every pass, which makes the host wait for the
 device. It uses a 4-D mask as it is, so `training_mask` always makes one. For plain causal attention that mask has no
 elements, and the attention registered here then calls the fused causal kernel. On CUDA queries and keys are rotated in
-one kernel (`rotate`).
+one kernel (`rotate`); on a CPU short windows take `short_attention`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from atp.families import Windows
+from atp.models.short_attention import short_attention, suits
 from atp_kernels import masked_lora_qkv, rotary_embedding
 
 NAME = "atp_sdpa"
@@ -113,15 +114,18 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if attention_mask is not None and attention_mask.numel() == 0:
         attention_mask = None
-    if attention_mask is not None and query.device.type in GROUPED_ON and 1 < query.shape[2] == key.shape[2]:
+    dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
+    if scaling is not None and not dropout and suits(query, key, value, attention_mask):
+        output = short_attention(query, key, value, attention_mask, scaling)
+    elif attention_mask is not None and query.device.type in GROUPED_ON and 1 < query.shape[2] == key.shape[2]:
         # The CPU's kernel takes a mask and groups of queries at once. transformers copies each key and value for every
         # query of its group, as CUDA's fused kernels need it.
         output = functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, dropout_p=kwargs.get("dropout", 0.0), scale=kwargs.get("scaling"),
-            enable_gqa=True,
-        )  # fmt: skip
-        return output.transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            query, key, value, attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+        )
+    else:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def register() -> None:

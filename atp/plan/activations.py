@@ -1,9 +1,10 @@
 """What autograd keeps of one pass through the decoder until the backward pass, in bytes per token.
 
 A frozen linear with an adapter keeps its input, for the gradient of A, and S = scaling * x A^T, for that of B. The
-linears of one input share it. Attention keeps queries, keys, values, its output and one number per head; the gated MLP
-keeps both products and computes their activation again; a norm keeps its input and one number per token. Everything
-but the residual stream is in the dtype of the products.
+linears of one input share it. Attention keeps queries, keys, values, its output and one number per head, or in short
+windows on a CPU its probabilities instead of the last; the gated MLP keeps both products and computes their activation
+again; a norm keeps its input and one number per token. Everything but the residual stream is in the dtype of the
+products.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Pass:
     product, residual: bytes per number of what linears and attention compute, and of the residual stream. rank: of
     LoRA. masked: whether hard masks are on; watched: whether a soft one is. dropout: whether LoRA dropout is on.
     apart: whether attention has a mask of its own; expanded: whether keys and values then become as many as queries.
-    rows: samples of a batch, which share RoPE's angles.
+    short: tokens of a row whose probabilities attention keeps, 0 where it keeps none. rows: samples of a batch, which
+    share RoPE's angles.
     """
 
     product: int
@@ -37,6 +39,7 @@ class Pass:
     dropout: bool = False
     apart: bool = False
     expanded: bool = False
+    short: int = 0
     rows: int = 1
 
 
@@ -58,7 +61,7 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
             stream += linears[ends].out_features
     if widths.qk_dim != shapes.whole[0].qk_dim:  # the cosines and sines of the pairs that this layer keeps
         stream += 2 * widths.qk_dim / how.rows
-    return numbers * how.product + stream * how.residual + _per_row(widths, shapes)
+    return numbers * how.product + stream * how.residual + _per_row(widths, how, shapes)
 
 
 def kept_by_saliency(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
@@ -70,7 +73,7 @@ def kept_by_saliency(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     inner = widths.linears["mlp.down_proj"].in_features
     read = {cut.module.split(".")[0]: widths.linears[cut.module].in_features for cut in _soft(shapes) if cut.axis == 1}
     numbers = _attention(widths, how, shapes) + 2 * inner + _sums(shapes, widths, parts_of_mlp=3) + sum(read.values())
-    return numbers * how.product + 2 * shapes.config.hidden_size * how.residual + _per_row(widths, shapes)
+    return numbers * how.product + 2 * shapes.config.hidden_size * how.residual + _per_row(widths, how, shapes)
 
 
 def _sums(shapes: ModelShapes, widths: LayerWidths, *, parts_of_mlp: int) -> int:
@@ -94,18 +97,21 @@ def _attention(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
     padded = widths.padded and (qk != v or qk % _HEAD_DIM_MULTIPLE != 0)
     if padded:
         qk = v = -(-max(qk, v) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
-    readers = widths.heads if how.expanded else widths.kv_heads
+    readers = widths.heads if how.expanded and not how.short else widths.kv_heads
     numbers = (widths.heads + readers) * (qk + v)
-    if padded or how.apart:
+    if how.short:
+        # o_proj reads a copy of the output, and the backward pass no other.
+        numbers += widths.heads * (how.short + widths.v_dim - v)
+    elif padded or how.apart:
         numbers += widths.heads * widths.v_dim  # the output in the layout that o_proj reads
     if family_of(shapes.config).qk_norm:
         numbers += (widths.heads + widths.kv_heads) * widths.qk_dim
     return numbers
 
 
-def _per_row(widths: LayerWidths, shapes: ModelShapes) -> int:
+def _per_row(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
     """Bytes of what is one float32 per token and head or norm."""
-    count = widths.heads + 2
+    count = 2 + (0 if how.short else widths.heads)
     if family_of(shapes.config).qk_norm:
         count += widths.heads + widths.kv_heads
     return _FLOAT * count

@@ -14,6 +14,7 @@ from dataclasses import replace
 from atp.families import Linear, family_of
 from atp.models.attention import GROUPED_ON
 from atp.models.base import FORMS
+from atp.models.short_attention import LONGEST
 from atp.plan.activations import Pass, kept_by_saliency, kept_by_training
 from atp.plan.job import Job
 from atp.plan.shapes import Layers, LayerWidths, adapter_params, weights_of
@@ -64,6 +65,7 @@ class _Memory:
         self.how = Pass(
             self.product, self.weight, self.rank, dropout=job.config.lora.dropout > 0, apart=apart,
             expanded=apart and job.device not in GROUPED_ON, rows=self.training.batch_size,
+            short=self.length if self.on_host and self.product == 2 and self.length <= LONGEST else 0,
         )  # fmt: skip
 
     def in_shards(self, parts: Parts) -> Parts:

@@ -25,6 +25,10 @@ FAMILIES = {
 }
 
 
+# Second differences of what grows with the square of the tokens, 32 and 64, are those of a line of this slope.
+SHORT = 32 + 64
+
+
 def model_of(family, layers, space, dropout):
     """A tiny LoRA model ready to train, with its shapes."""
     torch.manual_seed(0)
@@ -101,7 +105,7 @@ def softly(model, shapes):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plain_step(family, autocast):
     found, shapes = per_token_and_layer(family, "kv_group", plain, autocast=autocast)
-    how = Pass(2 if autocast else 4, 4, RANK)
+    how = Pass(2 if autocast else 4, 4, RANK, short=SHORT if autocast else 0)
     assert kept_by_training(shapes, shapes.whole[0], how) == found
 
 
@@ -116,18 +120,30 @@ def test_a_masked_step(space, dropout):
 @pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
 def test_a_watched_step(space, autocast):
     found, shapes = per_token_and_layer("llama", space, watched, autocast=autocast)
-    assert kept_by_training(shapes, shapes.whole[0], Pass(2 if autocast else 4, 4, RANK, watched=True)) == found
+    assert (
+        kept_by_training(
+            shapes, shapes.whole[0], Pass(2 if autocast else 4, 4, RANK, watched=True, short=SHORT if autocast else 0)
+        )
+        == found
+    )
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
-def test_a_step_of_the_cut_model(space):
-    found, shapes = per_token_and_layer("llama", space, cut)
-    assert kept_by_training(shapes, shapes.kept[0], Pass(4, 4, RANK, rows=2)) == found
+def test_a_step_of_the_cut_model(space, autocast):
+    found, shapes = per_token_and_layer("llama", space, cut, autocast=autocast)
+    how = Pass(2 if autocast else 4, 4, RANK, rows=2, short=SHORT if autocast else 0)
+    assert kept_by_training(shapes, shapes.kept[0], how) == found
 
 
 def test_dropout_keeps_the_parts_of_the_mlp():
     found, shapes = per_token_and_layer("llama", "kv_group", plain, dropout=0.1)
     assert kept_by_training(shapes, shapes.whole[0], Pass(4, 4, RANK, dropout=True)) == found
+
+
+def test_short_samples_apart_keep_what_joined_ones_do():
+    found, shapes = per_token_and_layer("llama", "kv_group", plain, autocast=True, positions=True)
+    assert kept_by_training(shapes, shapes.whole[0], Pass(2, 4, RANK, apart=True, short=SHORT)) == found
 
 
 @pytest.mark.parametrize("expanded", [False, True])
