@@ -26,6 +26,7 @@ def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         query.device.type == "cpu"
         and {_dtype(part) for part in (query, key, value)} == {torch.bfloat16}
         and 1 < tokens == key.shape[2] <= LONGEST
+        and query.numel() > 0
         and (mask is None or mask.dtype == torch.bool)
         and not torch.compiler.is_compiling()
     )
@@ -74,7 +75,7 @@ class _Attention(torch.autograd.Function):
                 p[groups] = scores.softmax(-1)
             output = torch.bmm(p, v)
         ctx.save_for_backward(q, k, v, p)
-        ctx.scaling, ctx.batch = scaling, batch
+        ctx.scaling, ctx.batch, ctx.wide = scaling, batch, wide
         return output.view(batch, heads, tokens, -1)
 
     @staticmethod
@@ -83,7 +84,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, p = ctx.saved_tensors
         grad = _groups(grad, len(k) // ctx.batch)
         with torch.autocast(grad.device.type, enabled=False):
-            d_scores = torch._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
+            d_scores = torch.bmm(grad, v.mT)
+            d_scores.sub_((d_scores * p).sum(-1, keepdim=True, dtype=ctx.wide)).mul_(p)
             d_query, d_key = (part.mul_(ctx.scaling) for part in (torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q)))
             found = d_query, d_key, torch.bmm(p.mT, grad)
         tokens = k.shape[1]

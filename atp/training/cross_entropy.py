@@ -50,7 +50,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, soft: 
 
         return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
     if soft is not None:
-        soft = soft._replace(head=_held(soft.head, _product_dtype(soft.hidden)))
+        soft = SoftTargets(soft.hidden, _held(soft.head, _product_dtype(soft.hidden)), soft.share)
     return _ChunkedCrossEntropy.apply(hidden, _held(weight, _product_dtype(hidden)), targets, soft)
 
 

@@ -87,6 +87,11 @@ def test_autocast_casts_what_it_reads():
     assert not module.suits(*mixed, None)
 
 
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"heads": 0, "groups": 0}], ids=str)
+def test_nothing_is_left_to_the_fused_kernel(sizes):
+    assert not module.suits(*inputs(torch.bfloat16, **sizes), None)
+
+
 class Layer(torch.nn.Module):
     num_key_value_groups, is_causal = 3, True
 
