@@ -125,7 +125,10 @@ class _Template:
                 **options | self.tokenizer.special_tokens_map,
             )  # fmt: skip
         except Exception as error:  # a template may raise anything
-            raise InputError(f"the chat template rejects the messages ({shorten(error)}); correct the roles") from error
+            remedy = "correct the roles"
+            if any(message.get("tool_calls") and "content" not in message for message in messages):
+                remedy = "it may know no calls of tools: take a model whose template does, or leave such rows out"
+            raise InputError(f"the chat template rejects the messages ({shorten(error)}); {remedy}") from error
         return str(texts[0]), cast(list[Span], marked[0]) if spans else []
 
     def _turns(self, prompt: str, asked: Sequence[Message], tools: Sequence[Any] | None, first: int) -> Iterator[Span]:

@@ -142,6 +142,16 @@ def test_a_template_that_breaks_names_the_row(tmp_path):
         read_examples(write(tmp_path / "a.jsonl", [{"messages": TALK}]), chat=chat_of(tokenizer))
 
 
+def test_a_template_that_knows_no_tools_is_named(tmp_path):
+    """A call of a tool comes without a content, which such templates add to a text."""
+    tokenizer = chat_tokenizer(False)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    talk = [TALK[0], call, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "One."}]
+    with pytest.raises(InputError, match=r"line 1: .*rejects .* it may know no calls of tools: take a mod"):
+        read_examples(write(tmp_path / "a.jsonl", [{"messages": talk}]), chat=chat_of(tokenizer))
+
+
 def test_limit_reads_the_first_rows_only(tmp_path):
     rows = [{"text": f"{n}"} for n in range(1000)]
     for suffix in (".jsonl", ".parquet"):
