@@ -164,6 +164,9 @@ class TrainingConfig(Section):
         "auto", description="Of products; auto: bfloat16 where a probe finds it faster."
     )
     gradient_checkpointing: bool = Field(False, description="Compute layers twice to save memory.")
+    offload: bool = Field(
+        False, description="Keep activations in the host's memory until the backward pass; on a CPU, in a file."
+    )
     sharding: Literal["fsdp"] | None = Field(
         None, description="fsdp: each process holds a share of the frozen weights (docs/processes.md); null: all."
     )
@@ -330,12 +333,13 @@ class ATPConfig(Section):
     def refuse_change_of(self, saved: dict[str, Any]) -> None:
         """Raises `InputError` with the differences if a run was started with another config (as `model_dump`).
 
-        Who holds which weights makes no difference to a run.
+        Who holds which weights, and where activations lie, makes no difference to a run.
         """
         now = self.model_dump(mode="json")
         with contextlib.suppress(ValidationError):  # a setting newer than the run has its default there
             saved = type(self).model_validate(saved).model_dump(mode="json")
-        now["training"]["sharding"] = saved.get("training", {}).get("sharding")
+        for key in ("sharding", "offload"):
+            now["training"][key] = saved.get("training", {}).get(key)
         changed = [
             f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
             for section in now

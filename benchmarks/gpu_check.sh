@@ -43,7 +43,7 @@ if ((dry)); then
   runs="--model tiny --steps 3 --length 32 --batch 2 --dtype float32 --threads 1"
 else
   device=cuda tests=(tests/atp_kernels) limits=()
-  method=(tests/atp/lora tests/atp/decide tests/atp/removal tests/atp/training/test_decisions.py)
+  method=(tests/atp/lora tests/atp/decide tests/atp/removal tests/atp/training/{test_trainer,test_offload}.py)
   sizes=(--model ${MODELS:-llama2-7b} --rank ${RANKS:-16} --tokens "${TOKENS:-8192}")
   trained=("--model 1b --batch 8" "--model 7b --batch 2 --checkpointing --rounds 3")
   runs="--device cuda --model 1b --steps 30 --length 1024 --dtype bfloat16"

@@ -36,6 +36,7 @@ from atp.training.distill import Teacher
 from atp.training.exchange import Exchange
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
+from atp.training.offload import Offload
 from atp.training.precision import autocast_dtype
 from atp.training.prometheus import MetricsFile
 from atp.training.resume import fingerprints, refuse_other_inputs
@@ -69,7 +70,7 @@ class Loop:
         processes.start(config.training.sharding)
         refuse_weights(model)
         self.config, self.phases, self.tokenizer = config, phases, tokenizer
-        self.train_dataset = train_dataset
+        self.train_dataset, self.folder = train_dataset, folder
         trackers = [name for name in config.training.report_to if name != "none"]
         told = [MetricsFile(config.training.metrics_file)] if config.training.metrics_file else []
         self.callbacks = [*callbacks, *([Trackers()] if trackers else []), *told]
@@ -106,6 +107,7 @@ class Loop:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
         self.model = model.to(self.device)
+        self.offload = Offload(self.model, self.folder if self.config.training.offload else None)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._trained = list(trained)
         # Fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
@@ -142,7 +144,7 @@ class Loop:
 
         Cross-entropy, mixed with the distance to the teacher if there is one.
         """
-        with self.autocast():
+        with self.autocast(), self.offload.saving():
             loss = causal_lm_loss(self.model, batch, tokens, teacher=self.teacher)
         loss = loss * self.accelerator.num_processes  # gradients become the mean over processes, `tokens` is their sum
         self._loss += loss.detach()

@@ -39,6 +39,7 @@ from atp.training.checkpoint import Checkpoint, load_optimizer_tensors, optimize
 from atp.training.cross_entropy import held_heads
 from atp.training.data import Batch, batch_at, run_order, sized, to_device
 from atp.training.loss import causal_lm_loss
+from atp.training.offload import Offload
 from atp.training.profiling import scope
 
 
@@ -64,7 +65,7 @@ class Pruning:
         self.model, self.space, self.calibration = model, space, calibration
         self.settings, self.training, self.seed = settings, training, seed
         self.device = next(model.parameters()).device
-        self.autocast = autocast
+        self.autocast, self.offload = autocast, Offload(model, None)
         self.decisions = self._make_decisions()
         self._watching = False  # whether the running saliency looks at this step
         self.scored = False  # whether the decisions know the saliency that they start from
@@ -265,7 +266,8 @@ class Pruning:
     def calibration_loss(self, batch: Batch, mask: Tensor) -> Tensor:
         """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
         self.controller.set(mask, "soft")
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        precision = torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        with precision, self.offload.saving():
             return causal_lm_loss(self.model, batch)
 
     def _windows(self, count: int) -> Iterator[Batch]:

@@ -80,6 +80,7 @@ class ATPTrainer(Loop):
             self.model, space, calibration_dataset, config.deciding, config.training, seed=config.seed,
             autocast=self.autocast_dtype,
         )  # fmt: skip
+        self.pruning.offload = self.offload
 
     @classmethod
     def from_config(cls, config: ATPConfig, callbacks: Sequence[Callback] = ()) -> ATPTrainer:

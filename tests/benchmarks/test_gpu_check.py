@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -28,6 +29,14 @@ def test_an_unknown_stage_is_one_sentence(tmp_path):
     stages = "build test method sanitize tune ops train whole"
     assert f"unknown stage 'biuld': use some of {stages}, or --dry" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_all_tests_that_it_runs_exist():
+    """pytest gives up before the first test where one of its paths does not exist."""
+    paths = re.findall(r"\b(?:tests|method)=\(([^)]*)\)", SCRIPT.read_text())
+    assert len(paths) == 4
+    listed = subprocess.run(["bash", "-c", f"ls -d {' '.join(paths)}"], cwd=ROOT, capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

@@ -1,0 +1,115 @@
+"""Keeps what a backward pass reads of a batch outside of the model's memory until it is read: `training.offload`.
+
+From a GPU it goes to pinned memory of the host, as in `torch.autograd.graph.save_on_cpu`; in a CPU's memory it would
+only move from one place to another, so there it goes to a file. Weights stay: they are there anyway.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+SMALLEST = 64 * 2**10  # bytes; what is smaller takes longer to move than its memory is worth
+
+_Back = Callable[[], Tensor]
+
+
+class Offload:
+    """Where the activations of one model go; folder: of the run, for the file that a CPU needs. None: they stay.
+
+    `bytes` is how much the last forward pass has put aside.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path | None) -> None:
+        self.model, self.folder, self.bytes = model, folder, 0
+        # What the last passes put aside, by its address: storages that are still there belong to copies of weights.
+        self._saved: dict[int, StorageWeakRef] = {}
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a forward pass: what autograd saves in it is kept elsewhere and comes back in its backward pass.
+
+        What is saved several times is kept once. Raises OSError where the disk is full.
+        """
+        folder = self.folder
+        if folder is None:
+            yield
+            return
+        self._saved = {address: storage for address, storage in self._saved.items() if not storage.expired()}
+        stays = {address for weight in self.model.parameters() if (address := _address(weight))} | self._saved.keys()
+        known: dict[tuple[Any, ...], tuple[StorageWeakRef, _Back]] = {}
+        file: BinaryIO | None = None
+        self.bytes = 0
+
+        def pack(tensor: Tensor) -> Tensor | _Back:
+            nonlocal file
+            if tensor.nbytes < SMALLEST or type(tensor) is not Tensor or _address(tensor) in stays:
+                return tensor
+            # The version tells a tensor from what it was before a change in place, the weak reference from a later one
+            # that has got the same memory.
+            place = _address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+            storage, back = known.get(key := (*place, tensor._version), (None, None))
+            if storage is None or back is None or storage.expired():
+                storage = StorageWeakRef(tensor.untyped_storage())
+                if tensor.device.type == "cpu":
+                    file = file or _file(folder)
+                    back = _to_file(tensor, file, self.bytes)
+                else:
+                    back = _to_host(tensor)
+                self.bytes += tensor.nbytes
+                known[key], self._saved[_address(tensor)] = (storage, back), storage
+            return back
+
+        with saved_tensors_hooks(pack, lambda kept: kept if isinstance(kept, Tensor) else kept()):
+            yield
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's memory starts; 0 for one without memory of its own, as shards and quantized weights are."""
+    return tensor.untyped_storage().data_ptr() if type(tensor.data) is Tensor else 0
+
+
+def _file(folder: Path) -> BinaryIO:
+    """A file for one pass, without a name: the system drops it, often unwritten, with the last tensor in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return cast(BinaryIO, tempfile.TemporaryFile(buffering=0, dir=folder))
+
+
+def _to_host(tensor: Tensor) -> _Back:
+    """Copies a tensor to the host; returns what brings it back. Both wait their turn on the device alone."""
+    device, pinned = tensor.device, tensor.is_cuda
+    aside = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    aside.copy_(tensor, non_blocking=pinned)
+    return lambda: aside.to(device, non_blocking=pinned)
+
+
+def _to_file(tensor: Tensor, file: BinaryIO, at: int) -> _Back:
+    """Writes a tensor to a file from this byte on; returns what reads it again."""
+    shape, dtype = tensor.shape, tensor.dtype
+    file.seek(at)
+    left = _bytes(tensor.contiguous())
+    while left:
+        left = left[file.write(left) :]
+
+    def read() -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        file.seek(at)
+        left = _bytes(tensor)
+        while left:
+            left = left[file.readinto(left) :]  # type: ignore[attr-defined]
+        return tensor
+
+    return read
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
