@@ -17,7 +17,7 @@ from atp.data.chat import chat_of
 from atp.data.encoding import encode, start_ids
 from atp.errors import InputError
 from atp.evaluation.inference import inference
-from atp.loading import check_packages, check_vocabulary, load_any_model, load_tokenizer
+from atp.loading import check_packages, check_vocabulary, load_any_model, load_tokenizer, placed
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Chat:
         self.name, self.plain = source, plain
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config)
         check_vocabulary(config, self.tokenizer)
-        self.model: PreTrainedModel = load_any_model(config)
+        self.model: PreTrainedModel = placed(load_any_model(config))
         self.messages: list[dict[str, str]] = []
 
     def ask(self, text: str, say: Callable[[str], None], *, tokens: int = 256, temperature: float = 0.0) -> Answer:

@@ -218,6 +218,8 @@ def less_memory(config: ATPConfig) -> str:
         changes.append(f"training.batch_size={half} training.gradient_accumulation={kept // half}")
     if not training.gradient_checkpointing:
         changes.append("training.gradient_checkpointing=true")
+    elif not training.offload:
+        changes.append("training.offload=true")
     if config.evaluation.batch_size > 1:
         changes.append(f"evaluation.batch_size={config.evaluation.batch_size // 2}")
     if decisions.batch_size > 1:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import heap, processes
@@ -26,6 +27,7 @@ from atp.sharding.read import read_sharded
 from atp.spaces.space import MaskSpace
 
 Samples = PackedDataset | RaggedDataset | Pieces
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 def load_any_model(config: ModelConfig) -> PreTrainedModel:
     """A causal LM of any family, in the config's dtype. Raises `InputError` if there is none."""
     return read_model(**_source(config), dtype=weights_dtype(config, load_shapes(config)))
+
+
+def placed(model: _Model) -> _Model:
+    """A model on the device where this process trains, which is also where it is scored and answers."""
+    return model.to(processes.device())
 
 
 def weights_dtype(config: ModelConfig, shapes: PretrainedConfig) -> torch.dtype:

@@ -35,7 +35,7 @@ from atp.finite import non_finite_figures
 from atp.folders import CONFIG, INPUTS, LATENCY, SKIPPED, check_output_dir, opened, refuse_inputs_inside, saved_config
 from atp.latency import with_time
 from atp.length import LENGTH, with_known_steps, with_steps
-from atp.loading import RunData, averages, check_packages, load_data, load_model, load_shapes, load_tokenizer
+from atp.loading import RunData, averages, check_packages, load_data, load_model, load_shapes, load_tokenizer, placed
 from atp.models.load import read_model
 from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
 from atp.report import write_report
@@ -266,7 +266,7 @@ class Run:
         self, name: str, model: CausalLM, tokenizer: PreTrainedTokenizerBase, data: RunData
     ) -> dict[str, Any]:
         heap.give_back()
-        settings = self.config.evaluation
+        model, settings = placed(model), self.config.evaluation
         with progress.Bars(transient=True, disable=not processes.is_main()) as display:
             scores = evaluate_model(
                 model, tokenizer, packed_windows(data.test, tokenizer, settings.windows), data.splits.test,

@@ -29,6 +29,7 @@ from atp.loading import (
     load_any_model,
     load_shapes,
     load_tokenizer,
+    placed,
 )
 from atp.overrides import explain
 from atp.reading import parse_json
@@ -100,7 +101,7 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     if options.harness:
         check_harness()
     progress.begin("loading")
-    loaded, autocast = load_any_model(source), autocast_dtype(options.precision)
+    loaded, autocast = placed(load_any_model(source)), autocast_dtype(options.precision)
     common: dict[str, Any] = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
     with progress.Bars(transient=True) as display:
         scores: dict[str, Any] = evaluate_model(

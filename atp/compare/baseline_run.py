@@ -19,7 +19,7 @@ from atp.errors import InputError
 from atp.export.card import baseline_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
 from atp.files import write_tensors
-from atp.loading import RunData, check_length
+from atp.loading import RunData, check_length, placed
 from atp.lora.layer import add_lora
 from atp.models.stock import stock_config
 from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
@@ -67,7 +67,7 @@ class BaselineRun(Run):
 
     def _apply(self, baseline: Baseline, model: PreTrainedModel, data: RunData) -> PreTrainedModel:
         """The smaller model; the choice is saved, so that a resumed run tunes the same one."""
-        model = model.to(processes.device())  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+        model = placed(model)
         choice = processes.on_main(lambda: self._choose(baseline, model, data))
         return baseline.apply(model, choice, data.calibration, self.config)
 

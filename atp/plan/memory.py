@@ -129,9 +129,8 @@ class _Memory:
             yield "tune", self._training(kept, taught=True)
         done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
         yield "export", done | self._export()
-        scoring = {"scoring casts": self._narrow(weights_of(kept)) * self.on_host} | self._scoring(kept)
-        again = self._largest({"file": self._exported()}, scoring)
-        yield "score again", done | {"reloaded": self._exported()} | again
+        scoring = {"scoring casts": self._narrow(weights_of(kept))} | self._scoring(kept)
+        yield "score again", done | {"reloaded": self._exported()} | scoring
 
     # What is held throughout
 
@@ -230,12 +229,14 @@ class _Memory:
         """Activations of a forward pass, and what is largest beside them: the loss or one layer backward.
 
         keeps: bytes per token of a layer. With gradient checkpointing a layer keeps its input alone, and one layer at a
-        time is computed again. Of layers that differ the widest counts.
+        time is computed again. With offloading layers keep nothing, and one at a time is read again. Of layers that
+        differ the widest counts.
         """
         each = [keeps(widths) for widths in layers]
         recomputed = 0.0
-        if self.training.gradient_checkpointing:
-            recomputed, each = max(each) * tokens, [self.hidden * self.weight] * len(layers)
+        if self.training.gradient_checkpointing or self.training.offload:
+            recomputed = max(each) * tokens
+            each = [0.0 if self.training.offload else self.hidden * self.weight] * len(layers)
         inner = max(widths.linears["mlp.down_proj"].in_features for widths in layers)
         backward = recomputed + tokens * (2 * inner * self.product + 3 * self.hidden * self.weight)
         loss = self._loss(tokens, teacher)
@@ -268,10 +269,12 @@ class _Memory:
     def _decision(self, windows: int) -> Parts:
         """Forward and backward of calibration windows under a soft mask; LoRA is frozen and has no gradients.
 
-        Under autocast each linear then keeps a narrow weight with the adapter merged in.
+        Under autocast each linear then keeps a narrow weight with the adapter merged in, unless checkpointing makes it
+        anew or offloading moves it.
         """
         whole, how = self.shapes.whole, replace(self.how, rows=windows, dropout=False)
-        merged = self._floats(whole) * self.product if self.product < self.weight else 0
+        stays = not (self.training.gradient_checkpointing or self.training.offload)
+        merged = self._floats(whole) * self.product if stays and self.product < self.weight else 0
         return {"merged": merged} | self._pass(
             lambda widths: kept_by_saliency(self.shapes, widths, how), whole, windows * self.length, teacher=False
         )
@@ -314,27 +317,30 @@ class _Memory:
     def _reference(self, models: int) -> float:
         """Reference logits of the certificate's windows on the host, and of one window of each model at a time.
 
-        Beside these is their difference, or what a model that divides its logits has twice.
+        Beside those of models is their difference, or what a model that divides its logits has twice.
         """
         window = self.length * self.vocab * _FLOAT
-        return window * (WINDOWS * self.on_host + models + 1)
+        return window * (WINDOWS * self.on_host + (models + 1 if models else 0))
 
     def _export(self) -> Parts:
-        """The linears with the adapter merged in; once they are saved, the reloaded model takes their place.
+        """Four moments. The adapter is merged into the linears, one after the other in float64; their logits are taken.
 
-        While it is read, it exists twice: in its file and in its tensors. Then it runs.
+        Once they are saved, the reloaded model takes their place: its logits are compared, and its weights, in eight
+        float64 copies of one.
         """
         kept = self.shapes.kept
         largest = max(widths.largest() for widths in kept)
-        merged = weights_of(kept) * self.weight + 2 * _DOUBLE * largest
-        reloaded = self._exported() + max(self._exported(), _DOUBLE * _DOUBLE * largest)
-        moments: list[Parts] = [{"merged": merged}, {"reloaded": reloaded}]
-        moments.append({"reloaded": self._exported()} | self._gathered())
-        return self._largest(*moments) | {"certificate": self._reference(models=2)}
+        merged, reloaded = weights_of(kept) * self.weight, self._exported()
+        return self._largest(
+            {"merged": merged, "float64": 2 * _DOUBLE * largest},
+            {"merged": merged, "certificate": self._reference(models=1)},
+            {"reloaded": reloaded, "certificate": self._reference(models=0), "float64": 8 * _DOUBLE * largest},
+            {"reloaded": reloaded, "certificate": self._reference(models=2)} | self._gathered(),
+        )
 
     def _exported(self) -> float:
-        """The exported model, which is read and scored in its own dtype on the host."""
-        return self.job.after["total"] * self.weight * self.on_host
+        """The exported model, which is scored in its own dtype; on a CPU its file is its memory."""
+        return self.job.after["total"] * self.weight
 
     def _scoring(self, layers: Layers) -> Parts:
         """Logits of a batch of test windows, then those of one window in float32 with their softmax; or one layer's

@@ -84,13 +84,13 @@ def _range(counts: int | list[int]) -> str:
     return f"{min(counts):,} to {max(counts):,}" if isinstance(counts, list) else f"{counts:,}"
 
 
-def _each(count: int) -> str:
+def each(count: int) -> str:
     """What is said of a table whose figures are those of one process of several."""
     return " of each process" if count > 1 else ""
 
 
 def _memory(rows: list[dict[str, Any]], count: int) -> Table:
-    table = _table(f"Memory{_each(count)} at the peak of each part, without libraries", "part", "peak")
+    table = _table(f"Memory{each(count)} at the peak of each part, without libraries", "part", "peak")
     table.add_column("which is")
     largest = max(row["bytes"] for row in rows)
     for row in rows:
@@ -110,7 +110,7 @@ def _exchange(rows: list[dict[str, Any]]) -> Table:
 
 def _cost(plan: dict[str, Any], count: int) -> Table:
     timed = plan["flops_per_second"] is not None
-    title = f"Steps, tokens and operations{_each(count)}{', with times from a probe of a few layers' if timed else ''}"
+    title = f"Steps, tokens and operations{each(count)}{', with times from a probe of a few layers' if timed else ''}"
     table = _table(title, "part", "steps", "tokens", "TFLOP", *(["time"] if timed else []))
     rows = plan["cost"]
     total = {key: sum(row[key] or 0 for row in rows) for key in ("steps", "tokens", "flops", "seconds")}

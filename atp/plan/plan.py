@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from atp.plan.exchange import exchange_of
 from atp.plan.exports import reachable_exports
 from atp.plan.job import Job, Questions
 from atp.plan.memory import memory_of
+from atp.plan.page import each, size
 from atp.plan.probe import seconds_of, speeds
 from atp.plan.shapes import ModelShapes
 from atp.targets import with_share
@@ -128,7 +129,7 @@ def make_plan(
         "flops_per_second": None if speed is None else {kind: rate for kind, rate in asdict(speed).items() if rate},
         "data": data,
         "exports": [reach._asdict() for reach in reachable_exports(config, found)],
-        "remarks": [*([] if length is None else [f"{length['description']}."]), *_remarks(config, shapes, data, count)],
+        "remarks": [*([] if length is None else [f"{length['description']}."]), *_remarks(job, data)],
     }
 
 
@@ -160,8 +161,9 @@ def _one_or_all(counts: list[int]) -> int | list[int]:
     return counts[0] if len(set(counts)) == 1 else counts
 
 
-def _remarks(config: ATPConfig, shapes: ModelShapes, data: dict[str, Any], count: int) -> list[str]:
+def _remarks(job: Job, data: dict[str, Any]) -> list[str]:
     """What a reader must know of the figures."""
+    config, shapes = job.config, job.shapes
     remarks = [
         f"Widths are those of a cut that is the same in all layers{_of_unequal(shapes)}. A run chooses them layer by "
         f"layer and keeps the target, to within {BUDGET_TOLERANCE:.1%} of the decoder."
@@ -174,8 +176,20 @@ def _remarks(config: ATPConfig, shapes: ModelShapes, data: dict[str, Any], count
         remarks.append("Without data every token counts as one with a loss.")
     if config.evaluation.dense_baseline:
         remarks.append("The memory of the dense baseline is not estimated.")
-    more = [*base_remark(config), *sharding_remark(config, count)]
+    more = [*base_remark(config), *sharding_remark(config, job.count), *_offload_remark(job)]
     return [*remarks, *(line[0].upper() + line[1:] + "." for line in more), _NOT_COUNTED]
+
+
+def _offload_remark(job: Job) -> list[str]:
+    """How much `training.offload` keeps elsewhere: the activations of the largest pass without it."""
+    config = job.config
+    if not config.training.offload:
+        return []
+    stays = config.model_copy(update={"training": config.training.model_copy(update={"offload": False})})
+    rows: list[Any] = [row["parts"] for row in memory_of(replace(job, config=stays))]
+    most = max(parts["activations"] + parts.get("merged", 0) for parts in rows if "activations" in parts)
+    where = "in the host's memory" if job.device == "cuda" else f"in a file in {config.output_dir}"
+    return [f"up to {size(most)} of activations lie {where} in a pass{each(job.count)}"]
 
 
 def _of_unequal(shapes: ModelShapes) -> str:

@@ -70,7 +70,8 @@ class Loop:
         processes.start(config.training.sharding)
         refuse_weights(model)
         self.config, self.phases, self.tokenizer = config, phases, tokenizer
-        self.train_dataset, self.folder = train_dataset, folder
+        self.train_dataset = train_dataset
+        self.offload = Offload(folder if config.training.offload else None)
         trackers = [name for name in config.training.report_to if name != "none"]
         told = [MetricsFile(config.training.metrics_file)] if config.training.metrics_file else []
         self.callbacks = [*callbacks, *([Trackers()] if trackers else []), *told]
@@ -106,8 +107,8 @@ class Loop:
         if self.config.training.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
+        shared = heap.addresses(None if self.teacher else getattr(self, "model", None))  # a teacher keeps them anyway
         self.model = model.to(self.device)
-        self.offload = Offload(self.model, self.folder if self.config.training.offload else None)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._trained = list(trained)
         # Fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
@@ -118,6 +119,7 @@ class Loop:
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
         self.optimizer = self.accelerator.prepare(self.adamw)
         self.exchange = Exchange(trained.values())
+        heap.move_from(self.model, shared)
         self._reset_loss()
 
     @property
@@ -144,7 +146,7 @@ class Loop:
 
         Cross-entropy, mixed with the distance to the teacher if there is one.
         """
-        with self.autocast(), self.offload.saving():
+        with self.autocast(), self.offload.saving(self.model):
             loss = causal_lm_loss(self.model, batch, tokens, teacher=self.teacher)
         loss = loss * self.accelerator.num_processes  # gradients become the mean over processes, `tokens` is their sum
         self._loss += loss.detach()

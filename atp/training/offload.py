@@ -17,45 +17,47 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from atp import heap
+
 SMALLEST = 64 * 2**10  # bytes; what is smaller takes longer to move than its memory is worth
 
 _Back = Callable[[], Tensor]
 
 
 class Offload:
-    """Where the activations of one model go; folder: of the run, for the file that a CPU needs. None: they stay.
+    """Where activations go; folder: of the run, for the file that a CPU needs. None: they stay.
 
     `bytes` is how much the last forward pass has put aside.
     """
 
-    def __init__(self, model: nn.Module, folder: Path | None) -> None:
-        self.model, self.folder, self.bytes = model, folder, 0
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.bytes = folder, 0
         # What the last passes put aside, by its address: storages that are still there belong to copies of weights.
         self._saved: dict[int, StorageWeakRef] = {}
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self, model: nn.Module) -> Iterator[None]:
         """Around a forward pass: what autograd saves in it is kept elsewhere and comes back in its backward pass.
 
-        What is saved several times is kept once. Raises OSError where the disk is full.
+        The weights of the model stay; what is saved several times is kept once. Raises OSError where the disk is full.
         """
         folder = self.folder
         if folder is None:
             yield
             return
         self._saved = {address: storage for address, storage in self._saved.items() if not storage.expired()}
-        stays = {address for weight in self.model.parameters() if (address := _address(weight))} | self._saved.keys()
+        stays = heap.addresses(model) | self._saved.keys()
         known: dict[tuple[Any, ...], tuple[StorageWeakRef, _Back]] = {}
         file: BinaryIO | None = None
         self.bytes = 0
 
         def pack(tensor: Tensor) -> Tensor | _Back:
             nonlocal file
-            if tensor.nbytes < SMALLEST or type(tensor) is not Tensor or _address(tensor) in stays:
+            if tensor.nbytes < SMALLEST or type(tensor) is not Tensor or heap.address(tensor) in stays:
                 return tensor
             # The version tells a tensor from what it was before a change in place, the weak reference from a later one
             # that has got the same memory.
-            place = _address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+            place = heap.address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
             storage, back = known.get(key := (*place, tensor._version), (None, None))
             if storage is None or back is None or storage.expired():
                 storage = StorageWeakRef(tensor.untyped_storage())
@@ -65,16 +67,11 @@ class Offload:
                 else:
                     back = _to_host(tensor)
                 self.bytes += tensor.nbytes
-                known[key], self._saved[_address(tensor)] = (storage, back), storage
+                known[key], self._saved[heap.address(tensor)] = (storage, back), storage
             return back
 
         with saved_tensors_hooks(pack, lambda kept: kept if isinstance(kept, Tensor) else kept()):
             yield
-
-
-def _address(tensor: Tensor) -> int:
-    """Where a tensor's memory starts; 0 for one without memory of its own, as shards and quantized weights are."""
-    return tensor.untyped_storage().data_ptr() if type(tensor.data) is Tensor else 0
 
 
 def _file(folder: Path) -> BinaryIO:

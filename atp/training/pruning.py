@@ -65,7 +65,7 @@ class Pruning:
         self.model, self.space, self.calibration = model, space, calibration
         self.settings, self.training, self.seed = settings, training, seed
         self.device = next(model.parameters()).device
-        self.autocast, self.offload = autocast, Offload(model, None)
+        self.autocast, self.offload = autocast, Offload(None)
         self.decisions = self._make_decisions()
         self._watching = False  # whether the running saliency looks at this step
         self.scored = False  # whether the decisions know the saliency that they start from
@@ -267,7 +267,7 @@ class Pruning:
         """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
         self.controller.set(mask, "soft")
         precision = torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
-        with precision, self.offload.saving():
+        with precision, self.offload.saving(self.model):
             return causal_lm_loss(self.model, batch)
 
     def _windows(self, count: int) -> Iterator[Batch]:

@@ -301,12 +301,19 @@ def test_out_of_memory_names_only_what_still_helps(atp, config, monkeypatch):
     spent = [
         "training.batch_size=1",
         "training.gradient_checkpointing=true",
+        "training.offload=true",
         "evaluation.batch_size=1",
         "data.length=32",
     ]
     code, err = atp("train", config, *spent)
     assert code == 2 and one_sentence(err), err
     assert "decisions.batch_size=1" in err and "data.length=16" in err and "training." not in err.split("with", 1)[1]
+
+
+def test_out_of_memory_with_checkpointing_names_offloading(atp, config, monkeypatch):
+    monkeypatch.setattr("atp.training.pruning.causal_lm_loss", allocate)
+    code, err = atp("train", config, "training.gradient_checkpointing=true")
+    assert code == 2 and "training.offload=true" in err, err
 
 
 def test_out_of_memory_in_eval(atp, model, texts, monkeypatch):

@@ -130,8 +130,7 @@ class Square(torch.autograd.Function):
         return 2 * x * grad
 
 
-def aside(folder):
-    return Offload(torch.nn.Identity(), folder)
+MODEL = torch.nn.Identity()
 
 
 def leaf(*shape, dtype=torch.float64):
@@ -150,16 +149,16 @@ def test_every_dtype_and_stride_comes_back(tmp_path, dtype, view):
     }
     x = leaf(6, 7, dtype=dtype)
     expected = torch.autograd.grad(Square.apply(views[view](x).clone()).sum(), x)[0]
-    offloaded = aside(tmp_path)
-    with offloaded.saving():
+    offloaded = Offload(tmp_path)
+    with offloaded.saving(MODEL):
         y = Square.apply(views[view](x) * 1)
     assert (offloaded.bytes > 0) == (view != "empty")
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
 def test_what_is_saved_twice_is_kept_once(tmp_path):
-    offloaded, x = aside(tmp_path), leaf(8, 8)
-    with offloaded.saving():
+    offloaded, x = Offload(tmp_path), leaf(8, 8)
+    with offloaded.saving(MODEL):
         y = x * 1
         z = Square.apply(y) + Square.apply(y)
     assert offloaded.bytes == y.nbytes
@@ -167,8 +166,8 @@ def test_what_is_saved_twice_is_kept_once(tmp_path):
 
 
 def test_a_change_in_place_makes_another_tensor_of_it(tmp_path):
-    offloaded, x = aside(tmp_path), leaf(8, 8)
-    with offloaded.saving():
+    offloaded, x = Offload(tmp_path), leaf(8, 8)
+    with offloaded.saving(MODEL):
         y = x * 1
         first = Square.apply(y)
         second = Square.apply(y.add_(1))
@@ -178,18 +177,18 @@ def test_a_change_in_place_makes_another_tensor_of_it(tmp_path):
 
 def test_memory_that_is_used_again_holds_another_tensor(tmp_path):
     """The second product may lie where the first one did."""
-    offloaded, x = aside(tmp_path), leaf(8, 8)
-    with offloaded.saving():
+    offloaded, x = Offload(tmp_path), leaf(8, 8)
+    with offloaded.saving(MODEL):
         total = sum(Square.apply(x * factor) for factor in range(8))
     expected = sum(2 * factor * factor * x for factor in range(8))
     torch.testing.assert_close(torch.autograd.grad(total.sum(), x)[0], expected)
 
 
 def test_passes_whose_backward_comes_later_do_not_mix(tmp_path):
-    offloaded, x = aside(tmp_path), leaf(8, 8)
-    with offloaded.saving():
+    offloaded, x = Offload(tmp_path), leaf(8, 8)
+    with offloaded.saving(MODEL):
         first = Square.apply(x * 1)
-    with offloaded.saving():
+    with offloaded.saving(MODEL):
         second = Square.apply(x * 3)
     assert torch.equal(torch.autograd.grad(first.sum(), x)[0], 2 * x)
     torch.testing.assert_close(torch.autograd.grad(second.sum(), x)[0], 18 * x)
@@ -205,15 +204,15 @@ def test_a_system_that_reads_and_writes_a_little_at_a_time(tmp_path, monkeypatch
 
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: Slow())
     x = leaf(8, 8)
-    with aside(tmp_path).saving():
+    with Offload(tmp_path).saving(MODEL):
         y = Square.apply(x * 1)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * x)
 
 
 def test_small_tensors_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "SMALLEST", 513)
-    offloaded, x = aside(tmp_path), leaf(8, 8)
-    with offloaded.saving():
+    offloaded, x = Offload(tmp_path), leaf(8, 8)
+    with offloaded.saving(MODEL):
         y = Square.apply(x * 1)
     assert offloaded.bytes == 0
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * x)

@@ -1,0 +1,58 @@
+"""Models are scored and asked where runs train: on a machine with a GPU, there."""
+
+import pytest
+import torch
+from tiny_command import start
+from tiny_inputs import tiny_config
+
+from atp import processes, run
+from atp.chat import Chat
+from atp.scoring import Scoring, score_folder
+
+
+class Seen(Exception):
+    """The device of the model that was about to be used."""
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Runs train on torch's device without values; whoever uses a model there says so."""
+    monkeypatch.setattr(processes, "device", lambda: torch.device("meta"))
+
+    def use(model, *rest, **options):
+        raise Seen(next(model.parameters()).device.type)
+
+    for place in ("atp.run.evaluate_model", "atp.scoring.evaluate_model", "atp.chat.inference"):
+        monkeypatch.setattr(place, use)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny_config(tmp_path_factory.mktemp("inputs"))
+
+
+def test_a_run_scores(config, tmp_path, elsewhere):
+    with pytest.raises(Seen, match="meta"):
+        start(config, tmp_path / "run")
+
+
+def test_eval_scores(config, elsewhere):
+    options = Scoring(suite=config.data.train, labels=("yes", "no"), length=16, questions=2, precision="float32")
+    with pytest.raises(Seen, match="meta"):
+        score_folder(config.model.path, options)
+
+
+def test_chat_answers(config, elsewhere):
+    with pytest.raises(Seen, match="meta"):
+        Chat(config.model.path, plain=True).ask("the heart", print)
+
+
+def test_every_model_that_a_run_scores_is_placed(config, tmp_path, monkeypatch):
+    scored, placed = [], []
+    evaluate, place = run.evaluate_model, run.placed
+    monkeypatch.setattr(run, "placed", lambda model: placed.append(model) or place(model))
+    monkeypatch.setattr(
+        run, "evaluate_model", lambda model, *rest, **keys: scored.append(model) or evaluate(model, *rest, **keys)
+    )
+    start(config, tmp_path / "run")
+    assert len(scored) == 3 and all(a is b for a, b in zip(scored, placed, strict=True))
