@@ -2,17 +2,21 @@
 
 import gc
 import json
+import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
+from tiny_inputs import tiny_config
 from tiny_run import CUT, SEARCH, TOTAL, make
 
 from atp.training import loop as loops
 from atp.training import metrics
 from atp.training.callbacks import Callback, ProgressBar
+from atp.training.trainer import ATPTrainer
 
 
 class InTune(Callback):
@@ -54,6 +58,38 @@ def test_weights_and_moments_of_removed_structures_are_gone(tmp_path, no_collect
         assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
     after = sum(p.numel() for n, p in trainer.model.named_parameters() if n in sizes)
     assert after < sum(sizes.values()) and untouched != set(sizes)
+
+
+class Mapped(Callback):
+    """Whether the file of the weights lies in memory, at the begin of each phase."""
+
+    def __init__(self, path):
+        self.path, self.seen = path, {}
+
+    def on_phase(self, loop):
+        gc.collect()
+        self.seen[loop.phase] = str(self.path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells which files lie in memory")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_file_of_the_uncut_weights_leaves_memory(tmp_path, stopped):
+    """Embedding and norms, which stay as they are, would keep all of it there."""
+    config = tiny_config(tmp_path)
+    config.output_dir = str(tmp_path / "run")
+    mapped = Mapped(tmp_path / "model.safetensors")
+    trainer = ATPTrainer.from_config(config, callbacks=[mapped])
+    trainer.train()
+    if stopped:
+        checkpoints = tmp_path / "run" / "checkpoints"
+        newest = max(checkpoints.glob("checkpoint-*"))
+        shutil.rmtree(newest)
+        (checkpoints / "LATEST").unlink()
+        del trainer
+        mapped.seen = {"search": True}
+        trainer = ATPTrainer.from_config(config, callbacks=[mapped])
+        trainer.train(resume=True)
+    assert mapped.seen["search"] and not mapped.seen["tune"]
 
 
 class Watch(Callback):
