@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from atp.plan.cost import Cost, Flops, Row, moments, solution
 from atp.plan.job import Job
 from atp.plan.shapes import Layers, ModelShapes, mask_of
 from atp.removal import cut_model
+from atp.removal.certify import reference_logits
 from atp.removal.refit import DAMPINGS, moments_of
 from atp.spaces.space import MaskSpace
 from atp.training.cross_entropy import held_heads, linear_cross_entropy
 from atp.training.loss import causal_lm_loss
+from atp.training.offload import Offload, recompute_layers
 
 _SECONDS = 1.5  # for each speed
 _WORDS = 16  # the vocabulary of the layers that are timed: their head must cost nothing
@@ -42,8 +45,9 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     Each is measured for about `seconds` after one step to warm up, in the precision and on the device of the run:
     forward, backward and optimizer of a LoRA step of layers with random weights, which collects saliency if those of
     the run do; forward and backward of a window that measures saliency; the cross-entropy of as many tokens as a batch
-    scores; the refit's products and one of its systems. LoRA steps have batches as long as those of training, because
-    short ones are slower per token. What is no product (norms, activations) is part of a layer's time.
+    scores; the refit's products and one of its systems; a pass of the certificate over one window. LoRA steps have
+    batches as long as those of training, because short ones are slower per token, and checkpointing and offloading as
+    that has them. What is no product (norms, activations, casts) is part of a layer's time.
     """
     device, training = processes.device(), job.config.training
     layer = sum(linear.out_features * linear.in_features for linear in job.shapes.whole[0].linears.values())
@@ -75,6 +79,8 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
         return stock_lora(model, job.config).train()
 
     model = random(ours)
+    tokens = torch.arange(window)[None] % _WORDS
+    certifying = _median(partial(reference_logits, model, tokens), device, seconds)
     with frozen(model):
         measuring = _median(_layers_step(model, job, device, window, 1, shapes.space), device, seconds)
     step = rate(ours, shapes.whole, soft=job.config.deciding.source == "running")
@@ -92,6 +98,7 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
         head=4.0 * sizes.hidden_size * sizes.vocab_size * rows / scoring,
         moments=summed,
         solved=solved,
+        certified=cost(window).forward(shapes.whole).total * window / certifying,
     )
 
 
@@ -115,6 +122,9 @@ def _layers_step(
     """
     base: Any = model.get_base_model()
     use_training_attention(base)
+    if job.config.training.gradient_checkpointing:
+        recompute_layers(model)
+    offload = Offload(_existing(Path(job.config.output_dir)) if job.config.training.offload else None)
     row = {"input_ids": torch.arange(length) % _WORDS, "labels": torch.arange(length) % _WORDS}
     if job.keeps_apart:
         row["position_ids"] = torch.arange(length) % -(-length // 2)  # two samples
@@ -127,7 +137,8 @@ def _layers_step(
     def step() -> None:
         if controller is not None and soft is not None:
             controller.set(torch.ones(soft.size, device=device, requires_grad=True), "soft")
-        with torch.autocast(device.type, dtype=job.autocast, enabled=job.autocast is not None):
+        precision = torch.autocast(device.type, dtype=job.autocast, enabled=job.autocast is not None)
+        with precision, offload.saving(model):
             loss = causal_lm_loss(model, batch)
         loss.backward()
         if controller is not None:
@@ -138,6 +149,11 @@ def _layers_step(
             optimizer.zero_grad()
 
     return step
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself or the nearest one above it that is there, since a plan makes none."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
 def _head_step(job: Job, device: torch.device, rows: int) -> Callable[[], object]:

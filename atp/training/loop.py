@@ -36,7 +36,7 @@ from atp.training.distill import Teacher
 from atp.training.exchange import Exchange
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
-from atp.training.offload import Offload
+from atp.training.offload import Offload, recompute_layers
 from atp.training.precision import autocast_dtype
 from atp.training.prometheus import MetricsFile
 from atp.training.resume import fingerprints, refuse_other_inputs
@@ -105,8 +105,7 @@ class Loop:
             align_special_tokens(model, self.tokenizer)  # the exported config names the tokenizer's pad token
         use_training_attention(cast(PreTrainedModel, model.get_base_model()))
         if self.config.training.gradient_checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable()
+            recompute_layers(model)
         shared = heap.addresses(None if self.teacher else getattr(self, "model", None))  # a teacher keeps them anyway
         self.model = model.to(self.device)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,6 +1,8 @@
-"""Keeps what a backward pass reads of a batch outside of the model's memory until it is read: `training.offload`.
+"""Less memory between forward and backward pass: `training.gradient_checkpointing` and `training.offload`.
 
-From a GPU it goes to pinned memory of the host, as in `torch.autograd.graph.save_on_cpu`; in a CPU's memory it would
+The first is transformers' own. The second keeps what a backward pass reads outside of the model's memory until then.
+
+From a GPU that goes to pinned memory of the host, as in `torch.autograd.graph.save_on_cpu`; in a CPU's memory it would
 only move from one place to another, so there it goes to a file. Weights stay: they are there anyway.
 """
 
@@ -22,6 +24,12 @@ from atp import heap
 SMALLEST = 64 * 2**10  # bytes; what is smaller takes longer to move than its memory is worth
 
 _Back = Callable[[], Tensor]
+
+
+def recompute_layers(model: Any) -> None:
+    """Makes the layers of a PEFT model keep their inputs alone and run again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 class Offload:

@@ -19,6 +19,7 @@ from atp.plan.probe import one_layer, seconds_of
 from atp.plan.shapes import mask_of
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
+from atp.training import offload
 from atp.training.cross_entropy import linear_cross_entropy
 from atp.training.loss import causal_lm_loss
 
@@ -225,3 +226,24 @@ def test_the_probe_times_steps_as_the_run_takes_them(monkeypatch, packing, sourc
     probe.speeds(job(f"data.packing={packing}", f"decisions.source={source}"))
     apart, watched = packing == "separate", source == "running"
     assert seen == [(False, True, apart), (True, watched, apart), (True, False, apart)], "measured, open and cut"
+
+
+def test_the_probe_times_layers_that_checkpoint_and_offload(monkeypatch, tmp_path):
+    """As their operations are counted; nothing is left of the file that a CPU offloads to."""
+    seen = []
+
+    def loss(model, batch):
+        seen.append(model.is_gradient_checkpointing)
+        return causal_lm_loss(model, batch)
+
+    aside, to_file = [], offload._to_file
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    monkeypatch.setattr(offload, "_to_file", lambda *found: aside.append(1) or to_file(*found))
+    monkeypatch.setattr(probe, "_median", lambda step, device, seconds: (step(), 1.0)[1])
+    monkeypatch.setattr(probe, "causal_lm_loss", loss)
+    probe.speeds(job(f"output_dir={tmp_path / 'run'}"))
+    assert seen == [False] * 3 and not aside
+    seen.clear()
+    probe.speeds(job(f"output_dir={tmp_path / 'run'}", "training.gradient_checkpointing=true", "training.offload=true"))
+    assert seen == [True] * 3 and aside
+    assert not list(tmp_path.iterdir())
