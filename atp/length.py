@@ -36,15 +36,16 @@ def with_known_steps(config: ATPConfig) -> tuple[ATPConfig, dict[str, Any] | Non
 
 
 def with_steps(
-    config: ATPConfig, sample: float, scored: float = 1.0, count: int | None = None
+    config: ATPConfig, sample: float, scored: float = 1.0, count: int | None = None, *, calibrated: float | None = None
 ) -> tuple[ATPConfig, dict[str, Any] | None]:
     """The config with steps in place of `training.minutes` or `training.tokens`, and a record of how they were found.
 
     Phases keep their shares of the whole. Tokens are those that all LoRA steps read. Minutes hold LoRA steps, saliency,
     refit, certificate and scores on the validation split, at the speed of a probe of a few layers (`atp.plan.probe`),
-    which takes some seconds; loading, scores before and after, and export come on top. sample: tokens of an average
-    sample. scored: share of them that have a loss. count: of processes, default that of now. None for a config without
-    such a key. Raises `InputError` if it comes to fewer than 10 steps.
+    which takes some seconds; loading, scores before and after, and export come on top. sample, calibrated: tokens of an
+    average sample of the training and of the calibration data. scored: share of the former that have a loss. count: of
+    processes, default that of now. None for a config without such a key. Raises `InputError` if it comes to fewer than
+    10 steps.
     """
     known, record = with_known_steps(config)
     if record is not None or not config.training.budget:
@@ -55,7 +56,7 @@ def with_steps(
     if key == "tokens":
         steps, found = round(asked / per_step), f"{per_step:,.0f} tokens per step"
     else:
-        steps, found = processes.on_main(lambda: _steps_in(60 * asked, config, sample, scored))
+        steps, found = processes.on_main(lambda: _steps_in(60 * asked, config, sample, scored, calibrated))
     if steps < _LEAST:
         raise InputError(
             f"training.{key} is {asked:g}, which comes to {max(steps, 0)} steps ({found}): give more, for at least "
@@ -88,12 +89,14 @@ def _at(config: ATPConfig, steps: int) -> ATPConfig:
         raise InputError(explain(error, TrainingConfig)) from None
 
 
-def _steps_in(seconds: float, config: ATPConfig, sample: float, scored: float) -> tuple[int, str]:
+def _steps_in(
+    seconds: float, config: ATPConfig, sample: float, scored: float, calibrated: float | None = None
+) -> tuple[int, str]:
     """The number of steps that fit, and how it was found."""
     steps = _PROBED
     for _ in range(2):  # again where so few steps choose another source of decisions, which takes another time
         at = _at(config, steps)
-        fixed, each = _seconds(at, sample, scored)
+        fixed, each = _seconds(at, sample, scored, calibrated)
         steps = int((seconds - fixed) / each)
         if steps < _LEAST or _at(config, steps).deciding.source == at.deciding.source:
             break
@@ -101,7 +104,7 @@ def _steps_in(seconds: float, config: ATPConfig, sample: float, scored: float) -
     return steps, f"{each:.3g} s per step and {beside}, by a probe of {device_name()}"
 
 
-def _seconds(at: ATPConfig, sample: float, scored: float) -> tuple[float, float]:
+def _seconds(at: ATPConfig, sample: float, scored: float, calibrated: float | None = None) -> tuple[float, float]:
     """Seconds of a run that do not depend on the number of its steps, and seconds per step."""
     # Inside the function, because the plan knows `atp.run`, which knows this module.
     from atp.plan.cost import cost_of
@@ -111,7 +114,7 @@ def _seconds(at: ATPConfig, sample: float, scored: float) -> tuple[float, float]
 
     shapes = ModelShapes.of(load_shapes(at.model), at.decisions)
     autocast, device = autocast_dtype(at.training.precision), processes.device().type
-    job = Job.of(at, shapes, autocast=autocast, device=device, sample=sample, scored=scored)
+    job = Job.of(at, shapes, autocast=autocast, device=device, sample=sample, calibrated=calibrated, scored=scored)
     speed = speeds(job)
     seconds = {row.phase: seconds_of(row, speed) for row in cost_of(job)}
     fixed, stepping = (sum(seconds.get(phase, 0.0) for phase in phases) for phases in (_BESIDE, _STEPS))

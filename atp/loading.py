@@ -182,13 +182,13 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     return RunData(splits, train, calibration, test, validation)
 
 
-def averages(train: Samples) -> tuple[float, float]:
+def averages(samples: Samples) -> tuple[float, float]:
     """Tokens of an average sample, and the share of all tokens that have a loss."""
     tokens = scored = 0
-    for row in train:
+    for row in samples:
         tokens += len(row["input_ids"])
         scored += int((row["labels"][1:] != IGNORE).sum())  # the first token of a row is predicted from nothing
-    return tokens / len(train), scored / tokens
+    return tokens / len(samples), scored / tokens
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:

@@ -166,7 +166,8 @@ class Run:
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
         if config.training.budget:
-            self.config, self.length = with_steps(config, *averages(data.train))
+            calibrated, _ = averages(data.calibration)
+            self.config, self.length = with_steps(config, *averages(data.train), calibrated=calibrated)
             config = self.config
         shapes = load_shapes(config.model)
         check_sharded(config)

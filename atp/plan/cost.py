@@ -144,7 +144,7 @@ class Cost:
         """What the teacher adds: a forward pass of the whole model with its adapter merged in."""
         return self.forward(self.whole, lora=False, scored=self.job.scored) if self.job.teaches else Flops()
 
-    def refit(self, tokens: int) -> Flops:
+    def refit(self, tokens: float) -> Flops:
         """Of the whole refit.
 
         Both models run once and the cut one's last linears again; moments of the kept inputs with themselves and with
@@ -192,7 +192,6 @@ def _rows(job: Job) -> Iterator[Row]:
     cost, config, steps = Cost(job), job.config, job.phases
     decisions, training, evaluation = config.deciding, config.training, config.evaluation
     per_step = training.batch_size * training.gradient_accumulation * job.sample
-    length = config.data.length
 
     def row(phase: str, count: int, tokens: float, each: Flops) -> Row:
         return Row(phase, count, round(tokens), each * tokens)
@@ -201,7 +200,7 @@ def _rows(job: Job) -> Iterator[Row]:
     if evaluation.dense_baseline:
         yield row("dense baseline", steps.total, steps.total * per_step, cost.step(cost.whole, stock=True))
         yield _scoring(job, "score dense", cost, cost.whole, lora=True)
-    saliency = row("saliency", 0, job.share_of(decisions.saliency_windows) * length, cost.decision())
+    saliency = row("saliency", 0, job.share_of(decisions.saliency_windows) * job.calibrated, cost.decision())
     if decisions.source == "static":
         yield saliency
     if steps.open:
@@ -212,11 +211,11 @@ def _rows(job: Job) -> Iterator[Row]:
         tokens = steps.search * per_step
         flops = (cost.step(cost.whole, share=_share_in_search(job)) + cost.taught()) * tokens
         if decisions.source == "learned":
-            flops += cost.decision() * (-(-steps.search // decisions.every) * decisions.batch_size * length)
+            flops += cost.decision() * (-(-steps.search // decisions.every) * decisions.batch_size * job.calibrated)
         yield Row("search", steps.search, round(tokens), flops)
     if decisions.refit_windows:
-        tokens = job.share_of(decisions.refit_windows) * length
-        yield Row("refit", 0, tokens, cost.refit(tokens))
+        tokens = job.share_of(decisions.refit_windows) * job.calibrated
+        yield Row("refit", 0, round(tokens), cost.refit(tokens))
     if steps.settle:
         masked = cost.step(cost.whole, share=job.shapes.share) + cost.taught()
         yield row("settle", steps.settle, steps.settle * per_step, masked)
@@ -225,7 +224,7 @@ def _rows(job: Job) -> Iterator[Row]:
     if evaluation.every is not None:
         yield _validation(job, cost)
     # Logits of the masked model twice at the freeze and once at the cut; of the cut one then and four times at export.
-    tokens = WINDOWS * length
+    tokens = WINDOWS * job.calibrated
     passes = cost.forward(cost.whole) * 3 + cost.forward(cost.cut) * 5
     yield row("certificate", 0, tokens, Flops(certified=passes.total))
     yield _scoring(job, "score again", cost, cost.cut, lora=False)

@@ -58,6 +58,7 @@ def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
         "windows": {name: len(samples) for name, samples in data.read_in_training.items()} | {"test": len(data.test)},
         "tokens_per_epoch": round(sample * len(train)),
         "tokens_per_window": sample,
+        "tokens_per_calibration_window": averages(data.calibration)[0],
         "scored_share": scored,
         "steps_per_epoch": epoch,
         "epochs": config.training.total / epoch,

@@ -34,9 +34,10 @@ class Job:
     """A run that is asked for, with what is known of its model, its device and its data.
 
     before, after: parameters by part and their `total`, of the whole model and of the one that equal widths leave.
-    autocast: dtype of the products, None for that of the weights. device: cpu or cuda. sample: tokens of an average
-    sample. scored: share of the tokens that have a loss. count: of processes, each on a device of its own. shared:
-    whether they share the frozen weights. questions: those that are scored, before the training and after it.
+    autocast: dtype of the products, None for that of the weights. device: cpu or cuda. sample, calibrated: tokens of an
+    average sample of the training and of the calibration data. scored: share of the tokens that have a loss. count: of
+    processes, each on a device of its own. shared: whether they share the frozen weights. questions: those that are
+    scored, before the training and after it.
     """
 
     config: ATPConfig
@@ -46,6 +47,7 @@ class Job:
     autocast: torch.dtype | None
     device: str
     sample: float
+    calibrated: float
     scored: float
     count: int
     shared: bool
@@ -60,20 +62,22 @@ class Job:
         autocast: torch.dtype | None,
         device: str,
         sample: float | None = None,
+        calibrated: float | None = None,
         scored: float = 1.0,
         count: int | None = None,
         questions: Questions | None = None,
     ) -> Job:
         """Counts the parameters.
 
-        sample: default data.length, which no sample exceeds. count: default that of now. questions: default none.
+        sample, calibrated: default data.length, which no sample exceeds. count: default that of now. questions: default
+        none.
         """
         before, after = parameters_of(shapes.config), parameters_of(shapes.cut_config)
         count = count or processes.count()
         shared = count > 1 and (config.training.sharding is not None or processes.sharded())
         return cls(
-            config, shapes, before, after, autocast, device, sample or config.data.length, scored, count, shared,
-            questions or Questions(),
+            config, shapes, before, after, autocast, device, sample or config.data.length,
+            calibrated or config.data.length, scored, count, shared, questions or Questions(),
         )  # fmt: skip
 
     def share_of(self, windows: int) -> int:

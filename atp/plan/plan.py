@@ -70,7 +70,8 @@ def make_plan(
     data = data_of(config, found, count)
     progress.begin("counting")
     sample, scored = data.get("tokens_per_window", config.data.length), data.get("scored_share", 1.0)
-    config, length = with_steps(config, sample, scored, count)
+    calibrated = data.get("tokens_per_calibration_window")
+    config, length = with_steps(config, sample, scored, count, calibrated=calibrated)
     if "steps_per_epoch" in data:
         data["epochs"] = config.training.total / data["steps_per_epoch"]
         data["shortfalls"] += rereads(config, data["steps_per_epoch"])
@@ -78,9 +79,11 @@ def make_plan(
     if precision == "auto" and device == "cuda" != here:
         precision = "bfloat16"
     autocast = autocast_dtype(precision)
-    read = {"sample": data["tokens_per_window"], "scored": data["scored_share"]} if "scored_share" in data else {}
-    read |= {"questions": Questions(**data["questions"])} if "questions" in data else {}
-    job = Job.of(_within(config, data), shapes, autocast=autocast, device=device, count=count, **read)
+    questions = Questions(**data["questions"]) if "questions" in data else None
+    job = Job.of(
+        _within(config, data), shapes, autocast=autocast, device=device, count=count, sample=sample,
+        calibrated=calibrated, scored=scored, questions=questions,
+    )  # fmt: skip
     memory, rows = memory_of(job), cost_of(job)
     if probe:
         progress.begin("timing a layer")

@@ -134,7 +134,7 @@ def test_few_steps_are_those_of_a_run_that_measures_its_saliency(monkeypatch, mi
     """They open too few to collect it, and measuring takes its time."""
     probed = []
 
-    def seconds(config, sample, scored):
+    def seconds(config, sample, scored, calibrated):
         probed.append(config.deciding.source)
         return {"running": 10.0, "tuned": 30.0}[config.deciding.source], 1.0
 

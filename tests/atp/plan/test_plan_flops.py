@@ -228,6 +228,17 @@ def test_the_probe_times_steps_as_the_run_takes_them(monkeypatch, packing, sourc
     assert seen == [(False, True, apart), (True, watched, apart), (True, False, apart)], "measured, open and cut"
 
 
+def test_calibration_data_may_be_shorter_than_training_samples():
+    """As headlines are, or longer, as general text among them is."""
+    rows = [
+        {row.phase: row for row in cost_of(dataclasses.replace(job(), calibrated=calibrated))} for calibrated in (32, 8)
+    ]
+    for phase in ("saliency", "refit", "certificate"):
+        long, short = (found[phase] for found in rows)
+        assert long.tokens == 4 * short.tokens and long.flops.total > 2 * short.flops.total, phase
+    assert rows[0]["open"] == rows[1]["open"]
+
+
 def test_the_probe_times_layers_that_checkpoint_and_offload(monkeypatch, tmp_path):
     """As their operations are counted; nothing is left of the file that a CPU offloads to."""
     seen = []
