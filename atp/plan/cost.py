@@ -25,10 +25,11 @@ compute the scores again."""
 class Flops:
     """Operations by where they happen, because each kind has a speed of its own.
 
-    whole: in the layers of the whole model, in passes over windows. step, stock: there too, in LoRA steps, which have
-    batches of their own, with our layers and with those of stock PEFT. cut: in the layers of the cut model. head: in
-    the product with the head. moments: in the refit's products of inputs, in float32. solved: in its systems, in
-    float64. certified: in the passes of the certificate, in float32 with its head.
+    whole: in the layers of the whole model, in passes over calibration windows. step, stock: there too, in LoRA steps,
+    which have batches of their own, with our layers and with those of stock PEFT. cut: in the layers of the cut model.
+    head: in the product with the head. moments: in the refit's products of inputs, in float32. solved: in its systems,
+    in float64. certified: in the passes of the certificate, in float32 with its head. scored: in the layers of a model
+    that is scored.
     """
 
     whole: float = 0.0
@@ -39,6 +40,7 @@ class Flops:
     moments: float = 0.0
     solved: float = 0.0
     certified: float = 0.0
+    scored: float = 0.0
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(*(ours + theirs for ours, theirs in zip(self.by_kind, other.by_kind, strict=True)))
@@ -49,7 +51,8 @@ class Flops:
     @property
     def by_kind(self) -> tuple[float, ...]:
         """All kinds, in the order above."""
-        return self.whole, self.step, self.stock, self.cut, self.head, self.moments, self.solved, self.certified
+        layers = self.whole, self.step, self.stock, self.cut, self.head
+        return *layers, self.moments, self.solved, self.certified, self.scored
 
     @property
     def total(self) -> float:
@@ -108,6 +111,11 @@ class Cost:
             for widths in layers
         )
         return self._flops(layers, total, scored * self._head)
+
+    def score(self, layers: Layers, *, lora: bool = True, scored: float = 1.0) -> Flops:
+        """The same where models are scored, in batches of their own."""
+        found = self.forward(layers, lora=lora, scored=scored)
+        return Flops(scored=found.whole + found.cut, head=found.head)
 
     def step(self, layers: Layers, *, share: float = 1.0, stock: bool = False) -> Flops:
         """Forward and backward of a LoRA step, with layers of stock PEFT or with ours.
@@ -233,7 +241,7 @@ def _rows(job: Job) -> Iterator[Row]:
 def _scoring(job: Job, phase: str, cost: Cost, layers: Layers, *, lora: bool) -> Row:
     """Windows, whose logits are all computed, and questions, of which only those of the answers are."""
     windows, questions = job.config.evaluation.windows * job.config.data.length, job.questions.tokens
-    of_windows, of_questions = (cost.forward(layers, lora=lora, scored=share) for share in (1.0, 0.0))
+    of_windows, of_questions = (cost.score(layers, lora=lora, scored=share) for share in (1.0, 0.0))
     return Row(phase, 0, windows + questions, of_windows * windows + of_questions * questions)
 
 
@@ -245,7 +253,7 @@ def _validation(job: Job, cost: Cost) -> Row:
         before += -(-steps.total // each)
     after = -(-steps.total // each) - steps.cut_step // each + 1
     tokens = samples_scored(job.config) * job.sample
-    flops = cost.forward(cost.whole) * (before * tokens) + cost.forward(cost.cut) * (after * tokens)
+    flops = cost.score(cost.whole) * (before * tokens) + cost.score(cost.cut) * (after * tokens)
     return Row("validation", 0, round((before + after) * tokens), flops)
 
 

@@ -17,6 +17,7 @@ from atp import processes
 from atp.baselines.tuner import stock_lora
 from atp.data import collate
 from atp.decide.maker import frozen
+from atp.evaluation.inference import inference
 from atp.latency import now, one_layer
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
@@ -44,18 +45,19 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
 
     Each is measured for about `seconds` after one step to warm up, in the precision and on the device of the run:
     forward, backward and optimizer of a LoRA step of layers with random weights, which collects saliency if those of
-    the run do; forward and backward of a window that measures saliency; the cross-entropy of as many tokens as a batch
-    scores; the refit's products and one of its systems; a pass of the certificate over one window. LoRA steps have
-    batches as long as those of training, because short ones are slower per token, and checkpointing and offloading as
-    that has them. What is no product (norms, activations, casts) is part of a layer's time.
+    the run do; forward and backward of a calibration window that measures saliency; the cross-entropy of as many tokens
+    as a batch scores; the refit's products and one of its systems; a pass of the certificate over one window, and one
+    over the windows that are scored at once. LoRA steps have batches as long as those of training, because short ones
+    are slower per token, and checkpointing and offloading as that has them. What is no product (norms, activations,
+    casts) is part of a layer's time.
     """
     device, training = processes.device(), job.config.training
     layer = sum(linear.out_features * linear.in_features for linear in job.shapes.whole[0].linears.values())
     count = min(max(_LAYERS_BYTES // (layer * job.dtype.itemsize), 1), _LAYERS, job.shapes.layers)
     shapes = ModelShapes.of(one_layer(job.shapes.config, _WORDS, count), _same_multiples(job))
-    window, sample = job.config.data.length, max(round(job.sample), 2)
+    window, sample = max(round(job.calibrated), 2), max(round(job.sample), 2)
 
-    def random(make: Callable[[PreTrainedModel], PeftModel]) -> PeftModel:
+    def random(make: Callable[[PreTrainedModel], Any]) -> Any:
         torch.manual_seed(0)
         with torch.device(device):
             return make(AutoModelForCausalLM.from_config(shapes.config, dtype=job.dtype))
@@ -83,6 +85,8 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     certifying = _median(partial(reference_logits, model, tokens), device, seconds)
     with frozen(model):
         measuring = _median(_layers_step(model, job, device, window, 1, shapes.space), device, seconds)
+    length, at_once = job.config.data.length, job.config.evaluation.batch_size
+    evaluating = _median(_scoring_step(random(lambda model: model), job, length, at_once), device, seconds)
     step = rate(ours, shapes.whole, soft=job.config.deciding.source == "running")
     stock = rate(dense, shapes.whole) if job.config.evaluation.dense_baseline else 0.0
     rows = min(max(round(training.batch_size * job.sample * job.scored), 1), _ROWS)
@@ -99,6 +103,7 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
         moments=summed,
         solved=solved,
         certified=cost(window).forward(shapes.whole).total * window / certifying,
+        scored=cost(length).forward(shapes.whole, lora=False).total * length * at_once / evaluating,
     )
 
 
@@ -147,6 +152,16 @@ def _layers_step(
             torch.nn.utils.clip_grad_norm_(trained, job.config.training.clip)
             optimizer.step()
             optimizer.zero_grad()
+
+    return step
+
+
+def _scoring_step(model: PreTrainedModel, job: Job, length: int, rows: int) -> Callable[[], object]:
+    """A pass that scores `rows` windows of `length` tokens."""
+
+    def step() -> None:
+        with inference(model, job.autocast) as device:
+            model(input_ids=(torch.arange(length, device=device) % _WORDS).repeat(rows, 1), use_cache=False)
 
     return step
 

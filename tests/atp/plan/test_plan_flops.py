@@ -196,9 +196,9 @@ def test_the_probe_times_batches_like_those_of_the_run(monkeypatch, sample, leng
     monkeypatch.setattr(probe, "causal_lm_loss", loss)
     monkeypatch.setattr(probe, "linear_cross_entropy", head)
     plan = job("evaluation.dense_baseline=true", scored=0.25)
-    plan = dataclasses.replace(plan, sample=sample or LENGTH)
+    plan = dataclasses.replace(plan, sample=sample or LENGTH, calibrated=19.6)
     found = probe.speeds(plan)
-    measured = (2, 1, LENGTH)  # one window, as saliency is measured
+    measured = (2, 1, 20)  # one calibration window, as saliency is measured
     assert sorted(seen) == sorted([measured] + 3 * [(2, 2, length)]), "both layers, both rows of a batch"
     assert scored == [round(2 * plan.sample * 0.25)]
     assert all(seconds_of(row, found) > 0 for row in cost_of(plan))
