@@ -9,35 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import folders, heap, processes, progress
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
-from atp.checks import (
-    BUDGET_TOLERANCE,
-    check_reachable,
-    check_sharded,
-    less_memory,
-    remarks,
-    rounding,
-)
+from atp.checks import check_sharded, less_memory, remarks, rounding
 from atp.config import ATPConfig
 from atp.environment import versions
-from atp.errors import InputError, Interrupted, NotReached, is_out_of_memory, reason
-from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughput
+from atp.errors import InputError, Interrupted, is_out_of_memory, reason
+from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughputs
 from atp.evaluation.answers import answered_question
 from atp.evaluation.inference import CausalLM, bars
 from atp.evaluation.samples import held_out_samples, sample_answers, side_by_side
 from atp.export.card import add_results, license_of
 from atp.export.origins import origins
 from atp.files import read_json, write_json, write_text
-from atp.finite import non_finite_figures
 from atp.folders import CONFIG, INPUTS, LATENCY, SKIPPED, check_output_dir, opened, refuse_inputs_inside, saved_config
 from atp.latency import with_time
 from atp.length import LENGTH, with_known_steps, with_steps
 from atp.loading import RunData, averages, check_packages, load_data, load_model, load_shapes, load_tokenizer, placed
 from atp.models.load import read_model
-from atp.removal.certify import AT_CUT, AT_EXPORT, check_certificate, rounding_remark
+from atp.promises import check_promises, check_target
+from atp.removal.certify import rounding_remark
 from atp.report import write_report
 from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.sharding.read import read_sharded
@@ -113,7 +106,9 @@ class Run:
         facts = {"certificate": trainer.certificate, "skipped_steps": trainer.finite.skipped,
                  "skipped_decision_steps": trainer.decisions.finite.skipped,
                  **trainer.validation.summary(trainer.step)}  # fmt: skip
-        return self._conclude(tokenizer, data, trainer.clock, facts)
+        clock = trainer.clock
+        del trainer  # the models that are scored and timed now have its memory
+        return self._conclude(tokenizer, data, clock, facts)
 
     def _trainer(self) -> tuple[ATPTrainer, PreTrainedTokenizerBase, RunData]:
         """Prepares the run, tunes the dense model if the config asks for it, and hands the model to a trainer.
@@ -279,10 +274,24 @@ class Run:
         scores |= {"size": model_size(model)}
         if name != "tuned_dense":
             shown = held_out_samples(data.splits.test, settings.samples)
-            progress.begin(f"answers and speed of the {name} model")
+            progress.begin(f"answers of the {name} model")
             scores["samples"] = sample_answers(model, tokenizer, shown, autocast=self.autocast)
-            scores["speed"] = throughput(model)
         return scores
+
+    def _time(self, load: Callable[[], CausalLM]) -> None:
+        """Times the original and the final model in turns, unless that is done, so that their ratio is fair."""
+        scores = processes.on_main(self._scores)
+        if "speed" in scores["final"]:
+            return
+
+        def speeds() -> list[dict[str, float]]:
+            heap.give_back()
+            progress.begin("speed of the original and the final model")
+            return throughputs([placed(load_model(self.config.model, self.config.decisions.space)), placed(load())])
+
+        for name, speed in zip(("original", "final"), processes.together(speeds), strict=True):
+            scores[name]["speed"] = speed
+        processes.on_main(lambda: self._record(**scores))
 
     def _scores(self) -> dict[str, dict[str, Any]]:
         path = self.folder / "evaluation.json"
@@ -306,6 +315,7 @@ class Run:
         load = (lambda: read_sharded(made, "auto", processes.device())) if processes.sharded() else (
             lambda: read_model(made, dtype="auto"))  # fmt: skip
         self._score_once("final", load, tokenizer, data, **model)
+        self._time(load)
         return processes.on_main(lambda: self._write_summary(data, clock, facts | model))
 
     def _write_summary(self, data: RunData, clock: PhaseClock, facts: dict[str, Any]) -> dict[str, Any]:
@@ -364,29 +374,3 @@ class Run:
             "versions": versions(),
             "command": self.command,
         } | ({} if self.latency is None else {"latency": self.latency})
-
-
-def check_target(config: ATPConfig, shapes: PretrainedConfig) -> None:
-    """Refuses now what `check_promises` would certainly refuse after the run; shapes: the config of the model."""
-    check_reachable(config, shapes, BUDGET_TOLERANCE)
-
-
-def check_promises(summary: dict[str, Any]) -> None:
-    """Raises `NotReached` if the budget or the certificate is missed, or a figure is not a number.
-
-    Everything was written by then. Conditions say what must hold, not what must not: NaN then never passes.
-    """
-    check_certificate(summary["certificate"], AT_CUT + AT_EXPORT)
-    check_figures(summary)
-    missed = abs(summary["keep_decoder"] - summary["target_keep"])
-    if not missed <= max(BUDGET_TOLERANCE, summary.get("rounding", 0.0)):
-        raise NotReached(
-            f"budget: {summary['keep_decoder']:.4f} of the decoder is kept, target {summary['target_keep']}: the "
-            "width rules (decisions.multiples) are too coarse for this model, lower them"
-        )
-
-
-def check_figures(summary: dict[str, Any]) -> None:
-    """Raises `NotReached` for the first figure that is NaN or infinite."""
-    for figure, value in non_finite_figures(summary):
-        raise NotReached(f"{figure} of summary.json is {value}, which is no result: check the model that it is of")

@@ -3,7 +3,7 @@
     python -m benchmarks.plan_memory examples/health-mini.yaml training.steps=6 output_dir=/tmp/run
     torchrun --nproc_per_node 2 -m benchmarks.plan_memory config.yaml training.sharding=fsdp  # of the main process
 
-The run happens in a process of its own, without the measurement of speed, which takes longest and little memory.
+The run happens in a process of its own, and times few tokens where it measures speed, which takes longest.
 Measured is Linux's VmHWM, reset between the parts of the run, less what is resident once all packages are imported.
 Pages of libraries are left out of both, because a system that is short of memory takes them back. Measured memory holds
 all that a plan leaves out, and what the allocator keeps of freed memory; with MALLOC_MMAP_THRESHOLD_=65536 in the
@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,7 @@ import torch
 
 from atp import heap, ranks
 from atp.config import ATPConfig
+from atp.evaluation import throughputs
 from atp.loading import load_data, load_shapes, load_tokenizer
 from atp.plan.job import Job, Questions
 from atp.plan.memory import memory_of
@@ -46,6 +48,7 @@ _PARTS = (
     (Pruning, "refit", "refit"),
     (ATPTrainer, "_cut", "cut"),
     (ATPTrainer, "export", "export"),
+    (Run, "_time", "speed"),
 )
 
 
@@ -108,8 +111,8 @@ def measured(config: ATPConfig) -> dict[str, float]:
     """Bytes at the peak of each part of a run, in this process."""
     torch.set_num_threads(1)
     peaks = Peaks()
-    rates = {"prefill_tokens_per_second": 0.0, "decode_tokens_per_second": 0.0}
-    with peaks.watching(), patch("atp.run.throughput", lambda *arguments, **options: rates):
+    few = partial(throughputs, prompt_tokens=16, new_tokens=2, repeats=1)
+    with peaks.watching(), patch("atp.run.throughputs", few):
         Run(config, resume=False, command="benchmarks.plan_memory", say=lambda line: None).execute()
     return peaks.bytes
 

@@ -18,7 +18,10 @@ LAYERS = (
     ("atp.compare", "atp.sweep"),
     ("atp.run", "atp.demo", "atp.scoring", "atp.chat", "atp.plan", "atp.length"),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
-    ("atp.checks", "atp.draft", "atp.folders", "atp.latency", "atp.loading", "atp.scored_tasks", "atp.targets"),
+    (
+        *("atp.checks", "atp.draft", "atp.folders", "atp.latency", "atp.loading", "atp.promises", "atp.scored_tasks"),
+        "atp.targets",
+    ),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.sharding",),
     ("atp.models",),

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from atp import cli
 from atp.checks import BUDGET_TOLERANCE
 from atp.demo import demo_config
-from atp.evaluation import packed_windows, perplexity, throughput
+from atp.evaluation import packed_windows, perplexity, throughputs
 from atp.loading import load_any_model, load_data, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import LIMITS
@@ -37,7 +37,7 @@ def demo(tmp_path_factory):
     """The folder of a finished demo, its summary, and what the command printed."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as done:
-        patch.setattr("atp.run.throughput", partial(throughput, prompt_tokens=32, new_tokens=4, repeats=1))
+        patch.setattr("atp.run.throughputs", partial(throughputs, prompt_tokens=32, new_tokens=4, repeats=1))
         patch.setattr(sys, "argv", ["atp", "demo", *OVERRIDES, "--output-dir", str(folder)])
         printed = []
         patch.setattr(cli.console, "print", lambda *values, **_: printed.extend(map(str, values)))

@@ -22,8 +22,9 @@ from atp.files import write_tensors
 from atp.loading import RunData, check_length, placed
 from atp.lora.layer import add_lora
 from atp.models.stock import stock_config
+from atp.promises import check_figures
 from atp.removal.certify import AT_EXPORT, certificate_tokens, check_certificate
-from atp.run import Run, check_figures
+from atp.run import Run
 from atp.spaces.space import MaskSpace
 from atp.training.callbacks import ProgressBar, make_progress
 
@@ -49,7 +50,9 @@ class BaselineRun(Run):
         chosen = processes.on_main(self._scores).get("choice")
         if chosen is not None:
             tuner.clock.add("choose", chosen["seconds"])
-        return self._conclude(tokenizer, data, tuner.clock, facts)
+        clock = tuner.clock
+        del model, tuner  # the models that are scored and timed now have their memory
+        return self._conclude(tokenizer, data, clock, facts)
 
     def _check(self, summary: dict[str, Any]) -> None:
         """A baseline does not promise to meet the budget, only a faithful export."""

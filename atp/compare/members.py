@@ -22,7 +22,8 @@ from atp.files import read_json, write_json, write_text
 from atp.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
 from atp.loading import check_length, load_shapes
 from atp.presets import PRESETS, merged
-from atp.run import Run, check_promises, check_target
+from atp.promises import check_promises, check_target
+from atp.run import Run
 from atp.training.precision import autocast_dtype
 from atp.training.resume import refuse_other_inputs
 

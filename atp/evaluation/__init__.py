@@ -2,7 +2,7 @@
 
 from atp.evaluation.perplexity import packed_windows, perplexity, sliding_windows
 from atp.evaluation.relative import relative_performance
-from atp.evaluation.speed import model_size, throughput
+from atp.evaluation.speed import model_size, throughput, throughputs
 from atp.evaluation.suite import evaluate_model
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "relative_performance",
     "sliding_windows",
     "throughput",
+    "throughputs",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,15 +17,22 @@ from atp.evaluation.inference import CausalLM, inference
 from atp_kernels import QuantizedWeight
 
 
-def throughput(
-    model: CausalLM,
+def throughput(model: CausalLM, **sizes: int) -> dict[str, float]:
+    """How fast one model reads and writes; see `throughputs`, whose keyword arguments `sizes` are."""
+    return throughputs([model], **sizes)[0]
+
+
+def throughputs(
+    models: Sequence[CausalLM],
     *,
     prompt_tokens: int = 256,
     new_tokens: int = 64,
     batch_size: int = 1,
-    repeats: int = 3,
-) -> dict[str, float]:
-    """Tokens per second over the whole batch, medians of `repeats` after a warm-up, in the model's own dtype.
+    repeats: int = 5,
+) -> list[dict[str, float]]:
+    """Tokens per second over the whole batch, medians of `repeats` after a warm-up, in each model's own dtype.
+
+    The models take turns, so that whatever else the machine does meets all of them alike.
 
     That is how a user runs the model. Under autocast, which a run trains and scores in, each new token would first cast
     every float32 weight.
@@ -32,29 +40,34 @@ def throughput(
     prefill_tokens_per_second: one forward pass over `prompt_tokens` tokens that fills the cache.
     decode_tokens_per_second: greedy `generate`, from the first to the last of `new_tokens` new tokens.
     """
-    prefills, decodes = [], []
+    rounds = [[_seconds(model, prompt_tokens, new_tokens, batch_size) for model in models] for _ in range(repeats + 1)]
+    found = []
+    for taken in zip(*rounds[1:], strict=True):
+        prefill, decode = map(statistics.median, zip(*taken, strict=True))
+        found.append({
+            "prefill_tokens_per_second": batch_size * prompt_tokens / prefill,
+            "decode_tokens_per_second": batch_size * new_tokens / decode,
+        })  # fmt: skip
+    return found
+
+
+def _seconds(model: CausalLM, prompt_tokens: int, new_tokens: int, batch_size: int) -> tuple[float, float]:
+    """(seconds of one prefill, seconds of the new tokens after the first)."""
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens + 1, min_new_tokens=new_tokens + 1, pad_token_id=0
     )
-    generate = cast(GenerationMixin, model).generate
     with inference(model) as device:
         # Token values do not affect time; small ids exist in any vocabulary.
         prompt = (torch.arange(prompt_tokens, device=device) % 16).repeat(batch_size, 1)
-        mask = torch.ones_like(prompt)
-        for repeat in range(repeats + 1):
-            start = _now(device)
-            model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-            prefill = _now(device) - start
-            clock = _TokenClock(device)
-            generate(input_ids=prompt, attention_mask=mask, generation_config=greedy, streamer=clock)
-            if repeat > 0:
-                prefills.append(prefill)
-                # Readings: the prompt's echo, the token from prefill, then one per decode step.
-                decodes.append(clock.readings[-1] - clock.readings[1])
-    return {
-        "prefill_tokens_per_second": batch_size * prompt_tokens / statistics.median(prefills),
-        "decode_tokens_per_second": batch_size * new_tokens / statistics.median(decodes),
-    }
+        start = _now(device)
+        model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        prefill = _now(device) - start
+        clock = _TokenClock(device)
+        cast(GenerationMixin, model).generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy, streamer=clock
+        )
+    # Readings: the prompt's echo, the token from prefill, then one per decode step.
+    return prefill, clock.readings[-1] - clock.readings[1]
 
 
 def model_size(model: CausalLM) -> dict[str, float]:

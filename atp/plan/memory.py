@@ -130,7 +130,9 @@ class _Memory:
         done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
         yield "export", done | self._export()
         scoring = {"scoring casts": self._narrow(weights_of(kept))} | self._scoring(kept)
-        yield "score again", done | {"reloaded": self._exported()} | scoring
+        reloaded = {"process": self.vocab * _WORD * self.on_host, "reloaded": self._exported()}
+        yield "score again", reloaded | scoring
+        yield "speed", reloaded | self._weights(whole) | self._dequantized(whole)
 
     # What is held throughout
 

@@ -15,7 +15,8 @@ from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.files import read_json, whole_folder, write_json, write_text
 from atp.folders import CONFIG, INPUTS, LATENCY
-from atp.run import Run, check_target
+from atp.promises import check_target
+from atp.run import Run
 from atp.sweep.targets import Target
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import ProgressBar, make_progress

@@ -16,7 +16,8 @@ from atp.errors import InputError, Interrupted, NotReached
 from atp.files import read_json, write_json, write_text
 from atp.folders import CONFIG, begun_by_this_launch, check_output_dir, opened, refuse_inputs_inside, saved_config
 from atp.loading import check_packages, load_shapes
-from atp.run import Run, check_target
+from atp.promises import check_target
+from atp.run import Run
 from atp.signals import SignalGuard
 from atp.sweep.shared import DONE, SharedRun, shared_parts, start_from
 from atp.sweep.table import Row, draw, target_row, uncut_rows, write_csv

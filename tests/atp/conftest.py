@@ -8,7 +8,7 @@ from tiny_inputs import tiny_config
 
 import atp.run
 import atp.scoring
-from atp.evaluation import throughput
+from atp.evaluation import throughput, throughputs
 from atp.report import plots, write_report
 
 gc.disable()  # importing and collecting every test makes no garbage worth looking for
@@ -34,10 +34,10 @@ def quick_runs():
             patch.setattr(plots, "available", lambda: False)
             return write_report(folder)
 
-    few = partial(throughput, prompt_tokens=16, new_tokens=2, repeats=1)
+    few = {"prompt_tokens": 16, "new_tokens": 2, "repeats": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atp.run, "throughput", few)
-        patch.setattr(atp.scoring, "throughput", few)
+        patch.setattr(atp.run, "throughputs", partial(throughputs, **few))
+        patch.setattr(atp.scoring, "throughput", partial(throughput, **few))
         patch.setattr(atp.run, "write_report", without_drawings)
         yield
 
@@ -51,7 +51,7 @@ def config(tmp_path_factory):
 @pytest.fixture
 def wide_budget(monkeypatch):
     """One channel of the tiny model is more than the tolerance on the budget."""
-    monkeypatch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+    monkeypatch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,6 @@ def finished(config, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
         start(config, folder)
     return folder

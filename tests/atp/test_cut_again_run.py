@@ -45,7 +45,7 @@ def unequal(config, tmp_path_factory):
 def finished(unequal, tmp_path_factory):
     folder = tmp_path_factory.mktemp("again") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
         return folder, start(unequal, folder)
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from atp.errors import NotReached
-from atp.run import check_promises
+from atp.promises import check_promises
 
 # fmt: off
 KEPT = {

@@ -48,7 +48,9 @@ STOPS = {
     "before the certificate": (trainers, "write_certificate", {}),
     "after the certificate": (trainers, "write_certificate", {"after": True}),
     "before the final score": (Run, "_conclude", {}),
-    "in the final score": (runs, "throughput", {"when": lambda model, **_: "ATP" in type(model).__name__}),
+    "in the final score": (runs, "sample_answers", {"when": lambda model, *_, **__: "ATP" in type(model).__name__}),
+    "before the speed": (Run, "_time", {}),
+    "in the speed": (runs, "throughputs", {"after": True}),
     "before the report": (runs, "write_report", {}),
     "in the report": (runs, "write_report", {"after": True}),
 }

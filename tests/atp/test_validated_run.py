@@ -16,7 +16,7 @@ WATCHED = {"evaluation": {"every": 2, "dense_baseline": True}, "training": {"kee
 def watched(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
         start(config, folder, **WATCHED)
     return folder
 

@@ -14,7 +14,7 @@ import yaml
 RUN = """
 import json, logging, sys
 logging.disable(logging.WARNING)  # as the command does before it imports the rest
-import atp.run
+import atp.promises
 from accelerate import tracking
 class Diary(tracking.GeneralTracker):
     name, requires_logging_directory = "diary", True
@@ -34,7 +34,7 @@ class Diary(tracking.GeneralTracker):
     def finish(self):
         self.note("end")
 tracking.LOGGER_TYPE_TO_CLASS["diary"] = Diary
-atp.run.BUDGET_TOLERANCE = 0.02
+atp.promises.BUDGET_TOLERANCE = 0.02
 from atp.cli import main
 main()
 """
@@ -69,9 +69,9 @@ def test_every_line_on_stderr_is_a_json_object_with_time_and_phase(watched):
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     phases = list(dict.fromkeys(line["phase"].partition(":")[0] for line in lines))
     assert phases == [
-        "starting", "loading", "scoring the original model", "answers and speed of the original model", "saliency",
+        "starting", "loading", "scoring the original model", "answers of the original model", "saliency",
         "search", "settle", "refit", "cut", "tune", "export", "scoring the final model",
-        "answers and speed of the final model", "report",
+        "answers of the final model", "speed of the original and the final model", "report",
     ]  # fmt: skip
     assert any("exporting" in line.get("message", "") for line in lines)
 

@@ -32,8 +32,8 @@ from chaos_faults import Fault, faults, skipped
 from chaos_kills import Kill, kills, spread_kills, strike, table
 from tiny_inputs import tiny_config
 
-from atp import run
-from atp.evaluation import throughput
+from atp import promises, run
+from atp.evaluation import throughputs
 
 DOCS = ROOT / "docs" / "reliability.md"
 _MARK = "<!-- what tests/chaos measured -->\n"
@@ -177,8 +177,8 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="also write the result to docs/reliability.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run.BUDGET_TOLERANCE = 0.02  # one channel of the tiny model is more than the tolerance
-    run.throughput = partial(throughput, prompt_tokens=16, new_tokens=2, repeats=1)
+    promises.BUDGET_TOLERANCE = 0.02  # one channel of the tiny model is more than the tolerance
+    run.throughputs = partial(throughputs, prompt_tokens=16, new_tokens=2, repeats=1)
     for late in ("matplotlib.figure", "matplotlib.backends.backend_svg", "accelerate.utils"):
         importlib.import_module(late)  # once, and not in every child
     gc.freeze()  # nor need each child look for garbage in what it was forked with

@@ -23,7 +23,7 @@ STEPS = 6
 @pytest.fixture(autouse=True)
 def wide_budget(monkeypatch):
     """One channel of the tiny model is more than ATP's tolerance on the budget."""
-    monkeypatch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+    monkeypatch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
 
 
 def compare(config, folder, methods=METHODS, seeds=(0, 1), resume=False):
@@ -40,7 +40,7 @@ def finished(config, tmp_path_factory):
     config = config.model_copy(deep=True)
     config.export.keep_adapter = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
         return folder, compare(config, folder).execute()
 
 

@@ -1,5 +1,8 @@
 """One dict of scores for any model, its speed and its size."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from atp.data.packing import PackedDataset
 from atp.data.tasks import Task
-from atp.evaluation import evaluate_model, model_size, packed_windows, throughput
+from atp.evaluation import evaluate_model, model_size, packed_windows, throughput, throughputs
 from atp.evaluation.inference import inference
 
 QA = Task("qa", LABELS)
@@ -58,3 +61,17 @@ def test_throughput_is_tokens_over_median_seconds(model, monkeypatch):
     assert next(readings) == (8 * 4) ** 2
     assert speed["prefill_tokens_per_second"] == pytest.approx(2 * 28 / prefill)
     assert speed["decode_tokens_per_second"] == pytest.approx(2 * 4 / decode)
+
+
+def test_models_are_timed_in_turns_and_in_their_own_order(model, monkeypatch):
+    readings = iter(n * n for n in range(200))
+    monkeypatch.setattr("atp.evaluation.speed._now", lambda device: float(next(readings)))
+    models, passes = [model, copy.deepcopy(model)], []
+    for index, each in enumerate(models):
+        each.register_forward_pre_hook(lambda *_, index=index: passes.append(index))
+    speeds = throughputs(models, prompt_tokens=28, new_tokens=4, repeats=1)
+    assert [index for index, _ in itertools.groupby(passes)] == [0, 1] * 2
+    # As above; after the warm-up of both, the readings of the first come before those of the second.
+    assert [speed["prefill_tokens_per_second"] for speed in speeds] == [
+        pytest.approx(28 / ((first + 1) ** 2 - first**2)) for first in (16, 24)
+    ]

@@ -24,7 +24,7 @@ SPEC = {
 @pytest.fixture(autouse=True)
 def wide_budget(monkeypatch):
     """One channel of the tiny model is more than ATP's tolerance on the budget."""
-    monkeypatch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+    monkeypatch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
 
 
 @pytest.fixture

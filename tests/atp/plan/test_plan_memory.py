@@ -141,7 +141,8 @@ def test_layers_that_differ_are_added_up_one_by_one():
 
 def test_masked_phases_gather_slices():
     rows = parts("training.search=4", "training.settle=4", "decisions.source=learned", "training.open=0")
-    assert list(rows) == ["score", "saliency", "search", "refit", "settle", "cut", "tune", "export", "score again"]
+    last = ["cut", "tune", "export", "score again", "speed"]
+    assert list(rows) == ["score", "saliency", "search", "refit", "settle", *last]
     assert rows["search"]["parts"]["slices"] == 4 * 2 * WHOLE
     assert rows["settle"]["parts"]["slices"] < 0.65 * 4 * 2 * WHOLE
 
@@ -161,6 +162,13 @@ def test_a_model_that_is_read_exists_once():
     reloaded = rows["export"]["parts"]["reloaded"]
     assert reloaded == rows["score again"]["parts"]["reloaded"] and "file" not in rows["score again"]["parts"]
     assert reloaded == rows["tune"]["parts"]["weights"]
+
+
+def test_the_original_and_the_final_model_are_timed_side_by_side():
+    rows = parts("training.distill=0")
+    speed, again = rows["speed"]["parts"], rows["score again"]["parts"]
+    assert speed["weights"] == rows["score"]["parts"]["weights"] and speed["reloaded"] == again["reloaded"]
+    assert not {"weights", "adapter", "optimizer"} & again.keys(), "the tuned model is gone by then"
 
 
 @pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])

@@ -71,7 +71,7 @@ def swept(config, tmp_path_factory):
     settings = small(config, evaluation={"dense_baseline": True, "questions": 10})
     folder = tmp_path_factory.mktemp("swept") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.run.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
         return settings, folder, sweep(settings, [0.8, 0.6], folder)
 
 
