@@ -47,12 +47,13 @@ def test_chat_answers(config, elsewhere):
         Chat(config.model.path, plain=True).ask("the heart", print)
 
 
-def test_every_model_that_a_run_scores_is_placed(config, tmp_path, monkeypatch):
-    scored, placed = [], []
-    evaluate, place = run.evaluate_model, run.placed
+def test_every_model_that_a_run_scores_or_times_is_placed(config, tmp_path, monkeypatch):
+    used, placed = [], []
+    evaluate, place, time = run.evaluate_model, run.placed, run.throughputs
     monkeypatch.setattr(run, "placed", lambda model: placed.append(model) or place(model))
     monkeypatch.setattr(
-        run, "evaluate_model", lambda model, *rest, **keys: scored.append(model) or evaluate(model, *rest, **keys)
+        run, "evaluate_model", lambda model, *rest, **keys: used.append(model) or evaluate(model, *rest, **keys)
     )
+    monkeypatch.setattr(run, "throughputs", lambda models: used.extend(models) or time(models))
     start(config, tmp_path / "run")
-    assert len(scored) == 3 and all(a is b for a, b in zip(scored, placed, strict=True))
+    assert len(used) == 3 + 2 and all(a is b for a, b in zip(used, placed, strict=True))
