@@ -30,6 +30,7 @@ _MOMENTS = 2 * _FLOAT  # of AdamW, for each LoRA parameter
 _SHARED = ("weights", "cut weights", "merged", "reloaded")  # what lies in shards, where weights do
 _COPIES = ("slices", "casts", "file")  # what then does not exist
 _ROWS = 4096  # tokens that the refit multiplies at once
+_PRODUCTS, _PRODUCT = 1024, 280 * 1024  # that oneDNN keeps compiled, and bytes of each, as measured
 _WORD = 2048  # of the tokenizer and all else in the process, per word: 120 MiB for SmolLM2's 49,152 words, as measured
 
 
@@ -130,7 +131,7 @@ class _Memory:
         done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
         yield "export", done | self._export()
         scoring = {"scoring casts": self._narrow(weights_of(kept))} | self._scoring(kept)
-        reloaded = {"process": self.vocab * _WORD * self.on_host, "reloaded": self._exported()}
+        reloaded = {"process": self.vocab * _WORD * self.on_host, "reloaded": self._exported()} | self._compiled(kept)
         yield "score again", reloaded | scoring
         yield "speed", reloaded | self._weights(whole) | self._dequantized(whole)
 
@@ -357,6 +358,15 @@ class _Memory:
         passed = asked * (3 * inner * self.product + 3 * self.hidden * self.weight)
         larger = {"logits": logits + row} if logits + row >= passed else {"questions": passed}
         return larger | {"head": self._narrow(self.vocab * self.hidden)} | self._gathered()
+
+    def _compiled(self, layers: Layers) -> Parts:
+        """What oneDNN keeps at most of its products in 16 bits: one for each width and each length of questions."""
+        if not self.on_host or self.product == _FLOAT:
+            return {}
+        batches = -(-self.job.questions.sequences // self.job.config.evaluation.batch_size)
+        widths = layers[:1] if self.job.config.decisions.uniform else layers
+        products = batches * sum(len(layer.linears) for layer in widths)
+        return {"compiled": min(products, _PRODUCTS) * _PRODUCT}
 
     def _narrow(self, entries: float) -> float:
         """Bytes of weights in the narrow dtype, which autocast keeps for all passes of a scoring."""

@@ -1,9 +1,12 @@
 """Memory of a plan, by hand for a tiny model: hidden 96, inner 256, 6 heads of 16, 2 KV heads, 2 layers, 64 words."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_plans import LENGTH, RANK, VOCAB, job, unequal_job
 
+from atp.plan.job import Questions
 from atp.plan.memory import memory_of
 
 # Linears of a layer, as rows times columns: q and o, k and v, gate, up and down.
@@ -169,6 +172,18 @@ def test_the_original_and_the_final_model_are_timed_side_by_side():
     speed, again = rows["speed"]["parts"], rows["score again"]["parts"]
     assert speed["weights"] == rows["score"]["parts"]["weights"] and speed["reloaded"] == again["reloaded"]
     assert not {"weights", "adapter", "optimizer"} & again.keys(), "the tuned model is gone by then"
+
+
+def test_products_that_stay_compiled():
+    def kept(*overrides, sequences=20, **options):
+        asked = job("evaluation.batch_size=8", *overrides, **{"autocast": torch.bfloat16} | options)
+        rows = memory_of(replace(asked, questions=Questions(sequences, longest=9, tokens=9 * sequences)))
+        return {row["phase"]: row["parts"] for row in rows}["speed"].get("compiled", 0) / (280 * 1024)
+
+    assert kept() == 3 * 2 * 7, "three batches of questions, and widths of their own in both layers"
+    assert kept("decisions.uniform=true") == 3 * 7
+    assert kept(sequences=100_000) == 1024
+    assert kept(sequences=0) == 0 == kept(autocast=None) == kept(device="cuda")
 
 
 @pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
