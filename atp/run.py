@@ -284,10 +284,20 @@ class Run:
         if "speed" in scores["final"]:
             return
 
+        both = (partial(load_model, self.config.model, self.config.decisions.space), load)
+
         def speeds() -> list[dict[str, float]]:
             heap.give_back()
             progress.begin("speed of the original and the final model")
-            return throughputs([placed(load_model(self.config.model, self.config.decisions.space)), placed(load())])
+            try:
+                return throughputs([placed(made()) for made in both])
+            except Exception as error:
+                # Where processes share weights, all would have to run out of memory together.
+                if processes.sharded() or not is_out_of_memory(error):
+                    raise
+            self.say("there is no memory for the original and the final model at once: timing one after the other")
+            heap.give_back()
+            return [throughputs([placed(made())])[0] for made in both]
 
         for name, speed in zip(("original", "final"), processes.together(speeds), strict=True):
             scores[name]["speed"] = speed

@@ -1,0 +1,52 @@
+"""The end of a run: how fast the original and the final model are."""
+
+import pytest
+import torch
+from tiny_command import read, start
+
+from atp import run
+from atp.errors import InputError
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The number of models that were timed together, call by call; two at once do not fit, other errors as given."""
+    calls, time = [], run.throughputs
+
+    def install(error):
+        def throughputs(models):
+            calls.append(len(models))
+            if len(models) == 2:
+                raise error
+            return time(models)
+
+        monkeypatch.setattr(run, "throughputs", throughputs)
+        return calls
+
+    return install
+
+
+def test_two_models_that_do_not_fit_are_timed_one_after_the_other(config, tmp_path, timed):
+    calls, said = timed(torch.OutOfMemoryError("CUDA out of memory")), []
+    summary = start(config, tmp_path / "out", say=said.append)
+    assert calls == [2, 1, 1] and any("one after the other" in line for line in said)
+    speeds = {
+        name: scores["speed"] for name, scores in read(tmp_path / "out", "evaluation.json").items() if "speed" in scores
+    }
+    assert summary["speed"] == speeds and list(speeds) == ["original", "final"]
+    assert all(rate > 0 for speed in speeds.values() for rate in speed.values())
+
+
+def test_another_error_is_not_taken_for_want_of_memory(config, tmp_path, timed):
+    calls = timed(InputError("the base is gone"))
+    with pytest.raises(InputError, match="the base is gone"):
+        start(config, tmp_path / "out")
+    assert calls == [2]
+
+
+def test_a_finished_run_is_not_timed_again(config, tmp_path, timed):
+    folder = tmp_path / "out"
+    before = start(config, folder)["speed"]
+    calls = timed(AssertionError("timed again"))
+    (folder / "summary.json").unlink()
+    assert start(config, folder, resume=True)["speed"] == before and not calls
