@@ -281,7 +281,8 @@ class Run:
     def _time(self, load: Callable[[], CausalLM]) -> None:
         """Times the original and the final model in turns, unless that is done, so that their ratio is fair."""
         scores = processes.on_main(self._scores)
-        if "speed" in scores["final"]:
+        names = ("original", "final")
+        if all(isinstance(scores[name].get("speed"), dict) for name in names):
             return
 
         both = (partial(load_model, self.config.model, self.config.decisions.space), load)
@@ -299,7 +300,7 @@ class Run:
             heap.give_back()
             return [throughputs([placed(made())])[0] for made in both]
 
-        for name, speed in zip(("original", "final"), processes.together(speeds), strict=True):
+        for name, speed in zip(names, processes.together(speeds), strict=True):
             scores[name]["speed"] = speed
         processes.on_main(lambda: self._record(**scores))
 

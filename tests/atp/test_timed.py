@@ -1,5 +1,7 @@
 """The end of a run: how fast the original and the final model are."""
 
+import json
+
 import pytest
 import torch
 from tiny_command import read, start
@@ -50,3 +52,13 @@ def test_a_finished_run_is_not_timed_again(config, tmp_path, timed):
     calls = timed(AssertionError("timed again"))
     (folder / "summary.json").unlink()
     assert start(config, folder, resume=True)["speed"] == before and not calls
+
+
+@pytest.mark.parametrize("name", ["original", "final"])
+def test_a_speed_that_is_none_is_taken_anew(config, tmp_path, name):
+    folder = tmp_path / "out"
+    start(config, folder)
+    (folder / "summary.json").unlink()
+    scores = read(folder, "evaluation.json")
+    (folder / "evaluation.json").write_text(json.dumps(scores | {name: scores[name] | {"speed": 3}}), encoding="utf-8")
+    assert start(config, folder, resume=True)["speed"][name]["decode_tokens_per_second"] > 0
