@@ -361,7 +361,7 @@ class _Memory:
 
     def _compiled(self, layers: Layers) -> Parts:
         """What oneDNN keeps at most of its products in 16 bits: one for each width and each length of questions."""
-        if not self.on_host or self.product == _FLOAT:
+        if not self.on_host or self.product >= _FLOAT:
             return {}
         batches = -(-self.job.questions.sequences // self.job.config.evaluation.batch_size)
         widths = layers[:1] if self.job.config.decisions.uniform else layers

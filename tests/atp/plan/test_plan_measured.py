@@ -18,13 +18,15 @@ WORDS = [f"word{number}" for number in range(500)]
 
 def wide_config(folder, precision, asked):
     """A model of few layers whose tensors outweigh everything else in the process. asked: score long questions."""
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", "yes", "no", *WORDS])}
+    # As many words as the embedding has rows, since a plan knows the tokenizer's memory by those.
+    words = ["<unk>", "<eos>", "yes", "no", *WORDS, *(f"unused{number}" for number in range(16384 - 504))]
+    vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
     llama = LlamaConfig(
-        vocab_size=16384, hidden_size=512, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=3,
+        vocab_size=16384, hidden_size=512, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=6,
         intermediate_size=1536, eos_token_id=1, bos_token_id=1, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(llama).save_pretrained(folder)
