@@ -133,7 +133,7 @@ def _nan_in_weight(draw: random.Random) -> None:
 
 
 def _changed_inputs(fault: Fault, command: Command, watch: Watch) -> list[str]:
-    """A run is killed, an input changes, --resume refuses; the input is put back."""
+    """A run is killed, an input changes, --resume refuses unless it is the same data; the input is put back."""
     started = command.start(watch, resume=False, strikes={fault.phase: lambda: os.kill(os.getpid(), signal.SIGKILL)})
     command.end(started)
     inputs, draw = command.config.parent / "inputs", fault.draw
@@ -146,7 +146,8 @@ def _changed_inputs(fault: Fault, command: Command, watch: Watch) -> list[str]:
         shutil.rmtree(inputs)
         shutil.move(kept, inputs)
     fault.outcome = f"{kind}: ended with {code}"
-    return command.unlike(code) if code == 2 else [f"{kind} was not refused: {command.said[-500:]}"]
+    expected = 0 if kind == _REORDERED else 2
+    return command.unlike(code) if code == expected else [f"{kind} ended with {code}: {command.said[-500:]}"]
 
 
 def _edit(name: str, change: Callable[[bytes, random.Random], bytes]):
@@ -164,10 +165,11 @@ def _another_weight(content: bytes, draw: random.Random) -> bytes:
     return content[:place] + bytes([content[place] ^ 0x80]) + content[place + 1 :]
 
 
+_REORDERED = "rows of data in another order"  # the order of the splits comes from what the documents say
 _CHANGES = {
     "a row of data changed": _edit("data.jsonl", lambda content, draw: content.replace(b"heart", b"rate", 1)),
     "a row of data added": _edit("data.jsonl", lambda content, draw: content + b"\n" + content.splitlines()[0]),
-    "rows of data in another order": _edit("data.jsonl", lambda c, draw: b"\n".join(c.splitlines()[::-1])),
+    _REORDERED: _edit("data.jsonl", lambda c, draw: b"\n".join(c.splitlines()[::-1])),
     "a weight changed": _edit("model.safetensors", _another_weight),
     "the model's config changed": _edit(
         "config.json", lambda content, draw: content.replace(b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 1e-05')
