@@ -19,6 +19,7 @@ import random
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -31,6 +32,7 @@ from chaos_damage import damage, damaged_checkpoints
 from chaos_faults import Fault, faults, skipped
 from chaos_kills import Kill, kills, spread_kills, strike, table
 from tiny_inputs import tiny_config
+from tqdm import tqdm
 
 from atp import promises, run
 from atp.evaluation import throughputs
@@ -181,6 +183,7 @@ def main() -> int:
     run.throughputs = partial(throughputs, prompt_tokens=16, new_tokens=2, repeats=1)
     for late in ("matplotlib.figure", "matplotlib.backends.backend_svg", "accelerate.utils"):
         importlib.import_module(late)  # once, and not in every child
+    tqdm.set_lock(threading.RLock())  # its own holds between processes, and a child that ends with it stops all others
     gc.freeze()  # nor need each child look for garbage in what it was forked with
     atexit.register(gc.unfreeze)  # nanobind takes what the interpreter does not collect at its end for leaks
     draw, started = random.Random(options.seed), time.perf_counter()
