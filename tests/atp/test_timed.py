@@ -55,7 +55,7 @@ def test_a_finished_run_is_not_timed_again(config, tmp_path, timed):
 
 
 @pytest.mark.parametrize("name", ["original", "final"])
-def test_a_speed_that_is_none_is_taken_anew(config, tmp_path, name):
+def test_a_speed_that_is_no_table_is_taken_anew(config, tmp_path, name):
     folder = tmp_path / "out"
     start(config, folder)
     (folder / "summary.json").unlink()
