@@ -16,6 +16,7 @@ from atp.models.attention import GROUPED_ON
 from atp.models.base import FORMS
 from atp.models.short_attention import LONGEST
 from atp.plan.activations import Pass, kept_by_saliency, kept_by_training
+from atp.plan.compiled import compiled_bytes
 from atp.plan.job import Job
 from atp.plan.shapes import Layers, LayerWidths, adapter_params, weights_of
 from atp.removal.certify import WINDOWS
@@ -30,7 +31,9 @@ _MOMENTS = 2 * _FLOAT  # of AdamW, for each LoRA parameter
 _SHARED = ("weights", "cut weights", "merged", "reloaded")  # what lies in shards, where weights do
 _COPIES = ("slices", "casts", "file")  # what then does not exist
 _ROWS = 4096  # tokens that the refit multiplies at once
-_PRODUCTS, _PRODUCT = 1024, 280 * 1024  # that oneDNN keeps compiled, and bytes of each, as measured
+_WIDEST = (
+    0.9  # of its inputs: what the widest linear kept after three cuts, 0.86 to 0.99, which kept 0.2 to 0.47 in all
+)
 _WORD = 2048  # of the tokenizer and all else in the process, per word: 120 MiB for SmolLM2's 49,152 words, as measured
 
 
@@ -62,6 +65,7 @@ class _Memory:
         self.form = None if load_in is None else FORMS[load_in]
         # A model that divides its logits, as Granite does, has them twice then.
         self.divides = family_of(job.shapes.config).logits_divisor(job.shapes.config) != 1
+        self._widest = 0.0 if job.config.decisions.uniform else _WIDEST
         self.readers = {(s.layer, s.reader) for s in job.shapes.space.structures if s.reader is not None}
         self.how = Pass(
             self.product, self.weight, self.rank, dropout=job.config.lora.dropout > 0, apart=apart,
@@ -126,14 +130,17 @@ class _Memory:
         if steps.settle:
             yield "settle", self._training(whole, taught=True, slices=job.shapes.share, refitted=True)
         yield "cut", self._largest(*self._cut())
+        compiled = self._compiled(batches=0)
         if steps.tune:
-            yield "tune", self._training(kept, taught=True)
-        done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {})
+            yield "tune", self._training(kept, taught=True) | compiled
+        done = self._held(kept, taught=True) | (self._casts(kept) if steps.tune else {}) | compiled
         yield "export", done | self._export()
         scoring = {"scoring casts": self._narrow(weights_of(kept))} | self._scoring(kept)
-        reloaded = {"process": self.vocab * _WORD * self.on_host, "reloaded": self._exported()} | self._compiled(kept)
+        batches = 1 + -(-job.questions.sequences // job.config.evaluation.batch_size)
+        reloaded = {"process": self.vocab * _WORD * self.on_host, "reloaded": self._exported()}
+        reloaded |= self._compiled(batches)
         yield "score again", reloaded | scoring
-        yield "speed", reloaded | self._weights(whole) | self._dequantized(whole)
+        yield "speed", reloaded | self._weights(whole) | self._dequantized(whole) | self._gathered()
 
     # What is held throughout
 
@@ -292,11 +299,13 @@ class _Memory:
         tokens = self.job.share_of(self.job.config.decisions.refit_windows) * self.length
         read = max((self.shapes.whole[layer].linears[name].in_features for layer, name in self.readers), default=0)
         kept = max((self.shapes.kept[layer].linears[name].in_features for layer, name in self.readers), default=0)
+        kept = max(kept, self._widest * read)
         stream, inputs = tokens * self.hidden * self.weight, tokens * read * self.product
         products = _FLOAT * (kept * kept + kept * self.hidden + min(_ROWS, tokens) * (kept + self.hidden))
         solving = _DOUBLE * 4 * (kept * kept + kept * self.hidden)
         solve = max(stream + inputs + products, solving)
-        return {"windows": 3 * stream + inputs, "solve": solve} | self._gathered()
+        layer = max(weights_of((widths,)) for widths in self.shapes.whole) * self.weight
+        return {"windows": 3 * stream + inputs, "solve": solve, "gathered": layer if self.ranks > 1 else 0}
 
     def _cut(self) -> Iterator[Parts]:
         """Three moments: the reference logits are taken, weights are cut, and logits of the cut model are compared.
@@ -332,7 +341,7 @@ class _Memory:
         float64 copies of one.
         """
         kept = self.shapes.kept
-        largest = max(widths.largest() for widths in kept)
+        largest = max(*(w.largest() for w in kept), self._widest * max(w.largest() for w in self.shapes.whole))
         merged, reloaded = weights_of(kept) * self.weight, self._exported()
         return self._largest(
             {"merged": merged, "float64": 2 * _DOUBLE * largest},
@@ -359,14 +368,9 @@ class _Memory:
         larger = {"logits": logits + row} if logits + row >= passed else {"questions": passed}
         return larger | {"head": self._narrow(self.vocab * self.hidden)} | self._gathered()
 
-    def _compiled(self, layers: Layers) -> Parts:
-        """What oneDNN keeps at most of its products in 16 bits: one for each width and each length of questions."""
-        if not self.on_host or self.product >= _FLOAT:
-            return {}
-        batches = -(-self.job.questions.sequences // self.job.config.evaluation.batch_size)
-        widths = layers[:1] if self.job.config.decisions.uniform else layers
-        products = batches * sum(len(layer.linears) for layer in widths)
-        return {"compiled": min(products, _PRODUCTS) * _PRODUCT}
+    def _compiled(self, batches: int) -> Parts:
+        in_16_bits = self.on_host and self.product < _FLOAT
+        return {"compiled": compiled_bytes(self.job, batches) if in_16_bits else 0}
 
     def _narrow(self, entries: float) -> float:
         """Bytes of weights in the narrow dtype, which autocast keeps for all passes of a scoring."""

@@ -49,7 +49,10 @@ def test_in_shards_a_checkpoint_holds_the_refitted_rows_of_its_process_and_gathe
     wide = make_plan(public("training.sharding=fsdp", "training.steps=9"), count=2, device="cpu")["memory"]
     found = {row["phase"]: row["parts"] for row in wide}
     assert found["cut"]["gathered"] == 2 * 2 * 14336 * 4096 and "cut weights" in found["cut"]
-    assert found["tune"]["gathered"] == 2.5 * 2 * 128256 * 4096 and "checkpoint" not in found["tune"]
+    assert found["tune"]["gathered"] == found["speed"]["gathered"] == 2.5 * 2 * 128256 * 4096
+    assert "checkpoint" not in found["tune"]
+    layer = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+    assert found["refit"]["gathered"] == 2 * layer, "while a linear is fitted its layer lies in one piece"
 
 
 def test_processes_share_calibration_windows_but_not_steps():
