@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,14 @@ class ModelConfig(Section):
     load_in: Literal["4bit", "8bit"] | None = Field(
         None, description="Quantizes decoder linears while they are frozen, to save memory (docs/memory.md); null: no."
     )
+
+
+_ROUND = 0.6  # of what was there: the least that a round keeps by itself
+
+
+def _rounds_to(target: float) -> int:
+    """As few rounds as lead to a share, each of which keeps `_ROUND` of the one before or more."""
+    return max(math.ceil(math.log(target) / math.log(_ROUND) - 1e-9), 1)
 
 
 class DecisionsConfig(Section):
@@ -87,6 +96,10 @@ class DecisionsConfig(Section):
     refit_windows: int = Field(
         96, ge=0, description="Calibration windows for refitting o_proj/down_proj after pruning; 0 disables."
     )
+    rounds: int | None = Field(
+        None, ge=1, description="Cuts, each to a smaller share; after all but the last, what is left is refitted and "
+        "judged anew. null: as many as keep 0.6 of the one before, where saliency decides without search; else 1.",
+    )  # fmt: skip
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
     uniform: bool = Field(False, description="Whether all layers get equal widths, as classes of other tools need.")
     multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
@@ -294,19 +307,29 @@ class ATPConfig(Section):
             raise ValueError("training.keep_best and training.patience go by validation scores: set evaluation.every")
         if self.evaluation.every is None and self.data.validation is not None:
             raise ValueError("data.validation is read where evaluation.every is set: set it, or leave the file out")
+        rounds, source = self.decisions.rounds or 1, self.decisions.source
+        if rounds > 1 and (source == "learned" or self.training.search or not self.decisions.refit_windows):
+            raise ValueError(
+                "decisions.rounds judges refitted cuts by their saliency: with it set a source other than learned, "
+                "decisions.refit_windows, and training.search=0"
+            )
         if self.data.validation is not None and self.data.recipe != "custom":
             raise ValueError("data.validation belongs to recipe custom: leave it out, or set data.recipe")
         return self
 
     @property
     def deciding(self) -> DecisionsConfig:
-        """The decisions with a source: theirs or, where that is null, what suits the run (docs/method.md section 9)."""
-        if self.decisions.source is not None:
-            return self.decisions
-        training = self.training
-        seen = training.opened * training.gradient_accumulation if training.batch_size == 1 else 0
-        watch = seen >= self.decisions.saliency_windows and not (training.search or self.lora.dropout)
-        return self.decisions.model_copy(update={"source": "running" if watch else "tuned"})
+        """The decisions with source and rounds: theirs or, where null, what suits the run (method.md section 9)."""
+        training, source = self.training, self.decisions.source
+        if source is None:
+            seen = training.opened * training.gradient_accumulation if training.batch_size == 1 else 0
+            watch = seen >= self.decisions.saliency_windows and not (training.search or self.lora.dropout)
+            source = "running" if watch else "tuned"
+        rounds = self.decisions.rounds
+        if rounds is None:
+            at_once = source != "learned" and not training.search and self.decisions.refit_windows
+            rounds = _rounds_to(self.decisions.target_keep) if at_once else 1
+        return self.decisions.model_copy(update={"source": source, "rounds": rounds})
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:

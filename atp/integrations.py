@@ -11,7 +11,7 @@ The callback calls the same parts of a step as `atp.training.loop`, in the same 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -128,6 +128,7 @@ class ATPCallback(TrainerCallback):
         if self._phase(state) == "search":
             pruning.decide(state.global_step)
         elif not pruning.decisions.frozen:
+            pruning.judge_in_rounds(lambda part: nullcontext())
             pruning.freeze()
             if self.config.decisions.refit_windows:
                 pruning.refit()

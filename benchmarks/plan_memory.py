@@ -43,9 +43,9 @@ GIVE_BACK = heap.give_back
 
 # What opens a part of a run, and the name that the plan has for it.
 _PARTS = (
-    (ATPTrainer, "_score", "saliency"),
     (ATPTrainer, "_teach", "teacher"),
-    (Pruning, "refit", "refit"),
+    (Pruning, "_refit", "refit"),
+    (Pruning, "_saliency", "saliency"),
     (ATPTrainer, "_cut", "cut"),
     (ATPTrainer, "export", "export"),
     (Run, "_time", "speed"),

@@ -19,10 +19,16 @@ from atp.spaces.space import MaskSpace
 
 
 def fisher_saliency(
-    space: MaskSpace, batches: Iterable[dict[str, Tensor]], loss_of: Callable, *, among: int | None = None
+    space: MaskSpace,
+    batches: Iterable[dict[str, Tensor]],
+    loss_of: Callable,
+    *,
+    at: Tensor | None = None,
+    among: int | None = None,
 ) -> Tensor:
     """Mean over batches of (dL/ds)^2 at s = 1, float32 [space.size].
 
+    at: a hard mask, bool [space.size], at whose values of s the gradient is taken in place of 1; what it removes has 0.
     among: all processes call this, and `batches` are those of this one's `processes.shares` of so many. Default: they
     are all there are.
     loss_of(batch, mask) is the calibration loss under a soft mask; batches of one sample give the Fisher information
@@ -32,9 +38,9 @@ def fisher_saliency(
     total, count = torch.zeros(space.size), 0
     counted = None if among is None else len(range(processes.rank(), among, processes.count()))
     for batch in batches:
-        mask = torch.ones(space.size, requires_grad=True)
+        mask = (torch.ones(space.size) if at is None else at.float()).requires_grad_()
         (gradient,) = torch.autograd.grad(loss_of(batch, mask), mask)
-        square = gradient.square()
+        square = gradient.square() if at is None else gradient.square() * at
         count += 1
         if not is_finite(square):
             raise NotReached(

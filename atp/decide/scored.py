@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from atp import processes
 from atp.config import DecisionsConfig
-from atp.decide.decisions import Decisions
+from atp.decide.decisions import Decisions, fit_decisions
 from atp.decide.saliency import saliency_logits
 from atp.spaces.space import MaskSpace
 
@@ -31,6 +32,12 @@ class ScoredDecisions(Decisions):
         square = gradient.to(self.device).square()
         seen = self.placed & square.isfinite().all()
         self.saliency = torch.where(seen, torch.lerp(square, self.saliency, self.config.decay), self.saliency)
+
+    @torch.no_grad()
+    def at(self, share: float) -> Tensor:
+        """The mask that the saliency of now gives with another share to keep, bool [space.size], on the host."""
+        config = self.config.model_copy(update={"target_keep": share})
+        return processes.from_main(fit_decisions(self.logits(), config, self.budget).cpu(), "decisions")
 
     def logits(self) -> Tensor:
         logits = saliency_logits(self.saliency, self.solver, self.config.saliency_scale)

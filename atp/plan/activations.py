@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from atp.families import family_of
 from atp.plan.shapes import LayerWidths, ModelShapes
 from atp.spaces.space import Cut
+from atp.training.cross_entropy import CHUNK_BYTES
 
 _FLOAT = 4
 _HEAD_DIM_MULTIPLE = 8  # what attention of cut layers pads heads to (atp/models/llama.py)
@@ -115,3 +116,22 @@ def _per_row(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
     if family_of(shapes.config).qk_norm:
         count += widths.heads + widths.kv_heads
     return _FLOAT * count
+
+
+def kept_by_loss(
+    scored: int, hidden: int, vocab: int, *, weight: int, product: int, on_host: bool, teacher: bool
+) -> float:
+    """Bytes of the chunked cross-entropy of so many scored tokens: logits of one chunk, states and their gradients, the
+    head in the narrow dtype.
+
+    weight, product: bytes of an entry of the weights and of the products. With a teacher a chunk also has its logits,
+    and log q and q in float32. On a CUDA device the softmax takes twice the logits on top.
+    """
+    rows = max(min(CHUNK_BYTES["cpu" if on_host else "cuda"] // (product * vocab), scored), 1)
+    chunk = rows * vocab
+    wide = max(product, _FLOAT)
+    logits = chunk * product * (1 if on_host else 3)
+    logits += chunk * (product + 2 * wide) if teacher else 0
+    states = scored * hidden * weight * (3 if teacher else 2)
+    casts = vocab * hidden * product * (3 if teacher else 2) if product < weight else 0
+    return logits + states + casts

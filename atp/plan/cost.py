@@ -208,12 +208,14 @@ def _rows(job: Job) -> Iterator[Row]:
     if evaluation.dense_baseline:
         yield row("dense baseline", steps.total, steps.total * per_step, cost.step(cost.whole, stock=True))
         yield _scoring(job, "score dense", cost, cost.whole, lora=True)
-    saliency = row("saliency", 0, job.share_of(decisions.saliency_windows) * job.calibrated, cost.decision())
+    measured = job.share_of(decisions.saliency_windows) if job.measures_saliency else 0
+    refitted, rounds = job.share_of(decisions.refit_windows), decisions.rounds or 1
+    saliency = row("saliency", 0, (measured + (rounds - 1) * refitted) * job.calibrated, cost.decision())
     if decisions.source == "static":
         yield saliency
     if steps.open:
         yield row("open", steps.open, steps.open * per_step, cost.step(cost.whole))
-    if job.measures_saliency and decisions.source != "static":
+    if saliency.tokens and decisions.source != "static":
         yield saliency
     if steps.search:
         tokens = steps.search * per_step
@@ -221,9 +223,9 @@ def _rows(job: Job) -> Iterator[Row]:
         if decisions.source == "learned":
             flops += cost.decision() * (-(-steps.search // decisions.every) * decisions.batch_size * job.calibrated)
         yield Row("search", steps.search, round(tokens), flops)
-    if decisions.refit_windows:
-        tokens = job.share_of(decisions.refit_windows) * job.calibrated
-        yield Row("refit", 0, round(tokens), cost.refit(tokens))
+    if refitted:
+        tokens = refitted * job.calibrated
+        yield Row("refit", 0, round(rounds * tokens), cost.refit(tokens) * rounds)
     if steps.settle:
         masked = cost.step(cost.whole, share=job.shapes.share) + cost.taught()
         yield row("settle", steps.settle, steps.settle * per_step, masked)

@@ -15,12 +15,11 @@ from atp.families import Linear, family_of
 from atp.models.attention import GROUPED_ON
 from atp.models.base import FORMS
 from atp.models.short_attention import LONGEST
-from atp.plan.activations import Pass, kept_by_saliency, kept_by_training
+from atp.plan.activations import Pass, kept_by_loss, kept_by_saliency, kept_by_training
 from atp.plan.compiled import compiled_bytes
 from atp.plan.job import Job
 from atp.plan.shapes import Layers, LayerWidths, adapter_params, weights_of
 from atp.removal.certify import WINDOWS
-from atp.training.cross_entropy import CHUNK_BYTES
 
 Parts = dict[str, float]
 """Bytes by what they are for."""
@@ -28,7 +27,7 @@ Parts = dict[str, float]
 _FLOAT, _DOUBLE = 4, 8
 _ADAPTER = 4  # PEFT keeps LoRA in float32 whatever the base is
 _MOMENTS = 2 * _FLOAT  # of AdamW, for each LoRA parameter
-_SHARED = ("weights", "cut weights", "merged", "reloaded")  # what lies in shards, where weights do
+_SHARED = ("weights", "originals", "cut weights", "merged", "reloaded")  # what lies in shards, where weights do
 _COPIES = ("slices", "casts", "file")  # what then does not exist
 _ROWS = 4096  # tokens that the refit multiplies at once
 _WIDEST = (
@@ -109,24 +108,28 @@ class _Memory:
             yield "load", {"process": self.vocab * _WORD, "weights": read, "file": read}
         scoring = {"casts": self._narrow(self._floats(whole))} | self._scoring(whole)
         yield "score", self._weights(whole) | scoring | self._dequantized(whole)
-        static = job.config.deciding.source == "static"
-        if static:
+        static, rounds = job.config.deciding.source == "static", job.config.deciding.rounds or 1
+        if static and rounds == 1:
             yield "saliency", self._held(whole, begun=False) | self._decision(1)
         watched = job.config.deciding.source == "running"
         if steps.open:
             yield "open", self._training(whole, taught=False, watched=watched)
-        if job.measures_saliency and not static:
-            yield "saliency", self._held(whole) | (self._left_by_saliency() if steps.open else {}) | self._decision(1)
+        left = self._left_by_saliency() if steps.open else {}
+        moments = [self._held(whole) | left | self._decision(1)] if job.measures_saliency and not static else []
+        if rounds > 1:
+            moments.append(self._held(whole, refitted=True) | self._originals() | left | self._decision(1))
+        if moments:
+            yield "saliency", self._largest(*moments)
         if job.teaches:
             # All merged weights exist before the first is cast.
             yield "teacher", self._held(whole) | {"merged": weights_of(whole) * self.weight}
         if steps.search:
             yield "search", self._training(whole, taught=True, slices=1.0, watched=watched)
         if job.config.decisions.refit_windows:
-            measured = job.measures_saliency and not static
-            left = {} if not steps.open else self._left_by_saliency() if measured else self._casts(whole)
+            left = left if moments else self._casts(whole) if steps.open else {}
             slices = self._slices(1.0) if steps.search else left
-            yield "refit", self._held(whole, taught=True, refitted=True) | slices | self._refit()
+            originals = self._originals() if rounds > 1 else {}
+            yield "refit", self._held(whole, taught=True, refitted=True) | originals | slices | self._refit()
         if steps.settle:
             yield "settle", self._training(whole, taught=True, slices=job.shapes.share, refitted=True)
         yield "cut", self._largest(*self._cut())
@@ -210,6 +213,11 @@ class _Memory:
         """What hard masks keep of the floating linears, gathered in the dtype of the products."""
         return {"slices": share * self._floats(self.shapes.whole, refitted) * self.product}
 
+    def _originals(self) -> Parts:
+        """The linears that end a block, as they were before a round refitted them."""
+        linears = (linear for at, linear, _ in self._linears(self.shapes.whole) if at in self.readers)
+        return {"originals": sum(self._base(linear, linear, self.form is None) for linear in linears)}
+
     # Moments
 
     def _training(
@@ -254,20 +262,10 @@ class _Memory:
         return {"activations": sum(each) * tokens} | beside | self._gathered()
 
     def _loss(self, tokens: int, teacher: bool) -> float:
-        """The chunked cross-entropy: logits of one chunk, states and their gradients, the head in the narrow dtype.
-
-        With a teacher a chunk also has its logits, and log q and q in float32. On a CUDA device the softmax takes twice
-        the logits on top.
-        """
-        scored = max(round(tokens * self.job.scored), 1)
-        rows = max(min(CHUNK_BYTES["cpu" if self.on_host else "cuda"] // (self.product * self.vocab), scored), 1)
-        chunk = rows * self.vocab
-        wide = max(self.product, _FLOAT)
-        logits = chunk * self.product * (1 if self.on_host else 3)
-        logits += chunk * (self.product + 2 * wide) if teacher else 0
-        states = scored * self.hidden * self.weight * (3 if teacher else 2)
-        casts = self.vocab * self.hidden * self.product * (3 if teacher else 2) if self.product < self.weight else 0
-        return logits + states + casts
+        return kept_by_loss(
+            max(round(tokens * self.job.scored), 1), self.hidden, self.vocab, weight=self.weight, product=self.product,
+            on_host=bool(self.on_host), teacher=teacher,
+        )  # fmt: skip
 
     def _left_by_saliency(self) -> Parts:
         """Narrow weights of the open phase that measuring leaves alone: those of linears without a soft mask."""
@@ -298,8 +296,8 @@ class _Memory:
         """
         tokens = self.job.share_of(self.job.config.decisions.refit_windows) * self.length
         read = max((self.shapes.whole[layer].linears[name].in_features for layer, name in self.readers), default=0)
-        kept = max((self.shapes.kept[layer].linears[name].in_features for layer, name in self.readers), default=0)
-        kept = max(kept, self._widest * read)
+        equal = max((self.shapes.kept[layer].linears[name].in_features for layer, name in self.readers), default=0)
+        kept = max(equal, self._widest * read)
         stream, inputs = tokens * self.hidden * self.weight, tokens * read * self.product
         products = _FLOAT * (kept * kept + kept * self.hidden + min(_ROWS, tokens) * (kept + self.hidden))
         solving = _DOUBLE * 4 * (kept * kept + kept * self.hidden)

@@ -7,7 +7,7 @@ the hooks of somebody else's loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -41,6 +41,7 @@ from atp.training.data import Batch, batch_at, run_order, sized, to_device
 from atp.training.loss import causal_lm_loss
 from atp.training.offload import Offload
 from atp.training.profiling import scope
+from atp.training.rounds import shares, undone
 
 
 class Pruning:
@@ -89,11 +90,14 @@ class Pruning:
         self.scored = True
         if self.settings.source == "running" or (self.settings.source == "learned" and self.settings.init == "paper"):
             return
-        count = min(self.settings.saliency_windows, sized(self.calibration))
+        self.decisions = self._make_decisions(self._saliency(self.settings.saliency_windows))
+
+    def _saliency(self, windows: int, at: Tensor | None = None) -> Tensor:
+        count = min(windows, sized(self.calibration))
         with frozen(self.model):
-            saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss, among=count)
+            saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss, at=at, among=count)
         self.controller.clear()
-        self.decisions = self._make_decisions(processes.from_main(saliency, "saliency"))
+        return processes.from_main(saliency, "saliency")
 
     def _make_decisions(self, saliency: Tensor | None = None) -> Decisions:
         if self.settings.source != "learned":
@@ -210,6 +214,24 @@ class Pruning:
 
     # Between phases
 
+    @held_heads()
+    def judge_in_rounds(self, timed: Callable[[str], AbstractContextManager[None]]) -> None:
+        """All rounds but the last: each cuts to a share, refits, and takes the saliency of what is left.
+
+        timed: counts the seconds of a with block towards a part of the run.
+        """
+        decisions = self.decisions
+        if not isinstance(decisions, ScoredDecisions):
+            return
+        for share in shares(self.settings.target_keep, self.settings.rounds or 1):
+            mask = decisions.at(share)
+            with undone(self.decoder, self.space):
+                with timed("refit"):
+                    self._refit(mask)
+                with timed("saliency"):
+                    decisions.saliency = self._saliency(self.settings.refit_windows, mask).to(decisions.device)
+            self.controller.forget()
+
     def freeze(self) -> None:
         """Fixes the decisions, exactly on budget, and measures what the cut would change before settling."""
         mask, tokens = self.decisions.freeze(), self.certificate_tokens()
@@ -219,13 +241,14 @@ class Pruning:
 
     def refit(self) -> None:
         """Fits the ends of blocks to what the cut loses, now that no decision moves any more."""
+        self.refitted = list(self._refit(self.decisions.mask))
+
+    def _refit(self, mask: Tensor) -> dict[str, Tensor]:
         count = min(self.settings.refit_windows, sized(self.calibration))
         with inference(self.model, self.autocast):
-            fitted = refit(
-                self.decoder, self.controller, self.space, self.decisions.mask, self._windows(count), among=count
-            )
-        self.refitted = list(fitted)
+            fitted = refit(self.decoder, self.controller, self.space, mask, self._windows(count), among=count)
         self.controller.forget()
+        return fitted
 
     def cut(self, swap: Callable[[PeftModel], None]) -> None:
         """Cuts the settled model and measures that nothing changed; `self.model` is the smaller one, adapter included.

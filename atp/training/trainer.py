@@ -179,6 +179,7 @@ class ATPTrainer(Loop):
         self.teacher = Teacher(self.model, self.config.training.distill, self.autocast_dtype)
 
     def _freeze(self) -> None:
+        self.pruning.judge_in_rounds(self.clock.timed)
         self.begin("settle")
         with self.clock.timed("settle"):
             self.pruning.freeze()

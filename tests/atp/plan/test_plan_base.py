@@ -46,6 +46,15 @@ def test_weights_before_and_after_the_cut_are_those_of_the_tensors(load_in, refi
     assert planned["tune"]["weights"] == frozen(cut) - indices
 
 
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_a_round_keeps_the_quantized_weights_that_its_refit_replaces(load_in):
+    planned = parts(f"model.load_in={load_in}", "decisions.rounds=2")
+    model = AutoModelForCausalLM.from_config(job(**WIDE).shapes.config)
+    quantize_base(model, load_in, job(**WIDE).shapes.space)
+    ends = [m.weight.nbytes for name, m in model.named_modules() if name.endswith(ENDS)]
+    assert planned["refit"]["originals"] == planned["saliency"]["originals"] == sum(ends)
+
+
 def test_no_slice_cast_or_merged_copy_is_counted_and_one_floating_matrix_is():
     found = parts("model.load_in=4bit", "training.search=2", autocast=torch.bfloat16)
     assert "slices" not in found["search"] and "merged" not in found["saliency"]

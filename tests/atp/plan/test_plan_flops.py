@@ -132,6 +132,21 @@ def test_rows_are_the_parts_of_a_run():
     assert rows["open"].flops == cost.step(cost.whole) * rows["open"].tokens
 
 
+def test_each_round_refits_and_all_but_the_last_judge():
+    settings = ("training.steps=30", "decisions.refit_windows=8", "decisions.saliency_windows=5")
+    for source, measured in (("tuned", 5), ("static", 5), ("running", 0)):
+        one, three = (
+            {row.phase: row for row in cost_of(job(*settings, f"decisions.source={source}", f"decisions.rounds={n}"))}
+            for n in (1, 3)
+        )
+        assert three["refit"].tokens == 3 * one["refit"].tokens == 3 * 8 * LENGTH
+        assert three["refit"].flops == one["refit"].flops * 3
+        assert three["saliency"].tokens == (measured + 2 * 8) * LENGTH
+        assert three["saliency"].flops == Cost(job(*settings)).decision() * three["saliency"].tokens
+        assert ("saliency" in one) == bool(measured)
+        assert three["tune"] == one["tune"] and three["certificate"] == one["certificate"]
+
+
 @pytest.mark.parametrize(
     ("every", "refit", "before", "after"),
     [(7, 8, 1 + 2, 4 + 1), (7, 0, 1 + 1, 4 + 1), (10, 8, 1 + 2, 2 + 1), (99, 8, 2, 2)],

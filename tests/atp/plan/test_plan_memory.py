@@ -100,6 +100,16 @@ def test_refit_by_hand():
     assert equal["refit"]["parts"]["solve"] < row["solve"] and equal["export"]["bytes"] < parts()["export"]["bytes"]
 
 
+def test_a_round_keeps_what_its_refit_changes():
+    for source in ("tuned", "static", "running"):
+        one, two = (parts(f"decisions.source={source}", f"decisions.rounds={n}") for n in (1, 2))
+        assert list(two).count("saliency") == 1
+        originals = 4 * 2 * (96 * 96 + 256 * 96)
+        assert two["refit"]["parts"] == one["refit"]["parts"] | {"originals": originals}
+        assert two["saliency"]["parts"]["originals"] == originals
+        assert all(two[phase] == one[phase] for phase in ("cut", "tune", "export"))
+
+
 def test_saliency_takes_one_window_and_no_gradients():
     row = parts("training.batch_size=8")["saliency"]["parts"]
     # Queries, keys and values before their masks, instead of inputs and S.

@@ -27,7 +27,8 @@ RUNS = {
     "learned": ({"source": "learned", "refit_windows": 8}, {}, {}),
     "running": ({"source": "running", "refit_windows": 0}, {**SHORT, "search": 2, "settle": 1}, {}),
     "untied": (
-        {"source": "tuned", "space": "kv_group", "refit_windows": 5}, SHORT, {"tie_word_embeddings": False}
+        {"source": "tuned", "space": "kv_group", "refit_windows": 5, "rounds": 2}, SHORT,
+        {"tie_word_embeddings": False},
     ),
 }  # fmt: skip
 # Processes of each part of a run, and the step where it is broken off: before the refit, after it, after the cut.

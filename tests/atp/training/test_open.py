@@ -19,6 +19,7 @@ CASES = {
     "tuned": (AT_ONCE, {"source": "tuned"}),
     "running": (FULL, {"source": "running", "every": 2}),
     "running at once": (AT_ONCE, {"source": "running"}),
+    "in rounds": (AT_ONCE, {"source": "running", "rounds": 3}),
     "learned": (FULL, {"source": "learned"}),
 }
 
