@@ -21,10 +21,11 @@ def page(plan: dict[str, Any]) -> Iterator[RenderableType]:
     model, decisions = plan["model"], plan["decisions"]
     count = model["processes"]
     several = f" in {count} processes" if count > 1 else ""
+    rounds = f", cut in {decisions['rounds']} rounds" if decisions["rounds"] > 1 else ""
     yield (
         f"{model['path']}: {model['family']} with {model['layers']} layers, weights in {model['dtype']}, products in "
         f"{model['products']} on {model['device']}{several}; {decisions['target_keep']:.0%} of the decoder stays, "
-        f"in space {decisions['space']}"
+        f"in space {decisions['space']}{rounds}"
     )
     if decisions["latency"] is not None:
         yield decisions["latency"]["description"]

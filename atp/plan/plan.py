@@ -102,6 +102,7 @@ def make_plan(
             "space": config.decisions.space,
             "target_keep": config.decisions.target_keep,
             "source": config.deciding.source,
+            "rounds": config.deciding.rounds,
             "latency": latency,
         },
         "parameters": {
