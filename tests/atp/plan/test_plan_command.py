@@ -88,7 +88,8 @@ def test_the_page_shows_every_section(command, config):
         assert title in out
     assert "TFLOP" in out and "⟦" in out and "time" not in out.split("Data")[0].split("operations")[1]
     assert "rounds" not in out
-    assert ", cut in 2 rounds" in " ".join(command(config, "decisions.target_keep=0.4")[1].split())
+    smaller = ("decisions.target_keep=0.4", "decisions.source=tuned", "decisions.refit_windows=2", "training.search=0")
+    assert ", cut in 2 rounds" in " ".join(command(config, *smaller)[1].split())
 
 
 def test_what_is_printed_is_what_json_holds(plan):
