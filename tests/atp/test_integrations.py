@@ -46,10 +46,11 @@ def adapter(**options):
     )
 
 
-def ours(folder, accumulation, source="learned", **training):
+def ours(folder, accumulation, source="learned", decisions=None, **training):
     """A run of our own loop that ends at the cut."""
     values = {
-        "model": {"path": "tiny"}, "output_dir": str(folder), "seed": 3, "decisions": DECISIONS | {"source": source},
+        "model": {"path": "tiny"}, "output_dir": str(folder), "seed": 3,
+        "decisions": DECISIONS | {"source": source} | (decisions or {}),
         "lora": {"r": 4, "alpha": 4, "dropout": 0.0},
         "training": {"search": SEARCH, "settle": SETTLE, "tune": 0, "batch_size": 2, "save_every": 100, "lr": 1e-2,
                      "gradient_accumulation": accumulation, "schedule": "constant", "warmup": 0,
@@ -130,6 +131,21 @@ def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, source, reg
     smaller = callback.cut(trainer.model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert_equal_to_ours(own, tmp_path, callback, smaller, losses)
+
+
+def test_decisions_in_rounds_end_where_our_own_loop_does(tmp_path):
+    rounds = {"target_keep": 0.4, "rounds": 2}
+    own = ours(tmp_path, 1, "tuned", rounds, search=0, settle=STEPS, open=0)
+    samples, model = read_by(own), stock(lora_of(own))
+    own.train()
+    callback = atp_callback(search=0, settle=STEPS, decisions=DECISIONS | rounds | {"source": "tuned"})
+    args = settings(TrainingArguments, tmp_path / "hf", 1)
+    trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback], compute_loss_func=loss_in_float64)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert_equal_to_ours(own, tmp_path, callback, callback.cut(trainer.model), losses)
+    decisions = callback.pruning.decisions
+    assert abs(decisions.budget.share(decisions.mask) - 0.4) < 0.03
 
 
 def tokenizer():
