@@ -98,7 +98,7 @@ class DecisionsConfig(Section):
     )
     rounds: int | None = Field(
         None, ge=1, description="Cuts, each to a smaller share; after all but the last, what is left is refitted and "
-        "judged anew. null: as many as keep 0.6 of the one before, where saliency decides without search; else 1.",
+        "judged anew. null: with a running saliency and no search as many as keep 0.6 of the one before; else 1.",
     )  # fmt: skip
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
     uniform: bool = Field(False, description="Whether all layers get equal widths, as classes of other tools need.")
@@ -327,7 +327,7 @@ class ATPConfig(Section):
             source = "running" if watch else "tuned"
         rounds = self.decisions.rounds
         if rounds is None:
-            at_once = source != "learned" and not training.search and self.decisions.refit_windows
+            at_once = source == "running" and not training.search and self.decisions.refit_windows
             rounds = _rounds_to(self.decisions.target_keep) if at_once else 1
         return self.decisions.model_copy(update={"source": source, "rounds": rounds})
 

@@ -88,7 +88,7 @@ def test_the_page_shows_every_section(command, config):
         assert title in out
     assert "TFLOP" in out and "⟦" in out and "time" not in out.split("Data")[0].split("operations")[1]
     assert "rounds" not in out
-    smaller = ("decisions.target_keep=0.4", "decisions.source=tuned", "decisions.refit_windows=2", "training.search=0")
+    smaller = ("decisions.target_keep=0.4", "decisions.rounds=2", "decisions.refit_windows=2", "training.search=0")
     assert ", cut in 2 rounds" in " ".join(command(config, *smaller)[1].split())
 
 

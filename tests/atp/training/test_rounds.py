@@ -101,18 +101,12 @@ def test_a_run_takes_as_many_rounds_as_its_target_wants(tmp_path):
     def rounds(training=AT_ONCE, **decisions):
         return make(tmp_path, training=training, decisions=decisions).config.deciding.rounds
 
-    assert [rounds(source="tuned", target_keep=share) for share in (0.9, 0.6, 0.59, 0.4, 0.36, 0.2)] == [
-        1,
-        1,
-        2,
-        2,
-        2,
-        4,
-    ]
-    assert rounds(source="static", target_keep=0.4) == rounds(source=None, target_keep=0.4) == 2
-    assert rounds(source="tuned", target_keep=0.4, refit_windows=0) == 1
-    assert rounds(source="tuned", target_keep=0.4, training=AT_ONCE | {"search": 1}) == 1
-    assert rounds(source="tuned", rounds=4) == 4 and rounds(source="learned", target_keep=0.4) == 1
+    shares_kept = (0.9, 0.6, 0.59, 0.4, 0.36, 0.2)
+    assert [rounds(source="running", target_keep=share) for share in shares_kept] == [1, 1, 2, 2, 2, 4]
+    assert rounds(source="running", target_keep=0.4, refit_windows=0) == 1
+    assert rounds(source="running", target_keep=0.4, training=AT_ONCE | {"search": 1}) == 1
+    assert [rounds(source=source, target_keep=0.4) for source in ("static", "tuned", "learned")] == [1, 1, 1]
+    assert rounds(source="tuned", rounds=4) == 4
 
 
 @pytest.mark.parametrize(("training", "decisions"), [
