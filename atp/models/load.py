@@ -47,6 +47,8 @@ def read_config(path: str | Path, gguf_file: str | None = None, revision: str | 
         where = _where(path, gguf_file, revision)
         if "gguf_file" in where:
             content = _gguf_content(str(path), where["gguf_file"], revision)
+            if "num_hidden_layers" not in content:  # transformers would take 32, and seconds to name their weights
+                raise InputError(f"{gguf_file} does not say how many layers its model has: get or write the file again")
             check_sizes(content)
             config = AutoConfig.for_model(**copy.deepcopy(content))
         else:

@@ -104,11 +104,12 @@ def test_an_export_with_a_missing_weight_fails_its_certificate(tmp_path):
         certify_export(model, merged, tmp_path, tokens)
 
 
-def write_gguf(path, model, leave_out=()):
-    """A GGUF file of a Llama, in float32 and without a tokenizer."""
+def write_gguf(path, model, leave_out=(), layers=True):
+    """A GGUF file of a Llama, in float32 and without a tokenizer; without its number of layers, if asked."""
     config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
+    if layers:
+        writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -134,6 +135,8 @@ def test_gguf_files_are_whole_too(tmp_path):
     torch.testing.assert_close(loaded.lm_head.weight, model.lm_head.weight)
     write_gguf(tmp_path / "part.gguf", model, ["model.layers.1.mlp.up_proj.weight"])
     assert "model.layers.1.mlp.up_proj.weight" in refused(tmp_path, gguf_file="part.gguf")
+    write_gguf(tmp_path / "flat.gguf", model, layers=False)
+    assert "does not say how many layers its model has" in refused(tmp_path, gguf_file="flat.gguf")
 
 
 def test_a_gguf_file_is_the_one_in_the_folder(tmp_path, monkeypatch):
