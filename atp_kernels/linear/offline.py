@@ -12,6 +12,7 @@ from atp_kernels.linear import triton_kernels as kernels
 from atp_kernels.offline import TYPES, WITH_PRODUCTS, Case
 
 _SIZE = 4096
+_MANY = 32768
 _DRAWN: dict[str, object] = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
 
 
@@ -89,11 +90,13 @@ def _descriptors(config: tiles.DescriptorConfig, dtype: torch.dtype, rank: int, 
 
 
 def _reductions(dtype: torch.dtype, rank: int) -> Iterator[Case]:
-    narrow = tiles.down_config(_SIZE, dtype)
-    constants: dict[str, object] = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
-    yield _case("down", kernels.lora_down_kernel, dtype, rank, [], constants, narrow)
-    yield _case("down dropout", kernels.lora_down_kernel, dtype, rank, [], constants | _DRAWN, narrow)
-    reduce = tiles.reduce_config(dtype)
+    for name, rows in (("down", _SIZE), ("down many rows", _MANY), ("down decode", 16)):
+        narrow = tiles.down_config(rows, rank, dtype)
+        constants: dict[str, object] = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
+        yield replace(_case(name, kernels.lora_down_kernel, dtype, rank, [], constants, narrow), extra=rows == 16)
+        dropped = _case(f"{name} dropout", kernels.lora_down_kernel, dtype, rank, [], constants | _DRAWN, narrow)
+        yield replace(dropped, extra=rows != _SIZE)
+    reduce = tiles.reduce_config(rank, dtype)
     constants = {"BLOCK_M": reduce.block_long, "BLOCK_C": reduce.block_wide}
     yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, reduce)
     factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]

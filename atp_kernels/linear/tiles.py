@@ -87,6 +87,8 @@ _DESCRIPTOR_SINGLE = {"64x64x32": DescriptorConfig(64, 64, 32, 8, 3, archs=(90, 
 _ONE_PASS_TILES = 2
 # Two programs for each multiprocessor of the largest current GPUs; a constant, so that sums never depend on the device.
 _PROGRAMS = 264
+# Beyond it tiles are smaller: sm_80 would spill registers, and sm_120 has too little shared memory for 64 rows.
+_WIDE_RANK = 64
 
 
 def gemm_config(m: int, n: int, rank: int, dtype: torch.dtype) -> GemmConfig:
@@ -118,15 +120,20 @@ def named_tile(dtype: torch.dtype) -> DescriptorConfig | None:
     return descriptor_tiles(dtype).get(name)
 
 
-def down_config(m: int, dtype: torch.dtype) -> ReduceConfig:
+def down_config(m: int, rank: int, dtype: torch.dtype) -> ReduceConfig:
     """The tile for S = x A^T: rows of x are few programs, so they are kept narrow until there are enough of them."""
-    long, warps = (64, 8) if dtype == torch.float32 else (128, 4)
-    return ReduceConfig(16 if m <= 16 else 64 if m >= 64 * _PROGRAMS else 32, long, warps)
+    many = m >= 64 * _PROGRAMS and rank <= _WIDE_RANK
+    wide = 16 if m <= 16 else 64 if many else 32
+    if dtype == torch.float32:
+        return ReduceConfig(wide, 64 if rank <= _WIDE_RANK else 32, 8)
+    return ReduceConfig(wide, 128)
 
 
-def reduce_config(dtype: torch.dtype) -> ReduceConfig:
-    """The tile for reductions over rows."""
-    return ReduceConfig(64, 32, 8) if dtype == torch.float32 else ReduceConfig(64, 64)
+def reduce_config(rank: int, dtype: torch.dtype) -> ReduceConfig:
+    """The tile for reductions over rows, which make a factor of this rank."""
+    if dtype == torch.float32:
+        return ReduceConfig(64, 32 if rank <= _WIDE_RANK else 16, 8)
+    return ReduceConfig(64, 64)
 
 
 def row_splits(m: int, c: int, config: ReduceConfig) -> int:

@@ -177,7 +177,7 @@ def _gemm(
 def _lora_down(x, lora_a, mask, scaling, s, a_sq=None, dropout=None):
     """s = scaling * ((mask * x after dropout) A^T), and the column squares of A."""
     (m, k), rank = x.shape, lora_a.shape[0]
-    config = tiles.down_config(m, x.dtype)
+    config = tiles.down_config(m, rank, x.dtype)
     kernels.lora_down_kernel[(triton.cdiv(m, config.block_wide),)](
         x, lora_a, _bytes(mask), s, a_sq, m, k, scaling, _seed(dropout), *x.stride(), *lora_a.stride(),
         EVEN_K=k % config.block_long == 0, WIDE=passes_int32(x, s),
@@ -195,7 +195,7 @@ def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=N
     if s is None and z is None and not want_sum:
         return None, None, None
     (m, c), rank = g.shape, 1 if s is None else s.shape[1]
-    config = tiles.reduce_config(g.dtype)
+    config = tiles.reduce_config(rank, g.dtype)
     splits = tiles.row_splits(m, c, config)
     part = lambda *shape: g.new_empty(splits, c, *shape, dtype=torch.float32)  # noqa: E731
     factor = None if s is None else part(rank)

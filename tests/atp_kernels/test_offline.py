@@ -28,7 +28,7 @@ GROUPS = {"slot squares", "group slope", "group add", "group shrink", "slot norm
 NORM = {f"norm {which}" for which in ("fwd narrow", "fwd", "fwd wide", "dx narrow", "dx", "dx wide")}
 NORM |= {"norm dx dw narrow", "norm dx dw", "norm dw"}
 GATED = {f"{act}{mask} {way}" for act in ("silu", "gelu") for mask in ("", " hard", " soft") for way in ("fwd", "bwd")}
-KERNELS = GEMMS | GROUPS | NORM | GATED | {"gemm fwd decode", "down", "column reduce", "sum partials"}
+KERNELS = GEMMS | GROUPS | NORM | GATED | {"gemm fwd decode", "down", "down many rows", "column reduce", "sum partials"}
 KERNELS |= {"down dropout", "column reduce dropout", "dropout"}
 NORM |= {f"{name} ones" for name in ("rms_norm", "rms_norm_backward", "weight_grad")}
 GATED |= {f"{name} ones" for name in ("gated", "gated_backward")}
@@ -42,8 +42,8 @@ KERNELS |= NORM | GATED | DROPOUT | OF_ONES | GROUPS | LOSS | ROTARY
 ARCHS = {"80", "90", "100", "120", "gfx942"}
 RDNA = "gfx1100"
 """Of which the gate has what is launched there: no products."""
-PRODUCTS = GEMMS | OF_ONES | {"gemm fwd decode", "down", "down dropout", "column reduce", "column reduce dropout"}
-PRODUCTS |= {"sum partials"}
+PRODUCTS = GEMMS | OF_ONES | {"gemm fwd decode", "down", "down many rows", "down dropout", "column reduce"}
+PRODUCTS |= {"column reduce dropout", "sum partials"}
 # The kernel of descriptors: its tiles and where each is launched.
 HALF = {"128x256x64": "90", "128x256x64-warps": "100", "128x128x64": "90 100", "128x128x64-warps": "100"}
 HALF |= {"128x128x64-99k": "120"}
@@ -90,6 +90,7 @@ def test_gate():
     [
         ("fp32", "16", ARCHS),  # other instructions
         ("bf16", "128", ARCHS),  # most registers and shared memory
+        ("fp32", "128", {"80", "120"}),  # the fewest registers and the least shared memory, for the widest entries
         # Small ranks, whose tiles are those of 16, with both 16-bit types between them on every generation.
         ("fp16", "16", {"90", "gfx942"}),
         ("bf16", "8", {"80", "100", "120"}),
