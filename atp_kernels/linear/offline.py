@@ -29,6 +29,7 @@ def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd narrow", _SIZE, 128, False, "sum_ptr other_ptr dot_ptr"),
+        ("gemm fwd decision narrow", _SIZE, 128, True, "other_ptr dot_ptr"),
         ("gemm fwd 1024 rows", 1024, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd 128 rows", 128, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd decode", 16, _SIZE, False, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
@@ -45,7 +46,8 @@ def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
             **(_DRAWN if name.endswith("dropout") else {}),
         }  # fmt: skip
         wide_tile = dtype != torch.float32 and config.block_m >= 64
-        yield _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
+        case = _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
+        yield replace(case, extra=name == "gemm fwd decision narrow")
 
 
 def _descriptor_gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:

@@ -5,7 +5,7 @@ better ones passes `config=`, or names one of `descriptor_tiles` in the environm
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,6 +66,7 @@ _SINGLE = (
 )
 # Its loop also stages A and a separate lora_input: a smaller step keeps all of it under 99 KB.
 _ONE_PASS = {True: (64, 64, 32, 8, 2), False: (64, 128, 32, 4, 4)}
+_FEW_WARPS_RANK = 32  # beyond it the second sum of the one pass takes all registers of four warps
 TILE_VARIABLE = "ATP_KERNELS_LINEAR_TILE"
 """Its value is the name of a tile in `descriptor_tiles`; unset or empty, every call takes the table's."""
 
@@ -96,7 +97,8 @@ def gemm_config(m: int, n: int, rank: int, dtype: torch.dtype) -> GemmConfig:
     single = dtype == torch.float32
     one_pass = _ONE_PASS[single]
     if n <= _ONE_PASS_TILES * one_pass[1] and rank_block(rank) == rank_step(rank, dtype):
-        return GemmConfig(*one_pass, one_pass=True)
+        config = GemmConfig(*one_pass, one_pass=True)
+        return config if rank <= _FEW_WARPS_RANK else replace(config, num_warps=8)
     return GemmConfig(*next(tile for limit, tile in (_SINGLE if single else _HALF) if limit is None or m <= limit))
 
 
