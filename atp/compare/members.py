@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -198,7 +198,10 @@ class Members:
         def look(inputs: dict[str, str]) -> dict[str, Any] | None:
             if not any(override.startswith(("model.", "data.")) for override in arm.overrides):
                 refuse_other_inputs(read_json(self.folder / INPUTS) or {}, inputs)
-                write_json(self.folder / INPUTS, inputs)
+                # Members in other processes write it too: one that replaces it first takes the temporary file along.
+                with suppress(FileNotFoundError):
+                    write_json(self.folder / INPUTS, inputs)
+                refuse_other_inputs(read_json(self.folder / INPUTS) or {}, inputs)
             for path in sorted(self.folder.glob(f"*/{INPUTS}")):
                 theirs, scores = read_json(path) or {}, read_json(path.with_name("evaluation.json")) or {}
                 if "original" in scores and all(theirs.get(name) == inputs[name] for name in _BEHIND_SCORES):
