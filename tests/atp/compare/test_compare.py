@@ -9,12 +9,14 @@ import pytest
 from tiny_callbacks import StopAt
 
 from atp.compare import Comparison, baseline_run
+from atp.compare.members import Arm, Members
 from atp.compare.page import write_pages
 from atp.compare.results import Member, results, unmeasurable
 from atp.compare.table import markdown, table
 from atp.data import Task
 from atp.errors import InputError, Interrupted, NotReached
 from atp.evaluation.bootstrap import over_seeds
+from atp.files import write_json
 
 METHODS = ["dense_lora", "atp", "slicegpt"]
 STEPS = 6
@@ -146,6 +148,24 @@ def test_resume_refuses_another_config(config, finished):
     changed.training.lr = 1.0
     with pytest.raises(InputError, match=r"training\.lr: 0\.005 -> 1\.0"):
         compare(changed, folder, resume=True).execute()
+
+
+def test_a_member_that_writes_the_inputs_second_goes_on_unless_they_differ(config, tmp_path, monkeypatch):
+    """Another process, whose temporary file has the same name, replaces the inputs first."""
+    ours = {"model": "a", "data": "b"}
+
+    def beaten(path, content):
+        write_json(path, theirs)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("atp.compare.members.write_json", beaten)
+    look = Members(config, tmp_path, command="")._original(Arm("random"))
+    theirs = ours
+    assert look(ours) is None and json.loads((tmp_path / "inputs.json").read_text()) == ours
+    (tmp_path / "inputs.json").unlink()
+    theirs = ours | {"data": "c"}
+    with pytest.raises(InputError, match="data is not what the run was started with"):
+        look(ours)
 
 
 def test_unknown_method_names_the_nearest(config, tmp_path):
