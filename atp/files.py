@@ -21,9 +21,12 @@ _MARK = ".writing-"
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, which replaces `path` in one step if the block ends without an error."""
-    temporary = path.with_name(f"{_MARK}{path.name}")
+def whole_file(path: Path, name: str | None = None) -> Iterator[Path]:
+    """Yields a temporary path, which replaces `path` in one step if the block ends without an error.
+
+    name: what the temporary name ends in; None: the name of `path`, which only one process at a time may write then.
+    """
+    temporary = path.with_name(f"{_MARK}{name or path.name}")
     try:
         yield temporary
         flush(temporary)

@@ -14,7 +14,7 @@ import torch
 
 from atp import processes
 from atp.errors import InputError, shorten
-from atp.files import check_writable, write_text
+from atp.files import check_writable, whole_file
 from atp.training.callbacks import Callback, Record
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class MetricsFile(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        # The collector reads all files whose names end in .prom, and another run may write the same file.
+        self._temporary = f"{self.path.name}.{os.getpid()}"
         self._record: Record = {}
         self._saved: float | None = None
 
@@ -71,7 +73,8 @@ class MetricsFile(Callback):
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         labels = {"run": loop.config.output_dir, "phase": loop.phase}
-        write_text(self.path, exposition(values, labels))
+        with whole_file(self.path, self._temporary) as temporary:
+            temporary.write_text(exposition(values, labels), encoding="utf-8")
 
 
 def exposition(values: dict[str, float | None], labels: dict[str, str]) -> str:

@@ -1,9 +1,12 @@
 """The metrics file never takes the place of another file, and its text is what Prometheus reads."""
 
+from pathlib import Path
+
 import pytest
 from tiny_run import TOTAL, make
 
 from atp.errors import InputError
+from atp.training import prometheus
 from atp.training.prometheus import MetricsFile, check_metrics_file, exposition
 
 
@@ -57,3 +60,25 @@ def test_each_record_and_checkpoint_replaces_the_file(tmp_path, monkeypatch):
     assert steps == sorted(steps) and set(steps) == set(range(TOTAL + 1))
     assert "checkpoint_age" not in texts[0] and "atp_checkpoint_age_seconds{" in texts[-1]
     assert 'phase="search"' in texts[0] and "atp_kept" in texts[1] and 'phase="tune"' in texts[-1]
+
+
+def test_a_half_written_file_is_no_prom_file_and_another_run_may_write_the_same(tmp_path, monkeypatch):
+    file, seen = tmp_path / "atp.prom", []
+    trainer = make(tmp_path / "run")
+    monkeypatch.setattr(prometheus.os, "getpid", lambda: 1)
+    first = MetricsFile(file)
+    monkeypatch.setattr(prometheus.os, "getpid", lambda: 2)
+    second = MetricsFile(file)
+    write = Path.write_text
+
+    def write_beside(self, *arguments, **options):
+        written = write(self, *arguments, **options)
+        if not seen:
+            seen.extend(tmp_path.glob("*.prom*"))  # pathlib's * takes a leading dot too
+            second.on_phase(trainer)
+        return written
+
+    monkeypatch.setattr(Path, "write_text", write_beside)
+    first.on_phase(trainer)
+    assert len(seen) == 1 and seen[0].suffix != ".prom"
+    assert [path.name for path in tmp_path.glob("*prom*")] == ["atp.prom"]
