@@ -111,16 +111,12 @@ def backward(grad_y: Tensor, saved: Saved, needs: Needs, *, primitives: Primitiv
     weight, lora_a, lora_b, adapter_input, s, outs, ins, scaling = saved
     need_x, need_a, need_b, need_adapter, shared_input = needs
     d_x = d_a = d_b = d_adapter = up = None
-    # d_x needs room, so what can come after it does. Permuting d_b takes it twice.
-    later = outs is None or not outs.kept_first
     lora_a = ordered(lora_a, ins, 1)
-    if need_b and not later:
-        d_b = (grad_y.t() @ s).index_select(0, outs.place)
     if need_a or need_adapter or (need_x and shared_input):
         up = scaled_mm(grad_y, ordered(lora_b, outs, 0), scaling)
     if need_x:
-        # What the gradients of the factors that come later will take.
-        spare = need_a * lora_a.numel() + (need_b and later) * lora_b.numel()
+        # It needs room, so the gradients of the factors come after it: as much as they will take is free.
+        spare = need_a * lora_a.numel() + need_b * lora_b.numel()
         low = up if shared_input else None
         d_x = primitives.product(grad_y, weight, None, outs, ins, low, lora_a, spare, primitives)
     if need_adapter:
@@ -131,8 +127,8 @@ def backward(grad_y: Tensor, saved: Saved, needs: Needs, *, primitives: Primitiv
         if ins is not None and ins.kept_first:
             rows = max(1, _PART_ELEMENTS // d_a.shape[1]) if _on_cpu(d_a) else d_a.shape[0]
             primitives.spread_columns_(d_a, d_a.shape[1], ins.place, rows)
-    if need_b and later:
-        d_b = grad_y.t() @ s
+    if need_b:
+        d_b = in_order(grad_y.t() @ s, outs)
     return d_x, d_a, d_b, d_adapter
 
 
@@ -203,6 +199,17 @@ def _columns(values: Tensor, index: Tensor, primitives: Primitives) -> Tensor:
 def ordered(factor: Tensor, side: Side | None, axis: int) -> Tensor:
     """A factor's rows or columns in the order of the side."""
     return factor if side is None or not side.kept_first else factor.index_select(axis, side.index)
+
+
+def in_order(d_b: Tensor, side: Side | None) -> Tensor:
+    """The gradient of a B that was `ordered`, in the model's order; on a CPU in place, some columns at a time."""
+    if side is None or not side.kept_first:
+        return d_b
+    if not _on_cpu(d_b):
+        return d_b.index_select(0, side.place)
+    for columns in d_b.split(max(1, _PART_ELEMENTS // max(1, d_b.shape[0])), 1):
+        columns.copy_(columns.index_select(0, side.place))
+    return d_b
 
 
 def _on_cpu(values: Tensor) -> bool:

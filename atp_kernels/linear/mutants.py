@@ -122,7 +122,7 @@ TABLE = {
         ("if bias is None else torch.addmm(bias,", "if True else torch.addmm(bias,"),
         ("add_product_(y, s, lora_b.t())", "pass"),
         ("torch.mm(grad_y.t(), s)", "torch.mm(grad_y.t(), s).neg()"),
-        ("add_product_(d_x, up, lora_a)", "pass"),
+        ("add_product_(torch.mm(grad_y, dense(weight)), up, lora_a)", "torch.mm(grad_y, dense(weight))"),
     ),
     (OP, PLAIN_LAST_BIT): (
         ("if need_x or need_a else None", "if need_a else None"),

@@ -291,14 +291,12 @@ class LoraLinear(torch.autograd.Function):
         x, weight, lora_a, lora_b, s = ctx.saved_tensors
         need_x, need_w, need_a, need_b, need_bias, _ = ctx.needs_input_grad
         grad_y = matrix(grad_y)
-        # First of all products: the vendor's scratch memory then meets no other gradient.
-        d_x = torch.mm(grad_y, dense(weight)) if need_x else None
+        up = scaled_mm(grad_y, lora_b, ctx.scaling) if need_x or need_a else None
+        # Before the other gradients: the scratch memory of its products is the largest, and then meets none of them.
+        d_x = add_product_(torch.mm(grad_y, dense(weight)), up, lora_a) if need_x else None
         d_bias = grad_y.sum(0) if need_bias else None
         d_weight = torch.mm(grad_y.t(), x) if need_w else None
         d_b = torch.mm(grad_y.t(), s) if need_b else None
-        up = scaled_mm(grad_y, lora_b, ctx.scaling) if need_x or need_a else None
         d_a = torch.mm(up.t(), x) if need_a else None
-        if need_x:
-            add_product_(d_x, up, lora_a)
-            d_x = d_x if len(ctx.shape) == 2 else d_x.view(ctx.shape)
+        d_x = d_x if d_x is None or len(ctx.shape) == 2 else d_x.view(ctx.shape)
         return d_x, d_weight, d_a, d_b, d_bias, None

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from atp_kernels.call import autocast_dtype, matrix, select
 from atp_kernels.kept import operands as kept_operands
-from atp_kernels.kept.aten import ATEN, ordered, product
+from atp_kernels.kept.aten import ATEN, in_order, ordered, product
 from atp_kernels.kept.forms import form_of
 from atp_kernels.kept.slices import KeptSlice, Side
 from atp_kernels.linear import ways
@@ -64,7 +64,7 @@ def backward(
             d_x = _add_product(d_x, _kept(grad, linear), linear.weight)
         if need_x or any(need_a):
             own.addmm_(grad, ordered(linear.lora_b, linear.outs, 0), beta=0, alpha=scaling)
-        d_b.append(_in_order(grad.t() @ part, linear.outs) if need and part is not None else None)
+        d_b.append(in_order(grad.t() @ part, linear.outs) if need and part is not None else None)
     if d_x is not None and up.shape[1]:
         d_x.addmm_(up, torch.cat([linear.lora_a for linear in linears]))
     d_a: list[Tensor | None] = [None] * len(linears)
@@ -87,11 +87,6 @@ def _kept(grad: Tensor, linear: Linear) -> Tensor:
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right) if total is None else total.addmm_(left, right)
-
-
-def _in_order(d_b: Tensor, outs: Side | None) -> Tensor:
-    """The gradient of B in the order of the model."""
-    return d_b if outs is None or not outs.kept_first else d_b.index_select(0, outs.place)
 
 
 def shared_linears(

@@ -17,7 +17,7 @@ TABLE = {
         ("beta=0, alpha=scaling)", "beta=0)"),
         ("return grad[:, : len(linear.weight)]", "return grad[:, -len(linear.weight) :]"),
         ("torch.mm(left, right) if total is None else total.addmm_(left, right)", "torch.mm(left, right)"),
-        ("outs is None or not outs.kept_first else", "True else"),
+        ("in_order(grad.t() @ part, linear.outs)", "grad.t() @ part"),
     ),
     (SHARED, "tests/atp_kernels/test_shared_linears.py -k 'alone'"): (
         ("len(set(map(float, scalings))) == 1 and", "True and"),

@@ -12,6 +12,9 @@ from atp_kernels.call import ENVIRONMENT, override
 from atp_kernels.linear import aten, definition
 from atp_kernels.linear import operands as linear_operands
 from atp_kernels.linear.operands import Needs, Operands, Options, Saved
+from benchmarks.baselines import AddmmLora
+from benchmarks.case import Variant
+from benchmarks.measure import peak_bytes
 
 BARE = Shape(out_mask=None, in_mask=None, bias=False, dropout=False)
 PLAIN = [
@@ -192,3 +195,22 @@ def test_environment_counts_when_it_is_read_anew(monkeypatch, request):
         override.cache_clear()
         with pytest.raises(ValueError, match="'nothing' is not a backend") if raises else nullcontext():
             call(BARE, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_memory_is_that_of_the_addmm_idiom(dtype):
+    """Also where 16-bit products take a float32 copy of their result, as on a CPU without instructions for them."""
+    tensors = operands(
+        Shape(m=2048, n=512, k=512, rank=16, out_mask=None, in_mask=None, bias=False, dropout=False), dtype
+    )
+    tensors["weight"].requires_grad_(False)
+    grad, leaves = torch.ones(2048, 512, dtype=dtype), tuple(tensors[name] for name in ("x", "lora_a", "lora_b"))
+
+    def peak(forward):
+        variant = Variant(forward, leaves, grad)
+        variant.prepare("full")()
+        return peak_bytes(variant, "full", "cpu")
+
+    x, weight, lora_a, lora_b = (tensors[name] for name in NAMES[:4])
+    ours = peak(lambda: masked_lora_linear(x, weight, lora_a, lora_b, scaling=1.0))
+    assert ours <= peak(lambda: AddmmLora.apply(x, weight, lora_a, lora_b)) + 2**12
