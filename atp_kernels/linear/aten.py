@@ -126,15 +126,9 @@ def backward(
         grad_base = primitives.masked(grad_y, out_mask)
     grad_lora = grad_base if mask_lora else grad_y
 
-    # First of all products: the vendor's scratch memory then meets no other gradient.
+    # Before the other gradients: the vendor's scratch memory then meets none of them.
     d_x = grad_base @ weight if need_x or need_in else None
-    d_bias = grad_base.sum(0) if need_bias else None
-    d_weight = grad_base.t() @ primitives.masked(x, in_mask) if need_w else None
-    d_b = grad_lora.t() @ s if need_b else None
     up = scaled_mm(grad_lora, lora_b, scaling) if need_a or need_adapter else None
-    if need_a:
-        d_a = up.t() @ _adapter_input(x, lora_input, lora_in_mask, dropout, primitives)
-
     if need_adapter and not shared_input:
         d_adapter = up @ lora_a
     elif need_adapter and mask_lora:
@@ -150,6 +144,11 @@ def backward(
     if d_adapter is not None:
         primitives.mask_(d_adapter, lora_in_mask)
     d_x, d_adapter = d_x if need_x else None, d_adapter if need_lora_input else None
+    d_bias = grad_base.sum(0) if need_bias else None
+    d_weight = grad_base.t() @ primitives.masked(x, in_mask) if need_w else None
+    d_b = grad_lora.t() @ s if need_b else None
+    if need_a:
+        d_a = up.t() @ _adapter_input(x, lora_input, lora_in_mask, dropout, primitives)
     return d_x, d_weight, d_a, d_b, d_bias, d_adapter, d_out, d_in
 
 
