@@ -3,7 +3,7 @@
 from atp_kernels import layers, nn
 from atp_kernels.call import available_backends, explain
 from atp_kernels.compaction import compact
-from atp_kernels.dropout import lora_dropout
+from atp_kernels.dropout import lora_dropout, new_seed
 from atp_kernels.groups import GroupPlan, group_lasso, group_lasso_grad_, group_prox_
 from atp_kernels.kept import kept_lora_linear
 from atp_kernels.kept.slices import KeptFirst, KeptSlice
@@ -36,6 +36,7 @@ __all__ = [
     "masked_lora_linear_with_norms",
     "masked_lora_qkv",
     "masked_lora_swiglu",
+    "new_seed",
     "nn",
     "rms_norm",
     "rotary_embedding",

@@ -25,7 +25,7 @@ def check_range(holder: str, index: Tensor, size: int, kind: str) -> None:
 def check_dropout(x: Tensor, dropout: float, seed: int | Tensor | None, lora_input: Tensor | None) -> None:
     """Refuse a probability outside [0, 1) and, above 0, a missing or unfit seed and a separate input of the adapter.
 
-    Above 0, refuse to be captured: the seed is on the host, and every replay would drop what the first one does.
+    A seed on the host is refused while a CUDA graph is captured: every replay would drop what the first one does.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}: give a probability of at least 0 and below 1.")
@@ -34,14 +34,17 @@ def check_dropout(x: Tensor, dropout: float, seed: int | Tensor | None, lora_inp
     if lora_input is not None:
         raise ValueError("dropout makes the adapter's input from x: leave lora_input out, or dropout at 0.")
     if seed is None:
-        raise ValueError("dropout needs a seed: give an int or a 0-d int64 CPU tensor, a new one for each call.")
+        raise ValueError("dropout needs a seed: give an int or a 0-d int64 tensor, a new one for each call.")
     if isinstance(seed, Tensor):
-        if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device.type != "cpu":
+        if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device not in (torch.device("cpu"), x.device):
             given = f"{seed.dtype} tensor of shape {list(seed.shape)} on {seed.device}"
-            raise ValueError(f"seed is a {given}: give an int or a 0-d int64 CPU tensor.")
+            raise ValueError(f"seed is a {given}: give an int or a 0-d int64 tensor, on the CPU or on {x.device}.")
+        if seed.device.type != "cpu":
+            return
     elif not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed is {seed}: give one that fits into int64.")
-    refuse_capture(x.device, "dropout, whose seed every replay would repeat", "leave dropout at 0 in what it captures")
+    remedy = "give the seed as a 0-d int64 tensor on the device, or leave dropout at 0"
+    refuse_capture(x.device, "dropout with a seed on the host, which every replay would repeat", remedy)
 
 
 def is_capturing(device: torch.device) -> bool:

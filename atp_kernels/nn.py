@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp_kernels.dropout import new_seed
 from atp_kernels.linear import masked_lora_linear
 from atp_kernels.quantized import dense
 
@@ -89,7 +90,7 @@ class MaskedLoRALinear(nn.Module):
             mask_lora=self.mask_lora,
             bias=self.bias,
             dropout=dropout,
-            seed=torch.randint(2**62, (), dtype=torch.int64) if dropout else None,
+            seed=new_seed(x) if dropout else None,
         )
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from atp_kernels import (
     lora_dropout,
     masked_lora_linear,
     masked_lora_swiglu,
+    new_seed,
     rms_norm,
 )
 
@@ -124,7 +125,7 @@ class MaskedLoraLinear(PeftLinear):
         p, seed = 0.0, None
         if self.drops:
             # From torch's generator, so that activation checkpointing draws the same one again.
-            p, seed = cast(nn.Dropout, self.lora_dropout[ADAPTER]).p, torch.randint(2**62, (), dtype=torch.int64)
+            p, seed = cast(nn.Dropout, self.lora_dropout[ADAPTER]).p, new_seed(x)
         if self.kept is not None:
             lora_input = lora_dropout(x, p, seed) if seed is not None else None
             return kept_lora_linear(x, self.kept, lora_a, lora_b, scaling=scaling, lora_input=lora_input)

@@ -1,9 +1,19 @@
 """Dropout of an adapter's input, drawn from position and seed, so that backward draws it again."""
 
+import torch
 from torch import Tensor
 
-from atp_kernels.checks import check_dropout
+from atp_kernels.checks import check_dropout, is_capturing
 from atp_kernels.dropout import op
+
+
+def new_seed(x: Tensor) -> Tensor:
+    """A seed for a call whose adapter reads x: a 0-d int64 tensor from torch's generator, on the CPU.
+
+    While a CUDA graph is captured it is on x's device, from the generator of that, so that each replay draws another.
+    """
+    device = x.device if is_capturing(x.device) else "cpu"
+    return torch.randint(2**62, (), dtype=torch.int64, device=device)
 
 
 def lora_dropout(x: Tensor, p: float, seed: int | Tensor, *, backend: str = "auto") -> Tensor:

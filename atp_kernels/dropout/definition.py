@@ -15,7 +15,8 @@ class Dropout(NamedTuple):
     """Drops an element of a matrix [M, K] with probability p in [0, 1), by its position and a 64-bit seed alone."""
 
     p: float
-    seed: int
+    seed: int | Tensor
+    """On the host, or a 0-d int64 tensor on the device of the matrix, which only the kernels read."""
 
     @property
     def threshold(self) -> int:
@@ -28,7 +29,7 @@ class Dropout(NamedTuple):
         return 1 / (1 - self.p)
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> tuple[int | Tensor, int | Tensor]:
         """The seed's low and high 32 bits."""
         return self.seed & _UINT32, self.seed >> 32 & _UINT32
 
@@ -48,7 +49,9 @@ def dropped(values: Tensor, dropout: Dropout, first_row: int = 0) -> Tensor:
 
 
 def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = PHILOX_ROUNDS
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],
+    key: tuple[int | Tensor, int | Tensor],
+    rounds: int = PHILOX_ROUNDS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words of Philox-4x32 for each counter, all as int64 (Salmon et al. 2011, section 3.3)."""
     c0, c1, c2, c3 = counter

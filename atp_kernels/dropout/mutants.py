@@ -4,6 +4,7 @@ DEFINITION = "atp_kernels/dropout/definition.py"
 TRITON = "atp_kernels/dropout/triton.py"
 OP = "atp_kernels/dropout/op.py"
 ATEN = "atp_kernels/dropout/aten.py"
+ROOM = "atp_kernels/dropout/__init__.py"
 
 LINEAR_DROPOUT_PUBLISHED_DEFINITION = (
     "tests/atp_kernels/test_linear_dropout.py -k 'published or definition or blocks or given'"
@@ -11,6 +12,7 @@ LINEAR_DROPOUT_PUBLISHED_DEFINITION = (
 LINEAR_TRITON_COMBINATION_WITH = "tests/atp_kernels/test_linear_triton.py -k 'combination_with_dropout and soft-soft'"
 LINEAR_NO_WORSE_THAN = "tests/atp_kernels/test_linear.py -k no_worse_than_unfused"
 LINEAR_TRITON_WITHOUT_MASKS = "tests/atp_kernels/test_linear_triton.py -k without_masks"
+DEVICE_SEED = "tests/atp_kernels/test_device_seed.py"
 OFFSETS = "tests/atp_kernels/test_offsets.py -k dropout_counts"
 
 TABLE = {
@@ -31,9 +33,20 @@ TABLE = {
         ("tl.join(even, odd)", "tl.join(odd, even)"),
         ("values.to(tl.float32) * SCALE, 0.0)", "values.to(tl.float32), 0.0)"),
     ),
-    (TRITON, LINEAR_TRITON_WITHOUT_MASKS): (("y = dropped_tile(x, rows, first_col, seed, THRESHOLD, SCALE)", "y = x"),),
+    (TRITON, LINEAR_TRITON_WITHOUT_MASKS): (
+        ("y = dropped_tile(x, rows, first_col, seed_of(seed, seed_ptr), THRESHOLD, SCALE)", "y = x"),
+    ),
     (TRITON, OFFSETS): (("passes_int32(values, result)", "passes_int32(values)"),),
-    (OP, LINEAR_NO_WORSE_THAN): (("None if not p or seed is None else Dropout(p, int(seed))", "None"),),
+    (OP, LINEAR_NO_WORSE_THAN): (("None if not p or seed is None else Dropout(p, unread(seed))", "None"),),
+    (TRITON, DEVICE_SEED): (
+        ("if seed_ptr is not None:", "if False:"),
+        ('"seed_ptr": seed if on_device else None', '"seed_ptr": None'),
+    ),
+    (OP, DEVICE_SEED): (
+        ("ctx.save_for_backward(held(dropout))", "pass"),
+        ("isinstance(dropout.seed, Tensor) else None", "False else None"),
+    ),
+    (ROOM, DEVICE_SEED): (("device = x.device if is_capturing(x.device) else", "device ="),),
     (ATEN, LINEAR_DROPOUT_PUBLISHED_DEFINITION): (
         ("definition.dropped(values[rows], dropout, first)", "definition.dropped(values[rows], dropout)"),
     ),

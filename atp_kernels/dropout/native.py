@@ -14,6 +14,6 @@ def supports(call: Call) -> str | None:
 
 def dropped(values: Tensor, dropout: Dropout) -> Tensor:
     """`definition.dropped`, to the last bit."""
-    low, high = dropout.key
+    low, high = map(int, dropout.key)
     seed = low | (high - (high >> 31 << 32)) << 32  # the same 64 bits as a signed integer
     return extension.ops.dropped(values.contiguous(), dropout.threshold, dropout.scale, seed)

@@ -27,13 +27,23 @@ def dropped(x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:
 
 def dropout_of(p: float, seed: int | Tensor | None) -> Dropout | None:
     """Probability and seed as backends take them, None where nothing is dropped."""
-    return None if not p or seed is None else Dropout(p, int(seed))
+    return None if not p or seed is None else Dropout(p, unread(seed))
+
+
+def unread(seed: int | Tensor) -> int | Tensor:
+    """The seed as backends take it: nothing reads one on a GPU, which would wait for all that the GPU has to do."""
+    return seed if isinstance(seed, Tensor) and seed.device.type != "cpu" else int(seed)
+
+
+def held(dropout: Dropout | None) -> Tensor | None:
+    """A seed on the device, which autograd holds until backward draws again, to raise if it was written to."""
+    return dropout.seed if dropout is not None and isinstance(dropout.seed, Tensor) else None
 
 
 @torch.library.custom_op("atp_kernels::lora_dropout", mutates_args=())
 def lora_dropout_op(x: Tensor, p: float, seed: Tensor, backend: str) -> Tensor:
     """Dropout of a matrix by position and seed. Its gradient is the same dropout of the gradient."""
-    return _dropped(x, Dropout(p, int(seed)), backend)
+    return _dropped(x, Dropout(p, unread(seed)), backend)
 
 
 @lora_dropout_op.register_fake
@@ -59,11 +69,14 @@ class LoraDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropout, backend):
         ctx.dropout, ctx.backend = dropout, backend
+        ctx.save_for_backward(held(dropout))
         return _dropped(matrix(x), dropout, backend).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        return LoraDropout.apply(grad, ctx.dropout, ctx.backend), None, None
+        (seed,) = ctx.saved_tensors
+        dropout = ctx.dropout if seed is None else ctx.dropout._replace(seed=seed)
+        return LoraDropout.apply(grad, dropout, ctx.backend), None, None
 
 
 def _dropped(x: Tensor, dropout: Dropout, backend: str) -> Tensor:

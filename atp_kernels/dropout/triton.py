@@ -27,7 +27,7 @@ def dropped(values: Tensor, dropout: Dropout) -> Tensor:
     if values.numel() > 0:
         with torch.cuda.device_of(values):
             dropout_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(k, BLOCK_K))](
-                values, result, m, k, dropout.seed, *values.stride(),
+                values, result, m, k, *values.stride(),
                 WIDE=triton_runtime.passes_int32(values, result),
                 BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, **drawn(dropout), num_warps=NUM_WARPS,
             )  # fmt: skip
@@ -36,10 +36,22 @@ def dropped(values: Tensor, dropout: Dropout) -> Tensor:
 
 def drawn(dropout: Dropout | None) -> dict[str, object]:
     """A dropout as kernels take it: a threshold of zero keeps every element, so they draw nothing."""
+    seed = 0 if dropout is None else dropout.seed
+    on_device = isinstance(seed, Tensor)
     return {
+        "seed": 0 if on_device else seed,
+        "seed_ptr": seed if on_device else None,
         "THRESHOLD": 0 if dropout is None else dropout.threshold,
         "SCALE": 1.0 if dropout is None else dropout.scale,
     }
+
+
+@triton.jit
+def seed_of(seed, seed_ptr):
+    """The seed, which lies on the device where there is a pointer to it."""
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    return seed
 
 
 @triton.jit
@@ -57,8 +69,9 @@ def dropped_tile(values, rows, first_col, seed, THRESHOLD: tl.constexpr, SCALE: 
 @triton.jit(do_not_specialize=["seed"])
 def dropout_kernel(
     x_ptr, y_ptr,
-    M, K, seed: tl.int64,
+    M, K,
     stride_xm, stride_xk,
+    seed: tl.int64, seed_ptr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """y = D x, contiguous [M, K], for the calls whose products the vendor GEMM takes."""
@@ -70,5 +83,5 @@ def dropout_kernel(
         rows = rows.to(tl.int64)
         cols = cols.to(tl.int64)
     x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=ok, other=0.0)
-    y = dropped_tile(x, rows, first_col, seed, THRESHOLD, SCALE)
+    y = dropped_tile(x, rows, first_col, seed_of(seed, seed_ptr), THRESHOLD, SCALE)
     tl.store(y_ptr + rows[:, None] * K + cols[None, :], y, mask=ok)

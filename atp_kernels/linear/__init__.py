@@ -37,8 +37,9 @@ def masked_lora_linear(
     `dropout` p in [0, 1) makes lora_input = keep * x / (1 - p), in place of a given one, and gradients flow to x
     through the same keep. Seeing x as a matrix, element (m, k) is kept where word k % 4 of Philox-4x32-7 with counter
     (m, k // 4, 0, 0) and key `seed` is at least floor(p * 2^32), so that backward draws it again and nothing of it is
-    stored. `seed`: an int64 as an int, or as a 0-d CPU tensor, for which torch.compile compiles once; a seed drops the
-    same elements each time, so give each call of a step its own, and leave a tensor as it is until backward.
+    stored. `seed`: an int64 as an int, or as a 0-d tensor, for which torch.compile compiles once: on the CPU, or on x's
+    device, which a CUDA graph needs. A seed drops the same elements each time, so give each call of a step its own, and
+    leave a tensor as it is until backward. `new_seed` draws one.
     With "auto" a frozen weight under bool masks may be sliced by the call, which then reads nothing that they remove,
     and a tuned table decides where there is one (docs/kernels/tuning.md).
     Differentiable once in every floating input that requires it. Raises ValueError for wrong shapes, dtypes, devices or

@@ -13,6 +13,7 @@ from atp_kernels.offline import TYPES, WITH_PRODUCTS, Case
 
 _SIZE = 4096
 _MANY = 32768
+_ON_DEVICE = ", seed on the device"
 _DRAWN: dict[str, object] = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
 
 
@@ -37,17 +38,18 @@ def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx dropout", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx decision dropout", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx dropout, seed on the device", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx narrow dropout", _SIZE, 128, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
     ):
         config = tiles.gemm_config(m, n, rank, dtype)
         constants = {
             "MASK_LORA": mask_lora, "ONE_PASS": config.one_pass and "fwd" in name, "EVEN_K": True,
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-            **(_DRAWN if name.endswith("dropout") else {}),
+            **(_DRAWN if "dropout" in name else {}),
         }  # fmt: skip
         wide_tile = dtype != torch.float32 and config.block_m >= 64
         case = _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
-        yield replace(case, extra=name == "gemm fwd decision narrow")
+        yield replace(case, extra=name == "gemm fwd decision narrow" or name.endswith(_ON_DEVICE))
 
 
 def _descriptor_gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
@@ -98,12 +100,19 @@ def _reductions(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         yield replace(_case(name, kernels.lora_down_kernel, dtype, rank, [], constants, narrow), extra=rows == 16)
         dropped = _case(f"{name} dropout", kernels.lora_down_kernel, dtype, rank, [], constants | _DRAWN, narrow)
         yield replace(dropped, extra=rows != _SIZE)
+        seeded = _case(
+            f"{dropped.name}{_ON_DEVICE}", kernels.lora_down_kernel, dtype, rank, [], dropped.constants, narrow
+        )
+        yield replace(seeded, extra=True)
     reduce = tiles.reduce_config(rank, dtype)
     constants = {"BLOCK_M": reduce.block_long, "BLOCK_C": reduce.block_wide}
     yield _case("column reduce", kernels.column_reduce_kernel, dtype, rank, [], constants, reduce)
     factor_only = ["z_ptr", "dot_ptr", "sum_ptr"]
     constants |= _DRAWN
     yield _case("column reduce dropout", kernels.column_reduce_kernel, dtype, rank, factor_only, constants, reduce)
+    name = f"column reduce dropout{_ON_DEVICE}"
+    seeded = _case(name, kernels.column_reduce_kernel, dtype, rank, factor_only, constants, reduce)
+    yield replace(seeded, extra=True)
     constants = {"BLOCK_C": 64}
     yield _case("sum partials", kernels.sum_partials_kernel, dtype, rank, [], constants, reduce)
 
@@ -134,7 +143,9 @@ def _case(
         del every["stride_wk"], every["stride_br"]
     arguments: dict[str, str | None] = {}
     for argument in kernel.arg_names:
-        if argument in absent:
+        if argument == "seed_ptr":
+            arguments[argument] = "*i64" if name.endswith(_ON_DEVICE) else None
+        elif argument in absent:
             arguments[argument] = None
         elif argument in every:
             continue

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.call import Choice, Operation, Order, matrix, refuse_twice, register, select
-from atp_kernels.dropout.op import dropout_of
+from atp_kernels.dropout.op import dropout_of, held
 from atp_kernels.kept.op import kept_linear
 from atp_kernels.kept.slices import CallSlice
 from atp_kernels.linear import ways
@@ -57,7 +57,7 @@ def linear(
         keep_sum = keeps_sum(out_mask)
         options = Options(scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed))
         return MaskedLoraLinear.apply(*operands, module, options)
-    # A tensor, so that a graph is compiled once for all seeds; on the CPU, so that reading it waits for no device.
+    # A tensor, so that a graph is compiled once for all seeds; on the CPU, where an int comes from.
     seed = torch.tensor(seed) if dropout and not isinstance(seed, Tensor) else seed
     y, _, _, *norms = masked_lora_linear_op(
         *operands._replace(x=matrix(x), lora_input=None if lora_input is None else matrix(lora_input)),
@@ -242,7 +242,7 @@ class MaskedLoraLinear(torch.autograd.Function):
         adapter = None if lora_input is None else matrix(lora_input)
         operands = Operands(rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
         y, s, total, *norms = module.forward(operands._replace(weight=dense(weight)), options)
-        _save(ctx, operands, s, total)
+        _save(ctx, operands, s, total, held(options.dropout))
         y = y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
         if not options.with_norms:
             return y
@@ -252,7 +252,7 @@ class MaskedLoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_rows=None, grad_cols=None):
-        saved, shape = Saved(*ctx.saved_tensors), ctx.shape
+        saved, shape = Saved._make(ctx.saved_tensors[:-1]), ctx.shape
         if grad_y is None:
             grad_y = saved.lora_b.new_zeros(*shape[:-1], saved.weight.shape[0])
         saved = saved._replace(weight=dense(saved.weight))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from atp_kernels import triton_runtime
 from atp_kernels.call import Call
-from atp_kernels.dropout.definition import Dropout
 from atp_kernels.dropout.triton import drawn, dropped
 from atp_kernels.linear import aten, descriptors, tiles
 from atp_kernels.linear import triton_kernels as kernels
@@ -164,7 +163,7 @@ def _gemm(
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     kernels.masked_lora_gemm_kernel[grid](
         x, weight, lora_a, lora_b, lora_input, s, bias, _bytes(out_mask), _bytes(in_mask),
-        y, total, other, parts, b_sq, a_sq, m, n, k, scaling, _seed(dropout),
+        y, total, other, parts, b_sq, a_sq, m, n, k, scaling,
         *x.stride(), *weight.stride(), *_strides(lora_a), *lora_b.stride(), *_strides(lora_input), *_strides(other),
         MASK_LORA=mask_lora, ONE_PASS=lora_a is not None, EVEN_K=k % config.block_k == 0,
         WIDE=passes_int32(x, weight, lora_b, lora_input, s, other, y),
@@ -179,7 +178,7 @@ def _lora_down(x, lora_a, mask, scaling, s, a_sq=None, dropout=None):
     (m, k), rank = x.shape, lora_a.shape[0]
     config = tiles.down_config(m, rank, x.dtype)
     kernels.lora_down_kernel[(triton.cdiv(m, config.block_wide),)](
-        x, lora_a, _bytes(mask), s, a_sq, m, k, scaling, _seed(dropout), *x.stride(), *lora_a.stride(),
+        x, lora_a, _bytes(mask), s, a_sq, m, k, scaling, *x.stride(), *lora_a.stride(),
         EVEN_K=k % config.block_long == 0, WIDE=passes_int32(x, s),
         BLOCK_M=config.block_wide, BLOCK_K=config.block_long,
         RANK=rank, BLOCK_R=tiles.rank_block(rank), **drawn(dropout), **numerics(x.dtype),
@@ -202,7 +201,7 @@ def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=N
     dot = None if z is None else part(1)
     total = part(1) if want_sum else None
     kernels.column_reduce_kernel[(triton.cdiv(c, config.block_wide), splits)](
-        g, s, z, factor, dot, total, m, c, triton.cdiv(m, splits), _seed(dropout), *g.stride(), *_strides(z),
+        g, s, z, factor, dot, total, m, c, triton.cdiv(m, splits), *g.stride(), *_strides(z),
         WIDE=passes_int32(g, s, z), BLOCK_M=config.block_long, BLOCK_C=config.block_wide,
         RANK=rank, BLOCK_R=tiles.rank_block(rank),
         **drawn(dropout), **numerics(g.dtype), num_warps=config.num_warps, num_stages=stages(config.num_stages),
@@ -233,10 +232,6 @@ def numerics(dtype: torch.dtype) -> dict[str, object]:
         "PRECISION": "tf32" if tensor_cores else "ieee",
         "enable_fp_fusion": True,
     }
-
-
-def _seed(dropout: Dropout | None) -> int:
-    return 0 if dropout is None else dropout.seed
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...]:

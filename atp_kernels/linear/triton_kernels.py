@@ -13,7 +13,7 @@ each kernel that comes by an element draws its bit again.
 import triton
 import triton.language as tl
 
-from atp_kernels.dropout.triton import dropped_tile
+from atp_kernels.dropout.triton import dropped_tile, seed_of
 
 
 @triton.jit
@@ -67,9 +67,10 @@ def masked_lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, l_ptr, s_ptr,
     bias_ptr, out_mask_ptr, in_mask_ptr,
     y_ptr, sum_ptr, other_ptr, dot_ptr, b_sq_ptr, a_sq_ptr,
-    M, N, K, scaling, seed: tl.int64,
+    M, N, K, scaling,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_lm, stride_lk, stride_om, stride_on,
+    seed: tl.int64, seed_ptr,
     MASK_LORA: tl.constexpr, ONE_PASS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, STEP_R: tl.constexpr, GROUP_M: tl.constexpr,
@@ -83,6 +84,7 @@ def masked_lora_gemm_kernel(
     sum takes the result before the output mask; dot [M tiles, N] takes the column sums of other * that result.
     """
     pid = tl.program_id(0)
+    seed = seed_of(seed, seed_ptr)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     # Neighbouring programs share tiles of x and w through L2.
@@ -176,14 +178,16 @@ def masked_lora_gemm_kernel(
 @triton.jit(do_not_specialize=["seed"])
 def lora_down_kernel(
     x_ptr, a_ptr, mask_ptr, s_ptr, a_sq_ptr,
-    M, K, scaling, seed: tl.int64,
+    M, K, scaling,
     stride_xm, stride_xk, stride_ar, stride_ak,
+    seed: tl.int64, seed_ptr,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """s = scaling * ((mask * D x) a^T), contiguous [M, RANK], and the squared norms of a's columns when asked."""
     pid = tl.program_id(0)
+    seed = seed_of(seed, seed_ptr)
     rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     ks = tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
@@ -215,8 +219,9 @@ def lora_down_kernel(
 @triton.jit(do_not_specialize=["seed"])
 def column_reduce_kernel(
     g_ptr, s_ptr, z_ptr, factor_ptr, dot_ptr, sum_ptr,
-    M, C, rows_per_split, seed: tl.int64,
+    M, C, rows_per_split,
     stride_gm, stride_gc, stride_zm, stride_zc,
+    seed: tl.int64, seed_ptr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -227,6 +232,7 @@ def column_reduce_kernel(
     """
     pid_c = tl.program_id(0)
     split = tl.program_id(1)
+    seed = seed_of(seed, seed_ptr)
     cols = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     ranks = tl.arange(0, BLOCK_R)
     col_ok = cols < C

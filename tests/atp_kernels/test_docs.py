@@ -21,7 +21,7 @@ FILES = [
 ]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 SECTIONS = ["Formula", "Saved for backward", "Gradients", "FLOPs", "Bytes", "Backends", "Tiles"]
-NOT_OPERATIONS = {"available_backends", "explain", "layers", "nn"}
+NOT_OPERATIONS = {"available_backends", "explain", "layers", "new_seed", "nn"}
 LINEAR = PAGES["atp_kernels/linear/README.md"]
 
 

@@ -34,7 +34,7 @@ def linear(**options):
     return atp_kernels.masked_lora_linear(X, WEIGHT, LORA_A, LORA_B, scaling=1.0, **options)
 
 
-DROPOUT = "a CUDA graph cannot capture dropout, whose seed every replay would repeat: leave dropout at 0"
+DROPOUT = "a CUDA graph cannot capture dropout with a seed on the host, which every replay would repeat: give the seed"
 SLICES = "a CUDA graph cannot capture the making of a KeptFirst or KeptSlice, which the host does: make it before"
 REFUSED = {
     "compact rows": (lambda: atp_kernels.compact(WEIGHT, torch.tensor([0])), "compact, which reads its indices on the"),
