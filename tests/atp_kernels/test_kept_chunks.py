@@ -6,12 +6,13 @@ import pytest
 import torch
 from linear_cases import Shape, operands, unfused, with_gradients
 from test_kept import BACKENDS, FROZEN, assert_error_rule, assert_same_bits, call_of, run, slice_of
+from torch.profiler import ProfilerActivity, profile
 
 from atp_kernels import KeptFirst, KeptSlice, kept_lora_linear
 from atp_kernels.kept import aten as backend
 from benchmarks.baselines import AddmmLora
 from benchmarks.case import Variant
-from benchmarks.measure import peak_bytes
+from benchmarks.measure import allocated_bytes, peak_bytes
 
 SIDES = [("hard", None), (None, "hard"), ("hard", "hard")]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -150,3 +151,13 @@ def test_peak_memory_is_that_of_the_addmm_idiom(out_mask, in_mask, n, k, dtype, 
     idiom = peak(lambda: AddmmLora.apply(x, weight, lora_a, lora_b))
     # 16-bit products take vendor memory beside the results, a different one for every shape.
     assert ours <= idiom + (2**19 if dtype == torch.bfloat16 else 2**15)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_memory_is_taken_by_a_gather(dtype):
+    values, index = torch.ones(512, 256, dtype=dtype), torch.arange(0, 256, 2)
+    out = values.new_empty(512, 128)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        backend.take_columns(values, index, out)
+    assert max((size for _, size in allocated_bytes(recorded)), default=0) < out.nbytes / 2
