@@ -38,7 +38,8 @@ def check_dropout(x: Tensor, dropout: float, seed: int | Tensor | None, lora_inp
     if isinstance(seed, Tensor):
         if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device not in (torch.device("cpu"), x.device):
             given = f"{seed.dtype} tensor of shape {list(seed.shape)} on {seed.device}"
-            raise ValueError(f"seed is a {given}: give an int or a 0-d int64 tensor, on the CPU or on {x.device}.")
+            beside = "" if x.device.type == "cpu" else f" or on {x.device}"
+            raise ValueError(f"seed is a {given}: give an int or a 0-d int64 tensor on the CPU{beside}.")
         if seed.device.type != "cpu":
             return
     elif not -(2**63) <= seed < 2**63:
