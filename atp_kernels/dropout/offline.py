@@ -13,6 +13,6 @@ def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]
     sizes = {"WIDE": False, "BLOCK_M": triton.BLOCK_M, "BLOCK_K": triton.BLOCK_K, "stride_xk": 1}
     constants = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9, **sizes}
     for dtype in dtypes:
-        for name, kind in (("dropout", None), ("dropout, seed on the device", "*i64")):
+        for name, kind in (("dropout", None), ("dropout, device seed", "*i64")):
             types = {"seed": "i64", "seed_ptr": kind} | dict.fromkeys(("x_ptr", "y_ptr"), "*" + TYPES[dtype])
             yield case(name, triton.dropout_kernel, constants, types, dtype=dtype, num_warps=triton.NUM_WARPS)

@@ -13,7 +13,7 @@ from atp_kernels.offline import TYPES, WITH_PRODUCTS, Case
 
 _SIZE = 4096
 _MANY = 32768
-_ON_DEVICE = ", seed on the device"
+_ON_DEVICE = ", device seed"
 _DRAWN: dict[str, object] = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
 
 
@@ -38,7 +38,7 @@ def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx dropout", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx decision dropout", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx dropout, seed on the device", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm dx dropout, device seed", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
         ("gemm dx narrow dropout", _SIZE, 128, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
     ):
         config = tiles.gemm_config(m, n, rank, dtype)
