@@ -39,8 +39,9 @@ class MetricsFile(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # The collector reads all files whose names end in .prom, and another run may write the same file.
-        self._temporary = f"{self.path.name}.{os.getpid()}"
+        # The collector reads all files whose names end in .prom, and another run may write the same file. A short name
+        # fits wherever that of the file does.
+        self._temporary = f"metrics.{os.getpid()}"
         self._record: Record = {}
         self._saved: float | None = None
 

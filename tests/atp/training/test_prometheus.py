@@ -74,11 +74,18 @@ def test_a_half_written_file_is_no_prom_file_and_another_run_may_write_the_same(
     def write_beside(self, *arguments, **options):
         written = write(self, *arguments, **options)
         if not seen:
-            seen.extend(tmp_path.glob("*.prom*"))  # pathlib's * takes a leading dot too
+            seen.extend(path for path in tmp_path.iterdir() if path.is_file())
             second.on_phase(trainer)
         return written
 
     monkeypatch.setattr(Path, "write_text", write_beside)
     first.on_phase(trainer)
     assert len(seen) == 1 and seen[0].suffix != ".prom"
-    assert [path.name for path in tmp_path.glob("*prom*")] == ["atp.prom"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["atp.prom"]
+
+
+def test_the_longest_name_that_a_folder_takes_can_be_written(tmp_path):
+    file = tmp_path / f"{'x' * 250}.prom"
+    check_metrics_file(str(file))
+    MetricsFile(file).on_phase(make(tmp_path / "run"))
+    assert "atp_step" in file.read_text(encoding="utf-8")
