@@ -65,7 +65,7 @@ std::string stable_abi_target() {
 
 pybind11::dict build_info() {
   std::vector<std::string> isas;
-  for (const auto& set : atp::cpu::compiled_loops()) isas.emplace_back(set.isa);
+  for (const auto* set : atp::cpu::compiled_loops()) isas.emplace_back(set->isa);
   pybind11::list archs;
   for (const auto& arch : pybind11::str(ATP_CUDA_ARCHS).attr("split")()) archs.append(arch);
 

@@ -1,6 +1,7 @@
 """Packaging as a user meets it: sdist, wheel with the extension, and installs that go without it."""
 
 import importlib.util
+import platform
 import re
 import shutil
 import subprocess
@@ -154,6 +155,32 @@ def test_extension_uses_only_the_stable_abi_of_torch():
     symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
     assert [s for s in symbols if s.startswith(("aoti_torch_", "torch_"))]
     assert not [s for s in symbols if re.match(r"_ZNK?(2at|3c10|5torch)", s)]
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("objdump") is None, reason="needs x86-64 and objdump"
+)
+def test_no_code_of_an_instruction_set_runs_before_the_set_is_picked():
+    """An import called AVX-512 once, which ended Python on every processor without it."""
+    from atp_kernels import extension
+
+    if not extension.AVAILABLE:
+        pytest.skip(extension.REASON)
+    import atp_kernels._C as library
+
+    listed = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", library.__file__], capture_output=True, text=True, check=True
+    )
+    room = re.compile(r"3atp3cpu(4avx2|6avx512)")  # as C++ mangles atp::cpu::avx2
+    wide = 0
+    for name, code in re.findall(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n)*)", listed.stdout, re.MULTILINE):
+        if room.search(name) and not name.startswith("_GLOBAL__"):  # which runs at import
+            wide += "%zmm" in code
+            continue
+        assert "%ymm" not in code and "%zmm" not in code, f"{name} runs on every processor"
+        called = [line for line in code.splitlines() if "<" in line and room.search(line.split("<")[1])]
+        assert not [line for line in called if "call" in line or "jmp" in line], f"{name} calls one set by its name"
+    assert wide
 
 
 CUDA_ARCHS = ("80", "90", "100", "120")

@@ -142,6 +142,6 @@ void swiglu_backward_row(const T* d_h, const T* gate, const T* up, int64_t cols,
 }
 
 template <typename T>
-ActivationLoops<T> activation_loops() {
+constexpr ActivationLoops<T> activation_loops() {
   return {swiglu_row<T>, swiglu_backward_row<T>};
 }

@@ -107,29 +107,31 @@ void drop_row(const T* x, int64_t cols, uint32_t row, const Drop& drop, T* out) 
 }
 
 template <typename T>
-ColumnLoops<T> column_loops() {
+constexpr ColumnLoops<T> column_loops() {
   return {mask_rows<T>, dot_rows<T>, mask_and_dot_rows<T>, drop_row<T>};
 }
 
-Loops make_loops(const char* isa) {
-  return {isa,
-          group_sums,
-          run_sums,
-          group_norms,
-          group_slopes,
-          slot_slopes,
-          slot_norms,
-          merge_row,
-          group_loops<float>(),
-          group_loops<bfloat16>(),
-          column_loops<float>(),
-          column_loops<bfloat16>(),
-          activation_loops<float>(),
-          activation_loops<bfloat16>(),
-          softmax_loops<float>(),
-          softmax_loops<bfloat16>(),
-          norm_loops<float, float>(),
-          norm_loops<float, bfloat16>(),
-          norm_loops<bfloat16, float>(),
-          norm_loops<bfloat16, bfloat16>()};
-}
+// Constant data: the code of an instruction set runs only once that set is picked.
+extern const Loops kLoops;
+constexpr Loops kLoops = {
+    kIsa,
+    group_sums,
+    run_sums,
+    group_norms,
+    group_slopes,
+    slot_slopes,
+    slot_norms,
+    merge_row,
+    group_loops<float>(),
+    group_loops<bfloat16>(),
+    column_loops<float>(),
+    column_loops<bfloat16>(),
+    activation_loops<float>(),
+    activation_loops<bfloat16>(),
+    softmax_loops<float>(),
+    softmax_loops<bfloat16>(),
+    norm_loops<float, float>(),
+    norm_loops<float, bfloat16>(),
+    norm_loops<bfloat16, float>(),
+    norm_loops<bfloat16, bfloat16>(),
+};

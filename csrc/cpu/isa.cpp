@@ -7,14 +7,14 @@
 namespace atp::cpu {
 
 namespace baseline {
-Loops make_loops(const char* isa);
+extern const Loops kLoops;
 }
 #if defined(__x86_64__)
 namespace avx2 {
-Loops make_loops(const char* isa);
+extern const Loops kLoops;
 }
 namespace avx512 {
-Loops make_loops(const char* isa);
+extern const Loops kLoops;
 }
 #endif
 
@@ -36,7 +36,7 @@ const Loops& pick() {
   const char* named = std::getenv("ATP_KERNELS_ISA");
   const std::string wanted = named == nullptr ? "" : named;
   for (auto set = sets.rbegin(); set != sets.rend(); ++set) {
-    if ((wanted.empty() || wanted == set->isa) && runs_here(set->isa)) return *set;
+    if ((wanted.empty() || wanted == (*set)->isa) && runs_here((*set)->isa)) return **set;
   }
   throw std::runtime_error("ATP_KERNELS_ISA='" + wanted +
                            "' names no instruction set this binary has and this processor runs; unset it.");
@@ -44,12 +44,12 @@ const Loops& pick() {
 
 }  // namespace
 
-const std::vector<Loops>& compiled_loops() {
-  static const std::vector<Loops> sets = {
-      baseline::make_loops("baseline"),
+const std::vector<const Loops*>& compiled_loops() {
+  static const std::vector<const Loops*> sets = {
+      &baseline::kLoops,
 #if defined(__x86_64__)
-      avx2::make_loops("avx2"),
-      avx512::make_loops("avx512"),
+      &avx2::kLoops,
+      &avx512::kLoops,
 #endif
   };
   return sets;

@@ -155,7 +155,7 @@ const NormLoops<X, Y>& norm_for(const Loops& loops) {
 }
 
 // Every set in this binary, from the baseline up.
-const std::vector<Loops>& compiled_loops();
+const std::vector<const Loops*>& compiled_loops();
 
 // The best set this processor runs, or the one the environment variable ATP_KERNELS_ISA names.
 // Throws std::runtime_error for a name that is unknown or that this processor cannot run.

@@ -14,6 +14,7 @@
 #endif
 
 namespace atp::cpu::avx2 {
+constexpr const char* kIsa = "avx2";
 constexpr int64_t kVectorBytes = 32;
 
 #include "loops_impl.h"

@@ -14,6 +14,7 @@
 #endif
 
 namespace atp::cpu::avx512 {
+constexpr const char* kIsa = "avx512";
 constexpr int64_t kVectorBytes = 64;
 
 #include "loops_impl.h"

@@ -5,6 +5,7 @@
 #include <cstring>
 
 namespace atp::cpu::baseline {
+constexpr const char* kIsa = "baseline";
 constexpr int64_t kVectorBytes = 16;
 
 #include "loops_impl.h"

@@ -303,6 +303,6 @@ double slot_norms(
 }
 
 template <typename T>
-GroupLoops<T> group_loops() {
+constexpr GroupLoops<T> group_loops() {
   return {row_squares<T>, column_squares<T>, scale_rows<T>, scale_columns<T>, add_scaled_rows<T>, add_scaled_columns<T>};
 }

@@ -57,6 +57,6 @@ void rms_norm_backward_row(const Y* d_y, const X* x, const float* weight, float 
 }
 
 template <typename X, typename Y>
-NormLoops<X, Y> norm_loops() {
+constexpr NormLoops<X, Y> norm_loops() {
   return {rms_norm_row<X, Y>, rms_norm_backward_row<X, Y>};
 }

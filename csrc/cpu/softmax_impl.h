@@ -117,6 +117,6 @@ double cross_entropy_row(T* x, int64_t cols, int64_t target) {
 }
 
 template <typename T>
-SoftmaxLoops<T> softmax_loops() {
+constexpr SoftmaxLoops<T> softmax_loops() {
   return {cross_entropy_row<T>};
 }
