@@ -6,7 +6,8 @@ from atp_kernels.compaction import compact
 from atp_kernels.dropout import lora_dropout, new_seed
 from atp_kernels.groups import GroupPlan, group_lasso, group_lasso_grad_, group_prox_
 from atp_kernels.kept import kept_lora_linear
-from atp_kernels.kept.slices import KeptFirst, KeptSlice
+from atp_kernels.kept.sides import KeptFirst
+from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import masked_lora_linear, masked_lora_linear_with_norms
 from atp_kernels.loss import cross_entropy_
 from atp_kernels.norm import rms_norm

@@ -8,12 +8,14 @@ the bytes where it lies beside activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atp.families import Linear
 from atp.plan.cost import ATTENTION_BACKWARD, attention
 from atp.plan.shapes import LayerWidths, ModelShapes
+from atp.training.cross_entropy import CHUNK_BYTES
 
 PHASES = ("decision", "search", "tune")
 WAYS = ("ours", "unfused", "dense")
@@ -140,22 +142,25 @@ def _shared(step: Step, linears: list[Linear]) -> Iterator[Kernel]:
     m, k, r = step.tokens, linears[0].in_features, step.rank * len(linears)
     extra = "adapter and masks"
     yield step.product(m, r, k, row=extra)  # S
-    yield step.product(m, k, r, row=extra, again=m * k * len(linears))  # P A, and dx read again to add that of a base
+    yield step.product(m, k, r, row=extra)  # P A, to which every base adds its part of dx
     if step.learns:
         yield step.product(r, k, m, row=extra)  # dA
     yield Kernel(extra, 0.0, step.item * 4.0 * r * k, 2)  # the factors A as one, in each direction
 
 
 def plain(step: Step, linear: Linear, shared: bool = False) -> Iterator[Kernel]:
-    """Vendor products, the adapter added to the result of the base in place; shared: S, P A and dA are not its own."""
+    """Vendor products. In ours the base adds to the adapter's product, in the addmm idiom the adapter to the base's.
+
+    shared: S, P A and dA are not its own.
+    """
     m, n, k, r = step.tokens, linear.out_features, linear.in_features, step.rank
-    extra = "adapter and masks"
+    extra, ours = "adapter and masks", step.way == "ours"
     if not shared:
         yield step.product(m, r, k, row=extra)  # S
-        yield step.product(m, k, r, row=extra, again=m * k)
-    yield step.product(m, n, k)
-    yield step.product(m, n, r, row=extra, again=m * n)
-    yield step.product(m, k, n)  # dx
+        yield step.product(m, k, r, row=extra, again=0 if ours else m * k)
+    yield step.product(m, n, k, again=m * n if ours else 0)
+    yield step.product(m, n, r, row=extra, again=0 if ours else m * n)
+    yield step.product(m, k, n, again=m * k if ours else 0)  # dx
     yield step.product(m, r, n, row=extra)  # P
     if step.learns:
         if not shared:
@@ -170,11 +175,11 @@ def kept_linear(step: Step, linear: Linear, axis: int, kept: Linear, shared: boo
     extra = "adapter and masks"
     if not shared:
         yield step.product(m, r, k, row=extra)  # S
-        yield step.product(m, columns, r, row=extra, again=m * columns)
+        yield step.product(m, columns, r, row=extra)
         yield step.product(r, k, m, row=extra)  # dA
-    yield step.product(m, rows, columns)
-    yield step.product(m, rows, r, row=extra, again=m * rows)
-    yield step.product(m, columns, rows)  # dx
+    yield step.product(m, rows, columns, again=m * rows)
+    yield step.product(m, rows, r, row=extra)
+    yield step.product(m, columns, rows, again=m * columns)  # dx
     yield step.product(m, r, n, row=extra)  # P
     tail = k - columns if axis else n - rows
     yield step.product(m, tail, r, row=extra)  # removed outputs, or removed positions of dx
@@ -246,11 +251,27 @@ def _gated(step: Step, channels: int) -> Iterator[Kernel]:
 
 
 def _head(step: Step) -> Iterator[Kernel]:
-    """The loss in chunks, the same in all ways: logits, softmax and its gradient in float32, gradient of the states."""
+    """Logits, their loss and gradient, and that of the states: some tokens at a time where the loss is one kernel."""
     hidden, vocabulary = step.shapes.config.hidden_size, step.shapes.config.vocab_size
-    yield step.product(step.tokens, vocabulary, hidden, row="head, loss")
-    yield Kernel("head, loss", 0.0, 6.0 * _WIDE * step.tokens * vocabulary, 6)
-    yield step.product(step.tokens, hidden, vocabulary, row="head, loss")
+    row, chunks = "head, loss", 1
+    if step.fused:
+        budget = CHUNK_BYTES["cuda" if step.on_gpu else "cpu"]
+        chunks = math.ceil(step.tokens / max(1, budget // (step.item * vocabulary)))
+    again = (chunks - 1) * vocabulary * hidden
+    for rows, columns, inner in ((step.tokens, vocabulary, hidden), (step.tokens, hidden, vocabulary)):
+        product = step.product(rows, columns, inner, row=row, again=again)
+        yield replace(product, launches=chunks)
+    if step.fused:
+        # Read twice and written once; the sum of losses, and the gradient copied to its place and scaled.
+        yield step.pass_(row, 3, vocabulary, 3 * chunks)
+        yield step.pass_(row, 2 + 2, hidden, chunks + 1)
+        return
+    # To float32, log softmax, its gradient at the targets, that of the logits, and back.
+    narrow, wide = step.item, _WIDE
+    cast = narrow + wide if narrow < wide else 0
+    yield Kernel(
+        row, 0.0, float(cast + 2 * wide + wide + 3 * wide + cast) * step.tokens * vocabulary, 4 + 2 * bool(cast)
+    )
 
 
 def _optimizer(step: Step) -> Iterator[Kernel]:

@@ -67,10 +67,10 @@ def extended(step: Step, linear: Linear, kept: Linear, *, copied: bool) -> Itera
 
 def in_order(step: Step, linear: Linear, kept: Linear) -> Iterator[Kernel]:
     """A slice with activations in the model's order: y is spread before the adapter is added, dy gathered."""
-    m, n, rows = step.tokens, linear.out_features, kept.out_features
-    yield step.product(m, rows, linear.in_features)
-    yield step.product(m, linear.in_features, rows)  # dx
-    yield Kernel(_EXTRA, 0.0, step.item * float(m) * (2 * rows + n + rows), 2)
+    m, n, k, rows = step.tokens, linear.out_features, linear.in_features, kept.out_features
+    yield step.product(m, rows, k)
+    yield step.product(m, k, rows, again=m * k)  # dx
+    yield Kernel(_EXTRA, 0.0, step.item * float(m) * (2 * rows + n + rows + n), 2)
     every = list(plain(step, linear))
     yield from (kernel for kernel in every if kernel.row == _EXTRA)
 
@@ -90,7 +90,7 @@ WAYS: dict[str, dict[str, Way]] = {
     },
     "search": {
         "unfused": lambda step, linear, _: unfused(step, linear, 0),
-        "addmm without a mask": lambda step, linear, _: plain(step, linear),
+        "addmm without a mask": lambda step, linear, _: plain(replace(step, way="dense"), linear),
         "sliced, per call": per_call,
         "sliced, model's order": in_order,
         "sliced, kept first": lambda step, linear, kept: kept_linear(step, linear, 0, kept),

@@ -98,14 +98,20 @@ class MaskController:
         moved = upload(mask, self._device)
         for structure, placed in changed:
             # By the mask that several sides share. Counting on the device would halt the host, so the host counts.
+            # What was there before gives its memory, so that what has not changed in size lies where it lay.
             origins: dict[int, Tensor | KeptFirst] = {}
             for (cut, on_host), (_, side) in zip(structure.sides(mask), placed.sides(moved), strict=True):
-                if id(side) not in origins:
-                    origins[id(side)] = KeptFirst(on_host, device=self._device) if cut.reorderable else on_host
                 sides = self._sides.setdefault((structure.layer, cut.module), [_Side(), _Side()])
+                if id(side) not in origins:
+                    origins[id(side)] = on_host
+                    if cut.reorderable:
+                        before = sides[cut.axis].origin
+                        order = before if isinstance(before, KeptFirst) else None
+                        origins[id(side)] = KeptFirst(on_host, device=self._device, reuse=order)
                 sides[cut.axis] = _Side(side, origins[id(side)])
         for name in dict.fromkeys((structure.layer, cut.module) for structure, _ in changed for cut in structure.cuts):
             base: Any = self._layers[name].get_base_layer()
             outs, ins = (side.origin for side in self._sides[name])
-            self._slices[name] = KeptSlice(base.weight, base.bias, out_mask=outs, in_mask=ins)
+            reuse = self._slices.get(name)
+            self._slices[name] = KeptSlice(base.weight, base.bias, out_mask=outs, in_mask=ins, reuse=reuse)
         self._hard = mask.clone()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from atp_kernels.call import Call
 from atp_kernels.kept.operands import Gradients, Needs, Operands, Saved
-from atp_kernels.kept.slices import Side
-from atp_kernels.linear.aten import scaled_mm
+from atp_kernels.kept.sides import Side
+from atp_kernels.linear.aten import scaled_mm, sum_of_products
 
 _FEW_ROWS = 16  # of scratch memory at least
 _LEAST_ROWS = 256  # that a product of their own is worth: it reads the whole weight again
@@ -65,24 +65,29 @@ def product(
     size = width if target is None or (spreads and not on_cpu) else target.place.shape[0]
     result = values.new_empty(values.shape[0], size)
     head, tail = result[:, :width], result[:, width:]
-    if source is None or source.kept_first:
-        _multiply(values[:, : matrix.shape[0]], matrix, bias, head)
+    gathers = source is not None and not source.kept_first
+    # What is spread is the base alone, and rows of the result that a CPU gathers into hold no sum yet.
+    together = low is not None and not spreads and not (gathers and on_cpu)
+    adapter = (low, high[:, :width]) if together else (None, high)
+    if not gathers:
+        _multiply(values[:, : matrix.shape[0]], matrix, bias, head, *adapter)
     elif on_cpu:
         _gather_and_multiply(values, source.index, matrix, bias, result, spare, primitives)
     else:
-        _multiply(_columns(values, source.index, primitives), matrix, bias, head)
+        _multiply(_columns(values, source.index, primitives), matrix, bias, head, *adapter)
     if target is None or spreads:
         if spreads and on_cpu:
             rows = max(_FEW_ROWS, min(spare, _BLOCK_ELEMENTS) // width)
             primitives.spread_columns_(result, width, target.place, rows)
         elif spreads:
             result = _columns(result, target.place, primitives)
-        return result if low is None else result.addmm_(low, high)
+        return result if low is None or together else result.addmm_(low, high)
     if low is None:
         tail.zero_()
-    else:
+        return result
+    if not together:
         head.addmm_(low, high[:, :width])
-        torch.mm(low, high[:, width:], out=tail)
+    torch.mm(low, high[:, width:], out=tail)
     return result
 
 
@@ -132,16 +137,22 @@ def backward(grad_y: Tensor, saved: Saved, needs: Needs, *, primitives: Primitiv
     return d_x, d_a, d_b, d_adapter
 
 
-def _multiply(values: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = values matrix + bias."""
+def _multiply(
+    values: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+) -> None:
+    """out = values matrix + bias + low high."""
     n = values.shape[0]
     # In bfloat16 oneDNN takes up to 3 MiB for a product of 1024 rows, 0.4 MiB for one of 512, and the same time.
     step = _ROWS_OF_16_BITS if values.element_size() == 2 and _on_cpu(values) else max(1, n)
-    for rows, target in zip(values.split(step), out.split(step), strict=True):
-        if bias is None:
-            torch.mm(rows, matrix, out=target)
-        else:
-            torch.addmm(bias, rows, matrix, out=target)
+    blocks = values.split(step)
+    lows = [None] * len(blocks) if low is None else low.split(step)
+    for rows, target, own in zip(blocks, out.split(step), lows, strict=True):
+        sum_of_products(rows, matrix, own, high, bias, out=target)
 
 
 def _gather_and_multiply(

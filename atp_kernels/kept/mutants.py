@@ -1,6 +1,7 @@
 """Broken lines of kept slices."""
 
 SLICES = "atp_kernels/kept/slices.py"
+SIDES = "atp_kernels/kept/sides.py"
 ATEN = "atp_kernels/kept/aten.py"
 FORMS = "atp_kernels/kept/forms.py"
 
@@ -8,28 +9,51 @@ KEPT_NO_WORSE_THAN = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
 KEPT_EQUALS_MASKED = "tests/atp_kernels/test_kept.py -k equals_masked"
 KEPT_FIRST_NO_WORSE = "tests/atp_kernels/test_kept_first.py -k no_worse_than_unfused"
 KEPT_STALE = "tests/atp_kernels/test_kept_stale.py"
+KEPT_REUSE = "tests/atp_kernels/test_kept_reuse.py"
 KEPT_CHUNKS_MEMORY = "tests/atp_kernels/test_kept_chunks.py -k 'not memory_is'"
 KEPT_CHUNKS_MEMORY_2 = "tests/atp_kernels/test_kept_chunks.py -k memory_is"
 KEPT_FORMS = "tests/atp_kernels/test_kept_forms.py -k 'not no_worse'"
 KEPT_FIRST_UNINITIALISED = "tests/atp_kernels/test_kept_first.py -k uninitialised"
 
 TABLE = {
-    (SLICES, KEPT_NO_WORSE_THAN): (
-        ("kept.index_fill_(axis, gather.silent, 0)", "pass"),
+    (SLICES, KEPT_NO_WORSE_THAN): (("kept.index_fill_(axis, gather.silent, 0)", "pass"),),
+    (SIDES, KEPT_NO_WORSE_THAN): (
         ("places[count:], Side(index, place, False)", "places[:0], Side(index, place, False)"),
     ),
-    (SLICES, KEPT_EQUALS_MASKED): (
+    (SIDES, KEPT_EQUALS_MASKED): (
         ("cls(count, None, (~mask).nonzero().squeeze(1), None)", "cls(count, None, kept[:0], None)"),
     ),
-    (SLICES, KEPT_FIRST_NO_WORSE): (
+    (SIDES, KEPT_FIRST_NO_WORSE): (
         ("silent = torch.arange(mask.kept, mask.width,", "silent = torch.arange(mask.width, mask.width,"),
         ("Side(mask.index, mask.place, True)", "Side(mask.index, mask.place, False)"),
     ),
-    (SLICES, KEPT_FORMS): (
+    (SIDES, KEPT_FORMS): (
         ("removed.argsort(descending=True, stable=True)[: removed.numel() - self.count]", "self.silent"),
         ("if self.index is None or self.side is None or self.side.kept_first:", "if self.index is None:"),
+    ),
+    (SLICES, KEPT_FORMS): (
         ("made._held = None", "pass"),
-        ("_version(t) if unchanged else _CHANGED", "_version(t)"),
+        ("version_of(t) if unchanged else _CHANGED", "version_of(t)"),
+    ),
+    (SIDES, KEPT_REUSE): (
+        ("if reuse is not None and not reuse.given_away:", "if reuse is not None:"),
+        ("reuse.given_away = True", "pass"),
+        (" and not old.is_inference()", ""),
+        ("return old.copy_(new) if fits else new", "return old if fits else new"),
+        ("return old.copy_(new) if fits else new", "return new"),
+        ("return new, new is old", "return new, True"),
+        ("new.index is old.index and new.place is old.place", "True"),
+    ),
+    (SLICES, KEPT_REUSE): (
+        ("if reuse is not None and not reuse._given_away:", "if reuse is not None:"),
+        ("if old._gathers and self._gathers:", "if self._gathers:"),
+        ("self._cols).to(held.dtype))", "self._cols))"),
+        ("one and other and self.weight", "self.weight"),
+        ("old._rows is not None and self._rows is not None:", "self._rows is not None:"),
+        ("slice_._given_away, slice_._held = True, None", "pass"),
+        ("for slice_ in (old, old._zeroed):", "for slice_ in (old, None):"),
+        ("if self._given_away or any(order.given_away for order in orders):", "if self._given_away:"),
+        ("if self._given_away or (version_of(", "if (version_of("),
     ),
     (FORMS, KEPT_FORMS): (
         (" or any(other) or kept.quantized", " or any(other)"),
@@ -38,15 +62,15 @@ TABLE = {
         ("x.numel() // k, n, k, rank, kept.share", "x.numel() // k, n, k, rank, 1.0"),
     ),
     (SLICES, KEPT_STALE): (
-        ("_version(tensor) != version", "False"),
+        ("version_of(tensor) != version:", "False:"),
         ('given = ("weight", weight), ("bias", bias)', 'given = (("weight", weight),)'),
-        ("if (_version(self.out_mask), _version(self.in_mask)) != self._mask_versions:", "if False:"),
-        ("if _version(new) != new._mask_version:", "if False:"),
+        ("or (version_of(self.out_mask), version_of(self.in_mask)) != self._mask_versions:", "or False:"),
+        ("if version_of(new) != new._mask_version:", "if False:"),
     ),
     (ATEN, KEPT_NO_WORSE_THAN): (
-        ("torch.addmm(bias, rows, matrix, out=target)", "torch.mm(rows, matrix, out=target)"),
+        ("own, high, bias, out=target)", "own, high, None, out=target)"),
         ("ordered(lora_a, ins, 1).t(), scaling)", "ordered(lora_a, ins, 1).t(), 1.0)"),
-        ("return result if low is None else result.addmm_(low, high)", "return result"),
+        ("if low is None or together else result.addmm_(low, high)", "if True else result.addmm_(low, high)"),
         ("scaled_mm(grad_y, ordered(lora_b, outs, 0), scaling)", "scaled_mm(grad_y, ordered(lora_b, outs, 0), 1.0)"),
         ("primitives.take_columns(values[rows], part, gathered)", "gathered.copy_(values[rows, : len(part)])"),
         ("if side is None or not side.kept_first:", "if side is None:"),
@@ -54,7 +78,7 @@ TABLE = {
         ("low = up if shared_input else None", "low = None"),
     ),
     (ATEN, KEPT_FIRST_NO_WORSE): (
-        ("head.addmm_(low, high[:, :width])", "pass"),
+        ("bias, head, *adapter)\n    elif on_cpu:", "bias, head)\n    elif on_cpu:"),
         ("torch.mm(low, high[:, width:], out=tail)", "tail.zero_()"),
         ("lora_b = ordered(lora_b, outs, 0)\n", "pass\n"),
         ("primitives.spread_columns_(d_a, d_a.shape[1], ins.place, rows)", "pass"),
@@ -73,7 +97,7 @@ TABLE = {
         ("elif by_columns:", "elif True:"),
         ("matrix[:step], bias, out)", "matrix[:step], None, out)"),
         ("out.addmm_(gathered, matrix[first : first + step])", "pass"),
-        ("zip(values.split(step), out.split(step), strict=True)", "((values[:step], out[:step]),)"),
+        ("zip(blocks, out.split(step), lows, strict=True)", "((values[:step], out[:step], lows[0]),)"),
         ("block[:, :width].clone(), place", "block[:, :width], place"),
         ("torch.gather(values, 1, index.expand(values.shape[0], -1), out=out)", "out.copy_(values[:, : len(index)])"),
     ),

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 from atp_kernels.call import Operation, Order, matrix, refuse_twice, register, select
 from atp_kernels.kept import forms
 from atp_kernels.kept.operands import Needs, Operands, Saved
-from atp_kernels.kept.slices import KeptSlice, Side
+from atp_kernels.kept.sides import Side
+from atp_kernels.kept.slices import KeptSlice
 
 OPERATION = register(
     Operation(

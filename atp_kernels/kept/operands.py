@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from atp_kernels.call import autocast_dtype
-from atp_kernels.kept.slices import KeptSlice, Side
+from atp_kernels.kept.sides import Side
+from atp_kernels.kept.slices import KeptSlice
 
 
 class Operands(NamedTuple):

@@ -1,67 +1,28 @@
-"""The kept part of a frozen weight, and the order in which a masked side may lie.
+"""The kept part of a frozen weight.
 
 A row or column mask is a smaller dense matrix product. What is made here is made once per decision: host-side counts,
 index vectors, and at the first use the gathered weight.
 """
 
 import copy
-from collections.abc import MutableMapping
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from atp_kernels import checks
 from atp_kernels.call import select
-from atp_kernels.compaction.definition import round_up
-from atp_kernels.devices import upload
+from atp_kernels.kept.sides import (
+    Gather,
+    KeptFirst,
+    Side,
+    check_padding,
+    into,
+    refuse_capture,
+    remembered,
+    side_into,
+    version_of,
+)
 from atp_kernels.quantized import QuantizedWeight, refuse_training
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Where the positions of one whole side lie in the slice; None instead of a Side where nothing is removed.
-
-    kept_first=False: the whole side keeps its order. index [width] holds the kept positions, then fillers whose weight
-    is zero; place [size] tells where each position lies in the slice, and sends the removed ones to a filler.
-    kept_first=True: the whole side is permuted, the slice is its head. index [size] lists the positions in their new
-    order, place [size] is the inverse permutation.
-    """
-
-    index: Tensor
-    place: Tensor
-    kept_first: bool
-
-
-class KeptFirst:
-    """A hard mask whose side lies in the order [kept, removed], shared by all producers and consumers of that side.
-
-    mask [size]: bool, True keeps. `index` [size] lists the old positions in the new order (kept ones rising, then
-    removed ones rising), `place` [size] is the inverse: values[..., index] brings activations into the order,
-    values[..., place] back. `kept` counts kept positions, `width` those that a slice multiplies: `kept` rounded up to
-    `pad_to`, at most size; weights of the removed ones among them count as zero. device: where `index` and `place` lie,
-    that of the mask by default. Making one waits for the device of the mask, so from a mask on the host it waits for
-    nothing. Raises ValueError for a wrong shape or dtype.
-    """
-
-    def __init__(self, mask: Tensor, *, pad_to: int = 32, device: torch.device | str | None = None) -> None:
-        if mask.ndim != 1 or mask.dtype != torch.bool:
-            raise ValueError(f"mask must be a 1-D bool tensor, not {mask.dtype} of shape {list(mask.shape)}.")
-        _check_padding(pad_to)
-        target = mask.device if device is None else torch.device(device)
-        _refuse_capture(target)
-        self.mask, self.size, self._mask_version = mask, mask.numel(), _version(mask)
-        kept = mask.nonzero().squeeze(1)
-        self.kept = kept.numel()
-        self.width = min(round_up(self.kept, pad_to), self.size)
-        index = torch.cat([kept, (~mask).nonzero().squeeze(1)])
-        places = torch.arange(self.size, device=mask.device)
-        place = torch.empty_like(places).index_copy_(0, index, places)
-        self.index, self.place = upload((index, place), target)
-
-    def __repr__(self) -> str:
-        return f"KeptFirst(kept {self.kept}/{self.size}, width {self.width}, {self.index.device})"
 
 
 class KeptSlice:
@@ -75,8 +36,11 @@ class KeptSlice:
     (vendor GEMMs are slow on odd widths), never visible in results. Make a new slice when a mask or the weight changed:
     a weight or bias that did, in place, makes the next use raise RuntimeError. torch counts no changes through `.data`
     or of inference tensors, and a compiled program does not look. Making one waits for the device of a bool mask, so
-    for nothing where the mask lies on the host; using it never waits. Raises ValueError for wrong shapes, dtypes,
-    devices or options.
+    for nothing where the mask lies on the host; using it never waits.
+    reuse: an earlier slice, whose memory this one takes where it has the size. `same_memory` says whether all of this
+    one lies there; a CUDA graph that was captured with the earlier slice then computes with this one. Every use of the
+    earlier slice, and of others whose `KeptFirst` gave its memory away, raises RuntimeError from then on, a backward
+    pass as well. Raises ValueError for wrong shapes, dtypes, devices or options.
     """
 
     def __init__(
@@ -87,26 +51,31 @@ class KeptSlice:
         out_mask: Tensor | KeptFirst | None = None,
         in_mask: Tensor | KeptFirst | None = None,
         pad_to: int = 32,
+        reuse: "KeptSlice | None" = None,
     ) -> None:
         _check_slice(weight, bias, out_mask, in_mask)
-        _check_padding(pad_to)
-        _refuse_capture(weight.device)
+        check_padding(pad_to)
+        refuse_capture(weight.device)
         given = ("weight", weight), ("bias", bias)
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self.out_mask, self.in_mask = out_mask, in_mask
-        self._mask_versions = _version(out_mask), _version(in_mask)
+        self._mask_versions = version_of(out_mask), version_of(in_mask)
         # A detached tensor counts its changes with the one that it came from.
-        self._sources = tuple((name, tensor.detach(), _version(tensor)) for name, tensor in given if tensor is not None)
+        self._sources = tuple(
+            (name, tensor.detach(), version_of(tensor)) for name, tensor in given if tensor is not None
+        )
         self._rows, self._cols = self._gather_of(out_mask, pad_to), self._gather_of(in_mask, pad_to)
         self.kept_out = self.out_features if self._rows is None else self._rows.count
         self.kept_in = self.in_features if self._cols is None else self._cols.count
         self._weight = weight.detach()
         self.quantized = isinstance(weight, QuantizedWeight)
         self._take_sides()
-        whole = self._rows is None and self._cols is None and not self.quantized
-        self._held = self._weight if whole else None
+        self._held = None if self._gathers or self.quantized else self._weight
         self._zeroed: KeptSlice | None = None
+        self._given_away = self.same_memory = False
+        if reuse is not None and not reuse._given_away:
+            self._take_memory(reuse)
 
     def __repr__(self) -> str:
         kept = f"kept {self.kept_out}/{self.out_features} x {self.kept_in}/{self.in_features}"
@@ -114,22 +83,24 @@ class KeptSlice:
 
     def __getstate__(self) -> dict[str, object]:
         """For a copy, whose tensors count changes anew: which of them are unchanged, in place of their versions."""
-        masks = tuple(map(_version, (self.out_mask, self.in_mask)))
-        sources = tuple((name, tensor, _version(tensor) == version) for name, tensor, version in self._sources)
+        masks = tuple(map(version_of, (self.out_mask, self.in_mask)))
+        sources = tuple((name, tensor, version_of(tensor) == version) for name, tensor, version in self._sources)
         return self.__dict__ | {"_sources": sources, "_mask_versions": masks == self._mask_versions}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        masks = _version(self.out_mask), _version(self.in_mask)
+        masks = version_of(self.out_mask), version_of(self.in_mask)
         self._mask_versions = masks if self._mask_versions else (_CHANGED, _CHANGED)
-        self._sources = tuple((name, t, _version(t) if unchanged else _CHANGED) for name, t, unchanged in self._sources)
+        self._sources = tuple(
+            (name, t, version_of(t) if unchanged else _CHANGED) for name, t, unchanged in self._sources
+        )
 
     def fits(self, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None) -> bool:
         """Whether these are the masks that the slice was made for, on the same device and in the same order.
 
-        None does once the slice's own changed in place.
+        None does once the slice's own changed in place, or its memory went to a newer slice.
         """
-        if (_version(self.out_mask), _version(self.in_mask)) != self._mask_versions:
+        if self._given_away or (version_of(self.out_mask), version_of(self.in_mask)) != self._mask_versions:
             return False
         return _same(self.out_mask, out_mask) and _same(self.in_mask, in_mask)
 
@@ -177,6 +148,11 @@ class KeptSlice:
         """The kept part [N"] of the bias in this dtype."""
         return None if self._bias is None else self._bias.to(dtype)
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether the slice is less than the whole weight."""
+        return self._rows is not None or self._cols is not None
+
     def _take_sides(self) -> None:
         """What the products must know of the two sides, and the bias."""
         outs, ins = (None if gather is None else gather.side for gather in (self._rows, self._cols))
@@ -184,16 +160,34 @@ class KeptSlice:
         bias = next((tensor for name, tensor, _ in self._sources if name == "bias"), None)
         self._bias = None if bias is None else _gathered(bias.unsqueeze(1), self._rows, None).squeeze(1)
 
+    def _take_memory(self, old: "KeptSlice") -> None:
+        """Takes what the old slice gathered, where it has the size, and never what belongs to the model."""
+        (outs, one), (ins, other) = map(side_into, old.sides, self.sides)
+        self.sides = outs, ins
+        held = old._held
+        if held is not None and not self.quantized:
+            if old._gathers and self._gathers:
+                self._held = into(held, _gathered(self._weight, self._rows, self._cols).to(held.dtype))
+            self.same_memory = one and other and self.weight(held.dtype).data_ptr() == held.data_ptr()
+        if self._bias is not None and old._bias is not None and old._rows is not None and self._rows is not None:
+            self._bias = into(old._bias, self._bias)
+        for slice_ in (old, old._zeroed):
+            if slice_ is not None:
+                slice_._given_away, slice_._held = True, None
+
     def _check_unchanged(self) -> None:
         """Asks the host alone, so that no device is waited for."""
+        orders = (mask for mask in (self.out_mask, self.in_mask) if isinstance(mask, KeptFirst))
+        if self._given_away or any(order.given_away for order in orders):
+            raise RuntimeError("this KeptSlice gave its memory to a newer one: use that, after the backward pass.")
         for name, tensor, version in self._sources:
-            if _version(tensor) != version:
+            if version_of(tensor) != version:
                 raise RuntimeError(self._changed.format(name))
 
     _changed = "the {} of this KeptSlice changed in place after it was made: make a new slice."
 
-    def _gather_of(self, mask: Tensor | KeptFirst | None, pad_to: int) -> "_Gather | None":
-        gather = _Gather.of(mask, pad_to)
+    def _gather_of(self, mask: Tensor | KeptFirst | None, pad_to: int) -> "Gather | None":
+        gather = Gather.of(mask, pad_to)
         return None if gather is None else gather.to(self.device)
 
 
@@ -208,96 +202,20 @@ class CallSlice(KeptSlice):
 
     def release(self) -> None:
         """Drop the gathered weight; the next use gathers it again."""
-        if self._rows is not None or self._cols is not None:
+        if self._gathers:
             self._held = None
 
-    def _gather_of(self, mask: Tensor | KeptFirst | None, pad_to: int) -> "_Gather | None":
+    def _gather_of(self, mask: Tensor | KeptFirst | None, pad_to: int) -> "Gather | None":
         if isinstance(mask, Tensor) and mask.device.type != "cpu":
             return remembered(mask, pad_to)
         return super()._gather_of(mask, pad_to)
 
 
-def count_kept(mask: Tensor, pad_to: int = 32) -> int:
-    """How many positions a bool mask keeps; for what a `CallSlice` then needs no device is waited for again."""
-    if mask.device.type == "cpu":
-        return int(mask.count_nonzero())
-    gather = remembered(mask, pad_to)
-    return mask.numel() if gather is None else gather.count
-
-
-def remembered(mask: Tensor, pad_to: int) -> "_Gather | None":
-    """`_Gather.of` an unchanged mask, made once."""
-    version, found = _version(mask), _REMEMBERED.get(mask)
-    if version is None:
-        return _Gather.of(mask, pad_to)
-    if found is None or found[:2] != (version, pad_to):
-        found = _REMEMBERED[mask] = version, pad_to, _Gather.of(mask, pad_to)
-    return found[2]
-
-
-@dataclass(frozen=True)
-class _Gather:
-    """How one side of the weight becomes that of the slice.
-
-    count: kept positions. index [width]: what the slice takes, None for the whole side. silent: the positions of the
-    slice whose weight is zero. side: what the product must know, None where the whole side lies in the slice as it is.
-    """
-
-    count: int
-    index: Tensor | None
-    silent: Tensor
-    side: Side | None
-
-    @classmethod
-    def of(cls, mask: Tensor | KeptFirst | None, pad_to: int) -> "_Gather | None":
-        if isinstance(mask, KeptFirst):
-            if mask.kept == mask.size:
-                return None
-            silent = torch.arange(mask.kept, mask.width, device=mask.index.device)
-            return cls(mask.kept, mask.index[: mask.width], silent, Side(mask.index, mask.place, True))
-        if mask is None:
-            return None
-        kept = mask.nonzero().squeeze(1)
-        if kept.numel() == mask.numel():
-            return None
-        # One filler at least: what it multiplies to is the zero that removed positions read.
-        size, count = mask.numel(), kept.numel()
-        width = round_up(count + 1, pad_to)
-        if width >= size:
-            return cls(count, None, (~mask).nonzero().squeeze(1), None)
-        # Fillers repeat a kept position, so that they bring no value of a removed one near the product.
-        filler = kept[-1:] if count else kept.new_zeros(1)
-        places = torch.arange(width, device=mask.device)
-        place = torch.full_like(mask, count, dtype=torch.int64).index_copy_(0, kept, places[:count])
-        index = torch.cat([kept, filler.expand(width - count)])
-        return cls(count, index, places[count:], Side(index, place, False))
-
-    def zeroed(self) -> "_Gather":
-        """This without a cut in the model's order: zeros take the place of what is removed. It waits for no device."""
-        if self.index is None or self.side is None or self.side.kept_first:
-            return self
-        # Removed positions read the first filler. Their number is known, so that nobody has to ask the device.
-        removed = (self.side.place == self.count).to(torch.uint8)
-        silent = removed.argsort(descending=True, stable=True)[: removed.numel() - self.count]
-        return _Gather(self.count, None, silent, None)
-
-    def to(self, device: torch.device) -> "_Gather":
-        """This on a device; from the host nobody waits for it."""
-        if self.silent.device == device:
-            return self
-        if self.index is None or self.side is None:  # a side that lies in the slice as it is
-            return replace(self, silent=upload((self.silent,), device)[0])
-        index, silent, place = upload((self.index, self.silent, self.side.place), device)
-        return _Gather(self.count, index, silent, Side(index, place, self.side.kept_first))
-
-
 _CHANGED = -1
 """The version of what had changed before it was copied, which no tensor has."""
-_REMEMBERED: MutableMapping[Tensor, tuple[int, int, _Gather | None]] = WeakTensorKeyDictionary()
-"""Masks on devices that are waited for, each with its version, the padding and what was made of it."""
 
 
-def _gathered(matrix: Tensor, rows: _Gather | None, cols: _Gather | None) -> Tensor:
+def _gathered(matrix: Tensor, rows: Gather | None, cols: Gather | None) -> Tensor:
     """The slice of a matrix, in floating point; the matrix itself where nothing is removed."""
     indices = (None if side is None else side.index for side in (rows, cols))
     if isinstance(matrix, QuantizedWeight):
@@ -312,35 +230,16 @@ def _gathered(matrix: Tensor, rows: _Gather | None, cols: _Gather | None) -> Ten
     return kept
 
 
-def _version(tensor: Tensor | KeptFirst | None) -> int | None:
-    """How often a tensor was changed in place, None where torch does not count.
-
-    `Tensor._version` is what torch's own error about changed saved tensors prints; it has no public name.
-    """
-    if isinstance(tensor, KeptFirst):
-        return _version(tensor.mask)
-    return None if tensor is None or tensor.is_inference() else tensor._version
-
-
 def _same(old: Tensor | KeptFirst | None, new: Tensor | KeptFirst | None) -> bool:
     if old is None or new is None or old is new:
         return old is new
     if isinstance(old, KeptFirst) and isinstance(new, KeptFirst):
-        if _version(new) != new._mask_version:
+        if version_of(new) != new._mask_version:
             return False
         old, new = old.mask, new.mask
     if isinstance(old, KeptFirst) or isinstance(new, KeptFirst):
         return False
     return old.device == new.device and torch.equal(old, new)
-
-
-def _refuse_capture(device: torch.device) -> None:
-    checks.refuse_capture(device, "the making of a KeptFirst or KeptSlice, which the host does", "make it before")
-
-
-def _check_padding(pad_to: int) -> None:
-    if pad_to < 1:
-        raise ValueError(f"pad_to is {pad_to}: give a positive multiple, 1 for no padding.")
 
 
 def _check_slice(

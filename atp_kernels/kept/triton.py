@@ -17,7 +17,7 @@ from atp_kernels import triton_runtime
 from atp_kernels.call import Call
 from atp_kernels.kept import aten
 from atp_kernels.kept.operands import Gradients, Needs, Operands, Saved
-from atp_kernels.kept.slices import Side
+from atp_kernels.kept.sides import Side
 from atp_kernels.linear import descriptors, tiles
 from atp_kernels.linear import triton as linear
 

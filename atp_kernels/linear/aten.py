@@ -37,9 +37,23 @@ def scaled_mm(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     return unread.addmm_(left, right, beta=0, alpha=scaling)
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total += left @ right, for nothing where the adapter has a rank of 0: it is part of the weight."""
-    return total.addmm_(left, right) if left.shape[1] else total
+def sum_of_products(
+    left: Tensor,
+    right: Tensor,
+    low: Tensor | None,
+    high: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """left @ right + low @ high + bias, where low [M, r] and high [r, N] are the adapter's, or low is None.
+
+    The adapter comes first: the large product adds to what it finds where it writes anyway, while an adapter that is
+    added to its result reads and writes all of that again. One of rank 0, which is part of the weight, costs nothing.
+    """
+    if low is not None and low.shape[1]:
+        total = torch.mm(low, high, out=out) if bias is None else torch.addmm(bias, low, high, out=out)
+        return total.addmm_(left, right)
+    return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
 
 
 def masked(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -95,12 +109,11 @@ def forward(operands: Operands, options: Options, *, primitives: Primitives = AT
     else:
         adapter_input = _adapter_input(x, lora_input, in_mask if mask_lora else None, dropout, primitives)
     s = scaled_mm(adapter_input, lora_a.t(), scaling)
-    total = base_input @ weight.t() if bias is None else torch.addmm(bias, base_input, weight.t())
-    if mask_lora:
-        add_product_(total, s, lora_b.t())
+    in_sum = mask_lora or out_mask is None  # whether the mask, if there is one, covers the adapter
+    total = sum_of_products(base_input, weight.t(), s if in_sum else None, lora_b.t(), bias)
     y = primitives.masked(total, out_mask) if keep_sum else primitives.mask_(total, out_mask)
-    if not mask_lora:
-        add_product_(y, s, lora_b.t())
+    if not in_sum and s.shape[1]:
+        y.addmm_(s, lora_b.t())
     norms = factor_norms(lora_a, lora_b) if with_norms else (None, None)
     return Results(y, s, total if keep_sum else None, *norms)
 
@@ -119,28 +132,33 @@ def backward(
     scaling, mask_lora, dropout = options.scaling, options.mask_lora, options.dropout
     need_adapter = need_lora_input or (shared_input and need_x) or (mask_lora and need_in)
     lora_in_mask = in_mask if mask_lora else None
-    d_out = d_a = d_adapter = d_in = None
+    d_x = d_out = d_a = d_adapter = d_in = None
     if need_out:
         grad_base, d_out = primitives.mask_and_dot(grad_y, total, out_mask)
     else:
         grad_base = primitives.masked(grad_y, out_mask)
     grad_lora = grad_base if mask_lora else grad_y
 
-    # Before the other gradients: the vendor's scratch memory then meets none of them.
-    d_x = grad_base @ weight if need_x or need_in else None
     up = scaled_mm(grad_lora, lora_b, scaling) if need_a or need_adapter else None
+    in_sum = mask_lora or in_mask is None
+    # Before the other gradients: the vendor's scratch memory then meets none of them but P.
+    if need_x or need_in:
+        low = up if need_adapter and shared_input and in_sum and dropout is None else None
+        d_x = sum_of_products(grad_base, weight, low, lora_a)
     if need_adapter and not shared_input:
         d_adapter = up @ lora_a
-    elif need_adapter and mask_lora:
-        _add_adapter_grad(d_x, up, lora_a, dropout, primitives)
+    elif need_adapter and in_sum and dropout is not None:
+        d_x += primitives.dropped(up @ lora_a, dropout)
     if need_in:
         d_in = primitives.column_dot(x, d_x)
         if mask_lora and not shared_input:
             d_in += primitives.column_dot(lora_input, d_adapter)
     if need_x:
         primitives.mask_(d_x, in_mask)
-        if shared_input and not mask_lora:
-            _add_adapter_grad(d_x, up, lora_a, dropout, primitives)
+        if shared_input and not in_sum and dropout is not None:
+            d_x += primitives.dropped(up @ lora_a, dropout)
+        elif shared_input and not in_sum and up.shape[1]:
+            d_x.addmm_(up, lora_a)
     if d_adapter is not None:
         primitives.mask_(d_adapter, lora_in_mask)
     d_x, d_adapter = d_x if need_x else None, d_adapter if need_lora_input else None
@@ -158,13 +176,6 @@ def _adapter_input(
     if dropout is not None:
         return primitives.mask_(primitives.dropped(x, dropout), mask)
     return primitives.masked(x if lora_input is None else lora_input, mask)
-
-
-def _add_adapter_grad(d_x: Tensor, up: Tensor, lora_a: Tensor, dropout: Dropout | None, primitives: Primitives) -> None:
-    if dropout is None:
-        add_product_(d_x, up, lora_a)
-    else:
-        d_x += primitives.dropped(up @ lora_a, dropout)
 
 
 def _blocks(values: Tensor, operand: Tensor) -> Sequence[Tensor]:

@@ -12,7 +12,7 @@ from atp_kernels.dropout.op import dropout_of, held
 from atp_kernels.kept.op import kept_linear
 from atp_kernels.kept.slices import CallSlice
 from atp_kernels.linear import ways
-from atp_kernels.linear.aten import add_product_, scaled_mm
+from atp_kernels.linear.aten import scaled_mm, sum_of_products
 from atp_kernels.linear.folded import folded_linear
 from atp_kernels.linear.operands import Needs, Operands, Options, Saved
 from atp_kernels.quantized import dense
@@ -278,9 +278,7 @@ class LoraLinear(torch.autograd.Function):
         _, need_w, need_a, need_b, _, _ = ctx.needs_input_grad
         rows = matrix(x)
         s = scaled_mm(rows, lora_a.t(), scaling)
-        w = dense(weight).t()
-        y = torch.mm(rows, w) if bias is None else torch.addmm(bias, rows, w)
-        add_product_(y, s, lora_b.t())
+        y = sum_of_products(rows, dense(weight).t(), s, lora_b.t(), bias)
         ctx.scaling, ctx.shape = scaling, x.shape
         ctx.save_for_backward(rows if need_w or need_a else None, weight, lora_a, lora_b, s if need_b else None)
         return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
@@ -293,7 +291,7 @@ class LoraLinear(torch.autograd.Function):
         grad_y = matrix(grad_y)
         up = scaled_mm(grad_y, lora_b, ctx.scaling) if need_x or need_a else None
         # Before the other gradients: the scratch memory of its products is the largest, and then meets none of them.
-        d_x = add_product_(torch.mm(grad_y, dense(weight)), up, lora_a) if need_x else None
+        d_x = sum_of_products(grad_y, dense(weight), up, lora_a) if need_x else None
         d_bias = grad_y.sum(0) if need_bias else None
         d_weight = torch.mm(grad_y.t(), x) if need_w else None
         d_b = torch.mm(grad_y.t(), s) if need_b else None

@@ -16,7 +16,8 @@ from atp_kernels.call import autocast_dtype, matrix, select
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.aten import ATEN, in_order, ordered, product
 from atp_kernels.kept.forms import form_of
-from atp_kernels.kept.slices import KeptSlice, Side
+from atp_kernels.kept.sides import Side
+from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import ways
 from atp_kernels.linear.aten import scaled_mm
 from atp_kernels.linear.operands import Operands, prepare
@@ -59,14 +60,16 @@ def backward(
     ranks = [len(linear.lora_a) for linear in linears]
     d_x, d_b = None, []
     up = grads[0].new_empty(len(grads[0]), sum(ranks))
-    for grad, linear, part, own, need in zip(grads, linears, parts, up.split(ranks, 1), need_b, strict=True):
-        if need_x:
-            d_x = _add_product(d_x, _kept(grad, linear), linear.weight)
-        if need_x or any(need_a):
+    if need_x or any(need_a):
+        for grad, linear, own in zip(grads, linears, up.split(ranks, 1), strict=True):
             own.addmm_(grad, ordered(linear.lora_b, linear.outs, 0), beta=0, alpha=scaling)
+    if need_x:
+        # The adapters' part first, to which the bases' products add theirs.
+        d_x = torch.mm(up, torch.cat([linear.lora_a for linear in linears]))
+        for grad, linear in zip(grads, linears, strict=True):
+            d_x.addmm_(_kept(grad, linear), linear.weight)
+    for grad, linear, part, need in zip(grads, linears, parts, need_b, strict=True):
         d_b.append(in_order(grad.t() @ part, linear.outs) if need and part is not None else None)
-    if d_x is not None and up.shape[1]:
-        d_x.addmm_(up, torch.cat([linear.lora_a for linear in linears]))
     d_a: list[Tensor | None] = [None] * len(linears)
     if any(need_a) and x is not None:
         each = (up.t() @ x).split(ranks)
@@ -83,10 +86,6 @@ def _kept(grad: Tensor, linear: Linear) -> Tensor:
     taken = grad.new_empty(len(grad), len(linear.outs.index))
     ATEN.take_columns(grad, linear.outs.index, taken)
     return taken
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return torch.mm(left, right) if total is None else total.addmm_(left, right)
 
 
 def shared_linears(

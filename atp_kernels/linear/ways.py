@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atp_kernels import checks
 from atp_kernels.call import override, select, shown
-from atp_kernels.kept.slices import count_kept
+from atp_kernels.kept.sides import count_kept
 from atp_kernels.linear import folded
 from atp_kernels.linear.operands import Operands, prepare
 from atp_kernels.linear.tiles import GemmConfig, descriptor_tiles

@@ -13,10 +13,10 @@ TABLE = {
         ("mask_lora=mask_lora", "mask_lora=False"),
     ),
     (SHARED, "tests/atp_kernels/test_shared_linears.py -k 'definition'"): (
-        ("d_x.addmm_(up, torch.cat([linear.lora_a for linear in linears]))", "pass"),
+        ("torch.mm(up, torch.cat([linear.lora_a for linear in linears]))", "torch.zeros_like(x)"),
         ("beta=0, alpha=scaling)", "beta=0)"),
         ("return grad[:, : len(linear.weight)]", "return grad[:, -len(linear.weight) :]"),
-        ("torch.mm(left, right) if total is None else total.addmm_(left, right)", "torch.mm(left, right)"),
+        ("d_x.addmm_(_kept(grad, linear), linear.weight)", "d_x = _kept(grad, linear) @ linear.weight"),
         ("in_order(grad.t() @ part, linear.outs)", "grad.t() @ part"),
     ),
     (SHARED, "tests/atp_kernels/test_shared_linears.py -k 'alone'"): (

@@ -14,7 +14,7 @@ FOREIGN = {
     "_make_wrapper_subclass",  # quantized.weight, as every tensor that consists of others (torchao's too)
     "_to_copy",  # the same: the operator behind `to`
     "_load_from_state_dict",  # the hook of nn.Module for modules that load in their own way
-    "_version",  # kept.slices, to refuse a slice of a weight that changed
+    "_version",  # kept.sides, to refuse a slice of a weight that changed
 }
 NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 
@@ -33,8 +33,8 @@ def test_no_other_private_name_is_used():
                 defined.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 defined.add(node.id)
-    # `_load_from_state_dict` is called on the parent, `_version` is also the name of a function of kept.slices.
-    assert (used - defined - NAMED_TUPLES) | {"_version"} == FOREIGN
+    # `_load_from_state_dict` is called on the parent.
+    assert used - defined - NAMED_TUPLES == FOREIGN
 
 
 def test_tensors_count_their_changes():

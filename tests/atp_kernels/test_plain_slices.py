@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import atp_kernels
 from atp_kernels import masked_lora_linear
-from atp_kernels.kept import slices
+from atp_kernels.kept import sides
+from atp_kernels.kept.slices import CallSlice
 from atp_kernels.linear import definition, ways
 from atp_kernels.tuning.table import Key
 
@@ -197,7 +198,7 @@ def test_nothing_of_the_weight_is_held_between_the_passes():
     tensors = operands(replace(BOTH, dropout=False), torch.float32)
     y = call(BOTH, tensors)
     kept = y.grad_fn.kept
-    assert isinstance(kept, slices.CallSlice) and kept._held is None
+    assert isinstance(kept, CallSlice) and kept._held is None
     y.sum().backward()
     assert tensors["x"].grad is not None
 
@@ -224,36 +225,36 @@ def test_a_call_reads_weight_and_masks_as_they_are_now():
 def test_an_unchanged_mask_is_looked_at_once_where_that_waits(monkeypatch, changed):
     """Whatever is asked of a mask on a GPU goes through `remembered`."""
     looks = []
-    monkeypatch.setattr(slices._Gather, "of", lambda mask, pad_to: looks.append(mask) or None)
+    monkeypatch.setattr(sides.Gather, "of", lambda mask, pad_to: looks.append(mask) or None)
     mask = torch.rand(20) < 0.5
-    slices.remembered(mask, 32)
+    sides.remembered(mask, 32)
     if changed:
         mask[0] = ~mask[0]
-    slices.remembered(mask, 32)
+    sides.remembered(mask, 32)
     assert len(looks) == 1 + changed
-    slices.remembered(mask, 64)
+    sides.remembered(mask, 64)
     assert len(looks) == 2 + changed
     with torch.inference_mode():
         uncounted = torch.rand(20) < 0.5
-    slices.remembered(uncounted, 32)
-    slices.remembered(uncounted, 32)
+    sides.remembered(uncounted, 32)
+    sides.remembered(uncounted, 32)
     assert len(looks) == 4 + changed
 
 
 def test_a_mask_that_is_gone_is_forgotten():
-    before = len(slices._REMEMBERED)
+    before = len(sides._REMEMBERED)
     mask = torch.rand(20) < 0.5
-    gather = slices.remembered(mask, 32)
-    assert len(slices._REMEMBERED) == before + 1
-    assert slices.remembered(mask, 32) is gather
+    gather = sides.remembered(mask, 32)
+    assert len(sides._REMEMBERED) == before + 1
+    assert sides.remembered(mask, 32) is gather
     del mask
-    assert len(slices._REMEMBERED) == before
+    assert len(sides._REMEMBERED) == before
 
 
 def test_a_slice_by_remembered_masks_is_the_same(monkeypatch):
     tensors = operands(replace(BOTH, dropout=False), torch.float64)
     expected = call(BOTH, tensors)
-    monkeypatch.setattr(slices.CallSlice, "_gather_of", lambda self, mask, pad_to: slices.remembered(mask, pad_to))
+    monkeypatch.setattr(CallSlice, "_gather_of", lambda self, mask, pad_to: sides.remembered(mask, pad_to))
     for _ in range(2):
         assert torch.equal(call(BOTH, tensors), expected)
 

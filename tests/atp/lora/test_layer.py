@@ -248,3 +248,25 @@ def test_slices_of_changed_base_weights_are_refused_until_they_are_forgotten():
     logits = model(input_ids=tokens()).logits
     MaskController(model, space).set(mask, "hard")
     assert torch.equal(logits, model(input_ids=tokens()).logits)
+
+
+@torch.no_grad()
+def test_a_decision_moves_no_slice_whose_padded_widths_stay():
+    """So a CUDA graph that was captured before it stays right after it."""
+    model, space = masked(intermediate_size=128)
+    controller, mask = MaskController(model, space), torch.ones(space.size, dtype=torch.bool)
+    channels = next(s for s in space.structures if any(cut.module == "mlp.down_proj" for cut in s.cuts)).span
+    mask[channels][-40:] = False
+    controller.set(mask, "hard")
+    model(input_ids=tokens())
+    linears = [module for module in model.modules() if isinstance(module, MaskedLoraLinear)]
+    before = {linear: (linear.kept, linear.kept.weight(torch.float32).data_ptr()) for linear in linears}
+    mask[channels] = mask[channels].roll(2)
+    mask[channels][5] = False  # one less, of as many multiples of 32
+    controller.set(mask, "hard")
+    again = [linear for linear in linears if linear.kept is not before[linear][0]]
+    assert len(again) == 3 and all(linear.kept.same_memory for linear in again)
+    assert all(linear.kept.weight(torch.float32).data_ptr() == before[linear][1] for linear in linears)
+    logits = model(input_ids=tokens()).logits
+    MaskController(model, space).set(mask, "hard")
+    assert torch.equal(logits, model(input_ids=tokens()).logits)
