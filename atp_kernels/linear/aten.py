@@ -1,7 +1,7 @@
 """The masked LoRA linear in ATen calls with hand-derived gradients, on any device and dtype.
 
-Without masks it is the fast path on a CPU, where the vendor GEMM is the whole cost: the adapter is accumulated into the
-base result by `addmm_`, absent masks cost nothing, and no gradient is computed that nobody asked for. What is done
+Without masks it is the fast path on a CPU, where the vendor GEMM is the whole cost: the base is accumulated into the
+adapter's product by `addmm_`, absent masks cost nothing, and no gradient is computed that nobody asked for. What is done
 around the products are `Primitives`, of which another backend may have its own.
 """
 
