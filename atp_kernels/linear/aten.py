@@ -1,8 +1,8 @@
 """The masked LoRA linear in ATen calls with hand-derived gradients, on any device and dtype.
 
-Without masks it is the fast path on a CPU, where the vendor GEMM is the whole cost: the base is accumulated into the
-adapter's product by `addmm_`, absent masks cost nothing, and no gradient is computed that nobody asked for. What is done
-around the products are `Primitives`, of which another backend may have its own.
+Without masks it is the fast path on a CPU, where the vendor GEMM is the whole cost: the base is added to the adapter's
+product by `addmm_`, absent masks cost nothing, and no gradient is computed that nobody asked for. What is done around
+the products are `Primitives`, of which another backend may have its own.
 """
 
 # Which of the saved tensors are None follows from `needs`, which a type checker cannot see.

@@ -60,7 +60,7 @@ def test_another_decision_of_the_same_widths_lies_where_the_last_did(linear, for
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kept", [(20, 30), (40, 12), (N, 30), (40, K), (N, K), (0, 0)])
+@pytest.mark.parametrize("kept", [(20, 30), (40, 12), (N, 30), (40, K), (N, K), (0, 0), (N - 1, K - 1)])
 def test_other_widths_take_memory_of_their_own_and_the_model_s_stays(linear, form, kept):
     weight, bias = linear.weight.clone(), linear.bias.clone()
     for start in (sides(form, 40, 30, 0), (None, None)):
@@ -91,6 +91,33 @@ def test_a_slice_that_gave_its_memory_is_refused(linear):
     with pytest.raises(RuntimeError, match=message):
         y.sum().backward()
     assert not old.fits(*first) and new.fits(outs, first[1])
+
+
+def test_a_zeroed_slice_gives_its_memory_too(linear):
+    old = slice_of(linear, *sides(FORMS[1], 40, 30, 0))
+    zeroed = old.zeroed
+    results(zeroed)
+    slice_of(linear, *sides(FORMS[1], 40, 30, 2), reuse=old)
+    with pytest.raises(RuntimeError, match="gave its memory to a newer one"):
+        results(zeroed)
+
+
+def test_an_order_in_memory_of_its_own_is_not_the_same_memory(linear):
+    old = slice_of(linear, *sides(FORMS[0], 39, 30, 0))
+    results(old)
+    new = slice_of(linear, *sides(FORMS[0], 37, 28, 2), reuse=old)
+    assert not new.same_memory
+    assert all(map(torch.equal, results(new), results(slice_of(linear, *sides(FORMS[0], 37, 28, 2)))))
+
+
+def test_a_side_that_is_whole_again_is_not_the_same_memory(linear):
+    """Though the slice is as wide as before: one input less would have been padded to all of them."""
+    first = sides(FORMS[0], 39, K - 1, 0)
+    old = slice_of(linear, *first)
+    results(old)
+    new = slice_of(linear, *sides(FORMS[0], 37, K, 2, first), reuse=old)
+    assert not new.same_memory
+    assert all(map(torch.equal, results(new), results(slice_of(linear, *sides(FORMS[0], 37, K, 2)))))
 
 
 def test_memory_is_given_once(linear):
