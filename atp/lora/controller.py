@@ -38,6 +38,8 @@ class MaskController:
         if missing:
             raise RuntimeError(f"{missing} linears of the mask space carry no MaskedLoraLinear: wrap with add_lora")
         self._space = space.to(self._device)
+        # Whether a decision lies in the memory of the one before, for CUDA graphs: a CPU would copy for nothing.
+        self.keeps_memory = self._device.type != "cpu"
         # The last hard mask, on the host, and what it makes of the two sides of each linear and of its weight.
         self._hard: Tensor | None = None
         self._sides: dict[_Linear, list[_Side]] = {}
@@ -98,7 +100,6 @@ class MaskController:
         moved = upload(mask, self._device)
         for structure, placed in changed:
             # By the mask that several sides share. Counting on the device would halt the host, so the host counts.
-            # What was there before gives its memory, so that what has not changed in size lies where it lay.
             origins: dict[int, Tensor | KeptFirst] = {}
             for (cut, on_host), (_, side) in zip(structure.sides(mask), placed.sides(moved), strict=True):
                 sides = self._sides.setdefault((structure.layer, cut.module), [_Side(), _Side()])
@@ -106,12 +107,12 @@ class MaskController:
                     origins[id(side)] = on_host
                     if cut.reorderable:
                         before = sides[cut.axis].origin
-                        order = before if isinstance(before, KeptFirst) else None
+                        order = before if self.keeps_memory and isinstance(before, KeptFirst) else None
                         origins[id(side)] = KeptFirst(on_host, device=self._device, reuse=order)
                 sides[cut.axis] = _Side(side, origins[id(side)])
         for name in dict.fromkeys((structure.layer, cut.module) for structure, _ in changed for cut in structure.cuts):
             base: Any = self._layers[name].get_base_layer()
             outs, ins = (side.origin for side in self._sides[name])
-            reuse = self._slices.get(name)
+            reuse = self._slices.get(name) if self.keeps_memory else None
             self._slices[name] = KeptSlice(base.weight, base.bias, out_mask=outs, in_mask=ins, reuse=reuse)
         self._hard = mask.clone()

@@ -255,6 +255,8 @@ def test_a_decision_moves_no_slice_whose_padded_widths_stay():
     """So a CUDA graph that was captured before it stays right after it."""
     model, space = masked(intermediate_size=128)
     controller, mask = MaskController(model, space), torch.ones(space.size, dtype=torch.bool)
+    assert not controller.keeps_memory  # on a CPU, where no graph is captured
+    controller.keeps_memory = True
     channels = next(s for s in space.structures if any(cut.module == "mlp.down_proj" for cut in s.cuts)).span
     mask[channels][-40:] = False
     controller.set(mask, "hard")
