@@ -15,7 +15,12 @@ from torch.autograd.function import once_differentiable
 from atp_kernels.call import Operation, Order, common_dtype, rarest_dtype, refuse_twice, register, select
 from atp_kernels.groups.plan import GroupPlan
 
-_ORDER = {"cpu": Order(("native", "reference")), "cuda": Order(("native", "triton", "reference"))}
+_ORDER = {
+    "cpu": Order(("native", "reference")),
+    # Triton keeps the table of factors on the device, which a CUDA graph needs, and many blocks share the groups; the
+    # C++ copies the table in every call and sums the norms in one block.
+    "cuda": Order(("triton", "native", "reference")),
+}
 OPERATIONS = tuple(
     register(Operation(name, __package__, ("reference", "triton", "native"), _ORDER))
     for name in ("group_lasso", "group_lasso_grad_", "group_prox_")

@@ -22,6 +22,7 @@ import torch
 
 from atp_kernels._version import __version__
 from atp_kernels.call import NAMES
+from atp_kernels.linear.tiles import SMALLEST_DOT
 
 ENVIRONMENT = "ATP_KERNELS_TABLES"
 """Names the folder of the user's tables, in place of that in the cache."""
@@ -39,6 +40,7 @@ WAYS_OF_KEPT = (SLICED, ZEROED)
 _LARGEST_FILE = 2**24
 _ROWS = 2.0  # an entry speaks for half to twice its rows
 _SHARE = 1.05  # and shares of the weight within a twentieth count as one
+_LARGEST_BLOCK, _MOST_WARPS, _MOST_STAGES = 256, 16, 8  # of a tile: twice what any candidate has, or the same
 _PACKAGE = Path(__file__).parents[1]
 _TIMED_ROOMS = ("linear", "kept", "compaction")
 
@@ -239,18 +241,31 @@ def _entry_of(row: Any, place: int) -> Entry:
 
 def _is_sound(entry: Entry) -> bool:
     key, tile = entry.key, entry.tile
-    counts = (key.m, key.n, key.k, key.r, *(tile if isinstance(tile, tuple) else ()))
     return (
         key.regime in REGIMES
         and isinstance(key.dtype, str)
-        and all(type(count) is int and count > 0 for count in counts)
+        and all(type(count) is int and count > 0 for count in (key.m, key.n, key.k, key.r))
         and type(key.kept) is float
         and 0 <= key.kept <= 1
         and entry.way in (WAYS_OF_KEPT if key.regime in KEPT else WAYS)
         and (tile is None or entry.way == "triton")
-        and (tile is None or isinstance(tile, str) or (isinstance(tile, tuple) and len(tile) == 5))
+        and (tile is None or isinstance(tile, str) or _is_tile(tile))
         and isinstance(entry.refused, dict)
         and all(type(time) is float and 0 <= time < math.inf for time in entry.milliseconds.values())
+    )
+
+
+def _is_tile(tile: Any) -> bool:
+    """Whether Triton could compile it: blocks and warps are powers of two, and blocks of a product 16 at least."""
+    if not (isinstance(tile, tuple) and len(tile) == 5 and all(type(size) is int for size in tile)):
+        return False
+    *blocks, warps, stages = tile
+    return (
+        all(size.bit_count() == 1 for size in (*blocks, warps))
+        and SMALLEST_DOT <= min(blocks)
+        and max(blocks) <= _LARGEST_BLOCK
+        and 1 <= warps <= _MOST_WARPS
+        and 1 <= stages <= _MOST_STAGES
     )
 
 
