@@ -9,7 +9,7 @@ dx where LoRA reads x). Where a side lies kept first, spread and gather are plai
 from torch import Tensor
 
 from atp_kernels.kept import op
-from atp_kernels.kept.forms import form_of
+from atp_kernels.kept.forms import taken
 from atp_kernels.kept.operands import prepare
 from atp_kernels.kept.slices import KeptSlice
 
@@ -36,5 +36,5 @@ def kept_lora_linear(
     Source: arXiv 2412.14426, section 3 (LoRA step).
     """
     x, kept, lora_a, lora_b, lora_input = prepare(x, kept, lora_a, lora_b, lora_input)
-    kept = form_of(kept, x, lora_a.shape[0], backend)
-    return op.kept_linear(x, kept, lora_a, lora_b, lora_input, float(scaling), backend)
+    kept, module = taken(kept, x, lora_a.shape[0], backend)
+    return op.kept_linear(x, kept, lora_a, lora_b, lora_input, float(scaling), backend, module)

@@ -12,6 +12,7 @@ KEPT_STALE = "tests/atp_kernels/test_kept_stale.py"
 KEPT_REUSE = "tests/atp_kernels/test_kept_reuse.py"
 KEPT_CHUNKS_MEMORY = "tests/atp_kernels/test_kept_chunks.py -k 'not memory_is'"
 KEPT_CHUNKS_MEMORY_2 = "tests/atp_kernels/test_kept_chunks.py -k memory_is"
+TUNED_BLOCKS = "tests/atp_kernels/test_tuned_blocks.py"
 KEPT_FORMS = "tests/atp_kernels/test_kept_forms.py -k 'not no_worse'"
 KEPT_FIRST_UNINITIALISED = "tests/atp_kernels/test_kept_first.py -k uninitialised"
 
@@ -56,10 +57,17 @@ TABLE = {
         ("if self._given_away or (version_of(", "if (version_of("),
     ),
     (FORMS, KEPT_FORMS): (
-        (" or any(other) or kept.quantized", " or any(other)"),
-        ("return kept if found is None or found[1].way == SLICED else kept.zeroed", "return kept.zeroed"),
-        ("KEPT[in_order.index(True)]", "KEPT[0]"),
+        (" or kept.quantized", ""),
+        ("return kept.zeroed if zeroed else kept, None", "return kept.zeroed, None"),
+        ("(FIRST if side is not None and side.kept_first else KEPT)[place]", "KEPT[0]"),
         ("x.numel() // k, n, k, rank, kept.share", "x.numel() // k, n, k, rank, 1.0"),
+    ),
+    (FORMS, TUNED_BLOCKS): (
+        ("(FIRST if side is not None and side.kept_first else KEPT)[place]", "KEPT[place]"),
+        ("kept.holds_zeroed or not checks.is_capturing(x.device)", "True"),
+        ("kept.holds_zeroed or not checks.is_capturing(x.device)", "not checks.is_capturing(x.device)"),
+        ("return kept, None if way is None else way[0]", "return kept, None"),
+        ("(entry.way, why + way[1])", "(choice.name, choice.why)"),
     ),
     (SLICES, KEPT_STALE): (
         ("version_of(tensor) != version:", "False:"),

@@ -34,10 +34,11 @@ def kept_linear(
     lora_input: Tensor | None,
     scaling: float,
     backend: str,
+    module: Any = None,
 ) -> Tensor:
-    """LoRA linear on a kept slice, checked and cast."""
+    """LoRA linear on a kept slice, checked and cast. module: the backend, where a tuned table says it."""
     if not torch.compiler.is_compiling():
-        module = select("kept_lora_linear", x.device, x.dtype, backend).module
+        module = module or select("kept_lora_linear", x.device, x.dtype, backend).module
         return KeptLoraLinear.apply(x, lora_a, lora_b, lora_input, kept, module, scaling)
     rows = matrix(x)
     adapter = None if lora_input is None else matrix(lora_input)

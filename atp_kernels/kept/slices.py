@@ -125,6 +125,11 @@ class KeptSlice:
             self._zeroed = made
         return self._zeroed
 
+    @property
+    def holds_zeroed(self) -> bool:
+        """Whether `zeroed` holds its weight, so that a CUDA graph that is captured can read it."""
+        return self._zeroed is not None and self._zeroed._held is not None
+
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The kept part [N", K"] in this dtype, gathered unless it is there; of a quantised weight, anew each time.
 

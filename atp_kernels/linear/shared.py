@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from atp_kernels.call import autocast_dtype, matrix, select
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.aten import ATEN, in_order, ordered, product
-from atp_kernels.kept.forms import form_of
+from atp_kernels.kept.forms import taken
 from atp_kernels.kept.sides import Side
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import ways
@@ -96,8 +96,8 @@ def shared_linears(
 ) -> tuple[Tensor, ...] | None:
     """y of each (weight, lora_a, lora_b, scaling, bias) or slice without masks beside it, None where not worth it.
 
-    It is where the vendor's products are the backend and bases are frozen, and scalings equal. Raises what the linears
-    do.
+    It is where the vendor's products are the backend and bases are frozen, and scalings equal. A tuned table that knows
+    a faster way for one of them takes them apart. Raises what the linears do.
     """
     if torch.compiler.is_compiling() or not may_share([linear[3] for linear in given], kept):
         return None
@@ -105,18 +105,23 @@ def shared_linears(
     x = x if dtype is None else x.to(dtype)
     tensors: list[Tensor | None] = []
     if kept is not None:
-        if select("kept_lora_linear", x.device, x.dtype, backend).name != "reference":
+        choice = select("kept_lora_linear", x.device, x.dtype, backend)
+        if choice.name != "reference":
             return None
         for slice_, (_, lora_a, lora_b, _, _) in zip(kept, given, strict=True):
             _, _, lora_a, lora_b, _ = kept_operands.prepare(x, slice_, lora_a, lora_b, None)
             tensors += (None, None, lora_a, lora_b)
-        kept = [form_of(slice_, x, len(linear[1]), backend) for slice_, linear in zip(kept, given, strict=True)]
+        forms = [taken(slice_, x, len(linear[1]), backend) for slice_, linear in zip(kept, given, strict=True)]
+        if any(module not in (None, choice.module) for _, module in forms):
+            return None
+        kept = [slice_ for slice_, _ in forms]
     else:
         if select("masked_lora_linear", x.device, x.dtype, backend, plain=True).name != "reference":
             return None
         for weight, lora_a, lora_b, _, bias in given:
             operands = prepare(Operands(x, weight, lora_a, lora_b, bias), backend=backend)
-            if trains(operands) or (backend == "auto" and ways.way_of(operands, len(lora_a), False) is not None):
+            way = ways.way_of(operands, len(lora_a), False) if backend == "auto" else None
+            if trains(operands) or (way is not None and way.name != "reference"):
                 return None
             tensors += (operands.weight, operands.bias, operands.lora_a, operands.lora_b)
     results: tuple[Tensor, ...] = SharedLinears.apply(kept, float(given[0][3]), x, *tensors)

@@ -4,10 +4,8 @@ Beside the backends there are two ways: `sliced`, the vendor's products of the p
 one product with a copy of the weight into which masks and adapter are multiplied.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +16,9 @@ from atp_kernels.call import override, select, shown
 from atp_kernels.kept.sides import count_kept
 from atp_kernels.linear import folded
 from atp_kernels.linear.operands import Operands, prepare
-from atp_kernels.linear.tiles import GemmConfig, descriptor_tiles
 from atp_kernels.quantized import QuantizedWeight
-from atp_kernels.tuning.table import FOLDED, SLICED, Key, Tile, tables_of
+from atp_kernels.tuning.table import FOLDED, SLICED, Key, tables_of
+from atp_kernels.tuning.tiled import followed
 
 FEWEST_ROWS, LARGEST_SHARE, LEAST_SAVED = 256, 0.75, 2**28
 """Where slicing the weight anew in each call pays on a CPU: the rows, the share that is kept, and the multiplications
@@ -34,15 +32,6 @@ class Way(NamedTuple):
     name: str
     why: str
     module: Any = None
-
-
-@dataclass(frozen=True)
-class Tiled:
-    """The Triton backend with one tile for all its products; called as the backend is."""
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    ADDMM_CHAIN: bool = False
 
 
 def way_of(operands: Operands, rank: int, mask_lora: bool) -> Way | None:
@@ -69,6 +58,14 @@ def way_of(operands: Operands, rank: int, mask_lora: bool) -> Way | None:
         return None
     key = replace(key, kept=share_of(operands))
     return _tuned(key, operands, mask_lora) or by_rule(x.device, key)
+
+
+def backend_in_table(operands: Operands, rank: int) -> Any:
+    """The backend that a tuned table names for a linear within an MLP, which can be no other way; None without one."""
+    if not tables_of(operands.x.device):
+        return None
+    way = way_of(operands, rank, False)
+    return None if way is None else way.module
 
 
 def regime_of(operands: Operands, mask_lora: bool) -> str | None:
@@ -108,25 +105,6 @@ def explained(tensors: Sequence[Tensor], backend: str, **given: Any) -> tuple[st
     return choice.name, f"{choice.why}; nothing for this call in {tables}" if tables else choice.why
 
 
-def backend_way(name: str, tile: Tile | None, why: str, device: torch.device, dtype: torch.dtype) -> Way:
-    """A backend as a way; a tile fixes that of Triton. Raises RuntimeError where the backend does not take the call."""
-    module: Any = select("masked_lora_linear", device, dtype, name).module
-    if tile is None:
-        return Way(name, why, module)
-    if isinstance(tile, str):
-        found = descriptor_tiles(dtype).get(tile)
-        if found is None:
-            raise RuntimeError(f"no tile of tensor descriptors in {shown(dtype)} is called {tile}.")
-        config: GemmConfig = found
-        said = f"in tiles {tile} of tensor descriptors"
-    else:
-        block_m, block_n, block_k, warps, stages = tile
-        config = GemmConfig(block_m, block_n, block_k, warps, stages)
-        said = f"in tiles of {block_m}x{block_n}x{block_k}, {warps} warps, {stages} stages"
-    tiled = Tiled(partial(module.forward, config=config), partial(module.backward, config=config))
-    return Way(name, f"{why}, {said}", tiled)
-
-
 def by_rule(device: torch.device, key: Key) -> Way | None:
     """What is known of search without a table, None where `select` decides."""
     saved = key.m * key.n * key.k * (1 - key.kept)
@@ -144,14 +122,6 @@ def _tuned(key: Key, operands: Operands, mask_lora: bool) -> Way | None:
         why = f"the fastest for {key.regime} in {table.path}"
         if entry.way in (SLICED, FOLDED):
             return Way(entry.way, why)
-        return _backend_way(entry.way, entry.tile, why, operands.x.device, operands.x.dtype)
+        found = followed("masked_lora_linear", entry.way, entry.tile, operands.x.device, operands.x.dtype)
+        return None if found is None else Way(entry.way, why + found[1], found[0])
     return None
-
-
-@cache
-def _backend_way(name: str, tile: Tile | None, why: str, device: torch.device, dtype: torch.dtype) -> Way | None:
-    try:
-        return backend_way(name, tile, why, device, dtype)
-    except RuntimeError as error:
-        warnings.warn(f"A tuned table is not followed: {error}", RuntimeWarning, stacklevel=2)
-        return None

@@ -14,9 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from atp_kernels.call import Operation, Order, autocast_dtype, matrix, register, select
 from atp_kernels.kept import operands as kept_operands
+from atp_kernels.kept.forms import taken
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import operands as linear_operands
-from atp_kernels.linear import shared
+from atp_kernels.linear import shared, ways
 from atp_kernels.linear.op import keeps_sum
 from atp_kernels.linear.operands import Operands, Options
 from atp_kernels.projection import Projection
@@ -37,7 +38,7 @@ _PER_LINEAR = 4  # weight, lora_a, lora_b, bias
 
 
 class MlpSpec(NamedTuple):
-    """What is no tensor. A scaling and a slice for each linear: gate, up, down. linear: their backend.
+    """What is no tensor. A scaling, a slice and a backend for each linear: gate, up, down.
 
     shared: whether gate and up share what they do with x.
     """
@@ -47,7 +48,7 @@ class MlpSpec(NamedTuple):
     mask_lora: bool
     keep_sum: bool
     kept: tuple[KeptSlice, ...] | None
-    linear: ModuleType
+    backends: tuple[Any, ...]
     between: ModuleType
     shared: bool
 
@@ -73,7 +74,14 @@ def swiglu(
             for source, slice_, linear in zip((x, x, hidden), kept, linears, strict=True)
         ]
         choice = select("kept_lora_linear", x.device, x.dtype, backend)
+        forms = [
+            taken(slice_, source, len(linear.lora_a), backend)
+            for source, slice_, linear in zip((x, x, hidden), kept, linears, strict=True)
+        ]
+        slices: tuple[KeptSlice, ...] | None = tuple(slice_ for slice_, _ in forms)
+        tuned = [module for _, module in forms]
     else:
+        slices = None
         alike = mask_lora or mask is None
         prepared = [
             linear_operands.prepare(
@@ -88,13 +96,19 @@ def swiglu(
         operands, out_mask, in_mask = [given[1:5] for given in prepared], prepared[0].out_mask, prepared[-1].in_mask
         # Where the mask covers the sums it is applied between the linears, none of which has a mask then.
         choice = select("masked_lora_linear", x.device, x.dtype, backend, plain=alike)
+        tuned = [
+            ways.backend_in_table(given, len(linear.lora_a)) if backend == "auto" else None
+            for given, linear in zip(prepared, linears, strict=True)
+        ]
     between = select("masked_lora_swiglu", x.device, x.dtype, backend).module
     scalings = tuple(float(linear.scaling) for linear in linears)
-    together = choice.name == "reference" and shared.may_share(scalings[:2], None if kept is None else kept[:2])
-    if kept is None:
+    backends = tuple(choice.module if module is None else module for module in tuned)
+    together = choice.name == "reference" and backends[0] is backends[1] is choice.module
+    together &= shared.may_share(scalings[:2], None if slices is None else slices[:2])
+    if slices is None:
         together &= (mask_lora or out_mask is None) and not any(map(shared.trains, prepared[:2]))
     keep_sum = not mask_lora and keeps_sum(out_mask)
-    spec = MlpSpec(activation, scalings, mask_lora, keep_sum, kept, choice.module, between, together)
+    spec = MlpSpec(activation, scalings, mask_lora, keep_sum, slices, backends, between, together)
     return Swiglu.apply(spec, x, out_mask, in_mask, *(tensor for tensors in operands for tensor in tensors))
 
 
@@ -102,6 +116,7 @@ class _Masked(NamedTuple):
     """A linear as its backend computes it."""
 
     spec: MlpSpec
+    module: Any
     scaling: float
     out_mask: Tensor | None
     in_mask: Tensor | None
@@ -117,7 +132,7 @@ class _Masked(NamedTuple):
     def forward(self, x: Tensor, keep_sum: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         weight = dense(self.weight)
         operands = Operands(x, weight, self.lora_a, self.lora_b, self.bias, None, self.out_mask, self.in_mask)
-        return self.spec.linear.forward(operands, Options(self.scaling, self.spec.mask_lora, keep_sum))[:3]
+        return self.module.forward(operands, Options(self.scaling, self.spec.mask_lora, keep_sum))[:3]
 
     def backward(
         self, grad: Tensor, x: Tensor | None, s: Tensor | None, total: Tensor | None, needs: Sequence[bool]
@@ -127,14 +142,14 @@ class _Masked(NamedTuple):
             x, dense(self.weight), self.lora_a, self.lora_b, None, self.out_mask, self.in_mask, s, total
         )
         wanted = linear_operands.Needs._make((*needs[:5], False, *needs[5:], True))
-        grads = self.spec.linear.backward(grad, saved, Options(self.scaling, self.spec.mask_lora), wanted)
+        grads = self.module.backward(grad, saved, Options(self.scaling, self.spec.mask_lora), wanted)
         return (*grads[:5], *grads[6:])
 
 
 class _Kept(NamedTuple):
     """A linear on its kept slice."""
 
-    module: ModuleType
+    module: Any
     kept: KeptSlice
     scaling: float
     lora_a: Tensor
@@ -167,13 +182,13 @@ def _linears(
     """Gate, up and down, each from its (weight, lora_a, lora_b, bias)."""
     own = [operands[i : i + _PER_LINEAR] for i in range(0, len(operands), _PER_LINEAR)]
     if spec.kept is not None:
-        each = zip(spec.kept, spec.scalings, own, strict=True)
-        return [_Kept(spec.linear, kept, scaling, *tensors[1:3]) for kept, scaling, tensors in each]
+        each = zip(spec.backends, spec.kept, spec.scalings, own, strict=True)
+        return [_Kept(module, kept, scaling, *tensors[1:3]) for module, kept, scaling, tensors in each]
     base_mask = None if spec.mask_lora else out_mask
     masks = ((base_mask, None), (base_mask, None), (None, in_mask))
     return [
-        _Masked(spec, scaling, *covers, *tensors)
-        for scaling, covers, tensors in zip(spec.scalings, masks, own, strict=True)
+        _Masked(spec, module, scaling, *covers, *tensors)
+        for module, scaling, covers, tensors in zip(spec.backends, spec.scalings, masks, own, strict=True)
     ]
 
 

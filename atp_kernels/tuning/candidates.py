@@ -11,12 +11,14 @@ from torch import Tensor
 from atp_kernels import triton_runtime
 from atp_kernels.call import select, shown
 from atp_kernels.kept.op import kept_linear
+from atp_kernels.kept.sides import KeptFirst
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import definition, folded, tiles, ways
 from atp_kernels.linear.op import linear_by
 from atp_kernels.linear.operands import Operands
 from atp_kernels.tuning.clock import Call
-from atp_kernels.tuning.table import FOLDED, HARD, KEPT, SLICED, WAYS_OF_KEPT, ZEROED, Entry, Key, Tile, shown_tile
+from atp_kernels.tuning.table import FIRST, FOLDED, HARD, KEPT, SLICED, ZEROED, Entry, Key, Tile, shown_tile, ways_in
+from atp_kernels.tuning.tiled import named_backend
 
 SCALING = 0.5
 ALLOWED = 4.0
@@ -61,13 +63,16 @@ class Case:
         trains = self.regime != "decision"
         weight, lora_a = randn(self.n, self.k) / self.k**0.5, randn(self.r, self.k) / self.k**0.5
         mask = torch.rand(self._masked, generator=rng, device=self.device)
-        if self.regime in HARD:
+        if self.regime in FIRST:
+            # What is kept lies first already, so that the order of the slice is that of the definition.
+            mask = torch.arange(self._masked, device=self.device) < round(self.keep * self._masked)
+        elif self.regime in HARD:
             # The share that is asked for, whatever is drawn.
             mask = mask.argsort() < round(self.keep * self._masked)
         else:
             # Learned decisions round: most of their masks are zero or one.
             mask = torch.where(mask < 0.3, 0.0, torch.where(mask < 0.6, 1.0, mask)).requires_grad_()
-        side = "in_mask" if self.regime == "kept_in" else "out_mask"
+        side = "in_mask" if self._of_inputs else "out_mask"
         return Operands(
             randn(self.m, self.k).requires_grad_(),
             weight,
@@ -79,7 +84,11 @@ class Case:
     @property
     def _masked(self) -> int:
         """Positions of the side that has a mask."""
-        return self.k if self.regime == "kept_in" else self.n
+        return self.k if self._of_inputs else self.n
+
+    @property
+    def _of_inputs(self) -> bool:
+        return self.regime in ("kept_in", "first_in")
 
     def key(self) -> Key:
         """What the entry is about."""
@@ -103,6 +112,8 @@ def default_of(case: Case) -> str:
     """The name of the way that is taken without a table."""
     if case.regime in KEPT:
         return SLICED
+    if case.regime in FIRST:
+        return select("kept_lora_linear", case.device, case.dtype).name
     if case.regime == "search" and (found := ways.by_rule(case.device, case.key())) is not None:
         return found.name
     return select("masked_lora_linear", case.device, case.dtype, plain=case.regime == "cut").name
@@ -111,22 +122,14 @@ def default_of(case: Case) -> str:
 def candidates(case: Case, *, interpreted: bool = False) -> list[Candidate]:
     """Every way that takes the case here, that of today first; Triton in its interpreter only where it is asked for."""
     if case.regime in KEPT:
-        return [Candidate(name, ways.Way(name, "a candidate")) for name in WAYS_OF_KEPT]
-    found = []
+        return [Candidate(name, ways.Way(name, "a candidate")) for name in ways_in(case.regime)]
+    found = list(_backends(case, interpreted))
+    if case.regime in FIRST:
+        # Without a tile Triton's products are the reference's.
+        found = [each for each in found if each.tile or each.name != "triton"]
+        return sorted(found, key=lambda each: each.name != default_of(case))
     if case.regime == "search":
         found.append(Candidate(SLICED, ways.Way(SLICED, "a candidate")))
-    for name in ("native", "triton", "reference"):
-        try:
-            way = ways.backend_way(name, None, "a candidate", case.device, case.dtype)
-        except RuntimeError:
-            continue
-        if name == "triton" and triton_runtime.INTERPRETED and not interpreted:
-            continue
-        found.append(Candidate(name, way))
-        if name == "triton" and case.r <= tiles.LARGEST_RANK:
-            for tile in _tiles(case):
-                tiled = ways.backend_way(name, tile, "a candidate", case.device, case.dtype)
-                found.append(Candidate(f"{name} {shown_tile(tile)}", tiled, tile))
     if folded.refuses(case.operands(), case.mask_lora) is None:
         found.append(Candidate(FOLDED, ways.Way(FOLDED, "a candidate")))
     today = default_of(case)
@@ -136,11 +139,28 @@ def candidates(case: Case, *, interpreted: bool = False) -> list[Candidate]:
     return sorted(found, key=lambda each: each.name != today)
 
 
+def _backends(case: Case, interpreted: bool) -> Iterator[Candidate]:
+    """Every backend that takes the case, and Triton with each of its tiles."""
+    operation = "kept_lora_linear" if case.regime in FIRST else "masked_lora_linear"
+    for name in ("native", "triton", "reference"):
+        if name == "triton" and triton_runtime.INTERPRETED and not interpreted:
+            continue
+        try:
+            tried = [None, *(_tiles(case) if name == "triton" and case.r <= tiles.LARGEST_RANK else ())]
+            for tile in tried:
+                module, _ = named_backend(operation, name, tile, case.device, case.dtype)
+                shown_name = name if tile is None else f"{name} {shown_tile(tile)}"
+                yield Candidate(shown_name, ways.Way(name, "a candidate", module), tile)
+        except RuntimeError:
+            continue
+
+
 def _tiles(case: Case) -> Iterator[Tile]:
     """Those of both Triton kernels that are meant for this device; for all devices in the interpreter."""
     from atp_kernels.linear.descriptors import generation  # where Triton is, which these modules do without
 
-    yield from _TILES_OF_SINGLE if case.dtype == torch.float32 else _TILES
+    if case.regime not in FIRST:  # where descriptors alone have a kernel
+        yield from _TILES_OF_SINGLE if case.dtype == torch.float32 else _TILES
     arch = generation(case.device)
     if arch is not None or triton_runtime.INTERPRETED:
         yield from tiles.descriptor_tiles(case.dtype, arch)
@@ -230,17 +250,21 @@ def measured(
 
 
 def _call_of(case: Case, candidate: Candidate) -> Callable[[Operands], Tensor]:
-    if case.regime in KEPT:
-        return _call_on_slice(case, candidate.name)
+    if case.regime in (*KEPT, *FIRST):
+        return _call_on_slice(case, candidate)
     return lambda operands: linear_by(candidate.way, operands, SCALING, case.mask_lora)
 
 
-def _call_on_slice(case: Case, form: str) -> Callable[[Operands], Tensor]:
+def _call_on_slice(case: Case, candidate: Candidate) -> Callable[[Operands], Tensor]:
     """A slice is made once for many calls, so that making it is not timed."""
     given = case.operands()
-    kept = KeptSlice(given.weight, out_mask=given.out_mask, in_mask=given.in_mask)
-    kept = kept.zeroed if form == ZEROED else kept
-    return lambda o: kept_linear(o.x, kept, o.lora_a, o.lora_b, None, SCALING, "auto")
+    out_mask, in_mask = (
+        KeptFirst(mask) if mask is not None and case.regime in FIRST else mask
+        for mask in (given.out_mask, given.in_mask)
+    )
+    kept = KeptSlice(given.weight, out_mask=out_mask, in_mask=in_mask)
+    kept = kept.zeroed if candidate.name == ZEROED else kept
+    return lambda o: kept_linear(o.x, kept, o.lora_a, o.lora_b, None, SCALING, "auto", candidate.way.module)
 
 
 def _step(case: Case, call: Callable[[Operands], Tensor], grad: Tensor) -> Call:

@@ -1,11 +1,16 @@
 """Broken lines of the folded product and of the choice between ways."""
 
 FOLDED = "atp_kernels/linear/folded.py"
+SHARED = "atp_kernels/linear/shared.py"
+SWIGLU = "atp_kernels/swiglu/op.py"
+TABLES = "atp_kernels/tuning/table.py"
+TILED = "atp_kernels/tuning/tiled.py"
 WAYS = "atp_kernels/linear/ways.py"
 
 FOLDED_DEFINITION = "tests/atp_kernels/test_folded.py -k equals_the_definition"
 FOLDED_NO_WORSE = "tests/atp_kernels/test_folded.py -k no_worse_than_unfused"
 PLAIN_SLICES = "tests/atp_kernels/test_plain_slices.py -k 'not no_worse'"
+TUNED_BLOCKS = "tests/atp_kernels/test_tuned_blocks.py"
 TUNED_TABLES = "tests/atp_kernels/test_tuned_tables.py -k 'step_goes or other_kinds or environment'"
 
 TABLE = {
@@ -42,4 +47,21 @@ TABLE = {
         ("if override() or", "if"),
         ("key = replace(key, kept=share_of(operands))", "pass"),
     ),
+    (WAYS, TUNED_BLOCKS): (("return None if way is None else way.module", "return None"),),
+    (SHARED, TUNED_BLOCKS): (
+        ('(way is not None and way.name != "reference")', "way is not None"),
+        ('(way is not None and way.name != "reference")', "False"),
+        ("module not in (None, choice.module)", "module is not None"),
+        ("module not in (None, choice.module)", "False"),
+    ),
+    (SWIGLU, TUNED_BLOCKS): (
+        ("choice.module if module is None else module for module in tuned", "choice.module for module in tuned"),
+        (" and backends[0] is backends[1] is choice.module", ""),
+        ('if backend == "auto" else None', ""),
+    ),
+    (TABLES, TUNED_BLOCKS): (
+        ("return kept <= _ROWS * entry.key.kept and entry.key.kept <= _ROWS * kept", "return True"),
+        ("return kept <= _ROWS * entry.key.kept and entry.key.kept <= _ROWS * kept", "return kept <= entry.key.kept"),
+    ),
+    (TILED, TUNED_BLOCKS): (("partial(module.forward, config=config)", "module.forward"),),
 }

@@ -30,15 +30,18 @@ SHIPPED = Path(__file__).parent / "tables"
 FORMAT = 1
 KEPT = ("kept_out", "kept_in")
 """Regimes of a `KeptSlice` made beforehand, with one bool mask in the model's order: on its outputs, on its inputs."""
-HARD = ("search", *KEPT)
+FIRST = ("first_out", "first_in")
+"""Regimes of a `KeptSlice` with one side kept first, as a `KeptFirst` brings it: its outputs, its inputs."""
+HARD = ("search", *KEPT, *FIRST)
 """Those with bool masks on the base path."""
-REGIMES = ("decision", "search", "cut", *KEPT)
+REGIMES = ("decision", "search", "cut", *KEPT, *FIRST)
 SLICED, FOLDED, ZEROED = "sliced", "folded", "zeroed"
-WAYS = (SLICED, FOLDED, *(name for name in NAMES if name != "auto"))
-WAYS_OF_KEPT = (SLICED, ZEROED)
+BACKENDS = tuple(name for name in NAMES if name != "auto")
+_WAYS = dict.fromkeys(KEPT, (SLICED, ZEROED)) | dict.fromkeys(FIRST, BACKENDS)
+_WAYS_OF_LINEARS = (SLICED, FOLDED, *BACKENDS)
 
 _LARGEST_FILE = 2**24
-_ROWS = 2.0  # an entry speaks for half to twice its rows
+_ROWS = 2.0  # an entry speaks for half to twice its rows, and where its side lies kept first, its share
 _SHARE = 1.05  # and shares of the weight within a twentieth count as one
 _LARGEST_BLOCK, _MOST_WARPS, _MOST_STAGES = 256, 16, 8  # of a tile: twice what any candidate has, or the same
 _PACKAGE = Path(__file__).parents[1]
@@ -104,15 +107,23 @@ class Table:
         """That of `near` with the nearest M that speaks for a call.
 
         With hard masks the share that is kept must not leave the side on which the entry's way won: less than it was
-        timed with makes slices better still, more makes them worse.
+        timed with makes slices better still, more makes them worse. Where a side lies kept first every way multiplies
+        the slice, and the share only has to be near.
         """
         distance = lambda entry: (abs(math.log(entry.key.m / key.m)), abs(entry.key.kept - key.kept))  # noqa: E731
         return min((entry for entry in self.near(key) if _speaks_for(entry, key.kept)), key=distance, default=None)
 
 
+def ways_in(regime: str) -> tuple[str, ...]:
+    """The names of the ways that an entry of a regime may take."""
+    return _WAYS.get(regime, _WAYS_OF_LINEARS)
+
+
 def _speaks_for(entry: Entry, kept: float) -> bool:
     if entry.key.regime not in HARD:
         return True
+    if entry.key.regime in FIRST:
+        return kept <= _ROWS * entry.key.kept and entry.key.kept <= _ROWS * kept
     return kept <= _SHARE * entry.key.kept if entry.way == SLICED else _SHARE * kept >= entry.key.kept
 
 
@@ -247,9 +258,9 @@ def _is_sound(entry: Entry) -> bool:
         and all(type(count) is int and count > 0 for count in (key.m, key.n, key.k, key.r))
         and type(key.kept) is float
         and 0 <= key.kept <= 1
-        and entry.way in (WAYS_OF_KEPT if key.regime in KEPT else WAYS)
+        and entry.way in ways_in(key.regime)
         and (tile is None or entry.way == "triton")
-        and (tile is None or isinstance(tile, str) or _is_tile(tile))
+        and (tile is None or isinstance(tile, str) or (_is_tile(tile) and key.regime not in FIRST))
         and isinstance(entry.refused, dict)
         and all(type(time) is float and 0 <= time < math.inf for time in entry.milliseconds.values())
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from backends_here import backends
 from linear_cases import Shape, assert_as_good_as_unfused, operands, unfused, with_gradients
+from tables_here import tables_in
 from torch.testing import assert_close
 
 import atp_kernels
@@ -113,20 +114,16 @@ def test_copies_compute_the_same(copied):
 
 
 @pytest.fixture
-def tuned(tmp_path, monkeypatch):
+def tuned(tmp_path):
     """Write entries (regime, way, kept) for the shape of this file into the table of this device."""
-    monkeypatch.setenv(table.ENVIRONMENT, str(tmp_path))
-    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
-    table.tables_of.cache_clear()
-    path = tmp_path / table.file_name(CPU)
+    with tables_in(tmp_path) as path:
 
-    def write(*entries, n=N, k=K):
-        keys = [(Key(regime, "float32", M, n, k, R, kept), way) for regime, way, kept in entries]
-        table.write(path, CPU, [Entry(key, way, None, {way: 1.0}) for key, way in keys])
-        return path
+        def write(*entries, n=N, k=K):
+            keys = [(Key(regime, "float32", M, n, k, R, kept), way) for regime, way, kept in entries]
+            table.write(path, CPU, [Entry(key, way, None, {way: 1.0}) for key, way in keys])
+            return path
 
-    yield write
-    table.tables_of.cache_clear()
+        yield write
 
 
 def taken(kept, tensors, shape=SHAPE, **options):

@@ -16,6 +16,7 @@ from atp_kernels.linear.tiles import descriptor_tiles
 from atp_kernels.tuning import candidates as tuned
 from atp_kernels.tuning import shapes, table
 from atp_kernels.tuning.candidates import Case, Reference, candidates, measured
+from atp_kernels.tuning.tiled import Tiled
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,8 @@ def call_of(case, candidate):
     ("cut", {TODAY, "folded"}),
     ("kept_out", {"sliced", "zeroed"}),
     ("kept_in", {"sliced", "zeroed"}),
+    ("first_out", {TODAY, "reference"}),
+    ("first_in", {TODAY, "reference"}),
 ])  # fmt: skip
 def test_candidates_of_a_cpu(regime, expected):
     found = named(Case(regime, **SIZES))
@@ -71,14 +74,15 @@ def test_tiles_of_triton_are_candidates_and_right(regime):
     found = named(case, interpreted=True)
     tiles = {name: each for name, each in found.items() if each.tile}
     with_descriptors = {f"triton {name}": name for name in descriptor_tiles(case.dtype)}
-    assert len(tiles) == len(tuned._TILES_OF_SINGLE) + len(with_descriptors) and with_descriptors
+    others = 0 if regime in table.FIRST else len(tuned._TILES_OF_SINGLE)
+    assert len(tiles) == others + len(with_descriptors) and with_descriptors
     assert not tiles.keys() & named(case).keys()
     assert {name: each.tile for name, each in tiles.items() if name in with_descriptors} == with_descriptors
     assert all(Reference(case).problem(call_of(case, tiles[name])) is None for name in with_descriptors)
     name, candidate = next(iter(tiles.items()))
-    assert name == "triton " + "x".join(map(str, candidate.tile)) and candidate.way.name == "triton"
+    assert name == f"triton {table.shown_tile(candidate.tile)}" and candidate.way.name == "triton"
     calls = []
-    tile = ways.Tiled(lambda *a: calls.append("forward") or candidate.way.module.forward(*a),
+    tile = Tiled(lambda *a: calls.append("forward") or candidate.way.module.forward(*a),
                       lambda *a: calls.append("backward") or candidate.way.module.backward(*a))  # fmt: skip
     assert Reference(case).problem(call_of(case, candidate._replace(way=candidate.way._replace(module=tile)))) is None
     assert calls == ["forward", "backward"]
@@ -196,7 +200,7 @@ def test_the_command_reports_what_is_wrong_and_says_so_in_its_status(home, wrong
     lines = [line for line in said.err.splitlines() if "is wrong" in line]
     assert len(lines) == 3 and lines[0].startswith("decision 24x28 r3 float32, 20 rows: folded is wrong: ")
     entries = json.loads(next(home.glob("*.json")).read_text())["entries"]
-    folded = [entry for entry in entries if entry["key"]["regime"] not in table.KEPT]
+    folded = [entry for entry in entries if "folded" in table.ways_in(entry["key"]["regime"])]
     assert len(entries) == len(table.REGIMES) and len(folded) == 3
     assert all(entry["way"] != "folded" and entry["refused"] for entry in folded)
 
@@ -235,7 +239,7 @@ def test_the_command_with_the_real_clock_writes_every_case_of_a_model(home, caps
         (regime, n, k) for regime in table.REGIMES for n, k in ((64, 64), (32, 64), (96, 64), (64, 96))
     }
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"20 cases on cpu, into {found.path}" and len(lines) == 21
+    assert lines[0] == f"28 cases on cpu, into {found.path}" and len(lines) == 29
     today = {True: "sliced", False: TODAY}
     assert all(" ms -> " in line and f"of today's {today[line.startswith('kept')]})" in line for line in lines[1:])
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables_here import tables_in
 
 import atp_kernels
 from atp_kernels import masked_lora_linear
-from atp_kernels.linear import definition, ways
+from atp_kernels.linear import definition
 from atp_kernels.tuning import table
 from atp_kernels.tuning.table import Entry, Key, Table
 
@@ -24,15 +25,9 @@ TAKEN = {"folded": "FoldedLoraLinearBackward", "sliced": "KeptLoraLinearBackward
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch):
-    """Where the table of this device is looked for; nothing is there yet."""
-    monkeypatch.setenv(table.ENVIRONMENT, str(tmp_path))
-    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
-    table.tables_of.cache_clear()
-    ways._backend_way.cache_clear()
-    yield tmp_path / table.file_name(CPU)
-    table.tables_of.cache_clear()
-    ways._backend_way.cache_clear()
+def path(tmp_path):
+    with tables_in(tmp_path) as place:
+        yield place
 
 
 def operands(rows=12, dtype=torch.float32):
@@ -186,6 +181,7 @@ BAD = {
     "an unknown way": (in_entry(way="magic"), "entry 0 of it is not"),
     "a way of slices": (in_entry(way="zeroed"), "entry 0 of it is not"),
     "a slice by a backend": (in_key(regime="kept_in"), "entry 0 of it is not"),
+    "a folded slice": (in_key(regime="first_in"), "entry 0 of it is not"),
     "a list for a way": (in_entry(way=["folded"]), "entry 0 of it is not"),
     "a tile of nothing": (in_entry(way="triton", tile=[64, 64]), "entry 0 of it is not"),
     "a tile of no Triton": (in_entry(tile=[64, 64, 32, 4, 3]), "entry 0 of it is not"),
