@@ -1,0 +1,27 @@
+"""A folder of tuned tables that this process goes by."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from atp_kernels.tuning import table
+from atp_kernels.tuning.tiled import followed
+
+
+@contextmanager
+def tables_in(folder: Path) -> Iterator[Path]:
+    """Where the table of the CPU is looked for, alone; nothing is there yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(table.ENVIRONMENT, str(folder))
+        patch.setattr(table, "SHIPPED", folder / "shipped")
+        _forget()
+        yield folder / table.file_name(torch.device("cpu"))
+    _forget()
+
+
+def _forget() -> None:
+    table.tables_of.cache_clear()
+    followed.cache_clear()
