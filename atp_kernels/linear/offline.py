@@ -13,6 +13,8 @@ from atp_kernels.offline import TYPES, WITH_PRODUCTS, Case
 
 _SIZE = 4096
 _MANY = 32768
+_OTHER_RANKS = (16, 128)
+"""A usual and the widest one, for what is seldom launched."""
 _ON_DEVICE = ", device seed"
 _DRAWN: dict[str, object] = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
 
@@ -20,9 +22,11 @@ _DRAWN: dict[str, object] = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
 def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
     """Every kernel in the variants that a training step launches, with every tile of its table."""
     for dtype, rank in product(dtypes, ranks):
-        yield from _gemms(dtype, rank)
-        yield from _descriptor_gemms(dtype, rank)
-        yield from _reductions(dtype, rank)
+        launched = [*_gemms(dtype, rank), *_descriptor_gemms(dtype, rank), *_reductions(dtype, rank)]
+        yield from launched
+        if rank in _OTHER_RANKS:
+            yield from _tried_gemms(dtype, rank)
+            yield from _other_numerics(launched)
 
 
 def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
@@ -50,6 +54,37 @@ def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         wide_tile = dtype != torch.float32 and config.block_m >= 64
         case = _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
         yield replace(case, extra=name == "gemm fwd decision narrow" or name.endswith(_ON_DEVICE))
+
+
+def _tried_gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+    """Every tile that the tuner tries, of a decision step, with `--all`."""
+    for tile, (way, absent) in product(
+        tiles.gemm_tiles(dtype),
+        (
+            ("fwd", "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+            ("dx", "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ),
+    ):
+        config = tiles.GemmConfig(*tile)
+        constants = {
+            "MASK_LORA": True, "ONE_PASS": False, "EVEN_K": True, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+        }  # fmt: skip
+        name = f"gemm {way} {'x'.join(map(str, tile))}"
+        wide_tile = dtype != torch.float32
+        case = _case(name, kernels.masked_lora_gemm_kernel, dtype, rank, absent.split(), constants, config, wide_tile)
+        yield replace(case, extra=True)
+
+
+def _other_numerics(launched: Sequence[Case]) -> Iterator[Case]:
+    """With offsets of 64 bits, which operands of 2^31 elements take, and with TF32, where a user allows it."""
+    for case in launched:
+        if case.extra or "dropout" in case.name or not {"WIDE", "PRECISION"} <= case.constants.keys():
+            continue
+        yield replace(case, name=f"{case.name}, wide", constants=case.constants | {"WIDE": True}, extra=True)
+        if case.dtype == torch.float32:
+            tf32 = case.constants | {"PRECISION": "tf32"}
+            yield replace(case, name=f"{case.name}, tf32", constants=tf32, extra=True)
 
 
 def _descriptor_gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:

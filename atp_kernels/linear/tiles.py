@@ -64,6 +64,15 @@ _SINGLE = (
     (16, (16, 64, 64, 4, 3)),
     (None, (64, 64, 32, 8, 3)),
 )
+_TRIED_HALF = (
+    (64, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (128, 64, 64, 4, 4),
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 8, 4),
+    (64, 256, 32, 8, 3),
+)
+_TRIED_SINGLE = ((64, 64, 32, 8, 3), (64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (64, 32, 32, 4, 3))
 # Its loop also stages A and a separate lora_input: a smaller step keeps all of it under 99 KB.
 _ONE_PASS = {True: (64, 64, 32, 8, 2), False: (64, 128, 32, 4, 4)}
 _FEW_WARPS_RANK = 32  # beyond it the second sum of the one pass takes all registers of four warps
@@ -120,6 +129,14 @@ def named_tile(dtype: torch.dtype) -> DescriptorConfig | None:
     if name not in known:
         raise ValueError(f"{TILE_VARIABLE} is {name}: name one of {', '.join(known)}, or unset it.")
     return descriptor_tiles(dtype).get(name)
+
+
+def gemm_tiles(dtype: torch.dtype) -> tuple[tuple[int, int, int, int, int], ...]:
+    """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages of the tiles of `masked_lora_gemm_kernel` that the tuner tries.
+
+    128x256x64 is none of them: its dx spills on 90, 120 and gfx942. The kernel of descriptors has one.
+    """
+    return _TRIED_SINGLE if dtype == torch.float32 else _TRIED_HALF
 
 
 def down_config(m: int, rank: int, dtype: torch.dtype) -> ReduceConfig:

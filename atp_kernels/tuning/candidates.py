@@ -26,18 +26,6 @@ ALLOWED = 4.0
 MARGIN = 1.03
 """What is not at least this much faster than the way that is taken without a table does not replace it."""
 
-_TILES = (
-    (64, 64, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (128, 64, 64, 4, 4),
-    (128, 128, 64, 8, 3),
-    (128, 128, 32, 8, 4),
-    (64, 256, 32, 8, 3),
-    (128, 256, 64, 8, 3),
-)
-_TILES_OF_SINGLE = ((64, 64, 32, 8, 3), (64, 64, 32, 4, 3), (32, 64, 32, 4, 3), (64, 32, 32, 4, 3))
-
-
 @dataclass(frozen=True)
 class Case:
     """Operands of one entry: decision has a soft mask with gradient and frozen factors, `HARD` regimes a hard mask."""
@@ -160,7 +148,7 @@ def _tiles(case: Case) -> Iterator[Tile]:
     from atp_kernels.linear.descriptors import generation  # where Triton is, which these modules do without
 
     if case.regime not in FIRST:  # where descriptors alone have a kernel
-        yield from _TILES_OF_SINGLE if case.dtype == torch.float32 else _TILES
+        yield from tiles.gemm_tiles(case.dtype)
     arch = generation(case.device)
     if arch is not None or triton_runtime.INTERPRETED:
         yield from tiles.descriptor_tiles(case.dtype, arch)

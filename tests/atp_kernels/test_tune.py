@@ -12,7 +12,7 @@ import torch
 
 from atp_kernels import extension, triton_runtime, tune
 from atp_kernels.linear import ways
-from atp_kernels.linear.tiles import descriptor_tiles
+from atp_kernels.linear.tiles import descriptor_tiles, gemm_tiles
 from atp_kernels.tuning import candidates as tuned
 from atp_kernels.tuning import shapes, table
 from atp_kernels.tuning.candidates import Case, Reference, candidates, measured
@@ -74,7 +74,7 @@ def test_tiles_of_triton_are_candidates_and_right(regime):
     found = named(case, interpreted=True)
     tiles = {name: each for name, each in found.items() if each.tile}
     with_descriptors = {f"triton {name}": name for name in descriptor_tiles(case.dtype)}
-    others = 0 if regime in table.FIRST else len(tuned._TILES_OF_SINGLE)
+    others = 0 if regime in table.FIRST else len(gemm_tiles(case.dtype))
     assert len(tiles) == others + len(with_descriptors) and with_descriptors
     assert not tiles.keys() & named(case).keys()
     assert {name: each.tile for name, each in tiles.items() if name in with_descriptors} == with_descriptors
