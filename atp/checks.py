@@ -14,6 +14,7 @@ from atp.decide.uniform import equal_counts, half_block, require_equal_layers, s
 from atp.errors import InputError, quote, shorten
 from atp.loading import RunData, check_length
 from atp.models.base import FORMS
+from atp.presets import PRESETS
 from atp.spaces.space import MaskSpace
 
 BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
@@ -151,10 +152,26 @@ def rounded(config: ATPConfig, shapes: PretrainedConfig) -> list[str]:
     return [f"equal layers keep between {2 * target - most:.3f} and {most:.3f} of the decoder, not just {target:g}"]
 
 
+def recipe(config: ATPConfig) -> list[str]:
+    """One sentence per setting that takes away what another one is for; none where they agree."""
+    training, found = config.training, []
+    meant = PRESETS.get(config.preset, {}).get("training", {}).get("steps", 0)
+    if training.total < meant / 2:
+        found.append(
+            f"preset {config.preset} is for {meant} steps, and this run takes {training.total}: leave out "
+            "training.steps, or take preset=auto, which goes by the steps"
+        )
+    if config.deciding.source == "tuned" and training.opened + training.search == 0:
+        found.append("decisions.source=tuned judges the model before any tuning, since training.open is 0: set it")
+    if training.distill and not training.opened:
+        found.append("training.distill has no teacher, since training.open is 0: set that, or leave distill out")
+    return found
+
+
 def remarks(config: ATPConfig, shapes: PretrainedConfig, data: RunData) -> list[str]:
     """All that is said of the settings, the base and the data before a run."""
     count = processes.count()
-    of_base = [*rounded(config, shapes), *base_remark(config), *sharding_remark(config, count)]
+    of_base = [*recipe(config), *rounded(config, shapes), *base_remark(config), *sharding_remark(config, count)]
     return [*of_base, *shortfalls(config, data), *rereads(config, steps_per_epoch(config, len(data.train), count))]
 
 
@@ -194,17 +211,17 @@ def steps_per_epoch(config: ATPConfig, samples: int, count: int) -> float:
 
 
 def rereads(config: ATPConfig, epoch: float) -> list[str]:
-    """A sentence where samples are read so often that they may be learned by heart, and nothing watches; else none.
+    """A sentence where samples are read so often that they may be learned by heart, and the last adapter stays.
 
     epoch: `steps_per_epoch`.
     """
     total = config.training.total
-    if total <= _OFTEN * epoch or config.evaluation.every is not None:
+    if total <= _OFTEN * epoch or config.training.keep_best:
         return []
+    every = f"evaluation.every={max(total // _SCORES, 1)} " if config.evaluation.every is None else ""
     return [
         f"each training sample is read {total / epoch:.1f} times, and a model that learns them by heart gets worse on "
-        f"other text: take fewer steps, or set evaluation.every={max(total // _SCORES, 1)} training.keep_best=true to "
-        "end with the best adapter on the way"
+        f"other text: take fewer steps, or set {every}training.keep_best=true to end with the best adapter on the way"
     ]
 
 

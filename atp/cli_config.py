@@ -54,9 +54,10 @@ def presets(debug: Debug = False) -> None:
     import yaml
 
     from atp.config import ATPConfig
-    from atp.presets import PRESETS
+    from atp.presets import PRESETS, auto_in_words
 
-    console.print(f"{ATPConfig.model_fields['preset'].default}: the defaults")
+    console.print(f"{ATPConfig.model_fields['preset'].default}: {auto_in_words()}")
+    console.print("quick: the defaults")
     for name, settings in PRESETS.items():
         console.print(f"{name}:\n" + _indented(yaml.safe_dump(settings, sort_keys=False)))
 

@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 from atp.data_config import DataConfig
 from atp.errors import InputError, quote, shorten
 from atp.overrides import apply, differences, explain
-from atp.presets import PRESETS, merged, without_steps
+from atp.presets import AUTO, PRESETS, by_length, merged, without_steps
 from atp.reading import read_yaml_file
 from atp.section import Section
 from atp.spaces.space import space_names, structure_names
@@ -283,8 +283,8 @@ class ATPConfig(Section):
 
     model: ModelConfig
     output_dir: str = Field(description="The run folder, which must not exist yet.")
-    preset: Literal["quick", "standard", "thorough", "stock", "paper"] = Field(
-        "quick", description="Defaults (`atp config presets`)."
+    preset: Literal["auto", "quick", "standard", "thorough", "stock", "paper"] = Field(
+        AUTO, description="Defaults (`atp config presets`); auto: by the number of steps."
     )
     seed: int = Field(0, ge=0, description="Of everything that is drawn.")
     data: DataConfig = Field(default_factory=DataConfig)
@@ -347,9 +347,9 @@ class ATPConfig(Section):
         for override in overrides or []:
             apply(values, override)
         try:
-            preset = values.get("preset", "quick")
+            preset = values.get("preset", AUTO)
             defaults = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-            return cls.model_validate(without_steps(merged(defaults, values), values))
+            return by_length(cls.model_validate(without_steps(merged(defaults, values), values)))
         except ValidationError as error:
             raise InputError(explain(error, cls)) from None
 

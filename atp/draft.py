@@ -176,7 +176,7 @@ def _written(model: ModelConfig, data: str, found: _Found, length: int) -> str:
 model:
   path: {_scalar(model.path)}
 {gguf}output_dir: {_scalar(f"runs/{name}")} # the run folder, which must not exist yet
-preset: quick # or stock: widths that every tool can run; paper: the paper's recipe (atp config presets)
+preset: auto # by the steps; or stock: widths that every tool can run; paper: the paper's (atp config presets)
 data:
   train: {_scalar(data)} # {found.shape}; calibration and test are split off by document
 {columns}{questions}  length: {length} # tokens per window; 95 of 100 samples have at most {_at_95(found.lengths)}

@@ -15,6 +15,7 @@ from atp.files import read_json
 from atp.folders import LENGTH
 from atp.loading import load_shapes
 from atp.overrides import explain
+from atp.presets import by_length
 from atp.training.precision import autocast_dtype
 
 _LEAST = 10  # steps: a shorter run learns nothing
@@ -73,7 +74,8 @@ def with_steps(
 
 
 def _at(config: ATPConfig, steps: int) -> ATPConfig:
-    """The config with this number of steps, of which each phase has the share that it had."""
+    """The config with this number of steps, of which each phase has the share that it had, and with what
+    `preset: auto` stands for there."""
     training = config.training
     factor = steps / training.total
     counts = {"open": training.open, "search": training.search, "settle": training.settle}
@@ -82,11 +84,12 @@ def _at(config: ATPConfig, steps: int) -> ATPConfig:
         given["tune"] = max(steps - sum(count or 0 for count in given.values()), 0)
     else:
         given["steps"] = steps
-    values = training.model_dump() | given | dict.fromkeys(training.budget)
+    given |= dict.fromkeys(training.budget)
     try:
-        return config.model_copy(update={"training": TrainingConfig.model_validate(values)})
+        TrainingConfig.model_validate(training.model_dump() | given)
     except ValidationError as error:
         raise InputError(explain(error, TrainingConfig)) from None
+    return by_length(config.model_copy(update={"training": training.model_copy(update=given)}))
 
 
 def _steps_in(
@@ -94,14 +97,19 @@ def _steps_in(
 ) -> tuple[int, str]:
     """The number of steps that fit, and how it was found."""
     steps = _PROBED
-    for _ in range(2):  # again where so few steps choose another source of decisions, which takes another time
+    for _ in range(2):  # again where so few steps choose another recipe, which takes another time
         at = _at(config, steps)
         fixed, each = _seconds(at, sample, scored, calibrated)
         steps = int((seconds - fixed) / each)
-        if steps < _LEAST or _at(config, steps).deciding.source == at.deciding.source:
+        if steps < _LEAST or _recipe(_at(config, steps)) == _recipe(at):
             break
     beside = f"{fixed:.3g} s for saliency, refit and certificate"
     return steps, f"{each:.3g} s per step and {beside}, by a probe of {device_name()}"
+
+
+def _recipe(config: ATPConfig) -> tuple[Any, ...]:
+    """What the number of steps chooses, and what takes time."""
+    return config.deciding.source, config.decisions.refit_windows, config.evaluation.every
 
 
 def _seconds(at: ATPConfig, sample: float, scored: float, calibrated: float | None = None) -> tuple[float, float]:

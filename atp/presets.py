@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
+if TYPE_CHECKING:
+    from atp.config import ATPConfig
+
+AUTO: Final = "auto"
+_BY_STEPS = ((3000, "thorough"), (1000, "standard"))
+"""From how many steps on `auto` stands for a preset; below, for `quick`."""
 PRESETS: dict[str, dict[str, Any]] = {
-    # `quick` is the defaults. What each costs and gives: docs/quality.md.
+    # `quick` is the defaults alone. What each costs and gives: docs/quality.md.
     # A long run may read small data so often that it learns them by heart: its best adapter is kept, not its last.
     "standard": {"training": {"steps": 1200, "keep_best": True}, "evaluation": {"every": 100}},
     "thorough": {"training": {"steps": 3600, "lr": 7e-4, "keep_best": True}, "evaluation": {"every": 200},
@@ -41,3 +47,27 @@ def without_steps(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, An
     if given.get("minutes") is None and given.get("tokens") is None:
         return settings
     return settings | {"training": {key: value for key, value in training.items() if key != "steps"}}
+
+
+def auto_in_words() -> str:
+    """What `preset: auto` stands for."""
+    return "quick; " + "; ".join(f"from {least} steps on {name}" for least, name in reversed(_BY_STEPS))
+
+
+def by_length(config: ATPConfig) -> ATPConfig:
+    """The config with what `preset: auto` stands for at its number of steps, below settings that were given.
+
+    As it is under another preset, and where the length is not known yet or the phases are given one by one.
+    """
+    training, evaluation = config.training, config.evaluation
+    if config.preset != AUTO or training.budget or training.tune is not None:
+        return config
+    name = next((name for least, name in _BY_STEPS if training.steps >= least), "quick")
+    sections = {}
+    for section, settings in PRESETS.get(name, {}).items():
+        own = getattr(config, section)
+        kept = own.model_fields_set | {"steps"}
+        if evaluation.every is None and "every" in evaluation.model_fields_set:
+            kept |= {"keep_best"}  # nobody watches
+        sections[section] = own.model_copy(update={key: value for key, value in settings.items() if key not in kept})
+    return config.model_copy(update=sections)

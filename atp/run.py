@@ -163,6 +163,8 @@ class Run:
         if config.training.budget:
             calibrated, _ = averages(data.calibration)
             self.config, self.length = with_steps(config, *averages(data.train), calibrated=calibrated)
+            if self.config.evaluation.every != config.evaluation.every:  # so long a run has a validation split
+                data = processes.main_first(lambda: load_data(self.config, tokenizer))
             config = self.config
         shapes = load_shapes(config.model)
         check_sharded(config)

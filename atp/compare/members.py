@@ -21,7 +21,7 @@ from atp.errors import InputError, shorten
 from atp.files import read_json, write_json, write_text
 from atp.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
 from atp.loading import check_length, load_shapes
-from atp.presets import PRESETS, merged
+from atp.presets import AUTO, PRESETS, merged
 from atp.promises import check_promises, check_target
 from atp.run import Run
 from atp.training.precision import autocast_dtype
@@ -166,7 +166,7 @@ class Members:
             preset = override.removeprefix(_PRESET)
             if preset in (override, self.config.preset):
                 continue
-            if self.config.preset != "quick":
+            if self.config.preset not in (AUTO, "quick"):
                 raise InputError(
                     f"an arm sets {shorten(override)}, but the common config has the preset {self.config.preset} "
                     "already: leave it out there"

@@ -14,6 +14,7 @@ from atp.checks import (
     check_base_alone,
     check_reachable,
     check_sharded,
+    recipe,
     rereads,
     sharding_remark,
 )
@@ -71,7 +72,9 @@ def make_plan(
     progress.begin("counting")
     sample, scored = data.get("tokens_per_window", config.data.length), data.get("scored_share", 1.0)
     calibrated = data.get("tokens_per_calibration_window")
-    config, length = with_steps(config, sample, scored, count, calibrated=calibrated)
+    asked, (config, length) = config, with_steps(config, sample, scored, count, calibrated=calibrated)
+    if config.evaluation.every != asked.evaluation.every:  # so long a run has a validation split
+        data = data_of(config, found, count)
     if "steps_per_epoch" in data:
         data["epochs"] = config.training.total / data["steps_per_epoch"]
         data["shortfalls"] += rereads(config, data["steps_per_epoch"])
@@ -133,7 +136,10 @@ def make_plan(
         "flops_per_second": None if speed is None else {kind: rate for kind, rate in asdict(speed).items() if rate},
         "data": data,
         "exports": [reach._asdict() for reach in reachable_exports(config, found)],
-        "remarks": [*([] if length is None else [f"{length['description']}."]), *_remarks(job, data)],
+        "remarks": [
+            *([] if length is None else [f"{length['description']}."]),
+            *_remarks(job, data),
+        ],
     }
 
 
@@ -180,7 +186,7 @@ def _remarks(job: Job, data: dict[str, Any]) -> list[str]:
         remarks.append("Without data every token counts as one with a loss.")
     if config.evaluation.dense_baseline:
         remarks.append("The memory of the dense baseline is not estimated.")
-    more = [*base_remark(config), *sharding_remark(config, job.count), *_offload_remark(job)]
+    more = [*recipe(config), *base_remark(config), *sharding_remark(config, job.count), *_offload_remark(job)]
     return [*remarks, *(line[0].upper() + line[1:] + "." for line in more), _NOT_COUNTED]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from atp.checks import check_reachable, remarks, rereads, shortfalls, steps_per_epoch
+from atp.checks import check_reachable, recipe, remarks, rereads, shortfalls, steps_per_epoch
 from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.loading import load_data, load_model, load_shapes, load_tokenizer
@@ -68,7 +68,7 @@ def test_what_falls_short_is_said(config):
     ]
 
 
-def test_samples_that_are_read_often_are_said_unless_a_score_watches(config):
+def test_samples_that_are_read_often_are_said_unless_the_best_adapter_stays(config):
     data = load_data(config, load_tokenizer(config.model))
     twice = 2 * len(data.train) // config.training.batch_size
     training = config.training.model_copy(update={"search": 0, "settle": 0, "open": 0, "tune": twice})
@@ -80,7 +80,26 @@ def test_samples_that_are_read_often_are_said_unless_a_score_watches(config):
     assert f"set evaluation.every={twice // 2} training.keep_best=true" in said
     alone = remarks(often, load_shapes(often.model), data)
     assert said not in alone and any("is read 20.0 times" in line for line in alone)
-    assert rereads(changed(often, "evaluation.every=5"), epoch) == []
+    (said,) = rereads(changed(often, "evaluation.every=5"), epoch)
+    assert "or set training.keep_best=true to end" in said
+    assert rereads(changed(often, "evaluation.every=5", "training.keep_best=true"), epoch) == []
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"preset": "thorough", "training": {"steps": 400}}, "preset thorough is for 3600 steps, and this run takes 400: "),
+    ({"preset": "thorough", "training": {"steps": 1800}}, None),
+    ({"preset": "standard", "training": {"minutes": 3}}, "preset standard is for 1200 steps, and this run takes 400: "),
+    ({"preset": "auto", "training": {"steps": 4000}}, None),
+    ({"training": {"open": 0}}, "decisions.source=tuned judges the model before any tuning, since training.open is 0"),
+    ({"training": {"open": 0, "search": 40}}, None),
+    ({"training": {"open": 0}, "decisions": {"source": "static"}}, None),
+    ({"training": {"open": 0, "distill": 0.5}, "decisions": {"source": "static"}}, "training.distill has no teacher, "),
+    ({"preset": "paper"}, None),
+    ({}, None),
+])  # fmt: skip
+def test_settings_that_take_away_what_another_is_for_are_said(settings, said):
+    found = recipe(ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o"} | settings))
+    assert len(found) == (said is not None) and all(line.startswith(said) for line in found), found
 
 
 @pytest.mark.parametrize(("packing", "fate"), [("joined", "span several windows"), ("padded", "lose their beginning")])

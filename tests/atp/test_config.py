@@ -91,7 +91,7 @@ def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_a
         ({"seed": 10**5000}, "config key 'seed' is a number of about 5001 digits: "),
         (
             {"preset": "fast"},
-            "config key 'preset' is 'fast': input should be 'quick', 'standard', 'thorough', ",
+            "config key 'preset' is 'fast': input should be 'auto', 'quick', 'standard', 'thorough', ",
         ),
     ],
 )

@@ -14,6 +14,7 @@ from atp.errors import InputError
 from atp.length import with_known_steps, with_steps
 from atp.plan import make_plan
 from atp.plan.cost import Flops
+from atp.presets import PRESETS
 from atp.run import Run
 from atp.training.schedule import Phases
 
@@ -76,6 +77,40 @@ def test_who_knows_only_steps_says_so():
         Phases.from_config(config_of(minutes=3).training)
 
 
+@pytest.mark.parametrize(("steps", "every", "lr", "windows"), [
+    (400, None, 2e-3, 96), (999, None, 2e-3, 96), (1000, 100, 2e-3, 96), (2999, 100, 2e-3, 96),
+    (3000, 200, 7e-4, 192), (50_000, 200, 7e-4, 192),
+])  # fmt: skip
+@pytest.mark.parametrize("unit", ["steps", "tokens"])
+def test_auto_goes_by_the_number_of_steps(steps, every, lr, windows, unit):
+    length = {unit: steps * (100 if unit == "tokens" else 1)}
+    found = with_steps(config_of("auto", **length), 100.0)[0]
+    assert found.training.total == steps and found.preset == "auto"
+    assert (found.evaluation.every, found.training.keep_best) == (every, every is not None)
+    assert (found.training.lr, found.decisions.refit_windows) == (lr, windows)
+    named = with_steps(config_of("quick", **length), 100.0)[0]
+    assert (named.evaluation.every, named.training.lr, named.decisions.refit_windows) == (None, 2e-3, 96)
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens"])
+def test_settings_that_are_given_stand_above_auto_s(unit):
+    values = {"model": {"path": "m"}, "output_dir": "o", "training": {unit: 400_000, "lr": 1e-3}}
+    found = with_steps(ATPConfig.parse(values | {"decisions": {"refit_windows": 0}}), 100.0)[0]
+    assert (found.training.lr, found.decisions.refit_windows) == (1e-3, 0)
+    assert found.training.keep_best and found.evaluation.every == 200
+    found = with_steps(ATPConfig.parse(values | {"evaluation": {"every": None}}), 100.0)[0]
+    assert (found.training.keep_best, found.evaluation.every) == (False, None)
+    found = with_steps(ATPConfig.parse(values | {"evaluation": {"every": 7}}), 100.0)[0]
+    assert (found.training.keep_best, found.evaluation.every) == (True, 7)
+    again = ATPConfig.parse(found.model_dump(mode="json"))
+    assert again == found, "as a run reads it back"
+
+
+def test_auto_leaves_phases_that_are_given_one_by_one_alone():
+    found = config_of("auto", open=1000, tune=4000)
+    assert found == config_of("auto", open=1000, tune=4000, lr=2e-3) and found.evaluation.every is None
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A whole run of 600 tokens, in a folder of its own."""
@@ -109,6 +144,23 @@ def test_a_run_goes_on_with_the_steps_that_it_began_with(tiny):
     assert with_known_steps(other) == (other, None)
     with pytest.raises(InputError, match="cannot resume under a changed config .*tokens"):
         Run(other, resume=True, command="atp train", say=lambda line: None).execute()
+
+
+def test_a_run_whose_tokens_come_to_many_steps_has_a_validation_split(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("atp.presets._BY_STEPS", ((10, "standard"),))
+    monkeypatch.setitem(PRESETS["standard"], "evaluation", {"every": 9})
+    values = tiny.model_dump(mode="json", exclude_unset=True) | {"preset": "auto", "output_dir": str(tmp_path / "run")}
+    values["training"] = {
+        key: value for key, value in values["training"].items() if key not in ("keep_best", "tune", "steps")
+    } | {"tokens": 700, "open": 4, "search": 0, "settle": 0}
+    values["evaluation"].pop("every", None)
+    values["decisions"] |= {"source": "tuned"}
+    config = ATPConfig.parse(values)
+    plan = make_plan(config)
+    assert plan["data"]["windows"]["validation"] and any(row["phase"] == "validation" for row in plan["cost"])
+    Run(config, resume=False, command="atp train", say=lambda line: None).execute()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["validation"]["last_step"] == 22 and "validation" in summary["data"]
 
 
 def test_minutes_are_what_the_probe_says(tiny, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ def members(folder, **settings):
     return Members(ATPConfig.parse(BASE | settings), folder, command="a test")
 
 
-@pytest.mark.parametrize("preset", ["quick", "standard", "thorough", "stock", "paper"])
+@pytest.mark.parametrize("preset", ["auto", "quick", "standard", "thorough", "stock", "paper"])
 def test_a_preset_of_an_arm_is_that_of_a_run(tmp_path, preset):
     found = members(tmp_path).config_of(Arm("atp", (f"preset={preset}",)), 3)
     assert found == ATPConfig.parse(BASE, [f"preset={preset}", "seed=3", f"output_dir={found.output_dir}"])
@@ -40,7 +40,7 @@ def test_arms_with_other_settings_have_other_folders(tmp_path):
     assert names[("lora.r=16",)] == names[()] == "atp-seed0", "16 is the common config's"
     assert names[("preset=paper",)] == "atp,preset=paper-seed0"
     assert names[("preset=paper", "lora.r=16")] == "atp,preset=paper,lora.r=16-seed0", "and not the preset's"
-    assert ours.path(Arm("atp", ("preset=quick",)), 0).name == "atp-seed0"
+    assert ours.path(Arm("atp", ("preset=auto",)), 0).name == "atp-seed0"
 
 
 def test_settings_that_need_each_other_name_a_folder_in_any_order(tmp_path):
