@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # What there is to see on a machine with a GPU, by stages of under nine minutes each; a table comes last.
 #
-#   benchmarks/gpu_check.sh [--dry] [build] [test] [method] [sanitize] [tune] [ops] [train] [tuned] [whole]
+#   benchmarks/gpu_check.sh [--dry] [build] [test] [method] [sanitize] [tune] [tune_steps] [ops] [train] [tuned]
+#                          [whole]
 #
 # Without a name it takes all stages, but for those that ended well with these sources under this $OUT: called again after
 # an interruption, it goes on. Stages that are named run again. The tests run once, on all cores where pytest-xdist is
 # installed: those of the kernels in `test`, those of training steps in `method`. What is timed after them in `ops`,
 # `train` and `tuned` is not tested again.
-# No stage reads a tuned table but `tuned`: it times again what `tune` wrote tables for, and shows whether that pays, since
-# `unfused` is timed beside `ours` both times. Its rows go to rows/tuned/.
+# No stage reads a tuned table but `tuned`: it times again what `tune` (operations) and `tune_steps` (whole steps) wrote
+# entries for. `unfused` is timed beside `ours` both times, so a larger speed-up there says that tuning pays. Its rows go to
+# rows/tuned/.
 # Needs the repository, torch with triton, nvcc, compute-sanitizer, pytest, transformers and peft; no network, no data.
 # Python packages that are missing can lie as wheels in the folder $WHEELS. Everything goes under $OUT
 # (benchmarks/results/gpu): a log a stage, rows of measurements in rows/, the same packed in rows.tar.gz, tuned tables in
@@ -18,7 +20,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STAGES=(build test method sanitize tune ops train tuned whole)
+STAGES=(build test method sanitize tune tune_steps ops train tuned whole)
 READ_TABLES=('linear_*' 'swiglu_*' 'qkv_*')
 OPERATIONS=("${READ_TABLES[@]}" 'group_*' compact rms_norm rotary_embedding cross_entropy)
 dry=0 chosen=()
@@ -141,16 +143,21 @@ tune() {
   "$PYTHON" -m atp_kernels.tune --device "$device" --folder "$OUT/tables" --dtype "$dtype" "$@"
 }
 
-# For the operations, and for decision steps: the linears of other steps are kept first or cut, which no table is about.
 run_tune() {
-  local model options status=0
+  local model status=0
   # shellcheck disable=SC2086  # lists of words
   for model in ${MODELS:-$( ((dry)) && echo tiny || echo llama2-7b)}; do
     tune --model "$model" --tokens "${sizes[@]: -1}" --rank ${RANKS:-$( ((dry)) && echo 8 || echo 16)} || status=1
   done
-  # shellcheck disable=SC2086  # words of a command
+  return $status
+}
+
+# After the cut a linear has a width that no entry is about, so that only steps before it are tuned.
+run_tune_steps() {
+  local options status=0
   for options in "${steps[@]}"; do
-    tune --regime decision $options || status=1
+    # shellcheck disable=SC2086  # words of a command
+    tune --regime decision first_out first_in $options || status=1
   done
   return $status
 }
@@ -186,14 +193,14 @@ run_train() {
 run_tuned() {
   local options status=0
   compgen -G "$OUT/tables/*.json" > /dev/null || { echo "no tuned table: run the stage tune first"; return 1; }
-  verify test "${READ_TABLES[@]}" && verify method train_decision || return 1
+  verify test "${READ_TABLES[@]}" && verify method train_decision train_search || return 1
   export ATP_KERNELS_TABLES=$OUT/tables
-  "$PYTHON" -m benchmarks run --op "${READ_TABLES[@]}" --variants unfused ours ours_plain --device "$device" \
-    --out "$ROWS/tuned" "${sizes[@]}" "${limits[@]}" || status=1
+  "$PYTHON" -m benchmarks run --op "${READ_TABLES[@]}" --variants unfused ours ours_plain ours_kept_first \
+    --device "$device" --out "$ROWS/tuned" "${sizes[@]}" "${limits[@]}" || status=1
   for options in "${trained[@]}"; do
     # shellcheck disable=SC2086  # words of a command
-    "$PYTHON" -m benchmarks.training --op train_decision --variants unfused ours --device "$device" \
-      --out "$ROWS/tuned" $options || status=1
+    "$PYTHON" -m benchmarks.training --op train_decision train_search --variants unfused ours \
+      --device "$device" --out "$ROWS/tuned" $options || status=1
   done
   return $status
 }
@@ -223,7 +230,7 @@ from benchmarks.records import environment
 print(*(f"{name} {value}" for name, value in environment(sys.argv[1]).items()), sep=", ")' "$device" > "$summary"
 for stage in "${chosen[@]}"; do
   if ((!named)) && is_done "$stage"; then
-    told+=("$(printf '%-9s %4s    %s' "$stage" "" "done before")")
+    told+=("$(printf '%-10s %4s    %s' "$stage" "" "done before")")
     continue
   fi
   rm -f "$OUT/done/$stage"
@@ -234,7 +241,7 @@ for stage in "${chosen[@]}"; do
     124) result="stopped after $STAGE_SECONDS s" failed=1 ;;
     *) result=FAILED failed=1 ;;
   esac
-  told+=("$(printf '%-9s %4d s  %s' "$stage" $((SECONDS - started)) "$result")")
+  told+=("$(printf '%-10s %4d s  %s' "$stage" $((SECONDS - started)) "$result")")
 done
 "$PYTHON" -m benchmarks table --out "$ROWS" >> "$summary" || failed=1
 if [[ -d $ROWS/tuned ]]; then

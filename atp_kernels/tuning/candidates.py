@@ -26,6 +26,7 @@ ALLOWED = 4.0
 MARGIN = 1.03
 """What is not at least this much faster than the way that is taken without a table does not replace it."""
 
+
 @dataclass(frozen=True)
 class Case:
     """Operands of one entry: decision has a soft mask with gradient and frozen factors, `HARD` regimes a hard mask."""

@@ -17,6 +17,7 @@ from benchmarks.records import append
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
+STAGES = ["build", "test", "method", "sanitize", "tune", "tune_steps", "ops", "train", "tuned", "whole"]
 
 
 def gpu_check(out, *arguments, **variables):
@@ -27,8 +28,7 @@ def gpu_check(out, *arguments, **variables):
 def test_an_unknown_stage_is_one_sentence(tmp_path):
     result = gpu_check(tmp_path / "out", "biuld")
     assert result.returncode == 2
-    stages = "build test method sanitize tune ops train tuned whole"
-    assert f"unknown stage 'biuld': use some of {stages}, or --dry" in result.stderr
+    assert f"unknown stage 'biuld': use some of {' '.join(STAGES)}, or --dry" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -100,9 +100,6 @@ def test_a_failing_stage_is_told_and_the_others_go_on(tmp_path):
     assert [line.split()[0] for line in stages] == ["sanitize", "ops"]
     assert list((tmp_path / "done").iterdir()) == []
     assert all("stopped after 1 s" in line for line in stages)
-
-
-STAGES = ["build", "test", "method", "sanitize", "tune", "ops", "train", "tuned", "whole"]
 
 
 @pytest.fixture
