@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # What there is to see on a machine with a GPU, by stages of under nine minutes each; a table comes last.
 #
-#   benchmarks/gpu_check.sh [--dry] [build] [test] [method] [sanitize] [tune] [ops] [train] [whole]
+#   benchmarks/gpu_check.sh [--dry] [build] [test] [method] [sanitize] [tune] [tune_steps] [ops] [train] [tuned]
+#                          [whole]
 #
-# Without a name it takes all stages, but for those that ended well at this commit under this $OUT: called again after an
-# interruption, it goes on. Stages that are named run again. The tests run once, on all cores where pytest-xdist is
-# installed: those of the kernels in `test`, those of training steps in `method`. What is timed after them in `ops` and
-# `train` is not tested again.
+# Without a name it takes all stages, but for those that ended well with these sources under this $OUT: called again after
+# an interruption, it goes on. Stages that are named run again. The tests run once, on all cores where pytest-xdist is
+# installed: those of the kernels in `test`, those of training steps in `method`. What is timed after them in `ops`,
+# `train` and `tuned` is not tested again.
+# No stage reads a tuned table but `tuned`: it times again what `tune` (operations) and `tune_steps` (whole steps) wrote
+# entries for. `unfused` is timed beside `ours` both times, so a larger speed-up there says that tuning pays. Its rows go to
+# rows/tuned/.
 # Needs the repository, torch with triton, nvcc, compute-sanitizer, pytest, transformers and peft; no network, no data.
 # Python packages that are missing can lie as wheels in the folder $WHEELS. Everything goes under $OUT
 # (benchmarks/results/gpu): a log a stage, rows of measurements in rows/, the same packed in rows.tar.gz, tuned tables in
@@ -16,8 +20,9 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STAGES=(build test method sanitize tune ops train whole)
-OPERATIONS=('linear_*' 'swiglu_*' 'qkv_*' 'group_*' compact rms_norm rotary_embedding)
+STAGES=(build test method sanitize tune tune_steps ops train tuned whole)
+READ_TABLES=('linear_*' 'swiglu_*' 'qkv_*')
+OPERATIONS=("${READ_TABLES[@]}" 'group_*' compact rms_norm rotary_embedding cross_entropy)
 dry=0 chosen=()
 for argument in "$@"; do
   case " ${STAGES[*]} " in
@@ -33,23 +38,29 @@ export PYTHON=${PYTHON:-python3} STAGE_SECONDS=${STAGE_SECONDS:-530}
 export OUT=${OUT:-$PWD/benchmarks/results/gpu}
 export ROWS=${ROWS:-$OUT/rows}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export ATP_KERNELS_TABLES=/dev/null
 unset TRITON_INTERPRET
 # shellcheck disable=SC2206  # MODELS and RANKS are lists of words
 if ((dry)); then
-  device=cpu tests=(tests/atp_kernels/test_dispatch.py) limits=(--threads 1 --rounds 2 --dtype float32 --no-verify)
+  device=cpu dtype=float32 tests=(tests/atp_kernels/test_dispatch.py) limits=(--threads 1 --rounds 2 --dtype float32 --no-verify)
   method=(tests/atp/decide/test_budget.py)
   sizes=(--model ${MODELS:-tiny} --rank ${RANKS:-8} --tokens "${TOKENS:-64}")
   trained=("--model tiny --length 32 --batch 2 --rounds 2 --threads 1 --no-verify")
+  steps=("--model tiny --rank 8 --tokens 64")
   runs="--model tiny --steps 3 --length 32 --batch 2 --dtype float32 --threads 1"
 else
-  device=cuda tests=(tests/atp_kernels) limits=()
+  device=cuda dtype=bfloat16 tests=(tests/atp_kernels) limits=()
   method=(tests/atp/lora tests/atp/decide tests/atp/removal tests/atp/training/{test_trainer,test_offload}.py)
   sizes=(--model ${MODELS:-llama2-7b} --rank ${RANKS:-16} --tokens "${TOKENS:-8192}")
   trained=("--model 1b --batch 8" "--model 7b --batch 2 --checkpointing --rounds 3")
+  steps=("--model 1b --rank 8 --tokens 8192" "--model 7b --rank 8 --tokens 2048")
   runs="--device cuda --model 1b --steps 30 --length 1024 --dtype bfloat16"
 fi
 
-STAMP="$device $(git rev-parse HEAD 2> /dev/null)"
+# Of what the stages run, so that neither git nor a commit is needed to see that it changed.
+SOURCES=$(find atp_kernels atp csrc benchmarks tests setup.py pyproject.toml -type f \
+  -regex '.*\.\(py\|cpp\|cu\|h\|sh\|toml\)' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+STAMP="$device ${SOURCES%% *}"
 
 prepare() {
   mkdir -p "$OUT" "$ROWS" || return 1
@@ -128,13 +139,25 @@ run_sanitize() {
   return $status
 }
 
+tune() {
+  "$PYTHON" -m atp_kernels.tune --device "$device" --folder "$OUT/tables" --dtype "$dtype" "$@"
+}
+
 run_tune() {
-  local model status=0 dtype=bfloat16
-  ((dry)) && dtype=float32
+  local model status=0
   # shellcheck disable=SC2086  # lists of words
   for model in ${MODELS:-$( ((dry)) && echo tiny || echo llama2-7b)}; do
-    "$PYTHON" -m atp_kernels.tune --device "$device" --folder "$OUT/tables" --model "$model" --dtype "$dtype" \
-      --tokens "${sizes[@]: -1}" --rank ${RANKS:-$( ((dry)) && echo 8 || echo 16)} || status=1
+    tune --model "$model" --tokens "${sizes[@]: -1}" --rank ${RANKS:-$( ((dry)) && echo 8 || echo 16)} || status=1
+  done
+  return $status
+}
+
+# After the cut a linear has a width that no entry is about, so that only steps before it are tuned.
+run_tune_steps() {
+  local options status=0
+  for options in "${steps[@]}"; do
+    # shellcheck disable=SC2086  # words of a command
+    tune --regime decision first_out first_in $options || status=1
   done
   return $status
 }
@@ -167,12 +190,27 @@ run_train() {
   return $status
 }
 
+run_tuned() {
+  local options status=0
+  compgen -G "$OUT/tables/*.json" > /dev/null || { echo "no tuned table: run the stage tune first"; return 1; }
+  verify test "${READ_TABLES[@]}" && verify method train_decision train_search || return 1
+  export ATP_KERNELS_TABLES=$OUT/tables
+  "$PYTHON" -m benchmarks run --op "${READ_TABLES[@]}" --variants unfused ours ours_plain ours_kept_first \
+    --device "$device" --out "$ROWS/tuned" "${sizes[@]}" "${limits[@]}" || status=1
+  for options in "${trained[@]}"; do
+    # shellcheck disable=SC2086  # words of a command
+    "$PYTHON" -m benchmarks.training --op train_decision train_search --variants unfused ours \
+      --device "$device" --out "$ROWS/tuned" $options || status=1
+  done
+  return $status
+}
+
 run_whole() {
   # shellcheck disable=SC2086  # words of a command
   "$PYTHON" -m benchmarks.whole_run --lenient --out "$ROWS" $runs
 }
 
-# Whether a stage ended well, on this device and at this commit.
+# Whether a stage ended well, on this device and with these sources.
 is_done() {
   [[ $(cat "$OUT/done/$1" 2> /dev/null) == "$STAMP" ]]
 }
@@ -192,7 +230,7 @@ from benchmarks.records import environment
 print(*(f"{name} {value}" for name, value in environment(sys.argv[1]).items()), sep=", ")' "$device" > "$summary"
 for stage in "${chosen[@]}"; do
   if ((!named)) && is_done "$stage"; then
-    told+=("$(printf '%-9s %4s    %s' "$stage" "" "done before")")
+    told+=("$(printf '%-10s %4s    %s' "$stage" "" "done before")")
     continue
   fi
   rm -f "$OUT/done/$stage"
@@ -203,9 +241,13 @@ for stage in "${chosen[@]}"; do
     124) result="stopped after $STAGE_SECONDS s" failed=1 ;;
     *) result=FAILED failed=1 ;;
   esac
-  told+=("$(printf '%-9s %4d s  %s' "$stage" $((SECONDS - started)) "$result")")
+  told+=("$(printf '%-10s %4d s  %s' "$stage" $((SECONDS - started)) "$result")")
 done
 "$PYTHON" -m benchmarks table --out "$ROWS" >> "$summary" || failed=1
+if [[ -d $ROWS/tuned ]]; then
+  echo "with tuned tables:" >> "$summary"
+  "$PYTHON" -m benchmarks table --out "$ROWS/tuned" >> "$summary" || failed=1
+fi
 printf '%s\n' "${told[@]}" >> "$summary"
 tar -czf "$OUT/rows.tar.gz" -C "$ROWS" .
 printf '\n'

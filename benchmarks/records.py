@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
+from atp_kernels.tuning.table import tables_of
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, str | int | float]
 
 
 def environment(device: str) -> Row:
-    """Device, threads, versions and commit, as every row carries them."""
+    """Device, threads, versions, commit and tuned tables, as every row carries them."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
@@ -24,6 +26,7 @@ def environment(device: str) -> Row:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": git.stdout.strip() or "unknown",
+        "tables": _tables(device),
     }
 
 
@@ -68,6 +71,12 @@ def _processor() -> str:
     lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def _tables(device: str) -> str:
+    """How many entries of tuned tables dispatch may go by: a table of another device or version is not read."""
+    entries = sum(len(table.entries) for table in tables_of(torch.device(device)))
+    return str(entries or "none")
 
 
 def _version(package: str) -> str:

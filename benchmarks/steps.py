@@ -145,19 +145,20 @@ class Scene:
         """The LoRA step of the search under hard masks, which alternate if there are several."""
         model = self.with_lora(layer)
         controller, groups = MaskController(model, self.space), LoraGroups(model, self.space)
-        masks = [mask.to(self.case.device) for mask in masks]
+        # As in training: the controller counts on the host and waits for a mask on the device; the lasso reads one.
+        pairs = [(mask, mask.to(self.case.device)) for mask in masks]
 
         def masked() -> AbstractContextManager:
-            masks.append(masks.pop(0))
-            return controller.masks(masks[-1], "hard")
+            pairs.append(pairs.pop(0))
+            return controller.masks(pairs[-1][0], "hard")
 
         return self.lora_step(
             model,
             self.loss,
             masked,
-            regularize=lambda: groups.lasso_grad_(masks[-1], _BETA),
+            regularize=lambda: groups.lasso_grad_(pairs[-1][1], _BETA),
             holds=(controller, groups),
-            same=len(masks) == 1,
+            same=len(pairs) == 1,
         )
 
     def stock_step(self, *, same: bool) -> Variant:

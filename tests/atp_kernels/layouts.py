@@ -40,7 +40,9 @@ class Layout:
 
     def _slid(self, tensor: Tensor) -> Tensor:
         values = _window(tensor)
-        storage = torch.full((self.offsets[0] + len(values) + 1,), _poison(tensor), dtype=tensor.dtype)
+        storage = torch.full(
+            (self.offsets[0] + len(values) + 1,), _poison(tensor), dtype=tensor.dtype, device=tensor.device
+        )
         memory = storage[self.offsets[0] :][: len(values)].copy_(values)
         return memory.as_strided(tensor.shape, (1,) * tensor.ndim)
 
@@ -50,7 +52,7 @@ class Layout:
         sizes = [1 if axis in repeated else size for axis, size in enumerate(values.shape)]
         room = [offset + size * step for offset, size, step in zip(self.offsets, sizes, self.steps, strict=False)]
         order = tuple(reversed(range(n))) if self.reversed else tuple(range(n))
-        storage = torch.full([room[axis] for axis in order], _poison(tensor), dtype=tensor.dtype)
+        storage = torch.full([room[axis] for axis in order], _poison(tensor), dtype=tensor.dtype, device=tensor.device)
         view = storage.permute(order)
         for axis in range(n):
             first, step = self.offsets[axis], self.steps[axis]

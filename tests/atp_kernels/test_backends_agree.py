@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import DEVICE, backends
 
 import atp_kernels
 from atp_kernels import GroupPlan, KeptSlice, Projection
@@ -133,7 +133,7 @@ REFUSED = [
 )
 def test_every_backend_refuses_with_the_same_sentence(op, call, options, message):
     said = set()
-    for backend in ("auto", *backends(op)):
+    for backend in ("auto", *backends(op, device="cpu")):
         with pytest.raises(ValueError) as raised:
             call(backend, **options)
         said.add(str(raised.value))
@@ -146,7 +146,7 @@ def test_every_backend_refuses_with_the_same_sentence(op, call, options, message
 )
 def test_a_plan_refuses_what_a_list_of_groups_refuses(given, message):
     plan = GroupPlan.of(factors(), ROWS, 3)
-    for backend in backends("group_lasso"):
+    for backend in backends("group_lasso", device="cpu"):
         for call in (atp_kernels.group_lasso, atp_kernels.group_lasso_grad_):
             with pytest.raises(ValueError, match=message):
                 call(given, plan, REMOVED, backend=backend)
@@ -178,7 +178,7 @@ def three_projections(**changed):
     ],
 )
 def test_projections_that_only_fit_together_are_refused(changed, message):
-    for backend in backends("masked_lora_qkv"):
+    for backend in backends("masked_lora_qkv", device="cpu"):
         with pytest.raises(ValueError) as raised:
             atp_kernels.masked_lora_qkv(torch.ones(5, 4), *three_projections(**changed), backend=backend)
         assert str(raised.value).startswith(message)
@@ -193,7 +193,7 @@ def test_projections_that_only_fit_together_are_refused(changed, message):
     ],
 )
 def test_masks_of_three_projections_that_only_fit_together_are_refused(masks, message):
-    for backend in backends("masked_lora_qkv"):
+    for backend in backends("masked_lora_qkv", device="cpu"):
         with pytest.raises(ValueError) as raised:
             atp_kernels.masked_lora_qkv(torch.ones(5, 4), *three_projections(), masks=masks, backend=backend)
         assert str(raised.value).startswith(message)
@@ -201,7 +201,7 @@ def test_masks_of_three_projections_that_only_fit_together_are_refused(masks, me
 
 def test_a_call_that_is_refused_has_written_nothing():
     whole = torch.ones(4, 3)
-    for backend in backends("group_prox_"):
+    for backend in backends("group_prox_", device="cpu"):
         with pytest.raises(ValueError, match=r"factors\[1\] has several elements"):
             atp_kernels.group_prox_([whole, *expanded()], ROWS * 2, REMOVED, 0.5, backend=backend)
         assert (whole == 1).all()
@@ -210,7 +210,7 @@ def test_a_call_that_is_refused_has_written_nothing():
 @pytest.mark.parametrize("op", ["group_prox_", "group_lasso_grad_"])
 def test_every_backend_refuses_a_factor_that_is_given_twice(op):
     said = set()
-    for backend in backends(op):
+    for backend in backends(op, device="cpu"):
         given = factors() * 2
         with pytest.raises(RuntimeError) as raised, torch.set_grad_enabled(op != "group_prox_"):
             if op == "group_prox_":
@@ -222,7 +222,7 @@ def test_every_backend_refuses_a_factor_that_is_given_twice(op):
 
 
 def test_every_backend_refuses_a_gradient_whose_elements_share_memory():
-    for backend in backends("group_lasso_grad_"):
+    for backend in backends("group_lasso_grad_", device="cpu"):
         with pytest.raises(ValueError, match=r"gradients\[0\] has several elements in one place of memory"):
             lasso_grad(backend, made=with_expanded_grad)
 
@@ -232,11 +232,11 @@ def test_every_backend_refuses_a_gradient_whose_elements_share_memory():
 @pytest.mark.parametrize("at", [0, 1], ids=["kept", "removed"])
 def test_group_operations_see_a_bad_value_in_its_group_alone(at, bad, separate):
     """Kept groups count nothing, whatever they hold; a removed one makes the value, and NaN its gradient, visible."""
-    removed = torch.tensor([False, True, True, False])
-    groups = [(0, torch.tensor([0, 1, 2, 3] if separate else [0, 1, 2, 2]))]
+    removed = torch.tensor([False, True, True, False], device=DEVICE)
+    groups = [(0, torch.tensor([0, 1, 2, 3] if separate else [0, 1, 2, 2], device=DEVICE))]
     results = []
     for backend in backends("group_lasso"):
-        (factor,) = factors()
+        factor = factors()[0].detach().to(DEVICE).requires_grad_()
         with torch.no_grad():
             factor[at, 1] = bad
         plan = GroupPlan.of([factor], groups, 4)
@@ -255,7 +255,7 @@ def test_group_operations_see_a_bad_value_in_its_group_alone(at, bad, separate):
 
 def test_what_a_plan_hands_out_are_copies():
     """A kernel reads and writes where a plan says: no edit of what a caller can reach may lead it elsewhere."""
-    for backend in backends("group_prox_"):
+    for backend in backends("group_prox_", device="cpu"):
         (factor,) = factors()
         plan = GroupPlan.of([factor], ROWS, 3)
         for handed_out in (plan.index, plan.order, plan.starts, plan.groups[0][1]):
@@ -275,7 +275,7 @@ def test_a_plan_that_nobody_checked_is_refused():
     (factor,) = factors()
     plan = GroupPlan.of([factor], ROWS, 3)
     by_hand = GroupPlan(plan.axes, plan.shapes, plan.index + 2**30, plan.order, plan.starts)
-    for backend in backends("group_prox_"):
+    for backend in backends("group_prox_", device="cpu"):
         for call in (atp_kernels.group_lasso, atp_kernels.group_lasso_grad_):
             with pytest.raises(ValueError, match="put together by hand: make it with GroupPlan.of"):
                 call([factor], by_hand, REMOVED, backend=backend)
@@ -284,7 +284,7 @@ def test_a_plan_that_nobody_checked_is_refused():
 
 
 def test_an_operator_takes_the_parts_of_a_plan_in_any_memory():
-    for backend in backends("group_prox_"):
+    for backend in backends("group_prox_", device="cpu"):
         factor, expected = (factors()[0].detach() for _ in range(2))
         plan = GroupPlan.of([factor], ROWS, 3)
         parts = [torch.stack([p.long(), p.long() + 2**30], 1)[:, 0] for p in (plan.index, plan.order, plan.starts)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import DEVICE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa
@@ -18,10 +18,10 @@ INF, NAN = float("inf"), float("nan")
 ROUNDING = {name: 1.0 if name == "triton" else 0.5 for name in BACKENDS}
 
 
-def problem(rows, vocab, dtype, scale=3.0, seed=0):
+def problem(rows, vocab, dtype, scale=3.0, seed=0, device=DEVICE):
     rng = torch.Generator().manual_seed(seed)
-    logits = (scale * torch.randn(rows, vocab, generator=rng)).to(dtype)
-    return logits, torch.randint(vocab, (rows,), generator=rng)
+    logits = (scale * torch.randn(rows, vocab, generator=rng)).to(device, dtype)
+    return logits, torch.randint(vocab, (rows,), generator=rng).to(device)
 
 
 def exact(logits, targets):
@@ -45,7 +45,7 @@ def assert_close_to_exact(logits, targets, backend):
     allowed = ROUNDING[backend] * torch.finfo(logits.dtype).eps * true_slope.abs() + 2 * spread * unit * (
         true_slope.abs() + 1e-30
     )
-    rows = torch.arange(len(targets))
+    rows = torch.arange(len(targets), device=DEVICE)
     allowed[rows, targets] += 2 * spread * unit  # 1 is taken off in float32
     assert ((slope - true_slope).abs() <= allowed).all()
 
@@ -69,11 +69,11 @@ def test_error_is_a_few_units(backend, rows, vocab, dtype, scale):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_of_a_large_vocabulary_stay_exact(backend):
     """Equal logits: 300,000 equal terms, of which a float32 sum loses some."""
-    logits, targets = torch.zeros(2, 300_000), torch.tensor([5, 299_999])
+    logits, targets = torch.zeros(2, 300_000, device=DEVICE), torch.tensor([5, 299_999], device=DEVICE)
     losses, slope = computed(logits, targets, backend)
     rounding = 1e-7 if backend == "native" else 1e-6
-    torch.testing.assert_close(losses, torch.full((2,), 300_000.0).log(), rtol=rounding, atol=0)
-    torch.testing.assert_close(slope[0, 0], torch.tensor(1 / 300_000), rtol=rounding, atol=0)
+    torch.testing.assert_close(losses, torch.full_like(losses, 300_000.0).log(), rtol=rounding, atol=0)
+    torch.testing.assert_close(slope[0, 0], torch.tensor(1 / 300_000, device=DEVICE), rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -94,8 +94,8 @@ def test_a_shift_of_all_logits_changes_nothing(backend, vocab):
 def test_limits(backend, dtype):
     row = [0.0] * 40
     cases = [row[:-1] + [-INF], row[:-1] + [INF], row[:-1] + [NAN], [-INF] * 40, [-3e38] + [3e38] * 39]
-    logits = torch.tensor(cases).to(dtype)
-    losses, slope = computed(logits, torch.zeros(5, dtype=torch.int64), backend)
+    logits = torch.tensor(cases, device=DEVICE).to(dtype)
+    losses, slope = computed(logits, torch.zeros(5, dtype=torch.int64, device=DEVICE), backend)
     wide = logits.float().log_softmax(1)
     torch.testing.assert_close(losses, -wide[:, 0], equal_nan=True)
     expected = wide.exp()
@@ -116,7 +116,7 @@ def test_other_dtypes_go_to_the_reference():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_and_targets_that_lie_apart(backend):
     logits, targets = problem(6, 50, torch.float32)
-    wide, far = torch.full((6, 90), NAN), torch.zeros(6, 2, dtype=torch.int64)
+    wide, far = torch.full((6, 90), NAN, device=DEVICE), torch.zeros(6, 2, dtype=torch.int64, device=DEVICE)
     wide[:, 20:70], far[:, 1] = logits, targets
     losses = cross_entropy_(wide[:, 20:70], far[:, 1], backend=backend)
     expected = computed(logits, targets, backend)
@@ -149,7 +149,7 @@ def test_wrong_input_is_one_sentence():
         cross_entropy_(logits.long(), targets)
     with pytest.raises(ValueError, match="give floating ones"):
         cross_entropy_(logits[:, :0], targets)
-    with pytest.raises(ValueError, match=r"the logits need int64 \[3\] on cpu"):
+    with pytest.raises(ValueError, match=r"the logits need int64 \[3\] on " + DEVICE):
         cross_entropy_(logits, targets[:2])
     with pytest.raises(ValueError, match="torch.int32"):
         cross_entropy_(logits, targets.int())
@@ -161,7 +161,7 @@ def test_wrong_input_is_one_sentence():
 class TestNative:
     def test_targets_outside_the_vocabulary(self):
         for target in (-1, 5):
-            logits = problem(2, 5, torch.float32)[0]
+            logits = problem(2, 5, torch.float32, device="cpu")[0]
             before = logits.clone()
             with pytest.raises(ValueError, match=r"^targets hold .*: every target must lie in \[0, 5\)\.$"):
                 cross_entropy_(logits, torch.tensor([0, target]))
@@ -169,11 +169,11 @@ class TestNative:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_bits_do_not_depend_on_the_run_or_the_threads(self, dtype):
-        case = problem(60, 5003, dtype)
+        case = problem(60, 5003, dtype, device="cpu")
         assert_repeats(lambda: computed(*case, "native"))
 
     def test_bits_do_not_depend_on_the_instruction_set(self):
-        cases = "(t.problem(30, vocab, dtype) for dtype in t.DTYPES for vocab in (5003, 4128, 37))"
+        cases = "(t.problem(30, vocab, dtype, device='cpu') for dtype in t.DTYPES for vocab in (5003, 4128, 37))"
         tensors = f"(tensor for case in {cases} for tensor in t.computed(*case, 'native'))"
         assert_same_on_every_isa("test_cross_entropy_kernel", tensors)
 
@@ -200,9 +200,9 @@ class TestTriton:
         logits, targets = problem(4, 33, torch.float32)
         beyond = targets.clone()
         beyond[1], beyond[2] = -1, 33
-        slope, losses, expected = logits.clone(), torch.empty(4), logits.clone()
+        slope, losses, expected = logits.clone(), torch.empty(4, device=DEVICE), logits.clone()
         whole = backend.cross_entropy_(expected, targets)
-        backend.cross_entropy_kernel[(4,)](slope, beyond, losses, 33, 33, 1, BLOCK=64)
+        backend.cross_entropy_kernel[(4,)](slope, beyond, losses, 33, 33, 1, BLOCK=64, num_warps=backend.warps_for(64))
         assert losses[1:3].isnan().all() and torch.equal(losses[[0, 3]], whole[[0, 3]])
         assert torch.equal(slope[[0, 3]], expected[[0, 3]])
         torch.testing.assert_close(slope[1:3], logits[1:3].softmax(1))
@@ -210,7 +210,7 @@ class TestTriton:
     def test_rows_beyond_two_to_the_31_elements(self):
         logits, targets = problem(3, 50, torch.float16)
         step = 2**30 + 7
-        pages = torch.empty(2 * step + 50, dtype=torch.float16)  # pages are taken when they are used
+        pages = torch.empty(2 * step + 50, dtype=torch.float16, device=DEVICE)  # a CPU takes them when they are used
         far = pages.as_strided((3, 50), (step, 1)).copy_(logits)
         losses = cross_entropy_(far, targets, backend="triton")
         expected = computed(logits, targets, "triton")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends_here import DEVICE, ON_GPU, on_device
 from linear_cases import Shape, assert_as_good_as_unfused, every_combination, operands, unfused, with_gradients
 
 from atp_kernels import KeptFirst, KeptSlice, checks, masked_lora_linear, triton_runtime
@@ -21,8 +22,6 @@ from atp_kernels.linear import triton as launcher
 from atp_kernels.linear.operands import Needs, Operands, Options, Saved
 from atp_kernels.linear.tiles import TILE_VARIABLE, DescriptorConfig, descriptor_tiles
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 if ON_GPU and descriptors.generation(torch.device("cuda")) is None:
     pytest.skip("the GPU has no tensor memory accelerator", allow_module_level=True)
 
@@ -74,10 +73,6 @@ def launches(monkeypatch):
 
 def run(shape, tensors, config):
     return with_gradients(KernelLinear.apply(config, shape, *(tensors.get(name) for name in ORDER)), tensors)
-
-
-def on_device(tensors):
-    return {name: t.detach().to(DEVICE).requires_grad_(t.requires_grad) for name, t in tensors.items()}
 
 
 # Each combination with one of the two forms, each form with every kind of masks.

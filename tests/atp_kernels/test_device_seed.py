@@ -1,8 +1,10 @@
-"""Dropout by a seed on the device, which kernels read and the host does not; a tensor on the CPU stands in for it."""
+"""Dropout by a seed on the device, which kernels read and the host does not; on a CPU a tensor stands in for it."""
+
+from functools import partial
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import DEVICE, backends, on_device
 from linear_cases import SEED, Shape, operands, with_gradients
 
 from atp_kernels import checks, lora_dropout, masked_lora_linear_with_norms, new_seed
@@ -13,36 +15,36 @@ BACKENDS = [name for name in ("reference", "triton") if name in backends("masked
 SHAPES = [
     Shape(m=20, n=24, k=40, out_mask="soft", in_mask="soft", mask_lora=mask_lora, p=0.4) for mask_lora in (False, True)
 ]
-X = torch.ones(6, 20)
+X = torch.ones(6, 20, device=DEVICE)
 
 
 @pytest.fixture
-def on_device(monkeypatch):
+def placed(monkeypatch):
     """Makes a seed that is taken for one on the device."""
     monkeypatch.setattr(op, "unread", lambda seed: seed)
-    return torch.tensor
+    return partial(torch.tensor, device=DEVICE)
 
 
 @pytest.mark.parametrize("seed", [SEED, 3, -1, 2**32 + 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_drops_what_the_same_seed_on_the_host_does(on_device, backend, shape, dtype, seed):
-    tensors = operands(shape, dtype)
+def test_drops_what_the_same_seed_on_the_host_does(placed, backend, shape, dtype, seed):
+    tensors = on_device(operands(shape, dtype))
     options = shape.options | {"backend": backend}
     got, expected = (
         with_gradients(masked_lora_linear_with_norms(**tensors, **options | {"seed": each}), tensors)
-        for each in (on_device(seed), seed)
+        for each in (placed(seed), seed)
     )
     for name, value in got.items():
         assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_on_its_own_it_drops_the_same(on_device, backend):
+def test_on_its_own_it_drops_the_same(placed, backend):
     x = X.clone().requires_grad_()
     results = []
-    for seed in (on_device(SEED), SEED):
+    for seed in (placed(SEED), SEED):
         y = lora_dropout(x, 0.5, seed, backend=backend)
         results.append((y, *torch.autograd.grad(y.sum(), x)))
     assert all(map(torch.equal, *results))
@@ -53,8 +55,8 @@ def test_the_definition_reads_no_seed_on_the_host():
     assert definition.dropped(values, definition.Dropout(0.5, seed)).shape == (5, 6)
 
 
-def test_a_seed_that_changes_before_backward_is_refused(on_device):
-    tensors, seed = operands(SHAPES[0], torch.float32), on_device(SEED)
+def test_a_seed_that_changes_before_backward_is_refused(placed):
+    tensors, seed = on_device(operands(SHAPES[0], torch.float32)), placed(SEED)
     x = X.clone().requires_grad_()
     masked = masked_lora_linear_with_norms(**tensors, **SHAPES[0].options | {"seed": seed})[0]
     results = masked, lora_dropout(x, 0.5, seed)
@@ -65,11 +67,11 @@ def test_a_seed_that_changes_before_backward_is_refused(on_device):
 
 
 def test_lies_on_the_cpu_or_beside_the_input():
-    there, seed = X.to("meta"), torch.tensor(1)
-    for x, good in ((X, seed), (there, seed), (there, seed.to("meta"))):
+    here, there, seed = X.cpu(), X.to("meta"), torch.tensor(1)
+    for x, good in ((here, seed), (there, seed), (there, seed.to("meta"))):
         check_dropout(x, 0.5, good, None)
     message = r"seed is a torch.* tensor .*: give an int or a 0-d int64 tensor {}\."
-    for x, bad, places in ((X, seed.to("meta"), "on the CPU"), (there, seed.float(), "on the CPU or on meta")):
+    for x, bad, places in ((here, seed.to("meta"), "on the CPU"), (there, seed.float(), "on the CPU or on meta")):
         with pytest.raises(ValueError, match=message.format(places)):
             check_dropout(x, 0.5, bad, None)
 

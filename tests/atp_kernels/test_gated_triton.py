@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from backends_here import DEVICE, ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -16,8 +17,6 @@ if not triton_runtime.AVAILABLE:
 
 from atp_kernels.swiglu import triton as backend
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The interpreter cuts a float32 off to bfloat16 where a GPU rounds it.
 FACTOR = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if ON_GPU else 3.0}

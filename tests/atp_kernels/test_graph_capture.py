@@ -5,15 +5,16 @@ No graph is captured here; the kernels are told that one is.
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import DEVICE, backends
 
 import atp_kernels
 from atp_kernels import GroupPlan, KeptFirst, KeptSlice, checks, groups
 
 CUDA = torch.device("cuda", 0)
-MASK = torch.tensor([True, False, True])
-X, WEIGHT, LORA_A, LORA_B = (torch.ones(size) for size in ((2, 4), (3, 4), (1, 4), (3, 1)))
-REMOVED = torch.tensor([True, False, True])
+MASK = torch.tensor([True, False, True], device=DEVICE)
+INDEX, FIRST = torch.arange(3, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+X, WEIGHT, LORA_A, LORA_B = (torch.ones(size, device=DEVICE) for size in ((2, 4), (3, 4), (1, 4), (3, 1)))
+REMOVED = MASK
 needs_triton = pytest.mark.skipif("triton" not in backends("group_lasso"), reason="needs Triton")
 
 
@@ -37,8 +38,8 @@ def linear(**options):
 DROPOUT = "a CUDA graph cannot capture dropout with a seed on the host, which every replay would repeat: give the seed"
 SLICES = "a CUDA graph cannot capture the making of a KeptFirst or KeptSlice, which the host does: make it before"
 REFUSED = {
-    "compact rows": (lambda: atp_kernels.compact(WEIGHT, torch.tensor([0])), "compact, which reads its indices on the"),
-    "compact cols": (lambda: atp_kernels.compact(WEIGHT, None, torch.tensor([0])), "call it before the capture"),
+    "compact rows": (lambda: atp_kernels.compact(WEIGHT, FIRST), "compact, which reads its indices on the"),
+    "compact cols": (lambda: atp_kernels.compact(WEIGHT, None, FIRST), "call it before the capture"),
     "dropout": (lambda: atp_kernels.lora_dropout(X, 0.5, 1), DROPOUT),
     "linear": (lambda: linear(dropout=0.5, seed=1), DROPOUT),
     "norms": (
@@ -49,8 +50,8 @@ REFUSED = {
     ),
     "kept first": (lambda: KeptFirst(MASK), SLICES),
     "slice": (lambda: KeptSlice(WEIGHT, out_mask=MASK), SLICES),
-    "plan": (lambda: GroupPlan.of([WEIGHT], [(0, torch.arange(3))], 3), "capture the making of a GroupPlan: make it"),
-    "groups": (lambda: atp_kernels.group_lasso([WEIGHT], [(0, torch.arange(3))], REMOVED), "hand it to the operations"),
+    "plan": (lambda: GroupPlan.of([WEIGHT], [(0, INDEX)], 3), "capture the making of a GroupPlan: make it"),
+    "groups": (lambda: atp_kernels.group_lasso([WEIGHT], [(0, INDEX)], REMOVED), "hand it to the operations"),
 }
 
 
@@ -64,8 +65,7 @@ def test_what_a_replay_would_not_repeat_is_refused(capture, name):
 
 
 def test_what_a_replay_repeats_is_not_refused(capture):
-    slice_ = KeptSlice(WEIGHT, out_mask=torch.tensor([True, False, False]), pad_to=1)
-    held = KeptSlice(WEIGHT, out_mask=torch.tensor([True, False, False]), pad_to=1)
+    slice_, held = (KeptSlice(WEIGHT, out_mask=INDEX < 1, pad_to=1) for _ in range(2))
     held.weight(torch.float32)
     capture()
     assert linear(out_mask=MASK).tolist() == [[8, 4, 8]] * 2
@@ -80,10 +80,10 @@ def test_what_a_replay_repeats_is_not_refused(capture):
 def problem():
     """Leaves with gradients, their plan, and which groups are removed."""
     rng = torch.Generator().manual_seed(0)
-    factors = [torch.randn(shape, generator=rng).requires_grad_() for shape in ((3, 4), (2, 3), (0, 4))]
+    factors = [torch.randn(shape, generator=rng).to(DEVICE).requires_grad_() for shape in ((3, 4), (2, 3), (0, 4))]
     for factor in factors:
         factor.grad = torch.ones_like(factor)
-    return factors, GroupPlan.of(factors, [(0, torch.arange(3)), (1, torch.arange(3)), (0, torch.arange(0))], 3)
+    return factors, GroupPlan.of(factors, [(0, INDEX), (1, INDEX), (0, INDEX[:0])], 3)
 
 
 def lasso(factors, plan, backend):

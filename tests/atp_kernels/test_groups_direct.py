@@ -2,17 +2,18 @@
 
 import pytest
 import torch
+from backends_here import DEVICE, takes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, available_backends, extension, group_lasso, group_lasso_grad_
+from atp_kernels import GroupPlan, extension, group_lasso, group_lasso_grad_
 from atp_kernels.groups import definition, native
 
-BACKENDS = [name for name in ("reference", "native") if available_backends()[name] is None]
+BACKENDS = [name for name in ("reference", "native") if takes("group_lasso_grad_", torch.float32, name)]
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = ((13, 8, 0), (8, 37, 1), (5, 3, 0), (300, 2, 1))
 WEIGHT = 0.3
-needs_native = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
+needs_native = pytest.mark.skipif("native" not in BACKENDS, reason=str(extension.REASON))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 KINDS = ("joint", "separate", "runs")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -29,13 +30,13 @@ def problem(sizes=SIZES, dtype=torch.float32, kind="joint", strided=False, seed=
         if kind == "runs" and i % 2:
             begins[1:] = torch.rand(max(0, size - 1), generator=rng) < 0.3
         index = torch.randint(7, (size,), generator=rng) if kind == "joint" else start - 1 + begins.cumsum(0)
-        groups.append((axis, index))
+        groups.append((axis, index.to(DEVICE)))
         start += int(begins.sum())
-    return factors, groups, torch.rand(9 if kind == "joint" else start, generator=rng) < 0.5
+    return factors, groups, (torch.rand(9 if kind == "joint" else start, generator=rng) < 0.5).to(DEVICE)
 
 
 def drawn(rng, rows, cols, dtype, strided):
-    values = torch.randn((rows, 2 * cols) if strided else (rows, cols), generator=rng).to(dtype)
+    values = torch.randn((rows, 2 * cols) if strided else (rows, cols), generator=rng).to(DEVICE, dtype)
     return values[:, ::2] if strided else values
 
 
@@ -109,7 +110,7 @@ def test_any_shape_and_stride(case, backend, strided_grads):
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @every_kind
 def test_it_is_what_autograd_gives(backend, kind):
-    for weight in (WEIGHT, torch.tensor(WEIGHT), torch.tensor(-2.5, dtype=torch.float64)):
+    for weight in (WEIGHT, torch.tensor(WEIGHT, device=DEVICE), torch.tensor(-2.5, dtype=torch.float64, device=DEVICE)):
         (factors, *described), (others, *_) = (problem(kind=kind) for _ in range(2))
         for _ in range(2):  # the first time there is no gradient, the second time there is
             got = direct(factors, *described, weight=weight, eps=0.5, backend=backend)
@@ -204,7 +205,7 @@ def test_frozen_factors_count_and_get_nothing(backend):
 @every_backend
 def test_gradients_keep_their_memory_and_strides_and_say_that_they_changed(backend):
     factors, *described = problem()
-    whole = torch.zeros(13, 16)
+    whole = torch.zeros(13, 16, device=DEVICE)
     factors[0].grad = whole[:, ::2]
     grads = [factors[0].grad, with_grads(factors[1:2])[0].grad]
     versions = [grad._version for grad in grads]
@@ -218,8 +219,8 @@ def test_gradients_keep_their_memory_and_strides_and_say_that_they_changed(backe
 def test_wrong_calls_are_one_clear_sentence():
     factors, groups, removed = problem()
     plan = GroupPlan.of(factors, groups, len(removed))
-    for weight in (torch.ones(2), torch.tensor(1), torch.ones((), device="meta")):
-        with pytest.raises(ValueError, match="weight is torch.*: give a number or a floating 0-d tensor on cpu"):
+    for weight in (torch.ones(2, device=DEVICE), torch.tensor(1, device=DEVICE), torch.ones((), device="meta")):
+        with pytest.raises(ValueError, match=f"weight is torch.*: give a number or a floating 0-d tensor on {DEVICE}"):
             group_lasso_grad_(factors, groups, removed, weight=weight)
     with pytest.raises(ValueError, match="neither a leaf nor retains its gradient: give parameters"):
         group_lasso_grad_([2 * factor for factor in factors], groups, removed)
@@ -238,12 +239,12 @@ def test_native_refuses_what_does_not_fit():
     plan = GroupPlan.of(factors, groups, len(removed))
     with pytest.raises(RuntimeError, match="appears twice"):
         group_lasso_grad_([factors[0]] * 2, [groups[0]] * 2, removed)
-    held, one = [factor.detach() for factor in factors], torch.ones(())
+    held, one = [factor.detach() for factor in factors], torch.ones((), device=DEVICE)
     for grads, weight, message in (
         ([*held[:-1], held[-1].bfloat16()], one, "gradient of factor 3 must"),
         ([held[0][:-1], *held[1:]], one, "gradient of factor 0 must"),
         (held[:-1], one, "got 4 factors and 3 gradients"),
-        ([grad.clone() for grad in held], torch.ones(2), "weight must be one float32"),
+        ([grad.clone() for grad in held], torch.ones(2, device=DEVICE), "weight must be one float32"),
     ):
         with pytest.raises(RuntimeError, match=message):
             native.group_lasso_grad_(held, grads, plan, removed, weight, 1e-8)

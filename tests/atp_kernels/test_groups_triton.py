@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends_here import DEVICE, ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +15,6 @@ from atp_kernels.groups import op
 from atp_kernels.groups import triton as backend
 from atp_kernels.groups import triton_kernels as kernels
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 TRITON = {"backend": "triton"}
 HALVES = (torch.float16, torch.bfloat16)
 # The interpreter cuts a float32 off to bfloat16 where a GPU rounds it.

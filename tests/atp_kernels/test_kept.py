@@ -23,7 +23,7 @@ COMBINATIONS = [
     for bias, dropout in ((False, True), (True, False))
 ]
 FROZEN = ("weight", "bias", "out_mask", "in_mask")
-BACKENDS = [name for name, missing in available_backends().items() if missing is None and name != "reference"]
+BACKENDS = [name for name, missing in available_backends("cpu").items() if missing is None and name != "reference"]
 
 
 def slice_of(tensors, **options):

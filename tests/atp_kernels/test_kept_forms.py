@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import backends, on_device
 from linear_cases import Shape, assert_as_good_as_unfused, operands, unfused, with_gradients
 from tables_here import tables_in
 from torch.testing import assert_close
@@ -57,7 +57,7 @@ def results(shape, tensors, kept, backend="auto"):
 )
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
 def test_zeroed_is_no_worse_than_unfused(shape, dtype, backend):
-    tensors = operands(shape, dtype)
+    tensors = on_device(operands(shape, dtype))
     # A slice is frozen: the definition's own gradients of weight and bias stand in for those it does not compute.
     plain = with_gradients(unfused(shape, tensors), tensors)
     zeroed = slice_of(tensors).zeroed

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends_here import DEVICE, ON_GPU, on_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import (
@@ -26,8 +27,6 @@ from atp_kernels.linear import triton as launcher
 from atp_kernels.linear.operands import Needs, Operands, Options, Saved
 from atp_kernels.linear.tiles import GemmConfig, gemm_config, reduce_config, row_splits
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 # Small tiles, so that small shapes have several of them with ragged edges in every direction.
 TILE = GemmConfig(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2)
 ONE_PASS = replace(TILE, one_pass=True, block_n=32)
@@ -64,10 +63,6 @@ ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "i
 
 def run(shape, tensors, config):
     return with_gradients(KernelLinear.apply(config, shape, *(tensors.get(name) for name in ORDER)), tensors)
-
-
-def on_device(tensors):
-    return {name: t.detach().to(DEVICE).requires_grad_(t.requires_grad) for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])

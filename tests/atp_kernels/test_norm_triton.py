@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends_here import DEVICE, ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +15,6 @@ if not triton_runtime.AVAILABLE:
 from atp_kernels.norm import triton as backend
 from atp_kernels.norm.triton import Tile
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The interpreter cuts a float32 off to bfloat16 where a GPU rounds it.
 FACTOR = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if ON_GPU else 3.0}

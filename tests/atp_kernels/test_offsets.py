@@ -1,10 +1,10 @@
-"""Operands that reach further than 32 bits count: what the Triton kernels are told, and what CPU backends compute."""
+"""Operands that reach further than 32 bits count: what the Triton kernels are told, and what backends compute."""
 
 from collections import defaultdict
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import DEVICE, backends
 
 import atp_kernels
 from atp_kernels import GroupPlan, KeptSlice, Projection, triton_runtime
@@ -139,22 +139,24 @@ def test_triton_takes_gpus_that_it_supports(monkeypatch, capability, runs):
 def far_apart(tensor):
     """The same values in rows so far apart that the last one begins beyond 2**31 elements."""
     step = LIMIT // (tensor.shape[0] - 1) + 1
-    storage = torch.empty(step * (tensor.shape[0] - 1) + tensor.shape[1], dtype=tensor.dtype)  # takes pages when used
+    size = step * (tensor.shape[0] - 1) + tensor.shape[1]
+    storage = torch.empty(size, dtype=tensor.dtype, device=tensor.device)  # a CPU takes pages when they are used
     return storage.as_strided(tensor.shape, (step, 1)).copy_(tensor)
 
 
 def normal(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
 
 
 def linear(x, backend):
-    mask = torch.tensor([True, False] * 4)
-    options = {"out_mask": mask, "bias": torch.ones(8).bfloat16(), "scaling": 1.5, "backend": backend}
+    mask, bias = torch.tensor([True, False] * 4, device=DEVICE), torch.ones(8, dtype=torch.bfloat16, device=DEVICE)
+    options = {"out_mask": mask, "bias": bias, "scaling": 1.5, "backend": backend}
     return atp_kernels.masked_lora_linear(x, normal(8, 6), normal(2, 6), normal(8, 2), **options)
 
 
 def kept(x, backend):
-    slice_ = KeptSlice(normal(8, 6), in_mask=torch.tensor([True, False, True, False, False, True]), pad_to=1)
+    mask = torch.tensor([True, False, True, False, False, True], device=DEVICE)
+    slice_ = KeptSlice(normal(8, 6), in_mask=mask, pad_to=1)
     return atp_kernels.kept_lora_linear(x, slice_, normal(2, 6), normal(8, 2), scaling=1.5, backend=backend)
 
 
@@ -165,7 +167,7 @@ def swiglu(x, backend):
 
 
 def norm(x, backend):
-    return atp_kernels.rms_norm(x, torch.arange(6.0), eps=1e-6, backend=backend)
+    return atp_kernels.rms_norm(x, torch.arange(6.0, device=DEVICE), eps=1e-6, backend=backend)
 
 
 def dropout(x, backend):
@@ -173,20 +175,22 @@ def dropout(x, backend):
 
 
 def compact(x, backend):
-    return atp_kernels.compact(x, torch.tensor([2, 0]), torch.tensor([5, 1]), backend=backend)
+    return atp_kernels.compact(x, *torch.tensor([[2, 0], [5, 1]], device=DEVICE), backend=backend)
 
 
 def entropy(x, backend):
-    return atp_kernels.cross_entropy_(x, torch.tensor([0, 2, 4]), backend=backend)
+    return atp_kernels.cross_entropy_(x, torch.tensor([0, 2, 4], device=DEVICE), backend=backend)
 
 
 def prox(x, backend):
-    atp_kernels.group_prox_([x], [(0, torch.arange(3))], torch.tensor([True, False, True]), 0.5, backend=backend)
+    removed = torch.tensor([True, False, True], device=DEVICE)
+    atp_kernels.group_prox_([x], [(0, torch.arange(3, device=DEVICE))], removed, 0.5, backend=backend)
     return x.clone()
 
 
 def lasso(x, backend):
-    return atp_kernels.group_lasso([x], [(1, torch.arange(6))], torch.ones(6, dtype=torch.bool), backend=backend)
+    groups, removed = [(1, torch.arange(6, device=DEVICE))], torch.ones(6, dtype=torch.bool, device=DEVICE)
+    return atp_kernels.group_lasso([x], groups, removed, backend=backend)
 
 
 CALLS = {

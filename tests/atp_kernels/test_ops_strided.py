@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import DEVICE, backends
 
 import atp_kernels
 from atp_kernels.compaction import op as compaction
@@ -12,19 +12,19 @@ from atp_kernels.kept import op as kept
 from atp_kernels.linear import op as linear
 from atp_kernels.loss import op as loss
 
-REMOVED = torch.tensor([True, False, True, True])
+REMOVED = torch.tensor([True, False, True, True], device=DEVICE)
 
 
 def transposed(*shape):
-    return torch.randn(tuple(reversed(shape))).permute(*reversed(range(len(shape))))
+    return torch.randn(tuple(reversed(shape)), device=DEVICE).permute(*reversed(range(len(shape))))
 
 
 def spaced(*shape):
-    return torch.randn([2 * size for size in shape])[(slice(None, None, 2),) * len(shape)]
+    return torch.randn([2 * size for size in shape], device=DEVICE)[(slice(None, None, 2),) * len(shape)]
 
 
 def expanded(*shape):
-    return torch.randn(*shape[:-1], 1).expand(shape)
+    return torch.randn(*shape[:-1], 1, device=DEVICE).expand(shape)
 
 
 def promised(op, *arguments):
@@ -53,7 +53,7 @@ def test_linear_and_dropout(lay, backend, masked):
 @pytest.mark.parametrize("order", [lambda mask: mask, atp_kernels.KeptFirst])
 def test_kept_linear(lay, backend, order):
     x, weight, lora_a, lora_b = lay(5, 7), lay(6, 7), lay(2, 7), lay(6, 2)
-    masks = (order(torch.arange(6) % 3 == 0), order(torch.arange(7) % 2 == 0))
+    masks = (order(torch.arange(6, device=DEVICE) % 3 == 0), order(torch.arange(7, device=DEVICE) % 2 == 0))
     slice_ = atp_kernels.KeptSlice(weight, lay(6), out_mask=masks[0], in_mask=masks[1], pad_to=2)
     parts, sides = (slice_.weight(x.dtype), slice_.bias(x.dtype)), kept.flat(slice_.sides)
     promised(kept.kept_lora_linear_op, x, *parts, lora_a, lora_b, None, *sides, 1.5, backend)
@@ -64,27 +64,29 @@ def test_kept_linear(lay, backend, order):
 @pytest.mark.parametrize("lay", [transposed, spaced])
 @pytest.mark.parametrize("backend", backends("group_lasso"))
 def test_groups(lay, backend):
-    index = torch.tensor([0, 0, 1, 1, 2, 2])
+    index = torch.tensor([0, 0, 1, 1, 2, 2], device=DEVICE)
+    ones, one = torch.ones(4, device=DEVICE), torch.ones((), device=DEVICE)
     factors = [lay(6, 2), lay(3, 6)]
     plan = atp_kernels.GroupPlan.of(factors, [(0, index), (1, index)], 4)
     packed = (list(plan.axes), plan.index, plan.order, plan.starts)
     promised(groups.group_lasso_op, factors, *packed, REMOVED, 1e-8, backend)
-    promised(groups.group_lasso_backward_op, factors, *packed, REMOVED, torch.ones(4), torch.ones(()), backend)
+    promised(groups.group_lasso_backward_op, factors, *packed, REMOVED, ones, one, backend)
     grads = [lay(6, 2), lay(3, 6)]
-    promised(groups.group_lasso_grad_op, factors, grads, *packed, REMOVED, torch.ones(()), 1e-8, backend)
-    promised(groups.group_prox_op, factors, *packed, REMOVED, torch.ones(4), backend)
+    promised(groups.group_lasso_grad_op, factors, grads, *packed, REMOVED, one, 1e-8, backend)
+    promised(groups.group_prox_op, factors, *packed, REMOVED, ones, backend)
 
 
 @pytest.mark.parametrize("lay", [transposed, spaced])
 @pytest.mark.parametrize("backend", backends("compact"))
 def test_compaction_and_cross_entropy(lay, backend):
-    promised(compaction.compact_op, lay(5, 6), torch.tensor([1, 0, 4, 0])[::2], None, 4, backend)
-    promised(loss.cross_entropy_op, lay(5, 6), torch.arange(10)[::2] % 6, backend)
+    promised(compaction.compact_op, lay(5, 6), torch.tensor([1, 0, 4, 0], device=DEVICE)[::2], None, 4, backend)
+    promised(loss.cross_entropy_op, lay(5, 6), torch.arange(10, device=DEVICE)[::2] % 6, backend)
 
 
 def windows(rows, cols, down, across):
     """A matrix of these steps, in memory that ends with its last element."""
-    return torch.randn((rows - 1) * down + (cols - 1) * across + 1).as_strided((rows, cols), (down, across))
+    size = (rows - 1) * down + (cols - 1) * across + 1
+    return torch.randn(size, device=DEVICE).as_strided((rows, cols), (down, across))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,8 @@ def windows(rows, cols, down, across):
 )
 def test_in_place_operations_take_every_layout_whose_elements_have_places_of_their_own(steps, shared):
     """Of 4 rows and 3 columns; in another one, elements would be written over each other."""
-    removed, groups, targets = torch.ones(4, dtype=torch.bool), [(0, torch.arange(4))], torch.tensor([0, 2, 1, 0])
+    removed, groups = torch.ones(4, dtype=torch.bool, device=DEVICE), [(0, torch.arange(4, device=DEVICE))]
+    targets = torch.tensor([0, 2, 1, 0], device=DEVICE)
 
     def entropy(matrix, backend):
         atp_kernels.cross_entropy_(matrix, targets, backend=backend)
@@ -103,7 +106,7 @@ def test_in_place_operations_take_every_layout_whose_elements_have_places_of_the
         atp_kernels.group_prox_([matrix], groups, removed, 0.5, backend=backend)
 
     def lasso_grad(matrix, backend):
-        factor = torch.arange(12.0).view(4, 3).requires_grad_()
+        factor = torch.arange(12.0, device=DEVICE).view(4, 3).requires_grad_()
         factor.grad = matrix
         atp_kernels.group_lasso_grad_([factor], groups, removed, backend=backend)
 

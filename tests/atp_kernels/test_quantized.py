@@ -40,7 +40,7 @@ KINDS = {
 HALF_STEP = {"nf4": 0.16, "fp8 rows": 2**-4, "fp8 tensor": 2**-4, "int8": 0.5 / 127}
 """The largest error as a share of the block's, row's or tensor's largest entry; NF4's widest gap is 0.304."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = [name for name, missing in available_backends().items() if missing is None]
+BACKENDS = [name for name, missing in available_backends("cpu").items() if missing is None]
 WIDE = Shape(m=6, n=24, k=128)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import DEVICE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import layouts
@@ -25,9 +25,9 @@ def problem(shape=(2, 5, 3, 2, 6), *, angles=None, dtype=torch.float32, of_cos=N
     rng = torch.Generator().manual_seed(seed)
     batch, tokens, heads, kv_heads, size = shape
     randn = lambda *sizes: torch.randn(sizes, generator=rng, dtype=torch.float64)  # noqa: E731
-    q, k = (randn(batch, tokens, n, size).to(dtype).requires_grad_() for n in (heads, kv_heads))
-    cos, sin = (randn(1 if one_sample else batch, tokens, angles or size).to(of_cos or dtype) for _ in range(2))
-    index = None if angles is None else torch.randperm(angles, generator=rng)[:size]
+    q, k = (randn(batch, tokens, n, size).to(DEVICE, dtype).requires_grad_() for n in (heads, kv_heads))
+    cos, sin = (randn(1 if one_sample else batch, tokens, angles or size).to(DEVICE, of_cos or dtype) for _ in range(2))
+    index = None if angles is None else torch.randperm(angles, generator=rng)[:size].to(DEVICE)
     return q, k, cos, sin, index
 
 
@@ -37,7 +37,7 @@ def results(q, k, cos, sin, index=None, width=None, backend="auto", upstream=Non
     options = {} if backend is None else {"backend": backend}
     y = call_(q, k, cos, sin, index=index, width=width, **options)
     rng = torch.Generator().manual_seed(9)
-    grads = [torch.randn(x.shape, generator=rng).to(upstream or q.dtype).to(q.dtype) for x in y]
+    grads = [torch.randn(x.shape, generator=rng).to(upstream or q.dtype).to(q) for x in y]
     return [*(part.detach() for part in y), *torch.autograd.grad(y, (q, k), grads)]
 
 
@@ -105,7 +105,7 @@ def test_any_memory_layout_with_nan_between(backend, each, angles):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_layout_of_sines_may_differ_from_that_of_cosines(backend):
     q, k, cos, sin, _ = problem()
-    wide = torch.full((sin.shape[0], 2 * sin.shape[1], sin.shape[2]), torch.nan)
+    wide = torch.full((sin.shape[0], 2 * sin.shape[1], sin.shape[2]), torch.nan, device=DEVICE)
     wide[:, ::2] = sin
     for value, truth in zip(
         results(q, k, cos, wide[:, ::2], None, 6, backend), results(q, k, cos, sin, None, 6, backend), strict=True
@@ -133,7 +133,7 @@ def test_repeated_upstream_gradients_and_one_of_both(backend):
     """Upstream gradients without memory of their own, and one result that nobody reads."""
     q, k, cos, sin, _ = problem()
     y = rotary_embedding(q, k, cos, sin, backend=backend)
-    grad = torch.ones(()).expand(y[0].shape)
+    grad = torch.ones((), device=DEVICE).expand(y[0].shape)
     (d_q,) = torch.autograd.grad(y[0], q, grad, retain_graph=True)
     assert_close(d_q, torch.autograd.grad(definition.rotary_embedding(q, k, cos, sin)[0], q, grad)[0])
     for one, frozen in ((q, k), (k, q)):
@@ -163,7 +163,7 @@ def test_offsets_beyond_two_to_the_31():
     q, k, cos, sin, _ = problem((3, 3, 3, 1, 4), dtype=torch.float16)
     expected = results(q, k, cos, sin, backend="triton")
     step = 2**30 + 7
-    pages = torch.empty(2 * step + 100, dtype=torch.float16)  # pages are taken when they are used
+    pages = torch.empty(2 * step + 100, dtype=torch.float16, device=DEVICE)  # a CPU takes them when they are used
     for strides in ((step, 24, 8, 1), (24, step, 8, 1), (24, 8, step, 1)):
         far = pages.as_strided(q.shape, strides).copy_(q.detach())
         got = results(far.requires_grad_(), k, cos, sin, backend="triton")
@@ -173,7 +173,7 @@ def test_offsets_beyond_two_to_the_31():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_that_of_transformers(backend):
     q, k, *_ = problem((2, 7, 4, 2, 16))
-    frequencies = torch.arange(7)[None, :, None] * 10000 ** (-torch.arange(8) / 8)
+    frequencies = torch.arange(7, device=DEVICE)[None, :, None] * 10000 ** (-torch.arange(8, device=DEVICE) / 8)
     cos, sin = (torch.cat([part, part], -1) for part in (frequencies.cos(), frequencies.sin()))
     expected = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     assert_close(rotary_embedding(q, k, cos, sin, backend=backend), expected)
@@ -226,10 +226,12 @@ def test_wrong_arguments_are_refused_with_the_remedy():
         ((q, k, cos.clone().requires_grad_(), sin), {"index": index}, "cos must be floating and constant"),
         ((q, k, cos, sin), {"index": index[:4]}, r"give int64 \[6\]"),
         ((q, k, cos, sin), {"index": index.int()}, "index is torch.int32"),
-        ((q, k, cos, sin), {"index": index + 5}, r"index holds positions from .* must lie in \[0, 10\)"),
-        ((q, k, cos, sin.to("meta")), {"index": index}, "sin is on meta and q on cpu"),
+        ((q, k, cos, sin.to("meta")), {"index": index}, f"sin is on meta and q on {q.device}"),
         ((q, k, cos, sin), {"index": index, "width": 4}, "width is 4, but the heads have 6"),
     ]
     for arguments, options, message in refused:
         with pytest.raises(ValueError, match=message):
             rotary_embedding(*arguments, **options)
+    *on_cpu, index = (tensor.cpu() for tensor in (q, k, cos, sin, index))
+    with pytest.raises(ValueError, match=r"index holds positions from .* must lie in \[0, 10\)"):
+        rotary_embedding(*on_cpu, index=index + 5)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import DEVICE, ON_GPU, backends
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from layouts import layouts
@@ -52,7 +52,7 @@ class Case:
                 made[name] = torch.rand(shape, generator=rng)
             else:
                 made[name] = (torch.randn(shape, generator=rng) / 2).to(dtype)
-        return made
+        return {name: tensor.to(DEVICE) for name, tensor in made.items()}
 
     def run(self, operands: Operands, backend: str, upstream: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """What the operation returns and writes, and its gradients for what `upstream` makes of each result."""
@@ -90,7 +90,7 @@ def linear(**options) -> Callable:
 
 
 def merged(t: Operands, backend: str) -> tuple[Tensor, ...]:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         return linear()(t, backend)
 
 
@@ -161,8 +161,9 @@ def lasso(t: Operands, backend: str) -> tuple[Tensor, ...]:
 
 def separate_lasso(t: Operands, backend: str) -> tuple[Tensor, ...]:
     factors = [t["first"], t["second"]]
-    plan = GroupPlan.of(factors, [(0, torch.arange(6)), (1, torch.arange(6, 10))], 10)
-    assert plan.separate
+    first, second = torch.arange(10, device=DEVICE).split((6, 4))
+    plan = GroupPlan.of(factors, [(0, first), (1, second)], 10)
+    assert plan.separate != ON_GPU  # a plan on a GPU does not look
     return (atp_kernels.group_lasso(factors, plan, t["removed"], backend=backend),)
 
 

@@ -4,14 +4,18 @@ import itertools
 
 import pytest
 import torch
-from backends_here import backends
+from backends_here import DEVICE, backends
 
 import atp_kernels
 from atp_kernels import KeptFirst, KeptSlice, Projection
 
 
+def ones(*size):
+    return torch.ones(size, device=DEVICE)
+
+
 def kinds(size):
-    return None, torch.arange(size) % 2 == 0, torch.linspace(0, 1, size)
+    return None, torch.arange(size, device=DEVICE) % 2 == 0, torch.linspace(0, 1, size, device=DEVICE)
 
 
 @pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
@@ -22,7 +26,7 @@ def test_masked_linear_of_a_zero_size(zero, mask_lora, lead):
     rows, n_in, n_out, rank = sizes.values()
     rng = torch.Generator().manual_seed(0)
     shapes = ((*lead, rows, n_in), (n_out, n_in), (rank, n_in), (n_out, rank), (n_out,))
-    tensors = [torch.randn(shape, generator=rng) for shape in shapes]
+    tensors = [torch.randn(shape, generator=rng).to(DEVICE) for shape in shapes]
     for out_mask, in_mask in itertools.product(kinds(n_out), kinds(n_in)):
         results = []
         for backend in backends("masked_lora_linear"):
@@ -45,14 +49,14 @@ def test_masked_linear_of_a_zero_size(zero, mask_lora, lead):
 @pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
 def test_kept_linear_and_blocks_of_a_zero_size(zero):
     rows, n_in, n_out, rank = ({"rows": 5, "n_in": 4, "n_out": 6, "rank": 2} | {zero: 0}).values()
-    kept_out, kept_in = torch.arange(n_out) % 2 == 0, torch.arange(n_in) % 2 == 0
+    kept_out, kept_in = (torch.arange(size, device=DEVICE) % 2 == 0 for size in (n_out, n_in))
     for backend in backends("kept_lora_linear"):
-        x = torch.ones(2, rows, n_in, requires_grad=True)
-        gate = Projection(*(torch.ones(shape) for shape in ((n_out, n_in), (rank, n_in), (n_out, rank))), 1.5)
-        down = Projection(*(torch.ones(shape) for shape in ((n_in, n_out), (rank, n_out), (n_in, rank))), 1.5)
+        x = ones(2, rows, n_in).requires_grad_()
+        gate = Projection(*(ones(*shape) for shape in ((n_out, n_in), (rank, n_in), (n_out, rank))), 1.5)
+        down = Projection(*(ones(*shape) for shape in ((n_in, n_out), (rank, n_out), (n_in, rank))), 1.5)
         for order in (lambda mask: mask, KeptFirst):
             for masks in ({"out_mask": order(kept_out)}, {"in_mask": order(kept_in)}, {}):
-                slice_ = KeptSlice(gate.weight, torch.ones(n_out), **masks, pad_to=2)
+                slice_ = KeptSlice(gate.weight, ones(n_out), **masks, pad_to=2)
                 y = atp_kernels.kept_lora_linear(x, slice_, *gate[1:3], scaling=1.5, backend=backend)
                 assert y.shape == (2, rows, n_out)
                 assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
@@ -62,7 +66,7 @@ def test_kept_linear_and_blocks_of_a_zero_size(zero):
             y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, kept=tuple(slices), backend=backend)
             assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
     for backend in backends("masked_lora_swiglu"):
-        x = torch.ones(2, rows, n_in, requires_grad=True)
+        x = ones(2, rows, n_in).requires_grad_()
         for mask, mask_lora in ((None, False), (kept_out, False), (kept_out.float(), True)):
             y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, mask=mask, mask_lora=mask_lora, backend=backend)
             assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
@@ -76,9 +80,9 @@ def test_kept_linear_and_blocks_of_a_zero_size(zero):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_group_operations_of_a_zero_size(shape, axis):
     n_groups = shape[axis]
-    groups, removed = [(axis, torch.arange(n_groups))], torch.ones(n_groups, dtype=torch.bool)
+    groups, removed = [(axis, torch.arange(n_groups, device=DEVICE))], ones(n_groups).bool()
     for backend in backends("group_lasso"):
-        factor = torch.ones(shape, requires_grad=True)
+        factor = ones(*shape).requires_grad_()
         value = atp_kernels.group_lasso([factor], groups, removed, eps=0.25, backend=backend)
         assert torch.autograd.grad(value, factor)[0].shape == shape
         direct = atp_kernels.group_lasso_grad_([factor], groups, removed, eps=0.25, backend=backend)
@@ -87,18 +91,18 @@ def test_group_operations_of_a_zero_size(shape, axis):
 
 
 def test_rows_and_gathers_of_a_zero_size():
-    weight, empty = torch.ones(4, 3), torch.zeros(2, dtype=torch.int64)[:0]
+    weight, empty = ones(4, 3), torch.zeros(2, dtype=torch.int64, device=DEVICE)[:0]
     for backend in backends("compact"):
         for rows, cols, shape in ((empty, None, (0, 3)), (None, empty, (4, 0)), (empty, empty, (0, 0))):
             assert atp_kernels.compact(weight, rows, cols, 8, backend=backend).shape == shape
-        assert atp_kernels.compact(torch.ones(0, 0), empty, empty, backend=backend).shape == (0, 0)
+        assert atp_kernels.compact(ones(0, 0), empty, empty, backend=backend).shape == (0, 0)
     for backend in backends("lora_dropout"):
         for shape in ((0, 3), (2, 0), (2, 0, 3), (2, 3, 0), (0,)):
-            assert atp_kernels.lora_dropout(torch.ones(shape), 0.5, 1, backend=backend).shape == shape
+            assert atp_kernels.lora_dropout(ones(*shape), 0.5, 1, backend=backend).shape == shape
     for backend in backends("rms_norm"):
         for shape in ((0, 3), (2, 0, 3), (3,)):
-            assert atp_kernels.rms_norm(torch.ones(shape), torch.ones(3), eps=1e-6, backend=backend).shape == shape
+            assert atp_kernels.rms_norm(ones(*shape), ones(3), eps=1e-6, backend=backend).shape == shape
         with pytest.raises(ValueError, match=r"x is torch.float32 of shape \[2, 0\]"):
-            atp_kernels.rms_norm(torch.ones(2, 0), torch.ones(0), eps=1e-6, backend=backend)
+            atp_kernels.rms_norm(ones(2, 0), ones(0), eps=1e-6, backend=backend)
     for backend in backends("cross_entropy_"):
-        assert atp_kernels.cross_entropy_(torch.ones(0, 3), empty, backend=backend).shape == (0,)
+        assert atp_kernels.cross_entropy_(ones(0, 3), empty, backend=backend).shape == (0,)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from benchmarks.records import append
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
+STAGES = ["build", "test", "method", "sanitize", "tune", "tune_steps", "ops", "train", "tuned", "whole"]
 
 
 def gpu_check(out, *arguments, **variables):
@@ -26,8 +28,7 @@ def gpu_check(out, *arguments, **variables):
 def test_an_unknown_stage_is_one_sentence(tmp_path):
     result = gpu_check(tmp_path / "out", "biuld")
     assert result.returncode == 2
-    stages = "build test method sanitize tune ops train whole"
-    assert f"unknown stage 'biuld': use some of {stages}, or --dry" in result.stderr
+    assert f"unknown stage 'biuld': use some of {' '.join(STAGES)}, or --dry" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -72,6 +73,25 @@ def test_the_tuned_table_is_among_the_results(tmp_path):
     assert regimes == set(REGIMES)
 
 
+def test_only_the_stage_tuned_reads_tables(tmp_path):
+    """A stand-in for Python notes which tables each benchmark would read, and where its rows go."""
+    python, noted, out = tmp_path / "python", tmp_path / "noted", tmp_path / "out"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] && echo "$ATP_KERNELS_TABLES $*" >> {noted}\nexit 0\n')
+    python.chmod(0o755)
+    stages = ("ops", "train", "whole", "tuned")
+    result = gpu_check(out, "--dry", *stages, PYTHON=str(python), ATP_KERNELS_TABLES="/somewhere")
+    assert result.returncode == 1 and "no tuned table: run the stage tune first" in result.stdout
+    assert {line.split()[0] for line in noted.read_text().splitlines()} == {"/dev/null"}
+    (out / "tables").mkdir()
+    (out / "tables" / "cpu.json").touch()
+    noted.unlink()
+    assert gpu_check(out, "--dry", "tuned", PYTHON=str(python)).returncode == 0
+    timed = [line.split() for line in noted.read_text().splitlines() if " table " not in line]
+    assert [words[2:4] for words in timed] == [["benchmarks", "run"], ["benchmarks.training", "--op"]]
+    assert {words[0] for words in timed} == {str(out / "tables")}
+    assert {words[words.index("--out") + 1] for words in timed} == {str(out / "rows" / "tuned")}
+
+
 @pytest.mark.slow
 def test_a_failing_stage_is_told_and_the_others_go_on(tmp_path):
     result = gpu_check(tmp_path, "--dry", "sanitize", "ops", STAGE_SECONDS="1")
@@ -82,19 +102,50 @@ def test_a_failing_stage_is_told_and_the_others_go_on(tmp_path):
     assert all("stopped after 1 s" in line for line in stages)
 
 
-@pytest.mark.slow
-def test_an_interrupted_check_goes_on(tmp_path):
-    """Stages that ended well at this commit are left out."""
-    done = tmp_path / "done"
-    done.mkdir()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    stages = ["build", "test", "method", "sanitize", "tune", "ops", "train", "whole"]
-    for stage in stages:
-        (done / stage).write_text(f"cpu {commit}\n")
-    (done / "method").write_text("cpu of another commit\n")
-    result = gpu_check(tmp_path, "--dry")
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = (tmp_path / "summary.txt").read_text().splitlines()[-len(stages) :]
-    assert [line.split()[0] for line in lines] == stages
-    assert [line.split()[0] for line in lines if not line.endswith("done before")] == ["method"]
-    assert (done / "method").read_text() == f"cpu {commit}\n"
+@pytest.fixture
+def stages_that_ran(tmp_path):
+    """Runs the script in a tree without git, where every command of a stage succeeds; returns the stages that ran."""
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    for folder in ("atp_kernels", "atp", "csrc", "benchmarks", "tests"):
+        (tree / folder).mkdir(parents=True)
+        (tree / folder / "some.py").write_text("1\n")
+    for name in ("setup.py", "pyproject.toml"):
+        (tree / name).touch()
+    script = tree / "benchmarks" / SCRIPT.name
+    shutil.copy(SCRIPT, script)
+    (out / "tables").mkdir(parents=True)
+    (out / "tables" / "cpu.json").touch()
+    environment = {**os.environ, "OUT": str(out), "PYTHON": "true"}
+
+    def run():
+        result = subprocess.run(["bash", str(script), "--dry"], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        lines = [line for line in (out / "summary.txt").read_text().splitlines() if line.split()[0] in STAGES]
+        assert [line.split()[0] for line in lines] == STAGES
+        return [line.split()[0] for line in lines if not line.endswith("done before")]
+
+    run.tree, run.done = tree, out / "done"
+    return run
+
+
+def test_an_interrupted_check_goes_on(stages_that_ran):
+    assert stages_that_ran() == STAGES
+    assert stages_that_ran() == []
+    (stages_that_ran.done / "method").unlink()
+    (stages_that_ran.done / "tune").write_text("cpu of other sources\n")
+    assert stages_that_ran() == ["method", "tune"]
+    assert stages_that_ran() == []
+
+
+@pytest.mark.parametrize("name", ["atp/some.py", "atp_kernels/some.py", "csrc/new.cu", "tests/some.py", "setup.py"])
+def test_no_stage_is_done_for_other_sources(stages_that_ran, name):
+    assert stages_that_ran() == STAGES
+    (stages_that_ran.tree / name).write_text("2\n")
+    assert stages_that_ran() == STAGES
+
+
+def test_what_a_stage_writes_is_no_source(stages_that_ran):
+    assert stages_that_ran() == STAGES
+    for name in ("atp_kernels/_C.so", "benchmarks/rows.csv", "atp/some.pyc"):
+        (stages_that_ran.tree / name).write_text("made\n")
+    assert stages_that_ran() == []

@@ -1,7 +1,9 @@
 """CSV files of results: rows are added and never lost."""
 
 import pytest
+import torch
 
+from atp_kernels.tuning import table
 from benchmarks.records import append, environment, read
 
 
@@ -39,5 +41,17 @@ def test_an_interrupted_rewrite_leaves_the_old_rows(tmp_path):
 
 def test_rows_say_where_they_are_from():
     where = environment("cpu")
-    assert {"device", "threads", "python", "torch", "triton", "commit"} == where.keys()
+    assert {"device", "threads", "python", "torch", "triton", "commit", "tables"} == where.keys()
     assert all(where.values())
+
+
+def test_rows_say_whether_a_tuned_table_is_read(tmp_path, monkeypatch):
+    cpu, key = torch.device("cpu"), table.Key("cut", "float32", 8, 4, 4, 2)
+    monkeypatch.setenv(table.ENVIRONMENT, str(tmp_path))
+    table.tables_of.cache_clear()
+    try:
+        assert environment("cpu")["tables"] == "none"
+        table.write(tmp_path / table.file_name(cpu), cpu, [table.Entry(key, "reference", None, {"reference": 1.0})])
+        assert environment("cpu")["tables"] == "1"
+    finally:
+        table.tables_of.cache_clear()
