@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from atp.families import family_of
 from atp.lora.attention import fuse_attention, unfuse_attention
+from atp.lora.stock import runs_stock_forward
 from atp.rng import seeded
 from atp.sharding.shards import is_sharded
 from atp.spaces.space import MaskSpace
@@ -221,7 +222,10 @@ class FusedRMSNorm(nn.Module):
 
 
 def fuse_layers(model: PeftModel) -> PeftModel:
-    """Fuses norms, RoPE and MLPs of decoder layers around their masked LoRA layers; returns the model."""
+    """Fuses norms, RoPE and MLPs of decoder layers around their masked LoRA layers; returns the model.
+
+    What somebody else serves, as Liger and `kernelize` do, stays as it is (`runs_stock_forward`).
+    """
     base = cast(PreTrainedModel, model.get_base_model())
     family = family_of(base.config)
     for layer in base.get_decoder().layers:
@@ -229,13 +233,15 @@ def fuse_layers(model: PeftModel) -> PeftModel:
         for linear in (module for module in layer.modules() if isinstance(module, MaskedLoraLinear)):
             linear.holds_casts = not is_sharded(base)
         linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        if not isinstance(layer.mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
+        if runs_stock_forward(layer.mlp) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(base.config):
             norm = layer.get_submodule(name)
+            if not runs_stock_forward(norm):
+                continue
             if is_sharded(base):
                 FusedRMSNorm.adopt(norm)
-            elif not isinstance(norm, FusedRMSNorm):
+            else:
                 layer.set_submodule(name, FusedRMSNorm(norm))
     return model
 

@@ -1,14 +1,20 @@
 """Kept slices and the fused MLP compute what separate masked layers compute; slices are made again only when needed."""
 
+import functools
+import types
+
 import pytest
 import torch
-from tiny_lora import masked, random_mask, tokens
+from tiny_lora import ALPHA, RANK, base_model, masked, random_mask, tokens
 from torch.testing import assert_close
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
+from atp.lora import layer as lora_layer
+from atp.lora.attention import FusedAttention
 from atp.lora.controller import MaskController
-from atp.lora.layer import FusedRMSNorm, MaskedLoraLinear, MaskedMLP
+from atp.lora.layer import FusedRMSNorm, MaskedLoraLinear, MaskedMLP, add_lora, stock_modules, unload
 from atp.removal import cut_model
+from atp.spaces.space import MaskSpace
 
 
 def loss_and_gradients(model):
@@ -156,3 +162,71 @@ def test_cut_model_keeps_the_fused_mlp():
     found, expected = loss_and_gradients(cut), loss_and_gradients(apart(cut))
     for name, value in found.items():
         assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+class LigerRMSNorm(torch.nn.Module):
+    """Has what Liger's norm has, and stands where that stands after `apply_liger_kernel_to_llama`."""
+
+    def __init__(self, hidden_size, eps=1e-6):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x):
+        return LlamaRMSNorm.forward(self, x)
+
+
+def another_forward(kind):
+    """A forward as Liger and `kernelize` bring one: defined elsewhere, even where it takes the other's name."""
+
+    @functools.wraps(kind.forward)
+    def forward(self, *args, **kwargs):
+        return kind.__dict__["stock_forward"](self, *args, **kwargs)
+
+    return forward
+
+
+def served(module, how, monkeypatch):
+    """The module, or another in its place, as somebody else serves it."""
+    kind = type(module)
+    monkeypatch.setattr(kind, "stock_forward", kind.forward, raising=False)
+    if how == "object":
+        module.forward = types.MethodType(another_forward(kind), module)
+    elif how == "class's forward":
+        monkeypatch.setattr(kind, "forward", another_forward(kind))
+    elif how == "subclass":
+        module.__class__ = type("Served", (kind,), {"__module__": "liger_kernel", "forward": another_forward(kind)})
+    else:
+        module = LigerRMSNorm(16, module.variance_epsilon)
+    return module
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("input_layernorm", "class")]
+    + [(n, h) for n in ("input_layernorm", "self_attn", "mlp") for h in ("object", "class's forward", "subclass")],
+)
+def test_what_somebody_else_serves_is_left_alone(name, how, sharded, monkeypatch):
+    """One module of one layer, or where its class is changed that of all; the others are fused. It comes back too."""
+    monkeypatch.setattr(lora_layer, "is_sharded", lambda model: sharded)
+    model = base_model()
+    first = model.model.layers[0]
+    first.set_submodule(name, served(first.get_submodule(name), how, monkeypatch))
+    module, kind, logits = first.get_submodule(name), type(first.get_submodule(name)), model(tokens()).logits
+    modules = stock_modules(model)
+    space = MaskSpace.from_config(model.config, "head_dim")
+    wrapped = add_lora(model, space, r=RANK, alpha=ALPHA, dropout=0.0)
+    layers = wrapped.get_base_model().model.layers
+    assert layers[0].get_submodule(name) is module and type(module) is kind
+    fused = {"input_layernorm": FusedRMSNorm, "self_attn": FusedAttention, "mlp": MaskedMLP}
+    everywhere = how == "class's forward"
+    for i, layer in enumerate(layers):
+        for other, block in fused.items():
+            stays = other == name and (i == 0 or everywhere)
+            assert isinstance(layer.get_submodule(other), block) is not stays
+    assert_close(wrapped(tokens()).logits, logits, rtol=1e-4, atol=1e-4)
+    if not sharded:
+        assert torch.equal(unload(wrapped, modules)(tokens()).logits, logits)
+        assert first.get_submodule(name) is module and type(module) is kind
+        assert type(layers[1].mlp) is LlamaMLP and type(layers[1].self_attn) is LlamaAttention
