@@ -20,7 +20,6 @@ from atp_kernels import (
     KeptSlice,
     Projection,
     kept_lora_linear,
-    lora_dropout,
     masked_lora_linear,
     masked_lora_swiglu,
     new_seed,
@@ -77,14 +76,15 @@ class MaskedLoraLinear(PeftLinear):
         return not (self.disable_adapters or self.merged) and self.active_adapters == [ADAPTER]
 
     @property
-    def drops(self) -> bool:
-        """Whether LoRA dropout is active. Decision steps, whose masks cover the sum, judge the whole adapter."""
-        return self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout) and not self.mask_lora
+    def dropout(self) -> float:
+        """The probability of LoRA dropout in this pass. Decision steps, whose masks cover the sum, judge all of it."""
+        module = self.lora_dropout[ADAPTER]
+        return module.p if self.training and isinstance(module, nn.Dropout) and not self.mask_lora else 0.0
 
     @property
     def fusible(self) -> bool:
-        """Whether a block may use the weights without calling the layer: no dropout, no hook that expects the input."""
-        return self.plain and not self.drops and not self._forward_pre_hooks
+        """Whether a block may use the weights without calling the layer: no hook expects the input."""
+        return self.plain and not self._forward_pre_hooks
 
     @property
     def projection(self) -> Projection:
@@ -123,13 +123,11 @@ class MaskedLoraLinear(PeftLinear):
                 raise RuntimeError("masks are set on a merged or disabled LoRA layer: clear them with set_masks first")
             return super().forward(x, *args, **kwargs)
         weight, lora_a, lora_b, scaling, bias = self.projection
-        p, seed = 0.0, None
-        if self.drops:
-            # From torch's generator, so that activation checkpointing draws the same one again.
-            p, seed = cast(nn.Dropout, self.lora_dropout[ADAPTER]).p, new_seed(x)
+        p = self.dropout
+        # From torch's generator, so that activation checkpointing draws the same one again.
+        seed = new_seed(x) if p else None
         if self.kept is not None:
-            lora_input = lora_dropout(x, p, seed) if seed is not None else None
-            return kept_lora_linear(x, self.kept, lora_a, lora_b, scaling=scaling, lora_input=lora_input)
+            return kept_lora_linear(x, self.kept, lora_a, lora_b, scaling=scaling, dropout=p, seed=seed)
         return masked_lora_linear(
             x,
             weight,
@@ -148,9 +146,9 @@ class MaskedLoraLinear(PeftLinear):
 class MaskedMLP(nn.Module):
     """Replaces a gated MLP whose three linears are `MaskedLoraLinear`: same submodules, same names.
 
-    The fused block saves less for backward than three separate linears. It computes what the original MLP does, linear
-    by linear, where one of them does not train plain LoRA, drops, or has a hook before its forward, and where
-    `atp_kernels` has no such activation (None).
+    The fused block saves less for backward than three separate linears, and draws LoRA dropout once for gate and up. It
+    computes what the original MLP does, linear by linear, where one of them does not train plain LoRA, has another
+    probability of dropout, or a hook before its forward, and where `atp_kernels` has no such activation (None).
     """
 
     gate_proj: MaskedLoraLinear
@@ -168,6 +166,8 @@ class MaskedMLP(nn.Module):
         gate, up, down = linears = self.gate_proj, self.up_proj, self.down_proj
         if self.activation is None or not all(linear.fusible for linear in linears):
             return self._apart(x)
+        if not gate.dropout == up.dropout == down.dropout:
+            return self._apart(x)
         options: dict[str, Any]
         if all(linear.kept is not None for linear in linears):
             options = {"kept": tuple(linear.kept for linear in linears)}
@@ -175,6 +175,8 @@ class MaskedMLP(nn.Module):
             options = {"mask": gate.out_mask, "mask_lora": gate.mask_lora}
         else:
             return self._apart(x)
+        if gate.dropout:
+            options |= {"dropout": gate.dropout, "seeds": (new_seed(x), new_seed(x))}
         projections = (linear.projection for linear in linears)
         return masked_lora_swiglu(x, *projections, activation=self.activation, **options)
 

@@ -13,13 +13,14 @@ from atp.lora import layer as lora_layer
 from atp.lora.attention import FusedAttention
 from atp.lora.controller import MaskController
 from atp.lora.layer import FusedRMSNorm, MaskedLoraLinear, MaskedMLP, add_lora, stock_modules, unload
+from atp.models import attention
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
 
 
 def loss_and_gradients(model):
     model.zero_grad()
-    loss = model(input_ids=tokens(), labels=tokens()).loss
+    loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
     loss.backward()
     return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -106,19 +107,85 @@ def test_soft_mask_gradient_equals_that_of_the_separate_layers():
     assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
-def test_dropout_runs_on_slices_and_draws_what_the_separate_layers_draw():
-    """All channels stay: kept first, they would lie in another order under the same draws."""
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def fused(request, monkeypatch):
+    """With and without the parts of attention that are fused on a GPU alone."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(attention, "FUSED_ON", ("cpu",))
+        monkeypatch.setenv("ATP_KERNELS_BACKEND", "reference")
+    calls = []
+    for module, name in ((lora_layer, "masked_lora_swiglu"), (attention, "masked_lora_qkv")):
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, call=call, name=name, **k: calls.append(name) or call(*a, **k))
+    yield
+    assert set(calls) == {"masked_lora_swiglu"} | ({"masked_lora_qkv"} if "GPU" in request.param else set())
+
+
+@pytest.mark.parametrize("form", [None, "hard"])
+def test_dropout_is_fused_and_drops_what_the_separate_layers_do(form, fused, monkeypatch):
+    """From one seed for all, which separate layers of one input must have.
+
+    All channels stay: kept first, they would lie in another order under the same draws.
+    """
+    for module in (lora_layer, attention):
+        monkeypatch.setattr(module, "new_seed", lambda x: 5)
     model, space = masked(dropout=0.4)
     mask = random_mask(space)
     for structure in (s for s in space.structures if s.name == "mlp"):
         mask[structure.span] = True
-    MaskController(model.train(), space).set(mask, "hard")
-    torch.manual_seed(5)
+    controller = MaskController(model.train(), space)
+    if form is not None:
+        controller.set(mask, form)
     found = loss_and_gradients(model)
-    torch.manual_seed(5)
-    expected = loss_and_gradients(apart(model))
+    monkeypatch.setattr(attention, "FUSED_ON", ())
+    expected, without = loss_and_gradients(apart(model)), loss_and_gradients(model.eval())
     for name, value in found.items():
         assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert (found["loss"] - without["loss"]).abs() > 1e-3
+
+
+def test_every_input_has_a_seed_of_its_own_that_checkpointing_draws_again(fused, monkeypatch):
+    model, space = masked(dropout=0.4)
+    MaskController(model.train(), space).set(random_mask(space), "hard")
+    seeds = []
+    for module in (lora_layer, attention):
+        draw = module.new_seed
+        monkeypatch.setattr(module, "new_seed", lambda x, draw=draw: seeds.append(draw(x)) or seeds[-1])
+    torch.manual_seed(5)
+    expected = loss_and_gradients(model)
+    drawn = sorted(map(int, seeds))
+    of_attention = 2 if attention.FUSED_ON == ("cpu",) else 4
+    assert len(set(drawn)) == len(drawn) == 2 * (of_attention + 2)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    seeds.clear()
+    torch.manual_seed(5)
+    found = loss_and_gradients(model)
+    assert sorted(map(int, seeds)) == sorted(drawn * 2)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_linears_that_drop_with_other_probabilities_stay_apart(monkeypatch):
+    """Where somebody has put one linear in eval mode."""
+    model, _ = masked(dropout=0.4)
+    layer = model.train().get_base_model().model.layers[0]
+    layer.mlp.up_proj.eval()
+    layer.self_attn.k_proj.eval()
+    monkeypatch.setattr(attention, "FUSED_ON", ("cpu",))
+    for module, name in ((lora_layer, "masked_lora_swiglu"), (attention, "masked_lora_qkv")):
+        monkeypatch.setattr(module, name, None)
+    x = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+    attention.project(layer.self_attn, x)
+    layer.mlp(x)
+
+
+def test_decision_steps_drop_nothing():
+    model, space = masked(dropout=0.4)
+    MaskController(model.train(), space).set(random_mask(space).float() * 0.7, "soft")
+    found = loss_and_gradients(model)
+    expected = loss_and_gradients(model.eval())
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_masks_that_the_block_does_not_know_take_the_separate_layers():
