@@ -28,12 +28,14 @@ def project(
     out_mask: Tensor | None = None,
     in_mask: Tensor | None = None,
     mask_lora: bool,
+    dropout: float,
+    seed: int | Tensor | None,
     backend: str,
 ) -> Tensor:
     """`masked_lora_linear` of x, or `kept_lora_linear` where there is a slice."""
     weight, lora_a, lora_b, scaling, bias = projection
     if kept is not None:
-        return kept_lora_linear(x, kept, lora_a, lora_b, scaling=scaling, backend=backend)
+        return kept_lora_linear(x, kept, lora_a, lora_b, scaling=scaling, dropout=dropout, seed=seed, backend=backend)
     return masked_lora_linear(
         x,
         weight,
@@ -44,6 +46,8 @@ def project(
         in_mask=in_mask,
         mask_lora=mask_lora,
         bias=bias,
+        dropout=dropout,
+        seed=seed,
         backend=backend,
     )
 

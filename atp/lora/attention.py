@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from atp.lora.stock import runs_stock_forward
 from atp.models.attention import fuses, project, rotate
 
 
@@ -59,9 +60,8 @@ class FusedAttention(nn.Module):
 
 def fuse_attention(attention: nn.Module) -> None:
     """Gives a stock attention the forward of `FusedAttention`, in place: same object, parameters and hooks."""
-    kind = type(attention)
-    if kind.__module__.startswith("transformers.") and not isinstance(attention, FusedAttention):
-        attention.__class__ = _fused(kind)
+    if runs_stock_forward(attention):
+        attention.__class__ = _fused(type(attention))
 
 
 def unfuse_attention(attention: nn.Module) -> None:

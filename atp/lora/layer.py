@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from atp.families import family_of
 from atp.lora.attention import fuse_attention, unfuse_attention
+from atp.lora.stock import runs_stock_forward
 from atp.rng import seeded
 from atp.sharding.shards import is_sharded
 from atp.spaces.space import MaskSpace
@@ -19,7 +20,6 @@ from atp_kernels import (
     KeptSlice,
     Projection,
     kept_lora_linear,
-    lora_dropout,
     masked_lora_linear,
     masked_lora_swiglu,
     new_seed,
@@ -76,14 +76,15 @@ class MaskedLoraLinear(PeftLinear):
         return not (self.disable_adapters or self.merged) and self.active_adapters == [ADAPTER]
 
     @property
-    def drops(self) -> bool:
-        """Whether LoRA dropout is active. Decision steps, whose masks cover the sum, judge the whole adapter."""
-        return self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout) and not self.mask_lora
+    def dropout(self) -> float:
+        """The probability of LoRA dropout in this pass. Decision steps, whose masks cover the sum, judge all of it."""
+        module = self.lora_dropout[ADAPTER]
+        return module.p if self.training and isinstance(module, nn.Dropout) and not self.mask_lora else 0.0
 
     @property
     def fusible(self) -> bool:
-        """Whether a block may use the weights without calling the layer: no dropout, no hook that expects the input."""
-        return self.plain and not self.drops and not self._forward_pre_hooks
+        """Whether a block may use the weights without calling the layer: no hook expects the input."""
+        return self.plain and not self._forward_pre_hooks
 
     @property
     def projection(self) -> Projection:
@@ -122,13 +123,11 @@ class MaskedLoraLinear(PeftLinear):
                 raise RuntimeError("masks are set on a merged or disabled LoRA layer: clear them with set_masks first")
             return super().forward(x, *args, **kwargs)
         weight, lora_a, lora_b, scaling, bias = self.projection
-        p, seed = 0.0, None
-        if self.drops:
-            # From torch's generator, so that activation checkpointing draws the same one again.
-            p, seed = cast(nn.Dropout, self.lora_dropout[ADAPTER]).p, new_seed(x)
+        p = self.dropout
+        # From torch's generator, so that activation checkpointing draws the same one again.
+        seed = new_seed(x) if p else None
         if self.kept is not None:
-            lora_input = lora_dropout(x, p, seed) if seed is not None else None
-            return kept_lora_linear(x, self.kept, lora_a, lora_b, scaling=scaling, lora_input=lora_input)
+            return kept_lora_linear(x, self.kept, lora_a, lora_b, scaling=scaling, dropout=p, seed=seed)
         return masked_lora_linear(
             x,
             weight,
@@ -147,9 +146,9 @@ class MaskedLoraLinear(PeftLinear):
 class MaskedMLP(nn.Module):
     """Replaces a gated MLP whose three linears are `MaskedLoraLinear`: same submodules, same names.
 
-    The fused block saves less for backward than three separate linears. It computes what the original MLP does, linear
-    by linear, where one of them does not train plain LoRA, drops, or has a hook before its forward, and where
-    `atp_kernels` has no such activation (None).
+    The fused block saves less for backward than three separate linears, and draws LoRA dropout once for gate and up. It
+    computes what the original MLP does, linear by linear, where one of them does not train plain LoRA, has another
+    probability of dropout, or a hook before its forward, and where `atp_kernels` has no such activation (None).
     """
 
     gate_proj: MaskedLoraLinear
@@ -167,6 +166,8 @@ class MaskedMLP(nn.Module):
         gate, up, down = linears = self.gate_proj, self.up_proj, self.down_proj
         if self.activation is None or not all(linear.fusible for linear in linears):
             return self._apart(x)
+        if not gate.dropout == up.dropout == down.dropout:
+            return self._apart(x)
         options: dict[str, Any]
         if all(linear.kept is not None for linear in linears):
             options = {"kept": tuple(linear.kept for linear in linears)}
@@ -174,6 +175,8 @@ class MaskedMLP(nn.Module):
             options = {"mask": gate.out_mask, "mask_lora": gate.mask_lora}
         else:
             return self._apart(x)
+        if gate.dropout:
+            options |= {"dropout": gate.dropout, "seeds": (new_seed(x), new_seed(x))}
         projections = (linear.projection for linear in linears)
         return masked_lora_swiglu(x, *projections, activation=self.activation, **options)
 
@@ -221,7 +224,10 @@ class FusedRMSNorm(nn.Module):
 
 
 def fuse_layers(model: PeftModel) -> PeftModel:
-    """Fuses norms, RoPE and MLPs of decoder layers around their masked LoRA layers; returns the model."""
+    """Fuses norms, RoPE and MLPs of decoder layers around their masked LoRA layers; returns the model.
+
+    What somebody else serves, as Liger and `kernelize` do, stays as it is (`runs_stock_forward`).
+    """
     base = cast(PreTrainedModel, model.get_base_model())
     family = family_of(base.config)
     for layer in base.get_decoder().layers:
@@ -229,13 +235,15 @@ def fuse_layers(model: PeftModel) -> PeftModel:
         for linear in (module for module in layer.modules() if isinstance(module, MaskedLoraLinear)):
             linear.holds_casts = not is_sharded(base)
         linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        if not isinstance(layer.mlp, MaskedMLP) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
+        if runs_stock_forward(layer.mlp) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(base.config):
             norm = layer.get_submodule(name)
+            if not runs_stock_forward(norm):
+                continue
             if is_sharded(base):
                 FusedRMSNorm.adopt(norm)
-            elif not isinstance(norm, FusedRMSNorm):
+            else:
                 layer.set_submodule(name, FusedRMSNorm(norm))
     return model
 

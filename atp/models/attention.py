@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from atp.families import Windows
 from atp.models.short_attention import short_attention, suits
-from atp_kernels import masked_lora_qkv, rotary_embedding
+from atp_kernels import masked_lora_qkv, new_seed, rotary_embedding
 
 NAME = "atp_sdpa"
 FUSED_ON = ("cuda",)
@@ -74,17 +74,20 @@ def fuses(states: Tensor) -> bool:
 def project(attention: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of states [batch, tokens, inputs], each [batch, tokens, outputs].
 
-    Where all three linears are masked LoRA layers that a block may take apart, under slices or no mask at all, they are
-    one call, in which they share the products that the adapters make with the states.
+    Where all three linears are masked LoRA layers that a block may take apart, under slices or no mask at all and with
+    one probability of dropout, they are one call, in which they share the products that the adapters make with the
+    states, and the draw of what these drop.
     """
     q, k, v = linears = attention.q_proj, attention.k_proj, attention.v_proj
-    if fuses(states) and all(getattr(linear, "fusible", False) for linear in linears):
+    fusible = fuses(states) and all(getattr(linear, "fusible", False) for linear in linears)
+    if fusible and q.dropout == k.dropout == v.dropout:
         slices = tuple(linear.kept for linear in linears)
         masks = [mask for linear in linears for mask in (linear.out_mask, linear.in_mask)]
-        if all(slice_ is not None for slice_ in slices):
-            return masked_lora_qkv(states, q.projection, k.projection, v.projection, kept=slices)
-        if all(part is None for part in (*slices, *masks)):
-            return masked_lora_qkv(states, q.projection, k.projection, v.projection)
+        kept = slices if all(slice_ is not None for slice_ in slices) else None
+        if kept is not None or all(part is None for part in (*slices, *masks)):
+            p = q.dropout
+            drawn = {"dropout": p, "seed": new_seed(states) if p else None}
+            return masked_lora_qkv(states, q.projection, k.projection, v.projection, kept=kept, **drawn)
     return q(states), k(states), v(states)
 
 

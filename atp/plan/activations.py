@@ -26,7 +26,7 @@ class Pass:
     """What decides how much a pass keeps.
 
     product, residual: bytes per number of what linears and attention compute, and of the residual stream. rank: of
-    LoRA. masked: whether hard masks are on; watched: whether a soft one is. dropout: whether LoRA dropout is on.
+    LoRA. watched: whether a soft mask is on; hard ones keep nothing, and neither does dropout, which is drawn again.
     apart: whether attention has a mask of its own; expanded: whether keys and values then become as many as queries.
     short: tokens of a row whose probabilities attention keeps, 0 where it keeps none. rows: samples of a batch, which
     share RoPE's angles.
@@ -35,9 +35,7 @@ class Pass:
     product: int
     residual: int
     rank: int
-    masked: bool = False
     watched: bool = False
-    dropout: bool = False
     apart: bool = False
     expanded: bool = False
     short: int = 0
@@ -52,10 +50,6 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     numbers = reads + _attention(widths, how, shapes) + 2 * inner + how.rank * len(linears)
     if how.watched:
         numbers += _sums(shapes, widths, parts_of_mlp=4)
-    if how.dropout:
-        numbers += 2 * inner  # no fused MLP: its activation and the input of down_proj are kept too
-        if how.masked:  # each linear then keeps its own input with dropout applied
-            numbers += sum(linear.in_features for linear in linears.values()) - reads - inner
     stream = 2 * hidden
     for ends in ("self_attn.o_proj", "mlp.down_proj"):
         if linears[ends].out_features != hidden:  # what is added to a part of the stream

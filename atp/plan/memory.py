@@ -66,7 +66,7 @@ class _Memory:
         self._widest = 0.0 if job.config.decisions.uniform else _WIDEST
         self.readers = {(s.layer, s.reader) for s in job.shapes.space.structures if s.reader is not None}
         self.how = Pass(
-            self.product, self.weight, self.rank, dropout=job.config.lora.dropout > 0, apart=apart,
+            self.product, self.weight, self.rank, apart=apart,
             expanded=apart and job.device not in GROUPED_ON, rows=self.training.batch_size,
             short=self.length if self.on_host and self.product == 2 and self.length <= LONGEST else 0,
         )  # fmt: skip
@@ -231,7 +231,7 @@ class _Memory:
         held |= self._slices(slices, refitted) if slices else self._casts(layers)
         gradients = adapter_params(layers, self.rank) * _FLOAT
         step: Parts = {"gradients": gradients, "exchanged": gradients if job.count > 1 else 0}
-        how = replace(self.how, masked=slices > 0, watched=watched)
+        how = replace(self.how, watched=watched)
         in_pass = self._pass(
             lambda widths: kept_by_training(self.shapes, widths, how), layers, self.batch, taught and job.teaches
         )
@@ -279,7 +279,7 @@ class _Memory:
         Under autocast each linear then keeps a narrow weight with the adapter merged in, unless checkpointing makes it
         anew or offloading moves it.
         """
-        whole, how = self.shapes.whole, replace(self.how, rows=windows, dropout=False)
+        whole, how = self.shapes.whole, replace(self.how, rows=windows)
         stays = not (self.training.gradient_checkpointing or self.training.offload)
         merged = self._floats(whole) * self.product if stays and self.product < self.weight else 0
         return {"merged": merged} | self._pass(

@@ -1,5 +1,7 @@
 """torch.library registration and eager Function of the adapter's dropout."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,27 @@ OPERATION = register(
         order={"cpu": Order(("native", "reference")), "cuda": Order(("triton", "reference"))},
     )
 )
+
+
+class Drop(NamedTuple):
+    """Makes what an adapter reads of a matrix, and its gradient on the way back: the same elements in each call."""
+
+    dropout: Dropout
+    backend: str
+
+    @property
+    def seed(self) -> int | Tensor:
+        """As in `Dropout`."""
+        return self.dropout.seed
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return _dropped(values, self.dropout, self.backend)
+
+
+def drop_of(p: float, seed: int | Tensor | None, backend: str) -> Drop | None:
+    """`dropout_of` with the backend that is to draw; None where nothing is dropped."""
+    dropout = dropout_of(p, seed)
+    return None if dropout is None else Drop(dropout, backend)
 
 
 def dropped(x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:
@@ -35,7 +58,7 @@ def unread(seed: int | Tensor) -> int | Tensor:
     return seed if isinstance(seed, Tensor) and seed.device.type != "cpu" else int(seed)
 
 
-def held(dropout: Dropout | None) -> Tensor | None:
+def held(dropout: Dropout | Drop | None) -> Tensor | None:
     """A seed on the device, which autograd holds until backward draws again, to raise if it was written to."""
     return dropout.seed if dropout is not None and isinstance(dropout.seed, Tensor) else None
 

@@ -3,6 +3,7 @@
 SLICES = "atp_kernels/kept/slices.py"
 SIDES = "atp_kernels/kept/sides.py"
 ATEN = "atp_kernels/kept/aten.py"
+OP = "atp_kernels/kept/op.py"
 FORMS = "atp_kernels/kept/forms.py"
 
 KEPT_NO_WORSE_THAN = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
@@ -14,6 +15,7 @@ KEPT_CHUNKS_MEMORY = "tests/atp_kernels/test_kept_chunks.py -k 'not memory_is'"
 KEPT_CHUNKS_MEMORY_2 = "tests/atp_kernels/test_kept_chunks.py -k memory_is"
 TUNED_BLOCKS = "tests/atp_kernels/test_tuned_blocks.py"
 KEPT_FORMS = "tests/atp_kernels/test_kept_forms.py -k 'not no_worse'"
+BLOCKS_DROPOUT = "tests/atp_kernels/test_blocks_dropout.py -k 'kept and linear'"
 KEPT_FIRST_UNINITIALISED = "tests/atp_kernels/test_kept_first.py -k uninitialised"
 
 TABLE = {
@@ -115,6 +117,14 @@ TABLE = {
         ("if not _on_cpu(d_b):", "if True:"),
         ("room = min(max(spare, _FEW_ROWS * width), n * width)", "room = n * width"),
         ("rows = max(_FEW_ROWS, min(spare, _BLOCK_ELEMENTS) // width)", "rows = len(result)"),
+    ),
+    (OP, BLOCKS_DROPOUT): (
+        ("adapter = given if drop is None else drop(rows)", "adapter = given"),
+        ("read = rows if given is None else given", "read = rows if adapter is None else adapter"),
+        ("read = None if read is None else drop(read)", "pass"),
+        ("d_x.add_(drop(d_adapter)), None", "d_x.add_(d_adapter), None"),
+        ("s if need_b else None, held(drop))", "s if need_b else None, None)"),
+        ("lora_input = dropped(x, dropout, seed, backend)", "pass"),
     ),
     (ATEN, KEPT_FIRST_UNINITIALISED): (("tail.zero_()", "pass"),),
 }

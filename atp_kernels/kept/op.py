@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.call import Operation, Order, matrix, refuse_twice, register, select
+from atp_kernels.dropout.op import drop_of, dropped, held
 from atp_kernels.kept import forms
 from atp_kernels.kept.operands import Needs, Operands, Saved
 from atp_kernels.kept.sides import Side
@@ -35,11 +36,16 @@ def kept_linear(
     scaling: float,
     backend: str,
     module: Any = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """LoRA linear on a kept slice, checked and cast. module: the backend, where a tuned table says it."""
     if not torch.compiler.is_compiling():
         module = module or select("kept_lora_linear", x.device, x.dtype, backend).module
-        return KeptLoraLinear.apply(x, lora_a, lora_b, lora_input, kept, module, scaling)
+        drop = drop_of(dropout, seed, backend)
+        return KeptLoraLinear.apply(x, lora_a, lora_b, lora_input, kept, module, scaling, drop)
+    if dropout and seed is not None:  # a compiler decides what is saved
+        lora_input = dropped(x, dropout, seed, backend)
     rows = matrix(x)
     adapter = None if lora_input is None else matrix(lora_input)
     slices = kept.weight(x.dtype), kept.bias(x.dtype)
@@ -146,27 +152,37 @@ kept_lora_linear_backward_op.register_autograd(refuse_twice)
 
 
 class KeptLoraLinear(torch.autograd.Function):
-    """Eager LoRA linear on a kept slice, which is not saved but kept by reference."""
+    """Eager LoRA linear on a kept slice, which is not saved but kept by reference. drop: makes lora_input, or None."""
 
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, lora_input, kept, module, scaling):
+    def forward(ctx, x, lora_a, lora_b, lora_input, kept, module, scaling, drop):
         _, need_a, need_b, _ = ctx.needs_input_grad[:4]
-        ctx.kept, ctx.module, ctx.scaling = kept, module, scaling
+        ctx.kept, ctx.module, ctx.scaling, ctx.drop = kept, module, scaling, drop
         ctx.shape, ctx.shared_input = x.shape, lora_input is None
         rows = matrix(x)
-        adapter = None if lora_input is None else matrix(lora_input)
+        given = None if lora_input is None else matrix(lora_input)
+        adapter = given if drop is None else drop(rows)
         slices = kept.weight(x.dtype), kept.bias(x.dtype)
         y, s = module.forward(Operands(rows, *slices, lora_a, lora_b, adapter, *kept.sides, scaling))
-        adapter = rows if adapter is None else adapter
-        ctx.save_for_backward(lora_a, lora_b, adapter if need_a else None, s if need_b else None)
+        read = rows if given is None else given
+        ctx.save_for_backward(lora_a, lora_b, read if need_a else None, s if need_b else None, held(drop))
         return y.view(*x.shape[:-1], kept.out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        grad_y = matrix(grad_y)
-        saved = Saved(ctx.kept.weight(grad_y.dtype), *ctx.saved_tensors, *ctx.kept.sides, ctx.scaling)
+        grad_y, drop = matrix(grad_y), ctx.drop
+        lora_a, lora_b, read, s, _ = ctx.saved_tensors
         needs = Needs._make((*ctx.needs_input_grad[:4], ctx.shared_input))
-        d_x, d_a, d_b, d_adapter = ctx.module.backward(grad_y, saved, needs)
+        if drop is not None:
+            read = None if read is None else drop(read)
+            needs = needs._replace(lora_input=needs.x, shared_input=False)
+        weight = ctx.kept.weight(grad_y.dtype)
+        d_x, d_a, d_b, d_adapter = ctx.module.backward(
+            grad_y, Saved(weight, lora_a, lora_b, read, s, *ctx.kept.sides, ctx.scaling), needs
+        )
+        if drop is not None and needs.x:
+            del read  # there is room for one of x's size again
+            d_x, d_adapter = d_x.add_(drop(d_adapter)), None
         d_x, d_adapter = (grad if grad is None else grad.view(ctx.shape) for grad in (d_x, d_adapter))
-        return d_x, d_a, d_b, d_adapter, None, None, None
+        return d_x, d_a, d_b, d_adapter, None, None, None, None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atp_kernels.call import autocast_dtype, matrix, select
+from atp_kernels.dropout.op import Drop, drop_of, held
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.aten import ATEN, in_order, ordered, product
 from atp_kernels.kept.forms import taken
@@ -34,9 +35,12 @@ class Linear(NamedTuple):
     outs: Side | None = None
 
 
-def forward(x: Tensor, linears: Sequence[Linear], scaling: float) -> tuple[list[Tensor], list[Tensor]]:
-    """(y [M, out] of each, its S [M, r]) for x [M, in]."""
-    s = scaled_mm(x, torch.cat([linear.lora_a for linear in linears]).t(), scaling)
+def forward(
+    x: Tensor, linears: Sequence[Linear], scaling: float, adapter_input: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(y [M, out] of each, its S [M, r]) for x [M, in]; adapter_input: what the adapters read, None for x."""
+    read = x if adapter_input is None else adapter_input
+    s = scaled_mm(read, torch.cat([linear.lora_a for linear in linears]).t(), scaling)
     parts = s.split([len(linear.lora_a) for linear in linears], 1)
     results = []
     for linear, part in zip(linears, parts, strict=True):
@@ -55,8 +59,12 @@ def backward(
     need_x: bool,
     need_a: Sequence[bool],
     need_b: Sequence[bool],
+    drop: Drop | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """(dx, dA of each, dB of each), None where not needed; parts: the S of those that need dB."""
+    """(dx, dA of each, dB of each), None where not needed; parts: the S of those that need dB.
+
+    drop: what made the adapters' input from x. It makes that again, and the adapters' part of dx from one gradient.
+    """
     ranks = [len(linear.lora_a) for linear in linears]
     d_x, d_b = None, []
     up = grads[0].new_empty(len(grads[0]), sum(ranks))
@@ -66,13 +74,14 @@ def backward(
     if need_x:
         # The adapters' part first, to which the bases' products add theirs.
         d_x = torch.mm(up, torch.cat([linear.lora_a for linear in linears]))
+        d_x = d_x if drop is None else drop(d_x)
         for grad, linear in zip(grads, linears, strict=True):
             d_x.addmm_(_kept(grad, linear), linear.weight)
     for grad, linear, part, need in zip(grads, linears, parts, need_b, strict=True):
         d_b.append(in_order(grad.t() @ part, linear.outs) if need and part is not None else None)
     d_a: list[Tensor | None] = [None] * len(linears)
     if any(need_a) and x is not None:
-        each = (up.t() @ x).split(ranks)
+        each = (up.t() @ (x if drop is None else drop(x))).split(ranks)
         d_a = [part if need else None for part, need in zip(each, need_a, strict=True)]
     return d_x, d_a, d_b
 
@@ -93,11 +102,14 @@ def shared_linears(
     given: Sequence[tuple[Tensor, Tensor, Tensor, float, Tensor | None]],
     kept: Sequence[KeptSlice] | None,
     backend: str,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, ...] | None:
     """y of each (weight, lora_a, lora_b, scaling, bias) or slice without masks beside it, None where not worth it.
 
     It is where the vendor's products are the backend and bases are frozen, and scalings equal. A tuned table that knows
-    a faster way for one of them takes them apart. Raises what the linears do.
+    a faster way for one of them takes them apart. dropout, seed: of what all adapters read, checked. Raises what the
+    linears do.
     """
     if torch.compiler.is_compiling() or not may_share([linear[3] for linear in given], kept):
         return None
@@ -120,11 +132,12 @@ def shared_linears(
             return None
         for weight, lora_a, lora_b, _, bias in given:
             operands = prepare(Operands(x, weight, lora_a, lora_b, bias), backend=backend)
-            way = ways.way_of(operands, len(lora_a), False) if backend == "auto" else None
+            way = ways.way_of(operands, len(lora_a), False) if backend == "auto" and not dropout else None
             if trains(operands) or (way is not None and way.name != "reference"):
                 return None
             tensors += (operands.weight, operands.bias, operands.lora_a, operands.lora_b)
-    results: tuple[Tensor, ...] = SharedLinears.apply(kept, float(given[0][3]), x, *tensors)
+    drop = drop_of(dropout, seed, backend)
+    results: tuple[Tensor, ...] = SharedLinears.apply(kept, float(given[0][3]), drop, x, *tensors)
     return results
 
 
@@ -140,32 +153,33 @@ def trains(operands: Operands) -> bool:
 
 
 class SharedLinears(torch.autograd.Function):
-    """(slices or None, scaling, x, then weight, bias, lora_a, lora_b of each linear) -> y of each.
+    """(slices or None, scaling, drop or None, x, then weight, bias, lora_a, lora_b of each linear) -> y of each.
 
     Weights and biases are frozen; those of a slice stand in for the given ones. x and the S are all that is saved.
     """
 
     @staticmethod
-    def forward(ctx, kept, scaling, x, *tensors):
+    def forward(ctx, kept, scaling, drop, x, *tensors):
         rows = matrix(x)
         linears = _linears(kept, rows.dtype, tensors)
-        results, parts = forward(rows, linears, scaling)
-        needs = ctx.needs_input_grad[3:]
-        ctx.kept, ctx.scaling, ctx.shape, ctx.dtype = kept, scaling, x.shape, rows.dtype
+        results, parts = forward(rows, linears, scaling, None if drop is None else drop(rows))
+        needs = ctx.needs_input_grad[4:]
+        ctx.drop, ctx.kept, ctx.scaling, ctx.shape, ctx.dtype = drop, kept, scaling, x.shape, rows.dtype
         saved = [part if need else None for part, need in zip(parts, needs[3::4], strict=True)]
-        ctx.save_for_backward(rows if any(needs[2::4]) else None, *saved, *tensors)
+        ctx.save_for_backward(held(drop), rows if any(needs[2::4]) else None, *saved, *tensors)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        x, *rest = ctx.saved_tensors
-        count, (_, _, need_x, *needs) = len(grads), ctx.needs_input_grad
+        _, x, *rest = ctx.saved_tensors
+        count, (_, _, _, need_x, *needs) = len(grads), ctx.needs_input_grad
         linears = _linears(ctx.kept, ctx.dtype, rest[count:])
         rows = [matrix(grad) for grad in grads]
-        d_x, d_a, d_b = backward(rows, x, rest[:count], linears, ctx.scaling, need_x, needs[2::4], needs[3::4])
+        wanted = need_x, needs[2::4], needs[3::4]
+        d_x, d_a, d_b = backward(rows, x, rest[:count], linears, ctx.scaling, *wanted, ctx.drop)
         each = [part for a, b in zip(d_a, d_b, strict=True) for part in (None, None, a, b)]
-        return None, None, None if d_x is None else d_x.view(ctx.shape), *each
+        return None, None, None, None if d_x is None else d_x.view(ctx.shape), *each
 
 
 def _linears(kept: Sequence[KeptSlice] | None, dtype: torch.dtype, tensors: Sequence[Any]) -> list[Linear]:

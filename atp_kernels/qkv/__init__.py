@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from atp_kernels.call import Operation, register
+from atp_kernels.checks import check_dropout
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear.op import BACKENDS, ORDER
 from atp_kernels.linear.shared import shared_linears
@@ -20,25 +21,31 @@ def masked_lora_qkv(
     masks: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     mask_lora: bool = False,
     kept: tuple[KeptSlice, KeptSlice, KeptSlice] | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three projections of attention, each a masked LoRA linear of x.
 
     x [..., in]; weights [out_q, in], [out_k, in], [out_v, in]; factors and dtypes as in `masked_lora_linear`. masks
     [out_q], [out_k], [out_v]: bool or floating, on the outputs, as `mask_lora` says there. kept: the slices of q, k and
-    v instead of masks; their weights and biases are those that count. Returns q [..., out_q], k [..., out_k] and
+    v instead of masks; their weights and biases are those that count. `dropout` and `seed` as in `masked_lora_linear`,
+    once for what the three adapters read; PEFT draws for each linear, and each of them sees the same distribution here.
+    Returns q [..., out_q], k [..., out_k] and
     v [..., out_v]. Differentiable once in every floating input that requires it. Errors as in `masked_lora_linear` and
     `kept_lora_linear`. Source: arXiv 2412.14426, section 3.
     """
     check_kept(kept, masks, mask_lora)
+    if dropout != 0:
+        check_dropout(x, dropout, seed, None)
     if all(mask is None for mask in masks):
-        together = shared_linears(x, (q, k, v), kept, backend)
+        together = shared_linears(x, (q, k, v), kept, backend, float(dropout), seed)
         if together is not None:
             q_out, k_out, v_out = together
             return q_out, k_out, v_out
     slices = kept or (None, None, None)
     q_out, k_out, v_out = (
-        project(x, linear, slice_, out_mask=mask, mask_lora=mask_lora, backend=backend)
+        project(x, linear, slice_, out_mask=mask, mask_lora=mask_lora, dropout=dropout, seed=seed, backend=backend)
         for linear, slice_, mask in zip((q, k, v), slices, masks, strict=True)
     )
     return q_out, k_out, v_out

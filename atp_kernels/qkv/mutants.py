@@ -3,6 +3,7 @@
 PROJECTION = "atp_kernels/projection.py"
 SHARED = "atp_kernels/linear/shared.py"
 
+BLOCKS_DROPOUT = "tests/atp_kernels/test_blocks_dropout.py -k qkv"
 BLOCKS_QKV_NO_WORSE = "tests/atp_kernels/test_blocks.py -k qkv_is_no_worse_than_unfused"
 
 TABLE = {
@@ -23,5 +24,16 @@ TABLE = {
         ("len(set(map(float, scalings))) == 1 and", "True and"),
         ("all(slice_.sides[1] is None for slice_ in kept or ())", "True"),
         ("if trains(operands) or", "if"),
+    ),
+    (SHARED, BLOCKS_DROPOUT): (
+        ("scaling, None if drop is None else drop(rows))", "scaling)"),
+        ("d_x = d_x if drop is None else drop(d_x)", "pass"),
+        ("(x if drop is None else drop(x))", "x"),
+        ("ctx.save_for_backward(held(drop), rows", "ctx.save_for_backward(None, rows"),
+        ("drop = drop_of(dropout, seed, backend)", "drop = None"),
+    ),
+    (PROJECTION, BLOCKS_DROPOUT): (
+        ("scaling=scaling, dropout=dropout, seed=seed, backend", "scaling=scaling, backend"),
+        ("        dropout=dropout,\n", "        dropout=0.0,\n"),
     ),
 }

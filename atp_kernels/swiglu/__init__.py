@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from atp_kernels.checks import check_dropout
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.projection import Projection, check_kept, project
 from atp_kernels.swiglu import op
@@ -19,6 +20,8 @@ def masked_lora_swiglu(
     mask: Tensor | None = None,
     mask_lora: bool = False,
     kept: tuple[KeptSlice, KeptSlice, KeptSlice] | None = None,
+    dropout: float = 0.0,
+    seeds: tuple[int | Tensor, int | Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """down(act(gate(x)) * up(x)), each a masked LoRA linear, with the product recomputed in backward.
@@ -27,8 +30,10 @@ def masked_lora_swiglu(
     `masked_lora_linear`. activation: "silu" or "gelu_tanh". mask [channels], bool or floating: with `mask_lora` on the
     sums of gate and up (decision step), without it on the base paths of all three, at the input of down (LoRA step).
     kept: the slices of gate, up and down instead of a mask, sharing one `KeptFirst` or one bool mask; their weights and
-    biases are those that count. Returns [..., hidden'] in the dtype of x. Differentiable once in every floating input
-    that requires it. Errors as in `masked_lora_linear` and `kept_lora_linear`.
+    biases are those that count. dropout: of what the adapters read, as in `masked_lora_linear`, once for gate and up by
+    the first of the `seeds` and for down by the second, over the channels as they lie; PEFT draws for each linear, and
+    each of them sees the same distribution here. Returns [..., hidden'] in the dtype of x. Differentiable once in every
+    floating input that requires it. Errors as in `masked_lora_linear` and `kept_lora_linear`.
     Source: arXiv 2412.14426, section 3; Shazeer 2020, "GLU variants improve transformer".
     """
     if activation not in ACTIVATIONS:
@@ -38,14 +43,18 @@ def masked_lora_swiglu(
     check_kept(kept, (mask,), mask_lora)
     if kept is not None and not (kept[0].out_mask is kept[1].out_mask is kept[2].in_mask):
         raise ValueError("the slices of gate and up and the input of down must share one mask or KeptFirst object.")
+    drawn = seeds or (None, None)
+    if dropout != 0:
+        for seed in drawn:
+            check_dropout(x, dropout, seed, None)
     call = _composed if torch.compiler.is_compiling() else op.swiglu
-    return call(x, (gate, up, down), kept, activation, mask, mask_lora, backend)
+    return call(x, (gate, up, down), kept, activation, mask, mask_lora, float(dropout), drawn, backend)
 
 
-def _composed(x, linears, kept, activation, mask, mask_lora, backend) -> Tensor:
+def _composed(x, linears, kept, activation, mask, mask_lora, dropout, seeds, backend) -> Tensor:
     """For a compiler, which decides what is saved, and fuses what lies between the linears."""
     gate, up, down = zip(linears, kept or (None, None, None), strict=True)
-    common = {"mask_lora": mask_lora, "backend": backend}
-    g, u = (project(x, *producer, out_mask=mask, **common) for producer in (gate, up))
+    common = {"mask_lora": mask_lora, "dropout": dropout, "backend": backend}
+    g, u = (project(x, *producer, out_mask=mask, seed=seeds[0], **common) for producer in (gate, up))
     h = ACTIVATIONS[activation][0](g) * u
-    return project(h, *down, in_mask=None if mask_lora else mask, **common)
+    return project(h, *down, in_mask=None if mask_lora else mask, seed=seeds[1], **common)

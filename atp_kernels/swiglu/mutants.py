@@ -9,6 +9,7 @@ OP = "atp_kernels/swiglu/op.py"
 BLOCKS_SWIGLU_NO_WORSE = "tests/atp_kernels/test_blocks.py -k swiglu_is_no_worse_than_unfused"
 NATIVE_ACTIVATIONS_ANY_SHAPE = "tests/atp_kernels/test_native_activations.py -k 'any_shape or columns'"
 BLOCKS_SWIGLU_ON_KEPT = "tests/atp_kernels/test_blocks.py -k swiglu_on_kept_slices_is_no_worse"
+BLOCKS_DROPOUT = "tests/atp_kernels/test_blocks_dropout.py -k 'swiglu or adapter'"
 MERGED_WEIGHT_BITS = "tests/atp_kernels/test_merged_weight.py -k 'not bits'"
 
 GATED = "tests/atp_kernels/test_gated_triton.py -k 'no_worse or every_row'"
@@ -23,8 +24,8 @@ TABLE = {
     (DEFINITION, BLOCKS_SWIGLU_NO_WORSE): (
         ("in_mask = None if mask_lora else mask", "in_mask = None"),
         ("act(g) * u, weight", "act(g), weight"),
-        ("scaling=scaling, in_mask=in_mask, bias=bias)", "scaling=scaling, in_mask=in_mask)"),
-        ("scaling=scaling, in_mask=in_mask, bias=bias)", "scaling=1.0, in_mask=in_mask, bias=bias)"),
+        ("scaling=scaling, in_mask=in_mask, bias=bias, ", "scaling=scaling, in_mask=in_mask, "),
+        ("scaling=scaling, in_mask=in_mask, bias=bias, ", "scaling=1.0, in_mask=in_mask, bias=bias, "),
         ("out_mask=mask, mask_lora=mask_lora", "mask_lora=mask_lora"),
         ("out_mask=mask, mask_lora=mask_lora", "out_mask=mask"),
     ),
@@ -108,12 +109,25 @@ TABLE = {
     ),
     (OP, BLOCKS_SWIGLU_ON_KEPT): (
         ("slices = self.kept.weight(x.dtype), self.kept.bias(x.dtype)", "slices = self.kept.weight(x.dtype), None"),
-        ("None, *self.kept.sides, self.scaling)", "None, *self.kept.sides, 1.0)"),
+        ("adapter_input, *self.kept.sides, self.scaling)", "adapter_input, *self.kept.sides, 1.0)"),
         ("x, s, *self.kept.sides, self.scaling)", "x, s, *self.kept.sides, 1.0)"),
-        ("Needs(needs[0], needs[2], needs[3], False)", "Needs(needs[0], needs[2], needs[3], False, False)"),
+        ("needs[3], apart and needs[0], not apart)", "needs[3], apart and needs[0], False)"),
     ),
     (OP, MERGED_WEIGHT_BITS): (
-        ("merge=float(p.scaling) if alike else None,", "merge=1.0 if alike else None,"),
-        ("merge=float(p.scaling) if alike else None,", "merge=float(p.scaling),"),
+        ("merge=float(p.scaling) if alike and not dropout", "merge=1.0 if alike and not dropout"),
+        ("merge=float(p.scaling) if alike and not dropout else None,", "merge=float(p.scaling),"),
+    ),
+    (OP, BLOCKS_DROPOUT): (
+        ("if alike and not dropout else None,", "if alike else None,"),
+        ("seeds[1], backend)", "seeds[0], backend)"),
+        ("None if drop_h is None else drop_h(h))", "None)"),
+        ("dropped = drop_h(h) if drop_h is not None and needs[-3] else None", "dropped = h"),
+        ("d_h.add_(drop_h(d_dropped))", "d_h.add_(d_dropped)"),
+        ("alone, *options, drop_x)", "alone, *options)"),
+        ("dropped = drop_x(x) if producers", "dropped = x if producers"),
+        ("_sum(d_dropped, found[7])", "found[7]"),
+        ("d_x.add_(drop_x(d_dropped))", "d_x.add_(d_dropped)"),
+        ("seeds = held(drop_x), held(drop_h)", "seeds = None, held(drop_h)"),
+        ("seeds = held(drop_x), held(drop_h)", "seeds = held(drop_x), None"),
     ),
 }

@@ -51,13 +51,15 @@ TABLE = {
     (SHARED, TUNED_BLOCKS): (
         ('(way is not None and way.name != "reference")', "way is not None"),
         ('(way is not None and way.name != "reference")', "False"),
+        (' == "auto" and not dropout else None', ' == "auto" else None'),
         ("module not in (None, choice.module)", "module is not None"),
         ("module not in (None, choice.module)", "False"),
     ),
     (SWIGLU, TUNED_BLOCKS): (
         ("choice.module if module is None else module for module in tuned", "choice.module for module in tuned"),
         (" and backends[0] is backends[1] is choice.module", ""),
-        ('if backend == "auto" else None', ""),
+        ('if backend == "auto" and not dropout else None', ""),
+        ('if backend == "auto" and not dropout else None', 'if backend == "auto" else None'),
     ),
     (TABLES, TUNED_BLOCKS): (
         ("return kept <= _ROWS * entry.key.kept and entry.key.kept <= _ROWS * kept", "return True"),

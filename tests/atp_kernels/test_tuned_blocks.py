@@ -153,6 +153,15 @@ def test_an_mlp_stays_one_block_where_the_table_folds(tuned, calls):
     assert y.grad_fn.name() == "SwigluBackward" and calls == [("linear.native", None)] * 3
 
 
+@interpreted
+def test_linears_that_drop_ask_no_table(tuned, vendor):
+    tuned(("cut", "triton", None, INNER, HIDDEN), ("cut", "folded", None, 32, HIDDEN))
+    y, *_ = masked_lora_qkv(torch.ones(M, HIDDEN), *projections(*[(32, HIDDEN)] * 3), dropout=0.5, seed=1)
+    assert y.grad_fn.name() == "SharedLinearsBackward"
+    y, *_ = mlp(dropout=0.5, seeds=(1, 2))
+    assert y.grad_fn.spec.shared and not mlp()[0].grad_fn.spec.shared
+
+
 @built
 @interpreted
 def test_an_mlp_with_a_mask_takes_the_tile_of_search(tuned, calls):

@@ -1,19 +1,26 @@
 """Kept slices and the fused MLP compute what separate masked layers compute; slices are made again only when needed."""
 
+import functools
+import types
+
 import pytest
 import torch
-from tiny_lora import masked, random_mask, tokens
+from tiny_lora import ALPHA, RANK, base_model, masked, random_mask, tokens
 from torch.testing import assert_close
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
+from atp.lora import layer as lora_layer
+from atp.lora.attention import FusedAttention
 from atp.lora.controller import MaskController
-from atp.lora.layer import FusedRMSNorm, MaskedLoraLinear, MaskedMLP
+from atp.lora.layer import FusedRMSNorm, MaskedLoraLinear, MaskedMLP, add_lora, stock_modules, unload
+from atp.models import attention
 from atp.removal import cut_model
+from atp.spaces.space import MaskSpace
 
 
 def loss_and_gradients(model):
     model.zero_grad()
-    loss = model(input_ids=tokens(), labels=tokens()).loss
+    loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
     loss.backward()
     return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -100,19 +107,85 @@ def test_soft_mask_gradient_equals_that_of_the_separate_layers():
     assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
-def test_dropout_runs_on_slices_and_draws_what_the_separate_layers_draw():
-    """All channels stay: kept first, they would lie in another order under the same draws."""
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def fused(request, monkeypatch):
+    """With and without the parts of attention that are fused on a GPU alone."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(attention, "FUSED_ON", ("cpu",))
+        monkeypatch.setenv("ATP_KERNELS_BACKEND", "reference")
+    calls = []
+    for module, name in ((lora_layer, "masked_lora_swiglu"), (attention, "masked_lora_qkv")):
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, call=call, name=name, **k: calls.append(name) or call(*a, **k))
+    yield
+    assert set(calls) == {"masked_lora_swiglu"} | ({"masked_lora_qkv"} if "GPU" in request.param else set())
+
+
+@pytest.mark.parametrize("form", [None, "hard"])
+def test_dropout_is_fused_and_drops_what_the_separate_layers_do(form, fused, monkeypatch):
+    """From one seed for all, which separate layers of one input must have.
+
+    All channels stay: kept first, they would lie in another order under the same draws.
+    """
+    for module in (lora_layer, attention):
+        monkeypatch.setattr(module, "new_seed", lambda x: 5)
     model, space = masked(dropout=0.4)
     mask = random_mask(space)
     for structure in (s for s in space.structures if s.name == "mlp"):
         mask[structure.span] = True
-    MaskController(model.train(), space).set(mask, "hard")
-    torch.manual_seed(5)
+    controller = MaskController(model.train(), space)
+    if form is not None:
+        controller.set(mask, form)
     found = loss_and_gradients(model)
-    torch.manual_seed(5)
-    expected = loss_and_gradients(apart(model))
+    monkeypatch.setattr(attention, "FUSED_ON", ())
+    expected, without = loss_and_gradients(apart(model)), loss_and_gradients(model.eval())
     for name, value in found.items():
         assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert (found["loss"] - without["loss"]).abs() > 1e-3
+
+
+def test_every_input_has_a_seed_of_its_own_that_checkpointing_draws_again(fused, monkeypatch):
+    model, space = masked(dropout=0.4)
+    MaskController(model.train(), space).set(random_mask(space), "hard")
+    seeds = []
+    for module in (lora_layer, attention):
+        draw = module.new_seed
+        monkeypatch.setattr(module, "new_seed", lambda x, draw=draw: seeds.append(draw(x)) or seeds[-1])
+    torch.manual_seed(5)
+    expected = loss_and_gradients(model)
+    drawn = sorted(map(int, seeds))
+    of_attention = 2 if attention.FUSED_ON == ("cpu",) else 4
+    assert len(set(drawn)) == len(drawn) == 2 * (of_attention + 2)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    seeds.clear()
+    torch.manual_seed(5)
+    found = loss_and_gradients(model)
+    assert sorted(map(int, seeds)) == sorted(drawn * 2)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_linears_that_drop_with_other_probabilities_stay_apart(monkeypatch):
+    """Where somebody has put one linear in eval mode."""
+    model, _ = masked(dropout=0.4)
+    layer = model.train().get_base_model().model.layers[0]
+    layer.mlp.up_proj.eval()
+    layer.self_attn.k_proj.eval()
+    monkeypatch.setattr(attention, "FUSED_ON", ("cpu",))
+    for module, name in ((lora_layer, "masked_lora_swiglu"), (attention, "masked_lora_qkv")):
+        monkeypatch.setattr(module, name, None)
+    x = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+    attention.project(layer.self_attn, x)
+    layer.mlp(x)
+
+
+def test_decision_steps_drop_nothing():
+    model, space = masked(dropout=0.4)
+    MaskController(model.train(), space).set(random_mask(space).float() * 0.7, "soft")
+    found = loss_and_gradients(model)
+    expected = loss_and_gradients(model.eval())
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_masks_that_the_block_does_not_know_take_the_separate_layers():
@@ -156,3 +229,71 @@ def test_cut_model_keeps_the_fused_mlp():
     found, expected = loss_and_gradients(cut), loss_and_gradients(apart(cut))
     for name, value in found.items():
         assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+class LigerRMSNorm(torch.nn.Module):
+    """Has what Liger's norm has, and stands where that stands after `apply_liger_kernel_to_llama`."""
+
+    def __init__(self, hidden_size, eps=1e-6):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x):
+        return LlamaRMSNorm.forward(self, x)
+
+
+def another_forward(kind):
+    """A forward as Liger and `kernelize` bring one: defined elsewhere, even where it takes the other's name."""
+
+    @functools.wraps(kind.forward)
+    def forward(self, *args, **kwargs):
+        return kind.__dict__["stock_forward"](self, *args, **kwargs)
+
+    return forward
+
+
+def served(module, how, monkeypatch):
+    """The module, or another in its place, as somebody else serves it."""
+    kind = type(module)
+    monkeypatch.setattr(kind, "stock_forward", kind.forward, raising=False)
+    if how == "object":
+        module.forward = types.MethodType(another_forward(kind), module)
+    elif how == "class's forward":
+        monkeypatch.setattr(kind, "forward", another_forward(kind))
+    elif how == "subclass":
+        module.__class__ = type("Served", (kind,), {"__module__": "liger_kernel", "forward": another_forward(kind)})
+    else:
+        module = LigerRMSNorm(16, module.variance_epsilon)
+    return module
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("input_layernorm", "class")]
+    + [(n, h) for n in ("input_layernorm", "self_attn", "mlp") for h in ("object", "class's forward", "subclass")],
+)
+def test_what_somebody_else_serves_is_left_alone(name, how, sharded, monkeypatch):
+    """One module of one layer, or where its class is changed that of all; the others are fused. It comes back too."""
+    monkeypatch.setattr(lora_layer, "is_sharded", lambda model: sharded)
+    model = base_model()
+    first = model.model.layers[0]
+    first.set_submodule(name, served(first.get_submodule(name), how, monkeypatch))
+    module, kind, logits = first.get_submodule(name), type(first.get_submodule(name)), model(tokens()).logits
+    modules = stock_modules(model)
+    space = MaskSpace.from_config(model.config, "head_dim")
+    wrapped = add_lora(model, space, r=RANK, alpha=ALPHA, dropout=0.0)
+    layers = wrapped.get_base_model().model.layers
+    assert layers[0].get_submodule(name) is module and type(module) is kind
+    fused = {"input_layernorm": FusedRMSNorm, "self_attn": FusedAttention, "mlp": MaskedMLP}
+    everywhere = how == "class's forward"
+    for i, layer in enumerate(layers):
+        for other, block in fused.items():
+            stays = other == name and (i == 0 or everywhere)
+            assert isinstance(layer.get_submodule(other), block) is not stays
+    assert_close(wrapped(tokens()).logits, logits, rtol=1e-4, atol=1e-4)
+    if not sharded:
+        assert torch.equal(unload(wrapped, modules)(tokens()).logits, logits)
+        assert first.get_submodule(name) is module and type(module) is kind
+        assert type(layers[1].mlp) is LlamaMLP and type(layers[1].self_attn) is LlamaAttention
