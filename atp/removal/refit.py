@@ -30,7 +30,7 @@ DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
 """What the refit chooses lambda from, as shares of the mean square of the kept inputs."""
 
 _FEW = 0.3  # the damping where there are too few batches to hold one out
-_HELD_OUT = 8  # every eighth batch chooses the damping
+_HELD_OUT = 8  # every eighth batch chooses the damping, and where there are fewer the last one
 _ROWS = 4096  # tokens in one product
 
 
@@ -61,6 +61,7 @@ def refit(
     or fitted weights are not finite.
     """
     cut, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
+    total = len(cut) if among is None else among
     numbers = range(len(cut)) if among is None else range(processes.rank(), among, processes.count())
     cut, arguments = cut[: len(numbers)], arguments[: len(numbers)]
     whole = list(cut)
@@ -89,7 +90,9 @@ def refit(
                 weight = dense(base.weight)
                 kept = structure.kept_inputs(mask).to(weight.device)
                 pairs = list(zip(numbers, inputs, lost, strict=True))
-                if _fit(f"layers.{index}.{structure.reader}", weight, pairs, kept, damping, together=among is not None):
+                every = min(_HELD_OUT, max(total, 2))
+                where = f"layers.{index}.{structure.reader}"
+                if _fit(where, weight, pairs, kept, damping, every=every, together=among is not None):
                     if isinstance(base.weight, QuantizedWeight):
                         base.weight = nn.Parameter(weight, requires_grad=False)
                     if name in shards:
@@ -111,10 +114,20 @@ _Pair = tuple[int, Tensor, Tensor]
 """Number of a batch, the inputs of a linear, and what is lost."""
 
 
-def _fit(name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: float | None, *, together: bool) -> bool:
+def _fit(
+    name: str,
+    weight: Tensor,
+    pairs: list[_Pair],
+    kept: Tensor,
+    damping: float | None,
+    *,
+    every: int,
+    together: bool,
+) -> bool:
     """Adds the ridge solution to the kept columns, if it helps on the held-out batches; returns whether it did.
 
-    together: the batches are this process's share, and all of them fit the same weight.
+    every: each of so many batches is held out. together: the batches are this process's share, and all of them fit the
+    same weight.
     """
     if not all(is_finite(tensor) for _, *tensors in pairs for tensor in tensors):
         raise NotReached(
@@ -122,7 +135,7 @@ def _fit(name: str, weight: Tensor, pairs: list[_Pair], kept: Tensor, damping: f
             "training.precision=float32, or decisions.refit_windows=0"
         )
     moments = partial(moments_of, weight=weight, kept=kept, together=together)
-    held_out = [pair for pair in pairs if damping is None and (pair[0] + 1) % _HELD_OUT == 0]
+    held_out = [pair for pair in pairs if damping is None and (pair[0] + 1) % every == 0]
     sums = moments([pair for pair in pairs if not any(pair is other for other in held_out)])
     trial = moments(held_out)
     if trial.batches:
