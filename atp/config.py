@@ -356,13 +356,15 @@ class ATPConfig(Section):
     def refuse_change_of(self, saved: dict[str, Any]) -> None:
         """Raises `InputError` with the differences if a run was started with another config (as `model_dump`).
 
-        Who holds which weights, and where activations lie, makes no difference to a run.
+        Who holds which weights, and where activations lie, makes no difference to a run, nor does the name of a preset,
+        whose settings are compared themselves.
         """
         now = self.model_dump(mode="json")
         with contextlib.suppress(ValidationError):  # a setting newer than the run has its default there
             saved = type(self).model_validate(saved).model_dump(mode="json")
         for key in ("sharding", "offload"):
             now["training"][key] = saved.get("training", {}).get(key)
+        now["preset"] = saved.get("preset")
         changed = [
             f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
             for section in now

@@ -237,6 +237,7 @@ def test_dump_reads_back_as_the_same_config(tmp_path):
 def test_changed_config_is_refused_with_its_differences():
     started = parse()
     started.refuse_change_of(started.model_dump(mode="json"))
+    parse(preset="quick").refuse_change_of(parse(preset="auto").model_dump(mode="json"))
     with pytest.raises(InputError, match=r"\(seed: 0 -> 1; lora\.r: 16 -> 4\): restore it or start a new run"):
         parse(seed=1, lora={"r": 4}).refuse_change_of(started.model_dump(mode="json"))
 
