@@ -161,6 +161,12 @@ def test_more_kept_than_timed_speaks_for_zeros_and_less_does_not(tuned):
         assert taken(slice_of(tensors), tensors) == expected
 
 
+def test_an_entry_for_the_slice_leaves_it_as_it_is(tuned):
+    tensors = operands(SHAPE, torch.float32)
+    tuned(("kept_out", "sliced", 1.0))
+    assert not taken(slice_of(tensors), tensors)
+
+
 def test_slices_that_no_entry_is_about(tuned):
     tensors = operands(SHAPE, torch.float32)
     tuned(("kept_out", "zeroed", 0.1))
