@@ -44,6 +44,8 @@ def masked_lora_swiglu(
     if kept is not None and not (kept[0].out_mask is kept[1].out_mask is kept[2].in_mask):
         raise ValueError("the slices of gate and up and the input of down must share one mask or KeptFirst object.")
     drawn = seeds or (None, None)
+    if len(drawn) != 2:
+        raise ValueError(f"seeds has {len(drawn)} of two: give that of gate and up, and that of down.")
     if dropout != 0:
         for seed in drawn:
             check_dropout(x, dropout, seed, None)

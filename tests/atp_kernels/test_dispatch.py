@@ -269,6 +269,14 @@ def test_rdna_takes_triton_for_all_but_products(monkeypatch):
     call._select.cache_clear()
 
 
+def test_an_mlp_wants_two_seeds():
+    linear = [torch.ones(size) for size in ((4, 4), (1, 4), (4, 1))]
+    projections = [atp_kernels.Projection(*linear, 1.0)] * 3
+    for seeds in ((1,), (1, 2, 3)):
+        with pytest.raises(ValueError, match=rf"seeds has {len(seeds)} of two: give that of gate and up"):
+            atp_kernels.masked_lora_swiglu(torch.ones(2, 4), *projections, dropout=0.5, seeds=seeds)
+
+
 def test_other_devices_take_the_reference(monkeypatch):
     monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
     monkeypatch.setattr(triton_runtime, "REASON", None)
