@@ -87,6 +87,11 @@ def build_info() -> dict[str, Any]:
     return _extension.build_info()
 
 
+def binary() -> Path | None:
+    """The file that the extension was loaded from; None where it is missing."""
+    return None if _extension is None or _extension.__file__ is None else Path(_extension.__file__)
+
+
 def misfit(device: torch.device) -> str | None:
     """Why the extension, where it is there, has no code for this device."""
     if device.type == "cpu":

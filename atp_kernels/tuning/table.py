@@ -144,7 +144,7 @@ def header(device: torch.device) -> dict[str, object]:
         "format": FORMAT,
         "device": _device_name(device),
         "torch": torch.__version__,
-        "kernels": _kernels(),
+        "kernels": _kernels(device.type),
     }
 
 
@@ -293,12 +293,18 @@ def _device_name(device: torch.device) -> str:
 
 
 @cache
-def _kernels() -> str:
-    """The version of the package, a digest of what is timed, and whether the C++ extension is there."""
+def _kernels(device_type: str) -> str:
+    """The version of the package, a digest of what is timed, and whether the C++ extension is there.
+
+    On a CPU, where most of what is timed is compiled, the digest is of the extension's binary too. On a GPU it is not:
+    a table that comes with the package must fit every build of it.
+    """
     from atp_kernels import extension
 
     digest = hashlib.sha256()
     for room in _TIMED_ROOMS:
         for path in sorted((_PACKAGE / room).glob("*.py")):
             digest.update(path.read_bytes())
+    if device_type == "cpu" and (binary := extension.binary()) is not None:
+        digest.update(binary.read_bytes())
     return f"{__version__} {digest.hexdigest()[:12]} {'with' if extension.AVAILABLE else 'without'} C++"

@@ -12,7 +12,7 @@ import torch
 from tables_here import tables_in
 
 import atp_kernels
-from atp_kernels import masked_lora_linear
+from atp_kernels import extension, masked_lora_linear
 from atp_kernels.linear import definition
 from atp_kernels.tuning import table
 from atp_kernels.tuning.table import Entry, Key, Table
@@ -255,6 +255,25 @@ def test_a_file_that_is_too_large_or_unreadable_is_ignored(path, monkeypatch):
     (path.parent / "other").mkdir()
     with pytest.warns(RuntimeWarning, match="it cannot be read"):
         assert table.read(path.parent / "other", CPU) is None
+
+
+def test_on_a_cpu_a_table_is_of_the_extension_that_was_timed(tmp_path, monkeypatch):
+    """On a GPU it fits every build of it, as one that comes with the package must."""
+    builds = [tmp_path / "first", tmp_path / "second", None]
+    for build in builds[:2]:
+        build.write_text(build.name)
+    found = {"cpu": set(), "cuda": set()}
+    for build in builds:
+        monkeypatch.setattr(extension, "binary", lambda build=build: build)
+        for device_type, kernels in found.items():
+            kernels.add(table._kernels.__wrapped__(device_type))
+    assert (len(found["cpu"]), len(found["cuda"])) == (3, 1)
+
+
+def test_the_extension_s_file_is_named_where_there_is_one():
+    binary = extension.binary()
+    assert (binary is not None) == extension.AVAILABLE
+    assert binary is None or (binary.is_file() and binary.name.startswith("_C"))
 
 
 def test_a_backend_that_is_not_here_is_not_followed(path):
