@@ -13,6 +13,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -306,5 +307,6 @@ def _kernels(device_type: str) -> str:
         for path in sorted((_PACKAGE / room).glob("*.py")):
             digest.update(path.read_bytes())
     if device_type == "cpu" and (binary := extension.binary()) is not None:
-        digest.update(binary.read_bytes())
+        with suppress(OSError):  # replaced while this process runs, as by an upgrade: no table is of what runs here
+            digest.update(binary.read_bytes())
     return f"{__version__} {digest.hexdigest()[:12]} {'with' if extension.AVAILABLE else 'without'} C++"

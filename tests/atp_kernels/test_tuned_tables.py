@@ -268,6 +268,8 @@ def test_on_a_cpu_a_table_is_of_the_extension_that_was_timed(tmp_path, monkeypat
         for device_type, kernels in found.items():
             kernels.add(table._kernels.__wrapped__(device_type))
     assert (len(found["cpu"]), len(found["cuda"])) == (3, 1)
+    monkeypatch.setattr(extension, "binary", lambda: tmp_path / "replaced by now")
+    assert table._kernels.__wrapped__("cpu") in found["cpu"]
 
 
 def test_the_extension_s_file_is_named_where_there_is_one():
