@@ -23,7 +23,7 @@ ROWS = ("products", "adapter and masks", "attention", "norms", "SwiGLU", "RoPE",
 _READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 """The linears of a layer that read one tensor."""
 _WIDE = 4  # bytes of float32
-_CAUSAL = 0.5  # of the squares that `attention` counts: kernels skip what no token sees
+CAUSAL = 0.5  # of the squares that `attention` counts: kernels skip what no token sees
 _ROTARY = (10, 15)  # tensors of the size of q and k that eager RoPE reads and writes, forward and backward
 _ROTARY_CALLS = (10, 18)
 
@@ -115,7 +115,7 @@ def _layer(step: Step) -> Iterator[Kernel]:
     at_once = step.fused and (step.way == "dense" or step.on_gpu)
     moved, calls = ((2, 2), (1, 1)) if at_once else (_ROTARY, _ROTARY_CALLS)
     yield step.pass_("RoPE", sum(moved), queries + keys, sum(calls))
-    flops = _CAUSAL * attention(widths, step.length) * tokens
+    flops = CAUSAL * attention(widths, step.length) * tokens
     read_once = step.item * tokens * (queries + values + keys + read)
     yield Kernel("attention", flops, read_once)
     yield Kernel("attention", ATTENTION_BACKWARD * flops, 2 * read_once, 3)

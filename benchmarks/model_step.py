@@ -4,9 +4,10 @@
     python -m benchmarks.model_step --model path/to/config.json --gpu h200
     python -m benchmarks.model_step --model smollm2-layer --tokens 512 --gpu cpu --compare
 
-A kernel takes the longer of computing and moving at the device's peak rates, and its launches. `ours` is the step as
-the trainer takes it on CUDA, `unfused` masks and LoRA in plain PyTorch operations, `dense` LoRA on the whole model by
-the addmm idiom with norms, SwiGLU and RoPE fused. --compare times real steps on this CPU, ratio by ratio.
+A kernel takes the longer of computing and moving at the device's peak rates, and its launches; attention on a CPU has
+a rate of its own. `ours` is the step as the trainer takes it on CUDA, `unfused` masks and LoRA in plain PyTorch
+operations, `dense` LoRA on the whole model by the addmm idiom with norms, SwiGLU and RoPE fused. --compare times real
+steps on this CPU, ratio by ratio.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Total(NamedTuple):
 
 def seconds(kernel: Kernel, rates: Rates) -> float:
     """The longer of computing and moving, and all launches."""
-    return max(kernel.flops / rates.flops, kernel.bytes / rates.bandwidth) + kernel.launches * rates.launch
+    flops = rates.attention if kernel.row == "attention" else rates.flops
+    return max(kernel.flops / flops, kernel.bytes / rates.bandwidth) + kernel.launches * rates.launch
 
 
 def total(kernels: Iterable[Kernel], rates: Rates) -> Total:
@@ -152,7 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
     rates = find_rates(options.gpu, torch.float32)
     print(
         f"A model at peak rates, not a measurement. {rates.name}: {rates.flops / 1e12:.3g} TFLOP/s, "
-        f"{rates.bandwidth / 1e12:.3g} TB/s ({rates.source}), {1e6 * rates.launch:.3g} us a launch (assumed on GPUs)."
+        f"{rates.attention / 1e12:.3g} in attention, {rates.bandwidth / 1e12:.3g} TB/s ({rates.source}), "
+        f"{1e6 * rates.launch:.3g} us per launch (assumed on GPUs)."
     )
     kept = ", ".join(f"{name} {counts[0]}" for name, counts in shapes.counts.items())
     print(f"{options.model}, {options.tokens} tokens, rank {options.rank}, {shapes.share:.1%} kept ({kept} a layer).")

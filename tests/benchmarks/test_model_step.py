@@ -19,7 +19,7 @@ from benchmarks.model_step import config_of, main, parser, predicted, seconds, s
 from benchmarks.rates import GPUS, Rates, find_rates
 
 SHAPES = shapes_of("smollm2-135m", 0.6, "cpu")
-RATES = Rates("a round one", 1e12, 1e12, 1e-6, "made up")
+RATES = Rates("a round one", 1e12, 5e11, 1e12, 1e-6, "made up")
 TOKENS, RANK = 64, 16
 
 
@@ -144,6 +144,7 @@ def test_a_lora_step_of_a_large_model_meets_its_marks():
 def test_a_kernel_takes_the_longer_of_computing_and_moving():
     assert seconds(Kernel("", 3e12, 1e12, 2), RATES) == pytest.approx(3 + 2e-6)
     assert seconds(Kernel("", 1e12, 3e12, 0), RATES) == pytest.approx(3)
+    assert seconds(Kernel("attention", 3e12, 1e12, 0), RATES) == pytest.approx(6)
     both = total([Kernel("", 3e12, 1e12, 1), Kernel("", 1e12, 3e12, 1)], RATES)
     assert both == (4e12, 4e12, 2, pytest.approx(6 + 2e-6))
 
@@ -186,7 +187,13 @@ def test_unknown_names_are_refused(capsys):
     assert "unknown model 'nobody-7b'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown GPU 'h9000'"):
         find_rates("h9000", torch.bfloat16)
-    assert all(rates.source for rates in GPUS.values())
+    assert all(rates.source and rates.attention == rates.flops for rates in GPUS.values())
+
+
+def test_the_rates_of_a_cpu_are_its_own():
+    """Attention takes exponentials beside its products, so that it cannot be quicker than a product of their size."""
+    rates = find_rates("cpu", torch.float32)
+    assert 0 < rates.attention < 1.5 * rates.flops and rates.bandwidth > 0 and 0 < rates.launch < 1e-3
 
 
 def test_predicted_ratios_of_a_layer_are_gains():
