@@ -1,9 +1,9 @@
-"""Search and settle inside somebody else's training loop: a callback for `transformers.Trainer` and its subclasses.
+"""All phases before the cut inside somebody else's training loop: a callback for `transformers.Trainer` and subclasses.
 
-    callback = ATPCallback(calibration, search=200, settle=20, decisions={"target_keep": 0.6})
+    callback = ATPCallback(calibration, open=200, decisions={"target_keep": 0.6})
     trainer = SFTTrainer(model, args, train_dataset=data, peft_config=lora, callbacks=[callback])  # lora on all linears
     trainer.train()
-    smaller = callback.cut(trainer.model)
+    smaller = callback.cut(trainer.model)  # then tune on, for twice the steps: that is what `atp train` does by default
 
 The callback calls the same parts of a step as `atp.training.loop`, in the same order.
 """
@@ -11,7 +11,7 @@ The callback calls the same parts of a step as `atp.training.loop`, in the same 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -32,10 +32,10 @@ from atp.training.schedule import Phases
 
 
 class ATPCallback(TrainerCallback):
-    """Adds search and settle to a Trainer that tunes plain LoRA; `cut` then returns the smaller model.
+    """Adds decisions to a Trainer that tunes plain LoRA; `cut` then returns the smaller model.
 
-    Training stops after search + settle optimizer steps. `cut` certifies that it changes no logits; tune on with a new
-    Trainer around its result. Loss, data, batch size, gradient accumulation, learning rate and clipping are the
+    Training stops after open + search + settle optimizer steps. `cut` certifies that it changes no logits; tune on with
+    a new Trainer around its result. Loss, data, batch size, gradient accumulation, learning rate and clipping are the
     Trainer's. An evaluation in between sees the unmasked model.
 
     The hooks of transformers suffice. `on_pre_optimizer_step` comes after clipping, where the lasso's gradient belongs.
@@ -48,8 +48,9 @@ class ATPCallback(TrainerCallback):
         self,
         calibration: Iterable[Mapping[str, Any]],
         *,
-        search: int,
-        settle: int,
+        open: int = 0,
+        search: int = 0,
+        settle: int = 0,
         decisions: Mapping[str, Any] | None = None,
         regularizer: str = "lasso",
         beta: float = 0.3,
@@ -59,13 +60,14 @@ class ATPCallback(TrainerCallback):
     ) -> None:
         """calibration: rows with `input_ids` and, if not every token counts, `labels` (-100 for those that do not).
 
-        search, settle: optimizer steps of the two phases. decisions: keys of `atp.config.DecisionsConfig`. The rest is
-        as in `atp.config.TrainingConfig`. Raises `InputError` for what cannot be used.
+        open, search, settle: optimizer steps of these phases, of which one must have some. decisions: keys of
+        `atp.config.DecisionsConfig`. The rest is as in `atp.config.TrainingConfig`. Raises `InputError` for what cannot
+        be used.
         """
-        if settle < 1:
-            raise InputError("ATPCallback freezes and shrinks in its settle steps: make settle at least 1")
+        if open + search + settle < 1:
+            raise InputError("ATPCallback has no step to decide in: set open, or search, or settle")
         training = {
-            "open": 0, "distill": 0, "search": search, "settle": settle, "tune": 0, "regularizer": regularizer,
+            "open": open, "distill": 0, "search": search, "settle": settle, "tune": 0, "regularizer": regularizer,
             "beta": beta, "settle_beta": settle_beta, "max_bad_steps": max_bad_steps,
         }  # fmt: skip
         # Model and folder are the Trainer's.
@@ -92,12 +94,15 @@ class ATPCallback(TrainerCallback):
         """
         if self.pruning is None or self._done < self.phases.cut_step:
             raise InputError(
-                f"the model can be cut after {self.phases.cut_step} steps of search and settle and has trained "
+                f"the model can be cut after the {self.phases.cut_step} steps of its phases and has trained "
                 f"{self._done}: call trainer.train() to its end first"
             )
         if self.pruning.is_cut or getattr(model, "module", model) is not self.pruning.model:
             raise InputError("callback.cut takes the model that this callback trained with, once: pass trainer.model")
         self.finite.report()
+        if not self.pruning.decisions.frozen:
+            self._freeze(self.pruning)
+            self.pruning.shrink(steps_left=0)
         self.pruning.cut(swap=lambda smaller: None)
         return self.pruning.model
 
@@ -115,43 +120,48 @@ class ATPCallback(TrainerCallback):
         space = MaskSpace.from_config(model.config, self.config.decisions.space)
         _take_masks(model, space)
         model.train()
+        config = _as_trained(self.config, args, model)
         self.pruning = Pruning(
-            model, space, self.calibration, self.config.deciding, self.config.training, seed=self.config.seed,
+            model, space, self.calibration, config.deciding, config.training, seed=config.seed,
             autocast=torch.bfloat16 if args.bf16 else None,
         )  # fmt: skip
-        self.pruning.start()
+        if config.deciding.source == "static":
+            self.pruning.start()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        pruning = self._pruning()
-        if self._phase(state) == "search":
-            pruning.decide(state.global_step)
-        elif not pruning.decisions.frozen:
-            pruning.judge_in_rounds(lambda part: nullcontext())
-            pruning.freeze()
-            if self.config.decisions.refit_windows:
-                pruning.refit()
-        self._masks.enter_context(pruning.masked())
+        pruning, phase = self._pruning(), self._phase(state)
+        if phase == "search":
+            if not pruning.scored:
+                pruning.start()
+            pruning.decide(state.global_step - self.phases.open)
+        elif phase == "settle" and not pruning.decisions.frozen:
+            self._freeze(pruning)
+        self._masks.enter_context(self._around_batch(state))
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._masks.close()
-        self._masks.enter_context(self._pruning().masked())
+        self._masks.enter_context(self._around_batch(state))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._masks.close()
         pruning, optimizer = self._pruning(), _unwrapped(kwargs["optimizer"])
-        pruning.regularize(self._weight(state))
-        bad = self.finite.check(optimizer, state.global_step + 1, pruning.regularizer.parameters)
+        decided = self._phase(state) != "open"
+        if decided:
+            pruning.regularize(self._weight(state))
+        bad = self.finite.check(optimizer, state.global_step + 1, pruning.regularizer.parameters if decided else ())
         self._skip = bad.float()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._phase(state) == "open":
+            return
         pruning = self._pruning()
         assert self._skip is not None
         pruning.after_step(self._weight(state), self._skip)
@@ -171,6 +181,18 @@ class ATPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._masks.close()
+
+    def _freeze(self, pruning: Pruning) -> None:
+        """What lies between the last step of open or search and the first of settle."""
+        if not pruning.scored:
+            pruning.start()
+        pruning.judge_in_rounds(lambda part: nullcontext())
+        pruning.freeze()
+        if self.config.decisions.refit_windows:
+            pruning.refit()
+
+    def _around_batch(self, state: TrainerState) -> AbstractContextManager[None]:
+        return self._pruning().open() if self._phase(state) == "open" else self._pruning().masked()
 
     def _pruning(self) -> Pruning:
         if self.pruning is None:
@@ -206,11 +228,19 @@ def _windows(calibration: Any) -> PackedDataset | RaggedDataset | Pieces:
     return PackedDataset(input_ids, labels)
 
 
+def _as_trained(config: ATPConfig, args: TrainingArguments, model: PeftModel) -> ATPConfig:
+    """With what the Trainer and the adapter set, by which the source of decisions is chosen where it is not given."""
+    size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    training = config.training.model_copy(update={"batch_size": size, "gradient_accumulation": accumulation})
+    lora = config.lora.model_copy(update={"dropout": model.peft_config[ADAPTER].lora_dropout})
+    return config.model_copy(update={"training": training, "lora": lora})
+
+
 def _check_arguments(args: TrainingArguments, state: TrainerState, steps: int) -> None:
     if state.global_step:
         raise InputError("a Trainer's checkpoint holds no decisions: start ATPCallback's training from step 0")
     if state.max_steps < steps:
-        raise InputError(f"search and settle take {steps} steps and the Trainer makes {state.max_steps}: set max_steps")
+        raise InputError(f"the phases take {steps} steps and the Trainer makes {state.max_steps}: set max_steps")
     if args.fsdp or args.deepspeed:
         raise InputError(f"{'FSDP' if args.fsdp else 'DeepSpeed'} {processes.NO_SHARDS}")
     if args.n_gpu > 1:

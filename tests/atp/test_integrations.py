@@ -1,4 +1,4 @@
-"""Search and settle in the loops of transformers and TRL: the same masks, losses and weights as in our own loop."""
+"""The phases before the cut in loops of transformers and TRL: the same masks, losses and weights as in our own loop."""
 
 import json
 import math
@@ -131,6 +131,39 @@ def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, source, reg
     smaller = callback.cut(trainer.model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert_equal_to_ours(own, tmp_path, callback, smaller, losses)
+
+
+@pytest.mark.parametrize("source", ["static", "tuned", "running", "learned", None])
+@pytest.mark.parametrize(("search", "settle"), [(0, 0), (0, 2), (3, 0), (3, 2)])
+def test_open_steps_end_where_our_own_loop_does(tmp_path, source, search, settle):
+    """The default recipe has open steps alone; what is removed from their adapter is gone at the cut."""
+    steps, wanted = {"open": 4, "search": search, "settle": settle}, {"source": source, "rounds": None}
+    own = ours(tmp_path, 2, decisions=wanted, **steps)
+    samples, model = read_by(own), stock(lora_of(own))
+    own.train()
+    callback = atp_callback(**steps, decisions=DECISIONS | wanted)
+    args = settings(TrainingArguments, tmp_path / "hf", 2)
+    args.max_steps = sum(steps.values())
+    trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback], compute_loss_func=loss_in_float64)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert_equal_to_ours(own, tmp_path, callback, callback.cut(trainer.model), losses)
+
+
+@pytest.mark.parametrize(("size", "dropout", "source"), [(1, 0.0, "running"), (2, 0.0, "tuned"), (1, 0.1, "tuned")])
+def test_what_the_trainer_sets_chooses_the_source_of_decisions(tmp_path, size, dropout, source):
+    """As `atp train` does: what the open steps collect, where each saw enough samples one by one."""
+    config = adapter()
+    config.lora_dropout = dropout
+    callback = atp_callback(open=4, search=0, settle=0, decisions={"target_keep": 0.4, "saliency_windows": 4})
+    args = settings(TrainingArguments, tmp_path / "hf", 1)
+    args.max_steps, args.per_device_train_batch_size = 4, size
+    samples = [{"input_ids": row, "labels": row} for row in windows(20, 1).input_ids.tolist()]
+    trainer = Trainer(get_peft_model(llama(), config), args, train_dataset=samples, callbacks=[callback])
+    trainer.train()
+    callback.cut(trainer.model)
+    assert callback.pruning.settings.source == source
+    assert callback.pruning.settings.rounds == (2 if source == "running" else 1)
 
 
 def test_decisions_in_rounds_end_where_our_own_loop_does(tmp_path):
@@ -269,18 +302,20 @@ def test_wrong_use_is_told_in_one_sentence(tmp_path):
     def partly():
         return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
 
+    with pytest.raises(InputError, match="^ATPCallback has no step to decide in: set open"):
+        ATPCallback([{"input_ids": [1, 2]}])
     for message, model, options in (
         ("^ATPCallback needs a model with a LoRA adapter", llama(), {}),
         ("^LoRA is on 2 linears, 2 of the 14 that decisions remove from", partly(), {}),
         ("^ATPCallback needs plain LoRA", get_peft_model(llama(), adapter(use_dora=True)), {}),
-        ("^search and settle take 40 steps and the Trainer makes 7: set max_steps", stock(lora), {"search": 38}),
+        ("^the phases take 40 steps and the Trainer makes 7: set max_steps", stock(lora), {"search": 38}),
         ("^ATPCallback skips non-finite steps by torch's fused", stock(lora),
          {"change": lambda args: setattr(args, "optim", "adamw_torch")}),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             train(model, **options)
     fresh = atp_callback()
-    with pytest.raises(InputError, match="^the model can be cut after 7 steps of search and settle and has trained 0"):
+    with pytest.raises(InputError, match="^the model can be cut after the 7 steps of its phases and has trained 0"):
         fresh.cut(llama())
     done = train(stock(lora))
     with pytest.raises(InputError, match="takes the model that this callback trained with"):
