@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -232,7 +232,8 @@ def _as_trained(config: ATPConfig, args: TrainingArguments, model: PeftModel) ->
     """With what the Trainer and the adapter set, by which the source of decisions is chosen where it is not given."""
     size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     training = config.training.model_copy(update={"batch_size": size, "gradient_accumulation": accumulation})
-    lora = config.lora.model_copy(update={"dropout": model.peft_config[ADAPTER].lora_dropout})
+    adapter = cast(LoraConfig, model.peft_config[ADAPTER])  # as `_take_masks` has made sure
+    lora = config.lora.model_copy(update={"dropout": adapter.lora_dropout})
     return config.model_copy(update={"training": training, "lora": lora})
 
 
