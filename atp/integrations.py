@@ -89,8 +89,8 @@ class ATPCallback(TrainerCallback):
     def cut(self, model: nn.Module) -> PeftModel:
         """The smaller model with its adapter, measured to give the same logits; the uncut one is spent.
 
-        model: `trainer.model` after training. Raises `InputError` before the end of settle and `NotReached` if the cut
-        changes the logits.
+        model: `trainer.model` after training. Raises `InputError` before the last of its steps, and `NotReached` if the
+        cut changes the logits.
         """
         if self.pruning is None or self._done < self.phases.cut_step:
             raise InputError(
