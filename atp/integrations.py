@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from atp import processes
 from atp.config import ATPConfig
 from atp.data import PackedDataset, Pieces, RaggedDataset
+from atp.data.batches import IGNORE
 from atp.errors import InputError
 from atp.finite import FiniteGuard
 from atp.lora.layer import ADAPTER, MaskedLoraLinear, fuse_layers
@@ -208,7 +209,7 @@ class ATPCallback(TrainerCallback):
 
 
 def _windows(calibration: Any) -> PackedDataset | RaggedDataset | Pieces:
-    """Calibration rows as one of our own data sets."""
+    """Calibration rows as one of our own data sets, without those that have no loss."""
     if isinstance(calibration, PackedDataset | RaggedDataset | Pieces):
         return calibration
     sized = hasattr(calibration, "__len__")
@@ -222,6 +223,9 @@ def _windows(calibration: Any) -> PackedDataset | RaggedDataset | Pieces:
         )
     pairs = [(row["input_ids"], row.get("labels", row["input_ids"])) for row in rows]
     documents = [(torch.as_tensor(ids).tolist(), torch.as_tensor(labels).tolist()) for ids, labels in pairs]
+    documents = [document for document in documents if any(label != IGNORE for label in document[1][1:])]
+    if not documents:
+        raise InputError("no calibration row has a token with a loss: give some of them labels other than -100")
     if len({len(ids) for ids, _ in documents}) > 1:
         return RaggedDataset(documents)
     input_ids, labels = (torch.tensor(column) for column in zip(*documents, strict=True))

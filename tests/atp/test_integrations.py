@@ -302,6 +302,10 @@ def test_wrong_use_is_told_in_one_sentence(tmp_path):
     def partly():
         return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
 
+    unscored = {"input_ids": [1, 2, 3], "labels": [3, -100, -100]}  # nothing predicts the first token
+    with pytest.raises(InputError, match="^no calibration row has a token with a loss: give some"):
+        ATPCallback([unscored], open=1)
+    assert len(ATPCallback([unscored, {"input_ids": [1, 2]}], open=1).calibration) == 1
     with pytest.raises(InputError, match="^ATPCallback has no step to decide in: set open"):
         ATPCallback([{"input_ids": [1, 2]}])
     for message, model, options in (
