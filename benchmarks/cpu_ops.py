@@ -5,7 +5,7 @@
 Forward and backward of one linear at 1024 tokens with LLaMA2-7B's shapes, LoRA r 8 and 16, float32 and bfloat16, two
 threads; and the group lasso over SmolLM2-135M's 210 LoRA modules, with a group for every row or column and with the
 product's own of `kv_group`. p50 of interleaved rounds. Rows are appended to RESULTS/OP.csv. Exit status 1 if a mark is
-missed. Takes about twelve minutes on two cores for float32 and as long for bfloat16.
+missed. Takes about eleven minutes on two cores for float32 and as long for bfloat16.
 """
 
 import argparse
