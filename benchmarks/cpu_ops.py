@@ -5,7 +5,7 @@
 Forward and backward of one linear at 1024 tokens with LLaMA2-7B's shapes, LoRA r 8 and 16, float32 and bfloat16, two
 threads; and the group lasso over SmolLM2-135M's 210 LoRA modules, with a group for every row or column and with the
 product's own of `kv_group`. p50 of interleaved rounds. Rows are appended to RESULTS/OP.csv. Exit status 1 if a mark is
-missed. Takes about eleven minutes on two cores for float32 and as long for bfloat16.
+missed. Takes about eleven minutes on two cores for float32 alone.
 """
 
 import argparse
@@ -90,7 +90,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures every case, prints each mark and returns the exit status."""
-    options, started = parser().parse_args(arguments), time.perf_counter()
+    asked, started = parser(), time.perf_counter()
+    options = asked.parse_args(arguments)
+    if min(options.rounds, options.threads, options.tokens, *options.rank) < 1:
+        asked.error("--rounds, --threads, --tokens and --rank take whole numbers from 1.")
     torch.set_num_threads(options.threads)
     ops = find_ops(options.op)
     gate = allow(ops, skip=options.no_verify)
@@ -114,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
             append(options.out / f"{op.name}.csv", [where | row for row in rows])
             print(table(case, rows, skipped), flush=True)
             marks += lasso_marks(rows) if lasso else linear_marks(rows, addmm_peak(op, case))
+    if not marks:
+        asked.error("nothing was measured: no operation has this --part in this --model.")
     print(f"{time.perf_counter() - started:.0f} s, {gate}")
     return conclude(marks)
 
