@@ -2,7 +2,7 @@
 
     python -m benchmarks.model_step --model llama2-7b --tokens 8192 --keep 0.6 --gpu h100
     python -m benchmarks.model_step --model path/to/config.json --gpu h200
-    python -m benchmarks.model_step --model smollm2-layer --tokens 512 --gpu cpu --compare
+    python -m benchmarks.model_step --model smollm2-layer --tokens 2048 --length 512 --gpu cpu --compare
 
 A kernel takes the longer of computing and moving at the device's peak rates, and its launches; attention on a CPU has
 a rate of its own. `ours` is the step as the trainer takes it on CUDA, `unfused` masks and LoRA in plain PyTorch
