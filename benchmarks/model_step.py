@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from atp.config import DecisionsConfig
+from atp.config import DecisionsConfig, TrainingConfig
 from atp.decide.budget import Budget
 from atp.decide.rules import width_rules
 from atp.plan.shapes import ModelShapes
@@ -108,9 +108,22 @@ def predicted(shapes: ModelShapes, options: argparse.Namespace, rates: Rates) ->
     """The ratios of `RATIOS` in this model; `ours whole` is our tune step on the whole model."""
     time = {(phase, way): total(kernels_of(step), rates).seconds
             for phase in PHASES for way, step in steps(shapes, options, phase).items()}  # fmt: skip
-    whole = Step(shapes, options.tokens, options.length, options.rank, 4, "whole", "ours", False)
-    time["tune", "ours whole"] = total(kernels_of(whole), rates).seconds
+    time["tune", "ours whole"] = total(kernels_of(steps(shapes, options, "whole")["ours"]), rates).seconds
     return {name: time[above] / time[below] for name, (above, below) in RATIOS.items()}
+
+
+def of_a_run(shapes: ModelShapes, options: argparse.Namespace, rates: Rates) -> dict[str, float]:
+    """Mean seconds of a LoRA step of the default recipe in every way: open steps, then those after the cut.
+
+    Its decisions come from the open steps and the weights that they leave, so it takes no decision step.
+    """
+    training = TrainingConfig()
+    opened = training.opened / training.total
+    open_, tune = (
+        {way: total(kernels_of(step), rates).seconds for way, step in steps(shapes, options, phase).items()}
+        for phase in ("whole", "tune")
+    )
+    return {way: opened * open_[way] + (1 - opened) * tune[way] for way in WAYS}
 
 
 def compare(options: argparse.Namespace, rates: Rates) -> list[str]:
@@ -161,6 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.model}, {options.tokens} tokens, rank {options.rank}, {shapes.share:.1%} kept ({kept} a layer).")
     for phase in PHASES:
         print(f"\n{phase}", *table(steps(shapes, options, phase), rates), sep="\n")
+    run = of_a_run(shapes, options, rates)
+    print("\ndefault recipe, mean of its steps: " + ", ".join(f"{way} {1e3 * run[way]:,.1f} ms" for way in WAYS))
     if options.compare:
         print("\nratios of seconds", *compare(options, rates), sep="\n")
     return 0

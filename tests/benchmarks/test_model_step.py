@@ -9,13 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from atp.config import TrainingConfig
 from atp.families import Linear
 from atp.plan import cost
 from atp.training.cross_entropy import CHUNK_BYTES
 from atp_kernels.linear.definition import masked_lora_linear
 from benchmarks import layer_model, model_linear
 from benchmarks.layer_model import PHASES, ROWS, WAYS, Kernel, Step, kernels_of
-from benchmarks.model_step import config_of, main, parser, predicted, seconds, shapes_of, steps, total
+from benchmarks.model_step import config_of, main, of_a_run, parser, predicted, seconds, shapes_of, steps, total
 from benchmarks.rates import GPUS, Rates, find_rates
 
 SHAPES = shapes_of("smollm2-135m", 0.6, "cpu")
@@ -139,6 +140,20 @@ def test_a_lora_step_of_a_large_model_meets_its_marks():
             total(kernels_of(each), rates).seconds for each in steps(shapes, options, phase).values()
         )
         assert ours <= 0.75 * dense and ours <= 0.55 * unfused
+
+
+def test_the_default_recipe_takes_open_steps_and_cut_ones():
+    """A third open, by the model's own times of both; in the mean it meets the mark of a LoRA step against dense."""
+    options = parser().parse_args([])
+    shapes, rates = shapes_of("llama2-7b", 0.6, "h100"), find_rates("h100", torch.float32)
+    open_, tune = (steps(shapes, options, phase) for phase in ("whole", "tune"))
+    run, share = of_a_run(shapes, options, rates), TrainingConfig().opened / TrainingConfig().total
+    assert 0.32 < share < 0.35 and TrainingConfig().search == 0
+    for way, mean in run.items():
+        opened, cut = (total(kernels_of(step[way]), rates).seconds for step in (open_, tune))
+        assert mean == pytest.approx(share * opened + (1 - share) * cut)
+    assert run["dense"] == total(kernels_of(tune["dense"]), rates).seconds
+    assert run["ours"] <= 0.75 * run["dense"]
 
 
 def test_a_kernel_takes_the_longer_of_computing_and_moving():
