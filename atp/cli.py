@@ -144,7 +144,7 @@ def demo(
     recorded = None if settings.evaluation.dense_baseline else recorded_dense(settings, console.print)
     run = Run(settings, resume=resume, command=_command(), say=console.print, recorded_dense=recorded)
     show(run.execute(), console)
-    console.print(f"report: {output_dir / 'report.html'}")
+    console.print(f"report: {run.folder / 'report.html'}")
 
 
 @app.command()
