@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from types import FunctionType, ModuleType
 
 import torch
@@ -14,7 +15,7 @@ from benchmarks.case import Variant
 
 
 def interleave(variants: dict[str, Variant], pass_: str, rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of every variant in rising order, taken round by round; each must have run before.
+    """Milliseconds of every variant, round by round; each must have run before.
 
     Every other round goes through the variants backwards, so that none always follows the same one.
     """
@@ -25,12 +26,20 @@ def interleave(variants: dict[str, Variant], pass_: str, rounds: int, device: st
         for name in names:
             times[name].append(timed(variants[name].prepare(pass_)))
         names.reverse()
-    return {name: sorted(values) for name, values in times.items()}
+    return times
 
 
-def quantile(ordered: list[float], share: float) -> float:
-    """The value that `share` of the ordered list lies below, nearest rank."""
-    return ordered[round(share * (len(ordered) - 1))]
+def quantile(values: list[float], share: float) -> float:
+    """The value that `share` of the list lies below, nearest rank."""
+    return sorted(values)[round(share * (len(values) - 1))]
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median over rounds of one variant's time over another's in the same round.
+
+    What slows a whole round, as other work on the machine does, cancels; in a ratio of two medians it does not.
+    """
+    return median(one / other for one, other in zip(above, below, strict=True))
 
 
 def peak_bytes(variant: Variant, pass_: str, device: str) -> int:

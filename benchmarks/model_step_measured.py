@@ -7,12 +7,12 @@ import argparse
 from atp.lora.layer import MaskedLoraLinear
 from atp.removal import cut_model
 from benchmarks.case import Case
-from benchmarks.measure import interleave, quantile
+from benchmarks.measure import interleave, ratio
 from benchmarks.steps import Scene, UnfusedMaskedLinear, decision
 
 
 def measured(options: argparse.Namespace) -> dict[str, float]:
-    """Ratios of median seconds by their names in `model_step.RATIOS`; a decision step includes generator and budget."""
+    """Ratios of seconds by their names in `model_step.RATIOS`; a decision step includes generator and budget."""
     case = Case(
         "model_step", options.model, "kv_group", options.tokens, options.rank, "float32", keep=options.keep,
         length=options.length,
@@ -31,9 +31,8 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     for variant in variants.values():
         variant.prepare("full")()  # the first call gathers and fills caches
     times = interleave(variants, "full", options.rounds, "cpu")
-    median = {name: quantile(values, 0.5) for name, values in times.items()}
     return {
-        "decision, ours over unfused": median["decision, ours"] / median["decision, unfused"],
-        "search, ours over unfused": median["search, ours"] / median["search, unfused"],
-        "cut over whole": median["cut"] / median["whole"],
+        "decision, ours over unfused": ratio(times["decision, ours"], times["decision, unfused"]),
+        "search, ours over unfused": ratio(times["search, ours"], times["search, unfused"]),
+        "cut over whole": ratio(times["cut"], times["whole"]),
     }

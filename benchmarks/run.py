@@ -5,7 +5,7 @@ from functools import cache
 
 from benchmarks.case import Case, Op, ready
 from benchmarks.limits import Limits
-from benchmarks.measure import held_bytes, interleave, peak_bytes, quantile
+from benchmarks.measure import held_bytes, interleave, peak_bytes, quantile, ratio
 from benchmarks.records import Row
 
 MIB = 2**20
@@ -28,26 +28,36 @@ class LimitsOf:
 
 
 def measure_case(
-    op: Op, case: Case, *, passes: list[str], rounds: int, limits: Limits, wanted: list[str] | None = None
+    op: Op,
+    case: Case,
+    *,
+    passes: list[str],
+    rounds: int,
+    limits: Limits,
+    wanted: list[str] | None = None,
+    base: str = "",
 ) -> tuple[list[Row], dict[str, str]]:
-    """One row a pass and variant, and the reasons of the variants that were left out."""
+    """One row per pass and variant, and the reasons of the variants that were left out.
+
+    base: the variant that speed-ups are over, if not the operation's own.
+    """
     variants, skipped = ready(op, case, wanted)
+    base = base or op.base
     rows: list[Row] = []
     for pass_ in (name for name in op.passes if name in passes):
         able = {name: variant for name, variant in variants.items() if variant.able(pass_)}
         times = interleave(able, pass_, rounds, case.device)
-        middle = {name: quantile(ordered, 0.5) for name, ordered in times.items()}
         work = op.work_of(case, pass_)
         least = limits.milliseconds(work)
-        for name, ordered in times.items():
+        for name, taken in times.items():
             row: Row = asdict(case) | {"pass": pass_, "variant": name, "rounds": rounds}
             del row["device"]  # the environment names it
-            row |= {f"p{share}_ms": round(quantile(ordered, share / 100), 4) for share in (20, 50, 80)}
+            row |= {f"p{share}_ms": round(quantile(taken, share / 100), 4) for share in (20, 50, 80)}
             row["peak_mib"] = round(peak_bytes(able[name], pass_, case.device) / MIB, 4)
             row["held_mib"] = round(held_bytes(able[name].holds) / MIB, 4)
-            row |= {"base": op.base, "speedup": round(middle[op.base] / middle[name], 3) if op.base in middle else ""}
+            row |= {"base": base, "speedup": round(ratio(times[base], taken), 3) if base in times else ""}
             row |= {"gflop": round(work.flops / 1e9, 4), "mbyte": round(work.bytes / 1e6, 4)}
-            row |= {"limit_ms": round(least, 4), "share_of_limit": round(least / middle[name], 3)}
+            row |= {"limit_ms": round(least, 4), "share_of_limit": round(least / quantile(taken, 0.5), 3)}
             rows.append(row)
     return rows, skipped
 
