@@ -34,8 +34,8 @@ LINEARS = {
     "linear_hard_both": ("q_proj", "gate_proj"),
     "linear_unmasked": ("q_proj", "gate_proj"),
 }
-# What is timed, the base of the speed-up first, and how many times more rounds than asked. A burst of other work must not
-# cover half of them, and a mark within a few per cent of 1 needs a steady middle.
+# What is timed, the base of the speed-up first, and how many times more rounds than asked. A burst of other work must
+# not cover half of them, and a mark within a few per cent of 1 needs a steady middle.
 MASKED = (["unfused", "ours", "ours_kept_first"], 2)
 TIMED = {"linear_unmasked": (["addmm", "ours"], 5), "group_lasso": (["unfused", "ours", "ours_direct"], 9)}
 
