@@ -205,6 +205,11 @@ def test_unknown_names_are_refused(capsys):
     assert all(rates.source and rates.attention == rates.flops for rates in GPUS.values())
 
 
+@pytest.mark.parametrize("option", ["--tokens=0", "--length=0", "--rank=0", "--rounds=0", "--keep=0", "--keep=1.5"])
+def test_sizes_that_are_none_are_refused(capsys, option):
+    assert main([option]) == 2 and option.split("=")[0] in capsys.readouterr().err
+
+
 def test_the_rates_of_a_cpu_are_its_own():
     """Attention takes exponentials beside its products, so that it cannot be quicker than a product of their size."""
     rates = find_rates("cpu", torch.float32)
