@@ -205,7 +205,7 @@ def test_unknown_names_are_refused(capsys):
     assert all(rates.source and rates.attention == rates.flops for rates in GPUS.values())
 
 
-@pytest.mark.parametrize("option", ["--tokens=0", "--length=0", "--rank=0", "--rounds=0", "--keep=0", "--keep=1.5"])
+@pytest.mark.parametrize("option", ["--tokens=0", "--length=0", "--rank=0", "--rounds=0", "--keep=0", "--keep=1"])
 def test_sizes_that_are_none_are_refused(capsys, option):
     assert main([option]) == 2 and option.split("=")[0] in capsys.readouterr().err
 
