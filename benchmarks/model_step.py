@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the tables and returns the exit status."""
     options = parser().parse_args(arguments)
     if min(options.tokens, options.length, options.rank, options.rounds) < 1 or not 0 < options.keep < 1:
-        print("--tokens, --length, --rank and --rounds are at least 1, --keep is a share between 0 and 1", file=sys.stderr)
+        print("give whole --tokens, --length, --rank and --rounds from 1, and --keep between 0 and 1", file=sys.stderr)
         return 2
     options.length = min(options.length, options.tokens)
     if options.compare and options.gpu != "cpu":
