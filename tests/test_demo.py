@@ -40,7 +40,7 @@ def demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as done:
         patch.setattr("atp.run.throughputs", partial(throughputs, prompt_tokens=32, new_tokens=4, repeats=1))
         patch.setattr("atp.run.write_report", write_report)  # with drawings, whatever tests ran before in this process
-        patch.setattr(sys, "argv", ["atp", "demo", *OVERRIDES, "--output-dir", str(folder)])
+        patch.setattr(sys, "argv", ["atp", "demo", *OVERRIDES, f"output_dir={folder}"])
         printed = []
         patch.setattr(cli.console, "print", lambda *values, **_: printed.extend(map(str, values)))
         cli.main()
@@ -76,6 +76,11 @@ def test_the_model_needs_less_arithmetic(demo):
     head = 2 * 64 * original.lm_head.weight.numel()
     decoder = forward_flops(original) - head
     assert forward_flops(cut) < head + (summary["keep_decoder"] + 0.02) * decoder
+
+
+def test_its_last_line_names_the_report_where_it_lies(demo):
+    folder, _, printed = demo
+    assert printed.splitlines()[-1] == f"report: {folder / 'report.html'}" and (folder / "report.html").is_file()
 
 
 def test_the_certificate_passes(demo):

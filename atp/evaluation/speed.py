@@ -26,7 +26,7 @@ def throughputs(
     models: Sequence[CausalLM],
     *,
     prompt_tokens: int = 256,
-    new_tokens: int = 64,
+    new_tokens: int = 32,
     batch_size: int = 1,
     repeats: int = 5,
 ) -> list[dict[str, float]]:
@@ -40,9 +40,11 @@ def throughputs(
     prefill_tokens_per_second: one forward pass over `prompt_tokens` tokens that fills the cache.
     decode_tokens_per_second: greedy `generate`, from the first to the last of `new_tokens` new tokens.
     """
-    rounds = [[_seconds(model, prompt_tokens, new_tokens, batch_size) for model in models] for _ in range(repeats + 1)]
+    for model in models:
+        _seconds(model, prompt_tokens, 1, batch_size)  # a warm-up, for which one step of decoding is enough
+    rounds = [[_seconds(model, prompt_tokens, new_tokens, batch_size) for model in models] for _ in range(repeats)]
     found = []
-    for taken in zip(*rounds[1:], strict=True):
+    for taken in zip(*rounds, strict=True):
         prefill, decode = map(statistics.median, zip(*taken, strict=True))
         found.append({
             "prefill_tokens_per_second": batch_size * prompt_tokens / prefill,

@@ -51,14 +51,15 @@ def test_size_counts_tied_weights_once(model):
 
 
 def test_throughput_is_tokens_over_median_seconds(model, monkeypatch):
-    # A clock whose n-th reading is n^2. A repeat reads it 2 times for prefill and 1 + 1 + 4 times for decoding.
+    # A clock whose n-th reading is n^2. A repeat reads it 2 times for prefill and 1 + 1 + 4 times for decoding, the
+    # warm-up 2 and 1 + 1 + 1 times.
     readings = iter(n * n for n in range(100))
     monkeypatch.setattr("atp.evaluation.speed._now", lambda device: float(next(readings)))
     speed = throughput(model, prompt_tokens=28, new_tokens=4, batch_size=2, repeats=3)
-    first = 8 * 2  # The median is the second of three repeats, after the warm-up.
+    first = 5 + 8  # The median is the second of three repeats.
     prefill = (first + 1) ** 2 - first**2
     decode = (first + 7) ** 2 - (first + 3) ** 2
-    assert next(readings) == (8 * 4) ** 2
+    assert next(readings) == (5 + 8 * 3) ** 2
     assert speed["prefill_tokens_per_second"] == pytest.approx(2 * 28 / prefill)
     assert speed["decode_tokens_per_second"] == pytest.approx(2 * 4 / decode)
 
@@ -73,5 +74,5 @@ def test_models_are_timed_in_turns_and_in_their_own_order(model, monkeypatch):
     assert [index for index, _ in itertools.groupby(passes)] == [0, 1] * 2
     # As above; after the warm-up of both, the readings of the first come before those of the second.
     assert [speed["prefill_tokens_per_second"] for speed in speeds] == [
-        pytest.approx(28 / ((first + 1) ** 2 - first**2)) for first in (16, 24)
+        pytest.approx(28 / ((first + 1) ** 2 - first**2)) for first in (10, 18)
     ]
