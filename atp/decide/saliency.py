@@ -59,7 +59,7 @@ def saliency_logits(saliency: Tensor, budget: Budget, scale: float) -> Tensor:
 
     Decisions of all structures and layers compete for the same parameters. The score is divided by the square root of
     the number of parameters that a decision saves: dividing by the number itself, or not at all, measured worse
-    (docs/measured.md).
+    (docs/measured.md), though with the recipe of today the number itself is ahead on abstracts (docs/quality.md).
     """
     scores = (saliency / budget.cost().sqrt()).clamp_min(torch.finfo(torch.float32).tiny).log()
     return scale * (scores - scores.mean()) / scores.std().clamp_min(1e-6)
