@@ -101,6 +101,9 @@ class DecisionsConfig(Section):
         "judged anew. null: with a running saliency and no search as many as keep 0.6 of the one before; else 1.",
     )  # fmt: skip
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
+    cost_exponent: float = Field(
+        0.5, ge=0, le=4, description="Power of the parameters that a decision saves; its saliency is divided by that."
+    )
     uniform: bool = Field(False, description="Whether all layers get equal widths, as classes of other tools need.")
     multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         None, description="Structure -> multiple of its width; null: mlp 64 (CUDA: mlp 128, kv_group 2) or the nearest."

@@ -32,7 +32,7 @@ def disp_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, co
     with masked_loss(model, space, config) as loss_of:
         if decisions.init == "saliency":
             saliency = fisher_saliency(space, calibration_batches(calibration, config, device), loss_of)
-            prior = saliency_logits(saliency, Budget(space), decisions.saliency_scale)
+            prior = saliency_logits(saliency, Budget(space), decisions)
         maker = DecisionMaker(space, decisions, search_steps=config.training.search, prior=prior, seed=config.seed,
                               max_bad_steps=config.training.max_bad_steps, device=for_float64(device))  # fmt: skip
         batches = calibration_batches(calibration, config, device, count=len(steps), size=decisions.batch_size)

@@ -42,5 +42,5 @@ def static_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, 
     with masked_loss(model, space, config) as loss_of:
         saliency = fisher_saliency(space, calibration_batches(calibration, config, device), loss_of)
     decisions = config.decisions
-    logits = saliency_logits(saliency, Budget(space), decisions.saliency_scale)
+    logits = saliency_logits(saliency, Budget(space), decisions)
     return fit_decisions(logits, decisions, Budget(space))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atp import processes
+from atp.config import DecisionsConfig
 from atp.decide.budget import Budget
 from atp.errors import NotReached
 from atp.finite import is_finite
@@ -54,12 +55,11 @@ def fisher_saliency(
     return processes.sum_(total) / among
 
 
-def saliency_logits(saliency: Tensor, budget: Budget, scale: float) -> Tensor:
-    """Logits ordered by saliency per cost: standardised log scores times `scale`, float32 [size] like saliency.
+def saliency_logits(saliency: Tensor, budget: Budget, config: DecisionsConfig) -> Tensor:
+    """Logits ordered by saliency per cost: standardised log scores times `saliency_scale`, [size] like saliency.
 
-    Decisions of all structures and layers compete for the same parameters. The score is divided by the square root of
-    the number of parameters that a decision saves: dividing by the number itself, or not at all, measured worse
-    (docs/measured.md), though with the recipe of today the number itself is ahead on abstracts (docs/quality.md).
+    Decisions of all structures and layers compete for the same parameters, so the saliency is divided by a power,
+    `cost_exponent`, of the number of parameters that a decision saves (docs/quality.md has what powers are worth).
     """
-    scores = (saliency / budget.cost().sqrt()).clamp_min(torch.finfo(torch.float32).tiny).log()
-    return scale * (scores - scores.mean()) / scores.std().clamp_min(1e-6)
+    scores = (saliency / budget.cost() ** config.cost_exponent).clamp_min(torch.finfo(torch.float32).tiny).log()
+    return config.saliency_scale * (scores - scores.mean()) / scores.std().clamp_min(1e-6)

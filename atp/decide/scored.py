@@ -40,6 +40,6 @@ class ScoredDecisions(Decisions):
         return processes.from_main(fit_decisions(self.logits(), config, self.budget).cpu(), "decisions")
 
     def logits(self) -> Tensor:
-        logits = saliency_logits(self.saliency, self.solver, self.config.saliency_scale)
+        logits = saliency_logits(self.saliency, self.solver, self.config)
         margin = self.config.margin * self.config.saliency_scale if self.config.source == "running" else 0.0
         return logits + margin * self.placed

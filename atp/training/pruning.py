@@ -105,8 +105,7 @@ class Pruning:
             scored = ScoredDecisions(self.space, self.settings, search_steps=self.training.search, device=place)
             scored.saliency = scored.saliency if saliency is None else saliency.to(place)
             return scored
-        budget, scale = Budget(self.space), self.settings.saliency_scale
-        prior = None if saliency is None else saliency_logits(saliency, budget, scale)
+        prior = None if saliency is None else saliency_logits(saliency, Budget(self.space), self.settings)
         return self._make_learned(prior)
 
     def _make_learned(self, prior: Tensor | None) -> DecisionMaker:

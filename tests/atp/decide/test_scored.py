@@ -35,7 +35,15 @@ def test_the_running_saliency_is_the_decayed_mean_of_squares():
         decisions.observe(gradient)
     weights = torch.tensor([0.2 * 0.8 ** (4 - i) for i in range(5)], dtype=torch.float64)
     torch.testing.assert_close(decisions.saliency.double(), weights @ gradients(5).double().square())
-    assert torch.equal(decisions.logits(), saliency_logits(decisions.saliency, Budget(SPACE), 1.0))
+    assert torch.equal(decisions.logits(), saliency_logits(decisions.saliency, Budget(SPACE), decisions.config))
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
+def test_the_saliency_is_divided_by_a_power_of_the_parameters_saved(exponent):
+    saliency, cost = gradients(1)[0].double().square(), Budget(SPACE).cost().double()
+    logits = saliency_logits(saliency, Budget(SPACE), DecisionsConfig(cost_exponent=exponent, saliency_scale=2.0))
+    scores = saliency.log() - exponent * cost.log()
+    torch.testing.assert_close(logits.double(), 2 * (scores - scores.mean()) / scores.std())
 
 
 def test_a_removed_decision_keeps_its_score():
