@@ -102,7 +102,7 @@ class DecisionsConfig(Section):
     )  # fmt: skip
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
     cost_exponent: float = Field(
-        0.5, ge=0, le=4, description="Power of the parameters that a decision saves; its saliency is divided by that."
+        0.5, ge=0, le=2, description="Power of the parameters that a decision saves; its saliency is divided by that."
     )
     uniform: bool = Field(False, description="Whether all layers get equal widths, as classes of other tools need.")
     multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
