@@ -167,9 +167,6 @@ class TrainingConfig(Section):
     beta2: float | None = Field(
         None, ge=0, lt=1, description="Decay per step of AdamW's second moment; null: half of it in a sixth of the run."
     )
-    update_clipping: bool = Field(
-        False, description="Whether a step is smaller where gradients are larger than they were (docs/quality.md)."
-    )
     distill: float = Field(
         0.0, ge=0, le=1, description="Weight of the distance to the model at the end of the open phase; 0 disables."
     )

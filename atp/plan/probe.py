@@ -32,7 +32,6 @@ from atp.spaces.space import MaskSpace
 from atp.training.cross_entropy import held_heads, linear_cross_entropy
 from atp.training.loss import causal_lm_loss
 from atp.training.offload import Offload, recompute_layers
-from atp.training.optimizer import adamw
 
 _SECONDS = 1.5  # for each speed
 _WORDS = 16  # the vocabulary of the layers that are timed: their head must cost nothing
@@ -137,7 +136,7 @@ def _layers_step(
     batch = collate([row] * rows)
     batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = adamw(trained, job.config.training.model_copy(update={"lr": 0.0})) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True) if trained else None
     controller = None if soft is None else MaskController(model, soft)
 
     def step() -> None:

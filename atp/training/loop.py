@@ -37,7 +37,6 @@ from atp.training.exchange import Exchange
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.offload import Offload, recompute_layers
-from atp.training.optimizer import adamw
 from atp.training.precision import autocast_dtype
 from atp.training.prometheus import MetricsFile
 from atp.training.resume import fingerprints, refuse_other_inputs
@@ -111,7 +110,11 @@ class Loop:
         self.model = model.to(self.device)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._trained = list(trained)
-        self.adamw = adamw(trained.values(), self.config.training)
+        # Fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
+        training = self.config.training
+        self.adamw = torch.optim.AdamW(
+            trained.values(), lr=training.lr, betas=(0.9, training.second_moment), weight_decay=0.0, fused=True
+        )
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
         self.optimizer = self.accelerator.prepare(self.adamw)
         self.exchange = Exchange(trained.values())

@@ -128,8 +128,7 @@ CASES = {
         "lora": {"dropout": 0.0},
     },
     "running saliency, teacher": {
-        "decisions": {"source": "running"},
-        "training": {"distill": 0.5, "precision": "bfloat16", "update_clipping": True},
+        "decisions": {"source": "running"}, "training": {"distill": 0.5, "precision": "bfloat16"},
     },
     "saliency, equal layers, checkpointing": {
         "decisions": {"source": "tuned", "uniform": True},
