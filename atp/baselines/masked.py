@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from atp.baselines.calibration import Batch, calibration_batches, calibration_loss
+from atp.baselines.calibration import Batch, calibration_loss
 from atp.config import ATPConfig
 from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora, stock_modules, unload
 from atp.removal.refit import refit
 from atp.spaces.space import MaskSpace
+from atp.training.data import refit_batch, refit_orders
 from atp.training.precision import autocast_dtype
 
 
@@ -58,7 +59,9 @@ def refit_readers(
     """ATP's `refit`, in place, for a model without LoRA, on `decisions.refit_windows` calibration windows."""
     count = min(config.decisions.refit_windows, len(calibration))  # type: ignore[arg-type]  # ours all have a length
     if count:
-        batches = calibration_batches(calibration, config, next(model.parameters()).device, count=count)
+        device = next(model.parameters()).device
+        orders = refit_orders(calibration, count, config.seed + 1)
+        batches = (refit_batch(calibration, rows, device) for rows in orders)
         with masked(model, space, config) as (wrapped, controller, dtype), inference(wrapped, dtype):
             decoder = wrapped.get_base_model().get_decoder()  # type: ignore[operator]  # nn.Module knows no methods
             refit(decoder, controller, space, mask, batches)

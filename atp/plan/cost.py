@@ -25,11 +25,11 @@ compute the scores again."""
 class Flops:
     """Operations by where they happen, because each kind has a speed of its own.
 
-    whole: in the layers of the whole model, in passes over calibration windows. step, stock: there too, in LoRA steps,
-    which have batches of their own, with our layers and with those of stock PEFT. cut: in the layers of the cut model.
-    head: in the product with the head. moments: in the refit's products of inputs, in float32. solved: in its systems,
-    in float64. certified: in the passes of the certificate, in float32 with its head. scored: in the layers of a model
-    that is scored.
+    whole: in the layers of the whole model, in passes over calibration windows that measure saliency. step, stock:
+    there too, in LoRA steps, which have batches of their own, with our layers and with those of stock PEFT. cut: in the
+    layers of the cut model. head: in the product with the head. fitted: in the refit's passes. moments: in its products
+    of inputs, in float32. solved: in its systems, in float64. certified: in the passes of the certificate, in float32
+    with its head. scored: in the layers of a model that is scored.
     """
 
     whole: float = 0.0
@@ -37,6 +37,7 @@ class Flops:
     stock: float = 0.0
     cut: float = 0.0
     head: float = 0.0
+    fitted: float = 0.0
     moments: float = 0.0
     solved: float = 0.0
     certified: float = 0.0
@@ -52,7 +53,7 @@ class Flops:
     def by_kind(self) -> tuple[float, ...]:
         """All kinds, in the order above."""
         layers = self.whole, self.step, self.stock, self.cut, self.head
-        return *layers, self.moments, self.solved, self.certified, self.scored
+        return *layers, self.fitted, self.moments, self.solved, self.certified, self.scored
 
     @property
     def total(self) -> float:
@@ -158,7 +159,7 @@ class Cost:
         Both models run once and the cut one's last linears again; moments of the kept inputs with themselves and with
         what is lost; for each damping and for the result a solution of the system, and for each damping its error.
         """
-        found = (self.forward(self.whole, scored=0.0) * 2) * tokens
+        found = Flops(fitted=2 * tokens * self.forward(self.whole, scored=0.0).whole)
         outputs = self.job.shapes.config.hidden_size
         for structure in self.job.shapes.space.structures:
             if structure.reader is None:
@@ -167,7 +168,7 @@ class Cost:
             kept = self.cut[structure.layer].linears[structure.reader].in_features
             again = 2.0 * tokens * reader.out_features * reader.in_features
             found += Flops(
-                whole=again,
+                fitted=again,
                 moments=moments(tokens, kept, outputs),
                 solved=(len(DAMPINGS) + 1) * solution(kept, outputs) + len(DAMPINGS) * 2.0 * kept**2 * outputs,
             )

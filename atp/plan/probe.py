@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -30,6 +30,7 @@ from atp.removal.certify import reference_logits
 from atp.removal.refit import DAMPINGS, moments_of
 from atp.spaces.space import MaskSpace
 from atp.training.cross_entropy import held_heads, linear_cross_entropy
+from atp.training.data import refit_size
 from atp.training.loss import causal_lm_loss
 from atp.training.offload import Offload, recompute_layers
 
@@ -46,10 +47,10 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     Each is measured for about `seconds` after one step to warm up, in the precision and on the device of the run:
     forward, backward and optimizer of a LoRA step of layers with random weights, which collects saliency if those of
     the run do; forward and backward of a calibration window that measures saliency; the cross-entropy of as many tokens
-    as a batch scores; the refit's products and one of its systems; a pass of the certificate over one window, and one
-    over the windows that are scored at once. LoRA steps have batches as long as those of training, because short ones
-    are slower per token, and checkpointing and offloading as that has them. What is no product (norms, activations,
-    casts) is part of a layer's time.
+    as a batch scores; the refit's passes through the whole and the masked model, its products and one of its systems; a
+    pass of the certificate over one window, and one over the windows that are scored at once. LoRA steps and the refit
+    have batches like those of the run, because short ones are slower per token, and LoRA steps have checkpointing and
+    offloading as that has them. What is no product (norms, activations, casts) is part of a layer's time.
     """
     device, training = processes.device(), job.config.training
     layer = sum(linear.out_features * linear.in_features for linear in job.shapes.whole[0].linears.values())
@@ -93,6 +94,11 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     sizes = job.shapes.config
     with held_heads():
         scoring = _median(_head_step(job, device, rows), device, seconds)
+    windows, fitted = job.share_of(job.config.decisions.refit_windows), 0.0
+    if windows:
+        read = window * refit_size(window, windows)
+        fitting = _median(_refit_step(model, job, window, read // window, shapes.space), device, seconds)
+        fitted = 2 * cost(window).forward(shapes.whole, scored=0.0).total * read / fitting
     summed, solved = _of_refit(job, device, seconds)
     return Flops(
         whole=cost(window).decision().total * window / measuring,
@@ -100,6 +106,7 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
         stock=stock,
         cut=rate(cut, shapes.kept),
         head=4.0 * sizes.hidden_size * sizes.vocab_size * rows / scoring,
+        fitted=fitted,
         moments=summed,
         solved=solved,
         certified=cost(window).forward(shapes.whole).total * window / certifying,
@@ -162,6 +169,21 @@ def _scoring_step(model: PreTrainedModel, job: Job, length: int, rows: int) -> C
     def step() -> None:
         with inference(model, job.autocast) as device:
             model(input_ids=(torch.arange(length, device=device) % _WORDS).repeat(rows, 1), use_cache=False)
+
+    return step
+
+
+def _refit_step(model: PeftModel, job: Job, length: int, rows: int, space: MaskSpace) -> Callable[[], object]:
+    """What the refit reads a batch with: passes through the layers without masks and with them."""
+    decoder: Any = cast(PreTrainedModel, model.get_base_model()).get_decoder()
+    controller, mask = MaskController(model, space), torch.ones(space.size, dtype=torch.bool)
+
+    def step() -> None:
+        with inference(model, job.autocast) as device:
+            tokens = (torch.arange(length, device=device) % _WORDS).repeat(rows, 1)
+            decoder(input_ids=tokens, use_cache=False)
+            with controller.masks(mask, "sum"):
+                decoder(input_ids=tokens, use_cache=False)
 
     return step
 

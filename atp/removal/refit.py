@@ -29,8 +29,10 @@ from atp_kernels.quantized import dense
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
 """What the refit chooses lambda from, as shares of the mean square of the kept inputs."""
 
+HELD_OUT = 8
+"""Every eighth batch chooses lambda, and where there are fewer the last one."""
+
 _FEW = 0.3  # the damping where there are too few batches to hold one out
-_HELD_OUT = 8  # every eighth batch chooses the damping, and where there are fewer the last one
 _ROWS = 4096  # tokens in one product
 
 
@@ -48,22 +50,22 @@ def refit(
     """Changes the base weights of the linears that end a block, from the first one that `mask` removes inputs of.
 
     mask: bool [space.size], True keeps. decoder: in evaluation mode, its linears masked LoRA layers; LoRA counts as
-    part of the weight, and the whole model is the one without masks. batches: as `atp.data.collate` makes them. among:
-    all processes call this, and `batches` are those of this one's `processes.shares` of so many; they fit together and
-    end with the same weights. In memory at once are, for all batches, the hidden states of the whole model and of the
-    cut one, twice their difference and twice the inputs of one linear. damping: lambda as a share of the mean square of
-    the kept inputs; None chooses one of `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone
-    that none of them helps there.
+    part of the weight, and the whole model is the one without masks. batches: as `atp.data.collate` makes them; one
+    with padded rows says in `text`, bool [batch, tokens], what to fit to. among: all processes call this, and `batches`
+    are those of this one's `processes.shares` of so many; they fit together and end with the same weights. In memory at
+    once are, for all batches, the hidden states of the whole model and of the cut one, twice their difference and twice
+    the inputs of one linear. damping: lambda as a share of the mean square of the kept inputs; None chooses one of
+    `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone that none of them helps there.
     Columns of removed inputs stay as they are. A quantized weight that the fit changes becomes a floating one: rounding
     it to a few bits again would add their error to what was fitted. Clears the masks; kept slices are stale afterwards.
     A sharded model has one layer gathered at a time. Returns the changed weights or their shards, not copied, by their
-    names in the decoder. Raises `NotReached` when inputs, differences
-    or fitted weights are not finite.
+    names in the decoder. Raises `NotReached` when inputs, differences or fitted weights are not finite.
     """
-    cut, arguments = map(list, zip(*(first_layer_inputs(decoder, batch) for batch in batches), strict=True))
+    started = ((*first_layer_inputs(decoder, batch), batch.get("text")) for batch in batches)
+    cut, arguments, texts = map(list, zip(*started, strict=True))
     total = len(cut) if among is None else among
     numbers = range(len(cut)) if among is None else range(processes.rank(), among, processes.count())
-    cut, arguments = cut[: len(numbers)], arguments[: len(numbers)]
+    cut, arguments, texts = cut[: len(numbers)], arguments[: len(numbers)], texts[: len(numbers)]
     whole = list(cut)
     changed = {}
     layers: Any = decoder.layers
@@ -89,8 +91,11 @@ def refit(
                 base = linear.get_base_layer()
                 weight = dense(base.weight)
                 kept = structure.kept_inputs(mask).to(weight.device)
-                pairs = list(zip(numbers, inputs, lost, strict=True))
-                every = min(_HELD_OUT, max(total, 2))
+                pairs = [
+                    (number, read, lack) if text is None else (number, read[text], lack[text])
+                    for number, read, lack, text in zip(numbers, inputs, lost, texts, strict=True)
+                ]
+                every = min(HELD_OUT, max(total, 2))
                 where = f"layers.{index}.{structure.reader}"
                 if _fit(where, weight, pairs, kept, damping, every=every, together=among is not None):
                     if isinstance(base.weight, QuantizedWeight):

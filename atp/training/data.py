@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Sized
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from atp import processes
 from atp.data import collate
 from atp.devices import upload
+from atp.removal.refit import HELD_OUT
 
 Batch = dict[str, Any]
 """What `atp.data.collate` makes, its tensors on the device of the model."""
 
+_AT_ONCE = 1024  # tokens in a pass of the refit
 _POOL = 50  # batches that are sorted by length together: long enough to be alike, short enough to stay mixed
 
 
@@ -84,6 +86,33 @@ def batch_at(dataset: Dataset, index: int, size: int, seed: int, device: torch.d
     return to_device(
         collate([dataset[row] for row in run_order(dataset, size, 0, seed).at(index * size, size)]), device
     )
+
+
+def refit_size(length: float, windows: int) -> int:
+    """How many calibration windows of `length` tokens a batch of the refit has, where a process reads `windows`.
+
+    What a pass costs beyond its tokens, as merging LoRA into the weights, is paid once for all of them. There are
+    enough batches to hold one in eight out.
+    """
+    return max(1, min(int(_AT_ONCE / length), windows // HELD_OUT))
+
+
+def refit_orders(dataset: Dataset, windows: int, seed: int) -> list[list[int]]:
+    """The samples of each batch that the refit reads, `windows` of them in all, in the seeded order."""
+    lengths = getattr(dataset, "lengths", None) or [len(cast(Any, dataset)[0]["input_ids"])]
+    size = refit_size(sum(lengths) / len(lengths), windows // processes.count())
+    order = run_order(dataset, size, 0, seed)
+    return [order.at(start, min(size, windows - start)) for start in range(0, windows, size)]
+
+
+def refit_batch(dataset: Dataset, rows: Sequence[int], device: torch.device) -> Batch:
+    """A batch of these samples, on the device, and where rows are padded `text`, bool [batch, longest]: what is not."""
+    samples = [dataset[row] for row in rows]
+    batch = collate(samples)
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    if batch["tokens"] < batch["input_ids"].numel():
+        batch["text"] = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+    return to_device(batch, device)
 
 
 def step_batches(

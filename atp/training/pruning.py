@@ -37,7 +37,7 @@ from atp.spaces.space import MaskSpace
 from atp.training.certificate import at_cut, at_freeze, masked_logits
 from atp.training.checkpoint import Checkpoint, load_optimizer_tensors, optimizer_tensors, prefixed
 from atp.training.cross_entropy import held_heads
-from atp.training.data import Batch, batch_at, run_order, sized, to_device
+from atp.training.data import Batch, batch_at, refit_batch, refit_orders, run_order, sized, to_device
 from atp.training.loss import causal_lm_loss
 from atp.training.offload import Offload
 from atp.training.profiling import scope
@@ -244,8 +244,11 @@ class Pruning:
 
     def _refit(self, mask: Tensor) -> dict[str, Tensor]:
         count = min(self.settings.refit_windows, sized(self.calibration))
+        orders = refit_orders(self.calibration, count, self.seed + 1)
+        mine = (orders[number] for number in processes.shares(len(orders))[0])
+        batches = (refit_batch(self.calibration, rows, self.device) for rows in mine)
         with inference(self.model, self.autocast):
-            fitted = refit(self.decoder, self.controller, self.space, mask, self._windows(count), among=count)
+            fitted = refit(self.decoder, self.controller, self.space, mask, batches, among=len(orders))
         self.controller.forget()
         return fitted
 

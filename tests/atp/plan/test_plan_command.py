@@ -107,7 +107,7 @@ def test_what_is_printed_is_what_json_holds(plan):
 def test_probe_times_each_part(config):
     plan = make_plan(changed(config, "training.precision=float32"), probe=True)
     assert plan["flops_per_second"].keys() == {
-        "whole", "step", "stock", "cut", "head", "moments", "solved", "certified", "scored",
+        "whole", "step", "stock", "cut", "head", "fitted", "moments", "solved", "certified", "scored",
     }  # fmt: skip
     assert all(rate > 0 for rate in plan["flops_per_second"].values())
     assert all(row["seconds"] > 0 for row in plan["cost"])

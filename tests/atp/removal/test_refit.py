@@ -11,6 +11,7 @@ from atp.models.layers import first_layer_inputs, run_block
 from atp.removal.cut import cut_model
 from atp.removal.refit import DAMPINGS, refit
 from atp.spaces.space import MaskSpace
+from atp.training.data import refit_batch
 
 
 def wrapped(model, space, filled=True):
@@ -121,6 +122,26 @@ def test_weights_are_the_ridge_solution_layer_after_layer(name, family):
                 linear.get_base_layer().weight.data = after[weight]
             with torch.no_grad(), controller.masks(mask, "sum"):
                 states = [run_block(layer, norm, block, x, a) for x, (_, a) in zip(states, runs, strict=True)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_how_windows_are_batched_changes_nothing(size):
+    """Five windows of two lengths, one by one and together, where padding is not fitted to."""
+    texts = [tokens(windows=1, length=24 - 9 * (i % 2), seed=i)[0] for i in range(5)]
+    data = [{"input_ids": ids, "labels": ids} for ids in texts]
+    fitted = []
+    for at_once in (1, size):
+        stock = stock_model()
+        space = MaskSpace.from_config(stock.config)
+        model = wrapped(stock, space)
+        made = [refit_batch(data, range(i, min(i + at_once, 5)), torch.device("cpu")) for i in range(0, 5, at_once)]
+        assert ["text" in batch for batch in made] == [len({len(t) for t in texts[i : i + at_once]}) > 1
+                                                       for i in range(0, 5, at_once)]  # fmt: skip
+        decoder, mask = model.get_base_model().model, random_mask(space)
+        fitted.append(refit(decoder, MaskController(model, space), space, mask, made, damping=0.05))
+    assert fitted[0].keys() == fitted[1].keys()
+    for name, weight in fitted[0].items():
+        assert_close(fitted[1][name], weight, atol=1e-9, rtol=1e-9)
 
 
 def last_mlp(space):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atp.data.packing import PackedDataset, RaggedDataset
-from atp.training.data import GroupedOrder, RunOrder, run_order
+from atp.training.data import GroupedOrder, RunOrder, refit_batch, refit_orders, refit_size, run_order
 
 
 @pytest.mark.parametrize(("size", "total"), [(7, 21), (7, 17), (5, 3), (1, 4), (6, 0)])
@@ -75,3 +75,33 @@ def test_datasets_choose_their_order():
     ragged = RaggedDataset([([1] * n, [1] * n) for n in (2, 5, 3)])
     windows = PackedDataset(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4, dtype=torch.long))
     assert type(run_order(ragged, 1, 3, 0)) is GroupedOrder and type(run_order(windows, 1, 3, 0)) is RunOrder
+
+
+@pytest.mark.parametrize(
+    ("length", "windows", "size"),
+    [(192, 96, 5), (192, 24, 3), (192, 15, 1), (192, 8, 1), (192, 0, 1), (62.5, 96, 12), (1025, 96, 1), (512, 192, 2)],
+)
+def test_a_batch_of_the_refit_is_long_enough_and_one_of_eight(length, windows, size):
+    assert refit_size(length, windows) == size
+
+
+def test_the_refit_reads_each_window_once_and_in_the_order_of_the_seed():
+    data = PackedDataset(torch.zeros(120, 64, dtype=torch.long), torch.zeros(120, 64, dtype=torch.long))
+    orders = refit_orders(data, 100, seed=3)
+    assert [len(rows) for rows in orders] == [12] * 8 + [4]
+    assert [row for rows in orders for row in rows] == RunOrder(120, 0, seed=3).at(0, 100)
+    assert orders != refit_orders(data, 100, seed=4)
+
+
+def test_the_refit_reads_documents_of_like_length_together():
+    data = RaggedDataset([([1] * length, [1] * length) for length in LENGTHS])
+    orders = refit_orders(data, 96, seed=3)
+    assert [len(rows) for rows in orders] == [4] * 24  # of 248 tokens on average
+    assert len({row for rows in orders for row in rows}) == 96
+    assert sum(4 * max(LENGTHS[row] for row in rows) for rows in orders) < 1.05 * sum(
+        LENGTHS[row] for rows in orders for row in rows
+    )
+    batch = refit_batch(data, orders[0], torch.device("cpu"))
+    assert batch["text"].sum(1).tolist() == [LENGTHS[row] for row in orders[0]]
+    assert batch["text"][:, 0].all() and (batch["text"][:, 1:] <= batch["text"][:, :-1]).all()
+    assert "text" not in refit_batch(data, orders[0][:1], torch.device("cpu"))
