@@ -94,7 +94,7 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     sizes = job.shapes.config
     with held_heads():
         scoring = _median(_head_step(job, device, rows), device, seconds)
-    windows, fitted = job.share_of(job.config.decisions.refit_windows), 0.0
+    windows, fitted = job.config.decisions.refit_windows, 0.0
     if windows:
         read = window * refit_size(window, windows)
         fitting = _median(_refit_step(model, job, window, read // window, shapes.space), device, seconds)

@@ -89,10 +89,10 @@ def batch_at(dataset: Dataset, index: int, size: int, seed: int, device: torch.d
 
 
 def refit_size(length: float, windows: int) -> int:
-    """How many calibration windows of `length` tokens a batch of the refit has, where a process reads `windows`.
+    """How many of so many calibration windows, of `length` tokens each, a batch of the refit has.
 
     What a pass costs beyond its tokens, as merging LoRA into the weights, is paid once for all of them. There are
-    enough batches to hold one in eight out.
+    enough batches to hold one in eight out, and as many in any number of processes.
     """
     return max(1, min(int(_AT_ONCE / length), windows // HELD_OUT))
 
@@ -100,7 +100,7 @@ def refit_size(length: float, windows: int) -> int:
 def refit_orders(dataset: Dataset, windows: int, seed: int) -> list[list[int]]:
     """The samples of each batch that the refit reads, `windows` of them in all, in the seeded order."""
     lengths = getattr(dataset, "lengths", None) or [len(cast(Any, dataset)[0]["input_ids"])]
-    size = refit_size(sum(lengths) / len(lengths), windows // processes.count())
+    size = refit_size(sum(lengths) / len(lengths), windows)
     order = run_order(dataset, size, 0, seed)
     return [order.at(start, min(size, windows - start)) for start in range(0, windows, size)]
 

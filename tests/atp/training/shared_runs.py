@@ -15,7 +15,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from tiny_callbacks import StopAt  # noqa: E402
-from tiny_run import CUT, SEARCH, make  # noqa: E402
+from tiny_run import CUT, SEARCH, make, windows  # noqa: E402
 
 from atp import processes  # noqa: E402
 from atp.errors import Interrupted  # noqa: E402
@@ -24,7 +24,7 @@ BATCHES = 4  # in each step, of all processes; and as many windows in each decis
 SHORT = {"open": 2, "search": 0, "settle": 0, "tune": 1}
 # The settings of decisions, training and model that differ. The refits hold a window out, and none.
 RUNS = {
-    "learned": ({"source": "learned", "refit_windows": 8}, {}, {}),
+    "learned": ({"source": "learned", "refit_windows": 24}, {}, {}),
     "running": ({"source": "running", "refit_windows": 0}, {**SHORT, "search": 2, "settle": 1}, {}),
     "untied": (
         {"source": "tuned", "space": "kv_group", "refit_windows": 5, "rounds": 2}, SHORT,
@@ -48,6 +48,7 @@ def train(folder, name, started_in, *, stop=None, resume=False, sharding=None):
         training={"batch_size": 1, "gradient_accumulation": BATCHES // started_in, "save_every": 100,
                   "sharding": sharding, **training},
     )  # fmt: skip
+    trainer.pruning.calibration = windows(24, seed=2)  # enough for batches of three in the first refit
     try:
         trainer.train(resume=resume)
     except Interrupted:

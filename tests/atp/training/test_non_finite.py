@@ -15,6 +15,8 @@ from atp.decide.saliency import fisher_saliency
 from atp.errors import InputError, Interrupted, NotReached
 from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints
+from atp.training import pruning
+from atp.training.data import refit_batch
 
 NAN = math.nan
 
@@ -203,13 +205,11 @@ def test_no_checkpoint_is_written_that_holds_nan(tmp_path, part):
 def test_refit_on_inputs_that_are_not_finite_is_refused(tmp_path, monkeypatch):
     trainer = make(tmp_path)
 
-    def spoiled(index, size, original=trainer.pruning.calibration_batch):
-        batch = original(index, size)
-        if trainer.decisions.frozen and index == 1:
-            trainer.pruning.decoder.layers[0].self_attn.v_proj.base_layer.weight.data[0, 0] = NAN
-        return batch
+    def spoiled(*arguments):
+        trainer.pruning.decoder.layers[0].self_attn.v_proj.base_layer.weight.data[0, 0] = NAN
+        return refit_batch(*arguments)
 
-    monkeypatch.setattr(trainer.pruning, "calibration_batch", spoiled)
+    monkeypatch.setattr(pruning, "refit_batch", spoiled)
     with pytest.raises(NotReached, match=r"layers\.0\.\S+ reads NaN"):
         trainer.train()
     assert all(bool(t.isfinite().all()) for t in trained_tensors(trainer).values())
