@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, cast
 
 import torch
@@ -89,20 +89,35 @@ def batch_at(dataset: Dataset, index: int, size: int, seed: int, device: torch.d
 
 
 def refit_size(length: float, windows: int) -> int:
-    """How many of so many calibration windows, of `length` tokens each, a batch of the refit has.
+    """How many of so many calibration windows, of `length` tokens on average, a batch of the refit has at most.
 
-    What a pass costs beyond its tokens, as merging LoRA into the weights, is paid once for all of them. There are
-    enough batches to hold one in eight out, and as many in any number of processes.
+    What a pass costs beyond its tokens, as merging LoRA into the weights, is paid once for all of them.
     """
     return max(1, min(int(_AT_ONCE / length), windows // HELD_OUT))
 
 
 def refit_orders(dataset: Dataset, windows: int, seed: int) -> list[list[int]]:
-    """The samples of each batch that the refit reads, `windows` of them in all, in the seeded order."""
-    lengths = getattr(dataset, "lengths", None) or [len(cast(Any, dataset)[0]["input_ids"])]
-    size = refit_size(sum(lengths) / len(lengths), windows)
-    order = run_order(dataset, size, 0, seed)
-    return [order.at(start, min(size, windows - start)) for start in range(0, windows, size)]
+    """The samples of each batch that the refit reads, `windows` of them in all.
+
+    Every eighth batch holds every eighth window of the seeded order, which the refit holds out; samples of like length
+    share a batch. So neither the size of a batch nor the number of processes changes what is fitted to what.
+    """
+    rows = run_order(dataset, 1, 0, seed).at(0, windows)
+    lengths = getattr(dataset, "lengths", None) or [len(cast(Any, dataset)[0]["input_ids"])] * sized(dataset)
+    held = sorted(rows[HELD_OUT - 1 :: HELD_OUT], key=lengths.__getitem__)
+    if not held:
+        return [[row] for row in rows]
+    fitted = [row for place, row in enumerate(rows, 1) if place % HELD_OUT]
+    fitted.sort(key=lengths.__getitem__)
+    count = -(-len(held) // refit_size(sum(lengths) / len(lengths), windows))
+    batches = iter(_split(fitted, count * (HELD_OUT - 1)))
+    return [batch for last in _split(held, count) for batch in (*islice(batches, HELD_OUT - 1), last)]
+
+
+def _split(rows: list[int], count: int) -> list[list[int]]:
+    """The rows in so many parts, as equal as can be."""
+    bounds = [len(rows) * part // count for part in range(count + 1)]
+    return [rows[start:stop] for start, stop in pairwise(bounds)]
 
 
 def refit_batch(dataset: Dataset, rows: Sequence[int], device: torch.device) -> Batch:

@@ -85,22 +85,28 @@ def test_a_batch_of_the_refit_is_long_enough_and_one_of_eight(length, windows, s
     assert refit_size(length, windows) == size
 
 
-def test_the_refit_reads_each_window_once_and_in_the_order_of_the_seed():
-    data = PackedDataset(torch.zeros(120, 64, dtype=torch.long), torch.zeros(120, 64, dtype=torch.long))
-    orders = refit_orders(data, 100, seed=3)
-    assert [len(rows) for rows in orders] == [12] * 8 + [4]
-    assert [row for rows in orders for row in rows] == RunOrder(120, 0, seed=3).at(0, 100)
-    assert orders != refit_orders(data, 100, seed=4)
+@pytest.mark.parametrize("windows", [1, 7, 8, 9, 16, 23, 96, 100])
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_eighth_batch_of_the_refit_holds_every_eighth_window(windows, padded):
+    ids = torch.zeros(120, 64, dtype=torch.long)
+    documents = [([1] * length, [1] * length) for length in LENGTHS[:120]]
+    data = RaggedDataset(documents) if padded else PackedDataset(ids, ids)
+    orders, rows = refit_orders(data, windows, seed=3), run_order(data, 1, 0, seed=3).at(0, windows)
+    assert sorted(row for batch in orders for row in batch) == sorted(rows) and all(orders)
+    assert {row for batch in orders[7::8] for row in batch} == set(rows[7::8])
+    assert len(orders) == windows if windows < 8 else len(orders) % 8 == 0
+    longest = refit_size(sum(LENGTHS[:120]) / 120 if padded else 64, windows)
+    assert max(map(len, orders)) <= longest + 1
+    if windows > 1:
+        assert orders != refit_orders(data, windows, seed=4)
 
 
 def test_the_refit_reads_documents_of_like_length_together():
     data = RaggedDataset([([1] * length, [1] * length) for length in LENGTHS])
     orders = refit_orders(data, 96, seed=3)
     assert [len(rows) for rows in orders] == [4] * 24  # of 248 tokens on average
-    assert len({row for rows in orders for row in rows}) == 96
-    assert sum(4 * max(LENGTHS[row] for row in rows) for rows in orders) < 1.05 * sum(
-        LENGTHS[row] for rows in orders for row in rows
-    )
+    read = [[LENGTHS[row] for row in rows] for rows in orders]
+    assert sum(4 * max(lengths) for lengths in read) < 1.1 * sum(map(sum, read))
     batch = refit_batch(data, orders[0], torch.device("cpu"))
     assert batch["text"].sum(1).tolist() == [LENGTHS[row] for row in orders[0]]
     assert batch["text"][:, 0].all() and (batch["text"][:, 1:] <= batch["text"][:, :-1]).all()
