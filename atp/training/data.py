@@ -89,7 +89,7 @@ def batch_at(dataset: Dataset, index: int, size: int, seed: int, device: torch.d
 
 
 def refit_size(length: float, windows: int) -> int:
-    """How many of so many calibration windows, of `length` tokens on average, a batch of the refit has at most.
+    """How many of so many calibration windows, of `length` tokens on average, a batch of the refit has; some one more.
 
     What a pass costs beyond its tokens, as merging LoRA into the weights, is paid once for all of them.
     """
