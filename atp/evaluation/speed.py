@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import BaseStreamer
 
+from atp.errors import InputError
 from atp.evaluation.inference import CausalLM, inference
 from atp_kernels import QuantizedWeight
 
@@ -39,7 +40,12 @@ def throughputs(
 
     prefill_tokens_per_second: one forward pass over `prompt_tokens` tokens that fills the cache.
     decode_tokens_per_second: greedy `generate`, from the first to the last of `new_tokens` new tokens.
+    Raises `InputError` for a size below 1.
     """
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"there is no speed with {name}={size}: give at least 1")
     for model in models:
         _seconds(model, prompt_tokens, 1, batch_size)  # a warm-up, for which one step of decoding is enough
     rounds = [[_seconds(model, prompt_tokens, new_tokens, batch_size) for model in models] for _ in range(repeats)]

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from atp.data.packing import PackedDataset
 from atp.data.tasks import Task
+from atp.errors import InputError
 from atp.evaluation import evaluate_model, model_size, packed_windows, throughput, throughputs
 from atp.evaluation.inference import inference
 
@@ -76,3 +77,10 @@ def test_models_are_timed_in_turns_and_in_their_own_order(model, monkeypatch):
     assert [speed["prefill_tokens_per_second"] for speed in speeds] == [
         pytest.approx(28 / ((first + 1) ** 2 - first**2)) for first in (10, 18)
     ]
+
+
+@pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch_size", "repeats"])
+def test_a_size_of_nothing_is_refused_before_anything_runs(model, name):
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(InputError, match=f"^there is no speed with {name}=0: give at least 1$"):
+        throughput(model, **{name: 0})
