@@ -81,6 +81,7 @@ def test_models_are_timed_in_turns_and_in_their_own_order(model, monkeypatch):
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch_size", "repeats"])
 def test_a_size_of_nothing_is_refused_before_anything_runs(model, name):
-    model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    timed = copy.deepcopy(model)
+    timed.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     with pytest.raises(InputError, match=f"^there is no speed with {name}=0: give at least 1$"):
-        throughput(model, **{name: 0})
+        throughput(timed, **{name: 0})
