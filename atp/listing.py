@@ -91,7 +91,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _last(path: Path) -> dict[str, Any]:
-    """The last whole record of metrics.jsonl: a run under way may have written half a line after it."""
+    """The newest values in metrics.jsonl, back to those of a training step: its last record may be a validation score.
+
+    A run under way may have written half a line after it.
+    """
+    newest: dict[str, Any] = {}
     try:
         with path.open("rb") as lines:
             lines.seek(max(path.stat().st_size - _TAIL, 0))
@@ -104,8 +108,10 @@ def _last(path: Path) -> dict[str, Any]:
         except ValueError:
             continue
         if isinstance(record, dict):
-            return record
-    return {}
+            newest = record | newest
+        if "loss" in newest:
+            break
+    return newest
 
 
 def _within(values: dict[str, Any], *names: str) -> Any:

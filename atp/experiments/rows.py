@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,8 @@ def member_row(
     for name, (value, _) in majority_samples(majority, tasks).items():
         row[f"{name} majority label"] = round(float(value), 4)
     row["original perplexity"] = round(scores["original"]["perplexity"], 4)
+    if "validation" in summary:
+        row["validation perplexity"] = round(math.exp(_ended_with(summary["validation"])), 4)
     seconds = sum(value for phase, value in summary["seconds"].items() if phase != "total")
     row |= {"train_tokens": summary["train_tokens"], "train_seconds": round(seconds, 1)}
     certificate = summary.get("certificate", {})
@@ -56,6 +59,13 @@ def member_row(
     return row
 
 
+def _ended_with(validation: Mapping[str, Any]) -> float:
+    """The validation loss, in nats per token, of the adapter that the run ended with."""
+    best = validation["best"]
+    kept = best is not None and best["step"] == validation["kept_step"]
+    return float(best["loss"] if kept else validation["last"])
+
+
 def fingerprint(config: ATPConfig) -> str:
     """Eight hex digits of all settings that a run's result depends on, except arm and seed."""
     values = config.model_dump(mode="json", exclude={"output_dir": True, "model": {"path"}})
@@ -64,7 +74,7 @@ def fingerprint(config: ATPConfig) -> str:
 
 def changed_share(folder: Path) -> float | str:
     """Mean share of decisions that a decision step flips once the budget is reached; "" without decisions."""
-    searched = [record for record in read_metrics(folder) if record["phase"] == "search"]
+    searched = [record for record in read_metrics(folder) if "changed" in record]  # scores of a split have none
     reached = [r["changed"] for r in searched if r["target_keep"] == searched[-1]["target_keep"]]
     return round(statistics.fmean(reached), 6) if reached else ""
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,18 @@ def test_damaged_files_are_one_sentence(write, text, reason):
     (path.parent / "base.yaml").write_text(text if "text" not in text else "- a", encoding="utf-8")
     with pytest.raises(InputError, match="an alias|is not of type int|nested deeper|is not a mapping"):
         ExperimentSpec.load(str(path))[0].config(path, "custom", [])
+
+
+def test_a_row_has_the_validation_score_of_the_adapter_that_the_run_ended_with(write, tmp_path):
+    keep = {"training.keep_best": [True, False]}
+    path = write(arms=[{"method": "atp", "vary": keep}], picture="intervals", x=None, domains=["custom"])
+    worse = ["training.tune=20", "training.lr=0.5", "training.schedule=constant"]
+    experiment(path, tmp_path, ["evaluation.every=1", *worse]).execute()
+    for row, folder in zip(rows_of(tmp_path), ("atp,training.keep_best=true-seed0", "atp-seed0"), strict=True):
+        found = json.loads((tmp_path / "runs/custom" / folder / "summary.json").read_text())["validation"]
+        loss = found["best"]["loss"] if "true" in folder else found["last"]
+        assert float(row["validation perplexity"]) == pytest.approx(math.exp(loss), abs=1e-4), folder
+        assert found["best"]["loss"] < found["last"], "else both cases are one"
 
 
 def test_a_seed_that_no_run_can_take_is_a_sentence(config, tmp_path):

@@ -44,6 +44,13 @@ def test_states_and_figures(run, tmp_path):
     assert (line.state, line.kept, line.perplexity, line.megabytes, line.minutes) == ("finished", 0.6, 18, 7, 1.5)
 
 
+def test_a_validation_score_after_the_last_step_hides_no_loss(run):
+    score = {"step": 6, "phase": "tune", "validation_loss": 1.2}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (STEP, score)))
+    (line,) = runs_below(run)
+    assert (line.phase, line.step, line.loss, line.kept) == ("tune", 6, 1.5, 0.75)
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"seconds": 3, "perplexity": [], "keep_decoder": "x"}', "\x00\xff"]
 )
