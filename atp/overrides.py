@@ -44,7 +44,14 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     reason = shorten(first["msg"]).removeprefix("Value error, ")
     if not path:  # of several sections, which it names
         return reason
+    if first["type"] == "value_error" and len(path) == 1 and _is_section(root, path[0]):
+        return f"config section '{key}': {reason[0].lower()}{reason[1:]}"  # of several keys, which it names
     return f"config key '{key}' is {quote(first['input'])}: {reason[0].lower()}{reason[1:]}"
+
+
+def _is_section(root: type[BaseModel], name: str) -> bool:
+    kind = root.model_fields[name].annotation
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:

@@ -89,6 +89,8 @@ def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_a
         ({"data": {"labels": ["yes", "\ud800"]}}, "config key 'data.labels' is ['yes', '\\ud800']: the text holds"),
         ({"data": {"sources": {"\udcff": "x"}}}, "config key 'data.sources' is {'\\udcff': 'x'}: the text holds"),
         ({"seed": 10**5000}, "config key 'seed' is a number of about 5001 digits: "),
+        ({"training": {"open": 500}}, "config section 'training': open, search and settle take 500 steps, more than"),
+        ({"decisions": {"uniform": True, "space": "disp"}}, "config section 'decisions': uniform needs space kv_group"),
         (
             {"preset": "fast"},
             "config key 'preset' is 'fast': input should be 'auto', 'quick', 'standard', 'thorough', ",
