@@ -46,6 +46,8 @@ class MaskBaseline:
         MaskSpace.from_config(shapes, self.space or config.decisions.space)
         if self.searches and not config.training.search:
             raise InputError("disp_llm learns its masks in training.search steps, which are 0: set them")
+        if self.searches and config.decisions.uniform:
+            raise InputError(f"disp_llm cuts in space {self.space}, without equal layers: leave out decisions.uniform")
 
     def choose(self, model: PreTrainedModel, calibration: Dataset, config: ATPConfig) -> Tensor:
         """The mask, bool [size of the space]."""

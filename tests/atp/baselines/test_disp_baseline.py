@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from atp.compare.baseline_run import BaselineRun
+from atp.compare.members import Arm, Members
+from atp.errors import InputError
 
 
 def test_a_whole_run_in_its_own_space(config, tmp_path):
@@ -23,3 +26,15 @@ def test_a_whole_run_in_its_own_space(config, tmp_path):
         shapes = [layer.self_attn.q_proj.in_features for layer in loaded.model.layers]
         assert shapes == [len(layer["attention_inputs"]) for layer in decisions["layers"]]
     assert sum(shapes) < 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.search=0", "disp_llm learns its masks in training.search steps, which are 0"),
+        ("decisions.uniform=true", "disp_llm cuts in space disp, without equal layers: leave out decisions.uniform"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_any_run(config, tmp_path, override, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Members(config, tmp_path, command="").check([Arm("static"), Arm("disp_llm", (override,))], [0])
