@@ -1,0 +1,203 @@
+"""Draw settings that a config may have, run them on a tiny model, and see that nothing but a sentence stops them.
+
+    python tests/fuzz/fuzz_runs.py                   cases 0 to 39
+    python tests/fuzz/fuzz_runs.py --cases 200       more of them
+    python tests/fuzz/fuzz_runs.py --case 17         one case, with its settings and its traceback
+
+A case is a function of its number alone. What holds in each:
+
+* `atp plan` refuses what `atp train` refuses before its first step, in one sentence, and nothing else.
+* A run ends, though on a model this small it may miss a promise, and its report and its line in `atp runs` are written.
+* A run that stops after a checkpoint and goes on leaves the same bytes.
+* A target of a sweep is the run of its own, bit for bit, or a comparison of two methods ends.
+
+Exit status 1 when one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import random
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "atp")]
+
+import pytest  # noqa: E402
+from tiny_command import results, start, stopping_at  # noqa: E402
+from tiny_inputs import tiny_config  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from atp.baselines.methods import BASELINES  # noqa: E402
+from atp.checks import check_reachable  # noqa: E402
+from atp.compare import Comparison  # noqa: E402
+from atp.config import ATPConfig  # noqa: E402
+from atp.errors import InputError, NotReached  # noqa: E402
+from atp.listing import runs_below  # noqa: E402
+from atp.plan import make_plan  # noqa: E402
+from atp.report import write_report  # noqa: E402
+from atp.sweep import Sweep  # noqa: E402
+from atp.sweep.targets import UNITS  # noqa: E402
+from atp.training.loop import Loop  # noqa: E402
+
+MODELS = [
+    {}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"attention_bias": True, "mlp_bias": True},
+    {"tie_word_embeddings": False}, {"hidden_size": 64, "head_dim": 8}, {"num_hidden_layers": 3},
+]  # fmt: skip
+VALUES = {
+    "model": {"dtype": ["auto", "float32", "bfloat16", "float16"], "load_in": [None, None, None, "8bit"]},
+    "data": {
+        "packing": ["joined", "separate", "fitted", "padded"], "loss_on": ["all", "completion", "assistant"],
+        "length": [16, 24], "general_share": [0, None],
+    },
+    "decisions": {
+        "space": ["kv_group", "kv_group", "head_dim", "disp"], "target_keep": [0.35, 0.5, 0.6, 0.8],
+        "source": [None, "static", "tuned", "running", "learned"], "decay": [0, 0.97], "margin": [0, 0.1],
+        "generator": ["transformer", "gru", "free"], "init": ["paper", "saliency"], "budget": ["penalty", "exact"],
+        "every": [1, 2, 3], "batch_size": [1, 2], "reach": [0, 0.4, 1], "saliency_windows": [1, 2, 4],
+        "refit_windows": [0, 1, 4, 96], "rounds": [None, None, 1, 2], "cost_exponent": [0, 0.5, 1],
+        "uniform": [False, False, True], "multiples": [None, {}, {"mlp": 8}, {"mlp": 8, "kv_group": 2}],
+    },
+    "lora": {"r": [1, 4, 16], "dropout": [0, 0, 0.2]},
+    "training": {
+        "open": [None, 0, 2, 4], "search": [0, 0, 2, 3], "settle": [0, 1, 2], "tune": [1, 3, 5], "batch_size": [1, 2],
+        "gradient_accumulation": [1, 1, 2], "distill": [0, 0, 0.5], "schedule": ["constant", "linear", "cosine"],
+        "warmup": [0, 1, 20], "regularizer": ["lasso", "l0"], "precision": ["float32", "bfloat16"],
+        "gradient_checkpointing": [False, True], "offload": [False, False, True], "save_every": [1, 2, 50],
+        "keep_checkpoints": [1, 2], "log_every": [1, 2, 7], "keep_best": [False, True], "patience": [None, None, 1],
+    },
+    "evaluation": {
+        "every": [None, 1, 3], "validation_windows": [None, 1], "generate": [False, True], "answers": [False, True],
+        "samples": [0, 1], "dense_baseline": [False, True],
+    },
+}  # fmt: skip
+"""Section -> key -> values that are drawn from; each may be refused in some company."""
+
+
+def settings(draw, folder):
+    """(config, what was drawn): the tiny model and data, written to the folder, under settings at random."""
+    config = tiny_config(folder, **draw.choice(MODELS)).model_dump(mode="json")
+    config["evaluation"] |= {"windows": 4, "questions": draw.choice((0, 2)), "dense_baseline": False}
+    config["export"]["keep_adapter"] = True
+    drawn, share = {}, draw.choice((0.15, 0.3, 0.6))
+    for section, keys in VALUES.items():
+        drawn[section] = {key: draw.choice(values) for key, values in keys.items() if draw.random() < share}
+        config[section] |= drawn[section]
+    if config["evaluation"]["every"] is None:
+        config["training"] |= {"keep_best": False, "patience": None}
+    return config, drawn
+
+
+def sentence_or(work):
+    """What it returns, or the sentence that it raises; a missed promise is the run's end, not its failure."""
+    try:
+        return work()
+    except InputError as error:
+        return str(error)
+    except NotReached:
+        return None
+
+
+def run_case(number, folder):
+    """`refused` or the last thing that the case did; raises what no settings may raise."""
+    draw = random.Random(f"runs {number}")
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    values, drawn = settings(draw, inputs)
+    with told(drawn):
+        config = sentence_or(lambda: ATPConfig.parse(values))
+        if isinstance(config, str):
+            return "refused"
+        planned = sentence_or(lambda: make_plan(config))
+        whole, again = folder / "whole", folder / "again"
+        trained = sentence_or(lambda: start(config, whole))
+        assert isinstance(planned, str) == isinstance(trained, str), f"plan: {planned}; train: {trained}"
+        if isinstance(trained, str):
+            assert planned == trained and not whole.exists(), f"plan: {planned}; train: {trained}"
+            return "refused"
+        write_report(whole)
+        stopped(config, again, draw.randrange(1, 5))
+        sentence_or(lambda: start(config, again, resume=(again / "config.yaml").exists()))
+        assert len(runs_below(folder)) == 2 and results(again) == results(whole), "a resumed run left other bytes"
+        return swept(config, whole, folder) if draw.random() < 0.5 else compared(config, folder, draw)
+
+
+@contextlib.contextmanager
+def told(drawn):
+    """Says with an error what the settings were."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"settings: {json.dumps(drawn)}")
+        raise
+
+
+def stopped(config, folder, checkpoints):
+    """A run that ends as if killed after so many checkpoints; one with fewer ends by itself, and is removed."""
+    seen = iter(range(checkpoints - 1, -1, -1))
+    with contextlib.suppress(NotReached), contextlib.suppress(pytest.fail.Exception):  # it was not stopped
+        with stopping_at(Loop, "write", after=True, when=lambda *_, **__: next(seen, 1) == 0):
+            start(config, folder)
+
+
+def swept(config, whole, folder):
+    """A sweep of two targets, of which one is the run's own."""
+    target = config.decisions.target_keep
+    targets = [one for unit in UNITS if unit.option == "keep" for one in unit.parse(f"0.75,{target}")]
+    sentence_or(Sweep(config, targets, folder / "swept", resume=False, command="atp train").execute)
+    assert results(folder / "swept" / f"keep-{target}") == results(whole), "a target is not the run of its own"
+    return "swept"
+
+
+def compared(config, folder, draw):
+    """A comparison of two methods, which may be refused before it starts."""
+    methods = draw.sample(["atp", *BASELINES], 2)
+    comparison = Comparison(config, methods, [0], folder / "compared", resume=False, command="atp compare")
+    return "compared" if not isinstance(sentence_or(comparison.execute), str) else "compared: refused"
+
+
+def widen_budget(patch):
+    """On the tiny model a channel is more than the real tolerance of a budget, which has two places."""
+    patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.05)
+    patch.setattr(check_reachable, "__defaults__", (0.05,))
+
+
+def main():
+    """Runs the cases and prints what became of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--case", type=int, help="this one alone")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # as the command line does, and the rest of this
+    logging.disable(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    counts = Counter()
+    for number in range(options.cases) if options.case is None else [options.case]:
+        begun = time.process_time()
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            widen_budget(patch)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    outcome = run_case(number, Path(folder))
+            except Exception as error:
+                outcome = "FAILED"
+                print(f"--case {number}: {''.join(traceback.format_exception(error, limit=-4))}", flush=True)
+        counts[outcome] += 1
+        print(f"{number}: {outcome}, {time.process_time() - begun:.0f} s of work", flush=True)
+    print(f"{counts.total()} cases: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
+    sys.exit(counts["FAILED"] > 0)
+
+
+if __name__ == "__main__":
+    main()
