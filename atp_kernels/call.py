@@ -20,13 +20,14 @@ import importlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ENVIRONMENT = "ATP_KERNELS_BACKEND"
 
@@ -259,3 +260,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def refuse_twice(ctx, *grads):
     """The backward of every backward."""
     raise RuntimeError("atp_kernels operations can be differentiated once: drop create_graph=True for them.")
+
+
+def differentiable_once(backward):
+    """Decorates the backward pass of a Function: a backward pass through what it returns raises.
+
+    torch's `once_differentiable` takes a gradient for a constant where the upstream one is, as that of a sum, though
+    it depends on the operands: a penalty on it would do nothing, and nothing would say so.
+    """
+    refusing = once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():  # only under create_graph=True
+            grads = [grad if grad is None or grad.requires_grad else grad.detach().requires_grad_() for grad in grads]
+        return refusing(ctx, *grads)
+
+    return checked

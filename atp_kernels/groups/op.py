@@ -10,9 +10,17 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from atp_kernels.call import Operation, Order, common_dtype, rarest_dtype, refuse_twice, register, select
+from atp_kernels.call import (
+    Operation,
+    Order,
+    common_dtype,
+    differentiable_once,
+    rarest_dtype,
+    refuse_twice,
+    register,
+    select,
+)
 from atp_kernels.groups.plan import GroupPlan
 
 _ORDER = {
@@ -227,7 +235,7 @@ class GroupLasso(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_value):
         removed, norms, *factors = ctx.saved_tensors
         grads = ctx.module.group_lasso_backward(factors, ctx.plan, removed, norms, grad_value)
@@ -249,7 +257,7 @@ class SeparateLasso(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_value):
         (direction,) = ctx.saved_tensors
         # A kept graph may read the direction again, so gradients must not take its memory.

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from atp_kernels.call import Operation, Order, matrix, refuse_twice, register, select
+from atp_kernels.call import Operation, Order, differentiable_once, matrix, refuse_twice, register, select
 from atp_kernels.dropout.op import drop_of, dropped, held
 from atp_kernels.kept import forms
 from atp_kernels.kept.operands import Needs, Operands, Saved
@@ -169,7 +168,7 @@ class KeptLoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], kept.out_features)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y):
         grad_y, drop = matrix(grad_y), ctx.drop
         lora_a, lora_b, read, s, _ = ctx.saved_tensors

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from atp_kernels.call import matrix, select
+from atp_kernels.call import differentiable_once, matrix, select
 from atp_kernels.linear.aten import column_dot, scaled_mm
 from atp_kernels.linear.operands import Operands
 
@@ -76,7 +75,7 @@ class FoldedLoraLinear(torch.autograd.Function):
         return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y):
         x, folded, lora_a, lora_b, s, out_mask, in_mask, y = ctx.saved_tensors
         need_x, _, need_a, need_b, _, need_out, need_in, *_ = ctx.needs_input_grad

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from atp_kernels.call import Choice, Operation, Order, matrix, refuse_twice, register, select
+from atp_kernels.call import Choice, Operation, Order, differentiable_once, matrix, refuse_twice, register, select
 from atp_kernels.dropout.op import dropout_of, held
 from atp_kernels.kept.op import kept_linear
 from atp_kernels.kept.slices import CallSlice
@@ -250,7 +249,7 @@ class MaskedLoraLinear(torch.autograd.Function):
         return y, *norms
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y, grad_rows=None, grad_cols=None):
         saved, shape = Saved._make(ctx.saved_tensors[:-1]), ctx.shape
         if grad_y is None:
@@ -284,7 +283,7 @@ class LoraLinear(torch.autograd.Function):
         return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y):
         x, weight, lora_a, lora_b, s = ctx.saved_tensors
         need_x, need_w, need_a, need_b, need_bias, _ = ctx.needs_input_grad

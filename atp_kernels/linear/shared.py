@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from atp_kernels.call import autocast_dtype, matrix, select
+from atp_kernels.call import autocast_dtype, differentiable_once, matrix, select
 from atp_kernels.dropout.op import Drop, drop_of, held
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.aten import ATEN, in_order, ordered, product
@@ -170,7 +169,7 @@ class SharedLinears(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, *grads):
         _, x, *rest = ctx.saved_tensors
         count, (_, _, _, need_x, *needs) = len(grads), ctx.needs_input_grad

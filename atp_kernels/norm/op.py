@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from atp_kernels.call import Operation, Order, matrix, register, select
+from atp_kernels.call import Operation, Order, differentiable_once, matrix, register, select
 from atp_kernels.norm import definition
 
 OPERATION = register(
@@ -38,7 +37,7 @@ class RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y):
         x, weight, scales = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:3]

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from atp_kernels.call import Operation, Order, autocast_dtype, matrix, register, select
+from atp_kernels.call import Operation, Order, autocast_dtype, differentiable_once, matrix, register, select
 from atp_kernels.dropout.op import Drop, drop_of, held
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.forms import taken
@@ -244,7 +243,7 @@ class Swiglu(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_y):
         spec, (_, need_x, need_out, need_in, *needs) = ctx.spec, ctx.needs_input_grad
         _, _, x, out_mask, in_mask, *rest, s = ctx.saved_tensors

@@ -1,0 +1,81 @@
+"""A penalty on a first derivative: refused where it would do nothing, exact where the derivative is a constant."""
+
+import pytest
+import torch
+
+from atp_kernels import (
+    KeptSlice,
+    Projection,
+    group_lasso,
+    kept_lora_linear,
+    lora_dropout,
+    masked_lora_linear,
+    masked_lora_linear_with_norms,
+    masked_lora_qkv,
+    masked_lora_swiglu,
+    rms_norm,
+    rotary_embedding,
+)
+
+WIDTH, RANK = 16, 4
+
+
+def randn(*shape, learns=False):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_(learns)
+
+
+def projection():
+    return Projection(randn(WIDTH, WIDTH), randn(RANK, WIDTH, learns=True), randn(WIDTH, RANK, learns=True), 0.5)
+
+
+def linear(operation, x, **options):
+    weight, lora_a, lora_b, scaling, _ = projection()
+    return operation(x, weight, lora_a, lora_b, scaling=scaling, **options)
+
+
+def kept(x):
+    part = KeptSlice(randn(WIDTH, WIDTH), out_mask=torch.arange(WIDTH) % 2 == 0)
+    return kept_lora_linear(x, part, randn(RANK, WIDTH, learns=True), randn(WIDTH, RANK, learns=True), scaling=0.5)
+
+
+MASK = torch.arange(WIDTH) % 3 > 0
+OPERATIONS = {
+    "linear": lambda x: linear(masked_lora_linear, x),
+    "masked linear": lambda x: linear(masked_lora_linear, x, out_mask=MASK),
+    "linear with norms": lambda x: linear(masked_lora_linear_with_norms, x, out_mask=MASK)[0],
+    "kept linear": kept,
+    "q, k and v": lambda x: masked_lora_qkv(x, projection(), projection(), projection())[1],
+    "mlp": lambda x: masked_lora_swiglu(x, projection(), projection(), projection(), mask=MASK),
+    "norm": lambda x: rms_norm(x, torch.ones(WIDTH), eps=1e-5),
+    "lasso": lambda x: group_lasso([x], [(0, torch.zeros(len(x), dtype=torch.int64))], torch.tensor([True])),
+    "separate lasso": lambda x: group_lasso([x], [(0, torch.arange(len(x)))], torch.ones(len(x), dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_under_a_constant_upstream_gradient_it_is_refused(name):
+    x = randn(3, WIDTH, learns=True)
+    (gradient,) = torch.autograd.grad(OPERATIONS[name](x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_gradient_itself_is_that_of_a_plain_backward_pass(name):
+    x, again = randn(3, WIDTH, learns=True), randn(3, WIDTH, learns=True)
+    (gradient,) = torch.autograd.grad(OPERATIONS[name](x).sum(), x, create_graph=True)
+    OPERATIONS[name](again).sum().backward()
+    torch.testing.assert_close(gradient.detach(), again.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: lora_dropout(x, 0.5, 7),
+        lambda x: rotary_embedding(*[x.view(1, len(x), 1, WIDTH)] * 2, *[torch.ones(1, len(x), WIDTH)] * 2)[0],
+    ],
+)
+def test_a_derivative_that_depends_on_nothing_is_a_constant(operation):
+    x = randn(3, WIDTH, learns=True)
+    (gradient,) = torch.autograd.grad(operation(x).sum(), x, create_graph=True)
+    assert not gradient.requires_grad and gradient.count_nonzero() > 0
