@@ -249,6 +249,14 @@ def matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.ndim > 2 else tensor.unsqueeze(0)  # unlike a -1, fit for a width of zero
 
 
+def unflattened(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows [n, width], which a Function returns, for an x of this shape: [*shape[:-1], width].
+
+    Of a view that is made in a Function autograd refuses changes in place; the result of a linear may be changed.
+    """
+    return rows if len(shape) == 2 else rows.view(*shape[:-1], rows.shape[-1]).detach()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts x and what it is multiplied by, None where it casts nothing."""
     device = x.device.type

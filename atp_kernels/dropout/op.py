@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atp_kernels.call import Operation, Order, matrix, register, select
+from atp_kernels.call import Operation, Order, matrix, register, select, unflattened
 from atp_kernels.dropout.definition import Dropout
 
 OPERATION = register(
@@ -93,7 +93,7 @@ class LoraDropout(torch.autograd.Function):
     def forward(ctx, x, dropout, backend):
         ctx.dropout, ctx.backend = dropout, backend
         ctx.save_for_backward(held(dropout))
-        return _dropped(matrix(x), dropout, backend).view(x.shape)
+        return unflattened(_dropped(matrix(x), dropout, backend), x.shape)
 
     @staticmethod
     def backward(ctx, grad):

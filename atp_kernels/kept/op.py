@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_kernels.call import Operation, Order, differentiable_once, matrix, refuse_twice, register, select
+from atp_kernels.call import Operation, Order, differentiable_once, matrix, refuse_twice, register, select, unflattened
 from atp_kernels.dropout.op import drop_of, dropped, held
 from atp_kernels.kept import forms
 from atp_kernels.kept.operands import Needs, Operands, Saved
@@ -165,7 +165,7 @@ class KeptLoraLinear(torch.autograd.Function):
         y, s = module.forward(Operands(rows, *slices, lora_a, lora_b, adapter, *kept.sides, scaling))
         read = rows if given is None else given
         ctx.save_for_backward(lora_a, lora_b, read if need_a else None, s if need_b else None, held(drop))
-        return y.view(*x.shape[:-1], kept.out_features)
+        return unflattened(y, x.shape)
 
     @staticmethod
     @differentiable_once

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atp_kernels.call import differentiable_once, matrix, select
+from atp_kernels.call import differentiable_once, matrix, select, unflattened
 from atp_kernels.linear.aten import column_dot, scaled_mm
 from atp_kernels.linear.operands import Operands
 
@@ -72,7 +72,7 @@ class FoldedLoraLinear(torch.autograd.Function):
             in_mask,
             y if need_out else None,
         )
-        return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+        return unflattened(y, x.shape)
 
     @staticmethod
     @differentiable_once

@@ -6,7 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atp_kernels.call import Choice, Operation, Order, differentiable_once, matrix, refuse_twice, register, select
+from atp_kernels.call import (
+    Choice,
+    Operation,
+    Order,
+    differentiable_once,
+    matrix,
+    refuse_twice,
+    register,
+    select,
+    unflattened,
+)
 from atp_kernels.dropout.op import dropout_of, held
 from atp_kernels.kept.op import kept_linear
 from atp_kernels.kept.slices import CallSlice
@@ -242,7 +252,7 @@ class MaskedLoraLinear(torch.autograd.Function):
         operands = Operands(rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
         y, s, total, *norms = module.forward(operands._replace(weight=dense(weight)), options)
         _save(ctx, operands, s, total, held(options.dropout))
-        y = y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+        y = unflattened(y, x.shape)
         if not options.with_norms:
             return y
         ctx.set_materialize_grads(False)
@@ -280,7 +290,7 @@ class LoraLinear(torch.autograd.Function):
         y = sum_of_products(rows, dense(weight).t(), s, lora_b.t(), bias)
         ctx.scaling, ctx.shape = scaling, x.shape
         ctx.save_for_backward(rows if need_w or need_a else None, weight, lora_a, lora_b, s if need_b else None)
-        return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+        return unflattened(y, x.shape)
 
     @staticmethod
     @differentiable_once

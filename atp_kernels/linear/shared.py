@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atp_kernels.call import autocast_dtype, differentiable_once, matrix, select
+from atp_kernels.call import autocast_dtype, differentiable_once, matrix, select, unflattened
 from atp_kernels.dropout.op import Drop, drop_of, held
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.aten import ATEN, in_order, ordered, product
@@ -166,7 +166,7 @@ class SharedLinears(torch.autograd.Function):
         ctx.drop, ctx.kept, ctx.scaling, ctx.shape, ctx.dtype = drop, kept, scaling, x.shape, rows.dtype
         saved = [part if need else None for part, need in zip(parts, needs[3::4], strict=True)]
         ctx.save_for_backward(held(drop), rows if any(needs[2::4]) else None, *saved, *tensors)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in results)
+        return tuple(unflattened(y, x.shape) for y in results)
 
     @staticmethod
     @differentiable_once

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atp_kernels.call import Operation, Order, differentiable_once, matrix, register, select
+from atp_kernels.call import Operation, Order, differentiable_once, matrix, register, select, unflattened
 from atp_kernels.norm import definition
 
 OPERATION = register(
@@ -34,7 +34,7 @@ class RMSNorm(torch.autograd.Function):
         y, scales = module.forward(rows, weight, eps, dtype)
         ctx.module, ctx.shape = module, x.shape
         ctx.save_for_backward(rows, weight, scales)
-        return y.view(x.shape)
+        return unflattened(y, x.shape)
 
     @staticmethod
     @differentiable_once

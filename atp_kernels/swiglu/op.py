@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atp_kernels.call import Operation, Order, autocast_dtype, differentiable_once, matrix, register, select
+from atp_kernels.call import (
+    Operation,
+    Order,
+    autocast_dtype,
+    differentiable_once,
+    matrix,
+    register,
+    select,
+    unflattened,
+)
 from atp_kernels.dropout.op import Drop, drop_of, held
 from atp_kernels.kept import operands as kept_operands
 from atp_kernels.kept.forms import taken
@@ -240,7 +249,7 @@ class Swiglu(torch.autograd.Function):
         s = s if needs[-2] else None
         seeds = held(drop_x), held(drop_h)
         ctx.save_for_backward(*seeds, rows if read_x else None, out_mask, in_mask, *operands, *saved, s)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return unflattened(y, x.shape)
 
     @staticmethod
     @differentiable_once

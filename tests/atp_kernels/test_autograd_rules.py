@@ -1,4 +1,4 @@
-"""A penalty on a first derivative: refused where it would do nothing, exact where the derivative is a constant."""
+"""What autograd may ask of every operation: a second derivative, and a change of the result in place."""
 
 import pytest
 import torch
@@ -52,6 +52,12 @@ OPERATIONS = {
 }
 
 
+DROPPED = {
+    "dropout": lambda x: lora_dropout(x, 0.5, 7),
+    "linear with dropout": lambda x: linear(masked_lora_linear, x, out_mask=MASK, dropout=0.5, seed=7),
+}
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_under_a_constant_upstream_gradient_it_is_refused(name):
     x = randn(3, WIDTH, learns=True)
@@ -79,3 +85,29 @@ def test_a_derivative_that_depends_on_nothing_is_a_constant(operation):
     x = randn(3, WIDTH, learns=True)
     (gradient,) = torch.autograd.grad(operation(x).sum(), x, create_graph=True)
     assert not gradient.requires_grad and gradient.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (3, WIDTH), (2, 3, WIDTH), (0, 3, WIDTH)], ids=str)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS | DROPPED if "lasso" not in name])
+def test_a_result_may_be_changed_in_place(name, shape):
+    """As that of `torch.nn.functional.linear`: a residual is added to it, or an activation works on it."""
+    x, again, operation = randn(*shape, learns=True), randn(*shape, learns=True), (OPERATIONS | DROPPED)[name]
+    changed = operation(x)
+    changed.add_(1).mul_(3)
+    plain = 3 * (operation(again) + 1)
+    assert torch.equal(changed, plain)
+    changed.square().sum().backward()
+    plain.square().sum().backward()
+    assert torch.equal(x.grad, again.grad)
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_q_k_and_v_may_be_changed_one_by_one(sliced):
+    x, projections = randn(2, 3, WIDTH, learns=True), [projection() for _ in range(3)]
+    slices = tuple(KeptSlice(one.weight, out_mask=MASK) for one in projections) if sliced else None
+    q, k, v = masked_lora_qkv(x, *projections, kept=slices)
+    kept = k.detach().clone()
+    q.mul_(2)
+    assert torch.equal(k, kept)
+    (q + k + v).sum().backward()
+    assert x.grad.count_nonzero() > 0
