@@ -260,9 +260,9 @@ def unflattened(rows: Tensor, shape: Sequence[int]) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts x and what it is multiplied by, None where it casts nothing."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return None
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # meta knows no autocast
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def refuse_twice(ctx, *grads):

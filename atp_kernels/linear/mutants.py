@@ -21,8 +21,8 @@ PLAIN_LAST_BIT = "tests/atp_kernels/test_plain.py -k last_bit"
 PLAIN_ONLY_WHAT_NEEDED = "tests/atp_kernels/test_plain.py -k 'only_what_is_needed or last_bit'"
 PLAIN_QUICK_CHECKS = "tests/atp_kernels/test_plain.py -k quick_checks"
 ZERO_SIZES_MASKED_LINEAR = "tests/atp_kernels/test_zero_sizes.py -k masked_linear"
-AUTOGRAD_RULES_CONSTANT = "tests/atp_kernels/test_autograd_rules.py -k 'constant_upstream and norm'"
-AUTOGRAD_RULES_IN_PLACE = "tests/atp_kernels/test_autograd_rules.py -k 'changed_in_place and norm'"
+EVERY_OPERATION_CONSTANT = "tests/atp_kernels/test_every_operation.py -k 'constant_upstream and norm'"
+EVERY_OPERATION_IN_PLACE = "tests/atp_kernels/test_every_operation.py -k 'changed_in_place and norm'"
 LINEAR_TRITON_EVERY_COMBINATION = "tests/atp_kernels/test_linear_triton.py -k 'every_combination and soft-soft'"
 LINEAR_TRITON_COMBINATION_WITH = "tests/atp_kernels/test_linear_triton.py -k 'combination_with_dropout and soft-soft'"
 LINEAR_TRITON_NOTHING_READ = "tests/atp_kernels/test_linear_triton.py -k nothing_is_read_outside"
@@ -166,8 +166,8 @@ TABLE = {
         ("scaling), lora_a[:0], lora_b[:, :0]", "scaling), lora_a, lora_b"),
     ),
     (SHARED, ZERO_SIZES_MASKED_LINEAR): (("tensor.flatten(0, -2) if", "tensor.reshape(-1, tensor.shape[-1]) if"),),
-    (SHARED, AUTOGRAD_RULES_CONSTANT): (("grad.detach().requires_grad_()", "grad"),),
-    (SHARED, AUTOGRAD_RULES_IN_PLACE): (("rows.shape[-1]).detach()", "rows.shape[-1])"),),
+    (SHARED, EVERY_OPERATION_CONSTANT): (("grad.detach().requires_grad_()", "grad"),),
+    (SHARED, EVERY_OPERATION_IN_PLACE): (("rows.shape[-1]).detach()", "rows.shape[-1])"),),
     (TRITON_KERNELS, LINEAR_TRITON_EVERY_COMBINATION): (
         ("total = product(part, b, total, UPCAST, PRECISION)", "pass"),
         ("tl.sum(b * b, axis=1), mask=ok", "tl.sum(b, axis=1), mask=ok"),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atp_kernels.call import select
+from atp_kernels.call import autocast_dtype, select
 from atp_kernels.dropout.definition import Dropout
 from atp_kernels.quantized import QuantizedWeight, refuse_training
 
@@ -98,9 +98,9 @@ def prepare(operands: Operands, *, merge: float | None = None, backend: str = "a
     ready = _are_ready(*operands)
     if not ready:
         check(operands)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype, cast = x.dtype, autocast_dtype(x)
+    if cast is not None:
+        dtype = cast
         x = x.to(dtype)
         merged = None
         if merge is not None and lora_input is None:

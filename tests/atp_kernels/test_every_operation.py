@@ -1,4 +1,4 @@
-"""What autograd may ask of every operation: a second derivative, and a change of the result in place."""
+"""What may be asked of every operation: a second derivative, a change of the result in place, shapes without data."""
 
 import pytest
 import torch
@@ -21,7 +21,12 @@ WIDTH, RANK = 16, 4
 
 
 def randn(*shape, learns=False):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_(learns)
+    torch.manual_seed(sum(shape))
+    return torch.randn(*shape).requires_grad_(learns)
+
+
+def mask():
+    return torch.arange(WIDTH) % 3 > 0
 
 
 def projection():
@@ -34,18 +39,17 @@ def linear(operation, x, **options):
 
 
 def kept(x):
-    part = KeptSlice(randn(WIDTH, WIDTH), out_mask=torch.arange(WIDTH) % 2 == 0)
+    part = KeptSlice(randn(WIDTH, WIDTH), out_mask=torch.arange(WIDTH, device="cpu") % 2 == 0)
     return kept_lora_linear(x, part, randn(RANK, WIDTH, learns=True), randn(WIDTH, RANK, learns=True), scaling=0.5)
 
 
-MASK = torch.arange(WIDTH) % 3 > 0
 OPERATIONS = {
     "linear": lambda x: linear(masked_lora_linear, x),
-    "masked linear": lambda x: linear(masked_lora_linear, x, out_mask=MASK),
-    "linear with norms": lambda x: linear(masked_lora_linear_with_norms, x, out_mask=MASK)[0],
+    "masked linear": lambda x: linear(masked_lora_linear, x, out_mask=mask()),
+    "linear with norms": lambda x: linear(masked_lora_linear_with_norms, x, out_mask=mask())[0],
     "kept linear": kept,
     "q, k and v": lambda x: masked_lora_qkv(x, projection(), projection(), projection())[1],
-    "mlp": lambda x: masked_lora_swiglu(x, projection(), projection(), projection(), mask=MASK),
+    "mlp": lambda x: masked_lora_swiglu(x, projection(), projection(), projection(), mask=mask()),
     "norm": lambda x: rms_norm(x, torch.ones(WIDTH), eps=1e-5),
     "lasso": lambda x: group_lasso([x], [(0, torch.zeros(len(x), dtype=torch.int64))], torch.tensor([True])),
     "separate lasso": lambda x: group_lasso([x], [(0, torch.arange(len(x)))], torch.ones(len(x), dtype=torch.bool)),
@@ -54,7 +58,7 @@ OPERATIONS = {
 
 DROPPED = {
     "dropout": lambda x: lora_dropout(x, 0.5, 7),
-    "linear with dropout": lambda x: linear(masked_lora_linear, x, out_mask=MASK, dropout=0.5, seed=7),
+    "linear with dropout": lambda x: linear(masked_lora_linear, x, out_mask=mask(), dropout=0.5, seed=7),
 }
 
 
@@ -104,10 +108,21 @@ def test_a_result_may_be_changed_in_place(name, shape):
 @pytest.mark.parametrize("sliced", [False, True])
 def test_q_k_and_v_may_be_changed_one_by_one(sliced):
     x, projections = randn(2, 3, WIDTH, learns=True), [projection() for _ in range(3)]
-    slices = tuple(KeptSlice(one.weight, out_mask=MASK) for one in projections) if sliced else None
+    slices = tuple(KeptSlice(one.weight, out_mask=mask()) for one in projections) if sliced else None
     q, k, v = masked_lora_qkv(x, *projections, kept=slices)
     kept = k.detach().clone()
     q.mul_(2)
     assert torch.equal(k, kept)
     (q + k + v).sum().backward()
     assert x.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("name", OPERATIONS | DROPPED)
+def test_shapes_are_known_without_data(name):
+    operation = (OPERATIONS | DROPPED)[name]
+    expected = operation(randn(3, WIDTH)).shape
+    with torch.device("meta"):
+        x = randn(3, WIDTH, learns=True)
+        y = operation(x)
+        y.sum().backward()
+    assert (y.shape, x.grad.shape) == (expected, x.shape) and y.is_meta and x.grad.is_meta
