@@ -6,18 +6,20 @@ import csv
 import hashlib
 import io
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from atp.compare.results import Member
 from atp.config import ATPConfig
 from atp.data import Task
 from atp.environment import device_name
 from atp.evaluation.bootstrap import percentile_interval
+from atp.evaluation.metrics import perplexity_of
 from atp.evaluation.relative import majority_samples, score_samples
 from atp.files import write_text
 from atp.report.files import read_metrics
@@ -44,7 +46,7 @@ def member_row(
         row[f"{name} majority label"] = round(float(value), 4)
     row["original perplexity"] = round(scores["original"]["perplexity"], 4)
     if "validation" in summary:
-        row["validation perplexity"] = round(math.exp(_ended_with(summary["validation"])), 4)
+        row["validation perplexity"] = round(validation_perplexity(summary["validation"]), 4)
     seconds = sum(value for phase, value in summary["seconds"].items() if phase != "total")
     row |= {"train_tokens": summary["train_tokens"], "train_seconds": round(seconds, 1)}
     certificate = summary.get("certificate", {})
@@ -59,11 +61,11 @@ def member_row(
     return row
 
 
-def _ended_with(validation: Mapping[str, Any]) -> float:
-    """The validation loss, in nats per token, of the adapter that the run ended with."""
+def validation_perplexity(validation: Mapping[str, Any]) -> float:
+    """That of the adapter that a run ended with, from the section `validation` of its summary (losses in nats)."""
     best = validation["best"]
     kept = best is not None and best["step"] == validation["kept_step"]
-    return float(best["loss"] if kept else validation["last"])
+    return float(perplexity_of(np.array([best["loss"] if kept else validation["last"], 1.0])))
 
 
 def fingerprint(config: ATPConfig) -> str:

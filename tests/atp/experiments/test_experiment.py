@@ -11,7 +11,7 @@ import yaml
 from atp.compare.members import Arm, Members
 from atp.errors import InputError
 from atp.experiments import Experiment, ExperimentSpec
-from atp.experiments.rows import append_rows, changed_share
+from atp.experiments.rows import append_rows, changed_share, validation_perplexity
 
 SPEC = {
     "question": "Which?",
@@ -148,6 +148,11 @@ def test_a_row_has_the_validation_score_of_the_adapter_that_the_run_ended_with(w
         loss = found["best"]["loss"] if "true" in folder else found["last"]
         assert float(row["validation perplexity"]) == pytest.approx(math.exp(loss), abs=1e-4), folder
         assert found["best"]["loss"] < found["last"], "else both cases are one"
+
+
+@pytest.mark.parametrize("best", [None, {"step": 2, "loss": 1.0}])
+def test_a_diverged_run_has_an_infinite_validation_perplexity(best):
+    assert validation_perplexity({"best": best, "last": 1e4, "last_step": 3, "kept_step": 3}) == math.inf
 
 
 def test_a_seed_that_no_run_can_take_is_a_sentence(config, tmp_path):
