@@ -280,8 +280,9 @@ def differentiable_once(backward):
 
     @wraps(backward)
     def checked(ctx, *grads):
-        if torch.is_grad_enabled():  # only under create_graph=True
-            grads = [grad if grad is None or grad.requires_grad else grad.detach().requires_grad_() for grad in grads]
+        if not torch.is_grad_enabled():  # as in every backward pass without create_graph=True
+            return backward(ctx, *grads)
+        grads = [grad if grad is None or grad.requires_grad else grad.detach().requires_grad_() for grad in grads]
         return refusing(ctx, *grads)
 
     return checked
