@@ -143,7 +143,7 @@ def told(drawn):
 
 
 def stopped(config, folder, checkpoints):
-    """A run that ends as if killed after so many checkpoints; one with fewer ends by itself, and is removed."""
+    """A run that ends as if killed after so many checkpoints; one with fewer ends by itself."""
     seen = iter(range(checkpoints - 1, -1, -1))
     with contextlib.suppress(NotReached), contextlib.suppress(pytest.fail.Exception):  # it was not stopped
         with stopping_at(Loop, "write", after=True, when=lambda *_, **__: next(seen, 1) == 0):
