@@ -97,7 +97,7 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     windows, fitted = job.config.decisions.refit_windows, 0.0
     if windows:
         read = window * refit_size(window, windows)
-        fitting = _median(_refit_step(model, job, window, read // window, shapes.space), device, seconds)
+        fitting = _median(_refit_step(model, job, window, read // window, shapes), device, seconds)
         fitted = 2 * cost(window).forward(shapes.whole, scored=0.0).total * read / fitting
     summed, solved = _of_refit(job, device, seconds)
     return Flops(
@@ -173,10 +173,10 @@ def _scoring_step(model: PreTrainedModel, job: Job, length: int, rows: int) -> C
     return step
 
 
-def _refit_step(model: PeftModel, job: Job, length: int, rows: int, space: MaskSpace) -> Callable[[], object]:
-    """What the refit reads a batch with: passes through the layers without masks and with them."""
+def _refit_step(model: PeftModel, job: Job, length: int, rows: int, shapes: ModelShapes) -> Callable[[], object]:
+    """What the refit reads a batch with: passes through the layers without masks and with those of the cut."""
     decoder: Any = cast(PreTrainedModel, model.get_base_model()).get_decoder()
-    controller, mask = MaskController(model, space), torch.ones(space.size, dtype=torch.bool)
+    controller, mask = MaskController(model, shapes.space), mask_of(shapes.space, shapes.counts)
 
     def step() -> None:
         with inference(model, job.autocast) as device:

@@ -34,6 +34,7 @@ HELD_OUT = 8
 
 _FEW = 0.3  # the damping where there are too few batches to hold one out
 _ROWS = 4096  # tokens in one product
+_COLUMNS = 256  # of both sides of a product that lies on the diagonal of x^T x, at most
 
 
 @torch.no_grad()
@@ -144,8 +145,10 @@ def _fit(
     sums = moments([pair for pair in pairs if not any(pair is other for other in held_out)])
     trial = moments(held_out)
     if trial.batches:
-        left, damping = min((trial.left(sums.ridge(candidate)), candidate) for candidate in DAMPINGS)
-        helps = left < trial.lost
+        # Which lambda is best is plain in float32 too, at half the time.
+        rough, judge = (Moments(*(part.float() for part in moment)) for moment in (sums, trial))
+        left, damping = min((judge.left(rough.ridge(candidate)), candidate) for candidate in DAMPINGS)
+        helps = left < float(judge.lost)
         if together:
             # Rounding must not let one process fit what another leaves alone.
             damping, helps = processes.on_main(lambda: (damping, helps))
@@ -200,11 +203,25 @@ def moments_of(pairs: list[_Pair], *, weight: Tensor, kept: Tensor, together: bo
         with torch.autocast(lost.device.type, enabled=False):
             for read, lack in zip(inputs.split(_ROWS), lost.split(_ROWS), strict=True):
                 x, y = read[:, kept].to(wide), lack.to(wide)
-                products.addmm_(x.T, x)
+                _add_gram(products, x)
                 cross.addmm_(x.T, y)
                 square += y.square().sum()
-    found = Moments(products.double(), cross.double(), square, square.new_tensor(len(pairs)))
+    products = products.triu().double()
+    products += products.triu(1).T
+    found = Moments(products, cross.double(), square, square.new_tensor(len(pairs)))
     if together:
         for part in found:
             processes.sum_(part)
     return found
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """Adds x^T x to `total`, which is symmetric, on its diagonal and above: up to half of the products are spared."""
+    half = x.shape[1] // 2
+    if x.shape[1] <= _COLUMNS:
+        total.addmm_(x.T, x)
+        return
+    left, right = x[:, :half], x[:, half:]
+    _add_gram(total[:half, :half], left)
+    _add_gram(total[half:, half:], right)
+    total[:half, half:].addmm_(left.T, right)

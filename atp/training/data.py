@@ -19,7 +19,7 @@ from atp.removal.refit import HELD_OUT
 Batch = dict[str, Any]
 """What `atp.data.collate` makes, its tensors on the device of the model."""
 
-_AT_ONCE = 1024  # tokens in a pass of the refit
+_AT_ONCE = 2560  # tokens in a pass of the refit
 _POOL = 50  # batches that are sorted by length together: long enough to be alike, short enough to stay mixed
 
 

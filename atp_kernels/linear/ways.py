@@ -39,7 +39,9 @@ def way_of(operands: Operands, rank: int, mask_lora: bool) -> Way | None:
 
     The operands are checked and cast; rank: that of the adapter before it may have become a part of the weight.
     """
-    x, weight, *_, out_mask, in_mask = operands
+    x, weight, lora_a, *_, out_mask, in_mask = operands
+    # Masks on the sum of a base and an adapter that became part of it are masks on the base.
+    mask_lora = mask_lora and not (lora_a.shape[0] == 0 and _are_hard(out_mask, in_mask))
     tables = tables_of(x.device)
     if not tables and (mask_lora or x.device.type != "cpu" or (out_mask is None and in_mask is None)):
         return None  # the usual call, at the price of one look-up
@@ -79,7 +81,11 @@ def regime_of(operands: Operands, mask_lora: bool) -> str | None:
     if mask_lora:
         frozen = not (learns and (lora_a.requires_grad or lora_b.requires_grad))
         return "decision" if frozen else None
-    return "search" if all(mask is None or mask.dtype == torch.bool for mask in (out_mask, in_mask)) else None
+    return "search" if _are_hard(out_mask, in_mask) else None
+
+
+def _are_hard(*masks: Tensor | None) -> bool:
+    return all(mask is None or mask.dtype == torch.bool for mask in masks)
 
 
 def share_of(operands: Operands) -> float:

@@ -9,6 +9,7 @@ WAYS = "atp_kernels/linear/ways.py"
 
 FOLDED_DEFINITION = "tests/atp_kernels/test_folded.py -k equals_the_definition"
 FOLDED_NO_WORSE = "tests/atp_kernels/test_folded.py -k no_worse_than_unfused"
+MERGED_SLICES = "tests/atp_kernels/test_merged_slices.py"
 PLAIN_SLICES = "tests/atp_kernels/test_plain_slices.py -k 'not no_worse'"
 TUNED_BLOCKS = "tests/atp_kernels/test_tuned_blocks.py"
 TUNED_TABLES = "tests/atp_kernels/test_tuned_tables.py -k 'step_goes or other_kinds or environment'"
@@ -33,13 +34,17 @@ TABLE = {
         ("if ctx.mask_lora and (need_a or need_b):", "if need_a or need_b:"),
     ),
     (WAYS, PLAIN_SLICES): (
-        ("all(mask is None or mask.dtype == torch.bool for mask in (out_mask, in_mask))", "True"),
+        ("all(mask is None or mask.dtype == torch.bool for mask in masks)", "True"),
         ("weight.requires_grad or (bias is not None and bias.requires_grad)", "weight.requires_grad"),
         ("weight.requires_grad or (bias is not None and bias.requires_grad)", "False"),
         ("key.m < FEWEST_ROWS", "False"),
         ("key.kept > LARGEST_SHARE", "False"),
         ("saved < LEAST_SAVED", "False"),
         ("return kept[0] * kept[1]", "return kept[0]"),
+    ),
+    (WAYS, MERGED_SLICES): (
+        ("lora_a.shape[0] == 0 and _are_hard(out_mask, in_mask)", "_are_hard(out_mask, in_mask)"),
+        ("lora_a.shape[0] == 0 and _are_hard(out_mask, in_mask)", "False"),
     ),
     (WAYS, TUNED_TABLES): (
         ("frozen = not (learns and (lora_a.requires_grad or lora_b.requires_grad))", "frozen = True"),
