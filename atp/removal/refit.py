@@ -1,9 +1,9 @@
 """Refits the linears that end a block, so that the cut model's residual stream stays near that of the whole model.
 
 After each block the cut stream lacks R = S_whole - S_cut. Ridge regression on calibration text adds
-R^T X_k (X_k^T X_k + lambda I)^-1 to W_k, the kept columns of the linear that ends the block. Layers are refitted in
-order, each on the stream of the layers before it, cut and refitted, so that later layers also make up for what earlier
-ones lost (docs/method.md section 8).
+R^T X_k (X_k^T X_k + lambda diag(X_k^T X_k))^-1 to W_k, the kept columns of the linear that ends the block. Layers are
+refitted in order, each on the stream of the layers before it, cut and refitted, so that later layers also make up for
+what earlier ones lost (docs/method.md section 8).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from atp_kernels import QuantizedWeight
 from atp_kernels.quantized import dense
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""What the refit chooses lambda from, as shares of the mean square of the kept inputs."""
+"""What the refit chooses lambda from."""
 
 HELD_OUT = 8
 """Every eighth batch chooses lambda, and where there are fewer the last one."""
@@ -55,8 +55,8 @@ def refit(
     with padded rows says in `text`, bool [batch, tokens], what to fit to. among: all processes call this, and `batches`
     are those of this one's `processes.shares` of so many; they fit together and end with the same weights. In memory at
     once are, for all batches, the hidden states of the whole model and of the cut one, twice their difference and twice
-    the inputs of one linear. damping: lambda as a share of the mean square of the kept inputs; None chooses one of
-    `DAMPINGS` for each linear on every eighth batch, and leaves a linear alone that none of them helps there.
+    the inputs of one linear. damping: lambda; None chooses one of `DAMPINGS` for each linear on every eighth batch, and
+    leaves a linear alone that none of them helps there.
     Columns of removed inputs stay as they are. A quantized weight that the fit changes becomes a floating one: rounding
     it to a few bits again would add their error to what was fitted. Clears the masks; kept slices are stale afterwards.
     A sharded model has one layer gathered at a time. Returns the changed weights or their shards, not copied, by their
@@ -177,10 +177,13 @@ class Moments(NamedTuple):
     batches: Tensor  # their number, scalar
 
     def ridge(self, damping: float) -> Tensor:
-        """What to add to the weights of the kept inputs, [kept, outputs]."""
+        """What to add to the weights of the kept inputs, [kept, outputs].
+
+        Each input is damped by a share of its own square: by one of their mean, a few large ones hold back all others.
+        """
         damped = self.inputs.clone()
-        smallest = torch.finfo(torch.float32).tiny  # where all inputs are zero the system would be singular
-        damped.diagonal().add_((damping * damped.diagonal().mean()).clamp_min(smallest))
+        smallest = torch.finfo(torch.float32).tiny  # where an input is always zero the system would be singular
+        damped.diagonal().add_((damping * damped.diagonal()).clamp_min(smallest))
         return torch.linalg.solve(damped, self.cross)
 
     def left(self, added: Tensor) -> float:

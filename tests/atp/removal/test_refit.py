@@ -114,7 +114,7 @@ def test_weights_are_the_ridge_solution_layer_after_layer(name, family):
                 ]
                 kept = mask[structure.span][side.owner]
                 x, lacks = torch.cat(inputs)[:, kept], (whole[2 * index + place] - torch.cat(cut).flatten(0, 1))
-                root = (0.01 * x.square().sum(0).mean()).sqrt() * torch.eye(int(kept.sum()), dtype=x.dtype)
+                root = (0.01 * x.square().sum(0)).sqrt().diag()
                 right = torch.cat([lacks / multiplier, torch.zeros(len(root), lacks.shape[1], dtype=x.dtype)])
                 expected = before[weight].clone()
                 expected[:, kept] += torch.linalg.lstsq(torch.cat([x, root]), right).solution.T
@@ -153,7 +153,7 @@ def last_mlp(space):
 
 @pytest.mark.parametrize(
     ("token", "others", "best"),
-    [(None, 7, 0.3), (1, 7, None), (2, 7, 0.03), (3, 7, 1.0), (None, 3, 1.0), (1, 2, None), (2, 1, None)],
+    [(None, 7, 1.0), (1, 7, None), (2, 7, 0.03), (3, 7, 1.0), (None, 3, 3.0), (1, 2, None), (2, 1, None)],
 )
 def test_lambda_is_the_best_one_on_every_eighth_batch_or_the_last_of_fewer(token, others, best):
     """Against what each lambda, fitted to the others, leaves of the streams' difference on the last batch: text, or one
