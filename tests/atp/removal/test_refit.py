@@ -9,7 +9,7 @@ from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.layers import first_layer_inputs, run_block
 from atp.removal.cut import cut_model
-from atp.removal.refit import DAMPINGS, refit
+from atp.removal.refit import DAMPINGS, moments_of, refit
 from atp.spaces.space import MaskSpace
 from atp.training.data import refit_batch
 
@@ -142,6 +142,22 @@ def test_how_windows_are_batched_changes_nothing(size):
     assert fitted[0].keys() == fitted[1].keys()
     for name, weight in fitted[0].items():
         assert_close(fitted[1][name], weight, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 700])
+def test_moments_are_those_of_whole_products(width):
+    """Also of more inputs than one product on the diagonal takes, and of more tokens than one product takes."""
+    generator = torch.Generator().manual_seed(width)
+    read = [torch.randn(3, 1700, width + 2, generator=generator, dtype=torch.float64) for _ in range(2)]
+    lost = [torch.randn(3, 1700, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
+    kept = torch.ones(width + 2, dtype=torch.bool)
+    kept[[0, width // 2 + 1]] = False
+    weight = torch.zeros(5, width + 2, dtype=torch.float64)
+    found = moments_of(list(zip((0, 1), read, lost, strict=True)), weight=weight, kept=kept, together=False)
+    x, y = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in (read, lost))
+    x = x[:, kept]
+    for got, expected in zip(found, (x.T @ x, x.T @ y, y.square().sum(), torch.tensor(2.0).double()), strict=True):
+        assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 def last_mlp(space):
