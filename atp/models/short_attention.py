@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from atp_kernels.call import differentiable_once
 
 LONGEST = 256
 """Tokens of the longest window: the probabilities, tokens x tokens for each head, must stay small."""
@@ -79,7 +80,7 @@ class _Attention(torch.autograd.Function):
         return output.view(batch, heads, tokens, -1)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
         grad = _groups(grad, len(k) // ctx.batch)

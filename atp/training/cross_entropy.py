@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from atp_kernels import cross_entropy_
+from atp_kernels.call import differentiable_once
 
 # Memory for the logits of one chunk; on a GPU the softmax takes twice as much on top. A matrix product wants about 300
 # rows on a CPU and more on a GPU; larger chunks gain nothing.
@@ -123,7 +123,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:

@@ -126,3 +126,13 @@ def test_what_takes_it(taken, changes, options, monkeypatch):
     )
     assert len(calls) == taken
     assert output.shape == (2, query.shape[2], 6, 8) and output.is_contiguous()
+
+
+def test_a_penalty_on_a_gradient_is_refused():
+    """After a sum too, from which a constant comes back."""
+    states = inputs()
+    (gradient,) = torch.autograd.grad(
+        short_attention(*states, mask_of("causal"), 0.3).sum(), states[:1], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

@@ -115,13 +115,14 @@ def test_backward_twice_and_repeats_are_bitwise_equal():
         assert all(torch.equal(a, b) for a, b in zip(repeat, (loss.detach(), *first), strict=True))
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("scale", [1.0, torch.ones((), dtype=torch.float64, requires_grad=True)], ids=str)
+def test_second_derivatives_are_refused(scale):
+    """Also where the loss is the last of all, so that what its gradient is multiplied by is a constant."""
     hidden, weight, targets = inputs(tokens=4)
-    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     loss = scale * linear_cross_entropy(hidden, weight, targets)
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+        gradient.square().sum().backward()
 
 
 def test_non_contiguous_inputs():
