@@ -13,7 +13,8 @@ _BY_STEPS = ((3000, "thorough"), (1000, "standard"))
 PRESETS: dict[str, dict[str, Any]] = {
     # `quick` is the defaults alone. What each costs and gives: docs/quality.md.
     # A long run may read small data so often that it learns them by heart: its best adapter is kept, not its last.
-    "standard": {"training": {"steps": 1200, "keep_best": True}, "evaluation": {"every": 100}},
+    "standard": {"training": {"steps": 1200, "keep_best": True}, "evaluation": {"every": 100},
+                 "decisions": {"refit_windows": 192}},
     "thorough": {"training": {"steps": 3600, "lr": 7e-4, "keep_best": True}, "evaluation": {"every": 200},
                  "decisions": {"refit_windows": 192}},
     # 128 suits tensor cores and every quantised format with blocks of up to 128.

@@ -101,7 +101,10 @@ def explained(tensors: Sequence[Tensor], backend: str, **given: Any) -> tuple[st
     if given:
         raise ValueError(f"a masked LoRA linear does not depend on {', '.join(given)}: leave it out of explain.")
     rank = tensors[2].shape[0]
-    operands = prepare(Operands(*tensors, **optional))
+    masked = optional["out_mask"] is not None or optional["in_mask"] is not None
+    # As the call does, whatever the scaling: an adapter that becomes part of the weight may change the way.
+    merge = None if dropout or (masked and not mask_lora) else 1.0
+    operands = prepare(Operands(*tensors, **optional), merge=merge, backend=backend)
     way = way_of(operands, rank, mask_lora) if backend == "auto" and not dropout else None
     if way is not None:
         return way.name, way.why

@@ -78,7 +78,7 @@ def test_who_knows_only_steps_says_so():
 
 
 @pytest.mark.parametrize(("steps", "every", "lr", "windows"), [
-    (400, None, 2e-3, 96), (999, None, 2e-3, 96), (1000, 100, 2e-3, 96), (2999, 100, 2e-3, 96),
+    (400, None, 2e-3, 96), (999, None, 2e-3, 96), (1000, 100, 2e-3, 192), (2999, 100, 2e-3, 192),
     (3000, 200, 7e-4, 192), (50_000, 200, 7e-4, 192),
 ])  # fmt: skip
 @pytest.mark.parametrize("unit", ["steps", "tokens"])

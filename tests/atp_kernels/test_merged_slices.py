@@ -4,7 +4,7 @@ import pytest
 import torch
 from linear_cases import Shape, operands
 
-from atp_kernels import extension, masked_lora_linear
+from atp_kernels import explain, extension, masked_lora_linear
 from atp_kernels.linear import definition, op, ways
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
@@ -69,3 +69,13 @@ def test_others_are_not(calls, change):
     low = {name: tensor.detach().double() for name, tensor in (tensors | options).items() if name != "out_mask"}
     exact = definition.masked_lora_linear(**low, out_mask=tensors["out_mask"], scaling=SCALING, mask_lora=True)
     assert calls == [] and (y - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_explain_knows(calls, autocast):
+    """Without autocast the adapter stays apart."""
+    tensors = constant("hard", None)
+    given = [tensors.pop(name) for name in ("x", "weight", "lora_a", "lora_b")]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        said = explain("masked_lora_linear", *given, **tensors, mask_lora=True)
+    assert ("runs on sliced" in said) == autocast
