@@ -57,7 +57,6 @@ def presets(debug: Debug = False) -> None:
     from atp.presets import PRESETS, auto_in_words
 
     console.print(f"{ATPConfig.model_fields['preset'].default}: {auto_in_words()}")
-    console.print("quick: the defaults")
     for name, settings in PRESETS.items():
         console.print(f"{name}:\n" + _indented(yaml.safe_dump(settings, sort_keys=False)))
 

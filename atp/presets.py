@@ -8,17 +8,18 @@ if TYPE_CHECKING:
     from atp.config import ATPConfig
 
 AUTO: Final = "auto"
-_BY_STEPS = ((3000, "thorough"), (1000, "standard"))
-"""From how many steps on `auto` stands for a preset; below, for `quick`."""
+_BY_STEPS = ((3000, "thorough"), (1000, "standard"), (400, "quick"))
+"""From how many steps on `auto` stands for a preset; below, for the defaults alone."""
 PRESETS: dict[str, dict[str, Any]] = {
-    # `quick` is the defaults alone. What each costs and gives: docs/quality.md.
+    # What each costs and gives: docs/quality.md. In fewer than 400 steps so large a refit would take most of the time.
+    "quick": {"decisions": {"refit_windows": 192}},
     # A long run may read small data so often that it learns them by heart: its best adapter is kept, not its last.
     "standard": {"training": {"steps": 1200, "keep_best": True}, "evaluation": {"every": 100},
                  "decisions": {"refit_windows": 192}},
     "thorough": {"training": {"steps": 3600, "lr": 7e-4, "keep_best": True}, "evaluation": {"every": 200},
                  "decisions": {"refit_windows": 192}},
     # 128 suits tensor cores and every quantised format with blocks of up to 128.
-    "stock": {"decisions": {"space": "kv_group", "uniform": True, "multiples": {"mlp": 128}}},
+    "stock": {"decisions": {"space": "kv_group", "uniform": True, "multiples": {"mlp": 128}, "refit_windows": 96}},
     # The recorded paper runs (docs/method.md section 10): batch 20, 750 search steps, 1e-4 and 1e-3, penalty budget.
     "paper": {
         "decisions": {"space": "head_dim", "source": "learned", "generator": "transformer", "init": "paper",
@@ -52,7 +53,7 @@ def without_steps(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, An
 
 def auto_in_words() -> str:
     """What `preset: auto` stands for."""
-    return "quick; " + "; ".join(f"from {least} steps on {name}" for least, name in reversed(_BY_STEPS))
+    return "the defaults; " + "; ".join(f"from {least} steps on {name}" for least, name in reversed(_BY_STEPS))
 
 
 def by_length(config: ATPConfig) -> ATPConfig:
@@ -63,7 +64,7 @@ def by_length(config: ATPConfig) -> ATPConfig:
     training, evaluation = config.training, config.evaluation
     if config.preset != AUTO or training.budget or training.tune is not None:
         return config
-    name = next((name for least, name in _BY_STEPS if training.steps >= least), "quick")
+    name = next((name for least, name in _BY_STEPS if training.steps >= least), "")
     sections = {}
     for section, settings in PRESETS.get(name, {}).items():
         own = getattr(config, section)

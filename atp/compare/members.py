@@ -166,7 +166,7 @@ class Members:
             preset = override.removeprefix(_PRESET)
             if preset in (override, self.config.preset):
                 continue
-            if self.config.preset not in (AUTO, "quick"):
+            if self.config.preset != AUTO:
                 raise InputError(
                     f"an arm sets {shorten(override)}, but the common config has the preset {self.config.preset} "
                     "already: leave it out there"

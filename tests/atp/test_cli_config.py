@@ -63,8 +63,8 @@ def test_presets_are_shown_whole(atp):
     code, shown, _ = atp("presets")
     assert code == 0
     listed = yaml.safe_load(shown)
-    assert listed.pop("auto") == "quick; from 1000 steps on standard; from 3000 steps on thorough"
-    assert listed.pop("quick") == "the defaults" and listed == PRESETS
+    by_steps = "the defaults; from 400 steps on quick; from 1000 steps on standard; from 3000 steps on thorough"
+    assert listed.pop("auto") == by_steps and listed == PRESETS
 
 
 def test_alone_it_shows_its_help(atp):
