@@ -15,7 +15,7 @@ from atp.files import read_json
 from atp.folders import LENGTH
 from atp.loading import load_shapes
 from atp.overrides import explain
-from atp.presets import by_length
+from atp.presets import by_length, lengths_below
 from atp.training.precision import autocast_dtype
 
 _LEAST = 10  # steps: a shorter run learns nothing
@@ -103,6 +103,9 @@ def _steps_in(
         steps = int((seconds - fixed) / each)
         if steps < _LEAST or _recipe(_at(config, steps)) == _recipe(at):
             break
+    else:  # a little longer is another recipe, which takes more time than is left: as long as this one goes
+        timed = _recipe(at)
+        steps = next((each for each in lengths_below(steps) if _recipe(_at(config, each)) == timed), steps)
     beside = f"{fixed:.3g} s for saliency, refit and certificate"
     return steps, f"{each:.3g} s per step and {beside}, by a probe of {device_name()}"
 

@@ -56,6 +56,11 @@ def auto_in_words() -> str:
     return "the defaults; " + "; ".join(f"from {least} steps on {name}" for least, name in reversed(_BY_STEPS))
 
 
+def lengths_below(steps: int) -> list[int]:
+    """`steps`, and below them the most steps for which `auto` stands for each shorter preset; the longest first."""
+    return [steps, *(least - 1 for least, _ in _BY_STEPS if least <= steps)]
+
+
 def by_length(config: ATPConfig) -> ATPConfig:
     """The config with what `preset: auto` stands for at its number of steps, below settings that were given.
 

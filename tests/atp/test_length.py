@@ -195,6 +195,17 @@ def test_few_steps_are_those_of_a_run_that_measures_its_saliency(monkeypatch, mi
     assert probed == ["running", "tuned"][:asked]
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(300, 290), (420, 399), (490, 405)])
+def test_a_longer_recipe_is_taken_only_where_its_time_is_left(monkeypatch, seconds, steps):
+    """From 400 steps on the refit reads more windows: 410 steps with fewer would fit, and with more 335."""
+
+    def times(config, sample, scored, calibrated):
+        return {96: 10.0, 192: 85.0}[config.decisions.refit_windows], 1.0
+
+    monkeypatch.setattr(length, "_seconds", times)
+    assert length._steps_in(seconds, config_of("auto", minutes=1), 100.0, 1.0)[0] == steps
+
+
 def test_the_plan_says_what_it_comes_to(tiny, tmp_path):
     plan = make_plan(tiny.model_copy(update={"output_dir": str(tmp_path)}))
     assert plan["remarks"][0] == "training.tokens=700 comes to 22 steps (32 tokens per step), 704 tokens."
