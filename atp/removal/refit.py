@@ -1,9 +1,9 @@
 """Refits the linears that end a block, so that the cut model's residual stream stays near that of the whole model.
 
 After each block the cut stream lacks R = S_whole - S_cut. Ridge regression on calibration text adds
-R^T X_k (X_k^T X_k + lambda diag(X_k^T X_k))^-1 to W_k, the kept columns of the linear that ends the block. Layers are
-refitted in order, each on the stream of the layers before it, cut and refitted, so that later layers also make up for
-what earlier ones lost (docs/method.md section 8).
+R^T X_k (X_k^T X_k + lambda D)^-1 to W_k, the kept columns of the linear that ends the block; D is the diagonal of
+X_k^T X_k and a thousandth of its mean. Layers are refitted in order, each on the stream of the layers before it, cut
+and refitted, so that later layers also make up for what earlier ones lost (docs/method.md section 8).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_OUT = 8
 """Every eighth batch chooses lambda, and where there are fewer the last one."""
 
+_LEAST = 1e-3  # of the mean square of the kept inputs, what each is damped by at least
 _FEW = 0.3  # the damping where there are too few batches to hold one out
 _ROWS = 4096  # tokens in one product
 _COLUMNS = 256  # of both sides of a product that lies on the diagonal of x^T x, at most
@@ -180,10 +181,12 @@ class Moments(NamedTuple):
         """What to add to the weights of the kept inputs, [kept, outputs].
 
         Each input is damped by a share of its own square: by one of their mean, a few large ones hold back all others.
+        A thousandth of the mean keeps the weight of an input small that is zero in almost all tokens here.
         """
+        squares = self.inputs.diagonal()
         damped = self.inputs.clone()
-        smallest = torch.finfo(torch.float32).tiny  # where an input is always zero the system would be singular
-        damped.diagonal().add_((damping * damped.diagonal()).clamp_min(smallest))
+        smallest = torch.finfo(torch.float32).tiny  # where all inputs are zero the system would be singular
+        damped.diagonal().add_((damping * (squares + _LEAST * squares.mean())).clamp_min(smallest))
         return torch.linalg.solve(damped, self.cross)
 
     def left(self, added: Tensor) -> float:

@@ -114,7 +114,8 @@ def test_weights_are_the_ridge_solution_layer_after_layer(name, family):
                 ]
                 kept = mask[structure.span][side.owner]
                 x, lacks = torch.cat(inputs)[:, kept], (whole[2 * index + place] - torch.cat(cut).flatten(0, 1))
-                root = (0.01 * x.square().sum(0)).sqrt().diag()
+                squares = x.square().sum(0)
+                root = (0.01 * (squares + 1e-3 * squares.mean())).sqrt().diag()
                 right = torch.cat([lacks / multiplier, torch.zeros(len(root), lacks.shape[1], dtype=x.dtype)])
                 expected = before[weight].clone()
                 expected[:, kept] += torch.linalg.lstsq(torch.cat([x, root]), right).solution.T
@@ -158,6 +159,18 @@ def test_moments_are_those_of_whole_products(width):
     x = x[:, kept]
     for got, expected in zip(found, (x.T @ x, x.T @ y, y.square().sum(), torch.tensor(2.0).double()), strict=True):
         assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_an_input_that_is_almost_always_zero_gets_no_large_weight():
+    """It is fitted by a single token, and may be a thousand times as large in other text."""
+    generator = torch.Generator().manual_seed(0)
+    read, lost = torch.randn(500, 20, generator=generator), torch.randn(500, 4, generator=generator)
+    read[:, 3] = 0
+    read[7, 3] = 1e-3
+    whole = torch.ones(20, dtype=torch.bool)
+    for damping in DAMPINGS:
+        added = moments_of([(0, read, lost)], weight=torch.zeros(4, 20), kept=whole, together=False).ridge(damping)
+        assert 0 < added[3].abs().max() < added.abs().max()
 
 
 def last_mlp(space):
