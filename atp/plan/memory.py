@@ -289,9 +289,9 @@ class _Memory:
     def _refit(self) -> Parts:
         """All calibration windows of a process at once, on the widest of the two linears that end a block.
 
-        Held are the hidden states of the whole and of the cut model, their difference, and the linear's inputs, the
-        latter two once more in one piece. The solver works in float64 on [kept, kept] and [kept, hidden]: sums for most
-        windows and for those held out, the damped matrix, its factors, and solutions.
+        Held are the hidden states of the whole and of the cut model, their difference, and the linear's inputs. The
+        solver works in float64 on [kept, kept] and [kept, hidden]: sums for most windows and for those held out, the
+        damped matrix, its factors, and solutions.
         """
         tokens = self.job.share_of(self.job.config.decisions.refit_windows) * self.length
         read = max((self.shapes.whole[layer].linears[name].in_features for layer, name in self.readers), default=0)
@@ -300,7 +300,7 @@ class _Memory:
         stream, inputs = tokens * self.hidden * self.weight, tokens * read * self.product
         products = _FLOAT * (kept * kept + kept * self.hidden + min(_ROWS, tokens) * (kept + self.hidden))
         solving = _DOUBLE * 4 * (kept * kept + kept * self.hidden)
-        solve = max(stream + inputs + products, solving)
+        solve = max(products, solving)
         layer = max(weights_of((widths,)) for widths in self.shapes.whole) * self.weight
         return {"windows": 3 * stream + inputs, "solve": solve, "gathered": layer if self.ranks > 1 else 0}
 

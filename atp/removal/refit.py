@@ -55,9 +55,9 @@ def refit(
     part of the weight, and the whole model is the one without masks. batches: as `atp.data.collate` makes them; one
     with padded rows says in `text`, bool [batch, tokens], what to fit to. among: all processes call this, and `batches`
     are those of this one's `processes.shares` of so many; they fit together and end with the same weights. In memory at
-    once are, for all batches, the hidden states of the whole model and of the cut one, twice their difference and twice
-    the inputs of one linear. damping: lambda; None chooses one of `DAMPINGS` for each linear on every eighth batch, and
-    leaves a linear alone that none of them helps there.
+    once are, for all batches, the hidden states of the whole model and of the cut one, their difference, and the inputs
+    of one linear. damping: lambda; None chooses one of `DAMPINGS` for each linear on every eighth batch, and leaves a
+    linear alone that none of them helps there.
     Columns of removed inputs stay as they are. A quantized weight that the fit changes becomes a floating one: rounding
     it to a few bits again would add their error to what was fitted. Clears the masks; kept slices are stale afterwards.
     A sharded model has one layer gathered at a time. Returns the changed weights or their shards, not copied, by their
@@ -76,27 +76,19 @@ def refit(
             for norm, block in BLOCKS:
                 run = partial(run_block, layer, norm, block)
                 controller.clear()
-                whole = [run(x, given) for x, given in zip(whole, arguments, strict=True)]
+                _advance(whole, arguments, run)
                 controller.set(mask, "sum")
                 structure = space.read_by(index, block)
                 if structure is None or structure.reader is None or mask[: structure.span.stop].all():
-                    cut = [run(x, given) for x, given in zip(cut, arguments, strict=True)]
+                    _advance(cut, arguments, run)
                     continue
                 name = f"{structure.reader}.base_layer.weight"
                 linear: Any = layer.get_submodule(structure.reader)
-                inputs = [_input(linear, partial(run, x, given)) for x, given in zip(cut, arguments, strict=True)]
-                # The linear ends its block.
-                lost = [
-                    (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer)
-                    for aim, x, read in zip(whole, cut, inputs, strict=True)
-                ]
+                batch_by_batch = zip(numbers, whole, cut, arguments, texts, strict=True)
+                pairs = _pairs(layer, linear, run, batch_by_batch)
                 base = linear.get_base_layer()
                 weight = dense(base.weight)
                 kept = structure.kept_inputs(mask).to(weight.device)
-                pairs = [
-                    (number, read, lack) if text is None else (number, read[text], lack[text])
-                    for number, read, lack, text in zip(numbers, inputs, lost, texts, strict=True)
-                ]
                 every = min(HELD_OUT, max(total, 2))
                 where = f"layers.{index}.{structure.reader}"
                 if _fit(where, weight, pairs, kept, damping, every=every, together=among is not None):
@@ -105,26 +97,57 @@ def refit(
                     if name in shards:
                         store(shards[name], weight[rows_of(shards[name])])
                     changed[f"layers.{index}.{name}"] = shards.get(name, base.weight)
-                cut = [add_block(layer, x, linear(read)) for x, read in zip(cut, inputs, strict=True)]
+                _advance(cut, pairs, partial(_end, layer, linear))
+                del pairs  # before the next block makes its own
     controller.clear()
     return changed
 
 
-def _input(linear: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-    """The input of a linear in a forward pass, which stops there."""
-    with reached(linear) as found:
-        call()
-    return found[0]
+def _advance(states: list[Tensor], given: Iterable[Any], run: Callable[[Tensor, Any], Tensor]) -> None:
+    """Runs a block on the states of each batch, which take the place of those before, so that few are there twice."""
+    for place, argument in enumerate(given):
+        states[place] = run(states[place], argument)
 
 
-_Pair = tuple[int, Tensor, Tensor]
-"""Number of a batch, the inputs of a linear, and what is lost."""
+class Pair(NamedTuple):
+    """Of a batch: its number, the inputs of a linear, what is lost, and bool [batch, tokens], which rows are text."""
+
+    number: int
+    inputs: Tensor  # [..., inputs]
+    lost: Tensor  # [..., outputs]
+    text: Tensor | None = None  # None: all
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Inputs and what is lost, [tokens, inputs] and [tokens, outputs], of text alone."""
+        if self.text is None:
+            return self.inputs.flatten(0, -2), self.lost.flatten(0, -2)
+        return self.inputs[self.text], self.lost[self.text]
+
+
+def _pairs(layer: nn.Module, linear: nn.Module, run: Callable[..., Tensor], batches: Iterable[Any]) -> list[Pair]:
+    """What the cut model has where `linear` ends a block, run by `run`, and what it lacks behind that.
+
+    batches: of each its number, states of the whole model behind the block, those of the cut one before it, arguments
+    of the block, and which rows are text.
+    """
+    pairs = []
+    for number, aim, x, given, text in batches:
+        with reached(linear) as found:
+            run(x, given)
+        read = found[0]
+        pairs.append(Pair(number, read, (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer), text))
+    return pairs
+
+
+def _end(layer: nn.Module, linear: nn.Module, x: Tensor, pair: Pair) -> Tensor:
+    """The states of the cut model behind the block that `linear` ends."""
+    return add_block(layer, x, linear(pair.inputs))
 
 
 def _fit(
     name: str,
     weight: Tensor,
-    pairs: list[_Pair],
+    pairs: list[Pair],
     kept: Tensor,
     damping: float | None,
     *,
@@ -136,13 +159,13 @@ def _fit(
     every: each of so many batches is held out. together: the batches are this process's share, and all of them fit the
     same weight.
     """
-    if not all(is_finite(tensor) for _, *tensors in pairs for tensor in tensors):
+    if not all(is_finite(tensor) for pair in pairs for tensor in pair.rows()):
         raise NotReached(
             f"the refit of {name} reads NaN or infinity on the calibration windows: use model.dtype=float32 and "
             "training.precision=float32, or decisions.refit_windows=0"
         )
     moments = partial(moments_of, weight=weight, kept=kept, together=together)
-    held_out = [pair for pair in pairs if damping is None and (pair[0] + 1) % every == 0]
+    held_out = [pair for pair in pairs if damping is None and (pair.number + 1) % every == 0]
     sums = moments([pair for pair in pairs if not any(pair is other for other in held_out)])
     trial = moments(held_out)
     if trial.batches:
@@ -194,7 +217,7 @@ class Moments(NamedTuple):
         return float(self.lost + (added * (self.inputs @ added - 2 * self.cross)).sum())
 
 
-def moments_of(pairs: list[_Pair], *, weight: Tensor, kept: Tensor, together: bool) -> Moments:
+def moments_of(pairs: list[Pair], *, weight: Tensor, kept: Tensor, together: bool) -> Moments:
     """The moments of inputs and what is lost, batch by batch; products in float32 or wider.
 
     together: summed over the processes.
@@ -203,11 +226,10 @@ def moments_of(pairs: list[_Pair], *, weight: Tensor, kept: Tensor, together: bo
     count = int(kept.sum())
     products, cross = weight.new_zeros(count, count, dtype=wide), weight.new_zeros(count, len(weight), dtype=wide)
     square = weight.new_zeros((), dtype=torch.float64)
-    if pairs:
-        inputs = torch.cat([read.flatten(0, -2) for _, read, _ in pairs])
-        lost = torch.cat([lack.flatten(0, -2) for _, _, lack in pairs])
-        with torch.autocast(lost.device.type, enabled=False):
-            for read, lack in zip(inputs.split(_ROWS), lost.split(_ROWS), strict=True):
+    for pair in pairs:
+        with torch.autocast(weight.device.type, enabled=False):
+            inputs, lost = (rows.split(_ROWS) for rows in pair.rows())
+            for read, lack in zip(inputs, lost, strict=True):
                 x, y = read[:, kept].to(wide), lack.to(wide)
                 _add_gram(products, x)
                 cross.addmm_(x.T, y)
