@@ -16,7 +16,7 @@ class ScoredDecisions(Decisions):
     """Keeps the decisions with the largest saliency per cost (docs/method.md section 9).
 
     saliency: float32 [space.size]; zero until it is measured. A running one follows the squared mask
-    gradients g of LoRA steps, S <- decay * S + (1 - decay) * g^2. A removed decision keeps the score it had: where it
+    gradients of LoRA steps, S <- decay * S + (1 - decay) * g^2. A removed decision keeps the score it had: where it
     is masked, its gradient says nothing about it. Decisions that are kept lead by `decisions.margin` standard
     deviations of the logits, so that few flip.
     """
@@ -27,9 +27,10 @@ class ScoredDecisions(Decisions):
         super().__init__(space, config, search_steps=search_steps, device=device)
         self.saliency = torch.zeros(space.size, device=device)
 
-    def observe(self, gradient: Tensor) -> None:
-        """Takes dL/ds of one LoRA step, float32 [space.size]; a gradient that is not finite changes nothing."""
-        square = gradient.to(self.device).square()
+    def observe(self, square: Tensor) -> None:
+        """Takes (dL/ds)^2 of one batch, the mean over its samples, float32 [space.size]; where one value is not finite
+        it changes nothing."""
+        square = square.to(self.device)
         seen = self.placed & square.isfinite().all()
         self.saliency = torch.where(seen, torch.lerp(square, self.saliency, self.config.decay), self.saliency)
 

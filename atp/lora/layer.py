@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from atp_kernels import (
     new_seed,
     rms_norm,
 )
+from atp_kernels.call import differentiable_once
 
 ADAPTER = "default"
 
@@ -33,7 +35,8 @@ class MaskedLoraLinear(PeftLinear):
     """PEFT LoRA linear with masks on its outputs [out_features] and inputs [in_features].
 
     Masks are state of the current pass, not parameters: bool (hard) or float32 (soft, differentiable), None keeps all.
-    With `mask_lora` they cover base and LoRA path, without it the base path alone (docs/method.md section 3). A kept
+    With `mask_lora` they cover base and LoRA path, without it the base path alone (docs/method.md section 3). With it
+    they may have a row for each sample of a batch, [samples, features], so that gradients are those of samples. A kept
     slice stands for hard masks on the base path, at the cost of what they keep.
     """
 
@@ -74,6 +77,11 @@ class MaskedLoraLinear(PeftLinear):
     def plain(self) -> bool:
         """Whether this is neither merged nor disabled: one adapter beside its frozen base."""
         return not (self.disable_adapters or self.merged) and self.active_adapters == [ADAPTER]
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether the masks have a row for each sample of a batch."""
+        return any(mask is not None and mask.dim() == 2 for mask in (self.out_mask, self.in_mask))
 
     @property
     def dropout(self) -> float:
@@ -117,11 +125,18 @@ class MaskedLoraLinear(PeftLinear):
             self._narrow = weight, weight._version, weight.detach().to(torch.get_autocast_dtype(device))
         return self._narrow[2]
 
+    def unmasked(self, x: Tensor) -> Tensor:
+        """Base and LoRA path, without masks and dropout."""
+        weight, lora_a, lora_b, scaling, bias = self.projection
+        return masked_lora_linear(x, weight, lora_a, lora_b, scaling=scaling, bias=bias)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.plain:
             if self.out_mask is not None or self.in_mask is not None or self.kept is not None:
                 raise RuntimeError("masks are set on a merged or disabled LoRA layer: clear them with set_masks first")
             return super().forward(x, *args, **kwargs)
+        if self.by_sample:
+            return of_samples(self.unmasked(of_samples(x, self.in_mask)), self.out_mask)
         weight, lora_a, lora_b, scaling, bias = self.projection
         p = self.dropout
         # From torch's generator, so that activation checkpointing draws the same one again.
@@ -141,6 +156,35 @@ class MaskedLoraLinear(PeftLinear):
             dropout=p,
             seed=seed,
         )
+
+
+def of_samples(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Values [batch, ..., features], each sample times its row of the mask [batch or more, features]."""
+    if mask is None:
+        return values
+    rows = mask[: len(values)].to(values.dtype)
+    return values * rows.view(len(values), *[1] * (values.dim() - 2), -1)
+
+
+class _Gated(torch.autograd.Function):
+    """act(m * gate) * (m * up) with a mask m for each sample; backward makes the products again, to keep but two."""
+
+    @staticmethod
+    def forward(ctx: Any, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, mask: Tensor) -> Tensor:
+        ctx.act = act
+        ctx.save_for_backward(gate, up, mask)
+        return _gated(act, gate, up, mask)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            return None, *torch.autograd.grad(_gated(ctx.act, *inputs), inputs, grad)
+
+
+def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, mask: Tensor) -> Tensor:
+    return act(of_samples(gate, mask)) * of_samples(up, mask)
 
 
 class MaskedMLP(nn.Module):
@@ -171,6 +215,8 @@ class MaskedMLP(nn.Module):
         options: dict[str, Any]
         if all(linear.kept is not None for linear in linears):
             options = {"kept": tuple(linear.kept for linear in linears)}
+        elif self._one_mask() and gate.by_sample:
+            return self._of_samples(x)
         elif self._one_mask():
             options = {"mask": gate.out_mask, "mask_lora": gate.mask_lora}
         else:
@@ -182,6 +228,11 @@ class MaskedMLP(nn.Module):
 
     def _apart(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def _of_samples(self, x: Tensor) -> Tensor:
+        """Under one mask for each sample."""
+        gate, up = self.gate_proj.unmasked(x), self.up_proj.unmasked(x)
+        return self.down_proj(_Gated.apply(self.act_fn, gate, up, self.gate_proj.out_mask))
 
     def _one_mask(self) -> bool:
         """Whether one mask of the channels, in one form, is all that is set."""

@@ -26,7 +26,7 @@ class Pass:
     """What decides how much a pass keeps.
 
     product, residual: bytes per number of what linears and attention compute, and of the residual stream. rank: of
-    LoRA. watched: whether a soft mask is on; hard ones keep nothing, and neither does dropout, which is drawn again.
+    LoRA. watched: whether a soft mask is on, for each sample; hard ones and dropout (drawn again) keep nothing.
     apart: whether attention has a mask of its own; expanded: whether keys and values then become as many as queries.
     short: tokens of a row whose probabilities attention keeps, 0 where it keeps none. rows: samples of a batch, which
     share RoPE's angles.
@@ -50,6 +50,10 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     numbers = reads + _attention(widths, how, shapes) + 2 * inner + how.rank * len(linears)
     if how.watched:
         numbers += _sums(shapes, widths, parts_of_mlp=4)
+    if how.watched and how.rows > 1:
+        # Each sample has a mask: each linear reads a masked copy, and down what the fused MLP would make again.
+        copies = [widths.linears[cut.module].in_features for cut in _soft(shapes) if cut.axis == 1]
+        numbers += sum(copies) if copies else inner
     stream = 2 * hidden
     for ends in ("self_attn.o_proj", "mlp.down_proj"):
         if linears[ends].out_features != hidden:  # what is added to a part of the stream

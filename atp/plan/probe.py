@@ -148,7 +148,8 @@ def _layers_step(
 
     def step() -> None:
         if controller is not None and soft is not None:
-            controller.set(torch.ones(soft.size, device=device, requires_grad=True), "soft")
+            by_sample = (rows,) if rows > 1 and trained else ()
+            controller.set(torch.ones(*by_sample, soft.size, device=device, requires_grad=True), "soft")
         precision = torch.autocast(device.type, dtype=job.autocast, enabled=job.autocast is not None)
         with precision, offload.saving(model):
             loss = causal_lm_loss(model, batch)

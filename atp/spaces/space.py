@@ -74,18 +74,18 @@ class Structure:
         return slice(self.start, self.start + self.size)
 
     def sides(self, mask: Tensor, *, soft: bool = False) -> Iterator[tuple[Cut, Tensor]]:
-        """Yields each cut with a mask [size of the space] expanded to its side, [out_features] or [in_features].
+        """Yields each cut with a mask [..., size of the space] expanded to its side, [..., features of that side].
 
         soft: only the sides that a soft mask multiplies. Differentiable: gradients of the expanded masks are summed
         onto their decisions. Cuts with the same owner get the same tensor object.
         """
-        values = mask[self.span]
+        values = mask[..., self.span]
         expanded: dict[int, Tensor] = {}
         for cut in self.cuts:
             if soft and not cut.soft:
                 continue
             if id(cut.owner) not in expanded:
-                expanded[id(cut.owner)] = values[cut.owner.to(mask.device)]
+                expanded[id(cut.owner)] = values[..., cut.owner.to(mask.device)]
             yield cut, expanded[id(cut.owner)]
 
     def kept_inputs(self, mask: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class MaskSpace:
     def module_masks(
         self, mask: Tensor, *, soft: bool = False
     ) -> Iterator[tuple[int, str, Tensor | None, Tensor | None]]:
-        """Yields (layer, module, out_mask [out] or None, in_mask [in] or None), expanded from a flat mask [size].
+        """Yields (layer, module, out_mask [..., out] or None, in_mask [..., in] or None), from a flat mask [..., size].
 
         See `Structure.sides` for what the masks are.
         """

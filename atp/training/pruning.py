@@ -170,8 +170,12 @@ class Pruning:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """The values of the hard mask as a soft one, whose gradient the running saliency takes after the backward."""
-        mask = self._mask_on_device().float().requires_grad_()
+        """The values of the hard mask as a soft one, whose gradient the running saliency takes after the backward.
+
+        A batch of several samples has a row of the mask for each, because the squares are those of samples.
+        """
+        mask, samples = self._mask_on_device().float(), self.training.batch_size
+        mask = (mask.expand(samples, -1).clone() if samples > 1 else mask).requires_grad_()
         with scope("masks"):
             self.controller.set(mask, "soft")
         try:
@@ -180,8 +184,9 @@ class Pruning:
             self.controller.clear()
         if mask.grad is not None and isinstance(self.decisions, ScoredDecisions):
             # One process sees the batches of all one after another, each with its share of the loss.
-            for gradient in processes.gather(mask.grad / processes.count()):
-                self.decisions.observe(gradient)
+            square = (mask.grad / processes.count()).square()
+            for squares in processes.gather(square if samples == 1 else samples * square.sum(0)):
+                self.decisions.observe(squares)
 
     def regularize(self, weight: float) -> None:
         """Adds the regularizer's gradient to clipped gradients."""

@@ -95,6 +95,11 @@ def watched(model, shapes):
     return model, MaskController(model, shapes.space).masks(torch.ones(shapes.space.size, requires_grad=True), "soft")
 
 
+def watched_by_sample(model, shapes):
+    mask = torch.ones(2, shapes.space.size, requires_grad=True)
+    return model, MaskController(model, shapes.space).masks(mask, "soft")
+
+
 def softly(model, shapes):
     mask = torch.ones(shapes.space.size, requires_grad=True)
     MaskController(model, shapes.space).set(mask, "soft")
@@ -116,16 +121,14 @@ def test_a_masked_step(space, dropout):
     assert kept_by_training(shapes, shapes.whole[0], Pass(4, 4, RANK)) == found
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
-def test_a_watched_step(space, autocast):
-    found, shapes = per_token_and_layer("llama", space, watched, autocast=autocast)
-    assert (
-        kept_by_training(
-            shapes, shapes.whole[0], Pass(2 if autocast else 4, 4, RANK, watched=True, short=SHORT if autocast else 0)
-        )
-        == found
-    )
+def test_a_watched_step(space, autocast, rows):
+    """Of a batch that is one sample, and of one that has a row of the mask for each."""
+    found, shapes = per_token_and_layer("llama", space, (watched, watched_by_sample)[rows - 1], autocast=autocast)
+    how = Pass(2 if autocast else 4, 4, RANK, watched=True, rows=rows, short=SHORT if autocast else 0)
+    assert kept_by_training(shapes, shapes.whole[0], how) == found
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_run import make, trained_tensors
 
+from atp.data.batches import collate
 from atp.decide.budget import Budget
 from atp.decide.maker import frozen
 from atp.decide.saliency import fisher_saliency
@@ -75,20 +76,25 @@ def test_saliency_is_taken_where_its_source_says(tmp_path):
     assert not torch.equal(found["static"][1], found["tuned"][1])
 
 
-def test_the_running_saliency_sees_the_gradient_of_the_lora_step(tmp_path):
-    """With one step and no decay it is the Fisher saliency of that step's batch, and the step is a plain one."""
-    training = {"open": 1, "search": 1, "settle": 1, "tune": 0, "warmup": 0}
-    running = make(tmp_path / "running", training=training, decisions={"source": "running", "decay": 0.0})
-    plain = make(tmp_path / "plain", training=training, decisions={"source": "tuned"}, lora={"dropout": 0.0})
-    rows = next(plain.batches_from(0))
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
+def test_the_running_saliency_is_that_of_the_samples_of_a_lora_step(tmp_path, size, space):
+    """With one step and no decay it is the Fisher saliency of that step's samples, and the step is a plain one."""
+    training = {"open": 1, "search": 1, "settle": 1, "tune": 0, "warmup": 0, "batch_size": size}
+    decisions = {"source": "running", "decay": 0.0, "space": space}
+    running = make(tmp_path / "running", training=training, decisions=decisions)
+    plain = make(tmp_path / "plain", training=training, decisions=decisions | {"source": "tuned"})
+    (batch,) = next(plain.batches_from(0))
+    rows = zip(batch["input_ids"], batch["labels"], strict=True)
+    samples = [collate([{"input_ids": ids, "labels": labels}]) for ids, labels in rows]
     with frozen(plain.model):
-        expected = fisher_saliency(plain.space, rows, plain.pruning.calibration_loss)
+        expected = fisher_saliency(plain.space, samples, plain.pruning.calibration_loss)
     plain.pruning.controller.clear()
     seen = []
     running.pruning.decisions.observe = seen.append
     for trainer in (running, plain):
         trainer.train()
-    torch.testing.assert_close(seen[0].square(), expected, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-12)
 
 
 def test_open_steps_are_those_of_plain_lora(tmp_path):
