@@ -72,7 +72,7 @@ class DecisionsConfig(Section):
     source: DecisionSource | None = Field(
         None,
         description="Saliency of the pretrained weights, of the tuned ones, or running over LoRA steps; or learned. "
-        "null: running if open steps see saliency_windows samples one by one, no search, no dropout; else tuned.",
+        "null: running if open steps see saliency_windows samples, without search and dropout; else tuned.",
     )
     decay: float = Field(0.97, ge=0, lt=1, description="Decay per batch of the running saliency.")
     margin: float = Field(0.1, ge=0, description="Lead of kept decisions over removed ones in the running saliency.")
@@ -98,7 +98,7 @@ class DecisionsConfig(Section):
     )
     rounds: int | None = Field(
         None, ge=1, description="Cuts, each to a smaller share; after all but the last, what is left is refitted and "
-        "judged anew. null: with a running saliency and no search as many as keep 0.6 of the one before; else 1.",
+        "judged anew. null: 1 with a search, packing padded or no running saliency; else as many as keep 0.6 each.",
     )  # fmt: skip
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
     cost_exponent: float = Field(
@@ -325,12 +325,13 @@ class ATPConfig(Section):
         """The decisions with source and rounds: theirs or, where null, what suits the run (method.md section 9)."""
         training, source = self.training, self.decisions.source
         if source is None:
-            seen = training.opened * training.gradient_accumulation if training.batch_size == 1 else 0
+            seen = training.opened * training.gradient_accumulation * training.batch_size
             watch = seen >= self.decisions.saliency_windows and not (training.search or self.lora.dropout)
             source = "running" if watch else "tuned"
         rounds = self.decisions.rounds
         if rounds is None:
-            at_once = source == "running" and not training.search and self.decisions.refit_windows
+            text = source == "running" and self.data.packing != "padded"
+            at_once = text and not training.search and self.decisions.refit_windows
             rounds = _rounds_to(self.decisions.target_keep) if at_once else 1
         return self.decisions.model_copy(update={"source": source, "rounds": rounds})
 

@@ -32,7 +32,7 @@ def gradients(count, seed=0):
 def test_the_running_saliency_is_the_decayed_mean_of_squares():
     decisions = make(decay=0.8)
     for gradient in gradients(5):
-        decisions.observe(gradient)
+        decisions.observe(gradient.square())
     weights = torch.tensor([0.2 * 0.8 ** (4 - i) for i in range(5)], dtype=torch.float64)
     torch.testing.assert_close(decisions.saliency.double(), weights @ gradients(5).double().square())
     assert torch.equal(decisions.logits(), saliency_logits(decisions.saliency, Budget(SPACE), decisions.config))
@@ -49,10 +49,10 @@ def test_the_saliency_is_divided_by_a_power_of_the_parameters_saved(exponent):
 def test_a_removed_decision_keeps_its_score():
     decisions = make()
     first, second = gradients(2)
-    decisions.observe(first)
+    decisions.observe(first.square())
     removed = decisions.refresh(3).logical_not()
     before = decisions.saliency.clone()
-    decisions.observe(second)
+    decisions.observe(second.square())
     assert removed.any() and torch.equal(decisions.saliency[removed], before[removed])
     assert (decisions.saliency != before)[~removed].all()
 
@@ -62,9 +62,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     decisions = make()
     good, spoiled = gradients(2)
     spoiled[7] = bad
-    decisions.observe(good)
+    decisions.observe(good.square())
     before = decisions.saliency.clone()
-    decisions.observe(spoiled)
+    decisions.observe(spoiled.square())
     assert torch.equal(decisions.saliency, before)
 
 
@@ -74,7 +74,7 @@ def test_a_margin_holds_close_calls_and_no_others():
     for margin in (0.0, 0.3, 100.0):
         decisions = make(decay=0.0, margin=margin)
         scores = gradients(1).squeeze(0)
-        decisions.observe(scores)
+        decisions.observe(scores.square())
         decisions.refresh(3)
         decisions.saliency = (scores * torch.exp(0.2 * gradients(1, seed=1).squeeze(0))).square()
         decisions.refresh(3)

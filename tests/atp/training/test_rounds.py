@@ -107,6 +107,10 @@ def test_a_run_takes_as_many_rounds_as_its_target_wants(tmp_path):
     assert rounds(source="running", target_keep=0.4, training=AT_ONCE | {"search": 1}) == 1
     assert [rounds(source=source, target_keep=0.4) for source in ("static", "tuned", "learned")] == [1, 1, 1]
     assert rounds(source="tuned", rounds=4) == 4
+    padded = make(
+        tmp_path, training=AT_ONCE, decisions={"source": "running", "target_keep": 0.4}, data={"packing": "padded"}
+    )
+    assert padded.config.deciding.rounds == 1
 
 
 @pytest.mark.parametrize(("training", "decisions"), [
