@@ -159,10 +159,14 @@ class MaskedLoraLinear(PeftLinear):
 
 
 def of_samples(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Values [batch, ..., features], each sample times its row of the mask [batch or more, features]."""
+    """Values [batch, ..., features], each sample times its row of the mask [samples, features].
+
+    A smaller batch has the first rows. One of more samples, as of preferred and rejected answers, takes them in turns.
+    """
     if mask is None:
         return values
-    rows = mask[: len(values)].to(values.dtype)
+    turns = -(-len(values) // len(mask))
+    rows = mask.repeat(turns, 1)[: len(values)].to(values.dtype)
     return values * rows.view(len(values), *[1] * (values.dim() - 2), -1)
 
 

@@ -1,0 +1,75 @@
+"""Masks with a row for each sample: what they compute, their gradients, and batches of other sizes."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from atp.lora.controller import MaskController
+from atp.lora.layer import add_lora, of_samples
+from atp.spaces.space import MaskSpace
+
+SPACES = ["kv_group", "head_dim", "disp"]
+
+
+def lora_model(space):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    space = MaskSpace.from_config(config, space)
+    model = add_lora(LlamaForCausalLM(config), space, r=2, alpha=4, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, space, MaskController(model, space)
+
+
+def logits_and_gradient(model, controller, mask, ids):
+    mask = mask.clone().requires_grad_()
+    controller.set(mask, "soft")
+    logits = model(input_ids=ids).logits
+    (gradient,) = torch.autograd.grad(logits.square().mean((1, 2)).sum(), mask)
+    controller.clear()
+    return logits, gradient
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_each_sample_has_the_result_and_the_gradient_that_it_has_alone(space):
+    model, space, controller = lora_model(space)
+    masks, ids = torch.rand(3, space.size), torch.randint(0, 32, (3, 9))
+    found, gradients = logits_and_gradient(model, controller, masks, ids)
+    for sample in range(3):
+        logits, gradient = logits_and_gradient(model, controller, masks[sample], ids[sample : sample + 1])
+        assert_close(found[sample : sample + 1], logits, rtol=1e-4, atol=1e-5)
+        assert_close(gradients[sample], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_lora_learns_the_same_under_equal_masks_of_samples_as_under_one(space):
+    model, space, controller = lora_model(space)
+    mask, ids = torch.rand(space.size), torch.randint(0, 32, (2, 9))
+    grads = []
+    for form in (mask, mask.expand(2, -1)):
+        controller.set(form, "soft")
+        model.zero_grad()
+        model(input_ids=ids).logits.square().mean().backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0]
+    for name, grad in grads[0].items():
+        assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4, 5])
+def test_a_batch_of_another_size_takes_the_rows_in_turns(samples):
+    values, mask = torch.randn(samples, 3, 7), torch.rand(2, 7)
+    assert_close(of_samples(values, mask), torch.stack([values[i] * mask[i % 2] for i in range(samples)]))
+
+
+def test_nothing_of_a_mask_stays():
+    model, space, controller = lora_model("kv_group")
+    ids = torch.randint(0, 32, (2, 9))
+    before = model(input_ids=ids).logits
+    logits_and_gradient(model, controller, torch.rand(2, space.size), ids)
+    assert torch.equal(model(input_ids=ids).logits, before)
