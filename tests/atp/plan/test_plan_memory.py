@@ -122,11 +122,14 @@ def test_saliency_takes_one_window_and_no_gradients():
 
 
 def test_steps_that_are_watched_keep_what_masks_multiply():
-    running, tuned = parts("decisions.source=running"), parts()
-    assert "saliency" in tuned and "saliency" not in running
-    more = running["open"]["parts"]["activations"] - tuned["open"]["parts"]["activations"]
-    assert more == 4 * (96 + 32 + 32) * TOKENS * 2
-    assert running["tune"] == tuned["tune"]
+    """Queries, keys and values; with a mask for each of two samples what down reads, too."""
+    for size, numbers in ((1, 96 + 32 + 32), (2, 96 + 32 + 32 + 256)):
+        batch = f"training.batch_size={size}"
+        running, tuned = parts(batch, "decisions.source=running"), parts(batch, "decisions.source=tuned")
+        assert "saliency" in tuned and "saliency" not in running
+        more = running["open"]["parts"]["activations"] - tuned["open"]["parts"]["activations"]
+        assert more == 4 * numbers * size * LENGTH * 2
+        assert running["tune"] == tuned["tune"]
     narrow = [parts(f"decisions.source={s}", autocast=torch.bfloat16)["refit"]["parts"] for s in ("running", "tuned")]
     assert narrow[0]["casts"] == 2 * (2 * WHOLE + ADAPTER) > narrow[1]["casts"], "measuring lets go of some"
 
