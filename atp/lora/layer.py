@@ -167,7 +167,7 @@ def of_samples(values: Tensor, mask: Tensor | None) -> Tensor:
         return values
     turns = -(-len(values) // len(mask))
     rows = mask.repeat(turns, 1)[: len(values)].to(values.dtype)
-    return values * rows.view(len(values), *[1] * (values.dim() - 2), -1)
+    return values * rows.view(len(values), *[1] * (values.dim() - 2), mask.shape[1])
 
 
 class _Gated(torch.autograd.Function):
