@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers import PretrainedConfig
 
 from atp import processes
@@ -12,13 +14,15 @@ from atp.decide.reach import nearest_share
 from atp.decide.rules import width_rules
 from atp.decide.uniform import equal_counts, half_block, require_equal_layers, share_of
 from atp.errors import InputError, quote, shorten
-from atp.loading import RunData, check_length
+from atp.loading import RunData, averages, check_length
 from atp.models.base import FORMS
 from atp.presets import PRESETS
 from atp.spaces.space import MaskSpace
 
 BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
 _OFTEN = 2  # epochs; docs/quality.md has what 1.2 and 2.8 of them give
+_FEW, _ENOUGH, _RATE = 16, 32, 1e-3  # tokens with a loss in a step, and a rate that fewer bear (docs/tasks.md)
+_LOOKED_AT = 100  # training rows, for their average
 _SCORES = 20  # of the validation split in a run, where one is advised
 _SHORTEST = 16  # tokens, the least that data.length may be
 
@@ -172,7 +176,8 @@ def remarks(config: ATPConfig, shapes: PretrainedConfig, data: RunData) -> list[
     """All that is said of the settings, the base and the data before a run."""
     count = processes.count()
     of_base = [*recipe(config), *rounded(config, shapes), *base_remark(config), *sharding_remark(config, count)]
-    return [*of_base, *shortfalls(config, data), *rereads(config, steps_per_epoch(config, len(data.train), count))]
+    of_data = [*shortfalls(config, data), *few_scored(config, data, count)]
+    return [*of_base, *of_data, *rereads(config, steps_per_epoch(config, len(data.train), count))]
 
 
 def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
@@ -208,6 +213,20 @@ def steps_per_epoch(config: ATPConfig, samples: int, count: int) -> float:
     """In how many steps a run reads each of its training samples once. count: of processes."""
     training = config.training
     return samples / (training.batch_size * training.gradient_accumulation * count)
+
+
+def few_scored(config: ATPConfig, data: RunData, count: int) -> list[str]:
+    """A sentence where a step has so few tokens with a loss that training may not settle. count: of processes."""
+    training, every = config.training, max(len(data.train) // _LOOKED_AT, 1)
+    tokens, share = averages([data.train[row] for row in range(0, len(data.train), every)])
+    scored, rows = tokens * share, training.gradient_accumulation * count
+    if scored * rows * training.batch_size >= _FEW or training.lr <= _RATE:
+        return []
+    return [
+        f"a step learns from {scored * rows * training.batch_size:.0f} tokens on average, and from fewer than {_FEW} "
+        f"training with training.lr={training.lr:g} may learn nothing: set "
+        f"training.batch_size={math.ceil(_ENOUGH / (scored * rows))}, or training.lr={_RATE:g} at most"
+    ]
 
 
 def rereads(config: ATPConfig, epoch: float) -> list[str]:

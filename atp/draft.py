@@ -13,11 +13,12 @@ import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from atp.config import ATPConfig, ModelConfig
+from atp.data.batches import IGNORE
 from atp.data.chat import chat_of
 from atp.data.custom import Meaning, read_examples
-from atp.data.encoding import encode
 from atp.data.files import read_rows
 from atp.data.splits import Example
+from atp.data.tokens import documents_of
 from atp.errors import InputError, shorten
 from atp.loading import check_prunable, load_shapes, load_tokenizer
 
@@ -27,7 +28,10 @@ _PROMPT = "query input source context article document problem text_input user s
 _COMPLETION = "response answer output target summary highlights solution reply assistant tgt".split()
 _LENGTHS = (64, 128, 256, 512, 1024, 2048)  # tokens per window that are suggested
 _MOST_LABELS = 20
-_STEPS = 400  # the default
+_STEPS, _FEWEST_STEPS = 400, 50  # the default, and what few labels take
+_MOST_ROWS = 16
+_STEP_TOKENS, _STEP_SCORED = 256, 64  # samples are batched up to so many, and so many with a loss (docs/tasks.md)
+_OFTEN = 4  # times that a run reads its data
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ class Draft:
 
 @dataclass
 class _Found:
-    """What was seen of the data. rows: how many were read; whole: whether those are all."""
+    """What was seen of the data. rows: how many were read; whole: whether those are all.
+
+    lengths, scored: tokens of each sample, and those of them with a loss.
+    """
 
     shape: str
     examples: list[Example]
@@ -49,11 +56,39 @@ class _Found:
     columns: dict[str, str] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
 
     @property
     def talks(self) -> bool:
         """Whether the rows are conversations."""
         return self.shape not in ("text", "prompt and completion", "premise and hypothesis")
+
+    @property
+    def batch_size(self) -> int:
+        """Training rows per step: windows of text one by one, of samples as many as give a step enough to learn from.
+
+        Few data give fewer, lest each sample is read often; but labels, a token or two each, need all 16.
+        """
+        if self.shape == "text":
+            return 1
+        rows = max(
+            _STEP_TOKENS / statistics.median(self.lengths), _STEP_SCORED / max(statistics.median(self.scored), 1)
+        )
+        most = _MOST_ROWS if self.labels else min(_MOST_ROWS, self._readings / _STEPS)
+        size = 1
+        while size < rows and 2 * size <= most:
+            size *= 2
+        return size
+
+    @property
+    def steps(self) -> int:
+        """Steps that are suggested."""
+        return min(max(int(self._readings) // self.batch_size, _FEWEST_STEPS), _STEPS) if self.labels else _STEPS
+
+    @property
+    def _readings(self) -> float:
+        """How many samples a run may read."""
+        return _OFTEN * self.rows if self.whole else _STEPS * _MOST_ROWS
 
 
 def draft(model: str, data: str, *, rows: int = 1000, gguf_file: str | None = None) -> Draft:
@@ -88,7 +123,9 @@ def _look(data: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> _Found:
         found.labels = sorted({example.label for example in examples if example.label})
     elif shape == "prompt and completion":
         found.labels = _labels([example.completion.strip() for example in examples])
-    found.lengths = [len(ids) + 1 for ids in encode(tokenizer, (example.text for example in examples))]
+    documents = documents_of(examples, tokenizer, "assistant")
+    found.lengths = [len(ids) for ids, _ in documents]
+    found.scored = [sum(label != IGNORE for label in labels[1:]) for _, labels in documents]
     return found
 
 
@@ -164,10 +201,10 @@ def _written(model: ModelConfig, data: str, found: _Found, length: int) -> str:
     columns = f"  columns: # our name: the name in the file\n{''.join(shown)}" if found.columns else ""
     questions = f"  labels: {_scalar(found.labels)} # the answers that questions allow\n" if found.labels else ""
     gguf = f"  gguf_file: {_scalar(model.gguf_file)}\n" if model.gguf_file else ""
-    packing = "padded # one conversation per row" if found.talks else "joined # samples fill windows together"
+    packing = "joined # samples fill windows together" if found.shape == "text" else "padded # one sample per row"
     if found.whole:
-        windows = len(found.lengths) if found.talks else max(sum(found.lengths) // length, 1)
-        often = f"about {_STEPS / windows:.3g} times through these data"
+        rows = max(sum(found.lengths) // length, 1) if found.shape == "text" else len(found.lengths)
+        often = f"about {found.steps * found.batch_size / rows:.3g} times through these data"
     else:
         often = "atp plan says how often that reads the data"
     return f"""\
@@ -186,8 +223,8 @@ data:
 decisions:
   target_keep: 0.6 # the share of the decoder that stays
 training:
-  steps: {_STEPS} # {often}
-  batch_size: 1 # more on a GPU
+  steps: {found.steps} # {often}
+  batch_size: {found.batch_size} # {"rows per step" if found.batch_size > 1 else "more on a GPU"}
 evaluation:
   questions: {100 if found.labels else 0} # held-out questions that are scored; 0 where there are none
   dense_baseline: false # true also tunes the whole model, to compare with: about twice the time

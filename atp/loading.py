@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import heap, processes
@@ -182,7 +182,7 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     return RunData(splits, train, calibration, test, validation)
 
 
-def averages(samples: Samples) -> tuple[float, float]:
+def averages(samples: Samples | list[dict[str, Tensor]]) -> tuple[float, float]:
     """Tokens of an average sample, and the share of all tokens that have a loss."""
     tokens = scored = 0
     for row in samples:

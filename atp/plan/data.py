@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from atp import processes
-from atp.checks import shortfalls, steps_per_epoch
+from atp.checks import few_scored, shortfalls, steps_per_epoch
 from atp.config import ATPConfig
 from atp.data import Splits
 from atp.data.batches import IGNORE
@@ -62,7 +62,7 @@ def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
         "scored_share": scored,
         "steps_per_epoch": epoch,
         "epochs": config.training.total / epoch,
-        "shortfalls": shortfalls(config, data),
+        "shortfalls": [*shortfalls(config, data), *few_scored(config, data, count)],
         "sample": shown_sample(first["input_ids"].tolist(), first["labels"].tolist(), tokenizer.decode),
     }
 

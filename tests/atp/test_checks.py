@@ -1,9 +1,12 @@
 """What is known before the first step: what cannot work is refused, what falls short is said."""
 
+import math
+
 import pytest
 
-from atp.checks import check_reachable, recipe, remarks, rereads, shortfalls, steps_per_epoch
+from atp.checks import check_reachable, few_scored, recipe, remarks, rereads, shortfalls, steps_per_epoch
 from atp.config import ATPConfig
+from atp.data.batches import IGNORE
 from atp.errors import InputError
 from atp.loading import load_data, load_model, load_shapes, load_tokenizer
 from atp.run import Run
@@ -66,6 +69,23 @@ def test_what_falls_short_is_said(config):
         "evaluation.questions is 300, but there are only 12 test examples of qa",
         "no test example has the label maybe of data.labels",
     ]
+
+
+def test_steps_on_few_tokens_with_a_loss_are_said_unless_the_rate_is_low(config):
+    data = load_data(config, load_tokenizer(config.model))
+    scored = sum((data.train[row]["labels"][1:] != IGNORE).sum() for row in range(len(data.train))) / len(data.train)
+    one = changed(config, "training.batch_size=1")
+    (said,) = few_scored(one, data, 1)
+    assert said.startswith(f"a step learns from {scored:.0f} tokens on average, ") and "training.lr=0.005" in said
+    needed = math.ceil(32 / scored.item())
+    assert f"set training.batch_size={needed}, or training.lr=0.001 at most" in said
+    assert said in remarks(one, load_shapes(one.model), data)
+    assert few_scored(changed(one, "training.lr=0.001"), data, 1) == []
+    assert few_scored(changed(one, f"training.batch_size={needed}"), data, 1) == []
+    assert few_scored(changed(one, f"training.gradient_accumulation={needed}"), data, 1) == []
+    assert few_scored(one, data, needed) == []
+    (shared,) = few_scored(one, data, 2)
+    assert f"set training.batch_size={math.ceil(16 / scored.item())}, " in shared
 
 
 def test_samples_that_are_read_often_are_said_unless_the_best_adapter_stays(config):

@@ -53,7 +53,7 @@ def test_what_it_writes_can_be_trained_on(model, tmp_path, case):
     made = draft(model, rows(tmp_path, make))
     settings = ATPConfig.parse(yaml.safe_load(made.text))
     assert (settings.data.columns, list(settings.data.labels)) == (columns, labels)
-    assert settings.data.packing == ("padded" if case in ("talks", "question") else "joined")
+    assert settings.data.packing == ("joined" if case in ("text", "other name", "only column") else "padded")
     assert settings.evaluation.questions == (100 if labels else 0)
     data = load_data(settings, load_tokenizer(settings.model))
     assert len(data.train) > 0 and data.train.longer <= 0.1 * 60
@@ -62,6 +62,37 @@ def test_what_it_writes_can_be_trained_on(model, tmp_path, case):
 def test_the_length_holds_nearly_all_samples(model, tmp_path):
     long = draft(model, rows(tmp_path, lambda n: {"text": " ".join(WORDS[:10] * 9) + f" {n}"}))
     assert "length: 128" in long.text and "lengths: 92 tokens in the middle" in long.remarks[1]
+
+
+def answered(tokens, answer):
+    """How to make rows of so many tokens, with an answer of one of two words, or of a number of its own and others."""
+    return lambda n: {
+        "prompt": f"{numbered(n)} {'7 ' * (tokens - 13 - answer)}".strip(),
+        "completion": " ".join([["yes", "no"][n % 2] if answer == 1 else str(n % 60), *["8"] * (answer - 1)]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "steps", "batch_size"),
+    [
+        (lambda n: {"text": numbered(n)}, 60, 400, 1),
+        (answered(26, 1), 60, 50, 16),
+        (answered(26, 1), 800, 200, 16),
+        (answered(26, 1), 1001, 400, 16),  # more rows than it looks at
+        (answered(300, 1), 1000, 250, 16),
+        (answered(26, 12), 60, 400, 1),
+        (answered(26, 12), 400, 400, 4),
+        (answered(26, 12), 1001, 400, 16),
+        (answered(130, 80), 1001, 400, 2),
+        (answered(300, 80), 1001, 400, 1),
+        (answered(300, 20), 1001, 400, 4),  # 21 tokens with a loss
+    ],
+)
+def test_a_step_has_enough_to_learn_from_and_a_run_reads_no_sample_often(
+    model, tmp_path, make, count, steps, batch_size
+):
+    settings = ATPConfig.parse(yaml.safe_load(draft(model, rows(tmp_path, make, count)).text))
+    assert (settings.training.steps, settings.training.batch_size) == (steps, batch_size)
 
 
 def test_a_part_of_the_rows_promises_no_epochs(model, tmp_path):
