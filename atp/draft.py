@@ -26,6 +26,7 @@ from atp.loading import check_prunable, load_shapes, load_tokenizer
 _TEXT = "content body article document passage sentence review abstract description code story".split()
 _PROMPT = "query input source context article document problem text_input user src".split()
 _COMPLETION = "response answer output target summary highlights solution reply assistant tgt".split()
+_CLASS = "label labels class category sentiment topic intent emotion rating stars".split()
 _LENGTHS = (64, 128, 256, 512, 1024, 2048)  # tokens per window that are suggested
 _MOST_LABELS = 20
 _STEPS, _FEWEST_STEPS = 400, 50  # the default, and what few labels take
@@ -46,7 +47,8 @@ class Draft:
 class _Found:
     """What was seen of the data. rows: how many were read; whole: whether those are all.
 
-    lengths, scored: tokens of each sample, and those of them with a loss.
+    names: of the labels 0, 1, ..., where rows hold numbers; labels: the answer set. lengths, scored: tokens of each
+    sample, and those of them with a loss. classed: whether a column of classes is the completion of texts.
     """
 
     shape: str
@@ -54,9 +56,11 @@ class _Found:
     rows: int
     whole: bool
     columns: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
+    classed: bool = False
 
     @property
     def talks(self) -> bool:
@@ -113,12 +117,17 @@ def _look(data: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> _Found:
     whole, rows = len(rows) <= limit, rows[:limit]
     named = list(dict.fromkeys(name for row in rows for name in row.values))
     shape = _shape(named)
-    columns = {} if shape else _guessed(rows[0].values, named)
+    column, labels, names = _classes([row.values for row in rows], named)
+    columns = {} if shape else _guessed(rows[0].values, [name for name in named if name != column])
     if not shape:
         shape = "text" if "text" in columns else "prompt and completion"
-    chat = chat_of(tokenizer, every_turn=True)
-    examples = read_examples(data, limit=limit, meaning=Meaning(columns=columns, chat=chat))
-    found = _Found(shape, examples, len(rows), whole, columns)
+    if shape == "text" and column:
+        shape, columns = "prompt and completion", {"prompt": columns.get("text", "text"), "completion": column}
+    elif shape != "premise and hypothesis":
+        labels = names = ()
+    meaning = Meaning(tuple(labels), tuple(names), columns, chat_of(tokenizer, every_turn=True))
+    examples = read_examples(data, limit=limit, meaning=meaning)
+    found = _Found(shape, examples, len(rows), whole, columns, list(names), classed=column in columns.values())
     if shape == "premise and hypothesis":
         found.labels = sorted({example.label for example in examples if example.label})
     elif shape == "prompt and completion":
@@ -160,6 +169,19 @@ def _guessed(row: dict[str, Any], named: Sequence[str]) -> dict[str, str]:
     )
 
 
+def _classes(rows: Sequence[dict[str, Any]], named: Sequence[str]) -> tuple[str | None, Sequence[str], Sequence[str]]:
+    """The column that says which of a few classes a row is of, with its labels, or with names for its numbers."""
+    by_name = {name.lower(): name for name in reversed(named)}
+    column = next((by_name[name] for name in _CLASS if name in by_name), None)
+    values = [row.get(column) for row in rows] if column else []
+    plain = all(type(value) is int or isinstance(value, str) for value in values)
+    labels = _labels([str(value).strip() for value in values]) if plain else []
+    numbers = [int(label) for label in labels if label.isdecimal()]
+    if not labels or 0 < len(numbers) < len(labels) or max(numbers, default=0) >= _MOST_LABELS:
+        return None, (), ()
+    return column, (() if numbers else labels), [f"class {number}" for number in range(max(numbers, default=-1) + 1)]
+
+
 def _labels(answers: Sequence[str]) -> list[str]:
     """The answer set, if short answers repeat so often that they are one."""
     counts = Counter(answers)
@@ -190,6 +212,10 @@ def _remarks(found: _Found, length: int, tokenizer: PreTrainedTokenizerBase) -> 
         remarks.append(f"columns: {', '.join(f'{theirs} as {ours}' for ours, theirs in found.columns.items())}")
     if found.labels:
         remarks.append(f"labels: {shorten(', '.join(found.labels))}")
+    if found.classed:
+        remarks.append("the model learns to give a text's class; without that column it learns the texts alone")
+    if found.names:
+        remarks.append("the labels are numbers: write what they mean to data.label_names, in words to answer with")
     if found.talks and tokenizer.chat_template is None:
         remarks.append("the tokenizer has no chat template: turns are written as `Role: text`, a line each")
     return remarks
@@ -199,7 +225,11 @@ def _written(model: ModelConfig, data: str, found: _Found, length: int) -> str:
     name = Path(data.partition(":")[0]).name.partition(".")[0] or "data"
     shown = (f"    {ours}: {_scalar(theirs)}\n" for ours, theirs in found.columns.items())
     columns = f"  columns: # our name: the name in the file\n{''.join(shown)}" if found.columns else ""
-    questions = f"  labels: {_scalar(found.labels)} # the answers that questions allow\n" if found.labels else ""
+    questions = ""
+    if found.names:
+        questions = f"  label_names: {_scalar(found.names)} # what 0, 1, ... mean: write the words to answer with\n"
+    elif found.labels:
+        questions = f"  labels: {_scalar(found.labels)} # the answers that questions allow\n"
     gguf = f"  gguf_file: {_scalar(model.gguf_file)}\n" if model.gguf_file else ""
     packing = "joined # samples fill windows together" if found.shape == "text" else "padded # one sample per row"
     if found.whole:

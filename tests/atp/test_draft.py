@@ -9,6 +9,7 @@ from tiny_inputs import WORDS, tiny_config
 
 from atp.cli import main
 from atp.config import ATPConfig
+from atp.data.examples import values
 from atp.draft import draft
 from atp.errors import InputError
 from atp.loading import load_data, load_tokenizer
@@ -36,12 +37,32 @@ def numbered(number):
 
 
 PAIR = {"prompt": "query", "completion": "response"}
+NUMBERED = ["class 0", "class 1"]
+
+
+def entailed(label):
+    return lambda n: {"premise": numbered(n), "hypothesis": numbered(n + 3), "label": label(n)}
+
+
 CASES = {
     "text": (lambda n: {"text": numbered(n)}, {}, []),
     "other name": (lambda n: {"id": n, "Body": numbered(n)}, {"text": "Body"}, []),
     "only column": (lambda n: {"übung: a": numbered(n)}, {"text": "übung: a"}, []),
     "pairs": (lambda n: {"q": n, "query": numbered(n), "response": numbered(n + 3)}, PAIR, []),
     "labels": (lambda n: {"prompt": numbered(n), "completion": ["yes", "no"][n % 2]}, {}, ["no", "yes"]),
+    "classes": (
+        lambda n: {"title": numbered(n + 3), "text": numbered(n), "Label": ["yes", "no"][n % 2]},
+        {"prompt": "text", "completion": "Label"}, ["no", "yes"],
+    ),
+    "stars": (
+        lambda n: {"tweet": numbered(n), "stars": str(1 + n % 2)}, {"prompt": "tweet", "completion": "stars"},
+        ["class 1", "class 2"],
+    ),
+    "too many classes": (lambda n: {"text": numbered(n), "label": n}, {}, []),
+    "classes in part": (lambda n: {"text": numbered(n), "label": [0, 1, None][n % 3]}, {}, []),
+    "negative classes": (lambda n: {"text": numbered(n), "label": n % 2 - 1}, {}, []),
+    "entailment": (entailed(lambda n: ["yes", "no"][n % 2]), {}, ["no", "yes"]),
+    "numbered entailment": (entailed(lambda n: n % 2), {}, NUMBERED),
     "talks": (lambda n: {"messages": [{"role": "user", "content": numbered(n)}, TURN[1]]}, {}, []),
     "question": (lambda n: {"question": numbered(n), "answer": "yes"}, {}, []),
 }  # fmt: skip
@@ -52,11 +73,17 @@ def test_what_it_writes_can_be_trained_on(model, tmp_path, case):
     make, columns, labels = CASES[case]
     made = draft(model, rows(tmp_path, make))
     settings = ATPConfig.parse(yaml.safe_load(made.text))
-    assert (settings.data.columns, list(settings.data.labels)) == (columns, labels)
-    assert settings.data.packing == ("joined" if case in ("text", "other name", "only column") else "padded")
+    names = [f"class {number}" for number in range(3)] if case == "stars" else NUMBERED if "numbered" in case else []
+    assert (settings.data.columns, list(settings.data.label_names)) == (columns, names)
+    assert list(settings.data.labels) == ([] if names else labels)
+    texts = settings.data.columns.get("text") or not (columns or labels or case in ("talks", "question"))
+    assert settings.data.packing == ("joined" if texts else "padded")
     assert settings.evaluation.questions == (100 if labels else 0)
+    assert any("labels are numbers" in line for line in made.remarks) == bool(names)
+    assert any("to give a text's class" in line for line in made.remarks) == (case in ("classes", "stars"))
     data = load_data(settings, load_tokenizer(settings.model))
     assert len(data.train) > 0 and data.train.longer <= 0.1 * 60
+    assert {label for label in values(data.splits.train, "label") if label} == set(labels)
 
 
 def test_the_length_holds_nearly_all_samples(model, tmp_path):
