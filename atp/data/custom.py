@@ -99,7 +99,14 @@ def _example(row: Row, meaning: Meaning) -> Example:
 
 
 def _plain(row: Row, meaning: Meaning) -> Example:
-    return _answered(row, row.text("text"), "", meaning)
+    text = row.text("text")
+    if meaning.answers:
+        answer = "label" if row.has("label") else "COLUMN"
+        raise InputError(
+            f"{row.where}: a text teaches no label, and data.labels or data.label_names is set; leave that out, or set "
+            f"data.columns={{prompt: {meaning.columns.get('text', 'text')}, completion: {answer}}}"
+        )
+    return _answered(row, text, "", meaning)
 
 
 def _messages(row: Row, meaning: Meaning) -> Example:

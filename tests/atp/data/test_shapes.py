@@ -143,6 +143,24 @@ def test_numbers_become_labels_by_their_names(tmp_path):
     assert read_examples(str(tmp_path / "a.csv"), meaning=Meaning(label_names=names))[0].label == "neutral"
 
 
+@pytest.mark.parametrize(
+    ("row", "meaning", "columns"),
+    [
+        ({"text": "a", "label": "yes"}, {"labels": ("no", "yes")}, "{prompt: text, completion: label}"),
+        ({"text": "a", "label": 1}, {"label_names": ("no", "yes")}, "{prompt: text, completion: label}"),
+        ({"body": "a", "kind": "yes"}, {"labels": ("yes",), "columns": {"text": "body"}},
+         "{prompt: body, completion: COLUMN}"),
+        ({"text": "a"}, {"labels": ("no", "yes")}, "{prompt: text, completion: COLUMN}"),
+    ],
+)  # fmt: skip
+def test_a_text_that_would_not_teach_its_label_is_refused(tmp_path, row, meaning, columns):
+    with pytest.raises(
+        InputError, match="line 1: a text teaches no label, and data.labels or .* set data.columns="
+    ) as e:
+        one(tmp_path, row, **meaning)
+    assert str(e.value).endswith(f"data.columns={columns}")
+
+
 def test_a_classification_is_a_prompt_with_a_numbered_completion(tmp_path):
     rows = [{"text": f"review {n}", "label": n % 2} for n in range(20)]
     splits = load_recipe(
