@@ -223,8 +223,8 @@ def few_scored(config: ATPConfig, data: RunData, count: int) -> list[str]:
     if scored * rows * training.batch_size >= _FEW or training.lr <= _RATE:
         return []
     return [
-        f"a step learns from {scored * rows * training.batch_size:.0f} tokens on average, and with fewer than {_FEW} and "
-        f"training.lr={training.lr:g} a run may learn nothing: set "
+        f"a step learns from {scored * rows * training.batch_size:.0f} tokens on average, and with fewer than {_FEW} "
+        f"and training.lr={training.lr:g} a run may learn nothing: set "
         f"training.batch_size={math.ceil(_ENOUGH / (scored * rows))}, or training.lr={_RATE:g} at most"
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,23 +11,17 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from atp.columns import Columns, guess_columns, labels_of
 from atp.config import ATPConfig, ModelConfig
 from atp.data.batches import IGNORE
 from atp.data.chat import chat_of
 from atp.data.custom import Meaning, read_examples
 from atp.data.files import read_rows
-from atp.data.splits import Example
 from atp.data.tokens import documents_of
-from atp.errors import InputError, shorten
+from atp.errors import shorten
 from atp.loading import check_prunable, load_shapes, load_tokenizer
 
-# What other data sets call our columns, likeliest first.
-_TEXT = "content body article document passage sentence review abstract description code story".split()
-_PROMPT = "query input source context article document problem text_input user src".split()
-_COMPLETION = "response answer output target summary highlights solution reply assistant tgt".split()
-_CLASS = "label labels class category sentiment topic intent emotion rating stars".split()
 _LENGTHS = (64, 128, 256, 512, 1024, 2048)  # tokens per window that are suggested
-_MOST_LABELS = 20
 _STEPS, _FEWEST_STEPS = 400, 50  # the default, and what few labels take
 _MOST_ROWS = 16
 _STEP_TOKENS, _STEP_SCORED = 256, 64  # samples are batched up to so many, and so many with a loss (docs/tasks.md)
@@ -45,27 +38,23 @@ class Draft:
 
 @dataclass
 class _Found:
-    """What was seen of the data. rows: how many were read; whole: whether those are all.
+    """What was seen of the data.
 
-    names: of the labels 0, 1, ..., where rows hold numbers; labels: the answer set. lengths, scored: tokens of each
-    sample, and those of them with a loss. classed: whether a column of classes is the completion of texts.
+    rows: how many were read; whole: whether those are all. labels: the answer set. lengths, scored: tokens of each
+    sample, and those of them with a loss.
     """
 
-    shape: str
-    examples: list[Example]
+    guess: Columns
     rows: int
     whole: bool
-    columns: dict[str, str] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
-    classed: bool = False
 
     @property
     def talks(self) -> bool:
         """Whether the rows are conversations."""
-        return self.shape not in ("text", "prompt and completion", "premise and hypothesis")
+        return self.guess.shape not in ("text", "prompt and completion", "premise and hypothesis")
 
     @property
     def batch_size(self) -> int:
@@ -73,7 +62,7 @@ class _Found:
 
         Few data give fewer, lest each sample is read often; but labels, a token or two each, need all 16.
         """
-        if self.shape == "text":
+        if self.guess.shape == "text":
             return 1
         rows = max(
             _STEP_TOKENS / statistics.median(self.lengths), _STEP_SCORED / max(statistics.median(self.scored), 1)
@@ -115,78 +104,19 @@ def draft(model: str, data: str, *, rows: int = 1000, gguf_file: str | None = No
 def _look(data: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> _Found:
     rows = read_rows(data, limit + 1)
     whole, rows = len(rows) <= limit, rows[:limit]
-    named = list(dict.fromkeys(name for row in rows for name in row.values))
-    shape = _shape(named)
-    column, labels, names = _classes([row.values for row in rows], named)
-    columns = {} if shape else _guessed(rows[0].values, [name for name in named if name != column])
-    if not shape:
-        shape = "text" if "text" in columns else "prompt and completion"
-    if shape == "text" and column:
-        shape, columns = "prompt and completion", {"prompt": columns.get("text", "text"), "completion": column}
-    elif shape != "premise and hypothesis":
-        labels = names = ()
-    meaning = Meaning(tuple(labels), tuple(names), columns, chat_of(tokenizer, every_turn=True))
+    guess = guess_columns([row.values for row in rows])
+    chat = chat_of(tokenizer, every_turn=True)
+    meaning = Meaning(tuple(guess.labels), tuple(guess.label_names), guess.columns, chat)
     examples = read_examples(data, limit=limit, meaning=meaning)
-    found = _Found(shape, examples, len(rows), whole, columns, list(names), classed=column in columns.values())
-    if shape == "premise and hypothesis":
+    found = _Found(guess, len(rows), whole)
+    if guess.shape == "premise and hypothesis":
         found.labels = sorted({example.label for example in examples if example.label})
-    elif shape == "prompt and completion":
-        found.labels = _labels([example.completion.strip() for example in examples])
+    elif guess.shape == "prompt and completion":
+        found.labels = labels_of([example.completion.strip() for example in examples])
     documents = documents_of(examples, tokenizer, "assistant")
     found.lengths = [len(ids) for ids, _ in documents]
     found.scored = [sum(label != IGNORE for label in labels[1:]) for _, labels in documents]
     return found
-
-
-def _shape(named: Sequence[str]) -> str | None:
-    """What rows with these columns are read as; None if the columns need other names."""
-    for first, shape in (
-        ("text", "text"), ("messages", "messages"), ("conversations", "conversations"),
-        ("premise", "premise and hypothesis"), ("prompt", "prompt and completion"),
-        ("instruction", "instruction and output"), ("question", "question and answer"),
-    ):  # fmt: skip
-        if first in named and (first != "question" or "answer" in named):
-            return shape
-    return None
-
-
-def _guessed(row: dict[str, Any], named: Sequence[str]) -> dict[str, str]:
-    """`data.columns` for columns of other names. Raises `InputError` where no name tells what it holds."""
-    texts = [name for name in named if isinstance(row.get(name), str)]
-    by_name = {name.lower(): name for name in reversed(texts)}
-    prompt, completion, text = (
-        next((by_name[name] for name in names if name in by_name), None) for names in (_PROMPT, _COMPLETION, _TEXT)
-    )
-    if prompt is None and "question" in by_name:
-        prompt = by_name["question"]
-    if prompt and completion and prompt != completion:
-        return {"prompt": prompt, "completion": completion}
-    if text or len(texts) == 1:
-        return {"text": text or texts[0]}
-    raise InputError(
-        f"none of the columns {shorten(', '.join(named))} is known: say what they hold in a config with data.columns, "
-        "as {prompt: COLUMN, completion: COLUMN} or {text: COLUMN}"
-    )
-
-
-def _classes(rows: Sequence[dict[str, Any]], named: Sequence[str]) -> tuple[str | None, Sequence[str], Sequence[str]]:
-    """The column that says which of a few classes a row is of, with its labels, or with names for its numbers."""
-    by_name = {name.lower(): name for name in reversed(named)}
-    column = next((by_name[name] for name in _CLASS if name in by_name), None)
-    values = [row.get(column) for row in rows] if column else []
-    plain = all(type(value) is int or isinstance(value, str) for value in values)
-    labels = _labels([str(value).strip() for value in values]) if plain else []
-    numbers = [int(label) for label in labels if label.isdecimal()]
-    if not labels or 0 < len(numbers) < len(labels) or max(numbers, default=0) >= _MOST_LABELS:
-        return None, (), ()
-    return column, (() if numbers else labels), [f"class {number}" for number in range(max(numbers, default=-1) + 1)]
-
-
-def _labels(answers: Sequence[str]) -> list[str]:
-    """The answer set, if short answers repeat so often that they are one."""
-    counts = Counter(answers)
-    few = 2 <= len(counts) <= _MOST_LABELS and len(answers) >= 10 * len(counts)
-    return sorted(counts) if few and all(0 < len(answer) <= 40 for answer in counts) else []
 
 
 def _length(found: _Found, shapes: PretrainedConfig) -> int:
@@ -204,17 +134,16 @@ def _at_95(lengths: Sequence[int]) -> int:
 def _remarks(found: _Found, length: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     seen = f"all {found.rows} rows" if found.whole else f"the first {found.rows} rows"
     remarks = [
-        f"data: {found.shape}, by {seen}",
+        f"data: {found.guess.shape}, by {seen}",
         f"lengths: {statistics.median(found.lengths):.0f} tokens in the middle, {_at_95(found.lengths)} for 95 of 100, "
         f"{max(found.lengths)} at most; data.length is {length}",
     ]
-    if found.columns:
-        remarks.append(f"columns: {', '.join(f'{theirs} as {ours}' for ours, theirs in found.columns.items())}")
+    if found.guess.columns:
+        remarks.append(f"columns: {', '.join(f'{theirs} as {ours}' for ours, theirs in found.guess.columns.items())}")
     if found.labels:
         remarks.append(f"labels: {shorten(', '.join(found.labels))}")
-    if found.classed:
-        remarks.append("the model learns to give a text's class; without that column it learns the texts alone")
-    if found.names:
+    remarks += found.guess.remarks
+    if found.guess.label_names:
         remarks.append("the labels are numbers: write what they mean to data.label_names, in words to answer with")
     if found.talks and tokenizer.chat_template is None:
         remarks.append("the tokenizer has no chat template: turns are written as `Role: text`, a line each")
@@ -223,17 +152,17 @@ def _remarks(found: _Found, length: int, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _written(model: ModelConfig, data: str, found: _Found, length: int) -> str:
     name = Path(data.partition(":")[0]).name.partition(".")[0] or "data"
-    shown = (f"    {ours}: {_scalar(theirs)}\n" for ours, theirs in found.columns.items())
-    columns = f"  columns: # our name: the name in the file\n{''.join(shown)}" if found.columns else ""
-    questions = ""
-    if found.names:
-        questions = f"  label_names: {_scalar(found.names)} # what 0, 1, ... mean: write the words to answer with\n"
+    shown = (f"    {ours}: {_scalar(theirs)}\n" for ours, theirs in found.guess.columns.items())
+    columns = f"  columns: # our name: the name in the file\n{''.join(shown)}" if found.guess.columns else ""
+    questions, names = "", list(found.guess.label_names)
+    if names:
+        questions = f"  label_names: {_scalar(names)} # what 0, 1, ... mean: write the words to answer with\n"
     elif found.labels:
         questions = f"  labels: {_scalar(found.labels)} # the answers that questions allow\n"
     gguf = f"  gguf_file: {_scalar(model.gguf_file)}\n" if model.gguf_file else ""
-    packing = "joined # samples fill windows together" if found.shape == "text" else "padded # one sample per row"
+    packing = "joined # samples fill windows together" if found.guess.shape == "text" else "padded # one sample per row"
     if found.whole:
-        rows = max(sum(found.lengths) // length, 1) if found.shape == "text" else len(found.lengths)
+        rows = max(sum(found.lengths) // length, 1) if found.guess.shape == "text" else len(found.lengths)
         often = f"about {found.steps * found.batch_size / rows:.3g} times through these data"
     else:
         often = "atp plan says how often that reads the data"
@@ -245,7 +174,7 @@ model:
 {gguf}output_dir: {_scalar(f"runs/{name}")} # the run folder, which must not exist yet
 preset: auto # by the steps; or stock: widths that every tool can run; paper: the paper's (atp config presets)
 data:
-  train: {_scalar(data)} # {found.shape}; calibration and test are split off by document
+  train: {_scalar(data)} # {found.guess.shape}; calibration and test are split off by document
 {columns}{questions}  length: {length} # tokens per window; 95 of 100 samples have at most {_at_95(found.lengths)}
   packing: {packing}
   on_error: stop # skip leaves out rows that cannot be used, and lists them

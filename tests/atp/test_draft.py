@@ -60,6 +60,8 @@ CASES = {
     ),
     "too many classes": (lambda n: {"text": numbered(n), "label": n}, {}, []),
     "classes in part": (lambda n: {"text": numbered(n), "label": [0, 1, None][n % 3]}, {}, []),
+    "one class": (lambda n: {"text": numbered(n), "label": "yes"}, {}, []),
+    "only a class column": (lambda n: {"topic": numbered(n)}, {"text": "topic"}, []),
     "negative classes": (lambda n: {"text": numbered(n), "label": n % 2 - 1}, {}, []),
     "entailment": (entailed(lambda n: ["yes", "no"][n % 2]), {}, ["no", "yes"]),
     "numbered entailment": (entailed(lambda n: n % 2), {}, NUMBERED),
@@ -81,6 +83,10 @@ def test_what_it_writes_can_be_trained_on(model, tmp_path, case):
     assert settings.evaluation.questions == (100 if labels else 0)
     assert any("labels are numbers" in line for line in made.remarks) == bool(names)
     assert any("to give a text's class" in line for line in made.remarks) == (case in ("classes", "stars"))
+    unread = "set data.columns to {prompt: text, completion: label}"
+    assert any(line.endswith(unread) for line in made.remarks) == (
+        case in ("too many classes", "classes in part", "negative classes", "one class")
+    )
     data = load_data(settings, load_tokenizer(settings.model))
     assert len(data.train) > 0 and data.train.longer <= 0.1 * 60
     assert {label for label in values(data.splits.train, "label") if label} == set(labels)
