@@ -43,7 +43,7 @@ def guess_columns(rows: Sequence[dict[str, Any]]) -> Columns:
     classed = bool(labels or label_names)
     shape = _shape(named)
     if shape == "premise and hypothesis":
-        return Columns(shape, {}, labels, label_names)
+        return Columns(shape, {}, labels, label_names) if column == "label" else Columns(shape)
     columns = {} if shape else _guessed(rows[0], [name for name in named if not (classed and name == column)])
     if not shape:
         shape = "text" if "text" in columns else "prompt and completion"

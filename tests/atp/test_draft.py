@@ -64,6 +64,9 @@ CASES = {
     "only a class column": (lambda n: {"topic": numbered(n)}, {"text": "topic"}, []),
     "negative classes": (lambda n: {"text": numbered(n), "label": n % 2 - 1}, {}, []),
     "entailment": (entailed(lambda n: ["yes", "no"][n % 2]), {}, ["no", "yes"]),
+    "entailment and more": (
+        lambda n: entailed(lambda n: ["yes", "no"][n % 2])(n) | {"topic": n % 2, "id": n}, {}, ["no", "yes"],
+    ),
     "numbered entailment": (entailed(lambda n: n % 2), {}, NUMBERED),
     "talks": (lambda n: {"messages": [{"role": "user", "content": numbered(n)}, TURN[1]]}, {}, []),
     "question": (lambda n: {"question": numbered(n), "answer": "yes"}, {}, []),
