@@ -14,6 +14,10 @@ _TEXT = "content body article document passage sentence review abstract descript
 _PROMPT = "query input source context article document problem text_input user src".split()
 _COMPLETION = "response answer output target summary highlights solution reply assistant tgt".split()
 _CLASS = "label labels class category sentiment topic intent emotion rating stars".split()
+_ANSWERED = (
+    ("premise and hypothesis", "label"),
+    ("prompt and completion", "completion"),
+)  # shapes with a column for it
 _MOST_LABELS = 20
 
 
@@ -37,18 +41,20 @@ def guess_columns(rows: Sequence[dict[str, Any]]) -> Columns:
     A column that says which of a few classes a text is of is what a model learns to answer.
     """
     named = list(dict.fromkeys(name for row in rows for name in row))
-    by_name = {name.lower(): name for name in reversed(named)}
-    column = next((by_name[name] for name in _CLASS if name in by_name), None)
+    shape, column = _shape(named), _class_column(rows[0], named)
     labels, label_names = _classes([row.get(column) for row in rows]) if column else ((), ())
     classed = bool(labels or label_names)
-    shape = _shape(named)
-    if shape == "premise and hypothesis":
-        return Columns(shape, {}, labels, label_names) if column == "label" else Columns(shape)
+    if shape and classed and (shape, column) in _ANSWERED:
+        return Columns(shape, {}, labels, label_names)
     columns = {} if shape else _guessed(rows[0], [name for name in named if not (classed and name == column)])
-    if not shape:
-        shape = "text" if "text" in columns else "prompt and completion"
-    text = columns.get("text", "text")
-    if column is None or shape != "text" or column == text:
+    shape = shape or ("text" if "text" in columns else "prompt and completion")
+    if shape == "text":
+        text = columns.get("text", "text")
+    elif shape == "prompt and completion" and "prompt" in named and "completion" not in named:
+        text = "prompt"
+    else:
+        return Columns(shape, columns)
+    if column is None or column == text:
         return Columns(shape, columns)
     answered = {"prompt": text, "completion": column}
     if classed:
@@ -78,6 +84,14 @@ def _shape(named: Sequence[str]) -> str | None:
         if first in named and (first != "question" or "answer" in named):
             return shape
     return None
+
+
+def _class_column(row: dict[str, Any], named: Sequence[str]) -> str | None:
+    """The column that may hold classes, by its name; one that is meant for answers if it holds a number."""
+    by_name = {name.lower(): name for name in reversed(named)}
+    numbers = (name for name in ("completion", *_COMPLETION) if type(row.get(by_name.get(name, ""))) is int)
+    found = next((name for name in _CLASS if name in by_name), None) or next(numbers, None)
+    return by_name[found] if found else None
 
 
 def _guessed(row: dict[str, Any], named: Sequence[str]) -> dict[str, str]:

@@ -67,10 +67,25 @@ CASES = {
     "entailment and more": (
         lambda n: entailed(lambda n: ["yes", "no"][n % 2])(n) | {"topic": n % 2, "id": n}, {}, ["no", "yes"],
     ),
+    "numbered completions": (lambda n: {"prompt": numbered(n), "completion": n % 2}, {}, NUMBERED),
+    "numbered targets": (
+        lambda n: {"input": numbered(n), "target": n % 2}, {"prompt": "input", "completion": "target"}, NUMBERED,
+    ),
+    "prompts with classes": (
+        lambda n: {"prompt": numbered(n), "label": ["yes", "no"][n % 2]}, {"prompt": "prompt", "completion": "label"},
+        ["no", "yes"],
+    ),
+    "an answer and a class": (
+        lambda n: {"prompt": numbered(n), "completion": numbered(n + 3), "label": ["yes", "no"][n % 2]}, {}, [],
+    ),
     "numbered entailment": (entailed(lambda n: n % 2), {}, NUMBERED),
     "talks": (lambda n: {"messages": [{"role": "user", "content": numbered(n)}, TURN[1]]}, {}, []),
     "question": (lambda n: {"question": numbered(n), "answer": "yes"}, {}, []),
 }  # fmt: skip
+
+
+UNREAD = ("too many classes", "classes in part", "negative classes", "one class")
+TEXTS = ("text", "other name", "only column", "only a class column", *UNREAD)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,15 +96,14 @@ def test_what_it_writes_can_be_trained_on(model, tmp_path, case):
     names = [f"class {number}" for number in range(3)] if case == "stars" else NUMBERED if "numbered" in case else []
     assert (settings.data.columns, list(settings.data.label_names)) == (columns, names)
     assert list(settings.data.labels) == ([] if names else labels)
-    texts = settings.data.columns.get("text") or not (columns or labels or case in ("talks", "question"))
-    assert settings.data.packing == ("joined" if texts else "padded")
+    assert settings.data.packing == ("joined" if case in TEXTS else "padded")
     assert settings.evaluation.questions == (100 if labels else 0)
     assert any("labels are numbers" in line for line in made.remarks) == bool(names)
-    assert any("to give a text's class" in line for line in made.remarks) == (case in ("classes", "stars"))
-    unread = "set data.columns to {prompt: text, completion: label}"
-    assert any(line.endswith(unread) for line in made.remarks) == (
-        case in ("too many classes", "classes in part", "negative classes", "one class")
+    assert any("to give a text's class" in line for line in made.remarks) == (
+        case in ("classes", "stars", "numbered targets", "prompts with classes")
     )
+    unread = "set data.columns to {prompt: text, completion: label}"
+    assert any(line.endswith(unread) for line in made.remarks) == (case in UNREAD)
     data = load_data(settings, load_tokenizer(settings.model))
     assert len(data.train) > 0 and data.train.longer <= 0.1 * 60
     assert {label for label in values(data.splits.train, "label") if label} == set(labels)
