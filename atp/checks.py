@@ -7,22 +7,22 @@ import math
 from transformers import PretrainedConfig
 
 from atp import processes
-from atp.config import ATPConfig
+from atp.config import ENOUGH_SCORED, ATPConfig
+from atp.data import scored_per_sample
 from atp.data.examples import values
 from atp.decide.budget import Budget
 from atp.decide.reach import nearest_share
 from atp.decide.rules import width_rules
 from atp.decide.uniform import equal_counts, half_block, require_equal_layers, share_of
 from atp.errors import InputError, quote, shorten
-from atp.loading import RunData, averages, check_length
+from atp.loading import RunData, check_length
 from atp.models.base import FORMS
 from atp.presets import PRESETS
 from atp.spaces.space import MaskSpace
 
 BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
 _OFTEN = 2  # epochs; docs/quality.md has what 1.2 and 2.8 of them give
-_FEW, _ENOUGH, _RATE = 16, 32, 1e-3  # tokens with a loss in a step, and a rate that fewer bear (docs/tasks.md)
-_LOOKED_AT = 100  # training rows, for their average
+_FEW, _RATE = 16, 1e-3  # tokens with a loss in a step, and a rate that fewer bear (docs/tasks.md)
 _SCORES = 20  # of the validation split in a run, where one is advised
 _SHORTEST = 16  # tokens, the least that data.length may be
 
@@ -216,16 +216,24 @@ def steps_per_epoch(config: ATPConfig, samples: int, count: int) -> float:
 
 
 def few_scored(config: ATPConfig, data: RunData, count: int) -> list[str]:
-    """A sentence where a step has so few tokens with a loss that training may not settle. count: of processes."""
-    training, every = config.training, max(len(data.train) // _LOOKED_AT, 1)
-    tokens, share = averages([data.train[row] for row in range(0, len(data.train), every)])
-    scored, rows = tokens * share, training.gradient_accumulation * count
-    if scored * rows * training.batch_size >= _FEW or training.lr <= _RATE:
+    """A sentence where a step has few tokens with a loss: on its rate, or that it may learn nothing. count: processes.
+
+    The latter where the config has a rate of its own that so few do not bear.
+    """
+    training = config.training
+    rows = scored_per_sample(data.train) * training.gradient_accumulation * count
+    scored = rows * training.batch_size
+    learns = f"a step learns from {scored:.0f}"
+    if training.lr is None and scored < ENOUGH_SCORED:
+        return [
+            f"{learns} tokens on average, and with fewer than {ENOUGH_SCORED} training.lr is "
+            f"{training.rate(scored):.2g} where it is not set"
+        ]
+    if training.lr is None or training.lr <= _RATE or scored >= _FEW:
         return []
     return [
-        f"a step learns from {scored * rows * training.batch_size:.0f} tokens on average, and with fewer than {_FEW} "
-        f"and training.lr={training.lr:g} a run may learn nothing: set "
-        f"training.batch_size={math.ceil(_ENOUGH / (scored * rows))}, or training.lr={_RATE:g} at most"
+        f"{learns} tokens on average, and with fewer than {_FEW} and training.lr={training.lr:g} a run may learn "
+        f"nothing: leave out training.lr, or set training.batch_size={math.ceil(ENOUGH_SCORED / rows)}"
     ]
 
 

@@ -30,6 +30,8 @@ GeneratorKind = Literal["transformer", "gru", "free"]
 
 _OPEN_SHARE = 1 / 3  # of the steps (docs/quality.md)
 _HALF_LIVES, _LONGEST_BETA2 = 6, 0.999
+_HIGHEST_RATE = 2e-3
+ENOUGH_SCORED = 32  # tokens with a loss in a step, for the highest rate (docs/tasks.md)
 
 
 class ModelConfig(Section):
@@ -163,7 +165,9 @@ class TrainingConfig(Section):
     tune: int | None = Field(None, ge=0, description="Steps after the cut; null: what the other phases leave of steps.")
     batch_size: int = Field(1, ge=1, description="Samples per batch and process.")
     gradient_accumulation: int = Field(1, ge=1, description="Batches per step and process.")
-    lr: float = Field(2e-3, gt=0, description="Highest learning rate of LoRA.")
+    lr: float | None = Field(
+        None, gt=0, description="Highest learning rate of LoRA; null: 2e-3, less for few tokens with a loss per step."
+    )
     beta2: float | None = Field(
         None, ge=0, lt=1, description="Decay per step of AdamW's second moment; null: half of it in a sixth of the run."
     )
@@ -229,6 +233,16 @@ class TrainingConfig(Section):
         if self.beta2 is not None:
             return self.beta2
         return min(0.5 ** (_HALF_LIVES / self.total), _LONGEST_BETA2)
+
+    def rate(self, scored: float) -> float:
+        """The highest learning rate of LoRA where a step has so many tokens with a loss, on average.
+
+        Fewer tokens make a noisier gradient; with Adam the rate that it bears goes with the square root of the batch
+        (Malladi et al., arXiv 2205.10287). docs/tasks.md has what was measured.
+        """
+        if self.lr is not None:
+            return self.lr
+        return _HIGHEST_RATE * math.sqrt(min(max(scored, 1.0), ENOUGH_SCORED) / ENOUGH_SCORED)
 
     @model_validator(mode="after")
     def _has_one_length(self) -> TrainingConfig:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from atp import heap, processes
 from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, Example, Splits, chat_of, fitted, load_recipe, pack, unpacked
-from atp.data.batches import IGNORE
+from atp.data.batches import scored_tokens
 from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
 from atp.data.packing import PackedDataset, RaggedDataset
 from atp.data.recipes import packages_of
@@ -187,7 +187,7 @@ def averages(samples: Samples | list[dict[str, Tensor]]) -> tuple[float, float]:
     tokens = scored = 0
     for row in samples:
         tokens += len(row["input_ids"])
-        scored += int((row["labels"][1:] != IGNORE).sum())  # the first token of a row is predicted from nothing
+        scored += scored_tokens(row["labels"])
     return tokens / len(samples), scored / tokens
 
 

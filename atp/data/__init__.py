@@ -1,6 +1,6 @@
 """Data: recipes that give disjoint train, calibration and test examples, and packing into token windows."""
 
-from atp.data.batches import collate
+from atp.data.batches import collate, scored_per_sample
 from atp.data.chat import chat_of
 from atp.data.custom import read_examples, tasks_of
 from atp.data.examples import Example
@@ -25,6 +25,7 @@ __all__ = [
     "load_recipe",
     "pack",
     "read_examples",
+    "scored_per_sample",
     "tasks_of",
     "unpacked",
 ]

@@ -22,6 +22,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from atp import heap, processes
 from atp.config import ATPConfig
+from atp.data import scored_per_sample
 from atp.errors import PROCESS_ENDED, InputError, Interrupted, NotReached, is_lost_peer
 from atp.finite import FiniteGuard, refuse_weights
 from atp.models.attention import use_training_attention
@@ -70,7 +71,7 @@ class Loop:
         processes.start(config.training.sharding)
         refuse_weights(model)
         self.config, self.phases, self.tokenizer = config, phases, tokenizer
-        self.train_dataset = train_dataset
+        self.train_dataset, self._scored = train_dataset, scored_per_sample(train_dataset)
         self.offload = Offload(folder if config.training.offload else None)
         trackers = [name for name in config.training.report_to if name != "none"]
         told = [MetricsFile(config.training.metrics_file)] if config.training.metrics_file else []
@@ -111,10 +112,8 @@ class Loop:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._trained = list(trained)
         # Fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
-        training = self.config.training
-        self.adamw = torch.optim.AdamW(
-            trained.values(), lr=training.lr, betas=(0.9, training.second_moment), weight_decay=0.0, fused=True
-        )
+        betas = (0.9, self.config.training.second_moment)
+        self.adamw = torch.optim.AdamW(trained.values(), lr=0.0, betas=betas, weight_decay=0.0, fused=True)
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
         self.optimizer = self.accelerator.prepare(self.adamw)
         self.exchange = Exchange(trained.values())
@@ -290,7 +289,9 @@ class Loop:
         self._loss, self._logged_at = torch.zeros((), device=self.device), self.step
 
     def _set_learning_rate(self) -> float:
-        rate = learning_rate(self.config.training, self.step)
+        training = self.config.training
+        scored = self._scored * training.batch_size * self.batches_per_step
+        rate = learning_rate(training, self.step, training.rate(scored))
         for group in self.adamw.param_groups:
             group["lr"] = rate
         return rate

@@ -51,16 +51,16 @@ class Phases:
         return "settle" if step < self.cut_step else "tune"
 
 
-def learning_rate(config: TrainingConfig, step: int) -> float:
+def learning_rate(config: TrainingConfig, step: int, highest: float) -> float:
     """The learning rate of the LoRA step with this number, counted from 0, in a run of `config.total` steps.
 
-    It rises linearly from 0 to `lr` over `warmup` steps, then stays, or falls to 0 linearly or along half a cosine.
+    It rises from 0 to `highest` linearly over `warmup` steps, then stays, or falls to 0 linearly or by half a cosine.
     """
     if step < config.warmup:
-        return config.lr * (step / config.warmup)
+        return highest * (step / config.warmup)
     if config.schedule == "constant":
-        return config.lr
+        return highest
     falling = max(1, config.total - config.warmup)
     if config.schedule == "linear":
-        return config.lr * max(0.0, (config.total - step) / falling)
-    return config.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * ((step - config.warmup) / falling))))
+        return highest * max(0.0, (config.total - step) / falling)
+    return highest * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * ((step - config.warmup) / falling))))

@@ -78,14 +78,26 @@ def test_steps_on_few_tokens_with_a_loss_are_said_unless_the_rate_is_low(config)
     (said,) = few_scored(one, data, 1)
     assert said.startswith(f"a step learns from {scored:.0f} tokens on average, ") and "training.lr=0.005" in said
     needed = math.ceil(32 / scored.item())
-    assert f"set training.batch_size={needed}, or training.lr=0.001 at most" in said
+    assert f"leave out training.lr, or set training.batch_size={needed}" in said
     assert said in remarks(one, load_shapes(one.model), data)
     assert few_scored(changed(one, "training.lr=0.001"), data, 1) == []
     assert few_scored(changed(one, f"training.batch_size={needed}"), data, 1) == []
     assert few_scored(changed(one, f"training.gradient_accumulation={needed}"), data, 1) == []
     assert few_scored(one, data, needed) == []
     (shared,) = few_scored(one, data, 2)
-    assert f"set training.batch_size={math.ceil(16 / scored.item())}, " in shared
+    assert shared.endswith(f"set training.batch_size={math.ceil(16 / scored.item())}")
+
+
+def test_a_rate_that_nobody_set_is_said_where_few_tokens_have_a_loss(config):
+    data = load_data(config, load_tokenizer(config.model))
+    scored = sum((data.train[row]["labels"][1:] != IGNORE).sum() for row in range(len(data.train))) / len(data.train)
+    one = changed(config, "training.batch_size=1", "training.lr=null")
+    rate = 2e-3 * math.sqrt(scored.item() / 32)
+    assert few_scored(one, data, 1) == [
+        f"a step learns from {scored:.0f} tokens on average, and with fewer than 32 training.lr is {rate:.2g} where it "
+        "is not set"
+    ]
+    assert few_scored(one, data, math.ceil(32 / scored.item())) == []
 
 
 def test_samples_that_are_read_often_are_said_unless_the_best_adapter_stays(config):

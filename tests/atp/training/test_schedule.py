@@ -1,8 +1,11 @@
 """Phases, and learning rates against the schedules of transformers."""
 
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny_run import make
 from transformers import get_scheduler
 
 from atp.config import TrainingConfig
@@ -14,12 +17,12 @@ from atp.training.schedule import Phases, learning_rate
 @pytest.mark.parametrize("lr", [1e-3, 3.7e-4])
 def test_learning_rates_are_those_of_transformers_step_by_step(schedule, warmup, lr):
     """Also for a warmup as long as the run, and longer."""
-    config = TrainingConfig(search=9, settle=4, tune=7, schedule=schedule, warmup=warmup, lr=lr)
+    config = TrainingConfig(search=9, settle=4, tune=7, schedule=schedule, warmup=warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=config.total)
     for step in range(config.total):
-        assert learning_rate(config, step) == optimizer.param_groups[0]["lr"], step
+        assert learning_rate(config, step, lr) == optimizer.param_groups[0]["lr"], step
         optimizer.step()
         scheduler.step()
 
@@ -59,3 +62,37 @@ def test_phases_longer_than_the_run_are_refused_in_a_sentence():
 def test_the_second_moment_forgets_half_in_a_sixth_of_the_run(steps):
     assert TrainingConfig(steps=steps).second_moment ** (steps / 6) == pytest.approx(0.5)
     assert TrainingConfig(steps=10**6).second_moment == 0.999 and TrainingConfig(beta2=0.5).second_moment == 0.5
+
+
+@pytest.mark.parametrize(
+    ("lr", "scored", "expected"),
+    [
+        (None, 32, 2e-3),
+        (None, 5000, 2e-3),
+        (None, 8, 1e-3),
+        (None, 2, 5e-4),
+        (None, 0, 2e-3 / 32**0.5),
+        (3e-3, 8, 3e-3),
+        (3e-3, 64, 3e-3),
+    ],
+)
+def test_few_tokens_with_a_loss_lower_the_rate_that_nobody_set(lr, scored, expected):
+    assert TrainingConfig(lr=lr).rate(scored) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({"lr": None}, 2e-3 * (3 * 2 / 32) ** 0.5),
+        ({"lr": None, "gradient_accumulation": 4}, 2e-3 * (3 * 2 * 4 / 32) ** 0.5),
+        ({"lr": None, "batch_size": 16}, 2e-3),
+        ({}, 1e-2),
+    ],
+)
+def test_steps_take_the_rate_of_their_tokens_with_a_loss(tmp_path, training, expected):
+    """Each sample has three, and a batch two samples unless it says otherwise."""
+    trainer = make(tmp_path, data={"packing": "padded"}, training=training | {"schedule": "constant"})
+    trainer.train()
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["lr"] == pytest.approx(expected, rel=1e-12)
+    assert trainer.adamw.param_groups[0]["lr"] == last["lr"]
