@@ -42,4 +42,4 @@ def scored_tokens(labels: Tensor) -> int:
 def scored_per_sample(dataset: Any) -> float:
     """Tokens with a loss in an average sample, by 100 of them, evenly spaced. dataset: as `collate` takes its rows."""
     looked_at = range(0, len(dataset), max(len(dataset) // _LOOKED_AT, 1))
-    return sum(scored_tokens(dataset[row]["labels"]) for row in looked_at) / len(looked_at)
+    return sum(scored_tokens(dataset[row]["labels"]) for row in looked_at) / max(len(looked_at), 1)
