@@ -94,8 +94,7 @@ def test_a_rate_that_nobody_set_is_said_where_few_tokens_have_a_loss(config):
     one = changed(config, "training.batch_size=1", "training.lr=null")
     rate = 2e-3 * math.sqrt(scored.item() / 32)
     assert few_scored(one, data, 1) == [
-        f"a step learns from {scored:.0f} tokens on average, and with fewer than 32 training.lr is {rate:.2g} where it "
-        "is not set"
+        f"a step learns from {scored:.0f} tokens on average, so training.lr is {rate:.2g}, less than with 32 and more"
     ]
     assert few_scored(one, data, math.ceil(32 / scored.item())) == []
 

@@ -42,7 +42,7 @@ def test_the_schema_gives_every_key_with_meaning_and_range(atp):
     code, shown, _ = atp("schema")
     found = sections(json.loads(shown))
     assert code == 0 and json.loads(shown)["$schema"].startswith("https://json-schema.org/")
-    assert found["training.lr"]["exclusiveMinimum"] == 0 and found["training.lr"]["default"] == 2e-3
+    assert found["lora.alpha"]["exclusiveMinimum"] == 0 and found["lora.alpha"]["default"] == 32.0
     assert found["training.schedule"]["enum"] == ["constant", "linear", "cosine"]
     assert [key for key, field in found.items() if not field.get("description")] == [], "each key says what it is"
 

@@ -23,15 +23,6 @@ RECORD = json.loads(RECORDED_DENSE.read_text(encoding="utf-8"))
 SCRIPT = runpy.run_path(str(ROOT / "experiments" / "record_demo_dense.py"))
 
 
-# To be removed with the next record: run the demo, then experiments/record_demo_dense.py.
-@pytest.fixture
-def record(tmp_path, monkeypatch):
-    """The figures that ship, as if they were of the demo's settings."""
-    content = RECORD | {"settings": dense_settings(demo_config(tmp_path))}
-    (tmp_path / "record.json").write_text(json.dumps(content), encoding="utf-8")
-    monkeypatch.setattr("atp.demo.RECORDED_DENSE", tmp_path / "record.json")
-
-
 def test_the_record_names_every_setting_and_its_command():
     assert tuple(RECORD["settings"]) == DENSE_SETTINGS and RECORD["perplexity"] > 1
     assert RECORD["command"].startswith("atp demo") and "--no-dense" not in RECORD["command"]
@@ -42,7 +33,7 @@ def test_the_record_is_of_the_demos_settings(tmp_path):
     assert RECORD["settings"] == dense_settings(demo_config(tmp_path))
 
 
-def test_what_is_quoted_is_the_record_without_its_settings(tmp_path, record):
+def test_what_is_quoted_is_the_record_without_its_settings(tmp_path):
     found = recorded_dense(demo_config(tmp_path), pytest.fail)
     assert found == {key: value for key, value in RECORD.items() if key != "settings"}
 
@@ -60,14 +51,14 @@ def test_the_record_has_the_tasks_that_the_demo_scores(tmp_path):
 
 
 @pytest.mark.parametrize("override", ["training.lr=1e-4", "data.length=64", "seed=1", "lora.r=2", "data.recipe=custom"])
-def test_other_settings_are_not_compared_with_it(tmp_path, record, override):
+def test_other_settings_are_not_compared_with_it(tmp_path, override):
     said = []
     assert recorded_dense(demo_config(tmp_path, [override]), said.append) is None
     key = override.partition("=")[0]
     assert said == [f"the recorded figures of the tuned dense model are left out: they are for another {key}"]
 
 
-def test_settings_of_pruning_alone_change_nothing(tmp_path, record):
+def test_settings_of_pruning_alone_change_nothing(tmp_path):
     config = demo_config(tmp_path, ["decisions.target_keep=0.5", "evaluation.dense_baseline=false"])
     assert recorded_dense(config, pytest.fail)["perplexity"] == RECORD["perplexity"]
 
