@@ -226,8 +226,8 @@ def few_scored(config: ATPConfig, data: RunData, count: int) -> list[str]:
     learns = f"a step learns from {scored:.0f}"
     if training.lr is None and scored < ENOUGH_SCORED:
         return [
-            f"{learns} tokens on average, so training.lr is {training.rate(scored):.2g}, less than with {ENOUGH_SCORED} "
-            "and more"
+            f"{learns} tokens on average, so training.lr is {training.rate(scored):.2g}, less than with "
+            f"{ENOUGH_SCORED} and more"
         ]
     if training.lr is None or training.lr <= _RATE or scored >= _FEW:
         return []
