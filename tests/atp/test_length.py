@@ -108,7 +108,7 @@ def test_settings_that_are_given_stand_above_auto_s(unit):
 
 def test_auto_leaves_phases_that_are_given_one_by_one_alone():
     found = config_of("auto", open=1000, tune=4000)
-    assert found.training.lr is None and found.evaluation.every is None
+    assert found.training.lr is None and found.evaluation.every is None and found.decisions.refit_windows == 96
 
 
 @pytest.fixture(scope="module")
