@@ -7,7 +7,7 @@ import math
 from transformers import PretrainedConfig
 
 from atp import processes
-from atp.config import ENOUGH_SCORED, ATPConfig
+from atp.config import ATPConfig
 from atp.data import scored_per_sample
 from atp.data.examples import values
 from atp.decide.budget import Budget
@@ -19,6 +19,7 @@ from atp.loading import RunData, check_length
 from atp.models.base import FORMS
 from atp.presets import PRESETS
 from atp.spaces.space import MaskSpace
+from atp.training_config import ENOUGH_SCORED
 
 BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
 _OFTEN = 2  # epochs; docs/quality.md has what 1.2 and 2.8 of them give

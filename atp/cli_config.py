@@ -67,6 +67,7 @@ def init(
     out: Annotated[Path, typer.Option(help="The config to write.")] = Path("atp.yaml"),
     gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to look at.")] = 1000,
+    keep: Annotated[float, typer.Option(help="Share of the decoder that stays.")] = 0.6,
     debug: Debug = False,
 ) -> None:
     """Look at a model and data, and write a commented config for them.
@@ -79,13 +80,15 @@ def init(
     taken = InputError(f"{out} exists already: choose another --out")
     if out.is_symlink() or out.exists():
         raise taken
+    if not 0 < keep < 1:
+        raise InputError(f"--keep is a share of the decoder, so {keep} is none: give one above 0 and below 1")
     if not out.parent.is_dir():
         raise InputError(f"folder {out.parent} of --out does not exist: create it or choose another --out")
     check_writable(out.parent, "--out")
 
     from atp.draft import draft
 
-    made = draft(model, data, rows=rows, gguf_file=gguf_file)
+    made = draft(model, data, rows=rows, keep=keep, gguf_file=gguf_file)
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(made.text)

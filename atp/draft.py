@@ -24,6 +24,7 @@ from atp.loading import check_prunable, load_shapes, load_tokenizer
 _LENGTHS = (64, 128, 256, 512, 1024, 2048)  # tokens per window that are suggested
 _STEPS, _FEWEST_STEPS = 400, 50  # the default, and what few labels take
 _MOST_ROWS = 16
+_SMALL_KEEP, _SMALL_ROWS = 0.5, 4  # below this share labels take smaller steps, and more of them (docs/tasks.md)
 _STEP_TOKENS, _STEP_SCORED = 256, 64  # samples are batched up to so many, and so many with a loss (docs/tasks.md)
 _OFTEN = 4  # times that a run reads its data
 
@@ -40,13 +41,14 @@ class Draft:
 class _Found:
     """What was seen of the data.
 
-    rows: how many were read; whole: whether those are all. labels: the answer set. lengths, scored: tokens of each
-    sample, and those of them with a loss.
+    rows: how many were read; whole: whether those are all. keep: the share of the decoder that is to stay. labels: the
+    answer set. lengths, scored: tokens of each sample, and those of them with a loss.
     """
 
     guess: Columns
     rows: int
     whole: bool
+    keep: float
     labels: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
@@ -60,14 +62,15 @@ class _Found:
     def batch_size(self) -> int:
         """Training rows per step: windows of text one by one, of samples as many as give a step enough to learn from.
 
-        Few data give fewer, lest each sample is read often; but labels, a token or two each, need all 16.
+        Few data give fewer, lest each sample is read often; but labels, a token or two each, need all 16, or 4 where
+        more than half of the decoder goes.
         """
         if self.guess.shape == "text":
             return 1
         rows = max(
             _STEP_TOKENS / statistics.median(self.lengths), _STEP_SCORED / max(statistics.median(self.scored), 1)
         )
-        most = _MOST_ROWS if self.labels else min(_MOST_ROWS, self._readings / _STEPS)
+        most = self._most_labels if self.labels else min(_MOST_ROWS, self._readings / _STEPS)
         size = 1
         while size < rows and 2 * size <= most:
             size *= 2
@@ -76,7 +79,15 @@ class _Found:
     @property
     def steps(self) -> int:
         """Steps that are suggested."""
-        return min(max(int(self._readings) // self.batch_size, _FEWEST_STEPS), _STEPS) if self.labels else _STEPS
+        if not self.labels:
+            return _STEPS
+        more = _MOST_ROWS // self._most_labels
+        return min(max(int(self._readings) // self.batch_size, more * _FEWEST_STEPS), more * _STEPS)
+
+    @property
+    def _most_labels(self) -> int:
+        """Labels per step, at most."""
+        return _SMALL_ROWS if self.keep < _SMALL_KEEP else _MOST_ROWS
 
     @property
     def _readings(self) -> float:
@@ -84,31 +95,31 @@ class _Found:
         return _OFTEN * self.rows if self.whole else _STEPS * _MOST_ROWS
 
 
-def draft(model: str, data: str, *, rows: int = 1000, gguf_file: str | None = None) -> Draft:
+def draft(model: str, data: str, *, rows: int = 1000, keep: float = 0.6, gguf_file: str | None = None) -> Draft:
     """Looks at a model's config and tokenizer, and at the first `rows` rows of a data source; reads no weights.
 
-    model, data: as `model.path` and `data.train`. Raises `InputError` for a model that cannot be pruned, and for data
-    that cannot be read or whose columns mean nothing.
+    model, data, keep: as `model.path`, `data.train` and `decisions.target_keep`. Raises `InputError` for a model that
+    cannot be pruned, and for data that cannot be read or whose columns mean nothing.
     """
     chosen = ModelConfig(path=model, gguf_file=gguf_file)
     shapes = load_shapes(chosen)
     check_prunable(chosen, shapes, "kv_group")
     tokenizer = load_tokenizer(chosen)
-    found = _look(data, rows, tokenizer)
+    found = _look(data, rows, keep, tokenizer)
     length = _length(found, shapes)
     text = _written(chosen, data, found, length)
     ATPConfig.parse(yaml.safe_load(text))
     return Draft(text, _remarks(found, length, tokenizer))
 
 
-def _look(data: str, limit: int, tokenizer: PreTrainedTokenizerBase) -> _Found:
+def _look(data: str, limit: int, keep: float, tokenizer: PreTrainedTokenizerBase) -> _Found:
     rows = read_rows(data, limit + 1)
     whole, rows = len(rows) <= limit, rows[:limit]
     guess = guess_columns([row.values for row in rows])
     chat = chat_of(tokenizer, every_turn=True)
     meaning = Meaning(tuple(guess.labels), tuple(guess.label_names), guess.columns, chat)
     examples = read_examples(data, limit=limit, meaning=meaning)
-    found = _Found(guess, len(rows), whole)
+    found = _Found(guess, len(rows), whole, keep)
     if guess.shape == "premise and hypothesis":
         found.labels = sorted({example.label for example in examples if example.label})
     elif guess.shape == "prompt and completion":
@@ -180,7 +191,7 @@ data:
   on_error: stop # skip leaves out rows that cannot be used, and lists them
   general_share: 0.0 # set data.general to a file of general text to mix it into the calibration set
 decisions:
-  target_keep: 0.6 # the share of the decoder that stays
+  target_keep: {found.keep} # the share of the decoder that stays
 training:
   steps: {found.steps} # {often}
   batch_size: {found.batch_size} # {"rows per step" if found.batch_size > 1 else "more on a GPU"}

@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                       "multiples": {}},
         "lora": {"r": 8, "alpha": 8, "dropout": 0.1},
         "training": {"open": 0, "distill": 0, "beta2": 0.999, "search": 750, "settle": 50, "tune": 700,
-                     "batch_size": 20, "lr": 1e-4, "schedule": "constant", "warmup": 0},
+                     "batch_size": 20, "lr": 1e-4, "schedule": "constant", "warmup": 0, "update_clipping": False},
     },
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ LAYERS = (
     ("atp.models",),
     ("atp.decide",),
     ("atp.config", "atp.overrides", "atp.presets"),
-    ("atp.columns", "atp.data_config", "atp.section", "atp.unknown_keys"),
+    ("atp.columns", "atp.data_config", "atp.section", "atp.training_config", "atp.unknown_keys"),
     ("atp.spaces",),
     ("atp.families",),
     ("atp.ending", "atp.engines"),

@@ -38,10 +38,12 @@ from atp.training.exchange import Exchange
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.offload import Offload, recompute_layers
+from atp.training.optimizer import CLIPS, adamw
 from atp.training.precision import autocast_dtype
 from atp.training.prometheus import MetricsFile
 from atp.training.resume import fingerprints, refuse_other_inputs
 from atp.training.schedule import Phases, learning_rate
+from atp.training.sinks import Sinks
 from atp.training.validation import Validation
 
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -76,13 +78,11 @@ class Loop:
         trackers = [name for name in config.training.report_to if name != "none"]
         told = [MetricsFile(config.training.metrics_file)] if config.training.metrics_file else []
         self.callbacks = [*callbacks, *([Trackers()] if trackers else []), *told]
-        self.step = 0  # finished LoRA steps
-        self.phase = ""
+        self.step, self.phase = 0, ""  # finished LoRA steps, and what they are part of
         self.teacher: Teacher | None = None
         self.checkpoint_root = folder / "checkpoints"
-        self.metrics = MetricsLog(folder / "metrics.jsonl")
-        self.clock = PhaseClock()
-        self.finite = FiniteGuard(config.training.max_bad_steps)
+        self.metrics, self.clock = MetricsLog(folder / "metrics.jsonl"), PhaseClock()
+        self.finite, self.sinks = FiniteGuard(config.training.max_bad_steps), Sinks(config.training.hold_sinks)
         self.signals = SignalGuard()
         self.inputs: dict[str, str] | None = None  # fingerprints of what is trained from; taken in `train` if not given
         self.say: Callable[[str], None] = print if processes.is_main() else lambda line: None
@@ -111,9 +111,7 @@ class Loop:
         self.model = model.to(self.device)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._trained = list(trained)
-        # Fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
-        betas = (0.9, self.config.training.second_moment)
-        self.adamw = torch.optim.AdamW(trained.values(), lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+        self.adamw = adamw(trained.values(), self.config.training)
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
         self.optimizer = self.accelerator.prepare(self.adamw)
         self.exchange = Exchange(trained.values())
@@ -142,13 +140,13 @@ class Loop:
     def loss(self, batch: Batch, tokens: Tensor) -> Tensor:
         """A batch's share of the step's mean loss per token, scalar float32. tokens: `scored_tokens`.
 
-        Cross-entropy, mixed with the distance to the teacher if there is one.
+        Cross-entropy, mixed with the distance to the teacher if there is one, and beside it, in no record, `Sinks`.
         """
-        with self.autocast(), self.offload.saving(self.model):
+        with self.autocast(), self.offload.saving(self.model), self.sinks.watched(self.model) as first:
             loss = causal_lm_loss(self.model, batch, tokens, teacher=self.teacher)
         loss = loss * self.accelerator.num_processes  # gradients become the mean over processes, `tokens` is their sum
         self._loss += loss.detach()
-        return loss
+        return loss + self.sinks.distance(first) * (processes.count() / self.batches_per_step)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forward passes."""
@@ -293,7 +291,7 @@ class Loop:
         scored = self._scored * training.batch_size * self.batches_per_step
         rate = learning_rate(training, self.step, training.rate(scored))
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"], group[CLIPS] = rate, training.clips_updates(scored)
         return rate
 
     def _heard_signal(self) -> bool:
@@ -330,13 +328,14 @@ class Loop:
         path = processes.on_main(lambda: resume_point(self.checkpoint_root, self.say)) if resume else None
         if path is None:
             self.metrics.rewind(0)
+            self.sinks.look(self.model, self.train_dataset, self.autocast())
         return path
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
         tensors = prefixed("model", self._adapter()) | prefixed("best", self.validation.adapter)
         tensors |= prefixed("lora_optimizer", checkpoints.optimizer_tensors(self.adamw, self._trained))
-        tensors["rng.cpu"] = torch.get_rng_state()
+        tensors |= prefixed("sinks", self.sinks.states) | {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         meta = {
@@ -391,6 +390,7 @@ class Loop:
         self._set_adapter(state.part("model"))
         self.validation.load(state.meta["validation"], state.part("best"))
         checkpoints.load_optimizer_tensors(self.adamw, self._trained, state.part("lora_optimizer"))
+        self.sinks.states = {layer: held.to(self.device) for layer, held in state.part("sinks").items()}
         self._reset_loss()
         self._batches = self.batches_from(self.step)
         # Last: all of the above may draw random numbers.

@@ -123,26 +123,34 @@ def answered(tokens, answer):
 
 
 @pytest.mark.parametrize(
-    ("make", "count", "steps", "batch_size"),
+    ("make", "count", "keep", "steps", "batch_size"),
     [
-        (lambda n: {"text": numbered(n)}, 60, 400, 1),
-        (answered(26, 1), 60, 50, 16),
-        (answered(26, 1), 800, 200, 16),
-        (answered(26, 1), 1001, 400, 16),  # more rows than it looks at
-        (answered(300, 1), 1000, 250, 16),
-        (answered(26, 12), 60, 400, 1),
-        (answered(26, 12), 400, 400, 4),
-        (answered(26, 12), 1001, 400, 16),
-        (answered(130, 80), 1001, 400, 2),
-        (answered(300, 80), 1001, 400, 1),
-        (answered(300, 20), 1001, 400, 4),  # 21 tokens with a loss
+        (lambda n: {"text": numbered(n)}, 60, 0.6, 400, 1),
+        (answered(26, 1), 60, 0.6, 50, 16),
+        (answered(26, 1), 800, 0.6, 200, 16),
+        (answered(26, 1), 1001, 0.6, 400, 16),  # more rows than it looks at
+        (answered(300, 1), 1000, 0.6, 250, 16),
+        (answered(26, 12), 60, 0.6, 400, 1),
+        (answered(26, 12), 400, 0.6, 400, 4),
+        (answered(26, 12), 1001, 0.6, 400, 16),
+        (answered(130, 80), 1001, 0.6, 400, 2),
+        (answered(300, 80), 1001, 0.6, 400, 1),
+        (answered(300, 20), 1001, 0.6, 400, 4),  # 21 tokens with a loss
+        # More than half of the decoder goes.
+        (answered(26, 1), 60, 0.4, 200, 4),
+        (answered(26, 1), 800, 0.4, 800, 4),
+        (answered(26, 1), 1001, 0.4, 1600, 4),
+        (answered(26, 1), 1001, 0.5, 400, 16),
+        (answered(26, 12), 1001, 0.4, 400, 16),
+        (lambda n: {"text": numbered(n)}, 60, 0.4, 400, 1),
     ],
 )
 def test_a_step_has_enough_to_learn_from_and_a_run_reads_no_sample_often(
-    model, tmp_path, make, count, steps, batch_size
+    model, tmp_path, make, count, keep, steps, batch_size
 ):
-    settings = ATPConfig.parse(yaml.safe_load(draft(model, rows(tmp_path, make, count)).text))
+    settings = ATPConfig.parse(yaml.safe_load(draft(model, rows(tmp_path, make, count), keep=keep).text))
     assert (settings.training.steps, settings.training.batch_size) == (steps, batch_size)
+    assert settings.decisions.target_keep == keep
 
 
 def test_a_part_of_the_rows_promises_no_epochs(model, tmp_path):
@@ -174,6 +182,8 @@ def test_the_command_writes_once(model, tmp_path, monkeypatch, capsys):
             main()
         return done.value.code, *capsys.readouterr()
 
+    code, _, told = init("--keep", "1.5")
+    assert code == 2 and "--keep is a share of the decoder, so 1.5 is none" in told and not out.exists()
     code, shown, _ = init()
     assert code == 0 and f"next: atp plan {out}" in shown and ATPConfig.load(out).data.train == data
     first = out.read_bytes()

@@ -54,7 +54,7 @@ def ours(folder, accumulation, source="learned", decisions=None, **training):
         "lora": {"r": 4, "alpha": 4, "dropout": 0.0},
         "training": {"search": SEARCH, "settle": SETTLE, "tune": 0, "batch_size": 2, "save_every": 100, "lr": 1e-2,
                      "gradient_accumulation": accumulation, "schedule": "constant", "warmup": 0,
-                     "precision": "float32", "beta2": 0.999} | training,
+                     "precision": "float32", "beta2": 0.999, "update_clipping": False} | training,
     }  # fmt: skip
     return ATPTrainer(ATPConfig.parse(values), llama(), windows(20, 1), windows(6, 2))
 

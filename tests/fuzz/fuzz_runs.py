@@ -75,6 +75,7 @@ VALUES = {
         "warmup": [0, 1, 20], "regularizer": ["lasso", "l0"], "precision": ["float32", "bfloat16"],
         "gradient_checkpointing": [False, True], "offload": [False, False, True], "save_every": [1, 2, 50],
         "keep_checkpoints": [1, 2], "log_every": [1, 2, 7], "keep_best": [False, True], "patience": [None, None, 1],
+        "update_clipping": [None, False, True], "hold_sinks": [0, 0, 1],
     },
     "evaluation": {
         "every": [None, 1, 3], "validation_windows": [None, 1], "generate": [False, True], "answers": [False, True],

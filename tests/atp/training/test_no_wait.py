@@ -128,7 +128,8 @@ CASES = {
         "lora": {"dropout": 0.0},
     },
     "running saliency, teacher": {
-        "decisions": {"source": "running"}, "training": {"distill": 0.5, "precision": "bfloat16"},
+        "decisions": {"source": "running"},
+        "training": {"distill": 0.5, "precision": "bfloat16", "update_clipping": True},
     },
     "saliency, equal layers, checkpointing": {
         "decisions": {"source": "tuned", "uniform": True},

@@ -13,7 +13,10 @@ from atp.decide.saliency import fisher_saliency
 from atp.training import checkpoint as checkpoints
 
 OPEN, SEARCH, SETTLE, TUNE = 3, 2, 1, 3
-FULL = {"open": OPEN, "search": SEARCH, "settle": SETTLE, "tune": TUNE, "distill": 0.5, "beta2": 0.9}
+FULL = {
+    "open": OPEN, "search": SEARCH, "settle": SETTLE, "tune": TUNE, "distill": 0.5, "beta2": 0.9,
+    "update_clipping": True,
+}  # fmt: skip
 AT_ONCE = FULL | {"search": 0, "settle": 0}
 CASES = {
     "static": (FULL, {"source": "static"}),

@@ -1,0 +1,130 @@
+"""AdamW whose updates are clipped: by the formula, in no step that is not surprised, and in none that is skipped."""
+
+import math
+
+import pytest
+import torch
+from tiny_run import make
+from torch import nn
+
+from atp.config import TrainingConfig
+from atp.finite import FiniteGuard
+from atp.training.optimizer import CLIPS, adamw
+
+SHAPES = ((4, 24), (40, 4), (1, 1))
+LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.95, 1e-8
+
+
+def made(clipped=True, shapes=SHAPES):
+    rng = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
+    optimizer = adamw(parameters, TrainingConfig(beta2=BETA2))
+    optimizer.param_groups[0] |= {"lr": LR, CLIPS: clipped}
+    return parameters, optimizer
+
+
+def gradients(step, factor=1.0):
+    rng = torch.Generator().manual_seed(step)
+    return [factor * torch.randn(shape, generator=rng) for shape in SHAPES]
+
+
+def stepped(parameters, optimizer, values):
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.grad = value.clone()
+    FiniteGuard(5).check(optimizer, 1)
+    optimizer.step()
+
+
+class Formula:
+    """The definition, in float64, a matrix at a time."""
+
+    def __init__(self, parameters):
+        self.values = [p.detach().double() for p in parameters]
+        self.states = [[torch.zeros_like(value), torch.zeros_like(value)] for value in self.values]
+        self.steps, self.largest = 0, 0.0
+
+    def step(self, gradients):
+        self.steps += 1
+        for value, state, gradient in zip(self.values, self.states, gradients, strict=True):
+            g = gradient.double()
+            state[0] = BETA1 * state[0] + (1 - BETA1) * g
+            state[1] = BETA2 * state[1] + (1 - BETA2) * g**2
+            m, v = state[0] / (1 - BETA1**self.steps), state[1] / (1 - BETA2**self.steps)
+            rms = math.sqrt(float((g / (v.sqrt() + EPS)).square().mean()))
+            value -= LR / max(1.0, rms) * m / (v.sqrt() + EPS)
+            self.largest = max(self.largest, rms)
+
+
+def test_a_step_is_that_of_the_formula():
+    """Also where a gradient is zero at first, as those of A are while B is zero, and where one is ten times larger."""
+    parameters, optimizer = made()
+    formula = Formula(parameters)
+    for step in range(30):
+        values = gradients(step, 10.0 if step == 20 else 1.0)
+        if step < 2:
+            values[0].zero_()
+        stepped(parameters, optimizer, values)
+        formula.step(values)
+    assert formula.largest > 2
+    for parameter, value in zip(parameters, formula.values, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_that_shrink_step_as_without_it():
+    runs = [made(clipped) for clipped in (True, False)]
+    for step in range(10):
+        for parameters, optimizer in runs:
+            stepped(parameters, optimizer, [0.8**step * torch.ones(shape) for shape in SHAPES])
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-6, atol=1e-7)  # a first rms is 1, but for rounding
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_skipped_changes_nothing_and_the_next_is_as_if_there_had_been_none(bad):
+    runs = [made() for _ in range(2)]
+    for parameters, optimizer in runs:
+        stepped(parameters, optimizer, gradients(0))
+    parameters, optimizer = runs[0]
+    values = gradients(1)
+    values[1][3, 1] = bad
+    before = [p.detach().clone() for p in parameters]
+    stepped(parameters, optimizer, values)
+    assert all(torch.equal(one, other) for one, other in zip(parameters, before, strict=True))
+    for parameters, optimizer in runs:
+        stepped(parameters, optimizer, gradients(2, 5.0))
+    assert all(torch.equal(one, other) for one, other in zip(runs[0][0], runs[1][0], strict=True))
+
+
+def test_parameters_without_gradient_or_elements_are_left_alone():
+    parameters, optimizer = made(shapes=((4, 24), (0, 4), (3, 3)))
+    optimizer.step()
+    before = parameters[2].detach().clone()
+    for parameter in parameters[:2]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert torch.equal(parameters[2], before) and torch.isfinite(parameters[0]).all()
+
+
+def test_a_step_that_does_not_clip_is_torchs_own():
+    parameters, optimizer = made(clipped=False)
+    theirs = [nn.Parameter(p.detach().clone()) for p in parameters]
+    plain = torch.optim.AdamW(theirs, lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0, fused=True)
+    for step in range(5):
+        stepped(parameters, optimizer, gradients(step, 10.0 if step == 3 else 1.0))
+        stepped(theirs, plain, gradients(step, 10.0 if step == 3 else 1.0))
+    assert all(torch.equal(one, other) for one, other in zip(parameters, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "scored", "clips"),
+    [(None, 31.9, True), (None, 32, False), (True, 500, True), (False, 8, False)],
+)
+def test_few_tokens_with_a_loss_clip_updates_where_nobody_says(asked, scored, clips):
+    assert TrainingConfig(update_clipping=asked).clips_updates(scored) == clips
+
+
+@pytest.mark.parametrize(("rows", "clips"), [(2, True), (16, False)])
+def test_a_run_clips_by_the_tokens_of_its_steps(tmp_path, rows, clips):
+    """Each sample has three tokens with a loss."""
+    trainer = make(tmp_path, data={"packing": "padded"}, training={"lr": None, "batch_size": rows})
+    trainer.train()
+    assert trainer.adamw.param_groups[0][CLIPS] == clips
