@@ -8,7 +8,7 @@ from atp.errors import InputError
 
 def test_nothing_but_a_sentence_stops_a_run(tmp_path, monkeypatch):
     fuzz_runs.widen_budget(monkeypatch)
-    assert fuzz_runs.run_case(0, tmp_path) == "swept"
+    assert fuzz_runs.run_case(5, tmp_path) == "swept"
 
 
 def test_a_case_is_a_function_of_its_number(tmp_path):
