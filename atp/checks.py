@@ -217,23 +217,21 @@ def steps_per_epoch(config: ATPConfig, samples: int, count: int) -> float:
 
 
 def few_scored(config: ATPConfig, data: RunData, count: int) -> list[str]:
-    """A sentence where a step has few tokens with a loss: on its rate, or that it may learn nothing. count: processes.
+    """A sentence where a step has few tokens with a loss: what follows, or that it may learn nothing. count: processes.
 
     The latter where the config has a rate of its own that so few do not bear.
     """
     training = config.training
     rows = scored_per_sample(data.train) * training.gradient_accumulation * count
     scored = rows * training.batch_size
-    learns = f"a step learns from {scored:.0f}"
+    learns = f"a step learns from {scored:.0f} tokens on average"
     if training.lr is None and scored < ENOUGH_SCORED:
-        return [
-            f"{learns} tokens on average, so training.lr is {training.rate(scored):.2g}, less than with "
-            f"{ENOUGH_SCORED} and more"
-        ]
+        clips = " and training.update_clipping is true" if training.update_clipping is None else ""
+        return [f"{learns}, fewer than {ENOUGH_SCORED}, so training.lr is {training.rate(scored):.2g}{clips}"]
     if training.lr is None or training.lr <= _RATE or scored >= _FEW:
         return []
     return [
-        f"{learns} tokens on average, and with fewer than {_FEW} and training.lr={training.lr:g} a run may learn "
+        f"{learns}, and with fewer than {_FEW} and training.lr={training.lr:g} a run may learn "
         f"nothing: leave out training.lr, or set training.batch_size={math.ceil(ENOUGH_SCORED / rows)}"
     ]
 

@@ -88,14 +88,14 @@ def test_steps_on_few_tokens_with_a_loss_are_said_unless_the_rate_is_low(config)
     assert shared.endswith(f"set training.batch_size={math.ceil(16 / scored.item())}")
 
 
-def test_a_rate_that_nobody_set_is_said_where_few_tokens_have_a_loss(config):
+def test_what_nobody_set_is_said_where_few_tokens_have_a_loss(config):
     data = load_data(config, load_tokenizer(config.model))
     scored = sum((data.train[row]["labels"][1:] != IGNORE).sum() for row in range(len(data.train))) / len(data.train)
     one = changed(config, "training.batch_size=1", "training.lr=null")
     rate = 2e-3 * math.sqrt(scored.item() / 32)
-    assert few_scored(one, data, 1) == [
-        f"a step learns from {scored:.0f} tokens on average, so training.lr is {rate:.2g}, less than with 32 and more"
-    ]
+    said = f"a step learns from {scored:.0f} tokens on average, fewer than 32, so training.lr is {rate:.2g}"
+    assert few_scored(one, data, 1) == [f"{said} and training.update_clipping is true"]
+    assert few_scored(changed(one, "training.update_clipping=false"), data, 1) == [said]
     assert few_scored(one, data, math.ceil(32 / scored.item())) == []
 
 
