@@ -224,14 +224,17 @@ def few_scored(config: ATPConfig, data: RunData, count: int) -> list[str]:
     training = config.training
     rows = scored_per_sample(data.train) * training.gradient_accumulation * count
     scored = rows * training.batch_size
-    learns = f"a step learns from {scored:.0f} tokens on average"
+    learns = f"a step learns from {scored:.0f}"
     if training.lr is None and scored < ENOUGH_SCORED:
         clips = " and training.update_clipping is true" if training.update_clipping is None else ""
-        return [f"{learns}, fewer than {ENOUGH_SCORED}, so training.lr is {training.rate(scored):.2g}{clips}"]
+        return [
+            f"{learns} tokens on average, fewer than {ENOUGH_SCORED}, so training.lr is "
+            f"{training.rate(scored):.2g}{clips}"
+        ]
     if training.lr is None or training.lr <= _RATE or scored >= _FEW:
         return []
     return [
-        f"{learns}, and with fewer than {_FEW} and training.lr={training.lr:g} a run may learn "
+        f"{learns} tokens on average, and with fewer than {_FEW} and training.lr={training.lr:g} a run may learn "
         f"nothing: leave out training.lr, or set training.batch_size={math.ceil(ENOUGH_SCORED / rows)}"
     ]
 
