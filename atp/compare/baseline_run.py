@@ -41,16 +41,16 @@ class BaselineRun(Run):
         model, tokenizer, data = self._prepare()
         params_before = sum(p.numel() for p in model.parameters())
         space = MaskSpace.from_config(model.config, self.config.decisions.space)
+        seconds: dict[str, float] = {}
         if self.baseline is not None:
-            model = self._apply(self.baseline, model, data)
+            model, seconds = self._apply(self.baseline, model, data)
         tuner = self._tune(model, space, data)
         certificate = self._export(tuner, tokenizer, data, params_before)
         facts = {"method": self.method, "certificate": certificate, "skipped_steps": tuner.finite.skipped,
                  **tuner.validation.summary(tuner.step)}  # fmt: skip
-        chosen = processes.on_main(self._scores).get("choice")
-        if chosen is not None:
-            tuner.clock.add("choose", chosen["seconds"])
         clock = tuner.clock
+        for phase, value in seconds.items():
+            clock.add(phase, value)
         del model, tuner  # the models that are scored and timed now have their memory
         return self._conclude(tokenizer, data, clock, facts)
 
@@ -68,11 +68,19 @@ class BaselineRun(Run):
         if load_in is not None:
             raise InputError(f"{self.method} does not run on a quantized base: leave out model.load_in={load_in}")
 
-    def _apply(self, baseline: Baseline, model: PreTrainedModel, data: RunData) -> PreTrainedModel:
-        """The smaller model; the choice is saved, so that a resumed run tunes the same one."""
+    def _apply(
+        self, baseline: Baseline, model: PreTrainedModel, data: RunData
+    ) -> tuple[PreTrainedModel, dict[str, float]]:
+        """The smaller model and the seconds of choosing and of applying, which a refit is part of.
+
+        The choice is saved, so that a resumed run tunes the same model.
+        """
         model = placed(model)
         choice = processes.on_main(lambda: self._choose(baseline, model, data))
-        return baseline.apply(model, choice, data.calibration, self.config)
+        choosing = processes.on_main(self._scores)["choice"]["seconds"]
+        started = time.perf_counter()
+        smaller = baseline.apply(model, choice, data.calibration, self.config)
+        return smaller, {"choose": choosing, "apply": time.perf_counter() - started}
 
     def _choose(self, baseline: Baseline, model: PreTrainedModel, data: RunData) -> Tensor:
         path = self.folder / "choice.safetensors"

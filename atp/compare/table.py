@@ -54,7 +54,7 @@ def remarks(content: dict[str, Any]) -> list[str]:
         "Relative performance: mean over the tasks' metrics of score / score of the tuned dense model with the same "
         "seed. A metric counts if that model beats the majority label, the constant answer, by more than the interval "
         "of their difference.",
-        "Training seconds include choosing what to remove; all methods train on the same tokens with the same LoRA.",
+        "Training seconds include choosing and removing; all methods train on the same tokens with the same LoRA.",
         content["data"]["description"],
     ]
     found += unclear(content.get("not_measurable", {}))
