@@ -39,7 +39,7 @@ class Sinks:
         if not self.weight:
             return
         count = len(samples)  # type: ignore[arg-type]
-        places = torch.linspace(0, count - 1, _TOKENS).long().tolist()
+        places = torch.linspace(0, count - 1, _TOKENS, dtype=torch.float64).long().tolist()
         first = torch.stack([samples[place]["input_ids"][0] for place in places])
         # Samples may all begin alike, and then every layer has one state for them: other tokens tell sinks apart.
         generator = torch.Generator().manual_seed(0)

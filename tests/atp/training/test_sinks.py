@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -106,6 +107,26 @@ def test_padded_rows_are_held_by_their_first_token(tmp_path):
     trainer = run(tmp_path, data={"packing": "padded"})
     assert isinstance(trainer.train_dataset, type(ragged(2, 0)))
     assert set(trainer.sinks.states) == {"0", "1"}
+
+
+def test_more_samples_than_float32_can_count_are_looked_at(tmp_path):
+    trainer = make(tmp_path)
+    alike(trainer.model.get_base_model())
+
+    class Many(torch.utils.data.Dataset):
+        last = 0
+
+        def __len__(self):
+            return 2**25 + 4  # minus 1 rounds up in float32
+
+        def __getitem__(self, place):
+            assert 0 <= place < len(self)
+            self.last = place
+            return trainer.train_dataset[place % len(trainer.train_dataset)]
+
+    samples, sinks = Many(), Sinks(1.0)
+    sinks.look(trainer.model, samples, nullcontext())
+    assert samples.last == len(samples) - 1 and set(sinks.states) == {"0", "1"}
 
 
 def test_the_distance_is_that_of_the_formula():
