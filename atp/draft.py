@@ -22,9 +22,8 @@ from atp.errors import shorten
 from atp.loading import check_prunable, load_shapes, load_tokenizer
 
 _LENGTHS = (64, 128, 256, 512, 1024, 2048)  # tokens per window that are suggested
-_STEPS, _FEWEST_STEPS = 400, 50  # the default, and what few labels take
-_MOST_ROWS = 16
-_SMALL_KEEP, _SMALL_ROWS = 0.5, 4  # below this share labels take smaller steps, and more of them (docs/tasks.md)
+_STEPS, _MOST_ROWS = 400, 16  # the default, and the most samples per step
+_LABEL_ROWS, _FEWEST_LABEL_STEPS, _MOST_LABEL_STEPS = 4, 200, 1600  # smaller steps, and more of them (docs/tasks.md)
 _STEP_TOKENS, _STEP_SCORED = 256, 64  # samples are batched up to so many, and so many with a loss (docs/tasks.md)
 _OFTEN = 4  # times that a run reads its data
 
@@ -62,15 +61,14 @@ class _Found:
     def batch_size(self) -> int:
         """Training rows per step: windows of text one by one, of samples as many as give a step enough to learn from.
 
-        Few data give fewer, lest each sample is read often; but labels, a token or two each, need all 16, or 4 where
-        more than half of the decoder goes.
+        Few data give fewer, lest each sample is read often. Of labels, a token or two each, a step reads 4.
         """
         if self.guess.shape == "text":
             return 1
         rows = max(
             _STEP_TOKENS / statistics.median(self.lengths), _STEP_SCORED / max(statistics.median(self.scored), 1)
         )
-        most = self._most_labels if self.labels else min(_MOST_ROWS, self._readings / _STEPS)
+        most = _LABEL_ROWS if self.labels else min(_MOST_ROWS, self._readings / _STEPS)
         size = 1
         while size < rows and 2 * size <= most:
             size *= 2
@@ -81,13 +79,7 @@ class _Found:
         """Steps that are suggested."""
         if not self.labels:
             return _STEPS
-        more = _MOST_ROWS // self._most_labels
-        return min(max(int(self._readings) // self.batch_size, more * _FEWEST_STEPS), more * _STEPS)
-
-    @property
-    def _most_labels(self) -> int:
-        """Labels per step, at most."""
-        return _SMALL_ROWS if self.keep < _SMALL_KEEP else _MOST_ROWS
+        return min(max(int(self._readings) // self.batch_size, _FEWEST_LABEL_STEPS), _MOST_LABEL_STEPS)
 
     @property
     def _readings(self) -> float:
