@@ -90,10 +90,15 @@ def init(
 
     made = draft(model, data, rows=rows, keep=keep, gguf_file=gguf_file)
     try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(made.text)
+        file = out.open("x", encoding="utf-8")
     except FileExistsError:
         raise taken from None
+    try:
+        with file:
+            file.write(made.text)
+    except BaseException:
+        out.unlink(missing_ok=True)  # half a config would be in the way of the next try
+        raise
     for remark in made.remarks:
         console.print(remark)
     console.print(f"config: {out}; next: atp plan {out}", soft_wrap=True)

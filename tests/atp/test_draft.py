@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -189,3 +190,18 @@ def test_the_command_writes_once(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "absent" / "a.yaml"
     code, _, told = init()
     assert code == 2 and "does not exist" in told and not out.parent.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_leaves_no_half_config(model, tmp_path, monkeypatch, capsys):
+    def fill(*args, **options):
+        made = draft(*args, **options)
+        monkeypatch.setattr(Path, "open", lambda path, *_, **__: path.touch() or open("/dev/full", "w"))
+        return made
+
+    data, out = rows(tmp_path, lambda n: {"text": numbered(n)}), tmp_path / "mine.yaml"
+    monkeypatch.setattr("atp.draft.draft", fill)
+    monkeypatch.setattr(sys, "argv", ["atp", "init", model, data, "--out", str(out)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 1 and "the disk is full" in capsys.readouterr().err and not out.exists()
