@@ -222,8 +222,8 @@ class ATPConfig(Section):
         """The decisions with source and rounds: theirs or, where null, what suits the run (method.md section 9)."""
         training, source = self.training, self.decisions.source
         if source is None:
-            seen = training.opened * training.gradient_accumulation * training.batch_size
-            watch = seen >= self.decisions.saliency_windows and not (training.search or self.lora.dropout)
+            enough = training.opened_samples >= self.decisions.saliency_windows
+            watch = enough and not (training.search or self.lora.dropout)
             source = "running" if watch else "tuned"
         rounds = self.decisions.rounds
         if rounds is None:

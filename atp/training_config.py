@@ -100,6 +100,11 @@ class TrainingConfig(Section):
         return self.open
 
     @property
+    def opened_samples(self) -> int:
+        """Training samples that a process reads in the open phase, repeated ones too."""
+        return self.opened * self.gradient_accumulation * self.batch_size
+
+    @property
     def total(self) -> int:
         """LoRA steps in the whole run."""
         before = self.opened + self.search + self.settle

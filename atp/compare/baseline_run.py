@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import processes
+from atp.baselines.calibration import choice_samples
 from atp.baselines.methods import BASELINES, Baseline, MaskBaseline
 from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
@@ -88,7 +89,8 @@ class BaselineRun(Run):
         if choice is None:
             self.say(f"{self.method}: choosing what to remove from the pretrained model")
             started = time.perf_counter()
-            choice = baseline.choose(model, data.calibration, self.config)
+            samples = choice_samples(data.train, data.calibration, self.config)
+            choice = baseline.choose(model, samples, self.config)
             write_tensors(path, {"choice": choice.contiguous()})
             self._record(choice={"seconds": time.perf_counter() - started})
         if isinstance(baseline, MaskBaseline):

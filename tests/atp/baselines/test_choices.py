@@ -5,7 +5,7 @@ import torch
 from small_llama import HEAD_DIM, HEADS, INNER, KV_HEADS, config, model, windows
 from torch.nn import functional as F
 
-from atp.baselines.calibration import calibration_batches
+from atp.baselines.calibration import calibration_batches, choice_samples
 from atp.baselines.llm_pruner import taylor_mask, taylor_scores, unprotected_layers
 from atp.baselines.methods import BASELINES, MaskBaseline
 from atp.baselines.simple import magnitude_mask, magnitude_scores, random_mask, static_mask
@@ -18,12 +18,34 @@ from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
+from atp.training.data import step_batches
 
 CPU = torch.device("cpu")
 
 
 def batches(settings=None):
     return list(calibration_batches(windows(), settings or config(), CPU))
+
+
+def rows_read(data, settings):
+    return sorted(tuple(batch["input_ids"][0].tolist()) for batch in calibration_batches(data, settings, CPU))
+
+
+@pytest.mark.parametrize("opened", [3, 20])  # fewer samples than there are, and each of them several times
+def test_two_stages_choose_by_the_windows_that_the_open_steps_read(opened):
+    train, general = windows(count=12, seed=2), windows(count=30, seed=3)
+    settings = config(training={"search": 0, "open": opened, "settle": 0, "gradient_accumulation": 1})
+    steps = step_batches(train, 0, opened, size=2, accumulation=1, seed=settings.seed, device=CPU)
+    read = {tuple(row.tolist()) for batches in steps for batch in batches for row in batch["input_ids"]}
+    assert len(read) == min(12, 2 * opened)
+    assert rows_read(choice_samples(train, general, settings), settings) == sorted(read)
+
+
+def test_two_stages_choose_by_the_calibration_windows_where_the_run_itself_decides_by_them():
+    train, general = windows(count=12, seed=2), windows(count=30, seed=3)
+    for changed in ({"training": {"search": 0, "open": 1}}, {"decisions": {"source": "tuned"}}, {}):
+        assert choice_samples(train, general, config(**changed)) is general
+    assert len(rows_read(general, config())) == 4
 
 
 def loss_of(llama, batch):
