@@ -266,6 +266,8 @@ class ATPConfig(Section):
         for key in ("sharding", "offload"):
             now["training"][key] = saved.get("training", {}).get(key)
         now["preset"] = saved.get("preset")
+        if saved.get("training", {}).get("precision") == "auto":  # a run of an older version, which left it open
+            now["training"]["precision"] = "auto"
         changed = [
             f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
             for section in now

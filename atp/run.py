@@ -41,7 +41,7 @@ from atp.training.callbacks import ProgressBar, check_trackers, make_progress
 from atp.training.checkpoint import newest
 from atp.training.loop import Loop
 from atp.training.metrics import PhaseClock
-from atp.training.precision import autocast_dtype
+from atp.training.precision import autocast_dtype, slow_precision, with_precision
 from atp.training.profiling import Profiler, format_table
 from atp.training.prometheus import check_metrics_file
 from atp.training.resume import fingerprints, inputs_of, of_model_folder, refuse_other_config, refuse_other_inputs
@@ -76,9 +76,10 @@ class Run:
         self.started = time.perf_counter()
         processes.start(config.training.sharding)
         self.resume = resume or processes.on_main(lambda: folders.begun_by_this_launch(self.folder))
-        timed, self.latency = processes.on_main(lambda: with_time(config))
+        definite = processes.on_main(lambda: with_precision(config))
+        timed, self.latency = processes.on_main(lambda: with_time(definite))
         self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed, any_length=True)))
-        self.autocast = processes.on_main(lambda: autocast_dtype(config.training.precision))
+        self.autocast = autocast_dtype(self.config.training.precision)
 
     def execute(self) -> dict[str, Any]:
         """Does what is left to do and returns the summary. Raises `InputError`, `NotReached` or `Interrupted`.
@@ -170,7 +171,7 @@ class Run:
         check_sharded(config)
         check_tasks(config, data.splits, tokenizer, shapes)
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
-        for line in (*data.splits.remarks, *timed, *remarks(config, shapes, data)):
+        for line in (*data.splits.remarks, *timed, *slow_precision(config), *remarks(config, shapes, data)):
             self.say(line)
         load = partial(load_model, config.model, config.decisions.space)
         model = load() if processes.sharded() else processes.main_first(load)

@@ -34,7 +34,7 @@ from atp.loading import (
 from atp.overrides import explain
 from atp.reading import parse_json
 from atp.report.beside import remarks
-from atp.training.precision import Precision, autocast_dtype
+from atp.training.precision import Precision, autocast_dtype, precision_at
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     if options.harness:
         check_harness()
     progress.begin("loading")
-    loaded, autocast = placed(load_any_model(source)), autocast_dtype(options.precision)
+    precision = precision_at(options.precision, model, options.suite)
+    loaded, autocast = placed(load_any_model(source)), autocast_dtype(precision)
     common: dict[str, Any] = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
     with progress.Bars(transient=True) as display:
         scores: dict[str, Any] = evaluate_model(
@@ -118,7 +119,6 @@ def _score_folder(model: str, options: Scoring, gguf_file: str | None) -> dict[s
     if dense is not None:
         scores |= relative_performance(scores, dense, tasks, majority, options.seed)
     progress.begin("speed")
-    precision = "float32" if autocast is None else str(autocast).removeprefix("torch.")
     return {
         "model": model, **scores, **model_size(loaded), **throughput(loaded),
         "settings": asdict(options) | {"precision": precision}, 

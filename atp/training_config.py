@@ -59,7 +59,7 @@ class TrainingConfig(Section):
     beta: float = Field(0.3, ge=0, description="Weight of the regularizer during search.")
     settle_beta: float = Field(100.0, ge=0, description="Weight of the regularizer during settle.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of products; auto: bfloat16 where a probe finds it faster."
+        "auto", description="Of products; auto: bfloat16 where the device has instructions for it."
     )
     gradient_checkpointing: bool = Field(False, description="Compute layers twice to save memory.")
     offload: bool = Field(

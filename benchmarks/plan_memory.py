@@ -32,7 +32,7 @@ from atp.plan.shapes import ModelShapes
 from atp.run import Run
 from atp.scored_tasks import check_tasks
 from atp.training.loop import Loop
-from atp.training.precision import autocast_dtype
+from atp.training.precision import autocast_dtype, with_precision
 from atp.training.pruning import Pruning
 from atp.training.trainer import ATPTrainer
 from benchmarks.measure import reset_resident_peak, resident_peak_bytes
@@ -122,7 +122,7 @@ def planned(config: ATPConfig) -> dict[str, dict[str, Any]]:
     found, tokenizer = load_shapes(config.model), load_tokenizer(config.model)
     job = Job.of(
         config, ModelShapes.of(found, config.decisions),
-        autocast=autocast_dtype(config.training.precision), device="cpu",
+        autocast=autocast_dtype(with_precision(config).training.precision), device="cpu",
         questions=Questions.of(check_tasks(config, load_data(config, tokenizer).splits, tokenizer, found)),
     )  # fmt: skip
     return {str(row["phase"]): row for row in memory_of(job)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atp import processes
-from atp.compare.members import Arm, Members, refuse_precision
+from atp.compare.members import Arm, Members
 from atp.compare.page import write_pages
 from atp.compare.results import results, unmeasurable
 from atp.config import ATPConfig
@@ -23,6 +23,7 @@ from atp.loading import check_packages, data_settings, load_shapes, load_tokeniz
 from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
 from atp.targets import with_share
+from atp.training.precision import refuse_open
 
 
 class Comparison:
@@ -70,7 +71,7 @@ class Comparison:
     def _execute(self) -> dict[str, Any]:
         self.resume = self.resume or processes.on_main(lambda: begun_by_this_launch(self.folder, COMPARISON))
         processes.on_main(lambda: check_output_dir(self.folder, resume=self.resume, started=COMPARISON))
-        refuse_precision(self.config, self.engine)
+        refuse_open(self.config, self.engine.elsewhere)
         members = Members(self.config, self.folder, command=self.command)
         processes.on_main(lambda: check_packages(members.config.model, members.config.data))
         processes.on_main(lambda: members.check(self.arms, self.seeds))

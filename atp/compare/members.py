@@ -9,14 +9,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from atp import processes
 from atp.baselines.methods import BASELINES
 from atp.compare.baseline_run import BaselineRun
 from atp.compare.results import Member
 from atp.config import ATPConfig
-from atp.engines import Engine, Job
+from atp.engines import Job
 from atp.errors import InputError, shorten
 from atp.files import read_json, write_json, write_text
 from atp.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
@@ -24,7 +24,7 @@ from atp.loading import check_length, load_shapes
 from atp.presets import AUTO, PRESETS, merged
 from atp.promises import check_promises, check_target
 from atp.run import Run
-from atp.training.precision import autocast_dtype
+from atp.training.precision import with_precision
 from atp.training.resume import refuse_other_inputs
 
 _BEHIND_SCORES = (
@@ -59,15 +59,6 @@ class Arm:
     def name(self) -> str:
         """The method and its changes, comma-separated."""
         return ",".join((self.method, *self.overrides))
-
-
-def refuse_precision(config: ATPConfig, engine: Engine) -> None:
-    """Raises `InputError` if this machine would choose the precision of runs on other ones."""
-    if engine.elsewhere and config.training.precision == "auto":
-        raise InputError(
-            "training.precision is auto, which this machine would decide for those that run the members: set it to "
-            "bfloat16 or float32"
-        )
 
 
 class Members:
@@ -175,16 +166,14 @@ class Members:
         return ATPConfig.parse(values, list(overrides))
 
     def _common(self, config: ATPConfig) -> ATPConfig:
-        """The config of all members except seed and folder; precision is probed once, so that all use the same."""
+        """The config of all members except seed and folder, with one precision for all of them."""
         refuse_inputs_inside(config, self.folder)
         config = config.model_copy(deep=True)
         config.output_dir = str(self.folder)
         config.data.seed = config.seed if config.data.seed is None else config.data.seed
         config.evaluation.dense_baseline = False
         saved = saved_config(self.folder, COMPARISON)
-        if config.training.precision == "auto":
-            probed: Literal["float32", "bfloat16"] = "float32" if autocast_dtype("auto") is None else "bfloat16"
-            config.training.precision = saved["training"]["precision"] if saved else probed
+        config = with_precision(config, COMPARISON)
         if saved:
             config.refuse_change_of(saved)
         return config

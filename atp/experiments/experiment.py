@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atp import processes
-from atp.compare.members import Members, refuse_precision
+from atp.compare.members import Members
 from atp.compare.results import Member, results, unmeasurable
 from atp.data import Task, load_recipe
 from atp.engines import Engine, Here, Job
@@ -24,6 +24,7 @@ from atp.loading import check_packages, data_settings, load_shapes, load_tokeniz
 from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
 from atp.targets import with_share
+from atp.training.precision import refuse_open
 from atp.training.schedule import Phases
 
 
@@ -74,7 +75,7 @@ class Experiment:
 
     def _execute(self) -> dict[str, Any]:
         for config in self.configs.values():
-            refuse_precision(config, self.engine)
+            refuse_open(config, self.engine.elsewhere)
         self._members = {d: Members(c, self.runs / d, command=self.command) for d, c in self.configs.items()}
         processes.on_main(self._check_members)
         self._splits = processes.main_first(

@@ -35,7 +35,7 @@ from atp.plan.probe import seconds_of, speeds
 from atp.plan.shapes import ModelShapes
 from atp.targets import with_share
 from atp.training.callbacks import check_trackers
-from atp.training.precision import autocast_dtype
+from atp.training.precision import autocast_dtype, with_precision
 from atp.training.validation import samples_scored
 
 _DEVICES = ("cpu", "cuda")
@@ -58,7 +58,7 @@ def make_plan(
     device = device or here
     if probe and device != here:
         raise InputError(f"--probe times this machine, which trains on {here}: leave out --device {device}")
-    timed, latency = with_time(config)
+    timed, latency = with_time(with_precision(config, device=device))
     config = with_share(timed, any_length=True)
     check_trackers(config.training.report_to)
     found = load_shapes(config.model)
@@ -78,10 +78,7 @@ def make_plan(
     if "steps_per_epoch" in data:
         data["epochs"] = config.training.total / data["steps_per_epoch"]
         data["shortfalls"] += rereads(config, data["steps_per_epoch"])
-    precision = config.training.precision
-    if precision == "auto" and device == "cuda" != here:
-        precision = "bfloat16"
-    autocast = autocast_dtype(precision)
+    autocast = autocast_dtype(config.training.precision)
     questions = Questions(**data["questions"]) if "questions" in data else None
     job = Job.of(
         _within(config, data), shapes, autocast=autocast, device=device, count=count, sample=sample,

@@ -23,6 +23,7 @@ from atp.sweep.shared import DONE, SharedRun, shared_parts, start_from
 from atp.sweep.table import Row, draw, target_row, uncut_rows, write_csv
 from atp.sweep.targets import Asked, Target, resolve
 from atp.targets import at_share
+from atp.training.precision import refuse_open, with_precision
 
 SWEEP, SHARED = "sweep.yaml", "shared"
 _NO_TARGET = DecisionsConfig.model_fields["target_keep"].default  # of what is shared: no target is used there
@@ -60,7 +61,6 @@ class Sweep:
         self.asked, self.folder, self.resume, self.command = asked, folder, resume, command
         self.engine = engine or Here()
         self.config = config
-        self.common = _placed(at_share(config, _NO_TARGET), folder / SHARED)
 
     def execute(self) -> dict[str, Any]:
         """Runs what is missing, writes the results after each target, and returns the content of sweep.json.
@@ -78,6 +78,9 @@ class Sweep:
 
     def _execute(self, held: ExitStack) -> dict[str, Any]:
         self.resume = self.resume or processes.on_main(lambda: begun_by_this_launch(self.folder, SWEEP))
+        refuse_open(self.config, self.engine.elsewhere)
+        self.config = processes.on_main(lambda: with_precision(_placed(self.config, self.folder), SWEEP))
+        self.common = _placed(at_share(self.config, _NO_TARGET), self.folder / SHARED)
         targets = processes.on_main(self._check)
         processes.on_main(lambda: self._open(held))
         shared = self._share([target.config for target in targets])

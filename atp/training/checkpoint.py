@@ -85,7 +85,7 @@ def load(folder: Path) -> Checkpoint:
     refuse_other_format(folder)
     meta = json.loads((folder / _META).read_text(encoding="utf-8"))
     return Checkpoint(
-        meta["step"], load_file(folder / _TENSORS), meta["values"], files=ShardFiles(folder, meta["sha256"])
+        meta["step"], load_file(folder / _TENSORS), read_values(folder), files=ShardFiles(folder, meta["sha256"])
     )
 
 
@@ -101,7 +101,10 @@ def refuse_other_format(folder: Path) -> None:
 
 def read_values(folder: Path) -> dict[str, Any]:
     """The JSON-able values of an intact checkpoint."""
-    return json.loads((folder / _META).read_text(encoding="utf-8"))["values"]
+    values: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))["values"]
+    if "precision" in values:  # older versions kept `auto` in the config, and beside it what that had come to
+        values["config"]["training"]["precision"] = values.pop("precision")
+    return values
 
 
 def newest(root: Path) -> Path | None:

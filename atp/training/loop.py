@@ -39,7 +39,7 @@ from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.offload import Offload, recompute_layers
 from atp.training.optimizer import CLIPS, adamw
-from atp.training.precision import autocast_dtype
+from atp.training.precision import autocast_dtype, with_precision
 from atp.training.prometheus import MetricsFile
 from atp.training.resume import fingerprints, refuse_other_inputs
 from atp.training.schedule import Phases, learning_rate
@@ -72,6 +72,7 @@ class Loop:
     ) -> None:
         processes.start(config.training.sharding)
         refuse_weights(model)
+        config = processes.on_main(lambda: with_precision(config))
         self.config, self.phases, self.tokenizer = config, phases, tokenizer
         self.train_dataset, self._scored = train_dataset, scored_per_sample(train_dataset)
         self.offload = Offload(folder if config.training.offload else None)
@@ -86,7 +87,7 @@ class Loop:
         self.signals = SignalGuard()
         self.inputs: dict[str, str] | None = None  # fingerprints of what is trained from; taken in `train` if not given
         self.say: Callable[[str], None] = print if processes.is_main() else lambda line: None
-        self.autocast_dtype = processes.on_main(lambda: autocast_dtype(config.training.precision))
+        self.autocast_dtype = autocast_dtype(config.training.precision)
         self.validation = Validation(config, validation, self.autocast_dtype)
         self.accelerator = Accelerator(
             cpu=processes.device().type == "cpu",
@@ -344,7 +345,6 @@ class Loop:
             "finite": self.finite.state(),
             "validation": self.validation.state(),
             "batches_per_step": self.batches_per_step,
-            "precision": "float32" if self.autocast_dtype is None else "bfloat16",
             "inputs": self.inputs,
         }
         return Checkpoint(self.step, tensors, meta)
@@ -383,7 +383,6 @@ class Loop:
         self.step = state.step
         self.clock.load(state.meta["clock"])
         self.finite.restore(state.meta["finite"])
-        self.autocast_dtype = autocast_dtype(state.meta["precision"])  # a new probe might answer otherwise
         damaged = self.metrics.rewind(state.step)
         if damaged:
             self.say(f"{self.metrics.path}: {damaged} damaged line(s) left out")

@@ -1,42 +1,93 @@
-"""Which precision is faster on this machine, measured by a probe."""
+"""The precision of a run's products: asked of the device's features once, and from then on part of the run's config."""
 
 from __future__ import annotations
 
-import time
-from functools import cache
-from typing import Literal
+import re
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import torch
 
+from atp import processes
+from atp.config import ATPConfig
+from atp.errors import InputError
+from atp.folders import CONFIG, saved_config
+from atp.training.resume import started_with
+
+Definite = Literal["float32", "bfloat16"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-_SHAPE = (1024, 576, 1536)  # rows, in, out: a small model's linear
+AUTO: Final = "auto"
+# Instructions that multiply bfloat16, as torch names them; Linux writes svebf16. Without one, products take longer.
+_INSTRUCTIONS = {"amx_bf16", "avx512_bf16", "bf16", "sve_bf16", "svebf16"}
+_DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
 
-def autocast_dtype(precision: Precision) -> torch.dtype | None:
-    """The dtype for torch.autocast, None for plain float32; `auto` takes bfloat16 where a probe finds it faster."""
-    if precision == "auto":
-        precision = "bfloat16" if bfloat16_is_quicker() else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else None
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The dtype for torch.autocast, None for plain float32. precision: a definite one, so that nobody asks twice."""
+    return _DTYPES[precision]
 
 
-@cache
-def bfloat16_is_quicker() -> bool:
-    """True on a CUDA device with bfloat16; on a CPU, whether a bfloat16 matmul beats the float32 one by a fifth.
+def with_precision(config: ATPConfig, started: str = CONFIG, device: str | None = None) -> ATPConfig:
+    """The config with a definite precision in place of `auto`: that which its folder was started with.
 
-    Asked once a process, so that all parts of a run agree.
+    Where nothing was started, that of the device, by default this process's; so the main process asks for all.
+    started: the file in which the folder keeps its config.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return _matmul_seconds(torch.bfloat16) < 0.8 * _matmul_seconds(torch.float32)
+    if config.training.precision != AUTO:
+        return config
+    found = _definite(started_with(Path(config.output_dir), started)) or of_device(device or processes.device().type)
+    return config.model_copy(update={"training": config.training.model_copy(update={"precision": found})})
 
 
-def _matmul_seconds(dtype: torch.dtype, repeats: int = 7) -> float:
-    rows, inner, out = _SHAPE
-    x, w = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, out, dtype=dtype)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        x @ w
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+def precision_at(asked: Precision, *places: str) -> Definite:
+    """The precision for models and data at these paths: `auto` is that of the run which a path lies in."""
+    if asked != AUTO:
+        return asked
+    folders = [folder for place in places for folder in (Path(place), Path(place).parent)]
+    found = (_definite(saved_config(folder)) for folder in folders)
+    return next((precision for precision in found if precision), None) or of_device(processes.device().type)
+
+
+def of_device(device: str) -> Definite:
+    """bfloat16 where a device of this type has instructions for its products, as GPUs elsewhere are taken to have."""
+    if device == "cuda":
+        able = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # torch uses a processor's through oneDNN, which its builds for macOS lack; it names none of other devices
+        able = device == "cpu" and torch.backends.mkldnn.is_available() and bool(_INSTRUCTIONS & _cpu_features())
+    return "bfloat16" if able else "float32"
+
+
+def slow_precision(config: ATPConfig) -> list[str]:
+    """One sentence if the config names a precision that this process's device has no instructions for."""
+    if config.training.precision != "bfloat16" or of_device(processes.device().type) == "bfloat16":
+        return []
+    return [
+        "training.precision is bfloat16, for which this device has no instructions: steps take longer than in float32"
+    ]
+
+
+def refuse_open(config: ATPConfig, elsewhere: bool) -> None:
+    """Raises `InputError` if this machine would choose the precision of runs on other ones (elsewhere)."""
+    if elsewhere and config.training.precision == AUTO:
+        raise InputError(
+            "training.precision is auto, which this machine would decide for those that do the runs: set it to bfloat16 "
+            "or float32"
+        )
+
+
+def _definite(saved: dict[str, Any] | None) -> Definite | None:
+    """The precision that a saved config holds; None where it holds none, or `auto`, as older versions wrote it."""
+    precision = (saved or {}).get("training", {}).get("precision")
+    return precision if precision in _DTYPES else None
+
+
+def _cpu_features() -> set[str]:
+    """What the processor can do: by torch, or where that is too old to say, by Linux."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    if ask is not None:
+        return {name for name, there in ask().items() if there is True}
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return set(found[1].split()) if found else set()

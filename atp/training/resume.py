@@ -20,7 +20,7 @@ from atp.config import ATPConfig
 from atp.data.encoding import rules_of
 from atp.errors import InputError
 from atp.files import read_json
-from atp.folders import CHECKPOINTS, INPUTS, saved_config
+from atp.folders import CHECKPOINTS, CONFIG, INPUTS, saved_config
 from atp.sharding.shards import whole
 from atp.training.checkpoint import Checkpoint, exist, newest, read_values, resume_point
 from atp.training.data import sized
@@ -58,16 +58,25 @@ def refuse_other_inputs(started_with: Mapping[str, str], now: Mapping[str, str])
 
 
 def refuse_other_config(config: ATPConfig, folder: Path) -> None:
-    """Raises `InputError` for another config than the run folder's, or checkpoints that cannot be continued.
-
-    The config is that of config.yaml, or of the newest checkpoint where the file is missing or damaged.
-    """
+    """Raises `InputError` for another config than the run folder's, or checkpoints that cannot be continued."""
     for root in (folder / name for name in CHECKPOINTS):
         if exist(root):
             resume_point(root, say=lambda line: None)  # the trainer says what is damaged when it resumes
-    saved = saved_config(folder) or _newest_values(folder).get("config")
+    saved = started_with(folder)
     if saved is not None:
         config.refuse_change_of(saved)
+
+
+def started_with(folder: Path, started: str = CONFIG) -> dict[str, Any] | None:
+    """The config of what was started in a folder, or None. started: the file that holds it.
+
+    That of its newest checkpoint where the file is missing or damaged, or leaves the precision open, as older versions
+    did.
+    """
+    saved = saved_config(folder, started)
+    if saved is not None and saved.get("training", {}).get("precision", "auto") != "auto":
+        return saved
+    return _newest_values(folder).get("config") or saved
 
 
 def for_target(state: Checkpoint, config: ATPConfig) -> Checkpoint:

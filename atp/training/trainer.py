@@ -77,7 +77,7 @@ class ATPTrainer(Loop):
         self.params_before = params_before
         self._taught: dict[str, Tensor] = {}  # the adapter that the teacher was made with
         self.pruning = Pruning(
-            self.model, space, calibration_dataset, config.deciding, config.training, seed=config.seed,
+            self.model, space, calibration_dataset, config.deciding, self.config.training, seed=config.seed,
             autocast=self.autocast_dtype,
         )  # fmt: skip
         self.pruning.offload = self.offload

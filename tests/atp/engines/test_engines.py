@@ -268,12 +268,15 @@ def test_runs_on_other_machines_need_their_precision_named(config, tmp_path):
 
     values = config.model_dump(mode="json") | {"output_dir": str(tmp_path / "unused")}
     values["training"]["precision"] = "auto"
-    comparison = Comparison(
-        type(config).parse(values), ["random"], [0], tmp_path / "out", resume=False, command="", engine=Elsewhere()
-    )
-    with pytest.raises(InputError, match=r"^training.precision is auto, which this machine would decide"):
-        comparison.execute()
-    assert not (tmp_path / "out").exists()
+    options = {"resume": False, "command": "", "engine": Elsewhere()}
+    values = type(config).parse(values)
+    for command in (
+        Comparison(values, ["random"], [0], tmp_path / "out", **options),
+        Sweep(values, UNITS[0].parse("0.8,0.6"), tmp_path / "out", **options),
+    ):
+        with pytest.raises(InputError, match=r"^training.precision is auto, which this machine would decide"):
+            command.execute()
+        assert not (tmp_path / "out").exists()
 
 
 def test_work_elsewhere_begins_in_the_folder_of_its_caller(tmp_path, monkeypatch):
