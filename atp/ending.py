@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +16,8 @@ from atp.errors import (
     Interrupted,
     JobsFailed,
     NotReached,
+    errno_of,
+    is_disk_full,
     is_lost_peer,
     is_out_of_memory,
     reason,
@@ -25,7 +26,6 @@ from atp.requirements import TRAIN, find, is_known, missing
 
 _BROKEN_PIPE = 128 + 13  # what a shell shows for a program that SIGPIPE ended
 _INTERRUPTED = 128 + signal.SIGINT
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -66,21 +66,13 @@ def interrupted() -> tuple[str, int]:
 def _unforeseen(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"out of memory ({reason(error)}): use smaller batches or a machine with more memory"
-    number = _errno(error)
-    if number in _FULL:
+    if is_disk_full(error):
         return f"the disk is full ({reason(error)}): free some space and repeat the command, with --resume for a run"
+    number = errno_of(error)
     if number is not None:
         remedy = "check its permissions" if number in _FORBIDDEN else "check the path"
         return f"cannot use a file or folder ({reason(error)}): {remedy}"
     return f"{_named(error)}: run again with --debug for the traceback"
-
-
-def _errno(error: BaseException) -> int | None:
-    """The errno of an error, including those that safetensors reports as text."""
-    if isinstance(error, OSError):
-        return error.errno
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else None
 
 
 def _named(error: BaseException) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 import reprlib
 from datetime import date
 from pathlib import PurePath
@@ -11,6 +13,7 @@ PROCESS_ENDED = (
     "another process of this run has ended: read its own message (none if it was killed, as for memory), then continue "
     "with --resume"
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SENTENCE = 1000  # characters of a whole message, whatever it quotes
 
 
@@ -81,6 +84,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in ("DefaultCPUAllocator", "out of memory", "can't allocate memory")
     )
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The errno of an error, including those that libraries written in Rust report as text."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the disk, or this user's share of it, is full."""
+    return errno_of(error) in _FULL
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atp.errors import InputError, reason, shorten
-from atp.files import whole_folder
+from atp.files import remove_leftovers_of, whole_folder
 from atp.requirements import find
 
 COMPLETE = "skipped.json"
@@ -149,6 +149,7 @@ def write(folder: Path, records: Iterable[tuple[int, Mapping[str, Any]]], schema
     """
     import pyarrow
 
+    remove_leftovers_of(folder)
     with whole_folder(folder) as made:
         size, writer = 0, None
         for index, (bytes_, batch) in enumerate(_batches(records)):

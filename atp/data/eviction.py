@@ -61,7 +61,7 @@ def _remove(folder: Path) -> bool:
     """Removes a folder unless a process makes or uses tables in it."""
     from filelock import FileLock  # comes with datasets
 
-    key = folder.name.rpartition("-")[2]  # of .writing-KEY, which a killed process left, too
+    key = folder.name.rpartition("-")[2]  # of .writing-...-KEY, which a killed process left, too
     try:
         with FileLock(folder.with_name(f"{key}.lock"), timeout=0):
             handle = os.open(folder, os.O_RDONLY)

@@ -19,7 +19,7 @@ from atp.export.card import PACKAGED, facts_of_card
 from atp.export.gguf import DTYPES, architecture_of, write_gguf
 from atp.export.quantized import SCHEMES, write_quantized
 from atp.families import family_of, is_cut
-from atp.files import check_writable
+from atp.files import check_writable, remove_leftovers_of
 from atp.finite import refuse_weights
 from atp.folders import CONFIG
 from atp.loading import load_any_model, load_shapes, load_tokenizer
@@ -98,6 +98,7 @@ def export(source: str, to: str, dtype: str | None, out: Path | None) -> tuple[P
     if not path.parent.is_dir():
         raise InputError(f"folder {path.parent} of --out does not exist: create it or choose another --out")
     check_writable(path.parent, "--out")
+    remove_leftovers_of(path)
     return path, target.write(_read(model, folder, name), dtype, path)
 
 

@@ -139,10 +139,17 @@ def write_gguf(
                 values = weight.values()
                 if held[name] == GGMLQuantizationType.F16 and np.abs(values).max() > _LARGEST_F16:
                     raise InputError(f"weight {name} holds values beyond float16: use --dtype bf16 or f32")
-                writer.write_tensor_data(quantize(values, held[name]))
+                writer.write_tensor_data(quantize(values, held[name]).view(_Written))
         finally:
             writer.close()
     return [*_window_remark(config), *_fallback_remark(weights, held, wanted)]
+
+
+class _Written(np.ndarray):
+    """An array that the writer writes through Python: numpy loses the errno, and errors of its last bytes altogether."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        fid.write(np.ascontiguousarray(self).data)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from atp.errors import InputError, reason
+from atp.errors import InputError, is_disk_full, reason
 
 _TOKEN = "HF_TOKEN"
 
@@ -43,6 +43,8 @@ def push(source: Path, repository: str, *, private: bool = True) -> str:
         hub.create_repo(repository, private=private, exist_ok=True)
         return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="A model cut by ATP"))
     except (HfHubHTTPError, OSError) as error:
+        if is_disk_full(error):  # of this machine, where the Hub's client keeps what it is about to send
+            raise
         raise InputError(f"the Hub did not take {repository} ({reason(error)}): check name and token") from error
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from atp.files import whole_file
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -214,9 +216,8 @@ def _png(path: Path, draw: Callable[[Figure], None], height: float) -> None:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(1.6 * _WIDTH, height), dpi=150, layout="constrained")
         draw(figure)
-        fresh = path.with_suffix(".writing.png")
-        figure.savefig(fresh)
-        fresh.replace(path)
+        with whole_file(path) as fresh:
+            figure.savefig(fresh)
 
 
 def _intervals(panels: Panels, color: str) -> Callable[[Figure], None]:

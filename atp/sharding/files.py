@@ -16,27 +16,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atp import processes
-from atp.files import flush
+from atp.files import flush, new_folder
 
-_STAGED = ".writing-shards"  # a name that `remove_leftovers` knows
 _FILE = re.compile(r"shard-(\d{5})-of-(\d{5})\.safetensors")
 
 
-def stage(root: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes this process's rows beside the checkpoints, for the main process to `collect`; returns when all have."""
-    folder = root / _STAGED
-    folder.mkdir(parents=True, exist_ok=True)
+def stage(root: Path, tensors: dict[str, Tensor]) -> Path:
+    """Writes this process's rows to a folder beside the checkpoints, for the main process to `collect`.
+
+    Returns that folder when all have written.
+    """
+    folder = processes.on_main(lambda: new_folder(root, "shards"))
     path = folder / f"shard-{processes.rank():05d}-of-{processes.count():05d}.safetensors"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     flush(path)
     processes.wait()
+    return folder
 
 
-def collect(root: Path, folder: Path) -> list[str]:
+def collect(staged: Path, folder: Path) -> list[str]:
     """Moves the staged files of all processes into a folder and returns their names."""
     names = [f"shard-{rank:05d}-of-{processes.count():05d}.safetensors" for rank in range(processes.count())]
     for name in names:
-        os.replace(root / _STAGED / name, folder / name)
+        os.replace(staged / name, folder / name)
     return names
 
 

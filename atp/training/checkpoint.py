@@ -50,10 +50,10 @@ class Checkpoint:
         return self.tensors[name][rows] if name in self.tensors else self.files.read(name, rows)
 
 
-def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+def save(root: Path, checkpoint: Checkpoint, *, keep: int, staged: Path | None = None) -> Path:
     """Writes root/checkpoint-<step> atomically, updates LATEST and removes all but the newest `keep`.
 
-    Shards must be staged by then, by all processes (`atp.sharding.files.stage`).
+    staged: where all processes have written their shards by then (`atp.sharding.files.stage`).
     Raises `NotReached` for a tensor that holds NaN or infinity, before anything is written.
     """
     spoiled = first_non_finite(checkpoint.tensors.items())
@@ -68,7 +68,7 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in checkpoint.tensors.items()}
     with whole_folder(final) as folder:
         save_file(tensors, folder / _TENSORS)
-        names = [_TENSORS, *(collect(root, folder) if checkpoint.shards else [])]
+        names = [_TENSORS, *(collect(staged, folder) if staged else [])]
         facts = {"format": FORMAT, "step": checkpoint.step, "sha256": {name: _digest(folder / name) for name in names}}
         meta = json.loads(json.dumps(facts | {"values": checkpoint.meta}))
         (folder / _META).write_text(json.dumps(meta | {"checksum": _checksum(meta)}), encoding="utf-8")

@@ -361,9 +361,8 @@ class Loop:
     def write(self, state: Checkpoint) -> Path:
         """Writes a checkpoint, in the main process, and tells callbacks of it."""
         keep = self.config.training.keep_checkpoints
-        if state.shards:
-            stage(self.checkpoint_root, state.shards)
-        path = processes.on_main(lambda: checkpoints.save(self.checkpoint_root, state, keep=keep))
+        staged = stage(self.checkpoint_root, state.shards) if state.shards else None
+        path = processes.on_main(lambda: checkpoints.save(self.checkpoint_root, state, keep=keep, staged=staged))
         self._tell("on_checkpoint", path)
         return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from atp import processes, progress
-from atp.files import write_text
+from atp.files import append, write_text
 
 
 class MetricsLog:
@@ -23,11 +24,15 @@ class MetricsLog:
         self.path = path
 
     def rewind(self, step: int) -> int:
-        """Keeps the records up to and including `step`; returns how many damaged lines it dropped."""
-        if not processes.is_main() or not self.path.is_file():
+        """Keeps the records up to and including `step`; returns how many damaged lines it dropped.
+
+        The file is then one of our own, also where it was a link or a pipe.
+        """
+        if not processes.is_main() or not os.path.lexists(self.path):
             return 0
         kept, damaged = [], 0
-        for line in self.path.read_bytes().splitlines():
+        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
+        for line in lines:
             try:
                 record = json.loads(line)
                 if int(record["step"]) <= step:
@@ -42,8 +47,7 @@ class MetricsLog:
         if not processes.is_main():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self.path, json.dumps(record) + "\n")
 
 
 class PhaseClock:

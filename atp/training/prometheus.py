@@ -39,9 +39,6 @@ class MetricsFile(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # The collector reads all files whose names end in .prom, and another run may write the same file. A short name
-        # fits wherever that of the file does.
-        self._temporary = f"metrics.{os.getpid()}"
         self._record: Record = {}
         self._saved: float | None = None
 
@@ -74,7 +71,8 @@ class MetricsFile(Callback):
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         labels = {"run": loop.config.output_dir, "phase": loop.phase}
-        with whole_file(self.path, self._temporary) as temporary:
+        # The collector reads all files whose names end in .prom.
+        with whole_file(self.path, ending="metrics") as temporary:
             temporary.write_text(exposition(values, labels), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from atp.compare.members import Members
 from atp.config import ExportConfig
 from atp.errors import InputError
 from atp.experiments import Experiment
-from atp.locking import locked
+from atp.locking import holder, locked
 
 
 def held_by_another_process(folder):
@@ -53,6 +53,35 @@ def test_a_lock_file_alone_means_nothing(tmp_path):
     (tmp_path / ".lock").write_bytes(b"\xff process 1 on nowhere")
     with locked(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def _link(path):
+    path.symlink_to("../texts.jsonl")
+
+
+def _dangling(path):
+    path.symlink_to("../nowhere")
+
+
+@pytest.mark.parametrize("make", [_link, _dangling, os.mkfifo, os.mkdir])
+def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path, make):
+    (tmp_path / "texts.jsonl").write_text("precious")
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / ".lock")
+    assert holder(tmp_path / "out") is None
+    with pytest.raises(InputError, match=r"\.lock is a link or no file, so nothing is written to it: remove it"):
+        with locked(tmp_path / "out"):
+            pytest.fail("locked")
+    assert (tmp_path / "texts.jsonl").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["out", "texts.jsonl"]
+
+
+def test_a_lock_that_is_a_second_name_of_a_file_leaves_the_file_as_it_is(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("precious")
+    (tmp_path / ".lock").hardlink_to(tmp_path / "texts.jsonl")
+    with locked(tmp_path), pytest.raises(InputError, match="in use by"), locked(tmp_path):
+        pytest.fail("both hold it")
+    assert (tmp_path / "texts.jsonl").read_text() == "precious"
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
