@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import stat
 import sys
 import time
 from pathlib import Path
@@ -96,7 +97,10 @@ def check_metrics_file(path: str | None) -> None:
         raise InputError(f"{key} {shorten(path)} is a folder: give the name of a file in it")
     check_writable(file.parent, key)
     try:
-        foreign = file.stat().st_size > 0 and not file.read_bytes().startswith(_FIRST.encode())
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{key} {shorten(path)} is no regular file: give another name")
+        foreign = found.st_size > 0 and not file.read_bytes().startswith(_FIRST.encode())
     except FileNotFoundError:
         return
     except OSError as error:

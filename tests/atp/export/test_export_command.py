@@ -1,6 +1,8 @@
 """`atp export`: which model it takes, where it writes, and what it refuses before it writes anything."""
 
+import resource
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from tiny_tokenizers import byte_level
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from atp.cli import main
+from atp.ending import ending
 from atp.errors import InputError
+from atp.export import gguf
 from atp.export.command import TARGETS, export
 from atp.export.gguf import DTYPES
 from benchmarks.gguf_forward import File
@@ -110,6 +114,52 @@ def test_options_are_refused(run, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         export(**values)
     assert contents(tmp_path) == ["run"] and contents(run) == ["config.yaml", "model"]
+
+
+@contextmanager
+def no_file_beyond(size):
+    """What a full disk is to whoever writes: no file of this process grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("missing", [1, 100, 5000, 100_000])
+def test_a_disk_that_takes_no_more_leaves_no_file_and_is_told_with_the_place(tmp_path, missing):
+    save(tmp_path / "mine")
+    whole, _ = export(str(tmp_path / "mine"), "gguf", "f32", tmp_path / "whole.gguf")
+    with no_file_beyond(whole.stat().st_size - missing), pytest.raises(OSError) as caught:
+        export(str(tmp_path / "mine"), "gguf", "f32", tmp_path / "short.gguf")
+    said, code = ending(caught.value)
+    assert code == 1 and f"File too large: '{tmp_path / 'short.gguf'}'" in said
+    assert contents(tmp_path) == ["mine", "whole.gguf"]
+
+
+def test_two_exports_to_one_file_leave_one_of_them_whole(tmp_path, monkeypatch):
+    save(tmp_path / "mine")
+    expected, _ = export(str(tmp_path / "mine"), "gguf", "f32", tmp_path / "alone.gguf")
+    quantize, begun = gguf.quantize, []
+
+    def while_another_writes(values, held):
+        if not begun:
+            begun.append(True)
+            export(str(tmp_path / "mine"), "gguf", "q8_0", tmp_path / "x.gguf")
+        return quantize(values, held)
+
+    monkeypatch.setattr(gguf, "quantize", while_another_writes)
+    export(str(tmp_path / "mine"), "gguf", "f32", tmp_path / "x.gguf")
+    assert begun and (tmp_path / "x.gguf").read_bytes() == expected.read_bytes()
+    assert contents(tmp_path) == ["alone.gguf", "mine", "x.gguf"]
+
+
+def test_what_a_killed_export_left_makes_room_for_the_next(tmp_path):
+    save(tmp_path / "mine")
+    (tmp_path / ".writing-0123456789abcdef-x.gguf").write_text("half")
+    export(str(tmp_path / "mine"), "gguf", "f32", tmp_path / "x.gguf")
+    assert contents(tmp_path) == ["mine", "x.gguf"]
 
 
 def test_a_run_without_a_model_is_refused(tmp_path):

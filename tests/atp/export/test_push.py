@@ -1,10 +1,13 @@
 """`atp push`: what would be uploaded, and what is, by a stand-in for the Hub."""
 
+import errno
+
 import pytest
 from tiny_folder import save
 from typer.testing import CliRunner
 
 from atp import cli
+from atp.ending import ending
 from atp.errors import InputError
 from atp.export import push as pushing
 
@@ -72,3 +75,14 @@ def test_what_the_hub_refuses_is_one_sentence(run, monkeypatch):
     monkeypatch.setattr(Hub, "create_repo", refuse)
     with pytest.raises(InputError, match="did not take me/small .*no route"):
         pushing.push(run, "me/small")
+
+
+def test_a_full_disk_here_is_not_blamed_on_the_hub(run, monkeypatch):
+    def full(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "/home/me/.cache/staged")
+
+    monkeypatch.setattr(Hub, "create_repo", full)
+    with pytest.raises(OSError) as caught:
+        pushing.push(run, "me/small")
+    said = ending(caught.value)[0]
+    assert said.startswith("the disk is full") and ".cache/staged" in said and "free some space" in said

@@ -1,5 +1,6 @@
 """The metrics file never takes the place of another file, and its text is what Prometheus reads."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, name, message):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=f"training.metrics_file .*{message}"):
         check_metrics_file(str(tmp_path / name))
+
+
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "atp.prom")
+    (tmp_path / "link.prom").symlink_to("/dev/null")
+    for name in ("atp.prom", "link.prom"):
+        with pytest.raises(InputError, match=rf"training.metrics_file .*{name} is no regular file: give another name"):
+            check_metrics_file(str(tmp_path / name))
 
 
 def test_each_record_and_checkpoint_replaces_the_file(tmp_path, monkeypatch):
