@@ -298,7 +298,7 @@ def _rope_factors(config: ATPLlamaConfig) -> Tensor:
     """What llama.cpp divides each RoPE frequency by, float32 [head_dim / 2]."""
     heads, theta = config.uncut_head_dim, _rope(config)["rope_theta"]
     plain = 1.0 / (theta ** (torch.arange(0, heads, 2, dtype=torch.float) / heads))
-    return plain / LlamaRotaryEmbedding(config).inv_freq
+    return plain / LlamaRotaryEmbedding(config.without_layers()).inv_freq
 
 
 def _held_as(tensor: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:

@@ -3,6 +3,7 @@
 Annotations are evaluated here (no `from __future__ import annotations`): `strict` checks no type that is text.
 """
 
+import copy
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -108,6 +109,15 @@ class ATPLlamaConfig(LlamaConfig):
         cut._attn_implementation = config._attn_implementation
         return cut
 
+    def without_layers(self) -> "ATPLlamaConfig":
+        """A copy without the widths of single layers, as transformers' RoPE needs it.
+
+        RoPE divides hidden_size by the heads of the whole model even where head_dim is given.
+        """
+        whole = copy.copy(self)
+        whole.per_layer_config = None
+        return whole
+
     @property
     def logit_scale(self) -> float:
         """What vLLM multiplies the head's outputs by: it computes them without our class."""
@@ -159,6 +169,10 @@ class ATPLlamaConfig(LlamaConfig):
     def uses_rope(self, layer: int) -> bool:
         """Whether one layer rotates its queries and keys."""
         return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
+
+    def validate_rope(self) -> None:
+        """Checks rope_parameters; called by transformers."""
+        LlamaConfig.validate_rope(self.without_layers())
 
     def validate_architecture(self) -> None:
         """Checks every layer's widths; called by transformers. Raises ValueError naming layer and key."""

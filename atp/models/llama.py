@@ -209,7 +209,7 @@ class ATPLlamaModel(ATPLlamaPreTrainedModel, Qwen2Model):  # type: ignore[misc] 
         self.layers = nn.ModuleList(ATPLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         # Those of Qwen2 under other names.
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # type: ignore[assignment]
-        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[assignment]
+        self.rotary_emb = LlamaRotaryEmbedding(config.without_layers())  # type: ignore[assignment]
         self.has_sliding_layers = "sliding_attention" in (config.layer_types or ())
         self.gradient_checkpointing = False
         self.post_init()

@@ -62,7 +62,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
         fully_shard(part, **options)
     fully_shard(decoder, **options)  # the root, whose last norm is left; it overlaps gathering with computing
     model.requires_grad_(False).to_empty(device=device)
-    decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(device)
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.rotary_emb.config).to(device)
 
 
 def sharded_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
