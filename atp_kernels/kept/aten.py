@@ -174,7 +174,8 @@ def _gather_and_multiply(
     room = min(max(spare, _FEW_ROWS * width), n * width)
     scratch = values.new_empty(room)
     by_columns = values.element_size() > 2
-    least = _LEAST_ROWS if by_columns else room // width
+    whole = max(1, room // width)  # rows that scratch memory holds
+    least = _LEAST_ROWS if by_columns else whole
     start = 0
     while start < n:
         left, step, memory = n - start, width, scratch
@@ -184,9 +185,10 @@ def _gather_and_multiply(
         elif count > least:
             memory = result[start + count :].view(-1)
         elif by_columns:
-            count, step = left, max(1, room // left)
+            count = min(left, room)  # there may be less room than a column of all rows takes
+            step = room // count
         else:
-            count = math.ceil(left / math.ceil(left * width / room))
+            count = math.ceil(left / math.ceil(left / whole))
         rows = slice(start, start + count)
         out = result[rows, :n_out]
         for first in range(0, width, step):

@@ -54,6 +54,36 @@ def test_chunks_change_no_bit(m, out_mask, in_mask, n, k, dtype):
     assert torch.equal(*(torch.autograd.grad(value, tensors["x"], grad)[0] for value in (y, expected)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 9])
+def test_any_room_takes_any_rows(width, dtype):
+    """Room for less than a column of all rows, and room that holds no whole number of rows."""
+    draw = torch.Generator().manual_seed(width)
+    index = torch.randperm(12, generator=draw)[:width]
+    for rows in (1, 16, 17, 33, 300):
+        values = torch.randint(-1, 2, (rows, 12), generator=draw).to(dtype)
+        matrix = torch.randint(-1, 2, (width, 2), generator=draw).to(dtype)
+        for spare in (*range(40), 161, 313, rows * width):
+            result = values.new_empty(rows, 2)
+            backend._gather_and_multiply(values, index, matrix, None, result, spare, backend.ATEN)
+            assert torch.equal(result, values[:, index] @ matrix), (rows, spare)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [0, 1, 8])
+def test_few_kept_outputs_of_many_rows(rank, dtype):
+    draw = torch.Generator().manual_seed(rank)
+    x, weight, lora_a, lora_b, grad = (
+        torch.randint(-1, 2, shape, generator=draw).to(dtype)
+        for shape in ((300, 3), (4, 3), (rank, 3), (4, rank), (300, 4))
+    )
+    mask = torch.tensor([True, False, False, False])
+    kept = KeptSlice(weight, out_mask=mask, pad_to=1)
+    y = kept_lora_linear(x.requires_grad_(), kept, lora_a, lora_b, scaling=1.0)
+    (got,) = torch.autograd.grad(y, x, grad)
+    assert torch.equal(got, (grad * mask) @ weight + grad @ lora_b @ lora_a)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 def test_a_sum_is_rounded_once(dtype):
     """Parts of this sum need more than the digits of 16 bits, the whole of it is 1."""
