@@ -36,7 +36,7 @@ TABLE = {
     ),
     (SLICES, KEPT_FORMS): (
         ("made._held = None", "pass"),
-        ("version_of(t) if unchanged else _CHANGED", "version_of(t)"),
+        ("version_of(t) if unchanged else CHANGED", "version_of(t)"),
     ),
     (SIDES, KEPT_REUSE): (
         ("if reuse is not None and not reuse.given_away:", "if reuse is not None:"),
@@ -76,7 +76,9 @@ TABLE = {
         ('given = ("weight", weight), ("bias", bias)', 'given = (("weight", weight),)'),
         ("or (version_of(self.out_mask), version_of(self.in_mask)) != self._mask_versions:", "or False:"),
         ("if version_of(new) != new._mask_version:", "if False:"),
+        ("(name, tensor, version_of(tensor)) for name", "(name, tensor.detach(), version_of(tensor)) for name"),
     ),
+    (SIDES, KEPT_STALE): (("if self._mask_version else CHANGED", "if True else CHANGED"),),
     (ATEN, KEPT_NO_WORSE_THAN): (
         ("own, high, bias, out=target)", "own, high, None, out=target)"),
         ("ordered(lora_a, ins, 1).t(), scaling)", "ordered(lora_a, ins, 1).t(), 1.0)"),

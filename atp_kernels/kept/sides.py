@@ -65,6 +65,14 @@ class KeptFirst:
             self.index, self.place = into(reuse.index, self.index), into(reuse.place, self.place)
             reuse.given_away = True
 
+    def __getstate__(self) -> dict[str, object]:
+        """For a copy, as that of a `KeptSlice`."""
+        return self.__dict__ | {"_mask_version": version_of(self.mask) == self._mask_version}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._mask_version = version_of(self.mask) if self._mask_version else CHANGED
+
     def __repr__(self) -> str:
         return f"KeptFirst(kept {self.kept}/{self.size}, width {self.width}, {self.index.device})"
 
@@ -160,6 +168,10 @@ def into(old: Tensor, new: Tensor) -> Tensor:
     """`new` in the memory of `old` where that is of its shape and dtype and on its device."""
     fits = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device) and not old.is_inference()
     return old.copy_(new) if fits else new
+
+
+CHANGED = -1
+"""The version of what had changed before it was copied, which no tensor has."""
 
 
 def version_of(tensor: Tensor | KeptFirst | None) -> int | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from atp_kernels import checks
 from atp_kernels.call import select
 from atp_kernels.kept.sides import (
+    CHANGED,
     Gather,
     KeptFirst,
     Side,
@@ -35,7 +36,8 @@ class KeptSlice:
     would take back most of what quantising saves. pad_to: multiple to which kept counts of bool masks are padded
     (vendor GEMMs are slow on odd widths), never visible in results. Make a new slice when a mask or the weight changed:
     a weight or bias that did, in place, makes the next use raise RuntimeError. torch counts no changes through `.data`
-    or of inference tensors, and a compiled program does not look. Making one waits for the device of a bool mask, so
+    or of inference tensors, a compiled program does not look, and a parameter that takes the place of the weight in its
+    module is another tensor. A copy of a module with its slice looks at the weight of the copy. Making one waits for the device of a bool mask, so
     for nothing where the mask lies on the host; using it never waits.
     reuse: an earlier slice, whose memory this one takes where it has the size. `same_memory` says whether all of this
     one lies there; a CUDA graph that was captured with the earlier slice then computes with this one. Every use of the
@@ -61,14 +63,11 @@ class KeptSlice:
         self.dtype, self.device = weight.dtype, weight.device
         self.out_mask, self.in_mask = out_mask, in_mask
         self._mask_versions = version_of(out_mask), version_of(in_mask)
-        # A detached tensor counts its changes with the one that it came from.
-        self._sources = tuple(
-            (name, tensor.detach(), version_of(tensor)) for name, tensor in given if tensor is not None
-        )
+        # The tensors themselves: a copy of a module finds those of its own layers through them.
+        self._sources = tuple((name, tensor, version_of(tensor)) for name, tensor in given if tensor is not None)
         self._rows, self._cols = self._gather_of(out_mask, pad_to), self._gather_of(in_mask, pad_to)
         self.kept_out = self.out_features if self._rows is None else self._rows.count
         self.kept_in = self.in_features if self._cols is None else self._cols.count
-        self._weight = weight.detach()
         self.quantized = isinstance(weight, QuantizedWeight)
         self._take_sides()
         self._held = None if self._gathers or self.quantized else self._weight
@@ -84,15 +83,19 @@ class KeptSlice:
     def __getstate__(self) -> dict[str, object]:
         """For a copy, whose tensors count changes anew: which of them are unchanged, in place of their versions."""
         masks = tuple(map(version_of, (self.out_mask, self.in_mask)))
-        sources = tuple((name, tensor, version_of(tensor) == version) for name, tensor, version in self._sources)
+        sources = tuple(
+            # What a change has put into a graph can be copied without it alone.
+            (name, tensor if tensor.is_leaf else tensor.detach(), version_of(tensor) == version)
+            for name, tensor, version in self._sources
+        )
         return self.__dict__ | {"_sources": sources, "_mask_versions": masks == self._mask_versions}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         masks = version_of(self.out_mask), version_of(self.in_mask)
-        self._mask_versions = masks if self._mask_versions else (_CHANGED, _CHANGED)
+        self._mask_versions = masks if self._mask_versions else (CHANGED, CHANGED)
         self._sources = tuple(
-            (name, t, version_of(t) if unchanged else _CHANGED) for name, t, unchanged in self._sources
+            (name, t, version_of(t) if unchanged else CHANGED) for name, t, unchanged in self._sources
         )
 
     def fits(self, out_mask: Tensor | KeptFirst | None, in_mask: Tensor | KeptFirst | None) -> bool:
@@ -138,9 +141,10 @@ class KeptSlice:
         """
         if not torch.compiler.is_compiling():
             self._check_unchanged()
-        if isinstance(self._weight, QuantizedWeight):
-            refuse_training(self._weight)
-            return _gathered(self._weight.to(dtype), self._rows, self._cols)
+        if self.quantized:
+            whole = self._weight
+            refuse_training(whole)
+            return _gathered(whole.to(dtype), self._rows, self._cols)
         if self._held is not None and self._held.dtype == dtype:
             return self._held
         if torch.compiler.is_compiling() or checks.is_capturing(self.device):
@@ -154,6 +158,11 @@ class KeptSlice:
         return None if self._bias is None else self._bias.to(dtype)
 
     @property
+    def _weight(self) -> Tensor:
+        """The whole weight."""
+        return self._sources[0][1].detach()
+
+    @property
     def _gathers(self) -> bool:
         """Whether the slice is less than the whole weight."""
         return self._rows is not None or self._cols is not None
@@ -162,7 +171,7 @@ class KeptSlice:
         """What the products must know of the two sides, and the bias."""
         outs, ins = (None if gather is None else gather.side for gather in (self._rows, self._cols))
         self.sides: tuple[Side | None, Side | None] = outs, ins  # how outputs and inputs relate to the slice
-        bias = next((tensor for name, tensor, _ in self._sources if name == "bias"), None)
+        bias = next((tensor.detach() for name, tensor, _ in self._sources if name == "bias"), None)
         self._bias = None if bias is None else _gathered(bias.unsqueeze(1), self._rows, None).squeeze(1)
 
     def _take_memory(self, old: "KeptSlice") -> None:
@@ -214,10 +223,6 @@ class CallSlice(KeptSlice):
         if isinstance(mask, Tensor) and mask.device.type != "cpu":
             return remembered(mask, pad_to)
         return super()._gather_of(mask, pad_to)
-
-
-_CHANGED = -1
-"""The version of what had changed before it was copied, which no tensor has."""
 
 
 def _gathered(matrix: Tensor, rows: Gather | None, cols: Gather | None) -> Tensor:

@@ -1,5 +1,9 @@
 """A slice is a copy: it says so when its weight, its bias or its masks changed after it was made."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +52,74 @@ def test_a_changed_weight_is_refused_with_the_remedy(change, used):
         X, linear.weight, *FACTORS, scaling=1.0, bias=linear.bias, out_mask=OUT, in_mask=IN
     )
     torch.testing.assert_close(fresh, masked)
+
+
+class Layer(nn.Module):
+    """A module that holds a slice of a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = weights()
+        self.make_slice()
+
+    def make_slice(self):
+        self.kept = KeptSlice(self.base.weight, self.base.bias, out_mask=OUT, in_mask=KeptFirst(IN))
+
+
+def saved(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": saved,
+    "copy of a copy": lambda module: copy.deepcopy(copy.deepcopy(module)),
+}
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
+@pytest.mark.parametrize("copied", COPIES)
+def test_the_slice_of_a_copied_module_looks_at_the_weight_of_the_copy(copied, used):
+    for change in CHANGES.values():
+        module = Layer()
+        expected = call(module.kept)
+        if not used:
+            module.make_slice()
+        other = COPIES[copied](module)
+        torch.testing.assert_close(call(other.kept), expected)
+        change(other.base)
+        with pytest.raises(RuntimeError, match="changed in place after it was made"):
+            call(other.kept)
+        assert torch.equal(call(module.kept), expected)
+
+
+def test_a_slice_whose_weight_learns_by_now_is_copied():
+    linear = weights()
+    kept = KeptSlice(linear.weight, out_mask=OUT)
+    expected = call(kept)
+    linear.weight.requires_grad_(True)
+    assert torch.equal(call(copy.deepcopy(kept)), expected)
+    weight = linear.weight.detach().clone()
+    kept = KeptSlice(weight, out_mask=OUT)
+    weight.mul_(linear.weight)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        call(copy.deepcopy(kept))
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copied_order_knows_whether_its_mask_changed(copied):
+    mask = OUT.clone()
+    mask.logical_not_().logical_not_()  # versions of a copy start anew
+    order = KeptFirst(mask)
+    same = COPIES[copied](order)
+    assert KeptSlice(weights().weight, out_mask=same).fits(order, None)
+    assert KeptSlice(weights().weight, out_mask=order).fits(same, None)
+    mask.logical_not_()
+    late = COPIES[copied](order)
+    assert not KeptSlice(weights().weight, out_mask=KeptFirst(mask.clone())).fits(late, None)
 
 
 def test_a_weight_that_changes_before_the_backward_pass_is_refused_there():
