@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atp_kernels.kinds import typed
+
 ENVIRONMENT = "ATP_KERNELS_BACKEND"
 
 _FILES = {"reference": "aten", "triton": "triton", "native": "native"}
@@ -147,6 +149,8 @@ def _select(
 ) -> Choice:
     if op not in OPERATIONS:
         raise ValueError(f"unknown operation {op!r}: use one of {', '.join(OPERATIONS)}.")
+    if dtype.is_floating_point and dtype.itemsize < 2 and op != "compact":
+        raise ValueError(f"{op} does not compute in {shown(dtype)}: cast the operands, or make a QuantizedWeight.")
     operation, call = OPERATIONS[op], Call(op, device, dtype, plain, result)
     origin = "backend="
     if backend == "auto" and override:
@@ -181,6 +185,7 @@ def _missing(name: str) -> str | None:
     return importlib.import_module(_RUNTIMES[name]).REASON if name in _RUNTIMES else None
 
 
+@typed
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
     """Every backend's name, with None where it can run here, or on this device, and else the reason why not."""
     found = {name: _missing(name) for name in _FILES}
@@ -193,6 +198,7 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     }
 
 
+@typed
 def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = False, **options: Any) -> str:
     """One sentence on how a call of `op` on tensors like these is computed, and why.
 

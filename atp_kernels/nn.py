@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from atp_kernels.dropout import new_seed
+from atp_kernels.kinds import typed
 from atp_kernels.linear import masked_lora_linear
 from atp_kernels.quantized import dense
 
@@ -30,6 +31,7 @@ class MaskedLoRALinear(nn.Module):
     out_mask: Tensor | None
     in_mask: Tensor | None
 
+    @typed
     def __init__(
         self,
         weight: Tensor,
@@ -41,7 +43,7 @@ class MaskedLoRALinear(nn.Module):
         mask_lora: bool = False,
     ) -> None:
         super().__init__()
-        if weight.ndim != 2 or not weight.is_floating_point():
+        if weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
             given = f"{weight.dtype} of shape {list(weight.shape)}"
             raise ValueError(f"weight must be a 2-D floating tensor, not {given}.")
         if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
@@ -62,6 +64,7 @@ class MaskedLoRALinear(nn.Module):
         self.reset_parameters()
 
     @classmethod
+    @typed
     def from_linear(cls, linear: nn.Linear, **options: Any) -> MaskedLoRALinear:
         """The layer over the weight and bias of a linear; the options are those of the constructor."""
         return cls(linear.weight, linear.bias, **options)

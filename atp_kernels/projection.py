@@ -53,7 +53,9 @@ def project(
 
 
 def check_kept(kept: Sequence[KeptSlice] | None, masks: Sequence[Tensor | None], mask_lora: bool) -> None:
-    """Raise ValueError for masks beside slices."""
+    """Raise ValueError for another number of slices than three, and for masks beside slices."""
+    if kept is not None and len(kept) != 3:
+        raise ValueError(f"kept has {len(kept)} of three slices: give one for each linear.")
     if kept is not None and (mask_lora or any(mask is not None for mask in masks)):
         raise ValueError(
             "kept slices bring their own masks, on the base path: give no mask and no mask_lora with them."

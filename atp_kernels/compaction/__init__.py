@@ -5,8 +5,10 @@ from torch import Tensor
 
 from atp_kernels.checks import check_range, refuse_capture
 from atp_kernels.compaction import op
+from atp_kernels.kinds import typed
 
 
+@typed
 def compact(
     weight: Tensor,
     rows: Tensor | None = None,
@@ -17,22 +19,32 @@ def compact(
 ) -> Tensor:
     """The kept rows and columns of a weight as a new tensor, without gradient.
 
-    weight [n, k]; rows and cols: int64 index vectors, None for all. Returns [n', k'], where a gathered side is padded
-    with zeros to a multiple of `pad_to` and the other side is as it was. Waits for the device to look at the indices.
-    Raises ValueError for wrong shapes, dtypes or devices, or an index that is negative or too large, and RuntimeError
-    while a CUDA graph is captured.
+    weight [n, k]; rows and cols: int64 index vectors, or bool masks [n] and [k] that keep what is True, None for all.
+    Returns [n', k'], where a gathered side is padded with zeros to a multiple of `pad_to` and the other side is as it
+    was. Waits for the device to look at the indices. Raises ValueError for wrong shapes, dtypes or devices, or an index
+    that is negative or too large, and RuntimeError while a CUDA graph is captured.
     Source: docs/method.md section 6.
     """
     if weight.ndim != 2:
         raise ValueError(f"compact takes a 2-D weight, not one of shape {list(weight.shape)}.")
-    for name, index in (("rows", rows), ("cols", cols)):
-        if index is not None and (index.ndim != 1 or index.dtype != torch.int64 or index.device != weight.device):
-            raise ValueError(f"{name} must be a 1-D int64 tensor on {weight.device}, or None for all.")
+    for (name, index), size in zip((("rows", rows), ("cols", cols)), weight.shape, strict=True):
+        if index is None:
+            continue
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.bool) or index.device != weight.device:
+            raise ValueError(f"{name} must be a 1-D int64 tensor on {weight.device}, or a bool mask there, or None for all.")
+        if index.dtype == torch.bool and (len(index) != size or index.is_meta):
+            raise ValueError(f"{name} is a mask of shape {list(index.shape)}: give bool [{size}] that holds values.")
     if rows is not None or cols is not None:
         refuse_capture(weight.device, "compact, which reads its indices on the host", "call it before the capture")
+    rows, cols = (_positions(index) for index in (rows, cols))
     for axis, (name, index) in enumerate((("rows holds", rows), ("cols holds", cols))):
         if index is not None:
             check_range(name, index, weight.shape[axis], "index")
-    if pad_to < 1:
+    if not 1 <= pad_to < 2**31:
         raise ValueError(f"pad_to is {pad_to}: give a positive multiple, 1 for no padding.")
     return op.compact_op(weight.detach(), rows, cols, pad_to, backend)
+
+
+def _positions(index: Tensor | None) -> Tensor | None:
+    """The index, or that of what a mask keeps."""
+    return index.nonzero().squeeze(1) if index is not None and index.dtype == torch.bool else index

@@ -5,8 +5,10 @@ from torch import Tensor
 
 from atp_kernels.checks import check_dropout, is_capturing
 from atp_kernels.dropout import op
+from atp_kernels.kinds import typed
 
 
+@typed
 def new_seed(x: Tensor) -> Tensor:
     """A seed for a call whose adapter reads x: a 0-d int64 tensor from torch's generator, on the CPU.
 
@@ -16,6 +18,7 @@ def new_seed(x: Tensor) -> Tensor:
     return torch.randint(2**62, (), dtype=torch.int64, device=device)
 
 
+@typed
 def lora_dropout(x: Tensor, p: float, seed: int | Tensor, *, backend: str = "auto") -> Tensor:
     """keep * x / (1 - p): what `masked_lora_linear` with this dropout and seed hands to its adapter, on its own.
 

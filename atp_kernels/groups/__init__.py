@@ -11,10 +11,12 @@ from atp_kernels.checks import check_eps, check_written
 from atp_kernels.groups import op
 from atp_kernels.groups.definition import Groups
 from atp_kernels.groups.plan import GroupPlan
+from atp_kernels.kinds import typed
 
 __all__ = ["GroupPlan", "Groups", "group_lasso", "group_lasso_grad_", "group_prox_"]
 
 
+@typed
 def group_lasso(
     factors: Sequence[Tensor],
     groups: Groups | GroupPlan,
@@ -36,6 +38,7 @@ def group_lasso(
     return op.lasso(factors, _plan(factors, groups, removed), removed, float(eps), backend)
 
 
+@typed
 def group_lasso_grad_(
     factors: Sequence[Tensor],
     groups: Groups | GroupPlan,
@@ -71,6 +74,7 @@ def group_lasso_grad_(
         return op.lasso_grad_(factors, plan, removed, weight, float(eps), backend)
 
 
+@typed
 def group_prox_(
     factors: Sequence[Tensor],
     groups: Groups | GroupPlan,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atp_kernels.checks import refuse_capture
 from atp_kernels.groups.definition import Groups
+from atp_kernels.kinds import typed
 
 
 class GroupPlan:
@@ -45,6 +46,7 @@ class GroupPlan:
         self._checked = False  # operations refuse what neither `of` nor `unpack` has checked
 
     @classmethod
+    @typed
     def of(cls, factors: Sequence[Tensor], groups: Groups, n_groups: int) -> GroupPlan:
         """The plan of `groups` as in `group_lasso`, for factors of these shapes on this device.
 
@@ -188,7 +190,8 @@ def _check(factors: Sequence[Tensor], groups: Groups) -> None:
     if not factors or len(factors) != len(groups):
         raise ValueError(f"{len(factors)} factors and {len(groups)} groups: give one (axis, index) for each factor.")
     device = factors[0].device
-    for i, (factor, (axis, index)) in enumerate(zip(factors, groups, strict=True)):
+    for i, (factor, group) in enumerate(zip(factors, groups, strict=True)):
+        axis, index = group if len(group) == 2 else (None, factor)
         if factor.ndim != 2 or not factor.is_floating_point():
             given = f"{factor.dtype} of shape {list(factor.shape)}"
             raise ValueError(f"factors[{i}] must be a 2-D floating tensor, not {given}.")

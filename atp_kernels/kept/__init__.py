@@ -13,8 +13,10 @@ from atp_kernels.kept import op
 from atp_kernels.kept.forms import taken
 from atp_kernels.kept.operands import prepare
 from atp_kernels.kept.slices import KeptSlice
+from atp_kernels.kinds import typed
 
 
+@typed
 def kept_lora_linear(
     x: Tensor,
     kept: KeptSlice,

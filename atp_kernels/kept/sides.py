@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from atp_kernels import checks
 from atp_kernels.compaction.definition import round_up
 from atp_kernels.devices import upload
+from atp_kernels.kinds import typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class KeptFirst:
     Raises ValueError for a wrong shape or dtype.
     """
 
+    @typed
     def __init__(
         self,
         mask: Tensor,
@@ -50,6 +52,7 @@ class KeptFirst:
         if mask.ndim != 1 or mask.dtype != torch.bool:
             raise ValueError(f"mask must be a 1-D bool tensor, not {mask.dtype} of shape {list(mask.shape)}.")
         check_padding(pad_to)
+        check_values("mask", mask)
         target = mask.device if device is None else torch.device(device)
         refuse_capture(target)
         self.mask, self.size, self._mask_version = mask, mask.numel(), version_of(mask)
@@ -188,6 +191,11 @@ def refuse_capture(device: torch.device) -> None:
     checks.refuse_capture(device, "the making of a KeptFirst or KeptSlice, which the host does", "make it before")
 
 
+def check_values(name: str, mask: Tensor) -> None:
+    if mask.is_meta:
+        raise ValueError(f"{name} is on meta, where it has no values to count: make it on the host.")
+
+
 def check_padding(pad_to: int) -> None:
-    if pad_to < 1:
+    if not 1 <= pad_to < 2**31:
         raise ValueError(f"pad_to is {pad_to}: give a positive multiple, 1 for no padding.")

@@ -17,12 +17,14 @@ from atp_kernels.kept.sides import (
     KeptFirst,
     Side,
     check_padding,
+    check_values,
     into,
     refuse_capture,
     remembered,
     side_into,
     version_of,
 )
+from atp_kernels.kinds import typed
 from atp_kernels.quantized import QuantizedWeight, refuse_training
 
 
@@ -37,14 +39,15 @@ class KeptSlice:
     (vendor GEMMs are slow on odd widths), never visible in results. Make a new slice when a mask or the weight changed:
     a weight or bias that did, in place, makes the next use raise RuntimeError. torch counts no changes through `.data`
     or of inference tensors, a compiled program does not look, and a parameter that takes the place of the weight in its
-    module is another tensor. A copy of a module with its slice looks at the weight of the copy. Making one waits for the device of a bool mask, so
-    for nothing where the mask lies on the host; using it never waits.
+    module is another tensor. A copy of a module with its slice looks at the weight of the copy. Making one waits for
+    the device of a bool mask, so for nothing where the mask lies on the host; using it never waits.
     reuse: an earlier slice, whose memory this one takes where it has the size. `same_memory` says whether all of this
     one lies there; a CUDA graph that was captured with the earlier slice then computes with this one. Every use of the
     earlier slice, and of others whose `KeptFirst` gave its memory away, raises RuntimeError from then on, a backward
     pass as well. Raises ValueError for wrong shapes, dtypes, devices or options.
     """
 
+    @typed
     def __init__(
         self,
         weight: Tensor,
@@ -268,6 +271,8 @@ def _check_slice(
             raise ValueError(f"{name} has {has}, but weight {list(weight.shape)} needs [{size}] on {weight.device}.")
         if name != "bias" and given is tensor and tensor.dtype != torch.bool:
             raise ValueError(f"{name} is {tensor.dtype}: a slice takes a bool mask, masked_lora_linear a soft one.")
+        if name != "bias" and given is tensor:
+            check_values(name, tensor)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} requires a gradient and a slice is frozen: freeze it or use masked_lora_linear.")

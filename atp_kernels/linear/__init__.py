@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from atp_kernels.checks import check_dropout
+from atp_kernels.kinds import typed
 from atp_kernels.linear import op
 from atp_kernels.linear.operands import Operands, prepare
 
 
+@typed
 def masked_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -55,6 +57,7 @@ def masked_lora_linear(
     return op.linear(operands, float(scaling), mask_lora, False, float(dropout), seed, backend, lora_a.shape[0])
 
 
+@typed
 def masked_lora_linear_with_norms(
     x: Tensor,
     weight: Tensor,

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from atp_kernels.checks import check_range
+from atp_kernels.kinds import typed
 from atp_kernels.loss import op
 
 
+@typed
 def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """-log softmax(logits)[target] of each row; the gradient of the sum of these losses replaces the logits.
 

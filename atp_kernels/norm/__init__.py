@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from atp_kernels.checks import check_eps
+from atp_kernels.kinds import typed
 from atp_kernels.norm import op
 
 
+@typed
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 from atp_kernels.call import Operation, register
 from atp_kernels.checks import check_dropout
 from atp_kernels.kept.slices import KeptSlice
+from atp_kernels.kinds import typed
 from atp_kernels.linear.op import BACKENDS, ORDER
 from atp_kernels.linear.shared import shared_linears
 from atp_kernels.projection import Projection, check_kept, project
@@ -12,6 +13,7 @@ from atp_kernels.projection import Projection, check_kept, project
 register(Operation("masked_lora_qkv", "atp_kernels.linear", BACKENDS, ORDER))
 
 
+@typed
 def masked_lora_qkv(
     x: Tensor,
     q: Projection,
@@ -35,6 +37,8 @@ def masked_lora_qkv(
     v [..., out_v]. Differentiable once in every floating input that requires it. Errors as in `masked_lora_linear` and
     `kept_lora_linear`. Source: arXiv 2412.14426, section 3.
     """
+    if len(masks) != 3:
+        raise ValueError(f"masks has {len(masks)} of three: give one for each linear, or None.")
     check_kept(kept, masks, mask_lora)
     if dropout != 0:
         check_dropout(x, dropout, seed, None)

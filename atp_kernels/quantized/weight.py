@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from atp_kernels.call import matrix, select
+from atp_kernels.kinds import typed
 
 BLOCK = 64
 """NF4 weights of one row that share a scale."""
@@ -57,6 +58,7 @@ class QuantizedWeight(Tensor):
         return made
 
     @classmethod
+    @typed
     def nf4(cls, weight: Tensor) -> QuantizedWeight:
         """Quantises a floating weight [out, in] to 4-bit NormalFloat with a scale per 64 weights of a row.
 
@@ -75,6 +77,7 @@ class QuantizedWeight(Tensor):
         return cls(packed.view(n_out, n_in // 2), state.absmax.view(n_out, n_in // BLOCK), None, weight.dtype)
 
     @classmethod
+    @typed
     def fp8(cls, weight: Tensor, *, per: str = "row") -> QuantizedWeight:
         """Quantises a floating weight [out, in] to float8_e4m3fn with a scale per "row" or one per "tensor"."""
         if per not in ("row", "tensor"):
@@ -82,6 +85,7 @@ class QuantizedWeight(Tensor):
         return cls._scaled(weight, torch.float8_e4m3fn, 1 if per == "row" else (0, 1))
 
     @classmethod
+    @typed
     def int8(cls, weight: Tensor) -> QuantizedWeight:
         """Quantises a floating weight [out, in] to int8 with a scale per row, symmetric."""
         return cls._scaled(weight, torch.int8, 1)

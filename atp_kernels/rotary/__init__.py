@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from atp_kernels.checks import check_range
+from atp_kernels.kinds import typed
 from atp_kernels.rotary import op
 
 
+@typed
 def rotary_embedding(
     q: Tensor,
     k: Tensor,
@@ -38,7 +40,7 @@ def rotary_embedding(
         if not right or angles.shape != cos.shape or (index is None and angles.shape[2] != size):
             needs = f"[{batch} or 1, {tokens}, {'A' if index is not None else size}]"
             raise ValueError(f"{name} has shape {list(angles.shape)}, but q {list(q.shape)} needs {needs}.")
-        if not angles.is_floating_point() or angles.requires_grad:
+        if not angles.is_floating_point() or angles.element_size() < 2 or angles.requires_grad:
             raise ValueError(f"{name} must be floating and constant: detach it, or cast it.")
     if index is not None and (index.shape != (size,) or index.dtype != torch.int64):
         raise ValueError(f"index is {index.dtype} of shape {list(index.shape)}: give int64 [{size}].")

@@ -5,11 +5,13 @@ from torch import Tensor
 
 from atp_kernels.checks import check_dropout
 from atp_kernels.kept.slices import KeptSlice
+from atp_kernels.kinds import typed
 from atp_kernels.projection import Projection, check_kept, project
 from atp_kernels.swiglu import op
 from atp_kernels.swiglu.aten import ACTIVATIONS
 
 
+@typed
 def masked_lora_swiglu(
     x: Tensor,
     gate: Projection,
