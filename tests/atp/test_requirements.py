@@ -120,6 +120,15 @@ def test_the_extras_hold_what_the_sentences_name():
 # The kernels alone: installed without the extra `train`
 
 
+def test_what_torch_asks_for_comes_with_the_kernels():
+    """`import torch` warns where numpy is missing, whoever imports it first, and no dependency of torch brings it."""
+    code = "import sys; sys.modules['numpy'] = None; import atp_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    missing = re.findall(r"Failed to initialize (\w+)", done.stderr)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {name.lower() for name in missing} <= {re.match(r"[\w-]+", text)[0] for text in project["dependencies"]}
+
+
 @pytest.fixture
 def alone(tmp_path):
     """Runs Python where none of the extra's packages can be found."""
