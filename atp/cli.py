@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from atp import cli_config, progress, ranks
 from atp import cli_results as results
-from atp.console import AtOnce, Debug, JsonLogs, On, Quiet, Resource, console
-from atp.ending import ending, flush_output, imports_are_done, interrupted
+from atp.console import AtOnce, Debug, JsonLogs, On, Quiet, Resource, console, errors
+from atp.ending import ending, flush_output, imports_are_done, interrupted, show_traceback
 from atp.errors import InputError, shorten
 from atp.redact import redacted
 
@@ -320,12 +319,13 @@ def _run(debug: bool) -> NoReturn:
         sentence, code = ending(error)
         sentence = redacted(sentence)
         if debug and sentence:
+            sys.excepthook = show_traceback
             raise
         if ranks.count() > 1 and _told_by_main(error):
             sentence = ""
     if sentence and not progress.error(sentence):
         where = "" if ranks.is_main() else f"process {ranks.rank()}: "
-        Console(stderr=True).print(f"{where}error: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"{where}error: {sentence}", soft_wrap=True)
     flush_output()
     sys.exit(code)
 

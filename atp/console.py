@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
 
 from atp import ranks
 from atp.ending import OutputClosed
+from atp.errors import visible
+from atp.redact import redacted
 
 
 class _Console(Console):
+    """Prints foreign text as it is: brackets are no markup, `:x:` is no emoji, and control characters are shown."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich does; in a file, which has no width, lines of text stay whole and can be searched for."""
         if not self.is_terminal and all(isinstance(item, str) for item in objects):
             options.setdefault("soft_wrap", True)
         super().print(*objects, **options)
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does, for every text that is printed, cells of tables included; secrets are left out."""
+        return super().render_str(visible(redacted(text)), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does; a `Text`, which is no longer a text when it comes here, has no control characters either."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
     def on_broken_pipe(self) -> None:
         raise OutputClosed
 
 
-# Paths and names are printed as they are, brackets included.
-console = _Console(quiet=not ranks.is_main(), markup=False, highlight=False)
+console = _Console(quiet=not ranks.is_main())
+errors = _Console(stderr=True)
 JsonLogs = Annotated[
     bool, typer.Option("--json-logs", help="Write progress as JSON to stderr, an object per line (docs/operations.md).")
 ]

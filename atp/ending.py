@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -21,7 +22,9 @@ from atp.errors import (
     is_lost_peer,
     is_out_of_memory,
     reason,
+    visible,
 )
+from atp.redact import redacted
 from atp.requirements import TRAIN, find, is_known, missing
 
 _BROKEN_PIPE = 128 + 13  # what a shell shows for a program that SIGPIPE ended
@@ -82,6 +85,11 @@ def _named(error: BaseException) -> str:
 
 def _one_line(message: object) -> str:
     return " ".join(line.strip() for line in str(message).splitlines())
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What --debug shows, as `sys.excepthook`: Python's own traceback without secrets and control characters."""
+    sys.stderr.write(visible(redacted("".join(traceback.format_exception(kind, error, trace)))))
 
 
 def flush_output() -> None:

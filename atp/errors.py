@@ -15,6 +15,8 @@ PROCESS_ENDED = (
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _SENTENCE = 1000  # characters of a whole message, whatever it quotes
+# C0 but tab and newline, DEL and C1, which a terminal obeys; what turns the order of text around; half surrogate pairs.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -67,6 +69,11 @@ def quote(value: object, limit: int = 200) -> str:
         return _cut(_printable(_Short(limit).repr(value)), limit)
     except Exception:  # a __repr__ may do anything
         return _cut(_name(value), limit)
+
+
+def visible(text: str) -> str:
+    """Foreign text for a terminal or a page: what they would obey is shown instead, ESC as `\\x1b`; lines stay lines."""
+    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def reason(error: BaseException) -> str:

@@ -23,6 +23,8 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextCol
 from rich.text import Text
 
 from atp import ranks
+from atp.errors import visible
+from atp.redact import redacted
 
 _QUIET_SECONDS = 20.0  # after which a line says that work goes on; readers are promised one every 30 s
 _open: ContextVar[_Log | _Sign | _Silence | None] = ContextVar("_open", default=None)
@@ -48,7 +50,7 @@ class _Log:
             line = f"{now.astimezone():%H:%M:%S} {text}"
             stream = sys.stderr if self.stdout_taken else sys.stdout
         self.written = time.monotonic()
-        stream.write(line + "\n")
+        stream.write(visible(redacted(line)) + "\n")
         stream.flush()
 
     def begin(self, phase: str) -> None:

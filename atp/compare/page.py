@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from atp.compare.table import markdown, remarks, table
+from atp.errors import visible
 from atp.files import write_text
 from atp.report import plots
 from atp.report.page import render
@@ -17,7 +18,7 @@ _PANELS = {"relative_performance": "relative performance", "perplexity_ratio": "
 
 def write_pages(folder: Path, content: dict[str, Any]) -> None:
     """Writes the pages from the content of comparison.json, each in one step."""
-    write_text(folder / "comparison.md", markdown(content))
+    write_text(folder / "comparison.md", visible(markdown(content)))
     write_text(folder / "comparison.html", _page(folder, content))
     panels = _panels(content)
     if panels and plots.available():

@@ -13,7 +13,7 @@ from atp.config import ATPConfig
 from atp.data.domains import C4, hub_sources
 from atp.data.hub import HubName
 from atp.data.packages import PACKAGED_MODEL
-from atp.errors import shorten
+from atp.errors import shorten, visible
 from atp.files import write_text
 from atp.models.base import FORMS
 from atp.reading import existing
@@ -147,9 +147,9 @@ Speed is that of the machine on which the weights were quantized, on a CPU. To l
     if found is None:
         known = {name: facts[name] for name in ("base_model", "license", "language") if name in facts}
         data = ModelCardData(**known, library_name="transformers", pipeline_tag="text-generation")
-        return f"---\n{data.to_yaml()}\n---\n# {plain(facts['name'])}, quantized\n\n{_usage(stock)}{section}"
+        return visible(f"---\n{data.to_yaml()}\n---\n# {plain(facts['name'])}, quantized\n\n{_usage(stock)}{section}")
     found.data.eval_results = None
-    return f"---\n{found.data.to_yaml()}\n---\n{found.text.rstrip()}\n{section}"
+    return visible(f"---\n{found.data.to_yaml()}\n---\n{found.text.rstrip()}\n{section}")
 
 
 def add_results(path: Path, config: ATPConfig, summary: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def add_results(path: Path, config: ATPConfig, summary: dict[str, Any]) -> None:
         f"| data | score | value | majority label |\n|---|---|---|---|\n{rows}\n\n{_relative(summary)}"
         f"Made with {command}.\n"
     )
-    write_text(path, str(card))
+    write_text(path, visible(str(card)))
 
 
 def _figure(value: float | None) -> str:
@@ -207,7 +207,7 @@ def _card(config: ATPConfig, body: str, **metadata: Any) -> str:
     """A card with the metadata that is known."""
     facts = {"library_name": "transformers", "datasets": _data_sets(config)}
     data = ModelCardData(**_source_facts(config) | facts | metadata, pipeline_tag="text-generation")
-    return f"---\n{data.to_yaml()}\n---\n{body}"
+    return visible(f"---\n{data.to_yaml()}\n---\n{body}")
 
 
 def _source_facts(config: ATPConfig) -> dict[str, Any]:

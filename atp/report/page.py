@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from atp.errors import shorten
+from atp.errors import shorten, visible
 from atp.files import write_text
 from atp.report import sections, words
 from atp.report.files import RunFiles, read_run
@@ -56,8 +56,7 @@ def _found(name: str, part: Callable[[RunFiles], Any], run: RunFiles) -> Any:
 
 def render(template: str, **values: Any) -> str:
     """A page from `templates/NAME.html.jinja2`. Values are escaped, unless they are `markupsafe.Markup`."""
-    page = _environment().get_template(f"{template}.html.jinja2").render(values)
-    return page.encode("utf-8", "replace").decode("utf-8")  # file names may hold lone surrogates
+    return visible(_environment().get_template(f"{template}.html.jinja2").render(values))
 
 
 @cache

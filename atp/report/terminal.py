@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from atp.errors import visible
 from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, remarks
 
 
@@ -49,7 +50,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
     if pairs:
         console.print(f"\n{summary['answers']['chosen']}")
     for who, said in pairs:
-        console.print(Text.assemble((f"{who}:", "bold"), f" {said}"))
+        console.print(Text.assemble((f"{who}:", "bold"), f" {visible(said)}"))
 
 
 def with_interval(value: float | None, interval: list[float] | None, digits: int) -> str:

@@ -1,13 +1,19 @@
 """The command itself: its version, its help, and what it says before a run."""
 
+import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 import atp_kernels
 from atp import cli
+from atp.console import _Console
 from atp.environment import slow_kernels
 from atp_kernels._version import __version__
 
@@ -106,3 +112,64 @@ def test_who_wants_no_extension_hears_nothing(monkeypatch, without_extension):
     assert slow_kernels() is None
     without_extension["native"] = None
     assert slow_kernels() is None
+
+
+HOSTILE = "\x1b[2Jgone\x9b1m\u202e :x: [bold]b[/bold]"
+SHOWN = r"\x1b[2Jgone\x9b1m\u202e :x: [bold]b[/bold]"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_whatever_is_printed_sends_no_control_character_of_its_own(terminal):
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    texts = (HOSTILE, table, Panel(HOSTILE, title="t"), Text(HOSTILE), Text.assemble(("bold", "bold"), HOSTILE))
+    for printed in texts:
+        file = io.StringIO()
+        _Console(file=file, force_terminal=terminal, color_system=None, width=100).print(printed)
+        assert SHOWN in file.getvalue() and file.getvalue().replace("\n", "").isprintable(), repr(file.getvalue())
+
+
+def test_a_name_with_an_escape_sequence_is_shown_in_errors_and_in_lists(monkeypatch, capsys, tmp_path):
+    code, _, err = call(monkeypatch, capsys, "runs", str(tmp_path / "\x1b[2J"))
+    assert code == 2 and r"\x1b[2J" in err and "\x1b" not in err
+    code, _, err = call(monkeypatch, capsys, "runs", "--\x1b[2Jx")
+    assert code == 2 and r"\x1b[2J" in err and "\x1b" not in err
+    folder = tmp_path / "\x1b[2Jrun"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("{}")
+    (folder / "metrics.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(monkeypatch, capsys, "runs", ".")
+    assert code == 0 and r"\x1b[2Jrun" in out and "\x1b" not in out
+
+
+TYPED = "hf_" + "TypedByHand0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("words", "secret"),
+    [
+        (["runs", TYPED], TYPED),
+        (["runs", "absent", f"--token={TYPED}"], TYPED),
+        (["runs", "absent", "--hub-token", "short-of-form"], "short-of-form"),
+        (["train", "absent.yaml", "hub.api_key=0123456789abcdef0123"], "0123456789abcdef0123"),
+        (["push", "absent", "wandb_v1_0123456789abcdefghij"], "wandb_v1_0123456789abcdefghij"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_token_that_was_typed_is_shown_nowhere(tmp_path, words, secret):
+    for debug in ([], ["--debug"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "atp", *words, *debug], capture_output=True, text=True, cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+        assert done.returncode and done.stderr and secret not in done.stdout + done.stderr, done
+        assert ("Traceback" in done.stderr) == bool(debug)
+
+
+def test_the_recorded_command_holds_no_typed_token(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["atp", "train", "c.yaml", "--token", "my-own-secret", f"a={TYPED}", "key=short"])
+    assert cli._command() == "atp train c.yaml --token *** a=*** key=short"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setattr(sys, "argv", ["atp", "train", "c.yaml", f"model.revision={commit}", "training.tokens=12345678"])
+    assert cli._command() == " ".join(sys.argv), "neither a commit nor a count of tokens is secret"

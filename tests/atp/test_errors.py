@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from atp.errors import InputError, quote, shorten
+from atp.errors import InputError, quote, shorten, visible
 
 
 def nested(depth):
@@ -67,3 +67,10 @@ def test_messages_are_bounded_whatever_they_were_built_from():
     error = InputError("a " * 10**6 + "\x1b")
     assert len(str(error)) <= 1000 and str(error).isprintable()
     assert str(InputError("short, where, remedy")) == "short, where, remedy"
+
+
+def test_foreign_text_keeps_its_lines_and_letters_and_loses_what_a_terminal_obeys():
+    harmless = "a\tb\n\u00fc \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f52c \\x1b"
+    assert visible(harmless) == harmless, "joiners are letters' own"
+    assert visible("\x1b]0;x\x07\r\0\x9b2J\x7f") == r"\x1b]0;x\x07\r\x00\x9b2J\x7f"
+    assert visible("\u202eab\u2069\ud800") == r"\u202eab\u2069\ud800"

@@ -123,3 +123,10 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_line_sends_no_control_character_and_no_typed_token(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["atp", "chat", "--token", "typed-secret"])
+    with progress.logged(as_json=False):
+        progress.begin("loading \x1b[2J typed-secret")
+    assert capsys.readouterr().out.endswith("loading \\x1b[2J ***\n")

@@ -5,7 +5,15 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from atp.config import ATPConfig
 from atp.data.packages import PACKAGED_MODEL
-from atp.export.card import adapter_card, add_results, base_card, baseline_card, license_of, model_card
+from atp.export.card import (
+    adapter_card,
+    add_results,
+    base_card,
+    baseline_card,
+    license_of,
+    model_card,
+    quantized_card,
+)
 
 HOSTILE = [
     "a: [b",
@@ -145,3 +153,15 @@ def test_hostile_names_stay_in_their_place(tmp_path, name):
     data = ModelCard.load(path).data
     assert data.license is None and data.library_name == "transformers"
     assert {result.dataset_type for result in data.eval_results} == {" ".join(name.split())}
+
+
+@pytest.mark.parametrize("hostile", ["\x1b[2J", "\u202e", "\x9b", "\u2066"])
+def test_a_card_holds_no_control_character(tmp_path, hostile):
+    own = f"---\nlicense: 'a{hostile}b'\n---\n# A model\n".encode()
+    (tmp_path / "README.md").write_bytes(own.replace(b"\x1b", b"").replace("\x9b".encode(), b""))  # YAML has neither
+    for text in cards(config(tmp_path, recipe=hostile)):
+        assert text.replace("\n", "").isprintable() and ModelCard(text).data.license
+    card = tmp_path / "foreign.md"
+    card.write_text(f"# Foreign {hostile}\n", encoding="utf-8")
+    text = quantized_card(card, {}, [hostile], [], needs="pip", stock=True)
+    assert text.replace("\n", "").isprintable() and "Foreign \\" in text

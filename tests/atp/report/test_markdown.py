@@ -90,3 +90,11 @@ def test_the_page_of_a_comparison_holds_no_markup_of_its_inputs(tmp_path, text):
     assert not page.tags & {"script", "img", "b"}
     # Its row, its score, the remarks on what is missing and broken, the command, the data and the versions.
     assert page.text.count(text) >= 8
+
+
+def test_the_pages_of_a_comparison_hold_no_control_character(tmp_path):
+    write_pages(tmp_path, comparison("\x00\x1b[2J\x9b\u202e\u2066z"))
+    for name in ("comparison.html", "comparison.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert r"\x00\x1b[2J\x9b\u202e\u2066z" in text.replace(r"\\", "\\").replace(r"\[", "[")
+        assert text.replace("\n", "").replace("\u202f", "").isprintable()

@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from atp.console import console
 from atp.errors import InputError
 from atp.report import plots, write_report
+from atp.report.terminal import show
 from atp.report.text import number
 
 VOID = {"meta", "br", "use", "path"}
@@ -388,3 +390,16 @@ def test_a_curve_has_plain_numbers_on_its_log_axis(tmp_path, monkeypatch):
     axis = figures[0].axes[0].yaxis
     labels = [tick.label1.get_text() for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
     assert {"40", "50"} <= set(labels) and not any("$" in label for label in labels)
+
+
+def test_control_characters_are_shown_on_the_page_and_the_terminal(tmp_path, capsys):
+    hostile, shown = "\x00\x1b[2J\x9b1m\u202e\u2066z", r"\x00\x1b[2J\x9b1m\u202e\u2066z"
+    answers = SUMMARY["answers"] | {"prompt": hostile, "models": {"original": hostile + "\r", "final": "maybe"}}
+    sample = {"prompt": hostile, "reference": "two\nlines", "models": {"final": hostile}}
+    write_run(tmp_path, summary=SUMMARY | {"answers": answers, "command": hostile, "samples": [sample]})
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.replace("\n", "").replace("\u202f", "").isprintable() and page.count(shown) >= 5
+    assert "two\nlines" in page
+    show(SUMMARY | {"answers": answers, "certificate": CERTIFICATE}, console)
+    out = capsys.readouterr().out
+    assert shown + r"\r" in out.replace("\n", "") and out.replace("\n", "").isprintable()
