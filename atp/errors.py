@@ -72,7 +72,7 @@ def quote(value: object, limit: int = 200) -> str:
 
 
 def visible(text: str) -> str:
-    """Foreign text for a terminal or a page: what they would obey is shown instead, ESC as `\\x1b`; lines stay lines."""
+    """Foreign text for a terminal or a page: what those would obey is shown, ESC as `\\x1b`; lines stay lines."""
     return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -82,6 +83,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     page: _Page
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing of a client that has gone, or never says what it wants; of anything else, as Python does."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
 
 def _serving(run: Path, port: int, seconds: int) -> _Server:
     try:
@@ -98,7 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Sends the page to whoever asks for / by a loopback name."""
-        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in _HOSTS:
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        except ValueError:
+            return self._send(HTTPStatus.BAD_REQUEST, "the header Host names no host", "text/plain")
+        if host not in _HOSTS:
             self._send(HTTPStatus.FORBIDDEN, "this page is for this machine alone", "text/plain")
         elif self.path != "/":
             self._send(HTTPStatus.NOT_FOUND, "the page is at /", "text/plain")

@@ -2,9 +2,13 @@
 
 import http.client
 import json
+import random
+import socket
+import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -13,7 +17,7 @@ from atp.errors import InputError
 from atp.listing import runs_below
 from atp.locking import holder, locked
 from atp.report import write_report
-from atp.report.live import watch
+from atp.report.live import _serving, watch
 
 STEP = {"step": 4, "phase": "search", "loss": 1.5, "keep": 0.75, "tokens_per_second": 10.0, "time": 1.0}
 
@@ -135,3 +139,60 @@ def test_report_opens_the_browser(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert opened == [(run / "report.html").resolve().as_uri()] and "no browser was found" in capsys.readouterr().out
+
+
+@pytest.fixture
+def server(run):
+    served = _serving(run, 0, 1)
+    served.daemon_threads = False  # so that closing waits for what the threads print
+    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield served
+    served.shutdown()
+    thread.join()
+    served.server_close()
+
+
+def raw(server, request, *, stays=True):
+    """The bytes that a request gets. stays: whether the client reads the answer, or resets the connection instead."""
+    answer = b""
+    with socket.create_connection(server.server_address, timeout=30) as client, suppress(OSError):
+        client.sendall(request)
+        if not stays:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return b""
+        client.shutdown(socket.SHUT_WR)  # fails where the server closed before it had read everything
+        while part := client.recv(65536):
+            answer += part
+    return answer
+
+
+HOSTS = ["[::1", "[::1]x", "[", "]", "[v1]", "a\u2100b", "127.0.0.1:x", "127.0.0.1:99999", "\x00", "@", "", "localhost"]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_any_host_gets_an_answer_and_no_traceback(server, capfd, host):
+    answer = raw(server, b"GET / HTTP/1.1\r\nHost: " + host.encode() + b"\r\nConnection: close\r\n\r\n")
+    allowed = (200,) if host.startswith(("127", "local")) else (400,) if host == "[::1" else (400, 403)
+    assert int(answer.split()[1]) in allowed, answer
+    server.shutdown()
+    server.server_close()
+    assert capfd.readouterr().err == ""
+
+
+def test_clients_that_leave_early_or_talk_nonsense_leave_the_terminal_alone(server, capfd):
+    draw = random.Random(0)
+    good = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 3\r\nX: y\r\n\r\n"
+    pieces = [b"\r\n", b"\n", b" ", b":", b"\x00", b"\xff" * 9, b"[", b"HTTP/9.9", b"//", b"x" * 70000, b"Host: [::1"]
+    for number in range(120):
+        request = bytearray(good)
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(len(request) + 1)
+            request[at : at + draw.choice((0, 1, 9))] = draw.choice(pieces)
+        raw(server, bytes(request[: draw.randint(1, len(request))]), stays=number % 3 > 0)
+    for _ in range(20):
+        raw(server, good, stays=False)
+    assert raw(server, good).startswith(b"HTTP/1.0 200"), "and the page is still served"
+    server.shutdown()
+    server.server_close()
+    assert capfd.readouterr().err == ""
