@@ -19,7 +19,7 @@ from atp.files import whole_folder, write_json, write_tensors, write_text
 from atp.finite import first_non_finite
 from atp.models.stock import save_model, stock_config
 from atp.removal import base_of, certify_export, merge_adapter, reference_logits
-from atp.removal.certify import dtype_name
+from atp.removal.certify import dtype_name, wider
 from atp.sharding.shards import is_sharded
 from atp.spaces.space import MaskSpace
 
@@ -51,7 +51,7 @@ def export_model(
     if spoiled is not None:
         raise NotReached(
             f"{spoiled} of the merged model holds NaN or infinity in {dtype_name(merged)}, so it was not exported: use "
-            "model.dtype=float32, or a lower training.lr"
+            f"{wider(dtype_name(merged))}a lower training.lr"
         )
     reference = reference_logits(merged, tokens)
     _save(merged, folder / "model", tokenizer, card)

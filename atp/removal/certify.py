@@ -10,7 +10,7 @@ otherwise be the largest tensors of a run (docs/method.md section 7).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,23 +159,43 @@ def certify_export(model: PeftModel, merged: Tensor, folder: str | Path, input_i
     }
 
 
-def check_certificate(certificate: dict[str, Any], names: Iterable[str]) -> None:
-    """Raises `NotReached` for the first of these figures that exceeds its limit or is NaN."""
+def holds(name: str, value: object) -> bool:
+    """Whether a figure is a number within its limit; NaN is not."""
+    return isinstance(value, (int, float)) and value <= LIMITS[name]
+
+
+def failure(certificate: Mapping[str, Any], names: Iterable[str] = tuple(LIMITS)) -> str | None:
+    """What the first of these figures says that is missing, NaN or above its limit; None if all hold."""
     for name in names:
-        value = certificate[name]
-        if not value <= LIMITS[name]:
-            raise NotReached(f"certificate: {name} is {value:.2e}, not at most {LIMITS[name]:g} ({MEANING[name]})")
+        value = certificate.get(name)
+        if not holds(name, value):
+            found = f"{value:.2e}" if isinstance(value, (int, float)) else "missing"
+            return f"{name} is {found}, not at most {LIMITS[name]:g} ({MEANING[name]})"
+    return None
 
 
-def rounding_remark(certificate: dict[str, Any]) -> str | None:
+def check_certificate(certificate: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises `NotReached` for the first of these figures that does not hold."""
+    if (sentence := failure(certificate, names)) is not None:
+        raise NotReached(f"certificate: {sentence}")
+
+
+def rounding_remark(certificate: Mapping[str, Any]) -> str | None:
     """A sentence if rounding moved the logits more than it usually does, else None."""
     dtype, gap = certificate["dtype"], certificate["rounding_gap"]
     if gap <= USUAL_ROUNDING[dtype]:
         return None
+    scored = "the scores, taken after it, say whether it matters"
+    remedy = "export with model.dtype=float32 if scores suffer" if wider(dtype) else scored
     return (
         f"rounding the weights to {dtype} moved logits by {gap:.2g} of their scale, more than the usual "
-        f"{USUAL_ROUNDING[dtype]:g}: export with model.dtype=float32 if scores suffer"
+        f"{USUAL_ROUNDING[dtype]:g}: {remedy}"
     )
+
+
+def wider(dtype: str) -> str:
+    """What remedies for narrow weights begin with; empty for weights that are as wide as a config can make them."""
+    return "" if dtype in ("float32", "float64") else "model.dtype=float32, or "
 
 
 def dtype_name(model: nn.Module) -> str:

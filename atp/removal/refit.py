@@ -21,6 +21,7 @@ from atp.errors import NotReached
 from atp.finite import is_finite
 from atp.lora.controller import MaskController
 from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, residual_multiplier, run_block
+from atp.removal.certify import wider
 from atp.sharding.shards import gathered, rows_of, store
 from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight
@@ -185,9 +186,9 @@ def _fit(
     fitted = weight[:, kept].double() + added
     weight[:, kept] = fitted.to(weight.dtype)  # rounded once, after the sum
     if not is_finite(weight):
+        dtype = str(weight.dtype).removeprefix("torch.")
         raise NotReached(
-            f"the refit of {name} gives weights that {weight.dtype} cannot hold: use model.dtype=float32, or "
-            "decisions.refit_windows=0"
+            f"the refit of {name} gives weights that {dtype} cannot hold: use {wider(dtype)}decisions.refit_windows=0"
         )
     return True
 

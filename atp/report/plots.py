@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from atp.files import whole_file
 
@@ -101,7 +101,7 @@ def lasso(metrics: Records) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.plot(*zip(*points, strict=True), color=_SERIES[3])
-        axes.set_yscale("log")
+        _log(axes, "y")
         _finish(axes, "group lasso")
 
     return _svg("lasso", draw) if points else ""
@@ -139,7 +139,7 @@ def against_size(points: dict[str, Point], floor: float | None, label: str) -> s
             axes.axhline(floor, color=_INK, linewidth=0.8, linestyle=":", label="majority label")
         axes.set_xlim(0, 1.1 * max(size for size, *_ in points.values()))
         if max(high for *_, high in points.values()) > 10 * min(low for _, _, low, _ in points.values()) > 0:
-            axes.set_yscale("log")
+            _log(axes, "y")
         axes.set_xlabel("megabytes")
         axes.set_ylabel(label)
         figure.legend(loc="outside upper left", ncols=2)
@@ -162,7 +162,6 @@ def curves_png(path: Path, panels: dict[str, dict[str, list[Point]]], x: str, y:
 
     panels: title of a panel -> name of a line -> its points in order.
     """
-    from matplotlib.ticker import LogFormatter
 
     def draw(figure: Figure) -> None:
         names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
@@ -172,9 +171,7 @@ def curves_png(path: Path, panels: dict[str, dict[str, list[Point]]], x: str, y:
                 at, values, low, high = zip(*points, strict=True)
                 axes.plot(at, values, color=colors[name], marker="o", markersize=3, label=name)
                 axes.fill_between(at, low, high, color=colors[name], alpha=0.15, linewidth=0)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())  # plain numbers: the default writes formulas
-            axes.yaxis.set_minor_formatter(LogFormatter())
+            _log(axes, "y")
             axes.set_title(title)
             axes.set_xlabel(x)
         axes.figure.axes[0].set_ylabel(y)
@@ -230,7 +227,7 @@ def _intervals(panels: Panels, color: str) -> Callable[[Figure], None]:
                     axes.plot([low, high], [place, place], color=color, linewidth=3, alpha=0.4)
                     axes.plot([value], [place], color=color, marker="o", linestyle="")
             if max(high for _, _, high in panel.values()) > 10 * min(low for _, low, _ in panel.values()) > 0:
-                axes.set_xscale("log")
+                _log(axes, "x")
             axes.axvline(1.0, color=color, linewidth=0.8, linestyle=":")
             axes.set_yticks(range(len(rows)), rows if axes.get_subplotspec().is_first_col() else [""] * len(rows))
             axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -256,6 +253,16 @@ def _by_phase(metrics: Records) -> list[tuple[str, Records]]:
 def _smooth(values: list[float], window: int = 10) -> list[float]:
     """Mean of the last `window` values at each point."""
     return [sum(part) / len(part) for part in (values[max(0, end - window) : end] for end in range(1, len(values) + 1))]
+
+
+def _log(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Makes an axis logarithmic, with plain numbers: the default writes formulas, which `_STYLE` leaves as they are."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def _finish(axes: Axes, label: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from atp.removal.certify import LIMITS, MEANING
+from atp.removal.certify import LIMITS, MEANING, failure, holds
 from atp.report import beside, plots
 from atp.report.beside import MODELS, NOT_MEASURABLE
 from atp.report.files import RunFiles
@@ -123,7 +123,7 @@ def certificate(run: RunFiles) -> dict[str, Any]:
     for key, label in MEANING.items():
         if key in run.certificate:
             value, limit = run.certificate[key], LIMITS[key]
-            checks.append((label, number(value, 3), f"≤ {limit:g}" if limit else "exactly 0", _passes(value, limit)))
+            checks.append((label, number(value, 3), f"≤ {limit:g}" if limit else "exactly 0", holds(key, value)))
     facts = [(key, str(value)) for key, value in run.certificate.items() if key not in (*MEANING, "limits")]
     return {"checks": checks, "facts": facts}
 
@@ -195,7 +195,7 @@ def _cards(run: RunFiles) -> Iterator[Card]:
     if old and new:
         yield _card("decode speed", f"{new / old:.2f} ×", f"{number(new, 1)} against {number(old, 1)} tokens/s")
     if run.certificate:
-        good = all(_passes(run.certificate.get(key), limit) for key, limit in LIMITS.items())
+        good = failure(run.certificate) is None
         yield _card("certificate", "pass" if good else "FAIL", "details below", "pass" if good else "fail")
 
 
@@ -241,11 +241,6 @@ def _phases(run: RunFiles) -> Iterator[list[str]]:
 
 def _millions(count: int | None) -> str:
     return DASH if count is None else f"{number(count / 1e6)} M"
-
-
-def _passes(value: object, limit: float) -> bool:
-    """Whether a measured value is a number within its limit (NaN is not)."""
-    return isinstance(value, (int, float)) and value <= limit
 
 
 def _get(values: dict[str, Any], *keys: str) -> Any:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atp.errors import visible
+from atp.removal.certify import failure
 from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, remarks
 
 
@@ -43,9 +44,8 @@ def show(summary: dict[str, Any], console: Console) -> None:
         console.print(remark)
     rates = ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in summary["train_tokens_per_second"].items())
     console.print(f"training tokens/s: {rates}")
-    certificate = summary["certificate"]
-    promised = ("masked_vs_cut", "cut_vs_reloaded", "removed_lora_norm", "merge_error")
-    console.print("certificate: " + ", ".join(f"{name.replace('_', ' ')} {certificate[name]:.1e}" for name in promised))
+    broken = failure(summary["certificate"])
+    console.print(f"certificate: {'pass' if broken is None else f'FAIL: {broken}'}")
     pairs = answers(summary)
     if pairs:
         console.print(f"\n{summary['answers']['chosen']}")

@@ -19,11 +19,11 @@ from atp.scored_tasks import without_items
 
 @pytest.fixture
 def printed():
-    """Returns what the command prints at the end of a run."""
+    """Returns what the command prints at the end of a run. changes: keys of its summary that differ."""
 
-    def show(folder):
+    def show(folder, **changes):
         console = Console(width=200, record=True, quiet=False, markup=False, highlight=False)
-        terminal.show(read(folder, "summary.json"), console)
+        terminal.show(read(folder, "summary.json") | changes, console)
         return console.export_text()
 
     return show
@@ -71,6 +71,13 @@ def test_it_is_shown_by_the_command_the_report_and_the_card(finished, printed):
     assert f"{found['macro_f1']:.3f}" in row.split("│")[-2]
     assert '<th scope="col">majority label</th>' in page and f"{found['macro_f1']:.3f}" in page
     assert f"| {found['macro_f1']:.4g} |\n" in card and "| data | score | value | majority label |" in card
+
+
+def test_the_command_says_whether_the_certificate_holds(finished, printed):
+    found = read(finished, "summary.json")["certificate"]
+    assert "certificate: pass\n" in printed(finished) and "merge error" not in printed(finished)
+    failed = printed(finished, certificate=found | {"merge_error": 1.5})
+    assert "certificate: FAIL: merge_error is 1.50e+00, not at most 1 (weights with the adapter merged in" in failed
 
 
 def test_what_cannot_be_measured_is_said_everywhere(untaught, printed):

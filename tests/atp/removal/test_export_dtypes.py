@@ -212,3 +212,10 @@ def test_rounding_gap_is_what_rounding_alone_changes(folder, tmp_path, dtype):
     assert certificate["rounding_gap"] == pytest.approx(expected, rel=1e-2, abs=1e-5)
     certificate["rounding_gap"] = 2 * USUAL_ROUNDING[certificate["dtype"]]
     assert f"rounding the weights to {certificate['dtype']} moved logits" in rounding_remark(certificate)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_no_remedy_is_one_that_is_applied_already(dtype):
+    remark = rounding_remark({"dtype": dtype, "rounding_gap": 2 * USUAL_ROUNDING[dtype]})
+    assert f"rounding the weights to {dtype} moved logits" in remark
+    assert ("model.dtype=float32" in remark) == (dtype in ("float16", "bfloat16"))

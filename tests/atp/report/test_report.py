@@ -381,6 +381,21 @@ def test_numbers_for_people():
     assert number(None) == "–" and number(float("nan")) == "nan" and number("<") == "<"
 
 
+def test_no_drawing_shows_a_formula(tmp_path):
+    """Of numbers over many decades, and of few within one: `text.parse_math` is off, so a formula shows as its source."""
+    pytest.importorskip("matplotlib")
+    wide, narrow = (1.0, 1e-3, 1e6), (37.0, 36.0, 38.0)
+    for values in (wide, narrow):
+        panels = {"perplexity": {"ATP": values, "random": values[::-1]}}
+        points = {name: (size, *values) for name, size in (("original", 538.0), ("cut and tuned", 3.7e7))}
+        steps = [{"step": 10**6 * n, "phase": "tune", "loss": v, "lasso": v} for n, v in enumerate(values)]
+        for svg in (
+            plots.intervals(panels), plots.against_size(points, values[2], "perplexity"), plots.lasso(steps),
+            plots.losses(steps),
+        ):  # fmt: skip
+            assert "</svg>" in svg and "$" not in svg and "mathdefault" not in svg
+
+
 def test_a_curve_has_plain_numbers_on_its_log_axis(tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib.figure")
     figures, save = [], matplotlib.Figure.savefig
