@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,11 +15,16 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import BaseStreamer
 
 from atp.errors import InputError
+from atp.evaluation.bootstrap import COVERAGE
 from atp.evaluation.inference import CausalLM, inference
 from atp_kernels import QuantizedWeight
 
 
-def throughput(model: CausalLM, **sizes: int) -> dict[str, float]:
+_LEAST, _MOST = 3, 50  # rounds
+_NARROW = 0.1  # width of an interval, as a share of its median, at which no more rounds are needed
+
+
+def throughput(model: CausalLM, **sizes: Any) -> dict[str, Any]:
     """How fast one model reads and writes; see `throughputs`, whose keyword arguments `sizes` are."""
     return throughputs([model], **sizes)[0]
 
@@ -27,36 +33,68 @@ def throughputs(
     models: Sequence[CausalLM],
     *,
     prompt_tokens: int = 256,
-    new_tokens: int = 32,
+    new_tokens: int = 16,
     batch_size: int = 1,
-    repeats: int = 5,
-) -> list[dict[str, float]]:
-    """Tokens per second over the whole batch, medians of `repeats` after a warm-up, in each model's own dtype.
+    repeats: int | None = None,
+    seconds: float = 20.0,
+) -> list[dict[str, Any]]:
+    """Tokens per second over the whole batch, medians over rounds after a warm-up, in each model's own dtype.
 
-    The models take turns, so that whatever else the machine does meets all of them alike.
+    In a round every model is timed once, so that whatever else the machine does meets all of them alike. Rounds end
+    when each interval is narrower than a tenth of its median, at the earliest after three, or when they have taken
+    `seconds`. repeats: a number of rounds instead.
 
     That is how a user runs the model. Under autocast, which a run trains and scores in, each new token would first cast
     every float32 weight.
 
     prefill_tokens_per_second: one forward pass over `prompt_tokens` tokens that fills the cache.
-    decode_tokens_per_second: greedy `generate`, from the first to the last of `new_tokens` new tokens.
+    decode_tokens_per_second: greedy `generate` after it, over `new_tokens` new tokens.
+    Each has beside it its `median_interval` under the same name with `_interval`; speed_repeats: the rounds.
     Raises `InputError` for a size below 1.
     """
-    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
-    for name, size in sizes.items():
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size}
+    for name, size in (sizes | ({} if repeats is None else {"repeats": repeats})).items():
         if size < 1:
             raise InputError(f"there is no speed with {name}={size}: give at least 1")
     for model in models:
         _seconds(model, prompt_tokens, 1, batch_size)  # a warm-up, for which one step of decoding is enough
-    rounds = [[_seconds(model, prompt_tokens, new_tokens, batch_size) for model in models] for _ in range(repeats)]
-    found = []
-    for taken in zip(*rounds, strict=True):
-        prefill, decode = map(statistics.median, zip(*taken, strict=True))
-        found.append({
-            "prefill_tokens_per_second": batch_size * prompt_tokens / prefill,
-            "decode_tokens_per_second": batch_size * new_tokens / decode,
-        })  # fmt: skip
+    rounds: list[list[tuple[float, float]]] = []
+    while len(rounds) < (repeats or _MOST):
+        rounds.append([_seconds(model, prompt_tokens, new_tokens, batch_size) for model in models])
+        if repeats is None and len(rounds) >= _LEAST and (_narrow(rounds) or _sum(rounds) >= seconds):
+            break
+    tokens = {"prefill": batch_size * prompt_tokens, "decode": batch_size * new_tokens}
+    return [_rates(tokens, taken) | {"speed_repeats": len(rounds)} for taken in zip(*rounds, strict=True)]
+
+
+def median_interval(values: Sequence[float]) -> list[float]:
+    """[low, high], two of the values: by the binomial distribution their median lies between them in 95 % of cases.
+
+    Of fewer than six values these are the least and the most, which cover less: 75 % with three, 94 % with five.
+    """
+    ordered, count = sorted(values), len(values)
+    outside = list(itertools.accumulate(math.comb(count, below) / 2 ** (count - 1) for below in range(count)))
+    left_out = max((below + 1 for below in range(count // 2) if outside[below] <= 1 - COVERAGE), default=1) - 1
+    return [ordered[left_out], ordered[count - 1 - left_out]]
+
+
+def _rates(tokens: dict[str, int], taken: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """The figures of one model from its (seconds of prefill, of decoding) in each round."""
+    found: dict[str, Any] = {}
+    for (kind, count), seconds in zip(tokens.items(), zip(*taken, strict=True), strict=True):
+        name, (low, high) = f"{kind}_tokens_per_second", median_interval(seconds)
+        found |= {name: count / statistics.median(seconds), f"{name}_interval": [count / high, count / low]}
     return found
+
+
+def _narrow(rounds: list[list[tuple[float, float]]]) -> bool:
+    """Whether the median seconds of every model, of prefill and of decoding, are known well enough."""
+    series = (seconds for taken in zip(*rounds, strict=True) for seconds in zip(*taken, strict=True))
+    return all((high - low) <= _NARROW * statistics.median(s) for s in series for low, high in [median_interval(s)])
+
+
+def _sum(rounds: list[list[tuple[float, float]]]) -> float:
+    return sum(sum(pair) for taken in rounds for pair in taken)
 
 
 def _seconds(model: CausalLM, prompt_tokens: int, new_tokens: int, batch_size: int) -> tuple[float, float]:
@@ -68,13 +106,15 @@ def _seconds(model: CausalLM, prompt_tokens: int, new_tokens: int, batch_size: i
         # Token values do not affect time; small ids exist in any vocabulary.
         prompt = (torch.arange(prompt_tokens, device=device) % 16).repeat(batch_size, 1)
         start = _now(device)
-        model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        read = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         prefill = _now(device) - start
+        begun = torch.cat([prompt, read.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         clock = _TokenClock(device)
         cast(GenerationMixin, model).generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy, streamer=clock
-        )
-    # Readings: the prompt's echo, the token from prefill, then one per decode step.
+            input_ids=begun, attention_mask=torch.ones_like(begun), past_key_values=read.past_key_values,
+            generation_config=greedy, streamer=clock,
+        )  # fmt: skip
+    # Readings: the prompt's echo, then one per decode step, of which the first is not counted.
     return prefill, clock.readings[-1] - clock.readings[1]
 
 

@@ -169,6 +169,8 @@ def _measured(model: CausalLM, folder: Path, windows: HeldOut | None) -> dict[st
         found[f"held-out perplexity, {windows.count} windows"] = f"{score['perplexity']:.2f} ({low:.2f} to {high:.2f})"
     progress.begin("measuring speed")
     speed = throughput(model)
-    found["prefill, tokens/s"] = f"{speed['prefill_tokens_per_second']:.0f}"
-    found["decode, tokens/s"] = f"{speed['decode_tokens_per_second']:.1f}"
+    for kind, digits in (("prefill", 0), ("decode", 1)):
+        low, high = speed[f"{kind}_tokens_per_second_interval"]
+        rate = speed[f"{kind}_tokens_per_second"]
+        found[f"{kind}, tokens/s"] = f"{rate:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
     return found

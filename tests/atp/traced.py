@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from itertools import groupby
 
 NUMBER = re.compile(r"(?<![\w.-])-?\d[\d\u202f]*(?:\.\d+)?(?:e[-+]\d+)?(?!\w)")
+RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 # What a page says of every run alike, and no run has measured.
 FIXED = (
     "95 %",  # of the bootstrap intervals
@@ -84,7 +85,7 @@ def _derived(run):
         found.append(summary["params_after"] / summary["params_before"])
     speed = summary.get("speed", {})
     if {"original", "final"} <= speed.keys():
-        found += [speed["final"][key] / speed["original"][key] for key in speed["final"] if key in speed["original"]]
+        found += [speed["final"][key] / speed["original"][key] for key in RATES if key in speed["original"]]
     seconds = summary.get("seconds", {})
     found.append(2 * seconds.get("total", 0) - sum(seconds.values()))  # what lies between the phases
     for _, records in groupby(run.metrics, key=lambda record: record["phase"]):

@@ -14,6 +14,7 @@ from atp.data.tasks import Task
 from atp.errors import InputError
 from atp.evaluation import evaluate_model, model_size, packed_windows, throughput, throughputs
 from atp.evaluation.inference import inference
+from atp.evaluation.speed import median_interval
 
 QA = Task("qa", LABELS)
 
@@ -77,6 +78,55 @@ def test_models_are_timed_in_turns_and_in_their_own_order(model, monkeypatch):
     assert [speed["prefill_tokens_per_second"] for speed in speeds] == [
         pytest.approx(28 / ((first + 1) ** 2 - first**2)) for first in (10, 18)
     ]
+
+
+def test_each_new_token_is_one_pass_of_one_token_after_the_prompt(model):
+    timed, widths = copy.deepcopy(model), []
+    hook = timed.model.register_forward_pre_hook
+    hook(lambda _, given, named: widths.append((named["input_ids"] if "input_ids" in named else given[0]).shape[1]),
+         with_kwargs=True)  # fmt: skip
+    throughput(timed, prompt_tokens=28, new_tokens=4, repeats=1)
+    assert widths[3:] == [28, 1, 1, 1, 1, 1], "and the first three warm up"
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Rounds in which one model takes these seconds to read 256 tokens and to write 16; returns its figures."""
+
+    def times(*seconds, **options):
+        taken = itertools.chain([(1.0, 1.0)], seconds)  # a warm-up
+        monkeypatch.setattr("atp.evaluation.speed._seconds", lambda *_: next(taken))
+        return throughput(None, **options)
+
+    return times
+
+
+def test_rounds_end_when_the_median_is_known(scripted):
+    steady = scripted(*[(2.0, 4.0)] * 50)
+    assert steady == {
+        "prefill_tokens_per_second": 128.0, "prefill_tokens_per_second_interval": [128.0, 128.0],
+        "decode_tokens_per_second": 4.0, "decode_tokens_per_second_interval": [4.0, 4.0], "speed_repeats": 3,
+    }  # fmt: skip
+    restless = scripted((2.0, 4.0), (2.0, 8.0), *[(2.0, 4.0)] * 50, seconds=1e9)
+    assert restless["speed_repeats"] == 9, "of nine the second largest bounds the interval, of eight the largest"
+    assert restless["decode_tokens_per_second_interval"] == [4.0, 4.0]
+
+
+def test_rounds_end_after_a_time_whatever_they_are(scripted):
+    seconds = [(1.0, float(each)) for each in (2, 3, 4, 5, 6)]
+    found = scripted(*seconds, seconds=19.0)
+    assert found["speed_repeats"] == 5, "after 1 + 2 + 1 + 3 + 1 + 4 + 1 + 5 = 18 seconds there is time for one more"
+    assert found["decode_tokens_per_second"] == 4.0
+    assert found["decode_tokens_per_second_interval"] == [pytest.approx(16 / 6), 8.0]
+    slow = scripted(*[(100.0, 200.0), (150.0, 300.0)] * 25, seconds=19.0)
+    assert slow["speed_repeats"] == 3, "so few have a spread"
+
+
+def test_a_median_lies_in_its_interval_as_often_as_it_says():
+    draws = torch.rand(4000, 12, generator=torch.Generator().manual_seed(0)).tolist()
+    covered = sum(low < 0.5 < high for low, high in map(median_interval, draws)) / len(draws)
+    assert 0.95 < covered < 0.97, "1 - 2 * (1 + 12 + 66) / 2**12"
+    assert median_interval([3.0]) == [3.0, 3.0] and median_interval([3.0, 1.0, 2.0]) == [1.0, 3.0]
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch_size", "repeats"])
