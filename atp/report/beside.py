@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from atp.report.text import number
+
 MODELS = {"original": "original", "tuned_dense": "tuned dense", "final": "cut and tuned"}
 OTHERS = {"recorded_dense": "tuned dense (recorded)", "majority": "majority label"}
 NOT_MEASURABLE = "not measurable"
+METRICS = {
+    "accuracy": "accuracy", "macro_f1": "macro-F1", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"
+}  # fmt: skip
 
 
 def columns(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -32,9 +37,44 @@ def columns(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def main_metric(summary: Mapping[str, Any], task: str) -> str:
+    """The metric that stands for a task."""
+    return "macro_f1" if any("macro_f1" in scored for scored in summary[task].values()) else "rougeL"
+
+
+def effects(summary: Mapping[str, Any]) -> list[str]:
+    """What tuning alone does to each main score, and what the cut does beside it; or how to find out.
+
+    Empty for a method that ATP is compared with: its dense model is another run of the comparison.
+    """
+    if "method" in summary or not {"original", "final"} <= (summary.get("perplexity") or {}).keys():
+        return []
+    dense = "tuned_dense" if "tuned_dense" in summary["perplexity"] else "recorded_dense"
+    shown = columns(summary)
+    if dense not in shown:
+        return [
+            "What tuning alone does is not measured, so neither is what the cut costs: evaluation.dense_baseline=true "
+            "also tunes the whole model."
+        ]
+    three = [shown[name] for name in ("original", dense, "final")]
+    scores = [
+        (f"{task} {METRICS[metric]}", [each["tasks"].get(task, {}).get(metric) for each in three], 3)
+        for task in summary.get("tasks") or ()
+        for metric in [main_metric(summary, task)]
+    ]
+    scores.append(("held-out perplexity", [each.get("perplexity") for each in three], 2))
+    return [
+        "{}: tuning alone takes the whole model from {} to {}, tuning and cutting to {}.".format(
+            name[0].upper() + name[1:], *(number(value, digits) for value in values)
+        )
+        for name, values, digits in scores
+        if None not in values
+    ]
+
+
 def remarks(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of these columns must know, one sentence each."""
-    found = [
+    found = effects(summary) + [
         f"Majority label of {task}: always {scores['label']!r}, the most frequent answer of the "
         f"{'training' if scores['of'] == 'train' else 'test'} questions."
         for task, scores in (summary.get("majority") or {}).items()

@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from atp.report import beside, plots
 from atp.report.files import RunFiles
-from atp.report.sections import METRICS, main_metric, megabytes, with_interval
+from atp.report.beside import METRICS
+from atp.report.sections import megabytes, with_interval
 from atp.report.text import number
 
 
@@ -19,11 +20,12 @@ def pictures(run: RunFiles) -> list[dict[str, Any]]:
     told: what the picture shows, in words.
     """
     summary, columns = run.summary, beside.columns(run.summary)
-    found = [_picture(summary, "held-out perplexity", "lower", columns, "perplexity", 2)]
+    found = []
     for task in summary.get("tasks", ()):
         scored = {name: column["tasks"].get(task, {}) for name, column in columns.items()}
-        metric = main_metric(summary, task)
+        metric = beside.main_metric(summary, task)
         found.append(_picture(summary, f"{task} {METRICS[metric]}", "higher", scored, metric, 3))
+    found.append(_picture(summary, "held-out perplexity", "lower", columns, "perplexity", 2))
     return [picture for picture in found if picture.get("svg")]
 
 

@@ -11,15 +11,11 @@ from markupsafe import Markup
 
 from atp.removal.certify import LIMITS, MEANING, failure, holds
 from atp.report import beside, plots
-from atp.report.beside import MODELS, NOT_MEASURABLE
+from atp.report.beside import METRICS, MODELS, NOT_MEASURABLE
 from atp.report.files import RunFiles
 from atp.report.text import DASH, number
 
 Card = dict[str, str]
-
-METRICS = {
-    "accuracy": "accuracy", "macro_f1": "macro-F1", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"
-}  # fmt: skip
 
 _MOST_STRUCTURES = 8
 
@@ -45,20 +41,22 @@ def scores(run: RunFiles) -> dict[str, Any]:
               "final": "params_after"}  # fmt: skip
     decoder = {"final": summary.get("keep_decoder"), "majority": None}
     rows: list[tuple[str, list[str]]] = []
-    if columns:
-        cells = [with_interval(c.get("perplexity"), c.get("perplexity_interval"), 2) for c in columns.values()]
-        rows.append(("held-out perplexity ↓", cells))
     for task in summary.get("tasks", ()):
         for metric, label in METRICS.items():
             scored = [column["tasks"].get(task, {}) for column in columns.values()]
             cells = [with_interval(s.get(metric), s.get(f"{metric}_interval"), 3) for s in scored]
             rows.append((f"{task} {label} ↑", cells))
+    if columns:
+        cells = [with_interval(c.get("perplexity"), c.get("perplexity_interval"), 2) for c in columns.values()]
+        rows.append(("held-out perplexity ↓", cells))
     rows.append(("parameters", [_millions(summary.get(params.get(name, ""))) for name in columns]))
     rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in columns]))
     rows.append(("megabytes", [number(megabytes(summary, name), 0) for name in columns]))
     for kind in ("prefill", "decode"):
-        speeds = [_get(summary, "speed", name, f"{kind}_tokens_per_second") for name in columns]
-        rows.append((f"{kind}, tokens/s ↑", [number(speed, 1) for speed in speeds]))
+        rate = f"{kind}_tokens_per_second"
+        speeds = [_get(summary, "speed", name) or {} for name in columns]
+        cells = [with_interval(s.get(rate), s.get(f"{rate}_interval"), 1) for s in speeds]
+        rows.append((f"{kind}, tokens/s ↑", cells))
     shown = [[label, *cells] for label, cells in rows if any(cell != DASH for cell in cells)]
     head = ["", *((MODELS | beside.OTHERS)[name] for name in columns)]
     return {"head": head, "rows": shown, "intervals": bool(columns), "remarks": beside.remarks(summary)}
@@ -147,11 +145,6 @@ def with_interval(value: object, bounds: list[float] | None, digits: int) -> str
     return f"{number(value, digits)} ({number(bounds[0], digits)} – {number(bounds[1], digits)})"
 
 
-def main_metric(summary: dict[str, Any], task: str) -> str:
-    """The key of `METRICS` that stands for a task."""
-    return "macro_f1" if any("macro_f1" in scored for scored in summary[task].values()) else "rougeL"
-
-
 def megabytes(summary: dict[str, Any], name: str) -> Any:
     """Megabytes of a model; the tuned dense one has the original's size."""
     sizes = summary.get("megabytes") or {}
@@ -177,8 +170,6 @@ def _cards(run: RunFiles) -> Iterator[Card]:
         )
     if summary.get("keep_decoder") is not None:
         yield _card("decoder kept", f"{summary['keep_decoder']:.1%}", f"target {number(summary.get('target_keep'), 3)}")
-    if summary.get("perplexity"):
-        yield from _score_card("perplexity", summary["perplexity"], 2)
     if summary.get("relative_performance") is not None:
         low, high = summary["relative_performance_interval"]
         note = f"of the tuned dense model's scores (95 %: {low:.1%} to {high:.1%})"
@@ -187,10 +178,12 @@ def _cards(run: RunFiles) -> Iterator[Card]:
         note = "the tuned dense model does not clearly beat the majority label"
         yield _card("relative performance", NOT_MEASURABLE, note)
     for task in summary.get("tasks", ()):
-        metric = main_metric(summary, task)
+        metric = beside.main_metric(summary, task)
         values = {name: scored.get(metric) for name, scored in summary[task].items()}
         floor = _get(summary, "majority", task, metric)
         yield from _score_card(f"{task} {METRICS[metric]}", values, 3, {beside.OTHERS["majority"]: floor})
+    if summary.get("perplexity"):
+        yield from _score_card("perplexity", summary["perplexity"], 2)
     old, new = (_get(summary, "speed", name, "decode_tokens_per_second") for name in ("original", "final"))
     if old and new:
         yield _card("decode speed", f"{new / old:.2f} ×", f"{number(new, 1)} against {number(old, 1)} tokens/s")

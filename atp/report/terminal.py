@@ -18,8 +18,6 @@ def show(summary: dict[str, Any], console: Console) -> None:
     shown = columns(summary)
     names = {name: name.replace("_", " ") for name in MODELS} | OTHERS
     table = Table("", *(names[name] for name in shown), title="Result")
-    cells = (with_interval(c.get("perplexity"), c.get("perplexity_interval"), digits=2) for c in shown.values())
-    table.add_row("held-out perplexity", *cells)
     for task in summary["tasks"]:
         scores = [column["tasks"].get(task, {}) for column in shown.values()]
         for metric in (name for name in scores[0] if f"{name}_interval" in scores[0]):
@@ -29,6 +27,8 @@ def show(summary: dict[str, Any], console: Console) -> None:
         mean, interval = summary["relative_performance"], summary["relative_performance_interval"]
         kept = NOT_MEASURABLE if mean is None else with_interval(mean, interval, digits=3)
         table.add_row("of tuned dense", *(kept if m == "final" else "" for m in shown))
+    cells = (with_interval(c.get("perplexity"), c.get("perplexity_interval"), digits=2) for c in shown.values())
+    table.add_row("held-out perplexity", *cells)
     models = [name for name in shown if name != "majority"]
     params = {"final": summary["params_after"]}
     table.add_row("parameters", *(f"{params.get(m, summary['params_before']):,}" for m in models))
@@ -37,8 +37,10 @@ def show(summary: dict[str, Any], console: Console) -> None:
     sizes = summary["megabytes"]
     table.add_row("megabytes", *(f"{sizes.get(m, sizes['original']):.0f}" for m in models))
     for what in ("prefill", "decode"):
-        row = [summary["speed"].get(m, {}).get(f"{what}_tokens_per_second") for m in models]
-        table.add_row(f"{what} tokens/s", *("" if value is None else f"{value:,.0f}" for value in row))
+        rate, speeds = f"{what}_tokens_per_second", [summary["speed"].get(m, {}) for m in models]
+        digits = 0 if any(s.get(rate, 0) >= 100 for s in speeds) else 1
+        row = (with_interval(s.get(rate), s.get(f"{rate}_interval"), digits) for s in speeds)
+        table.add_row(f"{what} tokens/s", *row)
     console.print(table)
     for remark in remarks(summary):
         console.print(remark)
@@ -56,6 +58,6 @@ def show(summary: dict[str, Any], console: Console) -> None:
 def with_interval(value: float | None, interval: list[float] | None, digits: int) -> str:
     """`value (low to high)`, as far as they are known."""
     if value is None or interval is None:
-        return "" if value is None else f"{value:.{digits}f}"
+        return "" if value is None else f"{value:,.{digits}f}"
     low, high = interval
-    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{value:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"

@@ -59,11 +59,11 @@ def _sentences(summary: dict[str, Any], config: dict[str, Any]) -> Iterator[str]
     if {"original", "final"} <= sizes.keys():
         left += f", in {number(sizes['final'], 0)} instead of {number(sizes['original'], 0)} MB"
     yield f"{name or 'The model'} was {done}{f' on {recipe}' if recipe else ''}: {left}."
-    yield from _compared("Its perplexity on held-out text", summary.get("perplexity") or {}, 2)
     for task in summary.get("tasks") or ():
         scored = {model: values.get("macro_f1") for model, values in summary[task].items()}
         constant = ((summary.get("majority") or {}).get(task) or {}).get("macro_f1")
         yield from _compared(f"Its macro-F1 in {task}", scored | {"majority": constant}, 3)
+    yield from _compared("Its perplexity on held-out text", summary.get("perplexity") or {}, 2)
     speed = summary.get("speed") or {}
     if {"original", "final"} <= speed.keys():
         times = [

@@ -80,6 +80,14 @@ def test_the_command_says_whether_the_certificate_holds(finished, printed):
     assert "certificate: FAIL: merge_error is 1.50e+00, not at most 1 (weights with the adapter merged in" in failed
 
 
+def test_the_command_shows_perplexity_below_the_scores_and_speeds_with_their_intervals(finished, printed):
+    shown, speed = printed(finished), read(finished, "summary.json")["speed"]["final"]
+    assert 0 < shown.index("qa macro_f1") < shown.index("held-out perplexity") < shown.index("share of the decoder")
+    low, high = speed["decode_tokens_per_second_interval"]
+    assert f"{speed['decode_tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})" in shown
+    assert "Qa macro-F1: tuning alone takes the whole model from" in shown
+
+
 def test_what_cannot_be_measured_is_said_everywhere(untaught, printed):
     summary, printed = read(untaught, "summary.json"), printed(untaught)
     assert summary["relative_performance"] is None and summary["ratios"] == {"qa macro_f1": None}

@@ -119,8 +119,8 @@ def test_the_page_opens_with_what_was_made_and_how_good_it_is(tmp_path):
     _, text = parse(write_report(run))
     assert (
         "some/where was tuned and cut in one run on health-mini: 92.0 of 134.5 million parameters are left, 60% of the "
-        "decoder, in 368 instead of 538 MB. Its perplexity on held-out text is 30.17 (original 23.41, tuned dense "
-        "15.52). Its macro-F1 in pubmedqa is 0.389 (original 0.317, tuned dense 0.426, majority label 0.237). On the "
+        "decoder, in 368 instead of 538 MB. Its macro-F1 in pubmedqa is 0.389 (original 0.317, tuned dense 0.426, "
+        "majority label 0.237). Its perplexity on held-out text is 30.17 (original 23.41, tuned dense 15.52). On the "
         "machine of the run it reads 1.40 times and writes 1.30 times as fast as the original. parameters"
     ) in text
     assert "licence" not in text, "it is not known"
@@ -203,9 +203,37 @@ def test_recorded_dense_figures_stand_beside_the_models_with_their_command(tmp_p
                 "tasks": {"pubmedqa": {"accuracy": 0.615, "macro_f1": 0.401}}}  # fmt: skip
     dense = {key: {k: v for k, v in SUMMARY[key].items() if k != "tuned_dense"} for key in ("perplexity", "pubmedqa")}
     _, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | dense | {"recorded_dense": recorded})))
-    assert "original cut and tuned tuned dense (recorded) majority label held-out perplexity" in text
+    assert "original cut and tuned tuned dense (recorded) majority label pubmedqa accuracy" in text
     assert "16.06" in text and "0.615" in text and "15.52" not in text
     assert "Tuned dense (recorded): not part of this run, but what `atp demo x` gave earlier." in text
+
+
+def test_perplexity_stands_below_the_scores_of_tasks(tmp_path):
+    page, text = parse(write_report(write_run(tmp_path / "run")))
+    assert 0 < text.index("pubmedqa macro-F1 ↑") < text.index("held-out perplexity ↓") < text.index("share of decoder")
+    told = [value for name, value in page.attributes if name == "aria-label"]
+    assert [line.startswith("pubmedqa") for line in told[:2]] == [True, False]
+    assert text.index("pubmedqa macro-F1, cut") < text.index("perplexity, cut"), "on the cards"
+
+
+def test_speeds_have_their_intervals(tmp_path):
+    timed = {"prefill_tokens_per_second_interval": [1790.0, 1811.5], "speed_repeats": 3}
+    speed = SUMMARY["speed"] | {"original": SUMMARY["speed"]["original"] | timed}
+    _, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | {"speed": speed})))
+    assert "prefill, tokens/s ↑ 1 800.4 (1 790.0 – 1 811.5) – 2 512.8" in text
+
+
+def test_tuning_and_the_cut_are_told_apart(tmp_path):
+    _, text = parse(write_report(write_run(tmp_path / "run")))
+    alone = "tuning alone takes the whole model from"
+    assert f"Pubmedqa macro-F1: {alone} 0.317 to 0.426, tuning and cutting to 0.389." in text
+    assert f"Held-out perplexity: {alone} 23.41 to 15.52, tuning and cutting to 30.17." in text
+    dense = {key: {k: v for k, v in SUMMARY[key].items() if k != "tuned_dense"} for key in ("perplexity", "pubmedqa")}
+    _, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | dense)))
+    assert alone not in text and "evaluation.dense_baseline=true also tunes the whole model" in text
+    for other in ({"method": "slicegpt"}, {"perplexity": {"original": 23.41}}):
+        _, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | dense | other)))
+        assert alone not in text and "dense_baseline" not in text
 
 
 def test_a_users_free_text_task_may_be_called_answers(tmp_path):
