@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from atp import progress
 from atp.console import Debug, JsonLogs, Quiet, console
 from atp.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from atp.listing import RunLine
 
 
 def evaluate(
@@ -204,8 +209,6 @@ def runs(
 
     Example: atp runs runs/experiments
     """
-    from rich.table import Table
-
     from atp.listing import runs_below
 
     found = runs_below(folder)
@@ -215,16 +218,33 @@ def runs(
     if not found:
         console.print(f"there is no run folder in {folder}")
         return
-    head = ("run", "state", "phase", "step", "loss", "kept", "perplexity", "MB", "minutes", "changed")
-    table = Table(*head, box=None, pad_edge=False)
-    for run in found:
-        scores = [f"{score:.2f}" for score in (run.perplexity_before, run.perplexity) if score is not None]
-        table.add_row(
-            run.folder, run.state, run.phase or "", _digits(run.step, 0), _digits(run.loss, 3), _digits(run.kept, 3),
-            " -> ".join(scores), _digits(run.megabytes, 0), _digits(run.minutes, 1),
-            f"{run.changed.astimezone():%Y-%m-%d %H:%M}",
-        )  # fmt: skip
-    console.print(table)
+    for line in _lines([_cells(run) for run in found], console.width if console.is_terminal else None):
+        console.print(line, soft_wrap=True)
+
+
+def _cells(run: RunLine) -> dict[str, str]:
+    scores = [f"{score:.2f}" for score in (run.perplexity_before, run.perplexity) if score is not None]
+    return {
+        "run": run.folder, "state": run.state, "phase": run.phase or "", "step": _digits(run.step, 0),
+        "loss": _digits(run.loss, 3), "kept": _digits(run.kept, 3), "perplexity": " -> ".join(scores),
+        "MB": _digits(run.megabytes, 0), "minutes": _digits(run.minutes, 1),
+        "changed": f"{run.changed.astimezone():%Y-%m-%d %H:%M}",
+    }  # fmt: skip
+
+
+def _lines(rows: list[dict[str, str]], width: int | None) -> Iterator[str]:
+    """A table as lines; where it is wider than a terminal, a run's name has a line of its own, so that it stays whole.
+
+    width: of the terminal; None where there is none.
+    """
+    rows = [{name: name for name in rows[0]}, *rows]
+    widths = {name: max(len(row[name]) for row in rows) for name in rows[0]}
+    first = "run" if width is not None and sum(widths.values()) + 2 * len(widths) - 2 > width else None
+    for row in rows:
+        if first is not None:
+            yield row[first]
+        cells = (row[name].ljust(widths[name]) for name in widths if name != first)
+        yield ("  " if first is not None else "") + "  ".join(cells).rstrip()
 
 
 def _digits(value: float | None, digits: int) -> str:

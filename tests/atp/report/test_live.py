@@ -1,6 +1,7 @@
 """`atp watch` and `atp runs`: run folders at work, finished and stopped."""
 
 import http.client
+import io
 import json
 import random
 import socket
@@ -9,9 +10,12 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from atp import cli_results
 from atp.cli import main
 from atp.errors import InputError
 from atp.listing import runs_below
@@ -77,6 +81,30 @@ def test_the_command_lists_them(run, tmp_path, monkeypatch, capsys):
     assert runs(str(tmp_path / "absent"))[0] == 2
     (tmp_path / "empty").mkdir()
     assert runs(str(tmp_path / "empty"))[:2] == (0, f"there is no run folder in {tmp_path / 'empty'}\n")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_names_are_whole_and_nothing_is_left_out_in_a_narrow_terminal(run, tmp_path, monkeypatch, width):
+    long = run.parent / "quite-a-long-name-of-a-run-that-somebody-gave"
+    run.rename(long)
+    out = io.StringIO()
+    terminal = Console(width=width, file=out, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(cli_results, "console", terminal)
+    monkeypatch.chdir(tmp_path)
+    cli_results.runs(Path("runs"))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == (2 if width == 200 else 4) and all(len(line) <= width for line in lines)
+    name, *figures = " ".join(lines[-2 if width == 80 else -1 :]).split()
+    assert name == "runs/quite-a-long-name-of-a-run-that-somebody-gave"
+    assert figures[:6] == ["stopped", "search", "4", "1.500", "0.750", "20.50"] and len(figures) == 8, "and a date"
+
+
+def test_a_file_has_every_column_and_whole_lines(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["atp", "runs", str(run.parent)])
+    with pytest.raises(SystemExit):
+        main()
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[-2:] == ["minutes", "changed"] and line.startswith(f"{run} ") and len(line.split()) == 9
 
 
 def ask(port, path="/", host="127.0.0.1"):
