@@ -23,7 +23,7 @@ from atp.overrides import apply, differences, explain
 from atp.presets import AUTO, PRESETS, by_length, merged, without_steps
 from atp.reading import read_yaml_file
 from atp.section import Section
-from atp.spaces.space import space_names, structure_names
+from atp.spaces import space_names, structure_names
 from atp.training_config import TrainingConfig
 
 DecisionSource = Literal["static", "tuned", "running", "learned"]

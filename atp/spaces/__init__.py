@@ -1,5 +1,18 @@
-"""The mask spaces: one file per space. Importing a space here registers it."""
+"""The mask spaces: one file per space, and here the names that a config may hold, without torch."""
 
-from atp.spaces import disp, head_dim, kv_group
+STRUCTURES = {
+    "disp": ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs", "mlp"),
+    "head_dim": ("qk", "vo", "mlp"),
+    "kv_group": ("kv_group", "mlp"),
+}
+"""For each space, which is also the name of its file, the structures that it builds, in order."""
 
-__all__ = ["disp", "head_dim", "kv_group"]
+
+def space_names() -> list[str]:
+    """The names of all mask spaces."""
+    return list(STRUCTURES)
+
+
+def structure_names() -> list[str]:
+    """The names of the structures of all mask spaces, each once."""
+    return list(dict.fromkeys(name for structures in STRUCTURES.values() for name in structures))

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from atp.families import Linear
 from atp.spaces.mlp import mlp_channels
-from atp.spaces.space import CUDA_WIDTHS, WIDTHS, Cut, Structure, register
+from atp.spaces.space import CUDA_WIDTHS, WIDTHS, Cut, Structure
 
 _SELECTIONS = {
     "attention_inputs": (1, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -26,7 +26,6 @@ _SELECTIONS = {
 """For each structure the axis and the linears that it cuts; on that axis their positions are the hidden state's."""
 
 
-@register("disp", structures=(*_SELECTIONS, "mlp"))
 def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
     """Four selections of the hidden state, and the channels of the MLP.
 

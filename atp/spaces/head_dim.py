@@ -11,10 +11,9 @@ from transformers import PretrainedConfig
 from atp.families import Linear
 from atp.spaces.heads import kept_dims
 from atp.spaces.mlp import mlp_channels
-from atp.spaces.space import Cut, Structure, register
+from atp.spaces.space import Cut, Structure
 
 
-@register("head_dim", structures=("qk", "vo", "mlp"))
 def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
     """`qk` removes a RoPE pair of every query and key head, `vo` a dimension of every value head.
 

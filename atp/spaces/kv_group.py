@@ -9,10 +9,9 @@ from transformers import PretrainedConfig
 from atp.families import Linear
 from atp.spaces.heads import kept_heads
 from atp.spaces.mlp import mlp_channels
-from atp.spaces.space import Cut, Structure, register
+from atp.spaces.space import Cut, Structure
 
 
-@register("kv_group", structures=("kv_group", "mlp"))
 def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
     """`kv_group` removes a key and value head with all query heads that read it.
 

@@ -9,6 +9,7 @@ layer has. Everybody else asks these questions and never looks at the name of a 
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from atp.families import Linear, UnsupportedModel, family_of, layer_config
+from atp.spaces import STRUCTURES
 
 WIDTHS = (64, 32, 16, 8, 4, 2)
 """Preferred multiples of a width of linears, the best first: 4-bit kernels and tensor cores want 64."""
@@ -95,29 +97,7 @@ class Structure:
 
 
 Builder = Callable[[PretrainedConfig, dict[str, Linear]], list[Structure]]
-"""Makes the structures of one layer from the config of this layer and its linears."""
-
-_SPACES: dict[str, tuple[tuple[str, ...], Builder]] = {}
-
-
-def register(name: str, structures: tuple[str, ...]) -> Callable[[Builder], Builder]:
-    """Registers the decorated builder as mask space `name`; structures: the names that it builds, in order."""
-
-    def add(builder: Builder) -> Builder:
-        _SPACES[name] = structures, builder
-        return builder
-
-    return add
-
-
-def space_names() -> list[str]:
-    """The names of all mask spaces."""
-    return list(_SPACES)
-
-
-def structure_names() -> list[str]:
-    """The names of the structures of all mask spaces, each once."""
-    return list(dict.fromkeys(name for structures, _ in _SPACES.values() for name in structures))
+"""Makes the structures of one layer from the config of this layer and its linears: `structures` of a space's file."""
 
 
 class MaskSpace:
@@ -158,12 +138,12 @@ class MaskSpace:
     def from_config(cls, config: PretrainedConfig, space: str = "head_dim") -> MaskSpace:
         """Builds the table from a transformers config. Raises `UnsupportedModel` with the remedy."""
         family = family_of(config)
-        if space not in _SPACES:
-            raise UnsupportedModel(f"unknown mask space '{space}': use one of {', '.join(_SPACES)}")
+        if space not in STRUCTURES:
+            raise UnsupportedModel(f"unknown mask space '{space}': use one of {', '.join(STRUCTURES)}")
         reason = family.refuses(config, space)
         if reason:
             raise UnsupportedModel(f"space '{space}' does not fit model family '{family.name}': {reason}")
-        _, build = _SPACES[space]
+        build: Builder = importlib.import_module(f"atp.spaces.{space}").structures
         built: dict[tuple[tuple[str, Linear], ...], list[Structure]] = {}  # layers of one shape share their tables
         structures, linears = [], []
         for layer in range(config.num_hidden_layers):
