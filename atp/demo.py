@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atp.config import ATPConfig
-from atp.data.packages import PACKAGED_MODEL
+from atp.places import PACKAGED_MODEL
 
 RECORDED_DENSE = Path(__file__).with_name("demo_dense.json")
 # What the scores of the tuned dense model depend on.

@@ -51,7 +51,7 @@ def runs_below(folder: Path) -> list[RunLine]:
     """
     if not folder.is_dir():
         raise InputError(f"folder {shorten(folder)} does not exist: give one that holds run folders")
-    return [_line(path) for path in _folders(folder)]
+    return [run_line(path) for path in _folders(folder)]
 
 
 def _folders(top: Path) -> Iterator[Path]:
@@ -62,7 +62,8 @@ def _folders(top: Path) -> Iterator[Path]:
         inside[:] = sorted(name for name in inside if not name.startswith("."))
 
 
-def _line(folder: Path) -> RunLine:
+def run_line(folder: Path) -> RunLine:
+    """What a run folder holds so far. Damaged records count as missing ones."""
     summary, scores, last = _json(folder / _SUMMARY), _json(folder / _SCORES), _last(folder / _METRICS)
     state: State = "running" if holder(folder) is not None else "finished" if summary else "stopped"
     times = [path.stat().st_mtime for name in (*_RECORDS, _CONFIG) if (path := folder / name).is_file()]

@@ -14,7 +14,7 @@ from atp import heap, processes
 from atp.config import ATPConfig, DataConfig, ModelConfig
 from atp.data import DataSettings, Example, Splits, chat_of, fitted, load_recipe, pack, unpacked
 from atp.data.batches import scored_tokens
-from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
+from atp.data.packages import smollm2_gguf
 from atp.data.packing import PackedDataset, RaggedDataset
 from atp.data.recipes import packages_of
 from atp.data.tokens import Pieces
@@ -22,6 +22,7 @@ from atp.errors import InputError
 from atp.finite import refuse_weights
 from atp.models.base import FORMS, check_base, quantize_base
 from atp.models.load import read_config, read_model, read_tokenizer
+from atp.places import PACKAGED_MODEL, refuse_no_model
 from atp.requirements import require
 from atp.sharding.read import read_sharded
 from atp.spaces.space import MaskSpace
@@ -194,6 +195,7 @@ def averages(samples: Samples | list[dict[str, Tensor]]) -> tuple[float, float]:
 def _source(config: ModelConfig) -> dict[str, Any]:
     """Arguments for `atp.models.load` that locate the model. Raises `InputError` for a missing package."""
     require(*_model_packages(config))
+    refuse_no_model(config.path, config.gguf_file)
     if config.path == PACKAGED_MODEL:
         gguf = smollm2_gguf()
         return {"path": gguf.parent, "gguf_file": gguf.name, "revision": config.revision}

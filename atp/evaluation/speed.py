@@ -19,7 +19,6 @@ from atp.evaluation.bootstrap import COVERAGE
 from atp.evaluation.inference import CausalLM, inference
 from atp_kernels import QuantizedWeight
 
-
 _LEAST, _MOST = 3, 50  # rounds
 _NARROW = 0.1  # width of an interval, as a share of its median, at which no more rounds are needed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from atp.compare.members import ATP, Arm
+from atp.compare.arms import ATP, Arm
 from atp.compare.results import ORIGINAL
 from atp.experiments.spec import ExperimentSpec
 from atp.report import plots

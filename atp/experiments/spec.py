@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atp import shipped
-from atp.compare.members import Arm
+from atp.compare.arms import Arm
 from atp.config import ATPConfig
 from atp.errors import InputError, shorten
 from atp.overrides import explain

@@ -12,10 +12,10 @@ from huggingface_hub.utils import validate_repo_id
 from atp.config import ATPConfig
 from atp.data.domains import C4, hub_sources
 from atp.data.hub import HubName
-from atp.data.packages import PACKAGED_MODEL
 from atp.errors import shorten, visible
 from atp.files import write_text
 from atp.models.base import FORMS
+from atp.places import PACKAGED_MODEL
 from atp.reading import existing
 from atp.report.beside import NOT_MEASURABLE, unclear
 from atp.report.text import code, plain

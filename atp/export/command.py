@@ -6,27 +6,25 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
-from transformers import PretrainedConfig, PreTrainedModel
 
 from atp import progress
 from atp.config import ModelConfig
-from atp.data.packages import PACKAGED_MODEL
 from atp.errors import InputError, shorten
-from atp.export.card import PACKAGED, facts_of_card
-from atp.export.gguf import DTYPES, architecture_of, write_gguf
-from atp.export.quantized import SCHEMES, write_quantized
-from atp.families import family_of, is_cut
 from atp.files import check_writable, remove_leftovers_of
-from atp.finite import refuse_weights
-from atp.folders import CONFIG
-from atp.loading import load_any_model, load_shapes, load_tokenizer
-from atp.models.config import ATPLlamaConfig
 from atp.overrides import explain
+from atp.places import PACKAGED_MODEL, model_place, refuse_no_model, run_of
 from atp.reading import existing
 from atp.requirements import require
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from atp.models.config import ATPLlamaConfig
+
+# What needs torch is imported where it is used, so that wrong options are refused at once.
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,21 @@ class Source:
     @property
     def shapes(self) -> ATPLlamaConfig:
         """Its config as that of a cut model; whole models keep all widths. Raises `InputError` for unknown families."""
+        from atp.families import is_cut
+        from atp.models.config import ATPLlamaConfig
+
         return cast(ATPLlamaConfig, self.config) if is_cut(self.config) else ATPLlamaConfig.from_whole(self.config)
 
     @property
     def run(self) -> Path | None:
         """The run folder that the model is the result of."""
-        if self.folder is None or self.folder.name != "model" or not (self.folder.parent / CONFIG).is_file():
-            return None
-        return self.folder.parent
+        return None if self.folder is None else run_of(str(self.folder))
 
     def load(self) -> PreTrainedModel:
         """The weights in the dtype of their files. Raises `InputError` if they are quantized or not finite."""
+        from atp.finite import refuse_weights
+        from atp.loading import load_any_model
+
         if getattr(self.config, "quantization_config", None) is not None:
             raise InputError(f"the weights of {self.where} are quantized: give it in float32, bfloat16 or float16")
         progress.begin("loading")
@@ -104,18 +106,21 @@ def export(source: str, to: str, dtype: str | None, out: Path | None) -> tuple[P
 
 def _model_of(source: str) -> tuple[str, Path | None, str]:
     """`model.path` of the model, its folder if it has one, and what to call it if its card does not tell."""
-    folder = existing(source)
-    if folder is None or not folder.is_dir():
+    refuse_no_model(source)
+    path, gguf_file = model_place(source)
+    folder = existing(path)
+    if folder is None:
         return source, None, source.rpartition("/")[2].rpartition(":")[2]
-    if not (folder / CONFIG).is_file():
-        return source, folder.resolve(), folder.resolve().name
-    model = folder / "model"
-    if not model.is_dir():
-        raise InputError(f"run folder {shorten(source)} has no model yet: finish the run with --resume")
-    return str(model), model, folder.resolve().name
+    if gguf_file is not None:
+        return source, folder.resolve(), gguf_file.removesuffix(".gguf")
+    run = run_of(path)
+    return path, folder.resolve() if run is None else folder, (run or folder).resolve().name
 
 
 def _read(model: str, folder: Path | None, name: str) -> Source:
+    from atp.export.card import PACKAGED, facts_of_card
+    from atp.loading import load_shapes
+
     try:
         place = ModelConfig(path=model)
     except ValidationError as error:
@@ -130,6 +135,9 @@ def _read(model: str, folder: Path | None, name: str) -> Source:
 
 
 def _write_gguf(source: Source, dtype: str, out: Path) -> list[str]:
+    from atp.export.gguf import architecture_of, write_gguf
+    from atp.loading import load_tokenizer
+
     shapes = source.shapes
     architecture = architecture_of(shapes, source.where)
     tokenizer = load_tokenizer(source.place)
@@ -138,6 +146,10 @@ def _write_gguf(source: Source, dtype: str, out: Path) -> list[str]:
 
 
 def _write_quantized(source: Source, scheme: str, out: Path) -> list[str]:
+    from atp.export.quantized import SCHEMES, write_quantized
+    from atp.families import family_of
+    from atp.loading import load_tokenizer
+
     family_of(source.config)  # which other families are refused
     require(SCHEMES[scheme].package)
     tokenizer = load_tokenizer(source.place)
@@ -148,6 +160,6 @@ def _write_quantized(source: Source, scheme: str, out: Path) -> list[str]:
 
 
 TARGETS = {
-    "gguf": Target(tuple(DTYPES), ".gguf", _write_gguf),
-    **{scheme: Target((scheme,), "", _write_quantized) for scheme in SCHEMES},
+    "gguf": Target(("f16", "f32", "bf16", "q8_0"), ".gguf", _write_gguf),
+    **{scheme: Target((scheme,), "", _write_quantized) for scheme in ("int8", "nf4")},
 }

@@ -1,5 +1,11 @@
 """`atp sweep`: several targets from one open phase, and their results as CSV, JSON and PNG."""
 
-from atp.sweep.sweep import Sweep
+from typing import TYPE_CHECKING
+
+from atp.lazy import lazily
+
+if TYPE_CHECKING:
+    from atp.sweep.sweep import Sweep
 
 __all__ = ["Sweep"]
+__getattr__ = lazily(__name__, sweep="Sweep")

@@ -21,7 +21,8 @@ from atp.run import Run
 from atp.signals import SignalGuard
 from atp.sweep.shared import DONE, SharedRun, shared_parts, start_from
 from atp.sweep.table import Row, draw, target_row, uncut_rows, write_csv
-from atp.sweep.targets import Asked, Target, resolve
+from atp.sweep.targets import Target, resolve
+from atp.sweep.units import Asked, refuse_targets
 from atp.targets import at_share
 from atp.training.precision import refuse_open, with_precision
 
@@ -51,13 +52,7 @@ class Sweep:
 
         Raises `InputError` without any, or for one that is given twice.
         """
-        if not asked:
-            raise InputError("nothing to sweep over: give at least one target, as --keep 0.8,0.6")
-        places = [one.folder for one in asked]
-        twice = [one for one in asked if places.count(one.folder) > 1]
-        if twice:
-            option, _, value = twice[0].text.partition(" ")
-            raise InputError(f"--{option} names {value} twice: give each target once")
+        refuse_targets(asked)
         self.asked, self.folder, self.resume, self.command = asked, folder, resume, command
         self.engine = engine or Here()
         self.config = config

@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.config import ModelConfig
-from atp.data.packages import PACKAGED_MODEL, smollm2_gguf
+from atp.data.packages import smollm2_gguf
 from atp.errors import InputError
 from atp.loading import load_any_model, load_model, load_tokenizer
+from atp.places import PACKAGED_MODEL
 
 
 def test_packaged_model_is_the_file_of_its_package():

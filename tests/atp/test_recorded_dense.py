@@ -13,10 +13,10 @@ from tiny_command import start
 from atp import cli
 from atp.config import ATPConfig
 from atp.data import load_recipe
-from atp.data.packages import PACKAGED_MODEL
 from atp.data.settings import DataSettings
 from atp.demo import DENSE_SETTINGS, RECORDED_DENSE, demo_config, dense_settings, recorded_dense
 from atp.errors import InputError
+from atp.places import PACKAGED_MODEL
 
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads(RECORDED_DENSE.read_text(encoding="utf-8"))

@@ -13,10 +13,10 @@ import pytest
 from atp import requirements
 from atp.config import DataConfig, ModelConfig
 from atp.data import read_examples
-from atp.data.packages import PACKAGED_MODEL
 from atp.ending import ending, lacking
 from atp.errors import InputError
 from atp.loading import check_packages
+from atp.places import PACKAGED_MODEL
 from atp.requirements import TRAIN, find, install_command, require
 
 ROOT = Path(__file__).parents[2]

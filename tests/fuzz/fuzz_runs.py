@@ -47,7 +47,7 @@ from atp.listing import runs_below  # noqa: E402
 from atp.plan import make_plan  # noqa: E402
 from atp.report import write_report  # noqa: E402
 from atp.sweep import Sweep  # noqa: E402
-from atp.sweep.targets import UNITS  # noqa: E402
+from atp.sweep.units import UNITS  # noqa: E402
 from atp.training.loop import Loop  # noqa: E402
 
 MODELS = [

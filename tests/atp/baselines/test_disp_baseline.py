@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from atp.compare.arms import Arm
 from atp.compare.baseline_run import BaselineRun
-from atp.compare.members import Arm, Members
+from atp.compare.members import Members
 from atp.errors import InputError
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from atp.compare.members import Arm, Members
+from atp.compare.arms import Arm
+from atp.compare.members import Members
 from atp.config import ATPConfig
 from atp.errors import InputError
 

@@ -9,7 +9,8 @@ import pytest
 from tiny_callbacks import StopAt
 
 from atp.compare import Comparison, baseline_run
-from atp.compare.members import Arm, Members
+from atp.compare.arms import Arm
+from atp.compare.members import Members
 from atp.compare.page import write_pages
 from atp.compare.results import Member, results, unmeasurable
 from atp.compare.table import markdown, table

@@ -18,7 +18,7 @@ from atp.engines.away import AwayWork
 from atp.errors import InputError, Interrupted, JobsFailed
 from atp.signals import SignalGuard
 from atp.sweep import Sweep
-from atp.sweep.targets import UNITS, Asked
+from atp.sweep.units import UNITS, Asked
 
 WORK = Path(__file__).parent / "work"
 sys.path.insert(0, str(WORK))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from atp.compare.members import Arm, Members
+from atp.compare.arms import Arm
+from atp.compare.members import Members
 from atp.errors import InputError
 from atp.experiments import Experiment, ExperimentSpec
 from atp.experiments.rows import append_rows, changed_share, validation_perplexity

@@ -4,7 +4,6 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from atp.config import ATPConfig
-from atp.data.packages import PACKAGED_MODEL
 from atp.export.card import (
     adapter_card,
     add_results,
@@ -14,6 +13,7 @@ from atp.export.card import (
     model_card,
     quantized_card,
 )
+from atp.places import PACKAGED_MODEL
 
 HOSTILE = [
     "a: [b",

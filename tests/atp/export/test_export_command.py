@@ -17,6 +17,7 @@ from atp.errors import InputError
 from atp.export import gguf
 from atp.export.command import TARGETS, export
 from atp.export.gguf import DTYPES
+from atp.export.quantized import SCHEMES
 from benchmarks.gguf_forward import File
 
 
@@ -94,7 +95,8 @@ def test_weights_keep_the_dtype_of_their_files(tmp_path, monkeypatch):
 def test_the_default_dtype_is_the_first(tmp_path):
     save(tmp_path / "mine")
     path, _ = export(str(tmp_path / "mine"), "gguf", None, tmp_path / "x.gguf")
-    assert path.name == "x.gguf" and next(iter(DTYPES)) == "f16"
+    assert path.name == "x.gguf" and TARGETS["gguf"].dtypes == tuple(DTYPES) and next(iter(DTYPES)) == "f16"
+    assert TARGETS.keys() == {"gguf", *SCHEMES}
     assert File(path).types["token_embd.weight"] == "F16"
 
 
@@ -164,7 +166,9 @@ def test_what_a_killed_export_left_makes_room_for_the_next(tmp_path):
 
 def test_a_run_without_a_model_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("", encoding="utf-8")
-    with pytest.raises(InputError, match="has no model yet: finish the run with --resume"):
+    with pytest.raises(
+        InputError, match="no model yet: it stopped before its first step: continue it with atp train .* --resume"
+    ):
         export(str(tmp_path), "gguf", "f32", None)
 
 

@@ -14,11 +14,11 @@ from tiny_tokenizers import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
 
 from atp.baselines.simple import magnitude_scores
 from atp.config import ModelConfig
-from atp.data.packages import PACKAGED_MODEL
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
 from atp.export.gguf import DTYPES
 from atp.loading import load_any_model, load_tokenizer
+from atp.places import PACKAGED_MODEL
 from atp.removal.cut import cut_model
 from atp.requirements import find
 from atp.spaces.space import MaskSpace

@@ -21,7 +21,8 @@ from atp.sweep import Sweep
 from atp.sweep import sweep as sweeps
 from atp.sweep.shared import SharedRun
 from atp.sweep.table import show, tables
-from atp.sweep.targets import UNITS, resolve
+from atp.sweep.targets import resolve
+from atp.sweep.units import UNITS
 from atp.training import checkpoint as checkpoints
 from atp.training import trainer as trainers
 from atp.training.resume import for_target

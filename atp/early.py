@@ -1,0 +1,40 @@
+"""What a command refuses before it imports torch, which takes seconds: wrong keys, and paths where nothing is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from atp import ranks
+from atp.config import ATPConfig
+from atp.data.files import check_source
+from atp.folders import CONFIG, begun_by_this_launch, check_output_dir
+from atp.places import refuse_no_model
+
+
+def load_config(path: Path, overrides: list[str] | None, *, resume: bool | None = None) -> ATPConfig:
+    """The settings of a command, once model, data and run folder are known to be usable names. Raises `InputError`.
+
+    resume: of a command that writes to output_dir; None if it writes nothing, or elsewhere.
+    """
+    config = ATPConfig.load(path, overrides)
+    refuse_places(config)
+    if resume is not None:
+        check_folder(Path(config.output_dir), resume, CONFIG)
+    return config
+
+
+def refuse_places(config: ATPConfig) -> None:
+    """Raises `InputError` for a model or data that a config names by a path where nothing is."""
+    refuse_no_model(config.model.path, config.model.gguf_file)
+    if config.data.recipe == "custom":
+        for _, source in config.data.own_sources:
+            check_source(source)
+
+
+def check_folder(folder: Path, resume: bool, started: str) -> None:
+    """Raises `InputError` for an output folder that cannot be used. Where processes share it, one of them asks later.
+
+    started: as in `check_output_dir`.
+    """
+    if ranks.count() == 1:
+        check_output_dir(folder, resume=resume or begun_by_this_launch(folder, started), started=started)
