@@ -140,11 +140,16 @@ def demo(
     Example: atp demo decisions.space=head_dim --output-dir runs/head-dim
     """
     from atp.demo import demo_config, recorded_dense
+    from atp.early import check_folder, refuse_places
+
+    settings = demo_config(output_dir, [*(["evaluation.dense_baseline=false"] if no_dense else []), *(overrides or [])])
+    refuse_places(settings)
+    check_folder(Path(settings.output_dir), resume, "config.yaml")
+
     from atp.report.terminal import show
     from atp.run import Run
 
     _note()
-    settings = demo_config(output_dir, [*(["evaluation.dense_baseline=false"] if no_dense else []), *(overrides or [])])
     recorded = None if settings.evaluation.dense_baseline else recorded_dense(settings, console.print)
     run = Run(settings, resume=resume, command=_command(), say=console.print, recorded_dense=recorded)
     show(run.execute(), console)

@@ -48,6 +48,7 @@ def evaluate(
 
     Example: atp eval runs/demo/model --suite health-mini --output scores.json
     """
+    from atp.early import refuse_suite
     from atp.files import check_writable, write_json
     from atp.places import refuse_no_model
 
@@ -61,6 +62,7 @@ def evaluate(
         raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
     if model.strip():
         refuse_no_model(model, gguf_file)
+    refuse_suite(suite)
 
     from rich.table import Table
 

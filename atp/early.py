@@ -31,6 +31,14 @@ def refuse_places(config: ATPConfig) -> None:
             check_source(source)
 
 
+def refuse_suite(suite: str) -> None:
+    """Raises `InputError` for a suite that is a path where nothing is, or a config that is none."""
+    if suite.endswith((".yaml", ".yml")):
+        ATPConfig.load(suite)
+    else:
+        check_source(suite)
+
+
 def check_folder(folder: Path, resume: bool, started: str) -> None:
     """Raises `InputError` for an output folder that cannot be used. Where processes share it, one of them asks later.
 

@@ -118,10 +118,10 @@ def is_one_sentence(err):
         ("data.train=~nobody-of-this-name/a.jsonl", "~nobody-of-this-name/a.jsonl: there is no such home folder"),
         (f"data.train={'x' * 5000}.jsonl", "cannot read x+... .File name too long.: check the path"),
         (f"output_dir={'x' * 5000}", "output_dir|name too long"),
-        (f"model.path={'x' * 5000}", "cannot load the tokenizer"),
+        (f"model.path={'x' * 5000}", "cannot load the model from"),
         ("training.batch_size=4096", "the training split has .* windows of 16 tokens, but one step takes 4096"),
         ("model.path={shared}/gpt2", "model family 'gpt2' is not supported: use one of llama, mistral"),
-        ("model.path={shared}/nowhere", "cannot load the tokenizer from"),
+        ("model.path={shared}/nowhere", "cannot load the model from .*: no such file or folder"),
         ("decisions.target_keep=0.01", "the nearest share that whole .* keep is 0.1148: choose that"),
         ("decisions.target_keep=0.6", "the nearest share that whole .* keep is 0.6066: choose that"),
         ("decisions.multiples.mlp=100000", r"keep with decisions.multiples {'mlp': 100000} is 0.6803: "),
@@ -207,7 +207,7 @@ def test_debug_shows_the_error_itself(atp, config):
 
 def test_eval_refuses_an_unknown_model_and_an_existing_output(atp, shared, tmp_path):
     code, _, err = atp("eval", shared / "nowhere", "--suite", shared / "data.jsonl")
-    assert code == 2 and is_one_sentence(err) and "cannot load the tokenizer" in err
+    assert code == 2 and is_one_sentence(err) and "cannot load the model from" in err
     code, _, err = atp("eval", shared / "llama", "--suite", shared / "empty.jsonl")
     assert code == 2 and is_one_sentence(err) and "is empty" in err
     code, _, err = atp("eval", "", "--suite", shared / "data.jsonl")

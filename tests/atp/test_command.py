@@ -1,6 +1,7 @@
 """The command itself: its version, its help, and what it says before a run."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from tiny_folder import save
 
 import atp_kernels
 from atp import cli
@@ -47,6 +49,70 @@ def test_help_waits_for_no_library_that_takes_seconds(words):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Usage: atp")
+    assert done.stdout.endswith("[]\n")
+
+
+REFUSED = {
+    "train": ["no.yaml"],
+    "train key": ["config.yaml", "lora.rank=2"],
+    "train model": ["config.yaml", "model.path=./nowhere"],
+    "train data": ["config.yaml", "data.train=absent.jsonl"],
+    "train space": ["config.yaml", "decisions.space=heads"],
+    "train output_dir": ["config.yaml", "output_dir=model"],
+    "plan": ["config.yaml", "model.path=a/b/c"],
+    "compare": ["config.yaml", "--methods", "atp,magnitud"],
+    "compare seeds": ["config.yaml", "--seeds", "one"],
+    "compare on": ["config.yaml", "--on", "mars"],
+    "compare out": ["config.yaml", "--out", "model"],
+    "experiment": ["nothing"],
+    "experiment seeds": ["stages", "--seeds", "one"],
+    "experiment key": ["stages", "lora.rank=2"],
+    "sweep": ["config.yaml", "--keep", "2"],
+    "sweep twice": ["config.yaml", "--keep", "0.8,0.8"],
+    "sweep on": ["config.yaml", "--on", "mars"],
+    "sweep out": ["config.yaml", "--out", "model"],
+    "eval": ["./nowhere"],
+    "eval suite": ["model", "--suite", "absent.jsonl"],
+    "eval config": ["model", "--suite", "absent.yaml"],
+    "eval output": ["model", "--output", "no/scores.json"],
+    "eval precision": ["model", "--precision", "int4"],
+    "export": ["model/absent.gguf"],
+    "export to": ["model", "--to", "onnx"],
+    "export dtype": ["model", "--dtype", "int3"],
+    "export out": ["model", "--out", "no/such.gguf"],
+    "chat": ["runs/demo/model"],
+    "chat against": ["model", "--against", "../nowhere"],
+    "push": ["./nowhere", "me/small"],
+    "push name": ["model", "small"],
+    "report": ["nowhere"],
+    "runs": ["nowhere"],
+    "init out": ["model", "data.jsonl", "--out", "no/atp.yaml"],
+    "demo": ["lora.rank=2"],
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_wrong_argument_is_refused_without_the_libraries_that_take_seconds(tmp_path, what):
+    """By the set of modules, which no slow machine changes."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text('{"text": "the cat"}', encoding="utf-8")
+    values = {"model": {"path": "model"}, "output_dir": "out", "data": {"train": "data.jsonl"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
+    code = (
+        f"import sys; sys.argv = ['atp', *{[what.split()[0], *REFUSED[what]]}]\nfrom atp.cli import main\ntry: main()\n"
+        "finally: print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+    )
+    path = os.pathsep.join(filter(None, (str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
     assert done.stdout.endswith("[]\n")
 
 
@@ -98,8 +164,16 @@ def without_extension(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_a_run_says_first_that_kernels_are_missing(monkeypatch, capsys, without_extension, command):
-    code, shown, _ = call(monkeypatch, capsys, command, "no.yaml")
+def test_a_run_says_before_it_begins_that_kernels_are_missing(
+    monkeypatch, capsys, without_extension, tmp_path, command
+):
+    """The data of this one is a folder without a file, which is found out when it is read."""
+    save(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    values = {"model": {"path": str(tmp_path / "model")}, "output_dir": str(tmp_path / "out"),
+              "data": {"train": str(tmp_path / "data"), "general_share": 0}}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
+    code, shown, _ = call(monkeypatch, capsys, command, str(tmp_path / "config.yaml"))
     assert code == 2 and "the extension is on holiday" in shown and "ATP_BUILD=0" in shown
 
 
