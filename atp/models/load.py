@@ -15,23 +15,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
+    TOKENIZER_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
+    TokenizersBackend,
 )
 from transformers.utils import cached_file
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from atp.errors import InputError, is_out_of_memory, reason, shorten
 from atp.models.sizes import check_against_files, check_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAIN = "main"  # the revision of a Hub name that names none
@@ -72,7 +74,13 @@ def read_tokenizer(
         if gguf_file is None and (file := _find(path, "tokenizer_config.json", revision)) is not None:
             for name in json.loads(file.read_text(encoding="utf-8")).get("fast_tokenizer_files", []):
                 _require_inside(name, file)
-        tokenizer = AutoTokenizer.from_pretrained(**where, revision=revision or _MAIN, trust_remote_code=False)
+        reader: Any = AutoTokenizer
+        if gguf_file is not None and _find(path, "tokenizer_config.json", revision) is None:
+            # What AutoTokenizer takes too, after it has read the header again, which takes seconds.
+            found = TOKENIZER_MAPPING.get(type(read_config(path, gguf_file, revision)), TokenizersBackend)
+            if found.__name__ != "MistralCommonBackend":  # which depends on further files
+                reader = found
+        tokenizer = reader.from_pretrained(**where, revision=revision or _MAIN, trust_remote_code=False)
         # transformers makes some tokenizers from nothing but a config.json.
         if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
             raise InputError(f"'{path}' has no tokenizer: add the tokenizer files of the model")
@@ -91,6 +99,8 @@ def read_model(
     quantize them, on the CPU. Raises `InputError` for a model that is missing, incomplete, not in safetensors, or in
     need of code of its own.
     """
+    from transformers import AutoModelForCausalLM, GgufConfig  # seconds, which configs and tokenizers do not take
+
     config = read_config(path, gguf_file, revision)
     with _explained("model", path):
         options: dict[str, Any] = _where(path, gguf_file, revision)

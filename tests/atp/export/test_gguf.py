@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny_tokenizers import byte_level
 from zeroed import random_mask, stock_model
 
@@ -10,7 +11,7 @@ from atp.errors import InputError
 from atp.export.gguf import architecture_of, write_gguf
 from atp.families import is_cut
 from atp.models.config import ATPLlamaConfig
-from atp.models.load import read_model
+from atp.models.load import read_config, read_model, read_tokenizer
 from atp.removal.cut import cut_model
 from atp.spaces.space import MaskSpace
 from benchmarks.gguf_forward import File, logits
@@ -199,6 +200,23 @@ def test_transformers_reads_it_back(tmp_path, name, widths):
     with torch.no_grad():
         expected, actual = model(tokens()).logits, found(tokens()).logits
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_config_and_tokenizer_come_from_one_reading_of_the_header(tmp_path, monkeypatch, name):
+    """A vocabulary of 50,000 tokens takes seconds to read."""
+    write(tiny(name), tmp_path / "model.gguf")
+    stock = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=str(tmp_path / "model.gguf"))
+    readings, read = [], transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint
+    monkeypatch.setattr(
+        transformers.modeling_gguf_pytorch_utils, "load_gguf_checkpoint",
+        lambda *values, **options: readings.append(values) or read(*values, **options),
+    )  # fmt: skip
+    read_config(tmp_path, "model.gguf")
+    found = read_tokenizer(tmp_path, "model.gguf")
+    assert len(readings) == 1 and type(found) is type(stock)
+    assert found.backend_tokenizer.to_str() == stock.backend_tokenizer.to_str()
+    assert found.special_tokens_map == stock.special_tokens_map and found.chat_template == stock.chat_template
 
 
 def test_what_the_file_says_of_the_model(tmp_path):
