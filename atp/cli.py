@@ -112,15 +112,18 @@ def plan(
     settings = load_config(config, overrides)
 
     from atp.plan import make_plan
+    from atp.plan.data import refused
     from atp.plan.page import page
 
     found = make_plan(settings, probe=probe, count=processes, device=device)
     progress.end()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
-        return
-    for part in page(found):
-        console.print(part)
+    else:
+        for part in page(found):
+            console.print(part)
+    if problem := refused(found["data"]):
+        raise InputError(problem)
 
 
 @app.command()

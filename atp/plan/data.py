@@ -25,6 +25,7 @@ from atp.scored_tasks import check_tasks
 
 _SHOWN = 96  # tokens of the sample that is shown
 _BEFORE = 48  # of them before the first that has a loss
+_UNREAD = "the data were not read, because there is no tokenizer: "
 
 
 def data_of(config: ATPConfig, shapes: PretrainedConfig, count: int | None = None) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def data_of(config: ATPConfig, shapes: PretrainedConfig, count: int | None = Non
     with _told(found):
         check_packages(config.model, config.data)
     if found["problem"] is None:
-        with _told(found, "the data were not read, because there is no tokenizer: "):
+        with _told(found, _UNREAD):
             tokenizer = load_tokenizer(config.model)
     if found["problem"] is None:
         with _told(found):
@@ -44,6 +45,12 @@ def data_of(config: ATPConfig, shapes: PretrainedConfig, count: int | None = Non
             found |= _described(config, tokenizer, data, count or processes.count())
             found["questions"] = asdict(Questions.of(check_tasks(config, data.splits, tokenizer, shapes)))
     return found
+
+
+def refused(data: dict[str, Any]) -> str | None:
+    """The sentence that `atp train` would end with, if it would; a plan from a config.json alone refuses nothing."""
+    problem = data["problem"]
+    return None if problem is None or problem.startswith(_UNREAD) else problem
 
 
 def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, count: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atp.errors import shorten
+from atp.plan.data import refused
 from atp.plan.parameters import PARTS
 
 _MARKS = ("⟦", "⟧")  # around tokens with a loss, for terminals without colour
@@ -144,7 +145,7 @@ def _data(data: dict[str, Any]) -> Iterator[RenderableType]:
         yield table
         yield _sample(data["sample"])
         yield from data["shortfalls"]
-    if data["problem"] is not None:
+    if data["problem"] is not None and refused(data) is None:  # a refusal comes last, as an error
         yield f"Data: {data['problem']}"
 
 

@@ -183,6 +183,7 @@ def test_a_tokenizer_made_from_nothing_is_none():
         (["training.report_to=[nowhere]"], "there is no tracker 'nowhere'"),
         (["model.path=nowhere/at/all"], "cannot load the model from 'nowhere/at/all'"),
         (["training.lrr=1"], "training.lrr"),
+        (["data.train=nowhere.jsonl"], "nowhere.jsonl does not exist"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_sentence(command, config, overrides, message):
@@ -265,18 +266,29 @@ def test_a_long_sample_starts_a_little_before_its_loss():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.train=nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["data.recipe=nothing"], "'nothing' is unknown"),
         (["data.labels=[yes, no, perhaps, surely]"], "labels 'perhaps' and 'surely' become the same tokens"),
         (["training.batch_size=4000"], "the training split has"),
     ],
 )
-def test_trouble_with_the_data_is_one_sentence_beside_the_rest(command, config, overrides, message):
+def test_trouble_with_the_data_is_the_sentence_of_a_run_after_the_rest(command, config, tmp_path, overrides, message):
     code, out, err = command(config, "--json", "--quiet", *overrides)
     found = json.loads(out)
-    assert (code, err) == (0, "")
+    assert code == 2 and err == f"error: {found['data']['problem']}\n"
     assert message in found["data"]["problem"] and "\n" not in found["data"]["problem"]
     assert found["memory"] and found["cost"] and found["exports"]
+    code, out, err = command(config, "--quiet", *overrides)
+    assert code == 2 and "Formats that can hold the result" in out and message not in out and message in err
+    with pytest.raises(InputError) as refused:
+        Run(changed(config, f"output_dir={tmp_path / 'run'}", *overrides), resume=False, command="").execute()
+    assert str(refused.value) == found["data"]["problem"]
+
+
+def test_a_row_that_cannot_be_used_ends_a_plan_with_exit_code_2(command, config, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data") / "broken.jsonl"
+    data.write_text('{"text": "one two"}\n{"text": ', encoding="utf-8")
+    code, out, err = command(config, f"data.train={data}", "data.labels=[]")
+    assert code == 2 and "Memory" in out and err.startswith("error: ") and "line 2: not valid JSON" in err
 
 
 def test_what_falls_short_is_said_and_not_counted(config):
