@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import yaml
 from atp.errors import InputError, quote, shorten
 
 _LARGEST, _DEEPEST = 100_000, 50  # characters of YAML, and nesting levels: settings need about a page and three levels
+_DECODER, _SPACE, _HALF = json.JSONDecoder(), re.compile(r"[ \t\n\r]*"), re.compile(r"\\u[dD]")
 _UNSETTLING = ("timestamp", "binary", "omap", "pairs", "set", "value")  # YAML types that no setting has
 
 
@@ -89,11 +92,38 @@ def read_yaml_file(path: Path, what: str) -> Any:
 
 def parse_json(text: str) -> Any:
     """The content of a JSON text. Raises `ValueError` with a short reason, whatever is wrong with it."""
+    return _parsed(text, 0, lambda: (json.loads(text), len(text)))[0]
+
+
+def parse_json_list(text: str) -> Iterator[Any]:
+    """The items of a JSON text that begins with `[`, one at a time. Raises `ValueError` as `parse_json` does."""
+    at, end = _after_space(text, text.index("[") + 1), ""
+    if text[at : at + 1] == "]":
+        end = "]"
+    while end != "]":
+        item, stop = _parsed(text, at, partial(_DECODER.raw_decode, text, at))
+        yield item
+        at = _after_space(text, stop)
+        end = text[at : at + 1]
+        if end not in (",", "]"):
+            raise ValueError(f"Expecting ',' delimiter at character {at + 1}")
+        at = _after_space(text, at + 1) if end == "," else at
+    if (rest := _after_space(text, at + 1)) < len(text):
+        raise ValueError(f"Extra data at character {rest + 1}")
+
+
+def _after_space(text: str, start: int) -> int:
+    found = _SPACE.match(text, start)
+    return found.end() if found else start
+
+
+def _parsed(text: str, start: int, parse: Callable[[], tuple[Any, int]]) -> tuple[Any, int]:
+    """A value that stands in the text from `start`, and where it ends. Raises `ValueError` with a short reason."""
     try:
-        content = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:
+        content = parse()
+        if _HALF.search(text, start, content[1]):
             # Half a surrogate pair cannot be encoded, and no tokenizer takes it.
-            json.dumps(content, ensure_ascii=False).encode()
+            json.dumps(content[0], ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
     except UnicodeEncodeError:

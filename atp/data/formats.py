@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from atp.data.rows import Bad, Row, stop
 from atp.errors import InputError, quote, reason, shorten
-from atp.reading import parse_json
+from atp.reading import parse_json, parse_json_list
 from atp.requirements import require
 
 _LARGEST_CELL = 2**31 - 1  # characters: the largest limit that the csv module accepts on every platform
 _ROWS_AT_ONCE = 256  # of a binary file
+# What a file may unpack to: text shrinks to a third or a tenth, seldom to a fiftieth; a column that repeats one long
+# text shrinks more. Small files may always have so much.
+_SMALL, _TEXT_RATIO, _TABLE_RATIO = 2**24, 100, 1000
+_LONGEST_ROW = 2**24  # characters of a line: `[{},{},...]` takes 24 times as many bytes as Python objects
+_ROWS_OF_SMALL = 100_000  # that a table may have, or as many as bytes
 
 
 def suffix_of(path: Path) -> str | None:
@@ -38,15 +44,65 @@ def read_file(path: Path, bad: Bad = stop) -> Iterator[Row]:
         return
     try:
         # utf-8-sig skips the byte-order mark that spreadsheet programs write.
-        open_text: Callable[..., Any] = gzip.open if path.name.lower().endswith(".gz") else open
-        with open_text(path, "rt", encoding="utf-8-sig", newline="") as lines:
-            yield from _TEXT[suffix or ".jsonl"](lines, name, bad)
+        with _opened(path, name) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
+            yield from _TEXT[suffix or ".jsonl"](text if suffix == ".json" else _lines(text, name), name, bad)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{name}: not a gzip file, or a damaged one ({reason(error)}); compress it again") from error
     except OSError as error:
         raise InputError(f"cannot read {name} ({shorten(error.strerror)}): check its permissions") from error
+
+
+def _opened(path: Path, name: str) -> IO[bytes]:
+    """The bytes of a file, those of a `.gz` file unpacked."""
+    if not path.name.lower().endswith(".gz"):
+        return path.open("rb")
+    most = max(_SMALL, _TEXT_RATIO * path.stat().st_size)
+    return io.BufferedReader(_Bounded(path, most, name))
+
+
+class _Bounded(io.RawIOBase):
+    """A gzip file unpacked, up to `most` bytes; then raises `InputError`."""
+
+    def __init__(self, path: Path, most: int, name: str) -> None:
+        self._packed, self._most, self._name = gzip.open(path, "rb"), most, name
+
+    def readable(self) -> bool:
+        """For io."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """For io."""
+        count = self._packed.readinto(buffer)
+        self._most -= count
+        if self._most < 0:
+            raise _too_much(self._name, _TEXT_RATIO)
+        return count
+
+    def close(self) -> None:
+        """For io."""
+        self._packed.close()
+        super().close()
+
+
+def _too_much(name: str, ratio: int) -> InputError:
+    return InputError(
+        f"{name}: unpacks to more than {ratio} times its size and {_SMALL >> 20} MiB, as no text does; if it is as it "
+        "should be, unpack it and give the result as JSONL"
+    )
+
+
+def _lines(text: TextIO, name: str) -> Iterator[str]:
+    """The lines of a text, each of which fits in memory."""
+    number = 0
+    while line := text.readline(_LONGEST_ROW + 1):
+        number += 1
+        if len(line) > _LONGEST_ROW:
+            raise InputError(
+                f"{name}, line {number}: longer than {_LONGEST_ROW:,} characters; write one document per line"
+            )
+        yield line
 
 
 def parse_jsonl(lines: Iterable[str], name: str, bad: Bad = stop) -> Iterator[Row]:
@@ -69,6 +125,9 @@ def parse_jsonl(lines: Iterable[str], name: str, bad: Bad = stop) -> Iterator[Ro
 def _parse_json(file: TextIO, name: str, bad: Bad) -> Iterator[Row]:
     """The objects of a list, or of the one list in an object; or JSON Lines, which many `.json` files hold."""
     text = file.read()
+    if text.lstrip(" \t\r\n").startswith("["):
+        yield from _listed(text, name, bad)
+        return
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -83,11 +142,25 @@ def _parse_json(file: TextIO, name: str, bad: Bad) -> Iterator[Row]:
         content = lists[0]
     if not isinstance(content, list):
         raise InputError(f"{name}: {quote(content, 60)}, not a list; write a list of objects")
+    yield from _objects(content, name, bad)
+
+
+def _objects(content: Iterable[Any], name: str, bad: Bad) -> Iterator[Row]:
     for number, values in enumerate(content):
         if isinstance(values, dict):
             yield Row(f"{name}, row {number}", values)
         else:
             bad(InputError(f"{name}, row {number}: {quote(values, 60)}, not an object; write a list of objects"))
+
+
+def _listed(text: str, name: str, bad: Bad) -> Iterator[Row]:
+    """The objects of a list, one at a time: as Python objects all of them may take 24 times the memory of the text."""
+    try:
+        yield from _objects(parse_json_list(text), name, bad)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{name}: not valid JSON ({error}); write a list of objects") from error
 
 
 def _parse_csv(lines: Iterable[str], name: str, bad: Bad) -> Iterator[Row]:
@@ -125,6 +198,8 @@ def _numbered(read: Callable[[Path], Iterator[dict[str, Any]]], path: Path, name
     try:
         for number, values in enumerate(read(path)):
             yield Row(f"{name}, row {number}", values)
+    except InputError:
+        raise
     except Exception as error:  # a damaged file may raise anything
         after = f", after row {number}" if number else ""
         why = f"{type(error).__name__}: {shorten(error)}"
@@ -132,10 +207,53 @@ def _numbered(read: Callable[[Path], Iterator[dict[str, Any]]], path: Path, name
 
 
 def _parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a Parquet file; its texts stay in dictionaries until it is known how much they come to."""
     from pyarrow.parquet import ParquetFile
 
+    name, size = shorten(path), path.stat().st_size
     with ParquetFile(path) as file:
-        yield from chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE))
+        texts = _checked(file, size, name)
+    left = max(_SMALL, _TABLE_RATIO * size)
+    with ParquetFile(path, read_dictionary=texts) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            left -= sum(map(_unfolded, batch.columns))
+            if left < 0:
+                raise _too_much(name, _TABLE_RATIO)
+            yield from batch.to_pylist()
+
+
+def _checked(file: Any, size: int, name: str) -> list[str]:
+    """The columns of texts in a Parquet file. Raises `InputError` where its parts say that they are too large."""
+    parts = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    if file.metadata.num_rows > max(_ROWS_OF_SMALL, size):
+        raise InputError(f"{name}: {file.metadata.num_rows:,} rows in {size:,} bytes; write each document once")
+    columns = range(file.metadata.num_columns)
+    most = max((sum(part.column(column).num_values for part in parts) for column in columns), default=0)
+    if max(most, sum(part.total_byte_size for part in parts)) > max(_SMALL, _TEXT_RATIO * size):
+        raise _too_much(name, _TEXT_RATIO)
+    found = [file.schema.column(column) for column in columns]
+    return [
+        column.path
+        for column in found
+        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "JSON", "ENUM", "NONE")
+    ]
+
+
+def _unfolded(column: Any) -> int:
+    """Bytes of a column's values where each stands for itself, and not as the number of one in a dictionary."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    kind = column.type
+    if types.is_dictionary(kind):
+        if kind.value_type not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
+            return column.nbytes
+        return compute.sum(compute.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    if types.is_struct(kind):
+        return sum(map(_unfolded, column.flatten()))
+    if types.is_map(kind):
+        return _unfolded(column.keys) + _unfolded(column.items)
+    return _unfolded(column.flatten()) if types.is_nested(kind) else column.nbytes
 
 
 def _arrow_records(path: Path) -> Iterator[dict[str, Any]]:

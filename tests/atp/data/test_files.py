@@ -1,7 +1,9 @@
 """Reading user files: every mistake is one sentence with file, line and remedy."""
 
 import csv
+import gzip
 import sys
+import tracemalloc
 from pathlib import Path
 from random import Random
 
@@ -211,3 +213,96 @@ def test_an_arrow_file_whose_offsets_point_elsewhere_is_refused(tmp_path, kind):
     path.write_bytes(content.replace(b"".join(ends), ends[0] + (2**31 - 8).to_bytes(4, "little") + ends[2]))
     with pytest.raises(InputError, match="not an Arrow file, or a damaged one .*rewrite it"):
         read_rows(str(path))
+
+
+def packed(path, text):
+    path.write_bytes(gzip.compress(text.encode()))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl.gz", '{"text": "' + "x" * 2**25 + '"}'),
+        ("a.jsonl.gz", ('{"text": "' + "x" * 1000 + '"}\n') * 2**15),
+        ("a.json.gz", "[" + "{}," * 2**23 + "{}]"),
+        ("a.json.gz", " " * 2**25),
+        ("a.csv.gz", "text\n" + ("x" * 1000 + "\n") * 2**15),
+    ],
+    ids=range(5),
+)
+def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, name, text):
+    source = packed(tmp_path / name, text)
+    assert Path(source).stat().st_size < 120_000
+    with pytest.raises(InputError, match=rf"{name}: unpacks to more than 100 times its size and 16 MiB"):
+        for _ in read_file(Path(source)):
+            pass
+
+
+def test_repetitive_texts_are_no_bombs(tmp_path):
+    lines = "\n".join(f'{{"text": "{"the same text again " * 20}{n}"}}' for n in range(20_000))
+    assert len(read_rows(packed(tmp_path / "a.jsonl.gz", lines))) == 20_000
+
+
+def test_a_list_of_objects_is_read_one_at_a_time(tmp_path):
+    path = Path(write(tmp_path / "a.json", "[" + "{}," * 30_000 + "{}]"))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_file(path)) == 30_001
+        assert tracemalloc.get_traced_memory()[1] < 4e5, "as objects they take 2 MB"
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[]", []), (' [ ] ', []), ('[{"a": "[1, 2]"} , {"a": {"b": []}}]\n', [{"a": "[1, 2]"}, {"a": {"b": []}}]),
+        ("[{}", "delimiter at character 4"), ("[{} {}]", "delimiter at character 5"), ("[", "value at character 2"),
+        ("[{},]", "value at character 5"), ("[{}] x", "Extra data at character 6"), ("[" * 10**5, "too deeply"),
+        ('[{"a": "\\ud800"}]', "without its other half"), ('[{"a": ' + "9" * 5000 + "}]", "thousands of digits"),
+        ("[{}, 3]", "row 1: 3, not an object"),
+    ],
+)  # fmt: skip
+def test_lists_of_objects(tmp_path, text, found):
+    path = Path(write(tmp_path / "a.json", text))
+    if isinstance(found, list):
+        assert [row.values for row in read_file(path)] == found
+        return
+    with pytest.raises(InputError, match=found):
+        list(read_file(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_line_that_would_not_fit_in_memory_as_objects_is_refused(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("atp.data.formats._LONGEST_ROW", 1000)
+    whole = '{"text": "' + "x" * 988 + '"}' if name == "a.jsonl" else "text\n" + "x" * 999
+    assert len(read_rows(write(tmp_path / name, whole))) == 1
+    with pytest.raises(InputError, match=f"{name}, line .: longer than 1,000 characters; write one document per line"):
+        read_rows(write(tmp_path / name, whole.replace("xx", "xxxx")))
+
+
+BIG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("columns", "refusal"),
+    [
+        ({"text": [BIG] * 2000}, "unpacks to more than 1000 times its size"),
+        ({"turns": [[{"role": "user", "content": BIG}] * 2000]}, "unpacks to more than 1000 times its size"),
+        ({"text": ["x" * 3 * 2**23]}, "unpacks to more than 100 times its size"),
+        ({"n": [0] * 200_000}, "200,000 rows in"),
+    ],
+    ids=["dictionary", "nested", "page", "rows"],
+)
+def test_a_small_table_that_unfolds_to_much_is_refused(tmp_path, columns, refusal):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "a.parquet"
+    write_table(pyarrow.table(columns), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    before = pyarrow.total_allocated_bytes()
+    with pytest.raises(InputError, match=f"a.parquet: {refusal}"):
+        for _ in read_file(path):
+            assert pyarrow.total_allocated_bytes() - before < 2**25
