@@ -7,7 +7,6 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TextIO
 
