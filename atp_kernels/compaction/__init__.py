@@ -31,7 +31,9 @@ def compact(
         if index is None:
             continue
         if index.ndim != 1 or index.dtype not in (torch.int64, torch.bool) or index.device != weight.device:
-            raise ValueError(f"{name} must be a 1-D int64 tensor on {weight.device}, or a bool mask there, or None for all.")
+            raise ValueError(
+                f"{name} must be a 1-D int64 tensor on {weight.device}, or a bool mask there, or None for all."
+            )
         if index.dtype == torch.bool and (len(index) != size or index.is_meta):
             raise ValueError(f"{name} is a mask of shape {list(index.shape)}: give bool [{size}] that holds values.")
     if rows is not None or cols is not None:

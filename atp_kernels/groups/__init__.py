@@ -1,12 +1,10 @@
 """Operations on groups of rows and columns of many factors: group lasso, its gradient in place, its proximal step."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from atp_kernels import checks
 from atp_kernels.checks import check_eps, check_written
 from atp_kernels.groups import op
 from atp_kernels.groups.definition import Groups
@@ -62,12 +60,9 @@ def group_lasso_grad_(
     """
     check_eps(eps)
     plan = _plan(factors, groups, removed, fits=False)
-    if not isinstance(weight, Tensor):
-        # What a CUDA graph makes, eager calls must not find later.
-        fresh = torch.compiler.is_compiling() or checks.is_capturing(removed.device)
-        make = torch.full if fresh else _full
-        weight = make((), float(weight), device=removed.device)
-    elif weight.ndim != 0 or not weight.is_floating_point() or weight.device != removed.device:
+    if isinstance(weight, Tensor) and (
+        weight.ndim != 0 or not weight.is_floating_point() or weight.device != removed.device
+    ):
         given = f"{weight.dtype} of shape {list(weight.shape)} on {weight.device}"
         raise ValueError(f"weight is {given}: give a number or a floating 0-d tensor on {removed.device}.")
     with torch.no_grad():
@@ -103,13 +98,9 @@ def group_prox_(
     elif not threshold >= 0:
         raise ValueError(f"threshold is {float(threshold)}: give a number of at least 0.")
     else:
-        threshold = torch.full(removed.shape, float(threshold), device=removed.device)
+        threshold = torch.full(removed.shape, float(threshold), dtype=op.wide(factors), device=removed.device)
     with torch.no_grad():
-        op.prox_(factors, plan, removed, threshold.float(), backend)
-
-
-# The weight of one step is usually that of the step before.
-_full = functools.lru_cache(maxsize=16)(torch.full)
+        op.prox_(factors, plan, removed, threshold.to(op.wide(factors)), backend)
 
 
 def _plan(factors: Sequence[Tensor], groups: Groups | GroupPlan, removed: Tensor, *, fits: bool = True) -> GroupPlan:

@@ -4,6 +4,7 @@ A training step makes its calls eagerly: an `autograd.Function` over the backend
 layer. A compiled or exported program sees the registered operators `torch.ops.atp_kernels.*`.
 """
 
+import functools
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import cast
@@ -11,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from atp_kernels import checks
 from atp_kernels.call import (
     Operation,
     Order,
@@ -51,17 +53,34 @@ def lasso(factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, eps: floa
 
 
 def lasso_grad_(
-    factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, weight: Tensor, eps: float, backend: str
+    factors: Sequence[Tensor], plan: GroupPlan, removed: Tensor, weight: float | Tensor, eps: float, backend: str
 ) -> Tensor:
     """Group lasso of all factors, which the backend checks, and weight times its gradient added to their `.grad`."""
-    grads = _grads(factors)
+    grads, dtypes = _grads(factors), _dtypes(factors)
+    if not isinstance(weight, Tensor):
+        # What a CUDA graph makes, eager calls must not find later.
+        fresh = torch.compiler.is_compiling() or checks.is_capturing(removed.device)
+        weight = (torch.full if fresh else _full)((), float(weight), dtype=_wide(dtypes), device=removed.device)
     if torch.compiler.is_compiling():
         plan.check(factors)
         # Detached, because the operator has no gradient of its own to offer.
         factors = [factor.detach() for factor in factors]
         return group_lasso_grad_op(factors, grads, *_packed(plan), removed, weight, eps, backend)
-    module = select("group_lasso_grad_", removed.device, rarest_dtype(_dtypes(factors)), backend).module
+    module = select("group_lasso_grad_", removed.device, rarest_dtype(dtypes), backend).module
     return module.group_lasso_grad_(factors, grads, plan, removed, weight, eps)
+
+
+# The weight of one step is usually that of the step before.
+_full = functools.lru_cache(maxsize=16)(torch.full)
+
+
+def wide(factors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of what factors are multiplied by: float32, or float64 where one of them is."""
+    return _wide(_dtypes(factors))
+
+
+def _wide(dtypes: set[torch.dtype]) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _dtypes(factors: Sequence[Tensor]) -> set[torch.dtype]:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from atp_kernels.call import matrix
 from atp_kernels.dropout.definition import Dropout, dropped
 
 
@@ -27,7 +28,7 @@ def masked_lora_linear(
     Source: arXiv 2412.14426, section 3; the masked sum is its decision step, the masked base path its LoRA step.
     """
     if dropout is not None:
-        lora_input = dropped(x.reshape(-1, x.shape[-1]), dropout).view(x.shape)
+        lora_input = dropped(matrix(x), dropout).view(x.shape)
     adapter_input = x if lora_input is None else lora_input
     if mask_lora:
         adapter_input = _masked(adapter_input, in_mask)

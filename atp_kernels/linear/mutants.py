@@ -52,7 +52,7 @@ TABLE = {
         ("_masked(base + adapter, out_mask) if mask_lora", "base + adapter if mask_lora"),
         ("else _masked(base, out_mask) + adapter", "else base + adapter"),
         ("else (values * mask).to(values.dtype)", "else values"),
-        ("lora_input = dropped(x.reshape(-1, x.shape[-1]), dropout).view(x.shape)", "pass"),
+        ("lora_input = dropped(matrix(x), dropout).view(x.shape)", "pass"),
     ),
     (DEFINITION, LINEAR_GRADCHECK): (
         ("_wide(lora_b).square().sum(1)", "_wide(lora_b).abs().sum(1)"),

@@ -50,6 +50,6 @@ def rotary_embedding(
     if index is not None and index.device.type == "cpu":
         check_range("index holds positions from", index, cos.shape[2], "position")
     width = size if width is None else width
-    if width < size:
-        raise ValueError(f"width is {width}, but the heads have {size} dimensions: give at least as many.")
+    if not size <= width < 2**31:
+        raise ValueError(f"width is {width}, but the heads have {size} dimensions: give at least as many, below 2^31.")
     return op.rotary_embedding(q, k, cos, sin, index, width, backend)

@@ -99,7 +99,10 @@ REFUSED = [
         )
     ),
     ("compact", compact, {"rows": torch.tensor([1], dtype=torch.int32)}, "rows must be a 1-D int64 tensor on cpu"),
-    ("compact", compact, {"rows": torch.tensor(1)}, "rows must be a 1-D int64 tensor on cpu, or a bool mask there, or None for all."),
+    (
+        "compact", compact, {"rows": torch.tensor(1)},
+        "rows must be a 1-D int64 tensor on cpu, or a bool mask there, or None for all.",
+    ),
     ("compact", compact, {"cols": torch.tensor([1], device=META)}, "cols must be a 1-D int64 tensor on cpu"),
     *(
         ("cross_entropy_", entropy, {"targets": bad}, f"targets hold {min(bad)} to {max(bad)}: every target must lie")
