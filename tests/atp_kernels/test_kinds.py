@@ -73,8 +73,8 @@ FITS = {
     "text": "op device activation per backend",
     "number": "scaling dropout eps weight threshold p alpha",
     "flag": "mask_lora plain",
-    "mask": "x weight lora_a lora_b out_mask in_mask bias lora_input mask removed threshold rows cols q k cos sin index "
-    "seed",
+    "mask": "x weight lora_a lora_b out_mask in_mask bias lora_input mask removed threshold rows cols q k cos sin "
+    "index seed",
     "slice": "kept reuse",
     "slices": "kept",
 }

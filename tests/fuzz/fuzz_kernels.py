@@ -25,6 +25,7 @@ import kernel_calls
 from fuzz_native import broken
 
 import atp_kernels
+from atp_kernels.call import OPERATIONS
 
 SENTENCES = (ValueError, TypeError, RuntimeError)
 # Of one rounding of a sum over absolute values. A result of 16 bits has been rounded a few times on its way.
@@ -36,6 +37,9 @@ def run_case(number: int, backend: str | None = None) -> str:
     draw = random.Random(number)
     name = draw.choice(sorted(kernel_calls.CALLS))
     call = kernel_calls.CALLS[name](kernel_calls.Draw(draw, backend))
+    operation = OPERATIONS.get(name)
+    if operation is not None and call.given["backend"] not in ("auto", *operation.backends):
+        call.given["backend"] = "auto"
     if draw.random() < 1 / 3:
         place = draw.choice(sorted(call.given))
         call.given[place] = odd(call.given[place], draw)

@@ -456,7 +456,6 @@ def draw_norm(o: Draw) -> Call:
 
 
 def draw_rotary(o: Draw) -> Call:
-    o.backend = "auto" if o.backend == "native" else o.backend
     batch, tokens, size = o.size(), o.size(), 2 * o.size()
     angles = (o.draw.choice((1, batch)), tokens)
     position = torch.randint(max(1, size), (size,), generator=o.generator) if o.chance(0.3) and size else None
