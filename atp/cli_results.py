@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -200,24 +201,33 @@ def report(
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="Folder of a run that is at work.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run that is at work, or will be.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 0,
     seconds: Annotated[int, typer.Option(min=1, help="From one reload of the page to the next.")] = 10,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Serve a run's page on this machine while the run is at work; it ends with the run.
+    """Serve a run's page on this machine while the run is at work; it ends with the run, or by Ctrl-C.
 
     Example: atp watch runs/demo --open
     """
-    from atp.report.live import watch as serve
+    status = console.status("reading the run")
+
+    def show(text: str) -> None:
+        if console.is_terminal:
+            status.update(text)
+        else:
+            console.print(text)
 
     def told(line: str, address: str | None = None) -> None:
         console.print(line, soft_wrap=True)
         if open_it and address is not None:
             _show(address)
 
-    serve(run, told, port=port, seconds=seconds)
+    with suppress(KeyboardInterrupt), status:  # who stops watching has asked for nothing else
+        from atp.report.live import watch as serve
+
+        serve(run, told, show=show, port=port, seconds=seconds)
 
 
 def runs(

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from atp.errors import InputError, shorten
-from atp.reading import parse_json
+from atp.reading import parse_json, read_yaml
+from atp.training_config import TrainingConfig
+
+_PACE = 20  # records of which the pace is that of the run
 
 
 @dataclass
 class RunFiles:
-    """The records of a run; missing ones are empty, and `notes` has a sentence about each."""
+    """The records of a run; missing ones are empty, and `notes` has a sentence about each.
+
+    dense: the metrics of the dense model that it tuned.
+    """
 
     name: str
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -20,6 +27,7 @@ class RunFiles:
     decisions: dict[str, Any] = field(default_factory=dict)
     certificate: dict[str, Any] = field(default_factory=dict)
     config: str = ""
+    dense: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -50,16 +58,54 @@ def read_run(folder: Path, *, under_way: bool = False) -> RunFiles:
     return run
 
 
+def standing(run: RunFiles) -> str:
+    """Where a run at work is: phase, step, and how long it will train at its present pace."""
+    if run.certificate or run.summary.get("params_after"):
+        return "trained; scores, speed and report follow"
+    steps = [record for record in run.metrics or run.dense if record.get("loss") is not None]
+    if not steps:
+        return "before the first step"
+    last, total = steps[-1], _total(run.config)
+    now = f"{last['phase'].replace('_', ' ')}, step {last['step']:,}"
+    if total is None:
+        return now
+    pace, left = _pace(steps), total - last["step"]
+    if pace is None or left <= 0:
+        return f"{now} of {total:,}"
+    seconds = left * pace
+    time = f"{seconds / 60:,.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return f"{now} of {total:,}, about {time} of {'training' if run.metrics else 'this part'} left"
+
+
+def _pace(steps: list[dict[str, Any]]) -> float | None:
+    """Seconds per step in the latest phase that has two records; None without any."""
+    for _, group in groupby(reversed(steps), key=lambda record: record["phase"]):
+        timed = [record for record in group if isinstance(record.get("phase_seconds"), (int, float))][:_PACE]
+        if timed and (done := timed[0]["step"] - timed[-1]["step"]) > 0:
+            return float(timed[0]["phase_seconds"] - timed[-1]["phase_seconds"]) / done
+    return None
+
+
+def _total(config: str) -> int | None:
+    """The LoRA steps of a run; None if its config cannot be read."""
+    try:
+        return TrainingConfig.model_validate(read_yaml(config, "config.yaml")["training"]).total
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
 def _fill(run: RunFiles, folder: Path, under_way: bool) -> None:
     run.config = _text(folder / "config.yaml")
     run.metrics = _metrics(_text(folder / "metrics.jsonl"), run.notes)
+    run.dense = read_metrics(folder / "dense_lora")
     run.summary = _json(folder / "summary.json", run.notes)
     run.decisions = _json(folder / "decisions.json", run.notes)
     run.certificate = _json(folder / "certificate.json", run.notes) or _section(run.summary, "certificate")
     if not run.summary:
         run.summary = _partial_summary(_json(folder / "evaluation.json", run.notes))
         stopped = "The run has no summary.json: it did not finish. Continue it with --resume."
-        run.notes.insert(0, "The run is at work. This page shows what there is so far." if under_way else stopped)
+        begun = f"The run is at work: {standing(run)}. This page shows what there is so far."
+        run.notes.insert(0, begun if under_way else stopped)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -12,12 +12,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from atp.errors import InputError, shorten
+from atp.folders import CONFIG
 from atp.locking import holder
+from atp.report.files import read_run, standing
 from atp.report.page import page_of
 
 _LOOPBACK = "127.0.0.1"
 _HOSTS = (_LOOPBACK, "localhost")  # by which a browser may ask: another name that leads here is a stranger's
-_RECORDS = ("metrics.jsonl", "summary.json", "decisions.json", "certificate.json", "evaluation.json")
+_RECORDS = ("metrics.jsonl", "summary.json", "decisions.json", "certificate.json", "evaluation.json",
+            "dense_lora/metrics.jsonl")  # fmt: skip
+_POLL = 0.5  # seconds
 # The page is text, style and drawings: a browser may load or run nothing for it.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
@@ -27,15 +31,27 @@ _HEADERS = {
 }
 
 
-def watch(run: Path, say: Callable[..., None], *, port: int = 0, seconds: int = 10) -> None:
+def watch(
+    run: Path,
+    say: Callable[..., None],
+    *,
+    show: Callable[[str], None] = lambda text: None,
+    port: int = 0,
+    seconds: int = 10,
+) -> None:
     """Serves a run's page until the run ends; browsers then get the page once more, without its reload.
 
-    say: takes a line, and as a second argument the page's address once it is served. port: 0 takes a free one. seconds:
-    from one reload of the page to the next. Raises `InputError` if no run is at work there, or the port is taken.
+    A run whose folder does not exist, or is empty, is waited for. say: takes a line, and as a second argument the
+    page's address once it is served. show: takes `standing` whenever a record has changed. port: 0 takes a free one.
+    seconds: from one reload of the page to the next. Raises `InputError` if no run is at work there, or the port is taken.
     """
-    if not run.is_dir():
-        raise InputError(f"run folder {shorten(run)} does not exist: give the output_dir of a run that has begun")
-    if holder(run) is None:
+    if run.exists() and not run.is_dir():
+        raise InputError(f"{shorten(run)} is a file: give the output_dir of a run")
+    if not run.is_dir() or not any(run.iterdir()):
+        say(f"waiting for a run in {run}; Ctrl-C stops waiting")
+        while not (run / CONFIG).is_file():
+            time.sleep(_POLL)
+    elif holder(run) is None:
         raise InputError(f"no process is at work in {shorten(run)}: see its page with atp report, or start it first")
     page_of(run, reload_seconds=seconds)  # refuses what is no run
     with _serving(run, port, seconds) as server:
@@ -44,8 +60,12 @@ def watch(run: Path, say: Callable[..., None], *, port: int = 0, seconds: int = 
         thread.start()
         try:
             say(f"{run} is at {address} until it ends; Ctrl-C stops watching", address)
+            records: tuple[object, ...] = ()
             while holder(run) is not None:
-                time.sleep(min(seconds, 1))
+                if (now := tuple(_changed(run / name) for name in _RECORDS)) != records:
+                    records = now
+                    show(standing(read_run(run, under_way=True)))
+                time.sleep(_POLL)
             server.page.over = True
             server.page.seen_to_the_end.wait(2 * seconds if server.page.was_asked_for else 0)
         finally:

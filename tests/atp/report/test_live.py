@@ -21,6 +21,7 @@ from atp.errors import InputError
 from atp.listing import runs_below
 from atp.locking import holder, locked
 from atp.report import write_report
+from atp.report.files import RunFiles, standing
 from atp.report.live import _serving, watch
 
 STEP = {"step": 4, "phase": "search", "loss": 1.5, "keep": 0.75, "tokens_per_second": 10.0, "time": 1.0}
@@ -148,12 +149,77 @@ def test_a_run_is_watched_until_it_ends(run):
 
 
 def test_only_a_run_at_work_is_watched(run, tmp_path):
-    for folder, sentence in ((run, "no process is at work"), (tmp_path / "absent", "does not exist")):
+    for folder, sentence in ((run, "no process is at work"), (run / "config.yaml", "is a file")):
         with pytest.raises(InputError, match=sentence):
             watch(folder, print)
     (tmp_path / "other").mkdir()
     with locked(tmp_path / "other"), pytest.raises(InputError, match="not a run folder"):
         watch(tmp_path / "other", print)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_that_has_not_begun_is_waited_for(run, tmp_path, there):
+    said, shown, waited = [], [], threading.Event()
+
+    def say(line, address=None):
+        said.append(line)
+        waited.set()
+
+    folder = tmp_path / "later"
+    if there:
+        folder.mkdir()
+    options = {"seconds": 1, "show": shown.append}
+    thread = threading.Thread(target=watch, args=(folder, say), kwargs=options, daemon=True)
+    thread.start()
+    assert waited.wait(60) and said == [f"waiting for a run in {folder}; Ctrl-C stops waiting"]
+    with locked(run):
+        if there:
+            folder.rmdir()
+        run.rename(folder)
+        end = time.monotonic() + 60
+        while not shown and time.monotonic() < end:
+            time.sleep(0.05)
+    thread.join(60)
+    assert said[1].startswith(f"{folder} is at http") and said[2].startswith("the run has ended") and len(said) == 3
+    assert shown == ["search, step 4 of 10"]
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+def test_ctrl_c_ends_watching_without_an_error(run, monkeypatch, capsys, at_work):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("atp.report.live.time.sleep", interrupt)
+    monkeypatch.setattr(sys, "argv", ["atp", "watch", str(run if at_work else run.parent / "absent")])
+    with locked(run), pytest.raises(SystemExit) as done:
+        main()
+    said = capsys.readouterr()
+    assert done.value.code == 0 and said.err == ""
+    assert ("search, step 4 of 10" in said.out) == at_work == ("waiting for a run" not in said.out)
+
+
+def records(phase, *steps, pace=3.0):
+    """A record per step, `pace` seconds each, after a start that took longer."""
+    return [{"step": s, "phase": phase, "loss": 1.0, "phase_seconds": 100 + pace * (s - steps[0])} for s in steps]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "dense", "told"),
+    [
+        ([], [], "before the first step"),
+        (records("open", 2), [], "open, step 2 of 400"),
+        (records("open", 10, 20, 30), [], "open, step 30 of 400, about 18 min of training left"),
+        (records("open", 10, 20) + records("tune", 380), [], "tune, step 380 of 400, about 60 s of training left"),
+        (records("tune", 10, 400), [], "tune, step 400 of 400"),
+        ([], records("dense_lora", 100, 200, pace=0.5), "dense lora, step 200 of 400, about 2 min of this part left"),
+    ],
+)
+def test_what_is_told_of_a_run_at_work(metrics, dense, told):
+    assert standing(RunFiles("mine", metrics, dense=dense, config="training: {steps: 400}")) == told
+    certified = RunFiles("mine", metrics, dense=dense, certificate={"masked_vs_cut": 0.0})
+    assert standing(certified) == "trained; scores, speed and report follow"
+    damaged = RunFiles("mine", metrics, dense=dense, config="[")
+    assert standing(damaged) == told.partition(" of")[0]
 
 
 def test_a_page_that_is_written_does_not_reload(run):

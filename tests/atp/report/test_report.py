@@ -410,7 +410,7 @@ def test_numbers_for_people():
 
 
 def test_no_drawing_shows_a_formula(tmp_path):
-    """Of numbers over many decades, and of few within one: `text.parse_math` is off, so a formula shows as its source."""
+    """Of numbers over many decades and within one; `text.parse_math` is off, so a formula shows as its source."""
     pytest.importorskip("matplotlib")
     wide, narrow = (1.0, 1e-3, 1e6), (37.0, 36.0, 38.0)
     for values in (wide, narrow):
