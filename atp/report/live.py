@@ -43,7 +43,8 @@ def watch(
 
     A run whose folder does not exist, or is empty, is waited for. say: takes a line, and as a second argument the
     page's address once it is served. show: takes `standing` whenever a record has changed. port: 0 takes a free one.
-    seconds: from one reload of the page to the next. Raises `InputError` if no run is at work there, or the port is taken.
+    seconds: from one reload of the page to the next. Raises `InputError` if no run is at work there, or the port is
+    taken.
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{shorten(run)} is a file: give the output_dir of a run")
