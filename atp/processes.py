@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -38,6 +39,7 @@ NO_SHARDS = (
     "is not supported: start the run with `torchrun --nproc_per_node N` or `accelerate launch --multi_gpu`, and shard "
     "its weights with training.sharding=fsdp"
 )
+SAME_FILES = "put the same files on all machines"
 _FSDP = "ACCELERATE_USE_FSDP"
 _control: dist.ProcessGroup | None = None
 _launched_sharded = _sharded = False
@@ -58,10 +60,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start(sharding: str | None = None) -> None:
+def start(sharding: str | None = None, **settings: Any) -> None:
     """Joins the other processes, if any. sharding: `training.sharding`; accelerate's FSDP 2 asks for `fsdp` too.
 
-    Raises `InputError` if the launcher asks for another way to spread a model over processes.
+    settings: what else all of them must have been started with. Raises `InputError` in all where one was started with
+    another value, and if the launcher asks for another way to spread a model over processes.
     """
     global _launched_sharded, _sharded
     for variable, name in _REFUSED.items():
@@ -74,6 +77,8 @@ def start(sharding: str | None = None) -> None:
         os.environ[_FSDP] = "false"  # accelerate would shard the adapter too, and the model once more
     _sharded = (sharding == "fsdp" or _launched_sharded) and count() > 1
     _join()
+    asked = _flat(settings) | {"training.sharding": _sharded}
+    refuse_differences(asked, "was started with", "give all processes the same command and config")
 
 
 def sharded() -> bool:
@@ -125,6 +130,29 @@ def on_main(work: Callable[[], T]) -> T:
             error.told_by_main = True
         raise error
     return result
+
+
+def refuse_differences(values: Mapping[str, Any], verb: str, remedy: str) -> None:
+    """Raises `InputError` in all processes if two of them hold different values under one name.
+
+    verb: what a process does with the values, for the sentence. They must be picklable.
+    """
+    if count() == 1:
+        return
+    wait()
+    found: list[Any] = [None] * count()
+    dist.all_gather_object(found, (platform.node(), dict(values)), group=_group())
+    first: dict[str, int] = {}  # name -> the first process that has it
+    for number, (host, theirs) in enumerate(found):
+        other = [name for name, value in theirs.items() if found[first.setdefault(name, number)][1][name] != value]
+        if other:
+            with_it = first[other[0]]
+            told: Any = InputError(
+                f"process {number} on {host} {verb} other {', '.join(other)} than process {with_it} on "
+                f"{found[with_it][0]}: {remedy}"
+            )
+            told.told_by_main = not is_main()
+            raise told
 
 
 def main_first(work: Callable[[], T]) -> T:
@@ -234,6 +262,14 @@ def from_main(tensor: Tensor, name: str) -> Tensor:
     if any(int(other) != int(mine) for other in found):
         raise NotReached(f"the processes do not hold the same {name}: look for a faulty device or link, then --resume")
     return sent.to(tensor.device, tensor.dtype)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested settings by their whole names, as "training.lr"."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def _asks(variable: str) -> bool:

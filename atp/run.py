@@ -44,7 +44,14 @@ from atp.training.metrics import PhaseClock
 from atp.training.precision import autocast_dtype, slow_precision, with_precision
 from atp.training.profiling import Profiler, format_table
 from atp.training.prometheus import check_metrics_file
-from atp.training.resume import fingerprints, inputs_of, of_model_folder, refuse_other_config, refuse_other_inputs
+from atp.training.resume import (
+    fingerprints,
+    inputs_of,
+    of_model_folder,
+    refuse_other_config,
+    refuse_other_data,
+    refuse_other_inputs,
+)
 from atp.training.trainer import ATPTrainer
 
 
@@ -74,7 +81,7 @@ class Run:
         self.folder = Path(config.output_dir)
         self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
-        processes.start(config.training.sharding)
+        processes.start(config.training.sharding, **{"--resume": resume}, **config.model_dump())
         self.resume = resume or processes.on_main(lambda: folders.begun_by_this_launch(self.folder))
         definite = processes.on_main(lambda: with_precision(config))
         timed, self.latency = processes.on_main(lambda: with_time(definite))
@@ -161,6 +168,7 @@ class Run:
         processes.on_main(lambda: check_packages(config.model, config.data))
         tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
         data = processes.main_first(lambda: load_data(config, tokenizer))
+        refuse_other_data(tokenizer, data.splits)
         if config.training.budget:
             calibrated, _ = averages(data.calibration)
             self.config, self.length = with_steps(config, *averages(data.train), calibrated=calibrated)

@@ -58,7 +58,8 @@ class Comparison:
 
         Raises `InputError`, `Interrupted`, and at the end `NotReached` if a member broke a promise (its row stays).
         """
-        processes.start()
+        asked = {"--methods": [arm.name for arm in self.arms], "--seeds": self.seeds, "--resume": self.resume}
+        processes.start(**asked, **self.config.model_dump())
         try:
             with SignalGuard(at_once=True):
                 return self._execute()

@@ -65,7 +65,9 @@ class Experiment:
 
         Raises `InputError`, `Interrupted`, and at the end `NotReached` if a run broke a promise (its row stays).
         """
-        processes.start()
+        configs = {domain: config.model_dump() for domain, config in self.configs.items()}
+        asked = {"experiment": self.name, "arms": list(self.arms), "--domains": list(configs), "--seeds": self.seeds}
+        processes.start(**asked, **configs)
         processes.on_main(self._check_places)
         try:
             with SignalGuard(at_once=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from atp import processes
+from atp.files import sha256
 from atp.models.llama import place_indices
 from atp.models.load import read_config, require_whole, weight_files
 from atp.models.sizes import check_against_files
@@ -27,6 +29,7 @@ def read_sharded(
     """
     config = read_config(path, None, revision)
     files = processes.main_first(lambda: weight_files(path, config, revision))  # which downloads them
+    _refuse_other_copies(files)
     check_against_files(config, sum(file.stat().st_size for file in files))
     wanted = dtype if isinstance(dtype, torch.dtype) else (config.dtype or torch.float32)
     with torch.device("meta"):
@@ -51,6 +54,18 @@ def read_sharded(
     except OSError:
         pass  # a model need not have one
     return model.eval()
+
+
+def _refuse_other_copies(files: list[Path]) -> None:
+    """Raises `InputError` in all processes if a machine's files are not those of the main one.
+
+    Of a mixture of copies all would gather the same. Each process reads some files of its machine, and those all.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here == processes.count():
+        return
+    mine = files[int(os.environ.get("LOCAL_RANK", "0")) :: here]
+    processes.refuse_differences({file.name: sha256(file) for file in mine}, "reads", processes.SAME_FILES)
 
 
 def _names(file: Path) -> list[str]:

@@ -62,7 +62,8 @@ class Sweep:
 
         Raises `InputError`, `Interrupted`, and at the end `NotReached` if a target broke a promise (its row stays).
         """
-        processes.start()
+        targets = [one.text for one in self.asked]
+        processes.start(targets=targets, **{"--resume": self.resume}, **self.config.model_dump())
         try:
             with SignalGuard(at_once=True), ExitStack() as held:
                 return self._execute(held)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atp.errors import InputError, NotReached, shorten
-from atp.files import remove_leftovers, whole_folder, write_text
+from atp.files import remove_leftovers, sha256, whole_folder, write_text
 from atp.finite import first_non_finite
 from atp.sharding.files import ShardFiles, collect
 
@@ -69,7 +69,7 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int, staged: Path | None =
     with whole_folder(final) as folder:
         save_file(tensors, folder / _TENSORS)
         names = [_TENSORS, *(collect(staged, folder) if staged else [])]
-        facts = {"format": FORMAT, "step": checkpoint.step, "sha256": {name: _digest(folder / name) for name in names}}
+        facts = {"format": FORMAT, "step": checkpoint.step, "sha256": {name: sha256(folder / name) for name in names}}
         meta = json.loads(json.dumps(facts | {"values": checkpoint.meta}))
         (folder / _META).write_text(json.dumps(meta | {"checksum": _checksum(meta)}), encoding="utf-8")
     write_text(root / LATEST, final.name + "\n")
@@ -161,11 +161,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], t
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
@@ -180,7 +175,7 @@ def _problem(folder: Path) -> str | None:
         if meta.pop("checksum") != _checksum(meta):
             return f"{_META} does not match its checksum"
         files = {_TENSORS: meta["sha256"][_TENSORS], **meta["sha256"]}
-        torn = next((name for name, digest in files.items() if digest != _digest(folder / name)), None)
+        torn = next((name for name, digest in files.items() if digest != sha256(folder / name)), None)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:

@@ -71,8 +71,8 @@ def refuse_open(config: ATPConfig, elsewhere: bool) -> None:
     """Raises `InputError` if this machine would choose the precision of runs on other ones (elsewhere)."""
     if elsewhere and config.training.precision == AUTO:
         raise InputError(
-            "training.precision is auto, which this machine would decide for those that do the runs: set it to bfloat16 "
-            "or float32"
+            "training.precision is auto, which this machine would decide for those that do the runs: set it to "
+            "bfloat16 or float32"
         )
 
 

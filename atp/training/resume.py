@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from atp import processes
 from atp.config import ATPConfig
+from atp.data import Splits
 from atp.data.encoding import rules_of
 from atp.errors import InputError
-from atp.files import read_json
+from atp.files import read_json, sha256
 from atp.folders import CHECKPOINTS, CONFIG, INPUTS, saved_config
 from atp.sharding.shards import whole
 from atp.training.checkpoint import Checkpoint, exist, newest, read_values, resume_point
@@ -38,12 +39,25 @@ def fingerprints(
     """Name of an input -> SHA-256: base weights, model config, tokenizer, and the samples of each split.
 
     model: a causal LM, with or without an adapter, whose parameters do not count. Hashing reads the
-    weights once, at the speed of SHA-256 on all cores.
+    weights once, at the speed of SHA-256 on all cores. Raises `InputError` in all processes if one has other inputs.
     """
     found = {"base weights": _of_weights(model), "model config": _of_text(_config(model.config))}
     if tokenizer is not None:
         found["tokenizer"] = _of_text(_tokenizer(tokenizer))
-    return found | {f"{name} data": of_samples(split) for name, split in splits.items()}
+    found |= {f"{name} data": of_samples(split) for name, split in splits.items()}
+    processes.refuse_differences(found, "reads", processes.SAME_FILES)
+    return found
+
+
+def refuse_other_data(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
+    """Raises `InputError` in all processes if one has another tokenizer or other splits.
+
+    The number of steps may depend on them, so all must know before they wait for each other elsewhere.
+    """
+    if processes.count() > 1:
+        found = {f"{name} data": digest for name, digest in splits.fingerprints.items()}
+        found["tokenizer"] = _of_text(_tokenizer(tokenizer))
+        processes.refuse_differences(found, "reads", processes.SAME_FILES)
 
 
 def refuse_other_inputs(started_with: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -110,12 +124,7 @@ def of_model_folder(folder: Path) -> str | None:
     files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
     if not files:
         return None
-    return _of_text(f"{path.name} {_of_file(path)}" for path in files)
-
-
-def _of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _of_text(f"{path.name} {sha256(path)}" for path in files)
 
 
 def _of_weights(model: nn.Module) -> str:

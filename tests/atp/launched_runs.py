@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import yaml
@@ -44,6 +46,58 @@ def start(arguments, *, two=True, environment=None, launcher=()):
     )  # fmt: skip
 
 
+def end_of_each(cases):
+    """Exit codes and output of the processes of each case: {"commands": arguments of each, "folders": where each works}.
+
+    As if every process had a machine of its own. They are forked from one that has imported everything, because importing
+    takes longer than all that they do.
+    """
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(cases)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def fork_each(commands, folders):
+    """(exit codes, what was printed) of processes that this one forks, which join to one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    with tempfile.TemporaryFile("w+") as output:
+        for rank, (command, folder) in enumerate(zip(commands, folders, strict=True)):
+            child = os.fork()
+            if not child:
+                os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{len(commands)}", "LOCAL_RANK": "0",
+                               "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}  # fmt: skip
+                become(command, folder, output.fileno())
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        output.seek(0)
+        return codes, output.read()
+
+
+def become(command, folder, output):
+    """Runs an `atp` command in this process, in a folder, and ends it."""
+    from atp import cli
+
+    code = 70
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(folder)
+        sys.argv = ["atp", *command]
+        cli.main()
+    except SystemExit as done:
+        code = done.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def ended(process, code=0):
     """What a process printed, once it has ended with this exit code."""
     output, _ = process.communicate(timeout=300)
@@ -75,3 +129,11 @@ def assert_equal(folder, expected):
         for loss in ("loss", "validation_loss"):
             assert abs(record.get(loss, 0.0) - other.get(loss, 0.0)) <= 1e-5 * other.get(loss, 0.0)
     assert not list(folder.rglob(".writing-*"))
+
+
+if __name__ == "__main__":
+    import atp.baselines
+    import atp.cli
+    import atp.run  # noqa: F401
+
+    print(json.dumps([fork_each(**case) for case in json.loads(sys.argv[1])]))

@@ -1,11 +1,14 @@
 """A run in two processes: it ends, is written once, survives a signal and a kill, and equals a run in one process."""
 
 import os
+import re
+import shutil
 import signal
 
 import psutil
 import pytest
-from launched_runs import assert_equal, ended, start, wait_for_steps, write_settings
+from launched_runs import assert_equal, end_of_each, ended, start, wait_for_steps, write_settings
+from safetensors.torch import load_file, save_file
 
 from atp import processes
 from atp.errors import InputError
@@ -78,6 +81,72 @@ def test_bad_input_ends_all_processes_and_is_told_once(settings, tmp_path):
     output = ended(start(["train", str(settings[0]), f"output_dir={folder}"]), code=1)  # torchrun's own exit code
     assert output.count("is not empty") == 1
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def turned_rows(folder):
+    rows = (folder / "data.jsonl").read_text(encoding="utf-8").replace("heart rate", "rate heart")
+    (folder / "data.jsonl").write_text(rows, encoding="utf-8")
+
+
+def moved_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] + 1e-3}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def renamed_word(folder):
+    words = (folder / "tokenizer.json").read_text(encoding="utf-8").replace('"heart"', '"hearts"')
+    (folder / "tokenizer.json").write_text(words, encoding="utf-8")
+
+
+# What the second process has that the first has not: a change of its files, or arguments.
+OTHERS = {
+    "data": (turned_rows, [], "reads other train data"),
+    "data that set the length": (turned_rows, ["training.tokens=700", "training.tune=null"], "reads other train data"),
+    "weights": (moved_weights, [], "reads other base weights than"),
+    "weights in shards": (moved_weights, ["training.sharding=fsdp"], "reads other model.safetensors than"),
+    "tokenizer": (renamed_word, [], "reads other tokenizer"),
+    "sharding": (None, ["training.sharding=fsdp"], "was started with other training.sharding than"),
+    "settings": (None, ["training.lr=1e-3", "seed=1"], "was started with other seed, training.lr than"),
+    "resume": (None, ["--resume"], "was started with other --resume than"),
+    "seeds": (None, ["--seeds", "0,1"], "was started with other --seeds than"),
+    "methods": (None, ["--methods", "magnitude"], "was started with other --methods than"),
+}
+
+
+def differing(name, settings, config, folder):
+    """The case of a run of two processes that differ."""
+    change, extra, _ = OTHERS[name]
+    folders = [folder / name / place for place in ("here", "there")]
+    for place in folders:
+        shutil.copytree(config.model.path, place / "inputs")
+    command = ["train", str(settings[0]), "model.path=inputs", "data.train=inputs/data.jsonl"]
+    command.append(f"output_dir={folder / name / 'run'}")
+    if name in ("seeds", "methods"):
+        command = ["compare", *command[1:], "--methods", "random", "--seeds", "0", "--out", str(folder / name / "run")]
+    if change is None:
+        commands = [command, [*command, *extra]]
+    else:
+        change(folders[1] / "inputs")
+        commands = [[*command, *extra]] * 2
+    return {"commands": commands, "folders": list(map(str, folders))}
+
+
+@pytest.fixture(scope="module")
+def disagreements(settings, config, tmp_path_factory):
+    """How each case ended: (exit codes, output, whether anything was written)."""
+    folder = tmp_path_factory.mktemp("machines")
+    ends = end_of_each([differing(name, settings, config, folder) for name in OTHERS])
+    return {name: (*end, (folder / name / "run").exists()) for name, end in zip(OTHERS, ends, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_processes_that_differ_end_with_one_sentence_that_says_in_what(disagreements, name):
+    codes, output, written = disagreements[name]
+    assert codes == [2, 2] and not written, output
+    (line,) = [line for line in output.splitlines() if "error: " in line]
+    assert re.match(rf"error: process 1 on \S+ {OTHERS[name][2]}", line) and " process 0 on " in line, line
 
 
 def test_one_process_alone_waits_for_nobody(monkeypatch):
