@@ -122,7 +122,7 @@ def write_gguf(
     writer.add_file_type(file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     _add_shape(writer, config, architecture)
-    add_tokenizer(writer, tokenizer, config)
+    remarks = add_tokenizer(writer, tokenizer, config)
     weights = dict(_weights(model, config, architecture))
     held = {name: _held_as(weight.tensor, wanted) for name, weight in weights.items()}
     for name, weight in weights.items():
@@ -142,7 +142,7 @@ def write_gguf(
                 writer.write_tensor_data(quantize(values, held[name]).view(_Written))
         finally:
             writer.close()
-    return [*_window_remark(config), *_fallback_remark(weights, held, wanted)]
+    return [*remarks, *_window_remark(config), *_fallback_remark(weights, held, wanted)]
 
 
 class _Written(np.ndarray):

@@ -16,6 +16,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from atp.data.chat import chat_of
 from atp.errors import InputError, shorten
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -38,10 +39,21 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 """llama.cpp's name of a pre-tokenizer, by its steps and whether words of the vocabulary skip the merges."""
 _SPACE = "\u2581"  # stands for a space in sentencepiece vocabularies
+_AT_THE_BEGINNING = {
+    True: (
+        "llama.cpp puts a space after every special token, where transformers puts one before the beginning of a text "
+        "alone: a text with special tokens inside has other tokens there"
+    ),
+    False: (
+        "llama.cpp finds the tokens of transformers in texts that begin with a special token, as those of the chat "
+        "template; before others transformers puts a space, and llama.cpp none"
+    ),
+}
+"""What llama.cpp does otherwise with and without a space, for a tokenizer that puts one only where a text begins."""
 
 
-def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Adds vocabulary, merges or scores, special tokens and chat template.
+def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[str]:
+    """Adds vocabulary, merges or scores, special tokens and chat template; returns remarks, one sentence each.
 
     config: the model's. Rows of its embedding without a token are marked as unused, and its special tokens count where
     the tokenizer has none. Raises `InputError` for a tokenizer that llama.cpp would read otherwise, naming the reason.
@@ -63,8 +75,13 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config
         raise _refused(f"two of its tokens are '{shorten(double)}'")
     writer.add_token_list(texts)
     writer.add_token_types([kind for _, kind in tokens])
+    remarks: list[str] = []
     if model.get("byte_fallback"):
         prefixed = _prepends_space(content)
+        if prefixed and (content["pre_tokenizer"] or {}).get("prepend_scheme") == "first":
+            # llama.cpp puts a space before each piece of text between special tokens, or before none.
+            prefixed = not _chat_begins_with_a_token(tokenizer, content)
+            remarks.append(_AT_THE_BEGINNING[prefixed])
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(content, texts))
@@ -79,6 +96,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config
         template = template.get("default")
     if template:
         writer.add_chat_template(template)
+    return remarks
 
 
 def _refused(why: str) -> InputError:
@@ -162,6 +180,18 @@ def _prepends_space(content: dict[str, Any]) -> bool:
         if pre_tokenizer["replacement"] == _SPACE and not pre_tokenizer["split"]:
             return pre_tokenizer["prepend_scheme"] != "never"
     raise _refused("it has byte tokens but treats spaces otherwise than sentencepiece")
+
+
+def _chat_begins_with_a_token(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> bool:
+    """Whether what the chat template renders begins with an added token, after the token that begins any text."""
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        prompt = chat_of(tokenizer)([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).prompt
+    except InputError:  # a template for other conversations
+        return False
+    first = tokenizer(prompt, add_special_tokens=False)["input_ids"][:1]
+    return first in [[token["id"]] for token in content["added_tokens"]]
 
 
 def _scores(content: dict[str, Any], texts: list[str]) -> list[float]:

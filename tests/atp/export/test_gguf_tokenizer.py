@@ -5,7 +5,7 @@ import json
 import pytest
 from gguf import TokenType
 from test_gguf import tiny, write
-from tiny_tokenizers import LLAMA3, PRE_TOKENIZERS, SPECIAL, TEXTS, byte_level, sentencepiece
+from tiny_tokenizers import LLAMA3, MARKED, PLAIN, PRE_TOKENIZERS, SPECIAL, TEXTS, byte_level, sentencepiece
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -56,7 +56,7 @@ def test_transformers_finds_the_same_tokens(tmp_path):
     assert found.chat_template == tokenizer.chat_template
 
 
-@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("metaspace", [None, "first"])
 def test_sentencepiece(tmp_path, metaspace):
     tokenizer = sentencepiece(metaspace=metaspace)
     keys = written(tmp_path, tokenizer)
@@ -72,6 +72,25 @@ def test_sentencepiece(tmp_path, metaspace):
     for text in TEXTS:
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert _by_scores(text, keys["ggml.tokens"], keys["ggml.scores"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("scheme", "template", "prefix", "said"),
+    [
+        ("first", MARKED, False, "before others transformers puts a space, and llama.cpp none"),
+        ("first", PLAIN, True, "a text with special tokens inside has other tokens there"),
+        ("first", "{{ raise_exception('no') }}", True, "a text with special tokens inside has other tokens there"),
+        ("first", None, True, "a text with special tokens inside has other tokens there"),
+        ("always", MARKED, True, None),
+        ("never", MARKED, False, None),
+        (None, MARKED, True, None),
+    ],
+)
+def test_where_a_space_is_put_before_text(tmp_path, scheme, template, prefix, said):
+    tokenizer = sentencepiece(metaspace=scheme, template=template)
+    _, remarks = write(tiny("llama-tied", vocab_size=len(tokenizer)), tmp_path / "model.gguf", tokenizer=tokenizer)
+    assert File(tmp_path / "model.gguf").keys["tokenizer.ggml.add_space_prefix"] == prefix
+    assert [remark.endswith(said or "") for remark in remarks] == ([True] if said else [])
 
 
 def _by_scores(text, tokens, scores):

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from test_gguf import CASES, VOCAB, tiny, tokens, write
-from tiny_tokenizers import PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
+from tiny_tokenizers import MARKED, PRE_TOKENIZERS, TEXTS, byte_level, sentencepiece
 
 from atp.baselines.simple import magnitude_scores
 from atp.config import ModelConfig
@@ -46,7 +46,7 @@ TOKENIZERS = {
     **{name: lambda name=name: byte_level(name) for name in PRE_TOKENIZERS},
     "bos": lambda: byte_level("llama-bpe", bos=True),
     "sentencepiece": sentencepiece,
-    "metaspace": lambda: sentencepiece(metaspace=True),
+    "metaspace": lambda: sentencepiece(metaspace="first"),
 }
 
 
@@ -61,6 +61,16 @@ def test_llama_cpp_finds_the_same_tokens(tmp_path, name):
         plain = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert runtime.tokenize(text, special=False) == plain, text
         assert runtime.tokenize(text, special=True) == tokenizer(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("scheme", [None, "always", "never", "first"])
+def test_llama_cpp_finds_the_same_tokens_in_conversations(tmp_path, scheme):
+    tokenizer = sentencepiece(metaspace=scheme, template=MARKED)
+    write(tiny("llama-tied", vocab_size=len(tokenizer)), tmp_path / "model.gguf", tokenizer=tokenizer)
+    runtime = LlamaCpp(tmp_path / "model.gguf")
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, TEXTS, strict=False)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert runtime.tokenize(text, special=True) == tokenizer(text)["input_ids"]
 
 
 PROMPTS = [

@@ -67,8 +67,11 @@ def byte_level(name="gpt-2", vocab_size=340, template="{{ messages[0]['content']
     return tokenizer
 
 
-def sentencepiece(*, metaspace=False, complete=True):
-    """BPE with byte tokens as in Llama 2. complete: whether every way to split a token is a merge."""
+def sentencepiece(*, metaspace=None, complete=True, template=None):
+    """BPE with byte tokens as in Llama 2. complete: whether every way to split a token is a merge.
+
+    metaspace: when the newer pre-tokenizer puts a space before a text: `first`, `always` or `never`.
+    """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(TEXTS * 2, trainers.BpeTrainer(vocab_size=150, show_progress=False))
@@ -85,13 +88,29 @@ def sentencepiece(*, metaspace=False, complete=True):
         merges = merges[:-1]
     core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if metaspace:
-        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace, split=False)
     else:
         core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
     )
+    if template:
+        tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template that begins with a special token."""
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Question: {{ m.content }} Answer:"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""One that begins with text, after the token that begins any text."""
