@@ -242,6 +242,7 @@ def experiment(
         refuse_places(spec.config(path, domain, overrides or []))
 
     from atp.experiments import Experiment
+    from atp.report.beside import counted
     from atp.report.terminal import with_interval
 
     _note()
@@ -254,6 +255,9 @@ def experiment(
         figures = [found[label]["scores"]["perplexity"] for found in content["domains"].values()]
         shown.add_row(label, *(with_interval(f["value"], f["interval"], digits=2) for f in figures))
     console.print(shown)
+    for domain, protocol in content["perplexity_of"].items():
+        for line in counted(protocol):
+            console.print(f"{domain}: {line}")
     console.print(f"results: {out / question.name}.csv, .json and .png")
 
 

@@ -29,13 +29,15 @@ def evaluate(
     ] = "health-mini",
     labels: Annotated[str, typer.Option(help="Answers that a file's questions allow, comma-separated.")] = "",
     gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Documents for perplexity.")] = 60,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    documents: Annotated[int | None, typer.Option(min=1, help="Documents for perplexity, 60.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window, 512.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between window starts; default half a window.")] = None,
-    questions: Annotated[int, typer.Option(min=0, help="Examples per task; 0 skips tasks.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 8,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the bootstrap.")] = 0,
+    questions: Annotated[int | None, typer.Option(min=0, help="Examples per task, 100; 0 skips tasks.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per batch, 8.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto (the default), float32 or bfloat16.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the bootstrap, 0.")
+    ] = None,
     harness: Annotated[bool, typer.Option("--harness", help="Also score the tasks with lm-eval.")] = False,
     dense: Annotated[
         str | None, typer.Option(help="The tuned dense model's --output file, for relative performance.")
@@ -46,6 +48,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a model with 95 % intervals: perplexity, answers, summaries, size and speed.
+
+    With a run's config as suite, options that are not given are the run's, and so are its figures.
 
     Example: atp eval runs/demo/model --suite health-mini --output scores.json
     """
@@ -59,7 +63,7 @@ def evaluate(
         if not output.parent.is_dir():
             raise InputError(f"folder {output.parent} of --output does not exist: create it or choose another --output")
         check_writable(output.parent, "--output")
-    if precision not in ("auto", "float32", "bfloat16"):
+    if precision not in (None, "auto", "float32", "bfloat16"):
         raise InputError(f"--precision {precision} is unknown: use auto, float32 or bfloat16")
     if model.strip():
         refuse_no_model(model, gguf_file)
@@ -73,7 +77,8 @@ def evaluate(
     options = Scoring(
         suite=suite, labels=tuple(label.strip() for label in labels.split(",") if label.strip()), documents=documents,
         length=length, stride=stride, questions=questions, batch_size=batch_size,
-        precision=cast(Literal["auto", "float32", "bfloat16"], precision), seed=seed, harness=harness, dense=dense,
+        precision=cast(Literal["auto", "float32", "bfloat16"] | None, precision), seed=seed, harness=harness,
+        dense=dense,
     )  # fmt: skip
     scores = score_folder(model, options, gguf_file)
     progress.end()
@@ -81,7 +86,7 @@ def evaluate(
     for name, value, interval in flat_scores(scores):
         bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
         known = f"{value:,.4g}" if isinstance(value, float) else NOT_MEASURABLE if value is None else f"{value:,}"
-        table.add_row(name, known, bounds)
+        table.add_row(f"{name}, {scores['counted']}" if name == "perplexity" else name, known, bounds)
     console.print(table)
     for remark in scores["remarks"]:
         console.print(remark)
@@ -253,10 +258,11 @@ def runs(
 
 
 def _cells(run: RunLine) -> dict[str, str]:
+    counted = "" if run.counted is None else f" {run.counted}"
     scores = [f"{score:.2f}" for score in (run.perplexity_before, run.perplexity) if score is not None]
     return {
         "run": run.folder, "state": run.state, "phase": run.phase or "", "step": _digits(run.step, 0),
-        "loss": _digits(run.loss, 3), "kept": _digits(run.kept, 3), "perplexity": " -> ".join(scores),
+        "loss": _digits(run.loss, 3), "kept": _digits(run.kept, 3), "perplexity": " -> ".join(scores) + counted,
         "MB": _digits(run.megabytes, 0), "minutes": _digits(run.minutes, 1),
         "changed": f"{run.changed.astimezone():%Y-%m-%d %H:%M}",
     }  # fmt: skip

@@ -24,6 +24,7 @@ _LARGEST = 2**26  # bytes of a JSON file that is read
 class RunLine:
     """One run folder. Figures are None as long as the run has none.
 
+    counted: which tokens the perplexities count.
     stopped: neither finished nor under way; `--resume` goes on with it. changed: when its newest record was written.
     """
 
@@ -35,6 +36,7 @@ class RunLine:
     kept: float | None
     perplexity_before: float | None
     perplexity: float | None
+    counted: str | None
     megabytes: float | None
     minutes: float | None
     changed: datetime
@@ -77,6 +79,7 @@ def run_line(folder: Path) -> RunLine:
         kept=_number(summary.get("keep_decoder", last.get("keep"))),
         perplexity_before=_number(_within(scores, "original", "perplexity")),
         perplexity=_number(_within(summary, "perplexity", "final")),
+        counted=_text(_within(scores, "original", "counted")),
         megabytes=_number(_within(summary, "megabytes", "final")),
         minutes=None if seconds is None else seconds / 60,
         changed=datetime.fromtimestamp(max(times, default=0.0), UTC),

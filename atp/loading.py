@@ -186,9 +186,12 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
         fate = "lose their beginning" if data.packing == "padded" else "span several windows"
         cut = f"{train.longer} train samples are longer than data.length ({data.length} tokens) and {fate}"
         splits = replace(splits, description=f"{splits.description}; {cut}")
-    # Perplexity always uses joined windows, so that runs can be compared.
-    test = pack(splits.test, tokenizer, data.length, loss_on=data.loss_on)
-    return RunData(splits, train, calibration, test, validation)
+    return RunData(splits, train, calibration, held_out(config, splits, tokenizer), validation)
+
+
+def held_out(config: ATPConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> PackedDataset | Pieces:
+    """The windows on which a run scores perplexity: always joined ones, so that runs can be compared."""
+    return pack(splits.test, tokenizer, config.data.length, loss_on=config.data.loss_on)
 
 
 def averages(samples: Samples | list[dict[str, Tensor]]) -> tuple[float, float]:

@@ -32,6 +32,7 @@ from atp.models.load import read_model
 from atp.promises import check_promises, check_target
 from atp.removal.certify import rounding_remark
 from atp.report import write_report
+from atp.report.beside import perplexity_of
 from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.sharding.read import read_sharded
 from atp.signals import SignalGuard
@@ -380,6 +381,7 @@ class Run:
             "params_after": after["params"],
             "megabytes": {"original": before["megabytes"], "final": after["megabytes"]},
             "perplexity": {name: scores[name]["perplexity"] for name in models},
+            "perplexity_of": perplexity_of(scores["final"]),
             "perplexity_interval": {name: scores[name]["perplexity_interval"] for name in models},
             "tasks": [task.name for task in tasks],
             **{task.name: {name: without_items(scores[name]["tasks"][task.name]) for name in models} for task in tasks},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from atp.report.beside import NOT_MEASURABLE, OTHERS, unclear
+from atp.report.beside import NOT_MEASURABLE, OTHERS, counted, unclear
 from atp.report.text import DASH, code, plain
 
 BEST_FIRST = {"perplexity": "perplexity ↓", "perplexity_ratio": "perplexity / dense ↓",
@@ -55,6 +55,7 @@ def remarks(content: dict[str, Any]) -> list[str]:
         "seed. A metric counts if that model beats the majority label, the constant answer, by more than the interval "
         "of their difference.",
         "Training seconds include choosing and removing; all methods train on the same tokens with the same LoRA.",
+        *counted(content.get("perplexity_of")),
         content["data"]["description"],
     ]
     found += unclear(content.get("not_measurable", {}))

@@ -21,6 +21,9 @@ from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import perplexity_of
 from atp.finite import is_finite
 
+ALL, ANSWERS = "all tokens", "answers"
+"""Which tokens a perplexity counts: all, or those of completions and of text without a prompt."""
+
 
 @dataclass(frozen=True)
 class ScoredWindows:
@@ -64,7 +67,7 @@ def sliding_windows(
             labels.append([IGNORE] * seen + window[seen:] + [IGNORE] * len(padding))
             documents.append([place[example.document]] * length)
             scored = begin + len(window)
-    protocol: dict[str, object] = {"bos": bool(start), "length": length, "stride": stride}
+    protocol: dict[str, object] = {"counted": ALL, "bos": bool(start), "length": length, "stride": stride}
     return ScoredWindows(torch.tensor(ids), torch.tensor(labels), torch.tensor(documents), protocol)
 
 
@@ -82,7 +85,11 @@ def packed_windows(
     ends = (dataset.input_ids == tokenizer.eos_token_id).long().flatten()
     documents = (ends.cumsum(0) - ends).view_as(dataset.input_ids)
     length = dataset.input_ids.shape[1]
-    protocol: dict[str, object] = {"bos": bool(start_ids(tokenizer)), "length": length, "stride": length}
+    # The padding of an only window has no loss either, and is EOS.
+    prompts = bool(((dataset.labels == IGNORE) & (dataset.input_ids != tokenizer.eos_token_id)).any())
+    protocol: dict[str, object] = {
+        "counted": ANSWERS if prompts else ALL, "bos": bool(start_ids(tokenizer)), "length": length, "stride": length,
+    }  # fmt: skip
     return ScoredWindows(dataset.input_ids, dataset.labels, documents, protocol)
 
 

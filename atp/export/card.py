@@ -17,7 +17,7 @@ from atp.files import write_text
 from atp.models.base import FORMS
 from atp.places import PACKAGED_MODEL
 from atp.reading import existing
-from atp.report.beside import NOT_MEASURABLE, unclear
+from atp.report.beside import NOT_MEASURABLE, counted, unclear
 from atp.report.text import code, plain
 
 _TAGS = ["structural-pruning", "lora"]
@@ -176,10 +176,11 @@ def add_results(path: Path, config: ATPConfig, summary: dict[str, Any]) -> None:
         f"| {task} | {metric} | {value:.4g} | {_figure(majority.get(task, {}).get(metric))} |"
         for (task, metric), value in scores.items()
     )
+    told = "".join(f"{line}\n\n" for line in counted(summary.get("perplexity_of")))
     command = code(summary["command"].replace(" --resume", ""), limit=1000)
     card.text = card.text.partition(_RESULTS)[0] + (
         f"{_RESULTS}\nOn held-out text of the recipe (seed {summary['seed']}):\n\n"
-        f"| data | score | value | majority label |\n|---|---|---|---|\n{rows}\n\n{_relative(summary)}"
+        f"| data | score | value | majority label |\n|---|---|---|---|\n{rows}\n\n{told}{_relative(summary)}"
         f"Made with {command}.\n"
     )
     write_text(path, visible(str(card)))

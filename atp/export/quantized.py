@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from atp import progress
 from atp.config import ATPConfig
-from atp.data import load_recipe, pack
+from atp.data import load_recipe
 from atp.errors import InputError, reason
 from atp.evaluation import packed_windows, perplexity, throughput
 from atp.evaluation.inference import CausalLM, bars
@@ -27,6 +27,7 @@ from atp.families import is_cut
 from atp.files import whole_folder, write_text
 from atp.folders import CONFIG
 from atp.loading import data_settings
+from atp.loading import held_out as held_out_windows
 from atp.models.load import read_model
 from atp.models.stock import save_model
 from atp.requirements import install_command
@@ -85,9 +86,7 @@ def held_out(run: Path, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     """The windows that a run scored its models on. Raises `InputError` if its data cannot be read any more."""
     progress.begin("reading the held-out data")
     config = ATPConfig.load(run / CONFIG)
-    test = pack(
-        load_recipe(data_settings(config, tokenizer)).test, tokenizer, config.data.length, loss_on=config.data.loss_on
-    )
+    test = held_out_windows(config, load_recipe(data_settings(config, tokenizer)), tokenizer)
     settings = config.evaluation
     windows = packed_windows(test, tokenizer, settings.windows)
 
@@ -166,7 +165,8 @@ def _measured(model: CausalLM, folder: Path, windows: HeldOut | None) -> dict[st
     if windows is not None:
         score = windows.score(model)
         low, high = score["perplexity_interval"]
-        found[f"held-out perplexity, {windows.count} windows"] = f"{score['perplexity']:.2f} ({low:.2f} to {high:.2f})"
+        counted = f"{score['counted']}, {windows.count} windows of {score['length']} tokens"
+        found[f"held-out perplexity, {counted}"] = f"{score['perplexity']:.2f} ({low:.2f} to {high:.2f})"
     progress.begin("measuring speed")
     speed = throughput(model)
     for kind, digits in (("prefill", 0), ("decode", 1)):

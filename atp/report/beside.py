@@ -62,7 +62,7 @@ def effects(summary: Mapping[str, Any]) -> list[str]:
         for task in summary.get("tasks") or ()
         for metric in [main_metric(summary, task)]
     ]
-    scores.append(("held-out perplexity", [each.get("perplexity") for each in three], 2))
+    scores.append((perplexity_label(summary), [each.get("perplexity") for each in three], 2))
     return [
         "{}: tuning alone takes the whole model from {} to {}, tuning and cutting to {}.".format(
             name[0].upper() + name[1:], *(number(value, digits) for value in values)
@@ -72,9 +72,30 @@ def effects(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def perplexity_of(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """What a perplexity counts, from the scores of a model, for a summary; empty for scores that do not say."""
+    return {key: scores[key] for key in ("counted", "tokens", "length", "stride") if "counted" in scores}
+
+
+def perplexity_label(summary: Mapping[str, Any]) -> str:
+    """What stands before the perplexities of a run."""
+    counted = (summary.get("perplexity_of") or {}).get("counted")
+    return "held-out perplexity" + (f", {counted}" if counted else "")
+
+
+def counted(protocol: Mapping[str, Any] | None) -> list[str]:
+    """A sentence on what a perplexity counts; none where that is not known. protocol: `perplexity_of` of scores."""
+    if not protocol or "counted" not in protocol:
+        return []
+    length, stride = protocol["length"], protocol["stride"]
+    apart = "" if stride == length else f" that start {stride} apart"
+    return [f"Perplexity counts {protocol['counted']}: {protocol['tokens']:,} tokens in windows of {length}{apart}."]
+
+
 def remarks(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of these columns must know, one sentence each."""
-    found = effects(summary) + [
+    found = counted(summary.get("perplexity_of")) + effects(summary)
+    found += [
         f"Majority label of {task}: always {scores['label']!r}, the most frequent answer of the "
         f"{'training' if scores['of'] == 'train' else 'test'} questions."
         for task, scores in (summary.get("majority") or {}).items()

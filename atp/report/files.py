@@ -9,6 +9,7 @@ from typing import Any
 
 from atp.errors import InputError, shorten
 from atp.reading import parse_json, read_yaml
+from atp.report.beside import perplexity_of
 from atp.training_config import TrainingConfig
 
 _PACE = 20  # records of which the pace is that of the run
@@ -156,6 +157,7 @@ def _partial_summary(evaluation: dict[str, Any]) -> dict[str, Any]:
     sizes = {name: _section(scores, "size") for name, scores in models.items() if "size" in scores}
     return {
         "perplexity": {name: scores["perplexity"] for name, scores in models.items()},
+        "perplexity_of": perplexity_of(next(iter(models.values()))),
         "perplexity_interval": {name: scores.get("perplexity_interval") for name, scores in models.items()},
         "tasks": scored,
         "majority": _section(evaluation, "majority"),

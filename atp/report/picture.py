@@ -25,7 +25,7 @@ def pictures(run: RunFiles) -> list[dict[str, Any]]:
         scored = {name: column["tasks"].get(task, {}) for name, column in columns.items()}
         metric = beside.main_metric(summary, task)
         found.append(_picture(summary, f"{task} {METRICS[metric]}", "higher", scored, metric, 3))
-    found.append(_picture(summary, "held-out perplexity", "lower", columns, "perplexity", 2))
+    found.append(_picture(summary, beside.perplexity_label(summary), "lower", columns, "perplexity", 2))
     return [picture for picture in found if picture.get("svg")]
 
 

@@ -48,7 +48,7 @@ def scores(run: RunFiles) -> dict[str, Any]:
             rows.append((f"{task} {label} ↑", cells))
     if columns:
         cells = [with_interval(c.get("perplexity"), c.get("perplexity_interval"), 2) for c in columns.values()]
-        rows.append(("held-out perplexity ↓", cells))
+        rows.append((f"{beside.perplexity_label(summary)} ↓", cells))
     rows.append(("parameters", [_millions(summary.get(params.get(name, ""))) for name in columns]))
     rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in columns]))
     rows.append(("megabytes", [number(megabytes(summary, name), 0) for name in columns]))

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from atp.errors import visible
 from atp.removal.certify import failure
-from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, remarks
+from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, perplexity_label, remarks
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
@@ -28,7 +28,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         kept = NOT_MEASURABLE if mean is None else with_interval(mean, interval, digits=3)
         table.add_row("of tuned dense", *(kept if m == "final" else "" for m in shown))
     cells = (with_interval(c.get("perplexity"), c.get("perplexity_interval"), digits=2) for c in shown.values())
-    table.add_row("held-out perplexity", *cells)
+    table.add_row(perplexity_label(summary), *cells)
     models = [name for name in shown if name != "majority"]
     params = {"final": summary["params_after"]}
     table.add_row("parameters", *(f"{params.get(m, summary['params_before']):,}" for m in models))

@@ -140,6 +140,7 @@ class Sweep:
             rows.append(target_row(target, summary, shared))
         content = {
             "rows": rows,
+            "perplexity_of": next((summary.get("perplexity_of", {}) for _, summary in finished), {}),
             "shared": shared | {"what": shared_parts(self.common)},
             "missing": [target.asked.text for target, summary in found if summary is None],
             "notes": broken,

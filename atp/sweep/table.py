@@ -14,6 +14,7 @@ from rich.table import Table
 
 from atp.files import write_text
 from atp.report import plots
+from atp.report.beside import counted
 from atp.report.terminal import with_interval
 from atp.report.text import DASH
 from atp.sweep.targets import Target
@@ -70,6 +71,8 @@ def show(content: Mapping[str, Any], console: Console) -> None:
         for line in lines:
             shown.add_row(*line)
         console.print(shown)
+    for line in counted(content.get("perplexity_of")):
+        console.print(line)
     taken = sum(content["shared"]["seconds"].values())
     console.print(f"{content['shared']['what']}: {taken:,.0f} seconds, scores left out; a target's seconds come on top")
     console.print("certificate: the largest change of a logit at the cut, as a share of their scale")

@@ -6,10 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from rich.console import Console
+from tiny_command import read, start
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp.errors import InputError
+from atp.listing import runs_below
+from atp.report import terminal
+from atp.report.files import read_run
 from atp.scoring import Scoring, flat_scores, score_folder
 
 WORDS = "the cat sat on a mat is it there ? yes no".split()
@@ -141,3 +146,60 @@ def test_what_there_is_less_of_than_asked_is_said(folder):
         "--documents is 31, but there are only 30 documents", "--questions is 99, but there are only 30 of qa",
         "Majority label of qa: always 'no', the most frequent answer of the test questions.",
     ]  # fmt: skip
+
+
+def figures(scores):
+    """What a run and `atp eval` must agree on: perplexity and answers, to the last digit."""
+    kept = ("perplexity", "perplexity_interval", "nll", "tokens", "documents", "items", "counted", "length", "stride")
+    return {name: scores[name] for name in (*kept, "tasks")}
+
+
+@pytest.fixture(scope="module", params=["labels", "prompts", "text"])
+def run(request, config, tmp_path_factory):
+    """A finished run on questions with labels, on prompts and completions, or on text."""
+    folder = tmp_path_factory.mktemp("figures")
+    rows = [json.loads(line) for line in open(config.data.train, encoding="utf-8")]
+    data = {} if request.param == "labels" else {"labels": []}
+    if request.param == "text":
+        data["train"] = str(folder / "texts.jsonl")
+        texts = [json.dumps({"text": row["prompt"]}) for row in rows]
+        (folder / "texts.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+        scored = {"dense_baseline": False, "batch_size": 3, "windows": 5, "questions": 7}
+        start(config, folder / "out", data=data, evaluation=scored, seed=3)
+    return folder / "out"
+
+
+def test_a_run_and_its_config_give_one_figure(run, config):
+    """To the digit, whether the run or its model is named, and for the model that it began with, too."""
+    recorded = read(run, "evaluation.json")
+    for model in (run, run / "model"):
+        scores = score_folder(str(model), Scoring(suite=str(run / "config.yaml")))
+        assert figures(scores) == figures(recorded["final"])
+    before = score_folder(config.model.path, Scoring(suite=str(run / "config.yaml")))
+    assert figures(before) == figures(recorded["original"]) != figures(recorded["final"])
+    assert (
+        scores["settings"] | {"precision": "float32", "seed": 3, "documents": 5, "length": 16, "stride": 16}
+        == (scores["settings"])
+    )
+    longer = score_folder(str(run), Scoring(suite=str(run / "config.yaml"), length=32, documents=5))
+    assert longer["length"] == 32 and longer["counted"] == "all tokens", "whoever asks for other windows gets them"
+
+
+def test_what_a_perplexity_counts_stands_beside_it(run):
+    recorded, summary = read(run, "evaluation.json")["final"], read(run, "summary.json")
+    counted = "all tokens" if "texts.jsonl" in read_run(run).config else "answers"
+    assert recorded["counted"] == counted
+    sentence = f"Perplexity counts {counted}: {recorded['tokens']:,} tokens in windows of 16."
+    console = Console(width=200, record=True, markup=False, highlight=False)
+    terminal.show(summary, console)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    for place in (console.export_text(), page, card):
+        assert sentence in place
+    assert f"held-out perplexity, {counted}" in page
+    scores = score_folder(str(run), Scoring(suite=str(run / "config.yaml")))
+    assert sentence in scores["remarks"]
+    (line,) = runs_below(run)
+    assert line.counted == counted
