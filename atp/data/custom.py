@@ -79,6 +79,8 @@ def tasks_of(examples: Sequence[Example], labels: tuple[str, ...] = ()) -> tuple
 
 def check_label(row: Row, label: str, labels: Sequence[str]) -> str:
     """Returns the label. Raises `InputError` if it is not one of `labels`."""
+    if not label:
+        raise InputError(f"{row.where}: no label; write one of {shorten(', '.join(labels))}, or remove the row")
     if label not in labels:
         raise InputError(
             f"{row.where}: label '{shorten(label)}' is not one of {shorten(', '.join(labels))}; correct the row"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -22,6 +24,8 @@ _ROWS_AT_ONCE = 256  # of a binary file
 _SMALL, _TEXT_RATIO, _TABLE_RATIO = 2**24, 100, 1000
 _LONGEST_ROW = 2**24  # characters of a line: `[{},{},...]` takes 24 times as many bytes as Python objects
 _ROWS_OF_SMALL = 100_000  # that a table may have, or as many as bytes
+_DELIMITERS = (",", ";", "\t")  # spreadsheet programs write the others where a comma is in numbers
+_NO_TEXT = re.compile("[\udc80-\udcff]")  # what stands for a byte that is not UTF-8
 
 
 def suffix_of(path: Path) -> str | None:
@@ -43,10 +47,11 @@ def read_file(path: Path, bad: Bad = stop) -> Iterator[Row]:
         return
     try:
         # utf-8-sig skips the byte-order mark that spreadsheet programs write.
-        with _opened(path, name) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
+        with (
+            _opened(path, name) as content,
+            io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
+        ):
             yield from _TEXT[suffix or ".jsonl"](text if suffix == ".json" else _lines(text, name), name, bad)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{name}: not a gzip file, or a damaged one ({reason(error)}); compress it again") from error
     except OSError as error:
@@ -104,6 +109,14 @@ def _lines(text: TextIO, name: str) -> Iterator[str]:
         yield line
 
 
+def _check_text(text: str, where: str) -> None:
+    """Raises `InputError` for bytes that were not UTF-8."""
+    if not text.isascii() and (found := _NO_TEXT.search(text)):
+        byte = ord(found[0]) - 0xDC00
+        raise InputError(f"{where}: not UTF-8 text (byte {byte:#x} after {quote(text[: found.start()][-20:])}); "
+                         "convert the file to UTF-8")  # fmt: skip
+
+
 def parse_jsonl(lines: Iterable[str], name: str, bad: Bad = stop) -> Iterator[Row]:
     """Parses one JSON object per line, skipping blank lines. name: the file, for errors. bad: takes those of lines."""
     for number, line in enumerate(lines, start=1):
@@ -111,7 +124,11 @@ def parse_jsonl(lines: Iterable[str], name: str, bad: Bad = stop) -> Iterator[Ro
             continue
         where = f"{name}, line {number}"
         try:
+            _check_text(line, where)
             values = parse_json(line)
+        except InputError as error:
+            bad(error)
+            continue
         except ValueError as error:
             bad(InputError(f"{where}: not valid JSON ({error}); write one JSON object per line"))
             continue
@@ -124,6 +141,7 @@ def parse_jsonl(lines: Iterable[str], name: str, bad: Bad = stop) -> Iterator[Ro
 def _parse_json(file: TextIO, name: str, bad: Bad) -> Iterator[Row]:
     """The objects of a list, or of the one list in an object; or JSON Lines, which many `.json` files hold."""
     text = file.read()
+    _check_text(text, name)
     if text.lstrip(" \t\r\n").startswith("["):
         yield from _listed(text, name, bad)
         return
@@ -163,12 +181,20 @@ def _listed(text: str, name: str, bad: Bad) -> Iterator[Row]:
 
 
 def _parse_csv(lines: Iterable[str], name: str, bad: Bad) -> Iterator[Row]:
-    reader = csv.DictReader(lines, strict=True)
+    lines = iter(lines)
+    header = next(lines, "")
+    _check_text(header, f"{name}, line 1")
+    delimiter = next((mark for mark in _DELIMITERS if mark in header), ",")
+    reader = csv.DictReader(chain([header], lines), strict=True, delimiter=delimiter)
     try:
         for values in _with_cells_of_any_size(reader):
             where, fields = f"{name}, line {reader.line_num}", len(reader.fieldnames or ())
-            if None in values or None in values.values():
-                bad(InputError(f"{where}: not {fields} fields as in the header; quote the text"))
+            try:
+                if None in values or None in values.values():
+                    raise InputError(f"{where}: not {fields} fields as in the header; quote the text")
+                _check_text(" ".join(values.values()), where)
+            except InputError as error:
+                bad(error)
             else:
                 yield Row(where, values)
     except csv.Error as error:

@@ -136,6 +136,27 @@ def test_wrong_encoding_and_missing_file(tmp_path):
         read_rows(str(tmp_path / "none.jsonl"))
 
 
+@pytest.mark.parametrize(("name", "good"), [("a.jsonl", '{{"text": "{}"}}'), ("a.csv", "{}")])
+def test_a_line_that_is_not_utf_8_is_one_bad_row(tmp_path, name, good):
+    rows = [good.format(text).encode() for text in ("one", "zwölf", "three")]
+    header = [] if name == "a.jsonl" else [b"text"]
+    (tmp_path / name).write_bytes(b"\n".join([*header, rows[0], good.format("caf\u00e9").encode("latin-1"), *rows[1:]]))
+    errors = []
+    found = [row.values["text"] for row in read_rows(str(tmp_path / name), bad=errors.append)]
+    assert found == ["one", "zwölf", "three"]
+    (error,) = map(str, errors)
+    assert f"line {2 + len(header)}: not UTF-8 text (byte 0xe9 after " in error and "caf'" in error
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_header_of_a_csv_file_says_what_separates_its_cells(tmp_path, mark):
+    text = f'text{mark}label\n"1,5; 2\t3"{mark}yes\n'
+    assert [row.values for row in read_rows(write(tmp_path / "a.csv", text))] == [
+        {"text": "1,5; 2\t3", "label": "yes"}
+    ]
+    assert read_rows(write(tmp_path / "b.csv", "text\na\n"))[0].values == {"text": "a"}
+
+
 def test_parquet_gives_rows_and_nested_columns(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table
