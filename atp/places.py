@@ -57,8 +57,8 @@ def run_of(source: str) -> Path | None:
     found = existing(source)
     if found is None or _is_run(found):
         return found
-    owner = found.resolve().parent
-    return owner if found.resolve().name == MODEL and _is_run(owner) else None
+    owner = found.absolute().parent
+    return owner if found.absolute().name == MODEL and _is_run(owner) else None
 
 
 def _without_model(folder: Path) -> str:

@@ -1,11 +1,16 @@
 """`atp chat`: answers equal those of a plain greedy pass, appear in pieces, and remember the conversation."""
 
+import io
+import json
+import sys
+
 import pytest
 import torch
 from tiny_folder import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp.chat import Chat, talk
+from atp import cli
+from atp.chat import Chat, asks_once, talk
 from atp.data.chat import plain_chat
 from atp.errors import InputError
 
@@ -69,3 +74,63 @@ def test_what_cannot_be_answered_is_refused(folder, tmp_path):
     assert chat.ask("the cat " * 23, lambda text: None, tokens=100).tokens == 2, "as much as fits"
     with pytest.raises(InputError, match="cannot load the"):
         Chat(str(tmp_path / "none"))
+
+
+def tuned_on(folder, model, *rows):
+    """A run folder whose model was tuned on these rows."""
+    folder.mkdir()
+    (folder / "model").symlink_to(model)
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    values = {"model": {"path": "base"}, "output_dir": "out", "data": {"train": str(folder / "data.jsonl")}}
+    (folder / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+SINGLE = {"prompt": "the cat", "completion": " sat"}
+ONE = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}
+TWO = {"messages": ONE["messages"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("rows", "once"), [([SINGLE] * 3, True), ([ONE] * 3, True), ([ONE, TWO], False), ([{"text": "the cat"}], False)]
+)
+def test_a_model_tuned_on_single_questions_is_asked_each_alone(folder, tmp_path, rows, once):
+    run = tuned_on(tmp_path / "run", folder, *rows)
+    assert asks_once(str(run)) is asks_once(str(run / "model")) is once
+    chat, lines = Chat(str(run)), []
+    assert ("single questions" in chat.manner) is once and ("/new" in chat.manner) is not once
+    talk([chat], ["the cat", "it was"], lambda text, end="\n": lines.append(text + end), tokens=3)
+    assert len(chat.messages) == (2 if once else 4)
+    (run / "data.jsonl").unlink()
+    assert not asks_once(str(run)), "nobody knows any more"
+
+
+def test_new_begins_another_conversation(folder):
+    chat = Chat(str(folder))
+    talk([chat], ["the cat", "/new", "it was"], lambda text, end="\n": None, tokens=3)
+    assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["it was"]
+
+
+def test_prompts_are_asked_alone_and_a_file_on_stdin_is_a_conversation(folder, monkeypatch, capsys):
+    asked = []
+
+    def note(chat, text, say, **options):
+        asked.append((text, len(chat.messages)))
+        return ask(chat, text, say, **options)
+
+    def call(*words):
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", ["atp", "chat", str(folder), "--tokens", "2", *words])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        assert done.value.code == 0
+        return capsys.readouterr()
+
+    ask = Chat.ask
+    monkeypatch.setattr(Chat, "ask", note)
+    told = call("--prompt", "the cat", "--prompt", "it was")
+    assert asked == [("the cat", 0), ("it was", 0)] and "each --prompt is asked alone" in told.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n\nit was\n/new\nthe mat\n"))
+    told = call()
+    assert asked == [("the cat", 0), ("it was", 2), ("the mat", 0)] and "remembers the conversation" in told.err
+    assert "> " not in told.out and "remembers" not in told.out

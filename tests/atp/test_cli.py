@@ -246,7 +246,7 @@ def test_eval_and_export_tell_their_phases_as_json(atp, shared, tmp_path):
 def test_chat_tells_of_loading_beside_its_answers(atp, shared):
     code, out, err = atp("chat", shared / "llama", "--prompt", "the cat", "--plain", "--tokens", 2)
     assert code == 0 and "(2 tokens, " in out and "loading" not in out
-    assert [line[9:] for line in err.splitlines()] == ["starting", f"loading {shared / 'llama'}"]
+    assert [line[9:] for line in err.splitlines()] == ["starting", f"loading {shared / 'llama'}", "ompt is asked alone"]
 
 
 def test_eval_refuses_an_unknown_precision(atp, shared):
@@ -262,10 +262,11 @@ def test_brackets_in_paths_are_said_as_they_are(atp, shared, tmp_path, monkeypat
     (folder / "config.yaml").write_text("seed: 0", encoding="utf-8")
     code, out, err = atp("report", folder)
     assert code == 0 and f"report: {folder}/report.html" in out.replace("\n", ""), err
-    config = {"model": {"path": str(shared / "llama")}, "output_dir": name, "data": {"train": f"{name}.jsonl"}}
+    config = {"model": {"path": str(shared / "llama")}, "output_dir": name, "data": {"train": str(folder / "a.jsonl")}}
+    (folder / "a.jsonl").write_text('{"body": "the cat"}', encoding="utf-8")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     code, out, err = atp("train", tmp_path / "config.yaml")
-    assert code == 2 and is_one_sentence(err) and f"{name}.jsonl does not exist" in err
+    assert code == 2 and is_one_sentence(err) and f"{name}/a.jsonl, line 1" in err
     assert f"output_dir: '{name}'" in out or f"output_dir: {name}" in out
 
 

@@ -1,6 +1,7 @@
 """`atp eval` end to end on a tiny model: suites, intervals, relative performance, refusals before the model runs."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,16 @@ def test_completions_without_labels_are_generated(folder):
     scores = scored(folder, questions=2)
     assert scores["tasks"]["answers"]["n"] == 2 and 0 <= scores["tasks"]["answers"]["rouge1"] <= 1
     assert scored(folder, questions=0)["tasks"] == {}
+
+
+def test_without_the_package_for_rouge_the_rest_is_scored(folder, monkeypatch):
+    for name in ("rouge_score", "rouge_score.rouge_scorer", "lm_eval"):
+        monkeypatch.setitem(sys.modules, name, None)
+    scores = scored(folder, questions=2)
+    assert scores["tasks"] == {} and scores["perplexity"] > 1
+    assert any("Not scored: answers, because ROUGE needs package rouge-score: run pip" in r for r in scores["remarks"])
+    assert scored(folder, questions=2, labels=("yes", "no"))["tasks"]["qa"]["n"] == 2
+    assert not any("Not scored" in remark for remark in scored(folder, questions=0)["remarks"])
 
 
 def test_relative_to_the_dense_model(folder, tmp_path):
@@ -141,8 +152,10 @@ def test_labels_without_tokens_of_their_own_are_refused_before_the_model_runs(fo
 
 
 def test_what_there_is_less_of_than_asked_is_said(folder):
-    assert scored(folder)["remarks"] == []
-    assert scored(folder, labels=("yes", "no"), documents=31, questions=99)["remarks"] == [
+    assert scored(folder)["remarks"] == [
+        "Perplexity counts all tokens: 48 tokens in windows of 16 that start 8 apart."
+    ]  # fmt: skip
+    assert scored(folder, labels=("yes", "no"), documents=31, questions=99)["remarks"][1:] == [
         "--documents is 31, but there are only 30 documents", "--questions is 99, but there are only 30 of qa",
         "Majority label of qa: always 'no', the most frequent answer of the test questions.",
     ]  # fmt: skip
