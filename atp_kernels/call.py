@@ -187,7 +187,11 @@ def _missing(name: str) -> str | None:
 
 @typed
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """Every backend's name, with None where it can run here, or on this device, and else the reason why not."""
+    """Every backend's name, with None where it can run here, or on this device, and else the reason why not.
+
+    >>> available_backends()["reference"] is None  # it runs anywhere
+    True
+    """
     found = {name: _missing(name) for name in _FILES}
     if device is None:
         return found
@@ -207,6 +211,9 @@ def explain(op: str, *tensors: Tensor, backend: str = "auto", plain: bool = Fals
     With x, weight, lora_a and lora_b of `masked_lora_linear`, and its bias, lora_input, masks, mask_lora and dropout as
     options, the sentence is about that call: which way, from which tuned table, for its M, N, K and r. So it is with
     x, lora_a and lora_b of `kept_lora_linear`, and its slice as the option kept.
+
+    >>> explain("compact", torch.ones(2, 3), backend="reference")
+    "compact on cpu in float32 runs on reference (backend='reference' names it)."
     """
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = common_dtype(tensors) if tensors else torch.float32

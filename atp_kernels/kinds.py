@@ -22,6 +22,8 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     torch.device: ("a device", (torch.device,)),
 }
 """What hints ask for, in words, and what is taken for it."""
+_TRANSFORMED = ("functorch transforms", "Batching rule not implemented", "Tensor that doesn't have storage")
+"""What torch says of operations that know nothing of torch.func, which has no public way to ask for it."""
 
 
 def typed(function: Callable[P, R]) -> Callable[P, R]:
@@ -42,7 +44,15 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
             for name, value in (*zip(names, args, strict=False), *kwargs.items()):
                 if name in known and not _is_of(value, known[name]):
                     raise TypeError(_refusal(name, value, known[name]))
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if any(mark in str(error) for mark in _TRANSFORMED):
+                remedy = "use autograd, and a leading dimension in place of vmap"
+                raise RuntimeError(
+                    f"{function.__name__} takes no part in torch.func (vmap, grad, jvp): {remedy}."
+                ) from error
+            raise
 
     return checked
 

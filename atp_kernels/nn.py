@@ -26,6 +26,12 @@ class MaskedLoRALinear(nn.Module):
     tensors. `mask_lora` makes them cover the adapter too. A state dict holds the masks that are set, and loading one
     sets those it holds and clears the others. Raises ValueError for a weight or bias of another shape or dtype, an r
     below 1 or a dropout outside [0, 1).
+
+    >>> layer = MaskedLoRALinear.from_linear(nn.Linear(3, 4), r=2, alpha=4)
+    >>> layer.out_mask = torch.tensor([True, True, False, False])
+    >>> y, merged = layer(torch.ones(5, 3)), layer.merge()
+    >>> torch.allclose(y, merged(torch.ones(5, 3)))
+    True
     """
 
     out_mask: Tensor | None

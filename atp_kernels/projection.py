@@ -11,7 +11,12 @@ from atp_kernels.linear import masked_lora_linear
 
 
 class Projection(NamedTuple):
-    """A linear with its LoRA factors: weight [out, in], lora_a [r, in], lora_b [out, r], bias [out]."""
+    """A linear with its LoRA factors: weight [out, in], lora_a [r, in], lora_b [out, r], bias [out].
+
+    >>> q = Projection(torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1), scaling=0.5)
+    >>> q.bias is None
+    True
+    """
 
     weight: Tensor
     lora_a: Tensor

@@ -24,6 +24,14 @@ def compact(
     was. Waits for the device to look at the indices. Raises ValueError for wrong shapes, dtypes or devices, or an index
     that is negative or too large, and RuntimeError while a CUDA graph is captured.
     Source: docs/method.md section 6.
+
+    >>> weight = torch.arange(6).view(2, 3)
+    >>> compact(weight, cols=torch.tensor([True, False, True]))
+    tensor([[0, 2],
+            [3, 5]])
+    >>> compact(weight, rows=torch.tensor([1]), pad_to=2)
+    tensor([[3, 4, 5],
+            [0, 0, 0]])
     """
     if weight.ndim != 2:
         raise ValueError(f"compact takes a 2-D weight, not one of shape {list(weight.shape)}.")

@@ -31,6 +31,11 @@ def group_lasso(
     group that owns nothing adds nothing. Returns a float32 scalar (float64 if a factor is), differentiable once in
     the factors. Raises ValueError for wrong shapes, dtypes, devices or eps, or a plan of other shapes or devices.
     Source: docs/method.md section 4, the group lasso of arXiv 2412.14426.
+
+    >>> factor = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    >>> rows = [(0, torch.tensor([0, 1]))]  # each row is a group
+    >>> group_lasso([factor], rows, removed=torch.tensor([True, False]))
+    tensor(5.)
     """
     check_eps(eps)
     return op.lasso(factors, _plan(factors, groups, removed), removed, float(eps), backend)
@@ -57,6 +62,13 @@ def group_lasso_grad_(
     Gradients that a GradScaler scaled need its scale in `weight`. Raises ValueError as `group_lasso` does, for a wrong
     weight and for a factor that is no leaf and retains no gradient; RuntimeError for a factor given twice.
     Source: docs/method.md section 4, the group lasso of arXiv 2412.14426, differentiated.
+
+    >>> factor = torch.tensor([[3.0, 4.0], [6.0, 8.0]], requires_grad=True)
+    >>> group_lasso_grad_([factor], [(0, torch.tensor([0, 1]))], torch.tensor([True, False]), weight=10.0)
+    tensor(5.)
+    >>> factor.grad
+    tensor([[6., 8.],
+            [0., 0.]])
     """
     check_eps(eps)
     plan = _plan(factors, groups, removed, fits=False)
@@ -84,6 +96,12 @@ def group_prox_(
     A group whose norm is at or below its threshold becomes exactly zero. Raises ValueError for wrong shapes, dtypes or
     devices and for factors with several elements in one place of memory, RuntimeError for a factor given twice.
     Source: the proximal operator of the group 2-norm, docs/method.md section 4.
+
+    >>> factor = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
+    >>> group_prox_([factor], [(0, torch.tensor([0, 1]))], torch.tensor([True, False]), threshold=2.5)
+    >>> factor
+    tensor([[1.5000, 2.0000],
+            [6.0000, 8.0000]])
     """
     plan = _plan(factors, groups, removed)
     if not torch.compiler.is_compiling():

@@ -29,6 +29,10 @@ class GroupPlan:
     checked. What it keeps in `_tables` lives as long as the plan. Gradients may be pieces of one allocation. A backend
     that also has `separate_lasso_forward` and `separate_lasso_backward` gets separate plans of factors of one dtype
     there.
+
+    >>> rows, columns = (0, torch.tensor([0, 1])), (1, torch.tensor([0, 1]))
+    >>> GroupPlan.of([torch.ones(2, 3), torch.ones(3, 2)], [rows, columns], n_groups=2)
+    GroupPlan(2 factors, 2 groups, cpu)
     """
 
     def __init__(

@@ -40,6 +40,10 @@ def kept_lora_linear(
     `QuantizedWeight`, and its backward pass does so again. Under torch.compile the slice must hold its weight already,
     and the compiler decides what is saved. Raises ValueError for wrong shapes, dtypes, devices or dropout, RuntimeError
     for a named backend that cannot take the call. Source: arXiv 2412.14426, section 3 (LoRA step).
+
+    >>> kept = KeptSlice(torch.ones(4, 3), out_mask=torch.tensor([True, True, False, False]))
+    >>> kept_lora_linear(torch.ones(2, 3), kept, torch.ones(1, 3), torch.ones(4, 1), scaling=0.5)[0]
+    tensor([4.5000, 4.5000, 1.5000, 1.5000])
     """
     if dropout != 0:
         check_dropout(x, dropout, seed, lora_input)

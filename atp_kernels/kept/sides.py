@@ -38,6 +38,12 @@ class KeptFirst:
     that of the mask by default. reuse: an earlier one, whose memory this one takes where it has the size (`KeptSlice`
     says what follows). Making one waits for the device of the mask, so from a mask on the host it waits for nothing.
     Raises ValueError for a wrong shape or dtype.
+
+    >>> order = KeptFirst(torch.tensor([False, True, False, True]))
+    >>> order.index, order.kept
+    (tensor([1, 3, 0, 2]), 2)
+    >>> torch.tensor([10, 11, 12, 13])[order.index]
+    tensor([11, 13, 10, 12])
     """
 
     @typed

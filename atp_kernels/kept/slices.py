@@ -45,6 +45,14 @@ class KeptSlice:
     one lies there; a CUDA graph that was captured with the earlier slice then computes with this one. Every use of the
     earlier slice, and of others whose `KeptFirst` gave its memory away, raises RuntimeError from then on, a backward
     pass as well. Raises ValueError for wrong shapes, dtypes, devices or options.
+
+    >>> weight = torch.arange(12.0).view(4, 3)
+    >>> kept = KeptSlice(weight, out_mask=torch.tensor([True, False, False, False]), pad_to=1)
+    >>> kept
+    KeptSlice(kept 1/4 x 3/3, torch.float32, cpu)
+    >>> kept.weight(torch.float32)  # and one row of zeros, which the removed outputs read
+    tensor([[0., 1., 2.],
+            [0., 0., 0.]])
     """
 
     @typed

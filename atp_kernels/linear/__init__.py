@@ -47,6 +47,14 @@ def masked_lora_linear(
     Differentiable once in every floating input that requires it. Raises ValueError for wrong shapes, dtypes, devices or
     dropout and RuntimeError for a named backend that cannot take the call.
     Source: arXiv 2412.14426, section 3; Philox: Salmon et al. 2011.
+
+    >>> x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    >>> lora_a, lora_b = torch.ones(1, 3), torch.ones(4, 1)
+    >>> keep = torch.tensor([True, True, False, False])
+    >>> masked_lora_linear(x, weight, lora_a, lora_b, scaling=0.5, out_mask=keep)[0]  # the adapter is not masked
+    tensor([4.5000, 4.5000, 1.5000, 1.5000])
+    >>> masked_lora_linear(x, weight, lora_a, lora_b, scaling=0.5, out_mask=keep, mask_lora=True)[0]
+    tensor([4.5000, 4.5000, 0.0000, 0.0000])
     """
     operands, merge = Operands(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask), None
     if dropout != 0:
@@ -78,6 +86,11 @@ def masked_lora_linear_with_norms(
 
     Returns (y [..., out], b_row_sq [out], a_col_sq [in]); the norms are float32 (float64 in float64), of the factors
     as the pass reads them (after any cast), and differentiable in A and B. Errors as in `masked_lora_linear`.
+
+    >>> x, weight, lora_a, lora_b = torch.ones(5, 3), torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2)
+    >>> y, rows, columns = masked_lora_linear_with_norms(x, weight, lora_a, lora_b, scaling=1.0)
+    >>> rows, columns
+    (tensor([2., 2., 2., 2.]), tensor([2., 2., 2.]))
     """
     if dropout != 0:
         check_dropout(x, dropout, seed, lora_input)

@@ -18,6 +18,12 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, backend: str = "auto") ->
     logits that require a gradient or hold several elements in one place of memory, and on a CPU for a target out of
     range.
     Source: the gradient of softmax cross-entropy, docs/method.md section 4.
+
+    >>> logits = torch.zeros(1, 4)
+    >>> cross_entropy_(logits, torch.tensor([2]))
+    tensor([1.3863])
+    >>> logits  # softmax - onehot
+    tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
     """
     if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
         raise ValueError(f"logits are {logits.dtype} of shape {list(logits.shape)}: give floating ones [rows, vocab].")

@@ -17,6 +17,9 @@ def rms_norm(
     x [..., K], weight [K], floating; dtype of the result: that of x by default, another where the reader would cast.
     Saves x and one number per row. Differentiable once in x and weight. Raises ValueError for wrong shapes, dtypes,
     devices or eps, RuntimeError for a named backend that cannot take the call. Source: Zhang, Sennrich 2019.
+
+    >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), eps=0.0).square().sum()
+    tensor(2.)
     """
     if x.ndim == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}: give a floating tensor [..., K].")

@@ -36,6 +36,10 @@ def masked_lora_qkv(
     Returns q [..., out_q], k [..., out_k] and
     v [..., out_v]. Differentiable once in every floating input that requires it. Errors as in `masked_lora_linear` and
     `kept_lora_linear`. Source: arXiv 2412.14426, section 3.
+
+    >>> q, k, v = (Projection(torch.ones(n, 3), torch.ones(1, 3), torch.ones(n, 1), 0.5) for n in (4, 2, 2))
+    >>> [tuple(result.shape) for result in masked_lora_qkv(torch.ones(5, 3), q, k, v)]
+    [(5, 4), (5, 2), (5, 2)]
     """
     if len(masks) != 3:
         raise ValueError(f"masks has {len(masks)} of three: give one for each linear, or None.")

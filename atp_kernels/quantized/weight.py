@@ -34,6 +34,11 @@ class QuantizedWeight(Tensor):
     `torch.nn.functional.linear` does the same. `detach`, `clone` and `to` keep it quantised (a cast changes only what
     it is dequantised to, after rounding to the dtype that it was made from); every other operation raises
     NotImplementedError. It has no gradient: an operation refuses one that requires it. torch.compile does not trace it.
+
+    >>> weight = QuantizedWeight.int8(torch.tensor([[127.0, 1.0], [2.0, 0.0]]))
+    >>> weight.nbytes, weight.dequantize()
+    (12, tensor([[127.,   1.],
+            [  2.,   0.]]))
     """
 
     codes: Tensor

@@ -28,6 +28,11 @@ def rotary_embedding(
     in q and k; the gradients are contiguous as [batch, tokens, heads * D]. An index on the CPU is checked for its
     range, one on another device is taken at its word, as looking would wait for the device. Raises ValueError for wrong
     shapes, dtypes or devices, RuntimeError for a named backend that cannot take the call. Source: Su et al. 2021.
+
+    >>> q, k = torch.ones(1, 3, 4, 2), torch.ones(1, 3, 1, 2)  # four heads of queries, one of keys
+    >>> turned, _ = rotary_embedding(q, k, cos=torch.zeros(1, 3, 2), sin=torch.ones(1, 3, 2))
+    >>> turned.shape, turned[0, 0, 0]
+    (torch.Size([1, 4, 3, 2]), tensor([-1.,  1.]))
     """
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[3] % 2:
         shapes = f"{list(q.shape)} and {list(k.shape)}"

@@ -37,6 +37,11 @@ def masked_lora_swiglu(
     each of them sees the same distribution here. Returns [..., hidden'] in the dtype of x. Differentiable once in every
     floating input that requires it. Errors as in `masked_lora_linear` and `kept_lora_linear`.
     Source: arXiv 2412.14426, section 3; Shazeer 2020, "GLU variants improve transformer".
+
+    >>> gate, up = (Projection(torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1), 0.5) for _ in range(2))
+    >>> down = Projection(torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1), 0.5)
+    >>> masked_lora_swiglu(torch.ones(2, 3), gate, up, down, mask=torch.tensor([True, True, False, False])).shape
+    torch.Size([2, 3])
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}: use one of {', '.join(ACTIVATIONS)}.")

@@ -1,5 +1,7 @@
 """docs/kernels says what the code does: a page for every operation, its tile tables and its FLOPs."""
 
+import doctest
+import importlib
 import math
 import re
 from pathlib import Path
@@ -31,6 +33,17 @@ def test_every_public_operation_has_a_page():
     index = (FOLDER / "README.md").read_text(encoding="utf-8")
     linked = {(FOLDER / link).resolve() for link in re.findall(r"\]\(([\w./]+\.md)\)", index)}
     assert linked == set(FILES)
+
+
+def test_every_public_name_has_an_example_that_runs():
+    public = [getattr(atp_kernels, name) for name in atp_kernels.__all__ if name not in ("nn", "layers")]
+    for thing in (*public, atp_kernels.nn.MaskedLoRALinear):
+        names = vars(importlib.import_module(thing.__module__)) | {"torch": torch, "Projection": atp_kernels.Projection}
+        (found,) = doctest.DocTestFinder(recurse=False).find(thing, thing.__name__, globs=dict(names))
+        assert found.examples, f"{thing.__name__} shows no call"
+        said = []
+        result = doctest.DocTestRunner().run(found, out=said.append)
+        assert result.failed == 0, "".join(said)
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -170,3 +170,47 @@ def test_compact_takes_masks():
     assert torch.equal(atp_kernels.compact(weight, MASK, torch.tensor([3, 1])), weight[MASK][:, [3, 1]])
     assert atp_kernels.compact(weight, MASK & ~MASK, MASK, 4).shape == (0, 32)
     assert isinstance(QuantizedWeight.int8(WEIGHT), torch.Tensor)
+
+
+DIFFERENTIABLE = [name for name in GIVEN if name[0] in "mkglr" and name not in ("group_lasso_grad_", "group_prox_")]
+TRANSFORMS = {
+    "vmap": lambda call, value: torch.func.vmap(call)(torch.stack([value, value])),
+    "grad": lambda call, value: torch.func.grad(lambda values: call(values).sum())(value),
+    "jvp": lambda call, value: torch.func.jvp(call, (value,), (torch.ones_like(value),)),
+}
+
+
+def of_first(name):
+    """(call of a function by its first operand alone, that operand)."""
+    given = GIVEN[name]
+    first = (
+        "factors" if name.startswith("group") else "q" if name == "rotary_embedding" else "x" if "x" in given else None
+    )
+    first = first or next(iter(given))
+
+    def call(value):
+        result = public(name)(**given | {first: [value] if first == "factors" else value})
+        return value if result is None else result[0] if isinstance(result, tuple) else result
+
+    return call, given[first][0].clone() if first == "factors" else given[first].clone()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "group_prox_"])
+def test_transforms_of_torch_func_are_refused(name, transform):
+    with pytest.raises(
+        RuntimeError, match=r"^\w+ takes no part in torch.func \(vmap, grad, jvp\): use autograd, .*\.$"
+    ):
+        TRANSFORMS[transform](*of_first(name))
+
+
+def test_what_records_nothing_is_a_constant_to_transforms():
+    for name in ("compact", "group_lasso_grad_"):
+        assert TRANSFORMS["grad"](*of_first(name)).count_nonzero() == 0
+    for name in ("compact", "group_lasso_grad_", "cross_entropy_"):
+        assert TRANSFORMS["jvp"](*of_first(name))[1].count_nonzero() == 0
+    with pytest.raises(ValueError, match="these require a gradient: detach them first"):
+        TRANSFORMS["grad"](*of_first("cross_entropy_"))
+    for name in ("cross_entropy_", "group_lasso_grad_"):
+        with pytest.raises(RuntimeError, match="takes no part in torch.func"):
+            TRANSFORMS["vmap"](*of_first(name))
