@@ -15,10 +15,11 @@ from atp.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from atp.config import ATPConfig
+    from atp.run import Run
     from atp.training.trainer import ATPTrainer
     from atp_kernels._version import __version__
 
-__all__ = ["ATPConfig", "ATPTrainer", "__version__"]
+__all__ = ["ATPConfig", "ATPTrainer", "Run", "__version__"]
 
 if is_command():
     end_interrupted_imports()  # before the imports that take seconds
@@ -27,7 +28,10 @@ else:
     end_without_packages("transformers")  # without which a program can use nothing of this package
 register_with_transformers()
 
-_LAZY = {"ATPConfig": "atp.config", "ATPTrainer": "atp.training.trainer", "__version__": "atp_kernels._version"}
+_LAZY = {
+    "ATPConfig": "atp.config", "ATPTrainer": "atp.training.trainer", "Run": "atp.run",
+    "__version__": "atp_kernels._version",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from atp import processes
 from atp.config import ATPConfig
@@ -179,6 +179,34 @@ def remarks(config: ATPConfig, shapes: PretrainedConfig, data: RunData) -> list[
     of_base = [*recipe(config), *rounded(config, shapes), *base_remark(config), *sharding_remark(config, count)]
     of_data = [*shortfalls(config, data), *few_scored(config, data, count)]
     return [*of_base, *of_data, *rereads(config, steps_per_epoch(config, len(data.train), count))]
+
+
+def outline(config: ATPConfig, model: PreTrainedModel, data: RunData) -> list[str]:
+    """What a run will do, in a few lines; the folder has all settings."""
+    training, decisions, evaluation = config.training, config.deciding, config.evaluation
+    kind, count = model.config.model_type, sum(p.numel() for p in model.parameters())
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    held = f", its decoder linears as {FORMS[config.model.load_in].says}" if config.model.load_in else ""
+    parts = {"train": data.train, "calibration": data.calibration, "validation": data.validation, "test": data.test}
+    counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
+    several = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
+    size = training.batch_size * training.gradient_accumulation
+    epochs = training.total / steps_per_epoch(config, len(data.train), processes.count())
+    after = training.total - training.opened - training.search - training.settle
+    phases = {"open": training.opened, "search": training.search, "settle": training.settle, "tune": after}
+    steps = ", ".join(f"{name} {steps:,}" for name, steps in phases.items() if steps)
+    asked = f", {evaluation.questions:,} questions of each task" if data.splits.tasks else ""
+    dense = "; the whole model is tuned too, for comparison" if evaluation.dense_baseline else ""
+    return [
+        f"model: {config.model.path} ({kind}, {count / 1e6:,.1f} million parameters in {dtype}{held})",
+        f"data: {data.splits.description}",
+        f"samples of up to {config.data.length:,} tokens: {counts}",
+        f"steps: {training.total:,} ({steps}), each of {size} samples{several}, {epochs:.2g} epochs",
+        f"products: in {training.precision} on {processes.device().type}",
+        f"target: {decisions.target_keep:.4g} of the decoder, in space {decisions.space}, source {decisions.source}",
+        f"scores: perplexity of {min(evaluation.windows, len(data.test)):,} windows{asked}{dense}",
+        f"folder: {config.output_dir}, with all settings in config.yaml (atp watch {config.output_dir} shows the run)",
+    ]
 
 
 def shortfalls(config: ATPConfig, data: RunData) -> list[str]:

@@ -87,8 +87,8 @@ def train(
     from atp.run import Run
 
     _note()
-    console.print(settings.dump())
-    show(Run(settings, resume=resume, command=_command(), say=console.print, profile=profile).execute(), console)
+    run = Run(settings, resume=resume, command=_command(), say=console.print, outlined=True, profile=profile)
+    show(run.execute(), console)
     console.print(f"report: {Path(settings.output_dir) / 'report.html'}")
 
 
@@ -154,7 +154,8 @@ def demo(
 
     _note()
     recorded = None if settings.evaluation.dense_baseline else recorded_dense(settings, console.print)
-    run = Run(settings, resume=resume, command=_command(), say=console.print, recorded_dense=recorded)
+    told = {"command": _command(), "say": console.print, "outlined": True}
+    run = Run(settings, resume=resume, recorded_dense=recorded, **told)
     show(run.execute(), console)
     console.print(f"report: {run.folder / 'report.html'}")
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp import folders, heap, processes, progress
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
-from atp.checks import check_sharded, less_memory, remarks, rounding
+from atp.checks import check_sharded, less_memory, outline, remarks, rounding
 from atp.config import ATPConfig
 from atp.environment import versions
 from atp.errors import InputError, Interrupted, is_out_of_memory, reason
@@ -57,28 +57,29 @@ from atp.training.trainer import ATPTrainer
 
 
 class Run:
-    """One run folder and the steps that fill it. Resuming does not repeat finished steps."""
+    """A whole run, as `atp train` does it: `Run(config).execute()` fills the run folder. Resuming repeats no step."""
 
     def __init__(
         self,
         config: ATPConfig,
         *,
-        resume: bool,
-        command: str,
+        resume: bool = False,
+        command: str = "atp.Run(config).execute()",
         say: Callable[[str], None] = print,
+        outlined: bool = False,
         profile: bool = False,
         original: Callable[[dict[str, str]], dict[str, Any] | None] = lambda inputs: None,
         recorded_dense: dict[str, Any] | None = None,
     ) -> None:
-        """say prints one line. profile: also trace a few steps of each phase into the run folder's profile/.
-
+        """command: said in the results as what made them. say prints one line. outlined: also say what the run will do.
+        profile: also trace a few steps of each phase into the run folder's profile/.
         original: asked with the fingerprints of the inputs, in the main process and before anything is written, for
         scores of the original model that somebody has taken already.
         recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
         self.command = command
         self.say = progress.saying(say) if processes.is_main() else lambda line: None
-        self.profile = profile and processes.is_main()
+        self.outlined, self.profile = outlined, profile and processes.is_main()
         self.folder = Path(config.output_dir)
         self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
@@ -180,14 +181,15 @@ class Run:
         check_sharded(config)
         check_tasks(config, data.splits, tokenizer, shapes)
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
-        for line in (*data.splits.remarks, *timed, *slow_precision(config), *remarks(config, shapes, data)):
-            self.say(line)
+        said = [*data.splits.remarks, *timed, *slow_precision(config), *remarks(config, shapes, data)]
         load = partial(load_model, config.model, config.decisions.space)
         model = load() if processes.sharded() else processes.main_first(load)
         self._check_model(model)
         self.inputs = fingerprints(model, tokenizer, **data.read_in_training)
         self.inputs["test data"] = data.splits.fingerprints["test"]  # questions too, not only what is packed
         processes.on_main(self._start)
+        for line in (*(outline(config, model, data) if self.outlined else ()), *said):
+            self.say(line)
         if data.splits.skipped:
             processes.on_main(lambda: write_text(self.folder / SKIPPED, "\n".join((*data.splits.skipped, ""))))
         self._score("original", model, tokenizer, data)

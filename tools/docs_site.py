@@ -49,7 +49,7 @@ def generated_pages() -> dict[str, str]:
         "commands.md": "\n".join(_commands()),
         "config.md": "\n".join(_config()),
         "recipes.md": "\n".join(_recipes()),
-        "api.md": _api("atp", "Python", ["ATPConfig", "ATPTrainer", "integrations.ATPCallback"]),
+        "api.md": _api("atp", "Python", ["ATPConfig", "Run", "ATPTrainer", "integrations.ATPCallback"]),
         "kernels/api.md": _api("atp_kernels", "Kernels from Python", _operations()),
     }
 

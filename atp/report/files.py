@@ -105,6 +105,11 @@ def _fill(run: RunFiles, folder: Path, under_way: bool) -> None:
     if not run.summary:
         run.summary = _partial_summary(_json(folder / "evaluation.json", run.notes))
         stopped = "The run has no summary.json: it did not finish. Continue it with --resume."
+        if run.certificate and not run.config:
+            stopped = (
+                "There is no summary.json and no config.yaml, as ATPTrainer leaves a folder: it takes no scores. "
+                "atp.Run(config).execute() does all that atp train does."
+            )
         begun = f"The run is at work: {standing(run)}. This page shows what there is so far."
         run.notes.insert(0, begun if under_way else stopped)
 

@@ -44,7 +44,7 @@ from atp.training.steps import open_step, search_step, settle_step, tune_step
 
 
 class ATPTrainer(Loop):
-    """Tunes a causal LM with LoRA and removes structures in the same run.
+    """Tunes a causal LM with LoRA and removes structures in the same run; `atp.Run` also scores, and writes the report.
 
     model: a Llama-like causal LM (stock transformers). train_dataset and calibration_dataset yield dictionaries with
     `input_ids` and `labels` int64 [length], as the datasets of `atp.data` do; so does validation, which

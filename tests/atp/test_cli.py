@@ -137,6 +137,31 @@ def test_bad_input_is_one_sentence_and_writes_nothing(atp, config, shared, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+SMALL = ["training.open=1", "training.tune=2", "training.precision=float32", "evaluation.windows=2"]
+SMALL += ["evaluation.questions=0", "evaluation.samples=0", "decisions.saliency_windows=2"]
+
+
+def test_train_says_in_a_few_lines_what_it_will_do(atp, config, shared, tmp_path):
+    """Exit code 3 is allowed, as below."""
+    code, out, _ = atp("train", config, "--quiet", *SMALL)
+    assert code in (0, 3), out
+    before = out[: out.index("exporting and certifying")].splitlines()
+    outline = {name: text for name, _, text in (line.partition(": ") for line in before if ": " in line)}
+    assert len(before) < 12 and "multiples" not in out, "the settings are in the folder"
+    assert outline["model"].startswith(f"{shared / 'llama'} (llama, ") and "parameters in float32" in outline["model"]
+    assert re.search(r"\d+ train, \d+ calibration, \d+ test", outline["samples of up to 16 tokens"])
+    assert outline["steps"].startswith("3 (open 1, tune 2), each of 1 samples, ")
+    assert outline["products"].startswith("in float32 on ")
+    assert outline["target"].startswith("0.6066 of the decoder, in space head_dim, source ")
+    assert outline["folder"].startswith(f"{tmp_path / 'out'}, ")
+
+
+@pytest.mark.parametrize("override", ["decisions.target_keep=0.6", "data.length=100000", "training.batch_size=4096"])
+def test_train_says_nothing_before_its_checks_have_passed(atp, config, override):
+    code, out, err = atp("train", config, "--quiet", *SMALL, override)
+    assert (code, out) == (2, "") and is_one_sentence(err)
+
+
 @pytest.mark.parametrize("before", [["search", "settle"], ["open"]], ids=["paper", "default"])
 def test_profile_traces_every_phase_and_the_uncut_weights_are_gone_in_tune(atp, config, tmp_path, monkeypatch, before):
     """Exit code 3 is allowed: so small a model cannot meet the budget within 0.2 %."""

@@ -10,6 +10,7 @@ from traced import untraced
 
 from atp.data import load_recipe
 from atp.evaluation.samples import Sample, sample_answers
+from atp.listing import runs_below
 from atp.loading import data_settings, load_tokenizer
 from atp.models.load import read_model
 from atp.report import terminal
@@ -86,6 +87,17 @@ def test_the_command_shows_perplexity_below_the_scores_and_speeds_with_their_int
     low, high = speed["decode_tokens_per_second_interval"]
     assert f"{speed['decode_tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})" in shown
     assert "Qa macro-F1: tuning alone takes the whole model from" in shown
+
+
+def test_a_run_from_python_leaves_what_the_commands_read(config, tmp_path, wide_budget):
+    from atp import Run
+
+    folder = tmp_path / "mine"
+    summary = Run(config.model_copy(update={"output_dir": str(folder)}), say=lambda line: None).execute()
+    assert summary == read(folder, "summary.json") and summary["command"] == "atp.Run(config).execute()"
+    (line,) = runs_below(tmp_path)
+    assert (line.state, line.perplexity) == ("finished", summary["perplexity"]["final"])
+    assert read_run(folder).notes == []
 
 
 def test_what_cannot_be_measured_is_said_everywhere(untaught, printed):

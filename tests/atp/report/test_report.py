@@ -308,6 +308,15 @@ def test_interrupted_run_shows_what_there_is(tmp_path):
     assert "23.41" in text and "qa macro-F1 ↑ 0.437" in text and "search" in text and "Certificate" not in text
 
 
+def test_a_folder_of_the_trainer_is_not_called_unfinished(tmp_path):
+    run = write_run(tmp_path / "run")
+    for name in ("summary.json", "config.yaml"):
+        (run / name).unlink()
+    _, text = parse(write_report(run))
+    assert "as ATPTrainer leaves a folder" in text and "atp.Run(config).execute() does all" in text
+    assert "did not finish" not in text and "--resume" not in text and "Certificate" in text
+
+
 def test_damaged_summary_is_named(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "summary.json").write_text('{"perplexity": {')
