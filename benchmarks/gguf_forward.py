@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +109,33 @@ def logits(file: File, ids: Tensor) -> Tensor:
     return output / (file.key("logit_scale") if architecture == "granite" else 1)
 
 
-def _angles(file: File, width: int, length: int) -> Tensor:
-    """float64 [length, head_dim / 2]."""
-    frequencies = file.key("rope.freq_base", 10000.0) ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    if file.key("rope.scaling.type", "linear") == "linear":
-        frequencies /= file.key("rope.scaling.factor", 1.0)
-    if file.architecture not in WITHOUT_FACTORS and "rope_freqs.weight" in file.tensors:
-        frequencies = frequencies / file.tensor("rope_freqs.weight", (width // 2,))
-    return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+def _angles(file: File, width: int, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, float64 [length, head_dim / 2], as llama.cpp with more context than the model was trained on."""
+    pair = torch.arange(width // 2, dtype=torch.float64)
+    base, kind = file.key("rope.freq_base", 10000.0), file.key("rope.scaling.type", "linear")
+    frequencies, factor, size = base ** (-2 * pair / width), file.key("rope.scaling.factor", 1.0), 1.0
+    if kind == "yarn":
+        turns = (file.key("rope.scaling.yarn_beta_fast", 32.0), file.key("rope.scaling.yarn_beta_slow", 1.0))
+        original = file.key("rope.scaling.original_context_length")
+        fast, slow = (width * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns)
+        low, high = max(0, math.floor(fast)), min(width - 1, math.ceil(slow))
+        kept = 1 - ((pair - low) / max(0.001, high - low)).clamp(0, 1)
+        frequencies, size = frequencies * (kept + (1 - kept) / factor), 1 + 0.1 * math.log(factor)
+    elif kind == "linear":
+        frequencies /= factor
+    name = "rope_factors_long.weight" if kind == "longrope" else "rope_freqs.weight"
+    if file.architecture not in WITHOUT_FACTORS and name in file.tensors:
+        frequencies = frequencies / file.tensor(name, (width // 2,))
+    if kind == "longrope":
+        file.used.add("rope_factors_short.weight")  # of a smaller context
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    size *= file.key("rope.scaling.attn_factor", 1.0)
+    return angles.cos() * size, angles.sin() * size
 
 
-def _rotate(states: Tensor, angles: Tensor, halves: bool) -> Tensor:
+def _rotate(states: Tensor, angles: tuple[Tensor, Tensor], halves: bool) -> Tensor:
     """states: [batch, tokens, heads, head_dim]."""
-    cos, sin = angles.cos()[:, None].to(states.dtype), angles.sin()[:, None].to(states.dtype)
+    cos, sin = (part[:, None].to(states.dtype) for part in angles)
     first, second = states.chunk(2, dim=-1) if halves else (states[..., ::2], states[..., 1::2])
     pair = (first * cos - second * sin, first * sin + second * cos)
     return torch.cat(pair, dim=-1) if halves else torch.stack(pair, dim=-1).flatten(-2)

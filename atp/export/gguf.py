@@ -14,16 +14,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION, MODEL_ARCH
 from gguf.quants import quantize
 from gguf.tensor_mapping import get_tensor_name_map
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from atp import progress
 from atp.errors import InputError
+from atp.export.gguf_rope import Rope, rope_of
 from atp.export.gguf_tokenizer import add_tokenizer
 from atp.files import whole_file
 from atp.models.config import ATPLlamaConfig, LayerShape
@@ -35,7 +35,6 @@ DTYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 """What matrices can be written as. Norms and biases are always float32, as llama.cpp wants them."""
-_ROPE_TYPES = ("default", "linear", "llama3")
 _LARGEST_F16 = torch.finfo(torch.float16).max
 
 
@@ -72,8 +71,8 @@ class Architecture:
             yield "RoPE in just these layers"
         if not self.biases and (config.attention_out_bias or config.mlp_bias):
             yield "biases of o_proj or the MLP"
-        if not self.factors and _rope(config)["rope_type"] == "llama3":
-            yield "RoPE scaling of type llama3"
+        if not self.factors and _rope(config).factors:
+            yield f"RoPE scaling of type {cast(dict[str, Any], config.rope_parameters)['rope_type']}"
 
 
 _OWN = {
@@ -142,11 +141,13 @@ def write_gguf(
                 writer.write_tensor_data(quantize(values, held[name]).view(_Written))
         finally:
             writer.close()
-    return [*remarks, *_window_remark(config), *_fallback_remark(weights, held, wanted)]
+    rope = _rope(config).remark
+    remarks += [*_window_remark(config), *([rope] if rope else []), *_fallback_remark(weights, held, wanted)]
+    return remarks
 
 
 class _Written(np.ndarray):
-    """An array that the writer writes through Python: numpy loses the errno, and errors of its last bytes altogether."""
+    """An array that the writer writes through Python: numpy loses the errno, and all errors of its last bytes."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
         fid.write(np.ascontiguousarray(self).data)
@@ -173,9 +174,8 @@ def _shapes(config: ATPLlamaConfig) -> list[LayerShape]:
     return [config.layer_shape(layer) for layer in range(config.num_hidden_layers)]
 
 
-def _rope(config: ATPLlamaConfig) -> dict[str, Any]:
-    """rope_parameters, which always hold rope_type and rope_theta."""
-    return cast(dict[str, Any], config.rope_parameters)
+def _rope(config: ATPLlamaConfig) -> Rope:
+    return cast(Rope, rope_of(config))  # a model without is refused before anything else
 
 
 _SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
@@ -201,11 +201,8 @@ def _inexpressible(config: ATPLlamaConfig) -> Iterator[tuple[str, str]]:
         yield "it has a matrix on each residual connection, which llama.cpp has not", "use its folder with transformers"
     if config.hidden_act != "silu":
         yield f"its activation is {config.hidden_act}, and llama.cpp has silu", "use its folder with transformers"
-    if _rope(config)["rope_type"] not in _ROPE_TYPES:
-        yield (
-            f"its RoPE scaling is of type {_rope(config)['rope_type']}, which this export does not write",
-            f"use a model with one of {', '.join(_ROPE_TYPES)}",
-        )
+    if rope_of(config) is None:
+        yield "its RoPE rotates a part of each head, and llama.cpp rotates all", "use its folder with transformers"
 
 
 def _window(config: ATPLlamaConfig) -> int | None:
@@ -247,10 +244,8 @@ def _add_shape(writer: GGUFWriter, config: ATPLlamaConfig, architecture: Archite
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(config.uncut_head_dim)
-    writer.add_rope_freq_base(_rope(config)["rope_theta"])
-    if _rope(config)["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(_rope(config)["factor"])
+    writer.add_rope_freq_base(cast(dict[str, Any], config.rope_parameters)["rope_theta"])
+    _rope(config).add_keys(writer)
     if architecture.multipliers:
         if config.attention_multiplier is not None:
             writer.add_attention_scale(config.attention_multiplier)
@@ -266,8 +261,7 @@ def _weights(
     names = get_tensor_name_map(MODEL_ARCH[architecture.name.upper()], config.num_hidden_layers)
     folded = {} if architecture.multipliers else _multipliers(config)
     tied = config.tie_word_embeddings and folded.get("embed_tokens", 1) == folded.get("lm_head", 1)
-    if _rope(config)["rope_type"] == "llama3":
-        yield "rope_freqs.weight", _Weight(_rope_factors(config))
+    yield from ((name, _Weight(factors)) for name, factors in _rope(config).factors.items())
     for name, tensor in model.state_dict().items():
         module = name.rsplit(".", 2)[-2]
         if module == "lm_head" and tied:
@@ -292,13 +286,6 @@ def _multipliers(config: ATPLlamaConfig) -> dict[str, float]:
         "down_proj": config.residual_multiplier,
         "lm_head": 1 / config.logits_scaling,
     }
-
-
-def _rope_factors(config: ATPLlamaConfig) -> Tensor:
-    """What llama.cpp divides each RoPE frequency by, float32 [head_dim / 2]."""
-    heads, theta = config.uncut_head_dim, _rope(config)["rope_theta"]
-    plain = 1.0 / (theta ** (torch.arange(0, heads, 2, dtype=torch.float) / heads))
-    return plain / LlamaRotaryEmbedding(config.without_layers()).inv_freq
 
 
 def _held_as(tensor: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from atp.errors import InputError, is_out_of_memory, reason, shorten
-from atp.models.sizes import check_against_files, check_sizes
+from atp.models.sizes import check_against_files, check_rope, check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,6 +62,7 @@ def read_config(path: str | Path, gguf_file: str | None = None, revision: str | 
                 f"{path} asks for attention code '{shorten(attention)}' of the Hub, which is never run: remove "
                 "attn_implementation from its config.json"
             )
+        check_rope(config)
         return config
 
 

@@ -1,13 +1,16 @@
-"""Whether the sizes in a config.json make a model, before any class is built from them."""
+"""Whether the sizes and the RoPE in a config.json make a model, before any class is built from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from atp.errors import InputError, shorten
+from atp.errors import InputError, reason, shorten
 from atp.families import FAMILIES, family_of, is_cut, layer_config
 from atp.families.family import CUT_MODEL_TYPE
 
@@ -53,6 +56,43 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         head_dim = head_dim or hidden // heads
     if head_dim and head_dim % 2:
         _refuse("head_dim", head_dim, "make it even, because RoPE rotates pairs")
+
+
+def check_rope(config: PretrainedConfig) -> None:
+    """Refuses RoPE of which no angle for each pair of a head can be computed, on short and on long texts.
+
+    config: what transformers makes of a config.json; families that are not supported are left to it. Raises
+    `InputError` naming rope_parameters.
+    """
+    if config.model_type not in (*FAMILIES, CUT_MODEL_TYPE):
+        return
+    whole: Any = config.without_layers() if is_cut(config) else config
+    if any(isinstance(value, Mapping) for value in whole.rope_parameters.values()):
+        _refuse("rope_parameters", whole.rope_parameters, "give those of one type of RoPE, one for all layers")
+    if (kind := whole.rope_parameters.get("rope_type")) not in (types := ("default", *ROPE_INIT_FUNCTIONS)):
+        _refuse("rope_type in rope_parameters", kind, f"make it one of {', '.join(types)}")
+    try:
+        found = LlamaRotaryEmbedding(whole)
+        frequencies, scales = [found.inv_freq], [found.attention_scaling]
+        if kind != "default":
+            long, scale = ROPE_INIT_FUNCTIONS[kind](whole, seq_len=2 * whole.max_position_embeddings)
+            frequencies.append(long)
+            scales.append(scale)
+        finite = all(values.isfinite().all() for values in (*frequencies, torch.tensor(scales, dtype=torch.float64)))
+    except Exception as error:
+        raise InputError(
+            f"config.json of the model: RoPE of type {kind} cannot be computed from rope_parameters ({reason(error)}): "
+            "correct them"
+        ) from error
+    pairs = family_of(config).head_dim(whole) // 2
+    if any(len(values) != pairs for values in frequencies):
+        counts = " and ".join(dict.fromkeys(str(len(values)) for values in frequencies))
+        remedy = (
+            f"type {kind} then rotates {counts} of {pairs} pairs of a head, and this family rotates all: correct it"
+        )
+        _refuse("rope_parameters", whole.rope_parameters, remedy)
+    if not finite:
+        _refuse("rope_parameters", whole.rope_parameters, f"angles of type {kind} are then not finite: correct it")
 
 
 def check_against_files(config: PretrainedConfig, size: int, many: int = _MANY) -> None:

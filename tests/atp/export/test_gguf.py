@@ -22,6 +22,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+# All texts here are longer than the original length, so that the long factors count.
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 6,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0],
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3.0,
+}  # fmt: skip
 MULTIPLIERS = {
     "residual_multiplier": 0.22, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.125,
 }  # fmt: skip
@@ -32,17 +40,25 @@ MODELS = {
     "llama-biases": {"attention_bias": True, "mlp_bias": True},
     "llama-llama3": {"rope_parameters": LLAMA3},
     "llama-linear": {"rope_parameters": LINEAR} | TIED,
+    "llama-longrope": {"rope_parameters": LONGROPE},
+    "llama-yarn": {"rope_parameters": YARN | {"attention_factor": 1.5}},
+    "llama-yarn-whole-range": {"rope_parameters": YARN | {"truncate": False, "beta_slow": 0.2}},
     "mistral": {"sliding_window": LENGTH, "head_dim": 12},
     "qwen2": {},
     "qwen2-tied-linear": {"rope_parameters": LINEAR} | TIED,
     "qwen2-llama3": {"rope_parameters": LLAMA3},
+    "qwen2-longrope": {"rope_parameters": LONGROPE},
+    "qwen2-yarn": {"rope_parameters": YARN},
     "qwen3": {"head_dim": 12},
+    "qwen3-yarn": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3}},
+    "qwen3-longrope": {"rope_parameters": LONGROPE},
     "qwen3-tied": TIED,
     "qwen3-qkv-biases": {"attention_bias": True},
     "smollm3": {"no_rope_layers": [1, 1, 1, 0, 1], "num_hidden_layers": 5},
     "smollm3-rope-everywhere": {"no_rope_layers": [1] * 5, "num_hidden_layers": 5},
     "granite": MULTIPLIERS,
     "granite-tied-biases": MULTIPLIERS | TIED | {"attention_bias": True, "mlp_bias": True},
+    "granite-longrope": MULTIPLIERS | {"rope_parameters": LONGROPE},
     "granite-tied-llama3": MULTIPLIERS | TIED | {"rope_parameters": LLAMA3},
 }  # fmt: skip
 # The architecture of the whole model, of one cut to equal widths, and of one with a width per layer; None is refused.
@@ -51,8 +67,10 @@ EXPECTED = {
     "mistral": ("llama", "llama", "deci"),
     "qwen2": ("qwen2", "llama", "deci"),
     "qwen2-llama3": ("llama", "llama", "deci"),
+    "qwen2-longrope": ("llama", "llama", "deci"),
     "qwen3": ("qwen3", "qwen3", None),
     "qwen3-qkv-biases": (None, None, None),
+    "qwen3-longrope": (None, None, None),
     "smollm3": ("smollm3", "smollm3", None),
     "smollm3-rope-everywhere": ("llama", "llama", "deci"),
     "granite": ("granite", "granite", "deci"),
@@ -114,7 +132,7 @@ def test_the_file_computes_the_models_logits(tmp_path, name, widths, architectur
     assert set(file.types.values()) == {"F32"}
     folded = name.startswith("granite") and architecture == "deci"
     assert ("output.weight" not in file.tensors) == (model.config.tie_word_embeddings and not folded)
-    assert ("rope_freqs.weight" in file.tensors) == ("llama3" in name)
+    assert ("rope_freqs.weight" in file.tensors) == name.endswith(("llama3", "whole-range"))
 
 
 def test_a_model_that_was_cut_twice_is_exported_too(tmp_path):
@@ -242,6 +260,23 @@ def test_what_the_file_says_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        (LONGROPE, "llama.cpp takes the long factors of RoPE where it is started with a context of more than 6 tokens"),
+        (
+            {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+            "llama.cpp does not scale RoPE with the length of a text, as type dynamic does beyond 64 tokens",
+        ),
+    ],
+)
+def test_rope_that_goes_by_the_length_is_said(tmp_path, rope, says):
+    model = tiny("llama", "unequal", rope_parameters=rope)
+    _, remarks = write(model, tmp_path / "model.gguf")
+    assert len(remarks) == 1 and remarks[0].startswith(says)
+    assert_same_logits(File(tmp_path / "model.gguf"), model, 1e-5)
+
+
+@pytest.mark.parametrize(
     ("space", "message"),
     [
         (
@@ -276,8 +311,8 @@ def test_a_mask_of_whole_heads_in_another_space_is_written(tmp_path):
     [
         ({"hidden_act": "gelu_pytorch_tanh"}, "its activation is gelu_pytorch_tanh, and llama.cpp has silu"),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
-            "its RoPE scaling is of type dynamic, .*: use a model with one of default, linear, llama3",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "its RoPE rotates a part of each head, and llama.cpp rotates all: use its folder with transformers",
         ),
         ({"shortcuts": True}, "it has a matrix on each residual connection"),
     ],

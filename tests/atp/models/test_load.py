@@ -23,6 +23,12 @@ from atp.lora.layer import add_lora
 from atp.removal import certify_export, reference_logits
 from atp.spaces.space import MaskSpace
 
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 12,
+    "short_factor": [1.0] * 2, "long_factor": [2.0] * 2,
+}  # fmt: skip
+
 
 def refused(folder, load=load_any_model, **where):
     with pytest.raises(InputError) as refusal:
@@ -357,6 +363,16 @@ def test_a_damaged_tokenizer_is_one_sentence(tmp_path, name, content):
         ({"intermediate_size": 2**22}, "weights and its files hold"),
         ({"hidden_act": "nope"}, "nope"),
         ({"rope_parameters": 5}, "cannot load the model"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_type in rope_parameters is 'ntk': make it one of default, "),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}, "layer_types": ["full_attention"] * 2},
+            "one for all layers",
+        ),
+        ({"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}, "rotates 1 of 2 pairs of a head"),
+        ({"rope_parameters": LINEAR | {"factor": 0}}, "are then not finite"),
+        ({"rope_parameters": LINEAR | {"factor": "2"}}, "RoPE of type linear cannot be computed from rope_parameters"),
+        ({"rope_parameters": LONGROPE | {"long_factor": [1.0] * 3}}, "RoPE of type longrope cannot be computed"),
+        ({"rope_parameters": LONGROPE | {"long_factor": [0.0] * 2}}, "are then not finite"),
         ({"model_type": "nope"}, "nope"),
         ({"model_type": 3}, "cannot load the model"),
         ({"_attn_implementation": "a/b", "attn_implementation": "a/b"}, "a/b"),

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from tiny_folder import edit_json
+from tiny_inputs import tiny_config
 from transformers import LlamaConfig
 
 from atp.cli import main
@@ -192,8 +194,18 @@ def test_impossible_settings_are_refused_in_one_sentence(command, config, overri
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_a_run_refuses_what_a_plan_refuses(config, tmp_path):
-    spoiled = changed(config, "decisions.target_keep=0.01", f"output_dir={tmp_path / 'run'}", "training.batch_size=1")
+@pytest.mark.parametrize(
+    ("overrides", "rope"),
+    [
+        (["decisions.target_keep=0.01"], {}),
+        ([], {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "partial_rotary_factor": 0.5}),
+    ],
+)
+def test_a_run_refuses_what_a_plan_refuses(tmp_path, overrides, rope):
+    config = tiny_config(tmp_path)
+    if rope:
+        edit_json(tmp_path / "config.json", rope_parameters=rope)
+    spoiled = changed(config, *overrides, f"output_dir={tmp_path / 'run'}", "training.batch_size=1")
     sentences = []
     for attempt in (lambda: make_plan(spoiled), lambda: Run(spoiled, resume=False, command="").execute()):
         with pytest.raises(InputError) as caught:

@@ -1,6 +1,5 @@
 """Every type of RoPE through the cut: masked, cut, saved and loaded elsewhere, also where layers differ in heads."""
 
-import json
 import subprocess
 import sys
 
@@ -8,11 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from zeroed import HEAD_DIM, KV_HEADS, random_mask, stock_model, tokens, zeroed
+from zeroed import KV_HEADS, random_mask, stock_model, tokens, zeroed
 
-from atp.errors import InputError
-from atp.models.config import ATPLlamaConfig
-from atp.models.load import read_config, read_model
+from atp.models.load import read_model
 from atp.models.stock import save_model
 from atp.removal.cut import cut_model
 from atp.spaces.space import MaskSpace
