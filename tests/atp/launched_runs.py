@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -47,9 +48,9 @@ def start(arguments, *, two=True, environment=None, launcher=()):
 
 
 def end_of_each(cases):
-    """Exit codes and output of the processes of each case: {"commands": arguments of each, "folders": where each works}.
+    """Exit codes and output of the processes of each case: {"commands": arguments, "folders": where each works}.
 
-    As if every process had a machine of its own. They are forked from one that has imported everything, because importing
+    As if each had a machine of its own. They are forked from a process that has imported everything, because importing
     takes longer than all that they do.
     """
     done = subprocess.run(
@@ -70,8 +71,8 @@ def fork_each(commands, folders):
         for rank, (command, folder) in enumerate(zip(commands, folders, strict=True)):
             child = os.fork()
             if not child:
-                os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{len(commands)}", "LOCAL_RANK": "0",
-                               "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}  # fmt: skip
+                os.environ |= {"RANK": f"{rank}", "WORLD_SIZE": f"{len(commands)}", "MASTER_PORT": f"{port}",
+                               "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
                 become(command, folder, output.fileno())
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -83,6 +84,7 @@ def become(command, folder, output):
     """Runs an `atp` command in this process, in a folder, and ends it."""
     from atp import cli
 
+    signal.alarm(120)  # nobody waits for ever
     code = 70
     try:
         os.dup2(output, 1)

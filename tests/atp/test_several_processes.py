@@ -145,7 +145,7 @@ def disagreements(settings, config, tmp_path_factory):
 def test_processes_that_differ_end_with_one_sentence_that_says_in_what(disagreements, name):
     codes, output, written = disagreements[name]
     assert codes == [2, 2] and not written, output
-    (line,) = [line for line in output.splitlines() if "error: " in line]
+    (line,) = re.findall(r"^(?:process \d+: )?error: .*", output, re.MULTILINE)
     assert re.match(rf"error: process 1 on \S+ {OTHERS[name][2]}", line) and " process 0 on " in line, line
 
 
