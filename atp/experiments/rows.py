@@ -21,10 +21,13 @@ from atp.environment import device_name
 from atp.evaluation.bootstrap import percentile_interval
 from atp.evaluation.metrics import perplexity_of
 from atp.evaluation.relative import majority_samples, score_samples
-from atp.files import write_text
+from atp.files import read_json, write_text
+from atp.folders import INPUTS
 from atp.report.files import read_metrics
 
 _SAME_RUN = ("experiment", "domain", "arm", "seed", "config")
+_MODEL = ("base weights", "model config", "tokenizer")  # of the inputs that a run was started with
+_ANEW = ("config", "device")  # what may differ where a run is read once more
 
 Row = dict[str, Any]
 
@@ -37,7 +40,7 @@ def member_row(
     majority: the result of `majority_scores`; its scores stand beside the run's.
     """
     summary, scores = member.summary, member.scores
-    row: Row = {"config": fingerprint(common), "target_keep": summary["target_keep"]}
+    row: Row = {"config": fingerprint(common, folder), "target_keep": summary["target_keep"]}
     row |= {key: summary[key] for key in ("keep_decoder", "keep_total", "params_after")}
     for name, (value, draws) in score_samples(scores["final"], tasks).items():
         low, high = percentile_interval(draws)
@@ -68,9 +71,13 @@ def validation_perplexity(validation: Mapping[str, Any]) -> float:
     return float(perplexity_of(np.array([best["loss"] if kept else validation["last"], 1.0])))
 
 
-def fingerprint(config: ATPConfig) -> str:
-    """Eight hex digits of all settings that a run's result depends on, except arm and seed."""
-    values = config.model_dump(mode="json", exclude={"output_dir": True, "model": {"path"}})
+def fingerprint(config: ATPConfig, folder: Path) -> str:
+    """Eight hex digits of all that a run's result depends on, except arm and seed: settings, and the model's content.
+
+    folder: of the run.
+    """
+    inputs = read_json(folder / INPUTS) or {}
+    values = config.model_dump(mode="json", exclude={"output_dir"}) | {name: inputs.get(name) for name in _MODEL}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -81,14 +88,23 @@ def changed_share(folder: Path) -> float | str:
     return round(statistics.fmean(reached), 6) if reached else ""
 
 
+def _figures(row: Row) -> dict[str, str]:
+    return {key: str(value) for key, value in row.items() if key not in _ANEW and value != ""}
+
+
 def append_rows(path: Path, rows: list[Row]) -> None:
-    """Writes rows to a CSV file, replacing those of the same runs; other rows stay, and columns are added as needed."""
+    """Writes rows to a CSV file, replacing those of the same runs; other rows stay, and columns are added as needed.
+
+    A row with the same figures is of the same run, whatever its fingerprint was made of when it was written.
+    """
     old = []
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
             old = list(csv.DictReader(file))
     fresh = {tuple(str(row[key]) for key in _SAME_RUN) for row in rows}
-    merged = [row for row in old if tuple(row[key] for key in _SAME_RUN) not in fresh] + rows
+    figures = [_figures(row) for row in rows]
+    kept = [row for row in old if tuple(row[key] for key in _SAME_RUN) not in fresh and _figures(row) not in figures]
+    merged = kept + rows
     columns = list(dict.fromkeys(name for row in merged for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -3,10 +3,12 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from atp.compare.arms import Arm
 from atp.compare.members import Members
@@ -195,6 +197,33 @@ def test_rows_of_the_same_run_are_replaced_and_all_others_stay(tmp_path):
     with path.open(encoding="utf-8") as file:
         found = [(row["seed"], row["perplexity"], row["accuracy"]) for row in csv.DictReader(file)]
     assert found == [("1", "6.0", ""), ("0", "4.0", "0.5")]
+
+
+def test_a_row_written_before_its_fingerprint_held_the_model_is_the_same_run_s(tmp_path):
+    path = tmp_path / "x.csv"
+    run = {"experiment": "x", "domain": "d", "arm": "a", "seed": 0, "perplexity": 5.0, "finished": "2026-12-01 10:00"}
+    append_rows(path, [run | {"config": "old"}, run | {"config": "old", "seed": 1}])
+    append_rows(path, [run | {"config": "new"}, run | {"config": "new", "seed": 1, "perplexity": 4.0}])
+    with path.open(encoding="utf-8") as file:
+        found = [(row["config"], row["seed"], row["perplexity"]) for row in csv.DictReader(file)]
+    assert found == [("old", "1", "5.0"), ("new", "0", "5.0"), ("new", "1", "4.0")]
+
+
+def test_rows_of_another_model_stay(write, config, tmp_path):
+    """Another path, and then other weights behind the same path."""
+    arms = {"arms": [{"method": "random"}], "picture": "intervals", "x": None}
+    spec = write(**arms)
+    experiment(spec, tmp_path, ["training.tune=1"]).execute()
+    model = shutil.copytree(config.model.path, tmp_path / "model")
+    given = ["training.tune=1", f"model.path={model}"]
+    for runs, count in (("second", 2), ("third", 3)):
+        Experiment(spec, given, command="", runs=tmp_path / runs, out=tmp_path / "out").execute()
+        assert len(rows_of(tmp_path)) == len({row["config"] for row in rows_of(tmp_path)}) == count
+        tensors = load_file(model / "model.safetensors")
+        moved = {name: tensor + 1e-2 for name, tensor in tensors.items()}
+        save_file(moved, model / "model.safetensors", metadata={"format": "pt"})
+    Experiment(spec, given, command="", runs=tmp_path / "second", out=tmp_path / "out").execute()
+    assert len(rows_of(tmp_path)) == 3, "a run that is read again replaces its row"
 
 
 def test_changed_share_is_the_mean_after_the_budget_is_reached(tmp_path):
