@@ -58,6 +58,40 @@ def relative_performance(
     }
 
 
+def kept_of_best(
+    models: Mapping[str, dict[str, Any]],
+    tasks: Sequence[Task],
+    majority: Mapping[str, dict[str, Any]],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What share of the best model's main score each model keeps, and its 95 % interval; higher is better.
+
+    The main score is the mean of the tasks' metrics, without those in which no model clearly beats the majority label;
+    where none is left, it is one over the perplexity. models: name -> scores from `evaluate_model` on the same items.
+    Both models of a share are resampled together.
+    Returns {score: its name, best: the model's name, kept: {name: [share, low, high]}}.
+    """
+    samples = {name: score_samples(scores, tasks, seed) for name, scores in models.items()}
+    floors = majority_samples(majority, tasks, seed)
+    measured = [name for name in next(iter(samples.values())) if name != "perplexity"]
+    for metric, floor in floors.items():
+        leader = max(samples.values(), key=lambda own: float(own[metric][0]))
+        if not_measurable([leader], {metric: floor}):
+            measured.remove(metric)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        main = {
+            name: tuple(np.mean([own[metric][part] for metric in measured], axis=0) for part in (0, 1))
+            if measured else tuple(1 / part for part in own["perplexity"])
+            for name, own in samples.items()
+        }  # fmt: skip
+        best = max(main, key=lambda name: float(main[name][0]))
+        shares = {name: (point / main[best][0], draws / main[best][1]) for name, (point, draws) in main.items()}
+    found = {
+        name: [float(share), *percentile_interval(draws[np.isfinite(draws)])] for name, (share, draws) in shares.items()
+    }
+    return {"score": ", ".join(measured) or "perplexity", "best": best, "kept": found}
+
+
 def not_measurable(dense: Sequence[Mapping[str, Samples]], majority: Mapping[str, Samples]) -> dict[str, str]:
     """{task metric: why} of the metrics that say nothing about a model beside the tuned dense one.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from atp.data import Task
+from atp.evaluation.relative import kept_of_best
 from atp.files import write_text
 from atp.report import plots
 from atp.report.beside import counted
@@ -20,6 +22,7 @@ from atp.report.text import DASH
 from atp.sweep.targets import Target
 
 Row = dict[str, Any]
+LEAST_KEPT = 0.95  # of the best model's main score, for a target to be recommended
 _WITHOUT_TARGET = {"original": "original", "tuned_dense": "tuned, uncut"}
 
 
@@ -61,6 +64,47 @@ def _figure(name: str, value: float, interval: list[float]) -> Row:
     return {name: value, f"{name} low": interval[0], f"{name} high": interval[1]}
 
 
+def recommend(
+    rows: list[Row], scores: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], seed: int
+) -> dict[str, Any] | None:
+    """Which target is recommended, and why; every row gets its share of the best model's main score.
+
+    Of all targets that keep at least `LEAST_KEPT` of it by the lower end of the 95 % interval, the one with the fewest
+    parameters. scores: target (None: the models without one) -> evaluation.json of its run. tasks: their names.
+    None where some row's scores of single items are missing, as in a damaged record.
+    """
+    uncut, labels = next(iter(scores.values())), {label: name for name, label in _WITHOUT_TARGET.items()}
+    models: dict[str, Any] = {
+        _name(row): scores[row["target"]].get("final") if row["target"] else uncut.get(labels[row["model"]])
+        for row in rows
+    }
+    majority = uncut.get("majority") or {}
+    try:
+        found = kept_of_best(models, [_task(name, models, majority) for name in tasks], majority, seed)
+    except (KeyError, TypeError, ValueError, IndexError):
+        return None
+    for row in rows:
+        share, *interval = found["kept"][_name(row)]
+        row |= _figure("of the best", share, interval)
+    good = [row for row in rows if row["target"] and row["of the best low"] >= LEAST_KEPT]
+    chosen = _name(min(good, key=lambda row: row["parameters"])) if good else None
+    by = f"at least {LEAST_KEPT:.0%} of the best {found['score'].replace('_', '-')} ({found['best']}), by the lower end"
+    rule = f"{by} of the 95 % interval"
+    return {
+        "target": chosen, "score": found["score"], "best": found["best"], "least_kept": LEAST_KEPT,
+        "says": f"recommended: {chosen}, the smallest model that keeps {rule}" if chosen else
+                f"no target is recommended: none keeps {rule}",
+    }  # fmt: skip
+
+
+def _task(name: str, models: Mapping[str, Any], majority: Mapping[str, Any]) -> Task:
+    """A task by what its answers show: its labels that occur, or none for free text."""
+    if name not in majority:
+        return Task(name, metrics=("rougeL",))
+    given = [label for scores in models.values() for item in scores["tasks"][name]["items"] for label in item]
+    return Task(name, tuple(sorted({*given, majority[name]["label"]})))
+
+
 def show(content: Mapping[str, Any], console: Console) -> None:
     """Prints the content of sweep.json."""
     for head, lines in tables(content["rows"]):
@@ -75,6 +119,8 @@ def show(content: Mapping[str, Any], console: Console) -> None:
         console.print(line)
     taken = sum(content["shared"]["seconds"].values())
     console.print(f"{content['shared']['what']}: {taken:,.0f} seconds, scores left out; a target's seconds come on top")
+    if content.get("recommended"):
+        console.print(content["recommended"]["says"])
     console.print("certificate: the largest change of a logit at the cut, as a share of their scale")
 
 

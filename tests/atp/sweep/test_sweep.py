@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from atp.run import Run
 from atp.sweep import Sweep
 from atp.sweep import sweep as sweeps
 from atp.sweep.shared import SharedRun
-from atp.sweep.table import show, tables
+from atp.sweep.table import recommend, show, tables
 from atp.sweep.targets import resolve
 from atp.sweep.units import UNITS
 from atp.training import checkpoint as checkpoints
@@ -172,6 +173,48 @@ def test_results_of_a_sweep(swept):
     assert sizes[0][-2:] == ["–", "–"] and sizes[3][0] == scores[3][0] == "keep 0.6" and "–" not in sizes[3]
     assert [line[0] for line in sizes] == ["original", "tuned, uncut", "keep 0.8", "keep 0.6"]
     assert {len(line) for line in sizes} == {len(head)} and {len(line) for line in scores} == {len(scored)}
+
+
+def test_a_recommendation_follows_its_rule(swept, capsys):
+    """On the sweep's own records, with the answers of its models replaced."""
+    _, folder, content = swept
+    found = content["recommended"]
+    assert found == read(folder, "sweep.json")["recommended"] and found["least_kept"] == 0.95
+    console = Console(width=200, file=io.StringIO())
+    show(content, console)
+    assert found["says"] in console.file.getvalue() and "of the best" in console.file.getvalue()
+    truths = ["yes", "no"] * 30
+    right = [[t, t] for t in truths]
+    some_wrong = [[t, "no"] for t in truths[:6]] + right[6:]
+    half = [[t, "yes"] for t in truths]
+
+    def chosen(smaller, larger, dense=half, losses=(1.0, 1.0)):
+        def final(answers, loss):
+            return {"items": [[loss * n, n] for n in range(5, 25)], "tasks": {"qa": {"items": answers}}}
+
+        others = {"original": final(half, 3.0), "tuned_dense": final(dense, 1.5)}
+        others["majority"] = {"qa": {"label": "yes", "items": half}}
+        scores = {
+            "keep 0.8": others | {"final": final(larger, losses[0])},
+            "keep 0.6": others | {"final": final(smaller, losses[1])},
+        }
+        rows = [dict(row) for row in content["rows"]]
+        return recommend(rows, scores, ["qa"], 0), {row["target"] or row["model"]: row["of the best"] for row in rows}
+
+    for answers, target in (
+        ((right, right), "keep 0.6"),
+        ((some_wrong, right), "keep 0.8"),
+        ((half, right), "keep 0.8"),
+    ):
+        found, kept = chosen(*answers)
+        assert (found["target"], found["score"]) == (target, "qa macro_f1") and kept["keep 0.8"] == 1.0
+    found, kept = chosen(half, half, dense=right)
+    assert found["target"] is None and found["best"] == "tuned, uncut" and kept["keep 0.6"] == pytest.approx(1 / 3)
+    assert found["says"].startswith("no target is recommended: none keeps at least 95% of the best qa macro-f1")
+    found, kept = chosen(half, half, losses=(1.0, 1.04))  # nothing is measured but perplexity
+    assert (found["target"], found["score"]) == ("keep 0.6", "perplexity")
+    assert kept["keep 0.6"] == pytest.approx(math.exp(-0.04))
+    assert chosen(half, half, losses=(1.0, 1.06))[0]["target"] == "keep 0.8"
 
 
 def test_the_printed_tables_fit_a_narrow_terminal(swept):
