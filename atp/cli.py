@@ -305,23 +305,11 @@ def sweep(
     console.print(f"results: {folder / 'sweep'}.csv, .json and .png")
 
 
-@app.command()
-def env(debug: Debug = False) -> None:
-    """Print versions, devices and kernel backends, for a bug report.
-
-    Example: atp env
-    """
-    from atp.environment import describe
-
-    for name, value in describe().items():
-        console.print(f"{name}: {value}")
-
-
 app.add_typer(cli_config.config, name="config")
 
 app.command()(cli_config.init)
 app.command("eval")(results.evaluate)
-for command in (results.runs, results.watch, results.report, results.export, results.chat, results.push):
+for command in (results.runs, results.watch, results.report, results.export, results.chat, results.push, results.env):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands for runs and models: scores, a page, a model in other forms, a conversation, the Hub."""
+"""The commands for runs and models: scores, a page, a model in other forms, a conversation, the Hub; and `env`."""
 
 from __future__ import annotations
 
@@ -266,6 +266,17 @@ def runs(
         return
     for line in _lines([_cells(run) for run in found], console.width if console.is_terminal else None):
         console.print(line, soft_wrap=True)
+
+
+def env(debug: Debug = False) -> None:
+    """Print versions, devices and kernel backends, for a bug report.
+
+    Example: atp env
+    """
+    from atp.environment import describe
+
+    for name, value in describe().items():
+        console.print(f"{name}: {value}")
 
 
 def _cells(run: RunLine) -> dict[str, str]:

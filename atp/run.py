@@ -77,10 +77,9 @@ class Run:
         scores of the original model that somebody has taken already.
         recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
-        self.command = command
+        self.command, self.folder = command, Path(config.output_dir)
         self.say = progress.saying(say) if processes.is_main() else lambda line: None
         self.outlined, self.profile = outlined, profile and processes.is_main()
-        self.folder = Path(config.output_dir)
         self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
         processes.start(config.training.sharding, **{"--resume": resume}, **config.model_dump())
@@ -298,7 +297,6 @@ class Run:
         names = ("original", "final")
         if all(isinstance(scores[name].get("speed"), dict) for name in names):
             return
-
         both = (partial(load_model, self.config.model, self.config.decisions.space), load)
 
         def speeds() -> list[dict[str, float]]:
