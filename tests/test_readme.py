@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp.cli import app
 from atp.config import ATPConfig
+from atp.listing import runs_below
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,13 +45,18 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_python_use_of_the_readme(workplace):
-    """The ten lines train, and the next block loads what they left; only the number of steps is made small."""
+    """The first lines are a whole run, and the next block loads what it left; only the number of steps is made small."""
     train, load = BLOCKS[0], BLOCKS[1]
+    settings = yaml.safe_load((ROOT / "examples" / "custom.yaml").read_text(encoding="utf-8"))
+    settings["model"]["path"], settings["data"]["train"] = "my-model", "texts.jsonl"
+    (workplace / "my.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     short = '"output_dir=runs/mine", "training.steps=9", "data.length=32"'
     (workplace / "train.py").write_text(train.replace('"output_dir=runs/mine"', short), encoding="utf-8")
     (workplace / "load.py").write_text(load, encoding="utf-8")
-    certificate = runpy.run_path("train.py")["trainer"].certificate
+    certificate = runpy.run_path("train.py")["summary"]["certificate"]
     assert certificate["masked_vs_cut"] < 1e-5 and certificate["removed_lora_norm"] == 0
+    (found,) = runs_below(Path("runs"))
+    assert found.state == "finished" and Path("runs/mine/report.html").is_file()
     model = runpy.run_path("load.py")["model"]
     original = AutoModelForCausalLM.from_pretrained("my-model")
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in original.parameters())
@@ -74,7 +81,7 @@ def test_readme_is_short():
 
 def test_figures_of_the_readme_are_recorded():
     """Every figure with a decimal, and every size and rate, stands in the pages that say how it was measured."""
-    pages = ["measured.md", "experiments.md", "quality.md", "tasks.md", *(ROOT / "docs" / "measured").glob("*.md")]
+    pages = ["measured.md", "experiments.md", "plan.md", "quality.md", "tasks.md", *(ROOT / "docs" / "measured").glob("*.md")]
     recorded = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in pages)
     rows = [line for line in README.splitlines() if line.startswith("|")]
     figures = set(re.findall(r"\d+\.\d+(?:e-\d+)?|\b\d{3}\b(?=\*?\*? \||(?= MB))", "\n".join(rows)))
