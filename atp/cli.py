@@ -232,15 +232,11 @@ def experiment(
 
     Example: atp experiment stages training.search=60 --domains health-mini
     """
-    from atp.early import refuse_places
-    from atp.experiments.spec import ExperimentSpec
+    from atp.experiments.spec import refuse_experiment
 
     recipes, drawn = _listed(domains), [_whole(seed) for seed in _listed(seeds)]
     engine = _engine(on, resource, at_once, runs)
-    spec, path = ExperimentSpec.load(name)
-    spec.labelled_arms()
-    for domain in recipes or spec.domains:
-        refuse_places(spec.config(path, domain, overrides or []))
+    refuse_experiment(name, recipes, overrides or [])
 
     from atp.experiments import Experiment
     from atp.report.beside import counted

@@ -135,16 +135,16 @@ def chat(
     """
     from atp.places import refuse_no_model
 
-    for name in filter(None, (model, against)):
+    names = [name for name in (model, against) if name is not None]
+    for name in names:
         refuse_no_model(name)
 
     from atp.chat import Chat, talk
 
     chats = []
-    for name in (model, against):
-        if name is not None:
-            progress.begin(f"loading {name}")
-            chats.append(Chat(name, plain=plain))
+    for name in names:
+        progress.begin(f"loading {name}")
+        chats.append(Chat(name, plain=plain))
     progress.end()
     for sentence in ["each --prompt is asked alone"] if prompt else [chat.manner for chat in chats]:
         typer.echo(sentence, err=True)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from atp import shipped
 from atp.compare.arms import Arm
 from atp.config import ATPConfig
+from atp.early import refuse_places
 from atp.errors import InputError, shorten
 from atp.overrides import explain
 from atp.reading import check_file, read_yaml_file
@@ -87,6 +88,14 @@ class ExperimentSpec(BaseModel):
                     raise InputError(f"two arms are called '{shorten(label)}': give one of them another label")
                 found[label] = arm
         return found
+
+
+def refuse_experiment(name: str, domains: list[str], overrides: list[str]) -> None:
+    """Raises `InputError` for what no run of an experiment can use, before torch is imported."""
+    spec, path = ExperimentSpec.load(name)
+    spec.labelled_arms()
+    for domain in domains or spec.domains:
+        refuse_places(spec.config(path, domain, overrides))
 
 
 def _text(value: Any) -> str:

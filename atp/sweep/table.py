@@ -115,8 +115,8 @@ def show(content: Mapping[str, Any], console: Console) -> None:
         for line in lines:
             shown.add_row(*line)
         console.print(shown)
-    for line in counted(content.get("perplexity_of")):
-        console.print(line)
+    for sentence in counted(content.get("perplexity_of")):
+        console.print(sentence)
     taken = sum(content["shared"]["seconds"].values())
     console.print(f"{content['shared']['what']}: {taken:,.0f} seconds, scores left out; a target's seconds come on top")
     if content.get("recommended"):

@@ -332,7 +332,6 @@ def test_targets_that_are_none_are_one_sentence(config, tmp_path):
         ("--keep 0.9 --megabytes 180.5 --prefill-ms 50,40",
          ["keep 0.9", "megabytes 180.5", "prefill-ms 50", "prefill-ms 40"]),
         ("", ["keep 0.8", "keep 0.7", "keep 0.6", "keep 0.5"]),
-        ("--params ,", []),
     ],
 )  # fmt: skip
 def test_the_command_takes_lists_in_any_units(config, tmp_path, monkeypatch, capsys, options, found):
@@ -349,6 +348,10 @@ def test_the_command_takes_lists_in_any_units(config, tmp_path, monkeypatch, cap
         main()
     assert ended.value.code == 2 and capsys.readouterr().err == "error: that is all\n"
     assert seen == [found]
+    monkeypatch.setattr("sys.argv", ["atp", "sweep", str(tmp_path / "config.yaml"), "--params", ","])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "nothing to sweep over: give at least one target" in capsys.readouterr().err
 
 
 def test_the_targets_of_the_config_give_way(config, tmp_path):
