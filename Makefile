@@ -37,6 +37,7 @@ bench: $(VENV)/.package
 
 fuzz: $(VENV)/.package
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_inputs.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_kernels.py
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/fuzz/fuzz_runs.py
 
 chaos: $(VENV)/.package

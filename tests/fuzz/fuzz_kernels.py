@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import kernel_calls
 from fuzz_native import broken
+from kernel_calls import Draw
+from kernel_cases import CALLS
 
 import atp_kernels
 from atp_kernels.call import OPERATIONS
@@ -35,8 +36,8 @@ ALLOWED = {torch.float64: 512, torch.float32: 256, torch.bfloat16: 8, torch.floa
 def run_case(number: int, backend: str | None = None) -> str:
     """`name: equal`, `name: accepted` or `name: refused`. Raises AssertionError for anything else."""
     draw = random.Random(number)
-    name = draw.choice(sorted(kernel_calls.CALLS))
-    call = kernel_calls.CALLS[name](kernel_calls.Draw(draw, backend))
+    name = draw.choice(sorted(CALLS))
+    call = CALLS[name](Draw(draw, backend))
     operation = OPERATIONS.get(name)
     if operation is not None and call.given["backend"] not in ("auto", *operation.backends):
         call.given["backend"] = "auto"
@@ -116,7 +117,7 @@ def main() -> None:
             counts["FAILED"] += 1
             text = str(error) if isinstance(error, AssertionError) else f"case {number}: {traceback.format_exc()}"
             print(text, flush=True)
-    for name in sorted(kernel_calls.CALLS):
+    for name in sorted(CALLS):
         print(f"{name}: " + ", ".join(f"{counts[f'{name}: {how}']} {how}" for how in ("equal", "accepted", "refused")))
     print(f"cases {options.first} to {options.first + options.calls - 1}: {counts['FAILED']} failed")
     sys.exit(counts["FAILED"] > 0)
