@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -22,7 +23,15 @@ from rich.table import Table
 from atp import cli_config, progress, ranks
 from atp import cli_results as results
 from atp.console import AtOnce, Debug, JsonLogs, On, Quiet, Resource, console, errors
-from atp.ending import ending, flush_output, imports_are_done, interrupted, show_traceback
+from atp.ending import (
+    OutputClosed,
+    ending,
+    flush_output,
+    imports_are_done,
+    interrupted,
+    open_closed_output,
+    show_traceback,
+)
 from atp.errors import InputError, shorten
 from atp.redact import redacted
 
@@ -312,6 +321,7 @@ for command in (results.runs, results.watch, results.report, results.export, res
 def main() -> None:
     """Entry point: every failure ends in one sentence and an exit code; --debug shows the traceback."""
     imports_are_done()
+    open_closed_output()
     as_json, quiet, json_result = (option in sys.argv for option in ("--json-logs", "--quiet", "--json"))
     stdout_taken = json_result or sys.argv[1:2] == ["chat"]  # whose stdout holds answers alone
     with progress.logged(as_json, console=console, quiet=quiet, stdout_taken=stdout_taken):
@@ -341,9 +351,10 @@ def _run(debug: bool) -> NoReturn:
             raise
         if ranks.count() > 1 and _told_by_main(error):
             sentence = ""
-    if sentence and not progress.error(sentence):
-        where = "" if ranks.is_main() else f"process {ranks.rank()}: "
-        errors.print(f"{where}error: {sentence}", soft_wrap=True)
+    with suppress(OutputClosed, OSError):  # nobody reads errors either
+        if sentence and not progress.error(sentence):
+            where = "" if ranks.is_main() else f"process {ranks.rank()}: "
+            errors.print(f"{where}error: {sentence}", soft_wrap=True)
     flush_output()
     sys.exit(code)
 
@@ -351,6 +362,7 @@ def _run(debug: bool) -> NoReturn:
 def _quiet_transformers() -> None:
     # What it reads when it is imported, for which the command's help does not wait.
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    os.environ["RUST_BACKTRACE"] = "0"  # of a tokenizer that fails, 18 kB before our sentence
     if (imported := sys.modules.get("transformers")) is not None:
         imported.utils.logging.set_verbosity_error()
         imported.utils.logging.disable_progress_bar()

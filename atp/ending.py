@@ -92,12 +92,28 @@ def show_traceback(kind: type[BaseException], error: BaseException, trace: Trace
     sys.stderr.write(visible(redacted("".join(traceback.format_exception(kind, error, trace)))))
 
 
+def open_closed_output() -> None:
+    """Gives a command that was started with stdout or stderr closed, as by `>&-`, one that drops what it is told.
+
+    Its number is taken as well where it is free: else the next file that is opened would get it, and with it whatever a
+    library writes there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+
+
 def flush_output() -> None:
-    """Flushes stdout, or drops what is left if that fails, so that Python does not try again at exit."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Flushes stdout and stderr, or drops what is left if that fails, so that Python does not try again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def end_interrupted_imports() -> None:

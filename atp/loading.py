@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +19,7 @@ from atp.data.packages import smollm2_gguf
 from atp.data.packing import PackedDataset, RaggedDataset
 from atp.data.recipes import packages_of
 from atp.data.tokens import Pieces
-from atp.errors import InputError
+from atp.errors import InputError, is_out_of_memory, reason
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.places import PACKAGED_MODEL, refuse_no_model
 from atp.requirements import require
@@ -48,11 +49,26 @@ class RunData:
         return {"train": self.train, "calibration": self.calibration, **validation}
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns an exhausted memory into `InputError`: at reading, no size of a batch would help. what: is read."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"out of memory while reading the {what} ({reason(error)}): give a smaller {what}, or use a machine "
+            "with more memory"
+        ) from error
+
+
 def check_packages(model: ModelConfig, data: DataConfig) -> None:
     """Raises `InputError` naming every missing package that the run's model or texts come from."""
     require(*_model_packages(model), *packages_of(data.recipe, data.general, data.general_share))
 
 
+@reading("tokenizer")
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises `InputError` if there is none."""
     return read_tokenizer(**_source(config))
@@ -162,6 +178,7 @@ def data_settings(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> Data
     return DataSettings(**values | {"seed": seed, "chat": chat})
 
 
+@reading("data set")
 def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
     """The recipe's splits, packed into windows. Raises `InputError` if the data cannot be used."""
     data = config.data

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import folders, heap, processes, progress
+from atp import folders, heap, loading, processes, progress
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
 from atp.checks import check_sharded, less_memory, outline, remarks, rounding
 from atp.config import ATPConfig
@@ -182,7 +182,8 @@ class Run:
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
         said = [*data.splits.remarks, *timed, *slow_precision(config), *remarks(config, shapes, data)]
         load = partial(load_model, config.model, config.decisions.space)
-        model = load() if processes.sharded() else processes.main_first(load)
+        with loading.reading("model"):
+            model = load() if processes.sharded() else processes.main_first(load)
         self._check_model(model)
         self.inputs = fingerprints(model, tokenizer, **data.read_in_training)
         self.inputs["test data"] = data.splits.fingerprints["test"]  # questions too, not only what is packed

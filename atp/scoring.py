@@ -39,6 +39,7 @@ from atp.loading import (
     load_shapes,
     load_tokenizer,
     placed,
+    reading,
 )
 from atp.overrides import explain
 from atp.reading import parse_json
@@ -143,7 +144,8 @@ def _score_folder(model: str, options: _Resolved, gguf_file: str | None) -> dict
     shapes = load_shapes(source)
     check_length(shapes, options.length, "--length")
     progress.begin("reading the data")
-    suite = _load_suite(options, tokenizer)
+    with reading("data set"):
+        suite = _load_suite(options, tokenizer)
     examples = suite.test
     windows, there = _windows(options, suite, tokenizer)
     tasks, unscored = _scorable(suite.tasks, options)
@@ -154,7 +156,9 @@ def _score_folder(model: str, options: _Resolved, gguf_file: str | None) -> dict
         check_harness()
     progress.begin("loading")
     precision = precision_at(options.precision, model, options.suite)
-    loaded, autocast = placed(load_any_model(source)), autocast_dtype(precision)
+    with reading("model"):
+        loaded = placed(load_any_model(source))
+    autocast = autocast_dtype(precision)
     common: dict[str, Any] = {"batch_size": options.batch_size, "max_examples": options.questions, "autocast": autocast}
     most = options.documents if options.packed else None
     with progress.Bars(transient=True) as display:

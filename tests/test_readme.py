@@ -45,7 +45,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_python_use_of_the_readme(workplace):
-    """The first lines are a whole run, and the next block loads what it left; only the number of steps is made small."""
+    """The first block is a whole run, and the next one loads what it left; only the number of steps is made small."""
     train, load = BLOCKS[0], BLOCKS[1]
     settings = yaml.safe_load((ROOT / "examples" / "custom.yaml").read_text(encoding="utf-8"))
     settings["model"]["path"], settings["data"]["train"] = "my-model", "texts.jsonl"
@@ -81,8 +81,9 @@ def test_readme_is_short():
 
 def test_figures_of_the_readme_are_recorded():
     """Every figure with a decimal, and every size and rate, stands in the pages that say how it was measured."""
-    pages = ["measured.md", "experiments.md", "plan.md", "quality.md", "tasks.md", *(ROOT / "docs" / "measured").glob("*.md")]
-    recorded = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in pages)
+    docs = ROOT / "docs"
+    pages = [docs / f"{name}.md" for name in ("measured", "experiments", "plan", "quality", "tasks")]
+    recorded = "".join(page.read_text(encoding="utf-8") for page in (*pages, *(docs / "measured").glob("*.md")))
     rows = [line for line in README.splitlines() if line.startswith("|")]
     figures = set(re.findall(r"\d+\.\d+(?:e-\d+)?|\b\d{3}\b(?=\*?\*? \||(?= MB))", "\n".join(rows)))
     assert len(figures) > 20

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os.path import commonprefix
+from types import FrameType
 from typing import Any, NamedTuple, Protocol, cast
 
 import transformers
@@ -16,6 +20,7 @@ from atp.data.encoding import start_ids
 from atp.errors import InputError, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_MOST_SECONDS = 10.0  # for what takes a millisecond
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that says itself what the assistant writes
 
 _jinja: Callable[..., Any] = render_jinja_template  # its own annotation leaves out the spans
@@ -80,6 +85,28 @@ def key_of(chat: Chat) -> str | None:
     return chat.key if isinstance(chat, _Template) else None
 
 
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Ends a template that loops without end by `TimeoutError`, in the main thread of systems that count CPU time.
+
+    Seconds of this process alone, so that no load on the machine decides whether a template is refused.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    raise TimeoutError(f"takes more than {_MOST_SECONDS} s of CPU time for one conversation")
+
+
 class _Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, every_turn: bool) -> None:
         self.tokenizer, self.every_turn = tokenizer, every_turn
@@ -120,15 +147,19 @@ class _Template:
         described = list(tools) if tools else None
         options: dict[str, Any] = {"add_generation_prompt": ask, "return_assistant_tokens_mask": spans}
         try:
-            texts, marked = _jinja(
-                [list(messages)], described, chat_template=self.tokenizer.get_chat_template(tools=described),
-                **options | self.tokenizer.special_tokens_map,
-            )  # fmt: skip
+            with _bounded():
+                texts, marked = _jinja(
+                    [list(messages)], described, chat_template=self.tokenizer.get_chat_template(tools=described),
+                    **options | self.tokenizer.special_tokens_map,
+                )  # fmt: skip
+        except TimeoutError as error:
+            raise InputError(f"the chat template {error}; use the model's own template") from error
         except Exception as error:  # a template may raise anything
             remedy = "correct the roles"
             if any(message.get("tool_calls") and "content" not in message for message in messages):
                 remedy = "it may know no calls of tools: take a model whose template does, or leave such rows out"
-            raise InputError(f"the chat template rejects the messages ({shorten(error)}); {remedy}") from error
+            why = shorten(error) or type(error).__name__
+            raise InputError(f"the chat template rejects the messages ({why}); {remedy}") from error
         return str(texts[0]), cast(list[Span], marked[0]) if spans else []
 
     def _turns(self, prompt: str, asked: Sequence[Message], tools: Sequence[Any] | None, first: int) -> Iterator[Span]:

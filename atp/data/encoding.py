@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
 
-from atp.errors import InputError
+from atp.errors import InputError, shorten
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -30,7 +31,22 @@ def rules_of(tokenizer: PreTrainedTokenizerBase) -> str:
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
     texts = list(texts)
-    return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    with _explained():
+        return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns a panic of the tokenizers' Rust code, which is no `Exception`, into one sentence."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"the tokenizer fails on a text ({shorten(str(error))}): use the model's own tokenizer.json, or leave "
+            "out rows of endless repetition"
+        ) from error
 
 
 def token_spans(
@@ -46,7 +62,8 @@ def token_spans(
             "the tokenizer does not say which characters its tokens are of, so the assistant's turns cannot be found: "
             "set data.loss_on=completion, or use a fast tokenizer (tokenizer.json)"
         )
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    with _explained():
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     return [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans]
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LARGEST_HEADER = 2**22  # bytes of a safetensors header: some 40,000 weights; a million take transformers minutes
+_MOST_GROWTH = 1000  # characters that a tokenizer may make of one
 _MAIN = "main"  # the revision of a Hub name that names none
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -75,6 +77,8 @@ def read_tokenizer(
         if gguf_file is None and (file := _find(path, "tokenizer_config.json", revision)) is not None:
             for name in json.loads(file.read_text(encoding="utf-8")).get("fast_tokenizer_files", []):
                 _require_inside(name, file)
+        if gguf_file is None and (file := _find(path, "tokenizer.json", revision)) is not None:
+            _check_growth(file)
         reader: Any = AutoTokenizer
         if gguf_file is not None and _find(path, "tokenizer_config.json", revision) is None:
             # What AutoTokenizer takes too, after it has read the header again, which takes seconds.
@@ -180,7 +184,46 @@ def weight_files(path: str | Path, config: PretrainedConfig, revision: str | Non
             "write it with save_pretrained(..., safe_serialization=True)"
         )
     # A link of the Hub's cache keeps its name; what it points to has none.
-    return _shards(path, weights, revision) if weights.name.endswith(".index.json") else [weights]
+    files = _shards(path, weights, revision) if weights.name.endswith(".index.json") else [weights]
+    for file in files:
+        with file.open("rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+        if _LARGEST_HEADER < size <= file.stat().st_size:  # one beyond the end is damage, which its reader names
+            raise InputError(
+                f"the header of {file} has {size:,} bytes, and no model's has more than {_LARGEST_HEADER:,}: fetch the "
+                "model again"
+            )
+    return files
+
+
+def _check_growth(file: Path) -> None:
+    """Raises `InputError` for a tokenizer.json that replaces a character by so many that a short text fills memory."""
+    text = file.read_text(encoding="utf-8")
+    if '"Replace"' not in text and '"Prepend"' not in text:  # which saves a second reading of a large vocabulary
+        return
+    content = json.loads(text)
+    for part in ("normalizer", "decoder"):
+        growth, left = 1.0, [content.get(part)]
+        while left:
+            value = left.pop()
+            if isinstance(value, dict):
+                growth *= _growth(value)
+            left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if growth > _MOST_GROWTH:
+            raise InputError(
+                f"the {part} of {file} makes up to {growth:,.0f} characters of one: use the model's own tokenizer"
+            )
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """Characters that a step of a tokenizer may make of one."""
+    if step.get("type") == "Prepend":
+        return 1 + len(step.get("prepend") or "")
+    if step.get("type") != "Replace":
+        return 1
+    pattern, new = step.get("pattern"), len(step.get("content") or "")
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    return max(1, new / len(literal)) if literal else 1 + new  # a regular expression may match nothing, anywhere
 
 
 def _shards(path: str | Path, index: Path, revision: str | None) -> list[Path]:

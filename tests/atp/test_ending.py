@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -342,3 +343,65 @@ def test_each_error_ends_with_a_code_of_the_table(error, code):
     table = [int(row) for row in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
     assert table == [0, 1, 2, 3, 129, 130, 141, 143]
     assert found == code in table and bool(sentence) == (code != 141)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...")], ids=repr)
+@pytest.mark.parametrize(
+    ("place", "what"), [("load_recipe", "data set"), ("read_tokenizer", "tokenizer"), ("read_model", "model")]
+)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_what_exhausts_memory_at_reading_is_not_told_of_batches(
+    atp, config, model, texts, monkeypatch, command, place, what, error
+):
+    monkeypatch.setattr(f"atp.loading.{place}", fail(error))
+    if command == "eval" and place == "load_recipe":
+        monkeypatch.setattr("atp.scoring.read_examples", fail(error))
+    words = ["train", config] if command == "train" else ["eval", model, "--suite", texts, "--length", 16]
+    code, err = atp(*words)
+    assert code == 2 and one_sentence(err) and f"out of memory while reading the {what} (" in err, err
+    assert "batch" not in err and "machine with more memory" in err
+
+
+# Nobody listens
+
+
+def closed(words, redirections):
+    """The command as a shell starts it: (exit code, stdout, stderr)."""
+    command = " ".join(map(shlex.quote, [sys.executable, "-m", "atp", *map(str, words)]))
+    done = subprocess.run(["sh", "-c", f"{command} {redirections}"], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("redirections", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_output_changes_no_exit_code(tmp_path, redirections):
+    for words, code in ((["config", "presets"], 0), (["runs", tmp_path / "none"], 2), (["--version"], 0)):
+        found, out, err = closed(words, redirections)
+        assert found == code, (words, err)
+        assert err == "" if code == 0 or "2>&-" in redirections else one_sentence(err)
+        assert out == "" or redirections == "2>&-"
+
+
+@pytest.mark.slow
+def test_a_run_without_output_is_whole(config, tmp_path):
+    code, _, err = closed(["train", config], ">&- 2>&-")
+    folder = tmp_path / "out"
+    assert code in (0, 3) and err == "", "3: a tiny model may miss its budget"
+    assert (folder / "summary.json").is_file() and (folder / "report.html").is_file()
+    text = [path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml", ".html")]
+    assert all(b"report: " not in path.read_bytes() and b"exporting" not in path.read_bytes() for path in text)
+
+
+@pytest.mark.slow
+def test_a_reader_of_one_line_leaves_a_run_that_goes_on(config, tmp_path):
+    code, out, err = closed(["train", config], "| head -1")
+    assert out.count("\n") == 1 and err == ""
+    code, _, err = closed(["train", config, *(["--resume"] if (tmp_path / "out" / "config.yaml").exists() else [])], "")
+    assert code in (0, 3) and (tmp_path / "out" / "summary.json").is_file() and "Traceback" not in err
+
+
+def test_an_error_that_nobody_reads_keeps_its_code():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*RUN, "nope"], stdout=subprocess.PIPE, stderr=write)
+    os.close(write)
+    assert done.returncode == 2 and done.stdout == b""

@@ -151,9 +151,7 @@ def test_a_line_that_is_not_utf_8_is_one_bad_row(tmp_path, name, good):
 @pytest.mark.parametrize("mark", [",", ";", "\t"])
 def test_the_header_of_a_csv_file_says_what_separates_its_cells(tmp_path, mark):
     text = f'text{mark}label\n"1,5; 2\t3"{mark}yes\n'
-    assert [row.values for row in read_rows(write(tmp_path / "a.csv", text))] == [
-        {"text": "1,5; 2\t3", "label": "yes"}
-    ]
+    assert [row.values for row in read_rows(write(tmp_path / "a.csv", text))] == [{"text": "1,5; 2\t3", "label": "yes"}]
     assert read_rows(write(tmp_path / "b.csv", "text\na\n"))[0].values == {"text": "a"}
 
 

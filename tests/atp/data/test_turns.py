@@ -1,6 +1,7 @@
 """Every turn of the assistant is learned, and nothing else: the mask follows from the chat template."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,18 @@ def test_templates_of_well_known_models_show_their_turns(name):
     turns = [talk.prompt[start:end] for start, end in talk.turns]
     assert len(turns) == 2 and "First answer." in turns[0] and "Second." in turns[1]
     assert not any(word in turn for turn in turns for word in ("One?", "Two?", "Three?", "brief", "user\n"))
+
+
+def test_a_template_that_loops_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr("atp.data.chat._MOST_SECONDS", 0.2)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = j %}{% endfor %}{% endfor %}"
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(InputError, match="the chat template takes more than 0.2 s of CPU time"):
+        chat_of(chat_tokenizer(loops))(TALK)
+    assert signal.getsignal(signal.SIGVTALRM) == before and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+    assert chat_of(chat_tokenizer(CHATML))(TALK).prompt
+
+
+def test_a_rejection_without_a_message_has_a_reason():
+    with pytest.raises(InputError, match=r"rejects the messages \(TemplateError\)"):
+        chat_of(chat_tokenizer("{{ raise_exception('') }}"))(TALK)

@@ -396,3 +396,54 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path):
 def test_a_config_that_is_no_config_is_one_sentence(tmp_path, content):
     (save(tmp_path) / "config.json").write_text(content)
     assert "cannot load the model" in refused(tmp_path)
+
+
+# Bounds
+
+
+def test_a_header_of_too_many_weights_is_refused(tmp_path):
+    save(tmp_path)
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"x{number}": entry for number in range(80_000)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert f"has {len(header):,} bytes" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 9,
+        [{"type": "Replace", "pattern": {"Regex": "x*"}, "content": "y" * 2000}],
+        [{"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "y" * 2000}]}],
+    ],
+    ids=["chain", "regex", "prepend"],
+)
+def test_a_tokenizer_that_makes_much_of_a_character_is_refused(tmp_path, part, steps):
+    save(tmp_path)
+    edit_json(tmp_path / "tokenizer.json", **{part: {"type": "Sequence", f"{part}s": steps}})
+    assert f"the {part} of " in (message := refused(tmp_path, load_tokenizer)) and "characters of one" in message
+
+
+def test_what_well_known_tokenizers_replace_is_no_growth(tmp_path):
+    save(tmp_path)
+    steps = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]
+    edit_json(tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert load_tokenizer(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_pattern_without_end_is_one_sentence(tmp_path):
+    """Of the command, whose stderr the tokenizer's own code writes to as well."""
+    folder = save(tmp_path / "model")
+    split = {"type": "Split", "pattern": {"Regex": "(?=(a+)+b)a|(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    edit_json(folder / "tokenizer.json", pre_tokenizer=split)
+    words = ["chat", str(folder), "--plain", "--prompt", "x" * 300]
+    done = subprocess.run(
+        [sys.executable, "-m", "atp", *words], capture_output=True, text=True, env=os.environ | {"RUST_BACKTRACE": "1"}
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "error: the tokenizer fails on a text (Onig: " in last and "retry-limit" in last
+    assert "backtrace:" not in done.stderr and len(done.stderr) < 1000
