@@ -185,7 +185,7 @@ def outline(config: ATPConfig, model: PreTrainedModel, data: RunData) -> list[st
     """What a run will do, in a few lines; the folder has all settings."""
     training, decisions, evaluation = config.training, config.deciding, config.evaluation
     kind, count = model.config.model_type, sum(p.numel() for p in model.parameters())
-    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     held = f", its decoder linears as {FORMS[config.model.load_in].says}" if config.model.load_in else ""
     parts = {"train": data.train, "calibration": data.calibration, "validation": data.validation, "test": data.test}
     counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)

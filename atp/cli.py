@@ -163,8 +163,9 @@ def demo(
 
     _note()
     recorded = None if settings.evaluation.dense_baseline else recorded_dense(settings, console.print)
-    told = {"command": _command(), "say": console.print, "outlined": True}
-    run = Run(settings, resume=resume, recorded_dense=recorded, **told)
+    run = Run(
+        settings, resume=resume, recorded_dense=recorded, command=_command(), say=console.print, outlined=True
+    )  # fmt: skip
     show(run.execute(), console)
     console.print(f"report: {run.folder / 'report.html'}")
 

@@ -10,7 +10,8 @@ from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_typ
 import torch
 from torch import Tensor
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     Tensor: ("a dense tensor", (Tensor,)),
     bool: ("True or False", (bool,)),

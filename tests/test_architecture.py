@@ -149,11 +149,11 @@ def test_kernels_know_no_model_and_no_method():
 
 
 @pytest.mark.parametrize("folder", [*PACKAGES, "csrc"])
-def test_no_file_is_longer_than_400_lines(folder):
+def test_no_file_is_longer_than_600_lines(folder):
     files = [p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".cpp", ".cu", ".cuh", ".h", ".hpp"}]
     assert files
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files}
-    assert {name: count for name, count in lines.items() if count > 400} == {}
+    assert {name: count for name, count in lines.items() if count > 600} == {}
 
 
 def test_models_are_read_in_one_place():

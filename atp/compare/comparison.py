@@ -59,7 +59,8 @@ class Comparison:
 
         Raises `InputError`, `Interrupted`, and at the end `NotReached` if a member broke a promise (its row stays).
         """
-        asked = {"--methods": [arm.name for arm in self.arms], "--seeds": self.seeds, "--resume": self.resume}
+        asked: dict[str, Any] = {"--methods": [arm.name for arm in self.arms], "--seeds": self.seeds}
+        asked["--resume"] = self.resume
         processes.start(**asked, **self.config.model_dump())
         try:
             with SignalGuard(at_once=True):

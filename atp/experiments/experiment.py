@@ -66,8 +66,9 @@ class Experiment:
 
         Raises `InputError`, `Interrupted`, and at the end `NotReached` if a run broke a promise (its row stays).
         """
-        configs = {domain: config.model_dump() for domain, config in self.configs.items()}
-        asked = {"experiment": self.name, "arms": list(self.arms), "--domains": list(configs), "--seeds": self.seeds}
+        configs: dict[str, Any] = {domain: config.model_dump() for domain, config in self.configs.items()}
+        asked: dict[str, Any] = {"experiment": self.name, "arms": list(self.arms), "--seeds": self.seeds}
+        asked["--domains"] = list(configs)
         processes.start(**asked, **configs)
         processes.on_main(self._check_places)
         try:

@@ -82,7 +82,7 @@ def read_tokenizer(
         reader: Any = AutoTokenizer
         if gguf_file is not None and _find(path, "tokenizer_config.json", revision) is None:
             # What AutoTokenizer takes too, after it has read the header again, which takes seconds.
-            found = TOKENIZER_MAPPING.get(type(read_config(path, gguf_file, revision)), TokenizersBackend)
+            found: Any = TOKENIZER_MAPPING.get(type(read_config(path, gguf_file, revision)), TokenizersBackend)
             if found.__name__ != "MistralCommonBackend":  # which depends on further files
                 reader = found
         tokenizer = reader.from_pretrained(**where, revision=revision or _MAIN, trust_remote_code=False)

@@ -73,7 +73,8 @@ def check_rope(config: PretrainedConfig) -> None:
         _refuse("rope_type in rope_parameters", kind, f"make it one of {', '.join(types)}")
     try:
         found = LlamaRotaryEmbedding(whole)
-        frequencies, scales = [found.inv_freq], [found.attention_scaling]
+        frequencies: list[Any] = [found.inv_freq]
+        scales = [found.attention_scaling]
         if kind != "default":
             long, scale = ROPE_INIT_FUNCTIONS[kind](whole, seq_len=2 * whole.max_position_embeddings)
             frequencies.append(long)

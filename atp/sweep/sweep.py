@@ -62,8 +62,8 @@ class Sweep:
 
         Raises `InputError`, `Interrupted`, and at the end `NotReached` if a target broke a promise (its row stays).
         """
-        targets = [one.text for one in self.asked]
-        processes.start(targets=targets, **{"--resume": self.resume}, **self.config.model_dump())
+        asked: dict[str, Any] = {"targets": [one.text for one in self.asked], "--resume": self.resume}
+        processes.start(**asked, **self.config.model_dump())
         try:
             with SignalGuard(at_once=True), ExitStack() as held:
                 return self._execute(held)
