@@ -147,7 +147,7 @@ def write_gguf(
 
 
 class _Written(np.ndarray):
-    """An array that the writer writes through Python: numpy loses the errno, and all errors of its last bytes."""
+    """An array that is written through Python: numpy loses the errno, and errors of the last bytes altogether."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
         fid.write(np.ascontiguousarray(self).data)

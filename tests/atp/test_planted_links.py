@@ -13,7 +13,7 @@ from atp.experiments import Experiment
 from atp.report import write_report
 from atp.run import Run
 from atp.sweep import Sweep
-from atp.sweep.targets import UNITS
+from atp.sweep.units import UNITS
 from atp.training.trainer import ATPTrainer
 
 pytestmark = pytest.mark.usefixtures("wide_budget")
