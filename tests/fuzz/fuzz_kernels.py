@@ -27,6 +27,7 @@ from kernel_cases import CALLS
 
 import atp_kernels
 from atp_kernels.call import OPERATIONS
+from atp_kernels.quantized.weight import dense
 
 SENTENCES = (ValueError, TypeError, RuntimeError)
 # Of one rounding of a sum over absolute values. A result of 16 bits has been rounded a few times on its way.
@@ -67,7 +68,7 @@ def odd(value, draw: random.Random):
     if draw.random() < 0.2:
         return draw.choice((None, [True, False], "abc", -1, 1.5, torch.ones(3), object()))
     if isinstance(value, torch.Tensor):
-        return broken(value.detach(), draw)
+        return broken(dense(value).detach(), draw)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         place = draw.randrange(len(value))
         return value._replace(**{value._fields[place]: odd(value[place], draw)})

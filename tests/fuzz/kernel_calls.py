@@ -197,4 +197,18 @@ def call_of(o: Draw, function, given, reference, leaves=(), **options) -> Call:
     for name, value in given.items():
         if isinstance(value, Projection):
             found |= {f"{name}.{part}": entry for part, entry in value._asdict().items() if isinstance(entry, Tensor)}
-    return Call(function, {**given, "backend": o.backend}, reference, found, dtype=o.dtype, **options)
+    casts = "lora_a" in given or any(isinstance(value, Projection) for value in given.values())
+    dtype = o.dtype
+    if casts and dtype == torch.float32 and o.backend != "triton" and o.chance(0.15):
+        function, dtype = under_autocast(function), torch.bfloat16
+    return Call(function, {**given, "backend": o.backend}, reference, found, dtype=dtype, **options)
+
+
+def under_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as a model in bfloat16 calls it; constant adapters are merged into their weights there."""
+
+    def called(**given):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(**given)
+
+    return called
