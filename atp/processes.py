@@ -60,7 +60,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start(sharding: str | None = None, **settings: Any) -> None:
+def start(sharding: str | None = None, settings: Mapping[str, Any] | None = None) -> None:
     """Joins the other processes, if any. sharding: `training.sharding`; accelerate's FSDP 2 asks for `fsdp` too.
 
     settings: what else all of them must have been started with. Raises `InputError` in all where one was started with
@@ -77,7 +77,7 @@ def start(sharding: str | None = None, **settings: Any) -> None:
         os.environ[_FSDP] = "false"  # accelerate would shard the adapter too, and the model once more
     _sharded = (sharding == "fsdp" or _launched_sharded) and count() > 1
     _join()
-    asked = _flat(settings) | {"training.sharding": _sharded}
+    asked = _flat(settings or {}) | {"training.sharding": _sharded}
     refuse_differences(asked, "was started with", "give all processes the same command and config")
 
 

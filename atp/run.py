@@ -82,7 +82,7 @@ class Run:
         self.outlined, self.profile = outlined, profile and processes.is_main()
         self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
-        processes.start(config.training.sharding, **{"--resume": resume}, **config.model_dump())
+        processes.start(config.training.sharding, {"--resume": resume} | config.model_dump())
         self.resume = resume or processes.on_main(lambda: folders.begun_by_this_launch(self.folder))
         definite = processes.on_main(lambda: with_precision(config))
         timed, self.latency = processes.on_main(lambda: with_time(definite))

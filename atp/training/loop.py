@@ -70,7 +70,7 @@ class Loop:
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        processes.start(config.training.sharding, **config.model_dump())
+        processes.start(config.training.sharding, config.model_dump())
         refuse_weights(model)
         config = processes.on_main(lambda: with_precision(config))
         self.config, self.phases, self.tokenizer = config, phases, tokenizer

@@ -63,7 +63,7 @@ class ATPTrainer(Loop):
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        processes.start(config.training.sharding, **config.model_dump())
+        processes.start(config.training.sharding, config.model_dump())
         if processes.sharded() and not is_sharded(model):
             model = sharded_copy(model, processes.device())
         lora, space = config.lora, MaskSpace.from_config(model.config, config.decisions.space)
