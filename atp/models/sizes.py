@@ -89,7 +89,7 @@ def check_rope(config: PretrainedConfig) -> None:
     if any(len(values) != pairs for values in frequencies):
         counts = " and ".join(dict.fromkeys(str(len(values)) for values in frequencies))
         remedy = (
-            f"type {kind} then rotates {counts} of {pairs} pairs of a head, and this family rotates all: correct it"
+            f"type {kind} then rotates {counts} of {pairs} pairs of a head, not all: correct it"
         )
         _refuse("rope_parameters", whole.rope_parameters, remedy)
     if not finite:

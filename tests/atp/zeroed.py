@@ -56,48 +56,53 @@ def _removed(kept, size):
 
 
 def _zero_qk(layer, kept):
+    width = layer.self_attn.head_dim
     for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-        for rows in _rows(linear, linear.out_features // HEAD_DIM, 2, HEAD_DIM // 2):
-            rows[:, :, _removed(kept, HEAD_DIM // 2)] = 0
+        for rows in _rows(linear, linear.out_features // width, 2, width // 2):
+            rows[:, :, _removed(kept, width // 2)] = 0
 
 
 def _zero_vo(layer, kept):
-    removed = _removed(kept, HEAD_DIM)
-    for rows in _rows(layer.self_attn.v_proj, KV_HEADS, HEAD_DIM):
+    width, output = layer.self_attn.head_dim, layer.self_attn.o_proj
+    removed = _removed(kept, width)
+    for rows in _rows(layer.self_attn.v_proj, layer.self_attn.v_proj.out_features // width, width):
         rows[:, removed] = 0
-    layer.self_attn.o_proj.weight.view(HIDDEN, HEADS, HEAD_DIM)[:, :, removed] = 0
+    output.weight.view(output.out_features, output.in_features // width, width)[:, :, removed] = 0
 
 
 def _zero_mlp(layer, kept):
-    removed = _removed(kept, INNER)
+    inner = layer.mlp.down_proj.in_features
+    removed = _removed(kept, inner)
     for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-        for rows in _rows(linear, INNER):
+        for rows in _rows(linear, inner):
             rows[removed] = 0
     layer.mlp.down_proj.weight[:, removed] = 0
 
 
 def _zero_kv_group(layer, kept):
-    removed = _removed(kept, KV_HEADS)
     attention = layer.self_attn
+    groups = attention.k_proj.out_features // attention.head_dim
+    removed = _removed(kept, groups)
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-        for rows in _rows(linear, KV_HEADS, linear.out_features // KV_HEADS):
+        for rows in _rows(linear, groups, linear.out_features // groups):
             rows[removed] = 0
-    attention.o_proj.weight.view(HIDDEN, KV_HEADS, -1)[:, removed] = 0
+    attention.o_proj.weight.view(attention.o_proj.out_features, groups, -1)[:, removed] = 0
 
 
 def _zero_columns(*names):
     def zero(layer, kept):
         for name in names:
-            layer.get_submodule(name).weight[:, _removed(kept, HIDDEN)] = 0
+            linear = layer.get_submodule(name)
+            linear.weight[:, _removed(kept, linear.in_features)] = 0
 
     return zero
 
 
 def _zero_outputs(name):
     def zero(layer, kept):
-        linear, removed = layer.get_submodule(name), _removed(kept, HIDDEN)
-        for rows in _rows(linear, HIDDEN):
-            rows[removed] = 0
+        linear = layer.get_submodule(name)
+        for rows in _rows(linear, linear.out_features):
+            rows[_removed(kept, linear.out_features)] = 0
 
     return zero
 

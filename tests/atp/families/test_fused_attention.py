@@ -58,10 +58,17 @@ def test_whole_models_of_every_family(rotations, family, implementation):
     assert not asked, "a cache is filled by the model's own forward"
 
 
-@pytest.mark.parametrize("family", ["llama", "smollm3", "mistral"])
-def test_cut_models_pad_their_heads_in_the_same_kernel(rotations, family):
+YARN = {  # multiplies cosines and sines
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {}), ("llama", {"rope_parameters": YARN}), ("smollm3", {}), ("mistral", {})]
+)
+def test_cut_models_pad_their_heads_in_the_same_kernel(rotations, family, settings):
     at_once, asked = rotations
-    base = build(family)
+    base = build(family, **settings)
     space = MaskSpace.from_config(base.config, "head_dim")
     model = with_lora(cut_model(base, space, random_mask(space)), space)
     assert not any(isinstance(module, FusedAttention) for module in model.modules())

@@ -1,0 +1,266 @@
+"""Draw small models and masks, cut, save and load them, and compare with a float64 model whose weights are zeroed.
+
+    python tests/fuzz/fuzz_cuts.py                          cases 0 to 39
+    python tests/fuzz/fuzz_cuts.py --cases 250 --seed 3     others
+    python tests/fuzz/fuzz_cuts.py --seed 3 --case 17       one case, with its traceback
+
+A case is a function of seed and number. The truth is transformers' own class in float64, with weights zeroed by hand
+for each decision (tests/atp/zeroed.py, which does not know the table of the spaces). What holds in each case:
+
+* The model is refused in one sentence, or cut; one that is whole heads and channels may be cut a second time.
+* The cut model, saved and loaded again, computes the truth's logits, on texts within and beyond the length from which
+  RoPE is scaled, and the truth's tokens with and without a cache.
+* What can become a GGUF file, or is refused as one, is said in one sentence.
+
+Exit status 1 when one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "atp")]
+
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+from zeroed import zeroed  # noqa: E402
+
+from atp.errors import InputError  # noqa: E402
+from atp.export.gguf import architecture_of  # noqa: E402
+from atp.families import FAMILIES  # noqa: E402
+from atp.models.config import ATPLlamaConfig  # noqa: E402
+from atp.models.load import read_model  # noqa: E402
+from atp.models.stock import save_model  # noqa: E402
+from atp.removal.cut import cut_model  # noqa: E402
+from atp.spaces.space import MaskSpace, space_names  # noqa: E402
+
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.1}
+"""Of the largest logit. Weights in bfloat16 are held to float32's as well, in which they are exact."""
+ODD_ROPE = (
+    {"rope_type": "ntk"}, {"factor": 0}, {"factor": "2"}, {"partial_rotary_factor": 0.5}, {"rope_theta": 0},
+    {"rope_theta": None}, {"factor": None}, {"short_factor": [1.0]}, {"long_factor": [1.0]}, {"attention_factor": "x"},
+    {"original_max_position_embeddings": 0}, {"full_attention": {"rope_type": "default", "rope_theta": 9.0}},
+    {"attention_factor": 0.7}, {"factor": 1.0}, {"original_max_position_embeddings": 1}, {"truncate": False},
+)  # fmt: skip
+
+
+def rope(draw, head_dim):
+    """rope_parameters of any type."""
+    kind = draw.choice(("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"))
+    factor, original = draw.choice((1.0, 2.0, 4.0, 7.5)), draw.choice((4, 8, 13, 16))
+    factors = lambda most: [round(draw.uniform(1, most), 2) for _ in range(head_dim // 2)]  # noqa: E731
+    maybe = lambda **keys: {key: value for key, value in keys.items() if draw.random() < 0.4}  # noqa: E731
+    longer = {"factor": factor, "original_max_position_embeddings": original}
+    own = {
+        "default": {}, "linear": {"factor": factor}, "dynamic": {"factor": factor},
+        "yarn": longer | maybe(attention_factor=1.3, beta_fast=draw.choice((2.0, 8.0)), beta_slow=0.3, truncate=False)
+        | draw.choice(({}, {"mscale": 0.7, "mscale_all_dim": 0.4})),
+        "longrope": longer | {"short_factor": factors(1.5), "long_factor": factors(6)} | maybe(attention_factor=0.8),
+        "llama3": longer | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "proportional": {"partial_rotary_factor": draw.choice((0.25, 0.5, 1.0))} | maybe(factor=factor),
+    }  # fmt: skip
+    return {"rope_type": kind, "rope_theta": draw.choice((50.0, 10000.0, 1e6)), **own[kind]}
+
+
+def settings(draw, family):
+    """Values of a config of this family, some of which may make no model."""
+    kv_heads = draw.choice((1, 1, 2, 2, 3, 4, 5))
+    heads = kv_heads * draw.choice((1, 1, 2, 3, 4))
+    head_dim = draw.choice((2, 4, 6, 8, 8, 12, 16, 20))
+    hidden = heads * head_dim if draw.random() < 0.5 else draw.choice((1, 2, 3)) * heads * draw.choice((1, 2, 3, 4))
+    layers = draw.choice((1, 2, 2, 3, 4))
+    values = {
+        "vocab_size": draw.randrange(11, 98), "hidden_size": hidden, "intermediate_size": draw.randrange(1, 49),
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": head_dim, "max_position_embeddings": draw.choice((12, 24, 64)), "initializer_range": 0.2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rope_parameters": rope(draw, head_dim),
+        "tie_word_embeddings": draw.random() < 0.4, "rms_norm_eps": draw.choice((1e-6, 1e-5)),
+        "hidden_act": draw.choice(("silu", "silu", "silu", "gelu_pytorch_tanh", "gelu", "relu")),
+    }  # fmt: skip
+    if family in ("llama", "granite", "seed_oss", "smollm3", "qwen3"):
+        values["attention_bias"] = draw.random() < 0.5
+    if family in ("llama", "granite", "seed_oss", "smollm3"):
+        values["mlp_bias"] = draw.random() < 0.5
+    if family == "seed_oss":
+        values |= {"attention_out_bias": draw.random() < 0.5, "residual_dropout": draw.choice((0.0, 0.1))}
+    if family == "mistral":
+        values["sliding_window"] = draw.choice((None, 1, 3, 6, 40))
+    if family in ("qwen2", "qwen3", "smollm3") and draw.random() < 0.5:
+        values |= {"use_sliding_window": True, "sliding_window": draw.choice((1, 3, 6, 40))}
+        values |= {} if family == "smollm3" else {"max_window_layers": draw.randrange(layers + 1)}
+    if family == "smollm3":
+        values["no_rope_layers"] = [draw.choice((0, 1)) for _ in range(layers)]
+    if family == "granite":
+        values |= {
+            "residual_multiplier": 0.3, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.5
+        }
+    return values
+
+
+def mask_of(draw, space):
+    """A mask: at random, one decision of each structure alone, all of them, or one that leaves a structure nothing."""
+    kind = draw.choice(("random", "random", "random", "one", "all", "mixed", "empty"))
+    mask = torch.zeros(space.size, dtype=torch.bool)
+    for structure in space.structures:
+        own = draw.choice(("random", "one", "all")) if kind == "mixed" else kind
+        share = {"all": 1.0, "one": 0.0}.get(own, draw.choice((0.1, 0.5, 0.9)))
+        kept = [draw.random() < share for _ in range(structure.size)]
+        kept[draw.randrange(structure.size)] = True
+        mask[structure.span] = torch.tensor(kept)
+    if kind == "empty":
+        mask[draw.choice(space.structures).span] = False
+    return mask
+
+
+@torch.no_grad()
+def model_folder(draw, folder, values, family, dtype):
+    """Writes a model with biases and norms of its own; its config.json may be spoiled afterwards."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    if draw.random() < 0.15:
+        path = folder / "config.json"
+        content = json.loads(path.read_text())
+        content["rope_parameters"] |= draw.choice(ODD_ROPE)
+        path.write_text(json.dumps(content))
+
+
+def run_case(seed, number, folder):
+    """What became of it: `cut`, `cut twice`, or `refused: ` and why; raises what no case may raise."""
+    draw = random.Random(f"cuts {seed} {number}")
+    torch.manual_seed(draw.randrange(2**31))
+    family, name = draw.choice(list(FAMILIES)), draw.choice(space_names())
+    dtype, attention = draw.choice((torch.float32, torch.bfloat16)), draw.choice(("sdpa", "sdpa", "eager"))
+    values = settings(draw, family)
+    try:
+        model_folder(draw, folder / "whole", values, family, dtype)
+    except Exception as error:  # what transformers itself cannot build
+        return f"no model: {type(error).__name__}"
+    cuts, kept = 0, None
+    try:
+        cut = read_model(folder / "whole", dtype)
+        for again in range(2 if draw.random() < 0.3 else 1):
+            space = MaskSpace.from_config(cut.config, name)
+            mask = mask_of(draw, space)
+            cut, cuts = cut_model(cut, space, mask), again + 1
+            kept = composed(kept, space.kept_indices(mask))
+    except InputError as error:
+        one_sentence(error)
+        if cuts == 0:
+            return f"refused: {reason(error)}"
+    except ValueError as error:
+        one_sentence(error)
+        if "would keep none of its" not in str(error):
+            raise
+        if cuts == 0:
+            return "refused: a structure would keep nothing"
+    truth = zeroed(read_model(folder / "whole", torch.float32).double(), kept)
+    save_model(cut, folder / "cut")
+    for wanted in {torch.float32, dtype}:
+        compare(draw, read_model(folder / "cut", wanted), truth, attention, TOLERANCE[wanted])
+    compare(draw, cut, truth, attention, TOLERANCE[dtype])
+    try:
+        architecture_of(cut.config if isinstance(cut.config, ATPLlamaConfig) else None, "the model")
+    except InputError as error:
+        one_sentence(error)
+    return "cut twice" if cuts == 2 else "cut"
+
+
+def composed(first, second):
+    """The decisions of the whole model that two cuts keep, each a dictionary per layer."""
+    if first is None:
+        return second
+    return [
+        {name: [before[name][i] for i in positions] for name, positions in after.items()}
+        for before, after in zip(first, second, strict=True)
+    ]
+
+
+def one_sentence(error):
+    assert "\n" not in str(error) and 10 < len(str(error)) <= 1000, str(error)
+
+
+def reason(error):
+    """The kind of a refusal: its words without names, numbers and values."""
+    for kind in (
+        "then rotates", "not finite", "cannot be computed", "rope_type in rope_parameters", "one for all layers",
+        "does not fit model family", "is cut already", "make it a multiple", "head_dim is", "cannot load the model",
+    ):  # fmt: skip
+        if kind in str(error):
+            return kind
+    return str(error)
+
+
+@torch.no_grad()
+def compare(draw, model, truth, attention, tolerance):
+    """Logits of texts short and long, and tokens with and without a cache; a tie within rounding ends the latter."""
+    model.set_attn_implementation(attention)
+    truth.set_attn_implementation("sdpa")  # eager rounds to float32, in which the mask's float64 is infinite
+    narrow, vocab = tolerance > 0.01, truth.config.vocab_size
+    texts = [torch.randint(3, vocab, (2, length)) for length in (draw.randrange(1, 8), draw.randrange(17, 30), 3)]
+    for ids in texts:
+        near(model(ids).logits, truth(ids).logits, tolerance, f"{len(ids[0])} tokens")
+    if narrow:
+        return  # greedy tokens of rounded sums say nothing
+    prompt, options = texts[0].clone(), {"max_new_tokens": draw.choice((3, 12)), "do_sample": False}
+    shown = torch.ones_like(prompt)
+    if (padding := draw.randrange(len(prompt[0]))) and draw.random() < 0.5:
+        prompt[1, :padding] = shown[1, :padding] = 0
+    options |= {"attention_mask": shown, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    for cache in ({}, {"use_cache": False}):
+        found, expected = (one.generate(prompt, **options, **cache) for one in (model, truth))
+        for step, (logits, right) in enumerate(zip(found.logits, expected.logits, strict=True)):
+            near(logits, right, 4 * tolerance, f"token {step} of an answer, {cache or 'with a cache'}")
+            if not torch.equal(logits.argmax(-1), right.argmax(-1)):
+                top = right.topk(2).values
+                assert (top[:, 0] - top[:, 1]).min() <= 8 * tolerance * right.abs().max(), "another token"
+                break
+
+
+def near(found, truth, tolerance, what):
+    error, most = (found.double() - truth.double()).abs().max(), truth.abs().max()
+    assert error <= tolerance * max(most, 1e-3), f"logits of {what} are off by {error:.2e} of {most:.2e}"
+
+
+def main():
+    """Runs the cases and prints what became of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, help="this one alone")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    counts = Counter()
+    for number in range(options.cases) if options.case is None else [options.case]:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                outcome = run_case(options.seed, number, Path(folder))
+            except Exception as error:
+                outcome = "FAILED"
+                told = "".join(traceback.format_exception(error, limit=None if options.case is not None else -3))
+                print(f"--seed {options.seed} --case {number}: {told}", flush=True)
+        counts[outcome] += 1
+    print(f"seed {options.seed}: {counts.total()} cases")
+    for outcome, count in sorted(counts.items()):
+        print(f"{count:6} {outcome}")
+    sys.exit(counts["FAILED"] > 0)
+
+
+if __name__ == "__main__":
+    main()
