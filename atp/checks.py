@@ -16,7 +16,6 @@ from atp.decide.rules import width_rules
 from atp.decide.uniform import equal_counts, half_block, require_equal_layers, share_of
 from atp.errors import InputError, quote, shorten
 from atp.loading import RunData, check_length
-from atp.models.base import FORMS
 from atp.presets import PRESETS
 from atp.spaces.space import MaskSpace
 from atp.training_config import ENOUGH_SCORED
@@ -132,6 +131,8 @@ def base_remark(config: ATPConfig) -> list[str]:
     """A sentence on what `model.load_in` does to the run's figures; none without it."""
     if config.model.load_in is None:
         return []
+    from atp.models.base import FORMS  # which imports the classes of models, and that takes seconds
+
     return [
         f"decoder linears are held as {FORMS[config.model.load_in].says}: scores of the original and the certificate "
         "are of these weights"
@@ -211,8 +212,30 @@ def outline(config: ATPConfig, model: PreTrainedModel, data: RunData) -> list[st
 
 def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     """One sentence per setting that asks for more than the data hold; the run continues with what there is."""
+    evaluation, test = config.evaluation, data.splits.test
+    found = [
+        f"{key} is {count}, but there are only {there} {what}"
+        for key, count, what, there in _asked(config, data)
+        if count > there
+    ]
+    held = set(values(test, "label")) if config.data.labels else set()
+    unused = [label for label in config.data.labels if label not in held]
+    if unused:
+        found.append(f"no test example has the label {shorten(' or '.join(unused))} of data.labels")
+    if evaluation.answers and not (evaluation.questions and any(task.labels for task in data.splits.tasks)):
+        found.append("evaluation.answers is true, but no task with labels is scored")
+    return found
+
+
+def within_data(config: ATPConfig, data: RunData) -> dict[str, int]:
+    """The settings, by key, that ask for more than the data hold, with what these hold."""
+    asked = sorted(_asked(config, data), key=lambda one: -one[3])  # of several tasks the one with fewest questions
+    return {key: there for key, count, _, there in asked if count > there}
+
+
+def _asked(config: ATPConfig, data: RunData) -> list[tuple[str, int, str, int]]:
+    """(key, its value, of what, how much of it the data hold) of the settings that ask for held-out data."""
     evaluation, decisions = config.evaluation, config.deciding
-    test = data.splits.test
     asked = [
         ("evaluation.windows", evaluation.windows, "test windows", len(data.test)),
         ("decisions.refit_windows", decisions.refit_windows, "calibration samples", len(data.calibration)),
@@ -224,18 +247,9 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     for task in data.splits.tasks:
         if not (task.labels or evaluation.generate):
             continue  # free text is scored on demand
-        held_out = values(test, "task").count(task.name)
+        held_out = values(data.splits.test, "task").count(task.name)
         asked.append(("evaluation.questions", evaluation.questions, f"test examples of {task.name}", held_out))
-    found = [
-        f"{key} is {count}, but there are only {there} {what}" for key, count, what, there in asked if count > there
-    ]
-    held = set(values(test, "label")) if config.data.labels else set()
-    unused = [label for label in config.data.labels if label not in held]
-    if unused:
-        found.append(f"no test example has the label {shorten(' or '.join(unused))} of data.labels")
-    if evaluation.answers and not (evaluation.questions and any(task.labels for task in data.splits.tasks)):
-        found.append("evaluation.answers is true, but no task with labels is scored")
-    return found
+    return asked
 
 
 def steps_per_epoch(config: ATPConfig, samples: int, count: int) -> float:
@@ -273,13 +287,23 @@ def rereads(config: ATPConfig, epoch: float) -> list[str]:
     epoch: `steps_per_epoch`.
     """
     total = config.training.total
-    if total <= _OFTEN * epoch or config.training.keep_best:
+    if not reads_often(config, epoch):
         return []
-    every = f"evaluation.every={max(total // _SCORES, 1)} " if config.evaluation.every is None else ""
+    every = f"evaluation.every={scored_every(config)} " if config.evaluation.every is None else ""
     return [
         f"each training sample is read {total / epoch:.1f} times, and a model that learns them by heart gets worse on "
         f"other text: take fewer steps, or set {every}training.keep_best=true to end with the best adapter on the way"
     ]
+
+
+def reads_often(config: ATPConfig, epoch: float) -> bool:
+    """Whether a run that ends with its last adapter reads samples so often that it may learn them by heart."""
+    return config.training.total > _OFTEN * epoch and not config.training.keep_best
+
+
+def scored_every(config: ATPConfig) -> int:
+    """`evaluation.every` that is advised where a run ends with its best adapter."""
+    return max(config.training.total // _SCORES, 1)
 
 
 def less_memory(config: ATPConfig) -> str:

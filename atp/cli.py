@@ -45,7 +45,7 @@ app = typer.Typer(
 
 # Under a launcher, only the main process runs these.
 _ONE_PROCESS = ("plan", "config", "eval", "export", "chat", "report", "push", "env", "init", "runs", "watch")
-_LONG = ("train", "plan", "demo", "eval", "compare", "experiment", "sweep", "export", "chat")
+_LONG = ("init", "train", "plan", "demo", "eval", "compare", "experiment", "sweep", "export", "chat")
 
 
 def _version(wanted: bool) -> None:
@@ -99,40 +99,6 @@ def train(
     run = Run(settings, resume=resume, command=_command(), say=console.print, outlined=True, profile=profile)
     show(run.execute(), console)
     console.print(f"report: {Path(settings.output_dir) / 'report.html'}")
-
-
-@app.command()
-def plan(
-    config: Annotated[Path, typer.Argument(help="YAML config.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Time one layer on this machine, for seconds.")] = False,
-    processes: Annotated[int | None, typer.Option(min=1, help="Plan for so many, each on its own device.")] = None,
-    device: Annotated[str | None, typer.Option(help="Plan for cpu or cuda; default: what is here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Say what a run will do and cost (size, memory, operations, time, data), without the model's weights.
-
-    Example: atp plan examples/health-mini.yaml decisions.target_keep=0.7 --probe
-    """
-    from atp.early import load_config
-
-    settings = load_config(config, overrides)
-
-    from atp.plan import make_plan
-    from atp.plan.data import refused
-    from atp.plan.page import page
-
-    found = make_plan(settings, probe=probe, count=processes, device=device)
-    progress.end()
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        for part in page(found):
-            console.print(part)
-    if problem := refused(found["data"]):
-        raise InputError(problem)
 
 
 @app.command()
@@ -314,6 +280,7 @@ def sweep(
 app.add_typer(cli_config.config, name="config")
 
 app.command()(cli_config.init)
+app.command()(cli_config.plan)
 app.command("eval")(results.evaluate)
 for command in (results.runs, results.watch, results.report, results.export, results.chat, results.push, results.env):
     app.command()(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,15 @@ _ANSWERED = (
     ("prompt and completion", "completion"),
 )  # shapes with a column for it
 _MOST_LABELS = 20
+_NUMBER = re.compile(r"[-+]?[0-9.,]+")
+_FEW = 0.1  # of the rows: as many may lack what the others have
 
 
 @dataclass
 class Columns:
     """shape: what rows are read as. columns, labels, label_names: those keys of `data`, where they are needed.
 
-    remarks: sentences on a column of classes.
+    remarks: sentences on a column of classes. sure: whether names say it; else it was guessed by what columns hold.
     """
 
     shape: str
@@ -33,38 +36,48 @@ class Columns:
     labels: Sequence[str] = ()
     label_names: Sequence[str] = ()
     remarks: list[str] = field(default_factory=list)
+    sure: bool = True
+
+
+def given_columns(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Columns:
+    """What columns that the user has named hold: the shape, and a few classes among the answers."""
+    shape = _shape(list(columns)) or "prompt and completion"
+    answers = next((columns[name] for of, name in _ANSWERED if of == shape and name in columns), None)
+    labels, label_names = ((), ()) if answers is None else _classes([_value(row, answers) for row in rows])
+    return Columns(shape, columns, labels, label_names)
 
 
 def guess_columns(rows: Sequence[dict[str, Any]]) -> Columns:
-    """Raises `InputError` where no name tells what a column holds.
+    """Raises `InputError` where no column holds text.
 
     A column that says which of a few classes a text is of is what a model learns to answer.
     """
-    named = list(dict.fromkeys(name for row in rows for name in row))
-    shape, column = _shape(named), _class_column(rows[0], named)
+    named, typical = _usual(rows)
+    shape, column = _shape(named), _class_column(typical, named)
     labels, label_names = _classes([row.get(column) for row in rows]) if column else ((), ())
     classed = bool(labels or label_names)
     if shape and classed and (shape, column) in _ANSWERED:
         return Columns(shape, {}, labels, label_names)
-    columns = {} if shape else _guessed(rows[0], [name for name in named if not (classed and name == column)])
+    rest = [name for name in named if not (classed and name == column)]
+    columns, sure = ({}, True) if shape else _guessed(rows, typical, rest)
     shape = shape or ("text" if "text" in columns else "prompt and completion")
     if shape == "text":
         text = columns.get("text", "text")
     elif shape == "prompt and completion" and "prompt" in named and "completion" not in named:
         text = "prompt"
     else:
-        return Columns(shape, columns)
+        return Columns(shape, columns, sure=sure)
     if column is None or column == text:
-        return Columns(shape, columns)
+        return Columns(shape, columns, sure=sure)
     answered = {"prompt": text, "completion": column}
     if classed:
         said = "the model learns to give a text's class; without that column it learns the texts alone"
-        return Columns("prompt and completion", answered, labels, label_names, [said])
+        return Columns("prompt and completion", answered, labels, label_names, [said], sure)
     said = (
         f"column {column} is not read, as it does not hold a few classes in these rows; for a model that learns to "
         f"give them set data.columns to {{prompt: {text}, completion: {column}}}"
     )
-    return Columns(shape, columns, remarks=[said])
+    return Columns(shape, columns, remarks=[said], sure=sure)
 
 
 def labels_of(answers: Sequence[str]) -> list[str]:
@@ -94,9 +107,31 @@ def _class_column(row: dict[str, Any], named: Sequence[str]) -> str | None:
     return by_name[found] if found else None
 
 
-def _guessed(row: dict[str, Any], named: Sequence[str]) -> dict[str, str]:
-    """`data.columns` for columns of other names. Raises `InputError` where no name tells what it holds."""
-    texts = [name for name in named if isinstance(row.get(name), str)]
+def _usual(rows: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """The names that most rows have, and for each its first value that is none of nothing."""
+    counts = Counter(name for row in rows for name in row)
+    named = [name for name in counts if 2 * counts[name] > len(rows)] or list(counts)
+    typical = {name: next((row[name] for row in rows if row.get(name) not in (None, "")), None) for name in named}
+    return named, typical
+
+
+def _value(row: dict[str, Any], column: str) -> Any:
+    """The value of a column, in which a dot leads into a record; None if there is none."""
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _guessed(
+    rows: Sequence[dict[str, Any]], typical: dict[str, Any], named: Sequence[str]
+) -> tuple[dict[str, str], bool]:
+    """`data.columns` for columns of other names, and whether these say what they hold.
+
+    Raises `InputError` where no column holds text.
+    """
+    # A CSV file holds numbers as text.
+    texts = [name for name in named if isinstance(typical[name], str) and not _NUMBER.fullmatch(typical[name].strip())]
     by_name = {name.lower(): name for name in reversed(texts)}
     prompt, completion, text = (
         next((by_name[name] for name in names if name in by_name), None) for names in (_PROMPT, _COMPLETION, _TEXT)
@@ -104,17 +139,29 @@ def _guessed(row: dict[str, Any], named: Sequence[str]) -> dict[str, str]:
     if prompt is None and "question" in by_name:
         prompt = by_name["question"]
     if prompt and completion and prompt != completion:
-        return {"prompt": prompt, "completion": completion}
+        return {"prompt": prompt, "completion": completion}, True
     if text or len(texts) == 1:
-        return {"text": text or texts[0]}
-    raise InputError(
-        f"none of the columns {shorten(', '.join(named))} is known: say what they hold in a config with data.columns, "
-        "as {prompt: COLUMN, completion: COLUMN} or {text: COLUMN}"
-    )
+        return {"text": text or texts[0]}, True
+    if not texts:
+        raise InputError(
+            f"none of the columns {shorten(', '.join(named))} is known, and none holds text: say what they hold with "
+            "--columns prompt=COLUMN,completion=COLUMN or --columns text=COLUMN"
+        )
+    if len(texts) == 2:
+        return dict(zip(("prompt", "completion"), texts, strict=True)), False
+    lengths = {name: sum(len(row[name]) for row in rows if isinstance(row.get(name), str)) for name in texts}
+    return {"text": max(texts, key=lengths.__getitem__)}, False
 
 
 def _classes(values: Sequence[Any]) -> tuple[Sequence[str], Sequence[str]]:
-    """The labels in a column, or names for its numbers; neither where it is not of a few classes."""
+    """The labels in a column, or names for its numbers; neither where it is not of a few classes.
+
+    A few rows may lack one.
+    """
+    every = len(values)
+    values = [value for value in values if value is not None and str(value).strip()]
+    if every - len(values) > _FEW * every:
+        return (), ()
     plain = all(type(value) is int or isinstance(value, str) for value in values)
     labels = labels_of([str(value).strip() for value in values]) if plain else []
     numbers = [int(label) for label in labels if label.isdecimal()]

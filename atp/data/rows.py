@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,6 +18,40 @@ Bad = Callable[[InputError], None]
 def stop(error: InputError) -> None:
     """The `Bad` that ends the reading."""
     raise error
+
+
+class BadRows:
+    """Rows that cannot be used, by what is wrong with them: a `Bad` that leaves them out and counts them."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, list[str]] = defaultdict(list)
+        """What is wrong, without the values that differ from row to row -> the sentence on each such row."""
+
+    def __call__(self, error: InputError) -> None:
+        where, _, why = str(error).partition(": ")
+        kind = re.sub(r" holds .*, not ", " holds no ", why)
+        kind = re.sub(r"^label '.*' is not", "a label that is not", kind)
+        kind = re.sub(r"^neither column .*", "no column of a known name", kind)
+        self.kinds[shorten(re.split(r" \(|;", kind)[0], 80)].append(f"{_in_short(where)}: {why}")
+
+    def __len__(self) -> int:
+        return sum(map(len, self.kinds.values()))
+
+    @property
+    def most(self) -> str:
+        """The most frequent kind."""
+        return max(self.kinds, key=lambda kind: len(self.kinds[kind]))
+
+    def examples(self, count: int) -> list[str]:
+        """So many sentences, of all kinds in turn, the most frequent kind first."""
+        columns = sorted(self.kinds.values(), key=len, reverse=True)
+        turns = (found[place] for place in range(count) for found in columns if place < len(found))
+        return list(islice(turns, count))
+
+
+def _in_short(where: str) -> str:
+    """`FILE:7` for `FILE, line 7`, as editors and terminals open it."""
+    return re.sub(r", line (\d+)$", r":\1", where)
 
 
 @dataclass(frozen=True)

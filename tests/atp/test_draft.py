@@ -9,11 +9,14 @@ import yaml
 from tiny_inputs import WORDS, tiny_config
 
 from atp.cli import main
+from atp.cli_config import _ask
+from atp.columns import Columns
 from atp.config import ATPConfig
 from atp.data.examples import values
-from atp.draft import draft
+from atp.draft import UnusableRows, draft
 from atp.errors import InputError
 from atp.loading import load_data, load_tokenizer
+from atp.plan import make_plan
 
 TEXT = " ".join(WORDS[:8])
 TURN = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "yes"}]
@@ -98,7 +101,7 @@ def test_what_it_writes_can_be_trained_on(model, tmp_path, case):
     assert (settings.data.columns, list(settings.data.label_names)) == (columns, names)
     assert list(settings.data.labels) == ([] if names else labels)
     assert settings.data.packing == ("joined" if case in TEXTS else "padded")
-    assert settings.evaluation.questions == (100 if labels else 0)
+    assert settings.evaluation.questions == (12 if labels else 0), "a fifth of 60 documents is held out"
     assert any("labels are numbers" in line for line in made.remarks) == bool(names)
     assert any("to give a text's class" in line for line in made.remarks) == (
         case in ("classes", "stars", "numbered targets", "prompts with classes")
@@ -158,14 +161,117 @@ def test_a_part_of_the_rows_promises_no_epochs(model, tmp_path):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"x": TEXT, "y": TEXT}, "none of the columns x, y is known"),
+        ({"x": 1, "y": "2.5"}, "none of the columns x, y is known"),
         ({"x": 1}, "none of the columns x is known"),
         ({"text": ""}, "no text"),
+        ({"x": TEXT}, "59 of 60 examples repeat another's document"),
     ],
 )
 def test_data_that_mean_nothing_are_refused(model, tmp_path, row, sentence):
     with pytest.raises(InputError, match=sentence):
         draft(model, rows(tmp_path, lambda n: row))
+
+
+def drafted(model, data, *overrides, **options):
+    """The config that is written, with the draft it is in."""
+    made = draft(model, data, overrides=overrides, **options)
+    return ATPConfig.parse(yaml.safe_load(made.text)), made
+
+
+def talk(number):
+    return {"messages": [{"role": "user", "content": numbered(number)}, TURN[1]]}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda n: {"text": numbered(n)}, CASES["labels"][0], CASES["classes"][0], CASES["pairs"][0], CASES["stars"][0],
+     talk],
+)  # fmt: skip
+@pytest.mark.parametrize("copies", [0, 20])
+def test_what_it_writes_leaves_a_plan_nothing_to_advise(model, tmp_path, make, copies):
+    """Near-duplicates leave fewer samples than rows, so only the splits of the run say how often it reads them."""
+    path = rows(tmp_path, lambda n: make(n - copies if n >= 60 else n), 60 + copies)
+    settings, made = drafted(model, path)
+    found = make_plan(settings)["data"]
+    # What remains says what follows from few tokens with a loss, and that is no setting.
+    assert [line for line in found["shortfalls"] if "a step learns from" not in line] == []
+    assert f"steps: {settings.training.steps} # about {found['epochs']:.2f} times through these data" in made.text
+
+
+def test_few_rows_that_cannot_be_used_are_left_out_and_told(model, tmp_path):
+    path = Path(rows(tmp_path, lambda n: {"text": numbered(n)}))
+    good = path.read_bytes().splitlines()
+    bad = [b'{"text": ', b"[1]", b'{"text": null}', b'{"txt": "a"}', b'{"text": "caf\xe9"}', b'{"text": " "}']
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join([*good[:20], b"", *bad, *good[20:]]))
+    settings, made = drafted(model, str(path))
+    assert settings.data.on_error == "skip" and "6 rows cannot be used" in made.text
+    assert len(made.bad) == len(made.bad.kinds) == 6 and "by all 60 rows that can be used, of 66" in made.remarks[0]
+    told = sorted(made.bad.examples(10))
+    assert [line.partition(": ")[0].rpartition(":")[2] for line in told] == [str(place) for place in range(22, 28)]
+    assert len(load_data(settings, load_tokenizer(settings.model)).splits.skipped) == 6
+
+
+def test_many_rows_that_cannot_be_used_are_told_and_nothing_is_written(model, tmp_path, monkeypatch, capsys):
+    path = Path(rows(tmp_path, lambda n: {"text": numbered(n)} if n % 3 else {"txt": "a"}))
+    with pytest.raises(UnusableRows, match=r"20 of 60 rows cannot be used \(most often: no column of a known name\)"):
+        draft(model, str(path))
+    out = tmp_path / "mine.yaml"
+    monkeypatch.setattr(sys, "argv", ["atp", "init", model, str(path), "--out", str(out)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    shown, told = capsys.readouterr()
+    assert done.value.code == 2 and told.count("\n") == 1 and not out.exists()
+    assert "20     no column of a known name" in shown
+    assert shown.count(f"{path.name}:") == 10
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_a_class_column_with_a_few_empty_cells_is_one(model, tmp_path, empty):
+    path = rows(tmp_path, lambda n: {"body": numbered(n), "topic": empty if n in (7, 30) else ["sport", "news"][n % 2]})
+    settings, made = drafted(model, path)
+    assert settings.data.columns == {"prompt": "body", "completion": "topic"}
+    assert settings.data.labels == ("news", "sport") and settings.data.on_error == "skip"
+    assert [line.partition(": ")[0] for line in made.bad.examples(10)] == [f"{path}:8", f"{path}:31"]
+
+
+def test_columns_that_are_given_say_what_they_hold(model, tmp_path):
+    path = rows(tmp_path, lambda n: {"a": {"b": numbered(n)}, "c": ["yes", "no"][n % 2], "text": "x"})
+    wanted = {"prompt": "a.b", "completion": "c"}
+    for settings, _ in (
+        drafted(model, path, columns=wanted),
+        drafted(model, path, "data.columns={prompt: a.b, completion: c}"),
+    ):
+        assert settings.data.columns == wanted and settings.data.labels == ("no", "yes")
+        assert len(load_data(settings, load_tokenizer(settings.model)).train) > 0
+
+
+def test_unknown_names_are_guessed_and_the_guess_is_shown(model, tmp_path):
+    path = rows(tmp_path, lambda n: {"nr": str(n), "Frage": numbered(n), "Antwort": numbered(n + 3)})
+    settings, made = drafted(model, path)
+    assert settings.data.columns == {"prompt": "Frage", "completion": "Antwort"}
+    assert any("a guess, since no name is known" in line for line in made.remarks)
+    settings, made = drafted(model, path, ask=lambda guess, named: {"text": named[1]})
+    assert settings.data.columns == {"text": "Frage"} and not any("a guess" in line for line in made.remarks)
+
+
+def test_at_a_terminal_it_asks_until_the_columns_exist(monkeypatch, capsys):
+    answers = iter(["Frage", "text=x", "prompt=Frage, completion=Antwort"])
+    monkeypatch.setattr("typer.prompt", lambda text, default: next(answers))
+    guess = Columns("text", {"text": "Frage"}, sure=False)
+    assert _ask(guess, ["Frage", "Antwort"]) == {"prompt": "Frage", "completion": "Antwort"}
+    assert "is not of the form" in (shown := capsys.readouterr().out) and "there is no column x" in shown
+
+
+def test_overrides_win_and_are_written(model, tmp_path):
+    path = rows(tmp_path, lambda n: {"text": numbered(n)})
+    asked = ("training.steps=5", "lora.r=4", "decisions.target_keep=0.7", "evaluation.windows=50", "seed=3")
+    settings, made = drafted(model, path, *asked)
+    assert (settings.training.steps, settings.lora.r, settings.decisions.target_keep) == (5, 4, 0.7)
+    assert settings.evaluation.windows == 50 and settings.seed == 3 and not settings.training.keep_best
+    assert "about" in made.text.partition("steps: 5")[2].partition("\n")[0]
+    for wrong, sentence in (("data.train=x.jsonl", "argument DATA"), ("training.stepps=3", "did you mean 'steps'")):
+        with pytest.raises(InputError, match=sentence):
+            draft(model, path, overrides=[wrong])
 
 
 def test_the_command_writes_once(model, tmp_path, monkeypatch, capsys):
@@ -177,6 +283,8 @@ def test_the_command_writes_once(model, tmp_path, monkeypatch, capsys):
             main()
         return done.value.code, *capsys.readouterr()
 
+    code, _, told = init("--columns", "prompt,completion=a")
+    assert code == 2 and "--columns 'prompt,completion=a' is not of the form" in told and not out.exists()
     code, _, told = init("--keep", "1.5")
     assert code == 2 and "--keep is a share of the decoder, so 1.5 is none" in told and not out.exists()
     code, shown, _ = init()
