@@ -184,6 +184,8 @@ def remarks(config: ATPConfig, shapes: PretrainedConfig, data: RunData) -> list[
 
 def outline(config: ATPConfig, model: PreTrainedModel, data: RunData) -> list[str]:
     """What a run will do, in a few lines; the folder has all settings."""
+    from atp.models.base import FORMS
+
     training, decisions, evaluation = config.training, config.deciding, config.evaluation
     kind, count = model.config.model_type, sum(p.numel() for p in model.parameters())
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")

@@ -7,7 +7,6 @@ has gone.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys

@@ -88,9 +88,7 @@ def check_rope(config: PretrainedConfig) -> None:
     pairs = family_of(config).head_dim(whole) // 2
     if any(len(values) != pairs for values in frequencies):
         counts = " and ".join(dict.fromkeys(str(len(values)) for values in frequencies))
-        remedy = (
-            f"type {kind} then rotates {counts} of {pairs} pairs of a head, not all: correct it"
-        )
+        remedy = f"type {kind} then rotates {counts} of {pairs} pairs of a head, not all: correct it"
         _refuse("rope_parameters", whole.rope_parameters, remedy)
     if not finite:
         _refuse("rope_parameters", whole.rope_parameters, f"angles of type {kind} are then not finite: correct it")

@@ -103,7 +103,10 @@ def settings(draw, family):
         values["no_rope_layers"] = [draw.choice((0, 1)) for _ in range(layers)]
     if family == "granite":
         values |= {
-            "residual_multiplier": 0.3, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.5
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.4,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 0.5,
         }
     return values
 
