@@ -45,11 +45,13 @@ def main_metric(summary: Mapping[str, Any], task: str) -> str:
 def effects(summary: Mapping[str, Any]) -> list[str]:
     """What tuning alone does to each main score, and what the cut does beside it; or how to find out.
 
-    Empty for a method that ATP is compared with: its dense model is another run of the comparison.
+    Empty for a method that ATP is compared with, whose dense model is another run of the comparison, and for the scores
+    of one model.
     """
-    if "method" in summary or not {"original", "final"} <= (summary.get("perplexity") or {}).keys():
+    perplexity = summary.get("perplexity")
+    if "method" in summary or not isinstance(perplexity, Mapping) or not {"original", "final"} <= perplexity.keys():
         return []
-    dense = "tuned_dense" if "tuned_dense" in summary["perplexity"] else "recorded_dense"
+    dense = "tuned_dense" if "tuned_dense" in perplexity else "recorded_dense"
     shown = columns(summary)
     if dense not in shown:
         return [
