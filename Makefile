@@ -4,7 +4,7 @@
 #   make lint    ruff, mypy, bandit, forbidden code make clean   remove builds and the virtual environment
 #   make wheel   a wheel with the extension, in dist/
 #   make docs    the documentation as a site, in build/site
-#   make fuzz    8,400 broken inputs, 40 odd runs   make chaos   kills, signals, other faults, damage
+#   make fuzz    8,400 broken inputs, 40 runs, 40 cuts   make chaos   kills, signals, other faults, damage
 #   make soak    2,000 steps: is anything left behind, does memory grow?
 #   make audit   known weaknesses of dependencies   make sanitize   the C++ under sanitizers
 # docs/reliability.md describes fuzz, chaos, soak and sanitize; SECURITY.md describes audit.
@@ -39,6 +39,7 @@ fuzz: $(VENV)/.package
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_inputs.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_kernels.py
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/fuzz/fuzz_runs.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/fuzz/fuzz_cuts.py
 
 chaos: $(VENV)/.package
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/chaos --record
