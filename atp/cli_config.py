@@ -140,7 +140,10 @@ def init(
 def plan(
     config: Annotated[Path, typer.Argument(help="YAML config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Time one layer on this machine, for seconds.")] = False,
+    probe: Annotated[
+        bool | None,
+        typer.Option("--probe/--no-probe", help="Time some layers for seconds, or none; default: one step of one."),
+    ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Plan for so many, each on its own device.")] = None,
     device: Annotated[str | None, typer.Option(help="Plan for cpu or cuda; default: what is here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,6 +32,29 @@ def slow_kernels() -> str | None:
     reason = atp_kernels.available_backends()["native"]
     unwanted = os.environ.get("ATP_BUILD") == "0" or (reason is not None and "ATP_BUILD=0 says so" in reason)
     return None if unwanted else reason
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that a process may still take on this machine, on `cuda` of its GPU; None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    known = [size for size in (_available(), _of_cgroup()) if size is not None]
+    return min(known, default=None)
+
+
+def _available() -> int | None:
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    return None
+
+
+def _of_cgroup() -> int | None:
+    """What a container's limit leaves."""
+    with suppress(OSError, ValueError):  # no limit is the word `max`
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+        return max(limit - used, 0)
+    return None
 
 
 def device_name() -> str:

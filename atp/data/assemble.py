@@ -124,6 +124,7 @@ def assemble(
         ),
         tasks=tuple(tasks),
         validation=settled(validation),
+        near_duplicates=removed,
     )
 
 

@@ -23,7 +23,7 @@ class Splits:
     """The disjoint parts of a data set: three, and a fourth where training is watched on a validation split.
 
     description: one sentence for the report. tasks: how answers in the examples are scored, if any. skipped: a sentence
-    on each row that could not be used.
+    on each row that could not be used. near_duplicates: documents that were left out for being like held-out ones.
     Raises `InputError` when a part is empty or when two parts share a document.
     """
 
@@ -34,6 +34,7 @@ class Splits:
     tasks: tuple[Task, ...] = ()
     validation: Sequence[Example] = field(default_factory=list)
     skipped: tuple[str, ...] = ()
+    near_duplicates: int = 0
 
     def __post_init__(self) -> None:
         for name in SPLITS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
@@ -17,8 +17,10 @@ from atp.config import ATPConfig
 from atp.data import Splits
 from atp.data.batches import IGNORE
 from atp.data.encoding import encode, start_ids
+from atp.data.rows import BadRows
 from atp.data.tokens import Pieces
 from atp.ending import ending
+from atp.errors import InputError
 from atp.loading import RunData, averages, check_packages, load_data, load_tokenizer
 from atp.plan.job import Questions
 from atp.scored_tasks import check_tasks
@@ -62,6 +64,7 @@ def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
         "samples": _samples(data.splits),
         "lengths": _lengths(data, tokenizer),
         "longer_than_a_window": train.longer,
+        "left_out": {"rows": _kinds(data.splits.skipped), "near_duplicates": data.splits.near_duplicates},
         "windows": {name: len(samples) for name, samples in data.read_in_training.items()} | {"test": len(data.test)},
         "tokens_per_epoch": round(sample * len(train)),
         "tokens_per_window": sample,
@@ -76,6 +79,14 @@ def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
 
 def _samples(splits: Splits) -> dict[str, int]:
     return {name: len(getattr(splits, name)) for name in splits.parts}
+
+
+def _kinds(skipped: Sequence[str]) -> dict[str, int]:
+    """The rows that cannot be used, by what is wrong with them."""
+    bad = BadRows()
+    for sentence in skipped:
+        bad(InputError(sentence))
+    return {kind: len(found) for kind, found in bad.kinds.items()}
 
 
 def _lengths(data: RunData, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:

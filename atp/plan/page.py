@@ -32,13 +32,34 @@ def page(plan: dict[str, Any]) -> Iterator[RenderableType]:
         yield decisions["latency"]["description"]
     yield _parameters(plan)
     yield _widths(plan)
-    yield _memory(plan["memory"], count)
+    yield _in_short(plan)
+    yield _memory(plan, count)
     yield _cost(plan, count)
     if plan["exchange"]:
         yield _exchange(plan["exchange"])
     yield from _data(plan["data"])
     yield _exports(plan["exports"])
     yield from plan["remarks"]
+
+
+def _in_short(plan: dict[str, Any]) -> str:
+    """The three figures that decide whether a run is started."""
+    several = each(plan["model"]["processes"])
+    found = [f"at most {size(max(row['bytes'] for row in plan['memory']))} of memory{several}{_free(plan)}"]
+    if plan["flops_per_second"] is not None:
+        seconds = sum(row["seconds"] for row in plan["cost"])
+        found.insert(0, f"about {duration(seconds)} here, {_probed(plan)}")
+    if "epochs" in plan["data"]:
+        found.append(f"{plan['data']['epochs']:.2f} epochs")
+    return f"In short: {'; '.join(found)}"
+
+
+def _free(plan: dict[str, Any]) -> str:
+    return "" if plan["free_memory"] is None else f", of {size(plan['free_memory'])} that are free here"
+
+
+def _probed(plan: dict[str, Any]) -> str:
+    return "by one step of a layer (--probe is closer)" if plan["quick_probe"] else "by a probe of a few layers"
 
 
 def size(count: float) -> str:
@@ -91,7 +112,8 @@ def each(count: int) -> str:
     return " of each process" if count > 1 else ""
 
 
-def _memory(rows: list[dict[str, Any]], count: int) -> Table:
+def _memory(plan: dict[str, Any], count: int) -> Table:
+    rows = plan["memory"]
     table = _table(f"Memory{each(count)} at the peak of each part, without libraries", "part", "peak")
     table.add_column("which is")
     largest = max(row["bytes"] for row in rows)
@@ -112,7 +134,7 @@ def _exchange(rows: list[dict[str, Any]]) -> Table:
 
 def _cost(plan: dict[str, Any], count: int) -> Table:
     timed = plan["flops_per_second"] is not None
-    title = f"Steps, tokens and operations{each(count)}{', with times from a probe of a few layers' if timed else ''}"
+    title = f"Steps, tokens and operations{each(count)}{', with times ' + _probed(plan) if timed else ''}"
     table = _table(title, "part", "steps", "tokens", "TFLOP", *(["time"] if timed else []))
     rows = plan["cost"]
     total = {key: sum(row[key] or 0 for row in rows) for key in ("steps", "tokens", "flops", "seconds")}
@@ -132,6 +154,7 @@ def _data(data: dict[str, Any]) -> Iterator[RenderableType]:
                 f"median {lengths['median']:,.0f}, 95 % up to {lengths['percentile_95']:,}, longest {lengths['max']:,}"
             ),
             "longer than a window": f"{data['longer_than_a_window']:,}",
+            "left out": _left_out(data["left_out"]),
             "windows": ", ".join(f"{count:,} {name}" for name, count in windows.items()),
             "steps of an epoch": f"{data['steps_per_epoch']:,.1f}",
             "epochs of the run": f"{data['epochs']:.2f}",
@@ -147,6 +170,14 @@ def _data(data: dict[str, Any]) -> Iterator[RenderableType]:
         yield from data["shortfalls"]
     if data["problem"] is not None and refused(data) is None:  # a refusal comes last, as an error
         yield f"Data: {data['problem']}"
+
+
+def _left_out(found: dict[str, Any]) -> str:
+    rows = ", ".join(f"{count:,} {kind}" for kind, count in found["rows"].items())
+    parts = [f"{sum(found['rows'].values()):,} rows ({rows})"] if rows else []
+    if found["near_duplicates"]:
+        parts.append(f"{found['near_duplicates']:,} near-duplicates of held-out documents")
+    return ", ".join(parts) or "nothing"
 
 
 def _sample(pieces: list[dict[str, Any]]) -> Text:

@@ -14,24 +14,26 @@ from atp.checks import (
     check_base_alone,
     check_reachable,
     check_sharded,
+    less_memory,
     recipe,
     rereads,
     sharding_remark,
 )
 from atp.config import ATPConfig
+from atp.environment import free_memory
 from atp.errors import InputError, shorten
 from atp.families import family_of
 from atp.latency import with_time
 from atp.length import with_steps
 from atp.loading import check_prunable, load_shapes
-from atp.plan.cost import cost_of
+from atp.plan.cost import Flops, Row, cost_of
 from atp.plan.data import data_of
 from atp.plan.exchange import exchange_of
 from atp.plan.exports import reachable_exports
 from atp.plan.job import Job, Questions
 from atp.plan.memory import memory_of
-from atp.plan.page import each, size
-from atp.plan.probe import seconds_of, speeds
+from atp.plan.page import duration, each, size
+from atp.plan.probe import is_quick, seconds_of, speeds
 from atp.plan.shapes import ModelShapes
 from atp.targets import with_share
 from atp.training.callbacks import check_trackers
@@ -39,15 +41,28 @@ from atp.training.precision import autocast_dtype, with_precision
 from atp.training.validation import samples_scored
 
 _DEVICES = ("cpu", "cuda")
-_NOT_COUNTED = "Generated answers and checkpoints are in no figure."
+_NOT_COUNTED = (
+    "Generated answers, checkpoints and the timing of the models (three rounds or 20 seconds) are in no figure."
+)
+_KEPT_BY_ALLOCATOR = 1.25  # of the largest part (docs/plan.md)
+_LONG = 3600.0  # seconds from which the largest part is named
+# What makes a part shorter.
+_SHORTER = {
+    "score": "lower evaluation.windows or evaluation.questions", "refit": "lower decisions.refit_windows",
+    "score again": "lower evaluation.windows or evaluation.questions", "saliency": "lower decisions.saliency_windows",
+    "dense baseline": "set evaluation.dense_baseline=false", "validation": "raise evaluation.every",
+    "score dense": "set evaluation.dense_baseline=false",
+}  # fmt: skip
+_FEWER_STEPS = "lower training.steps or data.length, or set training.minutes to the time that you have"
 
 
 def make_plan(
-    config: ATPConfig, *, probe: bool = False, count: int | None = None, device: str | None = None
+    config: ATPConfig, *, probe: bool | None = False, count: int | None = None, device: str | None = None
 ) -> dict[str, Any]:
     """What `atp train` with this config will do and cost, without its weights; of several processes, what each will.
 
-    probe: also times a few steps of one layer on this machine. count: of processes, default that of now. device: the
+    probe: also times a few steps of some layers on this machine; None: one step of one layer, where that takes seconds
+    and the data are known. count: of processes, default that of now. device: the
     type of the one that each trains on, `cpu` or `cuda`, default that of this machine. Sizes are in bytes, times in
     seconds. Raises `InputError` for settings that `atp train` would refuse before the first step; what is wrong with
     the data is said in the section `data` instead.
@@ -85,9 +100,12 @@ def make_plan(
         calibrated=calibrated, scored=scored, questions=questions,
     )  # fmt: skip
     memory, rows = memory_of(job), cost_of(job)
-    if probe:
+    if probe is None and (device != here or "windows" not in data or not is_quick(job)):
+        probe = False
+    if probe is not False:
         progress.begin("timing a layer")
-    speed = speeds(job) if probe else None
+    speed = None if probe is False else speeds(job) if probe else speeds(job, 0.0, 1)
+    free = free_memory(device) if device == here else None
     return {
         "model": {
             "path": config.model.path,
@@ -119,6 +137,7 @@ def make_plan(
             for name, layers in shapes.space.by_name().items()
         },
         "memory": memory,
+        "free_memory": free,
         "cost": [
             {
                 "phase": row.phase,
@@ -130,12 +149,15 @@ def make_plan(
             for row in rows
         ],
         "exchange": exchange_of(job),
+        "quick_probe": probe is None,
         "flops_per_second": None if speed is None else {kind: rate for kind, rate in asdict(speed).items() if rate},
         "data": data,
         "exports": [reach._asdict() for reach in reachable_exports(config, found)],
         "remarks": [
             *([] if length is None else [f"{length['description']}."]),
             *_remarks(job, data),
+            *_too_large(job, memory, free),
+            *_too_long(rows, speed),
         ],
     }
 
@@ -185,6 +207,32 @@ def _remarks(job: Job, data: dict[str, Any]) -> list[str]:
         remarks.append("The memory of the dense baseline is not estimated.")
     more = [*recipe(config), *base_remark(config), *sharding_remark(config, job.count), *_offload_remark(job)]
     return [*remarks, *(line[0].upper() + line[1:] + "." for line in more), _NOT_COUNTED]
+
+
+def _too_large(job: Job, memory: list[dict[str, Any]], free: int | None) -> list[str]:
+    """What to change where the largest part does not fit into the memory of this machine."""
+    largest = max(memory, key=lambda row: row["bytes"])
+    needed = _KEPT_BY_ALLOCATOR * largest["bytes"] * (1 if job.device == "cuda" else job.count)
+    if free is None or needed <= free:
+        return []
+    every = f" in {job.count} processes" if job.device != "cuda" and job.count > 1 else ""
+    return [
+        f"Part {largest['phase']} takes about {size(needed)}{every}, a quarter of it for what an allocator keeps, and "
+        f"{size(free)} are free here: {less_memory(job.config)}."
+    ]
+
+
+def _too_long(rows: list[Row], speed: Flops | None) -> list[str]:
+    """What to change where a run takes hours."""
+    seconds = {} if speed is None else {row.phase: seconds_of(row, speed) for row in rows}
+    total = sum(seconds.values())
+    if total < _LONG:
+        return []
+    longest = max(seconds, key=seconds.__getitem__)
+    return [
+        f"Of {duration(total)}, part {longest} takes {seconds[longest] / total:.0%}: "
+        f"{_SHORTER.get(longest, _FEWER_STEPS)}."
+    ]
 
 
 def _offload_remark(job: Job) -> list[str]:

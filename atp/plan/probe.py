@@ -38,13 +38,22 @@ _SECONDS = 1.5  # for each speed
 _WORDS = 16  # the vocabulary of the layers that are timed: their head must cost nothing
 _ROWS = 512  # tokens of the head that is timed, at most
 _TOKENS, _WIDEST = 4096, 2048  # tokens and inputs of the refit's products that are timed, at most
+_QUICK = 1e9  # weights of a layer times tokens of a step, up to which one step of each kind takes a few seconds
 _LAYERS, _LAYERS_BYTES = 4, 256 * 2**20  # that are timed together, at most; a single one may have more bytes
 
 
-def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
+def is_quick(job: Job) -> bool:
+    """Whether `speeds` of one layer, without repetition, take no more than a few seconds."""
+    window = max(job.config.training.batch_size * job.sample, job.calibrated)
+    scored = job.config.evaluation.batch_size * job.config.data.length
+    return job.shapes.whole[0].weights * max(window, scored / 4) <= _QUICK  # scoring has no backward pass
+
+
+def speeds(job: Job, seconds: float = _SECONDS, layers: int = _LAYERS) -> Flops:
     """Operations per second of each kind; 0 for stock LoRA without a dense baseline.
 
-    Each is measured for about `seconds` after one step to warm up, in the precision and on the device of the run:
+    layers: how many are timed together, at most. Each is measured for about `seconds`, at least once, after one step to
+    warm up, in the precision and on the device of the run:
     forward, backward and optimizer of a LoRA step of layers with random weights, which collects saliency if those of
     the run do; forward and backward of a calibration window that measures saliency; the cross-entropy of as many tokens
     as a batch scores; the refit's passes through the whole and the masked model, its products and one of its systems; a
@@ -54,7 +63,7 @@ def speeds(job: Job, seconds: float = _SECONDS) -> Flops:
     """
     device, training = processes.device(), job.config.training
     layer = sum(linear.out_features * linear.in_features for linear in job.shapes.whole[0].linears.values())
-    count = min(max(_LAYERS_BYTES // (layer * job.dtype.itemsize), 1), _LAYERS, job.shapes.layers)
+    count = min(max(_LAYERS_BYTES // (layer * job.dtype.itemsize), 1), layers, job.shapes.layers)
     shapes = ModelShapes.of(one_layer(job.shapes.config, _WORDS, count), _same_multiples(job))
     window, sample = max(round(job.calibrated), 2), max(round(job.sample), 2)
 

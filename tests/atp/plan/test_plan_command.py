@@ -11,19 +11,21 @@ from tiny_folder import edit_json
 from tiny_inputs import tiny_config
 from transformers import LlamaConfig
 
+from atp.checks import less_memory
 from atp.cli import main
 from atp.config import ATPConfig
 from atp.errors import InputError
 from atp.loading import load_data, load_shapes, load_tokenizer
 from atp.models.load import read_config, read_tokenizer
 from atp.plan import make_plan
+from atp.plan.cost import Flops
 from atp.plan.data import data_of, shown_sample
 from atp.plan.exports import EXPORTS, reachable_exports
 from atp.plan.page import duration, page, size
 from atp.run import Run
 
 CONFIGS = Path(__file__).parent / "configs"
-PHASES = ["starting", "reading the data", "counting"]
+PHASES = ["starting", "reading the data", "counting", "timing a layer"]
 
 
 def changed(config, *overrides):
@@ -69,8 +71,8 @@ def test_json_holds_the_whole_plan(command, config):
     found = json.loads(out)
     assert code == 0 and [line[9:] for line in err.splitlines()] == PHASES
     assert list(found) == [
-        "model", "decisions", "parameters", "widths", "memory", "cost", "exchange", "flops_per_second", "data",
-        "exports", "remarks",
+        "model", "decisions", "parameters", "widths", "memory", "free_memory", "cost", "exchange", "quick_probe",
+        "flops_per_second", "data", "exports", "remarks",
     ]  # fmt: skip
     assert found["decisions"]["target_keep"] == 0.62
     after = found["parameters"]["after"]
@@ -78,17 +80,20 @@ def test_json_holds_the_whole_plan(command, config):
     assert all(n["bytes"] == 4 * n["parameters"] for n in after.values())
     assert set(found["widths"]["mlp"]) == {"kept", "of", "multiple"}
     assert all(row["bytes"] == pytest.approx(sum(row["parts"].values()), abs=8) for row in found["memory"])
+    assert found["quick_probe"] and all(row["seconds"] > 0 for row in found["cost"])
+    found = json.loads(command(config, "--json", "--no-probe")[1])
     assert [row["seconds"] for row in found["cost"]] == [None] * len(found["cost"])
-    assert found["flops_per_second"] is None
+    assert found["flops_per_second"] is None and not found["quick_probe"]
     assert {row["name"]: row["reachable"] for row in found["exports"]}["GGUF, for llama.cpp"] is True
 
 
 def test_the_page_shows_every_section(command, config):
     code, out, err = command(config)
-    assert (code, err) == (0, "") and [line[9:] for line in out.splitlines()[:3]] == PHASES
+    assert (code, err) == (0, "") and [line[9:] for line in out.splitlines()[:4]] == PHASES
     for title in ("Parameters", "Widths of every layer", "Memory", "Steps, tokens and operations", "Data", "Formats"):
         assert title in out
-    assert "TFLOP" in out and "⟦" in out and "time" not in out.split("Data")[0].split("operations")[1]
+    assert "TFLOP" in out and "⟦" in out and "by one step of a layer (--probe is closer)" in out
+    assert "time" not in command(config, "--no-probe")[1].split("Data")[0].split("operations")[1]
     assert "rounds" not in out
     smaller = ("decisions.target_keep=0.4", "decisions.rounds=2", "decisions.refit_windows=2", "training.search=0")
     assert ", cut in 2 rounds" in " ".join(command(config, *smaller)[1].split())
@@ -114,6 +119,46 @@ def test_probe_times_each_part(config):
     assert all(rate > 0 for rate in plan["flops_per_second"].values())
     assert all(row["seconds"] > 0 for row in plan["cost"])
     assert "time" in printed(plan)
+
+
+def test_it_says_in_short_what_a_run_takes_of_this_machine(config, monkeypatch):
+    monkeypatch.setattr("atp.plan.plan.free_memory", lambda device: 2_000_000_000)
+    plan = make_plan(config, probe=None)
+    seconds, most = sum(row["seconds"] for row in plan["cost"]), max(row["bytes"] for row in plan["memory"])
+    assert (
+        f"In short: about {duration(seconds)} here, by one step of a layer (--probe is closer); at most {size(most)} "
+        f"of memory, of 2.00 GB that are free here; {plan['data']['epochs']:.2f} epochs\n"
+    ) in printed(plan)
+    assert not any("free here" in remark or "takes" in remark.split(": ")[0] for remark in plan["remarks"][:-1])
+    assert "In short: at most" in printed(make_plan(config))
+
+
+def test_a_run_that_does_not_fit_or_takes_hours_is_told_what_to_change(config, monkeypatch):
+    monkeypatch.setattr("atp.plan.plan.free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr("atp.plan.plan.speeds", lambda job, *how: Flops(*[1e4] * 10))
+    found = make_plan(config, probe=None)
+    most = max(found["memory"], key=lambda row: row["bytes"])
+    (memory,) = (line for line in found["remarks"] if "are free here" in line)
+    assert memory.startswith(f"Part {most['phase']} takes about {size(1.25 * most['bytes'])}, a quarter of it")
+    assert memory.endswith(f"1 MB are free here: {less_memory(config)}.") and "gradient_checkpointing=true" in memory
+    longest = max(found["cost"], key=lambda row: row["seconds"])
+    (hours,) = (line for line in found["remarks"] if line.startswith("Of "))
+    assert f"part {longest['phase']} takes" in hours and hours.split(": ")[1].startswith(("lower ", "set "))
+
+
+def test_what_is_left_out_is_counted_by_kind(config, tmp_path):
+    rows = [{"text": " ".join(str((n * 7 + place * place) % 60) for place in range(12))} for n in range(60)]
+    lines = [*map(json.dumps, rows + rows[:3]), "{", '{"text": ""}', "[1]", "{"]
+    lines += [json.dumps({"text": f"{row['text']} 5"}) for row in rows[:30]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    asked = (f"data.train={tmp_path / 'a.jsonl'}", "data.labels=[]", "data.on_error=skip")
+    found = make_plan(changed(config, *asked))
+    left_out = found["data"]["left_out"]
+    assert left_out["rows"] == {"not valid JSON": 2, "no text": 1, "a list, not an object": 1}
+    assert f"{left_out['near_duplicates']} near-duplicates" in found["data"]["description"]
+    text = " ".join(printed(found).split())
+    assert f"{left_out['near_duplicates']} near-duplicates of held-out documents" in text
+    assert "4 rows (2 not valid JSON, 1 no text, 1 a list, not an object)" in text
 
 
 @pytest.mark.parametrize("name", ["Llama-2-7b", "Llama-3.1-8B", "Qwen3-8B", "Qwen2.5-7B"])
