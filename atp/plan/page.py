@@ -30,9 +30,9 @@ def page(plan: dict[str, Any]) -> Iterator[RenderableType]:
     )
     if decisions["latency"] is not None:
         yield decisions["latency"]["description"]
+    yield _in_short(plan)
     yield _parameters(plan)
     yield _widths(plan)
-    yield _in_short(plan)
     yield _memory(plan, count)
     yield _cost(plan, count)
     if plan["exchange"]:
