@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from atp.errors import InputError, is_disk_full, reason
+from atp.places import refuse_no_model, run_of
 
 _TOKEN = "HF_TOKEN"
 
@@ -19,6 +20,8 @@ def model_files(source: Path) -> tuple[Path, list[Path]]:
 
     Raises `InputError` for a folder that holds no whole model, because half of one would be uploaded.
     """
+    if run_of(str(source)) is not None:
+        refuse_no_model(str(source))  # a run that has none yet says where it stands
     folder = source / "model" if (source / "model").is_dir() else source
     missing = [name for name in ("config.json", "README.md") if not (folder / name).is_file()]
     if missing or not list(folder.glob("*.safetensors")):

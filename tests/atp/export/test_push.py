@@ -86,3 +86,11 @@ def test_a_full_disk_here_is_not_blamed_on_the_hub(run, monkeypatch):
         pushing.push(run, "me/small")
     said = ending(caught.value)[0]
     assert said.startswith("the disk is full") and ".cache/staged" in said and "free some space" in said
+
+
+def test_a_run_without_a_model_says_where_it_stands(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0", encoding="utf-8")
+    with pytest.raises(
+        InputError, match="has no model yet: it stopped before its first step: continue it with atp train"
+    ):
+        pushing.model_files(tmp_path)
