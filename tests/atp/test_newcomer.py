@@ -41,8 +41,10 @@ def write_inputs(folder):
     core.train_from_iterator([sentence(rng, [*words, *TOPICS]) for _ in range(200)], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
     tokenizer.save_pretrained(folder / "model")
-    sizes = dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True, **sizes)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
 
     texts = [json.dumps({"text": f"{number} {sentence(rng, words, 30)}"}) for number in range(160)]
