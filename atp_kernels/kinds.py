@@ -32,7 +32,9 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
 
     A compiler, which sees the arguments once, traces the function alone.
     """
-    names = list(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)
+    ordered = [name for name, one in parameters.items() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
 
     @cache
     def hints() -> dict[str, Any]:  # at the first call, when every class that they name is there
@@ -42,13 +44,13 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling():
             known = hints()
-            for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            for name, value in (*zip(ordered, args, strict=False), *kwargs.items()):
                 if name in known and not _is_of(value, known[name]):
                     raise TypeError(_refusal(name, value, known[name]))
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            if any(mark in str(error) for mark in _TRANSFORMED):
+            if _is_of_transforms(str(error)):  # a comprehension here would be bytecode that torch.compile does not know
                 remedy = "use autograd, and a leading dimension in place of vmap"
                 raise RuntimeError(
                     f"{function.__name__} takes no part in torch.func (vmap, grad, jvp): {remedy}."
@@ -56,6 +58,10 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return checked
+
+
+def _is_of_transforms(message: str) -> bool:
+    return any(mark in message for mark in _TRANSFORMED)
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -1,12 +1,12 @@
 """Break every line of `mutants` in turn and see that a test fails: what no test notices is not tested.
 
-    python tests/mutations.py                  run all of them and write tests/mutations.json
+    python tests/mutations.py                  run all of them and write build/mutations.json
     python tests/mutations.py --only triton    only those with this text in their description
     python tests/mutations.py --stale          only those not killed in the report, or whose file or tests changed since
     python tests/mutations.py --jobs 4         run this many at once
 
 With --only and --stale the report keeps its other rows. Each row holds a fingerprint of what it depends on
-(`fingerprints.py`), and `test_mutations.py` fails for rows that are stale.
+(`fingerprints.py`), by which --stale knows what has changed since.
 
 Each mutant lives in a temporary copy of the tree, so this tree never changes, and is tested in a fork of a process that
 has already imported torch. The C++ extension is built once in such a copy; a mutant of C++ rebuilds what includes its
@@ -38,7 +38,7 @@ from mutants import MUTANTS, Mutant
 from native_builds import Build
 
 ROOT = Path(__file__).parents[1]
-REPORT = ROOT / "tests" / "mutations.json"
+REPORT = ROOT / "build" / "mutations.json"
 COPIED = ("atp_kernels", "benchmarks", "tests/conftest.py", "tests/atp_kernels", "pyproject.toml")
 BUILT_FROM = ("atp_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 LONGEST_TESTS = 600.0  # seconds
@@ -185,6 +185,7 @@ def write_report(rows: list[Row]) -> None:
     """Put these rows into the report, in the order of the table and without mutants that are no longer in it."""
     known = {row["mutant"]: row for row in [*read_report(), *rows]}
     ordered = [known[str(mutant)] for mutant in MUTANTS if str(mutant) in known]
+    REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ def new_seed(x: Tensor) -> Tensor:
 
 
 @typed
-def lora_dropout(x: Tensor, p: float, seed: int | Tensor, *, backend: str = "auto") -> Tensor:
+def lora_dropout(x: Tensor, p: float, seed: int | Tensor | None, *, backend: str = "auto") -> Tensor:
     """keep * x / (1 - p): what `masked_lora_linear` with this dropout and seed hands to its adapter, on its own.
 
     x [..., K], floating; p in [0, 1); `keep` and `seed` as in `masked_lora_linear`. Returns a tensor like x.
@@ -37,7 +37,7 @@ def lora_dropout(x: Tensor, p: float, seed: int | Tensor, *, backend: str = "aut
     >>> torch.equal(dropped, lora_dropout(x, 0.5, seed=7))  # the same elements each time
     True
     """
-    check_dropout(x, p, seed, None)
+    check_dropout(x, p, seed, None)  # which refuses a missing seed
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} of shape {list(x.shape)}: give a floating tensor [..., K].")
-    return op.dropped(x, float(p), seed, backend) if p else x
+    return x if seed is None or not p else op.dropped(x, float(p), seed, backend)

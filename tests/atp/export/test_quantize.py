@@ -198,7 +198,7 @@ def test_a_run_is_scored_before_and_after(run, scheme, capsys):
         perplexity(AutoModelForCausalLM.from_pretrained(place), windows, max_windows=count)["perplexity"]
         for place in (path, folder / "model")
     ]
-    (line,) = [line for line in said if line.startswith(f"held-out perplexity, {count} windows: ")]
+    (line,) = [line for line in said if line.startswith("held-out perplexity, ") and f", {count} windows of " in line]
     assert f": {expected[0]:.2f} (" in line and f"before {expected[1]:.2f} (" in line
     assert [line.partition(":")[0] for line in said[-2:]] == ["prefill, tokens/s", "decode, tokens/s"]
     card = ModelCard.load(path / "README.md")
