@@ -102,6 +102,7 @@ TABLE = {
         ("if torch.__version__ >= TORCH_TOO_NEW:", "if False:"),
     ),
     (OP, DIRECT): (
+        ("_full)((), float(weight),", "_full)((), 1.0,"),
         ("if all([factor.requires_grad for factor in factors]):", "if True:"),
         ("if all([grad is not None for grad in grads]):", "if True:"),
         ("    if not factor.requires_grad:\n        return torch.zeros_like(factor)\n", ""),
@@ -120,10 +121,9 @@ TABLE = {
         ("torch.autograd.graph.increment_version(grads)", "pass"),
     ),
     (INIT, DIRECT): (
-        ("make((), float(weight), device=removed.device)", "torch.ones((), device=removed.device)"),
-        ("elif weight.ndim != 0 or not", "elif not"),
+        ("weight.ndim != 0 or not weight", "not weight"),
         ("weight.ndim != 0 or not weight.is_floating_point() or", "weight.ndim != 0 or"),
-        ("or weight.device != removed.device:", ":"),
+        (" or weight.device != removed.device\n", "\n"),
         ("op.lasso_grad_(factors, plan, removed, weight, float(eps), backend)",
          "op.lasso_grad_(factors, plan, removed, weight, 1e-8, backend)"),
         ("    with torch.no_grad():\n        return op.lasso_grad_", "    if True:\n        return op.lasso_grad_"),
@@ -173,7 +173,7 @@ TABLE = {
         ('if device.type != "cuda" or torch.compiler.is_compiling():', "if torch.compiler.is_compiling():"),
         ("    if is_capturing(device):\n        raise", "    if False:\n        raise"),
     ),
-    (INIT, CAPTURE): (("or checks.is_capturing(removed.device)", ""),),
+    (OP, CAPTURE): (("or checks.is_capturing(removed.device)", ""),),
     (CHECKS, IN_PLACE): (
         ("across // common < rows and down // common < cols", "down == 0 or across == 0"),
         ("across // common < rows and down // common < cols", "across // common < rows or down // common < cols"),
