@@ -21,6 +21,7 @@ from atp.errors import Interrupted, NotReached
 from atp.files import write_json
 from atp.folders import COMPARISON, begun_by_this_launch, check_output_dir
 from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
+from atp.report.beside import perplexity_of
 from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
 from atp.targets import with_share
@@ -101,6 +102,7 @@ class Comparison:
         content = {
             "target_keep": self.config.decisions.target_keep,
             "methods": results(finished, tasks, majority),
+            "perplexity_of": perplexity_of(finished[0].scores["final"]) if finished else {},
             "majority": {name: without_items(scores) for name, scores in majority.items()},
             "not_measurable": unmeasurable(finished, tasks, majority),
             "missing": [f"{name}, seed {seed}" for (name, seed), member in found.items() if member is None],

@@ -21,6 +21,7 @@ from atp.experiments.spec import ExperimentSpec
 from atp.files import check_writable, write_json
 from atp.folders import COMPARISON
 from atp.loading import check_packages, data_settings, load_shapes, load_tokenizer
+from atp.report.beside import perplexity_of
 from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.signals import SignalGuard
 from atp.targets import with_share
@@ -126,12 +127,13 @@ class Experiment:
         self.out.mkdir(parents=True, exist_ok=True)
         rows, missing, domains = [], [], {}
         majority = {domain: majority_of(config, self._splits[domain]) for domain, config in self.configs.items()}
-        not_measurable = {}
+        not_measurable, counted = {}, {}
         for domain, members in self._members.items():
             found = self._finished(members)
             missing += [f"{domain}, {label}, seed {seed}" for (label, seed), member in found.items() if member is None]
             finished = {key: member for key, member in found.items() if member is not None}
             compared = self._by_label(finished), self._tasks(domain), majority[domain]
+            counted[domain] = next((perplexity_of(m.scores["final"]) for m in finished.values()), {})
             domains[domain], not_measurable[domain] = results(*compared), unmeasurable(*compared)
             for (label, seed), member in finished.items():
                 folder = members.path(self.arms[label], seed)
@@ -141,6 +143,7 @@ class Experiment:
             "question": self.spec.question,
             "steps": asdict(Phases.from_config(next(iter(self.configs.values())).training)),
             "domains": domains,
+            "perplexity_of": counted,
             "majority": {d: {task: without_items(s) for task, s in found.items()} for d, found in majority.items()},
             "not_measurable": not_measurable,
             "missing": missing,

@@ -20,7 +20,7 @@ from atp.promises import check_target
 from atp.run import Run
 from atp.signals import SignalGuard
 from atp.sweep.shared import DONE, SharedRun, shared_parts, start_from
-from atp.sweep.table import Row, draw, target_row, uncut_rows, write_csv
+from atp.sweep.table import Row, draw, recommend, target_row, uncut_rows, write_csv
 from atp.sweep.targets import Target, resolve
 from atp.sweep.units import Asked, refuse_targets
 from atp.targets import at_share
@@ -138,8 +138,12 @@ class Sweep:
         for target, summary in finished:
             rows = rows or uncut_rows(summary)
             rows.append(target_row(target, summary, shared))
+        scores = {t.asked.text: read_json(Path(t.config.output_dir) / "evaluation.json") or {} for t, _ in finished}
+        tasks = finished[0][1]["tasks"] if finished else []
         content = {
+            "recommended": recommend(rows, scores, tasks, self.common.seed) if finished else None,
             "rows": rows,
+            "perplexity_of": next((summary.get("perplexity_of", {}) for _, summary in finished), {}),
             "shared": shared | {"what": shared_parts(self.common)},
             "missing": [target.asked.text for target, summary in found if summary is None],
             "notes": broken,
