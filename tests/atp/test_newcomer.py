@@ -108,9 +108,13 @@ def play(name, folder, call):
 
 
 def _watch(run, folder):
-    return subprocess.Popen(
-        [*ATP, "watch", run], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """`atp watch` once it waits for the run, as it has said on its first line."""
+    watching = subprocess.Popen(
+        [*ATP, "watch", run], cwd=folder, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert "waiting" in watching.stdout.readline()
+    return watching
 
 
 @pytest.fixture(scope="module")
