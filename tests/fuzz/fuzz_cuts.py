@@ -42,7 +42,8 @@ from atp.families import FAMILIES  # noqa: E402
 from atp.models.load import read_model  # noqa: E402
 from atp.models.stock import save_model  # noqa: E402
 from atp.removal.cut import cut_model  # noqa: E402
-from atp.spaces.space import MaskSpace, space_names  # noqa: E402
+from atp.spaces import space_names  # noqa: E402
+from atp.spaces.space import MaskSpace  # noqa: E402
 
 TOLERANCE = 2e-4
 """Of the largest logit, in float32, in which weights of bfloat16 are exact."""
