@@ -210,19 +210,19 @@ def test_a_row_written_before_its_fingerprint_held_the_model_is_the_same_run_s(t
 
 
 def test_rows_of_another_model_stay(write, config, tmp_path):
-    """Another path, and then other weights behind the same path."""
+    """Another model, and then other weights behind the same path."""
     arms = {"arms": [{"method": "random"}], "picture": "intervals", "x": None}
     spec = write(**arms)
     experiment(spec, tmp_path, ["training.tune=1"]).execute()
     model = shutil.copytree(config.model.path, tmp_path / "model")
     given = ["training.tune=1", f"model.path={model}"]
     for runs, count in (("second", 2), ("third", 3)):
-        Experiment(spec, given, command="", runs=tmp_path / runs, out=tmp_path / "out").execute()
-        assert len(rows_of(tmp_path)) == len({row["config"] for row in rows_of(tmp_path)}) == count
         tensors = load_file(model / "model.safetensors")
         moved = {name: tensor + 1e-2 for name, tensor in tensors.items()}
         save_file(moved, model / "model.safetensors", metadata={"format": "pt"})
-    Experiment(spec, given, command="", runs=tmp_path / "second", out=tmp_path / "out").execute()
+        Experiment(spec, given, command="", runs=tmp_path / runs, out=tmp_path / "out").execute()
+        assert len(rows_of(tmp_path)) == len({row["config"] for row in rows_of(tmp_path)}) == count
+    Experiment(spec, given, command="", runs=tmp_path / "third", out=tmp_path / "out").execute()
     assert len(rows_of(tmp_path)) == 3, "a run that is read again replaces its row"
 
 

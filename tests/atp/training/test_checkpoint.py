@@ -87,7 +87,7 @@ def test_same_step_is_replaced(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "victim"),
-    [(checkpoints, "save_file"), (checkpoints, "_digest"), (files, "flush"), (checkpoints, "write_text"),
+    [(checkpoints, "save_file"), (checkpoints, "sha256"), (files, "flush"), (checkpoints, "write_text"),
      (checkpoints, "_prune")],
 )  # fmt: skip
 @pytest.mark.parametrize("keep", [1, 2])
