@@ -10,8 +10,8 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from atp.ending import end_interrupted_imports, end_without_packages, is_command, lacking
-from atp.registration import register_with_transformers
+from atp.ground.ending import end_interrupted_imports, end_without_packages, is_command, lacking
+from atp.models.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from atp.config import ATPConfig

@@ -1,9 +1,9 @@
 """The command `atp`, also as `python -m atp`, which `torchrun -m atp` needs."""
 
-from atp.ending import lacking
+from atp.ground.ending import lacking
 
 try:
-    from atp.cli import main
+    from atp.cli.cli import main
 except ModuleNotFoundError as error:  # the kernels are installed without the extra `train`
     raise lacking(error) from None
 

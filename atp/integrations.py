@@ -20,13 +20,13 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from atp import processes
 from atp.config import ATPConfig
 from atp.data import PackedDataset, Pieces, RaggedDataset
 from atp.data.batches import IGNORE
-from atp.errors import InputError
-from atp.finite import FiniteGuard
+from atp.ground.errors import InputError
 from atp.lora.layer import ADAPTER, MaskedLoraLinear, fuse_layers
+from atp.processes import processes
+from atp.processes.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 from atp.training.pruning import Pruning
 from atp.training.schedule import Phases

@@ -11,32 +11,52 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import folders, heap, loading, processes, progress
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
-from atp.checks import check_sharded, less_memory, outline, remarks, rounding
 from atp.config import ATPConfig
-from atp.environment import versions
-from atp.errors import InputError, Interrupted, is_out_of_memory, reason
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughputs
 from atp.evaluation.answers import answered_question
 from atp.evaluation.inference import CausalLM, bars
 from atp.evaluation.samples import held_out_samples, sample_answers, side_by_side
+from atp.evaluation.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.export.card import add_results, license_of
 from atp.export.origins import origins
-from atp.files import read_json, write_json, write_text
-from atp.folders import CONFIG, INPUTS, LATENCY, SKIPPED, check_output_dir, opened, refuse_inputs_inside, saved_config
-from atp.latency import with_time
-from atp.length import LENGTH, with_known_steps, with_steps
-from atp.loading import RunData, averages, check_packages, load_data, load_model, load_shapes, load_tokenizer, placed
+from atp.ground import heap, progress
+from atp.ground.environment import versions
+from atp.ground.errors import InputError, Interrupted, is_out_of_memory, reason
+from atp.ground.files import read_json, write_json, write_text
+from atp.ground.signals import SignalGuard
+from atp.inputs import folders, loading
+from atp.inputs.checks import check_sharded, less_memory, outline, remarks, rounding
+from atp.inputs.folders import (
+    CONFIG,
+    INPUTS,
+    LATENCY,
+    SKIPPED,
+    check_output_dir,
+    opened,
+    refuse_inputs_inside,
+    saved_config,
+)
+from atp.inputs.loading import (
+    RunData,
+    averages,
+    check_packages,
+    load_data,
+    load_model,
+    load_shapes,
+    load_tokenizer,
+    placed,
+)
+from atp.inputs.promises import check_promises, check_target
+from atp.inputs.targets import with_share
 from atp.models.load import read_model
-from atp.promises import check_promises, check_target
+from atp.plan.latency import with_time
+from atp.plan.length import LENGTH, with_known_steps, with_steps
+from atp.processes import processes
 from atp.removal.certify import rounding_remark
 from atp.report import write_report
 from atp.report.beside import perplexity_of
-from atp.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.sharding.read import read_sharded
-from atp.signals import SignalGuard
-from atp.targets import with_share
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import ProgressBar, check_trackers, make_progress
 from atp.training.checkpoint import newest

@@ -24,13 +24,13 @@ from gguf import GGUFReader
 from transformers import PreTrainedTokenizerBase
 
 from atp.config import ModelConfig
-from atp.errors import InputError
 from atp.export.command import export
 from atp.export.gguf import architecture_of, write_gguf
-from atp.loading import load_tokenizer
+from atp.ground.errors import InputError
+from atp.ground.places import PACKAGED_MODEL
+from atp.inputs.loading import load_tokenizer
 from atp.models.config import ATPLlamaConfig
 from atp.models.llama import ATPLlamaForCausalLM
-from atp.places import PACKAGED_MODEL
 from benchmarks.gguf_model import DTYPES
 from benchmarks.llama_cpp import LlamaCpp, require_llama_cpp
 from benchmarks.records import RESULTS, Row, append, environment

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from atp.config import ATPConfig, ModelConfig
-from atp.errors import InputError
 from atp.evaluation import packed_windows, perplexity
 from atp.evaluation.perplexity import ScoredWindows
 from atp.export.command import export
-from atp.loading import load_any_model, load_data, load_tokenizer
+from atp.ground.errors import InputError
+from atp.inputs.loading import load_any_model, load_data, load_tokenizer
 from benchmarks.gguf_forward import File, logits
 from benchmarks.llama_cpp import LlamaCpp, require_llama_cpp
 from benchmarks.records import RESULTS, Row, append, environment

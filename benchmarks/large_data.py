@@ -68,8 +68,8 @@ def measure(file: Path, options: argparse.Namespace) -> None:
     """Reads, splits, tokenizes and hashes a file twice, the second time from the cache."""
     from atp.config import ModelConfig
     from atp.data import DataSettings, load_recipe, pack
-    from atp.loading import load_tokenizer
-    from atp.places import PACKAGED_MODEL
+    from atp.ground.places import PACKAGED_MODEL
+    from atp.inputs.loading import load_tokenizer
     from atp.training.resume import of_samples
 
     def timed(stage: str, work: Callable[[], Any]) -> Any:

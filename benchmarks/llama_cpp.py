@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 def require_llama_cpp() -> Any:

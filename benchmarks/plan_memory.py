@@ -22,15 +22,15 @@ from unittest.mock import patch
 
 import torch
 
-from atp import heap, ranks
 from atp.config import ATPConfig
 from atp.evaluation import throughputs
-from atp.loading import load_data, load_shapes, load_tokenizer
+from atp.evaluation.scored_tasks import check_tasks
+from atp.ground import heap, ranks
+from atp.inputs.loading import load_data, load_shapes, load_tokenizer
 from atp.plan.job import Job, Questions
 from atp.plan.memory import memory_of
 from atp.plan.shapes import ModelShapes
 from atp.run import Run
-from atp.scored_tasks import check_tasks
 from atp.training.loop import Loop
 from atp.training.precision import autocast_dtype, with_precision
 from atp.training.pruning import Pruning

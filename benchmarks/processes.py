@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from atp import processes
 from atp.config import ATPConfig
 from atp.data import PackedDataset
+from atp.processes import processes
 from atp.sharding import shards
 from atp.training.steps import open_step
 from atp.training.trainer import ATPTrainer

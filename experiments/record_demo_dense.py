@@ -2,7 +2,7 @@
 
     python experiments/record_demo_dense.py RUN_FOLDER
 
-Writes atp/demo_dense.json from the summary.json and config.yaml of RUN_FOLDER, which `atp demo` has filled.
+Writes atp/cli/demo_dense.json from the summary.json and config.yaml of RUN_FOLDER, which `atp demo` has filled.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from atp.cli.demo import RECORDED_DENSE, dense_settings
 from atp.config import ATPConfig
-from atp.demo import RECORDED_DENSE, dense_settings
 
 MODEL = "tuned_dense"
 

@@ -2,47 +2,40 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import docs_site  # noqa: E402
+
 PACKAGES = ("atp_kernels", "atp")
 # From top to bottom. A module belongs to the longest name here that it starts with, and may import from its own layer
 # and those below. Entries of one line are one layer.
 LAYERS = (
     ("atp.__main__", "atp.cli"),
-    ("atp.cli_config", "atp.cli_results"),
-    ("atp.console",),
-    ("atp.experiments",),
-    ("atp.compare", "atp.sweep"),
-    ("atp.run", "atp.demo", "atp.scoring", "atp.chat", "atp.plan", "atp.length"),
+    ("atp.studies",),
+    ("atp.run",),
+    ("atp.plan",),
     ("atp.training", "atp.integrations", "atp.baselines", "atp.export", "atp.report"),
-    (
-        *("atp.checks", "atp.draft", "atp.early", "atp.folders", "atp.latency", "atp.loading", "atp.promises"),
-        *("atp.scored_tasks", "atp.targets"),
-    ),
+    ("atp.inputs",),
     ("atp.removal", "atp.lora", "atp.data", "atp.evaluation"),
     ("atp.sharding",),
     ("atp.models",),
     ("atp.decide",),
-    ("atp.config", "atp.overrides", "atp.presets"),
-    ("atp.columns", "atp.data_config", "atp.section", "atp.training_config", "atp.unknown_keys"),
+    ("atp.config",),
     ("atp.spaces",),
     ("atp.families",),
-    ("atp.ending", "atp.engines"),
-    (
-        *("atp.attempts", "atp.devices", "atp.errors", "atp.environment", "atp.files", "atp.finite", "atp.heap"),
-        *("atp.heartbeat", "atp.lazy", "atp.listing", "atp.locking", "atp.places", "atp.processes", "atp.progress"),
-        *("atp.ranks", "atp.reading", "atp.redact", "atp.registration", "atp.requirements", "atp.rng", "atp.shipped"),
-        "atp.signals",
-    ),
+    ("atp.processes",),
+    ("atp.ground",),
     ("atp_kernels",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # `import atp` makes the model class known to transformers, so that a cut model loads, and lets Ctrl-C end the command
 # while torch is imported; that is all the package itself may reach for.
-ROOT_MAY_IMPORT = {"atp.registration", "atp.ending", "atp_kernels"}
+ROOT_MAY_IMPORT = {"atp.models", "atp.ground", "atp_kernels"}
 # A room's bench.py is a part of the benchmarks, which know all packages; the kernels never import it.
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -117,28 +110,20 @@ def test_every_layer_holds_a_module():
     assert len(RANK) == sum(map(len, LAYERS)), "a name stands in two layers"
 
 
-def files_on_the_page():
-    """Paths of the tree in docs/architecture.md, each with what the page says of it."""
+def test_the_architecture_page_names_every_room():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    (tree,) = re.findall(r"^```\n(atp/\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    folders, found = [], {}
-    for line in tree.splitlines():
-        name, _, text = line.strip().partition(" ")
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders[depth:] = [name] if name.endswith("/") else []
-        if not name.endswith("/"):
-            path = "".join(folders) + name
-            assert path not in found, f"{path} stands twice"
-            found[path] = text.strip()
-    return found
+    told = re.findall(r"^\| `([\w./]+)` \|", page, re.MULTILINE)
+    rooms = [name.replace(".", "/") for names in LAYERS for name in names]
+    assert told == [name + ("/" if (ROOT / name).is_dir() else ".py") for name in rooms] + ["csrc/"]
 
 
-def test_the_architecture_page_names_every_file():
-    suffixes = {".py", ".cpp", ".cu", ".h"}
-    files = {p for folder in (*PACKAGES, "csrc") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes}
-    page = files_on_the_page()
-    assert page.keys() == {p.relative_to(ROOT).as_posix() for p in files}
-    assert [name for name, text in page.items() if not text and not name.endswith("__init__.py")] == []
+def test_every_source_file_says_what_it_is_for():
+    files = [p for folder in (*PACKAGES, "csrc") for p in (ROOT / folder).rglob("*")]
+    assert [p for p in files if p.suffix in {".py", ".cpp", ".cu", ".h"} and not docs_site.purpose(p)] == []
+
+
+def test_few_files_stand_outside_the_rooms():
+    assert len(list((ROOT / "atp").glob("*.py"))) <= 6
 
 
 def test_kernels_know_no_model_and_no_method():

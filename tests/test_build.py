@@ -123,7 +123,7 @@ def test_wheel_holds_the_command_the_licence_and_one_version(source, tmp_path):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_examples_and_experiments_are_found_away_from_the_clone(source, tmp_path, in_place):
     code = (
-        "from atp import shipped; from atp.config import ATPConfig; from atp.experiments.spec import ExperimentSpec\n"
+        "from atp.config import ATPConfig, shipped\nfrom atp.studies.experiments.spec import ExperimentSpec\n"
         "spec, path = ExperimentSpec.load('stages'); spec.config(path, 'health-mini', [])\n"
         "recipe = ATPConfig.load('examples/custom.yaml', ['model.path=m']).data.recipe\n"
         "print(path, recipe, *shipped.names('experiments'))"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from atp import cli
-from atp.checks import BUDGET_TOLERANCE
-from atp.demo import demo_config
+from atp.cli import cli
+from atp.cli.demo import demo_config
 from atp.evaluation import packed_windows, perplexity, throughputs
-from atp.loading import load_any_model, load_data, load_tokenizer
+from atp.inputs.checks import BUDGET_TOLERANCE
+from atp.inputs.loading import load_any_model, load_data, load_tokenizer
 from atp.models.load import read_model
 from atp.removal.certify import LIMITS
 from atp.report import write_report

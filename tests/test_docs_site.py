@@ -10,7 +10,7 @@ import pytest
 import typer
 import yaml
 
-from atp.cli import app
+from atp.cli.cli import app
 from atp.config import ATPConfig
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
-from atp.cli import app
+from atp.cli.cli import app
 from atp.config import ATPConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "machines.md").read_text(encoding="utf-8")

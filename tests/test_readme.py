@@ -12,9 +12,9 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp.cli import app
+from atp.cli.cli import app
 from atp.config import ATPConfig
-from atp.listing import runs_below
+from atp.ground.listing import runs_below
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,7 +6,9 @@ docs/; and links between them, which lead through the repository, are turned to 
 
 from __future__ import annotations
 
+import ast
 import inspect
+import itertools
 import posixpath
 import re
 import sys
@@ -49,6 +51,7 @@ def generated_pages() -> dict[str, str]:
         "commands.md": "\n".join(_commands()),
         "config.md": "\n".join(_config()),
         "recipes.md": "\n".join(_recipes()),
+        "files.md": "\n".join(_files()),
         "api.md": _api("atp", "Python", ["ATPConfig", "Run", "ATPTrainer", "integrations.ATPCallback"]),
         "kernels/api.md": _api("atp_kernels", "Kernels from Python", _operations()),
     }
@@ -119,7 +122,7 @@ def _linked_files() -> set[str]:
 def _commands() -> Iterator[str]:
     import typer
 
-    from atp.cli import app
+    from atp.cli.cli import app
 
     yield from ("# Commands", "", "What `atp COMMAND --help` says. Exit codes are in [Watch a run](operations.md).", "")
     yield from _command(typer.main.get_command(app), "atp", 2)
@@ -167,7 +170,7 @@ def _config() -> Iterator[str]:
         if "$ref" in field:
             section = schema["$defs"][field["$ref"].rpartition("/")[2]]
             yield from _keys(f"`{name}`", f"{name}.", section["description"], section["properties"])
-    from atp.presets import PRESETS
+    from atp.config.presets import PRESETS
 
     yield from ("## Presets", "", "`quick` is the defaults. The others set:", "")
     for name, settings in PRESETS.items():
@@ -212,9 +215,31 @@ def _recipes() -> Iterator[str]:
         yield from (f"## {path.name}", "", "```yaml", path.read_text(encoding="utf-8").strip(), "```", "")
 
 
-def _operations() -> list[str]:
-    import ast
+def _files() -> Iterator[str]:
+    """Every source file with the first paragraph of its docstring or comment, folder by folder."""
+    yield from (
+        "# Files",
+        "",
+        "What each source file is for, in its own words. [Architecture](architecture.md) has the rooms.",
+    )
+    for package in ("atp", "atp_kernels", "csrc"):
+        paths = [path for path in (ROOT / package).rglob("*") if path.suffix in {".py", ".cpp", ".cu", ".h"}]
+        for folder in sorted({path.parent for path in paths}):
+            yield from ("", f"## {folder.relative_to(ROOT).as_posix()}", "", "| file | what it is for |", "|---|---|")
+            for path in sorted(path for path in paths if path.parent == folder):
+                yield _row(f"`{path.name}`", purpose(path))
 
+
+def purpose(path: Path) -> str:
+    """The first paragraph of a source file's docstring, or of the comment that it begins with."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0]
+    lines = itertools.takewhile(lambda line: line.startswith("// "), text.splitlines())
+    return " ".join(line.removeprefix("// ") for line in lines)
+
+
+def _operations() -> list[str]:
     tree = ast.parse((ROOT / "atp_kernels" / "__init__.py").read_text(encoding="utf-8"))
     (names,) = (
         node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"

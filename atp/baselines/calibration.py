@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from atp import processes
 from atp.config import ATPConfig
 from atp.data import collate
+from atp.processes import processes
 from atp.training.data import run_order, sized
 from atp.training.loss import causal_lm_loss
 

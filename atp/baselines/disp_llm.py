@@ -21,7 +21,7 @@ from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.decide.maker import DecisionMaker
 from atp.decide.saliency import fisher_saliency, saliency_logits
-from atp.devices import for_float64
+from atp.ground.devices import for_float64
 from atp.spaces.space import MaskSpace
 
 

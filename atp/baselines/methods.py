@@ -18,7 +18,7 @@ from atp.baselines.simple import magnitude_mask, random_mask, static_mask
 from atp.baselines.slicegpt import choose_bases, slice_model, sliced_width
 from atp.baselines.wanda_sp import wanda_mask
 from atp.config import ATPConfig
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
 

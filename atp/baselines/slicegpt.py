@@ -22,9 +22,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from atp.baselines.calibration import Batch, calibration_batches
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
-from atp.errors import InputError
 from atp.evaluation.inference import inference
 from atp.families import family_of
+from atp.ground.errors import InputError
 from atp.models.config import ATPLlamaConfig
 from atp.models.layers import BLOCKS, first_layer_inputs, run_block
 from atp.models.llama import ATPLlamaForCausalLM

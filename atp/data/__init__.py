@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from atp.lazy import lazily
+from atp.ground.lazy import lazily
 
 if TYPE_CHECKING:
     from atp.data.batches import collate, scored_per_sample

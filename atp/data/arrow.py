@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atp.errors import InputError, reason, shorten
-from atp.files import remove_leftovers_of, whole_folder
-from atp.requirements import find
+from atp.ground.errors import InputError, reason, shorten
+from atp.ground.files import remove_leftovers_of, whole_folder
+from atp.ground.requirements import find
 
 COMPLETE = "skipped.json"
 """The file beside tables that says that all of them are there; it lists what was left out."""

@@ -13,7 +13,7 @@ from atp.data.packages import openwebtext_passages
 from atp.data.settings import DataSettings
 from atp.data.splits import Splits, document_id, shuffled, split_off, take
 from atp.data.tasks import Task
-from atp.errors import InputError, quote
+from atp.ground.errors import InputError, quote
 
 Passages = Callable[[int], list[str]]
 """Returns general text; the argument is the number of passages that will be drawn from it."""

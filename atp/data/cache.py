@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from atp import heap
 from atp.data import arrow, eviction, examples
 from atp.data.chat import key_of
 from atp.data.custom import Meaning, examples_of
 from atp.data.examples import Example, Pool, Stored
 from atp.data.files import open_source
-from atp.errors import InputError
-from atp.files import read_json, write_json
+from atp.ground import heap
+from atp.ground.errors import InputError
+from atp.ground.files import read_json, write_json
 from atp_kernels._version import __version__
 
 _FORMAT = 1  # of the tables; another number makes them anew

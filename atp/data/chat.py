@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from atp.data.encoding import start_ids
-from atp.errors import InputError, shorten
+from atp.ground.errors import InputError, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _MOST_SECONDS = 10.0  # for what takes a millisecond

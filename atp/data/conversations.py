@@ -6,8 +6,8 @@ from typing import Any
 
 from atp.data.chat import ROLES
 from atp.data.rows import Row
-from atp.errors import InputError, quote
-from atp.reading import parse_json
+from atp.ground.errors import InputError, quote
+from atp.ground.reading import parse_json
 
 # The speakers of a conversation with `from` and `value` (ShareGPT) -> role.
 _SPEAKERS = {

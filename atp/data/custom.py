@@ -14,7 +14,7 @@ from atp.data.prompts import entailment
 from atp.data.rows import Bad, Row, names, stop
 from atp.data.splits import document_id
 from atp.data.tasks import MEDNLI, ROUGE, Task
-from atp.errors import InputError, quote, shorten
+from atp.ground.errors import InputError, quote, shorten
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from atp.data.rows import Row
 from atp.data.settings import DataSettings
 from atp.data.splits import Example, Splits, document_id
 from atp.data.tasks import BILLSUM, CASEHOLD, HQS, MEDNLI, PUBMEDQA, Task
-from atp.errors import InputError, shorten
-from atp.reading import existing
+from atp.ground.errors import InputError, shorten
+from atp.ground.reading import existing
 
 BILL_WORDS = 700
 

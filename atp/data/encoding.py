@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
 
-from atp.errors import InputError, shorten
+from atp.ground.errors import InputError, shorten
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

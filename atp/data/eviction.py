@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from atp.data import arrow
-from atp.errors import InputError, shorten
+from atp.ground.errors import InputError, shorten
 
 VARIABLE = "ATP_DATA_CACHE_GB"
 _DEFAULT = "50"

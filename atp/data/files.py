@@ -12,8 +12,8 @@ from typing import NamedTuple
 from atp.data.formats import FILES, SUFFIXES, read_file, suffix_of
 from atp.data.hub import HubName
 from atp.data.rows import Bad, Row, stop
-from atp.errors import InputError, reason, shorten
-from atp.reading import check_file, existing
+from atp.ground.errors import InputError, reason, shorten
+from atp.ground.reading import check_file, existing
 
 # What `datasets` keeps beside the data that it saves.
 _NO_DATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from atp.data.rows import Bad, Row, stop
-from atp.errors import InputError, quote, reason, shorten
-from atp.reading import parse_json, parse_json_list
-from atp.requirements import require
+from atp.ground.errors import InputError, quote, reason, shorten
+from atp.ground.reading import parse_json, parse_json_list
+from atp.ground.requirements import require
 
 _LARGEST_CELL = 2**31 - 1  # characters: the largest limit that the csv module accepts on every platform
 _ROWS_AT_ONCE = 256  # of a binary file

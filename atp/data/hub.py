@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from atp.reading import existing
+from atp.ground.reading import existing
 
 _SECONDS = 10.0  # to wait for the Hub's answer; without one, data that are in the cache can still be used
 

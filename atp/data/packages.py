@@ -7,8 +7,8 @@ from pathlib import Path
 
 from atp.data.formats import parse_jsonl
 from atp.data.rows import Row
-from atp.errors import InputError, shorten
-from atp.requirements import find, install_command, require
+from atp.ground.errors import InputError, shorten
+from atp.ground.requirements import find, install_command, require
 
 _OPENWEBTEXT = "evals/registry/data/schelling_point/owt_5.jsonl"
 

@@ -17,7 +17,7 @@ from atp.data.arrow import Rows
 from atp.data.batches import IGNORE
 from atp.data.examples import Example, Stored
 from atp.data.tokens import Document, Documents, Listed, LossOn, Pieces, Tabled, documents_of
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 class PackedDataset(Dataset):

@@ -16,7 +16,7 @@ from atp.data.questions import QUESTION_RECIPES
 from atp.data.settings import DataSettings
 from atp.data.sources import Sources, described, read_sources, weighed
 from atp.data.splits import Splits, split_off
-from atp.errors import InputError, shorten
+from atp.ground.errors import InputError, shorten
 
 
 def load_recipe(settings: DataSettings) -> Splits:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from atp.errors import InputError, quote, shorten
+from atp.ground.errors import InputError, quote, shorten
 
 Bad = Callable[[InputError], None]
 """Takes the error of a row that cannot be used: raises it, or returns, and the row is left out."""

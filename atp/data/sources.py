@@ -9,7 +9,7 @@ from atp.data.cache import read_source
 from atp.data.custom import Meaning
 from atp.data.examples import Example, chosen, joined, values, with_origin
 from atp.data.splits import shuffled
-from atp.errors import InputError, shorten
+from atp.ground.errors import InputError, shorten
 
 Sources = str | Sequence[str] | Mapping[str, float]
 """A file, folder or Hub name; several; or each with its weight."""

@@ -12,7 +12,7 @@ from itertools import combinations
 
 from atp.data.examples import Example, chosen, joined, values
 from atp.data.tasks import Task
-from atp.errors import InputError, quote
+from atp.ground.errors import InputError, quote
 
 SPLITS = ("train", "calibration", "test")
 _SHOWN = 10  # skipped rows that are shown

@@ -18,7 +18,7 @@ from atp.data.arrow import Rows, at_once, values_of
 from atp.data.batches import IGNORE
 from atp.data.encoding import common_prefix, encode, rules_of, start_ids, token_spans
 from atp.data.examples import Example, Pool, Stored, example_of
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 LossOn = Literal["all", "completion", "assistant"]
 Document = tuple[NDArray[np.int32], NDArray[np.int32]]

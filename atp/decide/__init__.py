@@ -1,0 +1,1 @@
+"""Decisions: what each structure is worth, and the mask that meets the budget."""

@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from atp import processes
 from atp.config import DecisionsConfig
 from atp.decide.budget import Budget
 from atp.decide.fit import exact_mask, fit_mask
 from atp.decide.rules import width_rules
 from atp.decide.uniform import equal_ranks, fit_equal, require_equal_layers
-from atp.devices import upload
-from atp.finite import FiniteGuard
+from atp.ground.devices import upload
+from atp.processes import processes
+from atp.processes.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 
 

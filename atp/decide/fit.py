@@ -11,8 +11,8 @@ from torch import Tensor
 from atp.decide.budget import Budget
 from atp.decide.rules import width_rules
 from atp.decide.sampling import keep_one
-from atp.errors import NotReached
-from atp.finite import is_finite
+from atp.ground.errors import NotReached
+from atp.processes.finite import is_finite
 from atp.spaces.space import MaskSpace
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.config import GeneratorKind
-from atp.rng import seeded
+from atp.ground.rng import seeded
 from atp.spaces.space import MaskSpace
 
 

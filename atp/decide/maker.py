@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from atp import processes
 from atp.config import DecisionsConfig
 from atp.decide.decisions import Decisions
 from atp.decide.fit import exact_offset
 from atp.decide.generator import DecisionGenerator
 from atp.decide.sampling import gumbel_noise, hard_mask, logistic_noise, soft_mask, straight_through
-from atp.devices import upload
-from atp.finite import FiniteGuard
+from atp.ground.devices import upload
+from atp.processes import processes
+from atp.processes.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 
 _LATE_SEARCH = 0.8  # after this share of the search the generator's learning rate falls ...

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from atp import processes
 from atp.config import DecisionsConfig
 from atp.decide.budget import Budget
-from atp.errors import NotReached
-from atp.finite import is_finite
+from atp.ground.errors import NotReached
+from atp.processes import processes
+from atp.processes.finite import is_finite
 from atp.spaces.space import MaskSpace
 
 

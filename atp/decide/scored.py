@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atp import processes
 from atp.config import DecisionsConfig
 from atp.decide.decisions import Decisions, fit_decisions
 from atp.decide.saliency import saliency_logits
+from atp.processes import processes
 from atp.spaces.space import MaskSpace
 
 

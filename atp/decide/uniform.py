@@ -9,8 +9,8 @@ from torch import Tensor
 
 from atp.decide.budget import Budget
 from atp.decide.fit import exact_offset
-from atp.errors import InputError, NotReached
-from atp.finite import is_finite
+from atp.ground.errors import InputError, NotReached
+from atp.processes.finite import is_finite
 from atp.spaces.space import MaskSpace
 
 

@@ -12,10 +12,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerB
 from atp.data.encoding import encode, start_ids
 from atp.data.splits import Example
 from atp.data.tasks import ROUGE
-from atp.errors import InputError
 from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import ratio
+from atp.ground.errors import InputError
 
 
 def generate_answers(

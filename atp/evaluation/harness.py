@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.data.splits import Example
 from atp.data.tasks import ROUGE, Task
-from atp.errors import InputError
 from atp.evaluation.inference import CausalLM, inference
 from atp.evaluation.suite import task_examples
+from atp.ground.errors import InputError
 
 TEMPLATES = Path(__file__).parent / "lm_eval_tasks"
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from atp import progress
+from atp.ground import progress
 
 CausalLM = PreTrainedModel | PeftModel
 """A causal LM, plain or wrapped by PEFT."""

@@ -15,11 +15,11 @@ from atp.data.encoding import encode, start_ids
 from atp.data.packing import IGNORE, PackedDataset
 from atp.data.splits import Example
 from atp.data.tokens import Pieces
-from atp.errors import InputError, NotReached
 from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import perplexity_of
-from atp.finite import is_finite
+from atp.ground.errors import InputError, NotReached
+from atp.processes.finite import is_finite
 
 ALL, ANSWERS = "all tokens", "answers"
 """Which tokens a perplexity counts: all, or those of completions and of text without a prompt."""

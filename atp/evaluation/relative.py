@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from atp.data.tasks import ROUGE, Task
-from atp.errors import InputError
 from atp.evaluation.bootstrap import Samples, Statistic, over_seeds, percentile_interval, resampled
 from atp.evaluation.metrics import confusion_items, macro_f1, perplexity_of, ratio, right_items
+from atp.ground.errors import InputError
 
 
 def relative_performance(

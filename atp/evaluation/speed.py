@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import BaseStreamer
 
-from atp.errors import InputError
 from atp.evaluation.bootstrap import COVERAGE
 from atp.evaluation.inference import CausalLM, inference
+from atp.ground.errors import InputError
 from atp_kernels import QuantizedWeight
 
 _LEAST, _MOST = 3, 50  # rounds

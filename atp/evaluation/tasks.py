@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.data.encoding import common_prefix, encode, start_ids
 from atp.data.splits import Example
-from atp.errors import InputError, NotReached, quote
 from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import CausalLM, Progress, inference
 from atp.evaluation.metrics import confusion_items, confusion_table, macro_f1, ratio, right_items
+from atp.ground.errors import InputError, NotReached, quote
 
 
 @dataclass(frozen=True)

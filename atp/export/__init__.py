@@ -1,0 +1,1 @@
+"""The result in other formats, with a model card."""

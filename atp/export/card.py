@@ -12,11 +12,11 @@ from huggingface_hub.utils import validate_repo_id
 from atp.config import ATPConfig
 from atp.data.domains import C4, hub_sources
 from atp.data.hub import HubName
-from atp.errors import shorten, visible
-from atp.files import write_text
+from atp.ground.errors import shorten, visible
+from atp.ground.files import write_text
+from atp.ground.places import PACKAGED_MODEL
+from atp.ground.reading import existing
 from atp.models.base import FORMS
-from atp.places import PACKAGED_MODEL
-from atp.reading import existing
 from atp.report.beside import NOT_MEASURABLE, counted, unclear
 from atp.report.text import code, plain
 

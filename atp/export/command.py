@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
-from atp import progress
 from atp.config import ModelConfig
-from atp.errors import InputError, shorten
-from atp.files import check_writable, remove_leftovers_of
-from atp.overrides import explain
-from atp.places import PACKAGED_MODEL, model_place, refuse_no_model, run_of
-from atp.reading import existing
-from atp.requirements import require
+from atp.config.overrides import explain
+from atp.ground import progress
+from atp.ground.errors import InputError, shorten
+from atp.ground.files import check_writable, remove_leftovers_of
+from atp.ground.places import PACKAGED_MODEL, model_place, refuse_no_model, run_of
+from atp.ground.reading import existing
+from atp.ground.requirements import require
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -56,8 +56,8 @@ class Source:
 
     def load(self) -> PreTrainedModel:
         """The weights in the dtype of their files. Raises `InputError` if they are quantized or not finite."""
-        from atp.finite import refuse_weights
-        from atp.loading import load_any_model
+        from atp.inputs.loading import load_any_model
+        from atp.processes.finite import refuse_weights
 
         if getattr(self.config, "quantization_config", None) is not None:
             raise InputError(f"the weights of {self.where} are quantized: give it in float32, bfloat16 or float16")
@@ -119,7 +119,7 @@ def _model_of(source: str) -> tuple[str, Path | None, str]:
 
 def _read(model: str, folder: Path | None, name: str) -> Source:
     from atp.export.card import PACKAGED, facts_of_card
-    from atp.loading import load_shapes
+    from atp.inputs.loading import load_shapes
 
     try:
         place = ModelConfig(path=model)
@@ -136,7 +136,7 @@ def _read(model: str, folder: Path | None, name: str) -> Source:
 
 def _write_gguf(source: Source, dtype: str, out: Path) -> list[str]:
     from atp.export.gguf import architecture_of, write_gguf
-    from atp.loading import load_tokenizer
+    from atp.inputs.loading import load_tokenizer
 
     shapes = source.shapes
     architecture = architecture_of(shapes, source.where)
@@ -148,7 +148,7 @@ def _write_gguf(source: Source, dtype: str, out: Path) -> list[str]:
 def _write_quantized(source: Source, scheme: str, out: Path) -> list[str]:
     from atp.export.quantized import SCHEMES, write_quantized
     from atp.families import family_of
-    from atp.loading import load_tokenizer
+    from atp.inputs.loading import load_tokenizer
 
     family_of(source.config)  # which other families are refused
     require(SCHEMES[scheme].package)

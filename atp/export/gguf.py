@@ -21,11 +21,11 @@ from gguf.tensor_mapping import get_tensor_name_map
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import progress
-from atp.errors import InputError
 from atp.export.gguf_rope import Rope, rope_of
 from atp.export.gguf_tokenizer import add_tokenizer
-from atp.files import whole_file
+from atp.ground import progress
+from atp.ground.errors import InputError
+from atp.ground.files import whole_file
 from atp.models.config import ATPLlamaConfig, LayerShape
 
 DTYPES = {

@@ -17,7 +17,7 @@ from gguf import GGUFWriter, TokenType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from atp.data.chat import chat_of
-from atp.errors import InputError, shorten
+from atp.ground.errors import InputError, shorten
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

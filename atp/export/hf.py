@@ -10,14 +10,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import heap, processes
 from atp.config import ATPConfig
-from atp.errors import NotReached
 from atp.export.card import adapter_card, base_card
 from atp.export.sharded import save_sharded
-from atp.files import whole_folder, write_json, write_tensors, write_text
-from atp.finite import first_non_finite
+from atp.ground import heap
+from atp.ground.errors import NotReached
+from atp.ground.files import whole_folder, write_json, write_tensors, write_text
 from atp.models.stock import save_model, stock_config
+from atp.processes import processes
+from atp.processes.finite import first_non_finite
 from atp.removal import base_of, certify_export, merge_adapter, reference_logits
 from atp.removal.certify import dtype_name, wider
 from atp.sharding.shards import is_sharded

@@ -7,8 +7,8 @@ from typing import Any
 from atp.config import ATPConfig
 from atp.data.hub import HubName
 from atp.export.card import hub_data
+from atp.ground.reading import existing
 from atp.models.load import commit
-from atp.reading import existing
 
 
 def origins(config: ATPConfig) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from atp.errors import InputError, is_disk_full, reason
-from atp.places import refuse_no_model, run_of
+from atp.ground.errors import InputError, is_disk_full, reason
+from atp.ground.places import refuse_no_model, run_of
 
 _TOKEN = "HF_TOKEN"
 

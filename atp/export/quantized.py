@@ -16,21 +16,21 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from atp import progress
 from atp.config import ATPConfig
 from atp.data import load_recipe
-from atp.errors import InputError, reason
 from atp.evaluation import packed_windows, perplexity, throughput
 from atp.evaluation.inference import CausalLM, bars
 from atp.export.card import quantized_card
 from atp.families import is_cut
-from atp.files import whole_folder, write_text
-from atp.folders import CONFIG
-from atp.loading import data_settings
-from atp.loading import held_out as held_out_windows
+from atp.ground import progress
+from atp.ground.errors import InputError, reason
+from atp.ground.files import whole_folder, write_text
+from atp.ground.requirements import install_command
+from atp.inputs.folders import CONFIG
+from atp.inputs.loading import data_settings
+from atp.inputs.loading import held_out as held_out_windows
 from atp.models.load import read_model
 from atp.models.stock import save_model
-from atp.requirements import install_command
 
 
 @dataclass(frozen=True)

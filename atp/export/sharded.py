@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from atp import processes
-from atp.files import whole_folder, write_json, write_text
+from atp.ground.files import whole_folder, write_json, write_text
 from atp.models.stock import rope_for_converters, stock_config
+from atp.processes import processes
 from atp.sharding.shards import whole
 
 _INDEX = "model.safetensors.index.json"

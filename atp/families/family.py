@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 CUT_MODEL_TYPE = "atp_llama"
 """`model_type` of the cut models of all families: Llama's decoder with per-layer widths and a few switches."""

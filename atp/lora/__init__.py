@@ -1,0 +1,1 @@
+"""LoRA linears under masks, and the controller that hands the masks to them."""

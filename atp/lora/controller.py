@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atp.devices import upload
+from atp.ground.devices import upload
 from atp.lora.layer import MaskedLoraLinear
 from atp.spaces.space import MaskSpace
 from atp_kernels import KeptFirst, KeptSlice

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.families import family_of
+from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.lora.stock import runs_stock_forward
-from atp.rng import seeded
 from atp.sharding.shards import is_sharded
 from atp.spaces.space import MaskSpace
 from atp_kernels import (

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from atp.errors import InputError
 from atp.families import Linear
+from atp.ground.errors import InputError
 from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight
 

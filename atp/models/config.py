@@ -14,9 +14,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from atp.errors import shorten
 from atp.families import family_of
 from atp.families.family import CUT_MODEL_TYPE
+from atp.ground.errors import shorten
 
 _FACTORS = ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling")
 _LARGEST_FACTOR = 1_000_000  # beyond every model there is

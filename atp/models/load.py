@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from atp.errors import InputError, is_out_of_memory, reason, shorten
+from atp.ground.errors import InputError, is_out_of_memory, reason, shorten
 from atp.models.sizes import check_against_files, check_rope, check_sizes
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from atp.errors import InputError, reason, shorten
 from atp.families import FAMILIES, family_of, is_cut, layer_config
 from atp.families.family import CUT_MODEL_TYPE
+from atp.ground.errors import InputError, reason, shorten
 
 _REQUIRED = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",

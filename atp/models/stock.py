@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from atp.families import family_of
-from atp.files import write_json
+from atp.ground.files import write_json
 from atp.models.config import ATPLlamaConfig
 
 

@@ -11,19 +11,19 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from atp import processes
-from atp.checks import few_scored, shortfalls, steps_per_epoch
 from atp.config import ATPConfig
 from atp.data import Splits
 from atp.data.batches import IGNORE
 from atp.data.encoding import encode, start_ids
 from atp.data.rows import BadRows
 from atp.data.tokens import Pieces
-from atp.ending import ending
-from atp.errors import InputError
-from atp.loading import RunData, averages, check_packages, load_data, load_tokenizer
+from atp.evaluation.scored_tasks import check_tasks
+from atp.ground.ending import ending
+from atp.ground.errors import InputError
+from atp.inputs.checks import few_scored, shortfalls, steps_per_epoch
+from atp.inputs.loading import RunData, averages, check_packages, load_data, load_tokenizer
 from atp.plan.job import Questions
-from atp.scored_tasks import check_tasks
+from atp.processes import processes
 
 _SHOWN = 96  # tokens of the sample that is shown
 _BEFORE = 48  # of them before the first that has a loss

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from atp.config import ATPConfig
-from atp.errors import InputError
 from atp.export.gguf import architecture_of
 from atp.export.quantized import SCHEMES
 from atp.families import family_of, layer_config
+from atp.ground.errors import InputError
 from atp.models.config import ATPLlamaConfig
 from atp.models.stock import stock_config
 from atp.spaces.space import MaskSpace

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from atp import processes
 from atp.config import ATPConfig
-from atp.loading import weights_dtype
+from atp.inputs.loading import weights_dtype
 from atp.plan.parameters import parameters_of
 from atp.plan.shapes import ModelShapes
+from atp.processes import processes
 from atp.training.schedule import Phases
 
 

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from atp.errors import shorten
+from atp.ground.errors import shorten
 from atp.plan.data import refused
 from atp.plan.parameters import PARTS
 

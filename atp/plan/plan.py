@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
-from atp import processes, progress
-from atp.checks import (
+from atp.config import ATPConfig
+from atp.families import family_of
+from atp.ground import progress
+from atp.ground.environment import free_memory
+from atp.ground.errors import InputError, shorten
+from atp.inputs.checks import (
     BUDGET_TOLERANCE,
     base_remark,
     check_base_alone,
@@ -19,23 +23,20 @@ from atp.checks import (
     rereads,
     sharding_remark,
 )
-from atp.config import ATPConfig
-from atp.environment import free_memory
-from atp.errors import InputError, shorten
-from atp.families import family_of
-from atp.latency import with_time
-from atp.length import with_steps
-from atp.loading import check_prunable, load_shapes
+from atp.inputs.loading import check_prunable, load_shapes
+from atp.inputs.targets import with_share
 from atp.plan.cost import Flops, Row, cost_of
 from atp.plan.data import data_of
 from atp.plan.exchange import exchange_of
 from atp.plan.exports import reachable_exports
 from atp.plan.job import Job, Questions
+from atp.plan.latency import with_time
+from atp.plan.length import with_steps
 from atp.plan.memory import memory_of
 from atp.plan.page import duration, each, size
 from atp.plan.probe import is_quick, seconds_of, speeds
 from atp.plan.shapes import ModelShapes
-from atp.targets import with_share
+from atp.processes import processes
 from atp.training.callbacks import check_trackers
 from atp.training.precision import autocast_dtype, with_precision
 from atp.training.validation import samples_scored

@@ -13,18 +13,18 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from atp import processes
 from atp.baselines.tuner import stock_lora
 from atp.data import collate
 from atp.decide.maker import frozen
 from atp.evaluation.inference import inference
-from atp.latency import now, one_layer
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.attention import use_training_attention
 from atp.plan.cost import Cost, Flops, Row, moments, solution
 from atp.plan.job import Job
+from atp.plan.latency import now, one_layer
 from atp.plan.shapes import Layers, ModelShapes, mask_of
+from atp.processes import processes
 from atp.removal import cut_model
 from atp.removal.certify import reference_logits
 from atp.removal.refit import DAMPINGS, Pair, moments_of

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from atp.data import collate
-from atp.errors import NotReached
+from atp.ground.errors import NotReached
 from atp.models.load import read_model
 from atp.removal.widen import widened
 from atp.sharding.read import read_sharded

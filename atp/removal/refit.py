@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from atp import processes
-from atp.errors import NotReached
-from atp.finite import is_finite
+from atp.ground.errors import NotReached
 from atp.lora.controller import MaskController
 from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, residual_multiplier, run_block
+from atp.processes import processes
+from atp.processes.finite import is_finite
 from atp.removal.certify import wider
 from atp.sharding.shards import gathered, rows_of, store
 from atp.spaces.space import MaskSpace

@@ -7,10 +7,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from atp.errors import InputError, shorten
-from atp.reading import parse_json, read_yaml
+from atp.config.training import TrainingConfig
+from atp.ground.errors import InputError, shorten
+from atp.ground.reading import parse_json, read_yaml
 from atp.report.beside import perplexity_of
-from atp.training_config import TrainingConfig
 
 _PACE = 20  # records of which the pace is that of the run
 

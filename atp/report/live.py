@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from atp.errors import InputError, shorten
-from atp.folders import CONFIG
-from atp.locking import holder
+from atp.ground.errors import InputError, shorten
+from atp.ground.locking import holder
+from atp.inputs.folders import CONFIG
 from atp.report.files import read_run, standing
 from atp.report.page import page_of
 

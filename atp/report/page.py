@@ -9,8 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from atp.errors import shorten, visible
-from atp.files import write_text
+from atp.ground.errors import shorten, visible
+from atp.ground.files import write_text
 from atp.report import sections, words
 from atp.report.files import RunFiles, read_run
 from atp.report.picture import pictures

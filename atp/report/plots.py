@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from atp.files import whole_file
+from atp.ground.files import whole_file
 
 if TYPE_CHECKING:
     from pathlib import Path

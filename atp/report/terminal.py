@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atp.errors import visible
+from atp.ground.errors import visible
 from atp.removal.certify import failure
 from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, perplexity_label, remarks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from atp.errors import shorten
+from atp.ground.errors import shorten
 
 DASH = "–"
 

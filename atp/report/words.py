@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from atp.errors import InputError
-from atp.reading import read_yaml
+from atp.ground.errors import InputError
+from atp.ground.reading import read_yaml
 from atp.report.beside import MODELS, OTHERS
 from atp.report.files import RunFiles
 from atp.report.text import number

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atp import processes
-from atp.files import flush, new_folder
+from atp.ground.files import flush, new_folder
+from atp.processes import processes
 
 _FILE = re.compile(r"shard-(\d{5})-of-(\d{5})\.safetensors")
 

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from atp import processes
-from atp.files import sha256
+from atp.ground.files import sha256
 from atp.models.llama import place_indices
 from atp.models.load import read_config, require_whole, weight_files
 from atp.models.sizes import check_against_files
+from atp.processes import processes
 from atp.sharding.shards import fill, shard
 
 

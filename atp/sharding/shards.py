@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from atp import processes
+from atp.processes import processes
 
 ReadRows = Callable[[str, slice], Tensor]
 """Gives the rows of a weight, by its name in the model. All processes ask for all names, in the same order."""

@@ -1,0 +1,1 @@
+"""The training loop: phases, steps, checkpoints and callbacks."""

@@ -10,8 +10,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from atp import processes, progress
-from atp.errors import InputError, shorten
+from atp.ground import progress
+from atp.ground.errors import InputError, shorten
+from atp.processes import processes
 
 if TYPE_CHECKING:
     from atp.training.loop import Loop

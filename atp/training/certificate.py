@@ -9,8 +9,8 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 
-from atp.errors import NotReached
-from atp.files import write_json
+from atp.ground.errors import NotReached
+from atp.ground.files import write_json
 from atp.lora.controller import MaskController
 from atp.removal import check_certificate, compare, reference_logits
 from atp.removal.certify import AT_CUT, LIMITS, USUAL_ROUNDING, dtype_name

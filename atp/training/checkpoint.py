@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atp.errors import InputError, NotReached, shorten
-from atp.files import remove_leftovers, sha256, whole_folder, write_text
-from atp.finite import first_non_finite
+from atp.ground.errors import InputError, NotReached, shorten
+from atp.ground.files import remove_leftovers, sha256, whole_folder, write_text
+from atp.processes.finite import first_non_finite
 from atp.sharding.files import ShardFiles, collect
 
 LATEST = "LATEST"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from atp import processes
 from atp.data import collate
-from atp.devices import upload
+from atp.ground.devices import upload
+from atp.processes import processes
 from atp.removal.refit import HELD_OUT
 
 Batch = dict[str, Any]

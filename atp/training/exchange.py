@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from atp import processes
+from atp.processes import processes
 
 _PIECE_BYTES = 25 * 2**20
 

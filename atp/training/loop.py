@@ -20,14 +20,15 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
 
-from atp import heap, processes
 from atp.config import ATPConfig
 from atp.data import scored_per_sample
-from atp.errors import PROCESS_ENDED, InputError, Interrupted, NotReached, is_lost_peer
-from atp.finite import FiniteGuard, refuse_weights
+from atp.ground import heap
+from atp.ground.errors import PROCESS_ENDED, InputError, Interrupted, NotReached, is_lost_peer
+from atp.ground.signals import SignalGuard
 from atp.models.attention import use_training_attention
+from atp.processes import processes
+from atp.processes.finite import FiniteGuard, refuse_weights
 from atp.sharding.files import stage
-from atp.signals import SignalGuard
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record, Trackers
 from atp.training.checkpoint import Checkpoint, prefixed, resume_point

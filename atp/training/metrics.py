@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atp import processes, progress
-from atp.files import append, write_text
+from atp.ground import progress
+from atp.ground.files import append, write_text
+from atp.processes import processes
 
 
 class MetricsLog:

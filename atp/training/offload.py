@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from atp import heap
+from atp.ground import heap
 
 SMALLEST = 64 * 2**10  # bytes; what is smaller takes longer to move than its memory is worth
 

@@ -8,10 +8,10 @@ from typing import Any, Final, Literal
 
 import torch
 
-from atp import processes
 from atp.config import ATPConfig
-from atp.errors import InputError
-from atp.folders import CONFIG, saved_config
+from atp.ground.errors import InputError
+from atp.inputs.folders import CONFIG, saved_config
+from atp.processes import processes
 from atp.training.resume import started_with
 
 Definite = Literal["float32", "bfloat16"]

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from atp.files import whole_file, write_json, write_text
+from atp.ground.files import whole_file, write_json, write_text
 from atp.training.callbacks import Callback, Record
 
 if TYPE_CHECKING:

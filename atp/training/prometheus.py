@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from atp import processes
-from atp.errors import InputError, shorten
-from atp.files import check_writable, whole_file
+from atp.ground.errors import InputError, shorten
+from atp.ground.files import check_writable, whole_file
+from atp.processes import processes
 from atp.training.callbacks import Callback, Record
 
 if TYPE_CHECKING:

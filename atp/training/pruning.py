@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from atp import processes
 from atp.config import DecisionsConfig, TrainingConfig
 from atp.data import collate
 from atp.decide.budget import Budget
@@ -24,11 +23,12 @@ from atp.decide.decisions import Decisions
 from atp.decide.maker import DecisionMaker, frozen
 from atp.decide.saliency import fisher_saliency, saliency_logits
 from atp.decide.scored import ScoredDecisions
-from atp.devices import for_float64, upload
 from atp.evaluation.inference import inference
+from atp.ground.devices import for_float64, upload
 from atp.lora.controller import MaskController
 from atp.lora.regularizers import make_regularizer
 from atp.lora.regularizers.lasso import LoraGroups
+from atp.processes import processes
 from atp.removal import cut_model
 from atp.removal.certify import certificate_tokens
 from atp.removal.refit import refit

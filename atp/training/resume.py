@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from atp import processes
 from atp.config import ATPConfig
 from atp.data import Splits
 from atp.data.encoding import rules_of
-from atp.errors import InputError
-from atp.files import read_json, sha256
-from atp.folders import CHECKPOINTS, CONFIG, INPUTS, saved_config
+from atp.ground.errors import InputError
+from atp.ground.files import read_json, sha256
+from atp.inputs.folders import CHECKPOINTS, CONFIG, INPUTS, saved_config
+from atp.processes import processes
 from atp.sharding.shards import whole
 from atp.training.checkpoint import Checkpoint, exist, newest, read_values, resume_point
 from atp.training.data import sized

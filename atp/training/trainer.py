@@ -16,21 +16,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from atp import heap, processes
-from atp.checks import check_reachable
 from atp.config import ATPConfig
 from atp.decide.decisions import Decisions
-from atp.errors import InputError
 from atp.export.card import model_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
-from atp.loading import load_data, load_model, load_tokenizer
+from atp.ground import heap
+from atp.ground.errors import InputError
+from atp.inputs.checks import check_reachable
+from atp.inputs.loading import load_data, load_model, load_tokenizer
+from atp.inputs.targets import with_share
 from atp.lora.layer import add_lora
 from atp.models.base import FORMS
 from atp.models.stock import stock_config
+from atp.processes import processes
 from atp.removal import cut_state_dict
 from atp.sharding.shards import is_sharded, sharded_copy
 from atp.spaces.space import MaskSpace
-from atp.targets import with_share
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record
 from atp.training.certificate import write_certificate

@@ -10,11 +10,11 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from atp import processes
 from atp.config import ATPConfig
 from atp.data import collate
-from atp.errors import InputError
 from atp.evaluation.inference import inference
+from atp.ground.errors import InputError
+from atp.processes import processes
 from atp.training.data import sized, to_device
 from atp.training.loss import causal_lm_loss
 

@@ -1,3 +1,4 @@
+// Picks the instruction set of this processor when the library is loaded.
 #include "loops.h"
 
 #include <cstdlib>

@@ -1,3 +1,4 @@
+// The inner loops for AVX2.
 #include "loops.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// The inner loops for AVX-512.
 #include "loops.h"
 
 #include <algorithm>

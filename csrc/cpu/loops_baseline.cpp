@@ -1,3 +1,4 @@
+// The inner loops for any processor.
 #include "loops.h"
 
 #include <algorithm>

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 from tiny_inputs import tiny_config
 
+import atp.cli.scoring
 import atp.run
-import atp.scoring
 from atp.evaluation import throughput, throughputs
 from atp.report import plots, write_report
 
@@ -37,7 +37,7 @@ def quick_runs():
     few = {"prompt_tokens": 16, "new_tokens": 2, "repeats": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(atp.run, "throughputs", partial(throughputs, **few))
-        patch.setattr(atp.scoring, "throughput", partial(throughput, **few))
+        patch.setattr(atp.cli.scoring, "throughput", partial(throughput, **few))
         patch.setattr(atp.run, "write_report", without_drawings)
         yield
 
@@ -51,7 +51,7 @@ def config(tmp_path_factory):
 @pytest.fixture
 def wide_budget(monkeypatch):
     """One channel of the tiny model is more than the tolerance on the budget."""
-    monkeypatch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+    monkeypatch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,6 @@ def finished(config, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
         start(config, folder)
     return folder

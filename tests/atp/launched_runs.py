@@ -82,7 +82,7 @@ def fork_each(commands, folders):
 
 def become(command, folder, output):
     """Runs an `atp` command in this process, in a folder, and ends it."""
-    from atp import cli
+    from atp.cli import cli
 
     signal.alarm(120)  # nobody waits for ever
     code = 70
@@ -135,7 +135,7 @@ def assert_equal(folder, expected):
 
 if __name__ == "__main__":
     import atp.baselines
-    import atp.cli
+    import atp.cli.cli
     import atp.run  # noqa: F401
 
     print(json.dumps([fork_each(**case) for case in json.loads(sys.argv[1])]))

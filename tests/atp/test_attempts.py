@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import DistStoreError, HashStore, TCPStore
 
-from atp import attempts, processes
-from atp.ending import ending
-from atp.errors import PROCESS_ENDED, Interrupted, NotReached
-from atp.folders import begun_by_this_launch, check_output_dir, opened
-from atp.signals import SignalGuard
+from atp.ground.ending import ending
+from atp.ground.errors import PROCESS_ENDED, Interrupted, NotReached
+from atp.ground.signals import SignalGuard
+from atp.inputs.folders import begun_by_this_launch, check_output_dir, opened
+from atp.processes import attempts, processes
 from atp.training.loop import Loop
 
 PATIENCE = timedelta(seconds=30)
@@ -29,7 +29,7 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 dist.all_reduce(torch.ones(1))
 if rank == 1:
     os._exit(1)
-from atp.ending import ending
+from atp.ground.ending import ending
 try:
     dist.all_reduce(torch.ones(1))
 except Exception as error:

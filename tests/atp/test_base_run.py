@@ -23,7 +23,7 @@ def done(request, wide, tmp_path_factory):
     """(load_in, folder, lines that it said) of an unbroken run."""
     folder, said = tmp_path_factory.mktemp("base") / "out", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
         start(wide, folder, model={"load_in": request.param}, say=said.append)
     return request.param, folder, said
 

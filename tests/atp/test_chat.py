@@ -9,10 +9,10 @@ import torch
 from tiny_folder import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp import cli
-from atp.chat import Chat, asks_once, talk
+from atp.cli import cli
+from atp.cli.chat import Chat, asks_once, talk
 from atp.data.chat import plain_chat
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 @pytest.fixture(scope="module")

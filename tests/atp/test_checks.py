@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from atp.checks import check_reachable, few_scored, recipe, remarks, rereads, shortfalls, steps_per_epoch
 from atp.config import ATPConfig
 from atp.data.batches import IGNORE
-from atp.errors import InputError
-from atp.loading import load_data, load_model, load_shapes, load_tokenizer
+from atp.ground.errors import InputError
+from atp.inputs.checks import check_reachable, few_scored, recipe, remarks, rereads, shortfalls, steps_per_epoch
+from atp.inputs.loading import load_data, load_model, load_shapes, load_tokenizer
 from atp.run import Run
 from atp.training.trainer import ATPTrainer
 

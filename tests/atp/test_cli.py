@@ -14,7 +14,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp.cli import main
+from atp.cli.cli import main
 
 COMMANDS = (
     "train",
@@ -224,7 +224,7 @@ def test_missing_config_file(atp, tmp_path):
 
 
 def test_debug_shows_the_error_itself(atp, config):
-    from atp.errors import InputError
+    from atp.ground.errors import InputError
 
     with pytest.raises(InputError, match="unknown config key"):
         atp("train", config, "lora.rank=2", "--debug")
@@ -315,7 +315,7 @@ def test_compare_refuses_bad_input(atp, config, tmp_path, options, message):
 
 
 def test_compare_prints_a_row_a_method(atp, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("atp.console.console.width", 80)
+    monkeypatch.setattr("atp.cli.console.console.width", 80)
     short = ("training.search=1", "training.settle=1", "training.tune=1", "evaluation.windows=2")
     options = ("--methods", "dense_lora,random", "--out", tmp_path / "both")
     code, out, err = atp("compare", config, *short, "decisions.space=kv_group", "decisions.target_keep=0.8", *options)

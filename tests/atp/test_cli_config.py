@@ -6,9 +6,9 @@ import sys
 import pytest
 import yaml
 
-from atp.cli import main
+from atp.cli.cli import main
 from atp.config import ATPConfig
-from atp.presets import PRESETS
+from atp.config.presets import PRESETS
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from rich.text import Text
 from tiny_folder import save
 
 import atp_kernels
-from atp import cli
-from atp.console import _Console
-from atp.environment import slow_kernels
+from atp.cli import cli
+from atp.cli.console import _Console
+from atp.ground.environment import slow_kernels
 from atp_kernels._version import __version__
 
 COMMANDS = ("train", "demo", "eval", "compare", "experiment", "report", "env")
@@ -44,7 +44,7 @@ def test_short_help_is_the_long_one(monkeypatch, capsys, command):
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["export", "--help"]], ids=" ".join)
 def test_help_waits_for_no_library_that_takes_seconds(words):
     code = (
-        f"import sys; sys.argv = ['atp', *{words}]\nfrom atp.cli import main\ntry: main()\n"
+        f"import sys; sys.argv = ['atp', *{words}]\nfrom atp.cli.cli import main\ntry: main()\n"
         "finally: print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -100,7 +100,8 @@ def test_a_wrong_argument_is_refused_without_the_libraries_that_take_seconds(tmp
     values = {"model": {"path": "model"}, "output_dir": "out", "data": {"train": "data.jsonl"}}
     (tmp_path / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
     code = (
-        f"import sys; sys.argv = ['atp', *{[what.split()[0], *REFUSED[what]]}]\nfrom atp.cli import main\ntry: main()\n"
+        f"import sys; sys.argv = ['atp', *{[what.split()[0], *REFUSED[what]]}]\n"
+        "from atp.cli.cli import main\ntry: main()\n"
         "finally: print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
     )
     path = os.pathsep.join(filter(None, (str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH"))))

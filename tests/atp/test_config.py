@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from atp.config import ATPConfig
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 MINIMAL = {"model": {"path": "some-model"}, "output_dir": "runs/x"}
 

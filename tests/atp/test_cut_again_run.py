@@ -8,16 +8,16 @@ import torch
 from tiny_command import read, results, start, stopping_at
 from transformers import AutoModelForCausalLM
 
-from atp.compare.baseline_run import BaselineRun
 from atp.config import ATPConfig
-from atp.errors import InputError
 from atp.export.gguf import architecture_of
+from atp.ground.errors import InputError
 from atp.models.load import read_config
 from atp.models.stock import save_model
 from atp.plan import make_plan
 from atp.removal import cut_model
 from atp.report import write_report
 from atp.spaces.space import MaskSpace
+from atp.studies.compare.baseline_run import BaselineRun
 from atp.training.trainer import ATPTrainer
 
 pytestmark = pytest.mark.usefixtures("wide_budget")
@@ -45,7 +45,7 @@ def unequal(config, tmp_path_factory):
 def finished(unequal, tmp_path_factory):
     folder = tmp_path_factory.mktemp("again") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
         return folder, start(unequal, folder)
 
 

@@ -8,14 +8,14 @@ import pytest
 import yaml
 from tiny_inputs import WORDS, tiny_config
 
-from atp.cli import main
-from atp.cli_config import _ask
-from atp.columns import Columns
+from atp.cli.cli import main
+from atp.cli.columns import Columns
+from atp.cli.draft import UnusableRows, draft
+from atp.cli.settings import _ask
 from atp.config import ATPConfig
 from atp.data.examples import values
-from atp.draft import UnusableRows, draft
-from atp.errors import InputError
-from atp.loading import load_data, load_tokenizer
+from atp.ground.errors import InputError
+from atp.inputs.loading import load_data, load_tokenizer
 from atp.plan import make_plan
 
 TEXT = " ".join(WORDS[:8])
@@ -308,7 +308,7 @@ def test_a_disk_that_fills_leaves_no_half_config(model, tmp_path, monkeypatch, c
         return made
 
     data, out = rows(tmp_path, lambda n: {"text": numbered(n)}), tmp_path / "mine.yaml"
-    monkeypatch.setattr("atp.draft.draft", fill)
+    monkeypatch.setattr("atp.cli.draft.draft", fill)
     monkeypatch.setattr(sys, "argv", ["atp", "init", model, data, "--out", str(out)])
     with pytest.raises(SystemExit) as done:
         main()

@@ -17,11 +17,11 @@ import transformers
 import yaml
 from tiny_folder import WORDS, edit_json, save
 
-from atp.cli import main
-from atp.ending import OutputClosed, ending
-from atp.errors import InputError, Interrupted, NotReached
+from atp.cli.cli import main
+from atp.ground.ending import OutputClosed, ending
+from atp.ground.errors import InputError, Interrupted, NotReached
 
-RUN = [sys.executable, "-c", "from atp.cli import main; main()"]
+RUN = [sys.executable, "-c", "from atp.cli.cli import main; main()"]
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def fail(error):
 
 
 def test_an_unforeseen_error_is_one_sentence_and_debug_shows_it(atp, monkeypatch):
-    monkeypatch.setattr("atp.environment.describe", fail(KeyError("first\nsecond" + "x" * 1000)))
+    monkeypatch.setattr("atp.ground.environment.describe", fail(KeyError("first\nsecond" + "x" * 1000)))
     code, err = atp("env")
     assert code == 1 and one_sentence(err), err
     assert "KeyError" in err and "first" in err and "--debug" in err
@@ -99,7 +99,7 @@ def test_a_panic_is_one_sentence(atp, monkeypatch):
     class Panic(BaseException):
         """As Rust's are, which is no Exception."""
 
-    monkeypatch.setattr("atp.environment.describe", fail(Panic("called `Option::unwrap()` on a `None` value")))
+    monkeypatch.setattr("atp.ground.environment.describe", fail(Panic("called `Option::unwrap()` on a `None` value")))
     code, err = atp("env")
     assert code == 1 and one_sentence(err) and "unwrap" in err and "--debug" in err, err
 
@@ -152,7 +152,7 @@ def test_usage_errors_are_one_sentence(atp, arguments, message):
 
 
 def test_ctrl_c_is_one_sentence(atp, monkeypatch, model):
-    monkeypatch.setattr("atp.scoring.score_folder", fail(KeyboardInterrupt()))
+    monkeypatch.setattr("atp.cli.scoring.score_folder", fail(KeyboardInterrupt()))
     code, err = atp("eval", model)
     assert code == 130 and one_sentence(err) and "interrupted" in err
 
@@ -183,9 +183,9 @@ class Stop:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Stop())
 sys.argv = ["/somewhere/bin/atp", "env"]
-from atp.cli import main
-from atp.ending import OutputClosed, ending
-from atp.errors import InputError, Interrupted, NotReached
+from atp.cli.cli import main
+from atp.ground.ending import OutputClosed, ending
+from atp.ground.errors import InputError, Interrupted, NotReached
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -201,7 +201,7 @@ main()
 @pytest.fixture
 def not_scored(monkeypatch):
     """Fails where a model is run."""
-    for place in ("atp.run.evaluate_model", "atp.scoring.evaluate_model"):
+    for place in ("atp.run.evaluate_model", "atp.cli.scoring.evaluate_model"):
         monkeypatch.setattr(place, fail(AssertionError("a model was run")))
 
 
@@ -244,7 +244,7 @@ def test_the_place_of_scores_is_checked_before_they_are_made(atp, model, texts, 
 @pytest.mark.parametrize("option", ["--runs", "--out"])
 def test_the_places_of_an_experiment_are_checked_first(atp, tmp_path, not_scored, monkeypatch, option):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("atp.experiments.experiment.load_tokenizer", fail(AssertionError("a model was read")))
+    monkeypatch.setattr("atp.studies.experiments.experiment.load_tokenizer", fail(AssertionError("a model was read")))
     file = Path(__file__).parents[2] / "experiments" / "stages.yaml"
     code, err = atp("experiment", file, option, "/proc/foo")
     assert code == 2 and one_sentence(err) and f"{option} /proc/foo is not writable" in err, err
@@ -318,7 +318,7 @@ def test_out_of_memory_with_checkpointing_names_offloading(atp, config, monkeypa
 
 
 def test_out_of_memory_in_eval(atp, model, texts, monkeypatch):
-    monkeypatch.setattr("atp.scoring.evaluate_model", allocate)
+    monkeypatch.setattr("atp.cli.scoring.evaluate_model", allocate)
     code, err = atp("eval", model, "--suite", texts, "--length", 16, "--documents", 2)
     assert code == 2 and one_sentence(err), err
     assert "out of memory" in err and "--batch-size 4" in err and "--length 8" in err
@@ -353,9 +353,9 @@ def test_each_error_ends_with_a_code_of_the_table(error, code):
 def test_what_exhausts_memory_at_reading_is_not_told_of_batches(
     atp, config, model, texts, monkeypatch, command, place, what, error
 ):
-    monkeypatch.setattr(f"atp.loading.{place}", fail(error))
+    monkeypatch.setattr(f"atp.inputs.loading.{place}", fail(error))
     if command == "eval" and place == "load_recipe":
-        monkeypatch.setattr("atp.scoring.read_examples", fail(error))
+        monkeypatch.setattr("atp.cli.scoring.read_examples", fail(error))
     words = ["train", config] if command == "train" else ["eval", model, "--suite", texts, "--length", 16]
     code, err = atp(*words)
     assert code == 2 and one_sentence(err) and f"out of memory while reading the {what} (" in err, err

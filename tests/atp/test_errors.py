@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from atp.errors import InputError, quote, shorten, visible
+from atp.ground.errors import InputError, quote, shorten, visible
 
 
 def nested(depth):

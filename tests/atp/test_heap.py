@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from atp import heap
+from atp.ground import heap
 
 # Tensors below glibc's mmap threshold between small ones that stay: nothing of this is returned by itself.
 FREES_IN_PIECES = """
 import ctypes, gc, os, torch
 from pathlib import Path
-from atp import heap
+from atp.ground import heap
 
 ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, which grows to this by itself in a long run
 MIB = 2**20

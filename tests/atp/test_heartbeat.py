@@ -12,9 +12,9 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from atp import heartbeat
-from atp.errors import InputError
-from atp.heartbeat import Heartbeat
+from atp.ground.errors import InputError
+from atp.processes import heartbeat
+from atp.processes.heartbeat import Heartbeat
 
 SECONDS = 1.2  # 60 beats of 20 ms
 
@@ -98,7 +98,7 @@ def test_zero_turns_it_off(monkeypatch):
 # One process waits for the other, which never comes.
 WAITING = """
 import sys
-from atp import processes
+from atp.processes import processes
 processes.start()
 print("met", flush=True)
 processes.wait() if processes.rank() == int(sys.argv[1]) else sys.stdin.read()

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from atp.config import ATPConfig
 from atp.data import PackedDataset
-from atp.errors import InputError, NotReached
+from atp.ground.errors import InputError, NotReached
 from atp.integrations import ATPCallback
 from atp.removal.certify import LIMITS
 from atp.training.trainer import ATPTrainer

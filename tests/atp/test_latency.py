@@ -7,18 +7,17 @@ from tiny_folder import save
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from atp import latency
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
-from atp.errors import InputError
 from atp.evaluation.inference import cache_name
-from atp.latency import PROMPT, Table, share_of_widths, with_time
-from atp.plan import make_plan
+from atp.ground.errors import InputError
+from atp.inputs.targets import with_share
+from atp.plan import latency, make_plan
+from atp.plan.latency import PROMPT, Table, share_of_widths, with_time
 from atp.plan.page import page
 from atp.plan.shapes import mask_of
 from atp.removal import cut_config
 from atp.spaces.space import MaskSpace
-from atp.targets import with_share
 
 SHAPES = AutoConfig.for_model(
     "llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=8,

@@ -8,13 +8,12 @@ import pytest
 import yaml
 from tiny_inputs import tiny_config
 
-from atp import length
 from atp.config import ATPConfig
-from atp.errors import InputError
-from atp.length import with_known_steps, with_steps
-from atp.plan import make_plan
+from atp.config.presets import PRESETS
+from atp.ground.errors import InputError
+from atp.plan import length, make_plan
 from atp.plan.cost import Flops
-from atp.presets import PRESETS
+from atp.plan.length import with_known_steps, with_steps
 from atp.run import Run
 from atp.training.schedule import Phases
 
@@ -147,7 +146,7 @@ def test_a_run_goes_on_with_the_steps_that_it_began_with(tiny):
 
 
 def test_a_run_whose_tokens_come_to_many_steps_has_a_validation_split(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("atp.presets._BY_STEPS", ((10, "standard"),))
+    monkeypatch.setattr("atp.config.presets._BY_STEPS", ((10, "standard"),))
     monkeypatch.setitem(PRESETS["standard"], "evaluation", {"every": 9})
     values = tiny.model_dump(mode="json", exclude_unset=True) | {"preset": "auto", "output_dir": str(tmp_path / "run")}
     values["training"] = {

@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.config import ModelConfig
 from atp.data.packages import smollm2_gguf
-from atp.errors import InputError
-from atp.loading import load_any_model, load_model, load_tokenizer
-from atp.locking import locked
-from atp.places import PACKAGED_MODEL, refuse_no_model, run_of
+from atp.ground.errors import InputError
+from atp.ground.locking import locked
+from atp.ground.places import PACKAGED_MODEL, refuse_no_model, run_of
+from atp.inputs.loading import load_any_model, load_model, load_tokenizer
 
 
 def test_packaged_model_is_the_file_of_its_package():

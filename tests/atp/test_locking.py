@@ -11,12 +11,12 @@ import pytest
 from tiny_command import start
 
 from atp import run as runs
-from atp.compare import Comparison
-from atp.compare.members import Members
 from atp.config import ExportConfig
-from atp.errors import InputError
-from atp.experiments import Experiment
-from atp.locking import holder, locked
+from atp.ground.errors import InputError
+from atp.ground.locking import holder, locked
+from atp.studies.compare import Comparison
+from atp.studies.compare.members import Members
+from atp.studies.experiments import Experiment
 
 
 def held_by_another_process(folder):

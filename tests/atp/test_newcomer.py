@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp import cli
+from atp.cli import cli
 
 ATP = [sys.executable, "-m", "atp"]
 TOPICS = {

@@ -5,9 +5,10 @@ import torch
 from tiny_command import start
 from tiny_inputs import tiny_config
 
-from atp import processes, run
-from atp.chat import Chat
-from atp.scoring import Scoring, score_folder
+from atp import run
+from atp.cli.chat import Chat
+from atp.cli.scoring import Scoring, score_folder
+from atp.processes import processes
 
 
 class Seen(Exception):
@@ -22,7 +23,7 @@ def elsewhere(monkeypatch):
     def use(model, *rest, **options):
         raise Seen(next(model.parameters()).device.type)
 
-    for place in ("atp.run.evaluate_model", "atp.scoring.evaluate_model", "atp.chat.inference"):
+    for place in ("atp.run.evaluate_model", "atp.cli.scoring.evaluate_model", "atp.cli.chat.inference"):
         monkeypatch.setattr(place, use)
 
 

@@ -6,14 +6,14 @@ import shutil
 import pytest
 from tiny_command import results, start, stopping_at
 
-from atp.compare import Comparison
-from atp.engines import Here
-from atp.errors import InputError
-from atp.experiments import Experiment
+from atp.ground.errors import InputError
 from atp.report import write_report
 from atp.run import Run
-from atp.sweep import Sweep
-from atp.sweep.units import UNITS
+from atp.studies.compare import Comparison
+from atp.studies.engines import Here
+from atp.studies.experiments import Experiment
+from atp.studies.sweep import Sweep
+from atp.studies.sweep.units import UNITS
 from atp.training.trainer import ATPTrainer
 
 pytestmark = pytest.mark.usefixtures("wide_budget")

@@ -10,8 +10,8 @@ import time
 import pytest
 from rich.console import Console
 
-from atp import progress
-from atp.cli import main
+from atp.cli.cli import main
+from atp.ground import progress
 
 RECORD = {"step": 3, "loss": 1.25, "keep": 0.5, "tokens_per_second": 1234.4, "lr": 0.1}
 
@@ -119,7 +119,8 @@ def test_a_secret_in_an_error_is_not_shown(capsys, monkeypatch):
 def test_a_reader_that_has_gone_ends_the_command_quietly(tmp_path):
     read, write = os.pipe()
     os.close(read)
-    code = "import sys\nfrom atp import cli, progress\ncli.app = lambda **options: progress.begin('search')\ncli.main()"
+    imports = "import sys\nfrom atp.cli import cli\nfrom atp.ground import progress\n"
+    code = f"{imports}cli.app = lambda **options: progress.begin('search')\ncli.main()"
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from atp.errors import NotReached
-from atp.promises import check_promises
+from atp.ground.errors import NotReached
+from atp.inputs.promises import check_promises
 
 # fmt: off
 KEPT = {

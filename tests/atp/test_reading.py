@@ -6,8 +6,8 @@ import os
 import pytest
 import yaml
 
-from atp.errors import InputError
-from atp.reading import check_file, existing, parse_json, read_yaml, read_yaml_file
+from atp.ground.errors import InputError
+from atp.ground.reading import check_file, existing, parse_json, read_yaml, read_yaml_file
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from tiny_command import start
 
-from atp import cli
+from atp.cli import cli
+from atp.cli.demo import DENSE_SETTINGS, RECORDED_DENSE, demo_config, dense_settings, recorded_dense
 from atp.config import ATPConfig
 from atp.data import load_recipe
 from atp.data.settings import DataSettings
-from atp.demo import DENSE_SETTINGS, RECORDED_DENSE, demo_config, dense_settings, recorded_dense
-from atp.errors import InputError
-from atp.places import PACKAGED_MODEL
+from atp.ground.errors import InputError
+from atp.ground.places import PACKAGED_MODEL
 
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads(RECORDED_DENSE.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def command(monkeypatch, config, folder, *words):
         values = config.model_dump(mode="json") | {"output_dir": str(output_dir)}
         return ATPConfig.parse(values, ["evaluation.answers=true", *overrides])
 
-    monkeypatch.setattr("atp.demo.demo_config", tiny)
+    monkeypatch.setattr("atp.cli.demo.demo_config", tiny)
     monkeypatch.setattr(sys, "argv", ["atp", "demo", "--output-dir", str(folder), *words])
     printed = []
     monkeypatch.setattr(cli.console, "print", lambda *values, **_: printed.extend(map(str, values)))
@@ -93,7 +93,7 @@ def command(monkeypatch, config, folder, *words):
 def test_without_dense_the_demo_quotes_the_record(config, tmp_path, monkeypatch, wide_budget):
     record = RECORD | {"settings": dense_settings(config), "tasks": {"qa": {"accuracy": 0.875}}, "perplexity": 3.25}
     (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
-    monkeypatch.setattr("atp.demo.RECORDED_DENSE", tmp_path / "record.json")
+    monkeypatch.setattr("atp.cli.demo.RECORDED_DENSE", tmp_path / "record.json")
     printed = command(monkeypatch, config, tmp_path / "run", "--no-dense")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert set(summary["perplexity"]) == {"original", "final"} and "dense_lora" not in summary["seconds"]

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from atp import requirements
 from atp.config import DataConfig, ModelConfig
 from atp.data import read_examples
-from atp.ending import ending, lacking
-from atp.errors import InputError
-from atp.loading import check_packages
-from atp.places import PACKAGED_MODEL
-from atp.requirements import TRAIN, find, install_command, require
+from atp.ground import requirements
+from atp.ground.ending import ending, lacking
+from atp.ground.errors import InputError
+from atp.ground.places import PACKAGED_MODEL
+from atp.ground.requirements import TRAIN, find, install_command, require
+from atp.inputs.loading import check_packages
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def test_stray_directories_and_blocked_modules_are_not_packages(tmp_path, monkey
 
 
 def test_what_the_demo_needs_is_named_at_once(bare):
-    from atp.demo import demo_config
+    from atp.cli.demo import demo_config
 
     settings = demo_config(Path("unused"))
     with pytest.raises(InputError) as error:
@@ -95,7 +95,7 @@ def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_config_without_pydantic_is_one_sentence():
-    code = "import sys; sys.modules['pydantic'] = None\ntry: import atp.config\nexcept ImportError as e: print(e)"
+    code = "import sys; sys.modules['pydantic'] = None\ntry: import atp.config.config\nexcept ImportError as e:print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "package 'pydantic' is not installed: run pip install 'atp-kernels[train]'\n", done.stderr
 

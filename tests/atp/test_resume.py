@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny_command import everything, read, results, start, stopping_at
 
 from atp import run as runs
-from atp.errors import InputError
 from atp.export import hf
+from atp.ground.errors import InputError
 from atp.run import Run
 from atp.training import trainer as trainers
 from atp.training.resume import of_model_folder

@@ -10,12 +10,12 @@ from traced import untraced
 
 from atp.data import load_recipe
 from atp.evaluation.samples import Sample, sample_answers
-from atp.listing import runs_below
-from atp.loading import data_settings, load_tokenizer
+from atp.evaluation.scored_tasks import without_items
+from atp.ground.listing import runs_below
+from atp.inputs.loading import data_settings, load_tokenizer
 from atp.models.load import read_model
 from atp.report import terminal
 from atp.report.files import read_run
-from atp.scored_tasks import without_items
 
 
 @pytest.fixture

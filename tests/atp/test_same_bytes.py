@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-RUN = "import atp.promises; atp.promises.BUDGET_TOLERANCE = 0.02; from atp.cli import main; main()"
+RUN = "import atp.inputs.promises; atp.inputs.promises.BUDGET_TOLERANCE = 0.02; from atp.cli.cli import main; main()"
 SAME = ("model", "base", "adapter", "decisions.json", "decisions.safetensors", "certificate.json")
 TIMES = {"tokens_per_second", "phase_seconds", "seconds"}
 

@@ -12,11 +12,11 @@ from tiny_command import read, start
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp.errors import InputError
-from atp.listing import runs_below
+from atp.cli.scoring import Scoring, flat_scores, score_folder
+from atp.ground.errors import InputError
+from atp.ground.listing import runs_below
 from atp.report import terminal
 from atp.report.files import read_run
-from atp.scoring import Scoring, flat_scores, score_folder
 
 WORDS = "the cat sat on a mat is it there ? yes no".split()
 OPTIONS = Scoring(suite="", documents=4, length=16, questions=6, precision="float32")
@@ -129,7 +129,7 @@ def test_a_config_of_a_run_gives_the_split_of_that_run(folder, tmp_path):
      '{"items": [[1.0, 2]], "tasks": {"qa": {"items": [["yes"]]}}}'],
 )  # fmt: skip
 def test_scores_that_are_none_are_refused_before_the_model_runs(folder, tmp_path, monkeypatch, content):
-    monkeypatch.setattr("atp.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr("atp.cli.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
     path = tmp_path / "dense.json"
     path.write_text(content)
     for place in (path, tmp_path, tmp_path / "absent"):
@@ -138,7 +138,7 @@ def test_scores_that_are_none_are_refused_before_the_model_runs(folder, tmp_path
 
 
 def test_a_window_beyond_the_positions_is_refused_before_the_model_runs(folder, monkeypatch):
-    monkeypatch.setattr("atp.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr("atp.cli.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(InputError, match="--length is 4096, but the model has only 2048 positions: lower --length"):
         scored(folder, length=4096)
     with pytest.raises(InputError, match="stride 16 does not fit windows of 16 tokens"):
@@ -146,7 +146,7 @@ def test_a_window_beyond_the_positions_is_refused_before_the_model_runs(folder, 
 
 
 def test_labels_without_tokens_of_their_own_are_refused_before_the_model_runs(folder, monkeypatch):
-    monkeypatch.setattr("atp.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr("atp.cli.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(InputError, match="labels 'perhaps' and 'surely' become the same tokens"):
         scored(folder, labels=("yes", "no", "perhaps", "surely"))
 
@@ -178,7 +178,7 @@ def run(request, config, tmp_path_factory):
         texts = [json.dumps({"text": row["prompt"]}) for row in rows]
         (folder / "texts.jsonl").write_text("\n".join(texts), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
         scored = {"dense_baseline": False, "batch_size": 3, "windows": 5, "questions": 7}
         start(config, folder / "out", data=data, evaluation=scored, seed=3)
     return folder / "out"

@@ -10,8 +10,8 @@ import pytest
 from launched_runs import assert_equal, end_of_each, ended, start, wait_for_steps, write_settings
 from safetensors.torch import load_file, save_file
 
-from atp import processes
-from atp.errors import InputError
+from atp.ground.errors import InputError
+from atp.processes import processes
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 import pytest
 from launched_runs import assert_equal, ended, start, write_settings
 
-from atp import processes
-from atp.checks import check_sharded, sharding_remark
 from atp.config import ATPConfig
-from atp.errors import InputError
-from atp.loading import load_model
+from atp.ground.errors import InputError
+from atp.inputs.checks import check_sharded, sharding_remark
+from atp.inputs.loading import load_model
+from atp.processes import processes
 
 
 @pytest.fixture
@@ -63,9 +63,11 @@ def test_settings_that_need_whole_weights_are_refused(config, shared, overrides,
 
 
 def test_a_gguf_file_is_refused(config, shared, monkeypatch):
-    monkeypatch.setattr("atp.loading.load_shapes", lambda model: None)
-    monkeypatch.setattr("atp.loading.check_prunable", lambda *arguments: None)
-    monkeypatch.setattr("atp.loading._source", lambda model: {"path": "x", "gguf_file": "x.gguf", "revision": None})
+    monkeypatch.setattr("atp.inputs.loading.load_shapes", lambda model: None)
+    monkeypatch.setattr("atp.inputs.loading.check_prunable", lambda *arguments: None)
+    monkeypatch.setattr(
+        "atp.inputs.loading._source", lambda model: {"path": "x", "gguf_file": "x.gguf", "revision": None}
+    )
     with pytest.raises(InputError, match="is a GGUF file, which cannot be read in shards: save the model as"):
         load_model(config.model, config.decisions.space)
 

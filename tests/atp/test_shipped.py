@@ -2,10 +2,9 @@
 
 import pytest
 
-from atp import shipped
-from atp.config import ATPConfig
-from atp.errors import InputError
-from atp.experiments.spec import ExperimentSpec
+from atp.config import ATPConfig, shipped
+from atp.ground.errors import InputError
+from atp.studies.experiments.spec import ExperimentSpec
 
 
 @pytest.fixture

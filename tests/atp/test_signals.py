@@ -7,12 +7,12 @@ import sys
 import pytest
 from tiny_command import results, start
 
-from atp import cli
 from atp import run as runs
 from atp.baselines import tuner
-from atp.compare import Comparison, baseline_run
-from atp.errors import Interrupted
+from atp.cli import cli
 from atp.export import hf
+from atp.ground.errors import Interrupted
+from atp.studies.compare import Comparison, baseline_run
 from atp.training import pruning
 
 pytestmark = pytest.mark.usefixtures("wide_budget")

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from tiny_command import start
 
-from atp import progress
+from atp.ground import progress
 from atp.training.callbacks import make_progress
 
 

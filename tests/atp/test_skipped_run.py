@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from tiny_command import start, stopping_at
 
-from atp.errors import InputError
-from atp.folders import refuse_inputs_inside
+from atp.ground.errors import InputError
+from atp.inputs.folders import refuse_inputs_inside
 from atp.run import Run
 
 

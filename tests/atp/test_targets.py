@@ -6,8 +6,8 @@ from tiny_folder import save
 from transformers import AutoModelForCausalLM
 
 from atp.config import ATPConfig
-from atp.errors import InputError
-from atp.targets import share_of_total, with_share
+from atp.ground.errors import InputError
+from atp.inputs.targets import share_of_total, with_share
 
 
 def config_of(folder, **decisions):

@@ -7,7 +7,7 @@ import torch
 from tiny_command import read, start
 
 from atp import run
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 @pytest.fixture

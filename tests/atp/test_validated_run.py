@@ -5,9 +5,9 @@ import json
 import pytest
 from tiny_command import read, start
 
-from atp.compare.baseline_run import BaselineRun
 from atp.plan import make_plan
 from atp.report import write_report
+from atp.studies.compare.baseline_run import BaselineRun
 
 WATCHED = {"evaluation": {"every": 2, "dense_baseline": True}, "training": {"keep_best": True}}
 
@@ -16,7 +16,7 @@ WATCHED = {"evaluation": {"every": 2, "dense_baseline": True}, "training": {"kee
 def watched(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
         start(config, folder, **WATCHED)
     return folder
 

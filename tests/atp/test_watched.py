@@ -14,7 +14,7 @@ import yaml
 RUN = """
 import json, logging, sys
 logging.disable(logging.WARNING)  # as the command does before it imports the rest
-import atp.promises
+import atp.inputs.promises
 from accelerate import tracking
 class Diary(tracking.GeneralTracker):
     name, requires_logging_directory = "diary", True
@@ -34,8 +34,8 @@ class Diary(tracking.GeneralTracker):
     def finish(self):
         self.note("end")
 tracking.LOGGER_TYPE_TO_CLASS["diary"] = Diary
-atp.promises.BUDGET_TOLERANCE = 0.02
-from atp.cli import main
+atp.inputs.promises.BUDGET_TOLERANCE = 0.02
+from atp.cli.cli import main
 main()
 """
 SECRETS = {

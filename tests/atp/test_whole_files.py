@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from atp.ending import ending
-from atp.errors import InputError
-from atp.files import append, remove_leftovers, remove_leftovers_of, whole_file, whole_folder, write_text
+from atp.ground.ending import ending
+from atp.ground.errors import InputError
+from atp.ground.files import append, remove_leftovers, remove_leftovers_of, whole_file, whole_folder, write_text
 
 PRECIOUS = "precious"
 

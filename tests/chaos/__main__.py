@@ -36,8 +36,9 @@ from chaos_load import under_load
 from tiny_inputs import tiny_config
 from tqdm import tqdm
 
-from atp import promises, run
+from atp import run
 from atp.evaluation import throughputs
+from atp.inputs import promises
 
 DOCS = ROOT / "docs" / "reliability.md"
 _MARK = "<!-- what tests/chaos measured -->\n"

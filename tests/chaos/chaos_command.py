@@ -25,11 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "atp")]
 
 from tiny_command import results  # noqa: E402
 
-from atp import cli, run  # noqa: E402
+from atp import run  # noqa: E402
 from atp.baselines.tuner import LoraTuner  # noqa: E402
-from atp.compare import Comparison, baseline_run  # noqa: E402
+from atp.cli import cli  # noqa: E402
 from atp.export import hf  # noqa: E402
 from atp.run import Run  # noqa: E402
+from atp.studies.compare import Comparison, baseline_run  # noqa: E402
 from atp.training import checkpoint as checkpoints  # noqa: E402
 from atp.training import pruning  # noqa: E402
 from atp.training.pruning import Pruning  # noqa: E402

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.training.checkpoint import load, resume_point
 
 FILES = ("state.safetensors", "state.json")

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from atp.finite import non_finite_figures
+from atp.processes.finite import non_finite_figures
 
 RUNNING = (
     "scoring original", "dense baseline", "scoring tuned dense", "open", "saliency", "search", "settle", "refit", "cut",

@@ -36,9 +36,9 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 from zeroed import zeroed  # noqa: E402
 
-from atp.errors import InputError  # noqa: E402
 from atp.export.gguf import architecture_of  # noqa: E402
 from atp.families import FAMILIES  # noqa: E402
+from atp.ground.errors import InputError  # noqa: E402
 from atp.models.load import read_model  # noqa: E402
 from atp.models.stock import save_model  # noqa: E402
 from atp.removal.cut import cut_model  # noqa: E402

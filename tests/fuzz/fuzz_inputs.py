@@ -32,7 +32,7 @@ from fuzz_models import gguf_case, index_case, model_config_case, safetensors_ca
 from fuzz_settings import config_case, experiment_case, override_case, report_case
 from transformers.utils import logging as transformers_logging
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 SECONDS, WAITED = 5.0, 60.0  # of work, and of waiting for something or for a busy machine
 LONGEST = 999  # a whole message is cut at 1,000: whatever it quotes must have been cut before

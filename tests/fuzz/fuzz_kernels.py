@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
+import atp_kernels  # before tests/atp_kernels is on the path
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fuzz_native import broken
 from kernel_calls import Draw
 from kernel_cases import CALLS
 
-import atp_kernels
 from atp_kernels.call import OPERATIONS
 from atp_kernels.quantized.weight import dense
 

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp.config import ModelConfig
-from atp.errors import InputError
 from atp.export.gguf import architecture_of, write_gguf
-from atp.finite import refuse_weights
-from atp.loading import check_prunable, check_vocabulary, load_any_model, load_model, load_shapes, load_tokenizer
+from atp.ground.errors import InputError
+from atp.inputs.loading import check_prunable, check_vocabulary, load_any_model, load_model, load_shapes, load_tokenizer
 from atp.models.config import ATPLlamaConfig
+from atp.processes.finite import refuse_weights
 from atp.removal.cut import cut_model
 from atp.spaces.space import MaskSpace
 

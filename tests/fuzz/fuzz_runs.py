@@ -39,15 +39,15 @@ from tiny_inputs import tiny_config  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from atp.baselines.methods import BASELINES  # noqa: E402
-from atp.checks import check_reachable  # noqa: E402
-from atp.compare import Comparison  # noqa: E402
 from atp.config import ATPConfig  # noqa: E402
-from atp.errors import InputError, NotReached  # noqa: E402
-from atp.listing import runs_below  # noqa: E402
+from atp.ground.errors import InputError, NotReached  # noqa: E402
+from atp.ground.listing import runs_below  # noqa: E402
+from atp.inputs.checks import check_reachable  # noqa: E402
 from atp.plan import make_plan  # noqa: E402
 from atp.report import write_report  # noqa: E402
-from atp.sweep import Sweep  # noqa: E402
-from atp.sweep.units import UNITS  # noqa: E402
+from atp.studies.compare import Comparison  # noqa: E402
+from atp.studies.sweep import Sweep  # noqa: E402
+from atp.studies.sweep.units import UNITS  # noqa: E402
 from atp.training.loop import Loop  # noqa: E402
 
 MODELS = [
@@ -169,7 +169,7 @@ def compared(config, folder, draw):
 
 def widen_budget(patch):
     """On the tiny model a channel is more than the real tolerance of a budget, which has two places."""
-    patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.05)
+    patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.05)
     patch.setattr(check_reachable, "__defaults__", (0.05,))
 
 

@@ -7,11 +7,11 @@ import yaml
 from fuzz_draws import GOOD_VALUES, ODD_JSON, ODD_KEYS, ODD_VALUES, ODD_YAML, as_json, as_yaml, rebuilt, scrambled
 from transformers import LlamaConfig
 
-from atp.checks import check_reachable
 from atp.config import ATPConfig
-from atp.errors import InputError
-from atp.experiments.spec import ExperimentSpec
+from atp.ground.errors import InputError
+from atp.inputs.checks import check_reachable
 from atp.report import write_report
+from atp.studies.experiments.spec import ExperimentSpec
 
 CONFIG = {
     "model": {"path": "some-model", "gguf_file": None, "dtype": "float32"},

@@ -3,7 +3,7 @@
 import fuzz_cuts
 import pytest
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 SEED = 1
 

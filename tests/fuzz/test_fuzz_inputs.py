@@ -5,7 +5,7 @@ import time
 import fuzz_inputs
 import pytest
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 FEWER = {"report": 5, "gguf": 10}  # the slow ones
 SLICE = {kind: FEWER.get(kind, 30) for kind in fuzz_inputs.CASES}

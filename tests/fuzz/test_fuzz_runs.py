@@ -3,7 +3,7 @@
 import fuzz_runs
 import pytest
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 def test_nothing_but_a_sentence_stops_a_run(tmp_path, monkeypatch):

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from atp import processes
 from atp.decide.sampling import logistic_noise
-from atp.devices import upload
+from atp.ground.devices import upload
 from atp.lora.layer import ADAPTER, MaskedLoraLinear
 from atp.lora.regularizers.regularizer import Regularizer
+from atp.processes import processes
 from atp.spaces.space import MaskSpace
 
 _GAMMA, _ZETA = -0.1, 1.1  # the ends of the stretched interval ...

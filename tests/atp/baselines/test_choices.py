@@ -13,7 +13,7 @@ from atp.baselines.uniform import uniform_mask
 from atp.baselines.wanda_sp import wanda_scores
 from atp.data import PackedDataset
 from atp.decide.budget import Budget
-from atp.errors import InputError, NotReached
+from atp.ground.errors import InputError, NotReached
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.removal import cut_model

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from atp.compare.arms import Arm
-from atp.compare.baseline_run import BaselineRun
-from atp.compare.members import Members
-from atp.errors import InputError
+from atp.ground.errors import InputError
+from atp.studies.compare.arms import Arm
+from atp.studies.compare.baseline_run import BaselineRun
+from atp.studies.compare.members import Members
 
 
 def test_a_whole_run_in_its_own_space(config, tmp_path):

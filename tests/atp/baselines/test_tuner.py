@@ -11,7 +11,7 @@ from tiny_callbacks import StopAt
 from atp.baselines.methods import BASELINES
 from atp.baselines.tuner import LoraTuner
 from atp.data import PackedDataset
-from atp.errors import InputError, Interrupted
+from atp.ground.errors import InputError, Interrupted
 from atp.lora.layer import add_lora
 from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints

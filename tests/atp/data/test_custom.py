@@ -10,7 +10,7 @@ from atp.data.chat import chat_of, plain_chat
 from atp.data.custom import read_examples, tasks_of
 from atp.data.recipes import load_recipe
 from atp.data.settings import DataSettings
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 TALK = [
     {"role": "system", "content": "Be brief."},

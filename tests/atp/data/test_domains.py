@@ -8,7 +8,7 @@ import pytest
 from atp.data.domains import GENERAL, HEALTH, LEGAL
 from atp.data.recipes import load_recipe
 from atp.data.settings import DataSettings
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 ROWS = {
     "mednli": lambda n: {

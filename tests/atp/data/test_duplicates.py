@@ -8,7 +8,7 @@ from atp.data.assemble import Parts, assemble, by_count
 from atp.data.duplicates import near_duplicates
 from atp.data.settings import DataSettings
 from atp.data.splits import Example, document_id
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 WORDS = [f"w{n}" for n in range(400)]
 

@@ -7,7 +7,7 @@ import pytest
 from filelock import FileLock
 
 from atp.data import arrow, eviction
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 @pytest.fixture

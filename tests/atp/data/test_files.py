@@ -11,7 +11,7 @@ import pytest
 
 from atp.data.files import read_rows
 from atp.data.formats import read_file
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 def write(path, text, encoding="utf-8"):

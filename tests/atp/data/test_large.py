@@ -17,7 +17,7 @@ from test_packing import byte_tokenizer
 from atp.data import DataSettings, arrow, assemble, examples, fitted, load_recipe, pack, unpacked
 from atp.data.examples import Stored, chosen, joined, settled, values
 from atp.data.packing import best_fit
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.training.resume import of_samples
 
 WORDS = [f"w{n}" for n in range(300)]

@@ -5,7 +5,7 @@ import builtins
 import pytest
 
 from atp.data.files import read_rows
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 def test_a_script_beside_the_data_is_not_run(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from atp.data.packages import openwebtext_passages, package_folder
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 def test_missing_package_names_the_command(monkeypatch):

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from atp.data import collate
 from atp.data.packing import IGNORE, pack, unpacked
 from atp.data.splits import Example
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 def byte_tokenizer(bos=False):

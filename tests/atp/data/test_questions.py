@@ -9,7 +9,7 @@ import pytest
 from atp.data import DataSettings, load_recipe
 from atp.data.questions import MOST_PER_SUBJECT, SUBJECT_FILES
 from atp.data.recipes import packages_of
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 WORDS = ("femur", "enzyme", "molar", "plasmid", "necrosis", "infant", "atropine", "reflex", "suture", "artery", "lipid")
 

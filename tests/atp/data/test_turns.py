@@ -13,8 +13,8 @@ from atp.data.chat import chat_of, plain_chat
 from atp.data.custom import read_examples
 from atp.data.packing import IGNORE, pack, unpacked
 from atp.data.splits import Example
-from atp.errors import InputError
-from atp.loading import data_settings
+from atp.ground.errors import InputError
+from atp.inputs.loading import data_settings
 
 LEARNED = ["First answer.<|im_end|>", "Second.<|im_end|>", "Third.<|im_end|>"]
 

@@ -7,11 +7,11 @@ import torch
 from tiny_spaces import config, larger
 
 from atp.baselines.uniform import uniform_mask
+from atp.cli.demo import demo_config
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
 from atp.decide.rules import width_rules as rules_on
-from atp.demo import demo_config
 from atp.spaces.space import MaskSpace
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,

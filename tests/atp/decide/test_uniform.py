@@ -15,7 +15,7 @@ from atp.decide.fit import exact_mask
 from atp.decide.maker import DecisionMaker
 from atp.decide.scored import ScoredDecisions
 from atp.decide.uniform import equal_counts, equal_ranks, fit_equal, half_block, share_of
-from atp.errors import InputError, NotReached
+from atp.ground.errors import InputError, NotReached
 from atp.spaces.space import MaskSpace
 
 SPACE = MaskSpace.from_config(larger(), "kv_group")

@@ -4,8 +4,8 @@ import pytest
 from tiny_scored import WORDS, float64_log_probs, tiny_model, word_tokenizer
 
 from atp.data.splits import Example
-from atp.errors import InputError
 from atp.evaluation.generation import first_paragraph, generate_answers, rouge_items, rouge_scores
+from atp.ground.errors import InputError
 
 PROMPTS = ["the cat sat on the mat .", "is it ?", "not sure the cat : Answer", "mat"]
 

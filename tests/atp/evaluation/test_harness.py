@@ -16,10 +16,10 @@ import atp.data.tasks
 from atp.config import ATPConfig
 from atp.data.splits import Example
 from atp.data.tasks import PUBMEDQA, XSUM, Task
-from atp.errors import InputError
 from atp.evaluation import evaluate_model, sliding_windows
 from atp.evaluation.harness import TEMPLATES, check_harness, harness_scores, write_tasks
 from atp.export.card import model_card
+from atp.ground.errors import InputError
 from atp.models import ATPLlamaConfig, ATPLlamaForCausalLM
 
 TASKS = [value for value in vars(atp.data.tasks).values() if isinstance(value, Task)]

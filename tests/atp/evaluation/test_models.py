@@ -11,10 +11,10 @@ from transformers import LlamaForCausalLM
 
 from atp.data.packing import PackedDataset
 from atp.data.tasks import Task
-from atp.errors import InputError
 from atp.evaluation import evaluate_model, model_size, packed_windows, throughput, throughputs
 from atp.evaluation.inference import inference
 from atp.evaluation.speed import median_interval
+from atp.ground.errors import InputError
 
 QA = Task("qa", LABELS)
 

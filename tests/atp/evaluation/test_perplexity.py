@@ -8,9 +8,9 @@ from tiny_scored import WORDS, float64_log_probs, tiny_model, word_tokenizer
 
 from atp.data.packing import IGNORE, PackedDataset, pack
 from atp.data.splits import Example
-from atp.errors import InputError, NotReached
 from atp.evaluation import packed_windows, perplexity, sliding_windows
 from atp.evaluation.perplexity import ScoredWindows
+from atp.ground.errors import InputError, NotReached
 from benchmarks.case import Variant
 from benchmarks.measure import peak_bytes
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from atp.data.tasks import ROUGE, Task
-from atp.errors import InputError
 from atp.evaluation import relative_performance
 from atp.evaluation.bootstrap import percentile_interval
+from atp.ground.errors import InputError
 
 QA = Task("qa", ("yes", "no"), ("accuracy",))
 F1 = Task("f1", ("yes", "no"))

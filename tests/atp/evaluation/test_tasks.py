@@ -6,9 +6,9 @@ from tiny_scored import LABELS, WORDS, float64_log_probs, tiny_model
 
 from atp.data.splits import Example
 from atp.data.tasks import Task
-from atp.errors import InputError, NotReached
 from atp.evaluation.suite import check_questions
 from atp.evaluation.tasks import Question, label_scores, score_labels, tokenize_questions
+from atp.ground.errors import InputError, NotReached
 
 
 def test_multi_token_labels_equal_float64(model, tokenizer, examples):

@@ -13,7 +13,7 @@ from atp.export.card import (
     model_card,
     quantized_card,
 )
-from atp.places import PACKAGED_MODEL
+from atp.ground.places import PACKAGED_MODEL
 
 HOSTILE = [
     "a: [b",

@@ -11,13 +11,13 @@ from test_gguf import assert_same_logits, tiny
 from tiny_tokenizers import byte_level
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from atp.cli import main
-from atp.ending import ending
-from atp.errors import InputError
+from atp.cli.cli import main
 from atp.export import gguf
 from atp.export.command import TARGETS, export
 from atp.export.gguf import DTYPES
 from atp.export.quantized import SCHEMES
+from atp.ground.ending import ending
+from atp.ground.errors import InputError
 from benchmarks.gguf_forward import File
 
 

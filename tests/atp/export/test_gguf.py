@@ -7,9 +7,9 @@ import transformers
 from tiny_tokenizers import byte_level
 from zeroed import random_mask, stock_model
 
-from atp.errors import InputError
 from atp.export.gguf import architecture_of, write_gguf
 from atp.families import is_cut
+from atp.ground.errors import InputError
 from atp.models.config import ATPLlamaConfig
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.removal.cut import cut_model

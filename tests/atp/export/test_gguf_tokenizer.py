@@ -9,7 +9,7 @@ from tiny_tokenizers import LLAMA3, MARKED, PLAIN, PRE_TOKENIZERS, SPECIAL, TEXT
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.models.load import read_tokenizer
 from benchmarks.gguf_forward import File
 

@@ -17,10 +17,10 @@ from atp.config import ModelConfig
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
 from atp.export.gguf import DTYPES
-from atp.loading import load_any_model, load_tokenizer
-from atp.places import PACKAGED_MODEL
+from atp.ground.places import PACKAGED_MODEL
+from atp.ground.requirements import find
+from atp.inputs.loading import load_any_model, load_tokenizer
 from atp.removal.cut import cut_model
-from atp.requirements import find
 from atp.spaces.space import MaskSpace
 from benchmarks.llama_cpp import LlamaCpp
 

@@ -16,10 +16,10 @@ import torch
 from test_gguf import tiny, tokens, write
 
 from atp.config import ModelConfig
-from atp.loading import load_tokenizer
+from atp.ground.places import PACKAGED_MODEL
+from atp.ground.requirements import find
+from atp.inputs.loading import load_tokenizer
 from atp.models.stock import save_model
-from atp.places import PACKAGED_MODEL
-from atp.requirements import find
 from benchmarks.gguf_forward import File
 from benchmarks.llama_cpp import LlamaCpp
 

@@ -6,10 +6,10 @@ import pytest
 from tiny_folder import save
 from typer.testing import CliRunner
 
-from atp import cli
-from atp.ending import ending
-from atp.errors import InputError
+from atp.cli import cli
 from atp.export import push as pushing
+from atp.ground.ending import ending
+from atp.ground.errors import InputError
 
 
 class Hub:

@@ -16,12 +16,12 @@ from tiny_tokenizers import byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MistralForCausalLM
 from zeroed import stock_model
 
-from atp import progress, requirements
-from atp.errors import InputError
 from atp.evaluation import model_size, packed_windows, perplexity, throughput
 from atp.export import quantized
 from atp.export.command import export
-from atp.loading import load_data
+from atp.ground import progress, requirements
+from atp.ground.errors import InputError
+from atp.inputs.loading import load_data
 from atp.models import ATPLlamaForCausalLM
 from atp.models.stock import save_model
 from atp.removal import cut_model

@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from atp.errors import InputError, NotReached
+from atp.ground.errors import InputError, NotReached
 from atp.removal import logit_gap
 from atp.removal.certify import USUAL_ROUNDING
 from atp.run import Run
@@ -18,7 +18,7 @@ from atp.run import Run
 @pytest.fixture(autouse=True)
 def wide_budget(monkeypatch):
     """One channel of the tiny model is more than the tolerance on the budget."""
-    monkeypatch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+    monkeypatch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
 
 
 def settings_of(config, folder, dtype="float32", keep_adapter=False):
@@ -41,7 +41,7 @@ def read(folder, name):
 def finished(request, config, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
         summary = run(settings_of(config, folder, request.param, keep_adapter=True)).execute()
     return request.param, folder, summary
 

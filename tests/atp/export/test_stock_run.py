@@ -15,16 +15,16 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
-from atp.checks import rounded
-from atp.compare.baseline_run import BaselineRun
 from atp.config import ATPConfig
 from atp.data.splits import Example
 from atp.data.tasks import PUBMEDQA
 from atp.evaluation.harness import write_tasks
-from atp.loading import load_shapes
+from atp.inputs.checks import rounded
+from atp.inputs.loading import load_shapes
 from atp.models import ATPLlamaConfig
 from atp.removal import logit_gap
 from atp.run import Run
+from atp.studies.compare.baseline_run import BaselineRun
 
 
 def settings_of(config, folder, **decisions):

@@ -16,7 +16,7 @@ from atp.decide.fit import fit_mask
 from atp.decide.reach import nearest_share
 from atp.decide.rules import width_rules
 from atp.decide.uniform import require_equal_layers
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.load import read_config

@@ -10,10 +10,10 @@ from transformers import AutoConfig, PretrainedConfig
 
 from atp.baselines.slicegpt import slice_model, sliced_width
 from atp.config import ModelConfig
-from atp.errors import InputError
 from atp.families import FAMILIES as TABLE
 from atp.families import UnsupportedModel, family_of
-from atp.loading import load_model
+from atp.ground.errors import InputError
+from atp.inputs.loading import load_model
 from atp.lora.controller import MaskController
 from atp.lora.layer import FusedRMSNorm, MaskedMLP, add_lora, stock_modules, unload
 from atp.models.layers import BLOCKS, first_layer_inputs, run_block

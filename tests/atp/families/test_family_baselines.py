@@ -13,8 +13,8 @@ from atp.baselines.tuner import stock_lora
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 from atp.decide.budget import Budget
-from atp.errors import InputError
 from atp.families import family_of
+from atp.ground.errors import InputError
 from atp.spaces.space import MaskSpace
 
 

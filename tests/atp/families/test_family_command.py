@@ -12,8 +12,8 @@ from tiny_inputs import tiny_config
 from transformers import AutoModelForCausalLM
 
 from atp.config import ModelConfig
-from atp.errors import InputError
-from atp.loading import load_any_model
+from atp.ground.errors import InputError
+from atp.inputs.loading import load_any_model
 
 
 @pytest.mark.slow

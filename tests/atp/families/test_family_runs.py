@@ -7,10 +7,10 @@ import torch
 from tiny_families import SPACES, VOCAB, build, tokens
 from transformers import AutoModelForCausalLM
 
-from atp.checks import check_reachable
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 from atp.decide.budget import Budget
+from atp.inputs.checks import check_reachable
 from atp.training.trainer import ATPTrainer
 
 

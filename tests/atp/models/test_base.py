@@ -6,17 +6,17 @@ import pytest
 import torch
 from tiny_inputs import tiny_config
 
-from atp import processes
-from atp.checks import check_reachable
-from atp.compare.baseline_run import BaselineRun
 from atp.config import ATPConfig
-from atp.errors import InputError
 from atp.evaluation import model_size
-from atp.finite import refuse_weights
-from atp.loading import load_model, load_shapes
+from atp.ground.errors import InputError
+from atp.inputs.checks import check_reachable
+from atp.inputs.loading import load_model, load_shapes
 from atp.models.base import FORMS
+from atp.processes import processes
+from atp.processes.finite import refuse_weights
 from atp.run import Run
 from atp.spaces.space import MaskSpace
+from atp.studies.compare.baseline_run import BaselineRun
 from atp.training.resume import fingerprints
 from atp_kernels import QuantizedWeight
 

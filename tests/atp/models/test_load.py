@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_folder import edit_json, edit_weights, save
 from transformers import LlamaForCausalLM
 
-from atp.cli import main
+from atp.cli.cli import main
 from atp.config import ModelConfig
-from atp.errors import InputError
-from atp.loading import load_any_model, load_model, load_tokenizer
+from atp.ground.errors import InputError
+from atp.inputs.loading import load_any_model, load_model, load_tokenizer
 from atp.lora.layer import add_lora
 from atp.removal import certify_export, reference_logits
 from atp.spaces.space import MaskSpace
@@ -293,7 +293,7 @@ def test_links_of_the_hub_cache_are_followed(tmp_path):
     assert load_tokenizer(ModelConfig(path=str(folder))).convert_tokens_to_ids("cat") == 3
     code = """
 from atp.config import ModelConfig
-from atp.loading import load_any_model, load_tokenizer
+from atp.inputs.loading import load_any_model, load_tokenizer
 source = ModelConfig(path="a/b")
 print(load_any_model(source).config.num_hidden_layers, load_tokenizer(source).convert_tokens_to_ids("cat"))
 """

@@ -16,16 +16,16 @@ from atp.config import ATPConfig
 from atp.data import hub
 from atp.data.files import read_rows
 from atp.data.hub import HubName
-from atp.errors import InputError
 from atp.export.card import model_card
 from atp.export.origins import origins
-from atp.loading import load_shapes
+from atp.ground.errors import InputError
+from atp.inputs.loading import load_shapes
 
 MAIN, OLD = "a" * 40, "b" * 40
 READ = """
 import json, sys
 from atp.config import ModelConfig
-from atp.loading import load_any_model, load_shapes, load_tokenizer
+from atp.inputs.loading import load_any_model, load_shapes, load_tokenizer
 from atp.models.load import commit
 found = []
 for revision in (None, "v1", "b" * 40):

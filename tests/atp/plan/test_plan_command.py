@@ -11,11 +11,11 @@ from tiny_folder import edit_json
 from tiny_inputs import tiny_config
 from transformers import LlamaConfig
 
-from atp.checks import less_memory
-from atp.cli import main
+from atp.cli.cli import main
 from atp.config import ATPConfig
-from atp.errors import InputError
-from atp.loading import load_data, load_shapes, load_tokenizer
+from atp.ground.errors import InputError
+from atp.inputs.checks import less_memory
+from atp.inputs.loading import load_data, load_shapes, load_tokenizer
 from atp.models.load import read_config, read_tokenizer
 from atp.plan import make_plan
 from atp.plan.cost import Flops

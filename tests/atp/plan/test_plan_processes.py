@@ -9,7 +9,7 @@ import torch
 from tiny_plans import LENGTH, RANK, VOCAB, job, lora_model
 
 from atp.config import ATPConfig
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.plan import make_plan
 from atp.plan.cost import cost_of
 from atp.plan.exchange import exchange_of

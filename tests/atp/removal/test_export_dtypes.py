@@ -10,8 +10,8 @@ from test_cut_lora import fill_lora
 from transformers import AutoModelForCausalLM
 from zeroed import random_mask, stock_model, tokens
 
-from atp.errors import NotReached
 from atp.export import hf
+from atp.ground.errors import NotReached
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.lora.regularizers.lasso import LoraGroups

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from atp import cli_results
-from atp.cli import main
-from atp.errors import InputError
-from atp.listing import runs_below
-from atp.locking import holder, locked
+from atp.cli.cli import main, results
+from atp.ground.errors import InputError
+from atp.ground.listing import runs_below
+from atp.ground.locking import holder, locked
 from atp.report import write_report
 from atp.report.files import RunFiles, standing
 from atp.report.live import _serving, watch
@@ -90,9 +89,9 @@ def test_names_are_whole_and_nothing_is_left_out_in_a_narrow_terminal(run, tmp_p
     run.rename(long)
     out = io.StringIO()
     terminal = Console(width=width, file=out, force_terminal=True, color_system=None, highlight=False)
-    monkeypatch.setattr(cli_results, "console", terminal)
+    monkeypatch.setattr(results, "console", terminal)
     monkeypatch.chdir(tmp_path)
-    cli_results.runs(Path("runs"))
+    results.runs(Path("runs"))
     lines = out.getvalue().splitlines()
     assert len(lines) == (2 if width == 200 else 4) and all(len(line) <= width for line in lines)
     name, *figures = " ".join(lines[-2 if width == 80 else -1 :]).split()

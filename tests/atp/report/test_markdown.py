@@ -5,11 +5,11 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from atp.compare.page import write_pages
-from atp.compare.table import markdown
 from atp.config import ATPConfig
 from atp.export.card import adapter_card, base_card, baseline_card, model_card
 from atp.report.text import code, plain
+from atp.studies.compare.page import write_pages
+from atp.studies.compare.table import markdown
 
 HOSTILE = [
     "a`b", "``", "`", "x` <script>alert(1)</script> `y", "<img src=x onerror=alert(1)>", "[text](http://evil)", "a|b",

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from atp.console import console
-from atp.errors import InputError
+from atp.cli.console import console
+from atp.ground.errors import InputError
 from atp.report import plots, write_report
 from atp.report.terminal import show
 from atp.report.text import number

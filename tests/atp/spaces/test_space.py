@@ -5,7 +5,7 @@ import torch
 from tiny_spaces import HEAD_DIM, HIDDEN, INNER, LAYERS, config
 from transformers import GemmaConfig, GPT2Config
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.spaces.space import MaskSpace, UnsupportedModel
 
 # Two kv heads of 4 dimensions, four query heads. RoPE pairs are (0, 2) and (1, 3).

@@ -17,8 +17,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from tiny_callbacks import StopAt  # noqa: E402
 from tiny_run import CUT, SEARCH, make, windows  # noqa: E402
 
-from atp import processes  # noqa: E402
-from atp.errors import Interrupted  # noqa: E402
+from atp.ground.errors import Interrupted  # noqa: E402
+from atp.processes import processes  # noqa: E402
 
 BATCHES = 4  # in each step, of all processes; and as many windows in each decision step
 SHORT = {"open": 2, "search": 0, "settle": 0, "tune": 1}

@@ -7,7 +7,7 @@ from accelerate import tracking
 from tiny_callbacks import StopAt
 from tiny_run import CUT, SEARCH, TOTAL, TUNE, make
 
-from atp.errors import InputError, Interrupted
+from atp.ground.errors import InputError, Interrupted
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, check_trackers
 

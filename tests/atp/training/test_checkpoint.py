@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from atp import files
-from atp.errors import InputError
+from atp.ground import files
+from atp.ground.errors import InputError
 from atp.training import checkpoint as checkpoints
 from atp.training.checkpoint import (
     Checkpoint,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from atp import processes
+from atp.processes import processes
 from atp.training import exchange
 from atp.training.exchange import Exchange
 

@@ -8,9 +8,9 @@ import threading
 import pytest
 import torch
 
-from atp.errors import Interrupted, NotReached
-from atp.finite import FiniteGuard
-from atp.signals import SignalGuard
+from atp.ground.errors import Interrupted, NotReached
+from atp.ground.signals import SignalGuard
+from atp.processes.finite import FiniteGuard
 
 
 def step(model, optimizer, guard, number, poison=None):

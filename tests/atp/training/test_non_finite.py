@@ -12,7 +12,7 @@ from atp.baselines.tuner import LoraTuner
 from atp.config import DecisionsConfig
 from atp.decide.maker import DecisionMaker
 from atp.decide.saliency import fisher_saliency
-from atp.errors import InputError, Interrupted, NotReached
+from atp.ground.errors import InputError, Interrupted, NotReached
 from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints
 from atp.training import pruning

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_run import CUT, TOTAL, make, trained_tensors
 
-from atp.ending import ending
+from atp.ground.ending import ending
 from atp.training import checkpoint as checkpoints
 from atp.training import offload
 from atp.training.offload import Offload

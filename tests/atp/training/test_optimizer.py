@@ -8,7 +8,7 @@ from tiny_run import make
 from torch import nn
 
 from atp.config import TrainingConfig
-from atp.finite import FiniteGuard
+from atp.processes.finite import FiniteGuard
 from atp.training.optimizer import CLIPS, adamw
 
 SHAPES = ((4, 24), (40, 4), (1, 1))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_run import TOTAL, make
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.training import prometheus
 from atp.training.prometheus import MetricsFile, check_metrics_file, exposition
 

@@ -9,7 +9,7 @@ from tiny_run import make
 from atp.decide.budget import Budget
 from atp.decide.maker import frozen
 from atp.decide.saliency import fisher_saliency
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.training.rounds import shares
 from atp_kernels.quantized import dense
 

@@ -10,7 +10,7 @@ import yaml
 from tiny_command import read, results, start, stopping_at
 
 from atp import run as runs
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.plan import make_plan
 from atp.training import checkpoint as checkpoints
 from atp.training import precision
@@ -100,7 +100,7 @@ def unbroken(undecided, tmp_path_factory):
     for name, features in (("bfloat16", {"avx512_bf16": True}), ("float32", {})):
         folders[name] = tmp_path_factory.mktemp(name) / "out"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("atp.promises.BUDGET_TOLERANCE", 0.02)
+            patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
             patch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
             patch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
             start(undecided, folders[name])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_run import CUT, make, windows
 from transformers import AutoModelForCausalLM
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.training import checkpoint as checkpoints
 
 TOLERANCE = 1e-5  # of weights and losses: only the order differs in which processes and one process add

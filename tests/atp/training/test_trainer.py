@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from atp.decide.budget import Budget
 from atp.decide.maker import DecisionMaker
-from atp.errors import InputError, Interrupted, NotReached
+from atp.ground.errors import InputError, Interrupted, NotReached
 from atp.lora.regularizers import Lasso
 from atp.training import checkpoint as checkpoints
 

@@ -7,7 +7,7 @@ import torch
 from tiny_run import CUT, TOTAL, make, ragged, separate, trained_tensors, windows
 from torch.nn import functional as F
 
-from atp.errors import InputError
+from atp.ground.errors import InputError
 from atp.training.callbacks import Callback
 
 

@@ -1,0 +1,26 @@
+"""The configuration of a run: sections, presets, overrides, and the sentences for keys that do not exist."""
+
+from typing import TYPE_CHECKING
+
+from atp.ground.lazy import lazily
+
+if TYPE_CHECKING:
+    from atp.config.config import (
+        ATPConfig,
+        DecisionsConfig,
+        EvaluationConfig,
+        ExportConfig,
+        GeneratorKind,
+        ModelConfig,
+    )
+    from atp.config.data import DataConfig
+    from atp.config.training import TrainingConfig
+
+__all__ = [
+    "ATPConfig", "DataConfig", "DecisionsConfig", "EvaluationConfig", "ExportConfig", "GeneratorKind", "ModelConfig",
+    "TrainingConfig",
+]  # fmt: skip
+__getattr__ = lazily(
+    __name__, config="ATPConfig DecisionsConfig EvaluationConfig ExportConfig GeneratorKind ModelConfig",
+    data="DataConfig", training="TrainingConfig",
+)  # fmt: skip

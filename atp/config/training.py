@@ -1,0 +1,149 @@
+"""The section `training` of the configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from atp.config.section import Section
+from atp.ground.errors import InputError
+
+_OPEN_SHARE = 1 / 3  # of the steps (docs/quality.md)
+_HALF_LIVES, _LONGEST_BETA2 = 6, 0.999
+_HIGHEST_RATE = 2e-3
+ENOUGH_SCORED = 32  # tokens with a loss in a step, for the highest rate (docs/tasks.md)
+
+
+class TrainingConfig(Section):
+    """Phases in LoRA steps, optimizer and bookkeeping."""
+
+    steps: int = Field(400, ge=1, description="LoRA steps of the whole run; where tune is set, phases add up instead.")
+    minutes: float | None = Field(
+        None, gt=0, description="In place of steps: minutes for training on this device, by a probe (docs/budgets.md)."
+    )
+    tokens: float | None = Field(None, gt=0, description="In place of steps: tokens that all LoRA steps read.")
+    open: int | None = Field(
+        None, ge=0, description="Steps with all structures in place, before the search; null: a third, 0 with tune set."
+    )
+    search: int = Field(0, ge=0, description="Steps in which decisions move.")
+    settle: int = Field(0, ge=0, description="Steps in which LoRA of removed structures shrinks to zero.")
+    tune: int | None = Field(None, ge=0, description="Steps after the cut; null: what the other phases leave of steps.")
+    batch_size: int = Field(1, ge=1, description="Samples per batch and process.")
+    gradient_accumulation: int = Field(1, ge=1, description="Batches per step and process.")
+    lr: float | None = Field(
+        None, gt=0, description="Highest learning rate of LoRA; null: 2e-3, less for few tokens with a loss per step."
+    )
+    beta2: float | None = Field(
+        None, ge=0, lt=1, description="Decay per step of AdamW's second moment; null: half of it in a sixth of the run."
+    )
+    update_clipping: bool | None = Field(
+        None,
+        description="Whether a step is smaller where gradients are larger than they were; null: with few tokens with a "
+        "loss per step.",
+    )
+    hold_sinks: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the distance of the first token's state to what it was at first, in the layers where it "
+        "is the same for all tokens; 0: none.",
+    )
+    distill: float = Field(
+        0.0, ge=0, le=1, description="Weight of the distance to the model at the end of the open phase; 0 disables."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="How the rate falls, if at all.")
+    warmup: int = Field(10, ge=0, description="Steps in which the rate rises from zero.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    regularizer: Literal["lasso", "l0"] = Field("lasso", description="What drives LoRA of removed structures to zero.")
+    beta: float = Field(0.3, ge=0, description="Weight of the regularizer during search.")
+    settle_beta: float = Field(100.0, ge=0, description="Weight of the regularizer during settle.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of products; auto: bfloat16 where the device has instructions for it."
+    )
+    gradient_checkpointing: bool = Field(False, description="Compute layers twice to save memory.")
+    offload: bool = Field(
+        False, description="Keep activations in the host's memory until the backward pass; on a CPU, in a file."
+    )
+    sharding: Literal["fsdp"] | None = Field(
+        None, description="fsdp: each process holds a share of the frozen weights (docs/processes.md); null: all."
+    )
+    save_every: int = Field(50, ge=1, description="Steps from one checkpoint to the next.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest stay.")
+    log_every: int = Field(1, ge=1, description="Steps per record.")
+    report_to: list[str] = Field(default_factory=list, description="Trackers, as tensorboard or wandb.")
+    keep_best: bool = Field(False, description="End with the adapter of the best validation score since the cut.")
+    patience: int | None = Field(
+        None, ge=1, description="Validation scores without a better one after which training stops; null: never."
+    )
+    metrics_file: str | None = Field(None, description="Prometheus text file of the run's state (docs/operations.md).")
+    max_bad_steps: int = Field(5, ge=1, description="Consecutive non-finite steps after which the run stops.")
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """The length of the run where it is no number of steps: `minutes` or `tokens`, or nothing."""
+        return {key: value for key in ("minutes", "tokens") if (value := getattr(self, key)) is not None}
+
+    def require_steps(self) -> None:
+        """Raises `InputError` for minutes or tokens, where nobody turns them into steps (`atp.plan.length`)."""
+        for key in self.budget:
+            raise InputError(
+                f"training.{key} is turned into steps by `atp train` and `atp plan` only: give here training.steps, "
+                "the number that `atp plan` says it comes to"
+            )
+
+    @property
+    def opened(self) -> int:
+        """LoRA steps of the open phase."""
+        if self.open is None:
+            return 0 if self.tune is not None else round(_OPEN_SHARE * self.steps)
+        return self.open
+
+    @property
+    def opened_samples(self) -> int:
+        """Training samples that a process reads in the open phase, repeated ones too."""
+        return self.opened * self.gradient_accumulation * self.batch_size
+
+    @property
+    def total(self) -> int:
+        """LoRA steps in the whole run."""
+        before = self.opened + self.search + self.settle
+        return self.steps if self.tune is None else before + self.tune
+
+    @property
+    def second_moment(self) -> float:
+        """AdamW's beta2 for LoRA: short runs need a short memory (docs/method.md section 5)."""
+        if self.beta2 is not None:
+            return self.beta2
+        return min(0.5 ** (_HALF_LIVES / self.total), _LONGEST_BETA2)
+
+    def rate(self, scored: float) -> float:
+        """The highest learning rate of LoRA where a step has so many tokens with a loss, on average.
+
+        Fewer tokens make a noisier gradient; with Adam the rate that it bears goes with the square root of the batch
+        (Malladi et al., arXiv 2205.10287). docs/tasks.md has what was measured.
+        """
+        if self.lr is not None:
+            return self.lr
+        return _HIGHEST_RATE * math.sqrt(min(max(scored, 1.0), ENOUGH_SCORED) / ENOUGH_SCORED)
+
+    def clips_updates(self, scored: float) -> bool:
+        """Whether LoRA's updates are clipped (`atp.training.optimizer`) where a step has so many tokens with a loss."""
+        return scored < ENOUGH_SCORED if self.update_clipping is None else self.update_clipping
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> TrainingConfig:
+        steps = ["steps"] if self.steps != type(self).model_fields["steps"].default else []
+        given = [*steps, *self.budget]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are one length in different units: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        before = self.opened + self.search + self.settle
+        if self.tune is None and before > self.steps:
+            raise ValueError(
+                f"open, search and settle take {before} steps, more than steps ({self.steps}): raise it, or set tune"
+            )
+        return self

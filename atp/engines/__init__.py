@@ -1,6 +1,0 @@
-"""Where the members of a comparison, an experiment or a sweep run: here, in processes of this machine, on a cluster."""
-
-from atp.engines.choice import choose
-from atp.engines.engine import Engine, Here, Job, Say
-
-__all__ = ["Engine", "Here", "Job", "Say", "choose"]

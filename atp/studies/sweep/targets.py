@@ -1,0 +1,40 @@
+"""The targets of a sweep, and the runs that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from atp.config import ATPConfig
+from atp.inputs.targets import at_target, with_share
+from atp.plan.latency import Table, with_time
+from atp.studies.sweep.units import Asked
+
+
+class Target(NamedTuple):
+    """A target of a sweep, and the run that it asks for.
+
+    given: the config with the target in its unit, as `atp train` would get it. config: with the share of the decoder
+    that it comes to. latency: what was measured for a target in milliseconds, else None.
+    """
+
+    asked: Asked
+    given: ATPConfig
+    config: ATPConfig
+    latency: dict[str, Any] | None
+
+
+def resolve(config: ATPConfig, asked: Sequence[Asked], folder: Path) -> list[Target]:
+    """The targets, each with a run folder under `folder`; times of one kind come from one measurement.
+
+    Raises `InputError` for a target out of the model's reach.
+    """
+    tables: dict[str, Table] = {}
+    targets = []
+    for one in asked:
+        placed = config.model_copy(update={"output_dir": str(folder / one.folder)})
+        given = at_target(placed, one.unit.key, one.value)
+        timed, latency = with_time(given, tables)
+        targets.append(Target(one, given, with_share(timed), latency))
+    return targets
