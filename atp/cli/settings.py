@@ -15,6 +15,7 @@ from rich.table import Table
 from atp.cli.console import Debug, Quiet, console
 from atp.ground import progress
 from atp.ground.errors import InputError, shorten
+from atp.ground.redact import redacted
 
 if TYPE_CHECKING:
     from atp.cli.columns import Columns
@@ -53,7 +54,7 @@ def show(
     """
     from atp.config import ATPConfig
 
-    typer.echo(ATPConfig.load(path, overrides).dump(), nl=False)
+    typer.echo(redacted(ATPConfig.load(path, overrides).dump()), nl=False)
 
 
 @config.command()

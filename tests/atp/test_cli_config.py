@@ -70,3 +70,9 @@ def test_presets_are_shown_whole(atp):
 def test_alone_it_shows_its_help(atp):
     code, _, told = atp()
     assert code == 2 and "schema" in told
+
+
+def test_a_secret_in_a_config_is_not_shown(atp, tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("model: {path: m}\noutput_dir: runs/hf_" + "a" * 30, encoding="utf-8")
+    assert "runs/***" in atp("show", str(config))[1]

@@ -17,6 +17,7 @@ from atp.baselines.tuner import LoraTuner
 from atp.config import ATPConfig
 from atp.export.card import baseline_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
+from atp.ground import progress
 from atp.ground.errors import InputError
 from atp.ground.files import write_tensors
 from atp.inputs.loading import RunData, check_length, placed
@@ -87,6 +88,7 @@ class BaselineRun(Run):
         path = self.folder / "choice.safetensors"
         choice = _read_choice(path) if "choice" in self._scores() else None
         if choice is None:
+            progress.begin("choosing")
             self.say(f"{self.method}: choosing what to remove from the pretrained model")
             started = time.perf_counter()
             samples = choice_samples(data.train, data.calibration, self.config)
@@ -100,8 +102,8 @@ class BaselineRun(Run):
     def _tune(self, model: PreTrainedModel, space: MaskSpace, data: RunData) -> LoraTuner:
         lora, steps = self.config.lora, self.config.training.total
         wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=self.config.seed)
-        with make_progress() as progress:
-            bar = ProgressBar(progress, steps, title=self.method)
+        with make_progress() as bars:
+            bar = ProgressBar(bars, steps, title=self.method)
             tuner = LoraTuner(
                 self.config, wrapped, data.train, self.folder, validation=data.validation, callbacks=[bar]
             )
