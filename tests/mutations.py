@@ -84,7 +84,7 @@ def failing_test(tests: str, start: Callable[[str], None]) -> str | None:
     """
     sys.path.insert(0, os.getcwd())
     failure, said = FirstFailure(start), io.StringIO()
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    options = ["-x", "-q", "--all", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
     with contextlib.redirect_stdout(said):
         status = pytest.main([*options, *shlex.split(tests)], plugins=[failure])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

@@ -45,6 +45,7 @@ from atp.removal.cut import cut_model  # noqa: E402
 from atp.spaces import space_names  # noqa: E402
 from atp.spaces.space import MaskSpace  # noqa: E402
 
+WINDOWS = (2, 3, 6, 40)  # with 1 the cache of transformers itself is wrong where a prompt is padded
 TOLERANCE = 2e-4
 """Of the largest logit, in float32, in which weights of bfloat16 are exact."""
 ROUNDED, TIMES = 0.03, 8
@@ -97,9 +98,9 @@ def settings(draw, family):
     if family == "seed_oss":
         values |= {"attention_out_bias": draw.random() < 0.5, "residual_dropout": draw.choice((0.0, 0.1))}
     if family == "mistral":
-        values["sliding_window"] = draw.choice((None, 1, 3, 6, 40))
+        values["sliding_window"] = draw.choice((None, *WINDOWS))
     if family in ("qwen2", "qwen3", "smollm3") and draw.random() < 0.5:
-        values |= {"use_sliding_window": True, "sliding_window": draw.choice((1, 3, 6, 40))}
+        values |= {"use_sliding_window": True, "sliding_window": draw.choice(WINDOWS)}
         values |= {} if family == "smollm3" else {"max_window_layers": draw.randrange(layers + 1)}
     if family == "smollm3":
         values["no_rope_layers"] = [draw.choice((0, 1)) for _ in range(layers)]
@@ -221,6 +222,8 @@ def texts(draw, model):
 @torch.no_grad()
 def compare_rounded(draw, model, truth, stock):
     """Logits of a model in bfloat16, whose sums are rounded like those of transformers' own class."""
+    if model.config.hidden_size == 1:
+        return  # RMSNorm of one value is its sign, which a rounding may turn
     for ids in texts(draw, model):
         right = truth(ids).logits
         allowed = TIMES * (stock(ids).logits.double() - right).abs().max() + ROUNDED * right.abs().max()
