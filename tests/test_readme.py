@@ -1,8 +1,9 @@
-"""What the README shows runs and is recorded; links lead somewhere; the example configs parse."""
+"""What the README shows runs, and its figures are those of the CSV files; links lead somewhere; examples parse."""
 
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,16 +80,25 @@ def test_readme_is_short():
     assert len(README.splitlines()) <= 130
 
 
-def test_figures_of_the_readme_are_recorded():
-    """Every figure with a decimal, and every size and rate, stands in the pages that say how it was measured."""
-    docs = ROOT / "docs"
-    pages = [docs / f"{name}.md" for name in ("measured", "experiments", "plan", "quality", "tasks")]
-    recorded = "".join(page.read_text(encoding="utf-8") for page in (*pages, *(docs / "measured").glob("*.md")))
-    rows = [line for line in README.splitlines() if line.startswith("|")]
-    figures = set(re.findall(r"\d+\.\d+(?:e-\d+)?|\b\d{3}\b(?=\*?\*? \||(?= MB))", "\n".join(rows)))
-    assert len(figures) > 20
-    missing = [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", recorded)]
-    assert missing == []
+def check_results(monkeypatch, folder):
+    """What `experiments/results_page.py --check` ends with on the pages of a folder."""
+    monkeypatch.setattr(sys, "argv", ["results_page.py", "--check", "--root", str(folder)])
+    runpy.run_path(str(ROOT / "experiments" / "results_page.py"), run_name="__main__")
+
+
+def test_tables_of_results_are_those_of_the_csv_files(monkeypatch):
+    """If this fails: python experiments/results_page.py."""
+    check_results(monkeypatch, ROOT)
+
+
+@pytest.mark.parametrize(("name", "table"), [("README.md", "readme"), ("docs/results.md", "text")])
+def test_a_damaged_figure_of_a_table_is_found(monkeypatch, tmp_path, name, table):
+    (tmp_path / "docs").mkdir()
+    for page in ("README.md", "docs/results.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (tmp_path / page).write_text(text.replace("24.82", "24.28", 1) if page == name else text, encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"^{name}: the table `{table}` differs\n"):
+        check_results(monkeypatch, tmp_path)
 
 
 def slug(heading):
