@@ -1,4 +1,4 @@
-"""The recipes of docs/machines.md: shells and YAML can read them, torchrun and atp know their options."""
+"""The recipes of docs/scale.md: shells and YAML can read them, torchrun and atp know their options."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from typer.main import get_command
 from atp.cli.cli import app
 from atp.config import ATPConfig
 
-PAGE = (Path(__file__).parents[1] / "docs" / "machines.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
 SCRIPTS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 JOBS = [yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)]
 
