@@ -2,7 +2,7 @@
 
     python -m benchmarks.model_linear --model llama2-7b --tokens 8192 --keep 0.6 --gpu h100
 
-Forward and backward of a linear whose outputs a mask removes, in the regimes of a tuned table (docs/kernels/tuning.md),
+Forward and backward of a linear whose outputs a mask removes, in the regimes of a tuned table (docs/kernels.md),
 by the rates of `benchmarks.model_step`. Masks and vectors are left out of the bytes, what is made once per decision of
 everything.
 """

@@ -132,7 +132,7 @@ def test_our_loss_reads_the_head_once_per_chunk_of_tokens():
 
 
 def test_a_lora_step_of_a_large_model_meets_its_marks():
-    """Of the dense step at most 0.75, of the unfused one 0.55, by the model; docs/kernels/performance.md has more."""
+    """Of the dense step at most 0.75, of the unfused one 0.55, by the model."""
     options = parser().parse_args([])
     shapes, rates = shapes_of("llama2-7b", 0.6, "h100"), find_rates("h100", torch.float32)
     for phase in ("search", "tune"):
