@@ -7,7 +7,7 @@
 #   make fuzz    8,400 broken inputs, 40 runs, 40 cuts   make chaos   kills, signals, other faults, damage
 #   make soak    2,000 steps: is anything left behind, does memory grow?
 #   make audit   known weaknesses of dependencies   make sanitize   the C++ under sanitizers
-# docs/reliability.md describes fuzz, chaos, soak and sanitize; SECURITY.md describes audit.
+# docs/operate.md describes fuzz, chaos, soak and sanitize; SECURITY.md describes audit.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,6 +1,6 @@
 """A model of a run on many GPUs: memory of a process, what a step exchanges, how long it takes. It measures no GPU.
 
-    python -m benchmarks.model_processes                                     # the table of docs/machines.md
+    python -m benchmarks.model_processes                                     # one table
     python -m benchmarks.model_processes --model llama3-70b --processes 32 --tokens 4096
 
 A row per model and number of processes, each on a GPU of its own. Memory and exchange are those of `atp plan --device

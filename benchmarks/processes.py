@@ -5,7 +5,7 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m benchmarks.processes --sharding fsdp
 
 All read the same samples: `--batches` per step, shared among the processes. Bytes are those of the tensors that this
-process hands to a reduction or gets from a gathering, beside what docs/processes.md says; links carry (N - 1) / N of
+process hands to a reduction or gets from a gathering, beside what `atp.plan.exchange` says; links carry (N - 1) / N of
 what is gathered, and twice that of what is reduced. The first step is not timed.
 """
 
@@ -76,7 +76,7 @@ def counted(trainer: ATPTrainer):
 
 
 def planned(trainer: ATPTrainer) -> dict[str, int]:
-    """What docs/processes.md says of a step, in bytes of the same tensors."""
+    """What `atp.plan.exchange` says of a step, in bytes of the same tensors."""
     parameters = list(trainer.model.named_parameters())
     adapter = sum(p.numel() * p.itemsize for n, p in parameters if ".lora_" in n)
     if not processes.sharded():

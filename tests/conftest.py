@@ -49,7 +49,7 @@ def pairwise(grid):
 
 
 def axes(item):
-    """(Name, what tells its values apart) of each axis of a test's grid: names that are set together are one, a field is its own."""
+    """(Name, what tells its values apart) of each axis of a grid: names set together are one, a field is its own."""
     found = {}
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]

@@ -78,7 +78,7 @@ def ours(path, **options):
 
 
 def test_imports_run_downwards():
-    for module, target in ((module, target) for module in SOURCES for target in ours(SOURCES[module])):
+    for module, target in ((name, target) for name in SOURCES for target in ours(SOURCES[name])):
         assert target in SOURCES, f"{module} imports {target}, which does not exist"
         if module == "atp":
             assert layer(target) in ROOT_MAY_IMPORT, f"atp itself imports {target}"

@@ -68,13 +68,13 @@ def test_examples_are_there():
 @pytest.mark.parametrize(
     ("source", "link", "turned"),
     [
-        ("docs/data.md", "quality.md#a", "quality.md#a"),
-        ("docs/kernels/README.md", "../../atp_kernels/kept/README.md", "kept.md"),
+        ("docs/data.md", "results.md#a", "results.md#a"),
+        ("docs/kernels.md", "../atp_kernels/kept/README.md", "kernels/kept.md"),
         ("docs/plan.md", "../atp_kernels/quantized/README.md", "kernels/quantized.md"),
         ("atp_kernels/kept/README.md", "../../docs/method.md", "../method.md"),
         ("README.md", "docs/data.md", "data.md"),
         ("docs/data.md", "../examples/chat.yaml", "files/examples/chat.yaml"),
-        ("docs/experiments.md", "../experiments/results/compare.md", "files/experiments/results/compare.md.txt"),
+        ("docs/compare.md", "../experiments/results/compare.md", "files/experiments/results/compare.md.txt"),
     ],
 )
 def test_links_through_the_repository_lead_through_the_site(source, link, turned):

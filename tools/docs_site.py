@@ -124,7 +124,7 @@ def _commands() -> Iterator[str]:
 
     from atp.cli.cli import app
 
-    yield from ("# Commands", "", "What `atp COMMAND --help` says. Exit codes are in [Watch a run](operations.md).", "")
+    yield from ("# Commands", "", "What `atp COMMAND --help` says. Exit codes are in [Operate a run](operate.md).", "")
     yield from _command(typer.main.get_command(app), "atp", 2)
 
 

@@ -29,8 +29,8 @@ from atp.inputs.loading import check_prunable, load_data, load_shapes, load_toke
 
 _LENGTHS = (64, 128, 256, 512, 1024, 2048)  # tokens per window that are suggested
 _STEPS, _MOST_ROWS = 400, 16  # the default, and the most samples per step
-_LABEL_ROWS, _FEWEST_LABEL_STEPS, _MOST_LABEL_STEPS = 4, 200, 1600  # smaller steps, and more of them (docs/tasks.md)
-_STEP_TOKENS, _STEP_SCORED = 256, 64  # samples are batched up to so many, and so many with a loss (docs/tasks.md)
+_LABEL_ROWS, _FEWEST_LABEL_STEPS, _MOST_LABEL_STEPS = 4, 200, 1600  # smaller steps, and more of them (dev/LOG.md)
+_STEP_TOKENS, _STEP_SCORED = 256, 64  # samples are batched up to so many, and so many with a loss (dev/LOG.md)
 _OFTEN = 4  # times that a run reads its data
 _FEW_BAD = 0.1  # of the rows, up to which they are left out
 _HEAD = """\

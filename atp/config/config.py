@@ -42,7 +42,7 @@ class ModelConfig(Section):
         "auto", description="Of the weights, read and written; auto: as they are stored, float32 for a GGUF file."
     )
     load_in: Literal["4bit", "8bit"] | None = Field(
-        None, description="Quantizes decoder linears while they are frozen, to save memory (docs/memory.md); null: no."
+        None, description="Quantizes decoder linears while they are frozen, to save memory (docs/plan.md); null: no."
     )
 
     @model_validator(mode="before")

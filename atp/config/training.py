@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from atp.config.section import Section
 from atp.ground.errors import InputError
 
-_OPEN_SHARE = 1 / 3  # of the steps (docs/quality.md)
+_OPEN_SHARE = 1 / 3  # of the steps (dev/LOG.md)
 _HALF_LIVES, _LONGEST_BETA2 = 6, 0.999
 _HIGHEST_RATE = 2e-3
-ENOUGH_SCORED = 32  # tokens with a loss in a step, for the highest rate (docs/tasks.md)
+ENOUGH_SCORED = 32  # tokens with a loss in a step, for the highest rate (dev/LOG.md)
 
 
 class TrainingConfig(Section):
@@ -21,7 +21,7 @@ class TrainingConfig(Section):
 
     steps: int = Field(400, ge=1, description="LoRA steps of the whole run; where tune is set, phases add up instead.")
     minutes: float | None = Field(
-        None, gt=0, description="In place of steps: minutes for training on this device, by a probe (docs/budgets.md)."
+        None, gt=0, description="In place of steps: minutes for training on this device, by a probe (docs/plan.md)."
     )
     tokens: float | None = Field(None, gt=0, description="In place of steps: tokens that all LoRA steps read.")
     open: int | None = Field(
@@ -66,7 +66,7 @@ class TrainingConfig(Section):
         False, description="Keep activations in the host's memory until the backward pass; on a CPU, in a file."
     )
     sharding: Literal["fsdp"] | None = Field(
-        None, description="fsdp: each process holds a share of the frozen weights (docs/processes.md); null: all."
+        None, description="fsdp: each process holds a share of the frozen weights (docs/scale.md); null: all."
     )
     save_every: int = Field(50, ge=1, description="Steps from one checkpoint to the next.")
     keep_checkpoints: int = Field(2, ge=1, description="How many of the newest stay.")
@@ -76,7 +76,7 @@ class TrainingConfig(Section):
     patience: int | None = Field(
         None, ge=1, description="Validation scores without a better one after which training stops; null: never."
     )
-    metrics_file: str | None = Field(None, description="Prometheus text file of the run's state (docs/operations.md).")
+    metrics_file: str | None = Field(None, description="Prometheus text file of the run's state (docs/operate.md).")
     max_bad_steps: int = Field(5, ge=1, description="Consecutive non-finite steps after which the run stops.")
 
     @property
@@ -121,7 +121,7 @@ class TrainingConfig(Section):
         """The highest learning rate of LoRA where a step has so many tokens with a loss, on average.
 
         Fewer tokens make a noisier gradient; with Adam the rate that it bears goes with the square root of the batch
-        (Malladi et al., arXiv 2205.10287). docs/tasks.md has what was measured.
+        (Malladi et al., arXiv 2205.10287). dev/LOG.md has what was measured.
         """
         if self.lr is not None:
             return self.lr

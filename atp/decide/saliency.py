@@ -59,7 +59,7 @@ def saliency_logits(saliency: Tensor, budget: Budget, config: DecisionsConfig) -
     """Logits ordered by saliency per cost: standardised log scores times `saliency_scale`, [size] like saliency.
 
     Decisions of all structures and layers compete for the same parameters, so the saliency is divided by a power,
-    `cost_exponent`, of the number of parameters that a decision saves (docs/quality.md has what powers are worth).
+    `cost_exponent`, of the number of parameters that a decision saves (dev/LOG.md has what powers are worth).
     """
     scores = (saliency / budget.cost() ** config.cost_exponent).clamp_min(torch.finfo(torch.float32).tiny).log()
     return config.saliency_scale * (scores - scores.mean()) / scores.std().clamp_min(1e-6)

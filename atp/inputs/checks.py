@@ -21,8 +21,8 @@ from atp.processes import processes
 from atp.spaces.space import MaskSpace
 
 BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
-_OFTEN = 2  # epochs; docs/quality.md has what 1.2 and 2.8 of them give
-_FEW, _RATE = 16, 1e-3  # tokens with a loss in a step, and a rate that fewer bear (docs/tasks.md)
+_OFTEN = 2  # epochs; dev/LOG.md has what 1.2 and 2.8 of them give
+_FEW, _RATE = 16, 1e-3  # tokens with a loss in a step, and a rate that fewer bear (dev/LOG.md)
 _SCORES = 20  # of the validation split in a run, where one is advised
 _SHORTEST = 16  # tokens, the least that data.length may be
 

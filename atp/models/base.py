@@ -41,7 +41,7 @@ class Form:
 FORMS = {
     "4bit": Form("4-bit NormalFloat with a scale per 64 weights", QuantizedWeight.nf4, 4, 64, ("bitsandbytes",)),
     # Not bitsandbytes' own 8-bit layer, which also rounds activations, and not fp8, which is three times as far from
-    # SmolLM2's weights at the same size (docs/memory.md).
+    # SmolLM2's weights at the same size (docs/plan.md).
     "8bit": Form("8-bit integers with a scale per row", QuantizedWeight.int8, 8, None, ()),
 }
 """By the name in `model.load_in`."""

@@ -2,7 +2,7 @@
 
 torch's fused kernel for CPUs takes blocks of 32 to 256 queries of one head at a time, and its backward pass computes
 the scores again. In windows of a few hundred tokens its products are too small to be fast. Here the queries of all
-heads that share a key are one product, and the probabilities are kept (docs/measured/training.md).
+heads that share a key are one product, and the probabilities are kept (dev/LOG.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the processes of a run exchange: bytes of a step, by what is reduced and what is gathered.
 
-As docs/processes.md says and `benchmarks.processes` counts. Numbers and flags that a step also exchanges are left out.
+As `benchmarks.processes` counts. Numbers and flags that a step also exchanges are left out.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A table holds the time of one layer's attention and MLP at several widths, of its norms, and of all that is outside the
 layers. A model whose layers all keep the same share of every structure takes their sum; the exact fit then meets that
-model's share of the decoder with widths that differ between layers (docs/budgets.md).
+model's share of the decoder with widths that differ between layers (docs/plan.md).
 """
 
 from __future__ import annotations

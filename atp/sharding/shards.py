@@ -2,7 +2,7 @@
 
 Each decoder layer, the embeddings and the head are gathered on their own and dropped again after use. The adapter stays
 whole in every process: it is small, everything that decides and shrinks reads whole groups of it, and its gradients are
-summed once a step (docs/processes.md).
+summed once a step (docs/scale.md).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 They would be the largest tensor of a step: 4 x 256 tokens of a 49,152-word vocabulary take 200 MB in float32, several
 times over with softmax and gradient. Here loss and gradients are computed together, chunk by chunk.
 `torch.nn.functional.linear_cross_entropy` does the same and sums in the dtype of its inputs, which costs digits in
-bfloat16; how fast it is, docs/measured/training.md says.
+bfloat16; how fast it is, dev/LOG.md says.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _casts: dict[Tensor, tuple[int, Tensor]] | None = None  # of heads, with the ver
 def held_heads() -> Iterator[None]:
     """Inside, frozen heads are cast to autocast's dtype once and not in each step.
 
-    A CPU takes five times as long for the fresh memory of a cast as for the cast (docs/measured/training.md).
+    A CPU takes five times as long for the fresh memory of a cast as for the cast (dev/LOG.md).
     """
     global _casts
     before, _casts = _casts, {}

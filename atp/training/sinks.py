@@ -3,7 +3,7 @@
 In most models the first token gets, whichever it is, the same state of enormous norm in the middle layers, and
 attention that looks for nothing else rests on it (attention sinks, arXiv 2309.17453; massive activations, arXiv
 2402.17762). Nothing in the loss of a task holds it there. Once LoRA has moved it, other tokens take its place, and
-which ones do changes from one step to the next: gradients grow a hundredfold (docs/measured/sinks.md).
+which ones do changes from one step to the next: gradients grow a hundredfold (dev/LOG.md).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def masked_lora_linear(
     device, which a CUDA graph needs. A seed drops the same elements each time, so give each call of a step its own, and
     leave a tensor as it is until backward. `new_seed` draws one.
     With "auto" a frozen weight under bool masks may be sliced by the call, which then reads nothing that they remove,
-    and a tuned table decides where there is one (docs/kernels/tuning.md).
+    and a tuned table decides where there is one (docs/kernels.md).
     Differentiable once in every floating input that requires it. Raises ValueError for wrong shapes, dtypes, devices or
     dropout and RuntimeError for a named backend that cannot take the call.
     Source: arXiv 2412.14426, section 3; Philox: Salmon et al. 2011.

@@ -339,7 +339,7 @@ def test_out_of_memory_in_eval(atp, model, texts, monkeypatch):
 )  # fmt: skip
 def test_each_error_ends_with_a_code_of_the_table(error, code):
     sentence, found = ending(error)
-    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "operate.md").read_text(encoding="utf-8")
     table = [int(row) for row in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
     assert table == [0, 1, 2, 3, 129, 130, 141, 143]
     assert found == code in table and bool(sentence) == (code != 141)

@@ -1,7 +1,7 @@
 """Faults other than kills: a full disk, no memory, clocks that jump, NaN, changed inputs, a second writer.
 
 A fault befalls one process of a run when it enters a phase. The run may end well, or with one sentence and a code of
-docs/operations.md. Taken up without the fault, it must end with the bytes of an unbroken run; after NaN in a step it
+docs/operate.md. Taken up without the fault, it must end with the bytes of an unbroken run; after NaN in a step it
 may also end with the step skipped, counted and every figure finite.
 """
 

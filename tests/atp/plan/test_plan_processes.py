@@ -126,7 +126,7 @@ def test_sharding_in_one_process_is_remarked_on():
 
 def test_the_table_of_estimates_is_that_of_the_command(capsys):
     assert model_processes.main([]) == 0
-    page = (Path(__file__).parents[3] / "docs" / "machines.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "scale.md").read_text(encoding="utf-8")
     for line in capsys.readouterr().out.splitlines()[2:]:
         assert line in page
 
