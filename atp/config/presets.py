@@ -11,7 +11,7 @@ AUTO: Final = "auto"
 _BY_STEPS = ((3000, "thorough"), (1000, "standard"), (400, "quick"))
 """From how many steps on `auto` stands for a preset; below, for the defaults alone."""
 PRESETS: dict[str, dict[str, Any]] = {
-    # What each costs and gives: docs/results.md#presets. Of fewer than 400 steps so large a refit would take much of the time.
+    # What each gives: docs/results.md#presets. So large a refit would take much of the time of fewer than 400 steps.
     "quick": {"decisions": {"refit_windows": 192}},
     # A long run may read small data so often that it learns them by heart: its best adapter is kept, not its last.
     "standard": {"training": {"steps": 1200, "keep_best": True}, "evaluation": {"every": 100},
