@@ -194,6 +194,17 @@ def test_the_command_prints_the_widths_of_public_models(command, name, before, g
     assert f"| {name.replace('-7b', '-7B')} | {before} | {widths} | {after} |" in page
 
 
+def test_the_cost_of_7b_is_that_of_the_page():
+    path = str(CONFIGS / "Llama-2-7b")
+    example = Path(__file__).parents[3] / "examples" / "custom.yaml"
+    asked = [f"model.path={path}", "model.dtype=bfloat16", "data.length=512", "training.precision=bfloat16"]
+    found = [make_plan(ATPConfig.load(example, asked), device=device) for device in ("cpu", "cuda")]
+    peaks = [max(sum(row["parts"].values()) for row in plan["memory"]) / 1e9 for plan in found]
+    arithmetic = sum(row["flops"] for row in found[0]["cost"]) / 1e12
+    page = (Path(__file__).parents[3] / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert f"| {peaks[0]:.1f} GB | {peaks[1]:.1f} GB | {round(arithmetic, -1):,.0f} TFLOP |" in page
+
+
 def test_under_a_launcher_the_main_process_plans_alone(command, config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
