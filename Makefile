@@ -1,6 +1,7 @@
 # Every target sets itself up in $(VENV) and touches nothing outside this folder.
 #   make demo    prune and tune SmolLM2-135M on this machine, with a report
-#   make test    all tests, including slow ones     make bench   benchmarks
+#   make test    what protects users, in minutes    make test-all   whole grids, slow tests and mutants too
+#   make bench   benchmarks
 #   make lint    ruff, mypy, bandit, forbidden code make clean   remove builds and the virtual environment
 #   make wheel   a wheel with the extension, in dist/
 #   make docs    the documentation as a site, in build/site
@@ -19,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test bench fuzz chaos soak sanitize lint docs audit wheel clean
+.PHONY: demo test test-all bench fuzz chaos soak sanitize lint docs audit wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -27,8 +28,16 @@ demo: $(VENV)/.demo
 
 # One thread per worker: two workers with two threads each would compete for two cores. A worker that has nothing left
 # takes half of what another has before it, so that files stay whole, with their fixtures, and no worker ends early.
+# The slowest tests are printed; build/tests.xml keeps how long each took.
+TEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+  --durations 50 --junitxml build/tests.xml
+
 test: $(VENV)/.eval $(VENV)/.demo $(VENV)/.hub
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(TEST)
+
+test-all: $(VENV)/.eval $(VENV)/.demo $(VENV)/.hub
+	$(TEST) --all
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py --jobs $(WORKERS)
 
 bench: $(VENV)/.package
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -237,6 +237,10 @@ def build_python(reason: str | None) -> type[build_py]:
     """The `build_py` that adds files from outside the packages. reason: why there is no extension, or None."""
 
     class BuildPython(build_py):
+        def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+            """All but the broken lines that only the tests of a clone read."""
+            return [module for module in super().find_package_modules(package, package_dir) if module[1] != "mutants"]
+
         def run(self) -> None:
             super().run()
             for folder in () if self.editable_mode else SHIPPED:

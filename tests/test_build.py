@@ -118,6 +118,7 @@ def test_wheel_holds_the_command_the_licence_and_one_version(source, tmp_path):
     assert "License-Expression: Apache-2.0" in texts["METADATA"] and "Apache License" in texts["LICENSE"]
     kept = [p for p in (ROOT / "atp").rglob("*") if p.suffix in (".html", ".jinja", ".yaml", ".css", ".js")]
     assert {str(path.relative_to(ROOT)) for path in kept} <= set(files_of(wheel))
+    assert "atp_kernels/kept/bench.py" in files_of(wheel) and "atp_kernels/kept/mutants.py" not in files_of(wheel)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
