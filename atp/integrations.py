@@ -24,7 +24,7 @@ from atp.config import ATPConfig
 from atp.data import PackedDataset, Pieces, RaggedDataset
 from atp.data.batches import IGNORE
 from atp.ground.errors import InputError
-from atp.lora.layer import ADAPTER, MaskedLoraLinear, fuse_layers
+from atp.lora.layer import ADAPTER, MaskedPeftLinear, fuse_layers
 from atp.processes import processes
 from atp.processes.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
@@ -155,7 +155,9 @@ class ATPCallback(TrainerCallback):
         decided = self._phase(state) != "open"
         if decided:
             pruning.regularize(self._weight(state))
-        bad = self.finite.check(optimizer, state.global_step + 1, pruning.regularizer.parameters if decided else ())
+        bad = self.finite.check(
+            optimizer, state.global_step + 1, pruning.uncut.regularizer.parameters if decided else ()
+        )
         self._skip = bad.float()
 
     def on_optimizer_step(
@@ -272,7 +274,7 @@ def _take_masks(model: nn.Module, space: MaskSpace) -> None:
         raise InputError(f"ATPCallback needs one LoRA adapter named '{ADAPTER}', not {', '.join(model.peft_config)}")
     if config.use_dora or config.lora_bias or config.modules_to_save or config.bias != "none":
         raise InputError("ATPCallback needs plain LoRA, without use_dora, lora_bias, bias and modules_to_save")
-    config._register_custom_module({nn.Linear: MaskedLoraLinear})  # so that the cut model has the same layers
+    config._register_custom_module({nn.Linear: MaskedPeftLinear})  # so that the cut model has the same layers
     names = {f"layers.{layer}.{name}" for layer in range(space.num_layers) for name in space.modules}
     found = {name[name.index("layers.") :]: m for name, m in model.named_modules() if isinstance(m, PeftLinear)}
     if found.keys() != names:
@@ -282,5 +284,5 @@ def _take_masks(model: nn.Module, space: MaskSpace) -> None:
         )
     for layer in found.values():
         if type(layer) is PeftLinear:
-            MaskedLoraLinear.adopt(layer)
+            MaskedPeftLinear.adopt(layer)
     fuse_layers(model)

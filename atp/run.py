@@ -26,7 +26,7 @@ from atp.ground.errors import InputError, Interrupted, is_out_of_memory, reason
 from atp.ground.files import read_json, write_json, write_text
 from atp.ground.signals import SignalGuard
 from atp.inputs import folders, loading
-from atp.inputs.checks import check_sharded, less_memory, outline, remarks, rounding
+from atp.inputs.checks import check_sharded, less_memory, outline, rounding, run_remarks
 from atp.inputs.folders import (
     CONFIG,
     INPUTS,
@@ -200,7 +200,7 @@ class Run:
         check_sharded(config)
         check_tasks(config, data.splits, tokenizer, shapes)
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
-        said = [*data.splits.remarks, *timed, *slow_precision(config), *remarks(config, shapes, data)]
+        said = [*data.splits.remarks, *timed, *slow_precision(config), *run_remarks(config, shapes, data)]
         load = partial(load_model, config.model, config.decisions.space)
         with loading.reading("model"):
             model = load() if processes.sharded() else processes.main_first(load)

@@ -53,7 +53,7 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
-class Case:
+class OfflineCase:
     """One kernel as one call would launch it: argument types (None for an absent operand) and constants."""
 
     name: str
@@ -95,7 +95,7 @@ class Usage:
     """Columns, on 100."""
 
 
-def every_case(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+def every_case(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[OfflineCase]:
     """The kernels of all rooms, from the `cases` of their offline.py, and the first of each kernel for sizes of 1."""
     for room in sorted(path.parent.name for path in Path(__file__).parent.glob("*/offline.py")):
         seen = set()
@@ -106,7 +106,7 @@ def every_case(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[
                 yield from of_ones(case)
 
 
-def of_ones(case: Case) -> Iterator[Case]:
+def of_ones(case: OfflineCase) -> Iterator[OfflineCase]:
     """The case with 1 for its number of rows, and for every integer: the JIT makes a constant of each that is 1.
 
     A constant is no tensor to the compiler, so a kernel may compile for one and not for the other.
@@ -134,16 +134,16 @@ def case(
     dtype: torch.dtype | None = None,
     rank: int = 0,
     num_warps: int = 4,
-) -> Case:
+) -> OfflineCase:
     """A kernel without tensor cores. types: those of arguments that are neither constant nor i32, None for absent ones.
 
     dtype: None where one compilation takes every dtype; rank: 0 where it does not matter.
     """
     arguments = {argument: types.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
-    return Case(name, kernel, dtype, rank, arguments, dict(constants), num_warps, 3, False)
+    return OfflineCase(name, kernel, dtype, rank, arguments, dict(constants), num_warps, 3, False)
 
 
-def compile_case(case: Case, arch: Arch) -> Usage:
+def compile_case(case: OfflineCase, arch: Arch) -> Usage:
     """Compile for one architecture and measure. Raises what the compiler raises."""
     absent = {name: None for name, kind in case.arguments.items() if kind is None}
     constants = {**absent, **case.constants}
@@ -214,7 +214,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
 
 
-def problems(case: Case, arch: Arch, usage: Usage) -> list[str]:
+def problems(case: OfflineCase, arch: Arch, usage: Usage) -> list[str]:
     """The limits this compiled kernel breaks, in words; empty when it is fit to launch."""
     found = []
     if max(usage.stack, usage.local) > SPILL_LIMIT:

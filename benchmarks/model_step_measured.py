@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from atp.lora.layer import MaskedLoraLinear
+from atp.lora.layer import MaskedPeftLinear
 from atp.removal import cut_model
 from benchmarks.case import Case
 from benchmarks.measure import interleave, ratio
@@ -18,15 +18,15 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
         length=options.length,
     )  # fmt: skip
     scene = Scene(case)
-    cut = cut_model(scene.with_lora(MaskedLoraLinear), scene.space, scene.masks[0])
+    cut = cut_model(scene.with_lora(MaskedPeftLinear), scene.space, scene.masks[0])
     deciding = decision(case)
     variants = {
         "decision, ours": deciding["ours"],
         "decision, unfused": deciding["unfused"],
-        "search, ours": scene.masked_step(MaskedLoraLinear, scene.masks[:1]),
+        "search, ours": scene.masked_step(MaskedPeftLinear, scene.masks[:1]),
         "search, unfused": scene.masked_step(UnfusedMaskedLinear, scene.masks[:1]),
         "cut": scene.lora_step(cut, scene.loss),
-        "whole": scene.lora_step(scene.with_lora(MaskedLoraLinear), scene.loss),
+        "whole": scene.lora_step(scene.with_lora(MaskedPeftLinear), scene.loss),
     }
     for variant in variants.values():
         variant.prepare("full")()  # the first call gathers and fills caches

@@ -27,7 +27,7 @@ from atp.evaluation import throughputs
 from atp.evaluation.scored_tasks import check_tasks
 from atp.ground import heap, ranks
 from atp.inputs.loading import load_data, load_shapes, load_tokenizer
-from atp.plan.job import Job, Questions
+from atp.plan.job import Questions, Workload
 from atp.plan.memory import memory_of
 from atp.plan.shapes import ModelShapes
 from atp.run import Run
@@ -120,7 +120,7 @@ def measured(config: ATPConfig) -> dict[str, float]:
 def planned(config: ATPConfig) -> dict[str, dict[str, Any]]:
     """What the plan says, by part."""
     found, tokenizer = load_shapes(config.model), load_tokenizer(config.model)
-    job = Job.of(
+    job = Workload.of(
         config, ModelShapes.of(found, config.decisions),
         autocast=autocast_dtype(with_precision(config).training.precision), device="cpu",
         questions=Questions.of(check_tasks(config, load_data(config, tokenizer).splits, tokenizer, found)),

@@ -20,7 +20,7 @@ from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
 from atp.decide.maker import DecisionMaker
 from atp.lora.controller import MaskController
-from atp.lora.layer import ADAPTER, MaskedLoraLinear, add_lora
+from atp.lora.layer import ADAPTER, MaskedPeftLinear, add_lora
 from atp.lora.regularizers.lasso import LoraGroups
 from atp.models.attention import use_training_attention
 from atp.removal import cut_model
@@ -34,7 +34,7 @@ _BETA = 0.3
 WIDTHS = {"cpu": {"mlp": 32}, "cuda": {"mlp": 128}}  # what the kept widths are a multiple of
 
 
-class UnfusedMaskedLinear(MaskedLoraLinear):
+class UnfusedMaskedLinear(MaskedPeftLinear):
     """The masked LoRA layer in plain PyTorch operations, as one would write it on top of PEFT."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Scene:
         """Base and LoRA on all linears of the space, with layers of a class or PEFT's own, all of the same values."""
         names = sorted({name.rsplit(".", 1)[-1] for name in self.space.modules})
         config = LoraConfig(r=self.case.rank, lora_alpha=self.case.rank, target_modules=names, task_type="CAUSAL_LM")
-        if layer is MaskedLoraLinear:
+        if layer is MaskedPeftLinear:
             model = add_lora(self.copy(), self.space, r=self.case.rank, alpha=self.case.rank, dropout=0.0)
         else:
             if layer is not None:
@@ -197,7 +197,7 @@ def decision(case: Case) -> Variants:
 
     return {
         "unfused": decide(UnfusedMaskedLinear),
-        "ours": decide(MaskedLoraLinear),
+        "ours": decide(MaskedPeftLinear),
         "floor": Variant(dense, same=False, holds=(floor,)),
     }
 
@@ -208,15 +208,15 @@ def search(case: Case) -> Variants:
     return {
         "unfused": scene.masked_step(UnfusedMaskedLinear, scene.masks[:1]),
         "stock": scene.stock_step(same=False),
-        "ours": scene.masked_step(MaskedLoraLinear, scene.masks[:1]),
-        "ours_moving": scene.masked_step(MaskedLoraLinear, scene.masks),
+        "ours": scene.masked_step(MaskedPeftLinear, scene.masks[:1]),
+        "ours_moving": scene.masked_step(MaskedPeftLinear, scene.masks),
     }
 
 
 def tune(case: Case) -> Variants:
     """The step of the really cut model, against stock PEFT LoRA on the dense one."""
     scene = Scene(case)
-    cut = cut_model(scene.with_lora(MaskedLoraLinear), scene.space, scene.masks[0])
+    cut = cut_model(scene.with_lora(MaskedPeftLinear), scene.space, scene.masks[0])
     return {
         "stock": scene.stock_step(same=True),
         "ours": scene.lora_step(scene.checkpointed(cut), scene.loss, same=False),

@@ -88,7 +88,7 @@ def _single(data: DataConfig) -> bool:
     return longest == 1 and all(example.completion for examples in rows for example in examples)
 
 
-class Chat:
+class Conversation:
     """A conversation with one model. `ask` adds a question and its answer to it; `new` begins another.
 
     once: whether the model was tuned on single questions, so that each is asked without those before.
@@ -151,11 +151,16 @@ class Chat:
 
 
 def talk(
-    chats: Sequence[Chat], questions: Iterable[str], say: Callable[..., None], *, alone: bool = False, **options: Any
+    chats: Sequence[Conversation],
+    questions: Iterable[str],
+    say: Callable[..., None],
+    *,
+    alone: bool = False,
+    **options: Any,
 ) -> None:
     """Puts each question to every model in turn, and prints the answers with their speed; `NEW` begins afresh.
 
-    say: prints text, with `end` as in `print`. alone: no model remembers. options: those of `Chat.ask`.
+    say: prints text, with `end` as in `print`. alone: no model remembers. options: those of `Conversation.ask`.
     """
     for question in questions:
         if question.strip() == NEW:

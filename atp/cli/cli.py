@@ -167,7 +167,7 @@ def compare(
     check_folder(folder, resume, "comparison.yaml")
 
     from atp.studies.compare import Comparison
-    from atp.studies.compare.table import brief, remarks
+    from atp.studies.compare.table import brief, comparison_remarks
 
     _note()
     comparison = Comparison(settings, chosen, drawn, folder, resume=resume, command=_command(), engine=engine)
@@ -179,7 +179,7 @@ def compare(
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
-    for remark in remarks(content):
+    for remark in comparison_remarks(content):
         console.print(remark)
     console.print(f"page: {folder / 'comparison.html'}")
 

@@ -139,12 +139,12 @@ def chat(
     for name in names:
         refuse_no_model(name)
 
-    from atp.cli.chat import Chat, talk
+    from atp.cli.chat import Conversation, talk
 
     chats = []
     for name in names:
         progress.begin(f"loading {name}")
-        chats.append(Chat(name, plain=plain))
+        chats.append(Conversation(name, plain=plain))
     progress.end()
     for sentence in ["each --prompt is asked alone"] if prompt else [chat.manner for chat in chats]:
         typer.echo(sentence, err=True)

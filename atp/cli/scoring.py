@@ -43,7 +43,7 @@ from atp.inputs.loading import (
     placed,
     reading,
 )
-from atp.report.beside import counted, remarks
+from atp.report.beside import counted, result_remarks
 from atp.training.precision import Precision, autocast_dtype, precision_at
 
 
@@ -179,7 +179,9 @@ def _score_folder(model: str, options: _Resolved, gguf_file: str | None) -> dict
     return {
         "model": model, **scores, **model_size(loaded), **throughput(loaded),
         "settings": {k: v for k, v in vars(options).items() if k != "run"} | {"precision": precision},
-        "remarks": [*counted(scores), *unscored, *_shortfalls(options, there, examples, tasks), *remarks(scores)],
+        "remarks": [
+            *counted(scores), *unscored, *_shortfalls(options, there, examples, tasks), *result_remarks(scores),
+        ],
     }  # fmt: skip
 
 

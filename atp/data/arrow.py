@@ -42,7 +42,7 @@ def cache_folder() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "atp"
 
 
-class Table:
+class ArrowTable:
     """Rows in Arrow files, in order."""
 
     def __init__(self, paths: Sequence[Path], use: object = None) -> None:
@@ -87,7 +87,7 @@ class Table:
     def map(
         self, function: Callable[[dict[str, list[Any]]], Mapping[str, Any]], key: str, features: Mapping[str, Any],
         workers: int,
-    ) -> Table:  # fmt: skip
+    ) -> ArrowTable:  # fmt: skip
         """A table of as many rows, made by `datasets` from batches of columns, and reused under this key.
 
         features: column -> `datasets` feature. workers: processes that make it, 0 for this one. Raises `InputError`
@@ -109,7 +109,7 @@ class Table:
             made += [Path(file["filename"]) for file in mapped.cache_files]
             del mapped, part
             self.close()
-        return Table(made, self.use)
+        return ArrowTable(made, self.use)
 
     def close(self) -> None:
         """Lets go of pages that were read, which count as resident memory; the table can be read on."""

@@ -65,7 +65,7 @@ def _pool(key: str, found: Iterable[Example], skipped: list[str] | None, workers
             skipped[:] = known["skipped"]
         use = eviction.Use(folder)
     eviction.trim(cache, most)
-    return Pool(arrow.Table(arrow.parts_in(folder), use), key, workers=workers)
+    return Pool(arrow.ArrowTable(arrow.parts_in(folder), use), key, workers=workers)
 
 
 def _key(identity: str | None, meaning: Meaning, limit: int | None, skips: bool) -> str:

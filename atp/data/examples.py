@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from atp.data.arrow import Rows, Table, at_once
+from atp.data.arrow import ArrowTable, Rows, at_once
 
 LARGE = 2**26
 """Characters that a list of examples may hold; more of them are stored."""
@@ -64,9 +64,9 @@ class Pool:
 
     columns = ("document", "prompt", "completion", "label", "task", "passage", "turns")
 
-    def __init__(self, table: Table, key: str, origin: str = "", workers: int = 0) -> None:
+    def __init__(self, table: ArrowTable, key: str, origin: str = "", workers: int = 0) -> None:
         self.table, self.key, self.origin, self.workers = table, key, origin, workers
-        self._derived: dict[str, Table] = {}
+        self._derived: dict[str, ArrowTable] = {}
 
     def __len__(self) -> int:
         return len(self.table)
@@ -87,8 +87,8 @@ class Pool:
             return [self.origin] * len(self)
         return self.documents if field == "document" else self.table.column(field)
 
-    def derived(self, name: str, function: Callable[..., Any], features: dict[str, Any]) -> Table:
-        """A table with a row for each example, as `Table.map` makes it; name: the same only for the same content."""
+    def derived(self, name: str, function: Callable[..., Any], features: dict[str, Any]) -> ArrowTable:
+        """A table with a row for each example, by `ArrowTable.map`; name: the same only for the same content."""
         if name not in self._derived:
             self._derived[name] = self.table.map(function, name, features, self.workers)
         return self._derived[name]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from atp.spaces.space import MaskSpace
 
 class Decisions(ABC):
     """The current hard mask, bool [space.size]. Subclasses say which logits it follows.
+
+    What only some decisions do (learn, observe, rescore) does nothing here, so that nobody asks which ones they are.
 
     search_steps: length of the search, over whose first part the share kept falls to the target. device: where logits
     and the thresholds that meet the budget are computed; it must have float64. `mask` lies on the host, because widths
@@ -53,6 +57,36 @@ class Decisions(ABC):
     @abstractmethod
     def logits(self) -> Tensor:
         """One logit per decision, float32 [space.size] on the device; larger keeps."""
+
+    def learn(self, step: int, judged: AbstractContextManager[Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
+        """Learns from one decision step and returns figures to log, scalars; nothing where nothing is learned.
+
+        judged: entered for it, it gives a function from a soft mask [space.size] on the device to the loss.
+        """
+        return {}
+
+    def observe(self, square: Tensor) -> None:  # noqa: B027
+        """Takes (dL/ds)^2 of one batch, the mean over its samples, float32 [space.size], where saliency runs."""
+
+    def rescore(self, saliency: Tensor) -> None:  # noqa: B027
+        """Takes a new saliency, float32 [space.size], where decisions follow one."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of what the logits come from, without optimizers."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027
+        """The inverse of `state`; other tensors of the checkpoint may be among them."""
+
+    def optimizers(self) -> list[tuple[torch.optim.Optimizer, list[str]]]:
+        """Optimizers whose state a checkpoint holds, each with the names of its parameters in order."""
+        return []
+
+    @torch.no_grad()
+    def at(self, share: float) -> Tensor:
+        """The mask that the logits of now give with another share to keep, bool [space.size], on the host."""
+        config = self.config.model_copy(update={"target_keep": share})
+        return processes.from_main(fit_decisions(self.logits(), config, self.budget).cpu(), "decisions")
 
     def target_at(self, step: int) -> float:
         """Share of parameters to keep after `step` search steps, on a cubic fall (docs/method.md section 5)."""

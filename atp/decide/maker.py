@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,24 @@ class DecisionMaker(Decisions):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return DecisionOutcome(loss.detach(), budget_loss.detach(), ~bad)
+
+    def learn(self, step: int, judged: AbstractContextManager[Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
+        with judged as loss_of:
+            outcome = self.update(step, loss_of)
+        loss = outcome.loss.clone()
+        processes.average_(loss)
+        return {"decision_loss": loss, "budget_loss": outcome.budget_loss}
+
+    def state(self) -> dict[str, Tensor]:
+        generator = {f"generator.{name}": tensor for name, tensor in self.generator.state_dict().items()}
+        return generator | {"rng.decision": self.noise.get_state()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.generator.load_state_dict({name: tensors[f"generator.{name}"] for name in self.generator.state_dict()})
+        self.noise.set_state(tensors["rng.decision"])
+
+    def optimizers(self) -> list[tuple[torch.optim.Optimizer, list[str]]]:
+        return [(self.optimizer, [name for name, _ in self.generator.named_parameters()])]
 
     @torch.no_grad()
     def refresh(self, step: int) -> Tensor:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from atp.config import DecisionsConfig
-from atp.decide.decisions import Decisions, fit_decisions
+from atp.decide.decisions import Decisions
 from atp.decide.saliency import saliency_logits
-from atp.processes import processes
 from atp.spaces.space import MaskSpace
 
 
@@ -28,17 +27,19 @@ class ScoredDecisions(Decisions):
         self.saliency = torch.zeros(space.size, device=device)
 
     def observe(self, square: Tensor) -> None:
-        """Takes (dL/ds)^2 of one batch, the mean over its samples, float32 [space.size]; where one value is not finite
-        it changes nothing."""
+        """As for all decisions; where one value is not finite it changes nothing."""
         square = square.to(self.device)
         seen = self.placed & square.isfinite().all()
         self.saliency = torch.where(seen, torch.lerp(square, self.saliency, self.config.decay), self.saliency)
 
-    @torch.no_grad()
-    def at(self, share: float) -> Tensor:
-        """The mask that the saliency of now gives with another share to keep, bool [space.size], on the host."""
-        config = self.config.model_copy(update={"target_keep": share})
-        return processes.from_main(fit_decisions(self.logits(), config, self.budget).cpu(), "decisions")
+    def rescore(self, saliency: Tensor) -> None:
+        self.saliency = saliency.to(self.device)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"saliency": self.saliency}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.rescore(tensors["saliency"])
 
     def logits(self) -> Tensor:
         logits = saliency_logits(self.saliency, self.solver, self.config)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """The model to export, before its weights are read.
 
     where: names it in messages. folder: its own, if it has one. config: as its folder has it. facts: what its card
@@ -68,7 +68,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportTarget:
     """A form that a model is exported to.
 
     dtypes: what its weights can be, the default first. ending: of the name of the file or folder. write: takes the
@@ -77,7 +77,7 @@ class Target:
 
     dtypes: Sequence[str]
     ending: str
-    write: Callable[[Source, str, Path], list[str]]
+    write: Callable[[ExportSource, str, Path], list[str]]
 
 
 def export(source: str, to: str, dtype: str | None, out: Path | None) -> tuple[Path, list[str]]:
@@ -117,7 +117,7 @@ def _model_of(source: str) -> tuple[str, Path | None, str]:
     return path, folder.resolve() if run is None else folder, (run or folder).resolve().name
 
 
-def _read(model: str, folder: Path | None, name: str) -> Source:
+def _read(model: str, folder: Path | None, name: str) -> ExportSource:
     from atp.export.card import PACKAGED, facts_of_card
     from atp.inputs.loading import load_shapes
 
@@ -131,10 +131,10 @@ def _read(model: str, folder: Path | None, name: str) -> Source:
     facts = PACKAGED if model == PACKAGED_MODEL else {}
     if folder:
         facts = facts_of_card(folder / "README.md", ("license", "language", "base_model", "model_name"))
-    return Source(shorten(model), folder, place, config, {"name": facts.get("model_name", name), **facts})
+    return ExportSource(shorten(model), folder, place, config, {"name": facts.get("model_name", name), **facts})
 
 
-def _write_gguf(source: Source, dtype: str, out: Path) -> list[str]:
+def _write_gguf(source: ExportSource, dtype: str, out: Path) -> list[str]:
     from atp.export.gguf import architecture_of, write_gguf
     from atp.inputs.loading import load_tokenizer
 
@@ -145,7 +145,7 @@ def _write_gguf(source: Source, dtype: str, out: Path) -> list[str]:
     return [f"llama.cpp's architecture {architecture.name}, {out.stat().st_size / 1e6:.1f} MB", *remarks]
 
 
-def _write_quantized(source: Source, scheme: str, out: Path) -> list[str]:
+def _write_quantized(source: ExportSource, scheme: str, out: Path) -> list[str]:
     from atp.export.quantized import SCHEMES, write_quantized
     from atp.families import family_of
     from atp.inputs.loading import load_tokenizer
@@ -160,6 +160,6 @@ def _write_quantized(source: Source, scheme: str, out: Path) -> list[str]:
 
 
 TARGETS = {
-    "gguf": Target(("f16", "f32", "bf16", "q8_0"), ".gguf", _write_gguf),
-    **{scheme: Target((scheme,), "", _write_quantized) for scheme in ("int8", "nf4")},
+    "gguf": ExportTarget(("f16", "f32", "bf16", "q8_0"), ".gguf", _write_gguf),
+    **{scheme: ExportTarget((scheme,), "", _write_quantized) for scheme in ("int8", "nf4")},
 }

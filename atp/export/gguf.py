@@ -26,7 +26,7 @@ from atp.export.gguf_tokenizer import add_tokenizer
 from atp.ground import progress
 from atp.ground.errors import InputError
 from atp.ground.files import whole_file
-from atp.models.config import ATPLlamaConfig, LayerShape
+from atp.models.config import SELECTIONS, ATPLlamaConfig, LayerShape
 
 DTYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -178,9 +178,6 @@ def _rope(config: ATPLlamaConfig) -> Rope:
     return cast(Rope, rope_of(config))  # a model without is refused before anything else
 
 
-_SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
-
-
 def _inexpressible(config: ATPLlamaConfig) -> Iterator[tuple[str, str]]:
     """What no architecture holds, each with a remedy."""
     heads = config.uncut_head_dim
@@ -192,7 +189,7 @@ def _inexpressible(config: ATPLlamaConfig) -> Iterator[tuple[str, str]]:
                     "for all heads",
                     "cut in space kv_group, which keeps heads whole",
                 )
-        if any(shape.selected(key, config.hidden_size) != config.hidden_size for key in _SELECTIONS):
+        if any(shape.selected(key, config.hidden_size) != config.hidden_size for key in SELECTIONS):
             yield (
                 f"the blocks of its layer {layer} read or write a part of the hidden state, which llama.cpp cannot",
                 "cut in space kv_group",

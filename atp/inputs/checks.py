@@ -174,7 +174,7 @@ def recipe(config: ATPConfig) -> list[str]:
     return found
 
 
-def remarks(config: ATPConfig, shapes: PretrainedConfig, data: RunData) -> list[str]:
+def run_remarks(config: ATPConfig, shapes: PretrainedConfig, data: RunData) -> list[str]:
     """All that is said of the settings, the base and the data before a run."""
     count = processes.count()
     of_base = [*recipe(config), *rounded(config, shapes), *base_remark(config), *sharding_remark(config, count)]

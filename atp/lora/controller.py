@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.ground.devices import upload
-from atp.lora.layer import MaskedLoraLinear
+from atp.lora.layer import MaskedPeftLinear
 from atp.spaces.space import MaskSpace
 from atp_kernels import KeptFirst, KeptSlice
 
@@ -29,14 +29,14 @@ class MaskController:
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
         self.space = space
-        self._layers: dict[_Linear, MaskedLoraLinear] = {}
+        self._layers: dict[_Linear, MaskedPeftLinear] = {}
         for name, module in model.named_modules():
-            if isinstance(module, MaskedLoraLinear):
+            if isinstance(module, MaskedPeftLinear):
                 layer, local = name.split(".layers.")[-1].split(".", 1)
                 self._layers[int(layer), local] = module
         missing = space.num_layers * len(space.modules) - len(self._layers)
         if missing:
-            raise RuntimeError(f"{missing} linears of the mask space carry no MaskedLoraLinear: wrap with add_lora")
+            raise RuntimeError(f"{missing} linears of the mask space carry no MaskedPeftLinear: wrap with add_lora")
         self._space = space.to(self._device)
         # Whether a decision lies in the memory of the one before, for CUDA graphs: a CPU would copy for nothing.
         self.keeps_memory = self._device.type != "cpu"

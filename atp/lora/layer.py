@@ -31,7 +31,7 @@ from atp_kernels.call import differentiable_once
 ADAPTER = "default"
 
 
-class MaskedLoraLinear(PeftLinear):
+class MaskedPeftLinear(PeftLinear):
     """PEFT LoRA linear with masks on its outputs [out_features] and inputs [in_features].
 
     Masks are state of the current pass, not parameters: bool (hard) or float32 (soft, differentiable), None keeps all.
@@ -48,7 +48,7 @@ class MaskedLoraLinear(PeftLinear):
     def adopt(cls, layer: PeftLinear) -> None:
         """Turns a stock layer into this one in place: same object, parameters and hooks, another forward."""
         layer.__class__ = cls
-        cast(MaskedLoraLinear, layer)._unmask()
+        cast(MaskedPeftLinear, layer)._unmask()
 
     def _unmask(self) -> None:
         self._narrow: tuple[Tensor, int, Tensor] | None = None
@@ -192,16 +192,16 @@ def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, mask: Tens
 
 
 class MaskedMLP(nn.Module):
-    """Replaces a gated MLP whose three linears are `MaskedLoraLinear`: same submodules, same names.
+    """Replaces a gated MLP whose three linears are `MaskedPeftLinear`: same submodules, same names.
 
     The fused block saves less for backward than three separate linears, and draws LoRA dropout once for gate and up. It
     computes what the original MLP does, linear by linear, where one of them does not train plain LoRA, has another
     probability of dropout, or a hook before its forward, and where `atp_kernels` has no such activation (None).
     """
 
-    gate_proj: MaskedLoraLinear
-    up_proj: MaskedLoraLinear
-    down_proj: MaskedLoraLinear
+    gate_proj: MaskedPeftLinear
+    up_proj: MaskedPeftLinear
+    down_proj: MaskedPeftLinear
 
     def __init__(self, mlp: Any, activation: str | None) -> None:
         super().__init__()
@@ -287,10 +287,10 @@ def fuse_layers(model: PeftModel) -> PeftModel:
     family = family_of(base.config)
     for layer in base.get_decoder().layers:
         fuse_attention(layer.self_attn)
-        for linear in (module for module in layer.modules() if isinstance(module, MaskedLoraLinear)):
+        for linear in (module for module in layer.modules() if isinstance(module, MaskedPeftLinear)):
             linear.holds_casts = not is_sharded(base)
         linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        if runs_stock_forward(layer.mlp) and all(isinstance(linear, MaskedLoraLinear) for linear in linears):
+        if runs_stock_forward(layer.mlp) and all(isinstance(linear, MaskedPeftLinear) for linear in linears):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(base.config):
             norm = layer.get_submodule(name)
@@ -336,6 +336,6 @@ def add_lora(
         target_modules=sorted({name.rsplit(".", 1)[-1] for name in space.modules}),
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({nn.Linear: MaskedLoraLinear})
+    config._register_custom_module({nn.Linear: MaskedPeftLinear})
     with seeded(seed):
         return fuse_layers(get_peft_model(model, config))

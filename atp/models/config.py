@@ -20,7 +20,7 @@ from atp.ground.errors import shorten
 
 _FACTORS = ("attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling")
 _LARGEST_FACTOR = 1_000_000  # beyond every model there is
-_SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
+SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class ATPLlamaConfig(LlamaConfig):
             return False
         shape = self.layer_shape(0)
         return shape.v_head_dim == self.head_dim and all(
-            getattr(shape, key) is None for key in ("qk_pairs", *_SELECTIONS)
+            getattr(shape, key) is None for key in ("qk_pairs", *SELECTIONS)
         )
 
     def beyond_whole_heads(self) -> str | None:
@@ -153,7 +153,7 @@ class ATPLlamaConfig(LlamaConfig):
             shape = self.layer_shape(layer)
             if shape.qk_pairs is not None or shape.v_head_dim != self.head_dim:
                 return f"the heads of layer {layer} are narrower than head_dim {self.head_dim} (space head_dim)"
-            if any(getattr(shape, key) is not None for key in _SELECTIONS):
+            if any(getattr(shape, key) is not None for key in SELECTIONS):
                 return f"layer {layer} reads or writes a part of the hidden state (space disp)"
         return None
 
@@ -203,7 +203,7 @@ class ATPLlamaConfig(LlamaConfig):
         if shape.num_key_value_heads > 0 and shape.num_attention_heads % shape.num_key_value_heads:
             yield "num_attention_heads", f"it must be a multiple of the {shape.num_key_value_heads} key-value heads"
         limits = {"qk_pairs": ("head_dim / 2", self.uncut_head_dim // 2)}
-        limits |= {key: ("hidden_size", self.hidden_size) for key in _SELECTIONS}
+        limits |= {key: ("hidden_size", self.hidden_size) for key in SELECTIONS}
         for key, (name, limit) in limits.items():
             positions = getattr(shape, key)
             if positions is None:

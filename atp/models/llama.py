@@ -40,7 +40,7 @@ from atp.models.config import ATPLlamaConfig
 from atp.models.selected import Selection
 
 # Fused attention takes one width for all heads, and runs best on whole vector registers and tensor-core tiles.
-_HEAD_DIM_MULTIPLE = 8
+HEAD_DIM_MULTIPLE = 8
 
 
 class ATPLlamaAttention(nn.Module):
@@ -107,7 +107,7 @@ class ATPLlamaAttention(nn.Module):
         cache = past_key_values if cache is None else cache
         implementation = self.config._attn_implementation
         # Zeros change neither scores nor outputs; unequal widths would take the slow, unfused path.
-        width = -(-max(self.qk_head_dim, self.v_head_dim) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
+        width = -(-max(self.qk_head_dim, self.v_head_dim) // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
         if self.use_rope:
             at_once = width if cache is None and implementation != "eager" else None
             query, key = attention.rotate(query, key, position_embeddings, self.rope_index, at_once)

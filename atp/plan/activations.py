@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atp.families import family_of
+from atp.models.llama import HEAD_DIM_MULTIPLE
 from atp.plan.shapes import LayerWidths, ModelShapes
 from atp.spaces.space import Cut
 from atp.training.cross_entropy import CHUNK_BYTES
 
 _FLOAT = 4
-_HEAD_DIM_MULTIPLE = 8  # what attention of cut layers pads heads to (atp/models/llama.py)
 _PRODUCERS = ("mlp.gate_proj", "mlp.up_proj")
 
 
@@ -93,9 +93,9 @@ def _soft(shapes: ModelShapes) -> list[Cut]:
 def _attention(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
     """Numbers per token that attention keeps: queries, keys, values and output, which o_proj reads."""
     qk, v = widths.qk_dim, widths.v_dim
-    padded = widths.padded and (qk != v or qk % _HEAD_DIM_MULTIPLE != 0)
+    padded = widths.padded and (qk != v or qk % HEAD_DIM_MULTIPLE != 0)
     if padded:
-        qk = v = -(-max(qk, v) // _HEAD_DIM_MULTIPLE) * _HEAD_DIM_MULTIPLE
+        qk = v = -(-max(qk, v) // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
     readers = widths.heads if how.expanded and not how.short else widths.kv_heads
     numbers = (widths.heads + readers) * (qk + v)
     if how.short:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from atp.plan.job import Job
+from atp.plan.job import Workload
 
 MOST = 1024  # that it keeps at once
 BYTES = 280 * 1024  # of each, as measured
 OF_STEPS = 3 + 5 + 3  # of a linear with its adapter: a LoRA step forward and backward, and the certificate's windows
 
 
-def compiled_bytes(job: Job, batches: int) -> int:
+def compiled_bytes(job: Workload, batches: int) -> int:
     """Bytes of the products of the cut model after its LoRA steps, and after so many batches of test samples.
 
     The cut leaves each layer a width of its own where layers may differ: of the structure that makes up the rest of a

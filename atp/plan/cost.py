@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from atp.decide.scored import ScoredDecisions
-from atp.plan.job import Job
+from atp.plan.job import Workload
 from atp.plan.shapes import Layers, LayerWidths
 from atp.removal.certify import WINDOWS
 from atp.removal.refit import DAMPINGS
@@ -62,7 +62,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class Row:
+class PhaseCost:
     """A part of a run: LoRA steps (0 where it has none), tokens that it reads, operations."""
 
     phase: str
@@ -99,7 +99,7 @@ def solution(kept: int, outputs: int) -> float:
 class Cost:
     """The operations of one token in each kind of pass."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Workload) -> None:
         self.job, self.rank = job, job.config.lora.r
         self.whole, self.cut = job.shapes.whole, job.shapes.kept
         config = job.shapes.config
@@ -192,18 +192,18 @@ class Cost:
         return spared
 
 
-def cost_of(job: Job) -> list[Row]:
+def cost_of(job: Workload) -> list[PhaseCost]:
     """The parts of a run in order, as one process has them; texts that are generated are not counted."""
     return list(_rows(job))
 
 
-def _rows(job: Job) -> Iterator[Row]:
+def _rows(job: Workload) -> Iterator[PhaseCost]:
     cost, config, steps = Cost(job), job.config, job.phases
     decisions, training, evaluation = config.deciding, config.training, config.evaluation
     per_step = training.batch_size * training.gradient_accumulation * job.sample
 
-    def row(phase: str, count: int, tokens: float, each: Flops) -> Row:
-        return Row(phase, count, round(tokens), each * tokens)
+    def row(phase: str, count: int, tokens: float, each: Flops) -> PhaseCost:
+        return PhaseCost(phase, count, round(tokens), each * tokens)
 
     yield _scoring(job, "score", cost, cost.whole, lora=False)
     if evaluation.dense_baseline:
@@ -223,10 +223,10 @@ def _rows(job: Job) -> Iterator[Row]:
         flops = (cost.step(cost.whole, share=_share_in_search(job)) + cost.taught()) * tokens
         if decisions.source == "learned":
             flops += cost.decision() * (-(-steps.search // decisions.every) * decisions.batch_size * job.calibrated)
-        yield Row("search", steps.search, round(tokens), flops)
+        yield PhaseCost("search", steps.search, round(tokens), flops)
     if refitted:
         tokens = refitted * job.calibrated
-        yield Row("refit", 0, round(rounds * tokens), cost.refit(tokens) * rounds)
+        yield PhaseCost("refit", 0, round(rounds * tokens), cost.refit(tokens) * rounds)
     if steps.settle:
         masked = cost.step(cost.whole, share=job.shapes.share) + cost.taught()
         yield row("settle", steps.settle, steps.settle * per_step, masked)
@@ -241,14 +241,14 @@ def _rows(job: Job) -> Iterator[Row]:
     yield _scoring(job, "score again", cost, cost.cut, lora=False)
 
 
-def _scoring(job: Job, phase: str, cost: Cost, layers: Layers, *, lora: bool) -> Row:
+def _scoring(job: Workload, phase: str, cost: Cost, layers: Layers, *, lora: bool) -> PhaseCost:
     """Windows, whose logits are all computed, and questions, of which only those of the answers are."""
     windows, questions = job.config.evaluation.windows * job.config.data.length, job.questions.tokens
     of_windows, of_questions = (cost.score(layers, lora=lora, scored=share) for share in (1.0, 0.0))
-    return Row(phase, 0, windows + questions, of_windows * windows + of_questions * questions)
+    return PhaseCost(phase, 0, windows + questions, of_windows * windows + of_questions * questions)
 
 
-def _validation(job: Job, cost: Cost) -> Row:
+def _validation(job: Workload, cost: Cost) -> PhaseCost:
     """All scores on the validation split: each `every` steps, at the freeze, after the refit and at the cut."""
     steps, each = job.phases, job.config.evaluation.every or 1
     before = steps.cut_step // each + (2 if job.config.decisions.refit_windows else 1)
@@ -257,10 +257,10 @@ def _validation(job: Job, cost: Cost) -> Row:
     after = -(-steps.total // each) - steps.cut_step // each + 1
     tokens = samples_scored(job.config) * job.sample
     flops = cost.score(cost.whole) * (before * tokens) + cost.score(cost.cut) * (after * tokens)
-    return Row("validation", 0, round((before + after) * tokens), flops)
+    return PhaseCost("validation", 0, round((before + after) * tokens), flops)
 
 
-def _share_in_search(job: Job) -> float:
+def _share_in_search(job: Workload) -> float:
     """The mean share of the frozen linears that the LoRA steps of the search compute with."""
     decisions, steps = job.config.deciding, job.phases.search
     if decisions.budget == "penalty" and decisions.source == "learned":

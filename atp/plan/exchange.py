@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from atp.plan.job import Job
+from atp.plan.job import Workload
 from atp.plan.shapes import Layers, adapter_params
 
 _FLOAT = 4  # gradients of the adapter and of a mask, whatever the weights are
 
 
-def exchange_of(job: Job) -> list[dict[str, object]]:
+def exchange_of(job: Workload) -> list[dict[str, object]]:
     """By phase, for one step of one process: bytes of tensors `reduced` and `gathered`, and of what it sends for them.
 
     A process sends (N - 1) / N of a gathered tensor and twice that of a reduced one, and receives as much. Decision
@@ -28,7 +28,7 @@ def exchange_of(job: Job) -> list[dict[str, object]]:
     ]
 
 
-def _phases(job: Job) -> Iterator[tuple[str, int, int]]:
+def _phases(job: Workload) -> Iterator[tuple[str, int, int]]:
     steps, whole, batches = job.phases, job.shapes.whole, job.config.training.gradient_accumulation
     for phase, count, layers in (
         ("open", steps.open, whole), ("search", steps.search, whole), ("settle", steps.settle, whole),
@@ -40,7 +40,7 @@ def _phases(job: Job) -> Iterator[tuple[str, int, int]]:
             yield "decision", job.shapes.space.size * _FLOAT, _gathered(job, whole)
 
 
-def _gathered(job: Job, layers: Layers) -> int:
+def _gathered(job: Workload, layers: Layers) -> int:
     """Bytes of the sharded weights that a batch gathers: layers forward and backward, embeddings and head once.
 
     A head that is tied to the embeddings gathers them once more.

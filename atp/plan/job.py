@@ -30,7 +30,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """A run that is asked for, with what is known of its model, its device and its data.
 
     before, after: parameters by part and their `total`, of the whole model and of the one that equal widths leave.
@@ -66,7 +66,7 @@ class Job:
         scored: float = 1.0,
         count: int | None = None,
         questions: Questions | None = None,
-    ) -> Job:
+    ) -> Workload:
         """Counts the parameters.
 
         sample, calibrated: default data.length, which no sample exceeds. count: default that of now. questions: default

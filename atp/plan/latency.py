@@ -43,7 +43,7 @@ _PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config with an entr
 
 
 @dataclass(frozen=True)
-class Table:
+class LatencyTable:
     """Milliseconds of one pass.
 
     attention, mlp: (share kept of the block's structures, milliseconds in one layer), both rising: a wider block counts
@@ -70,7 +70,9 @@ class Table:
         return low
 
 
-def with_time(config: ATPConfig, tables: dict[str, Table] | None = None) -> tuple[ATPConfig, dict[str, Any] | None]:
+def with_time(
+    config: ATPConfig, tables: dict[str, LatencyTable] | None = None
+) -> tuple[ATPConfig, dict[str, Any] | None]:
     """The config with a target in milliseconds replaced by the target_keep that it comes to, and what was measured.
 
     Where the output_dir has the measurement for this target already, that one counts, so that a run resumes with the
@@ -130,7 +132,7 @@ def share_of_widths(kept: float, space: MaskSpace) -> float:
     return float(budget.parameters(counts)) / budget.total
 
 
-def measure(config: PretrainedConfig, space: str, dtype: torch.dtype, *, decode: bool) -> Table:
+def measure(config: PretrainedConfig, space: str, dtype: torch.dtype, *, decode: bool) -> LatencyTable:
     """Times one layer with random weights at eight widths, on this process's device: one prompt, or one new token."""
     layers = MaskSpace.from_config(config, space).num_layers
     attention: dict[float, list[float]] = {}
@@ -148,7 +150,7 @@ def measure(config: PretrainedConfig, space: str, dtype: torch.dtype, *, decode:
             table.setdefault(_kept(own, counts, block), []).append(found[block])
         norms.append(found["norms"])
         outside = found["outside"]
-    return Table(_rising(attention), _rising(mlp), statistics.median(norms), outside, layers)
+    return LatencyTable(_rising(attention), _rising(mlp), statistics.median(norms), outside, layers)
 
 
 def one_layer(config: PretrainedConfig, words: int | None = None, times: int = 1) -> PretrainedConfig:

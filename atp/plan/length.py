@@ -119,14 +119,14 @@ def _seconds(at: ATPConfig, sample: float, scored: float, calibrated: float | No
     """Seconds of a run that do not depend on the number of its steps, and seconds per step."""
     # Inside the function, because the plan knows `atp.run`, which knows this module.
     from atp.plan.cost import cost_of
-    from atp.plan.job import Job
-    from atp.plan.probe import seconds_of, speeds
+    from atp.plan.job import Workload
+    from atp.plan.probe import flop_rates, seconds_of
     from atp.plan.shapes import ModelShapes
 
     shapes = ModelShapes.of(load_shapes(at.model), at.decisions)
     autocast, device = autocast_dtype(at.training.precision), processes.device().type
-    job = Job.of(at, shapes, autocast=autocast, device=device, sample=sample, calibrated=calibrated, scored=scored)
-    speed = speeds(job)
+    job = Workload.of(at, shapes, autocast=autocast, device=device, sample=sample, calibrated=calibrated, scored=scored)
+    speed = flop_rates(job)
     seconds = {row.phase: seconds_of(row, speed) for row in cost_of(job)}
     fixed, stepping = (sum(seconds.get(phase, 0.0) for phase in phases) for phases in (_BESIDE, _STEPS))
     return fixed, stepping / at.training.total

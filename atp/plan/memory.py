@@ -17,9 +17,10 @@ from atp.models.base import FORMS
 from atp.models.short_attention import LONGEST
 from atp.plan.activations import Pass, kept_by_loss, kept_by_saliency, kept_by_training
 from atp.plan.compiled import compiled_bytes
-from atp.plan.job import Job
+from atp.plan.job import Workload
 from atp.plan.shapes import Layers, LayerWidths, adapter_params, weights_of
 from atp.removal.certify import WINDOWS
+from atp.removal.refit import TOKENS_AT_ONCE
 
 Parts = dict[str, float]
 """Bytes by what they are for."""
@@ -29,13 +30,12 @@ _ADAPTER = 4  # PEFT keeps LoRA in float32 whatever the base is
 _MOMENTS = 2 * _FLOAT  # of AdamW, for each LoRA parameter
 _SHARED = ("weights", "originals", "cut weights", "merged", "reloaded")  # what lies in shards, where weights do
 _COPIES = ("slices", "casts", "file")  # what then does not exist
-_ROWS = 4096  # tokens that the refit multiplies at once
 # Of its inputs, in the widest linear that a cut leaves: 0.86 to 0.99 in three cuts, which kept 0.2 to 0.47 in all.
 _WIDEST = 0.9
 _WORD = 2048  # of the tokenizer and all else in the process, per word: 120 MiB for SmolLM2's 49,152 words, as measured
 
 
-def memory_of(job: Job) -> list[dict[str, object]]:
+def memory_of(job: Workload) -> list[dict[str, object]]:
     """For each part of the run, in order: its name, its bytes at the peak, and the parts that these consist of."""
     memory = _Memory(job)
     return [
@@ -49,7 +49,7 @@ def memory_of(job: Job) -> list[dict[str, object]]:
 
 
 class _Memory:
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Workload) -> None:
         self.job, self.shapes, self.training = job, job.shapes, job.config.training
         self.ranks = job.count if job.shared else 1  # processes that share the frozen weights
         self.weight = job.dtype.itemsize
@@ -298,7 +298,7 @@ class _Memory:
         equal = max((self.shapes.kept[layer].linears[name].in_features for layer, name in self.readers), default=0)
         kept = max(equal, self._widest * read)
         stream, inputs = tokens * self.hidden * self.weight, tokens * read * self.product
-        products = _FLOAT * (kept * kept + kept * self.hidden + min(_ROWS, tokens) * (kept + self.hidden))
+        products = _FLOAT * (kept * kept + kept * self.hidden + min(TOKENS_AT_ONCE, tokens) * (kept + self.hidden))
         solving = _DOUBLE * 4 * (kept * kept + kept * self.hidden)
         solve = max(products, solving)
         layer = max(weights_of((widths,)) for widths in self.shapes.whole) * self.weight
@@ -389,7 +389,7 @@ class _Memory:
         return saved
 
 
-def _slides(job: Job, length: int) -> bool:
+def _slides(job: Workload, length: int) -> bool:
     """Whether a layer's attention sees less than a whole window, which needs a mask."""
     window = family_of(job.shapes.config).sliding_window(job.shapes.config)
     return window is not None and window < length

@@ -25,16 +25,16 @@ from atp.inputs.checks import (
 )
 from atp.inputs.loading import check_prunable, load_shapes
 from atp.inputs.targets import with_share
-from atp.plan.cost import Flops, Row, cost_of
+from atp.plan.cost import Flops, PhaseCost, cost_of
 from atp.plan.data import data_of
 from atp.plan.exchange import exchange_of
 from atp.plan.exports import reachable_exports
-from atp.plan.job import Job, Questions
+from atp.plan.job import Questions, Workload
 from atp.plan.latency import with_time
 from atp.plan.length import with_steps
 from atp.plan.memory import memory_of
 from atp.plan.page import duration, each, size
-from atp.plan.probe import is_quick, seconds_of, speeds
+from atp.plan.probe import flop_rates, is_quick, seconds_of
 from atp.plan.shapes import ModelShapes
 from atp.processes import processes
 from atp.training.callbacks import check_trackers
@@ -96,7 +96,7 @@ def make_plan(
         data["shortfalls"] += rereads(config, data["steps_per_epoch"])
     autocast = autocast_dtype(config.training.precision)
     questions = Questions(**data["questions"]) if "questions" in data else None
-    job = Job.of(
+    job = Workload.of(
         _within(config, data), shapes, autocast=autocast, device=device, count=count, sample=sample,
         calibrated=calibrated, scored=scored, questions=questions,
     )  # fmt: skip
@@ -105,7 +105,7 @@ def make_plan(
         probe = False
     if probe is not False:
         progress.begin("timing a layer")
-    speed = None if probe is False else speeds(job) if probe else speeds(job, 0.0, 1)
+    speed = None if probe is False else flop_rates(job) if probe else flop_rates(job, 0.0, 1)
     free = free_memory(device) if device == here else None
     return {
         "model": {
@@ -191,7 +191,7 @@ def _one_or_all(counts: list[int]) -> int | list[int]:
     return counts[0] if len(set(counts)) == 1 else counts
 
 
-def _remarks(job: Job, data: dict[str, Any]) -> list[str]:
+def _remarks(job: Workload, data: dict[str, Any]) -> list[str]:
     """What a reader must know of the figures."""
     config, shapes = job.config, job.shapes
     remarks = [
@@ -210,7 +210,7 @@ def _remarks(job: Job, data: dict[str, Any]) -> list[str]:
     return [*remarks, *(line[0].upper() + line[1:] + "." for line in more), _NOT_COUNTED]
 
 
-def _too_large(job: Job, memory: list[dict[str, Any]], free: int | None) -> list[str]:
+def _too_large(job: Workload, memory: list[dict[str, Any]], free: int | None) -> list[str]:
     """What to change where the largest part does not fit into the memory of this machine."""
     largest = max(memory, key=lambda row: row["bytes"])
     needed = _KEPT_BY_ALLOCATOR * largest["bytes"] * (1 if job.device == "cuda" else job.count)
@@ -223,7 +223,7 @@ def _too_large(job: Job, memory: list[dict[str, Any]], free: int | None) -> list
     ]
 
 
-def _too_long(rows: list[Row], speed: Flops | None) -> list[str]:
+def _too_long(rows: list[PhaseCost], speed: Flops | None) -> list[str]:
     """What to change where a run takes hours."""
     seconds = {} if speed is None else {row.phase: seconds_of(row, speed) for row in rows}
     total = sum(seconds.values())
@@ -236,7 +236,7 @@ def _too_long(rows: list[Row], speed: Flops | None) -> list[str]:
     ]
 
 
-def _offload_remark(job: Job) -> list[str]:
+def _offload_remark(job: Workload) -> list[str]:
     """How much `training.offload` keeps elsewhere: the activations of the largest pass without it."""
     config = job.config
     if not config.training.offload:

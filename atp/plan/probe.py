@@ -20,8 +20,8 @@ from atp.evaluation.inference import inference
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.attention import use_training_attention
-from atp.plan.cost import Cost, Flops, Row, moments, solution
-from atp.plan.job import Job
+from atp.plan.cost import Cost, Flops, PhaseCost, moments, solution
+from atp.plan.job import Workload
 from atp.plan.latency import now, one_layer
 from atp.plan.shapes import Layers, ModelShapes, mask_of
 from atp.processes import processes
@@ -42,14 +42,14 @@ _QUICK = 1e9  # weights of a layer times tokens of a step, up to which one step 
 _LAYERS, _LAYERS_BYTES = 4, 256 * 2**20  # that are timed together, at most; a single one may have more bytes
 
 
-def is_quick(job: Job) -> bool:
-    """Whether `speeds` of one layer, without repetition, take no more than a few seconds."""
+def is_quick(job: Workload) -> bool:
+    """Whether `flop_rates` of one layer, without repetition, take no more than a few seconds."""
     window = max(job.config.training.batch_size * job.sample, job.calibrated)
     scored = job.config.evaluation.batch_size * job.config.data.length
     return job.shapes.whole[0].weights * max(window, scored / 4) <= _QUICK  # scoring has no backward pass
 
 
-def speeds(job: Job, seconds: float = _SECONDS, layers: int = _LAYERS) -> Flops:
+def flop_rates(job: Workload, seconds: float = _SECONDS, layers: int = _LAYERS) -> Flops:
     """Operations per second of each kind; 0 for stock LoRA without a dense baseline.
 
     layers: how many are timed together, at most. Each is measured for about `seconds`, at least once, after one step to
@@ -73,7 +73,7 @@ def speeds(job: Job, seconds: float = _SECONDS, layers: int = _LAYERS) -> Flops:
             return make(AutoModelForCausalLM.from_config(shapes.config, dtype=job.dtype))
 
     def cost(length: int) -> Cost:
-        return Cost(Job.of(job.config, shapes, autocast=job.autocast, device=job.device, sample=length))
+        return Cost(Workload.of(job.config, shapes, autocast=job.autocast, device=job.device, sample=length))
 
     def rate(make: Callable[[PreTrainedModel], PeftModel], widths: Layers, soft: bool = False) -> float:
         step = _layers_step(random(make), job, device, sample, training.batch_size, shapes.space if soft else None)
@@ -123,19 +123,19 @@ def speeds(job: Job, seconds: float = _SECONDS, layers: int = _LAYERS) -> Flops:
     )
 
 
-def seconds_of(row: Row, speed: Flops) -> float:
-    """How long a part of a run takes at these speeds (operations per second of each kind)."""
+def seconds_of(row: PhaseCost, speed: Flops) -> float:
+    """How long a part of a run takes at these flop_rates (operations per second of each kind)."""
     kinds = zip(row.flops.by_kind, speed.by_kind, strict=True)
     return sum(done / per_second for done, per_second in kinds if done)
 
 
-def _same_multiples(job: Job) -> Any:
+def _same_multiples(job: Workload) -> Any:
     """The decisions' settings with the width rules of the whole model, which one layer alone might change."""
     return job.config.deciding.model_copy(update={"multiples": job.shapes.multiples})
 
 
 def _layers_step(
-    model: PeftModel, job: Job, device: torch.device, length: int, rows: int, soft: MaskSpace | None
+    model: PeftModel, job: Workload, device: torch.device, length: int, rows: int, soft: MaskSpace | None
 ) -> Callable[[], object]:
     """A step on a batch of rows with `length` tokens; soft: the space of a soft mask, which gets a gradient too.
 
@@ -173,7 +173,7 @@ def _layers_step(
     return step
 
 
-def _scoring_step(model: PreTrainedModel, job: Job, length: int, rows: int) -> Callable[[], object]:
+def _scoring_step(model: PreTrainedModel, job: Workload, length: int, rows: int) -> Callable[[], object]:
     """A pass that scores `rows` windows of `length` tokens."""
 
     def step() -> None:
@@ -183,7 +183,7 @@ def _scoring_step(model: PreTrainedModel, job: Job, length: int, rows: int) -> C
     return step
 
 
-def _refit_step(model: PeftModel, job: Job, length: int, rows: int, shapes: ModelShapes) -> Callable[[], object]:
+def _refit_step(model: PeftModel, job: Workload, length: int, rows: int, shapes: ModelShapes) -> Callable[[], object]:
     """What the refit reads a batch with: passes through the layers without masks and with those of the cut."""
     decoder: Any = cast(PreTrainedModel, model.get_base_model()).get_decoder()
     controller, mask = MaskController(model, shapes.space), mask_of(shapes.space, shapes.counts)
@@ -203,7 +203,7 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
-def _head_step(job: Job, device: torch.device, rows: int) -> Callable[[], object]:
+def _head_step(job: Workload, device: torch.device, rows: int) -> Callable[[], object]:
     sizes = job.shapes.config
     states = torch.randn(rows, sizes.hidden_size, device=device, dtype=job.dtype, requires_grad=True)
     entries = torch.randn(sizes.vocab_size, sizes.hidden_size, device=device, dtype=job.dtype)
@@ -218,7 +218,7 @@ def _head_step(job: Job, device: torch.device, rows: int) -> Callable[[], object
     return step
 
 
-def _of_refit(job: Job, device: torch.device, seconds: float) -> tuple[float, float]:
+def _of_refit(job: Workload, device: torch.device, seconds: float) -> tuple[float, float]:
     """Operations per second of the refit's moments and of its solutions, at the size of its widest linear."""
     windows = job.share_of(job.config.decisions.refit_windows)
     widths = [

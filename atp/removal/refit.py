@@ -35,7 +35,7 @@ HELD_OUT = 8
 
 _LEAST = 1e-3  # of the mean square of the kept inputs, what each is damped by at least
 _FEW = 0.3  # the damping where there are too few batches to hold one out
-_ROWS = 4096  # tokens in one product
+TOKENS_AT_ONCE = 4096  # tokens in one product
 _COLUMNS = 256  # of both sides of a product that lies on the diagonal of x^T x, at most
 
 
@@ -229,7 +229,7 @@ def moments_of(pairs: list[Pair], *, weight: Tensor, kept: Tensor, together: boo
     square = weight.new_zeros((), dtype=torch.float64)
     for pair in pairs:
         with torch.autocast(weight.device.type, enabled=False):
-            inputs, lost = (rows.split(_ROWS) for rows in pair.rows())
+            inputs, lost = (rows.split(TOKENS_AT_ONCE) for rows in pair.rows())
             for read, lack in zip(inputs, lost, strict=True):
                 x, y = read[:, kept].to(wide), lack.to(wide)
                 _add_gram(products, x)

@@ -94,7 +94,7 @@ def counted(protocol: Mapping[str, Any] | None) -> list[str]:
     return [f"Perplexity counts {protocol['counted']}: {protocol['tokens']:,} tokens in windows of {length}{apart}."]
 
 
-def remarks(summary: Mapping[str, Any]) -> list[str]:
+def result_remarks(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of these columns must know, one sentence each."""
     found = counted(summary.get("perplexity_of")) + effects(summary)
     found += [

@@ -59,7 +59,7 @@ def scores(run: RunFiles) -> dict[str, Any]:
         rows.append((f"{kind}, tokens/s ↑", cells))
     shown = [[label, *cells] for label, cells in rows if any(cell != DASH for cell in cells)]
     head = ["", *((MODELS | beside.OTHERS)[name] for name in columns)]
-    return {"head": head, "rows": shown, "intervals": bool(columns), "remarks": beside.remarks(summary)}
+    return {"head": head, "rows": shown, "intervals": bool(columns), "remarks": beside.result_remarks(summary)}
 
 
 def answers(run: RunFiles) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from atp.ground.errors import visible
 from atp.removal.certify import failure
-from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, perplexity_label, remarks
+from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, perplexity_label, result_remarks
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
@@ -42,7 +42,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         row = (with_interval(s.get(rate), s.get(f"{rate}_interval"), digits) for s in speeds)
         table.add_row(f"{what} tokens/s", *row)
     console.print(table)
-    for remark in remarks(summary):
+    for remark in result_remarks(summary):
         console.print(remark)
     rates = ", ".join(f"{k.replace('_', ' ')} {v:,.0f}" for k, v in summary["train_tokens_per_second"].items())
     console.print(f"training tokens/s: {rates}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ from atp.decide.scored import ScoredDecisions
 from atp.evaluation.inference import inference
 from atp.ground.devices import for_float64, upload
 from atp.lora.controller import MaskController
-from atp.lora.regularizers import make_regularizer
+from atp.lora.regularizers import Regularizer, make_regularizer
 from atp.lora.regularizers.lasso import LoraGroups
 from atp.processes import processes
 from atp.removal import cut_model
@@ -41,7 +42,16 @@ from atp.training.data import Batch, batch_at, refit_batch, refit_orders, run_or
 from atp.training.loss import causal_lm_loss
 from atp.training.offload import Offload
 from atp.training.profiling import scope
-from atp.training.rounds import shares, undone
+from atp.training.rounds import round_targets, undone
+
+
+@dataclass
+class Uncut:
+    """What belongs to the uncut model: who puts masks on it, its LoRA groups, and their regularizer."""
+
+    controller: MaskController
+    groups: LoraGroups
+    regularizer: Regularizer
 
 
 class Pruning:
@@ -75,14 +85,20 @@ class Pruning:
         self.certificate: dict[str, Any] = {}
         self.refitted: list[str] = []  # base weights, by their names in the decoder, that the refit changed
         self.figures: dict[str, Tensor] = {}  # what steps have to say since the last record
-        self.controller = MaskController(model, space)
-        self.groups = LoraGroups(model, space)
-        self.regularizer = make_regularizer(training.regularizer, model, space, self.groups, seed=seed + 2)
+        groups = LoraGroups(model, space)
+        regularizer = make_regularizer(training.regularizer, model, space, groups, seed=seed + 2)
+        self._uncut: Uncut | None = Uncut(MaskController(model, space), groups, regularizer)
 
     @property
     def is_cut(self) -> bool:
-        """Whether the model was cut; masks, groups and regularizer are gone then."""
-        return "masked_vs_cut" in self.certificate
+        """Whether the model was cut; nothing is left to decide then."""
+        return self._uncut is None
+
+    @property
+    def uncut(self) -> Uncut:
+        """Masks, groups and regularizer, until the cut."""
+        assert self._uncut is not None, "the model is cut"
+        return self._uncut
 
     @held_heads()
     def start(self) -> None:
@@ -96,14 +112,15 @@ class Pruning:
         count = min(windows, sized(self.calibration))
         with frozen(self.model):
             saliency = fisher_saliency(self.space, self._windows(count), self.calibration_loss, at=at, among=count)
-        self.controller.clear()
+        self.uncut.controller.clear()
         return processes.from_main(saliency, "saliency")
 
     def _make_decisions(self, saliency: Tensor | None = None) -> Decisions:
         if self.settings.source != "learned":
             place = for_float64(self.device)
             scored = ScoredDecisions(self.space, self.settings, search_steps=self.training.search, device=place)
-            scored.saliency = scored.saliency if saliency is None else saliency.to(place)
+            if saliency is not None:
+                scored.rescore(saliency)
             return scored
         prior = None if saliency is None else saliency_logits(saliency, Budget(self.space), self.settings)
         return self._make_learned(prior)
@@ -121,18 +138,19 @@ class Pruning:
         self._watching = self.settings.source == "running" and step % self.settings.every == 0
         if step % self.settings.every:
             return
-        if isinstance(self.decisions, DecisionMaker):
-            batch, weight = self._decision_batch(step // self.settings.every)
-            try:
-                with frozen(self.model), scope("masks"):
-                    outcome = self.decisions.update(step, lambda mask: weight * self.calibration_loss(batch, mask))
-            finally:
-                self.controller.clear()
-            loss = outcome.loss.clone()
-            processes.average_(loss)
-            self.figures |= {"decision_loss": loss, "budget_loss": outcome.budget_loss}
+        self.figures |= self.decisions.learn(step, self._judged(step // self.settings.every))
         with scope("masks"):
             self.decisions.refresh(step)
+
+    @contextmanager
+    def _judged(self, index: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The loss of a soft mask on the calibration samples of a decision step, while nothing else is trained."""
+        batch, weight = self._decision_batch(index)
+        try:
+            with frozen(self.model), scope("masks"):
+                yield lambda mask: weight * self.calibration_loss(batch, mask)
+        finally:
+            self.uncut.controller.clear()
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -148,25 +166,25 @@ class Pruning:
         """The hard mask and the regularizer's part of the forward pass, around forward and backward of one batch."""
         with (
             self._watched() if self._watching and not self.decisions.frozen else self._hard(),
-            self.regularizer.applied(self._mask_on_device(), sample=True),
+            self.uncut.regularizer.applied(self._mask_on_device(), sample=True),
         ):
             yield
 
     @contextmanager
     def still(self) -> Iterator[None]:
         """The hard mask and the regularizer as they are, with nothing drawn, around passes that train nothing."""
-        with self._hard(), self.regularizer.applied(self._mask_on_device(), sample=False):
+        with self._hard(), self.uncut.regularizer.applied(self._mask_on_device(), sample=False):
             yield
 
     @contextmanager
     def _hard(self) -> Iterator[None]:
         with scope("masks"):
             # Slices are copies that outlive a pass; of gathered weights nothing may.
-            self.controller.set(self.decisions.mask, "base" if processes.sharded() else "hard")
+            self.uncut.controller.set(self.decisions.mask, "base" if processes.sharded() else "hard")
         try:
             yield
         finally:
-            self.controller.clear()
+            self.uncut.controller.clear()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -177,12 +195,12 @@ class Pruning:
         mask, samples = self._mask_on_device().float(), self.training.batch_size
         mask = (mask.expand(samples, -1).clone() if samples > 1 else mask).requires_grad_()
         with scope("masks"):
-            self.controller.set(mask, "soft")
+            self.uncut.controller.set(mask, "soft")
         try:
             yield
         finally:
-            self.controller.clear()
-        if mask.grad is not None and isinstance(self.decisions, ScoredDecisions):
+            self.uncut.controller.clear()
+        if mask.grad is not None:
             # One process sees the batches of all one after another, each with its share of the loss.
             square = (mask.grad / processes.count()).square()
             for squares in processes.gather(square if samples == 1 else samples * square.sum(0)):
@@ -191,21 +209,21 @@ class Pruning:
     def regularize(self, weight: float) -> None:
         """Adds the regularizer's gradient to clipped gradients."""
         with scope("loss"):
-            self.figures |= self.regularizer.add_gradient(self._mask_on_device(), weight)
+            self.figures |= self.uncut.regularizer.add_gradient(self._mask_on_device(), weight)
 
     def after_step(self, weight: float, skip: Tensor) -> None:
         """Trains what the regularizer has to train, after the optimizer step. skip: 1 for a step that was skipped."""
         with scope("optimizer"):
-            self.figures |= self.regularizer.after_step(self._mask_on_device(), weight, skip)
+            self.figures |= self.uncut.regularizer.after_step(self._mask_on_device(), weight, skip)
 
     def shrink(self, steps_left: int) -> None:
         """Shrinks removed LoRA groups after an optimizer step, to exact zero when no step is left but this one."""
         with scope("optimizer"):
             mask = self._mask_on_device()
-            self.regularizer.fold(mask)
-            largest = self.groups.largest_removed_norm(mask)
+            self.uncut.regularizer.fold(mask)
+            largest = self.uncut.groups.largest_removed_norm(mask)
             # The last threshold is doubled: rounding in the norm must not leave a remainder.
-            self.groups.prox_(mask, largest / steps_left if steps_left > 1 else 2 * largest)
+            self.uncut.groups.prox_(mask, largest / steps_left if steps_left > 1 else 2 * largest)
 
     def record(self, step: int) -> dict[str, Any]:
         """Figures of the steps since the last record, the first of `step` finished ones, and what is kept."""
@@ -224,24 +242,21 @@ class Pruning:
 
         timed: counts the seconds of a with block towards a part of the run.
         """
-        decisions = self.decisions
-        if not isinstance(decisions, ScoredDecisions):
-            return
-        for share in shares(self.settings.target_keep, self.settings.rounds or 1):
-            mask = decisions.at(share)
+        for share in round_targets(self.settings.target_keep, self.settings.rounds or 1):
+            mask = self.decisions.at(share)
             with undone(self.decoder, self.space):
                 with timed("refit"):
                     self._refit(mask)
                 with timed("saliency"):
-                    decisions.saliency = self._saliency(self.settings.refit_windows, mask).to(decisions.device)
-            self.controller.forget()
+                    self.decisions.rescore(self._saliency(self.settings.refit_windows, mask))
+            self.uncut.controller.forget()
 
     def freeze(self) -> None:
         """Fixes the decisions, exactly on budget, and measures what the cut would change before settling."""
         mask, tokens = self.decisions.freeze(), self.certificate_tokens()
-        with self.regularizer.applied(mask, sample=False):
-            reference = masked_logits(self.model, self.controller, mask, tokens)
-        self.certificate |= at_freeze(reference, self.model, self.controller, mask, tokens)
+        with self.uncut.regularizer.applied(mask, sample=False):
+            reference = masked_logits(self.model, self.uncut.controller, mask, tokens)
+        self.certificate |= at_freeze(reference, self.model, self.uncut.controller, mask, tokens)
 
     def refit(self) -> None:
         """Fits the ends of blocks to what the cut loses, now that no decision moves any more."""
@@ -253,8 +268,8 @@ class Pruning:
         mine = (orders[number] for number in processes.shares(len(orders))[0])
         batches = (refit_batch(self.calibration, rows, self.device) for rows in mine)
         with inference(self.model, self.autocast):
-            fitted = refit(self.decoder, self.controller, self.space, mask, batches, among=len(orders))
-        self.controller.forget()
+            fitted = refit(self.decoder, self.uncut.controller, self.space, mask, batches, among=len(orders))
+        self.uncut.controller.forget()
         return fitted
 
     def cut(self, swap: Callable[[PeftModel], None]) -> None:
@@ -264,8 +279,8 @@ class Pruning:
         if the cut changes the logits.
         """
         mask, tokens = self.decisions.mask, self.certificate_tokens()
-        left = float(self.groups.largest_removed_norm(self._mask_on_device()))
-        reference = masked_logits(self.model, self.controller, mask, tokens)
+        left = float(self.uncut.groups.largest_removed_norm(self._mask_on_device()))
+        reference = masked_logits(self.model, self.uncut.controller, mask, tokens)
         self.become_cut()
         swap(self.model)
         self.certificate |= at_cut(reference, self.model, tokens, left)
@@ -275,7 +290,7 @@ class Pruning:
         cut = cut_model(self.model, self.space, self.decisions.mask)
         assert isinstance(cut, PeftModel), "an adapter stays around the cut model"
         self.model = cut
-        del self.controller, self.groups, self.regularizer
+        self._uncut = None
 
     # Calibration data
 
@@ -295,7 +310,7 @@ class Pruning:
 
     def calibration_loss(self, batch: Batch, mask: Tensor) -> Tensor:
         """CE under a soft mask. The mask stays on the layers until the backward pass is over: checkpointing reruns."""
-        self.controller.set(mask, "soft")
+        self.uncut.controller.set(mask, "soft")
         precision = torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
         with precision, self.offload.saving(self.model):
             return causal_lm_loss(self.model, batch)
@@ -325,19 +340,17 @@ class Pruning:
         decisions = self.decisions
         state.tensors["mask"] = decisions.mask
         self.add_refit(state)
-        if isinstance(decisions, DecisionMaker):
-            state.tensors |= prefixed("generator", decisions.generator.state_dict())
-            state.tensors |= prefixed("decision_optimizer", optimizer_tensors(decisions.optimizer, _names(decisions)))
-            state.tensors["rng.decision"] = decisions.noise.get_state()
-        elif isinstance(decisions, ScoredDecisions):
-            state.tensors["saliency"] = decisions.saliency
+        state.tensors |= decisions.state()
+        for optimizer, names in decisions.optimizers():
+            state.tensors |= prefixed("decision_optimizer", optimizer_tensors(optimizer, names))
         if not self.is_cut:
-            state.tensors |= prefixed("regularizer", self.regularizer.state_dict())
+            state.tensors |= prefixed("regularizer", self.uncut.regularizer.state_dict())
         state.meta |= {
             "scored": self.scored,
             "decision_windows": self.decision_windows,
             "frozen": decisions.frozen,
             "certificate": self.certificate,
+            "cut": self.is_cut,
             "finite_decisions": decisions.finite.state(),
         }
 
@@ -365,25 +378,19 @@ class Pruning:
 
     def load(self, state: Checkpoint) -> None:
         """The inverse of `add_to`, on the uncut model; cuts it if it was cut."""
-        if "saliency" in state.tensors:
-            self.decisions = self._make_decisions(state.tensors["saliency"])
-        else:
-            self.decisions = learned = self._make_learned(state.tensors["generator.prior"])
-            learned.generator.load_state_dict(state.part("generator"))
-            load_optimizer_tensors(learned.optimizer, _names(learned), state.part("decision_optimizer"))
-            learned.noise.set_state(state.tensors["rng.decision"])
+        learned = self.settings.source == "learned"
+        self.decisions = self._make_learned(state.tensors["generator.prior"]) if learned else self._make_decisions()
+        self.decisions.load_state(state.tensors)
+        for optimizer, names in self.decisions.optimizers():
+            load_optimizer_tensors(optimizer, names, state.part("decision_optimizer"))
         self.scored = state.meta["scored"]
         self.decision_windows = state.meta["decision_windows"]
         self.decisions.mask = state.tensors["mask"].bool()
         self.decisions.frozen = state.meta["frozen"]
         self.decisions.finite.restore(state.meta["finite_decisions"])
         self.certificate = state.meta["certificate"]
-        if self.is_cut:
+        if state.meta["cut"]:
             self.become_cut()
         else:
-            self.regularizer.load_state_dict(state.part("regularizer"))
+            self.uncut.regularizer.load_state_dict(state.part("regularizer"))
         self._load_refit(state)
-
-
-def _names(decisions: DecisionMaker) -> list[str]:
-    return [name for name, _ in decisions.generator.named_parameters()]

@@ -19,8 +19,8 @@ from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight
 
 
-def shares(target: float, rounds: int) -> list[float]:
-    """The shares that all rounds but the last keep: each is smaller than the one before by the same factor."""
+def round_targets(target: float, rounds: int) -> list[float]:
+    """The round_targets that all rounds but the last keep: each is smaller than the one before by the same factor."""
     return [target ** (number / rounds) for number in range(1, rounds)]
 
 

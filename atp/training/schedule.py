@@ -63,4 +63,4 @@ def learning_rate(config: TrainingConfig, step: int, highest: float) -> float:
     falling = max(1, config.total - config.warmup)
     if config.schedule == "linear":
         return highest * max(0.0, (config.total - step) / falling)
-    return highest * max(0.0, 0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * ((step - config.warmup) / falling))))
+    return highest * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - config.warmup) / falling))))

@@ -37,7 +37,7 @@ def search_step(loop: Loop, pruning: Pruning, batches: list[Batch]) -> None:
             loop.backward(loss)
     loop.clip()
     pruning.regularize(beta)
-    skip = loop.skip_if_not_finite(pruning.regularizer.parameters)
+    skip = loop.skip_if_not_finite(pruning.uncut.regularizer.parameters)
     loop.optimizer.step()
     pruning.after_step(beta, skip)
 
@@ -52,7 +52,7 @@ def settle_step(loop: Loop, pruning: Pruning, batches: list[Batch]) -> None:
             loop.backward(loss)
     loop.clip()
     pruning.regularize(beta)
-    skip = loop.skip_if_not_finite(pruning.regularizer.parameters)
+    skip = loop.skip_if_not_finite(pruning.uncut.regularizer.parameters)
     loop.optimizer.step()
     pruning.after_step(beta, skip)
     pruning.shrink(steps_left=loop.phases.cut_step - loop.step)

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from atp_kernels.dropout import triton
-from atp_kernels.offline import TYPES, Case, case
+from atp_kernels.offline import TYPES, OfflineCase, case
 
 
-def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[OfflineCase]:
     """One kernel for each dtype, with a seed from the host and with one on the device."""
     sizes = {"WIDE": False, "BLOCK_M": triton.BLOCK_M, "BLOCK_K": triton.BLOCK_K, "stride_xk": 1}
     constants = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9, **sizes}

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from atp_kernels.groups import triton, triton_kernels
-from atp_kernels.offline import Case, case
+from atp_kernels.offline import OfflineCase, case
 
 _SLOTS = 4096
 _TYPES = dict.fromkeys(("squares_ptr", "norms_ptr", "value_ptr", "by_ptr"), "*fp32")
@@ -13,7 +13,7 @@ _TYPES |= {"table_ptr": "*i64", "removed_ptr": "*u8", "part_ptr": "*fp64", "eps"
 _TYPES |= dict.fromkeys(("index_ptr", "order_ptr", "starts_ptr"), "*i32")
 
 
-def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[OfflineCase]:
     """Every kernel, for slots as long as a rank; one compilation takes all dtypes."""
     for rank in ranks:
         block_s, block_l = triton.slot_tile(rank)

@@ -9,7 +9,7 @@ import triton
 
 from atp_kernels.linear import descriptor_kernels, tiles
 from atp_kernels.linear import triton_kernels as kernels
-from atp_kernels.offline import TYPES, WITH_PRODUCTS, Case
+from atp_kernels.offline import TYPES, WITH_PRODUCTS, OfflineCase
 
 _SIZE = 4096
 _MANY = 32768
@@ -19,7 +19,7 @@ _ON_DEVICE = ", device seed"
 _DRAWN: dict[str, object] = {"THRESHOLD": 2**32 // 10, "SCALE": 1 / 0.9}
 
 
-def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[OfflineCase]:
     """Every kernel in the variants that a training step launches, with every tile of its table."""
     for dtype, rank in product(dtypes, ranks):
         launched = [*_gemms(dtype, rank), *_descriptor_gemms(dtype, rank), *_reductions(dtype, rank)]
@@ -29,7 +29,7 @@ def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]
             yield from _other_numerics(launched)
 
 
-def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+def _gemms(dtype: torch.dtype, rank: int) -> Iterator[OfflineCase]:
     for name, m, n, mask_lora, absent in (
         ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
         ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
@@ -56,7 +56,7 @@ def _gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         yield replace(case, extra=name == "gemm fwd decision narrow" or name.endswith(_ON_DEVICE))
 
 
-def _tried_gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+def _tried_gemms(dtype: torch.dtype, rank: int) -> Iterator[OfflineCase]:
     """Every tile that the tuner tries, of a decision step, with `--all`."""
     for tile, (way, absent) in product(
         tiles.gemm_tiles(dtype),
@@ -76,7 +76,7 @@ def _tried_gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
         yield replace(case, extra=True)
 
 
-def _other_numerics(launched: Sequence[Case]) -> Iterator[Case]:
+def _other_numerics(launched: Sequence[OfflineCase]) -> Iterator[OfflineCase]:
     """With offsets of 64 bits, which operands of 2^31 elements take, and with TF32, where a user allows it."""
     for case in launched:
         if case.extra or "dropout" in case.name or not {"WIDE", "PRECISION"} <= case.constants.keys():
@@ -87,7 +87,7 @@ def _other_numerics(launched: Sequence[Case]) -> Iterator[Case]:
             yield replace(case, name=f"{case.name}, tf32", constants=tf32, extra=True)
 
 
-def _descriptor_gemms(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+def _descriptor_gemms(dtype: torch.dtype, rank: int) -> Iterator[OfflineCase]:
     """Every tile of every generation: the forward pass of a LoRA step, with `--all` that of a decision step and dx."""
     kernel = descriptor_kernels.masked_lora_descriptor_kernel
     rest = "l_desc other_ptr dot_ptr"
@@ -128,7 +128,7 @@ def _descriptors(config: tiles.DescriptorConfig, dtype: torch.dtype, rank: int, 
     return {name: f"tensordesc<{TYPES[dtype]}[{height}, {width}]>" for name, (height, width) in blocks.items()}
 
 
-def _reductions(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+def _reductions(dtype: torch.dtype, rank: int) -> Iterator[OfflineCase]:
     for name, rows in (("down", _SIZE), ("down many rows", _MANY), ("down decode", 16)):
         narrow = tiles.down_config(rows, rank, dtype)
         constants: dict[str, object] = {"EVEN_K": True, "BLOCK_M": narrow.block_wide, "BLOCK_K": narrow.block_long}
@@ -161,7 +161,7 @@ def _case(
     constants: Mapping[str, object],
     config: tiles.GemmConfig | tiles.ReduceConfig,
     tensor_core_loop: bool = False,
-) -> Case:
+) -> OfflineCase:
     float32 = {"out_mask_ptr", "in_mask_ptr", "mask_ptr", "dot_ptr", "b_sq_ptr", "a_sq_ptr", "part_ptr"}
     if kernel is kernels.column_reduce_kernel:
         float32 |= {"factor_ptr", "sum_ptr"}
@@ -190,4 +190,4 @@ def _case(
             arguments[argument] = {"scaling": "fp32", "seed": "i64"}.get(argument, "i32")
     used = {name: value for name, value in every.items() if name in kernel.arg_names}
     launch = config.num_warps, config.num_stages, tensor_core_loop
-    return Case(name, kernel, dtype, rank, arguments, used, *launch, archs=WITH_PRODUCTS)
+    return OfflineCase(name, kernel, dtype, rank, arguments, used, *launch, archs=WITH_PRODUCTS)

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from atp_kernels.loss import triton
-from atp_kernels.offline import TYPES, Case, case
+from atp_kernels.offline import TYPES, OfflineCase, case
 
 
-def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[OfflineCase]:
     """A vocabulary of many blocks, and one that a block holds."""
     for dtype in dtypes:
         types = {"logits_ptr": "*" + TYPES[dtype], "target_ptr": "*i64", "loss_ptr": "*fp32"}

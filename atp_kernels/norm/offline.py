@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from atp_kernels.norm import triton
-from atp_kernels.offline import TYPES, Case, case
+from atp_kernels.offline import TYPES, OfflineCase, case
 
 _WIDTHS = {" narrow": 576, "": 4096, " wide": 16384}
 _TYPES: dict[str, str | None] = {"weight_ptr": "*fp32", "scale_ptr": "*fp32", "part_ptr": "*fp32", "eps": "fp32"}
 
 
-def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[OfflineCase]:
     """Both directions for rows of three widths, the last too wide for a tile, and the weight's gradient."""
     for dtype in dtypes:
         types = _TYPES | dict.fromkeys(("x_ptr", "y_ptr", "d_y_ptr", "d_x_ptr"), "*" + TYPES[dtype])

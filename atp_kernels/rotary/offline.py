@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from atp_kernels.offline import TYPES, Case, case
+from atp_kernels.offline import TYPES, OfflineCase, case
 from atp_kernels.rotary import triton
 
 _STRIDES = [name for name in triton.rotary_kernel.arg_names if name[-2:] in ("_b", "_t", "_h")]
 
 
-def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[OfflineCase]:
     """Both directions for heads of 128, and heads without some pairs, padded, with offsets beyond int32."""
     for dtype in dtypes:
         types = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "cos_ptr", "sin_ptr"), "*" + TYPES[dtype])

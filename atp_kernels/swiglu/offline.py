@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from atp_kernels.offline import TYPES, Case, case
+from atp_kernels.offline import TYPES, OfflineCase, case
 from atp_kernels.swiglu import triton
 
 _MATRICES = ("gate_ptr", "up_ptr", "h_ptr", "d_h_ptr", "d_gate_ptr", "d_up_ptr")
 _MASKS = {"": None, "hard": "*u8", "soft": "*fp32"}
 
 
-def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Case]:
+def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[OfflineCase]:
     """Both directions of both activations, without a mask, with a hard one, and with a soft one and its gradient."""
     block_m, block_n = triton.tile_for(4096)
     for dtype in dtypes:

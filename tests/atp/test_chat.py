@@ -10,7 +10,7 @@ from tiny_folder import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atp.cli import cli
-from atp.cli.chat import Chat, asks_once, talk
+from atp.cli.chat import Conversation, asks_once, talk
 from atp.data.chat import plain_chat
 from atp.ground.errors import InputError
 
@@ -33,14 +33,14 @@ def greedy(folder, prompt, tokens):
 
 def test_a_plain_answer_is_the_greedy_continuation_piece_by_piece(folder):
     pieces = []
-    answer = Chat(str(folder), plain=True).ask("the cat sat on", pieces.append, tokens=9)
+    answer = Conversation(str(folder), plain=True).ask("the cat sat on", pieces.append, tokens=9)
     assert "".join(pieces) == answer.text and len([piece for piece in pieces if piece]) > 1
     assert answer.text.split() == greedy(folder, "the cat sat on", 9).split()
     assert answer.tokens == 9 and answer.seconds > 0 and answer.speed == pytest.approx(9 / answer.seconds)
 
 
 def test_a_conversation_remembers_and_a_run_folder_gives_its_final_model(folder):
-    chat, said = Chat(str(folder.parent)), []
+    chat, said = Conversation(str(folder.parent)), []
     first = chat.ask("the cat", said.append, tokens=4)
     chat.ask("it was", said.append, tokens=4)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
@@ -51,14 +51,14 @@ def test_a_conversation_remembers_and_a_run_folder_gives_its_final_model(folder)
 
 def test_two_models_answer_side_by_side(folder):
     lines = []
-    chats = [Chat(str(folder), plain=True), Chat(str(folder.parent), plain=True)]
+    chats = [Conversation(str(folder), plain=True), Conversation(str(folder.parent), plain=True)]
     talk(chats, ["the mat", "a cat"], lambda text, end="\n": lines.append(text + end), tokens=3)
     text = "".join(lines)
     assert text.count(f"{folder}:\n") == 2 and text.count("(3 tokens, ") == 4
 
 
 def test_sampling_differs_from_the_likeliest_tokens(folder):
-    chat = Chat(str(folder), plain=True)
+    chat = Conversation(str(folder), plain=True)
     torch.manual_seed(0)
     sampled = {chat.ask("the cat", lambda text: None, tokens=8, temperature=5.0).text for _ in range(4)}
     assert len(sampled) > 1
@@ -66,14 +66,14 @@ def test_sampling_differs_from_the_likeliest_tokens(folder):
 
 
 def test_what_cannot_be_answered_is_refused(folder, tmp_path):
-    chat = Chat(str(folder), plain=True)
+    chat = Conversation(str(folder), plain=True)
     with pytest.raises(InputError, match="the prompt is empty"):
         chat.ask("  ", print)
     with pytest.raises(InputError, match="50 tokens and the model reads no more"):
         chat.ask("the cat " * 25, print)
     assert chat.ask("the cat " * 23, lambda text: None, tokens=100).tokens == 2, "as much as fits"
     with pytest.raises(InputError, match="cannot load the"):
-        Chat(str(tmp_path / "none"))
+        Conversation(str(tmp_path / "none"))
 
 
 def tuned_on(folder, model, *rows):
@@ -97,7 +97,7 @@ TWO = {"messages": ONE["messages"] * 2}
 def test_a_model_tuned_on_single_questions_is_asked_each_alone(folder, tmp_path, rows, once):
     run = tuned_on(tmp_path / "run", folder, *rows)
     assert asks_once(str(run)) is asks_once(str(run / "model")) is once
-    chat, lines = Chat(str(run)), []
+    chat, lines = Conversation(str(run)), []
     assert ("single questions" in chat.manner) is once and ("/new" in chat.manner) is not once
     talk([chat], ["the cat", "it was"], lambda text, end="\n": lines.append(text + end), tokens=3)
     assert len(chat.messages) == (2 if once else 4)
@@ -106,7 +106,7 @@ def test_a_model_tuned_on_single_questions_is_asked_each_alone(folder, tmp_path,
 
 
 def test_new_begins_another_conversation(folder):
-    chat = Chat(str(folder))
+    chat = Conversation(str(folder))
     talk([chat], ["the cat", "/new", "it was"], lambda text, end="\n": None, tokens=3)
     assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["it was"]
 
@@ -126,8 +126,8 @@ def test_prompts_are_asked_alone_and_a_file_on_stdin_is_a_conversation(folder, m
         assert done.value.code == 0
         return capsys.readouterr()
 
-    ask = Chat.ask
-    monkeypatch.setattr(Chat, "ask", note)
+    ask = Conversation.ask
+    monkeypatch.setattr(Conversation, "ask", note)
     told = call("--prompt", "the cat", "--prompt", "it was")
     assert asked == [("the cat", 0), ("it was", 0)] and "each --prompt is asked alone" in told.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n\nit was\n/new\nthe mat\n"))

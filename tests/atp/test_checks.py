@@ -7,7 +7,7 @@ import pytest
 from atp.config import ATPConfig
 from atp.data.batches import IGNORE
 from atp.ground.errors import InputError
-from atp.inputs.checks import check_reachable, few_scored, recipe, remarks, rereads, shortfalls, steps_per_epoch
+from atp.inputs.checks import check_reachable, few_scored, recipe, rereads, run_remarks, shortfalls, steps_per_epoch
 from atp.inputs.loading import load_data, load_model, load_shapes, load_tokenizer
 from atp.run import Run
 from atp.training.trainer import ATPTrainer
@@ -79,7 +79,7 @@ def test_steps_on_few_tokens_with_a_loss_are_said_unless_the_rate_is_low(config)
     assert said.startswith(f"a step learns from {scored:.0f} tokens on average, ") and "training.lr=0.005" in said
     needed = math.ceil(32 / scored.item())
     assert f"leave out training.lr, or set training.batch_size={needed}" in said
-    assert said in remarks(one, load_shapes(one.model), data)
+    assert said in run_remarks(one, load_shapes(one.model), data)
     assert few_scored(changed(one, "training.lr=0.001"), data, 1) == []
     assert few_scored(changed(one, f"training.batch_size={needed}"), data, 1) == []
     assert few_scored(changed(one, f"training.gradient_accumulation={needed}"), data, 1) == []
@@ -109,7 +109,7 @@ def test_samples_that_are_read_often_are_said_unless_the_best_adapter_stays(conf
     (said,) = rereads(often, epoch)
     assert said.startswith("each training sample is read 40.0 times, ")
     assert f"set evaluation.every={twice // 2} training.keep_best=true" in said
-    alone = remarks(often, load_shapes(often.model), data)
+    alone = run_remarks(often, load_shapes(often.model), data)
     assert said not in alone and any("is read 20.0 times" in line for line in alone)
     (said,) = rereads(changed(often, "evaluation.every=5"), epoch)
     assert "or set training.keep_best=true to end" in said

@@ -13,7 +13,7 @@ from atp.evaluation.inference import cache_name
 from atp.ground.errors import InputError
 from atp.inputs.targets import with_share
 from atp.plan import latency, make_plan
-from atp.plan.latency import PROMPT, Table, share_of_widths, with_time
+from atp.plan.latency import PROMPT, LatencyTable, share_of_widths, with_time
 from atp.plan.page import page
 from atp.plan.shapes import mask_of
 from atp.removal import cut_config
@@ -23,7 +23,9 @@ SHAPES = AutoConfig.for_model(
     "llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=8,
     num_key_value_heads=4, head_dim=16, max_position_embeddings=512,
 )  # fmt: skip
-TABLE = Table(attention=((0.5, 2.0), (1.0, 4.0)), mlp=((0.25, 1.0), (1.0, 7.0)), norms=0.5, outside=3.0, layers=2)
+TABLE = LatencyTable(
+    attention=((0.5, 2.0), (1.0, 4.0)), mlp=((0.25, 1.0), (1.0, 7.0)), norms=0.5, outside=3.0, layers=2
+)
 
 
 def config_of(folder, **decisions):

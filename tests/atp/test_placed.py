@@ -6,7 +6,7 @@ from tiny_command import start
 from tiny_inputs import tiny_config
 
 from atp import run
-from atp.cli.chat import Chat
+from atp.cli.chat import Conversation
 from atp.cli.scoring import Scoring, score_folder
 from atp.processes import processes
 
@@ -45,7 +45,7 @@ def test_eval_scores(config, elsewhere):
 
 def test_chat_answers(config, elsewhere):
     with pytest.raises(Seen, match="meta"):
-        Chat(config.model.path, plain=True).ask("the heart", print)
+        Conversation(config.model.path, plain=True).ask("the heart", print)
 
 
 def test_every_model_that_a_run_scores_or_times_is_placed(config, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from atp.lora.layer import MaskedLoraLinear
+from atp.lora.layer import MaskedPeftLinear
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "atp").rglob("*.py"))
@@ -61,10 +61,10 @@ def test_its_library_has_an_upper_bound(package):
 def test_peft_builds_the_registered_layer_and_does_not_save_it(tmp_path):
     """PEFT's only way to a LoRA layer of one's own that remains a plain adapter on disk."""
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    config._register_custom_module({nn.Linear: MaskedLoraLinear})
+    config._register_custom_module({nn.Linear: MaskedPeftLinear})
     llama = LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
     model = get_peft_model(LlamaForCausalLM(llama), config)
     (layer,) = [module for name, module in model.named_modules() if name.endswith("q_proj")]
-    assert type(layer) is MaskedLoraLinear
+    assert type(layer) is MaskedPeftLinear
     model.save_pretrained(tmp_path)
-    assert "MaskedLoraLinear" not in (tmp_path / "adapter_config.json").read_text()
+    assert "MaskedPeftLinear" not in (tmp_path / "adapter_config.json").read_text()

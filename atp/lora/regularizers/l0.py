@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from atp.decide.sampling import logistic_noise
 from atp.ground.devices import upload
-from atp.lora.layer import ADAPTER, MaskedLoraLinear
+from atp.lora.layer import ADAPTER, MaskedPeftLinear
 from atp.lora.regularizers.regularizer import Regularizer
 from atp.processes import processes
 from atp.spaces.space import MaskSpace
@@ -58,9 +58,9 @@ class L0Gates(Regularizer):
     """
 
     def __init__(self, model: nn.Module, space: MaskSpace, *, seed: int) -> None:
-        layers = {n.split(".layers.")[-1]: m for n, m in model.named_modules() if isinstance(m, MaskedLoraLinear)}
+        layers = {n.split(".layers.")[-1]: m for n, m in model.named_modules() if isinstance(m, MaskedPeftLinear)}
         device = next(model.parameters()).device
-        self._cuts: list[tuple[MaskedLoraLinear, int, Tensor]] = []
+        self._cuts: list[tuple[MaskedPeftLinear, int, Tensor]] = []
         decisions = []
         for structure in space.to(device).structures:
             for cut in structure.cuts:
@@ -144,7 +144,7 @@ class L0Gates(Regularizer):
         """bool [gates] on the device: whose decision the mask removes."""
         return ~upload(mask, self.log_alpha.device)[self._decision_of_gate]
 
-    def _by_cut(self, values: Tensor) -> Iterator[tuple[MaskedLoraLinear, int, Tensor]]:
+    def _by_cut(self, values: Tensor) -> Iterator[tuple[MaskedPeftLinear, int, Tensor]]:
         """(layer, axis, values of its rows or columns) of every cut, from values [gates]."""
         for (layer, axis, owner), part in zip(self._cuts, values.split(self._sizes), strict=True):
             yield layer, axis, part[owner]

@@ -11,7 +11,7 @@ from atp.ground.errors import visible
 from atp.ground.files import write_text
 from atp.report import plots
 from atp.report.page import render
-from atp.studies.compare.table import markdown, remarks, table
+from atp.studies.compare.table import comparison_remarks, markdown, table
 
 _PANELS = {"relative_performance": "relative performance", "perplexity_ratio": "perplexity / dense"}
 
@@ -43,7 +43,7 @@ def _page(folder: Path, content: dict[str, Any]) -> str:
         share=f"{content['target_keep']:.0%}",
         head=head,
         rows=rows,
-        remarks=remarks(content),
+        remarks=comparison_remarks(content),
         plot=Markup(plots.intervals(_panels(content))),
         command=content["command"],
         data=list(content["data"].items()),

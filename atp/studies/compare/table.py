@@ -38,7 +38,7 @@ def markdown(content: dict[str, Any]) -> str:
     """The table with a heading, remarks and the command."""
     head, rows = table(content)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    notes = [f"* {plain(note)}" for note in remarks(content)]
+    notes = [f"* {plain(note)}" for note in comparison_remarks(content)]
     return "\n".join(
         [f"# Comparison at {content['target_keep']:.0%} of the decoder", ""]
         + [f"| {' | '.join(map(plain, line))} |" for line in lines]
@@ -46,7 +46,7 @@ def markdown(content: dict[str, Any]) -> str:
     )
 
 
-def remarks(content: dict[str, Any]) -> list[str]:
+def comparison_remarks(content: dict[str, Any]) -> list[str]:
     """What a reader of the table must know, one or two sentences each."""
     found = [
         "In parentheses: 95 % bootstrap intervals over seeds and over test documents and questions, which are the same "

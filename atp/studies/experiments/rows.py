@@ -29,18 +29,18 @@ _SAME_RUN = ("experiment", "domain", "arm", "seed", "config")
 _MODEL = ("base weights", "model config", "tokenizer")  # of the inputs that a run was started with
 _ANEW = ("config", "device")  # what may differ where a run is read once more
 
-Row = dict[str, Any]
+CsvRow = dict[str, Any]
 
 
 def member_row(
     member: Member, folder: Path, tasks: Sequence[Task], common: ATPConfig, majority: Mapping[str, dict[str, Any]]
-) -> Row:
+) -> CsvRow:
     """One run as a row: size, scores with 95 % intervals, cost, and the effect of its decisions and its cut.
 
     majority: the result of `majority_scores`; its scores stand beside the run's.
     """
     summary, scores = member.summary, member.scores
-    row: Row = {"config": fingerprint(common, folder), "target_keep": summary["target_keep"]}
+    row: CsvRow = {"config": fingerprint(common, folder), "target_keep": summary["target_keep"]}
     row |= {key: summary[key] for key in ("keep_decoder", "keep_total", "params_after")}
     for name, (value, draws) in score_samples(scores["final"], tasks).items():
         low, high = percentile_interval(draws)
@@ -88,11 +88,11 @@ def changed_share(folder: Path) -> float | str:
     return round(statistics.fmean(reached), 6) if reached else ""
 
 
-def _figures(row: Row) -> dict[str, str]:
+def _figures(row: CsvRow) -> dict[str, str]:
     return {key: str(value) for key, value in row.items() if key not in _ANEW and value != ""}
 
 
-def append_rows(path: Path, rows: list[Row]) -> None:
+def append_rows(path: Path, rows: list[CsvRow]) -> None:
     """Writes rows to a CSV file, replacing those of the same runs; other rows stay, and columns are added as needed.
 
     A row with the same figures is of the same run, whatever its fingerprint was made of when it was written.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from atp.baselines.tuner import DENSE
 from atp.config import ATPConfig
@@ -17,7 +17,7 @@ from atp.inputs.folders import CONFIG, INPUTS, LATENCY
 from atp.inputs.promises import check_target
 from atp.processes import processes
 from atp.run import Run
-from atp.studies.sweep.targets import Target
+from atp.studies.sweep.targets import SweepTarget
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import ProgressBar, make_progress
 from atp.training.resume import for_target
@@ -56,9 +56,6 @@ class SharedRun(Run):
     def _check(self, summary: dict[str, Any]) -> None:
         """It makes no promise: there is no cut."""
 
-    def _remarks(self, shapes: PretrainedConfig) -> list[str]:
-        return []
-
     def _check_model(self, model: PreTrainedModel) -> None:
         for target in self.targets:
             check_target(target, model.config)
@@ -70,7 +67,7 @@ class SharedRun(Run):
             trainer.train_open(resume=self._begun(trainer))
 
 
-def start_from(shared: Path, target: Target, command: str) -> None:
+def start_from(shared: Path, target: SweepTarget, command: str) -> None:
     """Makes the target's output_dir a run folder that has come as far as the shared one; it must not exist.
 
     Raises `InputError` if no checkpoint of the shared folder can be continued under its config.

@@ -28,8 +28,8 @@ from atp.processes import processes
 from atp.run import Run
 from atp.studies.engines import Engine, Here, Job, Say
 from atp.studies.sweep.shared import DONE, SharedRun, shared_parts, start_from
-from atp.studies.sweep.table import Row, draw, recommend, target_row, uncut_rows, write_csv
-from atp.studies.sweep.targets import Target, resolve
+from atp.studies.sweep.table import CsvRow, draw, recommend, target_row, uncut_rows, write_csv
+from atp.studies.sweep.targets import SweepTarget, resolve
 from atp.studies.sweep.units import Asked, refuse_targets
 from atp.training.precision import refuse_open, with_precision
 
@@ -98,7 +98,7 @@ class Sweep:
             raise NotReached("; ".join(f"{target}: {reason}" for target, reason in broken.items()))
         return content
 
-    def _check(self) -> list[Target]:
+    def _check(self) -> list[SweepTarget]:
         """Refuses what is sure to fail, for all targets, before anything is written; returns them."""
         check_output_dir(self.folder, resume=self.resume, started=SWEEP)
         saved = saved_config(self.folder, SWEEP)
@@ -134,14 +134,14 @@ class Sweep:
                     raise NotReached(promise)
         return processes.on_main(lambda: read_json(done)) or {}
 
-    def _job(self, target: Target) -> Job:
+    def _job(self, target: SweepTarget) -> Job:
         finished = processes.on_main((Path(target.given.output_dir) / "report.html").is_file)
         return Job(target.asked.text, partial(_reach, self.folder / SHARED, target, self.command), finished)
 
-    def _write(self, targets: list[Target], shared: dict[str, Any], broken: dict[str, str]) -> dict[str, Any]:
+    def _write(self, targets: list[SweepTarget], shared: dict[str, Any], broken: dict[str, str]) -> dict[str, Any]:
         found = [(target, read_json(Path(target.config.output_dir) / "summary.json")) for target in targets]
         finished = [(target, summary) for target, summary in found if summary is not None]
-        rows: list[Row] = []
+        rows: list[CsvRow] = []
         for target, summary in finished:
             rows = rows or uncut_rows(summary)
             rows.append(target_row(target, summary, shared))
@@ -173,14 +173,14 @@ def _share(config: ATPConfig, targets: list[ATPConfig], command: str, say: Say) 
     SharedRun(config, targets, resume=resume, command=command, say=say).execute()
 
 
-def _reach(shared: Path, target: Target, command: str, say: Say) -> None:
+def _reach(shared: Path, target: SweepTarget, command: str, say: Say) -> None:
     if processes.is_main():
         say(target.asked.text)
     processes.on_main(lambda: _begin(shared, target, command))
     Run(target.given, resume=True, command=command, say=say).execute()
 
 
-def _begin(shared: Path, target: Target, command: str) -> None:
+def _begin(shared: Path, target: SweepTarget, command: str) -> None:
     if not Path(target.config.output_dir).exists():
         start_from(shared, target, command)
 

@@ -19,18 +19,18 @@ from atp.report import plots
 from atp.report.beside import counted
 from atp.report.terminal import with_interval
 from atp.report.text import DASH
-from atp.studies.sweep.targets import Target
+from atp.studies.sweep.targets import SweepTarget
 
-Row = dict[str, Any]
+CsvRow = dict[str, Any]
 LEAST_KEPT = 0.95  # of the best model's main score, for a target to be recommended
 _WITHOUT_TARGET = {"original": "original", "tuned_dense": "tuned, uncut"}
 
 
-def target_row(target: Target, summary: Mapping[str, Any], shared: Mapping[str, Any]) -> Row:
+def target_row(target: SweepTarget, summary: Mapping[str, Any], shared: Mapping[str, Any]) -> CsvRow:
     """One finished target. shared: the content of shared.json, whose seconds do not count again."""
     shares = {key: summary[key] for key in ("keep_decoder", "keep_total")}
     asked = {"target": target.asked.text, "keep": target.config.decisions.target_keep}
-    row: Row = {"model": "ATP", **asked, **shares} | _scores(summary, "final")
+    row: CsvRow = {"model": "ATP", **asked, **shares} | _scores(summary, "final")
     if summary.get("relative_performance") is not None:
         row |= _figure("of tuned dense", summary["relative_performance"], summary["relative_performance_interval"])
     certificate = summary["certificate"]
@@ -39,16 +39,16 @@ def target_row(target: Target, summary: Mapping[str, Any], shared: Mapping[str, 
     return row | {"seconds": round(spent - sum(shared["seconds"].values()), 1), "folder": target.config.output_dir}
 
 
-def uncut_rows(summary: Mapping[str, Any]) -> list[Row]:
+def uncut_rows(summary: Mapping[str, Any]) -> list[CsvRow]:
     """The original model, and the tuned dense one if there is one; they are the same in all runs of a sweep."""
     models = [name for name in _WITHOUT_TARGET if name in summary["perplexity"]]
     whole = {"target": None, "keep": 1.0, "keep_decoder": 1.0, "keep_total": 1.0}
     return [{"model": _WITHOUT_TARGET[name], **whole} | _scores(summary, name) for name in models]
 
 
-def _scores(summary: Mapping[str, Any], model: str) -> Row:
+def _scores(summary: Mapping[str, Any], model: str) -> CsvRow:
     cut = model == "final"
-    row: Row = {
+    row: CsvRow = {
         "parameters": summary["params_after" if cut else "params_before"],
         "megabytes": summary["megabytes"]["final" if cut else "original"],
     }
@@ -60,12 +60,12 @@ def _scores(summary: Mapping[str, Any], model: str) -> Row:
     return row
 
 
-def _figure(name: str, value: float, interval: list[float]) -> Row:
+def _figure(name: str, value: float, interval: list[float]) -> CsvRow:
     return {name: value, f"{name} low": interval[0], f"{name} high": interval[1]}
 
 
 def recommend(
-    rows: list[Row], scores: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], seed: int
+    rows: list[CsvRow], scores: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], seed: int
 ) -> dict[str, Any] | None:
     """Which target is recommended, and why; every row gets its share of the best model's main score.
 
@@ -124,7 +124,7 @@ def show(content: Mapping[str, Any], console: Console) -> None:
     console.print("certificate: the largest change of a logit at the cut, as a share of their scale")
 
 
-def tables(rows: list[Row]) -> list[tuple[list[str], list[list[str]]]]:
+def tables(rows: list[CsvRow]) -> list[tuple[list[str], list[list[str]]]]:
     """Sizes and scores as (head, lines) of text cells, a line per model. Two, so that each fits a narrow terminal.
 
     Scores have 95 % intervals in parentheses.
@@ -138,17 +138,17 @@ def tables(rows: list[Row]) -> list[tuple[list[str], list[list[str]]]]:
     ]
 
 
-def _name(row: Row) -> str:
+def _name(row: CsvRow) -> str:
     return str(row["target"] or row["model"])
 
 
-def _sizes(row: Row) -> list[str]:
+def _sizes(row: CsvRow) -> list[str]:
     cells = [f"{row['keep_decoder']:.4g}", f"{row['parameters']:,}", f"{row['megabytes']:,.1f}"]
     cut = "masked_vs_cut" in row
     return [*cells, *([f"{row['masked_vs_cut']:.1e}", f"{row['seconds']:,.0f}"] if cut else [DASH, DASH])]
 
 
-def _cells(row: Row, scores: list[str]) -> list[str]:
+def _cells(row: CsvRow, scores: list[str]) -> list[str]:
     cells = []
     for name in scores:
         digits = 2 if name == "perplexity" else 3
@@ -157,7 +157,7 @@ def _cells(row: Row, scores: list[str]) -> list[str]:
     return cells
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
+def write_csv(path: Path, rows: list[CsvRow]) -> None:
     """Writes the rows, empty where a model has no such figure."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -167,7 +167,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     write_text(path, text.getvalue())
 
 
-def draw(path: Path, rows: list[Row], title: str) -> None:
+def draw(path: Path, rows: list[CsvRow], title: str) -> None:
     """Writes the curve of held-out perplexity over the share kept, with the uncut models as flat lines.
 
     Does nothing without matplotlib or before the first target is finished.
@@ -181,5 +181,5 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
     plots.curves_png(path, {title: lines}, "share of the decoder kept", "held-out perplexity")
 
 
-def _perplexity(row: Row) -> tuple[float, float, float]:
+def _perplexity(row: CsvRow) -> tuple[float, float, float]:
     return row["perplexity"], row["perplexity low"], row["perplexity high"]

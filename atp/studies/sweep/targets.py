@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from atp.config import ATPConfig
 from atp.inputs.targets import at_target, with_share
-from atp.plan.latency import Table, with_time
+from atp.plan.latency import LatencyTable, with_time
 from atp.studies.sweep.units import Asked
 
 
-class Target(NamedTuple):
+class SweepTarget(NamedTuple):
     """A target of a sweep, and the run that it asks for.
 
     given: the config with the target in its unit, as `atp train` would get it. config: with the share of the decoder
@@ -25,16 +25,16 @@ class Target(NamedTuple):
     latency: dict[str, Any] | None
 
 
-def resolve(config: ATPConfig, asked: Sequence[Asked], folder: Path) -> list[Target]:
+def resolve(config: ATPConfig, asked: Sequence[Asked], folder: Path) -> list[SweepTarget]:
     """The targets, each with a run folder under `folder`; times of one kind come from one measurement.
 
     Raises `InputError` for a target out of the model's reach.
     """
-    tables: dict[str, Table] = {}
+    tables: dict[str, LatencyTable] = {}
     targets = []
     for one in asked:
         placed = config.model_copy(update={"output_dir": str(folder / one.folder)})
         given = at_target(placed, one.unit.key, one.value)
         timed, latency = with_time(given, tables)
-        targets.append(Target(one, given, with_share(timed), latency))
+        targets.append(SweepTarget(one, given, with_share(timed), latency))
     return targets

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from atp.lora import layer as lora_layer
 from atp.lora.attention import FusedAttention
 from atp.lora.controller import MaskController
-from atp.lora.layer import FusedRMSNorm, MaskedLoraLinear, MaskedMLP, add_lora, stock_modules, unload
+from atp.lora.layer import FusedRMSNorm, MaskedMLP, MaskedPeftLinear, add_lora, stock_modules, unload
 from atp.models import attention
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
@@ -29,7 +29,7 @@ def apart(model):
     """The same model with three linears in each MLP and masks in the place of slices."""
     for mlp in (m for m in model.modules() if isinstance(m, MaskedMLP)):
         mlp.activation = None
-    for linear in (m for m in model.modules() if isinstance(m, MaskedLoraLinear)):
+    for linear in (m for m in model.modules() if isinstance(m, MaskedPeftLinear)):
         linear.kept = None
     return model
 
@@ -59,7 +59,7 @@ def test_whole_heads_and_channels_lie_kept_first(space_name):
     every_second = torch.arange(space.size) % 2 == 1  # all structures are of even size
     MaskController(model, space).set(every_second, "hard")
     for name, linear in model.named_modules():
-        if isinstance(linear, MaskedLoraLinear):
+        if isinstance(linear, MaskedPeftLinear):
             sides = [(axis, side) for axis, side in enumerate(linear.kept.sides) if side is not None]
             assert len(sides) == (2 if space_name == "disp" and ".mlp." in name else 1)
             for axis, side in sides:
@@ -202,7 +202,7 @@ def test_masks_that_the_block_does_not_know_take_the_separate_layers():
 
 
 def slices(model):
-    return {name: m.kept for name, m in model.named_modules() if isinstance(m, MaskedLoraLinear)}
+    return {name: m.kept for name, m in model.named_modules() if isinstance(m, MaskedPeftLinear)}
 
 
 def test_slices_are_made_again_only_where_decisions_changed():

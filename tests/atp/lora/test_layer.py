@@ -8,7 +8,7 @@ from tiny_lora import ALPHA, RANK, base_model, masked, random_mask, stock, token
 from torch.testing import assert_close
 
 from atp.lora.controller import MaskController
-from atp.lora.layer import MaskedLoraLinear, add_lora, fuse_layers
+from atp.lora.layer import MaskedPeftLinear, add_lora, fuse_layers
 from atp.spaces.space import MaskSpace
 
 SCALING = ALPHA / RANK
@@ -74,7 +74,7 @@ def test_initial_adapter_is_that_of_stock_peft():
 
 def test_every_linear_of_the_space_and_no_other_is_wrapped():
     model, space = masked()
-    wrapped = [n.split(".layers.")[1] for n, m in model.named_modules() if isinstance(m, MaskedLoraLinear)]
+    wrapped = [n.split(".layers.")[1] for n, m in model.named_modules() if isinstance(m, MaskedPeftLinear)]
     assert sorted(wrapped) == sorted(f"{layer}.{name}" for layer in range(2) for name in space.modules)
 
 
@@ -119,7 +119,7 @@ def test_forms_set_the_sides_of_the_method(form, space_name):
             masked_already = form == "soft" and module in ("self_attn.o_proj", "mlp.down_proj")
             for mask, expected in ((found.out_mask, out_mask), (found.in_mask, None if masked_already else in_mask)):
                 assert (mask is None) == (expected is None) and (mask is None or torch.equal(mask, expected))
-    cleared = [m for m in model.modules() if isinstance(m, MaskedLoraLinear)]
+    cleared = [m for m in model.modules() if isinstance(m, MaskedPeftLinear)]
     assert all(m.out_mask is None and m.in_mask is None and not m.mask_lora for m in cleared)
 
 
@@ -207,7 +207,7 @@ def test_masks_on_a_merged_or_disabled_layer_are_refused():
 def test_controller_refuses_a_model_without_masked_layers():
     model = stock()
     space = MaskSpace.from_config(model.config)
-    with pytest.raises(RuntimeError, match="14 linears .* carry no MaskedLoraLinear: wrap with add_lora"):
+    with pytest.raises(RuntimeError, match="14 linears .* carry no MaskedPeftLinear: wrap with add_lora"):
         MaskController(model, space)
 
 
@@ -239,7 +239,7 @@ def test_slices_of_changed_base_weights_are_refused_until_they_are_forgotten():
     controller.set(mask, "hard")
     model(input_ids=tokens())
     for module in model.modules():
-        if isinstance(module, MaskedLoraLinear):
+        if isinstance(module, MaskedPeftLinear):
             module.get_base_layer().weight.mul_(1.01)
     with pytest.raises(RuntimeError, match="changed in place after it was made: make a new slice"):
         model(input_ids=tokens())
@@ -261,7 +261,7 @@ def test_a_decision_moves_no_slice_whose_padded_widths_stay():
     mask[channels][-40:] = False
     controller.set(mask, "hard")
     model(input_ids=tokens())
-    linears = [module for module in model.modules() if isinstance(module, MaskedLoraLinear)]
+    linears = [module for module in model.modules() if isinstance(module, MaskedPeftLinear)]
     before = {linear: (linear.kept, linear.kept.weight(torch.float32).data_ptr()) for linear in linears}
     mask[channels] = mask[channels].roll(2)
     mask[channels][5] = False  # one less, of as many multiples of 32

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.lora.controller import MaskController
-from atp.lora.layer import MaskedLoraLinear, add_lora
+from atp.lora.layer import MaskedPeftLinear, add_lora
 from atp.spaces.space import MaskSpace
 
 CONFIG = LlamaConfig(
@@ -28,7 +28,7 @@ def model():
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, MaskedLoraLinear)]
+    return [module for module in model.modules() if isinstance(module, MaskedPeftLinear)]
 
 
 def step(model, autocast=True):
@@ -49,7 +49,7 @@ def test_a_cast_weight_changes_no_bit(model, monkeypatch):
     ours = step(model)
     assert all(layer._narrow is not None for layer in layers(model))
     assert same(step(model), ours)
-    monkeypatch.setattr(MaskedLoraLinear, "_narrowed", lambda self, weight: weight)
+    monkeypatch.setattr(MaskedPeftLinear, "_narrowed", lambda self, weight: weight)
     assert same(step(model), ours)
 
 

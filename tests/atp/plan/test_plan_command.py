@@ -135,7 +135,7 @@ def test_it_says_in_short_what_a_run_takes_of_this_machine(config, monkeypatch):
 
 def test_a_run_that_does_not_fit_or_takes_hours_is_told_what_to_change(config, monkeypatch):
     monkeypatch.setattr("atp.plan.plan.free_memory", lambda device: 1_000_000)
-    monkeypatch.setattr("atp.plan.plan.speeds", lambda job, *how: Flops(*[1e4] * 10))
+    monkeypatch.setattr("atp.plan.plan.flop_rates", lambda job, *how: Flops(*[1e4] * 10))
     found = make_plan(config, probe=None)
     most = max(found["memory"], key=lambda row: row["bytes"])
     (memory,) = (line for line in found["remarks"] if "are free here" in line)

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.config import ATPConfig
 from atp.data import PackedDataset
-from atp.plan.job import Job
+from atp.plan.job import Workload
 from atp.plan.memory import memory_of
 from atp.plan.shapes import ModelShapes
 from atp.training.trainer import ATPTrainer
@@ -56,7 +56,7 @@ def test_the_largest_moment_is_that_of_a_real_cut(tmp_path, sizes, monkeypatch):
         trainer.train()
     (span,) = (event for event in found.profiler.kineto_results.events() if event.name() == "the cut")
     peak = max(held for time, held in allocated_bytes(found) if span.start_ns() <= time <= span.end_ns())
-    rows = {row["phase"]: row["parts"] for row in memory_of(Job.of(config, shapes, autocast=None, device="cpu"))}
+    rows = {row["phase"]: row["parts"] for row in memory_of(Workload.of(config, shapes, autocast=None, device="cpu"))}
     planned = sum(size for part, size in rows["cut"].items() if part != "process")
     print(f"planned {planned}, measured {peak}: {rows['cut']}")
     assert 0.9 * peak <= planned <= 1.1 * peak

@@ -14,7 +14,7 @@ from atp.lora.controller import MaskController
 from atp.models.attention import use_training_attention
 from atp.plan import cost as costs
 from atp.plan import probe
-from atp.plan.cost import Cost, Flops, Row, cost_of
+from atp.plan.cost import Cost, Flops, PhaseCost, cost_of
 from atp.plan.probe import one_layer, seconds_of
 from atp.plan.shapes import mask_of
 from atp.removal import cut_model
@@ -179,7 +179,7 @@ def test_learned_decisions_search_and_settle():
 
 
 def test_time_is_each_kind_of_operation_at_its_own_speed():
-    row = Row("tune", 1, 1, Flops(whole=8e9, cut=6e9, head=1e9))
+    row = PhaseCost("tune", 1, 1, Flops(whole=8e9, cut=6e9, head=1e9))
     assert seconds_of(row, Flops(whole=4e9, cut=2e9, head=10e9)) == pytest.approx(2 + 3 + 0.1)
 
 
@@ -212,7 +212,7 @@ def test_the_probe_times_batches_like_those_of_the_run(monkeypatch, sample, leng
     monkeypatch.setattr(probe, "linear_cross_entropy", head)
     plan = job("evaluation.dense_baseline=true", scored=0.25)
     plan = dataclasses.replace(plan, sample=sample or LENGTH, calibrated=19.6)
-    found = probe.speeds(plan)
+    found = probe.flop_rates(plan)
     measured = (2, 1, 20)  # one calibration window, as saliency is measured
     assert sorted(seen) == sorted([measured] + 3 * [(2, 2, length)]), "both layers, both rows of a batch"
     assert scored == [round(2 * plan.sample * 0.25)]
@@ -220,7 +220,7 @@ def test_the_probe_times_batches_like_those_of_the_run(monkeypatch, sample, leng
     expected = Cost(dataclasses.replace(plan, sample=length)).step(plan.shapes.kept).cut + 4 * 96 * 16
     assert found.cut == pytest.approx(expected * 2 * length / 2.0), "with a head of 16 words"
     without = settings("evaluation.dense_baseline=false", "decisions.refit_windows=0")
-    found = probe.speeds(dataclasses.replace(plan, config=without))
+    found = probe.flop_rates(dataclasses.replace(plan, config=without))
     assert found.stock == found.moments == found.solved == 0
 
 
@@ -238,7 +238,7 @@ def test_the_probe_times_steps_as_the_run_takes_them(monkeypatch, packing, sourc
 
     monkeypatch.setattr(probe, "_median", lambda step, device, seconds: (step(), 1.0)[1])
     monkeypatch.setattr(probe, "causal_lm_loss", loss)
-    probe.speeds(job(f"data.packing={packing}", f"decisions.source={source}"))
+    probe.flop_rates(job(f"data.packing={packing}", f"decisions.source={source}"))
     apart, watched = packing == "separate", source == "running"
     assert seen == [(False, True, apart), (True, watched, apart), (True, False, apart)], "measured, open and cut"
 
@@ -267,9 +267,11 @@ def test_the_probe_times_layers_that_checkpoint_and_offload(monkeypatch, tmp_pat
     monkeypatch.setattr(offload, "_to_file", lambda *found: aside.append(1) or to_file(*found))
     monkeypatch.setattr(probe, "_median", lambda step, device, seconds: (step(), 1.0)[1])
     monkeypatch.setattr(probe, "causal_lm_loss", loss)
-    probe.speeds(job(f"output_dir={tmp_path / 'run'}"))
+    probe.flop_rates(job(f"output_dir={tmp_path / 'run'}"))
     assert seen == [False] * 3 and not aside
     seen.clear()
-    probe.speeds(job(f"output_dir={tmp_path / 'run'}", "training.gradient_checkpointing=true", "training.offload=true"))
+    probe.flop_rates(
+        job(f"output_dir={tmp_path / 'run'}", "training.gradient_checkpointing=true", "training.offload=true")
+    )
     assert seen == [True] * 3 and aside
     assert not list(tmp_path.iterdir())

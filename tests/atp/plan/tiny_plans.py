@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atp.config import ATPConfig
 from atp.lora.layer import add_lora
 from atp.models.attention import use_training_attention
-from atp.plan.job import Job
+from atp.plan.job import Workload
 from atp.plan.shapes import ModelShapes, mask_of
 from atp.removal import cut_config
 from atp.spaces.space import MaskSpace
@@ -50,7 +50,7 @@ def job(*overrides, family="llama", autocast=None, device="cpu", scored=1.0, cou
     """The job of a plan for a tiny model."""
     config = settings(*overrides)
     shapes = ModelShapes.of(tiny(family, **changes), config.decisions)
-    return Job.of(config, shapes, autocast=autocast, device=device, scored=scored, count=count)
+    return Workload.of(config, shapes, autocast=autocast, device=device, scored=scored, count=count)
 
 
 def unequal_job(*overrides, scored=1.0):
@@ -59,7 +59,7 @@ def unequal_job(*overrides, scored=1.0):
     space = MaskSpace.from_config(whole, "kv_group")
     mask = mask_of(space, {"kv_group": [2, 1], "mlp": [256, 100]})
     shapes = ModelShapes.of(cut_config(whole, space, mask), config.decisions)
-    return Job.of(config, shapes, autocast=None, device="cpu", scored=scored)
+    return Workload.of(config, shapes, autocast=None, device="cpu", scored=scored)
 
 
 def lora_model(shapes, dropout=0.0):

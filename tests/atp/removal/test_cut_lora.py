@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from zeroed import HEAD_DIM, HEADS, INNER, KV_HEADS, random_mask, stock_model, tokens, zeroed
 
 from atp.lora.controller import MaskController
-from atp.lora.layer import MaskedLoraLinear, add_lora
+from atp.lora.layer import MaskedPeftLinear, add_lora
 from atp.models import ATPLlamaForCausalLM
 from atp.removal.cut import cut_model, cut_state_dict, merge_adapter
 from atp.spaces.space import MaskSpace
@@ -91,7 +91,7 @@ def test_masked_sum_equals_cut_with_the_custom_layer(space_name):
         cut = cut_model(masked, space, mask)
         # The adapter is float32 beside a float64 base.
         assert_close(cut(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
-    assert isinstance(cut.get_base_model().model.layers[0].mlp.up_proj, MaskedLoraLinear)
+    assert isinstance(cut.get_base_model().model.layers[0].mlp.up_proj, MaskedPeftLinear)
 
 
 def test_wrapping_dtypes_flags_and_names_are_kept():

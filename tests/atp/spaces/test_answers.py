@@ -11,7 +11,7 @@ from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
 from atp.decide.rules import width_rules
 from atp.lora.controller import MaskController
-from atp.lora.layer import MaskedLoraLinear, MaskedMLP, add_lora
+from atp.lora.layer import MaskedMLP, MaskedPeftLinear, add_lora
 from atp.models.config import ATPLlamaConfig
 from atp.models.layers import BLOCKS
 from atp.removal.cut import cut_config, cut_model
@@ -254,7 +254,7 @@ def test_a_soft_mask_on_an_input_side_is_applied():
     x = torch.randn(3, 32, dtype=torch.float64)
     with torch.no_grad(), controller.masks(soft, "soft"):
         assert_close(gate(x), nn.functional.linear(0.5 * x, gate.get_base_layer().weight))
-        assert isinstance(gate, MaskedLoraLinear) and gate.out_mask is None
+        assert isinstance(gate, MaskedPeftLinear) and gate.out_mask is None
 
 
 @pytest.mark.parametrize(

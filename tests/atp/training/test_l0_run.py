@@ -34,7 +34,7 @@ def test_records_hold_the_penalty_in_the_place_of_the_lasso(unbroken):
 @pytest.mark.parametrize("space", ["head_dim", "kv_group", "disp"])
 def test_removed_groups_are_zero_and_the_cut_changes_nothing(tmp_path, space):
     trainer = make(tmp_path, training=L0, decisions={"space": space})
-    groups = trainer.pruning.groups
+    groups = trainer.pruning.uncut.groups
     left, fold = [], groups.prox_
 
     def watched(mask, threshold):
@@ -96,13 +96,13 @@ def test_gradient_checkpointing_sees_the_same_gates(unbroken, tmp_path):
 
 def test_gradient_accumulation_steps_the_gates_once_a_lora_step(tmp_path):
     trainer = make(tmp_path, training=L0 | {"gradient_accumulation": 2, "batch_size": 1})
-    gates = trainer.pruning.regularizer
+    gates = trainer.pruning.uncut.regularizer
     trainer.train()
     assert int(gates.state_dict()["step"]) == CUT
 
 
 def test_steps_that_are_skipped_leave_the_gates_alone(tmp_path):
     trainer = make(tmp_path, training=L0, callbacks=[Poison(2, 3)])
-    gates = trainer.pruning.regularizer
+    gates = trainer.pruning.uncut.regularizer
     trainer.train()
     assert trainer.finite.skipped == 2 and int(gates.state_dict()["step"]) == CUT - 2

@@ -189,7 +189,7 @@ def test_no_checkpoint_is_written_that_holds_nan(tmp_path, part):
                     "generator": lambda: next(trainer.decisions.generator.parameters()),
                     "moments": lambda: next(iter(trainer.decisions.optimizer.state.values()))["exp_avg_sq"],
                     "refit": lambda: dict(trainer.pruning.decoder.named_parameters())[trainer.pruning.refitted[0]],
-                    "gates": lambda: trainer.pruning.regularizer.log_alpha,
+                    "gates": lambda: trainer.pruning.uncut.regularizer.log_alpha,
                     "mask logits": lambda: trainer.decisions.generator.prior,
                 }[part]()
                 tensor.view(-1)[0] = NAN
@@ -245,7 +245,7 @@ def test_a_bad_gradient_of_a_gate_is_a_bad_step(tmp_path):
     class SpoilGate(AtStep):
         def before(self, loop, step):
             if step == 2:
-                log_alpha = trainer.pruning.regularizer.log_alpha
+                log_alpha = trainer.pruning.uncut.regularizer.log_alpha
                 self.hook = log_alpha.register_hook(lambda gradient: gradient * NAN)
 
         def after(self, loop, step):

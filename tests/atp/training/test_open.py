@@ -92,7 +92,7 @@ def test_the_running_saliency_is_that_of_the_samples_of_a_lora_step(tmp_path, si
     samples = [collate([{"input_ids": ids, "labels": labels}]) for ids, labels in rows]
     with frozen(plain.model):
         expected = fisher_saliency(plain.space, samples, plain.pruning.calibration_loss)
-    plain.pruning.controller.clear()
+    plain.pruning.uncut.controller.clear()
     seen = []
     running.pruning.decisions.observe = seen.append
     for trainer in (running, plain):

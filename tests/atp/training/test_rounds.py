@@ -10,7 +10,7 @@ from atp.decide.budget import Budget
 from atp.decide.maker import frozen
 from atp.decide.saliency import fisher_saliency
 from atp.ground.errors import InputError
-from atp.training.rounds import shares
+from atp.training.rounds import round_targets
 from atp_kernels.quantized import dense
 
 DECISIONS = {"source": "tuned", "refit_windows": 6, "saliency_windows": 4}
@@ -44,9 +44,9 @@ def base_weights(trainer):
 
 
 def test_shares_fall_by_the_same_factor():
-    assert shares(0.4, 1) == []
-    assert shares(0.25, 2) == [0.5]
-    first, second = shares(0.4, 3)
+    assert round_targets(0.4, 1) == []
+    assert round_targets(0.25, 2) == [0.5]
+    first, second = round_targets(0.4, 3)
     assert first == pytest.approx(second / first) == pytest.approx(0.4 / second)
 
 
@@ -69,7 +69,7 @@ def test_each_round_cuts_further_and_never_takes_back(tmp_path):
     assert parts == ["refit", "saliency"] * 2
     masks.append(trainer.pruning.decisions.freeze())
     budget = Budget(trainer.space)
-    for mask, share in zip(masks, [*shares(0.6, 3), 0.6], strict=True):
+    for mask, share in zip(masks, [*round_targets(0.6, 3), 0.6], strict=True):
         assert abs(budget.share(mask) - share) < 0.02
     assert all((smaller <= larger).all() for larger, smaller in zip(masks, masks[1:], strict=False))
 

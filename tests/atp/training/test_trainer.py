@@ -276,7 +276,7 @@ def test_lasso_added_to_gradients_is_the_lasso_in_the_loss(tmp_path, space, batc
     for kind in (Lasso, LassoByAutograd):
         folder = tmp_path / kind.__name__
         trainer = make(folder, decisions={"space": space}, training=training)
-        trainer.pruning.regularizer = kind(trainer.pruning.groups)
+        trainer.pruning.uncut.regularizer = kind(trainer.pruning.uncut.groups)
         watched[kind] = watch_steps(trainer, gradients)
         trainer.train()
         lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -295,7 +295,7 @@ def test_clipping_is_of_the_gradient_of_the_loss_alone(tmp_path):
         parts = gradients(model)
         lasso = [torch.zeros(())]
         if trainer.phase in betas:
-            groups = trainer.pruning.groups
+            groups = trainer.pruning.uncut.groups
             value = betas[trainer.phase] * groups.lasso(trainer.decisions.mask)
             for factor, grad in zip(groups.factors, torch.autograd.grad(value, groups.factors), strict=True):
                 name = next(name for name, p in model.named_parameters() if p is factor)

@@ -15,7 +15,7 @@ from atp.cli.cli import main
 from atp.cli.console import console
 from atp.ground.errors import InputError, NotReached
 from atp.plan import latency
-from atp.plan.latency import Table
+from atp.plan.latency import LatencyTable
 from atp.run import Run
 from atp.studies.engines import Here
 from atp.studies.sweep import Sweep
@@ -96,7 +96,9 @@ def test_a_target_is_the_run_of_its_own_bit_for_bit(config, tmp_path, case, monk
     assert losses(ours) == losses(alone)
 
 
-TABLE = Table(attention=((0.5, 2.0), (1.0, 4.0)), mlp=((0.25, 1.0), (1.0, 7.0)), norms=0.5, outside=3.0, layers=2)
+TABLE = LatencyTable(
+    attention=((0.5, 2.0), (1.0, 4.0)), mlp=((0.25, 1.0), (1.0, 7.0)), norms=0.5, outside=3.0, layers=2
+)
 
 
 def test_a_target_in_any_unit_is_the_run_of_its_own_bit_for_bit(config, tmp_path, monkeypatch):
