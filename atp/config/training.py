@@ -19,65 +19,85 @@ ENOUGH_SCORED = 32  # tokens with a loss in a step, for the highest rate (dev/LO
 class TrainingConfig(Section):
     """Phases in LoRA steps, optimizer and bookkeeping."""
 
-    steps: int = Field(400, ge=1, description="LoRA steps of the whole run; where tune is set, phases add up instead.")
+    steps: int = Field(
+        400, ge=1, description="LoRA steps of the whole run, unless tune is set: then the phases add up."
+    )
     minutes: float | None = Field(
-        None, gt=0, description="In place of steps: minutes for training on this device, by a probe (docs/plan.md)."
+        None, gt=0, description="Training time in minutes on this device, in place of steps (docs/plan.md)."
     )
-    tokens: float | None = Field(None, gt=0, description="In place of steps: tokens that all LoRA steps read.")
+    tokens: float | None = Field(None, gt=0, description="Training tokens of all LoRA steps, in place of steps.")
     open: int | None = Field(
-        None, ge=0, description="Steps with all structures in place, before the search; null: a third, 0 with tune set."
+        None,
+        ge=0,
+        description="Steps of the open phase, with all structures in place; null: a third, or 0 with tune set.",
     )
-    search: int = Field(0, ge=0, description="Steps in which decisions move.")
-    settle: int = Field(0, ge=0, description="Steps in which LoRA of removed structures shrinks to zero.")
-    tune: int | None = Field(None, ge=0, description="Steps after the cut; null: what the other phases leave of steps.")
+    search: int = Field(0, ge=0, description="Steps of the search phase, in which decisions move.")
+    settle: int = Field(
+        0, ge=0, description="Steps of the settle phase, in which LoRA of removed structures shrinks to zero."
+    )
+    tune: int | None = Field(
+        None, ge=0, description="Steps of the tune phase, after the cut; null: what the other phases leave of steps."
+    )
     batch_size: int = Field(1, ge=1, description="Samples per batch and process.")
     gradient_accumulation: int = Field(1, ge=1, description="Batches per step and process.")
     lr: float | None = Field(
-        None, gt=0, description="Highest learning rate of LoRA; null: 2e-3, less for few tokens with a loss per step."
+        None, gt=0, description="Peak learning rate; null: 2e-3, or less for few tokens with a loss per step."
     )
     beta2: float | None = Field(
-        None, ge=0, lt=1, description="Decay per step of AdamW's second moment; null: half of it in a sixth of the run."
+        None,
+        ge=0,
+        lt=1,
+        description="Decay of AdamW's second moment per step; null: a half-life of a sixth of the run.",
     )
     update_clipping: bool | None = Field(
         None,
-        description="Whether a step is smaller where gradients are larger than they were; null: with few tokens with a "
-        "loss per step.",
+        description="Smaller steps for gradients larger than usual; null: only with few tokens with a loss per step.",
     )
     hold_sinks: float = Field(
         0.0,
         ge=0,
-        description="Weight of the distance of the first token's state to what it was at first, in the layers where it "
-        "is the same for all tokens; 0: none.",
+        description="Weight of the penalty that holds the first token's state (the attention sink) at its initial "
+        "value; 0 disables it.",
     )
     distill: float = Field(
-        0.0, ge=0, le=1, description="Weight of the distance to the model at the end of the open phase; 0 disables."
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight of distillation from the model at the end of the open phase; 0 disables it.",
     )
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="How the rate falls, if at all.")
-    warmup: int = Field(10, ge=0, description="Steps in which the rate rises from zero.")
-    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
-    regularizer: Literal["lasso", "l0"] = Field("lasso", description="What drives LoRA of removed structures to zero.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Schedule of the learning rate.")
+    warmup: int = Field(10, ge=0, description="Warm-up steps of the learning rate.")
+    clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    regularizer: Literal["lasso", "l0"] = Field(
+        "lasso", description="Regularizer that drives LoRA of removed structures to zero."
+    )
     beta: float = Field(0.3, ge=0, description="Weight of the regularizer during search.")
     settle_beta: float = Field(100.0, ge=0, description="Weight of the regularizer during settle.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of products; auto: bfloat16 where the device has instructions for it."
+        "auto", description="Dtype of matrix products; auto: bfloat16 if the device has instructions for it."
     )
-    gradient_checkpointing: bool = Field(False, description="Compute layers twice to save memory.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recomputation of activations in the backward pass, to save memory."
+    )
     offload: bool = Field(
-        False, description="Keep activations in the host's memory until the backward pass; on a CPU, in a file."
+        False, description="Offload of activations to host memory until the backward pass; on a CPU, to a file."
     )
     sharding: Literal["fsdp"] | None = Field(
-        None, description="fsdp: each process holds a share of the frozen weights (docs/scale.md); null: all."
+        None,
+        description="Sharding of the frozen weights over processes (docs/scale.md); null: every process holds all.",
     )
-    save_every: int = Field(50, ge=1, description="Steps from one checkpoint to the next.")
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest stay.")
-    log_every: int = Field(1, ge=1, description="Steps per record.")
-    report_to: list[str] = Field(default_factory=list, description="Trackers, as tensorboard or wandb.")
-    keep_best: bool = Field(False, description="End with the adapter of the best validation score since the cut.")
+    save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints to keep.")
+    log_every: int = Field(1, ge=1, description="Steps between log records.")
+    report_to: list[str] = Field(default_factory=list, description="Experiment trackers, such as tensorboard or wandb.")
+    keep_best: bool = Field(
+        False, description="Whether to end with the adapter of the best validation score since the cut."
+    )
     patience: int | None = Field(
-        None, ge=1, description="Validation scores without a better one after which training stops; null: never."
+        None, ge=1, description="Validation scores without improvement before training stops; null: no early stop."
     )
     metrics_file: str | None = Field(None, description="Prometheus text file of the run's state (docs/operate.md).")
-    max_bad_steps: int = Field(5, ge=1, description="Consecutive non-finite steps after which the run stops.")
+    max_bad_steps: int = Field(5, ge=1, description="Consecutive non-finite steps before the run stops.")
 
     @property
     def budget(self) -> dict[str, float]:
