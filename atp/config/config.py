@@ -116,7 +116,7 @@ class DecisionsConfig(Section):
         96, ge=0, description="Calibration windows for the refit of o_proj and down_proj; 0 disables it."
     )
     rounds: int | None = Field(
-        None, ge=1, 
+        None, ge=1,
         description="Rounds of deciding, each to a smaller share, with a refit and new saliency in between. null: 1 "
         "with a search, packing padded or no running saliency; else as many as keep 0.6 each.",
     )  # fmt: skip
