@@ -97,17 +97,15 @@ class Run:
         scores of the original model that somebody has taken already.
         recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
-        self.command, self.folder = command, Path(config.output_dir)
+        self.config, self.command, self.folder = config, command, Path(config.output_dir)
         self.say = progress.saying(say) if processes.is_main() else lambda line: None
         self.outlined, self.profile = outlined, profile and processes.is_main()
         self.original, self.recorded_dense = original, recorded_dense
         self.started = time.perf_counter()
         processes.start(config.training.sharding, {"--resume": resume} | config.model_dump())
         self.resume = resume or processes.on_main(lambda: folders.begun_by_this_launch(self.folder))
-        definite = processes.on_main(lambda: with_precision(config))
-        timed, self.latency = processes.on_main(lambda: with_time(definite))
-        self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed, any_length=True)))
-        self.autocast = autocast_dtype(self.config.training.precision)
+        self.latency: dict[str, Any] | None = None  # what was measured for a target in milliseconds
+        self.length: dict[str, Any] | None = None  # what a length in minutes or tokens came to
 
     def execute(self) -> dict[str, Any]:
         """Does what is left to do and returns the summary. Raises `InputError`, `NotReached` or `Interrupted`.
@@ -116,6 +114,7 @@ class Run:
         """
         try:
             with SignalGuard(at_once=True), ExitStack() as self._open:
+                self._resolve()
                 summary = processes.on_main(self._look) or self._execute()
         except Interrupted as error:
             raise error if error.remedy else Interrupted(error.signum, self._way_on()) from None
@@ -125,6 +124,12 @@ class Run:
             raise InputError(f"out of memory ({reason(error)}): {less_memory(self.config)}") from error
         self._check(summary)
         return summary
+
+    def _resolve(self) -> None:
+        """Decides once what the config leaves to the device and to the run folder; writes nothing."""
+        definite = processes.on_main(lambda: with_precision(self.config))
+        timed, self.latency = processes.on_main(lambda: with_time(definite))
+        self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed, any_length=True)))
 
     def _execute(self) -> dict[str, Any]:
         trainer, tokenizer, data = self._trainer()
@@ -297,19 +302,20 @@ class Run:
     ) -> dict[str, Any]:
         heap.give_back()
         model, settings = placed(model), self.config.evaluation
+        autocast = autocast_dtype(self.config.training.precision)
         with progress.Bars(transient=True, disable=not processes.is_main()) as display:
             scores = evaluate_model(
                 model, tokenizer, packed_windows(data.test, tokenizer, settings.windows), data.splits.test,
                 tasks=scored_tasks(self.config, data.splits), batch_size=settings.batch_size,
                 max_windows=settings.windows, max_examples=settings.questions,
-                seed=self.config.seed, autocast=self.autocast,
+                seed=self.config.seed, autocast=autocast,
                 progress=bars(display, f"scoring the {name.replace('_', ' ')} model"),
             )  # fmt: skip
         scores |= {"size": model_size(model)}
         if name != "tuned_dense":
             shown = held_out_samples(data.splits.test, settings.samples)
             progress.begin(f"answers of the {name} model")
-            scores["samples"] = sample_answers(model, tokenizer, shown, autocast=self.autocast)
+            scores["samples"] = sample_answers(model, tokenizer, shown, autocast=autocast)
         return scores
 
     def _time(self, load: Callable[[], CausalLM]) -> None:
