@@ -41,10 +41,7 @@ class Columns:
 
 def given_columns(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Columns:
     """What columns that the user has named hold: the shape, and a few classes among the answers."""
-    shape = _shape(list(columns)) or "prompt and completion"
-    answers = next((columns[name] for of, name in _ANSWERED if of == shape and name in columns), None)
-    labels, label_names = ((), ()) if answers is None else _classes([_value(row, answers) for row in rows])
-    return Columns(shape, columns, labels, label_names)
+    return _answered(rows, _shape(list(columns)) or "prompt and completion", columns)
 
 
 def guess_columns(rows: Sequence[dict[str, Any]]) -> Columns:
@@ -66,9 +63,9 @@ def guess_columns(rows: Sequence[dict[str, Any]]) -> Columns:
     elif shape == "prompt and completion" and "prompt" in named and "completion" not in named:
         text = "prompt"
     else:
-        return Columns(shape, columns, sure=sure)
+        return _answered(rows, shape, columns, sure)
     if column is None or column == text:
-        return Columns(shape, columns, sure=sure)
+        return _answered(rows, shape, columns, sure)
     answered = {"prompt": text, "completion": column}
     if classed:
         said = "the model learns to give a text's class; without that column it learns the texts alone"
@@ -78,6 +75,13 @@ def guess_columns(rows: Sequence[dict[str, Any]]) -> Columns:
         f"give them set data.columns to {{prompt: {text}, completion: {column}}}"
     )
     return Columns(shape, columns, remarks=[said], sure=sure)
+
+
+def _answered(rows: Sequence[dict[str, Any]], shape: str, columns: dict[str, str], sure: bool = True) -> Columns:
+    """The columns, with the few classes that the answers of this shape are of, if they are."""
+    answers = next((columns.get(name, name) for of, name in _ANSWERED if of == shape), None)
+    labels, label_names = ((), ()) if answers is None else _classes([_value(row, answers) for row in rows])
+    return Columns(shape, columns, labels, label_names, sure=sure)
 
 
 def labels_of(answers: Sequence[str]) -> list[str]:

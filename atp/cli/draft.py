@@ -234,13 +234,14 @@ def _remarks(found: _Found, length: int, tokenizer: PreTrainedTokenizerBase) -> 
     usable = f" that can be used, of {count + len(found.bad)}" if found.bad else ""
     remarks = [
         f"data: {found.guess.shape}, by {seen}{usable}",
-        f"lengths: {statistics.median(found.lengths):.0f} tokens in the middle, {_at_95(found.lengths)} for 95 of 100, "
+        f"lengths: {statistics.median(found.lengths):.0f} tokens at the median, {_at_95(found.lengths)} for 95 of 100, "
         f"{max(found.lengths)} at most; data.length is {length}",
     ]
     if found.guess.columns:
         read = ", ".join(f"{theirs} as {ours}" for ours, theirs in found.guess.columns.items())
         mapped = ",".join(f"{ours}={theirs}" for ours, theirs in found.guess.columns.items())
-        doubt = "" if found.guess.sure else f", a guess, since no name is known: correct it with --columns {mapped}"
+        wrong = f", a guess by their content; if it is wrong, give --columns {mapped} with other names"
+        doubt = "" if found.guess.sure else wrong
         remarks.append(f"columns: {read}{doubt}")
     if found.labels:
         remarks.append(f"labels: {shorten(', '.join(found.labels))}")

@@ -115,7 +115,7 @@ def test_what_it_writes_can_be_trained_on(model, tmp_path, case):
 
 def test_the_length_holds_nearly_all_samples(model, tmp_path):
     long = draft(model, rows(tmp_path, lambda n: {"text": " ".join(WORDS[:10] * 9) + f" {n}"}))
-    assert "length: 128" in long.text and "lengths: 92 tokens in the middle" in long.remarks[1]
+    assert "length: 128" in long.text and "lengths: 92 tokens at the median" in long.remarks[1]
 
 
 def answered(tokens, answer):
@@ -245,11 +245,21 @@ def test_columns_that_are_given_say_what_they_hold(model, tmp_path):
         assert len(load_data(settings, load_tokenizer(settings.model)).train) > 0
 
 
+@pytest.mark.parametrize("names", [("headline", "section"), ("prompt", "completion"), ("query", "response")])
+def test_a_few_rows_without_a_class_hide_no_classes(model, tmp_path, names):
+    first, second = names
+    path = rows(tmp_path, lambda n: {first: numbered(n), second: "" if n % 40 == 7 else ("no", "yes")[n % 2]})
+    settings, made = drafted(model, path)
+    assert settings.data.labels == ("no", "yes") and settings.evaluation.questions > 0
+    assert len(made.bad) > 0 and settings.data.on_error == "skip"
+    assert any("labels: no, yes" in line for line in made.remarks)
+
+
 def test_unknown_names_are_guessed_and_the_guess_is_shown(model, tmp_path):
     path = rows(tmp_path, lambda n: {"nr": str(n), "Frage": numbered(n), "Antwort": numbered(n + 3)})
     settings, made = drafted(model, path)
     assert settings.data.columns == {"prompt": "Frage", "completion": "Antwort"}
-    assert any("a guess, since no name is known" in line for line in made.remarks)
+    assert any("a guess by their content" in line for line in made.remarks)
     settings, made = drafted(model, path, ask=lambda guess, named: {"text": named[1]})
     assert settings.data.columns == {"text": "Frage"} and not any("a guess" in line for line in made.remarks)
 
