@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from wheels import ROOT, copy_source, files_of, fresh_environment, pip_wheel, run, search_path, use
 
+pytestmark = pytest.mark.slow
+
 has_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 needs_auditwheel = pytest.mark.skipif(
     sys.platform == "linux" and not importlib.util.find_spec("auditwheel"), reason="needs auditwheel and patchelf"
@@ -39,7 +41,6 @@ torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-4)
 """
 
 
-@pytest.mark.slow
 @has_compiler
 @needs_auditwheel
 def test_sdist_builds_a_wheel_whose_extension_runs(source, tmp_path):
@@ -86,7 +87,6 @@ def test_install_without_extension_is_pure_and_says_why_once(source, tmp_path, v
 
 
 @has_compiler
-@pytest.mark.slow
 def test_failed_compile_installs_unless_forced(source, tmp_path):
     (source / "csrc" / "cpu" / "compact.cpp").write_text("#error deliberately broken\n")
     wheel, status, said = pip_wheel(source, tmp_path / "wheels", MAX_JOBS="1")
@@ -210,7 +210,6 @@ def resource_usage(said):
 
 
 @needs_nvcc
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
 def test_cuda_source_compiles_for_every_architecture_without_spills(name, tmp_path):
     source, target = ROOT / "csrc" / "cuda" / name, tmp_path / "object.o"
@@ -224,7 +223,6 @@ def test_cuda_source_compiles_for_every_architecture_without_spills(name, tmp_pa
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_a_spill_is_seen(tmp_path):
     """64 values that live across a barrier do not fit in 24 registers."""
     source = tmp_path / "spill.cu"

@@ -13,7 +13,7 @@ import zipfile
 import pytest
 from wheels import copy_source, files_of, pip_wheel, run
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")]
 
 # Says what it was compiled for, and compiles in no time: pybind11 would take seconds.
 MODULE = """
@@ -91,7 +91,6 @@ def archs_of(binary):
     return done.stdout.strip()
 
 
-@pytest.mark.slow
 def test_by_default_the_extension_is_for_three_generations_and_the_next(build, tmp_path):
     archs, said = build()
     assert archs == "8.0 9.0 10.0+PTX" and said == []
@@ -101,7 +100,6 @@ def test_by_default_the_extension_is_for_three_generations_and_the_next(build, t
         assert all(f"-gencode=arch=compute_{code}" in line for line in compiled)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nvcc", "reason"),
     [
@@ -119,13 +117,11 @@ def test_cuda_that_does_not_build_leaves_the_extension_for_cpus(build, nvcc, rea
     assert "for CPUs alone" in sentence and re.search(reason, sentence)
 
 
-@pytest.mark.slow
 def test_cuda_that_does_not_build_is_an_error_where_it_was_asked_for(build):
     archs, (sentence,) = build(compile="echo 'fatal error: no'; exit 1", ATP_BUILD_CUDA="1")
     assert archs is None and "ATP_BUILD_CUDA=1" in sentence and "fatal error: no" in sentence
 
 
-@pytest.mark.slow
 def test_a_generation_that_nvcc_does_not_know_is_left_out_and_its_ptx_kept(build):
     archs, (sentence,) = build(known="sm_80 sm_86 sm_90")
     assert archs == "8.0 9.0+PTX"
@@ -160,7 +156,6 @@ def test_package_without_the_extension_remembers_why(source, tmp_path):
         assert archive.read("atp_kernels/_C.missing").decode() == "there is no C++ compiler named '/nonexistent'"
 
 
-@pytest.mark.slow
 def test_binary_of_an_earlier_build_does_not_slip_into_a_package_without_the_extension(source, tmp_path):
     left = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "atp_kernels"
     left.mkdir(parents=True)

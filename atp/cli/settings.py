@@ -204,7 +204,7 @@ def _ask(guess: Columns, named: Sequence[str]) -> dict[str, str]:
 
 def _show(bad: BadRows) -> None:
     """Rows that cannot be used, by kind, and some of them with their place."""
-    table = Table("rows", "that cannot be used", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("rows", "problem", box=SIMPLE_HEAD, pad_edge=False)
     for kind, found in sorted(bad.kinds.items(), key=lambda one: -len(one[1])):
         table.add_row(f"{len(found):,}", kind)
     console.print(table)

@@ -66,7 +66,11 @@ def custom(settings: DataSettings) -> Splits:
     )  # fmt: skip
     if not skipped:
         return splits
-    return replace(splits, description=f"{splits.description}; {len(skipped)} rows skipped", skipped=tuple(skipped))
+    return replace(
+        splits,
+        description=f"{splits.description}; {len(skipped)} row{'s' if len(skipped) > 1 else ''} skipped",
+        skipped=tuple(skipped),
+    )
 
 
 RECIPES: dict[str, Callable[[DataSettings], Splits]] = (

@@ -125,7 +125,7 @@ def _parsed(text: str, start: int, parse: Callable[[], tuple[Any, int]]) -> tupl
             # Half a surrogate pair cannot be encoded, and no tokenizer takes it.
             json.dumps(content[0], ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"{error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except UnicodeEncodeError:
         raise ValueError("an escape \\ud800 to \\udfff without its other half") from None
     except RecursionError:

@@ -198,7 +198,7 @@ def outline(config: ATPConfig, model: PreTrainedModel, data: RunData) -> list[st
     after = training.total - training.opened - training.search - training.settle
     phases = {"open": training.opened, "search": training.search, "settle": training.settle, "tune": after}
     steps = ", ".join(f"{name} {steps:,}" for name, steps in phases.items() if steps)
-    asked = f", {evaluation.questions:,} questions of each task" if data.splits.tasks else ""
+    asked = f", {evaluation.questions:,} questions of each task" if data.splits.tasks and evaluation.questions else ""
     dense = "; the whole model is tuned too, for comparison" if evaluation.dense_baseline else ""
     return [
         f"model: {config.model.path} ({kind}, {count / 1e6:,.1f} million parameters in {dtype}{held})",

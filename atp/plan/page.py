@@ -44,11 +44,11 @@ def page(plan: dict[str, Any]) -> Iterator[RenderableType]:
 
 def _in_short(plan: dict[str, Any]) -> str:
     """The three figures that decide whether a run is started."""
-    several = each(plan["model"]["processes"])
-    found = [f"at most {size(max(row['bytes'] for row in plan['memory']))} of memory{several}{_free(plan)}"]
+    several, most = each(plan["model"]["processes"]), max(row["bytes"] for row in plan["memory"])
+    found = [f"at most {size(most)} of memory{several} beyond the libraries'{_free(plan)}"]
     if plan["flops_per_second"] is not None:
         seconds = sum(row["seconds"] for row in plan["cost"])
-        found.insert(0, f"about {duration(seconds)} here, {_probed(plan)}")
+        found.insert(0, f"about {duration(seconds)} of computation here, {_probed(plan)}")
     if "epochs" in plan["data"]:
         found.append(f"{plan['data']['epochs']:.2f} epochs")
     return f"In short: {'; '.join(found)}"

@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp.cli import cli
 
+pytestmark = pytest.mark.slow
+
 ATP = [sys.executable, "-m", "atp"]
 TOPICS = {
     "weather": "rain wind snow clouds storm sun fog heat frost hail".split(),
@@ -144,7 +146,7 @@ def _process(words):
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     write_inputs(place)
     os.chdir(place)
     for each in STORIES:

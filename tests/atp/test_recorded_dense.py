@@ -18,6 +18,8 @@ from atp.data.settings import DataSettings
 from atp.ground.errors import InputError
 from atp.ground.places import PACKAGED_MODEL
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads(RECORDED_DENSE.read_text(encoding="utf-8"))
 SCRIPT = runpy.run_path(str(ROOT / "experiments" / "record_demo_dense.py"))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_command import everything, read, results, start, stopping_at
+from tiny_command import everything, one_in_four, read, results, start, stopping_at
 
 from atp import run as runs
 from atp.export import hf
@@ -56,7 +56,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("stop", one_in_four(STOPS))
 def test_any_stop_after_training_resumes_to_the_same_bytes(config, finished, tmp_path, stop):
     where, name, options = STOPS[stop]
     folder = tmp_path / "out"

@@ -15,7 +15,7 @@ from atp.ground.errors import Interrupted
 from atp.studies.compare import Comparison, baseline_run
 from atp.training import pruning
 
-pytestmark = pytest.mark.usefixtures("wide_budget")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("wide_budget")]
 
 
 def signalled(patch, where, name, signum, after=0):

@@ -9,6 +9,8 @@ from tiny_command import read, start
 from atp import run
 from atp.ground.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def timed(monkeypatch):

@@ -63,6 +63,7 @@ def watched(config, tmp_path_factory):
     return done, folder
 
 
+@pytest.mark.slow
 def test_every_line_on_stderr_is_a_json_object_with_time_and_phase(watched):
     lines = [json.loads(line) for line in watched[0].stderr.splitlines()]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line["time"]) for line in lines)

@@ -19,6 +19,11 @@ def start(config, folder, *, resume=False, say=lambda text: None, **overrides):
     return run.execute()
 
 
+def one_in_four(cases):
+    """Names of cases that each take whole runs; all but every fourth are slow."""
+    return [pytest.param(name, marks=pytest.mark.slow if place % 4 else ()) for place, name in enumerate(cases)]
+
+
 def results(folder):
     """Path -> bytes of what a run is for. The adapter's config names the folder of its base, which is left out."""
     paths = [path for name in RESULTS for path in [folder / name, *(folder / name).rglob("*")] if path.is_file()]

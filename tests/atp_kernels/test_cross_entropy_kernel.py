@@ -172,6 +172,7 @@ class TestNative:
         case = problem(60, 5003, dtype, device="cpu")
         assert_repeats(lambda: computed(*case, "native"))
 
+    @pytest.mark.slow
     def test_bits_do_not_depend_on_the_instruction_set(self):
         cases = "(t.problem(30, vocab, dtype, device='cpu') for dtype in t.DTYPES for vocab in (5003, 4128, 37))"
         tensors = f"(tensor for case in {cases} for tensor in t.computed(*case, 'native'))"

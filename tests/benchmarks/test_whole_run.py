@@ -8,6 +8,8 @@ import pytest
 from benchmarks import whole_run
 from benchmarks.records import read
 
+pytestmark = pytest.mark.slow
+
 TINY = "--steps 4 --model tiny --batch 2 --length 16 --threads 1 --dtype float32".split()
 SECONDS = {"atp": ["open", "saliency", "settle", "refit", "cut", "tune"], "dense": ["tune"]}
 

@@ -5,6 +5,8 @@ import pytest
 
 from atp.ground.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 def test_nothing_but_a_sentence_stops_a_run(tmp_path, monkeypatch):
     fuzz_runs.widen_budget(monkeypatch)

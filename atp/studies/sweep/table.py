@@ -118,7 +118,9 @@ def show(content: Mapping[str, Any], console: Console) -> None:
     for sentence in counted(content.get("perplexity_of")):
         console.print(sentence)
     taken = sum(content["shared"]["seconds"].values())
-    console.print(f"{content['shared']['what']}: {taken:,.0f} seconds, scores left out; a target's seconds come on top")
+    console.print(
+        f"{content['shared']['what']}: {taken:,.0f} seconds; each target's seconds are extra, scoring is not counted"
+    )
     if content.get("recommended"):
         console.print(content["recommended"]["says"])
     console.print("certificate: the largest change of a logit at the cut, as a share of their scale")

@@ -13,6 +13,8 @@ from atp.decide.budget import Budget
 from atp.inputs.checks import check_reachable
 from atp.training.trainer import ATPTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def windows(count, seed):
     """Windows of two samples each, which do not see each other."""

@@ -13,6 +13,8 @@ from atp.baselines.tuner import LoraTuner
 from atp.data import RaggedDataset
 from atp.training.callbacks import ProgressBar, make_progress
 
+pytestmark = pytest.mark.slow
+
 # One step of four samples: (batch_size, gradient_accumulation).
 SHAPES = [(4, 1), (2, 2), (1, 4)]
 

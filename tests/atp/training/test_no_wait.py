@@ -14,6 +14,8 @@ from atp.training.callbacks import Callback
 from atp.training.trainer import ATPTrainer
 from atp_kernels import KeptFirst, KeptSlice, kept_lora_linear
 
+pytestmark = pytest.mark.slow
+
 PHASES = {"open": 2, "search": 3, "settle": 2, "tune": 2}
 TOTAL = sum(PHASES.values())
 MASK = ("read", "aten::_to_copy", "decisions.py")

@@ -13,6 +13,8 @@ from atp.training import checkpoint as checkpoints
 from atp.training import offload
 from atp.training.offload import Offload
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def every_tensor(monkeypatch):

@@ -11,6 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from atp.training.profiling import _BACKWARD, HEADINGS, Profiler, _mark_modules, scope, step_table
 
+pytestmark = pytest.mark.slow
+
 
 def table_of(work):
     with profile(activities=[ProfilerActivity.CPU]) as finished:

@@ -14,6 +14,8 @@ from atp.training.callbacks import Callback
 from atp_kernels import QuantizedWeight
 from atp_kernels.quantized import dense
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
 LINEARS = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
 ENDS = ("o_proj", "down_proj")  # whose weights the refit changes

@@ -17,7 +17,7 @@ from atp.training import precision
 from atp.training.precision import autocast_dtype, of_device, precision_at, slow_precision, with_precision
 from atp.training.trainer import ATPTrainer
 
-pytestmark = pytest.mark.usefixtures("wide_budget")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("wide_budget")]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from tiny_command import everything, read, results, start, stopping_at
+from tiny_command import everything, one_in_four, read, results, start, stopping_at
 from transformers import AutoModelForCausalLM
 
 from atp.cli.cli import main
@@ -77,7 +77,7 @@ def swept(config, tmp_path_factory):
         return settings, folder, sweep(settings, [0.8, 0.6], folder)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", one_in_four(CASES))
 def test_a_target_is_the_run_of_its_own_bit_for_bit(config, tmp_path, case, monkeypatch):
     settings, steps, said = small(config, *CASES[case], lora={"dropout": 0.1}), [], []
     step = trainers.open_step
@@ -101,6 +101,7 @@ TABLE = LatencyTable(
 )
 
 
+@pytest.mark.slow
 def test_a_target_in_any_unit_is_the_run_of_its_own_bit_for_bit(config, tmp_path, monkeypatch):
     """Two times of one kind come from one measurement, and a resumed sweep takes none anew."""
     timed = []
@@ -245,7 +246,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("stop", one_in_four(STOPS))
 def test_an_interrupted_sweep_resumes_and_leaves_finished_targets_alone(config, tmp_path, monkeypatch, stop):
     settings, folder = small(config), tmp_path / "out"
     torchrun = stop == "before the second target"  # which starts its processes again
