@@ -127,7 +127,8 @@ def test_it_says_in_short_what_a_run_takes_of_this_machine(config, monkeypatch):
     seconds, most = sum(row["seconds"] for row in plan["cost"]), max(row["bytes"] for row in plan["memory"])
     assert (
         f"In short: about {duration(seconds)} of computation here, by one step of a layer (--probe is closer); "
-        f"at most {size(most)} of memory beyond the libraries', of 2.00 GB that are free here; {plan['data']['epochs']:.2f} epochs\n"
+        f"at most {size(most)} of memory beyond the libraries', of 2.00 GB that are free here; "
+        f"{plan['data']['epochs']:.2f} epochs\n"
     ) in printed(plan)
     assert not any("free here" in remark or "takes" in remark.split(": ")[0] for remark in plan["remarks"][:-1])
     assert "In short: at most" in printed(make_plan(config))
