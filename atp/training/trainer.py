@@ -204,7 +204,8 @@ class ATPTrainer(Loop):
         self._validate_as("cut")
         state.tensors |= checkpoints.prefixed("best", self.validation.adapter)
         state.meta |= {
-            "certificate": self.certificate, "clock": self.clock.state(), "validation": self.validation.state()
+            "cut": True, "certificate": self.certificate, "clock": self.clock.state(),
+            "validation": self.validation.state(),
         }  # fmt: skip
         self.load(checkpoints.load(self.write(state)))
         # A signal in the last step before the cut is answered here: there is no checkpoint between them.

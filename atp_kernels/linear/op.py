@@ -65,7 +65,7 @@ def linear(
             return LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)
         keep_sum = keeps_sum(out_mask)
         options = Options(scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed))
-        return MaskedLinearFunction.apply(*operands, module, options)
+        return MaskedLoraLinear.apply(*operands, module, options)
     # A tensor, so that a graph is compiled once for all seeds; on the CPU, where an int comes from.
     seed = torch.tensor(seed) if dropout and not isinstance(seed, Tensor) else seed
     y, _, _, *norms = masked_lora_linear_op(
@@ -90,7 +90,7 @@ def linear_by(way: ways.Way, operands: Operands, scaling: float, mask_lora: bool
     if out_mask is None and in_mask is None and lora_input is None and way.module.ADDMM_CHAIN:
         return LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)
     options = Options(scaling, mask_lora, keeps_sum(out_mask))
-    return MaskedLinearFunction.apply(*operands, way.module, options)
+    return MaskedLoraLinear.apply(*operands, way.module, options)
 
 
 def keeps_sum(out_mask: Tensor | None) -> bool:
@@ -241,7 +241,7 @@ def _add_norm_gradients(
         grads[3] = grads[3] + (2 * grad_rows.unsqueeze(1) * lora_b).to(lora_b.dtype)
 
 
-class MaskedLinearFunction(torch.autograd.Function):
+class MaskedLoraLinear(torch.autograd.Function):
     """Eager masked LoRA linear: y, or (y, row squares of B, column squares of A) with norms."""
 
     @staticmethod

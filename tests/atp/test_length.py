@@ -165,7 +165,7 @@ def test_a_run_whose_tokens_come_to_many_steps_has_a_validation_split(tiny, tmp_
 def test_minutes_are_what_the_probe_says(tiny, tmp_path, monkeypatch):
     """Twice the speed gives twice the steps, once what takes its time beside them is off."""
     speeds = dict.fromkeys((field.name for field in dataclasses.fields(Flops)), 1e7)
-    monkeypatch.setattr("atp.plan.probe.speeds", lambda job: Flops(**speeds))
+    monkeypatch.setattr("atp.plan.probe.flop_rates", lambda job: Flops(**speeds))
 
     def at(minutes):
         training = tiny.training.model_copy(update={"tokens": None, "minutes": minutes})
