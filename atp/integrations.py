@@ -24,6 +24,7 @@ from atp.config import ATPConfig
 from atp.data import PackedDataset, Pieces, RaggedDataset
 from atp.data.batches import IGNORE
 from atp.ground.errors import InputError
+from atp.inputs.resolve import resolve
 from atp.lora.layer import ADAPTER, MaskedPeftLinear, fuse_layers
 from atp.processes import processes
 from atp.processes.finite import FiniteGuard
@@ -121,12 +122,12 @@ class ATPCallback(TrainerCallback):
         space = MaskSpace.from_config(model.config, self.config.decisions.space)
         _take_masks(model, space)
         model.train()
-        config = _as_trained(self.config, args, model)
+        config = resolve(_as_trained(self.config, args, model), shapes=model.config)
         self.pruning = Pruning(
-            model, space, self.calibration, config.deciding, config.training, seed=config.seed,
+            model, space, self.calibration, config.decisions, config.training, seed=config.seed,
             autocast=torch.bfloat16 if args.bf16 else None,
         )  # fmt: skip
-        if config.deciding.source == "static":
+        if config.decisions.source == "static":
             self.pruning.start()
 
     def on_step_begin(

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.baselines.tuner import DENSE, LoraTuner, stock_lora
-from atp.config import ATPConfig
+from atp.config import ATPConfig, ResolvedConfig
 from atp.evaluation import evaluate_model, model_size, packed_windows, relative_performance, throughputs
 from atp.evaluation.answers import answered_question
 from atp.evaluation.inference import CausalLM, bars
@@ -31,6 +31,8 @@ from atp.inputs.folders import (
     CONFIG,
     INPUTS,
     LATENCY,
+    LENGTH,
+    RESOLVED,
     SKIPPED,
     check_output_dir,
     opened,
@@ -47,11 +49,12 @@ from atp.inputs.loading import (
     load_tokenizer,
     placed,
 )
+from atp.inputs.precision import autocast_dtype, slow_precision
 from atp.inputs.promises import check_promises, check_target
-from atp.inputs.targets import with_share
+from atp.inputs.resolve import resolve
 from atp.models.load import read_model
-from atp.plan.latency import with_time
-from atp.plan.length import LENGTH, with_known_steps, with_steps
+from atp.plan.latency import measured_target
+from atp.plan.length import measured_length
 from atp.processes import processes
 from atp.removal.certify import rounding_remark
 from atp.report import write_report
@@ -62,10 +65,10 @@ from atp.training.callbacks import ProgressBar, check_trackers, make_progress
 from atp.training.checkpoint import newest
 from atp.training.loop import Loop
 from atp.training.metrics import PhaseClock
-from atp.training.precision import autocast_dtype, slow_precision, with_precision
 from atp.training.profiling import Profiler, format_table
 from atp.training.prometheus import check_metrics_file
 from atp.training.resume import (
+    begun,
     fingerprints,
     inputs_of,
     of_model_folder,
@@ -97,10 +100,11 @@ class Run:
         scores of the original model that somebody has taken already.
         recorded_dense: scores of the tuned dense model from an earlier run, quoted if this one tunes none.
         """
-        self.config, self.command, self.folder = config, command, Path(config.output_dir)
+        self.asked, self.command, self.folder = config, command, Path(config.output_dir)
         self.say = progress.saying(say) if processes.is_main() else lambda line: None
         self.outlined, self.profile = outlined, profile and processes.is_main()
         self.original, self.recorded_dense = original, recorded_dense
+        self.config: ResolvedConfig  # what the run computes with, once its data are known
         self.started = time.perf_counter()
         processes.start(config.training.sharding, {"--resume": resume} | config.model_dump())
         self.resume = resume or processes.on_main(lambda: folders.begun_by_this_launch(self.folder))
@@ -114,22 +118,15 @@ class Run:
         """
         try:
             with SignalGuard(at_once=True), ExitStack() as self._open:
-                self._resolve()
                 summary = processes.on_main(self._look) or self._execute()
         except Interrupted as error:
             raise error if error.remedy else Interrupted(error.signum, self._way_on()) from None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(f"out of memory ({reason(error)}): {less_memory(self.config)}") from error
+            raise InputError(f"out of memory ({reason(error)}): {less_memory(self.asked)}") from error
         self._check(summary)
         return summary
-
-    def _resolve(self) -> None:
-        """Decides once what the config leaves to the device and to the run folder; writes nothing."""
-        definite = processes.on_main(lambda: with_precision(self.config))
-        timed, self.latency = processes.on_main(lambda: with_time(definite))
-        self.config, self.length = processes.on_main(lambda: with_known_steps(with_share(timed, any_length=True)))
 
     def _execute(self) -> dict[str, Any]:
         trainer, tokenizer, data = self._trainer()
@@ -166,12 +163,12 @@ class Run:
     def _look(self) -> dict[str, Any] | None:
         """Checks the folder and locks it if it exists; returns the summary of a finished run."""
         check_output_dir(self.folder, resume=self.resume)
-        check_trackers(self.config.training.report_to)
-        check_metrics_file(self.config.training.metrics_file)
-        refuse_inputs_inside(self.config, self.folder)
+        check_trackers(self.asked.training.report_to)
+        check_metrics_file(self.asked.training.metrics_file)
+        refuse_inputs_inside(self.asked, self.folder)
         if not self.resume:
             return None
-        refuse_other_config(self.config, self.folder)
+        refuse_other_config(self.asked, self.folder)
         self._open.enter_context(opened(self.folder, resume=True))
         summary = read_json(self.folder / "summary.json")
         made = (summary or {}).get("model_sha256")
@@ -189,23 +186,25 @@ class Run:
 
     def _prepare(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RunData]:
         """Checks everything before anything is written, then opens the folder and scores the original."""
-        config = self.config
+        asked = self.asked
+        known = processes.on_main(lambda: begun(asked)) if self.resume else None
+        if known is None:
+            self.latency = processes.on_main(lambda: measured_target(asked))
+        else:
+            measured = processes.on_main(lambda: [read_json(self.folder / name) for name in (LATENCY, LENGTH)])
+            self.latency, self.length = measured
         progress.begin("loading")
-        processes.on_main(lambda: check_packages(config.model, config.data))
-        tokenizer = processes.main_first(lambda: load_tokenizer(config.model))
-        data = processes.main_first(lambda: load_data(config, tokenizer))
+        processes.on_main(lambda: check_packages(asked.model, asked.data))
+        tokenizer = processes.main_first(lambda: load_tokenizer(asked.model))
+        data = processes.main_first(lambda: load_data(known or asked, tokenizer))
         refuse_other_data(tokenizer, data.splits)
-        if config.training.budget:
-            calibrated, _ = averages(data.calibration)
-            self.config, self.length = with_steps(config, *averages(data.train), calibrated=calibrated)
-            if self.config.evaluation.every != config.evaluation.every:  # so long a run has a validation split
-                data = processes.main_first(lambda: load_data(self.config, tokenizer))
-            config = self.config
+        config, data = (known, data) if known else self._resolve(tokenizer, data)
+        self.config = config
         shapes = load_shapes(config.model)
         check_sharded(config)
         check_tasks(config, data.splits, tokenizer, shapes)
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
-        said = [*data.splits.remarks, *timed, *slow_precision(config), *run_remarks(config, shapes, data)]
+        said = [*data.splits.remarks, *timed, *slow_precision(config), *run_remarks(asked, config, shapes, data)]
         load = partial(load_model, config.model, config.decisions.space)
         with loading.reading("model"):
             model = load() if processes.sharded() else processes.main_first(load)
@@ -220,6 +219,18 @@ class Run:
         self._score("original", model, tokenizer, data)
         processes.on_main(lambda: self._record(majority=majority_of(config, data.splits)))
         return model, tokenizer, data
+
+    def _resolve(self, tokenizer: PreTrainedTokenizerBase, data: RunData) -> tuple[ResolvedConfig, RunData]:
+        """Makes the choices that the config leaves open, by the data and by what was measured; the data under these."""
+        asked, steps = self.asked, None
+        if asked.training.budget:
+            (sample, scored), (calibrated, _) = averages(data.train), averages(data.calibration)
+            self.length = measured_length(asked, sample, scored, calibrated=calibrated, latency=self.latency)
+            steps = None if self.length is None else self.length["steps"]
+        config = processes.on_main(lambda: resolve(asked, latency=self.latency, steps=steps))
+        if config.evaluation.every != asked.evaluation.every:  # so long a run has a validation split
+            data = processes.main_first(lambda: load_data(config, tokenizer))
+        return resolve(config, train=data.train), data
 
     def _start(self) -> None:
         """Opens the folder and writes its inputs' fingerprints; on resume compares them, or raises `InputError`."""
@@ -236,8 +247,10 @@ class Run:
         for name, measured in ((LATENCY, self.latency), (LENGTH, self.length)):
             if measured is not None:
                 write_json(self.folder / name, measured)
+        if saved_config(self.folder, RESOLVED) is None:
+            write_text(self.folder / RESOLVED, self.config.dump())
         if saved_config(self.folder) is None:
-            write_text(self.folder / CONFIG, self.config.dump())
+            write_text(self.folder / CONFIG, self.asked.dump())
         if original is not None and "original" not in self._scores():
             self._record(original=original)
 

@@ -27,12 +27,13 @@ from atp.evaluation import throughputs
 from atp.evaluation.scored_tasks import check_tasks
 from atp.ground import heap, ranks
 from atp.inputs.loading import load_data, load_shapes, load_tokenizer
+from atp.inputs.precision import autocast_dtype
+from atp.inputs.resolve import resolve
 from atp.plan.job import Questions, Workload
 from atp.plan.memory import memory_of
 from atp.plan.shapes import ModelShapes
 from atp.run import Run
 from atp.training.loop import Loop
-from atp.training.precision import autocast_dtype, with_precision
 from atp.training.pruning import Pruning
 from atp.training.trainer import ATPTrainer
 from benchmarks.measure import reset_resident_peak, resident_peak_bytes
@@ -120,9 +121,10 @@ def measured(config: ATPConfig) -> dict[str, float]:
 def planned(config: ATPConfig) -> dict[str, dict[str, Any]]:
     """What the plan says, by part."""
     found, tokenizer = load_shapes(config.model), load_tokenizer(config.model)
+    resolved = resolve(config, shapes=found)
     job = Workload.of(
-        config, ModelShapes.of(found, config.decisions),
-        autocast=autocast_dtype(with_precision(config).training.precision), device="cpu",
+        resolved, ModelShapes.of(found, resolved.decisions),
+        autocast=autocast_dtype(resolved.training.precision), device="cpu",
         questions=Questions.of(check_tasks(config, load_data(config, tokenizer).splits, tokenizer, found)),
     )  # fmt: skip
     return {str(row["phase"]): row for row in memory_of(job)}

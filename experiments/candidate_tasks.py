@@ -34,10 +34,10 @@ from atp.evaluation.generation import rouge_scores
 from atp.evaluation.majority import majority_scores
 from atp.evaluation.metrics import confusion_items, macro_f1, ratio, right_items
 from atp.evaluation.tasks import label_scores
+from atp.inputs.precision import autocast_dtype
 from atp.lora.layer import add_lora
 from atp.models.load import read_model, read_tokenizer
 from atp.spaces.space import MaskSpace
-from atp.training.precision import autocast_dtype
 
 RESULTS = Path(__file__).parent / "results" / "candidate_tasks.csv"
 COLUMNS = [

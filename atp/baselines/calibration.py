@@ -25,7 +25,7 @@ def choice_samples(train: Dataset, calibration: Dataset, config: ATPConfig) -> D
     Where ATP's saliency runs over the open steps, each training sample that they read; else the calibration samples,
     of which `calibration_batches` takes `decisions.saliency_windows`.
     """
-    if config.deciding.source != "running":
+    if config.decisions.source != "running":
         return calibration
     training = config.training
     rows = run_order(train, training.batch_size, 0, config.seed).at(0, training.opened_samples * processes.count())
@@ -41,7 +41,7 @@ def calibration_batches(
     saliency reads, `decisions.saliency_windows`; each at most once.
     """
     if count is None:
-        running = config.deciding.source == "running"
+        running = config.decisions.source == "running"
         count = sized(samples) if running else min(config.decisions.saliency_windows, sized(samples))
     order = run_order(samples, size, 0, config.seed + 1)
     for index in range(count):

@@ -19,8 +19,8 @@ from atp.baselines.uniform import uniform_mask
 from atp.baselines.weights import LinearName, group_sums, prunable_linears
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
+from atp.inputs.precision import autocast_dtype
 from atp.spaces.space import MaskSpace
-from atp.training.precision import autocast_dtype
 
 Order = Literal["first", "second", "mixed"]
 _PROTECTED_FIRST, _PROTECTED_LAST, _DEPTH = 4, 2, 32  # the paper's layers of LLaMA-7B

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from atp.baselines.calibration import Batch, calibration_loss
 from atp.config import ATPConfig
 from atp.evaluation.inference import inference
+from atp.inputs.precision import autocast_dtype
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora, stock_modules, unload
 from atp.removal.refit import refit
 from atp.spaces.space import MaskSpace
 from atp.training.data import refit_batch, refit_orders
-from atp.training.precision import autocast_dtype
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from atp.baselines.weights import LinearName, group_sums, prunable_linears
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.evaluation.inference import inference
+from atp.inputs.precision import autocast_dtype
 from atp.models.layers import hidden_arguments
 from atp.spaces.space import MaskSpace
-from atp.training.precision import autocast_dtype
 
 
 def wanda_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:

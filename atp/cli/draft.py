@@ -26,6 +26,8 @@ from atp.ground import progress
 from atp.ground.errors import InputError, shorten
 from atp.inputs.checks import reads_often, scored_every, steps_per_epoch, within_data
 from atp.inputs.loading import check_prunable, load_data, load_shapes, load_tokenizer
+from atp.inputs.resolve import resolve
+from atp.inputs.targets import at_share
 
 _LENGTHS = (64, 128, 256, 512, 1024, 2048)  # tokens per window that are suggested
 _STEPS, _MOST_ROWS = 400, 16  # the default, and the most samples per step
@@ -220,7 +222,8 @@ def _fitted(
         set_to("training.keep_best", True, "the adapter of the best of them, as samples are read often")
         config = ATPConfig.parse(merged(values, given))
         data = load_data(config, tokenizer)
-    for key, there in within_data(config, data).items():
+    # What is read does not depend on the target, which may have to be measured.
+    for key, there in within_data(resolve(at_share(config, 0.5), steps=config.training.total), data).items():
         set_to(key, max(there, 0 if key.endswith("questions") else 1), "as many as the data hold")
     config = ATPConfig.parse(merged(values, given))
     epochs = config.training.total / steps_per_epoch(config, len(data.train), 1)

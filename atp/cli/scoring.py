@@ -43,8 +43,8 @@ from atp.inputs.loading import (
     placed,
     reading,
 )
+from atp.inputs.precision import Precision, autocast_dtype, precision_at
 from atp.report.beside import counted, result_remarks
-from atp.training.precision import Precision, autocast_dtype, precision_at
 
 
 @dataclass(frozen=True)

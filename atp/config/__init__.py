@@ -14,13 +14,14 @@ if TYPE_CHECKING:
         ModelConfig,
     )
     from atp.config.data import DataConfig
+    from atp.config.resolved import Definite, ResolvedConfig
     from atp.config.training import TrainingConfig
 
 __all__ = [
-    "ATPConfig", "DataConfig", "DecisionsConfig", "EvaluationConfig", "ExportConfig", "GeneratorKind", "ModelConfig",
-    "TrainingConfig",
+    "ATPConfig", "DataConfig", "DecisionsConfig", "Definite", "EvaluationConfig", "ExportConfig", "GeneratorKind",
+    "ModelConfig", "ResolvedConfig", "TrainingConfig",
 ]  # fmt: skip
 __getattr__ = lazily(
     __name__, config="ATPConfig DecisionsConfig EvaluationConfig ExportConfig GeneratorKind ModelConfig",
-    data="DataConfig", training="TrainingConfig",
+    data="DataConfig", resolved="Definite ResolvedConfig", training="TrainingConfig",
 )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,14 +53,6 @@ class ModelConfig(Section):
             return values
         path, gguf_file = model_place(path, gguf_file)
         return {**values, "path": path, **({} if gguf_file is None else {"gguf_file": gguf_file})}
-
-
-_ROUND = 0.6  # of what was there: the least that a round keeps by itself
-
-
-def _rounds_to(target: float) -> int:
-    """As few rounds as lead to a share, each of which keeps `_ROUND` of the one before or more."""
-    return max(math.ceil(math.log(target) / math.log(_ROUND) - 1e-9), 1)
 
 
 class DecisionsConfig(Section):
@@ -248,21 +239,6 @@ class ATPConfig(Section):
             raise ValueError("data.validation belongs to recipe custom: leave it out, or set data.recipe")
         return self
 
-    @property
-    def deciding(self) -> DecisionsConfig:
-        """The decisions with source and rounds: theirs or, where null, what suits the run (method.md section 9)."""
-        training, source = self.training, self.decisions.source
-        if source is None:
-            enough = training.opened_samples >= self.decisions.saliency_windows
-            watch = enough and not (training.search or self.lora.dropout)
-            source = "running" if watch else "tuned"
-        rounds = self.decisions.rounds
-        if rounds is None:
-            text = source == "running" and self.data.packing != "padded"
-            at_once = text and not training.search and self.decisions.refit_windows
-            rounds = _rounds_to(self.decisions.target_keep) if at_once else 1
-        return self.decisions.model_copy(update={"source": source, "rounds": rounds})
-
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:
         """Reads a YAML file, then `key.path=value` overrides. Raises `InputError` naming key and remedy."""
@@ -285,11 +261,12 @@ class ATPConfig(Section):
         except ValidationError as error:
             raise InputError(explain(error, cls)) from None
 
-    def refuse_change_of(self, saved: dict[str, Any]) -> None:
+    def refuse_change_of(self, saved: dict[str, Any], resolved: dict[str, Any] | None = None) -> None:
         """Raises `InputError` with the differences if a run was started with another config (as `model_dump`).
 
-        Who holds which weights, and where activations lie, makes no difference to a run, nor does the name of a preset,
-        whose settings are compared themselves.
+        resolved: what that run computes with; a choice that was open may also be given as it was made. Who holds which
+        weights, and where activations lie, makes no difference to a run, nor does the name of a preset, whose settings
+        are compared themselves.
         """
         now = self.model_dump(mode="json")
         with contextlib.suppress(ValidationError):  # a setting newer than the run has its default there
@@ -297,12 +274,11 @@ class ATPConfig(Section):
         for key in ("sharding", "offload"):
             now["training"][key] = saved.get("training", {}).get(key)
         now["preset"] = saved.get("preset")
-        if saved.get("training", {}).get("precision") == "auto":  # a run of an older version, which left it open
-            now["training"]["precision"] = "auto"
         changed = [
             f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
             for section in now
             for key, old, new in differences(saved.get(section), now[section])
+            if resolved is None or new != (resolved.get(section, {}).get(key) if key else resolved.get(section))
         ]
         if changed:
             raise InputError(
@@ -310,5 +286,5 @@ class ATPConfig(Section):
             )
 
     def dump(self) -> str:
-        """The resolved config as YAML."""
+        """The config as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -6,7 +6,7 @@ import math
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from atp.config import ATPConfig
+from atp.config import ATPConfig, ResolvedConfig
 from atp.config.presets import PRESETS
 from atp.config.training import ENOUGH_SCORED
 from atp.data import scored_per_sample
@@ -78,7 +78,7 @@ def _rules(config: ATPConfig, shapes: PretrainedConfig) -> tuple[Budget, dict[st
 
 def check_phases(config: ATPConfig) -> None:
     """Raises `InputError` if decisions have no steps to come from."""
-    source, training = config.deciding.source, config.training
+    source, training = config.decisions.source, config.training
     if source == "learned" and not training.search:
         raise InputError(
             "training.search is 0, so nothing can be learned: set it, or take decisions.source=tuned, which needs none"
@@ -158,7 +158,7 @@ def rounded(config: ATPConfig, shapes: PretrainedConfig) -> list[str]:
     return [f"equal layers keep between {2 * target - most:.3f} and {most:.3f} of the decoder, not just {target:g}"]
 
 
-def recipe(config: ATPConfig) -> list[str]:
+def recipe(config: ResolvedConfig) -> list[str]:
     """One sentence per setting that takes away what another one is for; none where they agree."""
     training, found = config.training, []
     meant = PRESETS.get(config.preset, {}).get("training", {}).get("steps", 0)
@@ -167,26 +167,26 @@ def recipe(config: ATPConfig) -> list[str]:
             f"preset {config.preset} is for {meant} steps, and this run takes {training.total}: leave out "
             "training.steps, or take preset=auto, which goes by the steps"
         )
-    if config.deciding.source == "tuned" and training.opened + training.search == 0:
+    if config.decisions.source == "tuned" and training.opened + training.search == 0:
         found.append("decisions.source=tuned judges the model before any tuning, since training.open is 0: set it")
     if training.distill and not training.opened:
         found.append("training.distill has no teacher, since training.open is 0: set that, or leave distill out")
     return found
 
 
-def run_remarks(config: ATPConfig, shapes: PretrainedConfig, data: RunData) -> list[str]:
-    """All that is said of the settings, the base and the data before a run."""
+def run_remarks(asked: ATPConfig, config: ResolvedConfig, shapes: PretrainedConfig, data: RunData) -> list[str]:
+    """All that is said of the settings, the base and the data before a run. config: what was asked for, resolved."""
     count = processes.count()
     of_base = [*recipe(config), *rounded(config, shapes), *base_remark(config), *sharding_remark(config, count)]
-    of_data = [*shortfalls(config, data), *few_scored(config, data, count)]
+    of_data = [*shortfalls(config, data), *few_scored(asked, data, count)]
     return [*of_base, *of_data, *rereads(config, steps_per_epoch(config, len(data.train), count))]
 
 
-def outline(config: ATPConfig, model: PreTrainedModel, data: RunData) -> list[str]:
+def outline(config: ResolvedConfig, model: PreTrainedModel, data: RunData) -> list[str]:
     """What a run will do, in a few lines; the folder has all settings."""
     from atp.models.base import FORMS
 
-    training, decisions, evaluation = config.training, config.deciding, config.evaluation
+    training, decisions, evaluation = config.training, config.decisions, config.evaluation
     kind, count = model.config.model_type, sum(p.numel() for p in model.parameters())
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     held = f", its decoder linears as {FORMS[config.model.load_in].says}" if config.model.load_in else ""
@@ -212,7 +212,7 @@ def outline(config: ATPConfig, model: PreTrainedModel, data: RunData) -> list[st
     ]
 
 
-def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
+def shortfalls(config: ResolvedConfig, data: RunData) -> list[str]:
     """One sentence per setting that asks for more than the data hold; the run continues with what there is."""
     evaluation, test = config.evaluation, data.splits.test
     found = [
@@ -229,15 +229,15 @@ def shortfalls(config: ATPConfig, data: RunData) -> list[str]:
     return found
 
 
-def within_data(config: ATPConfig, data: RunData) -> dict[str, int]:
+def within_data(config: ResolvedConfig, data: RunData) -> dict[str, int]:
     """The settings, by key, that ask for more than the data hold, with what these hold."""
     asked = sorted(_asked(config, data), key=lambda one: -one[3])  # of several tasks the one with fewest questions
     return {key: there for key, count, _, there in asked if count > there}
 
 
-def _asked(config: ATPConfig, data: RunData) -> list[tuple[str, int, str, int]]:
+def _asked(config: ResolvedConfig, data: RunData) -> list[tuple[str, int, str, int]]:
     """(key, its value, of what, how much of it the data hold) of the settings that ask for held-out data."""
-    evaluation, decisions = config.evaluation, config.deciding
+    evaluation, decisions = config.evaluation, config.decisions
     asked = [
         ("evaluation.windows", evaluation.windows, "test windows", len(data.test)),
         ("decisions.refit_windows", decisions.refit_windows, "calibration samples", len(data.calibration)),
@@ -263,7 +263,8 @@ def steps_per_epoch(config: ATPConfig, samples: int, count: int) -> float:
 def few_scored(config: ATPConfig, data: RunData, count: int) -> list[str]:
     """A sentence where a step has few tokens with a loss: what follows, or that it may learn nothing. count: processes.
 
-    The latter where the config has a rate of its own that so few do not bear.
+    The latter where the config has a rate of its own that so few do not bear. config: as it was asked for, since a
+    resolved one always has a rate.
     """
     training = config.training
     rows = scored_per_sample(data.train) * training.gradient_accumulation * count

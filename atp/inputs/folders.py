@@ -15,12 +15,12 @@ from atp.ground.files import check_writable, remove_leftovers, write_text
 from atp.ground.locking import LOCK, locked
 from atp.ground.reading import existing, read_yaml
 
-CONFIG, COMPARISON, INPUTS, LATENCY = "config.yaml", "comparison.yaml", "inputs.json", "latency.json"
-LENGTH = "length.json"
+CONFIG, RESOLVED, COMPARISON = "config.yaml", "resolved.yaml", "comparison.yaml"
+INPUTS, LATENCY, LENGTH = "inputs.json", "latency.json", "length.json"
 LAUNCH = ".launch"  # which launch of torchrun was here last
 SKIPPED = "skipped_rows.txt"
 CHECKPOINTS = ("checkpoints", "dense_lora/checkpoints")
-_BEFORE = {LOCK, LAUNCH, INPUTS, LATENCY, LENGTH}  # what may lie in the folder of a run that has not begun
+_BEFORE = {LOCK, LAUNCH, INPUTS, LATENCY, LENGTH, RESOLVED}  # what may lie in the folder of a run that has not begun
 _WRITTEN_TO = ("", "model", "base", "adapter", "dense_lora", "profile", *CHECKPOINTS)
 
 
@@ -47,7 +47,10 @@ def check_output_dir(folder: Path, *, resume: bool, started: str = CONFIG) -> No
 
 
 def saved_config(folder: Path, started: str = CONFIG) -> dict[str, Any] | None:
-    """The config that a run was started with; None if the file is missing, damaged or not a config of ours."""
+    """A config of a folder; None if the file is missing, damaged or not a config of ours.
+
+    started: CONFIG is what a run was asked to do, RESOLVED what it computes with.
+    """
     try:
         values = read_yaml((folder / started).read_bytes(), started)
         ATPConfig.parse(values)

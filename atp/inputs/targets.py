@@ -14,16 +14,13 @@ from atp.spaces.space import MaskSpace
 TIMED = ("target_prefill_ms", "target_decode_ms")
 
 
-def with_share(config: ATPConfig, *, any_length: bool = False) -> ATPConfig:
-    """The config with decisions.target_params or target_megabytes replaced by the target_keep that they come to.
+def share_of(config: ATPConfig, shapes: PretrainedConfig | None = None) -> float:
+    """The share of the decoder that a target in shares, parameters or megabytes comes to, in (0, 1).
 
-    Reads the model's config.json, not its weights. Raises `InputError` for a target that embeddings, head and final
-    norm alone exceed, or that the whole model does not reach; and for one in milliseconds, which has to be measured
-    (`atp.plan.latency.with_time`). any_length: whether the caller turns training.minutes and training.tokens into
-    steps; else they are refused too.
+    shapes: the model's config, by default read from its config.json. Raises `InputError` for a target that embeddings,
+    head and final norm alone exceed, or that the whole model does not reach; and for one in milliseconds, which has to
+    be measured (`atp.plan.latency.measured_target`).
     """
-    if not any_length:
-        config.training.require_steps()
     decisions = config.decisions
     for key in TIMED:
         if getattr(decisions, key) is not None:
@@ -32,8 +29,8 @@ def with_share(config: ATPConfig, *, any_length: bool = False) -> ATPConfig:
                 "decisions.target_keep, the share that `atp plan` says it comes to"
             )
     if decisions.target_params is None and decisions.target_megabytes is None:
-        return config
-    shapes = load_shapes(config.model)
+        return decisions.target_keep
+    shapes = load_shapes(config.model) if shapes is None else shapes
     if decisions.target_params is not None:
         key, value, unit = "target_params", float(decisions.target_params), 1.0
     else:
@@ -46,7 +43,14 @@ def with_share(config: ATPConfig, *, any_length: bool = False) -> ATPConfig:
             f"decisions.{key} is {_number(value)}, but the model has {whole} and {fixed} of it are not in the decoder, "
             "where structures are removed: choose a number between"
         )
-    return at_share(config, share)
+    return share
+
+
+def in_shares(config: ATPConfig) -> ATPConfig:
+    """The config that several runs are made from: its target as a share. Raises `InputError` as `share_of` does, and
+    for a length that is not in steps."""
+    config.training.require_steps()
+    return at_share(config, share_of(config))
 
 
 def at_share(config: ATPConfig, share: float) -> ATPConfig:

@@ -14,7 +14,6 @@ from atp.plan.job import Workload
 from atp.plan.shapes import Layers, LayerWidths
 from atp.removal.certify import WINDOWS
 from atp.removal.refit import DAMPINGS
-from atp.training.validation import samples_scored
 
 ATTENTION_BACKWARD = 2.5
 """Products of attention's backward pass, as a multiple of those of its forward pass: 5 against 2, because fused kernels
@@ -199,7 +198,7 @@ def cost_of(job: Workload) -> list[PhaseCost]:
 
 def _rows(job: Workload) -> Iterator[PhaseCost]:
     cost, config, steps = Cost(job), job.config, job.phases
-    decisions, training, evaluation = config.deciding, config.training, config.evaluation
+    decisions, training, evaluation = config.decisions, config.training, config.evaluation
     per_step = training.batch_size * training.gradient_accumulation * job.sample
 
     def row(phase: str, count: int, tokens: float, each: Flops) -> PhaseCost:
@@ -255,14 +254,14 @@ def _validation(job: Workload, cost: Cost) -> PhaseCost:
     if job.config.evaluation.dense_baseline:
         before += -(-steps.total // each)
     after = -(-steps.total // each) - steps.cut_step // each + 1
-    tokens = samples_scored(job.config) * job.sample
+    tokens = (job.config.evaluation.validation_windows or 0) * job.sample
     flops = cost.score(cost.whole) * (before * tokens) + cost.score(cost.cut) * (after * tokens)
     return PhaseCost("validation", 0, round((before + after) * tokens), flops)
 
 
 def _share_in_search(job: Workload) -> float:
     """The mean share of the frozen linears that the LoRA steps of the search compute with."""
-    decisions, steps = job.config.deciding, job.phases.search
+    decisions, steps = job.config.decisions, job.phases.search
     if decisions.budget == "penalty" and decisions.source == "learned":
         return decisions.target_keep
     path = ScoredDecisions(job.shapes.space, decisions, search_steps=steps)

@@ -20,7 +20,7 @@ from atp.data.tokens import Pieces
 from atp.evaluation.scored_tasks import check_tasks
 from atp.ground.ending import ending
 from atp.ground.errors import InputError
-from atp.inputs.checks import few_scored, shortfalls, steps_per_epoch
+from atp.inputs.checks import steps_per_epoch
 from atp.inputs.loading import RunData, averages, check_packages, load_data, load_tokenizer
 from atp.plan.job import Questions
 from atp.processes import processes
@@ -30,12 +30,15 @@ _BEFORE = 48  # of them before the first that has a loss
 _UNREAD = "the data were not read, because there is no tokenizer: "
 
 
-def data_of(config: ATPConfig, shapes: PretrainedConfig, count: int | None = None) -> dict[str, Any]:
-    """The data section of a plan. count: of processes, default that of now.
+def data_of(
+    config: ATPConfig, shapes: PretrainedConfig, count: int | None = None
+) -> tuple[dict[str, Any], RunData | None]:
+    """The data section of a plan, and the data. count: of processes, default that of now.
 
     Where something is wrong `problem` says so in one sentence, and the section holds what was found until then.
     """
     found: dict[str, Any] = {"problem": None}
+    data: RunData | None = None
     with _told(found):
         check_packages(config.model, config.data)
     if found["problem"] is None:
@@ -46,7 +49,7 @@ def data_of(config: ATPConfig, shapes: PretrainedConfig, count: int | None = Non
             data = load_data(config, tokenizer)
             found |= _described(config, tokenizer, data, count or processes.count())
             found["questions"] = asdict(Questions.of(check_tasks(config, data.splits, tokenizer, shapes)))
-    return found
+    return found, data
 
 
 def refused(data: dict[str, Any]) -> str | None:
@@ -71,8 +74,6 @@ def _described(config: ATPConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
         "tokens_per_calibration_window": averages(data.calibration)[0],
         "scored_share": scored,
         "steps_per_epoch": epoch,
-        "epochs": config.training.total / epoch,
-        "shortfalls": [*shortfalls(config, data), *few_scored(config, data, count)],
         "sample": shown_sample(first["input_ids"].tolist(), first["labels"].tolist(), tokenizer.decode),
     }
 

@@ -36,7 +36,7 @@ def _phases(job: Workload) -> Iterator[tuple[str, int, int]]:
     ):  # fmt: skip
         if count:
             yield phase, adapter_params(layers, job.config.lora.r) * _FLOAT, batches * _gathered(job, layers)
-        if count and phase == "search" and job.config.deciding.source == "learned":
+        if count and phase == "search" and job.config.decisions.source == "learned":
             yield "decision", job.shapes.space.size * _FLOAT, _gathered(job, whole)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atp.config import ATPConfig
+from atp.config import ResolvedConfig
 from atp.inputs.loading import weights_dtype
 from atp.plan.parameters import parameters_of
 from atp.plan.shapes import ModelShapes
@@ -40,7 +40,7 @@ class Workload:
     scored, before the training and after it.
     """
 
-    config: ATPConfig
+    config: ResolvedConfig
     shapes: ModelShapes
     before: dict[str, int]
     after: dict[str, int]
@@ -56,7 +56,7 @@ class Workload:
     @classmethod
     def of(
         cls,
-        config: ATPConfig,
+        config: ResolvedConfig,
         shapes: ModelShapes,
         *,
         autocast: torch.dtype | None,
@@ -102,7 +102,7 @@ class Workload:
     @property
     def measures_saliency(self) -> bool:
         """Whether saliency is measured on calibration data between two phases."""
-        decisions = self.config.deciding
+        decisions = self.config.decisions
         return decisions.source in ("static", "tuned") or (
             decisions.source == "learned" and decisions.init == "saliency"
         )

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,8 @@ from atp.families import layer_config
 from atp.ground import progress
 from atp.ground.environment import device_name
 from atp.ground.errors import InputError
-from atp.ground.files import read_json
-from atp.inputs.folders import LATENCY
 from atp.inputs.loading import check_prunable, load_shapes, weights_dtype
-from atp.inputs.targets import TIMED, at_share
+from atp.inputs.targets import TIMED
 from atp.processes import processes
 from atp.removal import cut_config
 from atp.spaces.space import MaskSpace, Structure
@@ -70,22 +67,16 @@ class LatencyTable:
         return low
 
 
-def with_time(
-    config: ATPConfig, tables: dict[str, LatencyTable] | None = None
-) -> tuple[ATPConfig, dict[str, Any] | None]:
-    """The config with a target in milliseconds replaced by the target_keep that it comes to, and what was measured.
+def measured_target(config: ATPConfig, tables: dict[str, LatencyTable] | None = None) -> dict[str, Any] | None:
+    """What a target in milliseconds comes to: {target, target_keep, description, device, table}; None without one.
 
-    Where the output_dir has the measurement for this target already, that one counts, so that a run resumes with the
-    share it was started with. None for a config without such a target. tables: measured before, by key of the target;
-    what is measured is added, so that several targets come from one measurement. Raises `InputError` for a time that
-    the smallest table entry exceeds or that the whole model meets, and for a model whose layers differ in width.
+    tables: measured before, by key of the target; what is measured is added, so that several targets come from one
+    measurement. Raises `InputError` for a time that the smallest table entry exceeds or that the whole model meets, and
+    for a model whose layers differ in width.
     """
     asked = {key: value for key in TIMED if (value := getattr(config.decisions, key)) is not None}
     if not asked:
-        return config, None
-    known = read_json(Path(config.output_dir) / LATENCY)
-    if known is not None and known.get("target") == asked and isinstance(known.get("target_keep"), float):
-        return at_share(config, known["target_keep"]), known
+        return None
     ((key, ms),) = asked.items()
     shapes = load_shapes(config.model)
     check_prunable(config.model, shapes, config.decisions.space)
@@ -114,7 +105,7 @@ def with_time(
         )
     kept = table.kept(ms)
     share = share_of_widths(kept, space)
-    found = {
+    return {
         "target": asked,
         "target_keep": share,
         "description": f"{what} takes {most:.4g} ms on this device before the cut, and {table.ms(kept):.4g} ms with "
@@ -122,7 +113,6 @@ def with_time(
         "device": device_name(),
         "table": asdict(table),
     }
-    return at_share(config, share), found
 
 
 def share_of_widths(kept: float, space: MaskSpace) -> float:

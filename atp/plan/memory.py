@@ -107,10 +107,10 @@ class _Memory:
             yield "load", {"process": self.vocab * _WORD, "weights": read, "file": read}
         scoring = {"casts": self._narrow(self._floats(whole))} | self._scoring(whole)
         yield "score", self._weights(whole) | scoring | self._dequantized(whole)
-        static, rounds = job.config.deciding.source == "static", job.config.deciding.rounds or 1
+        static, rounds = job.config.decisions.source == "static", job.config.decisions.rounds or 1
         if static and rounds == 1:
             yield "saliency", self._held(whole, begun=False) | self._decision(1)
-        watched = job.config.deciding.source == "running"
+        watched = job.config.decisions.source == "running"
         if steps.open:
             yield "open", self._training(whole, taught=False, watched=watched)
         left = self._left_by_saliency() if steps.open else {}
@@ -236,7 +236,7 @@ class _Memory:
             lambda widths: kept_by_training(self.shapes, widths, how), layers, self.batch, taught and job.teaches
         )
         moments = [step | in_pass]
-        if slices == 1.0 and job.config.deciding.source == "learned":
+        if slices == 1.0 and job.config.decisions.source == "learned":
             moments.append(self._decision(job.config.decisions.batch_size))
         head = self._narrow(self.vocab * self.hidden) if self.ranks == 1 else 0  # steps keep it
         moments.append({"checkpoint": self._checkpoint(layers, taught and job.teaches, refitted=cut), "head": head})

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from atp.config import ATPConfig
+from atp.config import ATPConfig, ResolvedConfig
 from atp.families import family_of
 from atp.ground import progress
 from atp.ground.environment import free_memory
@@ -18,28 +18,31 @@ from atp.inputs.checks import (
     check_base_alone,
     check_reachable,
     check_sharded,
+    few_scored,
     less_memory,
     recipe,
     rereads,
     sharding_remark,
+    shortfalls,
 )
 from atp.inputs.loading import check_prunable, load_shapes
-from atp.inputs.targets import with_share
+from atp.inputs.precision import autocast_dtype
+from atp.inputs.resolve import resolve
+from atp.inputs.targets import at_share, share_of
 from atp.plan.cost import Flops, PhaseCost, cost_of
 from atp.plan.data import data_of
 from atp.plan.exchange import exchange_of
 from atp.plan.exports import reachable_exports
 from atp.plan.job import Questions, Workload
-from atp.plan.latency import with_time
-from atp.plan.length import with_steps
+from atp.plan.latency import measured_target
+from atp.plan.length import measured_length
 from atp.plan.memory import memory_of
 from atp.plan.page import duration, each, size
 from atp.plan.probe import flop_rates, is_quick, seconds_of
 from atp.plan.shapes import ModelShapes
 from atp.processes import processes
 from atp.training.callbacks import check_trackers
-from atp.training.precision import autocast_dtype, with_precision
-from atp.training.validation import samples_scored
+from atp.training.resume import begun
 
 _DEVICES = ("cpu", "cuda")
 _NOT_COUNTED = (
@@ -74,26 +77,33 @@ def make_plan(
     device = device or here
     if probe and device != here:
         raise InputError(f"--probe times this machine, which trains on {here}: leave out --device {device}")
-    timed, latency = with_time(with_precision(config, device=device))
-    config = with_share(timed, any_length=True)
-    check_trackers(config.training.report_to)
-    found = load_shapes(config.model)
-    check_prunable(config.model, found, config.decisions.space)
+    asked, known = config, begun(config) if device == here else None
+    check_trackers(asked.training.report_to)
+    found, latency, length = load_shapes(asked.model), None, None
+    check_prunable(asked.model, found, asked.decisions.space)
+    config = known or asked
+    if known is None:
+        latency = measured_target(asked)
+        config = at_share(asked, share_of(asked, found) if latency is None else latency["target_keep"])
     check_reachable(config, found)
     check_base_alone(config, count)
     check_sharded(config, shared=count > 1 and config.training.sharding is not None)
-    shapes = ModelShapes.of(found, config.decisions, device)
     progress.begin("reading the data")
-    data = data_of(config, found, count)
+    data, samples = data_of(config, found, count)
     progress.begin("counting")
     sample, scored = data.get("tokens_per_window", config.data.length), data.get("scored_share", 1.0)
     calibrated = data.get("tokens_per_calibration_window")
-    asked, (config, length) = config, with_steps(config, sample, scored, count, calibrated=calibrated)
-    if config.evaluation.every != asked.evaluation.every:  # so long a run has a validation split
-        data = data_of(config, found, count)
-    if "steps_per_epoch" in data:
+    if known is None:
+        length = measured_length(asked, sample, scored, count, calibrated=calibrated, latency=latency)
+        steps, every = None if length is None else length["steps"], config.evaluation.every
+        known = resolve(asked, latency=latency, steps=steps, device=device, shapes=found)
+        if known.evaluation.every != every:  # so long a run has a validation split
+            data, samples = data_of(known, found, count)
+    config, shapes = known, ModelShapes.of(found, known.decisions, device)
+    if samples is not None:
         data["epochs"] = config.training.total / data["steps_per_epoch"]
-        data["shortfalls"] += rereads(config, data["steps_per_epoch"])
+        told = [*shortfalls(config, samples), *few_scored(asked, samples, count)]
+        data["shortfalls"] = [*told, *rereads(config, data["steps_per_epoch"])]
     autocast = autocast_dtype(config.training.precision)
     questions = Questions(**data["questions"]) if "questions" in data else None
     job = Workload.of(
@@ -120,8 +130,8 @@ def make_plan(
         "decisions": {
             "space": config.decisions.space,
             "target_keep": config.decisions.target_keep,
-            "source": config.deciding.source,
-            "rounds": config.deciding.rounds,
+            "source": config.decisions.source,
+            "rounds": config.decisions.rounds,
             "latency": latency,
         },
         "parameters": {
@@ -163,17 +173,17 @@ def make_plan(
     }
 
 
-def _within(config: ATPConfig, data: dict[str, Any]) -> ATPConfig:
+def _within(config: ResolvedConfig, data: dict[str, Any]) -> ResolvedConfig:
     """The config without windows that the data do not have: the run takes what there is."""
     if "windows" not in data:
         return config
-    evaluation, decisions, windows = config.evaluation, config.deciding, data["windows"]
+    evaluation, decisions, windows = config.evaluation, config.decisions, data["windows"]
     scored = {"windows": min(evaluation.windows, windows["test"])}
     judged = {
         name: min(getattr(decisions, name), windows["calibration"]) for name in ("refit_windows", "saliency_windows")
     }
     if "validation" in windows:
-        scored["validation_windows"] = min(samples_scored(config), windows["validation"])
+        scored["validation_windows"] = min(config.evaluation.validation_windows or 0, windows["validation"])
     return config.model_copy(
         update={
             "evaluation": evaluation.model_copy(update=scored),

@@ -97,7 +97,7 @@ def flop_rates(job: Workload, seconds: float = _SECONDS, layers: int = _LAYERS) 
         measuring = _median(_layers_step(model, job, device, window, 1, shapes.space), device, seconds)
     length, at_once = job.config.data.length, job.config.evaluation.batch_size
     evaluating = _median(_scoring_step(random(lambda model: model), job, length, at_once), device, seconds)
-    step = rate(ours, shapes.whole, soft=job.config.deciding.source == "running")
+    step = rate(ours, shapes.whole, soft=job.config.decisions.source == "running")
     stock = rate(dense, shapes.whole) if job.config.evaluation.dense_baseline else 0.0
     rows = min(max(round(training.batch_size * job.sample * job.scored), 1), _ROWS)
     sizes = job.shapes.config
@@ -131,7 +131,7 @@ def seconds_of(row: PhaseCost, speed: Flops) -> float:
 
 def _same_multiples(job: Workload) -> Any:
     """The decisions' settings with the width rules of the whole model, which one layer alone might change."""
-    return job.config.deciding.model_copy(update={"multiples": job.shapes.multiples})
+    return job.config.decisions.model_copy(update={"multiples": job.shapes.multiples})
 
 
 def _layers_step(

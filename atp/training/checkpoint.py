@@ -24,7 +24,7 @@ from atp.processes.finite import first_non_finite
 from atp.sharding.files import ShardFiles, collect
 
 LATEST = "LATEST"
-FORMAT = 6  # goes up with every change after which an older checkpoint cannot be continued
+FORMAT = 7  # goes up with every change after which an older checkpoint cannot be continued
 _TENSORS, _META = "state.safetensors", "state.json"
 _PREFIX = "checkpoint-"
 

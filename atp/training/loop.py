@@ -20,11 +20,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
 
-from atp.config import ATPConfig
-from atp.data import scored_per_sample
+from atp.config import ATPConfig, ResolvedConfig
 from atp.ground import heap
 from atp.ground.errors import PROCESS_ENDED, InputError, Interrupted, NotReached, is_lost_peer
 from atp.ground.signals import SignalGuard
+from atp.inputs.precision import autocast_dtype
+from atp.inputs.resolve import resolve
 from atp.models.attention import use_training_attention
 from atp.processes import processes
 from atp.processes.finite import FiniteGuard, refuse_weights
@@ -40,9 +41,8 @@ from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.offload import Offload, recompute_layers
 from atp.training.optimizer import CLIPS, adamw
-from atp.training.precision import autocast_dtype, with_precision
 from atp.training.prometheus import MetricsFile
-from atp.training.resume import fingerprints, refuse_other_inputs
+from atp.training.resume import begun, fingerprints, refuse_other_inputs
 from atp.training.schedule import Phases, learning_rate
 from atp.training.sinks import Sinks
 from atp.training.validation import Validation
@@ -73,9 +73,11 @@ class Loop:
     ) -> None:
         processes.start(config.training.sharding, config.model_dump())
         refuse_weights(model)
-        config = processes.on_main(lambda: with_precision(config))
-        self.config, self.phases, self.tokenizer = config, phases, tokenizer
-        self.train_dataset, self._scored = train_dataset, scored_per_sample(train_dataset)
+        self.train_dataset, self.phases, self.tokenizer = train_dataset, phases, tokenizer
+        self.batches_per_step = config.training.gradient_accumulation * processes.count()  # of all processes
+        if not isinstance(config, ResolvedConfig):
+            config = processes.on_main(lambda: begun(config) or resolve(config))
+        self.config = resolve(config, train=train_dataset)
         self.offload = Offload(folder if config.training.offload else None)
         trackers = [name for name in config.training.report_to if name != "none"]
         told = [MetricsFile(config.training.metrics_file)] if config.training.metrics_file else []
@@ -88,8 +90,8 @@ class Loop:
         self.signals = SignalGuard()
         self.inputs: dict[str, str] | None = None  # fingerprints of what is trained from; taken in `train` if not given
         self.say: Callable[[str], None] = print if processes.is_main() else lambda line: None
-        self.autocast_dtype = autocast_dtype(config.training.precision)
-        self.validation = Validation(config, validation, self.autocast_dtype)
+        self.autocast_dtype = autocast_dtype(self.config.training.precision)
+        self.validation = Validation(self.config, validation, self.autocast_dtype)
         self.accelerator = Accelerator(
             cpu=processes.device().type == "cpu",
             mixed_precision="no",  # `loss` enters autocast itself: accelerate would cast the logits to float32
@@ -98,7 +100,6 @@ class Loop:
         )
         if self.accelerator.distributed_type not in _WHOLE:
             raise InputError(f"{self.accelerator.distributed_type.value} {processes.NO_SHARDS}")
-        self.batches_per_step = config.training.gradient_accumulation * processes.count()  # of all processes
         self._batches: Iterator[list[Batch]] | None = None
         self.bind(model)
 
@@ -289,11 +290,9 @@ class Loop:
         self._loss, self._logged_at = torch.zeros((), device=self.device), self.step
 
     def _set_learning_rate(self) -> float:
-        training = self.config.training
-        scored = self._scored * training.batch_size * self.batches_per_step
-        rate = learning_rate(training, self.step, training.rate(scored))
+        rate = learning_rate(self.config.training, self.step)
         for group in self.adamw.param_groups:
-            group["lr"], group[CLIPS] = rate, training.clips_updates(scored)
+            group["lr"], group[CLIPS] = rate, bool(self.config.training.update_clipping)
         return rate
 
     def _heard_signal(self) -> bool:

@@ -7,20 +7,23 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from atp.config import ATPConfig
+from atp.config import ATPConfig, ResolvedConfig
 from atp.data import Splits
 from atp.data.encoding import rules_of
 from atp.ground.errors import InputError
 from atp.ground.files import read_json, sha256
-from atp.inputs.folders import CHECKPOINTS, CONFIG, INPUTS, saved_config
+from atp.inputs.folders import CHECKPOINTS, INPUTS, RESOLVED, saved_config
+from atp.inputs.precision import AUTO
 from atp.processes import processes
 from atp.sharding.shards import whole
 from atp.training.checkpoint import Checkpoint, exist, newest, read_values, resume_point
@@ -76,35 +79,59 @@ def refuse_other_config(config: ATPConfig, folder: Path) -> None:
     for root in (folder / name for name in CHECKPOINTS):
         if exist(root):
             resume_point(root, say=lambda line: None)  # the trainer says what is damaged when it resumes
-    saved = started_with(folder)
-    if saved is not None:
-        config.refuse_change_of(saved)
+    resolved = _resolved(folder)
+    if resolved is None:
+        return
+    values = resolved.model_dump(mode="json")
+    asked = saved_config(folder) or _reopened(values, config.model_dump(mode="json"))
+    config.refuse_change_of(asked, values)
 
 
-def started_with(folder: Path, started: str = CONFIG) -> dict[str, Any] | None:
-    """The config of what was started in a folder, or None. started: the file that holds it.
+def begun(config: ATPConfig) -> ResolvedConfig | None:
+    """What the run computes with that this config started in its output_dir; None where there is none.
 
-    That of its newest checkpoint where the file is missing or damaged, or leaves the precision open, as older versions
-    did.
+    What makes no difference to a run (`ATPConfig.refuse_change_of`) is that of this config.
     """
-    saved = saved_config(folder, started)
-    if saved is not None and saved.get("training", {}).get("precision", "auto") != "auto":
-        return saved
-    return _newest_values(folder).get("config") or saved
+    folder = Path(config.output_dir)
+    resolved = _resolved(folder)
+    try:
+        refuse_other_config(config, folder)
+    except InputError:
+        return None
+    if resolved is None:
+        return None
+    here = {"sharding": config.training.sharding, "offload": config.training.offload}
+    return resolved.model_copy(update={"training": resolved.training.model_copy(update=here)})
 
 
-def for_target(state: Checkpoint, config: ATPConfig) -> Checkpoint:
+def _resolved(folder: Path) -> ResolvedConfig | None:
+    """What the run of a folder computes with: by its own file, or its newest checkpoint where that is damaged."""
+    for values in (saved_config(folder, RESOLVED), _newest_values(folder).get("config")):
+        with suppress(ValidationError):
+            return ResolvedConfig.model_validate(values)
+    return None
+
+
+def _reopened(resolved: Any, asked: Any) -> Any:
+    """The resolved settings, with what is open in those asked for open again: nobody knows what it was."""
+    if isinstance(resolved, dict) and isinstance(asked, dict):
+        return {key: _reopened(value, asked.get(key)) for key, value in resolved.items()}
+    return asked if asked in (None, AUTO) else resolved
+
+
+def for_target(state: Checkpoint, config: ResolvedConfig) -> Checkpoint:
     """A checkpoint from before the first decision, as that of a run under `config`.
 
     Nothing depends on the target until then (`ATPTrainer.train_open` ends there), so the config may have another
-    `decisions.target_keep` and `output_dir`. Raises `InputError` for a later checkpoint, or any other difference.
+    target, number of rounds and `output_dir`. Raises `InputError` for a later checkpoint, or any other difference.
     """
     if state.step > config.training.opened or state.meta["frozen"] or not bool(state.tensors["mask"].all()):
         raise InputError(
             f"the checkpoint of step {state.step} holds decisions for a target: start another target from a checkpoint "
             f"of the open phase, which ends at step {config.training.opened}"
         )
-    decisions = state.meta["config"]["decisions"] | {"target_keep": config.decisions.target_keep}
+    now = config.decisions
+    decisions = state.meta["config"]["decisions"] | {"target_keep": now.target_keep, "rounds": now.rounds}
     config.refuse_change_of(state.meta["config"] | {"output_dir": config.output_dir, "decisions": decisions})
     return Checkpoint(state.step, state.tensors, state.meta | {"config": config.model_dump(mode="json")})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from atp.config import TrainingConfig
+from atp.config.resolved import ResolvedTraining
 
 Phase = Literal["open", "search", "settle", "tune"]
 
@@ -51,11 +52,12 @@ class Phases:
         return "settle" if step < self.cut_step else "tune"
 
 
-def learning_rate(config: TrainingConfig, step: int, highest: float) -> float:
+def learning_rate(config: ResolvedTraining, step: int) -> float:
     """The learning rate of the LoRA step with this number, counted from 0, in a run of `config.total` steps.
 
-    It rises from 0 to `highest` linearly over `warmup` steps, then stays, or falls to 0 linearly or by half a cosine.
+    It rises from 0 to `lr` linearly over `warmup` steps, then stays, or falls to 0 linearly or by half a cosine.
     """
+    highest = config.lr or 0.0  # null only where no data are known, and there is no step then
     if step < config.warmup:
         return highest * (step / config.warmup)
     if config.schedule == "constant":

@@ -24,7 +24,7 @@ from atp.ground import heap
 from atp.ground.errors import InputError
 from atp.inputs.checks import check_reachable
 from atp.inputs.loading import load_data, load_model, load_tokenizer
-from atp.inputs.targets import with_share
+from atp.inputs.resolve import resolve
 from atp.lora.layer import add_lora
 from atp.models.base import FORMS
 from atp.models.stock import stock_config
@@ -39,7 +39,7 @@ from atp.training.checkpoint import Checkpoint
 from atp.training.distill import Teacher
 from atp.training.loop import Loop
 from atp.training.pruning import Pruning
-from atp.training.resume import fingerprints
+from atp.training.resume import begun, fingerprints
 from atp.training.schedule import Phases
 from atp.training.steps import open_step, search_step, settle_step, tune_step
 
@@ -78,7 +78,7 @@ class ATPTrainer(Loop):
         self.params_before = params_before
         self._taught: dict[str, Tensor] = {}  # the adapter that the teacher was made with
         self.pruning = Pruning(
-            self.model, space, calibration_dataset, config.deciding, self.config.training, seed=config.seed,
+            self.model, space, calibration_dataset, self.config.decisions, self.config.training, seed=config.seed,
             autocast=self.autocast_dtype,
         )  # fmt: skip
         self.pruning.offload = self.offload
@@ -86,7 +86,7 @@ class ATPTrainer(Loop):
     @classmethod
     def from_config(cls, config: ATPConfig, callbacks: Sequence[Callback] = ()) -> ATPTrainer:
         """Loads tokenizer, data and model that the config names. Raises `InputError` for what is wrong with them."""
-        config = with_share(config)
+        config = begun(config) or resolve(config)
         tokenizer = load_tokenizer(config.model)
         data = load_data(config, tokenizer)
         model = load_model(config.model, config.decisions.space)
@@ -167,7 +167,7 @@ class ATPTrainer(Loop):
 
     def _start(self) -> None:
         set_seed(self.config.seed)  # whatever this process drew before must not matter
-        if self.config.deciding.source == "static":
+        if self.config.decisions.source == "static":
             self._score()
 
     def _score(self) -> None:

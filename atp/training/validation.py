@@ -18,9 +18,6 @@ from atp.processes import processes
 from atp.training.data import sized, to_device
 from atp.training.loss import causal_lm_loss
 
-_SHARE = 0.05  # of a run's time
-_PASSES = 3  # a training step takes about as long as three forward passes of its samples
-
 
 class Validation:
     """Scores of one model in training, on the same samples each time.
@@ -37,7 +34,7 @@ class Validation:
         if self.every and dataset is None:
             raise InputError("evaluation.every is set and there is no validation data: pass `validation`")
         self.dataset = dataset if self.every else None
-        self.count = 0 if self.dataset is None else min(samples_scored(config), sized(self.dataset))
+        self.count = 0 if self.dataset is None else min(config.evaluation.validation_windows or 0, sized(self.dataset))
         self.last: float | None = None
         self.becoming: dict[str, float] = {}  # between open phase and tune: the loss of what the model had become
         self.best: dict[str, Any] | None = None  # step and loss
@@ -94,12 +91,3 @@ class Validation:
         self.last, self.best, self.waited = state["last"], state["best"], state["waited"]
         self.becoming = dict(state["becoming"])
         self.adapter = adapter
-
-
-def samples_scored(config: ATPConfig) -> int:
-    """Number of samples that are scored each time, if the validation split has as many."""
-    training, evaluation = config.training, config.evaluation
-    if evaluation.validation_windows is not None:
-        return evaluation.validation_windows
-    between = (evaluation.every or 0) * training.batch_size * training.gradient_accumulation
-    return max(1, round(_SHARE * _PASSES * between))

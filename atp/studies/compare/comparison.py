@@ -17,7 +17,8 @@ from atp.ground.files import write_json
 from atp.ground.signals import SignalGuard
 from atp.inputs.folders import COMPARISON, begun_by_this_launch, check_output_dir
 from atp.inputs.loading import check_packages, data_settings, load_shapes, load_tokenizer
-from atp.inputs.targets import with_share
+from atp.inputs.precision import refuse_open
+from atp.inputs.targets import in_shares
 from atp.processes import processes
 from atp.report.beside import perplexity_of
 from atp.studies.compare.arms import compared
@@ -25,7 +26,6 @@ from atp.studies.compare.members import Members
 from atp.studies.compare.page import write_pages
 from atp.studies.compare.results import results, unmeasurable
 from atp.studies.engines import Engine, Here
-from atp.training.precision import refuse_open
 
 
 class Comparison:
@@ -50,8 +50,7 @@ class Comparison:
         Raises `InputError` for an unknown method, or without any method or seed."""
         self.arms = compared(methods, seeds)
         self.seeds = list(dict.fromkeys(seeds))
-        config = with_share(config)
-        self.config, self.folder, self.resume, self.command = config, folder, resume, command
+        self.config, self.folder, self.resume, self.command = in_shares(config), folder, resume, command
         self.engine = engine or Here()
 
     def execute(self) -> dict[str, Any]:

@@ -16,14 +16,15 @@ from atp.ground.errors import InputError, shorten
 from atp.ground.files import read_json, write_json, write_text
 from atp.inputs.folders import COMPARISON, CONFIG, INPUTS, opened, refuse_inputs_inside, saved_config
 from atp.inputs.loading import check_length, load_shapes
+from atp.inputs.precision import precision_of
 from atp.inputs.promises import check_promises, check_target
+from atp.inputs.resolve import in_common
 from atp.processes import processes
 from atp.run import Run
 from atp.studies.compare.arms import ATP, Arm
 from atp.studies.compare.baseline_run import BaselineRun
 from atp.studies.compare.results import Member
 from atp.studies.engines import Job
-from atp.training.precision import with_precision
 from atp.training.resume import refuse_other_inputs
 
 _BEHIND_SCORES = (
@@ -148,7 +149,7 @@ class Members:
         config.data.seed = config.seed if config.data.seed is None else config.data.seed
         config.evaluation.dense_baseline = False
         saved = saved_config(self.folder, COMPARISON)
-        config = with_precision(config, COMPARISON)
+        config = in_common(config, precision_of(self.folder, COMPARISON))
         if saved:
             config.refuse_change_of(saved)
         return config

@@ -16,7 +16,8 @@ from atp.ground.files import check_writable, write_json
 from atp.ground.signals import SignalGuard
 from atp.inputs.folders import COMPARISON
 from atp.inputs.loading import check_packages, data_settings, load_shapes, load_tokenizer
-from atp.inputs.targets import with_share
+from atp.inputs.precision import refuse_open
+from atp.inputs.targets import in_shares
 from atp.processes import processes
 from atp.report.beside import perplexity_of
 from atp.studies.compare.members import Members
@@ -25,7 +26,6 @@ from atp.studies.engines import Engine, Here, Job
 from atp.studies.experiments.pictures import draw
 from atp.studies.experiments.rows import append_rows, member_row
 from atp.studies.experiments.spec import ExperimentSpec
-from atp.training.precision import refuse_open
 from atp.training.schedule import Phases
 
 
@@ -58,7 +58,7 @@ class Experiment:
         self.arms = self.spec.labelled_arms()
         self.seeds = seeds or self.spec.seeds
         self.configs = {
-            domain: with_share(self.spec.config(path, domain, overrides)) for domain in domains or self.spec.domains
+            domain: in_shares(self.spec.config(path, domain, overrides)) for domain in domains or self.spec.domains
         }
 
     def execute(self) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from atp.baselines.tuner import DENSE
 from atp.config import ATPConfig
+from atp.config.resolved import ResolvedTraining
 from atp.ground.errors import InputError
 from atp.ground.files import read_json, whole_folder, write_json, write_text
-from atp.inputs.folders import CONFIG, INPUTS, LATENCY
+from atp.inputs.folders import CONFIG, INPUTS, LATENCY, RESOLVED
 from atp.inputs.promises import check_target
+from atp.inputs.resolve import resolve
 from atp.processes import processes
 from atp.run import Run
 from atp.studies.sweep.targets import SweepTarget
@@ -72,17 +74,21 @@ def start_from(shared: Path, target: SweepTarget, command: str) -> None:
 
     Raises `InputError` if no checkpoint of the shared folder can be continued under its config.
     """
-    config = target.config
     root = shared / "checkpoints"
     newest = checkpoints.resume_point(root, say=lambda line: None)
     if newest is None:
         raise InputError(f"{root} holds no checkpoint: remove {shared / DONE} and repeat `{command}` with --resume")
-    state = for_target(checkpoints.load(newest), config)
+    state = checkpoints.load(newest)
+    # What is resolved of the training goes by the data, which the shared part has read.
+    training = ResolvedTraining.model_validate(state.meta["config"]["training"])
+    config = resolve(target.config.model_copy(update={"training": training}))
+    state = for_target(state, config)
     with whole_folder(Path(config.output_dir)) as folder:
         for name in _TAKEN:
             if (shared / name).is_file():
                 shutil.copyfile(shared / name, folder / name)
-        write_text(folder / CONFIG, config.dump())
+        write_text(folder / CONFIG, target.given.dump())
+        write_text(folder / RESOLVED, config.dump())
         if target.latency is not None:
             write_json(folder / LATENCY, target.latency)
         checkpoints.save(folder / "checkpoints", state, keep=1)
@@ -90,7 +96,7 @@ def start_from(shared: Path, target: SweepTarget, command: str) -> None:
 
 def shared_parts(config: ATPConfig) -> str:
     """A sentence on what the targets share, and on what they do not if no step is among it."""
-    training, decisions = config.training, config.deciding
+    training, decisions = config.training, resolve(config).decisions
     parts = ["the original model's scores"]
     if config.evaluation.dense_baseline:
         parts.append("the tuned dense model")

@@ -22,16 +22,17 @@ from atp.inputs.folders import (
     saved_config,
 )
 from atp.inputs.loading import check_packages, load_shapes
+from atp.inputs.precision import precision_of, refuse_open
 from atp.inputs.promises import check_target
+from atp.inputs.resolve import in_common
 from atp.inputs.targets import at_share
 from atp.processes import processes
 from atp.run import Run
 from atp.studies.engines import Engine, Here, Job, Say
 from atp.studies.sweep.shared import DONE, SharedRun, shared_parts, start_from
 from atp.studies.sweep.table import CsvRow, draw, recommend, target_row, uncut_rows, write_csv
-from atp.studies.sweep.targets import SweepTarget, resolve
+from atp.studies.sweep.targets import SweepTarget, targets_of
 from atp.studies.sweep.units import Asked, refuse_targets
-from atp.training.precision import refuse_open, with_precision
 
 SWEEP, SHARED = "sweep.yaml", "shared"
 _NO_TARGET = DecisionsConfig.model_fields["target_keep"].default  # of what is shared: no target is used there
@@ -82,8 +83,9 @@ class Sweep:
     def _execute(self, held: ExitStack) -> dict[str, Any]:
         self.resume = self.resume or processes.on_main(lambda: begun_by_this_launch(self.folder, SWEEP))
         refuse_open(self.config, self.engine.elsewhere)
-        self.config = processes.on_main(lambda: with_precision(_placed(self.config, self.folder), SWEEP))
-        self.common = _placed(at_share(self.config, _NO_TARGET), self.folder / SHARED)
+        known = processes.on_main(lambda: precision_of(self.folder, SWEEP))
+        self.config = in_common(at_share(_placed(self.config, self.folder), _NO_TARGET), known)
+        self.common = _placed(self.config, self.folder / SHARED)
         targets = processes.on_main(self._check)
         processes.on_main(lambda: self._open(held))
         shared = self._share([target.config for target in targets])
@@ -112,7 +114,7 @@ class Sweep:
             raise InputError(
                 f"--{timed.text} would be measured on this machine, not on those that run: use another unit"
             )
-        targets = resolve(self.config, self.asked, self.folder)
+        targets = targets_of(self.config, self.asked, self.folder)
         for target in targets:
             refuse_inputs_inside(target.config, Path(target.config.output_dir))
             check_target(target.config, shapes)

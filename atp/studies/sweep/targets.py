@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atp.config import ATPConfig
-from atp.inputs.targets import at_target, with_share
-from atp.plan.latency import LatencyTable, with_time
+from atp.inputs.targets import at_share, at_target, share_of
+from atp.plan.latency import LatencyTable, measured_target
 from atp.studies.sweep.units import Asked
 
 
@@ -16,7 +16,7 @@ class SweepTarget(NamedTuple):
     """A target of a sweep, and the run that it asks for.
 
     given: the config with the target in its unit, as `atp train` would get it. config: with the share of the decoder
-    that it comes to. latency: what was measured for a target in milliseconds, else None.
+    that it comes to, and otherwise as open as that. latency: what was measured for a target in milliseconds, else None.
     """
 
     asked: Asked
@@ -25,7 +25,7 @@ class SweepTarget(NamedTuple):
     latency: dict[str, Any] | None
 
 
-def resolve(config: ATPConfig, asked: Sequence[Asked], folder: Path) -> list[SweepTarget]:
+def targets_of(config: ATPConfig, asked: Sequence[Asked], folder: Path) -> list[SweepTarget]:
     """The targets, each with a run folder under `folder`; times of one kind come from one measurement.
 
     Raises `InputError` for a target out of the model's reach.
@@ -35,6 +35,7 @@ def resolve(config: ATPConfig, asked: Sequence[Asked], folder: Path) -> list[Swe
     for one in asked:
         placed = config.model_copy(update={"output_dir": str(folder / one.folder)})
         given = at_target(placed, one.unit.key, one.value)
-        timed, latency = with_time(given, tables)
-        targets.append(SweepTarget(one, given, with_share(timed), latency))
+        latency = measured_target(given, tables)
+        share = share_of(given) if latency is None else latency["target_keep"]
+        targets.append(SweepTarget(one, given, at_share(given, share), latency))
     return targets

@@ -11,10 +11,10 @@ from tiny_command import read, results, start, stopping_at
 
 from atp import run as runs
 from atp.ground.errors import InputError
+from atp.inputs import precision
+from atp.inputs.precision import autocast_dtype, of_device, precision_at, slow_precision, with_precision
 from atp.plan import make_plan
 from atp.training import checkpoint as checkpoints
-from atp.training import precision
-from atp.training.precision import autocast_dtype, of_device, precision_at, slow_precision, with_precision
 from atp.training.trainer import ATPTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("wide_budget")]

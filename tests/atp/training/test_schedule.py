@@ -17,12 +17,12 @@ from atp.training.schedule import Phases, learning_rate
 @pytest.mark.parametrize("lr", [1e-3, 3.7e-4])
 def test_learning_rates_are_those_of_transformers_step_by_step(schedule, warmup, lr):
     """Also for a warmup as long as the run, and longer."""
-    config = TrainingConfig(search=9, settle=4, tune=7, schedule=schedule, warmup=warmup)
+    config = TrainingConfig(search=9, settle=4, tune=7, schedule=schedule, warmup=warmup, lr=lr)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=config.total)
     for step in range(config.total):
-        assert learning_rate(config, step, lr) == optimizer.param_groups[0]["lr"], step
+        assert learning_rate(config, step) == optimizer.param_groups[0]["lr"], step
         optimizer.step()
         scheduler.step()
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 
-from atp.config import ATPConfig
+from atp.config import ATPConfig, Definite
 from atp.ground.errors import InputError
-from atp.inputs.folders import CONFIG, saved_config
+from atp.inputs.folders import CONFIG, RESOLVED, saved_config
 from atp.processes import processes
-from atp.training.resume import started_with
 
-Definite = Literal["float32", "bfloat16"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 AUTO: Final = "auto"
@@ -28,24 +26,12 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return _DTYPES[precision]
 
 
-def with_precision(config: ATPConfig, started: str = CONFIG, device: str | None = None) -> ATPConfig:
-    """The config with a definite precision in place of `auto`: that which its folder was started with.
-
-    Where nothing was started, that of the device, by default this process's; so the main process asks for all.
-    started: the file in which the folder keeps its config.
-    """
-    if config.training.precision != AUTO:
-        return config
-    found = _definite(started_with(Path(config.output_dir), started)) or of_device(device or processes.device().type)
-    return config.model_copy(update={"training": config.training.model_copy(update={"precision": found})})
-
-
 def precision_at(asked: Precision, *places: str) -> Definite:
     """The precision for models and data at these paths: `auto` is that of the run which a path lies in."""
     if asked != AUTO:
         return asked
     folders = [folder for place in places for folder in (Path(place), Path(place).parent)]
-    found = (_definite(saved_config(folder)) for folder in folders)
+    found = (precision_of(folder, name) for folder in folders for name in (RESOLVED, CONFIG))
     return next((precision for precision in found if precision), None) or of_device(processes.device().type)
 
 
@@ -76,9 +62,9 @@ def refuse_open(config: ATPConfig, elsewhere: bool) -> None:
         )
 
 
-def _definite(saved: dict[str, Any] | None) -> Definite | None:
-    """The precision that a saved config holds; None where it holds none, or `auto`, as older versions wrote it."""
-    precision = (saved or {}).get("training", {}).get("precision")
+def precision_of(folder: Path, started: str) -> Definite | None:
+    """The precision that a config in a folder holds; None where there is none, or where it leaves that open."""
+    precision = (saved_config(folder, started) or {}).get("training", {}).get("precision")
     return precision if precision in _DTYPES else None
 
 
