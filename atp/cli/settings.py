@@ -48,13 +48,20 @@ def show(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, overriding the file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Print a config with its preset, overrides and all defaults filled in.
+    """Print the config that a run would use on this machine: preset, overrides, defaults, and every choice left open.
 
     Example: atp config show examples/health-mini.yaml preset=paper
     """
     from atp.config import ATPConfig
 
-    typer.echo(redacted(ATPConfig.load(path, overrides).dump()), nl=False)
+    asked = ATPConfig.load(path, overrides)
+
+    from atp.inputs.resolve import foreseen
+
+    config, open_keys = foreseen(asked)
+    if open_keys:
+        typer.echo(f"# known once a run has read its data (see its resolved.yaml): {', '.join(open_keys)}")
+    typer.echo(redacted(config.dump()), nl=False)
 
 
 @config.command()

@@ -208,7 +208,7 @@ def outline(config: ResolvedConfig, model: PreTrainedModel, data: RunData) -> li
         f"products: in {training.precision} on {processes.device().type}",
         f"target: {decisions.target_keep:.4g} of the decoder, in space {decisions.space}, source {decisions.source}",
         f"scores: perplexity of {min(evaluation.windows, len(data.test)):,} windows{asked}{dense}",
-        f"folder: {config.output_dir}, with all settings in config.yaml (atp watch {config.output_dir} shows the run)",
+        f"folder: {config.output_dir}, settings in resolved.yaml (atp watch {config.output_dir} shows the run)",
     ]
 
 

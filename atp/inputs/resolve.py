@@ -13,7 +13,7 @@ from atp.config.resolved import decided
 from atp.data import scored_per_sample
 from atp.ground.errors import InputError
 from atp.inputs.precision import AUTO, of_device
-from atp.inputs.targets import in_shares, share_of
+from atp.inputs.targets import TIMED, in_shares, share_of
 from atp.processes import processes
 
 
@@ -45,6 +45,18 @@ def resolve(
         return decided(config, precision, keep, steps, scored)
     except ValidationError as error:
         raise InputError(explain(error, TrainingConfig)) from None
+
+
+def foreseen(config: ATPConfig) -> tuple[ATPConfig, list[str]]:
+    """The config as far as it can be resolved without the data and without a measurement, and the keys left open."""
+    training, decisions = config.training, config.decisions
+    timed = [f"decisions.{key}" for key in TIMED if getattr(decisions, key) is not None]
+    length = [f"training.{key}" for key in training.budget]
+    by_data = [f"training.{key}" for key in ("lr", "update_clipping") if getattr(training, key) is None]
+    if not (timed or length):
+        return resolve(config), by_data
+    update = {"precision": definite(config)}
+    return config.model_copy(update={"training": training.model_copy(update=update)}), [*timed, *length, *by_data]
 
 
 def definite(config: ATPConfig, device: str | None = None) -> Definite:

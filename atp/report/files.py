@@ -33,7 +33,7 @@ class RunFiles:
 
 
 def read_run(folder: Path, *, under_way: bool = False) -> RunFiles:
-    """Reads metrics.jsonl, summary.json, decisions.json, certificate.json and config.yaml of a run folder.
+    """Reads metrics.jsonl, summary.json, decisions.json, certificate.json and resolved.yaml of a run folder.
 
     Without a summary, scores come from evaluation.json. under_way: the run is at work. Raises `InputError` if the
     folder has none of these files.
@@ -96,7 +96,7 @@ def _total(config: str) -> int | None:
 
 
 def _fill(run: RunFiles, folder: Path, under_way: bool) -> None:
-    run.config = _text(folder / "config.yaml")
+    run.config = _text(folder / "resolved.yaml") or _text(folder / "config.yaml")
     run.metrics = _metrics(_text(folder / "metrics.jsonl"), run.notes)
     run.dense = read_metrics(folder / "dense_lora")
     run.summary = _json(folder / "summary.json", run.notes)

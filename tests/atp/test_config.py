@@ -2,9 +2,11 @@
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from atp.config import ATPConfig
 from atp.ground.errors import InputError
+from atp.inputs.resolve import resolve
 
 MINIMAL = {"model": {"path": "some-model"}, "output_dir": "runs/x"}
 
@@ -218,10 +220,25 @@ def test_paper_preset_holds_the_recorded_values():
 )
 def test_decisions_come_from_lora_steps_where_watching_them_suits_the_run(sections, source):
     config = parse(**sections)
-    assert config.deciding.source == source
     assert config.decisions.source == sections.get("decisions", {}).get("source"), "what is saved is what was asked for"
-    assert config.decisions.rounds is None
-    assert config.deciding.model_copy(update={"source": config.decisions.source, "rounds": None}) == config.decisions
+    assert resolve(config).decisions.source == source
+
+
+def test_a_resolved_config_leaves_nothing_open_and_nobody_changes_it():
+    asked = parse(training={"lr": 1e-3, "update_clipping": False}, evaluation={"every": 100})
+    found = resolve(asked)
+    none = {"model.gguf_file", "model.revision", "model.load_in", "training.minutes", "training.tokens",
+            "training.sharding", "training.patience", "training.metrics_file", "decisions.multiples"}  # fmt: skip
+    null = {f"{section}.{key}" for section, values in found.model_dump().items() if isinstance(values, dict)
+            for key, value in values.items() if value is None}  # fmt: skip
+    assert {key for key in null if not key.startswith(("data.", "decisions.target_"))} == none
+    assert (found.training.open, found.training.tune, found.training.steps) == (133, 267, 400)
+    assert found.training.beta2 == asked.training.second_moment and found.data.seed == asked.seed
+    assert found.evaluation.validation_windows == 15 and found.training.precision in ("float32", "bfloat16")
+    assert resolve(found) == found and type(found).model_validate(found.model_dump(mode="json")) == found
+    for section, key in ((found, "seed"), (found.training, "steps"), (found.decisions, "rounds")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 1)
 
 
 def test_own_values_win_over_the_preset(path):

@@ -11,9 +11,9 @@ from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.evaluation.inference import cache_name
 from atp.ground.errors import InputError
-from atp.inputs.targets import with_share
+from atp.inputs.targets import share_of
 from atp.plan import latency, make_plan
-from atp.plan.latency import PROMPT, LatencyTable, share_of_widths, with_time
+from atp.plan.latency import PROMPT, LatencyTable, measured_target, share_of_widths
 from atp.plan.page import page
 from atp.plan.shapes import mask_of
 from atp.removal import cut_config
@@ -91,21 +91,20 @@ def test_the_share_is_the_largest_whose_time_meets_the_target(folder, table):
     assert TABLE.kept(14.0) == pytest.approx(0.5) and TABLE.kept(20.0) == pytest.approx(0.75)
     space = MaskSpace.from_config(AutoConfig.from_pretrained(folder), "kv_group")
     for key, decode in (("target_prefill_ms", False), ("target_decode_ms", True)):
-        config, found = with_time(config_of(folder, **{key: 14}))
+        found = measured_target(config_of(folder, **{key: 14}))
         assert table.pop() == decode
-        assert config.decisions.target_keep == found["target_keep"] == pytest.approx(share_of_widths(0.5, space))
-        assert getattr(config.decisions, key) is None and found["target"] == {key: 14}
+        assert found["target_keep"] == pytest.approx(share_of_widths(0.5, space)) and found["target"] == {key: 14}
         what = "a new token" if decode else "a prompt of 256 tokens"
         assert found["description"].startswith(f"{what} takes 26 ms on this device before the cut, and 14 ms with ")
     plain = config_of(folder, target_keep=0.7)
-    assert with_time(plain) == (plain, None) and not table
+    assert measured_target(plain) is None and not table
 
 
 def test_times_out_of_reach_are_refused(folder, table):
     with pytest.raises(InputError, match=r"target_prefill_ms is 26, but the whole model takes 26 ms .* nothing needs"):
-        with_time(config_of(folder, target_prefill_ms=26))
+        measured_target(config_of(folder, target_prefill_ms=26))
     with pytest.raises(InputError, match=r"target_decode_ms is 5, but .* an eighth of every width takes 10 ms for"):
-        with_time(config_of(folder, target_decode_ms=5))
+        measured_target(config_of(folder, target_decode_ms=5))
     for value in (0, -3, "soon"):
         with pytest.raises(InputError, match="config key 'decisions.target_decode_ms' is"):
             config_of(folder, target_decode_ms=value)
@@ -113,7 +112,7 @@ def test_times_out_of_reach_are_refused(folder, table):
         with pytest.raises(InputError, match="one target in different units"):
             config_of(folder, target_prefill_ms=5, **other)
     with pytest.raises(InputError, match="target_prefill_ms is measured .*, `atp sweep` and `atp plan` only"):
-        with_share(config_of(folder, target_prefill_ms=5))
+        share_of(config_of(folder, target_prefill_ms=5))
 
 
 def test_a_run_keeps_its_share_when_it_resumes(config, tmp_path, wide_budget, table, monkeypatch):
@@ -125,7 +124,7 @@ def test_a_run_keeps_its_share_when_it_resumes(config, tmp_path, wide_budget, ta
     assert summary["latency"]["table"]["outside"] == 3.0
     share = summary["latency"]["target_keep"]
     assert summary["target_keep"] == share and summary["keep_decoder"] == pytest.approx(share, abs=0.02)
-    assert f"target_keep: {share}" in (out / "config.yaml").read_text(encoding="utf-8")
+    assert f"target_keep: {share}" in (out / "resolved.yaml").read_text(encoding="utf-8")
     before = results(out)
     (out / "summary.json").unlink()
     monkeypatch.setattr(latency, "measure", lambda *given, **options: pytest.fail("it was measured before"))
@@ -145,4 +144,4 @@ def test_a_model_whose_layers_differ_is_refused(tmp_path):
     mask[space.layer(0)[0].start] = False
     cut_config(SHAPES, space, mask).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="those of this model differ in width: use target_keep"):
-        with_time(config_of(tmp_path, target_decode_ms=5.0))
+        measured_target(config_of(tmp_path, target_decode_ms=5.0))

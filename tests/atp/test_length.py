@@ -11,10 +11,12 @@ from tiny_inputs import tiny_config
 from atp.config import ATPConfig
 from atp.config.presets import PRESETS
 from atp.ground.errors import InputError
+from atp.inputs.resolve import resolve
 from atp.plan import length, make_plan
 from atp.plan.cost import Flops
-from atp.plan.length import with_known_steps, with_steps
+from atp.plan.length import measured_length
 from atp.run import Run
+from atp.training.resume import begun
 from atp.training.schedule import Phases
 
 
@@ -22,14 +24,20 @@ def config_of(preset="quick", **training):
     return ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o", "preset": preset, "training": training})
 
 
+def resolved(config, sample=100.0, scored=1.0):
+    """The config of a run with samples of so many tokens, and what was found of its length."""
+    record = measured_length(config, sample, scored)
+    return resolve(config, steps=record and record["steps"]), record
+
+
 def phases(config, sample=100.0):
-    found, record = with_steps(config, sample)
-    assert found.training.budget == {} and record["steps"] == found.training.total
+    found, record = resolved(config, sample)
+    assert found.training.budget == {} and f"comes to {found.training.total} steps" in record["description"]
     return Phases.from_config(found.training)
 
 
 def test_tokens_are_those_that_all_steps_read():
-    found, record = with_steps(config_of(tokens=2e6, batch_size=2, gradient_accumulation=5), 100.0)
+    found, record = resolved(config_of(tokens=2e6, batch_size=2, gradient_accumulation=5))
     assert found.training.total == 2000 and Phases.from_config(found.training).open == round(2000 / 3)
     assert (
         record["description"] == "training.tokens=2e+06 comes to 2000 steps (1,000 tokens per step), 2,000,000 tokens"
@@ -68,7 +76,7 @@ def test_the_steps_of_a_preset_give_way():
 
 def test_too_little_is_refused():
     with pytest.raises(InputError, match="training.tokens is 500, which comes to 5 steps .*: give more"):
-        with_steps(config_of(tokens=500), 100.0)
+        resolved(config_of(tokens=500))
 
 
 def test_who_knows_only_steps_says_so():
@@ -83,25 +91,25 @@ def test_who_knows_only_steps_says_so():
 @pytest.mark.parametrize("unit", ["steps", "tokens"])
 def test_auto_goes_by_the_number_of_steps(steps, every, lr, windows, unit):
     length = {unit: steps * (100 if unit == "tokens" else 1)}
-    found = with_steps(config_of("auto", **length), 100.0)[0]
+    found = resolved(config_of("auto", **length))[0]
     assert found.training.total == steps and found.preset == "auto"
     assert (found.evaluation.every, found.training.keep_best) == (every, every is not None)
     assert (found.training.lr, found.decisions.refit_windows) == (lr, windows)
-    named = with_steps(config_of("quick", **length), 100.0)[0]
+    named = resolved(config_of("quick", **length))[0]
     assert (named.evaluation.every, named.training.lr, named.decisions.refit_windows) == (None, None, 192)
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens"])
 def test_settings_that_are_given_stand_above_auto_s(unit):
     values = {"model": {"path": "m"}, "output_dir": "o", "training": {unit: 400_000, "lr": 1e-3}}
-    found = with_steps(ATPConfig.parse(values | {"decisions": {"refit_windows": 0}}), 100.0)[0]
+    found = resolved(ATPConfig.parse(values | {"decisions": {"refit_windows": 0}}))[0]
     assert (found.training.lr, found.decisions.refit_windows) == (1e-3, 0)
     assert found.training.keep_best and found.evaluation.every == 200
-    found = with_steps(ATPConfig.parse(values | {"evaluation": {"every": None}}), 100.0)[0]
+    found = resolved(ATPConfig.parse(values | {"evaluation": {"every": None}}))[0]
     assert (found.training.keep_best, found.evaluation.every) == (False, None)
-    found = with_steps(ATPConfig.parse(values | {"evaluation": {"every": 7}}), 100.0)[0]
+    found = resolved(ATPConfig.parse(values | {"evaluation": {"every": 7}}))[0]
     assert (found.training.keep_best, found.evaluation.every) == (True, 7)
-    again = ATPConfig.parse(found.model_dump(mode="json"))
+    again = type(found).model_validate(found.model_dump(mode="json"))
     assert again == found, "as a run reads it back"
 
 
@@ -130,7 +138,11 @@ def test_a_run_reads_the_tokens_that_were_asked_for(tiny):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, record["steps"] + 1))
     assert record["steps"] == round(700 / (2 * 16)) and record["asked"] == {"tokens": 700}
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["train_tokens"] == record["steps"] * 32
-    assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["training"]["tokens"] is None
+    asked, used = (
+        yaml.safe_load((run / name).read_text(encoding="utf-8"))["training"]
+        for name in ("config.yaml", "resolved.yaml")
+    )
+    assert (asked["tokens"], used["tokens"], used["steps"]) == (700, None, record["steps"])
 
 
 def test_a_run_goes_on_with_the_steps_that_it_began_with(tiny):
@@ -138,9 +150,9 @@ def test_a_run_goes_on_with_the_steps_that_it_began_with(tiny):
     before = (Path(tiny.output_dir) / "summary.json").read_bytes()
     Run(tiny, resume=True, command="atp train", say=lambda line: None).execute()
     assert (Path(tiny.output_dir) / "summary.json").read_bytes() == before
-    assert with_known_steps(tiny)[0].training.total == 22
+    assert begun(tiny).training.total == 22
     other = tiny.model_copy(update={"training": tiny.training.model_copy(update={"tokens": 900.0})})
-    assert with_known_steps(other) == (other, None)
+    assert begun(other) is None
     with pytest.raises(InputError, match="cannot resume under a changed config .*tokens"):
         Run(other, resume=True, command="atp train", say=lambda line: None).execute()
 
@@ -165,19 +177,23 @@ def test_a_run_whose_tokens_come_to_many_steps_has_a_validation_split(tiny, tmp_
 def test_minutes_are_what_the_probe_says(tiny, tmp_path, monkeypatch):
     """Twice the speed gives twice the steps, once what takes its time beside them is off."""
     speeds = dict.fromkeys((field.name for field in dataclasses.fields(Flops)), 1e7)
-    monkeypatch.setattr("atp.plan.probe.flop_rates", lambda job: Flops(**speeds))
+    monkeypatch.setattr(length, "flop_rates", lambda job: Flops(**speeds))
 
     def at(minutes):
         training = tiny.training.model_copy(update={"tokens": None, "minutes": minutes})
         return tiny.model_copy(update={"training": training, "output_dir": str(tmp_path)})
 
-    fixed, each = length._seconds(length._at(at(1), 1000), 32.0, 0.5)
-    steps = with_steps(at(1), 32.0, 0.5)[0].training.total
+    fixed, each = length._seconds(resolve(at(1), steps=1000), 32.0, 0.5)
+    steps = resolved(at(1), 32.0, 0.5)[0].training.total
     assert steps == int((60 - fixed) / each) >= 10 and fixed > 0
     speeds = {kind: 2 * speed for kind, speed in speeds.items()}
-    assert with_steps(at(1), 32.0, 0.5)[0].training.total == pytest.approx((120 - fixed) / each, abs=1)
+    assert resolved(at(1), 32.0, 0.5)[0].training.total == pytest.approx((120 - fixed) / each, abs=1)
     with pytest.raises(InputError, match="training.minutes is .*, which comes to 0 steps"):
-        with_steps(at(fixed / 3 / 60), 32.0, 0.5)
+        resolved(at(fixed / 3 / 60), 32.0, 0.5)
+
+
+def at_steps(config):
+    return lambda steps: resolve(config, steps=steps)
 
 
 @pytest.mark.parametrize(("minutes", "steps", "asked"), [(5, 290, 1), (1, 30, 2), (0.4, -6, 2)])
@@ -186,11 +202,11 @@ def test_few_steps_are_those_of_a_run_that_measures_its_saliency(monkeypatch, mi
     probed = []
 
     def seconds(config, sample, scored, calibrated):
-        probed.append(config.deciding.source)
-        return {"running": 10.0, "tuned": 30.0}[config.deciding.source], 1.0
+        probed.append(config.decisions.source)
+        return {"running": 10.0, "tuned": 30.0}[config.decisions.source], 1.0
 
     monkeypatch.setattr(length, "_seconds", seconds)
-    assert length._steps_in(60.0 * minutes, config_of(), 100.0, 1.0)[0] == steps
+    assert length._steps_in(60.0 * minutes, at_steps(config_of()), 100.0, 1.0)[0] == steps
     assert probed == ["running", "tuned"][:asked]
 
 
@@ -202,7 +218,7 @@ def test_a_longer_recipe_is_taken_only_where_its_time_is_left(monkeypatch, secon
         return {96: 10.0, 192: 85.0}[config.decisions.refit_windows], 1.0
 
     monkeypatch.setattr(length, "_seconds", times)
-    assert length._steps_in(seconds, config_of("auto", minutes=1), 100.0, 1.0)[0] == steps
+    assert length._steps_in(seconds, at_steps(config_of("auto", minutes=1)), 100.0, 1.0)[0] == steps
 
 
 def test_the_plan_says_what_it_comes_to(tiny, tmp_path):

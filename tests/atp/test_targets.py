@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from atp.config import ATPConfig
 from atp.ground.errors import InputError
-from atp.inputs.targets import share_of_total, with_share
+from atp.inputs.targets import in_shares, share_of, share_of_total
 
 
 def config_of(folder, **decisions):
@@ -31,15 +31,15 @@ def test_counts_are_those_of_the_model(tmp_path, tied):
 def test_parameters_and_megabytes_are_one_target(folder):
     _, (least, most) = share_of_total(1, AutoModelForCausalLM.from_pretrained(folder).config, "kv_group")
     wanted = round(least + 0.6 * (most - least))
-    by_count = with_share(config_of(folder, target_params=wanted)).decisions
+    by_count = in_shares(config_of(folder, target_params=wanted)).decisions
     assert by_count.target_keep == pytest.approx(0.6, abs=1e-3) and by_count.target_params is None
-    by_size = with_share(config_of(folder, target_megabytes=4 * wanted / 1e6)).decisions
+    by_size = in_shares(config_of(folder, target_megabytes=4 * wanted / 1e6)).decisions
     assert by_size.target_keep == pytest.approx(by_count.target_keep) and by_size.target_megabytes is None
     narrow = config_of(folder, target_megabytes=2 * wanted / 1e6)
     narrow.model.dtype = "bfloat16"
-    assert with_share(narrow).decisions.target_keep == pytest.approx(by_count.target_keep)
+    assert share_of(narrow) == pytest.approx(by_count.target_keep)
     plain = config_of(folder, target_keep=0.3)
-    assert with_share(plain) is plain
+    assert share_of(plain) == 0.3
 
 
 def test_a_run_meets_a_target_in_parameters(config, tmp_path, wide_budget):
@@ -56,7 +56,7 @@ def test_a_run_meets_a_target_in_parameters(config, tmp_path, wide_budget):
 def test_targets_out_of_reach_and_two_targets_are_refused(folder):
     for key, value in (("target_params", 10), ("target_params", 10**9), ("target_megabytes", 1e-5)):
         with pytest.raises(InputError, match=rf"decisions.{key} is .* are not in the decoder.*choose a number between"):
-            with_share(config_of(folder, **{key: value}))
+            share_of(config_of(folder, **{key: value}))
     with pytest.raises(InputError, match="one target in different units"):
         config_of(folder, target_params=5, target_keep=0.5)
     with pytest.raises(InputError, match="one target in different units"):

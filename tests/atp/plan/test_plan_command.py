@@ -310,7 +310,7 @@ def test_padded_samples_count_their_own_tokens(config):
 def test_lengths_are_those_of_the_packed_samples(config):
     padded = changed(config, "data.packing=padded")
     data = load_data(padded, load_tokenizer(padded.model))
-    assert max(data.train.lengths) == data_of(padded, load_shapes(padded.model))["lengths"]["max"]
+    assert max(data.train.lengths) == data_of(padded, load_shapes(padded.model))[0]["lengths"]["max"]
 
 
 def test_the_sample_shows_where_the_loss_is(plan):

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.config import ATPConfig
 from atp.data import PackedDataset
+from atp.inputs.resolve import resolve
 from atp.plan.job import Workload
 from atp.plan.memory import memory_of
 from atp.plan.shapes import ModelShapes
@@ -56,7 +57,8 @@ def test_the_largest_moment_is_that_of_a_real_cut(tmp_path, sizes, monkeypatch):
         trainer.train()
     (span,) = (event for event in found.profiler.kineto_results.events() if event.name() == "the cut")
     peak = max(held for time, held in allocated_bytes(found) if span.start_ns() <= time <= span.end_ns())
-    rows = {row["phase"]: row["parts"] for row in memory_of(Workload.of(config, shapes, autocast=None, device="cpu"))}
+    job = Workload.of(resolve(config), shapes, autocast=None, device="cpu")
+    rows = {row["phase"]: row["parts"] for row in memory_of(job)}
     planned = sum(size for part, size in rows["cut"].items() if part != "process")
     print(f"planned {planned}, measured {peak}: {rows['cut']}")
     assert 0.9 * peak <= planned <= 1.1 * peak

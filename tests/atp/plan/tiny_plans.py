@@ -4,6 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atp.config import ATPConfig
+from atp.inputs.resolve import resolve
 from atp.lora.layer import add_lora
 from atp.models.attention import use_training_attention
 from atp.plan.job import Workload
@@ -48,14 +49,14 @@ def settings(*overrides):
 
 def job(*overrides, family="llama", autocast=None, device="cpu", scored=1.0, count=None, **changes):
     """The job of a plan for a tiny model."""
-    config = settings(*overrides)
+    config = resolve(settings(*overrides))
     shapes = ModelShapes.of(tiny(family, **changes), config.decisions)
     return Workload.of(config, shapes, autocast=autocast, device=device, scored=scored, count=count)
 
 
 def unequal_job(*overrides, scored=1.0):
     """The job of a plan for a model that is cut already, to 2 and 1 KV groups and 256 and 100 channels."""
-    config, whole = settings(*overrides), tiny()
+    config, whole = resolve(settings(*overrides)), tiny()
     space = MaskSpace.from_config(whole, "kv_group")
     mask = mask_of(space, {"kv_group": [2, 1], "mlp": [256, 100]})
     shapes = ModelShapes.of(cut_config(whole, space, mask), config.decisions)

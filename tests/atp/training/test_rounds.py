@@ -99,7 +99,7 @@ def test_one_round_and_learned_decisions_are_left_alone(tmp_path):
 
 def test_a_run_takes_as_many_rounds_as_its_target_wants(tmp_path):
     def rounds(training=AT_ONCE, **decisions):
-        return make(tmp_path, training=training, decisions=decisions).config.deciding.rounds
+        return make(tmp_path, training=training, decisions=decisions).config.decisions.rounds
 
     shares_kept = (0.9, 0.6, 0.59, 0.4, 0.36, 0.2)
     assert [rounds(source="running", target_keep=share) for share in shares_kept] == [1, 1, 2, 2, 2, 4]
@@ -110,7 +110,7 @@ def test_a_run_takes_as_many_rounds_as_its_target_wants(tmp_path):
     padded = make(
         tmp_path, training=AT_ONCE, decisions={"source": "running", "target_keep": 0.4}, data={"packing": "padded"}
     )
-    assert padded.config.deciding.rounds == 1
+    assert padded.config.decisions.rounds == 1
 
 
 @pytest.mark.parametrize(("training", "decisions"), [

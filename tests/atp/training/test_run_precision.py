@@ -1,6 +1,5 @@
 """The precision that `auto` stands for: by what the device can do, decided once per run, and kept by its folder."""
 
-import json
 import platform
 from pathlib import Path
 
@@ -12,9 +11,10 @@ from tiny_command import read, results, start, stopping_at
 from atp import run as runs
 from atp.ground.errors import InputError
 from atp.inputs import precision
-from atp.inputs.precision import autocast_dtype, of_device, precision_at, slow_precision, with_precision
+from atp.inputs.precision import autocast_dtype, of_device, precision_at, slow_precision
+from atp.inputs.resolve import resolve
 from atp.plan import make_plan
-from atp.training import checkpoint as checkpoints
+from atp.training.resume import begun
 from atp.training.trainer import ATPTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("wide_budget")]
@@ -121,13 +121,14 @@ def test_a_run_goes_on_in_the_precision_it_was_started_in(undecided, unbroken, t
     processor(*() if other else ("avx512_bf16",))
     with stopping_at(*STOPS[stop]):
         start(undecided, folder)
-    begun = "float32" if other else "bfloat16"
-    assert yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["training"]["precision"] == begun
+    before = "float32" if other else "bfloat16"
+    texts = [(folder / name).read_text(encoding="utf-8") for name in ("config.yaml", "resolved.yaml")]
+    assert [yaml.safe_load(text)["training"]["precision"] for text in texts] == ["auto", before]
     processor(*other)
     start(undecided, folder, resume=True, say=said.append)
-    assert results(folder) == results(unbroken[begun])
-    assert scores(folder) == scores(unbroken[begun])
-    assert any("this device has no instructions" in line for line in said) == (begun == "bfloat16")
+    assert results(folder) == results(unbroken[before])
+    assert scores(folder) == scores(unbroken[before])
+    assert any("this device has no instructions" in line for line in said) == (before == "bfloat16")
 
 
 def test_a_damaged_config_leaves_the_answer_to_the_checkpoint(undecided, unbroken, tmp_path, processor):
@@ -135,31 +136,8 @@ def test_a_damaged_config_leaves_the_answer_to_the_checkpoint(undecided, unbroke
     processor("avx512_bf16")
     with stopping_at(ATPTrainer, "export"):
         start(undecided, folder)
-    (folder / "config.yaml").write_text("{", encoding="utf-8")
-    processor()
-    start(undecided, folder, resume=True)
-    assert results(folder) == results(unbroken["bfloat16"])
-
-
-def as_before(folder):
-    """Makes a stopped run one of a version that left the precision open in its config and its checkpoints."""
-    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    values["training"]["precision"] = "auto"
-    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    for path in folder.glob("checkpoints/*/state.json"):
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        meta["values"]["precision"] = meta["values"]["config"]["training"]["precision"]
-        meta["values"]["config"]["training"]["precision"] = "auto"
-        meta.pop("checksum")
-        path.write_text(json.dumps(meta | {"checksum": checkpoints._checksum(meta)}), encoding="utf-8")
-
-
-def test_a_run_of_an_older_version_goes_on_in_its_own(undecided, unbroken, tmp_path, processor):
-    folder = tmp_path / "out"
-    processor("avx512_bf16")
-    with stopping_at(ATPTrainer, "export"):
-        start(undecided, folder)
-    as_before(folder)
+    for name in ("config.yaml", "resolved.yaml"):
+        (folder / name).write_text("{", encoding="utf-8")
     processor()
     start(undecided, folder, resume=True)
     assert results(folder) == results(unbroken["bfloat16"])
@@ -170,7 +148,7 @@ def test_another_precision_than_the_run_s_is_refused(undecided, tmp_path, proces
     processor("avx512_bf16")
     with stopping_at(ATPTrainer, "train"):
         start(undecided, folder)
-    with pytest.raises(InputError, match="changed config .training.precision: 'bfloat16' -> 'float32'"):
+    with pytest.raises(InputError, match="changed config .training.precision: auto -> float32"):
         start(undecided, folder, resume=True, training={"precision": "float32"})
 
 
@@ -178,7 +156,7 @@ def test_plan_and_scores_of_a_run_take_its_precision(undecided, unbroken, proces
     for name, folder in unbroken.items():
         processor(*() if name == "bfloat16" else ("avx512_bf16",))
         config = undecided.model_copy(update={"output_dir": str(folder)})
-        assert with_precision(config).training.precision == name
+        assert begun(config).training.precision == name
         assert make_plan(config)["model"]["products"] == name
         places = [str(folder), str(folder / "model"), str(folder / "config.yaml")]
         assert [precision_at("auto", place) for place in places] == [name] * 3
@@ -200,5 +178,5 @@ def test_a_trainer_from_python_decides_once(undecided, tmp_path, processor):
     processor()
     assert trainer.autocast_dtype is trainer.pruning.autocast is torch.bfloat16
     assert trainer.checkpoint().meta["config"]["training"]["precision"] == "bfloat16"
-    assert slow_precision(trainer.config) and not slow_precision(with_precision(undecided))
+    assert slow_precision(trainer.config) and not slow_precision(resolve(undecided))
     assert not Path(trainer.config.output_dir).exists()
