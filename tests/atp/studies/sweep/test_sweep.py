@@ -22,7 +22,7 @@ from atp.studies.sweep import Sweep
 from atp.studies.sweep import sweep as sweeps
 from atp.studies.sweep.shared import SharedRun
 from atp.studies.sweep.table import recommend, show, tables
-from atp.studies.sweep.targets import resolve
+from atp.studies.sweep.targets import targets_of
 from atp.studies.sweep.units import UNITS
 from atp.training import checkpoint as checkpoints
 from atp.training import trainer as trainers
@@ -360,7 +360,7 @@ def test_the_command_takes_lists_in_any_units(config, tmp_path, monkeypatch, cap
 def test_the_targets_of_the_config_give_way(config, tmp_path):
     params = small(config, decisions={"target_keep": 0.6, "target_params": None})
     params = params.model_copy(update={"decisions": params.decisions.model_copy(update={"target_params": 10**9})})
-    (target,) = resolve(params, asked([0.7]), tmp_path)
+    (target,) = targets_of(params, asked([0.7]), tmp_path)
     assert target.given == target.config
     assert target.config.decisions.target_keep == 0.7 and target.config.decisions.target_params is None
 
