@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from atp.config import ATPConfig, ResolvedConfig
 from atp.config.presets import PRESETS
@@ -19,6 +20,9 @@ from atp.ground.errors import InputError, quote, shorten
 from atp.inputs.loading import RunData, check_length
 from atp.processes import processes
 from atp.spaces.space import MaskSpace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # seconds, which these checks do not take
 
 BUDGET_TOLERANCE = 0.002  # largest gap between the target and the share kept, of the decoder
 _OFTEN = 2  # epochs; dev/LOG.md has what 1.2 and 2.8 of them give

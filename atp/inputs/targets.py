@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from atp.config import ATPConfig, DecisionsConfig
 from atp.decide.budget import Budget
@@ -69,6 +69,8 @@ def share_of_total(params: float, shapes: PretrainedConfig, space: str) -> tuple
 
     most: parameters of the whole model, tied ones once; least: those outside the decoder's layers.
     """
+    from transformers import AutoModelForCausalLM  # seconds, which other targets do not take
+
     with torch.device("meta"):  # counts without memory
         total = sum(p.numel() for p in AutoModelForCausalLM.from_config(shapes).parameters())
     decoder = Budget(MaskSpace.from_config(shapes, space)).total

@@ -11,10 +11,12 @@ import copy
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +31,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from atp.ground.errors import InputError, is_out_of_memory, reason, shorten
+from atp.models.gguf_header import without_vocabulary
 from atp.models.sizes import check_against_files, check_rope, check_sizes
 
 if TYPE_CHECKING:
@@ -141,7 +144,16 @@ def commit(path: str | Path, gguf_file: str | None = None, revision: str | None 
 
 @cache
 def _gguf_content(path: str, gguf_file: str, revision: str | None) -> dict[str, Any]:
-    """The config in a GGUF file's header, which takes seconds to read: it holds the vocabulary too."""
+    """The config in a GGUF file's header, as transformers reads it.
+
+    That takes seconds for a vocabulary, so it gets a copy without one, and the file itself where that fails.
+    """
+    file = _find(path, gguf_file, revision)
+    with TemporaryDirectory() as folder, suppress(ValueError, KeyError, IndexError, TypeError, OSError, struct.error):
+        if file is not None:
+            tokens = without_vocabulary(file, Path(folder) / "header.gguf")
+            content = PretrainedConfig.get_config_dict(folder, gguf_file="header.gguf")[0]
+            return content if tokens is None else {"vocab_size": tokens} | content
     return PretrainedConfig.get_config_dict(path, gguf_file=gguf_file, revision=revision or _MAIN)[0]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from atp.families import FAMILIES, family_of, is_cut, layer_config
 from atp.families.family import CUT_MODEL_TYPE
@@ -22,6 +21,7 @@ _OPTIONAL = ("num_key_value_heads", "head_dim")  # null stands for what follows 
 _PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 _LARGEST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**31}  # beyond every model there is
 _LARGEST_WIDTH = 2**24
+_LARGEST_BASE = 1e12  # of RoPE that is taken without a look at its angles
 _MANY = 2**28  # weights for which there may be no room; fewer are built, and missed one by one
 
 
@@ -71,6 +71,10 @@ def check_rope(config: PretrainedConfig) -> None:
         _refuse("rope_parameters", whole.rope_parameters, "give those of one type of RoPE, one for all layers")
     if (kind := whole.rope_parameters.get("rope_type")) not in (types := ("default", *ROPE_INIT_FUNCTIONS)):
         _refuse("rope_type in rope_parameters", kind, f"make it one of {', '.join(types)}")
+    if kind == "default" and _is_plain(whole.rope_parameters):
+        return
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # seconds, which plain RoPE does not take
+
     try:
         found = LlamaRotaryEmbedding(whole)
         frequencies: list[Any] = [found.inv_freq]
@@ -92,6 +96,13 @@ def check_rope(config: PretrainedConfig) -> None:
         _refuse("rope_parameters", whole.rope_parameters, remedy)
     if not finite:
         _refuse("rope_parameters", whole.rope_parameters, f"angles of type {kind} are then not finite: correct it")
+
+
+def _is_plain(parameters: Mapping[str, Any]) -> bool:
+    """Whether RoPE is a base that its angles are finite for, and nothing else."""
+    theta = parameters.get("rope_theta")
+    known = parameters.keys() <= {"rope_type", "rope_theta"}
+    return known and isinstance(theta, (int, float)) and 1 <= theta < _LARGEST_BASE
 
 
 def check_against_files(config: PretrainedConfig, size: int, many: int = _MANY) -> None:

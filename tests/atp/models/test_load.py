@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -13,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_folder import edit_json, edit_weights, save
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PretrainedConfig
 
 from atp.cli.cli import main
 from atp.config import ModelConfig
 from atp.ground.errors import InputError
 from atp.inputs.loading import load_any_model, load_model, load_tokenizer
 from atp.lora.layer import add_lora
+from atp.models.gguf_header import without_vocabulary
 from atp.removal import certify_export, reference_logits
 from atp.spaces.space import MaskSpace
 
@@ -110,8 +112,8 @@ def test_an_export_with_a_missing_weight_fails_its_certificate(tmp_path):
         certify_export(model, merged, tmp_path, tokens)
 
 
-def write_gguf(path, model, leave_out=(), layers=True):
-    """A GGUF file of a Llama, in float32 and without a tokenizer; without its number of layers, if asked."""
+def write_gguf(path, model, leave_out=(), layers=True, more=lambda writer: None):
+    """A GGUF file of a Llama, in float32; without its number of layers, if asked. more: adds keys."""
     config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, "llama")
     if layers:
@@ -123,7 +125,7 @@ def write_gguf(path, model, leave_out=(), layers=True):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
+    more(writer)
     writer.add_token_list([str(token) for token in range(config.vocab_size)])
     for name, tensor in model.state_dict().items():
         if name not in leave_out:
@@ -143,6 +145,36 @@ def test_gguf_files_are_whole_too(tmp_path):
     assert "model.layers.1.mlp.up_proj.weight" in refused(tmp_path, gguf_file="part.gguf")
     write_gguf(tmp_path / "flat.gguf", model, layers=False)
     assert "does not say how many layers its model has" in refused(tmp_path, gguf_file="flat.gguf")
+
+
+def test_a_config_is_read_without_the_vocabulary(tmp_path):
+    """The copy of the header says what the file says, and takes no room for the weights."""
+    model = LlamaForCausalLM.from_pretrained(save(tmp_path / "source", vocab_size=500))
+    for name, more in {
+        "plain": lambda writer: writer.add_vocab_size(500),
+        "by the tokens": lambda writer: None,
+        "aligned": lambda writer: writer.add_custom_alignment(4096),
+        "other kinds": lambda writer: [
+            writer.add_token_scores([0.5] * 500), writer.add_token_types([1] * 500),
+            writer.add_uint64("x.large", 2**40),
+            writer.add_token_merges(["a b"] * 9), writer.add_array("general.tags", ["x", "yz"]),
+            writer.add_bool("general.flag", True), writer.add_array("general.lists", [1.5, 2.5]),
+        ],
+    }.items():  # fmt: skip
+        file, copy = tmp_path / f"{name}.gguf", tmp_path / "copy.gguf"
+        write_gguf(file, model, more=more)
+        assert without_vocabulary(file, copy) == 500
+        whole, alone = (
+            PretrainedConfig.get_config_dict(tmp_path, gguf_file=found.name)[0] | {"vocab_size": 500}
+            for found in (file, copy)
+        )
+        assert alone == whole, name
+        assert copy.stat().st_blocks * 512 < file.stat().st_size / 4, name
+    for length in (3, 20, 200, 3000):  # of a file that was not copied to its end
+        (tmp_path / "part.gguf").write_bytes(file.read_bytes()[:length])
+        with pytest.raises((ValueError, struct.error)):
+            without_vocabulary(tmp_path / "part.gguf", copy)
+        refused(tmp_path, gguf_file="part.gguf")
 
 
 def test_a_gguf_file_is_the_one_in_the_folder(tmp_path, monkeypatch):
