@@ -204,7 +204,8 @@ class Run:
         check_sharded(config)
         check_tasks(config, data.splits, tokenizer, shapes)
         timed = [found["description"] for found in (self.latency, self.length) if found is not None]
-        said = [*data.splits.remarks, *timed, *slow_precision(config), *run_remarks(asked, config, shapes, data)]
+        told = data.splits.remarks[1:] if self.outlined else data.splits.remarks  # the outline describes the data
+        said = [*told, *timed, *slow_precision(config), *run_remarks(asked, config, shapes, data)]
         load = partial(load_model, config.model, config.decisions.space)
         with loading.reading("model"):
             model = load() if processes.sharded() else processes.main_first(load)

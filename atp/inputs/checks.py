@@ -198,6 +198,7 @@ def outline(config: ResolvedConfig, model: PreTrainedModel, data: RunData) -> li
     counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
     several = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
     size = training.batch_size * training.gradient_accumulation
+    parameters = f"{count / 1e6:,.1f} million parameters" if count >= 1e6 else f"{count:,} parameters"
     epochs = training.total / steps_per_epoch(config, len(data.train), processes.count())
     after = training.total - training.opened - training.search - training.settle
     phases = {"open": training.opened, "search": training.search, "settle": training.settle, "tune": after}
@@ -205,10 +206,10 @@ def outline(config: ResolvedConfig, model: PreTrainedModel, data: RunData) -> li
     asked = f", {evaluation.questions:,} questions of each task" if data.splits.tasks and evaluation.questions else ""
     dense = "; the whole model is tuned too, for comparison" if evaluation.dense_baseline else ""
     return [
-        f"model: {config.model.path} ({kind}, {count / 1e6:,.1f} million parameters in {dtype}{held})",
+        f"model: {config.model.path} ({kind}, {parameters} in {dtype}{held})",
         f"data: {data.splits.description}",
         f"samples of up to {config.data.length:,} tokens: {counts}",
-        f"steps: {training.total:,} ({steps}), each of {size} samples{several}, {epochs:.2g} epochs",
+        f"steps: {training.total:,} ({steps}), each of {size} {'sample' if size == 1 else 'samples'}{several}, {epochs:.2g} epochs",
         f"products: in {training.precision} on {processes.device().type}",
         f"target: {decisions.target_keep:.4g} of the decoder, in space {decisions.space}, source {decisions.source}",
         f"scores: perplexity of {min(evaluation.windows, len(data.test)):,} windows{asked}{dense}",
@@ -224,6 +225,11 @@ def shortfalls(config: ResolvedConfig, data: RunData) -> list[str]:
         for key, count, what, there in _asked(config, data)
         if count > there
     ]
+    if config.data.packing == "padded" and data.train.longer:
+        found.append(
+            f"{data.train.longer:,} of {len(data.train):,} training samples are longer than data.length="
+            f"{config.data.length} and lose their beginning: raise it"
+        )
     held = set(values(test, "label")) if config.data.labels else set()
     unused = [label for label in config.data.labels if label not in held]
     if unused:

@@ -200,9 +200,8 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
             f"the training split has {len(train)} windows of {data.length} tokens, but one step takes "
             f"{needed}: add text, or lower data.length or training.batch_size"
         )
-    if train.longer:
-        fate = "lose their beginning" if data.packing == "padded" else "span several windows"
-        cut = f"{train.longer} train samples are longer than data.length ({data.length} tokens) and {fate}"
+    if train.longer and data.packing != "padded":  # of which `atp.inputs.checks.shortfalls` tells
+        cut = f"{train.longer} train samples are longer than data.length ({data.length} tokens) and span several windows"
         splits = replace(splits, description=f"{splits.description}; {cut}")
     return RunData(splits, train, calibration, held_out(config, splits, tokenizer), validation)
 

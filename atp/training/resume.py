@@ -24,6 +24,8 @@ from atp.ground.errors import InputError
 from atp.ground.files import read_json, sha256
 from atp.inputs.folders import CHECKPOINTS, INPUTS, RESOLVED, saved_config
 from atp.inputs.precision import AUTO
+from atp.inputs.resolve import resolve
+from atp.inputs.targets import TIMED
 from atp.processes import processes
 from atp.sharding.shards import whole
 from atp.training.checkpoint import Checkpoint, exist, newest, read_values, resume_point
@@ -83,8 +85,10 @@ def refuse_other_config(config: ATPConfig, folder: Path) -> None:
     if resolved is None:
         return
     values = resolved.model_dump(mode="json")
-    asked = saved_config(folder) or _reopened(values, config.model_dump(mode="json"))
-    config.refuse_change_of(asked, values)
+    if (asked := saved_config(folder)) is not None:
+        config.refuse_change_of(asked, values)
+    else:  # nobody knows what was asked for, but what is given now has to come to the same
+        _as_resolved(config, resolved).refuse_change_of(values)
 
 
 def begun(config: ATPConfig) -> ResolvedConfig | None:
@@ -112,11 +116,19 @@ def _resolved(folder: Path) -> ResolvedConfig | None:
     return None
 
 
-def _reopened(resolved: Any, asked: Any) -> Any:
-    """The resolved settings, with what is open in those asked for open again: nobody knows what it was."""
-    if isinstance(resolved, dict) and isinstance(asked, dict):
-        return {key: _reopened(value, asked.get(key)) for key, value in resolved.items()}
-    return asked if asked in (None, AUTO) else resolved
+def _as_resolved(config: ATPConfig, resolved: ResolvedConfig) -> ResolvedConfig:
+    """The config resolved by what was found for a run that is resolved already."""
+    filled = ATPConfig.model_validate(_filled(config.model_dump(), resolved.model_dump()))
+    steps = resolved.training.steps if config.training.budget else None
+    timed = any(getattr(config.decisions, key) is not None for key in TIMED)
+    return resolve(filled, steps=steps, latency={"target_keep": resolved.decisions.target_keep} if timed else None)
+
+
+def _filled(asked: Any, resolved: Any) -> Any:
+    """The settings asked for, with what they leave open as it was resolved."""
+    if isinstance(asked, dict) and isinstance(resolved, dict):
+        return {key: _filled(value, resolved.get(key)) for key, value in asked.items()}
+    return resolved if asked in (None, AUTO) else asked
 
 
 def for_target(state: Checkpoint, config: ResolvedConfig) -> Checkpoint:

@@ -9,6 +9,7 @@ from atp.data.batches import IGNORE
 from atp.ground.errors import InputError
 from atp.inputs.checks import check_reachable, few_scored, recipe, rereads, run_remarks, shortfalls, steps_per_epoch
 from atp.inputs.loading import load_data, load_model, load_shapes, load_tokenizer
+from atp.inputs.resolve import resolve
 from atp.run import Run
 from atp.training.trainer import ATPTrainer
 
@@ -129,22 +130,28 @@ def test_samples_that_are_read_often_are_said_unless_the_best_adapter_stays(conf
     ({}, None),
 ])  # fmt: skip
 def test_settings_that_take_away_what_another_is_for_are_said(settings, said):
-    found = recipe(ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o"} | settings))
+    found = recipe(resolve(ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o"} | settings)))
     assert len(found) == (said is not None) and all(line.startswith(said) for line in found), found
 
 
-@pytest.mark.parametrize(("packing", "fate"), [("joined", "span several windows"), ("padded", "lose their beginning")])
-def test_samples_that_are_cut_are_counted_in_the_description(config, tmp_path, packing, fate):
+@pytest.mark.parametrize("packing", ["joined", "padded"])
+def test_samples_longer_than_a_window_are_told(config, tmp_path, packing):
     rows = [f'{{"text": "the heart rate {n} {"fell " * (20 if n % 3 else 5)}"}}' for n in range(60)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
     long = changed(config, f"data.train={tmp_path / 'a.jsonl'}", "data.labels=[]", f"data.packing={packing}")
     data = load_data(long, load_tokenizer(long.model))
     cut = sum(len(example.text.split()) + 1 > 16 for example in data.splits.train)
     assert 0 < cut < len(data.splits.train)
-    sentence = f"; {cut} train samples are longer than data.length (16 tokens) and {fate}"
-    assert data.splits.description.endswith(sentence)
+    if packing == "joined":
+        sentence = f"; {cut} train samples are longer than data.length (16 tokens) and span several windows"
+        assert data.splits.description.endswith(sentence)
+    else:
+        whole = len(data.splits.train)
+        sentence = f"{cut} of {whole} training samples are longer than data.length=16 and lose their beginning: raise it"
+        assert sentence in shortfalls(long, data)
     short = changed(long, "data.length=64")
-    assert "data.length" not in load_data(short, load_tokenizer(long.model)).splits.description
+    data = load_data(short, load_tokenizer(long.model))
+    assert "data.length" not in data.splits.description + " ".join(shortfalls(short, data))
 
 
 def test_a_shown_question_needs_a_task_with_labels(config):
