@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from block_cases import Case
-from linear_cases import Shape, operands, unfused, with_gradients
+from linear_cases import Shape, operands, with_gradients
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -260,16 +260,6 @@ def test_a_mask_that_would_pay_for_a_slice_of_a_floating_weight(kind, monkeypatc
     assert [
         linear(tensors, weight, **shape.options).grad_fn.name() for weight in (quantised, stands_for(quantised))
     ] == ["MaskedLoraLinearBackward", "KeptLoraLinearBackward"]
-
-
-def test_linear_is_that_of_the_definition(kind):
-    tensors = operands(WIDE, torch.float32)
-    quantised = KINDS[kind](tensors["weight"])
-    frozen = {name: tensor for name, tensor in tensors.items() if name != "weight"}
-    got = with_gradients((linear(frozen, quantised, scaling=WIDE.scaling),), frozen)
-    expected = with_gradients(unfused(WIDE, frozen | {"weight": stands_for(quantised)})[:1], frozen)
-    for name, value in got.items():
-        assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
 
 
 def test_linear_with_norms_and_no_gradient_of_y(kind):

@@ -74,24 +74,6 @@ def test_is_the_definition(kind):
         assert_close(value, truth)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_error_is_no_worse_than_unfused(kind, dtype):
-    x, projections, masks, kept = problem(kind, dtype)
-    wide = [Projection(*(t.detach().double() if torch.is_tensor(t) else t for t in p)) for p in projections]
-    wide = [p._replace(lora_a=p.lora_a.requires_grad_(), lora_b=p.lora_b.requires_grad_()) for p in wide]
-
-    def call(*given):
-        return defined(*given, masks=masks)
-
-    exact = results(x.detach().double().requires_grad_(), wide, call)
-    pairs = zip(results(x, projections, shared(kept)), results(x, projections, call), exact, strict=True)
-    for value, plain, truth in pairs:
-        assert value.dtype == dtype
-        error, own = ((some.double() - truth).norm() for some in (value, plain))
-        assert error <= max(2 * own, torch.finfo(dtype).eps * truth.norm())
-
-
 class Products(TorchDispatchMode):
     """Counts products, and sums of what is as large as x."""
 
