@@ -106,6 +106,13 @@ def test_removed_weights_are_never_read_and_their_tiles_get_the_adapter_alone(co
         torch.testing.assert_close(squares["a_sq"], lora_a.float().square().sum(0))
 
 
+def test_without_an_adapter_removed_tiles_are_zero():
+    x, weight = plain(19, 40), plain(16, 40, seed=1)
+    got = product(x, weight, 64)
+    torch.testing.assert_close(got[:, :16].double(), x.double() @ weight.double().t(), rtol=1e-2, atol=1e-2)
+    assert not got[:, 16:].any()
+
+
 @CONFIGS
 @pytest.mark.parametrize("mask_lora", [False, True])
 def test_a_tile_whose_mask_is_zero_reads_no_weight(config, mask_lora):

@@ -122,8 +122,6 @@ def test_wrong_groups_are_one_clear_sentence():
             group_lasso(factors, [(0, torch.full_like(index, id_)), *groups[1:]], removed)
     with pytest.raises(ValueError, match="threshold has shape"):
         group_prox_(factors, groups, removed, torch.ones(2))
-    with pytest.raises(ValueError, match="rows must be a 1-D int64"):
-        compact(torch.ones(3, 3), torch.tensor([0, 2], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"cols is a mask of shape \[2\]: give bool \[3\]"):
         compact(torch.ones(3, 3), cols=torch.tensor([True, False]))
     with pytest.raises(ValueError, match="pad_to is 0"):

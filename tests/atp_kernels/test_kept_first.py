@@ -152,8 +152,7 @@ def test_no_activation_is_gathered():
         assert gathered != first
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dynamic", "first"), [(False, False), (True, True)])
 def test_compile_whole_graph(dynamic, first):
     torch._dynamo.reset()
     x, factors, slices, *_ = mlp_operands(first)

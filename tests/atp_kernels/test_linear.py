@@ -1,4 +1,4 @@
-"""The masked LoRA linear on the reference backend, its autograd and its checks."""
+"""The masked LoRA linear on the backends of a CPU, its autograd and its checks."""
 
 import pytest
 import torch
@@ -6,23 +6,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import Shape, assert_as_good_as_unfused, every_combination, operands, with_gradients
 
-from atp_kernels import masked_lora_linear, masked_lora_linear_with_norms
+from atp_kernels import extension, masked_lora_linear, masked_lora_linear_with_norms
 from atp_kernels.linear import op
 
 COMBINATIONS = every_combination(Shape()) + every_combination(Shape(p=0.4))
 SOFT = Shape(mask_lora=True)
+CALLS = [
+    *((dtype, "reference") for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *((dtype, "native") for dtype in (torch.float32, torch.bfloat16) if extension.AVAILABLE),
+]
 
 
-def run(shape, tensors):
-    results = masked_lora_linear_with_norms(**tensors, **shape.options, backend="reference")
+def run(shape, tensors, backend="reference"):
+    results = masked_lora_linear_with_norms(**tensors, **shape.options, backend=backend)
     return with_gradients(results, tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "backend"), CALLS, ids=str)
 @pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
-def test_error_is_no_worse_than_unfused(shape, dtype):
+def test_error_is_no_worse_than_unfused(shape, dtype, backend):
     tensors = operands(shape, dtype)
-    assert_as_good_as_unfused(run(shape, tensors), shape, tensors)
+    assert_as_good_as_unfused(run(shape, tensors, backend), shape, tensors)
 
 
 @pytest.mark.parametrize("shape", COMBINATIONS, ids=str)

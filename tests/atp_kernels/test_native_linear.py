@@ -4,10 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import Shape, assert_as_good_as_unfused, every_combination, operands, with_gradients
 from repeats import assert_repeats
 
-from atp_kernels import extension, masked_lora_linear_with_norms
+from atp_kernels import extension
 from atp_kernels.dropout.definition import Dropout
 from atp_kernels.dropout.definition import dropped as defined_dropped
 from atp_kernels.linear import aten, native
@@ -15,7 +14,6 @@ from atp_kernels.linear import aten, native
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
 DTYPES = [torch.float32, torch.bfloat16]
-COMBINATIONS = every_combination(Shape()) + every_combination(Shape(p=0.4))
 common = settings(max_examples=40, derandomize=True, deadline=None)
 matrices = st.tuples(
     st.sampled_from([0, 1, 5, 64, 65, 200]), st.sampled_from([1, 7, 8, 29, 64, 131]), st.sampled_from(DTYPES)
@@ -31,14 +29,6 @@ def matrix(case, seed=0, strided=False):
 def mask_of(case, hard):
     mask = torch.rand(case[1], generator=torch.Generator().manual_seed(9))
     return mask < 0.6 if hard else mask
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
-def test_error_is_no_worse_than_unfused(shape, dtype):
-    tensors = operands(shape, dtype)
-    results = masked_lora_linear_with_norms(**tensors, **shape.options, backend="native")
-    assert_as_good_as_unfused(with_gradients(results, tensors), shape, tensors)
 
 
 @common

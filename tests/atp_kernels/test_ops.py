@@ -37,8 +37,7 @@ def block(tensors):
     return {name: tensor for name, tensor in tensors.items() if name not in ("x", "lora_input")}
 
 
-@pytest.mark.parametrize("planned", [False, True], ids=["list", "plan"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dynamic", "planned"), [(False, False), (True, True)], ids=["list", "dynamic-plan"])
 def test_compile_whole_graph(dynamic, planned):
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")

@@ -16,7 +16,10 @@ WITH_GRADIENTS = [call for call in CALLS if not call.values[0].written and call.
 QUICK = [call for call in WITH_GRADIENTS if ON_GPU or call.values[1] != "triton"]  # not in Triton's interpreter
 # Where autograd adds gradients of one input up, it does so in the dtype before the cast: not so of q, k and v apart.
 CAST = [name for name in CASES if name.startswith(("linear", "swiglu", "qkv-", "kept")) and name != "linear-merged"]
-COMPILED = ("linear-hard", "swiglu-sum", "qkv", "rms_norm-narrow", "rotary_embedding", "cross_entropy_", "compact")
+COMPILED = (
+    "linear-hard", "linear-dropout", "swiglu-sum", "qkv", "rms_norm-narrow", "rotary_embedding", "cross_entropy_",
+    "compact",
+)  # fmt: skip
 
 
 def results(case, operands=None, backend="reference"):
