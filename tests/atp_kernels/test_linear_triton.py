@@ -87,7 +87,7 @@ shapes = st.builds(
 
 
 @given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.float16]), one_pass=st.booleans())
-@settings(max_examples=25, derandomize=True, deadline=None)
+@settings(max_examples=15, derandomize=True, deadline=None)
 def test_any_shape(shape, dtype, one_pass):
     tensors = on_device(operands(shape, dtype))
     assert_as_good_as_unfused(run(shape, tensors, ONE_PASS if one_pass else TILE), shape, tensors, 2.0)
@@ -122,9 +122,8 @@ def test_nothing_is_read_outside_the_operands_or_before_it_is_written(config, p)
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_64_bit_offsets_give_the_same_result(monkeypatch, p):
-    shape = Shape(m=19, n=23, k=35, rank=3, p=p)
+def test_64_bit_offsets_give_the_same_result(monkeypatch):
+    shape = Shape(m=19, n=23, k=35, rank=3, p=0.4)
     tensors = on_device(operands(shape, torch.float32))
     expected = run(shape, tensors, TILE)
     monkeypatch.setattr(triton_runtime, "_INT32_LIMIT", 1)
