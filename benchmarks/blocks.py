@@ -11,7 +11,7 @@ from atp_kernels import Projection
 from benchmarks.case import Case, Work
 from benchmarks.linears import linear_work
 
-TESTS = ("tests/atp_kernels/test_blocks.py", "tests/atp_kernels/test_blocks_autograd.py")
+TESTS = ("tests/atp_kernels/test_blocks.py", "tests/atp_kernels/test_passes.py")
 
 
 def projections(case: Case, names: tuple[str, ...], *, train_factors: bool) -> tuple[Tensor, list[Projection]]:

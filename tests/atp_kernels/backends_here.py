@@ -3,6 +3,9 @@
 DEVICE is a GPU where there is one and Triton compiles for it. Else it is the CPU, where Triton runs in its interpreter.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -30,3 +33,13 @@ def backends(op: str, dtype: torch.dtype = torch.float32, device: str = DEVICE) 
 def on_device(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same leaves on DEVICE."""
     return {name: t.detach().to(DEVICE).requires_grad_(t.requires_grad) for name, t in tensors.items()}
+
+
+@contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """What is read before it is written shows in a result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills every torch.empty
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

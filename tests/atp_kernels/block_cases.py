@@ -80,6 +80,14 @@ def assert_as_good_as(definition, got, case):
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
+def saved_shapes(call):
+    """Shapes of the distinct tensors that autograd keeps for a call."""
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        call()
+    return sorted(tuple(tensor.shape) for tensor in saved.values())
+
+
 MLP = ((20, 12), (20, 12), (12, 20))
 QKV = ((24, 12), (8, 12), (8, 12))
 FORMS = [(mask, mask_lora) for mask in ("soft", "hard", "empty", "full") for mask_lora in (False, True)]

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 from atp_kernels import extension
 
 _DIGEST = """
-import hashlib, torch
-from tests.atp_kernels import {module} as t
-digest = hashlib.sha256()
-for tensor in {tensors}:
-    digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-print(t.extension.build_info()["isa"], digest.hexdigest())
+import hashlib, importlib, torch
+from atp_kernels import extension
+print(extension.build_info()["isa"])
+for module, tensors in {tensors!r}.items():
+    digest = hashlib.sha256()
+    for tensor in eval(tensors, {{"t": importlib.import_module("tests.atp_kernels." + module)}}):
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    print(module, digest.hexdigest())
 """
 
 
@@ -28,14 +30,15 @@ def run_with_isa(isa: str, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
 
 
-def assert_same_on_every_isa(module: str, tensors: str) -> None:
-    """`tensors`, an expression in names of the test module `t`, has the same bits on all sets that run here."""
+def assert_same_on_every_isa(tensors: Mapping[str, str]) -> None:
+    """Of test modules, expressions in names of each as `t` have the same bits on all sets that run here."""
     compiled, best = extension.build_info()["isa_compiled"], extension.build_info()["isa"]
     names = compiled[: compiled.index(best) + 1]
-    results = [run_with_isa(isa, _DIGEST.format(module=module, tensors=tensors)) for isa in names]
+    results = [run_with_isa(isa, _DIGEST.format(tensors=dict(tensors))) for isa in names]
     assert [result.returncode for result in results] == [0] * len(results), results[-1].stderr
-    said = [result.stdout.split() for result in results]
-    assert [name for name, _ in said] == names and len({digest for _, digest in said}) == 1
+    said = [result.stdout.splitlines() for result in results]
+    assert [lines[0] for lines in said] == names
+    assert all(len(lines) == 1 + len(tensors) and lines[1:] == said[0][1:] for lines in said)
 
 
 def assert_repeats(compute: Callable[[], Iterable[Tensor]]) -> None:

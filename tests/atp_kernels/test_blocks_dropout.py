@@ -5,10 +5,9 @@ from functools import partial
 import pytest
 import torch
 from backends_here import backends
-from block_cases import EQUAL, FORMS, QKV, Case, assert_as_good_as, mlp_case, slices_of
+from block_cases import EQUAL, FORMS, QKV, Case, assert_as_good_as, mlp_case, saved_shapes, slices_of
 from linear_cases import SEED
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from atp_kernels import KeptFirst, KeptSlice, kept_lora_linear, masked_lora_qkv, masked_lora_swiglu
 from atp_kernels.dropout import op as dropout_op
@@ -216,25 +215,6 @@ def test_seeds_on_the_device_drop_the_same_and_must_stay_as_they_are(name, monke
             case.results(y)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_strided_input(name):
-    case, call = one(name)
-    expected = case.results(call())
-    x = case.x.detach()
-    case.leaves["x"] = x.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
-    assert not case.x.is_contiguous()
-    for key, value in case.results(call()).items():
-        assert_close(value, expected[key], msg=key)
-
-
-def saved_shapes(call):
-    """Shapes of the distinct tensors that autograd keeps for a call."""
-    saved = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-        call()
-    return sorted(tuple(tensor.shape) for tensor in saved.values())
-
-
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "swiglu, soft"])
 def test_what_was_dropped_is_not_saved(name):
     _, call = one(name, torch.float32)
@@ -269,13 +249,6 @@ def test_compiled(name, make):
     compiled = torch.compile(lambda: call(**seeds), fullgraph=True, backend="aot_eager")
     for key, value in case.results(compiled()).items():
         assert_close(value, case.results(call())[key], msg=key)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_checkpointing_and_a_second_backward_draw_the_same(name):
-    case, call = one(name)
-    expected = case.results(call())
-    assert_same_bits(case.results(checkpoint(call, use_reentrant=False)), expected)
 
 
 @pytest.mark.parametrize("name", CALLS)

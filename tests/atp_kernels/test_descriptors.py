@@ -12,6 +12,8 @@ from atp_kernels import KeptFirst, KeptSlice, checks, masked_lora_linear, triton
 if not triton_runtime.AVAILABLE:
     pytest.skip(triton_runtime.REASON, allow_module_level=True)
 
+from kernel_linear import FACTOR, run
+
 from atp_kernels.kept import aten as kept_aten
 from atp_kernels.kept import triton as kept_launcher
 from atp_kernels.kept.operands import Needs as KeptNeeds
@@ -19,7 +21,7 @@ from atp_kernels.kept.operands import Operands as KeptOperands
 from atp_kernels.kept.operands import Saved as KeptSaved
 from atp_kernels.linear import definition, descriptors
 from atp_kernels.linear import triton as launcher
-from atp_kernels.linear.operands import Needs, Operands, Options, Saved
+from atp_kernels.linear.operands import Operands, Options
 from atp_kernels.linear.tiles import TILE_VARIABLE, DescriptorConfig, descriptor_tiles
 
 if ON_GPU and descriptors.generation(torch.device("cuda")) is None:
@@ -31,31 +33,6 @@ TILE = TILE if ON_GPU else replace(TILE, block_m=16, block_n=16, block_k=16)
 ONE_PASS = replace(TILE, one_pass=True)
 CONFIGS = pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])
 SMALL = Shape(m=19, n=24, k=40, rank=5)
-FACTOR = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if ON_GPU else 3.0}
-ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
-
-
-class KernelLinear(torch.autograd.Function):
-    """The backend's forward and backward with a chosen tile."""
-
-    @staticmethod
-    def forward(ctx, config, shape, *tensors):
-        ctx.tensors, ctx.config, ctx.shape = tensors, config, shape
-        keep_sum = tensors[6] is not None and ctx.needs_input_grad[8]
-        options = Options(shape.scaling, shape.mask_lora, keep_sum, True)
-        y, ctx.s, ctx.total, *norms = launcher.forward(Operands(*tensors), options, config=config)
-        return y, *norms
-
-    @staticmethod
-    def backward(ctx, grad_y, grad_rows, grad_cols):
-        x, weight, lora_a, lora_b, _, lora_input, out_mask, in_mask = ctx.tensors
-        saved = Saved(x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, ctx.s, ctx.total)
-        needs = Needs(*ctx.needs_input_grad[2:], shared_input=lora_input is None)
-        options = Options(ctx.shape.scaling, ctx.shape.mask_lora)
-        grads = list(launcher.backward(grad_y, saved, options, needs, config=ctx.config))
-        grads[2] = grads[2] + (2 * grad_cols * lora_a).to(lora_a.dtype)
-        grads[3] = grads[3] + (2 * grad_rows[:, None] * lora_b).to(lora_b.dtype)
-        return None, None, *grads
 
 
 @pytest.fixture
@@ -69,10 +46,6 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(descriptors, "launch", note)
     return noted
-
-
-def run(shape, tensors, config):
-    return with_gradients(KernelLinear.apply(config, shape, *(tensors.get(name) for name in ORDER)), tensors)
 
 
 # Each combination with one of the two forms, each form with every kind of masks.
@@ -220,13 +193,6 @@ def test_gathered_sides_of_a_slice_go_to_the_vendor(launches):
     assert launches == []
 
 
-def test_weights_lie_by_rows_or_by_columns():
-    x, weight = plain(19, 40), plain(24, 40, seed=1)
-    by_columns = weight.t().contiguous().t()
-    assert by_columns.stride() == (1, 24)
-    assert torch.equal(product(x, weight, 24), product(x, by_columns, 24))
-
-
 @pytest.mark.parametrize(("rows", "columns"), [(1, 40), (24, 1), (1, 1)])
 def test_steps_along_an_axis_of_one_entry_do_not_matter(rows, columns):
     x, weight = plain(3, 40)[:, :columns], plain(rows, 40, seed=1)[:, :columns]
@@ -335,13 +301,6 @@ def test_dropout_goes_to_the_other_kernel(launches):
     options = Options(shape.scaling, dropout=shape.drawn)
     got, same = (launcher.forward(Operands(**tensors), options, config=config).y for config in (TILE, None))
     assert torch.equal(got, same) and launches == []
-
-
-def test_every_generation_has_tiles():
-    for arch, least in ((90, 5), (100, 5), (120, 2)):
-        assert len(descriptor_tiles(torch.bfloat16, arch)) >= least and descriptor_tiles(torch.float32, arch)
-        assert any(tile.one_pass for tile in descriptor_tiles(torch.float16, arch).values())
-    assert not any(tile.warp_specialize and tile.one_pass for tile in descriptor_tiles(torch.float16).values())
 
 
 def test_bitwise_deterministic():

@@ -15,20 +15,35 @@ from atp_kernels.linear import aten
 CPU = torch.device("cpu")
 
 
-def test_every_backend_is_listed_with_none_or_a_reason():
-    listed = atp_kernels.available_backends()
-    assert list(listed) == ["reference", "triton", "native"] and listed["reference"] is None
-    assert listed["native"] == extension.REASON
+FUSED = ("masked_lora_linear", "rms_norm", "rotary_embedding", "cross_entropy_")
+GROUPS = ("group_lasso", "group_lasso_grad_", "group_prox_")
+TAKEN = [
+    *(("cuda", op, "triton", "reference") for op in (*FUSED, *GROUPS)),
+    *(("cpu", op, "native", "reference") for op in ("masked_lora_linear", "kept_lora_linear", "compact", *GROUPS)),
+    ("cuda", "kept_lora_linear", "reference", "reference"),
+]
 
 
-def test_kept_linear_gathers_natively_on_a_cpu_and_is_the_vendor_s_elsewhere():
-    explained = atp_kernels.explain("kept_lora_linear", torch.ones(1))
-    name = "native" if extension.AVAILABLE else "reference"
-    assert explained.startswith(f"kept_lora_linear on cpu in float32 runs on {name} (")
-    assert call.select("kept_lora_linear", CPU, torch.float64)[1] == "reference"
-    assert call.select("kept_lora_linear", torch.device("cuda"), torch.bfloat16)[1] == "reference"
+@pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
+@pytest.mark.skipif(triton_runtime.REASON is not None, reason=str(triton_runtime.REASON))
+@pytest.mark.parametrize(("device", "op", "name", "in_float64"), TAKEN)
+def test_who_takes_what(device, op, name, in_float64):
+    place = torch.device(device)
+    assert call.select(op, place, torch.bfloat16)[1:] == (name, f"first choice on {device}")
+    assert call.select(op, place, torch.float64)[1] == in_float64
+
+
+@pytest.mark.skipif(triton_runtime.REASON is not None, reason=str(triton_runtime.REASON))
+def test_what_is_explained_and_refused_on_a_cpu():
+    """Native group operations copy their table from the host: under "auto" a captured step would raise."""
+    assert all(call.OPERATIONS[op].order["cuda"].backends == ("triton", "native", "reference") for op in GROUPS)
+    for op in ("masked_lora_linear", "masked_lora_swiglu", "masked_lora_qkv", "kept_lora_linear", "lora_dropout"):
+        chosen = call.select(op, CPU, torch.float32)
+        said = f"{op} on cpu in float32 runs on {chosen.name} ({chosen.why})."
+        assert atp_kernels.explain(op, torch.ones(1)) == said
     with pytest.raises(RuntimeError, match="the native backend has kept_lora_linear for cpu only|was not built"):
         call.select("kept_lora_linear", torch.device("cuda"), torch.float32, "native")
+    assert atp_kernels.available_backends()["reference"] is None
 
 
 @pytest.mark.skipif(triton_runtime.REASON is not None, reason=str(triton_runtime.REASON))
@@ -39,15 +54,6 @@ def test_linear_on_cuda_takes_triton_only_where_there_is_something_to_fuse():
     assert name == "reference" and "the addmm_ chain" in why
     assert call.select("masked_lora_linear", cuda, torch.bfloat16, "triton", plain=True)[1] == "triton"
     assert "first choice on cpu" in atp_kernels.explain("masked_lora_linear", torch.ones(1), plain=True)
-
-
-@pytest.mark.skipif(triton_runtime.REASON is not None, reason=str(triton_runtime.REASON))
-def test_group_operations_on_cuda_take_triton_then_native_then_reference():
-    """Native code copies its table from the host, so that under "auto" a captured step would raise."""
-    for op in ("group_lasso", "group_lasso_grad_", "group_prox_"):
-        assert call.OPERATIONS[op].order["cuda"].backends == ("triton", "native", "reference")
-        assert call.select(op, torch.device("cuda"), torch.float16)[1] == "triton"
-        assert call.select(op, torch.device("cuda"), torch.float64)[1] == "reference"
 
 
 def test_calls_say_whether_they_are_plain(monkeypatch):
@@ -65,16 +71,6 @@ def test_calls_say_whether_they_are_plain(monkeypatch):
     ):  # fmt: skip
         atp_kernels.masked_lora_linear(x, weight, lora_a, lora_b, scaling=1.0, **options)
     assert asked == [True, False, False, False]
-
-
-@pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
-def test_a_cpu_takes_the_native_extension():
-    for op in ("masked_lora_linear", "group_lasso", "group_lasso_grad_", "group_prox_", "compact"):
-        assert call.select(op, CPU, torch.bfloat16)[1] == "native"
-        module, name, why = call.select(op, CPU, torch.float64)
-        assert (
-            name == "reference" and module.__name__.endswith(".aten") and "takes float32, bfloat16, not float64" in why
-        )
 
 
 def test_a_backend_that_is_not_there_is_passed_over_and_refused_by_name(monkeypatch):

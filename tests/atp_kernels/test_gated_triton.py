@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from backends_here import DEVICE, ON_GPU
+from backends_here import DEVICE, ON_GPU, new_memory_is_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -107,12 +107,6 @@ def test_the_other_backends_do_the_same(module, activation, mask, in_place):
     torch.testing.assert_close(grads, expected)
 
 
-@pytest.mark.parametrize("mask", [None, "soft"])
-def test_tiles_of_the_table(monkeypatch, mask):
-    monkeypatch.undo()
-    check("silu", *problem(19, 300, torch.float16, mask))
-
-
 @pytest.mark.parametrize(("programs", "rows"), [(1, 9), (3, 40), (8, 41)])
 def test_every_row_counts_once_in_the_mask_however_many_programs_there_are(monkeypatch, programs, rows):
     monkeypatch.setattr(backend, "_PROGRAMS", programs)
@@ -194,11 +188,8 @@ def test_nothing_is_read_outside_the_operands_or_before_it_is_written(kind):
     expected = computed("silu", d_h, gate, up, mask)
     if mask is not None:
         mask = fenced(mask.unsqueeze(0))[0]
-    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
-    try:
+    with new_memory_is_nan():
         got = computed("silu", *map(fenced, (d_h, gate, up)), mask)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, got, expected)) and all(value.isfinite().all() for value in got)
 
 
@@ -215,16 +206,8 @@ def test_rows_beyond_two_to_the_31_elements():
     assert all(map(torch.equal, (far[3], far[4], d_mask), expected[1:]))
 
 
-def test_nothing_to_do():
-    for rows, width in ((0, 5), (5, 0), (0, 0)):
-        d_h, gate, up, mask = problem(rows, width, mask="soft")
-        h, d_gate, d_up, d_mask = computed("silu", d_h, gate, up, mask)
-        assert h.shape == d_gate.shape == d_up.shape == (rows, width)
-        assert d_mask.shape == (width,) and not d_mask.any()
-
-
 def test_bitwise_deterministic():
     operands = problem(21, 20, torch.bfloat16, "soft")
     first = computed("silu", *operands)
-    for _ in range(9):
+    for _ in range(9 if ON_GPU else 1):
         assert all(map(torch.equal, computed("silu", *operands), first))

@@ -149,33 +149,6 @@ def test_what_is_kept_gets_exactly_nothing(backend, kind):
 
 @every_backend
 @every_kind
-def test_a_nan_stays_visible_and_in_its_group(backend, kind):
-    factors, groups, removed = problem(kind=kind)
-    removed[:] = True
-    with torch.no_grad():
-        factors[0][2, 3] = torch.nan
-    value, *grads = direct(factors, groups, removed, backend=backend)
-    assert value.isnan()
-    sick = groups[0][1][2]
-    for grad, (axis, index) in zip(grads, groups, strict=True):
-        assert grad.index_select(axis, (index != sick).nonzero().flatten()).isfinite().all()
-    if backend == "native":
-        assert grads[0][2].isnan().all()
-
-
-@every_backend
-@every_kind
-def test_zero_groups_get_a_zero_gradient(backend, kind):
-    factors, *described = problem(kind=kind)
-    with torch.no_grad():
-        for factor in factors:
-            factor.zero_()
-    for eps in (1e-8, 0.0):
-        assert all((grad == 0).all() for grad in direct(factors, *described, eps=eps, backend=backend)[1:])
-
-
-@every_backend
-@every_kind
 def test_bitwise_equal_over_runs_and_over_plan_and_list(backend, kind):
     factors, groups, removed = problem(kind=kind)
     plan = GroupPlan.of(factors, groups, len(removed))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends_here import DEVICE, ON_GPU
+from backends_here import DEVICE, ON_GPU, new_memory_is_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +11,6 @@ from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_, 
 if not triton_runtime.AVAILABLE:
     pytest.skip(triton_runtime.REASON, allow_module_level=True)
 
-from atp_kernels.groups import op
 from atp_kernels.groups import triton as backend
 from atp_kernels.groups import triton_kernels as kernels
 
@@ -145,8 +144,7 @@ def test_nothing_is_read_or_written_outside_the_operands_or_before_it_is_written
     buffers, inside = zip(*(fenced(factor, torch.nan) for factor in factors), strict=True)
     groups = [(axis, fenced(index, 0)[1]) for axis, index in groups]
     removed = fenced(removed, True)[1]
-    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
-    try:
+    with new_memory_is_nan():
         leaves = [factor.detach().requires_grad_() for factor in inside]
         assert group_lasso(leaves, groups, removed, **TRITON).isfinite()
         got = lasso_and_gradients(leaves, groups, removed, **TRITON)
@@ -155,30 +153,16 @@ def test_nothing_is_read_or_written_outside_the_operands_or_before_it_is_written
         value = group_lasso_grad_(leaves, groups, removed, weight=1.5, **TRITON)
         got += value, *(leaf.grad for leaf in leaves)
         group_prox_(inside, groups, removed, 2.0, **TRITON)
-    finally:
-        torch.use_deterministic_algorithms(False)
     for buffer in buffers:
         assert buffer[:FENCE].isnan().all() and buffer[-FENCE:].isnan().all()
     for value, other in zip((*got, *inside), both(*operands), strict=True):
         assert torch.equal(value, other)
 
 
-def test_non_contiguous_operands():
-    factors, groups, removed = problem(torch.float32, *HALVES)
-    expected = both(factors, groups, removed)
-    strided = [factor.detach().t().contiguous().t().requires_grad_() for factor in factors]
-    spread = [(axis, torch.stack([index, index - 99], 1)[:, 0]) for axis, index in groups]
-    got = lasso_and_gradients(strided, spread, removed, **TRITON) + direct(strided, spread, removed, **TRITON)
-    with torch.no_grad():
-        group_prox_(strided, spread, removed, 2.0, **TRITON)
-    for value, other in zip((*got, *strided), expected, strict=True):
-        assert torch.equal(value, other)
-
-
 def test_bitwise_deterministic():
     factors, groups, removed = problem(torch.float32, *HALVES, shapes=SHAPES[:2])
     first = both(factors, groups, removed)
-    for _ in range(9):
+    for _ in range(9 if ON_GPU else 1):
         again = both(factors, groups, removed)
         assert all(torch.equal(value, other) for value, other in zip(again, first, strict=True))
 
@@ -210,36 +194,12 @@ def test_a_tensor_whose_storage_moves_is_met_at_its_new_address():
     torch.testing.assert_close(group_lasso(factors, groups, removed, eps=0.0, **TRITON), 2 * before)
 
 
-def test_prox_tells_autograd_and_refuses_a_tensor_given_twice():
+def test_prox_tells_autograd_and_a_gradient_has_the_dtype_of_its_factor():
     factors, groups, removed = problem(torch.float32)
     value = group_lasso(factors, groups, removed, **TRITON)
     group_prox_(factors, groups, removed, 0.5, **TRITON)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
-    with pytest.raises(RuntimeError, match="a tensor appears twice"):
-        group_prox_([factors[0]] * 2, [groups[0]] * 2, removed, 0.5, **TRITON)
-    with pytest.raises(RuntimeError, match="a tensor appears twice"):
-        group_lasso_grad_([factors[0]] * 2, [groups[0]] * 2, removed, **TRITON)
     plan, held = GroupPlan.of(factors, groups, len(removed)), [factor.detach() for factor in factors]
     with pytest.raises(RuntimeError, match="not of the dtype of its factor"):
         backend.group_lasso_grad_(held, [grad.half() for grad in held], plan, removed, removed.float()[0], 1e-8)
-
-
-def test_opcheck_and_compile():
-    factors, groups, removed = problem(torch.float32, shapes=(((6, 2), 0), ((3, 6), 1)), n_groups=4)
-    plan = GroupPlan.of(factors, groups, 4)
-    packed = list(plan.axes), plan.index, plan.order, plan.starts
-    torch.library.opcheck(op.group_lasso_op, (factors, *packed, removed, 1e-8, "triton"))
-    detached = [factor.detach() for factor in factors]
-    threshold = torch.ones(4, device=DEVICE)
-    torch.library.opcheck(op.group_prox_op, (detached, *packed, removed, threshold, "triton"))
-    grads = [factor.clone() for factor in detached]
-    torch.library.opcheck(op.group_lasso_grad_op, (detached, grads, *packed, removed, threshold[0], 1e-8, "triton"))
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda *factors: group_lasso(factors, groups, removed, **TRITON), fullgraph=True, backend="aot_eager"
-    )
-    expected = lasso_and_gradients(factors, groups, removed, **TRITON)
-    value = compiled(*factors)
-    for got, other in zip((value, *torch.autograd.grad(-1.5 * value, factors)), expected, strict=True):
-        assert torch.equal(got, other)

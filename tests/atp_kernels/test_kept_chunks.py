@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linear_cases import Shape, operands, unfused, with_gradients
-from test_kept import BACKENDS, FROZEN, assert_error_rule, assert_same_bits, call_of, run, slice_of
-from torch.profiler import ProfilerActivity, profile
+from backends_here import new_memory_is_nan
+from kept_cases import assert_error_rule, call_of, run, slice_of
+from linear_cases import Shape, operands, unfused
 
-from atp_kernels import KeptFirst, KeptSlice, kept_lora_linear
+from atp_kernels import KeptFirst, KeptSlice, available_backends, kept_lora_linear
 from atp_kernels.kept import aten as backend
 from benchmarks.baselines import AddmmLora
 from benchmarks.case import Variant
-from benchmarks.measure import allocated_bytes, peak_bytes
+from benchmarks.measure import peak_bytes
 
+BACKENDS = [name for name, missing in available_backends("cpu").items() if missing is None and name != "reference"]
 SIDES = [("hard", None), (None, "hard"), ("hard", "hard")]
 DTYPES = [torch.float32, torch.bfloat16]
 # Rank 1 leaves little room to gather to: of 700 or 1000 rows most go through rows that come later, of 300 none do.
@@ -33,8 +34,12 @@ def test_error_is_no_worse_than_unfused(m, out_mask, in_mask, dtype):
 @pytest.mark.parametrize("m", [1, 300, 513, 1000])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_agree_to_the_bit(backend, m, dtype):
+    """They differ in who gathers alone."""
     shape = replace(MANY, m=m, out_mask="hard", in_mask="hard")
-    assert_same_bits(shape, operands(shape, dtype), backend, pad_to=8)
+    tensors = operands(shape, dtype)
+    expected = run(shape, tensors, "reference", pad_to=8)
+    for name, value in run(shape, tensors, backend, pad_to=8).items():
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
@@ -49,9 +54,10 @@ def test_chunks_change_no_bit(m, out_mask, in_mask, n, k, dtype):
         for name, tensor in operands(shape, dtype).items()
     }
     grad = torch.randint(-1, 2, (m, n), generator=torch.Generator().manual_seed(0)).to(dtype)
-    y, expected = call_of(tensors, slice_of(tensors, pad_to=4), shape.scaling), unfused(shape, tensors)[0]
-    assert torch.equal(y, expected)
-    assert torch.equal(*(torch.autograd.grad(value, tensors["x"], grad)[0] for value in (y, expected)))
+    with new_memory_is_nan():
+        y, expected = call_of(tensors, slice_of(tensors, pad_to=4), shape.scaling), unfused(shape, tensors)[0]
+        assert torch.equal(y, expected)
+        assert torch.equal(*(torch.autograd.grad(value, tensors["x"], grad)[0] for value in (y, expected)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,21 +75,6 @@ def test_any_room_takes_any_rows(width, dtype):
             assert torch.equal(result, values[:, index] @ matrix), (rows, spare)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 8])
-def test_few_kept_outputs_of_many_rows(rank, dtype):
-    draw = torch.Generator().manual_seed(rank)
-    x, weight, lora_a, lora_b, grad = (
-        torch.randint(-1, 2, shape, generator=draw).to(dtype)
-        for shape in ((300, 3), (4, 3), (rank, 3), (4, rank), (300, 4))
-    )
-    mask = torch.tensor([True, False, False, False])
-    kept = KeptSlice(weight, out_mask=mask, pad_to=1)
-    y = kept_lora_linear(x.requires_grad_(), kept, lora_a, lora_b, scaling=1.0)
-    (got,) = torch.autograd.grad(y, x, grad)
-    assert torch.equal(got, (grad * mask) @ weight + grad @ lora_b @ lora_a)
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 def test_a_sum_is_rounded_once(dtype):
     """Parts of this sum need more than the digits of 16 bits, the whole of it is 1."""
@@ -98,43 +89,12 @@ def test_a_sum_is_rounded_once(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bitwise_deterministic(dtype):
-    tensors = operands(replace(MANY, out_mask="hard", in_mask="hard"), dtype)
-    first = run(MANY, tensors, pad_to=8)
-    for _ in range(9):
-        assert all(torch.equal(value, first[name]) for name, value in run(MANY, tensors, pad_to=8).items())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_uninitialised_memory_is_never_read(dtype):
-    tensors = operands(replace(MANY, out_mask="hard", in_mask="hard"), dtype)
-    expected = run(MANY, tensors, pad_to=8)
-    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
-    try:
-        got = run(MANY, tensors, pad_to=8)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, value in got.items():
-        assert torch.equal(value, expected[name]), name
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("first", [False, True])
 def test_whole_matrices_as_on_a_gpu(first, dtype, monkeypatch):
     shape = replace(MANY, out_mask="hard", in_mask="hard")
     tensors = operands(shape, dtype)
     monkeypatch.setattr(backend, "_on_cpu", lambda values: False)
-    if not first:
-        assert_error_rule(run(shape, tensors, pad_to=8), shape, tensors)
-        return
-    masks = {name: KeptFirst(tensors[name], pad_to=8) for name in ("out_mask", "in_mask")}
-    outs, ins = masks.values()
-    trained = {name: tensor for name, tensor in tensors.items() if name not in FROZEN}
-    ordered = trained | {name: trained[name][:, ins.index] for name in ("x", "lora_input")}
-    kept = KeptSlice(tensors["weight"].detach(), tensors["bias"].detach(), **masks)
-    y = kept_lora_linear(**ordered, kept=kept, scaling=shape.scaling)[:, outs.place]
-    norms = unfused(shape, tensors)[1:]
-    assert_error_rule(with_gradients((y, *norms), trained), shape, tensors)
+    assert_error_rule(run(shape, tensors, first=(first, first)), shape, tensors)
 
 
 def test_gradient_of_the_input_alone():
@@ -181,13 +141,3 @@ def test_peak_memory_is_that_of_the_addmm_idiom(out_mask, in_mask, n, k, dtype, 
     idiom = peak(lambda: AddmmLora.apply(x, weight, lora_a, lora_b))
     # 16-bit products take vendor memory beside the results, a different one for every shape.
     assert ours <= idiom + (2**19 if dtype == torch.bfloat16 else 2**15)
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_memory_is_taken_by_a_gather(dtype):
-    values, index = torch.ones(512, 256, dtype=dtype), torch.arange(0, 256, 2)
-    out = values.new_empty(512, 128)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        backend.take_columns(values, index, out)
-    assert max((size for _, size in allocated_bytes(recorded)), default=0) < out.nbytes / 2

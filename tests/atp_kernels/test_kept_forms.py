@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from backends_here import backends, on_device
-from linear_cases import Shape, assert_as_good_as_unfused, operands, unfused, with_gradients
+from kept_cases import assert_error_rule, results_of, slice_of, trained
+from linear_cases import Shape, operands
 from tables_here import tables_in
 from torch.testing import assert_close
 
 import atp_kernels
 from atp_kernels import (
-    KeptFirst,
     KeptSlice,
     Projection,
     QuantizedWeight,
@@ -25,7 +25,6 @@ from atp_kernels.tuning import table
 from atp_kernels.tuning.table import Entry, Key
 
 CPU = torch.device("cpu")
-FROZEN = ("weight", "bias", "out_mask", "in_mask")
 M, N, K, R = 12, 100, 92, 4
 SHAPE = Shape(m=M, n=N, k=K, rank=R, out_mask="hard", in_mask=None)
 SHAPES = (
@@ -36,20 +35,6 @@ SHAPES = (
 EMPTY = tuple(replace(SHAPE, out_mask=outs, in_mask=ins) for outs, ins in ((None, "empty"), ("empty", "full")))
 
 
-def slice_of(tensors, **options):
-    return KeptSlice(**{name: tensors[name].detach() for name in FROZEN if name in tensors}, pad_to=8, **options)
-
-
-def trained(tensors):
-    return {name: tensor for name, tensor in tensors.items() if name not in FROZEN}
-
-
-def results(shape, tensors, kept, backend="auto"):
-    y = kept_lora_linear(**trained(tensors), kept=kept, scaling=shape.scaling, backend=backend)
-    norms = definition.factor_norms(tensors["lora_a"], tensors["lora_b"])
-    return with_gradients((y, *norms), trained(tensors))
-
-
 @pytest.mark.parametrize(
     ("dtype", "backend"),
     [(dtype, name) for dtype in (torch.float32, torch.bfloat16) for name in backends("kept_lora_linear", dtype)],
@@ -58,34 +43,31 @@ def results(shape, tensors, kept, backend="auto"):
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
 def test_zeroed_is_no_worse_than_unfused(shape, dtype, backend):
     tensors = on_device(operands(shape, dtype))
-    # A slice is frozen: the definition's own gradients of weight and bias stand in for those it does not compute.
-    plain = with_gradients(unfused(shape, tensors), tensors)
     zeroed = slice_of(tensors).zeroed
-    assert_as_good_as_unfused(plain | results(shape, tensors, zeroed, backend), shape, tensors)
+    assert_error_rule(results_of(shape, tensors, zeroed, backend), shape, tensors)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_zeroed_gathers_no_activation_and_cuts_nothing(shape, monkeypatch):
     tensors = operands(shape, torch.float64)
     kept = slice_of(tensors)
-    expected = results(shape, tensors, kept)
+    expected = results_of(shape, tensors, kept)
     monkeypatch.setattr(torch, "gather", None)
     zeroed = kept.zeroed
     assert zeroed is kept.zeroed and zeroed.sides == (None, None) and kept.sides != (None, None)
     assert (zeroed.kept_out, zeroed.kept_in, zeroed.share) == (kept.kept_out, kept.kept_in, kept.share)
     weight = zeroed.weight(torch.float64)
     assert weight.shape == (N, K) and weight.count_nonzero() == kept.kept_out * kept.kept_in
-    for name, value in results(shape, tensors, zeroed, "reference").items():
+    for name, value in results_of(shape, tensors, zeroed, "reference").items():
         assert_close(value, expected[name], msg=name)
 
 
 def test_a_side_that_lies_kept_first_stays_cut():
     tensors = operands(replace(SHAPE, in_mask="hard"), torch.float64)
-    order = KeptFirst(tensors["in_mask"], pad_to=8)
-    kept = slice_of({name: tensor for name, tensor in tensors.items() if name != "in_mask"}, in_mask=order)
+    kept = slice_of(tensors, (False, True))
     outs, ins = kept.zeroed.sides
     assert outs is None and ins is kept.sides[1]
-    assert kept.zeroed.weight(torch.float64).shape == (N, order.width)
+    assert kept.zeroed.weight(torch.float64).shape == (N, kept.in_mask.width)
     assert_close(*(kept_lora_linear(**trained(tensors), kept=each, scaling=1.0) for each in (kept, kept.zeroed)))
 
 
@@ -104,9 +86,9 @@ def test_a_changed_weight_is_noticed_by_both():
 def test_copies_compute_the_same(copied):
     tensors = operands(SHAPE, torch.float32)
     kept = slice_of(tensors)
-    expected = results(SHAPE, tensors, kept)
+    expected = results_of(SHAPE, tensors, kept)
     for each in (copied(kept), copied(kept).zeroed, copied(kept.zeroed)):
-        for name, value in results(SHAPE, tensors, each).items():
+        for name, value in results_of(SHAPE, tensors, each).items():
             assert_close(value, expected[name], rtol=1e-4, atol=1e-4, msg=name)
 
 

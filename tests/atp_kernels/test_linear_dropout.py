@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from linear_cases import SEED, Shape, every_combination, operands, with_gradients
-from torch.utils.checkpoint import checkpoint
+from linear_cases import SEED, Shape, operands
 
 from atp_kernels import masked_lora_linear, masked_lora_linear_with_norms
 from atp_kernels.dropout import aten
@@ -57,30 +56,6 @@ def test_the_elements_kept_are_those_of_the_definition(rows, cols, seed):
         assert torch.equal(dropped(x, Dropout(p, seed)), torch.where(kept, x * (1 / (1 - p)), 0))
 
 
-def test_no_element_is_dropped_at_probability_zero():
-    x = torch.rand(100, 100)
-    assert torch.equal(dropped(x, Dropout(0.0, SEED)), x)
-
-
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_keep_rate_and_independence(p):
-    """Within 5 standard deviations; elements, rows, columns and seeds that are next to each other do not correlate."""
-    first, second = (dropped(torch.ones(512, 512), Dropout(p, seed)) for seed in (5, 6))
-    n, variance = first.numel(), p * (1 - p)
-    centred = (first > 0).double() - (1 - p)
-    assert abs(centred.mean()) < 5 * (variance / n) ** 0.5
-    for side in (0, 1):
-        assert centred.mean(side).abs().max() < 5 * (variance / 512) ** 0.5
-    other = (second > 0).double() - (1 - p)
-    for name, left, right in (
-        ("seeds", centred, other),
-        ("rows", centred[1:], centred[:-1]),
-        ("columns", centred[:, 1:], centred[:, :-1]),
-        ("words of the same place", centred[:, 4:], centred[:, :-4]),
-    ):
-        assert abs((left * right).mean()) < 5 * variance / left.numel() ** 0.5, name
-
-
 def test_blocks_of_rows_do_not_show(monkeypatch):
     x = torch.rand(50, 13)
     whole = dropped(x, Dropout(0.3, SEED))
@@ -94,29 +69,11 @@ def given_the_dropped_input(shape, tensors):
     return masked_lora_linear_with_norms(**tensors, **replace(shape, p=0.0).options, lora_input=given)
 
 
-@pytest.mark.parametrize("shape", every_combination(Shape(p=0.4)), ids=str)
-def test_equals_a_dropped_input_that_is_given(shape):
-    tensors = operands(shape, torch.float64)
-    got = with_gradients(masked_lora_linear_with_norms(**tensors, **shape.options), tensors)
-    expected = with_gradients(given_the_dropped_input(shape, tensors), tensors)
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], msg=name)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_forward_equals_a_dropped_input_that_is_given_in_every_bit(dtype):
     tensors = operands(SOFT, dtype)
     y = masked_lora_linear(**tensors, **SOFT.options)
     assert torch.equal(y, given_the_dropped_input(SOFT, tensors)[0])
-
-
-@pytest.mark.parametrize("wanted", ["x", "weight", "lora_a", "lora_b", "bias", "out_mask", "in_mask"])
-def test_each_gradient_alone(wanted):
-    tensors = operands(SOFT, torch.float64)
-    every = with_gradients((masked_lora_linear(**tensors, **SOFT.options),), tensors)
-    alone = {name: tensor.detach().requires_grad_(name == wanted) for name, tensor in tensors.items()}
-    got = with_gradients((masked_lora_linear(**alone, **SOFT.options),), alone)
-    torch.testing.assert_close(got[f"d {wanted}"], every[f"d {wanted}"])
 
 
 def operator_call(shape, tensors, seed):
@@ -142,96 +99,6 @@ def test_neither_the_mask_nor_the_dropped_input_is_stored(through, mask_lora):
     new = [tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in of_the_caller]
     assert len(kept) > len(new)
     assert sorted(tuple(tensor.shape) for tensor in new) == ([()] if through == "operator" else []) + [(12, 4)]
-
-
-def test_operator_equals_eager():
-    tensors = operands(SOFT, torch.float32)
-    got = with_gradients(operator_call(SOFT, tensors, torch.tensor(SEED)), tensors)
-    eager = masked_lora_linear_with_norms(**tensors, **SOFT.options, backend="reference")
-    expected = with_gradients(eager, tensors)
-    for name, value in got.items():
-        assert torch.equal(value, expected[name]), name
-
-
-def test_opcheck():
-    t = operands(Shape(m=5, n=6, k=7, rank=2, mask_lora=True, p=0.4), torch.float32)
-    drawn = (0.4, torch.tensor(SEED), "reference")
-    arguments = [t.get(name) for name in ORDER] + [1.5, True, True, True, *drawn]
-    torch.library.opcheck(op.masked_lora_linear_op, tuple(arguments))
-    t = {name: tensor.detach() for name, tensor in t.items()}
-    saved = [t.get(name) for name in ("x", "weight", "lora_a", "lora_b", "lora_input", "out_mask", "in_mask")]
-    needs = [True] * 5 + [False] + [True] * 2
-    arguments = (torch.randn(5, 6), *saved, torch.randn(5, 2), torch.randn(5, 6), 1.5, True, True, needs, *drawn)
-    torch.library.opcheck(op.masked_lora_linear_backward_op, arguments)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_new_seed_is_no_new_compilation(dynamic):
-    torch._dynamo.reset()
-    aot_eager, graphs = torch._dynamo.lookup_backend("aot_eager"), []
-
-    def counted(graph, inputs):
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
-    def step(tensors, seed):
-        return (masked_lora_linear(**tensors, **SOFT.options | {"seed": seed}),)
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=counted)
-    tensors = operands(SOFT, torch.float32)
-    results, compiled_so_far = [], []
-    for seed in (3, 2**40, SEED):
-        got = with_gradients(compiled(tensors, torch.tensor(seed)), tensors)
-        expected = with_gradients(step(tensors, seed), tensors)
-        for name, value in got.items():
-            torch.testing.assert_close(value, expected[name], msg=name)
-        results.append(got["d lora_a"])
-        compiled_so_far.append(len(graphs))
-    assert len(set(compiled_so_far)) == 1
-    assert not any(torch.equal(results[i], results[i - 1]) for i in range(3))
-
-
-def test_an_int_compiles_too():
-    torch._dynamo.reset()
-    tensors = operands(SOFT, torch.float32)
-    compiled = torch.compile(masked_lora_linear, fullgraph=True, backend="aot_eager")
-    for seed in (3, 4, 2**40, SEED):
-        options = SOFT.options | {"seed": seed}
-        torch.testing.assert_close(compiled(**tensors, **options), masked_lora_linear(**tensors, **options))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant):
-    """The recomputed forward drops the same elements, though no generator's state is kept for it."""
-    tensors = operands(SOFT, torch.float64)
-    x, others = tensors.pop("x"), tensors
-
-    def block(x):
-        return masked_lora_linear(x, **others, **SOFT.options).square()
-
-    plain = torch.autograd.grad(block(x).sum(), [x, *others.values()])
-    checkpoint(block, x, use_reentrant=use_reentrant, preserve_rng_state=False).sum().backward()
-    for tensor, grad in zip([x, *others.values()], plain, strict=True):
-        torch.testing.assert_close(tensor.grad, grad)
-
-
-def test_second_backward_draws_the_same_elements():
-    tensors = operands(SOFT, torch.float32)
-    y = masked_lora_linear(**tensors, **SOFT.options)
-    leaves = list(tensors.values())
-    first = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
-    second = torch.autograd.grad(y.sum(), leaves)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_autocast_drops_after_the_cast():
-    tensors = operands(SOFT, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = masked_lora_linear(**tensors, **SOFT.options)
-    cast = {name: tensor if "mask" in name else tensor.bfloat16() for name, tensor in tensors.items()}
-    assert torch.equal(y, masked_lora_linear(**cast, **SOFT.options))
-    y.float().sum().backward()
-    assert all(tensor.grad.dtype == torch.float32 for tensor in tensors.values())
 
 
 def test_leading_dimensions_are_rows_and_no_generator_moves():

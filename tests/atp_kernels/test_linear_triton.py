@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backends_here import DEVICE, ON_GPU, on_device
+from backends_here import DEVICE, ON_GPU, new_memory_is_nan, on_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_cases import (
@@ -22,47 +22,17 @@ from atp_kernels.dropout.definition import Dropout, dropped
 if not triton_runtime.AVAILABLE:
     pytest.skip(triton_runtime.REASON, allow_module_level=True)
 
+from kernel_linear import FACTOR, run
+
 from atp_kernels.dropout import triton as dropout_launcher
 from atp_kernels.linear import triton as launcher
-from atp_kernels.linear.operands import Needs, Operands, Options, Saved
-from atp_kernels.linear.tiles import GemmConfig, gemm_config, reduce_config, row_splits
+from atp_kernels.linear.tiles import GemmConfig, reduce_config, row_splits
 
 # Small tiles, so that small shapes have several of them with ragged edges in every direction.
 TILE = GemmConfig(block_m=16, block_n=16, block_k=16, num_warps=4, num_stages=2)
 ONE_PASS = replace(TILE, one_pass=True, block_n=32)
 SMALL = Shape(m=19, n=23, k=35, rank=5)
 COMBINATIONS = every_combination(SMALL)
-FACTOR = {torch.float32: 2.0, torch.float16: 2.0, torch.bfloat16: 2.0 if ON_GPU else 3.0}
-
-
-class KernelLinear(torch.autograd.Function):
-    """The backend's forward and backward with a chosen tile, as `linear.op.MaskedLoraLinear` calls them."""
-
-    @staticmethod
-    def forward(ctx, config, shape, *tensors):
-        ctx.tensors, ctx.config, ctx.shape = tensors, config, shape
-        keep_sum = tensors[6] is not None and ctx.needs_input_grad[8]
-        options = Options(shape.scaling, shape.mask_lora, keep_sum, True, shape.drawn)
-        y, ctx.s, ctx.total, *norms = launcher.forward(Operands(*tensors), options, config=config)
-        return y, *norms
-
-    @staticmethod
-    def backward(ctx, grad_y, grad_rows, grad_cols):
-        x, weight, lora_a, lora_b, _, lora_input, out_mask, in_mask = ctx.tensors
-        saved = Saved(x, weight, lora_a, lora_b, lora_input, out_mask, in_mask, ctx.s, ctx.total)
-        options = Options(ctx.shape.scaling, ctx.shape.mask_lora, dropout=ctx.shape.drawn)
-        needs = Needs(*ctx.needs_input_grad[2:], shared_input=lora_input is None)
-        grads = list(launcher.backward(grad_y, saved, options, needs, config=ctx.config))
-        grads[2] = grads[2] + (2 * grad_cols * lora_a).to(lora_a.dtype)
-        grads[3] = grads[3] + (2 * grad_rows[:, None] * lora_b).to(lora_b.dtype)
-        return None, None, *grads
-
-
-ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
-
-
-def run(shape, tensors, config):
-    return with_gradients(KernelLinear.apply(config, shape, *(tensors.get(name) for name in ORDER)), tensors)
 
 
 @pytest.mark.parametrize("config", [TILE, ONE_PASS], ids=["split", "one-pass"])
@@ -117,7 +87,7 @@ shapes = st.builds(
 
 
 @given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.float16]), one_pass=st.booleans())
-@settings(max_examples=25, derandomize=True, deadline=None)
+@settings(max_examples=15, derandomize=True, deadline=None)
 def test_any_shape(shape, dtype, one_pass):
     tensors = on_device(operands(shape, dtype))
     assert_as_good_as_unfused(run(shape, tensors, ONE_PASS if one_pass else TILE), shape, tensors, 2.0)
@@ -146,18 +116,14 @@ def test_nothing_is_read_outside_the_operands_or_before_it_is_written(config, p)
         inside = buffer[tuple(slice(20, 20 + size) for size in tensor.shape)]
         return inside.copy_(tensor.detach()).requires_grad_()
 
-    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
-    try:
+    with new_memory_is_nan():
         got = run(shape, {name: padded(tensor) for name, tensor in tensors.items()}, config)
-    finally:
-        torch.use_deterministic_algorithms(False)
     for name, value in got.items():
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_64_bit_offsets_give_the_same_result(monkeypatch, p):
-    shape = Shape(m=19, n=23, k=35, rank=3, p=p)
+def test_64_bit_offsets_give_the_same_result(monkeypatch):
+    shape = Shape(m=19, n=23, k=35, rank=3, p=0.4)
     tensors = on_device(operands(shape, torch.float32))
     expected = run(shape, tensors, TILE)
     monkeypatch.setattr(triton_runtime, "_INT32_LIMIT", 1)
@@ -197,7 +163,7 @@ def test_bitwise_deterministic():
     tensors = on_device(operands(shape, torch.float32))
     config = replace(TILE, block_m=64)
     first = run(shape, tensors, config)
-    for _ in range(9):
+    for _ in range(9 if ON_GPU else 1):
         assert all(torch.equal(value, first[name]) for name, value in run(shape, tensors, config).items())
 
 
@@ -215,12 +181,6 @@ def test_without_masks_dropout_goes_beside_the_vendor_gemm():
     tensors = on_device(operands(shape, torch.float32))
     results = masked_lora_linear_with_norms(**tensors, **shape.options, backend="triton")
     assert_as_good_as_unfused(with_gradients(results, tensors), shape, tensors)
-
-
-def test_table_takes_the_one_pass_form_only_for_narrow_outputs():
-    assert gemm_config(4096, 256, 8, torch.bfloat16).one_pass
-    assert not gemm_config(4096, 257, 8, torch.bfloat16).one_pass
-    assert not gemm_config(4096, 64, 64, torch.float32).one_pass
 
 
 def test_row_splits_cover_all_rows_and_depend_on_shapes_alone():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from atp_kernels import explain, extension, kept_lora_linear, lora_dropout, masked_lora_linear
-from atp_kernels.dropout import definition, op
+from atp_kernels import extension, kept_lora_linear, lora_dropout, masked_lora_linear
+from atp_kernels.dropout import definition
 from atp_kernels.kept.slices import KeptSlice
 
 BACKENDS = ["auto", "reference", *(["native"] if extension.AVAILABLE else [])]
@@ -49,10 +49,6 @@ def test_is_what_the_masked_linear_drops():
     assert_close(kept_lora_linear(x, KeptSlice(weight), lora_a, lora_b, scaling=2.0, lora_input=dropped), expected)
 
 
-def test_opcheck():
-    torch.library.opcheck(op.lora_dropout_op, (matrix(5, 12), P, torch.tensor(SEED), "reference"))
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole_and_no_more_for_new_seeds(dynamic):
     torch._dynamo.reset()
@@ -85,7 +81,3 @@ def test_no_dropout_is_x_itself():
 def test_bad_input_is_one_sentence(x, p, seed, message):
     with pytest.raises(ValueError, match=message):
         lora_dropout(x, p, seed)
-
-
-def test_explain_names_the_backend():
-    assert explain("lora_dropout", torch.ones(1), backend="reference").startswith("lora_dropout on cpu in float32 runs")

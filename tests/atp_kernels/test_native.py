@@ -139,29 +139,6 @@ def test_prox_matches_float64(case, scale):
         assert torch.equal(after[kept.expand_as(after)], before[kept.expand_as(after)])
 
 
-def test_prox_writes_a_strided_factor_in_place_and_bumps_its_version():
-    base = torch.ones(6, 8)
-    factor = base[:, ::2]
-    version = factor._version
-    plan = GroupPlan.of([factor], [(0, torch.arange(6))], 6)
-    native.group_prox_([factor], plan, torch.arange(6) < 2, torch.full((6,), 1.0))
-    assert torch.equal(factor[:2], torch.full((2, 4), 0.5)) and torch.equal(base[:, 1::2], torch.ones(6, 4))
-    assert torch.equal(factor[2:], torch.ones(4, 4)) and factor._version > version
-
-
-def test_joint_group_over_rows_and_columns_by_hand():
-    rows, columns = torch.tensor([[3.0], [1.0]]), torch.tensor([[4.0, 2.0]])
-    plan = GroupPlan.of([rows, columns], [(0, torch.tensor([0, 1])), (1, torch.tensor([0, 2]))], 4)
-    removed = torch.tensor([True, False, False, True])  # group 3 owns nothing and counts nothing
-    value, norms = native.group_lasso_forward([rows, columns], plan, removed, 0.0)
-    assert value == 5 and torch.equal(norms, torch.tensor([5.0, 1.0, 2.0, 0.0]))
-    d_rows, d_columns = native.group_lasso_backward([rows, columns], plan, removed, norms, torch.tensor(2.0))
-    assert torch.allclose(d_rows, torch.tensor([[1.2], [0.0]]))
-    assert torch.allclose(d_columns, torch.tensor([[1.6, 0.0]]))
-    native.group_prox_([rows, columns], plan, removed, torch.full((4,), 2.5))
-    assert torch.equal(rows, torch.tensor([[1.5], [1.0]])) and torch.equal(columns, torch.tensor([[2.0, 2.0]]))
-
-
 def test_zero_group_has_zero_gradient_even_without_eps():
     factor, removed = torch.zeros(2, 3), torch.ones(2, dtype=torch.bool)
     plan = GroupPlan.of([factor], [(0, torch.arange(2))], 2)
@@ -240,25 +217,21 @@ def test_bits_do_not_depend_on_the_run_or_the_threads(dtype):
 
 
 def test_bits_do_not_depend_on_the_instruction_set():
-    assert_same_on_every_isa("test_native", "(x for dtype in t.DTYPES for x in t.everything(t.large_problem(dtype)))")
+    entropy = "(t.problem(30, vocab, dtype, device='cpu') for dtype in t.DTYPES for vocab in (5003, 4128, 37))"
+    assert_same_on_every_isa(
+        {
+            "test_native": "(x for dtype in t.DTYPES for x in t.everything(t.large_problem(dtype)))",
+            "test_native_activations": "(x for dtype in t.DTYPES for x in t.computed(*t.large_problem(dtype)))",
+            "test_rms_norm": "t.TestNative.everything()",
+            "test_merged_weight": "[t.native.merged_weight(*t.large_problem(), 0.7)]",
+            "test_cross_entropy_kernel": f"(x for case in {entropy} for x in t.computed(*case, 'native'))",
+        }
+    )
 
 
 def test_unknown_isa_is_refused_with_its_name():
     said = run_with_isa("mmx", "from atp_kernels import extension; print(extension.REASON)").stdout
     assert "ATP_KERNELS_ISA='mmx'" in said
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bad_values_stay_in_their_group(value):
-    for dtype in DTYPES:
-        factor = torch.ones(4, 10, dtype=dtype)
-        factor[1, 3] = value
-        removed = torch.tensor([True, True, False, True])
-        plan = GroupPlan.of([factor], [(0, torch.arange(4))], 4)
-        total, norms = native.group_lasso_forward([factor], plan, removed, EPS)
-        assert not total.isfinite() and norms.isfinite().tolist() == [True, False, True, True]
-        native.group_prox_([factor], plan, removed, torch.ones(4))
-        assert factor[[0, 2, 3]].isfinite().all() and not factor[1].isfinite().all()
 
 
 def hand_made(axis, index):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import Shape, assert_as_good_as_unfused, every_combination, operands, with_gradients
+from repeats import assert_repeats
 
-from atp_kernels import explain, extension, masked_lora_linear_with_norms
+from atp_kernels import extension
 from atp_kernels.dropout.definition import Dropout
 from atp_kernels.dropout.definition import dropped as defined_dropped
 from atp_kernels.linear import aten, native
@@ -14,7 +14,6 @@ from atp_kernels.linear import aten, native
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
 DTYPES = [torch.float32, torch.bfloat16]
-COMBINATIONS = every_combination(Shape()) + every_combination(Shape(p=0.4))
 common = settings(max_examples=40, derandomize=True, deadline=None)
 matrices = st.tuples(
     st.sampled_from([0, 1, 5, 64, 65, 200]), st.sampled_from([1, 7, 8, 29, 64, 131]), st.sampled_from(DTYPES)
@@ -30,14 +29,6 @@ def matrix(case, seed=0, strided=False):
 def mask_of(case, hard):
     mask = torch.rand(case[1], generator=torch.Generator().manual_seed(9))
     return mask < 0.6 if hard else mask
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
-def test_error_is_no_worse_than_unfused(shape, dtype):
-    tensors = operands(shape, dtype)
-    results = masked_lora_linear_with_norms(**tensors, **shape.options, backend="native")
-    assert_as_good_as_unfused(with_gradients(results, tensors), shape, tensors)
 
 
 @common
@@ -80,14 +71,6 @@ def test_dropout_is_the_definition_to_the_last_bit(case, p, seed):
     assert torch.equal(native.dropped(values, Dropout(p, seed)), defined_dropped(values, Dropout(p, seed)))
 
 
-def test_bad_values_behave_as_in_the_primitives():
-    values = torch.tensor([[float("nan"), 1.0, float("inf")]]).repeat(3, 3)
-    mask = torch.arange(9) % 2 == 0
-    torch.testing.assert_close(native.masked(values, mask), aten.masked(values, mask), equal_nan=True)
-    drop = Dropout(0.5, 3)
-    torch.testing.assert_close(native.dropped(values, drop), defined_dropped(values, drop), equal_nan=True)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_the_run_or_the_threads(dtype):
     case = (700, 1000, dtype)
@@ -97,15 +80,7 @@ def test_bits_do_not_depend_on_the_run_or_the_threads(dtype):
         fused = native.mask_and_dot(grad, total, mask)
         return [*fused, native.masked(grad, mask), native.dropped(grad, Dropout(0.1, 5))]
 
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = everything()
-        for run in range(10):
-            torch.set_num_threads(1 + run % 2)
-            assert all(map(torch.equal, everything(), expected))
-    finally:
-        torch.set_num_threads(threads)
+    assert_repeats(everything)
 
 
 def test_wrong_input_is_one_sentence():
@@ -118,8 +93,3 @@ def test_wrong_input_is_one_sentence():
         native.column_dot(values, torch.ones(3, 5))
     with pytest.raises(RuntimeError, match="values must be 2-D and contiguous"):
         native.mask_(values.t(), torch.ones(3))
-
-
-def test_explain_says_that_a_cpu_takes_it():
-    said = explain("masked_lora_linear", torch.ones(1))
-    assert said == "masked_lora_linear on cpu in float32 runs on native (first choice on cpu)."

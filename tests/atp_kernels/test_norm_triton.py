@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends_here import DEVICE, ON_GPU
+from backends_here import DEVICE, ON_GPU, new_memory_is_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,15 +136,12 @@ def test_nothing_is_read_outside_the_operands_or_before_it_is_written(tile):
     expected = computed(x, weight, d_y, tile=tile)
     _, scales = backend.forward(x, weight, EPS, torch.float32, tile=tile)
     columns = backend.backward(d_y, x, weight, scales, False, True, tile=tile)[1]
-    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
-    try:
+    with new_memory_is_nan():
         x, d_y = fenced(x)[1], fenced(d_y)[1]
         weight = fenced(weight.unsqueeze(0))[1][0]
         got = computed(x, weight, d_y, tile=tile)
         fenced_scales = fenced(scales.unsqueeze(0))[1][0]
         columns_again = backend.backward(d_y, x, weight, fenced_scales, False, True, tile=tile)[1]
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, (*got, columns_again), (*expected, columns)))
 
 
@@ -179,16 +176,8 @@ def test_rows_beyond_two_to_the_31_elements():
 def test_bitwise_deterministic():
     operands = problem(21, 33, torch.bfloat16, torch.float32)
     first = computed(*operands, tile=WHOLE)
-    for _ in range(9):
+    for _ in range(9 if ON_GPU else 1):
         assert all(map(torch.equal, computed(*operands, tile=WHOLE), first))
-
-
-@pytest.mark.parametrize("width", [1, 64, 576, 2048, 4096, 8192, 9000, 2**17])
-def test_the_table_keeps_16_elements_per_thread(width):
-    tile = backend.tile_for(width)
-    assert tile.block_m * tile.block_k == 16 * 32 * tile.num_warps
-    assert tile.num_warps in (4, 8, 16) and tile.block_k & (tile.block_k - 1) == 0
-    assert tile.block_k >= min(width, 8192)
 
 
 def test_cuda_takes_it_first_and_float64_is_left_to_aten():

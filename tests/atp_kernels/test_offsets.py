@@ -1,13 +1,14 @@
 """Operands that reach further than 32 bits count: what the Triton kernels are told, and what backends compute."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
-from backends_here import DEVICE, backends
+from backends_here import backends
+from operation_cases import CASES
 
-import atp_kernels
-from atp_kernels import GroupPlan, KeptSlice, Projection, triton_runtime
+from atp_kernels import GroupPlan, triton_runtime
 from atp_kernels.dropout.definition import Dropout
 from atp_kernels.linear.operands import Needs, Operands, Options, Saved
 
@@ -126,14 +127,10 @@ def test_as_many_slots_as_the_first_axis_of_a_grid_takes(monkeypatch):
     assert (blocks, factors) == (2**17, 1)  # the second axis takes 65535
 
 
-@needs_triton
-@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 1), True)])
-def test_triton_takes_gpus_that_it_supports(monkeypatch, capability, runs):
-    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    said = triton_runtime.misfit(torch.device("cuda", 0))
-    assert said == (None if runs else "the triton backend needs CUDA capability 8.0 and cuda:0 is of 7.5")
+FAR = (
+    "linear-hard", "kept", "swiglu-plain", "rms_norm-narrow", "lora_dropout", "compact", "cross_entropy_",
+    "group_prox_", "group_lasso-separate",
+)  # fmt: skip
 
 
 def far_apart(tensor):
@@ -144,78 +141,12 @@ def far_apart(tensor):
     return storage.as_strided(tensor.shape, (step, 1)).copy_(tensor)
 
 
-def normal(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
-
-
-def linear(x, backend):
-    mask, bias = torch.tensor([True, False] * 4, device=DEVICE), torch.ones(8, dtype=torch.bfloat16, device=DEVICE)
-    options = {"out_mask": mask, "bias": bias, "scaling": 1.5, "backend": backend}
-    return atp_kernels.masked_lora_linear(x, normal(8, 6), normal(2, 6), normal(8, 2), **options)
-
-
-def kept(x, backend):
-    mask = torch.tensor([True, False, True, False, False, True], device=DEVICE)
-    slice_ = KeptSlice(normal(8, 6), in_mask=mask, pad_to=1)
-    return atp_kernels.kept_lora_linear(x, slice_, normal(2, 6), normal(8, 2), scaling=1.5, backend=backend)
-
-
-def swiglu(x, backend):
-    gate = Projection(normal(8, 6), normal(2, 6), normal(8, 2), 1.5)
-    down = Projection(normal(6, 8), normal(2, 8), normal(6, 2), 1.5)
-    return atp_kernels.masked_lora_swiglu(x, gate, gate, down, backend=backend)
-
-
-def norm(x, backend):
-    return atp_kernels.rms_norm(x, torch.arange(6.0, device=DEVICE), eps=1e-6, backend=backend)
-
-
-def dropout(x, backend):
-    return atp_kernels.lora_dropout(x, 0.4, 3, backend=backend)
-
-
-def compact(x, backend):
-    return atp_kernels.compact(x, *torch.tensor([[2, 0], [5, 1]], device=DEVICE), backend=backend)
-
-
-def entropy(x, backend):
-    return atp_kernels.cross_entropy_(x, torch.tensor([0, 2, 4], device=DEVICE), backend=backend)
-
-
-def prox(x, backend):
-    removed = torch.tensor([True, False, True], device=DEVICE)
-    atp_kernels.group_prox_([x], [(0, torch.arange(3, device=DEVICE))], removed, 0.5, backend=backend)
-    return x.clone()
-
-
-def lasso(x, backend):
-    groups, removed = [(1, torch.arange(6, device=DEVICE))], torch.ones(6, dtype=torch.bool, device=DEVICE)
-    return atp_kernels.group_lasso([x], groups, removed, backend=backend)
-
-
-CALLS = {
-    "masked_lora_linear": linear,
-    "kept_lora_linear": kept,
-    "masked_lora_swiglu": swiglu,
-    "rms_norm": norm,
-    "lora_dropout": dropout,
-    "compact": compact,
-    "cross_entropy_": entropy,
-    "group_prox_": prox,
-    "group_lasso": lasso,
-}
-IN_PLACE = ("cross_entropy_", "group_prox_")
-
-
-@pytest.mark.parametrize(("op", "backend"), [(op, name) for op in CALLS for name in backends(op, torch.bfloat16)])
-def test_rows_that_begin_beyond_32_bits(op, backend):
-    near = normal(3, 6)
-    far = far_apart(near)
-    leaves = [matrix if op in (*IN_PLACE, "compact") else matrix.requires_grad_() for matrix in (near, far)]
-    results = [CALLS[op](leaf, backend) for leaf in leaves]
-    torch.testing.assert_close(results[1], results[0])
-    if op in IN_PLACE:
-        torch.testing.assert_close(far, near)
-    elif op != "compact":
-        grads = [torch.autograd.grad(result.sum(), leaf)[0] for result, leaf in zip(results, leaves, strict=True)]
-        torch.testing.assert_close(*grads)
+@pytest.mark.parametrize(("name", "backend"), [(n, b) for n in FAR for b in backends(CASES[n].op, torch.bfloat16)])
+def test_rows_that_begin_beyond_32_bits(name, backend):
+    case = CASES[name]
+    case = replace(case, shapes={operand: shape[-2:] for operand, shape in case.shapes.items()})
+    first, near, far = next(iter(case.shapes)), case.operands(torch.bfloat16), case.operands(torch.bfloat16)
+    far[first] = far_apart(far[first])
+    expected = case.run(near, backend, torch.ones_like)
+    for key, value in case.run(far, backend, torch.ones_like).items():
+        torch.testing.assert_close(value, expected[key], msg=key)

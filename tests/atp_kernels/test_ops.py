@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from linear_cases import Shape, every_combination, operands, with_gradients
+from linear_cases import SEED, Shape, every_combination, operands, with_gradients
 
 import atp_kernels
-from atp_kernels.compaction import op as compaction
-from atp_kernels.groups import op as group_ops
 from atp_kernels.linear import op
 
 ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
-SHAPES = every_combination(Shape(m=5, n=6, k=7, rank=2))[::3]
+SHAPES = every_combination(Shape(m=5, n=6, k=7, rank=2))[::9] + [Shape(m=5, n=6, k=7, rank=2, mask_lora=True, p=0.4)]
 
 
 def groups():
@@ -24,32 +22,9 @@ def groups():
 def test_opcheck_linear(shape):
     tensors = operands(shape, torch.float32)
     arguments = [tensors.get(name) for name in ORDER]
-    arguments += [shape.scaling, shape.mask_lora, shape.out_mask == "soft", True, 0.0, None, "reference"]
+    drawn = (shape.p, torch.tensor(SEED)) if shape.p else (0.0, None)
+    arguments += [shape.scaling, shape.mask_lora, shape.out_mask == "soft", True, *drawn, "reference"]
     torch.library.opcheck(op.masked_lora_linear_op, tuple(arguments))
-
-
-def test_opcheck_linear_backward():
-    t = operands(Shape(m=5, n=6, k=7, rank=2), torch.float32)
-    t = {name: tensor.detach() for name, tensor in t.items()}
-    saved = [t[name] for name in ("x", "weight", "lora_a", "lora_b", "lora_input", "out_mask", "in_mask")]
-    options = (1.5, False, False, [True] * 8, 0.0, None, "reference")
-    arguments = (torch.randn(5, 6), *saved, torch.randn(5, 2), torch.randn(5, 6), *options)
-    torch.library.opcheck(op.masked_lora_linear_backward_op, arguments)
-
-
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_opcheck_groups(backend):
-    factors, described, removed = groups()
-    plan = atp_kernels.GroupPlan.of(factors, described, 4)
-    packed = (list(plan.axes), plan.index, plan.order, plan.starts)
-    torch.library.opcheck(group_ops.group_lasso_op, (factors, *packed, removed, 1e-8, backend))
-    detached = [factor.detach() for factor in factors]
-    norms, value = torch.ones(4), torch.tensor(1.0)
-    torch.library.opcheck(group_ops.group_lasso_backward_op, (detached, *packed, removed, norms, value, backend))
-    grads = [factor.clone() for factor in detached]
-    torch.library.opcheck(group_ops.group_lasso_grad_op, (detached, grads, *packed, removed, value, 1e-8, backend))
-    torch.library.opcheck(group_ops.group_prox_op, (detached, *packed, removed, torch.ones(4), backend))
-    torch.library.opcheck(compaction.compact_op, (torch.randn(5, 6), torch.tensor([1, 2]), None, 4, backend))
 
 
 def step(factors, described, removed, scaling, tensors):
@@ -62,8 +37,7 @@ def block(tensors):
     return {name: tensor for name, tensor in tensors.items() if name not in ("x", "lora_input")}
 
 
-@pytest.mark.parametrize("planned", [False, True], ids=["list", "plan"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dynamic", "planned"), [(False, False), (True, True)], ids=["list", "dynamic-plan"])
 def test_compile_whole_graph(dynamic, planned):
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")

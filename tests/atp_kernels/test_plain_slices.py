@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import SEED, Shape, assert_as_good_as_unfused, operands, unfused, with_gradients
+from linear_cases import SEED, Shape, operands, unfused, with_gradients
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 import atp_kernels
 from atp_kernels import masked_lora_linear
@@ -20,13 +19,6 @@ from atp_kernels.tuning.table import Key
 
 KINDS = (None, "hard", "empty", "full")
 BOTH = Shape(m=12, n=44, k=52, out_mask="hard", in_mask="hard")
-COMBINATIONS = [
-    replace(BOTH, out_mask=out_mask, in_mask=in_mask, bias=bias, dropout=dropout)
-    for out_mask in KINDS
-    for in_mask in KINDS
-    for bias, dropout in ((False, True), (True, False))
-    if (out_mask, in_mask) != (None, None)
-]
 SLICED = "KeptLoraLinearBackward"
 
 
@@ -48,18 +40,6 @@ def taken(y):
     return y.grad_fn.name()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", COMBINATIONS, ids=str)
-def test_error_is_no_worse_than_unfused(shape, dtype):
-    tensors = operands(shape, dtype)
-    y = call(shape, tensors)
-    assert taken(y) == SLICED
-    norms = definition.factor_norms(tensors["lora_a"], tensors["lora_b"])
-    got = with_gradients((y, *norms), {name: each for name, each in tensors.items() if name not in ("weight", "bias")})
-    plain = with_gradients(unfused(shape, tensors), tensors)
-    assert_as_good_as_unfused(plain | got, shape, tensors)
-
-
 shapes = st.builds(
     Shape,
     m=st.sampled_from([1, 5, 33]),
@@ -79,7 +59,9 @@ def test_equals_the_definition(shape, seed):
     tensors = operands(shape, torch.float64, seed)
     expected = with_gradients(unfused(shape, tensors)[:1], tensors)
     leaves = {name: each for name, each in tensors.items() if name not in ("weight", "bias")}
-    for name, value in with_gradients((call(shape, tensors),), leaves).items():
+    y = call(shape, tensors)
+    assert taken(y) == SLICED
+    for name, value in with_gradients((y,), leaves).items():
         assert_close(value, expected[name], msg=name)
 
 
@@ -161,46 +143,15 @@ def test_autocast(weight_dtype):
         assert_close(value, expected[name], rtol=0.05, atol=0.1, msg=name)
 
 
-def test_other_dtypes_are_refused_as_without_slices():
-    tensors = operands(replace(BOTH, dropout=False), torch.float32)
-    with pytest.raises(ValueError, match="weight is torch.float64 and x is torch.float32"):
-        call(BOTH, tensors | {"weight": tensors["weight"].double()})
-    with pytest.raises(ValueError, match="out_mask has shape"):
-        call(BOTH, tensors | {"out_mask": torch.ones(3, dtype=torch.bool)})
-
-
-def test_double_backward_is_refused():
-    tensors = operands(replace(BOTH, dropout=False), torch.float32)
-    (grad,) = torch.autograd.grad(call(BOTH, tensors).square().sum(), tensors["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_and_a_second_backward_pass(reentrant):
-    shape = replace(BOTH, dropout=False)
-    tensors = operands(shape, torch.float64)
-    leaves = {name: tensors[name] for name in ("x", "lora_a", "lora_b")}
-    expected = with_gradients((call(shape, tensors),), leaves)
-    y = checkpoint(lambda x: call(shape, tensors | {"x": x}), tensors["x"], use_reentrant=reentrant)
-    y.square().sum().backward()
-    assert_close(y, expected["y"])
-    first = tensors["x"].grad.clone()
-    tensors["x"].grad = None
-    again = call(shape, tensors)
-    again.square().sum().backward(retain_graph=True)
-    assert_close(tensors["x"].grad, first)
-    again.square().sum().backward()
-    assert_close(tensors["x"].grad, 2 * first)
-
-
 def test_nothing_of_the_weight_is_held_between_the_passes():
     tensors = operands(replace(BOTH, dropout=False), torch.float32)
     y = call(BOTH, tensors)
     kept = y.grad_fn.kept
     assert isinstance(kept, CallSlice) and kept._held is None
+    y.sum().backward(retain_graph=True)
+    first = tensors["x"].grad.clone()
     y.sum().backward()
-    assert tensors["x"].grad is not None
+    assert torch.equal(tensors["x"].grad, 2 * first)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

@@ -6,26 +6,24 @@ That weight is the definition's, so results must agree to the bit: the operation
 import copy
 import sys
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from block_cases import Case
-from linear_cases import Shape, operands, unfused, with_gradients
+from linear_cases import Shape, operands, with_gradients
+from operation_cases import CASES, K, N
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from atp_kernels import (
-    KeptFirst,
     KeptSlice,
     QuantizedWeight,
     available_backends,
     compact,
     kept_lora_linear,
     masked_lora_linear,
-    masked_lora_linear_with_norms,
-    masked_lora_swiglu,
 )
 from atp_kernels.linear import ways
 from atp_kernels.nn import MaskedLoRALinear
@@ -237,17 +235,24 @@ def assert_equal_bits(got, expected):
         assert torch.equal(value, expected[name]), name
 
 
+OF_WEIGHTS = [name for name in CASES if name.startswith(("linear", "swiglu", "qkv", "kept")) and "merged" not in name]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("out_mask", "in_mask", "mask_lora", "p"),
-    [(None, None, False, 0.0), ("soft", "soft", True, 0.0), ("soft", None, False, 0.3), ("hard", "hard", False, 0.0)],
-)
-def test_linear(kind, backend, dtype, out_mask, in_mask, mask_lora, p):
-    shape = Shape(m=6, n=24, k=128, out_mask=out_mask, in_mask=in_mask, mask_lora=mask_lora, p=p, dropout=False)
-    tensors = operands(shape, dtype)
-    quantised = KINDS[kind](tensors["weight"])
-    assert_equal_bits(*both(tensors, quantised, partial(linear, backend=backend, **shape.options)))
+@pytest.mark.parametrize("name", OF_WEIGHTS)
+def test_linears_mlp_and_kept_slices(kind, name, dtype, backend):
+    case = CASES[name].sized({K: 128, N: 64})
+    weights = [operand for operand in case.shapes if operand.endswith("weight")]
+    case = replace(case, frozen=(*case.frozen, *weights))
+    quantised = {name: KINDS[kind](weight) for name, weight in case.operands(dtype).items() if name in weights}
+    for cast in (False, True)[: 1 + name.startswith("kept")]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            got, expected = (
+                case.run(case.operands(dtype) | given, backend, torch.ones_like)
+                for given in (quantised, {name: stands_for(weight) for name, weight in quantised.items()})
+            )
+        assert_equal_bits(got, expected)
 
 
 def test_a_mask_that_would_pay_for_a_slice_of_a_floating_weight(kind, monkeypatch):
@@ -262,25 +267,6 @@ def test_a_mask_that_would_pay_for_a_slice_of_a_floating_weight(kind, monkeypatc
     ] == ["MaskedLoraLinearBackward", "KeptLoraLinearBackward"]
 
 
-def test_linear_is_that_of_the_definition(kind):
-    tensors = operands(WIDE, torch.float32)
-    quantised = KINDS[kind](tensors["weight"])
-    frozen = {name: tensor for name, tensor in tensors.items() if name != "weight"}
-    got = with_gradients((linear(frozen, quantised, scaling=WIDE.scaling),), frozen)
-    expected = with_gradients(unfused(WIDE, frozen | {"weight": stands_for(quantised)})[:1], frozen)
-    for name, value in got.items():
-        assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
-
-
-def test_linear_with_norms_and_no_gradient_of_y(kind):
-    tensors = operands(WIDE, torch.float32)
-    frozen = {name: tensor for name, tensor in tensors.items() if name != "weight"}
-    quantised = KINDS[kind](tensors["weight"])
-    _, rows, columns = masked_lora_linear_with_norms(**frozen, weight=quantised, scaling=1.0)
-    (rows.sum() + columns.sum()).backward()
-    assert_close(tensors["lora_b"].grad, 2 * tensors["lora_b"])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_under_autocast_with_a_constant_adapter(kind, dtype):
     """There a floating float32 weight has the adapter merged in, which would leave a copy of it to autograd."""
@@ -292,40 +278,6 @@ def test_linear_under_autocast_with_a_constant_adapter(kind, dtype):
         got, expected = both(tensors, quantised, partial(linear, scaling=1.7, mask_lora=True))
     for name, value in got.items():
         assert_close(value, expected[name], rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("order", [lambda mask: mask, KeptFirst], ids=["model's order", "kept first"])
-@pytest.mark.parametrize("sides", [("out_mask",), ("in_mask",), ("out_mask", "in_mask"), ()], ids=str)
-def test_kept_slice(kind, backend, dtype, order, sides):
-    tensors = operands(Shape(m=6, n=96, k=128, out_mask="hard", in_mask="hard"), dtype)
-    quantised = KINDS[kind](tensors["weight"])
-    masks = {side: order(tensors[side]) for side in sides}
-    trained = {name: tensors[name] for name in ("x", "lora_a", "lora_b", "lora_input")}
-
-    def call(frozen, weight):
-        kept = KeptSlice(weight, tensors["bias"].detach(), pad_to=8, **masks)
-        return kept_lora_linear(**frozen, kept=kept, scaling=1.7, backend=backend)
-
-    assert_equal_bits(*both(trained, quantised, call))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_equal_bits(*both(trained, quantised, call))
-
-
-@pytest.mark.parametrize("how", ["no mask", "soft", "kept"])
-def test_gated_mlp(kind, how):
-    case, keep = Case([(128, 64), (128, 64), (64, 128)], frozen=True), torch.arange(128) % 3 > 0
-    results = []
-    for quantise in (lambda w: w, stands_for):
-        linears = [p._replace(weight=quantise(KINDS[kind](p.weight))) for p in case.linears()]
-        options = {"no mask": {}, "soft": {"mask": keep.float(), "mask_lora": True}}.get(how)
-        if options is None:
-            outs = [{"out_mask": keep}, {"out_mask": keep}, {"in_mask": keep}]
-            slices = [KeptSlice(p.weight, p.bias, **mask) for p, mask in zip(linears, outs, strict=True)]
-            options = {"kept": tuple(slices)}
-        results.append(case.results(masked_lora_swiglu(case.x, *linears, **options)))
-    assert_equal_bits(*results)
 
 
 def test_module(kind):

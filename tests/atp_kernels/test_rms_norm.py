@@ -5,13 +5,12 @@ import torch
 from backends_here import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repeats import assert_repeats, assert_same_on_every_isa
-from torch.utils.checkpoint import checkpoint
+from repeats import assert_repeats
 
 from atp_kernels import explain, extension, rms_norm
 from atp_kernels.norm import definition, native
 
-BACKENDS = backends("rms_norm", device="cpu")  # test_norm_triton.py is about GPUs
+BACKENDS = [name for name in backends("rms_norm", device="cpu") if name != "triton"]  # see test_norm_triton.py
 PAIRS = [
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -60,9 +59,7 @@ def test_error_is_no_worse_than_unfused(backend, rows, cols, pair, scale):
     sizes = [exact[0], (w * grad.double()).detach() * (scaled / wide.detach()), rows_added]
     for value, other, truth, size in zip(got, unfused, exact, sizes, strict=True):
         error, own = ((some.double() - truth).norm() for some in (value, other))
-        # Triton's interpreter cuts a float32 off to bfloat16 where a GPU rounds it.
-        factor = 3 if backend == "triton" and value.dtype == torch.bfloat16 else 2
-        assert error <= max(factor * own, torch.finfo(value.dtype).eps * size.norm())
+        assert error <= max(2 * own, torch.finfo(value.dtype).eps * size.norm())
 
 
 def test_gradcheck_and_other_dtypes():
@@ -80,59 +77,6 @@ def test_gradcheck_and_other_dtypes():
         d_x, torch.autograd.grad(definition.rms_norm(x, weight, EPS), x, upstream.double())[0], rtol=1e-5, atol=1e-6
     )
     assert "reference" in explain("rms_norm", x)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_leading_dimensions_strides_and_no_rows(backend):
-    x, weight, grad = problem(6, 40, torch.float32, torch.bfloat16)
-    y = rms_norm(x, weight, eps=EPS, dtype=torch.bfloat16, backend=backend)
-    expected = results(y, x, weight, grad)
-    wide = torch.full((2, 3, 90), float("nan"))
-    wide[..., 20:60] = x.detach().view(2, 3, 40)
-    wide.requires_grad_()
-    y = rms_norm(wide[..., 20:60], weight, eps=EPS, dtype=torch.bfloat16, backend=backend)
-    d_wide, d_weight = torch.autograd.grad(y, (wide, weight), grad.view(2, 3, 40))
-    assert torch.equal(y.view(6, 40), expected[0]) and torch.equal(d_weight, expected[2])
-    assert torch.equal(d_wide[..., 20:60].reshape(6, 40), expected[1]) and not d_wide[..., :20].any()
-    grad = grad.t().contiguous().t()
-    y = rms_norm(x, weight, eps=EPS, dtype=torch.bfloat16, backend=backend)
-    for value, other in zip(results(y, x, weight, grad), expected, strict=True):
-        torch.testing.assert_close(value, other)
-    empty = rms_norm(x[:0], weight, eps=EPS, backend=backend)
-    assert empty.shape == (0, 40) and torch.autograd.grad(empty.sum(), x)[0].eq(0).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_what_is_asked_for_and_what_repeats(backend):
-    x, weight, grad = problem(5, 33, torch.float32, torch.float32)
-    y = rms_norm(x, weight, eps=EPS, backend=backend)
-    first = torch.autograd.grad(y, (x, weight), grad, retain_graph=True)
-    assert all(map(torch.equal, torch.autograd.grad(y, (x, weight), grad), first))
-    frozen = weight.detach()
-    rerun = checkpoint(lambda x: rms_norm(x, frozen, eps=EPS, backend=backend), x, use_reentrant=False)
-    assert torch.equal(torch.autograd.grad(rerun, x, grad)[0], first[0])
-    (d_weight,) = torch.autograd.grad(rms_norm(x.detach(), weight, eps=EPS, backend=backend), weight, grad)
-    assert torch.equal(d_weight, first[1])
-    upstream = grad.clone().requires_grad_()
-    (d_x,) = torch.autograd.grad(rms_norm(x, weight, eps=EPS, backend=backend), x, upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        d_x.sum().backward()
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(dynamic):
-    def call(x, weight):
-        return rms_norm(x, weight, eps=EPS, dtype=torch.bfloat16)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (4, 9):
-        x, weight, grad = problem(rows, 24, torch.float32, torch.bfloat16)
-        pairs = zip(
-            results(compiled(x, weight), x, weight, grad), results(call(x, weight), x, weight, grad), strict=True
-        )
-        for got, want in pairs:
-            torch.testing.assert_close(got, want)
 
 
 def test_wrong_input_is_one_sentence():
@@ -161,9 +105,6 @@ class TestNative:
 
     def test_bits_do_not_depend_on_the_run_or_the_threads(self):
         assert_repeats(self.everything)
-
-    def test_bits_do_not_depend_on_the_instruction_set(self):
-        assert_same_on_every_isa("test_rms_norm", "t.TestNative.everything()")
 
     def test_wrong_input_is_one_sentence(self):
         ops, x, weight = torch.ops.atp_kernels_native, torch.ones(3, 4), torch.ones(4)

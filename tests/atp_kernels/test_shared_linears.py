@@ -74,24 +74,6 @@ def test_is_the_definition(kind):
         assert_close(value, truth)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_error_is_no_worse_than_unfused(kind, dtype):
-    x, projections, masks, kept = problem(kind, dtype)
-    wide = [Projection(*(t.detach().double() if torch.is_tensor(t) else t for t in p)) for p in projections]
-    wide = [p._replace(lora_a=p.lora_a.requires_grad_(), lora_b=p.lora_b.requires_grad_()) for p in wide]
-
-    def call(*given):
-        return defined(*given, masks=masks)
-
-    exact = results(x.detach().double().requires_grad_(), wide, call)
-    pairs = zip(results(x, projections, shared(kept)), results(x, projections, call), exact, strict=True)
-    for value, plain, truth in pairs:
-        assert value.dtype == dtype
-        error, own = ((some.double() - truth).norm() for some in (value, plain))
-        assert error <= max(2 * own, torch.finfo(dtype).eps * truth.norm())
-
-
 class Products(TorchDispatchMode):
     """Counts products, and sums of what is as large as x."""
 
@@ -122,9 +104,8 @@ def test_adapters_of_one_input_take_one_product_each_way(kind):
     assert alone[0] - together[0] == 3 * 2 and alone[1] - together[1] == 2
 
 
-@pytest.mark.parametrize("activation", ["silu"])
 @pytest.mark.parametrize("kind", ["whole", "kept first"])
-def test_gate_and_up_share_too(kind, activation):
+def test_gate_and_up_share_too(kind):
     rng = torch.Generator().manual_seed(0)
     randn = lambda *size: torch.randn(size, generator=rng, dtype=torch.float64)  # noqa: E731
     x, order = randn(5, 8).requires_grad_(), KeptFirst(torch.arange(12) % 3 > 0, pad_to=1)

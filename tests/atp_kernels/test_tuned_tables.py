@@ -48,11 +48,6 @@ def taken(*tensors, **options):
     return y.grad_fn.name()
 
 
-def test_without_a_table_nothing_changes(path):
-    assert table.tables_of(CPU) == ()
-    assert taken(*operands()) == "LoraLinearBackward"
-
-
 def test_a_table_is_read_back_as_it_was_written(path):
     entries = [
         ENTRY,

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from backends_here import DEVICE, backends
+from operation_cases import CASES, K, M, N, R
 
 import atp_kernels
-from atp_kernels import KeptFirst, KeptSlice, Projection
 
 
 def ones(*size):
@@ -46,34 +46,14 @@ def test_masked_linear_of_a_zero_size(zero, mask_lora, lead):
             torch.testing.assert_close(other, results[0])
 
 
-@pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
-def test_kept_linear_and_blocks_of_a_zero_size(zero):
-    rows, n_in, n_out, rank = ({"rows": 5, "n_in": 4, "n_out": 6, "rank": 2} | {zero: 0}).values()
-    kept_out, kept_in = (torch.arange(size, device=DEVICE) % 2 == 0 for size in (n_out, n_in))
-    for backend in backends("kept_lora_linear"):
-        x = ones(2, rows, n_in).requires_grad_()
-        gate = Projection(*(ones(*shape) for shape in ((n_out, n_in), (rank, n_in), (n_out, rank))), 1.5)
-        down = Projection(*(ones(*shape) for shape in ((n_in, n_out), (rank, n_out), (n_in, rank))), 1.5)
-        for order in (lambda mask: mask, KeptFirst):
-            for masks in ({"out_mask": order(kept_out)}, {"in_mask": order(kept_in)}, {}):
-                slice_ = KeptSlice(gate.weight, ones(n_out), **masks, pad_to=2)
-                y = atp_kernels.kept_lora_linear(x, slice_, *gate[1:3], scaling=1.5, backend=backend)
-                assert y.shape == (2, rows, n_out)
-                assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-            side = order(kept_out)
-            slices = [KeptSlice(gate.weight, out_mask=side), KeptSlice(gate.weight, out_mask=side)]
-            slices.append(KeptSlice(down.weight, in_mask=side))
-            y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, kept=tuple(slices), backend=backend)
-            assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-    for backend in backends("masked_lora_swiglu"):
-        x = ones(2, rows, n_in).requires_grad_()
-        for mask, mask_lora in ((None, False), (kept_out, False), (kept_out.float(), True)):
-            y = atp_kernels.masked_lora_swiglu(x, gate, gate, down, mask=mask, mask_lora=mask_lora, backend=backend)
-            assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
-            parts = atp_kernels.masked_lora_qkv(
-                x, gate, gate, gate, masks=(mask,) * 3, mask_lora=mask_lora, backend=backend
-            )
-            assert all(part.shape == (2, rows, n_out) for part in parts)
+@pytest.mark.parametrize("size", [M, N, K, R], ids=["rows", "n_out", "n_in", "rank"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("kept", "swiglu", "qkv"))])
+def test_slices_and_blocks_of_a_zero_size(name, size):
+    case = CASES[name].sized({size: 0})
+    results = [case.run(case.operands(torch.float32), b, torch.ones_like) for b in backends(case.op)]
+    for other in results:
+        torch.testing.assert_close(other, results[0])
+        assert other["d x"].shape == case.shapes["x"]
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 0)], ids=str)

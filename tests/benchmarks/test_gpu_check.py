@@ -102,9 +102,8 @@ def test_a_failing_stage_is_told_and_the_others_go_on(tmp_path):
     assert all("stopped after 1 s" in line for line in stages)
 
 
-@pytest.fixture
-def stages_that_ran(tmp_path):
-    """Runs the script in a tree without git, where every command of a stage succeeds; returns the stages that ran."""
+def test_a_stage_is_done_once_for_the_same_sources(tmp_path):
+    """The script in a tree without git, where every command of a stage succeeds."""
     tree, out = tmp_path / "tree", tmp_path / "out"
     for folder in ("atp_kernels", "atp", "csrc", "benchmarks", "tests"):
         (tree / folder).mkdir(parents=True)
@@ -117,35 +116,20 @@ def stages_that_ran(tmp_path):
     (out / "tables" / "cpu.json").touch()
     environment = {**os.environ, "OUT": str(out), "PYTHON": "true"}
 
-    def run():
+    def ran():
         result = subprocess.run(["bash", str(script), "--dry"], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         lines = [line for line in (out / "summary.txt").read_text().splitlines() if line.split()[0] in STAGES]
         assert [line.split()[0] for line in lines] == STAGES
         return [line.split()[0] for line in lines if not line.endswith("done before")]
 
-    run.tree, run.done = tree, out / "done"
-    return run
-
-
-def test_an_interrupted_check_goes_on(stages_that_ran):
-    assert stages_that_ran() == STAGES
-    assert stages_that_ran() == []
-    (stages_that_ran.done / "method").unlink()
-    (stages_that_ran.done / "tune").write_text("cpu of other sources\n")
-    assert stages_that_ran() == ["method", "tune"]
-    assert stages_that_ran() == []
-
-
-@pytest.mark.parametrize("name", ["atp/some.py", "atp_kernels/some.py", "csrc/new.cu", "tests/some.py", "setup.py"])
-def test_no_stage_is_done_for_other_sources(stages_that_ran, name):
-    assert stages_that_ran() == STAGES
-    (stages_that_ran.tree / name).write_text("2\n")
-    assert stages_that_ran() == STAGES
-
-
-def test_what_a_stage_writes_is_no_source(stages_that_ran):
-    assert stages_that_ran() == STAGES
-    for name in ("atp_kernels/_C.so", "benchmarks/rows.csv", "atp/some.pyc"):
-        (stages_that_ran.tree / name).write_text("made\n")
-    assert stages_that_ran() == []
+    assert ran() == STAGES
+    for name in ("atp_kernels/_C.so", "benchmarks/rows.csv", "atp/some.pyc"):  # what a stage writes is no source
+        (tree / name).write_text("made\n")
+    assert ran() == []
+    (out / "done" / "method").unlink()
+    (out / "done" / "tune").write_text("cpu of other sources\n")
+    assert ran() == ["method", "tune"]
+    for name in ("atp/some.py", "atp_kernels/some.py", "csrc/new.cu", "tests/some.py", "setup.py"):
+        (tree / name).write_text("2\n")
+        assert ran() == STAGES, name

@@ -1,18 +1,14 @@
 """The model of a step against atp's own count of operations, the definitions' real operators, and a real step."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from atp.config import TrainingConfig
 from atp.families import Linear
 from atp.plan import cost
-from atp.training.cross_entropy import CHUNK_BYTES
 from atp_kernels.linear.definition import masked_lora_linear
 from benchmarks import layer_model, model_linear
 from benchmarks.layer_model import PHASES, ROWS, WAYS, Kernel, Step, kernels_of
@@ -59,11 +55,6 @@ def test_operations_are_those_that_plan_counts(phase, widths, way):
     assert sum(k.flops for k in rows) == pytest.approx(expected * TOKENS * SHAPES.layers, rel=1e-12)
 
 
-def test_the_search_step_multiplies_what_masks_keep():
-    kept = [k for k in kernels_of(step("search", "ours")) if k.row == "products"]
-    assert sum(k.flops for k in kept) == pytest.approx(2 * cost.linear(SHAPES.kept[0]) * TOKENS * SHAPES.layers)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("phase", "axis"), [("decision", 0), ("decision", None), ("search", 0), ("search", 1), ("tune", None)]
@@ -90,19 +81,6 @@ def test_an_unfused_linear_moves_what_its_operators_do(phase, axis, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_unfused_norm_moves_about_what_its_operators_do(dtype):
-    hidden = SHAPES.config.hidden_size
-    norm = LlamaRMSNorm(hidden).to("meta", dtype).requires_grad_(False)
-    x = torch.empty(TOKENS, hidden, dtype=dtype, device="meta", requires_grad=True)
-    grad = torch.empty_like(x)
-    with Traffic() as traffic:
-        torch.autograd.grad(norm(x), x, grad)
-    (kernel,) = layer_model._norm(step("tune", "unfused", item=dtype.itemsize), 1)
-    assert kernel.bytes == pytest.approx(traffic.bytes, rel=0.05)
-    assert kernel.launches == traffic.calls
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_unfused_loss_moves_what_its_operators_do(dtype):
     """But for the log-probabilities that operators take whole and look a few up in."""
     hidden, vocabulary = SHAPES.config.hidden_size, SHAPES.config.vocab_size
@@ -117,18 +95,6 @@ def test_an_unfused_loss_moves_what_its_operators_do(dtype):
     assert sum(kernel.bytes for kernel in kernels) == pytest.approx(traffic.bytes - looked_up, rel=0.01)
     # Looking up is a call of its own, of a launch that moves nothing.
     assert sum(kernel.launches for kernel in kernels) == traffic.calls - 1
-
-
-def test_our_loss_reads_the_head_once_per_chunk_of_tokens():
-    vocabulary, hidden = SHAPES.config.vocab_size, SHAPES.config.hidden_size
-    chunk = CHUNK_BYTES["cuda"] // (2 * vocabulary)
-    few, many = (
-        list(layer_model._head(Step(SHAPES, tokens, 32, RANK, 2, "tune", "ours"))) for tokens in (chunk, 3 * chunk)
-    )
-    assert [kernel.launches for kernel in few] == [1, 1, 3, 2] and [k.launches for k in many] == [3, 3, 9, 4]
-    for one, three in zip(few, many, strict=True):
-        assert three.bytes == pytest.approx(3 * one.bytes) and three.flops == 3 * one.flops
-    assert few[0].bytes == 2 * (chunk * hidden + chunk * vocabulary + vocabulary * hidden)
 
 
 def test_a_lora_step_of_a_large_model_meets_its_marks():
@@ -162,21 +128,6 @@ def test_a_kernel_takes_the_longer_of_computing_and_moving():
     assert seconds(Kernel("attention", 3e12, 1e12, 0), RATES) == pytest.approx(6)
     both = total([Kernel("", 3e12, 1e12, 1), Kernel("", 1e12, 3e12, 1)], RATES)
     assert both == (4e12, 4e12, 2, pytest.approx(6 + 2e-6))
-
-
-def test_every_kernel_has_a_row_and_all_are_finite():
-    for phase in PHASES:
-        for way in WAYS:
-            kernels = kernels_of(step(phase, way))
-            assert {kernel.row for kernel in kernels} <= set(ROWS)
-            assert all(math.isfinite(k.flops) and k.bytes >= 0 and k.launches > 0 for k in kernels)
-
-
-def test_twice_the_tokens_move_twice_the_activations():
-    """Weights, which are read once, and parameters of the optimizer aside."""
-    for way in WAYS:
-        one, two = (Step(SHAPES, tokens, 32, RANK, 2, "search", way) for tokens in (2**20, 2**21))
-        assert total(kernels_of(two), RATES).bytes == pytest.approx(2 * total(kernels_of(one), RATES).bytes, rel=1e-2)
 
 
 def test_the_table_and_its_warning(capsys):
@@ -220,32 +171,6 @@ def test_predicted_ratios_of_a_layer_are_gains():
     options = parser().parse_args(["--model", "smollm2-layer", "--tokens", "512", "--length", "256", "--gpu", "cpu"])
     ratios = predicted(shapes_of(options.model, 0.6, "cpu"), options, RATES)
     assert all(0 < ratio < 1 for ratio in ratios.values())
-
-
-def of_linear(phase, way):
-    """(FLOPs, bytes, launches) of one linear by `model_linear`."""
-    whole, kept = (layers[0].linears["mlp.gate_proj"] for layers in (SHAPES.whole, SHAPES.kept))
-    return total(model_linear.WAYS[phase][way](step(phase, "ours"), whole, kept), RATES)[:3]
-
-
-def test_ways_of_one_linear_differ_in_what_they_save():
-    """Of the same products: zeros spare nothing, slices what is removed, and gathers cost bytes alone."""
-    n, k, kept = 1536, 576, SHAPES.kept[0].linears["mlp.gate_proj"].out_features
-    saved = 2 * 2 * TOKENS * (n - kept) * k
-    addmm, in_order = of_linear("search", "addmm without a mask"), of_linear("search", "sliced, model's order")
-    assert of_linear("search", "zeroed") == addmm
-    assert addmm[0] - in_order[0] == saved and in_order[2] == addmm[2] + 2
-    first, per_call = of_linear("search", "sliced, kept first"), of_linear("search", "sliced, per call")
-    assert first[0] == in_order[0] == per_call[0] and first[1] < in_order[1] < per_call[1]
-    assert per_call[1] - in_order[1] == 4 * 2 * 2 * kept * k
-    # A decision multiplies the whole in each way; folding costs as much as the adapter's own product of weights.
-    plain, triton, folded = (of_linear("decision", way) for way in ("reference", "triton", "folded"))
-    assert plain[0] == triton[0] and triton[1] < plain[1]
-    assert folded[0] == 2 * 2 * TOKENS * n * k + 2 * n * k * RANK
-    # Further columns and rows of the products spare a second pass over y and dx, and putting them together costs more.
-    addmm, copied, in_place = (of_linear("tune", f) for f in ("reference", "extended, copied", "extended, in place"))
-    assert addmm[0] == copied[0] == in_place[0]
-    assert in_place[1] < addmm[1] and copied[1] - in_place[1] == 4 * 2 * (TOKENS * (k + kept) + 2 * kept * k)
 
 
 def test_every_way_of_a_linear_is_printed(capsys):
