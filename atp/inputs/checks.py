@@ -198,6 +198,7 @@ def outline(config: ResolvedConfig, model: PreTrainedModel, data: RunData) -> li
     counts = ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
     several = f" in each of {processes.count()} processes" if processes.count() > 1 else ""
     size = training.batch_size * training.gradient_accumulation
+    read = f"{size} sample{'s' if size > 1 else ''}"
     parameters = f"{count / 1e6:,.1f} million parameters" if count >= 1e6 else f"{count:,} parameters"
     epochs = training.total / steps_per_epoch(config, len(data.train), processes.count())
     after = training.total - training.opened - training.search - training.settle
@@ -209,7 +210,7 @@ def outline(config: ResolvedConfig, model: PreTrainedModel, data: RunData) -> li
         f"model: {config.model.path} ({kind}, {parameters} in {dtype}{held})",
         f"data: {data.splits.description}",
         f"samples of up to {config.data.length:,} tokens: {counts}",
-        f"steps: {training.total:,} ({steps}), each of {size} {'sample' if size == 1 else 'samples'}{several}, {epochs:.2g} epochs",
+        f"steps: {training.total:,} ({steps}), each of {read}{several}, {epochs:.2g} epochs",
         f"products: in {training.precision} on {processes.device().type}",
         f"target: {decisions.target_keep:.4g} of the decoder, in space {decisions.space}, source {decisions.source}",
         f"scores: perplexity of {min(evaluation.windows, len(data.test)):,} windows{asked}{dense}",

@@ -201,7 +201,9 @@ def load_data(config: ATPConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
             f"{needed}: add text, or lower data.length or training.batch_size"
         )
     if train.longer and data.packing != "padded":  # of which `atp.inputs.checks.shortfalls` tells
-        cut = f"{train.longer} train samples are longer than data.length ({data.length} tokens) and span several windows"
+        cut = (
+            f"{train.longer} train samples are longer than data.length ({data.length} tokens) and span several windows"
+        )
         splits = replace(splits, description=f"{splits.description}; {cut}")
     return RunData(splits, train, calibration, held_out(config, splits, tokenizer), validation)
 

@@ -147,7 +147,9 @@ def test_samples_longer_than_a_window_are_told(config, tmp_path, packing):
         assert data.splits.description.endswith(sentence)
     else:
         whole = len(data.splits.train)
-        sentence = f"{cut} of {whole} training samples are longer than data.length=16 and lose their beginning: raise it"
+        sentence = (
+            f"{cut} of {whole} training samples are longer than data.length=16 and lose their beginning: raise it"
+        )
         assert sentence in shortfalls(long, data)
     short = changed(long, "data.length=64")
     data = load_data(short, load_tokenizer(long.model))

@@ -148,14 +148,15 @@ def test_another_precision_than_the_run_s_is_refused(undecided, tmp_path, proces
     processor("avx512_bf16")
     with stopping_at(ATPTrainer, "train"):
         start(undecided, folder)
-    with pytest.raises(InputError, match="changed config .training.precision: auto -> float32"):
+    with pytest.raises(InputError, match="changed config .training.precision: 'auto' -> 'float32'"):
         start(undecided, folder, resume=True, training={"precision": "float32"})
 
 
 def test_plan_and_scores_of_a_run_take_its_precision(undecided, unbroken, processor):
     for name, folder in unbroken.items():
         processor(*() if name == "bfloat16" else ("avx512_bf16",))
-        config = undecided.model_copy(update={"output_dir": str(folder)})
+        kept = undecided.export.model_copy(update={"keep_adapter": True})
+        config = undecided.model_copy(update={"output_dir": str(folder), "export": kept})
         assert begun(config).training.precision == name
         assert make_plan(config)["model"]["products"] == name
         places = [str(folder), str(folder / "model"), str(folder / "config.yaml")]
