@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from atp.config import ATPConfig
 from atp.data import Splits, load_recipe
 from atp.evaluation.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.ground.environment import versions
-from atp.ground.errors import Interrupted, NotReached
+from atp.ground.errors import Interrupted
 from atp.ground.files import write_json
 from atp.ground.signals import SignalGuard
 from atp.inputs.folders import COMPARISON, begun_by_this_launch, check_output_dir
@@ -25,7 +24,7 @@ from atp.studies.compare.arms import compared
 from atp.studies.compare.members import Members
 from atp.studies.compare.page import write_pages
 from atp.studies.compare.results import results, unmeasurable
-from atp.studies.engines import Engine, Here
+from atp.studies.engines import Engine, Here, carry_out
 
 
 class Comparison:
@@ -78,21 +77,12 @@ class Comparison:
         tokenizer = processes.main_first(lambda: load_tokenizer(self.config.model))
         splits = processes.main_first(lambda: load_recipe(data_settings(members.config, tokenizer)))
         processes.on_main(lambda: check_tasks(self.config, splits, tokenizer, load_shapes(self.config.model)))
-        broken: dict[str, str] = {}
-        content: dict[str, Any] = {}
         with members.opened(resume=self.resume):
             jobs = [
                 members.job(arm, seed, f"{arm.name}, seed {seed}")
                 for seed, arm in itertools.product(self.seeds, self.arms)
             ]
-            with closing(self.engine.results(jobs)) as ended:
-                for job, promise in ended:
-                    if promise is not None:
-                        broken[job.name] = promise
-                    content = processes.on_main(lambda: self._write(members, splits, broken))
-        if broken:
-            raise NotReached("; ".join(f"{name}: {reason}" for name, reason in broken.items()))
-        return content
+            return carry_out(self.engine, jobs, lambda broken: self._write(members, splits, broken))
 
     def _write(self, members: Members, splits: Splits, notes: dict[str, str]) -> dict[str, Any]:
         found = {(arm.name, seed): members.read(arm, seed) for arm in self.arms for seed in self.seeds}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from atp.ground.errors import NotReached
 
@@ -41,6 +42,26 @@ class Engine(Protocol):
         Raises `InputError`, `Interrupted`, or whatever else ended a job. Ends all jobs that still run when the caller
         closes the iterator or an error ends it.
         """
+
+
+def carry_out(engine: Engine, jobs: Sequence[Job], write: Callable[[dict[str, str]], dict[str, Any]]) -> dict[str, Any]:
+    """Runs the jobs, writes the results after each of them, and returns what was written last.
+
+    write: takes what broke a promise so far, {name of the job: reason}; it runs in the main process. Raises as the
+    engine does, and at the end `NotReached` with all broken promises.
+    """
+    from atp.processes import processes  # seconds, which choosing an engine does not take
+
+    broken: dict[str, str] = {}
+    content: dict[str, Any] = {}
+    with closing(engine.results(jobs)) as ended:
+        for job, promise in ended:
+            if promise is not None:
+                broken[job.name] = promise
+            content = processes.on_main(lambda: write(broken))
+    if broken:
+        raise NotReached("; ".join(f"{name}: {reason}" for name, reason in broken.items()))
+    return content
 
 
 class Here:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from atp.data import Task, load_recipe
 from atp.evaluation.scored_tasks import check_tasks, majority_of, scored_tasks, without_items
 from atp.ground.environment import device_name, versions
-from atp.ground.errors import Interrupted, NotReached
+from atp.ground.errors import Interrupted
 from atp.ground.files import check_writable, write_json
 from atp.ground.signals import SignalGuard
 from atp.inputs.folders import COMPARISON
@@ -22,7 +22,7 @@ from atp.processes import processes
 from atp.report.beside import perplexity_of
 from atp.studies.compare.members import Members
 from atp.studies.compare.results import Member, results, unmeasurable
-from atp.studies.engines import Engine, Here, Job
+from atp.studies.engines import Engine, Here, Job, carry_out
 from atp.studies.experiments.pictures import draw
 from atp.studies.experiments.rows import append_rows, member_row
 from atp.studies.experiments.spec import ExperimentSpec
@@ -88,8 +88,6 @@ class Experiment:
             }
         )
         processes.on_main(self._check_tasks)
-        broken: list[str] = []
-        content: dict[str, Any] = {}
         with ExitStack() as folders:
             for members in self._members.values():
                 resume = processes.on_main((members.folder / COMPARISON).exists)
@@ -100,14 +98,7 @@ class Experiment:
             ):
                 name = f"{domain}, {label}, seed {seed}"
                 jobs.setdefault(members.path(arm, seed), members.job(arm, seed, name))
-            with closing(self.engine.results(list(jobs.values()))) as ended:
-                for job, promise in ended:
-                    if promise is not None:
-                        broken.append(f"{job.name}: {promise}")
-                    content = processes.on_main(lambda: self._write(broken))
-        if broken:
-            raise NotReached("; ".join(broken))
-        return content
+            return carry_out(self.engine, list(jobs.values()), self._write)
 
     def _check_members(self) -> None:
         for config in self.configs.values():
@@ -123,7 +114,7 @@ class Experiment:
         check_writable(self.runs, "--runs")
         check_writable(self.out, "--out")
 
-    def _write(self, broken: list[str]) -> dict[str, Any]:
+    def _write(self, broken: dict[str, str]) -> dict[str, Any]:
         self.out.mkdir(parents=True, exist_ok=True)
         rows, missing, domains = [], [], {}
         majority = {domain: majority_of(config, self._splits[domain]) for domain, config in self.configs.items()}
@@ -147,7 +138,7 @@ class Experiment:
             "majority": {d: {task: without_items(s) for task, s in found.items()} for d, found in majority.items()},
             "not_measurable": not_measurable,
             "missing": missing,
-            "notes": broken,
+            "notes": [f"{name}: {reason}" for name, reason in broken.items()],
             "device": device_name(),
             "versions": versions(),
             "command": self.command,

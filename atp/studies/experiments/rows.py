@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import statistics
 import time
@@ -20,7 +19,7 @@ from atp.evaluation.bootstrap import percentile_interval
 from atp.evaluation.metrics import perplexity_of
 from atp.evaluation.relative import majority_samples, score_samples
 from atp.ground.environment import device_name
-from atp.ground.files import read_json, write_text
+from atp.ground.files import read_json, write_csv
 from atp.inputs.folders import INPUTS
 from atp.report.files import read_metrics
 from atp.studies.compare.results import Member
@@ -104,10 +103,4 @@ def append_rows(path: Path, rows: list[CsvRow]) -> None:
     fresh = {tuple(str(row[key]) for key in _SAME_RUN) for row in rows}
     figures = [_figures(row) for row in rows]
     kept = [row for row in old if tuple(row[key] for key in _SAME_RUN) not in fresh and _figures(row) not in figures]
-    merged = kept + rows
-    columns = list(dict.fromkeys(name for row in merged for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(merged)
-    write_text(path, text.getvalue())
+    write_csv(path, kept + rows)

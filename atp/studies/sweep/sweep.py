@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from atp.config import ATPConfig, DecisionsConfig
 from atp.ground.environment import device_name, versions
-from atp.ground.errors import InputError, Interrupted, NotReached
-from atp.ground.files import read_json, write_json, write_text
+from atp.ground.errors import InputError, Interrupted
+from atp.ground.files import read_json, write_csv, write_json, write_text
 from atp.ground.signals import SignalGuard
 from atp.inputs.folders import (
     CONFIG,
@@ -28,9 +28,9 @@ from atp.inputs.resolve import in_common
 from atp.inputs.targets import at_share
 from atp.processes import processes
 from atp.run import Run
-from atp.studies.engines import Engine, Here, Job, Say
+from atp.studies.engines import Engine, Here, Job, Say, carry_out
 from atp.studies.sweep.shared import DONE, SharedRun, shared_parts, start_from
-from atp.studies.sweep.table import CsvRow, draw, recommend, target_row, uncut_rows, write_csv
+from atp.studies.sweep.table import CsvRow, draw, recommend, target_row, uncut_rows
 from atp.studies.sweep.targets import SweepTarget, targets_of
 from atp.studies.sweep.units import Asked, refuse_targets
 
@@ -89,16 +89,8 @@ class Sweep:
         targets = processes.on_main(self._check)
         processes.on_main(lambda: self._open(held))
         shared = self._share([target.config for target in targets])
-        broken: dict[str, str] = {}
-        content: dict[str, Any] = {}
-        with closing(self.engine.results([self._job(target) for target in targets])) as ended:
-            for job, promise in ended:
-                if promise is not None:
-                    broken[job.name] = promise
-                content = processes.on_main(lambda: self._write(targets, shared, broken))
-        if broken:
-            raise NotReached("; ".join(f"{target}: {reason}" for target, reason in broken.items()))
-        return content
+        jobs = [self._job(target) for target in targets]
+        return carry_out(self.engine, jobs, lambda broken: self._write(targets, shared, broken))
 
     def _check(self) -> list[SweepTarget]:
         """Refuses what is sure to fail, for all targets, before anything is written; returns them."""
@@ -130,10 +122,7 @@ class Sweep:
         done = Path(self.common.output_dir) / DONE
         work = partial(_share, self.common, configs, self.command)
         job = Job(shared_parts(self.common), work, processes.on_main(done.is_file))
-        with closing(self.engine.results([job])) as ended:
-            for _, promise in ended:
-                if promise is not None:
-                    raise NotReached(promise)
+        carry_out(self.engine, [job], lambda broken: {})
         return processes.on_main(lambda: read_json(done)) or {}
 
     def _job(self, target: SweepTarget) -> Job:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from rich.table import Table
 
 from atp.data import Task
 from atp.evaluation.relative import kept_of_best
-from atp.ground.files import write_text
 from atp.report import plots
 from atp.report.beside import counted
 from atp.report.terminal import with_interval
@@ -157,16 +154,6 @@ def _cells(row: CsvRow, scores: list[str]) -> list[str]:
         known = row.get(name) is not None
         cells.append(with_interval(row[name], [row[f"{name} low"], row[f"{name} high"]], digits) if known else DASH)
     return cells
-
-
-def write_csv(path: Path, rows: list[CsvRow]) -> None:
-    """Writes the rows, empty where a model has no such figure."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
 
 
 def draw(path: Path, rows: list[CsvRow], title: str) -> None:
