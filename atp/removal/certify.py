@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from atp.data import collate
 from atp.ground.errors import NotReached
 from atp.models.load import read_model
-from atp.removal.widen import widened
+from atp.removal.widen import ieee_products, widened
 from atp.sharding.read import read_sharded
 from atp.sharding.shards import is_sharded, whole
 from atp_kernels.quantized import dense
@@ -222,8 +222,9 @@ def _largest(tensor: Tensor) -> float:
 
 def _logits(model: nn.Module, input_ids: Tensor, batch_size: int) -> Iterator[Tensor]:
     device = next(model.parameters()).device
+    without_autocast = torch.autocast(device.type, enabled=False)
     for batch in input_ids.split(batch_size):
-        with _evaluating(model), widened(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with _evaluating(model), widened(model), ieee_products(), torch.no_grad(), without_autocast:
             logits = model(input_ids=batch.to(device), use_cache=False).logits.float()
         yield logits
 

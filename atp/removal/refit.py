@@ -22,6 +22,7 @@ from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, re
 from atp.processes import processes
 from atp.processes.finite import is_finite
 from atp.removal.certify import wider
+from atp.removal.widen import ieee_products
 from atp.sharding.shards import gathered, rows_of, store
 from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight
@@ -40,6 +41,7 @@ _COLUMNS = 256  # of both sides of a product that lies on the diagonal of x^T x,
 
 
 @torch.no_grad()
+@ieee_products()
 def refit(
     decoder: PreTrainedModel,
     controller: MaskController,

@@ -50,3 +50,22 @@ def widened(model: nn.Module) -> Iterator[None]:
 
 def _is_narrow(parameter: Tensor) -> bool:
     return parameter.is_floating_point() and parameter.dtype.itemsize < torch.float32.itemsize
+
+
+@contextmanager
+def ieee_products() -> Iterator[None]:
+    """Computes float32 products in float32 in a with block, or in a function that this decorates.
+
+    Scripts may allow TF32 or bfloat16 for them (`torch.set_float32_matmul_precision`); by their rounding a correct cut
+    would then look like a wrong one.
+    """
+    on_cpus: Any = torch.backends.mkldnn  # whose types lack `matmul`
+    backends = (torch.backends.cuda.matmul, on_cpus.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -92,6 +92,22 @@ def test_logits_are_float32_without_dropout_and_autocast_and_mode_is_kept():
     assert torch.equal(reference, expected)
 
 
+def test_scripts_that_allow_narrow_products_do_not_change_a_certificate():
+    """By TF32 or bfloat16 a correct cut would look like a wrong one; what the script has set comes back."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    model, seen = stock_model(dtype=torch.float32), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append([backend.fp32_precision for backend in backends]))
+    expected, before = reference_logits(model, tokens()), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        allowed = [backend.fp32_precision for backend in backends]
+        assert torch.equal(reference_logits(model, tokens()), expected) and allowed != ["ieee", "ieee"]
+        assert [backend.fp32_precision for backend in backends] == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(precisions == ["ieee", "ieee"] for precisions in seen) and len(seen) >= 2
+
+
 def test_reference_for_other_tokens_is_refused():
     model = stock_model(dtype=torch.float32)
     with pytest.raises(ValueError, match="pass the same input_ids to both"):
