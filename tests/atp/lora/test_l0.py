@@ -183,25 +183,6 @@ def test_a_bad_step_changes_nothing(case, what):
         assert all(same) if bad else not any(same)
 
 
-def test_state_goes_on_exactly(case):
-    model, space, gates, mask = case
-
-    def steps(these, count):
-        for _ in range(count):
-            with these.applied(mask, sample=True):
-                loss_of(model).backward()
-            these.after_step(mask, 0.1, torch.zeros(()))
-
-    steps(gates, 2)
-    other = L0Gates(model, space, seed=99)
-    other.load_state_dict({name: value.clone() for name, value in gates.state_dict().items()})
-    for these in (gates, other):
-        steps(these, 2)
-    expected, found = gates.state_dict(), other.state_dict()
-    assert expected.keys() == found.keys() == {"log_alpha", "noise", "step", "exp_avg", "exp_avg_sq"}
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 def test_the_penalty_alone_closes_removed_gates_in_some_twenty_steps():
     model, space = masked()
     gates, mask = L0Gates(model, space, seed=SEED), random_mask(space)

@@ -53,22 +53,17 @@ def test_a_cast_weight_changes_no_bit(model, monkeypatch):
     assert same(step(model), ours)
 
 
-def test_a_changed_weight_is_cast_again(model):
+@pytest.mark.parametrize("replaced", [False, True])
+def test_another_weight_is_cast_again(model, replaced):
     before = step(model)
-    with torch.no_grad():
-        layers(model)[0].get_base_layer().weight.mul_(1.5)
+    base = layers(model)[3].get_base_layer()
+    if replaced:
+        base.weight = nn.Parameter(2 * base.weight.detach(), requires_grad=False)
+    else:
+        with torch.no_grad():
+            base.weight.mul_(1.5)
     changed = step(model)
     assert not torch.equal(before[0], changed[0])
-    for layer in layers(model):
-        layer._narrow = None
-    assert same(step(model), changed)
-
-
-def test_a_replaced_weight_is_cast_again(model):
-    step(model)
-    base = layers(model)[3].get_base_layer()
-    base.weight = nn.Parameter(2 * base.weight.detach(), requires_grad=False)
-    changed = step(model)
     for layer in layers(model):
         layer._narrow = None
     assert same(step(model), changed)
