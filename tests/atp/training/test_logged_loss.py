@@ -1,11 +1,9 @@
 """The loss of a record is the mean over all scored tokens of its steps, in however many batches they were read."""
 
-import json
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_run import CUT, TOTAL, make, ragged, windows
+from tiny_run import CUT, TOTAL, make, ragged, records, windows
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,10 +38,6 @@ def tuner(folder, **training):
 
 def atp(folder, **training):
     return make(folder, training={"batch_size": 4, "lr": 1e-4} | training, lora={"dropout": 0.0})
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("build", [atp, tuner])

@@ -65,12 +65,6 @@ def check(model, batch, rtol=1e-10):
         torch.testing.assert_close(mine, other, rtol=rtol, atol=rtol * float(other.abs().max()))
 
 
-def test_scored_positions_are_those_before_a_label():
-    labels = torch.tensor([[5, IGNORE, 7, 8], [IGNORE, IGNORE, IGNORE, 3]])
-    batch = collate([{"input_ids": row.clamp_min(0), "labels": row} for row in labels])
-    assert batch["scored"].tolist() == [1, 2, 6] and batch["targets"].tolist() == [7, 8, 3]
-
-
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_weight_of_a_stock_model(kind, tied):

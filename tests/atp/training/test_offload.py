@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from tiny_run import CUT, TOTAL, make, trained_tensors
+from tiny_run import CUT, TOTAL, assert_same_end, make, resumed
 
 from atp.ground.ending import ending
 from atp.training import checkpoint as checkpoints
@@ -59,10 +59,7 @@ def test_gives_the_same_run(tmp_path, moved, case):
     other = make(tmp_path / "other", **overrides | {"training": overrides.get("training", {}) | {"offload": True}})
     other.train()
     assert moved
-    assert torch.equal(other.decisions.mask, plain.decisions.mask)
-    expected = trained_tensors(plain)
-    for name, tensor in trained_tensors(other).items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_end(other, plain)
     assert {path.name for path in (tmp_path / "other").iterdir()} == {"checkpoints", "metrics.jsonl"}
 
 
@@ -95,14 +92,7 @@ def test_weights_stay(tmp_path, monkeypatch, moved, precision):
 def test_a_run_resumes_without_it(tmp_path, step):
     whole = make(tmp_path / "whole")
     whole.train()
-    loaded = checkpoints.load(tmp_path / "whole" / "checkpoints" / f"checkpoint-{step:08d}")
-    loaded.meta["config"]["output_dir"] = str(tmp_path)
-    checkpoints.save(tmp_path / "checkpoints", loaded, keep=1)
-    resumed = make(tmp_path, training={"offload": True})
-    resumed.train(resume=True)
-    expected = trained_tensors(whole)
-    for name, tensor in trained_tensors(resumed).items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_end(resumed(tmp_path / "whole", step, tmp_path / "other", training={"offload": True}), whole)
 
 
 def test_a_full_disk_ends_with_one_sentence(tmp_path, monkeypatch):
