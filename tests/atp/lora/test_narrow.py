@@ -2,29 +2,17 @@
 
 import pytest
 import torch
+from tiny_lora import masked
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.lora.controller import MaskController
-from atp.lora.layer import MaskedPeftLinear, add_lora
+from atp.lora.layer import MaskedPeftLinear
 from atp.spaces.space import MaskSpace
-
-CONFIG = LlamaConfig(
-    vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-    intermediate_size=48,
-)  # fmt: skip
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    wrapped = add_lora(
-        LlamaForCausalLM(CONFIG), MaskSpace.from_config(CONFIG, "kv_group"), r=4, alpha=8, dropout=0.0
-    ).train()
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return wrapped
+    return masked(space_name="kv_group", vocab_size=64, attention_bias=False)[0].train()
 
 
 def layers(model):
@@ -71,7 +59,7 @@ def test_another_weight_is_cast_again(model, replaced):
 
 def test_soft_masks_leave_the_cast_weight_alone(model):
     """A running saliency sets them in every open step."""
-    space = MaskSpace.from_config(CONFIG, "kv_group")
+    space = MaskSpace.from_config(model.config, "kv_group")
     controller = MaskController(model, space)
 
     def watched():

@@ -122,6 +122,7 @@ def test_bar_and_log_agree_on_tokens_a_second(tmp_path, monkeypatch, packing):
             super().on_step(loop, record)
             note = self.progress.tasks[0].fields["note"]
             shown.append(float(note.split()[-2].replace(",", "")))
+            assert float(note.split()[1]) == pytest.approx(record["loss"], abs=6e-4)
 
     original = trainer.loss
 

@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.baselines.tuner import LoraTuner
 from atp.data import RaggedDataset
-from atp.training.callbacks import ProgressBar, make_progress
 
 pytestmark = pytest.mark.slow
 
@@ -101,18 +100,3 @@ def test_loss_is_the_mean_of_the_steps_since_the_last_record(tmp_path, build):
         first = max(record["step"] - 3, CUT if build is atp and record["step"] > CUT else 0)
         expected = each[first : record["step"]]
         assert record["loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-
-
-def test_the_bar_shows_the_same_loss(tmp_path):
-    trainer = atp(tmp_path, batch_size=2, gradient_accumulation=2)
-    notes = []
-
-    class Bar(ProgressBar):
-        def on_step(self, loop, record):
-            super().on_step(loop, record)
-            notes.append(float(self.progress.tasks[0].fields["note"].split()[1]))
-
-    with make_progress() as progress:
-        trainer.callbacks.append(Bar(progress, trainer.phases.total))
-        trainer.train()
-    assert notes == pytest.approx([record["loss"] for record in records(tmp_path)], abs=6e-4)

@@ -97,24 +97,6 @@ def test_cut_model():
     check(cut_model(model.double(), space, torch.arange(space.size) % 3 > 0), collate(rows()))
 
 
-def test_bfloat16_autocast_is_as_near_to_float64_as_the_plain_form():
-    model, _ = with_lora(stock())
-    batch = collate(rows(ignored=0.0))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = causal_lm_loss(model, batch)
-        theirs = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
-    found = [(loss.detach(), *gradients(loss, model)) for loss in (ours, theirs)]
-    model.double()
-    loss = causal_lm_loss(model, batch)
-    exact = [loss.detach(), *gradients(loss, model)]
-    ours, theirs = (
-        [float((value.double() - truth).norm() / truth.norm()) for value, truth in zip(values, exact, strict=True)]
-        for values in found
-    )
-    assert ours[0] < 1e-2 and ours[0] <= 2 * theirs[0] + 1e-3
-    assert sum(ours) <= 1.2 * sum(theirs)
-
-
 def test_count_divides_the_sum_over_several_batches():
     model, _ = with_lora(stock())
     model.double()

@@ -97,7 +97,13 @@ def test_bad_decision_steps_are_counted(tmp_path):
     ("spoiled", "training", "decisions", "message", "stops_at"),
     [
         ({1, 2}, {"max_bad_steps": 2}, {}, "2 decision steps in a row .* at step 3", 3),
-        ({1, 2}, {"max_bad_steps": 2, "log_every": 100, "save_every": 100}, {}, "2 decision steps in a row .* step 3", SEARCH),
+        (
+            {1, 2},
+            {"max_bad_steps": 2, "log_every": 100, "save_every": 100},
+            {},
+            "2 decision steps in a row .* step 3",
+            SEARCH,
+        ),
         (set(range(SEARCH)), {"max_bad_steps": 100}, {"every": 2}, f"{SEARCH // 2} decision steps", SEARCH),
     ],
 )

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny_run import make
 from torch import nn
 
 from atp.config import TrainingConfig

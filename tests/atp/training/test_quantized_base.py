@@ -9,7 +9,6 @@ from torch import nn
 
 from atp.models.base import FORMS
 from atp.models.load import read_model
-from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback
 from atp_kernels import QuantizedWeight
 from atp_kernels.quantized import dense
