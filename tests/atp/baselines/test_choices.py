@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from atp.baselines.calibration import calibration_batches, choice_samples
 from atp.baselines.llm_pruner import taylor_mask, taylor_scores, unprotected_layers
 from atp.baselines.methods import BASELINES, MaskBaseline
-from atp.baselines.simple import magnitude_scores, random_mask, static_mask
+from atp.baselines.simple import magnitude_mask, magnitude_scores, random_mask, static_mask
 from atp.baselines.uniform import uniform_mask
 from atp.baselines.wanda_sp import wanda_scores
 from atp.data import PackedDataset
@@ -283,6 +283,17 @@ def test_a_budget_that_the_free_layers_cannot_meet_is_refused():
     space = MaskSpace.from_config(model(layers=4).config, "kv_group")
     with pytest.raises(InputError, match="only 1 of 4 layers may be pruned"):
         uniform_mask(torch.rand(space.size), 0.5, Budget(space), {}, layers=range(2, 3))
+
+
+def test_magnitude_removes_what_is_small():
+    llama = model()
+    space = MaskSpace.from_config(llama.config, "kv_group")
+    with torch.no_grad():
+        for linear in ("gate_proj", "up_proj"):
+            llama.model.layers[1].mlp.get_submodule(linear).weight[7] *= 1e-3
+        llama.model.layers[1].mlp.down_proj.weight[:, 7] *= 1e-3
+    mask = magnitude_mask(llama, space, windows(), config(decisions={"target_keep": 0.95}))
+    assert not mask[space.structures[3].start + 7]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_spaces import LAYERS, config
+from tiny_spaces import config
 
 from atp.decide.generator import DecisionGenerator
 from atp.spaces.space import MaskSpace
@@ -41,11 +41,6 @@ def test_free_logits_are_one_parameter_a_decision():
     assert torch.equal(generator(), prior) and torch.equal(generator.free.grad, weights)
 
 
-def test_code_is_orthonormal():
-    code = DecisionGenerator(SPACE).code
-    torch.testing.assert_close(code @ code.T, torch.eye(LAYERS), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_start_at_the_prior_and_leave_it(kind):
     prior = torch.linspace(-2, 2, SPACE.size)
@@ -71,13 +66,3 @@ def test_dropout_is_active_only_in_training():
     torch.manual_seed(0)
     assert not torch.equal(generator.train()(), generator.train()())
     assert torch.equal(generator.eval()(), generator.eval()())
-
-
-def test_heads_read_the_code_of_their_layer():
-    """With both layers' codes equal, a head's logits depend only on its own weight."""
-    generator = DecisionGenerator(SPACE, kind="gru").eval()
-    logits = generator()
-    generator.heads[4].weight.data.zero_()
-    changed = generator()
-    span = SPACE.structures[4].span
-    assert changed[span].abs().max() == 0 and torch.equal(changed[: span.start], logits[: span.start])

@@ -102,33 +102,6 @@ def test_each_form_is_scored_from_its_file(folders, tmp_path, monkeypatch, capsy
     assert "form q8_0" in capsys.readouterr().out
 
 
-class Speeds:
-    """Stands for llama.cpp: the first model takes 100 and 10 tokens a second, the second twice that, warm-up none."""
-
-    asked = []
-
-    def __init__(self, path, context, *, exact, threads):
-        self.number, self.calls = int(path.stem), 0
-        assert path.is_file() and not exact and threads == 3 and context >= 16 + 4
-
-    def speed(self, ids, new):
-        assert (len(ids), new) == (16, 4)
-        self.asked.append(self.number)
-        self.calls += 1
-        return (100.0 * (self.number + 1), 10.0 * (self.number + 1)) if self.calls > 1 else (1e-9, 1e-9)
-
-
-def test_models_take_turns(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_model, "require_llama_cpp", lambda: None)
-    monkeypatch.setattr(gguf_model, "LlamaCpp", Speeds)
-    model, sizes = str(folders[1]), ["--threads", "3", "--rounds", "2", "--prompt", "16", "--new", "4"]
-    assert gguf_model.main(["--out", str(tmp_path / "rows.csv"), "speed", model, model, *sizes]) == 0
-    assert Speeds.asked == [1, 0, 0, 1, 1, 0]
-    first, second = read(tmp_path / "rows.csv")
-    assert (first["prefill"], first["decode"], first["decode_ratio"]) == ("100.0", "10.0", "1.0")
-    assert (second["prefill"], second["prefill_ratio"], second["decode_ratio"]) == ("200.0", "2.0", "2.0")
-
-
 @pytest.mark.parametrize("main", [gguf_decode.main, gguf_model.main], ids=["decode", "model"])
 def test_a_missing_llama_cpp_is_one_sentence(folders, tmp_path, monkeypatch, capsys, main):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)

@@ -18,7 +18,6 @@ from tiny_run import (
     place,
     records,
     resumed,
-    trained_tensors,
 )  # fmt: skip
 
 from atp.decide.maker import DecisionMaker
@@ -138,16 +137,6 @@ def test_checkpoints_hold_no_pickle_and_few_bytes(unbroken):
         for state in (before, after)
     ]
     assert lora_bytes[1] < lora_bytes[0]  # rows and moments of removed structures are gone
-
-
-def test_kv_group_space_and_gradient_checkpointing(tmp_path):
-    plain = make(tmp_path / "a", decisions={"space": "kv_group"})
-    saving = make(tmp_path / "b", decisions={"space": "kv_group"}, training={"gradient_checkpointing": True})
-    for trainer in (plain, saving):
-        trainer.train()
-    expected = trained_tensors(plain)
-    for name, tensor in trained_tensors(saving).items():
-        torch.testing.assert_close(tensor, expected[name])
 
 
 def test_a_step_of_two_batches_decides_once_with_a_frozen_adapter(tmp_path, monkeypatch):
