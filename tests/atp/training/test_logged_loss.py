@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tiny_run import CUT, TOTAL, make, ragged, records, windows
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.baselines.tuner import LoraTuner
 from atp.data import RaggedDataset
@@ -22,21 +20,13 @@ def uneven(count, seed):
     return RaggedDataset([(ids, [-100] * (len(ids) - 1 - n % 3) + ids[-1 - n % 3 :]) for n, ids in enumerate(rows)])
 
 
-def tuner(folder, **training):
-    config = make(folder, training={"batch_size": 4, "lr": 1e-4} | training).config
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-            intermediate_size=48, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return LoraTuner(config, get_peft_model(llama, lora), windows(20, 1), folder)
-
-
 def atp(folder, **training):
     return make(folder, training={"batch_size": 4, "lr": 1e-4} | training, lora={"dropout": 0.0})
+
+
+def tuner(folder, **training):
+    made = atp(folder, **training)
+    return LoraTuner(made.config, made.model, windows(20, 1), folder)
 
 
 @pytest.mark.parametrize("build", [atp, tuner])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tiny_callbacks import AtStep, Poison, StopAt
-from tiny_run import CUT, SEARCH, TOTAL, TUNE, LlamaForCausalLM, make, trained_tensors, windows
+from tiny_run import CUT, SEARCH, SIZES, TOTAL, TUNE, LlamaForCausalLM, make, trained_tensors, windows
 from transformers import LlamaConfig
 
 from atp.baselines.tuner import LoraTuner
@@ -19,6 +19,7 @@ from atp.training import pruning
 from atp.training.data import refit_batch
 
 NAN = math.nan
+SPACE = MaskSpace.from_config(LlamaConfig(**SIZES))
 
 
 @pytest.mark.parametrize(
@@ -117,19 +118,11 @@ def test_bad_decision_steps_end_the_run(tmp_path, spoiled, training, decisions, 
 
 
 def test_decisions_of_logits_that_are_no_numbers_are_refused():
-    space = MaskSpace.from_config(tiny_config())
-    maker = DecisionMaker(space, DecisionsConfig(), search_steps=1, prior=None, seed=0)
+    maker = DecisionMaker(SPACE, DecisionsConfig(), search_steps=1, prior=None, seed=0)
     with torch.no_grad():
         next(maker.generator.parameters()).fill_(NAN)
     with pytest.raises(NotReached, match="logits"):
         maker.freeze()
-
-
-def tiny_config():
-    return LlamaConfig(
-        vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-        intermediate_size=48,
-    )  # fmt: skip
 
 
 # Saliency
@@ -137,10 +130,9 @@ def tiny_config():
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, 1e30])  # whose square overflows
 def test_saliency_names_the_window_whose_gradient_is_not_finite(bad):
-    space = MaskSpace.from_config(tiny_config())
     factors = iter([1.0, 1.0, bad, 1.0])
     with pytest.raises(NotReached, match="calibration window 3 "):
-        fisher_saliency(space, [{}] * 4, lambda batch, mask: next(factors) * mask.sum())
+        fisher_saliency(SPACE, [{}] * 4, lambda batch, mask: next(factors) * mask.sum())
 
 
 def test_a_run_stops_before_its_first_step_where_saliency_is_not_finite(tmp_path):

@@ -82,7 +82,7 @@ def test_few_tokens_with_a_loss_lower_the_rate_that_nobody_set(lr, scored, expec
 )
 def test_steps_take_rate_and_clipping_of_their_tokens_with_a_loss(tmp_path, training, expected, clips):
     """Each sample has three, and a batch two samples unless it says otherwise."""
-    phases = {"search": 1, "settle": 0, "tune": 1}
+    phases = {"search": 1, "settle": 0, "tune": 1, "warmup": 0}
     trainer = make(tmp_path, data={"packing": "padded"}, training=phases | training | {"schedule": "constant"})
     trainer.train()
     group, last = trainer.adamw.param_groups[0], records(tmp_path)[-1]

@@ -14,6 +14,10 @@ from atp.training.trainer import ATPTrainer
 
 SEARCH, SETTLE, TUNE = 4, 2, 4
 CUT, TOTAL = SEARCH + SETTLE, SEARCH + SETTLE + TUNE
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
+    "intermediate_size": 48, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def windows(count, seed):
@@ -39,11 +43,7 @@ def ragged(count, seed):
 
 def make(folder, model_seed=0, callbacks=(), sizes=None, dtype=torch.float32, validation=None, **overrides):
     torch.manual_seed(model_seed)
-    values = {
-        "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_hidden_layers": 2, "intermediate_size": 48, "tie_word_embeddings": True,
-    }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**values | (sizes or {}))).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | (sizes or {}))).to(dtype)
     config = {
         "model": {"path": "tiny"},
         "output_dir": str(folder),
@@ -96,4 +96,4 @@ def assert_same_end(found, expected):
     tensors, others = trained_tensors(found), trained_tensors(expected)
     assert tensors.keys() == others.keys()
     assert [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])] == []
-    assert found.clock.tokens == expected.clock.tokens
+    assert expected.clock.tokens.items() <= found.clock.tokens.items()
