@@ -1,6 +1,7 @@
 """The layers of the house: imports run downwards only, files stay short."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ def is_type_checking(node):
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
+@functools.cache
 def imported(path, *, everywhere=True):
     """Names of the modules a file imports, also inside functions if `everywhere`, without those for type checkers."""
     found, stack = set(), list(ast.parse(path.read_text(encoding="utf-8")).body)

@@ -83,7 +83,7 @@ def test_install_without_extension_is_pure_and_says_why_once(source, tmp_path, v
     assert len(messages) == 1 and reason in messages.pop()
     used = use(wheel, tmp_path / "site", REPORT)
     assert used.returncode == 0, used.stderr
-    assert "was not built" in used.stdout and "ATP_BUILD=1" in used.stdout
+    assert "was not built" in used.stdout and "ATP_BUILD=1" in used.stdout and reason in used.stdout
 
 
 @has_compiler
@@ -220,22 +220,3 @@ def test_cuda_source_compiles_for_every_architecture_without_spills(name, tmp_pa
     assert kernels and all(any(kernel in mangled for mangled, _, _ in usage) for kernel in kernels)
     assert [report for report in usage if report[2]] == []
     assert target.stat().st_size > 0
-
-
-@needs_nvcc
-def test_a_spill_is_seen(tmp_path):
-    """64 values that live across a barrier do not fit in 24 registers."""
-    source = tmp_path / "spill.cu"
-    source.write_text(
-        "__global__ void crowded(float* x) {\n"
-        "  float v[64];\n"
-        "#pragma unroll\n"
-        "  for (int i = 0; i < 64; ++i) v[i] = x[i * 256 + threadIdx.x];\n"
-        "  __syncthreads();\n"
-        "#pragma unroll\n"
-        "  for (int i = 0; i < 64; ++i) x[i * 256 + threadIdx.x] = v[63 - i];\n"
-        "}\n"
-    )
-    archs, said = compile_cuda(source, tmp_path / "object.o", "-maxrregcount=24")
-    usage = resource_usage(said)
-    assert len(usage) == len(archs) and all("crowded" in name and spilled > 0 for name, _, spilled in usage)

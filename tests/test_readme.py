@@ -4,48 +4,42 @@ import re
 import runpy
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from atp.cli.cli import app
 from atp.config import ATPConfig
+from atp.evaluation import throughputs
 from atp.ground.listing import runs_below
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "atp"))
+from tiny_inputs import WORDS, tiny_config  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
-WORDS = "the heart rate of patients fell after treatment in both groups".split()
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with `my-model`, `texts.jsonl` and the examples, as the README assumes."""
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", *WORDS, *map(str, range(80))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
-    fast.save_pretrained(tmp_path / "my-model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-        intermediate_size=64, eos_token_id=1, bos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "my-model")
-    lines = [f'{{"text": "{number} {" ".join(WORDS * 4)}"}}' for number in range(80)]
+    (tmp_path / "my-model").mkdir()
+    tiny_config(tmp_path / "my-model")
+    lines = [f'{{"text": "{number} {" ".join(WORDS[:11] * 4)}"}}' for number in range(80)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_python_use_of_the_readme(workplace):
+def test_python_use_of_the_readme(workplace, monkeypatch):
     """The first block is a whole run, and the next one loads what it left; only the number of steps is made small."""
     train, load = BLOCKS[0], BLOCKS[1]
     settings = yaml.safe_load((ROOT / "examples" / "custom.yaml").read_text(encoding="utf-8"))
@@ -54,6 +48,7 @@ def test_python_use_of_the_readme(workplace):
     short = '"output_dir=runs/mine", "training.steps=9", "data.length=32"'
     (workplace / "train.py").write_text(train.replace('"output_dir=runs/mine"', short), encoding="utf-8")
     (workplace / "load.py").write_text(load, encoding="utf-8")
+    monkeypatch.setattr("atp.run.throughputs", partial(throughputs, prompt_tokens=16, new_tokens=2, repeats=1))
     certificate = runpy.run_path("train.py")["summary"]["certificate"]
     assert certificate["masked_vs_cut"] < 1e-5 and certificate["removed_lora_norm"] == 0
     (found,) = runs_below(Path("runs"))

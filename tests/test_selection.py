@@ -1,13 +1,11 @@
 """Which tests run when: pairs of a grid by default, all of it with --all, and the slow ones that a change reaches."""
 
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from touched import touched
 
+pytest_plugins = "pytester"
 HERE = Path(__file__).parent
 GRID = """
 import pytest
@@ -25,24 +23,23 @@ def test_slow(): pass
 """
 
 
-def passed(folder, *options):
+def passed(pytester, *options):
     """What ran in a folder: (number of tests, points of the grid)."""
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-c", "pytest.ini", *options]
-    said = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
-    return int(re.findall(r"(\d+) passed", said)[0]), re.findall(r"point (\d) (\w) (\d) (\d)", said)
+    result = pytester.runpytest_inprocess("-q", "-s", "-p", "no:cacheprovider", *options)
+    return result.parseoutcomes()["passed"], re.findall(r"point (\d) (\w) (\d) (\d)", result.stdout.str())
 
 
-def test_each_pair_of_a_grid_runs_and_all_of_it_on_request(tmp_path):
-    shutil.copy(HERE / "conftest.py", tmp_path)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow: x\n", encoding="utf-8")
-    (tmp_path / "test_it.py").write_text(GRID, encoding="utf-8")
-    count, points = passed(tmp_path)
+def test_each_pair_of_a_grid_runs_and_all_of_it_on_request(pytester):
+    pytester.makeconftest((HERE / "conftest.py").read_text(encoding="utf-8"))
+    pytester.makeini("[pytest]\nmarkers = slow: x\n")
+    pytester.makepyfile(test_it=GRID)
+    count, points = passed(pytester)
     assert count == 40 + len(points) and 9 <= len(points) < 18, "a list of cases is no grid"
     assert {(a, b) for a, b, _, _ in points} == {(a, b) for a in "012" for b in "xyz"}
     assert {(a, c) for a, _, c, _ in points} == {(a, c) for a in "012" for c in "13"}
     assert {(b, c) for _, b, c, _ in points} == {(b, c) for b in "xyz" for c in "13"}
-    assert passed(tmp_path, "--all")[0] == 40 + 18 + 1
-    assert passed(tmp_path, "test_it.py::test_slow")[0] == 1, "whoever names a test means it"
+    assert passed(pytester, "--all")[0] == 40 + 18 + 1
+    assert passed(pytester, "test_it.py::test_slow")[0] == 1, "whoever names a test means it"
 
 
 def test_a_change_reaches_the_slow_tests_that_import_it(tmp_path):

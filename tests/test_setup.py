@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import zipfile
 
 import pytest
 from wheels import copy_source, files_of, pip_wheel, run
@@ -147,13 +146,6 @@ def test_install_says_on_the_terminal_what_pip_keeps_to_itself(source, tmp_path)
     assert "without the extension" not in log
     shown, log = on_terminal(ATP_BUILD="0")
     assert "extension" not in shown
-
-
-def test_package_without_the_extension_remembers_why(source, tmp_path):
-    wheel, status, said = pip_wheel(source, tmp_path / "wheels", CXX="/nonexistent")
-    assert status == 0, said
-    with zipfile.ZipFile(wheel) as archive:
-        assert archive.read("atp_kernels/_C.missing").decode() == "there is no C++ compiler named '/nonexistent'"
 
 
 def test_binary_of_an_earlier_build_does_not_slip_into_a_package_without_the_extension(source, tmp_path):

@@ -154,7 +154,7 @@ def test_static_is_the_fisher_information_of_the_masks_by_finite_differences():
     """The order of the kept decisions follows (dL/ds)^2 / sqrt(cost), the derivative taken by differences."""
     llama = model(dtype=torch.float32)
     space = MaskSpace.from_config(llama.config, "kv_group")
-    settings = config()
+    settings = config(decisions={"saliency_windows": 2})
     mask = static_mask(llama, space, windows(), settings)
 
     double = add_lora(model(), space, r=1, alpha=1.0, dropout=0.0).eval()

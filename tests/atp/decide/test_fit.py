@@ -25,18 +25,6 @@ def removing_next(logits, mask):
     return grown
 
 
-@pytest.mark.parametrize("share", [0.95, 0.6, 0.3])
-@pytest.mark.parametrize("space_name", BUDGETS)
-def test_exact_mask_is_the_largest_under_the_share(space_name, share):
-    budget = BUDGETS[space_name]
-    logits = random_logits(budget)
-    mask = exact_mask(logits, share, budget)
-    assert budget.share(mask) <= share < budget.share(removing_next(logits, mask))
-    for structure in budget.space.structures:
-        kept, removed = logits[structure.span][mask[structure.span]], logits[structure.span][~mask[structure.span]]
-        assert len(kept) >= 1 and (not len(removed) or kept.min() > removed.max())
-
-
 @pytest.mark.parametrize("scale", [0.01, 1.0, 1e4])
 def test_exact_offset_is_the_threshold_of_the_soft_mask(scale):
     budget = BUDGETS["head_dim"]
@@ -58,13 +46,18 @@ def test_neighbouring_floats_are_told_apart():
 
 
 @settings(derandomize=True, deadline=None, max_examples=20)
-@given(st.sampled_from(sorted(BUDGETS)), st.integers(0, 10**6), st.floats(0.2, 0.99), st.floats(0.2, 0.99))
-def test_masks_are_nested_in_the_share(space_name, seed, one, other):
+@given(st.sampled_from(sorted(BUDGETS)), st.integers(0, 10**6), st.floats(0.3, 0.99), st.floats(0.3, 0.99))
+def test_exact_masks_are_the_largest_under_their_share_and_nested(space_name, seed, one, other):
     budget = BUDGETS[space_name]
     logits = random_logits(budget, seed)
     low, high = sorted((one, other))
-    smaller, larger_mask = exact_mask(logits, low, budget), exact_mask(logits, high, budget)
-    assert not (smaller & ~larger_mask).any()
+    masks = {share: exact_mask(logits, share, budget) for share in (low, high)}
+    for share, mask in masks.items():
+        assert budget.share(mask) <= share < budget.share(removing_next(logits, mask))
+        for structure in budget.space.structures:
+            kept, removed = logits[structure.span][mask[structure.span]], logits[structure.span][~mask[structure.span]]
+            assert len(kept) >= 1 and (not len(removed) or kept.min() > removed.max())
+    assert not (masks[low] & ~masks[high]).any()
     assert exact_offset(logits, low, budget) <= exact_offset(logits, high, budget)
 
 

@@ -7,7 +7,6 @@ import torch
 from tiny_spaces import config, larger
 
 from atp.baselines.uniform import uniform_mask
-from atp.cli.demo import demo_config
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
@@ -31,15 +30,14 @@ def random_logits(budget, seed):
     return torch.randn(budget.space.size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
+# Selections of the hidden state are widths of linears as MLP channels are; heads and their dimensions are not.
+SELECTED = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs", "mlp")
+
+
 @pytest.mark.parametrize("shapes", [SMOLLM2, LLAMA2], ids=["SmolLM2-135M", "Llama-2-7B"])
-def test_real_models_keep_multiples_of_64(shapes, space):
-    """MLP channels and selections of the hidden state are widths of linears; heads and their dimensions are not."""
-    selections = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs") if space == "disp" else ()
-    assert width_rules(budget_of(shapes, space), 0.6, None) == dict.fromkeys((*selections, "mlp"), 64)
-
-
-SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs")
+def test_real_models_keep_multiples_of_64(shapes):
+    assert width_rules(budget_of(shapes), 0.6, None) == {"mlp": 64}
+    assert width_rules(budget_of(shapes, "disp"), 0.6, None) == dict.fromkeys(SELECTED, 64)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +46,8 @@ SELECTIONS = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_output
         (SMOLLM2, "kv_group", {"mlp": 64}),  # 3 groups are no even number, and 128 channels 0.208 % of the decoder
         (LLAMA2, "kv_group", {"kv_group": 2, "mlp": 128}),
         (LLAMA2, "head_dim", {"mlp": 128}),
-        (LLAMA2, "disp", dict.fromkeys((*SELECTIONS, "mlp"), 128)),
-        (SMOLLM2, "disp", dict.fromkeys((*SELECTIONS, "mlp"), 64)),
+        (LLAMA2, "disp", dict.fromkeys(SELECTED, 128)),
+        (SMOLLM2, "disp", dict.fromkeys(SELECTED, 64)),
         (SMOLLM2 | {"intermediate_size": 1504}, "kv_group", {"mlp": 32}),
     ],
 )
@@ -57,19 +55,14 @@ def test_on_cuda_widths_fill_the_tiles_of_matrix_products(shapes, space, rules):
     """Where the model's own widths allow it, and only where nothing was set."""
     budget = budget_of(shapes, space)
     assert rules_on(budget, 0.6, None, device="cuda") == rules
-    assert rules_on(budget, 0.6, {"mlp": 8}, device="cuda") == {"mlp": 8}
+    for given in ({}, {"mlp": 100, "kv_group": 2}):
+        assert rules_on(budget, 0.6, given, device="cuda") == width_rules(budget, 0.6, given) == given
 
 
 def test_the_machine_decides_where_no_device_is_named(monkeypatch):
     for device in ("cpu", "cuda"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device == "cuda")
         assert rules_on(budget_of(LLAMA2), 0.6, None) == rules_on(budget_of(LLAMA2), 0.6, None, device=device)
-
-
-def test_what_is_given_is_taken():
-    budget = budget_of(SMOLLM2)
-    assert width_rules(budget, 0.6, {}) == {}
-    assert width_rules(budget, 0.6, {"mlp": 100, "kv_group": 2}) == {"mlp": 100, "kv_group": 2}
 
 
 @pytest.mark.parametrize(("inner", "step"), [(1536, 64), (1504, 32), (1520, 16), (1540, 4), (1538, 2), (1539, None)])
@@ -103,15 +96,6 @@ def test_the_default_keeps_the_budget(space, target):
         uniform_mask(random_logits(budget, 2), target, budget, None),
     ):
         assert abs(budget.share(mask) - target) <= 0.001, "half a block of 0.1 %, and a little for attention"
-        assert {count % 64 for count in budget.space.describe(mask)["mlp"]} == {0}
-
-
-def test_the_demo_keeps_its_share_in_whole_blocks():
-    decisions = demo_config("unused").decisions
-    budget = budget_of(SMOLLM2, decisions.space)
-    for seed in range(5):
-        mask = fit_mask(random_logits(budget, seed), decisions.target_keep, budget, decisions.multiples)
-        assert abs(budget.share(mask) - decisions.target_keep) <= 0.002
         assert {count % 64 for count in budget.space.describe(mask)["mlp"]} == {0}
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from test_gguf import VOCAB, tokens
 from tiny_inputs import tiny_config
 from tiny_tokenizers import byte_level
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 from zeroed import stock_model
 
 from atp.evaluation import model_size, packed_windows, perplexity, throughput
@@ -34,16 +34,18 @@ MATRICES = 14  # of two layers
 SAFETENSORS = "model.safetensors"
 
 
-@pytest.fixture(params=PACKAGES)
+@pytest.fixture(scope="module", params=PACKAGES)
 def scheme(request):
     pytest.importorskip(PACKAGES[request.param])
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens():
     few = functools.partial(throughput, prompt_tokens=8, new_tokens=2, repeats=1)
-    monkeypatch.setattr(quantized, "throughput", few)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized, "throughput", few)
+        yield
 
 
 def cut(*channels, dtype=torch.bfloat16, **changes):
@@ -101,9 +103,15 @@ def test_the_folder_holds_the_quantized_model(tmp_path, monkeypatch, scheme, cha
     assert json.loads((path / "config.json").read_text())["rope_theta"], "as in model/, for other tools"
 
 
-def test_matrices_are_packed_and_the_rest_is_as_it_was(tmp_path, scheme):
-    source = tmp_path / "mine"
-    path, said = export(save(source, cut(128, 192)), scheme, None, tmp_path / "small")
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, scheme):
+    """Folder of a model, folder of its quantized form, and what was said."""
+    folder = tmp_path_factory.mktemp("exported")
+    return folder / "mine", *export(save(folder / "mine", cut(128, 192)), scheme, None, folder / "small")
+
+
+def test_matrices_are_packed_and_the_rest_is_as_it_was(exported, scheme):
+    source, path, said = exported
     with safe_open(source / SAFETENSORS, "pt") as before, safe_open(path / SAFETENSORS, "pt") as after:
         matrices = {name for name in before.keys() if name.endswith("_proj.weight")}
         rest = set(before.keys()) - matrices
@@ -116,14 +124,19 @@ def test_matrices_are_packed_and_the_rest_is_as_it_was(tmp_path, scheme):
     assert "weights on disk, MB: {}, before {}".format(*sizes) in said and sizes[0] < sizes[1]
 
 
-def test_sizes_count_the_weights_and_their_bytes(tmp_path, scheme):
-    source = save(tmp_path / "mine", cut(128, 192))
-    path, _ = export(source, scheme, None, None)
+def test_sizes_count_the_weights_and_their_bytes(exported):
+    source, path, _ = exported
     whole, small = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, path))
     expected, found = model_size(whole), model_size(small)
     assert (found["params"], found["decoder_params"]) == (expected["params"], expected["decoder_params"])
     on_disk = (path / SAFETENSORS).stat().st_size / 1e6
     assert on_disk * 0.9 < found["megabytes"] < on_disk, "but for the file's header"
+
+
+def test_a_model_without_a_card_gets_one(exported, scheme):
+    card = ModelCard.load(exported[1] / "README.md")
+    assert card.text.strip().startswith("# mine, quantized") and "import atp" in card.text
+    assert f"14 of 14 matrices are {scheme}" in card.text and card.data.library_name == "transformers"
 
 
 def test_matrices_that_the_blocks_do_not_divide_stay(tmp_path):
@@ -216,18 +229,9 @@ def test_a_run_whose_data_are_gone_is_quantized_all_the_same(run):
     assert any(line.startswith("perplexity was not measured, because the data of the run cannot be") for line in said)
 
 
-def test_a_model_without_a_card_gets_one(tmp_path, scheme):
-    path, _ = export(save(tmp_path / "mine", cut(128, 192)), scheme, None, None)
-    card = ModelCard.load(path / "README.md")
-    assert card.text.strip().startswith("# mine, quantized") and "import atp" in card.text
-    assert f"14 of 14 matrices are {scheme}" in card.text and card.data.library_name == "transformers"
-
-
-def test_what_is_refused_leaves_nothing(tmp_path, scheme, monkeypatch):
-    source, gpt2 = save(tmp_path / "mine", cut(128, 192)), tmp_path / "gpt2"
-    small, _ = export(source, scheme, None, None)
-    config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1, n_positions=32, bos_token_id=1, eos_token_id=1)
-    GPT2LMHeadModel(config).save_pretrained(gpt2)
+def test_what_is_refused_leaves_nothing(exported, tmp_path, scheme, monkeypatch):
+    source, small = str(exported[0]), exported[1]
+    (tmp_path / "there").touch()
     there = contents(tmp_path)
 
     def refused(message, *arguments):
@@ -235,9 +239,8 @@ def test_what_is_refused_leaves_nothing(tmp_path, scheme, monkeypatch):
             export(*arguments)
         assert contents(tmp_path) == there
 
-    refused(f"mine-{scheme} exists already: choose another --out", source, scheme, None, None)
-    refused("the weights of .* are quantized: give it in float32", str(small), scheme, None, None)
-    refused("model family 'gpt2' is not supported", str(gpt2), scheme, None, None)
+    refused("there exists already: choose another --out", source, scheme, None, tmp_path / "there")
+    refused("the weights of .* are quantized: give it in float32", str(small), scheme, None, tmp_path / "x")
     refused(f"--dtype f16 does not exist for {scheme}", source, scheme, "f16", tmp_path / "x")
     monkeypatch.setattr(requirements, "find", lambda name: None)
     sentence = f"^package '{PACKAGES[scheme]}' is not installed: run pip install '{PACKAGES[scheme]}>="

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,54 +93,54 @@ def test_the_adapter_names_its_base_in_a_stable_order_and_has_a_card(finished):
     assert "../adapter" in (folder / "base" / "README.md").read_text(encoding="utf-8")
 
 
-def test_without_being_asked_for_there_is_no_adapter_that_fits_nothing(config, tmp_path):
-    run(settings_of(config, tmp_path / "run")).execute()
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "base").exists()
+def changed(config, folder, dtype=torch.float32, change=lambda model: None):
+    """The tiny model after a change, with its tokenizer, in another folder."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(config.model.path) / name, folder)
+    return str(folder)
 
 
 def test_a_cut_is_smaller_on_disk_than_what_it_was_cut_from(config, tmp_path):
-    """Without model.dtype weights stay in the dtype of the source, and the table has the sizes of the files."""
-    source = tmp_path / "narrow"
-    AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.bfloat16).save_pretrained(source)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (source / name).write_bytes(open(f"{config.model.path}/{name}", "rb").read())
+    """Without model.dtype weights stay in the dtype of the source, and the table has the sizes of the files.
+
+    And without being asked for there is no adapter, which would fit nothing.
+    """
     settings = settings_of(config, tmp_path / "run", "auto")
-    settings.model.path = str(source)
+    settings.model.path = changed(config, tmp_path / "narrow", torch.bfloat16)
     summary = run(settings).execute()
-    before, after = (folder / "model.safetensors" for folder in (source, tmp_path / "run" / "model"))
+    before, after = (tmp_path / folder / "model.safetensors" for folder in ("narrow", "run/model"))
     assert {t.dtype for t in load_file(after).values()} == {torch.bfloat16}
     assert after.stat().st_size < before.stat().st_size
     for name, file in (("original", before), ("final", after)):
         assert summary["megabytes"][name] == pytest.approx(sum(t.nbytes for t in load_file(file).values()) / 1e6)
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "base").exists()
 
 
-def test_a_weight_that_is_no_number_ends_a_run_before_anything_is_written(config, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(config.model.path)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[-1, 0] = math.nan
-    model.save_pretrained(tmp_path / "broken")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "broken" / name).write_bytes(open(f"{config.model.path}/{name}", "rb").read())
-    settings = settings_of(config, tmp_path / "run")
-    settings.model.path = str(tmp_path / "broken")
-    with pytest.raises(InputError, match="embed_tokens.weight holds NaN or infinity"):
-        run(settings).execute()
-    assert not (tmp_path / "run").exists()
+def break_a_weight(model):
+    model.model.embed_tokens.weight[-1, 0] = math.nan
 
 
-def test_a_model_that_overflows_float16_ends_a_run_before_it_trains(config, tmp_path):
+def overflow(model):
     """Its weights are finite in float16, what they give is not."""
-    model = AutoModelForCausalLM.from_pretrained(config.model.path)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate_proj.weight.fill_(300.0)
-            layer.mlp.up_proj.weight.fill_(300.0)
-    model.save_pretrained(tmp_path / "large")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "large" / name).write_bytes(open(f"{config.model.path}/{name}", "rb").read())
-    settings = settings_of(config, tmp_path / "run", "float16")
-    settings.model.path = str(tmp_path / "large")
-    with pytest.raises(NotReached, match="not finite"):
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.fill_(300.0)
+        layer.mlp.up_proj.weight.fill_(300.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "error", "message", "absent"),
+    [
+        (break_a_weight, "float32", InputError, "embed_tokens.weight holds NaN or infinity", ""),
+        (overflow, "float16", NotReached, "not finite", "checkpoints"),
+    ],
+)
+def test_what_is_no_number_ends_a_run_before_it_trains(config, tmp_path, change, dtype, error, message, absent):
+    settings = settings_of(config, tmp_path / "run", dtype)
+    settings.model.path = changed(config, tmp_path / "changed", change=change)
+    with pytest.raises(error, match=message):
         run(settings).execute()
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / absent).exists()

@@ -2,27 +2,17 @@
 
 import pytest
 import torch
+from tiny_lora import masked
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.lora.controller import MaskController
-from atp.lora.layer import add_lora, of_samples
-from atp.spaces.space import MaskSpace
+from atp.lora.layer import of_samples
 
 SPACES = ["kv_group", "head_dim", "disp"]
 
 
-def lora_model(space):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    space = MaskSpace.from_config(config, space)
-    model = add_lora(LlamaForCausalLM(config), space, r=2, alpha=4, dropout=0.0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+def lora_model(space_name):
+    model, space = masked(space_name=space_name, initializer_range=0.05)
     return model, space, MaskController(model, space)
 
 
@@ -38,7 +28,7 @@ def logits_and_gradient(model, controller, mask, ids):
 @pytest.mark.parametrize("space", SPACES)
 def test_each_sample_has_the_result_and_the_gradient_that_it_has_alone(space):
     model, space, controller = lora_model(space)
-    masks, ids = torch.rand(3, space.size), torch.randint(0, 32, (3, 9))
+    masks, ids = torch.rand(3, space.size), torch.randint(0, 29, (3, 9))
     found, gradients = logits_and_gradient(model, controller, masks, ids)
     for sample in range(3):
         logits, gradient = logits_and_gradient(model, controller, masks[sample], ids[sample : sample + 1])
@@ -49,7 +39,7 @@ def test_each_sample_has_the_result_and_the_gradient_that_it_has_alone(space):
 @pytest.mark.parametrize("space", SPACES)
 def test_lora_learns_the_same_under_equal_masks_of_samples_as_under_one(space):
     model, space, controller = lora_model(space)
-    mask, ids = torch.rand(space.size), torch.randint(0, 32, (2, 9))
+    mask, ids = torch.rand(space.size), torch.randint(0, 29, (2, 9))
     grads = []
     for form in (mask, mask.expand(2, -1)):
         controller.set(form, "soft")
@@ -71,7 +61,7 @@ def test_a_batch_of_another_size_takes_the_rows_in_turns(samples):
 
 def test_nothing_of_a_mask_stays():
     model, space, controller = lora_model("kv_group")
-    ids = torch.randint(0, 32, (2, 9))
+    ids = torch.randint(0, 29, (2, 9))
     before = model(input_ids=ids).logits
     logits_and_gradient(model, controller, torch.rand(2, space.size), ids)
     assert torch.equal(model(input_ids=ids).logits, before)

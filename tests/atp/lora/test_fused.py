@@ -25,6 +25,12 @@ def loss_and_gradients(model):
     return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def apart(model):
     """The same model with three linears in each MLP and masks in the place of slices."""
     for mlp in (m for m in model.modules() if isinstance(m, MaskedMLP)):
@@ -32,20 +38,6 @@ def apart(model):
     for linear in (m for m in model.modules() if isinstance(m, MaskedPeftLinear)):
         linear.kept = None
     return model
-
-
-@pytest.mark.parametrize("form", [None, "soft", "hard", "sum"])
-@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
-def test_forms_equal_the_separate_masked_layers(space_name, form):
-    model, space = masked(space_name=space_name, intermediate_size=70)
-    controller, mask = MaskController(model, space), random_mask(space)
-    if form is not None:
-        controller.set(mask.float() * 0.7 if form == "soft" else mask, form)
-    found = loss_and_gradients(model)
-    expected = loss_and_gradients(apart(model))
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
@@ -66,9 +58,7 @@ def test_whole_heads_and_channels_lie_kept_first(space_name):
                 whole_heads = space_name == "kv_group" and ".self_attn." in name
                 assert side.kept_first == (whole_heads or channels.get(name.rsplit(".", 1)[-1]) == axis)
                 assert not side.place.equal(torch.arange(side.place.numel()))
-    found, expected = loss_and_gradients(model), loss_and_gradients(apart(model))
-    for name, value in found.items():
-        assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert_same(loss_and_gradients(model), loss_and_gradients(apart(model)))
 
 
 def test_norms_write_what_the_linears_would_cast_to():
@@ -94,17 +84,6 @@ def test_norms_write_what_the_linears_would_cast_to():
         assert set(seen) == ({torch.bfloat16} if norms is FusedRMSNorm else {torch.float32})
         errors.append(sum(float((found[name] - value).square().sum()) for name, value in exact.items()) ** 0.5)
     assert errors[0] <= 1.5 * errors[1]
-
-
-def test_soft_mask_gradient_equals_that_of_the_separate_layers():
-    model, space = masked()
-    controller, gradients = MaskController(model.eval(), space), []
-    for fused in (True, False):
-        soft = (random_mask(space) * 0.3 + 0.5).requires_grad_()
-        controller.set(soft, "soft")
-        loss = (model if fused else apart(model))(input_ids=tokens(), labels=tokens()).loss
-        gradients += torch.autograd.grad(loss, soft)
-    assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
 @pytest.fixture(params=["as on a CPU", "as on a GPU"])
@@ -139,8 +118,7 @@ def test_dropout_is_fused_and_drops_what_the_separate_layers_do(form, fused, mon
     found = loss_and_gradients(model)
     monkeypatch.setattr(attention, "FUSED_ON", ())
     expected, without = loss_and_gradients(apart(model)), loss_and_gradients(model.eval())
-    for name, value in found.items():
-        assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert_same(found, expected)
     assert (found["loss"] - without["loss"]).abs() > 1e-3
 
 
@@ -226,9 +204,7 @@ def test_cut_model_keeps_the_fused_mlp():
     cut = cut_model(model, space, random_mask(space))
     fused = [name for name, module in cut.named_modules() if isinstance(module, MaskedMLP)]
     assert len(fused) == space.num_layers
-    found, expected = loss_and_gradients(cut), loss_and_gradients(apart(cut))
-    for name, value in found.items():
-        assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert_same(loss_and_gradients(cut), loss_and_gradients(apart(cut)))
 
 
 class LigerRMSNorm(torch.nn.Module):

@@ -1,11 +1,9 @@
 """What callbacks and trackers hear of a run."""
 
-import json
-
 import pytest
 from accelerate import tracking
 from tiny_callbacks import StopAt
-from tiny_run import CUT, SEARCH, TOTAL, TUNE, make
+from tiny_run import CUT, SEARCH, TOTAL, TUNE, make, records
 
 from atp.ground.errors import InputError, Interrupted
 from atp.training import checkpoint as checkpoints
@@ -28,10 +26,6 @@ class Diary(Callback):
 
     def on_end(self, loop):
         self.heard.append("end")
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_callbacks_hear_phases_steps_checkpoints_and_the_end_in_order(tmp_path):

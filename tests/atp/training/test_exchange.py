@@ -54,9 +54,11 @@ def step(layers, averaging):
 
 
 def test_gradients_are_means_in_pieces_from_the_last_layer_on(sent):
-    layers, alone = model(), model()
+    layers, alone, seen = model(), model(), []
     averaging = Exchange(layers.parameters())
+    layers[0].weight.register_hook(lambda gradient: seen.append(len(sent)))
     step(layers, averaging)
+    assert seen == [2], "pieces leave before the backward pass has ended"
     backward(alone)
     for ours, theirs in zip(layers.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=0)
@@ -72,19 +74,8 @@ def test_pieces_are_the_same_in_every_step_and_after_every_start(sent):
         step(layers, averaging)
     again = model()
     step(again, Exchange(again.parameters()))
-    first = sent[:3]
-    for start in (3, 6, 9):
-        assert [torch.equal(one, other) for one, other in zip(first, sent[start : start + 3], strict=True)] == [
-            True
-        ] * 3
-
-
-def test_a_piece_leaves_before_the_backward_pass_has_ended(sent):
-    layers = model()
-    averaging, seen = Exchange(layers.parameters()), []
-    layers[0].weight.register_hook(lambda gradient: seen.append(len(sent)))
-    step(layers, averaging)
-    assert seen == [2] and len(sent) == 3
+    for number, piece in enumerate(sent):
+        assert len(sent) == 12 and torch.equal(piece, sent[number % 3])
 
 
 def test_only_the_last_batch_of_a_step_is_sent_with_what_the_others_added(sent):

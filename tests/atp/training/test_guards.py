@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from atp.ground.errors import Interrupted, NotReached
+from atp.ground.errors import Interrupted
 from atp.ground.signals import SignalGuard
 from atp.processes.finite import FiniteGuard
 
@@ -47,51 +47,6 @@ def test_good_steps_between_start_the_count_anew(parts):
         step(model, optimizer, guard, number, poison)
     guard.report()
     assert guard.skipped == 2
-
-
-def test_report_names_the_last_bad_step_and_counts_across_reports(parts):
-    model, optimizer, guard = parts
-    step(model, optimizer, guard, 7, float("nan"))
-    guard.report()
-    step(model, optimizer, guard, 8, float("nan"))
-    step(model, optimizer, guard, 9)
-    with pytest.raises(NotReached, match="2 steps in a row had a non-finite gradient, the last one at step 8"):
-        guard.report()
-
-
-def test_restored_count_goes_on(parts):
-    model, optimizer, guard = parts
-    step(model, optimizer, guard, 7, float("nan"))
-    other = FiniteGuard(limit=2)
-    other.restore(guard.state())
-    step(model, optimizer, other, 8, float("nan"))
-    assert guard.skipped == 1 and other.skipped == 2
-    with pytest.raises(NotReached, match="2 steps in a row .* at step 8"):
-        other.report()
-
-
-@pytest.mark.parametrize(("bad", "count", "stops"), [(1, 1, True), (1, 2, False), (0, 1, False), (0, 0, False)])
-def test_a_phase_of_fewer_steps_than_k_needs_a_good_one(parts, bad, count, stops):
-    model, optimizer, guard = parts
-    for number in range(count):
-        step(model, optimizer, guard, number, float("nan") if number < bad else None)
-    if not stops:
-        guard.finish(count)
-        return
-    with pytest.raises(NotReached, match="1 steps in a row"):
-        guard.finish(count)
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_gradients_of_parameters_beside_the_optimizer_count(parts, poison):
-    model, optimizer, guard = parts
-    beside = torch.nn.Parameter(torch.ones(2))
-    before = model.weight.detach().clone()
-    model(torch.ones(1, 3)).sum().backward()
-    beside.grad = torch.tensor([1.0, poison])
-    assert bool(guard.check(optimizer, 1, [beside]))
-    optimizer.step()
-    assert guard.skipped == 1 and torch.equal(model.weight, before)
 
 
 @pytest.fixture

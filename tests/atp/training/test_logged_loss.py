@@ -1,17 +1,12 @@
 """The loss of a record is the mean over all scored tokens of its steps, in however many batches they were read."""
 
-import json
-
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny_run import CUT, TOTAL, make, ragged, windows
+from tiny_run import CUT, TOTAL, make, ragged, records, windows
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.baselines.tuner import LoraTuner
 from atp.data import RaggedDataset
-from atp.training.callbacks import ProgressBar, make_progress
 
 pytestmark = pytest.mark.slow
 
@@ -25,25 +20,13 @@ def uneven(count, seed):
     return RaggedDataset([(ids, [-100] * (len(ids) - 1 - n % 3) + ids[-1 - n % 3 :]) for n, ids in enumerate(rows)])
 
 
-def tuner(folder, **training):
-    config = make(folder, training={"batch_size": 4, "lr": 1e-4} | training).config
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-            intermediate_size=48, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return LoraTuner(config, get_peft_model(llama, lora), windows(20, 1), folder)
-
-
 def atp(folder, **training):
     return make(folder, training={"batch_size": 4, "lr": 1e-4} | training, lora={"dropout": 0.0})
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def tuner(folder, **training):
+    made = atp(folder, **training)
+    return LoraTuner(made.config, made.model, windows(20, 1), folder)
 
 
 @pytest.mark.parametrize("build", [atp, tuner])
@@ -107,18 +90,3 @@ def test_loss_is_the_mean_of_the_steps_since_the_last_record(tmp_path, build):
         first = max(record["step"] - 3, CUT if build is atp and record["step"] > CUT else 0)
         expected = each[first : record["step"]]
         assert record["loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-
-
-def test_the_bar_shows_the_same_loss(tmp_path):
-    trainer = atp(tmp_path, batch_size=2, gradient_accumulation=2)
-    notes = []
-
-    class Bar(ProgressBar):
-        def on_step(self, loop, record):
-            super().on_step(loop, record)
-            notes.append(float(self.progress.tasks[0].fields["note"].split()[1]))
-
-    with make_progress() as progress:
-        trainer.callbacks.append(Bar(progress, trainer.phases.total))
-        trainer.train()
-    assert notes == pytest.approx([record["loss"] for record in records(tmp_path)], abs=6e-4)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tiny_callbacks import AtStep, Poison, StopAt
-from tiny_run import CUT, SEARCH, TOTAL, TUNE, LlamaForCausalLM, make, trained_tensors, windows
+from tiny_run import CUT, SEARCH, SIZES, TOTAL, TUNE, LlamaForCausalLM, make, trained_tensors, windows
 from transformers import LlamaConfig
 
 from atp.baselines.tuner import LoraTuner
@@ -19,29 +19,30 @@ from atp.training import pruning
 from atp.training.data import refit_batch
 
 NAN = math.nan
+SPACE = MaskSpace.from_config(LlamaConfig(**SIZES))
 
 
-def test_steps_that_are_all_bad_fail_however_few_they_are(tmp_path):
-    trainer = make(tmp_path, callbacks=[Poison(1, TOTAL)], training={"max_bad_steps": 100, "log_every": 100})
-    with pytest.raises(NotReached, match=f"{CUT} steps .* non-finite gradient"):
+@pytest.mark.parametrize(
+    ("first", "last", "training", "message", "stops_at"),
+    [
+        # A phase without any good step fails, however few its steps are.
+        (1, TOTAL, {"max_bad_steps": 100, "log_every": 100}, f"{CUT} steps .* non-finite gradient", CUT),
+        (CUT + 1, TOTAL, {"max_bad_steps": 100, "log_every": 100}, f"{TUNE} steps", TOTAL),
+        # Bad steps in a row are found at the next log, at the next save, or at the end of the phase.
+        (2, TOTAL, {"max_bad_steps": 2}, "2 steps in a row .* at step 3", 3),
+        (2, 4, {"max_bad_steps": 3, "log_every": 5, "save_every": 100}, "3 steps in a row .* at step 4", 5),
+        (2, 3, {"max_bad_steps": 2, "log_every": 100}, "2 steps in a row .* at step 3", 3),
+        (2, 3, {"max_bad_steps": 2, "log_every": 100, "save_every": 100}, "2 steps in a row .* at step 3", CUT),
+    ],
+)
+def test_bad_steps_end_the_run_and_the_last_of_them_is_named(tmp_path, first, last, training, message, stops_at):
+    trainer = make(tmp_path, callbacks=[Poison(first, last)], training=training)
+    with pytest.raises(NotReached, match=message):
         trainer.train()
-
-
-def test_tune_steps_that_are_all_bad_fail(tmp_path):
-    trainer = make(tmp_path, callbacks=[Poison(CUT + 1, TOTAL)], training={"max_bad_steps": 100, "log_every": 100})
-    with pytest.raises(NotReached, match=f"{TUNE} steps"):
-        trainer.train()
-    assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == TOTAL - 1
-
-
-@pytest.mark.parametrize("save_every", [1, 100])
-def test_bad_steps_are_found_without_any_log(tmp_path, save_every):
-    """At the save that follows, or at the end of the phase, whatever `log_every` is."""
-    training = {"max_bad_steps": 2, "log_every": 100, "save_every": save_every}
-    trainer = make(tmp_path, callbacks=[Poison(2, 3)], training=training)
-    with pytest.raises(NotReached, match="2 steps in a row .* the last one at step 3"):
-        trainer.train()
-    assert trainer.step == (3 if save_every == 1 else CUT)
+    assert trainer.step == stops_at
+    assert all(bool(t.isfinite().all()) for t in trained_tensors(trainer).values())
+    if training.get("save_every", 1) == 1 and stops_at != CUT:
+        assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == stops_at - 1
 
 
 def test_a_good_step_after_bad_ones_at_the_end_of_a_phase_is_enough(tmp_path):
@@ -93,53 +94,45 @@ def test_bad_decision_steps_are_counted(tmp_path):
     assert trainer.decisions.finite.skipped == 1 and trainer.finite.skipped == 0
 
 
-@pytest.mark.parametrize("training", [{"max_bad_steps": 2}, {"max_bad_steps": 2, "log_every": 100, "save_every": 100}])
-def test_bad_decision_steps_in_a_row_end_the_run(tmp_path, training):
-    trainer = make(tmp_path, training=training)
-    spoil_decisions(trainer, {1, 2})
-    with pytest.raises(NotReached, match="2 decision steps in a row .* the last one at step 3"):
+@pytest.mark.parametrize(
+    ("spoiled", "training", "decisions", "message", "stops_at"),
+    [
+        ({1, 2}, {"max_bad_steps": 2}, {}, "2 decision steps in a row .* at step 3", 3),
+        (
+            {1, 2},
+            {"max_bad_steps": 2, "log_every": 100, "save_every": 100},
+            {},
+            "2 decision steps in a row .* step 3",
+            SEARCH,
+        ),
+        (set(range(SEARCH)), {"max_bad_steps": 100}, {"every": 2}, f"{SEARCH // 2} decision steps", SEARCH),
+    ],
+)
+def test_bad_decision_steps_end_the_run(tmp_path, spoiled, training, decisions, message, stops_at):
+    """At a log, or at the freeze."""
+    trainer = make(tmp_path, training=training, decisions=decisions)
+    spoil_decisions(trainer, spoiled)
+    with pytest.raises(NotReached, match=message):
         trainer.train()
-
-
-def test_decision_steps_that_are_all_bad_end_the_run_at_the_freeze(tmp_path):
-    trainer = make(tmp_path, training={"max_bad_steps": 100}, decisions={"every": 2})
-    spoil_decisions(trainer, set(range(SEARCH)))
-    with pytest.raises(NotReached, match=f"{SEARCH // 2} decision steps"):
-        trainer.train()
-    assert trainer.step == SEARCH and not trainer.decisions.frozen
+    assert not trainer.decisions.frozen and trainer.step == stops_at
 
 
 def test_decisions_of_logits_that_are_no_numbers_are_refused():
-    space = MaskSpace.from_config(tiny_config())
-    maker = DecisionMaker(space, DecisionsConfig(), search_steps=1, prior=None, seed=0)
+    maker = DecisionMaker(SPACE, DecisionsConfig(), search_steps=1, prior=None, seed=0)
     with torch.no_grad():
         next(maker.generator.parameters()).fill_(NAN)
     with pytest.raises(NotReached, match="logits"):
         maker.freeze()
 
 
-def tiny_config():
-    return LlamaConfig(
-        vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-        intermediate_size=48,
-    )  # fmt: skip
-
-
 # Saliency
 
 
-@pytest.mark.parametrize("bad", [NAN, math.inf])
+@pytest.mark.parametrize("bad", [NAN, math.inf, 1e30])  # whose square overflows
 def test_saliency_names_the_window_whose_gradient_is_not_finite(bad):
-    space = MaskSpace.from_config(tiny_config())
     factors = iter([1.0, 1.0, bad, 1.0])
     with pytest.raises(NotReached, match="calibration window 3 "):
-        fisher_saliency(space, [{}] * 4, lambda batch, mask: next(factors) * mask.sum())
-
-
-def test_saliency_whose_square_overflows_is_no_saliency():
-    space = MaskSpace.from_config(tiny_config())
-    with pytest.raises(NotReached, match="calibration window 1 "):
-        fisher_saliency(space, [{}], lambda batch, mask: 1e30 * mask.sum())
+        fisher_saliency(SPACE, [{}] * 4, lambda batch, mask: next(factors) * mask.sum())
 
 
 def test_a_run_stops_before_its_first_step_where_saliency_is_not_finite(tmp_path):
@@ -155,8 +148,9 @@ def test_a_run_stops_before_its_first_step_where_saliency_is_not_finite(tmp_path
 # Weights and checkpoints
 
 
-@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["embed_tokens", "layers.1.mlp.down_proj", "norm"])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("embed_tokens", NAN), ("layers.1.mlp.down_proj", math.inf), ("norm", -math.inf)]
+)
 def test_base_weights_are_checked_at_the_start(tmp_path, monkeypatch, name, bad):
     """The embedding's row is of a token that no text holds."""
 

@@ -6,10 +6,9 @@ import tempfile
 
 import pytest
 import torch
-from tiny_run import CUT, TOTAL, make, trained_tensors
+from tiny_run import CUT, TOTAL, assert_same_end, make, resumed
 
 from atp.ground.ending import ending
-from atp.training import checkpoint as checkpoints
 from atp.training import offload
 from atp.training.offload import Offload
 
@@ -59,10 +58,7 @@ def test_gives_the_same_run(tmp_path, moved, case):
     other = make(tmp_path / "other", **overrides | {"training": overrides.get("training", {}) | {"offload": True}})
     other.train()
     assert moved
-    assert torch.equal(other.decisions.mask, plain.decisions.mask)
-    expected = trained_tensors(plain)
-    for name, tensor in trained_tensors(other).items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_end(other, plain)
     assert {path.name for path in (tmp_path / "other").iterdir()} == {"checkpoints", "metrics.jsonl"}
 
 
@@ -95,14 +91,7 @@ def test_weights_stay(tmp_path, monkeypatch, moved, precision):
 def test_a_run_resumes_without_it(tmp_path, step):
     whole = make(tmp_path / "whole")
     whole.train()
-    loaded = checkpoints.load(tmp_path / "whole" / "checkpoints" / f"checkpoint-{step:08d}")
-    loaded.meta["config"]["output_dir"] = str(tmp_path)
-    checkpoints.save(tmp_path / "checkpoints", loaded, keep=1)
-    resumed = make(tmp_path, training={"offload": True})
-    resumed.train(resume=True)
-    expected = trained_tensors(whole)
-    for name, tensor in trained_tensors(resumed).items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_end(resumed(tmp_path / "whole", step, tmp_path / "other", training={"offload": True}), whole)
 
 
 def test_a_full_disk_ends_with_one_sentence(tmp_path, monkeypatch):
@@ -158,32 +147,38 @@ def test_every_dtype_and_stride_comes_back(tmp_path, dtype, view):
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
-def test_what_is_saved_twice_is_kept_once(tmp_path):
-    offloaded, x = Offload(tmp_path), leaf(8, 8)
-    with offloaded.saving(MODEL):
-        y = x * 1
-        z = Square.apply(y) + Square.apply(y)
-    assert offloaded.bytes == y.nbytes
-    assert torch.equal(torch.autograd.grad(z.sum(), x)[0], 4 * x)
+def twice(x):
+    y = x * 1
+    return Square.apply(y) + Square.apply(y)
 
 
-def test_a_change_in_place_makes_another_tensor_of_it(tmp_path):
-    offloaded, x = Offload(tmp_path), leaf(8, 8)
-    with offloaded.saving(MODEL):
-        y = x * 1
-        first = Square.apply(y)
-        second = Square.apply(y.add_(1))
-    assert offloaded.bytes == 2 * y.nbytes
-    assert torch.equal(torch.autograd.grad((first + second).sum(), x)[0], 2 * x + 2 * (x + 1))
+def changed_in_place(x):
+    y = x * 1
+    return Square.apply(y) + Square.apply(y.add_(1))
 
 
-def test_memory_that_is_used_again_holds_another_tensor(tmp_path):
+def memory_used_again(x):
     """The second product may lie where the first one did."""
+    return sum(Square.apply(x * factor) for factor in range(8))
+
+
+@pytest.mark.parametrize(
+    ("work", "slope", "smallest", "kept"),
+    [
+        (twice, lambda x: 4 * x, 1, 1),
+        (changed_in_place, lambda x: 2 * x + 2 * (x + 1), 1, 2),
+        (memory_used_again, lambda x: sum(2 * factor * factor * x for factor in range(8)), 1, 8),
+        (lambda x: Square.apply(x * 1), lambda x: 2 * x, 513, 0),
+    ],
+    ids=["twice", "changed in place", "memory used again", "small"],
+)
+def test_each_tensor_is_kept_once_as_it_was(tmp_path, monkeypatch, work, slope, smallest, kept):
+    monkeypatch.setattr(offload, "SMALLEST", smallest)
     offloaded, x = Offload(tmp_path), leaf(8, 8)
     with offloaded.saving(MODEL):
-        total = sum(Square.apply(x * factor) for factor in range(8))
-    expected = sum(2 * factor * factor * x for factor in range(8))
-    torch.testing.assert_close(torch.autograd.grad(total.sum(), x)[0], expected)
+        y = work(x)
+    assert offloaded.bytes == kept * x.nbytes
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], slope(x.detach()))
 
 
 def test_passes_whose_backward_comes_later_do_not_mix(tmp_path):
@@ -208,13 +203,4 @@ def test_a_system_that_reads_and_writes_a_little_at_a_time(tmp_path, monkeypatch
     x = leaf(8, 8)
     with Offload(tmp_path).saving(MODEL):
         y = Square.apply(x * 1)
-    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * x)
-
-
-def test_small_tensors_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "SMALLEST", 513)
-    offloaded, x = Offload(tmp_path), leaf(8, 8)
-    with offloaded.saving(MODEL):
-        y = Square.apply(x * 1)
-    assert offloaded.bytes == 0
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * x)

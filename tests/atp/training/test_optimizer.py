@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny_run import make
 from torch import nn
 
 from atp.config import TrainingConfig
@@ -70,14 +69,6 @@ def test_a_step_is_that_of_the_formula():
         torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_that_shrink_step_as_without_it():
-    runs = [made(clipped) for clipped in (True, False)]
-    for step in range(10):
-        for parameters, optimizer in runs:
-            stepped(parameters, optimizer, [0.8**step * torch.ones(shape) for shape in SHAPES])
-    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-6, atol=1e-7)  # a first rms is 1, but for rounding
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_is_skipped_changes_nothing_and_the_next_is_as_if_there_had_been_none(bad):
     runs = [made() for _ in range(2)]
@@ -120,11 +111,3 @@ def test_a_step_that_does_not_clip_is_torchs_own():
 )
 def test_few_tokens_with_a_loss_clip_updates_where_nobody_says(asked, scored, clips):
     assert TrainingConfig(update_clipping=asked).clips_updates(scored) == clips
-
-
-@pytest.mark.parametrize(("rows", "clips"), [(2, True), (16, False)])
-def test_a_run_clips_by_the_tokens_of_its_steps(tmp_path, rows, clips):
-    """Each sample has three tokens with a loss."""
-    trainer = make(tmp_path, data={"packing": "padded"}, training={"lr": None, "batch_size": rows})
-    trainer.train()
-    assert trainer.adamw.param_groups[0][CLIPS] == clips

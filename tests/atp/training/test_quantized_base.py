@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_run import CUT, SEARCH, TOTAL, make, trained_tensors
+from tiny_run import CUT, SEARCH, TOTAL, assert_same_end, make, place, records, trained_tensors
 from torch import nn
 
 from atp.models.base import FORMS
 from atp.models.load import read_model
-from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback
 from atp_kernels import QuantizedWeight
 from atp_kernels.quantized import dense
@@ -45,7 +44,7 @@ def unbroken(request, tmp_path_factory):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records(folder)]
 
 
 def test_every_step_is_that_over_the_floating_weights_it_stands_for(unbroken, tmp_path):
@@ -131,14 +130,12 @@ def test_bytes_of_weights_in_every_phase(tmp_path, load_in, share):
 @pytest.mark.parametrize("step", [1, SEARCH, CUT, CUT + 1, TOTAL - 1])
 def test_resume_is_bit_exact(unbroken, tmp_path, step):
     load_in, folder, trainer = unbroken
-    loaded = checkpoints.load(folder / "checkpoints" / f"checkpoint-{step:08d}")
-    loaded.meta["config"]["output_dir"] = str(tmp_path)
-    checkpoints.save(tmp_path / "checkpoints", loaded, keep=1)
-    resumed = based(tmp_path, load_in)
-    resumed.train(resume=True)
-    assert torch.equal(resumed.decisions.mask, trainer.decisions.mask)
-    expected = trained_tensors(trainer) | base_weights(trainer.model)
-    for name, tensor in (trained_tensors(resumed) | base_weights(resumed.model)).items():
+    place(folder, step, tmp_path)
+    again = based(tmp_path, load_in)
+    again.train(resume=True)
+    assert_same_end(again, trainer)
+    expected = base_weights(trainer.model)
+    for name, tensor in base_weights(again.model).items():
         assert type(tensor) is type(expected[name]) and torch.equal(dense(tensor), dense(expected[name])), name
 
 

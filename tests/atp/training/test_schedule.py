@@ -1,22 +1,21 @@
 """Phases, and learning rates against the schedules of transformers."""
 
-import json
-
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_run import make
+from tiny_run import make, records
 from transformers import get_scheduler
 
 from atp.config import TrainingConfig
+from atp.training.optimizer import CLIPS
 from atp.training.schedule import Phases, learning_rate
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 1, 7, 20, 30])
-@pytest.mark.parametrize("lr", [1e-3, 3.7e-4])
-def test_learning_rates_are_those_of_transformers_step_by_step(schedule, warmup, lr):
+def test_learning_rates_are_those_of_transformers_step_by_step(schedule, warmup):
     """Also for a warmup as long as the run, and longer."""
+    lr = 3.7e-4
     config = TrainingConfig(search=9, settle=4, tune=7, schedule=schedule, warmup=warmup, lr=lr)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
@@ -25,12 +24,6 @@ def test_learning_rates_are_those_of_transformers_step_by_step(schedule, warmup,
         assert learning_rate(config, step) == optimizer.param_groups[0]["lr"], step
         optimizer.step()
         scheduler.step()
-
-
-def test_phases_follow_each_other():
-    phases = Phases(search=2, settle=1, tune=3)
-    assert [phases.of(step) for step in range(phases.total)] == ["search"] * 2 + ["settle"] + ["tune"] * 3
-    assert (phases.cut_step, phases.total) == (3, 6)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +41,7 @@ def test_phases_that_are_not_given_follow_from_the_steps(given, expected):
     config = TrainingConfig(**given)
     phases = Phases.from_config(config)
     assert (phases.open, phases.search, phases.settle, phases.tune) == expected
-    assert phases.total == config.total == sum(expected)
+    assert phases.total == config.total == sum(expected) and phases.cut_step == sum(expected[:3])
     order = [phase for phase, count in zip(("open", "search", "settle", "tune"), expected, strict=True) if count]
     assert list(dict.fromkeys(phases.of(step) for step in range(phases.total))) == order
 
@@ -81,18 +74,18 @@ def test_few_tokens_with_a_loss_lower_the_rate_that_nobody_set(lr, scored, expec
 
 
 @pytest.mark.parametrize(
-    ("training", "expected"),
+    ("training", "expected", "clips"),
     [
-        ({"lr": None}, 2e-3 * (3 * 2 / 32) ** 0.5),
-        ({"lr": None, "gradient_accumulation": 4}, 2e-3 * (3 * 2 * 4 / 32) ** 0.5),
-        ({"lr": None, "batch_size": 16}, 2e-3),
-        ({}, 1e-2),
+        ({"lr": None, "gradient_accumulation": 4}, 2e-3 * (3 * 2 * 4 / 32) ** 0.5, True),
+        ({"lr": None, "batch_size": 16}, 2e-3, False),
+        ({}, 1e-2, True),
     ],
 )
-def test_steps_take_the_rate_of_their_tokens_with_a_loss(tmp_path, training, expected):
+def test_steps_take_rate_and_clipping_of_their_tokens_with_a_loss(tmp_path, training, expected, clips):
     """Each sample has three, and a batch two samples unless it says otherwise."""
-    trainer = make(tmp_path, data={"packing": "padded"}, training=training | {"schedule": "constant"})
+    phases = {"search": 1, "settle": 0, "tune": 1, "warmup": 0}
+    trainer = make(tmp_path, data={"packing": "padded"}, training=phases | training | {"schedule": "constant"})
     trainer.train()
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["lr"] == pytest.approx(expected, rel=1e-12)
-    assert trainer.adamw.param_groups[0]["lr"] == last["lr"]
+    group, last = trainer.adamw.param_groups[0], records(tmp_path)[-1]
+    assert group["lr"] == last["lr"] == pytest.approx(expected, rel=1e-12)
+    assert group[CLIPS] == clips

@@ -1,12 +1,10 @@
 """First tokens whose state is the same for all tokens keep it, in runs that ask for it, and only there."""
 
-import json
-import shutil
 from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny_run import make, ragged
+from tiny_run import make, place, ragged, records
 from torch import nn
 
 from atp.training.sinks import Sinks
@@ -42,13 +40,21 @@ def away(trainer, states):
     return float(sinks.distance({name: state.mean(0, keepdim=True) for name, state in first.items()}))
 
 
-def test_the_first_token_moves_less_where_it_is_held(tmp_path):
-    held = run(tmp_path / "held")
-    free = run(tmp_path / "free", hold=0.0)
-    states = held.sinks.states
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("held")
+    return run(folder), folder
+
+
+def test_the_first_token_moves_less_where_it_is_held(held, tmp_path):
+    """And records have the loss alone: the first step's gradient is another one, its recorded loss is not."""
+    free, (trainer, folder) = run(tmp_path, hold=0.0), held
+    states = trainer.sinks.states
     assert set(states) == {"0", "1"} and free.sinks.states == {}
     assert all(state.shape == (32,) and state.dtype == torch.float32 for state in states.values())
-    assert 0 < away(held, states) < 0.5 * away(free, states)
+    assert 0 < away(trainer, states) < 0.5 * away(free, states)
+    losses, others = ([record["loss"] for record in records(path)] for path in (folder, tmp_path))
+    assert losses[0] == others[0] and losses[3] != others[3]
 
 
 def test_a_model_without_sinks_has_none_to_hold(tmp_path):
@@ -59,25 +65,11 @@ def test_a_model_without_sinks_has_none_to_hold(tmp_path):
         assert torch.equal(one, other)
 
 
-def test_records_have_the_loss_alone(tmp_path):
-    """The first step's gradient is another one, its recorded loss is not."""
-    losses = []
-    for hold in (0.0, 1e4):
-        run(tmp_path / str(hold), hold=hold)
-        lines = (tmp_path / str(hold) / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
-    assert losses[0][0] == losses[1][0]
-    assert losses[0][3] != losses[1][3]
-
-
-@pytest.mark.parametrize("kept", [2, 4, 6])
-def test_a_resumed_run_holds_what_the_unbroken_one_held(tmp_path, kept):
-    """Before the cut, right after it, and later: the base is another one by then, what is held is not."""
-    whole = run(tmp_path)
-    for folder in (tmp_path / "checkpoints").glob("checkpoint-*"):
-        if int(folder.name.rpartition("-")[2]) > kept:
-            shutil.rmtree(folder)
-    (tmp_path / "checkpoints" / "LATEST").write_text(f"checkpoint-{kept:08d}\n")
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_holds_what_the_unbroken_one_held(held, tmp_path, step):
+    """Before the cut, and after it: the base is another one by then, what is held is not."""
+    whole, folder = held
+    place(folder, step, tmp_path)
     again = run(tmp_path, resume=True)
     assert again.sinks.states.keys() == whole.sinks.states.keys()
     assert all(torch.equal(again.sinks.states[name], state) for name, state in whole.sinks.states.items())
@@ -85,21 +77,23 @@ def test_a_resumed_run_holds_what_the_unbroken_one_held(tmp_path, kept):
         assert torch.equal(one, other)
 
 
+PLAIN = {"lora": {"dropout": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("plain"), **PLAIN)
+
+
 @pytest.mark.parametrize(
     "other",
-    [
-        {"training": {"gradient_checkpointing": True}},
-        {"training": {"batch_size": 1, "gradient_accumulation": 2}},
-        {"training": {"offload": True}},
-    ],
+    [{"gradient_checkpointing": True}, {"batch_size": 1, "gradient_accumulation": 2}, {"offload": True}],
     ids=["recomputed", "accumulated", "offloaded"],
 )
-def test_other_ways_through_a_step_hold_the_same(tmp_path, other):
+def test_other_ways_through_a_step_hold_the_same(plain, tmp_path, other):
     """The distance weighs so much that a wrong share of it would show."""
-    plain = {"lora": {"dropout": 0.0}, "training": {"hold_sinks": 100.0}}
-    one = run(tmp_path / "one", **plain)
-    two = run(tmp_path / "two", **{"lora": plain["lora"], "training": plain["training"] | other["training"]})
-    for first, second in zip(one.model.parameters(), two.model.parameters(), strict=True):
+    two = run(tmp_path, **PLAIN, training=other)
+    for first, second in zip(plain.model.parameters(), two.model.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
 
@@ -119,10 +113,10 @@ def test_more_samples_than_float32_can_count_are_looked_at(tmp_path):
         def __len__(self):
             return 2**25 + 4  # minus 1 rounds up in float32
 
-        def __getitem__(self, place):
-            assert 0 <= place < len(self)
-            self.last = place
-            return trainer.train_dataset[place % len(trainer.train_dataset)]
+        def __getitem__(self, index):
+            assert 0 <= index < len(self)
+            self.last = index
+            return trainer.train_dataset[index % len(trainer.train_dataset)]
 
     samples, sinks = Many(), Sinks(1.0)
     sinks.look(trainer.model, samples, nullcontext())

@@ -1,5 +1,7 @@
 """A run on a model so small that ten steps take a second."""
 
+import json
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -7,10 +9,15 @@ from atp.config import ATPConfig
 from atp.data import PackedDataset, RaggedDataset
 from atp.models.base import quantize_base
 from atp.spaces.space import MaskSpace
+from atp.training import checkpoint as checkpoints
 from atp.training.trainer import ATPTrainer
 
 SEARCH, SETTLE, TUNE = 4, 2, 4
 CUT, TOTAL = SEARCH + SETTLE, SEARCH + SETTLE + TUNE
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
+    "intermediate_size": 48, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def windows(count, seed):
@@ -36,11 +43,7 @@ def ragged(count, seed):
 
 def make(folder, model_seed=0, callbacks=(), sizes=None, dtype=torch.float32, validation=None, **overrides):
     torch.manual_seed(model_seed)
-    values = {
-        "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_hidden_layers": 2, "intermediate_size": 48, "tie_word_embeddings": True,
-    }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**values | (sizes or {}))).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | (sizes or {}))).to(dtype)
     config = {
         "model": {"path": "tiny"},
         "output_dir": str(folder),
@@ -65,3 +68,32 @@ def make(folder, model_seed=0, callbacks=(), sizes=None, dtype=torch.float32, va
 
 def trained_tensors(trainer):
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def place(folder, step, target):
+    """Puts a checkpoint of a finished run into the folder of another run, as its newest."""
+    loaded = checkpoints.load(folder / "checkpoints" / f"checkpoint-{step:08d}")
+    loaded.meta["config"]["output_dir"] = str(target)
+    checkpoints.save(target / "checkpoints", loaded, keep=1)
+
+
+def resumed(folder, step, target, **options):
+    """The trainer of a run that goes on to its end from a checkpoint of another run."""
+    place(folder, step, target)
+    trainer = make(target, **options)
+    torch.manual_seed(999)  # what the process did before must not matter
+    trainer.train(resume=True)
+    return trainer
+
+
+def assert_same_end(found, expected):
+    """Bit for bit: decisions, all that was trained, and how many tokens were read."""
+    assert torch.equal(found.decisions.mask, expected.decisions.mask)
+    tensors, others = trained_tensors(found), trained_tensors(expected)
+    assert tensors.keys() == others.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])] == []
+    assert expected.clock.tokens.items() <= found.clock.tokens.items()

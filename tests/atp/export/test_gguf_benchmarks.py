@@ -1,11 +1,15 @@
-"""`python -m benchmarks.gguf_decode`: files of the widths that it says, and rows that compare with the first."""
+"""`python -m benchmarks.gguf_decode` and `gguf_model`: files of the widths that they say, rows, and turns."""
 
+import json
 import sys
 
 import pytest
-from tiny_tokenizers import byte_level
+import yaml
+from test_gguf import tiny
+from tiny_tokenizers import TEXTS, byte_level
 
-from benchmarks import gguf_decode
+from atp.models.stock import save_model
+from benchmarks import gguf_decode, gguf_model
 from benchmarks.gguf_decode import KEEP, Shape, cases
 from benchmarks.gguf_forward import File
 from benchmarks.records import read
@@ -64,8 +68,44 @@ def test_rows_compare_with_the_first_file(tmp_path, monkeypatch):
     assert float(others[-1]["mb_ratio"]) > float(others[0]["mb_ratio"]) > 1
 
 
-def test_a_missing_llama_cpp_is_one_sentence(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(config file, folder of a cut model)."""
+    folder = tmp_path_factory.mktemp("gguf")
+    tokenizer = byte_level()
+    save_model(tiny("llama", "unequal", vocab_size=len(tokenizer)), folder / "cut")
+    tokenizer.save_pretrained(folder / "cut")
+    texts = {"train": TEXTS, "test": [" ".join(reversed(text.split())) for text in TEXTS]}
+    for part, found in texts.items():
+        rows = "\n".join(json.dumps({"text": text}) for text in found)
+        (folder / f"{part}.jsonl").write_text(rows, encoding="utf-8")
+    data = {part: str(folder / f"{part}.jsonl") for part in texts} | {"length": 16, "general_share": 0}
+    values = {"model": {"path": str(folder / "cut")}, "output_dir": "unused", "data": data}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return folder / "config.yaml", folder / "cut"
+
+
+def test_each_form_is_scored_from_its_file(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gguf_model, "find_spec", lambda name: None)
+    config, model = map(str, folders)
+    assert gguf_model.main(["--out", str(tmp_path / "rows.csv"), "quality", config, model, "--windows", "3"]) == 0
+    assert "/" not in read(tmp_path / "rows.csv")[0]["model"], "a row tells no folder of one machine"
+    rows = read(tmp_path / "rows.csv")
+    assert [row["form"] for row in rows] == ["transformers", "f32", "f16", "q8_0"]
+    assert {row["architecture"] for row in rows[1:]} == {"deci"} and len({row["tokens"] for row in rows}) == 1
+    reference, *found = (float(row["perplexity"]) for row in rows)
+    assert found[0] == pytest.approx(reference, rel=1e-5)
+    off = [abs(value / reference - 1) for value in found]
+    assert off[0] < off[1] < off[2] < 0.1, "the fewer bits, the further away"
+    sizes = [float(row["mb"]) for row in rows[1:]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert "form q8_0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("main", [gguf_decode.main, gguf_model.main], ids=["decode", "model"])
+def test_a_missing_llama_cpp_is_one_sentence(folders, tmp_path, monkeypatch, capsys, main):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    assert gguf_decode.main(["smollm2", "--out", str(tmp_path / "rows.csv")]) == 2
+    asked = ["smollm2"] if main is gguf_decode.main else ["speed", *[str(folders[1])] * 2]
+    assert main(["--out", str(tmp_path / "rows.csv"), *asked]) == 2
     assert capsys.readouterr().err.startswith("error: llama.cpp is not installed (")
     assert not (tmp_path / "rows.csv").exists()
