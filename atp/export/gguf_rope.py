@@ -12,7 +12,7 @@ from gguf import GGUFWriter, RopeScalingType
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from atp.models.config import ATPLlamaConfig
+from atp.models.config import CutConfig
 
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # YaRN's own, where a config has none
 
@@ -35,7 +35,7 @@ class Rope:
             getattr(writer, name)(value)
 
 
-def rope_of(config: ATPLlamaConfig) -> Rope | None:
+def rope_of(config: CutConfig) -> Rope | None:
     """How llama.cpp computes the model's angles; None where some pairs of a head are not rotated, which it cannot."""
     parameters = cast(dict[str, Any], config.rope_parameters)
     kind, whole = parameters["rope_type"], LlamaRotaryEmbedding(config.without_layers())
