@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class Architecture:
         rotated = [config.uses_rope(layer) for layer in range(config.num_hidden_layers)]
         if not self.per_layer and any(shape != shapes[0] for shape in shapes):
             yield "widths per layer"
-        elif not self.any_heads and shapes[0].num_attention_heads * config.uncut_head_dim != config.hidden_size:
+        elif not self.any_heads and shapes[0].num_attention_heads * config.head_dim != config.hidden_size:
             yield "heads that are not as wide as hidden_size"
         if family.qk_norm != self.qk_norm:
             yield "norms of queries and keys" if family.qk_norm else "queries and keys without norms"
@@ -183,7 +183,7 @@ def _rope(config: CutConfig) -> Rope:
 
 def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
     """What no architecture holds, each with a remedy."""
-    heads = config.uncut_head_dim
+    heads = config.head_dim
     for layer, shape in enumerate(_shapes(config)):
         for what, width in (("queries and keys", shape.qk_head_dim(heads)), ("values", shape.v_head_dim)):
             if width != heads:
@@ -245,16 +245,16 @@ def _add_shape(writer: GGUFWriter, config: CutConfig, architecture: Architecture
     writer.add_context_length(min(config.max_position_embeddings, _window(config) or config.max_position_embeddings))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(config.uncut_head_dim)
+        add(config.head_dim)
     writer.add_rope_freq_base(cast(dict[str, Any], config.rope_parameters)["rope_theta"])
     _rope(config).add_keys(writer)
     if architecture.multipliers:
-        factors = _Factors.of(config)
-        if factors.attention is not None:
-            writer.add_attention_scale(factors.attention)
-        writer.add_embedding_scale(factors.embedding)
-        writer.add_residual_scale(factors.residual)
-        writer.add_logit_scale(factors.logits)
+        factors = _factors(config)
+        if factors["attention_multiplier"] is not None:
+            writer.add_attention_scale(factors["attention_multiplier"])
+        writer.add_embedding_scale(factors["embedding_multiplier"])
+        writer.add_residual_scale(factors["residual_multiplier"])
+        writer.add_logit_scale(factors["logits_scaling"])
 
 
 def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architecture) -> Iterator[tuple[str, _Weight]]:
@@ -277,32 +277,22 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
         yield found, _Weight(tensor, heads, folded.get(module, 1.0))
 
 
-class _Factors(NamedTuple):
+def _factors(config: CutConfig) -> dict[str, Any]:
     """Granite's multipliers; in other families they are one, and the attention scale is None: head_dim ** -0.5."""
-
-    attention: float | None
-    embedding: float
-    residual: float
-    logits: float
-
-    @classmethod
-    def of(cls, config: CutConfig) -> _Factors:
-        """Those of a model."""
-        keys = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
-        return cls(
-            declared(config, "attention_multiplier", None), *(declared(config, key, one) for key, one in keys.items())
-        )
+    neutral = {"attention_multiplier": None, "embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1}
+    return {key: declared(config, key, value) for key, value in neutral.items()}
 
 
 def _multipliers(config: CutConfig) -> dict[str, float]:
     """Factors on the outputs of modules with which an architecture without multipliers computes the same."""
-    factors = _Factors.of(config)
+    factors = _factors(config)
+    scale, residual = factors["attention_multiplier"], factors["residual_multiplier"]
     return {
-        "embed_tokens": factors.embedding,
-        "q_proj": 1.0 if factors.attention is None else factors.attention * config.uncut_head_dim**0.5,
-        "o_proj": factors.residual,
-        "down_proj": factors.residual,
-        "lm_head": 1 / factors.logits,
+        "embed_tokens": factors["embedding_multiplier"],
+        "q_proj": 1.0 if scale is None else scale * config.head_dim**0.5,
+        "o_proj": residual,
+        "down_proj": residual,
+        "lm_head": 1 / factors["logits_scaling"],
     }
 
 

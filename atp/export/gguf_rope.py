@@ -39,7 +39,7 @@ def rope_of(config: CutConfig) -> Rope | None:
     """How llama.cpp computes the model's angles; None where some pairs of a head are not rotated, which it cannot."""
     parameters = cast(dict[str, Any], config.rope_parameters)
     kind, whole = parameters["rope_type"], LlamaRotaryEmbedding(config.without_layers())
-    width = config.uncut_head_dim
+    width = config.head_dim
     plain = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width))
     scale = {} if whole.attention_scaling == 1 else {"add_rope_scaling_attn_factors": whole.attention_scaling}
     if not whole.inv_freq.all():

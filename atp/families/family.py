@@ -100,10 +100,6 @@ class Family:
         """What the outputs of the head are divided by to give logits; config: also that of a cut model."""
         return float(declared(config, "logits_scaling", 1.0))
 
-    def stock_type(self, config: PretrainedConfig) -> str | None:
-        """`equal` of a config."""
-        return self.name if self.equal is None else self.equal(config)
-
     def refuses(self, config: PretrainedConfig, space: str) -> str | None:
         """Why a cut in this space would change what the model computes; None where the cut is exact."""
         beyond = config.beyond_whole_heads() if is_cut(config) else None

@@ -142,17 +142,12 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
         """What vLLM multiplies the head's outputs by: it computes them without our class."""
         return 1 / cast(float, declared(self, "logits_scaling", 1.0))
 
-    @property
-    def uncut_head_dim(self) -> int:
-        """head_dim, which is always set after construction."""
-        return self.head_dim
-
     def layer_shape(self, layer: int) -> LayerShape:
         """Widths of one layer."""
         own: Any = self.per_layer_config[layer]
         widths = {name: getattr(own, name) for name in _WIDTHS}
         if widths["v_head_dim"] is None:
-            widths["v_head_dim"] = self.uncut_head_dim
+            widths["v_head_dim"] = self.head_dim
         return LayerShape(**widths, skip=tuple(getattr(own, "skip", ())))
 
     def has_plain_layers(self) -> bool:
@@ -160,14 +155,14 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
         if self.shortcuts or self.per_layer_attributes:
             return False
         shapes = [self.layer_shape(layer) for layer in range(self.num_hidden_layers)]
-        return all(_beyond_whole_heads(shape, self.uncut_head_dim) is None for shape in shapes)
+        return all(_beyond_whole_heads(shape, self.head_dim) is None for shape in shapes)
 
     def beyond_whole_heads(self) -> str | None:
         """What a cut took beside whole heads and MLP channels, as a clause; None where the model can be cut again."""
         if self.shortcuts:
             return "its residual stream is sliced (SliceGPT)"
         for layer in range(self.num_hidden_layers):
-            if (beyond := _beyond_whole_heads(self.layer_shape(layer), self.uncut_head_dim)) is not None:
+            if (beyond := _beyond_whole_heads(self.layer_shape(layer), self.head_dim)) is not None:
                 return beyond.format(layer=layer)
         return None
 
@@ -222,7 +217,7 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
             yield "num_attention_heads", f"it must be a multiple of the {shape.num_key_value_heads} key-value heads"
         if not set(shape.skip) <= set(BLOCKS):
             yield "skip", f"name only {' and '.join(BLOCKS)}"
-        limits = {"qk_pairs": ("head_dim / 2", self.uncut_head_dim // 2)}
+        limits = {"qk_pairs": ("head_dim / 2", self.head_dim // 2)}
         limits |= {key: ("hidden_size", self.hidden_size) for key in SELECTIONS}
         for key, (name, limit) in limits.items():
             positions = getattr(shape, key)

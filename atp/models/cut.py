@@ -31,7 +31,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from atp.families import FAMILIES
 from atp.models import attention
 from atp.models.config import SELECTIONS, CutConfig, LayerShape, config_class
-from atp.models.selected import Indexed, Selection, place
+from atp.models.selected import Indexed, Selection
 
 # Fused attention takes one width for all heads, and runs best on whole vector registers and tensor-core tiles.
 HEAD_DIM_MULTIPLE = 8
@@ -51,8 +51,8 @@ class CutAttention(Indexed):
     def narrow(self, config: CutConfig, shape: LayerShape) -> None:
         """Sets the widths of an attention that has those of whole heads."""
         module: Any = self
-        self.whole_dim, self.pairs = config.uncut_head_dim, shape.qk_pairs
-        module.head_dim, module.v_head_dim = shape.qk_head_dim(config.uncut_head_dim), shape.v_head_dim
+        self.whole_dim, self.pairs = config.head_dim, shape.qk_pairs
+        module.head_dim, module.v_head_dim = shape.qk_head_dim(config.head_dim), shape.v_head_dim
         module.sliding_window = config.window(module.layer_idx)
         self.register_indices()
 
@@ -168,7 +168,6 @@ class SkippedMLP(nn.Module):
     """The MLP that a layer lacks: it adds nothing."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Zeros like hidden_states."""
         return torch.zeros_like(hidden_states)
 
 
@@ -184,11 +183,11 @@ def _layer(kind: type[nn.Module], config: CutConfig, index: int) -> nn.Module:
         shape.num_attention_heads,
         shape.num_key_value_heads,
     )
-    if not shape.has_whole_heads(config.uncut_head_dim):
+    if not shape.has_whole_heads(config.head_dim):
         place_before(layer.self_attn, CutAttention).narrow(config, shape)
     if config.shortcuts or any(getattr(shape, key) is not None for key in SELECTIONS):
         place_before(layer, CutLayer).wrap(config, shape)
-    for name, (rows, columns) in shape.linears(config.uncut_head_dim, config.hidden_size).items():
+    for name, (rows, columns) in shape.linears(config.head_dim, config.hidden_size).items():
         linear = layer.get_submodule(name)
         if linear.weight.shape != (rows, columns):
             block, _, name = name.partition(".")
@@ -270,8 +269,8 @@ def place_indices(model: PreTrainedModel) -> None:
     for layer in cast(Any, model.get_decoder()).layers:
         device = next(layer.parameters(), torch.empty(0)).device
         for module in layer.modules():
-            if isinstance(module, Indexed):
-                place(module, device)
+            for name, index in module.indices().items() if isinstance(module, Indexed) else ():
+                setattr(module, name, None if index is None else index.to(device))
 
 
 def register() -> None:

@@ -23,12 +23,6 @@ class Indexed(nn.Module):
             self.register_buffer(name, index, persistent=False)
 
 
-def place(module: Indexed, device: torch.device) -> None:
-    """Sets the buffers on a device, where whoever built the module left none."""
-    for name, index in module.indices().items():
-        setattr(module, name, None if index is None else index.to(device))
-
-
 class Selection(Indexed):
     """What a block reads of the normed hidden state, and where in the residual stream it adds its output.
 

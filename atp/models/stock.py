@@ -26,7 +26,8 @@ def stock_config(config: Any) -> PretrainedConfig | None:
     if not isinstance(config, CutConfig) or not config.has_plain_layers():
         return None
     family = family_of(config)
-    if (name := family.stock_type(config)) is None:
+    name = family.name if family.equal is None else family.equal(config)
+    if name is None:
         return None
     stock: Any = CONFIG_MAPPING[name]
     biases, window = family.biases(config), family.sliding_window(config)
@@ -36,7 +37,7 @@ def stock_config(config: Any) -> PretrainedConfig | None:
     }  # fmt: skip
     wanted = {field.name for field in fields(stock)} - {"model_type", "architectures", "transformers_version"}
     made: PretrainedConfig = stock(
-        **{key: value for key, value in values.items() if key in wanted} | {"head_dim": config.uncut_head_dim}
+        **{key: value for key, value in values.items() if key in wanted} | {"head_dim": config.head_dim}
     )
     return made
 

@@ -165,8 +165,8 @@ def _widths(config: CutConfig, linears: Sequence[dict[str, Linear]]) -> Layers:
     shapes = (config.layer_shape(layer) for layer in range(len(linears)))
     return tuple(
         LayerWidths(
-            own, shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim(config.uncut_head_dim),
-            shape.v_head_dim, padded=not shape.has_whole_heads(config.uncut_head_dim),
+            own, shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim(config.head_dim),
+            shape.v_head_dim, padded=not shape.has_whole_heads(config.head_dim),
         )
         for own, shape in zip(linears, shapes, strict=True)
     )  # fmt: skip
