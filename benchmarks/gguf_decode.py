@@ -29,8 +29,8 @@ from atp.export.gguf import architecture_of, write_gguf
 from atp.ground.errors import InputError
 from atp.ground.places import PACKAGED_MODEL
 from atp.inputs.loading import load_tokenizer
-from atp.models.config import ATPLlamaConfig
-from atp.models.llama import ATPLlamaForCausalLM
+from atp.models.config import config_class
+from atp.models.cut import build
 from benchmarks.gguf_model import DTYPES
 from benchmarks.llama_cpp import LlamaCpp, require_llama_cpp
 from benchmarks.records import RESULTS, Row, append, environment
@@ -91,13 +91,13 @@ def write_case(
         {"num_attention_heads": kv * shape.group, "num_key_value_heads": kv, "intermediate_size": inner}
         for kv, inner in layers
     ]
-    config = ATPLlamaConfig(
+    config = config_class("llama")(
         vocab_size=len(tokenizer), hidden_size=shape.hidden, num_hidden_layers=len(layers), head_dim=shape.head_dim,
         tie_word_embeddings=True, max_position_embeddings=2048, dtype="float32", **widths[0],
         per_layer_config=dict(enumerate(widths)),
     )  # fmt: skip
     with torch.device("meta"):
-        model = ATPLlamaForCausalLM(config)
+        model = build(config)
     torch.manual_seed(0)
     rows = {name: torch.randn(held.shape[-1:]).expand(held.shape) for name, held in model.state_dict().items()}
     model.load_state_dict(rows, assign=True)

@@ -25,9 +25,9 @@ from atp.decide.budget import Budget
 from atp.evaluation.inference import inference
 from atp.families import family_of
 from atp.ground.errors import InputError
-from atp.models.config import ATPLlamaConfig
+from atp.models.config import CutConfig
+from atp.models.cut import build
 from atp.models.layers import BLOCKS, first_layer_inputs, run_block
-from atp.models.llama import ATPLlamaForCausalLM
 from atp.spaces.space import MaskSpace
 
 _MULTIPLE = 8
@@ -110,7 +110,7 @@ def _project(x: Tensor, basis: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def slice_model(model: PreTrainedModel, bases: Tensor) -> ATPLlamaForCausalLM:
+def slice_model(model: PreTrainedModel, bases: Tensor) -> PreTrainedModel:
     """The model in the coordinates of `bases` [2 layers + 1, hidden, width]; `model` stays as it is.
 
     With width = hidden it computes what `model` does. Weights are computed in float64 and rounded once. Tied embeddings
@@ -118,18 +118,19 @@ def slice_model(model: PreTrainedModel, bases: Tensor) -> ATPLlamaForCausalLM:
     """
     source, hidden, width = model.config, bases.shape[1], bases.shape[2]
     # The norm must divide by the original width: a weight of sqrt(hidden / width) makes the stock one do so.
-    config = ATPLlamaConfig.from_whole(
+    config = CutConfig.from_whole(
         source, hidden_size=width, tie_word_embeddings=False, shortcuts=True,
         rms_norm_eps=source.rms_norm_eps * hidden / width,
     )  # fmt: skip
     with torch.device("meta"):
-        sliced = ATPLlamaForCausalLM(config)
+        sliced = build(config)
     dtype = model.lm_head.weight.dtype
     state = _sliced_weights(model, bases.to(model.lm_head.weight.device).double())
     sliced.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     sliced.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     sliced.generation_config = copy.deepcopy(model.generation_config)
-    return sliced.train(model.training)
+    made: PreTrainedModel = sliced.train(model.training)
+    return made
 
 
 def _sliced_weights(model: PreTrainedModel, bases: Tensor) -> dict[str, Tensor]:

@@ -23,10 +23,10 @@ from atp.report.text import code, plain
 _TAGS = ["structural-pruning", "lora"]
 PACKAGED = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": "en"}
 _RESULTS = "\n## Results\n"
-_REGISTERS = "import atp  # registers the per-layer model class\n"
+_REGISTERS = "import atp  # registers the classes of cut models\n"
 _PLAIN = "Its class comes with transformers, so every tool that loads models from there loads this one.\n"
 _OWN = """Its layers differ in width, so transformers needs the class that package `atp-kernels` registers. Without it
-loading fails with "model type `atp_llama` ... Transformers does not recognize this architecture", and upgrading
+loading fails with "model type `atp_...` ... Transformers does not recognize this architecture", and upgrading
 transformers does not help. With `preset: stock` all layers get equal widths, and no tool needs the package.
 """
 _LOADING = """

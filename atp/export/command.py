@@ -22,7 +22,7 @@ from atp.ground.requirements import require
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from atp.models.config import ATPLlamaConfig
+    from atp.models.config import CutConfig
 
 # What needs torch is imported where it is used, so that wrong options are refused at once.
 
@@ -42,12 +42,12 @@ class ExportSource:
     facts: dict[str, Any]
 
     @property
-    def shapes(self) -> ATPLlamaConfig:
+    def shapes(self) -> CutConfig:
         """Its config as that of a cut model; whole models keep all widths. Raises `InputError` for unknown families."""
         from atp.families import is_cut
-        from atp.models.config import ATPLlamaConfig
+        from atp.models.config import CutConfig
 
-        return cast(ATPLlamaConfig, self.config) if is_cut(self.config) else ATPLlamaConfig.from_whole(self.config)
+        return cast(CutConfig, self.config) if is_cut(self.config) else CutConfig.from_whole(self.config)
 
     @property
     def run(self) -> Path | None:

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.export.gguf_rope import Rope, rope_of
 from atp.export.gguf_tokenizer import add_tokenizer
+from atp.families import declared, family_of
 from atp.ground import progress
 from atp.ground.errors import InputError
 from atp.ground.files import whole_file
-from atp.models.config import SELECTIONS, ATPLlamaConfig, LayerShape
+from atp.models.config import SELECTIONS, CutConfig, LayerShape
 
 DTYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -58,18 +59,20 @@ class Architecture:
     skips: int = 0
     multipliers: bool = False
 
-    def lacks(self, config: ATPLlamaConfig) -> Iterator[str]:
+    def lacks(self, config: CutConfig) -> Iterator[str]:
         """What the model needs and this architecture does not hold."""
-        shapes, rotated = _shapes(config), [config.uses_rope(layer) for layer in range(config.num_hidden_layers)]
+        family, shapes = family_of(config), _shapes(config)
+        rotated = [config.uses_rope(layer) for layer in range(config.num_hidden_layers)]
         if not self.per_layer and any(shape != shapes[0] for shape in shapes):
             yield "widths per layer"
-        elif not self.any_heads and shapes[0].num_attention_heads * config.uncut_head_dim != config.hidden_size:
+        elif not self.any_heads and shapes[0].num_attention_heads * config.head_dim != config.hidden_size:
             yield "heads that are not as wide as hidden_size"
-        if config.qk_norm != self.qk_norm:
-            yield "norms of queries and keys" if config.qk_norm else "queries and keys without norms"
+        if family.qk_norm != self.qk_norm:
+            yield "norms of queries and keys" if family.qk_norm else "queries and keys without norms"
         if rotated != [not self.skips or (layer + 1) % self.skips != 0 for layer in range(len(rotated))]:
             yield "RoPE in just these layers"
-        if not self.biases and (config.attention_out_bias or config.mlp_bias):
+        biases = family.biases(config)
+        if not self.biases and (biases.o or biases.mlp):
             yield "biases of o_proj or the MLP"
         if not self.factors and _rope(config).factors:
             yield f"RoPE scaling of type {cast(dict[str, Any], config.rope_parameters)['rope_type']}"
@@ -84,10 +87,10 @@ _OWN = {
 _ANY = (Architecture("llama"), Architecture("deci", per_layer=True))
 
 
-def architecture_of(config: ATPLlamaConfig, where: str) -> Architecture:
+def architecture_of(config: CutConfig, where: str) -> Architecture:
     """The first architecture that holds the model: its family's own, `llama`, `deci`.
 
-    config: an uncut model's is `ATPLlamaConfig.from_whole`. where: names the model in messages. Raises `InputError` for
+    config: an uncut model's is `CutConfig.from_whole`. where: names the model in messages. Raises `InputError` for
     what llama.cpp cannot run.
     """
     for problem, remedy in _inexpressible(config):
@@ -105,7 +108,7 @@ def architecture_of(config: ATPLlamaConfig, where: str) -> Architecture:
 
 
 def write_gguf(
-    model: PreTrainedModel, config: ATPLlamaConfig, tokenizer: PreTrainedTokenizerBase, architecture: Architecture,
+    model: PreTrainedModel, config: CutConfig, tokenizer: PreTrainedTokenizerBase, architecture: Architecture,
     dtype: str, out: Path, facts: dict[str, Any],
 ) -> list[str]:  # fmt: skip
     """Writes the file, in one step, and returns what its user should know, one sentence each.
@@ -170,17 +173,17 @@ class _Weight:
         return (values if self.factor == 1 else values * self.factor).contiguous().numpy()
 
 
-def _shapes(config: ATPLlamaConfig) -> list[LayerShape]:
+def _shapes(config: CutConfig) -> list[LayerShape]:
     return [config.layer_shape(layer) for layer in range(config.num_hidden_layers)]
 
 
-def _rope(config: ATPLlamaConfig) -> Rope:
+def _rope(config: CutConfig) -> Rope:
     return cast(Rope, rope_of(config))  # a model without is refused before anything else
 
 
-def _inexpressible(config: ATPLlamaConfig) -> Iterator[tuple[str, str]]:
+def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
     """What no architecture holds, each with a remedy."""
-    heads = config.uncut_head_dim
+    heads = config.head_dim
     for layer, shape in enumerate(_shapes(config)):
         for what, width in (("queries and keys", shape.qk_head_dim(heads)), ("values", shape.v_head_dim)):
             if width != heads:
@@ -194,6 +197,8 @@ def _inexpressible(config: ATPLlamaConfig) -> Iterator[tuple[str, str]]:
                 f"the blocks of its layer {layer} read or write a part of the hidden state, which llama.cpp cannot",
                 "cut in space kv_group",
             )
+        if shape.skip:
+            yield f"its layer {layer} has no {' and no '.join(shape.skip)}", "use its folder with transformers"
     if config.shortcuts:
         yield "it has a matrix on each residual connection, which llama.cpp has not", "use its folder with transformers"
     if config.hidden_act != "silu":
@@ -202,7 +207,7 @@ def _inexpressible(config: ATPLlamaConfig) -> Iterator[tuple[str, str]]:
         yield "its RoPE rotates a part of each head, and llama.cpp rotates all", "use its folder with transformers"
 
 
-def _window(config: ATPLlamaConfig) -> int | None:
+def _window(config: CutConfig) -> int | None:
     """The smallest sliding window of any layer."""
     windows = (config.window(layer) for layer in range(config.num_hidden_layers))
     return min((window for window in windows if window is not None), default=None)
@@ -223,7 +228,7 @@ def _add_facts(writer: GGUFWriter, facts: dict[str, Any]) -> None:
         writer.add_base_model_repo_url(index, f"https://huggingface.co/{base}")
 
 
-def _add_shape(writer: GGUFWriter, config: ATPLlamaConfig, architecture: Architecture) -> None:
+def _add_shape(writer: GGUFWriter, config: CutConfig, architecture: Architecture) -> None:
     """The keys from which llama.cpp builds the model."""
     shapes = _shapes(config)
     heads = [shape.num_attention_heads for shape in shapes]
@@ -240,20 +245,19 @@ def _add_shape(writer: GGUFWriter, config: ATPLlamaConfig, architecture: Archite
     writer.add_context_length(min(config.max_position_embeddings, _window(config) or config.max_position_embeddings))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(config.uncut_head_dim)
+        add(config.head_dim)
     writer.add_rope_freq_base(cast(dict[str, Any], config.rope_parameters)["rope_theta"])
     _rope(config).add_keys(writer)
     if architecture.multipliers:
-        if config.attention_multiplier is not None:
-            writer.add_attention_scale(config.attention_multiplier)
-        writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_logit_scale(config.logits_scaling)
+        factors = _factors(config)
+        if factors["attention_multiplier"] is not None:
+            writer.add_attention_scale(factors["attention_multiplier"])
+        writer.add_embedding_scale(factors["embedding_multiplier"])
+        writer.add_residual_scale(factors["residual_multiplier"])
+        writer.add_logit_scale(factors["logits_scaling"])
 
 
-def _weights(
-    model: PreTrainedModel, config: ATPLlamaConfig, architecture: Architecture
-) -> Iterator[tuple[str, _Weight]]:
+def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architecture) -> Iterator[tuple[str, _Weight]]:
     """The tensors of the file by their names in it."""
     names = get_tensor_name_map(MODEL_ARCH[architecture.name.upper()], config.num_hidden_layers)
     folded = {} if architecture.multipliers else _multipliers(config)
@@ -273,15 +277,22 @@ def _weights(
         yield found, _Weight(tensor, heads, folded.get(module, 1.0))
 
 
-def _multipliers(config: ATPLlamaConfig) -> dict[str, float]:
+def _factors(config: CutConfig) -> dict[str, Any]:
+    """Granite's multipliers; in other families they are one, and the attention scale is None: head_dim ** -0.5."""
+    neutral = {"attention_multiplier": None, "embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1}
+    return {key: declared(config, key, value) for key, value in neutral.items()}
+
+
+def _multipliers(config: CutConfig) -> dict[str, float]:
     """Factors on the outputs of modules with which an architecture without multipliers computes the same."""
-    scale = config.attention_multiplier
+    factors = _factors(config)
+    scale, residual = factors["attention_multiplier"], factors["residual_multiplier"]
     return {
-        "embed_tokens": config.embedding_multiplier,
-        "q_proj": 1.0 if scale is None else scale * config.uncut_head_dim**0.5,
-        "o_proj": config.residual_multiplier,
-        "down_proj": config.residual_multiplier,
-        "lm_head": 1 / config.logits_scaling,
+        "embed_tokens": factors["embedding_multiplier"],
+        "q_proj": 1.0 if scale is None else scale * config.head_dim**0.5,
+        "o_proj": residual,
+        "down_proj": residual,
+        "lm_head": 1 / factors["logits_scaling"],
     }
 
 
@@ -292,7 +303,7 @@ def _held_as(tensor: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationTy
     return GGMLQuantizationType.F16 if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def _window_remark(config: ATPLlamaConfig) -> Iterator[str]:
+def _window_remark(config: CutConfig) -> Iterator[str]:
     window = _window(config)
     if window is not None and window < config.max_position_embeddings:
         yield (

@@ -12,7 +12,7 @@ from gguf import GGUFWriter, RopeScalingType
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from atp.models.config import ATPLlamaConfig
+from atp.models.config import CutConfig
 
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # YaRN's own, where a config has none
 
@@ -35,11 +35,11 @@ class Rope:
             getattr(writer, name)(value)
 
 
-def rope_of(config: ATPLlamaConfig) -> Rope | None:
+def rope_of(config: CutConfig) -> Rope | None:
     """How llama.cpp computes the model's angles; None where some pairs of a head are not rotated, which it cannot."""
     parameters = cast(dict[str, Any], config.rope_parameters)
     kind, whole = parameters["rope_type"], LlamaRotaryEmbedding(config.without_layers())
-    width = config.uncut_head_dim
+    width = config.head_dim
     plain = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width))
     scale = {} if whole.attention_scaling == 1 else {"add_rope_scaling_attn_factors": whole.attention_scaling}
     if not whole.inv_freq.all():

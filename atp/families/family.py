@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from atp.ground.errors import InputError
 
-CUT_MODEL_TYPE = "atp_llama"
-"""`model_type` of the cut models of all families: Llama's decoder with per-layer widths and a few switches."""
 Windows = int | None | dict[str, int | None]
 """Sliding window of attention, None for full attention: one for all layers, or one per layer type of the config."""
 # By the names of transformers and of `atp_kernels`.
@@ -39,9 +38,22 @@ class Biases:
     mlp: bool = False
 
 
+_CUT = "atp_"  # what `model_type` of a cut model has before that of its family
+
+
+def cut_type(family: str) -> str:
+    """`model_type` of the cut models of a family."""
+    return _CUT + family
+
+
+def family_name(model_type: str) -> str:
+    """`model_type` of the family of a model, cut or not."""
+    return model_type.removeprefix(_CUT)
+
+
 def is_cut(config: PretrainedConfig) -> bool:
     """Whether this is the config of a cut model, whose layers have widths of their own."""
-    return config.model_type == CUT_MODEL_TYPE
+    return config.model_type.startswith(_CUT)
 
 
 def layer_config(config: PretrainedConfig, layer: int) -> PretrainedConfig:
@@ -49,35 +61,44 @@ def layer_config(config: PretrainedConfig, layer: int) -> PretrainedConfig:
     return config.per_layer_config[layer] if is_cut(config) else config
 
 
-class Family:
-    """Llama's decoder: each layer adds attention(RMSNorm(x)) to x, then MLP(RMSNorm(x)) with a gated MLP.
+def declared(config: Any, key: str, default: Any) -> Any:
+    """The value of a key that the config's class declares; the default where it does not, whatever config.json says."""
+    return getattr(config, key) if key in {field.name for field in fields(config)} else default
 
-    Subclasses override what differs. name: `model_type` of the transformers config.
+
+def _biases(config: PretrainedConfig) -> Biases:
+    return Biases(config.attention_bias, config.attention_bias, config.mlp_bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a family differs from Llama, whose layers add attention(RMSNorm(x)) to x, then MLP(RMSNorm(x)), gated.
+
+    name: `model_type` of the transformers config. biases: of every decoder layer, from the config. qk_norm: whether an
+    RMSNorm over head_dim, shared by all heads, follows q_proj and k_proj. layer_types: whether config.layer_types says
+    which layers use the sliding window; the decoder then takes a mask per type. whole_heads: whether transformers wants
+    hidden_size to be a multiple of the number of heads even where head_dim is given. inexact: mask spaces whose cut
+    would change what the model computes, each with the reason. equal: `model_type` of the class of transformers' own
+    that computes what a cut model does whose layers all have the widths in its config, from that config; None where
+    there is no such class. Left out, it is the family's own.
     """
 
-    inexact: ClassVar[dict[str, str]] = {}
-    """Mask spaces whose cut would change what the model computes, each with the reason."""
-    qk_norm: ClassVar[bool] = False
-    """Whether an RMSNorm over head_dim, shared by all heads, follows q_proj and k_proj."""
-    layer_types: ClassVar[bool] = False
-    """Whether config.layer_types says which layers use the sliding window; the decoder then takes a mask per type."""
-    whole_heads: ClassVar[bool] = False
-    """Whether transformers wants hidden_size to be a multiple of the number of heads even where head_dim is given."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def biases(self, config: PretrainedConfig) -> Biases:
-        """The biases of every decoder layer."""
-        return Biases(config.attention_bias, config.attention_bias, config.mlp_bias)
+    name: str = field(kw_only=False)
+    biases: Callable[[PretrainedConfig], Biases] = _biases
+    qk_norm: bool = False
+    layer_types: bool = False
+    whole_heads: bool = False
+    inexact: Mapping[str, str] = field(default_factory=dict)
+    equal: Callable[[PretrainedConfig], str | None] | None = None
 
     def sliding_window(self, config: PretrainedConfig) -> int | None:
         """How many tokens a token of a sliding layer sees, itself included; None where no layer slides."""
-        return config.sliding_window if self.layer_types else None
+        window: int | None = declared(config, "sliding_window", None)
+        return window
 
     def logits_divisor(self, config: PretrainedConfig) -> float:
         """What the outputs of the head are divided by to give logits; config: also that of a cut model."""
-        return 1.0
+        return float(declared(config, "logits_scaling", 1.0))
 
     def refuses(self, config: PretrainedConfig, space: str) -> str | None:
         """Why a cut in this space would change what the model computes; None where the cut is exact."""
@@ -125,49 +146,7 @@ class Family:
 
     def windows(self, config: PretrainedConfig) -> Windows:
         """The sliding windows in the form in which the decoder takes its masks; config: also that of a cut model."""
-        if is_cut(config):
-            window, by_type = config.sliding_window, True
-        else:
-            window, by_type = self.sliding_window(config), self.layer_types
-        if not by_type:
+        window = self.sliding_window(config)
+        if not self.layer_types:
             return window
         return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(config.layer_types))}
-
-    def cut_values(self, config: PretrainedConfig, cut_class: type[PretrainedConfig]) -> dict[str, Any]:
-        """Keyword arguments of `cut_class`, the config class of cut models, that describe the model, cut or not.
-
-        Values have the names that they have in the whole model's config. What its class does not declare has no meaning
-        in it, whatever the config.json says, and must gain none. Where the model was loaded from is left out: no cut
-        model lies there, and PEFT would read that folder's config as a cut model's.
-        """
-        declared = {field.name for field in fields(config)}
-        unknown = {field.name for field in fields(cut_class)} - declared
-        dropped = unknown | {"model_type", "architectures", "transformers_version", "_name_or_path"}
-        values = {key: value for key, value in config.to_dict().items() if key not in dropped}
-        biases = self.biases(config)
-        return values | {
-            "family": self.name,
-            "head_dim": self.head_dim(config),
-            "attention_bias": biases.qkv,
-            "attention_out_bias": biases.o,
-            "mlp_bias": biases.mlp,
-            "qk_norm": self.qk_norm,
-            "sliding_window": self.sliding_window(config),
-        }
-
-    def stock_config(self, config: PretrainedConfig) -> PretrainedConfig | None:
-        """The config of a class of transformers' own that computes what a cut model with equal layers does.
-
-        config: of the cut model, whose layers all have the widths in it. None where transformers has no such class.
-        """
-        return None
-
-
-def as_class(config: PretrainedConfig, stock: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
-    """The values of a cut model's config as another config class, which takes the keys that it declares.
-
-    head_dim is set even where the class does not declare it: Granite and SmolLM3 read it all the same.
-    """
-    declared = {field.name for field in fields(stock)} - {"model_type", "architectures", "transformers_version"}
-    values = {key: value for key, value in config.to_dict().items() if key in declared}
-    return stock(**values | {"head_dim": config.head_dim} | changes)

@@ -1,35 +1,48 @@
-"""The table of families: one line registers one."""
+"""The table of families: one row is one family."""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from atp.families.family import Family, UnsupportedModel, is_cut
-from atp.families.granite import Granite
-from atp.families.llama import Llama, Mistral
-from atp.families.qwen2 import Qwen2
-from atp.families.qwen3 import Qwen3
+from atp.families.family import Biases, Family, UnsupportedModel, family_name
 from atp.families.refused import REASONS
-from atp.families.seed_oss import SeedOss
-from atp.families.smollm3 import SmolLM3
+
+
+def _like_llama(config: PretrainedConfig) -> str:
+    # Llama's own class wants hidden_size to be a multiple of the number of heads, which a cut model's need not be.
+    return "seed_oss" if config.attention_bias or config.mlp_bias else "mistral"
+
+
+def _like_qwen2(config: PretrainedConfig) -> str | None:
+    # Serving engines' Qwen2 has no head_dim of its own; Seed-OSS is the same decoder with one, but does not slide.
+    return "seed_oss" if config.sliding_window is None else None
+
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Llama("llama"),
-        Mistral("mistral"),
-        Qwen2("qwen2"),
-        Qwen3("qwen3"),
-        SmolLM3("smollm3"),
-        Granite("granite"),
-        SeedOss("seed_oss"),
+        Family("llama", whole_heads=True, equal=_like_llama),  # also SmolLM and SmolLM2
+        Family("mistral", biases=lambda config: Biases()),
+        Family("qwen2", biases=lambda config: Biases(qkv=True), layer_types=True, equal=_like_qwen2),  # also Qwen2.5
+        Family(
+            "qwen3",
+            biases=lambda config: Biases(qkv=config.attention_bias, o=config.attention_bias),
+            qk_norm=True,
+            layer_types=True,
+            inexact={"head_dim": "its RMSNorms over head_dim change when dimensions are removed, so use kv_group"},
+        ),
+        Family("smollm3", layer_types=True),
+        Family("granite"),  # the dense models
+        Family(
+            "seed_oss", biases=lambda config: Biases(config.attention_bias, config.attention_out_bias, config.mlp_bias)
+        ),
     )
 }
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a transformers config, also of that of a cut model. Raises `UnsupportedModel` with the remedy."""
-    name = config.family if is_cut(config) else config.model_type
+    name = family_name(config.model_type)
     if name not in FAMILIES:
         why = f" because {REASONS[name]}" if name in REASONS else ""
         raise UnsupportedModel(f"model family '{name}' is not supported{why}: use one of {', '.join(FAMILIES)}")

@@ -1,8 +1,9 @@
-"""Makes the class of a cut model known to transformers without importing it, which would take seconds.
+"""Makes the classes of cut models known to transformers without importing them, which would take seconds.
 
-A stand-in for its config is registered, now or once a program imports transformers' Auto classes. It imports the real
-one when it is called, which registers itself in its place, and the model class with it. No import can set this off, and
-none may: transformers imports its Auto classes in the midst of the modules that our classes are made from.
+A stand-in for the config of each family is registered, now or once a program imports transformers' Auto classes. It
+imports the real one when it is called, which registers itself in its place, and the model class with it. No import can
+set this off, and none may: transformers imports its Auto classes in the midst of the modules that our classes are made
+from.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from types import ModuleType
 from typing import Any
 
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-_MODEL_TYPE, _NAME = "atp_llama", "ATPLlamaConfig"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "seed_oss")
+"""Names of `atp.families`, which cannot be imported here."""
 
 
 def register_with_transformers() -> None:
-    """Registers the stand-in: now if transformers' Auto classes are imported, else as soon as they are."""
+    """Registers the stand-ins: now if transformers' Auto classes are imported, else as soon as they are."""
     if _AUTO_CONFIG in sys.modules:
         _register(sys.modules[_AUTO_CONFIG])
     else:
@@ -28,15 +30,16 @@ def register_with_transformers() -> None:
 
 
 def _register(auto: ModuleType) -> None:
-    if _MODEL_TYPE not in auto.CONFIG_MAPPING:
-        auto.AutoConfig.register(_MODEL_TYPE, _stand_in(auto.PreTrainedConfig))
+    for family in FAMILIES:
+        if f"atp_{family}" not in auto.CONFIG_MAPPING:
+            auto.AutoConfig.register(f"atp_{family}", _stand_in(auto.PreTrainedConfig, family))
 
 
-def _stand_in(base: type) -> type:
+def _stand_in(base: type, family: str) -> type:
     """A config class whose calls, and those of `from_dict` and `from_pretrained`, are the real one's."""
 
     def real() -> Any:
-        return getattr(importlib.import_module("atp.models.config"), _NAME)
+        return importlib.import_module("atp.models.config").config_class(family)
 
     def new(cls: type, *values: Any, **keys: Any) -> Any:
         return real()(*values, **keys)
@@ -48,7 +51,8 @@ def _stand_in(base: type) -> type:
         return real().from_pretrained(*values, **keys)
 
     calls: dict[str, Any] = {"from_dict": classmethod(from_dict), "from_pretrained": classmethod(from_pretrained)}
-    return type(_NAME, (base,), {"__module__": __name__, "model_type": _MODEL_TYPE, "__new__": new, **calls})
+    values = {"__module__": __name__, "model_type": f"atp_{family}", "__new__": new, **calls}
+    return type("CutConfig", (base,), values)
 
 
 class _WhenImported(MetaPathFinder):

@@ -7,10 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp.models.layers import add_block
+from atp.models.layers import add_block, residual_multiplier
 
 
-class Selection(nn.Module):
+class Indexed(nn.Module):
+    """A module with positions that no file holds, as buffers: they are in the config."""
+
+    def indices(self) -> dict[str, Tensor | None]:
+        """The buffers, int64 [positions] or None, by their names."""
+        raise NotImplementedError
+
+    def register_indices(self) -> None:
+        """Makes the buffers, once in the module's life."""
+        for name, index in self.indices().items():
+            self.register_buffer(name, index, persistent=False)
+
+
+class Selection(Indexed):
     """What a block reads of the normed hidden state, and where in the residual stream it adds its output.
 
     inputs, outputs: positions in the hidden state, distinct and rising; None for all of them. The norm before the block
@@ -23,11 +36,10 @@ class Selection(nn.Module):
     def __init__(self, inputs: list[int] | None, outputs: list[int] | None) -> None:
         super().__init__()
         self._positions = {"inputs": inputs, "outputs": outputs}
-        for name, index in self.indices().items():
-            self.register_buffer(name, index, persistent=False)
+        self.register_indices()
 
     def indices(self) -> dict[str, Tensor | None]:
-        """The buffers, int64 [positions] or None, by their names: no file holds them."""
+        """As in `Indexed`."""
         return {name: None if given is None else torch.tensor(given) for name, given in self._positions.items()}
 
     def read(self, normed: Tensor) -> Tensor:
@@ -38,5 +50,4 @@ class Selection(nn.Module):
         """The residual stream [batch, tokens, hidden] with the output [batch, tokens, outputs] of a block added."""
         if self.outputs is None:
             return add_block(layer, stream, output)
-        multiplier: Any = layer.residual_multiplier
-        return stream.index_add(-1, self.outputs, (output * multiplier).to(stream.dtype))
+        return stream.index_add(-1, self.outputs, (output * residual_multiplier(layer)).to(stream.dtype))

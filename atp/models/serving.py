@@ -1,8 +1,9 @@
-"""What serving engines call to find the class of a cut model."""
+"""What serving engines call to find the classes of cut models."""
 
 from importlib import import_module
 
-from atp.models.llama import ATPLlamaForCausalLM, register
+from atp.families import FAMILIES
+from atp.models.cut import model_classes, register
 
 VLLM_BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
@@ -15,4 +16,6 @@ def register_with_vllm() -> None:
     imported, because an import would initialize CUDA before vLLM forks.
     """
     register()
-    import_module("vllm").ModelRegistry.register_model(ATPLlamaForCausalLM.__name__, VLLM_BACKEND)
+    registry = import_module("vllm").ModelRegistry
+    for family in FAMILIES:
+        registry.register_model(model_classes(family)[1].__name__, VLLM_BACKEND)

@@ -9,8 +9,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from atp.families import FAMILIES, family_of, is_cut, layer_config
-from atp.families.family import CUT_MODEL_TYPE
+from atp.families import FAMILIES, family_name, family_of, is_cut, layer_config
 from atp.ground.errors import InputError, reason, shorten
 
 _REQUIRED = (
@@ -32,7 +31,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     left to transformers. Raises `InputError` naming the key and its value.
     """
     name = config.get("model_type")
-    if not isinstance(name, str) or name not in (*FAMILIES, CUT_MODEL_TYPE):
+    if not isinstance(name, str) or family_name(name) not in FAMILIES:
         return
     given = {key: config[key] for key in _REQUIRED if key in config}
     given |= {key: config[key] for key in _OPTIONAL if config.get(key) is not None}
@@ -50,7 +49,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     if heads and kv_heads and heads % kv_heads:
         _refuse("num_attention_heads", heads, f"make it a multiple of num_key_value_heads {kv_heads}")
     # SliceGPT narrows the residual stream of a cut model but not its heads, so there it need not divide.
-    if heads and hidden and name != CUT_MODEL_TYPE:
+    if heads and hidden and name == family_name(name):
         if hidden % heads and (head_dim is None or FAMILIES[name].whole_heads):
             _refuse("hidden_size", hidden, f"make it a multiple of num_attention_heads {heads}")
         head_dim = head_dim or hidden // heads
@@ -64,7 +63,7 @@ def check_rope(config: PretrainedConfig) -> None:
     config: what transformers makes of a config.json; families that are not supported are left to it. Raises
     `InputError` naming rope_parameters.
     """
-    if config.model_type not in (*FAMILIES, CUT_MODEL_TYPE):
+    if family_name(config.model_type) not in FAMILIES:
         return
     whole: Any = config.without_layers() if is_cut(config) else config
     if any(isinstance(value, Mapping) for value in whole.rope_parameters.values()):
@@ -111,7 +110,7 @@ def check_against_files(config: PretrainedConfig, size: int, many: int = _MANY) 
     Otherwise transformers would first make room for them all. size: bytes of all files. many: weights for which
     that matters. Raises `InputError`.
     """
-    if config.model_type not in (*FAMILIES, CUT_MODEL_TYPE):
+    if family_name(config.model_type) not in FAMILIES:
         return
     weights = config.vocab_size * config.hidden_size
     if not is_cut(config) or config.beyond_whole_heads() is None:  # else its linears may be much narrower

@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from atp.families import family_of
 from atp.ground.files import write_json
-from atp.models.config import ATPLlamaConfig
+from atp.models.config import CutConfig
 
 
 def stock_config(config: Any) -> PretrainedConfig | None:
     """The config of a class of transformers' own that computes what a cut model does; None where there is none.
 
     config: of any model. There is a class where layers differ in no width, heads are whole, blocks read and add to the
-    whole hidden state, and `Family.stock_config` names it.
+    whole hidden state, and `Family.equal` names it. head_dim is set even where the class does not declare it: Granite
+    and SmolLM3 read it all the same.
     """
-    if not isinstance(config, ATPLlamaConfig) or not config.has_plain_layers():
+    if not isinstance(config, CutConfig) or not config.has_plain_layers():
         return None
-    return family_of(config).stock_config(config)
+    family = family_of(config)
+    name = family.name if family.equal is None else family.equal(config)
+    if name is None:
+        return None
+    stock: Any = CONFIG_MAPPING[name]
+    biases, window = family.biases(config), family.sliding_window(config)
+    values = config.to_dict() | {
+        "attention_bias": biases.qkv, "attention_out_bias": biases.o, "mlp_bias": biases.mlp, "residual_dropout": 0.0,
+        "sliding_window": window, "use_sliding_window": window is not None,
+    }  # fmt: skip
+    wanted = {field.name for field in fields(stock)} - {"model_type", "architectures", "transformers_version"}
+    made: PretrainedConfig = stock(
+        **{key: value for key, value in values.items() if key in wanted} | {"head_dim": config.head_dim}
+    )
+    return made
 
 
 @torch.no_grad()

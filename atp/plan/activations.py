@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atp.families import family_of
-from atp.models.llama import HEAD_DIM_MULTIPLE
+from atp.models.cut import HEAD_DIM_MULTIPLE
 from atp.plan.shapes import LayerWidths, ModelShapes
 from atp.spaces.space import Cut
 from atp.training.cross_entropy import CHUNK_BYTES

@@ -13,7 +13,7 @@ from atp.export.gguf import architecture_of
 from atp.export.quantized import SCHEMES
 from atp.families import family_of, layer_config
 from atp.ground.errors import InputError
-from atp.models.config import ATPLlamaConfig
+from atp.models.config import CutConfig
 from atp.models.stock import stock_config
 from atp.spaces.space import MaskSpace
 
@@ -72,10 +72,10 @@ def _nf4(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
     )
 
 
-def _cut(config: ATPConfig, shapes: PretrainedConfig) -> ATPLlamaConfig:
+def _cut(config: ATPConfig, shapes: PretrainedConfig) -> CutConfig:
     """A config of the form that the cut model's will have: layers of one width, or of two."""
     narrower = {0: {"intermediate_size": layer_config(shapes, 0).intermediate_size - 1}}
-    return ATPLlamaConfig.from_whole(shapes, per_layer_config=None if config.decisions.uniform else narrower)
+    return CutConfig.from_whole(shapes, per_layer_config=None if config.decisions.uniform else narrower)
 
 
 EXPORTS = (

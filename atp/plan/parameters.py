@@ -6,9 +6,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from atp.models.config import ATPLlamaConfig
-from atp.models.llama import ATPLlamaForCausalLM
-
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
 """What parameters are counted by. A head that shares the embedding's weights has none of its own."""
 
@@ -19,11 +16,7 @@ def parameters_of(config: PretrainedConfig) -> dict[str, int]:
     The model is the one that transformers builds, on the meta device, so the count is exact and takes no memory.
     """
     with torch.device("meta"):
-        model: nn.Module
-        if isinstance(config, ATPLlamaConfig):
-            model = ATPLlamaForCausalLM(config)
-        else:
-            model = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
     return counted(model)
 
 

@@ -14,8 +14,8 @@ from transformers import PretrainedConfig
 from atp.config import DecisionsConfig
 from atp.decide.budget import Budget
 from atp.decide.rules import width_rules
-from atp.families import Linear, is_cut
-from atp.models.config import ATPLlamaConfig
+from atp.families import Linear
+from atp.models.config import CutConfig
 from atp.removal import cut_config
 from atp.spaces.space import MaskSpace
 
@@ -26,8 +26,8 @@ _HALVINGS = 50
 class LayerWidths:
     """One decoder layer: its linears by name, and the heads that the sides of its attention linears are made of.
 
-    qk_dim, v_dim: width of a query or key head and of a value head. padded: whether attention is that of cut models,
-    which pads heads.
+    qk_dim, v_dim: width of a query or key head and of a value head. padded: whether heads are narrower
+    than head_dim, and so padded.
     """
 
     linears: dict[str, Linear]
@@ -78,7 +78,7 @@ class ModelShapes:
     multiples: dict[str, int]
     counts: dict[str, list[int]]
     share: float
-    cut_config: ATPLlamaConfig
+    cut_config: CutConfig
     whole: Layers
     kept: Layers
 
@@ -102,9 +102,8 @@ class ModelShapes:
                 linear.in_features if columns is None else int(columns.sum()),
                 linear.bias,
             )
-        whole = _widths(ATPLlamaConfig.from_whole(config), space.linears, padded=is_cut(config))
-        kept_widths = _widths(cut, kept, padded=True)
-        return cls(config, space, multiples, counts, budget.share(mask), cut, whole, kept_widths)
+        whole = _widths(CutConfig.from_whole(config), space.linears)
+        return cls(config, space, multiples, counts, budget.share(mask), cut, whole, _widths(cut, kept))
 
     @property
     def layers(self) -> int:
@@ -162,12 +161,12 @@ def _by_structure(space: MaskSpace, counts: Mapping[str, Sequence[float]]) -> Te
     return torch.tensor([float(counts[s.name][s.layer]) for s in space.structures], dtype=torch.float64)
 
 
-def _widths(config: ATPLlamaConfig, linears: Sequence[dict[str, Linear]], *, padded: bool) -> Layers:
+def _widths(config: CutConfig, linears: Sequence[dict[str, Linear]]) -> Layers:
     shapes = (config.layer_shape(layer) for layer in range(len(linears)))
     return tuple(
         LayerWidths(
-            own, shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim(config.uncut_head_dim),
-            shape.v_head_dim, padded,
+            own, shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim(config.head_dim),
+            shape.v_head_dim, padded=not shape.has_whole_heads(config.head_dim),
         )
         for own, shape in zip(linears, shapes, strict=True)
     )  # fmt: skip

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.lora.layer import fuse_layers
-from atp.models.config import ATPLlamaConfig
-from atp.models.llama import ATPLlamaForCausalLM, place_indices
+from atp.models.config import CutConfig
+from atp.models.cut import build, place_indices
 from atp.sharding.shards import fill, is_sharded, shard, whole
 from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight, compact
@@ -51,14 +51,14 @@ def cut_state_dict(state: dict[str, Tensor], space: MaskSpace, mask: Tensor) -> 
     return {name: _cut_parameter(name, tensor, space, kept) for name, tensor in state.items()}
 
 
-def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPLlamaConfig:
+def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> CutConfig:
     """The config of the cut model, from the config before the cut. Raises ValueError as `cut_state_dict`.
 
     Widths in which layers differed already and that this space does not cut stay as they are.
     """
     _check_mask(space, mask)
     layers = {layer: space.layer_widths(layer, mask) for layer in range(space.num_layers)}
-    if isinstance(config, ATPLlamaConfig):
+    if isinstance(config, CutConfig):
         layers = {layer: config.own_widths(layer) | widths for layer, widths in layers.items()}
     same = {
         key: value
@@ -68,11 +68,11 @@ def cut_config(config: PretrainedConfig, space: MaskSpace, mask: Tensor) -> ATPL
     if not _HEADS <= same.keys():  # one count of query heads need not be a multiple of the model's key heads
         same = {key: value for key, value in same.items() if key not in _HEADS}
     own = {layer: {key: value for key, value in widths.items() if key not in same} for layer, widths in layers.items()}
-    return ATPLlamaConfig.from_whole(config, **same, per_layer_config=own if any(own.values()) else None)
+    return CutConfig.from_whole(config, **same, per_layer_config=own if any(own.values()) else None)
 
 
 @torch.no_grad()
-def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor) -> ATPLlamaForCausalLM | PeftModel:
+def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor) -> PreTrainedModel | PeftModel:
     """A smaller model that computes what `model` computes under `mask` on the sums, LoRA included.
 
     model: a causal LM of a supported family, plain or with one LoRA adapter; the result then has an adapter of the same
@@ -84,7 +84,7 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
     source: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = cut_config(source.config, space, mask)
     with torch.device("meta"):
-        base = ATPLlamaForCausalLM(config)
+        base = build(config)
     kept = _kept_indices(space, mask)
     in_shards = is_sharded(source)
     if in_shards:
@@ -194,7 +194,7 @@ def _adapter_config(model: PeftModel) -> tuple[str, LoraConfig]:
     return adapter, config
 
 
-def _wrap_like(model: PeftModel, base: ATPLlamaForCausalLM) -> PeftModel:
+def _wrap_like(model: PeftModel, base: PreTrainedModel) -> PeftModel:
     adapter, config = _adapter_config(model)
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # no model on the Hub has these widths

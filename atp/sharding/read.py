@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from atp.ground.files import sha256
-from atp.models.llama import place_indices
+from atp.models.cut import place_indices
 from atp.models.load import read_config, require_whole, weight_files
 from atp.models.sizes import check_against_files
 from atp.processes import processes

@@ -16,7 +16,7 @@ from atp.config import ModelConfig
 from atp.export.gguf import architecture_of, write_gguf
 from atp.ground.errors import InputError
 from atp.inputs.loading import check_prunable, check_vocabulary, load_any_model, load_model, load_shapes, load_tokenizer
-from atp.models.config import ATPLlamaConfig
+from atp.models.config import CutConfig
 from atp.processes.finite import refuse_weights
 from atp.removal.cut import cut_model
 from atp.spaces.space import MaskSpace
@@ -50,7 +50,7 @@ def folders():
     for name, model in (("whole", whole), ("cut", cut)):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    shapes = ATPLlamaConfig.from_whole(config)
+    shapes = CutConfig.from_whole(config)
     write_gguf(whole, shapes, tokenizer, architecture_of(shapes, "it"), "f32", root / "whole" / GGUF, {"name": "Tiny"})
     _in_two_files(root / "whole", root / "two")
     return {path.name: path for path in root.iterdir()}

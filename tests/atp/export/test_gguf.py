@@ -10,7 +10,7 @@ from zeroed import random_mask, stock_model
 from atp.export.gguf import architecture_of, write_gguf
 from atp.families import is_cut
 from atp.ground.errors import InputError
-from atp.models.config import ATPLlamaConfig
+from atp.models.config import CutConfig
 from atp.models.load import read_config, read_model, read_tokenizer
 from atp.removal.cut import cut_model
 from atp.spaces.space import MaskSpace
@@ -99,7 +99,7 @@ def tiny(name, widths="whole", **changes):
 
 
 def shapes_of(model):
-    return model.config if is_cut(model.config) else ATPLlamaConfig.from_whole(model.config)
+    return model.config if is_cut(model.config) else CutConfig.from_whole(model.config)
 
 
 def write(model, path, dtype="f32", tokenizer=None):
@@ -306,6 +306,6 @@ def test_a_mask_of_whole_heads_in_another_space_is_written(tmp_path):
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused(changes, message):
-    config = ATPLlamaConfig.from_whole(tiny("llama").config, **changes)
+    config = CutConfig.from_whole(tiny("llama").config, **changes)
     with pytest.raises(InputError, match=f"run 7 cannot become a GGUF file, because {message}"):
         architecture_of(config, "run 7")

@@ -69,7 +69,7 @@ def test_a_second_and_a_third_cut_change_no_logits(tmp_path, name):
         assert compare(masked, cut, tokens()).relative < 1e-5 < compare(whole, cut, tokens()).relative
         model = merge_adapter(cut)
         assert decoder(model) == budget.kept(mask) < budget.total
-        assert model.config.family == name and model.config.per_layer_attributes
+        assert model.config.model_type == f"atp_{name}" and model.config.per_layer_attributes
         save_model(model, tmp_path / str(number))
         again = AutoModelForCausalLM.from_pretrained(tmp_path / str(number), dtype=torch.float32)
         assert logit_gap(model, again, tokens()).absolute == 0

@@ -26,7 +26,7 @@ def test_a_run_by_the_command(tmp_path, wide_budget, name):
     start(config, tmp_path / "out", evaluation=evaluation)
     out = tmp_path / "out"
     model = load_any_model(ModelConfig(path=str(out / "model")))
-    assert model.config.family == name
+    assert model.config.model_type == f"atp_{name}"
     base = AutoModelForCausalLM.from_pretrained(out / "base")
     adapted = PeftModel.from_pretrained(base, out / "adapter").eval()
     ids = torch.arange(2, 14)[None]

@@ -36,7 +36,7 @@ def cut_folder(name, inputs, folder):
 def test_sft_trainer_tunes_a_cut_model_that_is_then_cut_again(config, tmp_path, name):
     folder = cut_folder(name, config.model.path, tmp_path / "cut")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert model.config.family == name and model.config.per_layer_attributes
+    assert model.config.model_type == f"atp_{name}" and model.config.per_layer_attributes
     rows = [json.loads(line) for line in (folder / "data.jsonl").read_text(encoding="utf-8").splitlines()]
     args = trl.SFTConfig(
         output_dir=str(tmp_path / "sft"), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, max_length=32,

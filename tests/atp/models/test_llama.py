@@ -1,22 +1,16 @@
-"""The per-layer model class as a citizen of transformers: uncut equal to stock, any widths load, train and save."""
+"""The classes of cut models as citizens of transformers: uncut equal to stock, any widths load, train and save."""
 
 import json
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from atp.evaluation.inference import cache_name
 from atp.models import ATPLlamaConfig, ATPLlamaForCausalLM, ATPLlamaModel, register
+from atp.models.config import config_class
+from atp.models.cut import build
 from benchmarks.case import Variant
 from benchmarks.measure import peak_bytes
 
@@ -42,9 +36,9 @@ WRITTEN = {
 register()
 
 
-def uneven(seed=0, **overrides):
+def uneven(seed=0, family="llama", **overrides):
     torch.manual_seed(seed)
-    return ATPLlamaForCausalLM(ATPLlamaConfig(**SIZES | {"per_layer_config": LAYERS} | overrides)).eval()
+    return build(config_class(family)(**SIZES | {"per_layer_config": LAYERS} | overrides)).eval()
 
 
 def tokens(windows=2, length=12):
@@ -52,20 +46,25 @@ def tokens(windows=2, length=12):
 
 
 STOCK = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "llama-tied-biases": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "attention_bias": True}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
-    "mistral-sliding": (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
+    "llama": {},
+    "llama-tied-biases": {"tie_word_embeddings": True, "attention_bias": True},
+    "mistral": {"sliding_window": None},
+    "mistral-sliding": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"attention_bias": True},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {"logits_scaling": 2.0, "embedding_multiplier": 3.0},
+    "seed_oss": {},
 }
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", STOCK)
 def test_uncut_equals_stock_exactly(name, attention):
-    config_class, model_class, options = STOCK[name]
+    options, family = STOCK[name], name.partition("-")[0]
     torch.manual_seed(0)
-    stock = model_class(config_class(**SIZES | options)).eval()
-    ours = ATPLlamaForCausalLM(ATPLlamaConfig(**SIZES | options)).eval()
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | options)).eval()
+    ours = build(config_class(family)(**SIZES | options)).eval()
     ours.load_state_dict(stock.state_dict())
     stock.set_attn_implementation(attention)
     ours.set_attn_implementation(attention)
@@ -102,10 +101,11 @@ def test_only_logits_that_are_scaled_exist_twice():
     ids, logits = tokens(4, 32), 4 * 32 * 4096 * 4
     peaks = {}
     for scaling in (1.0, 2.0):
-        model = uneven(vocab_size=4096, logits_scaling=scaling)
+        model = uneven(family="llama" if scaling == 1 else "granite", vocab_size=4096)
+        assert scaling == 1 or setattr(model, "logits_scaling", scaling) is None
         peaks[scaling] = peak_bytes(Variant(lambda model=model: model(ids, use_cache=False).logits), "forward", "cpu")
     assert logits < peaks[1.0] < 1.2 * logits and peaks[2.0] == pytest.approx(2 * logits, rel=0.1)
-    halved, whole = (uneven(logits_scaling=scaling)(ids).logits for scaling in (2.0, 1.0))
+    halved, whole = (uneven(family="granite", logits_scaling=scaling)(ids).logits for scaling in (2.0, 1.0))
     assert torch.equal(2 * halved, whole)
 
 
@@ -137,23 +137,30 @@ def test_save_and_reload_is_identical(tmp_path, tied):
     assert torch.equal(decoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 5, "attention_bias": True}], ids=["llama", "mistral"])
-def test_a_folder_of_an_earlier_version_loads_as_what_it_was(tmp_path, options):
-    """Its config.json has widths under another key, and no key that only other families need."""
-    model = uneven(**options)
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [["attention"], ["mlp"], ["attention", "mlp"]], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mistral", "granite"])
+def test_a_skipped_block_adds_nothing(tmp_path, family, skip):
+    """As a block whose last linear is zero; also where the first layer has no attention and the cache starts there."""
+    options = {"sliding_window": 4} if family == "mistral" else {}
+    model = uneven(family=family, per_layer_config={0: {"skip": skip, "intermediate_size": 7}}, **options)
+    whole = uneven(family=family, per_layer_config={0: {"intermediate_size": 7}}, **options)
+    whole.load_state_dict(model.state_dict(), strict=False)
+    for block, linear in (
+        ("attention", whole.model.layers[0].self_attn.o_proj),
+        ("mlp", whole.model.layers[0].mlp.down_proj),
+    ):
+        if block in skip:
+            linear.weight.zero_()
+    assert torch.equal(model(tokens()).logits, whole(tokens()).logits)
     model.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    del content["per_layer_config"]
-    content["layer_shapes"] = SHAPES
-    for key in ("family", "attention_out_bias", "qk_norm", "layer_types", "no_rope_layers", "attention_multiplier",
-                "residual_multiplier", "embedding_multiplier", "logits_scaling"):  # fmt: skip
-        content.pop(key, None)
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(reloaded(tokens()).logits, model(tokens()).logits)
-    assert reloaded.config.family == "llama" and (reloaded.model.layers[0].self_attn.o_proj.bias is not None) == (
-        "attention_bias" in options
-    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any("layers.0.self_attn" in name for name in again.state_dict()) or "attention" not in skip
+    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    expected = whole.generate(tokens(), use_cache=False, **greedy)
+    for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        assert torch.equal(again.generate(tokens(), **greedy, **cache), expected)
+    assert model.config.beyond_whole_heads() == f"layer 0 has no {' and no '.join(skip)}"
 
 
 def test_register_twice_and_build_from_config():
@@ -209,9 +216,11 @@ def test_wrong_shapes_are_refused(layer, change, message):
 def test_number_of_layers_must_agree():
     with pytest.raises(Exception, match=r"per_layer_config.*got \[2\]"):
         ATPLlamaConfig(**SIZES, per_layer_config=LAYERS | {2: SHAPES[0]})
+    smollm3 = config_class("smollm3")
     with pytest.raises(Exception, match="no_rope_layers describes 1 layers and num_hidden_layers is 2"):
-        ATPLlamaConfig(**SIZES, per_layer_config=LAYERS, no_rope_layers=[1])
-    assert ATPLlamaConfig(**SIZES, per_layer_config=LAYERS, no_rope_layers=[1, 0, 1]).no_rope_layers == [1, 0]
+        smollm3(**SIZES, per_layer_config=LAYERS, layer_types=["full_attention"] * 2, no_rope_layers=[1])
+    longer = smollm3(**SIZES, per_layer_config=LAYERS, no_rope_layers=[1, 0, 1])
+    assert [longer.uses_rope(layer) for layer in range(2)] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -219,11 +228,12 @@ def test_number_of_layers_must_agree():
 )
 @pytest.mark.parametrize("value", [0, float("nan"), float("inf"), -(10**400), 10**30, "1", []])
 def test_a_factor_that_is_no_usual_number_is_refused(key, value):
+    granite = config_class("granite")
     with pytest.raises(Exception, match=key):
-        ATPLlamaConfig(**{key: value})
-    assert getattr(ATPLlamaConfig(**{key: 0.22}), key) == 0.22
+        granite(**{key: value})
+    assert getattr(granite(**{key: 0.22}), key) == 0.22
 
 
 def test_norms_of_queries_and_keys_are_over_all_pairs():
     with pytest.raises(Exception, match=r"per_layer_config\[0\].qk_pairs is .*qk_norm keeps all pairs"):
-        ATPLlamaConfig(**SIZES, per_layer_config=LAYERS, qk_norm=True)
+        config_class("qwen3")(**SIZES, per_layer_config=LAYERS)

@@ -8,7 +8,9 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from atp.models import ATPLlamaConfig, ATPLlamaForCausalLM, register
+from atp.models import ATPLlamaConfig, register
+from atp.models.config import config_class
+from atp.models.cut import build as build_cut
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -21,16 +23,15 @@ SELECTED = WHOLE | {
     "mlp_outputs": [31],
 }  # fmt: skip
 VALUES = {"v_head_dim": 8}  # which the whole config leaves open
-UNSELECTED = dict.fromkeys(SELECTED.keys() - WHOLE.keys())
+UNSELECTED = dict.fromkeys(SELECTED.keys() - WHOLE.keys()) | {"skip": ()}
 SHAPES = [SELECTED, WHOLE | {"mlp_outputs": list(range(0, 32, 2))}]
 register()
 
 
-def build(shapes=SHAPES, **overrides):
+def build(shapes=SHAPES, family="llama", **overrides):
     torch.manual_seed(0)
-    model = ATPLlamaForCausalLM(
-        ATPLlamaConfig(**SIZES | {"per_layer_config": dict(enumerate(shapes))} | overrides)
-    ).eval()
+    values = SIZES | {"per_layer_config": dict(enumerate(shapes))} | overrides
+    model = build_cut(config_class(family)(**values)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -46,7 +47,7 @@ def tokens(windows=2, length=12):
 @torch.no_grad()
 def test_a_layer_reads_and_writes_its_positions_by_hand(multiplier):
     """The MLP block of the first layer in plain indexing; the stream at other positions passes unchanged."""
-    layer = build(residual_multiplier=multiplier).double().model.layers[0]
+    layer = build(family="granite", residual_multiplier=multiplier).double().model.layers[0]
     x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     added = torch.zeros_like(x)
     layer.self_attn.forward = lambda hidden_states, **kwargs: (
@@ -116,7 +117,7 @@ def test_under_autocast_the_residual_stream_keeps_its_dtype():
 
 def test_old_configs_and_models_without_selections_are_as_they_were():
     """No key is written where nothing is selected, and none is needed."""
-    old = ATPLlamaConfig(**SIZES | {"layer_shapes": [WHOLE, WHOLE]})
+    old = ATPLlamaConfig.from_dict(SIZES | {"model_type": "atp_llama", "layer_shapes": [WHOLE, WHOLE]})
     assert not set(SELECTED) - set(WHOLE) & set(old.to_dict()["per_layer_config"])
     assert old.layer_shape(0).mlp_inputs is None and old.layer_shape(0).selected("mlp_inputs", 32) == 32
     assert asdict(ATPLlamaConfig(**SIZES).layer_shape(1)) == asdict(old.layer_shape(1)) == WHOLE | UNSELECTED

@@ -10,8 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AttentionInterface, AutoModel
 
-from atp.models import ATPLlamaConfig, ATPLlamaForCausalLM
-from atp.models.llama import ATPLlamaAttention, ATPLlamaModel
+from atp.models import ATPLlamaModel
+from atp.models.config import config_class
+from atp.models.cut import CutAttention, build
 
 TOKENS = 12
 SIZES = {
@@ -39,15 +40,17 @@ def attention(module, query, key, value, attention_mask, **options):
     return out[0].transpose(0, 1).reshape(TOKENS, heads * size), None
 
 
-@pytest.mark.parametrize("options", [{}, {"attention_bias": True}, GRANITE], ids=["llama", "biases", "granite"])
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {}), ("llama", {"attention_bias": True}), ("granite", GRANITE), ("qwen3", {})]
+)
 @torch.no_grad()
-def test_its_call_gives_the_same_logits(options):
+def test_its_call_gives_the_same_logits(family, options):
     AttentionInterface.register("as_in_vllm", attention)
     torch.manual_seed(0)
-    model = ATPLlamaForCausalLM(ATPLlamaConfig(**SIZES | options)).eval()
+    model = build(config_class(family)(**SIZES | options)).eval()
     ids = torch.randint(1, 61, (1, TOKENS))
     expected = model(ids).logits[0]
-    config = ATPLlamaConfig(**SIZES | options)
+    config = config_class(family)(**SIZES | options)
     config._attn_implementation = "as_in_vllm"
     decoder = AutoModel.from_config(config).eval()
     decoder.load_state_dict(model.model.state_dict())
@@ -62,7 +65,7 @@ def test_it_finds_what_it_compiles_and_the_call_of_attention():
     """It marks these arguments as dynamic, and looks for the call in the source of forward."""
     assert {"input_ids", "inputs_embeds", "position_ids"} <= inspect.signature(ATPLlamaModel.forward).parameters.keys()
     assert ATPLlamaModel.is_backend_compatible()
-    tree = ast.parse(textwrap.dedent(inspect.getsource(ATPLlamaAttention.forward)))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(CutAttention.forward)))
     looked_up = {
         node.targets[0].id for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("ALL_ATTENTION_FUNCTIONS.get_interface(")

@@ -12,7 +12,7 @@ from atp.decide.fit import fit_mask
 from atp.decide.rules import width_rules
 from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedMLP, MaskedPeftLinear, add_lora
-from atp.models.config import ATPLlamaConfig
+from atp.models.config import CutConfig
 from atp.models.layers import BLOCKS
 from atp.removal.cut import cut_config, cut_model
 from atp.spaces import space_names, structure_names
@@ -209,7 +209,7 @@ def test_a_mask_that_keeps_everything_leaves_the_widths_of_the_whole_model(space
     whole = stock_model().config
     space = MaskSpace.from_config(whole, space_name)
     cut = cut_config(whole, space, torch.ones(space.size, dtype=torch.bool))
-    plain = ATPLlamaConfig.from_whole(whole)
+    plain = CutConfig.from_whole(whole)
     assert [cut.layer_shape(layer) for layer in range(2)] == [plain.layer_shape(layer) for layer in range(2)]
     assert "per_layer_config" not in cut.to_dict()
 
