@@ -10,13 +10,11 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 from test_packing import byte_tokenizer
 
 from atp.data import DataSettings, arrow, assemble, examples, fitted, load_recipe, pack, unpacked
 from atp.data.examples import Stored, chosen, joined, settled, values
-from atp.data.packing import best_fit
 from atp.ground.errors import InputError
 from atp.training.resume import of_samples
 
@@ -213,30 +211,3 @@ def test_small_data_do_not_import_datasets(file):
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.stdout.split() == [b"False", b"False"], done.stderr
-
-
-def test_best_fit_decreasing_by_hand():
-    # 7 opens a bin and leaves 3; 6 opens one and leaves 4; 4 fills that; 3 fills the first; 2 and 2 share a third.
-    bins = best_fit(np.array([2, 7, 3, 4, 6, 2]), 10)
-    assert bins.tolist() == [2, 0, 0, 1, 1, 2]
-    rng = random.Random(3)
-    sizes = np.array([rng.randint(1, 50) for _ in range(500)])
-    bins = best_fit(sizes, 50)
-    held = np.bincount(bins, weights=sizes)
-    assert held.max() <= 50 and len(held) <= np.ceil(sizes.sum() / 50) * 1.05
-
-
-def test_fitted_rows_hold_whole_documents_apart():
-    part = [examples.Example(str(n), "the cat sat on the mat " * (1 + n % 5)) for n in range(11)]
-    samples = fitted(part, TOKENIZER, 60)
-    texts = []
-    for row in samples:
-        ids, positions = row["input_ids"], row["position_ids"]
-        assert len(ids) <= 60 and (row["labels"][positions == 0] == -100).all()
-        borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
-        for begin, end in zip(borders, borders[1:], strict=False):
-            assert positions[begin:end].tolist() == list(range(end - begin))
-            texts.append(TOKENIZER.decode(ids[begin:end], skip_special_tokens=True))
-    whole = [e.text for e in part if len(TOKENIZER(e.text).input_ids) + 1 <= 60]
-    assert samples.longer == len(part) - len(whole) and not set(whole) - set(texts)
-    assert "".join(sorted("".join(texts))) == "".join(sorted("".join(e.text for e in part)))

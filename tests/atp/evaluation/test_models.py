@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from atp.data.packing import PackedDataset
 from atp.data.tasks import Task
 from atp.evaluation import evaluate_model, model_size, packed_windows, throughput, throughputs
+from atp.evaluation.generation import generate_answers
 from atp.evaluation.inference import inference
 from atp.evaluation.speed import median_interval
 from atp.ground.errors import InputError
@@ -39,6 +40,9 @@ def test_peft_wrapped_model_scores_as_its_base(model, tokenizer, examples):
     assert scored["perplexity"] == pytest.approx(stock["perplexity"], rel=1e-6)
     assert scored["tasks"] == stock["tasks"]
     assert model_size(wrapped) == model_size(model)
+    asked = ["the cat sat on the mat .", "is it ?"]
+    assert generate_answers(wrapped.train(), tokenizer, asked) == generate_answers(model, tokenizer, asked)
+    assert wrapped.training
     assert evaluate_model(model, tokenizer, windows, examples)["tasks"] == {}
 
 

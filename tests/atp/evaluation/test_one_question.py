@@ -52,7 +52,4 @@ def test_every_task_is_looked_through():
     test = [example for pair in zip(questions(), questions("second"), strict=True) for example in pair]
     shown = answered_question(models, test, [QA, SECOND])
     assert (shown["task"], shown["prompt"]) == ("second", "second question 0")
-
-
-def test_without_labels_there_is_none():
     assert answered_question({"original": {"tasks": {}}, "final": {"tasks": {}}}, questions(), [FREE]) is None

@@ -4,7 +4,7 @@ import pytest
 
 from atp.data.splits import Example
 from atp.evaluation import samples as shown
-from atp.evaluation.samples import Sample, held_out_samples, sample_answers, side_by_side
+from atp.evaluation.samples import Sample, held_out_samples, sample_answers
 
 
 def question(number, task):
@@ -49,11 +49,3 @@ def test_no_more_is_generated_than_the_references_ask_for(
     assert asked == [most] and len(answers) == 2
     assert all(len(answer.split()) <= most for answer in answers)
     assert sample_answers(model, tokenizer, []) == [] and len(asked) == 1
-
-
-def test_they_are_stored_by_prompt():
-    found = side_by_side([Sample("p", " r "), Sample("q", "s")], {"original": ["1", "2"], "final": ["3", "4"]})
-    assert found == [
-        {"prompt": "p", "reference": "r", "models": {"original": "1", "final": "3"}},
-        {"prompt": "q", "reference": "s", "models": {"original": "2", "final": "4"}},
-    ]
