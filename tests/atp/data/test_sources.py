@@ -132,35 +132,19 @@ def test_a_weighted_source_that_is_all_held_out_is_named(tmp_path):
         loaded(train={law: 1, paths["news"]: 1}, test=held, calibration=paths["calm"])
 
 
-def broken(folder):
-    rows = [*ROWS, {"text": ""}, {"body": "x"}, *({"text": f"more {n}"} for n in range(15))]
-    return write(folder / "a.jsonl", lines(rows) + "\n{broken\n[1]\n")
-
-
-def test_the_first_bad_row_stops_and_says_how_to_go_on(tmp_path):
-    with pytest.raises(
-        InputError, match="a.jsonl, line 6: no text; .*; or leave such rows out with data.on_error=skip"
-    ):
-        loaded(train=broken(tmp_path))
-
-
-def test_bad_rows_are_counted_and_listed(tmp_path):
-    splits = loaded(train=broken(tmp_path), on_error="skip")
+def test_bad_rows_stop_or_are_counted_and_listed(tmp_path):
+    rows = [*ROWS, {"text": ""}, {"body": "x"}, *({"text": f"more {n}"} for n in range(15)), *[{"text": " "}] * 9]
+    path = write(tmp_path / "a.jsonl", lines(rows) + "\n{broken\n[1]\n")
+    with pytest.raises(InputError, match="a.jsonl, line 6: no text; .*; or leave such rows out with data.on_error=ski"):
+        loaded(train=path)
+    splits = loaded(train=path, on_error="skip")
     assert sum(len(part) for part in (splits.train, splits.calibration, splits.test)) == 20
-    assert splits.description.endswith("; 4 rows skipped")
+    assert splits.description.endswith("; 13 rows skipped")
     where = [sentence.partition(": ")[0].rpartition("/")[2] for sentence in splits.skipped]
-    assert where == ["a.jsonl, line 6", "a.jsonl, line 7", "a.jsonl, line 23", "a.jsonl, line 24"]
+    assert where == [f"a.jsonl, line {number}" for number in (6, 7, *range(23, 34))]
     assert any("no text; remove the row" in sentence for sentence in splits.skipped)
-    assert splits.remarks[0] == splits.description and len(splits.remarks) == 5
-
-
-def test_ten_skipped_rows_are_shown(tmp_path):
-    rows = [{"text": f"t{n}"} for n in range(20)] + [{"text": ""}] * 13
-    splits = loaded(train=write(tmp_path / "a.jsonl", lines(rows)), on_error="skip")
-    assert len(splits.skipped) == 13 and len(splits.remarks) == 12 and splits.remarks[-1] == "and 3 more"
-
-
-def test_csv_and_json_rows_are_skipped_too(tmp_path):
+    assert splits.remarks[0] == splits.description, "ten of them are shown"
+    assert len(splits.remarks) == 12 and splits.remarks[-1] == "and 3 more"
     texts = "\n".join(f"t{n}" for n in range(10))
     for path in (
         write(tmp_path / "a.csv", f"text\n{texts}\na,b\n"),
