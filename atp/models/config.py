@@ -184,7 +184,7 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
 
     def validate_rope(self) -> None:
         """Checks rope_parameters; called by transformers."""
-        super(CutConfig, type(self)).validate_rope(self.without_layers())  # type: ignore[misc]
+        super(CutConfig, type(self)).validate_rope(self.without_layers())
 
     def validate_architecture(self) -> None:
         """Checks every layer's widths; called by transformers. Raises ValueError naming layer and key."""
@@ -252,7 +252,7 @@ def config_class(name: str) -> type[CutConfig]:
     stock: Any = CONFIG_MAPPING[name]
 
     @strict
-    class Config(CutConfig, stock):  # type: ignore[misc,valid-type]
+    class Config(CutConfig, stock):
         family = name
         model_type = cut_type(name)
         # Widths that transformers has no name for; None is the whole width.

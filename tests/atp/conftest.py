@@ -1,9 +1,11 @@
 """What whole runs, comparisons and experiments are tested on, and what keeps hundreds of them quick."""
 
 import gc
+import sys
 from functools import partial
 
 import pytest
+import transformers
 from tiny_inputs import tiny_config
 
 import atp.cli.scoring
@@ -46,6 +48,30 @@ def quick_runs():
 def config(tmp_path_factory):
     """A tiny model and labelled questions whose answer is in the text."""
     return tiny_config(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(name="atp")
+def command_line(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+    from atp.cli.cli import main
+
+    logs = transformers.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    # rich asks the environment for the width of the terminal.
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["atp", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code, *capsys.readouterr()
+
+    yield run
+    logs.set_verbosity(verbosity)
+    if bars:
+        logs.enable_progress_bar()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import torch
 from tiny_folder import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atp.cli import cli
 from atp.cli.chat import Conversation, asks_once, talk
 from atp.data.chat import plain_chat
 from atp.ground.errors import InputError
@@ -105,13 +104,7 @@ def test_a_model_tuned_on_single_questions_is_asked_each_alone(folder, tmp_path,
     assert not asks_once(str(run)), "nobody knows any more"
 
 
-def test_new_begins_another_conversation(folder):
-    chat = Conversation(str(folder))
-    talk([chat], ["the cat", "/new", "it was"], lambda text, end="\n": None, tokens=3)
-    assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["it was"]
-
-
-def test_prompts_are_asked_alone_and_a_file_on_stdin_is_a_conversation(folder, monkeypatch, capsys):
+def test_prompts_are_asked_alone_and_a_file_on_stdin_is_a_conversation(folder, monkeypatch, atp):
     asked = []
 
     def note(chat, text, say, **options):
@@ -120,17 +113,15 @@ def test_prompts_are_asked_alone_and_a_file_on_stdin_is_a_conversation(folder, m
 
     def call(*words):
         asked.clear()
-        monkeypatch.setattr(sys, "argv", ["atp", "chat", str(folder), "--tokens", "2", *words])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        assert done.value.code == 0
-        return capsys.readouterr()
+        code, out, err = atp("chat", folder, "--tokens", 2, *words)
+        assert code == 0
+        return out, err
 
     ask = Conversation.ask
     monkeypatch.setattr(Conversation, "ask", note)
-    told = call("--prompt", "the cat", "--prompt", "it was")
-    assert asked == [("the cat", 0), ("it was", 0)] and "each --prompt is asked alone" in told.err
+    _, err = call("--prompt", "the cat", "--prompt", "it was")
+    assert asked == [("the cat", 0), ("it was", 0)] and "each --prompt is asked alone" in err
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n\nit was\n/new\nthe mat\n"))
-    told = call()
-    assert asked == [("the cat", 0), ("it was", 2), ("the mat", 0)] and "remembers the conversation" in told.err
-    assert "> " not in told.out and "remembers" not in told.out
+    out, err = call()
+    assert asked == [("the cat", 0), ("it was", 2), ("the mat", 0)] and "remembers the conversation" in err
+    assert "> " not in out and "remembers" not in out

@@ -1,13 +1,16 @@
 """What is known before the first step: what cannot work is refused, what falls short is said."""
 
 import math
+from pathlib import Path
 
 import pytest
+from tiny_command import start, stopping_at
 
 from atp.config import ATPConfig
 from atp.data.batches import IGNORE
 from atp.ground.errors import InputError
 from atp.inputs.checks import check_reachable, few_scored, recipe, rereads, run_remarks, shortfalls, steps_per_epoch
+from atp.inputs.folders import refuse_inputs_inside
 from atp.inputs.loading import load_data, load_model, load_shapes, load_tokenizer
 from atp.inputs.resolve import resolve
 from atp.run import Run
@@ -46,14 +49,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(config, model, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_without_tokens_of_their_own_are_refused_before_anything_is_written(config, tmp_path):
-    """The tokenizer knows yes and no; the other two are <unk> to it."""
-    config = changed(config, "data.labels=[yes, no, perhaps, surely]", f"output_dir={tmp_path / 'run'}")
-    with pytest.raises(InputError, match="labels 'perhaps' and 'surely' become the same tokens: change data.labels"):
-        Run(config, resume=False, command="").execute()
-    assert not list(tmp_path.iterdir())
-
-
 def test_what_falls_short_is_said(config):
     few = changed(config, "evaluation.windows=2", "evaluation.questions=2", "decisions.refit_windows=0")
     tokenizer = load_tokenizer(few.model)
@@ -87,17 +82,11 @@ def test_steps_on_few_tokens_with_a_loss_are_said_unless_the_rate_is_low(config)
     assert few_scored(one, data, needed) == []
     (shared,) = few_scored(one, data, 2)
     assert shared.endswith(f"set training.batch_size={math.ceil(16 / scored.item())}")
-
-
-def test_what_nobody_set_is_said_where_few_tokens_have_a_loss(config):
-    data = load_data(config, load_tokenizer(config.model))
-    scored = sum((data.train[row]["labels"][1:] != IGNORE).sum() for row in range(len(data.train))) / len(data.train)
-    one = changed(config, "training.batch_size=1", "training.lr=null")
-    rate = 2e-3 * math.sqrt(scored.item() / 32)
-    said = f"a step learns from {scored:.0f} tokens on average, fewer than 32, so training.lr is {rate:.2g}"
-    assert few_scored(one, data, 1) == [f"{said} and training.update_clipping is true"]
-    assert few_scored(changed(one, "training.update_clipping=false"), data, 1) == [said]
-    assert few_scored(one, data, math.ceil(32 / scored.item())) == []
+    free = changed(one, "training.lr=null")
+    said = f"a step learns from {scored:.0f} tokens on average, fewer than 32, so training.lr is "
+    said += f"{2e-3 * math.sqrt(scored.item() / 32):.2g}"
+    assert few_scored(free, data, 1) == [f"{said} and training.update_clipping is true"], "what nobody set"
+    assert few_scored(changed(free, "training.update_clipping=false"), data, 1) == [said]
 
 
 def test_samples_that_are_read_often_are_said_unless_the_best_adapter_stays(config):
@@ -164,3 +153,31 @@ def test_a_shown_question_needs_a_task_with_labels(config):
         assert sentence not in shortfalls(unlabelled, load_data(unlabelled, tokenizer))
         asked = changed(unlabelled, "evaluation.answers=true")
         assert sentence in shortfalls(asked, load_data(asked, tokenizer))
+
+
+def test_skipped_rows_are_shown_and_listed(config, tmp_path):
+    good = Path(config.data.train).read_text(encoding="utf-8").splitlines()
+    bad = ["{", '{"prompt": "the"}', *(f'{{"prompt": "the {n}", "completion": " maybe"}}' for n in range(12))]
+    (tmp_path / "data.jsonl").write_text("\n".join(good + bad), encoding="utf-8")
+    options = {"data": {"train": str(tmp_path / "data.jsonl"), "on_error": "skip"}}
+    said = []
+    with stopping_at(Run, "_score"):
+        start(config, tmp_path / "out", say=said.append, **options)
+    assert said[0].endswith("; 14 rows skipped")
+    assert said[1].startswith("skipped: ") and "data.jsonl, line 61: not valid JSON" in said[1]
+    assert sum(line.startswith("skipped: ") for line in said) == 10 and said[11] == "and 4 more"
+    listed = (tmp_path / "out" / "skipped_rows.txt").read_text(encoding="utf-8").splitlines()
+    assert len(listed) == 14 and "line 74: label 'maybe' is not one of yes, no; correct the row" in listed[-1]
+    with pytest.raises(InputError, match="line 61: not valid JSON"):
+        start(config, tmp_path / "other", data=options["data"] | {"on_error": "stop"})
+    assert not (tmp_path / "other").exists()
+
+
+def test_every_source_is_kept_from_the_runs_own_folders(config, tmp_path):
+    inside = tmp_path / "model" / "a.jsonl"
+    inside.parent.mkdir()
+    inside.touch()
+    for given in ({config.data.train: 2, str(inside): 1}, [config.data.train, str(inside)]):
+        changed = config.model_copy(update={"data": config.data.model_copy(update={"train": given})})
+        with pytest.raises(InputError, match="^data.train .*a.jsonl lies in"):
+            refuse_inputs_inside(changed, tmp_path)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,102 +20,152 @@ from atp.cli.console import _Console
 from atp.ground.environment import slow_kernels
 from atp_kernels._version import __version__
 
-COMMANDS = ("train", "demo", "eval", "compare", "experiment", "report", "env")
 AUTO = "from transformers import AutoConfig, AutoModelForCausalLM"
 
 
-def call(monkeypatch, capsys, *words):
-    """(exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["atp", *words])
-    with pytest.raises(SystemExit) as done:
-        cli.main()
-    return done.value.code, *capsys.readouterr()
+COMMANDS = (
+    "train", "plan", "demo", "eval", "compare", "experiment", "sweep", "export", "report", "chat", "push", "env",
+)  # fmt: skip
 
 
-def test_version(monkeypatch, capsys):
-    assert call(monkeypatch, capsys, "--version") == (0, f"atp {__version__}\n", "")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_short_help_is_the_long_one_and_shows_an_example(atp, command):
+    short, long = (atp(command, option) for option in ("-h", "--help"))
+    assert short == long and short[0] == 0 and f"Example: atp {command}" in short[1]
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["atp", *COMMANDS])
-def test_short_help_is_the_long_one(monkeypatch, capsys, command):
-    short, long = (call(monkeypatch, capsys, *command, option) for option in ("-h", "--help"))
-    assert short == long and short[0] == 0 and "Usage: " in short[1]
+def test_help_lists_every_command(atp):
+    code, out, _ = atp("--help")
+    assert code == 0 and atp("-h")[1] == out
+    assert all(re.search(rf"^\W*{command}\b", out, flags=re.MULTILINE) for command in COMMANDS)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["export", "--help"]], ids=" ".join)
-def test_help_waits_for_no_library_that_takes_seconds(words):
-    code = (
-        f"import sys; sys.argv = ['atp', *{words}]\nfrom atp.cli.cli import main\ntry: main()\n"
-        "finally: print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Usage: atp")
-    assert done.stdout.endswith("[]\n")
-
-
+HELP = {"help": ["--help"], "train help": ["train", "--help"], "export help": ["export", "--help"]}
 REFUSED = {
-    "train": ["no.yaml"],
-    "train key": ["config.yaml", "lora.rank=2"],
-    "train model": ["config.yaml", "model.path=./nowhere"],
-    "train data": ["config.yaml", "data.train=absent.jsonl"],
-    "train space": ["config.yaml", "decisions.space=heads"],
-    "train output_dir": ["config.yaml", "output_dir=model"],
-    "plan": ["config.yaml", "model.path=a/b/c"],
-    "compare": ["config.yaml", "--methods", "atp,magnitud"],
-    "compare seeds": ["config.yaml", "--seeds", "one"],
-    "compare on": ["config.yaml", "--on", "mars"],
-    "compare out": ["config.yaml", "--out", "model"],
-    "experiment": ["nothing"],
-    "experiment seeds": ["stages", "--seeds", "one"],
-    "experiment key": ["stages", "lora.rank=2"],
-    "sweep": ["config.yaml", "--keep", "2"],
-    "sweep twice": ["config.yaml", "--keep", "0.8,0.8"],
-    "sweep on": ["config.yaml", "--on", "mars"],
-    "sweep out": ["config.yaml", "--out", "model"],
-    "eval": ["./nowhere"],
-    "eval suite": ["model", "--suite", "absent.jsonl"],
-    "eval config": ["model", "--suite", "absent.yaml"],
-    "eval output": ["model", "--output", "no/scores.json"],
-    "eval precision": ["model", "--precision", "int4"],
-    "export": ["model/absent.gguf"],
-    "export to": ["model", "--to", "onnx"],
-    "export dtype": ["model", "--dtype", "int3"],
-    "export out": ["model", "--out", "no/such.gguf"],
-    "chat": ["runs/demo/model"],
-    "chat against": ["model", "--against", "../nowhere"],
-    "push": ["./nowhere", "me/small"],
-    "push name": ["model", "small"],
-    "report": ["nowhere"],
-    "runs": ["nowhere"],
-    "init out": ["model", "data.jsonl", "--out", "no/atp.yaml"],
-    "demo": ["lora.rank=2"],
+    "train": ["train", "no.yaml"],
+    "train key": ["train", "config.yaml", "lora.rank=2"],
+    "train model": ["train", "config.yaml", "model.path=./nowhere"],
+    "train data": ["train", "config.yaml", "data.train=absent.jsonl"],
+    "train space": ["train", "config.yaml", "decisions.space=heads"],
+    "train output_dir": ["train", "config.yaml", "output_dir=model"],
+    "plan": ["plan", "config.yaml", "model.path=a/b/c"],
+    "compare": ["compare", "config.yaml", "--methods", "atp,magnitud"],
+    "compare nothing": ["compare", "config.yaml", "--methods", ","],
+    "compare seeds": ["compare", "config.yaml", "--seeds", "one"],
+    "compare on": ["compare", "config.yaml", "--on", "mars"],
+    "compare out": ["compare", "config.yaml", "--out", "model"],
+    "experiment": ["experiment", "nothing"],
+    "experiment seeds": ["experiment", "stages", "--seeds", "one"],
+    "experiment key": ["experiment", "stages", "lora.rank=2"],
+    "sweep": ["sweep", "config.yaml", "--keep", "2"],
+    "sweep twice": ["sweep", "config.yaml", "--keep", "0.8,0.8"],
+    "sweep on": ["sweep", "config.yaml", "--on", "mars"],
+    "sweep out": ["sweep", "config.yaml", "--out", "model"],
+    "eval": ["eval", "./nowhere"],
+    "eval suite": ["eval", "model", "--suite", "absent.jsonl"],
+    "eval config": ["eval", "model", "--suite", "absent.yaml"],
+    "eval output": ["eval", "model", "--output", "no/scores.json"],
+    "eval precision": ["eval", "model", "--precision", "int4"],
+    "export": ["export", "model/absent.gguf"],
+    "export to": ["export", "model", "--to", "onnx"],
+    "export dtype": ["export", "model", "--dtype", "int3"],
+    "export out": ["export", "model", "--out", "no/such.gguf"],
+    "chat": ["chat", "runs/demo/model"],
+    "chat against": ["chat", "model", "--against", "../nowhere"],
+    "push": ["push", "./nowhere", "me/small"],
+    "push name": ["push", "model", "small"],
+    "report": ["report", "nowhere"],
+    "runs": ["runs", "nowhere"],
+    "init out": ["init", "model", "data.jsonl", "--out", "no/atp.yaml"],
+    "demo": ["demo", "lora.rank=2"],
 }
+SENTENCES = {
+    "train": "no.yaml does not exist",
+    "compare": "method 'magnitud' is unknown: did you mean 'magnitude'",
+    "compare nothing": "nothing to compare",
+    "compare seeds": "seed 'one' is not an integer",
+    "eval precision": "--precision int4 is unknown: use auto, float32 or bfloat16",
+    "report": "does not exist: give the output_dir of a run",
+}
+TYPED = "hf_" + "TypedByHand0123456789abcdef"
+TOKENS = {
+    "a name": (["runs", TYPED], TYPED),
+    "--token": (["runs", "absent", f"--token={TYPED}"], TYPED),
+    "--hub-token": (["runs", "absent", "--hub-token", "short-of-form"], "short-of-form"),
+    "api_key": (["train", "absent.yaml", "hub.api_key=0123456789abcdef0123"], "0123456789abcdef0123"),
+    "of wandb": (["push", "absent", "wandb_v1_0123456789abcdefghij"], "wandb_v1_0123456789abcdefghij"),
+}
+# Each command in a process that is forked from one that has imported what a command imports first.
+FORKS = """
+import json, os, sys, tempfile
+sys.argv = ["atp"]
+from atp.cli.cli import main
+ends = []
+for words in json.loads(sys.stdin.read()):
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    child = os.fork()
+    if not child:
+        code = 1
+        for file, number in zip(files, (1, 2)):
+            os.dup2(file.fileno(), number)
+        sys.argv = ["atp", *words]
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            print([name for name in ("torch", "transformers", "peft", "datasets") if name in sys.modules])
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ends.append([code, *(file.seek(0) or file.read() for file in files)])
+print(json.dumps(ends))
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Name -> (exit code, stdout and the slow libraries that were imported, stderr) of the commands above."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "data.jsonl").write_text('{"text": "the cat"}', encoding="utf-8")
+    values = {"model": {"path": "model"}, "output_dir": "out", "data": {"train": "data.jsonl"}}
+    (folder / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
+    commands = HELP | REFUSED | {name: words for name, (words, _) in TOKENS.items()}
+    commands |= {f"{name}, debug": [*words, "--debug"] for name, (words, _) in TOKENS.items()}
+    path = os.pathsep.join(filter(None, (str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], input=json.dumps(list(commands.values())), capture_output=True, text=True,
+        cwd=folder, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(zip(commands, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("what", HELP)
+def test_help_waits_for_no_library_that_takes_seconds(ended, what):
+    code, out, err = ended[what]
+    assert (code, err) == (0, "") and out.startswith("Usage: atp") and out.endswith("[]\n")
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_wrong_argument_is_refused_without_the_libraries_that_take_seconds(tmp_path, what):
+def test_a_wrong_argument_is_refused_without_the_libraries_that_take_seconds(ended, what):
     """By the set of modules, which no slow machine changes."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "data.jsonl").write_text('{"text": "the cat"}', encoding="utf-8")
-    values = {"model": {"path": "model"}, "output_dir": "out", "data": {"train": "data.jsonl"}}
-    (tmp_path / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
-    code = (
-        f"import sys; sys.argv = ['atp', *{[what.split()[0], *REFUSED[what]]}]\n"
-        "from atp.cli.cli import main\ntry: main()\n"
-        "finally: print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
-    )
-    path = os.pathsep.join(filter(None, (str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path},
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
-    assert done.stdout.endswith("[]\n")
+    code, out, err = ended[what]
+    assert code == 2, err
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err and out.endswith("[]\n")
+    assert SENTENCES.get(what, "") in err
+
+
+@pytest.mark.parametrize("what", TOKENS)
+def test_a_token_that_was_typed_is_shown_nowhere(ended, what):
+    for name, debug in ((what, False), (f"{what}, debug", True)):
+        code, out, err = ended[name]
+        assert code and err and TOKENS[what][1] not in out + err, (out, err)
+        assert ("Traceback" in err) == debug
 
 
 def test_importing_the_package_loads_no_library():
@@ -127,23 +178,35 @@ def test_importing_the_package_loads_no_library():
     assert done.stdout == "['atp']\n", done.stderr
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
+IMPORTS = """
+import json, os, sys, torch
+for code in json.loads(sys.stdin.read()):
+    child = os.fork()
+    if not child:
+        try:
+            exec(code, {})
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_program_that_imports_the_package_can_load_a_cut_model():
+    load = (
+        "\nsizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
+        "config = AutoConfig.for_model('atp_llama', vocab_size=8, **sizes)\n"
+        "print(type(AutoModelForCausalLM.from_config(config)).__module__)"
+    )
+    orders = [
         f"{AUTO}; import atp",
         # These import the Auto classes while they are themselves half imported.
         f"import atp, transformers.models.llama.modeling_llama; {AUTO}",
         f"import atp; atp.ATPConfig; {AUTO}",
-    ],
-)
-def test_a_program_that_imports_the_package_can_load_a_cut_model(imports):
-    code = (
-        f"{imports}\nsizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
-        "config = AutoConfig.for_model('atp_llama', vocab_size=8, **sizes)\n"
-        "print(type(AutoModelForCausalLM.from_config(config)).__module__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "atp.models\n", done.stderr
+    ]
+    codes = json.dumps([order + load for order in orders])
+    done = subprocess.run([sys.executable, "-c", IMPORTS], input=codes, capture_output=True, text=True)
+    assert done.stdout == "atp.models\n" * len(orders), done.stderr
 
 
 def test_a_shell_completes_commands():
@@ -165,16 +228,14 @@ def without_extension(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_a_run_says_before_it_begins_that_kernels_are_missing(
-    monkeypatch, capsys, without_extension, tmp_path, command
-):
+def test_a_run_says_before_it_begins_that_kernels_are_missing(atp, without_extension, tmp_path, command):
     """The data of this one is a folder without a file, which is found out when it is read."""
     save(tmp_path / "model")
     (tmp_path / "data").mkdir()
     values = {"model": {"path": str(tmp_path / "model")}, "output_dir": str(tmp_path / "out"),
               "data": {"train": str(tmp_path / "data"), "general_share": 0}}  # fmt: skip
     (tmp_path / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
-    code, shown, _ = call(monkeypatch, capsys, command, str(tmp_path / "config.yaml"))
+    code, shown, _ = atp(command, tmp_path / "config.yaml")
     assert code == 2 and "the extension is on holiday" in shown and "ATP_BUILD=0" in shown
 
 
@@ -204,42 +265,18 @@ def test_whatever_is_printed_sends_no_control_character_of_its_own(terminal):
         assert SHOWN in file.getvalue() and file.getvalue().replace("\n", "").isprintable(), repr(file.getvalue())
 
 
-def test_a_name_with_an_escape_sequence_is_shown_in_errors_and_in_lists(monkeypatch, capsys, tmp_path):
-    code, _, err = call(monkeypatch, capsys, "runs", str(tmp_path / "\x1b[2J"))
+def test_a_name_with_an_escape_sequence_is_shown_in_errors_and_in_lists(monkeypatch, atp, tmp_path):
+    code, _, err = atp("runs", tmp_path / "\x1b[2J")
     assert code == 2 and r"\x1b[2J" in err and "\x1b" not in err
-    code, _, err = call(monkeypatch, capsys, "runs", "--\x1b[2Jx")
+    code, _, err = atp("runs", "--\x1b[2Jx")
     assert code == 2 and r"\x1b[2J" in err and "\x1b" not in err
     folder = tmp_path / "\x1b[2Jrun"
     folder.mkdir()
     (folder / "config.yaml").write_text("{}")
     (folder / "metrics.jsonl").touch()
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call(monkeypatch, capsys, "runs", ".")
+    code, out, _ = atp("runs", ".")
     assert code == 0 and r"\x1b[2Jrun" in out and "\x1b" not in out
-
-
-TYPED = "hf_" + "TypedByHand0123456789abcdef"
-
-
-@pytest.mark.parametrize(
-    ("words", "secret"),
-    [
-        (["runs", TYPED], TYPED),
-        (["runs", "absent", f"--token={TYPED}"], TYPED),
-        (["runs", "absent", "--hub-token", "short-of-form"], "short-of-form"),
-        (["train", "absent.yaml", "hub.api_key=0123456789abcdef0123"], "0123456789abcdef0123"),
-        (["push", "absent", "wandb_v1_0123456789abcdefghij"], "wandb_v1_0123456789abcdefghij"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_a_token_that_was_typed_is_shown_nowhere(tmp_path, words, secret):
-    for debug in ([], ["--debug"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "atp", *words, *debug], capture_output=True, text=True, cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        )  # fmt: skip
-        assert done.returncode and done.stderr and secret not in done.stdout + done.stderr, done
-        assert ("Traceback" in done.stderr) == bool(debug)
 
 
 def test_the_recorded_command_holds_no_typed_token(monkeypatch):

@@ -62,6 +62,7 @@ def test_shares_and_counts_are_of_the_model_that_was_given(unequal, finished):
     assert certificate["masked_vs_cut"] < 1e-4 and certificate["cut_vs_reloaded"] < 1e-4
     decisions = read(folder, "decisions.json")
     assert decisions["sizes"] == {"kv_group": [2, 1], "mlp": [96, 60]}
+    assert architecture_of(read_config(folder / "model"), "the result").name == "deci", "which has widths per layer"
     page = write_report(folder).read_text(encoding="utf-8")  # with the drawings that conftest.py leaves out
     assert "mlp (of 60 to 96)" in page and "is left out" not in page and page.count("<svg") >= 2
 
@@ -81,10 +82,6 @@ def test_a_stop_in_the_middle_resumes_to_the_same_bytes(unequal, finished, tmp_p
     shutil.rmtree(newest)  # so that steps of the cut model are repeated
     start(unequal, folder, resume=True)
     assert results(folder) == results(finished[0])
-
-
-def test_the_result_fits_a_gguf_file_with_widths_per_layer(finished):
-    assert architecture_of(read_config(finished[0] / "model"), "the result").name == "deci"
 
 
 @pytest.mark.parametrize("method", ["static", "wanda_sp", "slicegpt"])

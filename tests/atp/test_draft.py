@@ -1,14 +1,12 @@
 """`atp init`: the config that it writes is one that runs, for each shape of data."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny_inputs import WORDS, tiny_config
 
-from atp.cli.cli import main
 from atp.cli.columns import Columns
 from atp.cli.draft import UnusableRows, draft
 from atp.cli.settings import _ask
@@ -161,12 +159,10 @@ def test_a_part_of_the_rows_promises_no_epochs(model, tmp_path):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"x": 1, "y": "2.5"}, "none of the columns x, y is known"),
-        ({"x": 1}, "none of the columns x is known"),
-        ({"text": ""}, "no text"),
-        ({"x": TEXT}, "59 of 60 examples repeat another's document"),
+        ({"x": 1, "y": "2.5"}, "none of the columns x, y is known"), ({"x": 1}, "none of the columns x is known"),
+        ({"text": ""}, "no text"), ({"x": TEXT}, "59 of 60 examples repeat another's document"),
     ],
-)
+)  # fmt: skip
 def test_data_that_mean_nothing_are_refused(model, tmp_path, row, sentence):
     with pytest.raises(InputError, match=sentence):
         draft(model, rows(tmp_path, lambda n: row))
@@ -183,11 +179,9 @@ def talk(number):
 
 
 @pytest.mark.parametrize(
-    "make",
-    [lambda n: {"text": numbered(n)}, CASES["labels"][0], CASES["classes"][0], CASES["pairs"][0], CASES["stars"][0],
-     talk],
-)  # fmt: skip
-@pytest.mark.parametrize("copies", [0, 20])
+    ("make", "copies"),
+    [(CASES["text"][0], 20), (CASES["labels"][0], 0), (CASES["classes"][0], 20), (CASES["pairs"][0], 0), (talk, 20)],
+)
 def test_what_it_writes_leaves_a_plan_nothing_to_advise(model, tmp_path, make, copies):
     """Near-duplicates leave fewer samples than rows, so only the splits of the run say how often it reads them."""
     path = rows(tmp_path, lambda n: make(n - copies if n >= 60 else n), 60 + copies)
@@ -211,27 +205,15 @@ def test_few_rows_that_cannot_be_used_are_left_out_and_told(model, tmp_path):
     assert len(load_data(settings, load_tokenizer(settings.model)).splits.skipped) == 6
 
 
-def test_many_rows_that_cannot_be_used_are_told_and_nothing_is_written(model, tmp_path, monkeypatch, capsys):
+def test_many_rows_that_cannot_be_used_are_told_and_nothing_is_written(model, tmp_path, atp):
     path = Path(rows(tmp_path, lambda n: {"text": numbered(n)} if n % 3 else {"txt": "a"}))
     with pytest.raises(UnusableRows, match=r"20 of 60 rows cannot be used \(most often: no column of a known name\)"):
         draft(model, str(path))
     out = tmp_path / "mine.yaml"
-    monkeypatch.setattr(sys, "argv", ["atp", "init", model, str(path), "--out", str(out)])
-    with pytest.raises(SystemExit) as done:
-        main()
-    shown, told = capsys.readouterr()
-    assert done.value.code == 2 and told.count("\n") == 1 and not out.exists()
+    code, shown, told = atp("init", model, path, "--out", out)
+    assert code == 2 and told.count("\n") == 1 and not out.exists()
     assert "20     no column of a known name" in shown
     assert shown.count(f"{path.name}:") == 10
-
-
-@pytest.mark.parametrize("empty", ["", None])
-def test_a_class_column_with_a_few_empty_cells_is_one(model, tmp_path, empty):
-    path = rows(tmp_path, lambda n: {"body": numbered(n), "topic": empty if n in (7, 30) else ["sport", "news"][n % 2]})
-    settings, made = drafted(model, path)
-    assert settings.data.columns == {"prompt": "body", "completion": "topic"}
-    assert settings.data.labels == ("news", "sport") and settings.data.on_error == "skip"
-    assert [line.partition(": ")[0] for line in made.bad.examples(10)] == [f"{path}:8", f"{path}:31"]
 
 
 def test_columns_that_are_given_say_what_they_hold(model, tmp_path):
@@ -245,14 +227,23 @@ def test_columns_that_are_given_say_what_they_hold(model, tmp_path):
         assert len(load_data(settings, load_tokenizer(settings.model)).train) > 0
 
 
-@pytest.mark.parametrize("names", [("headline", "section"), ("prompt", "completion"), ("query", "response")])
-def test_a_few_rows_without_a_class_hide_no_classes(model, tmp_path, names):
+@pytest.mark.parametrize(
+    ("names", "empty"),
+    [
+        (("headline", "section"), ""),
+        (("prompt", "completion"), ""),
+        (("query", "response"), ""),
+        (("body", "topic"), None),
+    ],
+)
+def test_a_few_rows_without_a_class_hide_no_classes(model, tmp_path, names, empty):
     first, second = names
-    path = rows(tmp_path, lambda n: {first: numbered(n), second: "" if n % 40 == 7 else ("no", "yes")[n % 2]})
+    path = rows(tmp_path, lambda n: {first: numbered(n), second: empty if n in (7, 47) else ("no", "yes")[n % 2]})
     settings, made = drafted(model, path)
     assert settings.data.labels == ("no", "yes") and settings.evaluation.questions > 0
-    assert len(made.bad) > 0 and settings.data.on_error == "skip"
-    assert any("labels: no, yes" in line for line in made.remarks)
+    assert settings.data.columns == ({} if first == "prompt" else {"prompt": first, "completion": second})
+    assert settings.data.on_error == "skip" and any("labels: no, yes" in line for line in made.remarks)
+    assert [line.partition(": ")[0] for line in made.bad.examples(10)] == [f"{path}:8", f"{path}:48"]
 
 
 def test_unknown_names_are_guessed_and_the_guess_is_shown(model, tmp_path):
@@ -284,14 +275,11 @@ def test_overrides_win_and_are_written(model, tmp_path):
             draft(model, path, overrides=[wrong])
 
 
-def test_the_command_writes_once(model, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_once(model, tmp_path, atp):
     data, out = rows(tmp_path, lambda n: {"text": numbered(n)}), tmp_path / "mine.yaml"
 
     def init(*more):
-        monkeypatch.setattr(sys, "argv", ["atp", "init", model, data, "--out", str(out), *more])
-        with pytest.raises(SystemExit) as done:
-            main()
-        return done.value.code, *capsys.readouterr()
+        return atp("init", model, data, "--out", out, *more)
 
     code, _, told = init("--columns", "prompt,completion=a")
     assert code == 2 and "--columns 'prompt,completion=a' is not of the form" in told and not out.exists()
@@ -311,7 +299,7 @@ def test_the_command_writes_once(model, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_leaves_no_half_config(model, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_leaves_no_half_config(model, tmp_path, monkeypatch, atp):
     def fill(*args, **options):
         made = draft(*args, **options)
         monkeypatch.setattr(Path, "open", lambda path, *_, **__: path.touch() or open("/dev/full", "w"))
@@ -319,7 +307,5 @@ def test_a_disk_that_fills_leaves_no_half_config(model, tmp_path, monkeypatch, c
 
     data, out = rows(tmp_path, lambda n: {"text": numbered(n)}), tmp_path / "mine.yaml"
     monkeypatch.setattr("atp.cli.draft.draft", fill)
-    monkeypatch.setattr(sys, "argv", ["atp", "init", model, data, "--out", str(out)])
-    with pytest.raises(SystemExit) as done:
-        main()
-    assert done.value.code == 1 and "the disk is full" in capsys.readouterr().err and not out.exists()
+    code, _, err = atp("init", model, data, "--out", out)
+    assert code == 1 and "the disk is full" in err and not out.exists()

@@ -1,9 +1,7 @@
 """Whatever ends a command ends it with one sentence and an exit code, and what can be checked is checked first."""
 
 import errno
-import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -13,34 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
-from tiny_folder import WORDS, edit_json, save
+from tiny_command import is_one_sentence
+from tiny_folder import edit_json, save, write_texts
 
-from atp.cli.cli import main
 from atp.ground.ending import OutputClosed, ending
 from atp.ground.errors import InputError, Interrupted, NotReached
 
 RUN = [sys.executable, "-c", "from atp.cli.cli import main; main()"]
-
-
-@pytest.fixture
-def atp(monkeypatch, capsys):
-    """Runs the command in this process: (exit code, stderr)."""
-    verbosity = transformers.utils.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["atp", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as done:
-            main()
-        return done.value.code, capsys.readouterr().err
-
-    yield run
-    transformers.utils.logging.set_verbosity(verbosity)
-    if bars:
-        transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +28,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def texts(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    draw = random.Random(0)
-    rows = [json.dumps({"text": " ".join(draw.choices(WORDS, k=50))}) for _ in range(40)]
-    path.write_text("\n".join(rows), encoding="utf-8")
-    return path
+    return write_texts(tmp_path / "texts.jsonl")
 
 
 @pytest.fixture
@@ -72,10 +46,6 @@ def config(model, texts, tmp_path):
     return path
 
 
-def one_sentence(err):
-    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err and len(err) < 1000
-
-
 def fail(error):
     def failing(*_, **__):
         raise error
@@ -88,37 +58,32 @@ def fail(error):
 
 def test_an_unforeseen_error_is_one_sentence_and_debug_shows_it(atp, monkeypatch):
     monkeypatch.setattr("atp.ground.environment.describe", fail(KeyError("first\nsecond" + "x" * 1000)))
-    code, err = atp("env")
-    assert code == 1 and one_sentence(err), err
+    code, _, err = atp("env")
+    assert code == 1 and is_one_sentence(err), err
     assert "KeyError" in err and "first" in err and "--debug" in err
     with pytest.raises(KeyError):
         atp("env", "--debug")
 
 
-def test_a_panic_is_one_sentence(atp, monkeypatch):
+def test_a_panic_is_is_one_sentence(atp, monkeypatch):
     class Panic(BaseException):
         """As Rust's are, which is no Exception."""
 
     monkeypatch.setattr("atp.ground.environment.describe", fail(Panic("called `Option::unwrap()` on a `None` value")))
-    code, err = atp("env")
-    assert code == 1 and one_sentence(err) and "unwrap" in err and "--debug" in err, err
+    code, _, err = atp("env")
+    assert code == 1 and is_one_sentence(err) and "unwrap" in err and "--debug" in err, err
 
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (errno.ENOSPC, "free some space"),
-        (errno.EDQUOT, "free some space"),
-        (errno.EACCES, "check its permissions"),
-        (errno.EROFS, "check its permissions"),
-        (errno.EIO, "check the path"),
+        (errno.ENOSPC, "free some space"), (errno.EDQUOT, "free some space"), (errno.EACCES, "check its permissions"),
+        (errno.EROFS, "check its permissions"), (errno.EIO, "check the path"),
     ],
-)
-def test_the_system_refuses(atp, config, monkeypatch, number, remedy):
-    monkeypatch.setattr("atp.run.write_json", fail(OSError(number, os.strerror(number), "some/file.json")))
-    code, err = atp("train", config)
-    assert code == 1 and one_sentence(err), err
-    assert os.strerror(number) in err and "some/file.json" in err and remedy in err
+)  # fmt: skip
+def test_the_system_refuses(number, remedy):
+    sentence, code = ending(OSError(number, os.strerror(number), "some/file.json"))
+    assert code == 1 and os.strerror(number) in sentence and "some/file.json" in sentence and remedy in sentence
 
 
 @pytest.mark.parametrize(
@@ -130,8 +95,8 @@ def test_the_system_refuses_safetensors(atp, config, monkeypatch, told, remedy):
 
     error = SafetensorError(f"Error while serializing: I/O error: {told}")
     monkeypatch.setattr("atp.training.checkpoint.save_file", fail(error))
-    code, err = atp("train", config)
-    assert code == 1 and one_sentence(err) and told in err and remedy in err, err
+    code, _, err = atp("train", config)
+    assert code == 1 and is_one_sentence(err) and told in err and remedy in err, err
 
 
 @pytest.mark.parametrize(
@@ -145,16 +110,16 @@ def test_the_system_refuses_safetensors(atp, config, monkeypatch, told, remedy):
     ],
     ids=str,
 )
-def test_usage_errors_are_one_sentence(atp, arguments, message):
-    code, err = atp(*arguments)
-    assert code == 2 and one_sentence(err), err
+def test_usage_errors_are_is_one_sentence(atp, arguments, message):
+    code, _, err = atp(*arguments)
+    assert code == 2 and is_one_sentence(err), err
     assert message in err and " --help" in err
 
 
-def test_ctrl_c_is_one_sentence(atp, monkeypatch, model):
+def test_ctrl_c_is_is_one_sentence(atp, monkeypatch, model):
     monkeypatch.setattr("atp.cli.scoring.score_folder", fail(KeyboardInterrupt()))
-    code, err = atp("eval", model)
-    assert code == 130 and one_sentence(err) and "interrupted" in err
+    code, _, err = atp("eval", model)
+    assert code == 130 and is_one_sentence(err) and "interrupted" in err
 
 
 def test_nobody_reads():
@@ -170,7 +135,7 @@ def test_nobody_reads():
 def test_output_on_a_full_disk():
     with open("/dev/full", "w") as full:
         done = subprocess.run([*RUN, "env"], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1 and one_sentence(done.stderr), done.stderr
+    assert done.returncode == 1 and is_one_sentence(done.stderr), done.stderr
 
 
 def test_ctrl_c_while_the_command_still_imports():
@@ -189,7 +154,7 @@ from atp.ground.errors import InputError, Interrupted, NotReached
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (130, "") and one_sentence(done.stderr), done.stderr
+    assert (done.returncode, done.stdout) == (130, "") and is_one_sentence(done.stderr), done.stderr
     library = code.replace('sys.argv = ["/somewhere/bin/atp", "env"]', "")
     done = subprocess.run([sys.executable, "-c", library], capture_output=True, text=True)
     assert "KeyboardInterrupt" in done.stderr, "who imports the package keeps Python's behaviour"
@@ -216,9 +181,6 @@ def not_scored(monkeypatch):
         ('output_dir="a\\0b"', "output_dir"),
         ("training.report_to=[nope]", "training.report_to: there is no tracker 'nope'"),
         ("training.report_to=[wandb]", "training.report_to: tracker 'wandb' is not installed"),
-        ("seed=-1", "config key 'seed' is -1"),
-        ("seed=4294967296", "config key 'seed' is 4294967296"),
-        ("data.seed=-1", "config key 'data.seed' is -1"),
     ],
 )
 def test_what_train_can_check_it_checks_first(atp, config, tmp_path, not_scored, monkeypatch, override, message):
@@ -227,8 +189,8 @@ def test_what_train_can_check_it_checks_first(atp, config, tmp_path, not_scored,
     monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["tensorboard"])
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.iterdir())
-    code, err = atp("train", config, override.format(tmp=tmp_path))
-    assert code == 2 and one_sentence(err), err
+    code, _, err = atp("train", config, override.format(tmp=tmp_path))
+    assert code == 2 and is_one_sentence(err), err
     assert message.format(tmp=tmp_path) in err
     assert sorted(tmp_path.iterdir()) == before
 
@@ -236,8 +198,8 @@ def test_what_train_can_check_it_checks_first(atp, config, tmp_path, not_scored,
 @pytest.mark.parametrize("place", ["{tmp}/nope/x.json", "/proc/x.json", "{tmp}/texts.jsonl/x.json", "{tmp}"])
 def test_the_place_of_scores_is_checked_before_they_are_made(atp, model, texts, tmp_path, not_scored, place):
     options = ("--suite", texts, "--length", 16, "--documents", 2, "--output", place.format(tmp=tmp_path))
-    code, err = atp("eval", model, *options)
-    assert code == 2 and one_sentence(err) and "--output" in err, err
+    code, _, err = atp("eval", model, *options)
+    assert code == 2 and is_one_sentence(err) and "--output" in err, err
     assert not (tmp_path / "nope").exists()
 
 
@@ -246,23 +208,23 @@ def test_the_places_of_an_experiment_are_checked_first(atp, tmp_path, not_scored
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("atp.studies.experiments.experiment.load_tokenizer", fail(AssertionError("a model was read")))
     file = Path(__file__).parents[2] / "experiments" / "stages.yaml"
-    code, err = atp("experiment", file, option, "/proc/foo")
-    assert code == 2 and one_sentence(err) and f"{option} /proc/foo is not writable" in err, err
+    code, _, err = atp("experiment", file, option, "/proc/foo")
+    assert code == 2 and is_one_sentence(err) and f"{option} /proc/foo is not writable" in err, err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_eval_refuses_an_impossible_seed(atp, model, texts, seed):
-    code, err = atp("eval", model, "--suite", texts, "--length", 16, "--seed", seed)
-    assert code == 2 and one_sentence(err) and "--seed" in err, err
+    code, _, err = atp("eval", model, "--suite", texts, "--length", 16, "--seed", seed)
+    assert code == 2 and is_one_sentence(err) and "--seed" in err, err
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_tokenizer_beyond_the_embedding_is_refused(atp, config, texts, tmp_path, not_scored, command):
     folder = save(tmp_path / "narrow", vocab_size=12)
     options = ("--suite", texts, "--length", 16) if command == "eval" else (f"model.path={folder}",)
-    code, err = atp(command, folder if command == "eval" else config, *options)
-    assert code == 2 and one_sentence(err), err
+    code, _, err = atp(command, folder if command == "eval" else config, *options)
+    assert code == 2 and is_one_sentence(err), err
     assert "14 tokens" in err and "12 rows" in err
     assert not (tmp_path / "out").exists()
 
@@ -270,8 +232,8 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(atp, config, texts, tmp_pat
 def test_a_quantized_model_is_not_pruned(atp, config, tmp_path):
     folder = save(tmp_path / "quantized")
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    code, err = atp("train", config, f"model.path={folder}")
-    assert code == 2 and one_sentence(err) and "quantized" in err, err
+    code, _, err = atp("train", config, f"model.path={folder}")
+    assert code == 2 and is_one_sentence(err) and "quantized" in err, err
 
 
 # Out of memory
@@ -282,14 +244,18 @@ def allocate(*_, **__):
 
 
 @pytest.mark.parametrize(
-    "error", [None, MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...")], ids=repr
+    ("place", "error"),
+    [
+        ("atp.training.pruning.causal_lm_loss", None),
+        ("atp.run.evaluate_model", MemoryError()),
+        ("atp.run.evaluate_model", torch.OutOfMemoryError("CUDA out of memory. Tried ...")),
+    ],
 )
-@pytest.mark.parametrize("place", ["atp.training.pruning.causal_lm_loss", "atp.run.evaluate_model"])
 def test_out_of_memory_names_the_three_cheapest_changes(atp, config, monkeypatch, place, error):
     """None: torch's own error for more memory than there is."""
     monkeypatch.setattr(place, allocate if error is None else fail(error))
-    code, err = atp("train", config, "training.gradient_accumulation=3")
-    assert code == 2 and one_sentence(err) and "out of memory" in err, err
+    code, _, err = atp("train", config, "training.gradient_accumulation=3")
+    assert code == 2 and is_one_sentence(err) and "out of memory" in err, err
     changes = (
         "training.batch_size=2 training.gradient_accumulation=6", "training.gradient_checkpointing=true",
         "evaluation.batch_size=4",
@@ -297,8 +263,10 @@ def test_out_of_memory_names_the_three_cheapest_changes(atp, config, monkeypatch
     assert all(change in err for change in changes), err
 
 
-def test_out_of_memory_names_only_what_still_helps(atp, config, monkeypatch):
+def test_out_of_memory_names_only_what_still_helps(atp, config, tmp_path, monkeypatch):
     monkeypatch.setattr("atp.training.pruning.causal_lm_loss", allocate)
+    code, _, err = atp("train", config, "training.gradient_checkpointing=true", f"output_dir={tmp_path / 'one'}")
+    assert code == 2 and "training.offload=true" in err, err
     spent = [
         "training.batch_size=1",
         "training.gradient_checkpointing=true",
@@ -306,21 +274,15 @@ def test_out_of_memory_names_only_what_still_helps(atp, config, monkeypatch):
         "evaluation.batch_size=1",
         "data.length=32",
     ]
-    code, err = atp("train", config, *spent)
-    assert code == 2 and one_sentence(err), err
+    code, _, err = atp("train", config, *spent)
+    assert code == 2 and is_one_sentence(err), err
     assert "decisions.batch_size=1" in err and "data.length=16" in err and "training." not in err.split("with", 1)[1]
-
-
-def test_out_of_memory_with_checkpointing_names_offloading(atp, config, monkeypatch):
-    monkeypatch.setattr("atp.training.pruning.causal_lm_loss", allocate)
-    code, err = atp("train", config, "training.gradient_checkpointing=true")
-    assert code == 2 and "training.offload=true" in err, err
 
 
 def test_out_of_memory_in_eval(atp, model, texts, monkeypatch):
     monkeypatch.setattr("atp.cli.scoring.evaluate_model", allocate)
-    code, err = atp("eval", model, "--suite", texts, "--length", 16, "--documents", 2)
-    assert code == 2 and one_sentence(err), err
+    code, _, err = atp("eval", model, "--suite", texts, "--length", 16, "--documents", 2)
+    assert code == 2 and is_one_sentence(err), err
     assert "out of memory" in err and "--batch-size 4" in err and "--length 8" in err
 
 
@@ -345,10 +307,13 @@ def test_each_error_ends_with_a_code_of_the_table(error, code):
     assert found == code in table and bool(sentence) == (code != 141)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried ...")], ids=repr)
 @pytest.mark.parametrize(
-    ("place", "what"), [("load_recipe", "data set"), ("read_tokenizer", "tokenizer"), ("read_model", "model")]
-)
+    ("place", "what", "error"),
+    [
+        ("load_recipe", "data set", MemoryError()), ("read_tokenizer", "tokenizer", MemoryError()),
+        ("read_model", "model", torch.OutOfMemoryError("CUDA out of memory. Tried ...")),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_what_exhausts_memory_at_reading_is_not_told_of_batches(
     atp, config, model, texts, monkeypatch, command, place, what, error
@@ -357,8 +322,8 @@ def test_what_exhausts_memory_at_reading_is_not_told_of_batches(
     if command == "eval" and place == "load_recipe":
         monkeypatch.setattr("atp.cli.scoring.read_examples", fail(error))
     words = ["train", config] if command == "train" else ["eval", model, "--suite", texts, "--length", 16]
-    code, err = atp(*words)
-    assert code == 2 and one_sentence(err) and f"out of memory while reading the {what} (" in err, err
+    code, _, err = atp(*words)
+    assert code == 2 and is_one_sentence(err) and f"out of memory while reading the {what} (" in err, err
     assert "batch" not in err and "machine with more memory" in err
 
 
@@ -374,10 +339,10 @@ def closed(words, redirections):
 
 @pytest.mark.parametrize("redirections", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_output_changes_no_exit_code(tmp_path, redirections):
-    for words, code in ((["config", "presets"], 0), (["runs", tmp_path / "none"], 2), (["--version"], 0)):
+    for words, code in ((["config", "presets"], 0), (["runs", tmp_path / "none"], 2)):
         found, out, err = closed(words, redirections)
         assert found == code, (words, err)
-        assert err == "" if code == 0 or "2>&-" in redirections else one_sentence(err)
+        assert err == "" if code == 0 or "2>&-" in redirections else is_one_sentence(err)
         assert out == "" or redirections == "2>&-"
 
 

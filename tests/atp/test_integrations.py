@@ -46,11 +46,11 @@ def adapter(**options):
     )
 
 
-def ours(folder, accumulation, source="learned", decisions=None, **training):
+def ours(folder, accumulation, decisions=None, **training):
     """A run of our own loop that ends at the cut."""
     values = {
         "model": {"path": "tiny"}, "output_dir": str(folder), "seed": 3,
-        "decisions": DECISIONS | {"source": source} | (decisions or {}),
+        "decisions": DECISIONS | (decisions or {}),
         "lora": {"r": 4, "alpha": 4, "dropout": 0.0},
         "training": {"search": SEARCH, "settle": SETTLE, "tune": 0, "batch_size": 2, "save_every": 100, "lr": 1e-2,
                      "gradient_accumulation": accumulation, "schedule": "constant", "warmup": 0,
@@ -103,11 +103,14 @@ def atp_callback(**options):
     return ATPCallback(calibration, **{"search": SEARCH, "settle": SETTLE, "seed": 3, "decisions": DECISIONS} | options)
 
 
-def assert_equal_to_ours(trainer, folder, callback, smaller, losses):
-    assert torch.equal(callback.pruning.decisions.mask, trainer.decisions.mask)
+def assert_ends_alike(own, folder, callback, trainer):
+    """trainer: of transformers or TRL, which has trained as `own` has in `folder`."""
+    smaller = callback.cut(trainer.model)
+    assert torch.equal(callback.pruning.decisions.mask, own.decisions.mask)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     expected = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert losses == pytest.approx(expected, rel=1e-6)
-    weights = dict(trainer.model.named_parameters())
+    weights = dict(own.model.named_parameters())
     assert dict(smaller.named_parameters()).keys() == weights.keys()
     for name, parameter in smaller.named_parameters():
         torch.testing.assert_close(parameter, weights[name], rtol=1e-6, atol=1e-6, msg=name)
@@ -116,38 +119,44 @@ def assert_equal_to_ours(trainer, folder, callback, smaller, losses):
     assert smaller.num_parameters() < llama().num_parameters()
 
 
+def steps(open, search, settle):
+    return {"open": open, "search": search, "settle": settle}
+
+
+# The default recipe has open steps alone; what is removed from their adapter is gone at the cut.
 @pytest.mark.parametrize(
-    ("source", "regularizer"), [("learned", "lasso"), ("learned", "l0"), ("tuned", "lasso"), ("running", "lasso")]
+    ("accumulation", "phases", "source", "more"),
+    [
+        (1, steps(0, 5, 2), "learned", {"regularizer": "lasso"}),
+        (2, steps(0, 5, 2), "learned", {"regularizer": "l0"}),
+        (1, steps(0, 5, 2), "tuned", {}),
+        (2, steps(0, 5, 2), "running", {}),
+        (2, steps(4, 0, 0), "static", {}),
+        (2, steps(4, 0, 0), "running", {}),
+        (1, steps(4, 0, 0), None, {}),
+        (2, steps(4, 0, 2), "tuned", {}),
+        (1, steps(4, 0, 2), "running", {}),
+        (2, steps(4, 3, 0), "learned", {}),
+        (2, steps(4, 3, 0), "running", {}),
+        (1, steps(4, 3, 2), "learned", {}),
+        (2, steps(4, 3, 2), None, {}),
+        (1, steps(0, 0, 7), "tuned", {"target_keep": 0.4, "rounds": 2}),
+    ],
 )
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, source, regularizer, accumulation):
-    own = ours(tmp_path, accumulation, source, regularizer=regularizer)
+def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, accumulation, phases, source, more):
+    regularizer = {name: value for name, value in more.items() if name == "regularizer"}
+    wanted = {"source": source, "rounds": None} | (more if not regularizer else {})
+    own = ours(tmp_path, accumulation, wanted, **phases, **regularizer)
     samples, model = read_by(own), stock(lora_of(own))
     own.train()  # first: arguments of transformers reset what accelerate knows of the process
-    callback = atp_callback(regularizer=regularizer, decisions=DECISIONS | {"source": source})
+    callback = atp_callback(**phases, **regularizer, decisions=DECISIONS | wanted)
     args = settings(TrainingArguments, tmp_path / "hf", accumulation)
+    args.max_steps = sum(phases.values())
     trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback], compute_loss_func=loss_in_float64)
     trainer.train()
-    smaller = callback.cut(trainer.model)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert_equal_to_ours(own, tmp_path, callback, smaller, losses)
-
-
-@pytest.mark.parametrize("source", ["static", "tuned", "running", "learned", None])
-@pytest.mark.parametrize(("search", "settle"), [(0, 0), (0, 2), (3, 0), (3, 2)])
-def test_open_steps_end_where_our_own_loop_does(tmp_path, source, search, settle):
-    """The default recipe has open steps alone; what is removed from their adapter is gone at the cut."""
-    steps, wanted = {"open": 4, "search": search, "settle": settle}, {"source": source, "rounds": None}
-    own = ours(tmp_path, 2, decisions=wanted, **steps)
-    samples, model = read_by(own), stock(lora_of(own))
-    own.train()
-    callback = atp_callback(**steps, decisions=DECISIONS | wanted)
-    args = settings(TrainingArguments, tmp_path / "hf", 2)
-    args.max_steps = sum(steps.values())
-    trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback], compute_loss_func=loss_in_float64)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert_equal_to_ours(own, tmp_path, callback, callback.cut(trainer.model), losses)
+    assert_ends_alike(own, tmp_path, callback, trainer)
+    decisions = callback.pruning.decisions
+    assert abs(decisions.budget.share(decisions.mask) - more.get("target_keep", 0.6)) < 0.03
 
 
 @pytest.mark.parametrize(("size", "dropout", "source"), [(1, 0.0, "running"), (8, 0.0, "running"), (1, 0.1, "tuned")])
@@ -166,21 +175,6 @@ def test_what_the_trainer_sets_chooses_the_source_of_decisions(tmp_path, size, d
     assert callback.pruning.settings.rounds == (2 if source == "running" else 1)
 
 
-def test_decisions_in_rounds_end_where_our_own_loop_does(tmp_path):
-    rounds = {"target_keep": 0.4, "rounds": 2}
-    own = ours(tmp_path, 1, "tuned", rounds, search=0, settle=STEPS, open=0)
-    samples, model = read_by(own), stock(lora_of(own))
-    own.train()
-    callback = atp_callback(search=0, settle=STEPS, decisions=DECISIONS | rounds | {"source": "tuned"})
-    args = settings(TrainingArguments, tmp_path / "hf", 1)
-    trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback], compute_loss_func=loss_in_float64)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert_equal_to_ours(own, tmp_path, callback, callback.cut(trainer.model), losses)
-    decisions = callback.pruning.decisions
-    assert abs(decisions.budget.share(decisions.mask) - 0.4) < 0.03
-
-
 def tokenizer():
     vocabulary = {"<pad>": 0, "<eos>": 1, **{str(number): number for number in range(2, 64)}}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -196,21 +190,13 @@ def test_trl_sft_trainer_ends_where_our_own_loop_does(tmp_path):
     lora = lora_of(own)
     own.train()
     callback = atp_callback()
-    args = settings(trl.SFTConfig, tmp_path / "trl", 1, max_length=16)
     trainer = trl.SFTTrainer(
-        llama(),
-        args,
-        train_dataset=samples,
-        processing_class=tokenizer(),
-        peft_config=adapter(),
-        callbacks=[callback],
-        compute_loss_func=loss_in_float64,
-    )
+        llama(), settings(trl.SFTConfig, tmp_path / "trl", 1, max_length=16), train_dataset=samples,
+        processing_class=tokenizer(), peft_config=adapter(), callbacks=[callback], compute_loss_func=loss_in_float64,
+    )  # fmt: skip
     start_from(trainer.model, lora)
     trainer.train()
-    smaller = callback.cut(trainer.model)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert_equal_to_ours(own, tmp_path, callback, smaller, losses)
+    assert_ends_alike(own, tmp_path, callback, trainer)
 
 
 def test_training_goes_on_with_the_smaller_model(tmp_path):

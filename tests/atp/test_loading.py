@@ -64,6 +64,8 @@ def test_a_run_folder_its_model_and_a_gguf_file_are_models(run, monkeypatch):
         place = ModelConfig(path=name)
         assert run_of(name.replace("~", str(run.parents[1]))).samefile(run)
         assert (run / "model").samefile(place.path) and load_any_model(place).config.hidden_size == 16
+    for name in ("gpt2", "owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", PACKAGED_MODEL):
+        refuse_no_model(name)  # which the Hub may have
     place = ModelConfig(path="small.gguf")
     assert (place.path, place.gguf_file) == (".", "small.gguf")
     assert ModelConfig(path="owner/name", gguf_file="q.gguf").gguf_file == "q.gguf"
@@ -74,11 +76,6 @@ def test_a_name_that_is_no_path_here_is_never_asked_of_the_hub(run, monkeypatch,
     monkeypatch.setattr("atp.models.load.cached_file", lambda *_, **__: pytest.fail("the Hub was asked"))
     with pytest.raises(InputError, match="cannot load the model from '.*': no such file or folder: check the path"):
         load_any_model(ModelConfig(path=name))
-
-
-@pytest.mark.parametrize("name", ["gpt2", "owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", PACKAGED_MODEL])
-def test_names_that_the_hub_may_have_pass(run, name):
-    refuse_no_model(name)
 
 
 def test_what_is_there_and_no_model_says_what_it_is(run, tmp_path):

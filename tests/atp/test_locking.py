@@ -127,10 +127,13 @@ def experiment(config, folder, **overrides):
     ).execute()  # fmt: skip
 
 
-@pytest.mark.parametrize("command", [start, compare, experiment])
 @pytest.mark.parametrize(
-    "wrong", [{"data": {"length": 3000}}, {"model": {"path": "/nowhere"}}, {"data": {"train": "nowhere.jsonl"}}]
-)
+    ("command", "wrong"),
+    [
+        (start, {"data": {"length": 3000}}), (start, {"model": {"path": "/nowhere"}}),
+        (compare, {"data": {"train": "nowhere.jsonl"}}), (experiment, {"data": {"length": 3000}}),
+    ],
+)  # fmt: skip
 def test_what_fails_its_checks_leaves_no_folder(config, tmp_path, command, wrong):
     with pytest.raises(InputError):
         command(config, tmp_path / "deep" / "out", **wrong) if command is not experiment else command(

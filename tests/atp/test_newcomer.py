@@ -15,8 +15,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp.cli import cli
-
 pytestmark = pytest.mark.slow
 
 ATP = [sys.executable, "-m", "atp"]
@@ -127,16 +125,9 @@ def desk(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_the_first_hour(name, desk, monkeypatch, capsys):
+def test_the_first_hour(name, desk, monkeypatch, atp):
     monkeypatch.chdir(desk)
-
-    def call(words):
-        monkeypatch.setattr(sys, "argv", ["atp", *words])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        return done.value.code, *capsys.readouterr()
-
-    play(name, desk, call)
+    play(name, desk, lambda words: atp(*words))
 
 
 def _process(words):

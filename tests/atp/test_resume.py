@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -16,37 +17,78 @@ from atp.training.resume import of_model_folder
 from atp.training.trainer import ATPTrainer
 
 pytestmark = pytest.mark.usefixtures("wide_budget")
+OUT = Path("out")
+
+
+@pytest.fixture(scope="module")
+def light(config):
+    """The config with few scores; its paths are relative, so that a folder can be copied with what began in it."""
+    values = config.model_dump(mode="json")
+    values["model"]["path"], values["data"]["train"] = "inputs", "inputs/data.jsonl"
+    values["evaluation"] |= {"dense_baseline": False, "windows": 4, "questions": 2}
+    return type(config).parse(values)
+
+
+def desk(config, folder):
+    shutil.copytree(config.model.path, folder / "inputs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(config, light, tmp_path_factory):
+    """Folders with inputs and a run in `out`: one that has ended, and one that was stopped before its export."""
+    folders = {name: desk(config, tmp_path_factory.mktemp(name)) for name in ("ended", "stopped")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
+        patch.chdir(folders["ended"])
+        start(light, OUT)
+        patch.chdir(folders["stopped"])
+        with stopping_at(ATPTrainer, "export"):
+            start(light, OUT)
+    return folders
 
 
 @pytest.fixture
-def inputs(config, tmp_path):
-    """The config on a copy of model and data, to be changed."""
-    folder = shutil.copytree(config.model.path, tmp_path / "inputs")
-    values = config.model_dump(mode="json")
-    values["model"]["path"] = str(folder)
-    values["data"]["train"] = str(folder / "data.jsonl")
-    values["evaluation"] |= {"dense_baseline": False, "windows": 4, "questions": 2}
-    return type(config).parse(values), folder
+def here(begun, config, tmp_path, monkeypatch):
+    """Works in a copy of one of those folders, or in one with inputs alone."""
+
+    def work(name=None):
+        shutil.copytree(begun[name], tmp_path / "here") if name else desk(config, tmp_path / "here")
+        monkeypatch.chdir(tmp_path / "here")
+
+    return work
 
 
-def test_a_finished_run_is_left_as_it_is_and_says_so(config, finished):
-    before, said = everything(finished), []
-    summary = start(config, finished, resume=True, say=said.append)
-    assert everything(finished) == before
-    assert said == [f"{finished} is finished and left as it is"]
-    assert summary == read(finished, "summary.json")
-    adapter = load_file(finished / "adapter" / "adapter_model.safetensors")
+@pytest.fixture
+def whole(begun):
+    return begun["ended"] / "out"
+
+
+def test_a_finished_run_is_left_as_it_is_and_says_so(light, here):
+    here("ended")
+    before, said = everything(OUT), []
+    summary = start(light, OUT, resume=True, say=said.append)
+    assert everything(OUT) == before
+    assert said == ["out is finished and left as it is"] and summary == read(OUT, "summary.json")
+    adapter = load_file(OUT / "adapter" / "adapter_model.safetensors")
     assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+
+
+def half(name):
+    """A stop while files are being written."""
+    return hf, "write_text", {"after": True, "when": lambda path, _: path.parent.name.endswith(f"-{name}")}
 
 
 STOPS = {
     "before the export": (ATPTrainer, "export", {}),
+    "in the base": half("base"),
     "before the model": (hf, "merge_adapter", {}),
     "after the model": (hf, "certify_export", {}),
+    "in the adapter": half("adapter"),
     "before the base": (hf, "base_of", {}),
-    "in the adapter": (hf, "adapter_card", {}),
     "before the certificate": (trainers, "write_certificate", {}),
     "after the certificate": (trainers, "write_certificate", {"after": True}),
+    "in the model": half("model"),
     "before the final score": (Run, "_conclude", {}),
     "in the final score": (runs, "sample_answers", {"when": lambda model, *_, **__: "ATP" in type(model).__name__}),
     "before the speed": (Run, "_time", {}),
@@ -57,86 +99,19 @@ STOPS = {
 
 
 @pytest.mark.parametrize("stop", one_in_four(STOPS))
-def test_any_stop_after_training_resumes_to_the_same_bytes(config, finished, tmp_path, stop):
+def test_any_stop_after_training_resumes_to_the_same_bytes(light, here, whole, stop):
     where, name, options = STOPS[stop]
-    folder = tmp_path / "out"
+    here("stopped")
     with stopping_at(where, name, **options):
-        start(config, folder)
-    start(config, folder, resume=True)
-    assert results(folder) == results(finished)
-    ours, theirs = (read(path, "evaluation.json")["final"] for path in (folder, finished))
+        start(light, OUT, resume=True)
+    if options.get("when") and where is hf:
+        assert not (OUT / stop.rpartition(" ")[2]).exists(), "there is never half a folder under its name"
+    start(light, OUT, resume=True)
+    assert results(OUT.absolute()) == results(whole)
+    ours, theirs = (read(path, "evaluation.json")["final"] for path in (OUT, whole))
     assert ours["perplexity"] == theirs["perplexity"] and ours["model_sha256"] == theirs["model_sha256"]
-    assert (folder / "report.html").is_file() and (folder / "certificate.json").is_file()
-
-
-@pytest.mark.parametrize("name", ["base", "adapter", "model"])
-def test_there_is_never_half_a_folder_under_its_name(config, tmp_path, name):
-    """Stopped while files are being written, and again on resume, where there is an older one to replace."""
-    folder = tmp_path / "out"
-    with stopping_at(hf, "write_text", after=True, when=lambda path, _: path.parent.name.endswith(f"-{name}")):
-        start(config, folder)
-    assert not (folder / name).exists()
-    start(config, folder, resume=True)
-    (folder / "report.html").unlink()
-    assert not list(folder.rglob(".writing-*"))
-
-
-def test_a_score_of_another_model_is_made_anew(inputs, tmp_path):
-    config, _ = inputs
-    out = tmp_path / "out"
-    start(config, out)
-    expected, scores = results(out), read(out, "evaluation.json")
-    weights(out / "model")
-    other = scores["final"] | {"perplexity": 1.0, "model_sha256": of_model_folder(out / "model")}
-    (out / "evaluation.json").write_text(json.dumps(scores | {"final": other}))
-    start(config, out, resume=True)
-    assert results(out) == expected
-    assert read(out, "evaluation.json")["final"]["perplexity"] == scores["final"]["perplexity"]
-    assert read(out, "summary.json")["perplexity"]["final"] == scores["final"]["perplexity"]
-
-
-# Where a run may not be resumed
-
-
-def test_a_folder_of_anything_else_is_not_resumed(config, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("precious")
-    with pytest.raises(
-        InputError, match=r"^nothing to resume in .*: it has no readable config.yaml and no checkpoints"
-    ):
-        start(config, tmp_path / "out", resume=True)
-    (tmp_path / "out" / "config.yaml").write_text("theme: dark\n")
-    with pytest.raises(InputError, match="not the folder of a run"):
-        start(config, tmp_path / "out", resume=True)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"thesis.txt", "config.yaml"}
-
-
-@pytest.mark.parametrize("place", ["model", "", "base", "adapter", "link", "data"])
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_run_does_not_write_over_its_own_inputs(inputs, tmp_path, place, resume):
-    config, folder = inputs
-    out = tmp_path / "out"
-    overrides = {"model": {"path": str(out / place)}}
-    if place == "link":
-        out.mkdir()
-        (out / "model").symlink_to(folder)
-        overrides = {}
-    elif place == "data":
-        out.mkdir()
-        shutil.move(folder / "data.jsonl", out / "data.jsonl")
-        overrides = {"data": {"train": str(out / "data.jsonl")}}
-    else:
-        shutil.copytree(folder, out / place)
-    if resume:
-        values = config.model_dump(mode="json") | {"output_dir": str(out)}
-        for section, keys in overrides.items():
-            values[section] |= keys
-        (out / "config.yaml").write_text(type(config).parse(values).dump())
-    before = everything(tmp_path)
-    expected = r"which the run writes to" if resume else r"which the run writes to|is not empty"
-    with pytest.raises(InputError, match=expected):
-        start(config, out, resume=resume, **overrides)
-    assert everything(tmp_path) == before
+    assert (OUT / "report.html").is_file() and (OUT / "certificate.json").is_file()
+    assert not list(OUT.rglob(".writing-*"))
 
 
 def weights(folder):
@@ -144,6 +119,60 @@ def weights(folder):
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[3] += 1e-3
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_score_of_another_model_is_made_anew(light, here, whole):
+    here("ended")
+    scores = read(OUT, "evaluation.json")
+    weights(OUT / "model")
+    other = scores["final"] | {"perplexity": 1.0, "model_sha256": of_model_folder(OUT / "model")}
+    (OUT / "evaluation.json").write_text(json.dumps(scores | {"final": other}))
+    start(light, OUT, resume=True)
+    assert results(OUT.absolute()) == results(whole)
+    assert read(OUT, "evaluation.json")["final"]["perplexity"] == scores["final"]["perplexity"]
+    assert read(OUT, "summary.json")["perplexity"]["final"] == scores["final"]["perplexity"]
+
+
+# Where a run may not be resumed
+
+
+def test_a_folder_of_anything_else_is_not_resumed(config, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    for content, message in (
+        (None, "^nothing to resume in .*: it has no readable config.yaml and no checkpoints"),
+        ("theme: dark\n", "not the folder of a run"),
+    ):
+        if content:
+            (out / "config.yaml").write_text(content)
+        with pytest.raises(InputError, match=message):
+            start(config, out, resume=True)
+    assert {path.name for path in out.iterdir()} == {"thesis.txt", "config.yaml"}
+
+
+@pytest.mark.parametrize("place", ["model", "", "base", "adapter", "link", "data"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_does_not_write_over_its_own_inputs(light, here, place, resume):
+    here()
+    changed = light.model_dump(mode="json") | {"output_dir": "out"}
+    if place == "link":
+        OUT.mkdir()
+        (OUT / "model").symlink_to("../inputs")
+    elif place == "data":
+        OUT.mkdir()
+        shutil.move("inputs/data.jsonl", OUT / "data.jsonl")
+        changed["data"]["train"] = "out/data.jsonl"
+    else:
+        shutil.copytree("inputs", OUT / place)
+        changed["model"]["path"] = str(OUT / place)
+    asked = type(light).parse(changed)
+    if resume:
+        (OUT / "config.yaml").write_text(asked.dump())
+    before = everything(Path())
+    with pytest.raises(InputError, match="which the run writes to" if resume else "which the run writes to|not empty"):
+        start(asked, OUT, resume=resume)
+    assert everything(Path()) == before
 
 
 def edited(name, old, new):
@@ -164,95 +193,68 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-@pytest.mark.parametrize("stop", [(Run, "_train"), (ATPTrainer, "export")], ids=["no checkpoint", "checkpoint"])
-def test_changed_inputs_are_refused_by_name(inputs, tmp_path, what, stop):
-    config, folder = inputs
-    out = tmp_path / "out"
-    with stopping_at(*stop):
-        start(config, out)
-    CHANGES[what](folder)
-    before = everything(out)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_changed_inputs_are_refused_by_name(light, here, what, checkpoint):
+    here("stopped")
+    if not checkpoint:  # as if stopped before its first
+        shutil.rmtree(OUT / "checkpoints")
+    CHANGES[what](Path("inputs"))
+    before = everything(OUT)
     with pytest.raises(InputError, match=rf"^cannot resume: .*{what}.* not what the run was started with: put back"):
-        start(config, out, resume=True)
-    assert everything(out) == before
+        start(light, OUT, resume=True)
+    assert everything(OUT) == before
 
 
 @pytest.mark.parametrize("name", ["inputs.json", "config.yaml"])
-def test_the_checkpoint_knows_what_the_folder_has_lost(inputs, tmp_path, name):
-    config, folder = inputs
-    out = tmp_path / "out"
-    with stopping_at(ATPTrainer, "export"):
-        start(config, out)
-    (out / name).write_bytes(b"")
+def test_the_checkpoint_knows_what_the_folder_has_lost(light, here, name):
+    here("stopped")
+    (OUT / name).write_bytes(b"")
     with pytest.raises(InputError, match=r"lora\.r: 16 -> 4"):
-        start(config, out, resume=True, lora={"r": 4})
-    weights(folder)
+        start(light, OUT, resume=True, lora={"r": 4})
+    weights(Path("inputs"))
     with pytest.raises(InputError, match="base weights"):
-        start(config, out, resume=True)
+        start(light, OUT, resume=True)
 
 
 # Damage in the run folder
 
 
-def test_torn_records_are_named_and_made_anew(inputs, tmp_path):
-    config, _ = inputs
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    start(config, whole)
-    with stopping_at(ATPTrainer, "export"):
-        start(config, torn)
-    with (torn / "metrics.jsonl").open("a") as file:
+def steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_torn_records_are_named_and_made_anew(light, here, whole):
+    here("stopped")
+    with (OUT / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "pha')
-    (torn / "evaluation.json").write_text('{"original": {"perpl')
-    (torn / ".writing-report.html").write_text("half")
-    (torn / "checkpoints" / ".writing-checkpoint-00000009").mkdir()
+    (OUT / "evaluation.json").write_text('{"original": {"perpl')
+    (OUT / ".writing-report.html").write_text("half")
+    (OUT / "checkpoints" / ".writing-checkpoint-00000009").mkdir()
+    (OUT / "checkpoints" / "checkpoint-00000006" / "state.json").write_text("{}")
     said = []
-    start(config, torn, resume=True, say=said.append)
-    assert any("metrics.jsonl" in line and "1 damaged line" in line for line in said)
-    assert any("evaluation.json is damaged" in line for line in said)
-    assert results(torn) == results(whole)
-    steps = [json.loads(line)["step"] for line in (torn / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 7))
-    assert (
-        read(torn, "evaluation.json")["original"]["perplexity"]
-        == read(whole, "evaluation.json")["original"]["perplexity"]
-    )
-    assert not list(torn.rglob(".writing-*"))
+    start(light, OUT, resume=True, say=said.append)
+    for sentence in ("1 damaged line", "evaluation.json is damaged", "checkpoint-00000006, state.json is not what was"):
+        assert any(sentence in line for line in said), sentence
+    assert results(OUT.absolute()) == results(whole) and steps(OUT) == list(range(1, 7))
+    ours, theirs = (read(folder, "evaluation.json")["original"]["perplexity"] for folder in (OUT, whole))
+    assert ours == theirs and not list(OUT.rglob(".writing-*"))
 
 
-def test_records_never_double(inputs, tmp_path):
+def test_records_never_double(light, here):
     """Killed before the first checkpoint, the steps that are run again leave one line each."""
-    config, _ = inputs
-    out = tmp_path / "out"
+    here()
     late = {"training": {"save_every": 50}}
     with stopping_at(ATPTrainer, "_cut"):
-        start(config, out, **late)
-    said = []
-    start(config, out, resume=True, say=said.append, **late)
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 7))
+        start(light, OUT, **late)
+    start(light, OUT, resume=True, **late)
+    assert steps(OUT) == list(range(1, 7))
 
 
-def test_damaged_checkpoints_alone_stop_the_run_before_anything_is_scored(inputs, tmp_path):
-    config, _ = inputs
-    out = tmp_path / "out"
-    with stopping_at(ATPTrainer, "export"):
-        start(config, out)
-    for path in (out / "checkpoints").rglob("state.json"):
+def test_damaged_checkpoints_alone_stop_the_run_before_anything_is_scored(light, here):
+    here("stopped")
+    for path in (OUT / "checkpoints").rglob("state.json"):
         path.write_text("[]")
-    before = everything(out)
+    before = everything(OUT)
     with pytest.raises(InputError, match=r"no checkpoint in .* is intact"):
-        start(config, out, resume=True)
-    assert everything(out) == before
-
-
-def test_a_damaged_newest_checkpoint_is_named_on_screen(inputs, tmp_path):
-    config, _ = inputs
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    start(config, whole)
-    with stopping_at(ATPTrainer, "export"):
-        start(config, out)
-    (out / "checkpoints" / "checkpoint-00000006" / "state.json").write_text("{}")
-    said = []
-    start(config, out, resume=True, say=said.append)
-    assert any("checkpoint-00000006, state.json is not what was written" in line for line in said)
-    assert results(out) == results(whole)
+        start(light, OUT, resume=True)
+    assert everything(OUT) == before

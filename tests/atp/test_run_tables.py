@@ -6,7 +6,6 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_command import read, start
-from traced import untraced
 
 from atp.data import load_recipe
 from atp.evaluation.samples import Sample, sample_answers
@@ -41,8 +40,8 @@ def untaught(config, tmp_path, wide_budget):
     return tmp_path / "out"
 
 
-def test_the_majority_label_is_scored_on_the_questions_of_the_models(config, finished):
-    scores, summary = read(finished, "evaluation.json"), read(finished, "summary.json")
+def test_the_majority_label_is_scored_and_shown_by_the_command_the_report_and_the_card(config, finished, printed):
+    scores, summary, shown = read(finished, "evaluation.json"), read(finished, "summary.json"), printed(finished)
     found = scores["majority"]["qa"]
     truth = [true for true, _ in scores["final"]["tasks"]["qa"]["items"]]
     assert [true for true, _ in found["items"]] == truth and len(truth) == config.evaluation.questions
@@ -50,50 +49,46 @@ def test_the_majority_label_is_scored_on_the_questions_of_the_models(config, fin
     assert found["accuracy"] == truth.count(found["label"]) / len(truth)
     assert summary["majority"] == {"qa": without_items(found)}
     assert {"original", "tuned_dense", "final"} == summary["qa"].keys(), "the models' scores keep their keys"
-
-
-def test_every_figure_of_the_report_is_in_the_records(finished):
-    page, run = (finished / "report.html").read_text(encoding="utf-8"), read_run(finished)
-    assert untraced(page, run) == [] and run.summary["certificate"] == run.certificate
-    run.summary["perplexity"]["final"] += 1
-    assert untraced(page, run) != []
-
-
-def test_it_is_shown_by_the_command_the_report_and_the_card(finished, printed):
-    printed = printed(finished)
-    found = read(finished, "summary.json")["majority"]["qa"]
+    # The tiny model repeats the last word, which is the answer: far above the majority label.
+    assert summary["not_measurable"] == {} and summary["ratios"] == {"qa macro_f1": summary["relative_performance"]}
     sentence = f"Majority label of qa: always '{found['label']}', the most frequent answer of the training questions."
     page = (finished / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
     card = (finished / "model" / "README.md").read_text(encoding="utf-8")
-    assert sentence in printed and sentence in page
-    head = next(line for line in printed.splitlines() if "majority label" in line)
+    assert sentence in shown and sentence in page
+    head = next(line for line in shown.splitlines() if "majority label" in line)
     assert head.split() == ["original", "tuned", "dense", "final", "majority", "label"] or "┃" in head
-    row = next(line for line in printed.splitlines() if "qa macro_f1" in line)
+    row = next(line for line in shown.splitlines() if "qa macro_f1" in line)
     assert f"{found['macro_f1']:.3f}" in row.split("│")[-2]
     assert '<th scope="col">majority label</th>' in page and f"{found['macro_f1']:.3f}" in page
     assert f"| {found['macro_f1']:.4g} |\n" in card and "| data | score | value | majority label |" in card
 
 
-def test_the_command_says_whether_the_certificate_holds(finished, printed):
-    found = read(finished, "summary.json")["certificate"]
-    assert "certificate: pass\n" in printed(finished) and "merge error" not in printed(finished)
-    failed = printed(finished, certificate=found | {"merge_error": 1.5})
-    assert "certificate: FAIL: merge_error is 1.50e+00, not at most 1 (weights with the adapter merged in" in failed
-
-
-def test_the_command_shows_perplexity_below_the_scores_and_speeds_with_their_intervals(finished, printed):
-    shown, speed = printed(finished), read(finished, "summary.json")["speed"]["final"]
+def test_the_command_shows_scores_speeds_with_their_intervals_and_whether_the_certificate_holds(finished, printed):
+    shown, summary = printed(finished), read(finished, "summary.json")
     assert 0 < shown.index("qa macro_f1") < shown.index("held-out perplexity") < shown.index("share of the decoder")
+    speed = summary["speed"]["final"]
     low, high = speed["decode_tokens_per_second_interval"]
     assert f"{speed['decode_tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})" in shown
     assert "Qa macro-F1: tuning alone takes the whole model from" in shown
+    assert "certificate: pass\n" in shown and "merge error" not in shown
+    failed = printed(finished, certificate=summary["certificate"] | {"merge_error": 1.5})
+    assert "certificate: FAIL: merge_error is 1.50e+00, not at most 1 (weights with the adapter merged in" in failed
 
 
 def test_a_run_from_python_leaves_what_the_commands_read(config, tmp_path, wide_budget):
     from atp import Run
 
+    def refuse(*arguments, **options):
+        raise AssertionError("nothing is generated")
+
     folder = tmp_path / "mine"
-    summary = Run(config.model_copy(update={"output_dir": str(folder)}), say=lambda line: None).execute()
+    values = config.model_dump(mode="json") | {"output_dir": str(folder)}
+    values["evaluation"] |= {"samples": 0, "dense_baseline": False, "questions": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atp.evaluation.samples.generate_answers", refuse)
+        summary = Run(type(config).parse(values), say=lambda line: None).execute()
+    assert "samples" not in summary, "no prompts are answered if none are asked for"
+    assert "side by side" not in (folder / "report.html").read_text(encoding="utf-8")
     assert summary == read(folder, "summary.json") and summary["command"] == "atp.Run(config).execute()"
     (line,) = runs_below(tmp_path)
     assert (line.state, line.perplexity) == ("finished", summary["perplexity"]["final"])
@@ -128,17 +123,6 @@ def test_held_out_prompts_are_answered_by_both_models(config, finished):
         assert sample_answers(model, tokenizer, asked) == [sample["models"][name] for sample in samples]
 
 
-def test_no_prompts_are_answered_if_none_are_asked_for(config, tmp_path, wide_budget):
-    def refuse(*arguments, **options):
-        raise AssertionError("nothing is generated")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.evaluation.samples.generate_answers", refuse)
-        summary = start(config, tmp_path / "out", evaluation={"samples": 0, "dense_baseline": False, "questions": 2})
-    assert "samples" not in summary
-    assert "side by side" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-
-
 def test_a_question_is_shown_on_request(finished, untaught, printed):
     assert "answers" not in read(finished, "summary.json")
     assert "Answers to one test question" not in (finished / "report.html").read_text(encoding="utf-8")
@@ -150,9 +134,3 @@ def test_a_question_is_shown_on_request(finished, untaught, printed):
         assert [shown["truth"], shown["models"][name]] in items and f"{label}: {shown['models'][name]}" in lines
     page = (untaught / "report.html").read_text(encoding="utf-8")
     assert shown["chosen"] in page and f"<pre>{shown['prompt']}</pre>" in page
-
-
-def test_a_finished_run_measures_what_the_dense_model_has_learnt(finished):
-    """The tiny model repeats the last word, which is the answer: far above the majority label."""
-    summary = read(finished, "summary.json")
-    assert summary["not_measurable"] == {} and summary["ratios"] == {"qa macro_f1": summary["relative_performance"]}

@@ -58,27 +58,28 @@ def test_a_file_of_labelled_questions(folder):
     assert qa["accuracy"] == sum(a == b for a, b in qa["items"]) / 6
     assert scores["documents"] == 4 and scores["stride"] == 8
     assert scores["settings"]["precision"] == "float32"
+    # The file has no training part. Its first six answers are yes, no, no, yes, no, no.
+    found = scores["majority"]["qa"]
+    assert (found["label"], found["of"], found["accuracy"]) == ("no", "test", pytest.approx(4 / 6))
     flat = {name: (value, interval) for name, value, interval in flat_scores(scores)}
+    assert flat["majority qa accuracy"][0] == found["accuracy"]
     assert flat["qa accuracy"] == (qa["accuracy"], qa["accuracy_interval"])
     assert flat["perplexity"][1] == scores["perplexity_interval"] and "decode_tokens_per_second" in flat
     json.dumps(scores)
 
 
-def test_completions_without_labels_are_generated(folder):
+def test_completions_are_generated_and_without_the_package_for_rouge_the_rest_is_scored(folder, monkeypatch):
     pytest.importorskip("rouge_score")
-    scores = scored(folder, questions=2)
-    assert scores["tasks"]["answers"]["n"] == 2 and 0 <= scores["tasks"]["answers"]["rouge1"] <= 1
-    assert scored(folder, questions=0)["tasks"] == {}
-
-
-def test_without_the_package_for_rouge_the_rest_is_scored(folder, monkeypatch):
+    answers = scored(folder, questions=2)["tasks"]["answers"]
+    assert answers["n"] == 2 and 0 <= answers["rouge1"] <= 1
     for name in ("rouge_score", "rouge_score.rouge_scorer", "lm_eval"):
         monkeypatch.setitem(sys.modules, name, None)
     scores = scored(folder, questions=2)
     assert scores["tasks"] == {} and scores["perplexity"] > 1
     assert any("Not scored: answers, because ROUGE needs package rouge-score: run pip" in r for r in scores["remarks"])
     assert scored(folder, questions=2, labels=("yes", "no"))["tasks"]["qa"]["n"] == 2
-    assert not any("Not scored" in remark for remark in scored(folder, questions=0)["remarks"])
+    none = scored(folder, questions=0)
+    assert none["tasks"] == {} and not any("Not scored" in remark for remark in none["remarks"])
 
 
 def test_relative_to_the_dense_model(folder, tmp_path):
@@ -100,15 +101,6 @@ def test_relative_to_the_dense_model(folder, tmp_path):
     assert other["perplexity_ratio"] == pytest.approx(other["perplexity"] / dense["perplexity"])
     with pytest.raises(InputError, match="not scored on the same items"):
         scored(folder, **options, documents=3, dense=str(path))
-
-
-def test_the_majority_label_of_a_file_is_that_of_its_questions(folder):
-    """The file has no training part. Its first six answers are yes, no, no, yes, no, no."""
-    scores = scored(folder, labels=("yes", "no"))
-    found = scores["majority"]["qa"]
-    assert (found["label"], found["of"], found["accuracy"]) == ("no", "test", pytest.approx(4 / 6))
-    flat = {name: value for name, value, _ in flat_scores(scores)}
-    assert flat["majority qa accuracy"] == found["accuracy"]
 
 
 def test_a_config_of_a_run_gives_the_split_of_that_run(folder, tmp_path):
@@ -137,18 +129,14 @@ def test_scores_that_are_none_are_refused_before_the_model_runs(folder, tmp_path
             scored(folder, labels=("yes", "no"), dense=str(place))
 
 
-def test_a_window_beyond_the_positions_is_refused_before_the_model_runs(folder, monkeypatch):
+def test_windows_and_labels_that_do_not_fit_are_refused_before_the_model_runs(folder, monkeypatch):
     monkeypatch.setattr("atp.cli.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
+    with pytest.raises(InputError, match="labels 'perhaps' and 'surely' become the same tokens"):
+        scored(folder, labels=("yes", "no", "perhaps", "surely"))
     with pytest.raises(InputError, match="--length is 4096, but the model has only 2048 positions: lower --length"):
         scored(folder, length=4096)
     with pytest.raises(InputError, match="stride 16 does not fit windows of 16 tokens"):
         scored(folder, stride=16)
-
-
-def test_labels_without_tokens_of_their_own_are_refused_before_the_model_runs(folder, monkeypatch):
-    monkeypatch.setattr("atp.cli.scoring.evaluate_model", lambda *_, **__: pytest.fail("the model ran"))
-    with pytest.raises(InputError, match="labels 'perhaps' and 'surely' become the same tokens"):
-        scored(folder, labels=("yes", "no", "perhaps", "surely"))
 
 
 def test_what_there_is_less_of_than_asked_is_said(folder):

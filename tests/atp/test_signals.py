@@ -2,14 +2,12 @@
 
 import os
 import signal
-import sys
 
 import pytest
 from tiny_command import results, start
 
 from atp import run as runs
 from atp.baselines import tuner
-from atp.cli import cli
 from atp.export import hf
 from atp.ground.errors import Interrupted
 from atp.studies.compare import Comparison, baseline_run
@@ -67,16 +65,12 @@ def test_a_signal_while_loading_says_that_nothing_was_written(config, tmp_path, 
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_command_prints_one_line_and_returns_128_plus_the_signal(config, tmp_path, monkeypatch, capsys, signum):
+def test_the_command_prints_one_line_and_returns_128_plus_the_signal(config, tmp_path, monkeypatch, atp, signum):
     path = tmp_path / "config.yaml"
     path.write_text(config.model_copy(update={"output_dir": str(tmp_path / "out")}).dump())
     signalled(monkeypatch, runs, "evaluate_model", signum)
-    monkeypatch.setattr(sys, "argv", ["atp", "train", str(path)])
-    with pytest.raises(SystemExit) as done:
-        cli.main()
-    assert done.value.code == 128 + signum
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "continue with --resume" in err and "Traceback" not in err
+    code, _, err = atp("train", path)
+    assert code == 128 + signum and err.count("\n") == 1 and "continue with --resume" in err and "Traceback" not in err
 
 
 def test_a_comparison_ends_and_goes_on(config, tmp_path, monkeypatch):

@@ -49,17 +49,15 @@ def test_a_phase_without_bars_moves(screen):
         assert len({frame for frame in drawn if "certificate" in frame}) >= 3, "the sign turns"
         progress.begin("export")
         assert "export" in frames(file, 0.5)[-1]
-    assert "export" not in frames(file, 0.3)[-1], "and is gone with the command"
-
-
-def test_nothing_moves_beside_a_result(screen):
-    console, file = screen
-    with progress.logged(as_json=False, console=console):
-        progress.begin("counting")
         progress.end()
-        assert frames(file, 0.3) == [""]
+        assert frames(file, 0.3) == [""], "nothing moves beside a result"
         progress.begin("again")
         assert "again" in frames(file, 0.3)[-1]
+    assert "again" not in frames(file, 0.3)[-1], "and is gone with the command"
+    with progress.logged(as_json=False, console=console):
+        progress.begin("loading")
+        assert progress.error("no such file") is False
+        assert frames(file, 0.5) == [""], "so that the sentence stands alone"
 
 
 def test_bars_move_without_an_update_and_name_the_phase(screen):
@@ -74,13 +72,6 @@ def test_bars_move_without_an_update_and_name_the_phase(screen):
         assert "saliency" in frames(file, 0.5)[-1], "the sign is back when the bars have ended"
 
 
-def test_without_a_terminals_sign_bars_name_their_task(screen):
-    console, file = screen
-    with progress.Bars(progress.PHASE, console=console) as bars:
-        bars.add_task("dense", total=10)
-        assert "dense" in frames(file, 0.5)[-1]
-
-
 def test_names_are_shown_as_they_are(screen):
     console, file = screen
     with progress.logged(as_json=False, console=console):
@@ -90,14 +81,6 @@ def test_names_are_shown_as_they_are(screen):
             bars.add_task("task [/i]", total=10)
             drawn = frames(file, 0.5)[-1]
             assert "task [/i]" in drawn and "[progress" not in drawn
-
-
-def test_a_sentence_ends_the_sign(screen):
-    console, file = screen
-    with progress.logged(as_json=False, console=console):
-        progress.begin("loading")
-        assert progress.error("no such file") is False
-        assert frames(file, 0.5) == [""], "so that the sentence stands alone"
 
 
 @pytest.mark.usefixtures("wide_budget")

@@ -34,10 +34,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_what_stays_is_no_problem(folder):
-    assert soak.problems(watch([100, 150, 200, 200, 200, 200, 203, 203, 203]), folder, 2) == [], "it rises at first"
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -45,14 +41,8 @@ def test_what_stays_is_no_problem(folder):
         ({"files": (6, 6, 6, 6, 7, 8, 9, 10, 11)}, "open files went from 6 to 11"),
         ({"threads": (2, 2, 2, 2, 3, 3, 3, 3, 3)}, "threads went from 2 to 3"),
         ({"children": ["one"]}, "1 processes are left"),
+        ({"memory": [100, 150, 200, 200, 200, 200, 203, 203, 203]}, None),  # it rises at first
     ],
 )
 def test_what_grows_is_named(folder, change, named):
-    assert soak.problems(watch(**{"memory": [100] * 9} | change), folder, 2) == [named]
-
-
-def test_files_that_are_left_are_named(folder):
-    (folder / ".writing-x").touch()
-    (folder / "checkpoints" / "checkpoint-3").mkdir()
-    found = soak.problems(watch([100] * 9), folder, 2)
-    assert ".writing-x" in found[0] and "checkpoint-3" in found[1]
+    assert soak.problems(watch(**{"memory": [100] * 9} | change), folder, 2) == ([named] if named else [])

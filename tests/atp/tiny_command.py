@@ -40,6 +40,11 @@ def read(folder, name):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
+def is_one_sentence(err):
+    """Whether a command said on stderr what was wrong, and no more."""
+    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err and len(err) < 1000
+
+
 class Stop(BaseException):
     """What a kill is to the files: nothing after it is run."""
 

@@ -1,6 +1,7 @@
 """A folder with a tiny Llama and its tokenizer, and ways to spoil it."""
 
 import json
+import random
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,14 @@ def save(folder, *, shards=False, **changes):
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
     return folder
+
+
+def write_texts(path):
+    """A file of 40 texts."""
+    draw = random.Random(0)
+    rows = [json.dumps({"text": " ".join(draw.choices(WORDS, k=50))}) for _ in range(40)]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
 
 
 def edit_json(path, **changes):

@@ -15,32 +15,18 @@ RELATION = {"label_names": ("entailment", "neutral", "contradiction")}
 FILES = {
     "texts.jsonl": ({}, 12, "Leaky tap. Close", "of the same size.", ""),
     "texts.jsonl.gz": ({}, 12, "Leaky tap. Close", "of the same size.", ""),
-    "alpaca.json": (
-        {},
-        12,
-        "User: Rewrite the",
-        "the roses.\nAssistant: The roses are watered by the gardener.",
-        "answers",
-    ),
+    "alpaca.json": ({}, 12, "User: Rewrite the", "\nAssistant: The roses are watered by the gardener.", "answers"),
     "sharegpt.jsonl": (
-        {},
-        12,
-        "System: You answer briefly.\nUser: Can I freeze",
-        "until it steams throughout.",
-        "answers",
+        {}, 12, "System: You answer briefly.\nUser: Can I freeze", "until it steams throughout.", "answers",
     ),
     "tools.jsonl": (
-        {},
-        12,
-        "System: Use the tools.\nUser: Do I need",
-        "Assistant: No: sunny, 24 °C in Lisbon.",
-        "answers",
+        {}, 12, "System: Use the tools.\nUser: Do I need", "Assistant: No: sunny, 24 °C in Lisbon.", "answers",
     ),
     "trl.jsonl": ({}, 12, "User: Can I freeze", "until it steams throughout.", "answers"),
     "questions.csv": ({}, 12, 'User: Earlier: "Can I freeze', "until it steams throughout.", "answers"),
     "reviews.parquet": (SENTIMENT, 14, "Arrived early, works", "as described. positive", "qa"),
     "entailment.arrow": (RELATION, 14, "Premise: A man is", "contradiction): entailment", "nli"),
-}
+}  # fmt: skip
 
 
 def test_every_file_is_here():
@@ -54,11 +40,7 @@ def test_each_kind_is_read(name):
     first = found[0].text
     assert len(found) == rows and first.startswith(begins) and first.endswith(ends), first
     assert {example.task for example in found} == {task}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_each_kind_makes_splits(name):
-    splits = load_recipe(DataSettings(recipe="custom", train=str(FOLDER / name), **FILES[name][0]))
+    splits = load_recipe(DataSettings(recipe="custom", train=str(FOLDER / name), **meaning))
     assert all((splits.train, splits.calibration, splits.test))
 
 

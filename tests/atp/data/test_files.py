@@ -1,5 +1,6 @@
 """Reading user files: every mistake is one sentence with file, line and remedy."""
 
+import builtins
 import csv
 import gzip
 import sys
@@ -27,49 +28,66 @@ def test_jsonl_and_csv_give_the_same_rows(tmp_path):
     expected = [{"prompt": 'p, "1"', "completion": "c\nd"}, {"prompt": "é", "completion": ""}]
     assert [row.values for row in read_rows(jsonl)] == expected
     assert [row.values for row in read_rows(csv)] == expected
+    marked = write(tmp_path / "b.csv", Path(csv).read_text(encoding="utf-8"), "utf-8-sig")
+    assert [row.values for row in read_rows(marked)] == expected, "a byte-order mark is no part of the first column"
     assert read_rows(jsonl)[1].where.endswith("a.jsonl, line 3")
 
 
-def test_byte_order_mark_is_not_part_of_the_first_column(tmp_path):
-    assert read_rows(write(tmp_path / "a.csv", "text\nhello\n", "utf-8-sig"))[0].values == {"text": "hello"}
+BROKEN = [
+    ("a.jsonl", "", "a.jsonl is empty"), ("a.json", "[]", "a.json is empty"), ("a.csv", "text\n", "is empty"),
+    ("a.jsonl", '{"text": "a"}\n{"text": ', "a.jsonl, line 2: not valid JSON"),
+    ("a.jsonl", '["a"]', "line 1: a list, not an object"),
+    ("a.csv", "prompt,completion\na,b\nc\n", "line 3: not 2 fields"),
+    ("a.csv", "prompt,completion\na,b,c\n", "line 2: not 2 fields"),
+    ("a.csv", 'text\n"open\n', "JSONL instead"),
+    ("a.csv", "text\né\n".encode("latin-1"), "not UTF-8"),
+    ("a.txt", "hello", "unknown file type '.txt'"),
+    ("a.json", "{", "a.json: not valid JSON"),
+    ("a.json", '"text"', "a.json: 'text', not a list; write a list of objects"),
+    ("a.json", '{"a": 1}', "a.json: an object with 0 lists, not with one"),
+    ("a.json", '{"a": [], "b": []}', "a.json: an object with 2 lists, not with one"),
+    ("a.json", '[{"text": "a"}, 5]', "a.json, row 1: 5, not an object"),
+    ("a.json", '{"text": "a"}\n{"text": \n', "a.json, line 2: not valid JSON"),
+    ("a.json", "[{}", "delimiter at character 4"), ("a.json", "[{} {}]", "delimiter at character 5"),
+    ("a.json", "[", "value at character 2"), ("a.json", "[{},]", "value at character 5"),
+    ("a.json", "[{}] x", "Extra data at character 6"), ("a.json", "[" * 10**5, "too deeply"),
+    ("a.json", '[{"a": "\\ud800"}]', "without its other half"),
+    ("a.json", '[{"a": ' + "9" * 5000 + "}]", "thousands of digits"),
+    ("a.jsonl", '{"text": ' + "[" * 10**5, "line 1: not valid JSON .nested too deeply"),
+    ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1: not valid JSON .a number with thousands of digits"),
+    ("a.jsonl", '{"text": "a", "other": "\\ud800"}', "line 1: not valid JSON .an escape .* without its other half"),
+    ("a.jsonl", '{"text": NaN}', "line 1: column 'text' holds nan, not text"),
+    ("a.jsonl", '{"text": ' + "[" * 900 + "]" * 900 + "}", "line 1: column 'text' holds .*not text"),
+    ("a.jsonl", '{"text": ["' + "x" * 10**6 + '"]}', "line 1: column 'text' holds .*not text"),
+    ("a.jsonl", '{"' + "x" * 10**6 + '": 1}', r"line 1: column 'text' is missing \(found: x+\.\.\.\)"),
+    ("a.jsonl", "{" + ", ".join(f'"{n}": 1' for n in range(10**5)) + "}", r"column 'text' is missing \(found: 0, 1,"),
+    ("a.jsonl", '{"x": "1", "y": 2}', r"a.jsonl, line 1: column 'text' is missing \(found: x, y\)"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.jsonl", "", "is empty"),
-        ("a.csv", "text\n", "is empty"),
-        ("a.jsonl", '{"text": "a"}\n{"text": ', "line 2: not valid JSON"),
-        ("a.jsonl", '["a"]', "line 1: a list, not an object"),
-        ("a.csv", "prompt,completion\na,b\nc\n", "line 3: not 2 fields"),
-        ("a.csv", "prompt,completion\na,b,c\n", "line 2: not 2 fields"),
-        ("a.csv", 'text\n"open\n', "JSONL instead"),
-        ("a.txt", "hello", "unknown file type '.txt'"),
-    ],
-)
-def test_malformed_files(tmp_path, name, text, message):
-    with pytest.raises(InputError, match=message):
-        read_rows(write(tmp_path / name, text))
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ('{"text": ' + "[" * 10**5, "line 1: not valid JSON .nested too deeply"),
-        ('{"text": ' + "9" * 5000 + "}", "line 1: not valid JSON .a number with thousands of digits"),
-        ('{"text": "a", "other": "\\ud800"}', "line 1: not valid JSON .an escape .* without its other half"),
-        ('{"text": NaN}', "line 1: column 'text' holds nan, not text"),
-        ('{"text": ' + "[" * 900 + "]" * 900 + "}", "line 1: column 'text' holds .*not text"),
-        ('{"text": ["' + "x" * 10**6 + '"]}', "line 1: column 'text' holds .*not text"),
-        ('{"' + "x" * 10**6 + '": 1}', r"line 1: column 'text' is missing \(found: x+\.\.\.\)"),
-        ("{" + ", ".join(f'"{n}": 1' for n in range(10**5)) + "}", r"line 1: column 'text' is missing \(found: 0, 1,"),
-    ],
-    ids=range(8),
-)
-def test_damaged_json_is_one_short_sentence(tmp_path, line, reason):
-    with pytest.raises(InputError, match=f"a.jsonl, {reason}") as caught:
-        read_rows(write(tmp_path / "a.jsonl", line))[0].text("text")
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN, ids=range(len(BROKEN)))
+def test_what_is_broken_is_one_short_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message) as caught:
+        read_rows(str(tmp_path / name))[0].text("text")
     assert len(str(caught.value)) < 600
+
+
+NESTED = '{"a": {"b": ["x", 1], "c": ["x"]}, "t": "x"}'
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda row: row.text("a.d"), r"column 'a.d' is missing \(found: b, c\)"),
+        (lambda row: row.text("t.b"), r"column 't.b' is missing \(found: none\)"),
+        (lambda row: row.texts("a.b"), r"column 'a.b' holds \['x', 1\], not a list of texts"),
+        (lambda row: row.texts("a.c", 2), "column 'a.c' holds 1 texts, not 2"),
+    ],
+)
+def test_nested_column_errors(tmp_path, read, message):
+    with pytest.raises(InputError, match=message):
+        read(read_rows(write(tmp_path / "a.jsonl", NESTED))[0])
 
 
 def test_damaged_parquet_is_one_short_sentence_that_names_the_file(tmp_path):
@@ -120,6 +138,7 @@ def test_paths_that_are_no_files_say_what_they_are(tmp_path):
         "~nobody-of-this-name/a": "there is no such home folder",
         "x" * 5000 + ".csv": "File name too long",
         "a\0b.csv": "is not a valid file name",
+        str(tmp_path / "none.jsonl"): "does not exist",
     }.items():
         with pytest.raises(InputError, match=reason) as caught:
             read_rows(source)
@@ -127,13 +146,6 @@ def test_paths_that_are_no_files_say_what_they_are(tmp_path):
     for source in ("x" * 5000, "a\0b"):
         with pytest.raises(InputError, match="cannot load"):
             read_rows(source)
-
-
-def test_wrong_encoding_and_missing_file(tmp_path):
-    with pytest.raises(InputError, match="not UTF-8"):
-        read_rows(write(tmp_path / "a.csv", "text\né\n", "latin-1"))
-    with pytest.raises(InputError, match="does not exist"):
-        read_rows(str(tmp_path / "none.jsonl"))
 
 
 @pytest.mark.parametrize(("name", "good"), [("a.jsonl", '{{"text": "{}"}}'), ("a.csv", "{}")])
@@ -171,18 +183,6 @@ def test_parquet_gives_rows_and_nested_columns(tmp_path):
         read_rows(str(path))
 
 
-def test_nested_column_errors(tmp_path):
-    row = read_rows(write(tmp_path / "a.jsonl", '{"a": {"b": ["x", 1], "c": ["x"]}, "t": "x"}'))[0]
-    with pytest.raises(InputError, match=r"column 'a.d' is missing \(found: b, c\)"):
-        row.text("a.d")
-    with pytest.raises(InputError, match=r"column 't.b' is missing \(found: none\)"):
-        row.text("t.b")
-    with pytest.raises(InputError, match=r"column 'a.b' holds \['x', 1\], not a list of texts"):
-        row.texts("a.b")
-    with pytest.raises(InputError, match="column 'a.c' holds 1 texts, not 2"):
-        row.texts("a.c", 2)
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_a_limit_leaves_the_rest_unread(tmp_path, name):
     text = '{"text": "a"}\n{"text": "b"}\nbroken' if name.endswith("jsonl") else 'text\na\nb\n"broken\n'
@@ -190,14 +190,6 @@ def test_a_limit_leaves_the_rest_unread(tmp_path, name):
     assert [row.values["text"] for row in read_rows(path, limit=2)] == ["a", "b"]
     with pytest.raises(InputError):
         read_rows(path)
-
-
-def test_column_errors_name_the_columns_found(tmp_path):
-    row = read_rows(write(tmp_path / "a.jsonl", '{"x": "1", "y": 2}'))[0]
-    with pytest.raises(InputError, match=r"a.jsonl, line 1: column 'text' is missing \(found: x, y\)"):
-        row.text("text")
-    with pytest.raises(InputError, match="column 'y' holds 2, not text"):
-        row.text("y")
 
 
 def test_folder_goes_through_datasets(tmp_path, monkeypatch):
@@ -218,20 +210,23 @@ def test_hub_name_without_datasets_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["new_file", "new_stream"])
-def test_an_arrow_file_whose_offsets_point_elsewhere_is_refused(tmp_path, kind):
+def test_arrow_in_both_forms_and_damaged(tmp_path, kind):
     pyarrow = pytest.importorskip("pyarrow")
-    table = pyarrow.table({"text": ["aa", "bb", "cc"]})
-    path = tmp_path / "a.arrow"
+    values = [{"text": f"{n % 7}{n % 7}"} for n in range(1000)]
+    table, path = pyarrow.Table.from_pylist(values), tmp_path / "a.arrow"
     with getattr(pyarrow.ipc, kind)(str(path), table.schema) as writer:
-        writer.write_table(table)
-    assert len(read_rows(str(path))) == 3
-    ends = [number.to_bytes(4, "little") for number in (2, 4, 6)]
+        writer.write_table(table, max_chunksize=300)
+    rows = read_rows(str(path))
+    assert [row.values for row in rows] == values and rows[-1].where.endswith("a.arrow, row 999")
     content = path.read_bytes()
-    assert content.count(b"".join(ends)) == 1
+    ends = b"".join(number.to_bytes(4, "little") for number in (2, 4, 6))
     # Unchecked, the second text would be 2 GB of whatever lies behind.
-    path.write_bytes(content.replace(b"".join(ends), ends[0] + (2**31 - 8).to_bytes(4, "little") + ends[2]))
-    with pytest.raises(InputError, match="not an Arrow file, or a damaged one .*rewrite it"):
-        read_rows(str(path))
+    elsewhere = ends[:4] + (2**31 - 8).to_bytes(4, "little") + ends[8:]
+    assert ends in content
+    for damaged in (content[:500], content.replace(ends, elsewhere)):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="a.arrow: not an Arrow file, or a damaged one .*rewrite it"):
+            read_rows(str(path))
 
 
 def packed(path, text):
@@ -273,25 +268,6 @@ def test_a_list_of_objects_is_read_one_at_a_time(tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("[]", []), (' [ ] ', []), ('[{"a": "[1, 2]"} , {"a": {"b": []}}]\n', [{"a": "[1, 2]"}, {"a": {"b": []}}]),
-        ("[{}", "delimiter at character 4"), ("[{} {}]", "delimiter at character 5"), ("[", "value at character 2"),
-        ("[{},]", "value at character 5"), ("[{}] x", "Extra data at character 6"), ("[" * 10**5, "too deeply"),
-        ('[{"a": "\\ud800"}]', "without its other half"), ('[{"a": ' + "9" * 5000 + "}]", "thousands of digits"),
-        ("[{}, 3]", "row 1: 3, not an object"),
-    ],
-)  # fmt: skip
-def test_lists_of_objects(tmp_path, text, found):
-    path = Path(write(tmp_path / "a.json", text))
-    if isinstance(found, list):
-        assert [row.values for row in read_file(path)] == found
-        return
-    with pytest.raises(InputError, match=found):
-        list(read_file(path))
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_a_line_that_would_not_fit_in_memory_as_objects_is_refused(tmp_path, name, monkeypatch):
     monkeypatch.setattr("atp.data.formats._LONGEST_ROW", 1000)
@@ -325,3 +301,13 @@ def test_a_small_table_that_unfolds_to_much_is_refused(tmp_path, columns, refusa
     with pytest.raises(InputError, match=f"a.parquet: {refusal}"):
         for _ in read_file(path):
             assert pyarrow.total_allocated_bytes() - before < 2**25
+
+
+def test_a_script_beside_the_data_is_not_run(tmp_path, monkeypatch):
+    folder, ran = tmp_path / "corpus", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "corpus.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    with pytest.raises(InputError, match="cannot load"):
+        read_rows(str(folder))
+    assert not ran.exists()

@@ -10,13 +10,11 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 from test_packing import byte_tokenizer
 
 from atp.data import DataSettings, arrow, assemble, examples, fitted, load_recipe, pack, unpacked
 from atp.data.examples import Stored, chosen, joined, settled, values
-from atp.data.packing import best_fit
 from atp.ground.errors import InputError
 from atp.training.resume import of_samples
 
@@ -73,9 +71,18 @@ def listed(file):
     return splits, {way: of_samples(make(splits.train)) for way, make in WAYS.items()}
 
 
-def test_tables_give_what_lists_give(file, large, listed):
+def test_tables_give_what_lists_give(file, large, listed, monkeypatch):
     splits, hashes = listed
+    with monkeypatch.context() as patch:
+        patch.setattr(arrow, "find", lambda name: None)
+        assert not isinstance(load(file).train, Stored), "without datasets all stays in lists"
+    with pytest.raises(InputError, match="a.jsonl, line 401: column 'prompt' holds 3, not text"):
+        load(file, on_error="stop")
+    assert folders(large) == [], "a bad row leaves nothing"
     for turn in range(2):
+        if turn:  # the second reads what the first has made
+            written = {path: path.stat().st_mtime_ns for path in large.rglob("*.arrow")}
+            monkeypatch.setattr(arrow, "write", None)
         stored = load(file)
         assert isinstance(stored.train, Stored) and not isinstance(splits.train, Stored)
         assert stored.fingerprints == splits.fingerprints and stored.description == splits.description
@@ -86,6 +93,7 @@ def test_tables_give_what_lists_give(file, large, listed):
             assert of_samples(samples) == hashes[way], (turn, way)
         last = samples[len(samples) - 1]
         assert last["input_ids"].equal(list(samples)[-1]["input_ids"]) and samples.lengths[-1] == len(last["labels"])
+    assert written == {path: path.stat().st_mtime_ns for path in large.rglob("*.arrow")}
     (folder,) = folders(large)
     assert len(arrow.parts_in(folder)) > 1, "of several files"
     assert list(stored.test) == list(splits.test) and stored.test[3:5][0] == splits.test[3]
@@ -109,14 +117,6 @@ def test_a_whole_pass_leaves_nothing_mapped(file, large):
     assert not mapped(), "a pass over all windows"
 
 
-def test_the_second_run_reads_what_the_first_has_made(file, large, monkeypatch):
-    first = pack(load(file).train, TOKENIZER, 32)
-    written = {path: path.stat().st_mtime_ns for path in large.rglob("*.arrow")}
-    monkeypatch.setattr(arrow, "write", None)
-    assert of_samples(pack(load(file).train, TOKENIZER, 32)) == of_samples(first)
-    assert written == {path: path.stat().st_mtime_ns for path in large.rglob("*.arrow")}
-
-
 def test_another_content_or_meaning_is_another_table(file, large, tmp_path):
     before = load(file)
     changed = tmp_path / "a.jsonl"
@@ -124,12 +124,6 @@ def test_another_content_or_meaning_is_another_table(file, large, tmp_path):
     assert load(changed).fingerprints != before.fingerprints
     mapped = load(file, columns={"prompt": "prompt", "completion": "completion"})
     assert mapped.fingerprints == before.fingerprints and len(folders(large)) == 3
-
-
-def test_a_bad_row_stops_and_leaves_nothing(file, large):
-    with pytest.raises(InputError, match="a.jsonl, line 401: column 'prompt' holds 3, not text"):
-        load(file, on_error="stop")
-    assert folders(large) == []
 
 
 def test_weights_count_stored_examples(file, large, tmp_path):
@@ -189,11 +183,6 @@ def test_processes_share_a_cache_that_holds_nothing_unused(file, large, monkeypa
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 
 
-def test_without_datasets_all_stays_in_lists(file, large, monkeypatch):
-    monkeypatch.setattr(arrow, "find", lambda name: None)
-    assert not isinstance(load(file).train, Stored)
-
-
 def test_parts_of_different_kinds_are_joined_and_settle(file, large):
     stored = load(file).train
     both = joined(list(stored[:3]), stored, stored[1:2])
@@ -213,30 +202,3 @@ def test_small_data_do_not_import_datasets(file):
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.stdout.split() == [b"False", b"False"], done.stderr
-
-
-def test_best_fit_decreasing_by_hand():
-    # 7 opens a bin and leaves 3; 6 opens one and leaves 4; 4 fills that; 3 fills the first; 2 and 2 share a third.
-    bins = best_fit(np.array([2, 7, 3, 4, 6, 2]), 10)
-    assert bins.tolist() == [2, 0, 0, 1, 1, 2]
-    rng = random.Random(3)
-    sizes = np.array([rng.randint(1, 50) for _ in range(500)])
-    bins = best_fit(sizes, 50)
-    held = np.bincount(bins, weights=sizes)
-    assert held.max() <= 50 and len(held) <= np.ceil(sizes.sum() / 50) * 1.05
-
-
-def test_fitted_rows_hold_whole_documents_apart():
-    part = [examples.Example(str(n), "the cat sat on the mat " * (1 + n % 5)) for n in range(11)]
-    samples = fitted(part, TOKENIZER, 60)
-    texts = []
-    for row in samples:
-        ids, positions = row["input_ids"], row["position_ids"]
-        assert len(ids) <= 60 and (row["labels"][positions == 0] == -100).all()
-        borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
-        for begin, end in zip(borders, borders[1:], strict=False):
-            assert positions[begin:end].tolist() == list(range(end - begin))
-            texts.append(TOKENIZER.decode(ids[begin:end], skip_special_tokens=True))
-    whole = [e.text for e in part if len(TOKENIZER(e.text).input_ids) + 1 <= 60]
-    assert samples.longer == len(part) - len(whole) and not set(whole) - set(texts)
-    assert "".join(sorted("".join(texts))) == "".join(sorted("".join(e.text for e in part)))

@@ -1,12 +1,15 @@
 """Packing: the windows are the documents, in order, with EOS between them and losses where asked."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from atp.data import collate
-from atp.data.packing import IGNORE, pack, unpacked
+from atp.data.packing import IGNORE, best_fit, fitted, pack, unpacked
 from atp.data.splits import Example
 from atp.ground.errors import InputError
 
@@ -32,40 +35,53 @@ def examples(*pairs):
 DATA = examples(("the cat sat on", " the mat"), ("is the mat on the cat", " no"), ("plain text about cats", ""))
 
 
-def test_windows_hold_all_documents_in_order():
-    tokenizer = byte_tokenizer()
-    packed = pack(DATA, tokenizer, 8)
-    stream = tokenizer.decode(packed.input_ids.flatten())
-    assert "</s>".join(e.text for e in DATA).startswith(stream)
-    whole = sum(len(tokenizer(e.text).input_ids) + 1 for e in DATA)
-    assert packed.tokens == 8 * (whole // 8) and len(packed) == whole // 8
-    assert torch.equal(packed.input_ids, packed.labels)
+def scored(ids, labels):
+    return any(label != IGNORE for label in labels[1:])
 
 
-def test_loss_on_completions_and_their_eos_only():
-    tokenizer = byte_tokenizer()
-    packed = pack(DATA, tokenizer, 8, loss_on="completion")
-    scored = packed.labels[packed.labels != IGNORE]
-    assert " the mat</s> no</s>plain text about cats</s>".startswith(tokenizer.decode(scored))
-    kept = packed.labels != IGNORE
-    assert torch.equal(packed.labels[kept], packed.input_ids[kept])
+def plainly(data, tokenizer, length, loss_on, way):
+    """(ids, labels, positions) of each sample, and how many documents are longer, by a loop over tokens."""
+    documents = []
+    for example in data:
+        ids = [*tokenizer(example.text).input_ids, tokenizer.eos_token_id]
+        unread = int(tokenizer.bos_token_id == ids[0])
+        if loss_on == "completion" and example.completion:
+            unread = len(tokenizer(example.prompt).input_ids)
+        documents.append((ids, [IGNORE] * unread + ids[unread:]))
+    longer = sum(len(ids) > length for ids, _ in documents)
+    if way == "unpacked":
+        return [(ids[-length:], labels[-length:], None) for ids, labels in documents if scored(ids, labels)], longer
+    stream = [one for ids, labels in documents for one in zip(ids, labels, range(len(ids)), strict=True)]
+    stream += [(tokenizer.eos_token_id, IGNORE, place) for place in range(length - len(stream))]
+    found = []
+    for begin in range(0, len(stream) // length * length, length):
+        ids, labels, places = map(list, zip(*stream[begin : begin + length], strict=True))
+        if way == "separate":
+            places = [min(place, column) for column, place in enumerate(places)]
+            labels = [label if place else IGNORE for label, place in zip(labels, places, strict=True)]
+        if scored(ids, labels):
+            found.append((ids, labels, places if way == "separate" else None))
+    return found, longer
 
 
-def test_bos_starts_each_document_and_bears_no_loss():
-    tokenizer = byte_tokenizer(bos=True)
-    packed = pack(DATA, tokenizer, 6)
-    stream = tokenizer.decode(packed.input_ids.flatten())
-    assert "".join(f"<s>{e.text}</s>" for e in DATA).startswith(stream)
-    is_bos = packed.input_ids == tokenizer.bos_token_id
-    assert is_bos.sum() >= 2 and torch.equal(packed.labels == IGNORE, is_bos)
-
-
-def test_single_short_window_is_padded_without_loss():
-    tokenizer = byte_tokenizer()
-    packed = pack(DATA[:1], tokenizer, 64)
-    length = len(tokenizer(DATA[0].text).input_ids) + 1
-    assert packed.input_ids.shape == (1, 64)
-    assert (packed.labels[0, length:] == IGNORE).all() and (packed.labels[0, :length] != IGNORE).all()
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("loss_on", ["all", "completion"])
+@pytest.mark.parametrize(("count", "length"), [(3, 5), (3, 8), (1, 64)])
+def test_samples_are_those_of_a_plain_loop(bos, loss_on, count, length):
+    tokenizer, data = byte_tokenizer(bos), DATA[:count]
+    for way, samples in {
+        "joined": pack(data, tokenizer, length, loss_on=loss_on),
+        "separate": pack(data, tokenizer, length, loss_on=loss_on, separate=True),
+        "unpacked": unpacked(data, tokenizer, length, loss_on=loss_on),
+    }.items():
+        expected, longer = plainly(data, tokenizer, length, loss_on, way)
+        found = [tuple(row[name].tolist() for name in row) for row in samples]
+        assert found == [sample[: len(found[0])] for sample in expected], way
+        assert len(found[0]) == (3 if way == "separate" else 2) and samples.longer == longer
+        if way == "unpacked":
+            assert samples.lengths == [len(ids) for ids, _, _ in expected]
+        else:
+            assert samples.tokens == length * len(expected)
 
 
 def test_batch_of_windows():
@@ -75,35 +91,6 @@ def test_batch_of_windows():
     assert torch.equal(batch["input_ids"][1], packed.input_ids[2])
     assert batch["scored"].tolist() == [*range(7), *range(8, 15)]
     assert torch.equal(batch["targets"], batch["labels"][:, 1:].flatten())
-
-
-@pytest.mark.parametrize("bos", [False, True])
-def test_separate_windows_start_anew_with_every_document(bos):
-    tokenizer = byte_tokenizer(bos)
-    joined, packed = pack(DATA, tokenizer, 8), pack(DATA, tokenizer, 8, separate=True)
-    assert torch.equal(packed.input_ids, joined.input_ids)
-    expected, at = [], 0
-    for window in packed.input_ids.tolist():
-        for column, _ in enumerate(window):
-            previous = window[column - 1] if column else tokenizer.eos_token_id
-            at = 0 if column == 0 or previous == tokenizer.eos_token_id else at + 1
-            expected.append(at)
-    assert packed.position_ids.flatten().tolist() == expected and expected.count(0) > len(packed)
-    first = packed.position_ids == 0
-    assert (packed.labels[first] == IGNORE).all(), "no loss crosses a border"
-    assert torch.equal(packed.labels[~first], joined.labels[~first])
-    assert collate([packed[1], packed[0]])["position_ids"].equal(packed.position_ids[[1, 0]])
-
-
-def test_unpacked_examples_are_whole_or_lose_their_left_end():
-    tokenizer = byte_tokenizer()
-    whole = [tokenizer(e.text).input_ids + [tokenizer.eos_token_id] for e in DATA]
-    samples = unpacked(DATA, tokenizer, 100, loss_on="completion")
-    assert [row["input_ids"].tolist() for row in samples] == whole and samples.lengths == [len(ids) for ids in whole]
-    answer = samples[1]["labels"]
-    assert tokenizer.decode(answer[answer != IGNORE]) == " no</s>"
-    short = unpacked(DATA, tokenizer, 5, loss_on="completion")
-    assert [row["input_ids"].tolist() for row in short] == [ids[-5:] for ids in whole]
 
 
 def test_ragged_batches_are_padded_where_no_loss_is():
@@ -136,9 +123,29 @@ def test_refusals():
         pack(DATA, tokenizer, 8)
 
 
-def test_documents_longer_than_a_window_are_counted():
-    tokenizer = byte_tokenizer()
-    lengths = [len(tokenizer(example.text).input_ids) + 1 for example in DATA]
-    for length in (max(lengths), max(lengths) - 1, min(lengths) - 1):
-        longer = sum(count > length for count in lengths)
-        assert pack(DATA, tokenizer, length).longer == unpacked(DATA, tokenizer, length).longer == longer
+def test_best_fit_decreasing_by_hand():
+    # 7 opens a bin and leaves 3; 6 opens one and leaves 4; 4 fills that; 3 fills the first; 2 and 2 share a third.
+    bins = best_fit(np.array([2, 7, 3, 4, 6, 2]), 10)
+    assert bins.tolist() == [2, 0, 0, 1, 1, 2]
+    rng = random.Random(3)
+    sizes = np.array([rng.randint(1, 50) for _ in range(500)])
+    bins = best_fit(sizes, 50)
+    held = np.bincount(bins, weights=sizes)
+    assert held.max() <= 50 and len(held) <= np.ceil(sizes.sum() / 50) * 1.05
+
+
+def test_fitted_rows_hold_whole_documents_apart():
+    tokenizer = byte_tokenizer(bos=True)
+    part = [Example(str(n), "the cat sat on the mat " * (1 + n % 5)) for n in range(11)]
+    samples = fitted(part, tokenizer, 60)
+    texts = []
+    for row in samples:
+        ids, positions = row["input_ids"], row["position_ids"]
+        assert len(ids) <= 60 and (row["labels"][positions == 0] == -100).all()
+        borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for begin, end in zip(borders, borders[1:], strict=False):
+            assert positions[begin:end].tolist() == list(range(end - begin))
+            texts.append(tokenizer.decode(ids[begin:end], skip_special_tokens=True))
+    whole = [e.text for e in part if len(tokenizer(e.text).input_ids) + 1 <= 60]
+    assert samples.longer == len(part) - len(whole) and not set(whole) - set(texts)
+    assert "".join(sorted("".join(texts))) == "".join(sorted("".join(e.text for e in part)))

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from collections import Counter
+from functools import cache
 from itertools import combinations
 
 import pytest
@@ -18,27 +19,14 @@ needs_data = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def health():
-    return load_recipe(DataSettings(seed=0))
-
-
-def passage_words(example):
-    """Words of the passage alone, worked out from the text and not from the document id."""
-    passage = example.prompt.split("\nQuestion:")[0].removeprefix("Abstract: ")
-    return " ".join(re.findall(r"\w+", passage.lower()))
+@cache
+def loaded(recipe, **settings):
+    return load_recipe(DataSettings(recipe=recipe, **settings))
 
 
 @needs_data
-def test_health_parts_share_no_passage(health):
-    passages = {name: {passage_words(e) for e in getattr(health, name)} for name in ("train", "calibration", "test")}
-    for one, two in combinations(passages.values(), 2):
-        assert not one & two
-    assert sum(map(len, passages.values())) == 1000 + 50
-
-
-@needs_data
-def test_health_parts_are_what_the_settings_say(health):
+def test_health_parts_are_what_the_settings_say():
+    health = loaded("health-mini")
     assert (len(health.train), len(health.calibration), len(health.test)) == (700, 150, 200)
     general = [e for e in health.calibration if e.label is None]
     assert len(general) == 50 and not any(e.prompt.startswith("Abstract:") for e in general)
@@ -50,34 +38,13 @@ def test_health_parts_are_what_the_settings_say(health):
     assert not any("Context (" in e.text for e in health.train + health.test)
     sample = health.test[0]
     assert re.fullmatch(r"Abstract: .+\nQuestion: .+\nAnswer: (yes|no|maybe)", sample.text, re.DOTALL)
-
-
-@needs_data
-def test_health_is_fixed_by_the_seed(health):
-    again, other = load_recipe(DataSettings(seed=0)), load_recipe(DataSettings(seed=1))
-    assert again.fingerprints == health.fingerprints
-    assert all(other.fingerprints[name] != health.fingerprints[name] for name in health.fingerprints)
-
-
-@needs_data
-def test_health_without_general_text():
-    splits = load_recipe(DataSettings(general_share=0))
-    assert len(splits.calibration) == 100 and all(e.label for e in splits.calibration)
+    alone = loaded("health-mini", general_share=0)
+    assert len(alone.calibration) == 100 and all(e.label for e in alone.calibration)
 
 
 def write(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
-
-
-def test_custom_single_file_is_split_by_document(tmp_path):
-    rows = [{"prompt": f"case {n // 3}", "completion": f" answer {n}"} for n in range(60)]
-    splits = load_recipe(DataSettings(recipe="custom", train=write(tmp_path / "a.jsonl", rows)))
-    parts = (splits.train, splits.calibration, splits.test)
-    assert [len(part) for part in parts] == [42, 6, 12]
-    assert sorted(e.text for part in parts for e in part) == sorted(r["prompt"] + r["completion"] for r in rows)
-    for one, two in combinations(parts, 2):
-        assert not {e.prompt for e in one} & {e.prompt for e in two}
 
 
 def test_custom_document_column_groups_rows(tmp_path):
@@ -156,7 +123,7 @@ MINI = (
 @pytest.mark.parametrize("recipe", MINI)
 def test_mini_parts_share_no_document(recipe):
     """By the text of the passage itself, and by runs of words, not by the ids that the recipes give."""
-    splits = load_recipe(DataSettings(recipe=recipe))
+    splits = loaded(recipe)
     parts = [
         {" ".join(re.findall(r"\w+", e.source.lower())) for e in part}
         for part in (splits.train, splits.calibration, splits.test)
@@ -172,9 +139,9 @@ def test_mini_parts_share_no_document(recipe):
 @needs_data
 @pytest.mark.parametrize("recipe", MINI)
 def test_mini_recipes_are_fixed_by_the_seed_and_scored_by_their_tasks(recipe):
-    splits, again = (load_recipe(DataSettings(recipe=recipe)) for _ in range(2))
-    other = load_recipe(DataSettings(recipe=recipe, seed=1))
-    assert splits.fingerprints == again.fingerprints
+    splits, other = loaded(recipe), load_recipe(DataSettings(recipe=recipe, seed=1))
+    if recipe in ("health-mini", "news-mini"):  # all draw alike
+        assert splits.fingerprints == load_recipe(DataSettings(recipe=recipe)).fingerprints
     assert all(splits.fingerprints[name] != other.fingerprints[name] for name in splits.fingerprints)
     tasks = {task.name: task for task in splits.tasks}
     for part in (splits.train, splits.test):
@@ -191,7 +158,7 @@ def test_mini_recipes_are_fixed_by_the_seed_and_scored_by_their_tasks(recipe):
 @needs_data
 def test_all_privacy_questions_are_in_the_split_of_some():
     """A model of one recipe can be scored on the other's test questions, and none of them was trained on."""
-    few, all_ = (load_recipe(DataSettings(recipe=name)) for name in ("privacy-mini", "privacy-all"))
+    few, all_ = map(loaded, ("privacy-mini", "privacy-all"))
     for name in ("train", "calibration", "test"):
         some, every = ({(e.prompt, e.label) for e in getattr(splits, name) if e.task} for splits in (few, all_))
         assert some < every and len(every) > 2 * len(some)
@@ -201,7 +168,7 @@ def test_all_privacy_questions_are_in_the_split_of_some():
 
 @needs_data
 def test_legal_mini_asks_few_questions_a_clause_and_mixes_both_sets():
-    splits = load_recipe(DataSettings(recipe="legal-mini"))
+    splits = loaded("legal-mini")
     clauses = Counter(e.document for e in splits.train if e.task == "privacy")
     assert max(clauses.values()) == 4 and len(clauses) > 600
     answers = Counter(e.label for e in splits.test if e.task == "privacy")

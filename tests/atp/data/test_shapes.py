@@ -6,7 +6,7 @@ import pytest
 from tiny_chat import CHATML, chat_tokenizer
 
 from atp.data.chat import chat_of
-from atp.data.custom import Meaning, read_examples
+from atp.data.custom import Meaning, read_examples, tasks_of
 from atp.data.recipes import load_recipe
 from atp.data.settings import DataSettings
 from atp.ground.errors import InputError
@@ -95,12 +95,47 @@ def test_answers_in_a_prompt_of_messages_are_context(tmp_path):
         ({"prompt": [USER], "completion": []}, "'completion' is not a list of records"),
         ({"prompt": [USER], "completion": [USER]}, "do not end with the assistant's answer"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "'messages' is not a list of records"),
+        ({"messages": "hello"}, "'messages' is not a list of records"),
+        ({"messages": []}, "'messages' is not a list of records"),
+        ({"messages": [{"role": "user"}]}, "'messages' is not a list of records"),
+        ({"messages": [USER, {"role": "bot", "content": "x"}]}, "'messages' is not a list of records"),
+        ({"messages": [USER]}, "do not end with the assistant's answer"),
+        ({"messages": [ASSISTANT]}, "do not end with the assistant's answer"),
+        ({"premise": "a", "hypothesis": "b", "label": "maybe"},
+         "label 'maybe' is not one of entailment, neutral, contradiction"),
+        ({"premise": "a", "label": "neutral"}, "column 'hypothesis' is missing"),
+        ({"premise": "a", "hypothesis": "b", "label": 1},
+         "the number 1, .*data.label_names, or write the label's name: entailment, n"),
     ],
-)
+)  # fmt: skip
 def test_rows_that_are_not_quite_a_shape(tmp_path, row, message):
     with pytest.raises(InputError, match=f"a.jsonl, line 1: .*{message}") as caught:
         one(tmp_path, row)
     assert len(str(caught.value)) < 300
+
+
+def test_labels_and_columns_in_messages_are_short(tmp_path):
+    many = tuple(f"label {n}" for n in range(10**4))
+    for row in ({"prompt": "a", "completion": "x" * 10**5}, {"x" * 10**5: "a"}):
+        with pytest.raises(InputError) as caught:
+            one(tmp_path, row, labels=many)
+        assert len(str(caught.value)) < 700
+
+
+def test_one_premise_and_one_prompt_are_one_document(tmp_path):
+    asked = [{"prompt": f"case {n // 3}", "completion": f" answer {n}"} for n in range(60)]
+    splits = load_recipe(DataSettings(recipe="custom", train=write(tmp_path, *asked)))
+    assert [len(part) for part in (splits.train, splits.calibration, splits.test)] == [42, 6, 12]
+    rows = [
+        {"premise": f"fact {n // 3}", "hypothesis": f"claim {n}", "label": ("neutral", "entailment")[n % 2]}
+        for n in range(60)
+    ]
+    splits = load_recipe(DataSettings(recipe="custom", train=write(tmp_path, *rows)))
+    assert [len(part) for part in (splits.train, splits.calibration, splits.test)] == [42, 6, 12]
+    assert [(task.name, task.metrics) for task in splits.tasks] == [("nli", ("accuracy",))]
+    own = tasks_of(splits.test, ("neutral", "entailment"))
+    assert own[0].labels == ("neutral", "entailment")
+    assert one(tmp_path, rows[0] | {"label": "maybe"}, labels=("maybe", "sure")).label == "maybe"
 
 
 def test_columns_are_found_under_other_names(tmp_path):

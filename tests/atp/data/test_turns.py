@@ -40,7 +40,7 @@ def test_all_answers_and_their_ends_are_learned(tmp_path, template, bos):
     assert text.startswith("<s><|im_start|>system\nBe brief.") and text.count("<s>") == 1
 
 
-def test_the_mask_is_that_of_transformers():
+def test_the_mask_is_that_of_transformers(monkeypatch):
     tokenizer = chat_tokenizer(MARKED)
     talk = chat_of(tokenizer, every_turn=True)(TALK)
     theirs = tokenizer.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
@@ -48,6 +48,9 @@ def test_the_mask_is_that_of_transformers():
     (ours,) = unpacked([example(talk)], tokenizer, 1000, loss_on="assistant")
     assert torch.equal(ours["input_ids"], ids)
     assert torch.equal(ours["labels"] != IGNORE, mask.bool()) and 20 < mask.sum() < len(ids) / 2
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(InputError, match="cannot be found: set data.loss_on=completion"):
+        pack([example(talk)], tokenizer, 400, loss_on="assistant")  # it has no offsets
 
 
 def example(talk):
@@ -55,6 +58,7 @@ def example(talk):
 
 
 def test_without_a_template_answers_end_with_their_line():
+    assert chat_of(chat_tokenizer(None)) is plain_chat
     talk = plain_chat(TALK)
     assert [talk.prompt[start:end] for start, end in talk.turns] == [" First answer.\n", " Second.\n"]
     assert talk.prompt.startswith("System: Be brief.\nUser: One?\nAssistant: First") and talk.completion == " Third."
@@ -74,11 +78,8 @@ def test_an_answer_said_before_is_not_taken_for_a_turn():
     for template in (CHATML, MARKED, FORGETFUL):
         talk = chat_of(chat_tokenizer(template), every_turn=True)(repeated)
         assert [talk.prompt[start - 10 : end] for start, end in talk.turns] == ["assistant\nSame.<|im_end|>"] * 2
-
-
-def test_a_conversation_may_begin_with_the_assistant():
-    talk = chat_of(chat_tokenizer(CHATML), every_turn=True)(TALK[2:])
-    assert [talk.prompt[start:end] for start, end in talk.turns] == LEARNED[:2]
+    first = chat_of(chat_tokenizer(CHATML), every_turn=True)(TALK[2:])
+    assert [first.prompt[start:end] for start, end in first.turns] == LEARNED[:2], "the assistant may begin"
 
 
 def test_calls_of_tools_are_turns(tmp_path):
@@ -101,20 +102,6 @@ def test_calls_of_tools_are_turns(tmp_path):
         read(tmp_path, tokenizer, {"messages": messages, "tools": "[{"})
     with pytest.raises(InputError, match="line 1: column 'tools' holds 5, not a list of schemas"):
         read(tmp_path, tokenizer, {"messages": messages, "tools": 5})
-
-
-def test_an_empty_last_answer_is_refused(tmp_path):
-    """It would have no completion, and a text without one is learned whole."""
-    with pytest.raises(InputError, match="line 1: the assistant's last answer is empty; remove the row"):
-        read(tmp_path, chat_tokenizer(CHATML), {"messages": [*TALK[:-1], {"role": "assistant", "content": " "}]})
-
-
-def test_a_tokenizer_without_offsets_is_refused(monkeypatch):
-    tokenizer = chat_tokenizer(CHATML)
-    examples = [example(chat_of(tokenizer, every_turn=True)(TALK))]
-    monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    with pytest.raises(InputError, match="cannot be found: set data.loss_on=completion"):
-        pack(examples, tokenizer, 400, loss_on="assistant")
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "completion", "all"])
@@ -140,6 +127,28 @@ def test_templates_of_well_known_models_show_their_turns(name):
     assert not any(word in turn for turn in turns for word in ("One?", "Two?", "Three?", "brief", "user\n"))
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", TALK, r"rejects the messages \(roles must alternate\)"),
+        ("{{ raise_exception('') }}", TALK, r"rejects the messages \(TemplateError\)"),
+        ("{{ messages[0].content + 1 }}", TALK, "the chat template rejects the messages"),
+        # A call of a tool comes without a content, which such templates add to a text.
+        ("{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}",
+         [TALK[0], CALL, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "One."}],
+         "rejects .* it may know no calls of tools: take a mod"),
+        # It would have no completion, and a text without one is learned whole.
+        (CHATML, [*TALK[:-1], {"role": "assistant", "content": " "}], "the assistant's last answer is empty; remove"),
+    ],
+)  # fmt: skip
+def test_what_a_template_rejects_names_the_row(tmp_path, template, messages, message):
+    with pytest.raises(InputError, match=f"a.jsonl, line 1: .*{message}"):
+        read(tmp_path, chat_tokenizer(template), {"messages": messages})
+
+
 def test_a_template_that_loops_without_end_is_refused(monkeypatch):
     monkeypatch.setattr("atp.data.chat._MOST_SECONDS", 0.2)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = j %}{% endfor %}{% endfor %}"
@@ -148,8 +157,3 @@ def test_a_template_that_loops_without_end_is_refused(monkeypatch):
         chat_of(chat_tokenizer(loops))(TALK)
     assert signal.getsignal(signal.SIGVTALRM) == before and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
     assert chat_of(chat_tokenizer(CHATML))(TALK).prompt
-
-
-def test_a_rejection_without_a_message_has_a_reason():
-    with pytest.raises(InputError, match=r"rejects the messages \(TemplateError\)"):
-        chat_of(chat_tokenizer("{{ raise_exception('') }}"))(TALK)

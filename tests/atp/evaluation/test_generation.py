@@ -90,14 +90,3 @@ def test_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(InputError, match="pip install rouge-score"):
         rouge_items(["a"], ["a"])
-
-
-def test_the_model_may_be_wrapped(model, tokenizer):
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
-
-    copy = LlamaForCausalLM(model.config)
-    copy.load_state_dict(model.state_dict())
-    wrapped = get_peft_model(copy, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).train()
-    assert generate_answers(wrapped, tokenizer, PROMPTS) == generate_answers(model, tokenizer, PROMPTS)
-    assert wrapped.training

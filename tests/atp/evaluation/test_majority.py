@@ -1,11 +1,9 @@
 """The majority label: which it is, and what it scores, by hand."""
 
-import numpy as np
 import pytest
 
 from atp.data.splits import Example
 from atp.data.tasks import ROUGE, Task
-from atp.evaluation.bootstrap import percentile_interval
 from atp.evaluation.majority import majority_scores
 from atp.evaluation.tasks import answer_scores
 
@@ -47,13 +45,3 @@ def test_only_the_questions_that_are_scored_and_only_tasks_with_labels():
     found = majority_scores(examples(["yes"]), test, [QA, OTHER, FREE], max_examples=1)
     assert {name: scores["n"] for name, scores in found.items()} == {"qa": 1, "other": 1}
     assert found["qa"]["accuracy"] == 1
-
-
-def test_its_interval_is_that_of_a_mean():
-    rng = np.random.default_rng(3)
-    truth = [QA.labels[bit] for bit in (rng.random(400) < 0.6).astype(int)]
-    found = majority_scores(examples(["yes"]), examples(truth), [QA])["qa"]
-    share = truth.count("yes") / 400
-    half = 1.96 * (share * (1 - share) / 400) ** 0.5
-    assert found["accuracy_interval"] == pytest.approx([share - half, share + half], abs=0.01)
-    assert percentile_interval(np.array([found["accuracy"]])) == [share, share]

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 from atp.data.packing import PackedDataset
 from atp.data.tasks import Task
 from atp.evaluation import evaluate_model, model_size, packed_windows, throughput, throughputs
+from atp.evaluation.generation import generate_answers
 from atp.evaluation.inference import inference
 from atp.evaluation.speed import median_interval
 from atp.ground.errors import InputError
@@ -39,6 +40,9 @@ def test_peft_wrapped_model_scores_as_its_base(model, tokenizer, examples):
     assert scored["perplexity"] == pytest.approx(stock["perplexity"], rel=1e-6)
     assert scored["tasks"] == stock["tasks"]
     assert model_size(wrapped) == model_size(model)
+    asked = ["the cat sat on the mat .", "is it ?"]
+    assert generate_answers(wrapped.train(), tokenizer, asked) == generate_answers(model, tokenizer, asked)
+    assert wrapped.training
     assert evaluate_model(model, tokenizer, windows, examples)["tasks"] == {}
 
 
@@ -52,41 +56,28 @@ def test_size_counts_tied_weights_once(model):
     assert model_size(narrow)["megabytes"] == size["megabytes"] / 2
 
 
-def test_throughput_is_tokens_over_median_seconds(model, monkeypatch):
+def test_models_are_timed_in_turns_and_in_their_own_order(model, monkeypatch):
     # A clock whose n-th reading is n^2. A repeat reads it 2 times for prefill and 1 + 1 + 4 times for decoding, the
     # warm-up 2 and 1 + 1 + 1 times.
-    readings = iter(n * n for n in range(100))
-    monkeypatch.setattr("atp.evaluation.speed._now", lambda device: float(next(readings)))
-    speed = throughput(model, prompt_tokens=28, new_tokens=4, batch_size=2, repeats=3)
-    first = 5 + 8  # The median is the second of three repeats.
-    prefill = (first + 1) ** 2 - first**2
-    decode = (first + 7) ** 2 - (first + 3) ** 2
-    assert next(readings) == (5 + 8 * 3) ** 2
-    assert speed["prefill_tokens_per_second"] == pytest.approx(2 * 28 / prefill)
-    assert speed["decode_tokens_per_second"] == pytest.approx(2 * 4 / decode)
-
-
-def test_models_are_timed_in_turns_and_in_their_own_order(model, monkeypatch):
     readings = iter(n * n for n in range(200))
     monkeypatch.setattr("atp.evaluation.speed._now", lambda device: float(next(readings)))
-    models, passes = [model, copy.deepcopy(model)], []
+    models, passes = [copy.deepcopy(model), copy.deepcopy(model)], []
     for index, each in enumerate(models):
-        each.register_forward_pre_hook(lambda *_, index=index: passes.append(index))
-    speeds = throughputs(models, prompt_tokens=28, new_tokens=4, repeats=1)
-    assert [index for index, _ in itertools.groupby(passes)] == [0, 1] * 2
-    # As above; after the warm-up of both, the readings of the first come before those of the second.
-    assert [speed["prefill_tokens_per_second"] for speed in speeds] == [
-        pytest.approx(28 / ((first + 1) ** 2 - first**2)) for first in (10, 18)
-    ]
-
-
-def test_each_new_token_is_one_pass_of_one_token_after_the_prompt(model):
-    timed, widths = copy.deepcopy(model), []
-    hook = timed.model.register_forward_pre_hook
-    hook(lambda _, given, named: widths.append((named["input_ids"] if "input_ids" in named else given[0]).shape[1]),
-         with_kwargs=True)  # fmt: skip
-    throughput(timed, prompt_tokens=28, new_tokens=4, repeats=1)
-    assert widths[3:] == [28, 1, 1, 1, 1, 1], "and the first three warm up"
+        width = lambda given, named: (named["input_ids"] if "input_ids" in named else given[0]).shape[1]  # noqa: E731
+        each.model.register_forward_pre_hook(
+            lambda _, given, named, index=index, width=width: passes.append((index, width(given, named))),
+            with_kwargs=True,
+        )
+    speeds = throughputs(models, prompt_tokens=28, new_tokens=4, batch_size=2, repeats=1)
+    assert [index for index, _ in itertools.groupby(index for index, _ in passes)] == [0, 1] * 2
+    for index in (0, 1):
+        widths = [width for which, width in passes if which == index]
+        assert widths[3:] == [28, 1, 1, 1, 1, 1], "a pass of one token after the prompt; the first three warm up"
+    # After the warm-up of both, the readings of the first come before those of the second.
+    for speed, first in zip(speeds, (10, 18), strict=True):
+        assert speed["prefill_tokens_per_second"] == pytest.approx(2 * 28 / ((first + 1) ** 2 - first**2))
+        decode = (first + 7) ** 2 - (first + 3) ** 2
+        assert speed["decode_tokens_per_second"] == pytest.approx(2 * 4 / decode)
 
 
 @pytest.fixture
@@ -101,7 +92,7 @@ def scripted(monkeypatch):
     return times
 
 
-def test_rounds_end_when_the_median_is_known(scripted):
+def test_rounds_end_when_the_median_is_known_or_after_a_time(scripted):
     steady = scripted(*[(2.0, 4.0)] * 50)
     assert steady == {
         "prefill_tokens_per_second": 128.0, "prefill_tokens_per_second_interval": [128.0, 128.0],
@@ -110,11 +101,7 @@ def test_rounds_end_when_the_median_is_known(scripted):
     restless = scripted((2.0, 4.0), (2.0, 8.0), *[(2.0, 4.0)] * 50, seconds=1e9)
     assert restless["speed_repeats"] == 9, "of nine the second largest bounds the interval, of eight the largest"
     assert restless["decode_tokens_per_second_interval"] == [4.0, 4.0]
-
-
-def test_rounds_end_after_a_time_whatever_they_are(scripted):
-    seconds = [(1.0, float(each)) for each in (2, 3, 4, 5, 6)]
-    found = scripted(*seconds, seconds=19.0)
+    found = scripted(*[(1.0, float(each)) for each in (2, 3, 4, 5, 6)], seconds=19.0)
     assert found["speed_repeats"] == 5, "after 1 + 2 + 1 + 3 + 1 + 4 + 1 + 5 = 18 seconds there is time for one more"
     assert found["decode_tokens_per_second"] == 4.0
     assert found["decode_tokens_per_second_interval"] == [pytest.approx(16 / 6), 8.0]

@@ -26,9 +26,6 @@ def majority(truths, label="no", task="qa"):
     return {task: {"items": [[truth, label] for truth in truths]}}
 
 
-WRONG = majority(["yes"])
-
-
 def test_mean_of_ratios_by_hand():
     dense = scores([[2.0, 4], [4.0, 4]], qa=answers(1, 1, 1, 0), free=[[0.4, 0.2, 0.4, "a"], [0.6, 0.2, 0.4, "b"]])
     pruned = scores([[4.0, 4], [4.0, 4]], qa=answers(1, 1, 0, 0), free=[[0.5, 0.1, 0.4, "c"], [0.3, 0.1, 0.4, "d"]])
@@ -41,20 +38,16 @@ def test_mean_of_ratios_by_hand():
     assert found["perplexity_ratio"] == pytest.approx(np.exp(0.25))
 
 
-def test_macro_f1_is_the_default_metric():
+def test_a_model_against_itself_is_one_without_spread_and_macro_f1_is_the_default_metric():
     truth = ["yes", "no"] * 20
-    dense = scores([[1.0, 1]], f1=[[t, t] for t in truth])
-    pruned = scores([[1.0, 1]], f1=[[t, "yes"] for t in truth])
-    # F1 of yes 40/60, of no 0, against 1 and 1.
-    found = relative_performance(pruned, dense, [F1], majority(truth, task="f1"))
-    assert found["relative_performance"] == pytest.approx(1 / 3)
-
-
-def test_a_model_against_itself_is_one_without_spread():
-    same = scores([[float(n), n] for n in range(1, 31)], qa=answers(*[1, 0] * 20))
-    found = relative_performance(same, same, [QA], majority(["yes"] * 40))
+    same = scores([[float(n), n] for n in range(1, 31)], f1=[[t, t] for t in truth])
+    wrong = majority(truth, task="f1")
+    found = relative_performance(same, same, [F1], wrong)
     assert found["relative_performance"] == 1 and found["relative_performance_interval"] == [1, 1]
     assert found["perplexity_ratio_interval"] == [1, 1]
+    # F1 of yes 40/60, of no 0, against 1 and 1.
+    found = relative_performance(same | scores(same["items"], f1=[[t, "yes"] for t in truth]), same, [F1], wrong)
+    assert found["relative_performance"] == pytest.approx(1 / 3)
 
 
 def test_shared_items_narrow_the_interval():
@@ -111,22 +104,20 @@ def test_the_difference_is_judged_question_by_question(gained, measurable):
     assert bool(found["not_measurable"]) != measurable
 
 
+ONE = scores([[1.0, 1]], qa=answers(1))
+
+
 @pytest.mark.parametrize(
-    "other",
+    ("differs", "other", "wrong"),
     [
-        scores([[1.0, 2]], qa=answers(1)),
-        scores([[1.0, 1], [1.0, 1]], qa=answers(1)),
-        scores([[1.0, 1]], qa=answers(1, 1)),
-        scores([[1.0, 1]], qa=[["no", "no"]]),
+        ("perplexity", scores([[1.0, 2]], qa=answers(1)), majority(["yes"])),
+        ("perplexity", scores([[1.0, 1], [1.0, 1]], qa=answers(1)), majority(["yes"])),
+        ("qa", scores([[1.0, 1]], qa=answers(1, 1)), majority(["yes"])),
+        ("qa", scores([[1.0, 1]], qa=[["no", "no"]]), majority(["yes"])),
+        ("qa", ONE, majority(["yes", "yes"])),
+        ("qa", ONE, majority(["no"])),
     ],
 )
-def test_other_items_are_refused(other):
-    with pytest.raises(InputError, match="not scored on the same items"):
-        relative_performance(scores([[1.0, 1]], qa=answers(1)), other, [QA], WRONG)
-
-
-@pytest.mark.parametrize("wrong", [majority(["yes", "yes"]), majority(["no"])])
-def test_the_majority_label_of_other_questions_is_refused(wrong):
-    same = scores([[1.0, 1]], qa=answers(1))
-    with pytest.raises(InputError, match="qa: the two models were not scored on the same items"):
-        relative_performance(same, same, [QA], wrong)
+def test_scores_of_other_items_are_refused(differs, other, wrong):
+    with pytest.raises(InputError, match=f"^{differs}: the two models were not scored on the same items"):
+        relative_performance(ONE, other, [QA], wrong)

@@ -92,23 +92,18 @@ def test_a_step_of_the_cut_model(space):
     assert counted(smaller) == pytest.approx(expected.total * TOKENS, rel=1e-3)
 
 
-def test_a_soft_mask():
+def test_a_soft_mask_and_a_forward_pass():
     plan = job(scored=SCORED)
-    model = lora_model(plan.shapes)
+    model, cost = lora_model(plan.shapes), Cost(plan)
+    with torch.no_grad():
+        found = counted(model, backward=False)
+    # The loss also forms the gradient of the logits where one is wanted, which is not here.
+    expected = cost.forward(plan.shapes.whole).total - (1 - SCORED) * 2 * 96 * VOCAB
+    assert found == pytest.approx(expected * TOKENS, rel=1e-3)
     mask = torch.ones(plan.shapes.space.size, requires_grad=True)
     MaskController(model, plan.shapes.space).set(mask, "soft")
     with frozen(model):
-        found = counted(model)
-    assert found == pytest.approx(Cost(plan).decision().total * TOKENS, rel=1e-3)
-
-
-def test_a_forward_pass():
-    plan = job(scored=SCORED)
-    with torch.no_grad():
-        found = counted(lora_model(plan.shapes), backward=False)
-    expected = Cost(plan).forward(plan.shapes.whole).total
-    # The loss also forms the gradient of the logits where one is wanted, which is not here.
-    assert found == pytest.approx((expected - (1 - SCORED) * 2 * 96 * VOCAB) * TOKENS, rel=1e-3)
+        assert counted(model) == pytest.approx(cost.decision().total * TOKENS, rel=1e-3)
 
 
 def test_masks_save_their_share_of_the_frozen_linears():
@@ -224,23 +219,28 @@ def test_the_probe_times_batches_like_those_of_the_run(monkeypatch, sample, leng
     assert found.stock == found.moments == found.solved == 0
 
 
-@pytest.mark.parametrize("packing", ["joined", "separate"])
-@pytest.mark.parametrize("source", ["running", "tuned"])
-def test_the_probe_times_steps_as_the_run_takes_them(monkeypatch, packing, source):
-    """With the mask that a running saliency reads, and the one that keeps samples apart."""
-    seen = []
+@pytest.mark.parametrize(("packing", "source", "aside"), [("joined", "running", False), ("separate", "tuned", True)])
+def test_the_probe_times_steps_as_the_run_takes_them(monkeypatch, tmp_path, packing, source, aside):
+    """With the mask that a running saliency reads, the one that keeps samples apart, checkpoints and offloading."""
+    seen, written, to_file = [], [], offload._to_file
 
     def loss(model, batch):
         linear = model.get_base_model().model.layers[0].mlp.gate_proj
         learns = linear.lora_A["default"].weight.requires_grad if hasattr(linear, "lora_A") else None
-        seen.append((learns, getattr(linear, "out_mask", None) is not None, "position_ids" in batch))
+        masked = getattr(linear, "out_mask", None) is not None
+        seen.append((learns, masked, "position_ids" in batch, model.is_gradient_checkpointing))
         return causal_lm_loss(model, batch)
 
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    monkeypatch.setattr(offload, "_to_file", lambda *found: written.append(1) or to_file(*found))
     monkeypatch.setattr(probe, "_median", lambda step, device, seconds: (step(), 1.0)[1])
     monkeypatch.setattr(probe, "causal_lm_loss", loss)
-    probe.flop_rates(job(f"data.packing={packing}", f"decisions.source={source}"))
+    asked = (f"training.gradient_checkpointing={aside}", f"training.offload={aside}", f"output_dir={tmp_path / 'run'}")
+    probe.flop_rates(job(f"data.packing={packing}", f"decisions.source={source}", *asked))
     apart, watched = packing == "separate", source == "running"
-    assert seen == [(False, True, apart), (True, watched, apart), (True, False, apart)], "measured, open and cut"
+    told = [(False, True), (True, watched), (True, False)]  # measured, open and cut
+    assert seen == [(*each, apart, aside) for each in told] and bool(written) == aside
+    assert not list(tmp_path.iterdir()), "nothing is left of the file that a CPU offloads to"
 
 
 def test_calibration_data_may_be_shorter_than_training_samples():
@@ -252,26 +252,3 @@ def test_calibration_data_may_be_shorter_than_training_samples():
         long, short = (found[phase] for found in rows)
         assert long.tokens == 4 * short.tokens and long.flops.total > 2 * short.flops.total, phase
     assert rows[0]["open"] == rows[1]["open"]
-
-
-def test_the_probe_times_layers_that_checkpoint_and_offload(monkeypatch, tmp_path):
-    """As their operations are counted; nothing is left of the file that a CPU offloads to."""
-    seen = []
-
-    def loss(model, batch):
-        seen.append(model.is_gradient_checkpointing)
-        return causal_lm_loss(model, batch)
-
-    aside, to_file = [], offload._to_file
-    monkeypatch.setattr(offload, "SMALLEST", 1)
-    monkeypatch.setattr(offload, "_to_file", lambda *found: aside.append(1) or to_file(*found))
-    monkeypatch.setattr(probe, "_median", lambda step, device, seconds: (step(), 1.0)[1])
-    monkeypatch.setattr(probe, "causal_lm_loss", loss)
-    probe.flop_rates(job(f"output_dir={tmp_path / 'run'}"))
-    assert seen == [False] * 3 and not aside
-    seen.clear()
-    probe.flop_rates(
-        job(f"output_dir={tmp_path / 'run'}", "training.gradient_checkpointing=true", "training.offload=true")
-    )
-    assert seen == [True] * 3 and aside
-    assert not list(tmp_path.iterdir())

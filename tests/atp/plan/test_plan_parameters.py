@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_plans import FAMILIES, job, settings, tiny
 from transformers import AutoModelForCausalLM
 
@@ -41,35 +40,24 @@ def test_after_is_what_a_real_cut_leaves(family, space):
 
 
 @pytest.mark.parametrize(
-    ("name", "before", "groups", "inner", "after"),
-    [
-        ("Llama-2-7b", 6_738_415_616, 19, 6_656, 4_154_724_352),
-        ("Llama-3.1-8B", 8_030_261_248, 5, 8_512, 5_236_854_784),
-        ("Qwen3-8B", 8_190_735_360, 5, 7_296, 5_416_203_264),
-        ("Qwen2.5-7B", 7_615_616_512, 2, 11_648, 5_008_005_632),
-    ],
+    ("name", "groups", "inner"),
+    [("Llama-2-7b", 19, 6_656), ("Llama-3.1-8B", 5, 8_512), ("Qwen3-8B", 5, 7_296), ("Qwen2.5-7B", 2, 11_648)],
 )
-def test_public_configs_at_40_percent_removed(name, before, groups, inner, after):
+def test_public_configs_at_40_percent_removed(name, groups, inner):
+    """By the textbook; test_plan_command.py has the totals."""
     config = read_config(CONFIGS / name)
     shapes = ModelShapes.of(config, settings("decisions.multiples=null").decisions)
     assert {name: set(kept) for name, kept in shapes.counts.items()} == {"kv_group": {groups}, "mlp": {inner}}
     assert shapes.multiples == {"mlp": 64} and abs(shapes.share - 0.6) < 0.002
-    assert parameters_of(config)["total"] == before
     kept = parameters_of(shapes.cut_config)
-    # By the textbook: the linears of a layer, with Qwen2's biases and Qwen3's norms of queries and keys.
+    # The linears of a layer, with Qwen2's biases and Qwen3's norms of queries and keys.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = groups * config.num_attention_heads // config.num_key_value_heads * head_dim, groups * head_dim
     layer = 2 * config.hidden_size * (queries + keys) + 3 * config.hidden_size * inner + 2 * config.hidden_size
     layer += queries + 2 * keys if config.model_type == "qwen2" else 0
     layer += 2 * head_dim if config.model_type == "qwen3" else 0
     ends = 2 * config.vocab_size * config.hidden_size + config.hidden_size
-    assert kept["total"] == config.num_hidden_layers * layer + ends == after
-    assert all(parameter.device.type == "meta" for parameter in meta(config).parameters())
-
-
-def meta(config):
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    assert kept["total"] == config.num_hidden_layers * layer + ends
 
 
 def test_shared_embeddings_count_once():

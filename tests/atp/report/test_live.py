@@ -6,7 +6,6 @@ import json
 import random
 import socket
 import struct
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,11 +14,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from atp.cli.cli import main, results
+from atp.cli.cli import results
 from atp.ground.errors import InputError
 from atp.ground.listing import runs_below
 from atp.ground.locking import holder, locked
-from atp.report import write_report
 from atp.report.files import RunFiles, standing
 from atp.report.live import _serving, watch
 
@@ -44,19 +42,16 @@ def test_states_and_figures(run, tmp_path):
     (line,) = runs_below(tmp_path / "runs")
     assert (line.state, line.phase, line.step, line.loss, line.kept) == ("stopped", "search", 4, 1.5, 0.75)
     assert (line.perplexity_before, line.perplexity, line.minutes) == (20.5, None, None)
+    score = {"step": 6, "phase": "tune", "validation_loss": 1.2}  # after the last step, which hides no loss
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (STEP, score)))
+    (line,) = runs_below(run)
+    assert (line.phase, line.step, line.loss, line.kept) == ("tune", 6, 1.5, 0.75)
     with locked(run):
         assert holder(run).startswith("process ") and runs_below(run)[0].state == "running"
     summary = {"keep_decoder": 0.6, "perplexity": {"final": 18.0}, "megabytes": {"final": 7}, "seconds": {"total": 90}}
     (run / "summary.json").write_text(json.dumps(summary))
     (line,) = runs_below(tmp_path)
     assert (line.state, line.kept, line.perplexity, line.megabytes, line.minutes) == ("finished", 0.6, 18, 7, 1.5)
-
-
-def test_a_validation_score_after_the_last_step_hides_no_loss(run):
-    score = {"step": 6, "phase": "tune", "validation_loss": 1.2}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (STEP, score)))
-    (line,) = runs_below(run)
-    assert (line.phase, line.step, line.loss, line.kept) == ("tune", 6, 1.5, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -69,18 +64,13 @@ def test_damaged_records_are_missing_ones(run, content):
     assert (line.perplexity, line.minutes, line.step, line.kept) == (None, None, None, None)
 
 
-def test_the_command_lists_them(run, tmp_path, monkeypatch, capsys):
-    def runs(*words):
-        monkeypatch.setattr(sys, "argv", ["atp", "runs", *words])
-        with pytest.raises(SystemExit) as done:
-            main()
-        return done.value.code, *capsys.readouterr()
-
-    assert json.loads(runs(str(tmp_path), "--json")[1])[0]["state"] == "stopped"
-    assert "stopped" in runs(str(tmp_path))[1]
-    assert runs(str(tmp_path / "absent"))[0] == 2
+def test_the_command_lists_them(run, tmp_path, atp):
+    assert json.loads(atp("runs", tmp_path, "--json")[1])[0]["state"] == "stopped"
+    head, line = atp("runs", run.parent)[1].splitlines()
+    assert head.split()[-2:] == ["minutes", "changed"] and line.startswith(f"{run} ") and len(line.split()) == 9
+    assert atp("runs", tmp_path / "absent")[0] == 2
     (tmp_path / "empty").mkdir()
-    assert runs(str(tmp_path / "empty"))[:2] == (0, f"there is no run folder in {tmp_path / 'empty'}\n")
+    assert atp("runs", tmp_path / "empty")[:2] == (0, f"there is no run folder in {tmp_path / 'empty'}\n")
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -97,14 +87,6 @@ def test_names_are_whole_and_nothing_is_left_out_in_a_narrow_terminal(run, tmp_p
     name, *figures = " ".join(lines[-2 if width == 80 else -1 :]).split()
     assert name == "runs/quite-a-long-name-of-a-run-that-somebody-gave"
     assert figures[:6] == ["stopped", "search", "4", "1.500", "0.750", "20.50"] and len(figures) == 8, "and a date"
-
-
-def test_a_file_has_every_column_and_whole_lines(run, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["atp", "runs", str(run.parent)])
-    with pytest.raises(SystemExit):
-        main()
-    head, line = capsys.readouterr().out.splitlines()
-    assert head.split()[-2:] == ["minutes", "changed"] and line.startswith(f"{run} ") and len(line.split()) == 9
 
 
 def ask(port, path="/", host="127.0.0.1"):
@@ -184,17 +166,15 @@ def test_a_run_that_has_not_begun_is_waited_for(run, tmp_path, there):
 
 
 @pytest.mark.parametrize("at_work", [True, False])
-def test_ctrl_c_ends_watching_without_an_error(run, monkeypatch, capsys, at_work):
+def test_ctrl_c_ends_watching_without_an_error(run, monkeypatch, atp, at_work):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("atp.report.live.time.sleep", interrupt)
-    monkeypatch.setattr(sys, "argv", ["atp", "watch", str(run if at_work else run.parent / "absent")])
-    with locked(run), pytest.raises(SystemExit) as done:
-        main()
-    said = capsys.readouterr()
-    assert done.value.code == 0 and said.err == ""
-    assert ("search, step 4 of 10" in said.out) == at_work == ("waiting for a run" not in said.out)
+    with locked(run):
+        code, out, err = atp("watch", run if at_work else run.parent / "absent")
+    assert code == 0 and err == ""
+    assert ("search, step 4 of 10" in out) == at_work == ("waiting for a run" not in out)
 
 
 def records(phase, *steps, pace=3.0):
@@ -221,17 +201,12 @@ def test_what_is_told_of_a_run_at_work(metrics, dense, told):
     assert standing(damaged) == told.partition(" of")[0]
 
 
-def test_a_page_that_is_written_does_not_reload(run):
-    assert "refresh" not in write_report(run).read_text(encoding="utf-8")
-
-
-def test_report_opens_the_browser(run, monkeypatch, capsys):
+def test_report_opens_the_browser(run, monkeypatch, atp):
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)))
-    monkeypatch.setattr(sys, "argv", ["atp", "report", str(run), "--open"])
-    with pytest.raises(SystemExit):
-        main()
-    assert opened == [(run / "report.html").resolve().as_uri()] and "no browser was found" in capsys.readouterr().out
+    _, out, _ = atp("report", run, "--open")
+    assert "refresh" not in (run / "report.html").read_text(encoding="utf-8"), "a page that is written does not reload"
+    assert opened == [(run / "report.html").resolve().as_uri()] and "no browser was found" in out
 
 
 @pytest.fixture
@@ -263,11 +238,11 @@ def raw(server, request, *, stays=True):
 HOSTS = ["[::1", "[::1]x", "[", "]", "[v1]", "a\u2100b", "127.0.0.1:x", "127.0.0.1:99999", "\x00", "@", "", "localhost"]
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_any_host_gets_an_answer_and_no_traceback(server, capfd, host):
-    answer = raw(server, b"GET / HTTP/1.1\r\nHost: " + host.encode() + b"\r\nConnection: close\r\n\r\n")
-    allowed = (200,) if host.startswith(("127", "local")) else (400,) if host == "[::1" else (400, 403)
-    assert int(answer.split()[1]) in allowed, answer
+def test_any_host_gets_an_answer_and_no_traceback(server, capfd):
+    for host in HOSTS:
+        answer = raw(server, b"GET / HTTP/1.1\r\nHost: " + host.encode() + b"\r\nConnection: close\r\n\r\n")
+        allowed = (200,) if host.startswith(("127", "local")) else (400,) if host == "[::1" else (400, 403)
+        assert int(answer.split()[1]) in allowed, (host, answer)
     server.shutdown()
     server.server_close()
     assert capfd.readouterr().err == ""

@@ -35,19 +35,14 @@ def test_a_quoted_text_comes_back_as_it_was(text):
 
 
 @pytest.mark.parametrize("path", HOSTILE)
-@pytest.mark.parametrize(
-    "card",
-    [
-        lambda config: model_card(config, 10, 5), lambda config: baseline_card(config, "random", 10, 5), base_card,
-        adapter_card,
-    ],
-)  # fmt: skip
-def test_a_path_does_not_break_out_of_a_card(path, card):
+def test_a_path_does_not_break_out_of_a_card(path):
     config = ATPConfig.parse({"model": {"path": path}, "output_dir": "x"})
-    tokens = inline(card(config).split("---", 2)[2])
-    assert " ".join(path.split()) in [token.content for token in tokens if token.type == "code_inline"]
-    assert not any("html" in token.type or token.type == "link_open" for token in tokens)
-    assert sum(token.type == "heading_open" for token in tokens) == 1
+    cards = model_card(config, 10, 5), baseline_card(config, "random", 10, 5), base_card(config), adapter_card(config)
+    for card in cards:
+        tokens = inline(card.split("---", 2)[2])
+        assert " ".join(path.split()) in [token.content for token in tokens if token.type == "code_inline"]
+        assert not any("html" in token.type or token.type == "link_open" for token in tokens)
+        assert sum(token.type == "heading_open" for token in tokens) == 1
 
 
 def comparison(text):
@@ -58,14 +53,6 @@ def comparison(text):
         "target_keep": 0.5, "methods": {text: row}, "missing": [text], "notes": {text: text}, "command": text,
         "data": {"description": text}, "versions": {text: text},
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_a_comparison_holds_no_markup_of_its_inputs(text):
-    tokens = inline(markdown(comparison(text)))
-    assert not any("html" in t.type or t.type in ("link_open", "image", "em_open", "strong_open") for t in tokens)
-    assert [t.content for t in tokens if t.type == "code_inline"] == [" ".join(text.split())]
-    assert sum(t.type == "td_open" for t in tokens) == sum(t.type == "th_open" for t in tokens) > 0
 
 
 class Words(HTMLParser):
@@ -82,14 +69,18 @@ class Words(HTMLParser):
         self.text += data
 
 
-@pytest.mark.parametrize("text", ["x` <script>alert(1)</script> `y", "<img src=x>", "&lt;b&gt;", "{{ 1 + 1 }}", "a|b"])
-def test_the_page_of_a_comparison_holds_no_markup_of_its_inputs(tmp_path, text):
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_comparison_holds_no_markup_of_its_inputs(tmp_path, text):
+    tokens = inline(markdown(comparison(text)))
+    assert not any("html" in t.type or t.type in ("link_open", "image", "em_open", "strong_open") for t in tokens)
+    assert [t.content for t in tokens if t.type == "code_inline"] == [" ".join(text.split())]
+    assert sum(t.type == "td_open" for t in tokens) == sum(t.type == "th_open" for t in tokens) > 0
     write_pages(tmp_path, comparison(text))
     page = Words()
     page.feed((tmp_path / "comparison.html").read_text(encoding="utf-8"))
     assert not page.tags & {"script", "img", "b"}
     # Its row, its score, the remarks on what is missing and broken, the command, the data and the versions.
-    assert page.text.count(text) >= 8
+    assert " ".join(page.text.split()).count(" ".join(text.split())) >= 8
 
 
 def test_the_pages_of_a_comparison_hold_no_control_character(tmp_path):

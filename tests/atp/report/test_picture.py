@@ -45,9 +45,8 @@ def test_each_score_has_a_picture_that_tells_what_it_shows(told):
     assert words == [F1, PERPLEXITY]
     assert "Size and held-out perplexity: lower is better; bars are 95 % intervals." in text
     assert "Size and pubmedqa macro-F1: higher is better; bars are 95 % intervals." in text
-
-
-def test_without_a_tuned_dense_model_the_others_stay(told):
+    words, text = told(SUMMARY | {"tasks": [], "perplexity_interval": {"original": [math.nan, 3.0], "final": None}})
+    assert "original 23.41 at 538 MB" in words[0] and "lower is better. " in text, "without any interval"
     words, text = told(without("tuned_dense"))
     assert len(words) == 2 and not any("dense" in line for line in words) and "damaged" not in text
     recorded = {"command": "atp demo", "perplexity": 16.0625, "perplexity_interval": None, "tasks": {}}
@@ -71,11 +70,6 @@ def test_without_a_tuned_dense_model_the_others_stay(told):
 def test_there_is_no_picture_without_both_ends(told, changes):
     words, _ = told(SUMMARY | changes)
     assert words == []
-
-
-def test_without_any_interval_the_caption_names_none(told):
-    words, text = told(SUMMARY | {"tasks": [], "perplexity_interval": {"original": [math.nan, 3.0], "final": None}})
-    assert "original 23.41 at 538 MB" in words[0] and "lower is better. " in text
 
 
 def test_points_lie_where_the_summary_says(monkeypatch):

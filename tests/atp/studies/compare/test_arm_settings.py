@@ -42,6 +42,10 @@ def test_arms_with_other_settings_have_other_folders(tmp_path):
     assert names[("preset=paper",)] == "atp,preset=paper-seed0"
     assert names[("preset=paper", "lora.r=16")] == "atp,preset=paper,lora.r=16-seed0", "and not the preset's"
     assert ours.path(Arm("atp", ("preset=auto",)), 0).name == "atp-seed0"
+    assert ours.path(Arm("atp", ("training.lr=1e-4",)), 1).name == "atp,training.lr=1e-4-seed1"
+    assert ours.config_of(Arm("atp", ("training.lr=1e-4",)), 7).training.lr == 1e-4
+    with pytest.raises(InputError, match="config key 'seed' is 4294967296: numbers reach 4294967295"):
+        ours.config_of(Arm("atp"), 2**32)
 
 
 def test_settings_that_need_each_other_name_a_folder_in_any_order(tmp_path):

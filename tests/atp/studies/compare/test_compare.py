@@ -3,30 +3,36 @@
 import json
 import re
 import signal
+import time
 
 import numpy as np
 import pytest
 from tiny_callbacks import StopAt
 
+from atp.baselines import methods as baselines
 from atp.data import Task
 from atp.evaluation.bootstrap import over_seeds
 from atp.ground.errors import InputError, Interrupted, NotReached
 from atp.ground.files import write_json
 from atp.studies.compare import Comparison, baseline_run
 from atp.studies.compare.arms import Arm
+from atp.studies.compare.baseline_run import BaselineRun
 from atp.studies.compare.members import Members
 from atp.studies.compare.page import write_pages
 from atp.studies.compare.results import Member, results, unmeasurable
 from atp.studies.compare.table import markdown, table
 
+pytestmark = pytest.mark.usefixtures("wide_budget")
 METHODS = ["dense_lora", "atp", "slicegpt"]
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def wide_budget(monkeypatch):
-    """One channel of the tiny model is more than ATP's tolerance on the budget."""
-    monkeypatch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
+@pytest.fixture(scope="module")
+def config(config):
+    """With few scores."""
+    values = config.model_dump(mode="json")
+    values["evaluation"]["windows"] = 4
+    return type(config).parse(values)
 
 
 def compare(config, folder, methods=METHODS, seeds=(0, 1), resume=False):
@@ -58,6 +64,9 @@ def test_conditions_are_equal(finished):
     assert kept["dense_lora"] == kept["original"] == 1
     assert abs(kept["atp"] - 0.6) < 0.02
     assert abs(kept["slicegpt"] - 0.6) < 0.2  # multiples of 8 out of 32 are coarse
+    row = content["methods"]["dense_lora"]
+    assert row["relative_performance"] == row["perplexity_ratio"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    assert content["not_measurable"] == {} and content["methods"]["original"]["perplexity_ratio"]["value"] > 1
 
 
 def test_artifacts(finished):
@@ -70,14 +79,6 @@ def test_artifacts(finished):
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
-
-
-def test_dense_against_itself_is_one(finished):
-    _, content = finished
-    row = content["methods"]["dense_lora"]
-    assert row["relative_performance"] == {"value": 1.0, "interval": [1.0, 1.0]} and content["not_measurable"] == {}
-    assert row["perplexity_ratio"] == {"value": 1.0, "interval": [1.0, 1.0]}
-    assert content["methods"]["original"]["perplexity_ratio"]["value"] > 1
 
 
 def test_where_the_dense_model_has_learnt_nothing_the_page_says_not_measurable(finished, tmp_path):
@@ -169,12 +170,6 @@ def test_a_member_that_writes_the_inputs_second_goes_on_unless_they_differ(confi
         look(ours)
 
 
-def test_unknown_method_names_the_nearest(config, tmp_path):
-    with pytest.raises(InputError, match="'slice_gpt' is unknown: did you mean 'slicegpt'"):
-        compare(config, tmp_path / "out", ["slice_gpt"])
-    assert not (tmp_path / "out").exists()
-
-
 QA = Task("qa", ("yes", "no"), ("accuracy",))
 WRONG = {"qa": {"items": [["yes", "no"]] * 10}}  # a majority label that is never right
 
@@ -189,6 +184,10 @@ def member(method, seed, right, nll=1.0):
 
 
 def test_figures_by_hand():
+    content = {"methods": results([member("static", 0, 4)], [QA], WRONG)}
+    assert "relative_performance" not in content["methods"]["static"], "without a dense model"
+    head, rows = table(content)
+    assert all(len(row) == len(head) for row in rows) and rows[1][head.index("relative performance ↑")] == "–"
     found = results([member("dense_lora", 0, 8), member("dense_lora", 1, 10), member("static", 0, 4, nll=2.0),
                      member("static", 1, 10, nll=1.5)], [QA], WRONG)  # fmt: skip
     assert found["dense_lora"]["relative_performance"] == {"value": 1.0, "interval": [1.0, 1.0]}
@@ -199,14 +198,6 @@ def test_figures_by_hand():
     assert row["perplexity_ratio"]["interval"] == pytest.approx([np.exp(0.5), np.e])  # equal documents: seeds alone
     assert row["train_seconds"] == pytest.approx(4.5) and row["train_tokens_per_second"] == pytest.approx(640 / 4.5)
     assert row["seeds"] == [0, 1]
-
-
-def test_without_dense_there_is_nothing_relative():
-    content = {"methods": results([member("static", 0, 4)], [QA], WRONG)}
-    assert "relative_performance" not in content["methods"]["static"]
-    head, rows = table(content)
-    assert all(len(row) == len(head) for row in rows)
-    assert rows[1][head.index("relative performance ↑")] == "–"
 
 
 @pytest.mark.parametrize(("right", "measurable"), [((8, 10), True), ((8, 0), False), ((0, 0), False)])
@@ -228,9 +219,7 @@ def test_interval_over_seeds_and_items_matches_the_analytic_spread():
     assert (low, high) == pytest.approx(tuple(np.quantile(mixture, [0.025, 0.975])), abs=0.1)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("cut_vs_reloaded", float("nan")), ("cut_vs_reloaded", 0.01), ("merge_error", 2.0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("cut_vs_reloaded", float("nan")), ("merge_error", 2.0)])
 def test_a_baseline_whose_model_is_not_the_trained_one_fails(config, tmp_path, monkeypatch, name, value):
     """Its certificate is checked as ATP's own is."""
     original = baseline_run.export_model
@@ -253,3 +242,32 @@ def test_what_one_member_cannot_do_is_refused_before_the_first(config, tmp_path,
     with pytest.raises(InputError, match=message):
         compare(config, tmp_path / "out", methods, seeds=[0]).execute()
     assert not list(tmp_path.iterdir())
+
+
+def baseline(config, folder, resume):
+    values = config.model_dump(mode="json") | {"output_dir": str(folder)}
+    settings = type(config).parse(values)
+    return BaselineRun("static", settings, resume=resume, command="atp compare", say=lambda line: None)
+
+
+def test_the_refit_counts_and_a_resumed_run_counts_choosing_once_and_removing_again(config, tmp_path, monkeypatch):
+    refit = baselines.refit_readers
+    monkeypatch.setattr(baselines, "refit_readers", lambda *args: (time.sleep(0.7), refit(*args)))
+    first = baseline(config, tmp_path, resume=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(baseline_run, "export_model", stop)
+        with pytest.raises(Stopped):
+            first.execute()
+    choosing = first._scores()["choice"]["seconds"]
+    seconds = baseline(config, tmp_path, resume=True).execute()["seconds"]
+    assert set(seconds) == {"choose", "apply", "tune", "total"}
+    assert seconds["choose"] == choosing and seconds["apply"] > 0.7 and seconds["tune"] > 0
+    assert seconds["total"] > seconds["apply"] + seconds["tune"]
+
+
+class Stopped(Exception):
+    """Ends a run before its export."""
+
+
+def stop(*_args):
+    raise Stopped
