@@ -121,7 +121,8 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
         So is where the model was loaded from: no cut model lies there, and PEFT would read that folder's config as a
         cut model's.
         """
-        kept = {field.name for field in fields(cast(Any, config))} - {"architectures", "transformers_version"}
+        kept = {field.name for field in fields(cast(Any, config))} | {"per_layer_config"}
+        kept -= {"architectures", "transformers_version"}
         values = {key: value for key, value in config.to_dict().items() if key in kept}
         family = family_of(config)
         cut = config_class(family.name)(**values | {"head_dim": family.head_dim(config)} | changes)
@@ -184,7 +185,7 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
 
     def validate_rope(self) -> None:
         """Checks rope_parameters; called by transformers."""
-        super(CutConfig, type(self)).validate_rope(self.without_layers())  # type: ignore[misc]
+        super(CutConfig, type(self)).validate_rope(self.without_layers())
 
     def validate_architecture(self) -> None:
         """Checks every layer's widths; called by transformers. Raises ValueError naming layer and key."""
@@ -252,7 +253,7 @@ def config_class(name: str) -> type[CutConfig]:
     stock: Any = CONFIG_MAPPING[name]
 
     @strict
-    class Config(CutConfig, stock):  # type: ignore[misc,valid-type]
+    class Config(CutConfig, stock):
         family = name
         model_type = cut_type(name)
         # Widths that transformers has no name for; None is the whole width.
