@@ -135,3 +135,6 @@ def register() -> None:
     """Registers the attention with transformers under its name; calling it again changes nothing."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+register()

@@ -121,7 +121,8 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
         So is where the model was loaded from: no cut model lies there, and PEFT would read that folder's config as a
         cut model's.
         """
-        kept = {field.name for field in fields(cast(Any, config))} - {"architectures", "transformers_version"}
+        kept = {field.name for field in fields(cast(Any, config))} | {"per_layer_config"}
+        kept -= {"architectures", "transformers_version"}
         values = {key: value for key, value in config.to_dict().items() if key in kept}
         family = family_of(config)
         cut = config_class(family.name)(**values | {"head_dim": family.head_dim(config)} | changes)

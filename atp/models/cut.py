@@ -201,7 +201,8 @@ def _layer(kind: type[nn.Module], config: CutConfig, index: int) -> nn.Module:
 
 def place_before(module: nn.Module, ours: type[nn.Module]) -> Any:
     """The module with our class before its own: same object, parameters and hooks."""
-    module.__class__ = _both(ours, type(module))  # type: ignore[arg-type]  # mypy sees no hash on a class of modules
+    kinds: Any = (ours, type(module))  # classes are hashable, which mypy denies of modules'
+    module.__class__ = _both(*kinds)
     return module
 
 
@@ -216,13 +217,14 @@ class CutModel(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mi
 
     def __init__(self, config: CutConfig) -> None:
         bare = config.without_layers()
-        bare.num_hidden_layers = 0  # the family's class would build every layer at full width
+        bare.num_hidden_layers = 1  # the family's class would build every layer at full width
         super().__init__(bare)
         config._attn_implementation = bare._attn_implementation
         self.config = config
         if self.base_model is self:
-            kind = cast(Any, self)._can_record_outputs["hidden_states"]
+            kind = type(cast(Any, self).layers[0])
             self.layers = nn.ModuleList(_layer(kind, config, index) for index in range(config.num_hidden_layers))
+            self._no_split_modules = sorted({kind.__name__} | {type(layer).__name__ for layer in self.layers})
         else:
             setattr(self, self.base_model_prefix, model_classes(config.family)[0](config))
         self.post_init()
@@ -248,12 +250,7 @@ def model_classes(name: str) -> tuple[type[PreTrainedModel], type[PreTrainedMode
     made = []
     for auto, mapping in ((AutoModel, MODEL_MAPPING), (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING)):
         stock: Any = mapping[CONFIG_MAPPING[name]]
-        layer = stock._can_record_outputs["hidden_states"].__name__
-        values = {
-            "__module__": "atp.models",
-            "config_class": config,
-            "_no_split_modules": [layer, f"Cut{layer}"],
-        }
+        values = {"__module__": "atp.models", "config_class": config}
         made.append(type(f"ATP{stock.__name__}", (CutModel, stock), values))
         auto.register(config, made[-1], exist_ok=True)
     return made[0], made[1]
@@ -274,7 +271,6 @@ def place_indices(model: PreTrainedModel) -> None:
 
 
 def register() -> None:
-    """Registers all classes and the training attention with transformers; calling it again changes nothing."""
-    attention.register()
+    """Registers all classes with transformers; calling it again changes nothing."""
     for name in FAMILIES:
         model_classes(name)

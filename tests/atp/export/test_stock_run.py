@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 from atp.data.splits import Example
 from atp.data.tasks import PUBMEDQA
 from atp.evaluation.harness import write_tasks
+from atp.families import FAMILIES
 from atp.inputs.checks import rounded
 from atp.inputs.loading import load_shapes
-from atp.models import ATPLlamaConfig
+from atp.models.config import config_class
 from atp.removal import logit_gap
 from atp.run import Run
 from atp.studies.compare.baseline_run import BaselineRun
@@ -148,6 +149,6 @@ def test_vllm_learns_which_class_runs_a_cut_model(monkeypatch):
     module, function = project["entry-points"]["vllm.general_plugins"]["atp"].split(":")
     for _ in range(2):
         getattr(import_module(module), function)()
-    (name,) = registered
-    assert AutoModelForCausalLM._model_mapping[ATPLlamaConfig].__name__ == name
-    assert registered[name] == "vllm.model_executor.models.transformers:TransformersForCausalLM"
+    classes = {AutoModelForCausalLM._model_mapping[config_class(family)].__name__ for family in FAMILIES}
+    assert registered.keys() == classes
+    assert set(registered.values()) == {"vllm.model_executor.models.transformers:TransformersForCausalLM"}

@@ -32,7 +32,11 @@ def test_after_is_what_a_real_cut_leaves(family, space):
         name: tuple(w.weight.shape) for name, w in cut.get_decoder().layers[1].named_modules() if "_proj" in name
     } == {name: (linear.out_features, linear.in_features) for name, linear in shapes.kept[1].linears.items()}
     first = cut.get_decoder().layers[0].self_attn
-    assert (first.qk_head_dim, first.v_head_dim) == (shapes.kept[0].qk_dim, shapes.kept[0].v_dim)
+    widths = (
+        first.head_dim,
+        getattr(first, "v_head_dim", first.head_dim),
+    )  # values of whole heads have no width of their own
+    assert widths == (shapes.kept[0].qk_dim, shapes.kept[0].v_dim)
     decoder = [sum(n for part, n in found.items() if part in ("attention", "mlp", "norms")) for found in
                (plan.before, plan.after)]  # fmt: skip
     last_norm = shapes.config.hidden_size
