@@ -52,13 +52,13 @@ def test_what_cannot_be_is_refused_before_anything_is_written(config, model, tmp
 def test_what_falls_short_is_said(config):
     few = changed(config, "evaluation.windows=2", "evaluation.questions=2", "decisions.refit_windows=0")
     tokenizer = load_tokenizer(few.model)
-    assert shortfalls(few, load_data(few, tokenizer)) == []
+    assert shortfalls(resolve(few), load_data(few, tokenizer)) == []
     many = changed(
         config, "evaluation.windows=200", "evaluation.questions=300", "decisions.refit_windows=400",
         "decisions.saliency_windows=500", "data.labels=[yes, no, maybe]", "evaluation.answers=true",
     )  # fmt: skip
     data = load_data(many, tokenizer)
-    assert shortfalls(many, data) == [
+    assert shortfalls(resolve(many), data) == [
         f"evaluation.windows is 200, but there are only {len(data.test)} test windows",
         f"decisions.refit_windows is 400, but there are only {len(data.calibration)} calibration samples",
         f"decisions.saliency_windows is 500, but there are only {len(data.calibration)} calibration samples",
@@ -75,7 +75,7 @@ def test_steps_on_few_tokens_with_a_loss_are_said_unless_the_rate_is_low(config)
     assert said.startswith(f"a step learns from {scored:.0f} tokens on average, ") and "training.lr=0.005" in said
     needed = math.ceil(32 / scored.item())
     assert f"leave out training.lr, or set training.batch_size={needed}" in said
-    assert said in run_remarks(one, load_shapes(one.model), data)
+    assert said in run_remarks(one, resolve(one), load_shapes(one.model), data)
     assert few_scored(changed(one, "training.lr=0.001"), data, 1) == []
     assert few_scored(changed(one, f"training.batch_size={needed}"), data, 1) == []
     assert few_scored(changed(one, f"training.gradient_accumulation={needed}"), data, 1) == []
@@ -99,7 +99,7 @@ def test_samples_that_are_read_often_are_said_unless_the_best_adapter_stays(conf
     (said,) = rereads(often, epoch)
     assert said.startswith("each training sample is read 40.0 times, ")
     assert f"set evaluation.every={twice // 2} training.keep_best=true" in said
-    alone = run_remarks(often, load_shapes(often.model), data)
+    alone = run_remarks(often, resolve(often), load_shapes(often.model), data)
     assert said not in alone and any("is read 20.0 times" in line for line in alone)
     (said,) = rereads(changed(often, "evaluation.every=5"), epoch)
     assert "or set training.keep_best=true to end" in said
@@ -119,7 +119,8 @@ def test_samples_that_are_read_often_are_said_unless_the_best_adapter_stays(conf
     ({}, None),
 ])  # fmt: skip
 def test_settings_that_take_away_what_another_is_for_are_said(settings, said):
-    found = recipe(resolve(ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o"} | settings)))
+    asked = ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o"} | settings)
+    found = recipe(resolve(asked, steps=asked.training.total))
     assert len(found) == (said is not None) and all(line.startswith(said) for line in found), found
 
 

@@ -75,7 +75,7 @@ def test_train_says_in_a_few_lines_what_it_will_do(atp, config, shared, tmp_path
     assert len(before) < 12 and "multiples" not in out, "the settings are in the folder"
     assert outline["model"].startswith(f"{shared / 'llama'} (llama, ") and "parameters in float32" in outline["model"]
     assert re.search(r"\d+ train, \d+ calibration, \d+ test", outline["samples of up to 16 tokens"])
-    assert outline["steps"].startswith("3 (open 1, tune 2), each of 1 samples, ")
+    assert outline["steps"].startswith("3 (open 1, tune 2), each of 1 sample, ")
     assert outline["products"].startswith("in float32 on ")
     assert outline["target"].startswith("0.6066 of the decoder, in space head_dim, source ")
     assert outline["folder"].startswith(f"{tmp_path / 'out'}, ")

@@ -9,6 +9,7 @@ import yaml
 from atp.cli.cli import main
 from atp.config import ATPConfig
 from atp.config.presets import PRESETS
+from atp.inputs.resolve import resolve
 
 
 @pytest.fixture
@@ -49,9 +50,19 @@ def test_the_schema_gives_every_key_with_meaning_and_range(atp):
 
 def test_show_prints_what_a_run_would_take(atp):
     code, shown, _ = atp("show", "examples/health-mini.yaml", "preset=paper", "training.lr=0.5")
-    taken = ATPConfig.load("examples/health-mini.yaml", ["preset=paper", "training.lr=0.5"])
-    assert code == 0 and yaml.safe_load(shown) == taken.model_dump(mode="json")
-    assert ATPConfig.parse(yaml.safe_load(shown)) == taken, "and can be used in its place"
+    asked = ATPConfig.load("examples/health-mini.yaml", ["preset=paper", "training.lr=0.5"])
+    assert code == 0 and yaml.safe_load(shown) == resolve(asked).model_dump(mode="json")
+    assert resolve(ATPConfig.parse(yaml.safe_load(shown))) == resolve(asked), "and can be used in its place"
+
+
+def test_show_names_what_only_a_run_can_know(atp):
+    code, shown, _ = atp("show", "examples/health-mini.yaml", "training.minutes=3", "decisions.target_decode_ms=9")
+    first, rest = shown.split("\n", 1)
+    assert code == 0 and first.endswith(
+        ": decisions.target_decode_ms, training.minutes, training.lr, training.update_clipping"
+    )
+    values = yaml.safe_load(rest)
+    assert values["training"]["minutes"] == 3 and values["training"]["precision"] in ("float32", "bfloat16")
 
 
 def test_a_wrong_key_is_told_as_by_train(atp):

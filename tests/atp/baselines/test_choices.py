@@ -14,6 +14,7 @@ from atp.baselines.wanda_sp import wanda_scores
 from atp.data import PackedDataset
 from atp.decide.budget import Budget
 from atp.ground.errors import InputError, NotReached
+from atp.inputs.resolve import resolve
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.removal import cut_model
@@ -34,7 +35,7 @@ def rows_read(data, settings):
 @pytest.mark.parametrize("opened", [3, 20])  # fewer samples than there are, and each of them several times
 def test_two_stages_choose_by_the_windows_that_the_open_steps_read(opened):
     train, general = windows(count=12, seed=2), windows(count=30, seed=3)
-    settings = config(training={"search": 0, "open": opened, "settle": 0, "gradient_accumulation": 1})
+    settings = resolve(config(training={"search": 0, "open": opened, "settle": 0, "gradient_accumulation": 1}))
     steps = step_batches(train, 0, opened, size=2, accumulation=1, seed=settings.seed, device=CPU)
     read = {tuple(row.tolist()) for batches in steps for batch in batches for row in batch["input_ids"]}
     assert len(read) == min(12, 2 * opened)
@@ -44,7 +45,7 @@ def test_two_stages_choose_by_the_windows_that_the_open_steps_read(opened):
 def test_two_stages_choose_by_the_calibration_windows_where_the_run_itself_decides_by_them():
     train, general = windows(count=12, seed=2), windows(count=30, seed=3)
     for changed in ({"training": {"search": 0, "open": 1}}, {"decisions": {"source": "tuned"}}, {}):
-        assert choice_samples(train, general, config(**changed)) is general
+        assert choice_samples(train, general, resolve(config(**changed))) is general
     assert len(rows_read(general, config())) == 4
 
 

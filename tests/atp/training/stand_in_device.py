@@ -32,6 +32,9 @@ _COPIES = {"aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize"}
 class _Module(_DummyBackendModule):
     """What `torch.standin` must answer for autocast, and for whoever forks the random state of all devices."""
 
+    def is_available(self):
+        return False  # to others in this process, which would take it for the device to train on
+
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
 
