@@ -125,7 +125,8 @@ def test_labels_and_columns_in_messages_are_short(tmp_path):
 def test_one_premise_and_one_prompt_are_one_document(tmp_path):
     asked = [{"prompt": f"case {n // 3}", "completion": f" answer {n}"} for n in range(60)]
     splits = load_recipe(DataSettings(recipe="custom", train=write(tmp_path, *asked)))
-    assert [len(part) for part in (splits.train, splits.calibration, splits.test)] == [42, 6, 12]
+    parts = [{example.prompt for example in part} for part in (splits.train, splits.calibration, splits.test)]
+    assert [len(part) for part in parts] == [14, 2, 4] and len(set.union(*parts)) == 20, "none is in two parts"
     rows = [
         {"premise": f"fact {n // 3}", "hypothesis": f"claim {n}", "label": ("neutral", "entailment")[n % 2]}
         for n in range(60)
