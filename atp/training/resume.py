@@ -82,7 +82,8 @@ def refuse_other_config(config: ATPConfig, folder: Path) -> None:
         if exist(root):
             resume_point(root, say=lambda line: None)  # the trainer says what is damaged when it resumes
     resolved = _resolved(folder)
-    if resolved is None:
+    if resolved is None:  # it has not trained yet, and resolves once more
+        config.refuse_change_of(saved_config(folder) or config.model_dump(mode="json"))
         return
     values = resolved.model_dump(mode="json")
     if (asked := saved_config(folder)) is not None:
