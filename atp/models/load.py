@@ -149,7 +149,7 @@ def _gguf_content(path: str, gguf_file: str, revision: str | None) -> dict[str, 
     That takes seconds for a vocabulary, so it gets a copy without one, and the file itself where that fails.
     """
     file = _find(path, gguf_file, revision)
-    with TemporaryDirectory() as folder, suppress(ValueError, KeyError, IndexError, TypeError, OSError, struct.error):
+    with suppress(ValueError, KeyError, IndexError, TypeError, OSError, struct.error), TemporaryDirectory() as folder:
         if file is not None:
             tokens = without_vocabulary(file, Path(folder) / "header.gguf")
             content = PretrainedConfig.get_config_dict(folder, gguf_file="header.gguf")[0]

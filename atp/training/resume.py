@@ -81,15 +81,7 @@ def refuse_other_config(config: ATPConfig, folder: Path) -> None:
     for root in (folder / name for name in CHECKPOINTS):
         if exist(root):
             resume_point(root, say=lambda line: None)  # the trainer says what is damaged when it resumes
-    resolved = _resolved(folder)
-    if resolved is None:  # it has not trained yet, and resolves once more
-        config.refuse_change_of(saved_config(folder) or config.model_dump(mode="json"))
-        return
-    values = resolved.model_dump(mode="json")
-    if (asked := saved_config(folder)) is not None:
-        config.refuse_change_of(asked, values)
-    else:  # nobody knows what was asked for, but what is given now has to come to the same
-        _as_resolved(config, resolved).refuse_change_of(values)
+    _refuse_change(config, folder, _resolved(folder))
 
 
 def begun(config: ATPConfig) -> ResolvedConfig | None:
@@ -99,21 +91,33 @@ def begun(config: ATPConfig) -> ResolvedConfig | None:
     """
     folder = Path(config.output_dir)
     resolved = _resolved(folder)
-    try:
-        refuse_other_config(config, folder)
-    except InputError:
-        return None
     if resolved is None:
         return None
-    here = {"sharding": config.training.sharding, "offload": config.training.offload}
-    return resolved.model_copy(update={"training": resolved.training.model_copy(update=here)})
+    with suppress(InputError):
+        _refuse_change(config, folder, resolved)
+        here = {"sharding": config.training.sharding, "offload": config.training.offload}
+        return resolved.model_copy(update={"training": resolved.training.model_copy(update=here)})
+    return None
+
+
+def _refuse_change(config: ATPConfig, folder: Path, resolved: ResolvedConfig | None) -> None:
+    """Raises `InputError` for another config than that of a folder's run. resolved: what that run computes with."""
+    asked = saved_config(folder)
+    if resolved is None:  # it has not trained yet, and resolves once more
+        config.refuse_change_of(asked or config.model_dump(mode="json"))
+        return
+    values = resolved.model_dump(mode="json")
+    if asked is not None:
+        config.refuse_change_of(asked, values)
+    else:  # nobody knows what was asked for, but what is given now has to come to the same
+        _as_resolved(config, resolved).refuse_change_of(values)
 
 
 def _resolved(folder: Path) -> ResolvedConfig | None:
     """What the run of a folder computes with: by its own file, or its newest checkpoint where that is damaged."""
-    for values in (saved_config(folder, RESOLVED), _newest_values(folder).get("config")):
+    for values_of in (lambda: saved_config(folder, RESOLVED), lambda: _newest_values(folder).get("config")):
         with suppress(ValidationError):
-            return ResolvedConfig.model_validate(values)
+            return ResolvedConfig.model_validate(values_of())
     return None
 
 

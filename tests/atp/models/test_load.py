@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 
 import gguf
 import pytest
@@ -19,7 +20,7 @@ from transformers import LlamaForCausalLM, PretrainedConfig
 from atp.cli.cli import main
 from atp.config import ModelConfig
 from atp.ground.errors import InputError
-from atp.inputs.loading import load_any_model, load_model, load_tokenizer
+from atp.inputs.loading import load_any_model, load_model, load_shapes, load_tokenizer
 from atp.lora.layer import add_lora
 from atp.models.gguf_header import without_vocabulary
 from atp.removal import certify_export, reference_logits
@@ -147,7 +148,7 @@ def test_gguf_files_are_whole_too(tmp_path):
     assert "does not say how many layers its model has" in refused(tmp_path, gguf_file="flat.gguf")
 
 
-def test_a_config_is_read_without_the_vocabulary(tmp_path):
+def test_a_config_is_read_without_the_vocabulary(tmp_path, monkeypatch):
     """The copy of the header says what the file says, and takes no room for the weights."""
     model = LlamaForCausalLM.from_pretrained(save(tmp_path / "source", vocab_size=500))
     for name, more in {
@@ -170,6 +171,10 @@ def test_a_config_is_read_without_the_vocabulary(tmp_path):
         )
         assert alone == whole, name
         assert copy.stat().st_blocks * 512 < file.stat().st_size / 4, name
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
+    assert load_shapes(ModelConfig(path=str(tmp_path), gguf_file="plain.gguf")).vocab_size == 500, "there is no room"
     for length in (3, 20, 200, 3000):  # of a file that was not copied to its end
         (tmp_path / "part.gguf").write_bytes(file.read_bytes()[:length])
         with pytest.raises((ValueError, struct.error)):
