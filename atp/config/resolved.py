@@ -24,10 +24,12 @@ class ResolvedDecisions(DecisionsConfig, frozen=True):
 
 
 class ResolvedTraining(TrainingConfig, frozen=True):
-    """The section `training`; minutes and tokens are steps here. lr and update_clipping wait for the data."""
+    """The section `training`; minutes and tokens are steps here. lr and update_clipping wait for the data.
+
+    tune stays null where it is what the other phases leave of steps, so that other steps may still be asked for.
+    """
 
     open: int
-    tune: int
     beta2: float
     precision: Definite
 
@@ -35,8 +37,8 @@ class ResolvedTraining(TrainingConfig, frozen=True):
 class ResolvedConfig(ATPConfig, frozen=True):
     """What a run computes with. `resolve` makes it once, before anything is trained; nobody changes it after that.
 
-    A null means "none" here (no revision, no validation split), and no longer "whatever suits the run". Two exceptions:
-    decisions.multiples, a rule that each structure applies to its own width, and what belongs to a recipe of data.
+    A null means "none" here (no revision, no validation split), and no longer "whatever suits the run". Exceptions are
+    training.tune, decisions.multiples (a rule that each structure applies to its width), and what a recipe of data sets.
     """
 
     decisions: ResolvedDecisions
@@ -81,8 +83,7 @@ def at_length(config: ATPConfig, steps: int) -> ATPConfig:
 
 
 def _training(training: TrainingConfig, precision: Definite, scored: float | None) -> dict[str, Any]:
-    opened, total = training.opened, training.total
-    made: dict[str, Any] = {"steps": total, "open": opened, "tune": total - opened - training.search - training.settle}
+    made: dict[str, Any] = {"steps": training.total, "open": training.opened}
     made |= {"beta2": training.second_moment, "precision": precision}
     if scored is not None:
         made |= {"lr": training.rate(scored), "update_clipping": training.clips_updates(scored)}

@@ -228,11 +228,14 @@ def test_a_resolved_config_leaves_nothing_open_and_nobody_changes_it():
     asked = parse(training={"lr": 1e-3, "update_clipping": False}, evaluation={"every": 100})
     found = resolve(asked)
     none = {"model.gguf_file", "model.revision", "model.load_in", "training.minutes", "training.tokens",
-            "training.sharding", "training.patience", "training.metrics_file", "decisions.multiples"}  # fmt: skip
+            "training.sharding", "training.patience", "training.metrics_file", "training.tune",
+            "decisions.multiples"}  # fmt: skip
     null = {f"{section}.{key}" for section, values in found.model_dump().items() if isinstance(values, dict)
             for key, value in values.items() if value is None}  # fmt: skip
     assert {key for key in null if not key.startswith(("data.", "decisions.target_"))} == none
-    assert (found.training.open, found.training.tune, found.training.steps) == (133, 267, 400)
+    assert (found.training.open, found.training.steps) == (133, 400)
+    longer = ATPConfig.parse(found.model_dump(mode="json"), ["training.steps=800"]).training
+    assert longer.total == 800, "a run's resolved.yaml takes overrides as any config does"
     assert found.training.beta2 == asked.training.second_moment and found.data.seed == asked.seed
     assert found.evaluation.validation_windows == 15 and found.training.precision in ("float32", "bfloat16")
     assert resolve(found) == found and type(found).model_validate(found.model_dump(mode="json")) == found
