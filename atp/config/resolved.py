@@ -38,7 +38,7 @@ class ResolvedConfig(ATPConfig, frozen=True):
     """What a run computes with. `resolve` makes it once, before anything is trained; nobody changes it after that.
 
     A null means "none" here (no revision, no validation split), and no longer "whatever suits the run". Exceptions are
-    training.tune, decisions.multiples (a rule that each structure applies to its width), and what a recipe of data sets.
+    training.tune, decisions.multiples (a rule that each structure applies to its width), and what a data recipe sets.
     """
 
     decisions: ResolvedDecisions
