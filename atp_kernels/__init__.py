@@ -10,6 +10,7 @@ from atp_kernels.kept.sides import KeptFirst
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import masked_lora_linear, masked_lora_linear_with_norms
 from atp_kernels.loss import cross_entropy_
+from atp_kernels.mask_gradient import mask_gradient
 from atp_kernels.norm import rms_norm
 from atp_kernels.projection import Projection
 from atp_kernels.qkv import masked_lora_qkv
@@ -33,6 +34,7 @@ __all__ = [
     "kept_lora_linear",
     "layers",
     "lora_dropout",
+    "mask_gradient",
     "masked_lora_linear",
     "masked_lora_linear_with_norms",
     "masked_lora_qkv",

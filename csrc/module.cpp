@@ -36,12 +36,15 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
   m.def("masked(Tensor values, Tensor mask) -> Tensor");
   m.def("mask_(Tensor(a!) values, Tensor mask) -> ()");
   m.def("column_dot(Tensor left, Tensor right) -> Tensor");
+  m.def("add_sample_dots(Tensor left, Tensor right, Tensor(a!) sums) -> ()");
   m.def("mask_and_dot(Tensor grad, Tensor total, Tensor mask) -> (Tensor, Tensor)");
   m.def("take_columns(Tensor values, Tensor index, Tensor(a!) out) -> ()");
   m.def("spread_columns_(Tensor(a!) values, int width, Tensor place) -> ()");
   m.def("dropped(Tensor values, int threshold, float scale, int seed) -> Tensor");
   m.def("swiglu_forward(Tensor gate, Tensor up) -> Tensor");
-  m.def("swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor(a!) d_gate, Tensor(b!) d_up) -> ()");
+  m.def(
+      "swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor(a!) d_gate, Tensor(b!) d_up, Tensor(c!)? sums=None)"
+      " -> ()");
   m.def("cross_entropy_(Tensor(a!) logits, Tensor targets) -> Tensor");
   m.def("rms_norm_forward(Tensor x, Tensor weight, float eps, bool narrow) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor d_y, Tensor x, Tensor weight, Tensor scales) -> Tensor");

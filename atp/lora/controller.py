@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from atp.ground.devices import upload
 from atp.lora.layer import MaskedPeftLinear
+from atp.lora.observer import MaskObserver
 from atp.spaces.space import MaskSpace
 from atp_kernels import KeptFirst, KeptSlice
 
@@ -38,6 +39,7 @@ class MaskController:
         if missing:
             raise RuntimeError(f"{missing} linears of the mask space carry no MaskedPeftLinear: wrap with add_lora")
         self._space = space.to(self._device)
+        self.observer = MaskObserver(self._space, self._layers)
         # Whether a decision lies in the memory of the one before, for CUDA graphs: a CPU would copy for nothing.
         self.keeps_memory = self._device.type != "cpu"
         # The last hard mask, on the host, and what it makes of the two sides of each linear and of its weight.

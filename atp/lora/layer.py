@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,12 +20,12 @@ from atp_kernels import (
     KeptSlice,
     Projection,
     kept_lora_linear,
+    mask_gradient,
     masked_lora_linear,
     masked_lora_swiglu,
     new_seed,
     rms_norm,
 )
-from atp_kernels.call import differentiable_once
 
 ADAPTER = "default"
 
@@ -35,9 +34,9 @@ class MaskedPeftLinear(PeftLinear):
     """PEFT LoRA linear with masks on its outputs [out_features] and inputs [in_features].
 
     Masks are state of the current pass, not parameters: bool (hard) or float32 (soft, differentiable), None keeps all.
-    With `mask_lora` they cover base and LoRA path, without it the base path alone (docs/method.md section 3). With it
-    they may have a row for each sample of a batch, [samples, features], so that gradients are those of samples. A kept
-    slice stands for hard masks on the base path, at the cost of what they keep.
+    With `mask_lora` they cover base and LoRA path, without it the base path alone (docs/method.md section 3). A kept
+    slice stands for hard masks on the base path, at the cost of what they keep. What a side is worth can be observed
+    without a mask (`observe`).
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
@@ -54,6 +53,7 @@ class MaskedPeftLinear(PeftLinear):
         self._narrow: tuple[Tensor, int, Tensor] | None = None
         self.set_masks(None, None)
         self.gates: list[Tensor | None] = [None, None]
+        self.observed: list[Tensor | None] = [None, None]
         self.holds_casts = True  # whether a whole weight may outlive the pass that reads it
 
     def set_masks(
@@ -66,22 +66,28 @@ class MaskedPeftLinear(PeftLinear):
     ) -> None:
         """Sets the masks of the next passes, or the slice that stands for them; they stay until the next call."""
         self.out_mask, self.in_mask, self.mask_lora, self.kept = out_mask, in_mask, mask_lora, kept
-        if (kept is not None or out_mask is not None or in_mask is not None) and not self._learns_whole:
+        if kept is not None or out_mask is not None or in_mask is not None:
             self._narrow = None  # the memory that masked passes need
 
     def set_gate(self, axis: int, gate: Tensor | None) -> None:
         """Multiplies rows of B (axis 0, gate [out_features]) or columns of A (1, [in_features]) until the next call."""
         self.gates[axis] = gate
 
+    def observe(self, axis: int, sums: Tensor | None) -> None:
+        """Until the next call, backward passes add the gradients of a mask of ones to sums [samples, features].
+
+        Of outputs (axis 0) or inputs (1), whatever is trained: see `atp_kernels.mask_gradient`.
+        """
+        self.observed[axis] = sums
+
+    def seen(self, y: Tensor) -> Tensor:
+        """Outputs that a block made of the weights, observed where they are."""
+        return observed(y, self.observed[0])
+
     @property
     def plain(self) -> bool:
         """Whether this is neither merged nor disabled: one adapter beside its frozen base."""
         return not (self.disable_adapters or self.merged) and self.active_adapters == [ADAPTER]
-
-    @property
-    def by_sample(self) -> bool:
-        """Whether the masks have a row for each sample of a batch."""
-        return any(mask is not None and mask.dim() == 2 for mask in (self.out_mask, self.in_mask))
 
     @property
     def dropout(self) -> float:
@@ -91,8 +97,11 @@ class MaskedPeftLinear(PeftLinear):
 
     @property
     def fusible(self) -> bool:
-        """Whether a block may use the weights without calling the layer: no hook expects the input."""
-        return self.plain and not self._forward_pre_hooks
+        """Whether a block may use the weights without calling the layer: no hook expects the input, and nobody sees it.
+
+        What becomes of outputs is for the block to observe.
+        """
+        return self.plain and not self._forward_pre_hooks and self.observed[1] is None
 
     @property
     def projection(self) -> Projection:
@@ -108,12 +117,9 @@ class MaskedPeftLinear(PeftLinear):
 
     @property
     def _learns_whole(self) -> bool:
-        """Whether passes read the whole weight beside an adapter that learns: a constant one is merged into it.
-
-        Soft masks, which a running saliency sets in open steps, leave the weight whole.
-        """
-        hard = any(mask is not None and not mask.is_floating_point() for mask in (self.out_mask, self.in_mask))
-        return cast(nn.Linear, self.lora_A[ADAPTER]).weight.requires_grad and self.kept is None and not hard
+        """Whether passes read the whole weight beside an adapter that learns: a constant one is merged into it."""
+        whole = self.out_mask is None and self.in_mask is None and self.kept is None
+        return whole and cast(nn.Linear, self.lora_A[ADAPTER]).weight.requires_grad
 
     def _narrowed(self, weight: Tensor) -> Tensor:
         """The frozen weight in autocast's dtype, cast once: casts are a sixth of a step on one short window."""
@@ -125,18 +131,14 @@ class MaskedPeftLinear(PeftLinear):
             self._narrow = weight, weight._version, weight.detach().to(torch.get_autocast_dtype(device))
         return self._narrow[2]
 
-    def unmasked(self, x: Tensor) -> Tensor:
-        """Base and LoRA path, without masks and dropout."""
-        weight, lora_a, lora_b, scaling, bias = self.projection
-        return masked_lora_linear(x, weight, lora_a, lora_b, scaling=scaling, bias=bias)
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.seen(self._forward(observed(x, self.observed[1]), *args, **kwargs))
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.plain:
             if self.out_mask is not None or self.in_mask is not None or self.kept is not None:
                 raise RuntimeError("masks are set on a merged or disabled LoRA layer: clear them with set_masks first")
             return super().forward(x, *args, **kwargs)
-        if self.by_sample:
-            return of_samples(self.unmasked(of_samples(x, self.in_mask)), self.out_mask)
         weight, lora_a, lora_b, scaling, bias = self.projection
         p = self.dropout
         # From torch's generator, so that activation checkpointing draws the same one again.
@@ -158,37 +160,17 @@ class MaskedPeftLinear(PeftLinear):
         )
 
 
-def of_samples(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Values [batch, ..., features], each sample times its row of the mask [samples, features].
+def observed(values: Tensor, sums: Tensor | None) -> Tensor:
+    """Values [batch, ..., features]; their backward pass adds gradients of masks of ones to sums [samples, features].
 
     A smaller batch has the first rows. One of more samples, as of preferred and rejected answers, takes them in turns.
     """
-    if mask is None:
+    if sums is None or not torch.is_grad_enabled():
         return values
-    turns = -(-len(values) // len(mask))
-    rows = mask.repeat(turns, 1)[: len(values)].to(values.dtype)
-    return values * rows.view(len(values), *[1] * (values.dim() - 2), mask.shape[1])
-
-
-class _Gated(torch.autograd.Function):
-    """act(m * gate) * (m * up) with a mask m for each sample; backward makes the products again, to keep but two."""
-
-    @staticmethod
-    def forward(ctx: Any, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, mask: Tensor) -> Tensor:
-        ctx.act = act
-        ctx.save_for_backward(gate, up, mask)
-        return _gated(act, gate, up, mask)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-            return None, *torch.autograd.grad(_gated(ctx.act, *inputs), inputs, grad)
-
-
-def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, mask: Tensor) -> Tensor:
-    return act(of_samples(gate, mask)) * of_samples(up, mask)
+    if not values.requires_grad:  # as that of the first layer's input, which nothing before it needs
+        values = values.detach().requires_grad_()
+    turns = [mask_gradient(part, sums[: len(part)]) for part in values.split(len(sums))]
+    return turns[0] if len(turns) == 1 else torch.cat(turns)
 
 
 class MaskedMLP(nn.Module):
@@ -219,24 +201,23 @@ class MaskedMLP(nn.Module):
         options: dict[str, Any]
         if all(linear.kept is not None for linear in linears):
             options = {"kept": tuple(linear.kept for linear in linears)}
-        elif self._one_mask() and gate.by_sample:
-            return self._of_samples(x)
         elif self._one_mask():
             options = {"mask": gate.out_mask, "mask_lora": gate.mask_lora}
         else:
             return self._apart(x)
+        if gate.observed[0] is not None or up.observed[0] is not None:
+            sums = gate.observed[0]
+            if sums is None or sums is not up.observed[0] or len(x) > len(sums) or not x.requires_grad:
+                return self._apart(x)
+            options["mask_grad"] = sums[: len(x)]
         if gate.dropout:
             options |= {"dropout": gate.dropout, "seeds": (new_seed(x), new_seed(x))}
         projections = (linear.projection for linear in linears)
-        return masked_lora_swiglu(x, *projections, activation=self.activation, **options)
+        y = masked_lora_swiglu(x, *projections, activation=self.activation, **options)
+        return down.seen(y)
 
     def _apart(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-    def _of_samples(self, x: Tensor) -> Tensor:
-        """Under one mask for each sample."""
-        gate, up = self.gate_proj.unmasked(x), self.up_proj.unmasked(x)
-        return self.down_proj(_Gated.apply(self.act_fn, gate, up, self.gate_proj.out_mask))
 
     def _one_mask(self) -> bool:
         """Whether one mask of the channels, in one form, is all that is set."""

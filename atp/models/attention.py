@@ -87,7 +87,9 @@ def project(attention: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if kept is not None or all(part is None for part in (*slices, *masks)):
             p = q.dropout
             drawn = {"dropout": p, "seed": new_seed(states) if p else None}
-            return masked_lora_qkv(states, q.projection, k.projection, v.projection, kept=kept, **drawn)
+            found = masked_lora_qkv(states, q.projection, k.projection, v.projection, kept=kept, **drawn)
+            q_out, k_out, v_out = (linear.seen(y) for linear, y in zip(linears, found, strict=True))
+            return q_out, k_out, v_out
     return q(states), k(states), v(states)
 
 

@@ -26,7 +26,7 @@ class Pass:
     """What decides how much a pass keeps.
 
     product, residual: bytes per number of what linears and attention compute, and of the residual stream. rank: of
-    LoRA. watched: whether a soft mask is on, for each sample; hard ones and dropout (drawn again) keep nothing.
+    LoRA. watched: whether the gradients of a mask are observed; hard masks and dropout (drawn again) keep nothing.
     apart: whether attention has a mask of its own; expanded: whether keys and values then become as many as queries.
     short: tokens of a row whose probabilities attention keeps, 0 where it keeps none. rows: samples of a batch, which
     share RoPE's angles.
@@ -49,11 +49,9 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     reads = linears["self_attn.q_proj"].in_features + linears["mlp.gate_proj"].in_features
     numbers = reads + _attention(widths, how, shapes) + 2 * inner + how.rank * len(linears)
     if how.watched:
-        numbers += _sums(shapes, widths, parts_of_mlp=4)
-    if how.watched and how.rows > 1:
-        # Each sample has a mask: each linear reads a masked copy, and down what the fused MLP would make again.
-        copies = [widths.linears[cut.module].in_features for cut in _soft(shapes) if cut.axis == 1]
-        numbers += sum(copies) if copies else inner
+        numbers += _sums(shapes, widths, parts_of_mlp=2)
+        if _keeps_values(widths, how) and any(cut.module == "self_attn.v_proj" for cut in _outputs(shapes)):
+            numbers -= linears["self_attn.v_proj"].out_features  # the very ones that attention keeps
     stream = 2 * hidden
     for ends in ("self_attn.o_proj", "mlp.down_proj"):
         if linears[ends].out_features != hidden:  # what is added to a part of the stream
@@ -76,11 +74,11 @@ def kept_by_saliency(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
 
 
 def _sums(shapes: ModelShapes, widths: LayerWidths, *, parts_of_mlp: int) -> int:
-    """Numbers per token that a soft mask keeps of linears, besides their inputs: what it multiplies on outputs.
+    """Numbers per token that the gradient of a mask keeps of linears, besides their inputs: the outputs that it reads.
 
-    parts_of_mlp: how many times the width of an MLP more, where masked inputs keep its linears from being fused.
+    parts_of_mlp: how many times the width of an MLP more, where what is read keeps its linears from being fused.
     """
-    outputs = [cut.module for cut in _soft(shapes) if cut.axis == 0 and cut.module not in _PRODUCERS]
+    outputs = [cut.module for cut in _outputs(shapes)]
     apart = any(cut.axis == 1 and cut.module in _PRODUCERS for cut in _soft(shapes))
     inner = widths.linears["mlp.down_proj"].in_features
     return sum(widths.linears[module].out_features for module in outputs) + (parts_of_mlp * inner if apart else 0)
@@ -90,10 +88,23 @@ def _soft(shapes: ModelShapes) -> list[Cut]:
     return [cut for structure in shapes.space.layer(0) for cut in structure.cuts if cut.soft]
 
 
+def _outputs(shapes: ModelShapes) -> list[Cut]:
+    return [cut for cut in _soft(shapes) if cut.axis == 0 and cut.module not in _PRODUCERS]
+
+
+def _pads(widths: LayerWidths) -> bool:
+    return widths.padded and (widths.qk_dim != widths.v_dim or widths.qk_dim % HEAD_DIM_MULTIPLE != 0)
+
+
+def _keeps_values(widths: LayerWidths, how: Pass) -> bool:
+    """Whether attention keeps the values as v_proj made them, rather than a copy."""
+    return not (how.short or how.expanded or _pads(widths))
+
+
 def _attention(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
     """Numbers per token that attention keeps: queries, keys, values and output, which o_proj reads."""
     qk, v = widths.qk_dim, widths.v_dim
-    padded = widths.padded and (qk != v or qk % HEAD_DIM_MULTIPLE != 0)
+    padded = _pads(widths)
     if padded:
         qk = v = -(-max(qk, v) // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
     readers = widths.heads if how.expanded and not how.short else widths.kv_heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -137,9 +138,9 @@ def _same_multiples(job: Workload) -> Any:
 def _layers_step(
     model: PeftModel, job: Workload, device: torch.device, length: int, rows: int, soft: MaskSpace | None
 ) -> Callable[[], object]:
-    """A step on a batch of rows with `length` tokens; soft: the space of a soft mask, which gets a gradient too.
+    """A step on a batch of rows with `length` tokens; soft: the space whose decisions it says the worth of.
 
-    A frozen adapter makes it a pass that measures saliency.
+    A frozen adapter makes it a pass that measures saliency, under a soft mask.
     """
     base: Any = model.get_base_model()
     use_training_attention(base)
@@ -156,13 +157,16 @@ def _layers_step(
     controller = None if soft is None else MaskController(model, soft)
 
     def step() -> None:
-        if controller is not None and soft is not None:
-            by_sample = (rows,) if rows > 1 and trained else ()
-            controller.set(torch.ones(*by_sample, soft.size, device=device, requires_grad=True), "soft")
+        if controller is not None and soft is not None and not trained:
+            controller.set(torch.ones(soft.size, device=device, requires_grad=True), "soft")
+        observer = controller.observer if controller is not None and trained else None
         precision = torch.autocast(device.type, dtype=job.autocast, enabled=job.autocast is not None)
-        with precision, offload.saving(model):
-            loss = causal_lm_loss(model, batch)
-        loss.backward()
+        with nullcontext() if observer is None else observer.observing(rows) as sums:
+            with precision, offload.saving(model):
+                loss = causal_lm_loss(model, batch)
+            loss.backward()
+        if observer is not None and sums is not None:
+            observer.gradients(sums)
         if controller is not None:
             controller.clear()
         if optimizer is not None:

@@ -7,7 +7,7 @@ the hooks of somebody else's loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -155,10 +155,7 @@ class Pruning:
     @contextmanager
     def open(self) -> Iterator[None]:
         """No mask, around forward and backward of one batch; a running saliency sees what each decision is worth."""
-        if self.settings.source != "running":
-            yield
-            return
-        with self._watched():
+        with self._observed() if self.settings.source == "running" else nullcontext():
             yield
 
     @contextmanager
@@ -188,22 +185,25 @@ class Pruning:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """The values of the hard mask as a soft one, whose gradient the running saliency takes after the backward.
-
-        A batch of several samples has a row of the mask for each, because the squares are those of samples.
-        """
-        mask, samples = self._mask_on_device().float(), self.training.batch_size
-        mask = (mask.expand(samples, -1).clone() if samples > 1 else mask).requires_grad_()
+        """The hard mask on the sums, around which the running saliency sees what each kept decision is worth."""
         with scope("masks"):
-            self.uncut.controller.set(mask, "soft")
+            self.uncut.controller.set(self._mask_on_device(), "sum")
         try:
-            yield
+            with self._observed():
+                yield
         finally:
             self.uncut.controller.clear()
-        if mask.grad is not None:
+
+    @contextmanager
+    def _observed(self) -> Iterator[None]:
+        """Gradients of a mask of ones for each sample, whose squares the running saliency takes after the backward."""
+        observer, samples = self.uncut.controller.observer, self.training.batch_size
+        with observer.observing(samples) as sums:
+            yield
+        with scope("masks"):
             # One process sees the batches of all one after another, each with its share of the loss.
-            square = (mask.grad / processes.count()).square()
-            for squares in processes.gather(square if samples == 1 else samples * square.sum(0)):
+            square = (observer.gradients(sums) / processes.count()).square().sum(0) * samples
+            for squares in processes.gather(square):
                 self.decisions.observe(squares)
 
     def regularize(self, weight: float) -> None:

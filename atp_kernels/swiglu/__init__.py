@@ -6,6 +6,7 @@ from torch import Tensor
 from atp_kernels.checks import check_dropout
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.kinds import typed
+from atp_kernels.mask_gradient import check_sums, mask_gradient
 from atp_kernels.projection import Projection, check_kept, project
 from atp_kernels.swiglu import op
 from atp_kernels.swiglu.aten import ACTIVATIONS
@@ -24,6 +25,7 @@ def masked_lora_swiglu(
     kept: tuple[KeptSlice, KeptSlice, KeptSlice] | None = None,
     dropout: float = 0.0,
     seeds: tuple[int | Tensor, int | Tensor] | None = None,
+    mask_grad: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """down(act(gate(x)) * up(x)), each a masked LoRA linear, with the product recomputed in backward.
@@ -34,8 +36,11 @@ def masked_lora_swiglu(
     kept: the slices of gate, up and down instead of a mask, sharing one `KeptFirst` or one bool mask; their weights and
     biases are those that count. dropout: of what the adapters read, as in `masked_lora_linear`, once for gate and up by
     the first of the `seeds` and for down by the second, over the channels as they lie; PEFT draws for each linear, and
-    each of them sees the same distribution here. Returns [..., hidden'] in the dtype of x. Differentiable once in every
-    floating input that requires it. Errors as in `masked_lora_linear` and `kept_lora_linear`.
+    each of them sees the same distribution here. mask_grad [samples, channels], float32: backward adds the gradient
+    that a mask of ones on the sums of gate and up would have in each sample, as `mask_gradient` does; x is [samples,
+    ..., hidden] then. It goes with no mask, or with a bool one and `mask_lora`; what that removes is not defined.
+    Returns [..., hidden'] in the dtype of x. Differentiable once in every floating input that requires it. Errors as in
+    `masked_lora_linear` and `kept_lora_linear`.
     Source: arXiv 2412.14426, section 3; Shazeer 2020, "GLU variants improve transformer".
 
     >>> gate, up = (Projection(torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1), 0.5) for _ in range(2))
@@ -56,14 +61,28 @@ def masked_lora_swiglu(
     if dropout != 0:
         for seed in drawn:
             check_dropout(x, dropout, seed, None)
+    if mask_grad is not None:
+        _check_mask_grad(mask_grad, x, gate.weight, kept, mask, mask_lora)
     call = _composed if torch.compiler.is_compiling() else op.swiglu
-    return call(x, (gate, up, down), kept, activation, mask, mask_lora, float(dropout), drawn, backend)
+    return call(x, (gate, up, down), kept, activation, mask, mask_lora, float(dropout), drawn, backend, mask_grad)
 
 
-def _composed(x, linears, kept, activation, mask, mask_lora, dropout, seeds, backend) -> Tensor:
+def _check_mask_grad(
+    sums: Tensor, x: Tensor, weight: Tensor, kept: tuple[KeptSlice, ...] | None, mask: Tensor | None, mask_lora: bool
+) -> None:
+    if x.ndim < 2 or sums.shape != (len(x), len(weight)):
+        raise ValueError(f"mask_grad has shape {list(sums.shape)}: give [samples, channels] for x [samples, ..., K].")
+    if kept is not None or (mask is not None and (mask.is_floating_point() or not mask_lora)):
+        raise ValueError("mask_grad must be alone, or beside a bool mask with mask_lora=True.")
+    check_sums(sums, x, "mask_grad")
+
+
+def _composed(x, linears, kept, activation, mask, mask_lora, dropout, seeds, backend, mask_grad) -> Tensor:
     """For a compiler, which decides what is saved, and fuses what lies between the linears."""
     gate, up, down = zip(linears, kept or (None, None, None), strict=True)
     common = {"mask_lora": mask_lora, "dropout": dropout, "backend": backend}
     g, u = (project(x, *producer, out_mask=mask, seed=seeds[0], **common) for producer in (gate, up))
+    if mask_grad is not None:
+        g, u = (mask_gradient(values, mask_grad, backend="reference") for values in (g, u))
     h = ACTIVATIONS[activation][0](g) * u
     return project(h, *down, in_mask=None if mask_lora else mask, seed=seeds[1], **common)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from atp_kernels.call import Call
 from atp_kernels.linear.aten import column_dot, mask_, masked
+from atp_kernels.mask_gradient.aten import add_dots
 
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (torch.ops.aten.silu, torch.ops.aten.silu_backward),
@@ -39,17 +40,22 @@ def gated_backward(
     d_up: Tensor,
     mask: Tensor | None = None,
     need_mask: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor | None:
     """Write the gradients of `gated` to d_gate, which may be d_h, and d_up; d_h is lost either way.
 
     Without a mask d_gate = d_h * up * act'(gate) and d_up = d_h * act(gate). Returns the gradient of the mask, in
-    float32 or better, where it is needed.
+    float32 or better, where it is needed. sums [samples, columns]: to the row of each sample the gradient is added that
+    a mask of its own would have, beside no mask or a bool one; what that removes is not defined.
     """
     forward, backward = ACTIVATIONS[activation]
     masked_gate = masked(gate, mask)
     forward(masked_gate, out=d_up).mul_(d_h)
     backward(d_h.mul_(masked(up, mask)), masked_gate, grad_input=d_gate)
     d_mask = column_dot(d_gate, gate).add_(column_dot(d_up, up)) if need_mask else None
+    if sums is not None:
+        add_dots(d_gate, gate, sums)
+        add_dots(d_up, up, sums)
     mask_(d_gate, mask)
     mask_(d_up, mask)
     return d_mask

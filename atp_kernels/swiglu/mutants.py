@@ -97,7 +97,7 @@ TABLE = {
         ("base_mask = None if spec.mask_lora else out_mask", "base_mask = out_mask"),
         ("base_mask = None if spec.mask_lora else out_mask", "base_mask = None"),
         ("need_base = need_out and not spec.mask_lora", "need_base = False"),
-        ("*grads, sum_mask, need_sum)", "*grads, None, need_sum)"),
+        ("*grads, sum_mask, need_sum,", "*grads, None, need_sum,"),
         ("for value, _, _ in results), sum_mask)", "for value, _, _ in results), None)"),
         ("gate, up, sum_mask) if need_h", "gate, up) if need_h"),
         ("[d_h, torch.empty_like(d_h)]", "[torch.empty_like(d_h), d_h]"),

@@ -5,6 +5,7 @@ from torch import Tensor
 from atp_kernels import extension
 from atp_kernels.call import Call
 from atp_kernels.linear.native import column_dot, mask_, masked
+from atp_kernels.mask_gradient.native import fits
 from atp_kernels.swiglu import aten
 
 
@@ -29,12 +30,14 @@ def gated_backward(
     d_up: Tensor,
     mask: Tensor | None = None,
     need_mask: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor | None:
     """`aten.gated_backward`, as `gated`; this one leaves d_h as it was unless it is d_gate."""
     in_one_piece = mask is None or (d_gate.is_contiguous() and d_up.is_contiguous())
+    in_one_piece &= sums is None or fits(sums)
     if activation != "silu" or not in_one_piece or not _unit_stride(d_h, gate, up, d_gate, d_up):
-        return aten.gated_backward(activation, d_h, gate, up, d_gate, d_up, mask, need_mask)
-    extension.ops.swiglu_backward(d_h, masked(gate, mask), masked(up, mask), d_gate, d_up)
+        return aten.gated_backward(activation, d_h, gate, up, d_gate, d_up, mask, need_mask, sums)
+    extension.ops.swiglu_backward(d_h, masked(gate, mask), masked(up, mask), d_gate, d_up, sums)
     d_mask = column_dot(d_gate, gate).add_(column_dot(d_up, up)) if need_mask else None
     mask_(d_gate, mask)
     mask_(d_up, mask)

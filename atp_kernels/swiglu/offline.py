@@ -12,7 +12,7 @@ _MASKS = {"": None, "hard": "*u8", "soft": "*fp32"}
 
 
 def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[OfflineCase]:
-    """Both directions of both activations, without a mask, with a hard one, and with a soft one and its gradient."""
+    """Both directions of both activations: without a mask, with a hard one, with a soft one, and observed."""
     block_m, block_n = triton.tile_for(4096)
     for dtype in dtypes:
         for activation in triton.ACTIVATIONS:
@@ -23,3 +23,6 @@ def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Offli
                 name = f"{activation.removesuffix('_tanh')} {mask}".strip()
                 yield case(f"{name} fwd", triton.gated_kernel, constants, types, dtype=dtype)
                 yield case(f"{name} bwd", triton.gated_backward_kernel, constants, types, dtype=dtype)
+            observed = {"mask_ptr": None, "part_ptr": "*fp32"} | dict.fromkeys(_MATRICES, "*" + TYPES[dtype])
+            name = f"{activation.removesuffix('_tanh')} observed bwd"
+            yield case(name, triton.gated_backward_kernel, constants, observed, dtype=dtype)

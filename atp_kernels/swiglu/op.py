@@ -50,6 +50,7 @@ class MlpSpec(NamedTuple):
     """What is no tensor. A scaling, a slice and a backend for each linear: gate, up, down.
 
     shared: whether gate and up share what they do with x. drops: what makes the adapters' inputs from x and from h.
+    sums: to which backward adds the gradients of masks of ones.
     """
 
     activation: str
@@ -61,6 +62,7 @@ class MlpSpec(NamedTuple):
     between: ModuleType
     shared: bool
     drops: tuple[Drop | None, Drop | None] = (None, None)
+    sums: Tensor | None = None
 
 
 def swiglu(
@@ -73,6 +75,7 @@ def swiglu(
     dropout: float,
     seeds: tuple[int | Tensor | None, int | Tensor | None],
     backend: str,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """The gated MLP in eager mode; checks and casts the linears' operands."""
     dtype = autocast_dtype(x)
@@ -121,7 +124,7 @@ def swiglu(
         together &= (mask_lora or out_mask is None) and not any(map(shared.trains, prepared[:2]))
     keep_sum = not mask_lora and keeps_sum(out_mask)
     drops = drop_of(dropout, seeds[0], backend), drop_of(dropout, seeds[1], backend)
-    spec = MlpSpec(activation, scalings, mask_lora, keep_sum, slices, backends, between, together, drops)
+    spec = MlpSpec(activation, scalings, mask_lora, keep_sum, slices, backends, between, together, drops, sums)
     return Swiglu.apply(spec, x, out_mask, in_mask, *(tensor for tensors in operands for tensor in tensors))
 
 
@@ -277,7 +280,7 @@ class Swiglu(torch.autograd.Function):
             d_h.add_(drop_h(d_dropped))
         grads = [d_h, torch.empty_like(d_h)]  # that of gate takes the memory of d_h
         need_sum = need_out and spec.mask_lora
-        d_out = spec.between.gated_backward(spec.activation, d_h, gate, up, *grads, sum_mask, need_sum)
+        d_out = spec.between.gated_backward(spec.activation, d_h, gate, up, *grads, sum_mask, need_sum, spec.sums)
         del gate, up, d_h, d_dropped
         d_x = d_dropped = None
         d_operands = []

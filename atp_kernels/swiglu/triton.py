@@ -52,30 +52,36 @@ def gated_backward(
     d_up: Tensor,
     mask: Tensor | None = None,
     need_mask: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor | None:
     """Write the gradients of `gated` to d_gate, which may be d_h, and d_up; return that of the mask if it is needed.
 
     All matrices are [M, N] of one dtype and may lie in memory in any way. The gradient of the mask [N] is float32: the
-    column sums of d(m * gate) * gate + d(m * up) * up.
+    column sums of d(m * gate) * gate + d(m * up) * up. sums [samples, N]: those of each sample's rows are added.
     """
     d_h, gate, up, (rows, width) = _unit_stride(d_h), _unit_stride(gate), _unit_stride(up), gate.shape
     written = [grad if grad.stride(1) == 1 else grad.new_empty(grad.shape) for grad in (d_gate, d_up)]
     block_m, block_n = tile_for(width)
-    columns, row_tiles = triton.cdiv(width, block_n), triton.cdiv(rows, block_m)
-    programs = min(row_tiles, max(1, _PROGRAMS // max(1, columns))) if need_mask else row_tiles
-    parts = gate.new_empty(programs, width, dtype=torch.float32) if need_mask else None
+    summed = need_mask or sums is not None
+    samples = 1 if sums is None else max(1, len(sums))
+    columns, row_tiles = triton.cdiv(width, block_n), triton.cdiv(rows // samples, block_m)
+    # For each sample.
+    programs = min(row_tiles, max(1, _PROGRAMS // max(1, columns * samples))) if summed else row_tiles
+    parts = gate.new_empty(samples, programs, width, dtype=torch.float32) if summed else None
     if gate.numel():
         with torch.cuda.device_of(gate):
-            gated_backward_kernel[(programs * columns,)](
+            gated_backward_kernel[(samples * programs * columns,)](
                 d_h, gate, up, _vector(mask), *written, parts,
-                rows, width, triton.cdiv(row_tiles, programs) * block_m,
+                rows // samples, width, programs, triton.cdiv(row_tiles, programs) * block_m,
                 d_h.stride(0), gate.stride(0), up.stride(0), *(grad.stride(0) for grad in written),
                 **constants(activation), BLOCK_M=block_m, BLOCK_N=block_n, enable_fp_fusion=True,
             )  # fmt: skip
     for grad, copy in zip((d_gate, d_up), written, strict=True):
         if grad is not copy:
             grad.copy_(copy)
-    return None if parts is None else parts.sum(0)
+    if sums is not None and parts is not None:
+        sums += parts.sum(1)
+    return parts.sum((0, 1)) if need_mask and parts is not None else None
 
 
 def tile_for(width: int) -> tuple[int, int]:
@@ -149,16 +155,17 @@ def gated_kernel(
     tl.store(h_ptr + rows[:, None] * N + cols[None, :], (value * up).to(h_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_program"])
+@triton.jit(do_not_specialize=["M", "programs", "rows_per_program"])
 def gated_backward_kernel(
     d_h_ptr, gate_ptr, up_ptr, mask_ptr, d_gate_ptr, d_up_ptr, part_ptr,
-    M, N, rows_per_program, stride_hm, stride_gm, stride_um, stride_dgm, stride_dum,
+    M, N, programs, rows_per_program, stride_hm, stride_gm, stride_um, stride_dgm, stride_dum,
     GELU: tl.constexpr, SATURATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """d_gate = m * d_h * m * up * act'(m * gate) and d_up = m * d_h * act(m * gate).
 
-    d_gate may lie where d_h does: an element is read before it is written. part [programs per column block, N], if
-    there is one: the sums of the mask's gradient over the rows of each program.
+    M rows of each sample, whose programs follow those of the sample before. d_gate may lie where d_h does: an element
+    is read before it is written. part [samples * programs, N], if there is one: the sums of the mask's gradient over
+    the rows of each program.
     """
     blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0) // blocks
@@ -167,8 +174,9 @@ def gated_backward_kernel(
     if mask_ptr is not None:
         mask = tl.load(mask_ptr + cols, mask=col_ok, other=0).to(tl.float32)[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    first = pid.to(tl.int64) * rows_per_program
-    last = min(first + rows_per_program, M)
+    beyond = (pid // programs + 1).to(tl.int64) * M
+    first = beyond - M + (pid % programs).to(tl.int64) * rows_per_program
+    last = min(first + rows_per_program, beyond)
     for start in range(first, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)[:, None]
         ok = (rows < last) & col_ok[None, :]

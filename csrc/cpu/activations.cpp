@@ -2,9 +2,11 @@
 //
 // Rows may lie apart.
 
-#include "rows.h"
+#include "column_sums.h"
 
 #include <torch/csrc/stable/library.h>
+
+#include <optional>
 
 namespace atp::cpu {
 namespace {
@@ -60,7 +62,11 @@ Tensor swiglu_forward(Tensor gate, Tensor up) {
 }
 
 // d_gate may be d_h: an element is read before it is written.
-void swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor d_gate, Tensor d_up) {
+//
+// sums [samples, cols], if there are any: to the row of each sample the sums of d_gate * gate + d_up * up are added, which
+// are the gradient of a mask of ones on gate and up in that sample.
+void swiglu_backward(
+    Tensor d_h, Tensor gate, Tensor up, Tensor d_gate, Tensor d_up, std::optional<Tensor> sums) {
   check_gate(gate);
   check_like(d_h, "d_h", gate);
   check_like(up, "up", gate);
@@ -73,6 +79,20 @@ void swiglu_backward(Tensor d_h, Tensor gate, Tensor up, Tensor d_gate, Tensor d
     using T = decltype(tag);
     const auto d = read<T>(d_h), g = read<T>(gate), u = read<T>(up);
     const auto to_gate = written<T>(d_gate), to_up = written<T>(d_up);
+    if (sums.has_value()) {
+      const int64_t samples = check_samples(*sums, gate.size(0), cols), rows = gate.size(0) / samples;
+      for (int64_t i = 0; i < samples; ++i) {
+        float* to = sums_of(*sums) + i * sums->stride(0);
+        add_column_sums(rows, cols, to, [&](int64_t first, int64_t count, float* block) {
+          const auto backward = activations_for<T>(loops()).swiglu_backward_dot_row;
+          std::fill_n(block, cols, 0.0f);
+          for (int64_t row = i * rows + first; row < i * rows + first + count; ++row) {
+            backward(d[row], g[row], u[row], cols, to_gate[row], to_up[row], block);
+          }
+        });
+      }
+      return;
+    }
     for_rows(gate.size(0), cols, [&](int64_t first, int64_t count) {
       const auto backward = activations_for<T>(loops()).swiglu_backward_row;
       for (int64_t row = first; row < first + count; ++row) {

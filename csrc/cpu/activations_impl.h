@@ -113,6 +113,37 @@ inline __attribute__((always_inline)) void swiglu_grads(Pair d_h, Pair gate, Pai
   swiglu_grads(d_h.second, gate.second, up.second, &d_gate->second, &d_up->second);
 }
 
+inline __attribute__((always_inline)) Pair dot_pair(Pair gate, Pair up, Pair d_gate, Pair d_up) {
+  return {d_gate.first * gate.first + d_up.first * up.first, d_gate.second * gate.second + d_up.second * up.second};
+}
+
+// kPair floats in the order in which `load_pair` of T puts them.
+template <typename T>
+inline __attribute__((always_inline)) Pair as_pair(const float* from) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return load_pair(from);
+  } else {
+    Pair pair;
+    for (int64_t i = 0; i < kVector; ++i) {
+      pair.first[i] = from[2 * i];
+      pair.second[i] = from[2 * i + 1];
+    }
+    return pair;
+  }
+}
+
+template <typename T>
+inline __attribute__((always_inline)) void keep_pair(float* to, Pair pair) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    store_pair(to, pair);
+  } else {
+    for (int64_t i = 0; i < kVector; ++i) {
+      to[2 * i] = pair.first[i];
+      to[2 * i + 1] = pair.second[i];
+    }
+  }
+}
+
 template <typename T>
 void swiglu_row(const T* gate, const T* up, int64_t cols, T* h) {
   int64_t col = 0;
@@ -123,25 +154,47 @@ void swiglu_row(const T* gate, const T* up, int64_t cols, T* h) {
   }
 }
 
-template <typename T>
-void swiglu_backward_row(const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up) {
+template <typename T, bool kDot>
+inline __attribute__((always_inline)) void swiglu_backward_any(
+    const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up, float* sums) {
   Pair first, second;
   int64_t col = 0;
   for (; col + kPair <= cols; col += kPair) {
-    swiglu_grads(load_pair(d_h + col), load_pair(gate + col), load_pair(up + col), &first, &second);
+    const Pair g = load_pair(gate + col), u = load_pair(up + col);
+    swiglu_grads(load_pair(d_h + col), g, u, &first, &second);
     store_pair(d_gate + col, first);
     store_pair(d_up + col, second);
+    if constexpr (kDot) {
+      const Pair dot = dot_pair(g, u, first, second), sum = as_pair<T>(sums + col);
+      keep_pair<T>(sums + col, {sum.first + dot.first, sum.second + dot.second});
+    }
   }
   if (col < cols) {
     const int64_t count = cols - col;
-    const Pair upstream = load_pair(d_h + col, count);
-    swiglu_grads(upstream, load_pair(gate + col, count), load_pair(up + col, count), &first, &second);
+    const Pair upstream = load_pair(d_h + col, count), g = load_pair(gate + col, count), u = load_pair(up + col, count);
+    swiglu_grads(upstream, g, u, &first, &second);
     store_pair(d_gate + col, first, count);
     store_pair(d_up + col, second, count);
+    if constexpr (kDot) {
+      float buffer[kPair];
+      keep_pair<T>(buffer, dot_pair(g, u, first, second));
+      for (int64_t i = 0; i < count; ++i) sums[col + i] += buffer[i];
+    }
   }
 }
 
 template <typename T>
+void swiglu_backward_row(const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up) {
+  swiglu_backward_any<T, false>(d_h, gate, up, cols, d_gate, d_up, nullptr);
+}
+
+template <typename T>
+void swiglu_backward_dot_row(
+    const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up, float* sums) {
+  swiglu_backward_any<T, true>(d_h, gate, up, cols, d_gate, d_up, sums);
+}
+
+template <typename T>
 constexpr ActivationLoops<T> activation_loops() {
-  return {swiglu_row<T>, swiglu_backward_row<T>};
+  return {swiglu_row<T>, swiglu_backward_row<T>, swiglu_backward_dot_row<T>};
 }

@@ -1,22 +1,15 @@
 // What the masked linear does around its matrix products: column masks, column sums and dropout, over a whole matrix.
-//
-// A column sum is made in two stages: float32 over blocks of rows, float64 over the blocks in their order. Blocks do not
-// depend on the threads, so neither do the results.
 
-#include "rows.h"
+#include "column_sums.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <memory>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 namespace atp::cpu {
 namespace {
-
-constexpr int64_t kBlockRows = 64;
 
 struct Matrix {
   int64_t rows;
@@ -52,26 +45,6 @@ std::vector<float> widened(const Tensor& mask, int64_t cols) {
   return wide;
 }
 
-// body(first row, number of rows, sums) fills the sums of a block of rows; returns the sums of all blocks, [cols].
-template <typename Body>
-Tensor column_sums(const Matrix& size, const Tensor& like, const Body& body) {
-  const int64_t n_blocks = (size.rows + kBlockRows - 1) / kBlockRows;
-  const std::unique_ptr<float[]> parts(new float[n_blocks * size.cols]);
-  torch::stable::parallel_for(0, n_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kBlockRows;
-      body(first, std::min(kBlockRows, size.rows - first), parts.get() + block * size.cols);
-    }
-  });
-  std::vector<double> totals(size.cols);
-  for (int64_t block = 0; block < n_blocks; ++block) {
-    for (int64_t col = 0; col < size.cols; ++col) totals[col] += parts[block * size.cols + col];
-  }
-  Tensor sums = torch::stable::new_empty(like, {size.cols}, ScalarType::Float);
-  std::copy(totals.begin(), totals.end(), static_cast<float*>(sums.mutable_data_ptr()));
-  return sums;
-}
-
 void write_masked(const Tensor& values, const Tensor& mask, void* result) {
   const Matrix size = matrix(values, "values");
   const std::vector<float> wide = widened(mask, size.cols);
@@ -96,37 +69,58 @@ void mask_(Tensor values, Tensor mask) {
   write_masked(values, mask, values.mutable_data_ptr());
 }
 
+Tensor zeros(const Tensor& like, int64_t cols) {
+  Tensor sums = torch::stable::new_empty(like, {cols}, ScalarType::Float);
+  std::fill_n(sums_of(sums), cols, 0.0f);
+  return sums;
+}
+
+// Adds the column sums of left * right over `size.rows` rows from `start` on.
+template <typename T>
+void add_dots(const Tensor& left, const Tensor& right, int64_t start, const Matrix& size, float* sums) {
+  const T* a = static_cast<const T*>(left.const_data_ptr()) + start * size.cols;
+  const T* b = static_cast<const T*>(right.const_data_ptr()) + start * size.cols;
+  add_column_sums(size.rows, size.cols, sums, [&](int64_t first, int64_t count, float* out) {
+    const int64_t at = first * size.cols;
+    columns_for<T>(loops()).dot_rows(a + at, b + at, count, size.cols, out);
+  });
+}
+
 Tensor column_dot(Tensor left, Tensor right) {
   const Matrix size = pair(left, right);
-  std::optional<Tensor> sums;
+  Tensor sums = zeros(left, size.cols);
+  with_type(left, [&](auto tag) { add_dots<decltype(tag)>(left, right, 0, size, sums_of(sums)); });
+  return sums;
+}
+
+// Adds the column sums of left * right over the rows of each sample to its row of `sums` [samples, cols].
+void add_sample_dots(Tensor left, Tensor right, Tensor sums) {
+  const Matrix size = pair(left, right);
+  const int64_t samples = check_samples(sums, size.rows, size.cols);
+  const Matrix each{size.rows / samples, size.cols};
   with_type(left, [&](auto tag) {
-    using T = decltype(tag);
-    const T* a = static_cast<const T*>(left.const_data_ptr());
-    const T* b = static_cast<const T*>(right.const_data_ptr());
-    sums = column_sums(size, left, [&](int64_t first, int64_t count, float* out) {
-      const int64_t at = first * size.cols;
-      columns_for<T>(loops()).dot_rows(a + at, b + at, count, size.cols, out);
-    });
+    for (int64_t i = 0; i < samples; ++i) {
+      add_dots<decltype(tag)>(left, right, i * each.rows, each, sums_of(sums) + i * sums.stride(0));
+    }
   });
-  return *sums;
 }
 
 std::tuple<Tensor, Tensor> mask_and_dot(Tensor grad, Tensor total, Tensor mask) {
   const Matrix size = pair(grad, total);
   const std::vector<float> wide = widened(mask, size.cols);
   Tensor result = torch::stable::empty_like(grad);
-  std::optional<Tensor> sums;
+  Tensor sums = zeros(grad, size.cols);
   with_type(grad, [&](auto tag) {
     using T = decltype(tag);
     const T* a = static_cast<const T*>(grad.const_data_ptr());
     const T* b = static_cast<const T*>(total.const_data_ptr());
     T* to = static_cast<T*>(result.mutable_data_ptr());
-    sums = column_sums(size, grad, [&](int64_t first, int64_t count, float* out) {
+    add_column_sums(size.rows, size.cols, sums_of(sums), [&](int64_t first, int64_t count, float* out) {
       const int64_t at = first * size.cols;
       columns_for<T>(loops()).mask_and_dot_rows(a + at, b + at, count, size.cols, wide.data(), to + at, out);
     });
   });
-  return {result, *sums};
+  return {result, sums};
 }
 
 Tensor dropped(Tensor values, int64_t threshold, double scale, int64_t seed) {
@@ -156,6 +150,7 @@ STABLE_TORCH_LIBRARY_IMPL(atp_kernels_native, CPU, m) {
   m.impl("masked", TORCH_BOX(&atp::cpu::masked));
   m.impl("mask_", TORCH_BOX(&atp::cpu::mask_));
   m.impl("column_dot", TORCH_BOX(&atp::cpu::column_dot));
+  m.impl("add_sample_dots", TORCH_BOX(&atp::cpu::add_sample_dots));
   m.impl("mask_and_dot", TORCH_BOX(&atp::cpu::mask_and_dot));
   m.impl("dropped", TORCH_BOX(&atp::cpu::dropped));
 }

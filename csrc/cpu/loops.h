@@ -46,6 +46,9 @@ template <typename T>
 struct ActivationLoops {
   void (*swiglu_row)(const T* gate, const T* up, int64_t cols, T* h);
   void (*swiglu_backward_row)(const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up);
+  // Also adds d_gate * gate + d_up * up to sums, from what they were before they were rounded.
+  void (*swiglu_backward_dot_row)(
+      const T* d_h, const T* gate, const T* up, int64_t cols, T* d_gate, T* d_up, float* sums);
 };
 
 // One row of logits. The result is the loss; softmax - onehot(target) takes the place of x.

@@ -36,6 +36,7 @@ GIVEN = {
     "masked_lora_qkv": BLOCK | {"q": ONE, "k": ONE, "v": ONE, "masks": (None, MASK, None), "seed": None},
     "masked_lora_swiglu": BLOCK | {
         "gate": ONE, "up": ONE, "down": ONE, "activation": "silu", "mask": MASK, "seeds": None,
+        "mask_grad": None,
     },
     "group_lasso": GROUPED,
     "group_lasso_grad_": GROUPED | {"weight": 1.0},
@@ -43,6 +44,7 @@ GIVEN = {
     "GroupPlan.of": {name: GROUPED[name] for name in ("factors", "groups")} | {"n_groups": WIDTH},
     "compact": {"weight": WEIGHT, "rows": MASK, "cols": torch.arange(3), "pad_to": 2, "backend": "auto"},
     "lora_dropout": {"x": X, "p": 0.5, "seed": 3, "backend": "auto"},
+    "mask_gradient": {"y": X, "sums": torch.zeros(len(X), X.shape[-1]), "backend": "auto"},
     "new_seed": {"x": X},
     "rms_norm": {"x": X, "weight": X[0], "eps": 1e-5, "dtype": None, "backend": "auto"},
     "rotary_embedding": {
@@ -69,7 +71,7 @@ WRONG = {
 }  # fmt: skip
 # What the wrong kinds above are right for, and options that `explain` and a constructor take as they come.
 FITS = {
-    "nothing": "lora_input seed out_mask in_mask bias kept mask seeds rows cols index width dtype device reuse",
+    "nothing": "lora_input seed out_mask in_mask bias kept mask mask_grad seeds rows cols index width dtype device reuse",
     "text": "op device activation per backend",
     "number": "scaling dropout eps weight threshold p alpha",
     "flag": "mask_lora plain",

@@ -31,6 +31,7 @@ GATED = {f"{act}{mask} {way}" for act in ("silu", "gelu") for mask in ("", " har
 KERNELS = GEMMS | GROUPS | NORM | GATED | {"gemm fwd decode", "down", "down many rows", "column reduce", "sum partials"}
 KERNELS |= {"down dropout", "column reduce dropout", "dropout"}
 NORM |= {f"{name} ones" for name in ("rms_norm", "rms_norm_backward", "weight_grad")}
+GATED |= {f"{act} observed bwd" for act in ("silu", "gelu")}
 GATED |= {f"{name} ones" for name in ("gated", "gated_backward")}
 DROPOUT = {"dropout", "dropout, device seed", "dropout ones", "dropout one row"}
 OF_ONES = {f"{name} ones" for name in ("masked_lora_gemm", "lora_down", "column_reduce", "sum_partials")}

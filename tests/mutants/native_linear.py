@@ -4,6 +4,8 @@ from mutants.mutant import Table
 
 COLUMNS = "csrc/cpu/columns_impl.h"
 WHOLE = "csrc/cpu/columns.cpp"
+SUMS = "csrc/cpu/column_sums.h"
+OBSERVED = "tests/atp_kernels/test_mask_gradient.py -k sums_are"
 COMPACT = "csrc/cpu/compact.cpp"
 TAKE = "csrc/cpu/take.cpp"
 INDICES = "csrc/cpu/indices.h"
@@ -47,16 +49,24 @@ TABLE: Table = {
         ("load_tail(x + col, stop - col) * drop.scale;", "load_tail(x + col, stop - col);"),
         ("(float8)((int8x32)value & kept)", "value"),
     ),
-    (WHOLE, LINEAR): (
-        ("(size.rows + kBlockRows - 1) / kBlockRows", "size.rows / kBlockRows"),
-        ("std::min(kBlockRows, size.rows - first)", "std::min<int64_t>(1, size.rows - first)"),
-        ("parts.get() + block * size.cols);", "parts.get());"),
+    (SUMS, LINEAR): (
+        ("(rows + kBlockRows - 1) / kBlockRows", "rows / kBlockRows"),
+        ("std::min(kBlockRows, rows - first)", "std::min<int64_t>(1, rows - first)"),
+        ("parts.get() + block * cols);", "parts.get());"),
         ("std::vector<double> totals", "std::vector<float> totals"),
         ("totals[col] += parts", "totals[col] = parts"),
+    ),
+    (WHOLE, OBSERVED): (
+        ("add_dots<decltype(tag)>(left, right, i * each.rows,", "add_dots<decltype(tag)>(left, right, 0,"),
+        ("sums_of(sums) + i * sums.stride(0));", "sums_of(sums));"),
+        ("static_cast<const T*>(right.const_data_ptr()) + start * size.cols;",
+         "static_cast<const T*>(right.const_data_ptr());"),
+    ),
+    (WHOLE, LINEAR): (
         ("int64_t at = first * size.cols;\n      columns_for<T>(loops()).mask_rows(",
          "int64_t at = 0;\n      columns_for<T>(loops()).mask_rows("),
-        ("int64_t at = first * size.cols;\n      columns_for<T>(loops()).dot_rows(",
-         "int64_t at = 0;\n      columns_for<T>(loops()).dot_rows("),
+        ("int64_t at = first * size.cols;\n    columns_for<T>(loops()).dot_rows(",
+         "int64_t at = 0;\n    columns_for<T>(loops()).dot_rows("),
         ("int64_t at = first * size.cols;\n      columns_for<T>(loops()).mask_and_dot_rows(",
          "int64_t at = 0;\n      columns_for<T>(loops()).mask_and_dot_rows("),
         ("static_cast<float>(scale), static", "1.0f, static"),

@@ -13,7 +13,20 @@ RMS = "tests/atp_kernels/test_rms_norm.py -k 'native and no_worse'"
 MERGED = "tests/atp_kernels/test_merged_weight.py -k 'rounded_once or rounding'"
 GATED = "tests/atp_kernels/test_native_activations.py -k 'few_units or limits or any_shape or even'"
 
+OBSERVED = "tests/atp_kernels/test_mask_gradient.py -k gated"
+
 TABLE: Table = {
+    (ACTIVATIONS, OBSERVED): (
+        ("{sum.first + dot.first, sum.second + dot.second}", "{dot.first, dot.second}"),
+        ("{sum.first + dot.first, sum.second + dot.second}", "{sum.first + dot.first, sum.second}"),
+        ("{d_gate.first * gate.first + d_up.first * up.first,", "{d_gate.first * gate.first,"),
+        ("i < count; ++i) sums[col + i] += buffer[i];", "i < count; ++i) sums[col + i] = buffer[i];"),
+    ),
+    ("csrc/cpu/activations.cpp", OBSERVED): (
+        ("sums_of(*sums) + i * sums->stride(0);", "sums_of(*sums);"),
+        ("std::fill_n(block, cols, 0.0f);", ""),
+        ("row = i * rows + first; row <", "row = first; row <"),
+    ),
     (SOFTMAX, LOSS): (
         ("return -__builtin_inff();", "return 0.0f;"),
         ("return T{0xff80};", "return T{0};"),

@@ -57,15 +57,14 @@ def test_another_weight_is_cast_again(model, replaced):
     assert same(step(model), changed)
 
 
-def test_soft_masks_leave_the_cast_weight_alone(model):
-    """A running saliency sets them in every open step."""
+def test_an_observed_step_leaves_the_cast_weight_alone(model):
+    """As every open step is with a running saliency."""
     space = MaskSpace.from_config(model.config, "kv_group")
     controller = MaskController(model, space)
 
     def watched():
-        mask = torch.ones(space.size, requires_grad=True)
-        with controller.masks(mask, "soft"):
-            return [*step(model), mask.grad]
+        with controller.observer.observing(1) as sums:
+            return [*step(model), controller.observer.gradients(sums)]
 
     first = watched()
     held = [layer._narrow[2] for layer in layers(model)]

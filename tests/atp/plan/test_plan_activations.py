@@ -92,12 +92,7 @@ def cut(model, shapes):
 
 
 def watched(model, shapes):
-    return model, MaskController(model, shapes.space).masks(torch.ones(shapes.space.size, requires_grad=True), "soft")
-
-
-def watched_by_sample(model, shapes):
-    mask = torch.ones(2, shapes.space.size, requires_grad=True)
-    return model, MaskController(model, shapes.space).masks(mask, "soft")
+    return model, MaskController(model, shapes.space).observer.observing(2)
 
 
 def softly(model, shapes):
@@ -120,15 +115,11 @@ def test_a_masked_step(space, dropout):
     assert kept_by_training(shapes, shapes.whole[0], Pass(4, 4, RANK)) == found
 
 
-@pytest.mark.parametrize(
-    ("space", "autocast", "rows"),
-    [("kv_group", False, 2), ("kv_group", True, 1), ("head_dim", False, 1), ("head_dim", True, 2), ("disp", True, 2),
-     ("disp", False, 1)],
-)  # fmt: skip
-def test_a_watched_step(space, autocast, rows):
-    """Of a batch that is one sample, and of one that has a row of the mask for each."""
-    found, shapes = per_token_and_layer("llama", space, (watched, watched_by_sample)[rows - 1], autocast=autocast)
-    how = Pass(2 if autocast else 4, 4, RANK, watched=True, rows=rows, short=SHORT if autocast else 0)
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
+def test_a_watched_step(space, autocast):
+    found, shapes = per_token_and_layer("llama", space, watched, autocast=autocast)
+    how = Pass(2 if autocast else 4, 4, RANK, watched=True, short=SHORT if autocast else 0)
     assert kept_by_training(shapes, shapes.whole[0], how) == found
 
 

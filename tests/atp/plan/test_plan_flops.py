@@ -221,14 +221,14 @@ def test_the_probe_times_batches_like_those_of_the_run(monkeypatch, sample, leng
 
 @pytest.mark.parametrize(("packing", "source", "aside"), [("joined", "running", False), ("separate", "tuned", True)])
 def test_the_probe_times_steps_as_the_run_takes_them(monkeypatch, tmp_path, packing, source, aside):
-    """With the mask that a running saliency reads, the one that keeps samples apart, checkpoints and offloading."""
+    """With what a running saliency observes, the mask that keeps samples apart, checkpoints and offloading."""
     seen, written, to_file = [], [], offload._to_file
 
     def loss(model, batch):
         linear = model.get_base_model().model.layers[0].mlp.gate_proj
         learns = linear.lora_A["default"].weight.requires_grad if hasattr(linear, "lora_A") else None
-        masked = getattr(linear, "out_mask", None) is not None
-        seen.append((learns, masked, "position_ids" in batch, model.is_gradient_checkpointing))
+        judged = getattr(linear, "out_mask", None) is not None or getattr(linear, "observed", [None])[0] is not None
+        seen.append((learns, judged, "position_ids" in batch, model.is_gradient_checkpointing))
         return causal_lm_loss(model, batch)
 
     monkeypatch.setattr(offload, "SMALLEST", 1)
