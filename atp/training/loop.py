@@ -37,6 +37,7 @@ from atp.training.cross_entropy import held_heads
 from atp.training.data import Batch, step_batches
 from atp.training.distill import Teacher
 from atp.training.exchange import Exchange
+from atp.training.flat import FlatParameters
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.offload import Offload, recompute_layers
@@ -112,12 +113,11 @@ class Loop:
             recompute_layers(model)
         shared = heap.addresses(None if self.teacher else getattr(self, "model", None))  # a teacher keeps them anyway
         self.model = model.to(self.device)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._trained = list(trained)
-        self.adamw = adamw(trained.values(), self.config.training)
+        self.trained = FlatParameters({name: p for name, p in model.named_parameters() if p.requires_grad})
+        self.adamw = adamw(self.trained, self.config.training)
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
         self.optimizer = self.accelerator.prepare(self.adamw)
-        self.exchange = Exchange(trained.values())
+        self.exchange = Exchange(self.trained.parameters.values())
         heap.move_from(self.model, shared)
         self._reset_loss()
 
@@ -161,7 +161,7 @@ class Loop:
 
     def clip(self) -> None:
         """Clips the gradient of the loss to norm `training.clip`."""
-        self.accelerator.clip_grad_norm_(self.adamw.param_groups[0]["params"], self.config.training.clip)
+        self.accelerator.clip_grad_norm_([self.trained.flat], self.config.training.clip)
 
     def skip_if_not_finite(self, beside: Sequence[nn.Parameter] = ()) -> Tensor:
         """Makes the next optimizer step change nothing if a gradient is not finite.
@@ -198,7 +198,7 @@ class Loop:
             batches = next(self._batches)
             rate = self._set_learning_rate()
             step(batches)
-            self.adamw.zero_grad()
+            self.trained.zero_grad()
             self.step += 1
             stopping = self._heard_signal()
             tokens = sum(batch["tokens"] for batch in batches) * processes.count()
@@ -335,7 +335,7 @@ class Loop:
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
         tensors = prefixed("model", self._adapter()) | prefixed("best", self.validation.adapter)
-        tensors |= prefixed("lora_optimizer", checkpoints.optimizer_tensors(self.adamw, self._trained))
+        tensors |= prefixed("lora_optimizer", self.trained.state_of(self.adamw))
         tensors |= prefixed("sinks", self.sinks.states) | {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -351,7 +351,7 @@ class Loop:
 
     def _adapter(self) -> dict[str, Tensor]:
         """What is trained, by name."""
-        return {name: self.model.get_parameter(name) for name in self._trained}
+        return dict(self.trained.parameters)
 
     def _set_adapter(self, adapter: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -387,7 +387,7 @@ class Loop:
             self.say(f"{self.metrics.path}: {damaged} damaged line(s) left out")
         self._set_adapter(state.part("model"))
         self.validation.load(state.meta["validation"], state.part("best"))
-        checkpoints.load_optimizer_tensors(self.adamw, self._trained, state.part("lora_optimizer"))
+        self.trained.load_state(self.adamw, state.part("lora_optimizer"))
         self.sinks.states = {layer: held.to(self.device) for layer, held in state.part("sinks").items()}
         self._reset_loss()
         self._batches = self.batches_from(self.step)

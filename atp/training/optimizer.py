@@ -2,65 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from atp.config import TrainingConfig
+from atp.training.flat import BLOCK, FlatParameters
 
 CLIPS = "update_clipping"
 """Key of a parameter group: whether its updates are clipped."""
 
+_CHUNK = {"cpu": 2**17}
+"""Elements that pass after pass goes over while they are in cache; on other devices all of them."""
 
-def adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> AdamW:
+
+def adamw(parameters: FlatParameters, config: TrainingConfig) -> AdamW:
     """The optimizer of an adapter's parameters; its rate, and whether it clips updates, are set before each step.
 
     It is fused: it reads nothing back to the host, and a tensor can tell it to skip a step.
     """
     betas = (0.9, config.second_moment)
-    optimizer = AdamW(parameters, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+    optimizer = AdamW([parameters.flat], lr=0.0, betas=betas, weight_decay=0.0, fused=True)
     optimizer.param_groups[0][CLIPS] = False
-    _clip_updates(optimizer)
+    _clip_updates(optimizer, parameters)
     return optimizer
 
 
-def _clip_updates(optimizer: AdamW) -> None:
-    """While the first group's `CLIPS` is set, a step in a parameter is divided by max(1, rms(g / sqrt(v))).
+def _clip_updates(optimizer: AdamW, parameters: FlatParameters) -> None:
+    """While the group's `CLIPS` is set, a step in a parameter is divided by max(1, rms(g / sqrt(v))).
 
     g is the parameter's gradient and v the second moment, bias-corrected, after the step. The quotient is about 1 while
     gradients are as large as they were, and larger where v is too small for them, which is when AdamW's steps are too
     large (StableAdamW, arXiv 2304.13013, section 3.5; update clipping, arXiv 1804.04235, section 6). A step that is
     skipped stays one that changes nothing. The host reads nothing back.
     """
+    flat = parameters.flat
     before: list[Tensor] = []
+    counts = torch.tensor([p.numel() for p in parameters.parameters.values()], device=flat.device, dtype=flat.dtype)
 
     @torch.no_grad()
     def remember(optimizer: Optimizer, *_: Any) -> None:
-        before[:] = [p.clone() for p in _stepped(optimizer)] if optimizer.param_groups[0][CLIPS] else []
+        before[:] = [flat.clone()] if optimizer.param_groups[0][CLIPS] else []
 
     @torch.no_grad()
     def clip(optimizer: Optimizer, *_: Any) -> None:
         if not before:
             return
-        group, parameters = optimizer.param_groups[0], _stepped(optimizer)
-        states = [optimizer.state[p] for p in parameters]
-        surprises = (
-            p.grad / state["exp_avg_sq"].sqrt().add_(group["eps"]) for p, state in zip(parameters, states, strict=True)
-        )
-        rms = torch.stack([torch.linalg.vector_norm(g) * max(g.numel(), 1) ** -0.5 for g in surprises])
-        rms *= (1 - group["betas"][1] ** torch.stack([state["step"] for state in states])).sqrt()
+        group, state = optimizer.param_groups[0], optimizer.state[flat]
+        assert flat.grad is not None
+        squares = parameters.sum_by_parameter(_squares(flat.grad, state["exp_avg_sq"], group["eps"]))
+        rms = (squares / counts.clamp_min(1) * (1 - group["betas"][1] ** state["step"]).to(flat.device)).sqrt()
         # Of the way back; a gradient that is not finite goes none of it, for its step was skipped.
-        back = torch.where(rms > 1, 1 - 1 / rms, 0.0)
-        for p, old, share in zip(parameters, before, back.unbind(), strict=True):
-            p.lerp_(old, share)
-        before.clear()
+        back = torch.where(rms > 1, 1 - 1 / rms, 0.0)[parameters.owner, None]
+        flat.view(-1, BLOCK).lerp_(before.pop().view(-1, BLOCK), back)
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(clip)
 
 
-def _stepped(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def _squares(gradient: Tensor, second: Tensor, eps: float) -> Tensor:
+    """Sums of (g / (sqrt(v) + eps))^2 over blocks of BLOCK elements."""
+    size = _CHUNK.get(gradient.device.type, max(1, len(gradient)))
+    sums = []
+    for g, v in zip(gradient.split(size), second.split(size), strict=True):
+        surprise = v.sqrt().add_(eps).reciprocal_().mul_(g)
+        sums.append(surprise.view(-1, BLOCK).square_().sum(1))
+    return torch.cat(sums)

@@ -176,7 +176,7 @@ class ATPTrainer(Loop):
 
     def _teach(self) -> None:
         """Makes the model as it is the teacher of all later steps."""
-        self._taught = {name: self.model.get_parameter(name).detach().clone() for name in self._trained}
+        self._taught = {name: self.model.get_parameter(name).detach().clone() for name in self.trained.parameters}
         self.teacher = Teacher(self.model, self.config.training.distill, self.autocast_dtype)
 
     def _freeze(self) -> None:

@@ -71,7 +71,8 @@ WRONG = {
 }  # fmt: skip
 # What the wrong kinds above are right for, and options that `explain` and a constructor take as they come.
 FITS = {
-    "nothing": "lora_input seed out_mask in_mask bias kept mask mask_grad seeds rows cols index width dtype device reuse",
+    "nothing": "lora_input seed out_mask in_mask bias kept mask mask_grad seeds rows cols index width dtype device "
+    "reuse",
     "text": "op device activation per backend",
     "number": "scaling dropout eps weight threshold p alpha",
     "flag": "mask_lora plain",

@@ -1,4 +1,4 @@
-"""AdamW whose updates are clipped: by the formula, in no step that is not surprised, and in none that is skipped."""
+"""AdamW over one flat tensor, whose updates are clipped: by the formula, and in no step that is skipped."""
 
 import math
 
@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from atp.config import TrainingConfig
+from atp.ground.errors import InputError
 from atp.processes.finite import FiniteGuard
+from atp.training.flat import BLOCK, FlatParameters
 from atp.training.optimizer import CLIPS, adamw
 
 SHAPES = ((4, 24), (40, 4), (1, 1))
@@ -17,7 +19,7 @@ LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.95, 1e-8
 def made(clipped=True, shapes=SHAPES):
     rng = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=rng)) for shape in shapes]
-    optimizer = adamw(parameters, TrainingConfig(beta2=BETA2))
+    optimizer = adamw(FlatParameters({str(i): p for i, p in enumerate(parameters)}), TrainingConfig(beta2=BETA2))
     optimizer.param_groups[0] |= {"lr": LR, CLIPS: clipped}
     return parameters, optimizer
 
@@ -29,7 +31,9 @@ def gradients(step, factor=1.0):
 
 def stepped(parameters, optimizer, values):
     for parameter, value in zip(parameters, values, strict=True):
-        parameter.grad = value.clone()
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(value)
+        parameter.grad.copy_(value)
     FiniteGuard(5).check(optimizer, 1)
     optimizer.step()
 
@@ -90,7 +94,7 @@ def test_parameters_without_gradient_or_elements_are_left_alone():
     optimizer.step()
     before = parameters[2].detach().clone()
     for parameter in parameters[:2]:
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad.fill_(1)
     optimizer.step()
     assert torch.equal(parameters[2], before) and torch.isfinite(parameters[0]).all()
 
@@ -111,3 +115,56 @@ def test_a_step_that_does_not_clip_is_torchs_own():
 )
 def test_few_tokens_with_a_loss_clip_updates_where_nobody_says(asked, scored, clips):
     assert TrainingConfig(update_clipping=asked).clips_updates(scored) == clips
+
+
+def flat_of(*shapes, dtype=torch.float32):
+    parameters = {f"p{i}": nn.Parameter(torch.randn(shape).to(dtype)) for i, shape in enumerate(shapes)}
+    values = {name: p.detach().clone() for name, p in parameters.items()}
+    return FlatParameters(parameters), parameters, values
+
+
+def test_parameters_are_views_with_their_values():
+    flat, parameters, values = flat_of((4, 24), (0, 4), (BLOCK,), ())
+    assert all(torch.equal(p, values[name]) and p.is_leaf for name, p in parameters.items())
+    assert flat.flat.numel() == 3 * BLOCK
+    with torch.no_grad():
+        flat.flat.add_(1)
+    assert all(torch.equal(p, values[name] + 1) for name, p in parameters.items())
+    sum(p.square().sum() for p in parameters.values()).backward()
+    assert torch.equal(flat.flat.grad.view(-1, BLOCK)[0, :96], 2 * parameters["p0"].detach().flatten())
+    assert not flat.flat.grad[96:BLOCK].any(), "what fills a parameter up has no gradient"
+
+
+def test_gradients_that_somebody_takes_away_are_back_after_a_step():
+    flat, parameters, _ = flat_of((4, 24), (3,))
+    for parameter in parameters.values():
+        parameter.grad = None
+    flat.zero_grad()
+    sum(p.sum() for p in parameters.values()).backward()
+    assert flat.flat.grad.sum() == 99
+
+
+def test_state_goes_by_name_and_comes_back():
+    flat, parameters, _ = flat_of((4, 24), (0, 4), ())
+    optimizer = adamw(flat, TrainingConfig())
+    assert flat.state_of(optimizer) == {}
+    flat.load_state(optimizer, {})
+    sum(p.square().sum() for p in parameters.values()).backward()
+    optimizer.step()
+    state = flat.state_of(optimizer)
+    assert {name: value.shape for name, value in state.items() if name.endswith("exp_avg")} == {
+        f"{name}.exp_avg": p.shape for name, p in parameters.items()
+    }
+    assert all(state[f"{name}.step"] == 1 for name in parameters)
+    again, _, _ = flat_of((4, 24), (0, 4), ())
+    other = adamw(again, TrainingConfig())
+    again.load_state(other, {name: value.clone() for name, value in state.items()})
+    for key, value in optimizer.state[flat.flat].items():
+        assert torch.equal(other.state[again.flat][key], value), key
+
+
+@pytest.mark.parametrize("dtypes", [(), (torch.float32, torch.float64)])
+def test_none_and_mixed_ones_are_refused(dtypes):
+    parameters = {str(dtype): nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in dtypes}
+    with pytest.raises(InputError, match="no trainable|float32 and float64"):
+        FlatParameters(parameters)
