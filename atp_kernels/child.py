@@ -93,7 +93,7 @@ class Child:
 
     def _start(self) -> None:
         self._errors = TemporaryFile()  # noqa: SIM115  # closed with the process
-        code = f"from atp_kernels.child import serve; serve({self.function!r})"
+        code = f"from {__name__} import serve; serve({self.function!r})"
         try:
             # A session of its own, so that it can be ended with its children; -P: nothing from the current folder.
             process = subprocess.Popen(

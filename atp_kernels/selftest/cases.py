@@ -108,6 +108,8 @@ def begun(job: dict[str, str], note: Note) -> list[str]:
 
 def served(job: dict[str, str], note: Note) -> Any:
     """What a job asks for: `tested` of its operation, without one `begun`."""
+    if torch.device(job["device"]).type == "cuda":
+        torch.cuda.set_device(job["device"])
     return tested(job, note) if "op" in job else begun(job, note)
 
 

@@ -5,7 +5,10 @@ import time
 
 import torch
 
+from atp_kernels.linear import aten, ways
 from atp_kernels.selftest import cases
+from atp_kernels.tuning import apart
+from atp_kernels.tuning import candidates as tuned
 
 OPERATIONS = ("rms_norm", "compact", "group_prox_", "masked_lora_qkv", "masked_lora_swiglu", "rotary_embedding")
 
@@ -61,3 +64,25 @@ def no_memory(job, note):
 
     cases.compact = full
     return cases.tested(job, note)
+
+
+def tunes(job, note):
+    """Tuning with candidates that crash, hang, or crash when they are timed, and a folded product that is wrong."""
+    right, listed, calls = tuned.linear_by, tuned.candidates, []
+
+    def linear_by(way, operands, scaling, mask_lora):
+        if way.name in ("crashes", "hangs"):
+            behaves(way.name, lambda at: None)
+        if way.name == "crashes late":
+            calls.append(way.name)
+            if len(calls) == 3:  # after the check, and the call that compiles
+                os.abort()
+            way = way._replace(module=aten)
+        return right(way, operands, scaling * (1.01 if way.name == "folded" else 1.0), mask_lora)
+
+    more = [tuned.Candidate(name, ways.Way(name, "")) for name in ("crashes", "hangs", "crashes late")]
+    tuned.linear_by, apart.candidates = linear_by, lambda case: [*listed(case), *more]
+    try:
+        return apart.served(job, note)
+    finally:
+        tuned.linear_by = right
