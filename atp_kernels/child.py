@@ -25,6 +25,7 @@ START_SECONDS = 300.0
 """For imports, which take minutes from a network drive."""
 _GRACE = 10.0  # after which a child whose caller is gone ends itself
 _LONGEST_LINE = 300
+_LONGEST_SECONDS = 86_400
 
 
 class Lost(RuntimeError):
@@ -164,6 +165,12 @@ def serve(function: str) -> None:
             return  # a CUDA context may be of no use any more
         faulthandler.cancel_dump_traceback_later()
         tell(result=result)
+
+
+def check_seconds(seconds: float) -> None:
+    """Refuse a time that no child can be given."""
+    if not 0 < seconds <= _LONGEST_SECONDS:
+        raise ValueError(f"the timeout is {seconds}: give seconds above 0, at most {_LONGEST_SECONDS:,}.")
 
 
 def one_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from atp_kernels.call import shown
-from atp_kernels.child import Child, Lost
+from atp_kernels.child import Child, Lost, check_seconds
 from atp_kernels.tuning.apart import SERVED, measured_apart
 from atp_kernels.tuning.candidates import Case, Measured, candidates, measured
 from atp_kernels.tuning.clock import clock
@@ -84,13 +84,12 @@ def _parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[C
         values = getattr(options, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name} is below 1: give positive whole numbers")
-    if not options.timeout > 0:
-        parser.error("--timeout must be above 0")
     if not all(0 < keep <= 1 for keep in options.keep):
         parser.error("--keep must be above 0 and at most 1")
     if options.folder is None:
         parser.error("there is no cache folder here: name one with --folder")
     try:
+        check_seconds(options.timeout)
         device = _device(options.device)
         shapes = shapes_of(options.model) if options.model else [parse_shape(text) for text in options.shapes]
     except ValueError as error:

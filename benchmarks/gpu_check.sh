@@ -42,7 +42,8 @@ export PYTHON=${PYTHON:-python3} STAGE_SECONDS=${STAGE_SECONDS:-530}
 export OUT=${OUT:-$PWD/benchmarks/results/gpu}
 export ROWS=${ROWS:-$OUT/rows}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-export ATP_KERNELS_TABLES=/dev/null
+# Here the self-test keeps what it found, for the runs of other stages. No tuned table comes here.
+export ATP_KERNELS_TABLES=$OUT/untuned
 unset TRITON_INTERPRET
 # shellcheck disable=SC2206  # MODELS and RANKS are lists of words
 if ((dry)); then

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from atp_kernels import call
-from atp_kernels.child import Child, Lost
+from atp_kernels.child import Child, Lost, check_seconds
 from atp_kernels.kinds import typed
 
 TIMEOUT = 120.0
@@ -44,7 +44,8 @@ def selftest(
     or hang: `timeout` is in seconds for one call with its compilation. The results are kept beside the tuned tables,
     for this device and these versions of torch, triton and kernels; `fresh` tests again. In this process "auto" takes
     the reference of an operation that failed, with one warning each; a backend that is named is taken as before.
-    device: by default a CUDA device if torch sees one, else the CPU. Raises ValueError for a device that is not here.
+    device: by default a CUDA device if torch sees one, else the CPU. Raises ValueError for a device that is not here,
+    and for a timeout that is none.
     Where the device is out of memory, or no child process can use it, a warning says that nothing was tested, and the
     result is empty, as it is for kinds of devices where the reference takes every call.
 
@@ -52,6 +53,7 @@ def selftest(
     {}
     """
     place = device_of(device)
+    check_seconds(timeout)
     try:
         return taken_over(outcomes(place, fresh=fresh, timeout=timeout), place)
     except Untested as error:

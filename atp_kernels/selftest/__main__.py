@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
+from atp_kernels.child import check_seconds
 from atp_kernels.selftest import TIMEOUT, Outcome, Untested, device_of, outcomes
 
 
@@ -23,9 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="test again what is known from before")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="of one call (%(default)g)")
     options = parser.parse_args(arguments)
-    if not options.timeout > 0:
-        parser.error("--timeout must be above 0")
     try:
+        check_seconds(options.timeout)
         device = device_of(options.device)
     except ValueError as error:
         parser.error(str(error).rstrip("."))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import atp_kernels
-from atp_kernels import call
+from atp_kernels import call, extension, triton_runtime
 from atp_kernels.call import OPERATIONS
 from atp_kernels.selftest import Outcome, Untested, __main__, cases, outcomes, results, selftest, taken_over
 from atp_kernels.tuning import table, tiled
@@ -89,6 +89,14 @@ def test_an_error_in_any_gradient_is_found(monkeypatch, name):
     assert f"the gradient of {name} is " in found["problem"]
 
 
+def test_an_error_in_a_result_is_found_where_gradients_are_right(monkeypatch):
+    case = next(cases.CASES["lora_dropout"](cases.SIZES[0]))
+    wrong = case._replace(call=lambda t: tuple(part + 0.1 for part in case.call(t)))
+    monkeypatch.setitem(cases.CASES, "lora_dropout", lambda sizes: [wrong])
+    found = cases.tested({"op": "lora_dropout", "device": "cpu"}, lambda at: None)
+    assert ": result 0 is " in found["problem"] and found["error"] > 1
+
+
 @pytest.mark.parametrize("op", ["group_lasso_grad_", "group_prox_", "cross_entropy_"])
 def test_what_is_written_in_place_is_looked_at(monkeypatch, op):
     for case in cases.CASES[op](cases.SIZES[0]):
@@ -115,6 +123,12 @@ def test_a_device_that_cannot_be_used_says_nothing_about_kernels(home, tests, wh
 def test_a_device_that_is_not_here_is_refused(device, said):
     with pytest.raises(ValueError, match=said):
         selftest(device)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan")])
+def test_a_time_that_is_none_is_refused(timeout):
+    with pytest.raises(ValueError, match="give seconds above 0, at most 86,400"):
+        selftest("cpu", timeout=timeout)
 
 
 # What this process makes of it
@@ -220,13 +234,34 @@ def test_what_was_found_is_read_until_a_version_changes(times, home, monkeypatch
     (path,) = home.iterdir()
     assert path.name == f"selftest-{table.file_name(CPU)}"
     kept = path.read_bytes()
-    for change in (
-        {"torch": "0.1"}, {"triton": "0.1"}, {"kernels": "0.1 with C++"}, {"device": "another"}, {"format": 0},
+    for place, name, value in (
+        (torch, "__version__", "0.1"), (triton_runtime, "VERSION", "0.1"), (results, "_kernels", lambda: "0.1"),
+        (results, "device_name", lambda device: "another"), (results, "FORMAT", 0),
     ):  # fmt: skip
-        path.write_text(json.dumps(json.loads(kept) | change))
-        assert results.read(CPU) is None
-    path.write_bytes(kept)
-    assert results.read(CPU) is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            assert results.read(CPU) is None, name
+    assert results.read(CPU) is not None and path.read_bytes() == kept
+
+
+def test_kernels_are_those_of_every_source_file_and_of_the_extension(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_PACKAGE", tmp_path)
+    found = []
+
+    def changes():
+        found.append(results._kernels())
+        return found.count(found[-1]) == 1
+
+    (tmp_path / "room").mkdir()
+    assert changes()
+    (tmp_path / "room" / "triton.py").write_text("1")
+    assert changes()
+    (tmp_path / "room" / "bench.py").write_text("1")  # computes nothing
+    assert not changes()
+    for binary in (tmp_path / "room" / "triton.py", None):
+        monkeypatch.setattr(extension, "binary", lambda binary=binary: binary)
+        monkeypatch.setattr(extension, "AVAILABLE", binary is not None)
+        assert changes()
 
 
 @pytest.mark.parametrize("content", [
@@ -323,7 +358,7 @@ def test_the_command_says_that_a_device_cannot_be_used(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--device", "cuda:99"], "cuda:99 is not here"), (["--timeout", "0"], "--timeout must be above 0"),
+    (["--device", "cuda:99"], "cuda:99 is not here"), (["--timeout", "nan"], "the timeout is nan: give seconds"),
 ])  # fmt: skip
 def test_what_is_wrong_with_the_arguments_is_said(capsys, arguments, said):
     with pytest.raises(SystemExit) as ended:
@@ -333,4 +368,4 @@ def test_what_is_wrong_with_the_arguments_is_said(capsys, arguments, said):
 
 def test_the_package_does_not_import_tests_or_benchmarks():
     texts = [path.read_text() for path in Path(cases.__file__).parent.glob("*.py")]
-    assert len(texts) == 4 and not any(word in text for text in texts for word in ("benchmarks", "operation_cases"))
+    assert len(texts) == 5 and not any(word in text for text in texts for word in ("benchmarks", "operation_cases"))

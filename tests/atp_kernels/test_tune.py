@@ -321,7 +321,7 @@ def test_the_command_with_the_real_clock_writes_every_case_of_a_model(home, caps
     (["--shapes", "0x4"], "'0x4' is no shape"),
     (["--shapes", "4x4", "--tokens", "0"], "--tokens is below 1"),
     (["--shapes", "4x4", "--rounds", "0"], "--rounds is below 1"),
-    (["--shapes", "4x4", "--timeout", "0"], "--timeout must be above 0"),
+    (["--shapes", "4x4", "--timeout", "0"], "the timeout is 0.0: give seconds above 0"),
     (["--shapes", "4x4", "--keep", "0"], "--keep must be above 0 and at most 1"),
     (["--shapes", "4x4", "--keep", "nan"], "--keep must be above 0 and at most 1"),
     (["--shapes", "4x4", "--folder", "/dev/null/tables"], "cannot be made (Not a directory): name another with --"),
