@@ -24,6 +24,7 @@ Note = Callable[[str], None]
 START_SECONDS = 300.0
 """For imports, which take minutes from a network drive."""
 _GRACE = 10.0  # after which a child whose caller is gone ends itself
+_END_SECONDS = 10.0  # a driver can hang where it is unloaded
 _LONGEST_LINE = 300
 _LONGEST_SECONDS = 86_400
 
@@ -82,27 +83,28 @@ class Child:
         """End the process and all that it has started, as a compiler."""
         process, self._process = self._process, None
         if process is not None:
-            if hasattr(os, "killpg"):
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            process.wait()
+            if process.poll() is None:  # else its number may be another's by now
+                if hasattr(os, "killpg"):
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+            with suppress(subprocess.TimeoutExpired):  # one that waits in a driver cannot even be killed
+                process.wait(_END_SECONDS)
             for pipe in (process.stdin, self._errors):
                 with suppress(OSError):
                     if pipe is not None:
                         pipe.close()
 
     def _start(self) -> None:
-        self._errors = TemporaryFile()  # noqa: SIM115  # closed with the process
         code = f"from {__name__} import serve; serve({self.function!r})"
         try:
+            self._errors = TemporaryFile()  # closed with the process
             # A session of its own, so that it can be ended with its children; -P: nothing from the current folder.
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
                 env=self._environment, text=True, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            self._errors.close()
             raise Lost(f"no child process starts ({error.strerror})", None) from None
         self._process, self._said, self._errors_before = process, queue.SimpleQueue(), 0
         threading.Thread(target=_read, args=(process.stdout, self._said), daemon=True).start()
@@ -121,7 +123,11 @@ class Child:
 
     def _ended(self) -> str:
         assert self._process is not None and self._errors is not None, "it was started"
-        status = self._process.wait()
+        try:
+            status = self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return "the process hung at its end"
         self._errors.seek(self._errors_before)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         self.close()

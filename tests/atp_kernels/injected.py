@@ -25,6 +25,9 @@ def behaves(job, note):
     if job == "exits":
         print("the last words")
         os._exit(3)
+    if job == "hangs at its end":
+        os.closerange(3, 64)
+        time.sleep(600)
     print("what a library prints")
     return {"pid": os.getpid(), "tables": os.environ.get("ATP_KERNELS_TABLES")}
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 
 import pytest
 
@@ -12,6 +13,7 @@ ENDS = [
     ("crashes", "the process ended with signal SIGABRT"),
     ("hangs", "it was not done after 1 s"),
     ("raises", "ValueError: no"),
+    ("hangs at its end", "the process hung at its end"),
     ("exits", "the process ended with exit status 3 (the last words)"),
 ]
 
@@ -29,9 +31,10 @@ def test_jobs_are_done_by_one_process_after_the_other_with_its_own_variables(wor
 
 
 @pytest.mark.parametrize(("job", "why"), ENDS)
-def test_a_job_that_is_lost_says_why_and_what_it_was_at(worker, job, why):
+def test_a_job_that_is_lost_says_why_and_what_it_was_at(worker, monkeypatch, job, why):
+    monkeypatch.setattr(child, "_END_SECONDS", 2.0)
     with pytest.raises(Lost) as lost:
-        worker.call(job, 1)
+        worker.call(job, 1 if job == "hangs" else 60)
     assert str(lost.value) == why and lost.value.at == job
 
 
@@ -58,8 +61,12 @@ def test_a_child_that_does_not_start_was_at_nothing(function, said):
     assert lost.value.at is None
 
 
-def test_an_interpreter_that_is_not_there_is_no_other_error(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/no/such/python")
+@pytest.mark.parametrize("missing", ["interpreter", "temporary folder"])
+def test_what_is_not_there_to_start_one_is_no_other_error(monkeypatch, missing):
+    if missing == "interpreter":
+        monkeypatch.setattr(sys, "executable", "/no/such/python")
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
     with Child("injected:behaves") as worker, pytest.raises(Lost, match="no child process starts") as lost:
         worker.call("works", 60)
     assert lost.value.at is None
