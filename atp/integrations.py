@@ -26,7 +26,7 @@ from atp.data.batches import IGNORE
 from atp.ground.errors import InputError
 from atp.inputs.resolve import resolve
 from atp.lora.layer import ADAPTER, MaskedPeftLinear, fuse_layers
-from atp.processes import processes
+from atp.processes import kernels, processes
 from atp.processes.finite import FiniteGuard
 from atp.spaces.space import MaskSpace
 from atp.training.pruning import Pruning
@@ -117,6 +117,7 @@ class ATPCallback(TrainerCallback):
         _check_arguments(args, state, self.phases.cut_step)
         _check_optimizer(_unwrapped(kwargs["optimizer"]))
         processes.start()
+        kernels.check_once()
         if processes.sharded():
             raise InputError(f"FSDP {processes.NO_SHARDS}")
         space = MaskSpace.from_config(model.config, self.config.decisions.space)

@@ -55,7 +55,7 @@ from atp.inputs.resolve import resolve
 from atp.models.load import read_model
 from atp.plan.latency import measured_target
 from atp.plan.length import measured_length
-from atp.processes import processes
+from atp.processes import kernels, processes
 from atp.removal.certify import rounding_remark
 from atp.report import write_report
 from atp.report.beside import perplexity_of
@@ -187,6 +187,7 @@ class Run:
     def _prepare(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RunData]:
         """Checks everything before anything is written, then opens the folder and scores the original."""
         asked = self.asked
+        kernels.check_once()
         known = processes.on_main(lambda: begun(asked)) if self.resume else None
         if known is None:
             self.latency = processes.on_main(lambda: measured_target(asked))

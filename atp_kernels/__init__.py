@@ -16,6 +16,7 @@ from atp_kernels.projection import Projection
 from atp_kernels.qkv import masked_lora_qkv
 from atp_kernels.quantized import QuantizedWeight
 from atp_kernels.rotary import rotary_embedding
+from atp_kernels.selftest import selftest
 from atp_kernels.swiglu import masked_lora_swiglu
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "nn",
     "rms_norm",
     "rotary_embedding",
+    "selftest",
 ]

@@ -78,7 +78,8 @@ class Operation:
     package: its room. backends: those that have a file there. order: by device type, or "<device type> plain" for plain
     calls that have an order of their own; devices that are not named take the reference. explained: (tensors, backend,
     **the call's keyword arguments) to (way, why), for a linear in which sizes and masks decide too; explained_by: how
-    many tensors that takes, x first and the factors last.
+    many tensors that takes, x first and the factors last. computed_by: the operation for which calls of this one ask
+    `select`, where it is another; one that is set aside sets the other aside.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Operation:
     order: Mapping[str, Order] = field(default_factory=dict)
     explained: Callable[..., tuple[str, str]] | None = None
     explained_by: int = 4
+    computed_by: str | None = None
 
     def order_of(self, call: Call) -> Order:
         """The order for a call."""
@@ -103,12 +105,34 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {}
+_SET_ASIDE: dict[tuple[str, str], str] = {}  # (operation, device type) -> why "auto" takes the reference there
 
 
 def register(operation: Operation) -> Operation:
     """Make an operation known to `select` and `explain`; its room does so when it is imported."""
     OPERATIONS[operation.name] = operation
     return operation
+
+
+def set_aside(device_type: str, reasons: Mapping[str, str]) -> None:
+    """Make "auto" take the reference of these operations, and of no others, on such devices in this process.
+
+    A backend that `backend=` or the environment names is taken as before.
+    """
+    for key in [key for key in _SET_ASIDE if key[1] == device_type]:
+        del _SET_ASIDE[key]
+    for op, why in reasons.items():
+        _SET_ASIDE.setdefault((_computed_by(op), device_type), why)
+    _select.cache_clear()
+
+
+def why_aside(op: str, device_type: str) -> str | None:
+    """Why "auto" takes no backend but the reference; None where it may."""
+    return _SET_ASIDE.get((_computed_by(op), device_type))
+
+
+def _computed_by(op: str) -> str:
+    return OPERATIONS[op].computed_by or op
 
 
 def select(
@@ -164,7 +188,11 @@ def _select(
         return Choice(module, backend, f"{origin}{backend!r} names it")
     order = operation.order_of(call)
     passed_over: list[str] = []
+    aside = why_aside(op, device.type)
     for name in order.backends:
+        if aside is not None and name != "reference":
+            passed_over = [aside]
+            continue
         module, problem = _ask(operation, name, call)
         if module is not None:
             why = "; ".join(passed_over) or order.why or f"first choice on {device.type}"

@@ -19,6 +19,7 @@ AVAILABLE = find_spec("triton") is not None
 REASON = None if AVAILABLE else "the triton package is not installed; run pip install triton"
 INTERPRETED = False
 """Whether TRITON_INTERPRET=1 makes kernels run on a CPU."""
+VERSION: str | None = None
 
 if AVAILABLE:
     try:
@@ -28,6 +29,7 @@ if AVAILABLE:
         REASON = f"triton does not load without {error.name}; run pip install {error.name}"
 
 if AVAILABLE:
+    VERSION = triton.__version__
 
     @triton.jit
     def _nothing():

@@ -5,7 +5,8 @@
 
 Each candidate is held to float64 first: one that computes something else is reported, never timed and never taken, and
 the exit status is 1. What is timed is a training step of the linear, forward and backward, in turns; the way that is
-taken without a table stays unless another is faster by 3 %. Times hold for a machine that does nothing else.
+taken without a table stays unless another is faster by 3 %. Times hold for a machine that does nothing else. On a GPU
+all of it happens in a child process, and a candidate that crashes or takes longer than --timeout is left out.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 
 from atp_kernels.call import shown
-from atp_kernels.tuning.candidates import Case, candidates, measured
+from atp_kernels.child import Child, Lost, check_seconds
+from atp_kernels.tuning.apart import SERVED, measured_apart
+from atp_kernels.tuning.candidates import Case, Measured, candidates, measured
 from atp_kernels.tuning.clock import clock
 from atp_kernels.tuning.shapes import MODELS, parse_shape, shapes_of
 from atp_kernels.tuning.table import HARD, REGIMES, Entry, file_name, folder, shown_tile, write
@@ -29,21 +32,33 @@ DTYPES = {shown(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tune and write the table; returns the exit status."""
     options, cases, path = _parsed(arguments)
-    device, wrong = cases[0].device, 0
-    timed = clock(str(device))
+    device, failed = cases[0].device, False
     print(f"{len(cases)} cases on {device}, into {path}", flush=True)
-    for case in cases:
-        found = {candidate.name: candidate for candidate in candidates(case)}
-        entry, failed = measured(case, found, timed, options.rounds)
-        for name, problem in entry.refused.items():
-            kind = "is wrong" if name in failed else "is left out"
-            print(f"{case}: {name} {kind}: {problem}", file=sys.stderr, flush=True)
-        wrong += len(failed)
-        if entry.way:
-            print(_line(case, entry, next(iter(found))), flush=True)
-            # After every case, so that what a stopped run has measured is not lost.
-            write(path, device, [entry])
-    return 1 if wrong else 0
+    with Child(SERVED) as child:
+        for case in cases:
+            try:
+                entry, wrong, today = _measured(child, case, options)
+            except Lost as error:
+                print(f"{case} is left out: {error}", file=sys.stderr, flush=True)
+                failed = True
+                continue
+            for name, problem in entry.refused.items():
+                kind = "is wrong" if name in wrong else "is left out"
+                print(f"{case}: {name} {kind}: {problem}", file=sys.stderr, flush=True)
+            failed |= bool(wrong)
+            if entry.way:
+                print(_line(case, entry, today), flush=True)
+                # After every case, so that what a stopped run has measured is not lost.
+                write(path, device, [entry])
+    return int(failed)
+
+
+def _measured(child: Child, case: Case, options: argparse.Namespace) -> Measured:
+    if case.device.type == "cuda":
+        return measured_apart(child, case, options.rounds, options.timeout)
+    # A CPU compiles no candidate of its own: each is code that calls run anyway, and there is no context to poison.
+    found = {candidate.name: candidate for candidate in candidates(case)}
+    return measured(case, found, clock(str(case.device)), options.rounds)
 
 
 def _parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Case], Path]:
@@ -60,6 +75,9 @@ def _parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[C
     parser.add_argument("--regime", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.6], help="shares that hard masks keep")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds of a candidate on a GPU to compile and run"
+    )
     parser.add_argument("--folder", type=Path, default=folder(), help="of the table; the user's own unless given")
     options = parser.parse_args(arguments)
     for name in ("tokens", "rank", "rounds"):
@@ -71,6 +89,7 @@ def _parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[C
     if options.folder is None:
         parser.error("there is no cache folder here: name one with --folder")
     try:
+        check_seconds(options.timeout)
         device = _device(options.device)
         shapes = shapes_of(options.model) if options.model else [parse_shape(text) for text in options.shapes]
     except ValueError as error:

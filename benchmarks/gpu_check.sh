@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # What there is to see on a machine with a GPU, by stages of under nine minutes each; a table comes last.
 #
-#   benchmarks/gpu_check.sh [--dry] [build] [test] [method] [sanitize] [tune] [tune_steps] [ops] [train] [tuned]
-#                          [whole]
+#   benchmarks/gpu_check.sh [--dry] [selftest] [build] [sanitize] [instrument] [test] [method] [tune] [tune_steps] [ops]
+#                          [train] [tuned] [whole]
 #
+# What is wrong on this GPU shows first: `selftest` takes a minute and needs no build, and names each operation that
+# crashes, hangs or is not near float64. Then the sanitizers, over what `build` has built too: `sanitize` looks for access
+# past memory and for races in shared memory, `instrument` for memory that is read before it is written and, by Triton's
+# own sanitizer, for copies that nobody waits for. The marks come last.
 # Without a name it takes all stages, but for those that ended well with these sources under this $OUT: called again after
 # an interruption, it goes on. Stages that are named run again. The tests run once, on all cores where pytest-xdist is
 # installed: those of the kernels in `test`, those of training steps in `method`. What is timed after them in `ops`,
@@ -20,7 +24,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STAGES=(build test method sanitize tune tune_steps ops train tuned whole)
+STAGES=(selftest build sanitize instrument test method tune tune_steps ops train tuned whole)
 READ_TABLES=('linear_*' 'swiglu_*' 'qkv_*')
 OPERATIONS=("${READ_TABLES[@]}" 'group_*' compact rms_norm rotary_embedding cross_entropy)
 dry=0 chosen=()
@@ -38,7 +42,8 @@ export PYTHON=${PYTHON:-python3} STAGE_SECONDS=${STAGE_SECONDS:-530}
 export OUT=${OUT:-$PWD/benchmarks/results/gpu}
 export ROWS=${ROWS:-$OUT/rows}
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-export ATP_KERNELS_TABLES=/dev/null
+# Here the self-test keeps what it found, for the runs of other stages. No tuned table comes here.
+export ATP_KERNELS_TABLES=$OUT/untuned
 unset TRITON_INTERPRET
 # shellcheck disable=SC2206  # MODELS and RANKS are lists of words
 if ((dry)); then
@@ -97,6 +102,11 @@ agree() {
     --variants addmm ours ours_dense ours:reference ours:triton ours:native "$@"
 }
 
+# A hanging operation costs a minute: the stage ends in time with up to seven of them.
+run_selftest() {
+  "$PYTHON" -m atp_kernels.selftest --device "$device" --fresh --timeout 60
+}
+
 run_build() {
   local arch
   arch=$("$PYTHON" -c '
@@ -127,16 +137,26 @@ run_test() {
   ((dry)) || agree "" --model smollm2-135m --tokens 777 --rank 16
 }
 
-run_sanitize() {
-  local tool status=0 sanitizer
+SANITIZER="compute-sanitizer --error-exitcode 1 --print-limit 20 --tool"
+
+# Each in half a stage. $@: commands that the check of all variants runs under.
+sanitized() {
+  local sanitizer status=0
   # Without torch's cache every tensor is an allocation of its own, whose end memcheck knows.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  for tool in memcheck racecheck; do
-    sanitizer="compute-sanitizer --tool $tool --error-exitcode 1 --print-limit 20"
+  for sanitizer in "$@"; do
     ((dry)) && { echo "not run on a CPU: $sanitizer"; sanitizer=; }
     agree "timeout --foreground $((STAGE_SECONDS / 2)) $sanitizer" --model tiny --tokens 37 --rank 8 || status=1
   done
   return $status
+}
+
+run_sanitize() {
+  sanitized "$SANITIZER memcheck" "$SANITIZER racecheck"
+}
+
+run_instrument() {
+  sanitized "$SANITIZER initcheck" "env TRITON_INSTRUMENTATION_MODE=consan"
 }
 
 tune() {

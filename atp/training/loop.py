@@ -27,7 +27,7 @@ from atp.ground.signals import SignalGuard
 from atp.inputs.precision import autocast_dtype
 from atp.inputs.resolve import resolve
 from atp.models.attention import use_training_attention
-from atp.processes import processes
+from atp.processes import kernels, processes
 from atp.processes.finite import FiniteGuard, refuse_weights
 from atp.sharding.files import stage
 from atp.training import checkpoint as checkpoints
@@ -73,6 +73,7 @@ class Loop:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         processes.start(config.training.sharding, config.model_dump())
+        kernels.check_once()
         refuse_weights(model)
         self.train_dataset, self.phases, self.tokenizer = train_dataset, phases, tokenizer
         self.batches_per_step = config.training.gradient_accumulation * processes.count()  # of all processes

@@ -37,7 +37,7 @@ ORDER = {
     "cuda plain": Order(("reference",), "no mask and no dropout, so nothing to fuse beats the addmm_ chain"),
 }
 register(Operation("masked_lora_linear", __package__, BACKENDS, ORDER, ways.explained))
-register(Operation("masked_lora_linear_with_norms", __package__, BACKENDS, ORDER))
+register(Operation("masked_lora_linear_with_norms", __package__, BACKENDS, ORDER, computed_by="masked_lora_linear"))
 
 
 def linear(

@@ -10,7 +10,7 @@ from atp_kernels.linear.op import BACKENDS, ORDER
 from atp_kernels.linear.shared import shared_linears
 from atp_kernels.projection import Projection, check_kept, project
 
-register(Operation("masked_lora_qkv", "atp_kernels.linear", BACKENDS, ORDER))
+register(Operation("masked_lora_qkv", "atp_kernels.linear", BACKENDS, ORDER, computed_by="masked_lora_linear"))
 
 
 @typed

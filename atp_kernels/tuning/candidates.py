@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atp_kernels import triton_runtime
 from atp_kernels.call import select, shown
+from atp_kernels.child import Note, one_line
 from atp_kernels.kept.op import kept_linear
 from atp_kernels.kept.sides import KeptFirst
 from atp_kernels.kept.slices import KeptSlice
@@ -193,27 +194,48 @@ class Reference:
         return _results(y, operands, grad)
 
 
+class Measured(NamedTuple):
+    """The entry of a case, without a way where no candidate is right; the names of those that are wrong.
+
+    today: the name of the way that is taken without a table.
+    """
+
+    entry: Entry
+    wrong: list[str]
+    today: str
+
+
 def measured(
     case: Case,
     found: Mapping[str, Candidate],
     timed: Callable[[Call], float],
     rounds: int,
-) -> tuple[Entry, list[str]]:
-    """(the entry of a case, the names of candidates that are wrong); an entry without a way where none is right.
+    *,
+    note: Note = lambda at: None,
+    lost: Mapping[str, str] | None = None,
+) -> Measured:
+    """Hold every candidate to float64, time those that are right in turns, and take the fastest.
 
-    Every candidate is held to float64, those that are right are timed in turns, and the fastest is taken. The first of
-    them is the way without a table, which stays where no other is faster by `MARGIN`.
+    The first of them is the way without a table, which stays where no other is faster by `MARGIN`. note: told the name
+    of each candidate before it runs. lost: those that are not to run, and why.
     """
     reference = Reference(case)
     refused: dict[str, str] = {}
     wrong: list[str] = []
     calls: dict[str, Call] = {}
+    today = next(iter(found))
     for name, candidate in found.items():
-        call = _call_of(case, candidate)
+        if lost and name in lost:
+            refused[name] = f"it does not run: {lost[name]}"
+            continue
+        note(name)
         try:
+            call = _call_of(case, candidate)
             problem = reference.problem(call)
         except Exception as error:  # Triton has errors of its own for what a GPU has no room for
-            refused[name] = f"it does not run: {(str(error).strip() or repr(error)).splitlines()[0]}"
+            refused[name] = f"it does not run: {one_line(error)}"
+            if case.device.type == "cuda":
+                torch.cuda.synchronize(case.device)  # raises where no other candidate would run in this process
             continue
         if problem is None:
             calls[name] = _step(case, call, reference.grad)
@@ -221,21 +243,22 @@ def measured(
             refused[name] = problem
             wrong.append(name)
     if not calls:
-        return Entry(case.key(), "", None, {}, refused), wrong
+        return Measured(Entry(case.key(), "", None, {}, refused), wrong, today)
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
-    for step in calls.values():
+    for name, step in calls.items():
+        note(name)
         step()  # compiles and fills caches
     for _ in range(rounds):
         for name in order:
+            note(name)
             times[name].append(timed(calls[name]))
         order.reverse()  # none always follows the same one
     medians = {name: float(median(values)) for name, values in times.items()}
     best = min(medians, key=lambda name: medians[name])
-    today = next(iter(found))
     if today in medians and medians[today] <= MARGIN * medians[best]:
         best = today
-    return Entry(case.key(), found[best].way.name, found[best].tile, medians, refused), wrong
+    return Measured(Entry(case.key(), found[best].way.name, found[best].tile, medians, refused), wrong, today)
 
 
 def _call_of(case: Case, candidate: Candidate) -> Callable[[Operands], Tensor]:

@@ -143,7 +143,7 @@ def header(device: torch.device) -> dict[str, object]:
     """What the timings in a table depend on beside the shape; a table with another header is not this process's."""
     return {
         "format": FORMAT,
-        "device": _device_name(device),
+        "device": device_name(device),
         "torch": torch.__version__,
         "kernels": _kernels(device.type),
     }
@@ -151,7 +151,7 @@ def header(device: torch.device) -> dict[str, object]:
 
 def file_name(device: torch.device) -> str:
     """The name of a device's table."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{device.type} {_device_name(device)}".lower()).strip("-") + ".json"
+    return re.sub(r"[^a-z0-9]+", "-", f"{device.type} {device_name(device)}".lower()).strip("-") + ".json"
 
 
 @cache
@@ -171,7 +171,7 @@ def tables_of(device: torch.device) -> tuple[Table, ...]:
 def read(path: Path, device: torch.device) -> Table | None:
     """The table in a file; None, with one warning, where it is damaged, partial or of another device or version."""
     try:
-        return Table(path, _entries_of(_content_of(path), header(device)))
+        return Table(path, _entries_of(content_of(path), header(device)))
     except TableError as error:
         advice = "`python -m atp_kernels.tune` writes a new one"
         warnings.warn(f"The tuned table {path} is ignored, since {error}; {advice}.", RuntimeWarning, stacklevel=2)
@@ -189,17 +189,18 @@ def write(path: Path, device: torch.device, entries: Iterable[Entry]) -> None:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            kept = {entry.key: entry for entry in _entries_of(_content_of(path), header(device))}
+            kept = {entry.key: entry for entry in _entries_of(content_of(path), header(device))}
         except TableError:
             kept = {}
         kept |= {entry.key: entry for entry in entries}
         rows = [asdict(entry) for entry in kept.values()]
         text = json.dumps({**header(device), "entries": rows}, indent=1) + "\n"
-        _replace(path, text)
+        replace_file(path, text)
     tables_of.cache_clear()
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a file in one step: whoever reads it meets the old one or the new one, whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with open(handle, "w", encoding="utf-8") as file:
@@ -212,7 +213,8 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def _content_of(path: Path) -> dict[str, Any]:
+def content_of(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `TableError` where there is none."""
     try:
         small = path.stat().st_size <= _LARGEST_FILE
         content = json.loads(path.read_text(encoding="utf-8")) if small else None
@@ -282,7 +284,8 @@ def _is_tile(tile: Any) -> bool:
 
 
 @cache
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the maker calls the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

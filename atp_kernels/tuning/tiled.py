@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atp_kernels.call import select, shown
+from atp_kernels.call import select, shown, why_aside
 from atp_kernels.linear.tiles import GemmConfig, descriptor_tiles
 from atp_kernels.tuning.table import Tile
 
@@ -45,11 +45,19 @@ def named_backend(
     return Tiled(partial(module.forward, config=config), partial(module.backward, config=config)), said
 
 
-@cache
 def followed(
     operation: str, name: str, tile: Tile | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, str] | None:
-    """`named_backend` of a table's entry; None, with one warning, where it does not run here."""
+    """`named_backend` of a table's entry; None where it is set aside and, with one warning, where it does not run."""
+    if name != "reference" and why_aside(operation, device.type) is not None:
+        return None
+    return _followed(operation, name, tile, device, dtype)
+
+
+@cache
+def _followed(
+    operation: str, name: str, tile: Tile | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, str] | None:
     try:
         return named_backend(operation, name, tile, device, dtype)
     except RuntimeError as error:

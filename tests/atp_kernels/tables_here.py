@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atp_kernels.tuning import table
-from atp_kernels.tuning.tiled import followed
+from atp_kernels.tuning import table, tiled
 
 
 @contextmanager
@@ -24,4 +23,4 @@ def tables_in(folder: Path) -> Iterator[Path]:
 
 def _forget() -> None:
     table.tables_of.cache_clear()
-    followed.cache_clear()
+    tiled._followed.cache_clear()

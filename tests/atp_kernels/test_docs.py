@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FILES = list((ROOT / "atp_kernels").glob("*/*.md"))
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 SECTIONS = ["Formula", "Saved for backward", "Gradients", "FLOPs", "Bytes", "Backends", "Tiles"]
-NOT_OPERATIONS = {"available_backends", "explain", "layers", "new_seed", "nn"}
+NOT_OPERATIONS = {"available_backends", "explain", "layers", "new_seed", "nn", "selftest"}
 LINEAR = PAGES["atp_kernels/linear/README.md"]
 
 

@@ -6,16 +6,20 @@ import subprocess
 import sys
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from atp_kernels import extension, triton_runtime, tune
+from atp_kernels.child import Child, Lost
 from atp_kernels.linear import ways
 from atp_kernels.linear.tiles import descriptor_tiles, gemm_tiles
 from atp_kernels.tuning import candidates as tuned
 from atp_kernels.tuning import shapes, table
-from atp_kernels.tuning.candidates import Case, Reference, candidates, measured
+from atp_kernels.tuning.apart import SERVED, measured_apart
+from atp_kernels.tuning.candidates import Case, Measured, Reference, candidates, measured
+from atp_kernels.tuning.table import Entry
 from atp_kernels.tuning.tiled import Tiled
 
 CPU = torch.device("cpu")
@@ -133,7 +137,7 @@ def times(**milliseconds):
 ])  # fmt: skip
 def test_the_fastest_is_taken_if_it_beats_today_s_by_the_margin(spent, winner):
     case = Case("cut", **SIZES)
-    entry, wrong = measured(case, named(case), times(**{TODAY: 2.0} | spent), rounds=3)
+    entry, wrong, _ = measured(case, named(case), times(**{TODAY: 2.0} | spent), rounds=3)
     assert (entry.way, entry.tile, wrong, entry.refused) == (winner, None, [], {})
     assert entry.milliseconds == {TODAY: 2.0} | spent and entry.key == case.key()
 
@@ -141,7 +145,7 @@ def test_the_fastest_is_taken_if_it_beats_today_s_by_the_margin(spent, winner):
 def test_times_are_medians_over_rounds():
     case = Case("cut", **SIZES)
     values = iter([9.0, 1.0, 2.0, 4.0, 3.0, 50.0])  # today's, folded; folded, today's; today's, folded
-    entry, _ = measured(case, named(case), lambda call: next(values), rounds=3)
+    entry, _, _ = measured(case, named(case), lambda call: next(values), rounds=3)
     assert entry.milliseconds == {TODAY: 4.0, "folded": 2.0}
 
 
@@ -158,11 +162,11 @@ def wrong_fold(monkeypatch):
 
 def test_a_wrong_candidate_is_reported_and_neither_timed_nor_taken(wrong_fold):
     case = Case("cut", **SIZES)
-    entry, wrong = measured(case, named(case), times(**{TODAY: 2.0}), rounds=3)
+    entry, wrong, _ = measured(case, named(case), times(**{TODAY: 2.0}), rounds=3)
     assert (entry.way, wrong, list(entry.milliseconds)) == (TODAY, ["folded"], [TODAY])
     assert "from float64" in entry.refused["folded"]
     # Even where it is all there is.
-    entry, wrong = measured(case, {"folded": named(case)["folded"]}, times(folded=1.0), rounds=3)
+    entry, wrong, _ = measured(case, {"folded": named(case)["folded"]}, times(folded=1.0), rounds=3)
     assert (entry.way, entry.milliseconds, wrong) == ("", {}, ["folded"])
 
 
@@ -177,9 +181,75 @@ def test_a_candidate_that_does_not_run_is_left_out(monkeypatch):
     found = named(case)
     right = tuned.linear_by
     monkeypatch.setattr(tuned, "linear_by", lambda way, *a: (fails if way.name == "folded" else right)(way, *a))
-    entry, wrong = measured(case, found, times(**{TODAY: 2.0}), rounds=1)
+    entry, wrong, _ = measured(case, found, times(**{TODAY: 2.0}), rounds=1)
     assert (entry.way, wrong) == (TODAY, [])
     assert entry.refused == {"folded": "it does not run: out of resource: shared memory"}
+
+
+def test_candidates_that_take_their_process_with_them_are_left_out_and_the_others_are_timed():
+    case = Case("cut", **SIZES)
+    with Child("injected:tunes") as child:
+        entry, wrong, today = measured_apart(child, case, 3, 3.0)
+    assert (entry.way, wrong, today, entry.key) == (TODAY, ["folded"], TODAY, case.key())
+    assert entry.milliseconds.keys() == {TODAY} and entry.milliseconds[TODAY] > 0
+    aborted = "it does not run: the process ended with signal SIGABRT"
+    assert "from float64" in entry.refused.pop("folded")
+    assert entry.refused == {
+        "crashes": aborted, "hangs": "it does not run: it was not done after 3 s", "crashes late": aborted,
+    }  # fmt: skip
+
+
+def test_a_poisoned_context_ends_the_work_of_its_process(monkeypatch):
+    """As after an illegal memory access, which every later call on the device would report."""
+
+    def fails(*arguments):
+        raise RuntimeError("illegal memory access")
+
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), regime="cut")
+    monkeypatch.setattr(tuned, "Reference", lambda case: SimpleNamespace(problem=fails))
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    noted = []
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measured(gpu, dict.fromkeys(("first", "second")), None, 1, note=noted.append)
+    assert noted == ["first"]
+
+
+def test_a_case_in_a_child_has_the_entry_that_it_has_here():
+    case = Case("search", **SIZES, keep=0.5)
+    with Child(SERVED) as child:
+        entry, wrong, today = measured_apart(child, case, 1, 60.0)
+        assert entry.milliseconds.keys() == named(case).keys() and (wrong, today, entry.refused) == ([], TODAY, {})
+        assert entry.key == case.key() and entry.way in entry.milliseconds
+    with Child("injected:no_device") as child, pytest.raises(Lost, match="busy or unavailable"):
+        measured_apart(child, case, 1, 60.0)
+
+
+def test_on_a_gpu_the_command_goes_on_after_a_case_that_is_lost(home, monkeypatch, capsys):
+    entry = Entry(Case("cut", **SIZES).key(), "native", None, {"native": 1.0}, {"folded": "it does not run: why"})
+    said = iter([Measured(entry, [], "native"), Lost("it was not done after 9 s", "")])
+
+    def one_of_two(child, case, rounds, seconds):
+        assert (child.function, rounds, seconds) == (SERVED, 1, 9.0)
+        found = next(said)
+        if isinstance(found, Lost):
+            raise found
+        return found
+
+    class Gpu(str):
+        type = "cuda"
+
+    monkeypatch.setattr(tune, "measured_apart", one_of_two)
+    written = []
+    monkeypatch.setattr(tune, "write", lambda path, device, entries: written.extend(entries))
+    monkeypatch.setattr(tune, "_device", lambda name: Gpu("cuda:0"))
+    monkeypatch.setattr(tune, "file_name", lambda device: "gpu.json")
+    assert tune.main([*ARGUMENTS, "--regime", "cut", "search", "--timeout", "9"]) == 1
+    told = capsys.readouterr()
+    assert written == [entry] and "native 1.000 ms -> native (1.00x of today's native)" in told.out
+    assert told.err.splitlines() == [
+        "cut 24x28 r3 float32, 20 rows: folded is left out: it does not run: why",
+        "search 24x28 r3 float32, 20 rows, 0.58 kept is left out: it was not done after 9 s",
+    ]
 
 
 @pytest.fixture
@@ -251,6 +321,7 @@ def test_the_command_with_the_real_clock_writes_every_case_of_a_model(home, caps
     (["--shapes", "0x4"], "'0x4' is no shape"),
     (["--shapes", "4x4", "--tokens", "0"], "--tokens is below 1"),
     (["--shapes", "4x4", "--rounds", "0"], "--rounds is below 1"),
+    (["--shapes", "4x4", "--timeout", "0"], "the timeout is 0.0: give seconds above 0"),
     (["--shapes", "4x4", "--keep", "0"], "--keep must be above 0 and at most 1"),
     (["--shapes", "4x4", "--keep", "nan"], "--keep must be above 0 and at most 1"),
     (["--shapes", "4x4", "--folder", "/dev/null/tables"], "cannot be made (Not a directory): name another with --"),

@@ -324,6 +324,6 @@ def test_two_processes_write_one_table(path):
 
 
 def test_names_of_files_tell_devices_apart(monkeypatch):
-    monkeypatch.setattr(table, "_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(table, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert table.file_name(torch.device("cuda", 1)) == "cuda-nvidia-h100-80gb-hbm3.json"
     assert table.tables_of(torch.device("meta")) == ()

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from atp_kernels.call import OPERATIONS
 from atp_kernels.tuning.table import REGIMES
 from benchmarks.records import append
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
-STAGES = ["build", "test", "method", "sanitize", "tune", "tune_steps", "ops", "train", "tuned", "whole"]
+MARKS = ["tune", "tune_steps", "ops", "train", "tuned", "whole"]
+STAGES = ["selftest", "build", "sanitize", "instrument", "test", "method", *MARKS]
 
 
 def gpu_check(out, *arguments, **variables):
@@ -40,6 +42,44 @@ def test_all_tests_that_it_runs_exist():
     assert listed.returncode == 0, listed.stderr
 
 
+def test_what_is_wrong_shows_first_and_every_stage_fits_ten_minutes():
+    text = SCRIPT.read_text()
+    (stages,) = re.findall(r"^STAGES=\((.*)\)$", text, re.MULTILINE)
+    assert stages.split() == STAGES
+    assert sorted(re.findall(r"^run_(\w+)\(\)", text, re.MULTILINE)) == sorted(STAGES)
+    (seconds,) = re.findall(r"STAGE_SECONDS:-(\d+)", text)
+    assert int(seconds) < 590 and 'timeout "$STAGE_SECONDS" bash benchmarks/gpu_check.sh' in text
+    tools = re.findall(r"\$SANITIZER (\w+)", text)
+    assert tools == ["memcheck", "racecheck", "initcheck"] and "TRITON_INSTRUMENTATION_MODE=consan" in text
+    assert text.count("$((STAGE_SECONDS / 2))") == 1 and text.count("  sanitized ") == 2
+
+
+@pytest.mark.slow
+def test_the_self_test_is_a_stage(tmp_path):
+    result = gpu_check(tmp_path, "--dry", "selftest")
+    assert result.returncode == 0, result.stdout + result.stderr
+    log = (tmp_path / "selftest.log").read_text()
+    assert f"{len(OPERATIONS)} of {len(OPERATIONS)} operations are right on cpu" in log
+    assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["untuned"]
+
+
+def test_sanitizers_run_what_they_are_given_in_half_a_stage_each(tmp_path):
+    """A stand-in for Python ends at once, on a machine that is taken to have a GPU and the tools."""
+    noted = tmp_path / "noted"
+    for name, noting in (("python", False), ("compute-sanitizer", True), ("env", True)):
+        tool = tmp_path / name
+        note = f'echo "{name} $*" >> {noted}\n' if noting else ""
+        tool.write_text(f"#!/bin/sh\n{note}exit 0\n")
+        tool.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = gpu_check(tmp_path / "out", "sanitize", "instrument", PYTHON=str(tmp_path / "python"), PATH=path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    told = [line.split(" -m benchmarks check")[0] for line in noted.read_text().splitlines()]
+    options = "compute-sanitizer --error-exitcode 1 --print-limit 20 --tool"
+    tools = [f"{options} {tool} {tmp_path}/python" for tool in ("memcheck", "racecheck", "initcheck")]
+    assert told == [*tools, f"env TRITON_INSTRUMENTATION_MODE=consan {tmp_path}/python"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_it_names_dry(tmp_path):
     result = gpu_check(tmp_path, "build")
@@ -55,7 +95,7 @@ def test_a_dry_stage_leaves_log_rows_and_table(tmp_path):
     result = gpu_check(tmp_path, "--dry", "sanitize")
     assert result.returncode == 0, result.stdout + result.stderr
     log = (tmp_path / "sanitize.log").read_text()
-    assert "compute-sanitizer --tool racecheck" in log and log.count("all variants agree") == 2
+    assert "--tool racecheck" in log and log.count("all variants agree") == 2
     case, row, stage = (tmp_path / "summary.txt").read_text().splitlines()[1:]
     assert case == "compact tiny q_proj M 0 r 0 float32 keep 0.6, verified"
     assert row == "    ours 2.500 ms 1.5x 50% 1+2 MiB"
@@ -81,7 +121,7 @@ def test_only_the_stage_tuned_reads_tables(tmp_path):
     stages = ("ops", "train", "whole", "tuned")
     result = gpu_check(out, "--dry", *stages, PYTHON=str(python), ATP_KERNELS_TABLES="/somewhere")
     assert result.returncode == 1 and "no tuned table: run the stage tune first" in result.stdout
-    assert {line.split()[0] for line in noted.read_text().splitlines()} == {"/dev/null"}
+    assert {line.split()[0] for line in noted.read_text().splitlines()} == {f"{out}/untuned"}
     (out / "tables").mkdir()
     (out / "tables" / "cpu.json").touch()
     noted.unlink()
