@@ -26,6 +26,8 @@ from atp_kernels.linear import definition as linear
 from atp_kernels.linear import masked_lora_linear, masked_lora_linear_with_norms
 from atp_kernels.loss import cross_entropy_
 from atp_kernels.loss import definition as loss
+from atp_kernels.mask_gradient import mask_gradient
+from atp_kernels.mask_gradient.definition import masked
 from atp_kernels.norm import definition as norm
 from atp_kernels.norm import rms_norm
 from atp_kernels.projection import Projection
@@ -294,6 +296,35 @@ def _mlps(sizes: Sizes) -> Iterator[Case]:
             partial(call, function=swiglu.masked_lora_swiglu, mask_lora=mask_lora),
             (*learn, *more),
         )
+    observed = shapes | {"x": (1, m, k), "upstream": (1, m, k)}
+    yield Case("observed", observed, partial(_observed_mlp, names=names), partial(_mask_of_mlp, names=names))
+
+
+def _observed_mlp(t: Operands, names: Sequence[str]) -> Results:
+    """The gradient of a mask that nobody applies."""
+    sums = t["x"].new_zeros(1, len(t["gate_weight"]), dtype=torch.float32)
+    y = masked_lora_swiglu(t["x"].requires_grad_(), *_projections(t, names), mask_grad=sums)
+    y.backward(t["upstream"])
+    return (sums[0],)
+
+
+def _mask_of_mlp(t: Operands, names: Sequence[str]) -> Results:
+    mask = torch.ones_like(t["gate_weight"][:, 0]).requires_grad_()
+    y = swiglu.masked_lora_swiglu(t["x"], *_projections(t, names), mask=mask, mask_lora=True)
+    return torch.autograd.grad(y, mask, t["upstream"])
+
+
+def _mask_gradients(sizes: Sizes) -> Iterator[Case]:
+    def call(t: Operands) -> Results:
+        sums = t["y"].new_zeros(2, sizes.n, dtype=torch.float32)
+        mask_gradient(t["y"].requires_grad_(), sums).backward(t["upstream"])
+        return (sums,)
+
+    def defined(t: Operands) -> Results:
+        mask = torch.ones_like(t["y"][:, 0]).requires_grad_()
+        return torch.autograd.grad(masked(t["y"], mask), mask, t["upstream"])
+
+    yield Case("observed", dict.fromkeys(("y", "upstream"), (2, sizes.m, sizes.n)), call, defined)
 
 
 def _dropouts(sizes: Sizes) -> Iterator[Case]:
@@ -412,6 +443,7 @@ CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "masked_lora_qkv": _qkvs,
     "masked_lora_swiglu": _mlps,
     "kept_lora_linear": _kept_linears,
+    "mask_gradient": _mask_gradients,
     "lora_dropout": _dropouts,
     "rms_norm": _norms,
     "rotary_embedding": _rotations,
