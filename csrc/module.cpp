@@ -49,6 +49,8 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
   m.def("rms_norm_forward(Tensor x, Tensor weight, float eps, bool narrow) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor d_y, Tensor x, Tensor weight, Tensor scales) -> Tensor");
   m.def("merged_weight(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
+  m.def("load_factors(Tensor(a!) weight, Tensor(b!) down, Tensor[] factors, float scaling) -> ()");
+  m.def("factor_grads(Tensor d_down, Tensor d_up, Tensor[] factors, float scaling) -> Tensor[]");
   m.def("compact(Tensor weight, Tensor? rows, Tensor? cols, int pad_to, int stream=0) -> Tensor");
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from atp.lora.stock import runs_stock_forward
-from atp.models.attention import fuses
+from atp.models.attention import fuses, packed_projections
 from atp.models.cut import CutAttention, place_before
 
 
@@ -34,7 +34,7 @@ class FusedAttention(CutAttention):
         ordinary = position_embeddings is not None and getattr(self, "use_rope", True)
         ordinary &= not getattr(self, "residual_dropout", 0) and cache is None and past_key_values is None
         own = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
-        if ordinary and fuses(hidden_states):
+        if ordinary and (fuses(hidden_states) or packed_projections(self, hidden_states) is not None):
             return super().forward(hidden_states, **own, **kwargs)
         caches = {"cache": cache, "past_key_values": past_key_values}
         own |= {name: given for name, given in caches.items() if given is not None}

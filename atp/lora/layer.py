@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from atp.families import family_of
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
+from atp.lora.packs import Packs
 from atp.lora.stock import runs_stock_forward
 from atp.sharding.shards import is_sharded
 from atp.spaces.space import MaskSpace
@@ -26,6 +27,7 @@ from atp_kernels import (
     new_seed,
     rms_norm,
 )
+from atp_kernels.packed.op import packed_linears, packed_mlp
 
 ADAPTER = "default"
 
@@ -51,6 +53,7 @@ class MaskedPeftLinear(PeftLinear):
 
     def _unmask(self) -> None:
         self._narrow: tuple[Tensor, int, Tensor] | None = None
+        self.packs = Packs()  # of the linears that read the same input, of which this is the first
         self.set_masks(None, None)
         self.gates: list[Tensor | None] = [None, None]
         self.observed: list[Tensor | None] = [None, None]
@@ -68,6 +71,7 @@ class MaskedPeftLinear(PeftLinear):
         self.out_mask, self.in_mask, self.mask_lora, self.kept = out_mask, in_mask, mask_lora, kept
         if kept is not None or out_mask is not None or in_mask is not None:
             self._narrow = None  # the memory that masked passes need
+            self.packs.drop()
 
     def set_gate(self, axis: int, gate: Tensor | None) -> None:
         """Multiplies rows of B (axis 0, gate [out_features]) or columns of A (1, [in_features]) until the next call."""
@@ -116,6 +120,19 @@ class MaskedPeftLinear(PeftLinear):
         return Projection(weight, lora_a, lora_b, self.scaling[ADAPTER], base.bias)
 
     @property
+    def uncast(self) -> Projection:
+        """The frozen base and its adapter as they are."""
+        modules = self.get_base_layer(), self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+        base, a, b = (cast(nn.Linear, module) for module in modules)
+        return Projection(base.weight, a.weight, b.weight, self.scaling[ADAPTER], base.bias)
+
+    @property
+    def packable(self) -> bool:
+        """Whether this trains plain LoRA beside its whole weight, without gates, dropout and observed inputs."""
+        apart = self.observed[1] is not None or any(gate is not None for gate in self.gates) or self.dropout
+        return self.plain and self._learns_whole and self.holds_casts and not apart
+
+    @property
     def _learns_whole(self) -> bool:
         """Whether passes read the whole weight beside an adapter that learns: a constant one is merged into it."""
         whole = self.out_mask is None and self.in_mask is None and self.kept is None
@@ -139,6 +156,9 @@ class MaskedPeftLinear(PeftLinear):
             if self.out_mask is not None or self.in_mask is not None or self.kept is not None:
                 raise RuntimeError("masks are set on a merged or disabled LoRA layer: clear them with set_masks first")
             return super().forward(x, *args, **kwargs)
+        packed = self.packs.of((self,), x)
+        if packed is not None:
+            return packed_linears(x, *packed)
         weight, lora_a, lora_b, scaling, bias = self.projection
         p = self.dropout
         # From torch's generator, so that activation checkpointing draws the same one again.
@@ -210,6 +230,12 @@ class MaskedMLP(nn.Module):
             if sums is None or sums is not up.observed[0] or len(x) > len(sums) or not x.requires_grad:
                 return self._apart(x)
             options["mask_grad"] = sums[: len(x)]
+        first = gate.packs.of((gate, up), x)
+        last = None if first is None else down.packs.of((down,), x)
+        if first is not None and last is not None:
+            given = [*first[1], *last[1]]
+            y = packed_mlp(x, first[0], last[0], given, self.activation, options.get("mask_grad"))
+            return down.seen(y)
         if gate.dropout:
             options |= {"dropout": gate.dropout, "seeds": (new_seed(x), new_seed(x))}
         projections = (linear.projection for linear in linears)

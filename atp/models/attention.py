@@ -20,7 +20,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from atp.families import Windows
 from atp.models.short_attention import short_attention, suits
-from atp_kernels import masked_lora_qkv, new_seed, rotary_embedding
+from atp_kernels import Projection, masked_lora_qkv, new_seed, rotary_embedding
+from atp_kernels.packed import PackedLinears
+from atp_kernels.packed.op import packed_linears
 
 NAME = "atp_sdpa"
 FUSED_ON = ("cuda",)
@@ -71,6 +73,15 @@ def fuses(states: Tensor) -> bool:
     return states.device.type in FUSED_ON and not torch.compiler.is_compiling()
 
 
+def packed_projections(attention: Any, states: Tensor) -> tuple[PackedLinears, list[Projection]] | None:
+    """The pack of queries, keys and values, where a training step of these states may use it."""
+    linears = attention.q_proj, attention.k_proj, attention.v_proj
+    if not all(getattr(linear, "fusible", False) for linear in linears):
+        return None
+    found: tuple[PackedLinears, list[Projection]] | None = linears[0].packs.of(linears, states)
+    return found
+
+
 def project(attention: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of states [batch, tokens, inputs], each [batch, tokens, outputs].
 
@@ -79,6 +90,12 @@ def project(attention: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     states, and the draw of what these drop.
     """
     q, k, v = linears = attention.q_proj, attention.k_proj, attention.v_proj
+    packed = packed_projections(attention, states)
+    if packed is not None:
+        found = packed_linears(states, *packed).split(packed[0].sizes, -1)
+        q_out, k_out, v_out = (linear.seen(y) for linear, y in zip(linears, found, strict=True))
+        # Attention keeps values, and would keep the queries and keys beside them too.
+        return q_out, k_out, v_out.contiguous()
     fusible = fuses(states) and all(getattr(linear, "fusible", False) for linear in linears)
     if fusible and q.dropout == k.dropout == v.dropout:
         slices = tuple(linear.kept for linear in linears)

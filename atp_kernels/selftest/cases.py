@@ -26,8 +26,8 @@ from atp_kernels.linear import definition as linear
 from atp_kernels.linear import masked_lora_linear, masked_lora_linear_with_norms
 from atp_kernels.loss import cross_entropy_
 from atp_kernels.loss import definition as loss
+from atp_kernels.mask_gradient import definition as of_mask
 from atp_kernels.mask_gradient import mask_gradient
-from atp_kernels.mask_gradient.definition import masked
 from atp_kernels.norm import definition as norm
 from atp_kernels.norm import rms_norm
 from atp_kernels.projection import Projection
@@ -322,7 +322,7 @@ def _mask_gradients(sizes: Sizes) -> Iterator[Case]:
 
     def defined(t: Operands) -> Results:
         mask = torch.ones_like(t["y"][:, 0]).requires_grad_()
-        return torch.autograd.grad(masked(t["y"], mask), mask, t["upstream"])
+        return torch.autograd.grad(of_mask.masked(t["y"], mask), mask, t["upstream"])
 
     yield Case("observed", dict.fromkeys(("y", "upstream"), (2, sizes.m, sizes.n)), call, defined)
 

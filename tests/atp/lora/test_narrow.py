@@ -7,12 +7,29 @@ from torch import nn
 
 from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedPeftLinear
+from atp.lora.packs import Packs
 from atp.spaces.space import MaskSpace
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(params=["packed", "each"])
+def model(request, monkeypatch):
+    """Whose linears are cast into packs, or each for itself, as under dropout and without the extension."""
+    if request.param == "each":
+        monkeypatch.setattr(Packs, "of", lambda *arguments: None)
     return masked(space_name="kv_group", vocab_size=64, attention_bias=False)[0].train()
+
+
+def held(model):
+    """Casts that outlive a pass."""
+    packs = [layer.packs._pack for layer in layers(model)]
+    narrow = [layer._narrow for layer in layers(model)]
+    return [pack.weight for pack in packs if pack is not None] + [found[2] for found in narrow if found is not None]
+
+
+def forget(model):
+    for layer in layers(model):
+        layer._narrow = None
+        layer.packs.drop()
 
 
 def layers(model):
@@ -34,8 +51,10 @@ def same(a, b):
 
 
 def test_a_cast_weight_changes_no_bit(model, monkeypatch):
-    ours = step(model)
-    assert all(layer._narrow is not None for layer in layers(model))
+    ours, casts = step(model), held(model)
+    assert casts and same(step(model), ours)
+    assert all(now is before for now, before in zip(held(model), casts, strict=True))
+    forget(model)
     assert same(step(model), ours)
     monkeypatch.setattr(MaskedPeftLinear, "_narrowed", lambda self, weight: weight)
     assert same(step(model), ours)
@@ -52,8 +71,7 @@ def test_another_weight_is_cast_again(model, replaced):
             base.weight.mul_(1.5)
     changed = step(model)
     assert not torch.equal(before[0], changed[0])
-    for layer in layers(model):
-        layer._narrow = None
+    forget(model)
     assert same(step(model), changed)
 
 
@@ -67,23 +85,20 @@ def test_an_observed_step_leaves_the_cast_weight_alone(model):
             return [*step(model), controller.observer.gradients(sums)]
 
     first = watched()
-    held = [layer._narrow[2] for layer in layers(model)]
-    assert same(watched(), first)
-    assert all(layer._narrow[2] is weight for layer, weight in zip(layers(model), held, strict=True))
-    for layer in layers(model):
-        layer.holds_casts, layer._narrow = False, None
-    assert same(watched(), first)
+    casts = held(model)
+    assert casts and same(watched(), first)
+    assert all(now is before for now, before in zip(held(model), casts, strict=True))
 
 
 @pytest.mark.parametrize("constant", [False, True])
 def test_nothing_is_kept_without_need(model, constant):
     step(model, autocast=False)
-    assert all(layer._narrow is None for layer in layers(model))
+    assert not held(model)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    assert all(layer._narrow is None for layer in layers(model))
+    assert not held(model)
     step(model)
     model.requires_grad_(not constant)
     for layer in layers(model):
         layer.set_masks(torch.ones(layer.out_features, dtype=torch.float32 if constant else torch.bool), None)
-    assert all(layer._narrow is None for layer in layers(model))
+    assert not held(model)
