@@ -4,11 +4,13 @@ By default a grid of parameters is run at some of its points, so that each pair 
 marked slow are left out. With --all every test runs (`make test-all`).
 """
 
+import gc
 import os
 from collections import defaultdict
 from dataclasses import fields, is_dataclass
 from itertools import combinations
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -32,6 +34,30 @@ def pytest_collection_modifyitems(config, items):
     kept = {item for item in kept if item.get_closest_marker("slow") is None}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish(session):
+    freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What one file leaves behind, such as the libraries that it imported, is not searched in those that follow."""
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        freeze()
+    return result
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()  # nanobind takes what the interpreter does not collect at its end for leaks
+
+
+def freeze():
+    """Every run collects garbage several times; modules and collected tests, which all stay, need no search then."""
+    gc.collect()
+    gc.freeze()
 
 
 def pairwise(grid):

@@ -1,6 +1,7 @@
 """What whole runs, comparisons and experiments are tested on, and what keeps hundreds of them quick."""
 
 import gc
+import os
 import sys
 from functools import partial
 
@@ -13,23 +14,15 @@ import atp.run
 from atp.evaluation import throughput, throughputs
 from atp.report import plots, write_report
 
-gc.disable()  # importing and collecting every test makes no garbage worth looking for
-
-
-def pytest_collection_finish(session):
-    """Every loop collects garbage; modules and collected tests, which all stay, need not be searched each time."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
-
-
-def pytest_sessionfinish(session):
-    gc.unfreeze()  # nanobind takes what the interpreter does not collect at its end for leaks
+gc.disable()  # until all tests are collected: importing them makes no garbage worth looking for
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_runs():
-    """A run decodes few tokens to measure speed, and its report has no drawings, which test_report.py draws."""
+    """A run decodes few tokens to measure speed, and its report has no drawings, which test_report.py draws.
+
+    Nothing waits for the disk: only a machine that loses power could tell.
+    """
 
     def without_drawings(folder):
         with pytest.MonkeyPatch.context() as patch:
@@ -38,6 +31,7 @@ def quick_runs():
 
     few = {"prompt_tokens": 16, "new_tokens": 2, "repeats": 1}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(atp.run, "throughputs", partial(throughputs, **few))
         patch.setattr(atp.cli.scoring, "throughput", partial(throughput, **few))
         patch.setattr(atp.run, "write_report", without_drawings)

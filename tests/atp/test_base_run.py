@@ -45,6 +45,7 @@ def test_it_learns_cuts_certifies_and_reloads(done):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("done", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)], indirect=True)
 def test_a_stopped_run_resumes_to_the_same_bytes(done, wide, tmp_path):
     load_in, folder, _ = done
     with stopping_at(ATPTrainer, "export"):

@@ -1,43 +1,46 @@
 """A run that a program watches: JSON on stderr, a Prometheus file, and no secret of the environment anywhere."""
 
+import io
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import yaml
-
-# The tracker keeps all that trackers are given, in a file of the run folder.
-RUN = """
-import json, logging, sys
-logging.disable(logging.WARNING)  # as the command does before it imports the rest
-import atp.inputs.promises
 from accelerate import tracking
+
+from atp.cli.cli import main
+
+
 class Diary(tracking.GeneralTracker):
+    """Keeps all that trackers are given, in a file of the run folder."""
+
     name, requires_logging_directory = "diary", True
     tracker = property(lambda self: self)
+
     def __init__(self, project, logging_dir, **kwargs):
         super().__init__()
         self.file = logging_dir + "-diary.jsonl"
+
     def start(self):
         pass
+
     def note(self, *values):
         with open(self.file, "a") as file:
             print(json.dumps(values), file=file)
+
     def store_init_configuration(self, values):
         self.note("config", values)
+
     def log(self, values, step=None, **kwargs):
         self.note(step, values)
+
     def finish(self):
         self.note("end")
-tracking.LOGGER_TYPE_TO_CLASS["diary"] = Diary
-atp.inputs.promises.BUDGET_TOLERANCE = 0.02
-from atp.cli.cli import main
-main()
-"""
+
+
 SECRETS = {
     "HF_TOKEN": "hf_PlantedTokenOfTheHub0123456789",
     "WANDB_API_KEY": "0123456789abcdef0123456789planted",
@@ -48,19 +51,24 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def watched(config, tmp_path_factory):
-    """(the finished process, its folder)."""
+    """(what the command printed, its folder)."""
     folder = tmp_path_factory.mktemp("watched")
     training = {"report_to": ["diary"], "metrics_file": str(folder / "atp.prom"), "log_every": 2}
     values = config.model_dump(mode="json") | {"output_dir": str(folder / "out"), "export": {"keep_adapter": True}}
     values["training"] |= training
     values["evaluation"] |= {"dense_baseline": False}
     (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, "train", str(folder / "config.yaml"), "--json-logs"],
-        env=os.environ | SECRETS | {"PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done, folder
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "diary", Diary)
+        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
+        patch.setattr(sys, "argv", ["atp", "train", str(folder / "config.yaml"), "--json-logs"])
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as done:
+            main()
+    assert done.value.code == 0, err.getvalue()[-2000:]
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue()), folder
 
 
 @pytest.mark.slow

@@ -160,6 +160,7 @@ def test_a_model_that_nf4_cannot_hold_is_refused(tmp_path):
     assert export(source, "int8", None, None)[0].is_dir()
 
 
+@pytest.mark.slow
 def test_equal_layers_need_nothing_of_ours(tmp_path):
     pytest.importorskip("torchao")
     path, _ = export(save(tmp_path / "mine", cut(128, 128)), "int8", None, None)

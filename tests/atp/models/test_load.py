@@ -321,22 +321,11 @@ def test_links_of_the_hub_cache_are_followed(tmp_path):
     folder = save(cached / "snapshots" / ("c0ffee00" * 5), shards=True)
     blobs = cached / "blobs"
     blobs.mkdir()
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(folder.name)
     for number, path in enumerate(sorted(folder.iterdir())):
         path.rename(blobs / str(number))
         path.symlink_to(f"../../blobs/{number}")
     assert load_any_model(ModelConfig(path=str(folder))).config.num_hidden_layers == 2
     assert load_tokenizer(ModelConfig(path=str(folder))).convert_tokens_to_ids("cat") == 3
-    code = """
-from atp.config import ModelConfig
-from atp.inputs.loading import load_any_model, load_tokenizer
-source = ModelConfig(path="a/b")
-print(load_any_model(source).config.num_hidden_layers, load_tokenizer(source).convert_tokens_to_ids("cat"))
-"""
-    offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True)
-    assert done.stdout.split() == ["2", "3"], done.stderr
 
 
 def test_how_a_tokenizer_was_found_is_not_saved_with_it(tmp_path):
@@ -473,6 +462,7 @@ def test_what_well_known_tokenizers_replace_is_no_growth(tmp_path):
     assert load_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_pattern_without_end_is_one_sentence(tmp_path):
     """Of the command, whose stderr the tokenizer's own code writes to as well."""
     folder = save(tmp_path / "model")

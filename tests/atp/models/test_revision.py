@@ -40,8 +40,11 @@ print(json.dumps(found))
 def test_each_revision_has_its_own_config_weights_and_tokenizer(tmp_path):
     """On a cache as the Hub's client leaves it, without a network."""
     home = tmp_path / "hub" / "models--somebody--tiny"
+    blobs = home / "blobs"
+    blobs.mkdir(parents=True)
     for commit, width in ((MAIN, 24), (OLD, 40)):
-        save(home / "snapshots" / commit, intermediate_size=width)
+        for file in list(save(home / "snapshots" / commit, intermediate_size=width, shards=True).iterdir()):
+            file.symlink_to(shutil.move(file, blobs / f"{commit}-{file.name}"))
     refs = home / "refs"
     refs.mkdir()
     (refs / "main").write_text(MAIN)

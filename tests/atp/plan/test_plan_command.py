@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from atp.plan.cost import Flops
 from atp.plan.data import shown_sample
 from atp.plan.exports import EXPORTS, reachable_exports
 from atp.plan.page import duration, page, size
+from atp.plan.probe import flop_rates
 from atp.run import Run
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -107,7 +109,8 @@ def test_what_is_printed_is_what_json_holds(plan):
         assert remark[:60] in text
 
 
-def test_probe_times_each_part(config):
+def test_probe_times_each_part(config, monkeypatch):
+    monkeypatch.setattr("atp.plan.plan.flop_rates", partial(flop_rates, seconds=0.0))  # each part once
     plan = make_plan(changed(config, "training.precision=float32"), probe=True)
     assert plan["flops_per_second"].keys() == {
         "whole", "step", "stock", "cut", "head", "fitted", "moments", "solved", "certified", "scored",

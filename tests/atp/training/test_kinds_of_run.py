@@ -20,16 +20,15 @@ AT_ONCE = FULL | {"search": 0, "settle": 0}
 # The settings of training and decisions, of data, and the steps from which runs are resumed: in each phase and where it
 # ends, where saliency is taken and at the cut.
 CASES = {
-    "static": (FULL, {"source": "static"}, {}, [2, 3, 5]),
-    "tuned": (AT_ONCE, {"source": "tuned"}, {}, [2, 3, 5]),
-    "running": (FULL, {"source": "running", "every": 2}, {}, [2, 3, 4, 5, 6]),
-    "running at once": (AT_ONCE, {"source": "running"}, {}, [2, 3]),
-    "in rounds": (AT_ONCE, {"source": "running", "rounds": 3}, {}, [2, 3, 5]),
+    "static": (FULL, {"source": "static"}, {}, [2, 5]),
+    "tuned": (AT_ONCE, {"source": "tuned"}, {}, [2, 3]),
+    "running": (FULL, {"source": "running", "every": 2}, {}, [2, 4, 6]),
+    "in rounds": (AT_ONCE, {"source": "running", "rounds": 3}, {}, [2, 3]),
     "learned": (FULL, {"source": "learned"}, {}, [2, 3, 4, 6, 7]),
     "penalty": (DEFAULT, {"init": "paper", "budget": "penalty"}, {}, [3]),
     # The saliency of so small a model spares attention.
-    "disp": (DEFAULT, {"space": "disp", "refit_windows": 3, "init": "paper"}, {}, [2, SEARCH + 1, CUT, CUT + 2]),
-    "l0": (DEFAULT | {"regularizer": "l0", "beta": 0.01, "settle_beta": 3.0}, {}, {}, [2, SEARCH + 1, CUT, CUT + 2]),
+    "disp": (DEFAULT, {"space": "disp", "refit_windows": 3, "init": "paper"}, {}, [2, SEARCH + 1, CUT]),
+    "l0": (DEFAULT | {"regularizer": "l0", "beta": 0.01, "settle_beta": 3.0}, {}, {}, [2, SEARCH + 1, CUT]),
     "separate": (DEFAULT, {}, {"packing": "separate"}, [3]),
     "padded": (DEFAULT, {}, {"packing": "padded"}, [3]),
 }

@@ -47,9 +47,9 @@ def test_metrics_cover_every_step_and_phase(unbroken):
     assert found[CUT - 1]["kept_by_layer"] == final
 
 
-@pytest.mark.parametrize("step", [2, SEARCH, SEARCH + 1, CUT, CUT + 2, TOTAL])
+@pytest.mark.parametrize("step", [SEARCH, TOTAL])
 def test_resume_is_bit_exact(unbroken, tmp_path, step):
-    """k steps + resume + (N - k) steps equal N steps, from any checkpoint: search, settle, the cut, tune, the end."""
+    """k steps + resume + (N - k) steps equal N steps (test_kinds_of_run.py resumes from the other phases)."""
     trainer, folder = unbroken
     assert_same_end(resumed(folder, step, tmp_path), trainer)
 
