@@ -78,6 +78,13 @@ def lacks_registers(device: torch.device) -> str | None:
     return f"the triton backend's tiles of products do not fit the registers of {device}, whose waves have 32 lanes"
 
 
+def takes_tf32(device: torch.device) -> bool:
+    """Whether Triton makes TF32 products there: of AMD's GPUs gfx942 has them, and kernels of others do not compile."""
+    if INTERPRETED or torch.version.hip is None:
+        return True
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
+
+
 def refuses(call: Call) -> str | None:
     """Why no Triton kernel takes a call on this device or of this dtype."""
     reason = refused_dtype("triton", call.dtype, DTYPES) or misfit(call.device)
