@@ -40,8 +40,6 @@ from atp.training.trainer import ATPTrainer  # noqa: E402
 from atp_kernels import call, triton_runtime  # noqa: E402
 from atp_kernels.linear import descriptors  # noqa: E402
 
-MASKED_PRODUCTS = ("masked_lora_gemm_kernel", "masked_lora_descriptor_kernel")
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -93,7 +91,7 @@ class Recorder:
     def note(self, kernel, args, grid, options):
         compiled = self.run(kernel, *args, grid=grid, warmup=False, **options)
         given = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names})
-        kinds = {name: f"{v.dtype}" if hasattr(v, "dtype") else repr(v) for name, v in given.arguments.items()}
+        kinds = {name: _kind(value) for name, value in given.arguments.items()}
         rest = {name: value for name, value in options.items() if name not in kernel.arg_names}
         launch = Launch(self.phase, kernel.__name__, tuple(grid), kinds, rest, compiled.metadata.shared)
         self.launches.append(launch)
@@ -110,6 +108,13 @@ class Recorder:
         if choice.name != "triton":  # the extension's kernels do not know the stand-in
             return choice._replace(module=reference)
         return choice._replace(module=_launched(choice.module, reference))
+
+
+def _kind(value):
+    """An argument as its specialization sees it; a descriptor by its tile."""
+    if hasattr(value, "block_shape"):
+        return f"{value.base.dtype} {value.block_shape}"
+    return str(value.dtype) if hasattr(value, "dtype") else repr(value)
 
 
 def _launched(backend, reference):
