@@ -75,6 +75,7 @@ audit: $(VENV)/.package
 
 sanitize: $(VENV)/.package
 	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/cuda_on_cpu.py
 
 wheel: $(VENV)/.package
 	$(BIN)/python tools/build_wheel.py

@@ -52,7 +52,8 @@ def is_capturing(device: torch.device) -> bool:
     """Whether the current stream of a CUDA device is captured into a graph."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return False
-    return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):  # torch tells it of the current device alone
+        return torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(device: torch.device, what: str, remedy: str) -> None:

@@ -1,5 +1,6 @@
 """Triton: whether it runs here, on which devices and dtypes; what the `triton` backends of all rooms share."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -32,11 +33,21 @@ if AVAILABLE:
     VERSION = triton.__version__
 
     @triton.jit
-    def _nothing():
-        pass
+    def _count(times):
+        for _ in range(times):
+            pass
 
-    INTERPRETED = not isinstance(_nothing, triton.runtime.JITFunction)
-    if not INTERPRETED and not torch.cuda.is_available():
+    INTERPRETED = not isinstance(_count, triton.runtime.JITFunction)
+    if INTERPRETED:
+        try:
+            _count[(1,)](1)
+        except Exception as error:  # Triton 3.6 makes numbers of arrays as NumPy 2.4 no longer allows it
+            AVAILABLE = False
+            REASON = (
+                f"the interpreter of Triton {triton.__version__} fails with NumPy {version('numpy')} ({error}); "
+                "install a newer triton or an older numpy, or unset TRITON_INTERPRET"
+            )
+    elif not torch.cuda.is_available():
         AVAILABLE = False
         REASON = "there is no CUDA device; TRITON_INTERPRET=1, set before the start, emulates one on a CPU"
 
@@ -67,6 +78,13 @@ def lacks_registers(device: torch.device) -> str | None:
     if torch.cuda.get_device_properties(device).warp_size != 32:
         return None
     return f"the triton backend's tiles of products do not fit the registers of {device}, whose waves have 32 lanes"
+
+
+def takes_tf32(device: torch.device) -> bool:
+    """Whether Triton makes TF32 products there: of AMD's GPUs gfx942 has them, and kernels of others do not compile."""
+    if INTERPRETED or torch.version.hip is None:
+        return True
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
 
 
 def refuses(call: Call) -> str | None:

@@ -8,13 +8,16 @@ one kernel (`rotate`); on a CPU short windows take `short_attention`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -34,11 +37,26 @@ Elsewhere both are transformers' own, to the last bit.
 
 GROUPED_ON = ("cpu",)
 """The types of device whose fused attention reads a key for all queries of its group under a mask too."""
+UNGROUPED_ON = ("cuda",)
+"""Those whose fused attention in float32 does so under no mask: grouped, it would hold the scores of whole windows."""
 
 
 def use_training_attention(model: PreTrainedModel) -> None:
     """Makes a causal LM accept what `training_masks` returns; in all other passes it computes transformers' sdpa."""
     model.config._attn_implementation = NAME
+
+
+@contextmanager
+def fused_attention(model: nn.Module) -> Iterator[None]:
+    """A causal LM under transformers' sdpa, plain or inside PEFT, takes the attention of this file in a with block."""
+    config: Any = model.config
+    before = config._attn_implementation
+    if before == "sdpa":
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def training_mask(input_ids: Tensor, position_ids: Tensor | None, sliding_window: int | None) -> Tensor:
@@ -146,6 +164,13 @@ def _attention(
             query, key, value, attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
         )
     else:
+        if (
+            attention_mask is None and query.device.type in UNGROUPED_ON and query.dtype == torch.float32
+            and 1 < query.shape[2] == key.shape[2] and key.shape[1] < query.shape[1]
+        ):  # fmt: skip
+            key, value = (repeat_kv(part, query.shape[1] // part.shape[1]) for part in (key, value))
+            ungrouped: Any = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # all that is read of it
+            module = ungrouped
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output.transpose(1, 2).contiguous(), None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from atp.data import collate
 from atp.ground.errors import NotReached
+from atp.models.attention import fused_attention
 from atp.models.load import read_model
 from atp.removal.widen import ieee_products, widened
 from atp.sharding.read import read_sharded
@@ -222,9 +223,11 @@ def _largest(tensor: Tensor) -> float:
 
 def _logits(model: nn.Module, input_ids: Tensor, batch_size: int) -> Iterator[Tensor]:
     device = next(model.parameters()).device
-    without_autocast = torch.autocast(device.type, enabled=False)
     for batch in input_ids.split(batch_size):
-        with _evaluating(model), widened(model), ieee_products(), torch.no_grad(), without_autocast:
+        arithmetic = widened(model), ieee_products(), torch.autocast(device.type, enabled=False)
+        with ExitStack() as stack:
+            for part in (_evaluating(model), fused_attention(model), *arithmetic, torch.no_grad()):
+                stack.enter_context(part)
             logits = model(input_ids=batch.to(device), use_cache=False).logits.float()
         yield logits
 

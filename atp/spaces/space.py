@@ -37,6 +37,8 @@ class Cut:
     soft: whether a soft mask multiplies this side. False where its values arrive already multiplied.
     reorderable: whether the activations on this side may lie in any order, the same one on all sides of the structure
     with the same `owner` object.
+    repeats: found from an owner on the host: (a, b) where it names each decision a times in turn, and all of that b
+    times; None for any other order.
     """
 
     module: str
@@ -44,6 +46,22 @@ class Cut:
     owner: Tensor
     soft: bool = True
     reorderable: bool = False
+    repeats: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.owner.device.type == "cpu":  # reading it elsewhere would make the host wait
+            object.__setattr__(self, "repeats", _repeats(self.owner))
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Decisions [..., decisions] on this side, [..., features of that side], in new memory.
+
+        An index sums gradients by sorting it on CUDA; the gradient of a repeat is a plain sum.
+        """
+        if self.repeats is None:
+            return values[..., self.owner.to(values.device)]
+        each, all_of_them = self.repeats
+        shape = (*values.shape[:-1], all_of_them, values.shape[-1], each)
+        return values[..., None, :, None].expand(shape).clone(memory_format=torch.contiguous_format).flatten(-3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +105,7 @@ class Structure:
             if soft and not cut.soft:
                 continue
             if id(cut.owner) not in expanded:
-                expanded[id(cut.owner)] = values[..., cut.owner.to(mask.device)]
+                expanded[id(cut.owner)] = cut.expand(values)
             yield cut, expanded[id(cut.owner)]
 
     def kept_inputs(self, mask: Tensor) -> Tensor:
@@ -247,6 +265,15 @@ class MaskSpace:
             kept = torch.tensor(layers[structure.layer][structure.name], dtype=torch.long)
             mask[structure.start + kept] = True
         return mask
+
+
+def _repeats(owner: Tensor) -> tuple[int, int] | None:
+    if owner.numel() == 0:
+        return None
+    size, each = int(owner.max()) + 1, int((owner == owner[0]).int().cumprod(0).sum())
+    decisions = torch.arange(size).repeat_interleave(each)
+    all_of_them = len(owner) // len(decisions)
+    return (each, all_of_them) if torch.equal(owner, decisions.repeat(all_of_them)) else None
 
 
 def _check_table(space: str, structures: list[Structure], linears: dict[str, Linear]) -> None:

@@ -22,6 +22,7 @@ from atp_kernels.call import differentiable_once
 # Memory for the logits of one chunk; on a GPU the softmax takes twice as much on top. A matrix product wants about 300
 # rows on a CPU and more on a GPU; larger chunks gain nothing.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 128 * 2**20}
+TILE_ROWS = 128
 
 
 class SoftTargets(NamedTuple):
@@ -150,6 +151,8 @@ def _mixed_(logits: Tensor, targets: Tensor, log_q: Tensor, share: float) -> Ten
 
 
 def _rows(hidden: Tensor, weight: Tensor, bytes_per_logit: int) -> int:
-    """Tokens per chunk."""
-    budget = CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"]
-    return max(min(budget // (bytes_per_logit * len(weight)), len(hidden)), 1)
+    """Tokens per chunk: on CUDA whole tiles of a product, of which the last would else be nearly empty."""
+    rows = CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"] // (bytes_per_logit * len(weight))
+    if hidden.is_cuda and rows > TILE_ROWS:
+        rows -= rows % TILE_ROWS
+    return max(min(rows, len(hidden)), 1)

@@ -29,7 +29,7 @@ def dropped(values: Tensor, dropout: Dropout) -> Tensor:
             dropout_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(k, BLOCK_K))](
                 values, result, m, k, *values.stride(),
                 WIDE=triton_runtime.passes_int32(values, result),
-                BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, **drawn(dropout), num_warps=NUM_WARPS,
+                BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, **drawn(dropout), num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return result
 

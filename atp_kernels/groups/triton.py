@@ -52,7 +52,7 @@ def group_lasso_forward(
     value = removed.new_empty((), dtype=torch.float32)
     with torch.cuda.device_of(removed):
         norms, parts = _group_norms(_walk(held, held, plan), plan, removed, eps)
-        kernels.total_kernel[(1,)](parts, value, parts.numel(), BLOCK=1024)
+        kernels.total_kernel[(1,)](parts, value, parts.numel(), BLOCK=1024, enable_fp_fusion=True)
     return value, norms
 
 
@@ -95,7 +95,7 @@ def group_lasso_grad_(
     with torch.cuda.device_of(removed):
         walk = _walk(held, sums, plan)
         norms, parts = _group_norms(walk, plan, removed, eps)
-        kernels.total_kernel[(1,)](parts, value, parts.numel(), BLOCK=1024)
+        kernels.total_kernel[(1,)](parts, value, parts.numel(), BLOCK=1024, enable_fp_fusion=True)
         _scale(walk, plan, removed, norms, weight.float(), add=True)
     _written(grads, sums)
     return value
@@ -130,10 +130,10 @@ def _group_norms(walk: _Walk, plan: GroupPlan, removed: Tensor, eps: float) -> t
     squares = removed.new_empty(slots, dtype=torch.float32)
     norms = removed.new_empty(n_groups, dtype=torch.float32)
     parts = removed.new_empty(programs, dtype=torch.float64)
-    kernels.slot_squares_kernel[grid](table, squares, **tile)
+    kernels.slot_squares_kernel[grid](table, squares, **tile, enable_fp_fusion=True)
     kernels.group_norms_kernel[(programs,)](
         squares, plan._order, plan._starts, removed.view(torch.uint8), norms, parts, n_groups, eps,
-        BLOCK_G=block_g, BLOCK_S=block_s,
+        BLOCK_G=block_g, BLOCK_S=block_s, enable_fp_fusion=True,
     )  # fmt: skip
     return norms, parts
 
@@ -142,7 +142,9 @@ def _scale(
     walk: _Walk, plan: GroupPlan, removed: Tensor, norms: Tensor, by: Tensor, *, prox: bool = False, add: bool = False
 ) -> None:
     table, grid, tile = walk
-    kernels.scale_kernel[grid](table, plan._index, removed.view(torch.uint8), norms, by, PROX=prox, ADD=add, **tile)
+    kernels.scale_kernel[grid](
+        table, plan._index, removed.view(torch.uint8), norms, by, PROX=prox, ADD=add, **tile, enable_fp_fusion=True
+    )
 
 
 def _walk(factors: list[Tensor], results: list[Tensor], plan: GroupPlan, base: int = 0) -> _Walk:

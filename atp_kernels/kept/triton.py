@@ -38,7 +38,7 @@ def forward(operands: Operands, *, config: tiles.DescriptorConfig | None = None)
             y, s = x.new_empty(m, n), x.new_empty(m, rank)
             with torch.cuda.device_of(x):
                 descriptors.launch(
-                    x, weight, low, high, s, y, config, linear.numerics(x.dtype),
+                    x, weight, low, high, s, y, config, linear.numerics(x),
                     scaling=scaling, lora_input=lora_input, bias=linear.readable(bias),
                 )  # fmt: skip
             return y, s
@@ -60,7 +60,7 @@ def _product(values, matrix, bias, source, target, low, high, *rest, config):
     result = values.new_empty(values.shape[0], n)
     with torch.cuda.device_of(values):
         descriptors.launch(
-            values, weight, None, linear.readable(high.t()), low, result, config, linear.numerics(values.dtype),
+            values, weight, None, linear.readable(high.t()), low, result, config, linear.numerics(values),
             bias=linear.readable(bias),
         )  # fmt: skip
     return result

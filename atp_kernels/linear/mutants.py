@@ -270,7 +270,8 @@ TABLE = {
         ("rows.shape[0] > 0 and weight.numel() > 0", "rows.shape[0] > 0"),
     ),
     (TRITON, PRECISION): (
-        ("tensor_cores = dtype == torch.float32 and", "tensor_cores ="),
+        ("allowed = x.dtype == torch.float32 and", "allowed ="),
+        ("allowed and triton_runtime.takes_tf32(x.device)", "allowed"),
         ('torch.backends.cuda.matmul.fp32_precision == "tf32"', 'torch.get_float32_matmul_precision() != "highest"'),
     ),
     (TRITON, LINEAR_TRITON_OFFSETS_PAST): (

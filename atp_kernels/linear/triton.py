@@ -155,7 +155,7 @@ def _gemm(
     (m, n), k, rank = y.shape, x.shape[1], lora_b.shape[1]
     if isinstance(config, tiles.DescriptorConfig):
         descriptors.launch(
-            x, weight, lora_a, lora_b, s, y, config, numerics(x.dtype), scaling=scaling, mask_lora=mask_lora,
+            x, weight, lora_a, lora_b, s, y, config, numerics(x), scaling=scaling, mask_lora=mask_lora,
             lora_input=lora_input, bias=bias, out_mask=_bytes(out_mask), in_mask=in_mask,
             total=total, other=other, parts=parts, b_sq=b_sq, a_sq=a_sq,
         )  # fmt: skip
@@ -169,7 +169,7 @@ def _gemm(
         WIDE=passes_int32(x, weight, lora_b, lora_input, s, other, y),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         RANK=rank, BLOCK_R=tiles.rank_block(rank), STEP_R=tiles.rank_step(rank, x.dtype), GROUP_M=config.group_m,
-        **drawn(dropout), **numerics(x.dtype), num_warps=config.num_warps, num_stages=stages(config.num_stages),
+        **drawn(dropout), **numerics(x), num_warps=config.num_warps, num_stages=stages(config.num_stages),
     )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _lora_down(x, lora_a, mask, scaling, s, a_sq=None, dropout=None):
         x, lora_a, _bytes(mask), s, a_sq, m, k, scaling, *x.stride(), *lora_a.stride(),
         EVEN_K=k % config.block_long == 0, WIDE=passes_int32(x, s),
         BLOCK_M=config.block_wide, BLOCK_K=config.block_long,
-        RANK=rank, BLOCK_R=tiles.rank_block(rank), **drawn(dropout), **numerics(x.dtype),
+        RANK=rank, BLOCK_R=tiles.rank_block(rank), **drawn(dropout), **numerics(x),
         num_warps=config.num_warps, num_stages=stages(config.num_stages),
     )  # fmt: skip
 
@@ -204,7 +204,7 @@ def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=N
         g, s, z, factor, dot, total, m, c, triton.cdiv(m, splits), *g.stride(), *_strides(z),
         WIDE=passes_int32(g, s, z), BLOCK_M=config.block_long, BLOCK_C=config.block_wide,
         RANK=rank, BLOCK_R=tiles.rank_block(rank),
-        **drawn(dropout), **numerics(g.dtype), num_warps=config.num_warps, num_stages=stages(config.num_stages),
+        **drawn(dropout), **numerics(g), num_warps=config.num_warps, num_stages=stages(config.num_stages),
     )  # fmt: skip
     d_factor = None
     if factor is not None:
@@ -218,17 +218,19 @@ def _reduce_rows(g, s=None, z=None, want_sum=False, factor_mask=None, sum_mask=N
 def _sum_partials(parts, mask, out):
     splits, c, r = parts.shape
     kernels.sum_partials_kernel[(triton.cdiv(c, 64),)](
-        parts, _bytes(mask), out, splits, c, *out.stride(), R=r, BLOCK_C=64, BLOCK_R=triton.next_power_of_2(r)
-    )
+        parts, _bytes(mask), out, splits, c, *out.stride(), R=r, BLOCK_C=64, BLOCK_R=triton.next_power_of_2(r),
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 
-def numerics(dtype: torch.dtype) -> dict[str, object]:
-    """How products of this dtype are made, as kernels take it."""
+def numerics(x: Tensor) -> dict[str, object]:
+    """How products of x are made, as kernels take it."""
     # The older `torch.get_float32_matmul_precision` raises once anybody has set the precision of one operation alone.
-    tensor_cores = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tensor_cores = allowed and triton_runtime.takes_tf32(x.device)
     return {
-        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+        "UPCAST": INTERPRETED and x.dtype == torch.bfloat16,
         "PRECISION": "tf32" if tensor_cores else "ieee",
         "enable_fp_fusion": True,
     }

@@ -37,8 +37,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, block: int | None = None)
     if rows:
         with torch.cuda.device_of(logits):
             cross_entropy_kernel[(rows,)](
-                held, targets, losses, vocab, held.stride(0), targets.stride(0), BLOCK=block, num_warps=warps_for(block)
-            )
+                held, targets, losses, vocab, held.stride(0), targets.stride(0),
+                BLOCK=block, num_warps=warps_for(block), enable_fp_fusion=True,
+            )  # fmt: skip
     if held is not logits:
         logits.copy_(held)
     return losses

@@ -58,24 +58,39 @@ __global__ void group_squares_kernel(GroupSlots slots, const float* squares, int
   sums[group] = sum;
 }
 
-// One block: each thread adds a fixed share, then a fixed tree adds the threads.
-__global__ void lasso_kernel(
-    const double* sums, const int32_t* starts, const bool* removed, double eps, int64_t n_groups, float* norms,
-    float* value) {
+// The sum of what the threads of a block hold, added up by a fixed tree; every thread of the block calls it.
+__device__ double block_sum(double own) {
   __shared__ double partial[kThreads];
-  double total = 0;
-  for (int64_t group = threadIdx.x; group < n_groups; group += kThreads) {
-    const double norm = sqrt(sums[group] + eps);
-    norms[group] = static_cast<float>(norm);
-    if (removed[group] && starts[group + 1] > starts[group]) total += norm;
-  }
-  partial[threadIdx.x] = total;
+  partial[threadIdx.x] = own;
   __syncthreads();
   for (int half = kThreads / 2; half > 0; half /= 2) {
     if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
     __syncthreads();
   }
-  if (threadIdx.x == 0) *value = static_cast<float>(partial[0]);
+  return partial[0];
+}
+
+// One group per thread; parts takes the sum over the removed groups of each block.
+__global__ void norms_kernel(
+    const double* sums, const int32_t* starts, const bool* removed, double eps, int64_t n_groups, float* norms,
+    double* parts) {
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  double own = 0;
+  if (group < n_groups) {
+    const double norm = sqrt(sums[group] + eps);
+    norms[group] = static_cast<float>(norm);
+    if (removed[group] && starts[group + 1] > starts[group]) own = norm;
+  }
+  const double total = block_sum(own);
+  if (threadIdx.x == 0) parts[blockIdx.x] = total;
+}
+
+// One block: each thread adds a fixed share of the parts.
+__global__ void total_kernel(const double* parts, int64_t n_parts, float* value) {
+  double own = 0;
+  for (int64_t part = threadIdx.x; part < n_parts; part += kThreads) own += parts[part];
+  const double total = block_sum(own);
+  if (threadIdx.x == 0) *value = static_cast<float>(total);
 }
 
 __global__ void slope_kernel(
@@ -171,11 +186,19 @@ std::tuple<Tensor, Tensor> group_norms(
   const Tensor sums = group_squares(list, slots, table, removed, stream);
   Tensor value = torch::stable::new_empty(removed, {}, ScalarType::Float);
   Tensor norms = torch::stable::new_empty(removed, {n_groups}, ScalarType::Float);
-  lasso_kernel<<<1, kThreads, 0, stream>>>(
-      static_cast<const double*>(sums.const_data_ptr()), slots.starts,
-      static_cast<const bool*>(removed.const_data_ptr()), eps, n_groups, static_cast<float*>(norms.mutable_data_ptr()),
+  const unsigned blocks = blocks_for(n_groups);
+  const Tensor parts = torch::stable::new_empty(removed, {static_cast<int64_t>(blocks)}, ScalarType::Double);
+  if (blocks > 0) {
+    norms_kernel<<<blocks, kThreads, 0, stream>>>(
+        static_cast<const double*>(sums.const_data_ptr()), slots.starts,
+        static_cast<const bool*>(removed.const_data_ptr()), eps, n_groups,
+        static_cast<float*>(norms.mutable_data_ptr()), static_cast<double*>(parts.mutable_data_ptr()));
+    check_launch("norms_kernel");
+  }
+  total_kernel<<<1, kThreads, 0, stream>>>(
+      static_cast<const double*>(parts.const_data_ptr()), static_cast<int64_t>(blocks),
       static_cast<float*>(value.mutable_data_ptr()));
-  check_launch("lasso_kernel");
+  check_launch("total_kernel");
   return {value, norms};
 }
 

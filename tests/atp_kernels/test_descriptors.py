@@ -80,7 +80,7 @@ def product(x, weight, n, config=TILE, **options):
     y, lora_b = x.new_empty(x.shape[0], n), x.new_zeros(n, 1)
     options = {"lora_a": None, "s": None, "lora_b": lora_b} | options
     first = (options.pop(name) for name in ("lora_a", "lora_b", "s"))
-    descriptors.launch(x, weight, *first, y, config, launcher.numerics(x.dtype), **options)
+    descriptors.launch(x, weight, *first, y, config, launcher.numerics(x), **options)
     return y
 
 

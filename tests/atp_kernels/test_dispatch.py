@@ -1,6 +1,7 @@
 """Which backend takes a call: the choice, its explanation and its errors."""
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -279,6 +280,23 @@ def test_other_devices_take_the_reference(monkeypatch):
     for op in call.OPERATIONS:
         assert call.select(op, torch.device("xpu"), torch.bfloat16)[1:] == ("reference", "first choice on xpu")
     assert "runs on cuda, not on xpu" in call.available_backends("xpu")["triton"]
+
+
+def test_an_interpreter_that_fails_is_one_sentence():
+    """Triton 3.6's reads numbers as NumPy 2.4 forbids, and the first kernel with a loop would say so."""
+    code = (
+        "from triton.runtime import interpreter\n"
+        "def fail(self, *args, **kwargs): raise TypeError('only 0-dimensional arrays')\n"
+        "interpreter.GridExecutor.__call__ = fail\n"
+        "import atp_kernels, torch\n"
+        "print(atp_kernels.available_backends()['triton'])\n"
+        "print(atp_kernels.explain('rms_norm', torch.ones(1)))\n"
+    )
+    variables = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=variables)
+    said = r"fails with NumPy .* \(.*only 0-dimensional arrays.*\); install a newer triton or an older numpy, or"
+    assert re.match(f"the interpreter of Triton .* {said}", done.stdout), done.stderr
+    assert "rms_norm on cpu in float32 runs on" in done.stdout, "by another backend"
 
 
 def test_triton_without_what_its_interpreter_needs_is_one_sentence():

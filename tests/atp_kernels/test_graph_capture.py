@@ -3,6 +3,8 @@
 No graph is captured here; the kernels are told that one is.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from backends_here import DEVICE, backends
@@ -11,7 +13,6 @@ import atp_kernels
 from atp_kernels import GroupPlan, KeptFirst, KeptSlice, checks
 from atp_kernels.groups import op as group_op
 
-CUDA = torch.device("cuda", 0)
 MASK = torch.tensor([True, False, True], device=DEVICE)
 INDEX, FIRST = torch.arange(3, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
 X, WEIGHT, LORA_A, LORA_B = (torch.ones(size, device=DEVICE) for size in ((2, 4), (3, 4), (1, 4), (3, 1)))
@@ -27,8 +28,19 @@ def capture(monkeypatch):
 
 @pytest.mark.parametrize("on", [False, True])
 def test_a_capture_is_one_of_the_device_s_current_stream(monkeypatch, on):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: on)
-    assert checks.is_capturing(CUDA) is on
+    """Whichever device is current: torch asks that one alone."""
+    current = [0]
+
+    @contextmanager
+    def device(wanted):
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: on and current == [1])
+    assert checks.is_capturing(torch.device("cuda", 1)) is on and current == [0]
+    assert not checks.is_capturing(torch.device("cuda", 0))
     assert not checks.is_capturing(torch.device("cpu"))
 
 

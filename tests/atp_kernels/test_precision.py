@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from atp_kernels import triton_runtime
 
@@ -28,7 +30,7 @@ for setting in sys.argv[1:]:
         y = masked_lora_linear(x.requires_grad_(), weight, lora_a, lora_b, scaling=1.0, out_mask=mask, backend="triton")
         y.sum().backward()
         assert y.tolist() == [[8, 4, 8]] * 2 and x.grad.tolist() == [[5] * 4] * 2
-        taken.append(launcher.numerics(dtype)["PRECISION"])
+        taken.append(launcher.numerics(x)["PRECISION"])
     print(*taken)
 """
 OLDER = {
@@ -57,3 +59,21 @@ def test_precision_is_that_of_torch_s_own_products(settings):
     variables = os.environ | {"PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", CODE, *settings], capture_output=True, text=True, env=variables)
     assert done.stdout.splitlines() == [f"{expected} ieee ieee" for expected in settings.values()], done.stderr
+
+
+@pytest.mark.parametrize(("arch", "precision"), [("gfx942:sramecc+", "tf32"), ("gfx950", "ieee"), ("gfx90a", "ieee")])
+def test_tf32_on_amd_is_for_the_gpu_whose_kernels_take_it(monkeypatch, arch, precision):
+    """As in Triton's own list of what each target allows; others do not compile."""
+    from triton.backends.amd.compiler import HIPBackend
+    from triton.backends.compiler import GPUTarget
+
+    from atp_kernels.linear.triton import numerics
+
+    name = arch.partition(":")[0]
+    allowed = HIPBackend(GPUTarget("hip", name, 64)).parse_options({"arch": name}).allowed_dot_input_precisions
+    assert ("tf32" in allowed) == (precision == "tf32")
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=arch))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert numerics(torch.ones(1))["PRECISION"] == precision

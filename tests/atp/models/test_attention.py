@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from atp.models import attention
 from atp.models.attention import NAME, training_mask, use_training_attention
-from atp.removal import cut_model
+from atp.removal import cut_model, reference_logits
 from atp.spaces.space import MaskSpace
 
 LENGTHS = ((3, 1, 6), (10,), (2, 8), (5, 5))  # samples of each window of 10 tokens
@@ -87,3 +88,34 @@ def test_mask_entry_by_entry(positions, window):
             for k in range(10):
                 seen = k <= q and (positions is None or sample[row, q] == sample[row, k])
                 assert mask.expand(4, -1, -1, -1)[row, 0, q, k] == (seen and (window is None or q - k < window))
+
+
+@pytest.mark.parametrize("kind", ["llama", "cut"])
+@pytest.mark.parametrize("form", ["certificate", "training"])
+@torch.no_grad()
+def test_float32_on_cuda_is_fused_with_a_key_for_each_query(monkeypatch, kind, form):
+    """Its kernel takes no groups: the other one would hold the scores of whole windows. 16 bits have one that does."""
+    called = []
+
+    def noting(query, key, value, *arguments, **options):
+        called.append((query.dtype, query.shape[1] // key.shape[1], bool(options.get("enable_gqa"))))
+        return fused(query, key, value, *arguments, **options)
+
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    model, input_ids = build(kind).bfloat16().float(), ids()  # weights that both dtypes hold
+    stock = model(input_ids=input_ids, use_cache=False).logits
+    assert set(called) == {(torch.float32, 2, True)}, "as transformers calls it"
+    monkeypatch.setattr(attention, "UNGROUPED_ON", ("cpu",))
+    monkeypatch.setattr(attention, "suits", lambda *_: False)  # whether a CPU has a faster one
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        called.clear()
+        if form == "certificate":
+            logits = reference_logits(model, input_ids)  # widens what is narrower
+            assert set(called) == {(torch.float32, 1, False)} and model.config._attn_implementation == "sdpa"
+        else:
+            use_training_attention(model)
+            logits = training_logits(model, input_ids, None)
+            assert set(called) == {(dtype, 1, False) if dtype == torch.float32 else (dtype, 2, True)}
+    torch.testing.assert_close(logits, stock, rtol=1e-4, atol=1e-4)

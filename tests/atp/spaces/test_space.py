@@ -1,12 +1,15 @@
 """The mask tables against index lists written by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_spaces import HEAD_DIM, INNER, LAYERS, config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GemmaConfig, GPT2Config
 
 from atp.ground.errors import InputError
-from atp.spaces.space import MaskSpace, UnsupportedModel
+from atp.spaces.space import Cut, MaskSpace, UnsupportedModel
 
 # Two kv heads of 4 dimensions, four query heads. RoPE pairs are (0, 2) and (1, 3).
 HEAD_DIM_TABLE = {
@@ -53,6 +56,63 @@ def test_tables(name, family):
             assert structure.size == 1 + max(max(owners) for owners in found[structure.name].values())
             covered += range(structure.span.start, structure.span.stop)
     assert covered == list(range(space.size)) and space.num_layers == LAYERS
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operators that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("name", TABLES)
+def test_no_gradient_of_a_soft_mask_takes_an_index(name, batch):
+    """CUDA would sort each index to sum by it. Values and gradients are those of indexing."""
+    space = MaskSpace.from_config(config(), name)
+    mask = torch.rand(*batch, space.size, dtype=torch.float64, requires_grad=True)
+    for structure in space.structures:
+        with Recorded() as recorded:
+            sides = list(structure.sides(mask))
+            weights = [torch.rand_like(side) for _, side in sides]
+            total = sum((weight * side).sum() for weight, (_, side) in zip(weights, sides, strict=True))
+            (grad,) = torch.autograd.grad(total, mask)
+        assert not [operator for operator in recorded.names if "index" in operator]
+        indexed = [mask[..., structure.span][..., cut.owner] for cut in structure.cuts]
+        expected = sum((weight * side).sum() for weight, side in zip(weights, indexed, strict=True))
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, mask)[0])
+        shared = {}
+        for (cut, side), by_index in zip(sides, indexed, strict=True):
+            assert torch.equal(side, by_index) and side.is_contiguous()
+            assert shared.setdefault(id(cut.owner), side) is side
+            assert side.data_ptr() != mask[..., structure.span].data_ptr(), "a view would follow the mask"
+
+
+@pytest.mark.parametrize(
+    ("owner", "repeats"),
+    [
+        ([0, 1, 2], (1, 1)),
+        ([0, 0, 0], (3, 1)),
+        ([0, 1, 0, 1], (1, 2)),
+        ([0, 0, 1, 1, 0, 0, 1, 1], (2, 2)),
+        ([1, 0], None),
+        ([0, 1, 1], None),
+        ([0, 1, 0], None),
+        ([0, 0, 1, 1, 1, 0], None),
+        ([0, 0, 1], None),
+    ],
+)
+def test_any_order_of_decisions_expands_as_its_index_does(owner, repeats):
+    cut = Cut("mlp.gate_proj", 1, torch.tensor(owner))
+    values = torch.rand(2, max(owner) + 1)
+    assert cut.repeats == repeats and torch.equal(cut.expand(values), values[:, owner])
+    moved = replace(cut, owner=cut.owner.to("meta"))
+    assert moved.repeats == repeats, "found on the host and kept"
 
 
 def test_head_dim_is_derived_where_the_config_gives_none():

@@ -152,3 +152,16 @@ def test_chunks_fill_their_memory_and_no_more():
 
     assert rows(10_000, 49_152) * 49_152 * 2 <= 64 * 2**20 < (rows(10_000, 49_152) + 1) * 49_152 * 2
     assert rows(3, 49_152) == 3 and rows(3, 10**9) == 1
+
+
+@pytest.mark.parametrize(
+    ("vocab", "itemsize", "rows"), [(128_256, 2, 512), (151_936, 2, 384), (128_256, 4, 256), (2**22, 2, 16)]
+)
+def test_chunks_on_cuda_are_whole_tiles(vocab, itemsize, rows):
+    """523 rows would take as long as 640. What is smaller than a tile stays as it is."""
+
+    class OnCuda(list):
+        is_cuda = True
+
+    assert ROWS(OnCuda(range(10_000)), range(vocab), itemsize) == rows
+    assert ROWS(OnCuda(range(7)), range(vocab), itemsize) == 7
