@@ -16,6 +16,7 @@ from atp_kernels.linear import tiles
 from atp_kernels.linear.descriptor_kernels import masked_lora_descriptor_kernel
 from atp_kernels.triton_runtime import INTERPRETED, passes_int32
 
+RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _ALIGNMENT = 16  # bytes, of the first element and between rows
 _SIDES = 2**31  # coordinates are signed words
 _INTERPRETED_PROGRAMS = 2  # fewer than there are tiles, as on a GPU
@@ -33,6 +34,8 @@ def refuses(
     """Why this tile cannot take the call of `launch` with these, for a result of n columns; None where it can."""
     if not INTERPRETED and generation(x.device) not in config.archs:
         return f"{x.device} is none of the generations {config.archs}"
+    if not INTERPRETED and RELEASE < config.triton:
+        return f"Triton {triton.__version__} compiles the tile to an empty kernel"
     if lora_a is not None and lora_a.shape[0] > config.one_pass_rank:
         return f"S of rank {lora_a.shape[0]} does not fit beside the tile"
     if other is not None and config.block_n > tiles.WIDEST_DOT:

@@ -7,7 +7,7 @@ from itertools import product
 import torch
 import triton
 
-from atp_kernels.linear import descriptor_kernels, tiles
+from atp_kernels.linear import descriptor_kernels, descriptors, tiles
 from atp_kernels.linear import triton_kernels as kernels
 from atp_kernels.offline import TYPES, WITH_PRODUCTS, OfflineCase
 
@@ -100,7 +100,7 @@ def _descriptor_gemms(dtype: torch.dtype, rank: int) -> Iterator[OfflineCase]:
         ),
     ):
         one_pass = config.one_pass and way != "dx"
-        if one_pass and rank > config.one_pass_rank:
+        if (one_pass and rank > config.one_pass_rank) or descriptors.RELEASE < config.triton:
             continue
         if config.block_n > tiles.WIDEST_DOT:
             absent += " other_ptr dot_ptr"

@@ -258,6 +258,18 @@ def test_other_gpus_are_refused(monkeypatch):
         assert said == (f"{DEVICE}{':0' * ON_GPU} is none of the generations (90,)" if refused else None)
 
 
+def test_a_tile_waits_for_a_triton_that_compiles_it(monkeypatch):
+    """Triton 3.6 leaves an empty kernel behind, whose results nobody would have written."""
+    tile = descriptor_tiles(torch.bfloat16)["128x256x64-warps"]
+    x, weight = torch.ones(8, 64, dtype=torch.bfloat16), torch.ones(16, 64, dtype=torch.bfloat16)
+    monkeypatch.setattr(descriptors, "INTERPRETED", False)
+    monkeypatch.setattr(descriptors, "generation", lambda device: 100)
+    for release, refused in (((3, 6), True), ((3, 9), False), ((3, 10), False)):
+        monkeypatch.setattr(descriptors, "RELEASE", release)
+        said = descriptors.refuses(tile, x, weight, 16)
+        assert (said is not None and "compiles the tile to an empty kernel" in said) == refused
+
+
 @pytest.mark.parametrize(("capability", "known"), [((8, 9), None), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)])
 def test_generations(monkeypatch, capability, known):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
