@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from backends_here import DEVICE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import GroupPlan, available_backends, compact, group_lasso, group_prox_
+from atp_kernels import GroupPlan, compact, group_lasso, group_prox_
 from atp_kernels.groups import definition
 
 REFERENCE = {"backend": "reference"}
@@ -136,13 +137,14 @@ def test_factors_of_mixed_dtypes_find_a_backend():
     assert float(value) == pytest.approx((3 * 4 + 3 * 1) ** 0.5, rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", [name for name in ("reference", "native") if available_backends()[name] is None])
+@pytest.mark.parametrize("backend", backends("group_prox_"))
 def test_prox_keeps_a_nan_visible(backend):
     """A group that went wrong must not turn into a clean zero, whose cut the certificate would pass."""
-    factor = torch.tensor([[float("nan"), 1.0], [3.0, 4.0]])
-    group_prox_([factor], [(0, torch.tensor([0, 1]))], torch.tensor([True, True]), 2.5, backend=backend)
+    factor = torch.tensor([[torch.nan, 1.0], [3.0, 4.0]], device=DEVICE)
+    removed = torch.tensor([True, True], device=DEVICE)
+    group_prox_([factor], [(0, torch.arange(2, device=DEVICE))], removed, 2.5, backend=backend)
     assert factor[0].isnan().any()
-    torch.testing.assert_close(factor[1], torch.tensor([1.5, 2.0]))
+    torch.testing.assert_close(factor[1], torch.tensor([1.5, 2.0], device=DEVICE))
 
 
 def test_a_plan_lists_the_slots_of_every_group():
