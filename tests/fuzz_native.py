@@ -90,8 +90,26 @@ def spread_columns(o: Operands, name: str) -> list:
 
 
 def swiglu(o: Operands, name: str) -> list:
-    rows, cols = o.size(), o.size()
-    return [o.apart(rows, cols) for _ in range(2 if name == "swiglu_forward" else 5)]
+    samples, cols = o.draw.randint(1, 3), o.size()
+    rows = samples * o.size()
+    matrices = [o.apart(rows, cols) for _ in range(2 if name == "swiglu_forward" else 5)]
+    sums = [o.draw.choice((None, o.vector(samples * cols).view(samples, cols)))]
+    return matrices if name == "swiglu_forward" else matrices + sums
+
+
+def sample_dots(o: Operands, name: str) -> list:
+    samples, cols = o.draw.randint(1, 3), o.size()
+    rows = samples * o.size()
+    return [o.matrix(rows, cols), o.matrix(rows, cols), o.vector(samples * cols).view(samples, cols)]
+
+
+def packed(o: Operands, name: str) -> list:
+    cols, sizes = o.size(), [(o.size(), o.size()) for _ in range(o.draw.randint(1, 3))]
+    shapes = [shape for rows, rank in sizes for shape in ((rank, cols), (rows, rank))]
+    factors = [o.matrix(*shape, torch.float32) for shape in shapes]
+    rows, ranks = (sum(part) for part in zip(*sizes, strict=True))
+    place = [(rows, cols + ranks), (ranks, cols)] if name == "load_factors" else [(ranks, cols), (rows, ranks)]
+    return [*(o.matrix(*shape, torch.bfloat16) for shape in place), factors, 0.5]
 
 
 def cross_entropy(o: Operands, name: str) -> list:
@@ -163,6 +181,7 @@ class Fixed:
 
 
 CASES = {
+    "add_sample_dots": sample_dots, "load_factors": packed, "factor_grads": packed,
     "masked": columns, "mask_": columns, "column_dot": columns, "mask_and_dot": columns, "dropped": dropped,
     "take_columns": take_columns, "spread_columns_": spread_columns, "swiglu_forward": swiglu,
     "swiglu_backward": swiglu, "cross_entropy_": cross_entropy, "rms_norm_forward": rms_norm,

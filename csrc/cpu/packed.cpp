@@ -28,7 +28,8 @@ struct Layout {
 
 Layout layout(const std::vector<Tensor>& factors) {
   check(!factors.empty() && factors.size() % 2 == 0, "factors must be pairs of lora_a and lora_b.");
-  Layout found{{}, factors[0].size(factors[0].dim() - 1), 0, 0};
+  check(factors[0].dim() == 2, "factors must be lora_a [r, in] and lora_b [out, r] of one input.");
+  Layout found{{}, factors[0].size(1), 0, 0};
   for (size_t i = 0; i < factors.size(); i += 2) {
     const Tensor &a = factors[i], &b = factors[i + 1];
     check(a.dim() == 2 && b.dim() == 2 && a.size(1) == found.inputs && b.size(1) == a.size(0),
