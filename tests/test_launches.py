@@ -62,6 +62,7 @@ def test_a_default_run():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_all_kernels_on_every_generation(capability):
     runs = {run: launches(run, capability) for run in ("default", "learned", "calls")}
@@ -76,6 +77,7 @@ def test_all_kernels_on_every_generation(capability):
 
 @pytest.mark.slow
 @needs_other
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_another_release_of_triton_launches_the_same(capability):
     for run in ("default", "learned", "calls"):
@@ -86,6 +88,7 @@ def test_another_release_of_triton_launches_the_same(capability):
 
 @pytest.mark.slow
 @needs_other
+@pytest.mark.timeout(1800)
 def test_another_release_of_triton_passes_the_gate():
     python("-m", "atp_kernels.offline", "--gate", "--dtype", "bf16", "--rank", "64", first=OTHER)
 
