@@ -110,14 +110,13 @@ class MaskedPeftLinear(PeftLinear):
     @property
     def projection(self) -> Projection:
         """The frozen base and its adapter with its gates, as `atp_kernels` takes them."""
-        modules = self.get_base_layer(), self.lora_A[ADAPTER], self.lora_B[ADAPTER]
-        base, a, b = (cast(nn.Linear, module) for module in modules)
-        steps = torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._learns_whole
-        weight = self._narrowed(base.weight) if steps else base.weight
+        weight, lora_a, lora_b, scaling, bias = self.uncast
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._learns_whole:
+            weight = self._narrowed(weight)
         out_gate, in_gate = self.gates
-        lora_a = a.weight if in_gate is None else a.weight * in_gate
-        lora_b = b.weight if out_gate is None else b.weight * out_gate[:, None]
-        return Projection(weight, lora_a, lora_b, self.scaling[ADAPTER], base.bias)
+        lora_a = lora_a if in_gate is None else lora_a * in_gate
+        lora_b = lora_b if out_gate is None else lora_b * out_gate[:, None]
+        return Projection(weight, lora_a, lora_b, scaling, bias)
 
     @property
     def uncast(self) -> Projection:
