@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atp.config import ATPConfig
+from atp.ground.files import read_json
+from atp.inputs.folders import LATENCY
 from atp.inputs.targets import at_share, at_target, share_of
 from atp.plan.latency import LatencyTable, measured_target
 from atp.studies.sweep.units import Asked
@@ -28,6 +30,7 @@ class SweepTarget(NamedTuple):
 def targets_of(config: ATPConfig, asked: Sequence[Asked], folder: Path) -> list[SweepTarget]:
     """The targets, each with a run folder under `folder`; times of one kind come from one measurement.
 
+    A run folder that has its measurement keeps it, so that a resumed sweep goes on with the shares it began with.
     Raises `InputError` for a target out of the model's reach.
     """
     tables: dict[str, LatencyTable] = {}
@@ -35,7 +38,7 @@ def targets_of(config: ATPConfig, asked: Sequence[Asked], folder: Path) -> list[
     for one in asked:
         placed = config.model_copy(update={"output_dir": str(folder / one.folder)})
         given = at_target(placed, one.unit.key, one.value)
-        latency = measured_target(given, tables)
+        latency = read_json(folder / one.folder / LATENCY) or measured_target(given, tables)
         share = share_of(given) if latency is None else latency["target_keep"]
         targets.append(SweepTarget(one, given, at_share(given, share), latency))
     return targets
