@@ -20,7 +20,7 @@ class FlatParameters:
     """Makes parameters of one dtype and device views of `flat` [blocks * BLOCK], and their gradients views of its own.
 
     The parameters stay what they are, in their modules and under their names, with the same values. Gradients are never
-    None: `zero_grad` fills them with zeros where they lie.
+    None: `zero_grad` fills them with zeros where they lie, and takes back parameters and gradients that were moved.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -36,9 +36,7 @@ class FlatParameters:
         self.flat = nn.Parameter(like.new_zeros(sum(self.sizes)))
         self.flat.grad = torch.zeros_like(self.flat)
         self.owner = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes) // BLOCK).to(like.device)
-        for p, values in zip(self.parameters.values(), self.views(self.flat.detach()), strict=True):
-            values.copy_(p.detach())
-            p.data = values
+        self._values, self._grads = self.views(self.flat.detach()), self.views(self.flat.grad)
         self._attach()
 
     def views(self, flat: Tensor) -> list[Tensor]:
@@ -53,9 +51,11 @@ class FlatParameters:
         self._attach()
 
     def _attach(self) -> None:
-        # Again after each step: whoever sets a gradient to None, as zero_grad of a module does, takes it out of here.
-        assert self.flat.grad is not None
-        for p, grad in zip(self.parameters.values(), self.views(self.flat.grad), strict=True):
+        # Again after each step: what a module's zero_grad or `to` takes out of here would never be trained again.
+        for p, values, grad in zip(self.parameters.values(), self._values, self._grads, strict=True):
+            if p.data_ptr() != values.data_ptr():
+                values.copy_(p.detach())
+                p.data = values
             p.grad = grad
 
     def sum_by_parameter(self, blocks: Tensor) -> Tensor:

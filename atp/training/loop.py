@@ -114,12 +114,12 @@ class Loop:
             recompute_layers(model)
         shared = heap.addresses(None if self.teacher else getattr(self, "model", None))  # a teacher keeps them anyway
         self.model = model.to(self.device)
+        heap.move_from(self.model, shared)
         self.trained = FlatParameters({name: p for name, p in model.named_parameters() if p.requires_grad})
         self.adamw = adamw(self.trained, self.config.training)
         self.accelerator.free_memory()  # of the model before this one, which nothing refers to any more
         self.optimizer = self.accelerator.prepare(self.adamw)
         self.exchange = Exchange(self.trained.parameters.values())
-        heap.move_from(self.model, shared)
         self._reset_loss()
 
     @property

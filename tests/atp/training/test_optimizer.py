@@ -135,13 +135,16 @@ def test_parameters_are_views_with_their_values():
     assert not flat.flat.grad[96:BLOCK].any(), "what fills a parameter up has no gradient"
 
 
-def test_gradients_that_somebody_takes_away_are_back_after_a_step():
-    flat, parameters, _ = flat_of((4, 24), (3,))
+def test_what_somebody_takes_away_is_back_after_a_step():
+    flat, parameters, values = flat_of((4, 24), (3,), (0, 4))
     for parameter in parameters.values():
-        parameter.grad = None
+        parameter.grad, parameter.data = None, parameter.data + 1
     flat.zero_grad()
     sum(p.sum() for p in parameters.values()).backward()
     assert flat.flat.grad.sum() == 99
+    with torch.no_grad():
+        flat.flat.add_(1)
+    assert all(torch.equal(p, values[name] + 1 + 1) for name, p in parameters.items())
 
 
 def test_state_goes_by_name_and_comes_back():

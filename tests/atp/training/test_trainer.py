@@ -1,6 +1,7 @@
 """The one-stage job on a tiny model: records, resume, interruption, refit, what is added to gradients and when."""
 
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ from tiny_run import (
 )  # fmt: skip
 
 from atp.decide.maker import DecisionMaker
+from atp.ground import heap
 from atp.ground.errors import InputError, Interrupted
 from atp.lora.regularizers import Lasso
 from atp.training import checkpoint as checkpoints
+from atp.training.callbacks import Callback
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,20 @@ def test_signal_writes_checkpoint_and_resume_ends_the_same(unbroken, tmp_path, s
 
 def base_weights(trainer):
     return {n: p for n, p in trainer.model.get_base_model().model.named_parameters() if "base_layer" in n}
+
+
+def test_each_step_trains_the_adapter_wherever_memory_comes_from(tmp_path, monkeypatch):
+    """What is allocated for the cut model may lie where weights of the model before it lay."""
+    monkeypatch.setattr(heap, "address", lambda tensor: 1)
+    seen = []
+
+    class Adapters(Callback):
+        def on_step(self, loop, record):
+            seen.append(torch.cat([p.detach().flatten() for p in loop.model.parameters() if p.requires_grad]))
+
+    make(tmp_path, callbacks=[Adapters()]).train()
+    assert len(seen) == TOTAL
+    assert not any(torch.equal(one, other) for one, other in pairwise(seen))
 
 
 def test_ends_of_blocks_are_refitted_at_the_freeze(tmp_path):
