@@ -49,8 +49,26 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
   m.def("rms_norm_forward(Tensor x, Tensor weight, float eps, bool narrow) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor d_y, Tensor x, Tensor weight, Tensor scales) -> Tensor");
   m.def("merged_weight(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor");
-  m.def("load_factors(Tensor(a!) weight, Tensor(b!) down, Tensor[] factors, float scaling) -> ()");
-  m.def("factor_grads(Tensor d_down, Tensor d_up, Tensor[] factors, float scaling) -> Tensor[]");
+  m.def(
+      "packed_forward(Tensor x, Tensor(a!) weight, Tensor(b!) down, Tensor? bias, Tensor[] factors, float scaling)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "packed_backward(Tensor grad, Tensor wide, Tensor weight, Tensor down, Tensor[] factors, float scaling,"
+      " bool need_x) -> Tensor[]");
+  m.def(
+      "packed_mlp_forward(Tensor x, Tensor(a!) w1, Tensor(b!) d1, Tensor? b1, Tensor(c!) w2, Tensor(d!) d2, Tensor? b2,"
+      " Tensor[] factors, float s1, float s2) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "packed_mlp_backward(Tensor grad, Tensor wide, Tensor both, Tensor s, Tensor w1, Tensor d1, Tensor w2, Tensor d2,"
+      " Tensor[] factors, float s1, float s2, bool need_x, Tensor(a!)? sums) -> Tensor[]");
+  m.def(
+      "packed_attention_forward(Tensor x, Tensor(a!) w1, Tensor(b!) d1, Tensor? b1, Tensor(c!) w2, Tensor(d!) d2,"
+      " Tensor? b2, Tensor[] factors, float s1, float s2, Tensor cos, Tensor sin, Tensor? mask, float scale, int batch)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "packed_attention_backward(Tensor grad, Tensor wide, Tensor qkv, Tensor p, Tensor hidden, Tensor w1, Tensor d1,"
+      " Tensor w2, Tensor d2, Tensor[] factors, float s1, float s2, Tensor cos, Tensor sin, float scale, int batch,"
+      " bool need_x, Tensor(a!)? sums) -> Tensor[]");
   m.def("compact(Tensor weight, Tensor? rows, Tensor? cols, int pad_to, int stream=0) -> Tensor");
 }
 

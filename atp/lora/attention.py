@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from atp.lora.stock import runs_stock_forward
-from atp.models.attention import fuses, packed_projections
+from atp.models.attention import attend_packed, fuses, packed_projections
 from atp.models.cut import CutAttention, place_before
 
 
@@ -33,6 +33,9 @@ class FusedAttention(CutAttention):
         """As the stock class does; hidden_states [batch, tokens, hidden]."""
         ordinary = position_embeddings is not None and getattr(self, "use_rope", True)
         ordinary &= not getattr(self, "residual_dropout", 0) and cache is None and past_key_values is None
+        packed = attend_packed(self, hidden_states, position_embeddings, attention_mask) if ordinary else None
+        if packed is not None:
+            return packed, None
         own = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
         if ordinary and (fuses(hidden_states) or packed_projections(self, hidden_states) is not None):
             return super().forward(hidden_states, **own, **kwargs)

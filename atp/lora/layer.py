@@ -229,11 +229,11 @@ class MaskedMLP(nn.Module):
             if sums is None or sums is not up.observed[0] or len(x) > len(sums) or not x.requires_grad:
                 return self._apart(x)
             options["mask_grad"] = sums[: len(x)]
-        first = gate.packs.of((gate, up), x)
+        first = gate.packs.of((gate, up), x) if self.activation == "silu" else None
         last = None if first is None else down.packs.of((down,), x)
         if first is not None and last is not None:
             given = [*first[1], *last[1]]
-            y = packed_mlp(x, first[0], last[0], given, self.activation, options.get("mask_grad"))
+            y = packed_mlp(x, first[0], last[0], given, options.get("mask_grad"))
             return down.seen(y)
         if gate.dropout:
             options |= {"dropout": gate.dropout, "seeds": (new_seed(x), new_seed(x))}

@@ -22,10 +22,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from atp.families import Windows
-from atp.models.short_attention import short_attention, suits
+from atp.models.short_attention import LONGEST, short_attention, suits
 from atp_kernels import Projection, masked_lora_qkv, new_seed, rotary_embedding
 from atp_kernels.packed import PackedLinears
-from atp_kernels.packed.op import packed_linears
+from atp_kernels.packed.op import packed_attention, packed_linears
 
 NAME = "atp_sdpa"
 FUSED_ON = ("cuda",)
@@ -98,6 +98,37 @@ def packed_projections(attention: Any, states: Tensor) -> tuple[PackedLinears, l
         return None
     found: tuple[PackedLinears, list[Projection]] | None = linears[0].packs.of(linears, states)
     return found
+
+
+def attend_packed(
+    attention: Any, states: Tensor, angles: tuple[Tensor, Tensor], attention_mask: Tensor | None
+) -> Tensor | None:
+    """All of an attention without a cache in a training step that `packed_attention` takes; None in others.
+
+    Arguments as those of its forward: states [batch, tokens, inputs], angles cos and sin, a mask of `training_mask`.
+    """
+    heads = getattr(attention, "head_dim", None), getattr(attention, "v_head_dim", attention.head_dim)
+    plain = heads == (angles[0].shape[-1],) * 2 and not hasattr(attention, "q_norm") and states.dim() == 3
+    if not plain or getattr(attention, "rope_index", None) is not None or not 1 < states.shape[1] <= LONGEST:
+        return None
+    if attention.config._attn_implementation != NAME or (attention.training and attention.attention_dropout):
+        return None
+    if attention_mask is not None and attention_mask.numel() == 0:
+        attention_mask = None
+    if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.dim() != 4):
+        return None
+    end, first = attention.o_proj, packed_projections(attention, states)
+    last = end.packs.of((end,), states) if first is not None and getattr(end, "fusible", False) else None
+    if first is None or last is None:
+        return None
+    sums = [linear.observed[0] for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    watched = [part[: len(states)] for part in sums if part is not None and len(part) >= len(states)]
+    if len(watched) < len(sums) and sums != [None] * len(sums):
+        return None
+    given = [*first[1], *last[1]]
+    y = packed_attention(states, first[0], last[0], given, angles, attention_mask, attention.scaling, watched or None)
+    seen: Tensor = end.seen(y)
+    return seen
 
 
 def project(attention: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

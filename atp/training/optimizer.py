@@ -39,16 +39,20 @@ def _clip_updates(optimizer: AdamW, parameters: FlatParameters) -> None:
     skipped stays one that changes nothing. The host reads nothing back.
     """
     flat = parameters.flat
-    before: list[Tensor] = []
+    before: list[Tensor] = []  # the parameters before this step, in memory that lives on: fresh pages cost more
+    clips = False
     counts = torch.tensor([p.numel() for p in parameters.parameters.values()], device=flat.device, dtype=flat.dtype)
 
     @torch.no_grad()
     def remember(optimizer: Optimizer, *_: Any) -> None:
-        before[:] = [flat.clone()] if optimizer.param_groups[0][CLIPS] else []
+        nonlocal clips
+        clips = optimizer.param_groups[0][CLIPS]
+        if clips:
+            before[:] = [before[0].copy_(flat) if before else flat.clone()]
 
     @torch.no_grad()
     def clip(optimizer: Optimizer, *_: Any) -> None:
-        if not before:
+        if not clips:
             return
         group, state = optimizer.param_groups[0], optimizer.state[flat]
         assert flat.grad is not None
@@ -56,7 +60,7 @@ def _clip_updates(optimizer: AdamW, parameters: FlatParameters) -> None:
         rms = (squares / counts.clamp_min(1) * (1 - group["betas"][1] ** state["step"]).to(flat.device)).sqrt()
         # Of the way back; a gradient that is not finite goes none of it, for its step was skipped.
         back = torch.where(rms > 1, 1 - 1 / rms, 0.0)[parameters.owner, None]
-        flat.view(-1, BLOCK).lerp_(before.pop().view(-1, BLOCK), back)
+        flat.view(-1, BLOCK).lerp_(before[0].view(-1, BLOCK), back)
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(clip)

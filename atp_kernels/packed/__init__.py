@@ -53,37 +53,6 @@ class PackedLinears:
             for p, (weight, version, bias, rank) in zip(linears, self._sources, strict=True)
         )
 
-    def load(self, factors: Sequence[Tensor]) -> None:
-        """Writes the factors to where they are read."""
-        extension.ops.load_factors(self.weight, self.down, factors, self.scaling)
-
-    def widened(self, rows: Tensor) -> Tensor:
-        """[x, S] [M, in + ranks] for x [M, in]."""
-        wide = rows.new_empty(len(rows), self.weight.shape[1])
-        x, s = self.parts(wide)
-        x.copy_(rows)
-        s.copy_(rows @ self.down.t())
-        return wide
-
-    def parts(self, wide: Tensor) -> tuple[Tensor, Tensor]:
-        """x and S of [x, S], or what has their places in a gradient."""
-        x, s = wide.split([self.inputs, len(self.down)], 1)
-        return x, s
-
-    def forward(self, wide: Tensor) -> Tensor:
-        """y [M, rows of all] for [x, S]."""
-        return wide @ self.weight.t() if self.bias is None else torch.addmm(self.bias, wide, self.weight.t())
-
-    def backward(
-        self, grad: Tensor, wide: Tensor, factors: Sequence[Tensor], need_x: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """(dx [M, in] or None, gradients of the factors) for the gradient [M, rows of all] of y, and [x, S]."""
-        d_x, d_s = self.parts(grad @ self.weight)
-        d_s = d_s.contiguous()
-        x, s = self.parts(wide)
-        d_factors = extension.ops.factor_grads(d_s.t() @ x, grad.t() @ s, factors, self.scaling)
-        return torch.addmm(d_x, d_s, self.down) if need_x else None, d_factors
-
 
 def refuses(linears: Sequence[Projection]) -> str | None:
     """Why these linears cannot be packed; None where they can."""

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atp_kernels.call import differentiable_once, matrix, select, unflattened
+from atp_kernels.call import differentiable_once, matrix, unflattened
+from atp_kernels.extension import ops
 from atp_kernels.packed import PackedLinears
 from atp_kernels.projection import Projection
 
@@ -21,15 +22,38 @@ def packed_mlp(
     first: PackedLinears,
     last: PackedLinears,
     linears: Sequence[Projection],
-    activation: str,
     mask_grad: Tensor | None = None,
 ) -> Tensor:
-    """down(act(gate(x)) * up(x)), bfloat16 [..., out]: gate and up in `first`, down in `last`, all three in `linears`.
+    """down(silu(gate(x)) * up(x)), bfloat16 [..., out]: gate and up in `first`, down in `last`, all three in `linears`.
 
     mask_grad as in `masked_lora_swiglu`.
     """
     operands = x.to(torch.bfloat16), *_factors(linears)
-    result: Tensor = PackedMlpFunction.apply(first, last, activation, mask_grad, *operands)
+    result: Tensor = PackedMlpFunction.apply(first, last, mask_grad, *operands)
+    return result
+
+
+def packed_attention(
+    x: Tensor,
+    first: PackedLinears,
+    last: PackedLinears,
+    linears: Sequence[Projection],
+    angles: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    scaling: float,
+    mask_grads: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """o(softmax(scaling Q K^T) V), bfloat16 [batch, tokens, out], for x [batch, tokens, in]: attention of short windows.
+
+    q, k and v are in `first`, o in `last`, all four in `linears`. angles: cos and sin of RoPE [batch or 1, tokens, head
+    width], by which queries and keys turn. mask: bool [batch or 1, 1, tokens, tokens], True for what a token sees, of
+    which a token that sees nothing gets the mean of all; None is causal. mask_grads: of q, k and v, float32 [batch,
+    rows], to which the gradients of masks of ones on their outputs are added in the backward pass.
+    """
+    cos, sin = (part.float().reshape(-1, part.shape[-1]).contiguous() for part in angles)
+    seen = None if mask is None else mask.squeeze(1).contiguous()
+    operands = x.to(torch.bfloat16), *_factors(linears)
+    result: Tensor = PackedAttentionFunction.apply(first, last, (cos, sin, seen, scaling), mask_grads, *operands)
     return result
 
 
@@ -41,48 +65,67 @@ class PackedFunction(torch.autograd.Function):
     """(pack, x, then lora_a and lora_b of each linear) -> y."""
 
     @staticmethod
-    def forward(ctx, packed, x, *factors):
-        packed.load(factors)
-        wide = packed.widened(matrix(x))
-        ctx.packed, ctx.shape = packed, x.shape
+    def forward(ctx, pack, x, *factors):
+        y, wide = ops.packed_forward(matrix(x).contiguous(), pack.weight, pack.down, pack.bias, factors, pack.scaling)
+        ctx.pack, ctx.shape = pack, x.shape
         ctx.save_for_backward(wide, *factors)
-        return unflattened(packed.forward(wide), x.shape)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad):
-        wide, *factors = ctx.saved_tensors
-        d_x, d_factors = ctx.packed.backward(matrix(grad).contiguous(), wide, factors, ctx.needs_input_grad[1])
-        return None, None if d_x is None else d_x.view(ctx.shape), *d_factors
-
-
-class PackedMlpFunction(torch.autograd.Function):
-    """(packs, activation, sums or None, x, the factors of gate, up and down) -> y; what down reads is made again."""
-
-    @staticmethod
-    def forward(ctx, first, last, activation, sums, x, *factors):
-        between = select("masked_lora_swiglu", x.device, x.dtype).module
-        first.load(factors[:4])
-        last.load(factors[4:])
-        wide = first.widened(matrix(x))
-        both = first.forward(wide)
-        hidden = last.widened(between.gated(activation, *both.split(first.sizes, 1)))
-        y = last.forward(hidden)
-        ctx.packs, ctx.activation, ctx.sums, ctx.between, ctx.shape = (first, last), activation, sums, between, x.shape
-        ctx.save_for_backward(wide, both, last.parts(hidden)[1].clone(), *factors)
         return unflattened(y, x.shape)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad):
-        first, last = ctx.packs
+        pack, (wide, *factors), need_x = ctx.pack, ctx.saved_tensors, ctx.needs_input_grad[1]
+        grad = matrix(grad).contiguous()
+        d_x, *found = ops.packed_backward(grad, wide, pack.weight, pack.down, factors, pack.scaling, need_x)
+        return None, d_x.view(ctx.shape) if need_x else None, *found
+
+
+class PackedMlpFunction(torch.autograd.Function):
+    """(packs, sums or None, x, the factors of gate, up and down) -> y; what down reads is made again."""
+
+    @staticmethod
+    def forward(ctx, first, last, sums, x, *factors):
+        packs = first.weight, first.down, first.bias, last.weight, last.down, last.bias
+        y, *saved = ops.packed_mlp_forward(matrix(x).contiguous(), *packs, factors, first.scaling, last.scaling)
+        ctx.packs, ctx.sums, ctx.shape = (first, last), sums, x.shape
+        ctx.save_for_backward(*saved, *factors)
+        return unflattened(y, x.shape)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad):
+        (first, last), need_x = ctx.packs, ctx.needs_input_grad[3]
         wide, both, s, *factors = ctx.saved_tensors
-        gate, up = both.split(first.sizes, 1)
-        hidden = wide.new_empty(len(wide), last.weight.shape[1])
-        for part, value in zip(last.parts(hidden), (ctx.between.gated(ctx.activation, gate, up), s), strict=True):
-            part.copy_(value)
-        d_h, d_last = last.backward(matrix(grad).contiguous(), hidden, factors[4:], True)
-        d_both = torch.empty_like(both)
-        ctx.between.gated_backward(ctx.activation, d_h, gate, up, *d_both.split(first.sizes, 1), sums=ctx.sums)
-        d_x, d_first = first.backward(d_both, wide, factors[:4], ctx.needs_input_grad[4])
-        return None, None, None, None, None if d_x is None else d_x.view(ctx.shape), *d_first, *d_last
+        packs = first.weight, first.down, last.weight, last.down
+        grad, scalings = matrix(grad).contiguous(), (first.scaling, last.scaling)
+        d_x, *found = ops.packed_mlp_backward(grad, wide, both, s, *packs, factors, *scalings, need_x, ctx.sums)
+        return None, None, None, d_x.view(ctx.shape) if need_x else None, *found
+
+
+class PackedAttentionFunction(torch.autograd.Function):
+    """(packs, (cos, sin, mask, scaling), sums of q, k and v or None, x, the factors of q, k, v and o) -> y."""
+
+    @staticmethod
+    def forward(ctx, first, last, attends, sums, x, *factors):
+        packs = first.weight, first.down, first.bias, last.weight, last.down, last.bias
+        scalings = first.scaling, last.scaling
+        y, *saved = ops.packed_attention_forward(matrix(x).contiguous(), *packs, factors, *scalings, *attends, len(x))
+        ctx.packs, ctx.attends, ctx.sums, ctx.shape = (first, last), attends, sums, x.shape
+        ctx.save_for_backward(*saved, *factors)
+        return unflattened(y, x.shape)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad):
+        (first, last), need_x, (cos, sin, _, scaling) = ctx.packs, ctx.needs_input_grad[4], ctx.attends
+        *saved, factors = *ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        packs = first.weight, first.down, last.weight, last.down
+        sums = None if ctx.sums is None else grad.new_zeros(len(grad), sum(first.sizes), dtype=torch.float32)
+        d_x, *found = ops.packed_attention_backward(
+            matrix(grad).contiguous(), *saved, *packs, factors, first.scaling, last.scaling, cos, sin, scaling, len(grad),
+            need_x, sums,
+        )  # fmt: skip
+        if sums is not None:
+            for total, part in zip(ctx.sums, sums.split(first.sizes, 1), strict=True):
+                total += part
+        return None, None, None, None, d_x.view(ctx.shape) if need_x else None, *found

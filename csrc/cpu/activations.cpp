@@ -3,6 +3,7 @@
 // Rows may lie apart.
 
 #include "column_sums.h"
+#include "packed.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -44,11 +45,14 @@ Rows<T> written(const Tensor& values) {
   return {static_cast<T*>(values.mutable_data_ptr()), values.stride(0)};
 }
 
-Tensor swiglu_forward(Tensor gate, Tensor up) {
+}  // namespace
+
+void swiglu_into(const Tensor& gate, const Tensor& up, const Tensor& h) {
   check_gate(gate);
   check_like(up, "up", gate);
+  check_like(h, "h", gate);
+  check_apart(h, "h");
   const int64_t cols = gate.size(1);
-  Tensor h = torch::stable::new_empty(gate, {gate.size(0), cols});
   with_type(gate, [&](auto tag) {
     using T = decltype(tag);
     const auto g = read<T>(gate), u = read<T>(up);
@@ -58,7 +62,6 @@ Tensor swiglu_forward(Tensor gate, Tensor up) {
       for (int64_t row = first; row < first + count; ++row) forward(g[row], u[row], cols, to[row]);
     });
   });
-  return h;
 }
 
 // d_gate may be d_h: an element is read before it is written.
@@ -100,6 +103,15 @@ void swiglu_backward(
       }
     });
   });
+}
+
+namespace {
+
+Tensor swiglu_forward(Tensor gate, Tensor up) {
+  check_gate(gate);
+  Tensor h = torch::stable::new_empty(gate, {gate.size(0), gate.size(1)});
+  swiglu_into(gate, up, h);
+  return h;
 }
 
 }  // namespace

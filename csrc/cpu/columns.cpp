@@ -1,6 +1,7 @@
 // What the masked linear does around its matrix products: column masks, column sums and dropout, over a whole matrix.
 
 #include "column_sums.h"
+#include "packed.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -93,7 +94,8 @@ Tensor column_dot(Tensor left, Tensor right) {
   return sums;
 }
 
-// Adds the column sums of left * right over the rows of each sample to its row of `sums` [samples, cols].
+}  // namespace
+
 void add_sample_dots(Tensor left, Tensor right, Tensor sums) {
   const Matrix size = pair(left, right);
   const int64_t samples = check_samples(sums, size.rows, size.cols);
@@ -104,6 +106,8 @@ void add_sample_dots(Tensor left, Tensor right, Tensor sums) {
     }
   });
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> mask_and_dot(Tensor grad, Tensor total, Tensor mask) {
   const Matrix size = pair(grad, total);

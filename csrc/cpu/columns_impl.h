@@ -134,4 +134,5 @@ constexpr Loops kLoops = {
     norm_loops<float, bfloat16>(),
     norm_loops<bfloat16, float>(),
     norm_loops<bfloat16, bfloat16>(),
+    attention_loops(),
 };

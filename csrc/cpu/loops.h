@@ -65,6 +65,15 @@ struct NormLoops {
       const Y* d_y, const X* x, const float* weight, float scale, int64_t cols, X* d_x);
 };
 
+// One head or one row of scores in bfloat16; see attention_impl.h.
+struct AttentionLoops {
+  void (*rope_row)(const bfloat16* x, const float* cos, const float* sin, int64_t half, bfloat16* out);
+  void (*rope_backward_row)(
+      const bfloat16* d, const float* cos, const float* sin, int64_t half, float scale, bfloat16* d_x);
+  void (*attend_row)(float* scores, const bool* seen, int64_t visible, int64_t cols, float scale, bfloat16* p);
+  void (*attend_backward_row)(const bfloat16* d_p, const bfloat16* p, int64_t cols, bfloat16* d_scores);
+};
+
 struct Loops {
   const char* isa;
 
@@ -106,6 +115,7 @@ struct Loops {
   NormLoops<float, bfloat16> narrowing_norm;
   NormLoops<bfloat16, float> widening_norm;
   NormLoops<bfloat16, bfloat16> bfloat16_norm;
+  AttentionLoops attention;
 };
 
 template <typename T>

@@ -23,6 +23,7 @@ constexpr int64_t kVectorBytes = 64;
 #include "softmax_impl.h"
 #include "merge_impl.h"
 #include "norm_impl.h"
+#include "attention_impl.h"
 #include "columns_impl.h"
 }  // namespace atp::cpu::avx512
 
