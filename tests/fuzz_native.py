@@ -103,13 +103,56 @@ def sample_dots(o: Operands, name: str) -> list:
     return [o.matrix(rows, cols), o.matrix(rows, cols), o.vector(samples * cols).view(samples, cols)]
 
 
+def pack(o: Operands, cols: int, outputs: list[int], bias: bool) -> tuple[list, list, int]:
+    """(weight, down and perhaps bias, factors, ranks) of linears of one input."""
+    ranks = [o.size() for _ in outputs]
+    factors = [o.matrix(*s, torch.float32) for n, r in zip(outputs, ranks, strict=True) for s in ((r, cols), (n, r))]
+    rows, rank = sum(outputs), sum(ranks)
+    parts = [o.matrix(rows, cols + rank, torch.bfloat16), o.matrix(rank, cols, torch.bfloat16)]
+    if bias:
+        parts.append(o.draw.choice((None, o.matrix(1, rows, torch.bfloat16)[0])))
+    return parts, factors, rank
+
+
 def packed(o: Operands, name: str) -> list:
-    cols, sizes = o.size(), [(o.size(), o.size()) for _ in range(o.draw.randint(1, 3))]
-    shapes = [shape for rows, rank in sizes for shape in ((rank, cols), (rows, rank))]
-    factors = [o.matrix(*shape, torch.float32) for shape in shapes]
-    rows, ranks = (sum(part) for part in zip(*sizes, strict=True))
-    place = [(rows, cols + ranks), (ranks, cols)] if name == "load_factors" else [(ranks, cols), (rows, ranks)]
-    return [*(o.matrix(*shape, torch.bfloat16) for shape in place), factors, 0.5]
+    rows, cols, outputs = o.size(), o.size(), [o.size() for _ in range(o.draw.randint(1, 3))]
+    forward = name.endswith("forward")
+    parts, factors, rank = pack(o, cols, outputs, bias=forward)
+    if forward:
+        return [o.matrix(rows, cols, torch.bfloat16), *parts, factors, 0.5]
+    read = [o.matrix(rows, n, torch.bfloat16) for n in (sum(outputs), cols + rank)]
+    return [*read, *parts, factors, 0.5, o.draw.random() < 0.5]
+
+
+def packed_blocks(o: Operands, name: str) -> list:
+    """Operands of a gated MLP or of an attention, whose second pack is one linear."""
+    attention, forward = "attention" in name, name.endswith("forward")
+    samples, tokens, cols, ends = o.draw.randint(1, 3), o.size(), o.size(), o.size()
+    rows, groups, dim = samples * tokens, o.draw.randint(1, 2), 2 * o.draw.randint(1, 9)
+    inner = groups * o.draw.randint(1, 3) * dim if attention else o.size()
+    outputs = [inner, groups * dim, groups * dim] if attention else [inner, inner]
+    first, factors, rank = pack(o, cols, outputs, bias=forward)
+    last, more, end = pack(o, inner, [ends], bias=forward)
+    given = [*first, *last, factors + more, 0.5, 0.5]
+    turned = o.draw.choice((tokens, rows))
+    angles = [o.matrix(turned, dim, torch.float32) for _ in range(2)]
+    seen = o.draw.choice((None, o.flags(tokens * tokens).view(1, tokens, tokens)))
+    if forward:
+        attends = [*angles, seen, 0.5, samples] if attention else []
+        return [o.matrix(rows, cols, torch.bfloat16), *given, *attends]
+    sizes = [ends, cols + rank, sum(outputs), inner + end if attention else end]
+    read = [o.matrix(rows, n, torch.bfloat16) for n in sizes]
+    if attention:
+        heads = inner // dim
+        p = o.matrix(samples * heads * tokens, tokens, torch.bfloat16).view(
+            samples * groups, heads // groups * tokens, tokens
+        )
+        read.insert(3, p)
+        given += [*angles, 0.5, samples]
+    sums = o.draw.choice((None, o.vector(samples * sum(outputs)).view(samples, sum(outputs))))
+    if not attention and sums is not None:
+        sums = o.vector(samples * inner).view(samples, inner)
+    return [*read, *given, o.draw.random() < 0.5, sums]
 
 
 def cross_entropy(o: Operands, name: str) -> list:
@@ -181,7 +224,9 @@ class Fixed:
 
 
 CASES = {
-    "add_sample_dots": sample_dots, "load_factors": packed, "factor_grads": packed,
+    "add_sample_dots": sample_dots, "packed_forward": packed, "packed_backward": packed,
+    "packed_mlp_forward": packed_blocks, "packed_mlp_backward": packed_blocks,
+    "packed_attention_forward": packed_blocks, "packed_attention_backward": packed_blocks,
     "masked": columns, "mask_": columns, "column_dot": columns, "mask_and_dot": columns, "dropped": dropped,
     "take_columns": take_columns, "spread_columns_": spread_columns, "swiglu_forward": swiglu,
     "swiglu_backward": swiglu, "cross_entropy_": cross_entropy, "rms_norm_forward": rms_norm,

@@ -43,7 +43,7 @@ def packed_attention(
     scaling: float,
     mask_grads: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """o(softmax(scaling Q K^T) V), bfloat16 [batch, tokens, out], for x [batch, tokens, in]: attention of short windows.
+    """Attention of short windows, o(softmax(scaling Q K^T) V), bfloat16 [batch, tokens, out], for x [batch, tokens, in].
 
     q, k and v are in `first`, o in `last`, all four in `linears`. angles: cos and sin of RoPE [batch or 1, tokens, head
     width], by which queries and keys turn. mask: bool [batch or 1, 1, tokens, tokens], True for what a token sees, of
@@ -118,13 +118,13 @@ class PackedAttentionFunction(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad):
         (first, last), need_x, (cos, sin, _, scaling) = ctx.packs, ctx.needs_input_grad[4], ctx.attends
-        *saved, factors = *ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        saved, factors = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         packs = first.weight, first.down, last.weight, last.down
         sums = None if ctx.sums is None else grad.new_zeros(len(grad), sum(first.sizes), dtype=torch.float32)
+        batch, scalings, grad = len(grad), (first.scaling, last.scaling), matrix(grad).contiguous()
         d_x, *found = ops.packed_attention_backward(
-            matrix(grad).contiguous(), *saved, *packs, factors, first.scaling, last.scaling, cos, sin, scaling, len(grad),
-            need_x, sums,
-        )  # fmt: skip
+            grad, *saved, *packs, factors, *scalings, cos, sin, scaling, batch, need_x, sums
+        )
         if sums is not None:
             for total, part in zip(ctx.sums, sums.split(first.sizes, 1), strict=True):
                 total += part

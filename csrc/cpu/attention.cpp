@@ -141,7 +141,7 @@ Tensor probabilities(const Heads& heads, const Shape& shape, const std::optional
   Tensor p = torch::stable::new_empty(heads.q, {shape.batch * shape.groups, queries, tokens});
   bfloat16* to = static_cast<bfloat16*>(p.mutable_data_ptr());
   const Tensor q = widened(heads.q), k = widened(heads.k);
-  const int64_t at_once = std::max<int64_t>(1, kScores / (each * tokens));
+  const int64_t at_once = std::max<int64_t>(1, kScores / std::max<int64_t>(1, each * tokens));
   for (int64_t begin = 0; begin < shape.batch; begin += at_once) {
     const int64_t some = std::min(at_once, shape.batch - begin) * shape.groups, from = begin * shape.groups;
     const Tensor some_q = view(q, {some, queries, shape.dim}, {queries * shape.dim, shape.dim, 1}, from * queries * shape.dim);

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from atp_kernels import Projection, extension, masked_lora_linear, masked_lora_swiglu
 from atp_kernels.linear import definition
 from atp_kernels.packed import PackedLinears, refuses
-from atp_kernels.packed.op import packed_linears, packed_mlp
+from atp_kernels.packed.op import packed_attention, packed_linears, packed_mlp
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +31,17 @@ def factors(linears):
 
 
 def gradients(y, weight, inputs):
-    return torch.autograd.grad((y.double() * weight).sum(), inputs)
+    return torch.autograd.grad((y.double() * weight).sum(), inputs, retain_graph=True)
 
 
 def errors(found, exact):
     return [float((f.double() - e).norm() / e.norm().clamp_min(1e-9)) for f, e in zip(found, exact, strict=True)]
 
 
-def no_worse(packed, apart, exact):
+def no_worse(packed, apart, exact, times=1.5):
     """Within a rounding of bfloat16 of the exact ones, or not far beyond what the linears one by one are."""
     for ours, theirs in zip(errors(packed, exact), errors(apart, exact), strict=True):
-        assert ours < max(1.5 * theirs, torch.finfo(torch.bfloat16).eps)
+        assert ours < max(times * theirs, torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 7, 16), (70, 16)], ids=str)
@@ -98,6 +98,92 @@ def test_a_gated_mlp(observed):
     no_worse(found, apart, [true, *gradients(true, weight, [wide, *(t for own in exact for t in own)])])
     if observed:
         assert_close(sums, other, rtol=3e-2, atol=3e-2 * float(other.abs().max()))
+
+
+def turned(x, cos, sin):
+    """RoPE in the definition of its paper: x [batch, tokens, heads, dim]."""
+    one, other = x.chunk(2, -1)
+    return x * cos[:, :, None] + torch.cat([-other, one], -1) * sin[:, :, None]
+
+
+def attention(project, end, angles, seen, scaling, heads, groups):
+    """By torch's own operations, in the dtype of what the projections give."""
+    q, k, v = (part.unflatten(-1, (count, -1)) for part, count in zip(project, (heads, groups, groups), strict=True))
+    q, k = (turned(part.to(angles[0].dtype), *angles).to(part.dtype) for part in (q, k))
+    k, v = (part.repeat_interleave(heads // groups, 2) for part in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scaling
+    unseen = torch.full((), torch.finfo(scores.dtype).min, dtype=scores.dtype)
+    p = torch.where(seen, scores, unseen).softmax(-1)
+    return end(torch.einsum("bhts,bshd->bthd", p, v).flatten(2))
+
+
+SAMPLES = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0] * 7, [0, 1, 2, 3, 3, 3, 3]])  # of each token, in rows of a batch
+
+
+def seen_by(kind, batch, tokens):
+    """(mask as it is given, what it says)."""
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+    if kind == "causal":
+        return None, causal
+    own = SAMPLES[:batch] if kind != "one for all rows" else SAMPLES[:1]
+    mask = causal & (own[:, None, :, None] == own[:, None, None, :])
+    if kind == "a token that sees nothing":
+        mask[0, 0, 2] = False
+    return mask, mask
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "tokens", "heads", "groups", "dim"),
+    [
+        ("causal", 3, 7, 4, 2, 8),
+        ("causal", 5, 130, 8, 2, 4),  # more scores than are computed together
+        ("each row its own", 3, 7, 3, 1, 10),
+        ("each row its own", 1, 7, 2, 2, 18),
+        ("one for all rows", 3, 7, 6, 3, 2),
+        ("a token that sees nothing", 2, 7, 4, 4, 6),
+    ],
+)
+@pytest.mark.parametrize("observed", [False, True])
+def test_attention(kind, batch, tokens, heads, groups, dim, observed):
+    rows = [heads * dim, groups * dim, groups * dim]
+    linears = [linear(n, 16, bias=i != 1, seed=i) for i, n in enumerate(rows)] + [linear(16, rows[0], seed=4)]
+    x = torch.randn(batch, tokens, 16).to(torch.bfloat16).requires_grad_()
+    angle = torch.rand(1 if kind == "causal" else batch, tokens, dim // 2).repeat(1, 1, 2) * 6
+    angles = angle.cos(), angle.sin()
+    mask, seen = seen_by(kind, batch, tokens)
+    sums = [torch.zeros(batch, n) for n in rows] if observed else None
+    y = packed_attention(x, PackedLinears(linears[:3]), PackedLinears(linears[3:]), linears, angles, mask, 0.15, sums)
+    weight, inputs = torch.randn(y.shape, dtype=torch.float64), [x, *factors(linears)]
+    weight *= seen.any(-1).transpose(1, 2)  # nobody reads what a token has that sees nothing
+    found = [y, *gradients(y, weight, inputs)]
+
+    bf = lambda p: masked_lora_linear(  # noqa: E731
+        given, p.weight.bfloat16(), p.lora_a.bfloat16(), p.lora_b.bfloat16(), scaling=p.scaling,
+        bias=None if p.bias is None else p.bias.bfloat16(),
+    )  # fmt: skip
+    given = x
+    projected = [bf(p) for p in linears[:3]]
+
+    def end(states):
+        nonlocal given
+        given = states
+        return bf(linears[3])
+
+    theirs = attention(projected, end, angles, seen, 0.15, heads, groups)
+    apart = [theirs, *gradients(theirs, weight, inputs)]
+    wide = x.detach().double().requires_grad_()
+    exact = [[t.detach().double().requires_grad_() for t in (p.lora_a, p.lora_b)] for p in linears]
+    true_linear = lambda x, i: definition.masked_lora_linear(  # noqa: E731
+        x, linears[i].weight.double(), *exact[i], scaling=linears[i].scaling,
+        bias=None if linears[i].bias is None else linears[i].bias.double(),
+    )  # fmt: skip
+    outputs = [true_linear(wide, i) for i in range(3)]
+    true = attention(outputs, lambda x: true_linear(x, 3), [a.double() for a in angles], seen, 0.15, heads, groups)
+    learned = [wide, *(t for own in exact for t in own)]
+    no_worse(found, apart, [true, *gradients(true, weight, learned)], 2)
+    if observed:
+        for total, output, grad in zip(sums, outputs, gradients(true, weight, outputs), strict=True):
+            assert_close(total, (output * grad).sum(1).float(), rtol=3e-2, atol=3e-2 * float(total.abs().max()))
 
 
 def test_factors_are_read_anew_in_every_pass():
