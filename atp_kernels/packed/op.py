@@ -43,7 +43,7 @@ def packed_attention(
     scaling: float,
     mask_grads: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Attention of short windows, o(softmax(scaling Q K^T) V), bfloat16 [batch, tokens, out], for x [batch, tokens, in].
+    """Attention o(softmax(scaling Q K^T) V), bfloat16 [batch, tokens, out], for x [batch, tokens, in].
 
     q, k and v are in `first`, o in `last`, all four in `linears`. angles: cos and sin of RoPE [batch or 1, tokens, head
     width], by which queries and keys turn. mask: bool [batch or 1, 1, tokens, tokens], True for what a token sees, of
