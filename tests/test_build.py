@@ -142,18 +142,20 @@ def test_examples_and_experiments_are_found_away_from_the_clone(source, tmp_path
     assert recipe == "custom" and names == sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
-def test_extension_uses_only_the_stable_abi_of_torch():
+@pytest.fixture
+def listed():
     from atp_kernels import extension
 
     if not extension.AVAILABLE:
         pytest.skip(extension.REASON)
     import atp_kernels._C as library
 
-    listed = subprocess.run(
-        ["nm", "--dynamic", "--undefined-only", library.__file__], capture_output=True, text=True, check=True
-    )
-    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    return lambda *command: run([*command, library.__file__], ROOT).stdout
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_extension_uses_only_the_stable_abi_of_torch(listed):
+    symbols = [line.split()[-1] for line in listed("nm", "--dynamic", "--undefined-only").splitlines()]
     assert [s for s in symbols if s.startswith(("aoti_torch_", "torch_"))]
     assert not [s for s in symbols if re.match(r"_ZNK?(2at|3c10|5torch)", s)]
 
@@ -161,20 +163,12 @@ def test_extension_uses_only_the_stable_abi_of_torch():
 @pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("objdump") is None, reason="needs x86-64 and objdump"
 )
-def test_no_code_of_an_instruction_set_runs_before_the_set_is_picked():
+def test_no_code_of_an_instruction_set_runs_before_the_set_is_picked(listed):
     """An import called AVX-512 once, which ended Python on every processor without it."""
-    from atp_kernels import extension
-
-    if not extension.AVAILABLE:
-        pytest.skip(extension.REASON)
-    import atp_kernels._C as library
-
-    listed = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", library.__file__], capture_output=True, text=True, check=True
-    )
+    code_of_all = listed("objdump", "-d", "--no-show-raw-insn")
     room = re.compile(r"3atp3cpu(4avx2|6avx512)")  # as C++ mangles atp::cpu::avx2
     wide = 0
-    for name, code in re.findall(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n)*)", listed.stdout, re.MULTILINE):
+    for name, code in re.findall(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n)*)", code_of_all, re.MULTILINE):
         if room.search(name) and not name.startswith("_GLOBAL__"):  # which runs at import
             wide += "%zmm" in code
             continue

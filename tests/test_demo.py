@@ -35,7 +35,6 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The folder of a finished demo, its summary, and what the command printed."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as done:
         patch.setattr("atp.run.throughputs", partial(throughputs, prompt_tokens=32, new_tokens=4, repeats=1))
@@ -87,7 +86,6 @@ def test_the_certificate_passes(demo):
 
 
 def test_tuning_helped(demo):
-    """The cut model beats the same cut without tuning, and the tuned dense model the original."""
     folder, summary, _ = demo
     config = demo_config(folder, OVERRIDES)
     tokenizer = load_tokenizer(config.model)

@@ -82,7 +82,6 @@ def test_links_through_the_repository_lead_through_the_site(source, link, turned
 
 
 def sentences():
-    """All texts in the package's code, those of one f-string joined by `...`."""
     found = []
     for path in (ROOT / "atp").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

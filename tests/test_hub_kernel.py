@@ -37,7 +37,6 @@ def test_every_build_holds_the_sources_and_says_what_it_is(hub):
 
 
 def test_imports_are_relative_or_of_torch_and_triton(hub):
-    """A function may import what is optional, which is bitsandbytes for weights in NF4."""
     allowed = {*sys.stdlib_module_names, "torch", "triton"}
     for path in (hub / "torch-ext").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -71,12 +71,7 @@ def test_example_configs_are_valid(path):
     assert ATPConfig.load(path).output_dir.startswith("runs/")
 
 
-def test_readme_is_short():
-    assert len(README.splitlines()) <= 130
-
-
 def check_results(monkeypatch, folder):
-    """What `experiments/results_page.py --check` ends with on the pages of a folder."""
     monkeypatch.setattr(sys, "argv", ["results_page.py", "--check", "--root", str(folder)])
     runpy.run_path(str(ROOT / "experiments" / "results_page.py"), run_name="__main__")
 
@@ -97,7 +92,6 @@ def test_a_damaged_figure_of_a_table_is_found(monkeypatch, tmp_path, name, table
 
 
 def slug(heading):
-    """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
 
 
@@ -115,7 +109,7 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in [slug(heading) for heading in headings], f"{page.name} links to {name}#{anchor}"
 
 
-def test_commands_of_the_readme_exist():
+def test_the_readme_is_short_and_its_commands_exist():
     """Subcommands and options; `...` stands for what the line above it says."""
     commands = typer.main.get_command(app).commands
     lines = re.findall(r"^(?:torchrun .* -m )?atp (\w+) (.*)$", README, re.MULTILINE)
@@ -126,3 +120,4 @@ def test_commands_of_the_readme_exist():
         assert options <= known, f"atp {name} {arguments}"
     targets = re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE)
     assert targets and set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert len(README.splitlines()) <= 130

@@ -32,8 +32,13 @@ def commands():
         yield container["command"]
 
 
-def test_there_are_recipes():
+def test_there_are_recipes_and_the_volumes_of_the_job():
     assert len(SCRIPTS) == 3 and len(JOBS) == 1 and len(list(commands())) == 4
+    spec = JOBS[0]["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    mounted = {mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["volumes"]}
+    policy, worker = JOBS[0]["spec"]["elasticPolicy"], JOBS[0]["spec"]["pytorchReplicaSpecs"]["Worker"]
+    assert policy["minReplicas"] == policy["maxReplicas"] == worker["replicas"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -52,11 +57,3 @@ def test_torchrun_and_atp_know_the_options(words):
     found = command.make_context(words[1], words[2:]).params
     assert os.path.basename(found["config"]) == "my.yaml"
     ATPConfig.parse({"model": {"path": "x"}, "output_dir": "x"}, found["overrides"])
-
-
-def test_the_volumes_of_the_job_are_there():
-    spec = JOBS[0]["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-    mounted = {mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
-    assert mounted == {volume["name"] for volume in spec["volumes"]}
-    policy, worker = JOBS[0]["spec"]["elasticPolicy"], JOBS[0]["spec"]["pytorchReplicaSpecs"]["Worker"]
-    assert policy["minReplicas"] == policy["maxReplicas"] == worker["replicas"]

@@ -80,7 +80,5 @@ def finished(config, tmp_path_factory):
     from tiny_command import start
 
     folder = tmp_path_factory.mktemp("finished") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
-        start(config, folder)
+    start(config, folder)
     return folder

@@ -81,7 +81,6 @@ def fork_each(commands, folders):
 
 
 def become(command, folder, output):
-    """Runs an `atp` command in this process, in a folder, and ends it."""
     from atp.cli import cli
 
     signal.alarm(120)  # nobody waits for ever
@@ -101,14 +100,12 @@ def become(command, folder, output):
 
 
 def ended(process, code=0):
-    """What a process printed, once it has ended with this exit code."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output
     return output
 
 
 def wait_for_steps(process, folder, count):
-    """Returns once so many steps are recorded."""
     metrics = folder / "metrics.jsonl"
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):
         assert process.poll() is None, process.communicate()[0]

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from atp.processes import attempts, processes
 from atp.training.loop import Loop
 
 PATIENCE = timedelta(seconds=30)
+LOST = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
 # A process that exchanges, twice, with another one that ends after the first time.
 EXCHANGE = """
 import os, sys, torch, torch.distributed as dist
@@ -70,10 +70,9 @@ def test_no_process_sees_what_an_earlier_start_has_left(count):
 def test_calls_of_a_start_that_never_came_about_are_no_arrivals():
     store = HashStore()
     store.set("atp/caller/1", "killed before it was answered")
-    with pytest.raises(DistStoreError, match="not all processes of this run came"):
-        attempts.of_this_start(store, 0, 2, timedelta(seconds=0.1))
-    with pytest.raises(DistStoreError, match="not all processes of this run came"):
-        attempts.of_this_start(store, 1, 2, timedelta(seconds=0.1))
+    for rank in (0, 1):
+        with pytest.raises(DistStoreError, match="not all processes of this run came"):
+            attempts.of_this_start(store, rank, 2, timedelta(seconds=0.1))
     zero, one = met(store, 2)
     zero.set("key", "value")
     assert one.get("key") == b"value"
@@ -84,15 +83,12 @@ def test_processes_meet_in_the_store_of_torchrun_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert attempts.meeting() == {}, "torch's own way is good where no store outlives the processes"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     other = threading.Thread(target=attempts.of_this_start, args=(server, 1, 2, PATIENCE))
     other.start()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
     found = attempts.meeting()
     other.join()
     assert (found["rank"], found["world_size"]) == (0, 2)
@@ -113,22 +109,21 @@ def test_a_folder_belongs_to_the_launch_that_began_it(tmp_path, monkeypatch):
         assert not begun_by_this_launch(folder), other
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert not begun_by_this_launch(folder)
-    (folder / ".launch").unlink()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    (folder / ".launch").unlink()
     assert not begun_by_this_launch(folder)
 
 
 def test_whoever_is_left_by_another_process_ends_with_one_sentence(tmp_path, monkeypatch):
-    commands = [[sys.executable, "-c", EXCHANGE, str(rank), str(tmp_path / "store")] for rank in range(2)]
     both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "WORLD_SIZE": "2"})
-        for command in commands
-    ]
+        subprocess.Popen([sys.executable, "-c", EXCHANGE, rank, tmp_path / "store"], stdout=subprocess.PIPE, text=True,
+                         env=os.environ | {"WORLD_SIZE": "2"}) for rank in "01"
+    ]  # fmt: skip
     output = both[0].communicate(timeout=120)[0]
     both[1].communicate(timeout=120)
     assert output.splitlines()[-1] == f"RuntimeError {(PROCESS_ENDED, 3)}"
     monkeypatch.setenv("WORLD_SIZE", "1")
-    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+    lost = RuntimeError(LOST)
     assert ending(lost)[1] == 1, "one process alone has lost nobody"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert ending(lost) == (PROCESS_ENDED, 3)
@@ -139,9 +134,8 @@ def test_whoever_is_left_by_another_process_ends_with_one_sentence(tmp_path, mon
 
 def test_a_process_that_heard_the_signal_too_ends_by_it_where_the_other_has_gone(monkeypatch):
     """One that was not training yet ends at once; the others hear of it in their next exchange."""
-    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
     monkeypatch.setattr(processes, "count", lambda: 2)
-    for error in (lost, NotReached(PROCESS_ENDED)):
+    for error in (RuntimeError(LOST), NotReached(PROCESS_ENDED)):
         loop = SimpleNamespace(signals=SignalGuard(), _tell=lambda event: None)
         with pytest.raises(Interrupted, match="^interrupted by signal 15: continue with --resume$"), Loop.session(loop):
             os.kill(os.getpid(), signal.SIGTERM)

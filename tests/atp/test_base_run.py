@@ -10,8 +10,6 @@ from tiny_inputs import tiny_config
 from atp.models.load import read_model
 from atp.training.trainer import ATPTrainer
 
-pytestmark = pytest.mark.usefixtures("wide_budget")
-
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
@@ -22,9 +20,7 @@ def wide(tmp_path_factory):
 def done(request, wide, tmp_path_factory):
     """(load_in, folder, lines that it said) of an unbroken run."""
     folder, said = tmp_path_factory.mktemp("base") / "out", []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
-        start(wide, folder, model={"load_in": request.param}, say=said.append)
+    start(wide, folder, model={"load_in": request.param}, say=said.append)
     return request.param, folder, said
 
 

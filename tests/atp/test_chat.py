@@ -76,7 +76,6 @@ def test_what_cannot_be_answered_is_refused(folder, tmp_path):
 
 
 def tuned_on(folder, model, *rows):
-    """A run folder whose model was tuned on these rows."""
     folder.mkdir()
     (folder / "model").symlink_to(model)
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

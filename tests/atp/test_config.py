@@ -55,9 +55,12 @@ def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest
     assert nearest is None or message.endswith(f"'{nearest}'?")
 
 
-def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_an_answer():
+def test_keys_that_are_missing_or_near_none_are_named():
     assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': the known keys are r, alpha, dropout"
     assert "training.steps sets the length" in refused(training={"num_train_epochs": 3})
+    with pytest.raises(InputError, match="config key 'model' is missing: add it to the YAML file or as model=VALUE"):
+        ATPConfig.parse({"output_dir": "x"})
+    assert "config key 'model.path' is missing" in refused(model={})
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,9 @@ def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_a
             {"decisions": {"multiples": {"mlps": 8}}},
             "config key 'decisions.multiples' is {'mlps': 8}: no structure is called 'mlps': use attention_inputs, ",
         ),
+        ({"decisions": {"multiples": {"mlp": 0}}}, "config key 'decisions.multiples' is {'mlp': 0}"),
+        ({"decisions": {"multiples": {"mlp": -8}}}, "config key 'decisions.multiples' is {'mlp': -8}"),
+        ({"training": {"lr": float("inf")}}, "config key 'training.lr' is inf"),
         ({"training": {"regularizer": "l1"}}, "config key 'training.regularizer' is 'l1': input should be 'lasso' or"),
         ({"seed": -1}, "config key 'seed' is -1: input should be greater than or equal to 0"),
         ({"seed": 2**32}, "config key 'seed' is 4294967296: numbers reach 4294967295"),
@@ -108,59 +114,41 @@ def test_target_lies_inside_zero_and_one(target):
     assert refused(decisions={"target_keep": target}).startswith(f"config key 'decisions.target_keep' is {target!r}: ")
 
 
-def test_missing_keys_are_named():
-    with pytest.raises(InputError, match="config key 'model' is missing: add it to the YAML file or as model=VALUE"):
-        ATPConfig.parse({"output_dir": "x"})
-    assert "config key 'model.path' is missing" in refused(model={})
-
-
 def test_values_are_checked_on_assignment_too():
     config = parse()
     with pytest.raises(ValueError):
         config.decisions.target_keep = 2.0
 
 
-def test_file_and_overrides(path):
+def test_a_file_and_overrides_which_are_not_changed(path):
     config = ATPConfig.load(
         path,
-        ["decisions.target_keep=0.7", "training.lr=1e-3", "data.labels=[a, b]", "output_dir=runs/a=b",
+        ["decisions.target_keep=0.7", "training.lr=1e-3", "data.labels=[yes, no, maybe]", "output_dir=runs/a=b",
          "decisions.multiples.mlp=64", "lora.dropout=0", "data.train=null"],
     )  # fmt: skip
     assert config.decisions.target_keep == 0.7 and config.training.lr == 1e-3 and config.lora.dropout == 0.0
-    assert config.output_dir == "runs/a=b" and config.data.train is None
-    assert config.decisions.multiples == {"mlp": 64} and config.data.labels == ("a", "b")
+    assert config.output_dir == "runs/a=b" and config.data.train is None and config.decisions.multiples == {"mlp": 64}
+    assert config.data.labels == ("yes", "no", "maybe"), "yes and no are labels, not booleans"
     assert ATPConfig.load(path).decisions.target_keep == 0.5
-
-
-def test_parse_leaves_its_argument_alone():
     values = {"model": {"path": "m"}, "output_dir": "x"}
     ATPConfig.parse(values, ["model.path=n", "lora.r=4"])
     assert values == {"model": {"path": "m"}, "output_dir": "x"}
 
 
-@pytest.mark.parametrize("override", ["decisions.target_keep", "=3", "--flag"])
-def test_malformed_overrides_are_refused(path, override):
-    with pytest.raises(InputError, match=f"override '{override}' is not of the form key.path=value"):
+FORM = "override '{}' is not of the form key.path=value"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decisions.target_keep", FORM), ("=3", FORM), ("--flag", FORM), ("data.labels=[yes", "data.labels"),
+        ("output_dir.name=3", "'output_dir' is not a section of the config"),
+        ("training.serch=3", r"unknown config key 'training.serch': did you mean 'search'\?"),
+    ],
+)  # fmt: skip
+def test_wrong_overrides_are_refused(path, override, message):
+    with pytest.raises(InputError, match=message.format(override)):
         ATPConfig.load(path, [override])
-
-
-def test_override_below_a_value_is_refused(path):
-    with pytest.raises(InputError, match="'output_dir' is not a section of the config"):
-        ATPConfig.load(path, ["output_dir.name=3"])
-
-
-def test_unknown_override_is_refused(path):
-    with pytest.raises(InputError, match=r"unknown config key 'training.serch': did you mean 'search'\?"):
-        ATPConfig.load(path, ["training.serch=3"])
-
-
-def test_yes_and_no_are_labels_not_booleans(path):
-    assert ATPConfig.load(path, ["data.labels=[yes, no, maybe]"]).data.labels == ("yes", "no", "maybe")
-
-
-def test_override_that_is_no_yaml_is_refused(path):
-    with pytest.raises(InputError, match="data.labels"):
-        ATPConfig.load(path, ["data.labels=[yes"])
 
 
 @pytest.mark.parametrize(
@@ -257,15 +245,12 @@ def test_dump_reads_back_as_the_same_config(tmp_path):
     assert ATPConfig.load(file) == config
 
 
-def test_changed_config_is_refused_with_its_differences():
+def test_a_changed_config_is_refused_with_its_differences_and_a_new_key_has_its_default():
     started = parse()
     started.refuse_change_of(started.model_dump(mode="json"))
     parse(preset="quick").refuse_change_of(parse(preset="auto").model_dump(mode="json"))
     with pytest.raises(InputError, match=r"\(seed: 0 -> 1; lora\.r: 16 -> 4\): restore it or start a new run"):
         parse(seed=1, lora={"r": 4}).refuse_change_of(started.model_dump(mode="json"))
-
-
-def test_a_run_from_before_a_setting_had_its_default():
     saved = parse().model_dump(mode="json")
     del saved["training"]["regularizer"]
     parse().refuse_change_of(saved)
@@ -274,15 +259,6 @@ def test_a_run_from_before_a_setting_had_its_default():
     saved["training"]["forgotten"] = 1
     with pytest.raises(InputError, match=r"training\.forgotten: 1 -> None"):
         parse().refuse_change_of(saved)
-
-
-@pytest.mark.parametrize("multiples", [{"mlp": 0}, {"mlp": -8}, {"mlps": 8}])
-def test_width_rules_name_a_structure_and_a_positive_multiple(multiples):
-    assert "decisions.multiples" in refused(decisions={"multiples": multiples})
-
-
-def test_infinite_learning_rate_is_refused():
-    assert "training.lr" in refused(training={"lr": float("inf")})
 
 
 @pytest.mark.timeout(20)
@@ -297,9 +273,6 @@ def test_messages_of_large_and_deep_values_are_short(path):
         with pytest.raises(InputError) as caught:
             ATPConfig.load(path, [override])
         assert len(str(caught.value)) < 600
-
-
-def test_a_changed_config_says_so_in_short(path):
     with pytest.raises(InputError) as caught:
         parse(data={"labels": ["x" * 1000] * 1000}).refuse_change_of(parse().model_dump(mode="json"))
     assert len(str(caught.value)) < 300

@@ -169,18 +169,13 @@ def test_data_that_mean_nothing_are_refused(model, tmp_path, row, sentence):
 
 
 def drafted(model, data, *overrides, **options):
-    """The config that is written, with the draft it is in."""
     made = draft(model, data, overrides=overrides, **options)
     return ATPConfig.parse(yaml.safe_load(made.text)), made
 
 
-def talk(number):
-    return {"messages": [{"role": "user", "content": numbered(number)}, TURN[1]]}
-
-
 @pytest.mark.parametrize(
     ("make", "copies"),
-    [(CASES["text"][0], 20), (CASES["labels"][0], 0), (CASES["classes"][0], 20), (CASES["pairs"][0], 0), (talk, 20)],
+    [*((CASES[case][0], 20) for case in ("text", "classes", "talks")), (CASES["labels"][0], 0), (CASES["pairs"][0], 0)],
 )
 def test_what_it_writes_leaves_a_plan_nothing_to_advise(model, tmp_path, make, copies):
     """Near-duplicates leave fewer samples than rows, so only the splits of the run say how often it reads them."""

@@ -22,7 +22,6 @@ def looped():
 
 
 def bomb(levels=12, width=9):
-    """9 ** 12 items to print, in a dozen lists."""
     value = ["lol"] * width
     for _ in range(levels):
         value = [value] * width
@@ -58,12 +57,9 @@ def test_a_text_is_said_as_it_is_and_a_value_as_code_would_have_it():
     assert shorten([1]) == "[1]"
 
 
-def test_a_number_too_long_to_print_gives_its_length():
+def test_messages_are_bounded_and_a_number_too_long_to_print_gives_its_length():
     assert sys.get_int_max_str_digits() < 6000
     assert quote(10**6000) == "a number of about 6001 digits"
-
-
-def test_messages_are_bounded_whatever_they_were_built_from():
     error = InputError("a " * 10**6 + "\x1b")
     assert len(str(error)) <= 1000 and str(error).isprintable()
     assert str(InputError("short, where, remedy")) == "short, where, remedy"

@@ -48,7 +48,6 @@ def adapter(**options):
 
 
 def ours(folder, accumulation, decisions=None, **training):
-    """A run of our own loop that ends at the cut."""
     values = {
         "model": {"path": "tiny"}, "output_dir": str(folder), "seed": 3,
         "decisions": DECISIONS | (decisions or {}),
@@ -61,7 +60,6 @@ def ours(folder, accumulation, decisions=None, **training):
 
 
 def read_by(trainer):
-    """The samples that a run of ours reads, in its order."""
     batches = [batch for step in trainer.batches_from(0) for batch in step]
     return [{"input_ids": row, "labels": row} for batch in batches for row in batch["input_ids"].tolist()]
 
@@ -80,7 +78,6 @@ def lora_of(trainer):
 
 
 def stock(lora):
-    """The model wrapped by stock PEFT, with these factors."""
     return start_from(get_peft_model(llama(), adapter()), lora)
 
 
@@ -235,8 +232,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 class Poison(torch.autograd.Function):
-    """The identity, with NaN for a gradient."""
-
     @staticmethod
     def forward(ctx, x):
         return x.clone()

@@ -46,7 +46,6 @@ def folder(tmp_path_factory):
 
 
 def cut(kept, space):
-    """The model of SHAPES with equal layers that keep this share of every structure."""
     found = MaskSpace.from_config(SHAPES, space)
     counts = {name: [round(kept * s.size) for s in layers] for name, layers in found.by_name().items()}
     mask = mask_of(found, counts)
@@ -115,7 +114,7 @@ def test_times_out_of_reach_are_refused(folder, table):
         share_of(config_of(folder, target_prefill_ms=5))
 
 
-def test_a_run_keeps_its_share_when_it_resumes(config, tmp_path, wide_budget, table, monkeypatch):
+def test_a_run_keeps_its_share_when_it_resumes(config, tmp_path, table, monkeypatch):
     said, asked, out = [], {"target_keep": 0.6, "target_prefill_ms": 18}, tmp_path / "out"
     values = {"decisions": asked, "evaluation": {"dense_baseline": False, "windows": 4, "questions": 2}}
     start(config, out, say=said.append, **values)

@@ -84,9 +84,7 @@ def test_what_is_there_and_no_model_says_what_it_is(run, tmp_path):
     with pytest.raises(InputError, match="'.*' *: the folder has no config.json: give small.gguf"):
         refuse_no_model(".")
     (run / "model").rename(tmp_path / "elsewhere")
-    with pytest.raises(
-        InputError, match="no model yet: it stopped before its first step: continue it with atp train r"
-    ):
+    with pytest.raises(InputError, match="no model yet: it stopped before its first step: continue it with atp train"):
         refuse_no_model("runs/demo")
     (run / "metrics.jsonl").write_text('{"step": 40, "phase": "open", "loss": 2.0}\n', encoding="utf-8")
     with pytest.raises(InputError, match="it stopped in phase open at step 40: .* runs/demo/config.yaml --resume"):

@@ -20,7 +20,6 @@ from atp.studies.experiments import Experiment
 
 
 def held_by_another_process(folder):
-    """Forks a process that holds the lock until it is killed, and returns its id once it does."""
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:
@@ -55,15 +54,11 @@ def test_a_lock_file_alone_means_nothing(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
-def _link(path):
-    path.symlink_to("../texts.jsonl")
+def _links_to(target):
+    return lambda path: path.symlink_to(target)
 
 
-def _dangling(path):
-    path.symlink_to("../nowhere")
-
-
-@pytest.mark.parametrize("make", [_link, _dangling, os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("make", [_links_to("../texts.jsonl"), _links_to("../nowhere"), os.mkfifo, os.mkdir])
 def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path, make):
     (tmp_path / "texts.jsonl").write_text("precious")
     (tmp_path / "out").mkdir()
@@ -135,10 +130,9 @@ def experiment(config, folder, **overrides):
     ],
 )  # fmt: skip
 def test_what_fails_its_checks_leaves_no_folder(config, tmp_path, command, wrong):
+    folder = tmp_path / ("out" if command is experiment else "deep/out")
     with pytest.raises(InputError):
-        command(config, tmp_path / "deep" / "out", **wrong) if command is not experiment else command(
-            config, tmp_path / "out", **wrong
-        )
+        command(config, folder, **wrong)
     assert not (tmp_path / "deep").exists() and not (tmp_path / "out").exists()
 
 

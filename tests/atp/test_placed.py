@@ -32,13 +32,10 @@ def config(tmp_path_factory):
     return tiny_config(tmp_path_factory.mktemp("inputs"))
 
 
-def test_eval_scores(config, elsewhere):
+def test_eval_and_chat(config, elsewhere):
     options = Scoring(suite=config.data.train, labels=("yes", "no"), length=16, questions=2, precision="float32")
     with pytest.raises(Seen, match="meta"):
         score_folder(config.model.path, options)
-
-
-def test_chat_answers(config, elsewhere):
     with pytest.raises(Seen, match="meta"):
         Conversation(config.model.path, plain=True).ask("the heart", print)
 

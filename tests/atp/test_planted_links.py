@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("wide_budget")
 
 
 def files_in(folder):
-    """Names of all files, in folders too, that a command has left."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
@@ -61,13 +60,11 @@ class Planted:
         return refused
 
     def left(self):
-        """The names at which there is still a link."""
         return [link.name for link in self.links if link.is_symlink()]
 
 
 @pytest.fixture
 def small(config):
-    """The tiny config with few scores."""
     values = config.model_dump(mode="json")
     values["evaluation"] |= {"dense_baseline": False, "windows": 4, "questions": 2}
     return type(config).parse(values)

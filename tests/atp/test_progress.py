@@ -57,13 +57,18 @@ def test_nothing_with_quiet(capsys, monkeypatch, as_json):
     assert capsys.readouterr() == ("", "")
 
 
-def test_lines_keep_out_of_a_result_on_stdout(capsys):
+def test_lines_keep_out_of_a_result_on_stdout_and_end_with_the_command(capsys):
     with progress.logged(as_json=False, stdout_taken=True, quiet_seconds=0.01):
         progress.begin("counting")
         progress.end()
         assert capsys.readouterr()[1][9:] == "counting\n"
         time.sleep(0.2)
-    assert capsys.readouterr() == ("", ""), "and end before it"
+        assert capsys.readouterr() == ("", ""), "and end before it"
+        progress.begin("cut")
+    capsys.readouterr()
+    time.sleep(0.2)
+    progress.begin("tune")
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -82,22 +87,10 @@ def test_a_quiet_phase_says_that_it_goes_on(capsys, as_json):
         assert lines[2][9:].startswith("saliency 3/40, for ")
 
 
-def test_the_log_ends_with_the_command(capsys):
-    with progress.logged(as_json=False, quiet_seconds=0.02):
-        progress.begin("cut")
-    capsys.readouterr()
-    time.sleep(0.2)
-    progress.begin("tune")
-    assert capsys.readouterr() == ("", "")
-
-
-def test_the_sentence_that_ends_a_command_is_json_too(atp):
+def test_the_sentence_that_ends_a_command_is_json_too_and_shows_no_secret(atp, monkeypatch):
     code, _, err = atp("train", "absent.yaml", "--json-logs")
     *_, line = err.splitlines()
     assert code == 2 and "absent.yaml" in json.loads(line)["error"]
-
-
-def test_a_secret_in_an_error_is_not_shown(atp, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted_secret_42\n")
     _, _, err = atp("train", "hf_planted_secret_42.yaml")
     assert "***.yaml" in err and "planted" not in err

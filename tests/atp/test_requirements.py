@@ -13,7 +13,7 @@ import pytest
 from atp.config import DataConfig, ModelConfig
 from atp.data import read_examples
 from atp.ground import requirements
-from atp.ground.ending import ending, lacking
+from atp.ground.ending import ending
 from atp.ground.errors import InputError
 from atp.ground.places import PACKAGED_MODEL
 from atp.ground.requirements import TRAIN, find, install_command, require
@@ -75,14 +75,11 @@ def test_installed_packages_pass():
         require("torch", "no_such_thing")
 
 
-def test_any_other_missing_module_ends_a_command_with_a_sentence_too():
+def test_any_other_missing_module_ends_a_command_with_a_sentence_in_every_process():
     sentence = "package 'peft' is not installed: run pip install 'atp-kernels[train]'"
     assert ending(ModuleNotFoundError("No module named 'peft.utils'", name="peft.utils")) == (sentence, 2)
     own = ModuleNotFoundError("No module named 'atp.oven'", name="atp.oven")
     assert "--debug" in ending(own)[0] and "pip install" not in ending(own)[0]
-
-
-def test_the_error_reaches_other_processes_as_it_is():
     error = pickle.loads(pickle.dumps(requirements.MissingPackage("no oven")))
     assert str(error) == "no oven" and isinstance(error, InputError) and isinstance(error, ImportError)
 
@@ -124,7 +121,6 @@ def test_what_torch_asks_for_comes_with_the_kernels():
 
 @pytest.fixture
 def alone(tmp_path):
-    """Runs Python where none of the extra's packages can be found."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "from importlib.machinery import PathFinder\n"
@@ -164,20 +160,12 @@ def test_the_method_without_its_packages_ends_with_one_sentence(alone, words, co
     assert (done.returncode, done.stdout, done.stderr) == (code, "", ALONE)
 
 
-def test_a_program_can_do_without_the_method(alone):
+def test_a_program_can_do_without_the_method_and_use_the_kernels(alone):
     done = alone(
         "-c", "import logging\ntry: import atp\nexcept ImportError as e: print(logging.root.manager.disable)\n1/0"
     )
     assert done.stdout == "0\n" and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
-
-
-def test_the_kernels_need_none_of_its_packages(alone):
     done = alone(
         "-c", "import atp_kernels as k, torch; print(k.rms_norm(torch.ones(2, 4), torch.ones(4), eps=0.0).sum())"
     )
     assert done.stdout == "tensor(8.)\n", done.stderr
-
-
-def test_an_error_of_our_own_is_no_missing_package():
-    error = ModuleNotFoundError("No module named 'atp.oven'", name="atp.oven")
-    assert lacking(error) is error

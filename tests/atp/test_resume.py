@@ -16,7 +16,6 @@ from atp.training import trainer as trainers
 from atp.training.resume import of_model_folder
 from atp.training.trainer import ATPTrainer
 
-pytestmark = pytest.mark.usefixtures("wide_budget")
 OUT = Path("out")
 
 
@@ -39,7 +38,6 @@ def begun(config, light, tmp_path_factory):
     """Folders with inputs and a run in `out`: one that has ended, and one that was stopped before its export."""
     folders = {name: desk(config, tmp_path_factory.mktemp(name)) for name in ("ended", "stopped")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
         patch.chdir(folders["ended"])
         start(light, OUT)
         patch.chdir(folders["stopped"])
@@ -50,8 +48,6 @@ def begun(config, light, tmp_path_factory):
 
 @pytest.fixture
 def here(begun, config, tmp_path, monkeypatch):
-    """Works in a copy of one of those folders, or in one with inputs alone."""
-
     def work(name=None):
         shutil.copytree(begun[name], tmp_path / "here") if name else desk(config, tmp_path / "here")
         monkeypatch.chdir(tmp_path / "here")
@@ -75,7 +71,6 @@ def test_a_finished_run_is_left_as_it_is_and_says_so(light, here):
 
 
 def half(name):
-    """A stop while files are being written."""
     return hf, "write_text", {"after": True, "when": lambda path, _: path.parent.name.endswith(f"-{name}")}
 
 

@@ -30,7 +30,7 @@ def printed():
 
 
 @pytest.fixture
-def untaught(config, tmp_path, wide_budget):
+def untaught(config, tmp_path):
     """A run whose questions do not hold their answers, so that nothing can be learnt; it ends by showing one."""
     rows = [json.loads(line) for line in open(config.data.train, encoding="utf-8")]
     rows = [row | {"prompt": row["prompt"].rpartition(" ")[0]} for row in rows]

@@ -21,7 +21,6 @@ def settings(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(settings, tmp_path_factory):
-    """The folder of the run in one process."""
     folder = tmp_path_factory.mktemp("one") / "run"
     ended(start(["train", str(settings[1]), f"output_dir={folder}"], two=False))
     return folder
@@ -115,7 +114,6 @@ OTHERS = {
 
 
 def differing(name, settings, config, folder):
-    """The case of a run of two processes that differ."""
     change, extra, _ = OTHERS[name]
     folders = [folder / name / place for place in ("here", "there")]
     for place in folders:

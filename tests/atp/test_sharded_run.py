@@ -34,13 +34,10 @@ def test_other_ways_to_spread_a_model_are_refused(variables, named, monkeypatch)
         processes.start()
 
 
-def test_one_process_alone_shares_nothing(monkeypatch):
+def test_one_process_alone_shares_nothing_and_says_so_where_it_is_asked_to(monkeypatch, config):
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "1")
     processes.start("fsdp")
     assert not processes.sharded()
-
-
-def test_one_process_that_is_asked_to_share_says_that_it_holds_the_whole_model(config):
     asked = ATPConfig.parse(config.model_dump(mode="json"), ["training.sharding=fsdp"])
     (said,) = sharding_remark(asked, 1)
     assert said.startswith("training.sharding=fsdp shares weights among processes, and one process holds them whole")
@@ -65,9 +62,8 @@ def test_settings_that_need_whole_weights_are_refused(config, shared, overrides,
 def test_a_gguf_file_is_refused(config, shared, monkeypatch):
     monkeypatch.setattr("atp.inputs.loading.load_shapes", lambda model: None)
     monkeypatch.setattr("atp.inputs.loading.check_prunable", lambda *arguments: None)
-    monkeypatch.setattr(
-        "atp.inputs.loading._source", lambda model: {"path": "x", "gguf_file": "x.gguf", "revision": None}
-    )
+    source = {"path": "x", "gguf_file": "x.gguf", "revision": None}
+    monkeypatch.setattr("atp.inputs.loading._source", lambda model: source)
     with pytest.raises(InputError, match="is a GGUF file, which cannot be read in shards: save the model as"):
         load_model(config.model, config.decisions.space)
 

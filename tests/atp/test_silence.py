@@ -13,8 +13,6 @@ from atp.training.callbacks import make_progress
 
 
 class Screen(io.StringIO):
-    """A terminal's file that notes when it is written to."""
-
     def __init__(self):
         super().__init__()
         self.times = [time.monotonic()]
@@ -34,7 +32,6 @@ def screen(monkeypatch):
 
 
 def frames(file, seconds):
-    """What is drawn in so many seconds, one by one."""
     file.seek(0)
     file.truncate()
     time.sleep(seconds)
@@ -83,7 +80,6 @@ def test_names_are_shown_as_they_are(screen):
             assert "task [/i]" in drawn and "[progress" not in drawn
 
 
-@pytest.mark.usefixtures("wide_budget")
 def test_something_moves_in_all_of_a_run(screen, config, tmp_path):
     """By what is on the terminal at each moment, which no slow machine changes."""
     console, file = screen

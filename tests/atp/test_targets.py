@@ -42,7 +42,7 @@ def test_parameters_and_megabytes_are_one_target(folder):
     assert share_of(plain) == 0.3
 
 
-def test_a_run_meets_a_target_in_parameters(config, tmp_path, wide_budget):
+def test_a_run_meets_a_target_in_parameters(config, tmp_path):
     total, decoder = 0, 0
     for name, p in AutoModelForCausalLM.from_pretrained(config.model.path).named_parameters():
         total, decoder = total + p.numel(), decoder + p.numel() * (".layers." in name)

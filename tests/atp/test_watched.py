@@ -15,8 +15,6 @@ from atp.cli.cli import main
 
 
 class Diary(tracking.GeneralTracker):
-    """Keeps all that trackers are given, in a file of the run folder."""
-
     name, requires_logging_directory = "diary", True
     tracker = property(lambda self: self)
 
@@ -51,7 +49,6 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def watched(config, tmp_path_factory):
-    """(what the command printed, its folder)."""
     folder = tmp_path_factory.mktemp("watched")
     training = {"report_to": ["diary"], "metrics_file": str(folder / "atp.prom"), "log_every": 2}
     values = config.model_dump(mode="json") | {"output_dir": str(folder / "out"), "export": {"keep_adapter": True}}

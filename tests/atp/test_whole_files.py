@@ -28,7 +28,6 @@ def folder(tmp_path):
 
 
 def put(writer, path, text):
-    """Writes a file, or a folder with one file."""
     with writer(path) as temporary:
         (temporary / "a.txt" if writer is whole_folder else temporary).write_text(text)
 
@@ -95,7 +94,6 @@ def test_the_longest_names_are_written(folder, writer, name):
 
 @contextmanager
 def another_process(writer, path):
-    """Yields while another process is writing `path`, and kills it."""
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:

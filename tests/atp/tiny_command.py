@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from atp.inputs import promises
 from atp.run import Run
 
 RESULTS = ("base", "adapter", "model", "decisions.json", "decisions.safetensors")
@@ -15,8 +16,10 @@ def start(config, folder, *, resume=False, say=lambda text: None, **overrides):
     values = config.model_dump(mode="json") | {"output_dir": str(folder), "export": {"keep_adapter": True}}
     for section, keys in overrides.items():
         values[section] = values[section] | keys
-    run = Run(type(config).parse(values), resume=resume, command="atp train", say=say)
-    return run.execute()
+    with pytest.MonkeyPatch.context() as patch:
+        # One channel of the tiny model is more than the tolerance on the budget.
+        patch.setattr(promises, "BUDGET_TOLERANCE", max(promises.BUDGET_TOLERANCE, 0.02))
+        return Run(type(config).parse(values), resume=resume, command="atp train", say=say).execute()
 
 
 def one_in_four(cases):

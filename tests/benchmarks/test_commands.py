@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import cpu_ops, gate, training
+from benchmarks import cpu_ops, gate, overhead, training
 from benchmarks.case import Case, Op, Variant, Work
 from benchmarks.gate import Mark, conclude
 from benchmarks.limits import Limits
@@ -22,25 +22,13 @@ GIVEN = ["--tflops", "1", "--tbps", "0.0001", "--model", "tiny", "--threads", "1
 COMPACT = ["run", "--op", "compact", "--part", "q_proj", "--dtype", "float32", *GIVEN]
 
 
-def op_tested_by(path):
+def op_tested_by(path, holds):
+    path.write_text(f"def test():\n    assert {holds}\n")
     return Op("toy", lambda case: {}, lambda case: {}, lambda model: (), (str(path),))
 
 
-@pytest.fixture
-def green(tmp_path):
-    path = tmp_path / "test_green.py"
-    path.write_text("def test():\n    assert True\n")
-    return op_tested_by(path)
-
-
-@pytest.fixture
-def red(tmp_path):
-    path = tmp_path / "test_red.py"
-    path.write_text("def test():\n    assert False\n")
-    return op_tested_by(path)
-
-
-def test_a_red_gate_refuses_unless_skipped(green, red):
+def test_a_red_gate_refuses_unless_skipped(tmp_path):
+    green, red = op_tested_by(tmp_path / "test_green.py", True), op_tested_by(tmp_path / "test_red.py", False)
     assert gate.allow([green], skip=False) == "verified"
     with pytest.raises(SystemExit, match="tests fail, so nothing is timed"):
         gate.allow([green, red], skip=False)
@@ -56,7 +44,6 @@ def test_run_times_nothing_on_a_red_gate(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def compact_run(tmp_path_factory):
-    """The folder of a run's rows, and what it printed."""
     out, said = tmp_path_factory.mktemp("rows"), io.StringIO()
     with contextlib.redirect_stdout(said):
         command.main([*COMPACT, "--no-verify", "--out", str(out)])
@@ -75,15 +62,19 @@ def test_run_writes_a_row_a_variant_that_says_unverified(compact_run):
     assert base["speedup"] == "1.0"
 
 
-def test_an_unknown_operation_is_one_sentence(tmp_path):
+def test_check_ends_with_success_and_an_unknown_operation_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["check", "--op", "compact", *GIVEN[4:8]])
+    assert ended.value.code == 0 and "all variants agree" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no operation matches 'nonsense'"):
         command.main(["verify", "--op", "nonsense"])
 
 
-def test_check_ends_with_success(capsys):
-    with pytest.raises(SystemExit) as ended:
-        command.main(["check", "--op", "compact", *GIVEN[4:8]])
-    assert ended.value.code == 0 and "all variants agree" in capsys.readouterr().out
+def test_overhead_prints_a_line_a_pass(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr("sys.argv", ["overhead", "--rounds", "20"])
+    overhead.main()
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["forward", "forward and backward"]
 
 
 def test_plot_writes_a_png_an_operation_with_rows(compact_run, tmp_path):

@@ -25,8 +25,6 @@ def step(phase, way, shapes=SHAPES, item=4):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts operators that compute, and the bytes of their tensors."""
-
     VIEWS = ("view", "t", "transpose", "expand", "unsqueeze", "detach", "alias", "permute", "reshape", "_unsafe_view",
              "ones_like")  # fmt: skip
 
@@ -98,7 +96,6 @@ def test_an_unfused_loss_moves_what_its_operators_do(dtype):
 
 
 def test_a_lora_step_of_a_large_model_meets_its_marks():
-    """Of the dense step at most 0.75, of the unfused one 0.55, by the model."""
     options = parser().parse_args([])
     shapes, rates = shapes_of("llama2-7b", 0.6, "h100"), find_rates("h100", torch.float32)
     for phase in ("search", "tune"):
@@ -142,12 +139,9 @@ def test_the_table_and_its_warning(capsys):
     assert [text.count(f"\n{row} ") for row in ROWS] == [len(PHASES)] * len(ROWS)
 
 
-def test_a_config_file_names_a_model(tmp_path):
+def test_a_config_file_names_a_model_and_unknown_names_are_refused(tmp_path, capsys):
     config_of("tiny").save_pretrained(tmp_path)
     assert shapes_of(str(tmp_path), 0.6, "h100").whole == shapes_of("tiny", 0.6, "h100").whole
-
-
-def test_unknown_names_are_refused(capsys):
     assert main(["--model", "nobody-7b"]) == 2
     assert main(["--compare"]) == 2
     assert "unknown model 'nobody-7b'" in capsys.readouterr().err

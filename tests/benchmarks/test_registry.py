@@ -11,7 +11,7 @@ from benchmarks.shapes import find_model
 CHOICE = {"models": ["tiny"], "dtypes": ["float32"], "ranks": [8], "tokens": [32]}
 
 
-def test_names_are_distinct_and_patterns_choose_among_them():
+def test_names_are_distinct_and_patterns_choose_among_them_and_unknown_ones_are_told():
     names = [op.name for op in OPS]
     assert len(set(names)) == len(names)
     assert [op.name for op in find_ops(["linear_hard_*", "compact"])] == [
@@ -19,6 +19,8 @@ def test_names_are_distinct_and_patterns_choose_among_them():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="no operation matches 'linera': use one of compact, group_lasso"):
         find_ops(["linear_*", "linera"])
+    with pytest.raises(ValueError, match="unknown model '9b': use one of tiny, smollm2-135m"):
+        find_model("9b")
 
 
 @pytest.mark.parametrize(
@@ -37,11 +39,6 @@ def test_model_shapes(model, linears, total):
     assert sizes.linear_params == total
 
 
-def test_unknown_model_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown model '9b': use one of tiny, smollm2-135m"):
-        find_model("9b")
-
-
 def test_cases_are_one_a_distinct_shape_and_a_number_that_matters():
     (linear,), (lasso,) = find_ops(["linear_unmasked"]), find_ops(["group_lasso"])
     many = {"models": ["llama3-8b"], "dtypes": ["float32", "bfloat16"], "ranks": [8, 16], "tokens": [1, 64]}
@@ -54,7 +51,6 @@ def test_cases_are_one_a_distinct_shape_and_a_number_that_matters():
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_variants_compute_the_same(op):
-    """On a tiny model, every backend included; also says that each operation can be built and run."""
     if op.name.startswith("train_"):
         pytest.importorskip("peft")
     found = cases(op, **CHOICE, length=16, keep=0.6)
@@ -64,7 +60,6 @@ def test_variants_compute_the_same(op):
 
 
 def toy(second):
-    """An operation whose second variant multiplies by a number of its own."""
     x = torch.arange(1.0, 4.0, requires_grad=True)
 
     def build(case):

@@ -19,7 +19,6 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory i
 
 @pytest.fixture
 def here(monkeypatch):
-    """Sides run in the process of the test: a fresh one takes seconds to start."""
     monkeypatch.setattr(whole_run, "apart", lambda function, *arguments: function(*arguments))
 
 

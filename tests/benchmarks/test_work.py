@@ -44,9 +44,13 @@ def test_work_by_hand(op, pass_, flops, entries, more_bytes):
         assert found.flops == flops and found.bytes == item * entries + more_bytes
 
 
-def test_full_is_forward_and_backward():
+def test_full_is_forward_and_backward_and_a_training_step_its_products():
     forward, backward, full = (work("linear_unmasked", pass_) for pass_ in ("forward", "backward", "full"))
     assert full == Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
+    # Linears of the tiny model: 2 x (64 x 64 + 2 x 32 x 64 + 64 x 64 + 3 x 96 x 64) = 61,440; head 64 x 128.
+    dense, half = 2 * 10 * (61_440 + 8_192), 2 * 10 * (30_720 + 8_192)
+    assert work("train_tune", "full", part="kv_group").flops == 2 * half
+    assert work("train_decision", "full", part="kv_group").flops == 2 * dense
 
 
 def test_work_of_groups_by_hand():
@@ -61,19 +65,9 @@ def test_work_of_groups_by_hand():
     assert work("group_prox", "forward") == Work(1.5 * entries, 4 * entries)
 
 
-def test_work_of_a_training_step_is_that_of_its_products():
-    # Linears of the tiny model: 2 x (64 x 64 + 2 x 32 x 64 + 64 x 64 + 3 x 96 x 64) = 61,440; head 64 x 128.
-    dense, half = 2 * 10 * (61_440 + 8_192), 2 * 10 * (30_720 + 8_192)
-    assert work("train_tune", "full", part="kv_group").flops == 2 * half
-    assert work("train_decision", "full", part="kv_group").flops == 2 * dense
-
-
-def test_limit_is_the_longer_of_computing_and_moving():
+def test_limits_are_those_of_the_longer_of_computing_and_moving():
     limits = Limits(flops=1e12, bandwidth=1e9)
     assert limits.milliseconds(Work(2e9, 1e3)) == pytest.approx(2.0)
     assert limits.milliseconds(Work(2e3, 5e6)) == pytest.approx(5.0)
-
-
-def test_measured_limits_are_those_of_a_product_and_a_copy():
     limits = Limits.measured("cpu", torch.float32, gemm=128, copy_bytes=2**20)
     assert 1e8 < limits.flops < 1e14 and 1e7 < limits.bandwidth < 1e13

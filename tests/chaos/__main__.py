@@ -2,7 +2,6 @@
 
     python tests/chaos                      200 kills, signals and other faults, 500 damaged checkpoints
     python tests/chaos --kills 5 --faults 0.1 --damaged 50 --seed 3
-    python tests/chaos --load 10            runs beside busy loops, some broken off early: the same bytes and scores?
     python tests/chaos --spread             kills and signals of two and four processes, weights in shards and whole
     python tests/chaos --record             also write the result to experiments/results/chaos.md
 
@@ -32,7 +31,6 @@ from chaos_command import ROOT, Command, Watch, follow_all
 from chaos_damage import damage, damaged_checkpoints
 from chaos_faults import Fault, faults, skipped
 from chaos_kills import Kill, kills, spread_kills, strike, table
-from chaos_load import under_load
 from tiny_inputs import tiny_config
 from tqdm import tqdm
 
@@ -176,7 +174,6 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=90)
     parser.add_argument("--faults", type=float, default=1.0, help="share of the other faults")
     parser.add_argument("--spread", action="store_true", help="kills and signals of several processes instead")
-    parser.add_argument("--load", type=int, default=0, help="only runs beside busy loops, so many")
     parser.add_argument("--damaged", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help=f"also write the result to {RECORD.relative_to(ROOT)}")
@@ -192,10 +189,6 @@ def main() -> int:
     draw, started = random.Random(options.seed), time.perf_counter()
     with TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder))
-        if options.load:
-            text, same = under_load(chaos.watch, chaos.config, chaos.folder, options.load)
-            print(f"{text}\n{time.perf_counter() - started:.0f} s")
-            return 0 if same else 1
         killed = spread_kills(draw) if options.spread else kills(options.kills, draw)
         cases = killed if options.spread else [*killed, *faults(options.faults, draw)]
         for index, case in enumerate(cases):

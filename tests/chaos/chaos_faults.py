@@ -208,10 +208,7 @@ KINDS: dict[str, tuple[Callable[[Fault, Command, Watch], list[str]], tuple[str, 
     "no memory": (_struck(_no_memory, may_crash=True), RUNNING),
     "clock jumps": (_struck(_clock_jumps), RUNNING),
     "NaN in an output": (_struck(_nan_in_output), COMPUTING),
-    "NaN in a gradient": (
-        _struck(_nan_in_gradient),
-        ("dense baseline", "open", "saliency", "search", "settle", "tune"),
-    ),
+    "NaN in a gradient": (_struck(_nan_in_gradient), LEARNING),
     "NaN in a weight": (_struck(_nan_in_weight), COMPUTING),
     "changed inputs": (_changed_inputs, RUNNING[:-1]),  # from the report on it is finished, and left as it is
     "two writers": (_two_writers, RUNNING),

@@ -97,22 +97,17 @@ def _replace(path, content):
     path.write_bytes(content)
 
 
-def _odd_json(draw, content, times):
-    """Bytes of a JSON text, odd in its values, its text or its bytes."""
-    return as_json(draw, json.loads(content), times)
-
-
 def model_config_case(draw, folder):
     """config.json, with the widths of layers in it."""
     source, copy = _copied(draw, folder, ("whole", "cut", "cut"))
-    _replace(copy / "config.json", _odd_json(draw, (source / "config.json").read_bytes(), 4))
+    _replace(copy / "config.json", as_json(draw, json.loads((source / "config.json").read_bytes()), 4))
     use_model(copy)
 
 
 def index_case(draw, folder):
     """The index of weights in two files."""
     source, copy = _copied(draw, folder, ("two",))
-    _replace(copy / INDEX, _odd_json(draw, (source / INDEX).read_bytes(), 4))
+    _replace(copy / INDEX, as_json(draw, json.loads((source / INDEX).read_bytes()), 4))
     use_model(copy)
 
 
@@ -120,7 +115,7 @@ def tokenizer_case(draw, folder):
     """tokenizer.json or tokenizer_config.json."""
     source, copy = _copied(draw, folder, ("whole",))
     name = draw.choice(("tokenizer.json", "tokenizer_config.json"))
-    _replace(copy / name, _odd_json(draw, (source / name).read_bytes(), 4))
+    _replace(copy / name, as_json(draw, json.loads((source / name).read_bytes()), 4))
     load_tokenizer(ModelConfig(path=str(copy)))
 
 

@@ -23,14 +23,6 @@ def test_a_cut_model_is_the_masked_one_or_refused(tmp_path):
     assert "cut" in kinds and kinds <= {"cut", "cut twice", "refused", "no model"}
 
 
-def test_a_case_is_a_function_of_its_number(tmp_path):
-    number = first_cut(tmp_path)
-    for name in ("one", "two"):
-        outcome(number, tmp_path / name)
-    for file in ("config.json", "model.safetensors"):
-        assert (tmp_path / "one" / "cut" / file).read_bytes() == (tmp_path / "two" / "cut" / file).read_bytes()
-
-
 def doubled(model, kept):
     model.model.norm.weight.data.mul_(2)
     return model

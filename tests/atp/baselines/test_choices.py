@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from small_llama import HEAD_DIM, HEADS, INNER, KV_HEADS, config, model, windows
+from small_llama import config, model, windows
 from torch.nn import functional as F
+from zeroed import HEAD_DIM, HEADS, INNER, KV_HEADS
 
 from atp.baselines.calibration import calibration_batches, choice_samples
 from atp.baselines.llm_pruner import taylor_mask, taylor_scores, unprotected_layers
@@ -270,7 +271,7 @@ def test_uniform_mask_keeps_the_best_of_each_structure_in_equal_numbers():
         assert kept.all() or values[kept].min() > values[~kept].max()
 
 
-def test_llm_pruner_protects_first_and_last_layers():
+def test_llm_pruner_protects_first_and_last_layers_and_refuses_what_the_others_cannot_meet():
     assert unprotected_layers(32) == range(4, 30)
     assert unprotected_layers(16) == range(2, 15)
     llama = model(layers=16, dtype=torch.float32)
@@ -278,9 +279,6 @@ def test_llm_pruner_protects_first_and_last_layers():
     counts = space.describe(taylor_mask(llama, space, windows(), config()))
     assert counts["mlp"][:2] == [INNER] * 2 and counts["mlp"][-1] == INNER
     assert max(counts["mlp"][2:-1]) < INNER and max(counts["kv_group"][2:-1]) <= 1
-
-
-def test_a_budget_that_the_free_layers_cannot_meet_is_refused():
     space = MaskSpace.from_config(model(layers=4).config, "kv_group")
     with pytest.raises(InputError, match="only 1 of 4 layers may be pruned"):
         uniform_mask(torch.rand(space.size), 0.5, Budget(space), {}, layers=range(2, 3))

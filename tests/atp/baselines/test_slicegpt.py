@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from small_llama import HIDDEN, VOCAB, config, model, windows
+from small_llama import config, model, windows
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from zeroed import HIDDEN, VOCAB
 
 import atp  # noqa: F401  registers the class
 from atp.baselines.calibration import calibration_batches

@@ -37,10 +37,7 @@ def test_exact_target_falls_on_a_cubic_and_stays():
     assert decisions.target_at(10) == decisions.target_at(STEPS) == 0.6
     targets = [decisions.target_at(step) for step in range(STEPS)]
     assert targets == sorted(targets, reverse=True)
-
-
-def test_reach_zero_and_penalty_ask_for_the_target_at_once():
-    assert maker(target_keep=0.7, reach=0.0).target_at(1) == 0.7
+    assert maker(target_keep=0.7, reach=0.0).target_at(1) == 0.7, "at once"
     assert maker(target_keep=0.7, budget="penalty").target_at(0) == 0.7
 
 
@@ -130,17 +127,14 @@ def test_late_search_learns_at_a_fifth():
     assert rates == pytest.approx([1e-2, 1e-2, 2e-3, 2e-3])
 
 
-def test_non_finite_gradients_are_not_applied():
+def test_gradients_are_clipped_and_not_applied_where_they_are_not_finite():
     decisions = maker()
     before = {n: p.detach().clone() for n, p in decisions.generator.named_parameters()}
     outcome = decisions.update(0, lambda soft: soft.sum() * float("nan"))
     assert not outcome.applied
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in decisions.generator.named_parameters())
     assert decisions.update(1, lambda soft: soft.sum()).applied
-
-
-def test_gradient_is_clipped():
-    """AdamW's first moment after one step is 0.1 times the clipped gradient."""
+    # AdamW's first moment after one step is 0.1 times the clipped gradient.
     decisions = maker(clip=0.5)
     decisions.update(0, lambda soft: 1e4 * soft.sum())
     squares = sum(float(s["exp_avg"].square().sum()) for s in decisions.optimizer.state.values())

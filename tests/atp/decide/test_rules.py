@@ -34,14 +34,8 @@ def random_logits(budget, seed):
 SELECTED = ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs", "mlp")
 
 
-@pytest.mark.parametrize("shapes", [SMOLLM2, LLAMA2], ids=["SmolLM2-135M", "Llama-2-7B"])
-def test_real_models_keep_multiples_of_64(shapes):
-    assert width_rules(budget_of(shapes), 0.6, None) == {"mlp": 64}
-    assert width_rules(budget_of(shapes, "disp"), 0.6, None) == dict.fromkeys(SELECTED, 64)
-
-
 @pytest.mark.parametrize(
-    ("shapes", "space", "rules"),
+    ("shapes", "space", "rules"),  # of a machine with CUDA
     [
         (SMOLLM2, "kv_group", {"mlp": 64}),  # 3 groups are no even number, and 128 channels 0.208 % of the decoder
         (LLAMA2, "kv_group", {"kv_group": 2, "mlp": 128}),
@@ -51,10 +45,12 @@ def test_real_models_keep_multiples_of_64(shapes):
         (SMOLLM2 | {"intermediate_size": 1504}, "kv_group", {"mlp": 32}),
     ],
 )
-def test_on_cuda_widths_fill_the_tiles_of_matrix_products(shapes, space, rules):
-    """Where the model's own widths allow it, and only where nothing was set."""
+def test_widths_fill_the_tiles_of_matrix_products(shapes, space, rules):
+    """Where the model's own widths allow it, and only where nothing was set; of a CPU, multiples of 64 do."""
     budget = budget_of(shapes, space)
     assert rules_on(budget, 0.6, None, device="cuda") == rules
+    narrow = {name: min(step, 64) for name, step in rules.items() if name != "kv_group"}
+    assert width_rules(budget, 0.6, None) == narrow
     for given in ({}, {"mlp": 100, "kv_group": 2}):
         assert rules_on(budget, 0.6, given, device="cuda") == width_rules(budget, 0.6, given) == given
 
@@ -79,7 +75,6 @@ def test_a_block_is_never_more_than_the_budget_may_miss():
 
 
 def test_a_low_target_stays_in_reach():
-    """64 channels in every layer are 3 % of SmolLM2's decoder; a KV group in every layer is 8 %."""
     budget = budget_of(SMOLLM2)
     assert width_rules(budget, 0.2, None) == {"mlp": 64}
     rules = width_rules(budget, 0.09, None)

@@ -69,7 +69,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
 
 
 def test_a_margin_holds_close_calls_and_no_others():
-    """Scores that swap by less than the margin keep the mask; those that swap by more change it."""
     flips = {}
     for margin in (0.0, 0.3, 100.0):
         decisions = make(decay=0.0, margin=margin)

@@ -34,13 +34,15 @@ def test_batched_answers_equal_a_plain_loop(model, batch_size, bos):
     assert len(set(answers)) > 1 and seen[-1] == (4, 4)
 
 
-def test_the_models_own_end_tokens_end_an_answer(model, tokenizer):
+def test_an_answer_ends_at_the_models_own_end_tokens_and_at_a_blank_line(model, tokenizer):
     longer = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6)
     ends = tokenizer.convert_tokens_to_ids(longer[0].split()[1])
     shorter = tiny_model()
     shorter.generation_config.eos_token_id = [1, ends]
     answer = generate_answers(shorter, tokenizer, PROMPTS, max_new_tokens=6)[0]
     assert answer.split() == longer[0].split()[:2] and len(longer[0].split()) > 2
+    assert first_paragraph("\n the first\nstill\n\nthe second") == "the first\nstill"
+    assert first_paragraph("  ") == ""
 
 
 def test_long_prompts_lose_their_left_end(model, tokenizer):
@@ -48,11 +50,6 @@ def test_long_prompts_lose_their_left_end(model, tokenizer):
     assert short == long
     with pytest.raises(InputError, match="max_length 4 leaves no room for a prompt and 4 tokens"):
         generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4, max_length=4)
-
-
-def test_an_answer_ends_at_a_blank_line():
-    assert first_paragraph("\n the first\nstill\n\nthe second") == "the first\nstill"
-    assert first_paragraph("  ") == ""
 
 
 def test_rouge_by_hand():

@@ -56,7 +56,6 @@ def test_missing_package_names_the_remedy(monkeypatch):
 
 
 def shell_block(text):
-    """The one command in the ```sh block of a Markdown text."""
     (block,) = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     return shlex.split(block.replace("\\\n", " "))
 

@@ -17,7 +17,6 @@ def examples(labels, task="qa"):
 
 
 def test_it_is_the_training_splits_and_scores_by_hand():
-    """Training says yes, test says no: nobody peeks."""
     train = examples(["yes", "no", "yes"]) + examples(["no"] * 9, "other") + examples([None] * 5)
     found = majority_scores(train, examples(["no", "no", "yes", "no"]), [QA])["qa"]
     assert (found["label"], found["of"], found["n"]) == ("yes", "train", 4)
@@ -28,16 +27,13 @@ def test_it_is_the_training_splits_and_scores_by_hand():
     assert found["items"] == [["no", "yes"], ["no", "yes"], ["yes", "yes"], ["no", "yes"]]
 
 
-def test_equally_frequent_labels_are_taken_in_the_tasks_order():
-    for order in (["yes", "no"], ["no", "yes"]):
-        assert majority_scores(examples(order), examples(["yes"]), [QA])["qa"]["label"] == "no"
-
-
-def test_without_training_labels_the_test_questions_decide():
+def test_the_test_questions_decide_without_training_labels_and_the_tasks_order_between_equals():
     found = majority_scores(examples([None, None]), examples(["yes", "no", "yes"]), [QA])["qa"]
     assert (found["label"], found["of"], found["accuracy"]) == ("yes", "test", pytest.approx(2 / 3))
     best = max(answer_scores(["yes", "no", "yes"], [label] * 3, QA.labels)["macro_f1"] for label in QA.labels)
     assert found["macro_f1"] == best, "no constant answer beats it"
+    for order in (["yes", "no"], ["no", "yes"]):
+        assert majority_scores(examples(order), examples(["yes"]), [QA])["qa"]["label"] == "no"
 
 
 def test_only_the_questions_that_are_scored_and_only_tasks_with_labels():

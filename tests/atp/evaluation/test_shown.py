@@ -46,7 +46,6 @@ def test_without_such_a_question_the_first_is_shown_and_it_says_so(final):
 
 
 def test_every_task_is_looked_through():
-    """The first task teaches nothing, the second does."""
     models = {
         "original": {"tasks": scored(*TRUTH)["tasks"] | scored("no", *TRUTH[1:], task="second")["tasks"]},
         "final": {"tasks": scored(*TRUTH)["tasks"] | scored(*TRUTH, task="second")["tasks"]},

@@ -75,14 +75,11 @@ def test_weights_that_do_not_fit_are_named_and_counted(tmp_path, spoil, told):
     assert refused(tmp_path, lambda config: load_model(config, "kv_group")) == message
 
 
-def test_a_tied_head_is_not_missed(tmp_path):
+def test_a_checkpoint_may_lack_a_tied_head_and_hold_rotary_buffers(tmp_path):
     save(tmp_path, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model = load_any_model(ModelConfig(path=str(tmp_path)))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_rotary_buffers_of_old_checkpoints_are_fine(tmp_path):
     save(tmp_path)
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}
     edit_weights(tmp_path, lambda tensors: tensors.update(old))
@@ -194,36 +191,19 @@ class Payload:
 
 @pytest.fixture
 def ran(tmp_path):
-    """A path that whatever is run creates."""
     return tmp_path / "ran"
 
 
-def evil_module(folder, ran):
-    code = f"open({str(ran)!r}, 'w')\nfrom transformers import *\nclass Evil(LlamaForCausalLM): pass\n"
-    code += "class EvilConfig(LlamaConfig): model_type = 'evil'\nclass EvilTokenizer(PreTrainedTokenizerFast): pass\n"
-    (folder / "evil.py").write_text(code, encoding="utf-8")
+def with_code(name, **changes):
+    """Python beside a file of the folder that asks for it."""
 
+    def spoil(folder, ran):
+        code = f"open({str(ran)!r}, 'w')\nfrom transformers import *\nclass Evil(LlamaForCausalLM): pass\n"
+        code += "class EvilConfig(LlamaConfig): model_type = 'evil'\nclass EvilTokenizer(PreTrainedTokenizerFast): pass"
+        (folder / "evil.py").write_text(code, encoding="utf-8")
+        edit_json(folder / name, **changes)
 
-def tokenizer_code(folder, ran):
-    evil_module(folder, ran)
-    changes = {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}, "tokenizer_class": "EvilTokenizer"}
-    edit_json(folder / "tokenizer_config.json", **changes)
-
-
-def tokenizer_code_beside_ours(folder, ran):
-    evil_module(folder, ran)
-    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.EvilTokenizer"]})
-
-
-def config_code(folder, ran):
-    evil_module(folder, ran)
-    auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
-    edit_json(folder / "config.json", model_type="evil", architectures=["Evil"], auto_map=auto_map)
-
-
-def model_code_beside_ours(folder, ran):
-    evil_module(folder, ran)
-    edit_json(folder / "config.json", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"})
+    return spoil
 
 
 def generation_code(folder, ran):
@@ -232,15 +212,14 @@ def generation_code(folder, ran):
     edit_json(folder / "generation_config.json", custom_generate=".")
 
 
-def pickled(folder, ran):
+def pickled(folder, ran, name="pytorch_model.bin"):
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(str(ran))))
+    (folder / name).write_bytes(pickle.dumps(Payload(str(ran))))
 
 
 def pickled_shard(folder, ran):
     save(folder, shards=True)
-    (folder / "model.safetensors").unlink()
-    (folder / "shard.bin").write_bytes(pickle.dumps(Payload(str(ran))))
+    pickled(folder, ran, "shard.bin")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     edit_json(folder / "model.safetensors.index.json", weight_map=dict.fromkeys(index["weight_map"], "shard.bin"))
 
@@ -255,14 +234,24 @@ def pickled_adapter(folder, ran):
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Payload(str(ran))))
 
 
-RUNNING = [tokenizer_code, config_code, pickled, pickled_shard, pickle_named_by_the_config, pickled_adapter]
-HARMLESS = [tokenizer_code_beside_ours, model_code_beside_ours, generation_code]
+MODEL = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
+TOKENIZER = {"AutoTokenizer": [None, "evil.EvilTokenizer"]}
+RUNNING = {
+    "tokenizer": with_code("tokenizer_config.json", auto_map=TOKENIZER, tokenizer_class="EvilTokenizer"),
+    "config": with_code("config.json", model_type="evil", architectures=["Evil"], auto_map=MODEL),
+    **{spoil.__name__: spoil for spoil in (pickled, pickled_shard, pickle_named_by_the_config, pickled_adapter)},
+}
+HARMLESS = {
+    "tokenizer code beside ours": with_code("tokenizer_config.json", auto_map=TOKENIZER),
+    "model code beside ours": with_code("config.json", auto_map=MODEL),
+    "generation code": generation_code,
+}
 
 
-@pytest.mark.parametrize("spoil", [*RUNNING, *HARMLESS], ids=lambda spoil: spoil.__name__)
-def test_nothing_in_a_model_folder_is_run(tmp_path, ran, spoil, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [*RUNNING, *HARMLESS])
+def test_nothing_in_a_model_folder_is_run(tmp_path, ran, kind, monkeypatch, capsys):
     """Whatever the folder holds and whatever is answered to a question: it is left alone or refused in a sentence."""
-    spoil(save(tmp_path / "model"), ran)
+    (RUNNING | HARMLESS)[kind](save(tmp_path / "model"), ran)
     (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on a mat and it was not there again"}\n')
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     options = ["--suite", str(tmp_path / "texts.jsonl"), "--length", "8", "--documents", "1"]
@@ -272,8 +261,7 @@ def test_nothing_in_a_model_folder_is_run(tmp_path, ran, spoil, monkeypatch, cap
         main()
     err = capsys.readouterr().err
     assert not ran.exists()
-    assert done.value.code == (2 if spoil in RUNNING else 0), err
-    assert err.count("\n") == (1 if spoil in RUNNING else 0)
+    assert (done.value.code, err.count("\n")) == ((2, 1) if kind in RUNNING else (0, 0)), err
 
 
 def test_pickled_weights_are_refused_with_the_remedy(tmp_path, ran):
@@ -322,14 +310,11 @@ def test_how_a_tokenizer_was_found_is_not_saved_with_it(tmp_path):
     assert saved and not {"is_local", "local_files_only", "name_or_path"} & saved.keys()
 
 
-def test_a_tokenizer_file_lies_in_its_folder(tmp_path):
+def test_files_that_a_config_names_lie_in_its_folder(tmp_path):
     folder = save(tmp_path / "model")
     shutil.move(folder / "tokenizer.json", tmp_path / "tokenizer.4.0.0.json")
     edit_json(folder / "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.0.json"])
     assert "plain" in refused(folder, load_tokenizer)
-
-
-def test_weights_named_by_the_config_lie_in_its_folder(tmp_path):
     folder = save(tmp_path / "model")
     shutil.move(folder / "model.safetensors", tmp_path / "other.safetensors")
     edit_json(folder / "config.json", transformers_weights="../other.safetensors")
@@ -348,11 +333,12 @@ def test_a_damaged_file_is_one_sentence(tmp_path, damage):
     assert "cannot load the model" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("content", ["[]", "{", "null", ""])
-def test_a_damaged_tokenizer_is_one_sentence(tmp_path, name, content):
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "null", "", "\x00"])
+def test_a_damaged_json_file_is_one_sentence(tmp_path, name, content):
     (save(tmp_path) / name).write_text(content)
-    assert "cannot load the tokenizer" in refused(tmp_path, load_tokenizer)
+    what, load = ("model", load_any_model) if name == "config.json" else ("tokenizer", load_tokenizer)
+    assert f"cannot load the {what}" in refused(tmp_path, load)
 
 
 @pytest.mark.parametrize(
@@ -406,12 +392,6 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path):
             assert f"'{path}'" in said and why in said
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "null", "", "\x00"])
-def test_a_config_that_is_no_config_is_one_sentence(tmp_path, content):
-    (save(tmp_path) / "config.json").write_text(content)
-    assert "cannot load the model" in refused(tmp_path)
-
-
 # Bounds
 
 
@@ -441,10 +421,8 @@ def test_a_tokenizer_that_makes_much_of_a_character_is_refused(tmp_path, part, s
 
 def test_what_well_known_tokenizers_replace_is_no_growth(tmp_path):
     save(tmp_path)
-    steps = [
-        {"type": "Prepend", "prepend": "\u2581"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-    ]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, space]
     edit_json(tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
     assert load_tokenizer(ModelConfig(path=str(tmp_path)))
 

@@ -116,7 +116,6 @@ def test_under_autocast_the_residual_stream_keeps_its_dtype():
 
 
 def test_old_configs_and_models_without_selections_are_as_they_were():
-    """No key is written where nothing is selected, and none is needed."""
     old = ATPLlamaConfig.from_dict(SIZES | {"model_type": "atp_llama", "layer_shapes": [WHOLE, WHOLE]})
     assert not set(SELECTED) - set(WHOLE) & set(old.to_dict()["per_layer_config"])
     assert old.layer_shape(0).mlp_inputs is None and old.layer_shape(0).selected("mlp_inputs", 32) == 32

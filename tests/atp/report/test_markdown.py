@@ -19,7 +19,6 @@ HOSTILE = [
 
 
 def inline(source):
-    """The inline tokens of a Markdown text."""
     blocks = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(source)
     return [token for block in blocks for token in [block, *(block.children or [])]]
 
@@ -56,8 +55,6 @@ def comparison(text):
 
 
 class Words(HTMLParser):
-    """Text and tags of a page."""
-
     def __init__(self):
         super().__init__()
         self.tags, self.text = set(), ""

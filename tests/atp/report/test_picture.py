@@ -35,7 +35,6 @@ def told(tmp_path, monkeypatch):
 
 
 def without(model, summary=SUMMARY):
-    """A summary without a model's scores."""
     names = ("perplexity", "perplexity_interval", "pubmedqa", "megabytes")
     return summary | {name: {key: v for key, v in summary[name].items() if key != model} for name in names}
 

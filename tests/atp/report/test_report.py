@@ -100,9 +100,6 @@ def write_run(folder, **changes):
     return folder
 
 
-CONFIG = "seed: 7\nmodel:\n  path: some/where\ndata:\n  recipe: health-mini\noutput_dir: runs/mine\n"
-
-
 @pytest.fixture
 def undrawn(monkeypatch):
     monkeypatch.setattr(plots, "available", lambda: False)
@@ -112,7 +109,8 @@ def undrawn(monkeypatch):
 def whole(tmp_path_factory):
     """(structure, text, source) of the page of a whole run, with its drawings."""
     run = write_run(tmp_path_factory.mktemp("whole") / "run")
-    (run / "config.yaml").write_text(CONFIG)
+    data = "data:\n  recipe: health-mini\noutput_dir: runs/mine\n"
+    (run / "config.yaml").write_text(f"seed: 7\nmodel:\n  path: some/where\n{data}")
     path = write_report(run)
     assert path == run / "report.html" and not list(run.glob("*.tmp"))
     first = path.read_bytes()
@@ -144,20 +142,17 @@ def test_the_whole_page_shows_every_figure(whole):
     assert f"Held-out perplexity: {alone} 23.41 to 15.52, tuning and cutting to 30.17." in text
 
 
-def test_perplexity_stands_below_the_scores_of_tasks(whole):
-    page, text, _ = whole
-    assert 0 < text.index("pubmedqa macro-F1 ↑") < text.index("held-out perplexity ↓") < text.index("share of decoder")
-    told = [value for name, value in page.attributes if name == "aria-label"]
-    assert [line.startswith("pubmedqa") for line in told[:2]] == [True, False]
-    assert text.index("pubmedqa macro-F1, cut") < text.index("perplexity, cut"), "on the cards"
-
-
-def test_the_page_needs_nothing_from_outside(whole):
+def test_the_page_needs_nothing_from_outside_and_perplexity_stands_below_tasks(whole):
     page, _, source = whole
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     targets = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
     assert all(target.startswith("#") for target in targets)
     assert not re.search(r"@import|url\((?!#)", source)
+    page, text, _ = whole
+    assert 0 < text.index("pubmedqa macro-F1 ↑") < text.index("held-out perplexity ↓") < text.index("share of decoder")
+    told = [value for name, value in page.attributes if name == "aria-label"]
+    assert [line.startswith("pubmedqa") for line in told[:2]] == [True, False]
+    assert text.index("pubmedqa macro-F1, cut") < text.index("perplexity, cut"), "on the cards"
 
 
 def test_plots_take_their_colours_from_the_page(whole):
@@ -320,7 +315,6 @@ def test_text_of_the_run_is_escaped(tmp_path):
 
 
 def places(value, path=()):
-    """Paths of everything in nested dictionaries and lists."""
     yield path
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield from places(inner, (*path, key))

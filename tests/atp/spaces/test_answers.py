@@ -126,7 +126,6 @@ def together(model):
 
 @pytest.mark.parametrize("space_name", SPACES)
 def test_one_structure_may_change_without_the_others(space_name):
-    """Slices of a linear whose other side did not change keep the order that its neighbours still have."""
     model, space, controller = wrapped(space_name)
     mask = random_mask(space)
     controller.set(mask, "hard")
@@ -233,7 +232,6 @@ def test_width_rules_and_the_remainder_meet_a_budget(space_name):
 
 
 def linear_space(*structures):
-    """A space that is nowhere registered, over the linears of the tiny model."""
     base = MaskSpace.from_config(stock_model().config)
     return MaskSpace("own", [list(structures)] * base.num_layers, base.linears, base.norm_params)
 
@@ -245,9 +243,7 @@ def no_widths(structure, kept):
 def test_a_soft_mask_on_an_input_side_is_applied():
     """A structure whose only side is an input, as the controller once dropped them."""
     owner = torch.arange(32)
-    space = linear_space(
-        Structure("gate_inputs", 32, (Cut("mlp.gate_proj", 1, owner),), no_widths, remainder=True),
-    )
+    space = linear_space(Structure("gate_inputs", 32, (Cut("mlp.gate_proj", 1, owner),), no_widths, remainder=True))
     model = add_lora(stock_model(dtype=torch.float32), space, r=2, alpha=2.0, dropout=0.0).eval().double()
     controller, soft = MaskController(model, space), torch.full((space.size,), 0.5, dtype=torch.float64)
     gate = model.get_base_model().model.layers[0].mlp.gate_proj

@@ -1,66 +1,19 @@
-"""The mask tables against index lists written by hand."""
+"""The mask tables: how decisions expand to the sides of linears, and what is refused."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny_spaces import HEAD_DIM, INNER, LAYERS, config
+from tiny_spaces import HEAD_DIM, INNER, config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GemmaConfig, GPT2Config
 
 from atp.ground.errors import InputError
+from atp.spaces import space_names
 from atp.spaces.space import Cut, MaskSpace, UnsupportedModel
-
-# Two kv heads of 4 dimensions, four query heads. RoPE pairs are (0, 2) and (1, 3).
-HEAD_DIM_TABLE = {
-    "qk": {
-        ("self_attn.q_proj", 0): [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1],
-        ("self_attn.k_proj", 0): [0, 1, 0, 1, 0, 1, 0, 1],
-    },
-    "vo": {
-        ("self_attn.v_proj", 0): [0, 1, 2, 3, 0, 1, 2, 3],
-        ("self_attn.o_proj", 1): [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3],
-    },
-    "mlp": {("mlp.gate_proj", 0): list(range(10)), ("mlp.up_proj", 0): list(range(10)),
-            ("mlp.down_proj", 1): list(range(10))},
-}  # fmt: skip
-KV_GROUP_TABLE = {
-    "kv_group": {
-        ("self_attn.q_proj", 0): [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],
-        ("self_attn.k_proj", 0): [0, 0, 0, 0, 1, 1, 1, 1],
-        ("self_attn.v_proj", 0): [0, 0, 0, 0, 1, 1, 1, 1],
-        ("self_attn.o_proj", 1): [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1],
-    },
-    "mlp": HEAD_DIM_TABLE["mlp"],
-}
-# Twelve positions of the hidden state, selected five times.
-DISP_TABLE = {
-    "attention_inputs": {(f"self_attn.{name}_proj", 1): list(range(12)) for name in "qkv"},
-    "attention_outputs": {("self_attn.o_proj", 0): list(range(12))},
-    "mlp_inputs": {("mlp.gate_proj", 1): list(range(12)), ("mlp.up_proj", 1): list(range(12))},
-    "mlp_outputs": {("mlp.down_proj", 0): list(range(12))},
-    "mlp": HEAD_DIM_TABLE["mlp"],
-}
-TABLES = {"head_dim": HEAD_DIM_TABLE, "kv_group": KV_GROUP_TABLE, "disp": DISP_TABLE}
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("name", TABLES)
-def test_tables(name, family):
-    """And decisions lie one after another in one flat vector."""
-    space, covered = MaskSpace.from_config(config(family), name), []
-    for layer in range(LAYERS):
-        found = {s.name: {(c.module, c.axis): c.owner.tolist() for c in s.cuts} for s in space.layer(layer)}
-        assert found == TABLES[name]
-        for structure in space.layer(layer):
-            assert structure.size == 1 + max(max(owners) for owners in found[structure.name].values())
-            covered += range(structure.span.start, structure.span.stop)
-    assert covered == list(range(space.size)) and space.num_layers == LAYERS
 
 
 class Recorded(TorchDispatchMode):
-    """The names of the operators that run inside it."""
-
     def __init__(self):
         super().__init__()
         self.names = []
@@ -71,7 +24,7 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", space_names())
 def test_no_gradient_of_a_soft_mask_takes_an_index(name, batch):
     """CUDA would sort each index to sum by it. Values and gradients are those of indexing."""
     space = MaskSpace.from_config(config(), name)
