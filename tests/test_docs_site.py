@@ -37,11 +37,13 @@ def commands(command, name="atp"):
         yield from commands(inner, f"{name} {own}")
 
 
-def test_commands_are_there_with_all_options():
+def test_commands_with_all_options_and_examples_are_there():
     for name, command in list(commands(typer.main.get_command(app)))[1:]:
         (section,) = re.findall(rf"^##+ {name}\n(.*?)(?=^##|\Z)", PAGES["commands.md"], re.MULTILINE | re.DOTALL)
         assert all(f"`{option}" in section or f", {option}" in section for p in command.params for option in p.opts
                    if option.startswith("--") and option != "--help")  # fmt: skip
+    assert all(yaml.safe_load(path.read_text()) for path in (ROOT / "examples").glob("*.yaml"))
+    assert all(path.read_text().strip() in PAGES["recipes.md"] for path in (ROOT / "examples").glob("*.yaml"))
 
 
 def test_config_keys_are_there_with_meaning_and_default():
@@ -56,11 +58,6 @@ def test_config_keys_are_there_with_meaning_and_default():
         meaning = (field.description or "").replace("|", "\\|")
         assert f"| `{key}` | {meaning} |" in PAGES["config.md"]
     assert "| `lora.alpha` | Numerator of the adapter's scale, alpha / r. | number > 0 | `32.0` |" in PAGES["config.md"]
-
-
-def test_examples_are_there():
-    assert all(yaml.safe_load(path.read_text()) for path in (ROOT / "examples").glob("*.yaml"))
-    assert all(path.read_text().strip() in PAGES["recipes.md"] for path in (ROOT / "examples").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(

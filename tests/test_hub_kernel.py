@@ -30,9 +30,8 @@ def test_every_build_holds_the_sources_and_says_what_it_is(hub):
     builds = sorted((hub / "build").iterdir())
     assert [build.name for build in builds] == [f"torch-{backend}" for backend in BACKENDS]
     described = [json.loads((build / "metadata.json").read_text()) for build in builds]
-    assert [one["backend"]["type"] for one in described] == list(BACKENDS) and len(
-        {one["id"] for one in described}
-    ) == 3
+    assert [one["backend"]["type"] for one in described] == list(BACKENDS)
+    assert len({one["id"] for one in described}) == 3
     assert all(set(one["digest"]["files"]) == names for one in described)
 
 
@@ -129,9 +128,8 @@ norm, linear = Norm(), Linear(torch.randn(16, 24), r=4, alpha=8, dropout=0.25)
 linear.out_mask = torch.arange(16) % 2 > 0
 torch.nn.init.normal_(linear.lora_B)
 model = torch.nn.Sequential(norm, linear)
-local = {
-    name: {"cpu": LocalLayerRepository(repo_path=hub, layer_name=name)} for name in ("RMSNorm", "MaskedLoRALinear")
-}
+names = ("RMSNorm", "MaskedLoRALinear")
+local = {name: {"cpu": LocalLayerRepository(repo_path=hub, layer_name=name)} for name in names}
 mode = Mode.TRAINING | Mode.TORCH_COMPILE
 with use_kernel_mapping(local, inherit_mapping=False):
     kernelize(model, mode=mode, device="cpu", use_fallback=False)
@@ -155,7 +153,6 @@ assert not torch.equal(model(x), model(x)), "dropout"
 @pytest.mark.skipif(not LIBRARY.is_dir(), reason=f"needs the library: pip install --target {LIBRARY} kernels")
 def test_the_library_takes_the_project_its_builds_and_its_layers(hub, tmp_path):
     search = os.pathsep.join([str(LIBRARY), search_path(tmp_path)])
-    done = run(
-        [sys.executable, "-S", "-c", LIBRARY_TAKES_IT, str(hub)], tmp_path, PYTHONPATH=search, HF_HUB_OFFLINE="1"
-    )
+    command = [sys.executable, "-S", "-c", LIBRARY_TAKES_IT, str(hub)]
+    done = run(command, tmp_path, PYTHONPATH=search, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr

@@ -23,13 +23,7 @@ def write_settings(config, folder):
     values = config.model_dump(mode="json")
     values["lora"]["dropout"] = 0.0  # drawn per process
     values["training"] |= {"search": SEARCH, "settle": SETTLE, "tune": TUNE, "save_every": 1}
-    values["evaluation"] |= {
-        "dense_baseline": False,
-        "windows": 2,
-        "questions": 2,
-        "every": STEPS,
-        "validation_windows": 2,
-    }
+    values["evaluation"] |= dict(dense_baseline=False, windows=2, questions=2, every=STEPS, validation_windows=2)
     paths = []
     for name, accumulation in (("two", 1), ("one", 2)):
         values["training"]["gradient_accumulation"] = accumulation

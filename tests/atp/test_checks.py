@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tiny_command import start, stopping_at
+from tiny_inputs import changed
 
 from atp.config import ATPConfig
 from atp.data.batches import IGNORE
@@ -15,10 +16,6 @@ from atp.inputs.loading import load_data, load_model, load_shapes, load_tokenize
 from atp.inputs.resolve import resolve
 from atp.run import Run
 from atp.training.trainer import ATPTrainer
-
-
-def changed(config, *overrides):
-    return ATPConfig.parse(config.model_dump(mode="json"), list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +133,8 @@ def test_samples_longer_than_a_window_are_told(config, tmp_path, packing):
         sentence = f"; {cut} train samples are longer than data.length (16 tokens) and span several windows"
         assert data.splits.description.endswith(sentence)
     else:
-        whole = len(data.splits.train)
-        sentence = (
-            f"{cut} of {whole} training samples are longer than data.length=16 and lose their beginning: raise it"
-        )
+        samples = f"{cut} of {len(data.splits.train)} training samples"
+        sentence = f"{samples} are longer than data.length=16 and lose their beginning: raise it"
         assert sentence in shortfalls(long, data)
     short = changed(long, "data.length=64")
     data = load_data(short, load_tokenizer(long.model))
@@ -179,6 +174,6 @@ def test_every_source_is_kept_from_the_runs_own_folders(config, tmp_path):
     inside.parent.mkdir()
     inside.touch()
     for given in ({config.data.train: 2, str(inside): 1}, [config.data.train, str(inside)]):
-        changed = config.model_copy(update={"data": config.data.model_copy(update={"train": given})})
+        data = config.data.model_copy(update={"train": given})
         with pytest.raises(InputError, match="^data.train .*a.jsonl lies in"):
-            refuse_inputs_inside(changed, tmp_path)
+            refuse_inputs_inside(config.model_copy(update={"data": data}), tmp_path)

@@ -80,8 +80,8 @@ def test_keys_that_are_missing_or_near_none_are_named():
             {"decisions": {"multiples": {"mlps": 8}}},
             "config key 'decisions.multiples' is {'mlps': 8}: no structure is called 'mlps': use attention_inputs, ",
         ),
-        ({"decisions": {"multiples": {"mlp": 0}}}, "config key 'decisions.multiples' is {'mlp': 0}"),
-        ({"decisions": {"multiples": {"mlp": -8}}}, "config key 'decisions.multiples' is {'mlp': -8}"),
+        ({"decisions": {"multiples": {"mlp": 0}}}, "config key 'decisions.multiples.mlp' is 0: input"),
+        ({"decisions": {"multiples": {"mlp": -8}}}, "config key 'decisions.multiples.mlp' is -8: input"),
         ({"training": {"lr": float("inf")}}, "config key 'training.lr' is inf"),
         ({"training": {"regularizer": "l1"}}, "config key 'training.regularizer' is 'l1': input should be 'lasso' or"),
         ({"seed": -1}, "config key 'seed' is -1: input should be greater than or equal to 0"),
@@ -232,13 +232,10 @@ def test_a_resolved_config_leaves_nothing_open_and_nobody_changes_it():
             setattr(section, key, 1)
 
 
-def test_own_values_win_over_the_preset(path):
+def test_own_values_win_over_the_preset_and_a_dump_reads_back_as_the_same_config(path, tmp_path):
     config = ATPConfig.load(path, ["preset=paper", "training.search=10", "decisions.lr=0.5"])
     assert config.training.search == 10 and config.decisions.lr == 0.5 and config.decisions.target_keep == 0.5
     assert config.decisions.budget == "penalty" and config.training.batch_size == 20
-
-
-def test_dump_reads_back_as_the_same_config(tmp_path):
     config = parse(preset="paper", data={"labels": ["yes", "no"]}, decisions={"multiples": {"mlp": 8}})
     file = tmp_path / "dumped.yaml"
     file.write_text(config.dump(), encoding="utf-8")

@@ -1,6 +1,7 @@
 """What messages quote is short, on one line and safe to build, whatever it is."""
 
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -8,34 +9,18 @@ import pytest
 from atp.ground.errors import InputError, quote, shorten, visible
 
 
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-def looped():
-    value = {"name": "x"}
-    value["self"] = [value]
-    return value
-
-
-def bomb(levels=12, width=9):
-    value = ["lol"] * width
-    for _ in range(levels):
-        value = [value] * width
-    return value
-
-
 class Rude:
     def __repr__(self):
         raise RuntimeError("no")
 
 
+LOOP = {"name": "x"}
+LOOP["self"] = [LOOP]
+NESTED = reduce(lambda inner, _: [inner], range(10**5), [])
+BOMB = reduce(lambda inner, _: [inner] * 9, range(12), ["lol"] * 9)  # 9 ** 13 items to print
 AWKWARD = [
-    "x" * 10**6, "line\nline", "\x1b[31mred\x07", "\ud800", "\0", 10**6000, -(10**6000), {10**5000: 1}, nested(10**5),
-    looped(), bomb(), Rude(), {"k" * 10**6: "v" * 10**6}, list(range(10**6)), b"y" * 10**6, {1, "a"}, float("nan"),
+    "x" * 10**6, "line\nline", "\x1b[31mred\x07", "\ud800", "\0", 10**6000, -(10**6000), {10**5000: 1}, NESTED,
+    LOOP, BOMB, Rude(), {"k" * 10**6: "v" * 10**6}, list(range(10**6)), b"y" * 10**6, {1, "a"}, float("nan"),
     ValueError("z" * 10**6), None, "",
 ]  # fmt: skip
 

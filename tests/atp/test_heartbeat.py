@@ -29,7 +29,7 @@ class Pair:
             heart.start()
 
 
-def test_a_process_that_falls_silent_is_lost():
+def test_a_process_that_falls_silent_is_lost_and_one_that_has_ended_is_not():
     pair = Pair([HashStore()] * 2)
     time.sleep(2 * SECONDS)
     assert pair.told == [[], []], "both are heard of"
@@ -40,9 +40,6 @@ def test_a_process_that_falls_silent_is_lost():
     (sentence,) = pair.told[0]
     assert sentence.startswith(f"nothing was heard of process 1 on {socket.gethostname()} for 1 s (ATP_LOST_AFTER)")
     pair.hearts[0].stop()
-
-
-def test_a_process_that_has_ended_is_not():
     pair = Pair([HashStore()] * 2)
     pair.hearts[1].stop()
     time.sleep(2 * SECONDS)
@@ -105,31 +102,20 @@ processes.wait() if processes.rank() == int(sys.argv[1]) else sys.stdin.read()
 """
 
 
-def two_processes(waiting):
-    """Two processes that meet as on two machines, without a torchrun that would end them both."""
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="stops a process as a lost machine does")
+# The store in which they meet is in process 0.
+@pytest.mark.parametrize(("waiting", "lost"), [(0, "process 1"), (1, "the machine where the processes of this run")])
+def test_who_waits_for_a_stopped_process_ends(waiting, lost):
+    """Two processes meet as on two machines, without a torchrun that would end them both."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    common |= {"ATP_LOST_AFTER": "5"}
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITING, str(waiting)], env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
-            text=True, start_new_session=True, **pipes,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="stops a process as a lost machine does")
-# The store in which they meet is in process 0.
-@pytest.mark.parametrize(
-    ("waiting", "lost"), [(0, "process 1"), (1, "the machine where the processes of this run meet")]
-)
-def test_who_waits_for_a_stopped_process_ends(waiting, lost):
-    both = two_processes(waiting)
+    common |= os.environ | {"ATP_LOST_AFTER": "5"}
+    options = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True, "start_new_session": True}
+    command = [sys.executable, "-c", WAITING, str(waiting)]
+    both = [subprocess.Popen(command, env=common | {"RANK": rank, "LOCAL_RANK": rank}, **options) for rank in "01"]
     try:
         assert [process.stdout.readline() for process in both] == ["met\n"] * 2
         both[1 - waiting].send_signal(signal.SIGSTOP)

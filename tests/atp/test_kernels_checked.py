@@ -47,6 +47,7 @@ def test_nothing_is_tested_on_a_cpu_where_a_backend_is_named_or_in_other_process
         kernels.check_once()
     call.override.cache_clear()
     assert call.why_aside("rms_norm", "cuda") is None
+    monkeypatch.setattr(kernels, "_tested", set())
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     monkeypatch.setattr(processes, "on_main", lambda work: FOUND)
     kernels.check_once()

@@ -23,9 +23,7 @@ SHAPES = AutoConfig.for_model(
     "llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=8,
     num_key_value_heads=4, head_dim=16, max_position_embeddings=512,
 )  # fmt: skip
-TABLE = LatencyTable(
-    attention=((0.5, 2.0), (1.0, 4.0)), mlp=((0.25, 1.0), (1.0, 7.0)), norms=0.5, outside=3.0, layers=2
-)
+TABLE = LatencyTable(((0.5, 2.0), (1.0, 4.0)), ((0.25, 1.0), (1.0, 7.0)), norms=0.5, outside=3.0, layers=2)
 
 
 def config_of(folder, **decisions):

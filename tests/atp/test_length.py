@@ -39,9 +39,8 @@ def phases(config, sample=100.0):
 def test_tokens_are_those_that_all_steps_read_and_phases_keep_their_shares():
     found, record = resolved(config_of(tokens=2e6, batch_size=2, gradient_accumulation=5))
     assert found.training.total == 2000 and Phases.from_config(found.training).open == round(2000 / 3)
-    assert (
-        record["description"] == "training.tokens=2e+06 comes to 2000 steps (1,000 tokens per step), 2,000,000 tokens"
-    )
+    told = "training.tokens=2e+06 comes to 2000 steps (1,000 tokens per step), 2,000,000 tokens"
+    assert record["description"] == told
     assert phases(config_of(tokens=120_000, open=30, search=60, settle=10, tune=100)) == Phases(360, 60, 600, 180)
     assert phases(config_of(tokens=60_000, search=100)) == Phases(150, 0, 250, 200), "of 400, a third of them open"
     paper = phases(config_of("paper", tokens=20 * 100 * 300))

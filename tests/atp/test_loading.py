@@ -15,14 +15,11 @@ from atp.ground.places import PACKAGED_MODEL, refuse_no_model, run_of
 from atp.inputs.loading import load_any_model, load_model, load_tokenizer
 
 
-def test_packaged_model_is_the_file_of_its_package():
+def test_the_packaged_model_is_the_file_of_its_package_which_is_named_where_it_is_missing(monkeypatch):
     gguf = smollm2_gguf()
     packaged = load_tokenizer(ModelConfig(path=PACKAGED_MODEL))
     named = load_tokenizer(ModelConfig(path=str(gguf.parent), gguf_file=gguf.name))
     assert packaged.get_vocab() == named.get_vocab()
-
-
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = ModelConfig(path=PACKAGED_MODEL)
     for load in (load_tokenizer, load_any_model, lambda config: load_model(config, "kv_group")):

@@ -4,11 +4,9 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
-import time
 
 import pytest
-from tiny_command import start
+from tiny_command import another_process, start
 
 from atp import run as runs
 from atp.config import ExportConfig
@@ -19,31 +17,11 @@ from atp.studies.compare.members import Members
 from atp.studies.experiments import Experiment
 
 
-def held_by_another_process(folder):
-    ready, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with locked(folder):
-            os.write(told, b"x")
-            time.sleep(60)
-        os._exit(0)
-    os.read(ready, 1)
-    return child
-
-
-def end(child):
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-
-
 def test_a_second_process_is_refused_by_the_name_of_the_first(tmp_path):
-    child = held_by_another_process(tmp_path)
-    try:
+    with another_process(locked(tmp_path)) as child:
         with pytest.raises(InputError, match=rf"^{tmp_path} is in use by process {child} on \S+: wait until"):
             with locked(tmp_path):
                 pytest.fail("both hold it")
-    finally:
-        end(child)
     with locked(tmp_path):
         pass
 
@@ -97,12 +75,8 @@ def test_runs_and_comparisons_hold_their_folders(config, tmp_path):
     (run / "config.yaml").write_text(kept.dump())
     (comparison / "comparison.yaml").write_text(Members(config, comparison, command="atp").config.dump())
     for folder, started in ((run, start), (comparison, compare)):
-        child = held_by_another_process(folder)
-        try:
-            with pytest.raises(InputError, match=f"in use by process {child}"):
-                started(config, folder, resume=True)
-        finally:
-            end(child)
+        with another_process(locked(folder)) as child, pytest.raises(InputError, match=f"in use by process {child}"):
+            started(config, folder, resume=True)
 
 
 def compare(config, folder, resume=False, **overrides):

@@ -13,7 +13,7 @@ from atp.ground import progress
 RECORD = {"step": 3, "loss": 1.25, "keep": 0.5, "tokens_per_second": 1234.4, "lr": 0.1}
 
 
-def test_text_off_a_terminal(capsys):
+def test_text_off_a_terminal_and_json_with_the_same_keys_in_every_step_and_no_nan(capsys):
     with progress.logged(as_json=False):
         progress.begin("search")
         progress.begin("search")
@@ -21,9 +21,6 @@ def test_text_off_a_terminal(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line[9:] for line in lines] == ["search", "search 3/10  loss 1.250  kept 0.500  1,234 tok/s"]
     assert all(time.strptime(line[:8], "%H:%M:%S") for line in lines)
-
-
-def test_json_has_the_same_keys_in_every_step_and_no_nan(capsys):
     with progress.logged(as_json=True):
         progress.step("tune", RECORD, 10)
         progress.step("tune", {"step": 4, "loss": math.nan, "tokens_per_second": math.inf}, 10)

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_command import everything, one_in_four, read, results, start, stopping_at
+from tiny_folder import edited, moved_weights
 
 from atp import run as runs
 from atp.export import hf
@@ -109,17 +110,10 @@ def test_any_stop_after_training_resumes_to_the_same_bytes(light, here, whole, s
     assert not list(OUT.rglob(".writing-*"))
 
 
-def weights(folder):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    next(iter(tensors.values())).view(-1)[3] += 1e-3
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 def test_a_score_of_another_model_is_made_anew(light, here, whole):
     here("ended")
     scores = read(OUT, "evaluation.json")
-    weights(OUT / "model")
+    moved_weights(OUT / "model")
     other = scores["final"] | {"perplexity": 1.0, "model_sha256": of_model_folder(OUT / "model")}
     (OUT / "evaluation.json").write_text(json.dumps(scores | {"final": other}))
     start(light, OUT, resume=True)
@@ -170,17 +164,8 @@ def test_a_run_does_not_write_over_its_own_inputs(light, here, place, resume):
     assert everything(Path()) == before
 
 
-def edited(name, old, new):
-    def change(folder):
-        text = (folder / name).read_text(encoding="utf-8")
-        assert old in text
-        (folder / name).write_text(text.replace(old, new, 1), encoding="utf-8")
-
-    return change
-
-
 CHANGES = {
-    "base weights": weights,
+    "base weights": moved_weights,
     "model config": edited("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
     "tokenizer": edited("tokenizer.json", '"heart": 3', '"heart": 4'),
     "train data": edited("data.jsonl", "heart", "blood"),
@@ -206,7 +191,7 @@ def test_the_checkpoint_knows_what_the_folder_has_lost(light, here, name):
     (OUT / name).write_bytes(b"")
     with pytest.raises(InputError, match=r"lora\.r: 16 -> 4"):
         start(light, OUT, resume=True, lora={"r": 4})
-    weights(Path("inputs"))
+    moved_weights(Path("inputs"))
     with pytest.raises(InputError, match="base weights"):
         start(light, OUT, resume=True)
 

@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 from launched_runs import assert_equal, end_of_each, ended, start, wait_for_steps, write_settings
-from safetensors.torch import load_file, save_file
+from tiny_folder import edited, moved_weights
 
 from atp.ground.errors import InputError
 from atp.processes import processes
@@ -82,29 +82,14 @@ def test_bad_input_ends_all_processes_and_is_told_once(settings, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
-def turned_rows(folder):
-    rows = (folder / "data.jsonl").read_text(encoding="utf-8").replace("heart rate", "rate heart")
-    (folder / "data.jsonl").write_text(rows, encoding="utf-8")
-
-
-def moved_weights(folder):
-    tensors = load_file(folder / "model.safetensors")
-    name = next(iter(tensors))
-    save_file(tensors | {name: tensors[name] + 1e-3}, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def renamed_word(folder):
-    words = (folder / "tokenizer.json").read_text(encoding="utf-8").replace('"heart"', '"hearts"')
-    (folder / "tokenizer.json").write_text(words, encoding="utf-8")
-
-
 # What the second process has that the first has not: a change of its files, or arguments.
+TURNED = edited("data.jsonl", "heart rate", "rate heart")
 OTHERS = {
-    "data": (turned_rows, [], "reads other train data"),
-    "data that set the length": (turned_rows, ["training.tokens=700", "training.tune=null"], "reads other train data"),
+    "data": (TURNED, [], "reads other train data"),
+    "data that set the length": (TURNED, ["training.tokens=700", "training.tune=null"], "reads other train data"),
     "weights": (moved_weights, [], "reads other base weights than"),
     "weights in shards": (moved_weights, ["training.sharding=fsdp"], "reads other model.safetensors than"),
-    "tokenizer": (renamed_word, [], "reads other tokenizer"),
+    "tokenizer": (edited("tokenizer.json", '"heart"', '"hearts"'), [], "reads other tokenizer"),
     "sharding": (None, ["training.sharding=fsdp"], "was started with other training.sharding than"),
     "settings": (None, ["training.lr=1e-3", "seed=1"], "was started with other seed, training.lr than"),
     "resume": (None, ["--resume"], "was started with other --resume than"),

@@ -22,21 +22,11 @@ def package(tmp_path, monkeypatch):
     return root
 
 
-def test_an_example_is_found_by_its_path_in_the_clone(package):
+def test_an_example_is_found_by_its_path_in_the_clone_and_the_working_directory_comes_first(package, tmp_path):
     assert ATPConfig.load("examples/one.yaml").output_dir == "runs/one"
     assert ATPConfig.load("./examples/one.yaml").output_dir == "runs/one"
     with pytest.raises(InputError, match="^config file one.yaml does not exist"):
         ATPConfig.load("one.yaml")
-
-
-@pytest.mark.parametrize("name", ["two", "experiments/two.yaml"])
-def test_an_experiment_and_its_base_are_found(package, name):
-    spec, path = ExperimentSpec.load(name)
-    assert spec.question == "why" and path == package / "experiments" / "two.yaml"
-    assert spec.config(path, "health-mini", []).seed == 7
-
-
-def test_what_lies_in_the_working_directory_comes_first(package, tmp_path):
     own = tmp_path / "work" / "experiments"
     own.mkdir()
     (own / "two.yaml").write_text("{question: my own, domains: [a], arms: [{method: atp}]}")
@@ -45,3 +35,10 @@ def test_what_lies_in_the_working_directory_comes_first(package, tmp_path):
     assert spec.config(path, "health-mini", []).seed == 7, "the base comes with the package"
     with pytest.raises(InputError, match=r"\(here: two\)"):
         ExperimentSpec.load("three")
+
+
+@pytest.mark.parametrize("name", ["two", "experiments/two.yaml"])
+def test_an_experiment_and_its_base_are_found(package, name):
+    spec, path = ExperimentSpec.load(name)
+    assert spec.question == "why" and path == package / "experiments" / "two.yaml"
+    assert spec.config(path, "health-mini", []).seed == 7

@@ -1,6 +1,9 @@
 """Whole runs on the tiny model, stopped where a test wants it, and what is compared of them."""
 
 import json
+import os
+import signal
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -68,3 +71,21 @@ def stopping_at(where, name, *, after=False, when=lambda *arguments, **options: 
         patch.setattr(where, name, stop)
         with pytest.raises(Stop):
             yield
+
+
+@contextmanager
+def another_process(inside):
+    """Yields the id of a process that is inside a context manager, and kills it."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with inside:
+            os.write(told, b"x")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

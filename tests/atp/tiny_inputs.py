@@ -46,3 +46,7 @@ def tiny_config(folder, **sizes):
             "evaluation": {"windows": 20, "questions": 10, "dense_baseline": True},
         }
     )  # fmt: skip
+
+
+def changed(config, *overrides):
+    return ATPConfig.parse(config.model_dump(mode="json"), list(overrides))

@@ -27,15 +27,12 @@ def op_tested_by(path, holds):
     return Op("toy", lambda case: {}, lambda case: {}, lambda model: (), (str(path),))
 
 
-def test_a_red_gate_refuses_unless_skipped(tmp_path):
+def test_a_red_gate_refuses_unless_skipped_and_nothing_is_timed(tmp_path, monkeypatch, capsys):
     green, red = op_tested_by(tmp_path / "test_green.py", True), op_tested_by(tmp_path / "test_red.py", False)
     assert gate.allow([green], skip=False) == "verified"
     with pytest.raises(SystemExit, match="tests fail, so nothing is timed"):
         gate.allow([green, red], skip=False)
     assert gate.allow([red], skip=True) == "unverified"
-
-
-def test_run_times_nothing_on_a_red_gate(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gate, "verify", lambda ops: False)
     with pytest.raises(SystemExit, match="nothing is timed"):
         command.main([*COMPACT, "--out", str(tmp_path)])

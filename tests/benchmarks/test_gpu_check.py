@@ -57,12 +57,15 @@ def test_what_is_wrong_shows_first_and_every_stage_fits_ten_minutes():
 
 
 @pytest.mark.slow
-def test_the_self_test_is_a_stage(tmp_path):
-    result = gpu_check(tmp_path, "--dry", "selftest")
+def test_the_self_test_and_tuning_are_stages(tmp_path):
+    result = gpu_check(tmp_path, "--dry", "selftest", "tune")
     assert result.returncode == 0, result.stdout + result.stderr
     log = (tmp_path / "selftest.log").read_text()
     assert f"{len(OPERATIONS)} of {len(OPERATIONS)} operations are right on cpu" in log
-    assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["untuned"]
+    (table,) = (tmp_path / "tables").glob("cpu-*.json")
+    regimes = {entry["key"]["regime"] for entry in json.loads(table.read_text())["entries"]}
+    assert regimes == set(REGIMES)
+    assert {path.parent.name for path in tmp_path.rglob("*.json")} == {"untuned", "tables"}
 
 
 def test_sanitizers_run_what_they_are_given_in_half_a_stage_each(tmp_path):
@@ -98,15 +101,6 @@ def test_a_dry_stage_leaves_log_rows_and_table(tmp_path):
     assert stage.split()[0] == "sanitize" and stage.split()[-1] == "ok"
     with tarfile.open(tmp_path / "rows.tar.gz") as packed:
         assert "./compact.csv" in packed.getnames()
-
-
-@pytest.mark.slow
-def test_the_tuned_table_is_among_the_results(tmp_path):
-    result = gpu_check(tmp_path, "--dry", "tune")
-    assert result.returncode == 0, result.stdout + result.stderr
-    (table,) = (tmp_path / "tables").glob("cpu-*.json")
-    regimes = {entry["key"]["regime"] for entry in json.loads(table.read_text())["entries"]}
-    assert regimes == set(REGIMES)
 
 
 def test_only_the_stage_tuned_reads_tables(tmp_path):

@@ -18,17 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from chaos_command import Command, Watch
+from chaos_command import PHASES, Command, Watch
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from atp.processes.finite import non_finite_figures
 
-RUNNING = (
-    "scoring original", "dense baseline", "scoring tuned dense", "open", "saliency", "search", "settle", "refit", "cut",
-    "tune", "checkpoint", "export", "certificate", "scoring final", "report",
-)  # fmt: skip
+RUNNING = PHASES[3:]
 COMPUTING = tuple(phase for phase in RUNNING if phase not in ("checkpoint", "report"))
 LEARNING = ("dense baseline", "open", "saliency", "search", "settle", "tune")
 

@@ -2,13 +2,11 @@
 
 import functools
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from fuzz_draws import ODD_JSON, as_json, garbled, scrambled
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,7 +24,7 @@ WEIGHTS, INDEX, GGUF = "model.safetensors", "model.safetensors.index.json", "mod
 
 @functools.cache
 def folders():
-    """Name -> folder of a whole Llama, of one in two files, and of one cut to unequal layers, each with a tokenizer."""
+    """Name -> folder of a whole Llama, of one in parts, and of one cut to unequal layers, each with a tokenizer."""
     root = Path(tempfile.mkdtemp(prefix="fuzz-models-"))
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -52,19 +50,9 @@ def folders():
         tokenizer.save_pretrained(root / name)
     shapes = CutConfig.from_whole(config)
     write_gguf(whole, shapes, tokenizer, architecture_of(shapes, "it"), "f32", root / "whole" / GGUF, {"name": "Tiny"})
-    _in_two_files(root / "whole", root / "two")
+    whole.save_pretrained(root / "two", max_shard_size="20KB")
+    tokenizer.save_pretrained(root / "two")
     return {path.name: path for path in root.iterdir()}
-
-
-def _in_two_files(whole, folder):
-    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(WEIGHTS, GGUF))
-    tensors = sorted(load_file(whole / WEIGHTS).items())
-    index = {"metadata": {"total_size": sum(tensor.nbytes for _, tensor in tensors)}, "weight_map": {}}
-    for number, part in enumerate((tensors[::2], tensors[1::2]), start=1):
-        name = f"model-{number:05}-of-00002.safetensors"
-        save_file(dict(part), folder / name, metadata={"format": "pt"})
-        index["weight_map"] |= {key: name for key, _ in part}
-    (folder / INDEX).write_text(json.dumps(index))
 
 
 def use_model(folder, **where):
@@ -105,7 +93,7 @@ def model_config_case(draw, folder):
 
 
 def index_case(draw, folder):
-    """The index of weights in two files."""
+    """The index of weights in several files."""
     source, copy = _copied(draw, folder, ("two",))
     _replace(copy / INDEX, as_json(draw, json.loads((source / INDEX).read_bytes()), 4))
     use_model(copy)

@@ -78,9 +78,8 @@ class Draw:
         kind = self.draw.choice(("none", "hard", "hard", "soft"))
         if kind == "soft":
             dtype = self.draw.choice((torch.float32, self.dtype, torch.float64))
-            return (
-                self.laid(torch.rand(size, generator=self.generator).to(dtype)).detach().requires_grad_(self.chance())
-            )
+            values = self.laid(torch.rand(size, generator=self.generator).to(dtype))
+            return values.detach().requires_grad_(self.chance())
         return None if kind == "none" else self.flags(size)
 
     def scaling(self) -> float:

@@ -129,9 +129,7 @@ def test_wanda_sp_is_weight_times_input_norm_by_hand():
         hook.remove()
 
     def importance(layer):
-        found = {
-            name: torch.zeros(linear.out_features, linear.in_features) for name, linear in space.linears[layer].items()
-        }
+        found = {n: torch.zeros(each.out_features, each.in_features) for n, each in space.linears[layer].items()}
         for name in consumers:
             norm = torch.cat([x.flatten(0, 1) for x in seen[layer, name]]).norm(dim=0)
             found[name] = llama.get_parameter(f"model.layers.{layer}.{name}.weight").detach().abs() * norm

@@ -15,9 +15,7 @@ from atp.studies.compare.members import Members
 def test_a_whole_run_in_its_own_space(config, tmp_path):
     values = config.model_dump(mode="json") | {"output_dir": str(tmp_path), "export": {"keep_adapter": True}}
     assert values["decisions"]["space"] == "kv_group"
-    run = BaselineRun(
-        "disp_llm", type(config).parse(values), resume=False, command="atp compare", say=lambda text: None
-    )
+    run = BaselineRun("disp_llm", type(config).parse(values), resume=False, command="atp", say=lambda text: None)
     summary = run.execute()
     decisions = json.loads((tmp_path / "decisions.json").read_text())
     assert decisions["space"] == "disp" and decisions["sizes"]["attention_inputs"] == 32

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from tiny_spaces import config
-from torch.autograd import gradcheck
 
 from atp.decide.budget import Budget
 from atp.decide.sampling import keep_one
@@ -48,7 +47,6 @@ def test_gradient_by_finite_differences(space_name, target):
     space = MaskSpace.from_config(config(mlp_bias=True), space_name)
     budget = Budget(space)
     soft = torch.rand(space.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
-    assert gradcheck(budget._count, soft.clone().requires_grad_())
     leaf = soft.clone().requires_grad_()
     budget.loss(leaf, target).backward()
     step, differences = 1e-5, []

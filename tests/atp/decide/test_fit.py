@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_spaces import config, larger
+from tiny_spaces import config, larger, random_logits
 
 from atp.decide.budget import Budget
 from atp.decide.fit import exact_mask, exact_offset, fit_mask
@@ -12,10 +12,6 @@ from atp.decide.sampling import soft_mask
 from atp.spaces.space import MaskSpace
 
 BUDGETS = {name: Budget(MaskSpace.from_config(larger(), name)) for name in ("head_dim", "kv_group", "disp")}
-
-
-def random_logits(budget, seed=0, scale=1.0):
-    return scale * torch.randn(budget.space.size, generator=torch.Generator().manual_seed(seed))
 
 
 def removing_next(logits, mask):

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_spaces import config, larger
+from tiny_spaces import config, larger, random_logits
 
 from atp.baselines.uniform import uniform_mask
 from atp.config import ATPConfig
@@ -24,10 +24,6 @@ width_rules = partial(rules_on, device="cpu")
 
 def budget_of(shapes, space="kv_group"):
     return Budget(MaskSpace.from_config(config(**shapes), space))
-
-
-def random_logits(budget, seed):
-    return torch.randn(budget.space.size, generator=torch.Generator().manual_seed(seed))
 
 
 # Selections of the hidden state are widths of linears as MLP channels are; heads and their dimensions are not.

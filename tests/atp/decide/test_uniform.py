@@ -1,12 +1,14 @@
 """Decisions with equal counts in all layers: from thresholds, from the fit, and in every source of decisions."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_spaces import larger
+from tiny_spaces import random_logits as logits_of
 
 from atp.config import ATPConfig, DecisionsConfig
 from atp.decide.budget import Budget
@@ -20,10 +22,7 @@ from atp.spaces.space import MaskSpace
 
 SPACE = MaskSpace.from_config(larger(), "kv_group")
 BUDGET = Budget(SPACE)
-
-
-def random_logits(seed=0, scale=1.0):
-    return scale * torch.randn(SPACE.size, generator=torch.Generator().manual_seed(seed))
+random_logits = partial(logits_of, BUDGET)
 
 
 def counts(mask):

@@ -38,7 +38,7 @@ def test_every_task_has_its_file(task):
                                                 "max_gen_toks": task.max_new_tokens}  # fmt: skip
 
 
-def test_written_folder_binds_file_and_task(tmp_path):
+def test_a_written_folder_binds_file_and_task_and_a_missing_package_names_the_remedy(tmp_path, monkeypatch):
     examples = [Example("a", "is it ?", " yes", "yes", "pubmedqa"), Example("b", "the cat", " sat", None, "xsum")]
     assert write_tasks(examples, [PUBMEDQA, XSUM], tmp_path) == ["atp_pubmedqa", "atp_xsum"]
     rows = [json.loads(line) for line in (tmp_path / "pubmedqa.jsonl").read_text().splitlines()]
@@ -47,9 +47,6 @@ def test_written_folder_binds_file_and_task(tmp_path):
     assert bound["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / "xsum.jsonl")
     with pytest.raises(InputError, match="no lm-eval task for 'own' .only for billsum, casehold,"):
         write_tasks(examples, [Task("own")], tmp_path)
-
-
-def test_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match="pip install 'lm-eval"):
         check_harness()

@@ -30,9 +30,8 @@ def test_mean_of_ratios_by_hand():
     dense = scores([[2.0, 4], [4.0, 4]], qa=answers(1, 1, 1, 0), free=[[0.4, 0.2, 0.4, "a"], [0.6, 0.2, 0.4, "b"]])
     pruned = scores([[4.0, 4], [4.0, 4]], qa=answers(1, 1, 0, 0), free=[[0.5, 0.1, 0.4, "c"], [0.3, 0.1, 0.4, "d"]])
     found = relative_performance(pruned, dense, [QA, FREE], majority(["yes"] * 4))
-    assert found["ratios"] == pytest.approx(
-        {"qa accuracy": 2 / 3, "free rouge1": 0.8, "free rouge2": 0.5, "free rougeL": 1.0}
-    )
+    ratios = {"qa accuracy": 2 / 3, "free rouge1": 0.8, "free rouge2": 0.5, "free rougeL": 1.0}
+    assert found["ratios"] == pytest.approx(ratios)
     assert found["relative_performance"] == pytest.approx((2 / 3 + 0.8 + 0.5 + 1.0) / 4)
     # Perplexity stands apart: exp(8/8) over exp(6/8).
     assert found["perplexity_ratio"] == pytest.approx(np.exp(0.25))

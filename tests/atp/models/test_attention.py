@@ -33,7 +33,7 @@ def training_logits(model, input_ids, position_ids):
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "sliding", "cut"])
 @torch.no_grad()
-def test_packed_samples_give_the_logits_of_each_alone(kind):
+def test_packed_samples_give_the_logits_of_each_alone_and_one_sample_a_row_is_plain_causal(kind):
     model, input_ids = build(kind), ids()
     alone = [model(input_ids=part[None], use_cache=False).logits[0]
              for row, lengths in zip(input_ids, LENGTHS, strict=True) for part in row.split(lengths)]  # fmt: skip
@@ -42,15 +42,8 @@ def test_packed_samples_give_the_logits_of_each_alone(kind):
     packed = training_logits(model, input_ids, POSITIONS)
     torch.testing.assert_close(packed.flatten(0, 1), torch.cat(alone), rtol=1e-9, atol=1e-9)
     assert (packed - joined).abs().max() > 0.01, "the samples of a joined window see each other"
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral", "sliding", "cut"])
-@torch.no_grad()
-def test_one_sample_a_row_is_plain_causal_attention(kind):
-    model, input_ids = build(kind), ids()
-    stock = model(input_ids=input_ids, use_cache=False).logits
-    use_training_attention(model)
-    torch.testing.assert_close(training_logits(model, input_ids, None), stock, rtol=1e-9, atol=1e-9)
+    plain = training_logits(model, input_ids, None)
+    torch.testing.assert_close(plain, joined, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["llama", "sliding", "cut"])

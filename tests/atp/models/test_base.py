@@ -4,9 +4,8 @@ import sys
 
 import pytest
 import torch
-from tiny_inputs import tiny_config
+from tiny_inputs import changed, tiny_config
 
-from atp.config import ATPConfig
 from atp.evaluation import model_size
 from atp.ground.errors import InputError
 from atp.inputs.checks import check_reachable
@@ -24,10 +23,6 @@ from atp_kernels import QuantizedWeight
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     return tiny_config(tmp_path_factory.mktemp("inputs"), hidden_size=64, intermediate_size=128)
-
-
-def changed(config, *overrides):
-    return ATPConfig.parse(config.model_dump(mode="json"), list(overrides))
 
 
 def loaded(config, *overrides):
@@ -56,15 +51,12 @@ def test_decoder_linears_are_quantized_and_nothing_else(wide, load_in, dtype):
     assert model_size(model) == model_size(whole), "as a file holds it"
 
 
-def test_fingerprints_are_of_the_quantized_weights(wide):
+def test_fingerprints_and_logits_are_of_the_quantized_weights(wide):
     plain, four, again, eight = (
         fingerprints(loaded(wide, *given))["base weights"]
         for given in ((), ["model.load_in=4bit"], ["model.load_in=4bit"], ["model.load_in=8bit"])
     )
     assert four == again and len({plain, four, eight}) == 3
-
-
-def test_logits_of_the_loaded_model_are_those_of_the_floating_weights(wide):
     model = loaded(wide, "model.load_in=4bit")
     tokens = torch.arange(9)[None]
     found = model(tokens).logits
@@ -88,12 +80,17 @@ def test_what_is_not_supported_is_refused_before_anything_is_written(wide, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_linears_without_whole_blocks_are_refused_in_4_bits(config, tmp_path):
+def test_without_whole_blocks_or_bitsandbytes_4_bits_are_refused(config, tmp_path, wide, monkeypatch):
     narrow = changed(config, "model.load_in=4bit", f"output_dir={tmp_path / 'run'}")
     with pytest.raises(InputError, match=r"multiple of 64 inputs, but layers.0.self_attn.q_proj has 32: use .*=8bit"):
         Run(narrow, resume=False, command="").execute()
     assert not list(tmp_path.iterdir())
     assert isinstance(loaded(config, "model.load_in=8bit"), torch.nn.Module)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    given = changed(wide, "model.load_in=4bit", f"output_dir={tmp_path / 'run'}")
+    with pytest.raises(InputError, match="package 'bitsandbytes' is not installed: run pip install 'bitsandbytes>=0"):
+        Run(given, resume=False, command="").execute()
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_processes_are_refused(wide, monkeypatch):
@@ -109,12 +106,4 @@ def test_baselines_are_refused(wide, tmp_path, method):
     given = changed(wide, "model.load_in=8bit", f"output_dir={tmp_path / 'run'}")
     with pytest.raises(InputError, match=f"{method} does not run on a quantized base: leave out model.load_in=8bit"):
         BaselineRun(method, given, resume=False, command="").execute()
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_bitsandbytes_one_sentence_says_so(wide, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    given = changed(wide, "model.load_in=4bit", f"output_dir={tmp_path / 'run'}")
-    with pytest.raises(InputError, match="package 'bitsandbytes' is not installed: run pip install 'bitsandbytes>=0"):
-        Run(given, resume=False, command="").execute()
     assert not list(tmp_path.iterdir())

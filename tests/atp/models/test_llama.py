@@ -19,14 +19,8 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
 }  # fmt: skip
 SHAPES = [
-    {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "qk_pairs": [0, 2, 3],
-        "v_head_dim": 5,
-        "intermediate_size": 7,
-    },
-    {"num_attention_heads": 3, "num_key_value_heads": 1, "qk_pairs": None, "v_head_dim": 8, "intermediate_size": 33},
+    dict(num_attention_heads=4, num_key_value_heads=2, qk_pairs=[0, 2, 3], v_head_dim=5, intermediate_size=7),
+    dict(num_attention_heads=3, num_key_value_heads=1, qk_pairs=None, v_head_dim=8, intermediate_size=33),
 ]
 LAYERS = dict(enumerate(SHAPES))
 WRITTEN = {
@@ -77,7 +71,7 @@ def test_uncut_equals_stock_exactly(name, attention):
     assert ours.state_dict().keys() == stock.state_dict().keys()
 
 
-def test_sdpa_equals_eager_and_attentions_come_out():
+def test_sdpa_equals_eager_attentions_come_out_and_the_cache_holds_the_cut_widths():
     model = uneven()
     ids = tokens()
     fused = model(ids).logits
@@ -86,6 +80,10 @@ def test_sdpa_equals_eager_and_attentions_come_out():
     assert_close(output.logits, fused, rtol=0, atol=1e-5)
     assert [a.shape for a in output.attentions] == [(2, 4, 12, 12), (2, 3, 12, 12)]
     assert len(output.hidden_states) == 3
+    model = uneven()
+    cache = getattr(model(tokens(), use_cache=True), cache_name(model))
+    assert cache.layers[0].keys.shape == (2, 2, 12, 6) and cache.layers[0].values.shape == (2, 2, 12, 5)
+    assert cache.layers[1].keys.shape == (2, 1, 12, 8)
 
 
 @torch.no_grad()
@@ -99,13 +97,6 @@ def test_only_logits_that_are_scaled_exist_twice():
     assert logits < peaks[1.0] < 1.2 * logits and peaks[2.0] == pytest.approx(2 * logits, rel=0.1)
     halved, whole = (uneven(family="granite", logits_scaling=scaling)(ids).logits for scaling in (2.0, 1.0))
     assert torch.equal(2 * halved, whole)
-
-
-def test_cache_holds_the_cut_widths():
-    model = uneven()
-    cache = getattr(model(tokens(), use_cache=True), cache_name(model))
-    assert cache.layers[0].keys.shape == (2, 2, 12, 6) and cache.layers[0].values.shape == (2, 2, 12, 5)
-    assert cache.layers[1].keys.shape == (2, 1, 12, 8)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -211,9 +202,10 @@ def test_number_of_layers_must_agree_and_norms_of_queries_and_keys_are_over_all_
         config_class("qwen3")(**SIZES, per_layer_config=LAYERS)
 
 
-@pytest.mark.parametrize(
-    "key", ["attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"]
-)
+FACTORS = ["attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"]
+
+
+@pytest.mark.parametrize("key", FACTORS)
 @pytest.mark.parametrize("value", [0, float("nan"), float("inf"), -(10**400), 10**30, "1", []])
 def test_a_factor_that_is_no_usual_number_is_refused(key, value):
     granite = config_class("granite")

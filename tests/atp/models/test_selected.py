@@ -5,6 +5,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from test_llama import SIZES as PLAIN
+from test_llama import tokens
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -12,11 +14,7 @@ from atp.models import ATPLlamaConfig, register
 from atp.models.config import config_class
 from atp.models.cut import build as build_cut
 
-SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
-    "attention_bias": True, "mlp_bias": True,
-}  # fmt: skip
+SIZES = PLAIN | {"attention_bias": True, "mlp_bias": True}
 WHOLE = {"num_attention_heads": 4, "num_key_value_heads": 2, "qk_pairs": None, "v_head_dim": 8, "intermediate_size": 40}
 SELECTED = WHOLE | {
     "intermediate_size": 7, "attention_inputs": [0, 5, 31], "attention_outputs": [2, 3, 4, 30], "mlp_inputs": [1, 2],
@@ -37,10 +35,6 @@ def build(shapes=SHAPES, family="llama", **overrides):
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
-
-
-def tokens(windows=2, length=12):
-    return torch.randint(1, 61, (windows, length), generator=torch.Generator().manual_seed(4))
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.25])

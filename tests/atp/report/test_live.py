@@ -54,9 +54,7 @@ def test_states_and_figures(run, tmp_path):
     assert (line.state, line.kept, line.perplexity, line.megabytes, line.minutes) == ("finished", 0.6, 18, 7, 1.5)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"seconds": 3, "perplexity": [], "keep_decoder": "x"}', "\x00\xff"]
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"seconds": 3, "perplexity": [], "keep_decoder": ""}', "\x00\xff"])
 def test_damaged_records_are_missing_ones(run, content):
     for name in ("summary.json", "evaluation.json", "metrics.jsonl"):
         (run / name).write_text(content, encoding="latin-1")

@@ -207,9 +207,8 @@ SAID = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("case", SAID)
-def test_what_a_summary_says_is_said_on_the_page(tmp_path, case):
+def test_what_a_summary_says_is_said_on_the_page(tmp_path, case, undrawn):
     changes, said, unsaid = SAID[case]
     page, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | changes)))
     assert [sentence for sentence in said if sentence not in text] == []
@@ -217,7 +216,6 @@ def test_what_a_summary_says_is_said_on_the_page(tmp_path, case):
     assert "svg" not in page.tags and "pip install matplotlib" in text and "qk (of 32)" in text, "the tables stay"
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -225,12 +223,11 @@ def test_what_a_summary_says_is_said_on_the_page(tmp_path, case):
         ("merge_error", 1.01), ("merge_error", None),
     ],
 )  # fmt: skip
-def test_certificate_fails_above_its_limit(tmp_path, key, value):
+def test_certificate_fails_above_its_limit(tmp_path, key, value, undrawn):
     _, text = parse(write_report(write_run(tmp_path / "run", certificate=CERTIFICATE | {key: value})))
     assert text.count("FAIL") == 2
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -241,7 +238,7 @@ def test_certificate_fails_above_its_limit(tmp_path, key, value):
           for content in ("", "- a list", "model: [", "model: 3\ndata: x\noutput_dir: [1]\n")],
     ],
 )  # fmt: skip
-def test_a_missing_or_damaged_file_leaves_the_rest(tmp_path, name, content, said):
+def test_a_missing_or_damaged_file_leaves_the_rest(tmp_path, name, content, said, undrawn):
     run = write_run(tmp_path / "run")
     (run / name).unlink()
     if content is not None:
@@ -251,8 +248,7 @@ def test_a_missing_or_damaged_file_leaves_the_rest(tmp_path, name, content, said
     assert "30.17" in text or name == "summary.json"
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_run_without_a_summary_shows_what_there_is(tmp_path):
+def test_a_run_without_a_summary_shows_what_there_is(tmp_path, undrawn):
     run = write_run(tmp_path / "run")
     (run / "summary.json").unlink()
     with (run / "metrics.jsonl").open("a") as lines:
@@ -273,8 +269,7 @@ def test_a_run_without_a_summary_shows_what_there_is(tmp_path):
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.usefixtures("undrawn")
-def test_records_of_many_structures_take_no_time(tmp_path):
+def test_records_of_many_structures_take_no_time(tmp_path, undrawn):
     sizes = {f"part {n}": 4 for n in range(500)}
     decisions = {"space": "x", "sizes": sizes, "layers": [dict.fromkeys(sizes, [1])] * 3}
     _, text = parse(write_report(write_run(tmp_path / "run", decisions=decisions)))
@@ -288,8 +283,7 @@ SAMPLES = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_held_out_prompts_stand_beside_their_answers(tmp_path):
+def test_held_out_prompts_stand_beside_their_answers(tmp_path, undrawn):
     page, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | {"samples": SAMPLES})))
     shown = (
         "Is <b>this</b> bold? 😀 reference no & <i>yes</i> original <script>alert(1)</script> cut and tuned (nothing) "
@@ -299,8 +293,7 @@ def test_held_out_prompts_stand_beside_their_answers(tmp_path):
     assert page.attributes.count(("dir", "auto")) == 8, "each text has its own direction"
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_text_of_the_run_is_escaped(tmp_path):
+def test_text_of_the_run_is_escaped(tmp_path, undrawn):
     evil = "<script>alert('x')</script>&\"<b>"
     changed = SUMMARY | {"command": evil, "versions": {evil: evil}, "data": {"train": evil}, "seed": evil}
     changed["train_tokens_per_second"] = {evil: 1.0}
@@ -331,8 +324,7 @@ def replaced(value, path, new):
 ODD = [None, "<i>", -1, 1e308, [], {}, [[]], {"a": [1, None]}, True, "\ud800", 10**400, [1, 2, 3]]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_any_other_value_anywhere_leaves_a_page(tmp_path):
+def test_any_other_value_anywhere_leaves_a_page(tmp_path, undrawn):
     for name, content in {"summary": SUMMARY, "certificate": CERTIFICATE, "decisions": DECISIONS}.items():
         for number_, path in enumerate(places(content)):
             if name == "decisions" and len(path) > 4:
@@ -343,8 +335,7 @@ def test_any_other_value_anywhere_leaves_a_page(tmp_path):
             assert "Settings" in text or "damaged" in text or "missing" in text, path
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_damaged_record_costs_its_section_and_says_so(tmp_path):
+def test_a_damaged_record_costs_its_section_and_says_so(tmp_path, undrawn):
     run = write_run(tmp_path / "run", summary=SUMMARY | {"tasks": ["absent"], "perplexity": 3})
     record = {"step": 10**300, "phase": "$\\frac$ <b>", "loss": 1.0}
     with (run / "metrics.jsonl").open("a") as lines:
