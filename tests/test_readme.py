@@ -1,4 +1,4 @@
-"""What the README shows runs, and its figures are those of the CSV files; links lead somewhere; examples parse."""
+"""What README and notebook show runs, figures are those of the CSV files, links lead somewhere, examples parse."""
 
 import re
 import runpy
@@ -7,10 +7,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import typer
 import yaml
+from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM
 
 from atp.cli.cli import app
@@ -121,3 +123,30 @@ def test_the_readme_is_short_and_its_commands_exist():
     targets = re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE)
     assert targets and set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert len(README.splitlines()) <= 130
+
+
+NOTEBOOK = ROOT / "examples" / "talks.ipynb"
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_it_is_committed_executed_and_without_errors(committed):
+    assert [cell.execution_count for cell in code(committed)] == list(range(1, len(code(committed)) + 1))
+    assert all(output.output_type != "error" for cell in code(committed) for output in cell.outputs)
+
+
+@pytest.mark.slow
+def test_it_runs_and_ends_with_a_smaller_model_that_answers(committed, tmp_path):
+    NotebookClient(committed, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    streams = [[o for o in cell.outputs if o.output_type == "stream"] for cell in code(committed)]
+    said = ["".join(stream.text for stream in cell if stream.name == "stdout") for cell in streams]
+    assert "(6" in said[-2] or "(5" in said[-2], said[-2]
+    assert said[-1].splitlines()[-1].endswith("tokens")
+    assert (tmp_path / "runs" / "talks" / "model" / "model.safetensors").is_file()

@@ -13,7 +13,7 @@ import pytest
 from atp.config import DataConfig, ModelConfig
 from atp.data import read_examples
 from atp.ground import requirements
-from atp.ground.ending import ending
+from atp.ground.ending import ending, lacking
 from atp.ground.errors import InputError
 from atp.ground.places import PACKAGED_MODEL
 from atp.ground.requirements import TRAIN, find, install_command, require
@@ -76,7 +76,7 @@ def test_any_other_missing_module_ends_a_command_with_a_sentence_in_every_proces
     sentence = "package 'peft' is not installed: run pip install 'atp-kernels[train]'"
     assert ending(ModuleNotFoundError("No module named 'peft.utils'", name="peft.utils")) == (sentence, 2)
     own = ModuleNotFoundError("No module named 'atp.oven'", name="atp.oven")
-    assert "--debug" in ending(own)[0] and "pip install" not in ending(own)[0]
+    assert "--debug" in ending(own)[0] and "pip install" not in ending(own)[0] and lacking(own) is own
     error = pickle.loads(pickle.dumps(requirements.MissingPackage("no oven")))
     assert str(error) == "no oven" and isinstance(error, InputError) and isinstance(error, ImportError)
 

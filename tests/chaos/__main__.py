@@ -55,13 +55,11 @@ class Chaos:
         self.config.write_text(config.dump())
         self._unbroken = {}
 
-    def unbroken(
-        self, compare: bool, processes: int, sharded: bool = False
-    ) -> tuple[dict[str, bytes], dict[str, float]]:
+    def unbroken(self, processes: int, sharded: bool = False) -> tuple[dict[str, bytes], dict[str, float]]:
         """Results of an unbroken run and the seconds of its phases; it is run when it is first asked for."""
-        kind = compare, processes, sharded
+        kind = processes, sharded
         if kind not in self._unbroken:
-            command = Command(self.config, self.folder / f"whole-{compare}-{processes}-{sharded}", *kind)
+            command = Command(self.config, self.folder / f"whole-{processes}-{sharded}", *kind)
             # The first is slower: files are read for the first time.
             assert command.finish(self.watch, resume=False) == 0, command.said[-2000:]
             shutil.rmtree(command.folder)
@@ -85,8 +83,7 @@ class Chaos:
 
     def run(self, index: int, case: Kill | Fault) -> str:
         """Breaks a run, takes it up until it ends, and says how; what was not as promised goes into `lost`."""
-        compare = isinstance(case, Kill) and case.compare
-        kind = compare, case.processes, isinstance(case, Kill) and case.sharded
+        kind = case.processes, isinstance(case, Kill) and case.sharded
         whole, seconds = self.unbroken(*kind)
         command = Command(self.config, self.folder / f"case{index}", *kind)
         if isinstance(case, Kill):
@@ -118,8 +115,8 @@ class Chaos:
     @property
     def checkpoints(self) -> Path:
         """Those of the unbroken run in one process."""
-        self.unbroken(False, 1)
-        return self.folder / "whole-False-1-False" / "checkpoints"
+        self.unbroken(1)
+        return self.folder / "whole-1-False" / "checkpoints"
 
     def damaged(self, count: int, draw: random.Random) -> tuple[Counter, list[str]]:
         """Resumes the unbroken run from damaged checkpoints: (how often it ended how, what was not as promised)."""
@@ -132,7 +129,7 @@ class Chaos:
             (command.folder / "summary.json").unlink(missing_ok=True)
             kinds = damage(root, draw)
             code = command.finish(self.watch, resume=True)
-            if code == 0 and command.results == self.unbroken(False, 1)[0]:
+            if code == 0 and command.results == self.unbroken(1)[0]:
                 found["ended with the same bytes"] += 1
             elif code == 2 and not command.unlike(code):
                 found["ended in one sentence"] += 1

@@ -186,7 +186,7 @@ def _two_writers(fault: Fault, command: Command, watch: Watch) -> list[str]:
     first = command.start(watch, resume=False, strikes={fault.phase: lambda: os.kill(os.getpid(), signal.SIGSTOP)})
     while first.running and not _stopped(first.children[0]):
         time.sleep(2e-3)
-    second = Command(command.config, command.folder, command.compare)
+    second = Command(command.config, command.folder)
     code = second.finish(Watch(), resume=fault.draw.random() < 0.7)
     problems = second.unlike(code) if code == 2 else [f"the second ended with {code}: {second.said[-500:]}"]
     first.send_all("SIGCONT")

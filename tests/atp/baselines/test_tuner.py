@@ -1,4 +1,4 @@
-"""Tuning of what a baseline leaves: the adapter alone learns, on ATP's samples, and a broken run ends the same."""
+"""Tuning of what a baseline leaves, and `disp_llm` as `atp compare` runs it in its own space."""
 
 import json
 import signal
@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_llama import config, model, windows
 from tiny_callbacks import StopAt
+from transformers import AutoModelForCausalLM
 
 from atp.baselines.methods import BASELINES
 from atp.baselines.tuner import LoraTuner
@@ -14,6 +15,9 @@ from atp.data import PackedDataset
 from atp.ground.errors import InputError, Interrupted
 from atp.lora.layer import add_lora
 from atp.spaces.space import MaskSpace
+from atp.studies.compare.arms import Arm
+from atp.studies.compare.baseline_run import BaselineRun
+from atp.studies.compare.members import Members
 from atp.training import checkpoint as checkpoints
 from atp.training.trainer import ATPTrainer
 
@@ -74,3 +78,30 @@ def test_a_signal_writes_a_checkpoint_and_resume_ends_the_same(unbroken, tmp_pat
         assert all(torch.equal(tensor, unbroken[name]) for name, tensor in trained(resumed).items())
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_whole_run_in_its_own_space(config, tmp_path):
+    values = config.model_dump(mode="json") | {"output_dir": str(tmp_path), "export": {"keep_adapter": True}}
+    assert values["decisions"]["space"] == "kv_group"
+    run = BaselineRun("disp_llm", type(config).parse(values), resume=False, command="atp", say=lambda text: None)
+    summary = run.execute()
+    decisions = json.loads((tmp_path / "decisions.json").read_text())
+    assert decisions["space"] == "disp" and decisions["sizes"]["attention_inputs"] == 32
+    assert summary["certificate"]["cut_vs_reloaded"] < 1e-5 and summary["certificate"]["merge_error"] <= 1.0
+    for part in ("model", "base"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / part, dtype=torch.float32)
+        shapes = [layer.self_attn.q_proj.in_features for layer in loaded.model.layers]
+        assert shapes == [len(layer["attention_inputs"]) for layer in decisions["layers"]]
+    assert sum(shapes) < 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.search=0", "disp_llm learns its masks in training.search steps, which are 0"),
+        ("decisions.uniform=true", "disp_llm cuts in space disp, without equal layers: leave out decisions.uniform"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_any_run(config, tmp_path, override, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Members(config, tmp_path, command="").check([Arm("static"), Arm("disp_llm", (override,))], [0])
