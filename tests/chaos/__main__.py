@@ -90,7 +90,7 @@ class Chaos:
             problems = strike(case, command, self.watch, seconds)
             outcome = f"met {', '.join(case.hits)}"
         else:
-            problems = case.examine(case, command, self.watch)
+            problems = case.examine(command, self.watch)
             outcome = case.outcome
         if problems or command.resumable or not command.folder.exists():
             code = command.finish(self.watch, resume=command.resumable)

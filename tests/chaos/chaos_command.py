@@ -160,9 +160,8 @@ class Command:
     said: str = ""
 
     def start(
-        self, watch: Watch, *, resume: bool, strikes: dict[str, Callable[[], None]] | None = None, victim: int = 0,
-        overrides: tuple[str, ...] = (),
-    ) -> Started:  # fmt: skip
+        self, watch: Watch, *, resume: bool, strikes: dict[str, Callable[[], None]] | None = None, victim: int = 0
+    ) -> Started:
         """Forks the command. strikes: what befalls the process `victim` at the start of which phase."""
         watch.reset()
         with socket.socket() as free:
@@ -177,13 +176,13 @@ class Command:
                 watch.strikes = dict(strikes or {}) if rank == victim else {}
                 if rank:
                     watch.leave()
-                self._become(rank, port, theirs, resume, overrides)
+                self._become(rank, port, theirs, resume)
             os.close(theirs)
             started.children.append(child)
             started.pipes.append(ours)
         return started
 
-    def _become(self, rank: int, port: int, output: int, resume: bool, overrides: tuple[str, ...]) -> None:
+    def _become(self, rank: int, port: int, output: int, resume: bool) -> None:
         """Runs the command in this process, and ends it."""
         code = 70
         try:
@@ -199,7 +198,7 @@ class Command:
             where = [f"output_dir={self.folder}"]
             if self.sharded:  # the dense baseline is a model of its own, which is refused in shards
                 where += ["training.sharding=fsdp", "evaluation.dense_baseline=false"]
-            sys.argv = ["atp", "train", str(self.config), *where, *overrides, *["--resume"] * resume]
+            sys.argv = ["atp", "train", str(self.config), *where, *["--resume"] * resume]
             cli.main()
         except SystemExit as done:
             code = done.code or 0
@@ -217,9 +216,9 @@ class Command:
         self.said = "".join(said)
         return next((code for code in codes if code), 0)
 
-    def finish(self, watch: Watch, *, resume: bool, overrides: tuple[str, ...] = ()) -> int:
+    def finish(self, watch: Watch, *, resume: bool) -> int:
         """Runs the command to its end and returns its exit code."""
-        return self.end(self.start(watch, resume=resume, overrides=overrides))
+        return self.end(self.start(watch, resume=resume))
 
     @property
     def results(self) -> dict[str, bytes]:
