@@ -34,29 +34,22 @@ def path(tmp_path):
     return file
 
 
-@pytest.mark.parametrize(
-    ("sections", "key", "nearest"),
-    [
-        ({"decisions": {"target_kep": 0.5}}, "decisions.target_kep", "target_keep"),
-        ({"training": {"sarch": 5}}, "training.sarch", "search"),
-        ({"lora": {"rank": 8, "drop_out": 0.1}}, "lora.rank", None),
-        ({"evaluations": {}}, "evaluations", "evaluation"),
-        ({"model": {"path": "x", "gguf": "y"}}, "model.gguf", "gguf_file"),
-        ({"training": {"learning_rate": 1}}, "training.learning_rate", "lr"),
-        ({"lora": {"rank": 8}}, "lora.rank", "r"),
-        ({"lora": {"lora_alpha": 8}}, "lora.lora_alpha", "alpha"),
-        ({"training": {"batch": 8}}, "training.batch", "batch_size"),
-        ({"data": {"max_seq_length": 8}}, "data.max_seq_length", "length"),
-        ({"decisions": {"sparsity": 0.5}}, "decisions.sparsity", "target_keep"),
-        ({"target_keep": 0.5}, "target_keep", "decisions.target_keep"),
-        ({"training": {"rank": 8}}, "training.rank", "lora.r"),
-        ({"learning_rate": 1}, "learning_rate", "decisions.lr' or 'training.lr"),
-    ],
-)
-def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest):
-    message = refused(**sections)
-    assert message.startswith(f"unknown config key '{key}': did you mean '")
-    assert nearest is None or message.endswith(f"'{nearest}'?")
+# What somebody writes = what is meant.
+MEANT = """decisions.target_kep=target_keep training.sarch=search evaluations=evaluation model.gguf=gguf_file
+    training.learning_rate=lr lora.rank=r lora.lora_alpha=alpha training.batch=batch_size data.max_seq_length=length
+    decisions.sparsity=target_keep target_keep=decisions.target_keep training.rank=lora.r"""
+
+
+@pytest.mark.parametrize(("key", "nearest"), [pair.split("=") for pair in MEANT.split()])
+def test_unknown_keys_name_their_path_and_the_nearest_key(key, nearest):
+    with pytest.raises(InputError, match=f"^unknown config key '{key}': did you mean '{nearest}'\\?$"):
+        ATPConfig.parse(MINIMAL, [f"{key}=1"])
+
+
+def test_the_first_of_unknown_keys_is_named_with_all_that_are_meant():
+    assert refused(lora={"rank": 8, "drop_out": 0.1}).startswith("unknown config key 'lora.rank': did you mean '")
+    told = "unknown config key 'learning_rate': did you mean 'decisions.lr' or 'training.lr'?"
+    assert refused(learning_rate=1) == told
 
 
 def test_keys_that_are_missing_or_near_none_are_named():

@@ -116,22 +116,14 @@ def test_old_configs_and_models_without_selections_are_as_they_were():
     assert asdict(ATPLlamaConfig(**SIZES).layer_shape(1)) == asdict(old.layer_shape(1)) == WHOLE | UNSELECTED
 
 
+RISING, TYPE = "distinct, rising and below hidden_size = 32", "doesn.t match any type"
+WRONG = {RISING: ([3, 2], [2, 2], [-1, 2], [31, 32]), TYPE: ([1.0, 2.0], ["1", 2], [True], "12"), "at least one": ([],)}
+
+
 @pytest.mark.parametrize(
-    ("positions", "message"),
-    [
-        ([], "a layer keeps at least one"),
-        ([3, 2], "distinct, rising and below hidden_size = 32"),
-        ([2, 2], "distinct, rising and below hidden_size = 32"),
-        ([-1, 2], "distinct, rising and below hidden_size = 32"),
-        ([31, 32], "distinct, rising and below hidden_size = 32"),
-        ([1.0, 2.0], "doesn.t match any type"),
-        (["1", 2], "doesn.t match any type"),
-        ([True], "doesn.t match any type"),
-        ("12", "doesn.t match any type"),
-    ],
-    ids=str,
+    ("message", "positions"), [(message, one) for message, each in WRONG.items() for one in each], ids=str
 )
 @pytest.mark.parametrize("key", ["attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs"])
-def test_wrong_selections_name_layer_and_key(key, positions, message):
+def test_wrong_selections_name_layer_and_key(key, message, positions):
     with pytest.raises(Exception, match=rf"(?s)per_layer_config\[1\].*{key}.*{message}"):
         ATPLlamaConfig(**SIZES | {"per_layer_config": {1: {key: positions}}})

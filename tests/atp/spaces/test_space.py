@@ -46,21 +46,12 @@ def test_no_gradient_of_a_soft_mask_takes_an_index(name, batch):
             assert side.data_ptr() != mask[..., structure.span].data_ptr(), "a view would follow the mask"
 
 
-@pytest.mark.parametrize(
-    ("owner", "repeats"),
-    [
-        ([0, 1, 2], (1, 1)),
-        ([0, 0, 0], (3, 1)),
-        ([0, 1, 0, 1], (1, 2)),
-        ([0, 0, 1, 1, 0, 0, 1, 1], (2, 2)),
-        ([1, 0], None),
-        ([0, 1, 1], None),
-        ([0, 1, 0], None),
-        ([0, 0, 1, 1, 1, 0], None),
-        ([0, 0, 1], None),
-    ],
-)
-def test_any_order_of_decisions_expands_as_its_index_does(owner, repeats):
+ORDERS = "012 11, 000 31, 0101 12, 00110011 22, 10 no, 011 no, 010 no, 001110 no, 001 no"
+
+
+@pytest.mark.parametrize(("decisions", "found"), [order.split() for order in ORDERS.split(", ")])
+def test_any_order_of_decisions_expands_as_its_index_does(decisions, found):
+    owner, repeats = [int(digit) for digit in decisions], None if found == "no" else (int(found[0]), int(found[1]))
     cut = Cut("mlp.gate_proj", 1, torch.tensor(owner))
     values = torch.rand(2, max(owner) + 1)
     assert cut.repeats == repeats and torch.equal(cut.expand(values), values[:, owner])
