@@ -116,33 +116,21 @@ def assert_ends_alike(own, folder, callback, trainer):
     assert smaller.num_parameters() < llama().num_parameters()
 
 
-def steps(open, search, settle):
-    return {"open": open, "search": search, "settle": settle}
+# Accumulated batches, steps of open, search and settle, source of decisions, regularizer or target. The default recipe
+# has open steps alone; what is removed from their adapter is gone at the cut.
+RUNS = """1 0 5 2 learned lasso, 2 0 5 2 learned l0, 1 0 5 2 tuned, 2 0 5 2 running, 2 4 0 0 static, 2 4 0 0 running,
+    1 4 0 0 -, 2 4 0 2 tuned, 1 4 0 2 running, 2 4 3 0 learned, 2 4 3 0 running, 1 4 3 2 learned, 2 4 3 2 -,
+    1 0 0 7 tuned 0.4"""
 
 
-# The default recipe has open steps alone; what is removed from their adapter is gone at the cut.
-@pytest.mark.parametrize(
-    ("accumulation", "phases", "source", "more"),
-    [
-        (1, steps(0, 5, 2), "learned", {"regularizer": "lasso"}),
-        (2, steps(0, 5, 2), "learned", {"regularizer": "l0"}),
-        (1, steps(0, 5, 2), "tuned", {}),
-        (2, steps(0, 5, 2), "running", {}),
-        (2, steps(4, 0, 0), "static", {}),
-        (2, steps(4, 0, 0), "running", {}),
-        (1, steps(4, 0, 0), None, {}),
-        (2, steps(4, 0, 2), "tuned", {}),
-        (1, steps(4, 0, 2), "running", {}),
-        (2, steps(4, 3, 0), "learned", {}),
-        (2, steps(4, 3, 0), "running", {}),
-        (1, steps(4, 3, 2), "learned", {}),
-        (2, steps(4, 3, 2), None, {}),
-        (1, steps(0, 0, 7), "tuned", {"target_keep": 0.4, "rounds": 2}),
-    ],
-)
-def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, accumulation, phases, source, more):
-    regularizer = {name: value for name, value in more.items() if name == "regularizer"}
-    wanted = {"source": source, "rounds": None} | (more if not regularizer else {})
+@pytest.mark.parametrize("run", RUNS.split(","))
+def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, run):
+    *counts, source = run.split()[:5]
+    accumulation, *counts = map(int, counts)
+    phases, more = dict(zip(("open", "search", "settle"), counts, strict=True)), run.split()[5:]
+    regularizer = {"regularizer": more[0]} if more in (["lasso"], ["l0"]) else {}
+    wanted = {"source": None if source == "-" else source, "rounds": None}
+    wanted |= {"target_keep": 0.4, "rounds": 2} if more == ["0.4"] else {}
     own = ours(tmp_path, accumulation, wanted, **phases, **regularizer)
     samples, model = read_by(own), stock(lora_of(own))
     own.train()  # first: arguments of transformers reset what accelerate knows of the process
@@ -153,7 +141,7 @@ def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, accumulatio
     trainer.train()
     assert_ends_alike(own, tmp_path, callback, trainer)
     decisions = callback.pruning.decisions
-    assert abs(decisions.budget.share(decisions.mask) - more.get("target_keep", 0.6)) < 0.03
+    assert abs(decisions.budget.share(decisions.mask) - wanted.get("target_keep", 0.6)) < 0.03
 
 
 @pytest.mark.parametrize(("size", "dropout", "source"), [(1, 0.0, "running"), (8, 0.0, "running"), (1, 0.1, "tuned")])
