@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from atp.cli import cli
 from atp.cli.demo import demo_config
@@ -47,14 +46,8 @@ def demo(tmp_path_factory):
     return folder, json.loads((folder / "summary.json").read_text()), "\n".join(printed)
 
 
-def forward_flops(model, tokens=64):
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=torch.arange(tokens)[None], use_cache=False)
-    return counter.get_total_flops()
-
-
-def test_the_model_is_as_small_as_promised(demo):
-    folder, summary, _ = demo
+def test_the_model_is_as_small_as_promised_and_the_certificate_passes(demo):
+    folder, summary, printed = demo
     assert abs(summary["keep_decoder"] - 0.6) <= BUDGET_TOLERANCE
     assert summary["params_before"] == 134_515_008
     model = read_model(folder / "model", dtype=torch.float32)
@@ -66,19 +59,6 @@ def test_the_model_is_as_small_as_promised(demo):
     assert summary["megabytes"]["final"] == pytest.approx(4 * summary["params_after"] / 1e6)
     saved = (folder / "model" / "model.safetensors").stat().st_size / 1e6
     assert saved == pytest.approx(summary["megabytes"]["final"], rel=0.01)
-
-
-def test_the_model_needs_less_arithmetic(demo):
-    """Speed without a clock: products of a forward pass shrink with the decoder, the head's stay."""
-    folder, summary, _ = demo
-    original, cut = load_any_model(demo_config(folder).model), read_model(folder / "model", dtype=torch.float32)
-    head = 2 * 64 * original.lm_head.weight.numel()
-    decoder = forward_flops(original) - head
-    assert forward_flops(cut) < head + (summary["keep_decoder"] + 0.02) * decoder
-
-
-def test_the_certificate_passes(demo):
-    folder, summary, printed = demo
     assert all(summary["certificate"][name] <= limit for name, limit in LIMITS.items())
     saved = json.loads((folder / "certificate.json").read_text())
     assert {name: saved[name] for name in LIMITS} == {name: summary["certificate"][name] for name in LIMITS}

@@ -42,7 +42,7 @@ def test_a_plain_answer_is_the_greedy_continuation_piece_by_piece_and_sampling_d
     assert len({chat.ask("the cat", lambda text: None, tokens=8).text for _ in range(2)}) == 1
 
 
-def test_a_conversation_remembers_and_a_run_folder_gives_its_final_model(folder):
+def test_conversations_remember_and_two_models_answer_side_by_side_one_of_a_run_folder(folder):
     chat, said = Conversation(str(folder.parent)), []
     first = chat.ask("the cat", said.append, tokens=4)
     chat.ask("it was", said.append, tokens=4)
@@ -50,9 +50,6 @@ def test_a_conversation_remembers_and_a_run_folder_gives_its_final_model(folder)
     prompt = plain_chat([*chat.messages[:3], {"role": "assistant", "content": ""}]).prompt
     assert chat.messages[3]["content"].split() == greedy(folder, prompt, 4).split()
     assert chat.messages[1]["content"] == first.text.strip()
-
-
-def test_two_models_answer_side_by_side(folder):
     lines = []
     chats = [Conversation(str(folder), plain=True), Conversation(str(folder.parent), plain=True)]
     talk(chats, ["the mat", "a cat"], lambda text, end="\n": lines.append(text + end), tokens=3)

@@ -119,7 +119,7 @@ def tiny(tmp_path_factory):
     return config
 
 
-def test_a_run_reads_the_tokens_that_were_asked_for(tiny):
+def test_a_run_reads_the_tokens_that_were_asked_for_and_goes_on_with_its_steps(tiny):
     run = Path(tiny.output_dir)
     record = json.loads((run / "length.json").read_text(encoding="utf-8"))
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -131,13 +131,10 @@ def test_a_run_reads_the_tokens_that_were_asked_for(tiny):
         for name in ("config.yaml", "resolved.yaml")
     )
     assert (asked["tokens"], used["tokens"], used["steps"]) == (700, None, record["steps"])
-
-
-def test_a_run_goes_on_with_the_steps_that_it_began_with(tiny):
-    """No probe, no other number: the folder says what the steps are."""
-    before = (Path(tiny.output_dir) / "summary.json").read_bytes()
+    # No probe, no other number: the folder says what the steps are.
+    before = (run / "summary.json").read_bytes()
     Run(tiny, resume=True, command="atp train", say=lambda line: None).execute()
-    assert (Path(tiny.output_dir) / "summary.json").read_bytes() == before
+    assert (run / "summary.json").read_bytes() == before
     assert begun(tiny).training.total == 22
     other = tiny.model_copy(update={"training": tiny.training.model_copy(update={"tokens": 900.0})})
     assert begun(other) is None

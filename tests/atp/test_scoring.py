@@ -155,7 +155,7 @@ def run(request, config, tmp_path_factory):
     return folder / "out"
 
 
-def test_a_run_and_its_config_give_one_figure(run, config):
+def test_a_run_and_its_config_give_one_figure_and_say_what_it_counts(run, config):
     """To the digit, whether the run or its model is named, and for the model that it began with, too."""
     recorded = read(run, "evaluation.json")
     for model in (run, run / "model"):
@@ -167,21 +167,15 @@ def test_a_run_and_its_config_give_one_figure(run, config):
     assert settings | {"precision": "float32", "seed": 3, "documents": 5, "length": 16, "stride": 16} == settings
     longer = score_folder(str(run), Scoring(suite=str(run / "config.yaml"), length=32, documents=5))
     assert longer["length"] == 32 and longer["counted"] == "all tokens", "whoever asks for other windows gets them"
-
-
-def test_what_a_perplexity_counts_stands_beside_it(run):
-    recorded, summary = read(run, "evaluation.json")["final"], read(run, "summary.json")
     counted = "all tokens" if "texts.jsonl" in read_run(run).config else "answers"
-    assert recorded["counted"] == counted
-    sentence = f"Perplexity counts {counted}: {recorded['tokens']:,} tokens in windows of 16."
+    assert recorded["final"]["counted"] == counted
+    sentence = f"Perplexity counts {counted}: {recorded['final']['tokens']:,} tokens in windows of 16."
     console = Console(width=200, record=True, markup=False, highlight=False)
-    terminal.show(summary, console)
+    terminal.show(read(run, "summary.json"), console)
     page = (run / "report.html").read_text(encoding="utf-8")
     card = (run / "model" / "README.md").read_text(encoding="utf-8")
     for place in (console.export_text(), page, card):
         assert sentence in place
-    assert f"held-out perplexity, {counted}" in page
-    scores = score_folder(str(run), Scoring(suite=str(run / "config.yaml")))
-    assert sentence in scores["remarks"]
+    assert f"held-out perplexity, {counted}" in page and sentence in scores["remarks"]
     (line,) = runs_below(run)
     assert line.counted == counted

@@ -1,8 +1,5 @@
 """The command line: refusing on a red gate, rows and tables of a run, plots, marks."""
 
-import contextlib
-import io
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -35,28 +32,30 @@ def test_a_red_gate_refuses_unless_skipped_and_nothing_is_timed(tmp_path, monkey
     assert gate.allow([red], skip=True) == "unverified"
     monkeypatch.setattr(gate, "verify", lambda ops: False)
     with pytest.raises(SystemExit, match="nothing is timed"):
-        command.main([*COMPACT, "--out", str(tmp_path)])
-    assert "p50" not in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+        command.main([*COMPACT, "--out", str(tmp_path / "rows")])
+    assert "p50" not in capsys.readouterr().out and not (tmp_path / "rows").exists()
 
 
-@pytest.fixture(scope="module")
-def compact_run(tmp_path_factory):
-    out, said = tmp_path_factory.mktemp("rows"), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        command.main([*COMPACT, "--no-verify", "--out", str(out)])
-    return out, said.getvalue()
-
-
-def test_run_writes_a_row_a_variant_that_says_unverified(compact_run):
-    rows = read(compact_run[0] / "compact.csv")
+def test_run_writes_a_row_a_variant_that_says_unverified_and_plot_a_png_an_operation(tmp_path, capsys):
+    command.main([*COMPACT, "--no-verify", "--out", str(tmp_path)])
+    rows = read(tmp_path / "compact.csv")
     assert {row["variant"] for row in rows} >= {"unfused", "ours", "floor"}
-    assert {row["gate"] for row in rows} == {"unverified"} and "(unverified)" in compact_run[1]
+    assert {row["gate"] for row in rows} == {"unverified"} and "(unverified)" in capsys.readouterr().out
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         # 38 of 64 rows and columns, read and written, and their indices, at 100 MB/s.
         assert float(row["limit_ms"]) == pytest.approx((2 * 38 * 38 * 4 + 8 * 76) / 1e5, abs=6e-5)
     base = next(row for row in rows if row["variant"] == "unfused")
     assert base["speedup"] == "1.0"
+    pytest.importorskip("matplotlib")
+    compact = next(op for op in command.OPS if op.name == "compact")
+    written = plot(command.OPS, tmp_path)
+    assert written == [tmp_path / "compact.png"]
+    assert written[0].read_bytes().startswith(b"\x89PNG\r\n") and written[0].stat().st_size > 5000
+    older = written[0].read_bytes()
+    append(tmp_path / "compact.csv", [read(tmp_path / "compact.csv")[0] | {"speedup": "3.5"}])
+    plot([compact], tmp_path)
+    assert written[0].read_bytes() != older  # the newest row of a variant counts
 
 
 def test_check_ends_with_success_and_an_unknown_operation_is_one_sentence(capsys):
@@ -72,19 +71,6 @@ def test_overhead_prints_a_line_a_pass(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["overhead", "--rounds", "20"])
     overhead.main()
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["forward", "forward and backward"]
-
-
-def test_plot_writes_a_png_an_operation_with_rows(compact_run, tmp_path):
-    pytest.importorskip("matplotlib")
-    shutil.copy(compact_run[0] / "compact.csv", tmp_path)
-    compact = next(op for op in command.OPS if op.name == "compact")
-    written = plot(command.OPS, tmp_path)
-    assert written == [tmp_path / "compact.png"]
-    assert written[0].read_bytes().startswith(b"\x89PNG\r\n") and written[0].stat().st_size > 5000
-    older = written[0].read_bytes()
-    append(tmp_path / "compact.csv", [read(tmp_path / "compact.csv")[0] | {"speedup": "3.5"}])
-    plot([compact], tmp_path)
-    assert written[0].read_bytes() != older  # the newest row of a variant counts
 
 
 def test_plot_without_matplotlib_says_what_to_do(tmp_path, monkeypatch):

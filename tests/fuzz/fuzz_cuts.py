@@ -19,25 +19,20 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "atp")]
+import torch
+from fuzz_draws import play
+from transformers import AutoConfig, AutoModelForCausalLM
+from zeroed import zeroed
 
-import torch  # noqa: E402
-from fuzz_draws import play  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-from zeroed import zeroed  # noqa: E402
-
-from atp.export.gguf import architecture_of  # noqa: E402
-from atp.families import FAMILIES  # noqa: E402
-from atp.ground.errors import InputError  # noqa: E402
-from atp.models.load import read_model  # noqa: E402
-from atp.models.stock import save_model  # noqa: E402
-from atp.removal.cut import cut_model  # noqa: E402
-from atp.spaces import space_names  # noqa: E402
-from atp.spaces.space import MaskSpace  # noqa: E402
+from atp.export.gguf import architecture_of
+from atp.families import FAMILIES
+from atp.ground.errors import InputError
+from atp.models.load import read_model
+from atp.models.stock import save_model
+from atp.removal.cut import cut_model
+from atp.spaces import space_names
+from atp.spaces.space import MaskSpace
 
 WINDOWS = (2, 3, 6, 40)  # with 1 the cache of transformers itself is wrong where a prompt is padded
 TOLERANCE = 2e-4

@@ -14,7 +14,8 @@ from pathlib import Path
 import yaml
 from transformers.utils import logging as transformers_logging
 
-sys.path.append(str(Path(__file__).parents[1] / "atp" / "report"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests/atp", "tests/atp/report")]  # for whoever imports this
 from test_report import places  # noqa: E402
 
 ODD_VALUES = [

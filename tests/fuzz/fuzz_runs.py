@@ -20,28 +20,23 @@ import contextlib
 import io
 import json
 import random
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "atp")]
+import pytest
+from fuzz_draws import play
+from tiny_command import results, start, stopping_at
+from tiny_inputs import tiny_config
 
-import pytest  # noqa: E402
-from fuzz_draws import play  # noqa: E402
-from tiny_command import results, start, stopping_at  # noqa: E402
-from tiny_inputs import tiny_config  # noqa: E402
-
-from atp.baselines.methods import BASELINES  # noqa: E402
-from atp.config import ATPConfig  # noqa: E402
-from atp.ground.errors import InputError, NotReached  # noqa: E402
-from atp.ground.listing import runs_below  # noqa: E402
-from atp.inputs.checks import check_reachable  # noqa: E402
-from atp.plan import make_plan  # noqa: E402
-from atp.report import write_report  # noqa: E402
-from atp.studies.compare import Comparison  # noqa: E402
-from atp.studies.sweep import Sweep  # noqa: E402
-from atp.studies.sweep.units import UNITS  # noqa: E402
-from atp.training.loop import Loop  # noqa: E402
+from atp.baselines.methods import BASELINES
+from atp.config import ATPConfig
+from atp.ground.errors import InputError, NotReached
+from atp.ground.listing import runs_below
+from atp.inputs.checks import check_reachable
+from atp.plan import make_plan
+from atp.report import write_report
+from atp.studies.compare import Comparison
+from atp.studies.sweep import Sweep
+from atp.studies.sweep.units import UNITS
+from atp.training.loop import Loop
 
 MODELS = [
     {}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"attention_bias": True, "mlp_bias": True},

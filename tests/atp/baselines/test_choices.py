@@ -102,13 +102,19 @@ def test_llm_pruner_score_is_weight_times_gradient_summed_by_hand(order):
     torch.testing.assert_close(taylor_scores(llama, space, batches(), order), expected, rtol=1e-5, atol=0)
 
 
-def test_magnitude_is_the_joint_norm_of_the_group():
+def test_magnitude_is_the_joint_norm_of_the_group_and_removes_what_is_small():
     llama = model()
     space = MaskSpace.from_config(llama.config, "kv_group")
     expected = scores_by_hand(
         space, lambda i: {n: llama.get_parameter(f"model.layers.{i}.{n}.weight").detach() ** 2 for n in space.modules}
     )
     torch.testing.assert_close(magnitude_scores(llama, space), expected)
+    with torch.no_grad():
+        for linear in ("gate_proj", "up_proj"):
+            llama.model.layers[1].mlp.get_submodule(linear).weight[7] *= 1e-3
+        llama.model.layers[1].mlp.down_proj.weight[:, 7] *= 1e-3
+    mask = magnitude_mask(llama, space, windows(), config(decisions={"target_keep": 0.95}))
+    assert not mask[space.structures[3].start + 7]
 
 
 def test_wanda_sp_is_weight_times_input_norm_by_hand():
@@ -280,17 +286,6 @@ def test_llm_pruner_protects_first_and_last_layers_and_refuses_what_the_others_c
     space = MaskSpace.from_config(model(layers=4).config, "kv_group")
     with pytest.raises(InputError, match="only 1 of 4 layers may be pruned"):
         uniform_mask(torch.rand(space.size), 0.5, Budget(space), {}, layers=range(2, 3))
-
-
-def test_magnitude_removes_what_is_small():
-    llama = model()
-    space = MaskSpace.from_config(llama.config, "kv_group")
-    with torch.no_grad():
-        for linear in ("gate_proj", "up_proj"):
-            llama.model.layers[1].mlp.get_submodule(linear).weight[7] *= 1e-3
-        llama.model.layers[1].mlp.down_proj.weight[:, 7] *= 1e-3
-    mask = magnitude_mask(llama, space, windows(), config(decisions={"target_keep": 0.95}))
-    assert not mask[space.structures[3].start + 7]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

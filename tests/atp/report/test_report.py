@@ -142,22 +142,17 @@ def test_the_whole_page_shows_every_figure(whole):
     assert f"Held-out perplexity: {alone} 23.41 to 15.52, tuning and cutting to 30.17." in text
 
 
-def test_the_page_needs_nothing_from_outside_and_perplexity_stands_below_tasks(whole):
-    page, _, source = whole
+def test_the_page_needs_nothing_from_outside_perplexity_stands_below_tasks_and_plots_take_its_colours(whole):
+    page, text, source = whole
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     targets = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
     assert all(target.startswith("#") for target in targets)
     assert not re.search(r"@import|url\((?!#)", source)
-    page, text, _ = whole
     assert 0 < text.index("pubmedqa macro-F1 ↑") < text.index("held-out perplexity ↓") < text.index("share of decoder")
     told = [value for name, value in page.attributes if name == "aria-label"]
     assert [line.startswith("pubmedqa") for line in told[:2]] == [True, False]
     assert text.index("pubmedqa macro-F1, cut") < text.index("perplexity, cut"), "on the cards"
-
-
-def test_plots_take_their_colours_from_the_page(whole):
     pytest.importorskip("matplotlib")
-    page, _, source = whole
     assert page.tags.count("svg") == 7
     drawn = source[source.index("<svg") :]
     assert "var(--series-1)" in drawn and "currentColor" in drawn and not re.search(r"#0[123]0[123]0\d", drawn)
