@@ -126,11 +126,15 @@ def test_every_source_file_says_what_it_is_for_and_test_files_have_names_of_thei
     assert sorted(name for name in set(names) if names.count(name) > 1) == []
 
 
-def test_kernels_know_no_model_and_no_method():
+def test_kernels_know_no_model_and_models_are_read_in_one_place():
     for module, path in SOURCES.items():
         if module.split(".")[0] == "atp_kernels":
             roots = {name.split(".")[0] for name in imported(path)}
             assert not roots & {"transformers", "peft", "accelerate", "datasets", "atp"}, module
+    # Who loads past `atp.models.load` loads without its checks.
+    pattern = r"\b(Auto\w+|LlamaForCausalLM|PreTrained\w+|Pretrained\w+)\.from_pretrained\("
+    found = [name for name, path in SOURCES.items() if re.search(pattern, path.read_text(encoding="utf-8"))]
+    assert found == ["atp.export.card", "atp.models.load"], "the card only shows how a user loads"
 
 
 @pytest.mark.parametrize("folder", [*PACKAGES, "csrc"])
@@ -139,10 +143,3 @@ def test_no_file_is_longer_than_600_lines(folder):
     assert files
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files}
     assert {name: count for name, count in lines.items() if count > 600} == {}
-
-
-def test_models_are_read_in_one_place():
-    """Who loads past `atp.models.load` loads without its checks."""
-    pattern = r"\b(Auto\w+|LlamaForCausalLM|PreTrained\w+|Pretrained\w+)\.from_pretrained\("
-    found = [name for name, path in SOURCES.items() if re.search(pattern, path.read_text(encoding="utf-8"))]
-    assert found == ["atp.export.card", "atp.models.load"], "the card only shows how a user loads"

@@ -135,7 +135,7 @@ def test_a_token_that_was_typed_is_shown_nowhere(ended, what):
         assert ("Traceback" in err) == debug
 
 
-def test_importing_the_package_loads_no_library():
+def test_the_package_imports_no_library_and_is_a_command_of_which_a_shell_completes_others():
     """Nothing that Python does not bring: by the set of modules, which no slow machine changes."""
     code = (
         "import sys; before = set(sys.modules)\nimport atp\nnew = {name.partition('.')[0] for name in sys.modules}"
@@ -143,6 +143,11 @@ def test_importing_the_package_loads_no_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "['atp']\n", done.stderr
+    asked = {"_ATP_COMPLETE": "complete_bash", "COMP_WORDS": "atp tr", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-m", "atp"], capture_output=True, text=True, env={**os.environ, **asked})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "train\n", "")
+    done = subprocess.run([sys.executable, "-m", "atp", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"atp {__version__}\n"), done.stderr
 
 
 IMPORTS = """
@@ -174,14 +179,6 @@ def test_a_program_that_imports_the_package_can_load_a_cut_model():
     codes = json.dumps([order + load for order in orders])
     done = subprocess.run([sys.executable, "-c", IMPORTS], input=codes, capture_output=True, text=True)
     assert done.stdout == "atp.models\n" * len(orders), done.stderr
-
-
-def test_the_package_is_a_command_and_a_shell_completes_others():
-    asked = {"_ATP_COMPLETE": "complete_bash", "COMP_WORDS": "atp tr", "COMP_CWORD": "1"}
-    done = subprocess.run([sys.executable, "-m", "atp"], capture_output=True, text=True, env={**os.environ, **asked})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "train\n", "")
-    done = subprocess.run([sys.executable, "-m", "atp", "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"atp {__version__}\n"), done.stderr
 
 
 @pytest.fixture

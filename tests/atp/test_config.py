@@ -46,13 +46,10 @@ def test_unknown_keys_name_their_path_and_the_nearest_key(key, nearest):
         ATPConfig.parse(MINIMAL, [f"{key}=1"])
 
 
-def test_the_first_of_unknown_keys_is_named_with_all_that_are_meant():
+def test_keys_that_are_unknown_missing_or_near_none_are_named():
     assert refused(lora={"rank": 8, "drop_out": 0.1}).startswith("unknown config key 'lora.rank': did you mean '")
     told = "unknown config key 'learning_rate': did you mean 'decisions.lr' or 'training.lr'?"
     assert refused(learning_rate=1) == told
-
-
-def test_keys_that_are_missing_or_near_none_are_named():
     assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': the known keys are r, alpha, dropout"
     assert "training.steps sets the length" in refused(training={"num_train_epochs": 3})
     with pytest.raises(InputError, match="config key 'model' is missing: add it to the YAML file or as model=VALUE"):

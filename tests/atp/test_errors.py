@@ -34,15 +34,12 @@ def test_whatever_is_quoted_is_short_and_printable(said, value):
     assert len(said(value, 20)) <= 20
 
 
-def test_a_text_is_said_as_it_is_and_a_value_as_code_would_have_it():
+def test_a_text_is_said_as_it_is_a_value_as_code_a_long_number_by_its_length_and_messages_are_bounded():
     assert shorten("a  b\n c") == "a b c" and shorten("x" * 300) == "x" * 197 + "..."
     assert quote("it's") == '"it\'s"' and quote("a\nb") == r"'a\nb'" and quote("x" * 300) == "'" + "x" * 196 + "..."
     assert quote([1, {"a": (True, None)}]) == "[1, {'a': (True, None)}]" and quote(1.5) == "1.5"
     assert shorten(ValueError("what\nhappened")) == "what happened" and shorten(Path("a/b")) == "a/b"
     assert shorten([1]) == "[1]"
-
-
-def test_messages_are_bounded_and_a_number_too_long_to_print_gives_its_length():
     assert sys.get_int_max_str_digits() < 6000
     assert quote(10**6000) == "a number of about 6001 digits"
     error = InputError("a " * 10**6 + "\x1b")

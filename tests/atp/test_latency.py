@@ -79,10 +79,6 @@ def test_the_table_adds_up_to_the_passes_of_whole_cut_models(monkeypatch, space,
         assert share_of_widths(kept, MaskSpace.from_config(SHAPES, space)) == pytest.approx(share)
 
 
-def test_a_wider_block_counts_as_at_least_as_slow():
-    assert latency._rising({0.5: [3.0, 5.0], 1.0: [3.5], 0.25: [1.0]}) == ((0.25, 1.0), (0.5, 4.0), (1.0, 4.0))
-
-
 def test_the_share_is_the_largest_whose_time_meets_the_target(folder, table):
     assert TABLE.ms(1.0) == 2 * (4 + 7 + 0.5) + 3 and TABLE.ms(0.5) == 2 * (2 + 3 + 0.5) + 3
     assert TABLE.kept(14.0) == pytest.approx(0.5) and TABLE.kept(20.0) == pytest.approx(0.75)
@@ -95,6 +91,7 @@ def test_the_share_is_the_largest_whose_time_meets_the_target(folder, table):
         assert found["description"].startswith(f"{what} takes 26 ms on this device before the cut, and 14 ms with ")
     plain = config_of(folder, target_keep=0.7)
     assert measured_target(plain) is None and not table
+    assert latency._rising({0.5: [3.0, 5.0], 1.0: [3.5], 0.25: [1.0]}) == ((0.25, 1.0), (0.5, 4.0), (1.0, 4.0))
 
 
 def test_times_out_of_reach_are_refused(folder, table):

@@ -64,14 +64,11 @@ def test_two_lengths_are_refused(training, message):
         config_of(**training)
 
 
-def test_the_steps_of_a_preset_give_way_and_auto_leaves_phases_that_are_given_alone():
+def test_steps_of_a_preset_give_way_auto_leaves_given_phases_and_too_little_is_refused():
     assert config_of("thorough", tokens=1e6).training.budget == {"tokens": 1e6}
     assert config_of("thorough").training.total > config_of("standard").training.total > config_of().training.total
     found = config_of("auto", open=1000, tune=4000)
     assert found.training.lr is None and found.evaluation.every is None and found.decisions.refit_windows == 96
-
-
-def test_too_little_is_refused_and_who_knows_only_steps_says_so():
     with pytest.raises(InputError, match="training.tokens is 500, which comes to 5 steps .*: give more"):
         resolved(config_of(tokens=500))
     with pytest.raises(InputError, match="training.minutes is turned into steps by `atp train` and `atp plan` only"):

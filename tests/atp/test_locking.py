@@ -17,19 +17,16 @@ from atp.studies.compare.members import Members
 from atp.studies.experiments import Experiment
 
 
-def test_a_second_process_is_refused_by_the_name_of_the_first(tmp_path):
+def test_a_lock_file_alone_means_nothing_and_a_second_process_is_refused_by_the_name_of_the_first(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff process 1 on nowhere")
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     with another_process(locked(tmp_path)) as child:
         with pytest.raises(InputError, match=rf"^{tmp_path} is in use by process {child} on \S+: wait until"):
             with locked(tmp_path):
                 pytest.fail("both hold it")
     with locked(tmp_path):
         pass
-
-
-def test_a_lock_file_alone_means_nothing(tmp_path):
-    (tmp_path / ".lock").write_bytes(b"\xff process 1 on nowhere")
-    with locked(tmp_path):
-        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def _links_to(target):

@@ -72,16 +72,13 @@ def test_nothing_is_asked_for_in_vain(bare, model, data, needed):
         check_packages(*arguments)
 
 
-def test_any_other_missing_module_ends_a_command_with_a_sentence_in_every_process():
+def test_a_missing_module_ends_a_command_with_a_sentence_in_every_process(tmp_path, monkeypatch):
     sentence = "package 'peft' is not installed: run pip install 'atp-kernels[train]'"
     assert ending(ModuleNotFoundError("No module named 'peft.utils'", name="peft.utils")) == (sentence, 2)
     own = ModuleNotFoundError("No module named 'atp.oven'", name="atp.oven")
     assert "--debug" in ending(own)[0] and "pip install" not in ending(own)[0] and lacking(own) is own
     error = pickle.loads(pickle.dumps(requirements.MissingPackage("no oven")))
     assert str(error) == "no oven" and isinstance(error, InputError) and isinstance(error, ImportError)
-
-
-def test_parquet_without_pyarrow_and_a_config_without_pydantic_are_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match="^package 'pyarrow' is not installed: run pip install pyarrow$"):

@@ -58,15 +58,12 @@ def test_run_writes_a_row_a_variant_that_says_unverified_and_plot_a_png_an_opera
     assert written[0].read_bytes() != older  # the newest row of a variant counts
 
 
-def test_check_ends_with_success_and_an_unknown_operation_is_one_sentence(capsys):
+def test_check_ends_with_success_and_overhead_prints_a_line_a_pass(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         command.main(["check", "--op", "compact", *GIVEN[4:8]])
     assert ended.value.code == 0 and "all variants agree" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no operation matches 'nonsense'"):
         command.main(["verify", "--op", "nonsense"])
-
-
-def test_overhead_prints_a_line_a_pass(monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr("sys.argv", ["overhead", "--rounds", "20"])
     overhead.main()

@@ -149,13 +149,10 @@ def test_sizes_that_are_none_are_refused(capsys, option):
     assert main([option]) == 2 and option.split("=")[0] in capsys.readouterr().err
 
 
-def test_the_rates_of_a_cpu_are_its_own():
+def test_the_rates_of_a_cpu_are_its_own_and_predicted_ratios_of_a_layer_gains():
     """Attention takes exponentials beside its products, so that it cannot be quicker than a product of their size."""
     rates = find_rates("cpu", torch.float32)
     assert 0 < rates.attention < 1.5 * rates.flops and rates.bandwidth > 0 and 0 < rates.launch < 1e-3
-
-
-def test_predicted_ratios_of_a_layer_are_gains():
     options = parser().parse_args(["--model", "smollm2-layer", "--tokens", "512", "--length", "256", "--gpu", "cpu"])
     ratios = predicted(shapes_of(options.model, 0.6, "cpu"), options, RATES)
     assert all(0 < ratio < 1 for ratio in ratios.values())

@@ -76,13 +76,20 @@ def toy(second):
     return Op("toy", build, lambda case: work, lambda model: ("model",), ())
 
 
-def test_a_variant_that_computes_something_else_is_found():
+def test_a_variant_that_computes_something_else_or_fails_is_found():
     case = Case("toy", "tiny", "model", 1, 1, "float32")
     assert disagreements(toy(2.0), case) == []
     found = disagreements(toy(2.1), case)
     assert [text.split(" by ")[0] for text in found] == [
         "result 0 of ours differs from unfused", "result 1 of ours differs from unfused",
     ]  # fmt: skip
+
+    def fail():
+        raise RuntimeError("illegal memory access")
+
+    op = Op("toy", lambda case: {"ours": Variant(fail)}, toy(2.0).work, lambda model: (), ())
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ready(op, Case("toy", "tiny", "model", 1, 1, "float32"))
 
 
 def test_variants_that_cannot_run_are_left_out_with_the_reason():
@@ -100,15 +107,6 @@ def test_variants_that_cannot_run_are_left_out_with_the_reason():
         "compile": "no compiler here.", "ours:a": "no such backend here.", "ours:b": "the same as ours",
     }  # fmt: skip
     assert list(ready(op, case, ["ours:b"])[0]) == ["ours:b"]
-
-
-def test_a_failure_of_ours_is_no_reason_to_leave_it_out():
-    def fail():
-        raise RuntimeError("illegal memory access")
-
-    op = Op("toy", lambda case: {"ours": Variant(fail)}, toy(2.0).work, lambda model: (), ())
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        ready(op, Case("toy", "tiny", "model", 1, 1, "float32"))
 
 
 def work(op, pass_, **changes):

@@ -51,18 +51,27 @@ def test_accuracy_counts_the_most_probable_label(model, tokenizer, examples):
     assert result["items"] == [[e.label, b] for e, b in zip(examples, best, strict=True)]
 
 
-def test_long_questions_lose_their_left_end(model, tokenizer, examples):
+def test_long_questions_and_prompts_lose_their_left_end(model, tokenizer, examples):
     question = tokenize_questions(tokenizer, [examples[-1]], LABELS, max_length=6)[0]
     assert question.prompt == tokenizer(examples[-1].prompt).input_ids[-5:]
     with pytest.raises(InputError, match="max_length 1"):
         tokenize_questions(tokenizer, examples, LABELS, max_length=1)
+    short, long = generate_answers(model, tokenizer, ["is it ?", "the cat is it ?"], max_new_tokens=4, max_length=7)
+    assert short == long
+    with pytest.raises(InputError, match="max_length 4 leaves no room for a prompt and 4 tokens"):
+        generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4, max_length=4)
 
 
-def test_label_refusals(model, tokenizer, examples):
+def test_labels_beside_the_task_and_answers_of_a_model_that_gives_nan_are_refused(model, tokenizer, examples):
     with pytest.raises(InputError, match="maybe are not among yes, no"):
         label_scores(model, tokenizer, examples, ("yes", "no"))
     with pytest.raises(InputError, match="no labelled examples"):
         label_scores(model, tokenizer, [], LABELS)
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(NotReached, match="question 1 are not finite"):
+        label_scores(broken, tokenizer, examples, LABELS)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +88,6 @@ def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused(model, tokenize
     with pytest.raises(InputError, match=message):
         check_questions(tokenizer, model.config, examples, [Task("qa", labels)])
     check_questions(tokenizer, model.config, examples, [Task("qa", ("yes", "no", "maybe"))])
-
-
-def test_answers_of_a_model_that_gives_nan_are_not_scored(tokenizer, examples):
-    broken = tiny_model()
-    with torch.no_grad():
-        broken.model.norm.weight[0] = float("nan")
-    with pytest.raises(NotReached, match="question 1 are not finite"):
-        label_scores(broken, tokenizer, examples, LABELS)
 
 
 PROMPTS = ["the cat sat on the mat .", "is it ?", "not sure the cat : Answer", "mat"]
@@ -125,13 +126,6 @@ def test_an_answer_ends_at_the_models_own_end_tokens_and_at_a_blank_line(model, 
     assert answer.split() == longer[0].split()[:2] and len(longer[0].split()) > 2
     assert first_paragraph("\n the first\nstill\n\nthe second") == "the first\nstill"
     assert first_paragraph("  ") == ""
-
-
-def test_long_prompts_lose_their_left_end(model, tokenizer):
-    short, long = generate_answers(model, tokenizer, ["is it ?", "the cat is it ?"], max_new_tokens=4, max_length=7)
-    assert short == long
-    with pytest.raises(InputError, match="max_length 4 leaves no room for a prompt and 4 tokens"):
-        generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4, max_length=4)
 
 
 def test_rouge_by_hand():

@@ -268,10 +268,15 @@ def test_nothing_in_a_model_folder_is_run(tmp_path, ran, kind, monkeypatch, caps
     assert (done.value.code, err.count("\n")) == ((2, 1) if kind in RUNNING else (0, 0)), err
 
 
-def test_pickled_weights_are_refused_with_the_remedy(tmp_path, ran):
+def test_pickled_weights_and_a_header_of_too_many_are_refused(tmp_path, ran):
     pickled(save(tmp_path), ran)
     message = refused(tmp_path)
     assert "model.safetensors" in message and "pytorch_model.bin" in message and "save_pretrained" in message
+    save(tmp_path)
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"x{number}": entry for number in range(80_000)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert f"has {len(header):,} bytes" in refused(tmp_path)
 
 
 def test_shards_lie_in_their_folder(tmp_path):
@@ -307,11 +312,16 @@ def test_links_of_the_hub_cache_are_followed(tmp_path):
     assert load_tokenizer(ModelConfig(path=str(folder))).convert_tokens_to_ids("cat") == 3
 
 
-def test_how_a_tokenizer_was_found_is_not_saved_with_it(tmp_path):
+def test_how_a_tokenizer_was_found_is_not_saved_and_what_well_known_ones_replace_is_no_growth(tmp_path):
     save(tmp_path / "model")
     load_tokenizer(ModelConfig(path=str(tmp_path / "model"))).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert saved and not {"is_local", "local_files_only", "name_or_path"} & saved.keys()
+    save(tmp_path)
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, space]
+    edit_json(tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert load_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
 def test_files_that_a_config_names_lie_in_its_folder(tmp_path):
@@ -399,14 +409,6 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path):
 # Bounds
 
 
-def test_a_header_of_too_many_weights_is_refused(tmp_path):
-    save(tmp_path)
-    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    header = json.dumps({f"x{number}": entry for number in range(80_000)}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    assert f"has {len(header):,} bytes" in refused(tmp_path)
-
-
 @pytest.mark.parametrize("part", ["normalizer", "decoder"])
 @pytest.mark.parametrize(
     "steps",
@@ -421,14 +423,6 @@ def test_a_tokenizer_that_makes_much_of_a_character_is_refused(tmp_path, part, s
     save(tmp_path)
     edit_json(tmp_path / "tokenizer.json", **{part: {"type": "Sequence", f"{part}s": steps}})
     assert f"the {part} of " in (message := refused(tmp_path, load_tokenizer)) and "characters of one" in message
-
-
-def test_what_well_known_tokenizers_replace_is_no_growth(tmp_path):
-    save(tmp_path)
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    steps = [{"type": "Prepend", "prepend": "\u2581"}, space]
-    edit_json(tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
-    assert load_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
 @pytest.mark.slow

@@ -59,9 +59,11 @@ def test_any_order_of_decisions_expands_as_its_index_does(decisions, found):
     assert moved.repeats == repeats, "found on the host and kept"
 
 
-def test_head_dim_is_derived_where_the_config_gives_none():
+def test_head_dim_is_derived_where_the_config_gives_none_and_an_unknown_space_refused():
     space = MaskSpace.from_config(config("mistral", head_dim=None, hidden_size=16))
     assert [s.size for s in space.layer(0)] == [2, 4, INNER]
+    with pytest.raises(UnsupportedModel, match="unknown mask space 'heads': use one of disp, head_dim, kv_group"):
+        MaskSpace.from_config(config(), "heads")
 
 
 def test_descriptions_and_indices_round_trip():
@@ -79,8 +81,3 @@ def test_other_families_are_refused_in_a_sentence(unsupported):
     with pytest.raises(UnsupportedModel, match=f"'{unsupported.model_type}' is not supported: use one of llama, mis"):
         MaskSpace.from_config(unsupported)
     assert issubclass(UnsupportedModel, InputError)
-
-
-def test_unknown_space_is_refused():
-    with pytest.raises(UnsupportedModel, match="unknown mask space 'heads': use one of disp, head_dim, kv_group"):
-        MaskSpace.from_config(config(), "heads")
