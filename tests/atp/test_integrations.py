@@ -150,9 +150,8 @@ def test_what_the_trainer_sets_chooses_the_source_of_decisions(tmp_path, size, d
     callback = atp_callback(open=4, search=0, settle=0, decisions={"target_keep": 0.4, "saliency_windows": 4})
     args = settings(TrainingArguments, tmp_path / "hf", max_steps=4, per_device_train_batch_size=size)
     samples = [{"input_ids": row, "labels": row} for row in windows(20, 1).input_ids.tolist()]
-    trainer = Trainer(
-        get_peft_model(llama(), adapter(lora_dropout=dropout)), args, train_dataset=samples, callbacks=[callback]
-    )
+    model = get_peft_model(llama(), adapter(lora_dropout=dropout))
+    trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback])
     trainer.train()
     callback.cut(trainer.model)
     assert callback.pruning.settings.source == source
@@ -169,10 +168,8 @@ def test_trl_sft_trainer_ends_where_our_own_loop_does(tmp_path):
     own.train()
     callback = atp_callback()
     vocabulary = {"<pad>": 0, "<eos>": 1, **{str(number): number for number in range(2, 64)}}
-    core, tokens = (
-        Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
-        {"pad_token": "<pad>", "eos_token": "<eos>"},
-    )
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<pad>", **tokens)
     trainer = trl.SFTTrainer(
         llama(), settings(trl.SFTConfig, tmp_path / "trl", max_length=16), train_dataset=samples,

@@ -123,10 +123,8 @@ def test_a_run_reads_the_tokens_that_were_asked_for_and_goes_on_with_its_steps(t
     assert [json.loads(line)["step"] for line in lines] == list(range(1, record["steps"] + 1))
     assert record["steps"] == round(700 / (2 * 16)) and record["asked"] == {"tokens": 700}
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["train_tokens"] == record["steps"] * 32
-    asked, used = (
-        yaml.safe_load((run / name).read_text(encoding="utf-8"))["training"]
-        for name in ("config.yaml", "resolved.yaml")
-    )
+    names = ("config.yaml", "resolved.yaml")
+    asked, used = (yaml.safe_load((run / name).read_text(encoding="utf-8"))["training"] for name in names)
     assert (asked["tokens"], used["tokens"], used["steps"]) == (700, None, record["steps"])
     # No probe, no other number: the folder says what the steps are.
     before = (run / "summary.json").read_bytes()

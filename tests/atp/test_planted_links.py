@@ -91,9 +91,8 @@ def test_a_run_that_is_taken_up_again(small, tmp_path):
 def test_the_folder_of_a_run_that_has_not_begun(small, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    planted = Planted(
-        out, [".lock", ".launch", "inputs.json", "latency.json", "length.json", "resolved.yaml"], tmp_path / "outside"
-    )
+    names = [".lock", ".launch", "inputs.json", "latency.json", "length.json", "resolved.yaml"]
+    planted = Planted(out, names, tmp_path / "outside")
     assert planted.met_by(lambda: start(small, out)) == {".lock"}
     assert (out / "report.html").is_file()
 

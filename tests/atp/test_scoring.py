@@ -26,10 +26,8 @@ def folder(tmp_path_factory):
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5}
     for seed in (0, 1):
         save(folder / f"model{seed}", words=WORDS, seed=seed, **sizes, eos_token_id=1, bos_token_id=1)
-    rows = [
-        {"prompt": f"{'the cat ' * n}sat on a mat ? is it there ?", "completion": f" {'no' if n % 3 else 'yes'}"}
-        for n in range(30)
-    ]
+    texts = [f"{'the cat ' * n}sat on a mat ? is it there ?" for n in range(30)]
+    rows = [{"prompt": text, "completion": f" {'no' if n % 3 else 'yes'}"} for n, text in enumerate(texts)]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return folder
 

@@ -30,10 +30,8 @@ def tiny_config(folder, **sizes):
     }  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**values | sizes)).save_pretrained(folder)
     answers = ["no", "yes"] * 30
-    rows = [
-        {"prompt": f"{i} {' '.join(WORDS[:11])} {answer}", "completion": f" {answer}"}
-        for i, answer in enumerate(answers)
-    ]
+    text = " ".join(WORDS[:11])
+    rows = [{"prompt": f"{i} {text} {answer}", "completion": f" {answer}"} for i, answer in enumerate(answers)]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return ATPConfig.parse(
         {

@@ -114,7 +114,6 @@ class Chaos:
 
     @property
     def checkpoints(self) -> Path:
-        """Those of the unbroken run in one process."""
         self.unbroken(1)
         return self.folder / "whole-1-False" / "checkpoints"
 
@@ -148,10 +147,7 @@ def totals(cases: list[Kill | Fault], lost: list[Kill | Fault]) -> str:
         row[2] += case in lost
     kinds["all"] = [sum(column) for column in zip(*kinds.values(), strict=True)]
     lines = ["| fault | tried in one process | in several | survived | lost |", "|---|--:|--:|--:|--:|"]
-    lines += [
-        f"| {kind} | {one} | {several} | {one + several - lost} | {lost} |"
-        for kind, (one, several, lost) in kinds.items()
-    ]
+    lines += [f"| {kind} | {a} | {b} | {a + b - lost} | {lost} |" for kind, (a, b, lost) in kinds.items()]
     return "\n".join(lines)
 
 
@@ -165,7 +161,6 @@ def damages(chaos: Chaos, count: int, draw: random.Random) -> tuple[str, list[st
 
 
 def main() -> int:
-    """Runs the cases and prints, or records, what came out; returns the exit status."""
     sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=90)

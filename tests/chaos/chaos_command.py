@@ -80,7 +80,6 @@ class Watch:
         self._memory = mmap.mmap(-1, 1)
 
     def follow(self, where, name, phase) -> None:
-        """Names the phase while a function runs. phase: a name, or a function of the call's arguments."""
         function = getattr(where, name)
 
         def followed(*arguments, **options):
@@ -217,7 +216,6 @@ class Command:
         return next((code for code in codes if code), 0)
 
     def finish(self, watch: Watch, *, resume: bool) -> int:
-        """Runs the command to its end and returns its exit code."""
         return self.end(self.start(watch, resume=resume))
 
     @property
@@ -231,7 +229,6 @@ class Command:
 
     @property
     def sentences(self) -> list[str]:
-        """What the processes ended with."""
         return re.findall(r"^(?:process \d+: )?error: (.*)$", self.said, re.MULTILINE)
 
     @property

@@ -24,7 +24,6 @@ def flip(path, draw):
 
 
 def swap(path, draw):
-    """With the same file of another checkpoint."""
     others = [p for p in path.parents[1].glob(f"checkpoint-*/{path.name}") if p != path and p.is_file()]
     if others:
         other = draw.choice(others)

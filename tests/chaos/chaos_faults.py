@@ -110,7 +110,6 @@ def _spoil_once(draw: random.Random, spoil: Callable) -> None:
 
 
 def _nan_in_weight(draw: random.Random) -> None:
-    """One element of one parameter of every model in memory."""
     for model in [found for found in gc.get_objects() if isinstance(found, LlamaForCausalLM)]:
         name, parameter = draw.choice([pair for pair in model.named_parameters() if pair[1].numel()])
         with torch.no_grad():

@@ -177,10 +177,8 @@ def composed(first, second):
     """The decisions of the whole model that two cuts keep, each a dictionary per layer."""
     if first is None:
         return second
-    return [
-        {name: [before[name][i] for i in positions] for name, positions in after.items()}
-        for before, after in zip(first, second, strict=True)
-    ]
+    layers = zip(first, second, strict=True)
+    return [{n: [before[n][i] for i in positions] for n, positions in after.items()} for before, after in layers]
 
 
 def one_sentence(error):

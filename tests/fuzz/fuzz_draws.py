@@ -114,7 +114,6 @@ def as_yaml(draw, values, times):
 
 
 def as_json(draw, values, times):
-    """The same as JSON."""
     text = json.dumps(rebuilt(draw, values, draw.randrange(times)), ensure_ascii=draw.random() < 0.7)
     if draw.random() < 0.4:
         text = scrambled(draw, text, ODD_JSON, draw.randrange(1, 3))
@@ -123,7 +122,6 @@ def as_json(draw, values, times):
 
 
 def quiet():
-    """As the command line makes the libraries."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers_logging.set_verbosity_error()

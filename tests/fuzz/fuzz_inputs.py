@@ -74,7 +74,6 @@ def _too_slow(*_):
 
 
 def main():
-    """Runs the cases and prints a line a kind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--scale", type=float, default=1.0)

@@ -29,9 +29,8 @@ def folders():
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=264, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
+    options = {"special_tokens": ["</s>"], "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=264, **options)
     core.train_from_iterator(["some text to learn pairs of letters from"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
     torch.manual_seed(0)
@@ -86,21 +85,18 @@ def _replace(path, content):
 
 
 def model_config_case(draw, folder):
-    """config.json, with the widths of layers in it."""
     source, copy = _copied(draw, folder, ("whole", "cut", "cut"))
     _replace(copy / "config.json", as_json(draw, json.loads((source / "config.json").read_bytes()), 4))
     use_model(copy)
 
 
 def index_case(draw, folder):
-    """The index of weights in several files."""
     source, copy = _copied(draw, folder, ("two",))
     _replace(copy / INDEX, as_json(draw, json.loads((source / INDEX).read_bytes()), 4))
     use_model(copy)
 
 
 def tokenizer_case(draw, folder):
-    """tokenizer.json or tokenizer_config.json."""
     source, copy = _copied(draw, folder, ("whole",))
     name = draw.choice(("tokenizer.json", "tokenizer_config.json"))
     _replace(copy / name, as_json(draw, json.loads((source / name).read_bytes()), 4))
@@ -118,17 +114,13 @@ def safetensors_case(draw, folder):
         content = told.to_bytes(8, "little") + text + content[size:]
     else:
         place = draw.choice((0, 8, size))
-        content = (
-            content[:place]
-            + garbled(draw, content[place : place + 400], draw.randrange(1, 5))
-            + (content[place + 400 :] if draw.random() < 0.8 else b"")
-        )
+        rest = content[place + 400 :] if draw.random() < 0.8 else b""
+        content = content[:place] + garbled(draw, content[place : place + 400], draw.randrange(1, 5)) + rest
     _replace(copy / WEIGHTS, content)
     use_model(copy)
 
 
 def gguf_case(draw, folder):
-    """A GGUF file, mostly its header."""
     source, copy = _copied(draw, folder, ("whole",))
     content = (source / GGUF).read_bytes()
     place = draw.choice((0, 0, 24, draw.randrange(len(content))))

@@ -123,7 +123,6 @@ def run_case(seed, number, folder):
 
 @contextlib.contextmanager
 def told(drawn):
-    """Says with an error what the settings were."""
     try:
         yield
     except BaseException as error:
@@ -140,7 +139,6 @@ def stopped(config, folder, checkpoints):
 
 
 def swept(config, whole, folder):
-    """A sweep of two targets, of which one is the run's own."""
     target = config.decisions.target_keep
     targets = [one for unit in UNITS if unit.option == "keep" for one in unit.parse(f"0.75,{target}")]
     sentence_or(Sweep(config, targets, folder / "swept", resume=False, command="atp train").execute)

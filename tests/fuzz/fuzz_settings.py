@@ -61,14 +61,12 @@ def use_config(config):
 
 
 def config_case(draw, folder):
-    """A YAML file."""
     path = folder / "config.yaml"
     path.write_bytes(as_yaml(draw, CONFIG, 3))
     use_config(ATPConfig.load(path))
 
 
 def override_case(draw, folder):
-    """Overrides of a good file."""
     keys = [f"{section}.{key}" for section, values in CONFIG.items() if isinstance(values, dict) for key in values]
     overrides = []
     for _ in range(draw.choice((1, 1, 2, 4))):
@@ -81,7 +79,6 @@ def override_case(draw, folder):
 
 
 def experiment_case(draw, folder):
-    """An experiment's file and the config beside it."""
     path = folder / "which.yaml"
     path.write_bytes(as_yaml(draw, EXPERIMENT, 3))
     base = {key: value for key, value in CONFIG.items() if key != "output_dir"}
@@ -95,7 +92,6 @@ def experiment_case(draw, folder):
 
 
 def report_case(draw, folder):
-    """The records of a run."""
     for name, content in RUN.items():
         if draw.random() < 0.9:
             damaged = as_json(draw, content, 4) if draw.random() < 0.5 else json.dumps(content).encode()

@@ -149,10 +149,8 @@ def test_samples_that_share_a_row_do_not_see_each_other():
     space = MaskSpace.from_config(llama.config, "kv_group")
     together = PackedDataset(ids, ids.clone(), torch.arange(8).repeat(2).expand_as(ids))
     apart = PackedDataset(ids.view(-1, 8), ids.view(-1, 8).clone())
-    scores = [
-        wanda_scores(llama, space, calibration_batches(data, config(), CPU, count=len(data)))
-        for data in (together, apart)
-    ]
+    read = (calibration_batches(data, config(), CPU, count=len(data)) for data in (together, apart))
+    scores = [wanda_scores(llama, space, batches) for batches in read]
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-6, atol=0)
 
 

@@ -81,10 +81,8 @@ def test_a_block_is_never_more_than_the_budget_may_miss_and_a_low_target_stays_i
 @pytest.mark.parametrize("space", ["kv_group", "head_dim", "disp"])
 def test_the_default_keeps_the_budget(space, target):
     budget = budget_of(SMOLLM2, space)
-    for mask in (
-        fit_mask(random_logits(budget, 1), target, budget, None),
-        uniform_mask(random_logits(budget, 2), target, budget, None),
-    ):
+    for make, seed in ((fit_mask, 1), (uniform_mask, 2)):
+        mask = make(random_logits(budget, seed), target, budget, None)
         assert abs(budget.share(mask) - target) <= 0.001, "half a block of 0.1 %, and a little for attention"
         assert {count % 64 for count in budget.space.describe(mask)["mlp"]} == {0}
 

@@ -77,9 +77,8 @@ def test_the_documented_command_scores_a_cut_model(tmp_path, tokenizer):
     assert python == "python"
     arguments = [argument.replace("FOLDER", "cut") for argument in arguments]
     environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, *arguments], **options)
     assert done.returncode == 0 and re.search(r"\|atp_pubmedqa *\|.*\|acc ", done.stdout), done.stderr[-2000:]
     card = model_card(ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o"}), 2, 1)
     assert shell_block(card)[:5] == [python, *arguments[:4]], "the model's own README starts it in the same way"

@@ -147,9 +147,7 @@ def test_it_is_the_training_splits_and_scores_by_hand():
 def test_the_test_questions_decide_without_training_labels_and_the_tasks_order_between_equals():
     found = majority_scores(examples([None, None]), examples(["yes", "no", "yes"]), [LABELLED])["qa"]
     assert (found["label"], found["of"], found["accuracy"]) == ("yes", "test", pytest.approx(2 / 3))
-    best = max(
-        answer_scores(["yes", "no", "yes"], [label] * 3, LABELLED.labels)["macro_f1"] for label in LABELLED.labels
-    )
+    best = max(answer_scores(["yes", "no", "yes"], [label] * 3, LABELLED.labels)["macro_f1"] for label in ("no", "yes"))
     assert found["macro_f1"] == best, "no constant answer beats it"
     for order in (["yes", "no"], ["no", "yes"]):
         assert majority_scores(examples(order), examples(["yes"]), [LABELLED])["qa"]["label"] == "no"

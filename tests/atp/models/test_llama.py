@@ -129,10 +129,8 @@ def test_a_skipped_block_adds_nothing(tmp_path, family, skip):
     model = uneven(family=family, per_layer_config={0: {"skip": skip, "intermediate_size": 7}}, **options)
     whole = uneven(family=family, per_layer_config={0: {"intermediate_size": 7}}, **options)
     whole.load_state_dict(model.state_dict(), strict=False)
-    for block, linear in (
-        ("attention", whole.model.layers[0].self_attn.o_proj),
-        ("mlp", whole.model.layers[0].mlp.down_proj),
-    ):
+    layer = whole.model.layers[0]
+    for block, linear in (("attention", layer.self_attn.o_proj), ("mlp", layer.mlp.down_proj)):
         if block in skip:
             linear.weight.zero_()
     assert torch.equal(model(tokens()).logits, whole(tokens()).logits)

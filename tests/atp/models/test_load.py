@@ -153,10 +153,8 @@ def test_a_config_is_read_without_the_vocabulary(tmp_path, monkeypatch):
         file, copy = tmp_path / f"{name}.gguf", tmp_path / "copy.gguf"
         write_gguf(file, model, more=more)
         assert without_vocabulary(file, copy) == 500
-        whole, alone = (
-            PretrainedConfig.get_config_dict(tmp_path, gguf_file=found.name)[0] | {"vocab_size": 500}
-            for found in (file, copy)
-        )
+        found = (PretrainedConfig.get_config_dict(tmp_path, gguf_file=path.name)[0] for path in (file, copy))
+        whole, alone = (values | {"vocab_size": 500} for values in found)
         assert alone == whole, name
         assert copy.stat().st_blocks * 512 < file.stat().st_size / 4, name
     monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))

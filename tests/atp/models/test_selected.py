@@ -44,10 +44,7 @@ def test_a_layer_reads_and_writes_its_positions_by_hand(multiplier):
     layer = build(family="granite", residual_multiplier=multiplier).double().model.layers[0]
     x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     added = torch.zeros_like(x)
-    layer.self_attn.forward = lambda hidden_states, **kwargs: (
-        hidden_states.sum(-1, keepdim=True).expand(2, 3, 4),
-        None,
-    )
+    layer.self_attn.forward = lambda hidden_states, **_: (hidden_states.sum(-1, keepdim=True).expand(2, 3, 4), None)
     normed = layer.input_layernorm(x)
     added[..., SELECTED["attention_outputs"]] = normed[..., SELECTED["attention_inputs"]].sum(-1, keepdim=True)
     middle = x + multiplier * added

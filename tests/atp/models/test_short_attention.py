@@ -25,9 +25,8 @@ def mask_of(kind, batch=2):
 
 
 def fused(query, key, value, mask, scaling=0.3):
-    return functional.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-    )
+    options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
+    return functional.scaled_dot_product_attention(query, key, value, mask, **options)
 
 
 def results(attend, states, mask):
