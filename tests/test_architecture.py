@@ -47,7 +47,6 @@ SOURCES = {
 
 
 def layer(module):
-    """The name in LAYERS that a module belongs to."""
     parts = module.split(".")
     names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((name for name in names if name in RANK), None)
@@ -106,9 +105,10 @@ def test_no_import_cycles():
         visit(name, [])
 
 
-def test_every_layer_holds_a_module():
+def test_every_layer_holds_a_module_and_few_files_stand_outside_the_rooms():
     assert [name for name in RANK if not any(f"{m}.".startswith(f"{name}.") for m in SOURCES)] == []
     assert len(RANK) == sum(map(len, LAYERS)), "a name stands in two layers"
+    assert len(list((ROOT / "atp").glob("*.py"))) <= 6
 
 
 def test_the_architecture_page_names_every_room():
@@ -118,20 +118,23 @@ def test_the_architecture_page_names_every_room():
     assert told == [name + ("/" if (ROOT / name).is_dir() else ".py") for name in rooms] + ["csrc/"]
 
 
-def test_every_source_file_says_what_it_is_for():
+def test_every_source_file_says_what_it_is_for_and_test_files_have_names_of_their_own():
     files = [p for folder in (*PACKAGES, "csrc") for p in (ROOT / folder).rglob("*")]
     assert [p for p in files if p.suffix in {".py", ".cpp", ".cu", ".h"} and not docs_site.purpose(p)] == []
+    # Without packages around them pytest imports test files by their bare names, and takes one name once.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
 
 
-def test_few_files_stand_outside_the_rooms():
-    assert len(list((ROOT / "atp").glob("*.py"))) <= 6
-
-
-def test_kernels_know_no_model_and_no_method():
+def test_kernels_know_no_model_and_models_are_read_in_one_place():
     for module, path in SOURCES.items():
         if module.split(".")[0] == "atp_kernels":
             roots = {name.split(".")[0] for name in imported(path)}
             assert not roots & {"transformers", "peft", "accelerate", "datasets", "atp"}, module
+    # Who loads past `atp.models.load` loads without its checks.
+    pattern = r"\b(Auto\w+|LlamaForCausalLM|PreTrained\w+|Pretrained\w+)\.from_pretrained\("
+    found = [name for name, path in SOURCES.items() if re.search(pattern, path.read_text(encoding="utf-8"))]
+    assert found == ["atp.export.card", "atp.models.load"], "the card only shows how a user loads"
 
 
 @pytest.mark.parametrize("folder", [*PACKAGES, "csrc"])
@@ -140,16 +143,3 @@ def test_no_file_is_longer_than_600_lines(folder):
     assert files
     lines = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in files}
     assert {name: count for name, count in lines.items() if count > 600} == {}
-
-
-def test_models_are_read_in_one_place():
-    """Who loads past `atp.models.load` loads without its checks."""
-    pattern = r"\b(Auto\w+|LlamaForCausalLM|PreTrained\w+|Pretrained\w+)\.from_pretrained\("
-    found = [name for name, path in SOURCES.items() if re.search(pattern, path.read_text(encoding="utf-8"))]
-    assert found == ["atp.export.card", "atp.models.load"], "the card only shows how a user loads"
-
-
-def test_test_files_have_names_of_their_own():
-    """Without packages around them pytest imports test files by their bare names, and takes one name once."""
-    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
-    assert sorted(name for name in set(names) if names.count(name) > 1) == []

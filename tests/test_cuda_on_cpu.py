@@ -20,12 +20,9 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_on_cpu, "BUILT", tmp_path)
 
 
-def test_results_are_those_of_the_cpu_code():
+def test_results_are_those_of_the_cpu_code_and_a_wrong_one_is_found():
     done = cuda_on_cpu.called(PLAIN, cuda_on_cpu.build(PLAIN), 3)
     assert done.stdout == "12 calls agree\n", done.stderr[-3000:]
-
-
-def test_a_wrong_result_is_found():
     wrong = "group.cu", "removed[group] ? shrunk : 1.0f", "shrunk", None
     done = cuda_on_cpu.called(PLAIN, cuda_on_cpu.build(PLAIN, wrong), 3)
     assert done.returncode and "Tensor-likes are not close" in done.stderr

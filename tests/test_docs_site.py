@@ -1,14 +1,18 @@
-"""The site's pages that are made from the package are whole, every page has a place, and quoted sentences exist."""
+"""Generated pages are whole, every page has a place, quoted sentences exist, and shells can read docs/scale.md."""
 
 import ast
+import os
 import posixpath
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
+from torch.distributed.run import get_args_parser
+from typer.main import get_command
 
 from atp.cli.cli import app
 from atp.config import ATPConfig
@@ -37,11 +41,13 @@ def commands(command, name="atp"):
         yield from commands(inner, f"{name} {own}")
 
 
-def test_commands_are_there_with_all_options():
-    for name, command in list(commands(typer.main.get_command(app)))[1:]:
+def test_commands_with_all_options_and_examples_are_there():
+    for name, command in list(commands(get_command(app)))[1:]:
         (section,) = re.findall(rf"^##+ {name}\n(.*?)(?=^##|\Z)", PAGES["commands.md"], re.MULTILINE | re.DOTALL)
         assert all(f"`{option}" in section or f", {option}" in section for p in command.params for option in p.opts
                    if option.startswith("--") and option != "--help")  # fmt: skip
+    assert all(yaml.safe_load(path.read_text()) for path in (ROOT / "examples").glob("*.yaml"))
+    assert all(path.read_text().strip() in PAGES["recipes.md"] for path in (ROOT / "examples").glob("*.yaml"))
 
 
 def test_config_keys_are_there_with_meaning_and_default():
@@ -56,11 +62,6 @@ def test_config_keys_are_there_with_meaning_and_default():
         meaning = (field.description or "").replace("|", "\\|")
         assert f"| `{key}` | {meaning} |" in PAGES["config.md"]
     assert "| `lora.alpha` | Numerator of the adapter's scale, alpha / r. | number > 0 | `32.0` |" in PAGES["config.md"]
-
-
-def test_examples_are_there():
-    assert all(yaml.safe_load(path.read_text()) for path in (ROOT / "examples").glob("*.yaml"))
-    assert all(path.read_text().strip() in PAGES["recipes.md"] for path in (ROOT / "examples").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,6 @@ def test_links_through_the_repository_lead_through_the_site(source, link, turned
 
 
 def sentences():
-    """All texts in the package's code, those of one f-string joined by `...`."""
     found = []
     for path in (ROOT / "atp").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -100,3 +100,48 @@ def test_quoted_sentences_are_those_of_the_program():
         parts = [part.strip(" :'()") for part in re.split(r"\.\.\.", sentence)]
         missing = [part for part in parts if part and part not in said]
         assert not missing, f"docs/operate.md quotes what no message says: {missing}"
+
+
+SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+SCRIPTS = re.findall(r"^```sh\n(.*?)^```$", SCALE, re.MULTILINE | re.DOTALL)
+JOBS = [yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)^```$", SCALE, re.MULTILINE | re.DOTALL)]
+
+
+def launches():
+    """The words of every command line that starts torchrun or atp, after what a shell would do to them."""
+    for script in SCRIPTS:
+        for line in script.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            words = words[1:] if words[:1] == ["srun"] else words
+            if words[:1] in (["torchrun"], ["atp"]):
+                yield [re.sub(r"\$\w+", "4", word) for word in words]
+    for job in JOBS:
+        (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+        yield container["command"]
+
+
+def test_there_are_recipes_and_the_volumes_of_the_job():
+    assert len(SCRIPTS) == 3 and len(JOBS) == 1 and len(list(launches())) == 4
+    spec = JOBS[0]["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    mounted = {mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["volumes"]}
+    policy, worker = JOBS[0]["spec"]["elasticPolicy"], JOBS[0]["spec"]["pytorchReplicaSpecs"]["Worker"]
+    assert policy["minReplicas"] == policy["maxReplicas"] == worker["replicas"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_shell_reads_the_script(script):
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", list(launches()), ids=lambda words: words[0])
+def test_torchrun_and_atp_know_the_options(words):
+    if words[0] == "torchrun":
+        given = get_args_parser().parse_args(words[1:])
+        assert given.module and given.training_script == "atp"
+        words = ["atp", *given.training_script_args]
+    command = get_command(app).commands[words[1]]
+    found = command.make_context(words[1], words[2:]).params
+    assert os.path.basename(found["config"]) == "my.yaml"
+    ATPConfig.parse({"model": {"path": "x"}, "output_dir": "x"}, found["overrides"])

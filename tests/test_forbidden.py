@@ -1,5 +1,6 @@
-"""Code that runs foreign code, unpickles or opens a shell is found, and there is none here."""
+"""Code that runs foreign code, unpickles or opens a shell is found; what pip-audit says becomes a line a weakness."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
+import audit  # noqa: E402
 import forbidden  # noqa: E402
 
 BAD = [
@@ -57,14 +59,29 @@ def test_what_is_safe_is_not(source):
     assert list(forbidden.findings(source)) == []
 
 
-def test_there_is_none_here():
+def test_there_is_none_here_and_a_finding_fails_the_command(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "tools" / "forbidden.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert int(done.stdout.split()[0]) > 200
-
-
-def test_a_finding_fails_the_command(tmp_path):
     file = tmp_path / "bad.py"
     file.write_text("import os\nos.system('ls')\n", encoding="utf-8")
     done = subprocess.run([sys.executable, ROOT / "tools" / "forbidden.py", file], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, f"{file}:2: os.system() hands a text to a shell\n")
+
+
+WEAK = {"name": "old", "version": "1.0", "vulns": [{"id": "CVE-1", "fix_versions": ["1.1", "2.0"]}]}
+SOUND = {"name": "new", "version": "2.0", "vulns": []}
+SKIPPED = {"name": "atp-kernels", "skip_reason": "editable"}
+
+
+def test_a_weakness_is_named_and_fails_and_none_passes():
+    lines, status = audit.verdict(json.dumps({"dependencies": [SOUND, WEAK, SKIPPED], "fixes": []}), "")
+    assert lines == ["old 1.0: CVE-1, fixed in 1.1, 2.0", "1 known weaknesses in 3 packages"] and status == 1
+    assert audit.verdict(json.dumps({"dependencies": [SOUND]}), "") == (["0 known weaknesses in 1 packages"], 0)
+
+
+@pytest.mark.parametrize("errors", ["", "Traceback\nConnectionError: no network", "No module named pip_audit"])
+def test_no_answer_is_one_line(errors):
+    ((line,), status) = audit.verdict("", errors)
+    assert line.startswith("audit skipped: ") and line.endswith((errors.splitlines() or ["no answer"])[-1])
+    assert status == 0

@@ -23,21 +23,16 @@ def hub(tmp_path_factory):
     return folder
 
 
-def test_every_build_holds_the_sources_and_says_what_it_is(hub):
+def test_every_build_holds_the_sources_whose_imports_are_relative_or_of_torch_and_triton(hub):
     (source,) = (hub / "torch-ext").iterdir()
     names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     assert {"__init__.py", "layers.py", "norm/triton.py", "_C.missing"} <= names and "norm/native.py" not in names
     builds = sorted((hub / "build").iterdir())
     assert [build.name for build in builds] == [f"torch-{backend}" for backend in BACKENDS]
     described = [json.loads((build / "metadata.json").read_text()) for build in builds]
-    assert [one["backend"]["type"] for one in described] == list(BACKENDS) and len(
-        {one["id"] for one in described}
-    ) == 3
+    assert [one["backend"]["type"] for one in described] == list(BACKENDS)
+    assert len({one["id"] for one in described}) == 3
     assert all(set(one["digest"]["files"]) == names for one in described)
-
-
-def test_imports_are_relative_or_of_torch_and_triton(hub):
-    """A function may import what is optional, which is bitsandbytes for weights in NF4."""
     allowed = {*sys.stdlib_module_names, "torch", "triton"}
     for path in (hub / "torch-ext").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -130,9 +125,8 @@ norm, linear = Norm(), Linear(torch.randn(16, 24), r=4, alpha=8, dropout=0.25)
 linear.out_mask = torch.arange(16) % 2 > 0
 torch.nn.init.normal_(linear.lora_B)
 model = torch.nn.Sequential(norm, linear)
-local = {
-    name: {"cpu": LocalLayerRepository(repo_path=hub, layer_name=name)} for name in ("RMSNorm", "MaskedLoRALinear")
-}
+names = ("RMSNorm", "MaskedLoRALinear")
+local = {name: {"cpu": LocalLayerRepository(repo_path=hub, layer_name=name)} for name in names}
 mode = Mode.TRAINING | Mode.TORCH_COMPILE
 with use_kernel_mapping(local, inherit_mapping=False):
     kernelize(model, mode=mode, device="cpu", use_fallback=False)
@@ -156,7 +150,6 @@ assert not torch.equal(model(x), model(x)), "dropout"
 @pytest.mark.skipif(not LIBRARY.is_dir(), reason=f"needs the library: pip install --target {LIBRARY} kernels")
 def test_the_library_takes_the_project_its_builds_and_its_layers(hub, tmp_path):
     search = os.pathsep.join([str(LIBRARY), search_path(tmp_path)])
-    done = run(
-        [sys.executable, "-S", "-c", LIBRARY_TAKES_IT, str(hub)], tmp_path, PYTHONPATH=search, HF_HUB_OFFLINE="1"
-    )
+    command = [sys.executable, "-S", "-c", LIBRARY_TAKES_IT, str(hub)]
+    done = run(command, tmp_path, PYTHONPATH=search, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr

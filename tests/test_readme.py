@@ -1,4 +1,4 @@
-"""What the README shows runs, and its figures are those of the CSV files; links lead somewhere; examples parse."""
+"""What README and notebook show runs, figures are those of the CSV files, links lead somewhere, examples parse."""
 
 import re
 import runpy
@@ -7,10 +7,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import typer
 import yaml
+from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM
 
 from atp.cli.cli import app
@@ -71,12 +73,7 @@ def test_example_configs_are_valid(path):
     assert ATPConfig.load(path).output_dir.startswith("runs/")
 
 
-def test_readme_is_short():
-    assert len(README.splitlines()) <= 130
-
-
 def check_results(monkeypatch, folder):
-    """What `experiments/results_page.py --check` ends with on the pages of a folder."""
     monkeypatch.setattr(sys, "argv", ["results_page.py", "--check", "--root", str(folder)])
     runpy.run_path(str(ROOT / "experiments" / "results_page.py"), run_name="__main__")
 
@@ -97,7 +94,6 @@ def test_a_damaged_figure_of_a_table_is_found(monkeypatch, tmp_path, name, table
 
 
 def slug(heading):
-    """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
 
 
@@ -115,7 +111,7 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in [slug(heading) for heading in headings], f"{page.name} links to {name}#{anchor}"
 
 
-def test_commands_of_the_readme_exist():
+def test_the_readme_is_short_and_its_commands_exist():
     """Subcommands and options; `...` stands for what the line above it says."""
     commands = typer.main.get_command(app).commands
     lines = re.findall(r"^(?:torchrun .* -m )?atp (\w+) (.*)$", README, re.MULTILINE)
@@ -126,3 +122,31 @@ def test_commands_of_the_readme_exist():
         assert options <= known, f"atp {name} {arguments}"
     targets = re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE)
     assert targets and set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert len(README.splitlines()) <= 130
+
+
+NOTEBOOK = ROOT / "examples" / "talks.ipynb"
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_it_is_committed_executed_and_without_errors(committed):
+    assert [cell.execution_count for cell in code(committed)] == list(range(1, len(code(committed)) + 1))
+    assert all(output.output_type != "error" for cell in code(committed) for output in cell.outputs)
+
+
+@pytest.mark.slow
+def test_it_runs_and_ends_with_a_smaller_model_that_answers(committed, tmp_path):
+    NotebookClient(committed, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    streams = [[o for o in cell.outputs if o.output_type == "stream"] for cell in code(committed)]
+    said = ["".join(stream.text for stream in cell if stream.name == "stdout") for cell in streams]
+    assert "(6" in said[-2] or "(5" in said[-2], said[-2]
+    assert said[-1].splitlines()[-1].endswith("tokens")
+    assert (tmp_path / "runs" / "talks" / "model" / "model.safetensors").is_file()

@@ -24,7 +24,6 @@ def test_slow(): pass
 
 
 def passed(pytester, *options):
-    """What ran in a folder: (number of tests, points of the grid)."""
     result = pytester.runpytest_inprocess("-q", "-s", "-p", "no:cacheprovider", *options)
     return result.parseoutcomes()["passed"], re.findall(r"point (\d) (\w) (\d) (\d)", result.stdout.str())
 

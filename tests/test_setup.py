@@ -48,7 +48,6 @@ runpy.run_path("setup.py", run_name="__main__")
 
 @pytest.fixture
 def source(tmp_path):
-    """The tree with an extension that does nothing."""
     target = copy_source(tmp_path / "source")
     for file in (target / "csrc" / "cpu").glob("*.cpp"):
         file.unlink()

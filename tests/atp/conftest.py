@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import transformers
+from tiny_command import is_one_sentence, start
 from tiny_inputs import tiny_config
 
 import atp.cli.scoring
@@ -69,6 +70,18 @@ def command_line(monkeypatch, capsys):
 
 
 @pytest.fixture
+def refused(atp):
+    """Runs a command that ends with exit code 2 and one sentence, which it returns."""
+
+    def run(*words):
+        code, _, err = atp(*words)
+        assert code == 2 and is_one_sentence(err), err
+        return err
+
+    return run
+
+
+@pytest.fixture
 def wide_budget(monkeypatch):
     """One channel of the tiny model is more than the tolerance on the budget."""
     monkeypatch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
@@ -77,10 +90,6 @@ def wide_budget(monkeypatch):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """The folder of a run that was never broken off."""
-    from tiny_command import start
-
     folder = tmp_path_factory.mktemp("finished") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
-        start(config, folder)
+    start(config, folder)
     return folder

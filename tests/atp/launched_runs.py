@@ -23,13 +23,7 @@ def write_settings(config, folder):
     values = config.model_dump(mode="json")
     values["lora"]["dropout"] = 0.0  # drawn per process
     values["training"] |= {"search": SEARCH, "settle": SETTLE, "tune": TUNE, "save_every": 1}
-    values["evaluation"] |= {
-        "dense_baseline": False,
-        "windows": 2,
-        "questions": 2,
-        "every": STEPS,
-        "validation_windows": 2,
-    }
+    values["evaluation"] |= dict(dense_baseline=False, windows=2, questions=2, every=STEPS, validation_windows=2)
     paths = []
     for name, accumulation in (("two", 1), ("one", 2)):
         values["training"]["gradient_accumulation"] = accumulation
@@ -81,7 +75,6 @@ def fork_each(commands, folders):
 
 
 def become(command, folder, output):
-    """Runs an `atp` command in this process, in a folder, and ends it."""
     from atp.cli import cli
 
     signal.alarm(120)  # nobody waits for ever
@@ -101,14 +94,12 @@ def become(command, folder, output):
 
 
 def ended(process, code=0):
-    """What a process printed, once it has ended with this exit code."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output
     return output
 
 
 def wait_for_steps(process, folder, count):
-    """Returns once so many steps are recorded."""
     metrics = folder / "metrics.jsonl"
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= count):
         assert process.poll() is None, process.communicate()[0]

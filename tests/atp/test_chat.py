@@ -16,9 +16,8 @@ from atp.ground.errors import InputError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save(
-        tmp_path_factory.mktemp("chat") / "model", max_position_embeddings=48, eos_token_id=None, initializer_range=1.0
-    )
+    place = tmp_path_factory.mktemp("chat") / "model"
+    return save(place, max_position_embeddings=48, eos_token_id=None, initializer_range=1.0)
 
 
 def greedy(folder, prompt, tokens):
@@ -30,15 +29,20 @@ def greedy(folder, prompt, tokens):
     return tokenizer.decode(ids[0, -tokens:], skip_special_tokens=True)
 
 
-def test_a_plain_answer_is_the_greedy_continuation_piece_by_piece(folder):
+def test_a_plain_answer_is_the_greedy_continuation_piece_by_piece_and_sampling_differs(folder):
     pieces = []
     answer = Conversation(str(folder), plain=True).ask("the cat sat on", pieces.append, tokens=9)
     assert "".join(pieces) == answer.text and len([piece for piece in pieces if piece]) > 1
     assert answer.text.split() == greedy(folder, "the cat sat on", 9).split()
     assert answer.tokens == 9 and answer.seconds > 0 and answer.speed == pytest.approx(9 / answer.seconds)
+    chat = Conversation(str(folder), plain=True)
+    torch.manual_seed(0)
+    sampled = {chat.ask("the cat", lambda text: None, tokens=8, temperature=5.0).text for _ in range(4)}
+    assert len(sampled) > 1
+    assert len({chat.ask("the cat", lambda text: None, tokens=8).text for _ in range(2)}) == 1
 
 
-def test_a_conversation_remembers_and_a_run_folder_gives_its_final_model(folder):
+def test_conversations_remember_and_two_models_answer_side_by_side_one_of_a_run_folder(folder):
     chat, said = Conversation(str(folder.parent)), []
     first = chat.ask("the cat", said.append, tokens=4)
     chat.ask("it was", said.append, tokens=4)
@@ -46,22 +50,11 @@ def test_a_conversation_remembers_and_a_run_folder_gives_its_final_model(folder)
     prompt = plain_chat([*chat.messages[:3], {"role": "assistant", "content": ""}]).prompt
     assert chat.messages[3]["content"].split() == greedy(folder, prompt, 4).split()
     assert chat.messages[1]["content"] == first.text.strip()
-
-
-def test_two_models_answer_side_by_side(folder):
     lines = []
     chats = [Conversation(str(folder), plain=True), Conversation(str(folder.parent), plain=True)]
     talk(chats, ["the mat", "a cat"], lambda text, end="\n": lines.append(text + end), tokens=3)
     text = "".join(lines)
     assert text.count(f"{folder}:\n") == 2 and text.count("(3 tokens, ") == 4
-
-
-def test_sampling_differs_from_the_likeliest_tokens(folder):
-    chat = Conversation(str(folder), plain=True)
-    torch.manual_seed(0)
-    sampled = {chat.ask("the cat", lambda text: None, tokens=8, temperature=5.0).text for _ in range(4)}
-    assert len(sampled) > 1
-    assert len({chat.ask("the cat", lambda text: None, tokens=8).text for _ in range(2)}) == 1
 
 
 def test_what_cannot_be_answered_is_refused(folder, tmp_path):
@@ -75,16 +68,6 @@ def test_what_cannot_be_answered_is_refused(folder, tmp_path):
         Conversation(str(tmp_path / "none"))
 
 
-def tuned_on(folder, model, *rows):
-    """A run folder whose model was tuned on these rows."""
-    folder.mkdir()
-    (folder / "model").symlink_to(model)
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    values = {"model": {"path": "base"}, "output_dir": "out", "data": {"train": str(folder / "data.jsonl")}}
-    (folder / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
-    return folder
-
-
 SINGLE = {"prompt": "the cat", "completion": " sat"}
 ONE = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}
 TWO = {"messages": ONE["messages"] * 2}
@@ -94,7 +77,12 @@ TWO = {"messages": ONE["messages"] * 2}
     ("rows", "once"), [([SINGLE] * 3, True), ([ONE] * 3, True), ([ONE, TWO], False), ([{"text": "the cat"}], False)]
 )
 def test_a_model_tuned_on_single_questions_is_asked_each_alone(folder, tmp_path, rows, once):
-    run = tuned_on(tmp_path / "run", folder, *rows)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model").symlink_to(folder)
+    (run / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    values = {"model": {"path": "base"}, "output_dir": "out", "data": {"train": str(run / "data.jsonl")}}
+    (run / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
     assert asks_once(str(run)) is asks_once(str(run / "model")) is once
     chat, lines = Conversation(str(run)), []
     assert ("single questions" in chat.manner) is once and ("/new" in chat.manner) is not once

@@ -1,24 +1,23 @@
-"""What is known before the first step: what cannot work is refused, what falls short is said."""
+"""What is known before the first step, refused or said, and what a finished run must have kept."""
 
+import copy
 import math
 from pathlib import Path
 
 import pytest
 from tiny_command import start, stopping_at
+from tiny_inputs import changed
 
 from atp.config import ATPConfig
 from atp.data.batches import IGNORE
-from atp.ground.errors import InputError
+from atp.ground.errors import InputError, NotReached
 from atp.inputs.checks import check_reachable, few_scored, recipe, rereads, run_remarks, shortfalls, steps_per_epoch
 from atp.inputs.folders import refuse_inputs_inside
 from atp.inputs.loading import load_data, load_model, load_shapes, load_tokenizer
+from atp.inputs.promises import check_promises
 from atp.inputs.resolve import resolve
 from atp.run import Run
 from atp.training.trainer import ATPTrainer
-
-
-def changed(config, *overrides):
-    return ATPConfig.parse(config.model_dump(mode="json"), list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +135,8 @@ def test_samples_longer_than_a_window_are_told(config, tmp_path, packing):
         sentence = f"; {cut} train samples are longer than data.length (16 tokens) and span several windows"
         assert data.splits.description.endswith(sentence)
     else:
-        whole = len(data.splits.train)
-        sentence = (
-            f"{cut} of {whole} training samples are longer than data.length=16 and lose their beginning: raise it"
-        )
+        samples = f"{cut} of {len(data.splits.train)} training samples"
+        sentence = f"{samples} are longer than data.length=16 and lose their beginning: raise it"
         assert sentence in shortfalls(long, data)
     short = changed(long, "data.length=64")
     data = load_data(short, load_tokenizer(long.model))
@@ -179,6 +176,60 @@ def test_every_source_is_kept_from_the_runs_own_folders(config, tmp_path):
     inside.parent.mkdir()
     inside.touch()
     for given in ({config.data.train: 2, str(inside): 1}, [config.data.train, str(inside)]):
-        changed = config.model_copy(update={"data": config.data.model_copy(update={"train": given})})
+        data = config.data.model_copy(update={"train": given})
         with pytest.raises(InputError, match="^data.train .*a.jsonl lies in"):
-            refuse_inputs_inside(changed, tmp_path)
+            refuse_inputs_inside(config.model_copy(update={"data": data}), tmp_path)
+
+
+# fmt: off
+KEPT = {
+    "certificate": {"masked_vs_cut": 3e-7, "cut_vs_reloaded": 0.0, "removed_lora_norm": 0.0, "merge_error": 0.9,
+                    "rounding_gap": 2e-7, "dtype": "float32"},
+    "keep_decoder": 0.6001,
+    "target_keep": 0.6,
+    "perplexity": {"original": 20.0, "final": 15.0},
+    "speed": {"final": {"prefill_tokens_per_second": 1000.0}},
+    "train_tokens_per_second": {"tune": 500.0},
+    "qa": {"final": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}},
+}
+# fmt: on
+
+
+def with_value(path, value):
+    changed = copy.deepcopy(KEPT)
+    *parents, last = path
+    place = changed
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    return changed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("certificate", "masked_vs_cut"), ("certificate", "cut_vs_reloaded"), ("certificate", "removed_lora_norm"),
+        ("certificate", "merge_error"), ("certificate", "rounding_gap"),
+        ("keep_decoder",), ("perplexity", "final"), ("perplexity", "original"),
+        ("speed", "final", "prefill_tokens_per_second"), ("train_tokens_per_second", "tune"),
+        ("qa", "final", "accuracy_interval", 1),
+    ],
+)  # fmt: skip
+def test_no_figure_passes_that_is_not_finite(path, value):
+    with pytest.raises(NotReached, match=str(path[-2] if isinstance(path[-1], int) else path[-1])):
+        check_promises(with_value(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("certificate", "masked_vs_cut"), 0.01), (("certificate", "cut_vs_reloaded"), 0.01),
+        (("certificate", "merge_error"), 1.5),
+        (("certificate", "removed_lora_norm"), 1e-9), (("keep_decoder",), 0.61), (("keep_decoder",), 0.59),
+    ],
+)  # fmt: skip
+def test_a_missed_promise_is_named(path, value):
+    check_promises(KEPT)
+    with pytest.raises(NotReached, match="budget" if path == ("keep_decoder",) else path[-1]):
+        check_promises(with_value(path, value))

@@ -22,71 +22,38 @@ from atp_kernels._version import __version__
 
 AUTO = "from transformers import AutoConfig, AutoModelForCausalLM"
 
-
-COMMANDS = (
-    "train", "plan", "demo", "eval", "compare", "experiment", "sweep", "export", "report", "chat", "push", "env",
-)  # fmt: skip
+COMMANDS = "train plan demo eval compare experiment sweep export report chat push env".split()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_short_help_is_the_long_one_and_shows_an_example(atp, command):
-    short, long = (atp(command, option) for option in ("-h", "--help"))
-    assert short == long and short[0] == 0 and f"Example: atp {command}" in short[1]
-
-
-def test_help_lists_every_command(atp):
+def test_help_lists_every_command_and_short_help_is_the_long_one_with_an_example(atp):
     code, out, _ = atp("--help")
     assert code == 0 and atp("-h")[1] == out
-    assert all(re.search(rf"^\W*{command}\b", out, flags=re.MULTILINE) for command in COMMANDS)
+    for command in COMMANDS:
+        assert re.search(rf"^\W*{command}\b", out, flags=re.MULTILINE), command
+        short, long = (atp(command, option) for option in ("-h", "--help"))
+        assert short == long and short[0] == 0 and f"Example: atp {command}" in short[1]
 
 
-HELP = {"help": ["--help"], "train help": ["train", "--help"], "export help": ["export", "--help"]}
+HELP = ("--help", "train --help", "export --help")
+# What is refused -> words of its sentence.
 REFUSED = {
-    "train": ["train", "no.yaml"],
-    "train key": ["train", "config.yaml", "lora.rank=2"],
-    "train model": ["train", "config.yaml", "model.path=./nowhere"],
-    "train data": ["train", "config.yaml", "data.train=absent.jsonl"],
-    "train space": ["train", "config.yaml", "decisions.space=heads"],
-    "train output_dir": ["train", "config.yaml", "output_dir=model"],
-    "plan": ["plan", "config.yaml", "model.path=a/b/c"],
-    "compare": ["compare", "config.yaml", "--methods", "atp,magnitud"],
-    "compare nothing": ["compare", "config.yaml", "--methods", ","],
-    "compare seeds": ["compare", "config.yaml", "--seeds", "one"],
-    "compare on": ["compare", "config.yaml", "--on", "mars"],
-    "compare out": ["compare", "config.yaml", "--out", "model"],
-    "experiment": ["experiment", "nothing"],
-    "experiment seeds": ["experiment", "stages", "--seeds", "one"],
-    "experiment key": ["experiment", "stages", "lora.rank=2"],
-    "sweep": ["sweep", "config.yaml", "--keep", "2"],
-    "sweep twice": ["sweep", "config.yaml", "--keep", "0.8,0.8"],
-    "sweep on": ["sweep", "config.yaml", "--on", "mars"],
-    "sweep out": ["sweep", "config.yaml", "--out", "model"],
-    "eval": ["eval", "./nowhere"],
-    "eval suite": ["eval", "model", "--suite", "absent.jsonl"],
-    "eval config": ["eval", "model", "--suite", "absent.yaml"],
-    "eval output": ["eval", "model", "--output", "no/scores.json"],
-    "eval precision": ["eval", "model", "--precision", "int4"],
-    "export": ["export", "model/absent.gguf"],
-    "export to": ["export", "model", "--to", "onnx"],
-    "export dtype": ["export", "model", "--dtype", "int3"],
-    "export out": ["export", "model", "--out", "no/such.gguf"],
-    "chat": ["chat", "runs/demo/model"],
-    "chat against": ["chat", "model", "--against", "../nowhere"],
-    "push": ["push", "./nowhere", "me/small"],
-    "push name": ["push", "model", "small"],
-    "report": ["report", "nowhere"],
-    "runs": ["runs", "nowhere"],
-    "init out": ["init", "model", "data.jsonl", "--out", "no/atp.yaml"],
-    "demo": ["demo", "lora.rank=2"],
-}
-SENTENCES = {
-    "train": "no.yaml does not exist",
-    "compare": "method 'magnitud' is unknown: did you mean 'magnitude'",
-    "compare nothing": "nothing to compare",
-    "compare seeds": "seed 'one' is not an integer",
-    "eval precision": "--precision int4 is unknown: use auto, float32 or bfloat16",
-    "report": "does not exist: give the output_dir of a run",
-}
+    "train no.yaml": "no.yaml does not exist",
+    "compare config.yaml --methods atp,magnitud": "method 'magnitud' is unknown: did you mean 'magnitude'",
+    "compare config.yaml --methods ,": "nothing to compare",
+    "compare config.yaml --seeds one": "seed 'one' is not an integer",
+    "eval model --precision int4": "--precision int4 is unknown: use auto, float32 or bfloat16",
+    "report nowhere": "does not exist: give the output_dir of a run",
+} | dict.fromkeys(
+    """train config.yaml lora.rank=2; train config.yaml model.path=./nowhere; train config.yaml data.train=absent.jsonl;
+    train config.yaml decisions.space=heads; train config.yaml output_dir=model; plan config.yaml model.path=a/b/c;
+    compare config.yaml --on mars; compare config.yaml --out model; experiment nothing; experiment stages --seeds one;
+    experiment stages lora.rank=2; sweep config.yaml --keep 2; sweep config.yaml --keep 0.8,0.8;
+    sweep config.yaml --on mars; sweep config.yaml --out model; eval ./nowhere; eval model --suite absent.jsonl;
+    eval model --suite absent.yaml; eval model --output no/scores.json; export model/absent.gguf;
+    export model --to onnx; export model --dtype int3; export model --out no/such.gguf; chat runs/demo/model;
+    chat model --against ../nowhere; push ./nowhere me/small; push model small; runs nowhere;
+    init model data.jsonl --out no/atp.yaml; demo lora.rank=2""".split(";"), ""
+)  # fmt: skip
 TYPED = "hf_" + "TypedByHand0123456789abcdef"
 TOKENS = {
     "a name": (["runs", TYPED], TYPED),
@@ -134,7 +101,7 @@ def ended(tmp_path_factory):
     (folder / "data.jsonl").write_text('{"text": "the cat"}', encoding="utf-8")
     values = {"model": {"path": "model"}, "output_dir": "out", "data": {"train": "data.jsonl"}}
     (folder / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
-    commands = HELP | REFUSED | {name: words for name, (words, _) in TOKENS.items()}
+    commands = {text: text.split() for text in (*HELP, *REFUSED)} | {name: words for name, (words, _) in TOKENS.items()}
     commands |= {f"{name}, debug": [*words, "--debug"] for name, (words, _) in TOKENS.items()}
     path = os.pathsep.join(filter(None, (str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
@@ -157,7 +124,7 @@ def test_a_wrong_argument_is_refused_without_the_libraries_that_take_seconds(end
     code, out, err = ended[what]
     assert code == 2, err
     assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err and out.endswith("[]\n")
-    assert SENTENCES.get(what, "") in err
+    assert REFUSED[what] in err
 
 
 @pytest.mark.parametrize("what", TOKENS)
@@ -168,7 +135,7 @@ def test_a_token_that_was_typed_is_shown_nowhere(ended, what):
         assert ("Traceback" in err) == debug
 
 
-def test_importing_the_package_loads_no_library():
+def test_the_package_imports_no_library_and_is_a_command_of_which_a_shell_completes_others():
     """Nothing that Python does not bring: by the set of modules, which no slow machine changes."""
     code = (
         "import sys; before = set(sys.modules)\nimport atp\nnew = {name.partition('.')[0] for name in sys.modules}"
@@ -176,6 +143,11 @@ def test_importing_the_package_loads_no_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "['atp']\n", done.stderr
+    asked = {"_ATP_COMPLETE": "complete_bash", "COMP_WORDS": "atp tr", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-m", "atp"], capture_output=True, text=True, env={**os.environ, **asked})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "train\n", "")
+    done = subprocess.run([sys.executable, "-m", "atp", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"atp {__version__}\n"), done.stderr
 
 
 IMPORTS = """
@@ -209,17 +181,6 @@ def test_a_program_that_imports_the_package_can_load_a_cut_model():
     assert done.stdout == "atp.models\n" * len(orders), done.stderr
 
 
-def test_a_shell_completes_commands():
-    asked = {"_ATP_COMPLETE": "complete_bash", "COMP_WORDS": "atp tr", "COMP_CWORD": "1"}
-    done = subprocess.run([sys.executable, "-m", "atp"], capture_output=True, text=True, env={**os.environ, **asked})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "train\n", "")
-
-
-def test_the_package_is_a_command():
-    done = subprocess.run([sys.executable, "-m", "atp", "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"atp {__version__}\n"), done.stderr
-
-
 @pytest.fixture
 def without_extension(monkeypatch):
     reasons = {"native": "the extension is on holiday"}
@@ -229,9 +190,8 @@ def without_extension(monkeypatch):
 
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_a_run_says_before_it_begins_that_kernels_are_missing(atp, without_extension, tmp_path, command):
-    """The data of this one is a folder without a file, which is found out when it is read."""
     save(tmp_path / "model")
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data").mkdir()  # without a file, which is found out when it is read
     values = {"model": {"path": str(tmp_path / "model")}, "output_dir": str(tmp_path / "out"),
               "data": {"train": str(tmp_path / "data"), "general_share": 0}}  # fmt: skip
     (tmp_path / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
@@ -244,10 +204,9 @@ def test_who_wants_no_extension_hears_nothing(monkeypatch, without_extension):
     monkeypatch.setenv("ATP_BUILD", "0")
     assert slow_kernels() is None
     monkeypatch.delenv("ATP_BUILD")
-    without_extension["native"] = "the extension was not built, since ATP_BUILD=0 says so"
-    assert slow_kernels() is None
-    without_extension["native"] = None
-    assert slow_kernels() is None
+    for reason in ("the extension was not built, since ATP_BUILD=0 says so", None):
+        without_extension["native"] = reason
+        assert slow_kernels() is None
 
 
 HOSTILE = "\x1b[2Jgone\x9b1m\u202e :x: [bold]b[/bold]"
@@ -266,10 +225,9 @@ def test_whatever_is_printed_sends_no_control_character_of_its_own(terminal):
 
 
 def test_a_name_with_an_escape_sequence_is_shown_in_errors_and_in_lists(monkeypatch, atp, tmp_path):
-    code, _, err = atp("runs", tmp_path / "\x1b[2J")
-    assert code == 2 and r"\x1b[2J" in err and "\x1b" not in err
-    code, _, err = atp("runs", "--\x1b[2Jx")
-    assert code == 2 and r"\x1b[2J" in err and "\x1b" not in err
+    for word in (tmp_path / "\x1b[2J", "--\x1b[2Jx"):
+        code, _, err = atp("runs", word)
+        assert code == 2 and r"\x1b[2J" in err and "\x1b" not in err
     folder = tmp_path / "\x1b[2Jrun"
     folder.mkdir()
     (folder / "config.yaml").write_text("{}")

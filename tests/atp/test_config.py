@@ -1,12 +1,16 @@
-"""The config: strict keys, messages that name path and remedy, overrides, presets."""
+"""The config and `atp config`: strict keys, messages that name path and remedy, overrides, presets, examples."""
+
+import json
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from atp.config import ATPConfig
+from atp.config import ATPConfig, shipped
+from atp.config.presets import PRESETS
 from atp.ground.errors import InputError
 from atp.inputs.resolve import resolve
+from atp.studies.experiments.spec import ExperimentSpec
 
 MINIMAL = {"model": {"path": "some-model"}, "output_dir": "runs/x"}
 
@@ -30,34 +34,27 @@ def path(tmp_path):
     return file
 
 
-@pytest.mark.parametrize(
-    ("sections", "key", "nearest"),
-    [
-        ({"decisions": {"target_kep": 0.5}}, "decisions.target_kep", "target_keep"),
-        ({"training": {"sarch": 5}}, "training.sarch", "search"),
-        ({"lora": {"rank": 8, "drop_out": 0.1}}, "lora.rank", None),
-        ({"evaluations": {}}, "evaluations", "evaluation"),
-        ({"model": {"path": "x", "gguf": "y"}}, "model.gguf", "gguf_file"),
-        ({"training": {"learning_rate": 1}}, "training.learning_rate", "lr"),
-        ({"lora": {"rank": 8}}, "lora.rank", "r"),
-        ({"lora": {"lora_alpha": 8}}, "lora.lora_alpha", "alpha"),
-        ({"training": {"batch": 8}}, "training.batch", "batch_size"),
-        ({"data": {"max_seq_length": 8}}, "data.max_seq_length", "length"),
-        ({"decisions": {"sparsity": 0.5}}, "decisions.sparsity", "target_keep"),
-        ({"target_keep": 0.5}, "target_keep", "decisions.target_keep"),
-        ({"training": {"rank": 8}}, "training.rank", "lora.r"),
-        ({"learning_rate": 1}, "learning_rate", "decisions.lr' or 'training.lr"),
-    ],
-)
-def test_unknown_keys_name_their_path_and_the_nearest_key(sections, key, nearest):
-    message = refused(**sections)
-    assert message.startswith(f"unknown config key '{key}': did you mean '")
-    assert nearest is None or message.endswith(f"'{nearest}'?")
+# What somebody writes = what is meant.
+MEANT = """decisions.target_kep=target_keep training.sarch=search evaluations=evaluation model.gguf=gguf_file
+    training.learning_rate=lr lora.rank=r lora.lora_alpha=alpha training.batch=batch_size data.max_seq_length=length
+    decisions.sparsity=target_keep target_keep=decisions.target_keep training.rank=lora.r"""
 
 
-def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_an_answer():
+@pytest.mark.parametrize(("key", "nearest"), [pair.split("=") for pair in MEANT.split()])
+def test_unknown_keys_name_their_path_and_the_nearest_key(key, nearest):
+    with pytest.raises(InputError, match=f"^unknown config key '{key}': did you mean '{nearest}'\\?$"):
+        ATPConfig.parse(MINIMAL, [f"{key}=1"])
+
+
+def test_keys_that_are_unknown_missing_or_near_none_are_named():
+    assert refused(lora={"rank": 8, "drop_out": 0.1}).startswith("unknown config key 'lora.rank': did you mean '")
+    told = "unknown config key 'learning_rate': did you mean 'decisions.lr' or 'training.lr'?"
+    assert refused(learning_rate=1) == told
     assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': the known keys are r, alpha, dropout"
     assert "training.steps sets the length" in refused(training={"num_train_epochs": 3})
+    with pytest.raises(InputError, match="config key 'model' is missing: add it to the YAML file or as model=VALUE"):
+        ATPConfig.parse({"output_dir": "x"})
+    assert "config key 'model.path' is missing" in refused(model={})
 
 
 @pytest.mark.parametrize(
@@ -77,6 +74,9 @@ def test_a_key_that_is_near_none_gets_the_list_and_one_for_the_length_of_a_run_a
             {"decisions": {"multiples": {"mlps": 8}}},
             "config key 'decisions.multiples' is {'mlps': 8}: no structure is called 'mlps': use attention_inputs, ",
         ),
+        ({"decisions": {"multiples": {"mlp": 0}}}, "config key 'decisions.multiples.mlp' is 0: input"),
+        ({"decisions": {"multiples": {"mlp": -8}}}, "config key 'decisions.multiples.mlp' is -8: input"),
+        ({"training": {"lr": float("inf")}}, "config key 'training.lr' is inf"),
         ({"training": {"regularizer": "l1"}}, "config key 'training.regularizer' is 'l1': input should be 'lasso' or"),
         ({"seed": -1}, "config key 'seed' is -1: input should be greater than or equal to 0"),
         ({"seed": 2**32}, "config key 'seed' is 4294967296: numbers reach 4294967295"),
@@ -108,59 +108,41 @@ def test_target_lies_inside_zero_and_one(target):
     assert refused(decisions={"target_keep": target}).startswith(f"config key 'decisions.target_keep' is {target!r}: ")
 
 
-def test_missing_keys_are_named():
-    with pytest.raises(InputError, match="config key 'model' is missing: add it to the YAML file or as model=VALUE"):
-        ATPConfig.parse({"output_dir": "x"})
-    assert "config key 'model.path' is missing" in refused(model={})
-
-
 def test_values_are_checked_on_assignment_too():
     config = parse()
     with pytest.raises(ValueError):
         config.decisions.target_keep = 2.0
 
 
-def test_file_and_overrides(path):
+def test_a_file_and_overrides_which_are_not_changed(path):
     config = ATPConfig.load(
         path,
-        ["decisions.target_keep=0.7", "training.lr=1e-3", "data.labels=[a, b]", "output_dir=runs/a=b",
+        ["decisions.target_keep=0.7", "training.lr=1e-3", "data.labels=[yes, no, maybe]", "output_dir=runs/a=b",
          "decisions.multiples.mlp=64", "lora.dropout=0", "data.train=null"],
     )  # fmt: skip
     assert config.decisions.target_keep == 0.7 and config.training.lr == 1e-3 and config.lora.dropout == 0.0
-    assert config.output_dir == "runs/a=b" and config.data.train is None
-    assert config.decisions.multiples == {"mlp": 64} and config.data.labels == ("a", "b")
+    assert config.output_dir == "runs/a=b" and config.data.train is None and config.decisions.multiples == {"mlp": 64}
+    assert config.data.labels == ("yes", "no", "maybe"), "yes and no are labels, not booleans"
     assert ATPConfig.load(path).decisions.target_keep == 0.5
-
-
-def test_parse_leaves_its_argument_alone():
     values = {"model": {"path": "m"}, "output_dir": "x"}
     ATPConfig.parse(values, ["model.path=n", "lora.r=4"])
     assert values == {"model": {"path": "m"}, "output_dir": "x"}
 
 
-@pytest.mark.parametrize("override", ["decisions.target_keep", "=3", "--flag"])
-def test_malformed_overrides_are_refused(path, override):
-    with pytest.raises(InputError, match=f"override '{override}' is not of the form key.path=value"):
+FORM = "override '{}' is not of the form key.path=value"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decisions.target_keep", FORM), ("=3", FORM), ("--flag", FORM), ("data.labels=[yes", "data.labels"),
+        ("output_dir.name=3", "'output_dir' is not a section of the config"),
+        ("training.serch=3", r"unknown config key 'training.serch': did you mean 'search'\?"),
+    ],
+)  # fmt: skip
+def test_wrong_overrides_are_refused(path, override, message):
+    with pytest.raises(InputError, match=message.format(override)):
         ATPConfig.load(path, [override])
-
-
-def test_override_below_a_value_is_refused(path):
-    with pytest.raises(InputError, match="'output_dir' is not a section of the config"):
-        ATPConfig.load(path, ["output_dir.name=3"])
-
-
-def test_unknown_override_is_refused(path):
-    with pytest.raises(InputError, match=r"unknown config key 'training.serch': did you mean 'search'\?"):
-        ATPConfig.load(path, ["training.serch=3"])
-
-
-def test_yes_and_no_are_labels_not_booleans(path):
-    assert ATPConfig.load(path, ["data.labels=[yes, no, maybe]"]).data.labels == ("yes", "no", "maybe")
-
-
-def test_override_that_is_no_yaml_is_refused(path):
-    with pytest.raises(InputError, match="data.labels"):
-        ATPConfig.load(path, ["data.labels=[yes"])
 
 
 @pytest.mark.parametrize(
@@ -244,28 +226,22 @@ def test_a_resolved_config_leaves_nothing_open_and_nobody_changes_it():
             setattr(section, key, 1)
 
 
-def test_own_values_win_over_the_preset(path):
+def test_own_values_win_over_the_preset_and_a_dump_reads_back_as_the_same_config(path, tmp_path):
     config = ATPConfig.load(path, ["preset=paper", "training.search=10", "decisions.lr=0.5"])
     assert config.training.search == 10 and config.decisions.lr == 0.5 and config.decisions.target_keep == 0.5
     assert config.decisions.budget == "penalty" and config.training.batch_size == 20
-
-
-def test_dump_reads_back_as_the_same_config(tmp_path):
     config = parse(preset="paper", data={"labels": ["yes", "no"]}, decisions={"multiples": {"mlp": 8}})
     file = tmp_path / "dumped.yaml"
     file.write_text(config.dump(), encoding="utf-8")
     assert ATPConfig.load(file) == config
 
 
-def test_changed_config_is_refused_with_its_differences():
+def test_a_changed_config_is_refused_with_its_differences_and_a_new_key_has_its_default():
     started = parse()
     started.refuse_change_of(started.model_dump(mode="json"))
     parse(preset="quick").refuse_change_of(parse(preset="auto").model_dump(mode="json"))
     with pytest.raises(InputError, match=r"\(seed: 0 -> 1; lora\.r: 16 -> 4\): restore it or start a new run"):
         parse(seed=1, lora={"r": 4}).refuse_change_of(started.model_dump(mode="json"))
-
-
-def test_a_run_from_before_a_setting_had_its_default():
     saved = parse().model_dump(mode="json")
     del saved["training"]["regularizer"]
     parse().refuse_change_of(saved)
@@ -274,15 +250,6 @@ def test_a_run_from_before_a_setting_had_its_default():
     saved["training"]["forgotten"] = 1
     with pytest.raises(InputError, match=r"training\.forgotten: 1 -> None"):
         parse().refuse_change_of(saved)
-
-
-@pytest.mark.parametrize("multiples", [{"mlp": 0}, {"mlp": -8}, {"mlps": 8}])
-def test_width_rules_name_a_structure_and_a_positive_multiple(multiples):
-    assert "decisions.multiples" in refused(decisions={"multiples": multiples})
-
-
-def test_infinite_learning_rate_is_refused():
-    assert "training.lr" in refused(training={"lr": float("inf")})
 
 
 @pytest.mark.timeout(20)
@@ -297,9 +264,96 @@ def test_messages_of_large_and_deep_values_are_short(path):
         with pytest.raises(InputError) as caught:
             ATPConfig.load(path, [override])
         assert len(str(caught.value)) < 600
-
-
-def test_a_changed_config_says_so_in_short(path):
     with pytest.raises(InputError) as caught:
         parse(data={"labels": ["x" * 1000] * 1000}).refuse_change_of(parse().model_dump(mode="json"))
     assert len(str(caught.value)) < 300
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The files that come with the package lie in neither the tree nor the working directory."""
+    root = tmp_path / "package"
+    for name in ("examples/one.yaml", "experiments/two.yaml", "experiments/base.yaml"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / "examples" / "one.yaml").write_text("{model: {path: m}, output_dir: runs/one}")
+    (root / "experiments" / "two.yaml").write_text("{question: why, domains: [a], arms: [{method: atp}]}")
+    (root / "experiments" / "base.yaml").write_text("{model: {path: m}, seed: 7}")
+    monkeypatch.setattr(shipped, "_ROOT", root)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return root
+
+
+def test_an_example_is_found_by_its_path_in_the_clone_and_the_working_directory_comes_first(package, tmp_path):
+    assert ATPConfig.load("examples/one.yaml").output_dir == "runs/one"
+    assert ATPConfig.load("./examples/one.yaml").output_dir == "runs/one"
+    with pytest.raises(InputError, match="^config file one.yaml does not exist"):
+        ATPConfig.load("one.yaml")
+    own = tmp_path / "work" / "experiments"
+    own.mkdir()
+    (own / "two.yaml").write_text("{question: my own, domains: [a], arms: [{method: atp}]}")
+    spec, path = ExperimentSpec.load("two")
+    assert spec.question == "my own"
+    assert spec.config(path, "health-mini", []).seed == 7, "the base comes with the package"
+    with pytest.raises(InputError, match=r"\(here: two\)"):
+        ExperimentSpec.load("three")
+
+
+@pytest.mark.parametrize("name", ["two", "experiments/two.yaml"])
+def test_an_experiment_and_its_base_are_found(package, name):
+    spec, path = ExperimentSpec.load(name)
+    assert spec.question == "why" and path == package / "experiments" / "two.yaml"
+    assert spec.config(path, "health-mini", []).seed == 7
+
+
+def sections(schema):
+    def walk(properties, prefix):
+        for name, field in properties.items():
+            section = schema["$defs"].get(field.get("$ref", "").rpartition("/")[2])
+            if section is None:
+                yield prefix + name, field
+            else:
+                yield from walk(section["properties"], f"{prefix}{name}.")
+
+    return dict(walk(schema["properties"], ""))
+
+
+def test_the_schema_gives_every_key_with_meaning_and_range(atp):
+    code, shown, _ = atp("config", "schema")
+    found = sections(json.loads(shown))
+    assert code == 0 and json.loads(shown)["$schema"].startswith("https://json-schema.org/")
+    assert found["lora.alpha"]["exclusiveMinimum"] == 0 and found["lora.alpha"]["default"] == 32.0
+    assert found["training.schedule"]["enum"] == ["constant", "linear", "cosine"]
+    assert [key for key, field in found.items() if not field.get("description")] == [], "each key says what it is"
+
+
+def test_show_prints_what_a_run_would_take(atp):
+    words = ["examples/health-mini.yaml", "preset=paper", "training.lr=0.5"]
+    code, shown, _ = atp("config", "show", *words)
+    asked = ATPConfig.load(words[0], words[1:])
+    assert code == 0 and yaml.safe_load(shown) == resolve(asked).model_dump(mode="json")
+    assert resolve(ATPConfig.parse(yaml.safe_load(shown))) == resolve(asked), "and can be used in its place"
+    code, shown, told = atp("config", "show", words[0], "training.learning_rate=1")
+    assert (code, shown) == (2, "") and "did you mean 'lr'?" in told
+
+
+def test_show_names_what_only_a_run_can_know_and_no_secret(atp, tmp_path):
+    unknown = ("training.minutes=3", "decisions.target_decode_ms=9")
+    code, shown, _ = atp("config", "show", "examples/health-mini.yaml", *unknown)
+    first, rest = shown.split("\n", 1)
+    assert code == 0
+    assert first.endswith(": decisions.target_decode_ms, training.minutes, training.lr, training.update_clipping")
+    values = yaml.safe_load(rest)
+    assert values["training"]["minutes"] == 3 and values["training"]["precision"] in ("float32", "bfloat16")
+    config = tmp_path / "a.yaml"
+    config.write_text("model: {path: m}\noutput_dir: runs/hf_" + "a" * 30, encoding="utf-8")
+    assert "runs/***" in atp("config", "show", config)[1]
+
+
+def test_presets_are_shown_whole_and_without_a_command_the_help(atp):
+    code, shown, _ = atp("config", "presets")
+    listed = yaml.safe_load(shown)
+    by_steps = "the defaults; from 400 steps on quick; from 1000 steps on standard; from 3000 steps on thorough"
+    assert code == 0 and listed.pop("auto") == by_steps and listed == PRESETS
+    code, _, told = atp("config")
+    assert code == 2 and "schema" in told

@@ -44,9 +44,7 @@ def unequal(config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(unequal, tmp_path_factory):
     folder = tmp_path_factory.mktemp("again") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
-        return folder, start(unequal, folder)
+    return folder, start(unequal, folder)
 
 
 def parameters(folder):

@@ -111,9 +111,13 @@ def test_what_it_writes_can_be_trained_on(model, tmp_path, case):
     assert {label for label in values(data.splits.train, "label") if label} == set(labels)
 
 
-def test_the_length_holds_nearly_all_samples(model, tmp_path):
+def test_the_length_holds_nearly_all_samples_and_a_part_of_the_rows_promises_no_epochs(model, tmp_path):
     long = draft(model, rows(tmp_path, lambda n: {"text": " ".join(WORDS[:10] * 9) + f" {n}"}))
     assert "length: 128" in long.text and "lengths: 92 tokens at the median" in long.remarks[1]
+    path = rows(tmp_path, lambda n: {"text": numbered(n)})
+    assert "times through these data" in draft(model, path, rows=60).text
+    part = draft(model, path, rows=59)
+    assert "times through" not in part.text and "by the first 59 rows" in part.remarks[0]
 
 
 def answered(tokens, answer):
@@ -141,19 +145,10 @@ def answered(tokens, answer):
         (answered(300, 20), 1001, 0.6, 400, 4),  # 21 tokens with a loss
     ],
 )
-def test_a_step_has_enough_to_learn_from_and_a_run_reads_no_sample_often(
-    model, tmp_path, make, count, keep, steps, batch_size
-):
+def test_a_step_learns_enough_and_a_run_reads_no_sample_often(model, tmp_path, make, count, keep, steps, batch_size):
     settings = ATPConfig.parse(yaml.safe_load(draft(model, rows(tmp_path, make, count), keep=keep).text))
     assert (settings.training.steps, settings.training.batch_size) == (steps, batch_size)
     assert settings.decisions.target_keep == keep
-
-
-def test_a_part_of_the_rows_promises_no_epochs(model, tmp_path):
-    path = rows(tmp_path, lambda n: {"text": numbered(n)})
-    assert "times through these data" in draft(model, path, rows=60).text
-    part = draft(model, path, rows=59)
-    assert "times through" not in part.text and "by the first 59 rows" in part.remarks[0]
 
 
 @pytest.mark.parametrize(
@@ -169,18 +164,13 @@ def test_data_that_mean_nothing_are_refused(model, tmp_path, row, sentence):
 
 
 def drafted(model, data, *overrides, **options):
-    """The config that is written, with the draft it is in."""
     made = draft(model, data, overrides=overrides, **options)
     return ATPConfig.parse(yaml.safe_load(made.text)), made
 
 
-def talk(number):
-    return {"messages": [{"role": "user", "content": numbered(number)}, TURN[1]]}
-
-
 @pytest.mark.parametrize(
     ("make", "copies"),
-    [(CASES["text"][0], 20), (CASES["labels"][0], 0), (CASES["classes"][0], 20), (CASES["pairs"][0], 0), (talk, 20)],
+    [*((CASES[case][0], 20) for case in ("text", "classes", "talks")), (CASES["labels"][0], 0), (CASES["pairs"][0], 0)],
 )
 def test_what_it_writes_leaves_a_plan_nothing_to_advise(model, tmp_path, make, copies):
     """Near-duplicates leave fewer samples than rows, so only the splits of the run say how often it reads them."""
@@ -219,25 +209,16 @@ def test_many_rows_that_cannot_be_used_are_told_and_nothing_is_written(model, tm
 def test_columns_that_are_given_say_what_they_hold(model, tmp_path):
     path = rows(tmp_path, lambda n: {"a": {"b": numbered(n)}, "c": ["yes", "no"][n % 2], "text": "x"})
     wanted = {"prompt": "a.b", "completion": "c"}
-    for settings, _ in (
-        drafted(model, path, columns=wanted),
-        drafted(model, path, "data.columns={prompt: a.b, completion: c}"),
-    ):
+    override = "data.columns={prompt: a.b, completion: c}"
+    for settings, _ in (drafted(model, path, columns=wanted), drafted(model, path, override)):
         assert settings.data.columns == wanted and settings.data.labels == ("no", "yes")
         assert len(load_data(settings, load_tokenizer(settings.model)).train) > 0
 
 
-@pytest.mark.parametrize(
-    ("names", "empty"),
-    [
-        (("headline", "section"), ""),
-        (("prompt", "completion"), ""),
-        (("query", "response"), ""),
-        (("body", "topic"), None),
-    ],
-)
-def test_a_few_rows_without_a_class_hide_no_classes(model, tmp_path, names, empty):
-    first, second = names
+@pytest.mark.parametrize("names", ["headline section", "prompt completion", "query response", "body topic"])
+def test_a_few_rows_without_a_class_hide_no_classes(model, tmp_path, names):
+    first, second = names.split()
+    empty = None if first == "body" else ""
     path = rows(tmp_path, lambda n: {first: numbered(n), second: empty if n in (7, 47) else ("no", "yes")[n % 2]})
     settings, made = drafted(model, path)
     assert settings.data.labels == ("no", "yes") and settings.evaluation.questions > 0
@@ -246,16 +227,13 @@ def test_a_few_rows_without_a_class_hide_no_classes(model, tmp_path, names, empt
     assert [line.partition(": ")[0] for line in made.bad.examples(10)] == [f"{path}:8", f"{path}:48"]
 
 
-def test_unknown_names_are_guessed_and_the_guess_is_shown(model, tmp_path):
+def test_unknown_names_are_guessed_and_asked_for_at_a_terminal(model, tmp_path, monkeypatch, capsys):
     path = rows(tmp_path, lambda n: {"nr": str(n), "Frage": numbered(n), "Antwort": numbered(n + 3)})
     settings, made = drafted(model, path)
     assert settings.data.columns == {"prompt": "Frage", "completion": "Antwort"}
     assert any("a guess by their content" in line for line in made.remarks)
     settings, made = drafted(model, path, ask=lambda guess, named: {"text": named[1]})
     assert settings.data.columns == {"text": "Frage"} and not any("a guess" in line for line in made.remarks)
-
-
-def test_at_a_terminal_it_asks_until_the_columns_exist(monkeypatch, capsys):
     answers = iter(["Frage", "text=x", "prompt=Frage, completion=Antwort"])
     monkeypatch.setattr("typer.prompt", lambda text, default: next(answers))
     guess = Columns("text", {"text": "Frage"}, sure=False)

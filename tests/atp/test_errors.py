@@ -1,6 +1,7 @@
 """What messages quote is short, on one line and safe to build, whatever it is."""
 
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -8,35 +9,18 @@ import pytest
 from atp.ground.errors import InputError, quote, shorten, visible
 
 
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-def looped():
-    value = {"name": "x"}
-    value["self"] = [value]
-    return value
-
-
-def bomb(levels=12, width=9):
-    """9 ** 12 items to print, in a dozen lists."""
-    value = ["lol"] * width
-    for _ in range(levels):
-        value = [value] * width
-    return value
-
-
 class Rude:
     def __repr__(self):
         raise RuntimeError("no")
 
 
+LOOP = {"name": "x"}
+LOOP["self"] = [LOOP]
+NESTED = reduce(lambda inner, _: [inner], range(10**5), [])
+BOMB = reduce(lambda inner, _: [inner] * 9, range(12), ["lol"] * 9)  # 9 ** 13 items to print
 AWKWARD = [
-    "x" * 10**6, "line\nline", "\x1b[31mred\x07", "\ud800", "\0", 10**6000, -(10**6000), {10**5000: 1}, nested(10**5),
-    looped(), bomb(), Rude(), {"k" * 10**6: "v" * 10**6}, list(range(10**6)), b"y" * 10**6, {1, "a"}, float("nan"),
+    "x" * 10**6, "line\nline", "\x1b[31mred\x07", "\ud800", "\0", 10**6000, -(10**6000), {10**5000: 1}, NESTED,
+    LOOP, BOMB, Rude(), {"k" * 10**6: "v" * 10**6}, list(range(10**6)), b"y" * 10**6, {1, "a"}, float("nan"),
     ValueError("z" * 10**6), None, "",
 ]  # fmt: skip
 
@@ -50,20 +34,14 @@ def test_whatever_is_quoted_is_short_and_printable(said, value):
     assert len(said(value, 20)) <= 20
 
 
-def test_a_text_is_said_as_it_is_and_a_value_as_code_would_have_it():
+def test_a_text_is_said_as_it_is_a_value_as_code_a_long_number_by_its_length_and_messages_are_bounded():
     assert shorten("a  b\n c") == "a b c" and shorten("x" * 300) == "x" * 197 + "..."
     assert quote("it's") == '"it\'s"' and quote("a\nb") == r"'a\nb'" and quote("x" * 300) == "'" + "x" * 196 + "..."
     assert quote([1, {"a": (True, None)}]) == "[1, {'a': (True, None)}]" and quote(1.5) == "1.5"
     assert shorten(ValueError("what\nhappened")) == "what happened" and shorten(Path("a/b")) == "a/b"
     assert shorten([1]) == "[1]"
-
-
-def test_a_number_too_long_to_print_gives_its_length():
     assert sys.get_int_max_str_digits() < 6000
     assert quote(10**6000) == "a number of about 6001 digits"
-
-
-def test_messages_are_bounded_whatever_they_were_built_from():
     error = InputError("a " * 10**6 + "\x1b")
     assert len(str(error)) <= 1000 and str(error).isprintable()
     assert str(InputError("short, where, remedy")) == "short, where, remedy"

@@ -41,14 +41,12 @@ def windows(count, seed):
     return PackedDataset(ids, ids.clone())
 
 
-def adapter(**options):
-    return LoraConfig(
-        r=4, lora_alpha=4, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM", **options
-    )
+def adapter(lora_dropout=0.0, **options):
+    sizes = {"r": 4, "lora_alpha": 4, "lora_dropout": lora_dropout}
+    return LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM", **options)
 
 
 def ours(folder, accumulation, decisions=None, **training):
-    """A run of our own loop that ends at the cut."""
     values = {
         "model": {"path": "tiny"}, "output_dir": str(folder), "seed": 3,
         "decisions": DECISIONS | (decisions or {}),
@@ -61,18 +59,17 @@ def ours(folder, accumulation, decisions=None, **training):
 
 
 def read_by(trainer):
-    """The samples that a run of ours reads, in its order."""
     batches = [batch for step in trainer.batches_from(0) for batch in step]
     return [{"input_ids": row, "labels": row} for batch in batches for row in batch["input_ids"].tolist()]
 
 
-def settings(kind, folder, accumulation, **options):
-    return kind(
-        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
-        learning_rate=1e-2, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, max_steps=STEPS,
-        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, bf16=False,
-        gradient_checkpointing=False, train_sampling_strategy="sequential", **options,
+def settings(kind, folder, **options):
+    values = dict(
+        output_dir=str(folder), per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="constant",
+        weight_decay=0.0, max_grad_norm=1.0, max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True, bf16=False, gradient_checkpointing=False, train_sampling_strategy="sequential",
     )  # fmt: skip
+    return kind(**values | options)
 
 
 def lora_of(trainer):
@@ -80,7 +77,6 @@ def lora_of(trainer):
 
 
 def stock(lora):
-    """The model wrapped by stock PEFT, with these factors."""
     return start_from(get_peft_model(llama(), adapter()), lora)
 
 
@@ -120,66 +116,46 @@ def assert_ends_alike(own, folder, callback, trainer):
     assert smaller.num_parameters() < llama().num_parameters()
 
 
-def steps(open, search, settle):
-    return {"open": open, "search": search, "settle": settle}
+# Accumulated batches, steps of open, search and settle, source of decisions, regularizer or target. The default recipe
+# has open steps alone; what is removed from their adapter is gone at the cut.
+RUNS = """1 0 5 2 learned lasso, 2 0 5 2 learned l0, 1 0 5 2 tuned, 2 0 5 2 running, 2 4 0 0 static, 2 4 0 0 running,
+    1 4 0 0 -, 2 4 0 2 tuned, 1 4 0 2 running, 2 4 3 0 learned, 2 4 3 0 running, 1 4 3 2 learned, 2 4 3 2 -,
+    1 0 0 7 tuned 0.4"""
 
 
-# The default recipe has open steps alone; what is removed from their adapter is gone at the cut.
-@pytest.mark.parametrize(
-    ("accumulation", "phases", "source", "more"),
-    [
-        (1, steps(0, 5, 2), "learned", {"regularizer": "lasso"}),
-        (2, steps(0, 5, 2), "learned", {"regularizer": "l0"}),
-        (1, steps(0, 5, 2), "tuned", {}),
-        (2, steps(0, 5, 2), "running", {}),
-        (2, steps(4, 0, 0), "static", {}),
-        (2, steps(4, 0, 0), "running", {}),
-        (1, steps(4, 0, 0), None, {}),
-        (2, steps(4, 0, 2), "tuned", {}),
-        (1, steps(4, 0, 2), "running", {}),
-        (2, steps(4, 3, 0), "learned", {}),
-        (2, steps(4, 3, 0), "running", {}),
-        (1, steps(4, 3, 2), "learned", {}),
-        (2, steps(4, 3, 2), None, {}),
-        (1, steps(0, 0, 7), "tuned", {"target_keep": 0.4, "rounds": 2}),
-    ],
-)
-def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, accumulation, phases, source, more):
-    regularizer = {name: value for name, value in more.items() if name == "regularizer"}
-    wanted = {"source": source, "rounds": None} | (more if not regularizer else {})
+@pytest.mark.parametrize("run", RUNS.split(","))
+def test_transformers_trainer_ends_where_our_own_loop_does(tmp_path, run):
+    *counts, source = run.split()[:5]
+    accumulation, *counts = map(int, counts)
+    phases, more = dict(zip(("open", "search", "settle"), counts, strict=True)), run.split()[5:]
+    regularizer = {"regularizer": more[0]} if more in (["lasso"], ["l0"]) else {}
+    wanted = {"source": None if source == "-" else source, "rounds": None}
+    wanted |= {"target_keep": 0.4, "rounds": 2} if more == ["0.4"] else {}
     own = ours(tmp_path, accumulation, wanted, **phases, **regularizer)
     samples, model = read_by(own), stock(lora_of(own))
     own.train()  # first: arguments of transformers reset what accelerate knows of the process
     callback = atp_callback(**phases, **regularizer, decisions=DECISIONS | wanted)
-    args = settings(TrainingArguments, tmp_path / "hf", accumulation)
-    args.max_steps = sum(phases.values())
+    steps = {"gradient_accumulation_steps": accumulation, "max_steps": sum(phases.values())}
+    args = settings(TrainingArguments, tmp_path / "hf", **steps)
     trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback], compute_loss_func=loss_in_float64)
     trainer.train()
     assert_ends_alike(own, tmp_path, callback, trainer)
     decisions = callback.pruning.decisions
-    assert abs(decisions.budget.share(decisions.mask) - more.get("target_keep", 0.6)) < 0.03
+    assert abs(decisions.budget.share(decisions.mask) - wanted.get("target_keep", 0.6)) < 0.03
 
 
 @pytest.mark.parametrize(("size", "dropout", "source"), [(1, 0.0, "running"), (8, 0.0, "running"), (1, 0.1, "tuned")])
 def test_what_the_trainer_sets_chooses_the_source_of_decisions(tmp_path, size, dropout, source):
     """As `atp train` does: what the open steps collect, where they see enough; the last batch of 20 is smaller."""
-    config = adapter()
-    config.lora_dropout = dropout
     callback = atp_callback(open=4, search=0, settle=0, decisions={"target_keep": 0.4, "saliency_windows": 4})
-    args = settings(TrainingArguments, tmp_path / "hf", 1)
-    args.max_steps, args.per_device_train_batch_size = 4, size
+    args = settings(TrainingArguments, tmp_path / "hf", max_steps=4, per_device_train_batch_size=size)
     samples = [{"input_ids": row, "labels": row} for row in windows(20, 1).input_ids.tolist()]
-    trainer = Trainer(get_peft_model(llama(), config), args, train_dataset=samples, callbacks=[callback])
+    model = get_peft_model(llama(), adapter(lora_dropout=dropout))
+    trainer = Trainer(model, args, train_dataset=samples, callbacks=[callback])
     trainer.train()
     callback.cut(trainer.model)
     assert callback.pruning.settings.source == source
     assert callback.pruning.settings.rounds == (2 if source == "running" else 1)
-
-
-def tokenizer():
-    vocabulary = {"<pad>": 0, "<eos>": 1, **{str(number): number for number in range(2, 64)}}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
 
 
 def test_trl_sft_trainer_ends_where_our_own_loop_does(tmp_path):
@@ -191,9 +167,13 @@ def test_trl_sft_trainer_ends_where_our_own_loop_does(tmp_path):
     lora = lora_of(own)
     own.train()
     callback = atp_callback()
+    vocabulary = {"<pad>": 0, "<eos>": 1, **{str(number): number for number in range(2, 64)}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<pad>", **tokens)
     trainer = trl.SFTTrainer(
-        llama(), settings(trl.SFTConfig, tmp_path / "trl", 1, max_length=16), train_dataset=samples,
-        processing_class=tokenizer(), peft_config=adapter(), callbacks=[callback], compute_loss_func=loss_in_float64,
+        llama(), settings(trl.SFTConfig, tmp_path / "trl", max_length=16), train_dataset=samples,
+        processing_class=tokenizer, peft_config=adapter(), callbacks=[callback], compute_loss_func=loss_in_float64,
     )  # fmt: skip
     start_from(trainer.model, lora)
     trainer.train()
@@ -204,8 +184,7 @@ def test_training_goes_on_with_the_smaller_model(tmp_path):
     """Training stops at the end of settle, whatever max_steps is, and a new Trainer tunes what `cut` returned."""
     own = ours(tmp_path, 1)
     samples, lora, callback = read_by(own) * 2, lora_of(own), atp_callback()
-    args = settings(TrainingArguments, tmp_path / "hf", 1)
-    args.max_steps = 100
+    args = settings(TrainingArguments, tmp_path / "hf", max_steps=100)
     trainer = Trainer(stock(lora), args, train_dataset=samples, callbacks=[callback])
     trainer.train()
     assert trainer.state.global_step == STEPS
@@ -224,8 +203,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     samples, lora, found = read_by(own), lora_of(own), []
     for checkpointing in (False, True):
         callback = atp_callback(regularizer="l0")
-        args = settings(TrainingArguments, tmp_path / "hf", 1)
-        args.gradient_checkpointing = checkpointing
+        args = settings(TrainingArguments, tmp_path / "hf", gradient_checkpointing=checkpointing)
         trainer = Trainer(stock(lora), args, train_dataset=samples, callbacks=[callback])
         trainer.train()
         found.append(dict(callback.cut(trainer.model).named_parameters()))
@@ -235,8 +213,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 class Poison(torch.autograd.Function):
-    """The identity, with NaN for a gradient."""
-
     @staticmethod
     def forward(ctx, x):
         return x.clone()
@@ -257,7 +233,7 @@ def test_non_finite_steps_are_skipped_and_end_training_when_there_are_too_many(t
 
     for bad, stops in (({2}, False), ({2, 3}, True)):
         callback = atp_callback(max_bad_steps=2)
-        args = settings(TrainingArguments, tmp_path / "hf", 1)
+        args = settings(TrainingArguments, tmp_path / "hf")
         trainer = Poisoned(stock(lora), args, train_dataset=samples, callbacks=[callback])
         trainer.bad = bad
         if stops:
@@ -279,10 +255,9 @@ def test_wrong_use_is_told_in_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"decisions\.target_kep"):
         ATPCallback([{"input_ids": [1, 2]}], search=2, settle=1, decisions={"target_kep": 0.5})
 
-    def train(model, change=lambda args: None, callback=None, **options):
-        args = settings(TrainingArguments, tmp_path / "hf", 1)
-        change(args)
-        callback = callback or atp_callback(**options)
+    def train(model, args=None, **options):
+        args = settings(TrainingArguments, tmp_path / "hf", **args or {})
+        callback = atp_callback(**options)
         Trainer(model, args, train_dataset=samples, callbacks=[callback]).train()
         return callback
 
@@ -300,8 +275,7 @@ def test_wrong_use_is_told_in_one_sentence(tmp_path):
         ("^LoRA is on 2 linears, 2 of the 14 that decisions remove from", partly(), {}),
         ("^ATPCallback needs plain LoRA", get_peft_model(llama(), adapter(use_dora=True)), {}),
         ("^the phases take 40 steps and the Trainer makes 7: set max_steps", stock(lora), {"search": 38}),
-        ("^ATPCallback skips non-finite steps by torch's fused", stock(lora),
-         {"change": lambda args: setattr(args, "optim", "adamw_torch")}),
+        ("^ATPCallback skips non-finite steps by torch's fused", stock(lora), {"args": {"optim": "adamw_torch"}}),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             train(model, **options)

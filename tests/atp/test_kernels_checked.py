@@ -37,26 +37,21 @@ def test_the_kernels_of_a_gpu_are_tested_once_and_what_failed_is_set_aside(asked
 
 
 @pytest.mark.filterwarnings("error")
-def test_on_a_cpu_nothing_is_tested(asked, monkeypatch):
-    monkeypatch.setattr(processes, "device", lambda: torch.device("cpu"))
-    kernels.check_once()
-    assert asked == []
-
-
-@pytest.mark.filterwarnings("error")
-def test_other_processes_hear_from_the_main_one_and_warn_of_nothing(asked, monkeypatch):
+def test_nothing_is_tested_on_a_cpu_where_a_backend_is_named_or_in_other_processes(asked, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "device", lambda: torch.device("cpu"))
+        kernels.check_once()
+    with monkeypatch.context() as patch:
+        patch.setenv(call.ENVIRONMENT, "reference")
+        call.override.cache_clear()
+        kernels.check_once()
+    call.override.cache_clear()
+    assert call.why_aside("rms_norm", "cuda") is None
+    monkeypatch.setattr(kernels, "_tested", set())
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     monkeypatch.setattr(processes, "on_main", lambda work: FOUND)
     kernels.check_once()
     assert asked == [] and call.why_aside("rms_norm", "cuda") == "triton failed the self-test: it crashed"
-
-
-@pytest.mark.filterwarnings("error")
-def test_where_a_backend_is_named_nothing_is_tested(asked, monkeypatch):
-    monkeypatch.setenv(call.ENVIRONMENT, "reference")
-    call.override.cache_clear()
-    kernels.check_once()
-    assert asked == []
 
 
 def test_a_gpu_that_no_other_process_can_use_costs_a_warning(asked, monkeypatch):
@@ -72,24 +67,18 @@ class Reached(Exception):
     """The kernels are tested before anything else happens."""
 
 
-@pytest.fixture
-def reached(monkeypatch):
+def test_a_run_a_loop_and_a_callback_begin_with_it(config, monkeypatch):
     def stop():
         raise Reached
 
     monkeypatch.setattr(kernels, "check_once", stop)
-
-
-def test_a_run_and_a_loop_begin_with_it(reached, config):
-    with pytest.raises(Reached):
-        run.Run(config)._prepare()
-    with pytest.raises(Reached):
-        loop.Loop(config, None, None, None, None)
-
-
-def test_a_callback_begins_training_with_it(reached, monkeypatch):
     for name in ("_check_arguments", "_check_optimizer", "_unwrapped"):
         monkeypatch.setattr(integrations, name, lambda *a: None)
     callback = integrations.ATPCallback([{"input_ids": [1, 2, 3]}], search=1)
-    with pytest.raises(Reached):
-        callback.on_train_begin(None, None, None, model=None, optimizer=None)
+    for begin in (
+        run.Run(config)._prepare,
+        lambda: loop.Loop(config, None, None, None, None),
+        lambda: callback.on_train_begin(None, None, None, model=None, optimizer=None),
+    ):
+        with pytest.raises(Reached):
+            begin()

@@ -1,4 +1,4 @@
-"""Targets in milliseconds: the table against real cut models, the share that meets a time, and its place in a run."""
+"""Targets in milliseconds, parameters and megabytes: what they come to on real models, and their place in a run."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.evaluation.inference import cache_name
 from atp.ground.errors import InputError
-from atp.inputs.targets import share_of
+from atp.inputs.targets import in_shares, share_of, share_of_total
 from atp.plan import latency, make_plan
 from atp.plan.latency import PROMPT, LatencyTable, measured_target, share_of_widths
 from atp.plan.page import page
@@ -23,9 +23,7 @@ SHAPES = AutoConfig.for_model(
     "llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=8,
     num_key_value_heads=4, head_dim=16, max_position_embeddings=512,
 )  # fmt: skip
-TABLE = LatencyTable(
-    attention=((0.5, 2.0), (1.0, 4.0)), mlp=((0.25, 1.0), (1.0, 7.0)), norms=0.5, outside=3.0, layers=2
-)
+TABLE = LatencyTable(((0.5, 2.0), (1.0, 4.0)), ((0.25, 1.0), (1.0, 7.0)), norms=0.5, outside=3.0, layers=2)
 
 
 def config_of(folder, **decisions):
@@ -46,7 +44,6 @@ def folder(tmp_path_factory):
 
 
 def cut(kept, space):
-    """The model of SHAPES with equal layers that keep this share of every structure."""
     found = MaskSpace.from_config(SHAPES, space)
     counts = {name: [round(kept * s.size) for s in layers] for name, layers in found.by_name().items()}
     mask = mask_of(found, counts)
@@ -82,10 +79,6 @@ def test_the_table_adds_up_to_the_passes_of_whole_cut_models(monkeypatch, space,
         assert share_of_widths(kept, MaskSpace.from_config(SHAPES, space)) == pytest.approx(share)
 
 
-def test_a_wider_block_counts_as_at_least_as_slow():
-    assert latency._rising({0.5: [3.0, 5.0], 1.0: [3.5], 0.25: [1.0]}) == ((0.25, 1.0), (0.5, 4.0), (1.0, 4.0))
-
-
 def test_the_share_is_the_largest_whose_time_meets_the_target(folder, table):
     assert TABLE.ms(1.0) == 2 * (4 + 7 + 0.5) + 3 and TABLE.ms(0.5) == 2 * (2 + 3 + 0.5) + 3
     assert TABLE.kept(14.0) == pytest.approx(0.5) and TABLE.kept(20.0) == pytest.approx(0.75)
@@ -98,6 +91,7 @@ def test_the_share_is_the_largest_whose_time_meets_the_target(folder, table):
         assert found["description"].startswith(f"{what} takes 26 ms on this device before the cut, and 14 ms with ")
     plain = config_of(folder, target_keep=0.7)
     assert measured_target(plain) is None and not table
+    assert latency._rising({0.5: [3.0, 5.0], 1.0: [3.5], 0.25: [1.0]}) == ((0.25, 1.0), (0.5, 4.0), (1.0, 4.0))
 
 
 def test_times_out_of_reach_are_refused(folder, table):
@@ -115,7 +109,7 @@ def test_times_out_of_reach_are_refused(folder, table):
         share_of(config_of(folder, target_prefill_ms=5))
 
 
-def test_a_run_keeps_its_share_when_it_resumes(config, tmp_path, wide_budget, table, monkeypatch):
+def test_a_run_keeps_its_share_when_it_resumes(config, tmp_path, table, monkeypatch):
     said, asked, out = [], {"target_keep": 0.6, "target_prefill_ms": 18}, tmp_path / "out"
     values = {"decisions": asked, "evaluation": {"dense_baseline": False, "windows": 4, "questions": 2}}
     start(config, out, say=said.append, **values)
@@ -145,3 +139,47 @@ def test_a_model_whose_layers_differ_is_refused(tmp_path):
     cut_config(SHAPES, space, mask).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="those of this model differ in width: use target_keep"):
         measured_target(config_of(tmp_path, target_decode_ms=5.0))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_are_those_of_the_model(tmp_path, tied):
+    model = AutoModelForCausalLM.from_pretrained(save(tmp_path / "model", tie_word_embeddings=tied))
+    total = sum(p.numel() for p in model.parameters())
+    decoder = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    share, (least, most) = share_of_total(total - 0.25 * decoder, model.config, "kv_group")
+    assert (least, most) == (total - decoder, total) and share == pytest.approx(0.75)
+
+
+def test_parameters_and_megabytes_are_one_target(folder):
+    _, (least, most) = share_of_total(1, AutoModelForCausalLM.from_pretrained(folder).config, "kv_group")
+    wanted = round(least + 0.6 * (most - least))
+    by_count = in_shares(config_of(folder, target_params=wanted)).decisions
+    assert by_count.target_keep == pytest.approx(0.6, abs=1e-3) and by_count.target_params is None
+    by_size = in_shares(config_of(folder, target_megabytes=4 * wanted / 1e6)).decisions
+    assert by_size.target_keep == pytest.approx(by_count.target_keep) and by_size.target_megabytes is None
+    narrow = config_of(folder, target_megabytes=2 * wanted / 1e6)
+    narrow.model.dtype = "bfloat16"
+    assert share_of(narrow) == pytest.approx(by_count.target_keep)
+    plain = config_of(folder, target_keep=0.3)
+    assert share_of(plain) == 0.3
+
+
+def test_a_run_meets_a_target_in_parameters(config, tmp_path):
+    total, decoder = 0, 0
+    for name, p in AutoModelForCausalLM.from_pretrained(config.model.path).named_parameters():
+        total, decoder = total + p.numel(), decoder + p.numel() * (".layers." in name)
+    wanted = round(total - 0.4 * decoder)
+    start(config, tmp_path / "out", decisions={"target_params": wanted})
+    summary = read(tmp_path / "out", "summary.json")
+    assert abs(summary["params_after"] - wanted) <= 0.02 * decoder
+    assert summary["target_keep"] == pytest.approx(0.6, abs=1e-3)
+
+
+def test_targets_out_of_reach_and_two_targets_are_refused(folder):
+    for key, value in (("target_params", 10), ("target_params", 10**9), ("target_megabytes", 1e-5)):
+        with pytest.raises(InputError, match=rf"decisions.{key} is .* are not in the decoder.*choose a number between"):
+            share_of(config_of(folder, **{key: value}))
+    with pytest.raises(InputError, match="one target in different units"):
+        config_of(folder, target_params=5, target_keep=0.5)
+    with pytest.raises(InputError, match="one target in different units"):
+        config_of(folder, target_params=5, target_megabytes=5)

@@ -36,15 +36,11 @@ def phases(config, sample=100.0):
     return Phases.from_config(found.training)
 
 
-def test_tokens_are_those_that_all_steps_read():
+def test_tokens_are_those_that_all_steps_read_and_phases_keep_their_shares():
     found, record = resolved(config_of(tokens=2e6, batch_size=2, gradient_accumulation=5))
     assert found.training.total == 2000 and Phases.from_config(found.training).open == round(2000 / 3)
-    assert (
-        record["description"] == "training.tokens=2e+06 comes to 2000 steps (1,000 tokens per step), 2,000,000 tokens"
-    )
-
-
-def test_phases_keep_their_shares():
+    told = "training.tokens=2e+06 comes to 2000 steps (1,000 tokens per step), 2,000,000 tokens"
+    assert record["description"] == told
     assert phases(config_of(tokens=120_000, open=30, search=60, settle=10, tune=100)) == Phases(360, 60, 600, 180)
     assert phases(config_of(tokens=60_000, search=100)) == Phases(150, 0, 250, 200), "of 400, a third of them open"
     paper = phases(config_of("paper", tokens=20 * 100 * 300))
@@ -60,6 +56,7 @@ def test_phases_keep_their_shares():
         ({"minutes": 1, "steps": 300}, "steps and minutes are one length in different units"),
         ({"minutes": 1, "tokens": 1e6}, "minutes and tokens are one length in different units"),
         ({"minutes": 0}, "input should be greater than 0"),
+        ({"preset": "thorough", "tokens": 1e6, "steps": 10}, "one length"),
     ],
 )
 def test_two_lengths_are_refused(training, message):
@@ -67,19 +64,13 @@ def test_two_lengths_are_refused(training, message):
         config_of(**training)
 
 
-def test_the_steps_of_a_preset_give_way():
+def test_steps_of_a_preset_give_way_auto_leaves_given_phases_and_too_little_is_refused():
     assert config_of("thorough", tokens=1e6).training.budget == {"tokens": 1e6}
     assert config_of("thorough").training.total > config_of("standard").training.total > config_of().training.total
-    with pytest.raises(InputError, match="one length"):
-        config_of("thorough", tokens=1e6, steps=10)
-
-
-def test_too_little_is_refused():
+    found = config_of("auto", open=1000, tune=4000)
+    assert found.training.lr is None and found.evaluation.every is None and found.decisions.refit_windows == 96
     with pytest.raises(InputError, match="training.tokens is 500, which comes to 5 steps .*: give more"):
         resolved(config_of(tokens=500))
-
-
-def test_who_knows_only_steps_says_so():
     with pytest.raises(InputError, match="training.minutes is turned into steps by `atp train` and `atp plan` only"):
         Phases.from_config(config_of(minutes=3).training)
 
@@ -113,14 +104,8 @@ def test_settings_that_are_given_stand_above_auto_s(unit):
     assert again == found, "as a run reads it back"
 
 
-def test_auto_leaves_phases_that_are_given_one_by_one_alone():
-    found = config_of("auto", open=1000, tune=4000)
-    assert found.training.lr is None and found.evaluation.every is None and found.decisions.refit_windows == 96
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A whole run of 600 tokens, in a folder of its own."""
     folder = tmp_path_factory.mktemp("length")
     config = tiny_config(folder)
     values = config.model_dump(mode="json") | {"output_dir": str(folder / "run")}
@@ -131,25 +116,20 @@ def tiny(tmp_path_factory):
     return config
 
 
-def test_a_run_reads_the_tokens_that_were_asked_for(tiny):
+def test_a_run_reads_the_tokens_that_were_asked_for_and_goes_on_with_its_steps(tiny):
     run = Path(tiny.output_dir)
     record = json.loads((run / "length.json").read_text(encoding="utf-8"))
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, record["steps"] + 1))
     assert record["steps"] == round(700 / (2 * 16)) and record["asked"] == {"tokens": 700}
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["train_tokens"] == record["steps"] * 32
-    asked, used = (
-        yaml.safe_load((run / name).read_text(encoding="utf-8"))["training"]
-        for name in ("config.yaml", "resolved.yaml")
-    )
+    names = ("config.yaml", "resolved.yaml")
+    asked, used = (yaml.safe_load((run / name).read_text(encoding="utf-8"))["training"] for name in names)
     assert (asked["tokens"], used["tokens"], used["steps"]) == (700, None, record["steps"])
-
-
-def test_a_run_goes_on_with_the_steps_that_it_began_with(tiny):
-    """No probe, no other number: the folder says what the steps are."""
-    before = (Path(tiny.output_dir) / "summary.json").read_bytes()
+    # No probe, no other number: the folder says what the steps are.
+    before = (run / "summary.json").read_bytes()
     Run(tiny, resume=True, command="atp train", say=lambda line: None).execute()
-    assert (Path(tiny.output_dir) / "summary.json").read_bytes() == before
+    assert (run / "summary.json").read_bytes() == before
     assert begun(tiny).training.total == 22
     other = tiny.model_copy(update={"training": tiny.training.model_copy(update={"tokens": 900.0})})
     assert begun(other) is None
@@ -198,7 +178,6 @@ def at_steps(config):
 
 @pytest.mark.parametrize(("minutes", "steps", "asked"), [(5, 290, 1), (1, 30, 2), (0.4, -6, 2)])
 def test_few_steps_are_those_of_a_run_that_measures_its_saliency(monkeypatch, minutes, steps, asked):
-    """They open too few to collect it, and measuring takes its time."""
     probed = []
 
     def seconds(config, sample, scored, calibrated):

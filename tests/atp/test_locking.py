@@ -4,11 +4,9 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
-import time
 
 import pytest
-from tiny_command import start
+from tiny_command import another_process, start
 
 from atp import run as runs
 from atp.config import ExportConfig
@@ -19,51 +17,23 @@ from atp.studies.compare.members import Members
 from atp.studies.experiments import Experiment
 
 
-def held_by_another_process(folder):
-    """Forks a process that holds the lock until it is killed, and returns its id once it does."""
-    ready, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with locked(folder):
-            os.write(told, b"x")
-            time.sleep(60)
-        os._exit(0)
-    os.read(ready, 1)
-    return child
-
-
-def end(child):
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-
-
-def test_a_second_process_is_refused_by_the_name_of_the_first(tmp_path):
-    child = held_by_another_process(tmp_path)
-    try:
+def test_a_lock_file_alone_means_nothing_and_a_second_process_is_refused_by_the_name_of_the_first(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff process 1 on nowhere")
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    with another_process(locked(tmp_path)) as child:
         with pytest.raises(InputError, match=rf"^{tmp_path} is in use by process {child} on \S+: wait until"):
             with locked(tmp_path):
                 pytest.fail("both hold it")
-    finally:
-        end(child)
     with locked(tmp_path):
         pass
 
 
-def test_a_lock_file_alone_means_nothing(tmp_path):
-    (tmp_path / ".lock").write_bytes(b"\xff process 1 on nowhere")
-    with locked(tmp_path):
-        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+def _links_to(target):
+    return lambda path: path.symlink_to(target)
 
 
-def _link(path):
-    path.symlink_to("../texts.jsonl")
-
-
-def _dangling(path):
-    path.symlink_to("../nowhere")
-
-
-@pytest.mark.parametrize("make", [_link, _dangling, os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("make", [_links_to("../texts.jsonl"), _links_to("../nowhere"), os.mkfifo, os.mkdir])
 def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path, make):
     (tmp_path / "texts.jsonl").write_text("precious")
     (tmp_path / "out").mkdir()
@@ -102,12 +72,8 @@ def test_runs_and_comparisons_hold_their_folders(config, tmp_path):
     (run / "config.yaml").write_text(kept.dump())
     (comparison / "comparison.yaml").write_text(Members(config, comparison, command="atp").config.dump())
     for folder, started in ((run, start), (comparison, compare)):
-        child = held_by_another_process(folder)
-        try:
-            with pytest.raises(InputError, match=f"in use by process {child}"):
-                started(config, folder, resume=True)
-        finally:
-            end(child)
+        with another_process(locked(folder)) as child, pytest.raises(InputError, match=f"in use by process {child}"):
+            started(config, folder, resume=True)
 
 
 def compare(config, folder, resume=False, **overrides):
@@ -135,10 +101,9 @@ def experiment(config, folder, **overrides):
     ],
 )  # fmt: skip
 def test_what_fails_its_checks_leaves_no_folder(config, tmp_path, command, wrong):
+    folder = tmp_path / ("out" if command is experiment else "deep/out")
     with pytest.raises(InputError):
-        command(config, tmp_path / "deep" / "out", **wrong) if command is not experiment else command(
-            config, tmp_path / "out", **wrong
-        )
+        command(config, folder, **wrong)
     assert not (tmp_path / "deep").exists() and not (tmp_path / "out").exists()
 
 

@@ -1,15 +1,10 @@
-"""A newcomer's first hour, from three messy files to a smaller model: every command, as it is typed.
-
-`python tests/atp/test_newcomer.py FOLDER` plays it with a process for each command and prints the transcript.
-"""
+"""A newcomer's first hour, from three messy files to a smaller model: every command, as it is typed."""
 
 import json
 import os
 import random
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,7 +26,6 @@ def sentence(rng, words, count=9):
 
 
 def write_inputs(folder):
-    """A model with a byte-level tokenizer, and three files as people have them."""
     rng = random.Random(0)
     words = [word for topic in TOPICS.values() for word in topic]
     core = Tokenizer(models.BPE())
@@ -88,25 +82,6 @@ STORIES = {
 }
 
 
-def play(name, folder, call):
-    """Types each command of a story in `folder`, with `atp watch` open beside the training; returns what was said.
-
-    call: (words) -> (exit code, stdout, stderr). Raises `AssertionError` for a command that fails or says too little.
-    """
-    said = []
-    for words, expected in story(name, *STORIES[name]):
-        watching = _watch(f"runs/{name}", folder) if words[0] == "train" else None
-        code, out, err = call(words)
-        said.append(f"$ {shlex.join(['atp', *words])}\n{err}{out}")
-        assert code == 0 and "Traceback" not in err, said[-1]
-        assert all(text in out for text in expected), (expected, said[-1])
-        if watching is not None:
-            shown, _ = watching.communicate(timeout=60)
-            said.append(f"$ atp watch runs/{name}   # in another terminal, before the training\n{shown}")
-            assert watching.returncode == 0 and "http://127.0.0.1" in shown, said[-1]
-    return "\n".join(said)
-
-
 def _watch(run, folder):
     """`atp watch` once it waits for the run, as it has said on its first line."""
     watching = subprocess.Popen(
@@ -126,19 +101,13 @@ def desk(tmp_path_factory):
 
 @pytest.mark.parametrize("name", STORIES)
 def test_the_first_hour(name, desk, monkeypatch, atp):
+    """With `atp watch` open beside the training."""
     monkeypatch.chdir(desk)
-    play(name, desk, lambda words: atp(*words))
-
-
-def _process(words):
-    done = subprocess.run([*ATP, *words], capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
-
-
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    place.mkdir(parents=True, exist_ok=True)
-    write_inputs(place)
-    os.chdir(place)
-    for each in STORIES:
-        print(play(each, place, _process))
+    for words, expected in story(name, *STORIES[name]):
+        watching = _watch(f"runs/{name}", desk) if words[0] == "train" else None
+        code, out, err = atp(*words)
+        assert code == 0 and "Traceback" not in err, (words, out, err)
+        assert all(text in out for text in expected), (words, expected, out)
+        if watching is not None:
+            shown, _ = watching.communicate(timeout=60)
+            assert watching.returncode == 0 and "http://127.0.0.1" in shown, shown

@@ -15,41 +15,31 @@ class Seen(Exception):
     """The device of the model that was about to be used."""
 
 
-@pytest.fixture
-def elsewhere(monkeypatch):
-    """Runs train on torch's device without values; whoever uses a model there says so."""
-    monkeypatch.setattr(processes, "device", lambda: torch.device("meta"))
-
-    def use(model, *rest, **options):
-        raise Seen(next(model.parameters()).device.type)
-
-    for place in ("atp.run.evaluate_model", "atp.cli.scoring.evaluate_model", "atp.cli.chat.inference"):
-        monkeypatch.setattr(place, use)
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return tiny_config(tmp_path_factory.mktemp("inputs"))
 
 
-def test_eval_scores(config, elsewhere):
+def test_eval_and_chat(config, monkeypatch):
+    monkeypatch.setattr(processes, "device", lambda: torch.device("meta"))
+
+    def use(model, *rest, **options):
+        raise Seen(next(model.parameters()).device.type)
+
+    for place in ("atp.cli.scoring.evaluate_model", "atp.cli.chat.inference"):
+        monkeypatch.setattr(place, use)
     options = Scoring(suite=config.data.train, labels=("yes", "no"), length=16, questions=2, precision="float32")
     with pytest.raises(Seen, match="meta"):
         score_folder(config.model.path, options)
-
-
-def test_chat_answers(config, elsewhere):
     with pytest.raises(Seen, match="meta"):
         Conversation(config.model.path, plain=True).ask("the heart", print)
 
 
 def test_every_model_that_a_run_scores_or_times_is_placed(config, tmp_path, monkeypatch):
     used, placed = [], []
-    evaluate, place, time = run.evaluate_model, run.placed, run.throughputs
+    score, place, time = run.evaluate_model, run.placed, run.throughputs
     monkeypatch.setattr(run, "placed", lambda model: placed.append(model) or place(model))
-    monkeypatch.setattr(
-        run, "evaluate_model", lambda model, *rest, **keys: used.append(model) or evaluate(model, *rest, **keys)
-    )
+    monkeypatch.setattr(run, "evaluate_model", lambda model, *a, **o: used.append(model) or score(model, *a, **o))
     monkeypatch.setattr(run, "throughputs", lambda models: used.extend(models) or time(models))
     start(config, tmp_path / "run")
     assert len(used) == 3 + 2 and all(a is b for a, b in zip(used, placed, strict=True))

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("wide_budget")
 
 
 def files_in(folder):
-    """Names of all files, in folders too, that a command has left."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
@@ -61,13 +60,11 @@ class Planted:
         return refused
 
     def left(self):
-        """The names at which there is still a link."""
         return [link.name for link in self.links if link.is_symlink()]
 
 
 @pytest.fixture
 def small(config):
-    """The tiny config with few scores."""
     values = config.model_dump(mode="json")
     values["evaluation"] |= {"dense_baseline": False, "windows": 4, "questions": 2}
     return type(config).parse(values)
@@ -94,9 +91,8 @@ def test_a_run_that_is_taken_up_again(small, tmp_path):
 def test_the_folder_of_a_run_that_has_not_begun(small, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    planted = Planted(
-        out, [".lock", ".launch", "inputs.json", "latency.json", "length.json", "resolved.yaml"], tmp_path / "outside"
-    )
+    names = [".lock", ".launch", "inputs.json", "latency.json", "length.json", "resolved.yaml"]
+    planted = Planted(out, names, tmp_path / "outside")
     assert planted.met_by(lambda: start(small, out)) == {".lock"}
     assert (out / "report.html").is_file()
 

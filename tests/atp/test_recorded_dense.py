@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import runpy
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from atp.config import ATPConfig
 from atp.data import load_recipe
 from atp.data.settings import DataSettings
 from atp.ground.errors import InputError
-from atp.ground.places import PACKAGED_MODEL
 
 pytestmark = pytest.mark.slow
 
@@ -63,8 +61,8 @@ def test_the_script_records_what_a_run_scored(config, finished):
     assert record["tasks"]["qa"] == {key: value for key, value in dense.items() if key != "confusion"}
 
 
-def command(monkeypatch, atp, config, folder, *words):
-    """What `atp demo` prints on the tiny model instead of its own."""
+def command(monkeypatch, atp, config, folder):
+    """What `atp demo --no-dense` prints on the tiny model instead of its own."""
 
     def tiny(output_dir, overrides=None):
         values = config.model_dump(mode="json") | {"output_dir": str(output_dir)}
@@ -73,7 +71,7 @@ def command(monkeypatch, atp, config, folder, *words):
     monkeypatch.setattr("atp.cli.demo.demo_config", tiny)
     printed = []
     monkeypatch.setattr(cli.console, "print", lambda *values, **_: printed.extend(map(str, values)))
-    assert atp("demo", "--output-dir", folder, *words)[0] == 0
+    assert atp("demo", "--output-dir", folder, "--no-dense")[0] == 0
     return "\n".join(printed)
 
 
@@ -81,7 +79,7 @@ def test_without_dense_the_demo_quotes_the_record(config, tmp_path, monkeypatch,
     record = RECORD | {"settings": dense_settings(config), "tasks": {"qa": {"accuracy": 0.875}}, "perplexity": 3.25}
     (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
     monkeypatch.setattr("atp.cli.demo.RECORDED_DENSE", tmp_path / "record.json")
-    printed = command(monkeypatch, atp, config, tmp_path / "run", "--no-dense")
+    printed = command(monkeypatch, atp, config, tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert set(summary["perplexity"]) == {"original", "final"} and "dense_lora" not in summary["seconds"]
     assert summary["recorded_dense"]["perplexity"] == 3.25 and "relative_performance" not in summary
@@ -92,11 +90,3 @@ def test_without_dense_the_demo_quotes_the_record(config, tmp_path, monkeypatch,
     assert summary["answers"]["chosen"] in printed
     with pytest.raises(InputError, match="dense_baseline"):
         start(config, tmp_path / "run", resume=True)
-
-
-def test_where_settings_differ_the_demo_says_that_it_quotes_nothing(config, tmp_path, monkeypatch, atp, wide_budget):
-    printed = command(monkeypatch, atp, config, tmp_path / "run", "--no-dense")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
-    assert "recorded_dense" not in summary
-    assert re.search("are left out: they are for another model.path, .*training.total", printed)
-    assert config.model.path != PACKAGED_MODEL

@@ -28,7 +28,7 @@ def bare(monkeypatch):
     monkeypatch.setattr(requirements, "find", lambda name: None)
 
 
-def test_stray_directories_and_blocked_modules_are_not_packages(tmp_path, monkeypatch):
+def test_stray_directories_and_blocked_modules_are_not_packages_and_installed_ones_pass(tmp_path, monkeypatch):
     (tmp_path / "stray").mkdir()
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -36,6 +36,9 @@ def test_stray_directories_and_blocked_modules_are_not_packages(tmp_path, monkey
     assert find("stray") is None and find("nowhere") is None and find("real") is not None
     monkeypatch.setitem(sys.modules, "real", None)
     assert find("real") is None
+    require("torch", "transformers")
+    with pytest.raises(ImportError, match="^package 'no_such_thing' is not installed: run pip install no_such_thing$"):
+        require("torch", "no_such_thing")
 
 
 def test_what_the_demo_needs_is_named_at_once(bare):
@@ -69,38 +72,23 @@ def test_nothing_is_asked_for_in_vain(bare, model, data, needed):
         check_packages(*arguments)
 
 
-def test_installed_packages_pass():
-    require("torch", "transformers")
-    with pytest.raises(ImportError, match="^package 'no_such_thing' is not installed: run pip install no_such_thing$"):
-        require("torch", "no_such_thing")
-
-
-def test_any_other_missing_module_ends_a_command_with_a_sentence_too():
+def test_a_missing_module_ends_a_command_with_a_sentence_in_every_process(tmp_path, monkeypatch):
     sentence = "package 'peft' is not installed: run pip install 'atp-kernels[train]'"
     assert ending(ModuleNotFoundError("No module named 'peft.utils'", name="peft.utils")) == (sentence, 2)
     own = ModuleNotFoundError("No module named 'atp.oven'", name="atp.oven")
-    assert "--debug" in ending(own)[0] and "pip install" not in ending(own)[0]
-
-
-def test_the_error_reaches_other_processes_as_it_is():
+    assert "--debug" in ending(own)[0] and "pip install" not in ending(own)[0] and lacking(own) is own
     error = pickle.loads(pickle.dumps(requirements.MissingPackage("no oven")))
     assert str(error) == "no oven" and isinstance(error, InputError) and isinstance(error, ImportError)
-
-
-def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match="^package 'pyarrow' is not installed: run pip install pyarrow$"):
         read_examples(str(tmp_path / "a.parquet"))
-
-
-def test_config_without_pydantic_is_one_sentence():
     code = "import sys; sys.modules['pydantic'] = None\ntry: import atp.config.config\nexcept ImportError as e:print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "package 'pydantic' is not installed: run pip install 'atp-kernels[train]'\n", done.stderr
 
 
-def test_the_extras_hold_what_the_sentences_name():
+def test_the_extras_hold_what_the_sentences_name_and_the_dependencies_what_torch_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     brought = [re.match(r"[\w-]+", text)[0].replace("pyyaml", "yaml") for text in extras["train"]]
@@ -108,23 +96,18 @@ def test_the_extras_hold_what_the_sentences_name():
     for extra, names in (("quantize", ("bitsandbytes", "torchao")), ("eval", ("lm_eval", "rouge_score"))):
         wanted = [install_command([name]).removeprefix("pip install ").strip("'") for name in names]
         assert extras[extra] == ["atp-kernels[train]", *wanted]
+    # `import torch` warns where numpy is missing, whoever imports it first, and no dependency of torch brings it.
+    code = "import sys; sys.modules['numpy'] = None; import atp_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    missing = re.findall(r"Failed to initialize (\w+)", done.stderr)
+    assert {name.lower() for name in missing} <= {re.match(r"[\w-]+", text)[0] for text in project["dependencies"]}
 
 
 # The kernels alone: installed without the extra `train`
 
 
-def test_what_torch_asks_for_comes_with_the_kernels():
-    """`import torch` warns where numpy is missing, whoever imports it first, and no dependency of torch brings it."""
-    code = "import sys; sys.modules['numpy'] = None; import atp_kernels"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    missing = re.findall(r"Failed to initialize (\w+)", done.stderr)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert {name.lower() for name in missing} <= {re.match(r"[\w-]+", text)[0] for text in project["dependencies"]}
-
-
 @pytest.fixture
 def alone(tmp_path):
-    """Runs Python where none of the extra's packages can be found."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "from importlib.machinery import PathFinder\n"
@@ -164,20 +147,10 @@ def test_the_method_without_its_packages_ends_with_one_sentence(alone, words, co
     assert (done.returncode, done.stdout, done.stderr) == (code, "", ALONE)
 
 
-def test_a_program_can_do_without_the_method(alone):
-    done = alone(
-        "-c", "import logging\ntry: import atp\nexcept ImportError as e: print(logging.root.manager.disable)\n1/0"
-    )
+def test_a_program_can_do_without_the_method_and_use_the_kernels(alone):
+    code = "import logging\ntry: import atp\nexcept ImportError: print(logging.root.manager.disable)\n1/0"
+    done = alone("-c", code)
     assert done.stdout == "0\n" and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
-
-
-def test_the_kernels_need_none_of_its_packages(alone):
-    done = alone(
-        "-c", "import atp_kernels as k, torch; print(k.rms_norm(torch.ones(2, 4), torch.ones(4), eps=0.0).sum())"
-    )
+    code = "import atp_kernels as k, torch; print(k.rms_norm(torch.ones(2, 4), torch.ones(4), eps=0.0).sum())"
+    done = alone("-c", code)
     assert done.stdout == "tensor(8.)\n", done.stderr
-
-
-def test_an_error_of_our_own_is_no_missing_package():
-    error = ModuleNotFoundError("No module named 'atp.oven'", name="atp.oven")
-    assert lacking(error) is error

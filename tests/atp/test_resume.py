@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_command import everything, one_in_four, read, results, start, stopping_at
+from tiny_folder import edited, moved_weights
 
 from atp import run as runs
 from atp.export import hf
@@ -16,7 +17,6 @@ from atp.training import trainer as trainers
 from atp.training.resume import of_model_folder
 from atp.training.trainer import ATPTrainer
 
-pytestmark = pytest.mark.usefixtures("wide_budget")
 OUT = Path("out")
 
 
@@ -39,7 +39,6 @@ def begun(config, light, tmp_path_factory):
     """Folders with inputs and a run in `out`: one that has ended, and one that was stopped before its export."""
     folders = {name: desk(config, tmp_path_factory.mktemp(name)) for name in ("ended", "stopped")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
         patch.chdir(folders["ended"])
         start(light, OUT)
         patch.chdir(folders["stopped"])
@@ -50,8 +49,6 @@ def begun(config, light, tmp_path_factory):
 
 @pytest.fixture
 def here(begun, config, tmp_path, monkeypatch):
-    """Works in a copy of one of those folders, or in one with inputs alone."""
-
     def work(name=None):
         shutil.copytree(begun[name], tmp_path / "here") if name else desk(config, tmp_path / "here")
         monkeypatch.chdir(tmp_path / "here")
@@ -75,7 +72,6 @@ def test_a_finished_run_is_left_as_it_is_and_says_so(light, here):
 
 
 def half(name):
-    """A stop while files are being written."""
     return hf, "write_text", {"after": True, "when": lambda path, _: path.parent.name.endswith(f"-{name}")}
 
 
@@ -114,17 +110,10 @@ def test_any_stop_after_training_resumes_to_the_same_bytes(light, here, whole, s
     assert not list(OUT.rglob(".writing-*"))
 
 
-def weights(folder):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    next(iter(tensors.values())).view(-1)[3] += 1e-3
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 def test_a_score_of_another_model_is_made_anew(light, here, whole):
     here("ended")
     scores = read(OUT, "evaluation.json")
-    weights(OUT / "model")
+    moved_weights(OUT / "model")
     other = scores["final"] | {"perplexity": 1.0, "model_sha256": of_model_folder(OUT / "model")}
     (OUT / "evaluation.json").write_text(json.dumps(scores | {"final": other}))
     start(light, OUT, resume=True)
@@ -175,17 +164,8 @@ def test_a_run_does_not_write_over_its_own_inputs(light, here, place, resume):
     assert everything(Path()) == before
 
 
-def edited(name, old, new):
-    def change(folder):
-        text = (folder / name).read_text(encoding="utf-8")
-        assert old in text
-        (folder / name).write_text(text.replace(old, new, 1), encoding="utf-8")
-
-    return change
-
-
 CHANGES = {
-    "base weights": weights,
+    "base weights": moved_weights,
     "model config": edited("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
     "tokenizer": edited("tokenizer.json", '"heart": 3', '"heart": 4'),
     "train data": edited("data.jsonl", "heart", "blood"),
@@ -211,7 +191,7 @@ def test_the_checkpoint_knows_what_the_folder_has_lost(light, here, name):
     (OUT / name).write_bytes(b"")
     with pytest.raises(InputError, match=r"lora\.r: 16 -> 4"):
         start(light, OUT, resume=True, lora={"r": 4})
-    weights(Path("inputs"))
+    moved_weights(Path("inputs"))
     with pytest.raises(InputError, match="base weights"):
         start(light, OUT, resume=True)
 

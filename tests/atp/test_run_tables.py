@@ -30,7 +30,7 @@ def printed():
 
 
 @pytest.fixture
-def untaught(config, tmp_path, wide_budget):
+def untaught(config, tmp_path):
     """A run whose questions do not hold their answers, so that nothing can be learnt; it ends by showing one."""
     rows = [json.loads(line) for line in open(config.data.train, encoding="utf-8")]
     rows = [row | {"prompt": row["prompt"].rpartition(" ")[0]} for row in rows]
@@ -40,7 +40,7 @@ def untaught(config, tmp_path, wide_budget):
     return tmp_path / "out"
 
 
-def test_the_majority_label_is_scored_and_shown_by_the_command_the_report_and_the_card(config, finished, printed):
+def test_command_report_and_card_show_scores_the_majority_label_and_speeds(config, finished, printed):
     scores, summary, shown = read(finished, "evaluation.json"), read(finished, "summary.json"), printed(finished)
     found = scores["majority"]["qa"]
     truth = [true for true, _ in scores["final"]["tasks"]["qa"]["items"]]
@@ -61,10 +61,6 @@ def test_the_majority_label_is_scored_and_shown_by_the_command_the_report_and_th
     assert f"{found['macro_f1']:.3f}" in row.split("│")[-2]
     assert '<th scope="col">majority label</th>' in page and f"{found['macro_f1']:.3f}" in page
     assert f"| {found['macro_f1']:.4g} |\n" in card and "| data | score | value | majority label |" in card
-
-
-def test_the_command_shows_scores_speeds_with_their_intervals_and_whether_the_certificate_holds(finished, printed):
-    shown, summary = printed(finished), read(finished, "summary.json")
     assert 0 < shown.index("qa macro_f1") < shown.index("held-out perplexity") < shown.index("share of the decoder")
     speed = summary["speed"]["final"]
     low, high = speed["decode_tokens_per_second_interval"]

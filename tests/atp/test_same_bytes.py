@@ -15,7 +15,6 @@ TIMES = {"tokens_per_second", "phase_seconds", "seconds"}
 
 
 def trained(config, folder, hash_seed):
-    """Runs `atp train` in a process of its own, in `folder`; returns its run folder."""
     folder.mkdir()
     values = config.model_dump(mode="json") | {"output_dir": "out", "export": {"keep_adapter": True}}
     (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")

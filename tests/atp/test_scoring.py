@@ -5,12 +5,10 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 import yaml
 from rich.console import Console
 from tiny_command import read, start
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_folder import save
 
 from atp.cli.scoring import Scoring, flat_scores, score_folder
 from atp.ground.errors import InputError
@@ -24,25 +22,12 @@ OPTIONS = Scoring(suite="", documents=4, length=16, questions=6, precision="floa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two tiny models and a file of questions."""
     folder = tmp_path_factory.mktemp("scoring")
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "</s>", *WORDS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5}
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, eos_token_id=1, bos_token_id=1,
-        )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder / f"model{seed}")
-        PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>").save_pretrained(
-            folder / f"model{seed}"
-        )
-    rows = [
-        {"prompt": f"{'the cat ' * n}sat on a mat ? is it there ?", "completion": f" {'no' if n % 3 else 'yes'}"}
-        for n in range(30)
-    ]
+        save(folder / f"model{seed}", words=WORDS, seed=seed, **sizes, eos_token_id=1, bos_token_id=1)
+    texts = [f"{'the cat ' * n}sat on a mat ? is it there ?" for n in range(30)]
+    rows = [{"prompt": text, "completion": f" {'no' if n % 3 else 'yes'}"} for n, text in enumerate(texts)]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return folder
 
@@ -140,9 +125,8 @@ def test_windows_and_labels_that_do_not_fit_are_refused_before_the_model_runs(fo
 
 
 def test_what_there_is_less_of_than_asked_is_said(folder):
-    assert scored(folder)["remarks"] == [
-        "Perplexity counts all tokens: 48 tokens in windows of 16 that start 8 apart."
-    ]  # fmt: skip
+    counted = "Perplexity counts all tokens: 48 tokens in windows of 16 that start 8 apart."
+    assert scored(folder)["remarks"] == [counted]
     assert scored(folder, labels=("yes", "no"), documents=31, questions=99)["remarks"][1:] == [
         "--documents is 31, but there are only 30 documents", "--questions is 99, but there are only 30 of qa",
         "Majority label of qa: always 'no', the most frequent answer of the test questions.",
@@ -157,7 +141,6 @@ def figures(scores):
 
 @pytest.fixture(scope="module", params=["labels", "prompts", "text"])
 def run(request, config, tmp_path_factory):
-    """A finished run on questions with labels, on prompts and completions, or on text."""
     folder = tmp_path_factory.mktemp("figures")
     rows = [json.loads(line) for line in open(config.data.train, encoding="utf-8")]
     data = {} if request.param == "labels" else {"labels": []}
@@ -165,14 +148,12 @@ def run(request, config, tmp_path_factory):
         data["train"] = str(folder / "texts.jsonl")
         texts = [json.dumps({"text": row["prompt"]}) for row in rows]
         (folder / "texts.jsonl").write_text("\n".join(texts), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atp.inputs.promises.BUDGET_TOLERANCE", 0.02)
-        scored = {"dense_baseline": False, "batch_size": 3, "windows": 5, "questions": 7}
-        start(config, folder / "out", data=data, evaluation=scored, seed=3)
+    scored = {"dense_baseline": False, "batch_size": 3, "windows": 5, "questions": 7}
+    start(config, folder / "out", data=data, evaluation=scored, seed=3)
     return folder / "out"
 
 
-def test_a_run_and_its_config_give_one_figure(run, config):
+def test_a_run_and_its_config_give_one_figure_and_say_what_it_counts(run, config):
     """To the digit, whether the run or its model is named, and for the model that it began with, too."""
     recorded = read(run, "evaluation.json")
     for model in (run, run / "model"):
@@ -180,27 +161,19 @@ def test_a_run_and_its_config_give_one_figure(run, config):
         assert figures(scores) == figures(recorded["final"])
     before = score_folder(config.model.path, Scoring(suite=str(run / "config.yaml")))
     assert figures(before) == figures(recorded["original"]) != figures(recorded["final"])
-    assert (
-        scores["settings"] | {"precision": "float32", "seed": 3, "documents": 5, "length": 16, "stride": 16}
-        == (scores["settings"])
-    )
+    settings = scores["settings"]
+    assert settings | {"precision": "float32", "seed": 3, "documents": 5, "length": 16, "stride": 16} == settings
     longer = score_folder(str(run), Scoring(suite=str(run / "config.yaml"), length=32, documents=5))
     assert longer["length"] == 32 and longer["counted"] == "all tokens", "whoever asks for other windows gets them"
-
-
-def test_what_a_perplexity_counts_stands_beside_it(run):
-    recorded, summary = read(run, "evaluation.json")["final"], read(run, "summary.json")
     counted = "all tokens" if "texts.jsonl" in read_run(run).config else "answers"
-    assert recorded["counted"] == counted
-    sentence = f"Perplexity counts {counted}: {recorded['tokens']:,} tokens in windows of 16."
+    assert recorded["final"]["counted"] == counted
+    sentence = f"Perplexity counts {counted}: {recorded['final']['tokens']:,} tokens in windows of 16."
     console = Console(width=200, record=True, markup=False, highlight=False)
-    terminal.show(summary, console)
+    terminal.show(read(run, "summary.json"), console)
     page = (run / "report.html").read_text(encoding="utf-8")
     card = (run / "model" / "README.md").read_text(encoding="utf-8")
     for place in (console.export_text(), page, card):
         assert sentence in place
-    assert f"held-out perplexity, {counted}" in page
-    scores = score_folder(str(run), Scoring(suite=str(run / "config.yaml")))
-    assert sentence in scores["remarks"]
+    assert f"held-out perplexity, {counted}" in page and sentence in scores["remarks"]
     (line,) = runs_below(run)
     assert line.counted == counted

@@ -1,4 +1,4 @@
-"""A run in two processes: it ends, is written once, survives a signal and a kill, and equals a run in one process."""
+"""Runs in several processes, whole or in shards: they end, survive signals and kills, and equal one in one process."""
 
 import os
 import re
@@ -8,9 +8,12 @@ import signal
 import psutil
 import pytest
 from launched_runs import assert_equal, end_of_each, ended, start, wait_for_steps, write_settings
-from safetensors.torch import load_file, save_file
+from tiny_folder import edited, moved_weights
 
+from atp.config import ATPConfig
 from atp.ground.errors import InputError
+from atp.inputs.checks import check_sharded, sharding_remark
+from atp.inputs.loading import load_model
 from atp.processes import processes
 
 
@@ -21,7 +24,6 @@ def settings(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(settings, tmp_path_factory):
-    """The folder of the run in one process."""
     folder = tmp_path_factory.mktemp("one") / "run"
     ended(start(["train", str(settings[1]), f"output_dir={folder}"], two=False))
     return folder
@@ -83,29 +85,14 @@ def test_bad_input_ends_all_processes_and_is_told_once(settings, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
-def turned_rows(folder):
-    rows = (folder / "data.jsonl").read_text(encoding="utf-8").replace("heart rate", "rate heart")
-    (folder / "data.jsonl").write_text(rows, encoding="utf-8")
-
-
-def moved_weights(folder):
-    tensors = load_file(folder / "model.safetensors")
-    name = next(iter(tensors))
-    save_file(tensors | {name: tensors[name] + 1e-3}, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def renamed_word(folder):
-    words = (folder / "tokenizer.json").read_text(encoding="utf-8").replace('"heart"', '"hearts"')
-    (folder / "tokenizer.json").write_text(words, encoding="utf-8")
-
-
 # What the second process has that the first has not: a change of its files, or arguments.
+TURNED = edited("data.jsonl", "heart rate", "rate heart")
 OTHERS = {
-    "data": (turned_rows, [], "reads other train data"),
-    "data that set the length": (turned_rows, ["training.tokens=700", "training.tune=null"], "reads other train data"),
+    "data": (TURNED, [], "reads other train data"),
+    "data that set the length": (TURNED, ["training.tokens=700", "training.tune=null"], "reads other train data"),
     "weights": (moved_weights, [], "reads other base weights than"),
     "weights in shards": (moved_weights, ["training.sharding=fsdp"], "reads other model.safetensors than"),
-    "tokenizer": (renamed_word, [], "reads other tokenizer"),
+    "tokenizer": (edited("tokenizer.json", '"heart"', '"hearts"'), [], "reads other tokenizer"),
     "sharding": (None, ["training.sharding=fsdp"], "was started with other training.sharding than"),
     "settings": (None, ["training.lr=1e-3", "seed=1"], "was started with other seed, training.lr than"),
     "resume": (None, ["--resume"], "was started with other --resume than"),
@@ -115,7 +102,6 @@ OTHERS = {
 
 
 def differing(name, settings, config, folder):
-    """The case of a run of two processes that differ."""
     change, extra, _ = OTHERS[name]
     folders = [folder / name / place for place in ("here", "there")]
     for place in folders:
@@ -162,3 +148,71 @@ def test_one_process_alone_waits_for_nobody(monkeypatch):
 
     with pytest.raises(InputError, match="bad"):
         processes.on_main(refuse)
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """As in one of two processes that share the weights."""
+    monkeypatch.setattr(processes, "_sharded", True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "FSDP with offloading"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism"),
+    ],
+)
+def test_other_ways_to_spread_a_model_are_refused(variables, named, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{named}.* is not supported: start the run with .*training.sharding=fsdp"):
+        processes.start()
+
+
+def test_one_process_alone_shares_nothing_and_says_so_where_it_is_asked_to(monkeypatch, config):
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "1")
+    processes.start("fsdp")
+    assert not processes.sharded()
+    asked = ATPConfig.parse(config.model_dump(mode="json"), ["training.sharding=fsdp"])
+    (said,) = sharding_remark(asked, 1)
+    assert said.startswith("training.sharding=fsdp shares weights among processes, and one process holds them whole")
+    assert sharding_remark(asked, 2) == sharding_remark(config, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.distill=0.5", "training.open=2"], "training.distill holds a whole model in every process"),
+        (["evaluation.dense_baseline=true"], "evaluation.dense_baseline trains a model of its own"),
+    ],
+)
+def test_settings_that_need_whole_weights_are_refused(config, shared, overrides, message):
+    values = config.model_dump(mode="json")
+    values["evaluation"]["dense_baseline"] = False
+    check_sharded(ATPConfig.parse(values))
+    with pytest.raises(InputError, match=message):
+        check_sharded(ATPConfig.parse(values, overrides))
+
+
+def test_a_gguf_file_is_refused(config, shared, monkeypatch):
+    monkeypatch.setattr("atp.inputs.loading.load_shapes", lambda model: None)
+    monkeypatch.setattr("atp.inputs.loading.check_prunable", lambda *arguments: None)
+    source = {"path": "x", "gguf_file": "x.gguf", "revision": None}
+    monkeypatch.setattr("atp.inputs.loading._source", lambda model: source)
+    with pytest.raises(InputError, match="is a GGUF file, which cannot be read in shards: save the model as"):
+        load_model(config.model, config.decisions.space)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_equals_that_of_one_process(config, tmp_path):
+    settings = write_settings(config, tmp_path)
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch --use_fsdp --fsdp_version 2`
+    ended(start(["train", str(settings[0]), f"output_dir={tmp_path / 'two'}"], environment=asked))
+    ended(start(["train", str(settings[1]), f"output_dir={tmp_path / 'one'}"], two=False))
+    assert_equal(tmp_path / "two", tmp_path / "one")
+    assert len(list((tmp_path / "two" / "model").glob("model-*.safetensors"))) > 1

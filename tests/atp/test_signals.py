@@ -75,9 +75,7 @@ def test_the_command_prints_one_line_and_returns_128_plus_the_signal(config, tmp
 
 def test_a_comparison_ends_and_goes_on(config, tmp_path, monkeypatch):
     def compare(name, resume=False):
-        methods = ["random"]
-        options = {"resume": resume, "command": "atp compare"}
-        Comparison(config, methods, [0], tmp_path / name, **options).execute()
+        Comparison(config, ["random"], [0], tmp_path / name, resume=resume, command="atp compare").execute()
 
     compare("whole")
     for where, name in ((baseline_run, "write_tensors"), (hf, "merge_adapter"), (tuner, "set_seed")):

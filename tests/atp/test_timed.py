@@ -34,9 +34,8 @@ def test_two_models_that_do_not_fit_are_timed_one_after_the_other(config, tmp_pa
     calls, said = timed(torch.OutOfMemoryError("CUDA out of memory")), []
     summary = start(config, tmp_path / "out", say=said.append)
     assert calls == [2, 1, 1] and any("one after the other" in line for line in said)
-    speeds = {
-        name: scores["speed"] for name, scores in read(tmp_path / "out", "evaluation.json").items() if "speed" in scores
-    }
+    scores = read(tmp_path / "out", "evaluation.json")
+    speeds = {name: found["speed"] for name, found in scores.items() if "speed" in found}
     assert summary["speed"] == speeds and list(speeds) == ["original", "final"]
     for speed in speeds.values():
         for rate in ("prefill_tokens_per_second", "decode_tokens_per_second"):

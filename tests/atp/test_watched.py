@@ -15,8 +15,6 @@ from atp.cli.cli import main
 
 
 class Diary(tracking.GeneralTracker):
-    """Keeps all that trackers are given, in a file of the run folder."""
-
     name, requires_logging_directory = "diary", True
     tracker = property(lambda self: self)
 
@@ -51,7 +49,6 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def watched(config, tmp_path_factory):
-    """(what the command printed, its folder)."""
     folder = tmp_path_factory.mktemp("watched")
     training = {"report_to": ["diary"], "metrics_file": str(folder / "atp.prom"), "log_every": 2}
     values = config.model_dump(mode="json") | {"output_dir": str(folder / "out"), "export": {"keep_adapter": True}}
@@ -85,7 +82,7 @@ def test_every_line_on_stderr_is_a_json_object_with_time_and_phase(watched):
     assert any("exporting" in line.get("message", "") for line in lines)
 
 
-def test_the_json_of_a_step_is_that_of_metrics_jsonl(watched):
+def test_steps_are_told_alike_by_json_metrics_and_the_prometheus_file(watched):
     done, folder = watched
     steps = [line for line in map(json.loads, done.stderr.splitlines()) if "step" in line]
     records = list(map(json.loads, (folder / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
@@ -94,15 +91,11 @@ def test_the_json_of_a_step_is_that_of_metrics_jsonl(watched):
         assert line.keys() == {"time", "phase", "step", "steps", "loss", "kept", "tokens_per_second"}
         shown = (line["phase"], line["loss"], line["kept"], line["tokens_per_second"], line["steps"])
         assert shown == (record["phase"], record["loss"], record.get("keep"), record["tokens_per_second"], STEPS)
-
-
-def test_the_prometheus_file_tells_how_the_run_ended(watched):
-    done, folder = watched
     text = (folder / "atp.prom").read_text(encoding="utf-8")
     found = re.findall(r'^atp_(\w+)\{run="([^"]+)",phase="(\w+)"\} (\S+)$', text, re.MULTILINE)
     values = {name: float(value) for name, _, _, value in found}
     assert {(run, phase) for _, run, phase, _ in found} == {(str(folder / "out"), "tune")}
-    last = json.loads((folder / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    last = records[-1]
     assert (values["step"], values["steps"], values["skipped_steps"]) == (STEPS, STEPS, 0)
     assert (values["loss"], values["tokens_per_second"]) == (last["loss"], last["tokens_per_second"])
     assert 1e7 < values["memory_bytes"] < 1e11 and 0 <= values["checkpoint_age_seconds"] < 60

@@ -1,12 +1,10 @@
 """Files and folders appear whole or not at all, and nothing is written through a link."""
 
 import os
-import signal
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tiny_command import another_process
 
 from atp.ground.ending import ending
 from atp.ground.errors import InputError
@@ -28,7 +26,6 @@ def folder(tmp_path):
 
 
 def put(writer, path, text):
-    """Writes a file, or a folder with one file."""
     with writer(path) as temporary:
         (temporary / "a.txt" if writer is whole_folder else temporary).write_text(text)
 
@@ -93,28 +90,10 @@ def test_the_longest_names_are_written(folder, writer, name):
     assert os.listdir(folder) == [name]
 
 
-@contextmanager
-def another_process(writer, path):
-    """Yields while another process is writing `path`, and kills it."""
-    ready, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with writer(path):
-            os.write(told, b"x")
-            time.sleep(60)
-        os._exit(0)
-    os.read(ready, 1)
-    try:
-        yield
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
 @pytest.mark.parametrize("remove", [remove_leftovers, lambda folder: remove_leftovers_of(folder / "result")])
 @pytest.mark.parametrize("writer", [whole_file, whole_folder])
 def test_only_what_nobody_writes_any_more_is_a_leftover(folder, writer, remove):
-    with another_process(writer, folder / "result"):
+    with another_process(writer(folder / "result")):
         before = os.listdir(folder)
         assert len(before) == 1
         remove(folder)

@@ -25,8 +25,6 @@ class AtStep(Callback):
 
 
 class StopAt(AtStep):
-    """Sends this process a signal in one LoRA step."""
-
     def __init__(self, step, signum=signal.SIGINT):
         self.step, self.signum = step, signum
 
@@ -36,8 +34,6 @@ class StopAt(AtStep):
 
 
 class Poison(AtStep):
-    """Makes gradients non-finite in the steps first .. last."""
-
     def __init__(self, first, last):
         self.first, self.last, self.handles = first, last, []
 

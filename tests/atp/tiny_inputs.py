@@ -30,10 +30,8 @@ def tiny_config(folder, **sizes):
     }  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**values | sizes)).save_pretrained(folder)
     answers = ["no", "yes"] * 30
-    rows = [
-        {"prompt": f"{i} {' '.join(WORDS[:11])} {answer}", "completion": f" {answer}"}
-        for i, answer in enumerate(answers)
-    ]
+    text = " ".join(WORDS[:11])
+    rows = [{"prompt": f"{i} {text} {answer}", "completion": f" {answer}"} for i, answer in enumerate(answers)]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return ATPConfig.parse(
         {
@@ -46,3 +44,7 @@ def tiny_config(folder, **sizes):
             "evaluation": {"windows": 20, "questions": 10, "dense_baseline": True},
         }
     )  # fmt: skip
+
+
+def changed(config, *overrides):
+    return ATPConfig.parse(config.model_dump(mode="json"), list(overrides))

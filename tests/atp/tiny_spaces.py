@@ -1,5 +1,6 @@
-"""Tiny configs and an independent count of the parameters that a decision list leaves."""
+"""Tiny configs, logits and an independent count of the parameters that a decision list leaves."""
 
+import torch
 from transformers import LlamaConfig, MistralConfig
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 12, 10, 4, 2, 4, 2
@@ -18,6 +19,10 @@ def larger(**overrides):
     values = {"hidden_size": 96, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
               "num_key_value_heads": 3, "head_dim": 16}  # fmt: skip
     return config(**values | overrides)
+
+
+def random_logits(budget, seed=0, scale=1.0):
+    return scale * torch.randn(budget.space.size, generator=torch.Generator().manual_seed(seed))
 
 
 def decoder_params(layers, *, attention_bias=False, mlp_bias=False):

@@ -1,8 +1,5 @@
 """The command line: refusing on a red gate, rows and tables of a run, plots, marks."""
 
-import contextlib
-import io
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import cpu_ops, gate, training
+from benchmarks import cpu_ops, gate, overhead, training
 from benchmarks.case import Case, Op, Variant, Work
 from benchmarks.gate import Mark, conclude
 from benchmarks.limits import Limits
@@ -22,73 +19,35 @@ GIVEN = ["--tflops", "1", "--tbps", "0.0001", "--model", "tiny", "--threads", "1
 COMPACT = ["run", "--op", "compact", "--part", "q_proj", "--dtype", "float32", *GIVEN]
 
 
-def op_tested_by(path):
+def op_tested_by(path, holds):
+    path.write_text(f"def test():\n    assert {holds}\n")
     return Op("toy", lambda case: {}, lambda case: {}, lambda model: (), (str(path),))
 
 
-@pytest.fixture
-def green(tmp_path):
-    path = tmp_path / "test_green.py"
-    path.write_text("def test():\n    assert True\n")
-    return op_tested_by(path)
-
-
-@pytest.fixture
-def red(tmp_path):
-    path = tmp_path / "test_red.py"
-    path.write_text("def test():\n    assert False\n")
-    return op_tested_by(path)
-
-
-def test_a_red_gate_refuses_unless_skipped(green, red):
+def test_a_red_gate_refuses_unless_skipped_and_nothing_is_timed(tmp_path, monkeypatch, capsys):
+    green, red = op_tested_by(tmp_path / "test_green.py", True), op_tested_by(tmp_path / "test_red.py", False)
     assert gate.allow([green], skip=False) == "verified"
     with pytest.raises(SystemExit, match="tests fail, so nothing is timed"):
         gate.allow([green, red], skip=False)
     assert gate.allow([red], skip=True) == "unverified"
-
-
-def test_run_times_nothing_on_a_red_gate(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gate, "verify", lambda ops: False)
     with pytest.raises(SystemExit, match="nothing is timed"):
-        command.main([*COMPACT, "--out", str(tmp_path)])
-    assert "p50" not in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+        command.main([*COMPACT, "--out", str(tmp_path / "rows")])
+    assert "p50" not in capsys.readouterr().out and not (tmp_path / "rows").exists()
 
 
-@pytest.fixture(scope="module")
-def compact_run(tmp_path_factory):
-    """The folder of a run's rows, and what it printed."""
-    out, said = tmp_path_factory.mktemp("rows"), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        command.main([*COMPACT, "--no-verify", "--out", str(out)])
-    return out, said.getvalue()
-
-
-def test_run_writes_a_row_a_variant_that_says_unverified(compact_run):
-    rows = read(compact_run[0] / "compact.csv")
+def test_run_writes_a_row_a_variant_that_says_unverified_and_plot_a_png_an_operation(tmp_path, capsys):
+    command.main([*COMPACT, "--no-verify", "--out", str(tmp_path)])
+    rows = read(tmp_path / "compact.csv")
     assert {row["variant"] for row in rows} >= {"unfused", "ours", "floor"}
-    assert {row["gate"] for row in rows} == {"unverified"} and "(unverified)" in compact_run[1]
+    assert {row["gate"] for row in rows} == {"unverified"} and "(unverified)" in capsys.readouterr().out
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         # 38 of 64 rows and columns, read and written, and their indices, at 100 MB/s.
         assert float(row["limit_ms"]) == pytest.approx((2 * 38 * 38 * 4 + 8 * 76) / 1e5, abs=6e-5)
     base = next(row for row in rows if row["variant"] == "unfused")
     assert base["speedup"] == "1.0"
-
-
-def test_an_unknown_operation_is_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="no operation matches 'nonsense'"):
-        command.main(["verify", "--op", "nonsense"])
-
-
-def test_check_ends_with_success(capsys):
-    with pytest.raises(SystemExit) as ended:
-        command.main(["check", "--op", "compact", *GIVEN[4:8]])
-    assert ended.value.code == 0 and "all variants agree" in capsys.readouterr().out
-
-
-def test_plot_writes_a_png_an_operation_with_rows(compact_run, tmp_path):
     pytest.importorskip("matplotlib")
-    shutil.copy(compact_run[0] / "compact.csv", tmp_path)
     compact = next(op for op in command.OPS if op.name == "compact")
     written = plot(command.OPS, tmp_path)
     assert written == [tmp_path / "compact.png"]
@@ -97,6 +56,18 @@ def test_plot_writes_a_png_an_operation_with_rows(compact_run, tmp_path):
     append(tmp_path / "compact.csv", [read(tmp_path / "compact.csv")[0] | {"speedup": "3.5"}])
     plot([compact], tmp_path)
     assert written[0].read_bytes() != older  # the newest row of a variant counts
+
+
+def test_check_ends_with_success_and_overhead_prints_a_line_a_pass(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["check", "--op", "compact", *GIVEN[4:8]])
+    assert ended.value.code == 0 and "all variants agree" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no operation matches 'nonsense'"):
+        command.main(["verify", "--op", "nonsense"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr("sys.argv", ["overhead", "--rounds", "20"])
+    overhead.main()
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["forward", "forward and backward"]
 
 
 def test_plot_without_matplotlib_says_what_to_do(tmp_path, monkeypatch):

@@ -27,11 +27,13 @@ def gpu_check(out, *arguments, **variables):
     return subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
 
 
-def test_an_unknown_stage_is_one_sentence(tmp_path):
+def test_what_cannot_be_run_is_one_sentence(tmp_path):
     result = gpu_check(tmp_path / "out", "biuld")
-    assert result.returncode == 2
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
     assert f"unknown stage 'biuld': use some of {' '.join(STAGES)}, or --dry" in result.stderr
-    assert not (tmp_path / "out").exists()
+    if not torch.cuda.is_available():
+        result = gpu_check(tmp_path, "build")
+        assert result.returncode == 1 and "torch sees no GPU here; --dry runs the stages on the CPU" in result.stderr
 
 
 def test_all_tests_that_it_runs_exist():
@@ -55,12 +57,15 @@ def test_what_is_wrong_shows_first_and_every_stage_fits_ten_minutes():
 
 
 @pytest.mark.slow
-def test_the_self_test_is_a_stage(tmp_path):
-    result = gpu_check(tmp_path, "--dry", "selftest")
+def test_the_self_test_and_tuning_are_stages(tmp_path):
+    result = gpu_check(tmp_path, "--dry", "selftest", "tune")
     assert result.returncode == 0, result.stdout + result.stderr
     log = (tmp_path / "selftest.log").read_text()
     assert f"{len(OPERATIONS)} of {len(OPERATIONS)} operations are right on cpu" in log
-    assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["untuned"]
+    (table,) = (tmp_path / "tables").glob("cpu-*.json")
+    regimes = {entry["key"]["regime"] for entry in json.loads(table.read_text())["entries"]}
+    assert regimes == set(REGIMES)
+    assert {path.parent.name for path in tmp_path.rglob("*.json")} == {"untuned", "tables"}
 
 
 def test_sanitizers_run_what_they_are_given_in_half_a_stage_each(tmp_path):
@@ -80,12 +85,6 @@ def test_sanitizers_run_what_they_are_given_in_half_a_stage_each(tmp_path):
     assert told == [*tools, f"env TRITON_INSTRUMENTATION_MODE=consan {tmp_path}/python"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_it_names_dry(tmp_path):
-    result = gpu_check(tmp_path, "build")
-    assert result.returncode == 1 and "torch sees no GPU here; --dry runs the stages on the CPU" in result.stderr
-
-
 @pytest.mark.slow
 def test_a_dry_stage_leaves_log_rows_and_table(tmp_path):
     earlier = {"op": "compact", "pass": "forward", "variant": "ours", "model": "tiny", "part": "q_proj", "tokens": 0,
@@ -102,15 +101,6 @@ def test_a_dry_stage_leaves_log_rows_and_table(tmp_path):
     assert stage.split()[0] == "sanitize" and stage.split()[-1] == "ok"
     with tarfile.open(tmp_path / "rows.tar.gz") as packed:
         assert "./compact.csv" in packed.getnames()
-
-
-@pytest.mark.slow
-def test_the_tuned_table_is_among_the_results(tmp_path):
-    result = gpu_check(tmp_path, "--dry", "tune")
-    assert result.returncode == 0, result.stdout + result.stderr
-    (table,) = (tmp_path / "tables").glob("cpu-*.json")
-    regimes = {entry["key"]["regime"] for entry in json.loads(table.read_text())["entries"]}
-    assert regimes == set(REGIMES)
 
 
 def test_only_the_stage_tuned_reads_tables(tmp_path):

@@ -76,7 +76,6 @@ def test_blocks_of_an_earlier_profile_do_not_lower_the_peak():
 
 
 def test_peak_counts_what_lives_at_a_time():
-    """a and b live together, then b and c; the result is released after the peak was taken."""
     mib = 2**20
 
     def call():

@@ -25,8 +25,6 @@ def step(phase, way, shapes=SHAPES, item=4):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts operators that compute, and the bytes of their tensors."""
-
     VIEWS = ("view", "t", "transpose", "expand", "unsqueeze", "detach", "alias", "permute", "reshape", "_unsafe_view",
              "ones_like")  # fmt: skip
 
@@ -97,21 +95,14 @@ def test_an_unfused_loss_moves_what_its_operators_do(dtype):
     assert sum(kernel.launches for kernel in kernels) == traffic.calls - 1
 
 
-def test_a_lora_step_of_a_large_model_meets_its_marks():
-    """Of the dense step at most 0.75, of the unfused one 0.55, by the model."""
+def test_a_lora_step_of_a_large_model_and_a_default_run_meet_their_marks():
     options = parser().parse_args([])
     shapes, rates = shapes_of("llama2-7b", 0.6, "h100"), find_rates("h100", torch.float32)
     for phase in ("search", "tune"):
-        ours, unfused, dense = (
-            total(kernels_of(each), rates).seconds for each in steps(shapes, options, phase).values()
-        )
+        ways = steps(shapes, options, phase).values()
+        ours, unfused, dense = (total(kernels_of(each), rates).seconds for each in ways)
         assert ours <= 0.75 * dense and ours <= 0.55 * unfused
-
-
-def test_the_default_recipe_takes_open_steps_and_cut_ones():
-    """A third open, by the model's own times of both; in the mean it meets the mark of a LoRA step against dense."""
-    options = parser().parse_args([])
-    shapes, rates = shapes_of("llama2-7b", 0.6, "h100"), find_rates("h100", torch.float32)
+    # A third open, by the model's own times of both; in the mean it meets the mark of a LoRA step against dense.
     open_, tune = (steps(shapes, options, phase) for phase in ("whole", "tune"))
     run, share = of_a_run(shapes, options, rates), TrainingConfig().opened / TrainingConfig().total
     assert 0.32 < share < 0.35 and TrainingConfig().search == 0
@@ -142,12 +133,9 @@ def test_the_table_and_its_warning(capsys):
     assert [text.count(f"\n{row} ") for row in ROWS] == [len(PHASES)] * len(ROWS)
 
 
-def test_a_config_file_names_a_model(tmp_path):
+def test_a_config_file_names_a_model_and_unknown_names_are_refused(tmp_path, capsys):
     config_of("tiny").save_pretrained(tmp_path)
     assert shapes_of(str(tmp_path), 0.6, "h100").whole == shapes_of("tiny", 0.6, "h100").whole
-
-
-def test_unknown_names_are_refused(capsys):
     assert main(["--model", "nobody-7b"]) == 2
     assert main(["--compare"]) == 2
     assert "unknown model 'nobody-7b'" in capsys.readouterr().err
@@ -161,13 +149,10 @@ def test_sizes_that_are_none_are_refused(capsys, option):
     assert main([option]) == 2 and option.split("=")[0] in capsys.readouterr().err
 
 
-def test_the_rates_of_a_cpu_are_its_own():
+def test_the_rates_of_a_cpu_are_its_own_and_predicted_ratios_of_a_layer_gains():
     """Attention takes exponentials beside its products, so that it cannot be quicker than a product of their size."""
     rates = find_rates("cpu", torch.float32)
     assert 0 < rates.attention < 1.5 * rates.flops and rates.bandwidth > 0 and 0 < rates.launch < 1e-3
-
-
-def test_predicted_ratios_of_a_layer_are_gains():
     options = parser().parse_args(["--model", "smollm2-layer", "--tokens", "512", "--length", "256", "--gpu", "cpu"])
     ratios = predicted(shapes_of(options.model, 0.6, "cpu"), options, RATES)
     assert all(0 < ratio < 1 for ratio in ratios.values())

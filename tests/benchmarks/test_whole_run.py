@@ -14,17 +14,13 @@ TINY = "--steps 4 --model tiny --batch 2 --length 16 --threads 1 --dtype float32
 SECONDS = {"atp": ["open", "saliency", "settle", "refit", "cut", "tune"], "dense": ["tune"]}
 
 
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-
-
 @pytest.fixture
 def here(monkeypatch):
-    """Sides run in the process of the test: a fresh one takes seconds to start."""
     monkeypatch.setattr(whole_run, "apart", lambda function, *arguments: function(*arguments))
 
 
-@on_linux
-def test_rows_hold_both_sides_by_phase(tmp_path, here, capsys):
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_rows_hold_both_sides_by_phase_and_one_side_has_no_marks(tmp_path, here, capsys):
     whole_run.main([*TINY, "--out", str(tmp_path)])
     rows = read(tmp_path / "whole_run.csv")
     for side, phases in SECONDS.items():
@@ -45,12 +41,8 @@ def test_rows_hold_both_sides_by_phase(tmp_path, here, capsys):
         of_the_rate = tokens["tune"] / float(found["tune"]["tokens_per_second"])
         assert of_the_rate == pytest.approx(seconds["tune"], abs=0.001)
     assert {row["device"] for row in rows} != {""} and "of 3 hold" in capsys.readouterr().out
-
-
-@on_linux
-def test_one_side_has_no_marks(tmp_path, here, capsys):
-    assert whole_run.main([*TINY, "--side", "dense", "--out", str(tmp_path)]) == 0
-    assert {row["side"] for row in read(tmp_path / "whole_run.csv")} == {"dense"}
+    assert whole_run.main([*TINY, "--side", "dense", "--out", str(tmp_path / "dense")]) == 0
+    assert {row["side"] for row in read(tmp_path / "dense" / "whole_run.csv")} == {"dense"}
     assert "hold" not in capsys.readouterr().out
 
 

@@ -2,7 +2,6 @@
 
     python tests/chaos                      200 kills, signals and other faults, 500 damaged checkpoints
     python tests/chaos --kills 5 --faults 0.1 --damaged 50 --seed 3
-    python tests/chaos --load 10            runs beside busy loops, some broken off early: the same bytes and scores?
     python tests/chaos --spread             kills and signals of two and four processes, weights in shards and whole
     python tests/chaos --record             also write the result to experiments/results/chaos.md
 
@@ -32,7 +31,6 @@ from chaos_command import ROOT, Command, Watch, follow_all
 from chaos_damage import damage, damaged_checkpoints
 from chaos_faults import Fault, faults, skipped
 from chaos_kills import Kill, kills, spread_kills, strike, table
-from chaos_load import under_load
 from tiny_inputs import tiny_config
 from tqdm import tqdm
 
@@ -57,13 +55,11 @@ class Chaos:
         self.config.write_text(config.dump())
         self._unbroken = {}
 
-    def unbroken(
-        self, compare: bool, processes: int, sharded: bool = False
-    ) -> tuple[dict[str, bytes], dict[str, float]]:
+    def unbroken(self, processes: int, sharded: bool = False) -> tuple[dict[str, bytes], dict[str, float]]:
         """Results of an unbroken run and the seconds of its phases; it is run when it is first asked for."""
-        kind = compare, processes, sharded
+        kind = processes, sharded
         if kind not in self._unbroken:
-            command = Command(self.config, self.folder / f"whole-{compare}-{processes}-{sharded}", *kind)
+            command = Command(self.config, self.folder / f"whole-{processes}-{sharded}", *kind)
             # The first is slower: files are read for the first time.
             assert command.finish(self.watch, resume=False) == 0, command.said[-2000:]
             shutil.rmtree(command.folder)
@@ -87,15 +83,14 @@ class Chaos:
 
     def run(self, index: int, case: Kill | Fault) -> str:
         """Breaks a run, takes it up until it ends, and says how; what was not as promised goes into `lost`."""
-        compare = isinstance(case, Kill) and case.compare
-        kind = compare, case.processes, isinstance(case, Kill) and case.sharded
+        kind = case.processes, isinstance(case, Kill) and case.sharded
         whole, seconds = self.unbroken(*kind)
         command = Command(self.config, self.folder / f"case{index}", *kind)
         if isinstance(case, Kill):
             problems = strike(case, command, self.watch, seconds)
             outcome = f"met {', '.join(case.hits)}"
         else:
-            problems = case.examine(case, command, self.watch)
+            problems = case.examine(command, self.watch)
             outcome = case.outcome
         if problems or command.resumable or not command.folder.exists():
             code = command.finish(self.watch, resume=command.resumable)
@@ -119,9 +114,8 @@ class Chaos:
 
     @property
     def checkpoints(self) -> Path:
-        """Those of the unbroken run in one process."""
-        self.unbroken(False, 1)
-        return self.folder / "whole-False-1-False" / "checkpoints"
+        self.unbroken(1)
+        return self.folder / "whole-1-False" / "checkpoints"
 
     def damaged(self, count: int, draw: random.Random) -> tuple[Counter, list[str]]:
         """Resumes the unbroken run from damaged checkpoints: (how often it ended how, what was not as promised)."""
@@ -134,7 +128,7 @@ class Chaos:
             (command.folder / "summary.json").unlink(missing_ok=True)
             kinds = damage(root, draw)
             code = command.finish(self.watch, resume=True)
-            if code == 0 and command.results == self.unbroken(False, 1)[0]:
+            if code == 0 and command.results == self.unbroken(1)[0]:
                 found["ended with the same bytes"] += 1
             elif code == 2 and not command.unlike(code):
                 found["ended in one sentence"] += 1
@@ -153,10 +147,7 @@ def totals(cases: list[Kill | Fault], lost: list[Kill | Fault]) -> str:
         row[2] += case in lost
     kinds["all"] = [sum(column) for column in zip(*kinds.values(), strict=True)]
     lines = ["| fault | tried in one process | in several | survived | lost |", "|---|--:|--:|--:|--:|"]
-    lines += [
-        f"| {kind} | {one} | {several} | {one + several - lost} | {lost} |"
-        for kind, (one, several, lost) in kinds.items()
-    ]
+    lines += [f"| {kind} | {a} | {b} | {a + b - lost} | {lost} |" for kind, (a, b, lost) in kinds.items()]
     return "\n".join(lines)
 
 
@@ -170,13 +161,11 @@ def damages(chaos: Chaos, count: int, draw: random.Random) -> tuple[str, list[st
 
 
 def main() -> int:
-    """Runs the cases and prints, or records, what came out; returns the exit status."""
     sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=90)
     parser.add_argument("--faults", type=float, default=1.0, help="share of the other faults")
     parser.add_argument("--spread", action="store_true", help="kills and signals of several processes instead")
-    parser.add_argument("--load", type=int, default=0, help="only runs beside busy loops, so many")
     parser.add_argument("--damaged", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help=f"also write the result to {RECORD.relative_to(ROOT)}")
@@ -192,10 +181,6 @@ def main() -> int:
     draw, started = random.Random(options.seed), time.perf_counter()
     with TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder))
-        if options.load:
-            text, same = under_load(chaos.watch, chaos.config, chaos.folder, options.load)
-            print(f"{text}\n{time.perf_counter() - started:.0f} s")
-            return 0 if same else 1
         killed = spread_kills(draw) if options.spread else kills(options.kills, draw)
         cases = killed if options.spread else [*killed, *faults(options.faults, draw)]
         for index, case in enumerate(cases):

@@ -30,7 +30,6 @@ from atp.baselines.tuner import LoraTuner  # noqa: E402
 from atp.cli import cli  # noqa: E402
 from atp.export import hf  # noqa: E402
 from atp.run import Run  # noqa: E402
-from atp.studies.compare import Comparison, baseline_run  # noqa: E402
 from atp.training import checkpoint as checkpoints  # noqa: E402
 from atp.training import pruning  # noqa: E402
 from atp.training.pruning import Pruning  # noqa: E402
@@ -42,8 +41,6 @@ PHASES = (
     "open", "saliency", "search", "settle", "refit", "cut", "tune", "checkpoint", "export", "certificate",
     "scoring final", "report",
 )  # fmt: skip
-COMPARE_PHASES = ("choose", "tune", "export", "scoring final")
-NAMES = (*PHASES, "choose")
 CODES = (0, 1, 2, 3, *(128 + getattr(signal, name) for name in SIGNALS[1:]))
 PATIENCE = 20.0  # seconds that one process of a run may take to notice that the other has gone
 LONGEST = 180.0  # seconds of a whole run, of which an unbroken one takes a few
@@ -62,12 +59,12 @@ class Watch:
 
     @property
     def phase(self) -> str:
-        return NAMES[self._memory[0]]
+        return PHASES[self._memory[0]]
 
     @contextmanager
     def inside(self, phase: str):
         outer = self._memory[0]
-        self._memory[0] = NAMES.index(phase)
+        self._memory[0] = PHASES.index(phase)
         if phase in self.strikes:
             self.strikes.pop(phase)()
         try:
@@ -83,7 +80,6 @@ class Watch:
         self._memory = mmap.mmap(-1, 1)
 
     def follow(self, where, name, phase) -> None:
-        """Names the phase while a function runs. phase: a name, or a function of the call's arguments."""
         function = getattr(where, name)
 
         def followed(*arguments, **options):
@@ -95,19 +91,16 @@ class Watch:
 
 def follow_all(watch: Watch) -> None:
     watch.follow(Run, "execute", "between phases")
-    watch.follow(Comparison, "execute", "between phases")
     watch.follow(Run, "_prepare", "loading")
     watch.follow(Run, "_score_once", lambda run, name, *_: f"scoring {name.replace('_', ' ')}")
     watch.follow(Run, "_tune_dense", "dense baseline")
-    watch.follow(LoraTuner, "train", lambda tuner, *_: "tune" if tuner.name == "tune" else "dense baseline")
+    watch.follow(LoraTuner, "train", "dense baseline")
     watch.follow(pruning, "fisher_saliency", "saliency")
     watch.follow(ATPTrainer, "run", lambda self, phase, *_: phase)
     watch.follow(Pruning, "refit", "refit")
     watch.follow(ATPTrainer, "_cut", "cut")
     watch.follow(ATPTrainer, "export", "export")
     watch.follow(checkpoints, "save", "checkpoint")
-    watch.follow(baseline_run, "export_model", "export")
-    watch.follow(baseline_run.BaselineRun, "_choose", "choose")
     watch.follow(hf, "certify_export", "certificate")
     watch.follow(run, "write_report", "report")
 
@@ -157,19 +150,17 @@ class Started:
 
 @dataclass
 class Command:
-    """`atp train` or `atp compare` on the tiny model, into a folder, in one process or in several."""
+    """`atp train` on the tiny model, into a folder, in one process or in several."""
 
     config: Path
     folder: Path
-    compare: bool = False
     processes: int = 1
     sharded: bool = False
     said: str = ""
 
     def start(
-        self, watch: Watch, *, resume: bool, strikes: dict[str, Callable[[], None]] | None = None, victim: int = 0,
-        overrides: tuple[str, ...] = (),
-    ) -> Started:  # fmt: skip
+        self, watch: Watch, *, resume: bool, strikes: dict[str, Callable[[], None]] | None = None, victim: int = 0
+    ) -> Started:
         """Forks the command. strikes: what befalls the process `victim` at the start of which phase."""
         watch.reset()
         with socket.socket() as free:
@@ -184,13 +175,13 @@ class Command:
                 watch.strikes = dict(strikes or {}) if rank == victim else {}
                 if rank:
                     watch.leave()
-                self._become(rank, port, theirs, resume, overrides)
+                self._become(rank, port, theirs, resume)
             os.close(theirs)
             started.children.append(child)
             started.pipes.append(ours)
         return started
 
-    def _become(self, rank: int, port: int, output: int, resume: bool, overrides: tuple[str, ...]) -> None:
+    def _become(self, rank: int, port: int, output: int, resume: bool) -> None:
         """Runs the command in this process, and ends it."""
         code = 70
         try:
@@ -203,12 +194,10 @@ class Command:
                 os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{self.processes}",
                                "LOCAL_WORLD_SIZE": f"{self.processes}", "MASTER_ADDR": "127.0.0.1",
                                "MASTER_PORT": f"{port}"}  # fmt: skip
-            options = ["--methods", "random", "--out", str(self.folder)] if self.compare else []
-            where = [] if self.compare else [f"output_dir={self.folder}"]
+            where = [f"output_dir={self.folder}"]
             if self.sharded:  # the dense baseline is a model of its own, which is refused in shards
                 where += ["training.sharding=fsdp", "evaluation.dense_baseline=false"]
-            command = "compare" if self.compare else "train"
-            sys.argv = ["atp", command, str(self.config), *where, *overrides, *options, *["--resume"] * resume]
+            sys.argv = ["atp", "train", str(self.config), *where, *["--resume"] * resume]
             cli.main()
         except SystemExit as done:
             code = done.code or 0
@@ -226,33 +215,25 @@ class Command:
         self.said = "".join(said)
         return next((code for code in codes if code), 0)
 
-    def finish(self, watch: Watch, *, resume: bool, overrides: tuple[str, ...] = ()) -> int:
-        """Runs the command to its end and returns its exit code."""
-        return self.end(self.start(watch, resume=resume, overrides=overrides))
-
-    @property
-    def run_folder(self) -> Path:
-        return self.folder / "random-seed0" if self.compare else self.folder
+    def finish(self, watch: Watch, *, resume: bool) -> int:
+        return self.end(self.start(watch, resume=resume))
 
     @property
     def results(self) -> dict[str, bytes]:
-        """What the command is for, without the name of its folder, which a comparison's card quotes."""
-        folder = str(self.folder).encode()
-        return {name: content.replace(folder, b"") for name, content in results(self.run_folder).items()}
+        return results(self.folder)
 
     @property
     def resumable(self) -> bool:
         """Before the first file there is nothing to resume, and the command is given again without --resume."""
-        return (self.folder / ("comparison.yaml" if self.compare else "config.yaml")).is_file()
+        return (self.folder / "config.yaml").is_file()
 
     @property
     def sentences(self) -> list[str]:
-        """What the processes ended with."""
         return re.findall(r"^(?:process \d+: )?error: (.*)$", self.said, re.MULTILINE)
 
     @property
     def summary(self) -> dict:
-        return json.loads((self.run_folder / "summary.json").read_text(encoding="utf-8"))
+        return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
 
     def unlike(self, code: int) -> list[str]:
         """What is wrong with how the command ended, if it did not end well: a sentence, and no traceback."""

@@ -23,25 +23,7 @@ def flip(path, draw):
     path.write_bytes(content)
 
 
-def cut_off(path, draw):
-    os.truncate(path, draw.randrange(path.stat().st_size))
-
-
-def grow(path, draw):
-    with path.open("ab") as file:
-        file.write(draw.randbytes(draw.randrange(1, 50)))
-
-
-def remove(path, draw):
-    path.unlink()
-
-
-def remove_all(path, draw):
-    shutil.rmtree(path.parent)
-
-
 def swap(path, draw):
-    """With the same file of another checkpoint."""
     others = [p for p in path.parents[1].glob(f"checkpoint-*/{path.name}") if p != path and p.is_file()]
     if others:
         other = draw.choice(others)
@@ -81,11 +63,14 @@ def dangling(path, draw):
     path.symlink_to("nowhere")
 
 
-def renamed(path, draw):
-    path.parent.rename(path.parent.with_name(f"checkpoint-{draw.randrange(100):08d}x"))
-
-
-DAMAGE = (flip, flip, flip, cut_off, grow, remove, remove_all, swap, odd, odd_value, folder_instead, dangling, renamed)
+SHORT = {
+    "cut off": lambda path, draw: os.truncate(path, draw.randrange(path.stat().st_size)),
+    "growth": lambda path, draw: path.write_bytes(path.read_bytes() + draw.randbytes(draw.randrange(1, 50))),
+    "removal": lambda path, draw: path.unlink(),
+    "removal of all": lambda path, draw: shutil.rmtree(path.parent),
+    "renaming": lambda path, draw: path.parent.rename(f"{path.parent.parent}/checkpoint-{draw.randrange(100):08d}x"),
+}
+DAMAGE = SHORT | {kind.__name__: kind for kind in (flip, swap, odd, odd_value, folder_instead, dangling)}
 
 
 def damage(root, draw: random.Random):
@@ -97,10 +82,10 @@ def damage(root, draw: random.Random):
         done.append("pointer")
     harmed = folders[:1] if draw.random() < 0.7 else draw.sample(folders, draw.randint(1, len(folders)))
     for folder in harmed:
-        path, kind = folder / draw.choice(FILES), draw.choice(DAMAGE)
+        path, kind = folder / draw.choice(FILES), draw.choice([*DAMAGE, "flip", "flip"])
         if path.is_file():
-            kind(path, draw)
-            done.append(f"{kind.__name__} of {path.name}")
+            DAMAGE[kind](path, draw)
+            done.append(f"{kind} of {path.name}")
     return done
 
 

@@ -8,10 +8,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from chaos_command import COMPARE_PHASES, NAMES, PHASES, SIGNALS, Command, Started, Watch, signal
+from chaos_command import PHASES, SIGNALS, Command, Started, Watch, signal
 
 TOO_LATE = "after the end"
-_COMPARE, _SHARDS = "compare: ", ", in shards"
+_SHARDS = ", in shards"
 _SEVERAL = {2: "two processes", 4: "four processes"}
 
 
@@ -22,7 +22,6 @@ class Kill:
     phase: str
     signal: str
     share: float
-    compare: bool = False
     processes: int = 1
     sharded: bool = False
     victim: int = 0
@@ -32,19 +31,18 @@ class Kill:
     def name(self) -> str:
         where = self.phase or f"{self.share:.0%} of the run"
         who = f"process {self.victim}" if self.signal == "SIGKILL" else "all"
-        shards = ", in shards" if self.sharded else ""
-        return f"{self.signal} at {where}" + (f", {who} of {self.processes}{shards}" if self.processes > 1 else "")
+        several = f", {who} of {self.processes}{_SHARDS * self.sharded}" if self.processes > 1 else ""
+        return f"{self.signal} at {where}{several}"
 
 
 def kills(count: int, draw: random.Random) -> list[Kill]:
-    """A kill and a signal in every phase, in one process and in two, some in a comparison, and the rest anywhere."""
+    """A kill and a signal in every phase, in one process and in two, and the rest anywhere."""
     found = []
     signals = [name for name in SIGNALS if name != "SIGKILL"]
     for index, phase in enumerate(PHASES[2:]):
         found += [Kill(phase, name, draw.random()) for name in ("SIGKILL", signals[index % 3])]
         found += [Kill(phase, "SIGKILL", draw.random(), processes=2, victim=index % 2)]
         found += [Kill(phase, signals[(index + 1) % 3], draw.random(), processes=2)]
-    found += [Kill(p, SIGNALS[i], draw.random(), compare=True) for i, p in enumerate(COMPARE_PHASES)]
     found += [Kill("", SIGNALS[i % 4], draw.random()) for i in range(max(8, count - len(found)))]
     return found if count >= len(found) else draw.sample(found, count)
 
@@ -115,8 +113,6 @@ def _unlike(kill: Kill, code: int, command: Command) -> list[str]:
 
 
 def _head(kill: Kill) -> str:
-    if kill.compare:
-        return _COMPARE
     return f"{_SEVERAL[kill.processes]}{_SHARDS * kill.sharded}: " if kill.processes > 1 else ""
 
 
@@ -128,7 +124,7 @@ def table(found: list[Kill]) -> str:
         for phase in kill.hits[1:]:
             met.setdefault(phase, Counter())["SIGKILL"] += 1
     lines = [f"| phase met | {' | '.join(SIGNALS)} |", "|---|" + "--:|" * len(SIGNALS)]
-    heads = ("", *(f"{several}{shards}: " for several in _SEVERAL.values() for shards in ("", _SHARDS)), _COMPARE)
-    for phase in sorted(met, key=[head + name for head in heads for name in (*NAMES, TOO_LATE)].index):
+    heads = ("", *(f"{several}{shards}: " for several in _SEVERAL.values() for shards in ("", _SHARDS)))
+    for phase in sorted(met, key=[head + name for head in heads for name in (*PHASES, TOO_LATE)].index):
         lines.append(f"| {phase} | {' | '.join(str(met[phase][name] or '') for name in SIGNALS)} |")
     return "\n".join(lines)

@@ -17,33 +17,22 @@ Exit status 1 when one does not.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import random
-import sys
-import tempfile
-import traceback
-import warnings
-from collections import Counter
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "atp")]
+import torch
+from fuzz_draws import play
+from transformers import AutoConfig, AutoModelForCausalLM
+from zeroed import zeroed
 
-import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
-from zeroed import zeroed  # noqa: E402
-
-from atp.export.gguf import architecture_of  # noqa: E402
-from atp.families import FAMILIES  # noqa: E402
-from atp.ground.errors import InputError  # noqa: E402
-from atp.models.load import read_model  # noqa: E402
-from atp.models.stock import save_model  # noqa: E402
-from atp.removal.cut import cut_model  # noqa: E402
-from atp.spaces import space_names  # noqa: E402
-from atp.spaces.space import MaskSpace  # noqa: E402
+from atp.export.gguf import architecture_of
+from atp.families import FAMILIES
+from atp.ground.errors import InputError
+from atp.models.load import read_model
+from atp.models.stock import save_model
+from atp.removal.cut import cut_model
+from atp.spaces import space_names
+from atp.spaces.space import MaskSpace
 
 WINDOWS = (2, 3, 6, 40)  # with 1 the cache of transformers itself is wrong where a prompt is padded
 TOLERANCE = 2e-4
@@ -105,12 +94,8 @@ def settings(draw, family):
     if family == "smollm3":
         values["no_rope_layers"] = [draw.choice((0, 1)) for _ in range(layers)]
     if family == "granite":
-        values |= {
-            "residual_multiplier": 0.3,
-            "attention_multiplier": 0.4,
-            "embedding_multiplier": 3.0,
-            "logits_scaling": 0.5,
-        }
+        values |= {"residual_multiplier": 0.3, "attention_multiplier": 0.4}
+        values |= {"embedding_multiplier": 3.0, "logits_scaling": 0.5}
     return values
 
 
@@ -192,10 +177,8 @@ def composed(first, second):
     """The decisions of the whole model that two cuts keep, each a dictionary per layer."""
     if first is None:
         return second
-    return [
-        {name: [before[name][i] for i in positions] for name, positions in after.items()}
-        for before, after in zip(first, second, strict=True)
-    ]
+    layers = zip(first, second, strict=True)
+    return [{n: [before[n][i] for i in positions] for n, positions in after.items()} for before, after in layers]
 
 
 def one_sentence(error):
@@ -258,32 +241,5 @@ def near(found, truth, allowed, what):
     assert error <= max(allowed, 1e-6), f"logits of {what} are off by {error:.2e} of {most:.2e}"
 
 
-def main():
-    """Runs the cases and prints what became of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="this one alone")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    counts = Counter()
-    for number in range(options.cases) if options.case is None else [options.case]:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                outcome = run_case(options.seed, number, Path(folder))
-            except Exception as error:
-                outcome = "FAILED"
-                told = "".join(traceback.format_exception(error, limit=None if options.case is not None else -3))
-                print(f"--seed {options.seed} --case {number}: {told}", flush=True)
-        counts[outcome] += 1
-    print(f"seed {options.seed}: {counts.total()} cases")
-    for outcome, count in sorted(counts.items()):
-        print(f"{count:6} {outcome}")
-    sys.exit(counts["FAILED"] > 0)
-
-
 if __name__ == "__main__":
-    main()
+    play(__doc__, run_case)

@@ -28,7 +28,6 @@ ROWS = {
 
 @functools.cache
 def tokenizer():
-    """Every byte is a token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(["</s>", *alphabet])}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,13 +45,11 @@ def use_data(draw, path):
 
 
 def _odd_rows(draw):
-    """Rows of one shape, some of them odd, as texts of JSON."""
     rows = [rebuilt(draw, row, draw.random() < 0.1) for row in ROWS[draw.choice(list(ROWS))]]
     return [json.dumps(row, ensure_ascii=draw.random() < 0.7) for row in rows]
 
 
 def _odd_text(draw, text):
-    """Bytes of a text of JSON, some of them odd."""
     if draw.random() < 0.6:
         text = scrambled(draw, text, ODD_JSON, draw.randrange(1, 3))
     content = text.encode("utf-8", "surrogatepass")
@@ -60,7 +57,6 @@ def _odd_text(draw, text):
 
 
 def jsonl_case(draw, folder):
-    """A JSONL file."""
     path = folder / f"data{draw.choice(('.jsonl', '.jsonl', '.JSONL'))}"
     path.write_bytes(_odd_text(draw, "\n".join(_odd_rows(draw))))
     use_data(draw, path)
@@ -75,7 +71,6 @@ def json_case(draw, folder):
 
 
 def gzip_case(draw, folder):
-    """A compressed JSONL file: odd rows, or damage."""
     path = folder / "data.jsonl.gz"
     content = gzip.compress(_odd_text(draw, "\n".join(_odd_rows(draw))), mtime=0)
     path.write_bytes(garbled(draw, content, draw.randrange(1, 4)) if draw.random() < 0.6 else content)
@@ -83,7 +78,6 @@ def gzip_case(draw, folder):
 
 
 def folder_case(draw, folder):
-    """A folder of files, of which some may be odd, or no data at all."""
     path = folder / "data"
     path.mkdir()
     for number in range(draw.randrange(4)):
@@ -95,7 +89,6 @@ def folder_case(draw, folder):
 
 
 def csv_case(draw, folder):
-    """A CSV file."""
     path = folder / "data.csv"
     rows = ROWS[draw.choice(("text", "prompt", "premise"))]
     file = io.StringIO()
@@ -128,7 +121,6 @@ def _odd_table(draw):
 
 
 def parquet_case(draw, folder):
-    """A Parquet file: odd types, or damage."""
     path = folder / "data.parquet"
     options = {"compression": draw.choice(("none", "snappy", "gzip", "zstd")), "use_dictionary": draw.random() < 0.5}
     pyarrow.parquet.write_table(_odd_table(draw), path, row_group_size=draw.choice((1, 5, 100)), **options)
@@ -138,7 +130,6 @@ def parquet_case(draw, folder):
 
 
 def arrow_case(draw, folder):
-    """An Arrow file or stream: odd types, or damage."""
     path, table = folder / "data.arrow", _odd_table(draw)
     write = draw.choice((pyarrow.ipc.new_file, pyarrow.ipc.new_stream))
     with write(str(path), table.schema) as writer:

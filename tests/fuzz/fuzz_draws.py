@@ -1,8 +1,22 @@
-"""Odd values, and ways to change good input at random: parts, text and bytes."""
+"""Odd values, ways to change good input at random (parts, text and bytes), and the command of a harness."""
 
+import argparse
+import contextlib
 import json
+import logging
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
 
 import yaml
+from transformers.utils import logging as transformers_logging
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests/atp", "tests/atp/report")]  # for whoever imports this
+from test_report import places  # noqa: E402
 
 ODD_VALUES = [
     None, True, -1, 0, 0.5, 1e308, float("nan"), float("inf"), 10**30, -(10**400), "", " ", "x" * 5000, "\ud800", "\0",
@@ -25,13 +39,6 @@ ODD_JSON = [
 ODD_CSV = [
     '"', '""', ",", "\n", "\r", "\r\n", ";", "\t", "\0", "x" * 200_000, "\ufeff", '"\n', ",,,,", "'", "é", "\x1a",
 ]  # fmt: skip
-
-
-def places(value, path=()):
-    """Paths of everything inside nested dictionaries and lists, the whole among them."""
-    yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(inner, (*path, key))
 
 
 def rebuilt(draw, value, times):
@@ -107,9 +114,38 @@ def as_yaml(draw, values, times):
 
 
 def as_json(draw, values, times):
-    """The same as JSON."""
     text = json.dumps(rebuilt(draw, values, draw.randrange(times)), ensure_ascii=draw.random() < 0.7)
     if draw.random() < 0.4:
         text = scrambled(draw, text, ODD_JSON, draw.randrange(1, 3))
     content = text.encode("utf-8", "surrogatepass")
     return garbled(draw, content, draw.randrange(1, 3)) if draw.random() < 0.15 else content
+
+
+def quiet():
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def play(doc, run_case, around=contextlib.nullcontext):
+    """Runs the cases that the command line asks for, each inside `around()`, and prints what became of them."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, help="this one alone")
+    options = parser.parse_args()
+    quiet()
+    counts = Counter()
+    for number in range(options.cases) if options.case is None else [options.case]:
+        try:
+            with tempfile.TemporaryDirectory() as folder, around():
+                counts[run_case(options.seed, number, Path(folder))] += 1
+        except Exception as error:
+            counts["FAILED"] += 1
+            told = "".join(traceback.format_exception(error, limit=None if options.case is not None else -4))
+            print(f"--seed {options.seed} --case {number}: {told}", flush=True)
+    print(f"seed {options.seed}: {counts.total()} cases")
+    for outcome, count in sorted(counts.items()):
+        print(f"{count:6} {outcome}")
+    sys.exit(counts["FAILED"] > 0)

@@ -11,7 +11,6 @@ when there is one.
 """
 
 import argparse
-import logging
 import os
 import random
 import signal
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -28,9 +26,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as the command line 
 
 
 from fuzz_data import arrow_case, csv_case, folder_case, gzip_case, json_case, jsonl_case, parquet_case
+from fuzz_draws import quiet
 from fuzz_models import gguf_case, index_case, model_config_case, safetensors_case, tokenizer_case
 from fuzz_settings import config_case, experiment_case, override_case, report_case
-from transformers.utils import logging as transformers_logging
 
 from atp.ground.errors import InputError
 
@@ -76,15 +74,12 @@ def _too_slow(*_):
 
 
 def main():
-    """Runs the cases and prints a line a kind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--case", nargs=2, metavar=("KIND", "NUMBER"))
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # as the command line does, and the rest of this
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
+    quiet()
     if options.case:
         with tempfile.TemporaryDirectory() as folder:
             print(run_case(options.case[0], int(options.case[1]), Path(folder)))

@@ -2,13 +2,11 @@
 
 import functools
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from fuzz_draws import ODD_JSON, as_json, garbled, scrambled
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,14 +24,13 @@ WEIGHTS, INDEX, GGUF = "model.safetensors", "model.safetensors.index.json", "mod
 
 @functools.cache
 def folders():
-    """Name -> folder of a whole Llama, of one in two files, and of one cut to unequal layers, each with a tokenizer."""
+    """Name -> folder of a whole Llama, of one in parts, and of one cut to unequal layers, each with a tokenizer."""
     root = Path(tempfile.mkdtemp(prefix="fuzz-models-"))
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=264, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
+    options = {"special_tokens": ["</s>"], "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=264, **options)
     core.train_from_iterator(["some text to learn pairs of letters from"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
     torch.manual_seed(0)
@@ -52,19 +49,9 @@ def folders():
         tokenizer.save_pretrained(root / name)
     shapes = CutConfig.from_whole(config)
     write_gguf(whole, shapes, tokenizer, architecture_of(shapes, "it"), "f32", root / "whole" / GGUF, {"name": "Tiny"})
-    _in_two_files(root / "whole", root / "two")
+    whole.save_pretrained(root / "two", max_shard_size="20KB")
+    tokenizer.save_pretrained(root / "two")
     return {path.name: path for path in root.iterdir()}
-
-
-def _in_two_files(whole, folder):
-    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(WEIGHTS, GGUF))
-    tensors = sorted(load_file(whole / WEIGHTS).items())
-    index = {"metadata": {"total_size": sum(tensor.nbytes for _, tensor in tensors)}, "weight_map": {}}
-    for number, part in enumerate((tensors[::2], tensors[1::2]), start=1):
-        name = f"model-{number:05}-of-00002.safetensors"
-        save_file(dict(part), folder / name, metadata={"format": "pt"})
-        index["weight_map"] |= {key: name for key, _ in part}
-    (folder / INDEX).write_text(json.dumps(index))
 
 
 def use_model(folder, **where):
@@ -97,30 +84,22 @@ def _replace(path, content):
     path.write_bytes(content)
 
 
-def _odd_json(draw, content, times):
-    """Bytes of a JSON text, odd in its values, its text or its bytes."""
-    return as_json(draw, json.loads(content), times)
-
-
 def model_config_case(draw, folder):
-    """config.json, with the widths of layers in it."""
     source, copy = _copied(draw, folder, ("whole", "cut", "cut"))
-    _replace(copy / "config.json", _odd_json(draw, (source / "config.json").read_bytes(), 4))
+    _replace(copy / "config.json", as_json(draw, json.loads((source / "config.json").read_bytes()), 4))
     use_model(copy)
 
 
 def index_case(draw, folder):
-    """The index of weights in two files."""
     source, copy = _copied(draw, folder, ("two",))
-    _replace(copy / INDEX, _odd_json(draw, (source / INDEX).read_bytes(), 4))
+    _replace(copy / INDEX, as_json(draw, json.loads((source / INDEX).read_bytes()), 4))
     use_model(copy)
 
 
 def tokenizer_case(draw, folder):
-    """tokenizer.json or tokenizer_config.json."""
     source, copy = _copied(draw, folder, ("whole",))
     name = draw.choice(("tokenizer.json", "tokenizer_config.json"))
-    _replace(copy / name, _odd_json(draw, (source / name).read_bytes(), 4))
+    _replace(copy / name, as_json(draw, json.loads((source / name).read_bytes()), 4))
     load_tokenizer(ModelConfig(path=str(copy)))
 
 
@@ -135,17 +114,13 @@ def safetensors_case(draw, folder):
         content = told.to_bytes(8, "little") + text + content[size:]
     else:
         place = draw.choice((0, 8, size))
-        content = (
-            content[:place]
-            + garbled(draw, content[place : place + 400], draw.randrange(1, 5))
-            + (content[place + 400 :] if draw.random() < 0.8 else b"")
-        )
+        rest = content[place + 400 :] if draw.random() < 0.8 else b""
+        content = content[:place] + garbled(draw, content[place : place + 400], draw.randrange(1, 5)) + rest
     _replace(copy / WEIGHTS, content)
     use_model(copy)
 
 
 def gguf_case(draw, folder):
-    """A GGUF file, mostly its header."""
     source, copy = _copied(draw, folder, ("whole",))
     content = (source / GGUF).read_bytes()
     place = draw.choice((0, 0, 24, draw.randrange(len(content))))

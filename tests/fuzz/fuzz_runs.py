@@ -1,10 +1,10 @@
 """Draw settings that a config may have, run them on a tiny model, and see that nothing but a sentence stops them.
 
-    python tests/fuzz/fuzz_runs.py                   cases 0 to 39
-    python tests/fuzz/fuzz_runs.py --cases 200       more of them
-    python tests/fuzz/fuzz_runs.py --case 17         one case, with its settings and its traceback
+    python tests/fuzz/fuzz_runs.py                          cases 0 to 39
+    python tests/fuzz/fuzz_runs.py --cases 200 --seed 3     others
+    python tests/fuzz/fuzz_runs.py --seed 3 --case 17       one case, with its settings and its traceback
 
-A case is a function of its number alone. What holds in each:
+A case is a function of seed and number. What holds in each:
 
 * `atp plan` refuses what `atp train` refuses before its first step, in one sentence, and nothing else.
 * A run ends, though on a model this small it may miss a promise, and its report and its line in `atp runs` are written.
@@ -16,39 +16,27 @@ Exit status 1 when one does not.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
-import logging
 import random
-import sys
-import tempfile
-import time
-import traceback
-import warnings
-from collections import Counter
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "atp")]
+import pytest
+from fuzz_draws import play
+from tiny_command import results, start, stopping_at
+from tiny_inputs import tiny_config
 
-import pytest  # noqa: E402
-from tiny_command import results, start, stopping_at  # noqa: E402
-from tiny_inputs import tiny_config  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
-
-from atp.baselines.methods import BASELINES  # noqa: E402
-from atp.config import ATPConfig  # noqa: E402
-from atp.ground.errors import InputError, NotReached  # noqa: E402
-from atp.ground.listing import runs_below  # noqa: E402
-from atp.inputs.checks import check_reachable  # noqa: E402
-from atp.plan import make_plan  # noqa: E402
-from atp.report import write_report  # noqa: E402
-from atp.studies.compare import Comparison  # noqa: E402
-from atp.studies.sweep import Sweep  # noqa: E402
-from atp.studies.sweep.units import UNITS  # noqa: E402
-from atp.training.loop import Loop  # noqa: E402
+from atp.baselines.methods import BASELINES
+from atp.config import ATPConfig
+from atp.ground.errors import InputError, NotReached
+from atp.ground.listing import runs_below
+from atp.inputs.checks import check_reachable
+from atp.plan import make_plan
+from atp.report import write_report
+from atp.studies.compare import Comparison
+from atp.studies.sweep import Sweep
+from atp.studies.sweep.units import UNITS
+from atp.training.loop import Loop
 
 MODELS = [
     {}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"attention_bias": True, "mlp_bias": True},
@@ -109,9 +97,9 @@ def sentence_or(work):
         return None
 
 
-def run_case(number, folder):
+def run_case(seed, number, folder):
     """`refused` or the last thing that the case did; raises what no settings may raise."""
-    draw = random.Random(f"runs {number}")
+    draw = random.Random(f"runs {1000 * seed + number}")
     inputs = folder / "inputs"
     inputs.mkdir()
     values, drawn = settings(draw, inputs)
@@ -135,7 +123,6 @@ def run_case(number, folder):
 
 @contextlib.contextmanager
 def told(drawn):
-    """Says with an error what the settings were."""
     try:
         yield
     except BaseException as error:
@@ -152,7 +139,6 @@ def stopped(config, folder, checkpoints):
 
 
 def swept(config, whole, folder):
-    """A sweep of two targets, of which one is the run's own."""
     target = config.decisions.target_keep
     targets = [one for unit in UNITS if unit.option == "keep" for one in unit.parse(f"0.75,{target}")]
     sentence_or(Sweep(config, targets, folder / "swept", resume=False, command="atp train").execute)
@@ -173,32 +159,13 @@ def widen_budget(patch):
     patch.setattr(check_reachable, "__defaults__", (0.05,))
 
 
-def main():
-    """Runs the cases and prints what became of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=40)
-    parser.add_argument("--case", type=int, help="this one alone")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")  # as the command line does, and the rest of this
-    logging.disable(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    counts = Counter()
-    for number in range(options.cases) if options.case is None else [options.case]:
-        begun = time.process_time()
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            widen_budget(patch)
-            try:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    outcome = run_case(number, Path(folder))
-            except Exception as error:
-                outcome = "FAILED"
-                print(f"--case {number}: {''.join(traceback.format_exception(error, limit=-4))}", flush=True)
-        counts[outcome] += 1
-        print(f"{number}: {outcome}, {time.process_time() - begun:.0f} s of work", flush=True)
-    print(f"{counts.total()} cases: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
-    sys.exit(counts["FAILED"] > 0)
+@contextlib.contextmanager
+def silently():
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        widen_budget(patch)
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
 
 
 if __name__ == "__main__":
-    main()
+    play(__doc__, run_case, silently)

@@ -5,6 +5,7 @@ import json
 
 import yaml
 from fuzz_draws import GOOD_VALUES, ODD_JSON, ODD_KEYS, ODD_VALUES, ODD_YAML, as_json, as_yaml, rebuilt, scrambled
+from test_report import CERTIFICATE, DECISIONS, SUMMARY, metrics
 from transformers import LlamaConfig
 
 from atp.config import ATPConfig
@@ -33,32 +34,17 @@ EXPERIMENT = {
 }  # fmt: skip
 SCORES = {
     name: {"perplexity": 20.5, "perplexity_interval": [19.0, 22.0], "size": {"params": 1000, "megabytes": 4.0},
-           "speed": {"prefill_tokens_per_second": 10.5, "decode_tokens_per_second": 2.0},
+           "speed": SUMMARY["speed"]["final"],
            "tasks": {"qa": {"accuracy": 0.5, "macro_f1": 0.4, "macro_f1_interval": [0.3, 0.5]}}}
     for name in ("original", "tuned_dense", "final")
 }  # fmt: skip
-MAJORITY = {"qa": {"label": "yes", "of": "train", "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "macro_f1": 0.3}}
+RECORDED = {"recorded_dense": {"command": "atp demo", "perplexity": 16.5, "tasks": {"pubmedqa": {"accuracy": 0.5}}}}
 RUN = {
-    "summary.json": {
-        "target_keep": 0.6, "keep_decoder": 0.6, "keep_total": 0.7, "params_before": 1000, "params_after": 700,
-        "perplexity": {name: 20.5 for name in SCORES}, "perplexity_interval": {name: [19.0, 22.0] for name in SCORES},
-        "tasks": ["qa"], "qa": {name: scores["tasks"]["qa"] for name, scores in SCORES.items()},
-        "relative_performance": 0.9, "relative_performance_interval": [0.8, 1.0],
-        "not_measurable": {"qa accuracy": "it is low"}, "majority": MAJORITY,
-        "recorded_dense": {"command": "atp demo", "perplexity": 16.5, "tasks": {"qa": {"accuracy": 0.5}}},
-        "answers": {"prompt": "is it?", "truth": "yes", "models": {"original": "no", "final": "yes"}, "chosen": "So."},
-        "speed": {name: SCORES[name]["speed"] for name in ("original", "final")},
-        "megabytes": {"original": 4.0, "final": 3.0}, "train_tokens_per_second": {"search": 5.0, "tune": 6.0},
-        "seconds": {"search": 1.0, "tune": 2.0, "total": 4.0}, "seed": 7, "versions": {"torch": "2"}, "command": "atp",
-        "data": {"train": "0a1b", "description": "texts"},
-    },
-    "evaluation.json": SCORES | {"majority": MAJORITY},
-    "certificate.json": {"masked_vs_cut": 2e-6, "cut_vs_reloaded": 0.0, "removed_lora_norm": 0.0, "dtype": "float32"},
-    "decisions.json": {
-        "space": "head_dim", "sizes": {"qk": 4, "mlp": 6},
-        "layers": [{"qk": [0, 1], "mlp": [2, 3, 4]}, {"qk": [3], "mlp": [0, 5]}],
-    },
-}  # fmt: skip
+    "summary.json": SUMMARY | RECORDED | {"not_measurable": {"pubmedqa accuracy": "it is low"}},
+    "evaluation.json": SCORES | {"majority": SUMMARY["majority"]},
+    "certificate.json": CERTIFICATE,
+    "decisions.json": DECISIONS,
+}
 SHAPES = LlamaConfig(
     hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512,
@@ -75,14 +61,12 @@ def use_config(config):
 
 
 def config_case(draw, folder):
-    """A YAML file."""
     path = folder / "config.yaml"
     path.write_bytes(as_yaml(draw, CONFIG, 3))
     use_config(ATPConfig.load(path))
 
 
 def override_case(draw, folder):
-    """Overrides of a good file."""
     keys = [f"{section}.{key}" for section, values in CONFIG.items() if isinstance(values, dict) for key in values]
     overrides = []
     for _ in range(draw.choice((1, 1, 2, 4))):
@@ -95,7 +79,6 @@ def override_case(draw, folder):
 
 
 def experiment_case(draw, folder):
-    """An experiment's file and the config beside it."""
     path = folder / "which.yaml"
     path.write_bytes(as_yaml(draw, EXPERIMENT, 3))
     base = {key: value for key, value in CONFIG.items() if key != "output_dir"}
@@ -109,17 +92,11 @@ def experiment_case(draw, folder):
 
 
 def report_case(draw, folder):
-    """The records of a run."""
     for name, content in RUN.items():
         if draw.random() < 0.9:
             damaged = as_json(draw, content, 4) if draw.random() < 0.5 else json.dumps(content).encode()
             (folder / name).write_bytes(damaged)
-    records = [
-        {"step": step, "phase": ("search", "settle", "tune")[step // 4], "loss": 3.0, "keep": 0.6, "target_keep": 0.6,
-         "changed": 0.1, "lasso": 1.0, "tokens_per_second": 5.0, "decision_loss": 3.0}
-        for step in range(12)
-    ]  # fmt: skip
-    lines = [json.dumps(rebuilt(draw, record, draw.random() < 0.2)) for record in records]
+    lines = [json.dumps(rebuilt(draw, record, draw.random() < 0.2)) for record in list(metrics())[::5]]
     text = "\n".join(lines)
     text = scrambled(draw, text, ODD_JSON, draw.randrange(3)) if draw.random() < 0.5 else text
     (folder / "metrics.jsonl").write_bytes(text.encode("utf-8", "replace"))

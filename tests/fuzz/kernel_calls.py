@@ -18,8 +18,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Draw:
-    """Random operands that fit."""
-
     def __init__(self, draw: random.Random, backend: str | None) -> None:
         self.draw, self.generator = draw, torch.Generator().manual_seed(draw.randrange(2**31))
         few = draw.random() < 0.5 or backend == "triton"
@@ -36,7 +34,6 @@ class Draw:
         return max(least, self.draw.choice(self.sizes))
 
     def leading(self) -> list[int]:
-        """Dimensions of x but the last."""
         shape = [self.draw.choice(ROWS)]
         if self.chance(0.3):
             shape = self.draw.choice(([], [*shape, 1], [2, shape[0]], [1, 3, 2]))
@@ -78,9 +75,8 @@ class Draw:
         kind = self.draw.choice(("none", "hard", "hard", "soft"))
         if kind == "soft":
             dtype = self.draw.choice((torch.float32, self.dtype, torch.float64))
-            return (
-                self.laid(torch.rand(size, generator=self.generator).to(dtype)).detach().requires_grad_(self.chance())
-            )
+            values = self.laid(torch.rand(size, generator=self.generator).to(dtype))
+            return values.detach().requires_grad_(self.chance())
         return None if kind == "none" else self.flags(size)
 
     def scaling(self) -> float:
@@ -91,7 +87,6 @@ class Draw:
         return self.dtype if self.chance(0.7) else self.draw.choice(DTYPES)
 
     def dropout(self) -> tuple[float, Any]:
-        """(p, seed)."""
         p = self.draw.choice((0.0, 0.0, 0.0, 0.25, 0.1, 0.9))
         seed = self.draw.choice((0, 7, -1, 2**63 - 1, -(2**63)))
         return p, self.draw.choice((seed, torch.tensor(seed)))
@@ -143,7 +138,6 @@ class Call:
         return max(self.dtype, value.dtype, key=lambda dtype: torch.finfo(dtype).eps)
 
     def upstream(self, name: str, value: Tensor) -> Tensor:
-        """The gradient of a result, drawn once."""
         if name not in self.grads:
             grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(value.numel())).to(value.dtype)
             # As often as not it comes from a transposition.

@@ -28,16 +28,6 @@ def test_broken_input_is_one_short_sentence(kind, tmp_path):
     assert outcomes <= {"accepted", "refused"} and (kind == "report" or "refused" in outcomes)
 
 
-@pytest.mark.parametrize("kind", ["config", "jsonl", "parquet"])
-def test_a_case_is_a_function_of_its_number(kind, tmp_path):
-    seen = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        fuzz_inputs.run_case(kind, 3, tmp_path / name)
-        seen.append([path.read_bytes() for path in sorted((tmp_path / name).iterdir())])
-    assert seen[0] == seen[1] and seen[0]
-
-
 @pytest.mark.parametrize("error", [KeyError("x"), RecursionError(), InputError("x" * 5000), InputError("")])
 def test_the_harness_notices_tracebacks_and_long_messages(error, tmp_path, monkeypatch):
     monkeypatch.setitem(fuzz_inputs.CASES, "config", (broken_by(error), 1))

@@ -1,27 +1,14 @@
 """A tiny random Llama in float64 with norms that are not one, calibration windows, and a config to go with them."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from zeroed import VOCAB, stock_model
 
 from atp.config import ATPConfig
 from atp.data import PackedDataset
 
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 4, 2, 8, 32, 40, 61
-
 
 def model(layers=2, dtype=torch.float64, **overrides):
-    torch.manual_seed(0)
-    values = {
-        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
-        "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
-    }  # fmt: skip
-    llama = LlamaForCausalLM(LlamaConfig(**values | overrides))
-    with torch.no_grad():
-        for name, parameter in llama.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return llama.to(dtype).eval()
+    return stock_model(dtype=dtype, num_hidden_layers=layers, **overrides)
 
 
 def windows(count=6, length=16, seed=1):

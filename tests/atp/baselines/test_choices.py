@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from small_llama import HEAD_DIM, HEADS, INNER, KV_HEADS, config, model, windows
+from small_llama import config, model, windows
 from torch.nn import functional as F
+from zeroed import HEAD_DIM, HEADS, INNER, KV_HEADS
 
 from atp.baselines.calibration import calibration_batches, choice_samples
 from atp.baselines.llm_pruner import taylor_mask, taylor_scores, unprotected_layers
@@ -101,13 +102,19 @@ def test_llm_pruner_score_is_weight_times_gradient_summed_by_hand(order):
     torch.testing.assert_close(taylor_scores(llama, space, batches(), order), expected, rtol=1e-5, atol=0)
 
 
-def test_magnitude_is_the_joint_norm_of_the_group():
+def test_magnitude_is_the_joint_norm_of_the_group_and_removes_what_is_small():
     llama = model()
     space = MaskSpace.from_config(llama.config, "kv_group")
     expected = scores_by_hand(
         space, lambda i: {n: llama.get_parameter(f"model.layers.{i}.{n}.weight").detach() ** 2 for n in space.modules}
     )
     torch.testing.assert_close(magnitude_scores(llama, space), expected)
+    with torch.no_grad():
+        for linear in ("gate_proj", "up_proj"):
+            llama.model.layers[1].mlp.get_submodule(linear).weight[7] *= 1e-3
+        llama.model.layers[1].mlp.down_proj.weight[:, 7] *= 1e-3
+    mask = magnitude_mask(llama, space, windows(), config(decisions={"target_keep": 0.95}))
+    assert not mask[space.structures[3].start + 7]
 
 
 def test_wanda_sp_is_weight_times_input_norm_by_hand():
@@ -128,9 +135,7 @@ def test_wanda_sp_is_weight_times_input_norm_by_hand():
         hook.remove()
 
     def importance(layer):
-        found = {
-            name: torch.zeros(linear.out_features, linear.in_features) for name, linear in space.linears[layer].items()
-        }
+        found = {n: torch.zeros(each.out_features, each.in_features) for n, each in space.linears[layer].items()}
         for name in consumers:
             norm = torch.cat([x.flatten(0, 1) for x in seen[layer, name]]).norm(dim=0)
             found[name] = llama.get_parameter(f"model.layers.{layer}.{name}.weight").detach().abs() * norm
@@ -144,10 +149,8 @@ def test_samples_that_share_a_row_do_not_see_each_other():
     space = MaskSpace.from_config(llama.config, "kv_group")
     together = PackedDataset(ids, ids.clone(), torch.arange(8).repeat(2).expand_as(ids))
     apart = PackedDataset(ids.view(-1, 8), ids.view(-1, 8).clone())
-    scores = [
-        wanda_scores(llama, space, calibration_batches(data, config(), CPU, count=len(data)))
-        for data in (together, apart)
-    ]
+    read = (calibration_batches(data, config(), CPU, count=len(data)) for data in (together, apart))
+    scores = [wanda_scores(llama, space, batches) for batches in read]
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-6, atol=0)
 
 
@@ -270,7 +273,7 @@ def test_uniform_mask_keeps_the_best_of_each_structure_in_equal_numbers():
         assert kept.all() or values[kept].min() > values[~kept].max()
 
 
-def test_llm_pruner_protects_first_and_last_layers():
+def test_llm_pruner_protects_first_and_last_layers_and_refuses_what_the_others_cannot_meet():
     assert unprotected_layers(32) == range(4, 30)
     assert unprotected_layers(16) == range(2, 15)
     llama = model(layers=16, dtype=torch.float32)
@@ -278,23 +281,9 @@ def test_llm_pruner_protects_first_and_last_layers():
     counts = space.describe(taylor_mask(llama, space, windows(), config()))
     assert counts["mlp"][:2] == [INNER] * 2 and counts["mlp"][-1] == INNER
     assert max(counts["mlp"][2:-1]) < INNER and max(counts["kv_group"][2:-1]) <= 1
-
-
-def test_a_budget_that_the_free_layers_cannot_meet_is_refused():
     space = MaskSpace.from_config(model(layers=4).config, "kv_group")
     with pytest.raises(InputError, match="only 1 of 4 layers may be pruned"):
         uniform_mask(torch.rand(space.size), 0.5, Budget(space), {}, layers=range(2, 3))
-
-
-def test_magnitude_removes_what_is_small():
-    llama = model()
-    space = MaskSpace.from_config(llama.config, "kv_group")
-    with torch.no_grad():
-        for linear in ("gate_proj", "up_proj"):
-            llama.model.layers[1].mlp.get_submodule(linear).weight[7] *= 1e-3
-        llama.model.layers[1].mlp.down_proj.weight[:, 7] *= 1e-3
-    mask = magnitude_mask(llama, space, windows(), config(decisions={"target_keep": 0.95}))
-    assert not mask[space.structures[3].start + 7]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from small_llama import HIDDEN, VOCAB, config, model, windows
+from small_llama import config, model, windows
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from zeroed import HIDDEN, VOCAB
 
 import atp  # noqa: F401  registers the class
 from atp.baselines.calibration import calibration_batches
@@ -46,9 +47,8 @@ def test_without_slicing_logits_stay(overrides):
     llama = model(**overrides)
     sliced = slice_model(llama, orthonormal(bases_of(llama, HIDDEN)))
     assert sliced.config.hidden_size == HIDDEN
-    torch.testing.assert_close(
-        in_float64(sliced)(tokens()).logits, in_float64(llama)(tokens()).logits, rtol=1e-9, atol=1e-9
-    )
+    found, expected = (in_float64(each)(tokens()).logits for each in (sliced, llama))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

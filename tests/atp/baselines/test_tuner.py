@@ -1,4 +1,4 @@
-"""Tuning of what a baseline leaves: the adapter alone learns, on ATP's samples, and a broken run ends the same."""
+"""Tuning of what a baseline leaves, and `disp_llm` as `atp compare` runs it in its own space."""
 
 import json
 import signal
@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_llama import config, model, windows
 from tiny_callbacks import StopAt
+from transformers import AutoModelForCausalLM
 
 from atp.baselines.methods import BASELINES
 from atp.baselines.tuner import LoraTuner
@@ -14,6 +15,9 @@ from atp.data import PackedDataset
 from atp.ground.errors import InputError, Interrupted
 from atp.lora.layer import add_lora
 from atp.spaces.space import MaskSpace
+from atp.studies.compare.arms import Arm
+from atp.studies.compare.baseline_run import BaselineRun
+from atp.studies.compare.members import Members
 from atp.training import checkpoint as checkpoints
 from atp.training.trainer import ATPTrainer
 
@@ -36,10 +40,9 @@ def trained(tuner):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken")
-    tuner = make(folder)
+    tuner = make(tmp_path_factory.mktemp("unbroken"))
     tuner.train()
-    return tuner, folder
+    return trained(tuner)
 
 
 @pytest.mark.parametrize("method", ["random", "slicegpt", "dense_lora"])
@@ -63,35 +66,42 @@ def test_reads_the_samples_that_atp_reads(tmp_path):
     assert tuner.clock.tokens == {"tune": STEPS * 2 * 16}
 
 
-def continue_from(folder, step, target, **training):
-    """The tuner that goes on to its end from a checkpoint of a finished run."""
-    saved = checkpoints.load(folder / "checkpoints" / f"checkpoint-{step:08d}")
-    saved.meta["config"]["output_dir"] = str(target)
-    checkpoints.save(target / "checkpoints", saved, keep=1)
-    resumed = make(target, **training)
-    resumed.train(resume=True)
-    return resumed
-
-
-@pytest.mark.parametrize("step", [1, STEPS])
-def test_resume_is_bit_exact(unbroken, tmp_path, step):
-    tuner, folder = unbroken
-    resumed = continue_from(folder, step, tmp_path)
-    assert all(torch.equal(tensor, trained(tuner)[name]) for name, tensor in trained(resumed).items())
-
-
-def test_signal_writes_a_checkpoint_and_resume_ends_the_same(unbroken, tmp_path):
-    tuner, _ = unbroken
+def test_a_signal_writes_a_checkpoint_and_resume_ends_the_same(unbroken, tmp_path):
     with pytest.raises(Interrupted):
         make(tmp_path, callbacks=[StopAt(3, signal.SIGTERM)]).train()
     assert checkpoints.load(checkpoints.newest(tmp_path / "checkpoints")).step == 3
-    resumed = make(tmp_path)
-    resumed.train(resume=True)
-    assert all(torch.equal(tensor, trained(tuner)[name]) for name, tensor in trained(resumed).items())
+    with pytest.raises(InputError, match=r"training\.lr"):
+        make(tmp_path, lr=0.5).train(resume=True)
+    for _ in range(2):  # and again when it has ended
+        resumed = make(tmp_path)
+        resumed.train(resume=True)
+        assert all(torch.equal(tensor, unbroken[name]) for name, tensor in trained(resumed).items())
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_resume_refuses_a_changed_config(unbroken, tmp_path):
-    with pytest.raises(InputError, match=r"training\.lr"):
-        continue_from(unbroken[1], 2, tmp_path, lr=0.5)
+def test_a_whole_run_in_its_own_space(config, tmp_path):
+    values = config.model_dump(mode="json") | {"output_dir": str(tmp_path), "export": {"keep_adapter": True}}
+    assert values["decisions"]["space"] == "kv_group"
+    run = BaselineRun("disp_llm", type(config).parse(values), resume=False, command="atp", say=lambda text: None)
+    summary = run.execute()
+    decisions = json.loads((tmp_path / "decisions.json").read_text())
+    assert decisions["space"] == "disp" and decisions["sizes"]["attention_inputs"] == 32
+    assert summary["certificate"]["cut_vs_reloaded"] < 1e-5 and summary["certificate"]["merge_error"] <= 1.0
+    for part in ("model", "base"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / part, dtype=torch.float32)
+        shapes = [layer.self_attn.q_proj.in_features for layer in loaded.model.layers]
+        assert shapes == [len(layer["attention_inputs"]) for layer in decisions["layers"]]
+    assert sum(shapes) < 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.search=0", "disp_llm learns its masks in training.search steps, which are 0"),
+        ("decisions.uniform=true", "disp_llm cuts in space disp, without equal layers: leave out decisions.uniform"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_any_run(config, tmp_path, override, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Members(config, tmp_path, command="").check([Arm("static"), Arm("disp_llm", (override,))], [0])

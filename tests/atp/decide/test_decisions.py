@@ -1,4 +1,4 @@
-"""The decision step: schedule, budgets, freeze and the generator's loss."""
+"""Decisions that are learned and those by saliency: schedule, budgets, freeze, losses, running means and margins."""
 
 import math
 
@@ -9,6 +9,8 @@ from transformers import LlamaConfig
 from atp.config import DecisionsConfig
 from atp.decide.budget import Budget
 from atp.decide.maker import DecisionMaker, frozen
+from atp.decide.saliency import saliency_logits
+from atp.decide.scored import ScoredDecisions
 from atp.spaces.space import MaskSpace
 
 SPACE = MaskSpace.from_config(
@@ -37,10 +39,7 @@ def test_exact_target_falls_on_a_cubic_and_stays():
     assert decisions.target_at(10) == decisions.target_at(STEPS) == 0.6
     targets = [decisions.target_at(step) for step in range(STEPS)]
     assert targets == sorted(targets, reverse=True)
-
-
-def test_reach_zero_and_penalty_ask_for_the_target_at_once():
-    assert maker(target_keep=0.7, reach=0.0).target_at(1) == 0.7
+    assert maker(target_keep=0.7, reach=0.0).target_at(1) == 0.7, "at once"
     assert maker(target_keep=0.7, budget="penalty").target_at(0) == 0.7
 
 
@@ -130,17 +129,14 @@ def test_late_search_learns_at_a_fifth():
     assert rates == pytest.approx([1e-2, 1e-2, 2e-3, 2e-3])
 
 
-def test_non_finite_gradients_are_not_applied():
+def test_gradients_are_clipped_and_not_applied_where_they_are_not_finite():
     decisions = maker()
     before = {n: p.detach().clone() for n, p in decisions.generator.named_parameters()}
     outcome = decisions.update(0, lambda soft: soft.sum() * float("nan"))
     assert not outcome.applied
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in decisions.generator.named_parameters())
     assert decisions.update(1, lambda soft: soft.sum()).applied
-
-
-def test_gradient_is_clipped():
-    """AdamW's first moment after one step is 0.1 times the clipped gradient."""
+    # AdamW's first moment after one step is 0.1 times the clipped gradient.
     decisions = maker(clip=0.5)
     decisions.update(0, lambda soft: 1e4 * soft.sum())
     squares = sum(float(s["exp_avg"].square().sum()) for s in decisions.optimizer.state.values())
@@ -165,3 +161,75 @@ def test_frozen_gives_back_what_trained_before():
         assert not layer.weight.requires_grad
         raise KeyError
     assert layer.weight.requires_grad and not layer.bias.requires_grad
+
+
+def make(**config):
+    settings = {"source": "running", "margin": 0.0, "multiples": {}} | config
+    return ScoredDecisions(SPACE, DecisionsConfig(**settings), search_steps=4)
+
+
+def gradients(count, seed=0):
+    return torch.randn(count, SPACE.size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_running_saliency_is_the_decayed_mean_of_squares():
+    decisions = make(decay=0.8)
+    for gradient in gradients(5):
+        decisions.observe(gradient.square())
+    weights = torch.tensor([0.2 * 0.8 ** (4 - i) for i in range(5)], dtype=torch.float64)
+    torch.testing.assert_close(decisions.saliency.double(), weights @ gradients(5).double().square())
+    assert torch.equal(decisions.logits(), saliency_logits(decisions.saliency, Budget(SPACE), decisions.config))
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
+def test_the_saliency_is_divided_by_a_power_of_the_parameters_saved(exponent):
+    saliency, cost = gradients(1)[0].double().square(), Budget(SPACE).cost().double()
+    logits = saliency_logits(saliency, Budget(SPACE), DecisionsConfig(cost_exponent=exponent, saliency_scale=2.0))
+    scores = saliency.log() - exponent * cost.log()
+    torch.testing.assert_close(logits.double(), 2 * (scores - scores.mean()) / scores.std())
+
+
+def test_a_removed_decision_keeps_its_score():
+    decisions = make()
+    first, second = gradients(2)
+    decisions.observe(first.square())
+    removed = decisions.refresh(3).logical_not()
+    before = decisions.saliency.clone()
+    decisions.observe(second.square())
+    assert removed.any() and torch.equal(decisions.saliency[removed], before[removed])
+    assert (decisions.saliency != before)[~removed].all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    decisions = make()
+    good, spoiled = gradients(2)
+    spoiled[7] = bad
+    decisions.observe(good.square())
+    before = decisions.saliency.clone()
+    decisions.observe(spoiled.square())
+    assert torch.equal(decisions.saliency, before)
+
+
+def test_a_margin_holds_close_calls_and_no_others():
+    flips = {}
+    for margin in (0.0, 0.3, 100.0):
+        decisions = make(decay=0.0, margin=margin)
+        scores = gradients(1).squeeze(0)
+        decisions.observe(scores.square())
+        decisions.refresh(3)
+        decisions.saliency = (scores * torch.exp(0.2 * gradients(1, seed=1).squeeze(0))).square()
+        decisions.refresh(3)
+        flips[margin] = float(decisions.changed)
+    assert flips[0.0] > flips[0.3] > 0 and flips[100.0] == 0
+
+
+def test_measured_decisions_follow_the_cubic_and_end_on_budget():
+    decisions = make(source="tuned", reach=1.0)
+    decisions.saliency = gradients(1).squeeze(0).square()
+    shares = [decisions.budget.share(decisions.refresh(step)) for step in range(4)]
+    assert shares == sorted(shares, reverse=True)
+    for step, share in enumerate(shares):
+        expected = 0.6 + 0.4 * (1 - (step + 1) / 4) ** 3
+        assert expected - 0.02 < share <= expected
+    assert abs(decisions.budget.share(decisions.freeze()) - 0.6) < 0.01 and decisions.frozen

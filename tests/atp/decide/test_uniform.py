@@ -1,12 +1,14 @@
 """Decisions with equal counts in all layers: from thresholds, from the fit, and in every source of decisions."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_spaces import larger
+from tiny_spaces import random_logits as logits_of
 
 from atp.config import ATPConfig, DecisionsConfig
 from atp.decide.budget import Budget
@@ -20,10 +22,7 @@ from atp.spaces.space import MaskSpace
 
 SPACE = MaskSpace.from_config(larger(), "kv_group")
 BUDGET = Budget(SPACE)
-
-
-def random_logits(seed=0, scale=1.0):
-    return scale * torch.randn(SPACE.size, generator=torch.Generator().manual_seed(seed))
+random_logits = partial(logits_of, BUDGET)
 
 
 def counts(mask):
@@ -70,16 +69,16 @@ def test_the_fit_is_equal_near_the_budget_and_takes_the_largest_logits(seed, tar
         assert not len(removed) or kept.min() > removed.max()
 
 
-def test_the_fit_trades_heads_for_channels_by_their_logits():
-    """Where heads matter they stay, and the MLP pays; and the other way round."""
+def test_the_fit_trades_heads_for_channels_by_their_logits_and_takes_the_nearest_share():
     heads = torch.cat([torch.full((s.size,), float(s.name == "kv_group")) for s in SPACE.structures])
     noise = 0.01 * random_logits()
     assert counts(fit_equal(10 * heads + noise, 0.6, BUDGET, {}))["kv_group"] == {3}
     assert counts(fit_equal(-10 * heads + noise, 0.6, BUDGET, {}))["kv_group"] == {1}
+    low = fit_equal(random_logits(), 0.01, BUDGET, {"mlp": 128})
+    assert counts(low) == {"kv_group": {1}, "mlp": {128}}
 
 
 def test_the_fit_is_the_best_of_all_counts_near_the_budget():
-    """By brute force over all pairs of counts."""
     multiples, target = {"mlp": 32}, 0.5
     logits = random_logits(5)
     (heads,), (width,) = (counts(fit_equal(logits, target, BUDGET, multiples))[name] for name in ("kv_group", "mlp"))
@@ -97,11 +96,6 @@ def test_the_fit_is_the_best_of_all_counts_near_the_budget():
         for pair in near
     }
     assert worth[heads, width] == pytest.approx(max(worth.values()))
-
-
-def test_a_target_that_no_equal_layers_reach_gets_the_nearest():
-    low = fit_equal(random_logits(), 0.01, BUDGET, {"mlp": 128})
-    assert counts(low) == {"kv_group": {1}, "mlp": {128}}
 
 
 @pytest.mark.parametrize("source", ["tuned", "running", "learned"])

@@ -19,7 +19,5 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def examples():
     prompts = ["the cat sat on the mat . is it ? Answer :", "it is the cat ? Answer :", "on the mat ? Answer :"] * 3
-    return [
-        Example(str(n), "the " * n + prompt, f" {label}", label, "qa")
-        for n, (prompt, label) in enumerate(zip(prompts, LABELS * 3, strict=True))
-    ]
+    pairs = enumerate(zip(prompts, LABELS * 3, strict=True))
+    return [Example(str(n), "the " * n + prompt, f" {label}", label, "qa") for n, (prompt, label) in pairs]

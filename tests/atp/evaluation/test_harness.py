@@ -38,7 +38,7 @@ def test_every_task_has_its_file(task):
                                                 "max_gen_toks": task.max_new_tokens}  # fmt: skip
 
 
-def test_written_folder_binds_file_and_task(tmp_path):
+def test_a_written_folder_binds_file_and_task_and_a_missing_package_names_the_remedy(tmp_path, monkeypatch):
     examples = [Example("a", "is it ?", " yes", "yes", "pubmedqa"), Example("b", "the cat", " sat", None, "xsum")]
     assert write_tasks(examples, [PUBMEDQA, XSUM], tmp_path) == ["atp_pubmedqa", "atp_xsum"]
     rows = [json.loads(line) for line in (tmp_path / "pubmedqa.jsonl").read_text().splitlines()]
@@ -47,16 +47,12 @@ def test_written_folder_binds_file_and_task(tmp_path):
     assert bound["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / "xsum.jsonl")
     with pytest.raises(InputError, match="no lm-eval task for 'own' .only for billsum, casehold,"):
         write_tasks(examples, [Task("own")], tmp_path)
-
-
-def test_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match="pip install 'lm-eval"):
         check_harness()
 
 
 def shell_block(text):
-    """The one command in the ```sh block of a Markdown text."""
     (block,) = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     return shlex.split(block.replace("\\\n", " "))
 
@@ -81,9 +77,8 @@ def test_the_documented_command_scores_a_cut_model(tmp_path, tokenizer):
     assert python == "python"
     arguments = [argument.replace("FOLDER", "cut") for argument in arguments]
     environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, *arguments], **options)
     assert done.returncode == 0 and re.search(r"\|atp_pubmedqa *\|.*\|acc ", done.stdout), done.stderr[-2000:]
     card = model_card(ATPConfig.parse({"model": {"path": "m"}, "output_dir": "o"}), 2, 1)
     assert shell_block(card)[:5] == [python, *arguments[:4]], "the model's own README starts it in the same way"

@@ -1,4 +1,4 @@
-"""One dict of scores for any model, its speed and its size."""
+"""One dict of scores for any model and any form of it, its speed and its size."""
 
 import copy
 import itertools
@@ -6,16 +6,20 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_scored import LABELS
+from tiny_scored import LABELS, tiny_model
 from transformers import LlamaForCausalLM
 
 from atp.data.packing import PackedDataset
-from atp.data.tasks import Task
-from atp.evaluation import evaluate_model, model_size, packed_windows, throughput, throughputs
+from atp.data.tasks import ROUGE, Task
+from atp.evaluation import evaluate_model, model_size, packed_windows, sliding_windows, throughput, throughputs
 from atp.evaluation.generation import generate_answers
 from atp.evaluation.inference import inference
 from atp.evaluation.speed import median_interval
 from atp.ground.errors import InputError
+from atp.lora.controller import MaskController
+from atp.lora.layer import add_lora
+from atp.removal import cut_model, merge_adapter
+from atp.spaces.space import MaskSpace
 
 QA = Task("qa", LABELS)
 
@@ -122,3 +126,35 @@ def test_a_size_of_nothing_is_refused_before_anything_runs(model, name):
     timed.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     with pytest.raises(InputError, match=f"^there is no speed with {name}=0: give at least 1$"):
         throughput(timed, **{name: 0})
+
+
+@pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
+def test_masked_cut_and_merged_models_score_alike(tokenizer, examples, space_name):
+    pytest.importorskip("rouge_score")
+    base = tiny_model(seed=5)
+    space = MaskSpace.from_config(base.config, space_name)
+    model = add_lora(base, space, r=2, alpha=4.0, dropout=0.0).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    mask = torch.rand(space.size, generator=generator) < 0.6
+    for structure in space.structures:
+        mask[structure.start] = True
+    tasks = [Task("qa", LABELS), Task("free", metrics=ROUGE, max_new_tokens=5)]
+    asked = [*examples, *(type(e)(e.document, e.prompt, " the cat sat", None, "free") for e in examples[:4])]
+    windows = sliding_windows(asked, tokenizer, 12)
+
+    def scores(form):
+        return evaluate_model(form, tokenizer, windows, asked, tasks=tasks, batch_size=4)
+
+    dense = scores(model)
+    with MaskController(model, space).masks(mask, "sum"):
+        masked = scores(model)
+    cut = cut_model(model, space, mask)
+    for other in (scores(cut), scores(merge_adapter(cut))):
+        assert other["tasks"]["qa"]["items"] == masked["tasks"]["qa"]["items"]
+        assert other["tasks"]["free"]["items"] == masked["tasks"]["free"]["items"]
+        assert other["perplexity"] == pytest.approx(masked["perplexity"], rel=1e-4)
+        assert other["perplexity_interval"] == pytest.approx(masked["perplexity_interval"], rel=1e-4)
+    assert dense["perplexity"] != pytest.approx(masked["perplexity"], rel=1e-2), "the mask must matter in this test"

@@ -36,7 +36,7 @@ def test_packed_windows_equal_float64(model, tokenizer):
         assert result["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
 
 
-def test_packed_tokens_count_towards_their_own_document(model, tokenizer):
+def test_packed_tokens_count_towards_their_own_document_and_its_examples_once(model, tokenizer):
     windows = packed_windows(pack(EXAMPLES, tokenizer, 8), tokenizer)
     result = perplexity(model, windows)
     lengths = [len(text.split()) + 1 for text in TEXTS]
@@ -44,6 +44,10 @@ def test_packed_tokens_count_towards_their_own_document(model, tokenizer):
     scored = [document for position, document in enumerate(stream[: len(stream) // 8 * 8]) if position % 8]
     assert [tokens for _, tokens in result["items"]] == [scored.count(d) for d in range(4) if d in scored]
     assert (result["length"], result["stride"], result["bos"]) == (8, 8, False)
+    same = [Example("one", text) for text in TEXTS]
+    result = perplexity(model, sliding_windows(same, tokenizer, 16))
+    apart = perplexity(model, sliding_windows(EXAMPLES, tokenizer, 16))
+    assert result["documents"] == 1 and result["perplexity"] == pytest.approx(apart["perplexity"])
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -71,13 +75,6 @@ def test_sliding_windows_score_every_token_once(model, bos, length, stride):
     low, high = result["perplexity_interval"]
     assert low < result["perplexity"] < high
     assert (result["bos"], result["length"], result["stride"]) == (bos, length, step)
-
-
-def test_examples_of_one_document_count_once(model, tokenizer):
-    same = [Example("one", text) for text in TEXTS]
-    result = perplexity(model, sliding_windows(same, tokenizer, 16))
-    apart = perplexity(model, sliding_windows(EXAMPLES, tokenizer, 16))
-    assert result["documents"] == 1 and result["perplexity"] == pytest.approx(apart["perplexity"])
 
 
 def test_first_windows_and_progress(model):

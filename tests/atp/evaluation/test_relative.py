@@ -1,11 +1,14 @@
-"""Relative performance against the mean of ratios worked out by hand."""
+"""Relative performance and the majority label against values worked out by hand."""
 
 import numpy as np
 import pytest
 
+from atp.data.splits import Example
 from atp.data.tasks import ROUGE, Task
 from atp.evaluation import relative_performance
 from atp.evaluation.bootstrap import percentile_interval
+from atp.evaluation.majority import majority_scores
+from atp.evaluation.tasks import answer_scores
 from atp.ground.errors import InputError
 
 QA = Task("qa", ("yes", "no"), ("accuracy",))
@@ -30,9 +33,8 @@ def test_mean_of_ratios_by_hand():
     dense = scores([[2.0, 4], [4.0, 4]], qa=answers(1, 1, 1, 0), free=[[0.4, 0.2, 0.4, "a"], [0.6, 0.2, 0.4, "b"]])
     pruned = scores([[4.0, 4], [4.0, 4]], qa=answers(1, 1, 0, 0), free=[[0.5, 0.1, 0.4, "c"], [0.3, 0.1, 0.4, "d"]])
     found = relative_performance(pruned, dense, [QA, FREE], majority(["yes"] * 4))
-    assert found["ratios"] == pytest.approx(
-        {"qa accuracy": 2 / 3, "free rouge1": 0.8, "free rouge2": 0.5, "free rougeL": 1.0}
-    )
+    ratios = {"qa accuracy": 2 / 3, "free rouge1": 0.8, "free rouge2": 0.5, "free rougeL": 1.0}
+    assert found["ratios"] == pytest.approx(ratios)
     assert found["relative_performance"] == pytest.approx((2 / 3 + 0.8 + 0.5 + 1.0) / 4)
     # Perplexity stands apart: exp(8/8) over exp(6/8).
     assert found["perplexity_ratio"] == pytest.approx(np.exp(0.25))
@@ -121,3 +123,38 @@ ONE = scores([[1.0, 1]], qa=answers(1))
 def test_scores_of_other_items_are_refused(differs, other, wrong):
     with pytest.raises(InputError, match=f"^{differs}: the two models were not scored on the same items"):
         relative_performance(ONE, other, [QA], wrong)
+
+
+LABELLED = Task("qa", ("no", "yes"))
+OTHER = Task("other", ("no", "yes"))
+
+
+def examples(labels, task="qa"):
+    return [Example(str(n), "is it ?", f" {label}", label, task) for n, label in enumerate(labels)]
+
+
+def test_it_is_the_training_splits_and_scores_by_hand():
+    train = examples(["yes", "no", "yes"]) + examples(["no"] * 9, "other") + examples([None] * 5)
+    found = majority_scores(train, examples(["no", "no", "yes", "no"]), [LABELLED])["qa"]
+    assert (found["label"], found["of"], found["n"]) == ("yes", "train", 4)
+    assert found["accuracy"] == 1 / 4
+    # F1 of yes: 2 of (1 true + 4 given); F1 of no: 0.
+    assert found["macro_f1"] == pytest.approx((2 / 5 + 0) / 2)
+    assert found["confusion"] == {"no": {"no": 0, "yes": 3}, "yes": {"no": 0, "yes": 1}}
+    assert found["items"] == [["no", "yes"], ["no", "yes"], ["yes", "yes"], ["no", "yes"]]
+
+
+def test_the_test_questions_decide_without_training_labels_and_the_tasks_order_between_equals():
+    found = majority_scores(examples([None, None]), examples(["yes", "no", "yes"]), [LABELLED])["qa"]
+    assert (found["label"], found["of"], found["accuracy"]) == ("yes", "test", pytest.approx(2 / 3))
+    best = max(answer_scores(["yes", "no", "yes"], [label] * 3, LABELLED.labels)["macro_f1"] for label in ("no", "yes"))
+    assert found["macro_f1"] == best, "no constant answer beats it"
+    for order in (["yes", "no"], ["no", "yes"]):
+        assert majority_scores(examples(order), examples(["yes"]), [LABELLED])["qa"]["label"] == "no"
+
+
+def test_only_the_questions_that_are_scored_and_only_tasks_with_labels():
+    test = examples(["yes", "no", "no"]) + examples(["no"], "other") + [Example("9", "Summary:", " x", None, "free")]
+    found = majority_scores(examples(["yes"]), test, [LABELLED, OTHER, FREE], max_examples=1)
+    assert {name: scores["n"] for name, scores in found.items()} == {"qa": 1, "other": 1}
+    assert found["qa"]["accuracy"] == 1

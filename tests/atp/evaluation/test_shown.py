@@ -46,7 +46,6 @@ def test_without_such_a_question_the_first_is_shown_and_it_says_so(final):
 
 
 def test_every_task_is_looked_through():
-    """The first task teaches nothing, the second does."""
     models = {
         "original": {"tasks": scored(*TRUTH)["tasks"] | scored("no", *TRUTH[1:], task="second")["tasks"]},
         "final": {"tasks": scored(*TRUTH)["tasks"] | scored(*TRUTH, task="second")["tasks"]},
@@ -61,14 +60,11 @@ def question(number, task):
     return Example(str(number), f"{task} {number}?", f" answer {number}", task=task)
 
 
-def test_tasks_take_turns_and_no_prompt_comes_twice():
+def test_tasks_take_turns_and_plain_text_is_divided_between_words():
     test = [question(0, "a"), question(0, "a"), question(1, "a"), question(2, "a"), question(0, "b")]
     assert [sample.prompt for sample in held_out_samples(test, 4)] == ["a 0?", "b 0?", "a 1?", "a 2?"]
     assert held_out_samples(test, 1) == [Sample("a 0?", " answer 0")]
     assert held_out_samples(test, 0) == [] and len(held_out_samples(test, 99)) == 4
-
-
-def test_plain_text_is_divided_between_words_and_loses_nothing():
     text = " one two three four five six "
     (sample,) = held_out_samples([Example("d", text), Example("e", "  "), Example("f", "x")], 4)[:1]
     assert sample.prompt + sample.reference == text.strip()

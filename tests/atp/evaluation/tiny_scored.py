@@ -24,9 +24,8 @@ def word_tokenizer(bos=False):
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", WORDS.index("<s>"))]
-        )
+        begin = ("<s>", WORDS.index("<s>"))
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
     names = {"bos_token": "<s>"} if bos else {}
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", **names)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from zeroed import stock_model
 
 from atp.models import attention
 from atp.models.attention import NAME, training_mask, use_training_attention
@@ -14,15 +14,8 @@ POSITIONS = torch.tensor([[position for n in row for position in range(n)] for r
 
 
 def build(kind):
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "pad_token_id": 0,
-    }  # fmt: skip
-    if kind in ("sliding", "mistral"):
-        window = 4 if kind == "sliding" else None
-        return MistralForCausalLM(MistralConfig(**shape, sliding_window=window)).double().eval()
-    model = LlamaForCausalLM(LlamaConfig(**shape)).double().eval()
+    window = {"sliding_window": 4} if kind == "sliding" else {}
+    model = stock_model({"sliding": "mistral", "cut": "llama"}.get(kind, kind), **window)
     if kind == "cut":
         space = MaskSpace.from_config(model.config)
         model = cut_model(model, space, torch.arange(space.size) % 3 > 0)
@@ -40,7 +33,7 @@ def training_logits(model, input_ids, position_ids):
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "sliding", "cut"])
 @torch.no_grad()
-def test_packed_samples_give_the_logits_of_each_alone(kind):
+def test_packed_samples_give_the_logits_of_each_alone_and_one_sample_a_row_is_plain_causal(kind):
     model, input_ids = build(kind), ids()
     alone = [model(input_ids=part[None], use_cache=False).logits[0]
              for row, lengths in zip(input_ids, LENGTHS, strict=True) for part in row.split(lengths)]  # fmt: skip
@@ -49,21 +42,13 @@ def test_packed_samples_give_the_logits_of_each_alone(kind):
     packed = training_logits(model, input_ids, POSITIONS)
     torch.testing.assert_close(packed.flatten(0, 1), torch.cat(alone), rtol=1e-9, atol=1e-9)
     assert (packed - joined).abs().max() > 0.01, "the samples of a joined window see each other"
-
-
-@pytest.mark.parametrize("kind", ["llama", "mistral", "sliding", "cut"])
-@torch.no_grad()
-def test_one_sample_a_row_is_plain_causal_attention(kind):
-    model, input_ids = build(kind), ids()
-    stock = model(input_ids=input_ids, use_cache=False).logits
-    use_training_attention(model)
-    torch.testing.assert_close(training_logits(model, input_ids, None), stock, rtol=1e-9, atol=1e-9)
+    plain = training_logits(model, input_ids, None)
+    torch.testing.assert_close(plain, joined, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["llama", "sliding", "cut"])
 @torch.no_grad()
 def test_other_passes_are_those_of_sdpa(kind):
-    """Padding masks and generation do not notice."""
     model, input_ids = build(kind), ids()
     padding = (torch.arange(10) >= torch.tensor([[0], [3], [1], [6]])).long()
     inputs = {"input_ids": input_ids * padding, "attention_mask": padding}

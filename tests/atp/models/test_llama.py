@@ -19,14 +19,8 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
 }  # fmt: skip
 SHAPES = [
-    {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "qk_pairs": [0, 2, 3],
-        "v_head_dim": 5,
-        "intermediate_size": 7,
-    },
-    {"num_attention_heads": 3, "num_key_value_heads": 1, "qk_pairs": None, "v_head_dim": 8, "intermediate_size": 33},
+    dict(num_attention_heads=4, num_key_value_heads=2, qk_pairs=[0, 2, 3], v_head_dim=5, intermediate_size=7),
+    dict(num_attention_heads=3, num_key_value_heads=1, qk_pairs=None, v_head_dim=8, intermediate_size=33),
 ]
 LAYERS = dict(enumerate(SHAPES))
 WRITTEN = {
@@ -77,15 +71,7 @@ def test_uncut_equals_stock_exactly(name, attention):
     assert ours.state_dict().keys() == stock.state_dict().keys()
 
 
-def test_linears_have_the_widths_of_their_layer():
-    first, second = uneven().model.layers
-    assert first.self_attn.q_proj.weight.shape == (4 * 6, 32) and first.self_attn.k_proj.weight.shape == (2 * 6, 32)
-    assert first.self_attn.v_proj.weight.shape == (2 * 5, 32) and first.self_attn.o_proj.weight.shape == (32, 4 * 5)
-    assert second.self_attn.q_proj.weight.shape == (3 * 8, 32) and second.self_attn.o_proj.weight.shape == (32, 3 * 8)
-    assert first.mlp.down_proj.weight.shape == (32, 7) and second.mlp.up_proj.weight.shape == (33, 32)
-
-
-def test_sdpa_equals_eager_and_attentions_come_out():
+def test_sdpa_equals_eager_attentions_come_out_and_the_cache_holds_the_cut_widths():
     model = uneven()
     ids = tokens()
     fused = model(ids).logits
@@ -94,6 +80,10 @@ def test_sdpa_equals_eager_and_attentions_come_out():
     assert_close(output.logits, fused, rtol=0, atol=1e-5)
     assert [a.shape for a in output.attentions] == [(2, 4, 12, 12), (2, 3, 12, 12)]
     assert len(output.hidden_states) == 3
+    model = uneven()
+    cache = getattr(model(tokens(), use_cache=True), cache_name(model))
+    assert cache.layers[0].keys.shape == (2, 2, 12, 6) and cache.layers[0].values.shape == (2, 2, 12, 5)
+    assert cache.layers[1].keys.shape == (2, 1, 12, 8)
 
 
 @torch.no_grad()
@@ -107,13 +97,6 @@ def test_only_logits_that_are_scaled_exist_twice():
     assert logits < peaks[1.0] < 1.2 * logits and peaks[2.0] == pytest.approx(2 * logits, rel=0.1)
     halved, whole = (uneven(family="granite", logits_scaling=scaling)(ids).logits for scaling in (2.0, 1.0))
     assert torch.equal(2 * halved, whole)
-
-
-def test_cache_holds_the_cut_widths():
-    model = uneven()
-    cache = getattr(model(tokens(), use_cache=True), cache_name(model))
-    assert cache.layers[0].keys.shape == (2, 2, 12, 6) and cache.layers[0].values.shape == (2, 2, 12, 5)
-    assert cache.layers[1].keys.shape == (2, 1, 12, 8)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -146,10 +129,8 @@ def test_a_skipped_block_adds_nothing(tmp_path, family, skip):
     model = uneven(family=family, per_layer_config={0: {"skip": skip, "intermediate_size": 7}}, **options)
     whole = uneven(family=family, per_layer_config={0: {"intermediate_size": 7}}, **options)
     whole.load_state_dict(model.state_dict(), strict=False)
-    for block, linear in (
-        ("attention", whole.model.layers[0].self_attn.o_proj),
-        ("mlp", whole.model.layers[0].mlp.down_proj),
-    ):
+    layer = whole.model.layers[0]
+    for block, linear in (("attention", layer.self_attn.o_proj), ("mlp", layer.mlp.down_proj)):
         if block in skip:
             linear.weight.zero_()
     assert torch.equal(model(tokens()).logits, whole(tokens()).logits)
@@ -161,12 +142,6 @@ def test_a_skipped_block_adds_nothing(tmp_path, family, skip):
     for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
         assert torch.equal(again.generate(tokens(), **greedy, **cache), expected)
     assert model.config.beyond_whole_heads() == f"layer 0 has no {' and no '.join(skip)}"
-
-
-def test_register_twice_and_build_from_config():
-    register()
-    config = AutoConfig.for_model("atp_llama", **SIZES, per_layer_config=LAYERS)
-    assert type(AutoModelForCausalLM.from_config(config)) is ATPLlamaForCausalLM
 
 
 def test_bfloat16_reload(tmp_path):
@@ -213,7 +188,7 @@ def test_wrong_shapes_are_refused(layer, change, message):
         ATPLlamaConfig(**SIZES, per_layer_config=dict(enumerate(shapes)))
 
 
-def test_number_of_layers_must_agree():
+def test_number_of_layers_must_agree_and_norms_of_queries_and_keys_are_over_all_pairs():
     with pytest.raises(Exception, match=r"per_layer_config.*got \[2\]"):
         ATPLlamaConfig(**SIZES, per_layer_config=LAYERS | {2: SHAPES[0]})
     smollm3 = config_class("smollm3")
@@ -221,19 +196,17 @@ def test_number_of_layers_must_agree():
         smollm3(**SIZES, per_layer_config=LAYERS, layer_types=["full_attention"] * 2, no_rope_layers=[1])
     longer = smollm3(**SIZES, per_layer_config=LAYERS, no_rope_layers=[1, 0, 1])
     assert [longer.uses_rope(layer) for layer in range(2)] == [True, False]
+    with pytest.raises(Exception, match=r"per_layer_config\[0\].qk_pairs is .*qk_norm keeps all pairs"):
+        config_class("qwen3")(**SIZES, per_layer_config=LAYERS)
 
 
-@pytest.mark.parametrize(
-    "key", ["attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"]
-)
+FACTORS = ["attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"]
+
+
+@pytest.mark.parametrize("key", FACTORS)
 @pytest.mark.parametrize("value", [0, float("nan"), float("inf"), -(10**400), 10**30, "1", []])
 def test_a_factor_that_is_no_usual_number_is_refused(key, value):
     granite = config_class("granite")
     with pytest.raises(Exception, match=key):
         granite(**{key: value})
     assert getattr(granite(**{key: 0.22}), key) == 0.22
-
-
-def test_norms_of_queries_and_keys_are_over_all_pairs():
-    with pytest.raises(Exception, match=r"per_layer_config\[0\].qk_pairs is .*qk_norm keeps all pairs"):
-        config_class("qwen3")(**SIZES, per_layer_config=LAYERS)

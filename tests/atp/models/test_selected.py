@@ -5,6 +5,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from test_llama import SIZES as PLAIN
+from test_llama import tokens
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -12,11 +14,7 @@ from atp.models import ATPLlamaConfig, register
 from atp.models.config import config_class
 from atp.models.cut import build as build_cut
 
-SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
-    "attention_bias": True, "mlp_bias": True,
-}  # fmt: skip
+SIZES = PLAIN | {"attention_bias": True, "mlp_bias": True}
 WHOLE = {"num_attention_heads": 4, "num_key_value_heads": 2, "qk_pairs": None, "v_head_dim": 8, "intermediate_size": 40}
 SELECTED = WHOLE | {
     "intermediate_size": 7, "attention_inputs": [0, 5, 31], "attention_outputs": [2, 3, 4, 30], "mlp_inputs": [1, 2],
@@ -39,10 +37,6 @@ def build(shapes=SHAPES, family="llama", **overrides):
     return model
 
 
-def tokens(windows=2, length=12):
-    return torch.randint(1, 61, (windows, length), generator=torch.Generator().manual_seed(4))
-
-
 @pytest.mark.parametrize("multiplier", [1.0, 0.25])
 @torch.no_grad()
 def test_a_layer_reads_and_writes_its_positions_by_hand(multiplier):
@@ -50,10 +44,7 @@ def test_a_layer_reads_and_writes_its_positions_by_hand(multiplier):
     layer = build(family="granite", residual_multiplier=multiplier).double().model.layers[0]
     x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     added = torch.zeros_like(x)
-    layer.self_attn.forward = lambda hidden_states, **kwargs: (
-        hidden_states.sum(-1, keepdim=True).expand(2, 3, 4),
-        None,
-    )
+    layer.self_attn.forward = lambda hidden_states, **_: (hidden_states.sum(-1, keepdim=True).expand(2, 3, 4), None)
     normed = layer.input_layernorm(x)
     added[..., SELECTED["attention_outputs"]] = normed[..., SELECTED["attention_inputs"]].sum(-1, keepdim=True)
     middle = x + multiplier * added
@@ -116,29 +107,20 @@ def test_under_autocast_the_residual_stream_keeps_its_dtype():
 
 
 def test_old_configs_and_models_without_selections_are_as_they_were():
-    """No key is written where nothing is selected, and none is needed."""
     old = ATPLlamaConfig.from_dict(SIZES | {"model_type": "atp_llama", "layer_shapes": [WHOLE, WHOLE]})
     assert not set(SELECTED) - set(WHOLE) & set(old.to_dict()["per_layer_config"])
     assert old.layer_shape(0).mlp_inputs is None and old.layer_shape(0).selected("mlp_inputs", 32) == 32
     assert asdict(ATPLlamaConfig(**SIZES).layer_shape(1)) == asdict(old.layer_shape(1)) == WHOLE | UNSELECTED
 
 
+RISING, TYPE = "distinct, rising and below hidden_size = 32", "doesn.t match any type"
+WRONG = {RISING: ([3, 2], [2, 2], [-1, 2], [31, 32]), TYPE: ([1.0, 2.0], ["1", 2], [True], "12"), "at least one": ([],)}
+
+
 @pytest.mark.parametrize(
-    ("positions", "message"),
-    [
-        ([], "a layer keeps at least one"),
-        ([3, 2], "distinct, rising and below hidden_size = 32"),
-        ([2, 2], "distinct, rising and below hidden_size = 32"),
-        ([-1, 2], "distinct, rising and below hidden_size = 32"),
-        ([31, 32], "distinct, rising and below hidden_size = 32"),
-        ([1.0, 2.0], "doesn.t match any type"),
-        (["1", 2], "doesn.t match any type"),
-        ([True], "doesn.t match any type"),
-        ("12", "doesn.t match any type"),
-    ],
-    ids=str,
+    ("message", "positions"), [(message, one) for message, each in WRONG.items() for one in each], ids=str
 )
 @pytest.mark.parametrize("key", ["attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs"])
-def test_wrong_selections_name_layer_and_key(key, positions, message):
+def test_wrong_selections_name_layer_and_key(key, message, positions):
     with pytest.raises(Exception, match=rf"(?s)per_layer_config\[1\].*{key}.*{message}"):
         ATPLlamaConfig(**SIZES | {"per_layer_config": {1: {key: positions}}})

@@ -30,13 +30,10 @@ def attention(module, query, key, value, attention_mask, **options):
     heads, groups, size = layer.num_attention_heads, layer.num_key_value_heads, module.config.head_dim
     assert (module.num_heads, module.num_key_value_heads, module.head_dim) == (heads, groups, size)
     flat = [states.transpose(1, 2).reshape(TOKENS, -1) for states in (query, key, value)]
-    query, key, value = (
-        states.view(TOKENS, count, size).transpose(0, 1)
-        for states, count in zip(flat, (heads, groups, groups), strict=True)
-    )
-    out = scaled_dot_product_attention(
-        query[None], key[None], value[None], is_causal=True, scale=module.scaling, enable_gqa=True
-    )
+    pairs = zip(flat, (heads, groups, groups), strict=True)
+    query, key, value = (states.view(TOKENS, count, size).transpose(0, 1) for states, count in pairs)
+    query, key, value = query[None], key[None], value[None]
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=module.scaling, enable_gqa=True)
     return out[0].transpose(0, 1).reshape(TOKENS, heads * size), None
 
 
@@ -54,9 +51,8 @@ def test_its_call_gives_the_same_logits(family, options):
     config._attn_implementation = "as_in_vllm"
     decoder = AutoModel.from_config(config).eval()
     decoder.load_state_dict(model.model.state_dict())
-    outputs = decoder(
-        input_ids=ids, inputs_embeds=None, use_cache=False, position_ids=torch.arange(TOKENS)[None], return_dict=False
-    )
+    options = {"inputs_embeds": None, "use_cache": False, "return_dict": False}
+    outputs = decoder(input_ids=ids, position_ids=torch.arange(TOKENS)[None], **options)
     logits = model.lm_head(outputs[0][0]) * getattr(config, "logit_scale", 1.0)
     assert_close(logits, expected, rtol=0, atol=1e-5)
 

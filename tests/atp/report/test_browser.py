@@ -12,10 +12,8 @@ from test_report import write_run
 from atp.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)"),
-]
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+pytestmark = [pytest.mark.slow, needs_chromium]
 # For each element with text of its own: the contrast of its colour with what lies behind it, by WCAG 2.
 LOOK = """
 <script>

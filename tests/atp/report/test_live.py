@@ -54,9 +54,7 @@ def test_states_and_figures(run, tmp_path):
     assert (line.state, line.kept, line.perplexity, line.megabytes, line.minutes) == ("finished", 0.6, 18, 7, 1.5)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"seconds": 3, "perplexity": [], "keep_decoder": "x"}', "\x00\xff"]
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"seconds": 3, "perplexity": [], "keep_decoder": ""}', "\x00\xff"])
 def test_damaged_records_are_missing_ones(run, content):
     for name in ("summary.json", "evaluation.json", "metrics.jsonl"):
         (run / name).write_text(content, encoding="latin-1")
@@ -178,7 +176,6 @@ def test_ctrl_c_ends_watching_without_an_error(run, monkeypatch, atp, at_work):
 
 
 def records(phase, *steps, pace=3.0):
-    """A record per step, `pace` seconds each, after a start that took longer."""
     return [{"step": s, "phase": phase, "loss": 1.0, "phase_seconds": 100 + pace * (s - steps[0])} for s in steps]
 
 
@@ -210,7 +207,7 @@ def test_report_opens_the_browser(run, monkeypatch, atp):
 
 
 @pytest.fixture
-def server(run):
+def server(run, capfd):
     served = _serving(run, 0, 1)
     served.daemon_threads = False  # so that closing waits for what the threads print
     thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
@@ -219,6 +216,7 @@ def server(run):
     served.shutdown()
     thread.join()
     served.server_close()
+    assert capfd.readouterr().err == ""
 
 
 def raw(server, request, *, stays=True):
@@ -238,17 +236,11 @@ def raw(server, request, *, stays=True):
 HOSTS = ["[::1", "[::1]x", "[", "]", "[v1]", "a\u2100b", "127.0.0.1:x", "127.0.0.1:99999", "\x00", "@", "", "localhost"]
 
 
-def test_any_host_gets_an_answer_and_no_traceback(server, capfd):
+def test_any_request_gets_an_answer_or_none_and_leaves_the_terminal_alone(server):
     for host in HOSTS:
         answer = raw(server, b"GET / HTTP/1.1\r\nHost: " + host.encode() + b"\r\nConnection: close\r\n\r\n")
         allowed = (200,) if host.startswith(("127", "local")) else (400,) if host == "[::1" else (400, 403)
         assert int(answer.split()[1]) in allowed, (host, answer)
-    server.shutdown()
-    server.server_close()
-    assert capfd.readouterr().err == ""
-
-
-def test_clients_that_leave_early_or_talk_nonsense_leave_the_terminal_alone(server, capfd):
     draw = random.Random(0)
     good = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 3\r\nX: y\r\n\r\n"
     pieces = [b"\r\n", b"\n", b" ", b":", b"\x00", b"\xff" * 9, b"[", b"HTTP/9.9", b"//", b"x" * 70000, b"Host: [::1"]
@@ -261,6 +253,3 @@ def test_clients_that_leave_early_or_talk_nonsense_leave_the_terminal_alone(serv
     for _ in range(20):
         raw(server, good, stays=False)
     assert raw(server, good).startswith(b"HTTP/1.0 200"), "and the page is still served"
-    server.shutdown()
-    server.server_close()
-    assert capfd.readouterr().err == ""

@@ -35,7 +35,6 @@ def told(tmp_path, monkeypatch):
 
 
 def without(model, summary=SUMMARY):
-    """A summary without a model's scores."""
     names = ("perplexity", "perplexity_interval", "pubmedqa", "megabytes")
     return summary | {name: {key: v for key, v in summary[name].items() if key != model} for name in names}
 
@@ -76,9 +75,7 @@ def test_points_lie_where_the_summary_says(monkeypatch):
     from matplotlib.figure import Figure
 
     drawn, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda own, *place, **options: (drawn.append(own), save(own, *place, **options))
-    )
+    monkeypatch.setattr(Figure, "savefig", lambda own, *where, **how: (drawn.append(own), save(own, *where, **how)))
     points = {"original": (538.0, 23.0, 22.0, 25.0), "cut and tuned": (368.0, 300.0, 280.0, 320.0)}
     assert plots.against_size(points, 9.5, "perplexity").startswith("<svg")
     (axes,) = drawn[0].axes

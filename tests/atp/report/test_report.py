@@ -100,9 +100,6 @@ def write_run(folder, **changes):
     return folder
 
 
-CONFIG = "seed: 7\nmodel:\n  path: some/where\ndata:\n  recipe: health-mini\noutput_dir: runs/mine\n"
-
-
 @pytest.fixture
 def undrawn(monkeypatch):
     monkeypatch.setattr(plots, "available", lambda: False)
@@ -112,7 +109,8 @@ def undrawn(monkeypatch):
 def whole(tmp_path_factory):
     """(structure, text, source) of the page of a whole run, with its drawings."""
     run = write_run(tmp_path_factory.mktemp("whole") / "run")
-    (run / "config.yaml").write_text(CONFIG)
+    data = "data:\n  recipe: health-mini\noutput_dir: runs/mine\n"
+    (run / "config.yaml").write_text(f"seed: 7\nmodel:\n  path: some/where\n{data}")
     path = write_report(run)
     assert path == run / "report.html" and not list(run.glob("*.tmp"))
     first = path.read_bytes()
@@ -144,25 +142,17 @@ def test_the_whole_page_shows_every_figure(whole):
     assert f"Held-out perplexity: {alone} 23.41 to 15.52, tuning and cutting to 30.17." in text
 
 
-def test_perplexity_stands_below_the_scores_of_tasks(whole):
-    page, text, _ = whole
-    assert 0 < text.index("pubmedqa macro-F1 ↑") < text.index("held-out perplexity ↓") < text.index("share of decoder")
-    told = [value for name, value in page.attributes if name == "aria-label"]
-    assert [line.startswith("pubmedqa") for line in told[:2]] == [True, False]
-    assert text.index("pubmedqa macro-F1, cut") < text.index("perplexity, cut"), "on the cards"
-
-
-def test_the_page_needs_nothing_from_outside(whole):
-    page, _, source = whole
+def test_the_page_needs_nothing_from_outside_perplexity_stands_below_tasks_and_plots_take_its_colours(whole):
+    page, text, source = whole
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     targets = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
     assert all(target.startswith("#") for target in targets)
     assert not re.search(r"@import|url\((?!#)", source)
-
-
-def test_plots_take_their_colours_from_the_page(whole):
+    assert 0 < text.index("pubmedqa macro-F1 ↑") < text.index("held-out perplexity ↓") < text.index("share of decoder")
+    told = [value for name, value in page.attributes if name == "aria-label"]
+    assert [line.startswith("pubmedqa") for line in told[:2]] == [True, False]
+    assert text.index("pubmedqa macro-F1, cut") < text.index("perplexity, cut"), "on the cards"
     pytest.importorskip("matplotlib")
-    page, _, source = whole
     assert page.tags.count("svg") == 7
     drawn = source[source.index("<svg") :]
     assert "var(--series-1)" in drawn and "currentColor" in drawn and not re.search(r"#0[123]0[123]0\d", drawn)
@@ -212,9 +202,8 @@ SAID = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("case", SAID)
-def test_what_a_summary_says_is_said_on_the_page(tmp_path, case):
+def test_what_a_summary_says_is_said_on_the_page(tmp_path, case, undrawn):
     changes, said, unsaid = SAID[case]
     page, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | changes)))
     assert [sentence for sentence in said if sentence not in text] == []
@@ -222,7 +211,6 @@ def test_what_a_summary_says_is_said_on_the_page(tmp_path, case):
     assert "svg" not in page.tags and "pip install matplotlib" in text and "qk (of 32)" in text, "the tables stay"
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -230,12 +218,11 @@ def test_what_a_summary_says_is_said_on_the_page(tmp_path, case):
         ("merge_error", 1.01), ("merge_error", None),
     ],
 )  # fmt: skip
-def test_certificate_fails_above_its_limit(tmp_path, key, value):
+def test_certificate_fails_above_its_limit(tmp_path, key, value, undrawn):
     _, text = parse(write_report(write_run(tmp_path / "run", certificate=CERTIFICATE | {key: value})))
     assert text.count("FAIL") == 2
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -246,7 +233,7 @@ def test_certificate_fails_above_its_limit(tmp_path, key, value):
           for content in ("", "- a list", "model: [", "model: 3\ndata: x\noutput_dir: [1]\n")],
     ],
 )  # fmt: skip
-def test_a_missing_or_damaged_file_leaves_the_rest(tmp_path, name, content, said):
+def test_a_missing_or_damaged_file_leaves_the_rest(tmp_path, name, content, said, undrawn):
     run = write_run(tmp_path / "run")
     (run / name).unlink()
     if content is not None:
@@ -256,8 +243,7 @@ def test_a_missing_or_damaged_file_leaves_the_rest(tmp_path, name, content, said
     assert "30.17" in text or name == "summary.json"
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_run_without_a_summary_shows_what_there_is(tmp_path):
+def test_a_run_without_a_summary_shows_what_there_is(tmp_path, undrawn):
     run = write_run(tmp_path / "run")
     (run / "summary.json").unlink()
     with (run / "metrics.jsonl").open("a") as lines:
@@ -278,8 +264,7 @@ def test_a_run_without_a_summary_shows_what_there_is(tmp_path):
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.usefixtures("undrawn")
-def test_records_of_many_structures_take_no_time(tmp_path):
+def test_records_of_many_structures_take_no_time(tmp_path, undrawn):
     sizes = {f"part {n}": 4 for n in range(500)}
     decisions = {"space": "x", "sizes": sizes, "layers": [dict.fromkeys(sizes, [1])] * 3}
     _, text = parse(write_report(write_run(tmp_path / "run", decisions=decisions)))
@@ -293,8 +278,7 @@ SAMPLES = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_held_out_prompts_stand_beside_their_answers(tmp_path):
+def test_held_out_prompts_stand_beside_their_answers(tmp_path, undrawn):
     page, text = parse(write_report(write_run(tmp_path / "run", summary=SUMMARY | {"samples": SAMPLES})))
     shown = (
         "Is <b>this</b> bold? 😀 reference no & <i>yes</i> original <script>alert(1)</script> cut and tuned (nothing) "
@@ -304,8 +288,7 @@ def test_held_out_prompts_stand_beside_their_answers(tmp_path):
     assert page.attributes.count(("dir", "auto")) == 8, "each text has its own direction"
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_text_of_the_run_is_escaped(tmp_path):
+def test_text_of_the_run_is_escaped(tmp_path, undrawn):
     evil = "<script>alert('x')</script>&\"<b>"
     changed = SUMMARY | {"command": evil, "versions": {evil: evil}, "data": {"train": evil}, "seed": evil}
     changed["train_tokens_per_second"] = {evil: 1.0}
@@ -320,7 +303,6 @@ def test_text_of_the_run_is_escaped(tmp_path):
 
 
 def places(value, path=()):
-    """Paths of everything in nested dictionaries and lists."""
     yield path
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield from places(inner, (*path, key))
@@ -337,8 +319,7 @@ def replaced(value, path, new):
 ODD = [None, "<i>", -1, 1e308, [], {}, [[]], {"a": [1, None]}, True, "\ud800", 10**400, [1, 2, 3]]
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_any_other_value_anywhere_leaves_a_page(tmp_path):
+def test_any_other_value_anywhere_leaves_a_page(tmp_path, undrawn):
     for name, content in {"summary": SUMMARY, "certificate": CERTIFICATE, "decisions": DECISIONS}.items():
         for number_, path in enumerate(places(content)):
             if name == "decisions" and len(path) > 4:
@@ -349,8 +330,7 @@ def test_any_other_value_anywhere_leaves_a_page(tmp_path):
             assert "Settings" in text or "damaged" in text or "missing" in text, path
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_damaged_record_costs_its_section_and_says_so(tmp_path):
+def test_a_damaged_record_costs_its_section_and_says_so(tmp_path, undrawn):
     run = write_run(tmp_path / "run", summary=SUMMARY | {"tasks": ["absent"], "perplexity": 3})
     record = {"step": 10**300, "phase": "$\\frac$ <b>", "loss": 1.0}
     with (run / "metrics.jsonl").open("a") as lines:

@@ -103,10 +103,10 @@ def test_kept_first_order_gives_the_same_outputs_and_gradients(space_name, seed,
             model.zero_grad()
             with controller.masks(mask, form):
                 if form == "base":
-                    apart(model)
+                    activate(model, None)
                 loss = model(tokens(), labels=tokens()).loss
                 loss.backward()
-                together(model)
+                activate(model, "silu")
             into += [loss.detach(), *(p.grad for n, p in model.named_parameters() if "lora_" in n)]
         for one, other in zip(found, expected, strict=True):
             # The loss is that of float32 logits; activations in another order would be off by more than their norm.
@@ -114,19 +114,14 @@ def test_kept_first_order_gives_the_same_outputs_and_gradients(space_name, seed,
             assert (one - other).norm() <= tolerance * other.norm()
 
 
-def apart(model):
+def activate(model, activation):
+    """None: apart from the products, so that hooks see the linears of the MLP."""
     for mlp in (m for m in model.modules() if isinstance(m, MaskedMLP)):
-        mlp.activation = None
-
-
-def together(model):
-    for mlp in (m for m in model.modules() if isinstance(m, MaskedMLP)):
-        mlp.activation = "silu"
+        mlp.activation = activation
 
 
 @pytest.mark.parametrize("space_name", SPACES)
 def test_one_structure_may_change_without_the_others(space_name):
-    """Slices of a linear whose other side did not change keep the order that its neighbours still have."""
     model, space, controller = wrapped(space_name)
     mask = random_mask(space)
     controller.set(mask, "hard")
@@ -144,7 +139,7 @@ def test_one_structure_may_change_without_the_others(space_name):
 def test_the_reader_ends_its_block_and_reads_nothing_else_of_its_structure(space_name):
     """What refit relies on: the block returns what the reader returns, and removed inputs tell nothing of kept ones."""
     model, space, controller = wrapped(space_name)
-    apart(model)  # so that hooks see the linears of the MLP
+    activate(model, None)
     mask = random_mask(space)
     layer = model.get_base_model().model.layers[1]
     for _, block in BLOCKS:
@@ -175,8 +170,9 @@ def test_the_reader_ends_its_block_and_reads_nothing_else_of_its_structure(space
 
 
 @pytest.mark.parametrize("space_name", SPACES)
-def test_blocks_without_a_reader_have_no_linear_whose_removed_inputs_are_computed_in_them(space_name):
-    space = MaskSpace.from_config(stock_model().config, space_name)
+def test_readers_are_linears_whose_removed_inputs_their_block_computes_and_a_full_mask_changes_no_width(space_name):
+    whole = stock_model().config
+    space = MaskSpace.from_config(whole, space_name)
     produced = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
     for _, block in BLOCKS:
         last = next(name for name in produced if name.startswith(block))
@@ -186,6 +182,10 @@ def test_blocks_without_a_reader_have_no_linear_whose_removed_inputs_are_compute
         ]  # fmt: skip
         found = space.read_by(0, block)
         assert ([] if found is None else [found]) == cut_inside
+    cut = cut_config(whole, space, torch.ones(space.size, dtype=torch.bool))
+    plain = CutConfig.from_whole(whole)
+    assert [cut.layer_shape(layer) for layer in range(2)] == [plain.layer_shape(layer) for layer in range(2)]
+    assert "per_layer_config" not in cut.to_dict()
 
 
 @pytest.mark.parametrize("biases", [{}, {"attention_bias": True}, {"mlp_bias": True}, BIASES], ids=str)
@@ -202,16 +202,6 @@ def test_budget_and_widths_are_those_of_the_cut_model(space_name, biases):
         with torch.no_grad():
             expected = zeroed(model, space.kept_indices(mask))(tokens()).logits
             assert_close(cut(tokens()).logits, expected, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("space_name", SPACES)
-def test_a_mask_that_keeps_everything_leaves_the_widths_of_the_whole_model(space_name):
-    whole = stock_model().config
-    space = MaskSpace.from_config(whole, space_name)
-    cut = cut_config(whole, space, torch.ones(space.size, dtype=torch.bool))
-    plain = CutConfig.from_whole(whole)
-    assert [cut.layer_shape(layer) for layer in range(2)] == [plain.layer_shape(layer) for layer in range(2)]
-    assert "per_layer_config" not in cut.to_dict()
 
 
 @pytest.mark.parametrize("space_name", SPACES)
@@ -233,7 +223,6 @@ def test_width_rules_and_the_remainder_meet_a_budget(space_name):
 
 
 def linear_space(*structures):
-    """A space that is nowhere registered, over the linears of the tiny model."""
     base = MaskSpace.from_config(stock_model().config)
     return MaskSpace("own", [list(structures)] * base.num_layers, base.linears, base.norm_params)
 
@@ -245,9 +234,7 @@ def no_widths(structure, kept):
 def test_a_soft_mask_on_an_input_side_is_applied():
     """A structure whose only side is an input, as the controller once dropped them."""
     owner = torch.arange(32)
-    space = linear_space(
-        Structure("gate_inputs", 32, (Cut("mlp.gate_proj", 1, owner),), no_widths, remainder=True),
-    )
+    space = linear_space(Structure("gate_inputs", 32, (Cut("mlp.gate_proj", 1, owner),), no_widths, remainder=True))
     model = add_lora(stock_model(dtype=torch.float32), space, r=2, alpha=2.0, dropout=0.0).eval().double()
     controller, soft = MaskController(model, space), torch.full((space.size,), 0.5, dtype=torch.float64)
     gate = model.get_base_model().model.layers[0].mlp.gate_proj
