@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from group_cases import problem as separate_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,18 +19,10 @@ needs_native = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.
 
 
 def problem(sizes=SIZES, dtype=torch.float32, seed=0, removed="some", strided=False):
-    """Factors, a separate plan and which of its groups are removed."""
-    rng = torch.Generator().manual_seed(seed)
-    factors, groups, start = [], [], 0
-    for rows, cols, axis in sizes:
-        values = torch.randn((rows, 2 * cols) if strided else (rows, cols), generator=rng).to(dtype)
-        factors.append((values[:, ::2] if strided else values).requires_grad_())
-        size = (rows, cols)[axis]
-        groups.append((axis, torch.arange(start, start + size)))
-        start += size
-    masks = {"some": torch.rand(start, generator=rng) < 0.4}
-    masks |= {"none": torch.zeros(start, dtype=torch.bool), "all": torch.ones(start, dtype=torch.bool)}
-    return factors, GroupPlan.of(factors, groups, start), masks[removed]
+    """Factors on the CPU, a separate plan and which of its groups are removed."""
+    factors, groups, some = separate_groups(sizes, (dtype,), "separate", strided, seed=seed, device="cpu")
+    masks = {"some": some, "none": torch.zeros_like(some), "all": torch.ones_like(some)}
+    return factors, GroupPlan.of(factors, groups, len(some)), masks[removed]
 
 
 class Plain:

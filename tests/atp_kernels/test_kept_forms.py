@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from backends_here import backends, on_device
 from kept_cases import assert_error_rule, results_of, slice_of, trained
 from linear_cases import Shape, operands
-from tables_here import tables_in
+from tables_here import tables_in, without_extension
 from torch.testing import assert_close
 
 import atp_kernels
@@ -183,7 +184,7 @@ def test_explain_says_what_it_needs(tuned):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_linears_of_one_input_take_it_too(tuned, monkeypatch, shared):
+def test_linears_of_one_input_take_it_too(tuned, shared):
     """One by one, or together where the vendor's products are the backend, as on CUDA."""
     torch.manual_seed(0)
     keep, x = torch.arange(N) % 3 > 0, torch.randn(M, K)
@@ -193,12 +194,6 @@ def test_linears_of_one_input_take_it_too(tuned, monkeypatch, shared):
     assert_close(masked_lora_qkv(x, *linears, kept=kept), tuple(expected), rtol=1e-4, atol=1e-4)
     assert all(slice_._zeroed is None for slice_ in kept)
     tuned(("kept_out", "zeroed", kept[0].share))
-    if shared:
-        monkeypatch.setattr(atp_kernels.extension, "REASON", "not wanted here")
-        atp_kernels.call._select.cache_clear()
-    try:
+    with without_extension() if shared else nullcontext():
         assert_close(masked_lora_qkv(x, *linears, kept=kept), tuple(expected), rtol=1e-4, atol=1e-4)
-    finally:
-        monkeypatch.undo()
-        atp_kernels.call._select.cache_clear()
     assert all(slice_._zeroed is not None for slice_ in kept)
