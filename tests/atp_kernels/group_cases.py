@@ -2,8 +2,9 @@
 
 import torch
 from backends_here import DEVICE
+from hypothesis import strategies as st
 
-from atp_kernels import group_lasso, group_lasso_grad_, group_prox_
+from atp_kernels import GroupPlan, group_lasso, group_lasso_grad_, group_prox_
 from atp_kernels.groups import definition
 
 KINDS = ("joint", "separate", "runs")
@@ -26,6 +27,21 @@ def problem(sizes=SIZES, dtypes=(torch.float32,), kind="joint", strided=False, n
         groups.append((size[2], (index if kind == "joint" else start - 1 + begins.cumsum(0)).to(device)))
         start += int(begins.sum())
     return factors, groups, (torch.rand(n_groups if kind == "joint" else start, generator=rng) < 0.5).to(device)
+
+
+def planned(kind, sizes=SIZES, dtype=torch.float32, seed=0, removed="some", strided=False, n_groups=21):
+    """Factors on the CPU, their plan, and a mask with some, none or all of its groups removed."""
+    factors, groups, some = problem(sizes, (dtype,), kind, strided, n_groups, seed, "cpu")
+    masks = {"some": some, "none": torch.zeros_like(some), "all": torch.ones_like(some)}
+    return factors, GroupPlan.of(factors, groups, len(some)), masks[removed]
+
+
+def plans(kind):
+    """A strategy of what `planned` makes."""
+    shapes = st.tuples(st.integers(0, 70), st.sampled_from([1, 3, 8, 16, 29, 64, 131]), st.integers(0, 1))
+    fields = {"sizes": st.lists(shapes, min_size=1, max_size=5), "seed": st.integers(0, 1000), "strided": st.booleans()}
+    fields |= {"dtype": st.sampled_from([torch.float32, torch.bfloat16]), "n_groups": st.integers(2, 91)}
+    return st.builds(planned, st.just(kind), **fields, removed=st.sampled_from(["some", "none", "all"]))
 
 
 def drawn(rng, rows, cols, dtype, strided, device=DEVICE):

@@ -16,6 +16,7 @@ from linear_cases import (
     shapes,
     with_gradients,
 )
+from torch.testing import assert_close
 
 from atp_kernels import masked_lora_linear_with_norms, triton_runtime
 from atp_kernels.dropout.definition import Dropout, dropped
@@ -108,8 +109,7 @@ def test_nothing_is_read_outside_the_operands_or_before_it_is_written(config, p)
 
     with new_memory_is_nan():
         got = run(shape, {name: padded(tensor) for name, tensor in tensors.items()}, config)
-    for name, value in got.items():
-        assert torch.equal(value, expected[name]), name
+    assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_64_bit_offsets_give_the_same_result(monkeypatch):
@@ -117,8 +117,7 @@ def test_64_bit_offsets_give_the_same_result(monkeypatch):
     tensors = on_device(operands(shape, torch.float32))
     expected = run(shape, tensors, TILE)
     monkeypatch.setattr(triton_runtime, "_INT32_LIMIT", 1)
-    for name, value in run(shape, tensors, TILE).items():
-        assert torch.equal(value, expected[name]), name
+    assert_close(run(shape, tensors, TILE), expected, rtol=0, atol=0)
 
 
 def far_apart(tensor):
@@ -149,8 +148,7 @@ def test_offsets_past_32_bits(shape, config, names, apart):
     """test_offsets.py says that each of these operands alone asks for them."""
     tensors = on_device(operands(shape, torch.float16))
     expected = run(shape, tensors, config)
-    for key, value in run(shape, tensors | {name: apart(tensors[name]) for name in names}, config).items():
-        assert torch.equal(value, expected[key]), key
+    assert_close(run(shape, tensors | {name: apart(tensors[name]) for name in names}, config), expected, rtol=0, atol=0)
 
 
 def test_unmasked_calls_and_empty_batches_go_to_the_vendor_gemm():

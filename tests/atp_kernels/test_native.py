@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from group_cases import planned, plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa, run_with_isa
@@ -19,37 +20,15 @@ pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.RE
 
 EPS = 1e-8
 DTYPES = [torch.float32, torch.bfloat16]
-dtypes = st.sampled_from(DTYPES)
 common = settings(max_examples=40, derandomize=True, deadline=None)
 
 
-def problem(seed, sizes, n_groups, dtype, removed="some", strided=False):
-    """Factors with random ids, so that ids repeat within a factor and across factors: joint groups."""
-    rng = torch.Generator().manual_seed(seed)
-    factors, groups = [], []
-    for rows, cols, axis in sizes:
-        values = torch.randn((rows, 2 * cols) if strided else (rows, cols), generator=rng).to(dtype)
-        factors.append(values[:, ::2] if strided else values)
-        groups.append((axis, torch.randint(n_groups, ((rows, cols)[axis],), generator=rng)))
-    masks = {"some": torch.rand(n_groups, generator=rng) < 0.4}
-    masks |= {"none": torch.zeros(n_groups, dtype=torch.bool), "all": torch.ones(n_groups, dtype=torch.bool)}
-    return factors, GroupPlan.of(factors, groups, n_groups), masks[removed]
+def detached(case):
+    factors, *described = case
+    return [factor.detach() for factor in factors], *described
 
 
-sizes = st.lists(
-    st.tuples(st.integers(0, 70), st.sampled_from([1, 3, 8, 16, 29, 64, 131]), st.sampled_from([0, 1])),
-    min_size=1,
-    max_size=5,
-)
-problems = st.builds(
-    problem,
-    seed=st.integers(0, 1000),
-    sizes=sizes,
-    n_groups=st.integers(1, 90),
-    dtype=dtypes,
-    removed=st.sampled_from(["some", "none", "all"]),
-    strided=st.booleans(),
-)
+problems = plans("joint").map(detached)
 
 
 @common
@@ -119,7 +98,8 @@ def test_compact_is_an_exact_gather(rows, cols, pad_to, dtype, transposed):
 
 
 def large_problem(dtype):
-    return problem(5, [(1536, 8, 0), (8, 1536, 1), (576, 64, 0), (300, 577, 1)] * 3, 1700, dtype)
+    sizes = [(1536, 8, 0), (8, 1536, 1), (576, 64, 0), (300, 577, 1)] * 3
+    return detached(planned("joint", sizes, dtype, n_groups=1700))
 
 
 def everything(case):

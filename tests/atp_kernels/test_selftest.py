@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import injected
 import pytest
@@ -363,3 +364,8 @@ def test_what_is_wrong_with_the_arguments_is_said(capsys, arguments, said):
     with pytest.raises(SystemExit) as ended:
         __main__.main(arguments)
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_package_does_not_import_tests_or_benchmarks():
+    texts = [path.read_text() for path in Path(cases.__file__).parent.glob("*.py")]
+    assert texts and not any(word in text for text in texts for word in ("benchmarks", "operation_cases"))
