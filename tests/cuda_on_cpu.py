@@ -8,13 +8,12 @@ barrier for __syncthreads, and blocks of 32 threads, so that small operands take
 of the extension's CPU code. First faults are made in the sources on purpose; a part that does not report one fails.
 """
 
-import argparse
 import os
 import re
 import subprocess
 import sys
 
-from sanitize import BUILT, PARTS, ROOT, compiler, run
+from sanitize import BUILT, PARTS, ROOT, compiler, main, run
 from torch.utils import cpp_extension
 
 CUDA, SHIM = ROOT / "csrc" / "cuda", ROOT / "tests" / "sanitizers" / "cuda"
@@ -92,15 +91,5 @@ def check(name, calls):
     return done.returncode == 0
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--calls", type=int, default=20, help="of each operation")
-    options = parser.parse_args()
-    if unknown := set(options.parts) - PARTS.keys():
-        parser.error(f"there is no part {', '.join(sorted(unknown))}: use {', '.join(PARTS)}")
-    sys.exit(not all([check(name, options.calls) for name in options.parts or PARTS]))
-
-
 if __name__ == "__main__":
-    main()
+    main(check, 20, "of each operation")

@@ -8,15 +8,17 @@ CHECKS = "atp_kernels/checks.py"
 
 GROUPS = "tests/atp_kernels/test_groups.py"
 SEPARATE = "tests/atp_kernels/test_groups_separate.py"
-DIRECT = "tests/atp_kernels/test_groups_direct.py"
+DIRECT = (
+    "tests/atp_kernels/test_groups_direct.py tests/atp_kernels/test_groups_backends.py -k 'not triton and not outside'"
+)
 BAD_VALUE = "tests/atp_kernels/test_backends_agree.py -k bad_value"
 TWICE = "tests/atp_kernels/test_backends_agree.py -k given_twice"
 REFUSED = "tests/atp_kernels/test_backends_agree.py -k refuses_with_the_same_sentence"
 PLANS = "tests/atp_kernels/test_backends_agree.py -k plan"
-MULTI = "tests/atp_kernels/test_groups_triton.py -k 'joint or kept_groups or any_shape'"
+MULTI = "tests/atp_kernels/test_groups_backends.py -k 'triton and (no_worse or any_shape or zeros)'"
 CAPTURE = "tests/atp_kernels/test_graph_capture.py"
 IN_PLACE = "tests/atp_kernels/test_ops_strided.py -k in_place"
-MULTI_FENCED = "tests/atp_kernels/test_groups_triton.py -k nothing_is_read"
+MULTI_FENCED = "tests/atp_kernels/test_groups_backends.py -k nothing_is_read"
 
 TABLE = {
     (DEFINITION, GROUPS): (

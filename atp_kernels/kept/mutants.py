@@ -7,8 +7,6 @@ OP = "atp_kernels/kept/op.py"
 FORMS = "atp_kernels/kept/forms.py"
 
 KEPT_NO_WORSE_THAN = "tests/atp_kernels/test_kept.py -k no_worse_than_unfused"
-KEPT_EQUALS_MASKED = "tests/atp_kernels/test_kept.py -k equals_masked"
-KEPT_FIRST_NO_WORSE = "tests/atp_kernels/test_kept_first.py -k no_worse_than_unfused"
 KEPT_STALE = "tests/atp_kernels/test_kept_stale.py"
 KEPT_REUSE = "tests/atp_kernels/test_kept_reuse.py"
 KEPT_CHUNKS_MEMORY = "tests/atp_kernels/test_kept_chunks.py -k 'not memory_is'"
@@ -16,17 +14,13 @@ KEPT_CHUNKS_MEMORY_2 = "tests/atp_kernels/test_kept_chunks.py -k memory_is"
 TUNED_BLOCKS = "tests/atp_kernels/test_tuned_blocks.py"
 KEPT_FORMS = "tests/atp_kernels/test_kept_forms.py -k 'not no_worse'"
 BLOCKS_DROPOUT = "tests/atp_kernels/test_blocks_dropout.py -k 'kept and linear'"
-KEPT_FIRST_UNINITIALISED = "tests/atp_kernels/test_kept_first.py -k uninitialised"
+KEPT_BITS_REPEAT = "tests/atp_kernels/test_passes.py -k 'bits_repeat and kept'"
 
 TABLE = {
     (SLICES, KEPT_NO_WORSE_THAN): (("kept.index_fill_(axis, gather.silent, 0)", "pass"),),
     (SIDES, KEPT_NO_WORSE_THAN): (
         ("places[count:], Side(index, place, False)", "places[:0], Side(index, place, False)"),
-    ),
-    (SIDES, KEPT_EQUALS_MASKED): (
         ("cls(count, None, (~mask).nonzero().squeeze(1), None)", "cls(count, None, kept[:0], None)"),
-    ),
-    (SIDES, KEPT_FIRST_NO_WORSE): (
         ("silent = torch.arange(mask.kept, mask.width,", "silent = torch.arange(mask.width, mask.width,"),
         ("Side(mask.index, mask.place, True)", "Side(mask.index, mask.place, False)"),
     ),
@@ -88,8 +82,6 @@ TABLE = {
         ("if side is None or not side.kept_first:", "if side is None:"),
         ("low = up if shared_input else None", "low = up"),
         ("low = up if shared_input else None", "low = None"),
-    ),
-    (ATEN, KEPT_FIRST_NO_WORSE): (
         ("bias, head, *adapter)\n    elif on_cpu:", "bias, head)\n    elif on_cpu:"),
         ("torch.mm(low, high[:, width:], out=tail)", "tail.zero_()"),
         ("lora_b = ordered(lora_b, outs, 0)\n", "pass\n"),
@@ -128,5 +120,5 @@ TABLE = {
         ("s if need_b else None, held(drop))", "s if need_b else None, None)"),
         ("lora_input = dropped(x, dropout, seed, backend)", "pass"),
     ),
-    (ATEN, KEPT_FIRST_UNINITIALISED): (("tail.zero_()", "pass"),),
+    (ATEN, KEPT_BITS_REPEAT): (("tail.zero_()", "pass"),),
 }

@@ -14,15 +14,14 @@ NATIVE = "atp_kernels/linear/native.py"
 CALL = "atp_kernels/linear/__init__.py"
 
 LINEAR_NO_WORSE_THAN = "tests/atp_kernels/test_linear.py -k no_worse_than_unfused"
-LINEAR_GRADCHECK = "tests/atp_kernels/test_linear.py -k gradcheck"
+LINEAR_NORMS = "tests/atp_kernels/test_linear.py -k 'no_worse and float32'"
 LINEAR_COMPILED_OPERATOR = "tests/atp_kernels/test_linear.py -k compiled_operator"
-PLAIN_NO_WORSE_THAN = "tests/atp_kernels/test_plain.py -k no_worse_than_unfused"
 PLAIN_LAST_BIT = "tests/atp_kernels/test_plain.py -k last_bit"
 PLAIN_ONLY_WHAT_NEEDED = "tests/atp_kernels/test_plain.py -k 'only_what_is_needed or last_bit'"
 PLAIN_QUICK_CHECKS = "tests/atp_kernels/test_plain.py -k quick_checks"
-ZERO_SIZES_MASKED_LINEAR = "tests/atp_kernels/test_zero_sizes.py -k masked_linear"
-EVERY_OPERATION_CONSTANT = "tests/atp_kernels/test_every_operation.py -k 'constant_upstream and norm'"
-EVERY_OPERATION_IN_PLACE = "tests/atp_kernels/test_every_operation.py -k 'changed_in_place and norm'"
+ZERO_SIZES_MASKED_LINEAR = "tests/atp_kernels/test_zero_sizes.py -k linear"
+EVERY_OPERATION_CONSTANT = "tests/atp_kernels/test_passes.py -k 'constant_upstream and norm'"
+EVERY_OPERATION_IN_PLACE = "tests/atp_kernels/test_passes.py -k 'changed_in_place and norm'"
 LINEAR_TRITON_EVERY_COMBINATION = "tests/atp_kernels/test_linear_triton.py -k 'every_combination and soft-soft'"
 LINEAR_TRITON_COMBINATION_WITH = "tests/atp_kernels/test_linear_triton.py -k 'combination_with_dropout and soft-soft'"
 LINEAR_TRITON_NOTHING_READ = "tests/atp_kernels/test_linear_triton.py -k nothing_is_read_outside"
@@ -54,7 +53,7 @@ TABLE = {
         ("else (values * mask).to(values.dtype)", "else values"),
         ("lora_input = dropped(matrix(x), dropout).view(x.shape)", "pass"),
     ),
-    (DEFINITION, LINEAR_GRADCHECK): (
+    (DEFINITION, LINEAR_NORMS): (
         ("_wide(lora_b).square().sum(1)", "_wide(lora_b).abs().sum(1)"),
         ("_wide(lora_a).square().sum(0)", "_wide(lora_a).abs().sum(0)"),
     ),
@@ -119,7 +118,7 @@ TABLE = {
         ("(2 * grad_rows.unsqueeze(1) * lora_b)", "(grad_rows.unsqueeze(1) * lora_b)"),
         ("keep_sum = keeps_sum(out_mask)", "keep_sum = False"),
     ),
-    (OP, PLAIN_NO_WORSE_THAN): (
+    (OP, PLAIN_LAST_BIT): (
         ("scaled_mm(rows, lora_a.t(), scaling)", "scaled_mm(rows, lora_a.t(), 1.0)"),
         ("d_bias = grad_y.sum(0)", "d_bias = grad_y.sum(0) * 2"),
         ("torch.mm(grad_y.t(), x)", "torch.mm(grad_y.t(), x).neg()"),
@@ -129,8 +128,6 @@ TABLE = {
         ("dense(weight).t(), s, lora_b.t()", "dense(weight).t(), None, lora_b.t()"),
         ("torch.mm(grad_y.t(), s)", "torch.mm(grad_y.t(), s).neg()"),
         ("sum_of_products(grad_y, dense(weight), up, lora_a)", "torch.mm(grad_y, dense(weight))"),
-    ),
-    (OP, PLAIN_LAST_BIT): (
         ("if need_x or need_a else None", "if need_a else None"),
         ("if need_x or need_a else None", "if need_x else None"),
     ),

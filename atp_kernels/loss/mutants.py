@@ -5,13 +5,13 @@ DEFINITION, ATEN, NATIVE, TRITON = (
 )
 
 LOSS = "tests/atp_kernels/test_cross_entropy_kernel.py -k 'reference and few_units'"
-LOSS_APART = "tests/atp_kernels/test_cross_entropy_kernel.py -k 'native and apart'"
+LOSS_APART = "tests/atp_kernels/test_strides.py -k 'cross_entropy and native'"
 BLOCKS = "tests/atp_kernels/test_cross_entropy_kernel.py -k any_number_of_blocks"
 TRITON_LIMITS = "tests/atp_kernels/test_cross_entropy_kernel.py -k 'triton and limits'"
-TRITON_APART = "tests/atp_kernels/test_cross_entropy_kernel.py -k 'triton and apart'"
+TRITON_APART = "tests/atp_kernels/test_strides.py -k 'cross_entropy and triton'"
 TRITON_SHIFT = "tests/atp_kernels/test_cross_entropy_kernel.py -k 'triton and shift'"
 SPOILS = "tests/atp_kernels/test_cross_entropy_kernel.py -k spoils"
-FAR = "tests/atp_kernels/test_cross_entropy_kernel.py -k two_to_the_31"
+FAR = "tests/atp_kernels/test_offsets.py -k 'cross_entropy and triton'"
 
 TABLE = {
     (DEFINITION, LOSS): (

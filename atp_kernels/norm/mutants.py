@@ -9,8 +9,8 @@ RMS_DTYPES = "tests/atp_kernels/test_rms_norm.py -k other_dtypes"
 KERNELS = "tests/atp_kernels/test_norm_triton.py -k 'no_worse or every_row'"
 ALONE = "tests/atp_kernels/test_norm_triton.py -k alone"
 FENCED = "tests/atp_kernels/test_norm_triton.py -k nothing_is_read"
-STRIDED = "tests/atp_kernels/test_norm_triton.py -k layout"
-FAR = "tests/atp_kernels/test_norm_triton.py -k two_to_the_31"
+STRIDED = "tests/atp_kernels/test_strides.py -k 'rms_norm and triton'"
+FAR = "tests/atp_kernels/test_offsets.py -k 'rms_norm and triton'"
 
 TABLE = {
     (DEFINITION, RMS): (

@@ -3,7 +3,7 @@
 PROJECTION = "atp_kernels/projection.py"
 SHARED = "atp_kernels/linear/shared.py"
 
-BLOCKS_DROPOUT = "tests/atp_kernels/test_blocks_dropout.py -k qkv"
+BLOCKS_DROPOUT = "tests/atp_kernels/test_blocks_dropout.py tests/atp_kernels/test_blocks.py -k qkv"
 BLOCKS_QKV_NO_WORSE = "tests/atp_kernels/test_blocks.py -k qkv_is_no_worse_than_unfused"
 
 TABLE = {

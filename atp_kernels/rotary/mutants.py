@@ -5,9 +5,9 @@ DEFINITION, OP, ATEN, TRITON = (f"atp_kernels/rotary/{name}.py" for name in ("de
 TESTS = "tests/atp_kernels/test_rotary.py"
 TRANSFORMERS = f"{TESTS} -k transformers"
 ROUNDED = f"{TESTS} -k rounded_once"
-LAYOUT = f"{TESTS} -k layout"
+LAYOUT = "tests/atp_kernels/test_strides.py -k 'rotary and triton'"
 SHAPES = f"{TESTS} -k any_shape"
-UNWRITTEN = f"{TESTS} -k unwritten"
+UNWRITTEN = "tests/atp_kernels/test_passes.py -k 'bits_repeat and rotary'"
 FAR = f"{TESTS} -k two_to_the_31"
 ALONE = f"{TESTS} -k one_of_both"
 

@@ -8,8 +8,8 @@ OP = "atp_kernels/swiglu/op.py"
 
 BLOCKS_SWIGLU_NO_WORSE = "tests/atp_kernels/test_blocks.py -k swiglu_is_no_worse_than_unfused"
 NATIVE_ACTIVATIONS_ANY_SHAPE = "tests/atp_kernels/test_native_activations.py -k 'any_shape or columns'"
-BLOCKS_SWIGLU_ON_KEPT = "tests/atp_kernels/test_blocks.py -k swiglu_on_kept_slices_is_no_worse"
-BLOCKS_DROPOUT = "tests/atp_kernels/test_blocks_dropout.py -k 'swiglu or adapter'"
+BLOCKS_SWIGLU_ON_KEPT = "tests/atp_kernels/test_blocks_dropout.py -k swiglu_on_kept_slices_is_no_worse"
+BLOCKS_DROPOUT = "tests/atp_kernels/test_blocks_dropout.py tests/atp_kernels/test_blocks.py -k 'swiglu or adapter'"
 MERGED_WEIGHT_BITS = "tests/atp_kernels/test_merged_weight.py -k 'not bits'"
 
 GATED = "tests/atp_kernels/test_gated_triton.py -k 'no_worse or every_row'"

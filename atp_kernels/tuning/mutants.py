@@ -9,7 +9,7 @@ WAYS = "atp_kernels/linear/ways.py"
 
 FOLDED_DEFINITION = "tests/atp_kernels/test_folded.py -k equals_the_definition"
 FOLDED_NO_WORSE = "tests/atp_kernels/test_folded.py -k no_worse_than_unfused"
-MERGED_SLICES = "tests/atp_kernels/test_merged_slices.py"
+MERGED_SLICES = "tests/atp_kernels/test_merged_weight.py -k 'sliced or others or explain'"
 PLAIN_SLICES = "tests/atp_kernels/test_plain_slices.py -k 'not no_worse'"
 TUNED_BLOCKS = "tests/atp_kernels/test_tuned_blocks.py"
 TUNED_TABLES = "tests/atp_kernels/test_tuned_tables.py -k 'step_goes or other_kinds or environment'"

@@ -94,8 +94,8 @@ FORMS = [(mask, mask_lora) for mask in ("soft", "hard", "empty", "full") for mas
 EQUAL = (1.7, 1.7, 1.3)
 
 
-def mlp_definition(case, activation="silu", mask_lora=False, scalings=EQUAL):
-    options = {"activation": activation, "mask": case.masks[0], "mask_lora": mask_lora}
+def mlp_definition(case, activation="silu", mask_lora=False, scalings=EQUAL, dropouts=(None, None)):
+    options = {"activation": activation, "mask": case.masks[0], "mask_lora": mask_lora, "dropouts": dropouts}
     return definition.masked_lora_swiglu(case.x, *case.linears(scalings), **options)
 
 

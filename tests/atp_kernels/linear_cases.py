@@ -1,12 +1,16 @@
 """Operands of the masked LoRA linear, its results with every gradient, and the error rule for all dtypes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from atp_kernels.dropout.definition import Dropout
 from atp_kernels.linear import definition
+from benchmarks.case import Variant
+from benchmarks.measure import peak_bytes
 
 SEED = 0x9876_5432_1234_5678 - 2**64
 """Of any dropout; both halves have their high bit set or are large, and the whole is negative."""
@@ -56,6 +60,15 @@ def every_combination(base: Shape) -> list[Shape]:
     ]
 
 
+def shapes(**changed: st.SearchStrategy) -> st.SearchStrategy[Shape]:
+    """Shapes at random, with other strategies for some fields."""
+    masks, sizes = st.sampled_from([None, "soft", "hard", "empty", "full"]), st.integers(1, 70)
+    fields = {"m": st.sampled_from([1, 5, 33]), "n": sizes, "k": sizes, "rank": st.sampled_from([1, 8, 16])}
+    fields |= {"out_mask": masks, "in_mask": masks, "p": st.sampled_from([0.0, 0.5])}
+    fields |= dict.fromkeys(("mask_lora", "bias", "dropout"), st.booleans())
+    return st.builds(Shape, **fields | {"scaling": st.sampled_from([0.25, 1.0, 2.0])} | changed)
+
+
 def operands(shape: Shape, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     """Random tensors by argument name; all floating ones require a gradient."""
     rng = torch.Generator().manual_seed(seed)
@@ -84,6 +97,11 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
+def frozen(tensors: dict[str, Tensor], *more: str) -> dict[str, Tensor]:
+    """The same with a weight, a bias and more that have no gradient."""
+    return {name: each.detach() if name in ("weight", "bias", *more) else each for name, each in tensors.items()}
+
+
 def upcast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values as float64 leaves."""
     return {
@@ -109,6 +127,13 @@ def with_gradients(
     grads = torch.autograd.grad(results, list(leaves.values()), upstream)
     named = dict(zip(("y", "b_row_sq", "a_col_sq"), results, strict=False))
     return named | {f"d {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def peak(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], grad: Tensor) -> int:
+    """Bytes that a forward and backward pass take at most."""
+    variant = Variant(forward, leaves, grad)
+    variant.prepare("full")()
+    return peak_bytes(variant, "full", "cpu")
 
 
 def assert_as_good_as_unfused(got, shape: Shape, tensors: dict[str, Tensor], factor: float = 2.0) -> None:

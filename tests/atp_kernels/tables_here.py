@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atp_kernels import call, extension
 from atp_kernels.tuning import table, tiled
 
 
@@ -19,6 +20,16 @@ def tables_in(folder: Path) -> Iterator[Path]:
         _forget()
         yield folder / table.file_name(torch.device("cpu"))
     _forget()
+
+
+@contextmanager
+def without_extension() -> Iterator[None]:
+    """The vendor's products are the backend, as on CUDA."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "REASON", "not wanted here")
+        call._select.cache_clear()
+        yield
+    call._select.cache_clear()
 
 
 def _forget() -> None:

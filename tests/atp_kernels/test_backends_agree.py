@@ -130,12 +130,22 @@ def test_every_backend_refuses_with_the_same_sentence(op, call, options, message
     assert len(said) == 1 and next(iter(said)).startswith(message)
 
 
+PLAN = GroupPlan.of(factors(), ROWS, 3)
+
+
 @pytest.mark.parametrize(
-    ("given", "message"),
-    [([], "the plan was made for 1 factors of other shapes"), ([torch.ones(4, 3).long()], "a factor is torch.int64")],
+    ("plan", "given", "message"),
+    [
+        (PLAN, [], "the plan was made for 1 factors of other shapes"),
+        (PLAN, [torch.ones(4, 3).long()], "a factor is torch.int64"),
+        (
+            GroupPlan(PLAN.axes, PLAN.shapes, PLAN.index + 2**30, PLAN.order, PLAN.starts),
+            [factors()[0].detach()],
+            "put together by hand: make it with GroupPlan.of",
+        ),
+    ],
 )
-def test_a_plan_refuses_what_a_list_of_groups_refuses(given, message):
-    plan = GroupPlan.of(factors(), ROWS, 3)
+def test_a_plan_that_does_not_fit_or_that_nobody_checked_is_refused(plan, given, message):
     for backend in backends("group_lasso", device="cpu"):
         for call in (atp_kernels.group_lasso, atp_kernels.group_lasso_grad_):
             with pytest.raises(ValueError, match=message):
@@ -190,12 +200,9 @@ def test_a_call_that_is_refused_has_written_nothing():
 def test_every_backend_refuses_a_factor_that_is_given_twice(op):
     said = set()
     for backend in backends(op, device="cpu"):
-        given = factors() * 2
+        options = {"threshold": 0.5} if op == "group_prox_" else {}
         with pytest.raises(RuntimeError) as raised, torch.set_grad_enabled(op != "group_prox_"):
-            if op == "group_prox_":
-                atp_kernels.group_prox_(given, ROWS * 2, REMOVED, 0.5, backend=backend)
-            else:
-                atp_kernels.group_lasso_grad_(given, ROWS * 2, REMOVED, backend=backend)
+            getattr(atp_kernels, op)(factors() * 2, ROWS * 2, REMOVED, **options, backend=backend)
         said.add(str(raised.value))
     assert said == {"a tensor appears twice among the factors of an in-place call; give each of them once."}
 
@@ -244,25 +251,12 @@ def test_what_a_plan_hands_out_are_copies():
                 setattr(plan, name, getattr(plan, name))
 
 
-def test_a_plan_that_nobody_checked_is_refused():
-    (factor,) = factors()
-    plan = GroupPlan.of([factor], ROWS, 3)
-    by_hand = GroupPlan(plan.axes, plan.shapes, plan.index + 2**30, plan.order, plan.starts)
-    for backend in backends("group_prox_", device="cpu"):
-        for call in (atp_kernels.group_lasso, atp_kernels.group_lasso_grad_):
-            with pytest.raises(ValueError, match="put together by hand: make it with GroupPlan.of"):
-                call([factor], by_hand, REMOVED, backend=backend)
-        with pytest.raises(ValueError, match="put together by hand: make it with GroupPlan.of"):
-            atp_kernels.group_prox_([factor.detach()], by_hand, REMOVED, 0.5, backend=backend)
-
-
 def test_an_operator_takes_the_parts_of_a_plan_in_any_memory():
     for backend in backends("group_prox_", device="cpu"):
         factor, expected = (factors()[0].detach() for _ in range(2))
-        plan = GroupPlan.of([factor], ROWS, 3)
-        parts = [torch.stack([p.long(), p.long() + 2**30], 1)[:, 0] for p in (plan.index, plan.order, plan.starts)]
-        torch.ops.atp_kernels.group_prox_([factor], plan.axes, *parts, REMOVED, torch.ones(3), backend)
-        atp_kernels.group_prox_([expected], plan, REMOVED, 1.0, backend=backend)
+        parts = [torch.stack([p.long(), p.long() + 2**30], 1)[:, 0] for p in (PLAN.index, PLAN.order, PLAN.starts)]
+        torch.ops.atp_kernels.group_prox_([factor], PLAN.axes, *parts, REMOVED, torch.ones(3), backend)
+        atp_kernels.group_prox_([expected], PLAN, REMOVED, 1.0, backend=backend)
         assert torch.equal(factor, expected)
 
 
@@ -271,13 +265,10 @@ def test_an_operator_takes_the_parts_of_a_plan_in_any_memory():
 def test_an_operator_takes_no_plan_that_leads_out_of_its_factors(field, bad):
     """torch.ops is open to everybody too, and is handed the parts of a plan."""
     (factor,) = (made.detach() for made in factors())
-    plan = GroupPlan.of([factor], ROWS, 3)
-    parts = {name: getattr(plan, name) for name in ("index", "order", "starts")}
+    parts = {name: getattr(PLAN, name) for name in ("index", "order", "starts")}
     arguments = (REMOVED, torch.ones(3), "auto")
-    torch.ops.atp_kernels.group_prox_([factor], plan.axes, *parts.values(), *arguments)
+    torch.ops.atp_kernels.group_prox_([factor], PLAN.axes, *parts.values(), *arguments)
     parts[field][-1] = bad
-    with pytest.raises(ValueError, match="are those of no plan for these factors"):
-        torch.ops.atp_kernels.group_prox_([factor], plan.axes, *parts.values(), *arguments)
-    for wrong in ([part[:0] for part in parts.values()], [plan.index, plan.order, plan.starts + 1]):
+    for wrong in (parts.values(), [part[:0] for part in parts.values()], [PLAN.index, PLAN.order, PLAN.starts + 1]):
         with pytest.raises(ValueError, match="are those of no plan for these factors"):
-            torch.ops.atp_kernels.group_prox_([factor], plan.axes, *wrong, *arguments)
+            torch.ops.atp_kernels.group_prox_([factor], PLAN.axes, *wrong, *arguments)

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from backends_here import backends
 from block_cases import (
-    EQUAL,
     FORMS,
     MLP,
     QKV,
@@ -15,52 +15,31 @@ from block_cases import (
     mlp_case,
     mlp_definition,
     saved_shapes,
-    slices_of,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from linear_cases import SEED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atp_kernels import KeptFirst, KeptSlice, Projection, masked_lora_qkv, masked_lora_swiglu
+from atp_kernels.dropout.definition import Dropout
 from atp_kernels.qkv.definition import masked_lora_qkv as defined_qkv
 
+P, SEEDS = 0.4, (SEED, 3)
+DROPS = tuple(Dropout(P, seed) for seed in SEEDS)
+DROPPING = pytest.mark.parametrize("dropping", [False, True])
 
+
+@DROPPING
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("mask", "mask_lora"), [(None, False), *FORMS])
-def test_swiglu_is_no_worse_than_unfused(mask, mask_lora, activation, frozen, dtype):
-    case = mlp_case(mask, dtype=dtype, frozen=frozen)
-    got = case.results(mlp(case, activation=activation, mask_lora=mask_lora))
-    assert_as_good_as(partial(mlp_definition, activation=activation, mask_lora=mask_lora), got, case)
-
-
-@given(
-    rows=st.sampled_from([(1,), (5,), (2, 3)]),
-    hidden=st.integers(1, 40),
-    channels=st.integers(1, 70),
-    rank=st.sampled_from([1, 8, 64]),
-    form=st.sampled_from([(None, False), *FORMS]),
-    bias=st.booleans(),
-    frozen=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-@settings(max_examples=40, derandomize=True, deadline=None)
-def test_swiglu_of_any_shape(rows, hidden, channels, rank, form, bias, frozen, dtype):
-    shapes = ((channels, hidden), (channels, hidden), (hidden, channels))
-    case = mlp_case(form[0], shapes=shapes, rows=rows, rank=rank, bias=bias, frozen=frozen, dtype=dtype)
-    got = case.results(mlp(case, mask_lora=form[1]))
-    assert_as_good_as(partial(mlp_definition, mask_lora=form[1]), got, case)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("mask", ["hard", "empty", "full"])
-def test_swiglu_on_kept_slices_is_no_worse_than_unfused(mask, first, dtype):
-    case = mlp_case(mask, frozen=True, dtype=dtype)
-    kept = slices_of(case, first)
-    got = case.results(masked_lora_swiglu(case.x, *case.linears(EQUAL), kept=kept))
-    assert_as_good_as(mlp_definition, got, case)
+@pytest.mark.parametrize("backend", ["auto", *backends("masked_lora_swiglu")])
+def test_swiglu_is_no_worse_than_unfused(backend, mask, mask_lora, activation, frozen, dtype, dropping):
+    case, options = mlp_case(mask, dtype=dtype, frozen=frozen), {"activation": activation, "mask_lora": mask_lora}
+    drawn = {"dropout": P, "seeds": SEEDS} if dropping else {}
+    got = case.results(mlp(case, **options, **drawn, backend=backend))
+    definition = partial(mlp_definition, **options, dropouts=DROPS if dropping else (None, None))
+    assert_as_good_as(definition, got, case)
 
 
 @pytest.mark.parametrize("mask_lora", [False, True])
@@ -74,17 +53,21 @@ def test_swiglu_saves_no_product_and_the_decision_step_only_unmasked_sums(mask_l
     assert kept == [(7, 20), (7, 20)], "with LoRA frozen neither x nor an S is read in backward"
 
 
+@DROPPING
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("scalings", [(1.7,) * 3, (1.7, 0.6, 1.3)], ids=["shared", "alone"])
 @pytest.mark.parametrize(("mask", "mask_lora"), [(None, False), *FORMS])
-def test_qkv_is_no_worse_than_unfused(mask, mask_lora, frozen, dtype):
+def test_qkv_is_no_worse_than_unfused(mask, mask_lora, scalings, frozen, dtype, dropping):
     case = Case(QKV, mask=mask, dtype=dtype, frozen=frozen)
 
     def definition(case):
-        options = {"masks": case.masks, "mask_lora": mask_lora}
-        return defined_qkv(case.x, *case.linears((1.7,) * 3), **options)
+        options = {"masks": case.masks, "mask_lora": mask_lora, "dropout": DROPS[0] if dropping else None}
+        return defined_qkv(case.x, *case.linears(scalings), **options)
 
-    got = masked_lora_qkv(case.x, *case.linears((1.7,) * 3), masks=tuple(case.masks), mask_lora=mask_lora)
+    drawn = {"dropout": P, "seed": SEED} if dropping else {}
+    options = {"masks": tuple(case.masks), "mask_lora": mask_lora, **drawn}
+    got = masked_lora_qkv(case.x, *case.linears(scalings), **options)
     assert [value.shape for value in got] == [(2, 6, n) for n, _ in QKV]
     assert_as_good_as(definition, case.results(got), case)
 
@@ -123,6 +106,10 @@ WRONG = [
     ({"kept": tuple(PAIR), "mask": MASK}, "kept slices bring their own masks"),
     ({"kept": tuple(PAIR), "mask_lora": True}, "kept slices bring their own masks"),
     ({"kept": (*APART, PAIR[2])}, "must share one mask or KeptFirst"),
+    *(
+        ({"dropout": 0.5, "seeds": seeds}, f"seeds has {len(seeds)} of two: give that of gate and up")
+        for seeds in ((1,), (1, 2, 3))
+    ),
     ({"kept": (PAIR[0], PAIR[1], PAIR[0])}, r"x has shape \[5, 20\], but the weight \[20, 12\]"),
 ]
 

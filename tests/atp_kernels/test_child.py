@@ -31,17 +31,12 @@ def test_jobs_are_done_by_one_process_after_the_other_with_its_own_variables(wor
 
 
 @pytest.mark.parametrize(("job", "why"), ENDS)
-def test_a_job_that_is_lost_says_why_and_what_it_was_at(worker, monkeypatch, job, why):
+def test_a_job_that_is_lost_says_why_and_the_next_is_done_by_another_process(worker, monkeypatch, job, why):
     monkeypatch.setattr(child, "_END_SECONDS", 2.0)
+    before = worker.call("works", 60)["pid"]
     with pytest.raises(Lost) as lost:
         worker.call(job, 1 if job == "hangs" else 60)
     assert str(lost.value) == why and lost.value.at == job
-
-
-def test_the_next_job_is_done_by_another_process(worker):
-    before = worker.call("works", 60)["pid"]
-    with pytest.raises(Lost):
-        worker.call("raises", 60)
     assert worker.call("works", 60)["pid"] != before
 
 
@@ -52,28 +47,16 @@ def test_a_process_that_is_closed_is_gone(worker):
         os.kill(pid, 0)
 
 
-@pytest.mark.parametrize(("function", "said"), [
-    ("no_such_module:work", "No module named 'no_such_module'"), ("injected:nothing", "no attribute 'nothing'"),
+@pytest.mark.parametrize(("function", "place", "said"), [
+    ("no_such_module:work", None, "No module named 'no_such_module'"),
+    ("injected:nothing", None, "no attribute 'nothing'"),
+    ("injected:behaves", (sys, "executable", "/no/such/python"), "no child process starts"),
+    ("injected:behaves", (tempfile, "tempdir", "/no/such/folder"), "no child process starts"),
+    ("injected:behaves", (child, "START_SECONDS", 0.01), "not done after 0.01 s"),
 ])  # fmt: skip
-def test_a_child_that_does_not_start_was_at_nothing(function, said):
+def test_a_child_that_does_not_start_was_at_nothing(monkeypatch, function, place, said):
+    if place:
+        monkeypatch.setattr(*place)
     with Child(function) as worker, pytest.raises(Lost, match=said) as lost:
-        worker.call("works", 60)
-    assert lost.value.at is None
-
-
-@pytest.mark.parametrize("missing", ["interpreter", "temporary folder"])
-def test_what_is_not_there_to_start_one_is_no_other_error(monkeypatch, missing):
-    if missing == "interpreter":
-        monkeypatch.setattr(sys, "executable", "/no/such/python")
-    else:
-        monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
-    with Child("injected:behaves") as worker, pytest.raises(Lost, match="no child process starts") as lost:
-        worker.call("works", 60)
-    assert lost.value.at is None
-
-
-def test_a_child_that_is_slow_to_start_is_given_up(monkeypatch):
-    monkeypatch.setattr(child, "START_SECONDS", 0.01)
-    with Child("injected:behaves") as worker, pytest.raises(Lost, match="not done after 0.01 s") as lost:
         worker.call("works", 60)
     assert lost.value.at is None

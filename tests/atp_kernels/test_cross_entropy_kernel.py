@@ -5,7 +5,6 @@ import torch
 from backends_here import DEVICE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from repeats import assert_repeats
 
 import atp_kernels
 from atp_kernels import cross_entropy_, extension, triton_runtime
@@ -83,8 +82,7 @@ def test_a_shift_of_all_logits_changes_nothing(backend, vocab):
     logits = logits.round()
     expected = computed(logits, targets, backend)
     for shift in (-300, 300):
-        for got, want in zip(computed(logits + shift, targets, backend), expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(computed(logits + shift, targets, backend), expected, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
@@ -106,24 +104,9 @@ def test_other_dtypes_go_to_the_reference():
     logits, targets = problem(5, 60, torch.float64)
     losses, slope = computed(logits, targets, "auto")
     assert losses.dtype == torch.float64
-    for got, want in zip((losses, slope), exact(logits, targets), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close((losses, slope), exact(logits, targets), rtol=1e-12, atol=1e-14)
     assert computed(logits.half(), targets, "auto")[0].dtype == torch.float32
     assert "reference" in atp_kernels.explain("cross_entropy_", logits)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_and_targets_that_lie_apart(backend):
-    logits, targets = problem(6, 50, torch.float32)
-    wide, far = torch.full((6, 90), NAN, device=DEVICE), torch.zeros(6, 2, dtype=torch.int64, device=DEVICE)
-    wide[:, 20:70], far[:, 1] = logits, targets
-    losses = cross_entropy_(wide[:, 20:70], far[:, 1], backend=backend)
-    expected = computed(logits, targets, backend)
-    assert torch.equal(losses, expected[0]) and torch.equal(wide[:, 20:70], expected[1])
-    assert wide[:, :20].isnan().all() and wide[:, 70:].isnan().all()
-    columns = logits.t().contiguous().t()
-    assert torch.equal(cross_entropy_(columns, targets, backend=backend), expected[0])
-    assert torch.equal(columns, expected[1])
 
 
 def test_wrong_input_is_one_sentence():
@@ -151,11 +134,6 @@ class TestNative:
             with pytest.raises(ValueError, match=r"^targets hold .*: every target must lie in \[0, 5\)\.$"):
                 cross_entropy_(logits, torch.tensor([0, target]))
             assert torch.equal(logits, before)
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_bits_do_not_depend_on_the_run_or_the_threads(self, dtype):
-        case = problem(60, 5003, dtype, device="cpu")
-        assert_repeats(lambda: computed(*case, "native"))
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason=str(triton_runtime.REASON))
@@ -186,12 +164,3 @@ class TestTriton:
         assert losses[1:3].isnan().all() and torch.equal(losses[[0, 3]], whole[[0, 3]])
         assert torch.equal(slope[[0, 3]], expected[[0, 3]])
         torch.testing.assert_close(slope[1:3], logits[1:3].softmax(1))
-
-    def test_rows_beyond_two_to_the_31_elements(self):
-        logits, targets = problem(3, 50, torch.float16)
-        step = 2**30 + 7
-        pages = torch.empty(2 * step + 50, dtype=torch.float16, device=DEVICE)  # a CPU takes them when they are used
-        far = pages.as_strided((3, 50), (step, 1)).copy_(logits)
-        losses = cross_entropy_(far, targets, backend="triton")
-        expected = computed(logits, targets, "triton")
-        assert torch.equal(losses, expected[0]) and torch.equal(far, expected[1])

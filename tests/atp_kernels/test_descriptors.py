@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from backends_here import DEVICE, ON_GPU, on_device
-from linear_cases import Shape, assert_as_good_as_unfused, every_combination, operands, unfused, with_gradients
+from kept_cases import ORDERS, assert_error_rule
+from kept_cases import run as run_kept
+from linear_cases import Shape, assert_as_good_as_unfused, every_combination, operands
 
-from atp_kernels import KeptFirst, KeptSlice, checks, masked_lora_linear, triton_runtime
+from atp_kernels import KeptSlice, checks, masked_lora_linear, triton_runtime
 
 if not triton_runtime.AVAILABLE:
     pytest.skip(triton_runtime.REASON, allow_module_level=True)
@@ -16,10 +18,8 @@ from kernel_linear import FACTOR, run
 
 from atp_kernels.kept import aten as kept_aten
 from atp_kernels.kept import triton as kept_launcher
-from atp_kernels.kept.operands import Needs as KeptNeeds
 from atp_kernels.kept.operands import Operands as KeptOperands
-from atp_kernels.kept.operands import Saved as KeptSaved
-from atp_kernels.linear import definition, descriptors
+from atp_kernels.linear import descriptors, tiles
 from atp_kernels.linear import triton as launcher
 from atp_kernels.linear.operands import Operands, Options
 from atp_kernels.linear.tiles import TILE_VARIABLE, DescriptorConfig, descriptor_tiles
@@ -137,51 +137,15 @@ def test_a_tile_whose_mask_is_zero_reads_no_weight(config, mask_lora):
 
 
 @CONFIGS
-@pytest.mark.parametrize("first", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("first", ORDERS)
 @pytest.mark.parametrize("own_input", [False, True])
-def test_kept_first_slices(launches, config, first, own_input):
-    shape = Shape(m=19, n=48, k=56, rank=8, out_mask="hard", in_mask="hard", dropout=own_input)
+def test_kept_first_slices(launches, monkeypatch, config, first, own_input):
+    outs, ins = ("hard" if ordered else None for ordered in first)
+    shape = Shape(m=19, n=48, k=56, rank=8, out_mask=outs, in_mask=ins, dropout=own_input)
     tensors = on_device(operands(shape, torch.float16))
-    masks = {
-        name: KeptFirst(tensors[name], pad_to=8) if ordered else None
-        for name, ordered in zip(("out_mask", "in_mask"), first, strict=True)
-    }
-    tensors = {name: t for name, t in tensors.items() if masks.get(name, t) is not None}
-    shape = replace(shape, **{name: None for name in masks if name not in tensors})
-    kept = KeptSlice(tensors["weight"].detach(), tensors["bias"].detach(), **masks, pad_to=8)
-    trained = {name: tensor for name, tensor in tensors.items() if name in ("x", "lora_a", "lora_b", "lora_input")}
-    y = KernelKept.apply(config, kept, shape.scaling, *map(trained.get, ("x", "lora_a", "lora_b", "lora_input")))
-    norms = definition.factor_norms(tensors["lora_a"], tensors["lora_b"])
-    got = with_gradients((y, *norms), trained)
-    expected = with_gradients(unfused(shape, tensors), tensors)
-    assert_as_good_as_unfused(expected | got, shape, tensors)
-    assert len(launches) == 2 and kept.kept_out <= 48
-
-
-class KernelKept(torch.autograd.Function):
-    """Forward and backward of a kept slice with a chosen tile, on operands in the model's order."""
-
-    @staticmethod
-    def forward(ctx, config, kept, scaling, x, lora_a, lora_b, lora_input):
-        outs, ins = ctx.sides = kept.sides
-        index = slice(None) if ins is None else ins.index
-        x, lora_input = x[:, index], None if lora_input is None else lora_input[:, index]
-        ctx.config, ctx.shared = config, lora_input is None
-        weight = kept.weight(x.dtype)
-        y, s = kept_launcher.forward(
-            KeptOperands(x, weight, kept.bias(x.dtype), lora_a, lora_b, lora_input, outs, ins, scaling), config=config
-        )
-        ctx.saved = KeptSaved(weight, lora_a, lora_b, x if ctx.shared else lora_input, s, outs, ins, scaling)
-        return y if outs is None else y[:, outs.place]
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        outs, ins = ctx.sides
-        grad_y = grad_y if outs is None else grad_y[:, outs.index]
-        needs = KeptNeeds(*ctx.needs_input_grad[3:], shared_input=ctx.shared)
-        d_x, d_a, d_b, d_own = kept_launcher.backward(grad_y, ctx.saved, needs, config=ctx.config)
-        back = slice(None) if ins is None else ins.place
-        return None, None, None, d_x[:, back], d_a, d_b, None if d_own is None else d_own[:, back]
+    monkeypatch.setattr(tiles, "named_tile", lambda dtype: config)
+    assert_error_rule(run_kept(shape, tensors, "triton", first=first), shape, tensors)
+    assert len(launches) == 2
 
 
 def test_gathered_sides_of_a_slice_go_to_the_vendor(launches):
@@ -224,30 +188,28 @@ def test_what_a_descriptor_cannot_address_goes_to_the_other_kernel(launches, nam
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_results_must_be_addressable_too():
-    x = plain(8, 40)
-    assert descriptors.refuses(TILE, x, plain(28, 40), 28) == "rows of 28 results do not begin at multiples of 16 bytes"
-    assert descriptors.refuses(TILE, x[:1], plain(28, 40), 28) is None
+def far(shape, strides):
+    return torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
 
 
-@pytest.mark.parametrize(("shape", "strides"), [((2**31, 1), (8, 1)), ((2, 2**31), (2**31, 1)), ((0, 8), (8, 1))])
-def test_sides_past_31_bits_and_empty_ones_are_refused(shape, strides):
-    matrix = torch.empty_strided(shape, strides, dtype=torch.float16, device="meta")
-    assert descriptors.refuses(TILE, matrix, plain(8, 8), 8) == "no descriptor addresses x"
+NARROW, WIDE = replace(ONE_PASS, one_pass_rank=4), replace(TILE, block_n=256)
+SIDE = plain(8, 40)
+REFUSED = [
+    (TILE, SIDE, 28, {}, "rows of 28 results do not begin at multiples of 16 bytes"),
+    (TILE, SIDE[:1], 28, {}, None),
+    *((TILE, far(*sides), 8, {}, "no descriptor addresses x")
+      for sides in (((2**31, 1), (8, 1)), ((2, 2**31), (2**31, 1)), ((0, 8), (8, 1)))),
+    (TILE, plain(1, 200).view(-1).as_strided((8, 40), (8, 1)), 8, {}, "no descriptor addresses x"),
+    (NARROW, SIDE, 8, {"lora_a": plain(5, 40)}, "S of rank 5 does not fit beside the tile"),
+    (NARROW, SIDE, 8, {"lora_a": plain(4, 40)}, None),
+    (WIDE, SIDE, 8, {"other": SIDE}, "the gradient of a mask does not fit beside 256 columns"),
+    (WIDE, SIDE, 8, {}, None),
+]  # fmt: skip
 
 
-def test_overlapping_rows_are_refused():
-    windows = plain(1, 200).view(-1).as_strided((8, 40), (8, 1))
-    assert descriptors.refuses(TILE, windows, plain(8, 40), 8) == "no descriptor addresses x"
-
-
-def test_tiles_refuse_what_has_no_room_beside_them():
-    x, weight = plain(8, 40), plain(8, 40)
-    narrow, wide = replace(ONE_PASS, one_pass_rank=4), replace(TILE, block_n=256)
-    assert descriptors.refuses(narrow, x, weight, 8, plain(5, 40)) == "S of rank 5 does not fit beside the tile"
-    assert descriptors.refuses(narrow, x, weight, 8, plain(4, 40)) is None
-    assert "256 columns" in descriptors.refuses(wide, x, weight, 8, other=x)
-    assert descriptors.refuses(wide, x, weight, 8) is None
+@pytest.mark.parametrize(("tile", "x", "n", "more", "said"), REFUSED, ids=range(len(REFUSED)))
+def test_what_a_tile_cannot_take_is_refused(tile, x, n, more, said):
+    assert descriptors.refuses(tile, x, plain(28, 40) if n == 28 else SIDE, n, **more) == said
 
 
 def test_other_gpus_are_refused(monkeypatch):
@@ -287,24 +249,17 @@ def test_the_environment_names_a_tile(monkeypatch, launches):
     call()
     assert launches == []
     monkeypatch.setenv(TILE_VARIABLE, "64x64x32")
-    call()
-    assert launches == [descriptor_tiles(torch.float32)["64x64x32"]]
+    with monkeypatch.context() as patch:  # a graph may capture it
+        patch.setattr(checks, "is_capturing", lambda device: True)
+        y = call()
+        torch.autograd.grad(y, tensors["x"], torch.ones_like(y))
+    assert launches == [descriptor_tiles(torch.float32)["64x64x32"]] * 2
     monkeypatch.setenv(TILE_VARIABLE, "128x128x64")  # of 16-bit data
     call()
-    assert len(launches) == 1
+    assert len(launches) == 2
     monkeypatch.setenv(TILE_VARIABLE, "1x1")
     with pytest.raises(ValueError, match="ATP_KERNELS_LINEAR_TILE is 1x1: name one of 128x256x64, .*, or unset it"):
         call()
-
-
-def test_a_graph_may_capture_it(monkeypatch, launches):
-    shape = Shape(m=5, n=24, k=40, rank=4, dropout=False)
-    tensors = on_device(operands(shape, torch.float32))
-    monkeypatch.setattr(checks, "is_capturing", lambda device: True)
-    monkeypatch.setenv(TILE_VARIABLE, "64x64x32")
-    y = masked_lora_linear(**tensors, **shape.options, backend="triton")
-    torch.autograd.grad(y, tensors["x"], torch.ones_like(y))
-    assert len(launches) == 2
 
 
 def test_dropout_goes_to_the_other_kernel(launches):
@@ -313,10 +268,3 @@ def test_dropout_goes_to_the_other_kernel(launches):
     options = Options(shape.scaling, dropout=shape.drawn)
     got, same = (launcher.forward(Operands(**tensors), options, config=config).y for config in (TILE, None))
     assert torch.equal(got, same) and launches == []
-
-
-def test_bitwise_deterministic():
-    shape = Shape(m=40, n=48, k=40, rank=8, mask_lora=True)
-    tensors = on_device(operands(shape, torch.float32))
-    first, second = (run(shape, tensors, ONE_PASS) for _ in range(2))
-    assert all(torch.equal(value, first[name]) for name, value in second.items())

@@ -115,6 +115,14 @@ def test_environment_overrides_auto_but_not_a_name(monkeypatch, request):
         atp_kernels.explain("compact")
 
 
+def told(code, **variables):
+    """What a process says that runs this code; a variable of None is not set there."""
+    found = {name: value for name, value in (os.environ | variables).items() if value is not None}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=found)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_import_needs_torch_alone():
     """With triton hidden, the package imports, says so, and the other backends work."""
     code = (
@@ -126,8 +134,7 @@ def test_import_needs_torch_alone():
         "assert 'pip install triton' in atp_kernels.available_backends()['triton']\n"
         "print(atp_kernels.compact(torch.ones(2, 2), torch.tensor([0]), backend='reference').shape)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert done.stdout == "torch.Size([1, 2])\n", done.stderr
+    assert told(code) == "torch.Size([1, 2])\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -139,11 +146,39 @@ def test_triton_named_without_a_gpu_is_one_sentence():
         "try: k.masked_lora_linear(x, w, a, b, scaling=1.0)\n"
         "except RuntimeError as error: print(error)\n"
     )
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"ATP_KERNELS_BACKEND": "triton"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables)
-    listed, error = done.stdout.splitlines()
-    assert "no CUDA device" in listed and "no CUDA device" in error, done.stderr
+    listed, error = told(code, TRITON_INTERPRET=None, ATP_KERNELS_BACKEND="triton").splitlines()
+    assert "no CUDA device" in listed and "no CUDA device" in error
     assert "ATP_KERNELS_BACKEND='triton' cannot take masked_lora_linear" in error
+
+
+def test_an_interpreter_that_fails_is_one_sentence():
+    """Triton 3.6's reads numbers as NumPy 2.4 forbids, and the first kernel with a loop would say so."""
+    code = (
+        "from triton.runtime import interpreter\n"
+        "def fail(self, *args, **kwargs): raise TypeError('only 0-dimensional arrays')\n"
+        "interpreter.GridExecutor.__call__ = fail\n"
+        "import atp_kernels, torch\n"
+        "print(atp_kernels.available_backends()['triton'])\n"
+        "print(atp_kernels.explain('rms_norm', torch.ones(1)))\n"
+    )
+    found = told(code, TRITON_INTERPRET="1")
+    said = r"fails with NumPy .* \(.*only 0-dimensional arrays.*\); install a newer triton or an older numpy, or"
+    assert re.match(f"the interpreter of Triton .* {said}", found)
+    assert "rms_norm on cpu in float32 runs on" in found, "by another backend"
+
+
+def test_triton_without_what_its_interpreter_needs_is_one_sentence():
+    code = (
+        "import sys; sys.modules['numpy'] = None\nimport atp_kernels; print(atp_kernels.available_backends()['triton'])"
+    )
+    assert told(code, TRITON_INTERPRET="1") == "triton does not load without numpy; run pip install numpy\n"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """As on a machine with a GPU: Triton compiles, nothing is interpreted."""
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
+    monkeypatch.setattr(triton_runtime, "REASON", None)
 
 
 @pytest.fixture
@@ -222,11 +257,9 @@ def test_backends_are_listed_for_a_device(built_for, monkeypatch):
         ((12, 0), "rms_norm", "triton"),
     ],
 )
-def test_backends_of_the_default_build_by_capability(built_for, monkeypatch, capability, op, taken):
-    """As on a machine with a GPU: Triton compiles, nothing is interpreted."""
+@pytest.mark.usefixtures("compiled")
+def test_backends_of_the_default_build_by_capability(built_for, capability, op, taken):
     built_for("8.0 9.0 10.0+PTX", capability)
-    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
-    monkeypatch.setattr(triton_runtime, "REASON", None)
     _, name, why = call.select(op, torch.device("cuda", 0), torch.bfloat16)
     assert name == taken
     if taken == "reference":
@@ -236,12 +269,11 @@ def test_backends_of_the_default_build_by_capability(built_for, monkeypatch, cap
 
 
 @pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
+@pytest.mark.usefixtures("compiled")
 def test_rocm_takes_triton_whatever_the_extension_was_built_for(built_for, monkeypatch):
     """gfx942 calls itself capability 9.4, which is no CUDA version."""
     built_for("8.0 9.0 10.0+PTX", (9, 4))
     monkeypatch.setattr(torch.version, "hip", "7.1")
-    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
-    monkeypatch.setattr(triton_runtime, "REASON", None)
     _, name, why = call.select("group_lasso", torch.device("cuda"), torch.bfloat16)
     assert (name, why) == ("triton", "first choice on cuda")
     assert call.available_backends("cuda")["triton"] is None
@@ -249,12 +281,11 @@ def test_rocm_takes_triton_whatever_the_extension_was_built_for(built_for, monke
     assert (name, why) == ("reference", "native: the native backend has no code for ROCm")
 
 
+@pytest.mark.usefixtures("compiled")
 def test_rdna_takes_triton_for_all_but_products(monkeypatch):
     """Waves of 32 lanes leave too few registers for the tiles of products; CDNA's have 64."""
     monkeypatch.setattr(torch.version, "hip", "7.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name, value in (("INTERPRETED", False), ("REASON", None)):
-        monkeypatch.setattr(triton_runtime, name, value)
     for lanes, name in ((32, "reference"), (64, "triton")):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda _, lanes=lanes: SimpleNamespace(warp_size=lanes)
@@ -266,44 +297,8 @@ def test_rdna_takes_triton_for_all_but_products(monkeypatch):
     call._select.cache_clear()
 
 
-def test_an_mlp_wants_two_seeds():
-    linear = [torch.ones(size) for size in ((4, 4), (1, 4), (4, 1))]
-    projections = [atp_kernels.Projection(*linear, 1.0)] * 3
-    for seeds in ((1,), (1, 2, 3)):
-        with pytest.raises(ValueError, match=rf"seeds has {len(seeds)} of two: give that of gate and up"):
-            atp_kernels.masked_lora_swiglu(torch.ones(2, 4), *projections, dropout=0.5, seeds=seeds)
-
-
-def test_other_devices_take_the_reference(monkeypatch):
-    monkeypatch.setattr(triton_runtime, "INTERPRETED", False)
-    monkeypatch.setattr(triton_runtime, "REASON", None)
+@pytest.mark.usefixtures("compiled")
+def test_other_devices_take_the_reference():
     for op in call.OPERATIONS:
         assert call.select(op, torch.device("xpu"), torch.bfloat16)[1:] == ("reference", "first choice on xpu")
     assert "runs on cuda, not on xpu" in call.available_backends("xpu")["triton"]
-
-
-def test_an_interpreter_that_fails_is_one_sentence():
-    """Triton 3.6's reads numbers as NumPy 2.4 forbids, and the first kernel with a loop would say so."""
-    code = (
-        "from triton.runtime import interpreter\n"
-        "def fail(self, *args, **kwargs): raise TypeError('only 0-dimensional arrays')\n"
-        "interpreter.GridExecutor.__call__ = fail\n"
-        "import atp_kernels, torch\n"
-        "print(atp_kernels.available_backends()['triton'])\n"
-        "print(atp_kernels.explain('rms_norm', torch.ones(1)))\n"
-    )
-    variables = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=variables)
-    said = r"fails with NumPy .* \(.*only 0-dimensional arrays.*\); install a newer triton or an older numpy, or"
-    assert re.match(f"the interpreter of Triton .* {said}", done.stdout), done.stderr
-    assert "rms_norm on cpu in float32 runs on" in done.stdout, "by another backend"
-
-
-def test_triton_without_what_its_interpreter_needs_is_one_sentence():
-    code = (
-        "import sys; sys.modules['numpy'] = None\n"
-        "import atp_kernels; print(atp_kernels.available_backends()['triton'])\n"
-    )
-    variables = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=variables)
-    assert done.stdout == "triton does not load without numpy; run pip install numpy\n", done.stderr

@@ -127,28 +127,22 @@ def test_flops_are_those_that_the_reference_backend_spends(mask_lora):
         assert counter.get_total_flops() == evaluated(backward, sizes)
 
 
-def spent(call):
-    """FLOPs of a forward pass, then those of its backward."""
+MLP = Case(((28, 20), (28, 20), (24, 28)), rows=(12,), rank=4, frozen=True)
+HEADS = Case(((24, 20), (8, 20), (8, 20)), rows=(12,), rank=4, frozen=True)
+BLOCKS = [
+    ("swiglu", "Those of three linears", {"C": 28, "N": 24},
+     lambda: atp_kernels.masked_lora_swiglu(MLP.x, *MLP.linears())),
+    ("qkv", "With N the sum", {"N": 40},
+     lambda: torch.cat(atp_kernels.masked_lora_qkv(HEADS.x, *HEADS.linears((1.0,) * 3)), -1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("room", "sentence", "sizes", "call"), BLOCKS, ids=["swiglu", "qkv"])
+def test_flops_of_blocks(room, sentence, sizes, call):
+    formulas = [row[1].strip("`") for row in table_after(PAGES[f"atp_kernels/{room}/README.md"], sentence)]
     with counting() as forward:
         y = call()
     with counting() as backward:
         y.sum().backward()
-    return [forward.get_total_flops(), backward.get_total_flops()]
-
-
-def test_flops_of_the_gated_mlp():
-    formulas = [
-        row[1].strip("`") for row in table_after(PAGES["atp_kernels/swiglu/README.md"], "Those of three linears")
-    ]
-    sizes = {"M": 12, "K": 20, "C": 28, "N": 24, "r": 4}
-    case = Case(((28, 20), (28, 20), (24, 28)), rows=(12,), rank=4, frozen=True)
-    flops = spent(lambda: atp_kernels.masked_lora_swiglu(case.x, *case.linears()))
-    assert flops == [evaluated(formula, sizes) for formula in formulas]
-
-
-def test_flops_of_three_projections():
-    table = table_after(PAGES["atp_kernels/qkv/README.md"], "With N the sum")
-    sizes = {"M": 12, "K": 20, "N": 40, "r": 4}
-    case = Case(((24, 20), (8, 20), (8, 20)), rows=(12,), rank=4, frozen=True)
-    flops = spent(lambda: torch.cat(atp_kernels.masked_lora_qkv(case.x, *case.linears((1.0,) * 3)), -1))
-    assert flops == [evaluated(row[1].strip("`"), sizes) for row in table]
+    spent = [forward.get_total_flops(), backward.get_total_flops()]
+    assert spent == [evaluated(formula, {"M": 12, "K": 20, "r": 4} | sizes) for formula in formulas]

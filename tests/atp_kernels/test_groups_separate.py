@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from group_cases import planned, plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,19 +18,8 @@ SIZES = ((13, 8, 0), (8, 37, 1), (5, 3, 0), (300, 2, 1))
 needs_native = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
 
-def problem(sizes=SIZES, dtype=torch.float32, seed=0, removed="some", strided=False):
-    """Factors, a separate plan and which of its groups are removed."""
-    rng = torch.Generator().manual_seed(seed)
-    factors, groups, start = [], [], 0
-    for rows, cols, axis in sizes:
-        values = torch.randn((rows, 2 * cols) if strided else (rows, cols), generator=rng).to(dtype)
-        factors.append((values[:, ::2] if strided else values).requires_grad_())
-        size = (rows, cols)[axis]
-        groups.append((axis, torch.arange(start, start + size)))
-        start += size
-    masks = {"some": torch.rand(start, generator=rng) < 0.4}
-    masks |= {"none": torch.zeros(start, dtype=torch.bool), "all": torch.ones(start, dtype=torch.bool)}
-    return factors, GroupPlan.of(factors, groups, start), masks[removed]
+def problem():
+    return planned("separate", SIZES)
 
 
 class Plain:
@@ -150,28 +140,12 @@ def test_the_gradient_is_that_of_the_values_at_the_forward_pass(module):
     with torch.no_grad():
         for factor in factors:
             factor.zero_()
-    for grad, want in zip(torch.autograd.grad(value, factors), wanted, strict=True):
-        torch.testing.assert_close(grad, want)
-
-
-sizes = st.lists(
-    st.tuples(st.integers(0, 70), st.sampled_from([1, 3, 8, 16, 29, 64, 131]), st.sampled_from([0, 1])),
-    min_size=1,
-    max_size=5,
-)
-problems = st.builds(
-    problem,
-    sizes=sizes,
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    seed=st.integers(0, 1000),
-    removed=st.sampled_from(["some", "none", "all"]),
-    strided=st.booleans(),
-)
+    torch.testing.assert_close(torch.autograd.grad(value, factors), wanted)
 
 
 @needs_native
 @settings(max_examples=40, derandomize=True, deadline=None)
-@given(problems, st.sampled_from([EPS, 0.0, 0.5]), st.floats(-3, 3, width=32))
+@given(plans("separate"), st.sampled_from([EPS, 0.0, 0.5]), st.floats(-3, 3, width=32))
 def test_native_agrees_with_its_joint_loops(case, eps, upstream):
     factors, plan, removed = case
     factors = [factor.detach() for factor in factors]

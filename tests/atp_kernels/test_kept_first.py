@@ -1,56 +1,17 @@
 """Kept slices whose sides lie kept first, from producer to consumer, and the registered operators of kept slices."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from backends_here import new_memory_is_nan
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from kept_cases import IN_ORDER, KINDS, ORDERS, assert_error_rule, run, slice_of
-from linear_cases import Shape, operands, with_gradients
+from linear_cases import Shape, with_gradients
 from torch.nn.functional import scaled_dot_product_attention, silu
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atp_kernels import KeptFirst, KeptSlice, Projection, kept_lora_linear, masked_lora_qkv
-from atp_kernels.kept import op
 from atp_kernels.linear import definition
 from atp_kernels.qkv.definition import masked_lora_qkv as defined_qkv
 
 BOTH = Shape(m=12, n=44, k=52, out_mask="hard", in_mask="hard")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("first", ORDERS)
-@pytest.mark.parametrize(("out_mask", "in_mask"), [(o, i) for o in KINDS for i in KINDS])
-@pytest.mark.parametrize(("bias", "dropout"), [(False, True), (True, False)])
-def test_error_is_no_worse_than_unfused(out_mask, in_mask, bias, dropout, first, dtype):
-    shape = replace(BOTH, out_mask=out_mask, in_mask=in_mask, bias=bias, dropout=dropout)
-    tensors = operands(shape, dtype)
-    assert_error_rule(run(shape, tensors, first=first), shape, tensors)
-
-
-@given(
-    shape=st.builds(
-        Shape,
-        m=st.sampled_from([1, 5, 33]),
-        n=st.integers(1, 70),
-        k=st.integers(1, 70),
-        rank=st.sampled_from([1, 8, 16, 64]),
-        out_mask=st.sampled_from(KINDS),
-        in_mask=st.sampled_from(KINDS),
-        bias=st.booleans(),
-        dropout=st.booleans(),
-    ),
-    first=st.sampled_from([*ORDERS, IN_ORDER]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    pad_to=st.sampled_from([1, 7, 32]),
-)
-@settings(max_examples=80, derandomize=True, deadline=None)
-def test_any_shape(shape, first, dtype, pad_to):
-    tensors = operands(shape, dtype)
-    assert_error_rule(run(shape, tensors, first=first, pad_to=pad_to), shape, tensors)
 
 
 def test_order_lists_kept_then_removed_positions():
@@ -58,16 +19,6 @@ def test_order_lists_kept_then_removed_positions():
     assert order.index.tolist() == [1, 3, 4, 0, 2] and order.place.tolist() == [3, 0, 4, 1, 2]
     assert (order.size, order.kept, order.width) == (5, 3, 4)
     assert KeptFirst(order.mask, pad_to=32).width == 5
-
-
-@pytest.mark.parametrize("first", ORDERS)
-def test_uninitialised_memory_is_never_read(first):
-    tensors = operands(BOTH, torch.float32)
-    expected = run(BOTH, tensors, first=first)
-    with new_memory_is_nan():
-        got = run(BOTH, tensors, first=first)
-    for name, value in got.items():
-        assert torch.equal(value, expected[name]), name
 
 
 def mlp(x, gate, up, down, slices):
@@ -163,8 +114,7 @@ def test_compile_whole_graph(dynamic, first):
     for tokens in (5, 9, 12):
         x = torch.randn(2, tokens, 24).requires_grad_()
         expected = with_gradients((mlp(x, *factors, slices),), leaves | {"x": x})
-        for name, value in with_gradients((compiled(x, *factors, slices),), leaves | {"x": x}).items():
-            assert_close(value, expected[name], msg=name)
+        assert_close(with_gradients((compiled(x, *factors, slices),), leaves | {"x": x}), expected)
 
 
 def test_compiling_before_the_slice_is_gathered_says_what_to_do():
@@ -177,18 +127,6 @@ def test_compiling_before_the_slice_is_gathered_says_what_to_do():
     )
     with pytest.raises(Exception, match="call weight"):
         compiled(torch.ones(3, 8))
-
-
-def test_double_backward_through_the_operator_is_refused():
-    tensors = operands(BOTH, torch.float32)
-    kept = slice_of(tensors, (True, True))
-    slices = kept.weight(torch.float32), None
-    y, _ = op.kept_lora_linear_op(
-        tensors["x"], *slices, tensors["lora_a"], tensors["lora_b"], None, *op.flat(kept.sides), 1.0, "auto"
-    )
-    (grad,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once"):
-        grad.sum().backward()
 
 
 def test_slices_of_all_sizes_hold_what_was_asked_for_last():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from backends_here import backends, on_device
 from kept_cases import assert_error_rule, results_of, slice_of, trained
 from linear_cases import Shape, operands
-from tables_here import tables_in
+from tables_here import tables_in, without_extension
 from torch.testing import assert_close
 
 import atp_kernels
@@ -58,8 +59,7 @@ def test_zeroed_gathers_no_activation_and_cuts_nothing(shape, monkeypatch):
     assert (zeroed.kept_out, zeroed.kept_in, zeroed.share) == (kept.kept_out, kept.kept_in, kept.share)
     weight = zeroed.weight(torch.float64)
     assert weight.shape == (N, K) and weight.count_nonzero() == kept.kept_out * kept.kept_in
-    for name, value in results_of(shape, tensors, zeroed, "reference").items():
-        assert_close(value, expected[name], msg=name)
+    assert_close(results_of(shape, tensors, zeroed, "reference"), expected)
 
 
 def test_a_side_that_lies_kept_first_stays_cut():
@@ -88,8 +88,7 @@ def test_copies_compute_the_same(copied):
     kept = slice_of(tensors)
     expected = results_of(SHAPE, tensors, kept)
     for each in (copied(kept), copied(kept).zeroed, copied(kept.zeroed)):
-        for name, value in results_of(SHAPE, tensors, each).items():
-            assert_close(value, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+        assert_close(results_of(SHAPE, tensors, each), expected, rtol=1e-4, atol=1e-4)
 
 
 # The choice
@@ -183,7 +182,7 @@ def test_explain_says_what_it_needs(tuned):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_linears_of_one_input_take_it_too(tuned, monkeypatch, shared):
+def test_linears_of_one_input_take_it_too(tuned, shared):
     """One by one, or together where the vendor's products are the backend, as on CUDA."""
     torch.manual_seed(0)
     keep, x = torch.arange(N) % 3 > 0, torch.randn(M, K)
@@ -193,12 +192,6 @@ def test_linears_of_one_input_take_it_too(tuned, monkeypatch, shared):
     assert_close(masked_lora_qkv(x, *linears, kept=kept), tuple(expected), rtol=1e-4, atol=1e-4)
     assert all(slice_._zeroed is None for slice_ in kept)
     tuned(("kept_out", "zeroed", kept[0].share))
-    if shared:
-        monkeypatch.setattr(atp_kernels.extension, "REASON", "not wanted here")
-        atp_kernels.call._select.cache_clear()
-    try:
+    with without_extension() if shared else nullcontext():
         assert_close(masked_lora_qkv(x, *linears, kept=kept), tuple(expected), rtol=1e-4, atol=1e-4)
-    finally:
-        monkeypatch.undo()
-        atp_kernels.call._select.cache_clear()
     assert all(slice_._zeroed is not None for slice_ in kept)

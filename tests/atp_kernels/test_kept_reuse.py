@@ -55,8 +55,7 @@ def test_another_decision_of_the_same_widths_lies_where_the_last_did(linear, for
     again = sides(form, 37, 28, 2, first)  # as many multiples of eight
     new, fresh = slice_of(linear, *again, reuse=old), slice_of(linear, *sides(form, 37, 28, 2))
     assert new.same_memory and not fresh.same_memory and addresses(new) == before
-    for result, expected in zip(results(new), results(fresh), strict=True):
-        assert torch.equal(result, expected)
+    assert all(map(torch.equal, results(new), results(fresh)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -69,11 +68,9 @@ def test_other_widths_take_memory_of_their_own_and_the_model_s_stays(linear, for
         reuse = start if form == FORMS[0] else (None, None)
         new = slice_of(linear, *sides(form, *kept, 2, reuse), reuse=old)
         assert new.same_memory is (kept == (N, K) and start == (None, None))
-        for result, expected in zip(results(new), results(slice_of(linear, *sides(form, *kept, 2))), strict=True):
-            assert torch.equal(result, expected)
+        assert all(map(torch.equal, results(new), results(slice_of(linear, *sides(form, *kept, 2)))))
         last = slice_of(linear, *sides(form, 40, 30, 4), reuse=new)
-        for result, expected in zip(results(last), results(slice_of(linear, *sides(form, 40, 30, 4))), strict=True):
-            assert torch.equal(result, expected)
+        assert all(map(torch.equal, results(last), results(slice_of(linear, *sides(form, 40, 30, 4)))))
     assert torch.equal(linear.weight, weight) and torch.equal(linear.bias, bias)
 
 
@@ -85,7 +82,10 @@ def test_a_slice_that_gave_its_memory_is_refused(linear):
     outs = KeptFirst(mask(N, 39, 1), pad_to=8, reuse=first[0])
     new = slice_of(linear, outs, first[1], reuse=old)
     message = "^this KeptSlice gave its memory to a newer one: use that, after the backward pass.$"
-    for gone in (old, other, zeroed):
+    by_place = slice_of(linear, *sides(FORMS[1], 40, 30, 0))
+    results(by_place.zeroed)
+    slice_of(linear, *sides(FORMS[1], 40, 30, 2), reuse=by_place)
+    for gone in (old, other, zeroed, by_place.zeroed):
         with pytest.raises(RuntimeError, match=message):
             results(gone)
     with pytest.raises(RuntimeError, match=message):
@@ -93,31 +93,21 @@ def test_a_slice_that_gave_its_memory_is_refused(linear):
     assert not old.fits(*first) and new.fits(outs, first[1])
 
 
-def test_a_zeroed_slice_gives_its_memory_too(linear):
-    old = slice_of(linear, *sides(FORMS[1], 40, 30, 0))
-    zeroed = old.zeroed
-    results(zeroed)
-    slice_of(linear, *sides(FORMS[1], 40, 30, 2), reuse=old)
-    with pytest.raises(RuntimeError, match="gave its memory to a newer one"):
-        results(zeroed)
-
-
-def test_an_order_in_memory_of_its_own_is_not_the_same_memory(linear):
-    old = slice_of(linear, *sides(FORMS[0], 39, 30, 0))
-    results(old)
-    new = slice_of(linear, *sides(FORMS[0], 37, 28, 2), reuse=old)
-    assert not new.same_memory
-    assert all(map(torch.equal, results(new), results(slice_of(linear, *sides(FORMS[0], 37, 28, 2)))))
-
-
-def test_a_side_that_is_whole_again_is_not_the_same_memory(linear):
-    """Though the slice is as wide as before: one input less would have been padded to all of them."""
-    first = sides(FORMS[0], 39, K - 1, 0)
+@pytest.mark.parametrize(
+    ("start", "then", "reused"),
+    [
+        ((39, 30), (37, 28), False),
+        ((39, K - 1), (37, K), True),  # though as wide as before: one input less would have been padded to all
+    ],
+    ids=["an order in memory of its own", "a side that is whole again"],
+)
+def test_what_is_not_the_same_memory(linear, start, then, reused):
+    first = sides(FORMS[0], *start, 0)
     old = slice_of(linear, *first)
     results(old)
-    new = slice_of(linear, *sides(FORMS[0], 37, K, 2, first), reuse=old)
+    new = slice_of(linear, *sides(FORMS[0], *then, 2, first if reused else (None, None)), reuse=old)
     assert not new.same_memory
-    assert all(map(torch.equal, results(new), results(slice_of(linear, *sides(FORMS[0], 37, K, 2)))))
+    assert all(map(torch.equal, results(new), results(slice_of(linear, *sides(FORMS[0], *then, 2)))))
 
 
 def test_memory_is_given_once(linear):

@@ -1,15 +1,14 @@
-"""Constant adapters that become part of the weight where autocast casts it: when, and with what error."""
+"""Constant adapters that become part of the weight where autocast casts it, or of the slice that bool masks keep."""
 
 import pytest
 import torch
 from block_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import Shape, operands, unfused
-from repeats import assert_repeats
+from linear_cases import Shape, frozen, operands, unfused
 
-from atp_kernels import extension, masked_lora_linear, masked_lora_swiglu
-from atp_kernels.linear import native
+from atp_kernels import explain, extension, masked_lora_linear, masked_lora_swiglu
+from atp_kernels.linear import definition, native, op, ways
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
@@ -33,13 +32,9 @@ def merges(monkeypatch):
     return shapes
 
 
-def frozen(shape, seed=0):
+def constants(shape, seed=0):
     """Operands in float32 whose weight, factors and bias are constant."""
-    tensors = operands(shape, torch.float32, seed)
-    for name in ("weight", "lora_a", "lora_b", "bias"):
-        if name in tensors:
-            tensors[name].requires_grad_(False)
-    return tensors
+    return frozen(operands(shape, torch.float32, seed), "lora_a", "lora_b")
 
 
 def autocast():
@@ -55,7 +50,7 @@ def gradients(y, tensors):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_no_worse_than_that_of_two_paths(shape, merges):
-    tensors = frozen(shape)
+    tensors = constants(shape)
     true = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
     exact = unfused(shape, true)[0]
     exact = [exact, *gradients(exact, true)]
@@ -71,8 +66,9 @@ def test_error_is_no_worse_than_that_of_two_paths(shape, merges):
         assert mine <= 1.25 * other
 
 
-@pytest.mark.parametrize(("mask", "mask_lora"), [("soft", True), (None, False)])
+@pytest.mark.parametrize(("mask", "mask_lora"), [("soft", True), (None, False), ("soft", False)])
 def test_gated_mlp(mask, mask_lora, merges):
+    """Adapters that lie beside the masks are not merged."""
     case = Case(((64, 40), (64, 40), (40, 64)), rows=(30,), rank=4, mask=mask, frozen=True)
     for name, leaf in case.leaves.items():
         leaf.requires_grad_(name == "x" or "mask" in name)
@@ -86,23 +82,15 @@ def test_gated_mlp(mask, mask_lora, merges):
             y = masked_lora_swiglu(case.x, *case.linears(scalings), mask=case.masks[0], **options)
         results[trained] = float((y.double() - exact).norm())
     assert results[False] <= 1.25 * results[True]
-    assert (merges.count((64, 40)), merges.count((40, 64))) == (3, 2)
-
-
-def test_gated_mlp_whose_adapters_lie_beside_its_masks_is_not_merged(merges):
-    case = Case(((64, 40), (64, 40), (40, 64)), rows=(30,), rank=4, mask="soft", frozen=True)
-    for name, leaf in case.leaves.items():
-        leaf.requires_grad_(name == "x" or "mask" in name)
-    with autocast():
-        masked_lora_swiglu(case.x, *case.linears((1.7, 1.7, 1.3)), mask=case.masks[0], mask_lora=False)
-    assert merges == []
+    merged = mask is None or mask_lora
+    assert (merges.count((64, 40)), merges.count((40, 64))) == ((3, 2) if merged else (0, 0))
 
 
 def test_only_where_nothing_else_could_be_meant(merges):
     soft, plain = SHAPES[0], SHAPES[4]
 
     def count(shape=soft, change=None, cast=True, **options):
-        tensors = frozen(shape)
+        tensors = constants(shape)
         if change:
             change(tensors)
         del merges[:]
@@ -124,7 +112,7 @@ def test_only_where_nothing_else_could_be_meant(merges):
 
 
 def test_a_compiler_fuses_casts_by_itself(merges):
-    tensors = frozen(SHAPES[0])
+    tensors = constants(SHAPES[0])
 
     def call(x):
         with autocast():
@@ -167,11 +155,6 @@ def large_problem():
     return tuple(torch.randn(*size, generator=rng) for size in ((700, 1003), (8, 1003), (700, 8)))
 
 
-def test_bits_do_not_depend_on_the_run_or_the_threads():
-    operands = large_problem()
-    assert_repeats(lambda: [native.merged_weight(*operands, 0.7)])
-
-
 def test_wrong_input_is_one_sentence():
     call = torch.ops.atp_kernels_native.merged_weight
     with pytest.raises(RuntimeError, match="weight must be a contiguous float32 matrix"):
@@ -180,3 +163,78 @@ def test_wrong_input_is_one_sentence():
         call(torch.ones(3, 4), torch.ones(2, 5), torch.ones(3, 2), 1.0)
     with pytest.raises(RuntimeError, match=r"lora_b must be a contiguous float32 matrix \[3, 2\]"):
         call(torch.ones(3, 4), torch.ones(2, 4), torch.ones(2, 2), 1.0)
+
+
+# Bool masks on the sum become masks on the merged weight, which is sliced
+
+SCALING = 1.7
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The ways that calls go, where slicing always pays."""
+    for name, value in (("FEWEST_ROWS", 1), ("LARGEST_SHARE", 1.0), ("LEAST_SAVED", 0)):
+        monkeypatch.setattr(ways, name, value)
+    names, real = [], op.linear_by
+
+    def noting(way, *rest):
+        names.append(way.name)
+        return real(way, *rest)
+
+    monkeypatch.setattr(op, "linear_by", noting)
+    return names
+
+
+def constant(out_mask, in_mask, *, bias=False, x_learns=True):
+    shape = Shape(m=40, n=44, k=52, out_mask=out_mask, in_mask=in_mask, mask_lora=True, bias=bias, dropout=False)
+    tensors = operands(shape, torch.float32)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(x_learns and name == "x")
+    return tensors
+
+
+def summed(tensors, *, autocast=True, **options):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return masked_lora_linear(**tensors, scaling=SCALING, mask_lora=True, **options)
+
+
+@pytest.mark.parametrize("x_learns", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("out_mask", "in_mask"), [("hard", None), (None, "hard"), ("hard", "hard"), ("hard", "empty")])
+def test_they_are_sliced_and_no_worse_than_whole_products(calls, out_mask, in_mask, bias, x_learns):
+    tensors = constant(out_mask, in_mask, bias=bias, x_learns=x_learns)
+    exact = {name: tensor if "mask" in name else tensor.detach().double() for name, tensor in tensors.items()}
+    exact["x"].requires_grad_(x_learns)
+    upstream = torch.randn(40, 44, generator=torch.Generator().manual_seed(1))
+    results = {}
+    for how, y, taken in (
+        ("exact", definition.masked_lora_linear(**exact, scaling=SCALING, mask_lora=True), exact),
+        ("sliced", summed(tensors), tensors),
+        ("whole", summed(tensors, backend="native"), tensors),
+    ):
+        gradient = torch.autograd.grad(y, taken["x"], upstream.to(y.dtype)) if x_learns else ()
+        results[how] = [each.double() for each in (y, *gradient)]
+    assert calls == ["sliced"]
+    for sliced, whole, true in zip(results["sliced"], results["whole"], results["exact"], strict=True):
+        assert (sliced - true).norm() <= 1.25 * (whole - true).norm()
+
+
+@pytest.mark.parametrize("change", ["soft", "learns", "float32", "apart"])
+def test_others_are_not(calls, change):
+    tensors = constant("soft" if change == "soft" else "hard", None)
+    tensors["lora_b"].requires_grad_(change == "learns")
+    options = {"lora_input": torch.randn(40, 52)} if change == "apart" else {}
+    y = summed(tensors, autocast=change != "float32", **options)
+    low = {name: tensor.detach().double() for name, tensor in (tensors | options).items() if name != "out_mask"}
+    exact = definition.masked_lora_linear(**low, out_mask=tensors["out_mask"], scaling=SCALING, mask_lora=True)
+    assert calls == [] and (y - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_explain_knows(calls, autocast):
+    """Without autocast the adapter stays apart."""
+    tensors = constant("hard", None)
+    given = [tensors.pop(name) for name in ("x", "weight", "lora_a", "lora_b")]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        said = explain("masked_lora_linear", *given, **tensors, mask_lora=True)
+    assert ("runs on sliced" in said) == autocast

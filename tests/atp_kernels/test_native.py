@@ -1,7 +1,10 @@
 """The native backend against float64 formulas and against the reference backend."""
 
+import importlib
+
 import pytest
 import torch
+from group_cases import planned, plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from repeats import assert_repeats, assert_same_on_every_isa, run_with_isa
@@ -10,77 +13,22 @@ from atp_kernels import GroupPlan, extension
 from atp_kernels.compaction import definition as compaction
 from atp_kernels.compaction.native import compact
 from atp_kernels.dropout.definition import Dropout
-from atp_kernels.groups import aten, definition, native
+from atp_kernels.groups import native
 from atp_kernels.linear import native as columns_of
 
 pytestmark = pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))
 
 EPS = 1e-8
 DTYPES = [torch.float32, torch.bfloat16]
-dtypes = st.sampled_from(DTYPES)
 common = settings(max_examples=40, derandomize=True, deadline=None)
 
 
-def problem(seed, sizes, n_groups, dtype, removed="some", strided=False):
-    """Factors with random ids, so that ids repeat within a factor and across factors: joint groups."""
-    rng = torch.Generator().manual_seed(seed)
-    factors, groups = [], []
-    for rows, cols, axis in sizes:
-        values = torch.randn((rows, 2 * cols) if strided else (rows, cols), generator=rng).to(dtype)
-        factors.append(values[:, ::2] if strided else values)
-        groups.append((axis, torch.randint(n_groups, ((rows, cols)[axis],), generator=rng)))
-    masks = {"some": torch.rand(n_groups, generator=rng) < 0.4}
-    masks |= {"none": torch.zeros(n_groups, dtype=torch.bool), "all": torch.ones(n_groups, dtype=torch.bool)}
-    return factors, GroupPlan.of(factors, groups, n_groups), masks[removed]
+def detached(case):
+    factors, *described = case
+    return [factor.detach() for factor in factors], *described
 
 
-sizes = st.lists(
-    st.tuples(st.integers(0, 70), st.sampled_from([1, 3, 8, 16, 29, 64, 131]), st.sampled_from([0, 1])),
-    min_size=1,
-    max_size=5,
-)
-problems = st.builds(
-    problem,
-    seed=st.integers(0, 1000),
-    sizes=sizes,
-    n_groups=st.integers(1, 90),
-    dtype=dtypes,
-    removed=st.sampled_from(["some", "none", "all"]),
-    strided=st.booleans(),
-)
-
-
-def exact(factors, plan, removed):
-    """Value, norms and gradients of the definition, in float64 by autograd."""
-    groups = plan.groups
-    wide = [factor.double().requires_grad_() for factor in factors]
-    value = definition.group_lasso(wide, groups, removed, eps=EPS)
-    norms = (definition.group_squares(wide, groups, removed.numel()) + EPS).sqrt()
-    return value.detach(), norms.detach(), torch.autograd.grad(value, wide)
-
-
-def worst(actual, expected):
-    pairs = zip(actual, expected, strict=True)
-    return max(((a.double() - e).abs().max().item() for a, e in pairs if e.numel()), default=0)
-
-
-@common
-@given(problems)
-def test_lasso_is_as_close_to_float64_as_the_reference(case):
-    factors, plan, removed = case
-    value, norms, grads = exact(factors, plan, removed)
-    ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-8}[factors[0].dtype]
-    errors = {}
-    for backend in (native, aten):
-        got, got_norms = backend.group_lasso_forward(factors, plan, removed, EPS)
-        got_grads = backend.group_lasso_backward(factors, plan, removed, got_norms, torch.ones(()))
-        assert got.dtype == got_norms.dtype == torch.float32 and got.shape == ()
-        assert [g.dtype for g in got_grads] == [f.dtype for f in factors]
-        errors[backend] = [worst([got], [value]), worst([got_norms], [norms]), worst(got_grads, grads)]
-    # One unit in the last place of the largest possible entry is the floor that a correct rounding can reach.
-    floors = [2**-23 * value.item(), 2**-23 * norms.max().item(), ulp]
-    for mine, theirs, floor in zip(errors[native], errors[aten], floors, strict=True):
-        assert mine <= 2 * theirs + floor
+problems = plans("joint").map(detached)
 
 
 @common
@@ -120,35 +68,11 @@ def own_slots(plan):
     return list(zip(plan.axes, ids.split([index.numel() for _, index in plan.groups]), strict=True))
 
 
-@common
-@given(problems, st.sampled_from([0.0, 0.3, 4.0, 1e4]))
-def test_prox_matches_float64(case, scale):
-    factors, plan, removed = case
-    threshold = torch.linspace(0, scale, removed.numel())
-    wide = [factor.double() for factor in factors]
-    norms = definition.group_squares(wide, plan.groups, removed.numel()).sqrt()
-    definition.group_prox_(wide, plan.groups, removed, threshold.double())
-    mine = [factor.clone(memory_format=torch.preserve_format) for factor in factors]
-    native.group_prox_(mine, plan, removed, threshold)
-    ulp = {torch.float32: 2**-21, torch.bfloat16: 2**-8}[factors[0].dtype]
-    for before, after, want, (axis, index) in zip(factors, mine, wide, plan.groups, strict=True):
-        assert torch.allclose(after.double(), want, rtol=ulp, atol=2**-20)
-        zero = (removed & (threshold > norms * 1.0001))[index].unsqueeze(1 - axis)
-        kept = ~removed[index].unsqueeze(1 - axis)
-        assert not after[zero.expand_as(after)].any()
-        assert torch.equal(after[kept.expand_as(after)], before[kept.expand_as(after)])
-
-
-def test_zero_group_has_zero_gradient_even_without_eps():
+def test_a_zero_group_stays_zero_without_eps_and_threshold():
     factor, removed = torch.zeros(2, 3), torch.ones(2, dtype=torch.bool)
     plan = GroupPlan.of([factor], [(0, torch.arange(2))], 2)
     _, norms = native.group_lasso_forward([factor], plan, removed, 0.0)
     assert not native.group_lasso_backward([factor], plan, removed, norms, torch.ones(()))[0].any()
-
-
-def test_prox_leaves_a_zero_group_zero_at_a_threshold_of_zero():
-    factor, removed = torch.zeros(2, 3), torch.ones(2, dtype=torch.bool)
-    plan = GroupPlan.of([factor], [(0, torch.arange(2))], 2)
     native.group_prox_([factor], plan, removed, torch.zeros(2))
     assert torch.equal(factor, torch.zeros(2, 3))
 
@@ -174,7 +98,8 @@ def test_compact_is_an_exact_gather(rows, cols, pad_to, dtype, transposed):
 
 
 def large_problem(dtype):
-    return problem(5, [(1536, 8, 0), (8, 1536, 1), (576, 64, 0), (300, 577, 1)] * 3, 1700, dtype)
+    sizes = [(1536, 8, 0), (8, 1536, 1), (576, 64, 0), (300, 577, 1)] * 3
+    return detached(planned("joint", sizes, dtype, n_groups=1700))
 
 
 def everything(case):
@@ -210,23 +135,25 @@ def everything(case):
     return [value, norms, *grads, *shrunk, *compacted, *columns, separate[0], *separate[2:], *sums]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_the_run_or_the_threads(dtype):
-    case = large_problem(dtype)
-    assert_repeats(lambda: everything(case))
+ENTROPY = "(t.problem(60, vocab, dtype, device='cpu') for dtype in t.DTYPES for vocab in (5003, 4128, 37))"
+EVERYTHING = {
+    "test_native": "(x for dtype in t.DTYPES for x in t.everything(t.large_problem(dtype)))",
+    "test_native_activations": "(x for dtype in t.DTYPES for x in t.computed(*t.large_problem(dtype)))",
+    "test_rms_norm": "t.TestNative.everything()",
+    "test_merged_weight": "[t.native.merged_weight(*t.large_problem(), 0.7)]",
+    "test_cross_entropy_kernel": f"(x for case in {ENTROPY} for x in t.computed(*case, 'native'))",
+}
+"""Results of the native code of test modules, each of which is `t`."""
+
+
+@pytest.mark.parametrize("module", EVERYTHING)
+def test_bits_do_not_depend_on_the_run_or_the_threads(module):
+    names = {"t": importlib.import_module(module)}
+    assert_repeats(lambda: eval(EVERYTHING[module], names))
 
 
 def test_bits_do_not_depend_on_the_instruction_set():
-    entropy = "(t.problem(30, vocab, dtype, device='cpu') for dtype in t.DTYPES for vocab in (5003, 4128, 37))"
-    assert_same_on_every_isa(
-        {
-            "test_native": "(x for dtype in t.DTYPES for x in t.everything(t.large_problem(dtype)))",
-            "test_native_activations": "(x for dtype in t.DTYPES for x in t.computed(*t.large_problem(dtype)))",
-            "test_rms_norm": "t.TestNative.everything()",
-            "test_merged_weight": "[t.native.merged_weight(*t.large_problem(), 0.7)]",
-            "test_cross_entropy_kernel": f"(x for case in {entropy} for x in t.computed(*case, 'native'))",
-        }
-    )
+    assert_same_on_every_isa(EVERYTHING)
 
 
 def test_unknown_isa_is_refused_with_its_name():
@@ -268,12 +195,61 @@ def test_compact_refuses_an_index_out_of_range(rows, cols):
         compact(torch.ones(5, 4), rows, cols, 1)
 
 
-def test_compact_takes_the_last_row_and_column():
-    weight = torch.arange(20.0).view(5, 4)
-    assert torch.equal(compact(weight, torch.tensor([4, 0]), torch.tensor([3]), 1), weight[[4, 0], 3:])
-
-
 def test_build_info_names_what_was_built():
     info = extension.build_info()
     assert info["isa"] in info["isa_compiled"] and info["stable_abi_target"] == "2.10"
     assert {"compiler", "cuda_archs", "torch_built_with"} < info.keys()
+
+
+# Operands that are not what they say: nothing beyond them is touched
+
+ops = torch.ops.atp_kernels_native
+
+
+@pytest.mark.parametrize("pad_to", [2**62, 2**63 - 1])
+def test_padding_beyond_all_memory_is_refused(pad_to):
+    """A size that wraps around would be an allocation too small for what is copied into it."""
+    with pytest.raises(RuntimeError):
+        ops.compact(torch.randn(4, 8), None, torch.arange(8), pad_to)
+
+
+def test_rows_without_columns_take_no_time():
+    padded = ops.compact(torch.randn(4, 0), torch.arange(4), None, 2**50)
+    assert padded.shape == (2**50, 0)
+
+
+@pytest.mark.parametrize(
+    "direction", [torch.zeros(64, dtype=torch.int8), torch.zeros(64, dtype=torch.float64), torch.zeros(128)[::2]],
+    ids=["int8", "float64", "strided"],
+)  # fmt: skip
+def test_a_direction_in_other_elements_is_refused(direction):
+    with pytest.raises(RuntimeError, match="direction must be"):
+        ops.separate_lasso_backward(direction, [8, 8], torch.ones(()), False)
+
+
+@pytest.mark.parametrize("sides", [[-1, -64], [2**62, 4], [65, 1], [2**63 - 1, 2**63 - 1]], ids=str)
+def test_pieces_beyond_the_direction_are_refused(sides):
+    with pytest.raises(RuntimeError, match="does not fit"):
+        ops.separate_lasso_backward(torch.zeros(64), sides, torch.ones(()), False)
+
+
+def test_rows_that_share_memory_are_not_written():
+    """Two threads would write one row."""
+    row, wide = torch.zeros(1, 8), torch.randn(4, 8)
+    repeated, index = row.expand(4, 8), torch.arange(8)
+    with pytest.raises(RuntimeError, match="out must have rows that share no memory"):
+        ops.take_columns(wide, index, repeated)
+    with pytest.raises(RuntimeError, match="values must have rows that share no memory"):
+        ops.spread_columns_(repeated, 8, index)
+    for place, name in ((3, "d_gate"), (4, "d_up")):
+        operands = [wide, wide, wide, torch.zeros(4, 8), torch.zeros(4, 8)]
+        operands[place] = repeated
+        with pytest.raises(RuntimeError, match=f"{name} must have rows that share no memory"):
+            ops.swiglu_backward(*operands)
+    assert row.eq(0).all()
+    ops.take_columns(repeated, index, torch.zeros(4, 8))  # they may be read
+
+
+def test_an_empty_piece_has_any_other_side():
+    (piece,) = ops.separate_lasso_backward(torch.zeros(0), [0, 1000], torch.ones(()), False)
+    assert piece.shape == (0, 1000)

@@ -1,9 +1,13 @@
-"""The module over the masked LoRA linear, against stock PEFT and the definition."""
+"""The module over the masked LoRA linear, against stock PEFT and the definition, and the layers for `kernels`."""
+
+import inspect
+from types import MethodType
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import atp_kernels
 from atp_kernels.linear import definition
@@ -46,8 +50,7 @@ def test_computes_the_definition_and_merges_into_it(masks, mask_lora, bias):
     y, expected = made(x), defined(made, x)
     assert_close(y, expected)
     upstream = torch.randn_like(y)
-    for got, true in zip(*(torch.autograd.grad(z, wanted, upstream) for z in (y, expected)), strict=True):
-        assert_close(got, true)
+    assert_close(*(torch.autograd.grad(z, wanted, upstream) for z in (y, expected)))
     merged = made.merge()
     assert type(merged) is nn.Linear and (merged.in_features, merged.out_features) == (N_IN, N_OUT)
     assert_close(merged(x), expected)
@@ -142,22 +145,69 @@ def test_compiles_whole():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"r": 0, "alpha": 1}, "r is 0"), ({**OPTIONS, "dropout": 1.0}, "dropout is 1.0")]
-)
-def test_wrong_options_are_one_clear_sentence(options, message):
-    with pytest.raises(ValueError, match=message):
-        MaskedLoRALinear(torch.ones(2, 2), **options)
-
-
-@pytest.mark.parametrize(
-    ("weight", "bias", "message"),
+    ("changed", "message"),
     [
-        (torch.ones(3), None, r"^weight must be a 2-D floating tensor, not torch.float32 of shape \[3\]\.$"),
-        (torch.ones(2, 3, dtype=torch.int64), None, "^weight must be a 2-D floating tensor, not torch.int64"),
-        (torch.ones(2, 3), torch.ones(3), r"^bias is of shape \[3\] on cpu, but the weight needs \[2\] on cpu\.$"),
-        (torch.ones(2, 3), torch.ones(2, device="meta"), r"^bias is of shape \[2\] on meta, but the weight needs"),
+        ({"r": 0}, "r is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"weight": torch.ones(3)}, r"^weight must be a 2-D floating tensor, not torch.float32 of shape \[3\]\.$"),
+        ({"weight": torch.ones(2, 3).long()}, "^weight must be a 2-D floating tensor, not torch.int64"),
+        ({"bias": torch.ones(3)}, r"^bias is of shape \[3\] on cpu, but the weight needs \[2\] on cpu\.$"),
+        ({"bias": torch.ones(2, device="meta")}, r"^bias is of shape \[2\] on meta, but the weight needs"),
     ],
 )
-def test_a_wrong_weight_or_bias_is_one_clear_sentence(weight, bias, message):
+def test_what_is_wrong_is_one_clear_sentence(changed, message):
     with pytest.raises(ValueError, match=message):
-        MaskedLoRALinear(weight, bias, **OPTIONS)
+        MaskedLoRALinear(**{"weight": torch.ones(2, 3), **OPTIONS, **changed})
+
+
+# Layers without a state of their own, whose self is a model's module
+
+LAYERS = [layer for _, layer in inspect.getmembers(atp_kernels.layers, inspect.isclass) if issubclass(layer, nn.Module)]
+
+
+def test_layers_are_pure():
+    """What `kernelize` refuses: a constructor, and members besides forward and the two marks."""
+    assert [layer.__name__ for layer in LAYERS] == ["MaskedLoRALinear", "RMSNorm"]
+    for layer in LAYERS:
+        assert layer.__init__ is nn.Module.__init__
+        assert {name for name, _ in inspect.getmembers(layer)} - set(dir(nn.Module)) == {"can_torch_compile"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_lends_its_forward_to_that_of_transformers(dtype):
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(24, eps=1e-5).to(dtype)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True)
+    theirs = norm(x)
+    norm.forward = MethodType(atp_kernels.layers.RMSNorm.forward, norm)
+    ours = norm(x)
+    wide = x.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    assert ours.dtype == dtype and (ours - exact).abs().max() <= (theirs - exact).abs().max() + 1e-6
+    for own, other in zip(*(torch.autograd.grad(y.sum(), (x, norm.weight)) for y in (ours, exact)), strict=True):
+        torch.testing.assert_close(
+            own.double(), other.double(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=2e-2
+        )
+
+
+def test_masked_linear_lends_its_forward_to_any_module_with_its_attributes():
+    torch.manual_seed(0)
+
+    class Own(nn.Module):
+        scaling, dropout, mask_lora, in_mask = 2.0, 0.5, False, None
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias, self.lora_A, self.lora_B = (
+                nn.Parameter(torch.randn(size)) for size in ((16, 24), (16,), (4, 24), (16, 4))
+            )
+            self.out_mask = torch.arange(16) % 2 > 0
+
+    module, x = Own().eval(), torch.randn(3, 24)
+    module.forward = MethodType(atp_kernels.layers.MaskedLoRALinear.forward, module)
+    parts = [part.detach().double() for part in (x, module.weight, module.bias, module.lora_A, module.lora_B)]
+    exact = (parts[0] @ parts[1].T + parts[2]) * module.out_mask + 2 * parts[0] @ parts[3].T @ parts[4].T
+    torch.testing.assert_close(module(x).double(), exact, rtol=1e-5, atol=1e-4)
+    module.train()
+    assert not torch.equal(module(x), module(x)), "dropout of the adapter"

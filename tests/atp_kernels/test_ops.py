@@ -3,11 +3,15 @@
 import pytest
 import torch
 from linear_cases import SEED, Shape, every_combination, operands, with_gradients
+from torch.testing import assert_close
 
 import atp_kernels
+from atp_kernels import KeptSlice
+from atp_kernels.kept import op as kept_op
 from atp_kernels.linear import op
 
 ORDER = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 SHAPES = every_combination(Shape(m=5, n=6, k=7, rank=2))[::9] + [Shape(m=5, n=6, k=7, rank=2, mask_lora=True, p=0.4)]
 
 
@@ -37,10 +41,11 @@ def block(tensors):
     return {name: tensor for name, tensor in tensors.items() if name not in ("x", "lora_input")}
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize(("dynamic", "planned"), [(False, False), (True, True)], ids=["list", "dynamic-plan"])
-def test_compile_whole_graph(dynamic, planned):
+def test_compile_whole_graph(dynamic, planned, compiler):
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     factors, described, removed = groups()
     if planned:
         described = atp_kernels.GroupPlan.of(factors, described, 4)
@@ -49,33 +54,10 @@ def test_compile_whole_graph(dynamic, planned):
         leaves = tensors | {f"factor {i}": factor for i, factor in enumerate(factors)}
         expected = with_gradients(step(factors, described, removed, 1.5, tensors), leaves)
         got = with_gradients(compiled(factors, described, removed, 1.5, tensors), leaves)
-        for name, value in got.items():
-            torch.testing.assert_close(value, expected[name], msg=name)
+        assert_close(got, expected)
 
 
-def test_compile_under_autocast_and_in_place_prox():
-    torch._dynamo.reset()
-
-    def train(factors, described, removed, tensors):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = atp_kernels.masked_lora_linear(**tensors, scaling=1.0)
-        atp_kernels.group_prox_(factors, described, removed, 0.5)
-        return y, atp_kernels.compact(tensors["weight"], torch.tensor([0, 2]), None, 4)
-
-    tensors = operands(Shape(), torch.float32)
-    factors, described, removed = groups()
-    plain = [factor.detach().clone() for factor in factors]
-    shrunk = [factor.detach().clone() for factor in factors]
-    y, kept = train(plain, described, removed, tensors)
-    compiled_y, compiled_kept = torch.compile(train, fullgraph=True, backend="aot_eager")(
-        shrunk, described, removed, tensors
-    )
-    assert y.dtype == compiled_y.dtype == torch.bfloat16
-    assert torch.equal(y, compiled_y) and torch.equal(kept, compiled_kept)
-    assert all(torch.equal(a, b) for a, b in zip(plain, shrunk, strict=True))
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_of_the_direct_gradient(dynamic, compiler):
     """The first call makes every .grad, the others add to it."""
@@ -90,22 +72,16 @@ def test_compile_of_the_direct_gradient(dynamic, compiler):
             torch.testing.assert_close(factor.grad, other.grad)
 
 
-@pytest.mark.slow
-def test_compile_with_inductor():
-    torch._dynamo.reset()
-    factors, described, removed = groups()
-    tensors = operands(Shape(n=30), torch.float32)
-    leaves = tensors | {f"factor {i}": factor for i, factor in enumerate(factors)}
-    expected = with_gradients(step(factors, described, removed, 1.5, tensors), leaves)
-    got = with_gradients(torch.compile(step, fullgraph=True)(factors, described, removed, 1.5, tensors), leaves)
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], msg=name)
-
-
-def test_double_backward_through_the_operator_is_refused():
+@pytest.mark.parametrize("kept", [False, True])
+def test_double_backward_through_an_operator_is_refused(kept):
     tensors = operands(Shape(), torch.float32)
-    arguments = [tensors.get(name) for name in ORDER] + [1.0, False, True, False, 0.0, None, "reference"]
-    y = op.masked_lora_linear_op(*arguments)[0]
+    if kept:
+        sides = kept_op.flat(KeptSlice(tensors["weight"].detach()).sides)
+        x, weight, lora_a, lora_b = (tensors[name] for name in ORDER[:4])
+        y, _ = kept_op.kept_lora_linear_op(x, weight.detach(), None, lora_a, lora_b, None, *sides, 1.0, "auto")
+    else:
+        arguments = [tensors.get(name) for name in ORDER] + [1.0, False, True, False, 0.0, None, "reference"]
+        y = op.masked_lora_linear_op(*arguments)[0]
     (grad,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         grad.sum().backward()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_cases import SEED, Shape, operands, unfused, with_gradients
+from linear_cases import SEED, Shape, frozen, operands, shapes, unfused, with_gradients
 from torch.testing import assert_close
 
 import atp_kernels
@@ -28,10 +28,6 @@ def slicing_always_pays(monkeypatch):
         monkeypatch.setattr(ways, name, value)
 
 
-def frozen(tensors):
-    return {name: tensor.detach() if name in ("weight", "bias") else tensor for name, tensor in tensors.items()}
-
-
 def call(shape, tensors, **options):
     return masked_lora_linear(**frozen(tensors), scaling=shape.scaling, **options)
 
@@ -40,21 +36,13 @@ def taken(y):
     return y.grad_fn.name()
 
 
-shapes = st.builds(
-    Shape,
-    m=st.sampled_from([1, 5, 33]),
-    n=st.integers(1, 70),
-    k=st.integers(1, 70),
-    rank=st.sampled_from([1, 8, 16]),
-    out_mask=st.sampled_from(KINDS),
-    in_mask=st.sampled_from(("hard", "empty", "full")),
-    bias=st.booleans(),
-    dropout=st.booleans(),
-)
+SHAPES = shapes(
+    out_mask=st.sampled_from(KINDS), in_mask=st.sampled_from(KINDS[1:]), mask_lora=st.just(False), p=st.just(0.0),
+)  # fmt: skip
 
 
 @settings(max_examples=40, deadline=None)
-@given(shape=shapes, seed=st.integers(0, 2**16))
+@given(shape=SHAPES, seed=st.integers(0, 2**16))
 def test_equals_the_definition(shape, seed):
     tensors = operands(shape, torch.float64, seed)
     expected = with_gradients(unfused(shape, tensors)[:1], tensors)

@@ -114,8 +114,10 @@ def test_copies_and_parts(kind):
         assert torch.equal(same.dequantize(), quantised.dequantize())
     assert quantised.clone().codes.data_ptr() != quantised.codes.data_ptr()
     layer = MaskedLoRALinear(KINDS[kind](matrix()), r=4, alpha=8)
-    x = torch.randn(3, 128)
+    nn.init.normal_(layer.lora_B)
+    layer.out_mask, x = torch.arange(24) % 2 > 0, torch.randn(3, 128)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert_close(layer.merge()(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
 def test_kept_rows_and_columns_are_exactly_those_of_the_whole(kind):
@@ -153,8 +155,7 @@ def test_it_lives_in_a_module(kind):
     plain = nn.Linear(128, 24)
     plain.weight, plain.bias = nn.Parameter(quantised.dequantize(), requires_grad=False), linear.bias
     results = [torch.autograd.grad((layer(x) ** 2).sum(), (x, linear.bias)) for layer in (linear, plain)]
-    for got, expected in zip(*results, strict=True):
-        assert_close(got, expected)
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -165,11 +166,6 @@ def test_functional_linear_follows_autocast(kind, dtype):
         results = [F.linear(x, weight, bias) for weight in (quantised, quantised.dequantize())]
     assert results[0].dtype == torch.bfloat16 and torch.equal(*results)
     assert torch.equal(*(torch.autograd.grad(y.float().sum(), x)[0] for y in results))
-
-
-def test_functional_linear_refuses_to_train_it(kind):
-    with pytest.raises(ValueError, match="weight is quantised and requires a gradient: freeze it"):
-        F.linear(torch.ones(1, 128), KINDS[kind](matrix()).requires_grad_())
 
 
 def test_what_it_is_not():
@@ -229,12 +225,6 @@ def both(tensors, quantised, call):
     return [with_gradients((call(frozen, weight),), frozen) for weight in (quantised, stands_for(quantised))]
 
 
-def assert_equal_bits(got, expected):
-    assert got.keys() == expected.keys() and "d x" in got
-    for name, value in got.items():
-        assert torch.equal(value, expected[name]), name
-
-
 OF_WEIGHTS = [name for name in CASES if name.startswith(("linear", "swiglu", "qkv", "kept")) and "merged" not in name]
 
 
@@ -252,7 +242,8 @@ def test_linears_mlp_and_kept_slices(kind, name, dtype, backend):
                 case.run(case.operands(dtype) | given, backend, torch.ones_like)
                 for given in (quantised, {name: stands_for(weight) for name, weight in quantised.items()})
             )
-        assert_equal_bits(got, expected)
+        assert "d x" in got
+        assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_a_mask_that_would_pay_for_a_slice_of_a_floating_weight(kind, monkeypatch):
@@ -276,24 +267,15 @@ def test_linear_under_autocast_with_a_constant_adapter(kind, dtype):
     tensors["lora_b"].requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = both(tensors, quantised, partial(linear, scaling=1.7, mask_lora=True))
-    for name, value in got.items():
-        assert_close(value, expected[name], rtol=0.1, atol=0.1)
-
-
-def test_module(kind):
-    torch.manual_seed(0)
-    layer = MaskedLoRALinear(KINDS[kind](matrix()), r=4, alpha=8)
-    layer.lora_B.data.normal_()
-    layer.out_mask = torch.arange(24) % 2 > 0
-    x = torch.randn(5, 128)
-    assert_close(layer.merge()(x), layer(x), rtol=1e-4, atol=1e-4)
+    assert_close(got, expected, rtol=0.1, atol=0.1)
 
 
 def test_what_the_operations_refuse(kind):
     tensors = operands(WIDE, torch.float32)
     quantised = KINDS[kind](tensors["weight"])
-    with pytest.raises(ValueError, match="weight is quantised and requires a gradient: freeze it"):
-        linear(tensors, quantised.requires_grad_(), scaling=1.0)
+    for call in (lambda weight: linear(tensors, weight, scaling=1.0), lambda weight: F.linear(tensors["x"], weight)):
+        with pytest.raises(ValueError, match="weight is quantised and requires a gradient: freeze it"):
+            call(quantised.requires_grad_())
     with pytest.raises(ValueError, match="weight requires a gradient and a slice is frozen"):
         KeptSlice(quantised)
     quantised.requires_grad_(False)
@@ -301,11 +283,6 @@ def test_what_the_operations_refuse(kind):
         masked_lora_linear(
             tensors["x"].bfloat16(), quantised, tensors["lora_a"], tensors["lora_b"], scaling=1.0
         )  # fmt: skip
-
-
-def test_a_compiler_is_refused(kind):
-    tensors = operands(WIDE, torch.float32)
-    quantised = KINDS[kind](tensors["weight"])
     frozen = {name: tensor.detach() for name, tensor in tensors.items() if name != "weight"}
     compiled = torch.compile(lambda weight: linear(frozen, weight, scaling=1.0), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="torch.compile does not trace a quantised weight"):

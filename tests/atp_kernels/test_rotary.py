@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from backends_here import DEVICE, backends, new_memory_is_nan
+from backends_here import DEVICE, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import layouts
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -59,7 +58,9 @@ def assert_within_rounding(got, given, width=None):
 @pytest.mark.parametrize("angles", [None, 10])
 def test_each_entry_is_rounded_once(backend, dtype, width, angles):
     given = problem(angles=angles, dtype=dtype)
-    assert_within_rounding(results(*given, width, backend), given, width)
+    got = results(*given, width, backend)
+    assert_within_rounding(got, given, width)
+    assert backend != "triton" or all(value.is_contiguous() for value in got)
 
 
 @given(
@@ -84,35 +85,6 @@ def test_any_shape(shape, more, beyond, dtype, of_cos, one_sample, backend):
     assert_within_rounding(results(*given, width, backend), given, width)
 
 
-@given(each=st.tuples(layouts(), layouts(), layouts(), layouts()), angles=st.sampled_from([None, 11]))
-@settings(max_examples=12, derandomize=True, deadline=None)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_memory_layout_with_nan_between(backend, each, angles):
-    """q and k lie as three-dimensional tensors of tokens, heads and dimensions; strides of one sample are added."""
-    q, k, cos, sin, index = problem((1, 5, 3, 2, 6), angles=angles)
-    laid, dense = [], []
-    for tensor, layout in zip((q, k, cos, sin), each, strict=True):
-        tensor = tensor.detach()[0]
-        laid.append(layout.lay(tensor)[None])
-        dense.append(layout.values(tensor)[None])
-    for tensors in (laid, dense):
-        tensors[:2] = (tensor.requires_grad_() for tensor in tensors[:2])
-    expected = results(*dense, index, 7, backend)
-    for value, truth in zip(results(*laid, index, 7, backend), expected, strict=True):
-        assert torch.equal(value, truth)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_layout_of_sines_may_differ_from_that_of_cosines(backend):
-    q, k, cos, sin, _ = problem()
-    wide = torch.full((sin.shape[0], 2 * sin.shape[1], sin.shape[2]), torch.nan, device=DEVICE)
-    wide[:, ::2] = sin
-    for value, truth in zip(
-        results(q, k, cos, wide[:, ::2], None, 6, backend), results(q, k, cos, sin, None, 6, backend), strict=True
-    ):
-        assert torch.equal(value, truth)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_one_of_both_is_rotated_back_where_the_other_needs_no_gradient(backend, monkeypatch):
     q, k, cos, sin, _ = problem()
@@ -126,18 +98,6 @@ def test_only_one_of_both_is_rotated_back_where_the_other_needs_no_gradient(back
     monkeypatch.setattr(module, "backward", counted)
     sum(part.sum() for part in rotary_embedding(q.detach(), k, cos, sin, backend=backend)).backward()
     assert given == [1] and k.grad is not None
-
-
-@needs_triton
-@pytest.mark.parametrize("backward", [False, True])
-def test_results_are_in_one_piece_with_nothing_left_unwritten(backward):
-    given = problem(angles=10, seed=3)
-    expected = results(*given, 13, "triton")
-    with new_memory_is_nan():
-        got = results(*given, 13, "triton")
-    assert all(map(torch.equal, got, expected))
-    assert all(value.is_contiguous() for value in got)
-    assert got[2].flatten(2).shape == (2, 5, 18)
 
 
 @needs_triton

@@ -368,4 +368,4 @@ def test_what_is_wrong_with_the_arguments_is_said(capsys, arguments, said):
 
 def test_the_package_does_not_import_tests_or_benchmarks():
     texts = [path.read_text() for path in Path(cases.__file__).parent.glob("*.py")]
-    assert len(texts) == 5 and not any(word in text for text in texts for word in ("benchmarks", "operation_cases"))
+    assert texts and not any(word in text for text in texts for word in ("benchmarks", "operation_cases"))

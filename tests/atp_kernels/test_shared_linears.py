@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atp_kernels import KeptFirst, KeptSlice, Projection, QuantizedWeight, masked_lora_qkv, masked_lora_swiglu
+from atp_kernels import KeptFirst, KeptSlice, Projection, masked_lora_qkv, masked_lora_swiglu
 from atp_kernels.qkv import definition
 
 NONE = (None, None, None)
@@ -70,8 +70,7 @@ def shared(kept):
 def test_is_the_definition(kind):
     x, projections, masks, kept = problem(kind)
     expected = results(x, projections, lambda *given: defined(*given, masks=masks))
-    for value, truth in zip(results(x, projections, shared(kept)), expected, strict=True):
-        assert_close(value, truth)
+    assert_close(results(x, projections, shared(kept)), expected)
 
 
 class Products(TorchDispatchMode):
@@ -144,8 +143,7 @@ def test_some_gradients_alone_and_results_that_nobody_reads():
     y = masked_lora_qkv(x, *projections, backend="reference")
     expected = defined(x, *projections)
     leaves = [x, projections[1].lora_b]
-    for found, truth in zip(*(torch.autograd.grad(part[1].sum(), leaves) for part in (y, expected)), strict=True):
-        assert_close(found, truth)
+    assert_close(*(torch.autograd.grad(part[1].sum(), leaves) for part in (y, expected)))
     frozen = [p._replace(lora_a=p.lora_a.detach()) for p in projections[:2]] + projections[2:]
     leaves = [frozen[0].lora_b, frozen[2].lora_a]
     for given in (x, x.detach()):
@@ -155,16 +153,3 @@ def test_some_gradients_alone_and_results_that_nobody_reads():
     assert [part.shape for part in masked_lora_qkv(empty, *projections, backend="reference")] == [
         (0, 5, width) for width in WIDTHS
     ]
-
-
-def test_quantised_bases_and_strided_operands():
-    x, projections, *_ = problem(dtype=torch.float32)
-    quantised = [p._replace(weight=QuantizedWeight.int8(p.weight)) for p in projections]
-    plain = [p._replace(weight=q.weight.dequantize()) for p, q in zip(projections, quantised, strict=True)]
-    assert_close(results(x, quantised, shared(None)), results(x, plain, defined), rtol=1e-4, atol=1e-4)
-    laid = [p._replace(weight=p.weight.t().contiguous().t()) for p in projections]
-    x = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    assert_close(results(x, laid, shared(None)), results(x, projections, defined))
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        y = masked_lora_qkv(x, *projections, backend="reference")[0]
-        torch.autograd.grad(y.square().sum(), x, create_graph=True)[0].sum().backward()

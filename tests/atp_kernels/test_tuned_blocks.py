@@ -4,7 +4,7 @@ import pytest
 import torch
 from linear_cases import Shape
 from linear_cases import operands as random_operands
-from tables_here import tables_in
+from tables_here import tables_in, without_extension
 from torch.testing import assert_close
 
 import atp_kernels
@@ -50,13 +50,9 @@ def tuned(tmp_path):
 
 
 @pytest.fixture
-def vendor(monkeypatch):
-    """Without the extension the vendor's products are the backend, as on CUDA."""
-    monkeypatch.setattr(extension, "REASON", "not wanted here")
-    atp_kernels.call._select.cache_clear()
-    yield
-    monkeypatch.undo()
-    atp_kernels.call._select.cache_clear()
+def vendor():
+    with without_extension():
+        yield
 
 
 @pytest.fixture

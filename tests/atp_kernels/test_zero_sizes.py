@@ -1,7 +1,5 @@
 """Operands with a side of size zero: every backend gives the empty result, or the same sentence."""
 
-import itertools
-
 import pytest
 import torch
 from backends_here import DEVICE, backends
@@ -14,41 +12,9 @@ def ones(*size):
     return torch.ones(size, device=DEVICE)
 
 
-def kinds(size):
-    return None, torch.arange(size, device=DEVICE) % 2 == 0, torch.linspace(0, 1, size, device=DEVICE)
-
-
-@pytest.mark.parametrize("zero", ["rows", "n_in", "n_out", "rank"])
-@pytest.mark.parametrize("mask_lora", [False, True])
-@pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
-def test_masked_linear_of_a_zero_size(zero, mask_lora, lead):
-    sizes = {"rows": 5, "n_in": 4, "n_out": 6, "rank": 2} | {zero: 0}
-    rows, n_in, n_out, rank = sizes.values()
-    rng = torch.Generator().manual_seed(0)
-    shapes = ((*lead, rows, n_in), (n_out, n_in), (rank, n_in), (n_out, rank), (n_out,))
-    tensors = [torch.randn(shape, generator=rng).to(DEVICE) for shape in shapes]
-    for out_mask, in_mask in itertools.product(kinds(n_out), kinds(n_in)):
-        results = []
-        for backend in backends("masked_lora_linear"):
-            x, weight, lora_a, lora_b, bias = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-            masks = [mask if mask is None else mask.clone() for mask in (out_mask, in_mask)]
-            options = {"out_mask": masks[0], "in_mask": masks[1], "mask_lora": mask_lora, "bias": bias, "scaling": 2.0}
-            soft = [mask.requires_grad_() for mask in masks if mask is not None and mask.is_floating_point()]
-            y, *norms = atp_kernels.masked_lora_linear_with_norms(x, weight, lora_a, lora_b, **options, backend=backend)
-            alone = atp_kernels.masked_lora_linear(x, weight, lora_a, lora_b, **options, backend=backend)
-            drawn = atp_kernels.masked_lora_linear(
-                x, weight, lora_a, lora_b, **options, dropout=0.5, seed=1, backend=backend
-            )
-            assert y.shape == (*lead, rows, n_out)
-            grads = torch.autograd.grad(y.sum() + alone.sum() + drawn.sum(), leaves + soft)
-            results.append([y.detach(), alone.detach(), drawn.detach(), *norms, *grads])
-        for other in results[1:]:
-            torch.testing.assert_close(other, results[0])
-
-
 @pytest.mark.parametrize("size", [M, N, K, R], ids=["rows", "n_out", "n_in", "rank"])
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("kept", "swiglu", "qkv"))])
-def test_slices_and_blocks_of_a_zero_size(name, size):
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("linear", "kept", "swiglu", "qkv"))])
+def test_linears_slices_and_blocks_of_a_zero_size(name, size):
     case = CASES[name].sized({size: 0})
     results = [case.run(case.operands(torch.float32), b, torch.ones_like) for b in backends(case.op)]
     for other in results:

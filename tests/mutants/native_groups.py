@@ -6,12 +6,15 @@ LOOPS = "csrc/cpu/loops_impl.h"
 GROUP = "csrc/cpu/group.cpp"
 FACTORS = "csrc/factors.h"
 
-JOINT = "tests/atp_kernels/test_native.py -k 'not bits and not isa and not compact'"
-DIRECT = "tests/atp_kernels/test_groups_direct.py"
-EXACT_ZERO = "tests/atp_kernels/test_groups_direct.py -k exactly_nothing"
+JOINT = (
+    "tests/atp_kernels/test_native.py tests/atp_kernels/test_groups_backends.py "
+    "-k 'native and not bits and not isa and not compact'"
+)
+DIRECT = "tests/atp_kernels/test_groups_direct.py tests/atp_kernels/test_groups_backends.py -k 'not triton'"
+EXACT_ZERO = "tests/atp_kernels/test_groups_backends.py -k 'native and no_worse'"
 SEPARATE = "tests/atp_kernels/test_groups_separate.py -k native"
 MERGED = "tests/atp_kernels/test_merged_weight.py -k rounding"
-LARGE = "tests/atp_kernels/test_native_large.py"
+LARGE = "tests/atp_kernels/test_groups_backends.py -k 'many_tiles or long_sum'"
 
 TABLE: Table = {
     (LOOPS, MERGED): (
