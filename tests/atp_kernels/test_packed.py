@@ -207,8 +207,8 @@ def test_a_gradient_after_a_change_of_the_factors_is_refused():
 
 def test_other_weights_and_ranks_are_not_held():
     one, other = linear(8, 16), linear(8, 16, r=3)
-    pack = PackedLinears([one])
-    assert pack.holds([one]) and not pack.holds([other]) and not pack.holds([one, one])
+    pack, of_another_rank = PackedLinears([one]), one._replace(lora_a=other.lora_a, lora_b=other.lora_b)
+    assert pack.holds([one]) and not any(pack.holds(others) for others in ([other], [of_another_rank], [one, one]))
     with torch.no_grad():
         one.weight.mul_(2)
     assert not pack.holds([one])
@@ -217,6 +217,7 @@ def test_other_weights_and_ranks_are_not_held():
 def test_extreme_factors_are_cast_as_torch_casts_them():
     one = linear(3, 16, r=2, scaling=1.0)
     values = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 1e-40, 3.0e38, 1 + 2**-8, 1 + 3 * 2**-8])
+    values[3:4].view(torch.int32).fill_(0x7FFFFFFF)  # a NaN that rounding up would make a zero
     with torch.no_grad():
         one.lora_a.copy_(values.repeat(4).view(2, 16))
     pack = PackedLinears([one])
