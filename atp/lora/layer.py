@@ -101,11 +101,12 @@ class MaskedPeftLinear(PeftLinear):
 
     @property
     def fusible(self) -> bool:
-        """Whether a block may use the weights without calling the layer: no hook expects the input, and nobody sees it.
+        """Whether a block may use the weights without calling the layer: no hook waits for the call or sees its input.
 
         What becomes of outputs is for the block to observe.
         """
-        return self.plain and not self._forward_pre_hooks and self.observed[1] is None
+        hooks = self._forward_pre_hooks or self._forward_hooks
+        return self.plain and not hooks and self.observed[1] is None
 
     @property
     def projection(self) -> Projection:

@@ -61,6 +61,19 @@ def test_whole_heads_and_channels_lie_kept_first(space_name):
     assert_same(loss_and_gradients(model), loss_and_gradients(apart(model)))
 
 
+def test_hooks_of_linears_are_called():
+    model, _ = masked()
+    linears = [m for m in model.modules() if isinstance(m, MaskedPeftLinear)]
+    for method in ("register_forward_hook", "register_forward_pre_hook"):
+        seen = []
+        handles = [getattr(one, method)(lambda module, *_: seen.append(module)) for one in linears]  # noqa: B023
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_and_gradients(model)
+        assert set(seen) == set(linears)
+        for handle in handles:
+            handle.remove()
+
+
 def test_norms_write_what_the_linears_would_cast_to():
     """Under autocast q, k, v and the MLP get bfloat16; the loss and its gradients are as close to float32 as before."""
     model, _ = masked()
