@@ -14,7 +14,7 @@ KEPT_CHUNKS_MEMORY_2 = "tests/atp_kernels/test_kept_chunks.py -k memory_is"
 TUNED_BLOCKS = "tests/atp_kernels/test_tuned_blocks.py"
 KEPT_FORMS = "tests/atp_kernels/test_kept_forms.py -k 'not no_worse'"
 BLOCKS_DROPOUT = "tests/atp_kernels/test_blocks_dropout.py -k 'kept and linear'"
-KEPT_BITS_REPEAT = "tests/atp_kernels/test_passes.py -k 'bits_repeat and kept'"
+KEPT_UNINITIALISED = "tests/atp_kernels/test_kept.py -k uninitialised"
 
 TABLE = {
     (SLICES, KEPT_NO_WORSE_THAN): (("kept.index_fill_(axis, gather.silent, 0)", "pass"),),
@@ -120,5 +120,5 @@ TABLE = {
         ("s if need_b else None, held(drop))", "s if need_b else None, None)"),
         ("lora_input = dropped(x, dropout, seed, backend)", "pass"),
     ),
-    (ATEN, KEPT_BITS_REPEAT): (("tail.zero_()", "pass"),),
+    (ATEN, KEPT_UNINITIALISED): (("tail.zero_()", "pass"),),
 }

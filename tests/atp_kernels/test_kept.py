@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends_here import new_memory_is_nan
 from block_cases import saved_shapes
 from kept_cases import IN_ORDER, KINDS, ORDERS, assert_error_rule, call_of, run, slice_of
 from linear_cases import Shape, operands
@@ -42,6 +43,14 @@ def test_removed_weights_and_inputs_are_never_read(pad_to, first):
         if pad_to == 1:  # a side that is no narrower when padded is multiplied whole
             tensors["x"][:, ~tensors["in_mask"]] = torch.nan
     assert_close(run(BOTH, tensors, pad_to=pad_to, first=first), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first", ORDERS)
+def test_uninitialised_memory_is_never_read(first):
+    tensors = operands(BOTH, torch.float32)
+    expected = run(BOTH, tensors, first=first)
+    with new_memory_is_nan():
+        assert_close(run(BOTH, tensors, first=first), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("out_mask", "in_mask"), [("hard", None), (None, "hard"), ("hard", "hard")])
