@@ -48,7 +48,7 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     inner = linears["mlp.down_proj"].in_features
     reads = linears["self_attn.q_proj"].in_features + linears["mlp.gate_proj"].in_features
     numbers = reads + _attention(widths, how, shapes) + 2 * inner + how.rank * len(linears)
-    if how.watched:
+    if how.watched and not _in_one_call(shapes, how):
         numbers += _sums(shapes, widths, parts_of_mlp=2)
         if _keeps_values(widths, how) and any(cut.module == "self_attn.v_proj" for cut in _outputs(shapes)):
             numbers -= linears["self_attn.v_proj"].out_features  # the very ones that attention keeps
@@ -94,6 +94,12 @@ def _outputs(shapes: ModelShapes) -> list[Cut]:
 
 def _pads(widths: LayerWidths) -> bool:
     return widths.padded and (widths.qk_dim != widths.v_dim or widths.qk_dim % HEAD_DIM_MULTIPLE != 0)
+
+
+def _in_one_call(shapes: ModelShapes, how: Pass) -> bool:
+    """Whether attention is one call, which keeps the outputs of its linears anyway."""
+    reads = any(cut.axis == 1 for cut in _soft(shapes))
+    return bool(how.short) and not reads and not family_of(shapes.config).qk_norm
 
 
 def _keeps_values(widths: LayerWidths, how: Pass) -> bool:
