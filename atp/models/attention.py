@@ -122,8 +122,8 @@ def attend_packed(
     if first is None or last is None:
         return None
     sums = [linear.observed[0] for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    watched = [part[: len(states)] for part in sums if part is not None and len(part) >= len(states)]
-    if len(watched) < len(sums) and sums != [None] * len(sums):
+    watched = [part[: len(states)] for part in sums if part is not None]
+    if watched and (len(watched) < len(sums) or len(watched[0]) < len(states)):
         return None
     given = [*first[1], *last[1]]
     y = packed_attention(states, first[0], last[0], given, angles, attention_mask, attention.scaling, watched or None)

@@ -38,7 +38,9 @@ def targets_of(config: ATPConfig, asked: Sequence[Asked], folder: Path) -> list[
     for one in asked:
         placed = config.model_copy(update={"output_dir": str(folder / one.folder)})
         given = at_target(placed, one.unit.key, one.value)
-        latency = read_json(folder / one.folder / LATENCY) or measured_target(given, tables)
+        latency = read_json(folder / one.folder / LATENCY)
+        if latency is None or not isinstance(latency.get("target_keep"), float):
+            latency = measured_target(given, tables)
         share = share_of(given) if latency is None else latency["target_keep"]
         targets.append(SweepTarget(one, given, at_share(given, share), latency))
     return targets
