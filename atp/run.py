@@ -345,7 +345,8 @@ class Run:
             heap.give_back()
             progress.begin("speed of the original and the final model")
             try:
-                return throughputs([placed(made()) for made in both])
+                models = [placed(made()) for made in both]
+                return throughputs(models, agreed=processes.on_main if processes.sharded() else None)
             except Exception as error:
                 # Where processes share weights, all would have to run out of memory together.
                 if processes.sharded() or not is_out_of_memory(error):

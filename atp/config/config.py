@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -275,7 +276,7 @@ class ATPConfig(Section):
             now["training"][key] = saved.get("training", {}).get(key)
         now["preset"] = saved.get("preset")
         changed = [
-            f"{section}{'.' + key if key else ''}: {quote(old, 60)} -> {quote(new, 60)}"
+            f"{section}{'.' + key if key else ''}: {_as_yaml(old)} -> {_as_yaml(new)}"
             for section in now
             for key, old, new in differences(saved.get(section), now[section])
             if resolved is None or new != (resolved.get(section, {}).get(key) if key else resolved.get(section))
@@ -288,3 +289,8 @@ class ATPConfig(Section):
     def dump(self) -> str:
         """The config as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _as_yaml(value: object) -> str:
+    """A value as a config file holds it, so `null` and `true`, in at most 60 characters."""
+    return shorten(json.dumps(value, ensure_ascii=False, default=str), 60)

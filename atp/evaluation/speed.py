@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,12 +36,14 @@ def throughputs(
     batch_size: int = 1,
     repeats: int | None = None,
     seconds: float = 20.0,
+    agreed: Callable[[Callable[[], bool]], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Tokens per second over the whole batch, medians over rounds after a warm-up, in each model's own dtype.
 
     In a round every model is timed once, so that whatever else the machine does meets all of them alike. Rounds end
     when each interval is narrower than a tenth of its median, at the earliest after three, or when they have taken
-    `seconds`. repeats: a number of rounds instead.
+    `seconds`. repeats: a number of rounds instead. agreed: called with the question whether rounds end, returns one
+    answer in all processes. Processes that share the weights of a model need it, because their clocks differ.
 
     That is how a user runs the model. Under autocast, which a run trains and scores in, each new token would first cast
     every float32 weight.
@@ -58,9 +60,13 @@ def throughputs(
     for model in models:
         _seconds(model, prompt_tokens, 1, batch_size)  # a warm-up, for which one step of decoding is enough
     rounds: list[list[tuple[float, float]]] = []
+
+    def ends() -> bool:
+        return _narrow(rounds) or _sum(rounds) >= seconds
+
     while len(rounds) < (repeats or _MOST):
         rounds.append([_seconds(model, prompt_tokens, new_tokens, batch_size) for model in models])
-        if repeats is None and len(rounds) >= _LEAST and (_narrow(rounds) or _sum(rounds) >= seconds):
+        if repeats is None and len(rounds) >= _LEAST and (ends() if agreed is None else agreed(ends)):
             break
     tokens = {"prefill": batch_size * prompt_tokens, "decode": batch_size * new_tokens}
     return [_rates(tokens, taken) | {"speed_repeats": len(rounds)} for taken in zip(*rounds, strict=True)]

@@ -32,9 +32,12 @@ def write_settings(config, folder):
     return paths
 
 
-def start(arguments, *, two=True, environment=None, launcher=()):
-    """The process of an `atp` command, or of the torchrun that started it twice; launcher: more options of torchrun."""
-    command = [*([*LAUNCH, *launcher] if two else [sys.executable]), "-m", "atp", *arguments]
+def start(arguments, *, two=True, environment=None, launcher=(), program=("-m", "atp")):
+    """The process of an `atp` command, or of the torchrun that started it twice; launcher: more options of torchrun.
+
+    program: what Python runs instead of the command.
+    """
+    command = [*([*LAUNCH, *launcher] if two else [sys.executable]), *program, *arguments]
     return subprocess.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -94,7 +97,12 @@ def become(command, folder, output):
 
 
 def ended(process, code=0):
-    output, _ = process.communicate(timeout=300)
+    """What a process printed, which ends with this code; in five minutes, or it is ended with its children."""
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"it does not end; until then:\n{process.communicate()[0]}") from None
     assert process.returncode == code, output
     return output
 

@@ -40,6 +40,6 @@ def test_every_model_that_a_run_scores_or_times_is_placed(config, tmp_path, monk
     score, place, time = run.evaluate_model, run.placed, run.throughputs
     monkeypatch.setattr(run, "placed", lambda model: placed.append(model) or place(model))
     monkeypatch.setattr(run, "evaluate_model", lambda model, *a, **o: used.append(model) or score(model, *a, **o))
-    monkeypatch.setattr(run, "throughputs", lambda models: used.extend(models) or time(models))
+    monkeypatch.setattr(run, "throughputs", lambda models, **o: used.extend(models) or time(models, **o))
     start(config, tmp_path / "run")
     assert len(used) == 3 + 2 and all(a is b for a, b in zip(used, placed, strict=True))

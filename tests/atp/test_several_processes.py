@@ -208,11 +208,23 @@ def test_a_gguf_file_is_refused(config, shared, monkeypatch):
         load_model(config.model, config.decisions.space)
 
 
+CLOCKS = """
+import os
+import atp.cli.cli
+from atp.evaluation import speed
+speed._narrow = lambda rounds: len(rounds) >= 3 + int(os.environ["RANK"])
+atp.cli.cli.main()
+"""
+
+
 @pytest.mark.slow
 def test_a_sharded_run_equals_that_of_one_process(config, tmp_path):
-    settings = write_settings(config, tmp_path)
+    """Though each process has a clock of its own, and would end its rounds of timing at another time."""
+    settings, program = write_settings(config, tmp_path), tmp_path / "clocks.py"
+    program.write_text(CLOCKS)
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch --use_fsdp --fsdp_version 2`
-    ended(start(["train", str(settings[0]), f"output_dir={tmp_path / 'two'}"], environment=asked))
+    command = ["train", str(settings[0]), f"output_dir={tmp_path / 'two'}"]
+    ended(start(command, environment=asked, program=[str(program)]))
     ended(start(["train", str(settings[1]), f"output_dir={tmp_path / 'one'}"], two=False))
     assert_equal(tmp_path / "two", tmp_path / "one")
     assert len(list((tmp_path / "two" / "model").glob("model-*.safetensors"))) > 1

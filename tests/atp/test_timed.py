@@ -18,11 +18,11 @@ def timed(monkeypatch):
     calls, time = [], run.throughputs
 
     def install(error):
-        def throughputs(models):
+        def throughputs(models, **options):
             calls.append(len(models))
             if len(models) == 2:
                 raise error
-            return time(models)
+            return time(models, **options)
 
         monkeypatch.setattr(run, "throughputs", throughputs)
         return calls
@@ -54,7 +54,7 @@ def test_a_finished_run_is_timed_again_only_where_a_speed_is_no_table(config, tm
     folder = tmp_path / "out"
     before = start(config, folder)["speed"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "throughputs", lambda models: pytest.fail("timed again"))
+        patch.setattr(run, "throughputs", lambda models, **_: pytest.fail("timed again"))
         (folder / "summary.json").unlink()
         assert start(config, folder, resume=True)["speed"] == before
     for name in ("original", "final"):

@@ -113,6 +113,17 @@ def test_rounds_end_when_the_median_is_known_or_after_a_time(scripted):
     assert slow["speed_repeats"] == 3, "so few have a spread"
 
 
+def test_rounds_end_when_all_processes_say_so(scripted):
+    asked = []
+
+    def agreed(ends):
+        asked.append(ends())
+        return len(asked) == 4
+
+    assert scripted(*[(2.0, 4.0)] * 50, agreed=agreed)["speed_repeats"] == 6
+    assert asked == [True] * 4
+
+
 def test_a_median_lies_in_its_interval_as_often_as_it_says():
     draws = torch.rand(4000, 12, generator=torch.Generator().manual_seed(0)).tolist()
     covered = sum(low < 0.5 < high for low, high in map(median_interval, draws)) / len(draws)
