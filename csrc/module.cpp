@@ -57,18 +57,20 @@ STABLE_TORCH_LIBRARY(atp_kernels_native, m) {
       " bool need_x) -> Tensor[]");
   m.def(
       "packed_mlp_forward(Tensor x, Tensor(a!) w1, Tensor(b!) d1, Tensor? b1, Tensor(c!) w2, Tensor(d!) d2, Tensor? b2,"
-      " Tensor[] factors, float s1, float s2) -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor[] factors, float s1, float s2, Tensor? norm=None, float eps=0.0)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "packed_mlp_backward(Tensor grad, Tensor wide, Tensor both, Tensor s, Tensor w1, Tensor d1, Tensor w2, Tensor d2,"
-      " Tensor[] factors, float s1, float s2, bool need_x, Tensor(a!)? sums) -> Tensor[]");
+      " Tensor[] factors, float s1, float s2, bool need_x, Tensor(a!)? sums, Tensor? x=None, Tensor? norm=None,"
+      " Tensor? scales=None) -> Tensor[]");
   m.def(
       "packed_attention_forward(Tensor x, Tensor(a!) w1, Tensor(b!) d1, Tensor? b1, Tensor(c!) w2, Tensor(d!) d2,"
-      " Tensor? b2, Tensor[] factors, float s1, float s2, Tensor cos, Tensor sin, Tensor? mask, float scale, int batch)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? b2, Tensor[] factors, float s1, float s2, Tensor cos, Tensor sin, Tensor? mask, float scale, int batch,"
+      " Tensor? norm=None, float eps=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "packed_attention_backward(Tensor grad, Tensor wide, Tensor qkv, Tensor p, Tensor hidden, Tensor w1, Tensor d1,"
       " Tensor w2, Tensor d2, Tensor[] factors, float s1, float s2, Tensor cos, Tensor sin, float scale, int batch,"
-      " bool need_x, Tensor(a!)? sums) -> Tensor[]");
+      " bool need_x, Tensor(a!)? sums, Tensor? x=None, Tensor? norm=None, Tensor? scales=None) -> Tensor[]");
   m.def("compact(Tensor weight, Tensor? rows, Tensor? cols, int pad_to, int stream=0) -> Tensor");
 }
 

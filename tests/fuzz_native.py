@@ -128,6 +128,8 @@ def packed_blocks(o: Operands, name: str) -> list:
     """Operands of a gated MLP or of an attention, whose second pack is one linear."""
     attention, forward = "attention" in name, name.endswith("forward")
     samples, tokens, cols, ends = o.draw.randint(1, 3), o.size(), o.size(), o.size()
+    normed = o.draw.random() < 0.5
+    ends = cols if normed else ends
     rows, groups, dim = samples * tokens, o.draw.randint(1, 2), 2 * o.draw.randint(1, 9)
     inner = groups * o.draw.randint(1, 3) * dim if attention else o.size()
     outputs = [inner, groups * dim, groups * dim] if attention else [inner, inner]
@@ -139,7 +141,8 @@ def packed_blocks(o: Operands, name: str) -> list:
     seen = o.draw.choice((None, o.flags(tokens * tokens).view(1, tokens, tokens)))
     if forward:
         attends = [*angles, seen, 0.5, samples] if attention else []
-        return [o.matrix(rows, cols, torch.bfloat16), *given, *attends]
+        norm = [o.vector(cols), 1e-6] if normed else [None, 0.0]
+        return [o.matrix(rows, cols, torch.float32 if normed else torch.bfloat16), *given, *attends, *norm]
     sizes = [ends, cols + rank, sum(outputs), inner + end if attention else end]
     read = [o.matrix(rows, n, torch.bfloat16) for n in sizes]
     if attention:
@@ -152,7 +155,11 @@ def packed_blocks(o: Operands, name: str) -> list:
     sums = o.draw.choice((None, o.vector(samples * sum(outputs)).view(samples, sum(outputs))))
     if not attention and sums is not None:
         sums = o.vector(samples * inner).view(samples, inner)
-    return [*read, *given, o.draw.random() < 0.5, sums]
+    around = [None] * 3
+    if normed:
+        read[0] = o.matrix(rows, ends, torch.float32)
+        around = [o.matrix(rows, cols, torch.float32), o.vector(cols), o.vector(rows)]
+    return [*read, *given, o.draw.random() < 0.5, sums, *around]
 
 
 def cross_entropy(o: Operands, name: str) -> list:

@@ -21,6 +21,11 @@ class FusedAttention(CutAttention):
 
     pads = False
 
+    @property
+    def turns(self) -> bool:
+        """Whether queries and keys have RoPE, and outputs no dropout."""
+        return getattr(self, "use_rope", True) and not getattr(self, "residual_dropout", 0)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -31,8 +36,7 @@ class FusedAttention(CutAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock class does; hidden_states [batch, tokens, hidden]."""
-        ordinary = position_embeddings is not None and getattr(self, "use_rope", True)
-        ordinary &= not getattr(self, "residual_dropout", 0) and cache is None and past_key_values is None
+        ordinary = position_embeddings is not None and cache is None and past_key_values is None and self.turns
         packed = attend_packed(self, hidden_states, position_embeddings, attention_mask) if ordinary else None
         if packed is not None:
             return packed, None

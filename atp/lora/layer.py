@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from atp.families import family_of
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
+from atp.lora.decoder_layer import FusedRMSNorm, fuse_layer, unfuse_layer
 from atp.lora.packs import Packs
 from atp.lora.stock import runs_stock_forward
 from atp.sharding.shards import is_sharded
@@ -25,9 +26,8 @@ from atp_kernels import (
     masked_lora_linear,
     masked_lora_swiglu,
     new_seed,
-    rms_norm,
 )
-from atp_kernels.packed.op import packed_linears, packed_mlp
+from atp_kernels.packed.op import Norm, packed_linears, packed_mlp
 
 ADAPTER = "default"
 
@@ -216,6 +216,9 @@ class MaskedMLP(nn.Module):
         gate, up, down = linears = self.gate_proj, self.up_proj, self.down_proj
         if self.activation is None or not all(linear.fusible for linear in linears):
             return self._apart(x)
+        packed = self.packed(x)
+        if packed is not None:
+            return down.seen(packed)
         if not gate.dropout == up.dropout == down.dropout:
             return self._apart(x)
         options: dict[str, Any]
@@ -230,17 +233,33 @@ class MaskedMLP(nn.Module):
             if sums is None or sums is not up.observed[0] or len(x) > len(sums) or not x.requires_grad:
                 return self._apart(x)
             options["mask_grad"] = sums[: len(x)]
-        first = gate.packs.of((gate, up), x) if self.activation == "silu" else None
-        last = None if first is None else down.packs.of((down,), x)
-        if first is not None and last is not None:
-            given = [*first[1], *last[1]]
-            y = packed_mlp(x, first[0], last[0], given, options.get("mask_grad"))
-            return down.seen(y)
         if gate.dropout:
             options |= {"dropout": gate.dropout, "seeds": (new_seed(x), new_seed(x))}
         projections = (linear.projection for linear in linears)
         y = masked_lora_swiglu(x, *projections, activation=self.activation, **options)
         return down.seen(y)
+
+    def packed(self, x: Tensor, norm: Norm | None = None) -> Tensor | None:
+        """All of it in a training step that `packed_mlp` takes, which adds it to the stream x if given a norm.
+
+        None in other steps.
+        """
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        sums = gate.observed[0]
+        if (
+            self.activation != "silu"
+            or sums is not up.observed[0]
+            or not all(part.fusible for part in (gate, up, down))
+        ):
+            return None
+        if sums is not None and (len(x) > len(sums) or not x.requires_grad):
+            return None
+        first = gate.packs.of((gate, up), x)
+        last = None if first is None else down.packs.of((down,), x)
+        if first is None or last is None or (norm is not None and down.observed[0] is not None):
+            return None
+        sums = None if sums is None else sums[: len(x)]
+        return packed_mlp(x, first[0], last[0], [*first[1], *last[1]], sums, norm)
 
     def _apart(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -257,36 +276,8 @@ class MaskedMLP(nn.Module):
         )
 
 
-class FusedRMSNorm(nn.Module):
-    """Replaces an RMSNorm of a decoder layer: one pass each way, and a result in the dtype that autocast asks for.
-
-    Otherwise each of the linears that read the result would cast it, and its gradient on the way back.
-    """
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight: nn.Parameter = norm.weight
-        self.variance_epsilon: float = norm.variance_epsilon
-        self.train(norm.training)
-
-    @classmethod
-    def adopt(cls, norm: nn.Module) -> None:
-        """Turns a norm into this one in place, for a sharded model, whose gathering knows its modules."""
-        norm.__class__ = cls
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float64:
-            # transformers normalizes in float32 whatever the dtype, and so does every model to compare with.
-            x = x.float()
-            return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)).double()
-        device, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        return rms_norm(x, self.weight, eps=self.variance_epsilon, dtype=dtype)
-
-
 def fuse_layers(model: PeftModel) -> PeftModel:
-    """Fuses norms, RoPE and MLPs of decoder layers around their masked LoRA layers; returns the model.
+    """Fuses norms, RoPE, MLPs and whole decoder layers around their masked LoRA layers; returns the model.
 
     What somebody else serves, as Liger and `kernelize` do, stays as it is (`runs_stock_forward`).
     """
@@ -307,6 +298,8 @@ def fuse_layers(model: PeftModel) -> PeftModel:
                 FusedRMSNorm.adopt(norm)
             else:
                 layer.set_submodule(name, FusedRMSNorm(norm))
+        if not is_sharded(base):
+            fuse_layer(layer)
     return model
 
 
@@ -314,6 +307,7 @@ def unload(model: PeftModel, stock: list[dict[str, Any]]) -> PreTrainedModel:
     """Takes LoRA and fused modules out of a model again; stock: what `stock_modules` gave before. Returns the model."""
     plain: PreTrainedModel = model.unload()
     for layer, modules in zip(plain.get_decoder().layers, stock, strict=True):
+        unfuse_layer(layer)
         unfuse_attention(layer.self_attn)
         mlp = modules["mlp"]
         # PEFT gives back the linears, but not the modules around them.

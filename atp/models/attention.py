@@ -25,7 +25,7 @@ from atp.families import Windows
 from atp.models.short_attention import LONGEST, short_attention, suits
 from atp_kernels import Projection, masked_lora_qkv, new_seed, rotary_embedding
 from atp_kernels.packed import PackedLinears
-from atp_kernels.packed.op import packed_attention, packed_linears
+from atp_kernels.packed.op import Norm, packed_attention, packed_linears
 
 NAME = "atp_sdpa"
 FUSED_ON = ("cuda",)
@@ -101,11 +101,16 @@ def packed_projections(attention: Any, states: Tensor) -> tuple[PackedLinears, l
 
 
 def attend_packed(
-    attention: Any, states: Tensor, angles: tuple[Tensor, Tensor], attention_mask: Tensor | None
+    attention: Any,
+    states: Tensor,
+    angles: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    norm: Norm | None = None,
 ) -> Tensor | None:
     """All of an attention without a cache in a training step that `packed_attention` takes; None in others.
 
     Arguments as those of its forward: states [batch, tokens, inputs], angles cos and sin, a mask of `training_mask`.
+    norm: states are the residual stream, to which the attention of what this makes of them is added.
     """
     heads = getattr(attention, "head_dim", None), getattr(attention, "v_head_dim", attention.head_dim)
     plain = heads == (angles[0].shape[-1],) * 2 and not hasattr(attention, "q_norm") and states.dim() == 3
@@ -119,14 +124,15 @@ def attend_packed(
         return None
     end, first = attention.o_proj, packed_projections(attention, states)
     last = end.packs.of((end,), states) if first is not None and getattr(end, "fusible", False) else None
-    if first is None or last is None:
+    if first is None or last is None or (norm is not None and end.observed[0] is not None):
         return None
     sums = [linear.observed[0] for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     watched = [part[: len(states)] for part in sums if part is not None]
     if watched and (len(watched) < len(sums) or len(watched[0]) < len(states)):
         return None
     given = [*first[1], *last[1]]
-    y = packed_attention(states, first[0], last[0], given, angles, attention_mask, attention.scaling, watched or None)
+    options = (angles, attention_mask, attention.scaling, watched or None, norm)
+    y = packed_attention(states, first[0], last[0], given, *options)
     seen: Tensor = end.seen(y)
     return seen
 

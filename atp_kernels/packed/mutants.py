@@ -7,6 +7,7 @@ TESTS = "tests/atp_kernels/test_packed.py"
 LINEARS = f"{TESTS} -k 'one_input or extreme'"
 MLP = f"{TESTS} -k gated"
 HEADS = f"{TESTS} -k attention"
+AROUND = f"{TESTS} -k residual"
 STALE = f"{TESTS} -k 'anew or held or refused'"
 
 TABLE = {
@@ -33,6 +34,10 @@ TABLE = {
             "swiglu_into(up, gate, packs.last.x_of(hidden));\n  packs",
         ),
         ("    copy_rows(s, packs.last.s_of(hidden));", "    copy_rows(s, s);"),
+    ),
+    (NATIVE, AROUND): (
+        ("to[i] = stream[i] + widened(added[i]);", "to[i] = widened(added[i]);"),
+        ("to[i] += passed[i];", "to[i] += 0.0f;"),
     ),
     (ATTENTION, HEADS): (
         ("+ head % shared()) * tokens", ") * tokens"),

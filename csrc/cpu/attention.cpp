@@ -160,22 +160,25 @@ Tensor probabilities(const Heads& heads, const Shape& shape, const std::optional
   return p;
 }
 
-// (y, [x, S], q k v, probabilities, what o reads) for factors of q, k, v and o. cos and sin [tokens or all tokens, dim].
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_attention_forward(
+// (y, [x, S], q k v, probabilities, what o reads, scales of the norm or nothing) for factors of q, k, v and o. cos and sin
+// [tokens or all tokens, dim]. With a norm of this weight, y is x + block(norm(x)).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> packed_attention_forward(
     Tensor x, Tensor w1, Tensor d1, std::optional<Tensor> b1, Tensor w2, Tensor d2, std::optional<Tensor> b2,
     std::vector<Tensor> factors, double s1, double s2, Tensor cos, Tensor sin, std::optional<Tensor> mask, double scale,
-    int64_t batch) {
+    int64_t batch, std::optional<Tensor> norm, double eps) {
   const Packs packs(w1, d1, b1, w2, d2, b2, factors, s1, s2);
   const Shape shape = shape_of(x, packs.first, packs.last, cos, batch);
   const Angles angles(cos, sin, shape);
-  auto [qkv, wide] = run(packs.first, x);
+  const std::optional<Around> around = around_forward(x, norm);
+  check_around(packs, around, x.size(0));
+  auto [qkv, wide] = run(packs.first, x, around, eps);
   packs.last.load();
   const Heads heads = turned(qkv, shape, angles);
   Tensor p = probabilities(heads, shape, mask, scale);
-  Tensor hidden = torch::stable::new_empty(x, {x.size(0), packs.last.width()});
+  Tensor hidden = torch::stable::new_empty(wide, {x.size(0), packs.last.width()});
   copy_heads<true>(all_products(p, heads.v), hidden, shape);
   packs.last.complete(hidden);
-  return {packs.last.forward(hidden), wide, qkv, p, hidden};
+  return {left(around, packs.last.forward(hidden)), wide, qkv, p, hidden, scales_of(around, wide)};
 }
 
 // Takes the gradients of what `turned` made back to those of q, k and v; scale is that of the scores.
@@ -208,14 +211,17 @@ Tensor turned_back(
 }
 
 // The gradient of x, empty where it is not wanted, and those of the factors of q, k, v and o. With sums [samples, rows of
-// q, k and v], those of qkv times its gradient are added to them.
+// q, k and v], those of qkv times its gradient are added to them. x, norm and scales where there was a norm.
 std::vector<Tensor> packed_attention_backward(
     Tensor grad, Tensor wide, Tensor qkv, Tensor p, Tensor hidden, Tensor w1, Tensor d1, Tensor w2, Tensor d2,
     std::vector<Tensor> factors, double s1, double s2, Tensor cos, Tensor sin, double scale, int64_t batch, bool need_x,
-    std::optional<Tensor> sums) {
+    std::optional<Tensor> sums, std::optional<Tensor> x, std::optional<Tensor> norm, std::optional<Tensor> scales) {
   const Packs packs(w1, d1, std::nullopt, w2, d2, std::nullopt, factors, s1, s2);
   const int64_t rows = grad.size(0);
-  check_matrix(grad, "grad", rows, packs.last.layout.rows);
+  const std::optional<Around> around = around_backward(x, norm, scales);
+  check_around(packs, around, rows);
+  const Tensor d_y = around.has_value() ? narrow(grad) : grad;
+  check_matrix(d_y, "grad", rows, packs.last.layout.rows);
   check_matrix(wide, "wide", rows, packs.first.width());
   check_matrix(qkv, "qkv", rows, packs.first.layout.rows);
   check_matrix(hidden, "hidden", rows, packs.last.width());
@@ -226,8 +232,8 @@ std::vector<Tensor> packed_attention_backward(
             p.size(1) == queries && p.size(2) == shape.tokens,
         "p must be contiguous bfloat16 [", all, ", ", queries, ", ", shape.tokens, "].");
   std::vector<Tensor> of_last;
-  const Tensor d_rows = *packs.last.backward(grad, hidden, true, of_last);
-  const Tensor d_out = torch::stable::new_empty(grad, {all, queries, shape.dim});
+  const Tensor d_rows = *packs.last.backward(d_y, hidden, true, of_last);
+  const Tensor d_out = torch::stable::new_empty(d_y, {all, queries, shape.dim});
   copy_heads<false>(d_out, d_rows, shape);
   const Heads heads = turned(qkv, shape, angles);
   const Tensor d_scores = all_products(d_out, all_transposed(heads.v));
@@ -244,6 +250,7 @@ std::vector<Tensor> packed_attention_backward(
   const Tensor d_qkv = turned_back(grads, qkv, shape, angles, scale);
   if (sums.has_value()) add_sample_dots(qkv, d_qkv, *sums);
   std::vector<Tensor> found = run_back(packs.first, d_qkv, wide, need_x);
+  if (need_x && around.has_value()) found[0] = around->back(grad, found[0]);
   found.insert(found.end(), of_last.begin(), of_last.end());
   return found;
 }

@@ -141,11 +141,11 @@ std::optional<Tensor> Pack::backward(
   return product(d_s, down, x_of(d_wide));
 }
 
-std::tuple<Tensor, Tensor> run(const Pack& pack, const Tensor& x) {
-  check_matrix(x, "x", x.size(0), pack.layout.inputs);
+std::tuple<Tensor, Tensor> run(const Pack& pack, const Tensor& x, const std::optional<Around>& around, double eps) {
+  if (!around.has_value()) check_matrix(x, "x", x.size(0), pack.layout.inputs);
   pack.load();
-  Tensor wide = torch::stable::new_empty(x, {x.size(0), pack.width()});
-  copy_rows(x, pack.x_of(wide));
+  Tensor wide = torch::stable::new_empty(x, {x.size(0), pack.width()}, ScalarType::BFloat16);
+  around.has_value() ? around->enter(wide, eps) : copy_rows(x, pack.x_of(wide));
   pack.complete(wide);
   return {pack.forward(wide), wide};
 }
@@ -159,10 +159,103 @@ std::vector<Tensor> run_back(const Pack& pack, const Tensor& grad, const Tensor&
   return grads;
 }
 
+void Around::check_for(int64_t rows, int64_t cols) const {
+  for (const Tensor* part : {&x, &weight, &scales}) {
+    check(part->scalar_type() == ScalarType::Float && part->is_contiguous(), "x, norm and scales must be contiguous float32.");
+  }
+  check(x.dim() == 2 && x.size(0) == rows && x.size(1) == cols && weight.numel() == cols && scales.numel() == rows,
+        "x [", rows, ", ", cols, "], norm and scales must have the rows and columns of the block.");
+}
+
+void Around::enter(const Tensor& wide, double eps) const {
+  const int64_t cols = x.size(1), stride = wide.stride(0);
+  const float* from = static_cast<const float*>(x.const_data_ptr());
+  const float* factors = static_cast<const float*>(weight.const_data_ptr());
+  float* scale = static_cast<float*>(scales.mutable_data_ptr());
+  bfloat16* to = static_cast<bfloat16*>(wide.mutable_data_ptr());
+  for_rows(x.size(0), cols, [&](int64_t first, int64_t count) {
+    const auto body = norm_for<float, bfloat16>(loops()).rms_norm_row;
+    for (int64_t row = first; row < first + count; ++row) {
+      scale[row] = body(from + row * cols, factors, eps, cols, to + row * stride);
+    }
+  });
+}
+
+Tensor Around::leave(const Tensor& y) const {
+  const int64_t cols = x.size(1);
+  Tensor sum = torch::stable::empty_like(x);
+  const float* stream = static_cast<const float*>(x.const_data_ptr());
+  const bfloat16* added = static_cast<const bfloat16*>(y.const_data_ptr());
+  float* to = static_cast<float*>(sum.mutable_data_ptr());
+  for_rows(x.size(0), cols, [&](int64_t first, int64_t count) {
+    for (int64_t i = first * cols; i < (first + count) * cols; ++i) to[i] = stream[i] + widened(added[i]);
+  });
+  return sum;
+}
+
+Tensor Around::back(const Tensor& grad, const Tensor& d_normed) const {
+  const int64_t cols = x.size(1);
+  Tensor d_x = torch::stable::empty_like(x);
+  const float* stream = static_cast<const float*>(x.const_data_ptr());
+  const float* factors = static_cast<const float*>(weight.const_data_ptr());
+  const float* scale = static_cast<const float*>(scales.const_data_ptr());
+  const float* passed = static_cast<const float*>(grad.const_data_ptr());
+  const bfloat16* upstream = static_cast<const bfloat16*>(d_normed.const_data_ptr());
+  float* to = static_cast<float*>(d_x.mutable_data_ptr());
+  for_rows(x.size(0), cols, [&](int64_t first, int64_t count) {
+    const auto body = norm_for<float, bfloat16>(loops()).rms_norm_backward_row;
+    for (int64_t row = first; row < first + count; ++row) {
+      const int64_t at = row * cols;
+      body(upstream + at, stream + at, factors, scale[row], cols, to + at);
+      for (int64_t i = at; i < at + cols; ++i) to[i] += passed[i];
+    }
+  });
+  return d_x;
+}
+
+std::optional<Around> around_forward(const Tensor& x, const std::optional<Tensor>& norm) {
+  if (!norm.has_value()) return std::nullopt;
+  check(x.dim() == 2, "x must be 2-D.");
+  const Around around{x, *norm, torch::stable::new_empty(*norm, {x.size(0)}, ScalarType::Float)};
+  return around;
+}
+
+std::optional<Around> around_backward(
+    const std::optional<Tensor>& x, const std::optional<Tensor>& norm, const std::optional<Tensor>& scales) {
+  if (!norm.has_value()) return std::nullopt;
+  check(x.has_value() && scales.has_value(), "a norm needs its x and its scales.");
+  return Around{*x, *norm, *scales};
+}
+
+Tensor narrow(const Tensor& values) {
+  check(values.dim() == 2 && values.is_contiguous() && values.scalar_type() == ScalarType::Float,
+        "grad must be contiguous float32.");
+  Tensor result = torch::stable::new_empty(values, {values.size(0), values.size(1)}, ScalarType::BFloat16);
+  const int64_t cols = values.size(1);
+  const float* from = static_cast<const float*>(values.const_data_ptr());
+  bfloat16* to = static_cast<bfloat16*>(result.mutable_data_ptr());
+  for_rows(values.size(0), cols, [&](int64_t first, int64_t count) {
+    narrow_row(from + first * cols, count * cols, 1.0f, to + first * cols);
+  });
+  return result;
+}
+
 Packs::Packs(Tensor w1, Tensor d1, std::optional<Tensor> b1, Tensor w2, Tensor d2, std::optional<Tensor> b2,
              const std::vector<Tensor>& factors, double s1, double s2)
     : first(w1, d1, b1, {factors.begin(), factors.end() - std::min<size_t>(2, factors.size())}, s1),
       last(w2, d2, b2, {factors.end() - std::min<size_t>(2, factors.size()), factors.end()}, s2) {}
+
+void check_around(const Packs& packs, const std::optional<Around>& around, int64_t rows) {
+  if (!around.has_value()) return;
+  check(packs.last.layout.rows == packs.first.layout.inputs, "a block under a norm must write as many columns as it reads.");
+  around->check_for(rows, packs.first.layout.inputs);
+}
+
+Tensor left(const std::optional<Around>& around, Tensor y) { return around.has_value() ? around->leave(y) : y; }
+
+Tensor scales_of(const std::optional<Around>& around, const Tensor& like) {
+  return around.has_value() ? around->scales : torch::stable::new_empty(like, {0}, ScalarType::Float);
+}
 
 namespace {
 
@@ -187,32 +280,39 @@ void check_mlp(const Packs& packs) {
         "the packs must be gate and up, and down that reads as many channels.");
 }
 
-// (y, [x, S], gate and up, S of down) for factors of gate, up and down.
-std::tuple<Tensor, Tensor, Tensor, Tensor> packed_mlp_forward(
+// (y, [x, S], gate and up, S of down, scales of the norm or nothing) for factors of gate, up and down. With a norm of
+// this weight, y is x + block(norm(x)).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_mlp_forward(
     Tensor x, Tensor w1, Tensor d1, std::optional<Tensor> b1, Tensor w2, Tensor d2, std::optional<Tensor> b2,
-    std::vector<Tensor> factors, double s1, double s2) {
+    std::vector<Tensor> factors, double s1, double s2, std::optional<Tensor> norm, double eps) {
   const Packs packs(w1, d1, b1, w2, d2, b2, factors, s1, s2);
   check_mlp(packs);
-  auto [both, wide] = run(packs.first, x);
+  const std::optional<Around> around = around_forward(x, norm);
+  check_around(packs, around, x.size(0));
+  auto [both, wide] = run(packs.first, x, around, eps);
   packs.last.load();
   const auto [gate, up] = gate_and_up(both);
-  const Tensor hidden = torch::stable::new_empty(x, {x.size(0), packs.last.width()});
+  const Tensor hidden = torch::stable::new_empty(wide, {x.size(0), packs.last.width()});
   swiglu_into(gate, up, packs.last.x_of(hidden));
   packs.last.complete(hidden);
-  Tensor s = torch::stable::new_empty(x, {x.size(0), packs.last.layout.ranks});
+  Tensor s = torch::stable::new_empty(wide, {x.size(0), packs.last.layout.ranks});
   copy_rows(packs.last.s_of(hidden), s);
-  return {packs.last.forward(hidden), wide, both, s};
+  return {left(around, packs.last.forward(hidden)), wide, both, s, scales_of(around, wide)};
 }
 
 // The gradient of x, empty where it is not wanted, and those of the factors of gate, up and down. What down reads is made
-// again. sums as in `swiglu_backward`.
+// again. sums as in `swiglu_backward`; x, norm and scales where there was a norm.
 std::vector<Tensor> packed_mlp_backward(
     Tensor grad, Tensor wide, Tensor both, Tensor s, Tensor w1, Tensor d1, Tensor w2, Tensor d2,
-    std::vector<Tensor> factors, double s1, double s2, bool need_x, std::optional<Tensor> sums) {
+    std::vector<Tensor> factors, double s1, double s2, bool need_x, std::optional<Tensor> sums, std::optional<Tensor> x,
+    std::optional<Tensor> norm, std::optional<Tensor> scales) {
   const Packs packs(w1, d1, std::nullopt, w2, d2, std::nullopt, factors, s1, s2);
   check_mlp(packs);
   const int64_t rows = grad.size(0);
-  check_matrix(grad, "grad", rows, packs.last.layout.rows);
+  const std::optional<Around> around = around_backward(x, norm, scales);
+  check_around(packs, around, rows);
+  const Tensor d_y = around.has_value() ? narrow(grad) : grad;
+  check_matrix(d_y, "grad", rows, packs.last.layout.rows);
   check_matrix(wide, "wide", rows, packs.first.width());
   check_matrix(both, "both", rows, packs.first.layout.rows);
   check_matrix(s, "s", rows, packs.last.layout.ranks);
@@ -220,14 +320,15 @@ std::vector<Tensor> packed_mlp_backward(
   std::vector<Tensor> of_last;
   const Tensor d_both = torch::stable::empty_like(both);
   {
-    const Tensor hidden = torch::stable::new_empty(grad, {rows, packs.last.width()});
+    const Tensor hidden = torch::stable::new_empty(d_y, {rows, packs.last.width()});
     swiglu_into(gate, up, packs.last.x_of(hidden));
     copy_rows(s, packs.last.s_of(hidden));
-    const Tensor d_h = *packs.last.backward(grad, hidden, true, of_last);
+    const Tensor d_h = *packs.last.backward(d_y, hidden, true, of_last);
     const auto [d_gate, d_up] = gate_and_up(d_both);
     swiglu_backward(d_h, gate, up, d_gate, d_up, sums);
   }
   std::vector<Tensor> grads = run_back(packs.first, d_both, wide, need_x);
+  if (need_x && around.has_value()) grads[0] = around->back(grad, grads[0]);
   grads.insert(grads.end(), of_last.begin(), of_last.end());
   return grads;
 }

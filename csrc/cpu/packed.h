@@ -63,11 +63,46 @@ struct Packs {
         const std::vector<Tensor>& factors, double s1, double s2);
 };
 
-// (y, [x, S]) for contiguous x [M, inputs], with the factors as they are now.
-std::tuple<Tensor, Tensor> run(const Pack& pack, const Tensor& x);
+// The RMSNorm and the residual connection around a block: x + block(norm(x)) of a float32 stream x [M, inputs].
+struct Around {
+  Tensor x;
+  Tensor weight;
+  Tensor scales;  // [M], what the norm multiplies rows by
+
+  // Throws where the parts do not fit a block that reads and writes `cols` columns.
+  void check_for(int64_t rows, int64_t cols) const;
+
+  // norm(x) in bfloat16 into the first columns of `wide`; fills the scales.
+  void enter(const Tensor& wide, double eps) const;
+
+  // x + y.
+  Tensor leave(const Tensor& y) const;
+
+  // The gradient of x for that of the result, float32, and that of norm(x), bfloat16.
+  Tensor back(const Tensor& grad, const Tensor& d_normed) const;
+};
+
+// What surrounds a block where it has a norm. In the forward pass `scales` are made, with `rows` elements.
+std::optional<Around> around_forward(const Tensor& x, const std::optional<Tensor>& norm);
+std::optional<Around> around_backward(
+    const std::optional<Tensor>& x, const std::optional<Tensor>& norm, const std::optional<Tensor>& scales);
+
+// A float32 matrix in bfloat16.
+Tensor narrow(const Tensor& values);
+
+// (y, [x, S]) for contiguous x [M, inputs], normed where something surrounds it, with the factors as they are now.
+std::tuple<Tensor, Tensor> run(
+    const Pack& pack, const Tensor& x, const std::optional<Around>& around = std::nullopt, double eps = 0.0);
 
 // The gradient of x, empty where it is not wanted, and those of the factors.
 std::vector<Tensor> run_back(const Pack& pack, const Tensor& grad, const Tensor& wide, bool need_x);
+
+// Throws where what surrounds a block does not fit it.
+void check_around(const Packs& packs, const std::optional<Around>& around, int64_t rows);
+
+// What a block gives, with what surrounds it, and the scales that were made on the way, else nothing.
+Tensor left(const std::optional<Around>& around, Tensor y);
+Tensor scales_of(const std::optional<Around>& around, const Tensor& like);
 
 // Throws unless `values` is a contiguous bfloat16 matrix of this size.
 void check_matrix(const Tensor& values, const char* name, int64_t rows, int64_t cols);

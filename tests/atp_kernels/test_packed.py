@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import silu
 from torch.testing import assert_close
 
-from atp_kernels import Projection, extension, masked_lora_linear, masked_lora_swiglu
+from atp_kernels import Projection, extension, masked_lora_linear, masked_lora_swiglu, rms_norm
 from atp_kernels.linear import definition
 from atp_kernels.packed import PackedLinears, refuses
 from atp_kernels.packed.op import packed_attention, packed_linears, packed_mlp
@@ -184,6 +184,36 @@ def test_attention(kind, batch, tokens, heads, groups, dim, observed):
     if observed:
         for total, output, grad in zip(sums, outputs, gradients(true, weight, outputs), strict=True):
             assert_close(total, (output * grad).sum(1).float(), rtol=3e-2, atol=3e-2 * float(total.abs().max()))
+
+
+@pytest.mark.parametrize("need_x", [True, False])
+@pytest.mark.parametrize("block", ["mlp", "attention"])
+def test_a_block_with_its_norm_and_residual_connection(block, need_x):
+    """Bit by bit what the norm, the block and a sum compute one after the other."""
+    if block == "mlp":
+        linears = [linear(24, 16, seed=1), linear(24, 16, seed=2), linear(16, 24, seed=3)]
+        packs, run = (PackedLinears(linears[:2]), PackedLinears(linears[2:])), packed_mlp
+        options = {"mask_grad": torch.zeros(3, 24)}
+        watched = [options["mask_grad"]]
+    else:
+        linears = [linear(n, 16, seed=n) for n in (32, 16, 16)] + [linear(16, 32, seed=4)]
+        packs, run = (PackedLinears(linears[:3]), PackedLinears(linears[3:])), packed_attention
+        angle = torch.rand(1, 9, 4).repeat(1, 1, 2)
+        watched = [torch.zeros(3, n) for n in (32, 16, 16)]
+        options = {"angles": (angle.cos(), angle.sin()), "mask": None, "scaling": 0.3, "mask_grads": watched}
+    x, weight = torch.randn(3, 9, 16, requires_grad=need_x), torch.rand(16) + 0.5
+    inputs, upstream = [*([x] if need_x else []), *factors(linears)], torch.randn(3, 9, 16)
+
+    def results(y):
+        found = [y, *torch.autograd.grad((y * upstream).sum(), inputs), *(sums.clone() for sums in watched)]
+        for sums in watched:
+            sums.zero_()
+        return found
+
+    whole = results(run(x, *packs, linears, **options, norm=(weight, 1e-5)))
+    apart = results(x + run(rms_norm(x, weight, eps=1e-5, dtype=torch.bfloat16), *packs, linears, **options))
+    assert whole[0].dtype == torch.float32
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(whole, apart, strict=True))
 
 
 def test_factors_are_read_anew_in_every_pass():

@@ -15,7 +15,8 @@ from atp.families import UnsupportedModel, family_of
 from atp.ground.errors import InputError
 from atp.inputs.loading import load_model
 from atp.lora.controller import MaskController
-from atp.lora.layer import FusedRMSNorm, MaskedMLP, add_lora, stock_modules, unload
+from atp.lora.decoder_layer import FusedRMSNorm
+from atp.lora.layer import MaskedMLP, add_lora, stock_modules, unload
 from atp.models.layers import BLOCKS, first_layer_inputs, run_block
 from atp.models.sizes import check_against_files, check_sizes
 from atp.removal import cut_model

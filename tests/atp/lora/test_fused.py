@@ -9,13 +9,17 @@ from tiny_lora import ALPHA, RANK, base_model, masked, random_mask, tokens
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
+from atp.lora import decoder_layer
 from atp.lora import layer as lora_layer
 from atp.lora.attention import FusedAttention
 from atp.lora.controller import MaskController
-from atp.lora.layer import FusedRMSNorm, MaskedMLP, MaskedPeftLinear, add_lora, stock_modules, unload
+from atp.lora.decoder_layer import FusedLayer, FusedRMSNorm, unfuse_layer
+from atp.lora.layer import MaskedMLP, MaskedPeftLinear, add_lora, stock_modules, unload
 from atp.models import attention
+from atp.models.attention import use_training_attention
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
+from atp_kernels import extension
 
 
 def loss_and_gradients(model):
@@ -218,6 +222,50 @@ def test_cut_model_keeps_the_fused_mlp():
     fused = [name for name, module in cut.named_modules() if isinstance(module, MaskedMLP)]
     assert len(fused) == space.num_layers
     assert_same(loss_and_gradients(cut), loss_and_gradients(apart(cut)))
+
+
+@pytest.mark.skipif(extension.REASON is not None, reason=str(extension.REASON))
+@pytest.mark.parametrize("watched", ["nothing", "saliency", "a hook"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_layer_of_two_calls_computes_its_blocks(cut, watched, monkeypatch):
+    """Bit by bit, what the same layer computes as norm, block and residual connection one after the other."""
+    model, space = masked(space_name="kv_group")
+    use_training_attention(model.get_base_model())
+    if cut:
+        model = cut_model(model, space, random_mask(space))
+    layers = model.get_base_model().model.layers
+    assert all(isinstance(layer, FusedLayer) for layer in layers)
+    seen, calls = [], []
+    for home, name in ((decoder_layer, "attend_packed"), (lora_layer, "packed_mlp")):
+        real = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda *given, real=real: calls.append(given) or real(*given))
+    if watched == "a hook":
+        layers[0].post_attention_layernorm.register_forward_hook(lambda module, given, y: seen.append(y))
+        layers[1].self_attn.register_forward_pre_hook(lambda *given, **options: seen.append(given), with_kwargs=True)
+
+    def step():
+        sums = {}
+        for layer in layers:
+            inner = layer.mlp.gate_proj.out_features
+            shared = torch.zeros(len(tokens()), inner) if watched == "saliency" else None
+            for name in ("gate_proj", "up_proj"):
+                getattr(layer.mlp, name).observe(0, shared)
+            sums[layer] = shared
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss_and_gradients(model)
+        return found, [part for part in sums.values() if part is not None]
+
+    found, sums = step()
+    with_norm = [given for given in calls if isinstance(given[-1], tuple) and len(given[-1]) == 2]
+    assert len(with_norm) == (1 if watched == "a hook" else 2 * len(layers))
+    assert len(seen) == (2 if watched == "a hook" else 0)
+    for layer in layers:
+        unfuse_layer(layer)
+        assert not isinstance(layer, FusedLayer)
+    expected, others = step()
+    assert found.keys() == expected.keys() and len(found) > 10
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(sums, others, strict=True))
 
 
 class LigerRMSNorm(torch.nn.Module):

@@ -1,0 +1,97 @@
+"""Decoder layers whose two blocks are one call each in a short training step: norm, linears and residual connection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp.lora.attention import FusedAttention
+from atp.lora.stock import runs_stock_forward
+from atp.models.attention import attend_packed
+from atp.models.cut import place_before
+from atp.models.layers import BLOCKS, residual_multiplier
+from atp_kernels import rms_norm
+from atp_kernels.packed.op import Norm
+
+
+class FusedRMSNorm(nn.Module):
+    """Replaces an RMSNorm of a decoder layer: one pass each way, and a result in the dtype that autocast asks for.
+
+    Otherwise each of the linears that read the result would cast it, and its gradient on the way back.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = norm.weight
+        self.variance_epsilon: float = norm.variance_epsilon
+        self.train(norm.training)
+
+    @classmethod
+    def adopt(cls, norm: nn.Module) -> None:
+        """Turns a norm into this one in place, for a sharded model, whose gathering knows its modules."""
+        norm.__class__ = cls
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            # transformers normalizes in float32 whatever the dtype, and so does every model to compare with.
+            x = x.float()
+            return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)).double()
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return rms_norm(x, self.weight, eps=self.variance_epsilon, dtype=dtype)
+
+
+class FusedLayer(nn.Module):
+    """Placed before the class of a decoder layer, whose forward runs where packs do not take a block."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the stock class does; hidden_states [batch, tokens, hidden]."""
+        layer: Any = self
+        caches = kwargs.get("cache"), kwargs.get("past_key_values")
+        attention, norm = layer.self_attn, self._norm("input_layernorm", "self_attn", hidden_states)
+        x = None
+        if norm is not None and caches == (None, None) and isinstance(attention, FusedAttention) and attention.turns:
+            x = attend_packed(attention, hidden_states, position_embeddings, attention_mask, norm)
+        if x is None:
+            own = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+            stock: Any = super()
+            result: Tensor = stock.forward(hidden_states, **own, **kwargs)
+            return result
+        norm = self._norm("post_attention_layernorm", "mlp", x)
+        y = layer.mlp.packed(x, norm) if norm is not None and hasattr(layer.mlp, "packed") else None
+        return x + layer.mlp(layer.post_attention_layernorm(x)) if y is None else y
+
+    def _norm(self, name: str, block: str, x: Tensor) -> Norm | None:
+        """Weight and eps of the norm before a block, where nobody waits for a call of either."""
+        norm, module = getattr(self, name), getattr(self, block)
+        hooked = any(
+            part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in (norm, module)
+        )
+        if hooked or x.dtype != torch.float32 or not torch.is_grad_enabled() or type(norm) is not FusedRMSNorm:
+            return None
+        weight = norm.weight
+        if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or weight.requires_grad:
+            return None
+        return weight, norm.variance_epsilon
+
+
+def fuse_layer(layer: nn.Module) -> None:
+    """Gives a stock decoder layer x + block(norm(x)) the forward of `FusedLayer`, in place."""
+    if runs_stock_forward(layer) and residual_multiplier(layer) == 1:
+        if all(hasattr(layer, name) for block in BLOCKS for name in block):
+            place_before(layer, FusedLayer)
+
+
+def unfuse_layer(layer: nn.Module) -> None:
+    """Gives a decoder layer its own forward back."""
+    if isinstance(layer, FusedLayer):
+        layer.__class__ = type(layer).__bases__[1]
