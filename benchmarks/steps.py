@@ -1,4 +1,4 @@
-"""Whole training steps by phase, with the product's own classes: decision, LoRA step in search, tune after the cut.
+"""Whole training steps by phase, with the product's own classes: open, decision, search, and tune after the cut.
 
 A random-weight Llama of the named sizes trains on random tokens; LoRA sits on all seven linears. `part` is the mask
 space. Weights are float32 on a CPU and of the case's dtype on a GPU; a 16-bit dtype means autocast. All variants of
@@ -6,15 +6,15 @@ a case share the frozen base weights, and all but stock PEFT compute the loss as
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from atp.config import DecisionsConfig
+from atp.config import DecisionsConfig, TrainingConfig
 from atp.data import collate
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
@@ -25,7 +25,9 @@ from atp.lora.regularizers.lasso import LoraGroups
 from atp.models.attention import use_training_attention
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
+from atp.training.flat import FlatParameters
 from atp.training.loss import causal_lm_loss
+from atp.training.optimizer import adamw
 from atp_kernels.linear import definition
 from benchmarks.case import Case, Variant, Variants
 from benchmarks.shapes import Model
@@ -124,10 +126,14 @@ class Scene:
         regularize: Callable[[], object] = lambda: None,
         holds: tuple[object, ...] = (),
         same: bool = True,
+        flat: bool = False,
     ) -> Variant:
-        """Forward, backward, gradient clip and AdamW over the adapter, under masks; regularize adds to gradients."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+        """Forward, backward, gradient clip and AdamW over the adapter, under masks; regularize adds to gradients.
+
+        flat: with the trainer's optimizer over one flat tensor.
+        """
+        learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained, optimizer, zero_grad = self._optimizer(learned, flat)
 
         def step() -> Tensor:
             with masked():
@@ -136,10 +142,38 @@ class Scene:
             nn.utils.clip_grad_norm_(trained, 1.0)
             regularize()
             optimizer.step()
-            optimizer.zero_grad()
+            zero_grad()
             return loss.detach()
 
         return Variant(step, same=same, holds=(model, optimizer, *holds))
+
+    @staticmethod
+    def _optimizer(
+        learned: dict[str, nn.Parameter], flat: bool
+    ) -> tuple[list[nn.Parameter], torch.optim.Optimizer, Callable[[], None]]:
+        """The tensors whose gradients are clipped, their optimizer, and what prepares gradients for the next step."""
+        if not flat:
+            stock = torch.optim.AdamW(learned.values(), lr=1e-4, weight_decay=0.0, fused=True)
+            return list(learned.values()), stock, stock.zero_grad
+        together = FlatParameters(learned)
+        ours = adamw(together, TrainingConfig())
+        ours.param_groups[0]["lr"] = 1e-4
+        return [together.flat], ours, together.zero_grad
+
+    def open_step(self, *, observed: bool) -> Variant:
+        """The step of the uncut model without masks; observed: each sample's gradients of a mask of ones are summed."""
+        model = self.with_lora(MaskedPeftLinear)
+        controller = MaskController(model, self.space)
+        saliency = torch.zeros(self.space.size, device=self.case.device)
+
+        @contextmanager
+        def observing() -> Iterator[None]:
+            with controller.observer.observing(len(self.batch["input_ids"])) as sums:
+                yield
+            saliency.add_(controller.observer.gradients(sums).square().sum(0))
+
+        watched = observing if observed else nullcontext
+        return self.lora_step(model, self.loss, watched, holds=(controller, saliency), same=False, flat=True)
 
     def masked_step(self, layer: type[nn.Module], masks: list[Tensor]) -> Variant:
         """The LoRA step of the search under hard masks, which alternate if there are several."""
@@ -164,6 +198,16 @@ class Scene:
     def stock_step(self, *, same: bool) -> Variant:
         """The step of stock PEFT LoRA on the dense model."""
         return self.lora_step(self.with_lora(None), self.stock_loss, same=same)
+
+
+def before(case: Case) -> Variants:
+    """The step before any decision: with saliency (`ours`), as a baseline's (`ours_dense`), and of stock PEFT LoRA."""
+    scene = Scene(case)
+    return {
+        "stock": scene.stock_step(same=True),
+        "ours": scene.open_step(observed=True),
+        "ours_dense": scene.open_step(observed=False),
+    }
 
 
 def decision(case: Case) -> Variants:
@@ -219,5 +263,5 @@ def tune(case: Case) -> Variants:
     cut = cut_model(scene.with_lora(MaskedPeftLinear), scene.space, scene.masks[0])
     return {
         "stock": scene.stock_step(same=True),
-        "ours": scene.lora_step(scene.checkpointed(cut), scene.loss, same=False),
+        "ours": scene.lora_step(scene.checkpointed(cut), scene.loss, same=False, flat=True),
     }

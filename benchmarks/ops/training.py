@@ -20,6 +20,12 @@ def step_work(case: Case, *, keep: float | None = None) -> dict[str, Work]:
     return {"forward": once, "backward": once}
 
 
+def _open(case: Case) -> Variants:
+    from benchmarks.steps import before
+
+    return before(case)
+
+
 def _decision(case: Case) -> Variants:
     from benchmarks.steps import decision  # the kernels' benchmarks need neither transformers nor peft
 
@@ -43,6 +49,7 @@ def _op(name: str, build: Callable, work: Callable, base: str = "unfused") -> Op
 
 
 TRAINING = (
+    _op("train_open", _open, partial(step_work, keep=1.0), base="stock"),
     _op("train_decision", _decision, partial(step_work, keep=1.0)),
     _op("train_search", _search, step_work),
     _op("train_tune", _tune, step_work, base="stock"),

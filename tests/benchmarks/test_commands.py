@@ -152,9 +152,10 @@ def test_marks_of_training_take_the_better_dtype_of_each_side():
         *step("train_search", "stock", 0.6, 15.0, 40.0), *step("train_tune", "stock", 0.6, 30.0, 28.0),
         *step("train_tune", "ours", 0.6, 21.0, 20.0), *step("train_tune", "stock", 0.4, 30.0, 28.0),
         *step("train_tune", "ours", 0.4, 14.0, 20.0),
+        *step("train_open", "stock", 0.6, 30.0, 28.0), *step("train_open", "ours", 0.6, 28.0, 14.0),
     ]  # fmt: skip
     # Parameters of linears and head: 106,168,320 and 28,311,552, so 1.4615 times fewer at 60 %, 1.9 at 40 %.
     assert values(training.marks(rows)) == [
         (round(28 / 20 / 1.4615, 3), 0.9, True), (round(28 / 14 / 1.9, 3), 0.9, True),
-        (1.25, 1.25, True), (0.938, 1.0, False), (1.15, 1.15, True),
+        (2.0, 1.0, True), (1.25, 1.25, True), (0.938, 1.0, False), (1.15, 1.15, True),
     ]  # fmt: skip
