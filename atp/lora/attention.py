@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from atp.lora.stock import runs_stock_forward
+from atp.lora.stock import Hooked, runs_stock_forward
 from atp.models.attention import attend_packed, fuses, packed_projections
 from atp.models.cut import CutAttention, place_before
 
 
-class FusedAttention(CutAttention):
+class FusedAttention(CutAttention, Hooked):
     """Placed before the class of a stock attention, whose forward it takes over where no cache is filled.
 
     The stock forward runs with a cache, on layers without RoPE, with a dropout after the last linear, and where

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.lora.attention import FusedAttention
-from atp.lora.stock import runs_stock_forward
+from atp.lora.stock import Hooked, runs_stock_forward
 from atp.models.attention import attend_packed
 from atp.models.cut import place_before
 from atp.models.layers import BLOCKS, residual_multiplier
@@ -16,7 +16,7 @@ from atp_kernels import rms_norm
 from atp_kernels.packed.op import Norm
 
 
-class FusedRMSNorm(nn.Module):
+class FusedRMSNorm(Hooked):
     """Replaces an RMSNorm of a decoder layer: one pass each way, and a result in the dtype that autocast asks for.
 
     Otherwise each of the linears that read the result would cast it, and its gradient on the way back.
@@ -50,6 +50,7 @@ class FusedLayer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
+        *args: Any,
         attention_mask: Tensor | None = None,
         position_embeddings: Any = None,
         **kwargs: Any,
@@ -58,25 +59,25 @@ class FusedLayer(nn.Module):
         layer: Any = self
         caches = kwargs.get("cache"), kwargs.get("past_key_values")
         attention, norm = layer.self_attn, self._norm("input_layernorm", "self_attn", hidden_states)
-        x = None
-        if norm is not None and caches == (None, None) and isinstance(attention, FusedAttention) and attention.turns:
+        x, plain = None, norm is not None and not args and caches == (None, None)
+        if plain and isinstance(attention, FusedAttention) and attention.turns:
             x = attend_packed(attention, hidden_states, position_embeddings, attention_mask, norm)
         if x is None:
-            own = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+            named = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+            own = {name: value for name, value in named.items() if value is not None}
             stock: Any = super()
-            result: Tensor = stock.forward(hidden_states, **own, **kwargs)
+            result: Tensor = stock.forward(hidden_states, *args, **own, **kwargs)
             return result
         norm = self._norm("post_attention_layernorm", "mlp", x)
-        y = layer.mlp.packed(x, norm) if norm is not None and hasattr(layer.mlp, "packed") else None
+        y = None if norm is None else layer.mlp.packed(x, norm)
         return x + layer.mlp(layer.post_attention_layernorm(x)) if y is None else y
 
     def _norm(self, name: str, block: str, x: Tensor) -> Norm | None:
         """Weight and eps of the norm before a block, where nobody waits for a call of either."""
         norm, module = getattr(self, name), getattr(self, block)
-        hooked = any(
-            part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in (norm, module)
-        )
-        if hooked or x.dtype != torch.float32 or not torch.is_grad_enabled() or type(norm) is not FusedRMSNorm:
+        if type(norm) is not FusedRMSNorm or norm.hooked or getattr(module, "hooked", True):
+            return None
+        if x.dtype != torch.float32 or not torch.is_grad_enabled():
             return None
         weight = norm.weight
         if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or weight.requires_grad:

@@ -15,7 +15,7 @@ from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.lora.decoder_layer import FusedRMSNorm, fuse_layer, unfuse_layer
 from atp.lora.packs import Packs
-from atp.lora.stock import runs_stock_forward
+from atp.lora.stock import Hooked, runs_stock_forward
 from atp.sharding.shards import is_sharded
 from atp.spaces.space import MaskSpace
 from atp_kernels import (
@@ -193,7 +193,7 @@ def observed(values: Tensor, sums: Tensor | None) -> Tensor:
     return turns[0] if len(turns) == 1 else torch.cat(turns)
 
 
-class MaskedMLP(nn.Module):
+class MaskedMLP(Hooked):
     """Replaces a gated MLP whose three linears are `MaskedPeftLinear`: same submodules, same names.
 
     The fused block saves less for backward than three separate linears, and draws LoRA dropout once for gate and up. It

@@ -5,6 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 
+class Hooked(nn.Module):
+    """Mixin for modules of ours that a larger one may compute without calling them."""
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody waits for a call: a hook, or a forward of this object's own."""
+        return bool(self._forward_hooks or self._forward_pre_hooks) or "forward" in vars(self)
+
+
 def runs_stock_forward(module: nn.Module) -> bool:
     """Whether class and forward are those of transformers, and nobody serves the module in their place.
 

@@ -15,7 +15,7 @@ TABLE = {
         ("p.weight._version == version and", "True and"),
         ("and len(p.lora_a) == rank", ""),
     ),
-    (OP, MLP): (("need_x, ctx.sums)", "need_x, None)"),),
+    (OP, MLP): (("need_x, ctx.sums, *around", "need_x, None, *around"),),
     (OP, HEADS): (("                total += part", "                pass"),),
     (NATIVE, STALE): (("  pack.load();", "  if (x.size(0) > 1000) pack.load();"),),
     (NATIVE, LINEARS): (
