@@ -110,7 +110,12 @@ def longer() -> Table:
 
 
 def others() -> Table:
-    return on_text({"**ATP**": DEFAULT, PRUNER: "llm_pruner", SLICE: "slicegpt"})
+    same = "the same, by ATP's windows"
+    arms = {
+        PRUNER: "llm_pruner", f"LLM-Pruner, {same}": "llm_pruner, the default's windows",
+        SLICE: "slicegpt", f"SliceGPT, {same}": "slicegpt, the default's windows",
+    }  # fmt: skip
+    return on_text({"**ATP**": DEFAULT, **arms})
 
 
 def presets() -> Table:
