@@ -110,10 +110,10 @@ def longer() -> Table:
 
 
 def others() -> Table:
-    same = "the same, by ATP's windows"
+    same = "by ATP's windows, then tune"
     arms = {
-        PRUNER: "llm_pruner", f"LLM-Pruner, {same}": "llm_pruner, the default's windows",
-        SLICE: "slicegpt", f"SliceGPT, {same}": "slicegpt, the default's windows",
+        PRUNER: "llm_pruner", f"LLM-Pruner {same}": "llm_pruner, the default's windows",
+        SLICE: "slicegpt", f"SliceGPT {same}": "slicegpt, the default's windows",
     }  # fmt: skip
     return on_text({"**ATP**": DEFAULT, **arms})
 
