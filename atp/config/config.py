@@ -292,5 +292,5 @@ class ATPConfig(Section):
 
 
 def _as_yaml(value: object) -> str:
-    """A value as a config file holds it, so `null` and `true`, in at most 60 characters."""
-    return shorten(json.dumps(value, ensure_ascii=False, default=str), 60)
+    """A value for a sentence, in at most 60 characters; null, true and false as a config file has them."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else quote(value, 60)

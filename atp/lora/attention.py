@@ -22,7 +22,7 @@ class FusedAttention(CutAttention, Hooked):
     pads = False
 
     @property
-    def turns(self) -> bool:
+    def plain(self) -> bool:
         """Whether queries and keys have RoPE, and outputs no dropout."""
         return getattr(self, "use_rope", True) and not getattr(self, "residual_dropout", 0)
 
@@ -36,7 +36,7 @@ class FusedAttention(CutAttention, Hooked):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock class does; hidden_states [batch, tokens, hidden]."""
-        ordinary = position_embeddings is not None and cache is None and past_key_values is None and self.turns
+        ordinary = position_embeddings is not None and cache is None and past_key_values is None and self.plain
         packed = attend_packed(self, hidden_states, position_embeddings, attention_mask) if ordinary else None
         if packed is not None:
             return packed, None

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp.lora.attention import FusedAttention
 from atp.lora.stock import Hooked, runs_stock_forward
 from atp.models.attention import attend_packed
 from atp.models.cut import place_before
@@ -47,35 +46,38 @@ class FusedRMSNorm(Hooked):
 class FusedLayer(nn.Module):
     """Placed before the class of a decoder layer, whose forward runs where packs do not take a block."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        attention_mask: Tensor | None = None,
-        position_embeddings: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the stock class does; hidden_states [batch, tokens, hidden]."""
         layer: Any = self
-        caches = kwargs.get("cache"), kwargs.get("past_key_values")
-        attention, norm = layer.self_attn, self._norm("input_layernorm", "self_attn", hidden_states)
-        x, plain = None, norm is not None and not args and caches == (None, None)
-        if plain and isinstance(attention, FusedAttention) and attention.turns:
-            x = attend_packed(attention, hidden_states, position_embeddings, attention_mask, norm)
+        x = None if args else self._attended(hidden_states, **kwargs)
         if x is None:
-            named = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
-            own = {name: value for name, value in named.items() if value is not None}
             stock: Any = super()
-            result: Tensor = stock.forward(hidden_states, *args, **own, **kwargs)
+            result: Tensor = stock.forward(hidden_states, *args, **kwargs)
             return result
         norm = self._norm("post_attention_layernorm", "mlp", x)
         y = None if norm is None else layer.mlp.packed(x, norm)
         return x + layer.mlp(layer.post_attention_layernorm(x)) if y is None else y
 
+    def _attended(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> Tensor | None:
+        """x + attention(norm(x)) where packs take it, else None."""
+        layer: Any = self
+        attention, norm = layer.self_attn, self._norm("input_layernorm", "self_attn", x)
+        if norm is None or position_embeddings is None or cache is not None or past_key_values is not None:
+            return None
+        return attend_packed(attention, x, position_embeddings, attention_mask, norm) if attention.plain else None
+
     def _norm(self, name: str, block: str, x: Tensor) -> Norm | None:
-        """Weight and eps of the norm before a block, where nobody waits for a call of either."""
+        """Weight and eps of the norm before a block, where both are ours and nobody waits for a call of either."""
         norm, module = getattr(self, name), getattr(self, block)
-        if type(norm) is not FusedRMSNorm or norm.hooked or getattr(module, "hooked", True):
+        if type(norm) is not FusedRMSNorm or norm.hooked or not isinstance(module, Hooked) or module.hooked:
             return None
         if x.dtype != torch.float32 or not torch.is_grad_enabled():
             return None

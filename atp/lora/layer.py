@@ -214,11 +214,11 @@ class MaskedMLP(Hooked):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = linears = self.gate_proj, self.up_proj, self.down_proj
-        if self.activation is None or not all(linear.fusible for linear in linears):
-            return self._apart(x)
         packed = self.packed(x)
         if packed is not None:
             return down.seen(packed)
+        if self.activation is None or not all(linear.fusible for linear in linears):
+            return self._apart(x)
         if not gate.dropout == up.dropout == down.dropout:
             return self._apart(x)
         options: dict[str, Any]

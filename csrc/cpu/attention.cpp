@@ -169,8 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> packed_attention_forw
   const Packs packs(w1, d1, b1, w2, d2, b2, factors, s1, s2);
   const Shape shape = shape_of(x, packs.first, packs.last, cos, batch);
   const Angles angles(cos, sin, shape);
-  const std::optional<Around> around = around_forward(x, norm);
-  check_around(packs, around, x.size(0));
+  const std::optional<Around> around = around_forward(packs, x, norm);
   auto [qkv, wide] = run(packs.first, x, around, eps);
   packs.last.load();
   const Heads heads = turned(qkv, shape, angles);
@@ -218,8 +217,7 @@ std::vector<Tensor> packed_attention_backward(
     std::optional<Tensor> sums, std::optional<Tensor> x, std::optional<Tensor> norm, std::optional<Tensor> scales) {
   const Packs packs(w1, d1, std::nullopt, w2, d2, std::nullopt, factors, s1, s2);
   const int64_t rows = grad.size(0);
-  const std::optional<Around> around = around_backward(x, norm, scales);
-  check_around(packs, around, rows);
+  const std::optional<Around> around = around_backward(packs, rows, x, norm, scales);
   const Tensor d_y = around.has_value() ? narrow(grad) : grad;
   check_matrix(d_y, "grad", rows, packs.last.layout.rows);
   check_matrix(wide, "wide", rows, packs.first.width());

@@ -159,14 +159,6 @@ std::vector<Tensor> run_back(const Pack& pack, const Tensor& grad, const Tensor&
   return grads;
 }
 
-void Around::check_for(int64_t rows, int64_t cols) const {
-  for (const Tensor* part : {&x, &weight, &scales}) {
-    check(part->scalar_type() == ScalarType::Float && part->is_contiguous(), "x, norm and scales must be contiguous float32.");
-  }
-  check(x.dim() == 2 && x.size(0) == rows && x.size(1) == cols && weight.numel() == cols && scales.numel() == rows,
-        "x [", rows, ", ", cols, "], norm and scales must have the rows and columns of the block.");
-}
-
 void Around::enter(const Tensor& wide, double eps) const {
   const int64_t cols = x.size(1), stride = wide.stride(0);
   const float* from = static_cast<const float*>(x.const_data_ptr());
@@ -213,20 +205,6 @@ Tensor Around::back(const Tensor& grad, const Tensor& d_normed) const {
   return d_x;
 }
 
-std::optional<Around> around_forward(const Tensor& x, const std::optional<Tensor>& norm) {
-  if (!norm.has_value()) return std::nullopt;
-  check(x.dim() == 2, "x must be 2-D.");
-  const Around around{x, *norm, torch::stable::new_empty(*norm, {x.size(0)}, ScalarType::Float)};
-  return around;
-}
-
-std::optional<Around> around_backward(
-    const std::optional<Tensor>& x, const std::optional<Tensor>& norm, const std::optional<Tensor>& scales) {
-  if (!norm.has_value()) return std::nullopt;
-  check(x.has_value() && scales.has_value(), "a norm needs its x and its scales.");
-  return Around{*x, *norm, *scales};
-}
-
 Tensor narrow(const Tensor& values) {
   check(values.dim() == 2 && values.is_contiguous() && values.scalar_type() == ScalarType::Float,
         "grad must be contiguous float32.");
@@ -245,10 +223,34 @@ Packs::Packs(Tensor w1, Tensor d1, std::optional<Tensor> b1, Tensor w2, Tensor d
     : first(w1, d1, b1, {factors.begin(), factors.end() - std::min<size_t>(2, factors.size())}, s1),
       last(w2, d2, b2, {factors.end() - std::min<size_t>(2, factors.size()), factors.end()}, s2) {}
 
-void check_around(const Packs& packs, const std::optional<Around>& around, int64_t rows) {
-  if (!around.has_value()) return;
-  check(packs.last.layout.rows == packs.first.layout.inputs, "a block under a norm must write as many columns as it reads.");
-  around->check_for(rows, packs.first.layout.inputs);
+namespace {
+
+Around fitting(const Packs& packs, int64_t rows, Around around) {
+  const int64_t cols = packs.first.layout.inputs;
+  check(packs.last.layout.rows == cols, "a block under a norm must write as many columns as it reads.");
+  for (const Tensor* part : {&around.x, &around.weight, &around.scales}) {
+    check(part->scalar_type() == ScalarType::Float && part->is_contiguous(),
+          "x, norm and scales must be contiguous float32.");
+  }
+  check(around.x.dim() == 2 && around.x.size(0) == rows && around.x.size(1) == cols && around.weight.numel() == cols &&
+            around.scales.numel() == rows,
+        "x [", rows, ", ", cols, "], norm and scales must have the rows and columns of the block.");
+  return around;
+}
+
+}  // namespace
+
+std::optional<Around> around_forward(const Packs& packs, const Tensor& x, const std::optional<Tensor>& norm) {
+  if (!norm.has_value()) return std::nullopt;
+  return fitting(packs, x.size(0), {x, *norm, torch::stable::new_empty(*norm, {x.size(0)}, ScalarType::Float)});
+}
+
+std::optional<Around> around_backward(
+    const Packs& packs, int64_t rows, const std::optional<Tensor>& x, const std::optional<Tensor>& norm,
+    const std::optional<Tensor>& scales) {
+  if (!norm.has_value()) return std::nullopt;
+  check(x.has_value() && scales.has_value(), "a norm needs its x and its scales.");
+  return fitting(packs, rows, {*x, *norm, *scales});
 }
 
 Tensor left(const std::optional<Around>& around, Tensor y) { return around.has_value() ? around->leave(y) : y; }
@@ -287,8 +289,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_mlp_forward(
     std::vector<Tensor> factors, double s1, double s2, std::optional<Tensor> norm, double eps) {
   const Packs packs(w1, d1, b1, w2, d2, b2, factors, s1, s2);
   check_mlp(packs);
-  const std::optional<Around> around = around_forward(x, norm);
-  check_around(packs, around, x.size(0));
+  const std::optional<Around> around = around_forward(packs, x, norm);
   auto [both, wide] = run(packs.first, x, around, eps);
   packs.last.load();
   const auto [gate, up] = gate_and_up(both);
@@ -309,8 +310,7 @@ std::vector<Tensor> packed_mlp_backward(
   const Packs packs(w1, d1, std::nullopt, w2, d2, std::nullopt, factors, s1, s2);
   check_mlp(packs);
   const int64_t rows = grad.size(0);
-  const std::optional<Around> around = around_backward(x, norm, scales);
-  check_around(packs, around, rows);
+  const std::optional<Around> around = around_backward(packs, rows, x, norm, scales);
   const Tensor d_y = around.has_value() ? narrow(grad) : grad;
   check_matrix(d_y, "grad", rows, packs.last.layout.rows);
   check_matrix(wide, "wide", rows, packs.first.width());

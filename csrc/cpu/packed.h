@@ -69,9 +69,6 @@ struct Around {
   Tensor weight;
   Tensor scales;  // [M], what the norm multiplies rows by
 
-  // Throws where the parts do not fit a block that reads and writes `cols` columns.
-  void check_for(int64_t rows, int64_t cols) const;
-
   // norm(x) in bfloat16 into the first columns of `wide`; fills the scales.
   void enter(const Tensor& wide, double eps) const;
 
@@ -81,11 +78,6 @@ struct Around {
   // The gradient of x for that of the result, float32, and that of norm(x), bfloat16.
   Tensor back(const Tensor& grad, const Tensor& d_normed) const;
 };
-
-// What surrounds a block where it has a norm. In the forward pass `scales` are made, with `rows` elements.
-std::optional<Around> around_forward(const Tensor& x, const std::optional<Tensor>& norm);
-std::optional<Around> around_backward(
-    const std::optional<Tensor>& x, const std::optional<Tensor>& norm, const std::optional<Tensor>& scales);
 
 // A float32 matrix in bfloat16.
 Tensor narrow(const Tensor& values);
@@ -97,8 +89,11 @@ std::tuple<Tensor, Tensor> run(
 // The gradient of x, empty where it is not wanted, and those of the factors.
 std::vector<Tensor> run_back(const Pack& pack, const Tensor& grad, const Tensor& wide, bool need_x);
 
-// Throws where what surrounds a block does not fit it.
-void check_around(const Packs& packs, const std::optional<Around>& around, int64_t rows);
+// What surrounds a block, nothing without a norm. In the forward pass it makes the scales.
+std::optional<Around> around_forward(const Packs& packs, const Tensor& x, const std::optional<Tensor>& norm);
+std::optional<Around> around_backward(
+    const Packs& packs, int64_t rows, const std::optional<Tensor>& x, const std::optional<Tensor>& norm,
+    const std::optional<Tensor>& scales);
 
 // What a block gives, with what surrounds it, and the scales that were made on the way, else nothing.
 Tensor left(const std::optional<Around>& around, Tensor y);

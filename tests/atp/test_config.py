@@ -245,7 +245,7 @@ def test_a_changed_config_is_refused_with_its_differences_and_a_new_key_has_its_
     saved = parse().model_dump(mode="json")
     del saved["training"]["regularizer"]
     parse().refuse_change_of(saved)
-    with pytest.raises(InputError, match=r'\(training\.regularizer: "lasso" -> "l0"\)'):
+    with pytest.raises(InputError, match=r"\(training\.regularizer: 'lasso' -> 'l0'\)"):
         parse(training={"regularizer": "l0"}).refuse_change_of(saved)
     saved["training"]["forgotten"] = 1
     with pytest.raises(InputError, match=r"training\.forgotten: 1 -> null"):

@@ -149,7 +149,7 @@ def test_another_precision_than_the_run_s_is_refused(undecided, tmp_path, proces
     with stopping_at(ATPTrainer, "train"):
         start(undecided, folder)
     for _ in range(2):
-        with pytest.raises(InputError, match='changed config .training.precision: "auto" -> "float32"'):
+        with pytest.raises(InputError, match="changed config .training.precision: 'auto' -> 'float32'"):
             start(undecided, folder, resume=True, training={"precision": "float32"})
         (folder / "resolved.yaml").write_text("{", encoding="utf-8")
 
