@@ -82,6 +82,9 @@ class TrainingConfig(Section):
     offload: bool = Field(
         False, description="Offload of activations to host memory until the backward pass; on a CPU, to a file."
     )
+    cuda_graphs: bool = Field(
+        False, description="CUDA graphs of open and tune steps on a GPU, for batches of a shape that comes again."
+    )
     sharding: Literal["fsdp"] | None = Field(
         None,
         description="Sharding of the frozen weights over processes (docs/scale.md); null: every process holds all.",

@@ -45,6 +45,7 @@ class MaskObserver:
                 found[owner].structures.append(structure)
                 found[owner].layers.append(observed)
         self._places = list(found.values())
+        self._sums: list[Tensor] | None = None
         for place in self._places:
             spans = [torch.arange(s.start, s.start + s.size) for s in place.structures]
             place.decisions = torch.cat(spans).to(self.device)
@@ -57,9 +58,12 @@ class MaskObserver:
 
         A smaller batch has the first samples. One of more, as of preferred and rejected answers, takes them in turns.
         """
-        sums = [
-            torch.zeros(len(place.structures), samples, len(place.owner), device=self.device) for place in self._places
-        ]
+        if self._sums is None or self._sums[0].shape[1] != samples:
+            shapes = ((len(place.structures), samples, len(place.owner)) for place in self._places)
+            self._sums = [torch.empty(shape, device=self.device) for shape in shapes]
+        sums = self._sums  # where they were: a CUDA graph adds to them
+        for part in sums:
+            part.zero_()
         observed = [
             (layer, axis, part)
             for place, parts in zip(self._places, sums, strict=True)

@@ -10,8 +10,14 @@ class Hooked(nn.Module):
 
     @property
     def hooked(self) -> bool:
-        """Whether somebody waits for a call: a hook, or a forward of this object's own."""
-        return bool(self._forward_hooks or self._forward_pre_hooks) or "forward" in vars(self)
+        """As the function says of this module."""
+        return hooked(self)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for a module's call: a hook, or a forward of this object's own."""
+    own = vars(module)
+    return "forward" in own or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def runs_stock_forward(module: nn.Module) -> bool:

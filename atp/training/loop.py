@@ -34,6 +34,7 @@ from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback, Record, Trackers
 from atp.training.checkpoint import Checkpoint, prefixed, resume_point
 from atp.training.cross_entropy import held_heads
+from atp.training.cuda_graphs import CudaGraphs, GraphedDecoder, refused
 from atp.training.data import Batch, step_batches
 from atp.training.distill import Teacher
 from atp.training.exchange import Exchange
@@ -48,6 +49,7 @@ from atp.training.schedule import Phases, learning_rate
 from atp.training.sinks import Sinks
 from atp.training.validation import Validation
 
+_UNMASKED = ("open", "tune")  # phases whose steps compute the same each time
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -103,6 +105,7 @@ class Loop:
         if self.accelerator.distributed_type not in _WHOLE:
             raise InputError(f"{self.accelerator.distributed_type.value} {processes.NO_SHARDS}")
         self._batches: Iterator[list[Batch]] | None = None
+        self._decode: GraphedDecoder | None = None
         self.bind(model)
 
     def bind(self, model: PeftModel) -> None:
@@ -147,7 +150,7 @@ class Loop:
         Cross-entropy, mixed with the distance to the teacher if there is one, and beside it, in no record, `Sinks`.
         """
         with self.autocast(), self.offload.saving(self.model), self.sinks.watched(self.model) as first:
-            loss = causal_lm_loss(self.model, batch, tokens, teacher=self.teacher)
+            loss = causal_lm_loss(self.model, batch, tokens, teacher=self.teacher, decode=self._decode)
         loss = loss * self.accelerator.num_processes  # gradients become the mean over processes, `tokens` is their sum
         self._loss += loss.detach()
         return loss + self.sinks.distance(first) * (processes.count() / self.batches_per_step)
@@ -194,6 +197,27 @@ class Loop:
         if self._batches is None:
             self._batches = self.batches_from(self.step)
         self.begin(phase)
+        with self._graphed(phase):
+            self._run(phase, step, until)
+
+    @contextmanager
+    def _graphed(self, phase: str) -> Iterator[None]:
+        """Steps inside the with block replay CUDA graphs where the config wants them and nothing is in the way."""
+        if not self.config.training.cuda_graphs or phase not in _UNMASKED:
+            yield
+            return
+        why = refused(self)
+        if why is not None:
+            self.say(f"training.cuda_graphs: {phase} steps run without them, because {why}")
+        else:
+            self._decode = GraphedDecoder(list(self.trained.parameters.values()), CudaGraphs())
+        try:
+            yield
+        finally:
+            self._decode = None
+
+    def _run(self, phase: str, step: Callable[[list[Batch]], None], until: int) -> None:
+        assert self._batches is not None
         while self.step < until and not self.validation.exhausted:
             started = time.perf_counter()
             batches = next(self._batches)

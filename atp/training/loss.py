@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
@@ -17,29 +18,37 @@ from atp.training.profiling import scope
 if TYPE_CHECKING:
     from atp.training.distill import Teacher
 
+Decode = Callable[[Any, dict[str, Any]], Tensor]
+"""(decoder, its keywords) -> its last hidden state [batch, tokens, hidden]."""
+
 
 def causal_lm_loss(
-    model: nn.Module, batch: dict[str, Any], count: Tensor | int | None = None, *, teacher: Teacher | None = None
+    model: nn.Module,
+    batch: dict[str, Any],
+    count: Tensor | int | None = None,
+    *,
+    teacher: Teacher | None = None,
+    decode: Decode | None = None,
 ) -> Tensor:
     """Mean cross-entropy over the scored tokens of a batch that `atp.data.collate` made, scalar float32.
 
     model: a causal LM of a supported family, also inside PEFT or a distributed wrapper. count: divisor of the sum over
     tokens, for steps of several batches; default the scored tokens of this batch. Positions without a label cost
-    nothing. teacher: mixes in the distance to its predictions of the same tokens.
+    nothing. teacher: mixes in the distance to its predictions of the same tokens. decode: what calls the decoder.
     """
-    scored, head = head_inputs(model, batch)
+    scored, head = head_inputs(model, batch, decode)
     soft = None if teacher is None else teacher.targets(batch)
     with scope("loss"):
         total = linear_cross_entropy(scored, head, batch["targets"], soft)
         return total / (len(batch["targets"]) if count is None else count)
 
 
-def head_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def head_inputs(model: nn.Module, batch: dict[str, Any], decode: Decode | None = None) -> tuple[Tensor, Tensor]:
     """What the logits of the scored tokens are the product of: states [scored, hidden], head [vocab, hidden]."""
     inner = getattr(model, "module", model)  # DistributedDataParallel
     causal = cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
     family = family_of(causal.config)
-    hidden = _final_hidden(model, causal, batch, family.windows(causal.config))
+    hidden = _final_hidden(model, causal, batch, family.windows(causal.config), decode)
     with scope("loss"):
         scored = hidden.flatten(0, 1).index_select(0, batch["scored"])
         divisor = family.logits_divisor(causal.config)
@@ -48,7 +57,9 @@ def head_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor
         return scored, whole(causal.get_output_embeddings().weight)
 
 
-def _final_hidden(model: nn.Module, causal: PreTrainedModel, batch: dict[str, Any], windows: Windows) -> Tensor:
+def _final_hidden(
+    model: nn.Module, causal: PreTrainedModel, batch: dict[str, Any], windows: Windows, decode: Decode | None
+) -> Tensor:
     """The input of the head, [batch, tokens, hidden]. The pass goes through distributed wrappers, which rely on it."""
     input_ids, position_ids = batch["input_ids"], batch.get("position_ids")
     mask = None
@@ -58,8 +69,8 @@ def _final_hidden(model: nn.Module, causal: PreTrainedModel, batch: dict[str, An
         # Even without a token to score, the head would be cast under autocast, or gathered from its shards.
         with scope("other"):
             decoder: Any = causal.get_decoder()
-            called = decoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
-            return called.last_hidden_state
+            given = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+            return decode(decoder, given) if decode else decoder(**given).last_hidden_state
     caught: list[Tensor] = []
     handle = causal.get_decoder().register_forward_hook(lambda *call: caught.append(call[-1].last_hidden_state))
     try:
