@@ -131,7 +131,8 @@ class PackedAttentionFunction(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad):
         (first, last), need_x, (cos, sin, _, scaling) = ctx.packs, ctx.needs_input_grad[5], ctx.attends
-        saved, factors, around = ctx.saved_tensors[:4], ctx.saved_tensors[4:12], ctx.saved_tensors[12:]
+        kept = ctx.saved_tensors  # asked for once: a second time is an error inside activation checkpointing
+        saved, factors, around = kept[:4], kept[4:12], kept[12:]
         packs = first.weight, first.down, last.weight, last.down
         sums = None if ctx.sums is None else grad.new_zeros(len(grad), sum(first.sizes), dtype=torch.float32)
         batch, scalings, grad = len(grad), (first.scaling, last.scaling), matrix(grad).contiguous()
