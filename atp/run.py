@@ -58,7 +58,7 @@ from atp.plan.length import measured_length
 from atp.processes import kernels, processes
 from atp.removal.certify import rounding_remark
 from atp.report import write_report
-from atp.report.beside import perplexity_of
+from atp.report.beside import bits_per_byte, perplexity_of
 from atp.sharding.read import read_sharded
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import ProgressBar, check_trackers, make_progress
@@ -426,6 +426,7 @@ class Run:
             "perplexity": {name: scores[name]["perplexity"] for name in models},
             "perplexity_of": perplexity_of(scores["final"]),
             "perplexity_interval": {name: scores[name]["perplexity_interval"] for name in models},
+            **bits_per_byte({name: scores[name] for name in models}),
             "tasks": [task.name for task in tasks],
             **{task.name: {name: without_items(scores[name]["tasks"][task.name]) for name in models} for task in tasks},
             "majority": {name: without_items(found) for name, found in scores["majority"].items()},

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from atp.ground.errors import InputError, shorten
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a piece that stands for one byte
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -47,6 +52,39 @@ def _explained() -> Iterator[None]:
             f"the tokenizer fails on a text ({shorten(str(error))}): use the model's own tokenizer.json, or leave "
             "out rows of endless repetition"
         ) from error
+
+
+def byte_lengths(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> Tensor | None:
+    """Bytes of UTF-8 text that each token stands for, int64 like ids; 0 for special tokens and negative ids.
+
+    They are those of the text as the tokenizer normalizes it. None for a tokenizer whose pieces are neither bytes
+    (byte-level BPE) nor text with spaces as "\u2581" (SentencePiece).
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None or core.decoder is None:
+        return None
+    rules = core.decoder.__getstate__().decode()
+    if '"ByteLevel"' in rules:
+        count: Callable[[str], int] = len  # each character of a piece stands for a byte
+    elif '"ByteFallback"' in rules or "\u2581" in rules:
+        count = _piece_bytes
+    else:
+        return None
+    distinct, places = ids.unique(return_inverse=True)
+    added = tokenizer.added_tokens_decoder
+    lengths = []
+    for token in distinct.tolist():
+        if token < 0 or token in tokenizer.all_special_ids or (token in added and added[token].special):
+            lengths.append(0)
+        elif token in added:
+            lengths.append(len(added[token].content.encode()))
+        else:
+            lengths.append(count(str(tokenizer.convert_ids_to_tokens(token))))
+    return torch.tensor(lengths)[places]
+
+
+def _piece_bytes(piece: str) -> int:
+    return 1 if _BYTE.fullmatch(piece) else len(piece.replace("\u2581", " ").encode())
 
 
 def token_spans(

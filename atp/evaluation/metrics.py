@@ -18,6 +18,11 @@ def perplexity_of(sums: np.ndarray) -> np.ndarray:
         return np.exp(ratio(sums))
 
 
+def bits_per_byte_of(sums: np.ndarray) -> np.ndarray:
+    """nll / ln 2 / bytes from columns [nll (nats), tokens, bytes]: compares models whatever their tokens are."""
+    return sums[..., 0] / sums[..., 2] / np.log(2)
+
+
 def macro_f1(sums: np.ndarray) -> np.ndarray:
     """Unweighted mean over labels of F1 = 2 TP / (truths + predictions), in [0, 1].
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from atp.data.encoding import encode, start_ids
+from atp.data.encoding import byte_lengths, encode, start_ids
 from atp.data.packing import IGNORE, PackedDataset
 from atp.data.splits import Example
 from atp.data.tokens import Pieces
 from atp.evaluation.bootstrap import score_with_interval
 from atp.evaluation.inference import CausalLM, Progress, inference
-from atp.evaluation.metrics import perplexity_of
+from atp.evaluation.metrics import bits_per_byte_of, perplexity_of
 from atp.ground.errors import InputError, NotReached
 from atp.processes.finite import is_finite
 
@@ -31,13 +31,14 @@ class ScoredWindows:
 
     input_ids, labels, documents: int64 [windows, length]; a label is the token at the same position, or -100 if it is
     not scored (the model shifts). documents: index of the document of each position. protocol: how the windows were
-    made, for the record.
+    made, for the record. bytes: of text, that each label stands for, int64 like labels; None where that is not known.
     """
 
     input_ids: Tensor
     labels: Tensor
     documents: Tensor
     protocol: dict[str, object]
+    bytes: Tensor | None = None
 
 
 def sliding_windows(
@@ -68,7 +69,9 @@ def sliding_windows(
             documents.append([place[example.document]] * length)
             scored = begin + len(window)
     protocol: dict[str, object] = {"counted": ALL, "bos": bool(start), "length": length, "stride": stride}
-    return ScoredWindows(torch.tensor(ids), torch.tensor(labels), torch.tensor(documents), protocol)
+    scored_ids = torch.tensor(labels)
+    lengths = byte_lengths(tokenizer, scored_ids)
+    return ScoredWindows(torch.tensor(ids), scored_ids, torch.tensor(documents), protocol, lengths)
 
 
 def packed_windows(
@@ -90,7 +93,8 @@ def packed_windows(
     protocol: dict[str, object] = {
         "counted": ANSWERS if prompts else ALL, "bos": bool(start_ids(tokenizer)), "length": length, "stride": length,
     }  # fmt: skip
-    return ScoredWindows(dataset.input_ids, dataset.labels, documents, protocol)
+    lengths = byte_lengths(tokenizer, dataset.labels)
+    return ScoredWindows(dataset.input_ids, dataset.labels, documents, protocol, lengths)
 
 
 def perplexity(
@@ -108,10 +112,12 @@ def perplexity(
     max_windows: score only the first windows. autocast: dtype to run the model in; the loss is always float32.
     Raises `NotReached` for a document whose loss is not finite.
     Returns {perplexity, perplexity_interval (documents resampled), nll (nats), tokens, documents, the protocol,
-    items: [nll, tokens] of each document}.
+    items: [nll, tokens] of each document}. Where bytes are known, also bits_per_byte and its interval, and items have
+    bytes as a third column.
     """
     count = len(windows.input_ids) if max_windows is None else min(max_windows, len(windows.input_ids))
-    items = torch.zeros(int(windows.documents.max()) + 1, 2, dtype=torch.float64)
+    columns = 2 if windows.bytes is None else 3
+    items = torch.zeros(int(windows.documents.max()) + 1, columns, dtype=torch.float64)
     with inference(model, autocast) as device:
         for start in range(0, count, batch_size):
             batch = slice(start, min(start + batch_size, count))
@@ -125,9 +131,13 @@ def perplexity(
             "score it in float32, or check its weights"
         )
     items = items[items[:, 1] > 0]
-    nll, tokens = items.sum(0).tolist()
+    nll, tokens, *size = items.sum(0).tolist()
+    if size == [0.0]:  # nothing but special tokens
+        items = items[:, :2]
+    compared = score_with_interval("bits_per_byte", items.numpy(), bits_per_byte_of, seed) if any(size) else {}
     return {
         **score_with_interval("perplexity", items.numpy(), perplexity_of, seed),
+        **compared,
         "nll": nll / tokens,
         "tokens": int(tokens),
         "documents": len(items),
@@ -137,12 +147,14 @@ def perplexity(
 
 
 def _add_losses(items: Tensor, model: CausalLM, windows: ScoredWindows, batch: slice, device: torch.device) -> None:
-    """Adds [loss, 1] of every scored token of a batch to its document's row; no logits outlive the call."""
+    """Adds [loss, 1, bytes if known] of each scored token of a batch to its document; no logits outlive the call."""
     logits = model(input_ids=windows.input_ids[batch].to(device), use_cache=False).logits
     targets, documents = windows.labels[batch, 1:], windows.documents[batch, 1:]
+    sizes = torch.ones(len(targets), 0) if windows.bytes is None else windows.bytes[batch, 1:]
     # Row by row, so that only one window's logits exist in float32.
-    for row, target, document in zip(logits[:, :-1], targets, documents, strict=True):
+    for row, target, document, size in zip(logits[:, :-1], targets, documents, sizes, strict=True):
         kept = target != IGNORE
         nll = F.cross_entropy(row.float(), target.to(device), ignore_index=IGNORE, reduction="none")
-        pairs = torch.stack([nll.cpu().double(), torch.ones_like(nll, device="cpu", dtype=torch.float64)], 1)
-        items.index_add_(0, document[kept], pairs[kept])
+        counts = [torch.ones_like(size), size] if len(size) else [torch.ones_like(target)]
+        figures = torch.stack([nll.cpu().double(), *(count.double() for count in counts)], 1)
+        items.index_add_(0, document[kept], figures[kept])

@@ -10,7 +10,7 @@ import numpy as np
 
 from atp.data.tasks import ROUGE, Task
 from atp.evaluation.bootstrap import Samples, Statistic, over_seeds, percentile_interval, resampled
-from atp.evaluation.metrics import confusion_items, macro_f1, perplexity_of, ratio, right_items
+from atp.evaluation.metrics import bits_per_byte_of, confusion_items, macro_f1, perplexity_of, ratio, right_items
 from atp.ground.errors import InputError
 
 
@@ -34,6 +34,7 @@ def relative_performance(
     """
     _check_same_items(scores, dense, tasks, majority)
     ours, theirs = score_samples(scores, tasks, seed), score_samples(dense, tasks, seed)
+    ours.pop("bits_per_byte", None)  # in proportion to the logarithm of perplexity here, which has a ratio already
     unclear = not_measurable([theirs], majority_samples(majority, tasks, seed))
     with np.errstate(divide="ignore", invalid="ignore"):
         kept = {name: tuple(a / b for a, b in zip(ours[name], theirs[name], strict=True)) for name in ours}
@@ -73,7 +74,7 @@ def kept_of_best(
     """
     samples = {name: score_samples(scores, tasks, seed) for name, scores in models.items()}
     floors = majority_samples(majority, tasks, seed)
-    measured = [name for name in next(iter(samples.values())) if name != "perplexity"]
+    measured = [name for name in next(iter(samples.values())) if name not in OF_TEXT]
     for metric, floor in floors.items():
         leader = max(samples.values(), key=lambda own: float(own[metric][0]))
         if not_measurable([leader], {metric: floor}):
@@ -112,13 +113,16 @@ def not_measurable(dense: Sequence[Mapping[str, Samples]], majority: Mapping[str
 
 
 def score_samples(scores: dict[str, Any], tasks: Sequence[Task], seed: int = 0) -> dict[str, Samples]:
-    """For perplexity and every `<task> <metric>`: the score over all items, and resampled scores float64 [resamples].
+    """For `OF_TEXT`, where known, and every `<task> <metric>`: the score over all items, resampled scores float64 [n].
 
     scores: from `evaluate_model`. Models scored on the same items are resampled alike, so that their samples can be
     compared pairwise.
     """
     documents = np.asarray(scores["items"], dtype=np.float64)
-    return {"perplexity": _samples(documents, perplexity_of, seed)} | _task_samples(scores["tasks"], tasks, seed)
+    found = {"perplexity": _samples(documents, perplexity_of, seed)}
+    if documents.shape[1] > 2:
+        found["bits_per_byte"] = _samples(documents, bits_per_byte_of, seed)
+    return found | _task_samples(scores["tasks"], tasks, seed)
 
 
 def majority_samples(
@@ -142,6 +146,8 @@ def _samples(items: np.ndarray, statistic: Statistic, seed: int) -> Samples:
     return statistic(items.sum(axis=0)), resampled(items, statistic, seed)
 
 
+OF_TEXT = ("perplexity", "bits_per_byte")
+"""The scores of held-out text, where lower is better; all others are metrics of tasks."""
 _STATISTICS: dict[str, Statistic] = {"macro_f1": macro_f1}
 
 
@@ -156,7 +162,7 @@ def _items(items: list[list[Any]], task: Task, metric: str) -> np.ndarray:
 def _check_same_items(
     scores: dict[str, Any], dense: dict[str, Any], tasks: Sequence[Task], majority: Mapping[str, dict[str, Any]]
 ) -> None:
-    tokens = [[count for _, count in model["items"]] for model in (scores, dense)]
+    tokens = [[item[1] for item in model["items"]] for model in (scores, dense)]
     differing = ["perplexity"] if tokens[0] != tokens[1] else []
     for task in tasks:
         answered = [model["tasks"][task.name]["items"] for model in (scores, dense)]

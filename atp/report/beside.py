@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from atp.evaluation.relative import OF_TEXT
 from atp.report.text import number
 
 MODELS = {"original": "original", "tuned_dense": "tuned dense", "final": "cut and tuned"}
@@ -16,15 +17,15 @@ METRICS = {
 
 
 def columns(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{name: {perplexity, perplexity_interval, tasks: {task: scores}}} in the order of a table, from summary.json.
+    """{name: {score of `OF_TEXT`, its interval, tasks: {task: scores}}} in the order of a table, from summary.json.
 
-    name: a key of `MODELS` or `OTHERS`. The majority label has no perplexity.
+    name: a key of `MODELS` or `OTHERS`. The majority label has no score of text.
     """
-    tasks, bounds = summary.get("tasks") or (), summary.get("perplexity_interval") or {}
+    tasks = summary.get("tasks") or ()
+    keys = [key for score in OF_TEXT for key in (score, f"{score}_interval")]
     found = {
         name: {
-            "perplexity": summary["perplexity"][name],
-            "perplexity_interval": bounds.get(name),
+            **{key: (summary.get(key) or {}).get(name) for key in keys},
             "tasks": {task: summary[task].get(name, {}) for task in tasks},
         }
         for name in MODELS
@@ -77,6 +78,19 @@ def effects(summary: Mapping[str, Any]) -> list[str]:
 def perplexity_of(scores: Mapping[str, Any]) -> dict[str, Any]:
     """What a perplexity counts, from the scores of a model, for a summary; empty for scores that do not say."""
     return {key: scores[key] for key in ("counted", "tokens", "length", "stride") if "counted" in scores}
+
+
+def bits_per_byte(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Bits per byte of models with their intervals, for a summary; empty for scores that know no bytes."""
+    keys = ("bits_per_byte", "bits_per_byte_interval")
+    known = all(keys[0] in scores for scores in models.values())
+    return {key: {name: scores[key] for name, scores in models.items()} for key in keys} if known else {}
+
+
+def scores_of_text(summary: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """(key, label, digits) of each score of held-out text that a run has."""
+    found = [("perplexity", perplexity_label(summary), 2)]
+    return found + ([("bits_per_byte", "bits per byte", 3)] if summary.get("bits_per_byte") else [])
 
 
 def perplexity_label(summary: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from atp.config.training import TrainingConfig
 from atp.ground.errors import InputError, shorten
 from atp.ground.reading import parse_json, read_yaml
-from atp.report.beside import perplexity_of
+from atp.report.beside import bits_per_byte, perplexity_of
 
 _PACE = 20  # records of which the pace is that of the run
 
@@ -164,6 +164,7 @@ def _partial_summary(evaluation: dict[str, Any]) -> dict[str, Any]:
         "perplexity": {name: scores["perplexity"] for name, scores in models.items()},
         "perplexity_of": perplexity_of(next(iter(models.values()))),
         "perplexity_interval": {name: scores.get("perplexity_interval") for name, scores in models.items()},
+        **bits_per_byte(models),
         "tasks": scored,
         "majority": _section(evaluation, "majority"),
         **{task: {name: taken[task] for name, taken in tasks.items()} for task in scored},

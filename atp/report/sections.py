@@ -46,9 +46,9 @@ def scores(run: RunFiles) -> dict[str, Any]:
             scored = [column["tasks"].get(task, {}) for column in columns.values()]
             cells = [with_interval(s.get(metric), s.get(f"{metric}_interval"), 3) for s in scored]
             rows.append((f"{task} {label} ↑", cells))
-    if columns:
-        cells = [with_interval(c.get("perplexity"), c.get("perplexity_interval"), 2) for c in columns.values()]
-        rows.append((f"{beside.perplexity_label(summary)} ↓", cells))
+    for key, label, digits in beside.scores_of_text(summary) if columns else ():
+        cells = [with_interval(c.get(key), c.get(f"{key}_interval"), digits) for c in columns.values()]
+        rows.append((f"{label} ↓", cells))
     rows.append(("parameters", [_millions(summary.get(params.get(name, ""))) for name in columns]))
     rows.append(("share of decoder", [number(decoder.get(name, 1.0), 3) for name in columns]))
     rows.append(("megabytes", [number(megabytes(summary, name), 0) for name in columns]))

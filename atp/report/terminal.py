@@ -10,7 +10,7 @@ from rich.text import Text
 
 from atp.ground.errors import visible
 from atp.removal.certify import failure
-from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, perplexity_label, result_remarks
+from atp.report.beside import MODELS, NOT_MEASURABLE, OTHERS, answers, columns, result_remarks, scores_of_text
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
@@ -27,8 +27,9 @@ def show(summary: dict[str, Any], console: Console) -> None:
         mean, interval = summary["relative_performance"], summary["relative_performance_interval"]
         kept = NOT_MEASURABLE if mean is None else with_interval(mean, interval, digits=3)
         table.add_row("of tuned dense", *(kept if m == "final" else "" for m in shown))
-    cells = (with_interval(c.get("perplexity"), c.get("perplexity_interval"), digits=2) for c in shown.values())
-    table.add_row(perplexity_label(summary), *cells)
+    for key, label, digits in scores_of_text(summary):
+        cells = (with_interval(c.get(key), c.get(f"{key}_interval"), digits) for c in shown.values())
+        table.add_row(label, *cells)
     models = [name for name in shown if name != "majority"]
     params = {"final": summary["params_after"]}
     table.add_row("parameters", *(f"{params.get(m, summary['params_before']):,}" for m in models))

@@ -21,6 +21,7 @@ GLOSSARY = (
     ("certificate", "Measurements that the cut and the export have changed nothing but the weights' place."),
     ("held-out", "Of documents that no training, decision or fit has seen."),
     ("perplexity", "How many tokens the model hesitates between, on average; 1 is certainty. Lower is better."),
+    ("bits per byte", "The same per byte of text, in bits, so that models with other tokens compare. Lower is better."),
     ("macro-F1", "The mean over all labels of F1, which counts both wrong answers and missed ones; 1 is perfect."),
     ("majority label", "What one constant answer scores. A model that is no better has not learned the task."),
     ("relative performance", "The score as a share of that of the whole model after the same tuning."),

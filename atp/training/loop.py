@@ -95,7 +95,7 @@ class Loop:
         self.inputs: dict[str, str] | None = None  # fingerprints of what is trained from; taken in `train` if not given
         self.say: Callable[[str], None] = print if processes.is_main() else lambda line: None
         self.autocast_dtype = autocast_dtype(self.config.training.precision)
-        self.validation = Validation(self.config, validation, self.autocast_dtype)
+        self.validation = Validation(self.config, validation, self.autocast_dtype, tokenizer)
         self.accelerator = Accelerator(
             cpu=processes.device().type == "cpu",
             mixed_precision="no",  # `loss` enters autocast itself: accelerate would cast the logits to float32
@@ -231,7 +231,7 @@ class Loop:
             record = self._log(rate) if self.step % self.config.training.log_every == 0 else None
             if self.validation.due(self.step, self.phases.total):
                 loss = self.validate()
-                self.metrics.write({"step": self.step, "phase": phase, "validation_loss": loss})
+                self.metrics.write({"step": self.step, "phase": phase, **self.validation.figures(loss)})
             self._tell("on_step", record)
             if self.step == self.phases.cut_step:
                 continue

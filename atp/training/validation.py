@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from atp.config import ATPConfig
 from atp.data import collate
+from atp.data.encoding import byte_lengths
 from atp.evaluation.inference import inference
 from atp.ground.errors import InputError
 from atp.processes import processes
@@ -26,8 +28,19 @@ class Validation:
     cut on: before it, a model is larger or under masks that still move.
     """
 
-    def __init__(self, config: ATPConfig, dataset: Dataset | None, autocast: torch.dtype | None) -> None:
-        """dataset: samples like those of training; needed if `evaluation.every` is set, or this raises `InputError`."""
+    def __init__(
+        self,
+        config: ATPConfig,
+        dataset: Dataset | None,
+        autocast: torch.dtype | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """dataset: samples like those of training; needed if `evaluation.every` is set, or this raises `InputError`.
+
+        tokenizer: knows how many bytes of text tokens stand for.
+        """
+        self.tokenizer = tokenizer
+        self.bytes_per_token = 0.0  # of the tokens that are scored; 0 where it is not known
         self.every = config.evaluation.every
         self.batch_size, self.autocast = config.evaluation.batch_size, autocast
         self.keep_best, self.patience = config.training.keep_best, config.training.patience
@@ -57,14 +70,24 @@ class Validation:
 
     def _measure(self, model: PeftModel, device: torch.device) -> float:
         assert self.dataset is not None
-        total, tokens = 0.0, 0
+        total, tokens, size = 0.0, 0, 0
         with inference(model, self.autocast):
             for start in range(0, self.count, self.batch_size):
                 rows = range(start, min(start + self.batch_size, self.count))
                 batch = to_device(collate([self.dataset[row] for row in rows]), device)
                 total += float(causal_lm_loss(model, batch, 1))
                 tokens += len(batch["targets"])
+                lengths = None if self.tokenizer is None else byte_lengths(self.tokenizer, batch["targets"].cpu())
+                size += 0 if lengths is None else int(lengths.sum())
+        self.bytes_per_token = size / tokens
         return total / tokens
+
+    def figures(self, loss: float) -> dict[str, float]:
+        """A loss per token as records hold it, and in bits per byte where bytes are known."""
+        found = {"validation_loss": loss}
+        if self.bytes_per_token:
+            found["validation_bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        return found
 
     def compare(self, step: int, loss: float, adapter: dict[str, Tensor]) -> None:
         """Notes whether a score of the model that will be exported is the best so far."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from atp.data import Task
 from atp.evaluation.bootstrap import Samples, over_seeds
-from atp.evaluation.relative import majority_samples, not_measurable, score_samples
+from atp.evaluation.relative import OF_TEXT, majority_samples, not_measurable, score_samples
 
 DENSE, ORIGINAL = "dense_lora", "original"
 
@@ -89,12 +89,13 @@ def _figures(
 
     unclear: the metrics that are not measurable.
     """
-    names = list(next(iter(samples.values())))
+    first, *others = samples.values()
+    names = [name for name in first if all(name in other for other in others)]  # old scores know no bytes
     found: dict[str, Any] = {"scores": {name: over_seeds([s[name] for s in samples.values()]) for name in names}}
     paired = [(samples[seed], dense[seed]) for seed in samples if seed in dense]
     if paired:
         found["perplexity_ratio"] = over_seeds([_mean_ratio(*pair, ["perplexity"]) for pair in paired])
-        metrics = [n for n in names if n not in ("perplexity", *unclear) and all(own[n][0] > 0 for _, own in paired)]
+        metrics = [n for n in names if n not in (*OF_TEXT, *unclear) and all(own[n][0] > 0 for _, own in paired)]
         if metrics or unclear:
             mean = over_seeds([_mean_ratio(*pair, metrics) for pair in paired]) if metrics else None
             found["relative_performance"] = mean

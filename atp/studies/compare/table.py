@@ -7,7 +7,8 @@ from typing import Any
 from atp.report.beside import NOT_MEASURABLE, OTHERS, counted, unclear
 from atp.report.text import DASH, code, plain
 
-BEST_FIRST = {"perplexity": "perplexity ↓", "perplexity_ratio": "perplexity / dense ↓",
+BEST_FIRST = {"perplexity": "perplexity ↓", "bits_per_byte": "bits per byte ↓",
+              "perplexity_ratio": "perplexity / dense ↓",
               "relative_performance": "relative performance ↑"}  # fmt: skip
 
 _WIDE = ("all kept", "parameters", "training tokens", "tokens/s", "seeds")

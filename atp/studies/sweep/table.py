@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atp.data import Task
-from atp.evaluation.relative import kept_of_best
+from atp.evaluation.relative import OF_TEXT, kept_of_best
 from atp.report import plots
 from atp.report.beside import counted
 from atp.report.terminal import with_interval
@@ -49,7 +49,8 @@ def _scores(summary: Mapping[str, Any], model: str) -> CsvRow:
         "parameters": summary["params_after" if cut else "params_before"],
         "megabytes": summary["megabytes"]["final" if cut else "original"],
     }
-    row |= _figure("perplexity", summary["perplexity"][model], summary["perplexity_interval"][model])
+    for name in (name for name in OF_TEXT if summary.get(name)):
+        row |= _figure(name, summary[name][model], summary[f"{name}_interval"][model])
     for task in summary["tasks"]:
         scores = summary[task][model]
         for metric in (name for name in scores if f"{name}_interval" in scores):

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from tiny_scored import WORDS, float64_log_probs, tiny_model, word_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from atp.data.packing import IGNORE, PackedDataset, pack
 from atp.data.splits import Example
@@ -75,6 +77,30 @@ def test_sliding_windows_score_every_token_once(model, bos, length, stride):
     low, high = result["perplexity_interval"]
     assert low < result["perplexity"] < high
     assert (result["bos"], result["length"], result["stride"]) == (bos, length, step)
+
+
+def test_bits_per_byte(model):
+    """Of a byte-level tokenizer: the nats of all scored tokens over the bytes that they stand for."""
+    text = "caf\u00e9 \u2603"  # 5 + 1 + 3 bytes
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({"<s>": 0} | {one: number for number, one in enumerate(alphabet, 1)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bytewise = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<s>")
+    wide = tiny_model(vocabulary=257)
+    windows = sliding_windows([Example("0", text), Example("1", "ab")], bytewise, 16)
+    found = perplexity(wide, windows)
+    ids = bytewise(text).input_ids, bytewise("ab").input_ids
+    nats = [-sum(float64_log_probs(wide, own)[at - 1, own[at]].item() for at in range(1, len(own))) for own in ids]
+    assert [item[1:] for item in found["items"]] == [[9 - 1, 9 - 1], [1, 1]], "the first token is context"
+    assert found["bits_per_byte"] == pytest.approx(sum(nats) / 9 / math.log(2), rel=1e-5)
+    low, high = found["bits_per_byte_interval"]
+    assert low <= found["bits_per_byte"] <= high
+    packed = packed_windows(pack([Example("0", text)] * 3, bytewise, 6), bytewise)
+    counted = packed.bytes[packed.labels != IGNORE]
+    assert counted.sum() == (packed.labels[packed.labels != IGNORE] != 0).sum(), "the end of a text has no bytes"
+    special = torch.zeros(1, 4, dtype=torch.int64)
+    assert "bits_per_byte" not in perplexity(wide, ScoredWindows(special, special, special, {}, torch.zeros(1, 4)))
+    assert "bits_per_byte" not in perplexity(model, sliding_windows(EXAMPLES, word_tokenizer(), 16))
 
 
 def test_first_windows_and_progress(model):

@@ -1,14 +1,17 @@
 """The tokenizer in the GGUF file."""
 
 import json
+import random
 
 import pytest
+import torch
 from gguf import TokenType
 from test_gguf import tiny, write
 from tiny_tokenizers import LLAMA3, MARKED, PLAIN, PRE_TOKENIZERS, SPECIAL, TEXTS, byte_level, sentencepiece
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from atp.data.encoding import byte_lengths
 from atp.ground.errors import InputError
 from atp.models.load import read_tokenizer
 from benchmarks.gguf_forward import File
@@ -167,3 +170,19 @@ def test_more_tokens_than_rows_are_refused(tmp_path):
     tokenizer = byte_level()
     with pytest.raises(InputError, match=f"tokenizer has {len(tokenizer)} tokens, but its embedding has 300 rows"):
         written(tmp_path, tokenizer, vocab_size=300)
+
+
+BYTES = {name: (lambda name=name: byte_level(name), 0) for name in PRE_TOKENIZERS if name != "qwen2"}
+BYTES |= {"prepended": (sentencepiece, 1), "as it is": (lambda: sentencepiece(metaspace="never"), 0)}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_tokens_stand_for_the_bytes_of_a_text(name):
+    """And for the space that SentencePiece puts before a text."""
+    make, before = BYTES[name]
+    tokenizer, rng = make(), random.Random(0)
+    drawn = "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(160, 0x2000)])) for _ in range(300))
+    for text in (*TEXTS, drawn, "\U0001f600"):
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+        assert byte_lengths(tokenizer, ids).sum() == len(text.encode()) + before, text
+    assert byte_lengths(tokenizer, torch.tensor([[tokenizer.eos_token_id, -100]])).tolist() == [[0, 0]]
