@@ -8,7 +8,7 @@ from atp_kernels.groups import GroupPlan, group_lasso, group_lasso_grad_, group_
 from atp_kernels.kept import kept_lora_linear
 from atp_kernels.kept.sides import KeptFirst
 from atp_kernels.kept.slices import KeptSlice
-from atp_kernels.linear import masked_lora_linear, masked_lora_linear_with_norms
+from atp_kernels.linear import masked_lora_linear
 from atp_kernels.loss import cross_entropy_
 from atp_kernels.mask_gradient import mask_gradient
 from atp_kernels.norm import rms_norm
@@ -37,7 +37,6 @@ __all__ = [
     "lora_dropout",
     "mask_gradient",
     "masked_lora_linear",
-    "masked_lora_linear_with_norms",
     "masked_lora_qkv",
     "masked_lora_swiglu",
     "new_seed",

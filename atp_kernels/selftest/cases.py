@@ -23,7 +23,7 @@ from atp_kernels.kept import definition as kept
 from atp_kernels.kept import kept_lora_linear
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import definition as linear
-from atp_kernels.linear import masked_lora_linear, masked_lora_linear_with_norms
+from atp_kernels.linear import masked_lora_linear
 from atp_kernels.loss import cross_entropy_
 from atp_kernels.loss import definition as loss
 from atp_kernels.mask_gradient import definition as of_mask
@@ -212,22 +212,6 @@ def _linears(sizes: Sizes) -> Iterator[Case]:
             partial(call, kind=kind, options=defined, function=linear.masked_lora_linear),
             (*learn, *more),
         )
-
-
-def _linears_with_norms(sizes: Sizes) -> Iterator[Case]:
-    def given(t: Operands) -> dict[str, Any]:
-        return {"bias": t["bias"], "out_mask": t["soft_out"], "scaling": SCALING, "mask_lora": True}
-
-    yield Case(
-        "soft mask",
-        _linear(sizes) | {"soft_out": (sizes.n,)},
-        lambda t: masked_lora_linear_with_norms(*_factors(t), **given(t)),
-        lambda t: (
-            linear.masked_lora_linear(*_factors(t), **given(t)),
-            *linear.factor_norms(t["lora_a"], t["lora_b"]),
-        ),
-        ("x", "lora_a", "lora_b", "soft_out"),
-    )
 
 
 def _kept_linears(sizes: Sizes) -> Iterator[Case]:
@@ -439,7 +423,6 @@ def _proximal_steps(sizes: Sizes) -> Iterator[Case]:
 
 CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "masked_lora_linear": _linears,
-    "masked_lora_linear_with_norms": _linears_with_norms,
     "masked_lora_qkv": _qkvs,
     "masked_lora_swiglu": _mlps,
     "kept_lora_linear": _kept_linears,

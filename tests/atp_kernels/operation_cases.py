@@ -88,11 +88,6 @@ def merged(t: Operands, backend: str) -> tuple[Tensor, ...]:
         return linear()(t, backend)
 
 
-def with_norms(t: Operands, backend: str) -> tuple[Tensor, ...]:
-    tensors = {name.removesuffix("_soft"): tensor for name, tensor in t.items()}
-    return atp_kernels.masked_lora_linear_with_norms(**tensors, **OPTIONS | {"mask_lora": True}, backend=backend)
-
-
 def projections(t: Operands) -> list[Projection]:
     parts = ("weight", "a", "b", "bias")
     return [
@@ -222,9 +217,6 @@ CASES = {
     ),
     "linear-dropout": Case(
         "masked_lora_linear", {**ALONE, "out_mask_hard": (N,), "in_mask_soft": (K,)}, linear(dropout=0.4, seed=3)
-    ),
-    "linear-norms": Case(
-        "masked_lora_linear_with_norms", {**LINEAR, "out_mask_soft": (N,), "in_mask_soft": (K,)}, with_norms
     ),
     "swiglu-plain": Case("masked_lora_swiglu", BLOCK, swiglu("none")),
     "swiglu-gelu": Case("masked_lora_swiglu", {**BLOCK, "soft": (N,)}, swiglu("soft", activation="gelu_tanh")),

@@ -28,7 +28,6 @@ BLOCK = {"x": X, "mask_lora": False, "kept": None, "dropout": 0.0, "backend": "a
 HEADS, ANGLES = torch.ones(1, 3, 2, WIDTH), torch.ones(1, 3, WIDTH)
 GIVEN = {
     "masked_lora_linear": LINEAR,
-    "masked_lora_linear_with_norms": LINEAR,
     "kept_lora_linear": {
         **{name: LINEAR[name] for name in ("x", "lora_a", "lora_b", "scaling", "lora_input", "dropout", "seed")},
         "kept": SLICE, "backend": "auto",

@@ -20,7 +20,7 @@ from atp_kernels.rotary import definition as rotary
 from atp_kernels.swiglu import definition as swiglu
 
 
-def draw_linear(o: Draw, name: str) -> Call:
+def draw_linear(o: Draw) -> Call:
     n_out, n_in, rows = o.size(), o.size(), o.leading()
     if o.chance(0.03):  # where a CPU may slice per call
         n_out, n_in, rows = 700, 1100, [700]
@@ -35,11 +35,10 @@ def draw_linear(o: Draw, name: str) -> Call:
 
     def reference(dropout, seed, **operands):
         drop = Dropout(dropout, int(seed)) if dropout else None
-        y = linear.masked_lora_linear(**operands, dropout=drop)
-        return (y, *linear.factor_norms(operands["lora_a"], operands["lora_b"])) if "norms" in name else y
+        return linear.masked_lora_linear(**operands, dropout=drop)
 
     leaves = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
-    return call_of(o, getattr(atp_kernels, name), given, reference, leaves)
+    return call_of(o, atp_kernels.masked_lora_linear, given, reference, leaves)
 
 
 def frozen(o: Draw, n_out: int, n_in: int) -> Tensor:
@@ -346,8 +345,7 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "group_prox_": lambda o: draw_groups(o, "group_prox_"),
     "kept_lora_linear": draw_kept,
     "lora_dropout": draw_dropout,
-    "masked_lora_linear": lambda o: draw_linear(o, "masked_lora_linear"),
-    "masked_lora_linear_with_norms": lambda o: draw_linear(o, "masked_lora_linear_with_norms"),
+    "masked_lora_linear": draw_linear,
     "masked_lora_qkv": draw_qkv,
     "masked_lora_swiglu": draw_swiglu,
     "nn.MaskedLoRALinear": draw_module,
