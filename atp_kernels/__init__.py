@@ -11,7 +11,7 @@ from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import masked_lora_linear
 from atp_kernels.loss import cross_entropy_
 from atp_kernels.mask_gradient import mask_gradient
-from atp_kernels.norm import rms_norm
+from atp_kernels.norm import add_rms_norm, rms_norm
 from atp_kernels.projection import Projection
 from atp_kernels.qkv import masked_lora_qkv
 from atp_kernels.quantized import QuantizedWeight
@@ -25,6 +25,7 @@ __all__ = [
     "KeptSlice",
     "Projection",
     "QuantizedWeight",
+    "add_rms_norm",
     "available_backends",
     "compact",
     "cross_entropy_",

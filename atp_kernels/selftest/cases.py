@@ -28,8 +28,8 @@ from atp_kernels.loss import cross_entropy_
 from atp_kernels.loss import definition as loss
 from atp_kernels.mask_gradient import definition as of_mask
 from atp_kernels.mask_gradient import mask_gradient
+from atp_kernels.norm import add_rms_norm, rms_norm
 from atp_kernels.norm import definition as norm
-from atp_kernels.norm import rms_norm
 from atp_kernels.projection import Projection
 from atp_kernels.qkv import definition as qkv
 from atp_kernels.qkv import masked_lora_qkv
@@ -331,6 +331,23 @@ def _norms(sizes: Sizes) -> Iterator[Case]:
     )
 
 
+def _sums_and_norms(sizes: Sizes) -> Iterator[Case]:
+    """As residual connections of Llama and of Granite."""
+
+    def call(t: Operands, function: Callable[..., tuple[Tensor, Tensor]], multiplier: float) -> Results:
+        return function(t["x"], t["output"], t["weight"], eps=_EPS, multiplier=multiplier)
+
+    shapes: dict[str, tuple[int, ...]] = {"x": (sizes.m, sizes.k), "output": (sizes.m, sizes.k), "weight": (sizes.k,)}
+    for name, multiplier in (("sum", 1.0), ("scaled", 0.22)):
+        yield Case(
+            name,
+            shapes,
+            partial(call, function=add_rms_norm, multiplier=multiplier),
+            partial(call, function=norm.add_rms_norm, multiplier=multiplier),
+            ("x", "output", "weight"),
+        )
+
+
 def _rotations(sizes: Sizes) -> Iterator[Case]:
     tokens = sizes.m
     whole = {"q": (2, tokens, 4, 64), "k": (2, tokens, 2, 64), "cos": (1, tokens, 64), "sin": (1, tokens, 64)}
@@ -429,6 +446,7 @@ CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "mask_gradient": _mask_gradients,
     "lora_dropout": _dropouts,
     "rms_norm": _norms,
+    "add_rms_norm": _sums_and_norms,
     "rotary_embedding": _rotations,
     "cross_entropy_": _losses,
     "compact": _compactions,
