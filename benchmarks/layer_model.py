@@ -173,12 +173,11 @@ def _observed(step: Step, name: str, features: int) -> Iterator[Kernel]:
         elif name == "mlp.gate_proj" and step.on_gpu:
             yield Kernel("adapter and masks", 0.0, 0.0, 2)  # the second stage, and to those of passes before
         return
-    # In ATen: to float32, times the gradient, summed, and twice to what is there.
+    # In ATen: to float32, times the gradient, summed, and to what is there.
     narrow, wide = step.item, _WIDE
     cast = narrow < wide
     moved = (narrow + wide if cast else 0) + (wide + narrow + wide) + wide
-    samples = math.ceil(step.tokens / step.length)
-    yield Kernel("adapter and masks", 0.0, float(moved) * step.tokens * features, (5 + cast) * samples)
+    yield Kernel("adapter and masks", 0.0, float(moved) * step.tokens * features, 3 + cast)
 
 
 def _shared(step: Step, linears: list[Linear]) -> Iterator[Kernel]:
