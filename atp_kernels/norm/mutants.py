@@ -5,6 +5,7 @@ CALL, DEFINITION, OP, ATEN, NATIVE, TRITON = (
 )
 
 RMS = "tests/atp_kernels/test_rms_norm.py -k 'reference and no_worse'"
+RMS_DEFINED = "tests/atp_kernels/test_rms_norm.py -k torchs_own"
 RMS_DTYPES = "tests/atp_kernels/test_rms_norm.py -k other_dtypes"
 KERNELS = "tests/atp_kernels/test_norm_triton.py -k 'no_worse or every_row'"
 ALONE = "tests/atp_kernels/test_norm_triton.py -k alone"
@@ -16,12 +17,12 @@ STRIDED = "tests/atp_kernels/test_strides.py -k 'rms_norm and triton'"
 FAR = "tests/atp_kernels/test_offsets.py -k 'rms_norm and triton'"
 
 TABLE = {
-    (DEFINITION, RMS): (
+    (DEFINITION, RMS_DEFINED): (
         ("wide.square().mean(-1, keepdim=True) + eps", "wide.square().mean(-1, keepdim=True)"),
-        ("(weight * normed).to", "normed.to"),
-    ),
-    (DEFINITION, RMS_DTYPES): (
         ("wide.square().mean(-1, keepdim=True) + eps", "wide.square().sum(-1, keepdim=True) + eps"),
+        ("(weight * normed).to", "normed.to"),
+        ("output if multiplier == 1 else output * multiplier", "output"),
+        ("stream = added(x, output, multiplier)", "stream = added(x, output, 1.0)"),
     ),
     (ATEN, RMS): (
         ("(wide.square().mean(1) + eps).rsqrt()", "wide.square().mean(1).rsqrt()"),
@@ -78,10 +79,6 @@ TABLE = {
         ("d_x = d_sum.to(x_dtype) if need_x", "d_x = d_sum if need_x"),
         ("aten.output_grad(d_sum, output, ctx.multiplier)", "aten.output_grad(d_sum, output, 1.0)"),
         ("need_x or need_output, output", "need_x, output"),
-    ),
-    (DEFINITION, SUM_BITS): (
-        ("output if multiplier == 1 else output * multiplier", "output"),
-        ("stream = added(x, output, multiplier)", "stream = added(x, output, 1.0)"),
     ),
     (ATEN, SUM_BITS): (
         ("stream = added(x, output, multiplier)", "stream = added(x, output, 1.0)"),

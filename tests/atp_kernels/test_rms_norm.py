@@ -52,6 +52,18 @@ def assert_as_good_as(plain, got, x, weight, d_y, eps, factor=2.0):
         assert error <= max(allowed * own, torch.finfo(value.dtype).eps * size.norm())
 
 
+def test_the_definition_is_torchs_own():
+    """Also where eps is most of the scale."""
+    for scale in (1.0, 1e-3):
+        x, weight, output = (tensor.detach().double() for tensor in problem(5, 12, torch.float64, torch.float64, scale))
+        expected = torch.nn.functional.rms_norm(x, (12,), weight, EPS)
+        torch.testing.assert_close(definition.rms_norm(x, weight, EPS), expected, rtol=1e-12, atol=0)
+        stream, normed = definition.add_rms_norm(x, output, weight, EPS, 0.22)
+        torch.testing.assert_close(stream, torch.add(x, output, alpha=0.22), rtol=1e-12, atol=1e-15)
+        expected = torch.nn.functional.rms_norm(stream, (12,), weight, EPS)
+        torch.testing.assert_close(normed, expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(
     rows=st.sampled_from([1, 3, 70]),
