@@ -10,6 +10,7 @@ RMS_DTYPES = "tests/atp_kernels/test_rms_norm.py -k other_dtypes"
 KERNELS = "tests/atp_kernels/test_norm_triton.py -k 'no_worse or every_row'"
 ALONE = "tests/atp_kernels/test_norm_triton.py -k alone"
 SUM_BITS = "tests/atp_kernels/test_rms_norm.py -k steps"
+SUM_ALONE = "tests/atp_kernels/test_passes.py -k 'alone and add_rms_norm'"
 SUM_BAD = "tests/atp_kernels/test_rms_norm.py -k 'does_not_fit'"
 SUM_KERNELS = "tests/atp_kernels/test_norm_triton.py -k 'sum'"
 FENCED = "tests/atp_kernels/test_norm_triton.py -k nothing_is_read"
@@ -74,12 +75,10 @@ TABLE = {
     ),
     (TRITON, ALONE): (("if need_weight and parts is None:", "if parts is None:"),),
     (OP, SUM_BITS): (
-        ("output_dtype == stream.dtype and ctx.multiplier == 1", "output_dtype == stream.dtype"),
-        ("output_dtype == stream.dtype and ctx.multiplier == 1", "ctx.multiplier == 1"),
-        ("d_x = d_sum.to(x_dtype) if need_x", "d_x = d_sum if need_x"),
+        ("ctx.output_dtype == stream.dtype and ctx.multiplier == 1", "ctx.output_dtype == stream.dtype"),
         ("aten.output_grad(d_sum, output, ctx.multiplier)", "aten.output_grad(d_sum, output, 1.0)"),
-        ("need_x or need_output, output", "need_x, output"),
     ),
+    (OP, SUM_ALONE): (("need_x or need_output, output", "need_x, output"),),
     (ATEN, SUM_BITS): (
         ("stream = added(x, output, multiplier)", "stream = added(x, output, 1.0)"),
         ("        d_sum += d_stream\n", "        pass\n"),

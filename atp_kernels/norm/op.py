@@ -65,7 +65,7 @@ class AddRMSNorm(torch.autograd.Function):
     def forward(ctx, module, x, output, weight, eps, multiplier, dtype):
         stream, y, scales = module.add_forward(matrix(x), matrix(output), weight, eps, multiplier, dtype)
         ctx.set_materialize_grads(False)
-        ctx.module, ctx.multiplier, ctx.shape, ctx.dtypes = module, multiplier, x.shape, (x.dtype, output.dtype)
+        ctx.module, ctx.multiplier, ctx.shape, ctx.output_dtype = module, multiplier, x.shape, output.dtype
         ctx.save_for_backward(stream, weight, scales)
         return unflattened(stream, x.shape), unflattened(y, x.shape)
 
@@ -76,9 +76,8 @@ class AddRMSNorm(torch.autograd.Function):
             return (None,) * 7
         stream, weight, scales = ctx.saved_tensors
         need_x, need_output, need_weight = ctx.needs_input_grad[1:4]
-        x_dtype, output_dtype = ctx.dtypes
-        same = output_dtype == stream.dtype and ctx.multiplier == 1
-        output = output_dtype if need_output and not same else None
+        same = ctx.output_dtype == stream.dtype and ctx.multiplier == 1
+        output = ctx.output_dtype if need_output and not same else None
         if grad_y is None:
             d_sum, d_weight = grad_stream, None
             d_output = None if output is None else aten.output_grad(d_sum, output, ctx.multiplier)
@@ -90,5 +89,5 @@ class AddRMSNorm(torch.autograd.Function):
             # One object where x and output share it, as ATen's addition gives it: two would be taken for two tensors.
             d_sum = None if d_sum is None else d_sum.view(ctx.shape)
             d_output = None if d_output is None else d_output.view(ctx.shape)
-        d_x = d_sum.to(x_dtype) if need_x else None
-        return None, d_x, d_sum if same and need_output else d_output, d_weight, None, None, None
+        # Autograd casts to the dtype of x where that is another.
+        return None, d_sum if need_x else None, d_sum if same and need_output else d_output, d_weight, None, None, None
