@@ -8,10 +8,10 @@ from atp_kernels.groups import GroupPlan, group_lasso, group_lasso_grad_, group_
 from atp_kernels.kept import kept_lora_linear
 from atp_kernels.kept.sides import KeptFirst
 from atp_kernels.kept.slices import KeptSlice
-from atp_kernels.linear import masked_lora_linear, masked_lora_linear_with_norms
+from atp_kernels.linear import masked_lora_linear
 from atp_kernels.loss import cross_entropy_
 from atp_kernels.mask_gradient import mask_gradient
-from atp_kernels.norm import rms_norm
+from atp_kernels.norm import add_rms_norm, rms_norm
 from atp_kernels.projection import Projection
 from atp_kernels.qkv import masked_lora_qkv
 from atp_kernels.quantized import QuantizedWeight
@@ -25,6 +25,7 @@ __all__ = [
     "KeptSlice",
     "Projection",
     "QuantizedWeight",
+    "add_rms_norm",
     "available_backends",
     "compact",
     "cross_entropy_",
@@ -37,7 +38,6 @@ __all__ = [
     "lora_dropout",
     "mask_gradient",
     "masked_lora_linear",
-    "masked_lora_linear_with_norms",
     "masked_lora_qkv",
     "masked_lora_swiglu",
     "new_seed",

@@ -13,7 +13,7 @@ OLDEST_CAPABILITY = (8, 0)
 """Of an NVIDIA GPU: what Triton supports and where bfloat16 has tensor cores."""
 AMD_STAGES = 2
 """Of a loop on AMD at most: more take more than its 64 KB of shared memory, and registers."""
-PRODUCTS = ("masked_lora_linear", "masked_lora_linear_with_norms", "masked_lora_qkv")
+PRODUCTS = ("masked_lora_linear", "masked_lora_qkv")
 """Operations whose kernels are products."""
 _INT32_LIMIT = 2**31
 AVAILABLE = find_spec("triton") is not None

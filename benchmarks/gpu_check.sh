@@ -26,7 +26,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 STAGES=(selftest build sanitize instrument test method tune tune_steps ops train tuned whole)
 READ_TABLES=('linear_*' 'swiglu_*' 'qkv_*')
-OPERATIONS=("${READ_TABLES[@]}" 'group_*' compact rms_norm rotary_embedding cross_entropy)
+OPERATIONS=("${READ_TABLES[@]}" 'group_*' compact '*rms_norm' rotary_embedding cross_entropy)
 dry=0 chosen=()
 for argument in "$@"; do
   case " ${STAGES[*]} " in

@@ -1,9 +1,9 @@
 """The kernels of a training step as a list: operations, bytes and launches, by phase and by way of computing them.
 
 One description of a decoder layer (`_layer`) serves all ways. They differ in how a linear is computed (`kept_linear`,
-`masked_triton`, `plain`, `unfused`) and in whether norms, SwiGLU and RoPE are one kernel each way. Every kernel
-counts its operands once from memory and its results once to it. What is as large as a vector or a factor is left out of
-the bytes where it lies beside activations.
+`masked_triton`, `plain`, `unfused`), in whether norms, SwiGLU and RoPE are one kernel each way, and in what an open
+step does for its saliency (`_observed`). Every kernel counts its operands once from memory and its results once to it.
+What is as large as a vector or a factor is left out of the bytes where it lies beside activations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from atp.plan.cost import ATTENTION_BACKWARD, attention
 from atp.plan.shapes import LayerWidths, ModelShapes
 from atp.training.cross_entropy import CHUNK_BYTES
 
-PHASES = ("decision", "search", "tune")
+PHASES = ("open", "decision", "search", "tune")
 WAYS = ("ours", "unfused", "dense")
 ROWS = ("products", "adapter and masks", "attention", "norms", "SwiGLU", "RoPE", "residual", "head, loss", "optimizer")
 _READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
@@ -30,7 +30,7 @@ _ROTARY_CALLS = (10, 18)
 
 @dataclass(frozen=True)
 class Kernel:
-    """Calls of one kind. row: where a table adds them up."""
+    """Calls of one kind, all of which the figures are of. row: where a table adds them up."""
 
     row: str
     flops: float
@@ -44,7 +44,7 @@ class Step:
 
     tokens: rows of all activations, in windows of `length`. item: bytes of an element (2 for bfloat16). phase: one of
     `PHASES`, or `whole` for the tune step of the model that was not cut. way: one of `WAYS`. on_gpu: where attention is
-    fused and linears share their input.
+    fused and linears share their input. sharded: over processes, whose layers keep transformers' forward.
     """
 
     shapes: ModelShapes
@@ -55,6 +55,7 @@ class Step:
     phase: str
     way: str
     on_gpu: bool = True
+    sharded: bool = False
 
     @property
     def widths(self) -> LayerWidths:
@@ -71,6 +72,11 @@ class Step:
     def fused(self) -> bool:
         """Whether norms and SwiGLU are one kernel each way, and RoPE, but for ours on a CPU."""
         return self.way != "unfused"
+
+    @property
+    def joins(self) -> bool:
+        """Whether the residual connection after attention and the norm after it are one kernel each way."""
+        return self.way == "ours" and self.on_gpu and not self.sharded
 
     def shares(self, readers: tuple[str, ...]) -> bool:
         """Whether linears that read one tensor are one call: not under the soft masks of q, k and v."""
@@ -91,7 +97,8 @@ class Step:
 def kernels_of(step: Step) -> list[Kernel]:
     """All kernels of a step, in no order; those of a layer as often as there are layers.
 
-    Left out: embeddings, the generator and the solution of its budget, making slices, and what the host does.
+    Left out: embeddings, the generator and the solution of its budget, what becomes of the saliency of a step, making
+    slices, and what the host does.
     """
     times = step.shapes.layers
     layers = [Kernel(k.row, k.flops * times, k.bytes * times, k.launches * times) for k in _layer(step)]
@@ -103,13 +110,18 @@ def _layer(step: Step) -> Iterator[Kernel]:
     widths, hidden, tokens = step.widths, step.shapes.config.hidden_size, step.tokens
     for name, linear in widths.linears.items():
         yield from _linear(step, name, linear)
-    yield from _norm(step, 2)
+        yield from _factors(step, linear)
+        yield from _observed(step, name, linear.out_features)
+    yield from _norm(step, 1 if step.joins else 2)
     for readers in _READERS:
         if step.shares(readers):
             yield from _shared(step, [widths.linears[name] for name in readers])
         else:  # the sums of their gradients
             yield step.pass_("residual", 3 * (len(readers) - 1), hidden, len(readers) - 1)
-    yield step.pass_("residual", 12, hidden, 4)  # both residual additions, and of their gradients
+    if step.joins:
+        yield step.pass_("norms", 4 + 4, hidden, 2)
+    added = 1 if step.joins else 2
+    yield step.pass_("residual", 6 * added, hidden, 2 * added)  # residual additions, and of their gradients
     queries, keys = widths.heads * widths.qk_dim, widths.kv_heads * widths.qk_dim
     values, read = widths.heads * widths.v_dim, widths.kv_heads * widths.v_dim
     at_once = step.fused and (step.way == "dense" or step.on_gpu)
@@ -135,6 +147,37 @@ def _linear(step: Step, name: str, linear: Linear) -> Iterator[Kernel]:
     if step.way == "ours" and step.phase == "decision" and name.startswith("self_attn.") and axis == 0:
         return masked_triton(step, linear)
     return plain(step, linear, shared)
+
+
+def _factors(step: Step, linear: Linear) -> Iterator[Kernel]:
+    """Float32 factors as the products read them and their gradients back, which ours adds to a flat gradient."""
+    size, narrow = step.rank * (linear.in_features + linear.out_features), step.item
+    if narrow < _WIDE:
+        both = 2 if step.learns else 1
+        yield Kernel("adapter and masks", 0.0, float(both * (narrow + _WIDE)) * size, 2 * both)
+    if step.learns and step.way == "ours":
+        yield Kernel("optimizer", 0.0, 3.0 * _WIDE * size, 2)
+
+
+def _observed(step: Step, name: str, features: int) -> Iterator[Kernel]:
+    """Sums of y * dL/dy over each sample of an open step: the saliency of what a linear of ours or of PyTorch makes.
+
+    Those of channels are made in the backward pass of our SwiGLU.
+    """
+    gated = name in _READERS[1]
+    if step.phase != "open" or step.way == "dense" or name not in (*_READERS[0], *_READERS[1]):
+        return
+    if step.way == "ours" and (gated or not step.on_gpu):
+        if not gated:
+            yield step.pass_("adapter and masks", 2, features)
+        elif name == "mlp.gate_proj" and step.on_gpu:
+            yield Kernel("adapter and masks", 0.0, 0.0, 2)  # the second stage, and to those of passes before
+        return
+    # In ATen: to float32, times the gradient, summed, and to what is there.
+    narrow, wide = step.item, _WIDE
+    cast = narrow < wide
+    moved = (narrow + wide if cast else 0) + (wide + narrow + wide) + wide
+    yield Kernel("adapter and masks", 0.0, float(moved) * step.tokens * features, 3 + cast)
 
 
 def _shared(step: Step, linears: list[Linear]) -> Iterator[Kernel]:
@@ -275,9 +318,11 @@ def _head(step: Step) -> Iterator[Kernel]:
 
 
 def _optimizer(step: Step) -> Iterator[Kernel]:
-    """Norm and clip of the gradient, AdamW on float32 factors, and in search the lasso's gradient."""
+    """Norm and clip of the gradient, AdamW on float32 factors, zeros in a flat one, and in search the lasso's."""
     widths, layers = step.widths, step.shapes.layers
     parameters = widths.adapter(step.rank) * layers
     yield Kernel("optimizer", 0.0, _WIDE * parameters * (1.0 + 2 + 7), 8)
+    if step.way == "ours":
+        yield Kernel("optimizer", 0.0, 1.0 * _WIDE * parameters)
     if step.phase == "search":
         yield Kernel("optimizer", 0.0, _WIDE * parameters * (1.0 + 3), 5)

@@ -80,13 +80,13 @@ def plan_of(model: str, count: int, options: argparse.Namespace) -> dict[str, An
 
 
 def estimate(model: str, count: int, options: argparse.Namespace) -> Estimate:
-    """A step of the open phase: the whole model and its adapter, without masks."""
+    """A step of the open phase: the whole model, its adapter and its saliency."""
     plan, rates = plan_of(model, count, options), find_rates(options.gpu, torch.bfloat16)
     memory = {row["phase"]: row["bytes"] for row in plan["memory"]}
     part = max(memory, key=lambda phase: memory[phase])
     sent = next((row["sent"] for row in plan["exchange"] if row["phase"] == "open"), 0)
     shapes = shapes_of(model, options.keep, options.gpu)
-    step = kernels_of(Step(shapes, options.tokens, options.length, options.rank, 2, "whole", "ours"))
+    step = kernels_of(Step(shapes, options.tokens, options.length, options.rank, 2, "open", "ours", sharded=count > 1))
     computing = total(step, rates).seconds
     if options.checkpointing:
         computing *= 1.5  # frozen weights are multiplied once forward and once backward, and then once more

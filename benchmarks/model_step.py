@@ -121,7 +121,7 @@ def of_a_run(shapes: ModelShapes, options: argparse.Namespace, rates: Rates) -> 
     opened = training.opened / training.total
     open_, tune = (
         {way: total(kernels_of(step), rates).seconds for way, step in steps(shapes, options, phase).items()}
-        for phase in ("whole", "tune")
+        for phase in ("open", "tune")
     )
     return {way: opened * open_[way] + (1 - opened) * tune[way] for way in WAYS}
 

@@ -59,6 +59,10 @@ def test_a_default_run():
     assert not masked_products(found, "open", "tune"), "a step that observes masks nothing, and a cut model has no mask"
     assert masked_products(found, "freeze") and masked_products(found, "cut"), "the refit and the certificate have"
     assert {"cross_entropy_kernel", "rotary_kernel"} <= {launch["kernel"] for launch in found}
+    for phase in ("open", "tune"):
+        norms = [one["arguments"] for one in found if one["kernel"] == "rms_norm_kernel" and one["phase"] == phase]
+        joined = [arguments["output_ptr"] != "None" for arguments in norms]
+        assert sum(joined) == len(joined) / 2, "of two norms in a layer one takes in the residual connection"
 
 
 @pytest.mark.slow

@@ -1,4 +1,9 @@
-"""Decoder layers whose two blocks are one call each in a short training step: norm, linears and residual connection."""
+"""Decoder layers that join what lies between their blocks: residual connections and norms.
+
+In a short training step on a CPU each block is one call with the norm before it and the residual connection after it.
+Elsewhere the residual connection after attention and the norm after it are one operation. The connection after the MLP
+is not joined with the next layer's norm: a layer returns the stream, whose reader it does not know.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,8 @@ from torch import Tensor, nn
 from atp.lora.stock import Hooked, runs_stock_forward
 from atp.models.attention import attend_packed
 from atp.models.cut import place_before
-from atp.models.layers import BLOCKS, residual_multiplier
-from atp_kernels import rms_norm
+from atp.models.layers import BLOCKS, add_block, residual_multiplier
+from atp_kernels import add_rms_norm, rms_norm
 from atp_kernels.packed.op import Norm
 
 
@@ -37,26 +42,43 @@ class FusedRMSNorm(Hooked):
             # transformers normalizes in float32 whatever the dtype, and so does every model to compare with.
             x = x.float()
             return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)).double()
-        device, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        return rms_norm(x, self.weight, eps=self.variance_epsilon, dtype=dtype)
+        return rms_norm(x, self.weight, eps=self.variance_epsilon, dtype=_read_in(x))
+
+    def after(self, x: Tensor, output: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+        """(x + multiplier * output, this norm of it), [..., hidden], as one operation if nobody waits for a call."""
+        if self.hooked or torch.float64 in (x.dtype, output.dtype):
+            stream = x + (output if multiplier == 1 else output * multiplier)
+            return stream, self(stream)
+        eps, dtype = self.variance_epsilon, _read_in(x)
+        return add_rms_norm(x, output, self.weight, eps=eps, multiplier=multiplier, dtype=dtype)
+
+
+def _read_in(x: Tensor) -> torch.dtype | None:
+    """The dtype in which linears read the norm of x: autocast's, None for that of the residual stream."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class FusedLayer(nn.Module):
-    """Placed before the class of a decoder layer, whose forward runs where packs do not take a block."""
+    """Placed before the class of a decoder layer x + m * block(norm(x)); m: `residual_multiplier`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the stock class does; hidden_states [batch, tokens, hidden]."""
         layer: Any = self
+        second = layer.post_attention_layernorm
         x = None if args else self._attended(hidden_states, **kwargs)
-        if x is None:
+        if x is None and (args or type(second) is not FusedRMSNorm):
             stock: Any = super()
             result: Tensor = stock.forward(hidden_states, *args, **kwargs)
             return result
+        if x is None:
+            given = {"attention_mask": None, **kwargs, "hidden_states": layer.input_layernorm(hidden_states)}
+            output, _ = layer.self_attn(**given)
+            x, normed = second.after(hidden_states, output, residual_multiplier(layer))
+            return add_block(layer, x, layer.mlp(normed))
         norm = self._norm("post_attention_layernorm", "mlp", x)
         y = None if norm is None else layer.mlp.packed(x, norm)
-        return x + layer.mlp(layer.post_attention_layernorm(x)) if y is None else y
+        return x + layer.mlp(second(x)) if y is None else y
 
     def _attended(
         self,
@@ -79,7 +101,7 @@ class FusedLayer(nn.Module):
         norm, module = getattr(self, name), getattr(self, block)
         if type(norm) is not FusedRMSNorm or norm.hooked or not isinstance(module, Hooked) or module.hooked:
             return None
-        if x.dtype != torch.float32 or not torch.is_grad_enabled():
+        if x.dtype != torch.float32 or not torch.is_grad_enabled() or residual_multiplier(self) != 1:
             return None
         weight = norm.weight
         if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or weight.requires_grad:
@@ -88,10 +110,9 @@ class FusedLayer(nn.Module):
 
 
 def fuse_layer(layer: nn.Module) -> None:
-    """Gives a stock decoder layer x + block(norm(x)) the forward of `FusedLayer`, in place."""
-    if runs_stock_forward(layer) and residual_multiplier(layer) == 1:
-        if all(hasattr(layer, name) for block in BLOCKS for name in block):
-            place_before(layer, FusedLayer)
+    """Gives a stock decoder layer x + m * block(norm(x)) the forward of `FusedLayer`, in place."""
+    if runs_stock_forward(layer) and all(hasattr(layer, name) for block in BLOCKS for name in block):
+        place_before(layer, FusedLayer)
 
 
 def unfuse_layer(layer: nn.Module) -> None:

@@ -62,37 +62,4 @@ def masked_lora_linear(
     elif mask_lora or (out_mask is None and in_mask is None):
         merge = float(scaling)
     operands = prepare(operands, merge=merge, backend=backend)
-    return op.linear(operands, float(scaling), mask_lora, False, float(dropout), seed, backend, lora_a.shape[0])
-
-
-@typed
-def masked_lora_linear_with_norms(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    *,
-    scaling: float,
-    out_mask: Tensor | None = None,
-    in_mask: Tensor | None = None,
-    mask_lora: bool = False,
-    bias: Tensor | None = None,
-    lora_input: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: int | Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`masked_lora_linear`, and the squared norms of B's rows and A's columns from the same pass.
-
-    Returns (y [..., out], b_row_sq [out], a_col_sq [in]); the norms are float32 (float64 in float64), of the factors
-    as the pass reads them (after any cast), and differentiable in A and B. Errors as in `masked_lora_linear`.
-
-    >>> x, weight, lora_a, lora_b = torch.ones(5, 3), torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2)
-    >>> y, rows, columns = masked_lora_linear_with_norms(x, weight, lora_a, lora_b, scaling=1.0)
-    >>> rows, columns
-    (tensor([2., 2., 2., 2.]), tensor([2., 2., 2.]))
-    """
-    if dropout != 0:
-        check_dropout(x, dropout, seed, lora_input)
-    operands = prepare(Operands(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask))
-    return op.linear(operands, float(scaling), mask_lora, True, float(dropout), seed, backend, lora_a.shape[0])
+    return op.linear(operands, float(scaling), mask_lora, float(dropout), seed, backend, lora_a.shape[0])

@@ -17,7 +17,6 @@ from torch import Tensor
 from atp_kernels.call import CACHED_ELEMENTS, Call
 from atp_kernels.dropout.aten import dropped
 from atp_kernels.dropout.definition import Dropout
-from atp_kernels.linear.definition import factor_norms
 from atp_kernels.linear.operands import Gradients, Needs, Operands, Options, Results, Saved
 
 ADDMM_CHAIN = True
@@ -102,7 +101,7 @@ ATEN = Primitives()
 def forward(operands: Operands, options: Options, *, primitives: Primitives = ATEN) -> Results:
     """The results that the options ask for; keep_sum needs an output mask. With dropout, lora_input is not given."""
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = operands
-    scaling, mask_lora, keep_sum, with_norms, dropout = options
+    scaling, mask_lora, keep_sum, dropout = options
     base_input = primitives.masked(x, in_mask)
     if mask_lora and lora_input is None and dropout is None:
         adapter_input = base_input
@@ -114,8 +113,7 @@ def forward(operands: Operands, options: Options, *, primitives: Primitives = AT
     y = primitives.masked(total, out_mask) if keep_sum else primitives.mask_(total, out_mask)
     if not in_sum and s.shape[1]:
         y.addmm_(s, lora_b.t())
-    norms = factor_norms(lora_a, lora_b) if with_norms else (None, None)
-    return Results(y, s, total if keep_sum else None, *norms)
+    return Results(y, s, total if keep_sum else None)
 
 
 def backward(

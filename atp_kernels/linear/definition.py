@@ -1,6 +1,5 @@
 """The masked LoRA linear in plain PyTorch: the definition every backend is held to."""
 
-import torch
 from torch import Tensor
 
 from atp_kernels.call import matrix
@@ -39,14 +38,5 @@ def masked_lora_linear(
     return _masked(base + adapter, out_mask) if mask_lora else _masked(base, out_mask) + adapter
 
 
-def factor_norms(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms of B's rows [out] and A's columns [in], accumulated in float32 or better."""
-    return _wide(lora_b).square().sum(1), _wide(lora_a).square().sum(0)
-
-
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else (values * mask).to(values.dtype)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -11,7 +11,7 @@ tile that no kept row or column reaches does without the base product.
 import triton
 import triton.language as tl
 
-from atp_kernels.linear.triton_kernels import add_adapter, product, store_row_squares
+from atp_kernels.linear.triton_kernels import add_adapter, product
 
 
 @triton.jit
@@ -22,25 +22,12 @@ def _base_step(x_desc, w_desc, row, col, k, acc, W_BY_K: tl.constexpr, UPCAST: t
     return x, product(x, w, acc, UPCAST, PRECISION)
 
 
-@triton.jit
-def _store_column_squares(
-    a_ptr, a_sq_ptr, first, K, stride_ar, stride_ak,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    ks, ranks = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_R)
-    if WIDE:
-        ks = ks.to(tl.int64)
-    a_ptrs = a_ptr + ranks[:, None] * stride_ar + ks[None, :] * stride_ak
-    a = tl.load(a_ptrs, mask=(ranks < RANK)[:, None] & (ks < K)[None, :], other=0.0).to(tl.float32)
-    tl.store(a_sq_ptr + ks, tl.sum(a * a, axis=0), mask=ks < K)
-
-
 @triton.jit(do_not_specialize=["base_n", "base_k"])
 def masked_lora_descriptor_kernel(
     x_desc, w_desc, a_desc, l_desc, y_desc, sum_desc,
-    a_ptr, b_ptr, s_ptr, bias_ptr, out_mask_ptr, other_ptr, dot_ptr, b_sq_ptr, a_sq_ptr,
+    b_ptr, s_ptr, bias_ptr, out_mask_ptr, other_ptr, dot_ptr,
     M, N, K, base_n, base_k, scaling,
-    stride_ar, stride_ak, stride_bn, stride_br, stride_om, stride_on,
+    stride_bn, stride_br, stride_om, stride_on,
     MASK_LORA: tl.constexpr, ONE_PASS: tl.constexpr, W_BY_K: tl.constexpr, WIDE: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -55,18 +42,7 @@ def masked_lora_descriptor_kernel(
     ONE_PASS computes s = scaling * (l a^T) on the way, with l = x where it is None; else s is read, or None.
     sum takes the result before the output mask; dot [M tiles, N] takes the column sums of other * that result. Without
     both of them a tile whose output mask is all zero does without the base product too.
-    b_sq [N] and a_sq [K] take the squared norms of b's rows and a's columns, before the first tile.
     """
-    if b_sq_ptr is not None:
-        for first in range(tl.program_id(0) * BLOCK_K, N, tl.num_programs(0) * BLOCK_K):
-            b_rows = first + tl.arange(0, BLOCK_K)
-            if WIDE:
-                b_rows = b_rows.to(tl.int64)
-            store_row_squares(b_ptr, b_sq_ptr, b_rows, b_rows < N, stride_bn, stride_br, RANK, BLOCK_R)
-    if a_sq_ptr is not None:
-        for first in range(tl.program_id(0) * BLOCK_K, K, tl.num_programs(0) * BLOCK_K):
-            _store_column_squares(a_ptr, a_sq_ptr, first, K, stride_ar, stride_ak, RANK, BLOCK_R, BLOCK_K, WIDE)
-
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):

@@ -76,16 +76,14 @@ def launch(
     total: Tensor | None = None,
     other: Tensor | None = None,
     parts: Tensor | None = None,
-    b_sq: Tensor | None = None,
-    a_sq: Tensor | None = None,
 ) -> None:
     """y = out_mask * ((in_mask * x) weight^T + bias) + s lora_b^T, with `mask_lora` masked as a whole.
 
     x [M, K]; weight [n, k] and bias [n]: the head of the N outputs and K inputs, or all of them; lora_a [r, K],
     lora_b [N, r], lora_input [M, K]; y, total [M, N] and s [M, r] are contiguous, masks are bytes or float32.
     With lora_a s is made on the way, of lora_input or x; else it is read, and None leaves the adapter out.
-    total takes the sum before the output mask, parts [M tiles, N] the column sums of other [M, N] times that sum, b_sq
-    [N] and a_sq [K] the squared norms of the rows of lora_b and the columns of lora_a. `refuses` has taken the call.
+    total takes the sum before the output mask, parts [M tiles, N] the column sums of other [M, N] times that sum.
+    `refuses` has taken the call.
     """
     (m, n), k, rank, one_pass = y.shape, x.shape[1], lora_b.shape[1], lora_a is not None
     block_r = tiles.rank_block(rank)
@@ -101,11 +99,11 @@ def launch(
         _described(lora_a, block_r, config.block_k),
         _described(lora_input if one_pass else None, config.block_m, config.block_k),
         _described(y, *block_y), _described(total, *block_y),
-        None if a_sq is None else lora_a, lora_b, s, bias, out_mask, other, parts, b_sq, a_sq,
+        lora_b, s, bias, out_mask, other, parts,
         m, n, k, *weight.shape, scaling,
-        *_strides(None if a_sq is None else lora_a), *lora_b.stride(), *_strides(other),
+        *lora_b.stride(), *_strides(other),
         MASK_LORA=mask_lora, ONE_PASS=one_pass, W_BY_K=by_k, WARP_SPECIALIZE=config.warp_specialize,
-        WIDE=passes_int32(lora_a, lora_b, s, other),
+        WIDE=passes_int32(lora_b, s, other),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
         RANK=rank, BLOCK_R=block_r, STEP_R=tiles.descriptor_rank_step(rank, x.dtype),
         **numerics, num_warps=config.num_warps, num_stages=config.num_stages,

@@ -14,7 +14,6 @@ NATIVE = "atp_kernels/linear/native.py"
 CALL = "atp_kernels/linear/__init__.py"
 
 LINEAR_NO_WORSE_THAN = "tests/atp_kernels/test_linear.py -k no_worse_than_unfused"
-LINEAR_NORMS = "tests/atp_kernels/test_linear.py -k 'no_worse and float32'"
 LINEAR_COMPILED_OPERATOR = "tests/atp_kernels/test_linear.py -k compiled_operator"
 PLAIN_LAST_BIT = "tests/atp_kernels/test_plain.py -k last_bit"
 PLAIN_ONLY_WHAT_NEEDED = "tests/atp_kernels/test_plain.py -k 'only_what_is_needed or last_bit'"
@@ -53,10 +52,6 @@ TABLE = {
         ("else (values * mask).to(values.dtype)", "else values"),
         ("lora_input = dropped(matrix(x), dropout).view(x.shape)", "pass"),
     ),
-    (DEFINITION, LINEAR_NORMS): (
-        ("_wide(lora_b).square().sum(1)", "_wide(lora_b).abs().sum(1)"),
-        ("_wide(lora_a).square().sum(0)", "_wide(lora_a).abs().sum(0)"),
-    ),
     (ATEN, LINEAR_NO_WORSE_THAN): (
         ("base_input = primitives.masked(x, in_mask)", "base_input = x"),
         ("adapter_input = base_input", "adapter_input = x"),
@@ -78,8 +73,6 @@ TABLE = {
         ("primitives.masked(total, out_mask) if keep_sum", "total if keep_sum"),
         ("if keep_sum else primitives.mask_(total, out_mask)", "if keep_sum else total"),
         ("y.addmm_(s, lora_b.t())", "pass"),
-        ("factor_norms(lora_a, lora_b) if with_norms", "factor_norms(2 * lora_a, lora_b) if with_norms"),
-        ("factor_norms(lora_a, lora_b) if with_norms", "factor_norms(lora_a, 2 * lora_b) if with_norms"),
         ("grad_base = primitives.masked(grad_y, out_mask)", "grad_base = grad_y"),
         ("grad_lora = grad_base if mask_lora else grad_y", "grad_lora = grad_y"),
         ("grad_lora = grad_base if mask_lora else grad_y", "grad_lora = grad_base"),
@@ -114,9 +107,10 @@ TABLE = {
         ("d_adapter if need_lora_input else None", "d_adapter"),
     ),
     (OP, LINEAR_NO_WORSE_THAN): (
-        ("(2 * grad_cols * lora_a)", "(grad_cols * lora_a)"),
-        ("(2 * grad_rows.unsqueeze(1) * lora_b)", "(grad_rows.unsqueeze(1) * lora_b)"),
-        ("keep_sum = keeps_sum(out_mask)", "keep_sum = False"),
+        (
+            "options = Options(scaling, mask_lora, keeps_sum(out_mask), dropout_of",
+            "options = Options(scaling, mask_lora, False, dropout_of",
+        ),
     ),
     (OP, PLAIN_LAST_BIT): (
         ("scaled_mm(rows, lora_a.t(), scaling)", "scaled_mm(rows, lora_a.t(), 1.0)"),
@@ -167,19 +161,10 @@ TABLE = {
     (SHARED, EVERY_OPERATION_IN_PLACE): (("rows.shape[-1]).detach()", "rows.shape[-1])"),),
     (TRITON_KERNELS, LINEAR_TRITON_EVERY_COMBINATION): (
         ("total = product(part, b, total, UPCAST, PRECISION)", "pass"),
-        ("tl.sum(b * b, axis=1), mask=ok", "tl.sum(b, axis=1), mask=ok"),
         ("x_masked = (x.to(tl.float32) * in_mask[None, :]).to(x.dtype)", "x_masked = x"),
         ("adapter = (adapter.to(tl.float32) * in_mask[None, :]).to(x.dtype)", "adapter = adapter"),
         ("if MASK_LORA and in_mask_ptr is not None:", "if in_mask_ptr is not None:"),
         ("adapter = tl.load(l_ptrs, mask=x_ok, other=0.0)", "adapter = x"),
-        (
-            "tl.sum(a_wide * a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))\n            a_ptrs",
-            "tl.sum(a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))\n            a_ptrs",
-        ),
-        (
-            "tl.sum(a_wide * a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))\n        x_ptrs",
-            "tl.sum(a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))\n        x_ptrs",
-        ),
         ("if bias_ptr is not None:", "if False:"),
         ("s = (s_acc * scaling)", "s = (s_acc * 1.0)"),
         ("if s_ptr is not None and MASK_LORA:", "if False:"),
@@ -255,7 +240,7 @@ TABLE = {
     (TRITON, LINEAR_TRITON_COMBINATION_WITH): (
         ("transpose=True, dropout=dropout", "transpose=True"),
         ("parts=parts, dropout=dropout", "parts=parts"),
-        ("scaling, s, a_sq, dropout)", "scaling, s, a_sq)"),
+        ("scaling, s, dropout)", "scaling, s)"),
     ),
     (TRITON, LINEAR_TRITON_HALF_PRECISION): (
         ("one_pass = config.one_pass and dropout is None", "one_pass = config.one_pass"),
@@ -301,8 +286,6 @@ TABLE = {
         ("w_desc.load([k, col]) if W_BY_K else tl.trans(w_desc.load([col, k]))", "tl.trans(w_desc.load([col, k]))"),
         ("x = l_desc.load([row, k])", "pass"),
         ("s = (s_acc * scaling)", "s = (s_acc * 1.0)"),
-        ("tl.sum(a * a, axis=0)", "tl.sum(a, axis=0)"),
-        ("K, tl.num_programs(0) * BLOCK_K)", "K, K)"),
         ("if bias_ptr is not None:", "if False:"),
         ("if s_ptr is not None and MASK_LORA:", "if False:"),
         ("if s_ptr is not None and MASK_LORA:", "if s_ptr is not None:"),

@@ -31,19 +31,19 @@ def cases(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Iterator[Offli
 
 def _gemms(dtype: torch.dtype, rank: int) -> Iterator[OfflineCase]:
     for name, m, n, mask_lora, absent in (
-        ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
+        ("gemm fwd split", _SIZE, _SIZE, False, "in_mask_ptr other_ptr dot_ptr a_ptr l_ptr"),
+        ("gemm fwd decision", _SIZE, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr"),
         ("gemm fwd narrow", _SIZE, 128, False, "sum_ptr other_ptr dot_ptr"),
         ("gemm fwd decision narrow", _SIZE, 128, True, "other_ptr dot_ptr"),
-        ("gemm fwd 1024 rows", 1024, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd 128 rows", 128, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-        ("gemm fwd decode", 16, _SIZE, False, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx dropout", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx decision dropout", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx dropout, device seed", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
-        ("gemm dx narrow dropout", _SIZE, 128, False, "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+        ("gemm fwd 1024 rows", 1024, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr"),
+        ("gemm fwd 128 rows", 128, _SIZE, True, "other_ptr dot_ptr a_ptr l_ptr"),
+        ("gemm fwd decode", 16, _SIZE, False, "in_mask_ptr sum_ptr other_ptr dot_ptr a_ptr l_ptr"),
+        ("gemm dx", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr"),
+        ("gemm dx decision", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr"),
+        ("gemm dx dropout", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr"),
+        ("gemm dx decision dropout", _SIZE, _SIZE, True, "bias_ptr sum_ptr a_ptr l_ptr"),
+        ("gemm dx dropout, device seed", _SIZE, _SIZE, False, "bias_ptr sum_ptr a_ptr l_ptr"),
+        ("gemm dx narrow dropout", _SIZE, 128, False, "bias_ptr sum_ptr a_ptr l_ptr"),
     ):
         config = tiles.gemm_config(m, n, rank, dtype)
         constants = {
@@ -61,8 +61,8 @@ def _tried_gemms(dtype: torch.dtype, rank: int) -> Iterator[OfflineCase]:
     for tile, (way, absent) in product(
         tiles.gemm_tiles(dtype),
         (
-            ("fwd", "other_ptr dot_ptr a_ptr l_ptr a_sq_ptr"),
-            ("dx", "bias_ptr sum_ptr a_ptr l_ptr b_sq_ptr a_sq_ptr"),
+            ("fwd", "other_ptr dot_ptr a_ptr l_ptr"),
+            ("dx", "bias_ptr sum_ptr a_ptr l_ptr"),
         ),
     ):
         config = tiles.GemmConfig(*tile)
@@ -96,7 +96,7 @@ def _descriptor_gemms(dtype: torch.dtype, rank: int) -> Iterator[OfflineCase]:
         (
             ("fwd", False, f"sum_desc {rest}"),
             ("decision", True, rest),
-            ("dx", False, "a_desc l_desc a_ptr bias_ptr b_sq_ptr a_sq_ptr sum_desc"),
+            ("dx", False, "a_desc l_desc bias_ptr sum_desc"),
         ),
     ):
         one_pass = config.one_pass and way != "dx"
@@ -104,8 +104,7 @@ def _descriptor_gemms(dtype: torch.dtype, rank: int) -> Iterator[OfflineCase]:
             continue
         if config.block_n > tiles.WIDEST_DOT:
             absent += " other_ptr dot_ptr"
-        # The split form leaves the norms of A's columns to the kernel of S.
-        absent += "" if one_pass else " a_desc a_ptr a_sq_ptr"
+        absent += "" if one_pass else " a_desc"
         constants = {
             "MASK_LORA": mask_lora, "ONE_PASS": one_pass, "W_BY_K": way == "dx",
             "WARP_SPECIALIZE": config.warp_specialize, "STEP_R": tiles.descriptor_rank_step(rank, dtype),
@@ -162,7 +161,7 @@ def _case(
     config: tiles.GemmConfig | tiles.ReduceConfig,
     tensor_core_loop: bool = False,
 ) -> OfflineCase:
-    float32 = {"out_mask_ptr", "in_mask_ptr", "mask_ptr", "dot_ptr", "b_sq_ptr", "a_sq_ptr", "part_ptr"}
+    float32 = {"out_mask_ptr", "in_mask_ptr", "mask_ptr", "dot_ptr", "part_ptr"}
     if kernel is kernels.column_reduce_kernel:
         float32 |= {"factor_ptr", "sum_ptr"}
     every: dict[str, object] = {

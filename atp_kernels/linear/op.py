@@ -1,7 +1,6 @@
 """torch.library registration and eager Functions of the masked LoRA linear."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,47 +36,43 @@ ORDER = {
     "cuda plain": Order(("reference",), "no mask and no dropout, so nothing to fuse beats the addmm_ chain"),
 }
 register(Operation("masked_lora_linear", __package__, BACKENDS, ORDER, ways.explained))
-register(Operation("masked_lora_linear_with_norms", __package__, BACKENDS, ORDER, computed_by="masked_lora_linear"))
 
 
 def linear(
     operands: Operands,
     scaling: float,
     mask_lora: bool,
-    with_norms: bool,
     dropout: float,
     seed: int | Tensor | None,
     backend: str,
     rank: int,
-) -> Any:
-    """Masked LoRA linear of operands that are checked and cast: y, or (y, row squares of B, column squares of A).
+) -> Tensor:
+    """Masked LoRA linear of operands that are checked and cast.
 
     rank: that of the adapter before it may have become a part of the weight, by which tuned tables know it.
     """
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = operands
     if not torch.compiler.is_compiling():
-        way = None if backend != "auto" or with_norms or dropout else ways.way_of(operands, rank, mask_lora)
+        way = None if backend != "auto" or dropout else ways.way_of(operands, rank, mask_lora)
         if way is not None:
             return linear_by(way, operands, scaling, mask_lora)
         plain = out_mask is None and in_mask is None and not dropout
         module = select("masked_lora_linear", x.device, x.dtype, backend, plain=plain).module
-        if plain and lora_input is None and not with_norms and module.ADDMM_CHAIN:
+        if plain and lora_input is None and module.ADDMM_CHAIN:
             return LoraLinear.apply(x, weight, lora_a, lora_b, bias, scaling)
-        keep_sum = keeps_sum(out_mask)
-        options = Options(scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed))
+        options = Options(scaling, mask_lora, keeps_sum(out_mask), dropout_of(dropout, seed))
         return MaskedLoraLinear.apply(*operands, module, options)
     # A tensor, so that a graph is compiled once for all seeds; on the CPU, where an int comes from.
     seed = torch.tensor(seed) if dropout and not isinstance(seed, Tensor) else seed
-    y, _, _, *norms = masked_lora_linear_op(
+    y, _, _ = masked_lora_linear_op(
         *operands._replace(x=matrix(x), lora_input=None if lora_input is None else matrix(lora_input)),
-        scaling, mask_lora, keeps_sum(out_mask), with_norms, dropout, seed if dropout else None, backend,
+        scaling, mask_lora, keeps_sum(out_mask), dropout, seed if dropout else None, backend,
     )  # fmt: skip
-    y = y.view(*x.shape[:-1], weight.shape[0])
-    return (y, *norms) if with_norms else y
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_by(way: ways.Way, operands: Operands, scaling: float, mask_lora: bool) -> Tensor:
-    """Eager masked LoRA linear in this way, without dropout and norms."""
+    """Eager masked LoRA linear in this way, without dropout."""
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = operands
     if way.name == SLICED:
         base = weight.detach(), None if bias is None else bias.detach()
@@ -116,34 +111,24 @@ def masked_lora_linear_op(
     scaling: float,
     mask_lora: bool,
     keep_sum: bool,
-    with_norms: bool,
     dropout: float,
     seed: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """2-D masked LoRA linear: the fields of `Results`, empty where not asked for."""
     module = _choice(x, out_mask, in_mask, dropout, backend).module
     operands = Operands(x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask)
-    results = module.forward(operands, Options(scaling, mask_lora, keep_sum, with_norms, dropout_of(dropout, seed)))
-    y, s, *asked = results
-    total, b_row_sq, a_col_sq = (x.new_empty(0) if result is None else result for result in asked)
-    return y, s, total, b_row_sq, a_col_sq
+    y, s, total = module.forward(operands, Options(scaling, mask_lora, keep_sum, dropout_of(dropout, seed)))
+    return y, s, x.new_empty(0) if total is None else total
 
 
 @masked_lora_linear_op.register_fake
 def _(
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask,
-    scaling, mask_lora, keep_sum, with_norms, dropout, seed, backend,
+    scaling, mask_lora, keep_sum, dropout, seed, backend,
 ):  # fmt: skip
     y = x.new_empty(x.shape[0], weight.shape[0])
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (
-        y,
-        x.new_empty(x.shape[0], lora_a.shape[0]),
-        torch.empty_like(y) if keep_sum else x.new_empty(0),
-        x.new_empty(weight.shape[0], dtype=wide) if with_norms else x.new_empty(0),
-        x.new_empty(weight.shape[1], dtype=wide) if with_norms else x.new_empty(0),
-    )
+    return y, x.new_empty(x.shape[0], lora_a.shape[0]), torch.empty_like(y) if keep_sum else x.new_empty(0)
 
 
 @torch.library.custom_op("atp_kernels::masked_lora_linear_backward", mutates_args=())
@@ -189,20 +174,17 @@ def _(
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, scaling, mask_lora, _, _, ctx.dropout, seed, ctx.backend = inputs
+    *tensors, scaling, mask_lora, _, ctx.dropout, seed, ctx.backend = inputs
     ctx.options = Options(scaling, mask_lora)
     _save(ctx, Operands(*tensors), output[1], output[2], seed)
 
 
-def _backward(ctx, grad_y, grad_s, grad_total, grad_rows, grad_cols):
+def _backward(ctx, grad_y, grad_s, grad_total):
     *saved, seed = ctx.saved_tensors
     *needs, shared_input = ctx.needs
     options = (*ctx.options[:2], shared_input, needs, ctx.dropout, seed, ctx.backend)
     wanted = iter(masked_lora_linear_backward_op(grad_y, *saved, *options))
-    grads = [next(wanted) if need else None for need in needs]
-    if grad_rows.numel():
-        _add_norm_gradients(grads, Saved(*saved), grad_rows, grad_cols)
-    return (*grads, *[None] * 7)
+    return (*(next(wanted) if need else None for need in needs), *[None] * 6)
 
 
 masked_lora_linear_op.register_autograd(_backward, setup_context=_setup)
@@ -230,19 +212,8 @@ def _save(ctx, operands: Operands, s: Tensor, total: Tensor | None, *others: Ten
     )
 
 
-def _add_norm_gradients(
-    grads: list[Tensor | None], saved: Saved, grad_rows: Tensor | None, grad_cols: Tensor | None
-) -> None:
-    """Add d(row squares)/dB = 2 B and d(column squares)/dA = 2 A, in plain ATen: the factors are small."""
-    lora_a, lora_b = saved.lora_a, saved.lora_b
-    if grads[2] is not None and grad_cols is not None:
-        grads[2] = grads[2] + (2 * grad_cols * lora_a).to(lora_a.dtype)
-    if grads[3] is not None and grad_rows is not None:
-        grads[3] = grads[3] + (2 * grad_rows.unsqueeze(1) * lora_b).to(lora_b.dtype)
-
-
 class MaskedLoraLinear(torch.autograd.Function):
-    """Eager masked LoRA linear: y, or (y, row squares of B, column squares of A) with norms."""
+    """Eager masked LoRA linear."""
 
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask, module, options):
@@ -250,25 +221,16 @@ class MaskedLoraLinear(torch.autograd.Function):
         rows = matrix(x)
         adapter = None if lora_input is None else matrix(lora_input)
         operands = Operands(rows, weight, lora_a, lora_b, bias, adapter, out_mask, in_mask)
-        y, s, total, *norms = module.forward(operands._replace(weight=dense(weight)), options)
+        y, s, total = module.forward(operands._replace(weight=dense(weight)), options)
         _save(ctx, operands, s, total, held(options.dropout))
-        y = unflattened(y, x.shape)
-        if not options.with_norms:
-            return y
-        ctx.set_materialize_grads(False)
-        return y, *norms
+        return unflattened(y, x.shape)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad_y, grad_rows=None, grad_cols=None):
+    def backward(ctx, grad_y):
         saved, shape = Saved._make(ctx.saved_tensors[:-1]), ctx.shape
-        if grad_y is None:
-            grad_y = saved.lora_b.new_zeros(*shape[:-1], saved.weight.shape[0])
         saved = saved._replace(weight=dense(saved.weight))
         grads = ctx.module.backward(matrix(grad_y), saved, ctx.options, ctx.needs)
-        if grad_rows is not None or grad_cols is not None:
-            grads = list(grads)
-            _add_norm_gradients(grads, saved, grad_rows, grad_cols)
         if len(shape) != 2:
             grads = [grad if grad is None or i not in (0, 5) else grad.view(shape) for i, grad in enumerate(grads)]
         return (*grads, None, None)

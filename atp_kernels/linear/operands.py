@@ -33,22 +33,18 @@ class Options(NamedTuple):
     scaling: float
     mask_lora: bool = False
     keep_sum: bool = False
-    with_norms: bool = False
     dropout: Dropout | None = None
 
 
 class Results(NamedTuple):
     """What a forward pass returns: y [M, out] and s = scaling * lora_input A^T [M, r], and what the options ask for.
 
-    total [M, out]: the sum before the output mask. b_row_sq [out], a_col_sq [in]: squared norms of B's rows and A's
-    columns.
+    total [M, out]: the sum before the output mask.
     """
 
     y: Tensor
     s: Tensor
     total: Tensor | None = None
-    b_row_sq: Tensor | None = None
-    a_col_sq: Tensor | None = None
 
 
 class Saved(NamedTuple):

@@ -41,26 +41,24 @@ def forward(operands: Operands, options: Options, *, config: tiles.GemmConfig | 
     if config is None and not _fusion_pays(operands.x, operands.weight, operands.lora_a, *operands[6:]):
         return aten.forward(operands, options, primitives=_PRIMITIVES)
     x, weight, lora_a, lora_b, bias, lora_input, out_mask, in_mask = map(readable, operands)
-    scaling, mask_lora, keep_sum, with_norms, dropout = options
-    (m, k), n, rank = x.shape, weight.shape[0], lora_a.shape[0]
+    scaling, mask_lora, keep_sum, dropout = options
+    m, n, rank = x.shape[0], weight.shape[0], lora_a.shape[0]
     config = _tile(config, x, weight, lora_a, dropout, lora_input=lora_input, forward=True)
     # With the random words on top, recomputing S takes more registers than there are.
     one_pass = config.one_pass and dropout is None
     y = x.new_empty(m, n)
     s = x.new_empty(m, rank)
     total = x.new_empty(m, n) if keep_sum else None
-    b_sq = x.new_empty(n, dtype=torch.float32) if with_norms else None
-    a_sq = x.new_empty(k, dtype=torch.float32) if with_norms else None
     with torch.cuda.device_of(x):
         if not one_pass:
             adapter_input = x if lora_input is None else lora_input
-            _lora_down(adapter_input, lora_a, in_mask if mask_lora else None, scaling, s, a_sq, dropout)
+            _lora_down(adapter_input, lora_a, in_mask if mask_lora else None, scaling, s, dropout)
         _gemm(
             x, weight, lora_b, s, out_mask, in_mask, y, config, mask_lora=mask_lora, scaling=scaling,
             lora_a=lora_a if one_pass else None, lora_input=lora_input if one_pass else None,
-            bias=bias, total=total, b_sq=b_sq, a_sq=a_sq if one_pass else None,
+            bias=bias, total=total,
         )  # fmt: skip
-    return Results(y, s, total, b_sq, a_sq)
+    return Results(y, s, total)
 
 
 def backward(
@@ -149,21 +147,20 @@ def _tile(config, x, weight, lora_a, dropout, *, lora_input=None, other=None, fo
 
 def _gemm(
     x, weight, lora_b, s, out_mask, in_mask, y, config, *, mask_lora, scaling=1.0,
-    lora_a=None, lora_input=None, bias=None, total=None, other=None, parts=None, b_sq=None, a_sq=None,
-    dropout=None,
+    lora_a=None, lora_input=None, bias=None, total=None, other=None, parts=None, dropout=None,
 ):  # fmt: skip
     (m, n), k, rank = y.shape, x.shape[1], lora_b.shape[1]
     if isinstance(config, tiles.DescriptorConfig):
         descriptors.launch(
             x, weight, lora_a, lora_b, s, y, config, numerics(x), scaling=scaling, mask_lora=mask_lora,
             lora_input=lora_input, bias=bias, out_mask=_bytes(out_mask), in_mask=in_mask,
-            total=total, other=other, parts=parts, b_sq=b_sq, a_sq=a_sq,
+            total=total, other=other, parts=parts,
         )  # fmt: skip
         return
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     kernels.masked_lora_gemm_kernel[grid](
         x, weight, lora_a, lora_b, lora_input, s, bias, _bytes(out_mask), _bytes(in_mask),
-        y, total, other, parts, b_sq, a_sq, m, n, k, scaling,
+        y, total, other, parts, m, n, k, scaling,
         *x.stride(), *weight.stride(), *_strides(lora_a), *lora_b.stride(), *_strides(lora_input), *_strides(other),
         MASK_LORA=mask_lora, ONE_PASS=lora_a is not None, EVEN_K=k % config.block_k == 0,
         WIDE=passes_int32(x, weight, lora_b, lora_input, s, other, y),
@@ -173,12 +170,12 @@ def _gemm(
     )  # fmt: skip
 
 
-def _lora_down(x, lora_a, mask, scaling, s, a_sq=None, dropout=None):
-    """s = scaling * ((mask * x after dropout) A^T), and the column squares of A."""
+def _lora_down(x, lora_a, mask, scaling, s, dropout=None):
+    """s = scaling * ((mask * x after dropout) A^T)."""
     (m, k), rank = x.shape, lora_a.shape[0]
     config = tiles.down_config(m, rank, x.dtype)
     kernels.lora_down_kernel[(triton.cdiv(m, config.block_wide),)](
-        x, lora_a, _bytes(mask), s, a_sq, m, k, scaling, *x.stride(), *lora_a.stride(),
+        x, lora_a, _bytes(mask), s, m, k, scaling, *x.stride(), *lora_a.stride(),
         EVEN_K=k % config.block_long == 0, WIDE=passes_int32(x, s),
         BLOCK_M=config.block_wide, BLOCK_K=config.block_long,
         RANK=rank, BLOCK_R=tiles.rank_block(rank), **drawn(dropout), **numerics(x),

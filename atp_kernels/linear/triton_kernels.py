@@ -52,21 +52,11 @@ def add_adapter(
     return total
 
 
-@triton.jit
-def store_row_squares(
-    b_ptr, b_sq_ptr, cols, ok, stride_bn, stride_br, RANK: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    ranks = tl.arange(0, BLOCK_R)
-    b_ptrs = b_ptr + cols[:, None] * stride_bn + ranks[None, :] * stride_br
-    b = tl.load(b_ptrs, mask=ok[:, None] & (ranks < RANK)[None, :], other=0.0).to(tl.float32)
-    tl.store(b_sq_ptr + cols, tl.sum(b * b, axis=1), mask=ok)
-
-
 @triton.jit(do_not_specialize=["seed"])
 def masked_lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, l_ptr, s_ptr,
     bias_ptr, out_mask_ptr, in_mask_ptr,
-    y_ptr, sum_ptr, other_ptr, dot_ptr, b_sq_ptr, a_sq_ptr,
+    y_ptr, sum_ptr, other_ptr, dot_ptr,
     M, N, K, scaling,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_lm, stride_lk, stride_om, stride_on,
@@ -79,7 +69,7 @@ def masked_lora_gemm_kernel(
     """One tile of out_mask * ((in_mask * x) w^T + bias) + D (s b^T); absent operands are None and cost nothing.
 
     x [M, K], w [N, K], a [RANK, K], b [N, RANK], l [M, K]; s [M, RANK] and y, sum [M, N] are contiguous.
-    ONE_PASS computes s = scaling * (l a^T) on the way, and the squared norms of a's columns with it; else s is read.
+    ONE_PASS computes s = scaling * (l a^T) on the way; else s is read.
     A THRESHOLD above zero is that of D.
     sum takes the result before the output mask; dot [M tiles, N] takes the column sums of other * that result.
     """
@@ -135,9 +125,6 @@ def masked_lora_gemm_kernel(
             if MASK_LORA and in_mask_ptr is not None:
                 adapter = (adapter.to(tl.float32) * in_mask[None, :]).to(x.dtype)
             s_acc = product(adapter, a, s_acc, UPCAST, PRECISION)
-            if a_sq_ptr is not None:
-                a_wide = a.to(tl.float32)
-                tl.store(a_sq_ptr + k + ks, tl.sum(a_wide * a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))
             a_ptrs += BLOCK_K * stride_ak
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * stride_wk
@@ -150,9 +137,6 @@ def masked_lora_gemm_kernel(
         s = (s_acc * scaling).to(x_ptr.dtype.element_ty)
         s_ok = (rows < tl.where(pid_n == 0, M, 0))[:, None] & (ranks < RANK)[None, :]
         tl.store(s_ptr + rows[:, None] * RANK + ranks[None, :], s, mask=s_ok)
-    if b_sq_ptr is not None:
-        b_sq_ok = cols < tl.where(pid_m == 0, N, 0)
-        store_row_squares(b_ptr, b_sq_ptr, cols, b_sq_ok, stride_bn, stride_br, RANK, BLOCK_R)
     if s_ptr is not None and MASK_LORA:
         acc = add_adapter(
             acc, s, s_ptr, b_ptr, rows, cols, row_ok, col_ok, stride_bn, stride_br, pid_n * BLOCK_N, seed,
@@ -177,7 +161,7 @@ def masked_lora_gemm_kernel(
 
 @triton.jit(do_not_specialize=["seed"])
 def lora_down_kernel(
-    x_ptr, a_ptr, mask_ptr, s_ptr, a_sq_ptr,
+    x_ptr, a_ptr, mask_ptr, s_ptr,
     M, K, scaling,
     stride_xm, stride_xk, stride_ar, stride_ak,
     seed: tl.int64, seed_ptr,
@@ -185,7 +169,7 @@ def lora_down_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s = scaling * ((mask * D x) a^T), contiguous [M, RANK], and the squared norms of a's columns when asked."""
+    """s = scaling * ((mask * D x) a^T), contiguous [M, RANK]."""
     pid = tl.program_id(0)
     seed = seed_of(seed, seed_ptr)
     rows = pid * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -207,9 +191,6 @@ def lora_down_kernel(
             mask = tl.load(mask_ptr + k + ks, mask=ks < K - k, other=0).to(tl.float32)
             x = (x.to(tl.float32) * mask[None, :]).to(x.dtype)
         acc = product(x, a, acc, UPCAST, PRECISION)
-        if a_sq_ptr is not None:
-            a_wide = a.to(tl.float32)
-            tl.store(a_sq_ptr + k + ks, tl.sum(a_wide * a_wide, axis=1), mask=ks < tl.where(pid == 0, K - k, 0))
         x_ptrs += BLOCK_K * stride_xk
         a_ptrs += BLOCK_K * stride_ak
     s_ok = row_ok[:, None] & (ranks < RANK)[None, :]

@@ -35,7 +35,7 @@ class Way(NamedTuple):
 
 
 def way_of(operands: Operands, rank: int, mask_lora: bool) -> Way | None:
-    """The way of a call without dropout and norms, None where `select` alone decides.
+    """The way of a call without dropout, None where `select` alone decides.
 
     The operands are checked and cast; rank: that of the adapter before it may have become a part of the weight.
     """

@@ -13,7 +13,11 @@ TABLE = {
         ("ctx.module.add_dots(matrix(grad), matrix(y), ctx.sums)", "pass"),
         ("return None, None, grad", "return None, None, 2 * grad"),
     ),
-    (ATEN, SUMS): (("total += column_dot(some, others)", "total.copy_(column_dot(some, others))"),),
+    (ATEN, SUMS): (
+        ("total += column_dot(some, others)", "total.copy_(column_dot(some, others))"),
+        ("sums += (left.to(wide) * right)", "sums[:] = (left.to(wide) * right)"),
+        ("(len(sums), each)).sum(1)", "(each, len(sums))).sum(0)"),
+    ),
     (NATIVE, SUMS): (
         ("left.dtype == right.dtype", "True"),
         ("sums.stride(1) == 1 and", "True and"),

@@ -1,11 +1,12 @@
-"""Benchmark case of RMSNorm: the norm in front of a layer's linears."""
+"""Benchmark cases of RMSNorm: the norm in front of a layer's linears, alone and after the residual addition."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from atp_kernels import rms_norm
+from atp_kernels import add_rms_norm, rms_norm
 from benchmarks.case import Case, Op, Variant, Variants, Work
 from benchmarks.linears import by_backend
 
@@ -43,4 +44,44 @@ def norm_work(case: Case) -> dict[str, Work]:
     return {"forward": Work(4 * elements, 2 * item * elements), "backward": Work(8 * elements, 3 * item * elements)}
 
 
-OPS = (Op("rms_norm", norm, norm_work, lambda model: ("input_layernorm",), _TESTS, ignores=("rank",)),)
+def sum_and_norm(case: Case) -> Variants:
+    """The stream and a block's output in one dtype; `two_steps` adds before `rms_norm`, the floor copies both."""
+    rng = torch.Generator(case.device).manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=rng, device=case.device).to(case.torch_dtype)  # noqa: E731
+    shape = case.tokens, case.sizes.hidden
+    inputs, grads = (draw(*shape).requires_grad_(), draw(*shape).requires_grad_()), (draw(*shape), draw(*shape))
+    weight = 1 + draw(case.sizes.hidden) / 10
+
+    def added(function: Callable[[Tensor], Tensor]) -> Variant:
+        def forward() -> tuple[Tensor, Tensor]:
+            stream = inputs[0] + inputs[1]
+            return stream, function(stream)
+
+        return Variant(forward, inputs, grads, holds=(inputs, weight))
+
+    def ours(backend: str) -> Variant:
+        call = partial(add_rms_norm, *inputs, weight, eps=_EPS, backend=backend)
+        return Variant(call, inputs, grads, holds=(inputs, weight))
+
+    copies = Variant(lambda: tuple(x.clone() for x in inputs), inputs, grads, same=False, holds=(inputs,))
+    return {
+        "unfused": added(partial(unfused, weight=weight)),
+        "two_steps": added(partial(rms_norm, weight=weight, eps=_EPS)),
+        **by_backend("add_rms_norm", (*inputs, weight), ours),
+        "floor": copies,
+    }
+
+
+def sum_and_norm_work(case: Case) -> dict[str, Work]:
+    """Forward reads both and writes two results; backward reads the sum and two gradients and writes one."""
+    elements, item = case.tokens * case.sizes.hidden, case.torch_dtype.itemsize
+    return {"forward": Work(5 * elements, 4 * item * elements), "backward": Work(9 * elements, 4 * item * elements)}
+
+
+OPS = (
+    Op("rms_norm", norm, norm_work, lambda model: ("input_layernorm",), _TESTS, ignores=("rank",)),
+    Op(
+        "add_rms_norm", sum_and_norm, sum_and_norm_work, lambda model: ("post_attention_layernorm",), _TESTS,
+        ignores=("rank",),
+    ),
+)  # fmt: skip

@@ -1,24 +1,29 @@
 """Broken lines of RMSNorm."""
 
-DEFINITION, OP, ATEN, NATIVE, TRITON = (
-    f"atp_kernels/norm/{name}.py" for name in ("definition", "op", "aten", "native", "triton")
+CALL, DEFINITION, OP, ATEN, NATIVE, TRITON = (
+    f"atp_kernels/norm/{name}.py" for name in ("__init__", "definition", "op", "aten", "native", "triton")
 )
 
 RMS = "tests/atp_kernels/test_rms_norm.py -k 'reference and no_worse'"
+RMS_DEFINED = "tests/atp_kernels/test_rms_norm.py -k torchs_own"
 RMS_DTYPES = "tests/atp_kernels/test_rms_norm.py -k other_dtypes"
 KERNELS = "tests/atp_kernels/test_norm_triton.py -k 'no_worse or every_row'"
 ALONE = "tests/atp_kernels/test_norm_triton.py -k alone"
+SUM_BITS = "tests/atp_kernels/test_rms_norm.py -k steps"
+SUM_ALONE = "tests/atp_kernels/test_passes.py -k 'alone and add_rms_norm'"
+SUM_BAD = "tests/atp_kernels/test_rms_norm.py -k 'does_not_fit'"
+SUM_KERNELS = "tests/atp_kernels/test_norm_triton.py -k 'sum'"
 FENCED = "tests/atp_kernels/test_norm_triton.py -k nothing_is_read"
 STRIDED = "tests/atp_kernels/test_strides.py -k 'rms_norm and triton'"
 FAR = "tests/atp_kernels/test_offsets.py -k 'rms_norm and triton'"
 
 TABLE = {
-    (DEFINITION, RMS): (
+    (DEFINITION, RMS_DEFINED): (
         ("wide.square().mean(-1, keepdim=True) + eps", "wide.square().mean(-1, keepdim=True)"),
-        ("(weight * normed).to", "normed.to"),
-    ),
-    (DEFINITION, RMS_DTYPES): (
         ("wide.square().mean(-1, keepdim=True) + eps", "wide.square().sum(-1, keepdim=True) + eps"),
+        ("(weight * normed).to", "normed.to"),
+        ("output if multiplier == 1 else output * multiplier", "output"),
+        ("stream = added(x, output, multiplier)", "stream = added(x, output, 1.0)"),
     ),
     (ATEN, RMS): (
         ("(wide.square().mean(1) + eps).rsqrt()", "wide.square().mean(1).rsqrt()"),
@@ -47,7 +52,7 @@ TABLE = {
         ("tl.sum(squares, axis=1) / K + eps", "tl.sum(squares, axis=1) / K"),
         ("tl.sum(squares, axis=1) / K + eps", "tl.sum(squares, axis=1) + eps"),
         ("x * scale * _load_weight(weight_ptr, cols, K)", "x * scale"),
-        ("row_ok, start + cols, K) * scale", "row_ok, start + cols, K)"),
+        ("start + cols, K, multiplier) * scale", "start + cols, K, multiplier)"),
         ("rest * _load_weight(weight_ptr, start + cols, K))", "rest)"),
         ("products = d_y * weight * x", "products = d_y * x"),
         ("products += g * _load(x_rows, row_ok, start + cols, K)", "pass"),
@@ -69,6 +74,35 @@ TABLE = {
         ("need_weight and x.shape[1] <= tile.block_k", "need_weight"),
     ),
     (TRITON, ALONE): (("if need_weight and parts is None:", "if parts is None:"),),
+    (OP, SUM_BITS): (
+        ("ctx.output_dtype == stream.dtype and ctx.multiplier == 1", "ctx.output_dtype == stream.dtype"),
+        ("aten.output_grad(d_sum, output, ctx.multiplier)", "aten.output_grad(d_sum, output, 1.0)"),
+    ),
+    (OP, SUM_ALONE): (("need_x or need_output, output", "need_x, output"),),
+    (ATEN, SUM_BITS): (
+        ("stream = added(x, output, multiplier)", "stream = added(x, output, 1.0)"),
+        ("        d_sum += d_stream\n", "        pass\n"),
+        ("narrow if multiplier == 1 else narrow * multiplier", "narrow"),
+        ("narrow = d_sum.to(output)", "narrow = d_sum"),
+    ),
+    (CALL, SUM_BAD): (
+        ("output.shape != x.shape or not output", "not output"),
+        ("or not output.is_floating_point() or output.device", "or output.device"),
+        (" or output.device != x.device:", ":"),
+        ("if not math.isfinite(multiplier):", "if False:"),
+    ),
+    (TRITON, SUM_KERNELS): (
+        ("x += _load(output_rows, row_ok, cols, K) * multiplier", "x += _load(output_rows, row_ok, cols, K)"),
+        ("x = x.to(stream_rows.dtype.element_ty).to(tl.float32)", "pass"),
+        ("values += _load(d_stream_rows, row_ok, cols, K)", "pass"),
+        (
+            "_store(d_output_rows, row_ok, cols, K, values * multiplier)",
+            "_store(d_output_rows, row_ok, cols, K, values)",
+        ),
+        ("            _store(stream_rows, row_ok, start + cols, K, rest)", "            pass"),
+        ("_unit_stride(output), stream", "output, stream"),
+        ("None if d_stream is None else _unit_stride(d_stream)", "d_stream"),
+    ),
     (TRITON, FENCED): (
         ("ok = row_ok[:, None] & (cols < K)[None, :]\n    return", "ok = row_ok[:, None]\n    return"),
         ("ok = row_ok[:, None] & (cols < K)[None, :]\n    tl.store", "ok = row_ok[:, None]\n    tl.store"),
@@ -76,7 +110,7 @@ TABLE = {
     ),
     (TRITON, STRIDED): (
         ("return matrix if matrix.stride(1) == 1 else matrix.contiguous()", "return matrix"),
-        ("x, weight.contiguous(), y", "x, weight, y"),
+        ("x, output, weight.contiguous(), stream", "x, output, weight, stream"),
         ("d_y, x, weight.contiguous(), scales", "d_y, x, weight, scales"),
     ),
     (TRITON, FAR): (("rows = tl.program_id(0).to(tl.int64) * BLOCK_M", "rows = tl.program_id(0) * BLOCK_M"),),

@@ -1,5 +1,7 @@
 """RMSNorm in C++ on a CPU (csrc/cpu/norm.cpp)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,7 @@ def input_grad(d_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor
     """As `aten.input_grad`."""
     weight = weight.detach().float().contiguous()
     return extension.ops.rms_norm_backward(d_y.contiguous(), x.contiguous(), weight, scales)
+
+
+add_forward = partial(aten.add_forward, alone=forward)
+add_backward = partial(aten.add_backward, alone=backward)

@@ -1,4 +1,4 @@
-"""RMSNorm in Triton: one kernel forward, one backward, and one for the weight's gradient over very wide rows.
+"""RMSNorm in Triton, alone or after an addition: a kernel each way, and one for the weight of very wide rows.
 
 A program takes whole rows: several narrow ones at a time, or a wide one whose first `BLOCK_K` elements stay in
 registers while the rest is read a second time. Sums are in float32. The gradient of the weight needs sums over rows:
@@ -48,14 +48,44 @@ def forward(
     x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, *, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `aten.forward`; a `tile` takes the place of that of the table."""
+    return _forward(x, None, None, weight, eps, 1.0, dtype, tile)
+
+
+def add_forward(
+    x: Tensor,
+    output: Tensor,
+    weight: Tensor,
+    eps: float,
+    multiplier: float,
+    dtype: torch.dtype,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `aten.add_forward`, but that multiplier * output is not rounded by itself."""
+    stream = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, output.dtype))
+    return stream, *_forward(x, _unit_stride(output), stream, weight, eps, multiplier, dtype, tile)
+
+
+def _forward(
+    x: Tensor,
+    output: Tensor | None,
+    stream: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    multiplier: float,
+    dtype: torch.dtype,
+    tile: Tile | None,
+) -> tuple[Tensor, Tensor]:
+    """(y, scales) of x, or of what is written to `stream`: x + multiplier * output."""
     x, (rows, width) = _unit_stride(x), x.shape
     y, scales = x.new_empty(rows, width, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
     tile = tile or tile_for(width)
     if rows:
         with torch.cuda.device_of(x):
             rms_norm_kernel[(triton.cdiv(rows, tile.block_m),)](
-                x, weight.contiguous(), y, scales, rows, width, eps, x.stride(0), **_constants(width, tile)
-            )
+                x, output, weight.contiguous(), stream, y, scales, rows, width, eps, multiplier,
+                x.stride(0), 0 if output is None else output.stride(0), **_constants(width, tile),
+            )  # fmt: skip
     return y, scales
 
 
@@ -63,20 +93,56 @@ def backward(
     d_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, need_x: bool, need_weight: bool, *, tile: Tile | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """As `aten.backward`; a `tile` takes the place of that of the table."""
-    d_y, x, tile = _unit_stride(d_y), _unit_stride(x), tile or tile_for(x.shape[1])
+    return _backward(_Upstream(d_y), x, weight, scales, need_x, need_weight, tile)
+
+
+def add_backward(
+    d_stream: Tensor | None,
+    d_y: Tensor,
+    stream: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    need_sum: bool,
+    output: torch.dtype | None,
+    multiplier: float,
+    need_weight: bool,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `aten.add_backward`, with d_sum and d_output rounded once."""
+    d_output = None if output is None else stream.new_empty(stream.shape, dtype=output)
+    given = _Upstream(d_y, None if d_stream is None else _unit_stride(d_stream), d_output, multiplier)
+    d_sum, d_weight = _backward(given, stream, weight, scales, need_sum, need_weight, tile)
+    return d_sum, d_output, d_weight
+
+
+class _Upstream(NamedTuple):
+    """What d_x is made of beside x; d_output takes multiplier * d_x."""
+
+    d_y: Tensor
+    d_stream: Tensor | None = None
+    d_output: Tensor | None = None
+    multiplier: float = 1.0
+
+
+def _backward(
+    given: _Upstream, x: Tensor, weight: Tensor, scales: Tensor, need_x: bool, need_weight: bool, tile: Tile | None
+) -> tuple[Tensor | None, Tensor | None]:
+    given, x, tile = given._replace(d_y=_unit_stride(given.d_y)), _unit_stride(x), tile or tile_for(x.shape[1])
     d_x = parts = None
     with torch.cuda.device_of(x):
         if need_x:
-            d_x, parts = _backward_rows(d_y, x, weight, scales, need_weight and x.shape[1] <= tile.block_k, tile)
+            d_x, parts = _backward_rows(given, x, weight, scales, need_weight and x.shape[1] <= tile.block_k, tile)
         if need_weight and parts is None:
-            parts = _backward_columns(d_y, x, scales)
+            parts = _backward_columns(given.d_y, x, scales)
     return d_x, None if parts is None else parts.sum(0).to(weight.dtype)
 
 
 def _backward_rows(
-    d_y: Tensor, x: Tensor, weight: Tensor, scales: Tensor, with_parts: bool, tile: Tile
+    given: _Upstream, x: Tensor, weight: Tensor, scales: Tensor, with_parts: bool, tile: Tile
 ) -> tuple[Tensor, Tensor | None]:
     """Return (d_x, the weight's gradient of each program's rows) from one read of d_y and x."""
+    d_y, d_stream, d_output, multiplier = given
     (rows, width), programs = x.shape, triton.cdiv(x.shape[0], tile.block_m)
     d_x, parts = x.new_empty(rows, width), None
     if with_parts:
@@ -84,8 +150,9 @@ def _backward_rows(
         parts = x.new_empty(programs, width, dtype=torch.float32)
     if rows:
         rms_norm_backward_kernel[(programs,)](
-            d_y, x, weight.contiguous(), scales, d_x, parts, rows, width, _share(rows, programs, tile.block_m),
-            d_y.stride(0), x.stride(0), **_constants(width, tile),
+            d_y, x, weight.contiguous(), scales, d_stream, d_x, d_output, parts,
+            rows, width, _share(rows, programs, tile.block_m), multiplier,
+            d_y.stride(0), x.stride(0), 0 if d_stream is None else d_stream.stride(0), **_constants(width, tile),
         )  # fmt: skip
     return d_x, parts
 
@@ -132,17 +199,38 @@ def _store(row_ptrs, row_ok, cols, K, values):
 
 
 @triton.jit
+def _load_sum(x_rows, output_rows, stream_rows, row_ok, cols, K, multiplier):
+    """x, or x + multiplier * output as the stream holds it."""
+    x = _load(x_rows, row_ok, cols, K)
+    if output_rows is not None:
+        x += _load(output_rows, row_ok, cols, K) * multiplier
+        x = x.to(stream_rows.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _store_grad(d_x_rows, d_stream_rows, d_output_rows, row_ok, cols, K, multiplier, values):
+    """values + d_stream, where there is one, to d_x, and that times multiplier to d_output."""
+    if d_stream_rows is not None:
+        values += _load(d_stream_rows, row_ok, cols, K)
+    _store(d_x_rows, row_ok, cols, K, values)
+    if d_output_rows is not None:
+        _store(d_output_rows, row_ok, cols, K, values * multiplier)
+
+
+@triton.jit
 def _load_weight(weight_ptr, cols, K):
     return tl.load(weight_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["M"])
 def rms_norm_kernel(
-    x_ptr, weight_ptr, y_ptr, scale_ptr, M, K, eps, stride_xm,
+    x_ptr, output_ptr, weight_ptr, stream_ptr, y_ptr, scale_ptr, M, K, eps, multiplier, stride_xm, stride_om,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """scale [M] = 1 / sqrt(mean of x^2 + eps) and y [M, K] = weight * x * scale; BLOCK_M rows per program.
 
+    With an output [M, K] x + multiplier * output takes the place of x, and stream [M, K] holds it.
     WHOLE says that K <= BLOCK_K, so that nothing is left to read a second time.
     """
     end = BLOCK_K if WHOLE else K
@@ -151,28 +239,39 @@ def rms_norm_kernel(
     row_ok = rows < M
     x_rows = x_ptr + rows * stride_xm
     y_rows = y_ptr + rows * K
-    x = _load(x_rows, row_ok, cols, K)
+    output_rows = None
+    stream_rows = None
+    if output_ptr is not None:
+        output_rows = output_ptr + rows * stride_om
+        stream_rows = stream_ptr + rows * K
+    x = _load_sum(x_rows, output_rows, stream_rows, row_ok, cols, K, multiplier)
+    if stream_ptr is not None:
+        _store(stream_rows, row_ok, cols, K, x)
     squares = x * x
     for start in range(BLOCK_K, end, BLOCK_K):
-        rest = _load(x_rows, row_ok, start + cols, K)
+        rest = _load_sum(x_rows, output_rows, stream_rows, row_ok, start + cols, K, multiplier)
+        if stream_ptr is not None:
+            _store(stream_rows, row_ok, start + cols, K, rest)
         squares += rest * rest
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=1) / K + eps))
     tl.store(scale_ptr + rows, scale, mask=row_ok)
     scale = scale[:, None]
     _store(y_rows, row_ok, cols, K, x * scale * _load_weight(weight_ptr, cols, K))
     for start in range(BLOCK_K, end, BLOCK_K):
-        rest = _load(x_rows, row_ok, start + cols, K) * scale
+        # Added up again: what other threads of the program have stored may not be there yet.
+        rest = _load_sum(x_rows, output_rows, stream_rows, row_ok, start + cols, K, multiplier) * scale
         _store(y_rows, row_ok, start + cols, K, rest * _load_weight(weight_ptr, start + cols, K))
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_program"])
 def rms_norm_backward_kernel(
-    d_y_ptr, x_ptr, weight_ptr, scale_ptr, d_x_ptr, part_ptr,
-    M, K, rows_per_program, stride_dm, stride_xm,
+    d_y_ptr, x_ptr, weight_ptr, scale_ptr, d_stream_ptr, d_x_ptr, d_output_ptr, part_ptr,
+    M, K, rows_per_program, multiplier, stride_dm, stride_xm, stride_sm,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_x [M, K] = scale * (g - x * scale^2 * mean of g * x) with g = weight * d_y.
+    """d_x [M, K] = d_stream + scale * (g - x * scale^2 * mean of g * x) with g = weight * d_y.
 
+    d_stream [M, K], if there is one, is added; d_output [M, K], if there is one, takes multiplier * d_x.
     part [programs, K], if there is one, which takes WHOLE rows: sums of d_y * x * scale over the rows of each program.
     """
     end = BLOCK_K if WHOLE else K
@@ -187,6 +286,12 @@ def rms_norm_backward_kernel(
         x_rows = x_ptr + rows * stride_xm
         d_y_rows = d_y_ptr + rows * stride_dm
         d_x_rows = d_x_ptr + rows * K
+        d_stream_rows = None
+        d_output_rows = None
+        if d_stream_ptr is not None:
+            d_stream_rows = d_stream_ptr + rows * stride_sm
+        if d_output_ptr is not None:
+            d_output_rows = d_output_ptr + rows * K
         scale = tl.load(scale_ptr + rows, mask=row_ok, other=0.0)
         x = _load(x_rows, row_ok, cols, K)
         d_y = _load(d_y_rows, row_ok, cols, K)
@@ -196,11 +301,13 @@ def rms_norm_backward_kernel(
             products += g * _load(x_rows, row_ok, start + cols, K)
         pull = (tl.sum(products, axis=1) * scale / K * scale)[:, None]
         scale = scale[:, None]
-        _store(d_x_rows, row_ok, cols, K, (d_y * weight - x * pull) * scale)
+        d_x = (d_y * weight - x * pull) * scale
+        _store_grad(d_x_rows, d_stream_rows, d_output_rows, row_ok, cols, K, multiplier, d_x)
         for start in range(BLOCK_K, end, BLOCK_K):
             g = _load(d_y_rows, row_ok, start + cols, K) * _load_weight(weight_ptr, start + cols, K)
             rest = _load(x_rows, row_ok, start + cols, K)
-            _store(d_x_rows, row_ok, start + cols, K, (g - rest * pull) * scale)
+            d_x = (g - rest * pull) * scale
+            _store_grad(d_x_rows, d_stream_rows, d_output_rows, row_ok, start + cols, K, multiplier, d_x)
         if part_ptr is not None:
             sums += d_y * (x * scale)
     if part_ptr is not None:

@@ -23,13 +23,13 @@ from atp_kernels.kept import definition as kept
 from atp_kernels.kept import kept_lora_linear
 from atp_kernels.kept.slices import KeptSlice
 from atp_kernels.linear import definition as linear
-from atp_kernels.linear import masked_lora_linear, masked_lora_linear_with_norms
+from atp_kernels.linear import masked_lora_linear
 from atp_kernels.loss import cross_entropy_
 from atp_kernels.loss import definition as loss
 from atp_kernels.mask_gradient import definition as of_mask
 from atp_kernels.mask_gradient import mask_gradient
+from atp_kernels.norm import add_rms_norm, rms_norm
 from atp_kernels.norm import definition as norm
-from atp_kernels.norm import rms_norm
 from atp_kernels.projection import Projection
 from atp_kernels.qkv import definition as qkv
 from atp_kernels.qkv import masked_lora_qkv
@@ -214,22 +214,6 @@ def _linears(sizes: Sizes) -> Iterator[Case]:
         )
 
 
-def _linears_with_norms(sizes: Sizes) -> Iterator[Case]:
-    def given(t: Operands) -> dict[str, Any]:
-        return {"bias": t["bias"], "out_mask": t["soft_out"], "scaling": SCALING, "mask_lora": True}
-
-    yield Case(
-        "soft mask",
-        _linear(sizes) | {"soft_out": (sizes.n,)},
-        lambda t: masked_lora_linear_with_norms(*_factors(t), **given(t)),
-        lambda t: (
-            linear.masked_lora_linear(*_factors(t), **given(t)),
-            *linear.factor_norms(t["lora_a"], t["lora_b"]),
-        ),
-        ("x", "lora_a", "lora_b", "soft_out"),
-    )
-
-
 def _kept_linears(sizes: Sizes) -> Iterator[Case]:
     def call(t: Operands) -> Results:
         slice_ = KeptSlice(t["weight"], t["bias"], out_mask=t["hard_out"], in_mask=t["hard_in"])
@@ -347,6 +331,23 @@ def _norms(sizes: Sizes) -> Iterator[Case]:
     )
 
 
+def _sums_and_norms(sizes: Sizes) -> Iterator[Case]:
+    """As residual connections of Llama and of Granite."""
+
+    def call(t: Operands, function: Callable[..., tuple[Tensor, Tensor]], multiplier: float) -> Results:
+        return function(t["x"], t["output"], t["weight"], eps=_EPS, multiplier=multiplier)
+
+    shapes: dict[str, tuple[int, ...]] = {"x": (sizes.m, sizes.k), "output": (sizes.m, sizes.k), "weight": (sizes.k,)}
+    for name, multiplier in (("sum", 1.0), ("scaled", 0.22)):
+        yield Case(
+            name,
+            shapes,
+            partial(call, function=add_rms_norm, multiplier=multiplier),
+            partial(call, function=norm.add_rms_norm, multiplier=multiplier),
+            ("x", "output", "weight"),
+        )
+
+
 def _rotations(sizes: Sizes) -> Iterator[Case]:
     tokens = sizes.m
     whole = {"q": (2, tokens, 4, 64), "k": (2, tokens, 2, 64), "cos": (1, tokens, 64), "sin": (1, tokens, 64)}
@@ -439,13 +440,13 @@ def _proximal_steps(sizes: Sizes) -> Iterator[Case]:
 
 CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "masked_lora_linear": _linears,
-    "masked_lora_linear_with_norms": _linears_with_norms,
     "masked_lora_qkv": _qkvs,
     "masked_lora_swiglu": _mlps,
     "kept_lora_linear": _kept_linears,
     "mask_gradient": _mask_gradients,
     "lora_dropout": _dropouts,
     "rms_norm": _norms,
+    "add_rms_norm": _sums_and_norms,
     "rotary_embedding": _rotations,
     "cross_entropy_": _losses,
     "compact": _compactions,

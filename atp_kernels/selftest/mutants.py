@@ -21,7 +21,7 @@ TABLE = {
         ("ROUNDINGS = 4.0", "ROUNDINGS = 4e9"),
         ("exact = _computed(case, case.definition, _wide(", "exact = _computed(case, case.call, _wide("),
         ('found |= {f"the gradient of', 'found = {f"the gradient of'),
-        ("(*learn, *more),\n        )\n\n\ndef _linears_with_norms", "learn,\n        )\n\n\ndef _linears_with_norms"),
+        ("(*learn, *more),\n        )\n\n\ndef _kept_linears", "learn,\n        )\n\n\ndef _kept_linears"),
         ('t["first_before"], t["second_before"]\n\n    def', 't["first_before"], t["first_before"]\n\n    def'),
     ),
     (RESULTS, KEPT): (

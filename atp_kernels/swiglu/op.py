@@ -148,7 +148,7 @@ class _Masked(NamedTuple):
     def forward(self, x: Tensor, keep_sum: bool, adapter_input: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         weight, masks = dense(self.weight), (self.out_mask, self.in_mask)
         operands = Operands(x, weight, self.lora_a, self.lora_b, self.bias, adapter_input, *masks)
-        return self.module.forward(operands, Options(self.scaling, self.spec.mask_lora, keep_sum))[:3]
+        return self.module.forward(operands, Options(self.scaling, self.spec.mask_lora, keep_sum))
 
     def backward(
         self,

@@ -88,11 +88,6 @@ def merged(t: Operands, backend: str) -> tuple[Tensor, ...]:
         return linear()(t, backend)
 
 
-def with_norms(t: Operands, backend: str) -> tuple[Tensor, ...]:
-    tensors = {name.removesuffix("_soft"): tensor for name, tensor in t.items()}
-    return atp_kernels.masked_lora_linear_with_norms(**tensors, **OPTIONS | {"mask_lora": True}, backend=backend)
-
-
 def projections(t: Operands) -> list[Projection]:
     parts = ("weight", "a", "b", "bias")
     return [
@@ -192,6 +187,16 @@ def rms_norm(dtype: torch.dtype | None) -> Callable:
     return call
 
 
+def add_rms_norm(dtype: torch.dtype | None) -> Callable:
+    """The norm first: the sum is saved, and must not change."""
+
+    def call(t: Operands, backend: str) -> tuple[Tensor, ...]:
+        given = t["x"], t["output"], t["weight"]
+        return atp_kernels.add_rms_norm(*given, eps=1e-6, multiplier=0.5, dtype=dtype, backend=backend)[::-1]
+
+    return call
+
+
 def rotary(t: Operands, backend: str) -> tuple[Tensor, ...]:
     q, k, angles = t["x"].unsqueeze(0), t["keys"].unsqueeze(0), (t["cos"].detach()[None], t["sin"].detach()[None])
     return tuple(part[0] for part in atp_kernels.rotary_embedding(q, k, *angles, width=8, backend=backend))
@@ -222,9 +227,6 @@ CASES = {
     ),
     "linear-dropout": Case(
         "masked_lora_linear", {**ALONE, "out_mask_hard": (N,), "in_mask_soft": (K,)}, linear(dropout=0.4, seed=3)
-    ),
-    "linear-norms": Case(
-        "masked_lora_linear_with_norms", {**LINEAR, "out_mask_soft": (N,), "in_mask_soft": (K,)}, with_norms
     ),
     "swiglu-plain": Case("masked_lora_swiglu", BLOCK, swiglu("none")),
     "swiglu-gelu": Case("masked_lora_swiglu", {**BLOCK, "soft": (N,)}, swiglu("soft", activation="gelu_tanh")),
@@ -260,6 +262,10 @@ CASES = {
     "lora_dropout": Case("lora_dropout", {"x": (2, M, K)}, dropout),
     "rms_norm": Case("rms_norm", {"x": (2, M, K), "weight": (K,)}, rms_norm(None)),
     "rms_norm-narrow": Case("rms_norm", {"x": (M, K), "weight": (K,)}, rms_norm(torch.bfloat16)),
+    "add_rms_norm": Case("add_rms_norm", {"x": (2, M, K), "output": (2, M, K), "weight": (K,)}, add_rms_norm(None)),
+    "add_rms_norm-narrow": Case(
+        "add_rms_norm", {"x": (M, K), "output": (M, K), "weight": (K,)}, add_rms_norm(torch.bfloat16)
+    ),
     "rotary_embedding": Case(
         "rotary_embedding",
         {"x": (M, 3, 6), "keys": (M, 2, 6), "cos": (M, 6), "sin": (M, 6)},

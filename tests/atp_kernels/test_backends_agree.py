@@ -59,6 +59,11 @@ def norm(backend, **options):
     return atp_kernels.rms_norm(torch.ones(2, 3), torch.ones(3), backend=backend, **{"eps": 1e-6} | options)
 
 
+def add_norm(backend, **options):
+    x = torch.ones(2, 3)
+    return atp_kernels.add_rms_norm(x, x, torch.ones(3), backend=backend, **{"eps": 1e-6} | options)
+
+
 def kept(backend, x=None, **changed):
     slice_ = KeptSlice(torch.ones(3, 4), out_mask=torch.tensor([True, False, True]))
     operands = {"lora_a": torch.ones(2, 4), "lora_b": torch.ones(3, 2)} | changed
@@ -71,7 +76,11 @@ REFUSED = [
     *(
         (op, call, {"eps": eps}, EPS.format(eps))
         for (op, call), eps in itertools.product(
-            (("group_lasso", lasso), ("group_lasso_grad_", lasso_grad), ("rms_norm", norm)), (NAN, -1e-8, INF)
+            (
+                ("group_lasso", lasso), ("group_lasso_grad_", lasso_grad), ("rms_norm", norm),
+                ("add_rms_norm", add_norm),
+            ),
+            (NAN, -1e-8, INF),
         )
     ),
     *(

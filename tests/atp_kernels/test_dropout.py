@@ -11,7 +11,7 @@ from block_cases import saved_shapes
 from linear_cases import SEED, Shape, operands, with_gradients
 from torch.testing import assert_close
 
-from atp_kernels import checks, lora_dropout, masked_lora_linear, masked_lora_linear_with_norms, new_seed
+from atp_kernels import checks, lora_dropout, masked_lora_linear, new_seed
 from atp_kernels.checks import check_dropout
 from atp_kernels.dropout import aten, definition
 from atp_kernels.dropout import op as dropout_op
@@ -82,7 +82,7 @@ def test_forward_equals_a_dropped_input_that_is_given_in_every_bit(dtype):
 
 def operator_call(shape, tensors, seed):
     arguments = [tensors.get(name) for name in ORDER]
-    arguments += [shape.scaling, shape.mask_lora, shape.out_mask == "soft", True, shape.p, seed, "reference"]
+    arguments += [shape.scaling, shape.mask_lora, shape.out_mask == "soft", shape.p, seed, "reference"]
     return op.masked_lora_linear_op(*arguments)
 
 
@@ -127,12 +127,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changed", "message"), BAD)
-@pytest.mark.parametrize("linear", [masked_lora_linear, masked_lora_linear_with_norms])
 @pytest.mark.parametrize("masked", [True, False])
-def test_wrong_dropout_is_one_clear_sentence(masked, linear, changed, message):
+def test_wrong_dropout_is_one_clear_sentence(masked, changed, message):
     shape = Shape(dropout=False) if masked else Shape(out_mask=None, in_mask=None, bias=False, dropout=False)
     with pytest.raises(ValueError, match=message):
-        linear(**{**operands(shape, torch.float32), **changed}, scaling=1.0)
+        masked_lora_linear(**{**operands(shape, torch.float32), **changed}, scaling=1.0)
 
 
 # On its own
@@ -206,7 +205,7 @@ def test_a_placed_seed_drops_what_the_same_seed_on_the_host_does(placed, backend
     options = shape.options | {"backend": backend}
     found, alone = [], []
     for each in (placed(seed), seed):
-        found.append(with_gradients(masked_lora_linear_with_norms(**tensors, **options | {"seed": each}), tensors))
+        found.append(with_gradients((masked_lora_linear(**tensors, **options | {"seed": each}),), tensors))
         y = lora_dropout(tensors["x"], 0.5, each, backend=backend)
         alone.append((y, *torch.autograd.grad(y.sum(), tensors["x"])))
     assert_close(found[0], found[1], rtol=0, atol=0)
@@ -221,7 +220,7 @@ def test_the_definition_reads_no_seed_on_the_host():
 def test_a_placed_seed_that_changes_before_backward_is_refused(placed):
     tensors, seed = on_device(operands(SHAPES[0], torch.float32)), placed(SEED)
     x = X.clone().requires_grad_()
-    masked = masked_lora_linear_with_norms(**tensors, **SHAPES[0].options | {"seed": seed})[0]
+    masked = masked_lora_linear(**tensors, **SHAPES[0].options | {"seed": seed})
     results = masked, lora_dropout(x, 0.5, seed)
     seed.add_(1)
     for result in results:

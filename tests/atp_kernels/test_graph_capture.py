@@ -55,12 +55,7 @@ REFUSED = {
     "compact cols": (lambda: atp_kernels.compact(WEIGHT, None, FIRST), "call it before the capture"),
     "dropout": (lambda: atp_kernels.lora_dropout(X, 0.5, 1), DROPOUT),
     "linear": (lambda: linear(dropout=0.5, seed=1), DROPOUT),
-    "norms": (
-        lambda: atp_kernels.masked_lora_linear_with_norms(
-            X, WEIGHT, LORA_A, LORA_B, scaling=1.0, dropout=0.5, seed=torch.tensor(1)
-        ),
-        DROPOUT,
-    ),
+    "seed in a tensor": (lambda: linear(dropout=0.5, seed=torch.tensor(1)), DROPOUT),
     "kept first": (lambda: KeptFirst(MASK), SLICES),
     "slice": (lambda: KeptSlice(WEIGHT, out_mask=MASK), SLICES),
     "plan": (lambda: GroupPlan.of([WEIGHT], [(0, INDEX)], 3), "capture the making of a GroupPlan: make it"),

@@ -28,7 +28,6 @@ BLOCK = {"x": X, "mask_lora": False, "kept": None, "dropout": 0.0, "backend": "a
 HEADS, ANGLES = torch.ones(1, 3, 2, WIDTH), torch.ones(1, 3, WIDTH)
 GIVEN = {
     "masked_lora_linear": LINEAR,
-    "masked_lora_linear_with_norms": LINEAR,
     "kept_lora_linear": {
         **{name: LINEAR[name] for name in ("x", "lora_a", "lora_b", "scaling", "lora_input", "dropout", "seed")},
         "kept": SLICE, "backend": "auto",
@@ -46,6 +45,9 @@ GIVEN = {
     "lora_dropout": {"x": X, "p": 0.5, "seed": 3, "backend": "auto"},
     "mask_gradient": {"y": X, "sums": torch.zeros(len(X), X.shape[-1]), "backend": "auto"},
     "new_seed": {"x": X},
+    "add_rms_norm": {
+        "x": X, "output": X, "weight": X[0], "eps": 1e-5, "multiplier": 0.5, "dtype": None, "backend": "auto",
+    },
     "rms_norm": {"x": X, "weight": X[0], "eps": 1e-5, "dtype": None, "backend": "auto"},
     "rotary_embedding": {
         "q": HEADS, "k": HEADS, "cos": ANGLES, "sin": ANGLES, "index": torch.arange(WIDTH), "width": WIDTH,
@@ -74,7 +76,7 @@ FITS = {
     "nothing": "lora_input seed out_mask in_mask bias kept mask mask_grad seeds rows cols index width dtype device "
     "reuse",
     "text": "op device activation per backend",
-    "number": "scaling dropout eps weight threshold p alpha",
+    "number": "scaling dropout eps weight threshold p alpha multiplier",
     "flag": "mask_lora plain",
     "mask": "x weight lora_a lora_b out_mask in_mask bias lora_input mask removed threshold rows cols q k cos sin "
     "index seed",

@@ -134,6 +134,69 @@ def test_nothing_is_read_outside_the_operands_or_before_it_is_written(tile):
     assert all(map(torch.equal, (*got, columns_again), (*expected, columns)))
 
 
+@given(
+    rows=st.sampled_from([1, 7, 33]),
+    width=st.sampled_from([1, 15, 16, 17, 48, 63, 65, 130]),
+    dtypes=st.sampled_from([(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16),
+                            (torch.float16, torch.float16), (torch.float32, torch.float32)]),
+    multiplier=st.sampled_from([1.0, 0.22]),
+    with_stream=st.booleans(),
+    tile=st.sampled_from([WHOLE, STEPS, None]),
+)  # fmt: skip
+@settings(max_examples=30, derandomize=True, deadline=None)
+def test_error_of_a_sum_and_its_norm_is_no_worse_than_aten(rows, width, dtypes, multiplier, with_stream, tile):
+    """The norm and all gradients against float64 of the sum as it is rounded, operands in strided rows."""
+    x, weight, output = problem(rows, width, dtypes[0], dtypes[1])
+    d_y, d_stream = problem(rows, width, dtypes[1])[2], problem(rows + 1, width, dtypes[0])[2][:rows]
+    x, output = fenced(x)[1], output.t().contiguous().t()
+    stream, y, scales = backend.add_forward(x, output, weight, EPS, multiplier, dtypes[1], tile=tile)
+    exact = x.double() + multiplier * output.double()
+    largest = (x.double().abs() + (multiplier * output.double()).abs()).max()
+    assert stream.dtype == dtypes[0] and stream.is_contiguous()
+    assert (stream.double() - exact).abs().max() <= 2 * torch.finfo(dtypes[0]).eps * largest
+    if multiplier == 1:
+        assert ON_GPU or dtypes[0] == torch.bfloat16 or torch.equal(stream, x + output)
+    _, plain_scales = aten.forward(stream, weight, EPS, dtypes[1])
+    torch.testing.assert_close(scales, plain_scales)
+    alone, alone_scales = backend.forward(stream, weight, EPS, dtypes[1], tile=tile)
+    assert torch.equal(y, alone) and torch.equal(scales, alone_scales)
+
+    upstream = d_stream.t().contiguous().t() if with_stream else None
+    apart = None if multiplier == 1 and dtypes[0] == dtypes[1] else dtypes[1]
+    given = stream, weight, scales, True, apart, multiplier, True
+    got = backend.add_backward(upstream, d_y, *given, tile=tile)
+    wide = [tensor.double() for tensor in (d_stream, d_y, stream, weight, scales)]
+    wide = wide if with_stream else [None, *wide[1:]]
+    truth = aten.add_backward(*wide, True, None if apart is None else torch.float64, multiplier, True)
+    plain = aten.add_backward(upstream, d_y, *given)
+    # What cancels in a gradient are terms of this size.
+    term = (d_y.double() * weight.double()).abs() * scales.double().unsqueeze(1) + d_stream.double().abs()
+    sizes = term, term, (d_y.double() * stream.double() * scales.double().unsqueeze(1)).abs().sum(0)
+    for found, exact, own, size in zip(got, truth, plain, sizes, strict=True):
+        assert (found is None) == (exact is None)
+        if found is not None:
+            assert found.dtype == own.dtype and found.shape == own.shape
+            error, allowed = ((some.double() - exact).norm() for some in (found, own))
+            factor = FACTOR[torch.bfloat16] if found.dtype == torch.bfloat16 else 2.0
+            assert error <= max(factor * allowed, 2 * torch.finfo(found.dtype).eps * size.norm())
+
+
+@pytest.mark.parametrize("tile", [WHOLE, STEPS], ids=["whole", "steps"])
+def test_a_sum_reads_nothing_outside_its_operands(tile):
+    x, weight, output = problem(7, 37)
+    d_y = problem(8, 37)[2][:7]
+
+    def run(x, output, d_stream, d_y):
+        stream, y, scales = backend.add_forward(x, output, weight, EPS, 0.5, torch.float32, tile=tile)
+        given = stream, weight, scales, True, torch.float32, 0.5, True
+        return stream, y, scales, *backend.add_backward(d_stream, d_y, *given, tile=tile)
+
+    expected = run(x, output, output, d_y)
+    with new_memory_is_nan():
+        got = run(*(fenced(tensor)[1] for tensor in (x, output, output, d_y)))
+    assert all(map(torch.equal, got, expected))
+
+
 def test_cuda_takes_it_unless_the_result_is_float64():
     cuda = torch.device("cuda")
     assert call.select("rms_norm", cuda, torch.float32, result=torch.float64)[1] == "reference"

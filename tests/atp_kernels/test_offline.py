@@ -26,6 +26,7 @@ GEMMS = FORWARD | {"gemm dx", "gemm dx decision"}
 GEMMS |= {f"{name} dropout" for name in ("gemm dx", "gemm dx decision", "gemm dx narrow")}
 GROUPS = {"slot squares", "group slope", "group add", "group shrink", "slot norms", "joint norms", "lasso total"}
 NORM = {f"norm {which}" for which in ("fwd narrow", "fwd", "fwd wide", "dx narrow", "dx", "dx wide")}
+NORM |= {f"add {name}" for name in NORM}
 NORM |= {"norm dx dw narrow", "norm dx dw", "norm dw"}
 GATED = {f"{act}{mask} {way}" for act in ("silu", "gelu") for mask in ("", " hard", " soft") for way in ("fwd", "bwd")}
 KERNELS = GEMMS | GROUPS | NORM | GATED | {"gemm fwd decode", "down", "down many rows", "column reduce", "sum partials"}

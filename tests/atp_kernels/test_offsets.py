@@ -129,8 +129,8 @@ def test_as_many_slots_as_the_first_axis_of_a_grid_takes(monkeypatch):
 
 
 FAR = (
-    "linear-hard", "kept", "swiglu-plain", "rms_norm-narrow", "lora_dropout", "compact", "cross_entropy_",
-    "group_prox_", "group_lasso-separate",
+    "linear-hard", "kept", "swiglu-plain", "rms_norm-narrow", "add_rms_norm", "lora_dropout", "compact",
+    "cross_entropy_", "group_prox_", "group_lasso-separate",
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def test_linear_and_dropout(lay, backend, masked):
     masks = (lay(6).abs(), lay(7) > 0) if masked else (None, None)
     promised(dropout.lora_dropout_op, x, 0.5, seed, backend)
     for lora_input, drawn in ((lay(5, 7), (0.0, None)), (None, (0.5, seed))):
-        options = (1.5, masked, masked, True, *drawn, backend)
+        options = (1.5, masked, masked, *drawn, backend)
         promised(linear.masked_lora_linear_op, x, *factors, lay(6), lora_input, *masks, *options)
         needs = [True, True, True, True, True, lora_input is not None, masked, False]
         options = (1.5, masked, lora_input is None, needs, *drawn, backend)

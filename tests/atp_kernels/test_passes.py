@@ -19,7 +19,8 @@ QUICK = [call for call in WITH_GRADIENTS if ON_GPU or call.values[1] != "triton"
 # Where autograd adds gradients of one input up, it does so in the dtype before the cast: not so of q, k and v apart.
 CAST = [name for name in CASES if name.startswith(("linear", "swiglu", "qkv-", "kept")) and name != "linear-merged"]
 COMPILED = (
-    "linear-hard", "linear-dropout", "swiglu-sum", "qkv", "rms_norm-narrow", "rotary_embedding", "cross_entropy_",
+    "linear-hard", "linear-dropout", "swiglu-sum", "qkv", "rms_norm-narrow", "add_rms_norm-narrow", "rotary_embedding",
+    "cross_entropy_",
     "compact", "group_prox_",
 )  # fmt: skip
 
@@ -135,7 +136,9 @@ def test_a_derivative_that_depends_on_nothing_is_a_constant(operation):
 def test_a_result_may_be_changed_in_place(name, lead):
     """As that of `torch.nn.functional.linear`: a residual is added to it, or an activation works on it."""
     case = CASES[name]
-    case = replace(case, shapes=case.shapes | {x: (*lead, K) for x in ("x", "lora_input") if x in case.shapes})
+    case = replace(
+        case, shapes=case.shapes | {x: (*lead, K) for x in ("x", "lora_input", "output") if x in case.shapes}
+    )
     (operands, again) = (case.operands(torch.float32) for _ in range(2))
     x, same = (given["x"].requires_grad_() for given in (operands, again))
     changed = case.call(operands, "auto")[0]

@@ -21,10 +21,10 @@ from atp_kernels.linear import tiles
 from atp_kernels.norm import triton as norm
 
 TRITON = [name for name, case in CASES.items() if "triton" in backends(case.op)]
-TILED = ("linear-soft", "linear-hard", "linear-sum", "linear-norms", "kept-first", "kept-last")
+TILED = ("linear-soft", "linear-hard", "linear-sum", "kept-first", "kept-last")
 TILES = ("128x128x64", "128x128x64-one-pass", "64x128x64")
-QUICK = ("linear-sum", "linear-norms", "linear-dropout", "swiglu-gelu", "group_lasso_grad_",
-         "lora_dropout", "rms_norm", "rotary_embedding", "cross_entropy_")  # fmt: skip
+QUICK = ("linear-sum", "linear-dropout", "swiglu-gelu", "group_lasso_grad_",
+         "lora_dropout", "rms_norm", "add_rms_norm", "rotary_embedding", "cross_entropy_")  # fmt: skip
 KERNELS = {
     "column_reduce_kernel", "cross_entropy_kernel", "dropout_kernel", "gated_backward_kernel", "gated_kernel",
     "group_norms_kernel", "lora_down_kernel", "masked_lora_descriptor_kernel", "masked_lora_gemm_kernel",

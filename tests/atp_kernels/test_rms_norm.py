@@ -6,7 +6,7 @@ from backends_here import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atp_kernels import explain, extension, rms_norm
+from atp_kernels import add_rms_norm, explain, extension, rms_norm
 from atp_kernels.norm import definition, native
 
 BACKENDS = [name for name in backends("rms_norm", device="cpu") if name != "triton"]  # see test_norm_triton.py
@@ -52,6 +52,18 @@ def assert_as_good_as(plain, got, x, weight, d_y, eps, factor=2.0):
         assert error <= max(allowed * own, torch.finfo(value.dtype).eps * size.norm())
 
 
+def test_the_definition_is_torchs_own():
+    """Also where eps is most of the scale."""
+    for scale in (1.0, 1e-3):
+        x, weight, output = (tensor.detach().double() for tensor in problem(5, 12, torch.float64, torch.float64, scale))
+        expected = torch.nn.functional.rms_norm(x, (12,), weight, EPS)
+        torch.testing.assert_close(definition.rms_norm(x, weight, EPS), expected, rtol=1e-12, atol=0)
+        stream, normed = definition.add_rms_norm(x, output, weight, EPS, 0.22)
+        torch.testing.assert_close(stream, torch.add(x, output, alpha=0.22), rtol=1e-12, atol=1e-15)
+        expected = torch.nn.functional.rms_norm(stream, (12,), weight, EPS)
+        torch.testing.assert_close(normed, expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(
     rows=st.sampled_from([1, 3, 70]),
@@ -94,6 +106,65 @@ def test_wrong_input_is_one_sentence():
         rms_norm(x, weight[:3], eps=EPS)
     with pytest.raises(ValueError, match="dtype is torch.int64: give a floating one"):
         rms_norm(x, weight, eps=EPS, dtype=torch.int64)
+
+
+SUMS = [  # dtypes of the stream, of a block's output, and of the norm
+    (torch.float32, torch.float32, None),
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, None),
+    (torch.bfloat16, torch.float16, torch.bfloat16),
+    (torch.float64, torch.float64, torch.float64),
+]
+
+
+@pytest.mark.parametrize("upstream", ["both", "stream", "norm"])
+@pytest.mark.parametrize("multiplier", [1.0, 0.22])
+@pytest.mark.parametrize("dtypes", SUMS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sum_and_norm_are_the_two_steps_bit_for_bit(backend, dtypes, multiplier, upstream):
+    if backend == "native" and torch.float64 in dtypes:
+        pytest.skip("native takes no float64")
+    rng = torch.Generator().manual_seed(3)
+    x, output = (torch.randn(2, 5, 24, generator=rng).to(dtype).requires_grad_() for dtype in dtypes[:2])
+    weight = (torch.rand(24, generator=rng) + 0.5).requires_grad_()
+    stream = x + output * multiplier
+    steps = stream, rms_norm(stream, weight, eps=EPS, dtype=dtypes[2], backend=backend)
+    given = {"eps": EPS, "multiplier": multiplier, "dtype": dtypes[2], "backend": backend}
+    found = add_rms_norm(x, output, weight, **given)
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found, steps, strict=True))
+    upstreams = [torch.randn(y.shape, generator=rng).to(y.dtype) for y in steps]
+    which = {"both": slice(2), "stream": slice(1), "norm": slice(1, 2)}[upstream]
+    leaves = [x, output, *([weight] if upstream != "stream" else [])]
+    for some in (leaves, *([leaf] for leaf in leaves)):
+        expected = torch.autograd.grad(steps[which], some, upstreams[which], retain_graph=True)
+        got = torch.autograd.grad(found[which], some, upstreams[which], retain_graph=True)
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_gradients_of_x_and_output_do_not_share_memory_where_both_are_leaves():
+    x, output = (torch.ones(2, 3, 4).requires_grad_() for _ in range(2))
+    stream, normed = add_rms_norm(x, output, torch.ones(4), eps=EPS)
+    (stream.sum() + normed.square().sum()).backward()
+    assert torch.equal(x.grad, output.grad)
+    x.grad.zero_()
+    assert output.grad.all()
+
+
+def test_gradcheck_of_sum_and_norm():
+    x, weight, output = problem(4, 6, torch.float64, torch.float64)
+    leaves = x, output.requires_grad_(), weight.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, o, w: add_rms_norm(x, o, w, eps=EPS, multiplier=0.5), leaves)
+
+
+def test_what_does_not_fit_the_sum_is_one_sentence():
+    x, weight = torch.ones(3, 4), torch.ones(4)
+    for bad in (x[:1], x.long(), x.to("meta")):
+        with pytest.raises(ValueError, match=r"output is .*, but x needs a floating \[3, 4\] on cpu"):
+            add_rms_norm(x, bad, weight, eps=EPS)
+    with pytest.raises(ValueError, match="multiplier is nan: give a finite number"):
+        add_rms_norm(x, x, weight, eps=EPS, multiplier=float("nan"))
+    with pytest.raises(ValueError, match=r"shape \[3\] on cpu, but x needs a floating \[4\] on cpu"):
+        add_rms_norm(x, x, weight[:3], eps=EPS)
 
 
 @pytest.mark.skipif(not extension.AVAILABLE, reason=str(extension.REASON))

@@ -170,11 +170,11 @@ def test_what_is_right_and_what_is_named_stays(failures, monkeypatch, request):
     assert call.select("compact", CPU, torch.float32).name == "native"
 
 
-@pytest.mark.parametrize("op", ["masked_lora_qkv", "masked_lora_linear_with_norms", "masked_lora_linear"])
+@pytest.mark.parametrize("op", ["masked_lora_qkv", "masked_lora_linear"])
 def test_operations_of_the_same_kernels_are_set_aside_together(op):
     """A call of qkv asks for the backend of its linears."""
     call.set_aside("cpu", {op: "it is wrong"})
-    for each in ("masked_lora_qkv", "masked_lora_linear_with_norms", "masked_lora_linear"):
+    for each in ("masked_lora_qkv", "masked_lora_linear"):
         assert call.select(each, CPU, torch.float32)[1:] == ("reference", "it is wrong")
 
 

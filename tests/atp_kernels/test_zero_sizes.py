@@ -48,6 +48,8 @@ def test_rows_and_gathers_of_a_zero_size():
     for backend in backends("rms_norm"):
         for shape in ((0, 3), (2, 0, 3), (3,)):
             assert atp_kernels.rms_norm(ones(*shape), ones(3), eps=1e-6, backend=backend).shape == shape
+            both = atp_kernels.add_rms_norm(ones(*shape), ones(*shape), ones(3), eps=1e-6, backend=backend)
+            assert [result.shape for result in both] == [shape, shape]
         with pytest.raises(ValueError, match=r"x is torch.float32 of shape \[2, 0\]"):
             atp_kernels.rms_norm(ones(2, 0), ones(0), eps=1e-6, backend=backend)
     for backend in backends("cross_entropy_"):

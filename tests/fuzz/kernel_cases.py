@@ -20,7 +20,7 @@ from atp_kernels.rotary import definition as rotary
 from atp_kernels.swiglu import definition as swiglu
 
 
-def draw_linear(o: Draw, name: str) -> Call:
+def draw_linear(o: Draw) -> Call:
     n_out, n_in, rows = o.size(), o.size(), o.leading()
     if o.chance(0.03):  # where a CPU may slice per call
         n_out, n_in, rows = 700, 1100, [700]
@@ -35,11 +35,10 @@ def draw_linear(o: Draw, name: str) -> Call:
 
     def reference(dropout, seed, **operands):
         drop = Dropout(dropout, int(seed)) if dropout else None
-        y = linear.masked_lora_linear(**operands, dropout=drop)
-        return (y, *linear.factor_norms(operands["lora_a"], operands["lora_b"])) if "norms" in name else y
+        return linear.masked_lora_linear(**operands, dropout=drop)
 
     leaves = ("x", "weight", "lora_a", "lora_b", "bias", "lora_input", "out_mask", "in_mask")
-    return call_of(o, getattr(atp_kernels, name), given, reference, leaves)
+    return call_of(o, atp_kernels.masked_lora_linear, given, reference, leaves)
 
 
 def frozen(o: Draw, n_out: int, n_in: int) -> Tensor:
@@ -254,14 +253,48 @@ def draw_norm(o: Draw) -> Call:
 
     def sizes(part: str) -> Tensor:
         x, weight = (given[name].detach().double().abs() for name in ("x", "weight"))
-        normed = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        if part == "result":
-            return normed * weight
-        grad = call.grads["result"].double().abs()
-        if part == "gradient of weight":
-            return (grad * normed).reshape(-1, size).sum(0)
-        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        return scale * (grad * weight + normed * (grad * weight * normed).mean(-1, keepdim=True))
+        return norm_sizes(part, x, (x.square().mean(-1, keepdim=True) + eps).rsqrt(), weight, call.grads.get("result"))
+
+    call.size = sizes
+    return call
+
+
+def norm_sizes(part: str, x: Tensor, scale: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor:
+    """Of absolute values: x, or what it is the sum of, and weight."""
+    normed = x * scale
+    if part.startswith("result"):
+        return normed * weight
+    grad = torch.zeros_like(x) if grad is None else grad.double().abs()
+    if part == "gradient of weight":
+        return (grad * normed).reshape(-1, len(weight)).sum(0)
+    return scale * (grad * weight + normed * (grad * weight * normed).mean(-1, keepdim=True))
+
+
+def draw_sum_and_norm(o: Draw) -> Call:
+    size, eps, rows = o.size(1), o.draw.choice((1e-6, 1e-2)), o.leading()
+    output = o.tensor(*rows, size, dtype=o.draw.choice((o.dtype, o.dtype, torch.bfloat16)))
+    given = {
+        "x": o.tensor(*rows, size), "output": output, "weight": o.tensor(size), "eps": eps,
+        "multiplier": o.draw.choice((1.0, 0.22)), "dtype": None,
+    }  # fmt: skip
+
+    def reference(x, output, weight, eps, multiplier, dtype):
+        return norm.add_rms_norm(x, output, weight, eps, multiplier)
+
+    call = call_of(o, atp_kernels.add_rms_norm, given, reference, ("x", "output", "weight"))
+    call.dtype = max(o.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def sizes(part: str) -> Tensor:
+        x, output, weight = (given[name].detach().double() for name in ("x", "output", "weight"))
+        output = given["multiplier"] * output
+        scale = ((x + output).square().mean(-1, keepdim=True) + eps).rsqrt()
+        parts = x.abs() + output.abs()
+        if part == "result 0":
+            return parts
+        found = norm_sizes(part, parts, scale, weight.abs(), call.grads.get("result 1"))
+        if part in ("gradient of x", "gradient of output"):
+            found = found + (call.grads["result 0"].double().abs() if "result 0" in call.grads else 0)
+        return found * given["multiplier"] if part == "gradient of output" else found
 
     call.size = sizes
     return call
@@ -346,11 +379,11 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "group_prox_": lambda o: draw_groups(o, "group_prox_"),
     "kept_lora_linear": draw_kept,
     "lora_dropout": draw_dropout,
-    "masked_lora_linear": lambda o: draw_linear(o, "masked_lora_linear"),
-    "masked_lora_linear_with_norms": lambda o: draw_linear(o, "masked_lora_linear_with_norms"),
+    "masked_lora_linear": draw_linear,
     "masked_lora_qkv": draw_qkv,
     "masked_lora_swiglu": draw_swiglu,
     "nn.MaskedLoRALinear": draw_module,
     "rms_norm": draw_norm,
+    "add_rms_norm": draw_sum_and_norm,
     "rotary_embedding": draw_rotary,
 }

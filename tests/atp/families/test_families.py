@@ -14,13 +14,15 @@ from atp.families import FAMILIES as TABLE
 from atp.families import UnsupportedModel, family_of
 from atp.ground.errors import InputError
 from atp.inputs.loading import load_model
+from atp.lora import attention, decoder_layer
 from atp.lora.controller import MaskController
-from atp.lora.decoder_layer import FusedRMSNorm
+from atp.lora.decoder_layer import FusedRMSNorm, unfuse_layer
 from atp.lora.layer import MaskedMLP, add_lora, stock_modules, unload
 from atp.models.layers import BLOCKS, first_layer_inputs, run_block
 from atp.models.sizes import check_against_files, check_sizes
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
+from atp_kernels import add_rms_norm
 
 
 def test_every_registered_family_is_tested():
@@ -97,6 +99,43 @@ def test_norms_and_mlps_are_fused_and_come_back(name):
     plain = unload(wrapped, stock)
     assert {n: (type(m), id(m) if "norm" in n else None) for n, m in plain.named_modules()} == before
     assert torch.equal(plain(tokens()).logits, logits)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_residual_connection_and_the_norm_after_it_are_one_operation(name, autocast, watched, monkeypatch):
+    """Bit by bit what the layers of transformers compute around the same modules, where packs take no block."""
+    model = build(name)
+    wrapped = add_lora(model, MaskSpace.from_config(model.config, "kv_group"), r=2, alpha=2.0, dropout=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in (p for n, p in wrapped.named_parameters() if "lora_B" in n):
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
+    monkeypatch.setattr(decoder_layer, "attend_packed", lambda *given: None)
+    monkeypatch.setattr(attention, "attend_packed", lambda *given: None)
+    seen, calls = [], []
+    monkeypatch.setattr(
+        decoder_layer, "add_rms_norm", lambda *given, **options: calls.append(1) or add_rms_norm(*given, **options)
+    )
+    layers = wrapped.get_base_model().model.layers
+    if watched:
+        layers[0].post_attention_layernorm.register_forward_hook(lambda module, given, y: seen.append(y))
+
+    def step():
+        wrapped.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = wrapped(tokens(), labels=tokens(), use_cache=False).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {n: p.grad for n, p in wrapped.named_parameters() if p.grad is not None}
+
+    found = step()
+    assert len(calls) == len(layers) - watched and len(seen) == watched
+    for layer in layers:
+        unfuse_layer(layer)
+    expected = step()
+    assert len(calls) == len(layers) - watched
+    assert found.keys() == expected.keys() and len(found) > 10
+    assert all(torch.equal(found[part], expected[part]) for part in found)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
