@@ -124,8 +124,7 @@ def tuned(
     if baseline is not None:
         calibration = pack(splits.calibration, tokenizer, CALIBRATION_WINDOW, loss_on="all")
         model = baseline.apply(model, baseline.choose(model, calibration, config), calibration, config)
-    lora = config.lora
-    wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=config.seed)
+    wrapped = add_lora(model, space, **config.lora.model_dump(), seed=config.seed)
     train = unpacked(splits.train, tokenizer, LENGTH, loss_on="completion")
     tuner = LoraTuner(config, wrapped, train, Path(config.output_dir), phase=arm)
     tuner.train()

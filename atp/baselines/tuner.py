@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, set_seed
 
 from atp.config import ATPConfig
 from atp.families import family_of, layer_config
+from atp.lora.layer import lora_config
 from atp.training import checkpoint as checkpoints
 from atp.training.callbacks import Callback
 from atp.training.loop import Loop
@@ -24,17 +25,9 @@ DENSE = "dense_lora"  # the 100 % mark: phase in the records, folder, and key in
 
 def stock_lora(model: PreTrainedModel, config: ATPConfig) -> PeftModel:
     """Wraps the model in PEFT's own layers, initialized from the run's seed; `unload()` returns the model."""
-    lora = config.lora
-    names = sorted({name.rsplit(".", 1)[-1] for name in family_of(model.config).linears(layer_config(model.config, 0))})
+    names = family_of(model.config).linears(layer_config(model.config, 0))
     torch.manual_seed(config.seed)
-    settings = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared int, and any number works
-        lora_dropout=lora.dropout,
-        target_modules=names,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, settings)
+    return get_peft_model(model, lora_config(names, **config.lora.model_dump()))
 
 
 class LoraTuner(Loop):

@@ -15,9 +15,9 @@ RECORDED_DENSE = Path(__file__).with_name("demo_dense.json")
 # What the scores of the tuned dense model depend on.
 DENSE_SETTINGS = (
     "model.path", "seed", "data.recipe", "data.length", "data.packing", "data.loss_on", "lora.r", "lora.alpha",
-    "lora.dropout", "training.total", "training.batch_size", "training.gradient_accumulation", "training.lr",
-    "training.second_moment", "training.schedule", "training.warmup", "training.clip", "training.update_clipping",
-    "training.hold_sinks", "evaluation.windows", "evaluation.questions",
+    "lora.dropout", "lora.variant", "training.total", "training.batch_size", "training.gradient_accumulation",
+    "training.lr", "training.second_moment", "training.schedule", "training.warmup", "training.clip",
+    "training.update_clipping", "training.hold_sinks", "evaluation.windows", "evaluation.questions",
 )  # fmt: skip
 
 

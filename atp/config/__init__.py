@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         EvaluationConfig,
         ExportConfig,
         GeneratorKind,
+        LoraVariant,
         ModelConfig,
     )
     from atp.config.data import DataConfig
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATPConfig", "DataConfig", "DecisionsConfig", "Definite", "EvaluationConfig", "ExportConfig", "GeneratorKind",
-    "ModelConfig", "ResolvedConfig", "TrainingConfig",
+    "LoraVariant", "ModelConfig", "ResolvedConfig", "TrainingConfig",
 ]  # fmt: skip
 __getattr__ = lazily(
-    __name__, config="ATPConfig DecisionsConfig EvaluationConfig ExportConfig GeneratorKind ModelConfig",
+    __name__, config="ATPConfig DecisionsConfig EvaluationConfig ExportConfig GeneratorKind LoraVariant ModelConfig",
     data="DataConfig", resolved="Definite ResolvedConfig", training="TrainingConfig",
 )  # fmt: skip

@@ -30,6 +30,7 @@ from atp.spaces import space_names, structure_names
 
 DecisionSource = Literal["static", "tuned", "running", "learned"]
 GeneratorKind = Literal["transformer", "gru", "free"]
+LoraVariant = Literal["lora", "rslora", "dora"]
 
 
 class ModelConfig(Section):
@@ -162,6 +163,9 @@ class LoraSection(Section):
     r: int = Field(16, ge=1, description="Rank of the adapter.")
     alpha: float = Field(32.0, gt=0, description="Numerator of the adapter's scale, alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate on the input of A.")
+    variant: LoraVariant = Field(
+        "lora", description="Kind of adapter: lora, rslora (its scale is alpha / sqrt(r)), or dora (docs/method.md)."
+    )
 
 
 class EvaluationConfig(Section):
@@ -238,7 +242,21 @@ class ATPConfig(Section):
             )
         if self.data.validation is not None and self.data.recipe != "custom":
             raise ValueError("data.validation belongs to recipe custom: leave it out, or set data.recipe")
+        if self.lora.variant == "dora":
+            self._suits_dora()
         return self
+
+    def _suits_dora(self) -> None:
+        if self.decisions.source == "learned" or self.training.search or self.training.settle:
+            raise ValueError(
+                "lora.variant=dora has no factors that masks and the group lasso could take apart: set "
+                "training.search=0, training.settle=0 and another decisions.source than learned, or take rslora"
+            )
+        if self.model.load_in is not None:
+            raise ValueError(
+                "lora.variant=dora is merged into floating weights before the cut, and the linears have none under "
+                f"model.load_in={self.model.load_in}: leave out one of them"
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> ATPConfig:

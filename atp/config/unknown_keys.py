@@ -15,6 +15,7 @@ _NAMES = {
     "r": "rank lora_r lora_rank",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
+    "variant": "use_rslora use_dora rslora dora",
     "lr": "learning_rate",
     "batch_size": "batch bs train_batch_size per_device_train_batch_size",
     "gradient_accumulation": "gradient_accumulation_steps accumulation grad_acc",

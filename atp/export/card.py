@@ -74,9 +74,11 @@ Made by ATP (All-in-One Tuning and Structural Pruning, arXiv 2412.14426) from {_
 
 def base_card(config: ATPConfig) -> str:
     """README.md of base/: the smaller model that an adapter belongs to."""
+    merged = config.lora.variant == "dora"
+    without = "with the tuning before the cut, without that after it, which is" if merged else "without the tuning"
     body = f"""# The base of an adapter
 
-{_origin(config)} with removed structures cut out, without the tuning in `../adapter`. With that adapter it is the model
+{_origin(config)} with removed structures cut out, {without} in `../adapter`. With that adapter it is the model
 in `../model`; alone it is worse than either.
 
 The licence of the source model applies to this model too.
@@ -86,9 +88,10 @@ The licence of the source model applies to this model too.
 
 def adapter_card(config: ATPConfig, *, stock: bool = False) -> str:
     """README.md of adapter/: which model it belongs to, and how to load both; stock: as in `model_card`."""
+    name = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[config.lora.variant]
     body = f"""# A LoRA adapter for a cut model
 
-LoRA with rank {config.lora.r} and alpha {config.lora.alpha:g} for `../base`, which is {_origin(config)} with removed
+{name} with rank {config.lora.r} and alpha {config.lora.alpha:g} for `../base`, which is {_origin(config)} with removed
 structures cut out. It fits no other model: the uncut one has other shapes, and `../model` already has this adapter
 merged in.
 

@@ -129,6 +129,11 @@ def check_sharded(config: ATPConfig, shared: bool | None = None) -> None:
             "evaluation.dense_baseline trains a model of its own, which training.sharding=fsdp does not shard: set "
             "evaluation.dense_baseline=false, or leave out training.sharding"
         )
+    if config.lora.variant == "dora":
+        raise InputError(
+            "lora.variant=dora reads the norms of whole rows, of which training.sharding=fsdp leaves a process a part: "
+            "set lora.variant=rslora or lora, or leave out training.sharding"
+        )
 
 
 def base_remark(config: ATPConfig) -> list[str]:

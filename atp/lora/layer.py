@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp.config import LoraVariant
 from atp.families import family_of
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
@@ -38,7 +40,7 @@ class MaskedPeftLinear(PeftLinear):
     Masks are state of the current pass, not parameters: bool (hard) or float32 (soft, differentiable), None keeps all.
     With `mask_lora` they cover base and LoRA path, without it the base path alone (docs/method.md section 3). A kept
     slice stands for hard masks on the base path, at the cost of what they keep. What a side is worth can be observed
-    without a mask (`observe`).
+    without a mask (`observe`). With DoRA the forward is PEFT's own, and masks are on the sum alone.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
@@ -90,7 +92,11 @@ class MaskedPeftLinear(PeftLinear):
 
     @property
     def plain(self) -> bool:
-        """Whether this is neither merged nor disabled: one adapter beside its frozen base."""
+        """Whether this is base and adapter side by side: neither merged nor disabled, one adapter, and no DoRA."""
+        return self._alone and not self.use_dora[ADAPTER]
+
+    @property
+    def _alone(self) -> bool:
         return not (self.disable_adapters or self.merged) and self.active_adapters == [ADAPTER]
 
     @property
@@ -153,9 +159,7 @@ class MaskedPeftLinear(PeftLinear):
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.plain:
-            if self.out_mask is not None or self.in_mask is not None or self.kept is not None:
-                raise RuntimeError("masks are set on a merged or disabled LoRA layer: clear them with set_masks first")
-            return super().forward(x, *args, **kwargs)
+            return self._as_peft(x, *args, **kwargs)
         packed = self.packs.of((self,), x)
         if packed is not None:
             return packed_linears(x, *packed)
@@ -178,6 +182,16 @@ class MaskedPeftLinear(PeftLinear):
             dropout=p,
             seed=seed,
         )
+
+    def _as_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.out_mask is None and self.in_mask is None and self.kept is None:
+            return super().forward(x, *args, **kwargs)
+        if not self._alone:
+            raise RuntimeError("masks are set on a merged or disabled LoRA layer: clear them with set_masks first")
+        if not self.mask_lora:
+            raise RuntimeError("DoRA has no base path to mask alone, since it scales the sum: merge it first")
+        y = super().forward(x if self.in_mask is None else (x * self.in_mask).to(x.dtype), *args, **kwargs)
+        return y if self.out_mask is None else (y * self.out_mask).to(y.dtype)
 
 
 def observed(values: Tensor, sums: Tensor | None) -> Tensor:
@@ -323,20 +337,53 @@ def stock_modules(model: PreTrainedModel) -> list[dict[str, Any]]:
     return [{name: layer.get_submodule(name) for name in names} for layer in model.get_decoder().layers]
 
 
-def add_lora(
-    model: PreTrainedModel, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0
-) -> PeftModel:
-    """Wraps a causal LM in a stock PEFT LoRA adapter on all linears of the space, with masked layers and MLPs.
-
-    The adapter that is saved is plain LoRA: the custom layer is registered on the config, not written to it.
-    """
-    config = LoraConfig(
+def lora_config(
+    modules: Iterable[str], *, r: int, alpha: float, dropout: float, variant: LoraVariant = "lora"
+) -> LoraConfig:
+    """PEFT's config of an adapter on the linears with these names, with or without what stands before the last dot."""
+    return LoraConfig(
         r=r,
-        lora_alpha=cast(int, alpha),  # PEFT only divides it by r
+        lora_alpha=cast(int, alpha),  # PEFT only divides it
         lora_dropout=dropout,
-        target_modules=sorted({name.rsplit(".", 1)[-1] for name in space.modules}),
+        use_rslora=variant == "rslora",
+        use_dora=variant == "dora",
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in modules}),
         task_type="CAUSAL_LM",
     )
+
+
+def add_lora(
+    model: PreTrainedModel,
+    space: MaskSpace,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    variant: LoraVariant = "lora",
+    seed: int = 0,
+) -> PeftModel:
+    """Wraps a causal LM in a stock PEFT adapter on all linears of the space, with masked layers and MLPs.
+
+    The model computes what it did before. variant: lora; rslora, whose scale is alpha / sqrt(r) (arXiv 2312.03732);
+    dora (arXiv 2402.09353). The adapter that is saved is PEFT's: the custom layer is registered on the config, not
+    written to it.
+    """
+    config = lora_config(space.modules, r=r, alpha=alpha, dropout=dropout, variant=variant)
     config._register_custom_module({nn.Linear: MaskedPeftLinear})
     with seeded(seed):
-        return fuse_layers(get_peft_model(model, config))
+        wrapped = get_peft_model(model, config)
+    if variant == "dora":
+        _widen_magnitudes(wrapped)
+    return fuse_layers(wrapped)
+
+
+@torch.no_grad()
+def _widen_magnitudes(model: PeftModel) -> None:
+    """Takes DoRA's magnitudes again in their own dtype: PEFT rounds them to that of 16-bit weights, then widens them.
+
+    They are the norms of the rows of W, since B is zero.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, MaskedPeftLinear)):
+        modules: Any = layer.lora_magnitude_vector[ADAPTER], layer.get_base_layer()
+        magnitude, weight = (module.weight for module in modules)
+        magnitude.copy_(torch.linalg.norm(weight.to(magnitude.dtype), dim=1))

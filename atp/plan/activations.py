@@ -4,7 +4,8 @@ A frozen linear with an adapter keeps its input, for the gradient of A, and S = 
 linears of one input share it. Attention keeps queries, keys, values, its output and one number per head, or in short
 windows on a CPU its probabilities instead of the last; the gated MLP keeps both products and computes their activation
 again; a norm keeps its input and one number per token. Everything but the residual stream is in the dtype of the
-products.
+products. With DoRA, whose linears run one by one, each also keeps the outputs of its base and of its adapter, and the
+MLP its activation and their product; the inputs that each casts for itself under autocast are an estimate.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Pass:
     product, residual: bytes per number of what linears and attention compute, and of the residual stream. rank: of
     LoRA. watched: whether the gradients of a mask are observed; hard masks and dropout (drawn again) keep nothing.
     apart: whether attention has a mask of its own; expanded: whether keys and values then become as many as queries.
+    dora: whether linears run PEFT's forward of DoRA.
     short: tokens of a row whose probabilities attention keeps, 0 where it keeps none. rows: samples of a batch, which
     share RoPE's angles.
     """
@@ -40,6 +42,7 @@ class Pass:
     expanded: bool = False
     short: int = 0
     rows: int = 1
+    dora: bool = False
 
 
 def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
@@ -52,6 +55,10 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
         numbers += _sums(shapes, widths, parts_of_mlp=2)
         if _keeps_values(widths, how) and any(cut.module == "self_attn.v_proj" for cut in _outputs(shapes)):
             numbers -= linears["self_attn.v_proj"].out_features  # the very ones that attention keeps
+    if how.dora:
+        numbers += 2 * inner + sum(2 * linear.out_features for linear in linears.values())
+        if how.product < _FLOAT:
+            numbers += sum(linear.in_features for linear in linears.values()) - reads
     stream = 2 * hidden
     for ends in ("self_attn.o_proj", "mlp.down_proj"):
         if linears[ends].out_features != hidden:  # what is added to a part of the stream

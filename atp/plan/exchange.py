@@ -30,12 +30,14 @@ def exchange_of(job: Workload) -> list[dict[str, object]]:
 
 def _phases(job: Workload) -> Iterator[tuple[str, int, int]]:
     steps, whole, batches = job.phases, job.shapes.whole, job.config.training.gradient_accumulation
+    dora = job.config.lora.variant == "dora"
     for phase, count, layers in (
         ("open", steps.open, whole), ("search", steps.search, whole), ("settle", steps.settle, whole),
         ("tune", steps.tune, job.shapes.kept),
     ):  # fmt: skip
         if count:
-            yield phase, adapter_params(layers, job.config.lora.r) * _FLOAT, batches * _gathered(job, layers)
+            parameters = adapter_params(layers, job.config.lora.r, dora=dora)
+            yield phase, parameters * _FLOAT, batches * _gathered(job, layers)
         if count and phase == "search" and job.config.decisions.source == "learned":
             yield "decision", job.shapes.space.size * _FLOAT, _gathered(job, whole)
 

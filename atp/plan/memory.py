@@ -3,7 +3,8 @@
 Every formula is a sum of tensors that exist at the same time, by the code that makes them. A process on a CPU also
 holds the tokenizer, and files of weights while it reads them, because their pages count as resident. Buffers of single
 operations and what an allocator keeps of freed memory within a part are left out. On a CUDA device the figures are
-those of the device, and what lies on the host (reference logits, checkpoints) is left out too.
+those of the device, and what lies on the host (reference logits, checkpoints) is left out too. Those of DoRA are
+approximate: its parts before the cut count a magnitude per row whether it is merged already or not.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class _Memory:
         self.product = (job.autocast or job.dtype).itemsize
         self.hidden, self.vocab = job.shapes.config.hidden_size, job.shapes.config.vocab_size
         self.rank, self.length = job.config.lora.r, job.config.data.length
+        self.dora = job.config.lora.variant == "dora"
         self.batch = self.training.batch_size * self.length
         self.on_host = 0 if job.device == "cuda" else 1
         apart = job.keeps_apart or _slides(job, self.length)
@@ -66,7 +68,7 @@ class _Memory:
         self._widest = 0.0 if job.config.decisions.uniform else _WIDEST
         self.readers = {(s.layer, s.reader) for s in job.shapes.space.structures if s.reader is not None}
         self.how = Pass(
-            self.product, self.weight, self.rank, apart=apart,
+            self.product, self.weight, self.rank, apart=apart, dora=self.dora,
             expanded=apart and job.device not in GROUPED_ON, rows=self.training.batch_size,
             short=self.length if self.on_host and self.product == 2 and self.length <= LONGEST else 0,
         )  # fmt: skip
@@ -189,7 +191,7 @@ class _Memory:
         two moments of each LoRA parameter from the first step on.
         """
         job, cut = self.job, layers is self.shapes.kept
-        adapter = adapter_params(layers, self.rank)
+        adapter = self._adapter(layers)
         begun = begun and (cut or job.phases.cut_step > 0)
         held = self._weights(layers, refitted) | {"adapter": adapter * _ADAPTER} | self._dequantized(layers)
         held["optimizer"] = adapter * _MOMENTS if begun else 0
@@ -197,11 +199,26 @@ class _Memory:
             held["teacher"] = weights_of(self.shapes.whole) * self.product
         return held
 
+    def _adapter(self, layers: Layers) -> int:
+        return adapter_params(layers, self.rank, dora=self.dora)
+
+    def _row_norms(self, layers: Layers) -> Parts:
+        """What DoRA's norms of the rows of W + s B A have at once, of one linear, in float32.
+
+        The unit matrix that makes B A, this product, s times it, and the sum; and W, where that is narrower.
+        """
+        if not self.dora:
+            return {}
+        copies = 3 + (self.weight < _FLOAT)
+        linears = [linear for widths in layers for linear in widths.linears.values()]
+        sizes = (linear.in_features * (linear.in_features + copies * linear.out_features) for linear in linears)
+        return {"row norms": max(sizes) * _FLOAT}
+
     def _casts(self, layers: Layers) -> Parts:
         """Under autocast a linear keeps its frozen weight in the narrow dtype too; LoRA factors are cast in a pass."""
         if self.product >= self.weight:
             return {}
-        return {"casts": (self._floats(layers) + adapter_params(layers, self.rank)) * self.product}
+        return {"casts": (self._floats(layers) + self._adapter(layers)) * self.product}
 
     def _floats(self, layers: Layers, refitted: bool = False) -> int:
         """Entries of the weights that are held in floating point."""
@@ -229,13 +246,13 @@ class _Memory:
         job, cut = self.job, layers is self.shapes.kept
         held = self._held(layers, taught=taught, refitted=refitted)
         held |= self._slices(slices, refitted) if slices else self._casts(layers)
-        gradients = adapter_params(layers, self.rank) * _FLOAT
+        gradients = self._adapter(layers) * _FLOAT
         step: Parts = {"gradients": gradients, "exchanged": gradients if job.count > 1 else 0}
         how = replace(self.how, watched=watched)
         in_pass = self._pass(
             lambda widths: kept_by_training(self.shapes, widths, how), layers, self.batch, taught and job.teaches
         )
-        moments = [step | in_pass]
+        moments = [step | in_pass | self._row_norms(layers)]
         if slices == 1.0 and job.config.decisions.source == "learned":
             moments.append(self._decision(job.config.decisions.batch_size))
         head = self._narrow(self.vocab * self.hidden) if self.ranks == 1 else 0  # steps keep it
@@ -315,7 +332,7 @@ class _Memory:
         yield held | {"certificate": logits + window} | self._gathered()
         floating = self._floating(kept, True)
         weights = sum(self._base(m, uncut, at in floating) for at, m, uncut in self._linears(kept) if m != uncut)
-        cut = weights + adapter_params(kept, self.rank) * _ADAPTER
+        cut = weights + self._adapter(kept) * _ADAPTER
         weight = max(widths.largest() for widths in whole) * self.weight
         one = {} if self.ranks == 1 else {"gathered": 2 * weight}  # at a time, as it arrives and in one piece
         yield held | {"cut weights": cut, "certificate": logits} | one
@@ -379,8 +396,8 @@ class _Memory:
 
     def _saved(self, layers: Layers, teacher: bool, refitted: bool) -> float:
         """Adapter and moments, the adapter that made the teacher, and refitted weights, or this process's shard."""
-        saved: float = adapter_params(layers, self.rank) * (_ADAPTER + _MOMENTS)
-        saved += adapter_params(self.shapes.whole, self.rank) * _ADAPTER if teacher else 0
+        saved: float = self._adapter(layers) * (_ADAPTER + _MOMENTS)
+        saved += self._adapter(self.shapes.whole) * _ADAPTER if teacher else 0
         if refitted and self.job.config.decisions.refit_windows:
             for structure in self.shapes.space.structures:
                 if structure.reader is not None:

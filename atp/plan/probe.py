@@ -80,18 +80,20 @@ def flop_rates(job: Workload, seconds: float = _SECONDS, layers: int = _LAYERS) 
         step = _layers_step(random(make), job, device, sample, training.batch_size, shapes.space if soft else None)
         return cost(sample).step(widths).total * training.batch_size * sample / _median(step, device, seconds)
 
-    def ours(model: PreTrainedModel) -> PeftModel:
-        lora = job.config.lora
-        return add_lora(model, shapes.space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout).train()
+    def ours(model: PreTrainedModel, **changes: Any) -> PeftModel:
+        return add_lora(model, shapes.space, **job.config.lora.model_dump() | changes).train()
+
+    def masked(model: PreTrainedModel) -> PeftModel:
+        return ours(model, variant="lora")  # DoRA is merged by then
 
     def cut(model: PreTrainedModel) -> PeftModel:
-        smaller: Any = cut_model(ours(model), shapes.space, mask_of(shapes.space, shapes.counts))
-        return smaller
+        smaller: Any = cut_model(model, shapes.space, mask_of(shapes.space, shapes.counts))
+        return ours(smaller)
 
     def dense(model: PreTrainedModel) -> PeftModel:
         return stock_lora(model, job.config).train()
 
-    model = random(ours)
+    model = random(masked)
     tokens = torch.arange(window)[None] % _WORDS
     certifying = _median(partial(reference_logits, model, tokens), device, seconds)
     with frozen(model):

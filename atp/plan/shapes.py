@@ -55,9 +55,10 @@ Layers = tuple[LayerWidths, ...]
 """All decoder layers of a model, in order."""
 
 
-def adapter_params(layers: Layers, rank: int) -> int:
-    """Parameters of LoRA on all linears of these layers."""
-    return sum(widths.adapter(rank) for widths in layers)
+def adapter_params(layers: Layers, rank: int, *, dora: bool = False) -> int:
+    """Parameters of LoRA on all linears of these layers; with DoRA also a magnitude for each of their rows."""
+    rows = sum(linear.out_features for widths in layers for linear in widths.linears.values()) if dora else 0
+    return sum(widths.adapter(rank) for widths in layers) + rows
 
 
 def weights_of(layers: Layers) -> int:

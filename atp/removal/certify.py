@@ -102,7 +102,7 @@ def logit_gap(reference: nn.Module, model: nn.Module, input_ids: Tensor, batch_s
 
 @torch.no_grad()
 def merge_error(model: PeftModel, exported: nn.Module) -> float:
-    """The largest error of a weight of `exported` against W + scaling * B A of a PEFT model, in allowed errors.
+    """The largest error of a weight of `exported` against what `merge_adapter` says of a PEFT model, in allowed errors.
 
     A weight with an adapter is allowed half a unit in the last place of W's dtype, so the result is at most 1 for sums
     that were formed in float64 and rounded once. Weights without an adapter must be equal bit for bit; the result is
@@ -132,10 +132,14 @@ def _share_of_allowed(layer: LoraLayer, adapter: str, weight: Tensor, found: Ten
     weight, b, a = (dense(tensor.detach()).cpu() for tensor in (weight, *factors))
     kind, wide = torch.finfo(weight.dtype), torch.finfo(torch.float64)
     w, b, a = weight.double(), layer.scaling[adapter] * b.double(), a.double()
-    exact = w + b @ a
-    size = w.abs() + b.abs() @ a.abs()
+    exact, size = w + b @ a, w.abs() + b.abs() @ a.abs()
+    terms = len(a) + 2
+    if layer.use_dora[adapter]:
+        vector: Any = layer.lora_magnitude_vector[adapter]
+        scale = (vector.weight.detach().cpu().double() / exact.norm(dim=1))[:, None]
+        exact, size, terms = scale * exact, scale.abs() * size, terms + w.shape[1]
     # Half a unit in the last place and a little more, because torch rounds float64 to 16 bits by way of float32.
-    allowed = kind.eps / 2 * ((1 + 2**-14) * exact.abs() + kind.tiny) + (len(a) + 2) * wide.eps * size
+    allowed = kind.eps / 2 * ((1 + 2**-14) * exact.abs() + kind.tiny) + terms * wide.eps * size
     error = (found.double() - exact).abs()
     # A weight of zeros is allowed no error and has none.
     return float(torch.where(error == 0, 0.0, error / allowed).max())

@@ -76,10 +76,10 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
     """A smaller model that computes what `model` computes under `mask` on the sums, LoRA included.
 
     model: a causal LM of a supported family, plain or with one LoRA adapter; the result then has an adapter of the same
-    config and layer classes. Dtypes, devices, requires_grad and training mode are kept; set hooks, masks and gradient
-    checkpointing again. Only cut weights take new memory: the result shares all other tensors with `model`, so drop
-    `model` afterwards. A sharded model is cut weight by weight, each gathered and dropped again, into the shards of the
-    smaller one. Raises ValueError as `cut_state_dict`.
+    config and layer classes. Merge DoRA first, whose norms are of whole rows. Dtypes, devices, requires_grad and
+    training mode are kept; set hooks, masks and gradient checkpointing again. Only cut weights take new memory: the
+    result shares all other tensors with `model`, so drop `model` afterwards. A sharded model is cut weight by weight,
+    each gathered and dropped again, into the shards of the smaller one. Raises ValueError as `cut_state_dict`.
     """
     source: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = cut_config(source.config, space, mask)
@@ -102,11 +102,13 @@ def cut_model(model: PreTrainedModel | PeftModel, space: MaskSpace, mask: Tensor
 
 @torch.no_grad()
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """A plain model of the base's class whose weights hold W + scaling * B A; `model` stays as it is.
+    """A plain model of the base's class whose weights hold V = W + scaling * B A; `model` stays as it is.
+
+    With DoRA row i of V is divided by its norm and multiplied by its magnitude.
 
     The sum is formed in float64, from a quantized W as it is dequantized, and rounded once to the dtype of W. Only
     merged weights are new memory, other tensors are shared with `model`. Raises ValueError for other adapters than one
-    plain LoRA. Of a sharded model one weight at a time is whole, and the result is sharded too.
+    of LoRA or DoRA. Of a sharded model one weight at a time is whole, and the result is sharded too.
     """
     adapter, _ = _adapter_config(model)
     layers = {f"{n}.weight": m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
@@ -187,15 +189,15 @@ def _adapter_config(model: PeftModel) -> tuple[str, LoraConfig]:
     if len(model.peft_config) != 1:
         raise ValueError(f"the model has the adapters {', '.join(model.peft_config)}: keep one, delete the others")
     ((adapter, config),) = cast(dict[str, LoraConfig], model.peft_config).items()
-    if config.peft_type != "LORA" or config.use_dora or config.lora_bias or config.modules_to_save:
-        raise ValueError(
-            f"adapter '{adapter}' is not plain LoRA: train it without use_dora, lora_bias and modules_to_save"
-        )
+    if config.peft_type != "LORA" or config.lora_bias or config.modules_to_save:
+        raise ValueError(f"adapter '{adapter}' is not plain LoRA: train it without lora_bias and modules_to_save")
     return adapter, config
 
 
 def _wrap_like(model: PeftModel, base: PreTrainedModel) -> PeftModel:
     adapter, config = _adapter_config(model)
+    if config.use_dora:
+        raise ValueError(f"adapter '{adapter}' is DoRA, whose norms of whole rows no cut keeps: merge it first")
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # no model on the Hub has these widths
     options: dict[str, Any] = {"adapter_name": adapter, "autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
@@ -230,4 +232,8 @@ def _merged(layer: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
     factors: Any = layer.lora_B[adapter], layer.lora_A[adapter]
     place = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
     w, b, a = (x.to(place).double() for x in (dense(weight), *(factor.weight for factor in factors)))
-    return torch.addmm(w, b, a, alpha=layer.scaling[adapter]).to(weight.device, weight.dtype)
+    merged = torch.addmm(w, b, a, alpha=layer.scaling[adapter])
+    if layer.use_dora[adapter]:
+        magnitude = layer.lora_magnitude_vector[adapter].weight.to(place).double()
+        merged *= (magnitude / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged.to(weight.device, weight.dtype)

@@ -45,6 +45,11 @@ class Checkpoint:
         start = prefix + "."
         return {name[len(start) :]: value for name, value in self.tensors.items() if name.startswith(start)}
 
+    def replace(self, prefix: str, tensors: dict[str, Tensor]) -> None:
+        """Puts these tensors in place of all under `prefix.`."""
+        others = {name: value for name, value in self.tensors.items() if not name.startswith(prefix + ".")}
+        self.tensors = others | prefixed(prefix, tensors)
+
     def rows(self, name: str, rows: slice) -> Tensor:
         """Rows of a weight, whether it was written in shards or in one piece."""
         return self.tensors[name][rows] if name in self.tensors else self.files.read(name, rows)

@@ -73,7 +73,7 @@ class Pruning:
         seed: int,
         autocast: torch.dtype | None,
     ) -> None:
-        self.model, self.space, self.calibration = model, space, calibration
+        self.space, self.calibration = space, calibration
         self.settings, self.training, self.seed = settings, training, seed
         self.device = next(model.parameters()).device
         self.autocast, self.offload = autocast, Offload(None)
@@ -85,9 +85,14 @@ class Pruning:
         self.certificate: dict[str, Any] = {}
         self.refitted: list[str] = []  # base weights, by their names in the decoder, that the refit changed
         self.figures: dict[str, Tensor] = {}  # what steps have to say since the last record
-        groups = LoraGroups(model, space)
-        regularizer = make_regularizer(training.regularizer, model, space, groups, seed=seed + 2)
-        self._uncut: Uncut | None = Uncut(MaskController(model, space), groups, regularizer)
+        self.take(model)
+
+    def take(self, model: PeftModel) -> None:
+        """Makes an uncut model, on the device, the one that decisions are about; before any of them is under masks."""
+        self.model = model
+        groups = LoraGroups(model, self.space)
+        regularizer = make_regularizer(self.training.regularizer, model, self.space, groups, seed=self.seed + 2)
+        self._uncut: Uncut | None = Uncut(MaskController(model, self.space), groups, regularizer)
 
     @property
     def is_cut(self) -> bool:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from atp.config import ATPConfig
+from atp.config import ATPConfig, LoraVariant
 from atp.decide.decisions import Decisions
 from atp.export.card import model_card
 from atp.export.hf import export_model, keep_adapter, save_decisions
@@ -29,7 +30,7 @@ from atp.lora.layer import add_lora
 from atp.models.base import FORMS
 from atp.models.stock import stock_config
 from atp.processes import processes
-from atp.removal import cut_state_dict
+from atp.removal import base_of, cut_state_dict, merge_adapter
 from atp.sharding.shards import is_sharded, sharded_copy
 from atp.spaces.space import MaskSpace
 from atp.training import checkpoint as checkpoints
@@ -67,15 +68,16 @@ class ATPTrainer(Loop):
         processes.start(config.training.sharding, config.model_dump())
         if processes.sharded() and not is_sharded(model):
             model = sharded_copy(model, processes.device())
-        lora, space = config.lora, MaskSpace.from_config(model.config, config.decisions.space)
+        space = MaskSpace.from_config(model.config, config.decisions.space)
         params_before = sum(p.numel() for p in model.parameters())
-        wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=config.seed)
+        wrapped = add_lora(model, space, **config.lora.model_dump(), seed=config.seed)
         phases = Phases.from_config(config.training)
         super().__init__(
             config, wrapped, train_dataset, Path(config.output_dir), phases, validation=validation,
             tokenizer=tokenizer, callbacks=callbacks,
         )  # fmt: skip
         self.params_before = params_before
+        self._merged: dict[str, Tensor] = {}  # DoRA's adapter of the open phase, once it is merged
         self._taught: dict[str, Tensor] = {}  # the adapter that the teacher was made with
         self.pruning = Pruning(
             self.model, space, calibration_dataset, self.config.decisions, self.config.training, seed=config.seed,
@@ -160,6 +162,9 @@ class ATPTrainer(Loop):
 
     def _before_decisions(self) -> None:
         self.run("open", partial(open_step, self, self.pruning), until=self.phases.open)
+        if self._is_dora and not self._merged:
+            with self.clock.timed("cut"):
+                self._merge()
         if not self.pruning.scored:
             self._score()
         if self.teacher is None and self.config.training.distill and self.phases.open:
@@ -176,8 +181,33 @@ class ATPTrainer(Loop):
 
     def _teach(self) -> None:
         """Makes the model as it is the teacher of all later steps."""
-        self._taught = {name: self.model.get_parameter(name).detach().clone() for name in self.trained.parameters}
+        self._taught = self._adapter_copy()
         self.teacher = Teacher(self.model, self.config.training.distill, self.autocast_dtype)
+
+    def _adapter_copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self._adapter().items()}
+
+    @property
+    def _is_dora(self) -> bool:
+        return self.config.lora.variant == "dora"
+
+    def _merge(self) -> None:
+        """Merges DoRA into the weights; an adapter of zeros takes its place until the cut.
+
+        Masks, the refit and the cut take factors apart, and DoRA's norms are of whole rows.
+        """
+        self._merged = self._adapter_copy()
+        self.bind(self._wrapped(merge_adapter(self.model), "lora"))
+        self.pruning.take(self.model)
+
+    def _renew(self) -> None:
+        """Gives the cut model a DoRA adapter that has learned nothing yet, in place of the one of zeros."""
+        self.bind(self._wrapped(base_of(self.model), "dora"))
+        self.pruning.model = self.model
+
+    def _wrapped(self, model: PreTrainedModel, variant: LoraVariant) -> PeftModel:
+        lora = self.config.lora.model_dump() | {"variant": variant}
+        return add_lora(model, self.space, **lora, seed=self.config.seed)
 
     def _freeze(self) -> None:
         self.pruning.judge_in_rounds(self.clock.timed)
@@ -200,6 +230,9 @@ class ATPTrainer(Loop):
             for prefix in ("model", "lora_optimizer"):
                 part = cut_state_dict(state.part(prefix), self.space, self.decisions.mask)
                 state.tensors |= checkpoints.prefixed(prefix, part)
+            if self._is_dora:
+                self._renew()
+                state.replace("model", self._adapter())
             self.pruning.add_refit(state)
         self._validate_as("cut")
         state.tensors |= checkpoints.prefixed("best", self.validation.adapter)
@@ -268,10 +301,15 @@ class ATPTrainer(Loop):
         state = super().checkpoint()
         self.pruning.add_to(state)
         state.tensors |= checkpoints.prefixed("teacher", self._taught)
+        state.tensors |= checkpoints.prefixed("merged", self._merged)
         return state
 
     def _restore(self, state: Checkpoint) -> None:
         self.refuse_other_run(state)
+        merged = state.part("merged")
+        if merged:
+            self._set_adapter(merged)
+            self._merge()
         taught = state.part("teacher")
         if taught:
             with torch.no_grad():
@@ -281,5 +319,7 @@ class ATPTrainer(Loop):
         self.pruning.load(state)
         if self.pruning.is_cut:
             self.bind(self.pruning.model)
+            if self._is_dora:
+                self._renew()
         self.load(state)
         self.pruning.autocast = self.autocast_dtype

@@ -50,7 +50,7 @@ def test_keys_that_are_unknown_missing_or_near_none_are_named():
     assert refused(lora={"rank": 8, "drop_out": 0.1}).startswith("unknown config key 'lora.rank': did you mean '")
     told = "unknown config key 'learning_rate': did you mean 'decisions.lr' or 'training.lr'?"
     assert refused(learning_rate=1) == told
-    assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': the known keys are r, alpha, dropout"
+    assert refused(lora={"zzz": 1}) == "unknown config key 'lora.zzz': the known keys are r, alpha, dropout, variant"
     assert "training.steps sets the length" in refused(training={"num_train_epochs": 3})
     with pytest.raises(InputError, match="config key 'model' is missing: add it to the YAML file or as model=VALUE"):
         ATPConfig.parse({"output_dir": "x"})
@@ -67,6 +67,22 @@ def test_keys_that_are_unknown_missing_or_near_none_are_named():
             "config key 'decisions.space' is 'heads': use one of disp, head_dim, ",
         ),
         ({"lora": 8}, "config key 'lora' is 8: input should be a valid dictionary"),
+        (
+            {"lora": {"variant": "dora+"}},
+            "config key 'lora.variant' is 'dora+': input should be 'lora', 'rslora' or 'dora'",
+        ),
+        (
+            {"lora": {"variant": "dora"}, "training": {"search": 3}},
+            "lora.variant=dora has no factors that masks and the group lasso could take apart: set "
+            "training.search=0, training.settle=0 and another decisions.source than learned, or take rslora",
+        ),
+        ({"lora": {"variant": "dora"}, "training": {"settle": 3}}, "lora.variant=dora has no factors"),
+        ({"lora": {"variant": "dora"}, "decisions": {"source": "learned"}}, "lora.variant=dora has no factors"),
+        (
+            {"lora": {"variant": "dora"}, "model": {"path": "x", "load_in": "4bit"}},
+            "lora.variant=dora is merged into floating weights before the cut, and the linears have none under "
+            "model.load_in=4bit: leave out one of them",
+        ),
         ({"data": {"length": 8}}, "config key 'data.length' is 8: input should be greater than or equal to 16"),
         ({"training": {"gradient_checkpointing": "maybe"}}, "config key 'training.gradient_checkpointing' is 'maybe'"),
         ({"decisions": {"multiples": {"mlp": "x"}}}, "config key 'decisions.multiples.mlp' is 'x': input should be a"),

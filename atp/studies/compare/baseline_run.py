@@ -100,8 +100,8 @@ class BaselineRun(Run):
         return choice
 
     def _tune(self, model: PreTrainedModel, space: MaskSpace, data: RunData) -> LoraTuner:
-        lora, steps = self.config.lora, self.config.training.total
-        wrapped = add_lora(model, space, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, seed=self.config.seed)
+        steps = self.config.training.total
+        wrapped = add_lora(model, space, **self.config.lora.model_dump(), seed=self.config.seed)
         with make_progress() as bars:
             bar = ProgressBar(bars, steps, title=self.method)
             tuner = LoraTuner(

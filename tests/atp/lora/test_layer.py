@@ -70,6 +70,53 @@ def test_initial_adapter_is_that_of_stock_peft():
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == set(named[0])
 
 
+@pytest.mark.parametrize(
+    ("variant", "flag", "dropout"),
+    [("rslora", "use_rslora", 0.0), ("dora", "use_dora", 0.0), ("dora", "use_dora", 0.2)],
+)
+def test_a_variant_learns_what_peft_learns_step_by_step(variant, flag, dropout):
+    """In float64, as its own layers compute it; DoRA's dropout is PEFT's, bit for bit."""
+    ours = masked(dropout=dropout, variant=variant)[0].double().train()
+    theirs = stock(dropout=dropout, flags={flag: True}).double().train()
+    trained = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+    assert trained[0].keys() == trained[1].keys()
+    optimizers = [torch.optim.AdamW(found.values(), lr=1e-2) for found in trained]
+    for step in range(4):
+        losses = []
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            losses.append(loss_and_gradients(model, seed=step)[0])
+            optimizer.step()
+        assert_close(losses[0], losses[1], rtol=1e-9, atol=0)
+        for name, value in trained[0].items():
+            assert_close(value, trained[1][name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_magnitudes_are_not_rounded_to_16_bits():
+    """They are the norms of the rows, and a row that starts with another norm is another model."""
+    base = base_model(torch.bfloat16)
+    rows = {
+        n.removesuffix(".weight"): p.double().norm(dim=1) for n, p in base.named_parameters() if "_proj.weight" in n
+    }
+    model = add_lora(base, MaskSpace.from_config(base.config), r=RANK, alpha=ALPHA, dropout=0.0, variant="dora")
+    found = {
+        n.removesuffix(".lora_magnitude_vector.default.weight"): p
+        for n, p in model.get_base_model().named_parameters()
+        if "magnitude" in n
+    }
+    assert found.keys() == rows.keys()
+    for name, magnitude in found.items():
+        assert_close(magnitude, rows[name].float(), rtol=1e-6, atol=0)
+
+
+def test_dora_has_no_base_path_to_mask_alone():
+    model, space = masked(variant="dora")
+    for form in ("hard", "base"):
+        with MaskController(model, space).masks(random_mask(space), form):
+            with pytest.raises(RuntimeError, match="DoRA has no base path to mask alone"):
+                model(input_ids=tokens())
+
+
 @pytest.mark.parametrize("form", ["soft", "hard", "sum"])
 @pytest.mark.parametrize("space_name", ["head_dim", "kv_group", "disp"])
 def test_forms_set_the_sides_of_the_method(form, space_name):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_lora import masked
+from tiny_lora import masked, stock
 from torch.testing import assert_close
 
 from atp.lora.controller import MaskController
@@ -39,6 +39,41 @@ def test_each_sample_has_the_gradient_of_a_mask_of_its_own(space):
         expected = gradient_of_a_mask(model, space, controller, ids[sample : sample + 1])
         assert expected.count_nonzero() > space.size // 2
         assert_close(found[sample], expected, rtol=1e-5, atol=1e-9)
+
+
+def hooked_gradient_of_a_mask(model, space, ids):
+    """In float64, of one sample: hooks multiply what stock PEFT layers read and give."""
+    mask = torch.ones(space.size, dtype=torch.float64, requires_grad=True)
+    layers, hooks = model.get_base_model().model.layers, []
+    for layer, name, out, inputs in space.module_masks(mask, soft=True):
+        linear = layers[layer].get_submodule(name)
+        if out is not None:
+            hooks.append(linear.register_forward_hook(lambda _, __, y, out=out: y * out))
+        if inputs is not None:
+            hooks.append(linear.register_forward_pre_hook(lambda _, x, inputs=inputs: (x[0] * inputs,)))
+    (found,) = torch.autograd.grad(loss_of(model, ids), mask)
+    for hook in hooks:
+        hook.remove()
+    return found.float()
+
+
+@pytest.mark.parametrize(("variant", "flag"), [("rslora", "use_rslora"), ("dora", "use_dora")])
+@pytest.mark.parametrize("space", SPACES)
+def test_a_variant_has_the_gradient_of_a_mask_on_stock_layers(space, variant, flag):
+    """Observed in a step that trains it, and under a soft mask."""
+    model, space = masked(space_name=space, variant=variant, initializer_range=0.05)
+    controller = MaskController(model.double(), space)
+    other = stock(flags={flag: True}, initializer_range=0.05).double()
+    ids = torch.randint(0, 29, (3, 9))
+    with controller.observer.observing(3) as sums:
+        loss_of(model, ids).backward()
+    found = controller.observer.gradients(sums)
+    for sample in range(3):
+        row = ids[sample : sample + 1]
+        expected = hooked_gradient_of_a_mask(other, space, row)
+        assert expected.count_nonzero() > space.size // 2
+        assert_close(found[sample], expected, rtol=1e-5, atol=1e-9)
+        assert_close(gradient_of_a_mask(model, space, controller, row), expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("space", SPACES)

@@ -30,15 +30,16 @@ def fill(model, seed=1):
     return model
 
 
-def masked(dropout=0.0, space_name="head_dim", **overrides):
+def masked(dropout=0.0, space_name="head_dim", variant="lora", **overrides):
     base = base_model(**overrides)
     space = MaskSpace.from_config(base.config, space_name)
-    return fill(add_lora(base, space, r=RANK, alpha=ALPHA, dropout=dropout)), space
+    return fill(add_lora(base, space, r=RANK, alpha=ALPHA, dropout=dropout, variant=variant)), space
 
 
-def stock(dropout=0.0, **overrides):
+def stock(dropout=0.0, flags=None, **overrides):
+    """flags: of PEFT's LoraConfig, such as use_dora."""
     config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM"
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM", **flags or {}
     )  # fmt: skip
     return fill(get_peft_model(base_model(**overrides), config))
 

@@ -11,7 +11,7 @@ from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
 from atp.models.attention import use_training_attention
 from atp.plan.activations import Pass, kept_by_saliency, kept_by_training
-from atp.plan.shapes import ModelShapes, mask_of
+from atp.plan.shapes import ModelShapes, adapter_params, mask_of
 from atp.removal import cut_model
 from atp.training.loss import causal_lm_loss
 
@@ -29,7 +29,7 @@ FAMILIES = {
 SHORT = 32 + 64
 
 
-def model_of(family, layers, space, dropout):
+def model_of(family, layers, space, dropout, variant="lora"):
     """A tiny LoRA model ready to train, with its shapes."""
     torch.manual_seed(0)
     sizes = {
@@ -39,7 +39,7 @@ def model_of(family, layers, space, dropout):
     config = AutoConfig.for_model(family, **sizes)
     shapes = ModelShapes.of(config, DecisionsConfig(space=space, target_keep=0.6, multiples={}))
     model = AutoModelForCausalLM.from_config(config)
-    lora = add_lora(model, shapes.space, r=RANK, alpha=8, dropout=dropout)
+    lora = add_lora(model, shapes.space, r=RANK, alpha=8, dropout=dropout, variant=variant)
     use_training_attention(lora.get_base_model())
     return lora.train(), shapes
 
@@ -63,11 +63,11 @@ def saved_bytes(model, tokens, autocast, positions):
     return sum(storages.values())
 
 
-def per_token_and_layer(family, space, prepare, *, autocast=False, dropout=0.0, positions=False):
+def per_token_and_layer(family, space, prepare, *, autocast=False, dropout=0.0, positions=False, variant="lora"):
     """Second difference of the bytes, over layers and tokens: what does not grow with both drops out."""
     sums = {}
     for layers in (2, 3):
-        model, shapes = model_of(family, layers, space, dropout)
+        model, shapes = model_of(family, layers, space, dropout, variant)
         model, context = prepare(model, shapes)
         with context:
             for tokens in (32, 64):
@@ -107,6 +107,24 @@ def test_a_plain_step(family, autocast):
     found, shapes = per_token_and_layer(family, "kv_group", plain, autocast=autocast)
     how = Pass(2 if autocast else 4, 4, RANK, short=SHORT if autocast else 0)
     assert kept_by_training(shapes, shapes.whole[0], how) == found
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("prepare", [plain, watched])
+def test_a_step_of_dora(prepare, autocast):
+    """Under autocast an estimate."""
+    found, shapes = per_token_and_layer("llama", "kv_group", prepare, autocast=autocast, variant="dora")
+    how = Pass(
+        2 if autocast else 4, 4, RANK, watched=prepare is watched, dora=True, short=SHORT if autocast else 0
+    )  # fmt: skip
+    assert kept_by_training(shapes, shapes.whole[0], how) == (pytest.approx(found, rel=0.1) if autocast else found)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_parameters_of_an_adapter(variant):
+    model, shapes = model_of("llama", 2, "kv_group", 0.0, variant)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_params(shapes.whole, RANK, dora=variant == "dora") == trained
 
 
 @pytest.mark.parametrize(("space", "dropout"), [("kv_group", 0.1), ("head_dim", 0.0), ("disp", 0.1)])

@@ -13,6 +13,7 @@ from zeroed import HEAD_DIM, HEADS, INNER, KV_HEADS, random_mask, stock_model, t
 from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedPeftLinear, add_lora
 from atp.models import ATPLlamaForCausalLM
+from atp.removal.certify import merge_error
 from atp.removal.cut import cut_model, cut_state_dict, merge_adapter
 from atp.spaces.space import MaskSpace
 
@@ -162,6 +163,20 @@ def test_merged_cut_model_equals_cut_with_adapter(tied):
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
 
 
+def test_merged_dora_is_that_of_peft():
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM", use_dora=True)
+    model = fill_lora(get_peft_model(stock_model(), config)).eval()
+    merged, ids = merge_adapter(model), tokens()
+    with torch.no_grad():
+        assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-10)
+    assert merge_error(model, merged) <= 1
+    for name, weight in copy.deepcopy(model).merge_and_unload().named_parameters():
+        assert_close(merged.get_parameter(name), weight, rtol=1e-12, atol=1e-14, msg=name)
+    with torch.no_grad():
+        merged.model.layers[1].mlp.up_proj.weight[3, 4] *= 1 + 1e-9
+    assert merge_error(model, merged) > 1
+
+
 def test_other_adapters_are_refused():
     model = stock_lora()
     model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS))
@@ -170,6 +185,9 @@ def test_other_adapters_are_refused():
         cut_model(model, space, random_mask(space))
     with pytest.raises(ValueError, match="adapters default, second"):
         merge_adapter(model)
-    dora = get_peft_model(stock_model(), LoraConfig(r=2, target_modules=TARGETS, use_dora=True))
+    biased = get_peft_model(stock_model(), LoraConfig(r=2, target_modules=TARGETS, lora_bias=True))
     with pytest.raises(ValueError, match="not plain LoRA"):
-        merge_adapter(dora)
+        merge_adapter(biased)
+    dora = get_peft_model(stock_model(), LoraConfig(r=2, target_modules=TARGETS, use_dora=True))
+    with pytest.raises(ValueError, match="is DoRA, whose norms of whole rows no cut keeps: merge it first"):
+        cut_model(dora, space, random_mask(space))

@@ -17,8 +17,8 @@ FULL = {
     "open": OPEN, "search": 2, "settle": 1, "tune": 3, "distill": 0.5, "beta2": 0.9, "update_clipping": True,
 }  # fmt: skip
 AT_ONCE = FULL | {"search": 0, "settle": 0}
-# The settings of training and decisions, of data, and the steps from which runs are resumed: in each phase and where it
-# ends, where saliency is taken and at the cut.
+# The settings of training and decisions, other sections, and the steps from which runs are resumed: in each phase and
+# where it ends, where saliency is taken and at the cut.
 CASES = {
     "static": (FULL, {"source": "static"}, {}, [2, 5]),
     "tuned": (AT_ONCE, {"source": "tuned"}, {}, [2, 3]),
@@ -28,17 +28,20 @@ CASES = {
     "penalty": (DEFAULT, {"init": "paper", "budget": "penalty"}, {}, [3]),
     # The saliency of so small a model spares attention.
     "disp": (DEFAULT, {"space": "disp", "refit_windows": 3, "init": "paper"}, {}, [2, SEARCH + 1, CUT]),
+    "rslora": (FULL, {"source": "running"}, {"lora": {"variant": "rslora"}}, [2, 4, 6]),
+    "dora": (AT_ONCE, {"source": "running", "rounds": 3}, {"lora": {"variant": "dora"}}, [2, 3, 5]),
+    "dora, static": (AT_ONCE, {"source": "static"}, {"lora": {"variant": "dora"}}, [2]),
     "l0": (DEFAULT | {"regularizer": "l0", "beta": 0.01, "settle_beta": 3.0}, {}, {}, [2, SEARCH + 1, CUT]),
-    "separate": (DEFAULT, {}, {"packing": "separate"}, [3]),
-    "padded": (DEFAULT, {}, {"packing": "padded"}, [3]),
+    "separate": (DEFAULT, {}, {"data": {"packing": "separate"}}, [3]),
+    "padded": (DEFAULT, {}, {"data": {"packing": "padded"}}, [3]),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def finished(request, tmp_path_factory):
-    training, decisions, data, steps = CASES[request.param]
+    training, decisions, others, steps = CASES[request.param]
     folder = tmp_path_factory.mktemp("run")
-    options = {"training": training, "decisions": decisions, "data": data}
+    options = {"training": training, "decisions": decisions, **others}
     trainer = make(folder, **options)
     trainer.train()
     return trainer, folder, options, steps
