@@ -23,6 +23,7 @@ ROWS = ("products", "adapter and masks", "attention", "norms", "SwiGLU", "RoPE",
 _READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 """The linears of a layer that read one tensor."""
 _WIDE = 4  # bytes of float32
+_CONCATENATED = 128  # tensors that torch concatenates in one launch
 CAUSAL = 0.5  # of the squares that `attention` counts: kernels skip what no token sees
 _ROTARY = (10, 15)  # tensors of the size of q and k that eager RoPE reads and writes, forward and backward
 _ROTARY_CALLS = (10, 18)
@@ -77,6 +78,11 @@ class Step:
     def joins(self) -> bool:
         """Whether the residual connection after attention and the norm after it are one kernel each way."""
         return self.way == "ours" and self.on_gpu and not self.sharded
+
+    @property
+    def casts_at_once(self) -> bool:
+        """Whether the flat adapter is cast in one launch, and its gradients are collected in few."""
+        return self.way == "ours" and self.on_gpu and not self.sharded and self.learns and self.item < _WIDE
 
     def shares(self, readers: tuple[str, ...]) -> bool:
         """Whether linears that read one tensor are one call: not under the soft masks of q, k and v."""
@@ -150,7 +156,12 @@ def _linear(step: Step, name: str, linear: Linear) -> Iterator[Kernel]:
 
 
 def _factors(step: Step, linear: Linear) -> Iterator[Kernel]:
-    """Float32 factors as the products read them and their gradients back, which ours adds to a flat gradient."""
+    """Float32 factors as the products read them and their gradients back, which ours adds to a flat gradient.
+
+    Those that ours casts at once are no layer's.
+    """
+    if step.casts_at_once:
+        return
     size, narrow = step.rank * (linear.in_features + linear.out_features), step.item
     if narrow < _WIDE:
         both = 2 if step.learns else 1
@@ -324,5 +335,9 @@ def _optimizer(step: Step) -> Iterator[Kernel]:
     yield Kernel("optimizer", 0.0, _WIDE * parameters * (1.0 + 2 + 7), 8)
     if step.way == "ours":
         yield Kernel("optimizer", 0.0, 1.0 * _WIDE * parameters)
+    if step.casts_at_once:
+        factors = 2 * len(widths.linears) * layers
+        yield Kernel("adapter and masks", 0.0, float(step.item + _WIDE) * parameters)
+        yield Kernel("optimizer", 0.0, (3.0 * step.item + 2 * _WIDE) * parameters, -(-factors // _CONCATENATED) + 1)
     if step.phase == "search":
         yield Kernel("optimizer", 0.0, _WIDE * parameters * (1.0 + 3), 5)

@@ -59,6 +59,7 @@ class MaskedPeftLinear(PeftLinear):
         self.set_masks(None, None)
         self.gates: list[Tensor | None] = [None, None]
         self.observed: list[Tensor | None] = [None, None]
+        self.factors: tuple[Tensor, Tensor] | None = None  # A and B in autocast's dtype, where somebody casts them all
         self.holds_casts = True  # whether a whole weight may outlive the pass that reads it
 
     def set_masks(
@@ -121,6 +122,9 @@ class MaskedPeftLinear(PeftLinear):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._learns_whole:
             weight = self._narrowed(weight)
         out_gate, in_gate = self.gates
+        if self.factors is not None and torch.is_grad_enabled() and lora_a.requires_grad:
+            if out_gate is None and in_gate is None:  # whose products are rounded once, not before too
+                lora_a, lora_b = self.factors
         lora_a = lora_a if in_gate is None else lora_a * in_gate
         lora_b = lora_b if out_gate is None else lora_b * out_gate[:, None]
         return Projection(weight, lora_a, lora_b, scaling, bias)

@@ -1,19 +1,25 @@
-"""The trained parameters as one flat tensor: one optimizer step, one clip and one check for all of them.
+"""The trained parameters as one flat tensor: one optimizer step, clip, check and cast for all of them.
 
 An adapter is hundreds of small tensors. Whatever goes over them one by one costs more calls than arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from atp.ground.errors import InputError
+from atp.lora.layer import ADAPTER, MaskedPeftLinear
 
 BLOCK = 256
 """Elements to whose multiple zeros fill up each parameter, so that a block of so many belongs to one parameter."""
+
+CASTS_ON = ("cuda",)
+"""The types of device where all factors are cast at once. On a CPU, packs cast those that they read."""
 
 
 class FlatParameters:
@@ -89,3 +95,60 @@ class FlatParameters:
             places[key][parameter].copy_(tensor)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
+
+
+class NarrowFactors:
+    """LoRA factors in autocast's dtype, cast at once and read instead of the float32 ones in steps under autocast.
+
+    Each layer would cast its own in every pass, and its gradients back: four launches per linear and step.
+    """
+
+    def __init__(self, parameters: FlatParameters, modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+        """modules: among them the LoRA layers whose factors are parts of `parameters`."""
+        self._parameters = parameters
+        self._flat = parameters.flat.detach().to(dtype)
+        self._leaves = [part.detach().requires_grad_() for part in parameters.views(self._flat)]
+        of = {id(p): leaf for p, leaf in zip(parameters.parameters.values(), self._leaves, strict=True)}
+        self._layers: list[tuple[MaskedPeftLinear, tuple[Tensor, Tensor]]] = []
+        for module in modules:
+            if isinstance(module, MaskedPeftLinear):
+                a, b = (cast(nn.Linear, factors[ADAPTER]).weight for factors in (module.lora_A, module.lora_B))
+                if id(a) in of and id(b) in of:
+                    self._layers.append((module, (of[id(a)], of[id(b)])))
+        self._gaps = [
+            self._flat.new_zeros(size - p.numel())
+            for size, p in zip(parameters.sizes, parameters.parameters.values(), strict=True)
+        ]
+
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        """Layers read these factors in passes that record gradients, inside the with block."""
+        for layer, factors in self._layers:
+            layer.factors = factors
+        try:
+            yield
+        finally:
+            for layer, _ in self._layers:
+                layer.factors = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Casts the parameters as they are now."""
+        self._flat.copy_(self._parameters.flat)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Moves what a backward pass left here to the gradients of the parameters, as one addition if all have one."""
+        grads = [leaf.grad for leaf in self._leaves]
+        for leaf in self._leaves:
+            leaf.grad = None
+        found = [grad for grad in grads if grad is not None]
+        if len(found) == len(grads):
+            parts = (part for grad, gap in zip(found, self._gaps, strict=True) for part in (grad.flatten(), gap))
+            assert self._parameters.flat.grad is not None
+            self._parameters.flat.grad.add_(torch.cat([part for part in parts if part.numel()]))
+            return
+        for parameter, grad in zip(self._parameters.parameters.values(), grads, strict=True):
+            if grad is not None:
+                assert parameter.grad is not None
+                parameter.grad.add_(grad)

@@ -38,7 +38,7 @@ from atp.training.cuda_graphs import CudaGraphs, GraphedDecoder, refused
 from atp.training.data import Batch, step_batches
 from atp.training.distill import Teacher
 from atp.training.exchange import Exchange
-from atp.training.flat import FlatParameters
+from atp.training.flat import CASTS_ON, FlatParameters, NarrowFactors
 from atp.training.loss import causal_lm_loss
 from atp.training.metrics import MetricsLog, PhaseClock
 from atp.training.offload import Offload, recompute_layers
@@ -106,6 +106,7 @@ class Loop:
             raise InputError(f"{self.accelerator.distributed_type.value} {processes.NO_SHARDS}")
         self._batches: Iterator[list[Batch]] | None = None
         self._decode: GraphedDecoder | None = None
+        self._narrow: NarrowFactors | None = None
         self.bind(model)
 
     def bind(self, model: PeftModel) -> None:
@@ -162,6 +163,8 @@ class Loop:
     def backward(self, loss: Tensor) -> None:
         """Adds to the gradients of the adapter."""
         self.accelerator.backward(loss)
+        if self._narrow is not None:
+            self._narrow.collect()
 
     def clip(self) -> None:
         """Clips the gradient of the loss to norm `training.clip`."""
@@ -197,8 +200,22 @@ class Loop:
         if self._batches is None:
             self._batches = self.batches_from(self.step)
         self.begin(phase)
-        with self._graphed(phase):
+        with self._graphed(phase), self._cast_at_once():
             self._run(phase, step, until)
+
+    @contextmanager
+    def _cast_at_once(self) -> Iterator[None]:
+        """Steps inside the with block cast all factors at once; those of several processes exchange gradients apart."""
+        dtype = self.autocast_dtype
+        if dtype is None or self.device.type not in CASTS_ON or processes.count() > 1 or self._decode is not None:
+            yield
+            return
+        self._narrow = NarrowFactors(self.trained, self.model.modules(), dtype)
+        try:
+            with self._narrow.read():
+                yield
+        finally:
+            self._narrow = None
 
     @contextmanager
     def _graphed(self, phase: str) -> Iterator[None]:
@@ -224,6 +241,8 @@ class Loop:
             rate = self._set_learning_rate()
             step(batches)
             self.trained.zero_grad()
+            if self._narrow is not None:
+                self._narrow.refresh()
             self.step += 1
             stopping = self._heard_signal()
             tokens = sum(batch["tokens"] for batch in batches) * processes.count()

@@ -136,7 +136,7 @@ def test_a_lora_step_of_a_large_model_and_a_default_run_meet_their_marks():
     for phase in ("search", "tune"):
         ways = steps(shapes, options, phase).values()
         ours, unfused, dense = (total(kernels_of(each), rates).seconds for each in ways)
-        assert ours <= 0.75 * dense and ours <= 0.56 * unfused
+        assert ours <= 0.75 * dense and ours <= 0.55 * unfused
     # A third open, by the model's own times of both; in the mean it meets the mark of a LoRA step against dense.
     open_, tune = (steps(shapes, options, phase) for phase in ("open", "tune"))
     run, share = of_a_run(shapes, options, rates), TrainingConfig().opened / TrainingConfig().total

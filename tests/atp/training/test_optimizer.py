@@ -1,18 +1,24 @@
 """AdamW over one flat tensor, whose updates are clipped: by the formula, and in no step that is skipped."""
 
+import copy
 import math
 
 import pytest
 import torch
+from tiny_run import TUNE, make, trained_tensors
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atp.config import TrainingConfig
 from atp.ground.errors import InputError
+from atp.lora.packs import Packs
 from atp.processes.finite import FiniteGuard
-from atp.training.flat import BLOCK, FlatParameters
+from atp.training import loop
+from atp.training.flat import BLOCK, FlatParameters, NarrowFactors
 from atp.training.optimizer import CLIPS, adamw
 
 SHAPES = ((4, 24), (40, 4), (1, 1))
+RANK = 3  # no other side of the tiny model
 LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.95, 1e-8
 
 
@@ -164,6 +170,68 @@ def test_state_goes_by_name_and_comes_back():
     again.load_state(other, {name: value.clone() for name, value in state.items()})
     for key, value in optimizer.state[flat.flat].items():
         assert torch.equal(other.state[again.flat][key], value), key
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of LoRA factors and of their gradients, which alone have a side of the adapter's rank."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        cast = func._schema.name == "aten::_to_copy" and args[0].is_floating_point()
+        self.count += cast and RANK in args[0].shape
+        return func(*args, **kwargs or {})
+
+
+def casts_in_a_step(folder, phase, **overrides):
+    training = {"precision": "bfloat16", "save_every": 100} | overrides.pop("training", {})
+    trainer = make(folder, training=training, lora={"r": RANK}, **overrides)
+    counts, loss, backward = [], trainer.loss, trainer.backward
+
+    def counted(function):
+        def call(*given):
+            with Casts() as casts, torch.autograd.set_multithreading_enabled(False):
+                result = function(*given)
+            if trainer.phase == phase:
+                counts.append(casts.count)
+            return result
+
+        return call
+
+    trainer.loss, trainer.backward = counted(loss), counted(backward)
+    trainer.train()
+    return sum(counts), trained_tensors(trainer)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"decisions": {"source": "running", "space": "kv_group"}, "training": {"open": 3, "search": 0, "settle": 0}},
+        {"training": {"open": 2, "gradient_accumulation": 2, "regularizer": "l0"}},
+        {"training": {"gradient_checkpointing": True}},
+    ],
+)
+def test_factors_are_cast_at_once(tmp_path, monkeypatch, overrides):
+    """Not one by one, and steps change no bit."""
+    monkeypatch.setattr(Packs, "of", lambda *given: None)  # which cast what they read
+    before, expected = casts_in_a_step(tmp_path / "each", "tune", **copy.deepcopy(overrides))
+    monkeypatch.setattr(loop, "CASTS_ON", ("cpu",))
+    casts, found = casts_in_a_step(tmp_path / "at once", "tune", **copy.deepcopy(overrides))
+    assert before >= 4 * 14 * TUNE and casts == 0
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_gradients_of_some_factors_reach_their_parameters():
+    flat, parameters, values = flat_of((4, 24), (3,), (0, 4))
+    narrow = NarrowFactors(flat, [], torch.bfloat16)
+    narrow._leaves[1].grad = torch.full((3,), 2.0, dtype=torch.bfloat16)
+    narrow.collect()
+    narrow.collect()
+    assert parameters["p1"].grad.tolist() == [2, 2, 2] and flat.flat.grad.sum() == 6
+    with torch.no_grad():
+        flat.flat.add_(1)
+    narrow.refresh()
+    assert torch.equal(narrow._leaves[0], (values["p0"] + 1).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtypes", [(), (torch.float32, torch.float64)])
