@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from transformers import PretrainedConfig
 
-from atp.families.family import Biases, Family, UnsupportedModel, family_name
+from atp.families.family import Biases, Block, Family, UnsupportedModel, declared, family_name
 from atp.families.refused import REASONS
 
 
@@ -18,6 +21,28 @@ def _like_qwen2(config: PretrainedConfig) -> str | None:
     return "seed_oss" if config.sliding_window is None else None
 
 
+def _own_if_heads_divide(name: str) -> Callable[[PretrainedConfig], str | None]:
+    """The family's own class, which wants hidden_size to be a multiple of the number of heads."""
+    return lambda config: None if config.hidden_size % config.num_attention_heads else name
+
+
+def _is_causal(config: PretrainedConfig) -> str | None:
+    if declared(config, "use_bidirectional_attention", None):
+        return "its tokens see those behind them (use_bidirectional_attention), and losses here are of the next token"
+    return None
+
+
+_AROUND = (
+    Block("self_attn", "input_layernorm", "post_attention_layernorm"),
+    Block("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_NORMS_OF_HEADS = "its RMSNorms over head_dim change when dimensions are removed, so use kv_group"
+_READ_WHOLE = "an RMSNorm reads all that a block gives, so a block cannot give a part of it: use kv_group"
+_GEMMA: dict[str, Any] = {
+    "biases": lambda config: Biases(config.attention_bias, config.attention_bias),
+    "layer_types": True, "whole_heads": True, "blocks": _AROUND, "unit_offset": True, "limit": _is_causal,
+}  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -29,12 +54,21 @@ FAMILIES: dict[str, Family] = {
             biases=lambda config: Biases(qkv=config.attention_bias, o=config.attention_bias),
             qk_norm=True,
             layer_types=True,
-            inexact={"head_dim": "its RMSNorms over head_dim change when dimensions are removed, so use kv_group"},
+            inexact={"head_dim": _NORMS_OF_HEADS},
         ),
         Family("smollm3", layer_types=True),
         Family("granite"),  # the dense models
         Family(
             "seed_oss", biases=lambda config: Biases(config.attention_bias, config.attention_out_bias, config.mlp_bias)
+        ),
+        Family("gemma2", **_GEMMA, inexact={"disp": _READ_WHOLE}, equal=_own_if_heads_divide("gemma2")),
+        Family(
+            "gemma3_text",
+            **_GEMMA,
+            qk_norm=True,
+            ropes_by_type=True,
+            inexact={"head_dim": _NORMS_OF_HEADS, "disp": _READ_WHOLE},
+            equal=_own_if_heads_divide("gemma3_text"),
         ),
     )
 }

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp.families import BLOCKS
 from atp.lora.stock import Hooked, runs_stock_forward
 from atp.models.attention import attend_packed
 from atp.models.cut import place_before
-from atp.models.layers import BLOCKS, residual_multiplier
+from atp.models.layers import residual_multiplier
 from atp_kernels import rms_norm
 from atp_kernels.packed.op import Norm
 
@@ -90,7 +91,7 @@ class FusedLayer(nn.Module):
 def fuse_layer(layer: nn.Module) -> None:
     """Gives a stock decoder layer x + block(norm(x)) the forward of `FusedLayer`, in place."""
     if runs_stock_forward(layer) and residual_multiplier(layer) == 1:
-        if all(hasattr(layer, name) for block in BLOCKS for name in block):
+        if all(hasattr(layer, block.module) and hasattr(layer, str(block.before)) for block in BLOCKS):
             place_before(layer, FusedLayer)
 
 

@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from atp.families import family_of
+from atp.families import BLOCKS, family_of
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.lora.decoder_layer import FusedRMSNorm, fuse_layer, unfuse_layer
@@ -292,13 +292,13 @@ def fuse_layers(model: PeftModel) -> PeftModel:
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(base.config):
             norm = layer.get_submodule(name)
-            if not runs_stock_forward(norm):
+            if not runs_stock_forward(norm) or family.unit_offset:
                 continue
             if is_sharded(base):
                 FusedRMSNorm.adopt(norm)
             else:
                 layer.set_submodule(name, FusedRMSNorm(norm))
-        if not is_sharded(base):
+        if not is_sharded(base) and family.blocks is BLOCKS:
             fuse_layer(layer)
     return model
 

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "seed_oss")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "gemma2", "gemma3_text")
 """Names of `atp.families`, which cannot be imported here."""
 
 

@@ -52,6 +52,8 @@ def test_training_masks_give_the_logits_of_each_sample_alone(name, positions):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_logits(name):
+    # Gemma multiplies by the weights of its norms in float32, and so sums their gradients.
+    digits = 1e-6 if name.startswith("gemma") else 1e-10
     ids = tokens()
     batch = packed(ids)
     for model in both(name):
@@ -63,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_logits(name):
         assert_close(loss, expected, rtol=1e-10, atol=0)
         weights = list(model.parameters())
         for ours, theirs in zip(*(torch.autograd.grad(x, weights) for x in (loss, expected)), strict=True):
-            assert_close(ours, theirs, rtol=0, atol=1e-10 * max(float(theirs.abs().max()), 1))
+            assert_close(ours, theirs, rtol=0, atol=digits * max(float(theirs.abs().max()), 1))
 
 
 @pytest.mark.parametrize(("name", "space_name"), SPACES)

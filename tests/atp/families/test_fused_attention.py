@@ -42,8 +42,10 @@ def computed(model):
     return [logits, *torch.autograd.grad(logits.square().mean(), leaves)]
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [(name, how) for name in FAMILIES for how in ("sdpa", "eager") if (name, how) != ("gemma2", "sdpa")],
+)  # transformers' sdpa has no soft caps
 def test_whole_models_of_every_family(rotations, family, implementation):
     at_once, asked = rotations
     base = build(family, attn_implementation=implementation)

@@ -18,7 +18,7 @@ from atp.spaces.space import MaskSpace
 CLASSES = {
     "llama": "SeedOssForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "SeedOssForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "granite": "GraniteForCausalLM",
-    "seed_oss": "SeedOssForCausalLM",
+    "seed_oss": "SeedOssForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
 }  # fmt: skip
 PLAIN = {"llama": {}, "qwen2": {"use_sliding_window": False}}
 # A folder must load where nothing of this project can be imported.
@@ -125,7 +125,9 @@ def test_what_no_stock_class_computes_stays_as_it_is():
     uneven = cut_model(llama, space, mask)
     narrow_heads = cut("mistral", {"qk": 3, "vo": 5, "mlp": 17}, "head_dim")
     sliding = cut("qwen2")
-    for model in (uneven, narrow_heads, sliding, llama):
+    # Gemma's own class wants heads that divide hidden_size.
+    heads = cut("gemma2", {"kv_group": 3, "mlp": 16}, num_attention_heads=4, num_key_value_heads=4)
+    for model in (uneven, narrow_heads, sliding, llama, heads):
         assert as_stock(model) is model
 
 

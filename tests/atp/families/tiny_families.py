@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from atp.spaces import space_names
+
 VOCAB, LAYERS = 64, 3
 SLIDING = {"use_sliding_window": True, "sliding_window": 4}
 FAMILIES = {
@@ -17,9 +19,22 @@ FAMILIES = {
         "residual_multiplier": 0.22, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.25,
         "tie_word_embeddings": True,
     },
+    "gemma2": {
+        "sliding_window": 4, "head_dim": 12, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0, "attention_bias": True,
+    },
+    "gemma3_text": {
+        "sliding_window": 4, "head_dim": 12, "query_pre_attn_scalar": 20, "attention_bias": True,
+        "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        },
+    },
 }  # fmt: skip
-SPACES = [(name, space) for name in FAMILIES for space in ("head_dim", "kv_group", "disp") if (name, space) != (
-    "qwen3", "head_dim")]  # fmt: skip
+INEXACT = {"qwen3": {"head_dim"}, "gemma2": {"disp"}, "gemma3_text": {"head_dim", "disp"}}
+SPACES = [(name, space) for name in FAMILIES for space in space_names() if space not in INEXACT.get(name, ())]
 """Every family with every space that is exact in it."""
 
 
