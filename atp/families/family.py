@@ -93,7 +93,9 @@ class Family:
     The classes of transformers bring what the family computes; here is what the rest must know of it.
 
     name: `model_type` of the transformers config. biases: of every decoder layer, from the config. qk_norm: whether an
-    RMSNorm over head_dim, shared by all heads, follows q_proj and k_proj. layer_types: whether config.layer_types says
+    RMSNorm over head_dim, shared by all heads, follows q_proj and k_proj; qk_norms: their names. norms_all_heads:
+    whether they are over all heads together. own_attention: whether attention is more than `CutAttention` computes, so
+    that the family's own class must run. layer_types: whether config.layer_types says
     which layers use the sliding window; the decoder then takes a mask per type. ropes_by_type: whether RoPE has
     parameters per layer type. whole_heads: whether transformers wants hidden_size to be a multiple of the number of
     heads even where head_dim is given. blocks: attention and MLP with the norms around them. unit_offset: whether
@@ -106,6 +108,9 @@ class Family:
     name: str = field(kw_only=False)
     biases: Callable[[PretrainedConfig], Biases] = _biases
     qk_norm: bool = False
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
+    norms_all_heads: bool = False
+    own_attention: bool = False
     layer_types: bool = False
     ropes_by_type: bool = False
     whole_heads: bool = False
@@ -167,7 +172,10 @@ class Family:
         around = (name for block in self.blocks for name in (block.before, block.after) if name is not None)
         norms = dict.fromkeys(around, config.hidden_size)
         if self.qk_norm:
-            norms |= {"self_attn.q_norm": self.head_dim(config), "self_attn.k_norm": self.head_dim(config)}
+            # Heads are read where all of them are normed, and then no cut has made their numbers differ.
+            heads = (config.num_attention_heads, config.num_key_value_heads) if self.norms_all_heads else (1, 1)
+            for name, count in zip(self.qk_norms, heads, strict=True):
+                norms[f"self_attn.{name}"] = self.head_dim(config) * count
         return norms
 
     def norm_params(self, config: PretrainedConfig) -> int:

@@ -38,6 +38,19 @@ _AROUND = (
 )
 _NORMS_OF_HEADS = "its RMSNorms over head_dim change when dimensions are removed, so use kv_group"
 _READ_WHOLE = "an RMSNorm reads all that a block gives, so a block cannot give a part of it: use kv_group"
+_BEHIND = (
+    Block("self_attn", None, "post_attention_layernorm"),
+    Block("mlp", None, "post_feedforward_layernorm"),
+)
+_NORM_OF_ALL_HEADS = "its RMSNorms of queries and keys are over all heads, and change when some go: use mlp"
+_OLMO: dict[str, Any] = {
+    "biases": lambda config: Biases(config.attention_bias, config.attention_bias),
+    "qk_norm": True, "norms_all_heads": True, "own_attention": True, "blocks": _BEHIND,
+    "inexact": {
+        "kv_group": _NORM_OF_ALL_HEADS, "head_dim": _NORM_OF_ALL_HEADS,
+        "disp": "an RMSNorm reads all that a block gives, so a block cannot give a part of it: use mlp",
+    },
+}  # fmt: skip
 _GEMMA: dict[str, Any] = {
     "biases": lambda config: Biases(config.attention_bias, config.attention_bias),
     "layer_types": True, "whole_heads": True, "blocks": _AROUND, "unit_offset": True, "limit": _is_causal,
@@ -69,6 +82,40 @@ FAMILIES: dict[str, Family] = {
             ropes_by_type=True,
             inexact={"head_dim": _NORMS_OF_HEADS, "disp": _READ_WHOLE},
             equal=_own_if_heads_divide("gemma3_text"),
+        ),
+        Family("olmo2", **_OLMO),
+        Family("olmo3", **_OLMO, layer_types=True, ropes_by_type=True),
+        Family("ministral", biases=lambda config: Biases(), layer_types=True),
+        Family(
+            "ministral3",
+            biases=lambda config: Biases(),
+            own_attention=True,
+            inexact={"head_dim": "narrower heads here do not scale queries by their positions: use kv_group"},
+        ),
+        Family(
+            "ernie4_5",
+            biases=lambda config: Biases(config.use_bias, config.use_bias, config.use_bias),
+            own_attention=True,
+            inexact={
+                "head_dim": "its RoPE rotates neighbouring dimensions, which the space does not pair: use kv_group"
+            },
+        ),
+        Family(
+            "hunyuan_v1_dense",
+            biases=lambda config: Biases(config.attention_bias, config.attention_bias),
+            qk_norm=True,
+            qk_norms=("query_layernorm", "key_layernorm"),
+            own_attention=True,
+            inexact={"head_dim": _NORMS_OF_HEADS},
+        ),
+        Family(
+            "exaone4",
+            biases=lambda config: Biases(),
+            qk_norm=True,
+            own_attention=True,
+            layer_types=True,
+            blocks=_BEHIND,
+            inexact={"head_dim": _NORMS_OF_HEADS, "disp": _READ_WHOLE},
         ),
     )
 }

@@ -284,7 +284,8 @@ def fuse_layers(model: PeftModel) -> PeftModel:
     base = cast(PreTrainedModel, model.get_base_model())
     family = family_of(base.config)
     for layer in base.get_decoder().layers:
-        fuse_attention(layer.self_attn)
+        if not family.own_attention:
+            fuse_attention(layer.self_attn)
         for linear in (module for module in layer.modules() if isinstance(module, MaskedPeftLinear)):
             linear.holds_casts = not is_sharded(base)
         linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)

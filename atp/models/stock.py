@@ -75,10 +75,11 @@ def rope_for_converters(folder: Path) -> None:
     """Repeats the RoPE settings of a config.json at its top level."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rope = config["rope_parameters"]
-    by_type = "full_attention" in rope  # and then that of sliding layers has a key of its own
-    if by_type:
-        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    rope = dict(rope["full_attention"] if by_type else rope)
+    if "full_attention" in rope:  # parameters by layer type, of which Gemma 3's sliding layers have a base of their own
+        if config["model_type"].endswith("gemma3_text"):
+            config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    rope = dict(rope)
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     write_json(folder / "config.json", config)

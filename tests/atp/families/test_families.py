@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_families import FAMILIES, LAYERS, SPACES, build, random_mask, tokens
+from tiny_families import FAMILIES, LAYERS, SPACES, build, random_mask, space_of, tokens
 from torch.testing import assert_close
 from transformers import AutoConfig, PretrainedConfig
 
@@ -48,7 +48,7 @@ def test_linears_biases_and_norms_are_those_of_the_stock_model(name):
 def test_block_by_block_is_the_forward_of_the_stock_model_and_of_the_cut_one(name):
     """Also where layers have different masks and rows hold two samples, which do not see each other."""
     stock = build(name, torch.float64)
-    space = MaskSpace.from_config(stock.config, "kv_group")
+    space = MaskSpace.from_config(stock.config, space_of(name))
     positions = torch.cat([torch.arange(5), torch.arange(9)]).expand(3, -1)
     batch = {"input_ids": tokens(), "position_ids": positions}
     for model in (stock, cut_model(stock, space, random_mask(space))):
@@ -88,7 +88,7 @@ def test_norms_and_mlps_are_fused_and_come_back(name):
     model = build(name)
     before = {n: (type(m), id(m) if "norm" in n else None) for n, m in model.named_modules()}
     stock, logits = stock_modules(model), model(tokens()).logits
-    wrapped = add_lora(model, MaskSpace.from_config(model.config, "kv_group"), r=2, alpha=2.0, dropout=0.0)
+    wrapped = add_lora(model, MaskSpace.from_config(model.config, space_of(name)), r=2, alpha=2.0, dropout=0.0)
     for layer in wrapped.get_base_model().model.layers:
         assert isinstance(layer.mlp, MaskedMLP)
         norms = [m for n, m in layer.named_modules() if n.endswith("norm")]
@@ -103,7 +103,7 @@ def test_norms_and_mlps_are_fused_and_come_back(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient(name):
     model = build(name)
-    space = MaskSpace.from_config(model.config, "kv_group")
+    space = MaskSpace.from_config(model.config, space_of(name))
     gradients = []
     for checkpointing in (False, True):
         cut = cut_model(model, space, random_mask(space)).train()
@@ -151,8 +151,9 @@ def test_sizes_of_every_family_are_checked(name):
 
 REFUSED = {
     "gemma3": "wraps a language model together with an image encoder, so give the language model alone",
-    "olmo2": "one RMSNorm over all heads",
     "phi3": "projections are fused",
+    "glm4": "projections are fused",
+    "arcee": "MLPs have no gate",
     "mixtral": "experts",
     "qwen2_moe": "experts",
     "qwen3_moe": "experts",

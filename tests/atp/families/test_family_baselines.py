@@ -17,7 +17,7 @@ from atp.families import family_of
 from atp.ground.errors import InputError
 from atp.spaces.space import MaskSpace
 
-SLICED = ["llama", "mistral", "qwen2", "smollm3", "seed_oss", "granite"]
+SLICED = ["llama", "mistral", "qwen2", "smollm3", "seed_oss", "granite", "ministral", "ministral3", "ernie4_5"]
 REFUSED = {"qwen3": "its norms of queries and keys", "gemma2": "norms read the outputs of its blocks"}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_families import FAMILIES, SPACES, build, random_mask, tokens
+from tiny_families import FAMILIES, SPACES, build, random_mask, space_of, tokens
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -20,10 +20,10 @@ LENGTHS = (6, 8)  # samples of each window
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])
 
 
-def both(name, space_name="kv_group"):
+def both(name):
     """The stock model and a cut one, in float64."""
     model = build(name, torch.float64)
-    space = MaskSpace.from_config(model.config, space_name)
+    space = MaskSpace.from_config(model.config, space_of(name))
     return model, cut_model(model, space, random_mask(space))
 
 
@@ -93,8 +93,8 @@ def test_a_refit_mends_twins(name, space_name):
     changed = refit(
         wrapped.get_base_model().get_decoder(), MaskController(wrapped, space), space, mask, batches, damping=1e-12
     )
-    # In kv_group only channels are twins, and the first o_proj comes before them; disp fits no o_proj.
-    assert len(changed) == {"head_dim": 6, "kv_group": 5, "disp": 3}[space_name]
+    # In kv_group only channels are twins, and the first o_proj comes before them; disp and mlp fit no o_proj.
+    assert len(changed) == {"head_dim": 6, "kv_group": 5, "disp": 3, "mlp": 3}[space_name]
     mended = cut_model(wrapped, space, mask)(tokens()).logits
     assert (damaged - expected).abs().max() > 0.01
     assert_close(mended, expected, rtol=1e-5, atol=1e-5)

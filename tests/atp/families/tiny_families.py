@@ -32,10 +32,40 @@ FAMILIES = {
             "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
         },
     },
+    "olmo2": {"attention_bias": True},
+    "olmo3": {
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attention_bias": True,
+    },
+    "ministral": {
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "head_dim": 12,
+    },
+    "ministral3": {
+        "head_dim": 12,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 4,
+            "max_position_embeddings": 64, "llama_4_scaling_beta": 0.3, "beta_fast": 32.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    },
+    "ernie4_5": {"head_dim": 12, "use_bias": True},
+    "hunyuan_v1_dense": {"head_dim": 12, "attention_bias": True},
+    "exaone4": {
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "head_dim": 12,
+    },
 }  # fmt: skip
-INEXACT = {"qwen3": {"head_dim"}, "gemma2": {"disp"}, "gemma3_text": {"head_dim", "disp"}}
+INEXACT = {
+    "qwen3": {"head_dim"}, "gemma2": {"disp"}, "gemma3_text": {"head_dim", "disp"},
+    "olmo2": {"kv_group", "head_dim", "disp"}, "olmo3": {"kv_group", "head_dim", "disp"}, "ministral3": {"head_dim"},
+    "ernie4_5": {"head_dim"}, "hunyuan_v1_dense": {"head_dim"}, "exaone4": {"head_dim", "disp"},
+}  # fmt: skip
 SPACES = [(name, space) for name in FAMILIES for space in space_names() if space not in INEXACT.get(name, ())]
 """Every family with every space that is exact in it."""
+
+
+def space_of(name):
+    """The family's space that takes most: KV groups and MLP channels, or these alone."""
+    return "kv_group" if (name, "kv_group") in SPACES else "mlp"
 
 
 def build(name, dtype=torch.float32, scale=0.2, **overrides):
