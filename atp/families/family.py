@@ -92,10 +92,10 @@ class Family:
 
     The classes of transformers bring what the family computes; here is what the rest must know of it.
 
-    name: `model_type` of the transformers config. biases: of every decoder layer, from the config. qk_norm: whether an
-    RMSNorm over head_dim, shared by all heads, follows q_proj and k_proj; qk_norms: their names. norms_all_heads:
-    whether they are over all heads together. own_attention: whether attention is more than `CutAttention` computes, so
-    that the family's own class must run. layer_types: whether config.layer_types says
+    name: `model_type` of the transformers config. models: what people call them. biases: of every decoder layer, from
+    the config. qk_norm: whether an RMSNorm over head_dim, shared by all heads, follows q_proj and k_proj; qk_norms:
+    their names. norms_all_heads: whether they are over all heads together. own_attention: whether attention is more
+    than `CutAttention` computes, so that the family's own class must run. layer_types: whether config.layer_types says
     which layers use the sliding window; the decoder then takes a mask per type. ropes_by_type: whether RoPE has
     parameters per layer type. whole_heads: whether transformers wants hidden_size to be a multiple of the number of
     heads even where head_dim is given. blocks: attention and MLP with the norms around them. unit_offset: whether
@@ -106,6 +106,7 @@ class Family:
     """
 
     name: str = field(kw_only=False)
+    models: str = field(kw_only=False)
     biases: Callable[[PretrainedConfig], Biases] = _biases
     qk_norm: bool = False
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")

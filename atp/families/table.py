@@ -59,49 +59,54 @@ _GEMMA: dict[str, Any] = {
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", whole_heads=True, equal=_like_llama),  # also SmolLM and SmolLM2
-        Family("mistral", biases=lambda config: Biases()),
-        Family("qwen2", biases=lambda config: Biases(qkv=True), layer_types=True, equal=_like_qwen2),  # also Qwen2.5
+        Family("llama", "Llama, SmolLM, SmolLM2, TinyLlama", whole_heads=True, equal=_like_llama),
+        Family("mistral", "Mistral", biases=lambda config: Biases()),
+        Family("qwen2", "Qwen2, Qwen2.5", biases=lambda config: Biases(qkv=True), layer_types=True, equal=_like_qwen2),
         Family(
             "qwen3",
+            "Qwen3",
             biases=lambda config: Biases(qkv=config.attention_bias, o=config.attention_bias),
             qk_norm=True,
             layer_types=True,
             inexact={"head_dim": _NORMS_OF_HEADS},
         ),
-        Family("smollm3", layer_types=True),
-        Family("granite"),  # the dense models
+        Family("smollm3", "SmolLM3", layer_types=True),
+        Family("granite", "Granite (dense)"),
         Family(
-            "seed_oss", biases=lambda config: Biases(config.attention_bias, config.attention_out_bias, config.mlp_bias)
+            "seed_oss",
+            "Seed-OSS",
+            biases=lambda config: Biases(config.attention_bias, config.attention_out_bias, config.mlp_bias),
         ),
-        Family("gemma2", **_GEMMA, inexact={"disp": _READ_WHOLE}, equal=_own_if_heads_divide("gemma2")),
+        Family("gemma2", "Gemma 2", **_GEMMA, inexact={"disp": _READ_WHOLE}, equal=_own_if_heads_divide("gemma2")),
         Family(
             "gemma3_text",
+            "Gemma 3 (text)",
             **_GEMMA,
             qk_norm=True,
             ropes_by_type=True,
             inexact={"head_dim": _NORMS_OF_HEADS, "disp": _READ_WHOLE},
             equal=_own_if_heads_divide("gemma3_text"),
         ),
-        Family("olmo2", **_OLMO),
-        Family("olmo3", **_OLMO, layer_types=True, ropes_by_type=True),
-        Family("ministral", biases=lambda config: Biases(), layer_types=True),
+        Family("olmo2", "OLMo 2", **_OLMO),
+        Family("olmo3", "OLMo 3", **_OLMO, layer_types=True, ropes_by_type=True),
+        Family("ministral", "Ministral", biases=lambda config: Biases(), layer_types=True),
         Family(
             "ministral3",
+            "Ministral 3",
             biases=lambda config: Biases(),
             own_attention=True,
             inexact={"head_dim": "narrower heads here do not scale queries by their positions: use kv_group"},
         ),
         Family(
             "ernie4_5",
+            "ERNIE 4.5 (dense)",
             biases=lambda config: Biases(config.use_bias, config.use_bias, config.use_bias),
             own_attention=True,
-            inexact={
-                "head_dim": "its RoPE rotates neighbouring dimensions, which the space does not pair: use kv_group"
-            },
+            inexact={"head_dim": "its RoPE rotates neighbours, which the space does not pair: use kv_group"},
         ),
         Family(
             "hunyuan_v1_dense",
+            "Hunyuan (dense)",
             biases=lambda config: Biases(config.attention_bias, config.attention_bias),
             qk_norm=True,
             qk_norms=("query_layernorm", "key_layernorm"),
@@ -110,6 +115,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "exaone4",
+            "EXAONE 4",
             biases=lambda config: Biases(),
             qk_norm=True,
             own_attention=True,

@@ -1,12 +1,16 @@
 """What a family says of its model, against the model that transformers builds."""
 
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_families import FAMILIES, LAYERS, SPACES, build, random_mask, space_of, tokens
 from torch.testing import assert_close
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from atp.baselines.slicegpt import slice_model, sliced_width
 from atp.config import ModelConfig
@@ -20,11 +24,41 @@ from atp.lora.layer import MaskedMLP, add_lora, stock_modules, unload
 from atp.models.layers import first_layer_inputs, run_block
 from atp.models.sizes import check_against_files, check_sizes
 from atp.removal import cut_model
+from atp.spaces import space_names
 from atp.spaces.space import MaskSpace
+from atp.spaces.support import UNKNOWN, family_table, refused_list, support
 
 
 def test_every_registered_family_is_tested():
     assert TABLE.keys() == FAMILIES.keys()
+
+
+def test_each_causal_lm_of_transformers_is_cut_or_refused_with_the_reason():
+    """Of its own config, without weights; what the documentation says of it is what happens."""
+    asked = 0
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        said = support(name)
+        if name in TABLE:
+            config = build(name).config
+            for space in space_names():
+                exact = (name, space) in SPACES
+                assert exact == (space in said.split(", "))
+                if exact:
+                    assert MaskSpace.from_config(config, space).size
+                else:
+                    with pytest.raises(UnsupportedModel, match=re.escape(TABLE[name].inexact[space])):
+                        MaskSpace.from_config(config, space)
+        else:
+            with pytest.raises(UnsupportedModel) as refused:
+                family_of(SimpleNamespace(model_type=name))
+            assert (said == UNKNOWN) != (f"because {said}: use one of" in str(refused.value))
+        asked += name in TABLE
+    assert asked == len(TABLE)
+
+
+def test_the_documentation_lists_what_the_table_says():
+    page = (Path(__file__).parents[3] / "docs/model.md").read_text(encoding="utf-8")
+    assert family_table() in page and refused_list() in page
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -150,7 +184,12 @@ def test_sizes_of_every_family_are_checked(name):
 
 
 REFUSED = {
-    "gemma3": "wraps a language model together with an image encoder, so give the language model alone",
+    "gemma3": "give the language model alone, as a folder of model_type gemma3_text",
+    "gemma4_text": "share keys and values",
+    "llama4_text": "attention sees chunks",
+    "deepseek_v2": "one latent vector",
+    "qwen3_5_text": "recurrent state",
+    "mllama": "wraps a language model",
     "phi3": "projections are fused",
     "glm4": "projections are fused",
     "arcee": "MLPs have no gate",

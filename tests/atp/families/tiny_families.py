@@ -38,7 +38,8 @@ FAMILIES = {
         "attention_bias": True,
     },
     "ministral": {
-        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "head_dim": 12,
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "head_dim": 12,
     },
     "ministral3": {
         "head_dim": 12,
@@ -51,7 +52,8 @@ FAMILIES = {
     "ernie4_5": {"head_dim": 12, "use_bias": True},
     "hunyuan_v1_dense": {"head_dim": 12, "attention_bias": True},
     "exaone4": {
-        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "head_dim": 12,
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "head_dim": 12,
     },
 }  # fmt: skip
 INEXACT = {
