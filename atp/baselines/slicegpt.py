@@ -23,11 +23,11 @@ from atp.baselines.calibration import Batch, calibration_batches
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.evaluation.inference import inference
-from atp.families import family_of
+from atp.families import BLOCKS, family_of
 from atp.ground.errors import InputError
 from atp.models.config import CutConfig
-from atp.models.cut import build
-from atp.models.layers import BLOCKS, first_layer_inputs, run_block
+from atp.models.cut import build, copy_unsaved
+from atp.models.layers import first_layer_inputs, run_block
 from atp.spaces.space import MaskSpace
 
 _MULTIPLE = 8
@@ -44,9 +44,15 @@ def choose_bases(model: PreTrainedModel, calibration: Dataset, config: ATPConfig
 def sliced_width(config: PretrainedConfig, target: float) -> int:
     """The width, a multiple of 8, whose decoder's parameter share, shortcuts included, is nearest to `target`.
 
-    Raises `InputError` for a residual stream too narrow to cut, and for families with norms of queries and keys.
+    Raises `InputError` for a residual stream too narrow to cut, and for families with norms behind blocks or of queries
+    and keys.
     """
     family = family_of(config)
+    if family.blocks is not BLOCKS:
+        raise InputError(
+            f"slicegpt does not fit model family '{family.name}': norms read the outputs of its blocks, with which "
+            "rotations do not commute, so choose another baseline"
+        )
     if family.qk_norm:
         raise InputError(
             f"slicegpt does not fit model family '{family.name}': its norms of queries and keys share rms_norm_eps "
@@ -86,9 +92,9 @@ def residual_bases(model: PreTrainedModel, batches: Iterable[Batch], width: int)
         states, arguments = [x for x, _ in inputs], [given for _, given in inputs]
         bases = [_principal_axes(states, width)]
         for layer in decoder.layers:
-            for norm, block in BLOCKS:
+            for block in BLOCKS:
                 states = [_project(x, bases[-1]) for x in states]
-                states = [run_block(layer, norm, block, x, a) for x, a in zip(states, arguments, strict=True)]
+                states = [run_block(layer, block, x, a) for x, a in zip(states, arguments, strict=True)]
                 bases.append(_principal_axes(states, width))
     return torch.stack([basis.float().cpu() for basis in bases])
 
@@ -127,7 +133,7 @@ def slice_model(model: PreTrainedModel, bases: Tensor) -> PreTrainedModel:
     dtype = model.lm_head.weight.dtype
     state = _sliced_weights(model, bases.to(model.lm_head.weight.device).double())
     sliced.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    sliced.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    copy_unsaved(sliced, model)
     sliced.generation_config = copy.deepcopy(model.generation_config)
     made: PreTrainedModel = sliced.train(model.training)
     return made

@@ -57,11 +57,14 @@ class ModelConfig(Section):
         return {**values, "path": path, **({} if gguf_file is None else {"gguf_file": gguf_file})}
 
 
+_NAMED_WIDTHS = ("kv_group", "mlp")
+
+
 class DecisionsConfig(Section):
     """Choice of structures to remove (docs/method.md)."""
 
     space: str = Field(
-        "kv_group", description="Mask space, which defines what a decision removes: kv_group, head_dim or disp."
+        "kv_group", description="Mask space, which defines what a decision removes: kv_group, head_dim, mlp or disp."
     )
     target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
     target_params: int | None = Field(
@@ -144,8 +147,8 @@ class DecisionsConfig(Section):
 
     @model_validator(mode="after")
     def _has_names_elsewhere(self) -> DecisionsConfig:
-        if self.uniform and self.space != "kv_group":
-            raise ValueError("uniform needs space kv_group, whose widths classes of other tools can have")
+        if self.uniform and self.space not in _NAMED_WIDTHS:
+            raise ValueError("uniform needs space kv_group or mlp, whose widths classes of other tools can have")
         return self
 
     @field_validator("multiples")

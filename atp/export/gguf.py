@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.export.gguf_rope import Rope, rope_of
 from atp.export.gguf_tokenizer import add_tokenizer
-from atp.families import declared, family_of
+from atp.families import BLOCKS, declared, family_of
 from atp.ground import progress
 from atp.ground.errors import InputError
 from atp.ground.files import whole_file
@@ -201,8 +201,11 @@ def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
             yield f"its layer {layer} has no {' and no '.join(shape.skip)}", "use its folder with transformers"
     if config.shortcuts:
         yield "it has a matrix on each residual connection, which llama.cpp has not", "use its folder with transformers"
-    if config.hidden_act != "silu":
-        yield f"its activation is {config.hidden_act}, and llama.cpp has silu", "use its folder with transformers"
+    family = family_of(config)
+    if family.own_attention or family.blocks is not BLOCKS:
+        yield "its blocks are not those of Llama, which the architectures here hold", "use its folder with transformers"
+    if (activation := family.hidden_act(config)) != "silu":
+        yield f"its activation is {activation}, and llama.cpp has silu", "use its folder with transformers"
     if rope_of(config) is None:
         yield "its RoPE rotates a part of each head, and llama.cpp rotates all", "use its folder with transformers"
 

@@ -1,6 +1,8 @@
 """The model families that can be pruned: one row each in `table`."""
 
 from atp.families.family import (
+    BLOCKS,
+    Block,
     Family,
     Linear,
     UnsupportedModel,
@@ -14,7 +16,9 @@ from atp.families.family import (
 from atp.families.table import FAMILIES, family_of
 
 __all__ = [
+    "BLOCKS",
     "FAMILIES",
+    "Block",
     "Family",
     "Linear",
     "UnsupportedModel",

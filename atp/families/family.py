@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -36,6 +36,18 @@ class Biases:
     qkv: bool = False
     o: bool = False
     mlp: bool = False
+
+
+class Block(NamedTuple):
+    """A residual block of a decoder layer: x + after(module(before(x))), by the names in it; None for no such norm."""
+
+    module: str
+    before: str | None
+    after: str | None = None
+
+
+BLOCKS = (Block("self_attn", "input_layernorm"), Block("mlp", "post_attention_layernorm"))
+"""The blocks of Llama and of most families, whose outputs no norm reads."""
 
 
 _CUT = "atp_"  # what `model_type` of a cut model has before that of its family
@@ -70,25 +82,43 @@ def _biases(config: PretrainedConfig) -> Biases:
     return Biases(config.attention_bias, config.attention_bias, config.mlp_bias)
 
 
+def _no_limit(config: PretrainedConfig) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How a family differs from Llama, whose layers add attention(RMSNorm(x)) to x, then MLP(RMSNorm(x)), gated.
 
-    name: `model_type` of the transformers config. biases: of every decoder layer, from the config. qk_norm: whether an
-    RMSNorm over head_dim, shared by all heads, follows q_proj and k_proj. layer_types: whether config.layer_types says
-    which layers use the sliding window; the decoder then takes a mask per type. whole_heads: whether transformers wants
-    hidden_size to be a multiple of the number of heads even where head_dim is given. inexact: mask spaces whose cut
-    would change what the model computes, each with the reason. equal: `model_type` of the class of transformers' own
-    that computes what a cut model does whose layers all have the widths in its config, from that config; None where
+    The classes of transformers bring what the family computes; here is what the rest must know of it.
+
+    name: `model_type` of the transformers config. models: what people call them. biases: of every decoder layer, from
+    the config. qk_norm: whether an RMSNorm over head_dim, shared by all heads, follows q_proj and k_proj; qk_norms:
+    their names. norms_all_heads: whether they are over all heads together. own_attention: whether attention is more
+    than `CutAttention` computes, so that the family's own class must run. layer_types: whether config.layer_types says
+    which layers use the sliding window; the decoder then takes a mask per type. ropes_by_type: whether RoPE has
+    parameters per layer type. whole_heads: whether transformers wants hidden_size to be a multiple of the number of
+    heads even where head_dim is given. blocks: attention and MLP with the norms around them. unit_offset: whether
+    RMSNorms multiply by 1 + weight. inexact: mask spaces whose cut would change what the model computes, each with the
+    reason. limit: why a model of some configs cannot be cut at all. equal: `model_type` of the class of transformers'
+    own that computes what a cut model does whose layers all have the widths in its config, from that config; None where
     there is no such class. Left out, it is the family's own.
     """
 
     name: str = field(kw_only=False)
+    models: str = field(kw_only=False)
     biases: Callable[[PretrainedConfig], Biases] = _biases
     qk_norm: bool = False
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
+    norms_all_heads: bool = False
+    own_attention: bool = False
     layer_types: bool = False
+    ropes_by_type: bool = False
     whole_heads: bool = False
+    blocks: tuple[Block, ...] = BLOCKS
+    unit_offset: bool = False
     inexact: Mapping[str, str] = field(default_factory=dict)
+    limit: Callable[[PretrainedConfig], str | None] = _no_limit
     equal: Callable[[PretrainedConfig], str | None] | None = None
 
     def sliding_window(self, config: PretrainedConfig) -> int | None:
@@ -100,12 +130,21 @@ class Family:
         """What the outputs of the head are divided by to give logits; config: also that of a cut model."""
         return float(declared(config, "logits_scaling", 1.0))
 
+    def logits_cap(self, config: PretrainedConfig) -> float | None:
+        """c where logits z become c * tanh(z / c); None where they stay as they are."""
+        cap: float | None = declared(config, "final_logit_softcapping", None)
+        return cap
+
+    def caps_scores(self, config: PretrainedConfig) -> bool:
+        """Whether attention caps its scores in the same way, which no fused attention does."""
+        return declared(config, "attn_logit_softcapping", None) is not None
+
     def refuses(self, config: PretrainedConfig, space: str) -> str | None:
         """Why a cut in this space would change what the model computes; None where the cut is exact."""
         beyond = config.beyond_whole_heads() if is_cut(config) else None
         if beyond is not None:
             return f"the model is cut already and {beyond}, so give the model that it was cut from"
-        return self.inexact.get(space)
+        return self.limit(config) or self.inexact.get(space)
 
     def head_dim(self, config: PretrainedConfig) -> int:
         """Width of an attention head."""
@@ -131,9 +170,13 @@ class Family:
 
     def norms(self, config: PretrainedConfig) -> dict[str, int]:
         """The RMSNorms of a decoder layer by their names in it, with their widths."""
-        norms = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
+        around = (name for block in self.blocks for name in (block.before, block.after) if name is not None)
+        norms = dict.fromkeys(around, config.hidden_size)
         if self.qk_norm:
-            norms |= {"self_attn.q_norm": self.head_dim(config), "self_attn.k_norm": self.head_dim(config)}
+            # Heads are read where all of them are normed, and then no cut has made their numbers differ.
+            heads = (config.num_attention_heads, config.num_key_value_heads) if self.norms_all_heads else (1, 1)
+            for name, count in zip(self.qk_norms, heads, strict=True):
+                norms[f"self_attn.{name}"] = self.head_dim(config) * count
         return norms
 
     def norm_params(self, config: PretrainedConfig) -> int:
@@ -142,7 +185,11 @@ class Family:
 
     def activation(self, config: PretrainedConfig) -> str | None:
         """The MLP's activation by its name in `atp_kernels`; None where that has no such activation."""
-        return _ACTIVATIONS.get(config.hidden_act)
+        return _ACTIVATIONS.get(self.hidden_act(config))
+
+    def hidden_act(self, config: PretrainedConfig) -> str:
+        """The MLP's activation by its name in transformers."""
+        return getattr(config, "hidden_act", None) or config.hidden_activation
 
     def windows(self, config: PretrainedConfig) -> Windows:
         """The sliding windows in the form in which the decoder takes its masks; config: also that of a cut model."""

@@ -1,20 +1,35 @@
 """Why well-known model families are refused. Families that are neither here nor registered are unknown."""
 
-_POST_NORM = "its RMSNorms follow the blocks, so a block's output is not what its last linear writes"
-_CAPPED = f"{_POST_NORM}, and it caps its logits softly, which the loss leaves out"
-_NORM_OVER_HEADS = f"it takes one RMSNorm over all heads, which changes when heads go, and {_POST_NORM}"
-_FUSED = "its projections are fused (qkv_proj, gate_up_proj), so one linear would belong to several structures"
+_MULTIMODAL = "it wraps a language model with encoders of other media, so give the language model alone, as a folder"
+_GEMMA3 = f"{_MULTIMODAL} of model_type gemma3_text"
+_FUSED = "its projections are fused (such as qkv_proj, gate_up_proj), so one linear would belong to several structures"
+_SHARED = "its layers share keys and values and have inputs of their own, so a cut of one layer reaches others"
+_RECURRENT = "layers of it keep a recurrent state (linear attention, Mamba, convolution), which no mask space describes"
+_LATENT = "its keys and values come from one latent vector, so its heads have no rows of their own there"
+_CHUNKED = "its MLPs are experts in one tensor and its attention sees chunks of a text, which no mask space describes"
+_UNGATED = "its MLPs have no gate, so a channel is not what the spaces remove"
 _EXPERTS = "its MLPs are experts behind a router, which no mask space describes"
 
 REASONS: dict[str, str] = {
     name: reason
     for reason, names in {
-        _CAPPED: ("gemma2",),
-        _POST_NORM: ("gemma3", "gemma3_text"),
-        _NORM_OVER_HEADS: ("olmo2", "olmo3"),
-        _FUSED: ("phi3",),
+        _GEMMA3: ("gemma3",),
+        _MULTIMODAL: ("emu3", "fuyu", "git", "got_ocr2", "mllama", "phi4_multimodal"),
+        _SHARED: ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        _RECURRENT: (
+            "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2",
+            "lfm2_moe", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe",
+            "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+        ),
+        _LATENT: (
+            "axk1", "axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3",
+            "youtu",
+        ),
+        _CHUNKED: ("llama4", "llama4_text"),
+        _FUSED: ("phi3", "glm", "glm4", "gpt_neox", "persimmon", "falcon"),
+        _UNGATED: ("apertus", "arcee", "jais2", "nemotron", "phi", "starcoder2"),
         _EXPERTS: ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3"),
     }.items()
     for name in names
-}
+}  # fmt: skip
 """`model_type` -> the reason, as the end of a sentence: "... is not supported because <reason>"."""

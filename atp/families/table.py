@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from transformers import PretrainedConfig
 
-from atp.families.family import Biases, Family, UnsupportedModel, family_name
+from atp.families.family import Biases, Block, Family, UnsupportedModel, declared, family_name
 from atp.families.refused import REASONS
 
 
@@ -18,23 +21,107 @@ def _like_qwen2(config: PretrainedConfig) -> str | None:
     return "seed_oss" if config.sliding_window is None else None
 
 
+def _own_if_heads_divide(name: str) -> Callable[[PretrainedConfig], str | None]:
+    """The family's own class, which wants hidden_size to be a multiple of the number of heads."""
+    return lambda config: None if config.hidden_size % config.num_attention_heads else name
+
+
+def _is_causal(config: PretrainedConfig) -> str | None:
+    if declared(config, "use_bidirectional_attention", None):
+        return "its tokens see those behind them (use_bidirectional_attention), and losses here are of the next token"
+    return None
+
+
+_AROUND = (
+    Block("self_attn", "input_layernorm", "post_attention_layernorm"),
+    Block("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_NORMS_OF_HEADS = "its RMSNorms over head_dim change when dimensions are removed, so use kv_group"
+_READ_WHOLE = "an RMSNorm reads all that a block gives, so a block cannot give a part of it: use kv_group"
+_BEHIND = (
+    Block("self_attn", None, "post_attention_layernorm"),
+    Block("mlp", None, "post_feedforward_layernorm"),
+)
+_NORM_OF_ALL_HEADS = "its RMSNorms of queries and keys are over all heads, and change when some go: use mlp"
+_OLMO: dict[str, Any] = {
+    "biases": lambda config: Biases(config.attention_bias, config.attention_bias),
+    "qk_norm": True, "norms_all_heads": True, "own_attention": True, "blocks": _BEHIND,
+    "inexact": {
+        "kv_group": _NORM_OF_ALL_HEADS, "head_dim": _NORM_OF_ALL_HEADS,
+        "disp": "an RMSNorm reads all that a block gives, so a block cannot give a part of it: use mlp",
+    },
+}  # fmt: skip
+_GEMMA: dict[str, Any] = {
+    "biases": lambda config: Biases(config.attention_bias, config.attention_bias),
+    "layer_types": True, "whole_heads": True, "blocks": _AROUND, "unit_offset": True, "limit": _is_causal,
+}  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", whole_heads=True, equal=_like_llama),  # also SmolLM and SmolLM2
-        Family("mistral", biases=lambda config: Biases()),
-        Family("qwen2", biases=lambda config: Biases(qkv=True), layer_types=True, equal=_like_qwen2),  # also Qwen2.5
+        Family("llama", "Llama, SmolLM, SmolLM2, TinyLlama", whole_heads=True, equal=_like_llama),
+        Family("mistral", "Mistral", biases=lambda config: Biases()),
+        Family("qwen2", "Qwen2, Qwen2.5", biases=lambda config: Biases(qkv=True), layer_types=True, equal=_like_qwen2),
         Family(
             "qwen3",
+            "Qwen3",
             biases=lambda config: Biases(qkv=config.attention_bias, o=config.attention_bias),
             qk_norm=True,
             layer_types=True,
-            inexact={"head_dim": "its RMSNorms over head_dim change when dimensions are removed, so use kv_group"},
+            inexact={"head_dim": _NORMS_OF_HEADS},
         ),
-        Family("smollm3", layer_types=True),
-        Family("granite"),  # the dense models
+        Family("smollm3", "SmolLM3", layer_types=True),
+        Family("granite", "Granite (dense)"),
         Family(
-            "seed_oss", biases=lambda config: Biases(config.attention_bias, config.attention_out_bias, config.mlp_bias)
+            "seed_oss",
+            "Seed-OSS",
+            biases=lambda config: Biases(config.attention_bias, config.attention_out_bias, config.mlp_bias),
+        ),
+        Family("gemma2", "Gemma 2", **_GEMMA, inexact={"disp": _READ_WHOLE}, equal=_own_if_heads_divide("gemma2")),
+        Family(
+            "gemma3_text",
+            "Gemma 3 (text)",
+            **_GEMMA,
+            qk_norm=True,
+            ropes_by_type=True,
+            inexact={"head_dim": _NORMS_OF_HEADS, "disp": _READ_WHOLE},
+            equal=_own_if_heads_divide("gemma3_text"),
+        ),
+        Family("olmo2", "OLMo 2", **_OLMO),
+        Family("olmo3", "OLMo 3", **_OLMO, layer_types=True, ropes_by_type=True),
+        Family("ministral", "Ministral", biases=lambda config: Biases(), layer_types=True),
+        Family(
+            "ministral3",
+            "Ministral 3",
+            biases=lambda config: Biases(),
+            own_attention=True,
+            inexact={"head_dim": "narrower heads here do not scale queries by their positions: use kv_group"},
+        ),
+        Family(
+            "ernie4_5",
+            "ERNIE 4.5 (dense)",
+            biases=lambda config: Biases(config.use_bias, config.use_bias, config.use_bias),
+            own_attention=True,
+            inexact={"head_dim": "its RoPE rotates neighbours, which the space does not pair: use kv_group"},
+        ),
+        Family(
+            "hunyuan_v1_dense",
+            "Hunyuan (dense)",
+            biases=lambda config: Biases(config.attention_bias, config.attention_bias),
+            qk_norm=True,
+            qk_norms=("query_layernorm", "key_layernorm"),
+            own_attention=True,
+            inexact={"head_dim": _NORMS_OF_HEADS},
+        ),
+        Family(
+            "exaone4",
+            "EXAONE 4",
+            biases=lambda config: Biases(),
+            qk_norm=True,
+            own_attention=True,
+            layer_types=True,
+            blocks=_BEHIND,
+            inexact={"head_dim": _NORMS_OF_HEADS, "disp": _READ_WHOLE},
         ),
     )
 }

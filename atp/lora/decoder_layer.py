@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp.families import BLOCKS
 from atp.lora.stock import Hooked, runs_stock_forward
 from atp.models.attention import attend_packed
 from atp.models.cut import place_before
-from atp.models.layers import BLOCKS, add_block, residual_multiplier
+from atp.models.layers import add_block, residual_multiplier
 from atp_kernels import add_rms_norm, rms_norm
 from atp_kernels.packed.op import Norm
 
@@ -111,7 +112,8 @@ class FusedLayer(nn.Module):
 
 def fuse_layer(layer: nn.Module) -> None:
     """Gives a stock decoder layer x + m * block(norm(x)) the forward of `FusedLayer`, in place."""
-    if runs_stock_forward(layer) and all(hasattr(layer, name) for block in BLOCKS for name in block):
+    names = (name for block in BLOCKS for name in (block.module, str(block.before)))
+    if runs_stock_forward(layer) and all(hasattr(layer, name) for name in names):
         place_before(layer, FusedLayer)
 
 

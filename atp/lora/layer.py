@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.config import LoraVariant
-from atp.families import family_of
+from atp.families import BLOCKS, family_of
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.lora.decoder_layer import FusedRMSNorm, fuse_layer, unfuse_layer
@@ -302,7 +302,8 @@ def fuse_layers(model: PeftModel) -> PeftModel:
     base = cast(PreTrainedModel, model.get_base_model())
     family = family_of(base.config)
     for layer in base.get_decoder().layers:
-        fuse_attention(layer.self_attn)
+        if not family.own_attention:
+            fuse_attention(layer.self_attn)
         for linear in (module for module in layer.modules() if isinstance(module, MaskedPeftLinear)):
             linear.holds_casts = not is_sharded(base)
         linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
@@ -310,13 +311,13 @@ def fuse_layers(model: PeftModel) -> PeftModel:
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(base.config):
             norm = layer.get_submodule(name)
-            if not runs_stock_forward(norm):
+            if not runs_stock_forward(norm) or family.unit_offset:
                 continue
             if is_sharded(base):
                 FusedRMSNorm.adopt(norm)
             else:
                 layer.set_submodule(name, FusedRMSNorm(norm))
-        if not is_sharded(base):
+        if not is_sharded(base) and family.blocks is BLOCKS:
             fuse_layer(layer)
     return model
 

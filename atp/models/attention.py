@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from atp.families import Windows
@@ -27,7 +28,7 @@ from atp_kernels import Projection, masked_lora_qkv, new_seed, rotary_embedding
 from atp_kernels.packed import PackedLinears
 from atp_kernels.packed.op import Norm, packed_attention, packed_linears
 
-NAME = "atp_sdpa"
+NAME = "atp_training"  # without the name of torch's kernel, with which transformers would refuse Gemma 2
 FUSED_ON = ("cuda",)
 """The types of device where RoPE is one kernel each way, and q, k and v share what they do with their input.
 
@@ -116,6 +117,8 @@ def attend_packed(
     plain = heads == (angles[0].shape[-1],) * 2 and not hasattr(attention, "q_norm") and states.dim() == 3
     if not plain or getattr(attention, "rope_index", None) is not None or not 1 < states.shape[1] <= LONGEST:
         return None
+    if getattr(attention, "attn_logit_softcapping", None) is not None:
+        return None
     if attention.config._attn_implementation != NAME or (attention.training and attention.attention_dropout):
         return None
     if attention_mask is not None and attention_mask.numel() == 0:
@@ -192,6 +195,8 @@ def _attention(
     if attention_mask is not None and attention_mask.numel() == 0:
         attention_mask = None
     dropout, scaling = kwargs.get("dropout", 0.0), kwargs.get("scaling")
+    if kwargs.get("softcap") is not None:
+        return _capped(module, query, key, value, attention_mask, **kwargs), None
     if scaling is not None and not dropout and suits(query, key, value, attention_mask):
         output = short_attention(query, key, value, attention_mask, scaling)
     elif attention_mask is not None and query.device.type in GROUPED_ON and 1 < query.shape[2] == key.shape[2]:
@@ -210,6 +215,18 @@ def _attention(
             module = ungrouped
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _capped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    """Attention with a soft cap on its scores, which no fused kernel of torch has; mask: bool, None for causal."""
+    tokens, seen = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = query.new_ones(tokens, seen, dtype=torch.bool).tril(seen - tokens)
+    added = query.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    # What the attention reads of its module may differ between the layers of a cut model, and is told by the shapes.
+    groups: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], training=module.training)
+    output: Tensor = eager_attention_forward(groups, query, key, value, added, **kwargs)[0]
+    return output
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ is left out.
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +27,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from atp.families import FAMILIES
 from atp.models import attention
@@ -101,6 +102,9 @@ class CutAttention(Indexed):
 
         if width is not None:
             query, key, value = (_pad_heads(heads, width) for heads in (query, key, value))
+        softcap = getattr(module, "attn_logit_softcapping", None)
+        if softcap is not None:
+            kwargs = {**kwargs, "softcap": softcap}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
@@ -192,10 +196,13 @@ def _layer(kind: type[nn.Module], config: CutConfig, index: int) -> nn.Module:
         if linear.weight.shape != (rows, columns):
             block, _, name = name.partition(".")
             setattr(layer.get_submodule(block), name, nn.Linear(columns, rows, bias=linear.bias is not None))
-    if "attention" in shape.skip:
-        layer.self_attn, layer.input_layernorm = SkippedAttention(index), nn.Identity()
-    if "mlp" in shape.skip:
-        layer.mlp, layer.post_attention_layernorm = SkippedMLP(), nn.Identity()
+    skipped: dict[str, nn.Module] = {"self_attn": SkippedAttention(index)} if "attention" in shape.skip else {}
+    skipped |= {"mlp": SkippedMLP()} if "mlp" in shape.skip else {}
+    for own in FAMILIES[config.family].blocks:
+        if own.module in skipped:
+            setattr(layer, own.module, skipped[own.module])
+            for norm in filter(None, (own.before, own.after)):
+                setattr(layer, norm, nn.Identity())
     return layer
 
 
@@ -259,6 +266,16 @@ def model_classes(name: str) -> tuple[type[PreTrainedModel], type[PreTrainedMode
 def build(config: CutConfig) -> Any:
     """The causal LM that a config describes."""
     return model_classes(config.family)[1](config)
+
+
+def copy_unsaved(model: Any, source: Any) -> None:
+    """Gives a causal LM what no file holds outside its layers: RoPE's frequencies, and the factor of embeddings.
+
+    A copy rather than new ones: a cast of the source may have rounded the frequencies, which must not change.
+    """
+    model.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
+    for name, buffer in source.model.embed_tokens.named_buffers():
+        setattr(model.model.embed_tokens, name, buffer)
 
 
 def place_indices(model: PreTrainedModel) -> None:

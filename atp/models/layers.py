@@ -9,8 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-BLOCKS = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
-"""The norm and the module of the two residual blocks of a decoder layer: x + m * block(norm(x))."""
+from atp.families import Block
 
 
 class _Stop(Exception):
@@ -68,13 +67,24 @@ def hidden_arguments(batch: dict[str, Any]) -> dict[str, Tensor | None]:
     return {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids"), "use_cache": False}
 
 
-def run_block(layer: Any, norm: str, block: str, x: Tensor, arguments: LayerArguments) -> Tensor:
-    """x + m * block(norm(x)), [batch, tokens, hidden]; arguments as `first_layer_inputs` gives them."""
-    normed = layer.get_submodule(norm)(x)
-    if block == "mlp":
-        return add_block(layer, x, layer.mlp(normed))
-    attention = layer.self_attn
-    return add_block(layer, x, attention(hidden_states=normed, **arguments[attention.layer_idx])[0])
+def run_block(layer: Any, block: Block, x: Tensor, arguments: LayerArguments) -> Tensor:
+    """x + m * after(module(before(x))), [batch, tokens, hidden]; arguments as `first_layer_inputs` gives them."""
+    return add_output(layer, block, x, block_output(layer, block, x, arguments))
+
+
+def block_output(layer: Any, block: Block, x: Tensor, arguments: LayerArguments) -> Tensor:
+    """module(before(x)), [batch, tokens, hidden]: what the last linear of a block gives."""
+    normed = x if block.before is None else layer.get_submodule(block.before)(x)
+    module = layer.get_submodule(block.module)
+    if block.module == "mlp":
+        output: Tensor = module(normed)
+        return output
+    return cast(Tensor, module(hidden_states=normed, **arguments[module.layer_idx])[0])
+
+
+def add_output(layer: Any, block: Block, x: Tensor, output: Tensor) -> Tensor:
+    """x + m * after(output), for an output that `block_output` gave."""
+    return add_block(layer, x, output if block.after is None else layer.get_submodule(block.after)(output))
 
 
 def add_block(layer: Any, x: Tensor, output: Tensor) -> Tensor:

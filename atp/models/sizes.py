@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,9 +66,23 @@ def check_rope(config: PretrainedConfig) -> None:
     """
     if family_name(config.model_type) not in FAMILIES:
         return
-    whole: Any = config.without_layers() if is_cut(config) else config
-    if any(isinstance(value, Mapping) for value in whole.rope_parameters.values()):
-        _refuse("rope_parameters", whole.rope_parameters, "give those of one type of RoPE, one for all layers")
+    family, whole = family_of(config), config.without_layers() if is_cut(config) else config
+    parameters: Mapping[str, Any] = whole.rope_parameters
+    if not family.ropes_by_type:
+        if any(isinstance(value, Mapping) for value in parameters.values()):
+            _refuse("rope_parameters", parameters, "give those of one type of RoPE, one for all layers")
+        _check_one_rope(whole, family.head_dim(whole) // 2)
+        return
+    for layer_type in sorted(set(whole.layer_types)):
+        one = copy.copy(whole)
+        one.rope_parameters = parameters.get(layer_type)
+        if not isinstance(one.rope_parameters, Mapping):
+            _refuse("rope_parameters", parameters, f"give those of layer type {layer_type}")
+        _check_one_rope(one, family.head_dim(whole) // 2)
+
+
+def _check_one_rope(whole: Any, pairs: int) -> None:
+    """As `check_rope`, for a config without widths per layer that has one RoPE; pairs: of a head."""
     if (kind := whole.rope_parameters.get("rope_type")) not in (types := ("default", *ROPE_INIT_FUNCTIONS)):
         _refuse("rope_type in rope_parameters", kind, f"make it one of {', '.join(types)}")
     if kind == "default" and _is_plain(whole.rope_parameters):
@@ -88,7 +103,6 @@ def check_rope(config: PretrainedConfig) -> None:
             f"config.json of the model: RoPE of type {kind} cannot be computed from rope_parameters ({reason(error)}): "
             "correct them"
         ) from error
-    pairs = family_of(config).head_dim(whole) // 2
     if any(len(values) != pairs for values in frequencies):
         counts = " and ".join(dict.fromkeys(str(len(values)) for values in frequencies))
         remedy = f"type {kind} then rotates {counts} of {pairs} pairs of a head, not all: correct it"

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 from atp.families import family_of
 from atp.ground.files import write_json
 from atp.models.config import CutConfig
+from atp.models.cut import copy_unsaved
 
 
 def stock_config(config: Any) -> PretrainedConfig | None:
@@ -55,7 +56,7 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     stock.load_state_dict(model.state_dict(), assign=True)
     if config.tie_word_embeddings:
         stock.tie_weights()
-    stock.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # which no state dict holds
+    copy_unsaved(stock, model)
     stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.train(model.training)
 
@@ -73,7 +74,12 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 def rope_for_converters(folder: Path) -> None:
     """Repeats the RoPE settings of a config.json at its top level."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rope = dict(config["rope_parameters"])
+    rope = config["rope_parameters"]
+    if "full_attention" in rope:  # parameters by layer type, of which Gemma 3's sliding layers have a base of their own
+        if config["model_type"].endswith("gemma3_text"):
+            config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    rope = dict(rope)
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     write_json(folder / "config.json", config)

@@ -30,7 +30,8 @@ class Pass:
     LoRA. watched: whether the gradients of a mask are observed; hard masks and dropout (drawn again) keep nothing.
     apart: whether attention has a mask of its own; expanded: whether keys and values then become as many as queries.
     dora: whether linears run PEFT's forward of DoRA.
-    short: tokens of a row whose probabilities attention keeps, 0 where it keeps none. rows: samples of a batch, which
+    short: tokens of a row whose probabilities attention keeps, 0 where it keeps none. capped: tokens of
+    a row whose scores attention caps, 0 where it caps none. rows: samples of a batch, which
     share RoPE's angles.
     """
 
@@ -41,6 +42,7 @@ class Pass:
     apart: bool = False
     expanded: bool = False
     short: int = 0
+    capped: int = 0
     rows: int = 1
     dora: bool = False
 
@@ -59,7 +61,7 @@ def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
         numbers += 2 * inner + sum(2 * linear.out_features for linear in linears.values())
         if how.product < _FLOAT:
             numbers += sum(linear.in_features for linear in linears.values()) - reads
-    stream = 2 * hidden
+    stream = _read_by_norms(shapes, widths, how)
     for ends in ("self_attn.o_proj", "mlp.down_proj"):
         if linears[ends].out_features != hidden:  # what is added to a part of the stream
             stream += linears[ends].out_features
@@ -77,7 +79,19 @@ def kept_by_saliency(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     inner = widths.linears["mlp.down_proj"].in_features
     read = {cut.module.split(".")[0]: widths.linears[cut.module].in_features for cut in _soft(shapes) if cut.axis == 1}
     numbers = _attention(widths, how, shapes) + 2 * inner + _sums(shapes, widths, parts_of_mlp=3) + sum(read.values())
-    return numbers * how.product + 2 * shapes.config.hidden_size * how.residual + _per_row(widths, how, shapes)
+    return numbers * how.product + _read_by_norms(shapes, widths, how) * how.residual + _per_row(widths, how, shapes)
+
+
+def _read_by_norms(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
+    """Numbers per token, as wide as the residual stream, that norms read: the stream, or outputs of blocks.
+
+    transformers' norms with an offset also widen queries and keys, which they read, to float32.
+    """
+    family = family_of(shapes.config)
+    around = sum((block.before is not None) + (block.after is not None) for block in family.blocks)
+    widened = family.qk_norm and family.unit_offset and how.product < _FLOAT
+    added = (widths.heads + widths.kv_heads) * widths.qk_dim * (_FLOAT - how.product) if widened else 0
+    return around * shapes.config.hidden_size + added / how.residual
 
 
 def _sums(shapes: ModelShapes, widths: LayerWidths, *, parts_of_mlp: int) -> int:
@@ -106,7 +120,8 @@ def _pads(widths: LayerWidths) -> bool:
 def _in_one_call(shapes: ModelShapes, how: Pass) -> bool:
     """Whether attention is one call, which keeps the outputs of its linears anyway."""
     reads = any(cut.axis == 1 for cut in _soft(shapes))
-    return bool(how.short) and not reads and not family_of(shapes.config).qk_norm
+    family = family_of(shapes.config)
+    return bool(how.short) and not reads and not family.qk_norm and not family.own_attention
 
 
 def _keeps_values(widths: LayerWidths, how: Pass) -> bool:
@@ -120,8 +135,12 @@ def _attention(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
     padded = _pads(widths)
     if padded:
         qk = v = -(-max(qk, v) // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
-    readers = widths.heads if how.expanded and not how.short else widths.kv_heads
+    readers = widths.heads if how.capped or (how.expanded and not how.short) else widths.kv_heads
     numbers = (widths.heads + readers) * (qk + v)
+    if how.capped:
+        # What tanh gives, probabilities in float32, and what the product with the values reads of them.
+        narrow = 1 if how.product < _FLOAT else 0
+        return numbers + widths.heads * how.capped * (1 + _FLOAT // how.product + narrow)
     if how.short:
         # o_proj reads a copy of the output, and the backward pass no other.
         numbers += widths.heads * (how.short + widths.v_dim - v)
@@ -134,26 +153,38 @@ def _attention(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
 
 def _per_row(widths: LayerWidths, how: Pass, shapes: ModelShapes) -> int:
     """Bytes of what is one float32 per token and head or norm."""
-    count = 2 + (0 if how.short else widths.heads)
-    if family_of(shapes.config).qk_norm:
-        count += widths.heads + widths.kv_heads
+    family = family_of(shapes.config)
+    count = sum((block.before is not None) + (block.after is not None) for block in family.blocks)
+    count += 0 if how.short or how.capped else widths.heads
+    if family.qk_norm:
+        count += 2 if family.norms_all_heads else widths.heads + widths.kv_heads
     return _FLOAT * count
 
 
 def kept_by_loss(
-    scored: int, hidden: int, vocab: int, *, weight: int, product: int, on_host: bool, teacher: bool
+    scored: int,
+    hidden: int,
+    vocab: int,
+    *,
+    weight: int,
+    product: int,
+    on_host: bool,
+    teacher: bool,
+    capped: bool = False,
 ) -> float:
     """Bytes of the chunked cross-entropy of so many scored tokens: logits of one chunk, states and their gradients, the
     head in the narrow dtype.
 
     weight, product: bytes of an entry of the weights and of the products. With a teacher a chunk also has its logits,
-    and log q and q in float32. On a CUDA device the softmax takes twice the logits on top.
+    and log q and q in float32. On a CUDA device the softmax takes twice the logits on top. A cap
+    on logits keeps its derivative beside them.
     """
     rows = max(min(CHUNK_BYTES["cpu" if on_host else "cuda"] // (product * vocab), scored), 1)
     chunk = rows * vocab
     wide = max(product, _FLOAT)
     logits = chunk * product * (1 if on_host else 3)
     logits += chunk * (product + 2 * wide) if teacher else 0
+    logits += chunk * product if capped else 0
     states = scored * hidden * weight * (3 if teacher else 2)
     casts = vocab * hidden * product * (3 if teacher else 2) if product < weight else 0
     return logits + states + casts

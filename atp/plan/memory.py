@@ -63,14 +63,18 @@ class _Memory:
         apart = job.keeps_apart or _slides(job, self.length)
         load_in = job.config.model.load_in
         self.form = None if load_in is None else FORMS[load_in]
-        # A model that divides its logits, as Granite does, has them twice then.
-        self.divides = family_of(job.shapes.config).logits_divisor(job.shapes.config) != 1
+        # A model that divides or caps its logits, as Granite and Gemma 2 do, has them twice then.
+        self.family = family_of(job.shapes.config)
+        self.caps = self.family.logits_cap(job.shapes.config) is not None
+        self.divides = self.caps or self.family.logits_divisor(job.shapes.config) != 1
         self._widest = 0.0 if job.config.decisions.uniform else _WIDEST
         self.readers = {(s.layer, s.reader) for s in job.shapes.space.structures if s.reader is not None}
+        capped = self.length if self.family.caps_scores(job.shapes.config) else 0
+        brief = self.on_host and self.product == 2 and self.length <= LONGEST and not capped
         self.how = Pass(
             self.product, self.weight, self.rank, apart=apart, dora=self.dora,
             expanded=apart and job.device not in GROUPED_ON, rows=self.training.batch_size,
-            short=self.length if self.on_host and self.product == 2 and self.length <= LONGEST else 0,
+            short=self.length if brief else 0, capped=capped,
         )  # fmt: skip
 
     def in_shards(self, parts: Parts) -> Parts:
@@ -280,7 +284,7 @@ class _Memory:
     def _loss(self, tokens: int, teacher: bool) -> float:
         return kept_by_loss(
             max(round(tokens * self.job.scored), 1), self.hidden, self.vocab, weight=self.weight, product=self.product,
-            on_host=bool(self.on_host), teacher=teacher,
+            on_host=bool(self.on_host), teacher=teacher, capped=self.caps,
         )  # fmt: skip
 
     def _left_by_saliency(self) -> Parts:
@@ -306,7 +310,8 @@ class _Memory:
     def _refit(self) -> Parts:
         """All calibration windows of a process at once, on the widest of the two linears that end a block.
 
-        Held are the hidden states of the whole and of the cut model, their difference, and the linear's inputs. The
+        Held are the hidden states of the whole and of the cut model, their difference, and the linear's inputs; where a
+        norm reads what a block gives, also the outputs of the whole model. The
         solver works in float64 on [kept, kept] and [kept, hidden]: sums for most windows and for those held out, the
         damped matrix, its factors, and solutions.
         """
@@ -319,7 +324,12 @@ class _Memory:
         solving = _DOUBLE * 4 * (kept * kept + kept * self.hidden)
         solve = max(products, solving)
         layer = max(weights_of((widths,)) for widths in self.shapes.whole) * self.weight
-        return {"windows": 3 * stream + inputs, "solve": solve, "gathered": layer if self.ranks > 1 else 0}
+        outputs = any(block.after is not None for block in self.family.blocks)
+        return {
+            "windows": (4 if outputs else 3) * stream + inputs,
+            "solve": solve,
+            "gathered": layer if self.ranks > 1 else 0,
+        }
 
     def _cut(self) -> Iterator[Parts]:
         """Three moments: the reference logits are taken, weights are cut, and logits of the cut model are compared.

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.lora.layer import fuse_layers
 from atp.models.config import CutConfig
-from atp.models.cut import build, place_indices
+from atp.models.cut import build, copy_unsaved, place_indices
 from atp.sharding.shards import fill, is_sharded, shard, whole
 from atp.spaces.space import MaskSpace
 from atp_kernels import QuantizedWeight, compact
@@ -213,8 +213,7 @@ def _complete(base: Any, source: Any) -> None:
     """
     if base.config.tie_word_embeddings and not is_sharded(base):
         base.tie_weights()
-    # A copy rather than a new module: a cast of the source may have rounded its frequencies, which must not change.
-    base.model.rotary_emb = copy.deepcopy(source.model.rotary_emb)
+    copy_unsaved(base, source)
     place_indices(base)
     base.generation_config = copy.deepcopy(source.generation_config)
 

@@ -1,6 +1,7 @@
 """Refits the linears that end a block, so that the cut model's residual stream stays near that of the whole model.
 
-After each block the cut stream lacks R = S_whole - S_cut. Ridge regression on calibration text adds
+After each block the cut stream lacks R = S_whole - S_cut; where a norm reads the outputs Y of the block, Y_cut lacks
+R = Y_whole - Y_cut, each token in units of the size of its Y_whole. Ridge regression on calibration text adds
 R^T X_k (X_k^T X_k + lambda D)^-1 to W_k, the kept columns of the linear that ends the block; D is the diagonal of
 X_k^T X_k and a thousandth of its mean. Layers are refitted in order, each on the stream of the layers before it, cut
 and refitted, so that later layers also make up for what earlier ones lost (docs/method.md section 8).
@@ -10,15 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp.families import Block, family_of
 from atp.ground.errors import NotReached
 from atp.lora.controller import MaskController
-from atp.models.layers import BLOCKS, add_block, first_layer_inputs, reached, residual_multiplier, run_block
+from atp.models.layers import (
+    add_block,
+    add_output,
+    block_output,
+    first_layer_inputs,
+    reached,
+    residual_multiplier,
+    run_block,
+)
 from atp.processes import processes
 from atp.processes.finite import is_finite
 from atp.removal.certify import wider
@@ -36,6 +46,7 @@ HELD_OUT = 8
 
 _LEAST = 1e-3  # of the mean square of the kept inputs, what each is damped by at least
 _FEW = 0.3  # the damping where there are too few batches to hold one out
+_SMALLEST = 1e-12  # mean square of outputs, for those of a token that are all zero
 TOKENS_AT_ONCE = 4096  # tokens in one product
 _COLUMNS = 256  # of both sides of a product that lies on the diagonal of x^T x, at most
 
@@ -76,19 +87,27 @@ def refit(
     layers: Any = decoder.layers
     for index, layer in enumerate(layers):
         with gathered(layer) as shards:
-            for norm, block in BLOCKS:
-                run = partial(run_block, layer, norm, block)
+            for block in family_of(cast(Any, decoder.config)).blocks:
+                run = partial(run_block, layer, block)
+                structure = space.read_by(index, block.module)
                 controller.clear()
-                _advance(whole, arguments, run)
-                controller.set(mask, "sum")
-                structure = space.read_by(index, block)
                 if structure is None or structure.reader is None or mask[: structure.span.stop].all():
+                    _advance(whole, arguments, run)
+                    controller.set(mask, "sum")
                     _advance(cut, arguments, run)
                     continue
+                aims = whole
+                if block.after is None:
+                    _advance(whole, arguments, run)
+                else:
+                    aims = [block_output(layer, block, x, given) for x, given in zip(whole, arguments, strict=True)]
+                    _advance(whole, aims, partial(add_output, layer, block))
+                controller.set(mask, "sum")
                 name = f"{structure.reader}.base_layer.weight"
                 linear: Any = layer.get_submodule(structure.reader)
-                batch_by_batch = zip(numbers, whole, cut, arguments, texts, strict=True)
-                pairs = _pairs(layer, linear, run, batch_by_batch)
+                batch_by_batch = zip(numbers, aims, cut, arguments, texts, strict=True)
+                pairs = _pairs(layer, linear, block, batch_by_batch)
+                del aims
                 base = linear.get_base_layer()
                 weight = dense(base.weight)
                 kept = structure.kept_inputs(mask).to(weight.device)
@@ -100,7 +119,7 @@ def refit(
                     if name in shards:
                         store(shards[name], weight[rows_of(shards[name])])
                     changed[f"layers.{index}.{name}"] = shards.get(name, base.weight)
-                _advance(cut, pairs, partial(_end, layer, linear))
+                _advance(cut, pairs, partial(_end, layer, linear, block))
                 del pairs  # before the next block makes its own
     controller.clear()
     return changed
@@ -119,32 +138,39 @@ class Pair(NamedTuple):
     inputs: Tensor  # [..., inputs]
     lost: Tensor  # [..., outputs]
     text: Tensor | None = None  # None: all
+    scale: Tensor | None = None  # [..., 1], by which a row counts; None: all by one
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Inputs and what is lost, [tokens, inputs] and [tokens, outputs], of text alone."""
-        if self.text is None:
-            return self.inputs.flatten(0, -2), self.lost.flatten(0, -2)
-        return self.inputs[self.text], self.lost[self.text]
+        """Inputs and what is lost, [tokens, inputs] and [tokens, outputs], of text alone, scaled."""
+        parts = (self.inputs, self.lost) if self.scale is None else (self.inputs * self.scale, self.lost * self.scale)
+        inputs, lost = (part.flatten(0, -2) if self.text is None else part[self.text] for part in parts)
+        return inputs, lost
 
 
-def _pairs(layer: nn.Module, linear: nn.Module, run: Callable[..., Tensor], batches: Iterable[Any]) -> list[Pair]:
-    """What the cut model has where `linear` ends a block, run by `run`, and what it lacks behind that.
+def _pairs(layer: nn.Module, linear: nn.Module, block: Block, batches: Iterable[Any]) -> list[Pair]:
+    """What the cut model has where `linear` ends a block, and what it lacks behind that.
 
-    batches: of each its number, states of the whole model behind the block, those of the cut one before it, arguments
-    of the block, and which rows are text.
+    batches: of each its number, states of the whole model behind the block (its outputs where a norm reads them), those
+    of the cut one before it, arguments of the block, and which rows are text.
     """
     pairs = []
     for number, aim, x, given, text in batches:
         with reached(linear) as found:
-            run(x, given)
+            block_output(layer, block, x, given)
         read = found[0]
-        pairs.append(Pair(number, read, (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer), text))
+        if block.after is None:
+            lost, scale = (aim - add_block(layer, x, linear(read))) / residual_multiplier(layer), None
+        else:
+            # The norm divides by the size of the output, so an error counts as a share of it.
+            mean_square = aim.float().square().mean(-1, keepdim=True)
+            lost, scale = aim - linear(read), mean_square.clamp_min(_SMALLEST).rsqrt().to(aim.dtype)
+        pairs.append(Pair(number, read, lost, text, scale))
     return pairs
 
 
-def _end(layer: nn.Module, linear: nn.Module, x: Tensor, pair: Pair) -> Tensor:
+def _end(layer: nn.Module, linear: nn.Module, block: Block, x: Tensor, pair: Pair) -> Tensor:
     """The states of the cut model behind the block that `linear` ends."""
-    return add_block(layer, x, linear(pair.inputs))
+    return add_output(layer, block, x, linear(pair.inputs))
 
 
 def _fit(

@@ -63,6 +63,8 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
     fully_shard(decoder, **options)  # the root, whose last norm is left; it overlaps gathering with computing
     model.requires_grad_(False).to_empty(device=device)
     decoder.rotary_emb = type(decoder.rotary_emb)(decoder.rotary_emb.config).to(device)
+    if (factor := getattr(embeddings, "scalar_embed_scale", None)) is not None:
+        cast(Any, embeddings).embed_scale.fill_(factor)
 
 
 def sharded_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

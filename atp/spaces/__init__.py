@@ -4,6 +4,7 @@ STRUCTURES = {
     "disp": ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs", "mlp"),
     "head_dim": ("qk", "vo", "mlp"),
     "kv_group": ("kv_group", "mlp"),
+    "mlp": ("mlp",),
 }
 """For each space, which is also the name of its file, the structures that it builds, in order."""
 

@@ -1,12 +1,18 @@
-"""The channels of a gated MLP, which every mask space removes in the same way."""
+"""Mask space `mlp`: the channels of a gated MLP alone, which every other space removes in the same way."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from atp.families import Linear
 from atp.spaces.space import CUDA_WIDTHS, WIDTHS, Cut, Structure
+
+
+def structures(config: PretrainedConfig, linears: dict[str, Linear]) -> list[Structure]:
+    """`mlp` alone: attention stays whole, which keeps the cut exact where norms are over all heads."""
+    return [mlp_channels(linears)]
 
 
 def mlp_channels(linears: dict[str, Linear]) -> Structure:

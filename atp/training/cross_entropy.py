@@ -36,10 +36,13 @@ class SoftTargets(NamedTuple):
     share: float
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None = None, *, cap: float | None = None
+) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[target], scalar in float32 or wider.
 
-    soft: (1 - share) of that, plus share * KL(q || softmax(hidden @ weight^T)).
+    soft: (1 - share) of that, plus share * KL(q || softmax(hidden @ weight^T)). cap: every product z, also of a
+    teacher, becomes the logit cap * tanh(z / cap).
 
     hidden [tokens, hidden_size], weight [vocab, hidden_size], targets int64 [tokens], all of them scored. Products use
     the autocast dtype if autocast is on, otherwise that of hidden; softmax and sum use float32 (float64 for float64
@@ -49,10 +52,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, soft: 
     if soft is None and hidden.is_cuda and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
-        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap)(weight, hidden, targets)
     if soft is not None:
         soft = SoftTargets(soft.hidden, _held(soft.head, _product_dtype(soft.hidden)), soft.share)
-    return _ChunkedCrossEntropy.apply(hidden, _held(weight, _product_dtype(hidden)), targets, soft)
+    return _ChunkedCrossEntropy.apply(hidden, _held(weight, _product_dtype(hidden)), targets, soft, cap)
 
 
 _casts: dict[Tensor, tuple[int, Tensor]] | None = None  # of heads, with the version of the weight that each was made of
@@ -91,11 +94,13 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """With p = softmax(h W^T): dh = (p - onehot) W and dW = (p - onehot)^T h, formed in the forward pass.
 
-    With soft targets onehot becomes (1 - share) onehot + share q.
+    A cap multiplies p - onehot by 1 - tanh^2. With soft targets onehot becomes (1 - share) onehot + share q.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets | None, cap: float | None
+    ) -> Tensor:
         device, dtype = hidden.device.type, _product_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -110,11 +115,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 span = slice(start, start + rows)
                 states = hidden[span].to(dtype)
                 slope = torch.mm(states, head.T, out=chunk[: len(states)])
+                bend = None if cap is None else _cap_(slope, cap)
                 if soft is None:
                     total += cross_entropy_(slope, targets[span]).sum()
                 else:
                     theirs = soft.hidden[span].to(dtype) @ soft.head.to(dtype).T
+                    if cap is not None:
+                        _cap_(theirs, cap)
                     total += _mixed_(slope, targets[span], theirs.to(wide).log_softmax(-1), soft.share)
+                if bend is not None:
+                    slope.mul_(bend)
                 if d_hidden is not None:
                     d_hidden[span] = slope @ head
                 if d_weight is not None:
@@ -125,13 +135,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = (d_hidden.to(grad.dtype) * grad).to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
+
+
+def _cap_(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap) in place; returns its derivative, 1 - tanh^2, in new memory."""
+    bend = logits.div_(cap).tanh_().square().neg_().add_(1)
+    logits.mul_(cap)
+    return bend
 
 
 def _mixed_(logits: Tensor, targets: Tensor, log_q: Tensor, share: float) -> Tensor:

@@ -39,14 +39,13 @@ def causal_lm_loss(
     scored, head = head_inputs(model, batch, decode)
     soft = None if teacher is None else teacher.targets(batch)
     with scope("loss"):
-        total = linear_cross_entropy(scored, head, batch["targets"], soft)
+        total = linear_cross_entropy(scored, head, batch["targets"], soft, cap=logits_cap(model))
         return total / (len(batch["targets"]) if count is None else count)
 
 
 def head_inputs(model: nn.Module, batch: dict[str, Any], decode: Decode | None = None) -> tuple[Tensor, Tensor]:
     """What the logits of the scored tokens are the product of: states [scored, hidden], head [vocab, hidden]."""
-    inner = getattr(model, "module", model)  # DistributedDataParallel
-    causal = cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
+    causal = _causal(model)
     family = family_of(causal.config)
     hidden = _final_hidden(model, causal, batch, family.windows(causal.config), decode)
     with scope("loss"):
@@ -55,6 +54,17 @@ def head_inputs(model: nn.Module, batch: dict[str, Any], decode: Decode | None =
         if divisor != 1:
             scored = scored / divisor  # the same as dividing the logits, of which there are many more
         return scored, whole(causal.get_output_embeddings().weight)
+
+
+def logits_cap(model: nn.Module) -> float | None:
+    """c where these products z become logits c * tanh(z / c), else None."""
+    config = _causal(model).config
+    return family_of(config).logits_cap(config)
+
+
+def _causal(model: nn.Module) -> PreTrainedModel:
+    inner = getattr(model, "module", model)  # DistributedDataParallel
+    return cast(PreTrainedModel, inner.get_base_model() if isinstance(inner, PeftModel) else inner)
 
 
 def _final_hidden(

@@ -49,7 +49,9 @@ def decoder(model):
     return sum(parameter.numel() for parameter in model.model.layers.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2", "granite"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "qwen2", "granite", "gemma2", "gemma3_text", "hunyuan_v1_dense", "exaone4"]
+)
 def test_a_second_and_a_third_cut_change_no_logits(tmp_path, name):
     model = unequal(name)
     for number in (2, 3):

@@ -1,12 +1,16 @@
 """What a family says of its model, against the model that transformers builds."""
 
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_families import FAMILIES, LAYERS, SPACES, build, random_mask, tokens
+from tiny_families import FAMILIES, LAYERS, SPACES, build, random_mask, space_of, tokens
 from torch.testing import assert_close
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from atp.baselines.slicegpt import slice_model, sliced_width
 from atp.config import ModelConfig
@@ -18,15 +22,45 @@ from atp.lora import attention, decoder_layer
 from atp.lora.controller import MaskController
 from atp.lora.decoder_layer import FusedRMSNorm, unfuse_layer
 from atp.lora.layer import MaskedMLP, add_lora, stock_modules, unload
-from atp.models.layers import BLOCKS, first_layer_inputs, run_block
+from atp.models.layers import first_layer_inputs, run_block
 from atp.models.sizes import check_against_files, check_sizes
 from atp.removal import cut_model
+from atp.spaces import space_names
 from atp.spaces.space import MaskSpace
+from atp.spaces.support import UNKNOWN, family_table, refused_list, support
 from atp_kernels import add_rms_norm
 
 
 def test_every_registered_family_is_tested():
     assert TABLE.keys() == FAMILIES.keys()
+
+
+def test_each_causal_lm_of_transformers_is_cut_or_refused_with_the_reason():
+    """Of its own config, without weights; what the documentation says of it is what happens."""
+    asked = 0
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        said = support(name)
+        if name in TABLE:
+            config = build(name).config
+            for space in space_names():
+                exact = (name, space) in SPACES
+                assert exact == (space in said.split(", "))
+                if exact:
+                    assert MaskSpace.from_config(config, space).size
+                else:
+                    with pytest.raises(UnsupportedModel, match=re.escape(TABLE[name].inexact[space])):
+                        MaskSpace.from_config(config, space)
+        else:
+            with pytest.raises(UnsupportedModel) as refused:
+                family_of(SimpleNamespace(model_type=name))
+            assert (said == UNKNOWN) != (f"because {said}: use one of" in str(refused.value))
+        asked += name in TABLE
+    assert asked == len(TABLE)
+
+
+def test_the_documentation_lists_what_the_table_says():
+    page = (Path(__file__).parents[3] / "docs/model.md").read_text(encoding="utf-8")
+    assert family_table() in page and refused_list() in page
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -50,15 +84,15 @@ def test_linears_biases_and_norms_are_those_of_the_stock_model(name):
 def test_block_by_block_is_the_forward_of_the_stock_model_and_of_the_cut_one(name):
     """Also where layers have different masks and rows hold two samples, which do not see each other."""
     stock = build(name, torch.float64)
-    space = MaskSpace.from_config(stock.config, "kv_group")
+    space = MaskSpace.from_config(stock.config, space_of(name))
     positions = torch.cat([torch.arange(5), torch.arange(9)]).expand(3, -1)
     batch = {"input_ids": tokens(), "position_ids": positions}
     for model in (stock, cut_model(stock, space, random_mask(space))):
         decoder = model.get_decoder()
         x, arguments = first_layer_inputs(decoder, batch)
         for layer in decoder.layers:
-            for norm, block in BLOCKS:
-                x = run_block(layer, norm, block, x, arguments)
+            for block in family_of(model.config).blocks:
+                x = run_block(layer, block, x, arguments)
         whole = decoder(**batch, use_cache=False).last_hidden_state
         assert_close(decoder.norm(x), whole, rtol=0, atol=1e-12)
 
@@ -90,11 +124,12 @@ def test_norms_and_mlps_are_fused_and_come_back(name):
     model = build(name)
     before = {n: (type(m), id(m) if "norm" in n else None) for n, m in model.named_modules()}
     stock, logits = stock_modules(model), model(tokens()).logits
-    wrapped = add_lora(model, MaskSpace.from_config(model.config, "kv_group"), r=2, alpha=2.0, dropout=0.0)
+    wrapped = add_lora(model, MaskSpace.from_config(model.config, space_of(name)), r=2, alpha=2.0, dropout=0.0)
     for layer in wrapped.get_base_model().model.layers:
         assert isinstance(layer.mlp, MaskedMLP)
         norms = [m for n, m in layer.named_modules() if n.endswith("norm")]
-        assert len(norms) == (4 if name == "qwen3" else 2) and all(isinstance(n, FusedRMSNorm) for n in norms)
+        fused = not name.startswith("gemma")  # whose norms multiply by 1 + weight
+        assert norms and all(isinstance(n, FusedRMSNorm) == fused for n in norms)
     assert_close(wrapped(tokens()).logits, logits, rtol=1e-4, atol=1e-4)
     plain = unload(wrapped, stock)
     assert {n: (type(m), id(m) if "norm" in n else None) for n, m in plain.named_modules()} == before
@@ -141,7 +176,7 @@ def test_a_residual_connection_and_the_norm_after_it_are_one_operation(name, aut
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient(name):
     model = build(name)
-    space = MaskSpace.from_config(model.config, "kv_group")
+    space = MaskSpace.from_config(model.config, space_of(name))
     gradients = []
     for checkpointing in (False, True):
         cut = cut_model(model, space, random_mask(space)).train()
@@ -168,7 +203,7 @@ def test_keys_that_a_family_does_not_know_mean_nothing_after_the_cut():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sizes_of_every_family_are_checked(name):
-    """transformers itself wants hidden_size to be a multiple of the heads in Llama alone, if head_dim is given."""
+    """If head_dim is given, Llama and Gemma alone want hidden_size to be a multiple of the heads."""
     config = build(name).config
     content = config.to_dict()
     check_sizes(content)
@@ -177,7 +212,7 @@ def test_sizes_of_every_family_are_checked(name):
         with pytest.raises(InputError, match=f"(num_attention_heads|{key}) is "):
             check_sizes(content | {key: value})
     free = content | {"hidden_size": 34, "head_dim": 8}
-    if name == "llama":
+    if name in ("llama", "gemma2", "gemma3_text"):
         with pytest.raises(InputError, match="hidden_size is 34: make it a multiple of num_attention_heads 4"):
             check_sizes(free)
     else:
@@ -188,10 +223,15 @@ def test_sizes_of_every_family_are_checked(name):
 
 
 REFUSED = {
-    "gemma2": "its RMSNorms follow the blocks.*caps its logits",
-    "gemma3_text": "its RMSNorms follow the blocks",
-    "olmo2": "one RMSNorm over all heads",
+    "gemma3": "give the language model alone, as a folder of model_type gemma3_text",
+    "gemma4_text": "share keys and values",
+    "llama4_text": "attention sees chunks",
+    "deepseek_v2": "one latent vector",
+    "qwen3_5_text": "recurrent state",
+    "mllama": "wraps a language model",
     "phi3": "projections are fused",
+    "glm4": "projections are fused",
+    "arcee": "MLPs have no gate",
     "mixtral": "experts",
     "qwen2_moe": "experts",
     "qwen3_moe": "experts",

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, build, tokens
+from tiny_families import FAMILIES, build, space_of, tokens
 from transformers import AutoModelForCausalLM
 
 from atp.families import is_cut
@@ -18,7 +18,10 @@ from atp.spaces.space import MaskSpace
 CLASSES = {
     "llama": "SeedOssForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "SeedOssForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "granite": "GraniteForCausalLM",
-    "seed_oss": "SeedOssForCausalLM",
+    "seed_oss": "SeedOssForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM", "ernie4_5": "Ernie4_5ForCausalLM", "exaone4": "Exaone4ForCausalLM",
+    "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
 }  # fmt: skip
 PLAIN = {"llama": {}, "qwen2": {"use_sliding_window": False}}
 # A folder must load where nothing of this project can be imported.
@@ -49,8 +52,9 @@ def equal_mask(space, kept, seed=3):
     return mask
 
 
-def cut(name, kept=None, space_name="kv_group", **options):
+def cut(name, kept=None, space_name=None, **options):
     model = build(name, **options)
+    space_name = space_name or space_of(name)
     space = MaskSpace.from_config(model.config, space_name)
     return cut_model(model, space, equal_mask(space, kept or {"kv_group": 1, "mlp": 17}))
 
@@ -125,7 +129,9 @@ def test_what_no_stock_class_computes_stays_as_it_is():
     uneven = cut_model(llama, space, mask)
     narrow_heads = cut("mistral", {"qk": 3, "vo": 5, "mlp": 17}, "head_dim")
     sliding = cut("qwen2")
-    for model in (uneven, narrow_heads, sliding, llama):
+    # Gemma's own class wants heads that divide hidden_size.
+    heads = cut("gemma2", {"kv_group": 3, "mlp": 16}, num_attention_heads=4, num_key_value_heads=4)
+    for model in (uneven, narrow_heads, sliding, llama, heads):
         assert as_stock(model) is model
 
 

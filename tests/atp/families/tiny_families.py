@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from atp.spaces import space_names
+
 VOCAB, LAYERS = 64, 3
 SLIDING = {"use_sliding_window": True, "sliding_window": 4}
 FAMILIES = {
@@ -17,10 +19,55 @@ FAMILIES = {
         "residual_multiplier": 0.22, "attention_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 0.25,
         "tie_word_embeddings": True,
     },
+    "gemma2": {
+        "sliding_window": 4, "head_dim": 12, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0, "attention_bias": True,
+    },
+    "gemma3_text": {
+        "sliding_window": 4, "head_dim": 12, "query_pre_attn_scalar": 20, "attention_bias": True,
+        "final_logit_softcapping": 3.0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        },
+    },
+    "olmo2": {"attention_bias": True},
+    "olmo3": {
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attention_bias": True,
+    },
+    "ministral": {
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "head_dim": 12,
+    },
+    "ministral3": {
+        "head_dim": 12,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 4,
+            "max_position_embeddings": 64, "llama_4_scaling_beta": 0.3, "beta_fast": 32.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    },
+    "ernie4_5": {"head_dim": 12, "use_bias": True},
+    "hunyuan_v1_dense": {"head_dim": 12, "attention_bias": True},
+    "exaone4": {
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "head_dim": 12,
+    },
 }  # fmt: skip
-SPACES = [(name, space) for name in FAMILIES for space in ("head_dim", "kv_group", "disp") if (name, space) != (
-    "qwen3", "head_dim")]  # fmt: skip
+INEXACT = {
+    "qwen3": {"head_dim"}, "gemma2": {"disp"}, "gemma3_text": {"head_dim", "disp"},
+    "olmo2": {"kv_group", "head_dim", "disp"}, "olmo3": {"kv_group", "head_dim", "disp"}, "ministral3": {"head_dim"},
+    "ernie4_5": {"head_dim"}, "hunyuan_v1_dense": {"head_dim"}, "exaone4": {"head_dim", "disp"},
+}  # fmt: skip
+SPACES = [(name, space) for name in FAMILIES for space in space_names() if space not in INEXACT.get(name, ())]
 """Every family with every space that is exact in it."""
+
+
+def space_of(name):
+    """The family's space that takes most: KV groups and MLP channels, or these alone."""
+    return "kv_group" if (name, "kv_group") in SPACES else "mlp"
 
 
 def build(name, dtype=torch.float32, scale=0.2, **overrides):

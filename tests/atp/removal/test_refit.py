@@ -5,9 +5,10 @@ import torch
 from torch.testing import assert_close
 from zeroed import HEAD_DIM, INNER, LAYERS, random_mask, stock_model, tokens
 
+from atp.families import family_of
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora
-from atp.models.layers import first_layer_inputs, run_block
+from atp.models.layers import block_output, first_layer_inputs, run_block
 from atp.removal.cut import cut_model
 from atp.removal.refit import DAMPINGS, Pair, moments_of, refit
 from atp.spaces.space import MaskSpace
@@ -64,15 +65,26 @@ FAMILIES = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "granite": {"residual_multiplier": 0.22, "embedding_multiplier": 3.0},
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 20, "attn_implementation": "eager"},
 }
+CASES = [(family, name) for family in FAMILIES for name in ("head_dim", "kv_group", "disp")]
+CASES.remove(("gemma2", "disp"))
 
 
-def streams(model):
-    """The residual stream after both blocks of every layer of the whole model, [tokens, hidden] over all batches."""
+def streams(model, outputs=False):
+    """The residual stream after both blocks of every layer of the whole model, [tokens, hidden] over all batches.
+
+    outputs: what the blocks give instead.
+    """
     seen = [[] for _ in range(2 * LAYERS)]
     hooks = []
     for index, layer in enumerate(model.get_base_model().model.layers):
         after = layer.post_attention_layernorm
+        if outputs:
+            for place, linear in enumerate((layer.self_attn.o_proj, layer.mlp.down_proj)):
+                keep = seen[2 * index + place]
+                hooks.append(linear.register_forward_hook(lambda _, args, out, to=keep: to.append(out)))
+            continue
         hooks.append(after.register_forward_pre_hook(lambda _, args, to=seen[2 * index]: to.append(args[0])))
         hooks.append(layer.register_forward_hook(lambda _, args, out, to=seen[2 * index + 1]: to.append(out)))
     with torch.no_grad():
@@ -83,15 +95,17 @@ def streams(model):
     return [torch.cat(parts).flatten(0, 1) for parts in seen]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["head_dim", "kv_group", "disp"])
+@pytest.mark.parametrize(("family", "name"), CASES)
 def test_weights_are_the_ridge_solution_layer_after_layer(name, family):
-    """Against torch.linalg.lstsq on what the cut stream lacks, gathered by hand from the whole and the cut layers."""
+    """Against torch.linalg.lstsq on what the cut stream lacks, gathered by hand from the whole and the cut layers.
+
+    Where a norm reads what a block gives, on what these outputs lack, as a share of their size in each token.
+    """
     stock = stock_model(family, **FAMILIES[family])
     model = wrapped(stock, MaskSpace.from_config(stock.config, name))
     space = MaskSpace.from_config(model.get_base_model().config, name)
     mask, controller, decoder = random_mask(space), MaskController(model, space), model.get_base_model().model
-    before, whole = {n: p.clone() for n, p in decoder.named_parameters()}, streams(model)
+    before, whole = {n: p.clone() for n, p in decoder.named_parameters()}, streams(model, family == "gemma2")
     fitted = fit(model, space, mask, damping=0.01)
     after = {n: p.clone() for n, p in decoder.named_parameters()}
     assert {n for n, p in after.items() if not torch.equal(p, before[n])} == set(fitted)
@@ -100,20 +114,24 @@ def test_weights_are_the_ridge_solution_layer_after_layer(name, family):
     runs = [first_layer_inputs(decoder, batch) for batch in batches()]
     states, multiplier = [x for x, _ in runs], FAMILIES[family].get("residual_multiplier", 1.0)
     for index, layer in enumerate(decoder.layers):
-        for place, (norm, block) in enumerate((("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))):
-            reader = next((reader for reader in readers if reader.startswith(block)), None)
+        for place, block in enumerate(family_of(stock.config).blocks):
+            reader = next((reader for reader in readers if reader.startswith(block.module)), None)
+            run = block_output if family == "gemma2" else run_block
             if reader:
                 linear, inputs, weight = layer.get_submodule(reader), [], f"layers.{index}.{reader}.base_layer.weight"
                 linear.get_base_layer().weight.data = before[weight].clone()
                 hook = linear.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0].flatten(0, 1)))
                 with torch.no_grad(), controller.masks(mask, "sum"):
-                    cut = [run_block(layer, norm, block, x, given) for x, (_, given) in zip(states, runs, strict=True)]
+                    cut = [run(layer, block, x, given) for x, (_, given) in zip(states, runs, strict=True)]
                 hook.remove()
                 ((structure, side),) = [
                     (s, c) for s in space.layer(index) for c in s.cuts if (c.module, c.axis) == (reader, 1)
                 ]
                 kept = mask[structure.span][side.owner]
                 x, lacks = torch.cat(inputs)[:, kept], (whole[2 * index + place] - torch.cat(cut).flatten(0, 1))
+                if family == "gemma2":
+                    sizes = whole[2 * index + place].square().mean(-1, keepdim=True).sqrt()
+                    x, lacks = x / sizes, lacks / sizes
                 squares = x.square().sum(0)
                 root = (0.01 * (squares + 1e-3 * squares.mean())).sqrt().diag()
                 right = torch.cat([lacks / multiplier, torch.zeros(len(root), lacks.shape[1], dtype=x.dtype)])
@@ -122,7 +140,7 @@ def test_weights_are_the_ridge_solution_layer_after_layer(name, family):
                 assert_close(after[weight], expected, atol=1e-4, rtol=1e-4)
                 linear.get_base_layer().weight.data = after[weight]
             with torch.no_grad(), controller.masks(mask, "sum"):
-                states = [run_block(layer, norm, block, x, a) for x, (_, a) in zip(states, runs, strict=True)]
+                states = [run_block(layer, block, x, a) for x, (_, a) in zip(states, runs, strict=True)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])

@@ -10,10 +10,10 @@ from atp.baselines.uniform import uniform_mask
 from atp.decide.budget import Budget
 from atp.decide.fit import fit_mask
 from atp.decide.rules import width_rules
+from atp.families import BLOCKS
 from atp.lora.controller import MaskController
 from atp.lora.layer import MaskedMLP, MaskedPeftLinear, add_lora
 from atp.models.config import CutConfig
-from atp.models.layers import BLOCKS
 from atp.removal.cut import cut_config, cut_model
 from atp.spaces import space_names, structure_names
 from atp.spaces.space import Cut, MaskSpace, Structure
@@ -142,7 +142,7 @@ def test_the_reader_ends_its_block_and_reads_nothing_else_of_its_structure(space
     activate(model, None)
     mask = random_mask(space)
     layer = model.get_base_model().model.layers[1]
-    for _, block in BLOCKS:
+    for block, *_ in BLOCKS:
         structure = space.read_by(1, block)
         if structure is None:
             continue
@@ -174,7 +174,7 @@ def test_readers_are_linears_whose_removed_inputs_their_block_computes_and_a_ful
     whole = stock_model().config
     space = MaskSpace.from_config(whole, space_name)
     produced = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
-    for _, block in BLOCKS:
+    for block, *_ in BLOCKS:
         last = next(name for name in produced if name.startswith(block))
         cut_inside = [
             s for s in space.layer(0)

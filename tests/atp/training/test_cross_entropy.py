@@ -50,6 +50,19 @@ def test_equals_the_plain_form_in_float64(tokens, seed, scale, strided):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def capped(hidden, weight, targets):
+    """The loss as Gemma 2 has it."""
+    return F.cross_entropy(30.0 * torch.tanh(F.linear(hidden, weight) / 30.0), targets, reduction="sum")
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_capped_logits_equal_the_plain_form_in_float64(scale):
+    case = inputs(scale=scale)
+    ours = results(lambda *given: linear_cross_entropy(*given, cap=30.0), *case, 0.3)
+    for found, truth in zip(ours, results(capped, *case, 0.3), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+
+
 def under_autocast(hidden, weight, targets):
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(hidden, weight, targets)

@@ -24,22 +24,25 @@ def case(dtype=torch.float64):
     return normal(TOKENS, HIDDEN), normal(VOCAB, HIDDEN), targets, normal(TOKENS, THEIRS), normal(VOCAB, THEIRS)
 
 
-def by_definition(hidden, weight, targets, their_hidden, their_head, share):
-    log_p = (hidden @ weight.T).log_softmax(-1)
-    log_q = (their_hidden @ their_head.T).log_softmax(-1)
+def by_definition(hidden, weight, targets, their_hidden, their_head, share, cap=None):
+    logits, theirs = hidden @ weight.T, their_hidden @ their_head.T
+    if cap is not None:
+        logits, theirs = cap * torch.tanh(logits / cap), cap * torch.tanh(theirs / cap)
+    log_p, log_q = logits.log_softmax(-1), theirs.log_softmax(-1)
     divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
     return (1 - share) * F.nll_loss(log_p, targets, reduction="sum") + share * divergence
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rows", [1, 5, 64])
-def test_the_mixed_loss_equals_its_definition(monkeypatch, share, rows):
+def test_the_mixed_loss_equals_its_definition(monkeypatch, share, rows, cap):
     monkeypatch.setattr(cross_entropy, "_rows", lambda hidden, *_: min(rows, len(hidden)))
     hidden, weight, targets, theirs, head = case()
     results = []
     for loss_of in (
-        lambda h, w: linear_cross_entropy(h, w, targets, SoftTargets(theirs, head, share)),
-        lambda h, w: by_definition(h, w, targets, theirs, head, share),
+        lambda h, w: linear_cross_entropy(h, w, targets, SoftTargets(theirs, head, share), cap=cap),
+        lambda h, w: by_definition(h, w, targets, theirs, head, share, cap),
     ):
         inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = loss_of(*inputs)
