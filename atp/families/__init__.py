@@ -1,5 +1,6 @@
 """The model families that can be pruned: one row each in `table`."""
 
+from atp.families.experts import EXPERTS, ExpertFamily, Routed
 from atp.families.family import (
     Family,
     Linear,
@@ -14,9 +15,12 @@ from atp.families.family import (
 from atp.families.table import FAMILIES, family_of
 
 __all__ = [
+    "EXPERTS",
     "FAMILIES",
+    "ExpertFamily",
     "Family",
     "Linear",
+    "Routed",
     "UnsupportedModel",
     "Windows",
     "cut_type",

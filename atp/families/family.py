@@ -22,11 +22,16 @@ class UnsupportedModel(InputError):
 
 @dataclass(frozen=True)
 class Linear:
-    """Shape of one prunable linear of a decoder layer."""
+    """Shape of one prunable linear of a decoder layer.
+
+    lora: whether it carries LoRA. A router does not, nor do its experts, whose stacked weights count as one linear with
+    a row per expert.
+    """
 
     out_features: int
     in_features: int
     bias: bool
+    lora: bool = True
 
 
 @dataclass(frozen=True)

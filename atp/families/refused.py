@@ -4,7 +4,7 @@ _POST_NORM = "its RMSNorms follow the blocks, so a block's output is not what it
 _CAPPED = f"{_POST_NORM}, and it caps its logits softly, which the loss leaves out"
 _NORM_OVER_HEADS = f"it takes one RMSNorm over all heads, which changes when heads go, and {_POST_NORM}"
 _FUSED = "its projections are fused (qkv_proj, gate_up_proj), so one linear would belong to several structures"
-_EXPERTS = "its MLPs are experts behind a router, which no mask space describes"
+_EXPERTS = "its experts differ from those of Mixtral and Qwen3-MoE"
 
 REASONS: dict[str, str] = {
     name: reason
@@ -13,7 +13,7 @@ REASONS: dict[str, str] = {
         _POST_NORM: ("gemma3", "gemma3_text"),
         _NORM_OVER_HEADS: ("olmo2", "olmo3"),
         _FUSED: ("phi3",),
-        _EXPERTS: ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3"),
+        _EXPERTS: ("qwen2_moe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3"),
     }.items()
     for name in names
 }

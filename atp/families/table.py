@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from atp.families.experts import ExpertFamily
 from atp.families.family import Biases, Family, UnsupportedModel, family_name
 from atp.families.refused import REASONS
 
@@ -18,6 +19,10 @@ def _like_qwen2(config: PretrainedConfig) -> str | None:
     return "seed_oss" if config.sliding_window is None else None
 
 
+def _of_attention(config: PretrainedConfig) -> Biases:
+    return Biases(qkv=config.attention_bias, o=config.attention_bias)
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -26,7 +31,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2", biases=lambda config: Biases(qkv=True), layer_types=True, equal=_like_qwen2),  # also Qwen2.5
         Family(
             "qwen3",
-            biases=lambda config: Biases(qkv=config.attention_bias, o=config.attention_bias),
+            biases=_of_attention,
             qk_norm=True,
             layer_types=True,
             inexact={"head_dim": "its RMSNorms over head_dim change when dimensions are removed, so use kv_group"},
@@ -36,6 +41,9 @@ FAMILIES: dict[str, Family] = {
         Family(
             "seed_oss", biases=lambda config: Biases(config.attention_bias, config.attention_out_bias, config.mlp_bias)
         ),
+        ExpertFamily("mixtral", biases=lambda config: Biases()),
+        ExpertFamily("qwen3_moe", biases=_of_attention, inner="moe_intermediate_size", qk_norm=True),
+        ExpertFamily("olmoe", biases=_of_attention, norm_over_heads=True),
     )
 }
 

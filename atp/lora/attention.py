@@ -52,7 +52,9 @@ class FusedAttention(CutAttention, Hooked):
 
 def fuse_attention(attention: nn.Module) -> None:
     """Gives a stock attention the forward of `FusedAttention`, in place: same object, parameters and hooks."""
-    if runs_stock_forward(attention):
+    norm: Any = getattr(attention, "q_norm", None)
+    over_heads = norm is not None and norm.weight.numel() != attention.head_dim  # ours norms head by head
+    if runs_stock_forward(attention) and not over_heads:
         place_before(attention, FusedAttention)
 
 

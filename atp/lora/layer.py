@@ -10,10 +10,12 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from atp.families import family_of
+from atp.families import ExpertFamily, family_of
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.lora.decoder_layer import FusedRMSNorm, fuse_layer, unfuse_layer
+from atp.lora.experts import mask_experts, unmask_experts
+from atp.lora.observer import observed
 from atp.lora.packs import Packs
 from atp.lora.stock import Hooked, runs_stock_forward
 from atp.sharding.shards import is_sharded
@@ -22,7 +24,6 @@ from atp_kernels import (
     KeptSlice,
     Projection,
     kept_lora_linear,
-    mask_gradient,
     masked_lora_linear,
     masked_lora_swiglu,
     new_seed,
@@ -180,19 +181,6 @@ class MaskedPeftLinear(PeftLinear):
         )
 
 
-def observed(values: Tensor, sums: Tensor | None) -> Tensor:
-    """Values [batch, ..., features]; their backward pass adds gradients of masks of ones to sums [samples, features].
-
-    A smaller batch has the first rows. One of more samples, as of preferred and rejected answers, takes them in turns.
-    """
-    if sums is None or not torch.is_grad_enabled():
-        return values
-    if not values.requires_grad:  # as that of the first layer's input, which nothing before it needs
-        values = values.detach().requires_grad_()
-    turns = [mask_gradient(part, sums[: len(part)]) for part in values.split(len(sums))]
-    return turns[0] if len(turns) == 1 else torch.cat(turns)
-
-
 class MaskedMLP(Hooked):
     """Replaces a gated MLP whose three linears are `MaskedPeftLinear`: same submodules, same names.
 
@@ -287,8 +275,9 @@ def fuse_layers(model: PeftModel) -> PeftModel:
         fuse_attention(layer.self_attn)
         for linear in (module for module in layer.modules() if isinstance(module, MaskedPeftLinear)):
             linear.holds_casts = not is_sharded(base)
-        linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        if runs_stock_forward(layer.mlp) and all(isinstance(linear, MaskedPeftLinear) for linear in linears):
+        if isinstance(family, ExpertFamily):
+            mask_experts(layer, family)
+        elif runs_stock_forward(layer.mlp) and all(isinstance(part, MaskedPeftLinear) for part in _parts(layer.mlp)):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(base.config):
             norm = layer.get_submodule(name)
@@ -303,15 +292,22 @@ def fuse_layers(model: PeftModel) -> PeftModel:
     return model
 
 
+def _parts(mlp: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
 def unload(model: PeftModel, stock: list[dict[str, Any]]) -> PreTrainedModel:
     """Takes LoRA and fused modules out of a model again; stock: what `stock_modules` gave before. Returns the model."""
     plain: PreTrainedModel = model.unload()
+    family = family_of(plain.config)
     for layer, modules in zip(plain.get_decoder().layers, stock, strict=True):
         unfuse_layer(layer)
         unfuse_attention(layer.self_attn)
         mlp = modules["mlp"]
-        # PEFT gives back the linears, but not the modules around them.
-        mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
+        if isinstance(family, ExpertFamily):
+            unmask_experts(layer, family)
+        else:  # PEFT gives back the linears, but not the modules around them
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj = _parts(layer.mlp)
         for name, module in modules.items():
             layer.set_submodule(name, module)
     return plain
@@ -326,7 +322,7 @@ def stock_modules(model: PreTrainedModel) -> list[dict[str, Any]]:
 def add_lora(
     model: PreTrainedModel, space: MaskSpace, *, r: int, alpha: float, dropout: float, seed: int = 0
 ) -> PeftModel:
-    """Wraps a causal LM in a stock PEFT LoRA adapter on all linears of the space, with masked layers and MLPs.
+    """Wraps a causal LM in a stock PEFT LoRA adapter on all linears that the space adapts, with masked layers and MLPs.
 
     The adapter that is saved is plain LoRA: the custom layer is registered on the config, not written to it.
     """
@@ -334,7 +330,7 @@ def add_lora(
         r=r,
         lora_alpha=cast(int, alpha),  # PEFT only divides it by r
         lora_dropout=dropout,
-        target_modules=sorted({name.rsplit(".", 1)[-1] for name in space.modules}),
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in space.adapted}),
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({nn.Linear: MaskedPeftLinear})

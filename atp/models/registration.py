@@ -17,7 +17,9 @@ from types import ModuleType
 from typing import Any
 
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "seed_oss")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "mixtral", "qwen3_moe", "olmoe",
+)  # fmt: skip
 """Names of `atp.families`, which cannot be imported here."""
 
 
