@@ -37,6 +37,7 @@ class ExpertFamily(Family):
     """
 
     inner: str = "intermediate_size"
+    space: str = "experts"
     router: str = "mlp.gate"
     norm_over_heads: bool = False
 
@@ -46,8 +47,8 @@ class ExpertFamily(Family):
         return Routed(found.num_experts, found.num_experts_per_tok, getattr(found, self.inner), found.hidden_size)
 
     def refuses(self, config: PretrainedConfig, space: str) -> str | None:
-        if space != "experts":
-            return "its MLPs are experts behind a router, so use experts"
+        if space != self.space:
+            return f"its MLPs are experts behind a router, so use {self.space}"
         dense = _dense_layers(config)
         if dense:
             return f"its layer {dense[0]} has one dense MLP, and every layer must have experts"

@@ -85,7 +85,7 @@ class Family:
     hidden_size to be a multiple of the number of heads even where head_dim is given. inexact: mask spaces whose cut
     would change what the model computes, each with the reason. equal: `model_type` of the class of transformers' own
     that computes what a cut model does whose layers all have the widths in its config, from that config; None where
-    there is no such class. Left out, it is the family's own.
+    there is no such class. Left out, it is the family's own. space: the mask space to suggest.
     """
 
     name: str = field(kw_only=False)
@@ -95,6 +95,7 @@ class Family:
     whole_heads: bool = False
     inexact: Mapping[str, str] = field(default_factory=dict)
     equal: Callable[[PretrainedConfig], str | None] | None = None
+    space: str = "kv_group"
 
     def sliding_window(self, config: PretrainedConfig) -> int | None:
         """How many tokens a token of a sliding layer sees, itself included; None where no layer slides."""
