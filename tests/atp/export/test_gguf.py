@@ -206,13 +206,14 @@ def test_weights_beyond_float16_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3", "qwen3-tied"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3", "qwen3-tied", "qwen3_moe"])
 @pytest.mark.parametrize("widths", ["whole", "equal"])
 def test_transformers_reads_it_back(tmp_path, name, widths):
     if (name, widths) == ("qwen2", "equal"):
         pytest.skip("it becomes a llama with biases, which transformers leaves out")
-    # transformers takes a head_dim of 128 for every Qwen3.
-    model = tiny(name, widths, **({"head_dim": 128} if name.startswith("qwen3") else {}))
+    # transformers takes a head_dim of 128 for every Qwen3, and experts of width 768 for every Qwen3-MoE.
+    changes = {"head_dim": 128} if name.startswith("qwen3") else {}
+    model = tiny(name, widths, **changes, **({"moe_intermediate_size": 768} if name == "qwen3_moe" else {}))
     write(model, tmp_path / "model.gguf")
     found = read_model(tmp_path, torch.float32, "model.gguf")
     with torch.no_grad():

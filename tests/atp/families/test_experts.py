@@ -4,15 +4,20 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_family_runs import config, windows
 from tiny_families import EXPERTS, VOCAB, build, tokens
+from tiny_inputs import tiny_config
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from atp.cli.draft import draft
+from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.families import UnsupportedModel, family_of
 from atp.ground.errors import InputError
@@ -23,6 +28,7 @@ from atp.models.base import check_base
 from atp.models.load import read_model
 from atp.models.sizes import check_against_files, check_sizes
 from atp.models.stock import save_model
+from atp.plan.plan import make_plan
 from atp.removal import cut_model
 from atp.spaces.space import MaskSpace
 from atp.training.trainer import ATPTrainer
@@ -189,6 +195,41 @@ def test_a_run_ends_in_the_stock_class(tmp_path, name, dtype):
     greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
     cached, plain = (reloaded.generate(tokens(2, 7), use_cache=use, **greedy) for use in (True, False))
     assert torch.equal(cached, plain) and int(cached.max()) < VOCAB
+
+
+@pytest.mark.parametrize(("name", "source"), [("qwen3_moe", "learned"), ("olmoe", "running"), ("mixtral", "static")])
+def test_layers_may_keep_different_numbers(tmp_path, name, source):
+    settings = config(tmp_path, "experts", open=4, search=6)
+    update = {"source": source, "uniform": False, "target_keep": 0.75}
+    settings = settings.model_copy(update={"decisions": settings.decisions.model_copy(update=update)})
+    trainer = ATPTrainer(settings, build(name, scale=0.1), windows(16, 1), windows(6, 2))
+    trainer.train()
+    certificate = trainer.export(tmp_path / "out")
+    assert certificate["masked_vs_cut"] < 1e-5 and certificate["cut_vs_reloaded"] < 1e-5
+    assert abs(Budget(trainer.space).share(trainer.decisions.mask) - 0.75) < 0.03
+    counts = trainer.space.describe(trainer.decisions.mask)["experts"]
+    reloaded = read_model(tmp_path / "out" / "model", "auto")
+    assert [len(layer.mlp.experts.down_proj) for layer in reloaded.model.layers] == counts
+    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    cached, plain = (reloaded.generate(tokens(2, 7), use_cache=use, **greedy) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_a_config_is_drafted_in_the_space_and_planned(tmp_path):
+    """Parameters in all are those of the stock model, and those of a token leave out the experts that it passes by."""
+    vocabulary = json.loads(Path(tiny_config(tmp_path).model.path, "config.json").read_text())["vocab_size"]
+    model = build("qwen3_moe", vocab_size=vocabulary, attention_bias=False)
+    model.save_pretrained(tmp_path)
+    drafted = ATPConfig.parse(yaml.safe_load(draft(str(tmp_path), str(tmp_path / "data.jsonl")).text))
+    assert drafted.decisions.space == "experts" and drafted.decisions.uniform
+    plan = make_plan(drafted)
+    expert, layers, whole = 3 * 24 * 32, len(model.model.layers), sum(p.numel() for p in model.parameters())
+    left = whole - layers * 4 * (expert + 32)
+    assert plan["widths"]["experts"] == {"kept": 4, "of": 8, "multiple": 1}
+    assert [plan["parameters"][when]["total"]["parameters"] for when in ("before", "after")] == [whole, left]
+    assert plan["parameters"]["active"] == {"before": whole - layers * 5 * expert, "after": left - layers * expert}
+    reached = {form["name"]: form["reachable"] for form in plan["exports"]}
+    assert reached["GGUF, for llama.cpp"] and reached["transformers alone, and tools that load its models"]
 
 
 @torch.no_grad()
