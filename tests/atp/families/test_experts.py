@@ -16,9 +16,15 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from atp.baselines.simple import magnitude_scores
+from atp.baselines.uniform import uniform_mask
 from atp.cli.draft import draft
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
+from atp.decide.fit import exact_mask, fit_mask
+from atp.decide.reach import nearest_share
+from atp.decide.sampling import keep_one
+from atp.decide.uniform import fit_equal
 from atp.families import UnsupportedModel, family_of
 from atp.ground.errors import InputError
 from atp.inputs.checks import check_reachable
@@ -213,6 +219,32 @@ def test_layers_may_keep_different_numbers(tmp_path, name, source):
     greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
     cached, plain = (reloaded.generate(tokens(2, 7), use_cache=use, **greedy) for use in (True, False))
     assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_masks_meet_a_budget_and_leave_a_token_its_experts(name):
+    """Those of the search, of the freeze and of the baselines; the nearest share is that of some count per layer."""
+    model, space, _ = wrapped(name, torch.float32)
+    budget, taken = Budget(space), space.structures[0].least
+    logits = torch.randn(space.size, generator=torch.Generator().manual_seed(0))
+    per_layer = [structure.span for structure in space.structures]
+    for mask in (exact_mask(logits, 0.01, budget), keep_one(torch.zeros(space.size, dtype=torch.bool), logits, space)):
+        for span in per_layer:
+            assert set(mask[span].nonzero().flatten().tolist()) == set(logits[span].topk(taken).indices.tolist())
+    each = float(budget.cost()[0]) / budget.total
+    possible = [1 - removed * each for removed in range(space.size - taken * len(per_layer) + 1)]
+    for target in (0.62, 0.8, 0.93):
+        nearest = min(possible, key=lambda share: abs(share - target))
+        assert abs(nearest_share(budget, target, {}) - nearest) < 1e-6
+        for mask in (fit_mask(logits, target, budget, None), uniform_mask(logits, target, budget, None)):
+            assert abs(budget.share(mask) - nearest) < 1e-6 and all(mask[span].sum() >= taken for span in per_layer)
+        equal = fit_equal(logits, target, budget, {})
+        counts = space.describe(equal)["experts"]
+        assert len(set(counts)) == 1 and abs(budget.share(equal) - target) <= each * len(per_layer) / 2 + 1e-6
+    experts = model.model.layers[1].mlp
+    weights = (experts.gate.weight, experts.experts.gate_up_proj, experts.experts.down_proj)
+    expected = sum(part.detach().double().square().flatten(1).sum(1) for part in weights)
+    assert_close(magnitude_scores(model, space)[per_layer[1]], expected)
 
 
 def test_a_config_is_drafted_in_the_space_and_planned(tmp_path):
