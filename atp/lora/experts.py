@@ -60,7 +60,7 @@ class MaskedRouter(nn.Module):
             return found
         smaller = copy.copy(self)
         smaller.__class__ = type(self).__bases__[1]
-        vars(smaller)["_parameters"] = {name: weight[places] for name, weight in self.named_parameters()}
+        vars(smaller)["_parameters"] = {name: weight[places] for name, weight in self.named_parameters(recurse=False)}
         logits, weights, chosen = smaller.forward(hidden_states)
         every = logits.new_full((len(logits), cast(Any, self).num_experts), -torch.inf)
         return every.index_copy(1, places, logits), weights, places[chosen]

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from test_family_runs import config, windows
 from tiny_families import EXPERTS, VOCAB, build, tokens
 from tiny_inputs import tiny_config
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from atp.baselines.simple import magnitude_scores
 from atp.baselines.uniform import uniform_mask
@@ -28,6 +29,7 @@ from atp.decide.uniform import fit_equal
 from atp.families import UnsupportedModel, family_of
 from atp.ground.errors import InputError
 from atp.inputs.checks import check_reachable
+from atp.integrations import ATPCallback
 from atp.lora.controller import MaskController
 from atp.lora.layer import add_lora, stock_modules, unload
 from atp.models.base import check_base
@@ -327,3 +329,30 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(tmp_path):
     shapes.moe_intermediate_size = 2**20
     with pytest.raises(InputError, match="weights and its files hold 10,000 bytes"):
         check_against_files(shapes, 10**4)
+
+
+def test_a_loop_of_transformers_cuts_experts_beside_an_adapter_on_attention(tmp_path):
+    """PEFT's all-linear is on experts too, which is refused."""
+    rows = [{"input_ids": row, "labels": row} for row in tokens(20, 16, 1).tolist()]
+    decisions = {"space": "experts", "source": "running", "target_keep": 0.7}
+
+    def trained(target):
+        settings = LoraConfig(r=4, lora_alpha=4, target_modules=target, task_type="CAUSAL_LM")
+        callback = ATPCallback(rows[:6], search=4, settle=1, seed=3, decisions=decisions)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=6, report_to="none", use_cpu=True,
+            disable_tqdm=True, save_strategy="no", optim="adamw_torch_fused",
+        )  # fmt: skip
+        model = get_peft_model(build("qwen3_moe", scale=0.1), settings)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train()
+        return callback, callback.cut(trainer.model)
+
+    attention = ["k_proj", "o_proj", "q_proj", "v_proj"]
+    with pytest.raises(InputError, match="which ATPCallback leaves: make the adapter with target_modules=.'k_proj', "):
+        trained("all-linear")
+    callback, smaller = trained(attention)
+    assert callback.pruning.certificate["masked_vs_cut"] < 1e-5
+    counts = callback.pruning.space.describe(callback.pruning.decisions.mask)["experts"]
+    layers = smaller.get_base_model().model.layers
+    assert [len(layer.mlp.experts.down_proj) for layer in layers] == counts == [5, 5, 5]
