@@ -277,12 +277,19 @@ def _take_masks(model: nn.Module, space: MaskSpace) -> None:
     if config.use_dora or config.lora_bias or config.modules_to_save or config.bias != "none":
         raise InputError("ATPCallback needs plain LoRA, without use_dora, lora_bias, bias and modules_to_save")
     config._register_custom_module({nn.Linear: MaskedPeftLinear})  # so that the cut model has the same layers
-    names = {f"layers.{layer}.{name}" for layer in range(space.num_layers) for name in space.modules}
+    names = {f"layers.{layer}.{name}" for layer in range(space.num_layers) for name in space.adapted}
     found = {name[name.index("layers.") :]: m for name, m in model.named_modules() if isinstance(m, PeftLinear)}
+    remedy = "make the adapter with target_modules='all-linear'"
+    if len(space.adapted) < len(space.modules):  # where PEFT also takes experts for linears
+        remedy = f"make the adapter with target_modules={sorted(name.rpartition('.')[2] for name in space.adapted)}"
+    if config.target_parameters:
+        raise InputError(
+            f"LoRA is on {', '.join(sorted(config.target_parameters))}, which ATPCallback leaves: {remedy}"
+        )
     if found.keys() != names:
         raise InputError(
             f"LoRA is on {len(found)} linears, {len(names & found.keys())} of the {len(names)} that decisions remove "
-            "from: make the adapter with target_modules='all-linear'"
+            f"from: {remedy}"
         )
     for layer in found.values():
         if type(layer) is PeftLinear:

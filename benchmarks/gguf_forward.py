@@ -13,8 +13,13 @@ from gguf.quants import dequantize
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-NEOX = ("qwen2", "qwen3")  # row i of a head is rotated with row i + head_dim / 2, elsewhere 2 i with 2 i + 1
-WITHOUT_FACTORS = ("qwen2", "qwen3", "smollm3")
+NEOX = (
+    "qwen2",
+    "qwen3",
+    "qwen3moe",
+    "olmoe",
+)  # row i of a head is rotated with row i + head_dim / 2, elsewhere 2 i with 2 i + 1
+WITHOUT_FACTORS = ("qwen2", "qwen3", "smollm3", "qwen3moe", "olmoe")
 WITH_BIASES = ("llama", "deci", "granite")
 
 
@@ -86,13 +91,20 @@ def logits(file: File, ids: Tensor) -> Tensor:
     for layer in range(file.key("block_count")):
         block = f"blk.{layer}"
         normed = norm(x, f"{block}.attn_norm.weight")
+        counts = heads[layer], kv_heads[layer], kv_heads[layer]
         query, key, value = (
-            file.linear(normed, f"{block}.attn_{n}", count * width, bias=True).unflatten(-1, (count, width))
-            for n, count in (("q", heads[layer]), ("k", kv_heads[layer]), ("v", kv_heads[layer]))
+            file.linear(normed, f"{block}.attn_{n}", count * width, bias=True)
+            for n, count in zip("qkv", counts, strict=True)
+        )
+        if architecture == "olmoe":  # whose norms are as wide as the hidden state
+            assert heads[layer] * width == kv_heads[layer] * width == hidden
+            query, key = norm(query, f"{block}.attn_q_norm.weight"), norm(key, f"{block}.attn_k_norm.weight")
+        query, key, value = (
+            states.unflatten(-1, (count, width)) for states, count in zip((query, key, value), counts, strict=True)
         )
         if architecture == "qwen2":
             assert heads[layer] * width == hidden
-        if architecture == "qwen3":
+        if architecture in ("qwen3", "qwen3moe"):
             query, key = norm(query, f"{block}.attn_q_norm.weight"), norm(key, f"{block}.attn_k_norm.weight")
         if architecture != "smollm3" or (layer + 1) % 4 != 0:
             query, key = (_rotate(states, angles, architecture in NEOX) for states in (query, key))
@@ -102,11 +114,30 @@ def logits(file: File, ids: Tensor) -> Tensor:
         mixed = (weights @ value).transpose(1, 2).flatten(2)
         x = x + residual * file.linear(mixed, f"{block}.attn_output", hidden, bias=biases)
         normed = norm(x, f"{block}.ffn_norm.weight")
+        if file.key("expert_count", 0):
+            x = x + _experts(file, normed, block, inner[layer])
+            continue
         gate, up = (file.linear(normed, f"{block}.ffn_{n}", inner[layer], bias=biases) for n in ("gate", "up"))
         x = x + residual * file.linear(silu(gate) * up, f"{block}.ffn_down", hidden, bias=biases)
     head = file.tensor("output.weight", (rows, hidden)) if "output.weight" in file.tensors else embeddings
     output = norm(x, "output_norm.weight") @ head.T
     return output / (file.key("logit_scale") if architecture == "granite" else 1)
+
+
+def _experts(file: File, x: Tensor, block: str, inner: int) -> Tensor:
+    """What the experts of a layer add; inner: the file's width of an MLP, which is theirs where they have no other."""
+    count, taken, hidden = file.key("expert_count"), file.key("expert_used_count"), x.shape[-1]
+    inner = file.key("expert_feed_forward_length") if file.architecture == "qwen3moe" else inner
+    weights, chosen = file.linear(x, f"{block}.ffn_gate_inp", count, bias=False).softmax(-1).topk(taken, dim=-1)
+    if file.architecture != "olmoe":
+        weights = weights / weights.sum(-1, keepdim=True)
+    gate, up = (file.tensor(f"{block}.ffn_{name}_exps.weight", (count, inner, hidden)) for name in ("gate", "up"))
+    down = file.tensor(f"{block}.ffn_down_exps.weight", (count, hidden, inner))
+    total = torch.zeros_like(x)
+    for expert in range(count):
+        share = (weights * (chosen == expert)).sum(-1, keepdim=True)
+        total = total + share * ((silu(x @ gate[expert].T) * (x @ up[expert].T)) @ down[expert].T)
+    return total
 
 
 def _angles(file: File, width: int, length: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from atp.baselines.calibration import calibration_batches
 from atp.baselines.masked import masked_loss
 from atp.baselines.uniform import uniform_mask
-from atp.baselines.weights import group_sums, prunable_linears
+from atp.baselines.weights import group_sums, prunable_linears, weight_of
 from atp.config import ATPConfig
 from atp.decide.budget import Budget
 from atp.decide.decisions import fit_decisions
@@ -33,7 +33,7 @@ def magnitude_mask(model: PreTrainedModel, space: MaskSpace, calibration: Datase
 def magnitude_scores(model: PreTrainedModel, space: MaskSpace) -> Tensor:
     """Squared 2-norm of all weights that a decision removes, float64 [space.size]."""
     linears = prunable_linears(model, space)
-    return group_sums(space, lambda name: linears[name].weight.detach().double().square())
+    return group_sums(space, lambda name: weight_of(linears[name]).double().square())
 
 
 def static_mask(model: PreTrainedModel, space: MaskSpace, calibration: Dataset, config: ATPConfig) -> Tensor:

@@ -25,7 +25,8 @@ DENSE = "dense_lora"  # the 100 % mark: phase in the records, folder, and key in
 
 def stock_lora(model: PreTrainedModel, config: ATPConfig) -> PeftModel:
     """Wraps the model in PEFT's own layers, initialized from the run's seed; `unload()` returns the model."""
-    names = family_of(model.config).linears(layer_config(model.config, 0))
+    linears = family_of(model.config).linears(layer_config(model.config, 0))
+    names = [name for name, linear in linears.items() if linear.lora]
     torch.manual_seed(config.seed)
     return get_peft_model(model, lora_config(names, **config.lora.model_dump()))
 

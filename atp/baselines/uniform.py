@@ -38,12 +38,12 @@ def uniform_mask(
     counts = [min(max(round(share * s.size / step), 1) * step, s.size) for s, step in zip(free, steps, strict=True)]
     rest = [i for i, structure in enumerate(free) if structure.remainder]
     widest, step = max(free[index].size for index in rest), steps[rest[0]]
-    blocks = len(rest)
+    blocks, fewest = len(rest), -(-free[rest[0]].least // step)
 
     def mask_with(extra: int) -> Tensor:
-        """The mask whose remainder has one block per layer and `extra` more, spread evenly from the first layer on."""
+        """The mask with the fewest blocks of the remainder per layer and `extra` more, from the first layer on."""
         for number, index in enumerate(rest):
-            counts[index] = min((1 + extra // blocks + (number < extra % blocks)) * step, free[index].size)
+            counts[index] = min((fewest + extra // blocks + (number < extra % blocks)) * step, free[index].size)
         mask = torch.ones(space.size, dtype=torch.bool)
         for structure, count in zip(free, counts, strict=True):
             kept = scores[structure.span].topk(count).indices
@@ -56,7 +56,7 @@ def uniform_mask(
             f"decisions.target_keep {target} is out of reach when only {blocks} of {space.num_layers} layers may be "
             "pruned and each keeps something: raise it"
         )
-    low, high = 0, blocks * (-(-widest // step) - 1)
+    low, high = 0, blocks * (-(-widest // step) - fewest)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if budget.share(mask_with(middle)) <= target else (low, middle - 1)

@@ -24,6 +24,13 @@ def prunable_linears(model: PreTrainedModel, space: MaskSpace) -> dict[LinearNam
     }
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight [outputs, inputs] of a linear or router; of stacked experts a row holds all of one."""
+    if isinstance(weight := getattr(module, "weight", None), Tensor):
+        return weight.detach()
+    return torch.cat([stacked.detach().flatten(1) for stacked in module.parameters()], dim=1)
+
+
 def group_sums(
     space: MaskSpace, importance_of: Callable[[LinearName], Tensor], axes: tuple[int, ...] = (0, 1)
 ) -> Tensor:

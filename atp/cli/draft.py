@@ -12,7 +12,7 @@ import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from atp.cli.columns import Columns, given_columns, guess_columns, labels_of
-from atp.config import ATPConfig, ModelConfig
+from atp.config import ATPConfig, DecisionsConfig, ModelConfig
 from atp.config.overrides import apply
 from atp.config.presets import merged
 from atp.data.batches import IGNORE
@@ -22,6 +22,7 @@ from atp.data.examples import Example
 from atp.data.files import read_rows
 from atp.data.rows import BadRows, Row
 from atp.data.tokens import documents_of
+from atp.families import family_of
 from atp.ground import progress
 from atp.ground.errors import InputError, shorten
 from atp.inputs.checks import reads_often, scored_every, steps_per_epoch, within_data
@@ -34,6 +35,7 @@ _STEPS, _MOST_ROWS = 400, 16  # the default, and the most samples per step
 _LABEL_ROWS, _FEWEST_LABEL_STEPS, _MOST_LABEL_STEPS = 4, 200, 1600  # smaller steps, and more of them (dev/LOG.md)
 _STEP_TOKENS, _STEP_SCORED = 256, 64  # samples are batched up to so many, and so many with a loss (dev/LOG.md)
 _OFTEN = 4  # times that a run reads its data
+_SPACE = DecisionsConfig.model_fields["space"].default
 _FEW_BAD = 0.1  # of the rows, up to which they are left out
 _HEAD = """\
 # Written by atp init. `atp plan` says what it will do and cost, `atp train` does it, and `atp config schema` lists all
@@ -133,12 +135,13 @@ def draft(
     guess = _columns([row.values for row in found_rows], columns or asked.data.columns, ask)
     progress.begin("reading config and tokenizer of the model")
     shapes = load_shapes(asked.model)
-    check_prunable(asked.model, shapes, asked.decisions.space)
+    space = asked.decisions.space if _holds(given, "decisions.space") else family_of(shapes).space
+    check_prunable(asked.model, shapes, space)
     tokenizer = load_tokenizer(asked.model)
     progress.begin("counting tokens")
     found = _look(found_rows, guess, bad, whole, asked, tokenizer)
     length = _length(found, shapes)
-    values, notes = _values(asked.model, data, found, length, keep)
+    values, notes = _values(asked.model, data, found, length, keep, space)
     notes = {key: note for key, note in notes.items() if not _holds(given, key)}
     config = ATPConfig.parse(merged(values, given))
     if whole:
@@ -260,7 +263,7 @@ def _remarks(found: _Found, length: int, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _values(
-    model: ModelConfig, data: str, found: _Found, length: int, keep: float
+    model: ModelConfig, data: str, found: _Found, length: int, keep: float, space: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The keys of the config, and for some of them, by their whole name, what a reader should know."""
     guess, text, skips = found.guess, found.guess.shape == "text", len(found.bad) > 0
@@ -281,7 +284,7 @@ def _values(
         "output_dir": f"runs/{name}",
         "preset": "auto",
         "data": of_data,
-        "decisions": {"target_keep": keep},
+        "decisions": {"space": space, "target_keep": keep} if space != _SPACE else {"target_keep": keep},
         "training": {"steps": found.steps, "batch_size": found.batch_size},
         "evaluation": {"questions": 100 if found.labels else 0, "dense_baseline": False},
     }
@@ -297,6 +300,7 @@ def _values(
         "data.packing": "samples fill windows together" if text else "one sample per row",
         "data.on_error": f"{left_out}; the run lists them in skipped_rows.txt",
         "data.general_share": "set data.general to a file of general text to mix it into the calibration set",
+        "decisions.space": "what a decision removes; this model has no other",
         "decisions.target_keep": "the share of the decoder that stays",
         "training.steps": "atp plan says how often that reads the data",
         "training.batch_size": "rows per step" if found.batch_size > 1 else "more on a GPU",

@@ -26,7 +26,7 @@ from atp.config.training import TrainingConfig
 from atp.ground.errors import InputError, quote, shorten
 from atp.ground.places import model_place
 from atp.ground.reading import read_yaml_file
-from atp.spaces import space_names, structure_names
+from atp.spaces import WHOLE_WIDTHS, space_names, structure_names
 
 DecisionSource = Literal["static", "tuned", "running", "learned"]
 GeneratorKind = Literal["transformer", "gru", "free"]
@@ -57,14 +57,13 @@ class ModelConfig(Section):
         return {**values, "path": path, **({} if gguf_file is None else {"gguf_file": gguf_file})}
 
 
-_NAMED_WIDTHS = ("kv_group", "mlp")
-
-
 class DecisionsConfig(Section):
     """Choice of structures to remove (docs/method.md)."""
 
     space: str = Field(
-        "kv_group", description="Mask space, which defines what a decision removes: kv_group, head_dim, mlp or disp."
+        "kv_group",
+        description="Mask space, which defines what a decision removes: kv_group, head_dim, mlp or disp; experts in "
+        "models that have them.",
     )
     target_keep: float = Field(0.6, gt=0, lt=1, description="Share of decoder parameters to keep.")
     target_params: int | None = Field(
@@ -123,12 +122,22 @@ class DecisionsConfig(Section):
         le=2,
         description="Exponent of the parameters that a decision saves, by which its saliency is divided.",
     )
-    uniform: bool = Field(False, description="Equal widths in all layers, as the stock classes of other tools need.")
+    uniform: bool = Field(
+        False,
+        description="Equal widths in all layers, as the stock classes of other tools need; true in space experts.",
+    )
     multiples: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         None,
         description="Mapping from structures to multiples of their width; null: mlp 64 (CUDA: mlp 128, kv_group "
         "2) or the nearest.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_stock_experts(cls, values: Any) -> Any:
+        """As many experts in every layer, unless the config says otherwise: stock classes then load the result."""
+        is_experts = isinstance(values, dict) and values.get("space") == "experts"
+        return {"uniform": True, **values} if is_experts else values
 
     @field_validator("space")
     @classmethod
@@ -147,8 +156,10 @@ class DecisionsConfig(Section):
 
     @model_validator(mode="after")
     def _has_names_elsewhere(self) -> DecisionsConfig:
-        if self.uniform and self.space not in _NAMED_WIDTHS:
-            raise ValueError("uniform needs space kv_group or mlp, whose widths classes of other tools can have")
+        if self.uniform and self.space not in WHOLE_WIDTHS:
+            raise ValueError(
+                f"uniform needs space {' or '.join(WHOLE_WIDTHS)}, whose widths classes of other tools can have"
+            )
         return self
 
     @field_validator("multiples")
@@ -161,7 +172,7 @@ class DecisionsConfig(Section):
 
 
 class LoraSection(Section):
-    """The LoRA adapter, on all seven linears of each layer."""
+    """The LoRA adapter, on all seven linears of each layer; beside experts, on the four of attention."""
 
     r: int = Field(16, ge=1, description="Rank of the adapter.")
     alpha: float = Field(32.0, gt=0, description="Numerator of the adapter's scale, alpha / r.")

@@ -5,6 +5,8 @@ See docs/method.md sections 4 to 6.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,8 @@ def fit_mask(logits: Tensor, target: float, budget: Budget, multiples: dict[str,
     counts = []
     for structure in budget.space.structures:
         step = multiples.get(structure.name, 1)
-        counts.append(min(max(round(int(mask[structure.span].sum()) / step), 1) * step, structure.size))
+        fewest = math.ceil(structure.least / step)
+        counts.append(min(max(round(int(mask[structure.span].sum()) / step), fewest) * step, structure.size))
     ranked = [logits[s.span].sort(descending=True) for s in budget.space.structures]
     best = _top(ranked, counts, budget.space)
     while True:
@@ -85,7 +88,7 @@ def _blocks(
         step = multiples.get(structure.name, 1)
         # The size of a structure need not be a multiple; its last block is then smaller.
         new = (count - 1) // step * step if shrink else min(count + step, structure.size)
-        if new == 0 or new == count:
+        if new < structure.least or new == count:
             continue
         block = order.values[min(new, count) : max(new, count)].mean()
         blocks.append((float(block if shrink else -block), index, new))

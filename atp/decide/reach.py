@@ -68,7 +68,8 @@ def _nearest_filling(budget: Budget, target: float, multiples: dict[str, int], o
     space = budget.space
     sizes = torch.tensor([structure.size for structure in space.structures], dtype=torch.float64)
     steps = torch.tensor([multiples.get(s.name, 1) for s in space.structures], dtype=torch.float64).minimum(sizes)
-    counts = steps.clone()
+    least = torch.tensor([structure.least for structure in space.structures], dtype=torch.float64)
+    counts = torch.minimum((least / steps).ceil() * steps, sizes)
 
     def missed(counts: Tensor) -> float:
         return float(budget.parameters(counts)) - target * budget.total

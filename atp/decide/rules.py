@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from atp.decide.budget import Budget
@@ -40,5 +42,6 @@ def _least(budget: Budget, rules: dict[str, int]) -> float:
     """The least share of the decoder that one block in every structure keeps."""
     mask = torch.zeros(budget.space.size, dtype=torch.bool)
     for structure in budget.space.structures:
-        mask[structure.start : structure.start + rules.get(structure.name, 1)] = True
+        step = rules.get(structure.name, 1)
+        mask[structure.start : structure.start + math.ceil(structure.least / step) * step] = True
     return budget.share(mask)

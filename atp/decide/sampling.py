@@ -29,13 +29,29 @@ def soft_mask(logits: Tensor, offset: Tensor | float, temperature: float, noise:
 
 
 def keep_one(mask: Tensor, logits: Tensor, space: MaskSpace) -> Tensor:
-    """The bool mask [size] with the largest logit of every structure kept, so that no structure becomes empty."""
+    """The bool mask [size] with the largest logits of every structure kept, as many as it keeps at least.
+
+    One for most structures, so that none becomes empty. Of equal logits the first are kept.
+    """
+    if any(structure.least > 1 for structure in space.structures):
+        return _keep_least(mask, logits, space)
     owner, last = space.structure_of.to(logits.device), space.size - 1
     largest = logits.new_full((len(space.structures),), -torch.inf).scatter_reduce(0, owner, logits, "amax")
-    # Of equal logits the first is kept.
     places = torch.where(logits == largest[owner], torch.arange(space.size, device=logits.device), last)
     first = places.new_full(largest.shape, last).scatter_reduce(0, owner, places, "amin")
     return mask.index_fill(0, first, True)
+
+
+def _keep_least(mask: Tensor, logits: Tensor, space: MaskSpace) -> Tensor:
+    order = logits.argsort(descending=True, stable=True)
+    owner = space.structure_of.to(logits.device)
+    order = order[owner[order].argsort(stable=True)]  # structure by structure, the largest logit first
+    starts, least = (
+        torch.tensor([getattr(structure, key) for structure in space.structures], device=logits.device)
+        for key in ("start", "least")
+    )
+    rank = torch.arange(space.size, device=logits.device) - starts[owner]
+    return mask.index_put((order,), mask[order] | (rank < least[owner]))
 
 
 def hard_mask(logits: Tensor, soft: Tensor, space: MaskSpace) -> Tensor:

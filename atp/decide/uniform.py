@@ -11,7 +11,7 @@ from atp.decide.budget import Budget
 from atp.decide.fit import exact_offset
 from atp.ground.errors import InputError, NotReached
 from atp.processes.finite import is_finite
-from atp.spaces.space import MaskSpace
+from atp.spaces.space import MaskSpace, Structure
 
 
 def require_equal_layers(space: MaskSpace) -> None:
@@ -71,9 +71,12 @@ def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> li
     """Counts of the structures of a layer that may be meant by the target, the same in all layers.
 
     For each count of the first structure, that of the second with the share nearest to the target. For spaces with two
-    structures, of which the second has finer blocks.
+    structures, of which the second has finer blocks, or with one.
     """
-    coarse, fine = (_allowed(s.size, multiples.get(s.name, 1)) for s in budget.space.layer(0))
+    coarse, *others = (_allowed(s, multiples.get(s.name, 1)) for s in budget.space.layer(0))
+    if not others:
+        return [(count,) for count in coarse]
+    (fine,) = others
     return [
         min(((first, second) for second in fine), key=lambda counts: abs(share_of(budget, counts) - target))
         for first in coarse
@@ -87,12 +90,13 @@ def share_of(budget: Budget, counts: tuple[int, ...]) -> float:
 
 def half_block(budget: Budget, multiples: dict[str, int]) -> float:
     """Half of what one block of the finer structure saves in all layers, as a share of the decoder parameters."""
-    fine = budget.space.layer(0)[1]
+    fine = budget.space.layer(0)[-1]
     return multiples.get(fine.name, 1) * float(budget.cost()[fine.start]) * budget.space.num_layers / budget.total / 2
 
 
-def _allowed(size: int, multiple: int) -> list[int]:
-    return [min(block * multiple, size) for block in range(1, math.ceil(size / multiple) + 1)]
+def _allowed(structure: Structure, multiple: int) -> list[int]:
+    blocks = range(math.ceil(structure.least / multiple), math.ceil(structure.size / multiple) + 1)
+    return [min(block * multiple, structure.size) for block in blocks]
 
 
 def _by_layer(space: MaskSpace, index: int, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.export.gguf_rope import Rope, rope_of
 from atp.export.gguf_tokenizer import add_tokenizer
-from atp.families import BLOCKS, declared, family_of
+from atp.families import BLOCKS, ExpertFamily, declared, family_of, layer_config
 from atp.ground import progress
 from atp.ground.errors import InputError
 from atp.ground.files import whole_file
@@ -46,7 +46,9 @@ class Architecture:
     neighbours: whether RoPE rotates rows 2 i and 2 i + 1 of a head, and not rows i and i + head_dim / 2. per_layer:
     widths per layer. any_heads: also heads that together are not as wide as hidden_size. biases: those of o_proj and of
     the MLP (q, k and v may have one everywhere). factors: RoPE frequencies scaled one by one. skips: every which layer
-    has no RoPE; 0 for none. multipliers: Granite's.
+    has no RoPE; 0 for none. multipliers: Granite's. experts: whether it has them in place of the MLP; sums_to_one:
+    whether the weights of a token's experts are then divided by their sum. norm_over_heads: whether queries and keys
+    have one norm over all heads.
     """
 
     name: str
@@ -58,6 +60,9 @@ class Architecture:
     qk_norm: bool = False
     skips: int = 0
     multipliers: bool = False
+    experts: bool = False
+    sums_to_one: bool = True
+    norm_over_heads: bool = False
 
     def lacks(self, config: CutConfig) -> Iterator[str]:
         """What the model needs and this architecture does not hold."""
@@ -74,6 +79,15 @@ class Architecture:
         biases = family.biases(config)
         if not self.biases and (biases.o or biases.mlp):
             yield "biases of o_proj or the MLP"
+        has_experts = isinstance(family, ExpertFamily)
+        if has_experts != self.experts:
+            yield "experts" if has_experts else "an MLP without experts"
+        elif has_experts and declared(config, "norm_topk_prob", True) != self.sums_to_one:
+            yield f"weights of experts that {'do not ' if self.sums_to_one else ''}sum to one"
+        if declared(config, "clip_qkv", None) is not None:
+            yield "clipped queries, keys and values"
+        if self.norm_over_heads and shapes[0].num_key_value_heads != shapes[0].num_attention_heads:
+            yield "norms over fewer key heads than query heads"
         if not self.factors and _rope(config).factors:
             yield f"RoPE scaling of type {cast(dict[str, Any], config.rope_parameters)['rope_type']}"
 
@@ -83,7 +97,13 @@ _OWN = {
     "qwen3": Architecture("qwen3", neighbours=False, biases=False, factors=False, qk_norm=True),
     "smollm3": Architecture("smollm3", biases=False, factors=False, skips=4),
     "granite": Architecture("granite", multipliers=True),
-}
+    "mixtral": Architecture("llama", experts=True),
+    "qwen3_moe": Architecture("qwen3moe", neighbours=False, biases=False, factors=False, qk_norm=True, experts=True),
+    "olmoe": Architecture(
+        "olmoe", neighbours=False, any_heads=False, biases=False, factors=False, experts=True, sums_to_one=False,
+        norm_over_heads=True,
+    ),
+}  # fmt: skip
 _ANY = (Architecture("llama"), Architecture("deci", per_layer=True))
 
 
@@ -126,7 +146,7 @@ def write_gguf(
     _add_shape(writer, config, architecture)
     remarks = add_tokenizer(writer, tokenizer, config)
     weights = dict(_weights(model, config, architecture))
-    held = {name: _held_as(weight.tensor, wanted) for name, weight in weights.items()}
+    held = {name: _held_as(weight, wanted) for name, weight in weights.items()}
     for name, weight in weights.items():
         block, size = GGML_QUANT_SIZES[held[name]]
         nbytes = weight.tensor.numel() // block * size
@@ -158,11 +178,15 @@ class _Written(np.ndarray):
 
 @dataclass(frozen=True)
 class _Weight:
-    """A tensor of the model; heads: number of heads whose rows take the order that neighbours=True wants, or 0."""
+    """A tensor of the model; heads: number of heads whose rows take the order that neighbours=True wants, or 0.
+
+    exact: whether it stays float32, as routers do.
+    """
 
     tensor: Tensor
     heads: int = 0
     factor: float = 1.0
+    exact: bool = False
 
     def values(self) -> np.ndarray:
         """As the file holds them, in float32."""
@@ -241,6 +265,13 @@ def _add_shape(writer: GGUFWriter, config: CutConfig, architecture: Architecture
     writer.add_head_count(heads if each else heads[0])
     writer.add_head_count_kv(kv_heads if each else kv_heads[0])
     writer.add_feed_forward_length(inner if each else inner[0])
+    family = family_of(config)
+    if isinstance(family, ExpertFamily):
+        routed = family.routed(layer_config(config, 0))
+        writer.add_expert_count(routed.experts)
+        writer.add_expert_used_count(routed.taken)
+        if family.inner != "intermediate_size":
+            writer.add_expert_feed_forward_length(routed.inner)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
@@ -266,8 +297,13 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
     folded = {} if architecture.multipliers else _multipliers(config)
     tied = config.tie_word_embeddings and folded.get("embed_tokens", 1) == folded.get("lm_head", 1)
     yield from ((name, _Weight(factors)) for name, factors in _rope(config).factors.items())
+    family = family_of(config)
+    router = family.router if isinstance(family, ExpertFamily) else None
     for name, tensor in model.state_dict().items():
         module = name.rsplit(".", 2)[-2]
+        if module == "experts":
+            yield from ((f"{names.get_name(part)}.weight", _Weight(own)) for part, own in _parts(name, tensor))
+            continue
         if module == "lm_head" and tied:
             continue  # llama.cpp takes the embeddings where there is no output.weight
         heads = 0
@@ -277,7 +313,16 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(f"GGUF has no name for {name} in architecture {architecture.name}")
-        yield found, _Weight(tensor, heads, folded.get(module, 1.0))
+        yield found, _Weight(tensor, heads, folded.get(module, 1.0), exact=router is not None and f".{router}." in name)
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The projections that stacked weights hold, by the names that they would have alone."""
+    of_both = name.removesuffix("gate_up_proj")
+    if of_both == name:
+        yield name, tensor
+    else:
+        yield from zip((f"{of_both}gate_proj", f"{of_both}up_proj"), tensor.chunk(2, dim=1), strict=True)
 
 
 def _factors(config: CutConfig) -> dict[str, Any]:
@@ -299,11 +344,11 @@ def _multipliers(config: CutConfig) -> dict[str, float]:
     }
 
 
-def _held_as(tensor: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+def _held_as(weight: _Weight, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
     """The type of one tensor: blocks run along rows, so not every width can be quantized."""
-    if tensor.dim() < 2:
+    if weight.exact or weight.tensor.dim() < 2:
         return GGMLQuantizationType.F32
-    return GGMLQuantizationType.F16 if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
+    return GGMLQuantizationType.F16 if weight.tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 
 def _window_remark(config: CutConfig) -> Iterator[str]:
@@ -318,7 +363,7 @@ def _window_remark(config: CutConfig) -> Iterator[str]:
 def _fallback_remark(
     weights: dict[str, _Weight], held: dict[str, GGMLQuantizationType], wanted: GGMLQuantizationType
 ) -> Iterator[str]:
-    others = [name for name in weights if weights[name].tensor.dim() > 1 and held[name] != wanted]
+    others = [n for n, weight in weights.items() if weight.tensor.dim() > 1 and not weight.exact and held[n] != wanted]
     if others:
         yield (
             f"{len(others)} of {sum(weight.tensor.dim() > 1 for weight in weights.values())} matrices are f16, because "

@@ -21,7 +21,7 @@ from atp.data import load_recipe
 from atp.evaluation import packed_windows, perplexity, throughput
 from atp.evaluation.inference import CausalLM, bars
 from atp.export.card import quantized_card
-from atp.families import is_cut
+from atp.families import ExpertFamily, family_of, is_cut
 from atp.ground import progress
 from atp.ground.errors import InputError, reason
 from atp.ground.files import whole_folder, write_text
@@ -118,7 +118,8 @@ def write_quantized(
         for path, linear in linears.items()
         if linear is not head and not scheme.fits(linear.out_features, linear.in_features)
     ]
-    said = list(_summary(name, len(linears) - len(heads), left, str(dtype).removeprefix("torch."), where))
+    others = "experts, embeddings" if isinstance(family_of(model.config), ExpertFamily) else "embeddings"
+    said = list(_summary(name, len(linears) - len(heads), left, others, str(dtype).removeprefix("torch."), where))
     windows = None
     try:
         windows = None if run is None else held_out(run, tokenizer)
@@ -144,15 +145,18 @@ def write_quantized(
     return [*said, *(f"{what}: {new}, before {old}" for what, old, new in rows)]
 
 
-def _summary(name: str, count: int, left: list[str], dtype: str, where: str) -> Iterator[str]:
-    """What becomes of the model's matrices. count: of all but the head. left: names of those that stay as they are."""
+def _summary(name: str, count: int, left: list[str], others: str, dtype: str, where: str) -> Iterator[str]:
+    """What becomes of the model's matrices. count: of all but the head. left: names of those that stay as they are.
+
+    others: what is no matrix to these libraries, such as experts, whose weights are stacked.
+    """
     scheme = SCHEMES[name]
     blocks = f"{name} takes multiples of {scheme.inputs} inputs and {scheme.outputs} outputs"
     if len(left) == count:
         raise InputError(f"no matrix of {where} can be quantized, because {blocks}: use --to int8")
     yield (
-        f"{count - len(left)} of {count} matrices are {name}, {scheme.says} ({scheme.package}); embeddings, norms and "
-        f"the head stay {dtype}"
+        f"{count - len(left)} of {count} matrices are {name}, {scheme.says} ({scheme.package}); {others}, norms "
+        f"and the head stay {dtype}"
     )
     if left:
         yield f"{len(left)} matrices stay {dtype}, because {blocks} ({left[0]}, ...)"

@@ -1,5 +1,6 @@
 """The model families that can be pruned: one row each in `table`."""
 
+from atp.families.experts import EXPERTS, ExpertFamily, Routed
 from atp.families.family import (
     BLOCKS,
     Block,
@@ -17,10 +18,13 @@ from atp.families.table import FAMILIES, family_of
 
 __all__ = [
     "BLOCKS",
+    "EXPERTS",
     "FAMILIES",
     "Block",
+    "ExpertFamily",
     "Family",
     "Linear",
+    "Routed",
     "UnsupportedModel",
     "Windows",
     "cut_type",

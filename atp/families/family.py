@@ -22,11 +22,16 @@ class UnsupportedModel(InputError):
 
 @dataclass(frozen=True)
 class Linear:
-    """Shape of one prunable linear of a decoder layer."""
+    """Shape of one prunable linear of a decoder layer.
+
+    lora: whether it carries LoRA. A router does not, nor do its experts, whose stacked weights count as one linear with
+    a row per expert.
+    """
 
     out_features: int
     in_features: int
     bias: bool
+    lora: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ class Family:
     RMSNorms multiply by 1 + weight. inexact: mask spaces whose cut would change what the model computes, each with the
     reason. limit: why a model of some configs cannot be cut at all. equal: `model_type` of the class of transformers'
     own that computes what a cut model does whose layers all have the widths in its config, from that config; None where
-    there is no such class. Left out, it is the family's own.
+    there is no such class. Left out, it is the family's own. space: the mask space to
+    suggest.
     """
 
     name: str = field(kw_only=False)
@@ -120,6 +126,7 @@ class Family:
     inexact: Mapping[str, str] = field(default_factory=dict)
     limit: Callable[[PretrainedConfig], str | None] = _no_limit
     equal: Callable[[PretrainedConfig], str | None] | None = None
+    space: str = "kv_group"
 
     def sliding_window(self, config: PretrainedConfig) -> int | None:
         """How many tokens a token of a sliding layer sees, itself included; None where no layer slides."""

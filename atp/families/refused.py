@@ -8,7 +8,7 @@ _RECURRENT = "layers of it keep a recurrent state (linear attention, Mamba, conv
 _LATENT = "its keys and values come from one latent vector, so its heads have no rows of their own there"
 _CHUNKED = "its MLPs are experts in one tensor and its attention sees chunks of a text, which no mask space describes"
 _UNGATED = "its MLPs have no gate, so a channel is not what the spaces remove"
-_EXPERTS = "its MLPs are experts behind a router, which no mask space describes"
+_EXPERTS = "its experts differ from those of Mixtral and Qwen3-MoE"
 
 REASONS: dict[str, str] = {
     name: reason
@@ -28,7 +28,7 @@ REASONS: dict[str, str] = {
         _CHUNKED: ("llama4", "llama4_text"),
         _FUSED: ("phi3", "glm", "glm4", "gpt_neox", "persimmon", "falcon"),
         _UNGATED: ("apertus", "arcee", "jais2", "nemotron", "phi", "starcoder2"),
-        _EXPERTS: ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3"),
+        _EXPERTS: ("qwen2_moe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3"),
     }.items()
     for name in names
 }  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from atp.families.experts import ExpertFamily
 from atp.families.family import Biases, Block, Family, UnsupportedModel, declared, family_name
 from atp.families.refused import REASONS
 
@@ -32,6 +33,10 @@ def _is_causal(config: PretrainedConfig) -> str | None:
     return None
 
 
+def _of_attention(config: PretrainedConfig) -> Biases:
+    return Biases(qkv=config.attention_bias, o=config.attention_bias)
+
+
 _AROUND = (
     Block("self_attn", "input_layernorm", "post_attention_layernorm"),
     Block("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -44,15 +49,15 @@ _BEHIND = (
 )
 _NORM_OF_ALL_HEADS = "its RMSNorms of queries and keys are over all heads, and change when some go: use mlp"
 _OLMO: dict[str, Any] = {
-    "biases": lambda config: Biases(config.attention_bias, config.attention_bias),
-    "qk_norm": True, "norms_all_heads": True, "own_attention": True, "blocks": _BEHIND,
+    "biases": _of_attention,
+    "qk_norm": True, "norms_all_heads": True, "own_attention": True, "blocks": _BEHIND, "space": "mlp",
     "inexact": {
         "kv_group": _NORM_OF_ALL_HEADS, "head_dim": _NORM_OF_ALL_HEADS,
         "disp": "an RMSNorm reads all that a block gives, so a block cannot give a part of it: use mlp",
     },
 }  # fmt: skip
 _GEMMA: dict[str, Any] = {
-    "biases": lambda config: Biases(config.attention_bias, config.attention_bias),
+    "biases": _of_attention,
     "layer_types": True, "whole_heads": True, "blocks": _AROUND, "unit_offset": True, "limit": _is_causal,
 }  # fmt: skip
 
@@ -65,7 +70,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "qwen3",
             "Qwen3",
-            biases=lambda config: Biases(qkv=config.attention_bias, o=config.attention_bias),
+            biases=_of_attention,
             qk_norm=True,
             layer_types=True,
             inexact={"head_dim": _NORMS_OF_HEADS},
@@ -107,7 +112,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "hunyuan_v1_dense",
             "Hunyuan (dense)",
-            biases=lambda config: Biases(config.attention_bias, config.attention_bias),
+            biases=_of_attention,
             qk_norm=True,
             qk_norms=("query_layernorm", "key_layernorm"),
             own_attention=True,
@@ -123,6 +128,9 @@ FAMILIES: dict[str, Family] = {
             blocks=_BEHIND,
             inexact={"head_dim": _NORMS_OF_HEADS, "disp": _READ_WHOLE},
         ),
+        ExpertFamily("mixtral", "Mixtral", biases=lambda config: Biases()),
+        ExpertFamily("qwen3_moe", "Qwen3-MoE", biases=_of_attention, inner="moe_intermediate_size", qk_norm=True),
+        ExpertFamily("olmoe", "OLMoE", biases=_of_attention, qk_norm=True, norms_all_heads=True, own_attention=True),
     )
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PretrainedConfig
 
 from atp.config import ATPConfig, ResolvedConfig
@@ -16,6 +17,7 @@ from atp.decide.budget import Budget
 from atp.decide.reach import nearest_share
 from atp.decide.rules import width_rules
 from atp.decide.uniform import equal_counts, half_block, require_equal_layers, share_of
+from atp.families import ExpertFamily, family_of
 from atp.ground.errors import InputError, quote, shorten
 from atp.inputs.loading import RunData, check_length
 from atp.processes import processes
@@ -39,6 +41,7 @@ def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: floa
     """
     check_base_alone(config)
     check_sharded(config)
+    check_experts(config, shapes)
     check_length(shapes, config.data.length)
     check_phases(config)
     target = config.decisions.target_keep
@@ -50,6 +53,23 @@ def check_reachable(config: ATPConfig, shapes: PretrainedConfig, tolerance: floa
         raise InputError(
             f"decisions.target_keep is {target}, but the nearest share that whole structures of this model can keep"
             f"{why} is {nearest:.4f}: {remedy}"
+        )
+
+
+def check_experts(config: ATPConfig, shapes: PretrainedConfig) -> None:
+    """Raises `InputError` for a target that leaves fewer experts than a token takes, and for experts in shards."""
+    if processes.sharded() and isinstance(family_of(shapes), ExpertFamily):
+        raise InputError(
+            "training.sharding=fsdp reads weights by their names, which experts have not in their files: leave it out"
+        )
+    budget, _ = _rules(config, shapes)
+    counts = torch.tensor([structure.least for structure in budget.space.structures], dtype=torch.float64)
+    least, target = float(budget.parameters(counts)) / budget.total, config.decisions.target_keep
+    needy = next((structure for structure in budget.space.structures if structure.least > 1), None)
+    if needy is not None and target < least - rounding(config, shapes):
+        raise InputError(
+            f"decisions.target_keep is {target}, but each token takes {needy.least} of a layer's {needy.size} "
+            f"{needy.name}, and so many are {least:.4f} of the decoder: choose at least that"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.ground.devices import upload
+from atp.lora.experts import MaskedRouter
 from atp.lora.layer import MaskedPeftLinear
 from atp.lora.observer import MaskObserver
 from atp.spaces.space import MaskSpace
@@ -26,16 +27,21 @@ class _Side(NamedTuple):
 
 
 class MaskController:
-    """Hands a flat mask to the LoRA layers of a model, in one of the three forms of docs/method.md section 3."""
+    """Hands a flat mask to the LoRA layers and routers of a model, in a form of docs/method.md section 3."""
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
         self.space = space
-        self._layers: dict[_Linear, MaskedPeftLinear] = {}
+        self._linears: dict[_Linear, MaskedPeftLinear] = {}
+        self._routers: dict[_Linear, MaskedRouter] = {}
         for name, module in model.named_modules():
             if isinstance(module, MaskedPeftLinear):
                 layer, local = name.split(".layers.")[-1].split(".", 1)
-                self._layers[int(layer), local] = module
-        missing = space.num_layers * len(space.modules) - len(self._layers)
+                self._linears[int(layer), local] = module
+            elif isinstance(module, MaskedRouter):
+                layer, local = name.split(".layers.")[-1].split(".", 1)
+                self._routers[int(layer), local] = module
+        self._layers: dict[_Linear, MaskedPeftLinear | MaskedRouter] = {**self._linears, **self._routers}
+        missing = space.num_layers * len(space.adapted) - len(self._linears)
         if missing:
             raise RuntimeError(f"{missing} linears of the mask space carry no MaskedPeftLinear: wrap with add_lora")
         self._space = space.to(self._device)
@@ -66,10 +72,13 @@ class MaskController:
             self._slice(mask.cpu())
             for name, kept in self._slices.items():
                 outs, ins = self._sides[name]
-                self._layers[name].set_masks(outs.mask, ins.mask, kept=kept)
+                self._linears[name].set_masks(outs.mask, ins.mask, kept=kept)
+            for name, router in self._routers.items():
+                router.set_masks(self._sides[name][0].mask, None)
             return
         for layer, module, out_mask, in_mask in self._space.module_masks(mask.to(self._device), soft=form == "soft"):
-            self._layers[layer, module].set_masks(out_mask, in_mask, mask_lora=form != "base")
+            if (carrier := self._layers.get((layer, module))) is not None:  # experts go by their router
+                carrier.set_masks(out_mask, in_mask, mask_lora=form != "base")
 
     @contextmanager
     def masks(self, mask: Tensor, form: Literal["soft", "hard", "base", "sum"]) -> Iterator[None]:
@@ -87,7 +96,7 @@ class MaskController:
 
     @property
     def _device(self) -> torch.device:
-        base: Any = next(iter(self._layers.values())).get_base_layer()
+        base: Any = next(iter(self._linears.values())).get_base_layer()
         return base.weight.device
 
     def _slice(self, mask: Tensor) -> None:
@@ -113,7 +122,9 @@ class MaskController:
                         origins[id(side)] = KeptFirst(on_host, device=self._device, reuse=order)
                 sides[cut.axis] = _Side(side, origins[id(side)])
         for name in dict.fromkeys((structure.layer, cut.module) for structure, _ in changed for cut in structure.cuts):
-            base: Any = self._layers[name].get_base_layer()
+            if name not in self._linears:
+                continue
+            base: Any = self._linears[name].get_base_layer()
             outs, ins = (side.origin for side in self._sides[name])
             reuse = self._slices.get(name) if self.keeps_memory else None
             self._slices[name] = KeptSlice(base.weight, base.bias, out_mask=outs, in_mask=ins, reuse=reuse)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.config import LoraVariant
-from atp.families import BLOCKS, family_of
+from atp.families import BLOCKS, ExpertFamily, family_of
 from atp.ground.rng import seeded
 from atp.lora.attention import fuse_attention, unfuse_attention
 from atp.lora.decoder_layer import FusedRMSNorm, fuse_layer, unfuse_layer
+from atp.lora.experts import mask_experts, unmask_experts
+from atp.lora.observer import observed
 from atp.lora.packs import Packs
 from atp.lora.stock import Hooked, runs_stock_forward
 from atp.sharding.shards import is_sharded
@@ -24,7 +26,6 @@ from atp_kernels import (
     KeptSlice,
     Projection,
     kept_lora_linear,
-    mask_gradient,
     masked_lora_linear,
     masked_lora_swiglu,
     new_seed,
@@ -198,19 +199,6 @@ class MaskedPeftLinear(PeftLinear):
         return y if self.out_mask is None else (y * self.out_mask).to(y.dtype)
 
 
-def observed(values: Tensor, sums: Tensor | None) -> Tensor:
-    """Values [batch, ..., features]; their backward pass adds gradients of masks of ones to sums [samples, features].
-
-    A smaller batch has the first rows. One of more samples, as of preferred and rejected answers, takes them in turns.
-    """
-    if sums is None or not torch.is_grad_enabled():
-        return values
-    if not values.requires_grad:  # as that of the first layer's input, which nothing before it needs
-        values = values.detach().requires_grad_()
-    turns = [mask_gradient(part, sums[: len(part)]) for part in values.split(len(sums))]
-    return turns[0] if len(turns) == 1 else torch.cat(turns)
-
-
 class MaskedMLP(Hooked):
     """Replaces a gated MLP whose three linears are `MaskedPeftLinear`: same submodules, same names.
 
@@ -306,8 +294,9 @@ def fuse_layers(model: PeftModel) -> PeftModel:
             fuse_attention(layer.self_attn)
         for linear in (module for module in layer.modules() if isinstance(module, MaskedPeftLinear)):
             linear.holds_casts = not is_sharded(base)
-        linears = (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
-        if runs_stock_forward(layer.mlp) and all(isinstance(linear, MaskedPeftLinear) for linear in linears):
+        if isinstance(family, ExpertFamily):
+            mask_experts(layer, family)
+        elif runs_stock_forward(layer.mlp) and all(isinstance(part, MaskedPeftLinear) for part in _parts(layer.mlp)):
             layer.mlp = MaskedMLP(layer.mlp, family.activation(base.config))
         for name in family.norms(base.config):
             norm = layer.get_submodule(name)
@@ -322,15 +311,22 @@ def fuse_layers(model: PeftModel) -> PeftModel:
     return model
 
 
+def _parts(mlp: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
 def unload(model: PeftModel, stock: list[dict[str, Any]]) -> PreTrainedModel:
     """Takes LoRA and fused modules out of a model again; stock: what `stock_modules` gave before. Returns the model."""
     plain: PreTrainedModel = model.unload()
+    family = family_of(plain.config)
     for layer, modules in zip(plain.get_decoder().layers, stock, strict=True):
         unfuse_layer(layer)
         unfuse_attention(layer.self_attn)
         mlp = modules["mlp"]
-        # PEFT gives back the linears, but not the modules around them.
-        mlp.gate_proj, mlp.up_proj, mlp.down_proj = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
+        if isinstance(family, ExpertFamily):
+            unmask_experts(layer, family)
+        else:  # PEFT gives back the linears, but not the modules around them
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj = _parts(layer.mlp)
         for name, module in modules.items():
             layer.set_submodule(name, module)
     return plain
@@ -367,13 +363,13 @@ def add_lora(
     variant: LoraVariant = "lora",
     seed: int = 0,
 ) -> PeftModel:
-    """Wraps a causal LM in a stock PEFT adapter on all linears of the space, with masked layers and MLPs.
+    """Wraps a causal LM in a stock PEFT adapter on all linears that the space adapts, with masked layers and MLPs.
 
     The model computes what it did before. variant: lora; rslora, whose scale is alpha / sqrt(r) (arXiv 2312.03732);
     dora (arXiv 2402.09353). The adapter that is saved is PEFT's: the custom layer is registered on the config, not
     written to it.
     """
-    config = lora_config(space.modules, r=r, alpha=alpha, dropout=dropout, variant=variant)
+    config = lora_config(space.adapted, r=r, alpha=alpha, dropout=dropout, variant=variant)
     config._register_custom_module({nn.Linear: MaskedPeftLinear})
     with seeded(seed):
         wrapped = get_peft_model(model, config)

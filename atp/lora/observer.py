@@ -6,15 +6,35 @@ so the step runs as without masks: shared, fused, with any number of samples. It
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from atp.lora.layer import MaskedPeftLinear
 from atp.spaces.space import MaskSpace, Structure
+from atp_kernels import mask_gradient
+
+if TYPE_CHECKING:
+    from atp.lora.experts import MaskedRouter
+    from atp.lora.layer import MaskedPeftLinear
+
+    _Observed = tuple[MaskedPeftLinear | MaskedRouter, int]  # with the axis
+
+
+def observed(values: Tensor, sums: Tensor | None) -> Tensor:
+    """Values [batch, ..., features]; their backward pass adds gradients of masks of ones to sums [samples, features].
+
+    A smaller batch has the first rows. One of more samples, as of preferred and rejected answers, takes them in turns.
+    """
+    if sums is None or not torch.is_grad_enabled():
+        return values
+    if not values.requires_grad:  # as that of the first layer's input, which nothing before it needs
+        values = values.detach().requires_grad_()
+    turns = [mask_gradient(part, sums[: len(part)]) for part in values.split(len(sums))]
+    return turns[0] if len(turns) == 1 else torch.cat(turns)
 
 
 @dataclass
@@ -23,7 +43,7 @@ class _Place:
 
     owner: Tensor
     structures: list[Structure] = field(default_factory=list)
-    layers: list[list[tuple[MaskedPeftLinear, int]]] = field(default_factory=list)  # of each structure, with the axis
+    layers: list[list[_Observed]] = field(default_factory=list)  # of each structure
     order: Tensor | None = None  # of the features, by decision; None where each feature is a decision
     decisions: Tensor = field(default_factory=lambda: torch.empty(0))  # of all structures, in the flat vector
 
@@ -31,12 +51,12 @@ class _Place:
 class MaskObserver:
     """Collects gradients of the mask of every sample of a batch, on the sides that a soft mask would multiply."""
 
-    def __init__(self, space: MaskSpace, layers: dict[tuple[int, str], MaskedPeftLinear]) -> None:
-        """space: on the device of the model. layers: its linears, by layer and name."""
+    def __init__(self, space: MaskSpace, layers: Mapping[tuple[int, str], MaskedPeftLinear | MaskedRouter]) -> None:
+        """space: on the device of the model. layers: its linears and routers, by layer and name."""
         self.size, self.device = space.size, space.structure_of.device
         found: dict[int, _Place] = {}
         for structure in space.structures:
-            sides: dict[int, list[tuple[MaskedPeftLinear, int]]] = {}
+            sides: dict[int, list[_Observed]] = {}
             for cut in structure.cuts:
                 if cut.soft:
                     found.setdefault(id(cut.owner), _Place(cut.owner))

@@ -48,8 +48,10 @@ FORMS = {
 
 
 def check_base(load_in: str, space: MaskSpace) -> None:
-    """Raises `InputError` for a linear whose rows are not whole blocks of scales."""
+    """Raises `InputError` for experts, and for a linear whose rows are not whole blocks of scales."""
     block = FORMS[load_in].block
+    if len(space.adapted) < len(space.modules):
+        raise InputError(f"model.load_in={load_in} takes linears, and experts are none: leave it out")
     for layer, linears in enumerate(space.linears):
         for name, linear in linears.items():
             if block is not None and linear.in_features % block:

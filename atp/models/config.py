@@ -33,7 +33,8 @@ class LayerShape:
     qk_pairs: kept RoPE pairs in rising order, as positions in [0, head_dim / 2); None keeps all of them. Each pair is
     two rows of every query and key head. v_head_dim: width of a value head; intermediate_size: width of the MLP.
     attention_inputs, mlp_inputs: the positions of the hidden state that a block reads; attention_outputs, mlp_outputs:
-    those that it adds to. In rising order; None for all of them. skip: which of `BLOCKS` the layer lacks.
+    those that it adds to. In rising order; None for all of them. skip: which of `BLOCKS` the layer lacks. num_experts:
+    how many experts stand in place of the MLP; None where it is one.
     """
 
     num_attention_heads: int
@@ -46,6 +47,7 @@ class LayerShape:
     mlp_inputs: list[int] | None = None
     mlp_outputs: list[int] | None = None
     skip: tuple[str, ...] = ()
+    num_experts: int | None = None
 
     def selected(self, key: str, hidden_size: int) -> int:
         """How many positions of the hidden state a selection (`attention_inputs`, ...) has."""
@@ -61,14 +63,18 @@ class LayerShape:
         return self.qk_pairs is None and self.v_head_dim == head_dim
 
     def linears(self, head_dim: int, hidden_size: int) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of the weights of a layer's linears, by their names in it."""
+        """(rows, columns) of the weights of a layer's linears, by their names in it; experts are none."""
         qk, queries, keys = self.qk_head_dim(head_dim), self.num_attention_heads, self.num_key_value_heads
         read, written, mlp_read, mlp_written = (self.selected(key, hidden_size) for key in SELECTIONS)
-        return {
+        attention = {
             "self_attn.q_proj": (queries * qk, read),
             "self_attn.k_proj": (keys * qk, read),
             "self_attn.v_proj": (keys * self.v_head_dim, read),
             "self_attn.o_proj": (written, queries * self.v_head_dim),
+        }
+        if self.num_experts is not None:
+            return attention
+        return attention | {
             "mlp.gate_proj": (self.intermediate_size, mlp_read),
             "mlp.up_proj": (self.intermediate_size, mlp_read),
             "mlp.down_proj": (mlp_written, self.intermediate_size),
@@ -121,12 +127,16 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
         So is where the model was loaded from: no cut model lies there, and PEFT would read that folder's config as a
         cut model's.
         """
-        kept = {field.name for field in fields(cast(Any, config))} | {"per_layer_config"}
+        kept = {field.name for field in fields(cast(Any, config))} | {
+            *config.attribute_map.values(),
+            "per_layer_config",
+        }
         kept -= {"architectures", "transformers_version"}
         values = {key: value for key, value in config.to_dict().items() if key in kept}
         family = family_of(config)
         cut = config_class(family.name)(**values | {"head_dim": family.head_dim(config)} | changes)
         cut._attn_implementation = config._attn_implementation
+        cut._experts_implementation = config._experts_implementation
         return cut
 
     def without_layers(self) -> Any:
@@ -146,7 +156,7 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
     def layer_shape(self, layer: int) -> LayerShape:
         """Widths of one layer."""
         own: Any = self.per_layer_config[layer]
-        widths = {name: getattr(own, name) for name in _WIDTHS}
+        widths: dict[str, Any] = {name: getattr(own, name, None) for name in _WIDTHS}  # dense families have no experts
         if widths["v_head_dim"] is None:
             widths["v_head_dim"] = self.head_dim
         return LayerShape(**widths, skip=tuple(getattr(own, "skip", ())))
@@ -216,6 +226,9 @@ class CutConfig(PretrainedConfig if TYPE_CHECKING else object):  # type: ignore[
                 yield key, "a layer keeps at least one"
         if shape.num_key_value_heads > 0 and shape.num_attention_heads % shape.num_key_value_heads:
             yield "num_attention_heads", f"it must be a multiple of the {shape.num_key_value_heads} key-value heads"
+        taken = 0 if shape.num_experts is None else cast(Any, self).num_experts_per_tok
+        if shape.num_experts is not None and shape.num_experts < taken:
+            yield "num_experts", f"each token takes {taken} of them (num_experts_per_tok)"
         if not set(shape.skip) <= set(BLOCKS):
             yield "skip", f"name only {' and '.join(BLOCKS)}"
         limits = {"qk_pairs": ("head_dim / 2", self.head_dim // 2)}

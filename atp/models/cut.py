@@ -227,6 +227,7 @@ class CutModel(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mi
         bare.num_hidden_layers = 1  # the family's class would build every layer at full width
         super().__init__(bare)
         config._attn_implementation = bare._attn_implementation
+        config._experts_implementation = bare._experts_implementation
         self.config = config
         if self.base_model is self:
             kind = type(cast(Any, self).layers[0])

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from atp.families import FAMILIES, family_name, family_of, is_cut, layer_config
+from atp.families import FAMILIES, ExpertFamily, family_name, family_of, is_cut, layer_config
 from atp.ground.errors import InputError, reason, shorten
 
 _REQUIRED = (
@@ -18,7 +18,9 @@ _REQUIRED = (
     "max_position_embeddings",
 )  # fmt: skip
 _OPTIONAL = ("num_key_value_heads", "head_dim")  # null stands for what follows from the others
-_PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+_EXPERTS = ("num_experts", "num_local_experts")  # two names of one number
+_OF_EXPERTS = (*_EXPERTS, "num_experts_per_tok", "moe_intermediate_size")  # of families that have them
+_PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size", *_EXPERTS)
 _LARGEST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**31}  # beyond every model there is
 _LARGEST_WIDTH = 2**24
 _LARGEST_BASE = 1e12  # of RoPE that is taken without a look at its angles
@@ -36,6 +38,8 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         return
     given = {key: config[key] for key in _REQUIRED if key in config}
     given |= {key: config[key] for key in _OPTIONAL if config.get(key) is not None}
+    if isinstance(FAMILIES[family_name(name)], ExpertFamily):
+        given |= {key: config[key] for key in _OF_EXPERTS if key in config}
     for key, value in given.items():
         if type(value) is not int or value < 1:
             _refuse(key, value, "make it a whole number of at least 1")
@@ -45,6 +49,10 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         for key in _PER_LAYER:
             if type(value := widths.get(key)) is int and value > _LARGEST_WIDTH:
                 _refuse(f"{key} of layer {layer}", value, f"make it at most {_LARGEST_WIDTH}")
+    taken = given.get("num_experts_per_tok", 0)
+    for key in _EXPERTS:
+        if taken > given.get(key, taken):
+            _refuse("num_experts_per_tok", taken, f"make it at most {key} {given[key]}")
     heads = given.get("num_attention_heads")
     kv_heads, hidden, head_dim = (given.get(key) for key in ("num_key_value_heads", "hidden_size", "head_dim"))
     if heads and kv_heads and heads % kv_heads:

@@ -36,7 +36,8 @@ def stock_config(config: Any) -> PretrainedConfig | None:
         "attention_bias": biases.qkv, "attention_out_bias": biases.o, "mlp_bias": biases.mlp, "residual_dropout": 0.0,
         "sliding_window": window, "use_sliding_window": window is not None,
     }  # fmt: skip
-    wanted = {field.name for field in fields(stock)} - {"model_type", "architectures", "transformers_version"}
+    wanted = {field.name for field in fields(stock)} | set(stock.attribute_map.values())
+    wanted -= {"model_type", "architectures", "transformers_version"}
     made: PretrainedConfig = stock(
         **{key: value for key, value in values.items() if key in wanted} | {"head_dim": config.head_dim}
     )
@@ -50,6 +51,7 @@ def as_stock(model: PreTrainedModel) -> PreTrainedModel:
     if config is None:
         return model
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     config.dtype = model.dtype
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config)

@@ -50,20 +50,22 @@ class Pass:
 def kept_by_training(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> float:
     """Bytes per token and layer that a LoRA step keeps."""
     linears, hidden = widths.linears, shapes.config.hidden_size
-    inner = linears["mlp.down_proj"].in_features
-    reads = linears["self_attn.q_proj"].in_features + linears["mlp.gate_proj"].in_features
-    numbers = reads + _attention(widths, how, shapes) + 2 * inner + how.rank * len(linears)
+    reads = linears["self_attn.q_proj"].in_features
+    if widths.experts is None:
+        reads += linears["mlp.gate_proj"].in_features
+    numbers = reads + _attention(widths, how, shapes) + _mlp(widths) + how.rank * len(linears)
     if how.watched and not _in_one_call(shapes, how):
         numbers += _sums(shapes, widths, parts_of_mlp=2)
         if _keeps_values(widths, how) and any(cut.module == "self_attn.v_proj" for cut in _outputs(shapes)):
             numbers -= linears["self_attn.v_proj"].out_features  # the very ones that attention keeps
     if how.dora:
-        numbers += 2 * inner + sum(2 * linear.out_features for linear in linears.values())
+        numbers += sum(2 * linear.out_features for linear in linears.values())
+        numbers += 2 * widths.inner if widths.experts is None else 0
         if how.product < _FLOAT:
             numbers += sum(linear.in_features for linear in linears.values()) - reads
     stream = _read_by_norms(shapes, widths, how)
     for ends in ("self_attn.o_proj", "mlp.down_proj"):
-        if linears[ends].out_features != hidden:  # what is added to a part of the stream
+        if ends in linears and linears[ends].out_features != hidden:  # what is added to a part of the stream
             stream += linears[ends].out_features
     if widths.qk_dim != shapes.whole[0].qk_dim:  # the cosines and sines of the pairs that this layer keeps
         stream += 2 * widths.qk_dim / how.rows
@@ -76,9 +78,10 @@ def kept_by_saliency(shapes: ModelShapes, widths: LayerWidths, how: Pass) -> flo
     The gradient of a mask on outputs reads them as they were before it; one on inputs reads these. The fused MLP keeps
     the outputs of gate and up anyway; where its inputs are masked too, its linears run one by one.
     """
-    inner = widths.linears["mlp.down_proj"].in_features
     read = {cut.module.split(".")[0]: widths.linears[cut.module].in_features for cut in _soft(shapes) if cut.axis == 1}
-    numbers = _attention(widths, how, shapes) + 2 * inner + _sums(shapes, widths, parts_of_mlp=3) + sum(read.values())
+    numbers = (
+        _attention(widths, how, shapes) + _mlp(widths) + _sums(shapes, widths, parts_of_mlp=3) + sum(read.values())
+    )
     return numbers * how.product + _read_by_norms(shapes, widths, how) * how.residual + _per_row(widths, how, shapes)
 
 
@@ -101,8 +104,17 @@ def _sums(shapes: ModelShapes, widths: LayerWidths, *, parts_of_mlp: int) -> int
     """
     outputs = [cut.module for cut in _outputs(shapes)]
     apart = any(cut.axis == 1 and cut.module in _PRODUCERS for cut in _soft(shapes))
-    inner = widths.linears["mlp.down_proj"].in_features
-    return sum(widths.linears[module].out_features for module in outputs) + (parts_of_mlp * inner if apart else 0)
+    each = sum(widths.linears[module].out_features for module in outputs)
+    return each + (parts_of_mlp * widths.inner if apart else 0)
+
+
+def _mlp(widths: LayerWidths) -> int:
+    """Numbers per token that the MLP keeps of its channels, and experts also of their outputs, which the router weighs.
+
+    Stock experts keep the activation beside both products.
+    """
+    experts = widths.experts
+    return 2 * widths.inner if experts is None else 3 * widths.inner + experts.taken * experts.hidden
 
 
 def _soft(shapes: ModelShapes) -> list[Cut]:
@@ -110,7 +122,8 @@ def _soft(shapes: ModelShapes) -> list[Cut]:
 
 
 def _outputs(shapes: ModelShapes) -> list[Cut]:
-    return [cut for cut in _soft(shapes) if cut.axis == 0 and cut.module not in _PRODUCERS]
+    linears = shapes.space.adapted
+    return [cut for cut in _soft(shapes) if cut.axis == 0 and cut.module in linears and cut.module not in _PRODUCERS]
 
 
 def _pads(widths: LayerWidths) -> bool:

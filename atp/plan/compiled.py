@@ -21,7 +21,7 @@ def compiled_bytes(job: Workload, batches: int) -> int:
     linears = shapes.kept[0].linears
     products = batches * layers * len(linears)
     if job.phases.tune:
-        own = {cut.module for s in shapes.space.layer(0) if s.remainder for cut in s.cuts}
+        own = {cut.module for s in shapes.space.layer(0) if s.remainder for cut in s.cuts} & linears.keys()
         sizes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         rest = {size for name, size in sizes.items() if name not in own}
         products += OF_STEPS * (layers * len({sizes[name] for name in own}) + len(rest))

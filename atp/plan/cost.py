@@ -71,8 +71,8 @@ class PhaseCost:
 
 
 def linear(widths: LayerWidths) -> float:
-    """Of the frozen linears of a layer, per token."""
-    return 2.0 * widths.weights
+    """Of the frozen linears of a layer, per token, and of the experts that it takes."""
+    return 2.0 * widths.active
 
 
 def adapter(widths: LayerWidths, rank: int) -> float:
@@ -223,7 +223,7 @@ def _rows(job: Workload) -> Iterator[PhaseCost]:
         if decisions.source == "learned":
             flops += cost.decision() * (-(-steps.search // decisions.every) * decisions.batch_size * job.calibrated)
         yield PhaseCost("search", steps.search, round(tokens), flops)
-    if refitted:
+    if refitted and job.refits:
         tokens = refitted * job.calibrated
         yield PhaseCost("refit", 0, round(rounds * tokens), cost.refit(tokens) * rounds)
     if steps.settle:

@@ -11,14 +11,12 @@ from transformers import PretrainedConfig
 from atp.config import ATPConfig
 from atp.export.gguf import architecture_of
 from atp.export.quantized import SCHEMES
-from atp.families import family_of, layer_config
+from atp.families import ExpertFamily, family_of, layer_config
 from atp.ground.errors import InputError
 from atp.models.config import CutConfig
 from atp.models.stock import stock_config
+from atp.spaces import WHOLE_WIDTHS
 from atp.spaces.space import MaskSpace
-
-_WHOLE_HEADS = "kv_group"
-"""The mask space that leaves whole heads of the old width, and MLP channels."""
 
 
 class Reach(NamedTuple):
@@ -42,7 +40,7 @@ def _always(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
 
 
 def _stock(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
-    if not (config.decisions.uniform and config.decisions.space == _WHOLE_HEADS):
+    if not (config.decisions.uniform and config.decisions.space in WHOLE_WIDTHS):
         return "it needs whole heads and equal widths in all layers: set preset: stock"
     if stock_config(_cut(config, shapes)) is None:
         return f"transformers has no such class for {family_of(shapes).name}: take a model without sliding windows"
@@ -50,7 +48,7 @@ def _stock(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
 
 
 def _gguf(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
-    if config.decisions.space != _WHOLE_HEADS:
+    if config.decisions.space not in WHOLE_WIDTHS:
         return f"it holds whole heads, and space {config.decisions.space} cuts them: set decisions.space=kv_group"
     try:
         architecture_of(_cut(config, shapes), "the result")
@@ -62,7 +60,10 @@ def _gguf(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
 def _nf4(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
     scheme = SCHEMES["nf4"]
     linears = (
-        linear for layer in MaskSpace.from_config(shapes, config.decisions.space).linears for linear in layer.values()
+        linear
+        for layer in MaskSpace.from_config(shapes, config.decisions.space).linears
+        for linear in layer.values()
+        if linear.lora
     )
     if any(scheme.fits(linear.out_features, linear.in_features) for linear in linears):
         return None
@@ -74,7 +75,9 @@ def _nf4(config: ATPConfig, shapes: PretrainedConfig) -> str | None:
 
 def _cut(config: ATPConfig, shapes: PretrainedConfig) -> CutConfig:
     """A config of the form that the cut model's will have: layers of one width, or of two."""
-    narrower = {0: {"intermediate_size": layer_config(shapes, 0).intermediate_size - 1}}
+    first = layer_config(shapes, 0)
+    key = "num_experts" if isinstance(family_of(shapes), ExpertFamily) else "intermediate_size"
+    narrower = {0: {key: getattr(first, key) - 1}}
     return CutConfig.from_whole(shapes, per_layer_config=None if config.decisions.uniform else narrower)
 
 

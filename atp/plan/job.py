@@ -95,6 +95,12 @@ class Workload:
         return self.config.training.distill > 0 and self.phases.open > 0
 
     @property
+    def refits(self) -> bool:
+        """Whether linears are fitted before the cut: experts have none that could make up for them."""
+        readers = any(structure.reader for structure in self.shapes.space.structures)
+        return readers and self.config.decisions.refit_windows > 0
+
+    @property
     def keeps_apart(self) -> bool:
         """Whether rows hold several samples that do not see each other."""
         return self.config.data.packing in ("separate", "fitted")

@@ -81,6 +81,11 @@ def measured_target(config: ATPConfig, tables: dict[str, LatencyTable] | None = 
     shapes = load_shapes(config.model)
     check_prunable(config.model, shapes, config.decisions.space)
     space = MaskSpace.from_config(shapes, config.decisions.space)
+    if len(space.adapted) < len(space.modules):
+        raise InputError(
+            f"decisions.{key} times linears by their widths, but a token takes equally many experts whatever is cut: "
+            "use target_keep"
+        )
     if not space.equal_layers:
         raise InputError(
             f"decisions.{key} times one layer for all, but those of this model differ in width: use target_keep"

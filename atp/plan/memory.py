@@ -130,7 +130,7 @@ class _Memory:
             yield "teacher", self._held(whole) | {"merged": weights_of(whole) * self.weight}
         if steps.search:
             yield "search", self._training(whole, taught=True, slices=1.0, watched=watched)
-        if job.config.decisions.refit_windows:
+        if job.refits:
             left = left if moments else self._casts(whole) if steps.open else {}
             slices = self._slices(1.0) if steps.search else left
             originals = self._originals() if rounds > 1 else {}
@@ -275,7 +275,7 @@ class _Memory:
         if self.training.gradient_checkpointing or self.training.offload:
             recomputed = max(each) * tokens
             each = [0.0 if self.training.offload else self.hidden * self.weight] * len(layers)
-        inner = max(widths.linears["mlp.down_proj"].in_features for widths in layers)
+        inner = max(widths.inner for widths in layers)
         backward = recomputed + tokens * (2 * inner * self.product + 3 * self.hidden * self.weight)
         loss = self._loss(tokens, teacher)
         beside = {"logits": loss} if loss >= backward else {"backward": backward}
@@ -342,7 +342,8 @@ class _Memory:
         yield held | {"certificate": logits + window} | self._gathered()
         floating = self._floating(kept, True)
         weights = sum(self._base(m, uncut, at in floating) for at, m, uncut in self._linears(kept) if m != uncut)
-        cut = weights + self._adapter(kept) * _ADAPTER
+        stacked = sum(widths.stacked for widths in kept) * self.weight
+        cut = weights + stacked + self._adapter(kept) * _ADAPTER
         weight = max(widths.largest() for widths in whole) * self.weight
         one = {} if self.ranks == 1 else {"gathered": 2 * weight}  # at a time, as it arrives and in one piece
         yield held | {"cut weights": cut, "certificate": logits} | one
@@ -387,7 +388,7 @@ class _Memory:
         logits = windows * self.length * self.vocab * self.product
         row = max(2 * self.length * self.vocab * _FLOAT, logits if self.divides else 0)
         asked = min(evaluation.batch_size, questions.sequences) * questions.longest
-        inner = max(widths.linears["mlp.down_proj"].in_features for widths in layers)
+        inner = max(widths.inner for widths in layers)
         passed = asked * (3 * inner * self.product + 3 * self.hidden * self.weight)
         larger = {"logits": logits + row} if logits + row >= passed else {"questions": passed}
         return larger | {"head": self._narrow(self.vocab * self.hidden)} | self._gathered()

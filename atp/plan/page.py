@@ -92,6 +92,8 @@ def _parameters(plan: dict[str, Any]) -> Table:
         before, after = found["before"][part], found["after"][part]
         cells = (f"{before['parameters']:,}", size(before["bytes"]), f"{after['parameters']:,}", size(after["bytes"]))
         table.add_row(part, *cells)
+    if (active := found["active"]) is not None:
+        table.add_row("of a token", f"{active['before']:,}", "", f"{active['after']:,}", "")
     return table
 
 

@@ -138,6 +138,7 @@ def make_plan(
             "before": _sized(job.before, job.dtype),
             "after": _sized(job.after, job.dtype),
             "decoder_share": shapes.share,
+            "active": _active(job),
         },
         "widths": {
             name: {
@@ -194,6 +195,18 @@ def _within(config: ResolvedConfig, data: dict[str, Any]) -> ResolvedConfig:
 
 def _sized(parameters: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str, int]]:
     return {part: {"parameters": n, "bytes": n * dtype.itemsize} for part, n in parameters.items()}
+
+
+def _active(job: Workload) -> dict[str, int] | None:
+    """The parameters that a token meets, before and after the cut; None in a model without experts, where it is all."""
+    idle = (
+        sum(widths.stacked + widths.weights - widths.active for widths in layers)
+        for layers in (job.shapes.whole, job.shapes.kept)
+    )
+    if job.shapes.whole[0].experts is None:
+        return None
+    totals = (job.before["total"], job.after["total"])
+    return {name: total - rest for name, total, rest in zip(("before", "after"), totals, idle, strict=True)}
 
 
 def _one_or_all(counts: list[int]) -> int | list[int]:

@@ -107,7 +107,7 @@ def flop_rates(job: Workload, seconds: float = _SECONDS, layers: int = _LAYERS) 
     with held_heads():
         scoring = _median(_head_step(job, device, rows), device, seconds)
     windows, fitted = job.config.decisions.refit_windows, 0.0
-    if windows:
+    if job.refits:
         read = window * refit_size(window, windows)
         fitting = _median(_refit_step(model, job, window, read // window, shapes), device, seconds)
         fitted = 2 * cost(window).forward(shapes.whole, scored=0.0).total * read / fitting

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from atp.config import DecisionsConfig
 from atp.decide.budget import Budget
 from atp.decide.rules import width_rules
-from atp.families import Linear
+from atp.families import ExpertFamily, Linear, Routed, family_of, layer_config
 from atp.models.config import CutConfig
 from atp.removal import cut_config
 from atp.spaces.space import MaskSpace
@@ -27,7 +27,7 @@ class LayerWidths:
     """One decoder layer: its linears by name, and the heads that the sides of its attention linears are made of.
 
     qk_dim, v_dim: width of a query or key head and of a value head. padded: whether heads are narrower
-    than head_dim, and so padded.
+    than head_dim, and so padded. experts: what stands in place of the MLP, which then is not among the linears.
     """
 
     linears: dict[str, Linear]
@@ -36,11 +36,30 @@ class LayerWidths:
     qk_dim: int
     v_dim: int
     padded: bool
+    experts: Routed | None = None
 
     @property
     def weights(self) -> int:
-        """Entries of all weight matrices, biases left out."""
+        """Entries of all weight matrices, biases and experts left out."""
         return sum(linear.out_features * linear.in_features for linear in self.linears.values())
+
+    @property
+    def stacked(self) -> int:
+        """Parameters of the experts and their router."""
+        return 0 if self.experts is None else self.experts.experts * (self.experts.weights + self.experts.hidden)
+
+    @property
+    def active(self) -> int:
+        """Entries of the weights that a token meets, of experts those that it takes."""
+        found = self.experts
+        return self.weights + (0 if found is None else found.taken * found.weights + found.experts * found.hidden)
+
+    @property
+    def inner(self) -> int:
+        """Channels of the MLP that a token goes through."""
+        if self.experts is None:
+            return self.linears["mlp.down_proj"].in_features
+        return self.experts.taken * self.experts.inner
 
     def adapter(self, rank: int) -> int:
         """Parameters of LoRA on all linears: `rank` times rows and columns of each."""
@@ -98,12 +117,15 @@ class ModelShapes:
         kept: list[dict[str, Linear]] = [{} for _ in space.linears]
         for layer, name, rows, columns in space.module_masks(mask):
             linear = space.linears[layer][name]
+            if not linear.lora:
+                continue
             kept[layer][name] = Linear(
                 linear.out_features if rows is None else int(rows.sum()),
                 linear.in_features if columns is None else int(columns.sum()),
                 linear.bias,
             )
-        whole = _widths(CutConfig.from_whole(config), space.linears)
+        linears = [{name: own[name] for name in space.adapted} for own in space.linears]
+        whole = _widths(CutConfig.from_whole(config), linears)
         return cls(config, space, multiples, counts, budget.share(mask), cut, whole, _widths(cut, kept))
 
     @property
@@ -121,6 +143,7 @@ def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> di
     equal counts, others the same share.
     """
     sizes = {name: [s.size for s in layers] for name, layers in budget.space.by_name().items()}
+    least = {name: layers[0].least for name, layers in budget.space.by_name().items()}
 
     def share(counts: Mapping[str, Sequence[float]]) -> float:
         return float(budget.parameters(_by_structure(budget.space, counts))) / budget.total
@@ -133,11 +156,12 @@ def equal_counts(budget: Budget, target: float, multiples: dict[str, int]) -> di
     counts = {}
     for name, layers in sizes.items():
         step = multiples.get(name, 1)
-        counts[name] = [min(max(round(low * size / step), 1) * step, size) for size in layers]
+        fewest = math.ceil(least[name] / step)
+        counts[name] = [min(max(round(low * size / step), fewest) * step, size) for size in layers]
     (rest,) = (s.name for s in budget.space.layer(0) if s.remainder)
     step = multiples.get(rest, 1)
     most = math.ceil(max(sizes[rest]) / step)
-    blocks = range(1, most + 1)
+    blocks = range(math.ceil(least[rest] / step), most + 1)
 
     def with_blocks(number: int) -> dict[str, list[int]]:
         """The largest layers keep this number of blocks, and smaller ones the same share of theirs."""
@@ -163,11 +187,12 @@ def _by_structure(space: MaskSpace, counts: Mapping[str, Sequence[float]]) -> Te
 
 
 def _widths(config: CutConfig, linears: Sequence[dict[str, Linear]]) -> Layers:
-    shapes = (config.layer_shape(layer) for layer in range(len(linears)))
+    shapes, family = (config.layer_shape(layer) for layer in range(len(linears))), family_of(config)
     return tuple(
         LayerWidths(
             own, shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim(config.head_dim),
             shape.v_head_dim, padded=not shape.has_whole_heads(config.head_dim),
+            experts=family.routed(layer_config(config, layer)) if isinstance(family, ExpertFamily) else None,
         )
-        for own, shape in zip(linears, shapes, strict=True)
+        for layer, (own, shape) in enumerate(zip(linears, shapes, strict=True))
     )  # fmt: skip

@@ -32,6 +32,7 @@ _PARAMETERS = (
     (r"(?:base_layer\.)?bias", (True, False)),
     (r"lora_A(?:\.\w+)?\.weight", (False, True)),
     (r"lora_B(?:\.\w+)?\.weight", (True, False)),
+    (r"(?:gate_up_proj|down_proj)", (True, False)),  # of all experts of a layer, one after the other
 )
 # The end of the name of an optimizer state of the parameter; `step` is the same for all its rows.
 _OPTIMIZER_STATE = r"(?:\.\w+)?"
@@ -140,10 +141,12 @@ def _check_mask(space: MaskSpace, mask: Tensor) -> None:
     if mask.dtype != torch.bool or mask.shape != (space.size,):
         raise ValueError(f"mask must be bool [{space.size}] for this space, not {mask.dtype} {list(mask.shape)}")
     for structure in space.structures:
-        if not mask[structure.span].any():
+        kept = int(mask[structure.span].sum())
+        if kept < structure.least:
             raise ValueError(
-                f"layer {structure.layer} would keep none of its {structure.size} {structure.name} decisions: "
-                "keep at least one, because a structure is never removed as a whole"
+                f"layer {structure.layer} would keep {kept or 'none'} of its {structure.size} {structure.name} "
+                f"decisions: keep at least {'one' if structure.least == 1 else structure.least}, because "
+                + ("a structure is never removed as a whole" if structure.least == 1 else "each token takes as many")
             )
 
 
@@ -168,7 +171,7 @@ def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> T
         raise ValueError(f"cannot cut '{name}': only weights, biases and plain LoRA factors are known, merge it first")
     indices, sizes = kept[int(match["layer"]), match["module"]]
     # A vector has no columns, and the rank axis of a LoRA factor is never cut.
-    for axis in range(tensor.ndim):
+    for axis in range(min(tensor.ndim, len(axes))):
         if axes[axis] and tensor.shape[axis] != sizes[axis]:
             raise ValueError(
                 f"'{name}' has shape {list(tensor.shape)} and the mask space expects {sizes[axis]} on axis {axis}: "
@@ -182,7 +185,7 @@ def _cut_parameter(name: str, tensor: Tensor, space: MaskSpace, kept: dict) -> T
         return tensor
     if isinstance(tensor, QuantizedWeight):
         return tensor.kept(rows, columns)
-    return tensor.detach()[rows] if tensor.ndim == 1 else compact(tensor, rows, columns)
+    return compact(tensor, rows, columns) if tensor.ndim == 2 else tensor.detach()[rows]
 
 
 def _adapter_config(model: PeftModel) -> tuple[str, LoraConfig]:

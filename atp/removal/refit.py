@@ -74,9 +74,12 @@ def refit(
     linear alone that none of them helps there.
     Columns of removed inputs stay as they are. A quantized weight that the fit changes becomes a floating one: rounding
     it to a few bits again would add their error to what was fitted. Clears the masks; kept slices are stale afterwards.
-    A sharded model has one layer gathered at a time. Returns the changed weights or their shards, not copied, by their
-    names in the decoder. Raises `NotReached` when inputs, differences or fitted weights are not finite.
+    A sharded model has one layer gathered at a time. In a space without such linears nothing changes. Returns the
+    changed weights or their shards, not copied, by their names in the decoder. Raises `NotReached` when inputs,
+    differences or fitted weights are not finite.
     """
+    if not any(structure.reader for structure in space.structures):
+        return {}
     started = ((*first_layer_inputs(decoder, batch), batch.get("text")) for batch in batches)
     cut, arguments, texts = map(list, zip(*started, strict=True))
     total = len(cut) if among is None else among

@@ -2,11 +2,15 @@
 
 STRUCTURES = {
     "disp": ("attention_inputs", "attention_outputs", "mlp_inputs", "mlp_outputs", "mlp"),
+    "experts": ("experts",),
     "head_dim": ("qk", "vo", "mlp"),
     "kv_group": ("kv_group", "mlp"),
     "mlp": ("mlp",),
 }
 """For each space, which is also the name of its file, the structures that it builds, in order."""
+
+WHOLE_WIDTHS = ("kv_group", "mlp", "experts")
+"""The spaces whose cuts leave nothing that transformers' own classes cannot have, where all layers are equal."""
 
 
 def space_names() -> list[str]:

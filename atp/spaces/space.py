@@ -74,6 +74,7 @@ class Structure:
     multiples: preferred multiples for the number of kept decisions, the best first; empty where any number is as good.
     cuda_multiples: those that come before them where the model trains on CUDA.
     remainder: whether this is the structure that makes up the rest of a budget where all layers keep equal counts.
+    least: the smallest number of decisions that a layer may keep.
     layer, start: set by `MaskSpace`; start is the position of the first decision in the flat vector of all decisions.
     """
 
@@ -85,6 +86,7 @@ class Structure:
     multiples: tuple[int, ...] = ()
     cuda_multiples: tuple[int, ...] = ()
     remainder: bool = False
+    least: int = 1
     layer: int = 0
     start: int = 0
 
@@ -134,12 +136,13 @@ class MaskSpace:
     ):
         """structures: those of each layer. linears: of each layer, by name. norm_params: uncut parameters per layer.
 
-        `modules` are the names of the linears of a layer. `structure_of`, int64 [size], gives the position in
-        `structures` of the structure that each decision belongs to. Raises ValueError for a table that does not cover
-        each side that it cuts exactly once.
+        `modules` are the names of the linears of a layer, `adapted` those of linears that carry LoRA. `structure_of`,
+        int64 [size], gives the position in `structures` of the structure that each decision belongs to. Raises
+        ValueError for a table that does not cover each side that it cuts exactly once.
         """
         self.name, self.linears, self.norm_params, self.num_layers = name, linears, norm_params, len(linears)
         self.modules = tuple(linears[0])
+        self.adapted = tuple(name for name, linear in linears[0].items() if linear.lora)
         self.structures: list[Structure] = []
         start = 0
         for layer, (own, of_layer) in enumerate(zip(structures, linears, strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from atp.families import FAMILIES
+from atp.families import FAMILIES, ExpertFamily
 from atp.families.refused import REASONS
 from atp.spaces import STRUCTURES
 
@@ -15,7 +15,9 @@ UNKNOWN = "nobody has checked which cuts of it are exact"
 
 def exact_spaces(name: str) -> list[str]:
     """The spaces in which cuts of a supported family are exact."""
-    return [space for space in STRUCTURES if space not in FAMILIES[name].inexact]
+    family = FAMILIES[name]
+    own = isinstance(family, ExpertFamily)
+    return [space for space in STRUCTURES if (space == "experts") == own and space not in family.inexact]
 
 
 def support(name: str) -> str:
@@ -27,7 +29,8 @@ def family_table() -> str:
     """The supported families as a table in Markdown, with the reason against each space that is left out."""
     rows = ["| `model_type` | models | spaces | why not the others |", "|---|---|---|---|"]
     for family in FAMILIES.values():
-        spaces = "all" if not family.inexact else ", ".join(f"`{space}`" for space in exact_spaces(family.name))
+        whole = not family.inexact and not isinstance(family, ExpertFamily)
+        spaces = "all" if whole else ", ".join(f"`{space}`" for space in exact_spaces(family.name))
         # What follows the reason is the remedy for whoever chose the space, which the column before says here.
         reasons = {space: _REMEDY.sub("", reason) for space, reason in family.inexact.items()}
         against = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in _grouped(reasons).items())

@@ -64,7 +64,7 @@ def test_keys_that_are_unknown_missing_or_near_none_are_named():
         ({"training": {"search": 1.5}}, "config key 'training.search' is 1.5: input should be a valid integer"),
         (
             {"decisions": {"space": "heads"}},
-            "config key 'decisions.space' is 'heads': use one of disp, head_dim, ",
+            "config key 'decisions.space' is 'heads': use one of disp, experts, head_dim, ",
         ),
         ({"lora": 8}, "config key 'lora' is 8: input should be a valid dictionary"),
         (

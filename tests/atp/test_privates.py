@@ -14,6 +14,7 @@ SOURCES = sorted((ROOT / "atp").rglob("*.py"))
 PRIVATES = {
     "_register_custom_module": "peft",
     "_attn_implementation": None,  # how transformers' guide to custom attention reads it
+    "_experts_implementation": None,  # the same of experts
     "_asdict": None,  # a named tuple's, as the library reference describes it
     "_exit": None,  # os._exit
     "_version": None,  # a tensor's version counter, as torch's notes on autograd describe it

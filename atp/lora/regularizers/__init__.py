@@ -11,12 +11,15 @@ from atp.spaces.space import MaskSpace
 
 
 def make_regularizer(name: str, model: nn.Module, space: MaskSpace, groups: LoraGroups, *, seed: int) -> Regularizer:
-    """The regularizer of this name for a model on the device where it trains. groups: the model's own."""
+    """The regularizer of this name for a model on the device where it trains. groups: the model's own.
+
+    Where decisions touch no LoRA, the one that does nothing.
+    """
     makers = {
         "lasso": lambda: Lasso(groups),
         "l0": lambda: L0Gates(model, space, seed=seed),
     }
-    return makers[name]()
+    return makers[name]() if groups.factors else Regularizer()
 
 
 __all__ = ["L0Gates", "Lasso", "Regularizer", "make_regularizer"]

@@ -15,7 +15,8 @@ class LoraGroups:
 
     An output cut owns rows of B, an input cut columns of A. For the lasso each cut of a decision is a group of its own
     (the paper's sum of norms); for the proximal step all factors of one decision form one joint group. Build it on the
-    device that the model trains on: factors that moved or changed shape afterwards raise an error.
+    device that the model trains on: factors that moved or changed shape afterwards raise an error. What is cut may have
+    no LoRA, as experts have none; then there are no factors, and no norm is left on what is removed.
     """
 
     def __init__(self, model: nn.Module, space: MaskSpace) -> None:
@@ -27,6 +28,8 @@ class LoraGroups:
         device = next(iter(parameters.values())).device
         for structure in space.to(device).structures:
             for cut in structure.cuts:
+                if cut.module not in space.adapted:
+                    continue
                 factor = "lora_A" if cut.axis else "lora_B"
                 parameter = parameters[f"{structure.layer}.{cut.module}.{factor}.default.weight"]
                 self.factors.append(parameter)
@@ -34,6 +37,9 @@ class LoraGroups:
                 joint.append((cut.axis, cut.owner + structure.start))
                 decisions.append(torch.arange(structure.start, structure.start + structure.size, device=device))
                 start += structure.size
+        self.none = torch.zeros((), device=device)  # of a norm
+        if not self.factors:
+            return
         self._decision_of_cut = torch.cat(decisions)
         self._cuts = GroupPlan.of(self.factors, cuts, start)
         self._joint = GroupPlan.of(self.factors, joint, space.size)
@@ -53,6 +59,8 @@ class LoraGroups:
 
         threshold: a number, or a scalar tensor on the device.
         """
+        if not self.factors:
+            return
         if isinstance(threshold, Tensor):
             threshold = threshold.repeat(mask.numel())
         group_prox_(self.factors, self._joint, ~mask, threshold)
@@ -60,6 +68,8 @@ class LoraGroups:
     @torch.no_grad()
     def largest_removed_norm(self, mask: Tensor) -> Tensor:
         """The largest joint 2-norm left on a removed decision, scalar float32 on the device; 0 if none is removed."""
+        if not self.factors:
+            return self.none
         pairs = zip(self.factors, self._joint.axes, strict=True)
         slots = torch.cat([factor.detach().float().square().sum(1 - axis) for factor, axis in pairs])
         squares = slots.new_zeros(mask.numel())

@@ -8,7 +8,7 @@ from tiny_tokenizers import byte_level
 from zeroed import random_mask, stock_model
 
 from atp.export.gguf import architecture_of, write_gguf
-from atp.families import is_cut
+from atp.families import family_of, is_cut
 from atp.ground.errors import InputError
 from atp.models.config import CutConfig
 from atp.models.load import read_config, read_model, read_tokenizer
@@ -59,6 +59,12 @@ MODELS = {
     "granite": MULTIPLIERS,
     "granite-tied-biases": MULTIPLIERS | TIED | {"attention_bias": True, "mlp_bias": True},
     "granite-longrope": MULTIPLIERS | {"rope_parameters": LONGROPE},
+    "mixtral": {"num_local_experts": 8, "sliding_window": LENGTH},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    "qwen3_moe-weights": {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4},
+    "olmoe-grouped": {"num_experts": 8, "num_experts_per_tok": 3},
+    "olmoe-clipped": {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4, "clip_qkv": 3.0},
     "granite-tied-llama3": MULTIPLIERS | TIED | {"rope_parameters": LLAMA3},
 }  # fmt: skip
 # The architecture of the whole model, of one cut to equal widths, and of one with a width per layer; None is refused.
@@ -74,6 +80,12 @@ EXPECTED = {
     "smollm3": ("smollm3", "smollm3", None),
     "smollm3-rope-everywhere": ("llama", "llama", "deci"),
     "granite": ("granite", "granite", "deci"),
+    "mixtral": ("llama", "llama", None),
+    "qwen3_moe": ("qwen3moe", "qwen3moe", None),
+    "qwen3_moe-weights": (None, None, None),
+    "olmoe": ("olmoe", "olmoe", None),
+    "olmoe-grouped": (None, None, None),
+    "olmoe-clipped": (None, None, None),
 }
 WIDTHS = ("whole", "equal", "unequal")
 CASES = [
@@ -84,11 +96,11 @@ CASES = [
 
 
 def tiny(name, widths="whole", **changes):
-    """A model of random weights, cut in space kv_group unless it is whole."""
+    """A model of random weights, cut in its family's space unless it is whole."""
     model = stock_model(name.split("-")[0], dtype=torch.float32, **{"vocab_size": VOCAB} | MODELS[name] | changes)
     if widths == "whole":
         return model
-    space = MaskSpace.from_config(model.config, "kv_group")
+    space = MaskSpace.from_config(model.config, family_of(model.config).space)
     mask = random_mask(space)
     if widths == "equal":
         mask[:] = False
@@ -194,13 +206,14 @@ def test_weights_beyond_float16_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3", "qwen3-tied"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3", "qwen3-tied", "qwen3_moe"])
 @pytest.mark.parametrize("widths", ["whole", "equal"])
 def test_transformers_reads_it_back(tmp_path, name, widths):
     if (name, widths) == ("qwen2", "equal"):
         pytest.skip("it becomes a llama with biases, which transformers leaves out")
-    # transformers takes a head_dim of 128 for every Qwen3.
-    model = tiny(name, widths, **({"head_dim": 128} if name.startswith("qwen3") else {}))
+    # transformers takes a head_dim of 128 for every Qwen3, and experts of width 768 for every Qwen3-MoE.
+    changes = {"head_dim": 128} if name.startswith("qwen3") else {}
+    model = tiny(name, widths, **changes, **({"moe_intermediate_size": 768} if name == "qwen3_moe" else {}))
     write(model, tmp_path / "model.gguf")
     found = read_model(tmp_path, torch.float32, "model.gguf")
     with torch.no_grad():

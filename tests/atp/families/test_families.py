@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_families import FAMILIES, LAYERS, SPACES, build, random_mask, space_of, tokens
+from tiny_families import EXPERTS, FAMILIES, LAYERS, SPACES, build, random_mask, space_of, tokens
 from torch.testing import assert_close
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -32,7 +32,7 @@ from atp_kernels import add_rms_norm
 
 
 def test_every_registered_family_is_tested():
-    assert TABLE.keys() == FAMILIES.keys()
+    assert TABLE.keys() == FAMILIES.keys() | EXPERTS.keys()
 
 
 def test_each_causal_lm_of_transformers_is_cut_or_refused_with_the_reason():
@@ -43,12 +43,14 @@ def test_each_causal_lm_of_transformers_is_cut_or_refused_with_the_reason():
         if name in TABLE:
             config = build(name).config
             for space in space_names():
-                exact = (name, space) in SPACES
+                exact = (name, space) in SPACES or (name in EXPERTS and space == "experts")
                 assert exact == (space in said.split(", "))
                 if exact:
                     assert MaskSpace.from_config(config, space).size
                 else:
-                    with pytest.raises(UnsupportedModel, match=re.escape(TABLE[name].inexact[space])):
+                    has = "its MLPs are experts" if name in EXPERTS else "it has no experts"
+                    reason = TABLE[name].inexact.get(space) or has
+                    with pytest.raises(UnsupportedModel, match=re.escape(reason)):
                         MaskSpace.from_config(config, space)
         else:
             with pytest.raises(UnsupportedModel) as refused:
@@ -232,10 +234,8 @@ REFUSED = {
     "phi3": "projections are fused",
     "glm4": "projections are fused",
     "arcee": "MLPs have no gate",
-    "mixtral": "experts",
     "qwen2_moe": "experts",
-    "qwen3_moe": "experts",
-    "olmoe": "experts",
+    "gpt_oss": "experts",
     "gpt2": "'gpt2' is not supported: use one of llama, mistral, qwen2, qwen3, smollm3, granite",
 }
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from peft import PeftModel
-from tiny_command import start
+from tiny_command import results, start, stopping_at
 from tiny_families import build
 from tiny_inputs import tiny_config
 from transformers import AutoModelForCausalLM
@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from atp.config import ModelConfig
 from atp.ground.errors import InputError
 from atp.inputs.loading import load_any_model
+from atp.training.pruning import Pruning
+from atp.training.trainer import ATPTrainer
 
 
 @pytest.mark.slow
@@ -43,3 +45,28 @@ def test_a_checkpoint_with_weights_missing_is_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(InputError, match="1 weight are missing|1 weight .*q_norm.weight"):
         load_any_model(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["freeze", "export"])
+def test_a_run_of_experts_that_was_stopped_ends_as_the_whole_one(tmp_path, wide_budget, stop):
+    """Before the cut and after it; the adapter on its base is the model that was exported."""
+    config = tiny_config(tmp_path)
+    vocabulary = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    build("qwen3_moe", scale=0.1, vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(tmp_path)
+    settings = {
+        "decisions": {"space": "experts", "uniform": True, "source": "running"},
+        "training": {"open": 3, "search": 2},
+        "evaluation": {"windows": 4, "questions": 4, "dense_baseline": False},
+    }
+    start(config, tmp_path / "whole", **settings)
+    with stopping_at(*{"freeze": (Pruning, "freeze"), "export": (ATPTrainer, "export")}[stop]):
+        start(config, tmp_path / "out", **settings)
+    start(config, tmp_path / "out", resume=True, **settings)
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+    out = tmp_path / "out"
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "base"), out / "adapter").eval()
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(out / "model").eval()(ids).logits
+        torch.testing.assert_close(adapted(ids).logits, expected, rtol=1e-4, atol=1e-4)

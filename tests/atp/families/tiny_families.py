@@ -56,12 +56,21 @@ FAMILIES = {
         "head_dim": 12,
     },
 }  # fmt: skip
+EXPERTS = {
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 4, "head_dim": 12},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 12,
+                  "norm_topk_prob": True, "attention_bias": True},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.7},
+}  # fmt: skip
+"""The families whose MLPs are experts, which have a space of their own."""
 INEXACT = {
     "qwen3": {"head_dim"}, "gemma2": {"disp"}, "gemma3_text": {"head_dim", "disp"},
     "olmo2": {"kv_group", "head_dim", "disp"}, "olmo3": {"kv_group", "head_dim", "disp"}, "ministral3": {"head_dim"},
     "ernie4_5": {"head_dim"}, "hunyuan_v1_dense": {"head_dim"}, "exaone4": {"head_dim", "disp"},
 }  # fmt: skip
-SPACES = [(name, space) for name in FAMILIES for space in space_names() if space not in INEXACT.get(name, ())]
+SPACES = [
+    (name, space) for name in FAMILIES for space in space_names() if space not in {"experts"} | INEXACT.get(name, set())
+]
 """Every family with every space that is exact in it."""
 
 
@@ -78,7 +87,11 @@ def build(name, dtype=torch.float32, scale=0.2, **overrides):
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **values | FAMILIES[name] | overrides))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, **values | (FAMILIES | EXPERTS)[name] | overrides)
+    )
+    if name in EXPERTS and dtype == torch.float64:
+        model.set_experts_implementation("eager")  # grouped products of torch have no float64
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias") or "norm" in parameter_name:

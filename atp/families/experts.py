@@ -1,0 +1,67 @@
+"""Families whose MLPs are experts behind a router: each token goes to a few of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from atp.families.family import Family, Linear, declared
+
+EXPERTS = "mlp.experts"
+"""The stacked weights of a layer's experts, by their name in it."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How a layer spends its experts. taken: experts per token. inner, hidden: widths of one of them."""
+
+    experts: int
+    taken: int
+    inner: int
+    hidden: int
+
+    @property
+    def weights(self) -> int:
+        """Parameters of one expert: gate, up and down projection."""
+        return 3 * self.inner * self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFamily(Family):
+    """A family whose every decoder layer has experts.
+
+    inner: the key of the config that is the width of an expert. router: its name in the layer.
+    """
+
+    inner: str = "intermediate_size"
+    space: str = "experts"
+    router: str = "mlp.gate"
+
+    def routed(self, config: PretrainedConfig) -> Routed:
+        """The experts of a decoder layer; config: as for `linears`."""
+        found: Any = config
+        return Routed(found.num_experts, found.num_experts_per_tok, getattr(found, self.inner), found.hidden_size)
+
+    def refuses(self, config: PretrainedConfig, space: str) -> str | None:
+        if space != self.space:
+            return f"its MLPs are experts behind a router, so use {self.space}"
+        dense = _dense_layers(config)
+        if dense:
+            return f"its layer {dense[0]} has one dense MLP, and every layer must have experts"
+        return super().refuses(config, space)
+
+    def linears(self, config: PretrainedConfig) -> dict[str, Linear]:
+        routed = self.routed(config)
+        attention = {name: shape for name, shape in super().linears(config).items() if name.startswith("self_attn.")}
+        return attention | {
+            self.router: Linear(routed.experts, routed.hidden, False, lora=False),
+            EXPERTS: Linear(routed.experts, routed.weights, False, lora=False),
+        }
+
+
+def _dense_layers(config: PretrainedConfig) -> list[int]:
+    """The layers in which Qwen3-MoE's config asks for a plain MLP."""
+    alone, step = declared(config, "mlp_only_layers", None) or [], declared(config, "decoder_sparse_step", 1)
+    return [layer for layer in range(config.num_hidden_layers) if layer in alone or (layer + 1) % step]

@@ -1,0 +1,358 @@
+"""Experts behind a router: masks, saliency and cut against plain mathematics, and against transformers' own classes."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from test_family_runs import config, windows
+from tiny_families import EXPERTS, VOCAB, build, tokens
+from tiny_inputs import tiny_config
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from atp.baselines.simple import magnitude_scores
+from atp.baselines.uniform import uniform_mask
+from atp.cli.draft import draft
+from atp.config import ATPConfig
+from atp.decide.budget import Budget
+from atp.decide.fit import exact_mask, fit_mask
+from atp.decide.reach import nearest_share
+from atp.decide.sampling import keep_one
+from atp.decide.uniform import fit_equal
+from atp.families import UnsupportedModel, family_of
+from atp.ground.errors import InputError
+from atp.inputs.checks import check_reachable
+from atp.integrations import ATPCallback
+from atp.lora.controller import MaskController
+from atp.lora.layer import add_lora, stock_modules, unload
+from atp.models.base import check_base
+from atp.models.load import read_model
+from atp.models.sizes import check_against_files, check_sizes
+from atp.models.stock import save_model
+from atp.plan.plan import make_plan
+from atp.removal import cut_model
+from atp.spaces.space import MaskSpace
+from atp.training.trainer import ATPTrainer
+
+IN_FLOAT32 = {"rtol": 0, "atol": 1e-5}  # stock routers take their softmax in float32, whatever the dtype
+RENORMALIZED = {"mixtral": True, "qwen3_moe": True, "olmoe": False}
+
+
+class PlainExperts(nn.Module):
+    """The block by its formula: softmax of the logits that are not masked, the largest few, and a sum over experts.
+
+    kept: bool [experts], whose others have a logit of -inf. worth: [rows, experts], which multiplies what they add.
+    """
+
+    def __init__(self, block, taken, renormalized):
+        super().__init__()
+        self.router, self.up, self.down = block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj
+        self.taken, self.renormalized = taken, renormalized
+        self.kept, self.worth = None, None
+
+    def forward(self, x):
+        logits = x @ self.router.T
+        if self.kept is not None:
+            logits = logits.masked_fill(~self.kept, -torch.inf)
+        chance, chosen = logits.softmax(-1).topk(self.taken, dim=-1)
+        if self.renormalized:
+            chance = chance / chance.sum(-1, keepdim=True)
+        total = torch.zeros_like(x)
+        for expert in range(len(self.router)):
+            gate, up = (x @ self.up[expert].T).chunk(2, dim=-1)
+            weight = (chance * (chosen == expert)).sum(-1)
+            if self.worth is not None:
+                weight = weight * self.worth[:, None, expert]
+            total = total + weight[..., None] * ((nn.functional.silu(gate) * up) @ self.down[expert].T)
+        return total
+
+
+def by_formula(model, name):
+    """The model with its blocks replaced by `PlainExperts`."""
+    plain = copy.deepcopy(model)
+    for layer in plain.model.layers:
+        layer.mlp = PlainExperts(layer.mlp, EXPERTS[name]["num_experts_per_tok"], RENORMALIZED[name])
+    return plain
+
+
+def wrapped(name, dtype=torch.float64):
+    model = build(name, dtype)
+    space = MaskSpace.from_config(model.config, "experts")
+    lora = add_lora(copy.deepcopy(model), space, r=2, alpha=4.0, dropout=0.0).to(dtype).eval()
+    return model, space, lora
+
+
+def random_mask(space, equal=True, seed=1):
+    """As many as a token takes and one more in every layer, or another number in each."""
+    draw, mask = torch.Generator().manual_seed(seed), torch.zeros(space.size, dtype=torch.bool)
+    for structure in space.structures:
+        count = structure.least + (1 if equal else structure.layer % 3)
+        mask[structure.start + torch.randperm(structure.size, generator=draw)[:count]] = True
+    return mask
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_what_the_table_says_is_what_transformers_builds(name):
+    model = build(name)
+    family, layer = family_of(model.config), model.model.layers[1]
+    space = MaskSpace.from_config(model.config, "experts")
+    assert Budget(space).total == sum(p.numel() for part in model.model.layers for p in part.parameters())
+    norms = {n: m.weight.numel() for n, m in layer.named_modules() if type(m).__name__.endswith("RMSNorm")}
+    assert family.norms(model.config) == norms
+    linears = {n for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    assert (
+        linears == set(space.adapted) and layer.get_submodule(family.router).weight.shape[0] == space.layer(0)[0].size
+    )
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@torch.no_grad()
+def test_a_model_with_an_adapter_is_the_stock_model_and_comes_back(name):
+    model = build(name)
+    before, logits = {n: type(m) for n, m in model.named_modules()}, model(tokens()).logits
+    stock = stock_modules(model)
+    space = MaskSpace.from_config(model.config, "experts")
+    lora = add_lora(model, space, r=2, alpha=4.0, dropout=0.0).eval()
+    adapted = {n.split(".lora_")[0].rsplit(".", 1)[1] for n, _ in lora.named_parameters() if ".lora_" in n}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert_close(lora(tokens()).logits, logits, rtol=1e-5, atol=1e-5)
+    plain = unload(lora, stock)
+    assert {n: type(m) for n, m in plain.named_modules()} == before and torch.equal(plain(tokens()).logits, logits)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("name", EXPERTS)
+@torch.no_grad()
+def test_removed_experts_have_a_logit_of_minus_infinity_and_the_cut_model_lacks_them(name, equal):
+    model, space, lora = wrapped(name)
+    mask, ids, plain = random_mask(space, equal), tokens(), by_formula(model, name)
+    assert_close(plain(ids).logits, model(ids).logits, **IN_FLOAT32)
+    for structure, layer in zip(space.structures, plain.model.layers, strict=True):
+        layer.mlp.kept = mask[structure.span]
+    expected = plain(ids).logits
+    assert (expected - model(ids).logits).abs().max() > 0.1
+    controller = MaskController(lora, space)
+    for form in ("sum", "base", "hard"):
+        with controller.masks(mask, form):
+            assert_close(lora(ids).logits, expected, **IN_FLOAT32)
+    with controller.masks(mask.float(), "soft"):
+        masked = lora(ids).logits
+    assert_close(lora(ids).logits, model(ids).logits, rtol=0, atol=1e-10)
+    cut = cut_model(model, space, mask)
+    assert_close(cut(ids).logits, expected, **IN_FLOAT32)
+    assert_close(cut(ids).logits, masked, rtol=0, atol=1e-10)
+    counts = space.describe(mask)["experts"]
+    assert [len(layer.mlp.experts.down_proj) for layer in cut.model.layers] == counts
+    removed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in cut.parameters())
+    assert removed == Budget(space).total - Budget(space).kept(mask)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_each_sample_has_the_gradient_of_a_mask_on_what_experts_add(name):
+    """Of weight * <output, dL/d(output of the block)>, summed over the tokens of a sample; the forward pass stays."""
+    model, space, lora = wrapped(name)
+    ids, plain = tokens(), by_formula(model, name)
+    worth = torch.ones(len(ids), space.size, dtype=torch.float64, requires_grad=True)
+    for structure, layer in zip(space.structures, plain.model.layers, strict=True):
+        layer.mlp.worth = worth[:, structure.span]
+    (expected,) = torch.autograd.grad(plain(ids).logits.square().mean((1, 2)).sum(), worth)
+    assert expected.count_nonzero() > expected.numel() // 2
+    controller = MaskController(lora, space)
+    with controller.observer.observing(len(ids)) as sums:
+        logits = lora(ids).logits
+        logits.square().mean((1, 2)).sum().backward()
+    assert torch.equal(logits, lora(ids).logits)
+    assert_close(controller.observer.gradients(sums), expected.float(), rtol=1e-4, atol=1e-6)
+    # A soft mask, which is shared by the samples, has the sum; and its own values scale what experts add.
+    values = (0.5 + torch.rand(space.size, dtype=torch.float64)).requires_grad_()
+    with controller.masks(values, "soft"):
+        found = torch.autograd.grad(lora(ids).logits.square().mean((1, 2)).sum(), values)[0]
+    for structure, layer in zip(space.structures, plain.model.layers, strict=True):
+        layer.mlp.worth = values[structure.span].expand(len(ids), -1)
+    (expected,) = torch.autograd.grad(plain(ids).logits.square().mean((1, 2)).sum(), values)
+    assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_run_ends_in_the_stock_class(tmp_path, name, dtype):
+    """Observed in open steps, decided in rounds, cut, tuned, exported; read without this package in its own process."""
+    model = build(name, getattr(torch, dtype), scale=0.1)
+    phases = {"open": 4, "search": 0, "settle": 0, "tune": 2, "precision": dtype}
+    settings = config(tmp_path, "experts", **phases, gradient_checkpointing=dtype == "bfloat16")
+    settings = settings.model_copy(update={"decisions": settings.decisions.model_copy(
+        update={"source": "running", "rounds": 2})})  # fmt: skip
+    check_reachable(settings, model.config)
+    trainer = ATPTrainer(settings, model, windows(8, 1), windows(6, 2))
+    trainer.train()
+    certificate = trainer.export(tmp_path / "out")
+    assert certificate["removed_lora_norm"] == 0.0 and certificate["merge_error"] <= 1.0
+    assert certificate["masked_vs_cut"] < 1e-5 and certificate["cut_vs_reloaded"] < 1e-5
+    (kept,) = set(trainer.space.describe(trainer.decisions.mask)["experts"])
+    folder = tmp_path / "out" / "model"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == name
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert reloaded.config.num_experts == kept < model.config.num_experts
+    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    cached, plain = (reloaded.generate(tokens(2, 7), use_cache=use, **greedy) for use in (True, False))
+    assert torch.equal(cached, plain) and int(cached.max()) < VOCAB
+
+
+@pytest.mark.parametrize(("name", "source"), [("qwen3_moe", "learned"), ("olmoe", "running"), ("mixtral", "static")])
+def test_layers_may_keep_different_numbers(tmp_path, name, source):
+    settings = config(tmp_path, "experts", open=4, search=6)
+    update = {"source": source, "uniform": False, "target_keep": 0.75}
+    settings = settings.model_copy(update={"decisions": settings.decisions.model_copy(update=update)})
+    trainer = ATPTrainer(settings, build(name, scale=0.1), windows(16, 1), windows(6, 2))
+    trainer.train()
+    certificate = trainer.export(tmp_path / "out")
+    assert certificate["masked_vs_cut"] < 1e-5 and certificate["cut_vs_reloaded"] < 1e-5
+    assert abs(Budget(trainer.space).share(trainer.decisions.mask) - 0.75) < 0.03
+    counts = trainer.space.describe(trainer.decisions.mask)["experts"]
+    reloaded = read_model(tmp_path / "out" / "model", "auto")
+    assert [len(layer.mlp.experts.down_proj) for layer in reloaded.model.layers] == counts
+    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    cached, plain = (reloaded.generate(tokens(2, 7), use_cache=use, **greedy) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_masks_meet_a_budget_and_leave_a_token_its_experts(name):
+    """Those of the search, of the freeze and of the baselines; the nearest share is that of some count per layer."""
+    model, space, _ = wrapped(name, torch.float32)
+    budget, taken = Budget(space), space.structures[0].least
+    logits = torch.randn(space.size, generator=torch.Generator().manual_seed(0))
+    per_layer = [structure.span for structure in space.structures]
+    for mask in (exact_mask(logits, 0.01, budget), keep_one(torch.zeros(space.size, dtype=torch.bool), logits, space)):
+        for span in per_layer:
+            assert set(mask[span].nonzero().flatten().tolist()) == set(logits[span].topk(taken).indices.tolist())
+    each = float(budget.cost()[0]) / budget.total
+    possible = [1 - removed * each for removed in range(space.size - taken * len(per_layer) + 1)]
+    for target in (0.62, 0.8, 0.93):
+        nearest = min(possible, key=lambda share: abs(share - target))
+        assert abs(nearest_share(budget, target, {}) - nearest) < 1e-6
+        for mask in (fit_mask(logits, target, budget, None), uniform_mask(logits, target, budget, None)):
+            assert abs(budget.share(mask) - nearest) < 1e-6 and all(mask[span].sum() >= taken for span in per_layer)
+        equal = fit_equal(logits, target, budget, {})
+        counts = space.describe(equal)["experts"]
+        assert len(set(counts)) == 1 and abs(budget.share(equal) - target) <= each * len(per_layer) / 2 + 1e-6
+    experts = model.model.layers[1].mlp
+    weights = (experts.gate.weight, experts.experts.gate_up_proj, experts.experts.down_proj)
+    expected = sum(part.detach().double().square().flatten(1).sum(1) for part in weights)
+    assert_close(magnitude_scores(model, space)[per_layer[1]], expected)
+
+
+def test_a_config_is_drafted_in_the_space_and_planned(tmp_path):
+    """Parameters in all are those of the stock model, and those of a token leave out the experts that it passes by."""
+    vocabulary = json.loads(Path(tiny_config(tmp_path).model.path, "config.json").read_text())["vocab_size"]
+    model = build("qwen3_moe", vocab_size=vocabulary, attention_bias=False)
+    model.save_pretrained(tmp_path)
+    drafted = ATPConfig.parse(yaml.safe_load(draft(str(tmp_path), str(tmp_path / "data.jsonl")).text))
+    assert drafted.decisions.space == "experts" and drafted.decisions.uniform
+    plan = make_plan(drafted)
+    expert, layers, whole = 3 * 24 * 32, len(model.model.layers), sum(p.numel() for p in model.parameters())
+    left = whole - layers * 4 * (expert + 32)
+    assert plan["widths"]["experts"] == {"kept": 4, "of": 8, "multiple": 1}
+    assert [plan["parameters"][when]["total"]["parameters"] for when in ("before", "after")] == [whole, left]
+    assert plan["parameters"]["active"] == {"before": whole - layers * 5 * expert, "after": left - layers * expert}
+    reached = {form["name"]: form["reachable"] for form in plan["exports"]}
+    assert reached["GGUF, for llama.cpp"] and reached["transformers alone, and tools that load its models"]
+
+
+@torch.no_grad()
+def test_a_process_without_this_package_computes_the_same(tmp_path):
+    model, space, _ = wrapped("qwen3_moe", torch.float32)
+    save_model(cut_model(model, space, random_mask(space)), tmp_path)
+    script = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
+        "torch.save(model(torch.load(sys.argv[1] + '/ids.pt')).logits.detach(), sys.argv[1] + '/logits.pt')\n"
+        "assert not any(name.split('.')[0].startswith('atp') for name in sys.modules)"
+    )
+    torch.save(tokens(), tmp_path / "ids.pt")
+    subprocess.run([sys.executable, "-I", "-c", script, str(tmp_path)], check=True, capture_output=True)
+    expected = cut_model(model, space, random_mask(space))(tokens()).logits
+    assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@torch.no_grad()
+def test_unequal_layers_are_read_by_our_class_and_cut_again(name, tmp_path):
+    model, space, _ = wrapped(name, torch.float32)
+    cut = cut_model(model, space, random_mask(space, equal=False))
+    save_model(cut, tmp_path)
+    again = read_model(tmp_path, "auto")
+    assert again.config.model_type == f"atp_{name}" and torch.equal(again(tokens()).logits, cut(tokens()).logits)
+    smaller_space = MaskSpace.from_config(again.config, "experts")
+    assert [s.size for s in smaller_space.structures] == [s.least + s.layer % 3 for s in space.structures]
+    mask = torch.ones(smaller_space.size, dtype=torch.bool)
+    last = smaller_space.structures[-1]
+    mask[last.start + last.size - 1] = False
+    smaller = cut_model(again, smaller_space, mask)
+    lora = add_lora(again, smaller_space, r=2, alpha=2.0, dropout=0.0).eval()
+    with MaskController(lora, smaller_space).masks(mask, "sum"):
+        assert_close(smaller(tokens()).logits, lora(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_done_is_refused_in_a_sentence(tmp_path):
+    shapes = build("qwen3_moe").config
+    settings = config(tmp_path, "experts")
+    assert settings.decisions.uniform
+    low = settings.model_copy(update={"decisions": settings.decisions.model_copy(update={"target_keep": 0.3})})
+    with pytest.raises(InputError, match="each token takes 3 of a layer's 8 experts, and so many are 0.5"):
+        check_reachable(low, shapes)
+    with pytest.raises(UnsupportedModel, match="its MLPs are experts behind a router, so use experts"):
+        MaskSpace.from_config(shapes, "kv_group")
+    with pytest.raises(UnsupportedModel, match="'llama': it has no experts, so use kv_group"):
+        MaskSpace.from_config(build("llama").config, "experts")
+    dense = build("qwen3_moe", mlp_only_layers=[1]).config
+    with pytest.raises(UnsupportedModel, match="its layer 1 has one dense MLP"):
+        MaskSpace.from_config(dense, "experts")
+    space = MaskSpace.from_config(shapes, "experts")
+    with pytest.raises(InputError, match="takes linears, and experts are none"):
+        check_base("4bit", space)
+    few = torch.zeros(space.size, dtype=torch.bool)
+    few[::4] = True
+    with pytest.raises(ValueError, match="would keep 2 of its 8 experts decisions: keep at least 3"):
+        cut_model(build("qwen3_moe"), space, few)
+    content = shapes.to_dict()
+    check_sizes(content)
+    with pytest.raises(InputError, match="num_experts_per_tok is 9: make it at most num_local_experts 8"):
+        check_sizes(content | {"num_experts_per_tok": 9})
+    shapes.moe_intermediate_size = 2**20
+    with pytest.raises(InputError, match="weights and its files hold 10,000 bytes"):
+        check_against_files(shapes, 10**4)
+
+
+def test_a_loop_of_transformers_cuts_experts_beside_an_adapter_on_attention(tmp_path):
+    """PEFT's all-linear is on experts too, which is refused."""
+    rows = [{"input_ids": row, "labels": row} for row in tokens(20, 16, 1).tolist()]
+    decisions = {"space": "experts", "source": "running", "target_keep": 0.7}
+
+    def trained(target):
+        settings = LoraConfig(r=4, lora_alpha=4, target_modules=target, task_type="CAUSAL_LM")
+        callback = ATPCallback(rows[:6], search=4, settle=1, seed=3, decisions=decisions)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=6, report_to="none", use_cpu=True,
+            disable_tqdm=True, save_strategy="no", optim="adamw_torch_fused",
+        )  # fmt: skip
+        model = get_peft_model(build("qwen3_moe", scale=0.1), settings)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train()
+        return callback, callback.cut(trainer.model)
+
+    attention = ["k_proj", "o_proj", "q_proj", "v_proj"]
+    with pytest.raises(InputError, match="which ATPCallback leaves: make the adapter with target_modules=.'k_proj', "):
+        trained("all-linear")
+    callback, smaller = trained(attention)
+    assert callback.pruning.certificate["masked_vs_cut"] < 1e-5
+    counts = callback.pruning.space.describe(callback.pruning.decisions.mask)["experts"]
+    layers = smaller.get_base_model().model.layers
+    assert [len(layer.mlp.experts.down_proj) for layer in layers] == counts == [5, 5, 5]
