@@ -7,6 +7,7 @@ for: the order of the rows that RoPE rotates, and multipliers that only Granite'
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,9 @@ class Architecture:
     neighbours: whether RoPE rotates rows 2 i and 2 i + 1 of a head, and not rows i and i + head_dim / 2. per_layer:
     widths per layer. any_heads: also heads that together are not as wide as hidden_size. biases: those of o_proj and of
     the MLP (q, k and v may have one everywhere). factors: RoPE frequencies scaled one by one. skips: every which layer
-    has no RoPE; 0 for none. multipliers: Granite's.
+    has no RoPE; 0 for none. multipliers: Granite's. full_every: of Gemma's, every which layer sees all tokens; 0 for
+    others. largest: how many layers its largest model has, whose scores llama.cpp scales by hidden_size and heads.
+    activation: of the MLP, by its name in transformers.
     """
 
     name: str
@@ -56,6 +59,9 @@ class Architecture:
     biases: bool = True
     factors: bool = True
     qk_norm: bool = False
+    full_every: int = 0
+    largest: int = 0
+    activation: str = "silu"
     skips: int = 0
     multipliers: bool = False
 
@@ -72,17 +78,58 @@ class Architecture:
         if rotated != [not self.skips or (layer + 1) % self.skips != 0 for layer in range(len(rotated))]:
             yield "RoPE in just these layers"
         biases = family.biases(config)
+        if (family.blocks is not BLOCKS) != bool(self.full_every):
+            yield "norms behind the blocks"
+        if self.full_every:
+            yield from self._lacks_of_gemma(config)
         if not self.biases and (biases.o or biases.mlp):
             yield "biases of o_proj or the MLP"
         if not self.factors and _rope(config).factors:
-            yield f"RoPE scaling of type {cast(dict[str, Any], config.rope_parameters)['rope_type']}"
+            yield f"RoPE scaling of type {cast(dict[str, Any], _with_one_rope(config).rope_parameters)['rope_type']}"
+
+    def _lacks_of_gemma(self, config: CutConfig) -> Iterator[str]:
+        layers = range(config.num_hidden_layers)
+        full = [config.window(layer) is None for layer in layers]
+        if full != [(layer + 1) % self.full_every == 0 for layer in layers]:
+            yield "full attention in just these layers"
+        if config.attention_bias:
+            yield "biases of q, k and v"
+        if not config.tie_word_embeddings:
+            yield "a head of its own"
+        caps = declared(config, "attn_logit_softcapping", None), declared(config, "final_logit_softcapping", None)
+        if (None in caps) if self.name == "gemma2" else caps != (None, None):
+            yield "these soft caps"
+        parameters: Any = config.rope_parameters
+        if self.name == "gemma3" and parameters["sliding_attention"] != _SLIDING_ROPE:
+            yield "this RoPE of sliding layers"
 
 
+_SLIDING_BASE = 10_000.0  # of RoPE in Gemma 3's sliding layers, as llama.cpp has it
+_SLIDING_ROPE = {"rope_type": "default", "rope_theta": _SLIDING_BASE}
 _OWN = {
     "qwen2": Architecture("qwen2", neighbours=False, any_heads=False, biases=False, factors=False),
     "qwen3": Architecture("qwen3", neighbours=False, biases=False, factors=False, qk_norm=True),
     "smollm3": Architecture("smollm3", biases=False, factors=False, skips=4),
     "granite": Architecture("granite", multipliers=True),
+    "gemma2": Architecture(
+        "gemma2",
+        neighbours=False,
+        biases=False,
+        factors=False,
+        full_every=2,
+        largest=46,
+        activation="gelu_pytorch_tanh",
+    ),
+    "gemma3_text": Architecture(
+        "gemma3",
+        neighbours=False,
+        biases=False,
+        factors=False,
+        qk_norm=True,
+        full_every=6,
+        largest=62,
+        activation="gelu_pytorch_tanh",
+    ),
 }
 _ANY = (Architecture("llama"), Architecture("deci", per_layer=True))
 
@@ -145,7 +192,11 @@ def write_gguf(
         finally:
             writer.close()
     rope = _rope(config).remark
-    remarks += [*_window_remark(config), *([rope] if rope else []), *_fallback_remark(weights, held, wanted)]
+    remarks += [
+        *_window_remark(config, architecture),
+        *([rope] if rope else []),
+        *_fallback_remark(weights, held, wanted),
+    ]
     return remarks
 
 
@@ -158,11 +209,15 @@ class _Written(np.ndarray):
 
 @dataclass(frozen=True)
 class _Weight:
-    """A tensor of the model; heads: number of heads whose rows take the order that neighbours=True wants, or 0."""
+    """A tensor of the model, which the file holds as (tensor + offset) * factor.
+
+    heads: number of heads whose rows take the order that neighbours=True wants, or 0.
+    """
 
     tensor: Tensor
     heads: int = 0
     factor: float = 1.0
+    offset: float = 0.0
 
     def values(self) -> np.ndarray:
         """As the file holds them, in float32."""
@@ -170,6 +225,7 @@ class _Weight:
         if self.heads:
             rotated = values.view(self.heads, 2, -1, *values.shape[1:])  # [heads, half of a head, row in it, ...]
             values = rotated.transpose(1, 2).reshape(values.shape)
+        values = values + self.offset if self.offset else values
         return (values if self.factor == 1 else values * self.factor).contiguous().numpy()
 
 
@@ -178,7 +234,17 @@ def _shapes(config: CutConfig) -> list[LayerShape]:
 
 
 def _rope(config: CutConfig) -> Rope:
-    return cast(Rope, rope_of(config))  # a model without is refused before anything else
+    return cast(Rope, rope_of(_with_one_rope(config)))  # a model without is refused before anything else
+
+
+def _with_one_rope(config: CutConfig) -> CutConfig:
+    """The config with the RoPE of full attention, where layers differ in it."""
+    parameters = cast(dict[str, Any], config.rope_parameters)
+    if "full_attention" not in parameters:
+        return config
+    flat: Any = copy.copy(config)
+    flat.rope_parameters = parameters["full_attention"]
+    return cast(CutConfig, flat)
 
 
 def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
@@ -202,11 +268,12 @@ def _inexpressible(config: CutConfig) -> Iterator[tuple[str, str]]:
     if config.shortcuts:
         yield "it has a matrix on each residual connection, which llama.cpp has not", "use its folder with transformers"
     family = family_of(config)
-    if family.own_attention or family.blocks is not BLOCKS:
+    own = _OWN.get(config.family, _ANY[0])
+    if family.own_attention or (family.blocks is not BLOCKS and not own.full_every):
         yield "its blocks are not those of Llama, which the architectures here hold", "use its folder with transformers"
-    if (activation := family.hidden_act(config)) != "silu":
-        yield f"its activation is {activation}, and llama.cpp has silu", "use its folder with transformers"
-    if rope_of(config) is None:
+    if (activation := family.hidden_act(config)) != own.activation:
+        yield f"its activation is {activation}, and llama.cpp has {own.activation}", "use its folder with transformers"
+    if rope_of(_with_one_rope(config)) is None:
         yield "its RoPE rotates a part of each head, and llama.cpp rotates all", "use its folder with transformers"
 
 
@@ -244,13 +311,21 @@ def _add_shape(writer: GGUFWriter, config: CutConfig, architecture: Architecture
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
-    # Within a window sliding attention is full attention, the only kind that these architectures have.
-    writer.add_context_length(min(config.max_position_embeddings, _window(config) or config.max_position_embeddings))
+    length, window = config.max_position_embeddings, _window(config)
+    # Within a window sliding attention is full attention, the only kind that most architectures have.
+    writer.add_context_length(length if window is None or architecture.full_every else min(length, window))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
         add(config.head_dim)
-    writer.add_rope_freq_base(cast(dict[str, Any], config.rope_parameters)["rope_theta"])
+    writer.add_rope_freq_base(cast(dict[str, Any], _with_one_rope(config).rope_parameters)["rope_theta"])
     _rope(config).add_keys(writer)
+    if architecture.full_every:
+        writer.add_sliding_window(window if window is not None else length)
+        if architecture.name == "gemma2":
+            writer.add_attn_logit_softcapping(declared(config, "attn_logit_softcapping", None))
+            writer.add_final_logit_softcapping(declared(config, "final_logit_softcapping", None))
+        else:
+            writer.add_rope_freq_base_swa(_SLIDING_BASE)
     if architecture.multipliers:
         factors = _factors(config)
         if factors["attention_multiplier"] is not None:
@@ -264,6 +339,9 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
     """The tensors of the file by their names in it."""
     names = get_tensor_name_map(MODEL_ARCH[architecture.name.upper()], config.num_hidden_layers)
     folded = {} if architecture.multipliers else _multipliers(config)
+    if architecture.full_every:
+        folded = {"q_norm" if architecture.qk_norm else "q_proj": _gemma_scale(config, architecture)}
+    unit_offset = family_of(config).unit_offset
     tied = config.tie_word_embeddings and folded.get("embed_tokens", 1) == folded.get("lm_head", 1)
     yield from ((name, _Weight(factors)) for name, factors in _rope(config).factors.items())
     for name, tensor in model.state_dict().items():
@@ -277,7 +355,8 @@ def _weights(model: PreTrainedModel, config: CutConfig, architecture: Architectu
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(f"GGUF has no name for {name} in architecture {architecture.name}")
-        yield found, _Weight(tensor, heads, folded.get(module, 1.0))
+        offset = 1.0 if unit_offset and "norm" in module else 0.0
+        yield found, _Weight(tensor, heads, folded.get(module, 1.0), offset)
 
 
 def _factors(config: CutConfig) -> dict[str, Any]:
@@ -299,6 +378,14 @@ def _multipliers(config: CutConfig) -> dict[str, float]:
     }
 
 
+def _gemma_scale(config: CutConfig, architecture: Architecture) -> float:
+    """The scale of scores as a multiple of what llama.cpp takes, which for the largest model goes by the heads."""
+    largest = config.num_hidden_layers == architecture.largest
+    width = config.hidden_size // _shapes(config)[0].num_attention_heads if largest else config.head_dim
+    scalar: float = declared(config, "query_pre_attn_scalar", width)
+    return (width / scalar) ** 0.5
+
+
 def _held_as(tensor: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
     """The type of one tensor: blocks run along rows, so not every width can be quantized."""
     if tensor.dim() < 2:
@@ -306,8 +393,10 @@ def _held_as(tensor: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationTy
     return GGMLQuantizationType.F16 if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def _window_remark(config: CutConfig) -> Iterator[str]:
+def _window_remark(config: CutConfig, architecture: Architecture) -> Iterator[str]:
     window = _window(config)
+    if architecture.full_every:
+        return
     if window is not None and window < config.max_position_embeddings:
         yield (
             f"the context length in the file is {window} of {config.max_position_embeddings} tokens, because llama.cpp "
